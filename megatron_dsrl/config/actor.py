@@ -1,0 +1,37 @@
+"""The training side: micro-batches and the optimizer."""
+
+from pydantic import Field
+
+from megatron_dsrl.config.section import Section
+
+
+class ActorConfig(Section):
+    """How a rollout batch becomes forward and backward passes."""
+
+    max_tokens_per_micro_batch: int = Field(default=16384, ge=1)
+    """Token budget of one packed micro-batch on one model replica. A longer single sequence gets one of its own."""
+
+    optimizer_steps_per_rollout: int = Field(default=1, ge=1)
+    """Optimizer steps per rollout batch. 1 is strictly on-policy, and the old log-prob pass is then skipped."""
+
+
+class OptimizerConfig(Section):
+    """AdamW with gradient clipping (Megatron's optimizer)."""
+
+    learning_rate: float = Field(default=1e-6, gt=0)
+    """Peak learning rate."""
+
+    warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps of linear warm-up to the peak; constant afterwards."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates of the first and second moment."""
+
+    eps: float = Field(default=1e-8, gt=0)
+    """Adam's epsilon."""
+
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled weight decay. Norm weights and biases are exempt, as is Megatron's custom."""
+
+    gradient_clip_norm: float = Field(default=1.0, ge=0)
+    """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""

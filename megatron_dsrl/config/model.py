@@ -1,0 +1,50 @@
+"""Which model is trained and how it is spread over processes."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from megatron_dsrl.config.section import Section
+
+
+class ModelConfig(Section):
+    """The policy: an HF checkpoint folder and the choices that the checkpoint leaves open."""
+
+    path: str
+    """HF folder (config.json, tokenizer, optionally safetensors) or hub name. Weights missing: see `random_init`."""
+
+    random_init: bool = False
+    """Ignore the folder's weights and start from random ones (normal, the folder's `initializer_range`)."""
+
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Parameter and activation dtype. Gradients are reduced, and master weights kept, in fp32 either way."""
+
+    layer_spec: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Megatron layer implementation. `auto`: Transformer Engine where it is installed and CUDA is there, else local."""
+
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recomputation in the backward pass: nothing, core attention only, or every layer."""
+
+
+class ParallelConfig(Section):
+    """The layout of one model over the processes; what is left over is data parallelism."""
+
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """Processes that split every weight matrix."""
+
+    pipeline_parallel_size: int = Field(default=1, ge=1)
+    """Processes that split the layers into consecutive stages."""
+
+    sequence_parallel: bool = False
+    """Split norm and residual activations over the tensor-parallel processes along the sequence."""
+
+    distributed_optimizer: bool = False
+    """Shard the optimizer state over data parallelism (Megatron's DistributedOptimizer)."""
+
+    collective_timeout_seconds: int = Field(default=3600, ge=1)
+    """Limit for any collective between processes. Must exceed the longest rollout, which the other ranks await."""
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Processes that hold one copy of the model together."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size

@@ -1,0 +1,64 @@
+"""The generation side: SGLang engines and sampling."""
+
+from pydantic import Field
+
+from megatron_dsrl.config.section import Section
+
+
+class RolloutConfig(Section):
+    """What is sampled at every step."""
+
+    prompts_per_step: int = Field(default=128, ge=1)
+    """Prompts of one rollout batch."""
+
+    samples_per_prompt: int = Field(default=8, ge=1)
+    """Responses per prompt: the group size G."""
+
+    max_response_tokens: int = Field(default=8192, ge=1)
+    """Length limit of a response; one that reaches it is marked truncated."""
+
+    temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature; the trainer divides its logits by the same."""
+
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus sampling; 1 is off. Below 1 the engine samples from another distribution than the trainer scores."""
+
+    top_k: int = Field(default=-1, ge=-1)
+    """Top-k sampling; -1 is off."""
+
+    step_timeout_seconds: float = Field(default=3600.0, gt=0)
+    """Limit for one whole rollout batch. The error names the prompts that were still running."""
+
+    replay_from: str | None = None
+    """Run folder whose saved rollouts are used in place of sampling (train-only runs, layout comparisons)."""
+
+
+class EngineConfig(Section):
+    """The SGLang server processes that share the trainer's devices."""
+
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """Neighbouring ranks that share one SGLang server."""
+
+    port: int | None = Field(default=None, ge=1024, le=65535)
+    """Port of the first server (the next ones count up); null picks free ports."""
+
+    startup_timeout_seconds: float = Field(default=600.0, gt=0)
+    """Limit until a server answers its health check."""
+
+    update_timeout_seconds: float = Field(default=300.0, gt=0)
+    """Limit for one weight push, and for each release or resume of engine memory."""
+
+    memory_fraction: float = Field(default=0.6, gt=0, lt=1)
+    """Share of device memory for engine weights and KV cache (SGLang's `mem_fraction_static`). CUDA only."""
+
+    max_total_tokens: int | None = Field(default=None, ge=1)
+    """KV-cache capacity in tokens; null lets SGLang derive it from memory. Required on CPU."""
+
+    max_context_tokens: int | None = Field(default=None, ge=1)
+    """Longest prompt plus response; null takes the model's own limit."""
+
+    weight_bucket_megabytes: int = Field(default=512, ge=1)
+    """Size of one flattened bucket of the weight push."""
+
+    extra_arguments: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    """Further SGLang server arguments by their `ServerArgs` names, such as `attention_backend`."""

@@ -1,0 +1,83 @@
+"""The whole configuration tree of a run."""
+
+from pydantic import Field
+
+from megatron_dsrl.config.actor import ActorConfig, OptimizerConfig
+from megatron_dsrl.config.data import PromptSetConfig, RewardConfig
+from megatron_dsrl.config.model import ModelConfig, ParallelConfig
+from megatron_dsrl.config.phase import PhaseConfig
+from megatron_dsrl.config.rollout import EngineConfig, RolloutConfig
+from megatron_dsrl.config.section import Section
+
+
+class EvaluationSetConfig(PromptSetConfig):
+    """A held-out prompt set and how often it is sampled."""
+
+    name: str
+    """Shown in logs, plots and tables."""
+
+    samples_per_prompt: int = Field(default=1, ge=1)
+    """Responses per problem; accuracy is their mean (Avg@k)."""
+
+    temperature: float = Field(default=0.0, ge=0)
+    """0 is greedy decoding."""
+
+
+class EvaluationConfig(Section):
+    """Evaluation during training, with the training's own engines and verifier."""
+
+    sets: list[EvaluationSetConfig] = Field(default_factory=list)
+    """Held-out prompt sets."""
+
+    every_steps: int | None = Field(default=None, ge=1)
+    """Evaluate after every so many steps; null: only before the first and after the last step."""
+
+
+class CheckpointConfig(Section):
+    """What is kept on disk."""
+
+    export_hf_every_steps: int | None = Field(default=None, ge=1)
+    """Write the policy as an HF folder after every so many steps; null: only after the last step."""
+
+
+class ObservabilityConfig(Section):
+    """What a run records."""
+
+    tensorboard: bool = True
+    """Write TensorBoard scalars to `<run folder>/tensorboard`."""
+
+    save_rollouts: bool = True
+    """Write every sample of every step to `<run folder>/rollouts` (needed for `rollout.replay_from`)."""
+
+    max_log_prob_gap: float = Field(default=0.05, gt=0)
+    """Warn when the mean |trainer - engine| log-prob of a step exceeds this."""
+
+
+class RunConfig(Section):
+    """One training run."""
+
+    name: str
+    """Run name; also the last part of the run folder."""
+
+    output_dir: str = "runs"
+    """The run folder is `<output_dir>/<name>`."""
+
+    seed: int = Field(default=1, ge=0)
+    """Seed of weights, prompt order and sampling."""
+
+    steps: int = Field(ge=1)
+    """Rollout batches to train on."""
+
+    model: ModelConfig
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    actor: ActorConfig = Field(default_factory=ActorConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    data: PromptSetConfig
+    reward: RewardConfig = Field(default_factory=RewardConfig)
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    phases: list[PhaseConfig] = Field(min_length=1)
+    """Phases in order of their `until_step`."""
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    observability: ObservabilityConfig = Field(default_factory=ObservabilityConfig)

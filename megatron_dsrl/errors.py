@@ -1,0 +1,9 @@
+"""The one exception type for mistakes that a user can mend."""
+
+
+class UserError(ValueError):
+    """Bad input: a message that names the field or file and says what to do.
+
+    `dsrl` prints it as a single message without a traceback and exits with status 2. Everything else that is
+    raised is a defect of the program or the machine and keeps its traceback.
+    """
