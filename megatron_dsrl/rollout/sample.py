@@ -1,24 +1,9 @@
-"""What the rollout side hands to the rest: a prompt, a sample, and the group of samples of one prompt."""
+"""What the rollout side hands to the rest: a sample, and the group of samples of one prompt."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-
-@dataclass(frozen=True)
-class Prompt:
-    """A problem that is ready to be sampled from."""
-
-    index: int
-    """Row number in its prompt set."""
-
-    text: str
-    """The rendered chat prompt, for people to read."""
-
-    token_ids: tuple[int, ...]
-    """The same prompt as the engine and the trainer see it."""
-
-    answer: str
-    """Gold answer for the verifier."""
+from megatron_dsrl.data.prompt import Prompt
 
 
 @dataclass(frozen=True)
