@@ -61,7 +61,7 @@ def build_experience(responses: Sequence[Response], phase: PhaseConfig, bos_ids:
     """Advantages over all responses, then only the kept ones as scored sequences of the phase's space.
 
     A sample that the filter drops has a zero token mask, so it adds nothing to the loss or to its denominator; it is
-    left out here instead of being computed and multiplied by zero.
+    left out here instead of being computed and multiplied by zero. So is a sequence without a token to score.
 
     Args:
         responses: the whole rollout batch, every group complete.
@@ -76,10 +76,16 @@ def build_experience(responses: Sequence[Response], phase: PhaseConfig, bos_ids:
         raise ValueError("rewards must be finite")
     groups = torch.tensor([response.group for response in responses], dtype=torch.int64)
     advantages = compute_advantages(rewards, groups, phase.advantage)
-    kept = keep_samples(advantages, phase.filter).nonzero().flatten().tolist()
-    sequences = tuple(_scored_sequence(responses[i], phase, bos_ids) for i in kept)
-    log_probs = tuple(_scored_log_probs(responses[i], sequence) for i, sequence in zip(kept, sequences))
-    return Experience(sequences, advantages[kept], log_probs)
+    sequences = {
+        i: _scored_sequence(responses[i], phase, bos_ids)
+        for i in keep_samples(advantages, phase.filter).nonzero().flatten().tolist()
+    }
+    kept = [i for i, sequence in sequences.items() if sequence.num_scored > 0]
+    return Experience(
+        sequences=tuple(sequences[i] for i in kept),
+        advantages=advantages[kept],
+        engine_log_probs=tuple(_scored_log_probs(responses[i], sequences[i]) for i in kept),
+    )
 
 
 def _scored_sequence(response: Response, phase: PhaseConfig, bos_ids: Sequence[int]) -> ScoredSequence:

@@ -6,6 +6,7 @@ denominator of the loss alike: its token mask is zero.
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 
@@ -23,7 +24,7 @@ def keep_samples(advantages: Tensor, kind: Literal["all", "negative", "positive"
     """
     match kind:
         case "all":
-            return advantages == advantages
+            return torch.ones_like(advantages, dtype=torch.bool)
         case "negative":
             return advantages < 0
         case "positive":

@@ -39,11 +39,11 @@ def in_pre_train_space(bos_ids: Sequence[int], response_ids: Sequence[int]) -> S
     """BOS + response, every response token scored; the prompt does not enter.
 
     With empty `bos_ids` (no BOS) the first response token has no context to be predicted from: it becomes the
-    context and is not scored.
+    context and is not scored. A response of that one token then has nothing to score (`num_scored` is 0).
 
     Raises:
-        ValueError: if the response is empty, or has one token and there is no BOS (nothing could be scored).
+        ValueError: if the response is empty.
     """
-    if len(response_ids) < (1 if bos_ids else 2):
-        raise ValueError("the response is too short to score a token of it")
+    if not response_ids:
+        raise ValueError("a scored sequence needs at least one response token")
     return ScoredSequence((*bos_ids, *response_ids), max(len(bos_ids), 1))
