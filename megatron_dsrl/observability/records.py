@@ -1,0 +1,101 @@
+"""JSON-lines files that survive a crash: one flat JSON object per line, appended and flushed line by line.
+
+A process that dies while it writes can leave a half-written last line. Opening for append repairs that line; reading
+(a report of a run that is still going) skips it. A broken line anywhere else is damage that nobody should paper over,
+so it is an error that names the file and the line.
+"""
+
+import json
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_dsrl.errors import UserError
+
+Record = dict[str, Any]
+
+logger = logging.getLogger(__name__)
+
+
+def plain_record(record: Record) -> Record:
+    """The record with plain JSON values: zero-dimensional tensors become numbers, NaN and infinities become null.
+
+    Every value replaced by null is logged as a warning, because JSON has no NaN and a silent one would hide a
+    diverged run.
+    """
+    return {key: _plain_value(key, value, record.get("step")) for key, value in record.items()}
+
+
+def _plain_value(key: str, value: Any, step: Any) -> str | int | float | bool | None:
+    if hasattr(value, "item"):
+        value = value.item()
+    assert value is None or isinstance(value, (str, bool, int, float)), f"record value {key} is a {type(value)}"
+    if isinstance(value, float) and not math.isfinite(value):
+        logger.warning("step %s: %s is %s and is recorded as null", step, key, value)
+        return None
+    return value
+
+
+def read_records(path: Path) -> list[Record]:
+    """All complete records of a file, oldest first; a missing file has none. A half-written last line is left out.
+
+    Raises UserError for a broken line that is not the last one.
+    """
+    if not path.exists():
+        return []
+    return _parse_records(path)[0]
+
+
+def repair_records(path: Path) -> list[Record]:
+    """`read_records`, and mends the end of the file, so that the next line can be appended."""
+    if not path.exists():
+        return []
+    records, complete_bytes = _parse_records(path)
+    content = path.read_bytes()
+    tail = content[complete_bytes:]
+    if tail:
+        logger.warning("%s: removed a half-written last line of %d bytes", path, len(tail))
+        os.truncate(path, complete_bytes)
+    elif content and not content.endswith(b"\n"):
+        with path.open("ab") as file:
+            file.write(b"\n")
+    return records
+
+
+def replace_records(path: Path, records: list[Record]) -> None:
+    """Replace the whole file atomically: a crash leaves either the old content or the new one."""
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_text("".join(record_line(record) for record in records), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def record_line(record: Record) -> str:
+    """One line of the file, line end included."""
+    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _parse_records(path: Path) -> tuple[list[Record], int]:
+    """Records, and the number of bytes at the start of the file that hold complete ones."""
+    records: list[Record] = []
+    complete_bytes = 0
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        record = _parse_line(line)
+        if record is None and line.strip():
+            if number < len(lines):
+                raise UserError(f"{path}, line {number}: not a JSON object. Remove the line or restore the file.")
+            break
+        if record is not None:
+            records.append(record)
+        complete_bytes += len(line)
+    return records, complete_bytes
+
+
+def _parse_line(line: bytes) -> Record | None:
+    try:
+        value = json.loads(line)
+    except ValueError:  # also what undecodable bytes raise
+        return None
+    return value if isinstance(value, dict) else None

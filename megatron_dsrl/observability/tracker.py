@@ -1,0 +1,119 @@
+"""What rank 0 writes down while a run goes: metrics.jsonl, evaluation.jsonl and TensorBoard scalars.
+
+The JSON-lines files are the record of truth (the report reads nothing else of the numbers); TensorBoard is a view.
+"""
+
+from pathlib import Path
+from types import TracebackType
+
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_dsrl.observability.records import Record, plain_record, record_line, repair_records, replace_records
+
+METRICS_FILE = "metrics.jsonl"
+EVALUATION_FILE = "evaluation.jsonl"
+
+
+class Tracker:
+    """Writes step and evaluation records of one run; every record is on disk when the call returns.
+
+    Opening an existing run folder repairs a half-written last line and continues behind the last record. To resume
+    from a checkpoint, call `truncate_after` with the checkpoint's step first. Only rank 0 has a tracker.
+    """
+
+    def __init__(self, run_folder: Path, tensorboard: bool = True) -> None:
+        """Open the files in `run_folder`, which is created where it is missing.
+
+        Raises UserError when a file of the folder is damaged other than by a half-written last line.
+        """
+        run_folder.mkdir(parents=True, exist_ok=True)
+        self._metrics = _RecordFile(run_folder / METRICS_FILE)
+        self._evaluations = _RecordFile(run_folder / EVALUATION_FILE)
+        self._tensorboard_folder = run_folder / "tensorboard" if tensorboard else None
+        self._writer = self._open_writer(purge_step=None)
+
+    @property
+    def last_step(self) -> int:
+        """Step of the last step record; 0 when there is none."""
+        return self._metrics.last_step
+
+    def log_step(self, record: Record) -> None:
+        """Record one training step. `record["step"]` counts from 1 and exceeds every step recorded before."""
+        assert record["step"] > self.last_step, f"step {record['step']} after step {self.last_step}"
+        record = plain_record(record)
+        self._metrics.append(record)
+        self._add_scalars(record, prefix="")
+
+    def log_evaluation(self, record: Record) -> None:
+        """Record the evaluation of one set; step 0 is before training. The set's name is `record["set"]`."""
+        record = plain_record(record)
+        self._evaluations.append(record)
+        self._add_scalars(record, prefix=f"evaluation/{record['set']}/")
+
+    def truncate_after(self, step: int) -> None:
+        """Forget every step and evaluation record after `step`, as when a run resumes from the checkpoint of `step`.
+
+        TensorBoard is told to hide its own later scalars. -1 forgets everything.
+        """
+        self._metrics.truncate_after(step)
+        self._evaluations.truncate_after(step)
+        if self._writer is not None:
+            self._writer.close()
+        self._writer = self._open_writer(purge_step=step + 1)
+
+    def close(self) -> None:
+        """Close all files; a second call does nothing."""
+        self._metrics.close()
+        self._evaluations.close()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open_writer(self, purge_step: int | None) -> SummaryWriter | None:
+        if self._tensorboard_folder is None:
+            return None
+        return SummaryWriter(str(self._tensorboard_folder), purge_step=purge_step)
+
+    def _add_scalars(self, record: Record, prefix: str) -> None:
+        if self._writer is None:
+            return
+        for key, value in record.items():
+            if key != "step" and isinstance(value, (int, float)):
+                self._writer.add_scalar(prefix + key, value, record["step"])
+        self._writer.flush()
+
+
+class _RecordFile:
+    """One JSON-lines file, open for append."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.last_step = _last_step(repair_records(path))
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def append(self, record: Record) -> None:
+        self._file.write(record_line(record))
+        self._file.flush()
+        self.last_step = max(record["step"], self.last_step)
+
+    def truncate_after(self, step: int) -> None:
+        self._file.close()
+        kept = [record for record in repair_records(self._path) if record["step"] <= step]
+        replace_records(self._path, kept)
+        self.last_step = _last_step(kept)
+        self._file = self._path.open("a", encoding="utf-8", buffering=1)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _last_step(records: list[Record]) -> int:
+    return max((record["step"] for record in records), default=0)
