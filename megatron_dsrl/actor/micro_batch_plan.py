@@ -37,23 +37,23 @@ def plan_micro_batches(
 def _place(
     order: Sequence[int], lengths: Sequence[int], costs: Sequence[float], num_bins: int, max_tokens: int
 ) -> list[list[int]] | None:
-    """Longest first, each into the cheapest bin that has room; None where one finds no room."""
-    heap = [(0.0, bin_index) for bin_index in range(num_bins)]
+    """Longest first, each into the cheapest bin that has room (an empty one always has); None where one has none."""
+    cheapest_first = [(0.0, b) for b in range(num_bins)]
     tokens = [0] * num_bins
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     for i in order:
-        full = []
-        while heap and (bin_index := heap[0][1]) is not None and bins[bin_index] and (
-            tokens[bin_index] + lengths[i] > max_tokens
-        ):
-            full.append(heapq.heappop(heap))
-        if not heap:
+        without_room = []
+        while cheapest_first:
+            cost, b = heapq.heappop(cheapest_first)
+            if not bins[b] or tokens[b] + lengths[i] <= max_tokens:
+                break
+            without_room.append((cost, b))
+        else:
             return None
-        cost, bin_index = heapq.heappop(heap)
-        bins[bin_index].append(i)
-        tokens[bin_index] += lengths[i]
-        for entry in [*full, (cost + costs[i], bin_index)]:
-            heapq.heappush(heap, entry)
+        bins[b].append(i)
+        tokens[b] += lengths[i]
+        for entry in [*without_room, (cost + costs[i], b)]:
+            heapq.heappush(cheapest_first, entry)
     return bins
 
 

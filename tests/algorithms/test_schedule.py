@@ -1,0 +1,42 @@
+"""Steps count from 1 and a phase's last step is inclusive, as the paper's I[s > S]."""
+
+import pytest
+
+from megatron_dsrl.algorithms.schedule import Schedule
+from megatron_dsrl.config.phase import (
+    GroupMeanAdvantageConfig,
+    GroupStandardisedAdvantageConfig,
+    PhaseConfig,
+    PostTrainSpaceConfig,
+    PreTrainSpaceConfig,
+)
+
+
+def phase(name, until_step):
+    return PhaseConfig(
+        name=name, until_step=until_step, space=PostTrainSpaceConfig(), advantage=GroupMeanAdvantageConfig()
+    )
+
+
+def test_a_warm_up_of_twenty_steps_covers_steps_1_to_20():
+    warm_up = PhaseConfig(
+        name="NSR-PreRL",
+        until_step=20,
+        space=PreTrainSpaceConfig(),
+        advantage=GroupMeanAdvantageConfig(),
+        filter="negative",
+    )
+    grpo = PhaseConfig(name="GRPO", space=PostTrainSpaceConfig(), advantage=GroupStandardisedAdvantageConfig())
+    schedule = Schedule([warm_up, grpo])
+    assert [schedule.at(step).name for step in (1, 20, 21, 5000)] == ["NSR-PreRL", "NSR-PreRL", "GRPO", "GRPO"]
+
+
+@pytest.mark.parametrize("ends", [[5, 5], [9, 3], [None, 3], []])
+def test_phases_out_of_order_are_refused(ends):
+    with pytest.raises(ValueError, match="until_step"):
+        Schedule([phase(str(end), end) for end in ends])
+
+
+def test_a_step_behind_the_last_phase_is_refused():
+    with pytest.raises(ValueError, match="step 4"):
+        Schedule([phase("only", 3)]).at(4)
