@@ -1,0 +1,162 @@
+"""Words for a configuration that does not validate: which field, what was wrong, what was given, what was meant.
+
+Pydantic's errors locate a value by a mixture of data keys and schema parts (the tag of a union's member, the type that
+was tried). `_walk` follows that mixture through the section classes, so that messages show the path a user wrote, and
+so that the valid names at that place are known.
+"""
+
+import difflib
+import types
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import ValidationError
+
+from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.config.section import Section
+from megatron_dsrl.config.yaml_text import KeyPath
+
+_TYPE_NAMES = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "string_type": "a text",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a section (`key: value` lines)",
+    "model_type": "a section (`key: value` lines)",
+    "model_attributes_type": "a section (`key: value` lines)",
+}
+
+
+def explain_validation_error(error: ValidationError, data: Any, places: Mapping[KeyPath, str]) -> list[str]:
+    """One line per wrong field of `data`, in the order of the sections.
+
+    `places` tells where the value of a key path was set; a path that it lacks takes the place of its nearest parent.
+    """
+    problems: dict[KeyPath, list[str]] = {}
+    hints: dict[KeyPath, str] = {}
+    for detail in error.errors(include_url=False):
+        path, owner = _walk(RunConfig, detail["loc"])
+        if detail["type"] == "union_tag_invalid":
+            path = (*path, "name")
+        what, hints[path] = _describe(detail, path, owner)
+        if what not in problems.setdefault(path, []):
+            problems[path].append(what)
+    return [
+        _line(path, " or ".join(whats).replace(" or expected", " or"), hints[path], data, places)
+        for path, whats in problems.items()
+    ]
+
+
+def _line(path: KeyPath, what: str, hint: str, data: Any, places: Mapping[KeyPath, str]) -> str:
+    place = next((places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places), None)
+    given = "" if what.startswith(("unknown key", "missing")) else f", given {_shorten(_value_at(data, path))}"
+    return f"{'.'.join(map(str, path))}: {what}{given}{hint}" + (f" ({place})" if place else "")
+
+
+def _walk(root: type[Section], location: tuple[str | int, ...]) -> tuple[KeyPath, type[Section] | None]:
+    """The data path of a pydantic location, and the section class that holds its last key (None inside a dict)."""
+    path: KeyPath = ()
+    owner: type[Section] | None = root
+    annotation: Any = root
+    for part in location:
+        members = _members(annotation)
+        sections = [member for member in members if _is_section(member)]
+        tagged = [section for section in sections if part in _tags(section)]
+        if len(sections) > 1 and tagged:
+            annotation = tagged[0]
+        elif len(sections) == 1:
+            owner = sections[0]
+            path = (*path, part)
+            field = owner.model_fields.get(str(part))
+            annotation = field.annotation if field else Any
+        elif containers := [member for member in members if get_origin(member) in (list, tuple, dict)]:
+            owner = None if get_origin(containers[0]) is dict else owner
+            path = (*path, part)
+            annotation = get_args(containers[0])[-1]
+        # Otherwise the part names the member of a union of plain types that was tried: no key of the data.
+    return path, owner
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The alternatives of an annotation, without Annotated and None."""
+    if get_origin(annotation) is Annotated:
+        return _members(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [member for part in get_args(annotation) for member in _members(part)]
+    return [] if annotation is type(None) else [annotation]
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def _tags(section: type[Section]) -> tuple[Any, ...]:
+    """Values of the `name` that tells this section from the others of its union."""
+    field = section.model_fields.get("name")
+    return get_args(field.annotation) if field else ()
+
+
+def _describe(detail: Mapping[str, Any], path: KeyPath, owner: type[Section] | None) -> tuple[str, str]:
+    """What is wrong in words, and a hint at what was meant; the caller puts the value between them."""
+    context = detail.get("ctx", {})
+    match detail["type"]:
+        case "extra_forbidden":
+            return "unknown key", _suggest_key(str(path[-1]), owner)
+        case "missing":
+            return "missing", "; it has no default"
+        case "union_tag_invalid":
+            return "unknown name", _suggest(context["tag"], _split_choices(context["expected_tags"]))
+        case "union_tag_not_found":
+            return "needs a `name` that says which kind it is", ""
+        case "literal_error":
+            nearest = difflib.get_close_matches(str(detail["input"]), _split_choices(context["expected"]), n=1)
+            return f"expected {context['expected']}", f"; did you mean {nearest[0]}?" if nearest else ""
+        case kind if kind in _TYPE_NAMES:
+            return f"expected {_TYPE_NAMES[kind]}", ""
+        case _:
+            return detail["msg"].replace("Input should be", "expected"), ""
+
+
+def _split_choices(text: str) -> list[str]:
+    """Pydantic's `'a', 'b' or 'c'` as a list of names."""
+    return [choice.strip(" '") for choice in text.replace(" or ", ",").split(",")]
+
+
+def _suggest_key(name: str, owner: type[Section] | None) -> str:
+    """The nearest valid key of the same section, else all of them and where else in the tree the key exists."""
+    if owner is None:
+        return ""
+    valid = list(owner.model_fields)
+    elsewhere = [path for path in _all_field_paths(RunConfig, "") if path.rpartition(".")[2] == name]
+    if difflib.get_close_matches(name, valid, n=1) or not elsewhere:
+        return _suggest(name, valid)
+    meant = f"; did you mean {' or '.join(elsewhere)}?"
+    return meant if owner is RunConfig else f"{_suggest(name, valid)}{meant}"
+
+
+def _suggest(name: str, valid: list[str]) -> str:
+    nearest = difflib.get_close_matches(str(name), valid, n=1)
+    return f"; did you mean {nearest[0]}?" if nearest else f"; valid names are {', '.join(valid)}"
+
+
+def _all_field_paths(section: type[Section], prefix: str) -> Iterator[str]:
+    """Dotted paths of every field under a section that a YAML file could name without a list position."""
+    for name, field in section.model_fields.items():
+        yield f"{prefix}{name}"
+        for member in _members(field.annotation):
+            if _is_section(member):
+                yield from _all_field_paths(member, f"{prefix}{name}.")
+
+
+def _value_at(data: Any, path: KeyPath) -> Any:
+    for part in path:
+        data = data[part] if isinstance(data, dict | list) else None
+    return data
+
+
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,157 @@
+"""From YAML files and command-line overrides to a RunConfig, and back.
+
+A file may name one parent: `inherits: ../base.yaml`, relative to the file itself. Sections are merged key by key, the
+nearer file winning; lists (such as `phases`) and single values replace. Overrides come last:
+`rollout.temperature=0.7`, `phases.0.until_step=5`; the value is YAML, an empty one is null, and a section or list given
+as a value replaces the whole. Paths inside the configuration (`model.path`, `data.source`, `output_dir`) are left as
+they are, relative to the current directory of the process.
+
+Every mistake ends in one UserError that lists each wrong field: its path, the file and line (or the override) that set
+it, what was wrong, and the value.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatron_dsrl.config.explain import explain_validation_error
+from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.config.yaml_text import KeyPath, format_yaml, parse_yaml
+from megatron_dsrl.errors import UserError
+
+INHERITS = "inherits"
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file with its parents, apply `key.path=value` overrides in order, and validate.
+
+    Raises UserError for a missing or unreadable file, bad YAML, a cycle of parents, a malformed override, and every
+    unknown, missing or ill-typed field.
+    """
+    data, places = _read_with_parents(Path(path), ())
+    for override in overrides:
+        _apply_override(data, override, places)
+    return _validate(data, places, str(path))
+
+
+def format_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML, every default written out."""
+    return format_yaml(config.model_dump(mode="json"))
+
+
+def dump_config(config: RunConfig, path: str | Path) -> None:
+    """Write the resolved configuration; `load_config` of the file gives an equal RunConfig."""
+    Path(path).write_text(format_config(config), encoding="utf-8")
+
+
+def _read_with_parents(path: Path, children: tuple[Path, ...]) -> tuple[dict[str, Any], dict[KeyPath, str]]:
+    """Merged data of a file and its parents, and the place (`file:line`) that set each value."""
+    resolved = path.resolve()
+    if resolved in children:
+        chain = " -> ".join(str(link) for link in (*children, resolved))
+        raise UserError(f"{children[-1]}: `{INHERITS}` goes in a circle: {chain}. Remove one of the links.")
+    data, lines = _read_file(path, children)
+    places = {key_path: f"{path}:{line}" for key_path, line in lines.items()}
+    if INHERITS not in data:
+        return data, places
+    parent = data.pop(INHERITS)
+    if not isinstance(parent, str) or not parent:
+        raise UserError(f"{path}: {INHERITS}: expected the path of one YAML file, given {parent!r}")
+    merged, parent_places = _read_with_parents(path.parent / parent, (*children, resolved))
+    _merge(merged, data)
+    return merged, parent_places | places
+
+
+def _read_file(path: Path, children: tuple[Path, ...]) -> tuple[dict[str, Any], dict[KeyPath, int]]:
+    wanted_by = f" (named by `{INHERITS}` in {children[-1]})" if children else ""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such configuration file{wanted_by}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot read this configuration file{wanted_by}: {error}") from error
+    data, lines = parse_yaml(text, str(path))
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected `key: value` lines at the top level, found a {type(data).__name__}")
+    return data, lines
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> None:
+    """Lay `over` on `base` in place: sections key by key, everything else replaced."""
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            _merge(base[key], value)
+        else:
+            base[key] = value
+
+
+def _apply_override(data: dict[str, Any], override: str, places: dict[KeyPath, str]) -> None:
+    """Set one `key.path=value` in place; sections that no file mentions are created on the way."""
+    key, equals, text = override.partition("=")
+    names = key.strip().split(".")
+    if not equals or not all(names):
+        raise UserError(f"override `{override}`: expected key.path=value, such as rollout.temperature=0.7")
+    value, _ = parse_yaml(text, f"override `{override}`")
+    here: Any = data
+    path: KeyPath = ()
+    for name in names[:-1]:
+        place = _position(here, name, override, path)
+        if isinstance(here, dict) and here.get(place) is None:
+            here[place] = {}
+        here = here[place]
+        path = (*path, place)
+    last = _position(here, names[-1], override, path)
+    here[last] = value
+    for stale in [known for known in places if known[: len(path) + 1] == (*path, last)]:
+        del places[stale]
+    places[(*path, last)] = f"override `{override}`"
+
+
+def _position(container: Any, name: str, override: str, path: KeyPath) -> str | int:
+    """`name` as a key of a section, or as a position in a list."""
+    if isinstance(container, dict):
+        return name
+    where = ".".join(map(str, path))
+    if not isinstance(container, list):
+        raise UserError(f"override `{override}`: {where} is the single value {container!r}, it has no `{name}`")
+    if not name.isdecimal() or int(name) >= len(container):
+        raise UserError(
+            f"override `{override}`: {where} is a list of {len(container)}, so `{name}` must be a position from 0 to "
+            f"{len(container) - 1}"
+        )
+    return int(name)
+
+
+def _validate(data: dict[str, Any], places: dict[KeyPath, str], source: str) -> RunConfig:
+    problems = [f"  {'.'.join(map(str, path))}: {what}" for path, what in _not_json(data, ())]
+    if not problems:
+        try:
+            # JSON mode: a YAML list may stand for a tuple there, while every type stays strict.
+            return RunConfig.model_validate_json(json.dumps(data, allow_nan=False))
+        except ValidationError as error:
+            problems = [f"  {problem}" for problem in explain_validation_error(error, data, places)]
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    raise UserError("\n".join([f"{source}: {count} in the configuration", *problems]))
+
+
+def _not_json(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
+    """Values that YAML can write but a configuration cannot hold: infinities, NaN, binary, sets, non-string keys."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if isinstance(key, str):
+                yield from _not_json(item, (*path, key))
+            else:
+                yield (*path, str(key)), f"a key must be a string; write \"{key}\" in quotes if this one is meant"
+    elif isinstance(value, list):
+        for position, item in enumerate(value):
+            yield from _not_json(item, (*path, position))
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield path, f"expected a finite number, given {value}"
+    elif not isinstance(value, str | int | float | None):
+        yield path, f"cannot hold a {type(value).__name__}"
