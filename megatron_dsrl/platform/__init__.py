@@ -1,0 +1,17 @@
+"""The only room that may ask whether there is CUDA."""
+
+from functools import cache
+
+import torch
+
+from megatron_dsrl.platform.base import MemoryStatistics, Platform
+from megatron_dsrl.platform.cpu import CpuPlatform
+from megatron_dsrl.platform.cuda import CudaPlatform
+
+__all__ = ["MemoryStatistics", "Platform", "current_platform"]
+
+
+@cache
+def current_platform() -> Platform:
+    """The platform of this process: CUDA where PyTorch sees a device, else CPU."""
+    return CudaPlatform() if torch.cuda.is_available() else CpuPlatform()

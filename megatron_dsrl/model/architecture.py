@@ -1,0 +1,146 @@
+"""What an HF `config.json` says about a dense Qwen3, checked, in the project's own terms."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_dsrl.config.model import ParallelConfig
+from megatron_dsrl.errors import UserError
+
+SUPPORTED = "Qwen3ForCausalLM"
+
+
+@dataclass(frozen=True)
+class Qwen3Architecture:
+    """Shapes and constants of a dense Qwen3. Names are those of the HF configuration."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    tie_word_embeddings: bool
+    initializer_range: float
+
+    def padded_vocab_size(self, tensor_parallel_size: int) -> int:
+        """Rows of the embedding in Megatron: the next multiple of the tensor-parallel size."""
+        return -(-self.vocab_size // tensor_parallel_size) * tensor_parallel_size
+
+
+def resolve_model_folder(path: str) -> Path:
+    """The local folder of a model: the path itself, or the hub's snapshot of that name (downloaded if need be).
+
+    Raises:
+        UserError: neither a folder nor a reachable hub model.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise UserError(f"model.path: there is no folder {path!r}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
+    except Exception as error:  # the hub client raises a dozen kinds, from HTTP to missing cache entries
+        raise UserError(
+            f"model.path: {path!r} is neither a folder nor a model that the hub would give: {error}"
+        ) from error
+
+
+def read_architecture(folder: Path) -> Qwen3Architecture:
+    """Read `config.json`.
+
+    Raises:
+        UserError: the file is missing or not JSON, the architecture is another one, a field is missing or
+            ill-typed, or a feature is asked for that is not implemented (RoPE scaling, sliding window, biases).
+    """
+    path = folder / "config.json"
+    config = _read_json(path)
+    architectures = config.get("architectures") or []
+    if architectures != [SUPPORTED]:
+        named = ", ".join(map(str, architectures)) or "no architecture"
+        raise UserError(f"{path}: names {named}; only the dense {SUPPORTED} is supported")
+    _refuse_unsupported_features(config, path)
+    hidden_size, heads = _integer(config, "hidden_size", path), _integer(config, "num_attention_heads", path)
+    return Qwen3Architecture(
+        vocab_size=_integer(config, "vocab_size", path),
+        hidden_size=hidden_size,
+        intermediate_size=_integer(config, "intermediate_size", path),
+        num_hidden_layers=_integer(config, "num_hidden_layers", path),
+        num_attention_heads=heads,
+        num_key_value_heads=_integer(config, "num_key_value_heads", path),
+        head_dim=_integer(config, "head_dim", path) if config.get("head_dim") else hidden_size // heads,
+        max_position_embeddings=_integer(config, "max_position_embeddings", path),
+        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        rope_theta=_rope_theta(config, path),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        initializer_range=float(config.get("initializer_range", 0.02)),
+    )
+
+
+def check_model_layout(architecture: Qwen3Architecture, parallel: ParallelConfig) -> None:
+    """Refuse a layout that the model cannot be split into.
+
+    Raises:
+        UserError: heads, key-value heads or feed-forward size not divisible by the tensor-parallel size, or layers
+            not divisible by the pipeline-parallel size. The vocabulary is padded and always fits.
+    """
+    tensor, pipeline = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+    for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        value = getattr(architecture, field)
+        if value % tensor:
+            raise UserError(f"parallel.tensor_parallel_size {tensor} does not divide the model's {field} {value}")
+    if architecture.num_hidden_layers % pipeline:
+        raise UserError(
+            f"parallel.pipeline_parallel_size {pipeline} does not divide the model's "
+            f"num_hidden_layers {architecture.num_hidden_layers}"
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} is not an HF model folder: it has no config.json") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return config
+
+
+def _integer(config: dict[str, Any], field: str, path: Path) -> int:
+    value = config.get(field)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{path}: {field} must be a positive integer, not {value!r}")
+    return value
+
+
+def _rope_theta(config: dict[str, Any], path: Path) -> float:
+    """The RoPE base: `rope_theta` up to Transformers 4, `rope_parameters.rope_theta` from 5 on."""
+    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind != "default":
+        raise UserError(f"{path}: RoPE scaling of type {kind!r} is not supported; only plain RoPE is")
+    theta = parameters.get("rope_theta", config.get("rope_theta"))
+    if not isinstance(theta, int | float) or theta <= 0:
+        raise UserError(f"{path}: neither rope_parameters.rope_theta nor rope_theta holds a positive number")
+    return float(theta)
+
+
+def _refuse_unsupported_features(config: dict[str, Any], path: Path) -> None:
+    if config.get("hidden_act", "silu") != "silu":
+        raise UserError(f"{path}: hidden_act {config['hidden_act']!r} is not supported; Qwen3 has 'silu'")
+    if config.get("attention_bias"):
+        raise UserError(f"{path}: attention_bias is not supported; Qwen3 has none")
+    if config.get("use_sliding_window"):
+        raise UserError(f"{path}: use_sliding_window is not supported")
+    if config.get("attention_dropout"):
+        raise UserError(f"{path}: attention_dropout is not supported; set it to 0")

@@ -1,0 +1,64 @@
+"""Which implementation Megatron's layers have: Transformer Engine's, or PyTorch's own operations."""
+
+from importlib.util import find_spec
+from typing import Literal
+
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_dsrl.errors import UserError
+from megatron_dsrl.model.attention import CoreAttention, PackedSelfAttention
+from megatron_dsrl.model.norm import RMSNorm
+from megatron_dsrl.platform import current_platform
+
+LayerImplementation = Literal["local", "transformer_engine"]
+
+
+def transformer_engine_is_usable() -> bool:
+    """Transformer Engine's PyTorch part is installed and its device is there.
+
+    The `transformer_engine` package alone proves nothing: on the package index it is an empty umbrella.
+    """
+    return (
+        current_platform().name == "cuda"
+        and find_spec("transformer_engine") is not None
+        and find_spec("transformer_engine_torch") is not None
+    )
+
+
+def choose_layer_implementation(wanted: Literal["auto", "local", "transformer_engine"]) -> LayerImplementation:
+    """Resolve `model.layer_spec`.
+
+    Raises:
+        UserError: Transformer Engine is asked for and cannot be used here.
+    """
+    if wanted == "local":
+        return "local"
+    usable = transformer_engine_is_usable()
+    if wanted == "transformer_engine" and not usable:
+        raise UserError(
+            "model.layer_spec: transformer_engine needs a CUDA device and the transformer-engine[pytorch] package; "
+            "install it, or use auto or local"
+        )
+    return "transformer_engine" if usable else "local"
+
+
+def qwen3_layers(config: TransformerConfig, implementation: LayerImplementation) -> ModuleSpec:
+    """Specification of the transformer layers of this pipeline stage."""
+    if implementation == "transformer_engine":
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
+    layer = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention = layer.submodules.self_attention
+    attention.module = PackedSelfAttention
+    attention.submodules.core_attention = CoreAttention
+    attention.submodules.q_layernorm = RMSNorm
+    attention.submodules.k_layernorm = RMSNorm
+    layers = [layer] * get_num_layers_to_build(config)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)

@@ -1,0 +1,91 @@
+"""Process groups: torch.distributed, Megatron's parallel state, and the seeds that go with them."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_dsrl.config.model import ParallelConfig
+from megatron_dsrl.errors import UserError
+from megatron_dsrl.platform import current_platform
+
+
+def world_size_from_environment() -> int:
+    """Processes that torchrun started; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_parallel_layout(parallel: ParallelConfig, world_size: int) -> None:
+    """Refuse a layout that does not fit the number of processes.
+
+    Raises:
+        UserError: the processes do not divide into model replicas, or sequence parallelism has nothing to split over.
+    """
+    if world_size % parallel.model_parallel_size:
+        raise UserError(
+            f"{world_size} processes cannot hold whole copies of the model: parallel.tensor_parallel_size "
+            f"{parallel.tensor_parallel_size} x parallel.pipeline_parallel_size {parallel.pipeline_parallel_size} = "
+            f"{parallel.model_parallel_size} processes per copy. Start a multiple of that with torchrun, or lower them."
+        )
+    if parallel.sequence_parallel and parallel.tensor_parallel_size == 1:
+        raise UserError("parallel.sequence_parallel needs parallel.tensor_parallel_size of at least 2")
+
+
+def initialize_parallel(parallel: ParallelConfig, seed: int) -> None:
+    """Start torch.distributed (unless it runs already) and Megatron's groups, and seed the random generators.
+
+    Under torchrun the rendezvous is the environment's; without it the process is a world of its own.
+
+    Raises:
+        UserError: see `check_parallel_layout`.
+    """
+    platform = current_platform()
+    check_parallel_layout(parallel, dist.get_world_size() if dist.is_initialized() else world_size_from_environment())
+    platform.install()
+    timeout = timedelta(seconds=parallel.collective_timeout_seconds)
+    if not dist.is_initialized():
+        _start_processes(platform.distributed_backend, timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_parallel_size,
+        distributed_timeout_minutes=timeout / timedelta(minutes=1),
+    )
+    # Every pipeline stage draws differently, every data-parallel replica alike, as in Megatron's own training.
+    stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(stage_seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
+
+
+def _start_processes(backend: str, timeout: timedelta) -> None:
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        # A store inside the process needs no port, so any number of single runs can share a machine.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def destroy_model_parallel() -> None:
+    """Undo Megatron's part of `initialize_parallel`: another layout over the same processes can then be started."""
+    parallel_state.destroy_model_parallel()
+    parallel_state.destroy_global_memory_buffer()
+
+
+def destroy_parallel() -> None:
+    """Undo `initialize_parallel`, torch.distributed included. Harmless when nothing is running."""
+    destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def parallel_layout(parallel: ParallelConfig, seed: int) -> Iterator[None]:
+    """A layout for the length of a `with` block. torch.distributed stays up, so that layouts can follow one another."""
+    initialize_parallel(parallel, seed)
+    try:
+        yield
+    finally:
+        destroy_model_parallel()

@@ -1,0 +1,118 @@
+"""A dense Qwen3 as Megatron-core GPTModel.
+
+Qwen3 in Megatron's terms: RMSNorm before attention and feed-forward, grouped query attention with RMSNorm on every
+head's query and key, rotary positions on the whole head, SwiGLU, no biases, no dropout.
+"""
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import unwrap_model
+
+from megatron_dsrl.config.model import ModelConfig, ParallelConfig
+from megatron_dsrl.model.architecture import Qwen3Architecture, check_model_layout
+from megatron_dsrl.model.layer_spec import choose_layer_implementation, qwen3_layers
+from megatron_dsrl.platform import current_platform
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+RECOMPUTE = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
+def transformer_config(
+    architecture: Qwen3Architecture, model: ModelConfig, parallel: ParallelConfig
+) -> TransformerConfig:
+    """Megatron's configuration of the model in this layout."""
+    dtype = DTYPES[model.dtype]
+    implementation = choose_layer_implementation(model.layer_spec)
+    return TransformerConfig(
+        num_layers=architecture.num_hidden_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.intermediate_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_key_value_heads,
+        kv_channels=architecture.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.rms_norm_eps,
+        qk_layernorm=True,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        attention_softmax_in_fp32=True,
+        init_method_std=architecture.initializer_range,
+        perform_initialization=False,  # weights are always loaded, or made by weights/random_init.py
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        autocast_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=parallel.tensor_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        variable_seq_lengths=True,  # packed micro-batches differ in length
+        moe_token_dispatcher_type="alltoall",  # no experts here, but the default refuses variable lengths
+        calculate_per_token_loss=True,  # the loss function sums; the actor divides by the global token count
+        **RECOMPUTE[model.recompute],
+        **current_platform().transformer_config_flags(transformer_engine=implementation == "transformer_engine"),
+    )
+
+
+def build_model(
+    architecture: Qwen3Architecture, model: ModelConfig, parallel: ParallelConfig
+) -> list[MegatronModule]:
+    """Build this process's part of the model; `initialize_parallel` must have run.
+
+    Parameters are not initialised: load them (weights/load.py) or draw them (weights/random_init.py).
+
+    Returns:
+        The chunks of this pipeline stage: one GPTModel, in a Float16Module for bfloat16. Called with token ids [b, s],
+        position ids [b, s], no mask, and for packed rows `packed_seq_params`, the last stage gives logits
+        [b, s, padded vocabulary / tensor-parallel size].
+
+    Raises:
+        UserError: the model does not divide into the layout, or Transformer Engine is asked for and absent.
+    """
+    check_model_layout(architecture, parallel)
+    config = transformer_config(architecture, model, parallel)
+    chunk = GPTModel(
+        config=config,
+        transformer_layer_spec=qwen3_layers(config, choose_layer_implementation(model.layer_spec)),
+        vocab_size=architecture.padded_vocab_size(parallel.tensor_parallel_size),
+        max_sequence_length=architecture.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        parallel_output=True,
+        share_embeddings_and_output_weights=architecture.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=architecture.rope_theta,
+    ).to(current_platform().device)
+    return [Float16Module(config, chunk) if config.bf16 else chunk]
+
+
+def build_trainable(chunks: list[MegatronModule], parallel: ParallelConfig) -> list[DistributedDataParallel]:
+    """Wrap chunks for training: gradients accumulate in fp32 `main_grad` buffers and are reduced over data parallelism.
+
+    Weights must be loaded before: the wrapper moves parameters into its buffers, the optimizer then copies them.
+    """
+    config = chunks[0].config
+    config.finalize_model_grads_func = finalize_model_grads
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_grad_reduce=False,
+        check_for_nan_in_grad=False,  # the actor checks the gradient norm, once, and names the step
+    )
+    return [DistributedDataParallel(config=config, ddp_config=ddp_config, module=chunk) for chunk in chunks]
+
+
+def bare_model(chunk: MegatronModule) -> GPTModel:
+    """The GPTModel inside the wrappers for bfloat16 and data parallelism."""
+    return unwrap_model(chunk)

@@ -1,0 +1,46 @@
+"""What the rest of the program may know about the device."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+
+@dataclass(frozen=True)
+class MemoryStatistics:
+    """Memory of this process on its device. On CPU: resident memory of the process."""
+
+    allocated_bytes: int
+    """In use now."""
+
+    peak_bytes: int
+    """Largest use since the process started."""
+
+
+class Platform(ABC):
+    """A device kind: what Megatron and torch.distributed must be told about it."""
+
+    name: Literal["cpu", "cuda"]
+    distributed_backend: Literal["gloo", "nccl"]
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """The device of this process."""
+
+    @abstractmethod
+    def install(self) -> None:
+        """Make Megatron usable in this process. May be called any number of times, before any model is built."""
+
+    @abstractmethod
+    def transformer_config_flags(self, transformer_engine: bool) -> dict[str, Any]:
+        """TransformerConfig fields that this platform decides: which fused kernels exist and where weights are made.
+
+        Args:
+            transformer_engine: whether the layers are Transformer Engine's.
+        """
+
+    @abstractmethod
+    def memory_statistics(self) -> MemoryStatistics:
+        """Memory of this process, in bytes."""
