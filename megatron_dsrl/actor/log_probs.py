@@ -55,17 +55,16 @@ class _LogProbs(torch.autograd.Function):
         for rows in _chunks(logits):
             scaled = logits[rows, : shard.num_valid].float() / temperature
             maximum = _all_reduce(scaled.amax(-1) if shard.num_valid else _lowest(scaled), dist.ReduceOp.MAX, shard)
-            exponentials = (scaled - maximum[:, None]).exp_()
+            shifted = scaled.sub_(maximum[:, None])
+            exponentials = shifted.exp()
             columns, is_mine = _local_columns(targets[rows], shard)
-            sums = torch.stack([
-                exponentials.sum(-1),
-                (exponentials * scaled).sum(-1),
-                _pick(scaled, columns, is_mine),
-            ])
+            sums = torch.stack(
+                [exponentials.sum(-1), exponentials.mul_(shifted).sum(-1), _pick(shifted, columns, is_mine)]
+            )
             normaliser, weighted, at_target = _all_reduce(sums, dist.ReduceOp.SUM, shard)
             log_normaliser[rows] = maximum + normaliser.log()
-            log_probs[rows] = at_target - log_normaliser[rows]
-            entropy[rows] = log_normaliser[rows] - weighted / normaliser
+            log_probs[rows] = at_target - normaliser.log()
+            entropy[rows] = normaliser.log() - weighted / normaliser
         ctx.save_for_backward(logits, targets, log_normaliser)
         ctx.temperature, ctx.shard = temperature, shard
         ctx.mark_non_differentiable(entropy)
@@ -99,10 +98,10 @@ def _local_columns(targets: Tensor, shard: VocabularyShard) -> tuple[Tensor, Ten
     return torch.where(is_mine, columns, 0), is_mine
 
 
-def _pick(scaled: Tensor, columns: Tensor, is_mine: Tensor) -> Tensor:
-    if scaled.shape[1] == 0:
-        return torch.zeros(scaled.shape[0], dtype=scaled.dtype, device=scaled.device)
-    return torch.where(is_mine, scaled.gather(1, columns[:, None])[:, 0], 0.0)
+def _pick(shifted: Tensor, columns: Tensor, is_mine: Tensor) -> Tensor:
+    if shifted.shape[1] == 0:
+        return torch.zeros(shifted.shape[0], dtype=shifted.dtype, device=shifted.device)
+    return torch.where(is_mine, shifted.gather(1, columns[:, None])[:, 0], 0.0)
 
 
 def _lowest(scaled: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """The training side: micro-batches and the optimizer."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from megatron_dsrl.config.section import Section
@@ -22,7 +24,10 @@ class OptimizerConfig(Section):
     """Peak learning rate."""
 
     warmup_steps: int = Field(default=0, ge=0)
-    """Optimizer steps of linear warm-up to the peak; constant afterwards."""
+    """Optimizer steps of linear warm-up to the peak; the first one already moves."""
+
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up: constant, or decaying to 0 at the end of the run."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's decay rates of the first and second moment."""

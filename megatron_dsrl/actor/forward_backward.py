@@ -1,0 +1,75 @@
+"""Megatron's forward-backward schedule over packed micro-batches."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TypeVar
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_dsrl.actor.packing import MicroBatch
+
+Result = TypeVar("Result")
+
+
+def run_schedule(
+    chunks: Sequence[torch.nn.Module],
+    micro_batches: Sequence[MicroBatch],
+    score: Callable[[MicroBatch, Tensor], tuple[Tensor, Result]],
+    forward_only: bool = False,
+) -> list[Result]:
+    """Run all micro-batches through this rank's pipeline stage; gradients add up in the model's gradient buffers.
+
+    The loss is *summed* over micro-batches and data-parallel ranks, never averaged: its weights already carry the
+    global denominator. That is why the model must be built with `calculate_per_token_loss` (no averaging by Megatron)
+    and `sum_gradients` as its `finalize_model_grads_func`.
+
+    Args:
+        chunks: the stage's model chunks.
+        micro_batches: at least one, in an order that all ranks of a model replica share.
+        score: called on the last stage with a micro-batch and its logits [1, T, vocabulary shard]; returns the loss
+            (scalar, summed into the total) and whatever is to be kept.
+        forward_only: no backward pass.
+
+    Returns:
+        What `score` kept, one per micro-batch; empty on the other stages.
+    """
+
+    def forward_step(iterator: Iterator[MicroBatch], chunk: torch.nn.Module):
+        micro_batch = next(iterator)
+        output = chunk(micro_batch.token_ids, micro_batch.position_ids, None, packed_seq_params=_packed(micro_batch))
+        return output, partial(loss_of, micro_batch)
+
+    def loss_of(micro_batch: MicroBatch, logits: Tensor):
+        loss, kept = score(micro_batch, logits)
+        return loss, torch.zeros([], dtype=torch.int, device=loss.device), kept
+
+    iterators = [iter(micro_batches) for _ in chunks]
+    interleaved = len(chunks) > 1
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if interleaved else iterators[0],
+        model=list(chunks) if interleaved else chunks[0],
+        num_microbatches=len(micro_batches),
+        seq_length=max(micro_batch.token_ids.shape[1] for micro_batch in micro_batches),
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+
+
+def sum_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **options: object) -> None:
+    """Megatron's gradient reduction over data, sequence and pipeline parallelism, without its division by tokens."""
+    finalize_model_grads(model, None, **options)
+
+
+def _packed(micro_batch: MicroBatch) -> PackedSeqParams:
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=micro_batch.sequence_starts,
+        cu_seqlens_kv=micro_batch.sequence_starts,
+        max_seqlen_q=micro_batch.longest,
+        max_seqlen_kv=micro_batch.longest,
+    )
