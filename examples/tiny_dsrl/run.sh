@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# The main job: from a fresh clone to a finished DSRL run with its report, on a CPU.
+#
+#   bash examples/tiny_dsrl/run.sh                     the run of configs/tiny_dsrl.yaml
+#   bash examples/tiny_dsrl/run.sh seed=2 steps=10     the same with overrides
+#
+# The run folder is runs/tiny_dsrl; DSRL_RUN_FOLDER names another.
+#
+# 1. the environment (.venv; instant once it exists)    2. the tiny base model (cached; instant once it exists)
+# 3. DSRL training with evaluation before and after     4. the HTML report
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+run_folder="${DSRL_RUN_FOLDER:-runs/tiny_dsrl}"
+cd "$root"
+bash tools/setup_cpu.sh
+export PATH="${DSRL_VENV:-$root/.venv}/bin:$PATH"
+# One thread each: trainer and engine share the cores, and more threads slow SGLang's decoding several times.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+echo "== base model"
+python examples/tiny_dsrl/make_base.py
+echo "== DSRL training"
+dsrl train configs/tiny_dsrl.yaml "output_dir=$(dirname "$run_folder")" "name=$(basename "$run_folder")" "$@"
+echo "== report"
+dsrl report "$run_folder"

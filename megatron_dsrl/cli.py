@@ -1,0 +1,184 @@
+"""The `dsrl` command.
+
+A mistake that a user can mend ends in one message on stderr and status 2; Ctrl-C in status 130, SIGTERM in 143; a
+defect keeps its traceback and ends in status 1. Each command imports what it needs when it runs, so that `--help`,
+`--dry-run` and `doctor` stay light.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from megatron_dsrl.errors import UserError
+
+USER_ERROR_STATUS = 2
+INTERRUPTED_STATUS = 130
+TERMINATED_STATUS = 143
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    options = _parse(arguments)
+    previous_handler = signal.signal(signal.SIGTERM, _exit_on_sigterm)
+    try:
+        return options.command(options)
+    except UserError as error:
+        _print_error(str(error))
+        return USER_ERROR_STATUS
+    except KeyboardInterrupt:
+        _print_error("interrupted")
+        return INTERRUPTED_STATUS
+    finally:
+        signal.signal(signal.SIGTERM, previous_handler)
+
+
+def _exit_on_sigterm(signal_number: int, frame: FrameType | None) -> None:
+    # SLURM and torchrun end a job this way. As an exception it unwinds the stack, so that engines are shut down.
+    raise SystemExit(TERMINATED_STATUS)
+
+
+def _print_error(message: str) -> None:
+    """Under torchrun every rank meets a wrong configuration, but only rank 0 says so; `_train` names other ranks."""
+    if _rank() == 0:
+        print(f"dsrl: {message}", file=sys.stderr, flush=True)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _train(options: argparse.Namespace) -> int:
+    from megatron_dsrl.config.derived import derive
+    from megatron_dsrl.config.load import load_config
+    from megatron_dsrl.config.model_shape import read_model_shape
+    from megatron_dsrl.config.prompt_count import count_prompts
+
+    if options.world_size is not None and not options.dry_run:
+        raise UserError("--world-size is for --dry-run; start a run on N processes with torchrun --nproc-per-node N")
+    world_size = options.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    config = load_config(options.config, options.overrides)
+    figures = derive(config, world_size, read_model_shape(config.model.path), count_prompts(config.data))
+    if options.dry_run:
+        from rich.console import Console
+
+        from megatron_dsrl.config.summary import print_dry_run
+
+        if _rank() == 0:
+            print_dry_run(config, figures, Console())
+        return 0
+
+    from megatron_dsrl.train import train
+
+    try:
+        train(config)
+    except UserError as error:
+        # Only this rank may have met it, so it must not be lost.
+        if _rank() != 0:
+            print(f"dsrl: rank {_rank()}: {error}", file=sys.stderr, flush=True)
+        raise
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from megatron_dsrl.observability.report import write_report
+
+    print(write_report(options.run))
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from megatron_dsrl.doctor import examine, print_as_json, print_for_people
+
+    examination = examine()
+    (print_as_json if options.json else print_for_people)(examination)
+    return 0 if examination.can_run else 1
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    options, rest = _parser().parse_known_args(arguments)
+    # argparse gives up on `config --dry-run key=value`: positionals after an option are left over.
+    overrides = [word for word in rest if "=" in word and not word.startswith("-")]
+    unknown = [word for word in rest if word not in overrides]
+    if unknown or (overrides and not hasattr(options, "overrides")):
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown or overrides)}")
+    if overrides:
+        options.overrides = [*options.overrides, *overrides]
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dsrl",
+        description="RL with verifiable rewards in pre-train and post-train space on Megatron-core and SGLang.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_train(commands)
+    _add_report(commands)
+    _add_doctor(commands)
+    return parser
+
+
+def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train as a configuration file says",
+        description="Train as a configuration file says. On N processes: torchrun --nproc-per-node N -m "
+        "megatron_dsrl.cli train CONFIG.yaml ...",
+        epilog="example: dsrl train configs/tiny_dsrl.yaml rollout.temperature=0.7 phases.0.until_step=5 --dry-run",
+    )
+    parser.add_argument("config", metavar="CONFIG.yaml", type=Path, help="configuration file")
+    parser.add_argument(
+        "overrides",
+        metavar="KEY.PATH=VALUE",
+        nargs="*",
+        help="set a field, after the file; the value is YAML, list positions are numbers",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything that can be checked beforehand, print the resolved configuration and what it amounts "
+        "to, and start nothing",
+    )
+    parser.add_argument(
+        "--world-size",
+        metavar="N",
+        type=_positive,
+        help="with --dry-run: number of processes to check for (default: WORLD_SIZE, else 1)",
+    )
+    parser.set_defaults(command=_train, parser=parser)
+
+
+def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "report",
+        help="write the HTML report of a run",
+        description="Write RUN/report.html: one self-contained page with plots, also while the run is still going.",
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="run folder, such as runs/tiny_dsrl")
+    parser.set_defaults(command=_report, parser=parser)
+
+
+def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="say what is installed, what is missing, and what to do about it",
+        description="Say what is installed, which devices and kernels there are, what is missing, and what to do. Exit "
+        "status 0 when a CPU or a GPU run is possible, else 1.",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    parser.set_defaults(command=_doctor, parser=parser)
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, given {text}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,264 @@
+"""What a configuration amounts to on a given number of processes: figures for people, and checks before a run starts.
+
+Pure functions of the configuration, the world size, the model's sizes and the number of training prompts. Token counts
+are upper bounds: every prompt at `data.max_prompt_tokens`, every response at `rollout.max_response_tokens`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_dsrl.config.data import PromptSetConfig
+from megatron_dsrl.config.model_shape import ModelShape
+from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.errors import UserError
+
+Problem = tuple[str, str]
+"""The field or fields at fault, and what is wrong and what to do."""
+
+LONGEST_BOS = 3
+"""Tokens of the longest `bos` of the pre-train space: `<|im_start|>`, `assistant`, a line break."""
+
+
+@dataclass(frozen=True)
+class PhaseFigures:
+    """One phase as it will run."""
+
+    name: str
+    space: str
+    first_step: int
+    """Counted from 1."""
+    last_step: int
+    """Inclusive; below `first_step` for a phase that the run ends before."""
+    max_tokens_per_step: int
+    """Upper bound of the tokens that go through the trainer in one step, all samples kept."""
+    full_length_micro_batches: int
+    """Micro-batches of one model replica in one optimizer step when every sample is kept and has full length."""
+
+    @property
+    def steps(self) -> int:
+        """Steps that the run spends in the phase."""
+        return max(0, self.last_step - self.first_step + 1)
+
+
+@dataclass(frozen=True)
+class RunFigures:
+    """The derived figures of a run."""
+
+    world_size: int
+    model_parallel_size: int
+    data_parallel_size: int
+    """Copies of the model that train side by side."""
+    engines: int
+    """SGLang servers."""
+    prompts_per_step: int
+    samples_per_step: int
+    optimizer_steps_per_rollout: int
+    samples_per_optimizer_step: int
+    optimizer_steps: int
+    """Over the whole run."""
+    max_generated_tokens_per_step: int
+    max_tokens_per_micro_batch: int
+    longest_sequence: int
+    """Prompt plus response, in tokens."""
+    phases: tuple[PhaseFigures, ...]
+    prompts: int | None
+    """Training prompts; None when not known before the run."""
+    epochs: float | None
+    """Passes over the training prompts in the whole run."""
+
+
+def derive(config: RunConfig, world_size: int, shape: ModelShape | None, prompts: int | None = None) -> RunFigures:
+    """Check a run's layout and give its figures.
+
+    Args:
+        config: the run.
+        world_size: number of processes (one per GPU).
+        shape: the model's sizes; None leaves out the checks that need them.
+        prompts: number of training prompts where known.
+
+    Raises:
+        UserError: lists every field that does not fit, and what to do.
+    """
+    problems = [
+        *_layout_problems(config, world_size),
+        *_phase_problems(config),
+        *_batch_problems(config, world_size, prompts),
+        *_length_problems(config, shape),
+        *(_model_problems(config, shape) if shape else ()),
+    ]
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        lines = [f"  {fields}: {what}" for fields, what in problems]
+        raise UserError("\n".join([f"run `{config.name}` on {_processes(world_size)}: {count}", *lines]))
+    return _figures(config, world_size, prompts)
+
+
+def _figures(config: RunConfig, world_size: int, prompts: int | None) -> RunFigures:
+    rollout = config.rollout
+    samples = rollout.prompts_per_step * rollout.samples_per_prompt
+    updates = config.actor.optimizer_steps_per_rollout
+    data_parallel_size = world_size // config.parallel.model_parallel_size
+    return RunFigures(
+        world_size=world_size,
+        model_parallel_size=config.parallel.model_parallel_size,
+        data_parallel_size=data_parallel_size,
+        engines=world_size // config.engine.tensor_parallel_size,
+        prompts_per_step=rollout.prompts_per_step,
+        samples_per_step=samples,
+        optimizer_steps_per_rollout=updates,
+        samples_per_optimizer_step=samples // updates,
+        optimizer_steps=config.steps * updates,
+        max_generated_tokens_per_step=samples * rollout.max_response_tokens,
+        max_tokens_per_micro_batch=config.actor.max_tokens_per_micro_batch,
+        longest_sequence=config.data.max_prompt_tokens + rollout.max_response_tokens,
+        phases=tuple(_phase_figures(config, data_parallel_size)),
+        prompts=prompts,
+        epochs=None if prompts is None else config.steps * rollout.prompts_per_step / prompts,
+    )
+
+
+def _phase_figures(config: RunConfig, data_parallel_size: int) -> Iterator[PhaseFigures]:
+    samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    first = 1
+    for phase in config.phases:
+        last = config.steps if phase.until_step is None else min(phase.until_step, config.steps)
+        context = config.data.max_prompt_tokens if phase.space.name == "post_train" else LONGEST_BOS
+        length = context + config.rollout.max_response_tokens
+        replica_samples = _ceil_divide(samples // config.actor.optimizer_steps_per_rollout, data_parallel_size)
+        yield PhaseFigures(
+            name=phase.name,
+            space=phase.space.name,
+            first_step=first,
+            last_step=last,
+            max_tokens_per_step=samples * length,
+            full_length_micro_batches=_ceil_divide(
+                replica_samples, max(1, config.actor.max_tokens_per_micro_batch // length)
+            ),
+        )
+        first = max(first, last + 1)
+
+
+def _layout_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
+    parallel, engine = config.parallel, config.engine
+    if world_size % parallel.model_parallel_size:
+        yield (
+            "parallel.tensor_parallel_size, parallel.pipeline_parallel_size",
+            f"one model takes {parallel.tensor_parallel_size} x {parallel.pipeline_parallel_size} = "
+            f"{parallel.model_parallel_size} processes, and {_processes(world_size)} cannot be divided by that; "
+            "change the sizes or the number of processes (torchrun --nproc-per-node)",
+        )
+    if world_size % engine.tensor_parallel_size:
+        yield (
+            "engine.tensor_parallel_size",
+            f"{_processes(world_size)} cannot be divided into engines of {engine.tensor_parallel_size}; "
+            "choose a divisor of the number of processes",
+        )
+    if parallel.sequence_parallel and parallel.tensor_parallel_size == 1:
+        yield (
+            "parallel.sequence_parallel",
+            "needs parallel.tensor_parallel_size above 1, over which it splits; set it to false",
+        )
+
+
+def _phase_problems(config: RunConfig) -> Iterator[Problem]:
+    previous = 0
+    for position, phase in enumerate(config.phases):
+        field = f"phases.{position}.until_step"
+        is_last = position == len(config.phases) - 1
+        if phase.until_step is None:
+            if not is_last:
+                yield field, f"phase `{phase.name}` has no end, but only the last phase may go on until the end"
+            continue
+        if phase.until_step <= previous:
+            yield field, f"{phase.until_step} is not after the phase before it, which lasts until step {previous}"
+        if is_last and phase.until_step < config.steps:
+            yield (
+                field,
+                f"no phase covers steps {phase.until_step + 1} to {config.steps}; use null, or lower `steps`",
+            )
+        previous = max(previous, phase.until_step)
+
+
+def _batch_problems(config: RunConfig, world_size: int, prompts: int | None) -> Iterator[Problem]:
+    rollout, updates = config.rollout, config.actor.optimizer_steps_per_rollout
+    replicas = max(1, world_size // config.parallel.model_parallel_size)
+    if rollout.prompts_per_step % updates:
+        yield (
+            "rollout.prompts_per_step, actor.optimizer_steps_per_rollout",
+            f"{rollout.prompts_per_step} prompts cannot be divided into {updates} optimizer steps of whole groups",
+        )
+    elif rollout.prompts_per_step * rollout.samples_per_prompt // updates < replicas:
+        yield (
+            "rollout.prompts_per_step, rollout.samples_per_prompt",
+            f"{rollout.prompts_per_step * rollout.samples_per_prompt // updates} samples per optimizer step leave "
+            f"some of the {replicas} data-parallel replicas without any; sample more or use fewer processes",
+        )
+    if prompts is not None and prompts < rollout.prompts_per_step:
+        yield (
+            "data.source, rollout.prompts_per_step",
+            f"the training set has only {prompts} prompts for {rollout.prompts_per_step} per step; lower the latter",
+        )
+    if rollout.samples_per_prompt == 1:
+        yield (
+            "rollout.samples_per_prompt",
+            "advantages compare the samples of one prompt, so at least 2 are needed",
+        )
+    if rollout.top_k == 0:
+        yield "rollout.top_k", "0 would leave no token to sample; use -1 to turn top-k off"
+
+
+def _length_problems(config: RunConfig, shape: ModelShape | None) -> Iterator[Problem]:
+    """Prompt plus response, for training and every evaluation set, within the model's and the engine's limits."""
+    engine = config.engine
+    limits = [
+        ("engine.max_context_tokens", engine.max_context_tokens),
+        ("engine.max_total_tokens", engine.max_total_tokens),
+        ("model.path (max_position_embeddings of its config.json)", shape.context_tokens if shape else None),
+    ]
+    sets: list[tuple[str, PromptSetConfig]] = [("data", config.data)]
+    sets += [(f"evaluation.sets.{position}", prompts) for position, prompts in enumerate(config.evaluation.sets)]
+    for section, prompts in sets:
+        longest = prompts.max_prompt_tokens + config.rollout.max_response_tokens
+        for limiting_field, limit in limits:
+            if limit is not None and longest > limit:
+                yield (
+                    f"{section}.max_prompt_tokens, rollout.max_response_tokens",
+                    f"{prompts.max_prompt_tokens} + {config.rollout.max_response_tokens} = {longest} tokens do not fit "
+                    f"into {limit}, the limit of {limiting_field}; lower the lengths or raise the limit",
+                )
+    if shape and engine.max_context_tokens and engine.max_context_tokens > shape.context_tokens:
+        yield (
+            "engine.max_context_tokens",
+            f"{engine.max_context_tokens} is beyond the model's own {shape.context_tokens}; lower it or use null",
+        )
+
+
+def _model_problems(config: RunConfig, shape: ModelShape) -> Iterator[Problem]:
+    tensor, pipeline = config.parallel.tensor_parallel_size, config.parallel.pipeline_parallel_size
+    engine = config.engine.tensor_parallel_size
+    for what, size in (
+        ("attention heads", shape.attention_heads),
+        ("key/value heads", shape.key_value_groups),
+        ("feed-forward channels", shape.feed_forward_size),
+    ):
+        if size % tensor:
+            yield "parallel.tensor_parallel_size", _indivisible(what, size, tensor)
+    if shape.layers % pipeline:
+        yield "parallel.pipeline_parallel_size", _indivisible("layers", shape.layers, pipeline)
+    if shape.attention_heads % engine:
+        yield "engine.tensor_parallel_size", _indivisible("attention heads", shape.attention_heads, engine)
+    # With more processes than key/value heads SGLang keeps copies of a head, in whole numbers.
+    if shape.key_value_groups % engine and engine % shape.key_value_groups:
+        yield "engine.tensor_parallel_size", _indivisible("key/value heads", shape.key_value_groups, engine)
+
+
+def _indivisible(what: str, size: int, parts: int) -> str:
+    return f"the model's {size} {what} cannot be split {parts} ways; choose a divisor of {size}"
+
+
+def _processes(count: int) -> str:
+    return "1 process" if count == 1 else f"{count} processes"
+
+
+def _ceil_divide(a: int, b: int) -> int:
+    return -(-a // b)

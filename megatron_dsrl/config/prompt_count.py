@@ -1,0 +1,42 @@
+"""How many training prompts a local file holds, without reading it into memory: for the figures before a run."""
+
+import json
+from pathlib import Path
+
+from megatron_dsrl.config.data import PromptSetConfig
+from megatron_dsrl.errors import UserError
+
+_LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet")
+
+
+def count_prompts(data: PromptSetConfig) -> int | None:
+    """Rows of a local file, at most `data.limit`; None for a hub name, whose size is known only when it is loaded.
+
+    Raises UserError when the local file is missing, unreadable or empty.
+    """
+    path = Path(data.source).expanduser()
+    if path.suffix not in _LOCAL_SUFFIXES:
+        return None
+    if not path.is_file():
+        raise UserError(f"data.source: there is no file {data.source}; make it first, or correct the path")
+    try:
+        rows = _count_rows(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"data.source: cannot read {data.source}: {error}") from error
+    if rows == 0:
+        raise UserError(f"data.source: {data.source} holds no rows")
+    return rows if data.limit is None else min(rows, data.limit)
+
+
+def _count_rows(path: Path) -> int:
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return pyarrow.parquet.ParquetFile(path).metadata.num_rows
+    with path.open(encoding="utf-8") as file:
+        if path.suffix == ".jsonl":
+            return sum(1 for line in file if line.strip())
+        rows = json.load(file)
+    if not isinstance(rows, list):
+        raise ValueError("expected a JSON list of rows")
+    return len(rows)

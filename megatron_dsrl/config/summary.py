@@ -1,0 +1,75 @@
+"""The dry run's output: the resolved configuration and what it amounts to, as tables for people."""
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_dsrl.config.derived import RunFigures
+from megatron_dsrl.config.load import format_config
+from megatron_dsrl.config.run import RunConfig
+
+
+def print_dry_run(config: RunConfig, figures: RunFigures, console: Console) -> None:
+    """Print the resolved YAML, the run's figures and its phases."""
+    console.rule("resolved configuration")
+    # Neither wrapped nor coloured: it can be copied into a file as it stands.
+    console.print(format_config(config), soft_wrap=True, markup=False, highlight=False)
+    console.rule("derived figures")
+    console.print(_figures_table(config, figures))
+    console.print(_phases_table(figures))
+
+
+def _figures_table(config: RunConfig, figures: RunFigures) -> Table:
+    parallel = config.parallel
+    table = Table("figure", "value", "made of", show_header=True, header_style="bold")
+    rows: list[tuple[str, int, str]] = [
+        ("processes", figures.world_size, "WORLD_SIZE, or --world-size"),
+        (
+            "processes per model",
+            figures.model_parallel_size,
+            f"tensor {parallel.tensor_parallel_size} x pipeline {parallel.pipeline_parallel_size}",
+        ),
+        ("data-parallel size", figures.data_parallel_size, "processes / processes per model"),
+        ("SGLang engines", figures.engines, f"tensor-parallel size {config.engine.tensor_parallel_size} each"),
+        (
+            "samples per step",
+            figures.samples_per_step,
+            f"{figures.prompts_per_step} prompts x {config.rollout.samples_per_prompt} samples",
+        ),
+        (
+            "samples per optimizer step",
+            figures.samples_per_optimizer_step,
+            f"{figures.optimizer_steps_per_rollout} optimizer step(s) per rollout",
+        ),
+        ("optimizer steps", figures.optimizer_steps, f"{config.steps} steps in all"),
+        (
+            "longest sequence, tokens",
+            figures.longest_sequence,
+            f"prompt {config.data.max_prompt_tokens} + response {config.rollout.max_response_tokens}",
+        ),
+        ("generated tokens per step, at most", figures.max_generated_tokens_per_step, "samples x response limit"),
+        ("token budget of a micro-batch", figures.max_tokens_per_micro_batch, "actor.max_tokens_per_micro_batch"),
+    ]
+    for name, value, origin in rows:
+        table.add_row(name, f"{value:,}", origin)
+    epochs = "unknown" if figures.epochs is None else f"{figures.epochs:.2f}"
+    prompts = "unknown before the run" if figures.prompts is None else f"{figures.prompts:,} training prompts"
+    table.add_row("epochs", epochs, prompts)
+    return table
+
+
+def _phases_table(figures: RunFigures) -> Table:
+    table = Table(
+        "phase", "space", "steps", "from - to", "trained tokens per step, at most", "micro-batches at full length",
+        title="phases",
+    )  # fmt: skip
+    for phase in figures.phases:
+        span = f"{phase.first_step} - {phase.last_step}" if phase.steps else "not reached"
+        table.add_row(
+            phase.name,
+            phase.space,
+            str(phase.steps),
+            span,
+            f"{phase.max_tokens_per_step:,}",
+            str(phase.full_length_micro_batches),
+        )
+    return table

@@ -1,0 +1,270 @@
+"""What is installed, which device and kernels there are, what is missing, and what to do about it: `dsrl doctor`.
+
+Every check gives a Finding. `ok` is fine, `note` is worth knowing (a run works without it), `problem` prevents every
+run. Packages are looked up by their metadata, not imported: importing SGLang takes many seconds, and a broken CUDA
+extension must not end the examination.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import socket
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import psutil
+from packaging.requirements import Requirement
+from rich.console import Console
+from rich.table import Table
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+LOCK_FILES = ("tools/requirements-cpu.lock", "tools/requirements-cpu-no-deps.lock")
+ESSENTIAL_PACKAGES = (
+    "torch", "megatron-core", "sglang", "transformers", "datasets", "safetensors", "pydantic", "PyYAML", "Pebble",
+    "aiohttp", "tensorboard", "rich", "matplotlib", "Jinja2",
+)  # fmt: skip
+SET_UP = "run `bash tools/setup_cpu.sh` (CPU), or `pip install -e .[gpu]` on a GPU machine"
+SMALLEST_SHARED_MEMORY = 1 << 30
+"""Bytes; weights go to the engine through shared memory in buckets. Containers often start with 64 MiB."""
+
+SMALLEST_MEMORY = 6 << 30
+"""Bytes; a tiny CPU run takes about 4 GiB: the trainer, the engine and its scheduler."""
+
+Severity = Literal["ok", "note", "problem"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    topic: str
+    """What was looked at, such as `torch` or `shared memory`."""
+    severity: Severity
+    found: str
+    """What is there, in words."""
+    advice: str = ""
+    """What to do about it; empty when nothing needs doing."""
+
+
+@dataclass(frozen=True)
+class Examination:
+    """All findings about this machine."""
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def can_run(self) -> bool:
+        """Whether a CPU or GPU run is possible."""
+        return all(finding.severity != "problem" for finding in self.findings)
+
+
+def examine() -> Examination:
+    """Look at this machine and the Python environment of this process; changes nothing."""
+    packages = tuple(_packages(read_pins(REPOSITORY / name for name in LOCK_FILES)))
+    torch_is_there = not any(finding.topic == "torch" and finding.severity == "problem" for finding in packages)
+    cuda = torch_is_there and _has_cuda()
+    return Examination((
+        _python(),
+        *packages,
+        *(_device() if torch_is_there else ()),
+        *_kernels(cuda),
+        _compiler(),
+        _processor(),
+        _memory(),
+        _shared_memory(Path("/dev/shm")),
+        _ports(),
+    ))  # fmt: skip
+
+
+def read_pins(lock_files: Iterable[Path]) -> dict[str, str]:
+    """Pinned version by package name; empty outside a checkout, where there are no lock files."""
+    lines = [line for file in lock_files if file.is_file() for line in file.read_text(encoding="utf-8").splitlines()]
+    requirements = [Requirement(line) for line in lines if line.strip() and not line.startswith("#")]
+    return {requirement.name: next(iter(requirement.specifier)).version for requirement in requirements}
+
+
+def print_for_people(examination: Examination, console: Console | None = None) -> None:
+    """A table of the findings, then what to do, then the verdict."""
+    console = console or Console()
+    colours = {"ok": "green", "note": "yellow", "problem": "bold red"}
+    table = Table("", "what", "found", box=None, header_style="bold")
+    for finding in examination.findings:
+        colour = colours[finding.severity]
+        table.add_row(f"[{colour}]{finding.severity}[/]", finding.topic, finding.found)
+    console.print(table)
+    for finding in examination.findings:
+        if finding.advice:
+            colour = colours[finding.severity]
+            console.print(f"[{colour}]{finding.severity}[/]: {finding.topic}: {finding.advice}", soft_wrap=True)
+    verdict = "A run is possible here." if examination.can_run else "No run is possible before the problems are mended."
+    console.print(f"\n{verdict}", style="bold")
+
+
+def print_as_json(examination: Examination) -> None:
+    """The same as one JSON object on stdout."""
+    findings = [dataclasses.asdict(finding) for finding in examination.findings]
+    print(json.dumps({"can_run": examination.can_run, "findings": findings}, indent=2))
+
+
+def _python() -> Finding:
+    found = f"{platform.python_version()} ({sys.executable})"
+    if (3, 11) <= sys.version_info[:2] <= (3, 12):
+        return Finding("Python", "ok", found)
+    return Finding("Python", "problem", found, "use Python 3.11 or 3.12: DSRL_PYTHON=python3.12 bash tools/setup_cpu.sh")
+
+
+def _packages(pins: dict[str, str]) -> Iterator[Finding]:
+    for name in ESSENTIAL_PACKAGES:
+        installed, pinned = _installed_version(name), pins.get(name)
+        if installed is None:
+            yield Finding(name, "problem", "not installed", SET_UP)
+        elif pinned and installed.partition("+")[0] != pinned:
+            advice = f"the CPU environment is tested with {pinned}; to get it, {SET_UP.partition(',')[0]}"
+            yield Finding(name, "note", f"{installed}, other than the tested {pinned}", advice)
+        else:
+            yield Finding(name, "ok", installed)
+
+
+def _installed_version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _has_cuda() -> bool:
+    from megatron_dsrl.platform.devices import take_inventory
+
+    return take_inventory().platform == "cuda"
+
+
+def _device() -> Iterator[Finding]:
+    from megatron_dsrl.platform.devices import take_inventory
+
+    devices = take_inventory()
+    if devices.platform == "cuda":
+        names = ", ".join(sorted(set(devices.names)))
+        yield Finding("device", "ok", f"{len(devices.names)} CUDA device(s): {names}; CUDA {devices.torch_cuda_version}")
+    elif devices.torch_cuda_version is None:
+        yield Finding("device", "ok", "CPU (torch is the CPU build); tiny models only")
+    else:
+        yield Finding(
+            "device",
+            "note",
+            f"CPU; torch is built for CUDA {devices.torch_cuda_version} but sees no device",
+            "on a GPU machine check `nvidia-smi` and that the driver supports this CUDA version; on a CPU machine "
+            "install the CPU build of torch",
+        )
+
+
+def _kernels(cuda: bool) -> Iterator[Finding]:
+    """Fused kernels: all optional; on CPU they are neither needed nor used."""
+    yield _kernel("Transformer Engine", _transformer_engine(), cuda, "pip install transformer-engine[pytorch]")
+    yield _apex(cuda)
+    flash_attention = _installed_version("flash-attn") if find_spec("flash_attn") else None
+    yield _kernel("flash attention", flash_attention, cuda, "pip install flash-attn")
+    sgl_kernel = _installed_version("sglang-kernel") or _installed_version("sgl-kernel")
+    if cuda and sgl_kernel is None:
+        advice = "SGLang cannot run on a GPU without it: pip install sglang-kernel"
+        yield Finding("SGLang's kernels (sgl_kernel)", "problem", "not installed", advice)
+    else:
+        yield _kernel("SGLang's kernels (sgl_kernel)", sgl_kernel, cuda, "")
+
+
+def _transformer_engine() -> str | None:
+    """Version of its torch part; the package of that name on PyPI alone is an empty meta package."""
+    if find_spec("transformer_engine") is None or _installed_version("transformer-engine-torch") is None:
+        return None
+    return _installed_version("transformer-engine")
+
+
+def _apex(cuda: bool) -> Finding:
+    has_kernels = find_spec("amp_C") is not None
+    apex = find_spec("apex")
+    # Looked up on disk: asking for the submodule's spec would import its parent.
+    folders = apex.submodule_search_locations or () if apex else ()
+    is_nvidia_apex = any((Path(folder) / "multi_tensor_apply").is_dir() for folder in folders)
+    if is_nvidia_apex and has_kernels:
+        return Finding("NVIDIA apex", "ok", "installed, with its CUDA kernels")
+    if is_nvidia_apex:
+        advice = "rebuild it with its C++ and CUDA extensions" if cuda else ""
+        return Finding("NVIDIA apex", "note", "installed without its CUDA kernels (amp_C)", advice)
+    if apex:
+        return Finding(
+            "NVIDIA apex",
+            "note",
+            "a package called apex is installed, but it is not NVIDIA's",
+            "the `apex` of PyPI is an unrelated web toolkit: pip uninstall apex. NVIDIA's must be built from its source",
+        )
+    return _kernel("NVIDIA apex", None, cuda, "build it from NVIDIA's source (it is not on PyPI), or use an image with it")
+
+
+def _kernel(topic: str, found: str | None, cuda: bool, remedy: str) -> Finding:
+    if found is not None:
+        return Finding(topic, "ok", found)
+    if not cuda:
+        return Finding(topic, "ok", "not installed; not used on CPU")
+    return Finding(topic, "note", "not installed; runs are slower without it", remedy)
+
+
+def _compiler() -> Finding:
+    compiler = shutil.which(os.environ.get("CC", "gcc")) or shutil.which("cc")
+    if compiler:
+        return Finding("C compiler", "ok", compiler)
+    return Finding("C compiler", "note", "none found", "install gcc: Triton compiles its kernels with it")
+
+
+def _processor() -> Finding:
+    usable, total = len(os.sched_getaffinity(0)), os.cpu_count()
+    return Finding("CPU cores", "ok", f"{usable} usable of {total}")
+
+
+def _memory() -> Finding:
+    memory = psutil.virtual_memory()
+    found = f"{_gibibytes(memory.available)} available of {_gibibytes(memory.total)}"
+    if memory.available >= SMALLEST_MEMORY:
+        return Finding("memory", "ok", found)
+    advice = f"a tiny CPU run takes about {_gibibytes(SMALLEST_MEMORY)}; end other programs or use a larger machine"
+    return Finding("memory", "note", found, advice)
+
+
+def _shared_memory(folder: Path) -> Finding:
+    if not folder.is_dir():
+        advice = "mount a tmpfs there: torch shares tensors between processes through it"
+        return Finding("shared memory", "problem", f"{folder} does not exist", advice)
+    usage = shutil.disk_usage(folder)
+    found = f"{_gibibytes(usage.free)} free of {_gibibytes(usage.total)} in {folder}"
+    if usage.free >= SMALLEST_SHARED_MEMORY:
+        return Finding("shared memory", "ok", found)
+    return Finding(
+        "shared memory",
+        "note",
+        found,
+        "weights go to the engines through it: give the container more (docker run --shm-size=16g), or lower "
+        "engine.weight_bucket_megabytes well below it",
+    )
+
+
+def _ports() -> Finding:
+    """Whether this process may listen on a free local port and be reached there, as the engines must."""
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            server.settimeout(5)
+            port = server.getsockname()[1]
+            with socket.create_connection(("127.0.0.1", port), timeout=5):
+                server.accept()[0].close()
+    except OSError as error:
+        advice = "the engines listen on 127.0.0.1; allow local TCP connections for this user"
+        return Finding("local ports", "problem", f"cannot listen on 127.0.0.1 and connect to it: {error}", advice)
+    return Finding("local ports", "ok", f"can listen on 127.0.0.1 and connect to it (tried port {port})")
+
+
+def _gibibytes(size: int) -> str:
+    return f"{size / (1 << 30):.1f} GiB"
