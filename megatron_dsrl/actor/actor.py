@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,9 @@ from megatron_dsrl.actor.packing import MicroBatch, pack
 from megatron_dsrl.actor.statistics import TokenStatistics, UpdateMetrics
 from megatron_dsrl.algorithms.experience import Experience
 from megatron_dsrl.algorithms.losses import TokenLoss, token_mean_weights
+from megatron_dsrl.weights.export import export_hf_folder
+from megatron_dsrl.weights.stream import stream_hf_weights
+from megatron_dsrl.weights.table import WeightTable
 
 
 class Actor:
@@ -31,6 +35,8 @@ class Actor:
         chunks: list[DistributedDataParallel],
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
+        table: WeightTable,
+        folder: Path,
         vocab_size: int,
         temperature: float,
         max_tokens_per_micro_batch: int,
@@ -41,6 +47,8 @@ class Actor:
             chunks: this pipeline stage's model chunks, wrapped for data parallelism, weights loaded.
             optimizer: over the same chunks.
             scheduler: learning-rate schedule of the optimizer.
+            table: names of the weights in HF checkpoints.
+            folder: HF folder that the model came from; an export takes its config.json and tokenizer.
             vocab_size: rows of the HF embedding; what Megatron pads behind them is not scored.
             temperature: sampling temperature, by which logits are divided.
             max_tokens_per_micro_batch: token budget of a packed row.
@@ -49,6 +57,8 @@ class Actor:
         self._config = chunks[0].config
         self._config.finalize_model_grads_func = sum_gradients
         self._device = next(chunks[0].parameters()).device
+        self._table = table
+        self._folder = folder
         self._vocab_size = vocab_size
         self._optimizer = optimizer
         self._scheduler = scheduler
@@ -126,6 +136,14 @@ class Actor:
         dist.all_gather_object(everyone, mine if parallel_state.get_tensor_model_parallel_rank() == 0 else {})
         by_index = {i: values for part in everyone for i, values in part.items()}
         return tuple(by_index[i] for i in range(len(experience)))
+
+    def hf_weights(self, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
+        """The current weights as full HF tensors in buckets, in the parameters' dtype; see `stream_hf_weights`."""
+        return stream_hf_weights(self._chunks, self._table, bucket_bytes, self._config.params_dtype)
+
+    def export_hf(self, target: Path) -> None:
+        """Write the current weights as an HF folder; see `export_hf_folder`."""
+        export_hf_folder(self._chunks, self._table, self._folder, target, self._config.params_dtype)
 
     def _micro_batches(self, experience: Experience) -> tuple[Sequence[Sequence[int]], list[MicroBatch]]:
         """This data-parallel rank's share: indices of the sequences, and the packed micro-batches of them."""
