@@ -105,12 +105,12 @@ def step_parts(record: Record) -> list[str]:
 
 def evaluation_line(record: Record) -> str:
     """An evaluation record in words."""
-    return (
-        f"evaluation after step {record['step']}: {record['set']} accuracy {_percent(record['accuracy'])}"
-        f" ± {_percent(record['standard_error'])}"
-        f" ({record['problems']} problems x {record['samples_per_prompt']} samples,"
-        f" {record['mean_tokens']:.0f} tokens, {record['truncated_fraction']:.1%} truncated)"
-    )
+    parts = [
+        _formatted(record, "{:.1%} ± {:.1%}", "accuracy", "standard_error") or "accuracy unknown",
+        _formatted(record, "{} problems x {} samples", "problems", "samples_per_prompt"),
+        _formatted(record, "{:.0f} tokens, {:.1%} truncated", "mean_tokens", "truncated_fraction"),
+    ]
+    return f"evaluation after step {record['step']}: {record['set']} " + " | ".join(part for part in parts if part)
 
 
 def duration(seconds: float) -> str:
@@ -128,10 +128,6 @@ def duration(seconds: float) -> str:
 def _formatted(record: Record, template: str, *keys: str) -> str:
     values = [record.get(key) for key in keys]
     return "" if None in values else template.format(*values)
-
-
-def _percent(fraction: float | None) -> str:
-    return "unknown" if fraction is None else f"{fraction:.1%}"
 
 
 def _seconds(record: Record) -> str:

@@ -1,0 +1,114 @@
+"""Which sampled responses the report shows: a few groups of the first, the middle and the last recorded step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from megatron_dsrl.observability.step_metrics import reward_metrics
+from megatron_dsrl.rollout.recording import iterate_groups, recorded_steps
+from megatron_dsrl.rollout.sample import Group, Sample
+
+GROUPS_PER_STEP = 3
+GROUPS_READ_PER_STEP = 64
+SAMPLES_PER_GROUP = 8
+MAX_CHARACTERS = 12_000
+
+
+@dataclass(frozen=True)
+class ShownSample:
+    """One response as the page shows it."""
+
+    text: str
+    reward: float
+    tokens: int
+    finish_reason: str
+    verdict: str
+    mean_log_prob: float | None
+    """Engine log-prob per token; nat. None for an empty response."""
+
+
+@dataclass(frozen=True)
+class ShownGroup:
+    """One prompt and its responses as the page shows them."""
+
+    kind: str
+    """`solved`, `mixed` or `unsolved`."""
+    prompt: str
+    answer: str
+    prompt_tokens: int
+    weight_version: int
+    mean_reward: float
+    samples: list[ShownSample]
+    hidden_samples: int
+    """Further samples of the group that are only in the rollout file."""
+
+
+@dataclass(frozen=True)
+class ShownStep:
+    """Some groups of one step."""
+
+    step: int
+    groups: list[ShownGroup]
+
+
+def shown_steps(run_folder: Path) -> list[ShownStep]:
+    """Groups of the first, middle and last recorded step; empty when the run saved no rollouts."""
+    steps = sorted(recorded_steps(run_folder))
+    if not steps:
+        return []
+    chosen = sorted({steps[0], steps[len(steps) // 2], steps[-1]})
+    return [ShownStep(step, _shown_groups(run_folder, step)) for step in chosen]
+
+
+def choose_groups(groups: Sequence[Group], count: int) -> list[Group]:
+    """The first mixed, the first unsolved and the first solved group, then further ones in order, `count` in all."""
+    first_of_kind = {group_kind(group): group for group in reversed(groups)}
+    chosen = [first_of_kind[kind] for kind in ("mixed", "unsolved", "solved") if kind in first_of_kind]
+    chosen += [group for group in groups if all(group is not other for other in chosen)]
+    return chosen[:count]
+
+
+def group_kind(group: Group) -> str:
+    """`solved`, `mixed` or `unsolved`, as the step metrics count them."""
+    metrics = reward_metrics([group])
+    return next(kind for kind in ("solved", "mixed", "unsolved") if metrics[f"reward/{kind}_groups"])
+
+
+def _shown_groups(run_folder: Path, step: int) -> list[ShownGroup]:
+    # Files of large runs hold a million tokens: only their beginning is read.
+    groups = list(islice(iterate_groups(run_folder, step), GROUPS_READ_PER_STEP))
+    return [_shown_group(group) for group in choose_groups(groups, GROUPS_PER_STEP)]
+
+
+def _shown_group(group: Group) -> ShownGroup:
+    return ShownGroup(
+        kind=group_kind(group),
+        prompt=shortened(group.prompt.text),
+        answer=group.prompt.answer,
+        prompt_tokens=len(group.prompt.token_ids),
+        weight_version=group.samples[0].weight_version,
+        mean_reward=sum(sample.reward for sample in group.samples) / len(group.samples),
+        samples=[_shown_sample(sample) for sample in group.samples[:SAMPLES_PER_GROUP]],
+        hidden_samples=max(0, len(group.samples) - SAMPLES_PER_GROUP),
+    )
+
+
+def _shown_sample(sample: Sample) -> ShownSample:
+    tokens = len(sample.response_ids)
+    return ShownSample(
+        text=shortened(sample.text),
+        reward=sample.reward,
+        tokens=tokens,
+        finish_reason=sample.finish_reason,
+        verdict=sample.verdict,
+        mean_log_prob=sum(sample.log_probs) / tokens if tokens else None,
+    )
+
+
+def shortened(text: str) -> str:
+    """The text, or its beginning and end with a note between when it is longer than `MAX_CHARACTERS`."""
+    if len(text) <= MAX_CHARACTERS:
+        return text
+    half = MAX_CHARACTERS // 2
+    return f"{text[:half]}\n\n[… {len(text) - 2 * half:,} characters left out …]\n\n{text[-half:]}"

@@ -1,0 +1,124 @@
+"""A run folder read back: its configuration, records and phases."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_dsrl.errors import UserError
+from megatron_dsrl.observability.charts import PHASE_COLOURS, PhaseSpan
+from megatron_dsrl.observability.records import Record, read_records
+from megatron_dsrl.observability.tracker import EVALUATION_FILE, METRICS_FILE
+
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass(frozen=True)
+class RunRecords:
+    """What one run has recorded so far; every part but the folder may be missing."""
+
+    folder: Path
+    name: str
+    config_text: str
+    config: dict[str, Any]
+    """The resolved configuration; empty when config.yaml is missing."""
+    steps: list[Record]
+    """One per step, ascending."""
+    evaluations: dict[str, list[Record]]
+    """By set name; ascending steps, the last record of a step wins."""
+    phases: list[PhaseSpan]
+    last_written: datetime | None
+    """When the last step record was written; UTC."""
+
+    @property
+    def total_steps(self) -> int | None:
+        """Steps that the configuration asks for; None when unknown."""
+        return self.config.get("steps")
+
+    @property
+    def step_numbers(self) -> tuple[int, ...]:
+        """The recorded steps, ascending."""
+        return tuple(record["step"] for record in self.steps)
+
+    def column(self, key: str) -> tuple[float | None, ...]:
+        """One key over all steps; None where it is absent or null."""
+        return tuple(record.get(key) for record in self.steps)
+
+
+def read_run(folder: Path) -> RunRecords:
+    """Read a run folder, also while the run is still going.
+
+    Raises UserError when the folder is missing, is not a run folder or holds damaged files.
+    """
+    _check_run_folder(folder)
+    text, config = _read_config(folder / CONFIG_FILE)
+    metrics = folder / METRICS_FILE
+    steps = sorted({record["step"]: record for record in read_records(metrics)}.values(), key=_step)
+    written = datetime.fromtimestamp(metrics.stat().st_mtime, UTC) if steps else None
+    return RunRecords(
+        folder=folder,
+        name=str(config.get("name", folder.resolve().name)),
+        config_text=text,
+        config=config,
+        steps=steps,
+        evaluations=_by_set(read_records(folder / EVALUATION_FILE)),
+        phases=phase_spans([(record["step"], record["phase"]) for record in steps]),
+        last_written=written,
+    )
+
+
+def phase_spans(steps: Sequence[tuple[int, str]]) -> list[PhaseSpan]:
+    """Consecutive steps of the same phase as spans; a phase that comes back keeps its colour."""
+    spans: list[PhaseSpan] = []
+    colours: dict[str, int] = {}
+    for step, name in steps:
+        colour = colours.setdefault(name, len(colours) % PHASE_COLOURS + 1)
+        if spans and spans[-1].name == name:
+            spans[-1] = PhaseSpan(name, spans[-1].first_step, step, colour)
+        else:
+            spans.append(PhaseSpan(name, step, step, colour))
+    return spans
+
+
+def _check_run_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder}. Give the folder of a run, <output_dir>/<name>.")
+    if _looks_like_run(folder):
+        return
+    runs = sorted(child.name for child in folder.iterdir() if child.is_dir() and _looks_like_run(child))
+    hint = f" It contains the runs {', '.join(runs[:5])}." if runs else ""
+    raise UserError(
+        f"{folder} is not a run folder: it has neither {CONFIG_FILE} nor {METRICS_FILE}.{hint}"
+        " Give the folder of a run, <output_dir>/<name>."
+    )
+
+
+def _looks_like_run(folder: Path) -> bool:
+    return (folder / CONFIG_FILE).is_file() or (folder / METRICS_FILE).is_file()
+
+
+def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
+    if not path.is_file():
+        return "", {}
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}. Restore it, or move it away to do without.") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is not a configuration: a mapping is expected. Restore it, or move it away.")
+    return text, config
+
+
+def _by_set(records: Sequence[Record]) -> dict[str, list[Record]]:
+    sets: dict[str, dict[int, Record]] = {}
+    for record in records:
+        sets.setdefault(record["set"], {})[record["step"]] = record
+    return {name: sorted(by_step.values(), key=_step) for name, by_step in sets.items()}
+
+
+def _step(record: Record) -> int:
+    return record["step"]
