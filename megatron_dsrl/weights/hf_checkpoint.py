@@ -1,0 +1,90 @@
+"""The tensors of an HF folder: one safetensors file, or several with an index. Nothing is read before it is asked for."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_dsrl.errors import UserError
+from megatron_dsrl.weights.layouts import Shape
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+class HfCheckpoint:
+    """Names, shapes and tensors of an HF folder's weights."""
+
+    def __init__(self, folder: Path):
+        """Find the weight files.
+
+        Raises:
+            UserError: there are none, the index is damaged, or it names a file that is not there.
+        """
+        self.folder = folder
+        self._file_of = self._read_index() if (folder / INDEX_FILE).exists() else self._read_single()
+
+    def names(self) -> set[str]:
+        """Names of all tensors."""
+        return set(self._file_of)
+
+    def file_of(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._file_of[name]
+
+    def shapes(self) -> dict[str, Shape]:
+        """Shapes of all tensors, from the files' headers.
+
+        Raises:
+            UserError: a file is damaged, or lacks a tensor that the index places in it.
+        """
+        shapes = {}
+        for path in sorted(set(self._file_of.values())):
+            with _open(path) as file:
+                inside = set(file.keys())
+                for name in (name for name, owner in self._file_of.items() if owner == path):
+                    if name not in inside:
+                        raise UserError(f"{path}: tensor {name} is missing, though {INDEX_FILE} places it there")
+                    shapes[name] = tuple(file.get_slice(name).get_shape())
+        return shapes
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on CPU, in the file's dtype."""
+        with _open(self._file_of[name]) as file:
+            return file.get_tensor(name)
+
+    def _read_single(self) -> dict[str, Path]:
+        path = self.folder / SINGLE_FILE
+        if not path.exists():
+            raise UserError(
+                f"{self.folder} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE}. Point model.path at a folder "
+                "that does, or set model.random_init=true"
+            )
+        with _open(path) as file:
+            return {name: path for name in file.keys()}
+
+    def _read_index(self) -> dict[str, Path]:
+        index = self.folder / INDEX_FILE
+        try:
+            files = json.loads(index.read_text())["weight_map"]
+            placed = {name: self.folder / file for name, file in files.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index} cannot be read as a safetensors index: {error!r}") from error
+        for path in sorted(set(placed.values())):
+            if not path.exists():
+                raise UserError(f"{path} is missing, though {INDEX_FILE} names it")
+        return placed
+
+
+def _open(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def torch_dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype as `config.json` has it, such as `bfloat16`."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,108 @@
+"""Stream a sharded model out as full HF tensors, in buckets of bounded size.
+
+All ranks take part and all receive every tensor, in the same order, whatever the layout. A bucket is filled by one
+pipeline stage: its shards travel as one flat tensor over tensor parallelism, the merged tensors as one flat tensor to
+the other stages. At most about two buckets per rank are in memory at a time (and the shards of one, under tensor
+parallelism).
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from megatron_dsrl.weights.table import TableEntry, WeightTable, bind
+
+
+@dataclass(frozen=True)
+class PlannedBucket:
+    """Entries that travel together, all held by one pipeline stage."""
+
+    stage: int
+    entries: tuple[TableEntry, ...]
+
+
+def plan_buckets(
+    table: WeightTable, stage_of: Mapping[TableEntry, int], bucket_bytes: int, dtype: torch.dtype
+) -> list[PlannedBucket]:
+    """Cut the table's entries, in order, into buckets of at most `bucket_bytes`; a larger entry gets one of its own."""
+    buckets: list[PlannedBucket] = []
+    filled = 0
+    for entry in table.entries():
+        entry_bytes = sum(math.prod(tensor.shape) for tensor in entry.hf) * dtype.itemsize
+        stage = stage_of[entry]
+        if not buckets or buckets[-1].stage != stage or filled + entry_bytes > bucket_bytes:
+            buckets.append(PlannedBucket(stage, ()))
+            filled = 0
+        buckets[-1] = PlannedBucket(stage, (*buckets[-1].entries, entry))
+        filled += entry_bytes
+    return buckets
+
+
+@torch.no_grad()
+def stream_hf_weights(
+    chunks: Sequence[nn.Module], table: WeightTable, bucket_bytes: int, dtype: torch.dtype
+) -> Iterator[list[tuple[str, Tensor]]]:
+    """Yield all HF tensors of the model, bucket by bucket. Collective over the ranks of a model replica.
+
+    Every rank must draw the generator to its end. Each bucket is memory of its own, not the parameters', and is
+    freed when the caller lets go of it.
+
+    Args:
+        chunks: GPTModel chunks of this pipeline stage, in whatever wrappers.
+        table: the model's weight table.
+        bucket_bytes: size limit of a bucket in `dtype`; a single entry (QKV, gate and up, the vocabulary) may exceed it.
+        dtype: of the tensors that come out.
+
+    Yields:
+        (HF name, full tensor on the model's device), in the table's order.
+    """
+    bound = bind(chunks, table)
+    device = next(parameter for parameters in bound.values() for parameter in parameters).device
+    my_stage = parallel_state.get_pipeline_model_parallel_rank()
+    for bucket in plan_buckets(table, _owning_stages(bound, table), bucket_bytes, dtype):
+        shapes = [tensor.shape for entry in bucket.entries for tensor in entry.hf]
+        if my_stage == bucket.stage:
+            flat = _gather_bucket([(entry, bound[entry][0]) for entry in bucket.entries], dtype)
+        else:
+            flat = torch.empty(sum(map(math.prod, shapes)), dtype=dtype, device=device)
+        _broadcast_from_stage(flat, bucket.stage)
+        names = [tensor.name for entry in bucket.entries for tensor in entry.hf]
+        parts = flat.split([math.prod(shape) for shape in shapes])
+        yield [(name, part.view(shape)) for name, part, shape in zip(names, parts, shapes)]
+
+
+def _owning_stages(bound: Mapping[TableEntry, object], table: WeightTable) -> dict[TableEntry, int]:
+    """The first pipeline stage that holds each entry."""
+    order = list(table.entries())
+    mine = [entry in bound for entry in order]
+    group = parallel_state.get_pipeline_model_parallel_group()
+    held: list[list[bool]] = [mine] * group.size()
+    if group.size() > 1:
+        dist.all_gather_object(held, mine, group=group)
+    return {entry: [stage[i] for stage in held].index(True) for i, entry in enumerate(order)}
+
+
+def _gather_bucket(held: Sequence[tuple[TableEntry, nn.Parameter]], dtype: torch.dtype) -> Tensor:
+    """All HF tensors of a bucket that this stage holds, flat, one after the other. Always a copy."""
+    local = torch.cat([parameter.detach().flatten().to(dtype) for _, parameter in held])
+    ranks = [local]
+    group = parallel_state.get_tensor_model_parallel_group()
+    if group.size() > 1:
+        ranks = [torch.empty_like(local) for _ in range(group.size())]
+        dist.all_gather(ranks, local, group=group)
+    shards_of_rank = [flat.split([parameter.numel() for _, parameter in held]) for flat in ranks]
+    merged = []
+    for (entry, parameter), shards in zip(held, zip(*shards_of_rank)):
+        merged += entry.rule.layout.merge([shard.view(parameter.shape) for shard in shards])
+    return torch.cat([tensor.flatten() for tensor in merged])
+
+
+def _broadcast_from_stage(flat: Tensor, stage: int) -> None:
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if group.size() > 1:
+        dist.broadcast(flat, src=dist.get_global_rank(group, stage), group=group)
