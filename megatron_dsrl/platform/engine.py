@@ -1,0 +1,119 @@
+"""What differs between CPU and CUDA for an SGLang engine: server arguments, environment, memory, tensor sharing.
+
+Nothing here imports SGLang except in the engine's own processes: importing it patches Transformers, which the
+trainer must not inherit.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.multiprocessing
+
+from megatron_dsrl.config.rollout import EngineConfig
+from megatron_dsrl.errors import UserError
+
+ServerArguments = dict[str, str | int | float | bool]
+"""SGLang `ServerArgs` fields by name."""
+
+
+def engine_server_arguments(config: EngineConfig, local_rank: int) -> ServerArguments:
+    """Server arguments that depend on the device.
+
+    Args:
+        config: The engine section.
+        local_rank: Node-local rank of the first rank of the engine's group; its device is the engine's first.
+
+    Raises:
+        UserError: `engine.max_total_tokens` is missing on CPU, where SGLang would take nearly all memory.
+    """
+    return _cuda_server_arguments(config, local_rank) if torch.cuda.is_available() else _cpu_server_arguments(config)
+
+
+def engine_environment(tensor_parallel_size: int) -> dict[str, str]:
+    """Environment variables of the server process, beyond those that it inherits."""
+    if torch.cuda.is_available():
+        return {}
+    environment = {
+        "SGLANG_USE_CPU_ENGINE": "1",
+        # More threads than free cores make decoding several times slower: the operations are tiny.
+        "OMP_NUM_THREADS": "1",
+        "TORCH_COMPILE_DISABLE": "1",  # compiling costs more than it gains at this size
+    }
+    if tensor_parallel_size > 1:
+        environment["SGLANG_CPU_OMP_THREADS_BIND"] = _cores_for_ranks(tensor_parallel_size)
+    return environment
+
+
+def can_release_engine_memory() -> bool:
+    """Whether the engine can give its memory to the training step and take it back."""
+    return torch.cuda.is_available()
+
+
+def prepare_engine_process() -> None:
+    """Run first in every process of an engine, before SGLang is imported."""
+    if not torch.cuda.is_available():
+        from megatron_dsrl.platform.sglang_cpu import absent_packages
+
+        absent_packages.install()
+
+
+def run_scheduler_process(*args: Any, **kwargs: Any) -> Any:
+    """SGLang's scheduler process, with this platform's attention backend."""
+    from sglang.srt.managers.scheduler import run_scheduler_process as sglang_scheduler_process
+
+    if not torch.cuda.is_available():
+        from megatron_dsrl.platform.sglang_cpu import batched_attention
+
+        batched_attention.register()
+    return sglang_scheduler_process(*args, **kwargs)
+
+
+@contextmanager
+def tensor_sharing() -> Iterator[None]:
+    """Inside, pickled tensors can be opened by a process that is no child of this one.
+
+    CPU tensors are shared through named files in memory: file descriptors, the default, need the receiver to hold
+    this process's authentication key, and SGLang's scheduler dies on the refused connection. CUDA tensors are shared
+    by CUDA IPC either way.
+    """
+    before = torch.multiprocessing.get_sharing_strategy()
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    try:
+        yield
+    finally:
+        torch.multiprocessing.set_sharing_strategy(before)
+
+
+def _cuda_server_arguments(config: EngineConfig, local_rank: int) -> ServerArguments:
+    return {
+        "base_gpu_id": local_rank,
+        "enable_memory_saver": True,
+        "mem_fraction_static": config.memory_fraction,
+    }
+
+
+def _cpu_server_arguments(config: EngineConfig) -> ServerArguments:
+    if config.max_total_tokens is None:
+        raise UserError(
+            "engine.max_total_tokens must be set on a machine without CUDA: it is the KV-cache capacity in tokens "
+            "(for a tiny model 65536 is a good start)"
+        )
+    return {
+        "device": "cpu",
+        "attention_backend": "torch_native",
+        "sampling_backend": "pytorch",
+        "grammar_backend": "none",
+        "disable_cuda_graph": True,
+        "disable_overlap_schedule": True,
+        "sleep_on_idle": True,  # an idle scheduler would keep one core busy while the trainer works
+    }
+
+
+def _cores_for_ranks(ranks: int) -> str:
+    """One core per engine rank, in SGLang's format `0|1`; cores are shared where there are fewer than ranks."""
+    cores = sorted(os.sched_getaffinity(0))
+    return "|".join(str(cores[rank % len(cores)]) for rank in range(ranks))
+

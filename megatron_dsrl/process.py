@@ -1,0 +1,22 @@
+"""Child processes that cannot outlive their parent (Linux)."""
+
+import ctypes
+import os
+import signal
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel send this process SIGKILL when its parent ends, `kill -9` of the parent included.
+
+    The kernel means the parent's *thread* that started this process, so start children from a lasting thread.
+
+    Args:
+        parent: The process id that is expected; if the parent ended already, this process ends at once.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,174 @@
+"""HTTP calls to one SGLang server, each with a time limit and its answer checked.
+
+Departures from SGLang 0.5.23's own client: its weight calls answer `success: false` without failing, and its
+`update_weights_from_tensor` needs an open weight update; here both are errors.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import aiohttp
+
+from megatron_dsrl.rollout.sampling import SamplingParameters
+
+MemoryTag = Literal["weights", "kv_cache"]
+
+
+class EngineError(RuntimeError):
+    """An engine refused a call, answered something unusable, or is gone."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One response as the engine returned it."""
+
+    response_ids: tuple[int, ...]
+    """Response tokens, the stop token included."""
+
+    log_probs: tuple[float, ...]
+    """Log-prob of every response token. Unit: nat."""
+
+    finish_reason: Literal["stop", "length"]
+    """`length`: the response reached the limit."""
+
+    weight_versions: frozenset[int]
+    """Versions of the weights that produced the tokens; more than one when weights changed in between."""
+
+
+class EngineClient:
+    """Calls to the server at `url`. Used as an asynchronous context manager, which holds the connections."""
+
+    def __init__(self, url: str, timeout_seconds: float) -> None:
+        """
+        Args:
+            url: `http://host:port`.
+            timeout_seconds: Limit of every call but `generate`, whose caller limits the whole batch.
+        """
+        self.url = url
+        self._timeout_seconds = timeout_seconds
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> "EngineClient":
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        assert self._session is not None
+        await self._session.close()
+        self._session = None
+
+    async def generate(
+        self, prompt_ids: Sequence[int], samples: int, sampling: SamplingParameters
+    ) -> list[Completion]:
+        """`samples` responses to one prompt. No time limit of its own.
+
+        Raises:
+            EngineError: The engine refused, aborted or is gone.
+        """
+        request = {
+            "input_ids": [list(prompt_ids)] * samples,
+            "sampling_params": sampling.as_engine_request(),
+            "return_logprob": True,
+        }
+        answers = await self._post("/generate", request, timeout_seconds=None)
+        if not isinstance(answers, list) or len(answers) != samples:
+            raise EngineError(f"engine {self.url}: /generate did not answer with {samples} samples: {answers!r:.500}")
+        return [self._completion(answer) for answer in answers]
+
+    async def begin_weight_update(self) -> None:
+        """Open a weight update. No request may be running."""
+        await self._post_checked("/begin_weight_update", {})
+
+    async def update_weights(self, payload_per_rank: list[str]) -> None:
+        """Load one flattened bucket; one serialised payload per tensor-parallel rank of the engine, in rank order.
+
+        Returns when every rank has copied the tensors: their memory may then be reused.
+        """
+        await self._post_checked(
+            "/update_weights_from_tensor",
+            {
+                "serialized_named_tensors": payload_per_rank,
+                "load_format": "flattened_bucket",
+                "flush_cache": False,
+            },
+        )
+
+    async def end_weight_update(self) -> None:
+        """Close the weight update."""
+        await self._post_checked("/end_weight_update", {})
+
+    async def set_weight_version(self, version: int) -> None:
+        """The version that samples carry from now on."""
+        await self._post_checked(
+            "/update_weight_version", {"new_version": str(version), "abort_all_requests": False}
+        )
+
+    async def flush_cache(self) -> None:
+        """Drop all cached prefixes. Without it, samples after a weight update continue from the old weights' cache."""
+        await self._post("/flush_cache", None)
+
+    async def release_memory(self, tags: Sequence[MemoryTag]) -> None:
+        """Give device memory back. The engine must be idle: SGLang ends the whole engine otherwise."""
+        await self._post("/release_memory_occupation", {"tags": list(tags)})
+
+    async def resume_memory(self, tags: Sequence[MemoryTag]) -> None:
+        """Take released memory again; its contents are undefined until weights are pushed."""
+        await self._post("/resume_memory_occupation", {"tags": list(tags)})
+
+    async def _post_checked(self, path: str, body: dict[str, Any]) -> None:
+        answer = await self._post(path, body)
+        if not isinstance(answer, dict) or answer.get("success") is not True:
+            raise EngineError(f"engine {self.url} refused {path}: {answer!r:.2000}")
+
+    async def _post(self, path: str, body: dict[str, Any] | None, timeout_seconds: float | None = -1.0) -> Any:
+        """POST and return the decoded answer. -1 is the client's own limit, None is no limit."""
+        assert self._session is not None, "EngineClient is used outside `async with`"
+        limit = self._timeout_seconds if timeout_seconds == -1.0 else timeout_seconds
+        try:
+            async with self._session.post(
+                self.url + path, json=body, timeout=aiohttp.ClientTimeout(total=limit)
+            ) as response:
+                if response.status != 200:
+                    raise EngineError(
+                        f"engine {self.url} refused {path}: status {response.status}, {await response.text():.2000}"
+                    )
+                if response.content_type != "application/json":
+                    return await response.text()
+                return await response.json()
+        except asyncio.TimeoutError as error:
+            raise EngineError(f"engine {self.url} did not answer {path} within {limit:g} s") from error
+        except aiohttp.ClientError as error:
+            raise EngineError(
+                f"engine {self.url} is gone: {path} failed with {error!r}; its log is in the run folder under engines/"
+            ) from error
+
+    def _completion(self, answer: dict[str, Any]) -> Completion:
+        meta = answer["meta_info"]
+        reason = meta["finish_reason"]
+        if reason["type"] not in ("stop", "length"):
+            raise EngineError(f"engine {self.url} ended a sample with {reason!r:.500}")
+        response_ids = tuple(answer["output_ids"])
+        log_probs = tuple(entry[0] for entry in meta["output_token_logprobs"])
+        assert len(log_probs) == len(response_ids), f"{len(log_probs)} log-probs for {len(response_ids)} tokens"
+        return Completion(
+            response_ids=response_ids,
+            log_probs=log_probs,
+            finish_reason=reason["type"],
+            weight_versions=frozenset(int(span["version"]) for span in meta["weight_versions"]),
+        )
+
+
+@asynccontextmanager
+async def connect(urls: Sequence[str], timeout_seconds: float) -> AsyncIterator[list[EngineClient]]:
+    """Clients of several engines, closed together."""
+    clients = [EngineClient(url, timeout_seconds) for url in urls]
+    for client in clients:
+        await client.__aenter__()
+    try:
+        yield clients
+    finally:
+        for client in clients:
+            await client.__aexit__()

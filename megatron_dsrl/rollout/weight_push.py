@@ -1,0 +1,121 @@
+"""Weights from the trainer into the engine of the same devices, in flattened buckets, without touching disk.
+
+Only handles travel over HTTP: the engine opens the trainer's memory (CUDA IPC, or shared memory on CPU) and copies.
+A bucket is one byte tensor and a table of what lies where, in the form of SGLang's `flattened_bucket` load format.
+The form is written here rather than imported: importing SGLang patches Transformers, which the trainer must not
+inherit.
+"""
+
+import asyncio
+import base64
+import io
+from collections.abc import Iterable
+from multiprocessing.reduction import ForkingPickler
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed
+import torch.multiprocessing  # noqa: F401  (teaches ForkingPickler to share tensors)
+
+from megatron_dsrl.platform.engine import tensor_sharing
+from megatron_dsrl.rollout.client import EngineClient, EngineError, connect
+
+Bucket = list[tuple[str, torch.Tensor]]
+"""Full, HF-named tensors."""
+
+ALIGNMENT_BYTES = 16
+"""Every tensor starts at a multiple of this, so that a bucket may mix dtypes."""
+
+
+def push_weights(
+    buckets: Iterable[Bucket],
+    version: int,
+    engine_url: str | None,
+    group: torch.distributed.ProcessGroup | None,
+    timeout_seconds: float,
+) -> None:
+    """Replace the engine's weights and set their version. All ranks of the engine's group call it together.
+
+    No sample may be running. The version is set after the last bucket was confirmed and the prefix cache flushed.
+
+    Args:
+        buckets: Non-empty lists of (HF name, full tensor), the same on every rank of the group. Tensors of a bucket
+            may be overwritten when the next bucket is taken.
+        version: The new weight version.
+        engine_url: The engine; None on all but the first rank of the group.
+        group: Gloo group of the ranks that share the engine; None when that is one rank.
+        timeout_seconds: Limit of each call.
+
+    Raises:
+        EngineError: The engine refused or is gone, on every rank of the group.
+    """
+    _on_first_rank(engine_url, group, timeout_seconds, lambda client: client.begin_weight_update())
+    for bucket in buckets:
+        flattened = flatten(bucket)
+        payloads = _gather(serialise(flattened), group)
+        _on_first_rank(engine_url, group, timeout_seconds, lambda client: client.update_weights(payloads))
+        del flattened  # not before the engine has confirmed
+    for finish in (
+        lambda client: client.end_weight_update(),
+        lambda client: client.flush_cache(),
+        lambda client: client.set_weight_version(version),
+    ):
+        _on_first_rank(engine_url, group, timeout_seconds, finish)
+
+
+def flatten(bucket: Bucket) -> dict[str, Any]:
+    """One new byte tensor that holds all tensors of the bucket, and the table of their places."""
+    assert bucket, "a bucket holds at least one tensor"
+    table, offset = [], 0
+    for name, tensor in bucket:
+        size = tensor.numel() * tensor.element_size()
+        table.append(
+            SimpleNamespace(
+                name=name, shape=tensor.shape, dtype=tensor.dtype, start_idx=offset, end_idx=offset + size, numel=size
+            )
+        )
+        offset += -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    flattened = torch.empty(offset, dtype=torch.uint8, device=bucket[0][1].device)
+    for entry, (_, tensor) in zip(table, bucket, strict=True):
+        flattened[entry.start_idx : entry.end_idx].view(tensor.dtype).copy_(tensor.detach().reshape(-1))
+    return {"flattened_tensor": flattened, "metadata": table}
+
+
+def serialise(flattened: dict[str, Any]) -> str:
+    """Base64 of a pickle that carries a handle to the tensor's memory. It can be opened once."""
+    stream = io.BytesIO()
+    with tensor_sharing():
+        ForkingPickler(stream).dump(flattened)
+    return base64.b64encode(stream.getvalue()).decode("ascii")
+
+
+def _gather(payload: str, group: torch.distributed.ProcessGroup | None) -> list[str]:
+    """Payloads of all ranks of the group in rank order; complete on its first rank."""
+    if group is None:
+        return [payload]
+    payloads: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(payloads, payload, group=group)
+    return payloads
+
+
+def _on_first_rank(engine_url: str | None, group: Any, timeout_seconds: float, call: Any) -> None:
+    """Run `call(client)` on the rank that owns the engine; all ranks of the group return or raise together."""
+    error = None if engine_url is None else asyncio.run(_call(engine_url, timeout_seconds, call))
+    if group is not None:
+        errors: list[str | None] = [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(errors, error, group=group)
+        error = next((text for text in errors if text is not None), None)
+    if error is not None:
+        raise EngineError(error)
+
+
+async def _call(engine_url: str, timeout_seconds: float, call: Any) -> str | None:
+    """The call's error message, or None."""
+    async with connect([engine_url], timeout_seconds) as clients:
+        client: EngineClient = clients[0]
+        try:
+            await call(client)
+        except EngineError as error:
+            return str(error)
+    return None
