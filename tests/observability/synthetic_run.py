@@ -1,0 +1,152 @@
+"""A run folder as a real run leaves it behind, written through the public tracker and rollout writer."""
+
+import math
+import random
+from pathlib import Path
+
+from megatron_dsrl.data.prompt import Prompt
+from megatron_dsrl.observability.records import Record
+from megatron_dsrl.observability.step_metrics import rollout_metrics
+from megatron_dsrl.observability.tracker import Tracker
+from megatron_dsrl.rollout.recording import write_groups
+from megatron_dsrl.rollout.sample import Group, Sample
+
+HOSTILE_TEXT = "</pre><script>document.title='owned'</script><img src=x onerror=alert(1)> \\boxed{7} & \"quoted\""
+
+CONFIG = """\
+name: {name}
+output_dir: runs
+seed: 1
+steps: {steps}
+model:
+  path: models/qwen3-tiny
+  dtype: float32
+parallel:
+  tensor_parallel_size: 2
+  pipeline_parallel_size: 1
+engine:
+  tensor_parallel_size: 1
+rollout:
+  prompts_per_step: 8
+  samples_per_prompt: 4
+optimizer:
+  learning_rate: {learning_rate}
+phases:
+- name: nsr-prerl
+  until_step: {warmup}
+  space: {{name: pre_train, bos: im_start}}
+- name: grpo
+  space: {{name: post_train}}
+"""
+
+
+def make_sample(reward: float, tokens: int = 3, text: str = "so \\boxed{1}", **changes: object) -> Sample:
+    """A sample with the given reward and length; further fields by name."""
+    fields = {
+        "response_ids": tuple(range(tokens)),
+        "log_probs": (-0.5,) * tokens,
+        "text": text,
+        "finish_reason": "stop",
+        "weight_version": 1,
+        "reward": reward,
+    }
+    return Sample(**(fields | changes))
+
+
+def make_group(rewards: list[float], index: int = 0, **changes: object) -> Group:
+    """One prompt with a sample per reward."""
+    text = f"<|im_start|>user\nWhat is {index} + {index}?<|im_end|>\n<|im_start|>assistant\n"
+    prompt = Prompt(index=index, text=text, token_ids=tuple(range(20)), answer=str(2 * index))
+    return Group(prompt=prompt, samples=tuple(make_sample(reward, **changes) for reward in rewards))
+
+
+def sampled_groups(random_source: random.Random, accuracy: float, step: int) -> list[Group]:
+    """Eight prompts of different difficulty with four samples each; the very first response is hostile."""
+    groups = []
+    for index in range(8):
+        prompt = make_group([], index).prompt
+        chance = min(1.0, max(0.0, accuracy + random_source.uniform(-0.5, 0.5)))
+        samples = []
+        for number in range(4):
+            right = random_source.random() < chance
+            cut = random_source.random() < 0.1
+            answer = 2 * index if right and not cut else 2 * index + 1
+            text = f"First {index} + {index}.\nStep 1: count {index} twice.\n" + ("" if cut else f"\\boxed{{{answer}}}")
+            samples.append(
+                make_sample(
+                    float(right and not cut),
+                    tokens=random_source.randint(20, 60),
+                    text=HOSTILE_TEXT if index + number == 0 else text,
+                    finish_reason="length" if cut else "stop",
+                    weight_version=step - 1,
+                )
+            )
+        groups.append(Group(prompt=prompt, samples=tuple(samples)))
+    return groups
+
+
+def step_record(groups: list[Group], step: int, warmup: int, random_source: random.Random) -> Record:
+    """A complete step record; the figures of training are plausible, those of the rollout are the groups' own."""
+    pre_train = step <= warmup
+    gaps = (
+        {"pre_train/mean_log_prob_gap": 0.9 + 0.1 * random_source.random()}
+        if pre_train
+        else {"mismatch/mean_log_prob_gap": 2e-6, "mismatch/max_log_prob_gap": 9e-6}
+    )
+    generate = 4 + random_source.random()
+    return {
+        "step": step,
+        "phase": "nsr-prerl" if pre_train else "grpo",
+        "weight_version": step - 1,
+        **rollout_metrics(groups, generate_seconds=generate),
+        "policy/loss": 0.01 * random_source.gauss(0, 1),
+        "policy/entropy": 0.5 + 0.3 * math.exp(-step / 20) + 0.02 * random_source.random(),
+        "policy/clip_fraction": 0.0,
+        "policy/kept_samples": 16 if pre_train else 32,
+        "policy/kept_tokens": 640,
+        "policy/grad_norm": 0.5 + 0.3 * random_source.random(),
+        "policy/learning_rate": 3e-4,
+        **gaps,
+        "seconds/generate": generate,
+        "seconds/train": 2.5,
+        "seconds/push_weights": 0.3,
+        "seconds/step": generate + 3.0,
+    }
+
+
+def write_run(
+    folder: Path, steps: int = 12, planned: int | None = None, warmup: int = 4, learning_rate: float = 3e-4
+) -> list[Record]:
+    """Write a run of `steps` of `planned` steps, evaluated before the first and after every fourth step.
+
+    Returns the step records.
+    """
+    folder.mkdir(parents=True)
+    config = CONFIG.format(name=folder.name, steps=planned or steps, warmup=warmup, learning_rate=learning_rate)
+    (folder / "config.yaml").write_text(config)
+    random_source = random.Random(7)
+    records = []
+    with Tracker(folder, tensorboard=False) as tracker:
+        tracker.log_evaluation(evaluation_record(0, 0.25))
+        for step in range(1, steps + 1):
+            groups = sampled_groups(random_source, accuracy=0.2 + 0.5 * step / steps, step=step)
+            write_groups(folder, step, groups)
+            records.append(step_record(groups, step, warmup, random_source))
+            tracker.log_step(records[-1])
+            if step % 4 == 0:
+                tracker.log_evaluation(evaluation_record(step, 0.25 + 0.35 * step / steps))
+    return records
+
+
+def evaluation_record(step: int, accuracy: float) -> Record:
+    """An evaluation of 256 problems, one sample each."""
+    return {
+        "step": step,
+        "set": "held-out",
+        "accuracy": accuracy,
+        "standard_error": math.sqrt(accuracy * (1 - accuracy) / 256),
+        "problems": 256,
+        "samples_per_prompt": 1,
+        "mean_tokens": 41.5,
+        "truncated_fraction": 0.03125,
+    }
