@@ -1,0 +1,90 @@
+"""What is read from `config.json`, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_dsrl.config.model import ParallelConfig
+from megatron_dsrl.errors import UserError
+from megatron_dsrl.model.architecture import check_model_layout, read_architecture, resolve_model_folder
+
+QWEN3_8B = {  # the published config.json, Transformers 4 style
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 12288,
+    "max_position_embeddings": 40960,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+
+
+def write(folder: Path, **changes) -> Path:
+    (folder / "config.json").write_text(json.dumps(QWEN3_8B | changes))
+    return folder
+
+
+def test_old_and_new_place_of_the_rope_base(tmp_path):
+    assert read_architecture(write(tmp_path)).rope_theta == 1e6
+    new = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e6}, "rope_theta": None}
+    assert read_architecture(write(tmp_path, **new)).rope_theta == 5e6
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM.*only the dense Qwen3ForCausalLM"),
+        ({"architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3MoeForCausalLM.*only the dense Qwen3ForCausalLM"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "RoPE scaling of type 'yarn'"),
+        ({"rope_theta": None}, "neither rope_parameters.rope_theta nor rope_theta"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"num_key_value_heads": None}, "num_key_value_heads must be a positive integer, not None"),
+    ],
+)
+def test_unsupported_models_are_refused_by_name(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        read_architecture(write(tmp_path, **changes))
+
+
+def test_folders_that_are_no_models(tmp_path):
+    with pytest.raises(UserError, match="no config.json"):
+        read_architecture(tmp_path)
+    with pytest.raises(UserError, match="model.path: there is no folder"):
+        resolve_model_folder(str(tmp_path / "absent"))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_architecture(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({"tensor_parallel_size": 16}, "16 does not divide the model's num_key_value_heads 8"),
+        ({"tensor_parallel_size": 3}, "3 does not divide the model's num_attention_heads 32"),
+        ({"pipeline_parallel_size": 8}, "8 does not divide the model's num_hidden_layers 36"),
+    ],
+)
+def test_layouts_that_do_not_divide_the_model(tmp_path, layout, message):
+    architecture = read_architecture(write(tmp_path))
+    check_model_layout(architecture, ParallelConfig(tensor_parallel_size=8, pipeline_parallel_size=4))
+    with pytest.raises(UserError, match=message):
+        check_model_layout(architecture, ParallelConfig(**layout))
+
+
+def test_vocabulary_padding(tmp_path):
+    architecture = read_architecture(write(tmp_path, vocab_size=101))
+    assert [architecture.padded_vocab_size(size) for size in (1, 2, 4)] == [101, 102, 104]

@@ -1,0 +1,88 @@
+"""Bad checkpoints are refused with the tensor and the file, before anything is loaded."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.support.tiny_model import make_tiny_qwen3
+
+from megatron_dsrl.errors import UserError
+from megatron_dsrl.model.architecture import read_architecture
+from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint
+from megatron_dsrl.weights.load import check_checkpoint
+from megatron_dsrl.weights.qwen3 import qwen3_table
+
+QUERY = "model.layers.1.self_attn.q_proj.weight"
+
+
+def check(folder: Path) -> None:
+    check_checkpoint(HfCheckpoint(folder), qwen3_table(read_architecture(folder)))
+
+
+def rewrite(folder: Path, change) -> None:
+    """Apply a change to the tensors of the single weight file."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    make_tiny_qwen3(tmp_path, tied=False)
+    check(tmp_path)
+    return tmp_path
+
+
+def test_missing_tensor(folder):
+    rewrite(folder, lambda tensors: tensors.pop(QUERY))
+    with pytest.raises(UserError, match=f"missing tensors: {QUERY}"):
+        check(folder)
+
+
+def test_surplus_tensor(folder):
+    rewrite(folder, lambda tensors: tensors.update({"model.layers.1.self_attn.q_proj.bias": torch.zeros(128)}))
+    with pytest.raises(UserError, match=r"does not have: .*q_proj.bias \(in model.safetensors\)"):
+        check(folder)
+
+
+def test_wrong_shape(folder):
+    rewrite(folder, lambda tensors: tensors.update({QUERY: tensors[QUERY][:64].clone()}))
+    with pytest.raises(UserError, match=rf"{QUERY} \(in model.safetensors\) is \[64, 64\].* asks for \[128, 64\]"):
+        check(folder)
+
+
+def test_vocabulary_other_than_in_the_config(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 130}))
+    with pytest.raises(UserError, match=r"model.embed_tokens.weight .* is \[128, 64\], .* asks for \[130, 64\]"):
+        check(folder)
+
+
+def test_no_weights_at_all(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="holds no weights.*random_init"):
+        check(folder)
+
+
+def test_truncated_file(folder):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="model.safetensors cannot be read"):
+        check(folder)
+
+
+def test_sharded_checkpoint_with_a_missing_file(tmp_path):
+    make_tiny_qwen3(tmp_path, tied=True, max_shard_size="200KB")
+    check(tmp_path)
+    last = sorted(tmp_path.glob("model-*.safetensors"))[-1]
+    last.unlink()
+    with pytest.raises(UserError, match=f"{last.name} is missing"):
+        check(tmp_path)
+
+
+def test_tied_checkpoint_may_hold_the_head_a_second_time(tmp_path):
+    make_tiny_qwen3(tmp_path, tied=True)
+    rewrite(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    check(tmp_path)
