@@ -1,0 +1,203 @@
+"""The actor against a plain Transformers computation, and its invariance to layout, packing and sample order.
+
+Every layout runs in real processes (gloo). Both spaces go through it, as DSRL's two phases do.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import Qwen3ForCausalLM
+
+from megatron_dsrl.actor.build import build_actor
+from megatron_dsrl.algorithms.experience import Experience, Response, build_experience
+from megatron_dsrl.algorithms.losses import make_token_loss, supervised_loss
+from megatron_dsrl.config.actor import ActorConfig, OptimizerConfig
+from megatron_dsrl.config.data import PromptSetConfig
+from megatron_dsrl.config.model import ModelConfig, ParallelConfig
+from megatron_dsrl.config.phase import (
+    GroupMeanAdvantageConfig,
+    GroupStandardisedAdvantageConfig,
+    PhaseConfig,
+    PostTrainSpaceConfig,
+    PreTrainSpaceConfig,
+)
+from megatron_dsrl.config.rollout import RolloutConfig
+from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
+from tests.support.distributed import run_distributed
+from tests.support.tiny_model import make_tiny_qwen3
+
+BOS = [3]
+TEMPERATURE = 0.8
+NSR_PRERL = PhaseConfig(
+    name="NSR-PreRL",
+    until_step=1,
+    space=PreTrainSpaceConfig(),
+    advantage=GroupMeanAdvantageConfig(),
+    filter="negative",
+    coefficient=0.01,
+)
+GRPO = PhaseConfig(name="GRPO", space=PostTrainSpaceConfig(), advantage=GroupStandardisedAdvantageConfig())
+OPTIMIZER = OptimizerConfig(
+    learning_rate=1e-2,
+    eps=1e-2,  # with a tiny epsilon Adam's first step is the sign of the gradient, which rounding can turn
+    gradient_clip_norm=0.02,
+)
+
+ONE_PROCESS = {
+    "one process": (ParallelConfig(), ActorConfig(max_tokens_per_micro_batch=10_000)),
+    "many micro-batches": (ParallelConfig(), ActorConfig(max_tokens_per_micro_batch=60)),
+}
+TWO_PROCESSES = {
+    "tensor parallel": (ParallelConfig(tensor_parallel_size=2), ActorConfig(max_tokens_per_micro_batch=100)),
+    "sequence parallel": (
+        ParallelConfig(tensor_parallel_size=2, sequence_parallel=True),
+        ActorConfig(max_tokens_per_micro_batch=100),
+    ),
+    "pipeline parallel": (ParallelConfig(pipeline_parallel_size=2), ActorConfig(max_tokens_per_micro_batch=100)),
+    "data parallel": (ParallelConfig(), ActorConfig(max_tokens_per_micro_batch=100)),
+    "distributed optimizer": (
+        ParallelConfig(distributed_optimizer=True),
+        ActorConfig(max_tokens_per_micro_batch=100),
+    ),
+}
+LAYOUTS = [*ONE_PROCESS, *TWO_PROCESSES]
+
+
+def responses(prompt_seed: int = 0) -> list[Response]:
+    """6 groups of 4 with a mix of rewards; one group all right, one all wrong."""
+    generator = torch.Generator().manual_seed(1)
+    prompts = torch.Generator().manual_seed(prompt_seed)
+
+    def tokens(length: int, source: torch.Generator) -> tuple[int, ...]:
+        return tuple(torch.randint(127, (length,), generator=source).tolist())
+
+    batch = []
+    for group in range(6):
+        prompt = tokens(5 + group, prompts)
+        for sample in range(4):
+            reward = 1.0 if group == 0 or (group > 1 and sample < group - 2) else 0.0
+            response = tokens(3 + (7 * sample + group) % 17, generator)
+            batch.append(Response(prompt, response, [-5.0] * len(response), reward, group))
+    return batch
+
+
+def experience_of(phase: PhaseConfig, prompt_seed: int = 0) -> Experience:
+    return build_experience(responses(prompt_seed), phase, BOS)
+
+
+def run_config(folder: Path, parallel: ParallelConfig, actor: ActorConfig) -> RunConfig:
+    return RunConfig(
+        name="test",
+        steps=4,
+        model=ModelConfig(path=str(folder), dtype="float32"),
+        parallel=parallel,
+        actor=actor,
+        optimizer=OPTIMIZER,
+        data=PromptSetConfig(source="unused"),
+        rollout=RolloutConfig(temperature=TEMPERATURE),
+        phases=[NSR_PRERL, GRPO],
+    )
+
+
+def run_layouts(folder: Path, layouts: dict[str, tuple[ParallelConfig, ActorConfig]]) -> dict[str, dict]:
+    """In every layout: log-probs, one step of each phase, one supervised step; the weights after all of them."""
+    results = {}
+    for name, (parallel, actor_config) in layouts.items():
+        with parallel_layout(parallel, seed=1):
+            actor = build_actor(run_config(folder, parallel, actor_config), folder)
+            log_probs = torch.cat(actor.log_probs(experience_of(GRPO))).numpy()
+            updates = [
+                vars(actor.update(experience_of(phase), make_token_loss(phase.loss), phase.coefficient))
+                for phase in (NSR_PRERL, GRPO)
+            ]
+            updates.append(vars(actor.update(experience_of(GRPO), supervised_loss)))
+            weights = {name: w.numpy() for bucket in actor.hf_weights(bucket_bytes=10_000) for name, w in bucket}
+            results[name] = {"log_probs": log_probs, "updates": updates, "weights": weights}
+    destroy_parallel()
+    return results
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> tuple[Path, Qwen3ForCausalLM]:
+    folder = tmp_path_factory.mktemp("model")
+    # 127 tokens: the vocabulary is padded under tensor parallelism, and the padding must not count
+    return folder, make_tiny_qwen3(folder, tied=True, vocab_size=127)
+
+
+@pytest.fixture(scope="module")
+def results(model, tmp_path_factory) -> dict[str, dict]:
+    folder, _ = model
+    (one,) = run_distributed(run_layouts, 1, folder, ONE_PROCESS)
+    two, other_rank = run_distributed(run_layouts, 2, folder, TWO_PROCESSES)
+    for name in TWO_PROCESSES:
+        assert two[name]["updates"] == other_rank[name]["updates"], "metrics must be the same on every rank"
+    return one | two
+
+
+def reference(model: Qwen3ForCausalLM, phase: PhaseConfig) -> tuple[float, float]:
+    """Loss and gradient norm of a phase in plain Transformers: on-policy, so the loss's gradient is A * grad log-prob."""
+    total = torch.zeros(())
+    kept = 0
+    batch = responses()
+    for group in range(6):
+        members = [r for r in batch if r.group == group]
+        rewards = torch.tensor([r.reward for r in members])
+        advantages = rewards - rewards.mean()
+        if phase is GRPO:
+            advantages = advantages / (rewards.std() + 1e-6)
+        for member, advantage in zip(members, advantages):
+            if phase is NSR_PRERL and not advantage < 0:
+                continue
+            context = BOS if phase is NSR_PRERL else list(member.prompt_ids)
+            logits = model(torch.tensor([context + list(member.response_ids)])).logits[0, len(context) - 1 : -1]
+            chosen = F.log_softmax(logits / TEMPERATURE, -1).gather(1, torch.tensor(member.response_ids)[:, None])
+            total = total - advantage * (chosen - chosen.detach() + 1).sum()
+            kept += len(member.response_ids)
+    model.zero_grad()
+    loss = phase.coefficient * total / kept
+    loss.backward()
+    return loss.item(), torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
+
+
+def test_nsr_prerl_equals_transformers(results, model):
+    loss, grad_norm = reference(model[1], NSR_PRERL)
+    update = results["one process"]["updates"][0]
+    assert update["loss"] == pytest.approx(loss, rel=1e-5)
+    assert update["grad_norm"] == pytest.approx(grad_norm, rel=1e-5)
+
+
+def run_one_phase(folder: Path, phase: PhaseConfig, prompt_seed: int, order: list[int] | None) -> dict:
+    parallel, actor_config = ONE_PROCESS["one process"]
+    with parallel_layout(parallel, seed=1):
+        actor = build_actor(run_config(folder, parallel, actor_config), folder)
+        experience = experience_of(phase, prompt_seed)
+        experience = experience.select(order or range(len(experience)))
+        update = actor.update(experience, make_token_loss(phase.loss), phase.coefficient)
+    destroy_parallel()
+    return vars(update)
+
+
+def test_grpo_equals_transformers_and_does_not_depend_on_sample_order(model):
+    loss, grad_norm = reference(model[1], GRPO)
+    (update,) = run_distributed(run_one_phase, 1, model[0], GRPO, 0, list(reversed(range(24))))
+    assert update["loss"] == pytest.approx(loss, rel=1e-5)
+    assert update["grad_norm"] == pytest.approx(grad_norm, rel=1e-5)
+
+
+def test_pre_train_space_does_not_depend_on_the_prompt(model, results):
+    (update,) = run_distributed(run_one_phase, 1, model[0], NSR_PRERL, 99, None)
+    assert update == results["one process"]["updates"][0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+def test_every_layout_gives_the_same_losses_norms_and_weights(results, layout):
+    expected, actual = results["one process"], results[layout]
+    np.testing.assert_allclose(actual["log_probs"], expected["log_probs"], rtol=0, atol=1e-5)
+    for one, other in zip(expected["updates"], actual["updates"], strict=True):
+        assert other == pytest.approx(one, rel=1e-5, abs=1e-9)
+    for name, weight in expected["weights"].items():
+        np.testing.assert_allclose(actual["weights"][name], weight, rtol=0, atol=1e-6, err_msg=name)
