@@ -14,6 +14,9 @@ from typing import Any
 
 from megatron_dsrl.errors import UserError
 
+METRICS_FILE = "metrics.jsonl"
+EVALUATION_FILE = "evaluation.jsonl"
+
 Record = dict[str, Any]
 
 logger = logging.getLogger(__name__)

@@ -60,7 +60,7 @@ def _run_page(run: RunRecords) -> str:
         accuracies=accuracy_figures(run),
         figures=run_figures(run),
         sections=run_charts(run) if run.steps else [],
-        samples=shown_steps(run.folder),
+        samples=shown_steps(run.folder, run.step_numbers),
         written=_now(),
     )
 
@@ -81,7 +81,7 @@ def run_state(run: RunRecords) -> str:
     done = run.steps[-1]["step"]
     when = f"{run.last_written:%Y-%m-%d %H:%M} UTC"
     if run.total_steps is None:
-        return f"{done} steps recorded, the last one on {when}. config.yaml is missing, so the planned length is unknown."
+        return f"{done} steps recorded, the last one on {when}. Without config.yaml the planned length is unknown."
     if done >= run.total_steps:
         return f"Complete: all {run.total_steps} steps, the last one on {when}."
     return (

@@ -2,15 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 from megatron_dsrl.observability.step_metrics import reward_metrics
-from megatron_dsrl.rollout.recording import iterate_groups, recorded_steps
+from megatron_dsrl.rollout.recording import read_groups, rollout_file
 from megatron_dsrl.rollout.sample import Group, Sample
 
 GROUPS_PER_STEP = 3
-GROUPS_READ_PER_STEP = 64
 SAMPLES_PER_GROUP = 8
 MAX_CHARACTERS = 12_000
 
@@ -52,13 +50,13 @@ class ShownStep:
     groups: list[ShownGroup]
 
 
-def shown_steps(run_folder: Path) -> list[ShownStep]:
-    """Groups of the first, middle and last recorded step; empty when the run saved no rollouts."""
-    steps = sorted(recorded_steps(run_folder))
-    if not steps:
+def shown_steps(run_folder: Path, steps: Sequence[int]) -> list[ShownStep]:
+    """Groups of the first, middle and last of `steps` whose rollouts were saved; empty when none were."""
+    saved = [step for step in steps if rollout_file(run_folder, step).is_file()]
+    if not saved:
         return []
-    chosen = sorted({steps[0], steps[len(steps) // 2], steps[-1]})
-    return [ShownStep(step, _shown_groups(run_folder, step)) for step in chosen]
+    chosen = sorted({saved[0], saved[len(saved) // 2], saved[-1]})
+    return [ShownStep(step, _shown_groups(rollout_file(run_folder, step))) for step in chosen]
 
 
 def choose_groups(groups: Sequence[Group], count: int) -> list[Group]:
@@ -75,10 +73,8 @@ def group_kind(group: Group) -> str:
     return next(kind for kind in ("solved", "mixed", "unsolved") if metrics[f"reward/{kind}_groups"])
 
 
-def _shown_groups(run_folder: Path, step: int) -> list[ShownGroup]:
-    # Files of large runs hold a million tokens: only their beginning is read.
-    groups = list(islice(iterate_groups(run_folder, step), GROUPS_READ_PER_STEP))
-    return [_shown_group(group) for group in choose_groups(groups, GROUPS_PER_STEP)]
+def _shown_groups(file: Path) -> list[ShownGroup]:
+    return [_shown_group(group) for group in choose_groups(read_groups(file), GROUPS_PER_STEP)]
 
 
 def _shown_group(group: Group) -> ShownGroup:

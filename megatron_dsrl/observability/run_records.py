@@ -10,8 +10,7 @@ import yaml
 
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.observability.charts import PHASE_COLOURS, PhaseSpan
-from megatron_dsrl.observability.records import Record, read_records
-from megatron_dsrl.observability.tracker import EVALUATION_FILE, METRICS_FILE
+from megatron_dsrl.observability.records import EVALUATION_FILE, METRICS_FILE, Record, read_records
 
 CONFIG_FILE = "config.yaml"
 

@@ -8,10 +8,15 @@ from types import TracebackType
 
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_dsrl.observability.records import Record, plain_record, record_line, repair_records, replace_records
-
-METRICS_FILE = "metrics.jsonl"
-EVALUATION_FILE = "evaluation.jsonl"
+from megatron_dsrl.observability.records import (
+    EVALUATION_FILE,
+    METRICS_FILE,
+    Record,
+    plain_record,
+    record_line,
+    repair_records,
+    replace_records,
+)
 
 
 class Tracker:

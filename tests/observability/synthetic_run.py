@@ -8,7 +8,7 @@ from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.observability.records import Record
 from megatron_dsrl.observability.step_metrics import rollout_metrics
 from megatron_dsrl.observability.tracker import Tracker
-from megatron_dsrl.rollout.recording import write_groups
+from megatron_dsrl.rollout.recording import rollout_file, write_groups
 from megatron_dsrl.rollout.sample import Group, Sample
 
 HOSTILE_TEXT = "</pre><script>document.title='owned'</script><img src=x onerror=alert(1)> \\boxed{7} & \"quoted\""
@@ -130,7 +130,7 @@ def write_run(
         tracker.log_evaluation(evaluation_record(0, 0.25))
         for step in range(1, steps + 1):
             groups = sampled_groups(random_source, accuracy=0.2 + 0.5 * step / steps, step=step)
-            write_groups(folder, step, groups)
+            write_groups(rollout_file(folder, step), groups)
             records.append(step_record(groups, step, warmup, random_source))
             tracker.log_step(records[-1])
             if step % 4 == 0:
