@@ -51,9 +51,14 @@ def explain_validation_error(error: ValidationError, data: Any, places: Mapping[
 
 
 def _line(path: KeyPath, what: str, hint: str, data: Any, places: Mapping[KeyPath, str]) -> str:
-    place = next((places[path[:n]] for n in range(len(path), 0, -1) if path[:n] in places), None)
     given = "" if what.startswith(("unknown key", "missing")) else f", given {_shorten(_value_at(data, path))}"
-    return f"{'.'.join(map(str, path))}: {what}{given}{hint}" + (f" ({place})" if place else "")
+    return f"{'.'.join(map(str, path))}: {what}{given}{hint}{in_brackets(path, places)}"
+
+
+def in_brackets(path: KeyPath, places: Mapping[KeyPath, str]) -> str:
+    """Where the value of a key path, or else its nearest parent, was set: ` (run.yaml:3)`; empty when unknown."""
+    place = next((places[path[:length]] for length in range(len(path), 0, -1) if path[:length] in places), None)
+    return f" ({place})" if place else ""
 
 
 def _walk(root: type[Section], location: tuple[str | int, ...]) -> tuple[KeyPath, type[Section] | None]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_dsrl.config.explain import explain_validation_error
+from megatron_dsrl.config.explain import explain_validation_error, in_brackets
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.config.yaml_text import KeyPath, format_yaml, parse_yaml
 from megatron_dsrl.errors import UserError
@@ -129,7 +129,9 @@ def _position(container: Any, name: str, override: str, path: KeyPath) -> str | 
 
 
 def _validate(data: dict[str, Any], places: dict[KeyPath, str], source: str) -> RunConfig:
-    problems = [f"  {'.'.join(map(str, path))}: {what}" for path, what in _not_json(data, ())]
+    problems = [
+        f"  {'.'.join(map(str, path))}: {what}{in_brackets(path, places)}" for path, what in _not_json(data, ())
+    ]
     if not problems:
         try:
             # JSON mode: a YAML list may stand for a tuple there, while every type stays strict.

@@ -1,0 +1,149 @@
+"""Derived figures and layout checks."""
+
+import re
+
+import pytest
+
+from megatron_dsrl.config.derived import derive
+from megatron_dsrl.config.load import load_config
+from megatron_dsrl.config.model_shape import ModelShape, read_model_shape
+from megatron_dsrl.config.prompt_count import count_prompts
+from megatron_dsrl.errors import UserError
+
+SHAPE = ModelShape(layers=6, attention_heads=8, key_value_groups=4, feed_forward_size=96, context_tokens=512)
+
+
+def test_figures_of_a_worked_example(small, write):
+    overrides = ["parallel.tensor_parallel_size=2", "engine.tensor_parallel_size=4", "actor.optimizer_steps_per_rollout=2"]
+    figures = derive(load_config(write("run.yaml", small), overrides), world_size=8, shape=SHAPE, prompts=32)
+    assert (figures.model_parallel_size, figures.data_parallel_size, figures.engines) == (2, 4, 2)
+    assert (figures.samples_per_step, figures.samples_per_optimizer_step) == (32, 16)
+    assert figures.optimizer_steps == 12
+    assert figures.longest_sequence == 160
+    assert figures.max_generated_tokens_per_step == 32 * 60
+    assert figures.epochs == 6 * 8 / 32
+    warm_up, grpo = figures.phases
+    assert (warm_up.first_step, warm_up.last_step, warm_up.steps) == (1, 2, 2)
+    assert (grpo.first_step, grpo.last_step, grpo.steps) == (3, 6, 4)
+    # PreRL trains on at most a 3-token BOS and the response; GRPO on prompt and response.
+    assert (warm_up.max_tokens_per_step, grpo.max_tokens_per_step) == (32 * 63, 32 * 160)
+
+
+def test_micro_batches_hold_whole_sequences(small, write):
+    """32 samples of 160 tokens, 6 to a budget of 1000 (not 6.25): 6 micro-batches; one each below 160 tokens."""
+    path = write("run.yaml", small)
+    assert derive(load_config(path), 1, SHAPE).phases[1].full_length_micro_batches == 6
+    tight = load_config(path, ["actor.max_tokens_per_micro_batch=100"])
+    assert derive(tight, 1, SHAPE).phases[1].full_length_micro_batches == 32
+    assert derive(tight, 4, SHAPE).phases[1].full_length_micro_batches == 8
+
+
+def test_a_phase_that_the_run_ends_before_has_no_steps(small, write):
+    figures = derive(load_config(write("run.yaml", small), ["steps=2"]), 1, SHAPE)
+    assert [phase.steps for phase in figures.phases] == [2, 0]
+    assert figures.epochs is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "fields", "words"),
+    [
+        (["parallel.pipeline_parallel_size=2"], 3, "parallel.pipeline_parallel_size", "3 processes cannot be divided"),
+        (["engine.tensor_parallel_size=4"], 2, "engine.tensor_parallel_size", "engines of 4"),
+        (["parallel.sequence_parallel=true"], 1, "parallel.sequence_parallel", "needs parallel.tensor_parallel_size"),
+        (["parallel.tensor_parallel_size=3"], 3, "parallel.tensor_parallel_size", "8 attention heads"),
+        (["parallel.tensor_parallel_size=8"], 8, "parallel.tensor_parallel_size", "4 key/value heads"),
+        (["parallel.pipeline_parallel_size=4"], 4, "parallel.pipeline_parallel_size", "6 layers cannot be split 4"),
+        (["engine.tensor_parallel_size=3"], 3, "engine.tensor_parallel_size", "8 attention heads cannot be split 3"),
+        (["phases.0.until_step=null"], 1, "phases.0.until_step", "only the last phase"),
+        (["phases.1.until_step=2"], 1, "phases.1.until_step", "2 is not after the phase before it"),
+        (["phases.1.until_step=4"], 1, "phases.1.until_step", "no phase covers steps 5 to 6"),
+        (["actor.optimizer_steps_per_rollout=3"], 1, "actor.optimizer_steps_per_rollout", "8 prompts cannot be"),
+        (["rollout.prompts_per_step=1"], 8, "rollout.prompts_per_step", "some of the 8 data-parallel replicas"),
+        (["rollout.prompts_per_step=64"], 1, "data.source, rollout.prompts_per_step", "only 32 prompts for 64"),
+        (["rollout.samples_per_prompt=1"], 1, "rollout.samples_per_prompt", "at least 2"),
+        (["rollout.top_k=0"], 1, "rollout.top_k", "use -1"),
+        (["rollout.max_response_tokens=413"], 1, "data.max_prompt_tokens", "100 + 413 = 513 tokens do not fit into 512"),
+        (["engine.max_total_tokens=159"], 1, "rollout.max_response_tokens", "into 159, the limit of engine.max_total"),
+        (["engine.max_context_tokens=100"], 1, "rollout.max_response_tokens", "the limit of engine.max_context"),
+        (["engine.max_context_tokens=513"], 1, "engine.max_context_tokens", "beyond the model's own 512"),
+        (
+            ["evaluation.sets=[{name: a, source: x.jsonl, max_prompt_tokens: 500}]"],
+            1,
+            "evaluation.sets.0.max_prompt_tokens",
+            "500 + 60 = 560 tokens",
+        ),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_refused(small, write, overrides, world_size, fields, words):
+    config = load_config(write("run.yaml", small), overrides)
+    with pytest.raises(UserError, match=f"(?m)^  .*{re.escape(fields)}.*: .*{re.escape(words)}"):
+        derive(config, world_size, SHAPE, prompts=32)
+
+
+def test_limits_themselves_are_allowed(small, write):
+    overrides = ["rollout.max_response_tokens=412", "engine.max_context_tokens=512", "engine.max_total_tokens=512"]
+    assert derive(load_config(write("run.yaml", small), overrides), 1, SHAPE, prompts=8).longest_sequence == 512
+    # SGLang copies key/value heads for more processes than heads.
+    engine = load_config(write("run.yaml", small), ["engine.tensor_parallel_size=8", "rollout.prompts_per_step=8"])
+    assert derive(engine, 8, SHAPE).engines == 1
+
+
+def test_all_problems_are_listed_at_once(small, write):
+    config = load_config(write("run.yaml", small), ["rollout.top_k=0", "phases.0.until_step=null"])
+    with pytest.raises(UserError, match="^run `small` on 1 process: 2 problems\n"):
+        derive(config, 1, SHAPE)
+
+
+def test_model_shape_is_read_from_config_json(write, tmp_path):
+    text = (
+        '{"num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 96, '
+        '"max_position_embeddings": 512, "model_type": "qwen3"}'
+    )
+    write("model/config.json", text)
+    assert read_model_shape(str(tmp_path / "model")) == SHAPE
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"num_hidden_layers": 6}', "`num_attention_heads` must be a positive whole number, found None"),
+        ('{"num_hidden_layers": "6"}', "`num_hidden_layers` must be a positive whole number, found '6'"),
+        ("[]", "`num_hidden_layers` must be a positive whole number, found None"),
+        ("{", "model.path: cannot read .*config.json"),
+    ],
+)
+def test_a_damaged_config_json(write, tmp_path, content, message):
+    write("model/config.json", content)
+    with pytest.raises(UserError, match=message):
+        read_model_shape(str(tmp_path / "model"))
+
+
+def test_a_missing_model(tmp_path):
+    with pytest.raises(UserError, match="model.path: there is no folder .*nothing"):
+        read_model_shape(str(tmp_path / "nothing"))
+    with pytest.raises(UserError, match="has no config.json"):
+        read_model_shape(str(tmp_path))
+
+
+def test_prompts_are_counted_in_local_files(small, write, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    row = '{"problem": "1+1", "answer": "2"}'
+    write("a.jsonl", f"{row}\n{row}\n\n{row}\n")
+    write("b.json", f"[{row}, {row}]")
+    pyarrow.parquet.write_table(pyarrow.table({"problem": ["a"] * 5}), tmp_path / "c.parquet")
+
+    def count(source, *overrides):
+        return count_prompts(load_config(write("run.yaml", small), [f"data.source={source}", *overrides]).data)
+
+    assert count(tmp_path / "a.jsonl") == 3
+    assert count(tmp_path / "a.jsonl", "data.limit=2") == 2
+    assert count(tmp_path / "b.json") == 2
+    assert count(tmp_path / "c.parquet") == 5
+    assert count("openai/gsm8k") is None
+    write("empty.jsonl", "\n")
+    write("bad.parquet", "no parquet")
+    for name, message in [("nowhere.jsonl", "no file"), ("empty.jsonl", "no rows"), ("bad.parquet", "cannot read")]:
+        with pytest.raises(UserError, match=f"data.source: .*{message}"):
+            count(tmp_path / name)

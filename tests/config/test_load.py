@@ -1,0 +1,164 @@
+"""Loading: inheritance, overrides, and messages for what does not validate."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_dsrl.config.load import dump_config, load_config
+from megatron_dsrl.errors import UserError
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def test_defaults_and_types(small, write):
+    config = load_config(write("run.yaml", small))
+    assert config.seed == 1 and config.output_dir == "runs"
+    assert config.optimizer.betas == (0.9, 0.999)
+    assert config.phases[0].space.bos == "im_start"
+    assert config.phases[1].until_step is None
+
+
+def test_nearer_file_wins_key_by_key_and_lists_replace(small, write):
+    write("common/base.yaml", small | {"optimizer": {"learning_rate": 1e-4, "betas": [0.8, 0.9]}})
+    write("middle.yaml", {"inherits": "common/base.yaml", "optimizer": {"learning_rate": 1e-5}})
+    last = write("run.yaml", {"inherits": "middle.yaml", "name": "mine", "phases": small["phases"][1:]})
+    config = load_config(last)
+    assert config.name == "mine"
+    assert config.optimizer.learning_rate == 1e-5  # middle over base
+    assert config.optimizer.betas == (0.8, 0.9)  # base, untouched by its section being named again
+    assert [phase.name for phase in config.phases] == ["grpo"]
+    assert config.rollout.prompts_per_step == 8
+
+
+def test_overrides_come_last_in_order_and_are_typed(small, write):
+    config = load_config(
+        write("run.yaml", small),
+        [
+            "rollout.temperature=0.7",
+            "optimizer.learning_rate=1e-5",  # a section that the file does not have
+            "phases.0.until_step=3",
+            "phases.1.space={name: pre_train, bos: none}",
+            "optimizer.betas=[0.5, 0.6]",
+            "data.system_prompt=",
+            "engine.extra_arguments.attention_backend=torch_native",
+            "rollout.temperature=0.8",
+            "data.answer_pattern='#### (.+)$'",
+        ],
+    )
+    assert config.rollout.temperature == 0.8
+    assert config.optimizer.learning_rate == 1e-5
+    assert config.phases[0].until_step == 3
+    assert config.phases[1].space.bos == "none"
+    assert config.optimizer.betas == (0.5, 0.6)
+    assert config.data.system_prompt is None
+    assert config.engine.extra_arguments == {"attention_backend": "torch_native"}
+    assert config.data.answer_pattern == "#### (.+)$"
+
+
+def test_dumped_config_loads_again_to_an_equal_one(small, write, tmp_path):
+    config = load_config(
+        write("run.yaml", small),
+        ["optimizer.eps=1e-15", "engine.extra_arguments={a: '1e-5', b: 1e-5, c: 1, d: true, e: '2024-01-31'}"],
+    )
+    dump_config(config, tmp_path / "resolved.yaml")
+    assert load_config(tmp_path / "resolved.yaml") == config
+
+
+def test_every_shipped_configuration_loads(tmp_path):
+    files = sorted((REPOSITORY / "configs").rglob("*.yaml"))
+    # base.yaml holds shared defaults, it is no run.
+    for file in [file for file in files if file.name != "base.yaml"]:
+        config = load_config(file)
+        dump_config(config, tmp_path / "resolved.yaml")
+        assert load_config(tmp_path / "resolved.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rollout.temprature=0.7", "rollout.temprature: unknown key; did you mean temperature? (override `rollout.tem"),
+        ("temperature=0.7", "temperature: unknown key; did you mean rollout.temperature?"),
+        ("rollout.learning_rate=1", "rollout.learning_rate: unknown key; valid names are prompts_per_step, samples_per_"),
+        ("phases.1.space.bos=none", "phases.1.space.bos: unknown key; valid names are name (override"),
+        ("phases.0.space.name=pretrain", "phases.0.space.name: unknown name, given 'pretrain'; did you mean pre_train?"),
+        ("phases.0.advantage={}", "phases.0.advantage: needs a `name` that says which kind it is, given {}"),
+        ("phases.0.filter=negativ", "phases.0.filter: expected 'all', 'negative' or 'positive', given 'negativ'; did yo"),
+        ("phases.0.space=3", "phases.0.space: expected a section (`key: value` lines), given 3"),
+        ("rollout.prompts_per_step='8'", "rollout.prompts_per_step: expected a whole number, given '8'"),
+        ("rollout.prompts_per_step=8.0", "rollout.prompts_per_step: expected a whole number, given 8.0"),
+        ("rollout.prompts_per_step=true", "rollout.prompts_per_step: expected a whole number, given True"),
+        ("rollout.top_p=1.5", "rollout.top_p: expected less than or equal to 1, given 1.5"),
+        ("optimizer.learning_rate=.inf", "optimizer.learning_rate: expected a finite number, given inf"),
+        ("observability.tensorboard=1", "observability.tensorboard: expected true or false, given 1"),
+        ("model=null", "model: expected a section (`key: value` lines), given None"),
+        ("parallel=3", "parallel: expected a section (`key: value` lines), given 3"),
+        ("engine.extra_arguments.a=[1]", "engine.extra_arguments.a: expected a text or a whole number or a number or "),
+        ("data={}", "data.source: missing; it has no default (override `data={}`)"),
+        ("phases=[]", "phases: List should have at least 1 item"),
+    ],
+)
+def test_a_wrong_value_names_field_value_and_place(small, write, override, message):
+    path = write("run.yaml", small)
+    with pytest.raises(UserError, match=re.escape(message)) as raised:
+        load_config(path, [override])
+    assert str(raised.value).startswith(f"{path}: 1 problem in the configuration\n")
+    assert f"(override `{override}`)" in str(raised.value)
+
+
+def test_all_problems_are_listed_with_the_file_and_line_that_set_them(small, write):
+    base = write("base.yaml", {"name": "x", "steps": 0, **{key: small[key] for key in ("model", "data", "phases")}})
+    run = write("run.yaml", "inherits: base.yaml\nseed: -1\nrollout:\n  temprature: 1\n")
+    with pytest.raises(UserError) as raised:
+        load_config(run)
+    problems = str(raised.value).splitlines()
+    assert problems[0] == f"{run}: 3 problems in the configuration"
+    assert sorted(problems[1:]) == [
+        f"  rollout.temprature: unknown key; did you mean temperature? ({run}:4)",
+        f"  seed: expected greater than or equal to 0, given -1 ({run}:2)",
+        f"  steps: expected greater than or equal to 1, given 0 ({base}:2)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rollout.temperature", "expected key.path=value"),
+        ("=3", "expected key.path=value"),
+        ("rollout..temperature=3", "expected key.path=value"),
+        ("phases.2.name=x", "phases is a list of 2, so `2` must be a position from 0 to 1"),
+        ("phases.last.name=x", "phases is a list of 2, so `last` must be a position from 0 to 1"),
+        ("steps.x=1", "steps is the single value 6, it has no `x`"),
+        ("seed=[1", "override `seed=[1`: not valid YAML"),
+        ("inherits=a.yaml", "inherits: unknown key"),
+    ],
+)
+def test_malformed_overrides(small, write, override, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_config(write("run.yaml", small), [override])
+
+
+def test_missing_and_unreadable_files(write, tmp_path):
+    with pytest.raises(UserError, match=r"nowhere\.yaml: no such configuration file$"):
+        load_config(tmp_path / "nowhere.yaml")
+    child = write("child.yaml", "inherits: nowhere.yaml")
+    with pytest.raises(UserError, match=r"nowhere\.yaml: no such configuration file \(named by `inherits` in .*child"):
+        load_config(child)
+    with pytest.raises(UserError, match="cannot read this configuration file"):
+        load_config(tmp_path)
+    with pytest.raises(UserError, match="found a list"):
+        load_config(write("list.yaml", "- 1"))
+    with pytest.raises(UserError, match=r"list\.yaml: inherits: expected the path of one YAML file, given \['a'\]"):
+        load_config(write("list.yaml", "inherits: [a]"))
+    with pytest.raises(UserError, match="a key must be a string"):
+        load_config(write("key.yaml", "1: a"))
+    with pytest.raises(UserError, match=r"name: missing(.|\n)*phases: missing"):
+        load_config(write("empty.yaml", ""))
+
+
+def test_a_circle_of_parents_is_refused(write):
+    write("a.yaml", "inherits: b.yaml")
+    with pytest.raises(UserError, match=r"`inherits` goes in a circle: .*b\.yaml -> .*a\.yaml -> .*b\.yaml"):
+        load_config(write("b.yaml", "inherits: a.yaml"))
+    with pytest.raises(UserError, match="goes in a circle"):
+        load_config(write("self.yaml", "inherits: self.yaml"))

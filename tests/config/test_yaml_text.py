@@ -1,0 +1,53 @@
+"""YAML reading and writing."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_dsrl.config.yaml_text import format_yaml, parse_yaml
+from megatron_dsrl.errors import UserError
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+# Texts that look like other types are where a round trip breaks.
+lookalikes = st.sampled_from(["1e-6", "1.5", ".5", "1_000", "2024-01-31", "null", "true", "", "0x1f", "1:30", "- a", "#"])
+documents = st.recursive(
+    scalars | lookalikes,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5) | lookalikes, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(documents)
+def test_what_is_written_reads_back_equal(document):
+    data, _ = parse_yaml(format_yaml(document), "test")
+    assert data == document and repr(data) == repr(document)  # repr tells 1 from 1.0 and True
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-6", 1e-6), ("1E5", 1e5), ("-2.5e+3", -2500.0), (".5", 0.5), ("1_000", 1000), ("2024-01-31", "2024-01-31")],
+)
+def test_scalars_that_yaml_1_1_reads_otherwise(text, value):
+    data, _ = parse_yaml(text, "test")
+    assert data == value and type(data) is type(value)
+
+
+def test_every_value_has_its_line():
+    _, lines = parse_yaml("a: 1\nb:\n  c:\n  - x\n  - d: 2\n", "test")
+    assert lines[("a",)] == 1
+    assert lines[("b", "c", 1, "d")] == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\nb: [1, 2\nc: 3", r"f\.yaml: not valid YAML: line 3, column \d+: .+"),
+        ("a: 1\n\tb: 2", r"f\.yaml: not valid YAML: line 2, column 1: .+"),
+        ("a: {b: 1,\n  c: 2,\n  b: 3}", r"f\.yaml, line 3: a\.b: this key is given twice"),
+        ("a: !!python/object:os.system x", r"f\.yaml: not valid YAML: line 1, .+"),
+        ("a: 1\n---\nb: 2", r"f\.yaml: not valid YAML: line 2, .+"),
+    ],
+)
+def test_bad_text_names_the_line(text, message):
+    with pytest.raises(UserError, match=message):
+        parse_yaml(text, "f.yaml")

@@ -1,0 +1,179 @@
+"""The `dsrl` command: exit statuses, messages, and the dry run. Run as a user would, in processes of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_dsrl.config.yaml_text import format_yaml
+
+REPOSITORY = Path(__file__).parents[1]
+MODEL = {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 256,
+}
+RUN = {
+    "name": "small",
+    "steps": 4,
+    "model": {"path": "model"},
+    "data": {"source": "train.jsonl", "max_prompt_tokens": 100},
+    "rollout": {"prompts_per_step": 4, "samples_per_prompt": 4, "max_response_tokens": 60},
+    "phases": [{"name": "grpo", "space": {"name": "post_train"}, "advantage": {"name": "group_standardised"}}],
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a run configuration, a model's config.json and eight prompts."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(MODEL))
+    (tmp_path / "train.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n' * 8)
+    (tmp_path / "run.yaml").write_text(format_yaml(RUN))
+    return tmp_path
+
+
+def environment(**variables: str) -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    return inherited | {"PYTHONPATH": str(REPOSITORY), "COLUMNS": "100"} | variables
+
+
+def dsrl(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "megatron_dsrl.cli", *arguments]
+    return subprocess.run(
+        command, cwd=folder, env=environment(**variables), capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_dry_run_prints_configuration_and_figures_and_starts_nothing(folder):
+    # An option between positionals, and an override after it.
+    result = dsrl(folder, "train", "run.yaml", "seed=7", "--dry-run", "rollout.temperature=0.5", "--world-size", "2")
+    assert result.returncode == 0 and result.stderr == ""
+    assert "seed: 7" in result.stdout and "temperature: 0.5" in result.stdout
+    figures = {cells[1].strip(): cells[2].strip() for line in result.stdout.splitlines() if len(cells := line.split("│")) > 3}
+    assert figures["data-parallel size"] == "2"
+    assert figures["samples per step"] == "16"
+    assert figures["epochs"] == "2.00"
+    assert {path.name for path in folder.iterdir()} == {"model", "train.jsonl", "run.yaml"}
+
+
+def test_dry_run_imports_nothing_heavy(folder):
+    program = (
+        "import sys; from megatron_dsrl.cli import main; status = main(['train', 'run.yaml', '--dry-run']);"
+        "print(status, sorted({'torch', 'sglang', 'megatron', 'transformers'} & set(sys.modules)), file=sys.stderr)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, env=environment(), capture_output=True, text=True, timeout=60
+    )
+    assert result.stderr == "0 []\n"
+
+
+def test_world_size_comes_from_torchrun(folder):
+    result = dsrl(folder, "train", "run.yaml", "--dry-run", "parallel.tensor_parallel_size=2", WORLD_SIZE="3")
+    assert result.returncode == 2
+    assert "3 processes cannot be divided by that" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "nowhere.yaml"], "dsrl: nowhere.yaml: no such configuration file\n"),
+        (["train", "run.yaml", "rollout.temprature=1"], "rollout.temprature: unknown key; did you mean temperature?"),
+        (["train", "run.yaml", "model.path=nowhere/at/all"], "model.path: there is no folder nowhere/at/all"),
+        (["train", "run.yaml", "data.source=nowhere.jsonl"], "data.source: there is no file nowhere.jsonl"),
+        (["train", "run.yaml", "--world-size", "2"], "--world-size is for --dry-run"),
+        (["train", "run.yaml", "--dry-run", "--world-size", "0"], "expected a whole number from 1, given 0"),
+        (["train", "run.yaml", "--dryrun"], "unrecognized arguments: --dryrun"),
+        (["doctor", "a=b"], "unrecognized arguments: a=b"),
+        (["trian"], "invalid choice: 'trian'"),
+        ([], "required: COMMAND"),
+    ],
+)
+def test_a_users_mistake_is_one_message_and_status_2(folder, arguments, message):
+    result = dsrl(folder, *arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr and result.stdout == ""
+
+
+def test_only_rank_0_speaks_of_a_wrong_configuration(folder):
+    result = dsrl(folder, "train", "nowhere.yaml", RANK="1", WORLD_SIZE="2")
+    assert result.returncode == 2
+    assert result.stdout == "" and result.stderr == ""
+
+
+def in_place_of_train(folder: Path, body: str) -> list[str]:
+    """A command that runs `dsrl train run.yaml` with a `megatron_dsrl.train` whose `train` is `body`.
+
+    The real loop would need a model and an engine; what is under test is what the command makes of its end.
+    """
+    program = f"""
+import sys, types
+module = types.ModuleType("megatron_dsrl.train")
+exec({body!r}, module.__dict__)
+sys.modules["megatron_dsrl.train"] = module
+from megatron_dsrl.cli import main
+sys.exit(main(["train", "run.yaml"]))
+"""
+    return [sys.executable, "-c", program]
+
+
+@pytest.mark.parametrize(
+    ("rank", "stderr"), [("0", "dsrl: data.source: no rows\n"), ("3", "dsrl: rank 3: data.source: no rows\n")]
+)
+def test_a_users_mistake_found_during_the_run_is_told_by_every_rank(folder, rank, stderr):
+    body = "from megatron_dsrl.errors import UserError\ndef train(config): raise UserError('data.source: no rows')"
+    command = in_place_of_train(folder, body)
+    result = subprocess.run(
+        command, cwd=folder, env=environment(RANK=rank, WORLD_SIZE="4"), capture_output=True, text=True, timeout=60
+    )
+    assert (result.returncode, result.stderr) == (2, stderr)
+
+
+def test_a_defect_keeps_its_traceback(folder):
+    command = in_place_of_train(folder, "def train(config): return config.no_such_section")
+    result = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr and "no_such_section" in result.stderr
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_cleans_up_and_says_so_by_its_status(folder, sent, status):
+    body = """
+import time
+def train(config):
+    try:
+        print("started", flush=True)
+        time.sleep(30)
+    finally:
+        print("cleaned up", flush=True)
+"""
+    process = subprocess.Popen(
+        in_place_of_train(folder, body),
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "started\n"
+    process.send_signal(sent)
+    started = time.monotonic()
+    stdout, stderr = process.communicate(timeout=20)
+    assert time.monotonic() - started < 10
+    assert process.returncode == status
+    assert stdout == "cleaned up\n"
+    assert "Traceback" not in stderr
+
+
+def test_help_names_the_commands(folder):
+    result = dsrl(folder, "--help")
+    assert result.returncode == 0
+    assert all(command in result.stdout for command in ("train", "report", "doctor"))
