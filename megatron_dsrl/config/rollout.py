@@ -60,5 +60,8 @@ class EngineConfig(Section):
     weight_bucket_megabytes: int = Field(default=512, ge=1)
     """Size of one flattened bucket of the weight push."""
 
+    max_outstanding_samples: int = Field(default=1024, ge=1)
+    """Samples that one engine runs or queues at a time; further prompts go to the engine that frees up first."""
+
     extra_arguments: dict[str, str | int | float | bool] = Field(default_factory=dict)
     """Further SGLang server arguments by their `ServerArgs` names, such as `attention_backend`."""

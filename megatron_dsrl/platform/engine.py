@@ -19,17 +19,15 @@ ServerArguments = dict[str, str | int | float | bool]
 """SGLang `ServerArgs` fields by name."""
 
 
-def engine_server_arguments(config: EngineConfig, local_rank: int) -> ServerArguments:
-    """Server arguments that depend on the device.
+def engine_server_arguments(config: EngineConfig) -> ServerArguments:
+    """Server arguments that depend on the device. Called on the first rank of the engine's group.
 
-    Args:
-        config: The engine section.
-        local_rank: Node-local rank of the first rank of the engine's group; its device is the engine's first.
+    On CUDA that rank's current device is the engine's first one, and the engine takes the next ones upwards.
 
     Raises:
         UserError: `engine.max_total_tokens` is missing on CPU, where SGLang would take nearly all memory.
     """
-    return _cuda_server_arguments(config, local_rank) if torch.cuda.is_available() else _cpu_server_arguments(config)
+    return _cuda_server_arguments(config) if torch.cuda.is_available() else _cpu_server_arguments(config)
 
 
 def engine_environment(tensor_parallel_size: int) -> dict[str, str]:
@@ -87,9 +85,9 @@ def tensor_sharing() -> Iterator[None]:
         torch.multiprocessing.set_sharing_strategy(before)
 
 
-def _cuda_server_arguments(config: EngineConfig, local_rank: int) -> ServerArguments:
+def _cuda_server_arguments(config: EngineConfig) -> ServerArguments:
     return {
-        "base_gpu_id": local_rank,
+        "base_gpu_id": torch.cuda.current_device(),
         "enable_memory_saver": True,
         "mem_fraction_static": config.memory_fraction,
     }

@@ -35,7 +35,8 @@ def read_groups(file: Path) -> list[Group]:
         UserError: The file is missing, or a line is not a group.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        with open(file, encoding="utf-8") as stream:
+            lines = list(stream)  # not splitlines(): that also splits at characters which a response may hold
     except FileNotFoundError as error:
         raise UserError(f"no saved rollouts: {file} does not exist") from error
     groups = []

@@ -58,5 +58,6 @@ class AbsentPackageFinder(MetaPathFinder, Loader):
 
 
 def install() -> None:
-    """Put the finder before all others. Must run before the first import of `sglang`."""
-    sys.meta_path.insert(0, AbsentPackageFinder())
+    """Put the finder before all others, once. Must run before the first import of `sglang` or of a model."""
+    if not any(isinstance(finder, AbsentPackageFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, AbsentPackageFinder())

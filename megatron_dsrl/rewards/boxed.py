@@ -1,0 +1,91 @@
+"""The built-in verifier: the last box of the response equals the gold answer after normalisation.
+
+Method: the string comparison that is customary for the MATH data set (Hendrycks et al., arXiv 2103.03874): both answers
+are brought to one spelling and compared as strings; nothing is evaluated. Departures from the customary one: escaped
+braces do not count when a box is closed, single-token exponents lose their braces, thousands lose their commas, and a
+response that opens a last box without closing it has no answer.
+"""
+
+import re
+
+BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
+GROUP_OPENERS = re.compile(r"\\[\\{}]|[{}]")
+
+SPACING = re.compile(r"\\[!,;:> ]|\\q?quad(?![a-zA-Z])|~|\s+")
+SIZES = re.compile(r"\\(?:left|right|[bB]igg?[lr]?)(?![a-zA-Z])")
+DEGREES = re.compile(r"\^\s*(?:\\circ(?![a-zA-Z])|\{\s*\\circ\s*\})|\\degree(?![a-zA-Z])|°")
+TEXT = r"\\(?:text|mbox|textrm|textnormal)\s*\{([^{}]*)\}"
+TRAILING_UNIT = re.compile(r"(?<=.)\s*" + TEXT + r"(?:\s*\^\s*(?:\d|\{\d+\}))?\s*$")
+WRAPPED_TEXT = re.compile(r"\\(?:text|mbox|textrm|textnormal|textbf|textit|mathrm|mathbf|bold)\s*\{([^{}]*)\}")
+THOUSANDS = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
+NAMED_VALUE = re.compile(r"(?:[a-zA-Z]{1,2}|[a-zA-Z]_\w)=(.+)")
+BARE_ROOT = re.compile(r"\\sqrt([^{\[\\]|\\[a-zA-Z]+)")
+FRACTION = re.compile(r"\\frac(\{[^{}]*\}|[^{}\\])(\{[^{}]*\}|[^{}\\])")
+SLASH_FRACTION = re.compile(r"(-?)(\d+)/(\d+)")
+BRACED_TOKEN = re.compile(r"([\^_])\{(\w)\}")
+BARE_DECIMAL = re.compile(r"(?<![\d\w])\.(?=\d)")
+
+
+def boxed(response: str, answer: str) -> float:
+    """1.0 when the response's last box is the answer, else 0.0; 0.0 without a box.
+
+    Args:
+        response: The model's text.
+        answer: The gold answer, with or without a box or dollar signs of its own.
+    """
+    given = last_boxed(response)
+    if given is None:
+        return 0.0
+    gold = last_boxed(answer)
+    return float(normalise(given) == normalise(answer if gold is None else gold))
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Content of the last `\boxed{...}` or `\fbox{...}`; of `\boxed 5` what follows up to `$` or the line's end.
+
+    None without a box or when the last one is never closed.
+    """
+    boxes = list(BOX.finditer(text))
+    if not boxes:
+        return None
+    start = boxes[-1].end()
+    if not text.startswith("{", start):
+        return re.split(r"[$\n]", text[start:], maxsplit=1)[0].strip() or None
+    depth = 0
+    for brace in GROUP_OPENERS.finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(brace.group(), 0)  # escaped braces are content
+        if depth == 0:
+            return text[start + 1 : brace.start()].strip()
+    return None
+
+
+def normalise(answer: str) -> str:
+    r"""One spelling of an answer.
+
+    Removed: spaces, `\left` and `\right`, dollar and percent signs, degrees, trailing units in `\text{}`, a final
+    full stop, thousands commas, a leading `x=`. Made alike: `\dfrac` and `\tfrac`, `\frac12`, `1/2` and `0.5`,
+    `\sqrt3`, `.5` and `0.5`, `x^{2}` and `x^2`.
+    """
+    text = answer.strip().replace("{,}", ",").replace("\\%", "").replace("%", "").replace("\\$", "").replace("$", "")
+    text = DEGREES.sub("", SIZES.sub("", text))
+    text = WRAPPED_TEXT.sub(r"\1", TRAILING_UNIT.sub("", text))
+    text = SPACING.sub("", text).rstrip(".").replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
+    if value := NAMED_VALUE.fullmatch(text):
+        text = value.group(1)
+    if THOUSANDS.fullmatch(text):
+        text = text.replace(",", "")
+    text = BARE_DECIMAL.sub("0.", text)
+    text = BARE_ROOT.sub(r"\\sqrt{\1}", text)
+    text = BRACED_TOKEN.sub(r"\1\2", text)
+    text = FRACTION.sub(_braced_fraction, text)
+    if text == "0.5":
+        return r"\frac{1}{2}"
+    if fraction := SLASH_FRACTION.fullmatch(text):
+        sign, numerator, denominator = fraction.groups()
+        return rf"{sign}\frac{{{numerator}}}{{{denominator}}}"
+    return text
+
+
+def _braced_fraction(fraction: re.Match[str]) -> str:
+    numerator, denominator = (part if part.startswith("{") else f"{{{part}}}" for part in fraction.groups())
+    return rf"\frac{numerator}{denominator}"

@@ -1,0 +1,105 @@
+"""Rewards in worker processes with a hard time limit.
+
+A verifier runs on text that a model wrote: it may hang or crash on it. A worker that exceeds the limit or dies is
+killed and replaced, its response scores 0, and the verdict is counted. Workers do not import torch.
+"""
+
+import logging
+import math
+import multiprocessing
+import os
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import cache
+from types import TracebackType
+from typing import Any, Literal
+
+from pebble import ProcessExpired, ProcessPool
+
+from megatron_dsrl.config.data import RewardConfig
+from megatron_dsrl.process import die_with_parent
+from megatron_dsrl.rewards.registry import RewardFunction, reward_function
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the verifier said about one response."""
+
+    reward: float
+    """Finite; 0 unless the verdict is `ok`."""
+
+    verdict: Literal["ok", "timeout", "error"]
+    """`timeout`: the limit was exceeded. `error`: the function raised, died, or returned no finite number."""
+
+
+class RewardPool:
+    """Judges responses in parallel. Close it, or use it as a context manager."""
+
+    def __init__(self, config: RewardConfig) -> None:
+        """
+        Raises:
+            UserError: The reward function does not exist. No process was started then.
+        """
+        reward_function(config.function)
+        self._config = config
+        # Workers are forked from a small clean process: a replacement costs milliseconds, and nothing of the trainer
+        # (torch, its threads, its devices) is inherited.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        self._pool = ProcessPool(max_workers=config.workers, initializer=_start_worker, context=context)
+
+    def submit(self, response: str, answer: str) -> "Future[Judgement]":
+        """Judge one response; returns at once. The future never raises."""
+        options = tuple(sorted(self._config.options.items()))
+        task = self._pool.schedule(
+            _call, args=(self._config.function, options, response, answer), timeout=self._config.timeout_seconds
+        )
+        judgement: Future[Judgement] = Future()
+        task.add_done_callback(lambda done: judgement.set_result(self._judgement(done, response)))
+        return judgement
+
+    def close(self) -> None:
+        """Stop all workers, unfinished work included. May be called again."""
+        self._pool.stop()
+        self._pool.join()
+
+    def __enter__(self) -> "RewardPool":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _judgement(self, task: "Future[Any]", response: str) -> Judgement:
+        name = self._config.function
+        if task.cancelled():
+            return Judgement(0.0, "error")
+        error = task.exception()
+        if isinstance(error, TimeoutError):
+            logger.warning("reward %s exceeded %g s on %r", name, self._config.timeout_seconds, response[-200:])
+            return Judgement(0.0, "timeout")
+        if error is not None:
+            what = "died" if isinstance(error, ProcessExpired) else "raised"
+            logger.warning("reward %s %s on %r: %r", name, what, response[-200:], error)
+            return Judgement(0.0, "error")
+        reward = task.result()
+        if not isinstance(reward, int | float) or not math.isfinite(reward):
+            logger.warning("reward %s returned %r, not a finite number, on %r", name, reward, response[-200:])
+            return Judgement(0.0, "error")
+        return Judgement(float(reward), "ok")
+
+
+def _start_worker() -> None:
+    die_with_parent(os.getppid())
+
+
+@cache
+def _worker_function(name: str) -> RewardFunction:
+    return reward_function(name)
+
+
+def _call(name: str, options: tuple[tuple[str, Any], ...], response: str, answer: str) -> Any:
+    return _worker_function(name)(response, answer, **dict(options))

@@ -1,0 +1,137 @@
+"""One batch of prompts over all engines, with verification running beside generation.
+
+Each prompt goes, with all its samples, to the engine with the least outstanding work, so that the samples share the
+prompt's cache. As soon as a group returns, its responses are in the reward pool while other prompts still generate.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from megatron_dsrl.data.prompt import Prompt
+from megatron_dsrl.rewards.pool import Judgement, RewardPool
+from megatron_dsrl.rollout.client import Completion, EngineClient, EngineError
+from megatron_dsrl.rollout.sample import Group, Sample
+from megatron_dsrl.rollout.sampling import SamplingParameters
+
+Decode = Callable[[Sequence[int]], str]
+"""Token ids to text without special tokens."""
+
+PROMPTS_IN_ERROR = 8
+
+
+class StaleWeightsError(EngineError):
+    """A sample came from other weights than the current ones."""
+
+
+@dataclass(frozen=True)
+class BatchRequest:
+    """What one batch asks for."""
+
+    prompts: Sequence[Prompt]
+    samples_per_prompt: int
+    sampling: SamplingParameters
+    weight_version: int
+    """The version that every sample must carry."""
+    max_outstanding_samples: int
+    """Samples that one engine holds at a time; further prompts wait for the engine that frees up first."""
+    timeout_seconds: float
+    """Limit for the whole batch, verification included."""
+
+
+async def sample_groups(
+    request: BatchRequest, clients: Sequence[EngineClient], rewards: RewardPool, decode: Decode
+) -> list[Group]:
+    """Sample, decode and judge; groups are in the order of the prompts.
+
+    Raises:
+        EngineError: An engine failed, or the batch took longer than its limit; the message names the prompts that
+            were still running.
+        StaleWeightsError: A sample does not carry the requested weight version.
+    """
+    deadline = time.monotonic() + request.timeout_seconds
+    judged: dict[int, list[tuple[Completion, str, Future[Judgement]]]] = {}
+    waiting = deque(range(len(request.prompts)))
+    running: dict[asyncio.Task[list[Completion]], tuple[int, int]] = {}  # task -> (prompt position, engine)
+    outstanding = [0] * len(clients)
+    try:
+        while waiting or running:
+            while waiting and (engine := _free_engine(outstanding, request)) is not None:
+                position = waiting.popleft()
+                prompt = request.prompts[position]
+                call = clients[engine].generate(prompt.token_ids, request.samples_per_prompt, request.sampling)
+                running[asyncio.create_task(call)] = (position, engine)
+                outstanding[engine] += request.samples_per_prompt
+            done, _ = await asyncio.wait(
+                running, timeout=max(0.0, deadline - time.monotonic()), return_when=asyncio.FIRST_COMPLETED
+            )
+            if not done:
+                raise EngineError(_timeout_message(request, waiting, running))
+            for task in done:
+                position, engine = running.pop(task)
+                outstanding[engine] -= request.samples_per_prompt
+                prompt = request.prompts[position]
+                judged[position] = [
+                    (completion, text := decode(completion.response_ids), rewards.submit(text, prompt.answer))
+                    for completion in _checked(task.result(), prompt, request.weight_version)
+                ]
+    finally:
+        for task in running:
+            task.cancel()  # closes the connection, at which SGLang aborts the request
+        await asyncio.gather(*running, return_exceptions=True)
+    return [
+        Group(prompt, tuple([await _sample(*entry, request, deadline) for entry in judged[position]]))
+        for position, prompt in enumerate(request.prompts)
+    ]
+
+
+def _free_engine(outstanding: Sequence[int], request: BatchRequest) -> int | None:
+    """The engine with the least outstanding work, or None when all are full. An idle engine is never full."""
+    engine = min(range(len(outstanding)), key=outstanding.__getitem__)
+    full = outstanding[engine] + request.samples_per_prompt > request.max_outstanding_samples
+    return None if full and outstanding[engine] > 0 else engine
+
+
+def _checked(completions: list[Completion], prompt: Prompt, version: int) -> list[Completion]:
+    for completion in completions:
+        if completion.weight_versions != {version}:
+            raise StaleWeightsError(
+                f"a sample of prompt {prompt.index} was generated with weight version "
+                f"{sorted(completion.weight_versions)}, the current one is {version}"
+            )
+    return completions
+
+
+async def _sample(
+    completion: Completion, text: str, judgement: "Future[Judgement]", request: BatchRequest, deadline: float
+) -> Sample:
+    try:
+        judged = await asyncio.wait_for(asyncio.wrap_future(judgement), max(0.1, deadline - time.monotonic()))
+    except asyncio.TimeoutError as error:
+        raise EngineError(
+            f"rewards were not ready within rollout.step_timeout_seconds = {request.timeout_seconds:g}; raise the "
+            "limit or reward.workers, or lower reward.timeout_seconds"
+        ) from error
+    return Sample(
+        response_ids=completion.response_ids,
+        log_probs=completion.log_probs,
+        text=text,
+        finish_reason=completion.finish_reason,
+        weight_version=request.weight_version,
+        reward=judged.reward,
+        verdict=judged.verdict,
+    )
+
+
+def _timeout_message(request: BatchRequest, waiting: Sequence[int], running: dict) -> str:
+    unfinished = [request.prompts[position].index for position, _ in running.values()]
+    unfinished += [request.prompts[position].index for position in waiting]
+    named = ", ".join(map(str, sorted(unfinished)[:PROMPTS_IN_ERROR]))
+    more = f" and {len(unfinished) - PROMPTS_IN_ERROR} more" if len(unfinished) > PROMPTS_IN_ERROR else ""
+    return (
+        f"generation took longer than rollout.step_timeout_seconds = {request.timeout_seconds:g}; prompts (by index) "
+        f"still running: {named}{more}"
+    )

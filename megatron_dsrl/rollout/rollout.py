@@ -1,0 +1,200 @@
+"""The rollout side as the training loop sees it: sample groups, take new weights, lend memory, close."""
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.data.prompt import Prompt
+from megatron_dsrl.errors import UserError
+from megatron_dsrl.platform.engine import can_release_engine_memory
+from megatron_dsrl.rewards.pool import RewardPool
+from megatron_dsrl.rollout.client import EngineClient, MemoryTag, connect
+from megatron_dsrl.rollout.dispatcher import BatchRequest, Decode, sample_groups
+from megatron_dsrl.rollout.engine_group import UNSET_WEIGHT_VERSION, EngineGroup, initial_weight_version, world_rank
+from megatron_dsrl.rollout.replay import replayed_groups
+from megatron_dsrl.rollout.sample import Group
+from megatron_dsrl.rollout.sampling import SamplingParameters
+from megatron_dsrl.rollout.weight_push import Bucket
+
+
+class Rollout(Protocol):
+    """Where the samples of a run come from."""
+
+    def wait_until_ready(self) -> None:
+        """Block until samples can be drawn. All ranks."""
+
+    def sample_step(self, step: int, prompts: Sequence[Prompt]) -> list[Group]:
+        """The rollout batch of a training step (counted from 1), in the order of the prompts. Rank 0 only."""
+
+    def generate(
+        self, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: SamplingParameters
+    ) -> list[Group]:
+        """Sample with other parameters, for evaluation. Rank 0 only."""
+
+    def load_weights(self, buckets: Iterable[Bucket], version: int) -> None:
+        """Give the engines new weights, HF-named, the same on all ranks of an engine. All ranks."""
+
+    def release_memory(self) -> None:
+        """Lend the engines' device memory to the training step. All ranks."""
+
+    def resume_weights(self) -> None:
+        """Take the memory of the weights back, before `load_weights`. All ranks."""
+
+    def resume_kv_cache(self) -> None:
+        """Take the memory of the KV cache back, before sampling. All ranks."""
+
+    def close(self) -> None:
+        """Stop engines and reward workers. May be called again."""
+
+
+def start_rollout(
+    config: RunConfig, run_folder: Path, stop_token_ids: Sequence[int], decode: Decode
+) -> "EngineRollout | ReplayedRollout":
+    """Start the rollout side; called on every rank, after torch.distributed where there is more than one.
+
+    Engines start in the background: build the trainer meanwhile, then call `wait_until_ready`. On CUDA wait first,
+    because SGLang sizes its memory by what is free.
+
+    Args:
+        config: The run.
+        run_folder: Engine logs go to its `engines/`.
+        stop_token_ids: Tokens that end a response (end of turn, end of text).
+        decode: Token ids to text without special tokens.
+
+    Raises:
+        UserError: Something in the configuration cannot work. Nothing is left running.
+    """
+    if config.rollout.replay_from is not None:
+        return ReplayedRollout(config, Path(config.rollout.replay_from))
+    return EngineRollout(config, run_folder, tuple(stop_token_ids), decode)
+
+
+class EngineRollout:
+    """Samples from SGLang engines; rewards come from a pool on rank 0."""
+
+    def __init__(self, config: RunConfig, run_folder: Path, stop_token_ids: tuple[int, ...], decode: Decode) -> None:
+        self._config = config
+        self._decode = decode
+        self._training_sampling = SamplingParameters.for_training(config.rollout, stop_token_ids)
+        self._weight_version = initial_weight_version(config)
+        self._urls: list[str] = []
+        self._rewards = RewardPool(config.reward) if world_rank() == 0 else None
+        self._engines: EngineGroup | None = None
+        try:
+            self._engines = EngineGroup(config, run_folder)
+            self._engines.start()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def weight_version(self) -> int:
+        """Version that every sample carries now."""
+        return self._weight_version
+
+    @property
+    def training_sampling(self) -> SamplingParameters:
+        """Sampling parameters of training; evaluation derives its own with `dataclasses.replace`."""
+        return self._training_sampling
+
+    def wait_until_ready(self) -> None:
+        self._urls = self._running_engines().wait_until_ready()
+
+    def sample_step(self, step: int, prompts: Sequence[Prompt]) -> list[Group]:
+        return self.generate(prompts, self._config.rollout.samples_per_prompt, self._training_sampling)
+
+    def generate(
+        self, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: SamplingParameters
+    ) -> list[Group]:
+        assert self._rewards is not None, "only rank 0 samples"
+        assert self._urls, "wait_until_ready() comes first"
+        assert self._weight_version != UNSET_WEIGHT_VERSION, "load_weights() comes first: the model folder has none"
+        request = BatchRequest(
+            prompts=prompts,
+            samples_per_prompt=samples_per_prompt,
+            sampling=sampling,
+            weight_version=self._weight_version,
+            max_outstanding_samples=self._config.engine.max_outstanding_samples,
+            timeout_seconds=self._config.rollout.step_timeout_seconds,
+        )
+        return asyncio.run(self._sample(request, self._rewards))
+
+    def load_weights(self, buckets: Iterable[Bucket], version: int) -> None:
+        self._running_engines().push(buckets, version)
+        self._weight_version = version
+
+    def release_memory(self) -> None:
+        self._change_memory("release", ["weights", "kv_cache"])
+
+    def resume_weights(self) -> None:
+        self._change_memory("resume", ["weights"])
+
+    def resume_kv_cache(self) -> None:
+        self._change_memory("resume", ["kv_cache"])
+
+    def close(self) -> None:
+        if self._engines is not None:
+            self._engines.close()
+        if self._rewards is not None:
+            self._rewards.close()
+
+    async def _sample(self, request: BatchRequest, rewards: RewardPool) -> list[Group]:
+        async with connect(self._urls, self._config.engine.update_timeout_seconds) as clients:
+            return await sample_groups(request, clients, rewards, self._decode)
+
+    def _change_memory(self, change: str, tags: list[MemoryTag]) -> None:
+        if not can_release_engine_memory():
+            return
+        self._running_engines().call_engine(lambda url: asyncio.run(self._call_memory(url, change, tags)))
+
+    async def _call_memory(self, url: str, change: str, tags: list[MemoryTag]) -> None:
+        async with EngineClient(url, self._config.engine.update_timeout_seconds) as client:
+            await (client.release_memory(tags) if change == "release" else client.resume_memory(tags))
+
+    def _running_engines(self) -> EngineGroup:
+        assert self._engines is not None, "the rollout is closed"
+        return self._engines
+
+
+class ReplayedRollout:
+    """Saved samples of another run in place of engines: nothing is started and weights are not needed."""
+
+    def __init__(self, config: RunConfig, run_folder: Path) -> None:
+        """
+        Raises:
+            UserError: The run folder has no saved rollouts, or the configuration asks for evaluation.
+        """
+        if not (run_folder / "rollouts").is_dir():
+            raise UserError(f"rollout.replay_from: {run_folder} has no folder `rollouts`")
+        if config.evaluation.sets:
+            raise UserError("rollout.replay_from starts no engines, so evaluation.sets must be empty")
+        self._run_folder = run_folder
+        self._samples_per_prompt = config.rollout.samples_per_prompt
+
+    def wait_until_ready(self) -> None:
+        pass
+
+    def sample_step(self, step: int, prompts: Sequence[Prompt]) -> list[Group]:
+        return replayed_groups(self._run_folder, step, prompts, self._samples_per_prompt)
+
+    def generate(
+        self, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: SamplingParameters
+    ) -> list[Group]:
+        raise UserError("rollout.replay_from starts no engines: nothing can be sampled")
+
+    def load_weights(self, buckets: Iterable[Bucket], version: int) -> None:
+        pass
+
+    def release_memory(self) -> None:
+        pass
+
+    def resume_weights(self) -> None:
+        pass
+
+    def resume_kv_cache(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
