@@ -1,0 +1,64 @@
+"""Which prompts come next: shuffled epochs, deterministic and resumable."""
+
+import random
+from typing import TypedDict
+
+from megatron_dsrl.errors import UserError
+
+
+class SamplerState(TypedDict):
+    """Everything that decides the rest of the sequence, plain numbers for a checkpoint."""
+
+    num_prompts: int
+    seed: int
+    epoch: int
+    position: int
+
+
+class PromptSampler:
+    """An endless sequence of prompt indices: one shuffled epoch after another.
+
+    Each epoch holds every index once. A batch that reaches the end of an epoch goes on with the next one, so only
+    such a batch can hold an index twice. The order of an epoch depends on the seed and the epoch's number alone.
+    """
+
+    def __init__(self, num_prompts: int, seed: int):
+        if num_prompts < 1:
+            raise UserError(f"data: a prompt set needs at least one prompt, this one has {num_prompts}")
+        self._num_prompts = num_prompts
+        self._seed = seed
+        self._start_epoch(0)
+
+    def next(self, count: int) -> list[int]:
+        """The next `count` prompt indices, each in 0..num_prompts - 1."""
+        indices: list[int] = []
+        while len(indices) < count:
+            if self._position == self._num_prompts:
+                self._start_epoch(self._epoch + 1)
+            taken = self._order[self._position : self._position + count - len(indices)]
+            self._position += len(taken)
+            indices += taken
+        return indices
+
+    def state_dict(self) -> SamplerState:
+        """Where the sequence stands."""
+        return SamplerState(
+            num_prompts=self._num_prompts, seed=self._seed, epoch=self._epoch, position=self._position
+        )
+
+    def load_state_dict(self, state: SamplerState) -> None:
+        """Go on where `state` stood. Raises UserError if it belongs to another prompt set or seed."""
+        for name, here in (("num_prompts", self._num_prompts), ("seed", self._seed)):
+            if state[name] != here:
+                raise UserError(
+                    f"the checkpoint's sampler has {name} {state[name]}, this run has {here}: a run can only be "
+                    "resumed with the prompt set and the seed that it was started with"
+                )
+        self._start_epoch(state["epoch"])
+        self._position = state["position"]
+
+    def _start_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+        self._position = 0
+        self._order = list(range(self._num_prompts))
+        random.Random(f"{self._seed}/{epoch}").shuffle(self._order)

@@ -1,0 +1,92 @@
+"""Qwen3's tokenizer: loading it, checking that it is one, and the token ids that training needs from it."""
+
+from pathlib import Path
+from typing import Literal
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from megatron_dsrl.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+TURN_START = "<|im_start|>"
+TURN_END = "<|im_end|>"
+
+
+def load_tokenizer(path: str, vocab_size: int | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of an HF folder or hub name and check that it fits Qwen3.
+
+    Args:
+        path: folder with tokenizer files, or a hub name (`model.path`).
+        vocab_size: rows of the model's embedding (`vocab_size` in its config.json); checked if given. The model may
+            have more rows than the tokenizer has tokens (Qwen3 does), never fewer.
+
+    Raises:
+        UserError: if there is no such folder or tokenizer, if one of Qwen3's special tokens is missing, if there is no
+            chat template, or if the tokenizer has ids outside the model's vocabulary.
+    """
+    _require_folder(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"model.path: cannot load a tokenizer from {path}: {error}\n"
+            "The folder needs Qwen3's tokenizer.json and tokenizer_config.json."
+        ) from error
+    _require_special_tokens(tokenizer, path)
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"model.path: the tokenizer in {path} has no chat template, so problems cannot be rendered as prompts. "
+            "Take the tokenizer_config.json (and chat_template.jinja, if there is one) of a chat model."
+        )
+    if vocab_size is not None:
+        _require_fitting_vocabulary(tokenizer, vocab_size, path)
+    return tokenizer
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Tokens that end a response: the end of the assistant's turn and the end of the text."""
+    return _token_id(tokenizer, TURN_END), _token_id(tokenizer, END_OF_TEXT)
+
+
+def bos_token_ids(tokenizer: PreTrainedTokenizerBase, bos: Literal["im_start", "none", "assistant"]) -> tuple[int, ...]:
+    """Token ids that stand before the response in the pre-train space; see `PreTrainSpaceConfig.bos`."""
+    text = {"im_start": TURN_START, "none": "", "assistant": f"{TURN_START}assistant\n"}[bos]
+    return tuple(tokenizer.encode(text, add_special_tokens=False)) if text else ()
+
+
+def _require_folder(path: str) -> None:
+    """A hub name has at most one slash; everything else that does not exist is a mistyped folder."""
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_local and not Path(path).is_dir():
+        raise UserError(f"model.path: there is no folder {path}. Make or download the model first, or correct the path.")
+
+
+def _require_special_tokens(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    vocabulary = tokenizer.get_vocab()
+    missing = [token for token in (END_OF_TEXT, TURN_START, TURN_END) if token not in vocabulary]
+    if missing:
+        raise UserError(
+            f"model.path: the tokenizer in {path} is not Qwen3's: it has no token {', '.join(missing)}. "
+            "Use the tokenizer that came with the Qwen3 checkpoint."
+        )
+    split = [token for token in (END_OF_TEXT, TURN_START, TURN_END) if tokenizer.encode(token) != [vocabulary[token]]]
+    if split:
+        raise UserError(
+            f"model.path: the tokenizer in {path} does not read {', '.join(split)} as one token. "
+            "Declare it as a special token in tokenizer_config.json, as Qwen3 does."
+        )
+
+
+def _require_fitting_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, path: str) -> None:
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if largest >= vocab_size:
+        raise UserError(
+            f"model.path: the tokenizer in {path} has token ids up to {largest} ({token!r}), but the model has only "
+            f"{vocab_size} embedding rows (vocab_size in its config.json). Tokenizer and model do not belong together."
+        )
+
+
+def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    token_id = tokenizer.get_vocab().get(token)
+    assert token_id is not None, f"load_tokenizer lets no tokenizer without {token} pass"
+    return token_id

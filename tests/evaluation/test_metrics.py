@@ -1,0 +1,44 @@
+"""Avg@k, standard error and pass@k against hand-worked values and brute force over all draws."""
+
+from fractions import Fraction
+from itertools import combinations
+
+import pytest
+
+from megatron_dsrl.evaluation.metrics import average_at_k, mean_pass_at_k, pass_at_k, standard_error
+
+
+def test_hand_worked_average_and_standard_error():
+    rewards = [[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 0, 0]]  # means 0.5, 1, 0, 0.25
+    assert average_at_k(rewards) == pytest.approx(0.4375, abs=1e-15)
+    # squared deviations 0.00390625 + 0.31640625 + 0.19140625 + 0.03515625 = 0.546875; / 3 / 4 -> square root
+    assert standard_error(rewards) == pytest.approx(0.21347814, abs=1e-8)
+
+
+def test_single_problem_has_no_standard_error():
+    assert standard_error([[1, 0, 1]]) is None
+
+
+@pytest.mark.parametrize("n", range(1, 8))
+def test_pass_at_k_equals_the_share_of_all_draws_with_a_right_sample(n):
+    for correct in range(n + 1):
+        samples = [True] * correct + [False] * (n - correct)
+        for k in range(1, n + 1):
+            draws = list(combinations(samples, k))
+            assert pass_at_k(n, correct, k) == pytest.approx(float(Fraction(sum(map(any, draws)), len(draws))), abs=1e-14)
+
+
+def test_pass_at_k_stays_exact_where_binomials_overflow():
+    # One right among n: it is in a draw of k with probability k / n.
+    assert pass_at_k(20_000, 1, 5_000) == pytest.approx(0.25, rel=1e-9)
+
+
+@pytest.mark.parametrize(("n", "c", "k"), [(4, 5, 1), (4, -1, 1), (4, 2, 5), (4, 2, 0)])
+def test_pass_at_k_outside_its_domain(n, c, k):
+    with pytest.raises(ValueError, match="not defined"):
+        pass_at_k(n, c, k)
+
+
+def test_mean_over_problems():
+    assert mean_pass_at_k([[True, False], [False, False]], 1) == 0.25
+    assert mean_pass_at_k([[True, False], [False, False]], 2) == 0.5
