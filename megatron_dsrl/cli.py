@@ -52,16 +52,14 @@ def _rank() -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from megatron_dsrl.config.derived import derive
     from megatron_dsrl.config.load import load_config
-    from megatron_dsrl.config.model_shape import read_model_shape
-    from megatron_dsrl.config.prompt_count import count_prompts
+    from megatron_dsrl.preflight import preflight
 
     if options.world_size is not None and not options.dry_run:
         raise UserError("--world-size is for --dry-run; start a run on N processes with torchrun --nproc-per-node N")
     world_size = options.world_size or int(os.environ.get("WORLD_SIZE", "1"))
     config = load_config(options.config, options.overrides)
-    figures = derive(config, world_size, read_model_shape(config.model.path), count_prompts(config.data))
+    figures = preflight(config, world_size)
     if options.dry_run:
         from rich.console import Console
 
@@ -86,7 +84,7 @@ def _train(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from megatron_dsrl.observability.report import write_report
 
-    print(write_report(options.run))
+    print(write_report(*options.runs, output=options.output))
     return 0
 
 
@@ -155,10 +153,12 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "report",
-        help="write the HTML report of a run",
-        description="Write RUN/report.html: one self-contained page with plots, also while the run is still going.",
+        help="write the HTML report of a run, or of several side by side",
+        description="Write one self-contained HTML page with plots, also while a run is still going: RUN/report.html, "
+        "or for several runs a comparison, comparison.html in the first folder.",
     )
-    parser.add_argument("run", metavar="RUN", type=Path, help="run folder, such as runs/tiny_dsrl")
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folder, such as runs/tiny_dsrl")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="write the page to this file instead")
     parser.set_defaults(command=_report, parser=parser)
 
 

@@ -14,6 +14,10 @@ from megatron_dsrl.config.yaml_text import format_yaml
 
 REPOSITORY = Path(__file__).parents[1]
 MODEL = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "rope_theta": 1000000,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -91,6 +95,7 @@ def test_world_size_comes_from_torchrun(folder):
         (["train", "run.yaml", "--world-size", "2"], "--world-size is for --dry-run"),
         (["train", "run.yaml", "--dry-run", "--world-size", "0"], "expected a whole number from 1, given 0"),
         (["train", "run.yaml", "--dryrun"], "unrecognized arguments: --dryrun"),
+        (["report", "nowhere"], "nowhere"),
         (["doctor", "a=b"], "unrecognized arguments: a=b"),
         (["trian"], "invalid choice: 'trian'"),
         ([], "required: COMMAND"),

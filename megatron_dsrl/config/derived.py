@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_dsrl.config.data import PromptSetConfig
-from megatron_dsrl.config.model_shape import ModelShape
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.errors import UserError
 
@@ -17,6 +16,21 @@ Problem = tuple[str, str]
 
 LONGEST_BOS = 3
 """Tokens of the longest `bos` of the pre-train space: `<|im_start|>`, `assistant`, a line break."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a decoder-only transformer that the layout depends on."""
+
+    layers: int
+    attention_heads: int
+    """Query heads."""
+    key_value_groups: int
+    """Key/value heads; as many as `attention_heads` without GQA."""
+    feed_forward_size: int
+    """Inner size of the MLP."""
+    context_tokens: int
+    """Longest sequence that the positions were made for."""
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,8 @@ import re
 
 import pytest
 
-from megatron_dsrl.config.derived import derive
+from megatron_dsrl.config.derived import ModelShape, derive
 from megatron_dsrl.config.load import load_config
-from megatron_dsrl.config.model_shape import ModelShape, read_model_shape
 from megatron_dsrl.config.prompt_count import count_prompts
 from megatron_dsrl.errors import UserError
 
@@ -92,37 +91,6 @@ def test_all_problems_are_listed_at_once(small, write):
     config = load_config(write("run.yaml", small), ["rollout.top_k=0", "phases.0.until_step=null"])
     with pytest.raises(UserError, match="^run `small` on 1 process: 2 problems\n"):
         derive(config, 1, SHAPE)
-
-
-def test_model_shape_is_read_from_config_json(write, tmp_path):
-    text = (
-        '{"num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 96, '
-        '"max_position_embeddings": 512, "model_type": "qwen3"}'
-    )
-    write("model/config.json", text)
-    assert read_model_shape(str(tmp_path / "model")) == SHAPE
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('{"num_hidden_layers": 6}', "`num_attention_heads` must be a positive whole number, found None"),
-        ('{"num_hidden_layers": "6"}', "`num_hidden_layers` must be a positive whole number, found '6'"),
-        ("[]", "`num_hidden_layers` must be a positive whole number, found None"),
-        ("{", "model.path: cannot read .*config.json"),
-    ],
-)
-def test_a_damaged_config_json(write, tmp_path, content, message):
-    write("model/config.json", content)
-    with pytest.raises(UserError, match=message):
-        read_model_shape(str(tmp_path / "model"))
-
-
-def test_a_missing_model(tmp_path):
-    with pytest.raises(UserError, match="model.path: there is no folder .*nothing"):
-        read_model_shape(str(tmp_path / "nothing"))
-    with pytest.raises(UserError, match="has no config.json"):
-        read_model_shape(str(tmp_path))
 
 
 def test_prompts_are_counted_in_local_files(small, write, tmp_path):

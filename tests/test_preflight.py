@@ -1,0 +1,66 @@
+"""The checks of a run against its model and data."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_dsrl.config.load import load_config
+from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.config.yaml_text import format_yaml
+from megatron_dsrl.errors import UserError
+from megatron_dsrl.preflight import preflight
+
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rope_theta": 1000000,
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    """A run whose model folder and prompts exist."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(QWEN3))
+    (tmp_path / "train.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n' * 8)
+    run = {
+        "name": "small",
+        "steps": 4,
+        "model": {"path": str(tmp_path / "model")},
+        "data": {"source": str(tmp_path / "train.jsonl"), "max_prompt_tokens": 100},
+        "rollout": {"prompts_per_step": 4, "samples_per_prompt": 4, "max_response_tokens": 60},
+        "phases": [{"name": "grpo", "space": {"name": "post_train"}, "advantage": {"name": "group_mean"}}],
+    }
+    (tmp_path / "run.yaml").write_text(format_yaml(run))
+    return load_config(tmp_path / "run.yaml")
+
+
+def test_figures_use_the_prompt_file_and_checks_use_the_model(config, tmp_path):
+    assert preflight(config, 1).epochs == 2.0
+    with pytest.raises(UserError, match="model's 2 layers cannot be split 4 ways"):
+        preflight(load_config(tmp_path / "run.yaml", ["parallel.pipeline_parallel_size=4"]), 4)
+
+
+def test_a_missing_model_folder_is_not_looked_up_on_the_hub(config, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for path in ("./base", "/no/such/base", "a/b/c", "base", "runs/base"):
+        with pytest.raises(UserError, match=f"^model.path: there is no folder {path}; make or download"):
+            preflight(load_config("run.yaml", [f"model.path={path}"]), 1)
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"architectures": ["LlamaForCausalLM"]}'])
+def test_a_damaged_or_foreign_model_folder_names_its_file(config, tmp_path, content):
+    file = tmp_path / "model" / "config.json"
+    file.unlink()
+    if content:
+        file.write_text(content)
+    with pytest.raises(UserError, match=str(tmp_path / "model")):
+        preflight(config, 1)
