@@ -1,0 +1,47 @@
+"""Fixtures that several folders share."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_dsrl.config.run import RunConfig
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The data sets that are not part of the repository: `DSRL_TEST_DATA`, or `shared/data` beside it."""
+    folder = Path(os.environ.get("DSRL_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no data sets at {folder}; set DSRL_TEST_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An HF folder with the tiny random Qwen3 that the shared engine starts from."""
+    from tests.support.tiny_model import make_tiny_qwen3
+
+    folder = tmp_path_factory.mktemp("tiny_qwen3")
+    make_tiny_qwen3(folder, tied=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def engine_rollout(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+    """The rollout side over one real SGLang engine, started once for all tests. Weights: as the last test left them.
+
+    Rewards come from `tests.support.reward_functions:response_length`; text is the token ids, separated by spaces.
+    """
+    from megatron_dsrl.rollout.rollout import EngineRollout, start_rollout
+    from tests.support.engine import STOP_TOKEN_ID, decode_as_numbers, tiny_run_config
+
+    config: RunConfig = tiny_run_config(tiny_model_folder)
+    rollout = start_rollout(config, tmp_path_factory.mktemp("run"), [STOP_TOKEN_ID], decode_as_numbers)
+    assert isinstance(rollout, EngineRollout)
+    try:
+        rollout.wait_until_ready()
+        yield rollout
+    finally:
+        rollout.close()

@@ -1,0 +1,31 @@
+"""Reward functions for tests of the pool; they run in its workers."""
+
+import os
+import sys
+import time
+
+
+def response_length(response: str, answer: str) -> float:
+    return float(len(response.split()))
+
+
+def endless(response: str, answer: str) -> float:
+    if response == "hang":
+        while True:
+            pass
+    return 1.0
+
+
+def misbehaving(response: str, answer: str, weight: float = 1.0) -> object:
+    outcomes = {"nan": float("nan"), "none": None, "text": "1.0", "true": True, "weight": weight}
+    if response == "raise":
+        raise KeyError("no such thing")
+    if response == "die":
+        os._exit(3)
+    if response == "sleep":
+        time.sleep(0.2)
+    return outcomes.get(response, 0.25)
+
+
+def has_torch(response: str, answer: str) -> float:
+    return float("torch" in sys.modules)
