@@ -1,0 +1,89 @@
+"""Evaluation during training: held-out sets through the training's own engines and verifier.
+
+The policy is evaluated where it samples, in the engine, with the weights that it holds at that moment; nothing is
+loaded or copied for it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import fmean
+from typing import Protocol
+
+from megatron_dsrl.config.run import EvaluationSetConfig
+from megatron_dsrl.data.prompt import Prompt
+from megatron_dsrl.errors import UserError
+from megatron_dsrl.evaluation.metrics import average_at_k, standard_error
+from megatron_dsrl.rollout.sample import Group
+from megatron_dsrl.rollout.sampling import SamplingParameters
+
+EvaluationRecord = dict[str, int | float | str | None]
+"""step, set, accuracy, standard_error, problems, samples_per_prompt, mean_tokens, truncated_fraction."""
+
+
+class Generates(Protocol):
+    """The part of the rollout side that evaluation needs."""
+
+    @property
+    def training_sampling(self) -> SamplingParameters:
+        """Sampling parameters of training."""
+
+    def generate(
+        self, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: SamplingParameters
+    ) -> list[Group]:
+        """One group per prompt, in the order of the prompts."""
+
+
+class Evaluator:
+    """Evaluates all held-out sets of a run. Lives on rank 0, where the rollout side samples."""
+
+    def __init__(self, sets: Sequence[tuple[EvaluationSetConfig, Sequence[Prompt]]], rollout: Generates):
+        """
+        Args:
+            sets: the held-out sets and their prompts, all loaded before anything heavy starts.
+            rollout: what samples and verifies; the length limit and stop tokens of training hold here too.
+
+        Raises:
+            UserError: for two sets of one name, and for several greedy samples per prompt.
+        """
+        _require_different_names([config.name for config, _ in sets])
+        for position, (config, _) in enumerate(sets):
+            _require_different_samples(config, f"evaluation.sets.{position}")
+        self._sets = sets
+        self._rollout = rollout
+
+    def evaluate(self, step: int) -> list[EvaluationRecord]:
+        """One record per set under the engine's current weights; `step` (0: before training) only labels them."""
+        return [self._evaluate_set(config, prompts, step) for config, prompts in self._sets]
+
+    def _evaluate_set(self, config: EvaluationSetConfig, prompts: Sequence[Prompt], step: int) -> EvaluationRecord:
+        sampling = replace(self._rollout.training_sampling, temperature=config.temperature)
+        groups = self._rollout.generate(prompts, config.samples_per_prompt, sampling)
+        return {"step": step, "set": config.name, **summarise(groups)}
+
+
+def summarise(groups: Sequence[Group]) -> EvaluationRecord:
+    """Accuracy and lengths over the groups of a set: the mean reward is Avg@k, its standard error is over problems."""
+    rewards = [[sample.reward for sample in group.samples] for group in groups]
+    samples = [sample for group in groups for sample in group.samples]
+    return {
+        "accuracy": average_at_k(rewards),
+        "standard_error": standard_error(rewards),
+        "problems": len(groups),
+        "samples_per_prompt": len(groups[0].samples),
+        "mean_tokens": fmean(len(sample.response_ids) for sample in samples),
+        "truncated_fraction": fmean(sample.finish_reason == "length" for sample in samples),
+    }
+
+
+def _require_different_samples(config: EvaluationSetConfig, section: str) -> None:
+    if config.temperature == 0 and config.samples_per_prompt > 1:
+        raise UserError(
+            f"{section}: temperature 0 is greedy decoding, so {config.samples_per_prompt} samples_per_prompt would all "
+            "be the same. Set a temperature above 0, or samples_per_prompt to 1."
+        )
+
+
+def _require_different_names(names: Sequence[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"evaluation.sets: {len(names)} sets, but the name {', '.join(twice)} is used more than once")

@@ -1,0 +1,68 @@
+"""The evaluator: what it asks the rollout side for, and the record it makes of the answers."""
+
+import pytest
+
+from megatron_dsrl.config.run import EvaluationSetConfig
+from megatron_dsrl.data.prompt import Prompt
+from megatron_dsrl.errors import UserError
+from megatron_dsrl.evaluation.evaluator import Evaluator
+from megatron_dsrl.rollout.sample import Group, Sample
+from megatron_dsrl.rollout.sampling import SamplingParameters
+
+def sample(reward, num_tokens, finish_reason="stop"):
+    return Sample((7,) * num_tokens, (-0.5,) * num_tokens, "", finish_reason, weight_version=1, reward=reward)
+
+
+class RecordedRollout:
+    """Gives prepared samples, and remembers what was asked for."""
+
+    training_sampling = SamplingParameters(max_response_tokens=64, stop_token_ids=(2, 0), temperature=1.0)
+
+    def __init__(self, samples_by_answer):
+        self.samples_by_answer = samples_by_answer
+        self.asked = []
+
+    def generate(self, prompts, samples_per_prompt, sampling):
+        self.asked.append((len(prompts), samples_per_prompt, sampling.temperature, sampling.max_response_tokens))
+        return [Group(prompt, self.samples_by_answer[prompt.answer]) for prompt in prompts]
+
+
+PROMPTS = [Prompt(index=n, text=f"{n}+0=?", token_ids=(5, n), answer=str(n)) for n in (1, 2)]
+
+
+def evaluation_set(name, **fields):
+    return EvaluationSetConfig(name=name, source="held_out.jsonl", **fields)
+
+
+def test_record_of_each_set():
+    rollout = RecordedRollout(
+        {"1": (sample(1.0, 10), sample(0.0, 64, "length")), "2": (sample(1.0, 4), sample(1.0, 2))}
+    )
+    sets = [
+        (evaluation_set("sampled", samples_per_prompt=2, temperature=0.7), PROMPTS),
+        (evaluation_set("short", samples_per_prompt=2, temperature=1.0), PROMPTS[:1]),
+    ]
+    both, short = Evaluator(sets, rollout).evaluate(step=5)
+    assert rollout.asked == [(2, 2, 0.7, 64), (1, 2, 1.0, 64)]
+    assert both == {
+        "step": 5,
+        "set": "sampled",
+        "accuracy": 0.75,
+        "standard_error": 0.25,  # problem means 0.5 and 1: their spread is 0.5 / sqrt(2), over sqrt(2) problems
+        "problems": 2,
+        "samples_per_prompt": 2,
+        "mean_tokens": 20.0,
+        "truncated_fraction": 0.25,
+    }
+    assert (short["set"], short["accuracy"], short["standard_error"], short["problems"]) == ("short", 0.5, None, 1)
+
+
+def test_greedy_with_several_samples_is_refused():
+    with pytest.raises(UserError, match=r"evaluation\.sets\.0: temperature 0 is greedy decoding, so 4"):
+        Evaluator([(evaluation_set("held_out", samples_per_prompt=4), PROMPTS)], RecordedRollout({}))
+
+
+def test_two_sets_of_one_name_are_refused():
+    one = (evaluation_set("held_out"), PROMPTS)
+    with pytest.raises(UserError, match="the name held_out is used more than once"):
+        Evaluator([one, one], RecordedRollout({}))
