@@ -14,6 +14,7 @@ import socket
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -73,6 +74,7 @@ def examine() -> Examination:
     return Examination((
         _python(),
         *packages,
+        *(_torchvision() if torch_is_there else ()),
         *(_device() if torch_is_there else ()),
         *_kernels(cuda),
         _compiler(),
@@ -137,6 +139,20 @@ def _installed_version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+def _torchvision() -> Iterator[Finding]:
+    """Not needed, but Transformers imports it where it is installed, and fails where it does not fit torch."""
+    installed = _installed_version("torchvision")
+    if installed is None:
+        return
+    try:
+        import_module("torchvision")
+    except Exception as error:  # a missing operator is a RuntimeError, a missing library an OSError or ImportError
+        advice = "it does not fit the installed torch and breaks Transformers: pip uninstall torchvision"
+        yield Finding("torchvision", "problem", f"{installed}, cannot be imported: {error}", advice)
+    else:
+        yield Finding("torchvision", "ok", installed)
 
 
 def _has_cuda() -> bool:
