@@ -5,8 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from megatron_dsrl.config.run import RunConfig
+
+# Hypothesis's own profile for busy machines: the same examples in every run, and no time limit for a single one.
+settings.load_profile("ci")
 
 
 @pytest.fixture(scope="session")
