@@ -1,0 +1,121 @@
+"""Rank 0's part of a run: choose prompts, sample, keep the rollouts, evaluate, and write down what happened."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_dsrl.actor.statistics import UpdateMetrics
+from megatron_dsrl.algorithms.experience import Response
+from megatron_dsrl.config.phase import PhaseConfig, PreTrainSpaceConfig
+from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.data.prompt import Prompt
+from megatron_dsrl.data.sampler import PromptSampler
+from megatron_dsrl.evaluation.evaluator import Evaluator
+from megatron_dsrl.observability.console import RunConsole
+from megatron_dsrl.observability.step_metrics import rollout_metrics
+from megatron_dsrl.observability.timer import SecondsPerPart
+from megatron_dsrl.observability.tracker import Tracker
+from megatron_dsrl.rollout.recording import rollout_file, write_groups
+from megatron_dsrl.rollout.rollout import Rollout
+from megatron_dsrl.rollout.sample import Group
+
+
+class Controller:
+    """Exists on rank 0 only; the other ranks learn what they need by broadcast."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run_folder: Path,
+        prompts: Sequence[Prompt],
+        rollout: Rollout,
+        evaluator: Evaluator,
+        tracker: Tracker,
+        console: RunConsole,
+    ):
+        """
+        Args:
+            config: the run.
+            run_folder: where rollouts are kept.
+            prompts: the training prompts.
+            rollout: where samples come from.
+            evaluator: evaluates the held-out sets.
+            tracker: writes records.
+            console: prints them.
+        """
+        self._config = config
+        self._run_folder = run_folder
+        self._prompts = prompts
+        self._sampler = PromptSampler(len(prompts), config.seed)
+        self._rollout = rollout
+        self._evaluator = evaluator
+        self._tracker = tracker
+        self._console = console
+
+    def sample(self, step: int) -> list[Group]:
+        """Judged responses to the step's prompts, in the prompts' order. They are on disk when this returns."""
+        prompts = [self._prompts[i] for i in self._sampler.next(self._config.rollout.prompts_per_step)]
+        groups = self._rollout.sample_step(step, prompts)
+        if self._config.observability.save_rollouts:
+            write_groups(rollout_file(self._run_folder, step), groups)
+        return groups
+
+    def evaluate(self, step: int) -> None:
+        """Evaluate the held-out sets after so many steps; 0 is before training."""
+        for record in self._evaluator.evaluate(step):
+            self._tracker.log_evaluation(record)
+            self._console.evaluation(record)
+
+    def record(
+        self, step: int, phase: PhaseConfig, groups: Sequence[Group], update: UpdateMetrics | None, timer: SecondsPerPart
+    ) -> None:
+        """Write down and print a finished step."""
+        record = {
+            "step": step,
+            "phase": phase.name,
+            "weight_version": groups[0].samples[0].weight_version,
+            **rollout_metrics(groups, timer.seconds("generate")),
+            **update_metrics(update, phase),
+            **timer.metrics(),
+        }
+        self._tracker.log_step(record)
+        self._console.step(record)
+        gap, limit = record.get("mismatch/mean_log_prob_gap"), self._config.observability.max_log_prob_gap
+        if gap is not None and gap > limit:
+            self._console.message(
+                f"warning: trainer and engine log-probs differ by {gap:.3g} nat on average, above "
+                f"observability.max_log_prob_gap={limit:g}; the engine may hold other weights or another precision"
+            )
+
+
+def responses_of(groups: Sequence[Group]) -> list[Response]:
+    """Groups as the algorithms take them."""
+    return [
+        Response(group.prompt.token_ids, sample.response_ids, sample.log_probs, sample.reward, number)
+        for number, group in enumerate(groups)
+        for sample in group.samples
+    ]
+
+
+def update_metrics(update: UpdateMetrics | None, phase: PhaseConfig) -> dict[str, float]:
+    """The `policy/*`, `mismatch/*` and `pre_train/*` part of a step record.
+
+    The log-prob gap compares trainer and engine only where both condition on the prompt. In the pre-train space it is
+    the gap between log P(y) and log P(y|x), and is called so.
+    """
+    if update is None:  # the filter dropped every sample, and no step was taken
+        return {"policy/kept_samples": 0, "policy/kept_tokens": 0}
+    metrics = {
+        "policy/loss": update.loss,
+        "policy/entropy": update.entropy,
+        "policy/clip_fraction": update.clip_fraction,
+        "policy/kept_samples": update.kept_samples,
+        "policy/kept_tokens": update.kept_tokens,
+        "policy/grad_norm": update.grad_norm,
+        "policy/learning_rate": update.learning_rate,
+    }
+    if isinstance(phase.space, PreTrainSpaceConfig):
+        return metrics | {"pre_train/mean_log_prob_gap": update.mean_log_prob_gap}
+    return metrics | {
+        "mismatch/mean_log_prob_gap": update.mean_log_prob_gap,
+        "mismatch/max_log_prob_gap": update.max_log_prob_gap,
+    }
