@@ -1,0 +1,66 @@
+"""Megatron's calls of CUDA are answered on CPU, and nothing else changes."""
+
+import pytest
+import torch
+from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
+from megatron_dsrl.platform import current_platform
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the adapter is for machines without CUDA")
+
+
+@pytest.fixture(autouse=True)
+def installed() -> None:
+    current_platform().install()
+
+
+def test_installing_twice_changes_nothing():
+    answers = torch.cuda.current_device, torch.cuda.manual_seed, torch.overrides._get_current_function_mode_stack()
+    current_platform().install()
+    assert answers == (
+        torch.cuda.current_device,
+        torch.cuda.manual_seed,
+        torch.overrides._get_current_function_mode_stack(),
+    )
+
+
+def test_tensors_for_cuda_are_made_on_cpu():
+    made = [
+        torch.zeros(2, device="cuda"),
+        torch.tensor([0.0, 0.0], device=torch.device("cuda", 0)),
+        torch.empty(2, device=torch.cuda.current_device()).zero_(),
+        torch.zeros(2).cuda(),
+    ]
+    assert all(tensor.device.type == "cpu" and tensor.tolist() == [0, 0] for tensor in made)
+
+
+def test_parameters_have_the_type_names_that_megatron_looks_for():
+    assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
+    assert torch.zeros(1, dtype=torch.bfloat16).type() == "torch.cuda.BFloat16Tensor"
+    assert torch.zeros(1).type(torch.int64).dtype == torch.int64
+
+
+def test_megatrons_random_states_are_streams_of_the_cpu_generator():
+    """A fork continues its own stream and leaves the outer one where it was."""
+    tracker = CudaRNGStatesTracker()
+    tracker.add("dropout", 7)
+    expected = torch.rand(4, generator=torch.Generator().manual_seed(7))
+    torch.manual_seed(1)
+    outer = torch.rand(2, generator=torch.Generator().manual_seed(1))
+    drawn = [torch.rand(1)]
+    with tracker.fork("dropout"):
+        inside = [torch.rand(2)]
+    drawn.append(torch.rand(1))
+    with tracker.fork("dropout"):
+        inside.append(torch.rand(2))
+    assert torch.equal(torch.cat(inside), expected)
+    assert torch.equal(torch.cat(drawn), outer)
+
+
+def test_memory_statistics_follow_an_allocation():
+    platform = current_platform()
+    before = platform.memory_statistics()
+    held = torch.ones(2**25)  # 128 MiB of float32
+    after = platform.memory_statistics()
+    assert after.allocated_bytes - before.allocated_bytes > 0.9 * held.nbytes
+    assert after.peak_bytes >= after.allocated_bytes * 0.9
