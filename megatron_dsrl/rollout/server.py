@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -20,7 +21,7 @@ from megatron_dsrl.platform.engine import ServerArguments
 
 LOG_LINES_IN_ERROR = 15
 POLL_SECONDS = 0.2
-STOP_GRACE_SECONDS = 5.0
+STOP_GRACE_SECONDS = 2.0
 
 
 class EngineServer:
@@ -55,6 +56,7 @@ class EngineServer:
         self._host = host
         self._port = port
         self._process: subprocess.Popen[bytes] | None = None
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._started_at = 0.0
 
     @property
@@ -83,10 +85,13 @@ class EngineServer:
         arguments: dict[str, Any] = {**self._arguments, "host": self._host, "port": self._port}
         package_root = str(Path(megatron_dsrl.__file__).resolve().parents[1])
         search_path = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        # SGLang leaves its sockets in the temporary folder; a short name, since sockets' paths are limited.
+        self._scratch = tempfile.TemporaryDirectory(prefix="dsrl-", ignore_cleanup_errors=True)
+        environment = {**_inherited_environment(), "TMPDIR": self._scratch.name, **self._environment}
         with open(self._log_file, "wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "megatron_dsrl.rollout.server_process", json.dumps([os.getpid(), arguments])],
-                env={**_inherited_environment(), **self._environment, "PYTHONPATH": os.pathsep.join(search_path)},
+                env=environment | {"PYTHONPATH": os.pathsep.join(search_path)},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -133,14 +138,16 @@ class EngineServer:
         if process is None:
             return
         atexit.unregister(self.stop)
-        if process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(STOP_GRACE_SECONDS)
-            except subprocess.TimeoutExpired:
-                pass
-        _kill_group(process.pid)
+        # Not SIGTERM: an engine has nothing to save, and SGLang answers SIGTERM after up to five seconds by killing its
+        # processes. They die with the server; multiprocessing's resource tracker then cleans up and ends by itself.
+        process.kill()
         process.wait()
+        deadline = time.monotonic() + STOP_GRACE_SECONDS
+        while _kill_group(process.pid, signal_number=0) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        _kill_group(process.pid, signal.SIGKILL)
+        assert self._scratch is not None
+        self._scratch.cleanup()
 
     def _answers(self) -> bool:
         try:
@@ -179,10 +186,10 @@ def _inherited_environment() -> dict[str, str]:
     }
 
 
-def _kill_group(group: int) -> None:
+def _kill_group(group: int, signal_number: int) -> bool:
+    """Signal all processes of the group; False when there is none left. Signal 0 only asks."""
     try:
-        os.killpg(group, signal.SIGKILL)
+        os.killpg(group, signal_number)
     except ProcessLookupError:
-        pass
-
-
+        return False
+    return True

@@ -8,36 +8,40 @@ import json
 import os
 import sys
 
-from megatron_dsrl.platform.engine import prepare_engine_process, run_scheduler_process
 from megatron_dsrl.process import die_with_parent
 
 
-def prepare_spawned_process() -> None:
-    """Tie a process that SGLang spawned to the server.
+def tie_to_parent() -> None:
+    """Tie this process, the server or one that it spawned, to the one that started it.
 
-    SGLang asks the same of the kernel, but seconds later, when its imports are done; a server that is killed in
-    between would leave the process behind.
+    SGLang asks the same of the kernel for its spawned processes, but only when their imports are done, seconds later:
+    a server that is killed in between would leave them behind.
     """
+    if __name__ == "__main__":
+        die_with_parent(json.loads(sys.argv[1])[0])
+        return
     server = os.getppid()
     if os.getpgid(server) != os.getpgrp():  # the server, which leads our process group, has ended already
         os._exit(1)
     die_with_parent(server)
 
 
-# A spawned process imports this module first, under this name, and SGLang only afterwards.
-if __name__ == "__mp_main__":
-    prepare_spawned_process()
+# A spawned process imports this module first, under the name __mp_main__, and SGLang afterwards. The next import takes
+# a second or more, so it comes after.
+if __name__ in ("__main__", "__mp_main__"):
+    tie_to_parent()
+
+from megatron_dsrl.platform.engine import prepare_engine_process, run_scheduler_process  # noqa: E402
+
 prepare_engine_process()
 
 
 def main() -> None:
     """Start SGLang's HTTP server; returns when it was told to stop."""
-    parent, arguments = json.loads(sys.argv[1])
-    die_with_parent(parent)
-
     from sglang.srt.entrypoints.http_server import launch_server
     from sglang.srt.server_args import ServerArgs
 
+    arguments = json.loads(sys.argv[1])[1]
     launch_server(ServerArgs(**arguments), run_scheduler_process_func=run_scheduler_process)
 
 

@@ -1,0 +1,61 @@
+"""The reward pool survives whatever a verifier does."""
+
+import logging
+import time
+
+import pytest
+
+from megatron_dsrl.config.data import RewardConfig
+from megatron_dsrl.errors import UserError
+from megatron_dsrl.rewards.pool import Judgement, RewardPool
+
+FUNCTIONS = "tests.support.reward_functions"
+
+
+def judge(config: RewardConfig, *responses: str) -> list[Judgement]:
+    with RewardPool(config) as pool:
+        futures = [pool.submit(response, "answer") for response in responses]
+        return [future.result(timeout=30) for future in futures]
+
+
+def test_an_endless_verifier_is_killed_and_the_others_are_judged():
+    config = RewardConfig(function=f"{FUNCTIONS}:endless", workers=1, timeout_seconds=1.0)
+    start = time.monotonic()
+
+    judgements = judge(config, "fine", "hang", "fine")
+
+    assert judgements == [Judgement(1.0, "ok"), Judgement(0.0, "timeout"), Judgement(1.0, "ok")]
+    assert time.monotonic() - start < 10
+
+
+def test_a_misbehaving_verifier_scores_zero_and_is_counted_and_logged(caplog):
+    config = RewardConfig(function=f"{FUNCTIONS}:misbehaving", options={"weight": 0.5}, workers=2)
+    responses = ["raise", "nan", "none", "text", "die", "true", "weight", "fine"]
+
+    with caplog.at_level(logging.WARNING, logger="megatron_dsrl.rewards.pool"):
+        judgements = dict(zip(responses, judge(config, *responses), strict=True))
+
+    for response in ("raise", "nan", "none", "text", "die"):
+        assert judgements[response] == Judgement(0.0, "error"), response
+    assert judgements["true"] == Judgement(1.0, "ok")
+    assert judgements["weight"] == Judgement(0.5, "ok")
+    assert judgements["fine"] == Judgement(0.25, "ok")
+    assert len(caplog.records) == 5
+    assert "KeyError" in caplog.text and "died" in caplog.text
+
+
+def test_workers_do_not_import_torch():
+    assert judge(RewardConfig(function=f"{FUNCTIONS}:has_torch"), "any") == [Judgement(0.0, "ok")]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("boxd", r"reward.function: unknown verifier 'boxd'; use one of \['boxed'\] or a path"),
+        ("no_such_package.rewards:f", "reward.function: cannot import 'no_such_package.rewards'"),
+        (f"{FUNCTIONS}:nothing", "has no function 'nothing'"),
+    ],
+)
+def test_an_unknown_function_is_named_before_anything_starts(function, message):
+    with pytest.raises(UserError, match=message):
+        RewardPool(RewardConfig(function=function))

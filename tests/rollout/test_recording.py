@@ -1,0 +1,57 @@
+"""Saved rollouts come back exactly, and replay takes only what fits."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_dsrl.data.prompt import Prompt
+from megatron_dsrl.errors import UserError
+from megatron_dsrl.rollout.recording import read_groups, rollout_file, write_groups
+from megatron_dsrl.rollout.replay import replayed_groups
+from megatron_dsrl.rollout.sample import Group, Sample
+
+PROMPTS = [Prompt(index, f"what is\u2028 {index}?\n", (1, 2, index), str(index)) for index in range(3)]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, list[Group]]:
+    sample = Sample((4, 5), (-0.1, -1.2345678901234567e-7), 'é\u2028 "\\boxed{1}"', "length", 3, 0.25, "timeout")
+    groups = [Group(prompt, (sample, replace(sample, finish_reason="stop", verdict="ok"))) for prompt in PROMPTS]
+    write_groups(rollout_file(tmp_path, 12), groups)
+    return tmp_path, groups
+
+
+def test_reading_gives_back_what_was_written(saved):
+    folder, groups = saved
+
+    assert read_groups(folder / "rollouts" / "step_000012.jsonl") == groups
+    assert [file.name for file in (folder / "rollouts").iterdir()] == ["step_000012.jsonl"]
+
+
+def test_replay_of_the_same_batch(saved):
+    folder, groups = saved
+
+    assert replayed_groups(folder, 12, PROMPTS, 2) == groups
+
+
+@pytest.mark.parametrize(
+    ("step", "prompts", "samples", "message"),
+    [
+        (13, PROMPTS, 2, "rollout.replay_from: .*step_000013.jsonl does not exist"),
+        (12, PROMPTS[:2], 2, "holds 3 prompts, this run takes 2 per step; set rollout.prompts_per_step=3"),
+        (12, PROMPTS, 4, "holds 2 samples of prompt 0, this run takes 4; set rollout.samples_per_prompt=2"),
+        (12, PROMPTS[::-1], 2, "holds prompt 0 where this run takes prompt 2"),
+    ],
+)
+def test_replay_refuses_what_does_not_fit(saved, step, prompts, samples, message):
+    with pytest.raises(UserError, match=message):
+        replayed_groups(saved[0], step, prompts, samples)
+
+
+def test_a_damaged_file_is_named_with_its_line(saved):
+    file = rollout_file(saved[0], 12)
+    file.write_text(file.read_text(encoding="utf-8") + '{"prompt": {}}\n', encoding="utf-8")
+
+    with pytest.raises(UserError, match="step_000012.jsonl, line 4: not a group"):
+        read_groups(file)
