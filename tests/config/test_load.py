@@ -1,10 +1,12 @@
 """Loading: inheritance, overrides, and messages for what does not validate."""
 
+import math
 import re
 from pathlib import Path
 
 import pytest
 
+from megatron_dsrl.config.derived import derive
 from megatron_dsrl.config.load import dump_config, load_config
 from megatron_dsrl.errors import UserError
 
@@ -65,13 +67,22 @@ def test_dumped_config_loads_again_to_an_equal_one(small, write, tmp_path):
     assert load_config(tmp_path / "resolved.yaml") == config
 
 
-def test_every_shipped_configuration_loads(tmp_path):
-    files = sorted((REPOSITORY / "configs").rglob("*.yaml"))
-    # base.yaml holds shared defaults, it is no run.
-    for file in [file for file in files if file.name != "base.yaml"]:
-        config = load_config(file)
-        dump_config(config, tmp_path / "resolved.yaml")
-        assert load_config(tmp_path / "resolved.yaml") == config
+CONFIGURATIONS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", CONFIGURATIONS, ids=lambda file: file.stem)
+def test_every_shipped_configuration_resolves(file, tmp_path):
+    config = load_config(file)
+    dump_config(config, tmp_path / "resolved.yaml")
+    assert load_config(tmp_path / "resolved.yaml") == config
+    # Phases, batches and lengths fit together; the checks that need the model's own sizes are the dry run's.
+    world_size = math.lcm(config.parallel.model_parallel_size, config.engine.tensor_parallel_size)
+    figures = derive(config, world_size, shape=None)
+    assert sum(phase.steps for phase in figures.phases) == config.steps
+
+
+def test_configurations_are_shipped():
+    assert CONFIGURATIONS
 
 
 @pytest.mark.parametrize(

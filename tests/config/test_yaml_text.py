@@ -1,7 +1,7 @@
 """YAML reading and writing."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megatron_dsrl.config.yaml_text import format_yaml, parse_yaml
@@ -18,6 +18,7 @@ documents = st.recursive(
 
 
 @given(documents)
+@example({"\x85": "a\u2028 b"})  # Unicode line breaks
 def test_what_is_written_reads_back_equal(document):
     data, _ = parse_yaml(format_yaml(document), "test")
     assert data == document and repr(data) == repr(document)  # repr tells 1 from 1.0 and True
