@@ -1,4 +1,4 @@
-"""The tensors of an HF folder: one safetensors file, or several with an index. Nothing is read before it is asked for."""
+"""The tensors of an HF folder: one safetensors file, or several with an index. Read only when asked for."""
 
 import json
 from pathlib import Path

@@ -55,7 +55,7 @@ def stream_hf_weights(
     Args:
         chunks: GPTModel chunks of this pipeline stage, in whatever wrappers.
         table: the model's weight table.
-        bucket_bytes: size limit of a bucket in `dtype`; a single entry (QKV, gate and up, the vocabulary) may exceed it.
+        bucket_bytes: size limit of a bucket in `dtype`; a single entry (QKV, gate and up, vocabulary) may exceed it.
         dtype: of the tensors that come out.
 
     Yields:
