@@ -53,7 +53,6 @@ def _rank() -> int:
 
 def _train(options: argparse.Namespace) -> int:
     from megatron_dsrl.config.load import load_config
-    from megatron_dsrl.observability.library_noise import quiet_libraries
     from megatron_dsrl.preflight import preflight
 
     if options.world_size is not None and not options.dry_run:
@@ -70,7 +69,9 @@ def _train(options: argparse.Namespace) -> int:
             print_dry_run(config, figures, Console())
         return 0
 
-    quiet_libraries()
+    from megatron_dsrl.platform import silence_expected_warnings
+
+    silence_expected_warnings()
     from megatron_dsrl.train import train
 
     try:

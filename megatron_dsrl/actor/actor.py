@@ -55,7 +55,7 @@ class Actor:
         """
         self._chunks = chunks
         self._config = chunks[0].config
-        self._config.finalize_model_grads_func = sum_gradients
+        self._config.finalize_model_grads_func = sum_gradients  # the weights of the loss carry the token count
         self._device = next(chunks[0].parameters()).device
         self._table = table
         self._folder = folder

@@ -15,6 +15,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 import megatron_dsrl
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.platform.engine import ServerArguments
@@ -140,12 +142,13 @@ class EngineServer:
         atexit.unregister(self.stop)
         # Not SIGTERM: an engine has nothing to save, and SGLang answers SIGTERM after up to five seconds by killing its
         # processes. They die with the server; multiprocessing's resource tracker then cleans up and ends by itself.
+        spawned = _descendants(process.pid)
         process.kill()
         process.wait()
         deadline = time.monotonic() + STOP_GRACE_SECONDS
-        while _kill_group(process.pid, signal_number=0) and time.monotonic() < deadline:
+        while any(map(_is_alive, spawned)) and time.monotonic() < deadline:
             time.sleep(0.02)
-        _kill_group(process.pid, signal.SIGKILL)
+        _kill_group(process.pid)
         assert self._scratch is not None
         self._scratch.cleanup()
 
@@ -186,10 +189,22 @@ def _inherited_environment() -> dict[str, str]:
     }
 
 
-def _kill_group(group: int, signal_number: int) -> bool:
-    """Signal all processes of the group; False when there is none left. Signal 0 only asks."""
+def _descendants(process_id: int) -> list[psutil.Process]:
     try:
-        os.killpg(group, signal_number)
-    except ProcessLookupError:
+        return psutil.Process(process_id).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
-    return True
+
+
+def _kill_group(group: int) -> None:
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except ProcessLookupError:
+        pass

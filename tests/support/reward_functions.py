@@ -29,3 +29,7 @@ def misbehaving(response: str, answer: str, weight: float = 1.0) -> object:
 
 def has_torch(response: str, answer: str) -> float:
     return float("torch" in sys.modules)
+
+
+def even_length(response: str, answer: str) -> float:
+    return float(len(response) % 2 == 0)

@@ -1,0 +1,99 @@
+"""`dsrl train` as a user runs it: the real Megatron actor, the real SGLang engine, both phases."""
+
+import json
+from pathlib import Path
+
+import psutil
+import pytest
+from transformers import AutoModelForCausalLM
+
+from megatron_dsrl.rollout.recording import read_groups, rollout_file
+from tests.support.tiny_run import dsrl, write_tiny_run
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    return write_tiny_run(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def run(config) -> Path:
+    """One finished run of two steps."""
+    result = dsrl("train", str(config))
+    assert result.returncode == 0, result.stderr
+    return config.parent / "runs" / "tiny"
+
+
+def records(run: Path, file: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (run / file).read_text().splitlines()]
+
+
+def test_a_run_goes_through_both_phases_and_leaves_everything_behind(run):
+    first, second = records(run)
+    assert (first["phase"], second["phase"]) == ("NSR-PreRL", "GRPO")
+    assert first["policy/kept_samples"] < 32 and second["policy/kept_samples"] == 32
+    assert first["policy/grad_norm"] > 0 and second["policy/grad_norm"] > 0
+    assert [r["step"] for r in records(run, "evaluation.jsonl")] == [0, 2]
+    assert list((run / "tensorboard").glob("events.*"))
+    exported = AutoModelForCausalLM.from_pretrained(run / "hf" / "step_000002")
+    assert exported.config.vocab_size == 128
+
+
+def test_every_sample_is_on_disk_with_the_weights_that_it_came_from(run):
+    for step in (1, 2):
+        groups = read_groups(rollout_file(run, step))
+        assert len(groups) == 8
+        for group in groups:
+            assert len(group.samples) == 4
+            for sample in group.samples:
+                assert sample.weight_version == step
+                assert len(sample.log_probs) == len(sample.response_ids) > 0
+                assert sample.reward == float(len(sample.text) % 2 == 0)
+
+
+def test_engine_and_trainer_agree_on_log_probs_after_a_weight_push(run):
+    # step 2 samples with weights that were pushed after step 1, and the trainer scores them with its own
+    assert records(run)[1]["mismatch/max_log_prob_gap"] < 1e-4
+
+
+@pytest.mark.parametrize(
+    "layout",
+    ["parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2", "parallel.distributed_optimizer=true"],
+)
+def test_two_processes_give_the_same_steps_as_one(config, run, layout):
+    name = layout.split("=")[0]
+    result = dsrl(
+        "train", str(config), f"name={name}", layout, f"rollout.replay_from={run}", "evaluation.sets=[]", processes=2
+    )
+    assert result.returncode == 0, result.stderr
+    for one, two in zip(records(run), records(run.parent / name), strict=True):
+        for metric in ("policy/loss", "policy/grad_norm"):
+            assert two[metric] == pytest.approx(one[metric], rel=1e-5), (one["phase"], metric)
+
+
+def test_the_report_of_a_run(run):
+    result = dsrl("report", str(run))
+    assert result.returncode == 0, result.stderr
+    assert "NSR-PreRL" in (run / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.path=absent"], "absent"),
+        (["data.source=absent.jsonl"], "absent.jsonl"),
+        (["data.answer_field=solution"], "answer_field"),
+        (["rollout.temprature=1"], "temperature"),
+        (["reward.function=absent"], "reward.function"),
+        (["engine.startup_timeout_seconds=0.5", "name=slow"], "engine.startup_timeout_seconds"),
+    ],
+    ids=["no model", "no data", "no answers", "unknown key", "unknown reward", "engine not ready"],
+)
+def test_bad_input_ends_in_one_message_and_leaves_no_process(config, overrides, message):
+    before = {process.pid for process in psutil.process_iter()}
+    result = dsrl("train", str(config), "name=bad", *overrides)
+    assert result.returncode == 2
+    assert message in result.stderr and result.stderr.startswith("dsrl: ")
+    assert "Traceback" not in result.stderr
+    left = [p for p in psutil.process_iter() if p.pid not in before and "megatron_dsrl" in " ".join(p.cmdline())]
+    assert left == []
