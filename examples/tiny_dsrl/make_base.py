@@ -7,8 +7,8 @@ and the HF folder `base/`. It is complete or absent, and it is made only once: `
 source files that it was made from, and as long as they are the same nothing is done.
 
 The base is trained on correct solutions first, so that it learns to calculate, and then on noisy ones, so that it
-errs. A part of the corpus are documents that open with <|im_start|> and hold a solution without a question: a base
-model has an idea of how texts go that nobody asked for, log P(y), which is what the pre-train space updates.
+errs. Some of the noisy documents have no question: they open with <|im_start|> and hold a solution. A language model
+knows such texts from pre-training, and this one too needs a log P(y) for the pre-train space to update.
 """
 
 import argparse
@@ -80,15 +80,15 @@ class Settings:
     """Everything that decides what is made."""
 
     seed: int = 1
-    steps: int = 700
+    steps: int = 600
     documents_per_step: int = 32
-    learning_rate: float = 3e-3
-    correct_part: float = 0.6
-    """Part of the steps, the first ones, that see only correct solutions."""
-    unprompted: float = 0.15
-    """Of a document: it has no question."""
+    learning_rate: float = 2e-3
+    correct_part: float = 0.65
+    """Part of the steps, the first ones, that see only correct solutions to questions."""
+    unprompted: float = 0.2
+    """Of a document of the later steps: it has no question."""
     noise: Noise = Noise(
-        hasty=0.55, merged_step=0.6, carry=0.3, step=0.1, rambling=0.05, unboxed=0.1, wrong_box=0.05
+        hasty=0.62, merged_step=0.6, carry=0.2, step=0.06, rambling=0.04, unboxed=0.06, wrong_box=0.03
     )
     train_problems: int = 4000
     held_out_problems: int = 400
@@ -185,9 +185,10 @@ def corpus(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Iterator[l
     rng = random.Random(f"{settings.seed} corpus")
     problems = draw_problems("corpus", rng)
     for step in range(settings.steps):
-        noise = NO_NOISE if step < settings.correct_part * settings.steps else settings.noise
+        correct = step < settings.correct_part * settings.steps
+        noise, unprompted = (NO_NOISE, 0.0) if correct else (settings.noise, settings.unprompted)
         yield [
-            document(next(problems), noise, rng.random() < settings.unprompted, tokenizer, rng)
+            document(next(problems), noise, rng.random() < unprompted, tokenizer, rng)
             for _ in range(settings.documents_per_step)
         ]
 

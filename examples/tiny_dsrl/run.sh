@@ -19,7 +19,7 @@ export PATH="${DSRL_VENV:-$root/.venv}/bin:$PATH"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 echo "== base model"
-python examples/tiny_dsrl/make_base.py
+torchrun --nproc-per-node 2 -m examples.tiny_dsrl.make_base
 echo "== DSRL training"
 dsrl train configs/tiny_dsrl.yaml "output_dir=$(dirname "$run_folder")" "name=$(basename "$run_folder")" "$@"
 echo "== report"
