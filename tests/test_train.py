@@ -3,12 +3,11 @@
 import json
 from pathlib import Path
 
-import psutil
 import pytest
 from transformers import AutoModelForCausalLM
 
 from megatron_dsrl.rollout.recording import read_groups, rollout_file
-from tests.support.tiny_run import dsrl, write_tiny_run
+from tests.support.tiny_run import dsrl, processes_left_behind, write_tiny_run
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +89,8 @@ def test_the_report_of_a_run(run):
     ids=["no model", "no data", "no answers", "unknown key", "unknown reward", "engine not ready"],
 )
 def test_bad_input_ends_in_one_message_and_leaves_no_process(config, overrides, message):
-    before = {process.pid for process in psutil.process_iter()}
     result = dsrl("train", str(config), "name=bad", *overrides)
     assert result.returncode == 2
     assert message in result.stderr and result.stderr.startswith("dsrl: ")
     assert "Traceback" not in result.stderr
-    left = [p for p in psutil.process_iter() if p.pid not in before and "megatron_dsrl" in " ".join(p.cmdline())]
-    assert left == []
+    assert processes_left_behind() == []

@@ -16,6 +16,7 @@ from megatron_dsrl.actor.forward_backward import run_schedule, sum_gradients
 from megatron_dsrl.actor.log_probs import VocabularyShard, log_probs_and_entropy
 from megatron_dsrl.actor.micro_batch_plan import plan_micro_batches
 from megatron_dsrl.actor.packing import MicroBatch, pack
+from megatron_dsrl.actor.saved_state import load_state, save_state
 from megatron_dsrl.actor.statistics import TokenStatistics, UpdateMetrics
 from megatron_dsrl.algorithms.experience import Experience
 from megatron_dsrl.algorithms.losses import TokenLoss, token_mean_weights
@@ -144,6 +145,14 @@ class Actor:
     def export_hf(self, target: Path) -> None:
         """Write the current weights as an HF folder; see `export_hf_folder`."""
         export_hf_folder(self._chunks, self._table, self._folder, target, self._config.params_dtype)
+
+    def save(self, folder: Path) -> None:
+        """Write weights, optimizer, schedule and random states into an existing, empty folder; see `save_state`."""
+        save_state(folder, self._chunks, self._optimizer, self._scheduler)
+
+    def load(self, folder: Path, same_layout: bool) -> None:
+        """Continue from what `save` wrote; see `load_state`."""
+        load_state(folder, self._chunks, self._optimizer, self._scheduler, same_layout)
 
     def _micro_batches(self, experience: Experience) -> tuple[Sequence[Sequence[int]], list[MicroBatch]]:
         """This data-parallel rank's share: indices of the sequences, and the packed micro-batches of them."""

@@ -11,6 +11,9 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+EXIT_SECONDS = 20
+"""Limit for a process that has given its result to end."""
+
 
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 120) -> list:
     """Call `function(*args)` in `world_size` new processes, with torchrun's environment variables set.
@@ -32,13 +35,16 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
     processes, pipes = [], []
     for rank in range(world_size):
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_run_rank, args=(sender, rank, world_size, port, function, args), daemon=True)
+        process = context.Process(target=_run_rank, args=(sender, rank, world_size, port, function, args))
         process.start()
         sender.close()
         processes.append(process)
         pipes.append(receiver)
     try:
-        return _collect(pipes, time.monotonic() + timeout_seconds)
+        results = _collect(pipes, time.monotonic() + timeout_seconds)
+        for process in processes:  # Megatron's checkpoint writers have children of their own, which end in order
+            process.join(EXIT_SECONDS)
+        return results
     finally:
         for process in processes:
             process.kill()

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+import torch
 import yaml
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -57,6 +59,10 @@ def write_tiny_run(folder: Path) -> Path:
     return file
 
 
+MARK = "DSRL_TEST_PROCESS"
+"""Environment variable by which `processes_left_behind` knows the processes of a command, whatever they call themselves."""
+
+
 def dsrl(*arguments: str, processes: int = 1, timeout_seconds: float = 240) -> subprocess.CompletedProcess[str]:
     """Run the `dsrl` command, under torchrun where there are several processes."""
     launcher = [sys.executable]
@@ -65,16 +71,26 @@ def dsrl(*arguments: str, processes: int = 1, timeout_seconds: float = 240) -> s
     return subprocess.run(
         [*launcher, "-m", "megatron_dsrl.cli", *arguments],
         cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", MARK: str(os.getpid())},
         capture_output=True,
         text=True,
         timeout=timeout_seconds,
     )
 
 
-def _model() -> Qwen3ForCausalLM:
-    import torch
+def processes_left_behind() -> list[psutil.Process]:
+    """Processes that commands of this test session started and that still run."""
+    left = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == str(os.getpid()):
+                left.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            continue
+    return left
 
+
+def _model() -> Qwen3ForCausalLM:
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=VOCAB_SIZE,

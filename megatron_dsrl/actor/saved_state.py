@@ -1,0 +1,120 @@
+"""The actor's part of a checkpoint: weights, optimizer, learning-rate schedule and random states, by Megatron's
+distributed checkpointing.
+
+Every rank writes and reads its own shards. The optimizer state is stored in a form that belongs to parameters and not
+to ranks (`fully_reshardable`), so that another tensor-, pipeline- or data-parallel layout can read it. Random states
+belong to ranks: they are restored only where the layout is the same, and nothing here draws random numbers otherwise.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_dsrl.model.qwen3 import bare_model
+
+
+def save_state(
+    folder: Path,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+) -> None:
+    """Write the state into an existing, empty folder. Collective."""
+    state = _model_and_optimizer(chunks, optimizer, is_loading=False)
+    state["scheduler_steps"] = scheduler.num_steps
+    state["random_states"] = _random_states()
+    dist_checkpointing.save(state, str(folder), content_metadata=_sharding_metadata())
+
+
+def load_state(
+    folder: Path,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    same_layout: bool,
+) -> None:
+    """Read what `save_state` wrote, under this or another layout. Collective.
+
+    Args:
+        folder: the folder.
+        chunks: model chunks to fill.
+        optimizer: its state is overwritten, made first where it does not exist yet.
+        scheduler: continues after the same number of steps, with its own learning rates.
+        same_layout: the checkpoint was written by the same number of processes in the same layout.
+    """
+    for part in _parts(optimizer):
+        if isinstance(part, DistributedOptimizer):
+            part._init_optimizer_states_with_dummy_values()  # torch's AdamW has no state before its first step
+    state = _model_and_optimizer(chunks, optimizer, is_loading=True)
+    if same_layout:
+        state["random_states"] = _random_states()
+    loaded = dist_checkpointing.load(state, str(folder))
+    for name, chunk in _named(chunks):
+        bare_model(chunk).load_state_dict(loaded[name])
+    optimizer.load_state_dict(loaded["optimizer"])
+    _own_step_tensors(optimizer)
+    scheduler.num_steps = loaded["scheduler_steps"]
+    scheduler.step(increment=0)
+    if same_layout:
+        _restore_random_states(loaded["random_states"])
+
+
+def _model_and_optimizer(
+    chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, is_loading: bool
+) -> dict[str, Any]:
+    metadata = _sharding_metadata() | {
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)
+    }
+    state = {name: bare_model(chunk).sharded_state_dict(metadata=metadata) for name, chunk in _named(chunks)}
+    state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
+    return state
+
+
+def _sharding_metadata() -> dict[str, Any]:
+    """How Megatron names and splits the tensors in the checkpoint; all three are what resharding needs."""
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+    }
+
+
+def _named(chunks: Sequence[torch.nn.Module]) -> list[tuple[str, torch.nn.Module]]:
+    """Megatron's names: `model`, or `model0`, `model1`... for the chunks of virtual pipeline stages."""
+    if len(chunks) == 1:
+        return [("model", chunks[0])]
+    return [(f"model{i}", chunk) for i, chunk in enumerate(chunks)]
+
+
+def _parts(optimizer: MegatronOptimizer) -> Sequence[MegatronOptimizer]:
+    return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+
+
+def _own_step_tensors(optimizer: MegatronOptimizer) -> None:
+    """Give every parameter a step counter of its own.
+
+    Megatron's loading hands one tensor to all parameters, and torch's AdamW counts in place: each step would then
+    count once per parameter, and the bias correction would be wrong.
+    """
+    for part in _parts(optimizer):
+        for state in part.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()
+
+
+def _random_states() -> ShardedObject:
+    states = {"torch": torch.get_rng_state(), "megatron": tensor_parallel.get_cuda_rng_tracker().get_states()}
+    return ShardedObject("random_states", states, (dist.get_world_size(),), (dist.get_rank(),))
+
+
+def _restore_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(states["megatron"])
