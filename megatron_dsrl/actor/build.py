@@ -6,9 +6,9 @@ from megatron_dsrl.actor.actor import Actor
 from megatron_dsrl.actor.optimizer import build_optimizer, build_scheduler
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import read_architecture
-from megatron_dsrl.model.qwen3 import DTYPES, build_model, build_trainable
+from megatron_dsrl.model.build import DTYPES, build_model, build_trainable
 from megatron_dsrl.weights.load import load_hf_weights
-from megatron_dsrl.weights.qwen3 import qwen3_table
+from megatron_dsrl.weights.tables import weight_table
 from megatron_dsrl.weights.random_init import fill_with_random_weights
 
 
@@ -25,7 +25,7 @@ def build_actor(config: RunConfig, folder: Path) -> Actor:
         UserError: the folder's config.json or weights do not fit, or the model does not divide into the layout.
     """
     architecture = read_architecture(folder)
-    table = qwen3_table(architecture)
+    table = weight_table(architecture)
     chunks = build_model(architecture, config.model, config.parallel)
     if config.model.random_init:
         fill_with_random_weights(chunks, table, architecture.initializer_range, config.seed)

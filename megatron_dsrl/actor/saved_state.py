@@ -18,7 +18,7 @@ from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_dsrl.model.qwen3 import bare_model
+from megatron_dsrl.model.build import bare_model
 
 
 def save_state(

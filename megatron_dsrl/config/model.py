@@ -35,6 +35,12 @@ class ParallelConfig(Section):
     pipeline_parallel_size: int = Field(default=1, ge=1)
     """Processes that split the layers into consecutive stages."""
 
+    expert_parallel_size: int = Field(default=1, ge=1)
+    """Processes among which the experts of a mixture-of-experts model are dealt out, as whole experts."""
+
+    expert_tensor_parallel_size: int | None = Field(default=None, ge=1)
+    """Processes that split every expert's matrices; as many as `tensor_parallel_size` unless set."""
+
     sequence_parallel: bool = False
     """Split norm and residual activations over the tensor-parallel processes along the sequence."""
 
@@ -48,3 +54,13 @@ class ParallelConfig(Section):
     def model_parallel_size(self) -> int:
         """Processes that hold one copy of the model together."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def split_of_experts(self) -> int:
+        """Parts of every expert's matrices."""
+        return self.expert_tensor_parallel_size or self.tensor_parallel_size
+
+    @property
+    def expert_model_parallel_size(self) -> int:
+        """Processes that hold one copy of all experts together."""
+        return self.split_of_experts * self.expert_parallel_size * self.pipeline_parallel_size

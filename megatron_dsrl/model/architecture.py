@@ -1,4 +1,4 @@
-"""What an HF `config.json` says about a dense Qwen3, checked, in the project's own terms."""
+"""What an HF `config.json` says about a model of a known family, checked, in the project's own terms."""
 
 import json
 from dataclasses import dataclass
@@ -7,14 +7,26 @@ from typing import Any
 
 from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.errors import UserError
-
-SUPPORTED = "Qwen3ForCausalLM"
+from megatron_dsrl.model.families import FAMILIES, Family
 
 
 @dataclass(frozen=True)
-class Qwen3Architecture:
-    """Shapes and constants of a dense Qwen3. Names are those of the HF configuration."""
+class Experts:
+    """The mixture of experts in every layer."""
 
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    """Inner size of one expert."""
+    norm_topk_prob: bool
+    """The chosen experts' probabilities are divided by their sum."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Shapes and constants of a model. Names are those of the HF configuration."""
+
+    family: Family
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -27,6 +39,8 @@ class Qwen3Architecture:
     rope_theta: float
     tie_word_embeddings: bool
     initializer_range: float
+    experts: Experts | None = None
+    """None for a dense model."""
 
     def padded_vocab_size(self, tensor_parallel_size: int) -> int:
         """Rows of the embedding in Megatron: the next multiple of the tensor-parallel size."""
@@ -54,7 +68,7 @@ def resolve_model_folder(path: str) -> Path:
         ) from error
 
 
-def read_architecture(folder: Path) -> Qwen3Architecture:
+def read_architecture(folder: Path) -> Architecture:
     """Read `config.json`.
 
     Raises:
@@ -63,13 +77,13 @@ def read_architecture(folder: Path) -> Qwen3Architecture:
     """
     path = folder / "config.json"
     config = _read_json(path)
-    architectures = config.get("architectures") or []
-    if architectures != [SUPPORTED]:
-        named = ", ".join(map(str, architectures)) or "no architecture"
-        raise UserError(f"{path}: names {named}; only the dense {SUPPORTED} is supported")
+    family = _family(config, path)
     _refuse_unsupported_features(config, path)
+    if family.has_experts:
+        _refuse_dense_layers_among_experts(config, path)
     hidden_size, heads = _integer(config, "hidden_size", path), _integer(config, "num_attention_heads", path)
-    return Qwen3Architecture(
+    return Architecture(
+        family=family,
         vocab_size=_integer(config, "vocab_size", path),
         hidden_size=hidden_size,
         intermediate_size=_integer(config, "intermediate_size", path),
@@ -82,17 +96,23 @@ def read_architecture(folder: Path) -> Qwen3Architecture:
         rope_theta=_rope_theta(config, path),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         initializer_range=float(config.get("initializer_range", 0.02)),
+        experts=_experts(config, path) if family.has_experts else None,
     )
 
 
-def check_model_layout(architecture: Qwen3Architecture, parallel: ParallelConfig) -> None:
+def check_model_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
     """Refuse a layout that the model cannot be split into.
 
     Raises:
-        UserError: heads, key-value heads or feed-forward size not divisible by the tensor-parallel size, or layers
-            not divisible by the pipeline-parallel size. The vocabulary is padded and always fits.
+        UserError: heads, key-value heads or feed-forward size not divisible by the tensor-parallel size, layers not by
+            the pipeline-parallel size, or experts not by the expert-parallel size. The vocabulary is padded and
+            always fits.
     """
-    tensor, pipeline = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+    tensor, pipeline, expert = (
+        parallel.tensor_parallel_size,
+        parallel.pipeline_parallel_size,
+        parallel.expert_parallel_size,
+    )
     for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         value = getattr(architecture, field)
         if value % tensor:
@@ -101,6 +121,21 @@ def check_model_layout(architecture: Qwen3Architecture, parallel: ParallelConfig
         raise UserError(
             f"parallel.pipeline_parallel_size {pipeline} does not divide the model's "
             f"num_hidden_layers {architecture.num_hidden_layers}"
+        )
+    if architecture.experts is None:
+        if expert > 1:
+            raise UserError(f"parallel.expert_parallel_size {expert}: the model has no experts; set it to 1")
+        return
+    if architecture.experts.num_experts % expert:
+        raise UserError(
+            f"parallel.expert_parallel_size {expert} does not divide the model's "
+            f"num_experts {architecture.experts.num_experts}"
+        )
+    split = parallel.split_of_experts
+    if architecture.experts.moe_intermediate_size % split:
+        raise UserError(
+            f"parallel.expert_tensor_parallel_size {split} does not divide the model's "
+            f"moe_intermediate_size {architecture.experts.moe_intermediate_size}"
         )
 
 
@@ -114,6 +149,25 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{path} does not hold a JSON object")
     return config
+
+
+def _family(config: dict[str, Any], path: Path) -> Family:
+    architectures = config.get("architectures") or []
+    if len(architectures) != 1 or architectures[0] not in FAMILIES:
+        named = ", ".join(map(str, architectures)) or "no architecture"
+        raise UserError(f"{path}: names {named}; supported are {', '.join(FAMILIES)}")
+    return FAMILIES[architectures[0]]
+
+
+def _experts(config: dict[str, Any], path: Path) -> Experts:
+    # Transformers wrote `num_experts` up to version 4 and writes `num_local_experts` since.
+    count = "num_local_experts" if "num_local_experts" in config else "num_experts"
+    return Experts(
+        num_experts=_integer(config, count, path),
+        num_experts_per_tok=_integer(config, "num_experts_per_tok", path),
+        moe_intermediate_size=_integer(config, "moe_intermediate_size", path),
+        norm_topk_prob=bool(config.get("norm_topk_prob", False)),
+    )
 
 
 def _integer(config: dict[str, Any], field: str, path: Path) -> int:
@@ -137,10 +191,18 @@ def _rope_theta(config: dict[str, Any], path: Path) -> float:
 
 def _refuse_unsupported_features(config: dict[str, Any], path: Path) -> None:
     if config.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{path}: hidden_act {config['hidden_act']!r} is not supported; Qwen3 has 'silu'")
+        raise UserError(f"{path}: hidden_act {config['hidden_act']!r} is not supported; only 'silu' is")
     if config.get("attention_bias"):
-        raise UserError(f"{path}: attention_bias is not supported; Qwen3 has none")
+        raise UserError(f"{path}: attention_bias is not supported; published Qwen3 models have none")
     if config.get("use_sliding_window"):
         raise UserError(f"{path}: use_sliding_window is not supported")
     if config.get("attention_dropout"):
         raise UserError(f"{path}: attention_dropout is not supported; set it to 0")
+
+
+def _refuse_dense_layers_among_experts(config: dict[str, Any], path: Path) -> None:
+    if config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers"):
+        raise UserError(
+            f"{path}: decoder_sparse_step and mlp_only_layers make some layers dense; only models with experts in "
+            "every layer are supported"
+        )

@@ -48,17 +48,27 @@ def choose_layer_implementation(wanted: Literal["auto", "local", "transformer_en
     return "transformer_engine" if usable else "local"
 
 
-def qwen3_layers(config: TransformerConfig, implementation: LayerImplementation) -> ModuleSpec:
+def decoder_layers(config: TransformerConfig, implementation: LayerImplementation) -> ModuleSpec:
     """Specification of the transformer layers of this pipeline stage."""
+    experts = config.num_moe_experts
     if implementation == "transformer_engine":
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
-    layer = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
+        )
+    layer = get_gpt_layer_local_spec(
+        num_experts=experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
+    )
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention
     attention.module = PackedSelfAttention
     attention.submodules.core_attention = CoreAttention
-    attention.submodules.q_layernorm = RMSNorm
-    attention.submodules.k_layernorm = RMSNorm
+    if config.qk_layernorm:
+        attention.submodules.q_layernorm = RMSNorm
+        attention.submodules.k_layernorm = RMSNorm
+    if experts:
+        # In checkpoints local layers call their norms as Transformer Engine does, which fuses this one into a dense
+        # feed-forward but not into experts. Megatron's map overlooks that; without the entry both write one name.
+        del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     layers = [layer] * get_num_layers_to_build(config)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)

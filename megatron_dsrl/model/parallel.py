@@ -31,6 +31,13 @@ def check_parallel_layout(parallel: ParallelConfig, world_size: int) -> None:
             f"{parallel.tensor_parallel_size} x parallel.pipeline_parallel_size {parallel.pipeline_parallel_size} = "
             f"{parallel.model_parallel_size} processes per copy. Start a multiple of that with torchrun, or lower them."
         )
+    if world_size % parallel.expert_model_parallel_size:
+        raise UserError(
+            f"{world_size} processes cannot hold whole copies of the experts: parallel.expert_parallel_size "
+            f"{parallel.expert_parallel_size} x parallel.expert_tensor_parallel_size {parallel.split_of_experts} x "
+            f"parallel.pipeline_parallel_size {parallel.pipeline_parallel_size} = "
+            f"{parallel.expert_model_parallel_size} processes per copy. Start a multiple of that, or lower them."
+        )
     if parallel.sequence_parallel and parallel.tensor_parallel_size == 1:
         raise UserError("parallel.sequence_parallel needs parallel.tensor_parallel_size of at least 2")
 
@@ -52,6 +59,8 @@ def initialize_parallel(parallel: ParallelConfig, seed: int) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
+        expert_model_parallel_size=parallel.expert_parallel_size,
+        expert_tensor_parallel_size=parallel.split_of_experts,
         distributed_timeout_minutes=timeout / timedelta(minutes=1),
     )
     # Every pipeline stage draws differently, every data-parallel replica alike, as in Megatron's own training.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint
-from megatron_dsrl.weights.table import WeightTable, bind
+from megatron_dsrl.weights.table import TableEntry, WeightTable, bind
 
 
 def load_hf_weights(chunks: Sequence[nn.Module], table: WeightTable, folder: Path) -> None:
@@ -58,13 +58,22 @@ def fill(chunks: Sequence[nn.Module], table: WeightTable, read: Callable[[str], 
         table: the model's weight table.
         read: gives a full HF tensor by name; called only for what this rank holds a part of.
     """
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    size = parallel_state.get_tensor_model_parallel_world_size()
     for entry, parameters in bind(chunks, table).items():
+        rank, size = tensor_parallel_place(entry)
         shard = entry.rule.layout.shard([read(tensor.name) for tensor in entry.hf], rank, size)
         for parameter in parameters:
             assert parameter.shape == shard.shape, (entry.rule.megatron, parameter.shape, shard.shape)
             parameter.copy_(shard)
+
+
+def tensor_parallel_place(entry: TableEntry) -> tuple[int, int]:
+    """This process's rank among those that split the entry's parameter, and their number."""
+    if entry.rule.per_expert:
+        return (
+            parallel_state.get_expert_tensor_parallel_rank(),
+            parallel_state.get_expert_tensor_parallel_world_size(),
+        )
+    return parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
 
 
 def _refuse(problems: Sequence[str], kind: str, folder: Path) -> None:

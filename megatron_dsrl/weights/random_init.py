@@ -13,7 +13,7 @@ from megatron_dsrl.weights.table import WeightTable
 def fill_with_random_weights(
     chunks: Sequence[nn.Module], table: WeightTable, standard_deviation: float, seed: int
 ) -> None:
-    """Draw the model as Transformers does: norms one, all other weights normal around zero.
+    """Draw the model as Transformers does: norms one, biases zero, all other weights normal around zero.
 
     Every HF tensor has a generator of its own, seeded by its name, and is drawn in full before it is sharded: any
     tensor- and pipeline-parallel layout holds the same model.
@@ -32,6 +32,8 @@ def fill_with_random_weights(
         shape, initial = expected[name]
         if initial == "ones":
             return torch.ones(shape)
+        if initial == "zeros":
+            return torch.zeros(shape)
         digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         return torch.randn(shape, generator=generator) * standard_deviation

@@ -1,13 +1,36 @@
-"""A tiny Qwen3 as an HF folder: real architecture, random weights, no tokenizer."""
+"""Tiny models as HF folders: real architectures, random weights, no tokenizer."""
 
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from megatron_dsrl.platform.engine import prepare_engine_process
 
 prepare_engine_process()  # without CUDA: Transformers' models import torchvision, which fails to import there
-from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: E402
+from transformers import (  # noqa: E402
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    "rms_norm_eps": 1e-6,
+}
+HEAD_DIM = 32
+"""Of both Qwen3 families; unlike hidden size / heads = 16."""
 
 
 def make_tiny_qwen3(
@@ -19,10 +42,10 @@ def make_tiny_qwen3(
     dtype: torch.dtype = torch.float32,
     max_shard_size: str = "1GB",
 ) -> Qwen3ForCausalLM:
-    """Write the model with `save_pretrained` and return it.
+    """Write a dense Qwen3 with `save_pretrained` and return it.
 
-    4 layers, 4 query heads in 2 groups of dimension 32 (unlike hidden size / heads = 16), RoPE base 1e6. Weights are
-    large and norms differ from one, so that a wrongly placed tensor shows.
+    4 layers, 4 query heads in 2 groups of dimension 32, RoPE base 1e6. Weights are large and norms differ from one, so
+    that a wrongly placed tensor shows.
 
     Args:
         folder: where; made if need be.
@@ -32,25 +55,65 @@ def make_tiny_qwen3(
         dtype: of the weights.
         max_shard_size: size of one weight file, as `save_pretrained` takes it.
     """
-    config = Qwen3Config(
+    config = Qwen3Config(**SIZES, vocab_size=vocab_size, head_dim=HEAD_DIM, tie_word_embeddings=tied)
+    return _write(Qwen3ForCausalLM, config, folder, seed, dtype, max_shard_size)
+
+
+def make_tiny_qwen3_moe(
+    folder: Path,
+    *,
+    vocab_size: int = 128,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "1GB",
+) -> Qwen3MoeForCausalLM:
+    """A Qwen3-MoE: as the dense one, untied, with 4 experts of inner size 48 in every layer, 2 of them per token."""
+    config = Qwen3MoeConfig(
+        **SIZES,
         vocab_size=vocab_size,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=512,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=tied,
+        head_dim=HEAD_DIM,
+        tie_word_embeddings=False,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=48,
+        norm_topk_prob=True,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
     )
-    model = Qwen3ForCausalLM(config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.08 * noise)
+    return _write(Qwen3MoeForCausalLM, config, folder, seed, dtype, max_shard_size)
+
+
+def make_tiny_qwen2(
+    folder: Path,
+    *,
+    vocab_size: int = 128,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "1GB",
+) -> Qwen2ForCausalLM:
+    """A Qwen2.5: biases on queries, keys and values, no norms on them, tied, heads of dimension 16."""
+    config = Qwen2Config(**SIZES, vocab_size=vocab_size, tie_word_embeddings=True, use_sliding_window=False)
+    return _write(Qwen2ForCausalLM, config, folder, seed, dtype, max_shard_size)
+
+
+def _write(
+    model_class: type[PreTrainedModel],
+    config: PretrainedConfig,
+    folder: Path,
+    seed: int,
+    dtype: torch.dtype,
+    max_shard_size: str,
+) -> PreTrainedModel:
+    model = model_class(config)
+    _fill(model, seed)
     model = model.to(dtype).eval()
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return model
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.08 * noise)

@@ -12,13 +12,13 @@ from megatron_dsrl.errors import UserError
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint
 from megatron_dsrl.weights.load import check_checkpoint
-from megatron_dsrl.weights.qwen3 import qwen3_table
+from megatron_dsrl.weights.tables import weight_table
 
 QUERY = "model.layers.1.self_attn.q_proj.weight"
 
 
 def check(folder: Path) -> None:
-    check_checkpoint(HfCheckpoint(folder), qwen3_table(read_architecture(folder)))
+    check_checkpoint(HfCheckpoint(folder), weight_table(read_architecture(folder)))
 
 
 def rewrite(folder: Path, change) -> None:

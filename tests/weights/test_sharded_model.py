@@ -26,10 +26,10 @@ from megatron_dsrl.config.model import ModelConfig, ParallelConfig
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
-from megatron_dsrl.model.qwen3 import build_model, build_trainable
+from megatron_dsrl.model.build import build_model, build_trainable
 from megatron_dsrl.weights.export import export_hf_folder
 from megatron_dsrl.weights.load import load_hf_weights
-from megatron_dsrl.weights.qwen3 import qwen3_table
+from megatron_dsrl.weights.tables import weight_table
 from megatron_dsrl.weights.random_init import fill_with_random_weights
 from megatron_dsrl.weights.stream import stream_hf_weights
 
@@ -104,7 +104,7 @@ def measure_all_layouts(folder: Path) -> dict[str, dict]:
 
 def measure(folder: Path, name: str, parallel: ParallelConfig, target: Path) -> dict:
     architecture = read_architecture(folder / name)
-    table = qwen3_table(architecture)
+    table = weight_table(architecture)
     padded_vocab_size = architecture.padded_vocab_size(parallel.tensor_parallel_size)
     expected = torch.load(folder / f"{name}-{padded_vocab_size}.pt")
     source = load_file(folder / name / "model.safetensors")

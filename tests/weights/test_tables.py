@@ -4,7 +4,7 @@ import pytest
 from tests.support.tiny_model import make_tiny_qwen3
 
 from megatron_dsrl.model.architecture import read_architecture
-from megatron_dsrl.weights.qwen3 import qwen3_table
+from megatron_dsrl.weights.tables import weight_table
 from megatron_dsrl.weights.table import TableEntry, WeightTable
 
 TRANSFORMER_ENGINE_LAYER = {
@@ -23,14 +23,14 @@ TRANSFORMER_ENGINE_LAYER = {
 @pytest.mark.parametrize("tied", [True, False])
 def test_hf_names_and_shapes_are_those_of_transformers(tmp_path, tied):
     model = make_tiny_qwen3(tmp_path, tied=tied)
-    table = qwen3_table(read_architecture(tmp_path))
+    table = weight_table(read_architecture(tmp_path))
     parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     assert table.hf_shapes() == parameters
 
 
 def test_every_parameter_of_a_transformer_engine_layer_has_a_rule(tmp_path):
     make_tiny_qwen3(tmp_path, tied=False)
-    table = qwen3_table(read_architecture(tmp_path))
+    table = weight_table(read_architecture(tmp_path))
     prefix = "decoder.layers.{layer}."
     last_names = {rule.megatron[-1].removeprefix(prefix) for rule in table.rules if rule.per_layer}
     assert last_names == TRANSFORMER_ENGINE_LAYER
@@ -38,7 +38,7 @@ def test_every_parameter_of_a_transformer_engine_layer_has_a_rule(tmp_path):
 
 def test_fused_norms_are_the_hf_norms_before_the_same_matrix(tmp_path):
     make_tiny_qwen3(tmp_path, tied=False)
-    table = qwen3_table(read_architecture(tmp_path))
+    table = weight_table(read_architecture(tmp_path))
 
     def hf_names(megatron_name: str) -> list[str]:
         rule = next(rule for rule in table.rules if megatron_name in rule.megatron)
@@ -54,7 +54,7 @@ def test_fused_norms_are_the_hf_norms_before_the_same_matrix(tmp_path):
 
 def test_entries_come_in_the_order_of_the_model(tmp_path):
     make_tiny_qwen3(tmp_path, tied=False)
-    table: WeightTable = qwen3_table(read_architecture(tmp_path))
+    table: WeightTable = weight_table(read_architecture(tmp_path))
     names = [tensor.name for entry in table.entries() for tensor in entry.hf]
     layers = [int(name.split(".")[2]) for name in names if name.startswith("model.layers.")]
     assert names[0] == "model.embed_tokens.weight" and names[-2:] == ["model.norm.weight", "lm_head.weight"]

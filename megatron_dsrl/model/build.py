@@ -1,8 +1,10 @@
-"""A dense Qwen3 as Megatron-core GPTModel.
+"""A decoder of a supported family (model/families.py) as Megatron-core GPTModel.
 
-Qwen3 in Megatron's terms: RMSNorm before attention and feed-forward, grouped query attention with RMSNorm on every
-head's query and key, rotary positions on the whole head, SwiGLU, no biases, no dropout.
+In Megatron's terms: RMSNorm before attention and feed-forward, grouped query attention, RMSNorm on every head's query
+and key where the family has it, rotary positions on the whole head, SwiGLU or experts of SwiGLU, no dropout.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +16,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig
-from megatron_dsrl.model.architecture import Qwen3Architecture, check_model_layout
-from megatron_dsrl.model.layer_spec import choose_layer_implementation, qwen3_layers
+from megatron_dsrl.model.architecture import Architecture, Experts, check_model_layout
+from megatron_dsrl.model.layer_spec import LayerImplementation, choose_layer_implementation, decoder_layers
 from megatron_dsrl.platform import current_platform
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -27,7 +29,7 @@ RECOMPUTE = {
 
 
 def transformer_config(
-    architecture: Qwen3Architecture, model: ModelConfig, parallel: ParallelConfig
+    architecture: Architecture, model: ModelConfig, parallel: ParallelConfig
 ) -> TransformerConfig:
     """Megatron's configuration of the model in this layout."""
     dtype = DTYPES[model.dtype]
@@ -41,7 +43,8 @@ def transformer_config(
         kv_channels=architecture.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=architecture.rms_norm_eps,
-        qk_layernorm=True,
+        qk_layernorm=architecture.family.qk_layernorm,
+        add_qkv_bias=architecture.family.qkv_bias,
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
@@ -58,15 +61,37 @@ def transformer_config(
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         variable_seq_lengths=True,  # packed micro-batches differ in length
-        moe_token_dispatcher_type="alltoall",  # no experts here, but the default refuses variable lengths
+        moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths, even without experts
         calculate_per_token_loss=True,  # the loss function sums; the actor divides by the global token count
+        **_expert_fields(architecture.experts, parallel, implementation),
         **RECOMPUTE[model.recompute],
         **current_platform().transformer_config_flags(transformer_engine=implementation == "transformer_engine"),
     )
 
 
+def _expert_fields(
+    experts: Experts | None, parallel: ParallelConfig, implementation: LayerImplementation
+) -> dict[str, Any]:
+    if experts is None:
+        return {}
+    return {
+        "num_moe_experts": experts.num_experts,
+        "moe_ffn_hidden_size": experts.moe_intermediate_size,
+        "moe_router_topk": experts.num_experts_per_tok,
+        # Softmax over the chosen experts' logits is softmax over all of them, divided by the chosen ones' sum.
+        "moe_router_pre_softmax": not experts.norm_topk_prob,
+        "moe_router_dtype": "fp32",
+        # RL keeps the router as pretraining balanced it: no balancing loss. Transformers has none at inference either.
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_grouped_gemm": implementation == "transformer_engine",
+        "expert_model_parallel_size": parallel.expert_parallel_size,
+        "expert_tensor_parallel_size": parallel.split_of_experts,
+    }
+
+
 def build_model(
-    architecture: Qwen3Architecture, model: ModelConfig, parallel: ParallelConfig
+    architecture: Architecture, model: ModelConfig, parallel: ParallelConfig
 ) -> list[MegatronModule]:
     """Build this process's part of the model; `initialize_parallel` must have run.
 
@@ -84,7 +109,7 @@ def build_model(
     config = transformer_config(architecture, model, parallel)
     chunk = GPTModel(
         config=config,
-        transformer_layer_spec=qwen3_layers(config, choose_layer_implementation(model.layer_spec)),
+        transformer_layer_spec=decoder_layers(config, choose_layer_implementation(model.layer_spec)),
         vocab_size=architecture.padded_vocab_size(parallel.tensor_parallel_size),
         max_sequence_length=architecture.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),

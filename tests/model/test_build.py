@@ -1,24 +1,31 @@
-"""One process: Megatron's Qwen3 is Transformers' Qwen3, and a packed row is its sequences one by one."""
+"""One process: the model in Megatron is the model in Transformers, and a packed row is its sequences one by one."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
-from tests.support.tiny_model import make_tiny_qwen3
+from tests.support.tiny_model import make_tiny_qwen2, make_tiny_qwen3, make_tiny_qwen3_moe
 from torch import Tensor
 
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.parallel import check_parallel_layout, destroy_parallel, initialize_parallel
-from megatron_dsrl.model.qwen3 import build_model, build_trainable
+from megatron_dsrl.model.build import build_model, build_trainable
 from megatron_dsrl.weights.load import load_hf_weights
-from megatron_dsrl.weights.qwen3 import qwen3_table
+from megatron_dsrl.weights.tables import weight_table
 
 PARALLEL = ParallelConfig(collective_timeout_seconds=60)
+FAMILIES = {
+    "Qwen3 tied": partial(make_tiny_qwen3, tied=True),
+    "Qwen3 untied": partial(make_tiny_qwen3, tied=False),
+    "Qwen3-MoE": make_tiny_qwen3_moe,
+    "Qwen2.5": make_tiny_qwen2,
+}
 LENGTHS = [13, 24, 11, 12, 1, 24]
 
 
@@ -33,7 +40,7 @@ def one_process() -> Iterator[None]:
 def build(folder: Path, **model: str) -> torch.nn.Module:
     architecture = read_architecture(folder)
     chunks = build_model(architecture, ModelConfig(**({"path": str(folder), "dtype": "float32"} | model)), PARALLEL)
-    load_hf_weights(chunks, qwen3_table(architecture), folder)
+    load_hf_weights(chunks, weight_table(architecture), folder)
     return chunks[0]
 
 
@@ -52,9 +59,9 @@ def packed(lengths: list[int]) -> PackedSeqParams:
     )
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_logits_equal_transformers(tmp_path, tied):
-    reference = make_tiny_qwen3(tmp_path, tied=tied, vocab_size=101)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_transformers(tmp_path, family):
+    reference = FAMILIES[family](tmp_path, vocab_size=101)
     model, rows = build(tmp_path), token_ids(3, 40)
     torch.testing.assert_close(model(rows, None, None), reference(rows).logits, rtol=0, atol=1e-5)
 

@@ -1,0 +1,163 @@
+"""The rules that tables of decoder models are put together from (weights/tables.py).
+
+Where two Megatron names stand, the first is the local layers', the second the name under which Transformer Engine keeps
+the norm that it fuses into the following matrix, or the expert in its grouped matrix products.
+"""
+
+from megatron_dsrl.model.architecture import Architecture
+from megatron_dsrl.weights.layouts import GateAndUp, GroupedQkv, Replicated, Split, Vocabulary
+from megatron_dsrl.weights.table import HfTensor, TensorRule
+
+HF_LAYER = "model.layers.{layer}."
+HF_EXPERT = HF_LAYER + "mlp.experts.{expert}."
+LAYER = "decoder.layers.{layer}."
+EMBEDDING = "embedding.word_embeddings.weight"
+HEAD = "output_layer.weight"
+HF_HEAD = "lm_head.weight"
+
+
+def embedding(a: Architecture) -> TensorRule:
+    """The input embedding."""
+    # With tied embeddings the last pipeline stage keeps a copy of the embedding under the head's name.
+    return TensorRule(
+        (HfTensor("model.embed_tokens.weight", (a.vocab_size, a.hidden_size)),),
+        (EMBEDDING, HEAD) if a.tie_word_embeddings else (EMBEDDING,),
+        Vocabulary(a.vocab_size),
+    )
+
+
+def head(a: Architecture) -> tuple[TensorRule, ...]:
+    """The final norm, and the output head where it is not the embedding."""
+    norm = _norm("model.norm.weight", a.hidden_size, "decoder.final_layernorm.weight")
+    if a.tie_word_embeddings:
+        return (norm,)
+    weight = TensorRule((HfTensor(HF_HEAD, (a.vocab_size, a.hidden_size)),), (HEAD,), Vocabulary(a.vocab_size))
+    return norm, weight
+
+
+def attention_norm(a: Architecture) -> TensorRule:
+    """The norm before attention."""
+    fused = LAYER + "self_attention.linear_qkv.layer_norm_weight"
+    return _norm(
+        HF_LAYER + "input_layernorm.weight", a.hidden_size, LAYER + "input_layernorm.weight", fused, stored_as=fused
+    )
+
+
+def query_key_value(a: Architecture) -> TensorRule:
+    """The projections to queries, keys and values."""
+    query_size, key_value_size = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
+    return TensorRule(
+        (
+            HfTensor(HF_LAYER + "self_attn.q_proj.weight", (query_size, a.hidden_size)),
+            HfTensor(HF_LAYER + "self_attn.k_proj.weight", (key_value_size, a.hidden_size)),
+            HfTensor(HF_LAYER + "self_attn.v_proj.weight", (key_value_size, a.hidden_size)),
+        ),
+        (LAYER + "self_attention.linear_qkv.weight",),
+        _qkv_layout(a),
+    )
+
+
+def query_key_value_bias(a: Architecture) -> TensorRule:
+    """The biases of the same."""
+    query_size, key_value_size = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
+    return TensorRule(
+        (
+            HfTensor(HF_LAYER + "self_attn.q_proj.bias", (query_size,)),
+            HfTensor(HF_LAYER + "self_attn.k_proj.bias", (key_value_size,)),
+            HfTensor(HF_LAYER + "self_attn.v_proj.bias", (key_value_size,)),
+        ),
+        (LAYER + "self_attention.linear_qkv.bias",),
+        _qkv_layout(a),
+        initial="zeros",
+    )
+
+
+def query_key_norms(a: Architecture) -> tuple[TensorRule, ...]:
+    """The norms on every head's query and key."""
+    return tuple(
+        _norm(
+            HF_LAYER + f"self_attn.{short}_norm.weight",
+            a.head_dim,
+            LAYER + f"self_attention.{short}_layernorm.weight",
+        )
+        for short in ("q", "k")
+    )
+
+
+def attention_output(a: Architecture) -> TensorRule:
+    """The projection back from the heads."""
+    return TensorRule(
+        (HfTensor(HF_LAYER + "self_attn.o_proj.weight", (a.hidden_size, a.num_attention_heads * a.head_dim)),),
+        (LAYER + "self_attention.linear_proj.weight",),
+        Split(1),
+    )
+
+
+def feed_forward(a: Architecture) -> tuple[TensorRule, ...]:
+    """A dense SwiGLU and the norm before it."""
+    fused = LAYER + "mlp.linear_fc1.layer_norm_weight"
+    return (
+        _norm(
+            HF_LAYER + "post_attention_layernorm.weight",
+            a.hidden_size,
+            LAYER + "pre_mlp_layernorm.weight",
+            fused,
+            stored_as=fused,
+        ),
+        TensorRule(
+            (
+                HfTensor(HF_LAYER + "mlp.gate_proj.weight", (a.intermediate_size, a.hidden_size)),
+                HfTensor(HF_LAYER + "mlp.up_proj.weight", (a.intermediate_size, a.hidden_size)),
+            ),
+            (LAYER + "mlp.linear_fc1.weight",),
+            GateAndUp(),
+        ),
+        TensorRule(
+            (HfTensor(HF_LAYER + "mlp.down_proj.weight", (a.hidden_size, a.intermediate_size)),),
+            (LAYER + "mlp.linear_fc2.weight",),
+            Split(1),
+        ),
+    )
+
+
+def experts(a: Architecture) -> tuple[TensorRule, ...]:
+    """Experts of SwiGLU, their router, and the norm before them.
+
+    The names are those of the hub's files, one set per expert. In memory Transformers 5 keeps all experts of a layer in
+    two fused tensors (`gate_up_proj`, `down_proj`), but reads and writes files in the form of the hub.
+    """
+    assert a.experts is not None
+    inner, stored = a.experts.moe_intermediate_size, LAYER + "mlp.experts.experts."
+    local, grouped = LAYER + "mlp.experts.local_experts.{expert}.", LAYER + "mlp.experts."
+    return (
+        _norm(HF_LAYER + "post_attention_layernorm.weight", a.hidden_size, LAYER + "pre_mlp_layernorm.weight"),
+        TensorRule(
+            (HfTensor(HF_LAYER + "mlp.gate.weight", (a.experts.num_experts, a.hidden_size)),),
+            (LAYER + "mlp.router.weight",),
+            Replicated(),
+        ),
+        TensorRule(
+            (
+                HfTensor(HF_EXPERT + "gate_proj.weight", (inner, a.hidden_size)),
+                HfTensor(HF_EXPERT + "up_proj.weight", (inner, a.hidden_size)),
+            ),
+            (local + "linear_fc1.weight", grouped + "linear_fc1.weight{expert}"),
+            GateAndUp(),
+            stored_as=stored + "linear_fc1.weight",
+        ),
+        TensorRule(
+            (HfTensor(HF_EXPERT + "down_proj.weight", (a.hidden_size, inner)),),
+            (local + "linear_fc2.weight", grouped + "linear_fc2.weight{expert}"),
+            Split(1),
+            stored_as=stored + "linear_fc2.weight",
+        ),
+    )
+
+
+def _norm(hf_name: str, size: int, *megatron: str, stored_as: str = "") -> TensorRule:
+    return TensorRule((HfTensor(hf_name, (size,)),), megatron, Replicated(), initial="ones", stored_as=stored_as)
+
+
+def _qkv_layout(a: Architecture) -> GroupedQkv:
+    groups = a.num_key_value_heads
+    return GroupedQkv(groups, a.num_attention_heads // groups, a.head_dim)

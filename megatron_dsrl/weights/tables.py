@@ -1,0 +1,59 @@
+"""The weight table of every supported HF architecture: what it consists of, in the order in which the model uses it."""
+
+from collections.abc import Callable, Mapping
+
+from megatron_dsrl.model.architecture import Architecture
+from megatron_dsrl.weights import decoder_rules as rules
+from megatron_dsrl.weights.table import TensorRule, WeightTable
+
+
+def qwen3_layer(a: Architecture) -> tuple[TensorRule, ...]:
+    """Dense Qwen3: norms on queries and keys."""
+    return (
+        rules.attention_norm(a),
+        rules.query_key_value(a),
+        *rules.query_key_norms(a),
+        rules.attention_output(a),
+        *rules.feed_forward(a),
+    )
+
+
+def qwen3_moe_layer(a: Architecture) -> tuple[TensorRule, ...]:
+    """Qwen3-MoE: the same attention, and experts."""
+    return (
+        rules.attention_norm(a),
+        rules.query_key_value(a),
+        *rules.query_key_norms(a),
+        rules.attention_output(a),
+        *rules.experts(a),
+    )
+
+
+def qwen2_layer(a: Architecture) -> tuple[TensorRule, ...]:
+    """Qwen2 and Qwen2.5: biases on queries, keys and values, and no norms on them."""
+    return (
+        rules.attention_norm(a),
+        rules.query_key_value(a),
+        rules.query_key_value_bias(a),
+        rules.attention_output(a),
+        *rules.feed_forward(a),
+    )
+
+
+LAYERS: Mapping[str, Callable[[Architecture], tuple[TensorRule, ...]]] = {
+    "Qwen3ForCausalLM": qwen3_layer,
+    "Qwen3MoeForCausalLM": qwen3_moe_layer,
+    "Qwen2ForCausalLM": qwen2_layer,
+}
+
+
+def weight_table(architecture: Architecture) -> WeightTable:
+    """The two-way table of a model."""
+    layer = LAYERS[architecture.family.hf_name](architecture)
+    return WeightTable(
+        (rules.embedding(architecture), *layer, *rules.head(architecture)),
+        num_layers=architecture.num_hidden_layers,
+        num_experts=architecture.experts.num_experts if architecture.experts else 0,
+        # Checkpoints with tied embeddings may hold the head a second time; Transformers does not read it either.
+        ignored=(rules.HF_HEAD,) if architecture.tie_word_embeddings else (),
+    )
