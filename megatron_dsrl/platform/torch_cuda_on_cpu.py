@@ -5,7 +5,7 @@ to what it computes, so three layers answer for it, installed once and never whe
 
 1. `_CpuDeviceMode`: a TorchFunctionMode, PyTorch's own hook, which redirects tensor calls that name a CUDA device;
 2. the five functions of `torch.cuda` that Megatron calls: answered by the CPU generator, or by nothing;
-3. three Megatron functions that hold a CUDA generator object or suppose a fused CUDA optimizer.
+3. three Megatron functions that hold a CUDA generator object or suppose a fused CUDA optimizer, and one stream.
 
 Beside every replacement stand the Megatron sites (file: function, under megatron/core) that need it. They were found
 by tracing training steps in all supported layouts, both optimizers, all recompute modes, and a checkpoint save and
@@ -50,6 +50,11 @@ class _CpuDeviceMode(TorchFunctionMode):
             # 'torch.cuda.FloatTensor'; optimizer/clip_grads.py: clip_grad_by_total_norm_fp32
             name = func(*args)
             return name if name.startswith("torch.cuda.") else name.replace("torch.", "torch.cuda.", 1)
+        if func is torch.distributed.all_to_all_single:
+            # transformer/moe/token_dispatcher.py moves its split sizes off the device with the values they had there:
+            # tensors that were never on one stay tensors, where torch.distributed wants lists
+            kwargs = {name: x.tolist() if name.endswith("_split_sizes") and torch.is_tensor(x) else x
+                      for name, x in kwargs.items()}
         if _is_cuda(kwargs.get("device")):
             # pipeline_parallel/schedules.py: token counts; optimizer/clip_grads.py: norms; optimizer/optimizer.py:
             # found-infinity and loss-scale tensors; utils.py: local_multi_tensor_l2_norm
@@ -80,12 +85,28 @@ def _replace_torch_cuda_functions() -> None:
 def _replace_megatron_functions() -> None:
     import megatron.core.tensor_parallel.random as megatron_random
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
     # tensor_parallel/random.py: CudaRNGStatesTracker.add and fork, activation recomputation
     megatron_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
     # optimizer/distrib_optimizer.py: loading a checkpoint
     DistributedOptimizer._set_main_param_and_optimizer_states = _set_main_param_and_optimizer_states
+    # transformer/moe/token_dispatcher.py: a stream for copies to the host, made unless there is one
+    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = _NoStream()
+
+
+class _NoStream:
+    """A CUDA stream and its events where nothing is asynchronous."""
+
+    def wait_stream(self, stream: None) -> None:
+        """There is nothing to wait for."""
+
+    def record_event(self) -> "_NoStream":
+        return self
+
+    def synchronize(self) -> None:
+        """Everything is done already."""
 
 
 @torch.no_grad()
