@@ -18,20 +18,24 @@ from tests.support.engine import STOP_TOKEN_ID, decode_as_numbers, tiny_run_conf
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks_per_engine", [1, 2])
 def test_two_ranks_push_to_two_engines_or_to_one_that_they_share(ranks_per_engine, tiny_model_folder, tmp_path):
-    program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     arguments = [str(tiny_model_folder), str(tmp_path), str(ranks_per_engine)]
 
-    finished = subprocess.run(
+    torchrun = subprocess.Popen(
         [*program, "-m", "tests.support.push_and_sample", *arguments],
         cwd=Path(__file__).resolve().parents[2],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         text=True,
-        timeout=280,
-        check=True,
     )
+    try:
+        output, _ = torchrun.communicate(timeout=240)
+    finally:
+        torchrun.terminate()  # not kill: torchrun then ends its processes
+        torchrun.wait(60)
 
-    differences = json.loads(finished.stdout.splitlines()[-1])
+    assert torchrun.returncode == 0
+    differences = json.loads(output.splitlines()[-1])
     assert len(differences) == 12
     assert max(differences) < 1e-4
     assert len(list((tmp_path / "engines").iterdir())) == 2 // ranks_per_engine

@@ -42,7 +42,7 @@ def tiny_run_config(model_folder: Path, **engine: Any) -> RunConfig:
 def numbered_prompts(count: int) -> list[Prompt]:
     """Prompts of different lengths, with ids that no other prompt shares."""
     return [
-        Prompt(index=100 + number, text=f"prompt {number}", token_ids=tuple(range(20 + number, 30 + 3 * number)), answer="")
+        Prompt(100 + number, text=f"prompt {number}", token_ids=tuple(range(20 + number, 30 + 3 * number)), answer="")
         for number in range(count)
     ]
 
