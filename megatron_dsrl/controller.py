@@ -8,7 +8,6 @@ from megatron_dsrl.algorithms.experience import Response
 from megatron_dsrl.config.phase import PhaseConfig, PreTrainSpaceConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.data.prompt import Prompt
-from megatron_dsrl.data.sampler import PromptSampler
 from megatron_dsrl.evaluation.evaluator import Evaluator
 from megatron_dsrl.observability.console import RunConsole
 from megatron_dsrl.observability.step_metrics import rollout_metrics
@@ -45,23 +44,22 @@ class Controller:
         self._config = config
         self._run_folder = run_folder
         self._prompts = prompts
-        self._sampler = PromptSampler(len(prompts), config.seed)
         self._rollout = rollout
         self._evaluator = evaluator
         self._tracker = tracker
         self._console = console
 
-    def sample(self, step: int) -> list[Group]:
-        """Judged responses to the step's prompts, in the prompts' order. They are on disk when this returns."""
-        prompts = [self._prompts[i] for i in self._sampler.next(self._config.rollout.prompts_per_step)]
+    def sample(self, step: int, indices: Sequence[int]) -> list[Group]:
+        """Judged responses to the named prompts, in their order. They are on disk when this returns."""
+        prompts = [self._prompts[i] for i in indices]
         groups = self._rollout.sample_step(step, prompts)
         if self._config.observability.save_rollouts:
             write_groups(rollout_file(self._run_folder, step), groups)
         return groups
 
     def evaluate(self, step: int) -> None:
-        """Evaluate the held-out sets after so many steps; 0 is before training."""
-        for record in self._evaluator.evaluate(step):
+        """Evaluate the held-out sets after so many steps (0: before training), except for those recorded already."""
+        for record in self._evaluator.evaluate(step, except_for=self._tracker.evaluated_sets(step)):
             self._tracker.log_evaluation(record)
             self._console.evaluation(record)
 

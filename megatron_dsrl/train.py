@@ -2,174 +2,235 @@
 
 Every rank runs it. Rank 0 is also the controller: it samples, judges and records. What the other ranks need of that,
 one `Experience` per step, is broadcast; everything else is collective over the ranks.
+
+A run that is started again continues from its newest checkpoint and does exactly what it would have done without the
+interruption.
 """
 
-from collections.abc import Sequence
+import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch.distributed as dist
-from transformers import PreTrainedTokenizerBase
 
 from megatron_dsrl.actor.actor import Actor
 from megatron_dsrl.actor.build import build_actor
 from megatron_dsrl.algorithms.experience import Experience, build_experience
 from megatron_dsrl.algorithms.losses import make_token_loss
 from megatron_dsrl.algorithms.schedule import Schedule
-from megatron_dsrl.config.load import dump_config
+from megatron_dsrl.checkpoint.compatibility import check_same_model, check_same_optimizer
+from megatron_dsrl.checkpoint.state import RunState, current_layout
+from megatron_dsrl.checkpoint.store import Checkpoint, CheckpointStore
 from megatron_dsrl.config.phase import PhaseConfig, PreTrainSpaceConfig
-from megatron_dsrl.config.run import EvaluationSetConfig, RunConfig
+from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.controller import Controller, responses_of
-from megatron_dsrl.data.prompt import Prompt
-from megatron_dsrl.data.prompts import load_prompts
-from megatron_dsrl.data.tokenizer import bos_token_ids, load_tokenizer, stop_token_ids
-from megatron_dsrl.errors import UserError
+from megatron_dsrl.data.sampler import PromptSampler
+from megatron_dsrl.data.tokenizer import bos_token_ids, stop_token_ids
 from megatron_dsrl.evaluation.evaluator import Evaluator
-from megatron_dsrl.model.architecture import read_architecture, resolve_model_folder
 from megatron_dsrl.model.parallel import destroy_parallel, initialize_parallel
 from megatron_dsrl.observability.console import RunConsole
 from megatron_dsrl.observability.timer import SecondsPerPart
-from megatron_dsrl.observability.tracker import METRICS_FILE, Tracker
+from megatron_dsrl.observability.tracker import Tracker
+from megatron_dsrl.preemption import Preempted, StopRequested, StopSignal
 from megatron_dsrl.rollout.rollout import Rollout, start_rollout
 from megatron_dsrl.rollout.sample import Group
+from megatron_dsrl.run_folder import check_run_folder, write_run_folder
+from megatron_dsrl.run_inputs import RunInputs, load_inputs
 
 
 def train(config: RunConfig) -> None:
-    """Run a whole training. All ranks call it.
+    """Run a training, or continue it from its newest checkpoint. All ranks call it.
 
     Raises:
         UserError: the model, the data or the run folder is not what the configuration needs; found before anything
             heavy starts.
+        Preempted: the process was asked to stop; the run's state is saved.
     """
     inputs = load_inputs(config)
     with ExitStack() as resources:
         initialize_parallel(config.parallel, config.seed)
         resources.callback(destroy_parallel)
-        if dist.get_rank() == 0:
-            start_run_folder(inputs.run_folder, config)
-        rollout = start_rollout(config, inputs.run_folder, stop_token_ids(inputs.tokenizer), inputs.decode)
-        resources.callback(rollout.close)
-        rollout.wait_until_ready()
-        rollout.release_memory()
-        actor = build_actor(config, inputs.model_folder)
-        push_weights(config, actor, rollout, version=1)
-        controller = start_controller(config, inputs, rollout, resources) if dist.get_rank() == 0 else None
-        run_steps(config, inputs, actor, rollout, controller)
-
-
-def run_steps(
-    config: RunConfig, inputs: "RunInputs", actor: Actor, rollout: Rollout, controller: Controller | None
-) -> None:
-    """Sample, judge, update, push the weights; again. `controller` is there on rank 0 only."""
-    schedule = Schedule(config.phases)
-    if controller:
-        controller.evaluate(step=0)
-    for step in range(1, config.steps + 1):
-        phase = schedule.at(step)
-        timer = SecondsPerPart()
-        with timer.part("generate"):
-            groups = controller.sample(step) if controller else []
-        with timer.part("train"):
-            rollout.release_memory()
-            experience = share_experience(groups, phase, inputs.tokenizer)
-            update = actor.update(
-                experience, make_token_loss(phase.loss), phase.coefficient, config.actor.optimizer_steps_per_rollout
-            )
-        with timer.part("push_weights"):
-            push_weights(config, actor, rollout, version=step + 1)
-        with timer.part("evaluate"):
-            if controller and is_due(step, config.evaluation.every_steps, config.steps):
-                controller.evaluate(step)
-        with timer.part("checkpoint"):
-            if is_due(step, config.checkpoint.export_hf_every_steps, config.steps):
-                actor.export_hf(inputs.run_folder / "hf" / f"step_{step:06d}")
-        if controller:
-            controller.record(step, phase, groups, update, timer)
+        console = RunConsole(config.steps)
+        checkpoints = CheckpointStore(
+            inputs.run_folder / "checkpoints",
+            config.checkpoint.keep_last,
+            config.checkpoint.keep_every_steps,
+            report=console.message,
+        )
+        check_run_folder(config, inputs)
+        checkpoint = checkpoints.newest()
+        if checkpoint and checkpoint.state.step >= config.steps:
+            announce(console, f"{inputs.run_folder} is complete: {checkpoint.state.step} steps are done")
+            return
+        run_steps(start_run(config, inputs, checkpoints, checkpoint, console, resources))
 
 
 @dataclass(frozen=True)
-class RunInputs:
-    """What a run reads before it starts."""
+class TrainingRun:
+    """What the steps of a run need. One per rank."""
 
-    run_folder: Path
-    model_folder: Path
-    tokenizer: PreTrainedTokenizerBase
-    prompts: list[Prompt]
-    evaluation_sets: list[tuple[EvaluationSetConfig, list[Prompt]]]
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of a response, without special tokens."""
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
-
-
-def load_inputs(config: RunConfig) -> RunInputs:
-    """Read model description, tokenizer and prompts.
-
-    Raises:
-        UserError: one of them is missing or does not fit.
-    """
-    model_folder = resolve_model_folder(config.model.path)
-    tokenizer = load_tokenizer(str(model_folder), read_architecture(model_folder).vocab_size)
-    return RunInputs(
-        run_folder=Path(config.output_dir) / config.name,
-        model_folder=model_folder,
-        tokenizer=tokenizer,
-        prompts=load_prompts(config.data, tokenizer),
-        evaluation_sets=[
-            (evaluation_set, load_prompts(evaluation_set, tokenizer, section=f"evaluation.sets.{i}"))
-            for i, evaluation_set in enumerate(config.evaluation.sets)
-        ],
-    )
+    config: RunConfig
+    inputs: RunInputs
+    first_step: int
+    """1, or the one after the checkpoint's."""
+    actor: Actor
+    rollout: Rollout
+    sampler: PromptSampler
+    """Every rank draws the same prompt indices; only rank 0 samples from them."""
+    checkpoints: CheckpointStore
+    stop: StopSignal
+    controller: Controller | None
+    """Rank 0 only."""
 
 
-def start_run_folder(run_folder: Path, config: RunConfig) -> None:
-    """Make the run folder and keep the resolved configuration in it.
+def run_steps(run: TrainingRun) -> None:
+    """Sample, judge, update, push the weights; again."""
+    schedule = Schedule(run.config.phases)
+    push_weights(run, version=run.first_step)
+    evaluate_if_due(run, run.first_step - 1)
+    for step in range(run.first_step, run.config.steps + 1):
+        phase = schedule.at(step)
+        timer = SecondsPerPart()
+        state_before = state_after(run, step - 1, phase)
+        with timer.part("generate"):
+            groups = sample(run, step)
+        with timer.part("train"):
+            run.rollout.release_memory()
+            experience = share_experience(run, groups, phase)
+            if experience is None:
+                stop_as_asked(run, state_before)
+            update = run.actor.update(
+                experience, make_token_loss(phase.loss), phase.coefficient, run.config.actor.optimizer_steps_per_rollout
+            )
+        with timer.part("push_weights"):
+            push_weights(run, version=step + 1)
+        if run.controller:
+            run.controller.record(step, phase, groups, update, timer)
+        if is_due(step, run.config.checkpoint.save_every_steps, run.config.steps):
+            run.checkpoints.save(state_after(run, step, phase), run.actor.save)
+        if is_due(step, run.config.checkpoint.export_hf_every_steps, run.config.steps):
+            export(run, step)
+        evaluate_if_due(run, step)
 
-    Raises:
-        UserError: the folder holds a run already, or cannot be written to.
-    """
-    if (run_folder / METRICS_FILE).exists():
-        raise UserError(f"{run_folder} holds a run already; choose another `name` or `output_dir`, or remove it")
-    try:
-        run_folder.mkdir(parents=True, exist_ok=True)
-        dump_config(config, run_folder / "config.yaml")
-    except OSError as error:
-        raise UserError(f"cannot write the run folder {run_folder} (output_dir, name): {error}") from error
 
-
-def start_controller(config: RunConfig, inputs: RunInputs, rollout: Rollout, resources: ExitStack) -> Controller:
-    """Rank 0's controller; its files are closed with `resources`."""
-    return Controller(
-        config=config,
-        run_folder=inputs.run_folder,
-        prompts=inputs.prompts,
-        rollout=rollout,
-        evaluator=Evaluator(inputs.evaluation_sets, rollout),
-        tracker=resources.enter_context(Tracker(inputs.run_folder, config.observability.tensorboard)),
-        console=RunConsole(config.steps),
-    )
-
-
-def share_experience(groups: list[Group], phase: PhaseConfig, tokenizer: PreTrainedTokenizerBase) -> Experience:
-    """The step's experience, built from the groups of rank 0, on every rank."""
-    shared: list[Experience | None] = [None]
+def start_run(
+    config: RunConfig,
+    inputs: RunInputs,
+    checkpoints: CheckpointStore,
+    checkpoint: Checkpoint | None,
+    console: RunConsole,
+    resources: ExitStack,
+) -> TrainingRun:
+    """Start the engines, build the actor, restore the checkpoint. What must be closed is left to `resources`."""
+    write_run_folder(config, inputs)
+    rollout = start_rollout(config, inputs.run_folder, stop_token_ids(inputs.tokenizer), inputs.decode)
+    resources.callback(rollout.close)
+    rollout.wait_until_ready()
+    rollout.release_memory()
+    actor = build_actor(config, inputs.model_folder)
+    sampler = PromptSampler(len(inputs.prompts), config.seed)
+    if checkpoint:
+        check_same_model(checkpoint.state.model, inputs.model, str(checkpoint.folder))
+        check_same_optimizer(checkpoint.state.layout, config.parallel, str(checkpoint.folder))
+        sampler.load_state_dict(checkpoint.state.sampler)
+        actor.load(checkpoint.weights_folder, same_layout=checkpoint.state.layout == current_layout(config.parallel))
+        announce(console, f"continuing after step {checkpoint.state.step} from {checkpoint.folder}")
+    controller = None
     if dist.get_rank() == 0:
+        tracker = resources.enter_context(Tracker(inputs.run_folder, config.observability.tensorboard))
+        tracker.truncate_after(checkpoint.state.step if checkpoint else -1)
+        evaluator = Evaluator(inputs.evaluation_sets, rollout)
+        controller = Controller(config, inputs.run_folder, inputs.prompts, rollout, evaluator, tracker, console)
+    return TrainingRun(
+        config=config,
+        inputs=inputs,
+        first_step=checkpoint.state.step + 1 if checkpoint else 1,
+        actor=actor,
+        rollout=rollout,
+        sampler=sampler,
+        checkpoints=checkpoints,
+        stop=resources.enter_context(StopSignal()),
+        controller=controller,
+    )
+
+
+def sample(run: TrainingRun, step: int) -> list[Group] | None:
+    """Rank 0: the judged groups of the step, or None if the run was asked to stop. Other ranks: None."""
+    indices = run.sampler.next(run.config.rollout.prompts_per_step)
+    if run.controller is None:
+        return None
+    try:
+        with run.stop.interruptible():
+            return run.controller.sample(step, indices)
+    except StopRequested:
+        return None
+
+
+def share_experience(run: TrainingRun, groups: list[Group] | None, phase: PhaseConfig) -> Experience | None:
+    """What rank 0's groups teach, on every rank; None if there are none because the run was asked to stop."""
+    shared: list[Experience | None] = [None]
+    if groups is not None:
         in_pre_train_space = isinstance(phase.space, PreTrainSpaceConfig)
-        bos_ids = bos_token_ids(tokenizer, phase.space.bos) if in_pre_train_space else ()
+        bos_ids = bos_token_ids(run.inputs.tokenizer, phase.space.bos) if in_pre_train_space else ()
         shared = [build_experience(responses_of(groups), phase, bos_ids)]
     dist.broadcast_object_list(shared, src=0)
-    assert shared[0] is not None
     return shared[0]
 
 
-def push_weights(config: RunConfig, actor: Actor, rollout: Rollout, version: int) -> None:
-    """Give the engines the actor's current weights, and their memory back: the cache last, when room is largest."""
-    rollout.resume_weights()
-    rollout.load_weights(actor.hf_weights(config.engine.weight_bucket_megabytes * 2**20), version)
-    rollout.resume_kv_cache()
+def push_weights(run: TrainingRun, version: int) -> None:
+    """Give the engines the actor's weights, and their memory back: the cache last, when there is most room."""
+    run.rollout.resume_weights()
+    run.rollout.load_weights(run.actor.hf_weights(run.config.engine.weight_bucket_megabytes * 2**20), version)
+    run.rollout.resume_kv_cache()
+
+
+def evaluate_if_due(run: TrainingRun, step: int) -> None:
+    """Rank 0 evaluates after this step (0: before training), unless it has done so before an interruption.
+
+    A request to stop ends it; the run then stops at its next step, and evaluates when it is continued.
+    """
+    if run.controller is None or not (step == 0 or is_due(step, run.config.evaluation.every_steps, run.config.steps)):
+        return
+    try:
+        with run.stop.interruptible():
+            run.controller.evaluate(step)
+    except StopRequested:
+        pass
+
+
+def stop_as_asked(run: TrainingRun, state: RunState) -> None:
+    """Save what the last finished step left, and end. Before the first step there is nothing to save."""
+    if state.step > 0:
+        run.checkpoints.save(state, run.actor.save)
+    raise Preempted
+
+
+def export(run: TrainingRun, step: int) -> None:
+    """Write the policy as an HF folder, in place of one that an interrupted part of the run has left."""
+    target = run.inputs.run_folder / "hf" / f"step_{step:06d}"
+    if dist.get_rank() == 0:
+        shutil.rmtree(target, ignore_errors=True)
+    run.actor.export_hf(target)
+
+
+def state_after(run: TrainingRun, step: int, phase: PhaseConfig) -> RunState:
+    """The run's state beside the actor's, for a checkpoint."""
+    return RunState(
+        step=step,
+        phase=phase.name,
+        sampler=dict(run.sampler.state_dict()),
+        layout=current_layout(run.config.parallel),
+        model=run.inputs.model,
+        config=run.config.model_dump(mode="json"),
+    )
 
 
 def is_due(step: int, every_steps: int | None, last_step: int) -> bool:
     """Whether what happens every so many steps, and after the last one, happens after this step."""
     return step == last_step or (every_steps is not None and step % every_steps == 0)
+
+
+def announce(console: RunConsole, text: str) -> None:
+    """Print a line once for all ranks."""
+    if dist.get_rank() == 0:
+        console.message(text)

@@ -34,7 +34,16 @@ class EvaluationConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """What is kept on disk."""
+    """What is kept on disk. A run that is started again continues from its newest checkpoint."""
+
+    save_every_steps: int | None = Field(default=None, ge=1)
+    """Save a checkpoint after every so many steps; null: only after the last one."""
+
+    keep_last: int = Field(default=2, ge=1)
+    """Newest checkpoints to keep."""
+
+    keep_every_steps: int | None = Field(default=None, ge=1)
+    """Checkpoints of steps divisible by this are never removed; null keeps only the newest."""
 
     export_hf_every_steps: int | None = Field(default=None, ge=1)
     """Write the policy as an HF folder after every so many steps; null: only after the last step."""

@@ -4,7 +4,7 @@ The policy is evaluated where it samples, in the engine, with the weights that i
 loaded or copied for it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from statistics import fmean
 from typing import Protocol
@@ -51,9 +51,16 @@ class Evaluator:
         self._sets = sets
         self._rollout = rollout
 
-    def evaluate(self, step: int) -> list[EvaluationRecord]:
-        """One record per set under the engine's current weights; `step` (0: before training) only labels them."""
-        return [self._evaluate_set(config, prompts, step) for config, prompts in self._sets]
+    def evaluate(self, step: int, except_for: Collection[str] = ()) -> Iterator[EvaluationRecord]:
+        """One record per set under the engine's current weights, each as soon as it is there.
+
+        Args:
+            step: labels the records; 0 is before training.
+            except_for: names of sets to leave out.
+        """
+        for config, prompts in self._sets:
+            if config.name not in except_for:
+                yield self._evaluate_set(config, prompts, step)
 
     def _evaluate_set(self, config: EvaluationSetConfig, prompts: Sequence[Prompt], step: int) -> EvaluationRecord:
         sampling = replace(self._rollout.training_sampling, temperature=config.temperature)

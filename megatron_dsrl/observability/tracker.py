@@ -13,6 +13,7 @@ from megatron_dsrl.observability.records import (
     METRICS_FILE,
     Record,
     plain_record,
+    read_records,
     record_line,
     repair_records,
     replace_records,
@@ -54,6 +55,10 @@ class Tracker:
         record = plain_record(record)
         self._evaluations.append(record)
         self._add_scalars(record, prefix=f"evaluation/{record['set']}/")
+
+    def evaluated_sets(self, step: int) -> set[str]:
+        """Names of the sets whose evaluation after this step is recorded."""
+        return {record["set"] for record in self._evaluations.read() if record["step"] == step}
 
     def truncate_after(self, step: int) -> None:
         """Forget every step and evaluation record after `step`, as when a run resumes from the checkpoint of `step`.
@@ -108,6 +113,9 @@ class _RecordFile:
         self._file.write(record_line(record))
         self._file.flush()
         self.last_step = max(record["step"], self.last_step)
+
+    def read(self) -> list[Record]:
+        return read_records(self._path)
 
     def truncate_after(self, step: int) -> None:
         self._file.close()

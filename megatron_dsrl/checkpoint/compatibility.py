@@ -1,0 +1,86 @@
+"""Whether a run folder belongs to the run that is being started."""
+
+from typing import Any
+
+from megatron_dsrl.checkpoint.state import Layout
+from megatron_dsrl.config.model import ParallelConfig
+from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.errors import UserError
+
+MAY_CHANGE = (
+    "name",
+    "output_dir",
+    "steps",
+    "model.recompute",
+    "model.layer_spec",
+    "parallel",
+    "actor.max_tokens_per_micro_batch",
+    "reward.workers",
+    "reward.timeout_seconds",
+    "rollout.step_timeout_seconds",
+    "rollout.replay_from",
+    "engine",
+    "evaluation",
+    "checkpoint",
+    "observability",
+)
+"""Fields that may differ between the parts of one run: where and how it runs, not what it computes."""
+
+
+def check_same_run(before: dict[str, Any], config: RunConfig, where: str) -> None:
+    """Compare the configuration that a run was started with.
+
+    Args:
+        before: the resolved configuration of the existing run.
+        config: the configuration of the run that is being started.
+        where: names the existing run in the message.
+
+    Raises:
+        UserError: a field that decides what is computed differs; all of them are named.
+    """
+    now = config.model_dump(mode="json")
+    changed = [
+        f"  {path}: {old!r} there, {new!r} now"
+        for path, old, new in _differences(before, now)
+        if not any(path == field or path.startswith(field + ".") for field in MAY_CHANGE)
+    ]
+    if changed:
+        raise UserError(
+            f"{where} holds a run with another configuration, which cannot be continued with this one:\n"
+            + "\n".join(changed)
+            + "\nchoose another `name`, or remove the folder"
+        )
+
+
+def check_same_model(before: dict[str, Any], model: dict[str, Any], where: str) -> None:
+    """Compare the model that a checkpoint was written from.
+
+    Raises:
+        UserError: it is another one; all differences are named.
+    """
+    changed = [f"{path} is {old!r} there and {new!r} here" for path, old, new in _differences(before, model)]
+    if changed:
+        raise UserError(f"{where} is of another model than model.path: " + "; ".join(changed))
+
+
+def check_same_optimizer(before: Layout, parallel: ParallelConfig, where: str) -> None:
+    """Megatron stores the state of its two kinds of optimizer in forms of their own.
+
+    Raises:
+        UserError: the checkpoint was written with the other kind.
+    """
+    if before.distributed_optimizer != parallel.distributed_optimizer:
+        raise UserError(
+            f"{where} was written with parallel.distributed_optimizer={str(before.distributed_optimizer).lower()}; "
+            "continue with the same setting"
+        )
+
+
+def _differences(before: Any, now: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted path, old value, new value) wherever two trees differ; a missing field counts as None."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted(before.keys() | now.keys())
+        return [d for key in keys for d in _differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))]
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        return [d for i, pair in enumerate(zip(before, now)) for d in _differences(*pair, f"{path}.{i}")]
+    return [] if before == now else [(path, before, now)]

@@ -1,0 +1,85 @@
+"""What a checkpoint holds beside the actor's part, as JSON."""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_dsrl.config.model import ParallelConfig
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the run that wrote a checkpoint was spread. Random states can be restored only in the same one."""
+
+    world_size: int
+    tensor_parallel_size: int
+    pipeline_parallel_size: int
+    distributed_optimizer: bool
+
+
+def current_layout(parallel: ParallelConfig) -> Layout:
+    """The layout of this run."""
+    return Layout(
+        world_size=dist.get_world_size(),
+        tensor_parallel_size=parallel.tensor_parallel_size,
+        pipeline_parallel_size=parallel.pipeline_parallel_size,
+        distributed_optimizer=parallel.distributed_optimizer,
+    )
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands after a step."""
+
+    step: int
+    """Last finished step."""
+    phase: str
+    """Name of its phase."""
+    sampler: dict[str, Any]
+    """The prompt sampler's state."""
+    layout: Layout
+    model: dict[str, Any]
+    """Shapes and constants of the model, to recognise a checkpoint of another one."""
+    config: dict[str, Any]
+    """The resolved configuration."""
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """`state.json`: a run's state, and the files that belong to it."""
+
+    run: RunState
+    files: dict[str, tuple[int, int]]
+    """Size in bytes and CRC-32 of every other file, by its path in the checkpoint."""
+
+    def write(self, file: Path) -> None:
+        """Write and flush to disk."""
+        with open(file, "w", encoding="utf-8") as stream:
+            json.dump({"format_version": FORMAT_VERSION, **asdict(self)}, stream, indent=1)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    @classmethod
+    def read(cls, file: Path) -> "SavedState":
+        """
+        Raises:
+            OSError: the file is missing or unreadable.
+            ValueError: it is not a state of this format.
+        """
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if content["format_version"] != FORMAT_VERSION:
+                raise ValueError(f"format {content['format_version']}, this program reads {FORMAT_VERSION}")
+            run = content["run"]
+            return cls(
+                run=RunState(**run | {"layout": Layout(**run["layout"])}),
+                files={name: (size, checksum) for name, (size, checksum) in content["files"].items()},
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a checkpoint's state: {error!r}") from error

@@ -1,0 +1,53 @@
+"""What a run reads before it starts: model description, tokenizer, prompts."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from megatron_dsrl.config.run import EvaluationSetConfig, RunConfig
+from megatron_dsrl.data.prompt import Prompt
+from megatron_dsrl.data.prompts import load_prompts
+from megatron_dsrl.data.tokenizer import load_tokenizer
+from megatron_dsrl.model.architecture import read_architecture, resolve_model_folder
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """Read on every rank; nothing heavy has started yet."""
+
+    run_folder: Path
+    model_folder: Path
+    model: dict[str, Any]
+    """Shapes and constants of the model, from its config.json."""
+    tokenizer: PreTrainedTokenizerBase
+    prompts: list[Prompt]
+    evaluation_sets: list[tuple[EvaluationSetConfig, list[Prompt]]]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of a response, without special tokens."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+
+def load_inputs(config: RunConfig) -> RunInputs:
+    """Read everything.
+
+    Raises:
+        UserError: something is missing or does not fit.
+    """
+    model_folder = resolve_model_folder(config.model.path)
+    architecture = read_architecture(model_folder)
+    tokenizer = load_tokenizer(str(model_folder), architecture.vocab_size)
+    return RunInputs(
+        run_folder=Path(config.output_dir) / config.name,
+        model_folder=model_folder,
+        model=asdict(architecture),
+        tokenizer=tokenizer,
+        prompts=load_prompts(config.data, tokenizer),
+        evaluation_sets=[
+            (evaluation_set, load_prompts(evaluation_set, tokenizer, section=f"evaluation.sets.{i}"))
+            for i, evaluation_set in enumerate(config.evaluation.sets)
+        ],
+    )
