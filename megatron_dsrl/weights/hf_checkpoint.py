@@ -4,18 +4,18 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.weights.layouts import Shape
+from megatron_dsrl.weights.safetensors_file import StoredTensor, read_header, read_tensor
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 
 class HfCheckpoint:
-    """Names, shapes and tensors of an HF folder's weights."""
+    """Names, shapes, dtypes and tensors of an HF folder's weights."""
 
     def __init__(self, folder: Path):
         """Find the weight files.
@@ -24,6 +24,7 @@ class HfCheckpoint:
             UserError: there are none, the index is damaged, or it names a file that is not there.
         """
         self.folder = folder
+        self._headers: dict[Path, dict[str, StoredTensor]] = {}
         self._file_of = self._read_index() if (folder / INDEX_FILE).exists() else self._read_single()
 
     def names(self) -> set[str]:
@@ -38,22 +39,29 @@ class HfCheckpoint:
         """Shapes of all tensors, from the files' headers.
 
         Raises:
-            UserError: a file is damaged, or lacks a tensor that the index places in it.
+            UserError: a file is damaged or truncated, or lacks a tensor that the index places in it.
         """
-        shapes = {}
-        for path in sorted(set(self._file_of.values())):
-            with _open(path) as file:
-                inside = set(file.keys())
-                for name in (name for name, owner in self._file_of.items() if owner == path):
-                    if name not in inside:
-                        raise UserError(f"{path}: tensor {name} is missing, though {INDEX_FILE} places it there")
-                    shapes[name] = tuple(file.get_slice(name).get_shape())
-        return shapes
+        return {name: self._stored(name).shape for name in self._file_of}
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Dtypes of all tensors; raises as `shapes`."""
+        return {name: self._stored(name).dtype for name in self._file_of}
 
     def read(self, name: str) -> Tensor:
-        """One tensor, on CPU, in the file's dtype."""
-        with _open(self._file_of[name]) as file:
-            return file.get_tensor(name)
+        """One tensor, on CPU, in the file's dtype and in memory of its own."""
+        return read_tensor(self._file_of[name], self._stored(name))
+
+    def _stored(self, name: str) -> StoredTensor:
+        path = self._file_of[name]
+        header = self._header(path)
+        if name not in header:
+            raise UserError(f"{path}: tensor {name} is missing, though {INDEX_FILE} places it there")
+        return header[name]
+
+    def _header(self, path: Path) -> dict[str, StoredTensor]:
+        if path not in self._headers:
+            self._headers[path] = read_header(path)
+        return self._headers[path]
 
     def _read_single(self) -> dict[str, Path]:
         path = self.folder / SINGLE_FILE
@@ -62,8 +70,7 @@ class HfCheckpoint:
                 f"{self.folder} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE}. Point model.path at a folder "
                 "that does, or set model.random_init=true"
             )
-        with _open(path) as file:
-            return {name: path for name in file.keys()}
+        return dict.fromkeys(self._header(path), path)
 
     def _read_index(self) -> dict[str, Path]:
         index = self.folder / INDEX_FILE
@@ -76,13 +83,6 @@ class HfCheckpoint:
             if not path.exists():
                 raise UserError(f"{path} is missing, though {INDEX_FILE} names it")
         return placed
-
-
-def _open(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read as safetensors: {error}") from error
 
 
 def torch_dtype_name(dtype: torch.dtype) -> str:

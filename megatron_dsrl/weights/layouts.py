@@ -1,7 +1,8 @@
 """How HF tensors lie in a Megatron parameter that is split over tensor parallelism: both directions, pure functions.
 
 A layout turns the full HF tensors into one rank's shard, and all ranks' shards into the full HF tensors. The second
-is the exact inverse of the first: no arithmetic, only moving.
+is the exact inverse of the first: no arithmetic, only moving. The shard of the only rank of one is the whole
+parameter, which is what distributed checkpoints hold, whatever the layout that wrote them.
 """
 
 from abc import ABC, abstractmethod
@@ -25,6 +26,11 @@ class Layout(ABC):
     def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The full HF tensors, from the Megatron shards of all tensor-parallel ranks in rank order."""
 
+    def cut(self, size: int) -> tuple[int, int] | None:
+        """How the whole parameter is cut for `size` ranks: along which dimension into how many equal consecutive
+        pieces, the last ones shorter where that does not divide; None if every rank holds all of it."""
+        return (0, size)
+
 
 @dataclass(frozen=True)
 class Replicated(Layout):
@@ -35,6 +41,9 @@ class Replicated(Layout):
 
     def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return (shards[0],)
+
+    def cut(self, size: int) -> None:
+        return None
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,10 @@ class Split(Layout):
         return hf[0].chunk(size, self.dim)[rank]
 
     def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return (torch.cat(list(shards), self.dim),)
+        return (_join(shards, self.dim),)
+
+    def cut(self, size: int) -> tuple[int, int]:
+        return (self.dim, size)
 
 
 @dataclass(frozen=True)
@@ -60,7 +72,10 @@ class GateAndUp(Layout):
 
     def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
         gates, ups = zip(*(shard.chunk(2) for shard in shards))
-        return torch.cat(gates), torch.cat(ups)
+        return _join(gates), _join(ups)
+
+    def cut(self, size: int) -> tuple[int, int]:
+        return (0, 2 * size)  # a rank holds one piece of the gate and one of up
 
 
 @dataclass(frozen=True)
@@ -79,7 +94,7 @@ class GroupedQkv(Layout):
         return torch.cat(by_group, 1).chunk(size)[rank].flatten(0, 1)
 
     def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        by_group = torch.cat(list(shards)).unflatten(0, (self.groups, -1))
+        by_group = _join(shards).unflatten(0, (self.groups, -1))
         parts = by_group.split([self.heads_per_group * self.head_dim, self.head_dim, self.head_dim], 1)
         return tuple(part.flatten(0, 1) for part in parts)
 
@@ -96,7 +111,14 @@ class Vocabulary(Layout):
     def shard(self, hf: Sequence[Tensor], rank: int, size: int) -> Tensor:
         rows = -(-self.vocab_size // size)
         part = hf[0][rank * rows : (rank + 1) * rows]
+        if len(part) == rows:
+            return part
         return torch.cat([part, part.new_zeros(rows - len(part), *part.shape[1:])])
 
     def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return (torch.cat(list(shards))[: self.vocab_size],)
+        return (_join(shards)[: self.vocab_size],)
+
+
+def _join(shards: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Concatenation that copies nothing where there is nothing to join."""
+    return shards[0] if len(shards) == 1 else torch.cat(list(shards), dim)

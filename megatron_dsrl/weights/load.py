@@ -1,15 +1,63 @@
-"""Load an HF checkpoint into a sharded model."""
+"""Load an HF checkpoint, or a Megatron distributed checkpoint of any layout, into a sharded model."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from megatron.core import parallel_state
+from megatron.core import dist_checkpointing, parallel_state
 from torch import Tensor, nn
 
-from megatron_dsrl.errors import UserError
+from megatron_dsrl.model.architecture import read_architecture
+from megatron_dsrl.weights.checkpoint_record import check_record
 from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint
-from megatron_dsrl.weights.table import TableEntry, WeightTable, bind
+from megatron_dsrl.weights.megatron_checkpoint import (
+    MegatronCheckpoint,
+    check_megatron_checkpoint,
+    is_megatron_checkpoint,
+    refuse,
+)
+from megatron_dsrl.weights.table import TableEntry, WeightTable, bind, unwrap
+
+
+def load_weights(chunks: Sequence[nn.Module], table: WeightTable, folder: Path) -> None:
+    """Fill this rank's parameters from an HF folder or from a converted Megatron checkpoint, as the folder is. Collective.
+
+    Raises:
+        UserError: see `load_hf_weights` and `load_megatron_weights`.
+    """
+    if is_megatron_checkpoint(folder):
+        load_megatron_weights(chunks, table, folder)
+    else:
+        load_hf_weights(chunks, table, folder)
+
+
+def load_megatron_weights(chunks: Sequence[nn.Module], table: WeightTable, folder: Path) -> None:
+    """Fill this rank's parameters through Megatron's own loading, which reshards to the layout of today. Collective.
+
+    Raises:
+        UserError: the checkpoint is damaged, its config.json is not the one that it was written with, or a tensor is
+            missing, surplus or of another shape.
+    """
+    check_record(folder, read_architecture(folder))
+    check_megatron_checkpoint(MegatronCheckpoint(folder), table)
+    models = [unwrap(chunk) for chunk in chunks]
+    wanted = {f"model{i}": _sharded_parameters(model) for i, model in enumerate(models)}
+    loaded = dist_checkpointing.load(wanted, str(folder))
+    for i, model in enumerate(models):
+        result = model.load_state_dict(loaded[f"model{i}"], strict=False)
+        missing = [name for name in result.missing_keys if not name.endswith("_extra_state")]
+        assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
+
+
+def _sharded_parameters(model: nn.Module) -> dict[str, Any]:
+    """The model's sharded state without the layers' extra state, which only low-precision formats fill."""
+    metadata = {
+        "singleton_local_shards": False,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    state = model.sharded_state_dict(metadata=metadata)
+    return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
 
 
 def load_hf_weights(chunks: Sequence[nn.Module], table: WeightTable, folder: Path) -> None:
@@ -33,9 +81,9 @@ def check_checkpoint(checkpoint: HfCheckpoint, table: WeightTable) -> None:
         UserError: names the first few differences.
     """
     expected, names = table.hf_shapes(), checkpoint.names()
-    _refuse([name for name in expected if name not in names], "missing tensors", checkpoint.folder)
+    refuse([name for name in expected if name not in names], "missing tensors", checkpoint.folder)
     surplus = [name for name in sorted(names) if name not in expected and name not in table.ignored]
-    _refuse(
+    refuse(
         [f"{name} (in {checkpoint.file_of(name).name})" for name in surplus],
         "tensors that the model of config.json does not have",
         checkpoint.folder,
@@ -46,7 +94,7 @@ def check_checkpoint(checkpoint: HfCheckpoint, table: WeightTable) -> None:
         for name, shape in expected.items()
         if shapes[name] != shape
     ]
-    _refuse(wrong, "tensors of the wrong shape", checkpoint.folder)
+    refuse(wrong, "tensors of the wrong shape", checkpoint.folder)
 
 
 @torch.no_grad()
@@ -74,9 +122,3 @@ def tensor_parallel_place(entry: TableEntry) -> tuple[int, int]:
             parallel_state.get_expert_tensor_parallel_world_size(),
         )
     return parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
-
-
-def _refuse(problems: Sequence[str], kind: str, folder: Path) -> None:
-    if problems:
-        shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
-        raise UserError(f"{folder}: {kind}: {shown}")

@@ -122,7 +122,7 @@ def bind(chunks: Sequence[nn.Module], table: WeightTable) -> dict[TableEntry, li
     first_expert *= parallel_state.get_expert_model_parallel_rank()
     bound: dict[TableEntry, list[nn.Parameter]] = {}
     for chunk in chunks:
-        model = _unwrap(chunk)
+        model = unwrap(chunk)
         for name, parameter in model.named_parameters():
             in_layer, of_expert = _LAYER.match(name), _EXPERT.search(name)
             layer = model.decoder.layers[int(in_layer[1])].layer_number - 1 if in_layer else None
@@ -133,7 +133,8 @@ def bind(chunks: Sequence[nn.Module], table: WeightTable) -> dict[TableEntry, li
     return bound
 
 
-def _unwrap(chunk: nn.Module) -> nn.Module:
+def unwrap(chunk: nn.Module) -> nn.Module:
+    """The GPTModel inside the wrappers for low precision and data parallelism."""
     while hasattr(chunk, "module"):
         chunk = chunk.module
     return chunk

@@ -1,0 +1,90 @@
+"""What a converted checkpoint says of itself, and whether config.json still says the same.
+
+The weights do not show their RoPE base, norm epsilon or head dimension: with another config.json beside them they load
+without a complaint and produce gibberish. The architecture is therefore recorded when a checkpoint is written.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_dsrl.errors import UserError
+from megatron_dsrl.model.architecture import Architecture
+
+RECORD_FILE = "megatron_dsrl.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class CheckpointRecord:
+    """Contents of the record file."""
+
+    architecture: dict[str, Any]
+    """Of the model, as `architecture_fields` gives it."""
+    dtype: str
+    """Of the weights."""
+    layout: dict[str, int]
+    """The layout that the chunks were cut for."""
+    source: str
+    """Folder or hub name that was converted."""
+    format_version: int = FORMAT_VERSION
+
+    def write(self, folder: Path) -> None:
+        """Write it into a checkpoint's folder."""
+        (folder / RECORD_FILE).write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
+
+
+def architecture_fields(architecture: Architecture) -> dict[str, Any]:
+    """All shapes and constants by name, flat, without what does not change what the model computes."""
+    fields = asdict(architecture)
+    fields["family"] = architecture.family.hf_name
+    fields |= fields.pop("experts") or {}
+    del fields["initializer_range"]
+    return fields
+
+
+def read_record(folder: Path) -> CheckpointRecord | None:
+    """The record of a checkpoint; None if it was written by another program.
+
+    Raises:
+        UserError: it is damaged, or of a later version.
+    """
+    path = folder / RECORD_FILE
+    if not path.exists():
+        return None
+    try:
+        record = CheckpointRecord(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if record.format_version > FORMAT_VERSION:
+        raise UserError(f"{path} is of format version {record.format_version}; this program knows {FORMAT_VERSION}")
+    return record
+
+
+def check_record(folder: Path, architecture: Architecture) -> None:
+    """Compare the architecture that a checkpoint was written with to another one, such as config.json's of today.
+
+    Raises:
+        UserError: names every field that differs.
+    """
+    record = read_record(folder)
+    if record is not None:
+        refuse_drift(
+            record.architecture, architecture_fields(architecture), f"{folder / RECORD_FILE}", "config.json"
+        )
+
+
+def refuse_drift(expected: dict[str, Any], found: dict[str, Any], expected_by: str, found_in: str) -> None:
+    """Compare two architectures field by field.
+
+    Raises:
+        UserError: names every field that differs.
+    """
+    differing = [
+        f"{field} is {found.get(field)!r} in {found_in}, {expected.get(field)!r} in {expected_by}"
+        for field in {**expected, **found}
+        if expected.get(field) != found.get(field)
+    ]
+    if differing:
+        raise UserError("the model is not the expected one: " + "; ".join(differing))

@@ -1,0 +1,32 @@
+"""The files of an HF folder that belong to the model beside its weights."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from megatron_dsrl.weights.hf_checkpoint import torch_dtype_name
+
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+)
+"""config.json comes in addition: its dtype is that of the new weights."""
+
+
+def copy_companions(source: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Copy configuration, generation configuration, tokenizer and chat template to a folder of weights of `dtype`."""
+    config = json.loads((source / "config.json").read_text())
+    # Transformers wrote `torch_dtype` up to version 4 and writes `dtype` since; both versions read the older name.
+    for field in {"dtype", "torch_dtype"} & set(config) or {"torch_dtype"}:
+        config[field] = torch_dtype_name(dtype)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    for path in {path for pattern in COMPANIONS for path in source.glob(pattern)}:
+        if path.is_file():
+            shutil.copyfile(path, folder / path.name)

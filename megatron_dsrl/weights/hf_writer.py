@@ -1,0 +1,92 @@
+"""Write the weights of an HF folder one tensor at a time, by one process or by several at once."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from megatron_dsrl.weights.hf_checkpoint import INDEX_FILE, SINGLE_FILE
+from megatron_dsrl.weights.layouts import Shape
+from megatron_dsrl.weights.safetensors_file import StoredTensor, create_file, write_tensor
+
+FILE_BYTES = 5 * 2**30
+
+
+@dataclass(frozen=True)
+class HfFiles:
+    """The weight files of a folder, at their full size, and the place of every tensor in them."""
+
+    folder: Path
+    places: Mapping[str, tuple[str, StoredTensor]]
+    """File name and place in it, by tensor name."""
+
+
+def create_hf_files(
+    folder: Path, shapes: Mapping[str, Shape], dtype: torch.dtype, file_bytes: int = FILE_BYTES
+) -> HfFiles:
+    """Make the files without content, and the index if there is more than one. By one process.
+
+    Args:
+        folder: an existing, empty folder.
+        shapes: of all tensors, in the order in which they are to lie in the files.
+        dtype: of all tensors.
+        file_bytes: size limit of a file; a single tensor may exceed it.
+    """
+    groups = _cut_into_files(shapes, dtype, file_bytes)
+    places = {}
+    for i, group in enumerate(groups):
+        numbered = f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors"
+        file = SINGLE_FILE if len(groups) == 1 else numbered
+        stored = create_file(folder / file, {name: (dtype, shapes[name]) for name in group})
+        places |= {name: (file, stored[name]) for name in group}
+    if len(groups) > 1:
+        total = sum(stored.nbytes for _, stored in places.values())
+        index = {"metadata": {"total_size": total}, "weight_map": {name: file for name, (file, _) in places.items()}}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    return HfFiles(folder, places)
+
+
+class HfWriter:
+    """Fills the files of an HF folder tensor by tensor, in any order; any number of processes may do so at once.
+
+    A context manager: at its end everything written is on the disk.
+    """
+
+    def __init__(self, files: HfFiles):
+        self._places = files.places
+        names = {file for file, _ in files.places.values()}
+        self._descriptors = {file: os.open(files.folder / file, os.O_WRONLY) for file in names}
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put a CPU tensor into its place."""
+        file, stored = self._places[name]
+        write_tensor(self._descriptors[file], stored, tensor)
+
+    def __enter__(self) -> "HfWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for descriptor in self._descriptors.values():
+            if error is None:
+                os.fsync(descriptor)
+            os.close(descriptor)
+
+
+def _cut_into_files(shapes: Mapping[str, Shape], dtype: torch.dtype, file_bytes: int) -> list[list[str]]:
+    groups: list[list[str]] = []
+    filled = 0
+    for name, shape in shapes.items():
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        if not groups or filled + nbytes > file_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += nbytes
+    return groups

@@ -1,0 +1,189 @@
+"""Megatron's distributed checkpoints (`torch_dist`): their tensors, read piece by piece without a process group.
+
+Such a checkpoint holds every parameter as one tensor over the whole model, under a name without layer and expert
+numbers: `decoder.layers.mlp.linear_fc1.weight` is [layers, 2 x feed-forward, hidden], an expert's weight begins with
+[layers, experts]. It is stored in chunks, at most one layer (and expert) each, as the layout that wrote it had them;
+`.metadata` says which chunk lies where. Names and shapes are Megatron-core 0.19's, the file format is that of
+torch.distributed.checkpoint.
+"""
+
+import io
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core.dist_checkpointing.core import check_is_distributed_checkpoint
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+
+from megatron_dsrl.errors import UserError
+from megatron_dsrl.weights.layouts import Shape, Vocabulary
+from megatron_dsrl.weights.table import TableEntry, TensorRule, WeightTable
+
+PARTS_OF_THE_MODEL = ("embedding.", "decoder.", "output_layer.")
+LARGEST_PADDING = 1024
+"""Rows that a vocabulary may be padded by; Megatron-LM pads to a multiple of 128 x tensor-parallel size."""
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A stored part of a tensor."""
+
+    offsets: Shape
+    sizes: Shape
+    file: str
+    position: int
+    length: int
+    """In bytes, as stored."""
+
+
+class MegatronCheckpoint:
+    """Names, shapes, dtypes and tensors of a distributed checkpoint."""
+
+    def __init__(self, folder: Path):
+        """Read what there is, not the tensors.
+
+        Raises:
+            UserError: it is no distributed checkpoint, its metadata cannot be read, or a file of it is missing.
+        """
+        if not is_megatron_checkpoint(folder):
+            raise UserError(f"{folder} is no Megatron distributed checkpoint: it has no valid metadata.json")
+        self.folder = folder
+        try:
+            metadata = FileSystemReader(folder).read_metadata()
+        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
+            raise UserError(f"{folder / '.metadata'} cannot be read: {error}") from error
+        self._tensors: dict[str, TensorStorageMetadata] = {
+            name: stored
+            for name, stored in metadata.state_dict_metadata.items()
+            if isinstance(stored, TensorStorageMetadata) and name.startswith(PARTS_OF_THE_MODEL)
+        }
+        self._chunks = self._locate_chunks(metadata.storage_data)
+
+    def shapes(self) -> dict[str, Shape]:
+        """Shapes of the model's tensors over all layers and experts, by checkpoint name."""
+        return {name: tuple(stored.size) for name, stored in self._tensors.items()}
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Their dtypes."""
+        return {name: stored.properties.dtype for name, stored in self._tensors.items()}
+
+    def read(self, entry: TableEntry) -> tuple[Tensor, ...]:
+        """The HF tensors of a table entry, in the checkpoint's dtype.
+
+        Raises:
+            UserError: a chunk is damaged, or a part of the tensor is in none.
+        """
+        name, leading = entry.rule.checkpoint_name, leading_index(entry)
+        stored = self._tensors[name]
+        shape = tuple(stored.size[len(leading) :])
+        whole = torch.empty(shape, dtype=stored.properties.dtype)
+        filled = 0
+        for chunk in self._chunks.get((name, leading), ()):
+            part = self._read_chunk(name, chunk, stored.properties.dtype)
+            place = tuple(
+                slice(offset, offset + size)
+                for offset, size in zip(chunk.offsets[len(leading) :], chunk.sizes[len(leading) :])
+            )
+            whole[place] = part.view(whole[place].shape)
+            filled += part.numel()
+        if filled != whole.numel():
+            raise UserError(f"{self.folder}: a part of {name} at {list(leading)} is stored nowhere")
+        return entry.rule.layout.merge([whole])
+
+    def _read_chunk(self, name: str, chunk: _Chunk, dtype: torch.dtype) -> Tensor:
+        path = self.folder / chunk.file
+        try:
+            with path.open("rb") as file:
+                file.seek(chunk.position)
+                content = file.read(chunk.length)
+            part = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            raise UserError(f"{path}: the chunk of {name} at {list(chunk.offsets)} cannot be read: {error}") from error
+        if part.dtype != dtype or tuple(part.shape) != chunk.sizes:
+            raise UserError(f"{path}: the chunk of {name} at {list(chunk.offsets)} is not what .metadata says")
+        return part
+
+    def _locate_chunks(self, storage: Mapping) -> dict[tuple[str, Shape], list[_Chunk]]:
+        """Chunks by name and leading indices; every prefix of up to two is an entry, as rules differ in how many."""
+        located: dict[tuple[str, Shape], list[_Chunk]] = {}
+        for name, stored in self._tensors.items():
+            for part in stored.chunks:
+                place = storage[MetadataIndex(name, part.offsets)]
+                if not (self.folder / place.relative_path).exists():
+                    raise UserError(f"{self.folder / place.relative_path} is missing, though .metadata names it")
+                chunk = _Chunk(
+                    tuple(part.offsets), tuple(part.sizes), place.relative_path, place.offset, place.length
+                )
+                for count in range(min(3, len(chunk.offsets))):
+                    if chunk.sizes[:count] == (1,) * count:
+                        located.setdefault((name, chunk.offsets[:count]), []).append(chunk)
+        return located
+
+
+def is_megatron_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds a distributed checkpoint."""
+    try:
+        return check_is_distributed_checkpoint(str(folder))
+    except (ValueError, TypeError):  # another program's metadata.json
+        return False
+
+
+def leading_index(entry: TableEntry) -> Shape:
+    """Where the entry lies along the stacked dimensions: (), (layer,) or (layer, expert)."""
+    return tuple(number for number in (entry.layer, entry.expert) if number is not None)
+
+
+def checkpoint_shape(rule: TensorRule, table: WeightTable) -> Shape:
+    """Shape of a rule's tensor in a checkpoint, without padding of the vocabulary."""
+    stacked = ((table.num_layers,) if rule.per_layer else ()) + ((table.num_experts,) if rule.per_expert else ())
+    return stacked + whole_shape(rule)
+
+
+def whole_shape(rule: TensorRule) -> Shape:
+    """Shape of one whole Megatron parameter."""
+    with torch.device("meta"):
+        return tuple(rule.layout.shard([torch.empty(tensor.shape) for tensor in rule.hf], 0, 1).shape)
+
+
+def check_megatron_checkpoint(checkpoint: MegatronCheckpoint, table: WeightTable) -> None:
+    """Compare names and shapes with the table. A padded vocabulary fits.
+
+    Raises:
+        UserError: names the first few differences.
+    """
+    shapes = checkpoint.shapes()
+    expected = {rule.checkpoint_name: checkpoint_shape(rule, table) for rule in table.rules}
+    padded = {rule.checkpoint_name for rule in table.rules if isinstance(rule.layout, Vocabulary)}
+    refuse([name for name in expected if name not in shapes], "missing tensors", checkpoint.folder)
+    refuse(
+        [name for name in shapes if name not in expected and "_extra_state" not in name],
+        "tensors that the model of config.json does not have",
+        checkpoint.folder,
+    )
+    wrong = [
+        f"{name} is {list(shapes[name])}, config.json asks for {list(shape)}"
+        for name, shape in expected.items()
+        if not _fits(shapes[name], shape, name in padded)
+    ]
+    refuse(wrong, "tensors of the wrong shape", checkpoint.folder)
+
+
+def _fits(shape: Shape, expected: Shape, may_be_padded: bool) -> bool:
+    if not may_be_padded:
+        return shape == expected
+    return shape[1:] == expected[1:] and expected[0] <= shape[0] < expected[0] + LARGEST_PADDING
+
+
+def refuse(problems: list[str], kind: str, folder: Path) -> None:
+    """Raise if there are problems.
+
+    Raises:
+        UserError: names the first few of them.
+    """
+    if problems:
+        shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
+        raise UserError(f"{folder}: {kind}: {shown}")

@@ -1,0 +1,139 @@
+"""Safetensors files, read and written one tensor at a time.
+
+The format (github.com/huggingface/safetensors): 8 bytes with the header's length, little-endian; the header, a JSON
+object of name -> dtype, shape and byte range; the tensors' bytes. It is read here and not by the safetensors library,
+because that maps whole files into memory and needs all tensors of a file at once to write it: converting a model must
+not need the memory of the model. Writing also lets several processes fill one file, each at its own offsets.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_dsrl.errors import UserError
+from megatron_dsrl.weights.layouts import Shape
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_LENGTH_BYTES = 8
+_LARGEST_HEADER = 100 * 2**20  # the library's own limit
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where and what a tensor in a file is."""
+
+    dtype: torch.dtype
+    shape: Shape
+    offset: int
+    """Of its first byte, from the beginning of the file."""
+
+    @property
+    def nbytes(self) -> int:
+        """Its length."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file by name.
+
+    Raises:
+        UserError: not a safetensors file, or shorter than its header says.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+            if not 0 < length <= min(_LARGEST_HEADER, size - _LENGTH_BYTES):
+                raise ValueError(f"its header would be {length} bytes long, the file is {size}; it may be truncated")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        start = _LENGTH_BYTES + length
+        tensors = {name: _stored(entry, start) for name, entry in header.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read as safetensors: {error}") from error
+    end = max((tensor.offset + tensor.nbytes for tensor in tensors.values()), default=start)
+    if size < end:
+        raise UserError(
+            f"{path} cannot be read: it is truncated, its header promises {end} bytes and it has {size}. "
+            "Download or copy it again"
+        )
+    return tensors
+
+
+def _stored(entry: Mapping, start: int) -> StoredTensor:
+    first, last = entry["data_offsets"]
+    tensor = StoredTensor(_DTYPES[entry["dtype"]], tuple(entry["shape"]), start + first)
+    if last - first != tensor.nbytes:
+        raise ValueError(f"{last - first} bytes do not hold {entry['dtype']} of shape {entry['shape']}")
+    return tensor
+
+
+def read_tensor(path: Path, stored: StoredTensor) -> Tensor:
+    """One tensor, in memory of its own."""
+    tensor = torch.empty(stored.shape, dtype=stored.dtype)
+    if stored.nbytes:
+        with path.open("rb", buffering=0) as file:
+            file.seek(stored.offset)
+            _read_into(file, memoryview(tensor.flatten().view(torch.uint8).numpy()), path)
+    return tensor
+
+
+def _read_into(file, view: memoryview, path: Path) -> None:
+    done = 0
+    while done < len(view):
+        count = file.readinto(view[done:])  # one call gives at most 2 GiB
+        if not count:
+            raise UserError(f"{path} ended in the middle of a tensor; it was changed while it was read")
+        done += count
+
+
+def create_file(path: Path, tensors: Mapping[str, tuple[torch.dtype, Shape]]) -> dict[str, StoredTensor]:
+    """Make a file of its full size with header and without content, and say where each tensor belongs."""
+    position, entries = 0, {}
+    for name, (dtype, shape) in tensors.items():
+        nbytes = math.prod(shape) * dtype.itemsize
+        entries[name] = {
+            "dtype": _DTYPE_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [position, position + nbytes],
+        }
+        position += nbytes
+    header = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # tensors begin at a multiple of 8
+    start = _LENGTH_BYTES + len(header)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(_LENGTH_BYTES, "little") + header)
+        file.truncate(start + position)
+    return {
+        name: StoredTensor(dtype, tuple(shape), start + entries[name]["data_offsets"][0])
+        for name, (dtype, shape) in tensors.items()
+    }
+
+
+def write_tensor(file_descriptor: int, stored: StoredTensor, tensor: Tensor) -> None:
+    """Put a CPU tensor into its place in a file made by `create_file`."""
+    assert tensor.dtype == stored.dtype and tuple(tensor.shape) == stored.shape
+    view = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()) if stored.nbytes else b""
+    done = 0
+    while done < len(view):
+        done += os.pwrite(file_descriptor, view[done:], stored.offset + done)
