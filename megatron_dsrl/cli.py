@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from megatron_dsrl.conversion.command_line import add_convert
 from megatron_dsrl.errors import UserError
 
 USER_ERROR_STATUS = 2
@@ -118,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_train(commands)
+    add_convert(commands)
     _add_report(commands)
     _add_doctor(commands)
     return parser

@@ -1,0 +1,75 @@
+"""What is checked before a conversion writes anything."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from megatron_dsrl.config.load import load_config
+from megatron_dsrl.errors import UserError
+from megatron_dsrl.model.architecture import Architecture, read_architecture, resolve_model_folder
+from megatron_dsrl.weights.checkpoint_record import architecture_fields, refuse_drift
+from megatron_dsrl.weights.hf_checkpoint import torch_dtype_name
+
+
+def common_dtype(dtypes: Mapping[str, torch.dtype], folder: Path) -> torch.dtype:
+    """The dtype of all tensors.
+
+    Raises:
+        UserError: they differ, so that "unchanged" has no meaning; or they are not floating point.
+    """
+    names: dict[torch.dtype, str] = {}
+    for name, dtype in dtypes.items():
+        names.setdefault(dtype, name)
+    unusable = [dtype for dtype in names if dtype not in (torch.float32, torch.bfloat16, torch.float16)]
+    if unusable:
+        raise UserError(
+            f"{folder}: {names[unusable[0]]} is stored as {torch_dtype_name(unusable[0])}; only float32, bfloat16 and "
+            "float16 weights can be converted"
+        )
+    if len(names) > 1:
+        found = ", ".join(f"{name} in {torch_dtype_name(dtype)}" for dtype, name in names.items())
+        raise UserError(f"{folder} stores its weights in several dtypes ({found}); choose one with --dtype")
+    return next(iter(names))
+
+
+def check_tokenizer(folder: Path, architecture: Architecture) -> None:
+    """Refuse a tokenizer with ids outside the model's vocabulary. A folder without a tokenizer passes.
+
+    Raises:
+        UserError: names the token.
+    """
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return
+    try:
+        content = json.loads(path.read_text())
+        vocabulary = content.get("model", {}).get("vocab", {})
+        ids = dict(vocabulary) if isinstance(vocabulary, dict) else {}
+        ids |= {token["content"]: token["id"] for token in content.get("added_tokens", ())}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read: {error!r}") from error
+    token = max(ids, key=ids.__getitem__, default=None)
+    if token is not None and ids[token] >= architecture.vocab_size:
+        raise UserError(
+            f"{path} has token ids up to {ids[token]} ({token!r}), but vocab_size in config.json is "
+            f"{architecture.vocab_size}. Tokenizer and model do not belong together"
+        )
+
+
+def check_expected(architecture: Architecture, folder: Path, expected: Path | None) -> None:
+    """Compare the model to the one of another folder, or to the one that a run's YAML trains (`--expect`).
+
+    Raises:
+        UserError: names every field that differs: RoPE base, tied embeddings, head dimension, norm epsilon, sizes.
+    """
+    if expected is None:
+        return
+    other = expected if expected.is_dir() else resolve_model_folder(load_config(expected, []).model.path)
+    refuse_drift(
+        architecture_fields(read_architecture(other)),
+        architecture_fields(architecture),
+        str(other / "config.json"),
+        str(folder / "config.json"),
+    )

@@ -1,0 +1,158 @@
+"""Arguments of `dsrl convert`. Light: whatever needs torch is imported when a command runs."""
+
+import argparse
+from pathlib import Path
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_convert(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to `dsrl`'s."""
+    parser = commands.add_parser(
+        "convert",
+        help="convert checkpoints between HF and Megatron, or compare two",
+        description="Convert between HF folders and Megatron distributed checkpoints (torch_dist), or compare two. "
+        "Several processes share the work: torchrun --nproc-per-node N -m megatron_dsrl.cli convert ...",
+    )
+    directions = parser.add_subparsers(title="directions", metavar="DIRECTION", required=True)
+    _add_hf_to_megatron(directions)
+    _add_megatron_to_hf(directions)
+    _add_verify(directions)
+
+
+def _add_hf_to_megatron(directions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = directions.add_parser(
+        "hf-to-megatron",
+        help="HF folder or hub name to Megatron distributed checkpoint",
+        description="Convert an HF model to a Megatron distributed checkpoint. Any layout can load it; the sizes given "
+        "here are those that its chunks are cut for.",
+    )
+    parser.add_argument("source", metavar="SOURCE", help="HF folder or hub name, such as Qwen/Qwen3-8B")
+    parser.add_argument("target", metavar="TARGET", type=Path, help="folder to be made")
+    for option, what in (
+        ("--tensor-parallel-size", "tensor-parallel size"),
+        ("--pipeline-parallel-size", "pipeline stages"),
+        ("--virtual-pipeline-parallel-size", "virtual stages per pipeline stage"),
+        ("--expert-parallel-size", "expert-parallel size"),
+    ):
+        parser.add_argument(option, metavar="N", type=_positive, default=1, help=f"{what} of the target (default: 1)")
+    parser.add_argument(
+        "--expert-tensor-parallel-size",
+        metavar="N",
+        type=_positive,
+        help="tensor-parallel size of experts (default: that of everything else)",
+    )
+    _add_common(parser)
+    parser.set_defaults(command=_hf_to_megatron, parser=parser)
+
+
+def _add_megatron_to_hf(directions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = directions.add_parser(
+        "megatron-to-hf",
+        help="Megatron distributed checkpoint to HF folder",
+        description="Convert a Megatron distributed checkpoint with a config.json beside it, written at any layout, to "
+        "an HF folder.",
+    )
+    parser.add_argument("source", metavar="SOURCE", type=Path, help="checkpoint folder")
+    parser.add_argument("target", metavar="TARGET", type=Path, help="folder to be made")
+    parser.add_argument(
+        "--file-gigabytes", metavar="GB", type=float, default=5.0, help="size limit of a weight file (default: 5)"
+    )
+    _add_common(parser)
+    parser.set_defaults(command=_megatron_to_hf, parser=parser)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=DTYPES, help="of the written weights (default: as the source)")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read back what was written and compare it to the source before it is published: every tensor, and the "
+        "logits of both models if they fit in memory",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace TARGET if it exists, at the very end")
+    parser.add_argument(
+        "--expect",
+        metavar="PATH",
+        type=Path,
+        help="HF folder, or YAML of a run, whose model SOURCE must be: sizes, RoPE base, norm epsilon, tied embeddings",
+    )
+
+
+def _add_verify(directions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = directions.add_parser(
+        "verify",
+        help="compare an HF folder and a Megatron checkpoint",
+        description="Compare every tensor of an HF folder and a Megatron checkpoint made from it, and the logits of "
+        "both models if they fit in memory. Exit status 2 and the names of what differs if they are not equal.",
+    )
+    parser.add_argument("hf", metavar="HF", type=Path, help="HF folder")
+    parser.add_argument("megatron", metavar="MEGATRON", type=Path, help="checkpoint folder")
+    parser.add_argument("--dtype", choices=DTYPES, help="that the weights were converted to (default: unchanged)")
+    parser.set_defaults(command=_verify, parser=parser)
+
+
+def _hf_to_megatron(options: argparse.Namespace) -> int:
+    _quiet()
+    from megatron_dsrl.conversion.hf_to_megatron import convert_hf_to_megatron
+    from megatron_dsrl.conversion.layout import CheckpointLayout
+    from megatron_dsrl.conversion.work import conversion_processes
+
+    layout = CheckpointLayout(
+        tensor_parallel_size=options.tensor_parallel_size,
+        pipeline_parallel_size=options.pipeline_parallel_size,
+        virtual_pipeline_parallel_size=options.virtual_pipeline_parallel_size,
+        expert_parallel_size=options.expert_parallel_size,
+        expert_tensor_parallel_size=options.expert_tensor_parallel_size,
+    )
+    with conversion_processes():
+        convert_hf_to_megatron(options.source, options.target, layout, _conversion_options(options))
+    return 0
+
+
+def _megatron_to_hf(options: argparse.Namespace) -> int:
+    _quiet()
+    from megatron_dsrl.conversion.megatron_to_hf import convert_megatron_to_hf
+    from megatron_dsrl.conversion.work import conversion_processes
+
+    with conversion_processes():
+        file_bytes = int(options.file_gigabytes * 1e9)
+        convert_megatron_to_hf(options.source, options.target, file_bytes, _conversion_options(options))
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    _quiet()
+    from megatron_dsrl.conversion.verify import verify
+    from megatron_dsrl.conversion.work import conversion_processes
+
+    with conversion_processes():
+        verify(options.hf, options.megatron, source="hf", dtype=_dtype(options.dtype))
+    return 0
+
+
+def _conversion_options(options: argparse.Namespace):
+    from megatron_dsrl.conversion.hf_to_megatron import ConversionOptions
+
+    return ConversionOptions(
+        dtype=_dtype(options.dtype), verify=options.verify, overwrite=options.overwrite, expect=options.expect
+    )
+
+
+def _dtype(name: str | None):
+    import torch
+
+    return getattr(torch, name) if name else None
+
+
+def _quiet() -> None:
+    from megatron_dsrl.platform import silence_expected_warnings
+
+    silence_expected_warnings()
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, given {text}")
+    return value

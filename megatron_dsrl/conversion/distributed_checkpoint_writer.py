@@ -1,0 +1,120 @@
+"""Write a `torch_dist` checkpoint chunk by chunk.
+
+Megatron's own `dist_checkpointing.save` takes the whole sharded state in memory. The format it writes is that of
+torch.distributed.checkpoint, and that can be written one chunk at a time: every process appends its chunks to files of
+its own, and in the end rank 0 writes `.metadata`, which says what lies where, and the two small files that Megatron
+reads first. Tests load the result through Megatron at several layouts.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.storage import WriteResult
+
+from megatron_dsrl.conversion.layout import CheckpointLayout
+from megatron_dsrl.weights.layouts import Shape
+from megatron_dsrl.weights.megatron_checkpoint import checkpoint_shape, leading_index
+from megatron_dsrl.weights.table import TableEntry, WeightTable
+
+FILE_BYTES = 4 * 2**30
+"""A file is closed once it has reached this size."""
+
+
+@dataclass(frozen=True)
+class WrittenChunk:
+    """A chunk on the disk."""
+
+    name: str
+    offsets: Shape
+    sizes: Shape
+    file: str
+    position: int
+    length: int
+
+
+class ChunkWriter:
+    """One process's files of a checkpoint. A context manager: at its end everything written is on the disk."""
+
+    def __init__(self, folder: Path, rank: int):
+        self.written: list[WrittenChunk] = []
+        self._folder = folder
+        self._rank = rank
+        self._files = 0
+        self._open_next()
+
+    def write(self, name: str, offsets: Shape, chunk: Tensor) -> None:
+        """Append a chunk, in the shape that it has in the checkpoint."""
+        if self._file.tell() >= FILE_BYTES:
+            self._close()
+            self._open_next()
+        position = self._file.tell()
+        if chunk.untyped_storage().nbytes() != chunk.nbytes:
+            chunk = chunk.clone(memory_format=torch.contiguous_format)  # a view would be saved with all it is a view of
+        torch.save(chunk, self._file)
+        length = self._file.tell() - position
+        self.written.append(WrittenChunk(name, offsets, tuple(chunk.shape), self._name, position, length))
+
+    def _open_next(self) -> None:
+        self._name = f"__{self._rank}_{self._files}.distcp"
+        self._files += 1
+        self._file = (self._folder / self._name).open("wb")
+
+    def _close(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def __enter__(self) -> "ChunkWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close() if error is None else self._file.close()
+
+
+def cut_into_chunks(entry: TableEntry, whole: Tensor, layout: CheckpointLayout) -> Iterator[tuple[Shape, Tensor]]:
+    """The chunks of an entry's whole parameter for a layout, with their offsets over the whole checkpoint tensor."""
+    leading = leading_index(entry)
+    stacked = (1,) * len(leading)
+    cut = entry.rule.layout.cut(layout.tensor_parallel_size_of(entry.rule))
+    dim, pieces = cut or (0, 1)
+    length = -(-whole.shape[dim] // pieces)
+    for start in range(0, whole.shape[dim], length):
+        piece = whole.narrow(dim, start, min(length, whole.shape[dim] - start))
+        inner = tuple(start if i == dim else 0 for i in range(whole.dim()))
+        yield leading + inner, piece.contiguous().view(stacked + tuple(piece.shape))
+
+
+def write_metadata(folder: Path, table: WeightTable, dtype: torch.dtype, written: list[WrittenChunk]) -> None:
+    """Write what makes the chunks of all processes a checkpoint. By one process, last."""
+    tensors = {
+        rule.checkpoint_name: TensorStorageMetadata(
+            TensorProperties(dtype=dtype), torch.Size(checkpoint_shape(rule, table)), chunks=[]
+        )
+        for rule in table.rules
+    }
+    results = []
+    for chunk in written:
+        offsets, chunks = torch.Size(chunk.offsets), tensors[chunk.name].chunks
+        index = MetadataIndex(chunk.name, offsets, len(chunks))
+        chunks.append(ChunkStorageMetadata(offsets, torch.Size(chunk.sizes)))
+        results.append(WriteResult(index, chunk.length, _StorageInfo(chunk.file, chunk.position, chunk.length)))
+    torch.save({"checkpoint_version": 3.0, "iteration": 0}, folder / "common.pt")
+    save_config(CheckpointingConfig(sharded_backend="torch_dist", sharded_backend_version=1), str(folder))
+    FileSystemWriter(folder).finish(Metadata(tensors, planner_data={}), [results])

@@ -1,0 +1,86 @@
+"""HF folder -> Megatron distributed checkpoint."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_dsrl.conversion.checks import check_expected, check_tokenizer, common_dtype
+from megatron_dsrl.conversion.distributed_checkpoint_writer import ChunkWriter, cut_into_chunks, write_metadata
+from megatron_dsrl.conversion.layout import CheckpointLayout
+from megatron_dsrl.conversion.verify import verify
+from megatron_dsrl.conversion.work import my_entries, with_progress
+from megatron_dsrl.model.architecture import read_architecture, resolve_model_folder
+from megatron_dsrl.weights.checkpoint_record import CheckpointRecord, architecture_fields
+from megatron_dsrl.weights.collective import barrier, from_first, gather, rank
+from megatron_dsrl.weights.companions import copy_companions
+from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint, torch_dtype_name
+from megatron_dsrl.weights.load import check_checkpoint
+from megatron_dsrl.weights.new_folder import new_folder
+from megatron_dsrl.weights.table import WeightTable
+from megatron_dsrl.weights.tables import weight_table
+
+
+@dataclass(frozen=True)
+class ConversionOptions:
+    """What both directions have in common."""
+
+    dtype: torch.dtype | None = None
+    """Of the written weights; None for that of the source."""
+    verify: bool = False
+    """Read back what was written and compare it to the source, before it is published."""
+    overwrite: bool = False
+    """Replace an existing target, once the new one is complete."""
+    expect: Path | None = None
+    """HF folder or run YAML whose model the source must be."""
+
+
+def convert_hf_to_megatron(source: str, target: Path, layout: CheckpointLayout, options: ConversionOptions) -> None:
+    """Convert. Collective over the processes of `conversion_processes`, which share the work.
+
+    Every process holds at most one table entry in memory (the largest is the embedding), whole and as the chunk that is
+    being written.
+
+    Args:
+        source: HF folder or hub name.
+        target: folder to be made.
+        layout: what the chunks are cut for.
+        options: see there.
+
+    Raises:
+        UserError: the architecture, a tensor, the tokenizer, the layout or the target is refused, or the verification
+            found a difference. The target is then absent, or as it was.
+    """
+    folder = from_first(resolve_model_folder(source) if rank() == 0 else None)
+    architecture = read_architecture(folder)
+    layout.check(architecture)
+    check_expected(architecture, folder, options.expect)
+    check_tokenizer(folder, architecture)
+    table, checkpoint = weight_table(architecture), HfCheckpoint(folder)
+    check_checkpoint(checkpoint, table)
+    dtypes = {name: dtype for name, dtype in checkpoint.dtypes().items() if name not in table.ignored}
+    dtype = options.dtype or common_dtype(dtypes, folder)
+    with new_folder(target, options.overwrite) as partial:
+        _write_chunks(checkpoint, table, layout, dtype, partial)
+        if rank() == 0:
+            copy_companions(folder, partial, dtype)
+            fields = architecture_fields(architecture)
+            CheckpointRecord(fields, torch_dtype_name(dtype), layout.as_record(), source).write(partial)
+        barrier()
+        if options.verify:
+            verify(hf_folder=folder, megatron_folder=partial, source="hf", dtype=dtype)
+
+
+def _write_chunks(
+    checkpoint: HfCheckpoint, table: WeightTable, layout: CheckpointLayout, dtype: torch.dtype, folder: Path
+) -> None:
+    with ChunkWriter(folder, rank()) as writer:
+        for entry in with_progress(my_entries(table), dtype, "HF -> Megatron"):
+            parts = [checkpoint.read(tensor.name).to(dtype) for tensor in entry.hf]
+            whole = entry.rule.layout.shard(parts, rank=0, size=1)
+            del parts
+            for offsets, chunk in cut_into_chunks(entry, whole, layout):
+                writer.write(entry.rule.checkpoint_name, offsets, chunk)
+    written = [chunk for part in gather(writer.written) for chunk in part]
+    if rank() == 0:
+        write_metadata(folder, table, dtype, written)

@@ -1,0 +1,110 @@
+"""Do both models compute the same? Logits of Transformers and of Megatron on fixed prompts, in float32."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from megatron_dsrl.config.model import ModelConfig, ParallelConfig
+from megatron_dsrl.model.architecture import Architecture
+from megatron_dsrl.model.build import build_model
+from megatron_dsrl.model.parallel import destroy_model_parallel, initialize_parallel
+from megatron_dsrl.platform import current_platform
+from megatron_dsrl.platform.engine import prepare_engine_process
+from megatron_dsrl.weights.collective import barrier, from_first, rank, world_size
+from megatron_dsrl.weights.load import load_weights
+from megatron_dsrl.weights.table import WeightTable
+from megatron_dsrl.weights.tables import weight_table
+
+PROMPTS = (
+    "The quick brown fox jumps over the lazy dog.",
+    "Let x be a real number such that x^2 - 5x + 6 = 0. The sum of all such x is",
+    "def fibonacci(n):\n    return n if n < 2 else",
+)
+TOLERANCE = 1e-4
+"""Of the largest logit. Float32 rounding of other summation orders stays below it even in models of many layers."""
+MEMORY_MARGIN = 1.25
+
+
+def compare_logits(
+    hf_folder: Path, megatron_folder: Path, architecture: Architecture, console: Console
+) -> str | None:
+    """Compare, and print the result or why it was left out. Collective: every process holds the Megatron model, rank 0
+    the one of Transformers as well.
+
+    Returns:
+        What is wrong, on rank 0; None otherwise.
+    """
+    table = weight_table(architecture)
+    parameters = sum(torch.Size(shape).numel() for shape in table.hf_shapes().values())
+    needed = MEMORY_MARGIN * parameters * torch.float32.itemsize * (world_size() + 1)
+    available = from_first(psutil.virtual_memory().available)
+    if needed > available:
+        console.print(
+            f"logits not compared: both models in float32 take {needed / 1e9:.1f} GB, "
+            f"{available / 1e9:.1f} GB are free"
+        )
+        return None
+    rows = from_first(_prompt_rows(hf_folder, architecture.vocab_size) if rank() == 0 else None)
+    found = _megatron_logits(megatron_folder, architecture, table, rows)
+    problem = None
+    if rank() == 0:
+        expected = _transformers_logits(hf_folder, rows)
+        problem = _compare(expected, found, console)
+    barrier()
+    return problem
+
+
+def _compare(expected: Sequence[Tensor], found: Sequence[Tensor], console: Console) -> str | None:
+    largest = max(x.abs().max().item() for x in expected)
+    difference = max((x - y).abs().max().item() for x, y in zip(expected, found, strict=True))
+    tokens = sum(x.shape[0] for x in expected)
+    what = f"logits of {len(expected)} prompts, {tokens} tokens: largest difference {difference:.1e}, "
+    what += f"largest logit {largest:.1f}"
+    if not difference <= TOLERANCE * largest:
+        return f"verification failed: {what}, allowed {TOLERANCE * largest:.1e}"
+    console.print(f"verified {what}")
+    return None
+
+
+def _prompt_rows(folder: Path, vocab_size: int) -> list[list[int]]:
+    """Token ids of the prompts; of a folder without a tokenizer, fixed ones."""
+    if not (folder / "tokenizer.json").exists():
+        generator = torch.Generator().manual_seed(0)
+        return [torch.randint(0, vocab_size, (24,), generator=generator).tolist() for _ in PROMPTS]
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    rows = [tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in PROMPTS]
+    return [row for row in rows if row] or [list(range(min(24, vocab_size)))]
+
+
+@torch.no_grad()
+def _megatron_logits(
+    folder: Path, architecture: Architecture, table: WeightTable, rows: Sequence[Sequence[int]]
+) -> list[Tensor]:
+    """[tokens, vocabulary] per row, on CPU."""
+    parallel = ParallelConfig()
+    initialize_parallel(parallel, seed=0)
+    try:
+        chunks = build_model(architecture, ModelConfig(path=str(folder), dtype="float32"), parallel)
+        load_weights(chunks, table, folder)
+        model, device = chunks[0].eval(), current_platform().device
+        logits = [model(torch.tensor([row], device=device), None, None)[0] for row in rows]
+        return [x[:, : architecture.vocab_size].float().cpu() for x in logits]
+    finally:
+        destroy_model_parallel()
+
+
+@torch.no_grad()
+def _transformers_logits(folder: Path, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+    """The same of Transformers."""
+    prepare_engine_process()  # without CUDA, Transformers' models import a torchvision that fails to import there
+    from transformers import AutoModelForCausalLM
+
+    device = current_platform().device
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    return [model(torch.tensor([row], device=device)).logits[0].float().cpu() for row in rows]

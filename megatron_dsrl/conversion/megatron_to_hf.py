@@ -1,0 +1,65 @@
+"""Megatron distributed checkpoint -> HF folder."""
+
+from pathlib import Path
+
+import torch
+
+from megatron_dsrl.conversion.checks import check_expected, check_tokenizer, common_dtype
+from megatron_dsrl.conversion.hf_to_megatron import ConversionOptions
+from megatron_dsrl.conversion.verify import verify
+from megatron_dsrl.conversion.work import my_entries, with_progress
+from megatron_dsrl.errors import UserError
+from megatron_dsrl.model.architecture import read_architecture
+from megatron_dsrl.weights.checkpoint_record import check_record
+from megatron_dsrl.weights.collective import barrier, from_first, rank
+from megatron_dsrl.weights.companions import copy_companions
+from megatron_dsrl.weights.hf_writer import HfWriter, create_hf_files
+from megatron_dsrl.weights.megatron_checkpoint import MegatronCheckpoint, check_megatron_checkpoint
+from megatron_dsrl.weights.new_folder import new_folder
+from megatron_dsrl.weights.table import WeightTable
+from megatron_dsrl.weights.tables import weight_table
+
+
+def convert_megatron_to_hf(source: Path, target: Path, file_bytes: int, options: ConversionOptions) -> None:
+    """Convert. Collective over the processes of `conversion_processes`, which share the work.
+
+    Every process holds at most one table entry in memory, as stored and as HF tensors.
+
+    Args:
+        source: checkpoint folder with a config.json, written by this program or by Megatron at any layout.
+        target: folder to be made.
+        file_bytes: size limit of a weight file.
+        options: see there.
+
+    Raises:
+        UserError: the architecture, a tensor, the tokenizer or the target is refused, config.json is not the one of the
+            conversion, or the verification found a difference. The target is then absent, or as it was.
+    """
+    if not source.is_dir():
+        raise UserError(f"there is no folder {source}")
+    architecture = read_architecture(source)
+    check_record(source, architecture)
+    check_expected(architecture, source, options.expect)
+    check_tokenizer(source, architecture)
+    table, checkpoint = weight_table(architecture), MegatronCheckpoint(source)
+    check_megatron_checkpoint(checkpoint, table)
+    stored = {rule.checkpoint_name for rule in table.rules}
+    dtypes = {name: dtype for name, dtype in checkpoint.dtypes().items() if name in stored}
+    dtype = options.dtype or common_dtype(dtypes, source)
+    with new_folder(target, options.overwrite) as partial:
+        _write_tensors(checkpoint, table, dtype, partial, file_bytes)
+        if rank() == 0:
+            copy_companions(source, partial, dtype)
+        barrier()
+        if options.verify:
+            verify(hf_folder=partial, megatron_folder=source, source="megatron", dtype=dtype)
+
+
+def _write_tensors(
+    checkpoint: MegatronCheckpoint, table: WeightTable, dtype: torch.dtype, folder: Path, file_bytes: int
+) -> None:
+    files = from_first(create_hf_files(folder, table.hf_shapes(), dtype, file_bytes) if rank() == 0 else None)
+    with HfWriter(files) as writer:
+        for entry in with_progress(my_entries(table), dtype, "Megatron -> HF"):
+            for tensor, value in zip(entry.hf, checkpoint.read(entry)):
+                writer.write(tensor.name, value.to(dtype))

@@ -1,0 +1,112 @@
+"""Compare an HF folder and a Megatron checkpoint: every tensor, and what the two models compute."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from megatron_dsrl.conversion.logits import compare_logits
+from megatron_dsrl.conversion.work import my_entries, with_progress
+from megatron_dsrl.errors import UserError
+from megatron_dsrl.model.architecture import read_architecture
+from megatron_dsrl.weights.checkpoint_record import architecture_fields, check_record, refuse_drift
+from megatron_dsrl.weights.collective import gather, raise_everywhere, rank
+from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint, torch_dtype_name
+from megatron_dsrl.weights.load import check_checkpoint
+from megatron_dsrl.weights.megatron_checkpoint import MegatronCheckpoint, check_megatron_checkpoint
+from megatron_dsrl.weights.table import TableEntry
+from megatron_dsrl.weights.tables import weight_table
+
+DIFFERENCES_SHOWN = 10
+
+
+def verify(
+    hf_folder: Path, megatron_folder: Path, source: Literal["hf", "megatron"], dtype: torch.dtype | None
+) -> None:
+    """Compare and print what was compared. Collective over the processes of `conversion_processes`.
+
+    Names and shapes first; then every tensor's dtype and SHA-256, after a round trip through the disk and the table;
+    then the logits, where both models fit in memory.
+
+    Args:
+        hf_folder: one side.
+        megatron_folder: the other side.
+        source: which of them the other one was made from.
+        dtype: that it was made in; None for the source's own.
+
+    Raises:
+        UserError: names the differences.
+    """
+    architecture = read_architecture(hf_folder)
+    check_record(megatron_folder, read_architecture(megatron_folder))
+    refuse_drift(
+        architecture_fields(architecture),
+        architecture_fields(read_architecture(megatron_folder)),
+        str(hf_folder / "config.json"),
+        str(megatron_folder / "config.json"),
+    )
+    table = weight_table(architecture)
+    hf, megatron = HfCheckpoint(hf_folder), MegatronCheckpoint(megatron_folder)
+    check_checkpoint(hf, table)
+    check_megatron_checkpoint(megatron, table)
+
+    entries = my_entries(table)
+    differences, compared, compared_bytes = [], 0, 0
+    for entry in with_progress(entries, dtype or torch.bfloat16, "comparing"):
+        for name, left, right in _both_sides(entry, hf, megatron, source, dtype):
+            compared, compared_bytes = compared + 1, compared_bytes + left.nbytes
+            differences += _differences(name, left, right)
+    counts = gather((compared, compared_bytes))
+    everyones = [line for part in gather(differences) for line in part]
+    if everyones:
+        raise UserError(_report(everyones, hf_folder, megatron_folder))
+    console = Console(quiet=rank() != 0)
+    number, nbytes = (sum(values) for values in zip(*counts))
+    console.print(f"verified {number} tensors ({nbytes / 1e9:.2f} GB): names, shapes, dtypes and SHA-256 are equal")
+    raise_everywhere(compare_logits(hf_folder, megatron_folder, architecture, console))
+
+
+def _both_sides(
+    entry: TableEntry,
+    hf: HfCheckpoint,
+    megatron: MegatronCheckpoint,
+    source: Literal["hf", "megatron"],
+    dtype: torch.dtype | None,
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name, what the conversion should have made of the source's tensor, and what is there."""
+    try:
+        from_megatron = megatron.read(entry)
+    except UserError as error:
+        raise UserError(f"verification failed: {error}") from error
+    for tensor, megatron_side in zip(entry.hf, from_megatron):
+        hf_side = hf.read(tensor.name)
+        wanted, found = (hf_side, megatron_side) if source == "hf" else (megatron_side, hf_side)
+        yield tensor.name, wanted.to(dtype or wanted.dtype), found
+
+
+def _differences(name: str, wanted: Tensor, found: Tensor) -> list[str]:
+    if found.shape != wanted.shape:
+        return [f"{name}: shape {list(found.shape)} instead of {list(wanted.shape)}"]
+    if found.dtype != wanted.dtype:
+        return [f"{name}: {torch_dtype_name(found.dtype)} instead of {torch_dtype_name(wanted.dtype)}"]
+    digests = [_digest(wanted), _digest(found)]
+    if digests[0] != digests[1]:
+        count = int((wanted.view(-1) != found.view(-1)).sum()) or "some (equal as numbers)"
+        return [f"{name}: SHA-256 {digests[1][:12]} instead of {digests[0][:12]}; {count} of {wanted.numel()} elements"]
+    return []
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+
+
+def _report(differences: list[str], hf_folder: Path, megatron_folder: Path) -> str:
+    shown = "\n".join(f"  {line}" for line in differences[:DIFFERENCES_SHOWN])
+    more = len(differences) - DIFFERENCES_SHOWN
+    rest = f"\n  and {more} more" if more > 0 else ""
+    count = "1 tensor differs" if len(differences) == 1 else f"{len(differences)} tensors differ"
+    return f"verification of {hf_folder} against {megatron_folder} failed: {count}\n{shown}{rest}"

@@ -1,0 +1,55 @@
+"""The entries of a table dealt out to the processes, and how far they have come."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from megatron_dsrl.model.parallel import world_size_from_environment
+from megatron_dsrl.weights.collective import rank, world_size
+from megatron_dsrl.weights.table import TableEntry, WeightTable
+
+
+@contextmanager
+def conversion_processes() -> Iterator[None]:
+    """The processes that torchrun started, as one group; nothing is started for a single one. Undone at the end."""
+    was_running = dist.is_initialized()
+    if world_size_from_environment() > 1 and not was_running:
+        dist.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        if dist.is_initialized() and not was_running:  # comparing logits starts it even for a single process
+            dist.destroy_process_group()
+
+
+def entry_elements(entry: TableEntry) -> int:
+    """Elements of all HF tensors of an entry."""
+    return sum(torch.Size(tensor.shape).numel() for tensor in entry.hf)
+
+
+def my_entries(table: WeightTable) -> list[TableEntry]:
+    """This process's share: consecutive entries with about as many elements as every other process has."""
+    entries = list(table.entries())
+    total = sum(map(entry_elements, entries))
+    mine, before = [], 0
+    for entry in entries:
+        elements = entry_elements(entry)
+        if (before + elements // 2) * world_size() // total == rank():
+            mine.append(entry)
+        before += elements
+    return mine
+
+
+def with_progress(entries: Sequence[TableEntry], dtype: torch.dtype, title: str) -> Iterator[TableEntry]:
+    """The entries, one by one, with a progress bar on rank 0's terminal: bytes of its own share."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), disable=rank() != 0) as progress:
+        total = sum(map(entry_elements, entries)) * dtype.itemsize
+        share = f" (1/{world_size()} of the model)" if world_size() > 1 else ""
+        task = progress.add_task(title + share, total=total)
+        for entry in entries:
+            yield entry
+            progress.advance(task, entry_elements(entry) * dtype.itemsize)
