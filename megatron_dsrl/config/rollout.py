@@ -26,6 +26,13 @@ class RolloutConfig(Section):
     top_k: int = Field(default=-1, ge=-1)
     """Top-k sampling; -1 is off."""
 
+    deterministic: bool = False
+    """The same seed and weights give the same tokens and log-probs, bit for bit. Samples have seeds of their own in any
+    case; but what is computed together differs by rounding, which now and then decides a token. If true, the prompts
+    have fixed engines, each of which gets its part of the batch in one message and keeps no prefix cache, and rewards
+    are computed after generation. On CUDA it turns on SGLang's `enable_deterministic_inference`, without which CUDA
+    engines draw their random numbers without seeds."""
+
     step_timeout_seconds: float = Field(default=3600.0, gt=0)
     """Limit for one whole rollout batch. The error names the prompts that were still running."""
 

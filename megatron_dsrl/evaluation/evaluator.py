@@ -28,9 +28,9 @@ class Generates(Protocol):
         """Sampling parameters of training."""
 
     def generate(
-        self, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: SamplingParameters
+        self, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: SamplingParameters, stream: str
     ) -> list[Group]:
-        """One group per prompt, in the order of the prompts."""
+        """One group per prompt, in the order of the prompts; `stream` names the random numbers."""
 
 
 class Evaluator:
@@ -64,7 +64,9 @@ class Evaluator:
 
     def _evaluate_set(self, config: EvaluationSetConfig, prompts: Sequence[Prompt], step: int) -> EvaluationRecord:
         sampling = replace(self._rollout.training_sampling, temperature=config.temperature)
-        groups = self._rollout.generate(prompts, config.samples_per_prompt, sampling)
+        groups = self._rollout.generate(
+            prompts, config.samples_per_prompt, sampling, stream=f"evaluation {config.name}"
+        )
         return {"step": step, "set": config.name, **summarise(groups)}
 
 

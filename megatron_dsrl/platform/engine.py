@@ -19,15 +19,22 @@ ServerArguments = dict[str, str | int | float | bool]
 """SGLang `ServerArgs` fields by name."""
 
 
-def engine_server_arguments(config: EngineConfig) -> ServerArguments:
+def engine_server_arguments(config: EngineConfig, deterministic: bool) -> ServerArguments:
     """Server arguments that depend on the device. Called on the first rank of the engine's group.
 
     On CUDA that rank's current device is the engine's first one, and the engine takes the next ones upwards.
 
+    Args:
+        config: the engine section.
+        deterministic: the same requests in the same message must give the same bits.
+
     Raises:
         UserError: `engine.max_total_tokens` is missing on CPU, where SGLang would take nearly all memory.
     """
-    return _cuda_server_arguments(config) if torch.cuda.is_available() else _cpu_server_arguments(config)
+    if torch.cuda.is_available():
+        return _cuda_server_arguments(config) | ({"enable_deterministic_inference": True} if deterministic else {})
+    # Without the prefix cache, what was sampled before has no part in what is computed. The rest is the batch's alone.
+    return _cpu_server_arguments(config) | ({"disable_radix_cache": True} if deterministic else {})
 
 
 def engine_environment(tensor_parallel_size: int) -> dict[str, str]:
@@ -59,13 +66,14 @@ def prepare_engine_process() -> None:
 
 
 def run_scheduler_process(*args: Any, **kwargs: Any) -> Any:
-    """SGLang's scheduler process, with this platform's attention backend."""
+    """SGLang's scheduler process, with this platform's attention backend and sampler."""
     from sglang.srt.managers.scheduler import run_scheduler_process as sglang_scheduler_process
 
     if not torch.cuda.is_available():
-        from megatron_dsrl.platform.sglang_cpu import batched_attention
+        from megatron_dsrl.platform.sglang_cpu import batched_attention, seeded_sampling
 
         batched_attention.register()
+        seeded_sampling.register()
     return sglang_scheduler_process(*args, **kwargs)
 
 

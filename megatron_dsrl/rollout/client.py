@@ -22,6 +22,15 @@ class EngineError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class SampleRequest:
+    """One response that is asked for."""
+
+    prompt_ids: tuple[int, ...]
+    seed: int
+    """Decides the random numbers of the response, in 0..2^63 - 1."""
+
+
+@dataclass(frozen=True)
 class Completion:
     """One response as the engine returned it."""
 
@@ -60,22 +69,24 @@ class EngineClient:
         await self._session.close()
         self._session = None
 
-    async def generate(
-        self, prompt_ids: Sequence[int], samples: int, sampling: SamplingParameters
-    ) -> list[Completion]:
-        """`samples` responses to one prompt. No time limit of its own.
+    async def generate(self, requests: Sequence["SampleRequest"], sampling: SamplingParameters) -> list[Completion]:
+        """One response per request, in their order. No time limit of its own.
+
+        SGLang's scheduler gets them all in one message, so that it forms the same batches of them every time.
 
         Raises:
             EngineError: The engine refused, aborted or is gone.
         """
-        request = {
-            "input_ids": [list(prompt_ids)] * samples,
-            "sampling_params": sampling.as_engine_request(),
+        body = {
+            "input_ids": [list(request.prompt_ids) for request in requests],
+            "sampling_params": [sampling.as_engine_request() | {"sampling_seed": request.seed} for request in requests],
             "return_logprob": True,
         }
-        answers = await self._post("/generate", request, timeout_seconds=None)
-        if not isinstance(answers, list) or len(answers) != samples:
-            raise EngineError(f"engine {self.url}: /generate did not answer with {samples} samples: {answers!r:.500}")
+        answers = await self._post("/generate", body, timeout_seconds=None)
+        if not isinstance(answers, list) or len(answers) != len(requests):
+            raise EngineError(
+                f"engine {self.url}: /generate did not answer with {len(requests)} samples: {answers!r:.500}"
+            )
         return [self._completion(answer) for answer in answers]
 
     async def begin_weight_update(self) -> None:

@@ -2,6 +2,7 @@
 
 Each prompt goes, with all its samples, to the engine with the least outstanding work, so that the samples share the
 prompt's cache. As soon as a group returns, its responses are in the reward pool while other prompts still generate.
+In deterministic sampling nothing may depend on who is first: each engine gets a fixed part of the prompts at once.
 """
 
 import asyncio
@@ -10,10 +11,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import islice
 
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rewards.pool import Judgement, RewardPool
-from megatron_dsrl.rollout.client import Completion, EngineClient, EngineError
+from megatron_dsrl.rollout.client import Completion, EngineClient, EngineError, SampleRequest
 from megatron_dsrl.rollout.sample import Group, Sample
 from megatron_dsrl.rollout.sampling import SamplingParameters
 
@@ -32,14 +34,27 @@ class BatchRequest:
     """What one batch asks for."""
 
     prompts: Sequence[Prompt]
-    samples_per_prompt: int
+    seeds: Sequence[tuple[int, ...]]
+    """For every prompt one seed per sample, the same number of them for all prompts."""
     sampling: SamplingParameters
     weight_version: int
     """The version that every sample must carry."""
+    deterministic: bool
+    """Prompt i goes to engine i modulo their number, and an engine gets all its prompts in one call."""
     max_outstanding_samples: int
-    """Samples that one engine holds at a time; further prompts wait for the engine that frees up first."""
+    """Samples that one engine holds at a time; further prompts wait for the engine that frees up first. Without
+    effect on deterministic batches."""
     timeout_seconds: float
     """Limit for the whole batch, verification included."""
+
+    @property
+    def samples_per_prompt(self) -> int:
+        """The group size."""
+        return len(self.seeds[0])
+
+    def of_prompts(self, positions: Sequence[int]) -> list[SampleRequest]:
+        """All samples of the prompts at these positions, prompt after prompt."""
+        return [SampleRequest(self.prompts[i].token_ids, seed) for i in positions for seed in self.seeds[i]]
 
 
 async def sample_groups(
@@ -55,29 +70,38 @@ async def sample_groups(
     deadline = time.monotonic() + request.timeout_seconds
     judged: dict[int, list[tuple[Completion, str, Future[Judgement]]]] = {}
     waiting = deque(range(len(request.prompts)))
-    running: dict[asyncio.Task[list[Completion]], tuple[int, int]] = {}  # task -> (prompt position, engine)
+    running: dict[asyncio.Task[list[Completion]], tuple[Sequence[int], int]] = {}  # task -> (prompt positions, engine)
     outstanding = [0] * len(clients)
+
+    def start(positions: Sequence[int], engine: int) -> None:
+        call = clients[engine].generate(request.of_prompts(positions), request.sampling)
+        running[asyncio.create_task(call)] = (positions, engine)
+        outstanding[engine] += len(positions) * request.samples_per_prompt
+
     try:
+        if request.deterministic:
+            for engine in range(min(len(clients), len(request.prompts))):
+                start(range(len(request.prompts))[engine :: len(clients)], engine)
+            waiting.clear()
         while waiting or running:
             while waiting and (engine := _free_engine(outstanding, request)) is not None:
-                position = waiting.popleft()
-                prompt = request.prompts[position]
-                call = clients[engine].generate(prompt.token_ids, request.samples_per_prompt, request.sampling)
-                running[asyncio.create_task(call)] = (position, engine)
-                outstanding[engine] += request.samples_per_prompt
+                start([waiting.popleft()], engine)
             done, _ = await asyncio.wait(
                 running, timeout=max(0.0, deadline - time.monotonic()), return_when=asyncio.FIRST_COMPLETED
             )
             if not done:
                 raise EngineError(_timeout_message(request, waiting, running))
             for task in done:
-                position, engine = running.pop(task)
-                outstanding[engine] -= request.samples_per_prompt
-                prompt = request.prompts[position]
-                judged[position] = [
-                    (completion, text := decode(completion.response_ids), rewards.submit(text, prompt.answer))
-                    for completion in _checked(task.result(), prompt, request.weight_version)
-                ]
+                positions, engine = running.pop(task)
+                outstanding[engine] -= len(positions) * request.samples_per_prompt
+                completions = iter(task.result())
+                for position in positions:
+                    prompt = request.prompts[position]
+                    group = list(islice(completions, request.samples_per_prompt))
+                    judged[position] = [
+                        (completion, text := decode(completion.response_ids), rewards.submit(text, prompt.answer))
+                        for completion in _checked(group, prompt, request.weight_version)
+                    ]
     finally:
         for task in running:
             task.cancel()  # closes the connection, at which SGLang aborts the request
@@ -127,7 +151,7 @@ async def _sample(
 
 
 def _timeout_message(request: BatchRequest, waiting: Sequence[int], running: dict) -> str:
-    unfinished = [request.prompts[position].index for position, _ in running.values()]
+    unfinished = [request.prompts[position].index for positions, _ in running.values() for position in positions]
     unfinished += [request.prompts[position].index for position in waiting]
     named = ", ".join(map(str, sorted(unfinished)[:PROMPTS_IN_ERROR]))
     more = f" and {len(unfinished) - PROMPTS_IN_ERROR} more" if len(unfinished) > PROMPTS_IN_ERROR else ""

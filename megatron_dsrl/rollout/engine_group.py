@@ -145,7 +145,7 @@ def server_arguments(config: RunConfig, engine: int) -> ServerArguments:
         "skip_server_warmup": True,
         "stream_interval": 1000,  # nothing is streamed
         "log_level": "warning",
-        **engine_server_arguments(config.engine),
+        **engine_server_arguments(config.engine, config.rollout.deterministic),
     }
     if config.engine.max_context_tokens is not None:
         arguments["context_length"] = config.engine.max_context_tokens

@@ -16,6 +16,7 @@ from megatron_dsrl.rollout.engine_group import UNSET_WEIGHT_VERSION, EngineGroup
 from megatron_dsrl.rollout.replay import replayed_groups
 from megatron_dsrl.rollout.sample import Group
 from megatron_dsrl.rollout.sampling import SamplingParameters
+from megatron_dsrl.rollout.seeds import seeds_of_batch
 from megatron_dsrl.rollout.weight_push import Bucket
 
 
@@ -29,9 +30,16 @@ class Rollout(Protocol):
         """The rollout batch of a training step (counted from 1), in the order of the prompts. Rank 0 only."""
 
     def generate(
-        self, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: SamplingParameters
+        self, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: SamplingParameters, stream: str
     ) -> list[Group]:
-        """Sample with other parameters, for evaluation. Rank 0 only."""
+        """Sample with other parameters, for evaluation. Rank 0 only.
+
+        Args:
+            prompts: what to answer.
+            samples_per_prompt: responses to each.
+            sampling: how.
+            stream: names the random numbers; see `rollout/seeds.py`.
+        """
 
     def load_weights(self, buckets: Iterable[Bucket], version: int) -> None:
         """Give the engines new weights, HF-named, the same on all ranks of an engine. All ranks."""
@@ -103,19 +111,21 @@ class EngineRollout:
         self._urls = self._running_engines().wait_until_ready()
 
     def sample_step(self, step: int, prompts: Sequence[Prompt]) -> list[Group]:
-        return self.generate(prompts, self._config.rollout.samples_per_prompt, self._training_sampling)
+        samples = self._config.rollout.samples_per_prompt
+        return self.generate(prompts, samples, self._training_sampling, stream=f"step {step}")
 
     def generate(
-        self, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: SamplingParameters
+        self, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: SamplingParameters, stream: str
     ) -> list[Group]:
         assert self._rewards is not None, "only rank 0 samples"
         assert self._urls, "wait_until_ready() comes first"
         assert self._weight_version != UNSET_WEIGHT_VERSION, "load_weights() comes first: the model folder has none"
         request = BatchRequest(
             prompts=prompts,
-            samples_per_prompt=samples_per_prompt,
+            seeds=seeds_of_batch(self._config.seed, stream, prompts, samples_per_prompt),
             sampling=sampling,
             weight_version=self._weight_version,
+            deterministic=self._config.rollout.deterministic,
             max_outstanding_samples=self._config.engine.max_outstanding_samples,
             timeout_seconds=self._config.rollout.step_timeout_seconds,
         )
@@ -180,7 +190,7 @@ class ReplayedRollout:
         return replayed_groups(self._run_folder, step, prompts, self._samples_per_prompt)
 
     def generate(
-        self, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: SamplingParameters
+        self, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: SamplingParameters, stream: str
     ) -> list[Group]:
         raise UserError("rollout.replay_from starts no engines: nothing can be sampled")
 

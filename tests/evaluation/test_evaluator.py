@@ -22,8 +22,10 @@ class RecordedRollout:
         self.samples_by_answer = samples_by_answer
         self.asked = []
 
-    def generate(self, prompts, samples_per_prompt, sampling):
-        self.asked.append((len(prompts), samples_per_prompt, sampling.temperature, sampling.max_response_tokens))
+    def generate(self, prompts, samples_per_prompt, sampling, stream):
+        self.asked.append(
+            (len(prompts), samples_per_prompt, sampling.temperature, sampling.max_response_tokens, stream)
+        )
         return [Group(prompt, self.samples_by_answer[prompt.answer]) for prompt in prompts]
 
 
@@ -43,7 +45,7 @@ def test_record_of_each_set():
         (evaluation_set("short", samples_per_prompt=2, temperature=1.0), PROMPTS[:1]),
     ]
     both, short = Evaluator(sets, rollout).evaluate(step=5)
-    assert rollout.asked == [(2, 2, 0.7, 64), (1, 2, 1.0, 64)]
+    assert rollout.asked == [(2, 2, 0.7, 64, "evaluation sampled"), (1, 2, 1.0, 64, "evaluation short")]
     assert both == {
         "step": 5,
         "set": "sampled",

@@ -44,7 +44,7 @@ def test_log_probs_equal_transformers(engine_rollout, policy, temperature):
     prompts = numbered_prompts(5)
     sampling = replace(engine_rollout.training_sampling, temperature=temperature)
 
-    groups = engine_rollout.generate(prompts, 3, sampling)
+    groups = engine_rollout.generate(prompts, 3, sampling, "test")
 
     assert [group.prompt for group in groups] == prompts
     for group in groups:
@@ -58,7 +58,7 @@ def test_greedy_tokens_equal_transformers(engine_rollout, policy):
     prompts = numbered_prompts(4)
     greedy = replace(engine_rollout.training_sampling, temperature=0.0, stop_token_ids=())
 
-    groups = engine_rollout.generate(prompts, 1, greedy)
+    groups = engine_rollout.generate(prompts, 1, greedy, "test")
 
     for group in groups:
         prompt_ids = torch.tensor([group.prompt.token_ids])
@@ -75,7 +75,7 @@ def test_responses_end_at_the_stop_token_or_are_marked_truncated(engine_rollout,
 
     samples = [
         sample
-        for group in engine_rollout.generate(numbered_prompts(6), 8, engine_rollout.training_sampling)
+        for group in engine_rollout.generate(numbered_prompts(6), 8, engine_rollout.training_sampling, "test")
         for sample in group.samples
     ]
 
@@ -90,12 +90,12 @@ def test_responses_end_at_the_stop_token_or_are_marked_truncated(engine_rollout,
 
 def test_pushed_weights_replace_the_policy_and_its_version(engine_rollout, policy):
     prompts = numbered_prompts(4)
-    before = engine_rollout.generate(prompts, 2, engine_rollout.training_sampling)  # fills the prefix cache
+    before = engine_rollout.generate(prompts, 2, engine_rollout.training_sampling, "test")  # fills the prefix cache
     perturb(policy, seed=3)
     version = engine_rollout.weight_version + 1
 
     engine_rollout.load_weights(buckets_of_two(policy), version)
-    after = engine_rollout.generate(prompts, 2, engine_rollout.training_sampling)
+    after = engine_rollout.generate(prompts, 2, engine_rollout.training_sampling, "test")
 
     assert {sample.weight_version for group in before for sample in group.samples} == {version - 1}
     assert {sample.weight_version for group in after for sample in group.samples} == {version}
@@ -112,7 +112,7 @@ def test_samples_of_other_weights_are_refused(engine_rollout, policy, monkeypatc
     monkeypatch.setattr(engine_rollout, "_weight_version", engine_rollout.weight_version + 5)
 
     with pytest.raises(StaleWeightsError, match="a sample of prompt 100 was generated with weight version"):
-        engine_rollout.generate(numbered_prompts(1), 2, engine_rollout.training_sampling)
+        engine_rollout.generate(numbered_prompts(1), 2, engine_rollout.training_sampling, "test")
 
 
 def test_rewards_and_text_come_with_every_sample(engine_rollout, policy):
@@ -130,11 +130,11 @@ def test_the_step_limit_names_the_unfinished_prompts(engine_rollout, policy, mon
     )
 
     with pytest.raises(EngineError, match="step_timeout_seconds = 0.05; prompts .* still running: 100, 101"):
-        engine_rollout.generate(numbered_prompts(2), 2, engine_rollout.training_sampling)
+        engine_rollout.generate(numbered_prompts(2), 2, engine_rollout.training_sampling, "test")
 
 
 def test_a_prompt_that_does_not_fit_is_an_error(engine_rollout, policy):
     too_long = replace(numbered_prompts(1)[0], token_ids=(5,) * 600)
 
     with pytest.raises(EngineError, match="refused /generate"):
-        engine_rollout.generate([too_long], 1, engine_rollout.training_sampling)
+        engine_rollout.generate([too_long], 1, engine_rollout.training_sampling, "test")

@@ -33,7 +33,7 @@ def perturbed_policy(model_folder: str) -> Qwen3ForCausalLM:
 
 def largest_differences(rollout: EngineRollout, policy: Qwen3ForCausalLM) -> list[float]:
     differences = []
-    for group in rollout.generate(numbered_prompts(6), 2, rollout.training_sampling):
+    for group in rollout.generate(numbered_prompts(6), 2, rollout.training_sampling, "test"):
         for sample in group.samples:
             reference = transformers_log_probs(policy, group.prompt.token_ids, sample.response_ids, 1.0)
             differences.append((reference - torch.tensor(sample.log_probs)).abs().max().item())

@@ -1,0 +1,42 @@
+"""Random numbers of sampling: every sample has a seed of its own.
+
+A seed is a pure function of what the sample is for. A run that continues after an interruption therefore draws what it
+would have drawn without it, whatever the order in which requests reach which engine. SGLang makes the random number of
+a token out of the sample's seed and the token's position.
+
+Streams: `step 12` for the rollout batch of step 12, `evaluation <set>` for a held-out set. Evaluations of one set share
+their random numbers, so that their difference shows the policies and less of the chance.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+
+from megatron_dsrl.data.prompt import Prompt
+
+
+def sample_seed(run_seed: int, stream: str, prompt: int, sample: int) -> int:
+    """Seed of one sample, in 0..2^63 - 1: the first 63 bits of BLAKE2b over `<run seed>/<stream>/<prompt>/<sample>`.
+
+    Args:
+        run_seed: the run's seed.
+        stream: what the batch is for.
+        prompt: index of the prompt in its set.
+        sample: number of the sample of this prompt, from 0.
+    """
+    key = f"{run_seed}/{stream}/{prompt}/{sample}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
+
+
+def seeds_of_batch(
+    run_seed: int, stream: str, prompts: Sequence[Prompt], samples_per_prompt: int
+) -> list[tuple[int, ...]]:
+    """Seeds of every prompt's samples. A prompt that the batch holds twice goes on counting its samples."""
+    seen: Counter[int] = Counter()
+    seeds = []
+    for prompt in prompts:
+        first = seen[prompt.index] * samples_per_prompt
+        seen[prompt.index] += 1
+        numbers = range(first, first + samples_per_prompt)
+        seeds.append(tuple(sample_seed(run_seed, stream, prompt.index, number) for number in numbers))
+    return seeds
