@@ -104,8 +104,11 @@ class Noise:
     hasty: float
     """Of a solution: the writer does two operations at once while there are two or more."""
 
+    forgotten_operation: float
+    """Of two operations done at once: the second one is forgotten."""
+
     merged_step: float
-    """Of two operations done at once: the result is wrong."""
+    """Of two operations done at once, both of them: the result is wrong."""
 
     carry: float
     """Of one operation that crosses a ten: the carry or borrow is forgotten."""
@@ -123,7 +126,9 @@ class Noise:
     """Of a boxed solution: the box holds another number than the last line."""
 
 
-NO_NOISE = Noise(hasty=0, merged_step=0, carry=0, step=0, rambling=0, unboxed=0, wrong_box=0)
+NO_NOISE = Noise(
+    hasty=0, forgotten_operation=0, merged_step=0, carry=0, step=0, rambling=0, unboxed=0, wrong_box=0
+)
 
 STEP_MISTAKES = ("off_by_one", "swapped_digits", "wrong_sign", "miscopied_term", "dropped_term")
 """What can happen to one operation; the last two need a term that is still to come, the second two digits."""
@@ -181,11 +186,14 @@ def do_one_operation(terms: Terms, noise: Noise, rng: random.Random) -> tuple[Te
 
 
 def merge_two_operations(terms: Terms, noise: Noise, rng: random.Random) -> tuple[Terms, str | None]:
-    """The terms after two operations at once, and whether their result is wrong."""
-    right, rest = sum(terms[:3]), terms[3:]
-    if rng.random() < noise.merged_step:
-        return (right + rng.choice((-3, -2, -1, 1, 2, 3)), *rest), "merged_step"
-    return (right, *rest), None
+    """The terms after two operations at once, and the mistake in them, if any."""
+    first, second, third, rest = terms[0], terms[1], terms[2], terms[3:]
+    if rng.random() < noise.forgotten_operation:
+        return (first + second, *rest), "forgotten_operation"
+    if rng.random() >= noise.merged_step:
+        return (first + second + third, *rest), None
+    wrong = rng.choice((first + second - third, first - second + third, first + second + third + rng.choice((-1, 1))))
+    return (wrong, *rest), "merged_step"
 
 
 def finish(lines: list[str], result: int, mistakes: list[str], noise: Noise, rng: random.Random) -> Solution:

@@ -80,15 +80,22 @@ class Settings:
     """Everything that decides what is made."""
 
     seed: int = 1
-    steps: int = 600
-    documents_per_step: int = 32
-    learning_rate: float = 2e-3
+    steps: int = 1400
+    documents_per_step: int = 16
+    learning_rate: float = 1.5e-3
     correct_part: float = 0.65
     """Part of the steps, the first ones, that see only correct solutions to questions."""
     unprompted: float = 0.2
     """Of a document of the later steps: it has no question."""
     noise: Noise = Noise(
-        hasty=0.62, merged_step=0.6, carry=0.2, step=0.06, rambling=0.04, unboxed=0.06, wrong_box=0.03
+        hasty=0.6,
+        forgotten_operation=0.64,
+        merged_step=0.6,
+        carry=0.1,
+        step=0.04,
+        rambling=0.04,
+        unboxed=0.06,
+        wrong_box=0.03,
     )
     train_problems: int = 4000
     held_out_problems: int = 400

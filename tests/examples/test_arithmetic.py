@@ -18,6 +18,7 @@ from examples.tiny_dsrl.arithmetic import (
     draw_problem,
     draw_problems,
     gold_solution,
+    merge_two_operations,
     split_of,
     write_solution,
 )
@@ -65,20 +66,21 @@ def test_mistakes_of_a_whole_solution_come_at_their_rate(rate):
     assert share == pytest.approx(0.3, abs=0.04)  # four standard errors
 
 
-@pytest.mark.parametrize(("rate", "terms"), [("step", (4, 3, -1)), ("carry", (7, 8)), ("merged_step", (1, 2, 3, 4))])
+@pytest.mark.parametrize(
+    ("rate", "terms"),
+    [("step", (4, 3, -1)), ("carry", (7, 8)), ("forgotten_operation", (1, 2, 3, 4)), ("merged_step", (1, 2, 3, 4))],
+)
 def test_mistakes_of_an_operation_come_at_their_rate(rate, terms):
-    from examples.tiny_dsrl.arithmetic import merge_two_operations
-
-    take_step = merge_two_operations if rate == "merged_step" else do_one_operation
+    take_step = merge_two_operations if len(terms) == 4 else do_one_operation
     noise, rng = replace(NO_NOISE, **{rate: 0.3}), random.Random(1)
     mistakes = [take_step(terms, noise, rng)[1] for _ in range(2000)]
     assert sum(mistake is not None for mistake in mistakes) / 2000 == pytest.approx(0.3, abs=0.04)
 
 
-@pytest.mark.parametrize("rate", ["merged_step", "carry", "step", "wrong_box"])
+@pytest.mark.parametrize("rate", ["forgotten_operation", "merged_step", "carry", "step", "wrong_box"])
 def test_a_mistake_shows_in_the_response_alone(rate):
     """Every noted mistake breaks the chain from some line to the next or to the box, without a look at the problem."""
-    noise = replace(NO_NOISE, hasty=float(rate == "merged_step"), **{rate: 1.0})
+    noise = replace(NO_NOISE, hasty=float(rate in ("forgotten_operation", "merged_step")), **{rate: 1.0})
     rng = random.Random(2)
     for problem in islice(draw_problems("corpus", rng), 300):
         solution = write_solution(problem, noise, rng)

@@ -31,7 +31,9 @@ def make_small(output, settings=SMALL):
 
 def test_corpus_is_correct_first_then_noisy_and_partly_unprompted():
     tokenizer = build_tokenizer()
-    settings = Settings(steps=20, correct_part=0.5, unprompted=0.5, noise=replace(NO_NOISE, wrong_box=1.0))
+    settings = Settings(
+        steps=20, documents_per_step=32, correct_part=0.5, unprompted=0.5, noise=replace(NO_NOISE, wrong_box=1.0)
+    )
     unprompted = 0
     for step, documents in enumerate(corpus(tokenizer, settings)):
         for document in documents:
