@@ -11,6 +11,8 @@ import json
 import sys
 from pathlib import Path
 
+import transformers
+
 from megatron_dsrl.data.tokenizer import load_tokenizer
 from megatron_dsrl.errors import UserError
 
@@ -35,6 +37,7 @@ ARCHITECTURE = {
     "bos_token_id": 151643,
     "eos_token_id": 151645,
     "dtype": "float32",
+    "transformers_version": transformers.__version__,  # without it Transformers suspects an old Mistral tokenizer
 }
 """Qwen3's vocabulary over a body of two narrow layers; nearly all of its ten million parameters are the embedding."""
 
