@@ -7,7 +7,7 @@ from megatron_dsrl.actor.optimizer import build_optimizer, build_scheduler
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.build import DTYPES, build_model, build_trainable
-from megatron_dsrl.weights.load import load_hf_weights
+from megatron_dsrl.weights.load import load_weights
 from megatron_dsrl.weights.tables import weight_table
 from megatron_dsrl.weights.random_init import fill_with_random_weights
 
@@ -19,7 +19,7 @@ def build_actor(config: RunConfig, folder: Path) -> Actor:
 
     Args:
         config: the run.
-        folder: local HF folder of `config.model.path`.
+        folder: local folder of `config.model.path`, HF or Megatron distributed checkpoint.
 
     Raises:
         UserError: the folder's config.json or weights do not fit, or the model does not divide into the layout.
@@ -30,7 +30,7 @@ def build_actor(config: RunConfig, folder: Path) -> Actor:
     if config.model.random_init:
         fill_with_random_weights(chunks, table, architecture.initializer_range, config.seed)
     else:
-        load_hf_weights(chunks, table, folder)
+        load_weights(chunks, table, folder)
     chunks = build_trainable(chunks, config.parallel)
     dtype = DTYPES[config.model.dtype]
     optimizer = build_optimizer(config.optimizer, chunks, dtype, config.parallel.distributed_optimizer)

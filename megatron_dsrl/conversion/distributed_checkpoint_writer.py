@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -27,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_dsrl.conversion.layout import CheckpointLayout
+from megatron_dsrl.weights.disk_flush import DiskFlush
 from megatron_dsrl.weights.layouts import Shape
 from megatron_dsrl.weights.megatron_checkpoint import checkpoint_shape, leading_index
 from megatron_dsrl.weights.table import TableEntry, WeightTable
@@ -54,30 +56,26 @@ class ChunkWriter:
         self.written: list[WrittenChunk] = []
         self._folder = folder
         self._rank = rank
-        self._files = 0
-        self._open_next()
+        self._flush = DiskFlush()
+        self._files: list[BinaryIO] = []
+        self._files.append(self._next_file())
 
     def write(self, name: str, offsets: Shape, chunk: Tensor) -> None:
         """Append a chunk, in the shape that it has in the checkpoint."""
-        if self._file.tell() >= FILE_BYTES:
-            self._close()
-            self._open_next()
-        position = self._file.tell()
+        if self._files[-1].tell() >= FILE_BYTES:
+            self._files.append(self._next_file())
+        file = self._files[-1]
+        position = file.tell()
         if chunk.untyped_storage().nbytes() != chunk.nbytes:
             chunk = chunk.clone(memory_format=torch.contiguous_format)  # a view would be saved with all it is a view of
-        torch.save(chunk, self._file)
-        length = self._file.tell() - position
-        self.written.append(WrittenChunk(name, offsets, tuple(chunk.shape), self._name, position, length))
+        torch.save(chunk, file)
+        length = file.tell() - position
+        self.written.append(WrittenChunk(name, offsets, tuple(chunk.shape), Path(file.name).name, position, length))
+        self._flush.wrote(file.fileno(), length)
 
-    def _open_next(self) -> None:
-        self._name = f"__{self._rank}_{self._files}.distcp"
-        self._files += 1
-        self._file = (self._folder / self._name).open("wb")
-
-    def _close(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+    def _next_file(self) -> BinaryIO:
+        number = len(self._files)
+        return (self._folder / f"__{self._rank}_{number}.distcp").open("wb")
 
     def __enter__(self) -> "ChunkWriter":
         return self
@@ -85,7 +83,14 @@ class ChunkWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._close() if error is None else self._file.close()
+        try:
+            self._flush.finish()
+            for file in self._files if error is None else ():
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            for file in self._files:
+                file.close()
 
 
 def cut_into_chunks(entry: TableEntry, whole: Tensor, layout: CheckpointLayout) -> Iterator[tuple[Shape, Tensor]]:

@@ -10,6 +10,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from megatron_dsrl.weights.disk_flush import DiskFlush
 from megatron_dsrl.weights.hf_checkpoint import INDEX_FILE, SINGLE_FILE
 from megatron_dsrl.weights.layouts import Shape
 from megatron_dsrl.weights.safetensors_file import StoredTensor, create_file, write_tensor
@@ -60,12 +61,14 @@ class HfWriter:
     def __init__(self, files: HfFiles):
         self._places = files.places
         names = {file for file, _ in files.places.values()}
+        self._flush = DiskFlush()
         self._descriptors = {file: os.open(files.folder / file, os.O_WRONLY) for file in names}
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Put a CPU tensor into its place."""
         file, stored = self._places[name]
         write_tensor(self._descriptors[file], stored, tensor)
+        self._flush.wrote(self._descriptors[file], stored.nbytes)
 
     def __enter__(self) -> "HfWriter":
         return self
@@ -73,10 +76,13 @@ class HfWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for descriptor in self._descriptors.values():
-            if error is None:
+        try:
+            self._flush.finish()
+            for descriptor in self._descriptors.values() if error is None else ():
                 os.fsync(descriptor)
-            os.close(descriptor)
+        finally:
+            for descriptor in self._descriptors.values():
+                os.close(descriptor)
 
 
 def _cut_into_files(shapes: Mapping[str, Shape], dtype: torch.dtype, file_bytes: int) -> list[list[str]]:

@@ -8,6 +8,7 @@ torch.distributed.checkpoint.
 """
 
 import io
+import os
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,6 +39,37 @@ class _Chunk:
     position: int
     length: int
     """In bytes, as stored."""
+
+
+class _FileView(io.RawIOBase):
+    """A part of a file as a file, which `torch.load` reads straight into the tensor."""
+
+    def __init__(self, file: io.FileIO, start: int, length: int):
+        self._file, self._start, self._length, self._position = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        return self._position
+
+    def readinto(self, buffer: memoryview) -> int:
+        view = memoryview(buffer)[: max(0, self._length - self._position)]
+        done = 0
+        while done < len(view):
+            count = os.preadv(self._file.fileno(), [view[done:]], self._start + self._position + done)
+            if not count:
+                break
+            done += count
+        self._position += done
+        return done
 
 
 class MegatronCheckpoint:
@@ -80,9 +112,12 @@ class MegatronCheckpoint:
         name, leading = entry.rule.checkpoint_name, leading_index(entry)
         stored = self._tensors[name]
         shape = tuple(stored.size[len(leading) :])
+        chunks = self._chunks.get((name, leading), ())
+        if len(chunks) == 1 and chunks[0].sizes[len(leading) :] == shape:
+            return entry.rule.layout.merge([self._read_chunk(name, chunks[0], stored.properties.dtype).view(shape)])
         whole = torch.empty(shape, dtype=stored.properties.dtype)
         filled = 0
-        for chunk in self._chunks.get((name, leading), ()):
+        for chunk in chunks:
             part = self._read_chunk(name, chunk, stored.properties.dtype)
             place = tuple(
                 slice(offset, offset + size)
@@ -97,10 +132,9 @@ class MegatronCheckpoint:
     def _read_chunk(self, name: str, chunk: _Chunk, dtype: torch.dtype) -> Tensor:
         path = self.folder / chunk.file
         try:
-            with path.open("rb") as file:
-                file.seek(chunk.position)
-                content = file.read(chunk.length)
-            part = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            with path.open("rb", buffering=0) as file:
+                view = _FileView(file, chunk.position, chunk.length)
+                part = torch.load(view, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
             raise UserError(f"{path}: the chunk of {name} at {list(chunk.offsets)} cannot be read: {error}") from error
         if part.dtype != dtype or tuple(part.shape) != chunk.sizes:
