@@ -1,14 +1,14 @@
 """One process: the model in Megatron is the model in Transformers, and a packed row is its sequences one by one."""
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
-from tests.support.tiny_model import make_tiny_qwen2, make_tiny_qwen3, make_tiny_qwen3_moe
+from tests.support.families import FAMILIES
+from tests.support.tiny_model import make_tiny_qwen3
 from torch import Tensor
 
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig
@@ -20,12 +20,6 @@ from megatron_dsrl.weights.load import load_hf_weights
 from megatron_dsrl.weights.tables import weight_table
 
 PARALLEL = ParallelConfig(collective_timeout_seconds=60)
-FAMILIES = {
-    "Qwen3 tied": partial(make_tiny_qwen3, tied=True),
-    "Qwen3 untied": partial(make_tiny_qwen3, tied=False),
-    "Qwen3-MoE": make_tiny_qwen3_moe,
-    "Qwen2.5": make_tiny_qwen2,
-}
 LENGTHS = [13, 24, 11, 12, 1, 24]
 
 

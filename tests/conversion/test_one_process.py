@@ -1,0 +1,278 @@
+"""Conversion by one process: bit-identical there and back, complete or absent, and every refusal."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.support.families import FAMILIES
+from tests.support.tiny_model import make_tiny_qwen3
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megatron_dsrl.cli import main
+from megatron_dsrl.conversion.command_line import DTYPES
+from megatron_dsrl.weights.megatron_checkpoint import MegatronCheckpoint
+
+QUERY = "model.layers.1.self_attn.q_proj.weight"
+VOCAB_SIZE = 101
+
+
+def convert(direction: str, *arguments: object) -> int:
+    return main(["convert", direction, *map(str, arguments)])
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return {name: x for path in sorted(folder.glob("*.safetensors")) for name, x in load_file(path).items()}
+
+
+def assert_identical(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+def hidden(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+# ---- there and back
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tensor_parallel_size", [1, 2])
+def test_round_trip_is_bit_identical(tmp_path, family, tensor_parallel_size):
+    """From several bfloat16 files, over chunks for a layout, back into several files."""
+    source, megatron, back = tmp_path / "hf", tmp_path / "megatron", tmp_path / "back"
+    FAMILIES[family](source, vocab_size=VOCAB_SIZE, dtype=torch.bfloat16, max_shard_size="100KB")
+    assert len(list(source.glob("*.safetensors"))) > 2
+    for name in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        (source / name).write_text('{"from": "the source"}')
+
+    assert convert("hf-to-megatron", source, megatron, "--tensor-parallel-size", tensor_parallel_size) == 0
+    assert convert("megatron-to-hf", megatron, back, "--file-gigabytes", 1e-4) == 0
+
+    assert_identical(tensors_of(back), tensors_of(source))
+    assert len(list(back.glob("model-*-of-*.safetensors"))) > 2
+    for folder in (megatron, back):
+        for name in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+            assert (folder / name).read_text() == '{"from": "the source"}'
+    assert AutoModelForCausalLM.from_pretrained(back, dtype="auto").dtype == torch.bfloat16
+    assert hidden(tmp_path) == []
+
+
+def test_chunks_are_those_of_the_layout(tmp_path):
+    """At tensor-parallel size 2 the row-parallel matrix is cut along its input, gate and up into two pieces each."""
+    make_tiny_qwen3(tmp_path / "hf", tied=False, vocab_size=VOCAB_SIZE)
+    assert convert("hf-to-megatron", tmp_path / "hf", tmp_path / "megatron", "--tensor-parallel-size", 2) == 0
+    chunks = {
+        name: [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in stored.chunks]
+        for name, stored in MegatronCheckpoint(tmp_path / "megatron")._tensors.items()
+    }
+    assert chunks["embedding.word_embeddings.weight"] == [((0, 0), (51, 64)), ((51, 0), (50, 64))]
+    assert chunks["decoder.layers.mlp.linear_fc2.weight"][2:4] == [
+        ((1, 0, 0), (1, 64, 64)),
+        ((1, 0, 64), (1, 64, 64)),
+    ]
+    assert [offsets for offsets, _ in chunks["decoder.layers.mlp.linear_fc1.weight"][:4]] == [
+        (0, 0, 0),
+        (0, 64, 0),
+        (0, 128, 0),
+        (0, 192, 0),
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtype_choice_and_verification(tmp_path, capsys, dtype):
+    make_tiny_qwen3(tmp_path / "hf", tied=True, vocab_size=VOCAB_SIZE)
+    options = ["--dtype", dtype, "--verify"]
+    assert convert("hf-to-megatron", tmp_path / "hf", tmp_path / "megatron", *options[:2]) == 0
+    assert convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "back", "--verify") == 0
+    expected = {name: x.to(getattr(torch, dtype)) for name, x in tensors_of(tmp_path / "hf").items()}
+    assert_identical(tensors_of(tmp_path / "back"), expected)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "verified 46 tensors" in printed and "verified logits of 3 prompts, 72 tokens" in printed
+
+
+# ---- verification
+
+
+@pytest.fixture
+def converted(tmp_path: Path) -> Path:
+    """A folder with an untied Qwen3 under `hf` and `megatron`."""
+    make_tiny_qwen3(tmp_path / "hf", tied=False, vocab_size=VOCAB_SIZE)
+    assert convert("hf-to-megatron", tmp_path / "hf", tmp_path / "megatron") == 0
+    return tmp_path
+
+
+def test_verify_names_the_tensor_with_a_flipped_bit(converted, capsys):
+    assert convert("verify", converted / "hf", converted / "megatron") == 0
+    weights = tensors_of(converted / "hf")["model.layers.2.mlp.down_proj.weight"].numpy().tobytes()
+    shard = converted / "megatron" / "__0_0.distcp"
+    content = bytearray(shard.read_bytes())
+    content[content.index(weights) + 1001] ^= 1
+    shard.write_bytes(content)
+
+    capsys.readouterr()
+    assert convert("verify", converted / "hf", converted / "megatron") == 2
+    message = capsys.readouterr().err
+    assert "1 tensor differs" in message
+    assert "model.layers.2.mlp.down_proj.weight: SHA-256" in message and "1 of 8192 elements" in message
+
+
+def test_verify_names_another_models_tensors(converted, capsys):
+    make_tiny_qwen3(converted / "other", tied=False, vocab_size=VOCAB_SIZE, seed=1)
+    assert convert("verify", converted / "other", converted / "megatron") == 2
+    message = capsys.readouterr().err
+    assert "47 tensors differ" in message and "model.embed_tokens.weight" in message and "and 37 more" in message
+
+
+def test_damaged_shard(converted, capsys):
+    shard = converted / "megatron" / "__0_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:100_000])
+    assert convert("megatron-to-hf", converted / "megatron", converted / "back") == 2
+    assert "__0_0.distcp: the chunk of decoder.layers" in capsys.readouterr().err
+    assert not (converted / "back").exists() and hidden(converted) == []
+
+
+# ---- complete or absent
+
+
+def test_an_existing_target_is_replaced_only_when_told_and_only_by_a_complete_one(converted, capsys):
+    before = (converted / "megatron" / ".metadata").read_bytes()
+    assert convert("hf-to-megatron", converted / "hf", converted / "megatron") == 2
+    assert "exists already" in capsys.readouterr().err
+
+    cut = converted / "hf" / "model.safetensors"
+    whole = cut.read_bytes()
+    cut.write_bytes(whole[:-1])
+    assert convert("hf-to-megatron", converted / "hf", converted / "megatron", "--overwrite") == 2
+    assert (converted / "megatron" / ".metadata").read_bytes() == before
+
+    cut.write_bytes(whole)
+    assert convert("hf-to-megatron", converted / "hf", converted / "megatron", "--overwrite", "--dtype", "bfloat16") == 0
+    assert {dtype for dtype in MegatronCheckpoint(converted / "megatron").dtypes().values()} == {torch.bfloat16}
+    assert hidden(converted) == []
+
+
+def test_an_interrupted_conversion_leaves_nothing(tmp_path):
+    """SIGTERM, as SLURM sends it, as soon as the process has begun to write."""
+    source, target = tmp_path / "in" / "hf", tmp_path / "out" / "megatron"
+    make_tiny_qwen3(source, tied=False, vocab_size=400_000)  # 205 MB
+    command = [sys.executable, "-m", "megatron_dsrl.cli", "convert", "hf-to-megatron", str(source), str(target)]
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    deadline = time.monotonic() + 100
+    while not any(target.parent.glob(".megatron.partial-*/*")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 143
+    assert list(target.parent.iterdir()) == []
+
+
+# ---- refusals
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def change_weights(folder: Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+REFUSALS = {
+    "unsupported architecture": (
+        lambda folder: change_config(folder, architectures=["LlamaForCausalLM"]),
+        "names LlamaForCausalLM; supported are Qwen3ForCausalLM, Qwen3MoeForCausalLM, Qwen2ForCausalLM",
+    ),
+    "missing tensor": (
+        lambda folder: change_weights(folder, lambda tensors: tensors.pop(QUERY)),
+        f"missing tensors: {QUERY}",
+    ),
+    "surplus tensor": (
+        lambda folder: change_weights(folder, lambda tensors: tensors.update(surplus=torch.zeros(1))),
+        "tensors that the model of config.json does not have: surplus (in model.safetensors)",
+    ),
+    "wrong shape": (
+        lambda folder: change_weights(folder, lambda tensors: tensors.update({QUERY: tensors[QUERY][:64].clone()})),
+        f"{QUERY} (in model.safetensors) is [64, 64], config.json asks for [128, 64]",
+    ),
+    "truncated file": (truncate, "model.safetensors cannot be read: it is truncated, its header promises"),
+    "vocabulary of another model": (
+        lambda folder: change_config(folder, vocab_size=130),
+        "model.embed_tokens.weight (in model.safetensors) is [101, 64], config.json asks for [130, 64]",
+    ),
+    "tokenizer of another model": (
+        lambda folder: (folder / "tokenizer.json").write_text(
+            json.dumps({"model": {"vocab": {"a": 0}}, "added_tokens": [{"content": "<|end|>", "id": 101}]})
+        ),
+        "tokenizer.json has token ids up to 101 ('<|end|>'), but vocab_size in config.json is 101",
+    ),
+    "mixed dtypes": (
+        lambda folder: change_weights(folder, lambda tensors: tensors.update({QUERY: tensors[QUERY].bfloat16()})),
+        "stores its weights in several dtypes",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_bad_sources_are_refused_and_nothing_is_written(tmp_path, capsys, case):
+    damage, message = REFUSALS[case]
+    make_tiny_qwen3(tmp_path / "hf", tied=False, vocab_size=VOCAB_SIZE)
+    damage(tmp_path / "hf")
+    assert convert("hf-to-megatron", tmp_path / "hf", tmp_path / "megatron") == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+DRIFTS = {
+    "RoPE base": ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_theta is 10000.0"),
+    "RoPE scaling": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "RoPE scaling of type 'yarn'"),
+    "tied embeddings": ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
+    "head dimension": ({"head_dim": 64}, "head_dim is 64"),
+    "norm epsilon": ({"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05"),
+    "vocabulary": ({"vocab_size": 102}, "vocab_size is 102"),
+}
+
+
+@pytest.mark.parametrize("case", DRIFTS)
+def test_a_changed_configuration_is_refused(converted, capsys, case):
+    """In the checkpoint's folder itself, and against `--expect`."""
+    changes, message = DRIFTS[case]
+    change_config(converted / "megatron", **changes)
+    assert convert("megatron-to-hf", converted / "megatron", converted / "back") == 2
+    assert message in capsys.readouterr().err
+    if case == "RoPE scaling":
+        return
+    assert convert("hf-to-megatron", converted / "hf", converted / "x", "--expect", converted / "megatron") == 2
+    assert message.split(" is ")[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tensor-parallel-size", 4], "4 does not divide the model's num_key_value_heads 2"),
+        (["--pipeline-parallel-size", 3], "3 does not divide the model's num_hidden_layers 4"),
+        (["--virtual-pipeline-parallel-size", 2], "needs a pipeline_parallel_size of at least 2"),
+        (["--pipeline-parallel-size", 2, "--virtual-pipeline-parallel-size", 4], "8 stages do not divide"),
+        (["--expert-parallel-size", 2], "the model has no experts"),
+    ],
+)
+def test_layouts_that_do_not_divide_the_model(converted, capsys, options, message):
+    assert convert("hf-to-megatron", converted / "hf", converted / "x", *options) == 2
+    assert message in capsys.readouterr().err
