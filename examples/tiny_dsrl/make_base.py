@@ -80,10 +80,10 @@ class Settings:
     """Everything that decides what is made."""
 
     seed: int = 1
-    steps: int = 1400
+    steps: int = 1300
     documents_per_step: int = 16
     learning_rate: float = 1.5e-3
-    correct_part: float = 0.65
+    correct_part: float = 0.8
     """Part of the steps, the first ones, that see only correct solutions to questions."""
     unprompted: float = 0.2
     """Of a document of the later steps: it has no question."""
