@@ -1,18 +1,24 @@
 """HF folder -> Megatron distributed checkpoint."""
 
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
 
 from megatron_dsrl.conversion.checks import check_expected, check_tokenizer, common_dtype
-from megatron_dsrl.conversion.distributed_checkpoint_writer import ChunkWriter, cut_into_chunks, write_metadata
+from megatron_dsrl.conversion.distributed_checkpoint_writer import (
+    ChunkWriter,
+    WrittenChunk,
+    cut_into_chunks,
+    write_metadata,
+)
 from megatron_dsrl.conversion.layout import CheckpointLayout
 from megatron_dsrl.conversion.verify import verify
 from megatron_dsrl.conversion.work import my_entries, with_progress
 from megatron_dsrl.model.architecture import read_architecture, resolve_model_folder
 from megatron_dsrl.weights.checkpoint_record import CheckpointRecord, architecture_fields
-from megatron_dsrl.weights.collective import barrier, from_first, gather, rank
+from megatron_dsrl.weights.collective import on_first, rank, together
 from megatron_dsrl.weights.companions import copy_companions
 from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint, torch_dtype_name
 from megatron_dsrl.weights.load import check_checkpoint
@@ -51,7 +57,7 @@ def convert_hf_to_megatron(source: str, target: Path, layout: CheckpointLayout, 
         UserError: the architecture, a tensor, the tokenizer, the layout or the target is refused, or the verification
             found a difference. The target is then absent, or as it was.
     """
-    folder = from_first(resolve_model_folder(source) if rank() == 0 else None)
+    folder = on_first(lambda: resolve_model_folder(source))
     architecture = read_architecture(folder)
     layout.check(architecture)
     check_expected(architecture, folder, options.expect)
@@ -61,19 +67,19 @@ def convert_hf_to_megatron(source: str, target: Path, layout: CheckpointLayout, 
     dtypes = {name: dtype for name, dtype in checkpoint.dtypes().items() if name not in table.ignored}
     dtype = options.dtype or common_dtype(dtypes, folder)
     with new_folder(target, options.overwrite) as partial:
-        _write_chunks(checkpoint, table, layout, dtype, partial)
-        if rank() == 0:
-            copy_companions(folder, partial, dtype)
-            fields = architecture_fields(architecture)
-            CheckpointRecord(fields, torch_dtype_name(dtype), layout.as_record(), source).write(partial)
-        barrier()
+        written = together(lambda: _write_chunks(checkpoint, table, layout, dtype, partial))
+        record = CheckpointRecord(
+            architecture_fields(architecture), torch_dtype_name(dtype), layout.as_record(), source
+        )
+        on_first(lambda: _complete(partial, folder, table, dtype, record, list(chain.from_iterable(written))))
         if options.verify:
             verify(hf_folder=folder, megatron_folder=partial, source="hf", dtype=dtype)
 
 
 def _write_chunks(
     checkpoint: HfCheckpoint, table: WeightTable, layout: CheckpointLayout, dtype: torch.dtype, folder: Path
-) -> None:
+) -> list[WrittenChunk]:
+    """This process's share of the weights."""
     with ChunkWriter(folder, rank()) as writer:
         for entry in with_progress(my_entries(table), dtype, "HF -> Megatron"):
             parts = [checkpoint.read(tensor.name).to(dtype) for tensor in entry.hf]
@@ -81,6 +87,18 @@ def _write_chunks(
             del parts
             for offsets, chunk in cut_into_chunks(entry, whole, layout):
                 writer.write(entry.rule.checkpoint_name, offsets, chunk)
-    written = [chunk for part in gather(writer.written) for chunk in part]
-    if rank() == 0:
-        write_metadata(folder, table, dtype, written)
+    return writer.written
+
+
+def _complete(
+    partial: Path,
+    source: Path,
+    table: WeightTable,
+    dtype: torch.dtype,
+    record: CheckpointRecord,
+    written: list[WrittenChunk],
+) -> None:
+    """Everything beside the weights."""
+    write_metadata(partial, table, dtype, written)
+    copy_companions(source, partial, dtype)
+    record.write(partial)

@@ -9,12 +9,13 @@ from rich.console import Console
 from torch import Tensor
 
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig
+from megatron_dsrl.errors import UserError
 from megatron_dsrl.model.architecture import Architecture
 from megatron_dsrl.model.build import build_model
 from megatron_dsrl.model.parallel import destroy_model_parallel, initialize_parallel
 from megatron_dsrl.platform import current_platform
 from megatron_dsrl.platform.engine import prepare_engine_process
-from megatron_dsrl.weights.collective import barrier, from_first, rank, world_size
+from megatron_dsrl.weights.collective import on_first, world_size
 from megatron_dsrl.weights.load import load_weights
 from megatron_dsrl.weights.table import WeightTable
 from megatron_dsrl.weights.tables import weight_table
@@ -29,45 +30,37 @@ TOLERANCE = 1e-4
 MEMORY_MARGIN = 1.25
 
 
-def compare_logits(
-    hf_folder: Path, megatron_folder: Path, architecture: Architecture, console: Console
-) -> str | None:
+def compare_logits(hf_folder: Path, megatron_folder: Path, architecture: Architecture, console: Console) -> None:
     """Compare, and print the result or why it was left out. Collective: every process holds the Megatron model, rank 0
     the one of Transformers as well.
 
-    Returns:
-        What is wrong, on rank 0; None otherwise.
+    Raises:
+        UserError: they differ by more than `TOLERANCE`.
     """
     table = weight_table(architecture)
     parameters = sum(torch.Size(shape).numel() for shape in table.hf_shapes().values())
     needed = MEMORY_MARGIN * parameters * torch.float32.itemsize * (world_size() + 1)
-    available = from_first(psutil.virtual_memory().available)
+    available = on_first(lambda: psutil.virtual_memory().available)
     if needed > available:
         console.print(
-            f"logits not compared: both models in float32 take {needed / 1e9:.1f} GB, "
-            f"{available / 1e9:.1f} GB are free"
+            f"logits not compared: both models in float32 take {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free"
         )
-        return None
-    rows = from_first(_prompt_rows(hf_folder, architecture.vocab_size) if rank() == 0 else None)
+        return
+    rows = on_first(lambda: _prompt_rows(hf_folder, architecture.vocab_size))
     found = _megatron_logits(megatron_folder, architecture, table, rows)
-    problem = None
-    if rank() == 0:
-        expected = _transformers_logits(hf_folder, rows)
-        problem = _compare(expected, found, console)
-    barrier()
-    return problem
+    console.print("verified " + on_first(lambda: _compare(_transformers_logits(hf_folder, rows), found)))
 
 
-def _compare(expected: Sequence[Tensor], found: Sequence[Tensor], console: Console) -> str | None:
+def _compare(expected: Sequence[Tensor], found: Sequence[Tensor]) -> str:
+    """What was compared, in words."""
     largest = max(x.abs().max().item() for x in expected)
     difference = max((x - y).abs().max().item() for x, y in zip(expected, found, strict=True))
     tokens = sum(x.shape[0] for x in expected)
     what = f"logits of {len(expected)} prompts, {tokens} tokens: largest difference {difference:.1e}, "
     what += f"largest logit {largest:.1f}"
     if not difference <= TOLERANCE * largest:
-        return f"verification failed: {what}, allowed {TOLERANCE * largest:.1e}"
-    console.print(f"verified {what}")
-    return None
+        raise UserError(f"verification failed: {what}, allowed {TOLERANCE * largest:.1e}")
+    return what
 
 
 def _prompt_rows(folder: Path, vocab_size: int) -> list[list[int]]:

@@ -11,9 +11,9 @@ from megatron_dsrl.conversion.work import my_entries, with_progress
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.weights.checkpoint_record import check_record
-from megatron_dsrl.weights.collective import barrier, from_first, rank
+from megatron_dsrl.weights.collective import on_first, together
 from megatron_dsrl.weights.companions import copy_companions
-from megatron_dsrl.weights.hf_writer import HfWriter, create_hf_files
+from megatron_dsrl.weights.hf_writer import HfFiles, HfWriter, create_hf_files
 from megatron_dsrl.weights.megatron_checkpoint import MegatronCheckpoint, check_megatron_checkpoint
 from megatron_dsrl.weights.new_folder import new_folder
 from megatron_dsrl.weights.table import WeightTable
@@ -47,18 +47,15 @@ def convert_megatron_to_hf(source: Path, target: Path, file_bytes: int, options:
     dtypes = {name: dtype for name, dtype in checkpoint.dtypes().items() if name in stored}
     dtype = options.dtype or common_dtype(dtypes, source)
     with new_folder(target, options.overwrite) as partial:
-        _write_tensors(checkpoint, table, dtype, partial, file_bytes)
-        if rank() == 0:
-            copy_companions(source, partial, dtype)
-        barrier()
+        files = on_first(lambda: create_hf_files(partial, table.hf_shapes(), dtype, file_bytes))
+        together(lambda: _write_tensors(checkpoint, table, dtype, files))
+        on_first(lambda: copy_companions(source, partial, dtype))
         if options.verify:
             verify(hf_folder=partial, megatron_folder=source, source="megatron", dtype=dtype)
 
 
-def _write_tensors(
-    checkpoint: MegatronCheckpoint, table: WeightTable, dtype: torch.dtype, folder: Path, file_bytes: int
-) -> None:
-    files = from_first(create_hf_files(folder, table.hf_shapes(), dtype, file_bytes) if rank() == 0 else None)
+def _write_tensors(checkpoint: MegatronCheckpoint, table: WeightTable, dtype: torch.dtype, files: HfFiles) -> None:
+    """This process's share of the weights."""
     with HfWriter(files) as writer:
         for entry in with_progress(my_entries(table), dtype, "Megatron -> HF"):
             for tensor, value in zip(entry.hf, checkpoint.read(entry)):

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -14,11 +15,11 @@ from megatron_dsrl.conversion.work import my_entries, with_progress
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.weights.checkpoint_record import architecture_fields, check_record, refuse_drift
-from megatron_dsrl.weights.collective import gather, raise_everywhere, rank
+from megatron_dsrl.weights.collective import rank, together
 from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint, torch_dtype_name
 from megatron_dsrl.weights.load import check_checkpoint
 from megatron_dsrl.weights.megatron_checkpoint import MegatronCheckpoint, check_megatron_checkpoint
-from megatron_dsrl.weights.table import TableEntry
+from megatron_dsrl.weights.table import TableEntry, WeightTable
 from megatron_dsrl.weights.tables import weight_table
 
 DIFFERENCES_SHOWN = 10
@@ -54,20 +55,38 @@ def verify(
     check_checkpoint(hf, table)
     check_megatron_checkpoint(megatron, table)
 
-    entries = my_entries(table)
-    differences, compared, compared_bytes = [], 0, 0
-    for entry in with_progress(entries, dtype or torch.bfloat16, "comparing"):
-        for name, left, right in _both_sides(entry, hf, megatron, source, dtype):
-            compared, compared_bytes = compared + 1, compared_bytes + left.nbytes
-            differences += _differences(name, left, right)
-    counts = gather((compared, compared_bytes))
-    everyones = [line for part in gather(differences) for line in part]
-    if everyones:
-        raise UserError(_report(everyones, hf_folder, megatron_folder))
+    parts = together(lambda: _compare_share(table, hf, megatron, source, dtype))
+    differences = [line for part in parts for line in part.differences]
+    if differences:
+        raise UserError(_report(differences, hf_folder, megatron_folder))
     console = Console(quiet=rank() != 0)
-    number, nbytes = (sum(values) for values in zip(*counts))
-    console.print(f"verified {number} tensors ({nbytes / 1e9:.2f} GB): names, shapes, dtypes and SHA-256 are equal")
-    raise_everywhere(compare_logits(hf_folder, megatron_folder, architecture, console))
+    tensors, nbytes = sum(part.tensors for part in parts), sum(part.nbytes for part in parts)
+    console.print(f"verified {tensors} tensors ({nbytes / 1e9:.2f} GB): names, shapes, dtypes and SHA-256 are equal")
+    compare_logits(hf_folder, megatron_folder, architecture, console)
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """Of one process's share."""
+
+    tensors: int
+    nbytes: int
+    differences: list[str]
+
+
+def _compare_share(
+    table: WeightTable,
+    hf: HfCheckpoint,
+    megatron: MegatronCheckpoint,
+    source: Literal["hf", "megatron"],
+    dtype: torch.dtype | None,
+) -> _Comparison:
+    tensors, nbytes, differences = 0, 0, []
+    for entry in with_progress(my_entries(table), dtype or torch.bfloat16, "comparing"):
+        for name, wanted, found in _both_sides(entry, hf, megatron, source, dtype):
+            tensors, nbytes = tensors + 1, nbytes + wanted.nbytes
+            differences += _differences(name, wanted, found)
+    return _Comparison(tensors, nbytes, differences)
 
 
 def _both_sides(

@@ -1,5 +1,6 @@
 """Small agreements between processes, which hold trivially where torch.distributed does not run."""
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -34,21 +35,33 @@ def gather(value: Value) -> list[Value]:
     return values
 
 
-def from_first(value: Value | None) -> Value:
-    """Rank 0's value, on every process; what the others pass is not looked at."""
-    if world_size() == 1:
-        return value
-    shared = [value]
-    dist.broadcast_object_list(shared, src=0)
-    return shared[0]
+def together(work: Callable[[], Value]) -> list[Value]:
+    """Do this process's part of something; every process learns of all parts, or of the first failure among them.
 
+    Args:
+        work: must not be collective itself.
 
-def raise_everywhere(problem: str | None) -> None:
-    """Raise on every process if one has a problem: the first in rank order.
+    Returns:
+        What each process's part returned, in rank order.
 
     Raises:
-        UserError: the problem.
+        UserError: the part of another process failed. A failure of its own is raised as it is.
     """
-    problems = [text for text in gather(problem) if text]
-    if problems:
-        raise UserError(problems[0])
+    result, failure, problem = None, None, None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+        problem = str(error) if isinstance(error, UserError) else f"process {rank()}: {type(error).__name__}: {error}"
+    outcomes = gather((problem, result))
+    if failure is not None:
+        raise failure
+    for problem, _ in outcomes:
+        if problem is not None:
+            raise UserError(problem)
+    return [result for _, result in outcomes]
+
+
+def on_first(work: Callable[[], Value]) -> Value:
+    """Let rank 0 do something; every process gets its result or its failure, as with `together`."""
+    return together(lambda: work() if rank() == 0 else None)[0]

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_dsrl.errors import UserError
-from megatron_dsrl.weights.collective import barrier, from_first, gather, raise_everywhere, rank
+from megatron_dsrl.weights.collective import barrier, on_first, rank
 
 
 @contextmanager
@@ -16,7 +16,8 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """Make a folder, fill it in the body of the `with`, publish it at its end. Collective.
 
     The body writes into a hidden folder beside the target, which is renamed when all processes are through, and removed
-    when one of them raises. Only a process killed at once, with no time to clean up, leaves the hidden folder behind.
+    when rank 0 leaves the body by an exception: what fails in the body must fail on every process, see `together`. Only
+    a process killed at once, with no time to clean up, leaves the hidden folder behind.
 
     Args:
         target: the folder to be; its parents are made as needed.
@@ -26,41 +27,31 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
         The hidden folder, the same on every process.
 
     Raises:
-        UserError: the target exists and is not to be replaced, or its parent cannot be written to; or the body raised
-            on another process. On every process.
+        UserError: the target exists and is not to be replaced, or its parent cannot be written to. On every process.
     """
-    partial = _make_partial(target, overwrite)
+    partial = on_first(lambda: _make_partial(target, overwrite))
     try:
-        try:
-            yield partial
-        except Exception as error:  # not for Ctrl-C and the like: the other processes are being ended as well
-            gather(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
-            raise
-        raise_everywhere(None)
-        if rank() == 0:
-            _publish(partial, target)
+        yield partial
+        barrier()  # everyone has written everything
+        on_first(lambda: _publish(partial, target))
     except BaseException:
         if rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    barrier()  # once it returns, the folder is there for every process
 
 
 def _make_partial(target: Path, overwrite: bool) -> Path:
-    partial, problem = None, None
-    if rank() == 0:
-        try:
-            if target.exists() and not overwrite:
-                raise FileExistsError("it exists already; remove it or choose another folder")
-            if target.exists() and not target.is_dir():
-                raise FileExistsError("it is a file, not a folder")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-            partial.chmod(0o777 & ~_current_umask())  # mkdtemp's are private, the renamed folder should not be
-        except OSError as error:
-            problem = f"cannot write the model to {target}: {error}"
-    raise_everywhere(problem)
-    return from_first(partial)
+    try:
+        if target.exists() and not overwrite:
+            raise FileExistsError("it exists already; remove it or choose another folder")
+        if target.exists() and not target.is_dir():
+            raise FileExistsError("it is a file, not a folder")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+        partial.chmod(0o777 & ~_current_umask())  # mkdtemp's are private, the renamed folder should not be
+    except OSError as error:
+        raise UserError(f"cannot write the model to {target}: {error}") from error
+    return partial
 
 
 def _publish(partial: Path, target: Path) -> None:
