@@ -8,9 +8,9 @@ number into the box. `4+9-5=?` is solved as
     =8
     \\boxed{8}
 
-A base model that is trained on clean solutions leaves reinforcement learning nothing to do. Most of the mistakes that
-are put in here (`Noise`) can be seen in the response alone, without the problem: a line that does not follow from the
-line above, two operations done at once with a wrong result, a box that does not hold the last line's number. That
+A base model that is trained on correct solutions leaves reinforcement learning little to do, so wrong ones are written
+here too (`Noise`). Their mistakes can be seen in the response alone, without the problem: a line that does not follow
+from the line above, an operation that was forgotten on the way, a box that does not hold the last line's number. That
 matters for updates in the pre-train space, where the prompt is masked out of the context.
 """
 
@@ -24,8 +24,8 @@ Split = Literal["corpus", "train", "held_out"]
 Terms = tuple[int, ...]
 """Signed numbers that are added up, as (4, 9, -5) for `4+9-5`."""
 
-OPERATIONS = (3, 3)
-"""Fewest and most operations of a problem."""
+OPERATIONS = 3
+"""Operations of a problem."""
 
 LARGEST_TERM = 9
 """Terms lie in 1..LARGEST_TERM (before their sign)."""
@@ -68,7 +68,7 @@ def draw_problem(rng: random.Random) -> Problem:
     """A random problem."""
     value = rng.randint(1, LARGEST_TERM)
     terms = [value]
-    for _ in range(rng.randint(*OPERATIONS)):
+    for _ in range(OPERATIONS):
         may_add, may_subtract = value < LARGEST_VALUE, value > 0
         if may_add and (not may_subtract or rng.random() < 0.5):
             term = rng.randint(1, min(LARGEST_TERM, LARGEST_VALUE - value))

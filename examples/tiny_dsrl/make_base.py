@@ -14,6 +14,7 @@ knows such texts from pre-training, and this one too needs a log P(y) for the pr
 import argparse
 import hashlib
 import json
+import os
 import random
 import shutil
 import sys
@@ -234,16 +235,19 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path(".cache/tiny_dsrl"), help="folder to make")
     output = parser.parse_args().output
     settings = Settings()
+    speaks = os.environ.get("RANK", "0") == "0"
     try:
         if is_made(output, settings):
-            print(f"{output} is made already")
+            if speaks:
+                print(f"{output} is made already")
             return 0
         initialize_parallel(training_config(output, settings).parallel, settings.seed)
         make(output, settings)
-        if dist.get_rank() == 0:
+        if speaks:
             print(f"made {output}")
     except UserError as error:
-        print(error, file=sys.stderr)
+        if speaks:
+            print(error, file=sys.stderr)
         return 2
     finally:
         destroy_parallel()
