@@ -18,10 +18,7 @@ import torch
 from sglang.srt.layers.sampler import Sampler, register_sampler_backend
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
-_GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - 2**64  # constants of SplitMix64 (Steele, Lea and Flood 2014), as signed numbers
-_MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
-_MIX_2 = 0x94D049BB133111EB - 2**64
-_UNIFORM_BITS = 48  # few enough that a uniform number times the total stays below the total in float64
+from megatron_dsrl.platform.sglang_cpu.inverse_sampling import pick, uniform_numbers
 
 
 class SeededSampler(Sampler):
@@ -40,24 +37,6 @@ class SeededSampler(Sampler):
         return tokens.gather(1, picked[:, None])[:, 0].to(torch.int32), None
 
 
-def uniform_numbers(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Float64 in [0, 1) for every (seed, position): the output of SplitMix64 that is `position` steps from `seed`.
-
-    Args:
-        seeds: int64 [requests].
-        positions: positions of the tokens before the sampled ones, [requests].
-    """
-    mixed = _mix(_mix(seeds) + (positions.to(torch.int64) + 1) * _GOLDEN_GAMMA)  # int64 arithmetic wraps around
-    return _shift_right(mixed, 64 - _UNIFORM_BITS).to(torch.float64) / 2**_UNIFORM_BITS
-
-
-def pick(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Index per row of `weights`, [requests, entries], not normalised, by inversion. An entry of weight 0 is never taken."""
-    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
-    targets = uniform[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, targets, right=True)[:, 0]
-
-
 def _most_likely(probs: torch.Tensor, sampling_info: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Probabilities in descending order, those outside top-k, top-p or min-p set to 0, and their tokens."""
     kept, tokens = probs.sort(dim=-1, descending=True, stable=True)
@@ -67,17 +46,6 @@ def _most_likely(probs: torch.Tensor, sampling_info: Any) -> tuple[torch.Tensor,
     if sampling_info.need_min_p_sampling:
         dropped |= kept < kept[:, :1] * sampling_info.min_ps[:, None]
     return kept.masked_fill(dropped, 0.0), tokens
-
-
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    x = (x ^ _shift_right(x, 30)) * _MIX_1
-    x = (x ^ _shift_right(x, 27)) * _MIX_2
-    return x ^ _shift_right(x, 31)
-
-
-def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical shift of int64: zeros come in."""
-    return (x >> bits) & (2 ** (64 - bits) - 1)
 
 
 def register() -> None:

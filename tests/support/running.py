@@ -1,0 +1,99 @@
+"""A `dsrl train` command that is still running, to be disturbed."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from tests.support.tiny_run import MARK, REPOSITORY, processes_left_behind
+
+POLL_SECONDS = 0.005
+LIMIT_SECONDS = 240.0
+
+
+class RunningTraining:
+    """The process, and what one can see of it from outside: its run folder and its children."""
+
+    def __init__(self, process: subprocess.Popen[str], run: Path, output: Path) -> None:
+        self.process = process
+        self._run = run
+        self._output = output
+
+    def wait_until(self, what: Callable[[], bool]) -> None:
+        """Watch closely until something is the case, or the training has ended."""
+        deadline = time.monotonic() + LIMIT_SECONDS
+        while not what() and self.process.poll() is None:
+            assert time.monotonic() < deadline, self.output
+            time.sleep(POLL_SECONDS)
+
+    def is_sampling(self, step: int) -> bool:
+        """The step before is finished and saved, and the rollouts of this one are not there yet."""
+        return self.has_checkpoint(step - 1) and not self._rollouts(step).exists()
+
+    def is_updating(self, step: int) -> bool:
+        """The rollouts of the step are there, and its checkpoint is not."""
+        return self._rollouts(step).exists() and not self.has_checkpoint(step)
+
+    def has_checkpoint(self, step: int) -> bool:
+        return (self._run / "checkpoints" / f"step_{step:06d}").exists()
+
+    def engine_processes(self) -> list[psutil.Process]:
+        """The SGLang servers and all that they started."""
+        try:
+            children = psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+        return [p for child in children if _is_engine(child) for p in (child, *child.children(recursive=True))]
+
+    def ended(self) -> int:
+        """Wait for the end; the exit status. Nothing that it started may be left."""
+        status = self.process.wait(LIMIT_SECONDS)
+        deadline = time.monotonic() + 10  # the kernel ends the children of a killed process a moment later
+        while (left := processes_left_behind()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert left == [], left
+        return status
+
+    @property
+    def output(self) -> str:
+        return self._output.read_text()
+
+    def _rollouts(self, step: int) -> Path:
+        return self._run / "rollouts" / f"step_{step:06d}.jsonl"
+
+
+@contextmanager
+def running_training(*arguments: str, run: Path) -> Iterator[RunningTraining]:
+    """Start `dsrl train`; it is killed at the end of the block, should it still run.
+
+    Args:
+        arguments: configuration file and overrides.
+        run: its run folder.
+    """
+    output = run.parent / f"{run.name}.output"
+    with open(output, "a") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "megatron_dsrl.cli", "train", *arguments],
+            cwd=REPOSITORY,
+            env=os.environ | {"OMP_NUM_THREADS": "1", MARK: str(os.getpid())},
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    try:
+        yield RunningTraining(process, run, output)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _is_engine(process: psutil.Process) -> bool:
+    try:
+        return "megatron_dsrl.rollout.server_process" in process.cmdline()
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return False
