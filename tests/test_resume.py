@@ -50,7 +50,7 @@ def cut_after(run: Path, step: int, name: str) -> Path:
     shutil.copytree(run, copy)
     for later in range(step + 1, STEPS + 1):
         shutil.rmtree(copy / "checkpoints" / f"step_{later:06d}")
-    (copy / "checkpoints" / f".step_{step + 1:06d}.partial" / "megatron").mkdir(parents=True)
+    (copy / "checkpoints" / f".partial_step_{step + 1:06d}" / "megatron").mkdir(parents=True)
     shutil.rmtree(copy / "hf")
     return copy
 

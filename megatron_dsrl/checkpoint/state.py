@@ -2,6 +2,7 @@
 
 import json
 import os
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,9 @@ class SavedState:
 
     def write(self, file: Path) -> None:
         """Write and flush to disk."""
+        content = asdict(self)
         with open(file, "w", encoding="utf-8") as stream:
-            json.dump({"format_version": FORMAT_VERSION, **asdict(self)}, stream, indent=1)
+            json.dump({"format_version": FORMAT_VERSION, "checksum": _checksum(content), **content}, stream, indent=1)
             stream.flush()
             os.fsync(stream.fileno())
 
@@ -76,10 +78,17 @@ class SavedState:
             content = json.loads(file.read_text(encoding="utf-8"))
             if content["format_version"] != FORMAT_VERSION:
                 raise ValueError(f"format {content['format_version']}, this program reads {FORMAT_VERSION}")
+            if content["checksum"] != _checksum({name: content[name] for name in ("run", "files")}):
+                raise ValueError("not what was written: its checksum differs")
             run = content["run"]
             return cls(
                 run=RunState(**run | {"layout": Layout(**run["layout"])}),
                 files={name: (size, checksum) for name, (size, checksum) in content["files"].items()},
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a checkpoint's state: {error!r}") from error
+
+
+def _checksum(content: dict[str, Any]) -> int:
+    """CRC-32 of the content, whatever the order of its fields."""
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())

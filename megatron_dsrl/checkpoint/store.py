@@ -18,14 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dsrl.checkpoint.state import RunState, SavedState
 from megatron_dsrl.errors import UserError
 
 STATE_FILE = "state.json"
 WEIGHTS_FOLDER = "megatron"
+_PARTIAL_PREFIX = ".partial_"
 _NAME = re.compile(r"step_(\d+)")
 _READ_BYTES = 16 * 2**20
+_TORCH_SAVE_FAILURES = ("PytorchStreamWriter", "inline_container", "iostream error")
+"""In messages of the RuntimeError that torch.save raises in place of OSError, on a full disk for example."""
 
 
 @dataclass(frozen=True)
@@ -56,30 +60,39 @@ class CheckpointStore:
         self._keep_last = keep_last
         self._keep_every_steps = keep_every_steps
         self._report = report
+        self._continued_step: int | None = None
 
     def save(self, state: RunState, write_weights: Callable[[Path], None]) -> None:
-        """Publish a checkpoint, then remove those that are not to be kept. An existing one of the step is replaced.
+        """Publish a checkpoint, then remove those that are not to be kept.
+
+        A damaged one of the same step is replaced. Nothing is written when `newest` has found the step's checkpoint
+        good: the run has not moved since, and the only good checkpoint must at no moment be gone.
 
         Args:
             state: everything but the actor's part; the same on every rank.
             write_weights: collective; writes the actor's part into an empty folder.
 
         Raises:
-            UserError: on every rank, when the folder cannot be written to (no space, read-only). The checkpoints
-                before are untouched, and nothing half-written is left.
+            UserError: the folder cannot be written to (no space, read-only). The checkpoints before are untouched, and
+                nothing half-written is left. Ranks raise it together, except for a failure of one rank between
+                Megatron's own exchanges: that rank raises at once instead of waiting for the others, whose connection
+                to it then breaks.
         """
-        partial = self._root / f".step_{state.step:06d}.partial"
+        if state.step == self._continued_step:
+            return
+        partial = self._root / f"{_PARTIAL_PREFIX}step_{state.step:06d}"
         try:
             _on_rank_0(lambda: _make_empty(partial / WEIGHTS_FOLDER))
-            _on_all_ranks(lambda: write_weights(partial / WEIGHTS_FOLDER))
+            _write_together(write_weights, partial / WEIGHTS_FOLDER)
             checksums = _checksums_of_all_files(partial)
             _on_rank_0(lambda: self._publish(partial, SavedState(run=state, files=checksums)))
         except OSError as error:
             if dist.get_rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise UserError(
-                f"the checkpoint of step {state.step} could not be written to {self._root}: {error}. Earlier "
-                "checkpoints are untouched; free space or mend the permissions, and start again to continue from them"
+                f"the checkpoint of step {state.step} could not be written to {self._root}{_free_space(self._root)}: "
+                f"{error}. Earlier checkpoints are untouched; free space or mend the permissions, and start again to "
+                "continue from them"
             ) from error
 
     def newest(self) -> Checkpoint | None:
@@ -89,6 +102,7 @@ class CheckpointStore:
             problem, state = self._validate(folder)
             if problem is None:
                 assert state is not None
+                self._continued_step = state.step
                 return Checkpoint(folder, state)
             if dist.get_rank() == 0:
                 self._report(f"checkpoint {folder} is damaged and left out: {problem}")
@@ -123,6 +137,7 @@ class CheckpointStore:
     def _publish(self, partial: Path, saved: SavedState) -> None:
         """Rank 0."""
         saved.write(partial / STATE_FILE)
+        _flush_to_disk(partial / WEIGHTS_FOLDER)
         _flush_to_disk(partial)
         target = self._root / f"step_{saved.run.step:06d}"
         if target.exists():
@@ -136,6 +151,34 @@ class CheckpointStore:
         for step, folder in published[: -self._keep_last]:
             if not (self._keep_every_steps and step % self._keep_every_steps == 0):
                 shutil.rmtree(folder)
+        for abandoned in self._root.glob(f"{_PARTIAL_PREFIX}*"):  # by a process that was killed while it wrote
+            shutil.rmtree(abandoned)
+
+
+def _write_together(write_weights: Callable[[Path], None], folder: Path) -> None:
+    """Write the actor's part; a failure becomes an OSError.
+
+    Megatron's writers report to each other, and all ranks raise CheckpointException, which is no Exception, together.
+    Its cause is known to rank 0 only.
+    """
+    problem: str | None = None
+    try:
+        write_weights(folder)
+    except CheckpointException as error:
+        problem = "; ".join(str(cause) for cause, _ in error.failures.values()) or None
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in _TORCH_SAVE_FAILURES):
+            raise
+        raise OSError(f"torch.save: {error}") from error
+    if (problem := _first_problem(problem)) is not None:
+        raise OSError(problem)
+
+
+def _free_space(folder: Path) -> str:
+    try:
+        return f" ({shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free there)"
+    except OSError:
+        return ""
 
 
 def _make_empty(folder: Path) -> None:
@@ -171,14 +214,11 @@ def _flush_to_disk(folder: Path) -> None:
 
 
 def _on_rank_0(action: Callable[[], None]) -> None:
-    _on_all_ranks(action if dist.get_rank() == 0 else lambda: None)
-
-
-def _on_all_ranks(action: Callable[[], None]) -> None:
-    """Run it and wait for the other ranks; an OSError of any rank is raised on all of them."""
+    """An OSError of it is raised on all ranks."""
     problem: str | None = None
     try:
-        action()
+        if dist.get_rank() == 0:
+            action()
     except OSError as error:
         problem = str(error)
     if (problem := _first_problem(problem)) is not None:

@@ -1,0 +1,253 @@
+"""Checkpoint folders: whole or absent, validated, pruned; the last good one survives whatever goes wrong.
+
+The actor's part is made of a few files here; `tests/test_resume.py` has the real one.
+"""
+
+import json
+import os
+import re
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_dsrl.checkpoint.compatibility import check_same_model, check_same_optimizer, check_same_run
+from megatron_dsrl.checkpoint.state import Layout, RunState
+from megatron_dsrl.checkpoint.store import CheckpointStore
+from megatron_dsrl.config.model import ParallelConfig
+from megatron_dsrl.errors import UserError
+from tests.support.distributed import run_distributed
+from tests.support.engine import tiny_run_config
+
+LAYOUT = Layout(world_size=1, tensor_parallel_size=1, pipeline_parallel_size=1, distributed_optimizer=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process(tmp_path_factory) -> Iterator[None]:
+    store = tmp_path_factory.mktemp("rendezvous") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Store(CheckpointStore):
+    """A store that remembers what it reported."""
+
+    def __init__(self, root: Path, keep_last: int = 2, keep_every_steps: int | None = None) -> None:
+        self.reports: list[str] = []
+        super().__init__(root, keep_last, keep_every_steps, self.reports.append)
+
+
+def state(step: int) -> RunState:
+    return RunState(step, "GRPO", {"epoch": 0, "position": 8 * step}, LAYOUT, {"layers": 4}, {"seed": 1, "rate": 1e-3})
+
+
+def write_weights(folder: Path) -> None:
+    torch.save({"weight": torch.arange(1000)}, folder / "common.pt")
+    (folder / "__0_0.distcp").write_bytes(bytes(range(256)) * 40)
+
+
+def saved(root: Path, *steps: int, **options) -> Store:
+    store = Store(root, **options)
+    for step in steps:
+        store.save(state(step), write_weights)
+    return store
+
+
+def names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir())
+
+
+def test_the_newest_checkpoint_comes_back_as_it_was_saved(tmp_path):
+    assert Store(tmp_path / "absent").newest() is None
+    saved(tmp_path, 1, 2)
+    newest = Store(tmp_path).newest()
+    assert newest.state == state(2)
+    assert newest.weights_folder == tmp_path / "step_000002" / "megatron"
+    assert torch.equal(torch.load(newest.weights_folder / "common.pt")["weight"], torch.arange(1000))
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every_steps", "kept"),
+    [(1, None, [6]), (3, None, [4, 5, 6]), (1, 2, [2, 4, 6]), (2, 4, [4, 5, 6])],
+)
+def test_old_checkpoints_are_removed(tmp_path, keep_last, keep_every_steps, kept):
+    saved(tmp_path, *range(1, 7), keep_last=keep_last, keep_every_steps=keep_every_steps)
+    assert names(tmp_path) == [f"step_{step:06d}" for step in kept]
+
+
+def flip_a_byte(checkpoint: Path) -> None:
+    file = checkpoint / "megatron" / "__0_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[5000] ^= 1
+    file.write_bytes(content)
+
+
+def flip_a_digit_of_the_state(checkpoint: Path) -> None:
+    file = checkpoint / "state.json"
+    file.write_text(file.read_text().replace('"position": 24', '"position": 25'))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "flipped byte": (flip_a_byte, "megatron/__0_0.distcp is not what was written"),
+    "truncated file": (lambda c: os.truncate(c / "megatron" / "common.pt", 100), "megatron/common.pt is not what"),
+    "missing file": (lambda c: (c / "megatron" / "common.pt").unlink(), "megatron/common.pt: No such file"),
+    "missing folder": (lambda c: shutil.rmtree(c / "megatron"), "No such file"),
+    "no state": (lambda c: (c / "state.json").unlink(), "state.json: .*No such file"),
+    "broken state": (lambda c: os.truncate(c / "state.json", 200), "state.json: "),
+    "another document": (lambda c: (c / "state.json").write_text("[1, 2]"), "state.json: not a checkpoint's state"),
+    "no text": (lambda c: (c / "state.json").write_bytes(b"\xff\xfe\x00"), "state.json: "),
+    "flipped digit": (flip_a_digit_of_the_state, "state.json: not what was written"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, damage):
+    saved(tmp_path, 1, 2, 3, keep_last=3)
+    spoil, problem = DAMAGES[damage]
+    spoil(tmp_path / "step_000003")
+
+    store = Store(tmp_path)
+    assert store.newest().state.step == 2
+    (report,) = store.reports
+    assert str(tmp_path / "step_000003") in report
+    assert re.search(problem, report), report
+
+    store.save(state(3), write_weights)  # the step is taken again
+    assert Store(tmp_path).newest().state.step == 3
+
+
+def test_nothing_good_is_none(tmp_path):
+    saved(tmp_path, 1, 2)
+    for folder in tmp_path.iterdir():
+        flip_a_byte(folder)
+    store = Store(tmp_path)
+    assert store.newest() is None
+    assert len(store.reports) == 2
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing of the store's may run after it."""
+
+
+def test_what_a_killed_process_left_is_no_checkpoint_and_goes_away(tmp_path):
+    store = saved(tmp_path, 1)
+
+    def half(folder: Path) -> None:
+        (folder / "__0_0.distcp").write_bytes(b"half")
+        raise Killed
+
+    with pytest.raises(Killed):
+        store.save(state(2), half)
+    assert len(names(tmp_path)) == 2
+    resumed = Store(tmp_path)
+    assert resumed.newest().state.step == 1 and resumed.reports == []
+    resumed.save(state(3), write_weights)
+    assert names(tmp_path) == ["step_000001", "step_000003"]
+
+
+def test_the_checkpoint_that_a_run_continues_from_is_not_written_again(tmp_path):
+    saved(tmp_path, 1)
+    store = Store(tmp_path)
+    store.newest()
+
+    def must_not_be_called(folder: Path) -> None:
+        raise AssertionError
+
+    store.save(state(1), must_not_be_called)
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Writing more raises OSError, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [200, 2000, 10_000], ids=["all files", "torch.save", "shard"])
+def test_a_disk_that_fills_up(tmp_path, size):
+    store = saved(tmp_path, 1)
+    with files_of_at_most(size), pytest.raises(UserError, match="step 2 could not be written .* MiB are free"):
+        store.save(state(2), write_weights)
+    assert names(tmp_path) == ["step_000001"]
+    assert Store(tmp_path).newest().state.step == 1
+    store.save(state(2), write_weights)
+    assert Store(tmp_path).newest().state.step == 2
+
+
+def test_a_place_that_cannot_be_written_to(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="step 1 could not be written to .*Not a directory"):
+        saved(tmp_path / "file", 1)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not stop root")
+def test_a_read_only_folder(tmp_path):
+    saved(tmp_path, 1)
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(UserError, match="step 2 could not be written to .*Permission denied"):
+            saved(tmp_path, 2)
+    finally:
+        tmp_path.chmod(0o700)
+    assert names(tmp_path) == ["step_000001"]
+
+
+def save_an_actor_onto_a_full_disk(model: Path, root: Path, full_on: list[int]) -> list[str]:
+    """Save twice: with room, then without on some ranks. The message of the second."""
+    from megatron_dsrl.actor.build import build_actor
+    from megatron_dsrl.model.parallel import destroy_parallel, initialize_parallel
+    from tests.actor.test_saved_state import ACTOR, run_config
+
+    parallel = ParallelConfig(tensor_parallel_size=dist.get_world_size() if dist.is_initialized() else 2)
+    initialize_parallel(parallel, 1)
+    actor = build_actor(run_config(model, parallel, ACTOR), model)
+    store = Store(root)
+    store.save(state(1), actor.save)
+    with files_of_at_most(20_000 if dist.get_rank() in full_on else 10**9):
+        try:
+            store.save(state(2), actor.save)
+        except UserError as error:
+            message = str(error)
+    found = store.newest().state.step
+    destroy_parallel()
+    return [message, found]
+
+
+@pytest.mark.parametrize("full_on", [[0], [1]], ids=["rank 0", "rank 1"])
+def test_megatron_on_a_full_disk_of_one_rank_ends_all_ranks(tiny_model_folder, tmp_path, full_on):
+    results = run_distributed(save_an_actor_onto_a_full_disk, 2, tiny_model_folder, tmp_path, full_on)
+    for message, found in results:
+        assert "the checkpoint of step 2 could not be written" in message and "OSError" in message
+        assert found == 1
+    assert names(tmp_path) == ["step_000001"]
+
+
+def test_a_checkpoint_of_another_model_is_refused():
+    before = {"layers": 4, "rope": {"base": 10_000}}
+    check_same_model(before, before, "there")
+    with pytest.raises(UserError, match="layers is 4 there and 5 here; rope.base is 10000 there and 1000000 here"):
+        check_same_model(before, {"layers": 5, "rope": {"base": 1_000_000}}, "there")
+
+
+def test_the_other_kind_of_optimizer_is_refused():
+    with pytest.raises(UserError, match="written with parallel.distributed_optimizer=false"):
+        check_same_optimizer(LAYOUT, ParallelConfig(distributed_optimizer=True), "there")
+
+
+def test_another_configuration_is_refused_but_not_another_layout(tmp_path):
+    config = tiny_run_config(tmp_path)
+    before = json.loads(json.dumps(config.model_dump(mode="json")))
+    check_same_run(before, config.model_copy(update={"parallel": ParallelConfig(tensor_parallel_size=2)}), "there")
+    changed = config.model_copy(update={"seed": 5, "data": config.data.model_copy(update={"limit": 3})})
+    with pytest.raises(UserError, match=r"(?s)there holds .* data.limit: None there, 3 now\n  seed: 1 there, 5 now"):
+        check_same_run(before, changed, "there")
