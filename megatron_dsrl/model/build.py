@@ -29,9 +29,9 @@ RECOMPUTE = {
 
 
 def transformer_config(
-    architecture: Architecture, model: ModelConfig, parallel: ParallelConfig
+    architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, virtual_stages: int = 1
 ) -> TransformerConfig:
-    """Megatron's configuration of the model in this layout."""
+    """Megatron's configuration of the model in this layout; see `build_model`."""
     dtype = DTYPES[model.dtype]
     implementation = choose_layer_implementation(model.layer_spec)
     return TransformerConfig(
@@ -59,6 +59,7 @@ def transformer_config(
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=parallel.tensor_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_stages if virtual_stages > 1 else None,
         sequence_parallel=parallel.sequence_parallel,
         variable_seq_lengths=True,  # packed micro-batches differ in length
         moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths, even without experts
@@ -91,14 +92,21 @@ def _expert_fields(
 
 
 def build_model(
-    architecture: Architecture, model: ModelConfig, parallel: ParallelConfig
+    architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, virtual_stages: int = 1
 ) -> list[MegatronModule]:
     """Build this process's part of the model; `initialize_parallel` must have run.
 
     Parameters are not initialised: load them (weights/load.py) or draw them (weights/random_init.py).
 
+    Args:
+        architecture: the model.
+        model: dtype, layer implementation and recomputation.
+        parallel: the layout.
+        virtual_stages: chunks of layers per pipeline stage, as Megatron's interleaved schedule has them. Checkpoints
+            load into such models; the actor trains with one chunk.
+
     Returns:
-        The chunks of this pipeline stage: one GPTModel, in a Float16Module for bfloat16. Called with token ids [b, s],
+        The chunks of this pipeline stage: each a GPTModel, in a Float16Module for bfloat16. Called with token ids [b, s],
         position ids [b, s], no mask, and for packed rows `packed_seq_params`, the last stage gives logits
         [b, s, padded vocabulary / tensor-parallel size].
 
@@ -106,20 +114,24 @@ def build_model(
         UserError: the model does not divide into the layout, or Transformer Engine is asked for and absent.
     """
     check_model_layout(architecture, parallel)
-    config = transformer_config(architecture, model, parallel)
-    chunk = GPTModel(
-        config=config,
-        transformer_layer_spec=decoder_layers(config, choose_layer_implementation(model.layer_spec)),
-        vocab_size=architecture.padded_vocab_size(parallel.tensor_parallel_size),
-        max_sequence_length=architecture.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        parallel_output=True,
-        share_embeddings_and_output_weights=architecture.tie_word_embeddings,
-        position_embedding_type="rope",
-        rotary_base=architecture.rope_theta,
-    ).to(current_platform().device)
-    return [Float16Module(config, chunk) if config.bf16 else chunk]
+    config = transformer_config(architecture, model, parallel, virtual_stages)
+    chunks = []
+    for stage in range(virtual_stages) if virtual_stages > 1 else [None]:
+        chunk = GPTModel(
+            config=config,
+            transformer_layer_spec=decoder_layers(config, choose_layer_implementation(model.layer_spec), stage),
+            vocab_size=architecture.padded_vocab_size(parallel.tensor_parallel_size),
+            max_sequence_length=architecture.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+            parallel_output=True,
+            share_embeddings_and_output_weights=architecture.tie_word_embeddings,
+            position_embedding_type="rope",
+            rotary_base=architecture.rope_theta,
+            vp_stage=stage,
+        ).to(current_platform().device)
+        chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
+    return chunks
 
 
 def build_trainable(chunks: list[MegatronModule], parallel: ParallelConfig) -> list[DistributedDataParallel]:

@@ -48,8 +48,10 @@ def choose_layer_implementation(wanted: Literal["auto", "local", "transformer_en
     return "transformer_engine" if usable else "local"
 
 
-def decoder_layers(config: TransformerConfig, implementation: LayerImplementation) -> ModuleSpec:
-    """Specification of the transformer layers of this pipeline stage."""
+def decoder_layers(
+    config: TransformerConfig, implementation: LayerImplementation, virtual_stage: int | None = None
+) -> ModuleSpec | TransformerBlockSubmodules:
+    """Specification of the transformer layers of this pipeline stage, or of one virtual stage of it."""
     experts = config.num_moe_experts
     if implementation == "transformer_engine":
         return get_gpt_layer_with_transformer_engine_spec(
@@ -70,5 +72,5 @@ def decoder_layers(config: TransformerConfig, implementation: LayerImplementatio
         # In checkpoints local layers call their norms as Transformer Engine does, which fuses this one into a dense
         # feed-forward but not into experts. Megatron's map overlooks that; without the entry both write one name.
         del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
-    layers = [layer] * get_num_layers_to_build(config)
+    layers = [layer] * get_num_layers_to_build(config, vp_stage=virtual_stage)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)

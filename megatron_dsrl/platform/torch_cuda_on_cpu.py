@@ -5,7 +5,8 @@ to what it computes, so three layers answer for it, installed once and never whe
 
 1. `_CpuDeviceMode`: a TorchFunctionMode, PyTorch's own hook, which redirects tensor calls that name a CUDA device;
 2. the five functions of `torch.cuda` that Megatron calls: answered by the CPU generator, or by nothing;
-3. three Megatron functions that hold a CUDA generator object or suppose a fused CUDA optimizer, and one stream.
+3. four Megatron functions that hold a CUDA generator object or suppose a fused CUDA optimizer or CUDA tensors, and
+   one stream.
 
 Beside every replacement stand the Megatron sites (file: function, under megatron/core) that need it. They were found
 by tracing training steps in all supported layouts, both optimizers, all recompute modes, and a checkpoint save and
@@ -50,11 +51,6 @@ class _CpuDeviceMode(TorchFunctionMode):
             # 'torch.cuda.FloatTensor'; optimizer/clip_grads.py: clip_grad_by_total_norm_fp32
             name = func(*args)
             return name if name.startswith("torch.cuda.") else name.replace("torch.", "torch.cuda.", 1)
-        if func is torch.distributed.all_to_all_single:
-            # transformer/moe/token_dispatcher.py moves its split sizes off the device with the values they had there:
-            # tensors that were never on one stay tensors, where torch.distributed wants lists
-            kwargs = {name: x.tolist() if name.endswith("_split_sizes") and torch.is_tensor(x) else x
-                      for name, x in kwargs.items()}
         if _is_cuda(kwargs.get("device")):
             # pipeline_parallel/schedules.py: token counts; optimizer/clip_grads.py: norms; optimizer/optimizer.py:
             # found-infinity and loss-scale tensors; utils.py: local_multi_tensor_l2_norm
@@ -85,15 +81,22 @@ def _replace_torch_cuda_functions() -> None:
 def _replace_megatron_functions() -> None:
     import megatron.core.tensor_parallel.random as megatron_random
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+    from megatron.core.transformer.moe import token_dispatcher
 
     # tensor_parallel/random.py: CudaRNGStatesTracker.add and fork, activation recomputation
     megatron_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
     # optimizer/distrib_optimizer.py: loading a checkpoint
     DistributedOptimizer._set_main_param_and_optimizer_states = _set_main_param_and_optimizer_states
-    # transformer/moe/token_dispatcher.py: a stream for copies to the host, made unless there is one
-    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = _NoStream()
+    # transformer/moe/token_dispatcher.py: a stream for copies to the host, made unless there is one; and those copies,
+    # which turn sizes into the NumPy arrays that torch.distributed takes, but only if they come from a CUDA device
+    token_dispatcher.MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = _NoStream()
+    token_dispatcher.maybe_move_tensor_to_cpu = _host_tensor
+
+
+def _host_tensor(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Megatron's `maybe_move_tensor_to_cpu` for what is on the host already."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 class _NoStream:

@@ -263,6 +263,18 @@ def test_a_changed_configuration_is_refused(converted, capsys, case):
     assert message.split(" is ")[0] in capsys.readouterr().err
 
 
+def test_the_model_of_a_run_may_be_what_is_expected(converted, capsys):
+    """`--expect` with the YAML of a run, whose `model.path` has another norm epsilon."""
+    make_tiny_qwen3(converted / "other", tied=False, vocab_size=VOCAB_SIZE)
+    change_config(converted / "other", rms_norm_eps=1e-5)
+    tiny = Path(__file__).parents[2] / "configs" / "tiny_dsrl.yaml"
+    for name, status in (("hf", 0), ("other", 2)):
+        run = converted / f"{name}.yaml"
+        run.write_text(f"inherits: {tiny}\nname: {name}\nmodel:\n  path: {converted / name}\n")
+        assert convert("hf-to-megatron", converted / "hf", converted / f"to {name}", "--expect", run) == status
+    assert "rms_norm_eps is 1e-06" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

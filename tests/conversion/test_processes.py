@@ -26,8 +26,10 @@ from megatron_dsrl.errors import UserError
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.build import build_model
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
+from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint
 from megatron_dsrl.weights.load import load_weights
 from megatron_dsrl.weights.stream import stream_hf_weights
+from megatron_dsrl.weights.table import bind
 from megatron_dsrl.weights.tables import weight_table
 
 VOCAB_SIZE = 101  # odd: the vocabulary is padded at a tensor-parallel size of 2
@@ -80,6 +82,7 @@ def measure_two_processes(folder: Path) -> dict:
     with conversion_processes():
         results = {case: measure(folder, folder / f"two {i}", *case) for i, case in enumerate(CASES)}
         convert_megatron_to_hf(folder / "two 0", folder / "back", 100_000, ConversionOptions(verify=True))
+        results["virtual stages"] = loads_into_virtual_stages(folder, folder / "two virtual")
         results["refusal"] = refused_by_one_process(folder)
         destroy_parallel()
     return results
@@ -114,10 +117,28 @@ def measure(folder: Path, target: Path, family: str, written: tuple, read: tuple
         }
 
 
+def loads_into_virtual_stages(folder: Path, target: Path) -> dict[str, bool]:
+    """Of every HF tensor that this process has in its two chunks, whether it is the source's."""
+    layout = CheckpointLayout(pipeline_parallel_size=2, virtual_pipeline_parallel_size=2)
+    convert_hf_to_megatron(str(folder / "Qwen3 untied"), target, layout, ConversionOptions())
+    parallel = ParallelConfig(collective_timeout_seconds=60, **PP2)
+    with parallel_layout(parallel, seed=1):
+        parallel_state.set_virtual_pipeline_model_parallel_world_size(2)
+        architecture = read_architecture(target)
+        table = weight_table(architecture)
+        model = ModelConfig(path=str(target), dtype="float32")
+        chunks = build_model(architecture, model, parallel, virtual_stages=2)
+        load_weights(chunks, table, target)
+        source = HfCheckpoint(folder / "Qwen3 untied")
+        return {
+            tensor.name: torch.equal(value, source.read(tensor.name))
+            for entry, parameters in bind(chunks, table).items()
+            for tensor, value in zip(entry.hf, entry.rule.layout.merge(parameters))
+        }
+
+
 def refused_by_one_process(folder: Path) -> str:
     """A file is damaged in the middle of the conversion, where only the process that reads it notices."""
-    from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint
-
     read = HfCheckpoint.read
 
     def fail_on_second_process(self: HfCheckpoint, name: str) -> Tensor:
@@ -179,6 +200,14 @@ def test_a_checkpoint_loads_at_another_layout(measured, case):
     assert all(result["bit_identical"] for result in results)
     errors = [result["logits_error"] for result in results if result["logits_error"] is not None]
     assert errors and max(errors) <= 1e-5
+
+
+def test_a_checkpoint_loads_into_virtual_pipeline_stages(measured):
+    """Two chunks of one layer each on each of two stages: the first stage has layers 0 and 2, the second 1 and 3."""
+    first, second = (rank["virtual stages"] for rank in measured)
+    layers = [{int(name.split(".")[2]) for name in part if name.startswith("model.layers")} for part in (first, second)]
+    assert layers == [{0, 2}, {1, 3}]
+    assert all(first.values()) and all(second.values()) and len(first) + len(second) == 47
 
 
 def test_both_processes_write_their_share(measured, folder):
