@@ -174,8 +174,10 @@ class Actor:
             num_valid=min(max(self._vocab_size - first, 0), width),
             group=parallel_state.get_tensor_model_parallel_group() if ranks > 1 else None,
         )
-        predicting = logits[0].index_select(0, micro_batch.predicting_positions)
-        return log_probs_and_entropy(predicting, micro_batch.targets, self._temperature, shard)
+        rows = logits.squeeze(0)
+        return log_probs_and_entropy(
+            rows, micro_batch.predicting_positions, micro_batch.targets, self._temperature, shard
+        )
 
     def _add_up(self, parts: list[TokenStatistics]) -> TokenStatistics:
         """Over micro-batches and ranks; tensor-parallel ranks hold copies of the same, so only the first counts."""

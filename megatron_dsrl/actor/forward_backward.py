@@ -40,13 +40,17 @@ def run_schedule(
 
     def forward_step(iterator: Iterator[MicroBatch], chunk: torch.nn.Module):
         micro_batch = next(iterator)
-        output = chunk(micro_batch.token_ids, micro_batch.position_ids, None, packed_seq_params=_packed(micro_batch))
+        output = chunk(
+            micro_batch.token_ids, micro_batch.position_ids, None, packed_seq_params=_packed(micro_batch), **options
+        )
         return output, partial(loss_of, micro_batch)
 
     def loss_of(micro_batch: MicroBatch, logits: Tensor):
         loss, kept = score(micro_batch, logits)
         return loss, torch.zeros([], dtype=torch.int, device=loss.device), kept
 
+    # Megatron's wrapper for bfloat16 would turn all logits into fp32 at once; `score` does so chunk by chunk.
+    options = {"fp32_output": False} if chunks[0].config.bf16 else {}
     iterators = [iter(micro_batches) for _ in chunks]
     interleaved = len(chunks) > 1
     return get_forward_backward_func()(

@@ -29,12 +29,13 @@ class VocabularyShard:
 
 
 def log_probs_and_entropy(
-    logits: Tensor, targets: Tensor, temperature: float, shard: VocabularyShard
+    logits: Tensor, positions: Tensor, targets: Tensor, temperature: float, shard: VocabularyShard
 ) -> tuple[Tensor, Tensor]:
     """log_softmax(logits / temperature) at the targets, and the entropy of that distribution.
 
     Args:
-        logits: [num_tokens, columns of this rank], any float dtype, differentiable.
+        logits: [rows, columns of this rank], any float dtype, differentiable.
+        positions: [num_tokens] int64, the row that predicts each token; no row more than once.
         targets: [num_tokens] int64 token ids.
         temperature: the sampling temperature.
         shard: which columns of the vocabulary these are.
@@ -42,53 +43,57 @@ def log_probs_and_entropy(
     Returns:
         log-probs [num_tokens] float32, differentiable; entropy [num_tokens] float32 in nats, without gradient.
     """
-    return _LogProbs.apply(logits, targets, temperature, shard)
+    return _LogProbs.apply(logits, positions, targets, temperature, shard)
 
 
 class _LogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, targets, temperature, shard):
-        num_tokens = logits.shape[0]
-        log_probs = torch.empty(num_tokens, dtype=torch.float32, device=logits.device)
+    def forward(ctx, logits, positions, targets, temperature, shard):
+        log_probs = torch.empty(len(positions), dtype=torch.float32, device=logits.device)
         entropy = torch.empty_like(log_probs)
         log_normaliser = torch.empty_like(log_probs)
-        for rows in _chunks(logits):
-            scaled = logits[rows, : shard.num_valid].float() / temperature
+        for chunk in _chunks(len(positions), logits.shape[1]):
+            scaled = _scaled_rows(logits, positions[chunk], temperature, shard)
             maximum = _all_reduce(scaled.amax(-1) if shard.num_valid else _lowest(scaled), dist.ReduceOp.MAX, shard)
             shifted = scaled.sub_(maximum[:, None])
             exponentials = shifted.exp()
-            columns, is_mine = _local_columns(targets[rows], shard)
+            columns, is_mine = _local_columns(targets[chunk], shard)
             sums = torch.stack(
                 [exponentials.sum(-1), exponentials.mul_(shifted).sum(-1), _pick(shifted, columns, is_mine)]
             )
             normaliser, weighted, at_target = _all_reduce(sums, dist.ReduceOp.SUM, shard)
-            log_normaliser[rows] = maximum + normaliser.log()
-            log_probs[rows] = at_target - normaliser.log()
-            entropy[rows] = normaliser.log() - weighted / normaliser
-        ctx.save_for_backward(logits, targets, log_normaliser)
+            log_normaliser[chunk] = maximum + normaliser.log()
+            log_probs[chunk] = at_target - normaliser.log()
+            entropy[chunk] = normaliser.log() - weighted / normaliser
+        ctx.save_for_backward(logits, positions, targets, log_normaliser)
         ctx.temperature, ctx.shard = temperature, shard
         ctx.mark_non_differentiable(entropy)
         return log_probs, entropy
 
     @staticmethod
     def backward(ctx, grad_log_probs, _grad_entropy):
-        logits, targets, log_normaliser = ctx.saved_tensors
+        logits, positions, targets, log_normaliser = ctx.saved_tensors
         temperature, shard = ctx.temperature, ctx.shard
         grad_logits = torch.zeros_like(logits)
-        for rows in _chunks(logits):
-            grad = (grad_log_probs[rows] / temperature)[:, None]
-            scaled = logits[rows, : shard.num_valid].float() / temperature
-            grad_chunk = (scaled - log_normaliser[rows][:, None]).exp_().mul_(-grad)
-            columns, is_mine = _local_columns(targets[rows], shard)
+        for chunk in _chunks(len(positions), logits.shape[1]):
+            grad = (grad_log_probs[chunk] / temperature)[:, None]
+            scaled = _scaled_rows(logits, positions[chunk], temperature, shard)
+            grad_chunk = scaled.sub_(log_normaliser[chunk][:, None]).exp_().mul_(-grad)
+            columns, is_mine = _local_columns(targets[chunk], shard)
             if shard.num_valid:
                 grad_chunk.scatter_add_(1, columns[:, None], grad * is_mine[:, None])
-            grad_logits[rows, : shard.num_valid] = grad_chunk.to(logits.dtype)
-        return grad_logits, None, None, None
+            grad_logits[:, : shard.num_valid].index_copy_(0, positions[chunk], grad_chunk.to(logits.dtype))
+        return grad_logits, None, None, None, None
 
 
-def _chunks(logits: Tensor) -> list[slice]:
-    rows = max(1, _CHUNK_BYTES // (4 * max(1, logits.shape[1])))
-    return [slice(start, start + rows) for start in range(0, logits.shape[0], rows)]
+def _chunks(num_tokens: int, width: int) -> list[slice]:
+    tokens = max(1, _CHUNK_BYTES // (4 * max(1, width)))
+    return [slice(start, start + tokens) for start in range(0, num_tokens, tokens)]
+
+
+def _scaled_rows(logits: Tensor, positions: Tensor, temperature: float, shard: VocabularyShard) -> Tensor:
+    """New fp32 tensor [len(positions), num_valid]: the rows without padding, divided by the temperature."""
+    return logits.index_select(0, positions)[:, : shard.num_valid].float() / temperature
 
 
 def _local_columns(targets: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
