@@ -1,15 +1,20 @@
-"""The run folder: does it belong to this run, and what is written into it at the start."""
+"""The run folder: whether it belongs to this run, what is in it, and what is written into it at the start."""
+
+import shutil
+from pathlib import Path
 
 import torch.distributed as dist
-import yaml
 
 from megatron_dsrl.checkpoint.compatibility import check_same_run
 from megatron_dsrl.config.load import dump_config
 from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.config.yaml_text import parse_yaml
 from megatron_dsrl.errors import UserError
+from megatron_dsrl.observability.records import EVALUATION_FILE, METRICS_FILE, read_records
 from megatron_dsrl.run_inputs import RunInputs
 
 CONFIG_FILE = "config.yaml"
+EXPORTS_FOLDER = "hf"
 
 
 def check_run_folder(config: RunConfig, inputs: RunInputs) -> None:
@@ -20,11 +25,26 @@ def check_run_folder(config: RunConfig, inputs: RunInputs) -> None:
     """
     file = inputs.run_folder / CONFIG_FILE
     if file.exists():
-        check_same_run(yaml.safe_load(file.read_text(encoding="utf-8")), config, str(inputs.run_folder))
+        before, _ = parse_yaml(file.read_text(encoding="utf-8"), str(file))
+        check_same_run(before, config, str(inputs.run_folder))
 
 
-def write_run_folder(config: RunConfig, inputs: RunInputs) -> None:
-    """Rank 0 makes the folder and keeps the resolved configuration in it.
+def exported_policy(run_folder: Path, step: int) -> Path:
+    """Where the policy after a step is exported."""
+    return run_folder / EXPORTS_FOLDER / f"step_{step:06d}"
+
+
+def has_results(run_folder: Path, config: RunConfig, step: int) -> bool:
+    """Whether the export and all evaluations after the last step are there."""
+    evaluated = {record["set"] for record in read_records(run_folder / EVALUATION_FILE) if record["step"] == step}
+    return exported_policy(run_folder, step).exists() and all(s.name in evaluated for s in config.evaluation.sets)
+
+
+def prepare_run_folder(config: RunConfig, run_folder: Path, step: int) -> None:
+    """Rank 0 makes the folder ready to continue after `step` (0: from the start) and keeps the configuration in it.
+
+    Exports of later steps are removed: the steps will be taken again. What a run without any checkpoint has recorded
+    is not continued but moved to `<run folder>/interrupted_<number>`.
 
     Raises:
         UserError: on every rank, when the folder cannot be written to.
@@ -32,11 +52,28 @@ def write_run_folder(config: RunConfig, inputs: RunInputs) -> None:
     problem: str | None = None
     if dist.get_rank() == 0:
         try:
-            inputs.run_folder.mkdir(parents=True, exist_ok=True)
-            dump_config(config, inputs.run_folder / CONFIG_FILE)
+            run_folder.mkdir(parents=True, exist_ok=True)
+            if step == 0:
+                _set_aside_records(run_folder)
+            for export in (run_folder / EXPORTS_FOLDER).glob("step_*"):
+                if int(export.name.removeprefix("step_")) > step:
+                    shutil.rmtree(export)
+            dump_config(config, run_folder / CONFIG_FILE)
         except OSError as error:
-            problem = f"cannot write the run folder {inputs.run_folder} (output_dir, name): {error}"
+            problem = f"cannot write the run folder {run_folder} (output_dir, name): {error}"
     problems = [problem]
     dist.broadcast_object_list(problems, src=0)
     if problems[0] is not None:
         raise UserError(problems[0])
+
+
+def _set_aside_records(run_folder: Path) -> None:
+    names = (METRICS_FILE, EVALUATION_FILE, "tensorboard", "rollouts")
+    if not read_records(run_folder / METRICS_FILE):
+        return
+    number = 1 + len(list(run_folder.glob("interrupted_*")))
+    target = run_folder / f"interrupted_{number}"
+    target.mkdir()
+    for name in names:
+        if (run_folder / name).exists():
+            (run_folder / name).rename(target / name)

@@ -7,9 +7,9 @@ A run that is started again continues from its newest checkpoint and does exactl
 interruption.
 """
 
-import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch.distributed as dist
 
@@ -24,17 +24,18 @@ from megatron_dsrl.checkpoint.store import Checkpoint, CheckpointStore
 from megatron_dsrl.config.phase import PhaseConfig, PreTrainSpaceConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.controller import Controller, responses_of
-from megatron_dsrl.data.sampler import PromptSampler
+from megatron_dsrl.data.sampler import PromptSampler, SamplerState
 from megatron_dsrl.data.tokenizer import bos_token_ids, stop_token_ids
 from megatron_dsrl.evaluation.evaluator import Evaluator
 from megatron_dsrl.model.parallel import destroy_parallel, initialize_parallel
 from megatron_dsrl.observability.console import RunConsole
 from megatron_dsrl.observability.timer import SecondsPerPart
 from megatron_dsrl.observability.tracker import Tracker
+from megatron_dsrl.platform import current_platform
 from megatron_dsrl.preemption import Preempted, StopRequested, StopSignal
 from megatron_dsrl.rollout.rollout import Rollout, start_rollout
 from megatron_dsrl.rollout.sample import Group
-from megatron_dsrl.run_folder import check_run_folder, write_run_folder
+from megatron_dsrl.run_folder import check_run_folder, exported_policy, has_results, prepare_run_folder
 from megatron_dsrl.run_inputs import RunInputs, load_inputs
 
 
@@ -59,9 +60,12 @@ def train(config: RunConfig) -> None:
         )
         check_run_folder(config, inputs)
         checkpoint = checkpoints.newest()
-        if checkpoint and checkpoint.state.step >= config.steps:
-            announce(console, f"{inputs.run_folder} is complete: {checkpoint.state.step} steps are done")
-            return
+        if checkpoint:
+            check_same_model(checkpoint.state.model, inputs.model, str(checkpoint.folder))
+            check_same_optimizer(checkpoint.state.layout, config.parallel, str(checkpoint.folder))
+            if checkpoint.state.step >= config.steps and has_results(inputs.run_folder, config, checkpoint.state.step):
+                announce(console, f"{inputs.run_folder} is complete: {checkpoint.state.step} steps are done")
+                return
         run_steps(start_run(config, inputs, checkpoints, checkpoint, console, resources))
 
 
@@ -87,18 +91,18 @@ def run_steps(run: TrainingRun) -> None:
     """Sample, judge, update, push the weights; again."""
     schedule = Schedule(run.config.phases)
     push_weights(run, version=run.first_step)
-    evaluate_if_due(run, run.first_step - 1)
+    write_results(run, run.first_step - 1)  # what an interruption came before
     for step in range(run.first_step, run.config.steps + 1):
         phase = schedule.at(step)
         timer = SecondsPerPart()
-        state_before = state_after(run, step - 1, phase)
+        sampler_before = run.sampler.state_dict()
         with timer.part("generate"):
             groups = sample(run, step)
         with timer.part("train"):
-            run.rollout.release_memory()
             experience = share_experience(run, groups, phase)
             if experience is None:
-                stop_as_asked(run, state_before)
+                stop_as_asked(run, step - 1, sampler_before)
+            run.rollout.release_memory()
             update = run.actor.update(
                 experience, make_token_loss(phase.loss), phase.coefficient, run.config.actor.optimizer_steps_per_rollout
             )
@@ -107,10 +111,10 @@ def run_steps(run: TrainingRun) -> None:
         if run.controller:
             run.controller.record(step, phase, groups, update, timer)
         if is_due(step, run.config.checkpoint.save_every_steps, run.config.steps):
-            run.checkpoints.save(state_after(run, step, phase), run.actor.save)
-        if is_due(step, run.config.checkpoint.export_hf_every_steps, run.config.steps):
-            export(run, step)
-        evaluate_if_due(run, step)
+            save_checkpoint(run, step, run.sampler.state_dict())
+        write_results(run, step)
+    if run.stop.requested:
+        raise Preempted  # perhaps during the last evaluation
 
 
 def start_run(
@@ -122,7 +126,8 @@ def start_run(
     resources: ExitStack,
 ) -> TrainingRun:
     """Start the engines, build the actor, restore the checkpoint. What must be closed is left to `resources`."""
-    write_run_folder(config, inputs)
+    step = checkpoint.state.step if checkpoint else 0
+    prepare_run_folder(config, inputs.run_folder, step)
     rollout = start_rollout(config, inputs.run_folder, stop_token_ids(inputs.tokenizer), inputs.decode)
     resources.callback(rollout.close)
     rollout.wait_until_ready()
@@ -130,21 +135,19 @@ def start_run(
     actor = build_actor(config, inputs.model_folder)
     sampler = PromptSampler(len(inputs.prompts), config.seed)
     if checkpoint:
-        check_same_model(checkpoint.state.model, inputs.model, str(checkpoint.folder))
-        check_same_optimizer(checkpoint.state.layout, config.parallel, str(checkpoint.folder))
         sampler.load_state_dict(checkpoint.state.sampler)
         actor.load(checkpoint.weights_folder, same_layout=checkpoint.state.layout == current_layout(config.parallel))
-        announce(console, f"continuing after step {checkpoint.state.step} from {checkpoint.folder}")
+        announce(console, f"continuing after step {step} from {checkpoint.folder}")
     controller = None
     if dist.get_rank() == 0:
         tracker = resources.enter_context(Tracker(inputs.run_folder, config.observability.tensorboard))
-        tracker.truncate_after(checkpoint.state.step if checkpoint else -1)
+        tracker.truncate_after(step)
         evaluator = Evaluator(inputs.evaluation_sets, rollout)
         controller = Controller(config, inputs.run_folder, inputs.prompts, rollout, evaluator, tracker, console)
     return TrainingRun(
         config=config,
         inputs=inputs,
-        first_step=checkpoint.state.step + 1 if checkpoint else 1,
+        first_step=step + 1,
         actor=actor,
         rollout=rollout,
         sampler=sampler,
@@ -179,50 +182,48 @@ def share_experience(run: TrainingRun, groups: list[Group] | None, phase: PhaseC
 
 def push_weights(run: TrainingRun, version: int) -> None:
     """Give the engines the actor's weights, and their memory back: the cache last, when there is most room."""
+    current_platform().release_cached_memory()
     run.rollout.resume_weights()
     run.rollout.load_weights(run.actor.hf_weights(run.config.engine.weight_bucket_megabytes * 2**20), version)
+    current_platform().release_cached_memory()
     run.rollout.resume_kv_cache()
 
 
-def evaluate_if_due(run: TrainingRun, step: int) -> None:
-    """Rank 0 evaluates after this step (0: before training), unless it has done so before an interruption.
+def write_results(run: TrainingRun, step: int) -> None:
+    """Export and evaluate what is due after this step (0: before training) and is not there yet.
 
-    A request to stop ends it; the run then stops at its next step, and evaluates when it is continued.
+    A request to stop ends the evaluation; the run then stops before its next step, and evaluates when it is continued.
     """
-    if run.controller is None or not (step == 0 or is_due(step, run.config.evaluation.every_steps, run.config.steps)):
-        return
-    try:
-        with run.stop.interruptible():
-            run.controller.evaluate(step)
-    except StopRequested:
-        pass
+    if step > 0 and is_due(step, run.config.checkpoint.export_hf_every_steps, run.config.steps):
+        target = exported_policy(run.inputs.run_folder, step)
+        if not target.exists():
+            run.actor.export_hf(target)
+    if run.controller and (step == 0 or is_due(step, run.config.evaluation.every_steps, run.config.steps)):
+        try:
+            with run.stop.interruptible():
+                run.controller.evaluate(step)
+        except StopRequested:
+            pass
 
 
-def stop_as_asked(run: TrainingRun, state: RunState) -> None:
+def stop_as_asked(run: TrainingRun, step: int, sampler: SamplerState) -> NoReturn:
     """Save what the last finished step left, and end. Before the first step there is nothing to save."""
-    if state.step > 0:
-        run.checkpoints.save(state, run.actor.save)
+    if step > 0:
+        save_checkpoint(run, step, sampler)
     raise Preempted
 
 
-def export(run: TrainingRun, step: int) -> None:
-    """Write the policy as an HF folder, in place of one that an interrupted part of the run has left."""
-    target = run.inputs.run_folder / "hf" / f"step_{step:06d}"
-    if dist.get_rank() == 0:
-        shutil.rmtree(target, ignore_errors=True)
-    run.actor.export_hf(target)
-
-
-def state_after(run: TrainingRun, step: int, phase: PhaseConfig) -> RunState:
-    """The run's state beside the actor's, for a checkpoint."""
-    return RunState(
+def save_checkpoint(run: TrainingRun, step: int, sampler: SamplerState) -> None:
+    """Publish a checkpoint of the state after `step`, at which the sampler stood as given."""
+    state = RunState(
         step=step,
-        phase=phase.name,
-        sampler=dict(run.sampler.state_dict()),
+        phase=Schedule(run.config.phases).at(step).name,
+        sampler=dict(sampler),
         layout=current_layout(run.config.parallel),
         model=run.inputs.model,
         config=run.config.model_dump(mode="json"),
     )
+    run.checkpoints.save(state, run.actor.save)
 
 
 def is_due(step: int, every_steps: int | None, last_step: int) -> bool:

@@ -10,7 +10,6 @@ from megatron_dsrl.errors import UserError
 MAY_CHANGE = (
     "name",
     "output_dir",
-    "steps",
     "model.recompute",
     "model.layer_spec",
     "parallel",
@@ -39,10 +38,13 @@ def check_same_run(before: dict[str, Any], config: RunConfig, where: str) -> Non
         UserError: a field that decides what is computed differs; all of them are named.
     """
     now = config.model_dump(mode="json")
+    may_change = MAY_CHANGE
+    if config.optimizer.decay == "constant":  # else the learning rate of every step depends on how many there are
+        may_change += ("steps",)
     changed = [
         f"  {path}: {old!r} there, {new!r} now"
         for path, old, new in _differences(before, now)
-        if not any(path == field or path.startswith(field + ".") for field in MAY_CHANGE)
+        if not any(path == field or path.startswith(field + ".") for field in may_change)
     ]
     if changed:
         raise UserError(

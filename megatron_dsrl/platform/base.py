@@ -44,3 +44,7 @@ class Platform(ABC):
     @abstractmethod
     def memory_statistics(self) -> MemoryStatistics:
         """Memory of this process, in bytes."""
+
+    @abstractmethod
+    def release_cached_memory(self) -> None:
+        """Give memory that PyTorch holds but no tensor uses back to the device, for the engine that shares it."""

@@ -44,3 +44,6 @@ class CpuPlatform(Platform):
             allocated_bytes=resident_pages * resource.getpagesize(),
             peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux counts in KiB
         )
+
+    def release_cached_memory(self) -> None:
+        pass  # the allocator of the system has no such cache

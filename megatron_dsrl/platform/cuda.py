@@ -1,5 +1,6 @@
 """Megatron on NVIDIA GPUs: nothing to adapt, only to choose."""
 
+import gc
 import os
 from importlib.util import find_spec
 from typing import Any
@@ -41,3 +42,7 @@ class CudaPlatform(Platform):
             allocated_bytes=torch.cuda.memory_allocated(self.device),
             peak_bytes=torch.cuda.max_memory_allocated(self.device),
         )
+
+    def release_cached_memory(self) -> None:
+        gc.collect()
+        torch.cuda.empty_cache()
