@@ -1,5 +1,6 @@
 """Rank 0's part of a run: choose prompts, sample, keep the rollouts, evaluate, and write down what happened."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from megatron_dsrl.observability.console import RunConsole
 from megatron_dsrl.observability.step_metrics import rollout_metrics
 from megatron_dsrl.observability.timer import SecondsPerPart
 from megatron_dsrl.observability.tracker import Tracker
+from megatron_dsrl.platform import current_platform
 from megatron_dsrl.rollout.recording import rollout_file, write_groups
 from megatron_dsrl.rollout.rollout import Rollout
 from megatron_dsrl.rollout.sample import Group
@@ -59,7 +61,9 @@ class Controller:
 
     def evaluate(self, step: int) -> None:
         """Evaluate the held-out sets after so many steps (0: before training), except for those recorded already."""
+        started = time.perf_counter()
         for record in self._evaluator.evaluate(step, except_for=self._tracker.evaluated_sets(step)):
+            record["seconds"], started = time.perf_counter() - started, time.perf_counter()
             self._tracker.log_evaluation(record)
             self._console.evaluation(record)
 
@@ -73,6 +77,7 @@ class Controller:
             "weight_version": groups[0].samples[0].weight_version,
             **rollout_metrics(groups, timer.seconds("generate")),
             **update_metrics(update, phase),
+            **memory_metrics(),
             **timer.metrics(),
         }
         self._tracker.log_step(record)
@@ -116,4 +121,13 @@ def update_metrics(update: UpdateMetrics | None, phase: PhaseConfig) -> dict[str
     return metrics | {
         "mismatch/mean_log_prob_gap": update.mean_log_prob_gap,
         "mismatch/max_log_prob_gap": update.max_log_prob_gap,
+    }
+
+
+def memory_metrics() -> dict[str, float]:
+    """The `memory/*` part of a step record: the trainer process of rank 0 on its device, in GiB."""
+    statistics = current_platform().memory_statistics()
+    return {
+        "memory/trainer_gib": statistics.allocated_bytes / 2**30,
+        "memory/trainer_peak_gib": statistics.peak_bytes / 2**30,
     }
