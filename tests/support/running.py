@@ -13,7 +13,7 @@ import psutil
 from tests.support.tiny_run import MARK, REPOSITORY, processes_left_behind
 
 POLL_SECONDS = 0.005
-LIMIT_SECONDS = 240.0
+LIMIT_SECONDS = 400.0
 
 
 class RunningTraining:
@@ -31,15 +31,12 @@ class RunningTraining:
             assert time.monotonic() < deadline, self.output
             time.sleep(POLL_SECONDS)
 
-    def is_sampling(self, step: int) -> bool:
-        """The step before is finished and saved, and the rollouts of this one are not there yet."""
-        return self.has_checkpoint(step - 1) and not self._rollouts(step).exists()
-
-    def is_updating(self, step: int) -> bool:
-        """The rollouts of the step are there, and its checkpoint is not."""
-        return self._rollouts(step).exists() and not self.has_checkpoint(step)
+    def has_rollouts(self, step: int) -> bool:
+        """The step is sampled: its update has begun."""
+        return (self._run / "rollouts" / f"step_{step:06d}.jsonl").exists()
 
     def has_checkpoint(self, step: int) -> bool:
+        """The step is finished: sampling for the next one has begun."""
         return (self._run / "checkpoints" / f"step_{step:06d}").exists()
 
     def engine_processes(self) -> list[psutil.Process]:
@@ -62,9 +59,6 @@ class RunningTraining:
     @property
     def output(self) -> str:
         return self._output.read_text()
-
-    def _rollouts(self, step: int) -> Path:
-        return self._run / "rollouts" / f"step_{step:06d}.jsonl"
 
 
 @contextmanager
