@@ -1,15 +1,22 @@
-"""Tiny models of every supported family, by name."""
+"""Tiny models of every supported family, by name. Transformers is imported only when one is made: processes that only
+read the folders start faster without it."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
+from typing import Any
 
-from tests.support.tiny_model import make_tiny_qwen2, make_tiny_qwen3, make_tiny_qwen3_moe
-from transformers import PreTrainedModel
 
-FAMILIES: Mapping[str, Callable[..., PreTrainedModel]] = {
-    "Qwen3 tied": partial(make_tiny_qwen3, tied=True),
-    "Qwen3 untied": partial(make_tiny_qwen3, tied=False),
-    "Qwen3-MoE": make_tiny_qwen3_moe,
-    "Qwen2.5": make_tiny_qwen2,
+def _make(function: str, folder: Path, **options: Any) -> Any:
+    from tests.support import tiny_model
+
+    return getattr(tiny_model, function)(folder, **options)
+
+
+FAMILIES: Mapping[str, Callable[..., Any]] = {
+    "Qwen3 tied": partial(_make, "make_tiny_qwen3", tied=True),
+    "Qwen3 untied": partial(_make, "make_tiny_qwen3", tied=False),
+    "Qwen3-MoE": partial(_make, "make_tiny_qwen3_moe"),
+    "Qwen2.5": partial(_make, "make_tiny_qwen2"),
 }
-"""Each takes a folder, and `vocab_size`, `dtype`, `max_shard_size` and `seed` by name."""
+"""Each takes a folder, and `vocab_size`, `dtype`, `max_shard_size` and `seed` by name, and returns Transformers' model."""
