@@ -143,7 +143,7 @@ def test_two_processes_resume_exactly(config, layout):
 
 @pytest.mark.slow
 def test_another_layout_continues_with_the_same_loss(config, undisturbed):
-    """On the same samples: the log-probs of other matrix shapes differ by rounding, and with them now and then a token."""
+    """On the same samples: with other matrix shapes log-probs differ by rounding, and with them now and then a token."""
     resumed = cut_after(undisturbed, 2, "two processes")
     layout = ("parallel.tensor_parallel_size=2", f"rollout.replay_from={undisturbed}", "evaluation.sets=[]")
     complete_run(config, resumed.name, *layout, processes=2)
