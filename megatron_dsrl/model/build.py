@@ -106,8 +106,8 @@ def build_model(
             load into such models; the actor trains with one chunk.
 
     Returns:
-        The chunks of this pipeline stage: each a GPTModel, in a Float16Module for bfloat16. Called with token ids [b, s],
-        position ids [b, s], no mask, and for packed rows `packed_seq_params`, the last stage gives logits
+        The chunks of this pipeline stage: each a GPTModel, in a Float16Module for bfloat16. Called with token ids
+        [b, s], position ids [b, s], no mask, and for packed rows `packed_seq_params`, the last stage gives logits
         [b, s, padded vocabulary / tensor-parallel size].
 
     Raises:

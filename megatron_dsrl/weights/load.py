@@ -21,7 +21,7 @@ from megatron_dsrl.weights.table import TableEntry, WeightTable, bind, unwrap
 
 
 def load_weights(chunks: Sequence[nn.Module], table: WeightTable, folder: Path) -> None:
-    """Fill this rank's parameters from an HF folder or from a converted Megatron checkpoint, as the folder is. Collective.
+    """Fill this rank's parameters from an HF folder or a converted Megatron checkpoint, as the folder is. Collective.
 
     Raises:
         UserError: see `load_hf_weights` and `load_megatron_weights`.

@@ -156,7 +156,8 @@ def test_an_existing_target_is_replaced_only_when_told_and_only_by_a_complete_on
     assert (converted / "megatron" / ".metadata").read_bytes() == before
 
     cut.write_bytes(whole)
-    assert convert("hf-to-megatron", converted / "hf", converted / "megatron", "--overwrite", "--dtype", "bfloat16") == 0
+    options = ["--overwrite", "--dtype", "bfloat16"]
+    assert convert("hf-to-megatron", converted / "hf", converted / "megatron", *options) == 0
     assert {dtype for dtype in MegatronCheckpoint(converted / "megatron").dtypes().values()} == {torch.bfloat16}
     assert hidden(converted) == []
 

@@ -19,4 +19,4 @@ FAMILIES: Mapping[str, Callable[..., Any]] = {
     "Qwen3-MoE": partial(_make, "make_tiny_qwen3_moe"),
     "Qwen2.5": partial(_make, "make_tiny_qwen2"),
 }
-"""Each takes a folder, and `vocab_size`, `dtype`, `max_shard_size` and `seed` by name, and returns Transformers' model."""
+"""Each takes a folder, and `vocab_size`, `dtype`, `max_shard_size` and `seed` by name; returns Transformers' model."""

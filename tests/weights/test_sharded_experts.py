@@ -81,7 +81,8 @@ def measure_all_layouts(folder: Path) -> dict[str, dict]:
         with parallel_layout(parallel, seed=1):
             chunks = build_model(architecture, ModelConfig(path=str(folder), dtype="float32"), parallel)
             load_hf_weights(chunks, table, folder)
-            streamed = dict(pair for bucket in stream_hf_weights(chunks, table, 40_000, torch.float32) for pair in bucket)
+            buckets = stream_hf_weights(chunks, table, 40_000, torch.float32)
+            streamed = dict(pair for bucket in buckets for pair in bucket)
             results[layout] = {
                 "round_trip_exact": streamed.keys() == source.keys()
                 and all(torch.equal(streamed[name], source[name]) for name in source),
