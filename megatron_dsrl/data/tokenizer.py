@@ -58,7 +58,7 @@ def _require_folder(path: str) -> None:
     """A hub name has at most one slash; everything else that does not exist is a mistyped folder."""
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local and not Path(path).is_dir():
-        raise UserError(f"model.path: there is no folder {path}. Make or download the model first, or correct the path.")
+        raise UserError(f"model.path: there is no folder {path}. Make or download the model first, or mend the path.")
 
 
 def _require_special_tokens(tokenizer: PreTrainedTokenizerBase, path: str) -> None:

@@ -72,7 +72,17 @@ def test_answer_pattern_cuts_the_answer_out(tmp_path, tokenizer):
 
 @pytest.mark.parametrize(
     ("value", "answer"),
-    [(27.0, "27"), (0.5, "0.5"), (-3, "-3"), ("025", "025"), (["9.6\n"], "9.6"), ([[4.0]], "4"), ("  ", None), (None, None), ([], None)],
+    [
+        (27.0, "27"),
+        (0.5, "0.5"),
+        (-3, "-3"),
+        ("025", "025"),
+        (["9.6\n"], "9.6"),
+        ([[4.0]], "4"),
+        ("  ", None),
+        (None, None),
+        ([], None),
+    ],
 )
 def test_clean_answer(value, answer):
     assert clean_answer(value) == answer
@@ -81,14 +91,14 @@ def test_clean_answer(value, answer):
 @pytest.mark.parametrize(
     ("row", "fields", "message"),
     [
-        ({"question": "?", "answer": 1}, {}, r"data\.problem_field: row 1 of .* no field `problem`.*`question`, `answer`"),
+        ({"question": "?", "answer": 1}, {}, r"data\.problem_field: row 1 of .* no field `problem`.*`question`, `ans"),
         ({"problem": "?", "gold": 1}, {}, r"data\.answer_field: row 1 of .* no field `answer`.*`problem`, `gold`"),
         ({"problem": "?", "answer": None}, {}, r"row 1 of .* has no answer: its field `answer` holds None"),
         ({"problem": " ", "answer": 1}, {}, r"row 1 of .* has no problem: its field `problem` holds ' '"),
         ({"problem": "?", "answer": ["1", "2"]}, {}, r"row 1 .* field `answer` holds 2 answers"),
         ({"problem": "?", "answer": {"a": 1}}, {}, r"row 1 .* field `answer` is a dict"),
-        ({"problem": "?", "answer": "4"}, {"answer_pattern": "(3|5)"}, r"row 1 of .*: answer_pattern '\(3\|5\)' finds no"),
-        ({"problem": "?", "answer": "4"}, {"answer_pattern": "(4"}, r"answer_pattern: '\(4' is not a regular expression"),
+        ({"problem": "?", "answer": "4"}, {"answer_pattern": "(3|5)"}, r"row 1 of .* answer_pattern '\(3\|5\)' finds"),
+        ({"problem": "?", "answer": "4"}, {"answer_pattern": "(4"}, r"answer_pattern: '\(4' is not a regular exp"),
         ({"problem": "?", "answer": "4"}, {"answer_pattern": "4"}, r"answer_pattern: '4' has no group"),
     ],
 )
@@ -156,5 +166,6 @@ def test_gsm8k_with_the_real_qwen3_tokenizer(shared_data):
     ],
 )
 def test_benchmark_files(shared_data, tokenizer, name, fields, answers):
-    prompts = load_prompts(PromptSetConfig(source=str(shared_data / "benchmarks" / f"{name}.jsonl"), **fields), tokenizer)
+    source = str(shared_data / "benchmarks" / f"{name}.jsonl")
+    prompts = load_prompts(PromptSetConfig(source=source, **fields), tokenizer)
     assert [prompt.answer for prompt in prompts[: len(answers)]] == answers

@@ -25,7 +25,8 @@ def test_pass_at_k_equals_the_share_of_all_draws_with_a_right_sample(n):
         samples = [True] * correct + [False] * (n - correct)
         for k in range(1, n + 1):
             draws = list(combinations(samples, k))
-            assert pass_at_k(n, correct, k) == pytest.approx(float(Fraction(sum(map(any, draws)), len(draws))), abs=1e-14)
+            share = Fraction(sum(map(any, draws)), len(draws))
+            assert pass_at_k(n, correct, k) == pytest.approx(float(share), abs=1e-14)
 
 
 def test_pass_at_k_stays_exact_where_binomials_overflow():

@@ -45,7 +45,8 @@ def test_gold_solution_scores_one_and_every_line_of_it_follows(problem):
 
 
 def test_splits_are_disjoint_and_large_enough():
-    drawn = {split: set(islice(draw_problems(split, random.Random(7)), 3000)) for split in ("train", "held_out", "corpus")}
+    splits = ("train", "held_out", "corpus")
+    drawn = {split: set(islice(draw_problems(split, random.Random(7)), 3000)) for split in splits}
     for split, chosen in drawn.items():
         assert {split_of(problem) for problem in chosen} == {split}
     assert not drawn["train"] & drawn["held_out"] and not drawn["corpus"] & (drawn["train"] | drawn["held_out"])
@@ -55,7 +56,8 @@ def test_splits_are_disjoint_and_large_enough():
 def test_different_problems_do_not_repeat_and_depend_on_the_generator_alone():
     first = different_problems("train", 500, random.Random(1))
     assert len(set(first)) == 500
-    assert first == different_problems("train", 500, random.Random(1)) != different_problems("train", 500, random.Random(2))
+    assert first == different_problems("train", 500, random.Random(1))
+    assert first != different_problems("train", 500, random.Random(2))
 
 
 @pytest.mark.parametrize("rate", ["hasty", "rambling", "unboxed", "wrong_box"])
@@ -91,5 +93,5 @@ def test_a_mistake_shows_in_the_response_alone(rate):
 
 def test_every_step_mistake_occurs():
     noise, rng = replace(NO_NOISE, step=1.0), random.Random(3)
-    seen = {m for problem in islice(draw_problems("corpus", rng), 500) for m in write_solution(problem, noise, rng).mistakes}
-    assert seen == set(STEP_MISTAKES)
+    solutions = [write_solution(problem, noise, rng) for problem in islice(draw_problems("corpus", rng), 500)]
+    assert {mistake for solution in solutions for mistake in solution.mistakes} == set(STEP_MISTAKES)

@@ -59,11 +59,9 @@ def test_made_folder_is_complete_and_the_same_every_time(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
     model = Qwen3ForCausalLM.from_pretrained(first / "base")
     assert 0.5e6 < model.num_parameters() < 1.5e6
-    prompts = [
-        {prompt.text for prompt in load_prompts(PromptSetConfig(source=str(first / f"{split}.jsonl")), build_tokenizer())}
-        for split in ("train", "held_out")
-    ]
-    assert (len(prompts[0]), len(prompts[1])) == (20, 10) and not prompts[0] & prompts[1]
+    sets = [PromptSetConfig(source=str(first / f"{split}.jsonl")) for split in ("train", "held_out")]
+    train, held_out = ({prompt.text for prompt in load_prompts(each, build_tokenizer())} for each in sets)
+    assert (len(train), len(held_out)) == (20, 10) and not train & held_out
 
 
 def test_other_settings_make_it_anew(tmp_path):
