@@ -1,6 +1,9 @@
 """Whether a run folder belongs to the run that is being started."""
 
+import json
 from typing import Any
+
+from pydantic import ValidationError
 
 from megatron_dsrl.checkpoint.state import Layout
 from megatron_dsrl.config.model import ParallelConfig
@@ -43,7 +46,7 @@ def check_same_run(before: dict[str, Any], config: RunConfig, where: str) -> Non
         may_change += ("steps",)
     changed = [
         f"  {path}: {old!r} there, {new!r} now"
-        for path, old, new in _differences(before, now)
+        for path, old, new in _differences(_with_defaults(before), now)
         if not any(path == field or path.startswith(field + ".") for field in may_change)
     ]
     if changed:
@@ -76,6 +79,14 @@ def check_same_optimizer(before: Layout, parallel: ParallelConfig, where: str) -
             f"{where} was written with parallel.distributed_optimizer={str(before.distributed_optimizer).lower()}; "
             "continue with the same setting"
         )
+
+
+def _with_defaults(before: dict[str, Any]) -> dict[str, Any]:
+    """Fields that the program did not have yet when the run was started have their defaults' meaning."""
+    try:
+        return RunConfig.model_validate_json(json.dumps(before)).model_dump(mode="json")
+    except ValidationError:  # a field that the program no longer has: compared as it is, and named
+        return before
 
 
 def _differences(before: Any, now: Any, path: str = "") -> list[tuple[str, Any, Any]]:

@@ -248,6 +248,8 @@ def test_another_configuration_is_refused_but_not_another_layout(tmp_path):
     config = tiny_run_config(tmp_path)
     before = json.loads(json.dumps(config.model_dump(mode="json")))
     check_same_run(before, config.model_copy(update={"parallel": ParallelConfig(tensor_parallel_size=2)}), "there")
+    del before["rollout"]["deterministic"]  # as if the program had not had the field yet
+    check_same_run(before, config, "there")
     changed = config.model_copy(update={"seed": 5, "data": config.data.model_copy(update={"limit": 3})})
     with pytest.raises(UserError, match=r"(?s)there holds .* data.limit: None there, 3 now\n  seed: 1 there, 5 now"):
         check_same_run(before, changed, "there")

@@ -31,7 +31,8 @@ def test_a_sample_depends_on_its_seed_alone(engine_rollout, changes):
 def sample_in_a_new_engine(model_folder, run_folder, *, after_other_batches: bool) -> list:
     """48 prompts of different lengths with 4 samples each, 192 in all: several prefill batches."""
     config = tiny_run_config(model_folder, extra_arguments={"max_prefill_tokens": 512, "chunked_prefill_size": 512})
-    config.rollout.deterministic = True
+    deterministic = config.rollout.model_copy(update={"deterministic": True})
+    config = config.model_copy(update={"rollout": deterministic})
     rollout = start_rollout(config, run_folder, [STOP_TOKEN_ID], decode_as_numbers)
     assert isinstance(rollout, EngineRollout)
     prompts = [replace(p, token_ids=p.token_ids[:60]) for p in numbered_prompts(48)]
