@@ -6,7 +6,7 @@ from megatron_dsrl.config.derived import ModelShape, RunFigures, derive
 from megatron_dsrl.config.prompt_count import count_prompts
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.errors import UserError
-from megatron_dsrl.model.architecture import read_architecture
+from megatron_dsrl.model.architecture import check_model_layout, read_architecture
 
 
 def preflight(config: RunConfig, world_size: int) -> RunFigures:
@@ -26,7 +26,9 @@ def preflight(config: RunConfig, world_size: int) -> RunFigures:
         feed_forward_size=architecture.intermediate_size,
         context_tokens=architecture.max_position_embeddings,
     )
-    return derive(config, world_size, shape, count_prompts(config.data))
+    figures = derive(config, world_size, shape, count_prompts(config.data))
+    check_model_layout(architecture, config.parallel)  # experts; the rest has been checked with `derive`
+    return figures
 
 
 def find_config_json(path: str) -> Path:

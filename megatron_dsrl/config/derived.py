@@ -97,6 +97,7 @@ def derive(config: RunConfig, world_size: int, shape: ModelShape | None, prompts
         *_layout_problems(config, world_size),
         *_phase_problems(config),
         *_batch_problems(config, world_size, prompts),
+        *_time_problems(config),
         *_length_problems(config, shape),
         *(_model_problems(config, shape) if shape else ()),
     ]
@@ -219,6 +220,19 @@ def _batch_problems(config: RunConfig, world_size: int, prompts: int | None) -> 
         )
     if rollout.top_k == 0:
         yield "rollout.top_k", "0 would leave no token to sample; use -1 to turn top-k off"
+
+
+def _time_problems(config: RunConfig) -> Iterator[Problem]:
+    """While rank 0 samples and evaluates, the other ranks wait in a collective, which must not give up first."""
+    batches = 1 + len(config.evaluation.sets)
+    longest = config.rollout.step_timeout_seconds * batches
+    if config.parallel.collective_timeout_seconds <= longest:
+        yield (
+            "parallel.collective_timeout_seconds, rollout.step_timeout_seconds",
+            f"a step may sample {batches} batches (training and {batches - 1} evaluation sets) of at most "
+            f"{config.rollout.step_timeout_seconds:g} s each, so collectives must wait longer than {longest:g} s; raise "
+            "the first or lower the second",
+        )
 
 
 def _length_problems(config: RunConfig, shape: ModelShape | None) -> Iterator[Problem]:

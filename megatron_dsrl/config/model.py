@@ -48,8 +48,9 @@ class ParallelConfig(Section):
     distributed_optimizer: bool = False
     """Shard the optimizer state over data parallelism (Megatron's DistributedOptimizer)."""
 
-    collective_timeout_seconds: int = Field(default=3600, ge=1)
-    """Limit for any collective between processes. Must exceed the longest rollout, which the other ranks await."""
+    collective_timeout_seconds: int = Field(default=4 * 3600, ge=1)
+    """Limit for any collective between processes. Must exceed the longest rollout and evaluation of a step together,
+    which the other ranks await."""
 
     @property
     def model_parallel_size(self) -> int:

@@ -53,6 +53,7 @@ def test_a_phase_that_the_run_ends_before_has_no_steps(small, write):
         (["parallel.tensor_parallel_size=8"], 8, "parallel.tensor_parallel_size", "4 key/value heads"),
         (["parallel.pipeline_parallel_size=4"], 4, "parallel.pipeline_parallel_size", "6 layers cannot be split 4"),
         (["engine.tensor_parallel_size=3"], 3, "engine.tensor_parallel_size", "8 attention heads cannot be split 3"),
+        (["parallel.collective_timeout_seconds=3600"], 1, "collective_timeout_seconds", "must wait longer than 3600 s"),
         (["phases.0.until_step=null"], 1, "phases.0.until_step", "only the last phase"),
         (["phases.1.until_step=2"], 1, "phases.1.until_step", "2 is not after the phase before it"),
         (["phases.1.until_step=4"], 1, "phases.1.until_step", "no phase covers steps 5 to 6"),
