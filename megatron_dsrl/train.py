@@ -113,6 +113,7 @@ def run_steps(run: TrainingRun) -> None:
         if is_due(step, run.config.checkpoint.save_every_steps, run.config.steps):
             save_checkpoint(run, step, run.sampler.state_dict())
         write_results(run, step)
+    dist.barrier()  # every rank's engine serves rank 0 until its last evaluation is done
     if run.stop.requested:
         raise Preempted  # perhaps during the last evaluation
 
