@@ -54,7 +54,8 @@ class Controller:
     def sample(self, step: int, indices: Sequence[int]) -> list[Group]:
         """Judged responses to the named prompts, in their order. They are on disk when this returns."""
         prompts = [self._prompts[i] for i in indices]
-        groups = self._rollout.sample_step(step, prompts)
+        with self._console.generation(step, len(prompts) * self._config.rollout.samples_per_prompt) as progress:
+            groups = self._rollout.sample_step(step, prompts, on_samples=progress.advance)
         if self._config.observability.save_rollouts:
             write_groups(rollout_file(self._run_folder, step), groups)
         return groups

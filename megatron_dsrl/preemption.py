@@ -15,8 +15,11 @@ PREEMPTED_STATUS = 75
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
-class StopRequested(BaseException):
-    """Raised inside `StopSignal.interruptible` when the process is asked to stop."""
+class StopRequested(KeyboardInterrupt):
+    """Raised inside `StopSignal.interruptible` when the process is asked to stop.
+
+    A KeyboardInterrupt, because asyncio passes on that one even from its callbacks.
+    """
 
 
 class Preempted(SystemExit):

@@ -9,6 +9,7 @@ interruption.
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 import torch.distributed as dist
@@ -129,7 +130,12 @@ def start_run(
     """Start the engines, build the actor, restore the checkpoint. What must be closed is left to `resources`."""
     step = checkpoint.state.step if checkpoint else 0
     prepare_run_folder(config, inputs.run_folder, step)
-    rollout = start_rollout(config, inputs.run_folder, stop_token_ids(inputs.tokenizer), inputs.decode)
+    rollout = start_rollout(
+        with_model_folder(config, inputs.model_folder),
+        inputs.run_folder,
+        stop_token_ids(inputs.tokenizer),
+        inputs.decode,
+    )
     resources.callback(rollout.close)
     rollout.wait_until_ready()
     rollout.release_memory()
@@ -156,6 +162,11 @@ def start_run(
         stop=resources.enter_context(StopSignal()),
         controller=controller,
     )
+
+
+def with_model_folder(config: RunConfig, folder: Path) -> RunConfig:
+    """The configuration with `model.path` resolved, so that the engines load the very folder that the trainer loads."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": str(folder)})})
 
 
 def sample(run: TrainingRun, step: int) -> list[Group] | None:

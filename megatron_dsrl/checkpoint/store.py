@@ -96,7 +96,11 @@ class CheckpointStore:
             ) from error
 
     def newest(self) -> Checkpoint | None:
-        """The newest undamaged checkpoint; damaged ones are reported by name and passed over."""
+        """The newest undamaged checkpoint, None if there is no checkpoint at all. Damaged ones are reported by name.
+
+        Raises:
+            UserError: on every rank, if there are checkpoints and all are damaged.
+        """
         folders = _broadcast([folder for _, folder in reversed(self._published())])
         for folder in folders:
             problem, state = self._validate(folder)
@@ -106,6 +110,10 @@ class CheckpointStore:
                 return Checkpoint(folder, state)
             if dist.get_rank() == 0:
                 self._report(f"checkpoint {folder} is damaged and left out: {problem}")
+        if folders:
+            raise UserError(
+                f"all checkpoints in {self._root} are damaged; remove the folder to start again from the first step"
+            )
         return None
 
     def _published(self) -> list[tuple[int, Path]]:
@@ -144,10 +152,11 @@ class CheckpointStore:
             shutil.rmtree(target)
         partial.rename(target)
         _flush_to_disk(self._root)
-        self._prune()
+        self._prune(saved.run.step)
 
-    def _prune(self) -> None:
-        published = self._published()
+    def _prune(self, newest_step: int) -> None:
+        """Later checkpoints than the one just published are damaged ones, which `newest` has passed over."""
+        published = [(step, folder) for step, folder in self._published() if step <= newest_step]
         for step, folder in published[: -self._keep_last]:
             if not (self._keep_every_steps and step % self._keep_every_steps == 0):
                 shutil.rmtree(folder)

@@ -123,6 +123,8 @@ class EngineClient:
 
     async def release_memory(self, tags: Sequence[MemoryTag]) -> None:
         """Give device memory back. The engine must be idle: SGLang ends the whole engine otherwise."""
+        # Waits until the scheduler has noticed that nothing runs any more, and fails where something does.
+        await self._post(f"/flush_cache?timeout={self._timeout_seconds:g}", None)
         await self._post("/release_memory_occupation", {"tags": list(tags)})
 
     async def resume_memory(self, tags: Sequence[MemoryTag]) -> None:

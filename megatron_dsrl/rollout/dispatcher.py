@@ -58,9 +58,15 @@ class BatchRequest:
 
 
 async def sample_groups(
-    request: BatchRequest, clients: Sequence[EngineClient], rewards: RewardPool, decode: Decode
+    request: BatchRequest,
+    clients: Sequence[EngineClient],
+    rewards: RewardPool,
+    decode: Decode,
+    on_samples: Callable[[int], None],
 ) -> list[Group]:
     """Sample, decode and judge; groups are in the order of the prompts.
+
+    `on_samples` is told how many samples have come back, each time some do.
 
     Raises:
         EngineError: An engine failed, or the batch took longer than its limit; the message names the prompts that
@@ -102,6 +108,7 @@ async def sample_groups(
                         (completion, text := decode(completion.response_ids), rewards.submit(text, prompt.answer))
                         for completion in _checked(group, prompt, request.weight_version)
                     ]
+                on_samples(len(positions) * request.samples_per_prompt)
     finally:
         for task in running:
             task.cancel()  # closes the connection, at which SGLang aborts the request

@@ -1,7 +1,9 @@
 """The ranks that share one engine: the first of them owns the server, all of them hand it weights."""
 
+import os
 import socket
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +40,12 @@ class EngineGroup:
             )
         engine = rank // size
         self._owns_server = rank % size == 0
-        self._everyone = new_gloo_group(range(self._world)) if self._world > 1 else None
+        timeout = timedelta(seconds=config.parallel.collective_timeout_seconds)
+        self._everyone = new_gloo_group(range(self._world), timeout) if self._world > 1 else None
         self._group = None
         if size > 1:
             # new_group is collective: every rank takes part in making every group.
-            groups = [new_gloo_group(range(first, first + size)) for first in range(0, self._world, size)]
+            groups = [new_gloo_group(range(first, first + size), timeout) for first in range(0, self._world, size)]
             self._group = groups[engine]
         host = self._host()
         self._server = EngineServer(
@@ -113,8 +116,12 @@ class EngineGroup:
 
     def _host(self) -> str:
         """Loopback on one node; with several, this node's address, which rank 0 can reach."""
-        names = self._from_all(socket.gethostname())
-        return "127.0.0.1" if len(set(names)) == 1 else socket.gethostbyname(socket.gethostname())
+        if int(os.environ.get("LOCAL_WORLD_SIZE", self._world)) == self._world:
+            return "127.0.0.1"
+        # The address from which this node reaches the first one; connecting a datagram socket sends nothing.
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((os.environ["MASTER_ADDR"], 9))
+            return probe.getsockname()[0]
 
 
 class EngineCallError(RuntimeError):
@@ -138,7 +145,7 @@ def server_arguments(config: RunConfig, engine: int) -> ServerArguments:
         "dtype": config.model.dtype,
         "tp_size": config.engine.tensor_parallel_size,
         "random_seed": config.seed + engine,
-        "load_format": "dummy" if config.model.random_init else "auto",
+        "load_format": "auto" if starts_with_weights(config) else "dummy",
         "weight_version": str(initial_weight_version(config)),
         # Token ids go in and come out: the engine needs neither tokenizer nor detokenizer.
         "skip_tokenizer_init": True,
@@ -156,7 +163,13 @@ def server_arguments(config: RunConfig, engine: int) -> ServerArguments:
 
 def initial_weight_version(config: RunConfig) -> int:
     """Weight version of an engine that nothing was pushed to."""
-    return UNSET_WEIGHT_VERSION if config.model.random_init else DISK_WEIGHT_VERSION
+    return DISK_WEIGHT_VERSION if starts_with_weights(config) else UNSET_WEIGHT_VERSION
+
+
+def starts_with_weights(config: RunConfig) -> bool:
+    """Whether SGLang finds weights to start with: not in a Megatron checkpoint, and not where they are to be drawn."""
+    folder = Path(config.model.path)
+    return not config.model.random_init and (not folder.is_dir() or any(folder.glob("*.safetensors")))
 
 
 def world_size() -> int:
@@ -169,6 +182,6 @@ def world_rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
-def new_gloo_group(ranks: Iterable[int]) -> torch.distributed.ProcessGroup:
-    """A group for Python objects and waiting, whatever the default backend is."""
-    return torch.distributed.new_group(list(ranks), backend="gloo")
+def new_gloo_group(ranks: Iterable[int], timeout: timedelta) -> torch.distributed.ProcessGroup:
+    """A group for Python objects and waiting, whatever the default backend is. It does not inherit a time limit."""
+    return torch.distributed.new_group(list(ranks), backend="gloo", timeout=timeout)

@@ -1,7 +1,7 @@
 """The rollout side as the training loop sees it: sample groups, take new weights, lend memory, close."""
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -20,14 +20,23 @@ from megatron_dsrl.rollout.seeds import seeds_of_batch
 from megatron_dsrl.rollout.weight_push import Bucket
 
 
+def ignore(samples: int) -> None:
+    """For callers that do not watch the progress."""
+
+
 class Rollout(Protocol):
     """Where the samples of a run come from."""
 
     def wait_until_ready(self) -> None:
         """Block until samples can be drawn. All ranks."""
 
-    def sample_step(self, step: int, prompts: Sequence[Prompt]) -> list[Group]:
-        """The rollout batch of a training step (counted from 1), in the order of the prompts. Rank 0 only."""
+    def sample_step(
+        self, step: int, prompts: Sequence[Prompt], on_samples: Callable[[int], None] = ignore
+    ) -> list[Group]:
+        """The rollout batch of a training step (counted from 1), in the order of the prompts. Rank 0 only.
+
+        `on_samples` is told how many samples have come back, each time some do.
+        """
 
     def generate(
         self, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: SamplingParameters, stream: str
@@ -110,12 +119,19 @@ class EngineRollout:
     def wait_until_ready(self) -> None:
         self._urls = self._running_engines().wait_until_ready()
 
-    def sample_step(self, step: int, prompts: Sequence[Prompt]) -> list[Group]:
+    def sample_step(
+        self, step: int, prompts: Sequence[Prompt], on_samples: Callable[[int], None] = ignore
+    ) -> list[Group]:
         samples = self._config.rollout.samples_per_prompt
-        return self.generate(prompts, samples, self._training_sampling, stream=f"step {step}")
+        return self.generate(prompts, samples, self._training_sampling, f"step {step}", on_samples)
 
     def generate(
-        self, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: SamplingParameters, stream: str
+        self,
+        prompts: Sequence[Prompt],
+        samples_per_prompt: int,
+        sampling: SamplingParameters,
+        stream: str,
+        on_samples: Callable[[int], None] = ignore,
     ) -> list[Group]:
         assert self._rewards is not None, "only rank 0 samples"
         assert self._urls, "wait_until_ready() comes first"
@@ -129,7 +145,7 @@ class EngineRollout:
             max_outstanding_samples=self._config.engine.max_outstanding_samples,
             timeout_seconds=self._config.rollout.step_timeout_seconds,
         )
-        return asyncio.run(self._sample(request, self._rewards))
+        return asyncio.run(self._sample(request, self._rewards, on_samples))
 
     def load_weights(self, buckets: Iterable[Bucket], version: int) -> None:
         self._running_engines().push(buckets, version)
@@ -150,9 +166,11 @@ class EngineRollout:
         if self._rewards is not None:
             self._rewards.close()
 
-    async def _sample(self, request: BatchRequest, rewards: RewardPool) -> list[Group]:
+    async def _sample(
+        self, request: BatchRequest, rewards: RewardPool, on_samples: Callable[[int], None]
+    ) -> list[Group]:
         async with connect(self._urls, self._config.engine.update_timeout_seconds) as clients:
-            return await sample_groups(request, clients, rewards, self._decode)
+            return await sample_groups(request, clients, rewards, self._decode, on_samples)
 
     def _change_memory(self, change: str, tags: list[MemoryTag]) -> None:
         if not can_release_engine_memory():
@@ -186,7 +204,9 @@ class ReplayedRollout:
     def wait_until_ready(self) -> None:
         pass
 
-    def sample_step(self, step: int, prompts: Sequence[Prompt]) -> list[Group]:
+    def sample_step(
+        self, step: int, prompts: Sequence[Prompt], on_samples: Callable[[int], None] = ignore
+    ) -> list[Group]:
         return replayed_groups(self._run_folder, step, prompts, self._samples_per_prompt)
 
     def generate(

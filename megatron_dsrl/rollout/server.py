@@ -90,7 +90,7 @@ class EngineServer:
         # SGLang leaves its sockets in the temporary folder; a short name, since sockets' paths are limited.
         self._scratch = tempfile.TemporaryDirectory(prefix="dsrl-", ignore_cleanup_errors=True)
         environment = {**_inherited_environment(), "TMPDIR": self._scratch.name, **self._environment}
-        with open(self._log_file, "wb") as log:
+        with open(self._log_file, "ab") as log:  # behind what an earlier start of the run has left to read
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "megatron_dsrl.rollout.server_process", json.dumps([os.getpid(), arguments])],
                 env=environment | {"PYTHONPATH": os.pathsep.join(search_path)},
@@ -155,7 +155,8 @@ class EngineServer:
     def _answers(self) -> bool:
         try:
             # SGLang opens its port only after the schedulers have loaded the model.
-            with urllib.request.urlopen(f"{self.url}/model_info", timeout=5.0) as response:
+            without_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+            with without_proxy.open(f"{self.url}/model_info", timeout=5.0) as response:
                 return response.status == 200
         except (urllib.error.URLError, OSError):
             return False

@@ -122,13 +122,25 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, dam
     assert Store(tmp_path).newest().state.step == 3
 
 
-def test_nothing_good_is_none(tmp_path):
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_silently_start_again(tmp_path):
+    assert Store(tmp_path).newest() is None
     saved(tmp_path, 1, 2)
     for folder in tmp_path.iterdir():
         flip_a_byte(folder)
     store = Store(tmp_path)
-    assert store.newest() is None
+    with pytest.raises(UserError, match="all checkpoints in .* are damaged"):
+        store.newest()
     assert len(store.reports) == 2
+
+
+def test_a_new_checkpoint_outlives_damaged_later_ones(tmp_path):
+    saved(tmp_path, 1, 8, 9, keep_last=3)
+    for step in (8, 9):
+        flip_a_byte(tmp_path / f"step_{step:06d}")
+    store = Store(tmp_path, keep_last=1)
+    assert store.newest().state.step == 1
+    store.save(state(2), write_weights)
+    assert Store(tmp_path).newest().state.step == 2
 
 
 class Killed(BaseException):
