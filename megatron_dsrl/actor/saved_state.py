@@ -19,6 +19,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_dsrl.model.build import bare_model
+from megatron_dsrl.platform.checkpoint_writer import keep_results_in_memory
 
 
 def save_state(
@@ -31,6 +32,7 @@ def save_state(
     state = _model_and_optimizer(chunks, optimizer, is_loading=False)
     state["scheduler_steps"] = scheduler.num_steps
     state["random_states"] = _random_states()
+    keep_results_in_memory()
     dist_checkpointing.save(state, str(folder), content_metadata=_sharding_metadata())
 
 

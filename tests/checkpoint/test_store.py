@@ -4,6 +4,7 @@ The actor's part is made of a few files here; `tests/test_resume.py` has the rea
 """
 
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -225,6 +226,7 @@ def save_an_actor_onto_a_full_disk(model: Path, root: Path, full_on: list[int]) 
     actor = build_actor(run_config(model, parallel, ACTOR), model)
     store = Store(root)
     store.save(state(1), actor.save)
+    assert multiprocessing.active_children() == []  # nothing that could outlive a killed trainer
     with files_of_at_most(20_000 if dist.get_rank() in full_on else 10**9):
         try:
             store.save(state(2), actor.save)
