@@ -145,7 +145,7 @@ def build_trainable(chunks: list[MegatronModule], parallel: ParallelConfig) -> l
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.distributed_optimizer,
         overlap_grad_reduce=False,
-        check_for_nan_in_grad=False,  # the actor checks the gradient norm, once, and names the step
+        check_for_nan_in_grad=False,  # the actor checks the loss and the gradient norm
     )
     return [DistributedDataParallel(config=config, ddp_config=ddp_config, module=chunk) for chunk in chunks]
 

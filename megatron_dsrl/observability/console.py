@@ -31,7 +31,7 @@ class GenerationProgress:
 
 
 class RunConsole:
-    """Prints the progress of one run. Only rank 0 has one."""
+    """Prints the progress of one run. Only rank 0's prints."""
 
     def __init__(self, total_steps: int, stream: TextIO | None = None) -> None:
         """`stream` defaults to standard output; whether it is a terminal decides about colours and progress bars."""

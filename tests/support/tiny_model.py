@@ -4,11 +4,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-
-from megatron_dsrl.platform.engine import prepare_engine_process
-
-prepare_engine_process()  # without CUDA: Transformers' models import torchvision, which fails to import there
-from transformers import (  # noqa: E402
+from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
