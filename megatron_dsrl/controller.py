@@ -69,7 +69,12 @@ class Controller:
             self._console.evaluation(record)
 
     def record(
-        self, step: int, phase: PhaseConfig, groups: Sequence[Group], update: UpdateMetrics | None, timer: SecondsPerPart
+        self,
+        step: int,
+        phase: PhaseConfig,
+        groups: Sequence[Group],
+        update: UpdateMetrics | None,
+        timer: SecondsPerPart,
     ) -> None:
         """Write down and print a finished step."""
         record = {

@@ -8,8 +8,8 @@ from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.build import DTYPES, build_model, build_trainable
 from megatron_dsrl.weights.load import load_weights
-from megatron_dsrl.weights.tables import weight_table
 from megatron_dsrl.weights.random_init import fill_with_random_weights
+from megatron_dsrl.weights.tables import weight_table
 
 
 def build_actor(config: RunConfig, folder: Path) -> Actor:

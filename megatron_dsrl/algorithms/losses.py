@@ -31,7 +31,9 @@ TokenLoss = Callable[[Tensor, Tensor, Tensor], TokenLosses]
 """(log_probs, old_log_probs, advantages), each [num_tokens] float32 -> TokenLosses."""
 
 
-def dual_clip_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, config: DualClipLossConfig) -> TokenLosses:
+def dual_clip_loss(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, config: DualClipLossConfig
+) -> TokenLosses:
     """PPO's clipped surrogate (arXiv 1707.06347) with the dual clip (arXiv 1912.09729).
 
     rho = exp(clamp(lp - lp_old, -20, 20)); l = max(-A rho, -A clip(rho, 1 - low, 1 + high));

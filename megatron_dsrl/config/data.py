@@ -45,7 +45,7 @@ class RewardConfig(Section):
     """How a response is judged."""
 
     function: str = "boxed"
-    """A built-in verifier, or the dotted path `package.module:function` of `f(response, answer, **options) -> float`."""
+    """A built-in verifier, or the dotted path `package.module:function` of `f(response, answer, **options)`."""
 
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments for the function."""

@@ -230,8 +230,8 @@ def _time_problems(config: RunConfig) -> Iterator[Problem]:
         yield (
             "parallel.collective_timeout_seconds, rollout.step_timeout_seconds",
             f"a step may sample {batches} batches (training and {batches - 1} evaluation sets) of at most "
-            f"{config.rollout.step_timeout_seconds:g} s each, so collectives must wait longer than {longest:g} s; raise "
-            "the first or lower the second",
+            f"{config.rollout.step_timeout_seconds:g} s each, so collectives must wait longer than {longest:g} s; "
+            "raise the first or lower the second",
         )
 
 

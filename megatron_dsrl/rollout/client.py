@@ -4,7 +4,6 @@ Departures from SGLang 0.5.23's own client: its weight calls answer `success: fa
 `update_weights_from_tensor` needs an open weight update; here both are errors.
 """
 
-import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -151,7 +150,7 @@ class EngineClient:
                 if response.content_type != "application/json":
                     return await response.text()
                 return await response.json()
-        except asyncio.TimeoutError as error:
+        except TimeoutError as error:
             raise EngineError(f"engine {self.url} did not answer {path} within {limit:g} s") from error
         except aiohttp.ClientError as error:
             raise EngineError(

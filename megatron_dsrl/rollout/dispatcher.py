@@ -141,7 +141,7 @@ async def _sample(
 ) -> Sample:
     try:
         judged = await asyncio.wait_for(asyncio.wrap_future(judgement), max(0.1, deadline - time.monotonic()))
-    except asyncio.TimeoutError as error:
+    except TimeoutError as error:
         raise EngineError(
             f"rewards were not ready within rollout.step_timeout_seconds = {request.timeout_seconds:g}; raise the "
             "limit or reward.workers, or lower reward.timeout_seconds"

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.support.families import FAMILIES
-from tests.support.tiny_model import make_tiny_qwen3
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megatron_dsrl.cli import main
 from megatron_dsrl.conversion.command_line import DTYPES
 from megatron_dsrl.weights.megatron_checkpoint import MegatronCheckpoint
+from tests.support.families import FAMILIES
+from tests.support.tiny_model import make_tiny_qwen3
 
 QUERY = "model.layers.1.self_attn.q_proj.weight"
 VOCAB_SIZE = 101

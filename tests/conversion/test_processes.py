@@ -13,8 +13,6 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from safetensors.torch import load_file
-from tests.support.distributed import run_distributed
-from tests.support.families import FAMILIES
 from torch import Tensor, nn
 
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig
@@ -31,6 +29,8 @@ from megatron_dsrl.weights.load import load_weights
 from megatron_dsrl.weights.stream import stream_hf_weights
 from megatron_dsrl.weights.table import bind
 from megatron_dsrl.weights.tables import weight_table
+from tests.support.distributed import run_distributed
+from tests.support.families import FAMILIES
 
 VOCAB_SIZE = 101  # odd: the vocabulary is padded at a tensor-parallel size of 2
 TP2 = {"tensor_parallel_size": 2}

@@ -9,6 +9,7 @@ from megatron_dsrl.evaluation.evaluator import Evaluator
 from megatron_dsrl.rollout.sample import Group, Sample
 from megatron_dsrl.rollout.sampling import SamplingParameters
 
+
 def sample(reward, num_tokens, finish_reason="stop"):
     return Sample((7,) * num_tokens, (-0.5,) * num_tokens, "", finish_reason, weight_version=1, reward=reward)
 

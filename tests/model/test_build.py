@@ -7,17 +7,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
-from tests.support.families import FAMILIES
-from tests.support.tiny_model import make_tiny_qwen3
 from torch import Tensor
 
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.model.architecture import read_architecture
-from megatron_dsrl.model.parallel import check_parallel_layout, destroy_parallel, initialize_parallel
 from megatron_dsrl.model.build import build_model, build_trainable
+from megatron_dsrl.model.parallel import check_parallel_layout, destroy_parallel, initialize_parallel
 from megatron_dsrl.weights.load import load_hf_weights
 from megatron_dsrl.weights.tables import weight_table
+from tests.support.families import FAMILIES
+from tests.support.tiny_model import make_tiny_qwen3
 
 PARALLEL = ParallelConfig(collective_timeout_seconds=60)
 LENGTHS = [13, 24, 11, 12, 1, 24]

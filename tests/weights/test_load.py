@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.support.tiny_model import make_tiny_qwen3
 
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint
 from megatron_dsrl.weights.load import check_checkpoint
 from megatron_dsrl.weights.tables import weight_table
+from tests.support.tiny_model import make_tiny_qwen3
 
 QUERY = "model.layers.1.self_attn.q_proj.weight"
 

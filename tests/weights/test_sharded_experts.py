@@ -9,10 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from tests.support.distributed import run_distributed
-from tests.support.tiny_model import make_tiny_qwen3_moe
-from tests.weights.test_sharded_model import MICRO_BATCHES, backward, gradient_errors, logits_error, rows
-from tests.weights.test_sharded_model import VOCAB_SIZE as COMPARED
 from torch import Tensor, nn
 
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig
@@ -23,6 +19,10 @@ from megatron_dsrl.model.parallel import check_parallel_layout, destroy_parallel
 from megatron_dsrl.weights.load import load_hf_weights
 from megatron_dsrl.weights.stream import stream_hf_weights
 from megatron_dsrl.weights.tables import weight_table
+from tests.support.distributed import run_distributed
+from tests.support.tiny_model import make_tiny_qwen3_moe
+from tests.weights.test_sharded_model import MICRO_BATCHES, backward, gradient_errors, logits_error, rows
+from tests.weights.test_sharded_model import VOCAB_SIZE as COMPARED
 
 VOCAB_SIZE = 102  # even, so that no padding takes part in the cross-entropy; rows() has no token above 100
 LAYOUTS = {

@@ -17,21 +17,21 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from safetensors.torch import load_file
-from tests.support.distributed import run_distributed
-from tests.support.tiny_model import make_tiny_qwen3
 from torch import Tensor, nn
 from transformers import Qwen3ForCausalLM
 
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.model.architecture import read_architecture
-from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from megatron_dsrl.model.build import build_model, build_trainable
+from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from megatron_dsrl.weights.export import export_hf_folder
 from megatron_dsrl.weights.load import load_hf_weights
-from megatron_dsrl.weights.tables import weight_table
 from megatron_dsrl.weights.random_init import fill_with_random_weights
 from megatron_dsrl.weights.stream import stream_hf_weights
+from megatron_dsrl.weights.tables import weight_table
+from tests.support.distributed import run_distributed
+from tests.support.tiny_model import make_tiny_qwen3
 
 VOCAB_SIZE = 101  # odd: the vocabulary is padded at a tensor-parallel size of 2
 LAYOUTS = {

@@ -1,11 +1,11 @@
 """The Qwen3 table against the names of Transformers, of Megatron's local layers, and of Transformer Engine's."""
 
 import pytest
-from tests.support.tiny_model import make_tiny_qwen3
 
 from megatron_dsrl.model.architecture import read_architecture
-from megatron_dsrl.weights.tables import weight_table
 from megatron_dsrl.weights.table import TableEntry, WeightTable
+from megatron_dsrl.weights.tables import weight_table
+from tests.support.tiny_model import make_tiny_qwen3
 
 TRANSFORMER_ENGINE_LAYER = {
     # Parameters of a TransformerLayer with Megatron's Transformer Engine specification and qk_layernorm
