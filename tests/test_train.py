@@ -1,6 +1,8 @@
 """`dsrl train` as a user runs it: the real Megatron actor, the real SGLang engine, both phases."""
 
 import json
+import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -93,4 +95,28 @@ def test_bad_input_ends_in_one_message_and_leaves_no_process(config, overrides, 
     assert result.returncode == 2
     assert message in result.stderr and result.stderr.startswith("dsrl: ")
     assert "Traceback" not in result.stderr
+    assert processes_left_behind() == []
+
+
+def test_an_empty_data_set_a_wrong_tokenizer_and_a_taken_port_end_in_one_message(config, tmp_path):
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    wrong = tmp_path / "wrong_tokenizer"
+    shutil.copytree(config.parent / "model", wrong)
+    tokenizer = json.loads((wrong / "tokenizer.json").read_text())
+    (wrong / "tokenizer.json").write_text(json.dumps(tokenizer).replace("<|im_start|>", "<|start|>"))
+    (wrong / "tokenizer_config.json").write_text("{}")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        for override, message in (
+            (f"data.source={empty}", "empty.jsonl"),
+            (f"model.path={wrong}", "<|im_start|>"),
+            (f"engine.port={port}", f"port {port}"),
+        ):
+            result = dsrl("train", str(config), "name=bad", override)
+            assert result.returncode == 2, override
+            assert message in result.stderr and result.stderr.startswith("dsrl: "), result.stderr
+            assert "Traceback" not in result.stderr
     assert processes_left_behind() == []
