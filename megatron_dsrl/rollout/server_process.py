@@ -7,6 +7,7 @@ SGLang's scheduler and detokenizer processes die with it.
 import json
 import os
 import sys
+import traceback
 
 from megatron_dsrl.process import die_with_parent
 
@@ -42,7 +43,13 @@ def main() -> None:
     from sglang.srt.server_args import ServerArgs
 
     arguments = json.loads(sys.argv[1])[1]
-    launch_server(ServerArgs(**arguments), run_scheduler_process_func=run_scheduler_process)
+    try:
+        launch_server(ServerArgs(**arguments), run_scheduler_process_func=run_scheduler_process)
+    except Exception:
+        # A normal exit would first wait for SGLang's other processes, which do not end when a scheduler has died.
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 if __name__ == "__main__":

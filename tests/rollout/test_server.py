@@ -1,6 +1,7 @@
 """Supervision of the engine's processes: every way to fail ends with a message and leaves nothing running."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -83,6 +85,30 @@ def test_an_engine_that_ends_early_is_noticed_at_once_and_its_log_shown(make_ser
         server.wait_until_ready()
 
     assert processes_of_group(group) == []
+
+
+def test_a_scheduler_that_dies_while_it_starts_ends_the_wait(make_server):
+    server = make_server()
+    server.start()
+    group = server.process_id
+    started = []
+    assert wait_for(lambda: started.extend(schedulers_of(group)) or started, seconds=60)
+
+    started[0].kill()
+
+    with pytest.raises(UserError, match="ended with status 1"):
+        server.wait_until_ready()
+    assert processes_of_group(group) == []
+
+
+def schedulers_of(group: int) -> list[psutil.Process]:
+    """SGLang's scheduler processes, which name themselves once they load the model."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, ProcessLookupError):
+            if os.getpgid(process.pid) == group and "scheduler" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def test_a_bad_bucket_is_an_error_and_a_dead_engine_is_noticed(make_server):
