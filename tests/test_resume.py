@@ -106,7 +106,7 @@ def test_soak_kill_9_of_trainer_or_engine_at_random_moments(config, undisturbed,
     chance = random.Random(seed)
     run = config.parent / "runs" / f"soak-{seed}"
     arguments = (str(config), f"name={run.name}", *OPTIONS)
-    for _ in range(6):
+    for _ in range(5):
         step = newest_checkpoint(run) + 1
         remove_rollouts(run, step)
         with running_training(*arguments, run=run) as training:
