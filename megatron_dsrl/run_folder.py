@@ -24,7 +24,9 @@ def check_run_folder(config: RunConfig, inputs: RunInputs) -> None:
         UserError: the folder holds a run that was started with another configuration.
     """
     file = inputs.run_folder / CONFIG_FILE
-    if file.exists():
+    # A start that failed before its first step leaves nothing to continue: it must not stand in the way of a mended one.
+    has_begun = (inputs.run_folder / "checkpoints").exists() or bool(read_records(inputs.run_folder / METRICS_FILE))
+    if file.exists() and has_begun:
         before, _ = parse_yaml(file.read_text(encoding="utf-8"), str(file))
         check_same_run(before, config, str(inputs.run_folder))
 
