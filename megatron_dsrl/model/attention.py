@@ -4,7 +4,7 @@ Megatron's own local attention repeats key-value heads, materialises the score m
 This one does neither: grouped queries go to the fused kernel as they are, and a packed row is unpacked into a few
 batches of sequences of similar length, each one call. Padding those on the right is free of masks: under causal
 attention no real token looks to its right. Measured on one core, forward and backward of 256 sequences of 16 to 64
-tokens: 60 ms against 370 ms for one call per sequence.
+tokens: 42 ms in one padded call, without the copies into and out of the padding, against 366 ms in one call each.
 """
 
 from dataclasses import dataclass
