@@ -113,21 +113,12 @@ def update_metrics(update: UpdateMetrics | None, phase: PhaseConfig) -> dict[str
     """
     if update is None:  # the filter dropped every sample, and no step was taken
         return {"policy/kept_samples": 0, "policy/kept_tokens": 0}
-    metrics = {
-        "policy/loss": update.loss,
-        "policy/entropy": update.entropy,
-        "policy/clip_fraction": update.clip_fraction,
-        "policy/kept_samples": update.kept_samples,
-        "policy/kept_tokens": update.kept_tokens,
-        "policy/grad_norm": update.grad_norm,
-        "policy/learning_rate": update.learning_rate,
-    }
+    metrics = update.flat()
+    metrics |= {f"policy/{name}": metrics.pop(name) for name in ("loss", "grad_norm", "learning_rate")}
+    mean_gap, max_gap = metrics.pop("policy/mean_log_prob_gap"), metrics.pop("policy/max_log_prob_gap")
     if isinstance(phase.space, PreTrainSpaceConfig):
-        return metrics | {"pre_train/mean_log_prob_gap": update.mean_log_prob_gap}
-    return metrics | {
-        "mismatch/mean_log_prob_gap": update.mean_log_prob_gap,
-        "mismatch/max_log_prob_gap": update.max_log_prob_gap,
-    }
+        return metrics | {"pre_train/mean_log_prob_gap": mean_gap}
+    return metrics | {"mismatch/mean_log_prob_gap": mean_gap, "mismatch/max_log_prob_gap": max_gap}
 
 
 def memory_metrics() -> dict[str, float]:

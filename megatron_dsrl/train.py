@@ -16,8 +16,9 @@ import torch.distributed as dist
 
 from megatron_dsrl.actor.actor import Actor
 from megatron_dsrl.actor.build import build_actor
-from megatron_dsrl.algorithms.experience import Experience, build_experience
-from megatron_dsrl.algorithms.losses import make_token_loss
+from megatron_dsrl.algorithms.experience import Experience, build_experience, with_advantages
+from megatron_dsrl.algorithms.losses import make_policy_loss
+from megatron_dsrl.algorithms.objective import Objective
 from megatron_dsrl.algorithms.schedule import Schedule
 from megatron_dsrl.checkpoint.compatibility import check_same_model, check_same_optimizer
 from megatron_dsrl.checkpoint.state import RunState, current_layout
@@ -104,8 +105,11 @@ def run_steps(run: TrainingRun) -> None:
             if experience is None:
                 stop_as_asked(run, step - 1, sampler_before)
             run.rollout.release_memory()
+            objective = Objective(
+                with_advantages(experience, phase), make_policy_loss(phase.loss), phase.coefficient
+            )
             update = run.actor.update(
-                experience, make_token_loss(phase.loss), phase.coefficient, run.config.actor.optimizer_steps_per_rollout
+                [objective], run.config.actor.mini_batches_per_rollout, run.config.actor.epochs_per_rollout
             )
         with timer.part("push_weights"):
             push_weights(run, version=step + 1)
@@ -182,12 +186,12 @@ def sample(run: TrainingRun, step: int) -> list[Group] | None:
 
 
 def share_experience(run: TrainingRun, groups: list[Group] | None, phase: PhaseConfig) -> Experience | None:
-    """What rank 0's groups teach, on every rank; None if there are none because the run was asked to stop."""
+    """Rank 0's groups in the space of the phase, on every rank; None if the run was asked to stop."""
     shared: list[Experience | None] = [None]
     if groups is not None:
         in_pre_train_space = isinstance(phase.space, PreTrainSpaceConfig)
         bos_ids = bos_token_ids(run.inputs.tokenizer, phase.space.bos) if in_pre_train_space else ()
-        shared = [build_experience(responses_of(groups), phase, bos_ids)]
+        shared = [build_experience(responses_of(groups), phase.space, bos_ids)]
     dist.broadcast_object_list(shared, src=0)
     return shared[0]
 

@@ -39,6 +39,7 @@ from examples.tiny_dsrl.tokenizer import VOCAB_SIZE, build_tokenizer
 from megatron_dsrl.actor.build import build_actor
 from megatron_dsrl.algorithms.experience import Experience
 from megatron_dsrl.algorithms.losses import supervised_loss
+from megatron_dsrl.algorithms.objective import Objective
 from megatron_dsrl.algorithms.spaces import ScoredSequence, in_post_train_space, in_pre_train_space
 from megatron_dsrl.config.actor import ActorConfig, OptimizerConfig
 from megatron_dsrl.config.data import PromptSetConfig
@@ -166,7 +167,7 @@ def train_base(model: Path, output: Path, settings: Settings) -> None:
     tokenizer = load_tokenizer(str(model), VOCAB_SIZE)
     actor = build_actor(training_config(model, settings), model)
     for step, documents in enumerate(corpus(tokenizer, settings), start=1):
-        metrics = actor.update(as_experience(documents), supervised_loss)
+        metrics = actor.update([Objective(as_experience(documents), supervised_loss)])
         if dist.get_rank() == 0 and (step % 50 == 0 or step == 1):
             print(f"step {step}/{settings.steps}  loss {metrics.loss:.3f}", flush=True)
     actor.export_hf(output)
@@ -215,10 +216,14 @@ def document(
 
 def as_experience(documents: list[ScoredSequence]) -> Experience:
     """Documents as the actor takes them; the supervised loss uses neither advantages nor engine log-probs."""
+    nothing = tuple(torch.zeros(each.num_scored) for each in documents)
     return Experience(
         sequences=tuple(documents),
-        advantages=torch.zeros(len(documents)),
-        engine_log_probs=tuple(torch.zeros(each.num_scored) for each in documents),
+        rewards=torch.zeros(len(documents)),
+        groups=torch.arange(len(documents)),
+        engine_log_probs=nothing,
+        prompt_in_context=True,
+        advantages=nothing,
     )
 
 

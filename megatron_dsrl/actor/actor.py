@@ -4,25 +4,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
-from megatron_dsrl.actor.forward_backward import run_schedule, sum_gradients
+from megatron_dsrl.actor.forward_backward import MicroBatch
 from megatron_dsrl.actor.log_probs import VocabularyShard, log_probs_and_entropy
-from megatron_dsrl.actor.micro_batch_plan import plan_micro_batches
-from megatron_dsrl.actor.packing import MicroBatch, pack
-from megatron_dsrl.actor.saved_state import load_state, save_state
-from megatron_dsrl.actor.statistics import TokenStatistics, UpdateMetrics
-from megatron_dsrl.algorithms.experience import Experience
-from megatron_dsrl.algorithms.losses import TokenLoss, token_mean_weights
+from megatron_dsrl.actor.packing import PackedRow
+from megatron_dsrl.actor.statistics import ObjectiveMetrics, TokenStatistics, UpdateMetrics, share_with_all_stages
+from megatron_dsrl.actor.trainable_model import TrainableModel, require_finite
+from megatron_dsrl.algorithms.experience import Experience, PerToken, concatenate_tokens
+from megatron_dsrl.algorithms.losses import ScoredTokens
+from megatron_dsrl.algorithms.mismatch import log_prob_gap
+from megatron_dsrl.algorithms.objective import Objective
 from megatron_dsrl.weights.export import export_hf_folder
 from megatron_dsrl.weights.stream import stream_hf_weights
 from megatron_dsrl.weights.table import WeightTable
+
+ScoreResult = tuple[str, TokenStatistics]
+"""Name of the objective, and statistics of a micro-batch."""
 
 
 class Actor:
@@ -31,54 +30,36 @@ class Actor:
     Every rank passes the same global batch; each trains its data-parallel share of it.
     """
 
-    def __init__(
-        self,
-        chunks: list[DistributedDataParallel],
-        optimizer: MegatronOptimizer,
-        scheduler: OptimizerParamScheduler,
-        table: WeightTable,
-        folder: Path,
-        vocab_size: int,
-        temperature: float,
-        max_tokens_per_micro_batch: int,
-    ):
+    def __init__(self, model: TrainableModel, table: WeightTable, folder: Path, vocab_size: int, temperature: float):
         """Take over a model; see `build_actor` for how it is made.
 
         Args:
-            chunks: this pipeline stage's model chunks, wrapped for data parallelism, weights loaded.
-            optimizer: over the same chunks.
-            scheduler: learning-rate schedule of the optimizer.
+            model: the policy and its optimizer.
             table: names of the weights in HF checkpoints.
             folder: HF folder that the model came from; an export takes its config.json and tokenizer.
             vocab_size: rows of the HF embedding; what Megatron pads behind them is not scored.
             temperature: sampling temperature, by which logits are divided.
-            max_tokens_per_micro_batch: token budget of a packed row.
         """
-        self._chunks = chunks
-        self._config = chunks[0].config
-        self._config.finalize_model_grads_func = sum_gradients  # the weights of the loss carry the token count
-        self._device = next(chunks[0].parameters()).device
+        self._model = model
         self._table = table
         self._folder = folder
         self._vocab_size = vocab_size
-        self._optimizer = optimizer
-        self._scheduler = scheduler
         self._temperature = temperature
-        self._max_tokens = max_tokens_per_micro_batch
 
     def update(
-        self, experience: Experience, token_loss: TokenLoss, coefficient: float = 1.0, mini_batches: int = 1
+        self, objectives: Sequence[Objective], mini_batches: int = 1, epochs: int = 1
     ) -> UpdateMetrics | None:
-        """Take `mini_batches` optimizer steps on the experience, one on each consecutive part of it.
+        """Take `mini_batches * epochs` optimizer steps: in every epoch one on each consecutive part of the experience.
 
-        With more than one step the parts after the first are off-policy: the log-probs of the policy before the
-        update are computed first. With one step they are the current ones, and that pass is skipped.
+        With more than one step those after the first are off-policy: the log-probs of the policy before the update
+        are computed first, unless the experience has them. With one step they are the current ones, and that pass is
+        skipped.
 
         Args:
-            experience: the global batch, the same on every rank.
-            token_loss: loss of each scored token.
-            coefficient: factor on the loss.
-            mini_batches: optimizer steps.
+            objectives: terms of the loss, with the global batch, the same on every rank. Every optimizer step takes its
+                part of each.
+            mini_batches: parts of the experience.
+            epochs: passes over it.
 
         Returns:
             Metrics, the same on every rank; None if no sequence was there to train on, and no step was taken.
@@ -86,86 +67,89 @@ class Actor:
         Raises:
             FloatingPointError: if loss or gradient norm is not finite.
         """
-        if mini_batches > 1 and len(experience) > 0:
-            experience = replace(experience, old_log_probs=self.log_probs(experience))
-        parts = [part for part in experience.mini_batches(mini_batches) if len(part) > 0]
-        steps = [self._optimizer_step(part, token_loss, coefficient) for part in parts]
+        if mini_batches * epochs > 1:
+            objectives = [self._with_old_log_probs(objective) for objective in objectives]
+        steps = []
+        for _ in range(epochs):
+            for parts in zip(*(objective.mini_batches(mini_batches) for objective in objectives)):
+                parts_with_sequences = [part for part in parts if len(part.experience) > 0]
+                if parts_with_sequences:
+                    steps.append(self._optimizer_step(parts_with_sequences))
         return UpdateMetrics.merge(steps) if steps else None
 
-    def _optimizer_step(self, experience: Experience, token_loss: TokenLoss, coefficient: float) -> UpdateMetrics:
-        for chunk in self._chunks:
-            chunk.train()
-            chunk.zero_grad_buffer()
-        self._optimizer.zero_grad()
-
-        def score(micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, TokenStatistics]:
-            log_probs, entropy = self._score(micro_batch, logits)
-            old_log_probs = log_probs.detach() if micro_batch.old_log_probs is None else micro_batch.old_log_probs
-            result = token_loss(log_probs, old_log_probs, micro_batch.advantages)
-            loss = coefficient * (result.losses * micro_batch.weights).sum()
-            return loss, TokenStatistics.of_tokens(
-                loss, entropy, result.clipped, log_probs, micro_batch.engine_log_probs
-            )
-
-        _, micro_batches = self._micro_batches(experience)
-        statistics = self._add_up(run_schedule(self._chunks, micro_batches, score))
-        learning_rate = self._optimizer.param_groups[0]["lr"]
-        _require_finite("loss", statistics.sums[0].item())
-        _, grad_norm, _ = self._optimizer.step()
-        _require_finite("gradient norm", float(grad_norm))
-        self._scheduler.step(increment=1)
-        return UpdateMetrics.of_step(statistics, len(experience), float(grad_norm), learning_rate)
-
-    @torch.no_grad()
-    def log_probs(self, experience: Experience) -> tuple[Tensor, ...]:
-        """Log-probs of every sequence's scored tokens under the current weights.
-
-        Returns:
-            Per sequence [num_scored] float32 on the CPU, the same on every rank.
-        """
-        for chunk in self._chunks:
-            chunk.eval()
-
-        def score(micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-            log_probs, _ = self._score(micro_batch, logits)
-            return log_probs.sum(), log_probs.cpu().split(micro_batch.num_scored)
-
-        indices, micro_batches = self._micro_batches(experience)
-        kept = run_schedule(self._chunks, micro_batches, score, forward_only=True)
-        mine = {i: values.clone() for plan, parts in zip(indices, kept) for i, values in zip(plan, parts)}
-        everyone: list[dict[int, Tensor]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, mine if parallel_state.get_tensor_model_parallel_rank() == 0 else {})
-        by_index = {i: values for part in everyone for i, values in part.items()}
-        return tuple(by_index[i] for i in range(len(experience)))
+    def log_probs(self, experience: Experience) -> PerToken:
+        """Log-probs of every sequence's scored tokens under the current weights, the same on every rank."""
+        return self._model.score_tokens(
+            experience.sequences, lambda row, logits: self._log_probs_and_entropy(row, logits)[0]
+        )
 
     def hf_weights(self, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
         """The current weights as full HF tensors in buckets, in the parameters' dtype; see `stream_hf_weights`."""
-        return stream_hf_weights(self._chunks, self._table, bucket_bytes, self._config.params_dtype)
+        return stream_hf_weights(self._model.chunks, self._table, bucket_bytes, self._model.config.params_dtype)
 
     def export_hf(self, target: Path) -> None:
         """Write the current weights as an HF folder; see `export_hf_folder`."""
-        export_hf_folder(self._chunks, self._table, self._folder, target, self._config.params_dtype)
+        export_hf_folder(self._model.chunks, self._table, self._folder, target, self._model.config.params_dtype)
 
     def save(self, folder: Path) -> None:
         """Write weights, optimizer, schedule and random states into an existing, empty folder; see `save_state`."""
-        save_state(folder, self._chunks, self._optimizer, self._scheduler)
+        self._model.save(folder)
 
     def load(self, folder: Path, same_layout: bool) -> None:
         """Continue from what `save` wrote; see `load_state`."""
-        load_state(folder, self._chunks, self._optimizer, self._scheduler, same_layout)
+        self._model.load(folder, same_layout)
 
-    def _micro_batches(self, experience: Experience) -> tuple[Sequence[Sequence[int]], list[MicroBatch]]:
-        """This data-parallel rank's share: indices of the sequences, and the packed micro-batches of them."""
-        lengths = [len(sequence.token_ids) for sequence in experience.sequences]
-        plan = plan_micro_batches(
-            lengths, parallel_state.get_data_parallel_world_size(), self._max_tokens, self._config.hidden_size
-        )[parallel_state.get_data_parallel_rank()]
-        weights = token_mean_weights([sequence.num_scored for sequence in experience.sequences])
-        multiple_of = self._config.tensor_model_parallel_size if self._config.sequence_parallel else 1
-        return plan, [pack(experience, weights, indices, multiple_of).to(self._device) for indices in plan]
+    def _with_old_log_probs(self, objective: Objective) -> Objective:
+        experience = objective.experience
+        if experience.old_log_probs is not None or len(experience) == 0:
+            return objective
+        return replace(objective, experience=replace(experience, old_log_probs=self.log_probs(experience)))
 
-    def _score(self, micro_batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies [S] of a micro-batch from its logits [1, T, vocabulary shard]."""
+    def _optimizer_step(self, objectives: Sequence[Objective]) -> UpdateMetrics:
+        micro_batches = [micro_batch for objective in objectives for micro_batch in self._micro_batches(objective)]
+        kept = self._model.accumulate_gradients(micro_batches)
+        metrics = share_with_all_stages(_metrics_of(objectives, kept) if kept else None)
+        require_finite("loss", sum(objective.loss for objective in metrics.values()))
+        grad_norm, learning_rate = self._model.take_step()
+        return UpdateMetrics(grad_norm, learning_rate, metrics)
+
+    def _micro_batches(self, objective: Objective) -> list[MicroBatch[ScoreResult]]:
+        """This rank's share of an objective."""
+        num_scored = objective.experience.num_scored
+        weights = objective.aggregation(num_scored) * objective.coefficient
+        weights_of_tokens = tuple(weight.expand(count) for weight, count in zip(weights, num_scored))
+        rows = self._model.pack_share(objective.experience.sequences)
+        return [self._micro_batch(objective, weights_of_tokens, row) for row in rows]
+
+    def _micro_batch(self, objective: Objective, weights: PerToken, row: PackedRow) -> MicroBatch[ScoreResult]:
+        """A packed row of an objective; the loss is the sum of weight * token loss over all rows of all ranks."""
+        experience, device = objective.experience, self._model.device
+
+        def tokens_of(values: PerToken) -> Tensor:
+            return concatenate_tokens(values, row.indices, device)
+
+        def score(logits: Tensor) -> tuple[Tensor, ScoreResult]:
+            log_probs, entropy = self._log_probs_and_entropy(row, logits)
+            old, reference = experience.old_log_probs, experience.reference_log_probs
+            tokens = ScoredTokens(
+                log_probs=log_probs,
+                entropy=entropy,
+                old_log_probs=log_probs.detach() if old is None else tokens_of(old),
+                engine_log_probs=tokens_of(experience.engine_log_probs),
+                reference_log_probs=None if reference is None else tokens_of(reference),
+                advantages=tokens_of(experience.advantages),
+                num_scored=row.num_scored,
+            )
+            result = objective.loss(tokens)
+            loss = (result.losses * tokens_of(weights)).sum()
+            gap = log_prob_gap(tokens.old_log_probs, tokens.engine_log_probs)
+            means = {"entropy": entropy, "mean_log_prob_gap": gap, **result.metrics}
+            return loss, (objective.name, TokenStatistics.of_tokens(loss, means, {"max_log_prob_gap": gap}))
+
+        return MicroBatch(row, score)
+
+    def _log_probs_and_entropy(self, row: PackedRow, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies [S] of a packed row from its logits [1, T, vocabulary shard]."""
         width = logits.shape[-1]
         first = width * parallel_state.get_tensor_model_parallel_rank()
         ranks = parallel_state.get_tensor_model_parallel_world_size()
@@ -174,17 +158,17 @@ class Actor:
             num_valid=min(max(self._vocab_size - first, 0), width),
             group=parallel_state.get_tensor_model_parallel_group() if ranks > 1 else None,
         )
-        rows = logits.squeeze(0)
         return log_probs_and_entropy(
-            rows, micro_batch.predicting_positions, micro_batch.targets, self._temperature, shard
+            logits.squeeze(0), row.predicting_positions, row.targets, self._temperature, shard
         )
 
-    def _add_up(self, parts: list[TokenStatistics]) -> TokenStatistics:
-        """Over micro-batches and ranks; tensor-parallel ranks hold copies of the same, so only the first counts."""
-        counts = parallel_state.get_tensor_model_parallel_rank() == 0
-        return TokenStatistics.over_all_ranks(parts if counts else [], self._device)
 
-
-def _require_finite(what: str, value: float) -> None:
-    if not torch.isfinite(torch.tensor(value)):
-        raise FloatingPointError(f"the {what} is {value}; the weights of the last checkpoint are untouched")
+def _metrics_of(objectives: Sequence[Objective], kept: Sequence[ScoreResult]) -> dict[str, ObjectiveMetrics]:
+    """Per objective, over all data-parallel replicas; on the last pipeline stage."""
+    return {
+        objective.name: ObjectiveMetrics.of_step(
+            TokenStatistics.add_up([part for name, part in kept if name == objective.name]).over_replicas(),
+            kept_samples=len(objective.experience),
+        )
+        for objective in objectives
+    }

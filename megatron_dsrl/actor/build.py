@@ -4,6 +4,7 @@ from pathlib import Path
 
 from megatron_dsrl.actor.actor import Actor
 from megatron_dsrl.actor.optimizer import build_optimizer, build_scheduler
+from megatron_dsrl.actor.trainable_model import TrainableModel
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.build import DTYPES, build_model, build_trainable
@@ -34,15 +35,13 @@ def build_actor(config: RunConfig, folder: Path) -> Actor:
     chunks = build_trainable(chunks, config.parallel)
     dtype = DTYPES[config.model.dtype]
     optimizer = build_optimizer(config.optimizer, chunks, dtype, config.parallel.distributed_optimizer)
+    scheduler = build_scheduler(
+        config.optimizer, optimizer, total_steps=config.steps * config.actor.optimizer_steps_per_rollout
+    )
     return Actor(
-        chunks=chunks,
-        optimizer=optimizer,
-        scheduler=build_scheduler(
-            config.optimizer, optimizer, total_steps=config.steps * config.actor.optimizer_steps_per_rollout
-        ),
+        TrainableModel(chunks, optimizer, scheduler, config.actor.max_tokens_per_micro_batch),
         table=table,
         folder=folder,
         vocab_size=architecture.vocab_size,
         temperature=config.rollout.temperature,
-        max_tokens_per_micro_batch=config.actor.max_tokens_per_micro_batch,
     )

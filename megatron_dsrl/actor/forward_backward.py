@@ -1,8 +1,9 @@
 """Megatron's forward-backward schedule over packed micro-batches."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from megatron.core.distributed import finalize_model_grads
@@ -10,15 +11,24 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_dsrl.actor.packing import MicroBatch
+from megatron_dsrl.actor.packing import PackedRow
 
 Result = TypeVar("Result")
 
 
+@dataclass(frozen=True)
+class MicroBatch(Generic[Result]):
+    """A packed row, and what is made of the model's output for it."""
+
+    row: PackedRow
+    score: Callable[[Tensor], tuple[Tensor, Result]]
+    """Called on the last pipeline stage with the output [1, T, ...]; returns the loss (scalar, summed into the total)
+    and whatever is to be kept."""
+
+
 def run_schedule(
     chunks: Sequence[torch.nn.Module],
-    micro_batches: Sequence[MicroBatch],
-    score: Callable[[MicroBatch, Tensor], tuple[Tensor, Result]],
+    micro_batches: Sequence[MicroBatch[Result]],
     forward_only: bool = False,
 ) -> list[Result]:
     """Run all micro-batches through this rank's pipeline stage; gradients add up in the model's gradient buffers.
@@ -30,23 +40,20 @@ def run_schedule(
     Args:
         chunks: the stage's model chunks.
         micro_batches: at least one, in an order that all ranks of a model replica share.
-        score: called on the last stage with a micro-batch and its logits [1, T, vocabulary shard]; returns the loss
-            (scalar, summed into the total) and whatever is to be kept.
         forward_only: no backward pass.
 
     Returns:
-        What `score` kept, one per micro-batch; empty on the other stages.
+        What their `score` kept, one per micro-batch; empty on the other stages.
     """
 
     def forward_step(iterator: Iterator[MicroBatch], chunk: torch.nn.Module):
         micro_batch = next(iterator)
-        output = chunk(
-            micro_batch.token_ids, micro_batch.position_ids, None, packed_seq_params=_packed(micro_batch), **options
-        )
+        row = micro_batch.row
+        output = chunk(row.token_ids, row.position_ids, None, packed_seq_params=_packed(row), **options)
         return output, partial(loss_of, micro_batch)
 
-    def loss_of(micro_batch: MicroBatch, logits: Tensor):
-        loss, kept = score(micro_batch, logits)
+    def loss_of(micro_batch: MicroBatch, output: Tensor):
+        loss, kept = micro_batch.score(output)
         return loss, torch.zeros([], dtype=torch.int, device=loss.device), kept
 
     # Megatron's wrapper for bfloat16 would turn all logits into fp32 at once; `score` does so chunk by chunk.
@@ -58,7 +65,7 @@ def run_schedule(
         data_iterator=iterators if interleaved else iterators[0],
         model=list(chunks) if interleaved else chunks[0],
         num_microbatches=len(micro_batches),
-        seq_length=max(micro_batch.token_ids.shape[1] for micro_batch in micro_batches),
+        seq_length=max(micro_batch.row.token_ids.shape[1] for micro_batch in micro_batches),
         micro_batch_size=1,
         forward_only=forward_only,
     )
@@ -69,11 +76,11 @@ def sum_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None = None
     finalize_model_grads(model, None, **options)
 
 
-def _packed(micro_batch: MicroBatch) -> PackedSeqParams:
+def _packed(row: PackedRow) -> PackedSeqParams:
     return PackedSeqParams(
         qkv_format="thd",
-        cu_seqlens_q=micro_batch.sequence_starts,
-        cu_seqlens_kv=micro_batch.sequence_starts,
-        max_seqlen_q=micro_batch.longest,
-        max_seqlen_kv=micro_batch.longest,
+        cu_seqlens_q=row.sequence_starts,
+        cu_seqlens_kv=row.sequence_starts,
+        max_seqlen_q=row.longest,
+        max_seqlen_kv=row.longest,
     )

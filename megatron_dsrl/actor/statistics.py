@@ -1,100 +1,149 @@
-"""Sums over scored tokens, added up over micro-batches and ranks into the metrics of an update."""
+"""Numbers of scored tokens, added up over micro-batches and ranks into the metrics of an update."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """Sums and maxima over the scored tokens of some micro-batches."""
+    """Sums and maxima over the scored tokens of some micro-batches of one objective."""
 
-    sums: Tensor
-    """[5] float64: weighted loss, entropy, clipped tokens, |log-prob - engine log-prob|, tokens."""
-    maximum_gap: Tensor
-    """[1] float64: largest |log-prob - engine log-prob|."""
-
-    @classmethod
-    def of_tokens(
-        cls, loss: Tensor, entropy: Tensor, clipped: Tensor, log_probs: Tensor, engine_log_probs: Tensor
-    ) -> "TokenStatistics":
-        """Statistics of one micro-batch: `loss` is its scalar, the others are [S]."""
-        gap = (log_probs.detach() - engine_log_probs).abs().double()
-        sums = torch.stack([
-            loss.detach().double(),
-            entropy.double().sum(),
-            clipped.double().sum(),
-            gap.sum(),
-            torch.tensor(gap.numel(), dtype=torch.float64, device=gap.device),
-        ])
-        return cls(sums, gap.max()[None] if gap.numel() else gap.new_zeros(1))
+    num_tokens: int
+    sums: dict[str, Tensor]
+    """Per name a float64 scalar."""
+    maxima: dict[str, Tensor]
+    """Per name a float64 scalar; 0 where there is no token, so for numbers that are never negative."""
 
     @classmethod
-    def over_all_ranks(cls, parts: list["TokenStatistics"], device: torch.device) -> "TokenStatistics":
-        """Add up the parts of every rank; a rank that has nothing of its own to add passes an empty list."""
-        sums = torch.stack([torch.zeros(5, dtype=torch.float64, device=device), *(part.sums for part in parts)]).sum(0)
-        maximum = torch.stack([sums.new_zeros(1), *(part.maximum_gap for part in parts)]).amax(0)
-        dist.all_reduce(sums)
-        dist.all_reduce(maximum, op=dist.ReduceOp.MAX)
-        return cls(sums, maximum)
+    def of_tokens(cls, loss: Tensor, means: Mapping[str, Tensor], maxima: Mapping[str, Tensor]) -> "TokenStatistics":
+        """Statistics of one micro-batch: `loss` is its weighted scalar, the others are [S] each."""
+        return cls(
+            num_tokens=next(iter(means.values())).numel(),
+            sums={"loss": loss.detach().double()} | {name: x.detach().double().sum() for name, x in means.items()},
+            maxima={
+                name: x.detach().double().amax() if x.numel() else loss.new_zeros((), dtype=torch.float64)
+                for name, x in maxima.items()
+            },
+        )
+
+    @classmethod
+    def add_up(cls, parts: Sequence["TokenStatistics"]) -> "TokenStatistics":
+        """Of several micro-batches, at least one, that report the same names."""
+        first = parts[0]
+        return cls(
+            num_tokens=sum(part.num_tokens for part in parts),
+            sums={name: torch.stack([part.sums[name] for part in parts]).sum() for name in first.sums},
+            maxima={name: torch.stack([part.maxima[name] for part in parts]).amax() for name in first.maxima},
+        )
+
+    def over_replicas(self) -> "TokenStatistics":
+        """Added up over data-parallel replicas; collective over the ranks of this pipeline stage."""
+        group = parallel_state.get_data_parallel_group()
+        device = self.sums["loss"].device
+        count = torch.tensor(self.num_tokens, dtype=torch.float64, device=device)
+        sums = torch.stack([count, *self.sums.values()])
+        maxima = torch.stack([count.new_zeros(()), *self.maxima.values()])
+        dist.all_reduce(sums, group=group)
+        dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=group)
+        return TokenStatistics(
+            int(sums[0].item()), dict(zip(self.sums, sums[1:].cpu())), dict(zip(self.maxima, maxima[1:].cpu()))
+        )
+
+
+@dataclass(frozen=True)
+class ObjectiveMetrics:
+    """What an objective's tokens were like in one or more optimizer steps."""
+
+    loss: float
+    kept_samples: int
+    kept_tokens: int
+    means: dict[str, float]
+    """Over the objective's scored tokens."""
+    maxima: dict[str, float]
+
+    @classmethod
+    def of_step(cls, statistics: TokenStatistics, kept_samples: int) -> "ObjectiveMetrics":
+        """Metrics of one optimizer step from statistics over all replicas."""
+        tokens = statistics.num_tokens
+        sums = {name: value.item() for name, value in statistics.sums.items()}
+        return cls(
+            loss=sums.pop("loss"),
+            kept_samples=kept_samples,
+            kept_tokens=tokens,
+            means={name: value / max(tokens, 1) for name, value in sums.items()},
+            maxima={name: value.item() for name, value in statistics.maxima.items()},
+        )
+
+    @classmethod
+    def merge(cls, steps: Sequence["ObjectiveMetrics"]) -> "ObjectiveMetrics":
+        """Several optimizer steps as one: counts are summed, maxima kept, means weigh tokens; the loss is the plain
+        mean over the steps."""
+        tokens = sum(step.kept_tokens for step in steps)
+        return cls(
+            loss=sum(step.loss for step in steps) / len(steps),
+            kept_samples=sum(step.kept_samples for step in steps),
+            kept_tokens=tokens,
+            means={
+                name: sum(step.means[name] * step.kept_tokens for step in steps) / max(tokens, 1)
+                for name in steps[0].means
+            },
+            maxima={name: max(step.maxima[name] for step in steps) for name in steps[0].maxima},
+        )
 
 
 @dataclass(frozen=True)
 class UpdateMetrics:
     """What one or more optimizer steps on one rollout batch did. The same on every rank."""
 
-    loss: float
-    entropy: float
-    """Mean over the updated tokens, nat."""
-    clip_fraction: float
-    mean_log_prob_gap: float
-    """Mean |trainer - engine| log-prob over the updated tokens, nat. In the pre-train space the two are conditioned
-    differently, and this is the gap between log P(y) and log P(y|x)."""
-    max_log_prob_gap: float
-    kept_samples: int
-    kept_tokens: int
     grad_norm: float
-    """Before clipping."""
+    """Before clipping; the mean over the steps."""
     learning_rate: float
+    """Of the last step."""
+    objectives: dict[str, ObjectiveMetrics]
+    """By the objective's name."""
+
+    @property
+    def loss(self) -> float:
+        """The sum of the objectives' losses."""
+        return sum(objective.loss for objective in self.objectives.values())
 
     @classmethod
-    def of_step(
-        cls, statistics: TokenStatistics, kept_samples: int, grad_norm: float, learning_rate: float
-    ) -> "UpdateMetrics":
-        """Metrics of one optimizer step."""
-        loss, entropy, clipped, gap, tokens = statistics.sums.tolist()
+    def merge(cls, steps: Sequence["UpdateMetrics"]) -> "UpdateMetrics":
+        """Several optimizer steps as one."""
+        names = dict.fromkeys(name for step in steps for name in step.objectives)
         return cls(
-            loss=loss,
-            entropy=entropy / tokens,
-            clip_fraction=clipped / tokens,
-            mean_log_prob_gap=gap / tokens,
-            max_log_prob_gap=statistics.maximum_gap.item(),
-            kept_samples=kept_samples,
-            kept_tokens=int(tokens),
-            grad_norm=grad_norm,
-            learning_rate=learning_rate,
-        )
-
-    @classmethod
-    def merge(cls, steps: list["UpdateMetrics"]) -> "UpdateMetrics":
-        """Several optimizer steps as one: counts are summed, the gap maximum is kept, means weigh tokens; loss and
-        gradient norm are plain means over the steps."""
-        assert steps
-        tokens = sum(step.kept_tokens for step in steps)
-
-        def token_mean(name: str) -> float:
-            return sum(getattr(step, name) * step.kept_tokens for step in steps) / tokens
-
-        return cls(
-            loss=sum(step.loss for step in steps) / len(steps),
-            entropy=token_mean("entropy"),
-            clip_fraction=token_mean("clip_fraction"),
-            mean_log_prob_gap=token_mean("mean_log_prob_gap"),
-            max_log_prob_gap=max(step.max_log_prob_gap for step in steps),
-            kept_samples=sum(step.kept_samples for step in steps),
-            kept_tokens=tokens,
             grad_norm=sum(step.grad_norm for step in steps) / len(steps),
             learning_rate=steps[-1].learning_rate,
+            objectives={
+                name: ObjectiveMetrics.merge([step.objectives[name] for step in steps if name in step.objectives])
+                for name in names
+            },
         )
+
+    def flat(self) -> dict[str, float]:
+        """Every number by a name of its own, `<objective>/<metric>`."""
+        flat: dict[str, float] = {"grad_norm": self.grad_norm, "learning_rate": self.learning_rate, "loss": self.loss}
+        for name, of in self.objectives.items():
+            numbers = {"loss": of.loss, "kept_samples": of.kept_samples, "kept_tokens": of.kept_tokens}
+            flat |= {f"{name}/{key}": value for key, value in (numbers | of.means | of.maxima).items()}
+        return flat
+
+
+def share_with_all_stages(metrics: dict[str, ObjectiveMetrics] | None) -> dict[str, ObjectiveMetrics]:
+    """What the last pipeline stage knows, on every stage."""
+    if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+        assert metrics is not None
+        return metrics
+    shared = [metrics]
+    dist.broadcast_object_list(
+        shared,
+        src=parallel_state.get_pipeline_model_parallel_last_rank(),
+        group=parallel_state.get_pipeline_model_parallel_group(),
+    )
+    assert shared[0] is not None
+    return shared[0]

@@ -1,7 +1,12 @@
-"""From judged responses to what the actor trains on: rewards -> advantages -> sample filter -> space."""
+"""From judged responses to what a model trains on: sequences in a space, then advantages, then the sample filter.
+
+`build_experience` puts every sample of a rollout batch into a space. Passes of a model may then add what an algorithm
+needs of it (old or reference log-probs, values). `with_advantages` turns rewards into advantages per token and drops
+the samples that the filter does not keep.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -9,7 +14,10 @@ from torch import Tensor
 from megatron_dsrl.algorithms.advantages import compute_advantages
 from megatron_dsrl.algorithms.filters import keep_samples
 from megatron_dsrl.algorithms.spaces import ScoredSequence, in_post_train_space, in_pre_train_space
-from megatron_dsrl.config.phase import PhaseConfig, PreTrainSpaceConfig
+from megatron_dsrl.config.phase import PhaseConfig, PostTrainSpaceConfig, PreTrainSpaceConfig
+
+PerToken = tuple[Tensor, ...]
+"""Per sequence [num_scored] float32 on the CPU, aligned with its scored tokens."""
 
 
 @dataclass(frozen=True)
@@ -30,26 +38,43 @@ class Experience:
     """The sequences of one or more optimizer steps, all data-parallel ranks together. Same on every rank."""
 
     sequences: tuple[ScoredSequence, ...]
-    advantages: Tensor
+    rewards: Tensor
     """[num_sequences] float32."""
-    engine_log_probs: tuple[Tensor, ...]
-    """Per sequence [num_scored] float32, aligned with the scored tokens."""
-    old_log_probs: tuple[Tensor, ...] | None = None
-    """Per sequence [num_scored] float32 under the policy before the update, on the same scored sequence. None where
-    the update is strictly on-policy: the old log-prob is then the current one without gradient, and the ratio is 1."""
+    groups: Tensor
+    """[num_sequences] int64: number of the prompt within the rollout batch."""
+    engine_log_probs: PerToken
+    """Of the policy that sampled, given the full prompt."""
+    prompt_in_context: bool
+    """Whether scored tokens are conditioned on the prompt, as the engine's were (post-train space)."""
+    old_log_probs: PerToken | None = None
+    """Under the policy before the update, on the same scored sequence. None where the update is strictly on-policy: the
+    old log-prob is then the current one without gradient, and the ratio is 1."""
+    reference_log_probs: PerToken | None = None
+    """Under the reference policy, on the same scored sequence."""
+    values: PerToken | None = None
+    """Of a critic, before each scored token."""
+    advantages: PerToken | None = None
+    returns: PerToken | None = None
+    """What a critic should have said."""
 
     def __len__(self) -> int:
         return len(self.sequences)
 
+    @property
+    def num_scored(self) -> list[int]:
+        """Scored tokens of every sequence."""
+        return [sequence.num_scored for sequence in self.sequences]
+
     def select(self, indices: Sequence[int]) -> "Experience":
         """The named sequences, in that order."""
-        return replace(
-            self,
-            sequences=tuple(self.sequences[i] for i in indices),
-            advantages=self.advantages[list(indices)],
-            engine_log_probs=tuple(self.engine_log_probs[i] for i in indices),
-            old_log_probs=None if self.old_log_probs is None else tuple(self.old_log_probs[i] for i in indices),
-        )
+        chosen = list(indices)
+
+        def pick(value: object) -> object:
+            if isinstance(value, Tensor):
+                return value[chosen]
+            return tuple(value[i] for i in chosen) if isinstance(value, tuple) else value
+
+        return replace(self, **{field.name: pick(getattr(self, field.name)) for field in fields(self)})
 
     def mini_batches(self, count: int) -> list["Experience"]:
         """Split into `count` consecutive parts whose sizes differ by at most one sequence."""
@@ -57,15 +82,19 @@ class Experience:
         return [self.select(range(a, b)) for a, b in zip(bounds, bounds[1:])]
 
 
-def build_experience(responses: Sequence[Response], phase: PhaseConfig, bos_ids: Sequence[int]) -> Experience:
-    """Advantages over all responses, then only the kept ones as scored sequences of the phase's space.
+def concatenate_tokens(values: PerToken, indices: Sequence[int], device: torch.device) -> Tensor:
+    """The scored tokens of the named sequences, one after the other: [S] float32 on the device."""
+    return torch.cat([torch.zeros(0), *(values[i] for i in indices)]).to(device)
 
-    A sample that the filter drops has a zero token mask, so it adds nothing to the loss or to its denominator; it is
-    left out here instead of being computed and multiplied by zero. So is a sequence without a token to score.
+
+def build_experience(
+    responses: Sequence[Response], space: PostTrainSpaceConfig | PreTrainSpaceConfig, bos_ids: Sequence[int]
+) -> Experience:
+    """Every response as a scored sequence of the space.
 
     Args:
         responses: the whole rollout batch, every group complete.
-        phase: advantage, filter and space to apply.
+        space: where the log-probs that are updated live.
         bos_ids: what stands in for the prompt in the pre-train space; empty for no BOS. Unused in the post-train space.
 
     Raises:
@@ -74,24 +103,32 @@ def build_experience(responses: Sequence[Response], phase: PhaseConfig, bos_ids:
     rewards = torch.tensor([response.reward for response in responses], dtype=torch.float32)
     if not torch.isfinite(rewards).all():
         raise ValueError("rewards must be finite")
-    groups = torch.tensor([response.group for response in responses], dtype=torch.int64)
-    advantages = compute_advantages(rewards, groups, phase.advantage)
-    sequences = {
-        i: _scored_sequence(responses[i], phase, bos_ids)
-        for i in keep_samples(advantages, phase.filter).nonzero().flatten().tolist()
-    }
-    kept = [i for i, sequence in sequences.items() if sequence.num_scored > 0]
+    in_pre_train = isinstance(space, PreTrainSpaceConfig)
+    sequences = tuple(
+        in_pre_train_space(bos_ids, response.response_ids)
+        if in_pre_train
+        else in_post_train_space(response.prompt_ids, response.response_ids)
+        for response in responses
+    )
     return Experience(
-        sequences=tuple(sequences[i] for i in kept),
-        advantages=advantages[kept],
-        engine_log_probs=tuple(_scored_log_probs(responses[i], sequences[i]) for i in kept),
+        sequences=sequences,
+        rewards=rewards,
+        groups=torch.tensor([response.group for response in responses], dtype=torch.int64),
+        engine_log_probs=tuple(map(_scored_log_probs, responses, sequences)),
+        prompt_in_context=not in_pre_train,
     )
 
 
-def _scored_sequence(response: Response, phase: PhaseConfig, bos_ids: Sequence[int]) -> ScoredSequence:
-    if isinstance(phase.space, PreTrainSpaceConfig):
-        return in_pre_train_space(bos_ids, response.response_ids)
-    return in_post_train_space(response.prompt_ids, response.response_ids)
+def with_advantages(experience: Experience, phase: PhaseConfig) -> Experience:
+    """Advantages over all samples, then only the samples that the filter keeps and that have a token to score.
+
+    A sample that the filter drops has a zero token mask, so it adds nothing to the loss or to its denominator; it is
+    left out here instead of being computed and multiplied by zero.
+    """
+    advantages = compute_advantages(experience.rewards, experience.groups, phase.advantage)
+    keep = keep_samples(advantages, phase.filter) & (torch.tensor(experience.num_scored) > 0)
+    per_token = tuple(a.expand(count) for a, count in zip(advantages, experience.num_scored))
+    return replace(experience, advantages=per_token).select(keep.nonzero().flatten().tolist())
 
 
 def _scored_log_probs(response: Response, sequence: ScoredSequence) -> Tensor:
@@ -100,4 +137,5 @@ def _scored_log_probs(response: Response, sequence: ScoredSequence) -> Tensor:
         raise ValueError(
             f"{len(response.response_ids)} response tokens but {len(response.engine_log_probs)} engine log-probs"
         )
-    return torch.tensor(response.engine_log_probs[-sequence.num_scored :], dtype=torch.float32)
+    unscored = len(response.response_ids) - sequence.num_scored
+    return torch.tensor(response.engine_log_probs[unscored:], dtype=torch.float32)

@@ -7,7 +7,7 @@ they do; this project departs from it on purpose.)
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -17,50 +17,61 @@ from megatron_dsrl.config.phase import DualClipLossConfig
 
 
 @dataclass(frozen=True)
+class ScoredTokens:
+    """The scored tokens of some whole sequences, one sequence after the other. Every tensor is [num_tokens] float32."""
+
+    log_probs: Tensor
+    """Of the policy being trained, differentiable."""
+    entropy: Tensor
+    """Of its next-token distribution, nat; differentiable where the objective says that it needs that."""
+    old_log_probs: Tensor
+    """Of the policy that took the step's first gradient, on the same scored sequence."""
+    engine_log_probs: Tensor
+    """Of the policy that sampled."""
+    reference_log_probs: Tensor | None
+    """Of the reference policy, on the same scored sequence."""
+    advantages: Tensor
+    num_scored: tuple[int, ...]
+    """Tokens of each sequence; they sum to num_tokens."""
+
+
+@dataclass(frozen=True)
 class TokenLosses:
     """Loss of each scored token."""
 
     losses: Tensor
     """[num_tokens] float32, differentiable."""
 
-    clipped: Tensor
-    """[num_tokens] bool: tokens whose gradient a clip has cut."""
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """Per name [num_tokens], what the step reports as a mean over its tokens; the same names for every batch."""
 
 
-TokenLoss = Callable[[Tensor, Tensor, Tensor], TokenLosses]
-"""(log_probs, old_log_probs, advantages), each [num_tokens] float32 -> TokenLosses."""
+PolicyLoss = Callable[[ScoredTokens], TokenLosses]
 
 
-def dual_clip_loss(
-    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, config: DualClipLossConfig
-) -> TokenLosses:
+def dual_clip_loss(tokens: ScoredTokens, config: DualClipLossConfig) -> TokenLosses:
     """PPO's clipped surrogate (arXiv 1707.06347) with the dual clip (arXiv 1912.09729).
 
     rho = exp(clamp(lp - lp_old, -20, 20)); l = max(-A rho, -A clip(rho, 1 - low, 1 + high));
-    where A < 0 also l = min(l, -A c).
-
-    Args:
-        log_probs: [num_tokens] of the policy being trained, differentiable.
-        old_log_probs: [num_tokens] of the policy that took the step's first gradient, same scored sequence.
-        advantages: [num_tokens].
-        config: clip ranges and c.
+    where A < 0 also l = min(l, -A c). The metric `clip_fraction` marks tokens whose gradient a clip has cut.
     """
-    ratio = torch.exp((log_probs - old_log_probs).clamp(-20.0, 20.0))
+    advantages = tokens.advantages
+    ratio = torch.exp((tokens.log_probs - tokens.old_log_probs).clamp(-20.0, 20.0))
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1.0 - config.clip_low, 1.0 + config.clip_high)
     losses = torch.maximum(unclipped, clipped)
     cut = clipped > unclipped
     ceiling = -advantages * config.dual_clip
     over_ceiling = (advantages < 0) & (losses > ceiling)
-    return TokenLosses(torch.where(over_ceiling, ceiling, losses), cut | over_ceiling)
+    return TokenLosses(torch.where(over_ceiling, ceiling, losses), {"clip_fraction": cut | over_ceiling})
 
 
-def supervised_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor) -> TokenLosses:
-    """Negative log-likelihood, for supervised training with the same actor; the other arguments do not enter."""
-    return TokenLosses(-log_probs, torch.zeros_like(log_probs, dtype=torch.bool))
+def supervised_loss(tokens: ScoredTokens) -> TokenLosses:
+    """Negative log-likelihood, for supervised training with the same actor; nothing else enters."""
+    return TokenLosses(-tokens.log_probs)
 
 
-def make_token_loss(config: DualClipLossConfig) -> TokenLoss:
+def make_policy_loss(config: DualClipLossConfig) -> PolicyLoss:
     """The loss function that a phase's configuration describes."""
     return partial(dual_clip_loss, config=config)
 

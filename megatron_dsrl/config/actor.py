@@ -13,8 +13,16 @@ class ActorConfig(Section):
     max_tokens_per_micro_batch: int = Field(default=16384, ge=1)
     """Token budget of one packed micro-batch on one model replica. A longer single sequence gets one of its own."""
 
-    optimizer_steps_per_rollout: int = Field(default=1, ge=1)
-    """Optimizer steps per rollout batch. 1 is strictly on-policy, and the old log-prob pass is then skipped."""
+    mini_batches_per_rollout: int = Field(default=1, ge=1)
+    """Parts of a rollout batch with an optimizer step on each."""
+
+    epochs_per_rollout: int = Field(default=1, ge=1)
+    """Passes over a rollout batch."""
+
+    @property
+    def optimizer_steps_per_rollout(self) -> int:
+        """1 is strictly on-policy, and the old log-prob pass is then skipped."""
+        return self.mini_batches_per_rollout * self.epochs_per_rollout
 
 
 class OptimizerConfig(Section):

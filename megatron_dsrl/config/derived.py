@@ -121,7 +121,7 @@ def _figures(config: RunConfig, world_size: int, prompts: int | None) -> RunFigu
         prompts_per_step=rollout.prompts_per_step,
         samples_per_step=samples,
         optimizer_steps_per_rollout=updates,
-        samples_per_optimizer_step=samples // updates,
+        samples_per_optimizer_step=samples // config.actor.mini_batches_per_rollout,
         optimizer_steps=config.steps * updates,
         max_generated_tokens_per_step=samples * rollout.max_response_tokens,
         max_tokens_per_micro_batch=config.actor.max_tokens_per_micro_batch,
@@ -139,7 +139,7 @@ def _phase_figures(config: RunConfig, data_parallel_size: int) -> Iterator[Phase
         last = config.steps if phase.until_step is None else min(phase.until_step, config.steps)
         context = config.data.max_prompt_tokens if phase.space.name == "post_train" else LONGEST_BOS
         length = context + config.rollout.max_response_tokens
-        replica_samples = _ceil_divide(samples // config.actor.optimizer_steps_per_rollout, data_parallel_size)
+        replica_samples = _ceil_divide(samples // config.actor.mini_batches_per_rollout, data_parallel_size)
         yield PhaseFigures(
             name=phase.name,
             space=phase.space.name,
@@ -195,17 +195,17 @@ def _phase_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def _batch_problems(config: RunConfig, world_size: int, prompts: int | None) -> Iterator[Problem]:
-    rollout, updates = config.rollout, config.actor.optimizer_steps_per_rollout
+    rollout, parts = config.rollout, config.actor.mini_batches_per_rollout
     replicas = max(1, world_size // config.parallel.model_parallel_size)
-    if rollout.prompts_per_step % updates:
+    if rollout.prompts_per_step % parts:
         yield (
-            "rollout.prompts_per_step, actor.optimizer_steps_per_rollout",
-            f"{rollout.prompts_per_step} prompts cannot be divided into {updates} optimizer steps of whole groups",
+            "rollout.prompts_per_step, actor.mini_batches_per_rollout",
+            f"{rollout.prompts_per_step} prompts cannot be divided into {parts} mini-batches of whole groups",
         )
-    elif rollout.prompts_per_step * rollout.samples_per_prompt // updates < replicas:
+    elif rollout.prompts_per_step * rollout.samples_per_prompt // parts < replicas:
         yield (
             "rollout.prompts_per_step, rollout.samples_per_prompt",
-            f"{rollout.prompts_per_step * rollout.samples_per_prompt // updates} samples per optimizer step leave "
+            f"{rollout.prompts_per_step * rollout.samples_per_prompt // parts} samples per optimizer step leave "
             f"some of the {replicas} data-parallel replicas without any; sample more or use fewer processes",
         )
     if prompts is not None and prompts < rollout.prompts_per_step:

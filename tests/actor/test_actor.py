@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from transformers import Qwen3ForCausalLM
 
 from megatron_dsrl.actor.build import build_actor
-from megatron_dsrl.algorithms.experience import Experience, Response, build_experience
-from megatron_dsrl.algorithms.losses import make_token_loss, supervised_loss
+from megatron_dsrl.algorithms.experience import Response, build_experience, with_advantages
+from megatron_dsrl.algorithms.losses import PolicyLoss, make_policy_loss, supervised_loss
+from megatron_dsrl.algorithms.objective import Objective
 from megatron_dsrl.config.actor import ActorConfig, OptimizerConfig
 from megatron_dsrl.config.data import PromptSetConfig
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig
@@ -86,8 +87,12 @@ def responses(prompt_seed: int = 0) -> list[Response]:
     return batch
 
 
-def experience_of(phase: PhaseConfig, prompt_seed: int = 0) -> Experience:
-    return build_experience(responses(prompt_seed), phase, BOS)
+def objective_of(
+    phase: PhaseConfig, prompt_seed: int = 0, loss: PolicyLoss | None = None, order: list[int] | None = None
+) -> Objective:
+    experience = with_advantages(build_experience(responses(prompt_seed), phase.space, BOS), phase)
+    experience = experience.select(order or range(len(experience)))
+    return Objective(experience, loss or make_policy_loss(phase.loss), phase.coefficient)
 
 
 def run_config(folder: Path, parallel: ParallelConfig, actor: ActorConfig) -> RunConfig:
@@ -110,13 +115,10 @@ def run_layouts(folder: Path, layouts: dict[str, tuple[ParallelConfig, ActorConf
     for name, (parallel, actor_config) in layouts.items():
         with parallel_layout(parallel, seed=1):
             actor = build_actor(run_config(folder, parallel, actor_config), folder)
-            log_probs = torch.cat(actor.log_probs(experience_of(GRPO))).numpy()
-            updates = [
-                vars(actor.update(experience_of(phase), make_token_loss(phase.loss), phase.coefficient))
-                for phase in (NSR_PRERL, GRPO)
-            ]
-            updates.append(vars(actor.update(experience_of(GRPO), supervised_loss)))
-            updates.append(vars(actor.update(experience_of(GRPO), make_token_loss(GRPO.loss), mini_batches=3)))
+            log_probs = torch.cat(actor.log_probs(objective_of(GRPO).experience)).numpy()
+            updates = [actor.update([objective_of(phase)]).flat() for phase in (NSR_PRERL, GRPO)]
+            updates.append(actor.update([objective_of(GRPO, loss=supervised_loss)]).flat())
+            updates.append(actor.update([objective_of(GRPO)], mini_batches=3).flat())
             weights = {name: w.numpy() for bucket in actor.hf_weights(bucket_bytes=10_000) for name, w in bucket}
             results[name] = {"log_probs": log_probs, "updates": updates, "weights": weights}
     destroy_parallel()
@@ -200,12 +202,10 @@ def run_one_phase(folder: Path, phase: PhaseConfig, prompt_seed: int, order: lis
     parallel, actor_config = ONE_PROCESS["one process"]
     with parallel_layout(parallel, seed=1):
         actor = build_actor(run_config(folder, parallel, actor_config), folder)
-        experience = experience_of(phase, prompt_seed)
-        experience = experience.select(order or range(len(experience)))
-        update = actor.update(experience, make_token_loss(phase.loss), phase.coefficient)
+        update = actor.update([objective_of(phase, prompt_seed, order=order)])
         weights = {name: w.numpy() for bucket in actor.hf_weights(bucket_bytes=10_000) for name, w in bucket}
     destroy_parallel()
-    return vars(update), weights
+    return update.flat(), weights
 
 
 def test_grpo_equals_transformers_and_does_not_depend_on_sample_order(model):

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 
 from megatron_dsrl.actor.build import build_actor
-from megatron_dsrl.algorithms.losses import make_token_loss
 from megatron_dsrl.config.actor import ActorConfig
 from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
-from tests.actor.test_actor import GRPO, NSR_PRERL, experience_of, run_config
+from tests.actor.test_actor import GRPO, NSR_PRERL, objective_of, run_config
 from tests.support.distributed import run_distributed
 from tests.support.tiny_model import make_tiny_qwen3
 
@@ -25,9 +24,7 @@ LAYOUTS = {
 
 
 def take_steps(actor, phases) -> list[dict]:
-    return [
-        vars(actor.update(experience_of(phase), make_token_loss(phase.loss), phase.coefficient)) for phase in phases
-    ]
+    return [actor.update([objective_of(phase)]).flat() for phase in phases]
 
 
 def weights_of(actor) -> dict[str, np.ndarray]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_dsrl.algorithms.experience import Response, build_experience
+from megatron_dsrl.algorithms.experience import Response, build_experience, with_advantages
 from megatron_dsrl.config.phase import (
     GroupMeanAdvantageConfig,
     PhaseConfig,
@@ -29,26 +29,30 @@ BATCH = [
 ]
 
 
+def experience_in(phase, bos_ids=BOS, batch=BATCH):
+    return with_advantages(build_experience(batch, phase.space, bos_ids), phase)
+
+
 def phase(space, kind="all"):
     return PhaseConfig(name="phase", space=space, advantage=GroupMeanAdvantageConfig(), filter=kind)
 
 
 def test_post_train_space_scores_the_response_behind_the_prompt():
-    experience = build_experience(BATCH, phase(PostTrainSpaceConfig()), BOS)
+    experience = experience_in(phase(PostTrainSpaceConfig()))
     assert experience.sequences[0].token_ids == (1, 2, 3, 10, 11, 12)
     assert [s.num_scored for s in experience.sequences] == [3, 2, 1, 2, 2, 2]
-    assert experience.advantages.tolist() == [0.75, -0.25, -0.25, -0.25, 0.0, 0.0]
+    assert [a.unique().tolist() for a in experience.advantages] == [[0.75], [-0.25], [-0.25], [-0.25], [0.0], [0.0]]
 
 
 def test_pre_train_space_puts_bos_in_the_place_of_the_prompt():
-    experience = build_experience(BATCH, phase(PreTrainSpaceConfig()), BOS)
+    experience = experience_in(phase(PreTrainSpaceConfig()))
     assert experience.sequences[0].token_ids == (7, 10, 11, 12)
     assert [s.num_scored for s in experience.sequences] == [3, 2, 1, 2, 2, 2]
     torch.testing.assert_close(experience.engine_log_probs[0], torch.tensor([-1.0, -1.1, -1.2]))
 
 
 def test_without_bos_the_first_token_is_context_and_a_lone_token_drops_out():
-    experience = build_experience(BATCH, phase(PreTrainSpaceConfig(bos="none")), [])
+    experience = experience_in(phase(PreTrainSpaceConfig(bos="none")), [])
     assert experience.sequences[0].token_ids == (10, 11, 12)
     assert [s.num_scored for s in experience.sequences] == [2, 1, 1, 1, 1]
     torch.testing.assert_close(experience.engine_log_probs[0], torch.tensor([-1.1, -1.2]))
@@ -58,25 +62,25 @@ def test_without_bos_the_first_token_is_context_and_a_lone_token_drops_out():
     ("kind", "kept"), [("negative", [(20, 21), (30,), (40, 41)]), ("positive", [(10, 11, 12)])]
 )
 def test_filters_keep_one_sign_and_drop_uniform_groups(kind, kept):
-    experience = build_experience(BATCH, phase(PreTrainSpaceConfig(), kind), BOS)
+    experience = experience_in(phase(PreTrainSpaceConfig(), kind))
     assert [s.token_ids[1:] for s in experience.sequences] == kept
 
 
 def test_pre_train_experience_does_not_depend_on_the_prompt():
     other = [response(r.response_ids, r.reward, r.group, prompt=(99, 98)) for r in BATCH]
-    one, two = (build_experience(batch, phase(PreTrainSpaceConfig(), "negative"), BOS) for batch in (BATCH, other))
-    assert one.sequences == two.sequences and torch.equal(one.advantages, two.advantages)
+    one, two = (experience_in(phase(PreTrainSpaceConfig(), "negative"), batch=batch) for batch in (BATCH, other))
+    assert one.sequences == two.sequences and torch.equal(torch.cat(one.advantages), torch.cat(two.advantages))
 
 
 def test_bad_rewards_and_misaligned_log_probs_are_refused():
     with pytest.raises(ValueError, match="finite"):
-        build_experience([response((1,), float("nan"))], phase(PostTrainSpaceConfig()), BOS)
+        build_experience([response((1,), float("nan"))], PostTrainSpaceConfig(), BOS)
     with pytest.raises(ValueError, match="2 response tokens but 1"):
-        build_experience([Response(PROMPT, (1, 2), (-0.5,), 1.0, 0)], phase(PostTrainSpaceConfig()), BOS)
+        build_experience([Response(PROMPT, (1, 2), (-0.5,), 1.0, 0)], PostTrainSpaceConfig(), BOS)
 
 
 def test_mini_batches_share_the_sequences_in_order():
-    experience = build_experience(BATCH, phase(PostTrainSpaceConfig()), BOS)
+    experience = experience_in(phase(PostTrainSpaceConfig()))
     parts = experience.mini_batches(4)
     assert [len(part) for part in parts] == [1, 2, 1, 2]
     assert sum((part.sequences for part in parts), ()) == experience.sequences

@@ -13,7 +13,7 @@ SHAPE = ModelShape(layers=6, attention_heads=8, key_value_groups=4, feed_forward
 
 
 def test_figures_of_a_worked_example(small, write):
-    overrides = ["parallel.tensor_parallel_size=2", "engine.tensor_parallel_size=4", "actor.optimizer_steps_per_rollout=2"]
+    overrides = ["parallel.tensor_parallel_size=2", "engine.tensor_parallel_size=4", "actor.mini_batches_per_rollout=2"]
     figures = derive(load_config(write("run.yaml", small), overrides), world_size=8, shape=SHAPE, prompts=32)
     assert (figures.model_parallel_size, figures.data_parallel_size, figures.engines) == (2, 4, 2)
     assert (figures.samples_per_step, figures.samples_per_optimizer_step) == (32, 16)
@@ -57,7 +57,7 @@ def test_a_phase_that_the_run_ends_before_has_no_steps(small, write):
         (["phases.0.until_step=null"], 1, "phases.0.until_step", "only the last phase"),
         (["phases.1.until_step=2"], 1, "phases.1.until_step", "2 is not after the phase before it"),
         (["phases.1.until_step=4"], 1, "phases.1.until_step", "no phase covers steps 5 to 6"),
-        (["actor.optimizer_steps_per_rollout=3"], 1, "actor.optimizer_steps_per_rollout", "8 prompts cannot be"),
+        (["actor.mini_batches_per_rollout=3"], 1, "actor.mini_batches_per_rollout", "8 prompts cannot be"),
         (["rollout.prompts_per_step=1"], 8, "rollout.prompts_per_step", "some of the 8 data-parallel replicas"),
         (["rollout.prompts_per_step=64"], 1, "data.source, rollout.prompts_per_step", "only 32 prompts for 64"),
         (["rollout.samples_per_prompt=1"], 1, "rollout.samples_per_prompt", "at least 2"),

@@ -1,0 +1,130 @@
+"""A sharded Megatron model with its optimizer: what actor and critic have in common.
+
+Every method is collective over the ranks.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
+
+from megatron_dsrl.actor.forward_backward import MicroBatch, Result, run_schedule, sum_gradients
+from megatron_dsrl.actor.micro_batch_plan import plan_micro_batches
+from megatron_dsrl.actor.packing import PackedRow, pack
+from megatron_dsrl.actor.saved_state import load_state, save_state
+from megatron_dsrl.algorithms.experience import PerToken
+from megatron_dsrl.algorithms.spaces import ScoredSequence
+
+
+class TrainableModel:
+    """This rank's part of a model, wrapped for data parallelism, and its optimizer and learning-rate schedule."""
+
+    def __init__(
+        self,
+        chunks: list[DistributedDataParallel],
+        optimizer: MegatronOptimizer,
+        scheduler: OptimizerParamScheduler,
+        max_tokens_per_micro_batch: int,
+    ):
+        """
+        Args:
+            chunks: this pipeline stage's model chunks, weights loaded.
+            optimizer: over the same chunks.
+            scheduler: learning-rate schedule of the optimizer.
+            max_tokens_per_micro_batch: token budget of a packed row.
+        """
+        self.chunks = chunks
+        self.config = chunks[0].config
+        self.config.finalize_model_grads_func = sum_gradients  # the weights of the loss carry the token count
+        self.device = next(chunks[0].parameters()).device
+        self._optimizer = optimizer
+        self._scheduler = scheduler
+        self._max_tokens = max_tokens_per_micro_batch
+
+    def pack_share(self, sequences: Sequence[ScoredSequence]) -> list[PackedRow]:
+        """This data-parallel rank's share of the batch as packed rows, as many as the other ranks'."""
+        plan = plan_micro_batches(
+            [len(sequence.token_ids) for sequence in sequences],
+            parallel_state.get_data_parallel_world_size(),
+            self._max_tokens,
+            self.config.hidden_size,
+        )[parallel_state.get_data_parallel_rank()]
+        multiple_of = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        return [pack(sequences, indices, multiple_of, self.device) for indices in plan]
+
+    def accumulate_gradients(self, micro_batches: Sequence[MicroBatch[Result]]) -> list[Result]:
+        """Forward and backward from cleared gradients; returns what the micro-batches kept (last stage only)."""
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        return run_schedule(self.chunks, micro_batches)
+
+    def take_step(self) -> tuple[float, float]:
+        """Apply the accumulated gradients; returns their norm before clipping, and the learning rate applied.
+
+        Raises:
+            FloatingPointError: the gradient norm is not finite.
+        """
+        learning_rate = self._optimizer.param_groups[0]["lr"]
+        _, grad_norm, _ = self._optimizer.step()
+        require_finite("gradient norm", float(grad_norm))
+        self._scheduler.step(increment=1)
+        return float(grad_norm), learning_rate
+
+    @torch.no_grad()
+    def score_tokens(
+        self, sequences: Sequence[ScoredSequence], score: Callable[[PackedRow, Tensor], Tensor]
+    ) -> PerToken:
+        """One number per scored token by a forward pass of the whole batch.
+
+        Args:
+            sequences: the batch, the same on every rank.
+            score: [S] float32 from a packed row and the model's output for it; the same on all ranks that hold shards
+                of that output.
+
+        Returns:
+            Per sequence, the same on every rank.
+        """
+        for chunk in self.chunks:
+            chunk.eval()
+        micro_batches = [MicroBatch(row, _keeping(row, score)) for row in self.pack_share(sequences)]
+        kept = run_schedule(self.chunks, micro_batches, forward_only=True)
+        mine = dict(pair for pairs in kept for pair in pairs)
+        everyone: list[dict[int, Tensor]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, mine if parallel_state.get_tensor_model_parallel_rank() == 0 else {})
+        by_index = {i: values for part in everyone for i, values in part.items()}
+        return tuple(by_index[i] for i in range(len(sequences)))
+
+    def save(self, folder: Path) -> None:
+        """Write weights, optimizer, schedule and random states into an existing, empty folder; see `save_state`."""
+        save_state(folder, self.chunks, self._optimizer, self._scheduler)
+
+    def load(self, folder: Path, same_layout: bool) -> None:
+        """Continue from what `save` wrote; see `load_state`."""
+        load_state(folder, self.chunks, self._optimizer, self._scheduler, same_layout)
+
+
+def _keeping(
+    row: PackedRow, score: Callable[[PackedRow, Tensor], Tensor]
+) -> Callable[[Tensor], tuple[Tensor, list[tuple[int, Tensor]]]]:
+    """Scores split into (index of the sequence, its scores)."""
+
+    def split(output: Tensor) -> tuple[Tensor, list[tuple[int, Tensor]]]:
+        scores = score(row, output)
+        parts = scores.cpu().split(row.num_scored)
+        return scores.sum(), [(i, part.clone()) for i, part in zip(row.indices, parts)]
+
+    return split
+
+
+def require_finite(what: str, value: float) -> None:
+    """Raise FloatingPointError unless the value is a number."""
+    if not torch.isfinite(torch.tensor(value)):
+        raise FloatingPointError(f"the {what} is {value}; the weights of the last checkpoint are untouched")
