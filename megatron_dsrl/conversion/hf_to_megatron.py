@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_dsrl.collective import on_first, rank, together
 from megatron_dsrl.conversion.checks import check_expected, check_tokenizer, common_dtype
 from megatron_dsrl.conversion.distributed_checkpoint_writer import (
     ChunkWriter,
@@ -18,7 +19,6 @@ from megatron_dsrl.conversion.verify import verify
 from megatron_dsrl.conversion.work import my_entries, with_progress
 from megatron_dsrl.model.architecture import read_architecture, resolve_model_folder
 from megatron_dsrl.weights.checkpoint_record import CheckpointRecord, architecture_fields
-from megatron_dsrl.weights.collective import on_first, rank, together
 from megatron_dsrl.weights.companions import copy_companions
 from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint, torch_dtype_name
 from megatron_dsrl.weights.load import check_checkpoint

@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from megatron_dsrl.collective import on_first, world_size
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.model.architecture import Architecture
@@ -15,7 +16,6 @@ from megatron_dsrl.model.build import build_model
 from megatron_dsrl.model.parallel import destroy_model_parallel, initialize_parallel
 from megatron_dsrl.platform import current_platform
 from megatron_dsrl.platform.engine import prepare_engine_process
-from megatron_dsrl.weights.collective import on_first, world_size
 from megatron_dsrl.weights.load import load_weights
 from megatron_dsrl.weights.table import WeightTable
 from megatron_dsrl.weights.tables import weight_table

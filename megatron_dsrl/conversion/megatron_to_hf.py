@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_dsrl.collective import on_first, together
 from megatron_dsrl.conversion.checks import check_expected, check_tokenizer, common_dtype
 from megatron_dsrl.conversion.hf_to_megatron import ConversionOptions
 from megatron_dsrl.conversion.verify import verify
@@ -11,7 +12,6 @@ from megatron_dsrl.conversion.work import my_entries, with_progress
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.weights.checkpoint_record import check_record
-from megatron_dsrl.weights.collective import on_first, together
 from megatron_dsrl.weights.companions import copy_companions
 from megatron_dsrl.weights.hf_writer import HfFiles, HfWriter, create_hf_files
 from megatron_dsrl.weights.megatron_checkpoint import MegatronCheckpoint, check_megatron_checkpoint

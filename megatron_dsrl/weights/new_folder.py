@@ -1,14 +1,23 @@
-"""A folder that several processes fill and that appears complete or not at all."""
+"""A folder that several processes fill and that appears complete or not at all.
 
+    .model.partial-abcd.lock    locked (flock) by the process that fills the folder, for as long as it lives
+    .model.partial-abcd         what becomes `model`
+    .model.partial-abcd.old     the former `model`, for the moment of the replacement
+
+A process that is killed loses its lock; the next one with the same target then removes what it has left.
+"""
+
+import fcntl
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_dsrl.collective import barrier, on_first, rank
 from megatron_dsrl.errors import UserError
-from megatron_dsrl.weights.collective import barrier, on_first, rank
 
 
 @contextmanager
@@ -16,8 +25,8 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """Make a folder, fill it in the body of the `with`, publish it at its end. Collective.
 
     The body writes into a hidden folder beside the target, which is renamed when all processes are through, and removed
-    when rank 0 leaves the body by an exception: what fails in the body must fail on every process, see `together`. Only
-    a process killed at once, with no time to clean up, leaves the hidden folder behind.
+    when rank 0 leaves the body by an exception: what fails in the body must fail on every process, see `together`. What
+    a process left that was killed at once is removed by the next one with the same target.
 
     Args:
         target: the folder to be; its parents are made as needed.
@@ -29,29 +38,55 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         UserError: the target exists and is not to be replaced, or its parent cannot be written to. On every process.
     """
-    partial = on_first(lambda: _make_partial(target, overwrite))
+    lock: _Lock | None = None
+
+    def begin() -> Path:
+        nonlocal lock
+        try:
+            _check_and_clean_up(target, overwrite)
+            lock = _new_lock(target)
+            lock.partial.mkdir()
+            return lock.partial
+        except OSError as error:
+            raise UserError(f"cannot write the model to {target}: {error}") from error
+
     try:
+        partial = on_first(begin)
         yield partial
         barrier()  # everyone has written everything
         on_first(lambda: _publish(partial, target))
-    except BaseException:
-        if rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
+    finally:
+        if rank() == 0 and lock is not None:
+            _remove_leftovers(lock, target)
 
 
-def _make_partial(target: Path, overwrite: bool) -> Path:
-    try:
-        if target.exists() and not overwrite:
-            raise FileExistsError("it exists already; remove it or choose another folder")
-        if target.exists() and not target.is_dir():
-            raise FileExistsError("it is a file, not a folder")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-        partial.chmod(0o777 & ~_current_umask())  # mkdtemp's are private, the renamed folder should not be
-    except OSError as error:
-        raise UserError(f"cannot write the model to {target}: {error}") from error
-    return partial
+@dataclass(frozen=True)
+class _Lock:
+    """A lock file beside the target. It exists longer than the folders that belong to it."""
+
+    file: Path
+    descriptor: int
+
+    @property
+    def partial(self) -> Path:
+        return self.file.with_name(self.file.name.removesuffix(".lock"))
+
+    @property
+    def old(self) -> Path:
+        return _old(self.partial)
+
+
+def _old(partial: Path) -> Path:
+    return partial.with_name(partial.name + ".old")
+
+
+def _check_and_clean_up(target: Path, overwrite: bool) -> None:
+    if target.exists() and not target.is_dir():
+        raise FileExistsError("it is a file, not a folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_what_killed_processes_left(target)
+    if target.exists() and not overwrite:
+        raise FileExistsError("it exists already; remove it or choose another folder")
 
 
 def _publish(partial: Path, target: Path) -> None:
@@ -59,18 +94,65 @@ def _publish(partial: Path, target: Path) -> None:
     if not target.exists():
         partial.rename(target)
         return
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.replaced-", dir=target.parent))
-    target.rename(aside / target.name)
+    target.rename(_old(partial))
     try:
         partial.rename(target)
     except OSError:
-        (aside / target.name).rename(target)
+        _old(partial).rename(target)
         raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
-def _current_umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
+def _remove_leftovers(lock: _Lock, target: Path) -> None:
+    """The lock file last. A former target that was just being replaced goes back to its place."""
+    if lock.old.exists() and not target.exists():
+        lock.old.rename(target)
+    shutil.rmtree(lock.old, ignore_errors=True)
+    shutil.rmtree(lock.partial, ignore_errors=True)
+    lock.file.unlink(missing_ok=True)
+    os.close(lock.descriptor)
+
+
+def _remove_what_killed_processes_left(target: Path) -> None:
+    for file in _siblings(target):
+        with suppress(OSError):  # it is gone, or the file system knows no locks: then nobody can tell who lives
+            lock = _take(file, os.O_RDWR)
+            if lock is not None:
+                _remove_leftovers(lock, target)
+
+
+def _siblings(target: Path) -> list[Path]:
+    """Lock files of all processes that fill or filled this target."""
+    prefix = _prefix(target)
+    return [file for file in target.parent.iterdir() if file.name.startswith(prefix) and file.suffix == ".lock"]
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name}.partial-"
+
+
+def _new_lock(target: Path) -> _Lock:
+    while True:
+        lock = _take(target.with_name(f"{_prefix(target)}{secrets.token_hex(4)}.lock"), os.O_RDWR | os.O_CREAT)
+        if lock is not None:  # else another process has cleaned it away in the moment between making and locking it
+            return lock
+
+
+def _take(file: Path, flags: int) -> _Lock | None:
+    """Lock a file; None if another process holds it, or has just removed it.
+
+    Where the file system has no locks, a file of our own counts as locked: no other process can lock it either.
+    """
+    descriptor = os.open(file, flags | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.stat(file).st_ino == os.fstat(descriptor).st_ino:
+            return _Lock(file, descriptor)
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except OSError:
+        if flags & os.O_CREAT:
+            return _Lock(file, descriptor)
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,9 +21,11 @@ from megatron_dsrl.conversion.command_line import DTYPES
 from megatron_dsrl.weights.megatron_checkpoint import MegatronCheckpoint
 from tests.support.families import FAMILIES
 from tests.support.tiny_model import make_tiny_qwen3
+from tests.support.tiny_run import MARK, processes_left_behind
 
 QUERY = "model.layers.1.self_attn.q_proj.weight"
 VOCAB_SIZE = 101
+PARTIAL_FILES = ".megatron.partial-*/*.distcp"
 
 
 def convert(direction: str, *arguments: object) -> int:
@@ -162,19 +166,71 @@ def test_an_existing_target_is_replaced_only_when_told_and_only_by_a_complete_on
     assert hidden(converted) == []
 
 
-def test_an_interrupted_conversion_leaves_nothing(tmp_path):
-    """SIGTERM, as SLURM sends it, as soon as the process has begun to write."""
-    source, target = tmp_path / "in" / "hf", tmp_path / "out" / "megatron"
-    make_tiny_qwen3(source, tied=False, vocab_size=400_000)  # 205 MB
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    """A model of 205 MB, which is written long enough to be interrupted."""
+    folder = tmp_path_factory.mktemp("large") / "hf"
+    make_tiny_qwen3(folder, tied=False, vocab_size=400_000)
+    return folder
+
+
+@contextmanager
+def conversion_that_writes(source: Path, target: Path) -> Iterator[subprocess.Popen]:
+    """`dsrl convert` in a process of its own, as soon as it has written the beginning of a file."""
     command = [sys.executable, "-m", "megatron_dsrl.cli", "convert", "hf-to-megatron", str(source), str(target)]
-    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
-    deadline = time.monotonic() + 100
-    while not any(target.parent.glob(".megatron.partial-*/*")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.001)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 143
-    assert list(target.parent.iterdir()) == []
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), MARK: str(os.getpid())}
+    before = set(target.parent.glob(PARTIAL_FILES))
+    process = subprocess.Popen(command, env=environment)
+    try:
+        deadline = time.monotonic() + 100
+        while set(target.parent.glob(PARTIAL_FILES)) <= before:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.001)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_an_interrupted_conversion_leaves_nothing(large, tmp_path, number, status):
+    with conversion_that_writes(large, tmp_path / "out" / "megatron") as process:
+        process.send_signal(number)
+        assert process.wait(timeout=60) == status
+    assert list((tmp_path / "out").iterdir()) == [] and processes_left_behind() == []
+
+
+def test_what_a_killed_conversion_left_is_removed_by_the_next_one_but_not_that_of_a_running_one(large, tmp_path):
+    """`kill -9` of one, a stopped one beside it, and a third that comes through."""
+    target = tmp_path / "out" / "megatron"
+    with conversion_that_writes(large, target) as process:
+        process.kill()
+        process.wait()
+    assert processes_left_behind() == []
+    left = hidden(target.parent)
+    assert len(left) == 2 and not target.exists()
+
+    with conversion_that_writes(large, target) as running:
+        running.send_signal(signal.SIGSTOP)
+        of_the_running_one = hidden(target.parent)
+        assert len(of_the_running_one) == 2 and not set(left) & set(of_the_running_one)
+        assert convert("hf-to-megatron", large, target) == 0
+        assert sorted(hidden(target.parent)) == sorted(of_the_running_one)
+    assert convert("megatron-to-hf", target, tmp_path / "back") == 0
+    assert_identical(tensors_of(tmp_path / "back"), tensors_of(large))
+
+
+def test_a_conversion_that_was_killed_between_two_renames_has_not_lost_the_former_target(converted):
+    """The former target had stepped aside, the new one was not there yet."""
+    target, partial = converted / "megatron", converted / ".megatron.partial-0123"
+    (converted / ".megatron.partial-0123.lock").touch()
+    partial.mkdir()
+    before = (target / ".metadata").read_bytes()
+    target.rename(partial.with_name(partial.name + ".old"))
+
+    assert convert("hf-to-megatron", converted / "hf", target) == 2
+    assert (target / ".metadata").read_bytes() == before
+    assert hidden(converted) == []
 
 
 # ---- refusals

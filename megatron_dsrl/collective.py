@@ -1,6 +1,10 @@
-"""Small agreements between processes, which hold trivially where torch.distributed does not run."""
+"""Small agreements between processes, which hold trivially where torch.distributed does not run.
 
-from collections.abc import Callable
+Everything but `rank` and `world_size` is collective: every process (of the group) calls it, in the same order. Values
+are Python objects; they are pickled.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -26,13 +30,38 @@ def barrier() -> None:
         dist.barrier()
 
 
-def gather(value: Value) -> list[Value]:
-    """Every process's value in rank order, on every process."""
-    if world_size() == 1:
+def gather(value: Value, group: dist.ProcessGroup | None = None) -> list[Value]:
+    """Every process's value in rank order, on every process.
+
+    Args:
+        value: of this process.
+        group: processes that take part; None for all.
+    """
+    size = world_size() if group is None else group.size()
+    if size == 1:
         return [value]
-    values: list = [None] * world_size()
-    dist.all_gather_object(values, value)
+    values: list = [None] * size
+    dist.all_gather_object(values, value, group=group)
     return values
+
+
+def broadcast(value: Value) -> Value:
+    """Rank 0's value, on every process; what the others pass is not looked at."""
+    if world_size() == 1:
+        return value
+    values = [value if rank() == 0 else None]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def my_share(items: Sequence[Value]) -> Sequence[Value]:
+    """Every world-size-th item, beginning with this process's. Not collective."""
+    return items[rank() :: world_size()]
+
+
+def first_problem(problem: str | None, group: dist.ProcessGroup | None = None) -> str | None:
+    """The message of the lowest rank that has one, on every process; None if none has."""
+    return next((each for each in gather(problem, group) if each is not None), None)
 
 
 def together(work: Callable[[], Value]) -> list[Value]:
