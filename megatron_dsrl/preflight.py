@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from megatron_dsrl.config.derived import ModelShape, RunFigures, derive
+from megatron_dsrl.config.derived import RunFigures, derive
 from megatron_dsrl.config.prompt_count import count_prompts
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.errors import UserError
-from megatron_dsrl.model.architecture import check_model_layout, read_architecture
+from megatron_dsrl.model.architecture import read_architecture
 
 
 def preflight(config: RunConfig, world_size: int) -> RunFigures:
@@ -19,16 +19,7 @@ def preflight(config: RunConfig, world_size: int) -> RunFigures:
             the layout does not fit; see `derive`.
     """
     architecture = read_architecture(find_config_json(config.model.path).parent)
-    shape = ModelShape(
-        layers=architecture.num_hidden_layers,
-        attention_heads=architecture.num_attention_heads,
-        key_value_groups=architecture.num_key_value_heads,
-        feed_forward_size=architecture.intermediate_size,
-        context_tokens=architecture.max_position_embeddings,
-    )
-    figures = derive(config, world_size, shape, count_prompts(config.data))
-    check_model_layout(architecture, config.parallel)  # experts; the rest has been checked with `derive`
-    return figures
+    return derive(config, world_size, architecture.shape, count_prompts(config.data))
 
 
 def find_config_json(path: str) -> Path:

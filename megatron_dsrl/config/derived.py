@@ -8,29 +8,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_dsrl.config.data import PromptSetConfig
+from megatron_dsrl.config.layout import (
+    ModelShape,
+    Problem,
+    engine_problems,
+    model_problems,
+    process_problems,
+    processes,
+)
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.errors import UserError
 
-Problem = tuple[str, str]
-"""The field or fields at fault, and what is wrong and what to do."""
-
 LONGEST_BOS = 3
 """Tokens of the longest `bos` of the pre-train space: `<|im_start|>`, `assistant`, a line break."""
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The sizes of a decoder-only transformer that the layout depends on."""
-
-    layers: int
-    attention_heads: int
-    """Query heads."""
-    key_value_groups: int
-    """Key/value heads; as many as `attention_heads` without GQA."""
-    feed_forward_size: int
-    """Inner size of the MLP."""
-    context_tokens: int
-    """Longest sequence that the positions were made for."""
 
 
 @dataclass(frozen=True)
@@ -94,17 +84,18 @@ def derive(config: RunConfig, world_size: int, shape: ModelShape | None, prompts
         UserError: lists every field that does not fit, and what to do.
     """
     problems = [
-        *_layout_problems(config, world_size),
+        *process_problems(config.parallel, world_size),
+        *engine_problems(config.engine.tensor_parallel_size, world_size, shape),
         *_phase_problems(config),
         *_batch_problems(config, world_size, prompts),
         *_time_problems(config),
         *_length_problems(config, shape),
-        *(_model_problems(config, shape) if shape else ()),
+        *(model_problems(config.parallel, shape) if shape else ()),
     ]
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         lines = [f"  {fields}: {what}" for fields, what in problems]
-        raise UserError("\n".join([f"run `{config.name}` on {_processes(world_size)}: {count}", *lines]))
+        raise UserError("\n".join([f"run `{config.name}` on {processes(world_size)}: {count}", *lines]))
     return _figures(config, world_size, prompts)
 
 
@@ -151,28 +142,6 @@ def _phase_figures(config: RunConfig, data_parallel_size: int) -> Iterator[Phase
             ),
         )
         first = max(first, last + 1)
-
-
-def _layout_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
-    parallel, engine = config.parallel, config.engine
-    if world_size % parallel.model_parallel_size:
-        yield (
-            "parallel.tensor_parallel_size, parallel.pipeline_parallel_size",
-            f"one model takes {parallel.tensor_parallel_size} x {parallel.pipeline_parallel_size} = "
-            f"{parallel.model_parallel_size} processes, and {_processes(world_size)} cannot be divided by that; "
-            "change the sizes or the number of processes (torchrun --nproc-per-node)",
-        )
-    if world_size % engine.tensor_parallel_size:
-        yield (
-            "engine.tensor_parallel_size",
-            f"{_processes(world_size)} cannot be divided into engines of {engine.tensor_parallel_size}; "
-            "choose a divisor of the number of processes",
-        )
-    if parallel.sequence_parallel and parallel.tensor_parallel_size == 1:
-        yield (
-            "parallel.sequence_parallel",
-            "needs parallel.tensor_parallel_size above 1, over which it splits; set it to false",
-        )
 
 
 def _phase_problems(config: RunConfig) -> Iterator[Problem]:
@@ -259,33 +228,6 @@ def _length_problems(config: RunConfig, shape: ModelShape | None) -> Iterator[Pr
             "engine.max_context_tokens",
             f"{engine.max_context_tokens} is beyond the model's own {shape.context_tokens}; lower it or use null",
         )
-
-
-def _model_problems(config: RunConfig, shape: ModelShape) -> Iterator[Problem]:
-    tensor, pipeline = config.parallel.tensor_parallel_size, config.parallel.pipeline_parallel_size
-    engine = config.engine.tensor_parallel_size
-    for what, size in (
-        ("attention heads", shape.attention_heads),
-        ("key/value heads", shape.key_value_groups),
-        ("feed-forward channels", shape.feed_forward_size),
-    ):
-        if size % tensor:
-            yield "parallel.tensor_parallel_size", _indivisible(what, size, tensor)
-    if shape.layers % pipeline:
-        yield "parallel.pipeline_parallel_size", _indivisible("layers", shape.layers, pipeline)
-    if shape.attention_heads % engine:
-        yield "engine.tensor_parallel_size", _indivisible("attention heads", shape.attention_heads, engine)
-    # With more processes than key/value heads SGLang keeps copies of a head, in whole numbers.
-    if shape.key_value_groups % engine and engine % shape.key_value_groups:
-        yield "engine.tensor_parallel_size", _indivisible("key/value heads", shape.key_value_groups, engine)
-
-
-def _indivisible(what: str, size: int, parts: int) -> str:
-    return f"the model's {size} {what} cannot be split {parts} ways; choose a divisor of {size}"
-
-
-def _processes(count: int) -> str:
-    return "1 process" if count == 1 else f"{count} processes"
 
 
 def _ceil_divide(a: int, b: int) -> int:

@@ -36,6 +36,14 @@ class ParallelConfig(Section):
     pipeline_parallel_size: int = Field(default=1, ge=1)
     """Processes that split the layers into consecutive stages."""
 
+    virtual_pipeline_stages: int = Field(default=1, ge=1)
+    """Chunks of layers per pipeline stage (interleaved schedule): smaller pipeline bubbles for more communication. The
+    number of micro-batches is then a multiple of `pipeline_parallel_size`."""
+
+    context_parallel_size: int = Field(default=1, ge=1)
+    """Processes that split every sequence, for sequences too long for one. They share the weights' gradients and the
+    distributed optimizer's shards as data-parallel processes do."""
+
     expert_parallel_size: int = Field(default=1, ge=1)
     """Processes among which the experts of a mixture-of-experts model are dealt out, as whole experts."""
 
@@ -46,7 +54,7 @@ class ParallelConfig(Section):
     """Split norm and residual activations over the tensor-parallel processes along the sequence."""
 
     distributed_optimizer: bool = False
-    """Shard the optimizer state over data parallelism (Megatron's DistributedOptimizer)."""
+    """Shard the optimizer state over data and context parallelism (Megatron's DistributedOptimizer)."""
 
     collective_timeout_seconds: int = Field(default=4 * 3600, ge=1)
     """Limit for any collective between processes. Must exceed the longest rollout and evaluation of a step together,
@@ -54,8 +62,8 @@ class ParallelConfig(Section):
 
     @property
     def model_parallel_size(self) -> int:
-        """Processes that hold one copy of the model together."""
-        return self.tensor_parallel_size * self.pipeline_parallel_size
+        """Processes that train the same sequences together; the others are data-parallel to them."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size * self.context_parallel_size
 
     @property
     def split_of_experts(self) -> int:

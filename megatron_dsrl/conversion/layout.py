@@ -2,9 +2,9 @@
 
 from dataclasses import asdict, dataclass
 
+from megatron_dsrl.config.layout import model_problems, process_problems, refuse
 from megatron_dsrl.config.model import ParallelConfig
-from megatron_dsrl.errors import UserError
-from megatron_dsrl.model.architecture import Architecture, check_model_layout
+from megatron_dsrl.model.architecture import Architecture
 from megatron_dsrl.weights.table import TensorRule
 
 
@@ -31,18 +31,10 @@ class CheckpointLayout:
             UserError: says which size does not divide what.
         """
         sizes = asdict(self)
-        virtual = sizes.pop("virtual_pipeline_parallel_size")
-        check_model_layout(architecture, ParallelConfig(**sizes))
-        if virtual == 1:
-            return
-        if self.pipeline_parallel_size == 1:
-            raise UserError("virtual_pipeline_parallel_size needs a pipeline_parallel_size of at least 2")
-        stages = self.pipeline_parallel_size * virtual
-        if architecture.num_hidden_layers % stages:
-            raise UserError(
-                f"pipeline_parallel_size {self.pipeline_parallel_size} x virtual_pipeline_parallel_size {virtual} = "
-                f"{stages} stages do not divide the model's num_hidden_layers {architecture.num_hidden_layers}"
-            )
+        sizes["virtual_pipeline_stages"] = sizes.pop("virtual_pipeline_parallel_size")
+        parallel = ParallelConfig(**sizes, sequence_parallel=self.tensor_parallel_size > 1)
+        whole_copies = parallel.model_parallel_size * parallel.expert_model_parallel_size
+        refuse([*process_problems(parallel, whole_copies), *model_problems(parallel, architecture.shape)])
 
     def as_record(self) -> dict[str, int]:
         """All sizes by name."""

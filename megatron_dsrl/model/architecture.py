@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_dsrl.config.layout import ModelShape, model_problems, refuse
 from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.model.families import FAMILIES, Family
@@ -41,6 +42,19 @@ class Architecture:
     initializer_range: float
     experts: Experts | None = None
     """None for a dense model."""
+
+    @property
+    def shape(self) -> ModelShape:
+        """The sizes that the layout depends on."""
+        return ModelShape(
+            layers=self.num_hidden_layers,
+            attention_heads=self.num_attention_heads,
+            key_value_groups=self.num_key_value_heads,
+            feed_forward_size=self.intermediate_size,
+            context_tokens=self.max_position_embeddings,
+            experts=self.experts.num_experts if self.experts else 0,
+            expert_feed_forward_size=self.experts.moe_intermediate_size if self.experts else 0,
+        )
 
     def padded_vocab_size(self, tensor_parallel_size: int) -> int:
         """Rows of the embedding in Megatron: the next multiple of the tensor-parallel size."""
@@ -101,42 +115,12 @@ def read_architecture(folder: Path) -> Architecture:
 
 
 def check_model_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
-    """Refuse a layout that the model cannot be split into.
+    """Refuse a layout that the model cannot be split into; see `config.layout.model_problems`.
 
     Raises:
-        UserError: heads, key-value heads or feed-forward size not divisible by the tensor-parallel size, layers not by
-            the pipeline-parallel size, or experts not by the expert-parallel size. The vocabulary is padded and
-            always fits.
+        UserError: names the field and the size of the model that does not divide.
     """
-    tensor, pipeline, expert = (
-        parallel.tensor_parallel_size,
-        parallel.pipeline_parallel_size,
-        parallel.expert_parallel_size,
-    )
-    for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        value = getattr(architecture, field)
-        if value % tensor:
-            raise UserError(f"parallel.tensor_parallel_size {tensor} does not divide the model's {field} {value}")
-    if architecture.num_hidden_layers % pipeline:
-        raise UserError(
-            f"parallel.pipeline_parallel_size {pipeline} does not divide the model's "
-            f"num_hidden_layers {architecture.num_hidden_layers}"
-        )
-    if architecture.experts is None:
-        if expert > 1:
-            raise UserError(f"parallel.expert_parallel_size {expert}: the model has no experts; set it to 1")
-        return
-    if architecture.experts.num_experts % expert:
-        raise UserError(
-            f"parallel.expert_parallel_size {expert} does not divide the model's "
-            f"num_experts {architecture.experts.num_experts}"
-        )
-    split = parallel.split_of_experts
-    if architecture.experts.moe_intermediate_size % split:
-        raise UserError(
-            f"parallel.expert_tensor_parallel_size {split} does not divide the model's "
-            f"moe_intermediate_size {architecture.experts.moe_intermediate_size}"
-        )
+    refuse(model_problems(parallel, architecture.shape))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,30 +1,35 @@
 """Attention for Megatron's local layer specification, on PyTorch's `scaled_dot_product_attention`.
 
-Megatron's own local attention repeats key-value heads, materialises the score matrix and refuses packed sequences.
-This one does neither: grouped queries go to the fused kernel as they are, and a packed row is unpacked into a few
-batches of sequences of similar length, each one call. Padding those on the right is free of masks: under causal
-attention no real token looks to its right. Measured on one core, forward and backward of 256 sequences of 16 to 64
-tokens: 42 ms in one padded call, without the copies into and out of the padding, against 366 ms in one call each.
+Megatron's own local attention repeats key-value heads, materialises the score matrix and refuses packed sequences and
+context parallelism. This one does neither: grouped queries go to the fused kernel as they are, and a packed row is
+unpacked into a few batches of sequences of similar length, each one call. Padding those on the right is free of masks:
+under causal attention no real token looks to its right. Measured on one core, forward and backward of 256 sequences of
+16 to 64 tokens: 42 ms in one padded call, without the copies into and out of the padding, against 366 ms in one call
+each.
+
+Under context parallelism every rank has two chunks of every sequence (model/context_parallel.py) and gathers the keys
+and values of all ranks; their gradients are summed and scattered back. With grouped queries these are a small part of
+the activations. (Transformer Engine passes them round in a ring instead and overlaps that with computing.)
 """
 
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
-SHORTEST_IN_BATCH = 0.75
-"""A batch holds sequences of at least this fraction of its longest: padding costs at most (1/0.75)^2 = 1.8 times."""
+from megatron_dsrl.model.attention_plan import QueryChunks, plan_context_parallel, plan_packed
 
 
 class CoreAttention(torch.nn.Module):
-    """Causal softmax attention, dense or packed. No dropout, no bias, no context parallelism."""
+    """Causal softmax attention, dense or packed, on one rank or over context parallelism. No dropout, no bias."""
 
     def __init__(
         self,
@@ -38,8 +43,9 @@ class CoreAttention(torch.nn.Module):
     ) -> None:
         super().__init__()
         assert attn_mask_type == AttnMaskType.causal and attention_type == "self"
-        assert config.context_parallel_size == 1 and config.attention_dropout == 0.0
+        assert config.attention_dropout == 0.0
         self.scale = softmax_scale or config.kv_channels**-0.5
+        self.context_parallel_group = pg_collection.cp if config.context_parallel_size > 1 else None
 
     def forward(
         self,
@@ -51,25 +57,33 @@ class CoreAttention(torch.nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Attend.
+        """Attend. Under context parallelism s and t count this rank's tokens.
 
         Args:
             query: [s, b, heads, d], or [t, heads, d] where packed.
             key, value: the same with the number of key-value heads.
             attention_mask: unused; the mask is causal, and sequence bounds come with `packed_seq_params`.
-            packed_seq_params: where the sequences of a packed row begin; they cover the row.
+            packed_seq_params: where the sequences of a packed row begin; they cover the row. Under context parallelism
+                these are the bounds of whole sequences in the whole row.
 
         Returns:
             [s, b, heads * d], or [t, heads * d] where packed.
         """
         assert attention_bias is None
-        if packed_seq_params is None:
-            batch_first = (x.transpose(0, 1) for x in (query, key, value))
+        group = self.context_parallel_group
+        ranks = group.size() if group else 1
+        if packed_seq_params is not None:
+            bounds = packed_seq_params.cu_seqlens_q.tolist()
+            assert bounds[-1] == ranks * query.shape[0], "the sequences must cover the packed row"
+            lengths = tuple(end - start for start, end in zip(bounds, bounds[1:]))
+            attend_rows = self._attend_context_parallel if group else self._attend_packed
+            return attend_rows(query, key, value, lengths).flatten(1)
+        batch_first = [x.transpose(0, 1) for x in (query, key, value)]
+        if group is None:
             return self._attend(*batch_first).transpose(0, 1).flatten(2)
-        bounds = packed_seq_params.cu_seqlens_q.tolist()
-        assert bounds[-1] == query.shape[0], "the sequences must cover the packed row"
-        lengths = tuple(end - start for start, end in zip(bounds, bounds[1:]))
-        return self._attend_packed(query, key, value, lengths).flatten(1)
+        lengths = (ranks * query.shape[0],) * query.shape[1]
+        rows = self._attend_context_parallel(*(x.flatten(0, 1) for x in batch_first), lengths)
+        return rows.unflatten(0, (query.shape[1], -1)).transpose(0, 1).flatten(2)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[b, s, heads, d] each; the mask is causal."""
@@ -81,65 +95,45 @@ class CoreAttention(torch.nn.Module):
         """[t, heads, d] each, sequences one after the other."""
         if len(lengths) == 1:
             return self._attend(query[None], key[None], value[None])[0]
-        plan = _padding_plan(lengths, query.device)
-        query, key, value = (_TakeRows.apply(x, plan.row_of_slot, plan.slot_of_row, None) for x in (query, key, value))
-        slots = [batch.count * batch.length for batch in plan.batches]
-        pieces = (x.split(slots) for x in (query, key, value))
+        plan = plan_packed(lengths, query.device)
+        slots = plan.slots
+        padded = (_TakeRows.apply(x, slots.row_of_slot, slots.slot_of_row, None) for x in (query, key, value))
         attended = [
-            self._attend(*(x.unflatten(0, (batch.count, batch.length)) for x in piece)).flatten(0, 1)
-            for batch, piece in zip(plan.batches, zip(*pieces))
+            self._attend(*piece).flatten(0, 1)
+            for piece in zip(*(_split(x, [batch.shape for batch in plan.batches]) for x in padded))
         ]
-        return _TakeRows.apply(torch.cat(attended), plan.slot_of_row, plan.row_of_slot, plan.padding_slots)
+        return _TakeRows.apply(torch.cat(attended), slots.slot_of_row, slots.row_of_slot, slots.padding_slots)
+
+    def _attend_context_parallel(self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """This rank's chunks of the sequences, [t, heads, d] each; `lengths` are those of the whole sequences."""
+        group = self.context_parallel_group
+        plan = plan_context_parallel(lengths, group.size(), group.rank(), query.device)
+        gathered = gather_from_sequence_parallel_region(torch.stack([key, value], 1), group=group)
+        keys_and_values = _TakeRows.apply(gathered, plan.keys.row_of_slot, plan.keys.slot_of_row, None)
+        query = _TakeRows.apply(query, plan.queries.row_of_slot, plan.queries.slot_of_row, None)
+        queries = iter(_split(query, [chunk.shape for chunks in plan.chunks for chunk in chunks]))
+        attended = [
+            self._attend_chunks(next(queries), *sequences.unbind(2), chunk).flatten(0, 1)
+            for sequences, chunks in zip(_split(keys_and_values, plan.key_shapes), plan.chunks)
+            for chunk in chunks
+        ]
+        slots = plan.queries
+        return _TakeRows.apply(torch.cat(attended), slots.slot_of_row, slots.row_of_slot, slots.padding_slots)
+
+    def _attend_chunks(self, query: Tensor, key: Tensor, value: Tensor, chunk: QueryChunks) -> Tensor:
+        """query [b, query slots, heads, d]; key and value [b, slots of a whole sequence, groups, d]."""
+        seen = (x[:, : chunk.num_keys].transpose(1, 2) for x in (key, value))
+        mask = causal_lower_right(chunk.shape[1], chunk.num_keys) if chunk.mask is None else chunk.mask
+        attended = F.scaled_dot_product_attention(
+            query.transpose(1, 2), *seen, attn_mask=mask, scale=self.scale, enable_gqa=True
+        )
+        return attended.transpose(1, 2)
 
 
-@dataclass(frozen=True)
-class _Batch:
-    count: int
-    """Sequences."""
-    length: int
-    """Slots of each."""
-
-
-@dataclass(frozen=True)
-class _PaddingPlan:
-    """How the rows of a packed row of t tokens lie in padded batches of n slots, batch after batch."""
-
-    batches: tuple[_Batch, ...]
-    row_of_slot: Tensor
-    """[n] int64; a padding slot repeats the last token of its sequence."""
-    slot_of_row: Tensor
-    """[t] int64."""
-    padding_slots: Tensor
-    """int64, the slots that hold no token of their own."""
-
-
-@lru_cache(maxsize=8)  # every layer of a micro-batch asks for the same plan, forward, backward and recomputed
-def _padding_plan(lengths: tuple[int, ...], device: torch.device) -> _PaddingPlan:
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    longest_first = sorted((i for i, length in enumerate(lengths) if length), key=lambda i: -lengths[i])
-    members: list[list[int]] = []
-    for i in longest_first:
-        if not members or lengths[i] < SHORTEST_IN_BATCH * lengths[members[-1][0]]:
-            members.append([])
-        members[-1].append(i)
-    rows, real = [], []
-    for batch in members:
-        offsets = torch.arange(lengths[batch[0]])
-        first = torch.tensor([starts[i] for i in batch])[:, None]
-        count = torch.tensor([lengths[i] for i in batch])[:, None]
-        rows.append((first + offsets.minimum(count - 1)).flatten())
-        real.append((offsets < count).flatten())
-    row_of_slot, is_real = torch.cat(rows), torch.cat(real)
-    slot_of_row = torch.empty(starts[-1], dtype=torch.int64)
-    slot_of_row[row_of_slot[is_real]] = is_real.nonzero().flatten()
-    return _PaddingPlan(
-        batches=tuple(_Batch(len(batch), lengths[batch[0]]) for batch in members),
-        row_of_slot=row_of_slot.to(device),
-        slot_of_row=slot_of_row.to(device),
-        padding_slots=(~is_real).nonzero().flatten().to(device),
-    )
+def _split(rows: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """[slots, ...] as one [sequences, slots of each, ...] per shape."""
+    pieces = rows.split([count * length for count, length in shapes])
+    return [piece.unflatten(0, shape) for piece, shape in zip(pieces, shapes)]
 
 
 class _TakeRows(torch.autograd.Function):
@@ -180,12 +174,13 @@ class PackedSelfAttention(SelfAttention):
         packed_seq_params: PackedSeqParams | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """As SelfAttention.forward; `rotary_pos_emb` is [longest, 1, 1, d], angles by position in a sequence."""
+        """As SelfAttention.forward; `rotary_pos_emb` is [longest, 1, 1, d], angles by position in a sequence. Of those
+        of the whole row Megatron picks the ones of this rank's tokens under context parallelism."""
         if packed_seq_params is not None and rotary_pos_emb is not None:
             bounds = packed_seq_params.cu_seqlens_q.long()
             positions = torch.arange(int(bounds[-1]), device=bounds.device)
             positions = positions - bounds[:-1].repeat_interleave(bounds.diff())
-            rotary_pos_emb = rotary_pos_emb[positions]  # [t, 1, 1, d]
+            rotary_pos_emb = rotary_pos_emb[positions]  # [t of the whole row, 1, 1, d]
         return super().forward(
             hidden_states,
             attention_mask,

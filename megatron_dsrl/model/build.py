@@ -28,11 +28,9 @@ RECOMPUTE = {
 }
 
 
-def transformer_config(
-    architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, virtual_stages: int = 1
-) -> TransformerConfig:
+def transformer_config(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
     """Megatron's configuration of the model in this layout; see `build_model`."""
-    dtype = DTYPES[model.dtype]
+    dtype, virtual_stages = DTYPES[model.dtype], parallel.virtual_pipeline_stages
     implementation = choose_layer_implementation(model.layer_spec)
     return TransformerConfig(
         num_layers=architecture.num_hidden_layers,
@@ -60,6 +58,7 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
         virtual_pipeline_model_parallel_size=virtual_stages if virtual_stages > 1 else None,
+        context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         variable_seq_lengths=True,  # packed micro-batches differ in length
         moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths, even without experts
@@ -91,9 +90,7 @@ def _expert_fields(
     }
 
 
-def build_model(
-    architecture: Architecture, model: ModelConfig, parallel: ParallelConfig, virtual_stages: int = 1
-) -> list[MegatronModule]:
+def build_model(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig) -> list[MegatronModule]:
     """Build this process's part of the model; `initialize_parallel` must have run.
 
     Parameters are not initialised: load them (weights/load.py) or draw them (weights/random_init.py).
@@ -102,19 +99,18 @@ def build_model(
         architecture: the model.
         model: dtype, layer implementation and recomputation.
         parallel: the layout.
-        virtual_stages: chunks of layers per pipeline stage, as Megatron's interleaved schedule has them. Checkpoints
-            load into such models; the actor trains with one chunk.
 
     Returns:
-        The chunks of this pipeline stage: each a GPTModel, in a Float16Module for bfloat16. Called with token ids
-        [b, s], position ids [b, s], no mask, and for packed rows `packed_seq_params`, the last stage gives logits
-        [b, s, padded vocabulary / tensor-parallel size].
+        The `parallel.virtual_pipeline_stages` chunks of this pipeline stage: each a GPTModel, in a Float16Module for
+        bfloat16. Called with token ids [b, s], position ids [b, s], no mask, and for packed rows `packed_seq_params`,
+        the last stage gives logits [b, s, padded vocabulary / tensor-parallel size]. Under context parallelism s counts
+        this rank's tokens (model/context_parallel.py).
 
     Raises:
         UserError: the model does not divide into the layout, or Transformer Engine is asked for and absent.
     """
     check_model_layout(architecture, parallel)
-    config = transformer_config(architecture, model, parallel, virtual_stages)
+    config, virtual_stages = transformer_config(architecture, model, parallel), parallel.virtual_pipeline_stages
     chunks = []
     for stage in range(virtual_stages) if virtual_stages > 1 else [None]:
         chunk = GPTModel(

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
+from megatron_dsrl.config.layout import process_problems, refuse
 from megatron_dsrl.config.model import ParallelConfig
-from megatron_dsrl.errors import UserError
 from megatron_dsrl.platform import current_platform
 
 
@@ -19,46 +19,27 @@ def world_size_from_environment() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def check_parallel_layout(parallel: ParallelConfig, world_size: int) -> None:
-    """Refuse a layout that does not fit the number of processes.
-
-    Raises:
-        UserError: the processes do not divide into model replicas, or sequence parallelism has nothing to split over.
-    """
-    if world_size % parallel.model_parallel_size:
-        raise UserError(
-            f"{world_size} processes cannot hold whole copies of the model: parallel.tensor_parallel_size "
-            f"{parallel.tensor_parallel_size} x parallel.pipeline_parallel_size {parallel.pipeline_parallel_size} = "
-            f"{parallel.model_parallel_size} processes per copy. Start a multiple of that with torchrun, or lower them."
-        )
-    if world_size % parallel.expert_model_parallel_size:
-        raise UserError(
-            f"{world_size} processes cannot hold whole copies of the experts: parallel.expert_parallel_size "
-            f"{parallel.expert_parallel_size} x parallel.expert_tensor_parallel_size {parallel.split_of_experts} x "
-            f"parallel.pipeline_parallel_size {parallel.pipeline_parallel_size} = "
-            f"{parallel.expert_model_parallel_size} processes per copy. Start a multiple of that, or lower them."
-        )
-    if parallel.sequence_parallel and parallel.tensor_parallel_size == 1:
-        raise UserError("parallel.sequence_parallel needs parallel.tensor_parallel_size of at least 2")
-
-
 def initialize_parallel(parallel: ParallelConfig, seed: int) -> None:
     """Start torch.distributed (unless it runs already) and Megatron's groups, and seed the random generators.
 
     Under torchrun the rendezvous is the environment's; without it the process is a world of its own.
 
     Raises:
-        UserError: see `check_parallel_layout`.
+        UserError: the layout does not fit the number of processes; see `config.layout.process_problems`.
     """
     platform = current_platform()
-    check_parallel_layout(parallel, dist.get_world_size() if dist.is_initialized() else world_size_from_environment())
+    world_size = dist.get_world_size() if dist.is_initialized() else world_size_from_environment()
+    refuse(process_problems(parallel, world_size))
     platform.install()
+    virtual_stages = parallel.virtual_pipeline_stages
     timeout = timedelta(seconds=parallel.collective_timeout_seconds)
     if not dist.is_initialized():
         _start_processes(platform.distributed_backend, timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_stages if virtual_stages > 1 else None,
+        context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_parallel_size,
         expert_tensor_parallel_size=parallel.split_of_experts,
         distributed_timeout_minutes=timeout / timedelta(minutes=1),

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch.distributed
 
+from megatron_dsrl.config.layout import engine_problems, refuse
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.platform.engine import ServerArguments, engine_environment, engine_server_arguments
@@ -34,10 +35,7 @@ class EngineGroup:
         self._config = config.engine
         size = config.engine.tensor_parallel_size
         self._world, rank = world_size(), world_rank()
-        if self._world % size != 0:
-            raise UserError(
-                f"engine.tensor_parallel_size = {size} does not divide the number of processes, {self._world}"
-            )
+        refuse(engine_problems(size, self._world))
         engine = rank // size
         self._owns_server = rank % size == 0
         timeout = timedelta(seconds=config.parallel.collective_timeout_seconds)

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from megatron_dsrl.config.derived import ModelShape, derive
+from megatron_dsrl.config.derived import derive
+from megatron_dsrl.config.layout import ModelShape
 from megatron_dsrl.config.load import load_config
 from megatron_dsrl.config.prompt_count import count_prompts
 from megatron_dsrl.errors import UserError

@@ -335,10 +335,10 @@ def test_the_model_of_a_run_may_be_what_is_expected(converted, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--tensor-parallel-size", 4], "4 does not divide the model's num_key_value_heads 2"),
-        (["--pipeline-parallel-size", 3], "3 does not divide the model's num_hidden_layers 4"),
-        (["--virtual-pipeline-parallel-size", 2], "needs a pipeline_parallel_size of at least 2"),
-        (["--pipeline-parallel-size", 2, "--virtual-pipeline-parallel-size", 4], "8 stages do not divide"),
+        (["--tensor-parallel-size", 4], "2 key/value heads cannot be split 4 ways"),
+        (["--pipeline-parallel-size", 3], "4 layers cannot be split 3 ways"),
+        (["--virtual-pipeline-parallel-size", 2], "needs parallel.pipeline_parallel_size of at least 2"),
+        (["--pipeline-parallel-size", 2, "--virtual-pipeline-parallel-size", 4], "8 virtual stages: the model"),
         (["--expert-parallel-size", 2], "the model has no experts"),
     ],
 )

@@ -121,13 +121,12 @@ def loads_into_virtual_stages(folder: Path, target: Path) -> dict[str, bool]:
     """Of every HF tensor that this process has in its two chunks, whether it is the source's."""
     layout = CheckpointLayout(pipeline_parallel_size=2, virtual_pipeline_parallel_size=2)
     convert_hf_to_megatron(str(folder / "Qwen3 untied"), target, layout, ConversionOptions())
-    parallel = ParallelConfig(collective_timeout_seconds=60, **PP2)
+    parallel = ParallelConfig(collective_timeout_seconds=60, virtual_pipeline_stages=2, **PP2)
     with parallel_layout(parallel, seed=1):
-        parallel_state.set_virtual_pipeline_model_parallel_world_size(2)
         architecture = read_architecture(target)
         table = weight_table(architecture)
         model = ModelConfig(path=str(target), dtype="float32")
-        chunks = build_model(architecture, model, parallel, virtual_stages=2)
+        chunks = build_model(architecture, model, parallel)
         load_weights(chunks, table, target)
         source = HfCheckpoint(folder / "Qwen3 untied")
         return {

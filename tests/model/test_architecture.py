@@ -72,9 +72,9 @@ def test_folders_that_are_no_models(tmp_path):
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        ({"tensor_parallel_size": 16}, "16 does not divide the model's num_key_value_heads 8"),
-        ({"tensor_parallel_size": 3}, "3 does not divide the model's num_attention_heads 32"),
-        ({"pipeline_parallel_size": 8}, "8 does not divide the model's num_hidden_layers 36"),
+        ({"tensor_parallel_size": 16}, "tensor_parallel_size: the model's 8 key/value heads cannot be split 16 ways"),
+        ({"tensor_parallel_size": 3}, "tensor_parallel_size: the model's 32 attention heads cannot be split 3 ways"),
+        ({"pipeline_parallel_size": 8}, "pipeline_parallel_size: the model's 36 layers cannot be split 8 ways"),
     ],
 )
 def test_layouts_that_do_not_divide_the_model(tmp_path, layout, message):

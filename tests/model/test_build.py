@@ -13,7 +13,7 @@ from megatron_dsrl.config.model import ModelConfig, ParallelConfig
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.build import build_model, build_trainable
-from megatron_dsrl.model.parallel import check_parallel_layout, destroy_parallel, initialize_parallel
+from megatron_dsrl.model.parallel import destroy_parallel, initialize_parallel
 from megatron_dsrl.weights.load import load_hf_weights
 from megatron_dsrl.weights.tables import weight_table
 from tests.support.families import FAMILIES
@@ -122,15 +122,3 @@ def test_transformer_engine_is_refused_where_it_is_absent(tmp_path):
     make_tiny_qwen3(tmp_path, tied=True, vocab_size=101)
     with pytest.raises(UserError, match="model.layer_spec: transformer_engine needs a CUDA device"):
         build(tmp_path, layer_spec="transformer_engine")
-
-
-@pytest.mark.parametrize(
-    ("layout", "message"),
-    [
-        ({"tensor_parallel_size": 2, "pipeline_parallel_size": 3}, "8 processes cannot hold whole copies.* = 6"),
-        ({"sequence_parallel": True}, "sequence_parallel needs parallel.tensor_parallel_size of at least 2"),
-    ],
-)
-def test_layouts_that_do_not_fit_the_processes(layout, message):
-    with pytest.raises(UserError, match=message):
-        check_parallel_layout(ParallelConfig(**layout), world_size=8)

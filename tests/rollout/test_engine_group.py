@@ -58,5 +58,5 @@ def test_the_cache_size_must_be_given_without_cuda(tiny_model_folder):
 def test_processes_must_divide_into_engines(tiny_model_folder, tmp_path):
     config = tiny_run_config(tiny_model_folder, tensor_parallel_size=2)
 
-    with pytest.raises(UserError, match="engine.tensor_parallel_size = 2 does not divide the number of processes, 1"):
+    with pytest.raises(UserError, match="1 process cannot be divided into engines of 2"):
         start_rollout(config, tmp_path, [STOP_TOKEN_ID], decode_as_numbers)

@@ -12,10 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig
-from megatron_dsrl.errors import UserError
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.build import build_model, build_trainable
-from megatron_dsrl.model.parallel import check_parallel_layout, destroy_parallel, parallel_layout
+from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from megatron_dsrl.weights.load import load_hf_weights
 from megatron_dsrl.weights.stream import stream_hf_weights
 from megatron_dsrl.weights.tables import weight_table
@@ -116,8 +115,3 @@ def test_weights_come_out_bit_identical_in_the_same_order_on_every_rank(measured
     first, second = (rank[layout] for rank in measured)
     assert first["round_trip_exact"] and second["round_trip_exact"]
     assert first["order"] == second["order"] == measured[0]["PP2"]["order"]
-
-
-def test_layouts_that_do_not_fit_the_processes():
-    with pytest.raises(UserError, match="cannot hold whole copies of the experts.* = 12 processes"):
-        check_parallel_layout(ParallelConfig(tensor_parallel_size=2, expert_parallel_size=6), world_size=8)

@@ -1,0 +1,142 @@
+"""Which layouts fit: the rules about processes, model sizes and engines, for everyone who needs them.
+
+Pure functions that yield what is wrong; `derive` lists it with a run's other problems, `refuse` raises it alone.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from megatron_dsrl.config.model import ParallelConfig
+from megatron_dsrl.errors import UserError
+
+Problem = tuple[str, str]
+"""The field or fields at fault, and what is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a decoder-only transformer that the layout depends on."""
+
+    layers: int
+    attention_heads: int
+    """Query heads."""
+    key_value_groups: int
+    """Key/value heads; as many as `attention_heads` without GQA."""
+    feed_forward_size: int
+    """Inner size of the MLP; of a mixture of experts it is not used."""
+    context_tokens: int
+    """Longest sequence that the positions were made for."""
+    experts: int = 0
+    """Experts of every layer; 0 for a dense model."""
+    expert_feed_forward_size: int = 0
+    """Inner size of one expert."""
+
+
+def refuse(problems: Iterable[Problem]) -> None:
+    """Raise what was found, if anything was.
+
+    Raises:
+        UserError: one line per problem.
+    """
+    lines = [f"{fields}: {what}" for fields, what in problems]
+    if lines:
+        raise UserError("\n".join(lines))
+
+
+def process_problems(parallel: ParallelConfig, world_size: int) -> Iterator[Problem]:
+    """The processes must divide into whole copies of the model, and of the experts."""
+    if world_size % parallel.model_parallel_size:
+        yield (
+            "parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.context_parallel_size",
+            f"one model takes {parallel.tensor_parallel_size} x {parallel.pipeline_parallel_size} x "
+            f"{parallel.context_parallel_size} = {parallel.model_parallel_size} processes, and "
+            f"{processes(world_size)} cannot be divided by that; change the sizes or the number of processes "
+            "(torchrun --nproc-per-node)",
+        )
+    elif world_size % parallel.expert_model_parallel_size:
+        yield (
+            "parallel.expert_parallel_size, parallel.expert_tensor_parallel_size, parallel.pipeline_parallel_size",
+            f"all experts together take {parallel.expert_parallel_size} x {parallel.split_of_experts} x "
+            f"{parallel.pipeline_parallel_size} = {parallel.expert_model_parallel_size} processes, and "
+            f"{processes(world_size)} cannot be divided by that; change the sizes or the number of processes",
+        )
+    if parallel.sequence_parallel and parallel.tensor_parallel_size == 1:
+        yield (
+            "parallel.sequence_parallel",
+            "needs parallel.tensor_parallel_size above 1, over which it splits; set it to false",
+        )
+    if parallel.virtual_pipeline_stages > 1 and parallel.pipeline_parallel_size == 1:
+        yield (
+            "parallel.virtual_pipeline_stages",
+            "needs parallel.pipeline_parallel_size of at least 2, whose stages it cuts; set it to 1",
+        )
+
+
+def model_problems(parallel: ParallelConfig, shape: ModelShape) -> Iterator[Problem]:
+    """The model must divide into the layout. The vocabulary is padded and always fits."""
+    tensor = parallel.tensor_parallel_size
+    divided = [("attention heads", shape.attention_heads), ("key/value heads", shape.key_value_groups)]
+    if not shape.experts:
+        divided.append(("feed-forward channels", shape.feed_forward_size))
+    for what, size in divided:
+        if size % tensor:
+            yield "parallel.tensor_parallel_size", indivisible(what, size, tensor)
+    pipeline, virtual = parallel.pipeline_parallel_size, parallel.virtual_pipeline_stages
+    if shape.layers % pipeline:
+        yield "parallel.pipeline_parallel_size", indivisible("layers", shape.layers, pipeline)
+    elif shape.layers % (pipeline * virtual):
+        yield (
+            "parallel.pipeline_parallel_size, parallel.virtual_pipeline_stages",
+            f"{pipeline} x {virtual} = {pipeline * virtual} virtual stages: "
+            + indivisible("layers", shape.layers, pipeline * virtual),
+        )
+    yield from _expert_problems(parallel, shape)
+
+
+def _expert_problems(parallel: ParallelConfig, shape: ModelShape) -> Iterator[Problem]:
+    expert, split = parallel.expert_parallel_size, parallel.split_of_experts
+    if not shape.experts:
+        if expert > 1:
+            yield "parallel.expert_parallel_size", f"is {expert}, but the model has no experts; set it to 1"
+        return
+    if shape.experts % expert:
+        yield "parallel.expert_parallel_size", indivisible("experts", shape.experts, expert)
+    if shape.expert_feed_forward_size % split:
+        yield (
+            "parallel.expert_tensor_parallel_size",
+            indivisible("channels of an expert", shape.expert_feed_forward_size, split),
+        )
+    if parallel.tensor_parallel_size > 1 and not parallel.sequence_parallel:
+        yield (
+            "parallel.sequence_parallel",
+            "must be true where a model with experts is split over parallel.tensor_parallel_size: Megatron routes "
+            "every token on one process only",
+        )
+
+
+def engine_problems(tensor_parallel_size: int, world_size: int, shape: ModelShape | None = None) -> Iterator[Problem]:
+    """The processes must divide into engines, and the model into an engine's."""
+    field, size = "engine.tensor_parallel_size", tensor_parallel_size
+    if world_size % size:
+        yield (
+            field,
+            f"{processes(world_size)} cannot be divided into engines of {size}; "
+            "choose a divisor of the number of processes",
+        )
+    if shape is None:
+        return
+    if shape.attention_heads % size:
+        yield field, indivisible("attention heads", shape.attention_heads, size)
+    # With more processes than key/value heads SGLang keeps copies of a head, in whole numbers.
+    if shape.key_value_groups % size and size % shape.key_value_groups:
+        yield field, indivisible("key/value heads", shape.key_value_groups, size)
+
+
+def indivisible(what: str, size: int, parts: int) -> str:
+    """That a size of the model does not divide, and what would."""
+    return f"the model's {size} {what} cannot be split {parts} ways; choose a divisor of {size}"
+
+
+def processes(count: int) -> str:
+    """A number of processes, in words."""
+    return "1 process" if count == 1 else f"{count} processes"
