@@ -1,0 +1,73 @@
+"""Generalized advantage estimation (arXiv 1506.02438) over the tokens of responses.
+
+With token rewards r_t and a critic's values V_t, the value of what has been written *before* token t:
+
+    delta_t = r_t + gamma V_{t+1} - V_t        (equation 10; V after the last token is 0: the episode is over)
+    A_t     = delta_t + gamma lambda A_{t+1}   (equation 16 as a recursion)
+    R_t     = A_t + V_t                        (what the critic should have said: the TD(lambda) return)
+
+A response that was cut at the length limit ends like any other: nothing follows that could still be rewarded. The
+recursion runs in float64 over all sequences at once, one token position at a time.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+
+def generalized_advantages(
+    rewards: Sequence[Tensor], values: Sequence[Tensor], discount: float, trace_decay: float
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Advantages and returns of every token.
+
+    Args:
+        rewards: per sequence [num_scored], the reward of each token; any float dtype.
+        values: per sequence [num_scored], the value before each token.
+        discount: gamma.
+        trace_decay: lambda; 1 gives the discounted return minus the value, 0 the one-step error.
+
+    Returns:
+        advantages and returns, each per sequence [num_scored] in the dtype of its values.
+    """
+    lengths = [len(value) for value in values]
+    assert lengths == [len(reward) for reward in rewards], "one reward and one value per scored token"
+    if not lengths:
+        return (), ()
+    # Right-aligned, so that all sequences end in the last column and no recursion has to know where it starts.
+    reward, value = _ending_together(rewards), _ending_together(values)
+    advantages = torch.zeros_like(value)
+    following_value = following_advantage = value.new_zeros(len(lengths))
+    for t in reversed(range(value.shape[1])):
+        error = reward[:, t] + discount * following_value - value[:, t]
+        following_advantage = error + discount * trace_decay * following_advantage
+        advantages[:, t], following_value = following_advantage, value[:, t]
+    rows = [(a[a.shape[0] - n :], v) for a, v, n in zip(advantages, values, lengths)]
+    return (
+        tuple(a.to(v.dtype) for a, v in rows),
+        tuple((a + v.double()).to(v.dtype) for a, v in rows),
+    )
+
+
+def whiten(values: Sequence[Tensor], eps: float = 1e-8) -> tuple[Tensor, ...]:
+    """(x - mean) / sqrt(var + eps) over the tokens of the whole batch, with the unbiased variance.
+
+    So do the PPO implementations for language models, TRL and verl among them; the original PPO standardises each
+    mini-batch instead. A batch of a single token has no variance and becomes 0.
+
+    Args:
+        values: per sequence [num_scored] float.
+        eps: added to the variance.
+    """
+    tokens = torch.cat([torch.zeros(0, dtype=torch.float64), *(value.double() for value in values)])
+    if len(tokens) == 0:
+        return tuple(values)
+    mean = tokens.mean()
+    variance = tokens.var() if len(tokens) > 1 else torch.zeros((), dtype=torch.float64)
+    return tuple(((value.double() - mean) * (variance + eps).rsqrt()).to(value.dtype) for value in values)
+
+
+def _ending_together(sequences: Sequence[Tensor]) -> Tensor:
+    """[num_sequences, longest] float64, padded with zeros on the left."""
+    return pad_sequence([sequence.double() for sequence in sequences], batch_first=True, padding_side="left")
