@@ -23,6 +23,7 @@ from megatron_dsrl.algorithms.schedule import Schedule
 from megatron_dsrl.checkpoint.compatibility import check_same_model, check_same_optimizer
 from megatron_dsrl.checkpoint.state import RunState, current_layout
 from megatron_dsrl.checkpoint.store import Checkpoint, CheckpointStore
+from megatron_dsrl.collective import broadcast, gather
 from megatron_dsrl.config.phase import PhaseConfig, PreTrainSpaceConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.controller import Controller, responses_of
@@ -59,7 +60,9 @@ def train(config: RunConfig) -> None:
             config.checkpoint.keep_last,
             config.checkpoint.keep_every_steps,
             report=console.message,
+            asynchronous=config.checkpoint.asynchronous,
         )
+        resources.callback(checkpoints.close)
         check_run_folder(config, inputs)
         checkpoint = checkpoints.newest()
         if checkpoint:
@@ -95,6 +98,9 @@ def run_steps(run: TrainingRun) -> None:
     push_weights(run, version=run.first_step)
     write_results(run, run.first_step - 1)  # what an interruption came before
     for step in range(run.first_step, run.config.steps + 1):
+        run.checkpoints.poll()
+        if any(gather(run.stop.requested)):  # SLURM and torchrun may signal any of the ranks
+            stop_as_asked(run, step - 1, run.sampler.state_dict())
         phase = schedule.at(step)
         timer = SecondsPerPart()
         sampler_before = run.sampler.state_dict()
@@ -104,6 +110,7 @@ def run_steps(run: TrainingRun) -> None:
             experience = share_experience(run, groups, phase)
             if experience is None:
                 stop_as_asked(run, step - 1, sampler_before)
+            run.checkpoints.poll()
             run.rollout.release_memory()
             objective = Objective(
                 with_advantages(experience, phase), make_policy_loss(phase.loss), phase.coefficient
@@ -118,8 +125,8 @@ def run_steps(run: TrainingRun) -> None:
         if is_due(step, run.config.checkpoint.save_every_steps, run.config.steps):
             save_checkpoint(run, step, run.sampler.state_dict())
         write_results(run, step)
-    dist.barrier()  # every rank's engine serves rank 0 until its last evaluation is done
-    if run.stop.requested:
+    run.checkpoints.finish()
+    if any(gather(run.stop.requested)):  # every rank's engine serves rank 0 until its last evaluation is done
         raise Preempted  # perhaps during the last evaluation
 
 
@@ -187,13 +194,12 @@ def sample(run: TrainingRun, step: int) -> list[Group] | None:
 
 def share_experience(run: TrainingRun, groups: list[Group] | None, phase: PhaseConfig) -> Experience | None:
     """Rank 0's groups in the space of the phase, on every rank; None if the run was asked to stop."""
-    shared: list[Experience | None] = [None]
+    experience: Experience | None = None
     if groups is not None:
         in_pre_train_space = isinstance(phase.space, PreTrainSpaceConfig)
         bos_ids = bos_token_ids(run.inputs.tokenizer, phase.space.bos) if in_pre_train_space else ()
-        shared = [build_experience(responses_of(groups), phase.space, bos_ids)]
-    dist.broadcast_object_list(shared, src=0)
-    return shared[0]
+        experience = build_experience(responses_of(groups), phase.space, bos_ids)
+    return broadcast(experience)
 
 
 def push_weights(run: TrainingRun, version: int) -> None:
@@ -226,11 +232,12 @@ def stop_as_asked(run: TrainingRun, step: int, sampler: SamplerState) -> NoRetur
     """Save what the last finished step left, and end. Before the first step there is nothing to save."""
     if step > 0:
         save_checkpoint(run, step, sampler)
+        run.checkpoints.finish()
     raise Preempted
 
 
 def save_checkpoint(run: TrainingRun, step: int, sampler: SamplerState) -> None:
-    """Publish a checkpoint of the state after `step`, at which the sampler stood as given."""
+    """Save a checkpoint of the state after `step`, at which the sampler stood as given."""
     state = RunState(
         step=step,
         phase=Schedule(run.config.phases).at(step).name,
@@ -239,7 +246,7 @@ def save_checkpoint(run: TrainingRun, step: int, sampler: SamplerState) -> None:
         model=run.inputs.model,
         config=run.config.model_dump(mode="json"),
     )
-    run.checkpoints.save(state, run.actor.save)
+    run.checkpoints.save(state, run.actor.begin_save)
 
 
 def is_due(step: int, every_steps: int | None, last_step: int) -> bool:

@@ -16,6 +16,7 @@ from megatron_dsrl.algorithms.experience import Experience, PerToken, concatenat
 from megatron_dsrl.algorithms.losses import ScoredTokens
 from megatron_dsrl.algorithms.mismatch import log_prob_gap
 from megatron_dsrl.algorithms.objective import Objective
+from megatron_dsrl.platform.checkpoint_writer import CheckpointWrite
 from megatron_dsrl.weights.export import export_hf_folder
 from megatron_dsrl.weights.stream import stream_hf_weights
 from megatron_dsrl.weights.table import WeightTable
@@ -91,12 +92,12 @@ class Actor:
         """Write the current weights as an HF folder; see `export_hf_folder`."""
         export_hf_folder(self._model.chunks, self._table, self._folder, target, self._model.config.params_dtype)
 
-    def save(self, folder: Path) -> None:
-        """Write weights, optimizer, schedule and random states into an existing, empty folder; see `save_state`."""
-        self._model.save(folder)
+    def begin_save(self, folder: Path, copy: bool) -> CheckpointWrite:
+        """Weights, optimizer, schedule and random states, ready to be written; see `saved_state.begin_save`."""
+        return self._model.begin_save(folder, copy)
 
     def load(self, folder: Path, same_layout: bool) -> None:
-        """Continue from what `save` wrote; see `load_state`."""
+        """Continue from what was saved; see `load_state`."""
         self._model.load(folder, same_layout)
 
     def _with_old_log_probs(self, objective: Objective) -> Objective:

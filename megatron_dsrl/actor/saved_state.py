@@ -19,21 +19,29 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_dsrl.model.build import bare_model
-from megatron_dsrl.platform.checkpoint_writer import keep_results_in_memory
+from megatron_dsrl.platform.checkpoint_writer import CheckpointWrite, begin_checkpoint
 
 
-def save_state(
+def begin_save(
     folder: Path,
     chunks: Sequence[torch.nn.Module],
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
-) -> None:
-    """Write the state into an existing, empty folder. Collective."""
+    copy: bool,
+) -> CheckpointWrite:
+    """Make ready to write the state into an existing, empty folder. Collective.
+
+    Args:
+        folder: where.
+        chunks: model chunks.
+        optimizer: over the same chunks.
+        scheduler: its learning-rate schedule.
+        copy: take a copy, so that training may go on before the state is written.
+    """
     state = _model_and_optimizer(chunks, optimizer, is_loading=False)
     state["scheduler_steps"] = scheduler.num_steps
     state["random_states"] = _random_states()
-    keep_results_in_memory()
-    dist_checkpointing.save(state, str(folder), content_metadata=_sharding_metadata())
+    return begin_checkpoint(state, folder, _sharding_metadata(), copy)
 
 
 def load_state(
@@ -43,7 +51,7 @@ def load_state(
     scheduler: OptimizerParamScheduler,
     same_layout: bool,
 ) -> None:
-    """Read what `save_state` wrote, under this or another layout. Collective.
+    """Read what was saved by `begin_save`, under this or another layout. Collective.
 
     Args:
         folder: the folder.

@@ -17,9 +17,10 @@ from torch import Tensor
 from megatron_dsrl.actor.forward_backward import MicroBatch, Result, run_schedule, sum_gradients
 from megatron_dsrl.actor.micro_batch_plan import plan_micro_batches
 from megatron_dsrl.actor.packing import PackedRow, pack
-from megatron_dsrl.actor.saved_state import load_state, save_state
+from megatron_dsrl.actor.saved_state import begin_save, load_state
 from megatron_dsrl.algorithms.experience import PerToken
 from megatron_dsrl.algorithms.spaces import ScoredSequence
+from megatron_dsrl.platform.checkpoint_writer import CheckpointWrite
 
 
 class TrainableModel:
@@ -102,12 +103,12 @@ class TrainableModel:
         by_index = {i: values for part in everyone for i, values in part.items()}
         return tuple(by_index[i] for i in range(len(sequences)))
 
-    def save(self, folder: Path) -> None:
-        """Write weights, optimizer, schedule and random states into an existing, empty folder; see `save_state`."""
-        save_state(folder, self.chunks, self._optimizer, self._scheduler)
+    def begin_save(self, folder: Path, copy: bool) -> CheckpointWrite:
+        """Weights, optimizer, schedule and random states, ready to be written; see `saved_state.begin_save`."""
+        return begin_save(folder, self.chunks, self._optimizer, self._scheduler, copy)
 
     def load(self, folder: Path, same_layout: bool) -> None:
-        """Continue from what `save` wrote; see `load_state`."""
+        """Continue from what was saved; see `load_state`."""
         load_state(folder, self.chunks, self._optimizer, self._scheduler, same_layout)
 
 

@@ -6,21 +6,27 @@
 A checkpoint is written into a hidden folder beside its place and renamed when it is complete, so that a folder with a
 checkpoint's name is a whole checkpoint; `state.json` then tells whether it is still undamaged. There is no `latest`
 file that could point at nothing: the newest is the one with the highest step that passes validation.
+
+An asynchronous save returns when every rank has a copy of its part. Each rank's thread then writes and checksums its
+files without a word to the others; what is collective, planning and publishing, happens in the main thread, so that it
+cannot get between the collectives of training.
 """
 
 import os
 import re
 import shutil
+import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dsrl.checkpoint.state import RunState, SavedState
+from megatron_dsrl.collective import broadcast, first_problem, gather, my_share
 from megatron_dsrl.errors import UserError
 
 STATE_FILE = "state.json"
@@ -28,8 +34,25 @@ WEIGHTS_FOLDER = "megatron"
 _PARTIAL_PREFIX = ".partial_"
 _NAME = re.compile(r"step_(\d+)")
 _READ_BYTES = 16 * 2**20
-_TORCH_SAVE_FAILURES = ("PytorchStreamWriter", "inline_container", "iostream error")
-"""In messages of the RuntimeError that torch.save raises in place of OSError, on a full disk for example."""
+_CLOSE_SECONDS = 60
+"""Limit for a thread that still writes when a failed run ends."""
+
+Checksums = dict[str, tuple[int, int]]
+"""Size in bytes and CRC-32 by path relative to the checkpoint."""
+
+
+class WeightsWrite(Protocol):
+    """A part of a checkpoint that is ready to be written; see `platform.checkpoint_writer.CheckpointWrite`."""
+
+    def write(self) -> Sequence[Path]:
+        """Write this rank's files, and name them. Not collective; in a thread.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+
+    def finish(self) -> None:
+        """Collective, after all ranks have written."""
 
 
 @dataclass(frozen=True)
@@ -48,52 +71,103 @@ class Checkpoint:
 class CheckpointStore:
     """The checkpoints of one run. Methods are collective over all ranks unless they say otherwise."""
 
-    def __init__(self, root: Path, keep_last: int, keep_every_steps: int | None, report: Callable[[str], None]):
+    def __init__(
+        self,
+        root: Path,
+        keep_last: int,
+        keep_every_steps: int | None,
+        report: Callable[[str], None],
+        asynchronous: bool = False,
+    ):
         """
         Args:
             root: folder of the checkpoints; need not exist yet, and must be shared by all ranks.
             keep_last: newest checkpoints to keep.
             keep_every_steps: checkpoints of steps divisible by it are kept for ever; None keeps none.
             report: called on rank 0 with a line about damaged checkpoints.
+            asynchronous: `save` returns while the checkpoint is being written; `poll` or `finish` publishes it.
         """
         self._root = root
         self._keep_last = keep_last
         self._keep_every_steps = keep_every_steps
         self._report = report
-        self._continued_step: int | None = None
+        self._asynchronous = asynchronous
+        self._good_step: int | None = None
+        """Of the newest checkpoint that is known to be good."""
+        self._in_flight: _Save | None = None
 
-    def save(self, state: RunState, write_weights: Callable[[Path], None]) -> None:
-        """Publish a checkpoint, then remove those that are not to be kept.
+    def save(self, state: RunState, begin_write: Callable[[Path, bool], WeightsWrite]) -> None:
+        """Publish a checkpoint, then remove those that are not to be kept; or begin to, where saves are asynchronous.
 
-        A damaged one of the same step is replaced. Nothing is written when `newest` has found the step's checkpoint
-        good: the run has not moved since, and the only good checkpoint must at no moment be gone.
+        A save that is still in flight is waited for. A damaged checkpoint of the same step is replaced. Nothing is
+        written when the step's checkpoint is known to be good: the run has not moved since, and the only good
+        checkpoint must at no moment be gone.
 
         Args:
             state: everything but the actor's part; the same on every rank.
-            write_weights: collective; writes the actor's part into an empty folder.
+            begin_write: collective; gets an empty folder for the actor's part, and whether a copy must be taken because
+                training goes on before it is written.
 
         Raises:
             UserError: the folder cannot be written to (no space, read-only). The checkpoints before are untouched, and
-                nothing half-written is left. Ranks raise it together, except for a failure of one rank between
-                Megatron's own exchanges: that rank raises at once instead of waiting for the others, whose connection
-                to it then breaks.
+                nothing half-written is left. Ranks raise it together, except for a failure of rank 0 while it finishes
+                Megatron's part: it raises at once instead of waiting for the others, whose connection to it then
+                breaks. Of an asynchronous save, the next call raises it.
         """
-        if state.step == self._continued_step:
+        self.finish()
+        if state.step == self._good_step:
             return
         partial = self._root / f"{_PARTIAL_PREFIX}step_{state.step:06d}"
         try:
             _on_rank_0(lambda: _make_empty(partial / WEIGHTS_FOLDER))
-            _write_together(write_weights, partial / WEIGHTS_FOLDER)
-            checksums = _checksums_of_all_files(partial)
-            _on_rank_0(lambda: self._publish(partial, SavedState(run=state, files=checksums)))
+            write = begin_write(partial / WEIGHTS_FOLDER, self._asynchronous)
         except OSError as error:
-            if dist.get_rank() == 0:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise UserError(
-                f"the checkpoint of step {state.step} could not be written to {self._root}{_free_space(self._root)}: "
-                f"{error}. Earlier checkpoints are untouched; free space or mend the permissions, and start again to "
-                "continue from them"
-            ) from error
+            raise self._failure(state.step, partial, error) from error
+        self._in_flight = _Save(state, partial, write)
+        if not self._asynchronous:
+            self.finish()
+
+    def poll(self) -> None:
+        """Publish the save in flight if every rank has written its part. Does not wait.
+
+        Raises:
+            UserError: as `save` does, as soon as one rank has failed.
+        """
+        if self._in_flight is None:
+            return
+        outcomes = gather((self._in_flight.is_written(), self._in_flight.problem))
+        if all(written for written, _ in outcomes) or any(problem for _, problem in outcomes):
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the save in flight, if there is one, and publish it.
+
+        Raises:
+            UserError: as `save` does.
+        """
+        save, self._in_flight = self._in_flight, None
+        if save is None:
+            return
+        try:
+            checksums = save.complete()
+            _on_rank_0(lambda: self._publish(save.partial, SavedState(run=save.state, files=checksums)))
+        except OSError as error:
+            raise self._failure(save.state.step, save.partial, error) from error
+        self._good_step = save.state.step
+
+    def close(self) -> None:
+        """Give this rank's thread a minute to end. Not collective. What it wrote is no checkpoint without `finish`."""
+        if self._in_flight is not None:
+            self._in_flight.wait(_CLOSE_SECONDS)
+
+    def _failure(self, step: int, partial: Path, error: OSError) -> UserError:
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        return UserError(
+            f"the checkpoint of step {step} could not be written to {self._root}{_free_space(self._root)}: "
+            f"{error}. Earlier checkpoints are untouched; free space or mend the permissions, and start again to "
+            "continue from them"
+        )
 
     def newest(self) -> Checkpoint | None:
         """The newest undamaged checkpoint, None if there is no checkpoint at all. Damaged ones are reported by name.
@@ -101,12 +175,12 @@ class CheckpointStore:
         Raises:
             UserError: on every rank, if there are checkpoints and all are damaged.
         """
-        folders = _broadcast([folder for _, folder in reversed(self._published())])
+        folders = broadcast([folder for _, folder in reversed(self._published())])
         for folder in folders:
             problem, state = self._validate(folder)
             if problem is None:
                 assert state is not None
-                self._continued_step = state.step
+                self._good_step = state.step
                 return Checkpoint(folder, state)
             if dist.get_rank() == 0:
                 self._report(f"checkpoint {folder} is damaged and left out: {problem}")
@@ -128,10 +202,10 @@ class CheckpointStore:
         try:
             saved = SavedState.read(folder / STATE_FILE)
         except (OSError, ValueError) as error:
-            return _first_problem(f"{STATE_FILE}: {error}"), None
+            return first_problem(f"{STATE_FILE}: {error}"), None
         names = sorted(saved.files)
         problem = None
-        for name in names[dist.get_rank() :: dist.get_world_size()]:
+        for name in my_share(names):
             try:
                 found = _size_and_checksum(folder / name)
             except OSError as error:
@@ -140,7 +214,7 @@ class CheckpointStore:
             if found != saved.files[name]:
                 problem = f"{name} is not what was written (size and CRC-32 {found}, should be {saved.files[name]})"
                 break
-        return _first_problem(problem), saved.run
+        return first_problem(problem), saved.run
 
     def _publish(self, partial: Path, saved: SavedState) -> None:
         """Rank 0."""
@@ -164,23 +238,52 @@ class CheckpointStore:
             shutil.rmtree(abandoned)
 
 
-def _write_together(write_weights: Callable[[Path], None], folder: Path) -> None:
-    """Write the actor's part; a failure becomes an OSError.
+class _Save:
+    """A checkpoint on its way: this rank's thread, and what comes of it."""
 
-    Megatron's writers report to each other, and all ranks raise CheckpointException, which is no Exception, together.
-    Its cause is known to rank 0 only.
-    """
-    problem: str | None = None
-    try:
-        write_weights(folder)
-    except CheckpointException as error:
-        problem = "; ".join(str(cause) for cause, _ in error.failures.values()) or None
-    except RuntimeError as error:
-        if not any(sign in str(error) for sign in _TORCH_SAVE_FAILURES):
-            raise
-        raise OSError(f"torch.save: {error}") from error
-    if (problem := _first_problem(problem)) is not None:
-        raise OSError(problem)
+    def __init__(self, state: RunState, partial: Path, write: WeightsWrite):
+        self.state = state
+        self.partial = partial
+        self.problem: str | None = None
+        """Why this rank's files could not be written."""
+        self._write = write
+        self._defect: BaseException | None = None
+        self._checksums: Checksums = {}
+        # Not joined when the interpreter ends: a second request to stop ends the process where it stands.
+        self._thread = threading.Thread(target=self._write_and_checksum, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def is_written(self) -> bool:
+        return not self._thread.is_alive()
+
+    def wait(self, seconds: float | None = None) -> None:
+        self._thread.join(seconds)
+
+    def complete(self) -> Checksums:
+        """Wait, write what makes the files of all ranks a checkpoint, and share the checksums. Collective.
+
+        Raises:
+            OSError: any rank's files could not be written.
+        """
+        self.wait()
+        if self._defect is not None:
+            raise self._defect
+        _raise_together(self.problem)
+        try:
+            self._write.finish()
+        except CheckpointException as error:  # no Exception; all ranks raise it, rank 0 knows the cause
+            raise OSError("; ".join(str(cause) for cause, _ in error.failures.values()) or str(error)) from error
+        checksums = {name: entry for share in gather(self._checksums) for name, entry in share.items()}
+        names = broadcast(sorted(str(x.relative_to(self.partial)) for x in self.partial.rglob("*") if x.is_file()))
+        return checksums | _checksums_together(self.partial, [name for name in names if name not in checksums])
+
+    def _write_and_checksum(self) -> None:
+        try:
+            self._checksums = _checksums(self.partial, self._write.write())
+        except OSError as error:
+            self.problem = str(error)
+        except BaseException as error:  # raised in the main thread
+            self._defect = error
 
 
 def _free_space(folder: Path) -> str:
@@ -195,14 +298,19 @@ def _make_empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _checksums_of_all_files(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and CRC-32 by name relative to the folder; each rank reads a share."""
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    names = _broadcast(names)
-    mine = {name: _size_and_checksum(folder / name) for name in names[dist.get_rank() :: dist.get_world_size()]}
-    shares: list[dict[str, tuple[int, int]]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(shares, mine)
-    return {name: entry for share in shares for name, entry in share.items()}
+def _checksums(folder: Path, files: Iterable[Path]) -> Checksums:
+    return {str(file.relative_to(folder)): _size_and_checksum(file) for file in files}
+
+
+def _checksums_together(folder: Path, names: Sequence[str]) -> Checksums:
+    """Each rank reads a share."""
+    problem, mine = None, {}
+    try:
+        mine = _checksums(folder, [folder / name for name in my_share(names)])
+    except OSError as error:
+        problem = str(error)
+    _raise_together(problem)
+    return {name: entry for share in gather(mine) for name, entry in share.items()}
 
 
 def _size_and_checksum(file: Path) -> tuple[int, int]:
@@ -230,18 +338,10 @@ def _on_rank_0(action: Callable[[], None]) -> None:
             action()
     except OSError as error:
         problem = str(error)
-    if (problem := _first_problem(problem)) is not None:
+    _raise_together(problem)
+
+
+def _raise_together(problem: str | None) -> None:
+    """Raise OSError on all ranks if one of them has a problem."""
+    if (problem := first_problem(problem)) is not None:
         raise OSError(problem)
-
-
-def _first_problem(problem: str | None) -> str | None:
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    return next((each for each in problems if each is not None), None)
-
-
-def _broadcast(value: Any) -> Any:
-    """Rank 0's value on every rank."""
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]

@@ -45,6 +45,10 @@ class CheckpointConfig(Section):
     keep_every_steps: int | None = Field(default=None, ge=1)
     """Checkpoints of steps divisible by this are never removed; null keeps only the newest."""
 
+    asynchronous: bool = True
+    """Go on training while a checkpoint is being written: saving then blocks only until every rank has a copy of its
+    part in host memory. The checkpoint appears when it is complete, after the next sampling or step at the earliest."""
+
     export_hf_every_steps: int | None = Field(default=None, ge=1)
     """Write the policy as an HF folder after every so many steps; null: only after the last step."""
 

@@ -32,7 +32,8 @@ def weights_of(actor) -> dict[str, np.ndarray]:
 
 
 def without_and_with_a_stop(model: Path, folder: Path) -> dict[str, dict]:
-    """Two steps, save, two steps; and again from the checkpoint, in every layout."""
+    """Two steps, save, two steps; and again from the checkpoint, in every layout. It is written only after the last
+    step: what it holds must be a copy of its own."""
     results: dict[str, dict] = {}
     for name, parallel in LAYOUTS.items():
         target = folder / name
@@ -40,8 +41,10 @@ def without_and_with_a_stop(model: Path, folder: Path) -> dict[str, dict]:
         with parallel_layout(parallel, seed=1):
             actor = build_actor(run_config(model, parallel, ACTOR), model)
             take_steps(actor, [NSR_PRERL, NSR_PRERL])
-            actor.save(target)
+            save = actor.begin_save(target, copy=True)
             steps = take_steps(actor, [GRPO, GRPO])
+            save.write()
+            save.finish()
             results[name] = {"steps": steps, "weights": weights_of(actor)}
         with parallel_layout(parallel, seed=2):
             actor = build_actor(run_config(model, parallel, ACTOR), model)

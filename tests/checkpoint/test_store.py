@@ -3,14 +3,18 @@
 The actor's part is made of a few files here; `tests/test_resume.py` has the real one.
 """
 
+import ctypes
 import json
 import multiprocessing
 import os
 import re
 import resource
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -22,7 +26,7 @@ from megatron_dsrl.checkpoint.state import Layout, RunState
 from megatron_dsrl.checkpoint.store import CheckpointStore
 from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.errors import UserError
-from tests.support.distributed import run_distributed
+from tests.support.distributed import run_distributed, start_one_process
 from tests.support.engine import tiny_run_config
 
 LAYOUT = Layout(world_size=1, tensor_parallel_size=1, pipeline_parallel_size=1, distributed_optimizer=False)
@@ -39,24 +43,37 @@ def one_process(tmp_path_factory) -> Iterator[None]:
 class Store(CheckpointStore):
     """A store that remembers what it reported."""
 
-    def __init__(self, root: Path, keep_last: int = 2, keep_every_steps: int | None = None) -> None:
+    def __init__(
+        self, root: Path, keep_last: int = 2, keep_every_steps: int | None = None, asynchronous: bool = False
+    ) -> None:
         self.reports: list[str] = []
-        super().__init__(root, keep_last, keep_every_steps, self.reports.append)
+        super().__init__(root, keep_last, keep_every_steps, self.reports.append, asynchronous)
 
 
 def state(step: int) -> RunState:
     return RunState(step, "GRPO", {"epoch": 0, "position": 8 * step}, LAYOUT, {"layers": 4}, {"seed": 1, "rate": 1e-3})
 
 
-def write_weights(folder: Path) -> None:
-    torch.save({"weight": torch.arange(1000)}, folder / "common.pt")
-    (folder / "__0_0.distcp").write_bytes(bytes(range(256)) * 40)
+class FewFiles:
+    """The actor's part of a checkpoint."""
+
+    def __init__(self, folder: Path, copy: bool) -> None:
+        self._folder = folder
+
+    def write(self) -> list[Path]:
+        shard = self._folder / "__0_0.distcp"
+        shard.write_bytes(bytes(range(256)) * 40)
+        return [shard]
+
+    def finish(self) -> None:
+        torch.save({"weight": torch.arange(1000)}, io := BytesIO())
+        (self._folder / "common.pt").write_bytes(io.getvalue())
 
 
 def saved(root: Path, *steps: int, **options) -> Store:
     store = Store(root, **options)
     for step in steps:
-        store.save(state(step), write_weights)
+        store.save(state(step), FewFiles)
     return store
 
 
@@ -119,7 +136,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, dam
     assert str(tmp_path / "step_000003") in report
     assert re.search(problem, report), report
 
-    store.save(state(3), write_weights)  # the step is taken again
+    store.save(state(3), FewFiles)  # the step is taken again
     assert Store(tmp_path).newest().state.step == 3
 
 
@@ -140,37 +157,123 @@ def test_a_new_checkpoint_outlives_damaged_later_ones(tmp_path):
         flip_a_byte(tmp_path / f"step_{step:06d}")
     store = Store(tmp_path, keep_last=1)
     assert store.newest().state.step == 1
-    store.save(state(2), write_weights)
+    store.save(state(2), FewFiles)
     assert Store(tmp_path).newest().state.step == 2
 
 
-class Killed(BaseException):
-    """Stands for a kill: nothing of the store's may run after it."""
+def save_and_never_end(root: Path) -> None:
+    """Step 1, then step 2 in the background, which stands still in the middle of a file."""
+
+    class Half(FewFiles):
+        def write(self) -> list[Path]:
+            (self._folder / "__0_0.distcp").write_bytes(b"half")
+            time.sleep(600)
+            raise AssertionError
+
+    dist.init_process_group("gloo")
+    store = Store(root, asynchronous=True)
+    store.save(state(1), FewFiles)
+    store.save(state(2), Half)
+    time.sleep(600)
 
 
-def test_what_a_killed_process_left_is_no_checkpoint_and_goes_away(tmp_path):
-    store = saved(tmp_path, 1)
-
-    def half(folder: Path) -> None:
-        (folder / "__0_0.distcp").write_bytes(b"half")
-        raise Killed
-
-    with pytest.raises(Killed):
-        store.save(state(2), half)
-    assert len(names(tmp_path)) == 2
+def test_kill_9_during_a_save_in_the_background_leaves_the_checkpoint_before_it(tmp_path):
+    process = start_one_process(save_and_never_end, tmp_path)
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / ".partial_step_000002" / "megatron" / "__0_0.distcp").exists():
+            assert process.is_alive() and time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.join()
+    assert names(tmp_path) == [".partial_step_000002", "step_000001"]
     resumed = Store(tmp_path)
-    assert resumed.newest().state.step == 1 and resumed.reports == []
-    resumed.save(state(3), write_weights)
+    assert resumed.newest().state == state(1) and resumed.reports == []
+    resumed.save(state(3), FewFiles)
     assert names(tmp_path) == ["step_000001", "step_000003"]
+
+
+class Held(FewFiles):
+    """Is written only when it is let go."""
+
+    go: threading.Event
+
+    def write(self) -> list[Path]:
+        assert self.go.wait(60)
+        return super().write()
+
+
+@pytest.fixture
+def held() -> type[Held]:
+    class HeldHere(Held):
+        go = threading.Event()
+
+    return HeldHere
+
+
+def poll_until(store: Store, what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not what():
+        assert time.monotonic() < deadline
+        store.poll()
+        time.sleep(0.001)
+
+
+def test_a_save_in_the_background_is_published_when_it_is_complete(tmp_path, held):
+    store = saved(tmp_path, 1, asynchronous=True)
+    store.finish()
+    store.save(state(2), held)
+    store.poll()
+    assert names(tmp_path) == [".partial_step_000002", "step_000001"]
+    held.go.set()
+    poll_until(store, lambda: (tmp_path / "step_000002").exists())
+    assert Store(tmp_path).newest().state == state(2) and names(tmp_path) == ["step_000001", "step_000002"]
+
+
+def test_the_next_save_waits_for_the_one_in_flight(tmp_path, held):
+    store = Store(tmp_path, asynchronous=True)
+    store.save(state(1), held)
+    threading.Timer(0.2, held.go.set).start()
+    store.save(state(2), FewFiles)
+    assert "step_000001" in names(tmp_path)
+    store.finish()
+    assert names(tmp_path) == ["step_000001", "step_000002"]
+    store.save(state(2), must_not_be_called)  # as a request to stop does, before the next step
+
+
+def test_a_failure_in_the_background_surfaces_at_the_next_boundary(tmp_path):
+    store = saved(tmp_path, 1, asynchronous=True)
+    store.finish()
+    with files_of_at_most(2000):
+        store.save(state(2), FewFiles)
+        with pytest.raises(UserError, match="step 2 could not be written .* MiB are free.*File too large"):
+            poll_until(store, lambda: False)
+    assert names(tmp_path) == ["step_000001"]
+    store.save(state(3), FewFiles)
+    store.finish()
+    assert Store(tmp_path).newest().state.step == 3
+
+
+def test_a_defect_in_the_background_keeps_its_traceback(tmp_path):
+    class Defect(FewFiles):
+        def write(self) -> list[Path]:
+            raise ZeroDivisionError("a defect")
+
+    store = Store(tmp_path, asynchronous=True)
+    store.save(state(1), Defect)
+    with pytest.raises(ZeroDivisionError, match="a defect"):
+        store.finish()
+
+
+def must_not_be_called(folder: Path, copy: bool) -> FewFiles:
+    raise AssertionError
 
 
 def test_the_checkpoint_that_a_run_continues_from_is_not_written_again(tmp_path):
     saved(tmp_path, 1)
     store = Store(tmp_path)
     store.newest()
-
-    def must_not_be_called(folder: Path) -> None:
-        raise AssertionError
 
     store.save(state(1), must_not_be_called)
 
@@ -190,10 +293,10 @@ def files_of_at_most(size: int) -> Iterator[None]:
 def test_a_disk_that_fills_up(tmp_path, size):
     store = saved(tmp_path, 1)
     with files_of_at_most(size), pytest.raises(UserError, match="step 2 could not be written .* MiB are free"):
-        store.save(state(2), write_weights)
+        store.save(state(2), FewFiles)
     assert names(tmp_path) == ["step_000001"]
     assert Store(tmp_path).newest().state.step == 1
-    store.save(state(2), write_weights)
+    store.save(state(2), FewFiles)
     assert Store(tmp_path).newest().state.step == 2
 
 
@@ -203,19 +306,38 @@ def test_a_place_that_cannot_be_written_to(tmp_path):
         saved(tmp_path / "file", 1)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not stop root")
+@contextmanager
+def without_roots_privileges() -> Iterator[None]:
+    """Permissions stop root as well, while its thread has put its capabilities aside (capset of Linux)."""
+    if os.geteuid() != 0:
+        yield
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
+    before = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; then the same of the upper 32 capabilities
+    assert libc.capget(header, before) == 0
+    without = (ctypes.c_uint32 * 6)(*before)
+    without[0] = without[3] = 0
+    assert libc.capset(header, without) == 0
+    try:
+        yield
+    finally:
+        assert libc.capset(header, before) == 0
+
+
 def test_a_read_only_folder(tmp_path):
     saved(tmp_path, 1)
     tmp_path.chmod(0o500)
     try:
-        with pytest.raises(UserError, match="step 2 could not be written to .*Permission denied"):
+        with without_roots_privileges(), pytest.raises(UserError, match="step 2 could not .*Permission denied"):
             saved(tmp_path, 2)
     finally:
         tmp_path.chmod(0o700)
     assert names(tmp_path) == ["step_000001"]
+    saved(tmp_path, 2)
 
 
-def save_an_actor_onto_a_full_disk(model: Path, root: Path, full_on: list[int]) -> list[str]:
+def save_an_actor_onto_a_full_disk(model: Path, root: Path, full_on: list[int], asynchronous: bool) -> list[str]:
     """Save twice: with room, then without on some ranks. The message of the second."""
     from megatron_dsrl.actor.build import build_actor
     from megatron_dsrl.model.parallel import destroy_parallel, initialize_parallel
@@ -224,12 +346,14 @@ def save_an_actor_onto_a_full_disk(model: Path, root: Path, full_on: list[int]) 
     parallel = ParallelConfig(tensor_parallel_size=dist.get_world_size() if dist.is_initialized() else 2)
     initialize_parallel(parallel, 1)
     actor = build_actor(run_config(model, parallel, ACTOR), model)
-    store = Store(root)
-    store.save(state(1), actor.save)
+    store = Store(root, asynchronous=asynchronous)
+    store.save(state(1), actor.begin_save)
+    store.finish()
     assert multiprocessing.active_children() == []  # nothing that could outlive a killed trainer
     with files_of_at_most(20_000 if dist.get_rank() in full_on else 10**9):
         try:
-            store.save(state(2), actor.save)
+            store.save(state(2), actor.begin_save)
+            store.finish()
         except UserError as error:
             message = str(error)
     found = store.newest().state.step
@@ -237,11 +361,11 @@ def save_an_actor_onto_a_full_disk(model: Path, root: Path, full_on: list[int]) 
     return [message, found]
 
 
-@pytest.mark.parametrize("full_on", [[0], [1]], ids=["rank 0", "rank 1"])
-def test_megatron_on_a_full_disk_of_one_rank_ends_all_ranks(tiny_model_folder, tmp_path, full_on):
-    results = run_distributed(save_an_actor_onto_a_full_disk, 2, tiny_model_folder, tmp_path, full_on)
+@pytest.mark.parametrize(("full_on", "asynchronous"), [([0], True), ([1], False)], ids=["rank 0", "rank 1"])
+def test_megatron_on_a_full_disk_of_one_rank_ends_all_ranks(tiny_model_folder, tmp_path, full_on, asynchronous):
+    results = run_distributed(save_an_actor_onto_a_full_disk, 2, tiny_model_folder, tmp_path, full_on, asynchronous)
     for message, found in results:
-        assert "the checkpoint of step 2 could not be written" in message and "OSError" in message
+        assert "the checkpoint of step 2 could not be written" in message and "File too large" in message
         assert found == 1
     assert names(tmp_path) == ["step_000001"]
 

@@ -51,6 +51,15 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
             process.join()
 
 
+def start_one_process(function: Callable[..., Any], *args: Any) -> multiprocessing.process.BaseProcess:
+    """Start `function(*args)` in a process that is a torch.distributed world of its own, to be killed by the caller."""
+    context = multiprocessing.get_context("spawn")
+    _, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_run_rank, args=(sender, 0, 1, _free_port(), function, args), daemon=True)
+    process.start()
+    return process
+
+
 def _run_rank(sender: Connection, rank: int, world_size: int, port: int, function: Callable, args: tuple) -> None:
     os.environ |= {
         "RANK": str(rank),
