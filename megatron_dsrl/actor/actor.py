@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
@@ -130,7 +131,7 @@ class Actor:
             return concatenate_tokens(values, row.indices, device)
 
         def score(logits: Tensor) -> tuple[Tensor, ScoreResult]:
-            log_probs, entropy = self._log_probs_and_entropy(row, logits)
+            log_probs, entropy = self._log_probs_and_entropy(row, logits, objective.needs_entropy_gradient)
             old, reference = experience.old_log_probs, experience.reference_log_probs
             tokens = ScoredTokens(
                 log_probs=log_probs,
@@ -149,8 +150,10 @@ class Actor:
 
         return MicroBatch(row, score)
 
-    def _log_probs_and_entropy(self, row: PackedRow, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies [S] of a packed row from its logits [1, T, vocabulary shard]."""
+    def _log_probs_and_entropy(
+        self, row: PackedRow, logits: Tensor, entropy_gradient: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Of all scored tokens of a row, from the logits [S, vocabulary shard] that this rank has."""
         width = logits.shape[-1]
         first = width * parallel_state.get_tensor_model_parallel_rank()
         ranks = parallel_state.get_tensor_model_parallel_world_size()
@@ -159,9 +162,9 @@ class Actor:
             num_valid=min(max(self._vocab_size - first, 0), width),
             group=parallel_state.get_tensor_model_parallel_group() if ranks > 1 else None,
         )
-        return log_probs_and_entropy(
-            logits.squeeze(0), row.predicting_positions, row.targets, self._temperature, shard
-        )
+        values = log_probs_and_entropy(logits, row.targets, self._temperature, shard, entropy_gradient)
+        log_probs, entropy = row.assemble(torch.stack(values))
+        return log_probs, entropy if entropy_gradient else entropy.detach()
 
 
 def _metrics_of(objectives: Sequence[Objective], kept: Sequence[ScoreResult]) -> dict[str, ObjectiveMetrics]:

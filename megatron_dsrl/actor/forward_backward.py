@@ -12,6 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_dsrl.actor.packing import PackedRow
+from megatron_dsrl.model.output_rows import output_at_rows
 
 Result = TypeVar("Result")
 
@@ -22,8 +23,9 @@ class MicroBatch(Generic[Result]):
 
     row: PackedRow
     score: Callable[[Tensor], tuple[Tensor, Result]]
-    """Called on the last pipeline stage with the output [1, T, ...]; returns the loss (scalar, summed into the total)
-    and whatever is to be kept."""
+    """Called on the last pipeline stage with the output [S, ...] at the row's predicting positions; returns the loss
+    (scalar, summed into the total) and whatever is to be kept. Under context parallelism every rank returns the loss
+    of the whole row; see `PackedRow.assemble`."""
 
 
 def run_schedule(
@@ -39,7 +41,8 @@ def run_schedule(
 
     Args:
         chunks: the stage's model chunks.
-        micro_batches: at least one, in an order that all ranks of a model replica share.
+        micro_batches: at least one, in an order that all ranks of a model replica share; with several chunks a multiple
+            of the pipeline-parallel size.
         forward_only: no backward pass.
 
     Returns:
@@ -49,7 +52,15 @@ def run_schedule(
     def forward_step(iterator: Iterator[MicroBatch], chunk: torch.nn.Module):
         micro_batch = next(iterator)
         row = micro_batch.row
-        output = chunk(row.token_ids, row.position_ids, None, packed_seq_params=_packed(row), **options)
+        output = chunk(
+            row.token_ids,
+            row.position_ids,
+            None,
+            packed_seq_params=_packed(row),
+            output_processor=output_at_rows,
+            output_processor_context=row.predicting_positions,
+            **options,
+        )
         return output, partial(loss_of, micro_batch)
 
     def loss_of(micro_batch: MicroBatch, output: Tensor):
@@ -65,14 +76,14 @@ def run_schedule(
         data_iterator=iterators if interleaved else iterators[0],
         model=list(chunks) if interleaved else chunks[0],
         num_microbatches=len(micro_batches),
-        seq_length=max(micro_batch.row.token_ids.shape[1] for micro_batch in micro_batches),
+        seq_length=max(micro_batch.row.token_ids.shape[1] for micro_batch in micro_batches),  # of no consequence here
         micro_batch_size=1,
         forward_only=forward_only,
     )
 
 
 def sum_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **options: object) -> None:
-    """Megatron's gradient reduction over data, sequence and pipeline parallelism, without its division by tokens."""
+    """Megatron's gradient reduction over all kinds of parallelism, without its division by tokens."""
     finalize_model_grads(model, None, **options)
 
 

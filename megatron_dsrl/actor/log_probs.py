@@ -4,9 +4,13 @@ The logits stay in their own dtype and are turned to fp32 in chunks of tokens, f
 copy of all logits ever exists; the softmax is recomputed in the backward pass instead of being stored. Megatron pads
 the vocabulary for divisibility: padded columns do not take part. (Megatron-core's own vocab-parallel cross entropy
 keeps an fp32 softmax of all tokens and counts the padding in.)
+
+With p = softmax(z / T) and H = -sum_k p_k log p_k, the gradients by the logits are
+d log p_y / d z_j = (1[j = y] - p_j) / T and d H / d z_j = -p_j (log p_j + H) / T.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,31 +33,35 @@ class VocabularyShard:
 
 
 def log_probs_and_entropy(
-    logits: Tensor, positions: Tensor, targets: Tensor, temperature: float, shard: VocabularyShard
+    logits: Tensor, targets: Tensor, temperature: float, shard: VocabularyShard, entropy_gradient: bool = False
 ) -> tuple[Tensor, Tensor]:
     """log_softmax(logits / temperature) at the targets, and the entropy of that distribution.
 
     Args:
-        logits: [rows, columns of this rank], any float dtype, differentiable.
-        positions: [num_tokens] int64, the row that predicts each token; no row more than once.
+        logits: [num_tokens, columns of this rank], any float dtype, differentiable.
         targets: [num_tokens] int64 token ids.
         temperature: the sampling temperature.
         shard: which columns of the vocabulary these are.
+        entropy_gradient: differentiate through the entropy too. Without it nothing of it is stored or computed in the
+            backward pass.
 
     Returns:
-        log-probs [num_tokens] float32, differentiable; entropy [num_tokens] float32 in nats, without gradient.
+        log-probs [num_tokens] float32, differentiable; entropy [num_tokens] float32 in nats, differentiable if asked
+        for. Both are the same on all tensor-parallel ranks, and so must be the gradients that come back.
     """
-    return _LogProbs.apply(logits, positions, targets, temperature, shard)
+    return _LogProbs.apply(logits, targets, temperature, shard, entropy_gradient)
 
 
 class _LogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, positions, targets, temperature, shard):
-        log_probs = torch.empty(len(positions), dtype=torch.float32, device=logits.device)
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, temperature: float, shard: VocabularyShard, entropy_gradient: bool
+    ) -> tuple[Tensor, Tensor]:
+        log_probs = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
         entropy = torch.empty_like(log_probs)
         log_normaliser = torch.empty_like(log_probs)
-        for chunk in _chunks(len(positions), logits.shape[1]):
-            scaled = _scaled_rows(logits, positions[chunk], temperature, shard)
+        for chunk in _chunks(*logits.shape):
+            scaled = _scaled(logits[chunk], temperature, shard)
             maximum = _all_reduce(scaled.amax(-1) if shard.num_valid else _lowest(scaled), dist.ReduceOp.MAX, shard)
             shifted = scaled.sub_(maximum[:, None])
             exponentials = shifted.exp()
@@ -65,24 +73,32 @@ class _LogProbs(torch.autograd.Function):
             log_normaliser[chunk] = maximum + normaliser.log()
             log_probs[chunk] = at_target - normaliser.log()
             entropy[chunk] = normaliser.log() - weighted / normaliser
-        ctx.save_for_backward(logits, positions, targets, log_normaliser)
+        ctx.save_for_backward(logits, targets, log_normaliser, entropy if entropy_gradient else None)
         ctx.temperature, ctx.shard = temperature, shard
-        ctx.mark_non_differentiable(entropy)
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropy)
         return log_probs, entropy
 
     @staticmethod
-    def backward(ctx, grad_log_probs, _grad_entropy):
-        logits, positions, targets, log_normaliser = ctx.saved_tensors
-        temperature, shard = ctx.temperature, ctx.shard
-        grad_logits = torch.zeros_like(logits)
-        for chunk in _chunks(len(positions), logits.shape[1]):
-            grad = (grad_log_probs[chunk] / temperature)[:, None]
-            scaled = _scaled_rows(logits, positions[chunk], temperature, shard)
-            grad_chunk = scaled.sub_(log_normaliser[chunk][:, None]).exp_().mul_(-grad)
+    def backward(ctx: Any, grad_log_probs: Tensor, grad_entropy: Tensor) -> tuple[Tensor, None, None, None, None]:
+        logits, targets, log_normaliser, entropy = ctx.saved_tensors
+        shard = ctx.shard
+        grad_logits = torch.empty_like(logits)
+        grad_logits[:, shard.num_valid :] = 0
+        for chunk in _chunks(*logits.shape):
+            upstream = (grad_log_probs[chunk] / ctx.temperature)[:, None]
+            log_softmax = _scaled(logits[chunk], ctx.temperature, shard).sub_(log_normaliser[chunk][:, None])
+            if entropy is None:
+                gradient = log_softmax.exp_().mul_(-upstream)
+            else:
+                softmax = log_softmax.exp()
+                of_entropy = (grad_entropy[chunk] / ctx.temperature)[:, None]
+                # -p (upstream + of_entropy (log p + H))
+                gradient = log_softmax.add_(entropy[chunk][:, None]).mul_(of_entropy).add_(upstream).mul_(-softmax)
             columns, is_mine = _local_columns(targets[chunk], shard)
             if shard.num_valid:
-                grad_chunk.scatter_add_(1, columns[:, None], grad * is_mine[:, None])
-            grad_logits[:, : shard.num_valid].index_copy_(0, positions[chunk], grad_chunk.to(logits.dtype))
+                gradient.scatter_add_(1, columns[:, None], upstream * is_mine[:, None])
+            grad_logits[chunk, : shard.num_valid] = gradient
         return grad_logits, None, None, None, None
 
 
@@ -91,9 +107,9 @@ def _chunks(num_tokens: int, width: int) -> list[slice]:
     return [slice(start, start + tokens) for start in range(0, num_tokens, tokens)]
 
 
-def _scaled_rows(logits: Tensor, positions: Tensor, temperature: float, shard: VocabularyShard) -> Tensor:
-    """New fp32 tensor [len(positions), num_valid]: the rows without padding, divided by the temperature."""
-    return logits.index_select(0, positions)[:, : shard.num_valid].float() / temperature
+def _scaled(logits: Tensor, temperature: float, shard: VocabularyShard) -> Tensor:
+    """New fp32 tensor [len(logits), num_valid]: the rows without padding, divided by the temperature."""
+    return logits[:, : shard.num_valid].to(torch.float32, copy=True).div_(temperature)
 
 
 def _local_columns(targets: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:

@@ -1,17 +1,52 @@
-"""A packed row: several sequences one after the other, without padding between them."""
+"""A packed row: several sequences one after the other, without padding between them.
 
+Under context parallelism every rank holds two chunks of every sequence (model/context_parallel.py), for which each
+sequence is padded on its right to a multiple of twice the context-parallel size. No real token looks at that padding,
+and nothing of it is scored.
+"""
+
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_dsrl.algorithms.spaces import ScoredSequence
+from megatron_dsrl.model.context_parallel import assemble, zigzag_rows
+
+
+@dataclass(frozen=True)
+class RowSplit:
+    """How the processes of a model replica split a packed row, and which part is this one's."""
+
+    context_parallel_size: int = 1
+    context_parallel_rank: int = 0
+    sequence_parallel_size: int = 1
+    """Tensor-parallel size under sequence parallelism, else 1."""
+
+    @property
+    def sequence_multiple(self) -> int:
+        """What the length of every sequence is padded to a multiple of."""
+        return 2 * self.context_parallel_size if self.context_parallel_size > 1 else 1
+
+    @property
+    def row_multiple(self) -> int:
+        """What the length of the whole row is a multiple of."""
+        return math.lcm(self.sequence_multiple, self.context_parallel_size * self.sequence_parallel_size)
+
+    def padded(self, length: int) -> int:
+        """Tokens that a sequence takes."""
+        return -(-length // self.sequence_multiple) * self.sequence_multiple
 
 
 @dataclass(frozen=True)
 class PackedRow:
-    """A packed row of T tokens, of which S are scored. Tensors are on the model's device."""
+    """A packed row of T tokens on this rank, of which S predict a scored token. Tensors are on the model's device.
+
+    Without context parallelism T and S count the whole row. With it they count this rank's part of it.
+    """
 
     indices: tuple[int, ...]
     """Which sequences of the batch these are, in the order of the row."""
@@ -20,47 +55,77 @@ class PackedRow:
     position_ids: Tensor
     """[1, T] int64, from 0 in every sequence."""
     sequence_starts: Tensor
-    """[num_sequences + 1] int32, cumulative lengths; attention never crosses them."""
+    """[num_sequences + 1] int32, cumulative lengths in the whole row, padding included; attention never crosses
+    them."""
     longest: int
-    """Tokens of the longest sequence."""
+    """Tokens of the longest whole sequence."""
     predicting_positions: Tensor
-    """[S] int64: the row position whose logits predict each scored token, the one before it."""
+    """[S] int64: the position on this rank whose output predicts each scored token, the one before it."""
     targets: Tensor
     """[S] int64: the scored tokens."""
+    places: Tensor
+    """[S] int64: their numbers among all scored tokens of the row, sequence after sequence."""
     num_scored: tuple[int, ...]
-    """Scored tokens of each sequence, in order; they sum to S."""
+    """Scored tokens of each sequence, in order, whichever rank predicts them."""
+
+    def assemble(self, values: Tensor) -> Tensor:
+        """Values [..., S] of this rank's scored tokens as [..., sum(num_scored)] of all, on every rank.
+
+        Differentiable; see `model.context_parallel.assemble`.
+        """
+        if parallel_state.get_context_parallel_world_size() == 1:
+            return values
+        return assemble(values, self.places, sum(self.num_scored), parallel_state.get_context_parallel_group())
 
 
 def pack(
-    sequences: Sequence[ScoredSequence], indices: Sequence[int], multiple_of: int, device: torch.device
+    sequences: Sequence[ScoredSequence], indices: Sequence[int], split: RowSplit, device: torch.device
 ) -> PackedRow:
     """Pack the named sequences.
 
-    The row is filled up to a multiple (of the tensor-parallel size, under sequence parallelism) by a last sequence of
-    its own that is not scored. An empty row is such a filling sequence only.
+    The row is filled up to the multiple that the split needs by a last sequence of its own that is not scored. An empty
+    row is such a filling sequence only.
 
     Args:
         sequences: of the whole batch.
         indices: which of them.
-        multiple_of: what the row length is a multiple of.
+        split: how processes share the row.
         device: of the tensors.
     """
     chosen = [sequences[i] for i in indices]
-    lengths = [len(sequence.token_ids) for sequence in chosen]
-    filling = -sum(lengths) % multiple_of if lengths else multiple_of
-    all_lengths = lengths + ([filling] if filling else [])
+    lengths = [split.padded(len(sequence.token_ids)) for sequence in chosen]
+    filling = -sum(lengths) % split.row_multiple if lengths else split.row_multiple
+    lengths += [filling] if filling else []
     starts = [0]
-    for length in all_lengths:
+    for length in lengths:
         starts.append(starts[-1] + length)
-    predicting = [torch.arange(a + s.num_context - 1, a + len(s.token_ids) - 1) for a, s in zip(starts, chosen)]
-    targets = [t for s in chosen for t in s.token_ids[s.num_context :]]
+    token_ids, predicted = _whole_row(chosen, starts)
+    mine = zigzag_rows(lengths, split.context_parallel_size, split.context_parallel_rank)
+    predicting = (predicted[mine] >= 0).nonzero().flatten()
+    places = predicted[mine][predicting]
+    # A rank holds a sequence's chunks in their order, so its places count up.
+    targets = torch.tensor([t for s in chosen for t in s.token_ids[s.num_context :]], dtype=torch.int64)
     return PackedRow(
         indices=tuple(indices),
-        token_ids=torch.tensor([[t for s in chosen for t in s.token_ids] + [0] * filling], device=device),
-        position_ids=torch.cat([torch.arange(length) for length in all_lengths])[None].to(device),
+        token_ids=token_ids[mine][None].to(device),
+        position_ids=torch.cat([torch.arange(length) for length in lengths])[mine][None].to(device),
         sequence_starts=torch.tensor(starts, dtype=torch.int32, device=device),
-        longest=max(all_lengths),
-        predicting_positions=torch.cat([torch.zeros(0, dtype=torch.int64), *predicting]).to(device),
-        targets=torch.tensor(targets, dtype=torch.int64, device=device),
+        longest=max(lengths),
+        predicting_positions=predicting.to(device),
+        targets=targets[places].to(device),
+        places=places.to(device),
         num_scored=tuple(sequence.num_scored for sequence in chosen),
     )
+
+
+def _whole_row(sequences: Sequence[ScoredSequence], starts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Token ids of the row, 0 where padded, and the number of the scored token that each position predicts, or -1."""
+    token_ids = torch.zeros(starts[-1], dtype=torch.int64)
+    predicted = torch.full_like(token_ids, -1)
+    scored = 0
+    for start, sequence in zip(starts, sequences):
+        end = start + len(sequence.token_ids)
+        token_ids[start:end] = torch.tensor(sequence.token_ids)
+        predicted[start + sequence.num_context - 1 : end - 1] = torch.arange(scored, scored + sequence.num_scored)
+        scored += sequence.num_scored
+    return token_ids, predicted

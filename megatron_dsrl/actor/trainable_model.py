@@ -12,11 +12,12 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_dsrl.actor.forward_backward import MicroBatch, Result, run_schedule, sum_gradients
-from megatron_dsrl.actor.micro_batch_plan import plan_micro_batches
-from megatron_dsrl.actor.packing import PackedRow, pack
+from megatron_dsrl.actor.micro_batch_plan import SequenceCost, plan_micro_batches
+from megatron_dsrl.actor.packing import PackedRow, RowSplit, pack
 from megatron_dsrl.actor.saved_state import begin_save, load_state
 from megatron_dsrl.algorithms.experience import PerToken
 from megatron_dsrl.algorithms.spaces import ScoredSequence
@@ -50,14 +51,19 @@ class TrainableModel:
 
     def pack_share(self, sequences: Sequence[ScoredSequence]) -> list[PackedRow]:
         """This data-parallel rank's share of the batch as packed rows, as many as the other ranks'."""
+        split = RowSplit(
+            context_parallel_size=parallel_state.get_context_parallel_world_size(),
+            context_parallel_rank=parallel_state.get_context_parallel_rank(),
+            sequence_parallel_size=self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1,
+        )
         plan = plan_micro_batches(
-            [len(sequence.token_ids) for sequence in sequences],
+            [split.padded(len(sequence.token_ids)) for sequence in sequences],
             parallel_state.get_data_parallel_world_size(),
             self._max_tokens,
-            self.config.hidden_size,
+            _sequence_cost(self.config),
+            multiple_of=self.config.pipeline_model_parallel_size if len(self.chunks) > 1 else 1,
         )[parallel_state.get_data_parallel_rank()]
-        multiple_of = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-        return [pack(sequences, indices, multiple_of, self.device) for indices in plan]
+        return [pack(sequences, indices, split, self.device) for indices in plan]
 
     def accumulate_gradients(self, micro_batches: Sequence[MicroBatch[Result]]) -> list[Result]:
         """Forward and backward from cleared gradients; returns what the micro-batches kept (last stage only)."""
@@ -87,8 +93,8 @@ class TrainableModel:
 
         Args:
             sequences: the batch, the same on every rank.
-            score: [S] float32 from a packed row and the model's output for it; the same on all ranks that hold shards
-                of that output.
+            score: [sum(num_scored)] float32 from a packed row and the model's output [S, ...] at its predicting
+                positions; the same on all ranks that hold shards of that row or output (see `PackedRow.assemble`).
 
         Returns:
             Per sequence, the same on every rank.
@@ -99,7 +105,10 @@ class TrainableModel:
         kept = run_schedule(self.chunks, micro_batches, forward_only=True)
         mine = dict(pair for pairs in kept for pair in pairs)
         everyone: list[dict[int, Tensor]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, mine if parallel_state.get_tensor_model_parallel_rank() == 0 else {})
+        others_have_the_same = (
+            parallel_state.get_tensor_model_parallel_rank() > 0 or parallel_state.get_context_parallel_rank() > 0
+        )
+        dist.all_gather_object(everyone, {} if others_have_the_same else mine)
         by_index = {i: values for part in everyone for i, values in part.items()}
         return tuple(by_index[i] for i in range(len(sequences)))
 
@@ -110,6 +119,18 @@ class TrainableModel:
     def load(self, folder: Path, same_layout: bool) -> None:
         """Continue from what was saved; see `load_state`."""
         load_state(folder, self.chunks, self._optimizer, self._scheduler, same_layout)
+
+
+def _sequence_cost(config: TransformerConfig) -> SequenceCost:
+    experts_per_token = config.moe_router_topk if config.num_moe_experts else 0
+    feed_forward = experts_per_token * config.moe_ffn_hidden_size if experts_per_token else config.ffn_hidden_size
+    return SequenceCost.of_layer(
+        hidden_size=config.hidden_size,
+        attention_heads=config.num_attention_heads,
+        key_value_groups=config.num_query_groups,
+        head_dim=config.kv_channels,
+        feed_forward_size=feed_forward,
+    )
 
 
 def _keeping(

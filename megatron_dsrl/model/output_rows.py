@@ -1,0 +1,62 @@
+"""The output layer on chosen rows only.
+
+Only the positions that predict a scored token need logits: of a batch with long prompts a part, and never the padding.
+With a vocabulary of 150,000 the logits are the largest tensor of a step, so the rows are chosen before them. Megatron's
+GPTModel takes such a function as `output_processor`.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+def output_at_rows(
+    *,
+    hidden_states: Tensor,
+    output_layer: torch.nn.Module,
+    output_weight: Tensor | None,
+    context: Tensor,
+    config: TransformerConfig,
+    **_: Any,
+) -> Tensor:
+    """The output layer's result at some rows.
+
+    Args:
+        hidden_states: [t, 1, h]; under sequence parallelism this rank's part of them.
+        output_layer: Megatron's vocabulary-parallel one, or a layer that every tensor-parallel rank has whole and that
+            returns (output, bias) as Megatron's do.
+        output_weight: the embedding, where that is the output layer's weight.
+        context: [n] int64, rows of the t.
+        config: the model's.
+
+    Returns:
+        [n, output size of this rank].
+    """
+    is_split = isinstance(output_layer, ColumnParallelLinear)
+    hidden = hidden_states.squeeze(1)
+    if config.sequence_parallel:
+        # Every rank has its own columns' share of the gradient, or all have the same gradient.
+        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=is_split)
+        hidden = hidden.index_select(0, context)
+    else:
+        hidden = hidden.index_select(0, context)
+        hidden = copy_to_tensor_model_parallel_region(hidden) if is_split else hidden
+    if not is_split:
+        return output_layer(hidden)[0]
+    # What ColumnParallelLinear does, without its own gathering of the sequence.
+    return linear_with_grad_accumulation_and_async_allreduce(
+        input=hidden,
+        weight=output_layer.weight if output_weight is None else output_weight,
+        bias=None,
+        gradient_accumulation_fusion=config.gradient_accumulation_fusion,
+        allreduce_dgrad=False,
+        sequence_parallel=False,
+    )
