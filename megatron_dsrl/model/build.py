@@ -26,12 +26,16 @@ RECOMPUTE = {
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
+# Between two stages, each is before and after the other. Exchanges of both directions at once would then be mixed up:
+# a shape that is sent forwards is received as one from behind.
+INTERLEAVED = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
 
 
 def transformer_config(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
     """Megatron's configuration of the model in this layout; see `build_model`."""
     dtype, virtual_stages = DTYPES[model.dtype], parallel.virtual_pipeline_stages
     implementation = choose_layer_implementation(model.layer_spec)
+    platform_flags = current_platform().transformer_config_flags(implementation == "transformer_engine")
     return TransformerConfig(
         num_layers=architecture.num_hidden_layers,
         hidden_size=architecture.hidden_size,
@@ -65,7 +69,7 @@ def transformer_config(architecture: Architecture, model: ModelConfig, parallel:
         calculate_per_token_loss=True,  # the loss function sums; the actor divides by the global token count
         **_expert_fields(architecture.experts, parallel, implementation),
         **RECOMPUTE[model.recompute],
-        **current_platform().transformer_config_flags(transformer_engine=implementation == "transformer_engine"),
+        **platform_flags | (INTERLEAVED if virtual_stages > 1 else {}),
     )
 
 
