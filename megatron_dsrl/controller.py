@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_dsrl.actor.statistics import UpdateMetrics
 from megatron_dsrl.algorithms.experience import Response
@@ -15,7 +14,7 @@ from megatron_dsrl.observability.step_metrics import rollout_metrics
 from megatron_dsrl.observability.timer import SecondsPerPart
 from megatron_dsrl.observability.tracker import Tracker
 from megatron_dsrl.platform import current_platform
-from megatron_dsrl.rollout.recording import rollout_file, write_groups
+from megatron_dsrl.rollout.recording import RolloutRecorder
 from megatron_dsrl.rollout.rollout import Rollout
 from megatron_dsrl.rollout.sample import Group
 
@@ -26,7 +25,7 @@ class Controller:
     def __init__(
         self,
         config: RunConfig,
-        run_folder: Path,
+        recorder: RolloutRecorder | None,
         prompts: Sequence[Prompt],
         rollout: Rollout,
         evaluator: Evaluator,
@@ -36,7 +35,7 @@ class Controller:
         """
         Args:
             config: the run.
-            run_folder: where rollouts are kept.
+            recorder: keeps the rollouts; None keeps none.
             prompts: the training prompts.
             rollout: where samples come from.
             evaluator: evaluates the held-out sets.
@@ -44,7 +43,7 @@ class Controller:
             console: prints them.
         """
         self._config = config
-        self._run_folder = run_folder
+        self._recorder = recorder
         self._prompts = prompts
         self._rollout = rollout
         self._evaluator = evaluator
@@ -52,13 +51,18 @@ class Controller:
         self._console = console
 
     def sample(self, step: int, indices: Sequence[int]) -> list[Group]:
-        """Judged responses to the named prompts, in their order. They are on disk when this returns."""
+        """Judged responses to the named prompts, in their order; they are on their way to the disk."""
         prompts = [self._prompts[i] for i in indices]
         with self._console.generation(step, len(prompts) * self._config.rollout.samples_per_prompt) as progress:
             groups = self._rollout.sample_step(step, prompts, on_samples=progress.advance)
-        if self._config.observability.save_rollouts:
-            write_groups(rollout_file(self._run_folder, step), groups)
+        if self._recorder:
+            self._recorder.record(step, groups)
         return groups
+
+    def flush_rollouts(self) -> None:
+        """Wait until the rollouts of all steps are on disk."""
+        if self._recorder:
+            self._recorder.flush()
 
     def evaluate(self, step: int) -> None:
         """Evaluate the held-out sets after so many steps (0: before training), except for those recorded already."""

@@ -36,6 +36,7 @@ from megatron_dsrl.observability.timer import SecondsPerPart
 from megatron_dsrl.observability.tracker import Tracker
 from megatron_dsrl.platform import current_platform
 from megatron_dsrl.preemption import Preempted, StopRequested, StopSignal
+from megatron_dsrl.rollout.recording import RolloutRecorder
 from megatron_dsrl.rollout.rollout import Rollout, start_rollout
 from megatron_dsrl.rollout.sample import Group
 from megatron_dsrl.run_folder import check_run_folder, exported_policy, has_results, prepare_run_folder
@@ -161,7 +162,9 @@ def start_run(
         tracker = resources.enter_context(Tracker(inputs.run_folder, config.observability.tensorboard))
         tracker.truncate_after(step)
         evaluator = Evaluator(inputs.evaluation_sets, rollout)
-        controller = Controller(config, inputs.run_folder, inputs.prompts, rollout, evaluator, tracker, console)
+        save_rollouts = config.observability.save_rollouts
+        recorder = resources.enter_context(RolloutRecorder(inputs.run_folder)) if save_rollouts else None
+        controller = Controller(config, recorder, inputs.prompts, rollout, evaluator, tracker, console)
     return TrainingRun(
         config=config,
         inputs=inputs,
@@ -238,6 +241,8 @@ def stop_as_asked(run: TrainingRun, step: int, sampler: SamplerState) -> NoRetur
 
 def save_checkpoint(run: TrainingRun, step: int, sampler: SamplerState) -> None:
     """Save a checkpoint of the state after `step`, at which the sampler stood as given."""
+    if run.controller:
+        run.controller.flush_rollouts()  # a checkpoint says that nothing before it has to be done again
     state = RunState(
         step=step,
         phase=Schedule(run.config.phases).at(step).name,

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.errors import UserError
-from megatron_dsrl.rollout.recording import read_groups, rollout_file, write_groups
+from megatron_dsrl.rollout.recording import RolloutRecorder, read_groups, rollout_file, write_groups
 from megatron_dsrl.rollout.replay import replayed_groups
 from megatron_dsrl.rollout.sample import Group, Sample
 
@@ -55,3 +55,40 @@ def test_a_damaged_file_is_named_with_its_line(saved):
 
     with pytest.raises(UserError, match="step_000012.jsonl, line 4: not a group"):
         read_groups(file)
+
+
+def test_the_recorder_writes_every_step_and_waits_when_asked(saved):
+    folder, groups = saved
+
+    with RolloutRecorder(folder) as recorder:
+        for step in (1, 2, 3):
+            recorder.record(step, groups)
+            assert step == 1 or read_groups(rollout_file(folder, step - 1)) == groups
+        recorder.flush()
+        assert read_groups(rollout_file(folder, 3)) == groups
+        recorder.record(4, groups[:1])
+    assert read_groups(rollout_file(folder, 4)) == groups[:1]
+
+
+def test_what_was_recorded_before_a_failure_of_the_run_is_on_disk(saved):
+    folder, groups = saved
+
+    with pytest.raises(ZeroDivisionError), RolloutRecorder(folder) as recorder:
+        recorder.record(1, groups)
+        raise ZeroDivisionError
+    assert read_groups(rollout_file(folder, 1)) == groups
+
+
+@pytest.mark.parametrize("surfaces_in", ["record", "flush", "end"])
+def test_what_cannot_be_written_surfaces_at_the_next_step(saved, tmp_path, surfaces_in):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "rollouts").touch()
+    recorder = RolloutRecorder(tmp_path / "full")
+    recorder.record(1, saved[1])
+
+    with pytest.raises(UserError, match="rollouts of step 1 could not be written to .*File exists"):
+        {
+            "record": lambda: recorder.record(2, saved[1]),
+            "flush": recorder.flush,
+            "end": lambda: recorder.__exit__(None, None, None),
+        }[surfaces_in]()
