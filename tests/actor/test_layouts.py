@@ -1,0 +1,229 @@
+"""An update does not depend on how it is spread: every layout, micro-batch size and sample order gives the losses,
+gradient norms, metrics and weights of one process, in both spaces.
+
+Real processes over gloo, float32. The processes are started once; layouts follow one another in them.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_dsrl.actor.build import build_actor
+from megatron_dsrl.algorithms.losses import ScoredTokens, TokenLosses, supervised_loss
+from megatron_dsrl.algorithms.objective import Objective
+from megatron_dsrl.config.actor import ActorConfig, OptimizerConfig
+from megatron_dsrl.config.model import ParallelConfig
+from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
+from tests.actor.test_actor import GRPO, NSR_PRERL, objective_of, run_config
+from tests.support.distributed import run_distributed
+from tests.support.tiny_model import make_tiny_qwen3, make_tiny_qwen3_moe
+
+OPTIMIZER = OptimizerConfig(
+    learning_rate=0.1,  # steps so long that the rounding of the weights themselves stays below the tolerance
+    eps=1e-2,  # with a tiny epsilon Adam's first step is the sign of the gradient, which rounding can turn
+    gradient_clip_norm=0.1,  # below some of the norms, so that clipping counts
+)
+SEQUENCE_PARALLEL = {"tensor_parallel_size": 2, "sequence_parallel": True}
+INTERLEAVED = {"pipeline_parallel_size": 2, "virtual_pipeline_stages": 2}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way of computing the update."""
+
+    model: str = "dense"
+    parallel: dict[str, Any] = field(default_factory=dict)
+    max_tokens: int = 100
+    recompute: str = "none"
+    reverse_samples: bool = False
+
+
+ONE_PROCESS = {
+    "1 process": Case(max_tokens=10_000),
+    "1 process, a sequence per micro-batch": Case(max_tokens=1),
+    "1 process, samples reversed": Case(reverse_samples=True),
+    "1 process, selective recomputation": Case(recompute="selective"),
+    "1 process, full recomputation": Case(recompute="full"),
+    "MoE: 1 process": Case("MoE", max_tokens=10_000),
+    "MoE: 1 process, full recomputation": Case("MoE", recompute="full"),
+}
+TWO_PROCESSES = {
+    "TP 2": Case(parallel={"tensor_parallel_size": 2}),
+    "TP 2 with sequence parallelism": Case(parallel=SEQUENCE_PARALLEL),
+    "TP 2 with sequence parallelism, full recomputation": Case(parallel=SEQUENCE_PARALLEL, recompute="full"),
+    "PP 2": Case(parallel={"pipeline_parallel_size": 2}),
+    "PP 2 x 2 virtual stages": Case(parallel=INTERLEAVED),
+    "CP 2": Case(parallel={"context_parallel_size": 2}),
+    "CP 2, selective recomputation": Case(parallel={"context_parallel_size": 2}, recompute="selective"),
+    "CP 2, distributed optimizer": Case(parallel={"context_parallel_size": 2, "distributed_optimizer": True}),
+    "DP 2": Case(),
+    "DP 2, samples reversed": Case(reverse_samples=True),
+    "DP 2, distributed optimizer": Case(parallel={"distributed_optimizer": True}),
+    "MoE: EP 2": Case("MoE", {"expert_parallel_size": 2}),
+    "MoE: EP 2, distributed optimizer": Case("MoE", {"expert_parallel_size": 2, "distributed_optimizer": True}),
+    "MoE: TP 2 with sequence parallelism, experts split too": Case("MoE", SEQUENCE_PARALLEL),
+    "MoE: TP 2 with sequence parallelism, EP 2, experts whole": Case(
+        "MoE", SEQUENCE_PARALLEL | {"expert_parallel_size": 2, "expert_tensor_parallel_size": 1}
+    ),
+    "MoE: CP 2, EP 2": Case("MoE", {"context_parallel_size": 2, "expert_parallel_size": 2}),
+    "MoE: PP 2 x 2 virtual stages": Case("MoE", INTERLEAVED),
+}
+FOUR_PROCESSES = {
+    "TP 2 x PP 2": Case(parallel={"tensor_parallel_size": 2, "pipeline_parallel_size": 2}),
+    "TP 2 with sequence parallelism x PP 2 x 2 virtual stages": Case(parallel=SEQUENCE_PARALLEL | INTERLEAVED),
+    "CP 2 x TP 2 with sequence parallelism": Case(parallel=SEQUENCE_PARALLEL | {"context_parallel_size": 2}),
+    "CP 2 x PP 2 x 2 virtual stages": Case(parallel=INTERLEAVED | {"context_parallel_size": 2}),
+    "CP 4": Case(parallel={"context_parallel_size": 4}),
+    "CP 2 x DP 2, distributed optimizer": Case(
+        parallel={"context_parallel_size": 2, "distributed_optimizer": True}
+    ),
+    "MoE: EP 4": Case("MoE", {"expert_parallel_size": 4}),
+    "MoE: TP 2 with sequence parallelism x EP 2, experts split too": Case(
+        "MoE", SEQUENCE_PARALLEL | {"expert_parallel_size": 2}
+    ),
+    "MoE: EP 2 x PP 2 x 2 virtual stages": Case("MoE", INTERLEAVED | {"expert_parallel_size": 2}),
+}
+
+
+def sequence_loss(tokens: ScoredTokens) -> TokenLosses:
+    """Ratios of whole sequences, and an entropy bonus: what needs every token of a sequence, and the entropy's
+    gradient."""
+    differences = (tokens.log_probs - tokens.old_log_probs).split(tokens.num_scored)
+    ratios = torch.cat([x.mean().exp().expand(len(x)) for x in differences]) if differences else tokens.log_probs
+    return TokenLosses(-tokens.advantages * ratios - 0.1 * tokens.entropy, {"ratio": ratios.detach()})
+
+
+def objectives(case: Case) -> list[tuple[list[Objective], int]]:
+    """What is updated one after the other, and in how many mini-batches: both phases of DSRL, two objectives at once,
+    and off-policy steps."""
+    order = list(range(24))[::-1] if case.reverse_samples else None
+    negative = len(objective_of(NSR_PRERL).experience)
+    pre_train = objective_of(NSR_PRERL, order=order and list(range(negative))[::-1])
+    post_train = objective_of(GRPO, order=order)
+    sequences = replace(post_train, loss=sequence_loss, needs_entropy_gradient=True, name="sequences")
+    supervised = replace(pre_train, loss=supervised_loss, coefficient=0.5, name="supervised")
+    steps = [([pre_train], 1), ([post_train], 1), ([sequences, supervised], 1)]
+    return steps if case.reverse_samples else [*steps, ([sequences], 3)]
+
+
+def configuration(case: Case, folder: Path) -> RunConfig:
+    parallel = ParallelConfig(collective_timeout_seconds=60, **case.parallel)
+    config = run_config(folder / case.model, parallel, ActorConfig(max_tokens_per_micro_batch=case.max_tokens))
+    model = config.model.model_copy(update={"recompute": case.recompute})
+    return config.model_copy(update={"model": model, "optimizer": OPTIMIZER})
+
+
+def run_cases(folder: Path, cases: Mapping[str, Case]) -> dict[str, dict]:
+    """Per case: log-probs before, what every update reported, and the weights after each."""
+    results = {}
+    for name, case in cases.items():
+        config = configuration(case, folder)
+        with parallel_layout(config.parallel, seed=1):
+            actor = build_actor(config, folder / case.model)
+            result = {"log_probs": torch.cat(actor.log_probs(objective_of(GRPO).experience)).numpy()}
+            result["weights"], result["updates"] = [weights_of(actor)], []
+            for step, mini_batches in objectives(case):
+                result["updates"].append(actor.update(step, mini_batches).flat())
+                result["weights"].append(weights_of(actor))
+            results[name] = result
+    destroy_parallel()
+    return results
+
+
+def weights_of(actor: Any) -> dict[str, np.ndarray]:
+    return {name: weight.numpy() for bucket in actor.hf_weights(bucket_bytes=10**5) for name, weight in bucket}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    # 127 tokens: the vocabulary is padded under tensor parallelism, and the padding must not count
+    make_tiny_qwen3(folder / "dense", tied=True, vocab_size=127)
+    make_tiny_qwen3_moe(folder / "MoE", vocab_size=127)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_process(folder) -> dict[str, dict]:
+    return run_distributed(run_cases, 1, folder, ONE_PROCESS, timeout_seconds=300)[0]
+
+
+@pytest.fixture(scope="module")
+def two_processes(folder) -> dict[str, dict]:
+    return same_on_every_rank(run_distributed(run_cases, 2, folder, TWO_PROCESSES, timeout_seconds=500))
+
+
+@pytest.fixture(scope="module")
+def four_processes(folder) -> dict[str, dict]:
+    return same_on_every_rank(run_distributed(run_cases, 4, folder, FOUR_PROCESSES, timeout_seconds=900))
+
+
+def same_on_every_rank(ranks: list[dict[str, dict]]) -> dict[str, dict]:
+    for name, result in ranks[0].items():
+        for other in ranks[1:]:
+            assert other[name]["updates"] == result["updates"], f"{name}: metrics must be the same on every rank"
+    return ranks[0]
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Largest relative differences from one process over all updates of a case."""
+
+    loss: float
+    grad_norm: float
+    metrics: float
+    """Of every other number that an update reports."""
+    parameters: float
+    """Of what the updates changed, in norm: |w - w'| / |w' - w before|, over all weights."""
+
+
+def errors_of(result: dict, one: dict) -> Errors:
+    relative: dict[str, float] = {}
+    for numbers, expected in zip(result["updates"], one["updates"]):
+        assert numbers.keys() == expected.keys()
+        for name, value in expected.items():
+            kind = name if name in ("loss", "grad_norm") else "metrics"
+            # A loss near zero is a difference of large terms, whose rounding is theirs.
+            scale = max(abs(value), 1e-2 if "loss" in name else 1e-6)
+            relative[kind] = max(relative.get(kind, 0.0), abs(numbers[name] - value) / scale)
+    parameters = 0.0
+    for before, expected, actual in zip(one["weights"], one["weights"][1:], result["weights"][1:]):
+        assert actual.keys() == expected.keys()
+        difference, change = (
+            math.sqrt(sum(np.square((a[name] - b[name]).astype(np.float64)).sum() for name in expected))
+            for a, b in ((actual, expected), (expected, before))
+        )
+        assert change > 0.1, "the weights must have moved"
+        parameters = max(parameters, difference / change)
+    return Errors(relative["loss"], relative["grad_norm"], relative["metrics"], parameters)
+
+
+def check(name: str, case: Case, results: dict[str, dict], one_process: dict[str, dict]) -> None:
+    result, one = results[name], one_process["MoE: 1 process" if case.model == "MoE" else "1 process"]
+    np.testing.assert_allclose(result["log_probs"], one["log_probs"], rtol=0, atol=1e-5)
+    errors = errors_of(result, one)
+    print(f"| {name} | {errors.loss:.1e} | {errors.grad_norm:.1e} | {errors.metrics:.1e} | {errors.parameters:.1e} |")
+    assert max(errors.loss, errors.grad_norm, errors.metrics, errors.parameters) < 1e-5, errors
+
+
+@pytest.mark.parametrize("name", [name for name in ONE_PROCESS if not name.endswith("1 process")])
+def test_micro_batches_order_and_recomputation(one_process, name):
+    check(name, ONE_PROCESS[name], one_process, one_process)
+
+
+@pytest.mark.parametrize("name", TWO_PROCESSES)
+def test_two_processes(one_process, two_processes, name):
+    check(name, TWO_PROCESSES[name], two_processes, one_process)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FOUR_PROCESSES)
+def test_four_processes(one_process, four_processes, name):
+    check(name, FOUR_PROCESSES[name], four_processes, one_process)
