@@ -92,6 +92,30 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(options: argparse.Namespace) -> int:
+    from megatron_dsrl.observability.comparison import write_comparison
+
+    methods = dict(map(_labelled_runs, options.methods))
+    baseline = options.baseline or next(iter(methods))
+    if baseline not in methods:
+        raise UserError(f"--baseline: `{baseline}` is none of the methods {', '.join(methods)}")
+    options.output.mkdir(parents=True, exist_ok=True)
+    print(write_comparison(methods, baseline, options.output))
+    return 0
+
+
+def _labelled_runs(text: str) -> tuple[str, list[Path]]:
+    """`LABEL=RUN,RUN` or `RUN`, which is its own label."""
+    label, equals, folders = text.partition("=")
+    return (label, [Path(folder) for folder in folders.split(",")]) if equals else (Path(text).name, [Path(text)])
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from megatron_dsrl.sweep import run_sweep
+
+    return run_sweep(options.sweep, options.processes)
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from megatron_dsrl.doctor import examine, print_as_json, print_for_people
 
@@ -121,6 +145,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     add_convert(commands)
     _add_report(commands)
+    _add_compare(commands)
+    _add_sweep(commands)
     _add_doctor(commands)
     return parser
 
@@ -165,6 +191,33 @@ def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folder, such as runs/tiny_dsrl")
     parser.add_argument("--output", metavar="FILE", type=Path, help="write the page to this file instead")
     parser.set_defaults(command=_report, parser=parser)
+
+
+def _add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "compare",
+        help="table and learning curves of methods with several runs each",
+        description="Write comparison.md (held-out results with 95 % intervals over runs, and tests against the "
+        "baseline) and comparison.svg (learning curves).",
+    )
+    parser.add_argument(
+        "methods", metavar="LABEL=RUN,RUN", nargs="+", help="a method and its run folders, one per seed; or one RUN"
+    )
+    parser.add_argument("--baseline", metavar="LABEL", help="compare with this method (default: the first)")
+    parser.add_argument("--output", metavar="FOLDER", type=Path, default=Path(), help="where the files go (default: .)")
+    parser.set_defaults(command=_compare, parser=parser)
+
+
+def _add_sweep(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "sweep",
+        help="train several configurations with several seeds, and compare them",
+        description="Train what a sweep file lists and write the comparison into its folder. Finished runs are kept, "
+        "interrupted ones continue: start the same command again after an interruption.",
+    )
+    parser.add_argument("sweep", metavar="SWEEP.yaml", type=Path, help="sweep file, see megatron_dsrl/config/sweep.py")
+    parser.add_argument("--processes", metavar="N", type=_positive, default=1, help="runs at a time (default: 1)")
+    parser.set_defaults(command=_sweep, parser=parser)
 
 
 def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

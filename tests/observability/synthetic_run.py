@@ -115,9 +115,16 @@ def step_record(groups: list[Group], step: int, warmup: int, random_source: rand
 
 
 def write_run(
-    folder: Path, steps: int = 12, planned: int | None = None, warmup: int = 4, learning_rate: float = 3e-4
+    folder: Path,
+    steps: int = 12,
+    planned: int | None = None,
+    warmup: int = 4,
+    learning_rate: float = 3e-4,
+    gain: float = 0.35,
 ) -> list[Record]:
     """Write a run of `steps` of `planned` steps, evaluated before the first and after every fourth step.
+
+    Held-out accuracy rises from 0.25 by `gain`.
 
     Returns the step records.
     """
@@ -134,7 +141,7 @@ def write_run(
             records.append(step_record(groups, step, warmup, random_source))
             tracker.log_step(records[-1])
             if step % 4 == 0:
-                tracker.log_evaluation(evaluation_record(step, 0.25 + 0.35 * step / steps))
+                tracker.log_evaluation(evaluation_record(step, 0.25 + gain * step / steps))
     return records
 
 

@@ -1,0 +1,34 @@
+"""A sweep: the same few overrides and several seeds over several configurations."""
+
+from pydantic import Field
+
+from megatron_dsrl.config.section import Section
+
+
+class SweepRunConfig(Section):
+    """One method of a sweep."""
+
+    config: str
+    """Its configuration file, relative to the sweep's file."""
+
+    overrides: list[str] = Field(default_factory=list)
+    """`key.path=value`, after the sweep's own."""
+
+
+class SweepConfig(Section):
+    """Runs to be made and compared."""
+
+    output_dir: str
+    """Folder of all runs, the table and the figure."""
+
+    seeds: list[int] = Field(min_length=1)
+    """Every method is run with each of them."""
+
+    baseline: str
+    """The method that the others are compared with."""
+
+    overrides: list[str] = Field(default_factory=list)
+    """`key.path=value` for every run."""
+
+    runs: dict[str, SweepRunConfig] = Field(min_length=1)
+    """By the method's name, in the order of the table."""

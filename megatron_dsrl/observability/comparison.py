@@ -1,0 +1,172 @@
+"""Methods compared over several runs (seeds) each: a table of held-out results, and learning curves.
+
+The run is the unit: a method's figure is the mean over its runs, its interval is Student's t over them, and two methods
+are compared by Welch's t-test. With few runs the intervals are wide, as they should be.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+
+from scipy import stats
+
+from megatron_dsrl.errors import UserError
+from megatron_dsrl.observability.charts import Chart, Series, line_chart
+from megatron_dsrl.observability.figure import write_figure
+from megatron_dsrl.observability.run_records import RunRecords, read_run
+
+TABLE_FILE = "comparison.md"
+FIGURE_FILE = "comparison.svg"
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over runs."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Over the runs."""
+        return fmean(self.values)
+
+    @property
+    def half_width(self) -> float | None:
+        """Half of the 95 % interval; None for a single run, whose spread is unknown."""
+        count = len(self.values)
+        if count < 2:
+            return None
+        quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))
+        return quantile * stdev(self.values) / math.sqrt(count)
+
+    def in_percent(self) -> str:
+        """For people."""
+        spread = "" if self.half_width is None else f" ± {100 * self.half_width:.1f}"
+        return f"{100 * self.mean:.1f}{spread}"
+
+
+def welch_p_value(one: Sequence[float], other: Sequence[float]) -> float | None:
+    """Two-sided p-value of Welch's t-test; None where a side has a single value or neither varies."""
+    if min(len(one), len(other)) < 2 or (stdev(one) == 0 and stdev(other) == 0):
+        return None
+    return float(stats.ttest_ind(one, other, equal_var=False).pvalue)
+
+
+def write_comparison(methods: Mapping[str, Sequence[Path]], baseline: str, folder: Path) -> str:
+    """Write `comparison.md` and `comparison.svg`, and return the table.
+
+    Args:
+        methods: run folders by method, in the order of the table.
+        baseline: the method that the others are tested against.
+        folder: where the files go; must exist.
+
+    Raises:
+        UserError: a folder is not a run folder, or nothing was evaluated.
+    """
+    runs = {method: [read_run(path) for path in folders] for method, folders in methods.items()}
+    table = comparison_table(runs, baseline)
+    (folder / TABLE_FILE).write_text(table, encoding="utf-8")
+    write_figure(learning_curves(runs, baseline), folder / FIGURE_FILE)
+    return table
+
+
+def comparison_table(runs: Mapping[str, Sequence[RunRecords]], baseline: str) -> str:
+    """Markdown: a row per method with its last held-out results, and before them the base model."""
+    columns = [(name, metric) for name in _set_names(runs) for metric in _metrics(runs, name)]
+    titles = [f"{metric} on {name}, %" for name, metric in columns]
+    header = ["method", "runs", *titles, f"p against {baseline}", "response tokens"]
+    rows = [["before training", "", *(_cell(_first_values(runs, *column)) for column in columns), "", ""]]
+    for method, of_method in runs.items():
+        p_values = [
+            welch_p_value(_last_values(of_method, *columns[0]), _last_values(runs[baseline], *columns[0]))
+        ]
+        lengths = [run.steps[-1]["response/mean_tokens"] for run in of_method if run.steps]
+        rows.append([
+            method,
+            str(len(of_method)),
+            *(_cell(_last_values(of_method, *column)) for column in columns),
+            "" if method == baseline or p_values[0] is None else f"{p_values[0]:.2g}",
+            f"{fmean(lengths):.1f}" if lengths else "",
+        ])
+    lines = [header, ["---"] * len(header), *rows]
+    note = "± is half of the 95 % interval over runs (Student's t); p is Welch's t-test on the first column of results."
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{note}\n"
+
+
+def learning_curves(runs: Mapping[str, Sequence[RunRecords]], baseline: str) -> list[Chart]:
+    """One chart per method and held-out set: its accuracy over steps, mean and interval, with the baseline's."""
+    return [
+        line_chart(
+            f"{method}: accuracy on {name}" if len(_set_names(runs)) > 1 else method,
+            f"{len(of_method)} runs",
+            [
+                _curve(method, of_method, name, colour=1),
+                *([] if method == baseline else [_curve(baseline, runs[baseline], name, colour=5)]),
+            ],
+            of_method[0].phases,
+            top=_highest(runs, name),
+        )
+        for name in _set_names(runs)
+        for method, of_method in runs.items()
+    ]
+
+
+def _curve(method: str, runs: Sequence[RunRecords], name: str, colour: int) -> Series:
+    """Over the steps that all runs have evaluated."""
+    by_run = [{record["step"]: record["accuracy"] for record in run.evaluations.get(name, [])} for run in runs]
+    steps = sorted(set.intersection(*map(set, by_run)))
+    estimates = [Estimate(tuple(run[step] for run in by_run)) for step in steps]
+    return Series(
+        method,
+        tuple(steps),
+        tuple(estimate.mean for estimate in estimates),
+        colour,
+        tuple(estimate.half_width for estimate in estimates),
+    )
+
+
+def _set_names(runs: Mapping[str, Sequence[RunRecords]]) -> list[str]:
+    names = list(dict.fromkeys(name for of_method in runs.values() for run in of_method for name in run.evaluations))
+    if not names:
+        raise UserError("the runs have no evaluations to compare; set evaluation.sets and train, then compare again")
+    return names
+
+
+def _metrics(runs: Mapping[str, Sequence[RunRecords]], name: str) -> list[str]:
+    """`accuracy`, and what else evaluations record that compares: pass@k."""
+    records = [run.evaluations[name][-1] for of_method in runs.values() for run in of_method if name in run.evaluations]
+    return ["accuracy", *sorted({key for record in records for key in record if key.startswith("pass@")})]
+
+
+def _first_values(runs: Mapping[str, Sequence[RunRecords]], name: str, metric: str) -> list[float]:
+    """Before training, once per seed: all methods of a seed start from one model and sample with the same seeds."""
+    first = {
+        run.config.get("seed"): run.evaluations[name][0][metric]
+        for of_method in runs.values()
+        for run in of_method
+        if name in run.evaluations and run.evaluations[name][0]["step"] == 0
+    }
+    return [value for value in first.values() if value is not None]
+
+
+def _last_values(runs: Sequence[RunRecords], name: str, metric: str) -> list[float]:
+    values = [run.evaluations[name][-1].get(metric) for run in runs if name in run.evaluations]
+    return [value for value in values if value is not None]
+
+
+def _cell(values: Sequence[float]) -> str:
+    return Estimate(tuple(values)).in_percent() if values else ""
+
+
+def _highest(runs: Mapping[str, Sequence[RunRecords]], name: str) -> float:
+    """A common upper end for all charts, so that they can be compared."""
+    accuracies = [
+        record["accuracy"] or 0.0
+        for of_method in runs.values()
+        for run in of_method
+        for record in run.evaluations.get(name, [])
+    ]
+    return min(1.0, 0.1 * math.ceil(10 * max(accuracies) + 0.5))

@@ -1,0 +1,58 @@
+"""Methods over several runs: means, intervals and tests against hand-worked numbers, and the files."""
+
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from megatron_dsrl.errors import UserError
+from megatron_dsrl.observability.comparison import Estimate, welch_p_value, write_comparison
+from tests.observability.synthetic_run import write_run
+
+GAINS = {"GRPO": (0.30, 0.35, 0.40), "DSRL": (0.40, 0.45, 0.50)}
+
+
+@pytest.fixture
+def methods(tmp_path) -> dict[str, list[Path]]:
+    folders: dict[str, list[Path]] = {}
+    for method, gains in GAINS.items():
+        for seed, gain in enumerate(gains):
+            folders.setdefault(method, []).append(tmp_path / f"{method}_{seed}")
+            write_run(folders[method][-1], gain=gain)
+    return folders
+
+
+def test_the_interval_is_students_t_over_runs():
+    # mean 0.60, standard deviation 0.05, t(0.975, 2 degrees of freedom) = 4.30265: 4.30265 * 0.05 / sqrt(3)
+    estimate = Estimate((0.55, 0.60, 0.65))
+    assert estimate.mean == pytest.approx(0.60)
+    assert estimate.half_width == pytest.approx(0.124207, abs=1e-6)
+    assert estimate.in_percent() == "60.0 ± 12.4"
+    assert Estimate((0.5,)).in_percent() == "50.0", "one run has no spread"
+
+
+def test_welchs_p_value():
+    # t = 0.1 / sqrt(2 * 0.0025 / 3) = 2.44949 with 4 degrees of freedom: p = 0.07048
+    assert welch_p_value((0.55, 0.60, 0.65), (0.65, 0.70, 0.75)) == pytest.approx(0.07048, abs=1e-5)
+    assert welch_p_value((0.5,), (0.6, 0.7)) is None and welch_p_value((0.5, 0.5), (0.6, 0.6)) is None
+
+
+def test_table_and_figure_of_several_runs_per_method(methods, tmp_path):
+    table = write_comparison(methods, "GRPO", tmp_path)
+    assert (tmp_path / "comparison.md").read_text() == table
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:5]]
+    rows = {method: values for method, *values in cells}
+    assert rows["before training"][:2] == ["", "25.0"]
+    assert rows["GRPO"][:3] == ["3", "60.0 ± 12.4", ""]
+    assert rows["DSRL"][:3] == ["3", "70.0 ± 12.4", "0.07"]
+    figure = ElementTree.parse(tmp_path / "comparison.svg").getroot()
+    texts = figure.iter("{http://www.w3.org/2000/svg}text")
+    titles = [text.text for text in texts if text.get("class") == "title"]
+    assert titles == ["GRPO", "DSRL"]
+
+
+def test_runs_without_evaluations_are_refused(methods, tmp_path):
+    for folder in methods["GRPO"]:
+        (folder / "evaluation.jsonl").unlink()
+    with pytest.raises(UserError, match="no evaluations"):
+        write_comparison({"GRPO": methods["GRPO"]}, "GRPO", tmp_path)
