@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=dsrl_4b
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --mem=0
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@900
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%x-%j.log
+#
+# DSRL on Qwen3-4B: `sbatch slurm/dsrl_4b.sh`. Everything but the configuration is as in dsrl_8b.sh.
+
+DSRL_ROOT="${DSRL_ROOT:-$SLURM_SUBMIT_DIR}"
+CONFIG="${CONFIG:-configs/dsrl_qwen3_4b.yaml}"
+
+# shellcheck source=slurm/dsrl_8b.sh
+source "$DSRL_ROOT/slurm/dsrl_8b.sh"

@@ -1,0 +1,125 @@
+#!/usr/bin/env bash
+# What every training job does, in order: environment check, HF -> Megatron conversion, training, evaluation, report.
+# The job scripts set their variables and source this file. Whatever is done already is skipped, so that a job that was
+# requeued, or submitted again, continues where the last one stopped.
+#
+# How a training ends, and what the job makes of it:
+#   0      done
+#   2      a mistake in the configuration: the job fails with the message
+#   75     asked to stop (preemption, time limit), state saved: the job requeues itself
+#   other  a crash (a node, an engine, out of memory): requeued while it gets further, and at most MAX_CRASHES times in
+#          a row without a new checkpoint
+#
+# Variables (dsrl_8b.sh explains them): DSRL_ROOT, CONFIG, RUN_NAME, OUTPUT_DIR, MEGATRON_FOLDER, OVERRIDES, BENCHMARKS,
+# SAMPLES, VENV, CONTAINER, MAX_ATTEMPTS.
+# shellcheck shell=bash
+set -Eeuo pipefail
+
+MAX_CRASHES=3
+USER_ERROR_STATUS=2
+PREEMPTED_STATUS=75
+dsrl=(python -m megatron_dsrl.cli)
+
+attempt="${SLURM_RESTART_COUNT:-0}"
+# shellcheck disable=SC2153  # the job scripts set the upper-case ones
+read -ra overrides <<<"$OVERRIDES" && read -ra container <<<"$CONTAINER"
+if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then # a job array is one run per seed
+    RUN_NAME="${RUN_NAME}_seed${SLURM_ARRAY_TASK_ID}"
+    overrides+=("seed=$SLURM_ARRAY_TASK_ID")
+fi
+run_folder="$OUTPUT_DIR/$RUN_NAME"
+
+cd "$DSRL_ROOT"
+mkdir -p "$run_folder/slurm"
+exec > >(tee -a "$run_folder/slurm/job_${SLURM_JOB_ID}_attempt_${attempt}.log") 2>&1
+
+say() { echo "== $(date '+%F %T') $*"; }
+
+# One process on the first node, inside the container if there is one.
+run_once() { srun --nodes=1 --ntasks=1 --kill-on-bad-exit=1 "${container[@]}" "$@"; }
+
+# One process per GPU over the whole job; the exit status is the highest of theirs.
+run_on_all_ranks() {
+    srun --kill-on-bad-exit=1 "${container[@]}" bash "$DSRL_ROOT/slurm/rank.sh" "$@"
+}
+
+# The newest step_... in a folder, nothing if there is none.
+newest_step() { { find "$1" -maxdepth 1 -name 'step_*' 2>/dev/null || true; } | sort | tail -1; }
+
+check_environment() {
+    [ -z "$VENV" ] || export PATH="$VENV/bin:$PATH"
+    export MASTER_ADDR MASTER_PORT
+    MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -1)"
+    MASTER_PORT="$((20000 + SLURM_JOB_ID % 20000))"
+    say "job $SLURM_JOB_ID, attempt $attempt, on $SLURM_JOB_NODELIST; run folder $run_folder"
+    run_once "${dsrl[@]}" doctor
+}
+
+# The model path of the configuration with the overrides, which may name another one.
+configured_model() {
+    run_once python -c 'import sys; from megatron_dsrl.config.load import load_config
+print(load_config(sys.argv[1], sys.argv[2:]).model.path)' "$CONFIG" "${overrides[@]}"
+}
+
+convert_checkpoint() {
+    [ -n "$MEGATRON_FOLDER" ] || return 0
+    local model target
+    model="$(configured_model)"
+    target="$MEGATRON_FOLDER/$(basename "$model")"
+    mkdir -p "$MEGATRON_FOLDER"
+    say "converted model: $target (waiting, should another job be making it)"
+    (
+        flock 9
+        [ -e "$target" ] || run_once "${dsrl[@]}" convert hf-to-megatron "$model" "$target"
+    ) 9>"$target.lock"
+    overrides+=("model.path=$target")
+}
+
+train() {
+    local before status=0 crashes=0 crashes_file="$run_folder/slurm/crashes"
+    before="$(newest_step "$run_folder/checkpoints")"
+    say "training $CONFIG ${overrides[*]}${before:+, continuing from $before}"
+    run_on_all_ranks "${dsrl[@]}" train "$CONFIG" "name=$RUN_NAME" "output_dir=$OUTPUT_DIR" "${overrides[@]}" || status=$?
+    case "$status" in
+        0) rm -f "$crashes_file" ;;
+        "$USER_ERROR_STATUS") say "the configuration must be mended"; exit "$status" ;;
+        "$PREEMPTED_STATUS") say "stopped as asked; the state is saved"; requeue "$status" ;;
+        *)
+            [ "$(newest_step "$run_folder/checkpoints")" != "$before" ] || crashes="$(cat "$crashes_file" 2>/dev/null || echo 0)"
+            echo "$((crashes + 1))" >"$crashes_file"
+            say "training ended with status $status, crash $((crashes + 1)) of $MAX_CRASHES without a new checkpoint"
+            [ "$((crashes + 1))" -lt "$MAX_CRASHES" ] || exit "$status"
+            requeue "$status"
+            ;;
+    esac
+}
+
+requeue() {
+    if [ "$((attempt + 1))" -ge "$MAX_ATTEMPTS" ]; then
+        say "attempt $attempt was the last of $MAX_ATTEMPTS; submit the script again to continue"
+        exit "$1"
+    fi
+    say "requeueing"
+    scontrol requeue "$SLURM_JOB_ID"
+    sleep 120 # SLURM ends this script while it waits
+    exit "$1"
+}
+
+evaluate() {
+    [ -n "$BENCHMARKS" ] || return 0
+    local policy
+    policy="$(newest_step "$run_folder/hf")"
+    say "evaluating $policy on $BENCHMARKS"
+    run_once "${dsrl[@]}" eval "$policy" --benchmarks "$BENCHMARKS" --samples "$SAMPLES" --output "$run_folder/evaluation"
+}
+
+# SIGTERM and SIGUSR1 are for the training, which gets them as well; this script goes on to requeue.
+trap 'say "line $LINENO failed with status $?"' ERR
+trap 'say "asked to stop; the training saves its state"' TERM USR1
+
+check_environment
+convert_checkpoint
+train
+evaluate
+run_once "${dsrl[@]}" report "$run_folder"
+say "done: $run_folder/report.html"

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# One process of `srun`, with the variables by which torch.distributed finds its place. MASTER_ADDR and MASTER_PORT come
+# from the job. (In the place of torchrun: signals and exit statuses then pass between SLURM and the training directly.)
+export RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID" WORLD_SIZE="$SLURM_NTASKS"
+export LOCAL_WORLD_SIZE="$((SLURM_NTASKS / SLURM_NNODES))"
+exec "$@"

@@ -1,0 +1,145 @@
+"""The job scripts under a real SLURM of one node: preemption, crashes, mistakes, arrays of seeds.
+
+Needs root and SLURM's daemons: `bash tools/local_slurm.sh install`.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.tiny_run import MARK, REPOSITORY, write_tiny_run
+
+LIMIT_SECONDS = 300.0
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        shutil.which("slurmctld") is None or os.geteuid() != 0, reason="needs root and SLURM's daemons"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory) -> Iterator[dict[str, str]]:
+    """Environment of a running SLURM."""
+    folder = tmp_path_factory.mktemp("slurm")
+    script = ["bash", str(REPOSITORY / "tools" / "local_slurm.sh")]
+    subprocess.run([*script, "start", str(folder)], check=True, timeout=60)
+    yield os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
+    subprocess.run([*script, "stop", str(folder)], check=True, timeout=60)
+
+
+class Job:
+    """A submitted slurm/tiny_cpu.sh, whose run has four steps and a checkpoint after each."""
+
+    def __init__(self, slurm: dict[str, str], folder: Path, *options: str, overrides: str = "") -> None:
+        self._slurm = slurm
+        self.runs = folder / "runs"
+        variables = {
+            "CONFIG": str(write_tiny_run(folder)),
+            "RUN_NAME": "tiny",
+            "OUTPUT_DIR": str(self.runs),
+            "OVERRIDES": f"steps=4 checkpoint.save_every_steps=1 {overrides}",
+            "VENV": sys.prefix,
+            "DSRL_ROOT": str(REPOSITORY),
+            MARK: str(os.getpid()),
+        }
+        command = ["sbatch", "--parsable", f"--output={folder}/job-%j.log", *options, "slurm/tiny_cpu.sh"]
+        submitted = subprocess.run(
+            command, cwd=REPOSITORY, env=slurm | variables, check=True, capture_output=True, text=True, timeout=60
+        )
+        self.number = submitted.stdout.strip()
+
+    def signal(self, number: int) -> None:
+        """To the training, as SLURM does before it ends a job."""
+        subprocess.run(["scancel", f"--signal={number}", self.number], env=self._slurm, check=True, timeout=60)
+
+    def states(self) -> set[str]:
+        """SLURM's words for the states of the job, or of all tasks of its array."""
+        shown = subprocess.run(
+            ["scontrol", "--oneliner", "show", "job", self.number],
+            env=self._slurm, check=True, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        return {word.removeprefix("JobState=") for word in shown.stdout.split() if word.startswith("JobState=")}
+
+    def is_over(self) -> bool:
+        return not self.states() & {"PENDING", "RUNNING", "COMPLETING", "REQUEUED"}
+
+    def ended(self) -> set[str]:
+        """Wait for the end; the states then."""
+        wait_until(self.is_over, self.log)
+        return self.states()
+
+    def wait_for_checkpoint(self, step: int) -> None:
+        folder = self.runs / "tiny" / "checkpoints" / f"step_{step:06d}"
+        wait_until(lambda: folder.exists() or self.is_over(), self.log)
+        assert folder.exists(), self.log()
+
+    def log(self, run: str = "tiny") -> str:
+        """What all attempts wrote."""
+        return "".join(file.read_text() for file in sorted((self.runs / run / "slurm").glob("*.log")))
+
+    def steps(self, run: str = "tiny") -> list[int]:
+        """Steps with a record."""
+        lines = (self.runs / run / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["step"] for line in lines]
+
+
+def wait_until(what: Callable[[], bool], log: Callable[[], str]) -> None:
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while not what():
+        assert time.monotonic() < deadline, log()
+        time.sleep(0.2)
+
+
+def test_a_preempted_job_saves_requeues_itself_and_continues(slurm, tmp_path):
+    job = Job(slurm, tmp_path)
+    job.wait_for_checkpoint(1)
+    job.signal(signal.SIGUSR1)
+    assert job.ended() == {"COMPLETED"}, job.log()
+    assert job.steps() == [1, 2, 3, 4]
+    assert "stopped as asked; the state is saved" in job.log() and "attempt 1, on" in job.log()
+    assert (job.runs / "tiny" / "report.html").exists() and (job.runs / "megatron" / "model").is_dir()
+
+
+def test_a_crashed_rank_is_requeued_and_continues(slurm, tmp_path):
+    job = Job(slurm, tmp_path, "--ntasks-per-node=2")
+    job.wait_for_checkpoint(1)
+    victim = next(p for p in psutil.process_iter() if is_rank(p, str(tmp_path), "1"))
+    victim.kill()
+    assert job.ended() == {"COMPLETED"}, job.log()
+    assert job.steps() == [1, 2, 3, 4]
+    assert "crash 1 of 3 without a new checkpoint" in job.log()
+
+
+def test_a_mistake_in_the_configuration_fails_the_job_with_its_message(slurm, tmp_path):
+    job = Job(slurm, tmp_path, overrides="rollout.temperature=-1")
+    assert job.ended() == {"FAILED"}
+    assert "rollout.temperature" in job.log() and "requeueing" not in job.log()
+
+
+def test_an_array_is_one_run_per_seed(slurm, tmp_path):
+    job = Job(slurm, tmp_path, "--array=5-6", overrides="steps=1")
+    assert job.ended() == {"COMPLETED"}, job.log("tiny_seed5") + job.log("tiny_seed6")
+    for seed in (5, 6):
+        assert job.steps(f"tiny_seed{seed}") == [1]
+        assert f"seed: {seed}\n" in (job.runs / f"tiny_seed{seed}" / "config.yaml").read_text()
+
+
+def is_rank(process: psutil.Process, folder: str, rank: str) -> bool:
+    """A `dsrl train` process of this rank on a configuration in the folder."""
+    try:
+        command = process.cmdline()
+        return (
+            "train" in command and any(folder in word for word in command) and process.environ().get("RANK") == rank
+        )
+    except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+        return False
