@@ -1,16 +1,22 @@
-"""Make an actor from a configuration and an HF model folder."""
+"""Make an actor or a critic from a configuration and a model folder."""
 
 from pathlib import Path
 
+from megatron.core.transformer.module import MegatronModule
+
 from megatron_dsrl.actor.actor import Actor
+from megatron_dsrl.actor.critic import Critic
 from megatron_dsrl.actor.optimizer import build_optimizer, build_scheduler
 from megatron_dsrl.actor.trainable_model import TrainableModel
+from megatron_dsrl.config.actor import OptimizerConfig
 from megatron_dsrl.config.run import RunConfig
-from megatron_dsrl.model.architecture import read_architecture
+from megatron_dsrl.model.architecture import read_architecture, resolve_model_folder
 from megatron_dsrl.model.build import DTYPES, build_model, build_trainable
+from megatron_dsrl.model.value_head import build_value_model
 from megatron_dsrl.weights.load import load_weights
 from megatron_dsrl.weights.random_init import fill_with_random_weights
-from megatron_dsrl.weights.tables import weight_table
+from megatron_dsrl.weights.tables import value_model_table, weight_table
+from megatron_dsrl.weights.value_model import load_value_model
 
 
 def build_actor(config: RunConfig, folder: Path) -> Actor:
@@ -32,16 +38,49 @@ def build_actor(config: RunConfig, folder: Path) -> Actor:
         fill_with_random_weights(chunks, table, architecture.initializer_range, config.seed)
     else:
         load_weights(chunks, table, folder)
-    chunks = build_trainable(chunks, config.parallel)
-    dtype = DTYPES[config.model.dtype]
-    optimizer = build_optimizer(config.optimizer, chunks, dtype, config.parallel.distributed_optimizer)
-    scheduler = build_scheduler(
-        config.optimizer, optimizer, total_steps=config.steps * config.actor.optimizer_steps_per_rollout
-    )
     return Actor(
-        TrainableModel(chunks, optimizer, scheduler, config.actor.max_tokens_per_micro_batch),
+        _trainable(
+            config, chunks, config.optimizer, total_steps=config.steps * config.actor.optimizer_steps_per_rollout
+        ),
         table=table,
         folder=folder,
         vocab_size=architecture.vocab_size,
         temperature=config.rollout.temperature,
     )
+
+
+def build_critic(config: RunConfig, folder: Path, steps: int) -> Critic:
+    """Build this rank's part of the critic, with the policy's architecture and layout, and its optimizer.
+
+    `initialize_parallel` must have run.
+
+    Args:
+        config: the run.
+        folder: local folder of `config.model.path`, whose config.json says the architecture. The weights are those of
+            `config.critic.path`, else of this folder, else random.
+        steps: of the run in which the critic learns.
+
+    Raises:
+        UserError: the weights do not fit the architecture, or the model does not divide into the layout.
+    """
+    architecture, critic = read_architecture(folder), config.critic
+    table = value_model_table(architecture)
+    chunks = build_value_model(architecture, config.model, config.parallel)
+    if config.model.random_init and critic.path is None:
+        fill_with_random_weights(chunks, table, architecture.initializer_range, config.seed)
+    else:
+        source = folder if critic.path is None else resolve_model_folder(critic.path, field="critic.path")
+        load_value_model(chunks, architecture, source)
+    total_steps = steps * critic.optimizer_steps_per_rollout
+    return Critic(_trainable(config, chunks, critic.optimizer, total_steps), table, critic)
+
+
+def _trainable(
+    config: RunConfig, chunks: list[MegatronModule], optimizer_config: OptimizerConfig, total_steps: int
+) -> TrainableModel:
+    """Wrap chunks with loaded weights for training, and give them an optimizer."""
+    wrapped = build_trainable(chunks, config.parallel)
+    dtype = DTYPES[config.model.dtype]
+    optimizer = build_optimizer(optimizer_config, wrapped, dtype, config.parallel.distributed_optimizer)
+    scheduler = build_scheduler(optimizer_config, optimizer, total_steps)
+    return TrainableModel(wrapped, optimizer, scheduler, config.actor.max_tokens_per_micro_batch)

@@ -1,8 +1,10 @@
-"""Megatron's optimizer and learning-rate schedule from the configuration."""
+"""Megatron's optimizer and learning-rate schedule from the configuration, and what a phase changes about them."""
+
+from collections.abc import Sequence
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -14,13 +16,15 @@ def build_optimizer(
 ) -> MegatronOptimizer:
     """AdamW over the model chunks: fp32 master weights where they train in bf16, clipping by the global norm.
 
+    Adam's state exists from the start, so that a checkpoint before the first step has it too.
+
     Args:
         config: hyper-parameters.
         chunks: this pipeline stage's model chunks, wrapped for data parallelism.
         dtype: parameter dtype.
         distributed: shard the optimizer state over data parallelism.
     """
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
             lr=config.learning_rate,
@@ -36,6 +40,10 @@ def build_optimizer(
         ),
         chunks,
     )
+    for part in parts_of(optimizer):
+        part.init_state_fn(part.optimizer, part.config)
+    own_step_counts(optimizer)
+    return optimizer
 
 
 def build_scheduler(config: OptimizerConfig, optimizer: MegatronOptimizer, total_steps: int) -> OptimizerParamScheduler:
@@ -45,7 +53,7 @@ def build_scheduler(config: OptimizerConfig, optimizer: MegatronOptimizer, total
     """
     return OptimizerParamScheduler(
         optimizer,
-        init_lr=config.learning_rate / (config.warmup_steps + 1) if config.warmup_steps else 0.0,
+        init_lr=_initial_rate(config.learning_rate, config.warmup_steps),
         max_lr=config.learning_rate,
         min_lr=0.0,
         lr_warmup_steps=config.warmup_steps,
@@ -56,3 +64,57 @@ def build_scheduler(config: OptimizerConfig, optimizer: MegatronOptimizer, total
         wd_incr_steps=1,
         wd_incr_style="constant",
     )
+
+
+def apply_settings(
+    optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, learning_rate: float, gradient_clip_norm: float
+) -> None:
+    """Use another peak learning rate and clipping from the next step on; warm-up and decay go on where they are.
+
+    Args:
+        optimizer: to be changed.
+        scheduler: of the same optimizer.
+        learning_rate: peak.
+        gradient_clip_norm: 0 for none.
+    """
+    scheduler.max_lr = learning_rate
+    scheduler.init_lr = _initial_rate(learning_rate, scheduler.lr_warmup_steps)
+    for part in parts_of(optimizer):
+        part.config.clip_grad = gradient_clip_norm
+    for group in optimizer.param_groups:
+        group["max_lr"] = learning_rate
+    scheduler.step(increment=0)
+
+
+@torch.no_grad()
+def forget_state(optimizer: MegatronOptimizer) -> None:
+    """Adam's moments and step counts as before the first step. Master weights stay."""
+    for part in parts_of(optimizer):
+        for state in part.optimizer.state.values():
+            for name in state.keys() & {"exp_avg", "exp_avg_sq", "step"}:
+                state[name] = torch.zeros_like(state[name]) if isinstance(state[name], torch.Tensor) else 0
+        for group in part.optimizer.param_groups:
+            if "step" in group:  # fused implementations count per group
+                group["step"] = torch.zeros_like(group["step"]) if isinstance(group["step"], torch.Tensor) else 0
+
+
+def own_step_counts(optimizer: MegatronOptimizer) -> None:
+    """Give every parameter a step count of its own in torch's AdamW, 0 where there is none.
+
+    Megatron makes the moments without a count, and its loading hands one tensor to all parameters: AdamW counts in
+    place, so that each step would count once per parameter, and the bias correction would be wrong.
+    """
+    for part in parts_of(optimizer):
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            for state in part.optimizer.state.values():
+                step = state.get("step", 0.0)
+                state["step"] = torch.tensor(float(step), dtype=torch.float32)
+
+
+def parts_of(optimizer: MegatronOptimizer) -> Sequence[MegatronOptimizer]:
+    """The optimizers that Megatron has chained, of dense and expert parameters; or the only one."""
+    return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+
+
+def _initial_rate(learning_rate: float, warmup_steps: int) -> float:
+    return learning_rate / (warmup_steps + 1) if warmup_steps else 0.0

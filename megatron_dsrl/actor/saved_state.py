@@ -1,4 +1,4 @@
-"""The actor's part of a checkpoint: weights, optimizer, learning-rate schedule and random states, by Megatron's
+"""A trained model's part of a checkpoint: weights, optimizer, learning-rate schedule and random states, by Megatron's
 distributed checkpointing.
 
 Every rank writes and reads its own shards. The optimizer state is stored in a form that belongs to parameters and not
@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_dsrl.actor.optimizer import own_step_counts, parts_of
 from megatron_dsrl.model.build import bare_model
 from megatron_dsrl.platform.checkpoint_writer import CheckpointWrite, begin_checkpoint
 
@@ -56,21 +56,20 @@ def load_state(
     Args:
         folder: the folder.
         chunks: model chunks to fill.
-        optimizer: its state is overwritten, made first where it does not exist yet.
+        optimizer: its state is overwritten.
         scheduler: continues after the same number of steps, with its own learning rates.
         same_layout: the checkpoint was written by the same number of processes in the same layout.
     """
-    for part in _parts(optimizer):
-        if isinstance(part, DistributedOptimizer):
-            part._init_optimizer_states_with_dummy_values()  # torch's AdamW has no state before its first step
     state = _model_and_optimizer(chunks, optimizer, is_loading=True)
     if same_layout:
         state["random_states"] = _random_states()
     loaded = dist_checkpointing.load(state, str(folder))
     for name, chunk in _named(chunks):
         bare_model(chunk).load_state_dict(loaded[name])
+    if any(isinstance(part.optimizer, torch.optim.AdamW) for part in parts_of(optimizer)):
+        _add_missing_step_counts(loaded["optimizer"])
     optimizer.load_state_dict(loaded["optimizer"])
-    _own_step_tensors(optimizer)
+    own_step_counts(optimizer)
     scheduler.num_steps = loaded["scheduler_steps"]
     scheduler.step(increment=0)
     if same_layout:
@@ -104,20 +103,14 @@ def _named(chunks: Sequence[torch.nn.Module]) -> list[tuple[str, torch.nn.Module
     return [(f"model{i}", chunk) for i, chunk in enumerate(chunks)]
 
 
-def _parts(optimizer: MegatronOptimizer) -> Sequence[MegatronOptimizer]:
-    return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-
-
-def _own_step_tensors(optimizer: MegatronOptimizer) -> None:
-    """Give every parameter a step counter of its own.
-
-    Megatron's loading hands one tensor to all parameters, and torch's AdamW counts in place: each step would then
-    count once per parameter, and the bias correction would be wrong.
-    """
-    for part in _parts(optimizer):
-        for state in part.optimizer.state.values():
-            if isinstance(state.get("step"), torch.Tensor):
-                state["step"] = state["step"].clone()
+def _add_missing_step_counts(state: dict[str, Any]) -> None:
+    """Megatron leaves the parameters' common step count out of a checkpoint while it is 0; torch's AdamW insists."""
+    if "param_groups" in state and "state" in state:
+        state["state"].setdefault("common_step", torch.zeros(()))
+        return
+    for part in state.values():
+        if isinstance(part, dict):
+            _add_missing_step_counts(part)
 
 
 def _random_states() -> ShardedObject:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_dsrl.actor.forward_backward import MicroBatch, Result, run_schedule, sum_gradients
 from megatron_dsrl.actor.micro_batch_plan import SequenceCost, plan_micro_batches
+from megatron_dsrl.actor.optimizer import apply_settings, forget_state
 from megatron_dsrl.actor.packing import PackedRow, RowSplit, pack
 from megatron_dsrl.actor.saved_state import begin_save, load_state
 from megatron_dsrl.algorithms.experience import PerToken
@@ -84,6 +85,14 @@ class TrainableModel:
         require_finite("gradient norm", float(grad_norm))
         self._scheduler.step(increment=1)
         return float(grad_norm), learning_rate
+
+    def configure_optimizer(self, learning_rate: float, gradient_clip_norm: float) -> None:
+        """Peak learning rate and clipping (0 for none) from the next step on; see `apply_settings`."""
+        apply_settings(self._optimizer, self._scheduler, learning_rate, gradient_clip_norm)
+
+    def reset_optimizer(self) -> None:
+        """Forget Adam's moments and step counts. The learning-rate schedule goes on."""
+        forget_state(self._optimizer)
 
     @torch.no_grad()
     def score_tokens(

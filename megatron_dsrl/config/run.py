@@ -3,6 +3,7 @@
 from pydantic import Field
 
 from megatron_dsrl.config.actor import ActorConfig, OptimizerConfig
+from megatron_dsrl.config.critic import CriticConfig, ReferenceConfig
 from megatron_dsrl.config.data import PromptSetConfig, RewardConfig
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig
 from megatron_dsrl.config.phase import PhaseConfig
@@ -85,6 +86,8 @@ class RunConfig(Section):
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     actor: ActorConfig = Field(default_factory=ActorConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    critic: CriticConfig = Field(default_factory=CriticConfig)
+    reference: ReferenceConfig = Field(default_factory=ReferenceConfig)
     data: PromptSetConfig
     reward: RewardConfig = Field(default_factory=RewardConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)

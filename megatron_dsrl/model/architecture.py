@@ -61,8 +61,12 @@ class Architecture:
         return -(-self.vocab_size // tensor_parallel_size) * tensor_parallel_size
 
 
-def resolve_model_folder(path: str) -> Path:
+def resolve_model_folder(path: str, field: str = "model.path") -> Path:
     """The local folder of a model: the path itself, or the hub's snapshot of that name (downloaded if need be).
+
+    Args:
+        path: folder or hub name.
+        field: of the configuration, named in messages.
 
     Raises:
         UserError: neither a folder nor a reachable hub model.
@@ -71,14 +75,14 @@ def resolve_model_folder(path: str) -> Path:
     if folder.is_dir():
         return folder
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise UserError(f"model.path: there is no folder {path!r}")
+        raise UserError(f"{field}: there is no folder {path!r}")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(path, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
     except Exception as error:  # the hub client raises a dozen kinds, from HTTP to missing cache entries
         raise UserError(
-            f"model.path: {path!r} is neither a folder nor a model that the hub would give: {error}"
+            f"{field}: {path!r} is neither a folder nor a model that the hub would give: {error}"
         ) from error
 
 

@@ -26,13 +26,24 @@ def embedding(a: Architecture) -> TensorRule:
     )
 
 
+def final_norm(a: Architecture) -> TensorRule:
+    """The norm after the layers."""
+    return _norm("model.norm.weight", a.hidden_size, "decoder.final_layernorm.weight")
+
+
 def head(a: Architecture) -> tuple[TensorRule, ...]:
-    """The final norm, and the output head where it is not the embedding."""
-    norm = _norm("model.norm.weight", a.hidden_size, "decoder.final_layernorm.weight")
+    """The output head, where it is not the embedding."""
     if a.tie_word_embeddings:
-        return (norm,)
-    weight = TensorRule((HfTensor(HF_HEAD, (a.vocab_size, a.hidden_size)),), (HEAD,), Vocabulary(a.vocab_size))
-    return norm, weight
+        return ()
+    return (TensorRule((HfTensor(HF_HEAD, (a.vocab_size, a.hidden_size)),), (HEAD,), Vocabulary(a.vocab_size)),)
+
+
+def value_head(a: Architecture) -> tuple[TensorRule, ...]:
+    """A scalar output, under the names of a Transformers token classifier with one label."""
+    return (
+        TensorRule((HfTensor("score.weight", (1, a.hidden_size)),), (HEAD,), Replicated(), initial="zeros"),
+        TensorRule((HfTensor("score.bias", (1,)),), ("output_layer.bias",), Replicated(), initial="zeros"),
+    )
 
 
 def attention_norm(a: Architecture) -> TensorRule:

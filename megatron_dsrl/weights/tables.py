@@ -1,6 +1,7 @@
 """The weight table of every supported HF architecture: what it consists of, in the order in which the model uses it."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from megatron_dsrl.model.architecture import Architecture
 from megatron_dsrl.weights import decoder_rules as rules
@@ -51,9 +52,17 @@ def weight_table(architecture: Architecture) -> WeightTable:
     """The two-way table of a model."""
     layer = LAYERS[architecture.family.hf_name](architecture)
     return WeightTable(
-        (rules.embedding(architecture), *layer, *rules.head(architecture)),
+        (rules.embedding(architecture), *layer, rules.final_norm(architecture), *rules.head(architecture)),
         num_layers=architecture.num_hidden_layers,
         num_experts=architecture.experts.num_experts if architecture.experts else 0,
         # Checkpoints with tied embeddings may hold the head a second time; Transformers does not read it either.
         ignored=(rules.HF_HEAD,) if architecture.tie_word_embeddings else (),
     )
+
+
+def value_model_table(architecture: Architecture) -> WeightTable:
+    """The table of a critic: the same trunk, and a value head in the place of the output head."""
+    untied = replace(architecture, tie_word_embeddings=False)
+    table = weight_table(untied)
+    trunk = [rule for rule in table.rules if rule not in rules.head(untied)]
+    return replace(table, rules=(*trunk, *rules.value_head(architecture)), ignored=())

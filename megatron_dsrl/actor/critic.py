@@ -1,0 +1,116 @@
+"""The critic of PPO: a value model that learns what return to expect before every token.
+
+One object per rank, all of whose methods are collective over the ranks. It shares the policy's layout, and what a
+model with an optimizer can do is `TrainableModel`'s.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_dsrl.actor.forward_backward import MicroBatch
+from megatron_dsrl.actor.packing import PackedRow
+from megatron_dsrl.actor.statistics import ObjectiveMetrics, TokenStatistics, UpdateMetrics, share_with_all_stages
+from megatron_dsrl.actor.trainable_model import TrainableModel, require_finite
+from megatron_dsrl.algorithms.experience import Experience, PerToken, concatenate_tokens
+from megatron_dsrl.algorithms.value_loss import value_loss, value_statistics
+from megatron_dsrl.config.critic import CriticConfig
+from megatron_dsrl.platform.checkpoint_writer import CheckpointWrite
+from megatron_dsrl.weights.stream import stream_hf_weights
+from megatron_dsrl.weights.table import WeightTable
+
+
+class Critic:
+    """A sharded value model with its optimizer."""
+
+    def __init__(self, model: TrainableModel, table: WeightTable, config: CriticConfig):
+        """Take over a model; see `build_critic` for how it is made.
+
+        Args:
+            model: the value model and its optimizer.
+            table: names of its weights in HF checkpoints.
+            config: value clipping, mini-batches and epochs.
+        """
+        self._model = model
+        self._table = table
+        self._config = config
+
+    def values(self, experience: Experience) -> PerToken:
+        """Value before each scored token of every sequence, the same on every rank."""
+        return self._model.score_tokens(experience.sequences, _values)
+
+    def update(self, experience: Experience) -> dict[str, float]:
+        """Take the configured optimizer steps towards the returns, on the mean over the tokens of each mini-batch.
+
+        Args:
+            experience: the global batch with values and returns, the same on every rank. Sample filters have no say in
+                it: a critic learns from every sample.
+
+        Returns:
+            Metrics by name without their first part, the same on every rank; empty if there is no token.
+
+        Raises:
+            FloatingPointError: if loss or gradient norm is not finite.
+        """
+        experience = experience.select([i for i, count in enumerate(experience.num_scored) if count > 0])
+        if len(experience) == 0:
+            return {}
+        steps = [
+            self._optimizer_step(part)
+            for _ in range(self._config.epochs_per_rollout)
+            for part in experience.mini_batches(self._config.mini_batches_per_rollout)
+            if len(part) > 0
+        ]
+        update = UpdateMetrics.merge(steps)
+        of_tokens = update.objectives["critic"]
+        return {
+            "loss": of_tokens.loss,
+            **of_tokens.means,
+            "grad_norm": update.grad_norm,
+            "learning_rate": update.learning_rate,
+            **value_statistics(experience),
+        }
+
+    def hf_weights(self, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
+        """The weights as those of a Transformers token classifier with one label; see `stream_hf_weights`."""
+        return stream_hf_weights(self._model.chunks, self._table, bucket_bytes, self._model.config.params_dtype)
+
+    def begin_save(self, folder: Path, copy: bool) -> CheckpointWrite:
+        """Weights, optimizer, schedule and random states, ready to be written; see `saved_state.begin_save`."""
+        return self._model.begin_save(folder, copy)
+
+    def load(self, folder: Path, same_layout: bool) -> None:
+        """Continue from what was saved; see `load_state`."""
+        self._model.load(folder, same_layout)
+
+    def _optimizer_step(self, experience: Experience) -> UpdateMetrics:
+        rows = self._model.pack_share(experience.sequences)
+        kept = self._model.accumulate_gradients([self._micro_batch(experience, row) for row in rows])
+        metrics = None
+        if kept:
+            statistics = TokenStatistics.add_up(kept).over_replicas()
+            metrics = {"critic": ObjectiveMetrics.of_step(statistics, kept_samples=len(experience))}
+        metrics = share_with_all_stages(metrics)
+        require_finite("value loss", metrics["critic"].loss)
+        grad_norm, learning_rate = self._model.take_step()
+        return UpdateMetrics(grad_norm, learning_rate, metrics)
+
+    def _micro_batch(self, experience: Experience, row: PackedRow) -> MicroBatch[TokenStatistics]:
+        """A packed row; the loss is the sum of token losses over the number of tokens of the whole mini-batch."""
+        assert experience.values is not None and experience.returns is not None
+        old_values = concatenate_tokens(experience.values, row.indices, self._model.device)
+        returns = concatenate_tokens(experience.returns, row.indices, self._model.device)
+        num_tokens = sum(experience.num_scored)
+
+        def score(output: Tensor) -> tuple[Tensor, TokenStatistics]:
+            result = value_loss(_values(row, output), old_values, returns, self._config.value_clip)
+            loss = result.losses.sum() / num_tokens
+            return loss, TokenStatistics.of_tokens(loss, result.metrics, {})
+
+        return MicroBatch(row, score)
+
+
+def _values(row: PackedRow, output: Tensor) -> Tensor:
+    """[sum(num_scored)] float32 values of a row from the value head's output [S, 1] at this rank's positions."""
+    return row.assemble(output.squeeze(-1).float())

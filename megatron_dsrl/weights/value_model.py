@@ -1,0 +1,62 @@
+"""Load a value model from a policy, or from a critic that was trained before."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from megatron_dsrl.model.architecture import Architecture
+from megatron_dsrl.weights.checkpoint_record import check_record
+from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint
+from megatron_dsrl.weights.load import check_checkpoint, fill
+from megatron_dsrl.weights.megatron_checkpoint import (
+    MegatronCheckpoint,
+    check_megatron_checkpoint,
+    is_megatron_checkpoint,
+)
+from megatron_dsrl.weights.table import TableEntry, WeightTable
+from megatron_dsrl.weights.tables import value_model_table, weight_table
+
+
+def load_value_model(chunks: Sequence[nn.Module], architecture: Architecture, folder: Path) -> None:
+    """Fill this rank's parameters. From a policy only the trunk is taken, and the head is zero: so is every value.
+
+    Args:
+        chunks: of a value model, in whatever wrappers.
+        architecture: of the policy, which is the critic's too.
+        folder: HF folder of a policy, or of a token classifier with one label; or a policy converted to a Megatron
+            distributed checkpoint.
+
+    Raises:
+        UserError: weights are missing or damaged, or a tensor is missing, surplus or of another shape.
+    """
+    policy, value_model = weight_table(architecture), value_model_table(architecture)
+    read_stored: Callable[[str], Tensor]
+    if is_megatron_checkpoint(folder):
+        check_record(folder, architecture)
+        megatron = MegatronCheckpoint(folder)
+        check_megatron_checkpoint(megatron, policy)
+        stored, read_stored = set(policy.hf_shapes()), _ByHfName(megatron, value_model).read
+    else:
+        checkpoint = HfCheckpoint(folder)
+        stored, read_stored = checkpoint.names(), checkpoint.read
+        is_value_model = any(name.startswith("score.") for name in stored)
+        check_checkpoint(checkpoint, value_model if is_value_model else policy)
+    shapes = value_model.hf_shapes()
+    fill(chunks, value_model, lambda name: read_stored(name) if name in stored else torch.zeros(shapes[name]))
+
+
+class _ByHfName:
+    """Reads a Megatron checkpoint by HF names; the tensors of one parameter are asked for one after the other."""
+
+    def __init__(self, checkpoint: MegatronCheckpoint, table: WeightTable):
+        self._checkpoint = checkpoint
+        self._entry_of = {tensor.name: entry for entry in table.entries() for tensor in entry.hf}
+        self._last: tuple[TableEntry, tuple[Tensor, ...]] | None = None
+
+    def read(self, name: str) -> Tensor:
+        entry = self._entry_of[name]
+        if self._last is None or self._last[0] != entry:
+            self._last = entry, self._checkpoint.read(entry)
+        return self._last[1][[tensor.name for tensor in entry.hf].index(name)]
