@@ -45,13 +45,17 @@ class RewardConfig(Section):
     """How a response is judged."""
 
     function: str = "boxed"
-    """A built-in verifier, or the dotted path `package.module:function` of `f(response, answer, **options)`."""
+    """A built-in verifier (`boxed`, `math_verify`, `multiple_choice`, `short_answer`, `code`, `remote`, `combination`,
+    `box_format`, `length_penalty`), or the dotted path `package.module:function` of `f(response, answer, **options)`."""
 
     options: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments for the function."""
+    """Keyword arguments for the function; checked against its signature before the run starts."""
 
     workers: int = Field(default=2, ge=1)
     """Verifier processes."""
 
     timeout_seconds: float = Field(default=10.0, gt=0)
     """Hard limit for one response; its process is then killed, the sample scores 0 and is counted."""
+
+    memory_megabytes: int = Field(default=4096, ge=256)
+    """Address space of one verifier process; more makes the verifier fail, the sample scores 0 and is counted."""

@@ -2,11 +2,14 @@
 
 Method: the string comparison that is customary for the MATH data set (Hendrycks et al., arXiv 2103.03874): both answers
 are brought to one spelling and compared as strings; nothing is evaluated. Departures from the customary one: escaped
-braces do not count when a box is closed, single-token exponents lose their braces, thousands lose their commas, and a
-response that opens a last box without closing it has no answer.
+braces do not count when a box is closed, single-token exponents lose their braces, thousands lose their commas, whole
+numbers lose leading zeros and an empty fraction, a box inside the thinking does not count, and a response that opens a
+last box without closing it has no answer.
 """
 
 import re
+
+from megatron_dsrl.rewards.response import after_thinking
 
 BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
 GROUP_OPENERS = re.compile(r"\\[\\{}]|[{}]")
@@ -23,21 +26,28 @@ BARE_ROOT = re.compile(r"\\sqrt([^{\[\\]|\\[a-zA-Z]+)")
 FRACTION = re.compile(r"\\frac(\{[^{}]*\}|[^{}\\])(\{[^{}]*\}|[^{}\\])")
 SLASH_FRACTION = re.compile(r"(-?)(\d+)/(\d+)")
 BRACED_TOKEN = re.compile(r"([\^_])\{(\w)\}")
+PADDED_INTEGER = re.compile(r"(-?)0*(\d+?)(?:\.0+)?")
 BARE_DECIMAL = re.compile(r"(?<![\d\w])\.(?=\d)")
 
 
 def boxed(response: str, answer: str) -> float:
-    """1.0 when the response's last box is the answer, else 0.0; 0.0 without a box.
+    """1.0 when the response's last box is the answer, else 0.0; 0.0 without a box or with an empty one.
 
     Args:
         response: The model's text.
         answer: The gold answer, with or without a box or dollar signs of its own.
     """
-    given = last_boxed(response)
-    if given is None:
+    given = last_boxed(after_thinking(response))
+    if not given:
         return 0.0
     gold = last_boxed(answer)
     return float(normalise(given) == normalise(answer if gold is None else gold))
+
+
+def boxed_answer(response: str) -> str | None:
+    """The answer that the response gave, in one spelling; None without one."""
+    given = last_boxed(after_thinking(response))
+    return normalise(given) if given else None
 
 
 def last_boxed(text: str) -> str | None:
@@ -63,8 +73,8 @@ def normalise(answer: str) -> str:
     r"""One spelling of an answer.
 
     Removed: spaces, `\left` and `\right`, dollar and percent signs, degrees, trailing units in `\text{}`, a final
-    full stop, thousands commas, a leading `x=`. Made alike: `\dfrac` and `\tfrac`, `\frac12`, `1/2` and `0.5`,
-    `\sqrt3`, `.5` and `0.5`, `x^{2}` and `x^2`.
+    full stop, thousands commas, leading zeros, a leading `x=`. Made alike: `\dfrac` and `\tfrac`, `\frac12`, `1/2` and
+    `0.5`, `\sqrt3`, `.5` and `0.5`, `27.0` and `27`, `x^{2}` and `x^2`.
     """
     text = answer.strip().replace("{,}", ",").replace("\\%", "").replace("%", "").replace("\\$", "").replace("$", "")
     text = DEGREES.sub("", SIZES.sub("", text))
@@ -74,6 +84,8 @@ def normalise(answer: str) -> str:
         text = value.group(1)
     if THOUSANDS.fullmatch(text):
         text = text.replace(",", "")
+    if padded := PADDED_INTEGER.fullmatch(text):
+        return "".join(padded.groups())
     text = BARE_DECIMAL.sub("0.", text)
     text = BARE_ROOT.sub(r"\\sqrt{\1}", text)
     text = BRACED_TOKEN.sub(r"\1\2", text)

@@ -1,13 +1,15 @@
 """Rewards in worker processes with a hard time limit.
 
 A verifier runs on text that a model wrote: it may hang or crash on it. A worker that exceeds the limit or dies is
-killed and replaced, its response scores 0, and the verdict is counted. Workers do not import torch.
+killed and replaced, its response scores 0, and the verdict is counted; so is one that needs more memory than it may
+have. Workers do not import torch.
 """
 
 import logging
 import math
 import multiprocessing
 import os
+import resource
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache
@@ -18,7 +20,7 @@ from pebble import ProcessExpired, ProcessPool
 
 from megatron_dsrl.config.data import RewardConfig
 from megatron_dsrl.process import die_with_parent
-from megatron_dsrl.rewards.registry import RewardFunction, reward_function
+from megatron_dsrl.rewards.registry import RewardFunction, built_in_modules, check_options, reward_function
 
 logger = logging.getLogger(__name__)
 
@@ -40,15 +42,20 @@ class RewardPool:
     def __init__(self, config: RewardConfig) -> None:
         """
         Raises:
-            UserError: The reward function does not exist. No process was started then.
+            UserError: The reward function does not exist or does not take the options. No process was started then.
         """
-        reward_function(config.function)
+        check_options(config.function, config.options)
         self._config = config
         # Workers are forked from a small clean process: a replacement costs milliseconds, and nothing of the trainer
         # (torch, its threads, its devices) is inherited.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
-        self._pool = ProcessPool(max_workers=config.workers, initializer=_start_worker, context=context)
+        context.set_forkserver_preload([__name__, *built_in_modules(config.function)])
+        self._pool = ProcessPool(
+            max_workers=config.workers,
+            initializer=_start_worker,
+            initargs=(config.function, config.memory_megabytes),
+            context=context,
+        )
 
     def submit(self, response: str, answer: str) -> "Future[Judgement]":
         """Judge one response; returns at once. The future never raises."""
@@ -92,8 +99,11 @@ class RewardPool:
         return Judgement(float(reward), "ok")
 
 
-def _start_worker() -> None:
+def _start_worker(function: str, memory_megabytes: int) -> None:
     die_with_parent(os.getppid())
+    _worker_function(function)  # what it imports must not count against the first response's time
+    limit = memory_megabytes * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 @cache

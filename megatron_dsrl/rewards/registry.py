@@ -1,10 +1,19 @@
-"""From a name in the configuration to a reward function."""
+"""From a name in the configuration to a reward function and what belongs to it.
+
+Verifiers are imported when they are asked for: math-verify brings sympy, which the trainer does not need.
+"""
 
 import importlib
-from typing import Protocol
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from megatron_dsrl.errors import UserError
-from megatron_dsrl.rewards.boxed import boxed
+
+HERE = "megatron_dsrl.rewards"
 
 
 class RewardFunction(Protocol):
@@ -13,7 +22,30 @@ class RewardFunction(Protocol):
     def __call__(self, response: str, answer: str, **options: object) -> float: ...
 
 
-BUILT_IN: dict[str, RewardFunction] = {"boxed": boxed}
+@dataclass(frozen=True)
+class BuiltIn:
+    """A verifier of this package; everything by dotted path."""
+
+    function: str
+    check: str | None = None
+    """`f(options)` that raises UserError for option values that cannot work."""
+    answer: str | None = None
+    """`f(response)`: the answer that a response gives, in one spelling; for majority votes."""
+
+
+BUILT_IN: dict[str, BuiltIn] = {
+    "boxed": BuiltIn(f"{HERE}.boxed:boxed", answer=f"{HERE}.boxed:boxed_answer"),
+    "math_verify": BuiltIn(f"{HERE}.math_verify:math_verify", answer=f"{HERE}.boxed:boxed_answer"),
+    "multiple_choice": BuiltIn(
+        f"{HERE}.multiple_choice:multiple_choice", answer=f"{HERE}.multiple_choice:chosen_letter"
+    ),
+    "short_answer": BuiltIn(f"{HERE}.short_answer:short_answer", answer=f"{HERE}.short_answer:stated_answer"),
+    "code": BuiltIn(f"{HERE}.code:code"),
+    "remote": BuiltIn(f"{HERE}.remote:remote", check=f"{HERE}.remote:check_url"),
+    "combination": BuiltIn(f"{HERE}.combination:combination", check=f"{HERE}.combination:check_parts"),
+    "box_format": BuiltIn(f"{HERE}.shaping:box_format"),
+    "length_penalty": BuiltIn(f"{HERE}.shaping:length_penalty"),
+}
 
 
 def reward_function(name: str) -> RewardFunction:
@@ -23,11 +55,11 @@ def reward_function(name: str) -> RewardFunction:
         UserError: No such name, module or function.
     """
     if name in BUILT_IN:
-        return BUILT_IN[name]
+        return _imported(BUILT_IN[name].function)
     module_name, separator, function_name = name.partition(":")
     if not separator or not module_name or not function_name:
         raise UserError(
-            f"reward.function: unknown verifier {name!r}; use one of {sorted(BUILT_IN)} or a path "
+            f"reward.function: unknown verifier {name!r}; use one of {', '.join(sorted(BUILT_IN))} or a path "
             "`package.module:function`"
         )
     try:
@@ -41,3 +73,48 @@ def reward_function(name: str) -> RewardFunction:
     if not callable(function):
         raise UserError(f"reward.function: module {module_name!r} has no function {function_name!r}")
     return function
+
+
+def check_options(name: str, options: Mapping[str, Any], section: str = "reward.options") -> None:
+    """Check the options of a reward function against its signature and, where it has them, its type hints.
+
+    Raises:
+        UserError: There is no such function, an option is unknown, missing, or of another type, or its value cannot
+            work.
+    """
+    function = reward_function(name)
+    try:
+        inspect.signature(function).bind("", "", **options)
+    except TypeError as error:
+        raise UserError(f"{section}: {name} does not take these options: {error}") from error
+    except ValueError:  # a callable without a signature, such as one written in C
+        return
+    hints = get_type_hints(function)
+    for option, value in options.items():
+        if option in hints and hints[option] in (str, int, float, bool):
+            _check_type(name, option, value, hints[option], section)
+    if name in BUILT_IN and (check := BUILT_IN[name].check):
+        _imported(check)(options)
+
+
+def answer_of(name: str) -> Callable[[str], str | None] | None:
+    """The function that cuts the answer out of a response for this verifier; None where there is none."""
+    path = BUILT_IN[name].answer if name in BUILT_IN else None
+    return _imported(path) if path else None
+
+
+def built_in_modules(name: str) -> list[str]:
+    """The module of a built-in verifier, for processes that want it imported early; none for others."""
+    return [BUILT_IN[name].function.partition(":")[0]] if name in BUILT_IN else []
+
+
+def _check_type(name: str, option: str, value: Any, kind: type, section: str) -> None:
+    try:
+        TypeAdapter(kind, config=ConfigDict(strict=True)).validate_python(value)
+    except ValidationError as error:
+        raise UserError(f"{section}.{option}: {name} needs a {kind.__name__}, given {value!r}") from error
+
+
+def _imported(path: str) -> Callable[..., Any]:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)

@@ -60,6 +60,10 @@ def test_last_boxed(text, content):
         ("x^{2}+1", "x^2 + 1"),
         ("5.", "5"),
         (r"\mathrm{E}", "E"),
+        ("025", "25"),
+        ("-07", "-7"),
+        ("142.0", "142"),
+        ("000", "0"),
     ],
 )
 def test_spellings_of_the_same_answer(one, other):
@@ -68,7 +72,17 @@ def test_spellings_of_the_same_answer(one, other):
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("12", "1,2"), ("(1,000)", "1000"), ("5", "-5"), ("x", "y"), (r"\sqrt{2}", "2"), ("x^{12}", "x^12"), ("9", ".9")],
+    [
+        ("12", "1,2"),
+        ("(1,000)", "1000"),
+        ("5", "-5"),
+        ("x", "y"),
+        (r"\sqrt{2}", "2"),
+        ("x^{12}", "x^12"),
+        ("9", ".9"),
+        ("100", "1"),
+        ("7.01", "7"),
+    ],
 )
 def test_different_answers_stay_different(one, other):
     assert normalise(one) != normalise(other)
@@ -84,6 +98,10 @@ def test_different_answers_stay_different(one, other):
         (r"\boxed{6}", r"The sum is $\boxed{6}$.", 1.0),
         (r"\boxed{6", "6", 0.0),
         (r"\boxed{}", "6", 0.0),
+        (r"\boxed{}", "", 0.0),
+        (r"<think>I try \boxed{6}</think> It is 6.", "6", 0.0),
+        (r"<think>I try \boxed{5}</think> So \boxed{6}.", "6", 1.0),
+        (r"<think>I try \boxed{6}", "6", 0.0),
     ],
 )
 def test_boxed(response, answer, reward):

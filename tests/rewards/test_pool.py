@@ -44,6 +44,28 @@ def test_a_misbehaving_verifier_scores_zero_and_is_counted_and_logged(caplog):
     assert "KeyError" in caplog.text and "died" in caplog.text
 
 
+BOMBS = ["9^{9^{9}}", "1000000!", "(" * 5000 + "1" + ")" * 5000, r"\frac{1}{" * 500 + "2" + "}" * 500]
+
+
+def test_bombs_for_the_verifier_cost_their_limit_and_what_comes_after_them_is_judged():
+    config = RewardConfig(function="math_verify", workers=2, timeout_seconds=1.5)
+    start = time.monotonic()
+
+    with RewardPool(config) as pool:
+        futures = [pool.submit(rf"\boxed{{{text}}}", "7") for text in (*BOMBS, r"\frac{14}{2}")]
+        *bombed, right = [future.result(timeout=60) for future in futures]
+
+    assert bombed[:2] == [Judgement(0.0, "timeout")] * 2
+    assert [judgement.reward for judgement in bombed] == [0.0] * len(BOMBS)  # nesting fails early or runs out of time
+    assert right == Judgement(1.0, "ok")
+    assert time.monotonic() - start < 60
+
+
+def test_a_verifier_that_takes_too_much_memory_fails_alone():
+    config = RewardConfig(function=f"{FUNCTIONS}:hungry", workers=1, memory_megabytes=512)
+    assert judge(config, "hungry", "fine") == [Judgement(0.0, "error"), Judgement(1.0, "ok")]
+
+
 def test_workers_do_not_import_torch():
     assert judge(RewardConfig(function=f"{FUNCTIONS}:has_torch"), "any") == [Judgement(0.0, "ok")]
 
@@ -51,7 +73,7 @@ def test_workers_do_not_import_torch():
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("boxd", r"reward.function: unknown verifier 'boxd'; use one of \['boxed'\] or a path"),
+        ("boxd", r"reward.function: unknown verifier 'boxd'; use one of box_format, boxed, .* or a path"),
         ("no_such_package.rewards:f", "reward.function: cannot import 'no_such_package.rewards'"),
         (f"{FUNCTIONS}:nothing", "has no function 'nothing'"),
     ],

@@ -27,6 +27,10 @@ def misbehaving(response: str, answer: str, weight: float = 1.0) -> object:
     return outcomes.get(response, 0.25)
 
 
+def hungry(response: str, answer: str) -> float:
+    return float(len(bytearray(2**30 if response == "hungry" else 1)) == 1)
+
+
 def has_torch(response: str, answer: str) -> float:
     return float("torch" in sys.modules)
 

@@ -1,0 +1,71 @@
+"""Generated Python code, judged by running a problem's tests on it in the sandbox.
+
+The form of the problems is HumanEval's (arXiv 2107.03374): the beginning of a program that ends inside a function, and
+tests that define `check(candidate)`. Departure: a chat model's answer is cut out of its text, the last code block that
+defines the function, and only text without any code block is taken as a continuation of the prompt.
+"""
+
+import json
+import re
+import textwrap
+
+from megatron_dsrl.rewards.response import after_thinking
+from megatron_dsrl.rewards.sandbox import Limits, run_program
+
+CODE_BLOCK = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
+
+
+def code(
+    response: str, answer: str, wall_seconds: float = 5.0, cpu_seconds: int = 5, memory_megabytes: int = 1024
+) -> float:
+    """1.0 when the program passes its tests within the limits, else 0.0.
+
+    Args:
+        response: The model's text.
+        answer: JSON object with the strings `prompt`, `entry_point` and `test`.
+        wall_seconds: Limit of the time that passes. Must be below the pool's `reward.timeout_seconds`.
+        cpu_seconds: Limit of the processor time.
+        memory_megabytes: Limit of the address space.
+
+    Raises:
+        ValueError: The gold answer is no such object.
+    """
+    problem = _problem(answer)
+    program = complete_program(response, problem["prompt"], problem["entry_point"])
+    if program is None:
+        return 0.0
+    tested = f"{program}\n\n{problem['test']}\n\ncheck({problem['entry_point']})\n"
+    limits = Limits(wall_seconds=wall_seconds, cpu_seconds=cpu_seconds, memory_bytes=memory_megabytes * 2**20)
+    return float(run_program(tested, limits).passed)
+
+
+def complete_program(response: str, prompt: str, entry_point: str) -> str | None:
+    """The prompt with what the response adds to it; None when that is nothing."""
+    text = after_thinking(response)
+    blocks = CODE_BLOCK.findall(text) or ([] if "```" in text else [text])
+    if not any(block.strip() for block in blocks):
+        return None
+    definition = re.compile(rf"^\s*(?:async\s+)?def\s+{re.escape(entry_point)}\b", re.MULTILINE)
+    whole = [block for block in blocks if definition.search(block)]
+    if whole:
+        # What the prompt imports and defines stays available; its own stub of the function is defined anew.
+        return f"{prompt}\n\n{textwrap.dedent(whole[-1])}"
+    return prompt.rstrip(" ") + _as_body(blocks[-1])
+
+
+def _as_body(lines: str) -> str:
+    """Lines as the body of a function; indented by four blanks where they are not yet."""
+    lines = lines.strip("\n")
+    if lines.startswith((" ", "\t")):
+        return lines
+    return textwrap.indent(lines, "    ")
+
+
+def _problem(answer: str) -> dict[str, str]:
+    try:
+        problem = json.loads(answer)
+        return {name: problem[name] for name in ("prompt", "entry_point", "test")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"the gold answer of a code problem must be a JSON object with prompt, entry_point and test: {error!r}"
+        ) from error

@@ -1,0 +1,61 @@
+r"""Multiple choice: one letter, in the last box or in the last "the answer is (C)".
+
+The statement's form is that of MMLU-Pro (arXiv 2406.01574). Departures: a box counts before a statement, the last
+statement counts and not the first, the text is searched for nothing else when there is neither, and naming several
+letters is wrong, so that a model cannot hedge.
+"""
+
+import re
+
+from megatron_dsrl.rewards.boxed import last_boxed
+from megatron_dsrl.rewards.response import after_thinking
+
+WRAPPING = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox|boxed)\s*(?=\{)|[${}*_`]|\\[,;! ]")
+CHOICE = re.compile(r"\(?\s*([A-Z])\s*(?:$|\)|[.:,](?=\s|$))")
+STATEMENT = re.compile(r"answer\s*(?:is|:)\s*:?\s*", re.IGNORECASE)
+END_OF_STATEMENT = re.compile(r"[.,;:]|\s(?:because|since|as)\b|$")
+SEVERAL = re.compile(r"(?:\bor\b|\band\b|[,/&;])\s*(?:\(\s*[A-Z]\s*\)|[A-Z](?![\w'-]))")
+
+
+def multiple_choice(response: str, answer: str, require_box: bool = False) -> float:
+    """1.0 when the chosen letter is the answer, else 0.0.
+
+    Args:
+        response: The model's text.
+        answer: The right letter, such as `C` or `(C)`.
+        require_box: A letter outside a box does not count.
+
+    Raises:
+        ValueError: The gold answer is no letter.
+    """
+    gold = letter(answer)
+    if gold is None:
+        raise ValueError(f"the gold answer of a multiple-choice problem must be one letter, not {answer!r}")
+    return float(chosen_letter(response, require_box) == gold)
+
+
+def chosen_letter(response: str, require_box: bool = False) -> str | None:
+    """The letter that the response chose; None for none and for several."""
+    text = after_thinking(response)
+    box = last_boxed(text)
+    if box is not None or require_box or "\\boxed" in text:
+        return None if box is None else letter(box)
+    statements = list(STATEMENT.finditer(text))
+    return _stated_letter(text[statements[-1].end() :].partition("\n")[0]) if statements else None
+
+
+def letter(choice: str) -> str | None:
+    r"""`C` of `C`, `(C)`, `C.`, `\text{(C)}`, `C: the text of the choice`; None for anything else and for several."""
+    text = WRAPPING.sub("", choice).strip()
+    match = CHOICE.match(text)
+    return None if match is None or SEVERAL.search(text[match.end(1) :]) else match.group(1)
+
+
+def _stated_letter(statement: str) -> str | None:
+    text = WRAPPING.sub("", statement).strip()
+    match = re.match(r"\(\s*([A-Z])\s*\)|([A-Z])(?![\w'-])", text)
+    if match is None or SEVERAL.search(text[match.end() :]):
+        return None
+    if match.group(1) is None and not END_OF_STATEMENT.match(text, match.end()):
+        return None  # `A` may be an article, and `I` a pronoun
+    return match.group(1) or match.group(2)

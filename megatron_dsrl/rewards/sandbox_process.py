@@ -1,0 +1,168 @@
+"""The sandbox's process: puts its guards up, runs the program, tells how it ended. Standard library only.
+
+Started by `sandbox.py` as a script. Settings come as JSON in the first argument, program and token as JSON on standard
+input. Guards, from the outside to the inside:
+
+1. resource limits (`setrlimit`) and death with the parent, always;
+2. user, network, process and IPC namespaces (`unshare`): no network at all, not even loopback; the program is the first
+   process of its namespace, so that with it everything ends that it started;
+3. Landlock: Python's own files can be read, the folder can be written, nothing else can be opened; no TCP;
+4. only where 2 or 3 is not permitted: an audit hook in the interpreter, which refuses sockets, new processes, foreign
+   functions, and files outside the folder. It is weaker: code that breaks out of Python breaks out of it.
+"""
+
+import ctypes
+import json
+import os
+import resource
+import signal
+import sys
+
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 36, 38
+CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x08000000, 0x10000000, 0x20000000, 0x40000000
+LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446  # the same on x86-64 and arm64
+LANDLOCK_RULE_PATH_BENEATH = 1
+FILE_ACCESS_BITS = {1: 13, 2: 14, 3: 15, 4: 15}  # bits of linux/landlock.h by ABI; 16 from ABI 5 on
+EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
+BIND_TCP, CONNECT_TCP = 1 << 0, 1 << 1
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+class RulesetAttributes(ctypes.Structure):
+    """`struct landlock_ruleset_attr` up to ABI 4."""
+
+    _fields_ = [("handled_access_fs", ctypes.c_uint64), ("handled_access_net", ctypes.c_uint64)]
+
+
+class PathBeneath(ctypes.Structure):
+    """`struct landlock_path_beneath_attr`."""
+
+    _pack_ = 1
+    _fields_ = [("allowed_access", ctypes.c_uint64), ("parent_fd", ctypes.c_int32)]
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    task = json.loads(sys.stdin.buffer.read())
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    limit_resources(settings)
+    isolation = ["namespaces"] if enter_namespaces() else []
+    child = os.fork()  # the first process of the new namespace
+    if child == 0:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        _limit(resource.RLIMIT_NPROC, settings["processes"])
+        isolation += ["landlock"] if restrict_files(settings["folder"]) else []
+        run(task["program"], task["token"], settings, isolation)
+    _, status = os.waitpid(child, 0)
+    end_orphans()
+    os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+
+
+def limit_resources(settings: dict) -> None:
+    """Limits that children inherit and nobody can raise again."""
+    _limit(resource.RLIMIT_AS, settings["memory_bytes"])
+    _limit(resource.RLIMIT_CPU, settings["cpu_seconds"])
+    _limit(resource.RLIMIT_FSIZE, settings["file_bytes"])
+    _limit(resource.RLIMIT_NOFILE, 64)
+    _limit(resource.RLIMIT_CORE, 0)
+
+
+def enter_namespaces() -> bool:
+    """Leave the network and the other processes behind; False where the kernel does not permit it."""
+    apart = CLONE_NEWNET | CLONE_NEWPID | CLONE_NEWIPC
+    return libc.unshare(CLONE_NEWUSER | apart) == 0 or libc.unshare(apart) == 0
+
+
+def restrict_files(folder: str) -> bool:
+    """Landlock; False where the kernel has none."""
+    abi = libc.syscall(LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), 1)
+    if abi < 1:
+        return False
+    everything = (1 << FILE_ACCESS_BITS.get(abi, 16)) - 1
+    attributes = RulesetAttributes(everything, BIND_TCP | CONNECT_TCP if abi >= 4 else 0)
+    size = ctypes.sizeof(attributes) if abi >= 4 else 8
+    ruleset = libc.syscall(LANDLOCK_CREATE_RULESET, ctypes.byref(attributes), ctypes.c_size_t(size), 0)
+    if ruleset < 0:
+        return False
+    allowed = [_allow(ruleset, folder, everything)]
+    for path in ("/dev/null", "/dev/zero", "/dev/urandom"):
+        _allow(ruleset, path, READ_FILE | WRITE_FILE)
+    for path in {sys.prefix, sys.base_prefix, "/usr", "/lib", "/lib64", "/etc/localtime"}:
+        if os.path.exists(path):
+            _allow(ruleset, path, EXECUTE | READ_FILE | (READ_DIR if os.path.isdir(path) else 0))
+    libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    return all(allowed) and libc.syscall(LANDLOCK_RESTRICT_SELF, ruleset, 0) == 0
+
+
+def run(program: str, token: str, settings: dict, isolation: list) -> None:
+    """Run the program and end this process. The token shows that the words are the sandbox's and not the program's."""
+    write, leave, result = os.write, os._exit, settings["result"]
+    write(result, f"{token} isolation {' '.join(isolation)}\n".encode())
+    os.chdir(settings["folder"])
+    if len(isolation) < 2:
+        sys.addaudithook(refusals(settings["folder"]))
+    try:
+        exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})
+    except BaseException as error:  # SystemExit too: a program that leaves before its tests have run has not passed
+        what = f"{type(error).__name__}: {error}"[:500].replace("\n", " ")
+        write(result, f"{token} {what}\n".encode(errors="replace"))
+        leave(1)
+    write(result, f"{token} passed\n".encode())
+    leave(0)
+
+
+def refusals(folder: str):
+    """An audit hook that raises PermissionError."""
+    refused = ("socket.", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.kill", "ctypes.")
+    readable = tuple(os.path.realpath(path) + os.sep for path in {sys.prefix, sys.base_prefix, "/usr", "/lib"})
+    writable = os.path.realpath(folder) + os.sep
+    changing = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod",
+                "os.chown", "os.chdir", "shutil.")  # fmt: skip
+
+    def hook(event: str, arguments: tuple) -> None:
+        if event.startswith(refused):
+            raise PermissionError(f"the sandbox refuses {event}")
+        if event == "open" and isinstance(arguments[0], (str, bytes)):
+            path = os.path.realpath(os.fsdecode(arguments[0]))
+            flags = arguments[2] if isinstance(arguments[2], int) else 0
+            writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+            if not path.startswith(writable) and (writes or not path.startswith(readable)):
+                raise PermissionError(f"the sandbox refuses to open {path}")
+        elif event.startswith(changing):
+            for path in (item for item in arguments if isinstance(item, (str, bytes))):
+                if not os.path.realpath(os.fsdecode(path)).startswith(writable):
+                    raise PermissionError(f"the sandbox refuses {event} on {os.fsdecode(path)}")
+
+    return hook
+
+
+def end_orphans() -> None:
+    """Kill what the program has left running. In a namespace of its own there is nothing any more."""
+    children = f"/proc/self/task/{os.getpid()}/children"
+    while os.path.exists(children) and (left := open(children).read().split()):
+        for process in left:
+            os.kill(int(process), signal.SIGKILL)
+            os.waitpid(int(process), 0)
+
+
+def _limit(kind: int, value: int) -> None:
+    hard = resource.getrlimit(kind)[1]
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(kind, (value, value))
+
+
+def _allow(ruleset: int, path: str, access: int) -> bool:
+    try:
+        descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError:
+        return False
+    rule = PathBeneath(access, descriptor)
+    added = libc.syscall(LANDLOCK_ADD_RULE, ruleset, LANDLOCK_RULE_PATH_BENEATH, ctypes.byref(rule), 0)
+    os.close(descriptor)
+    return added == 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""Parts of a reward that say nothing about the answer: its form and its length. For use in a `combination`."""
+
+from megatron_dsrl.rewards.boxed import BOX, last_boxed
+from megatron_dsrl.rewards.response import THINK_END, THINK_START, after_thinking
+
+
+def box_format(response: str, answer: str) -> float:
+    """1.0 when the response has exactly one box, closed and not empty, and no stray thinking tags, else 0.0.
+
+    Args:
+        response: The model's text. Thinking may come first, once, from `<think>` to `</think>`.
+        answer: Not looked at.
+    """
+    tags = response.count(THINK_START), response.count(THINK_END)
+    thinking_is_well_formed = tags == (0, 0) or (tags == (1, 1) and response.lstrip().startswith(THINK_START))
+    text = after_thinking(response)
+    return float(thinking_is_well_formed and len(BOX.findall(text)) == 1 and bool(last_boxed(text)))
+
+
+def length_penalty(response: str, answer: str, free_characters: int, max_characters: int) -> float:
+    """0 up to `free_characters`, then falling linearly to -1 at `max_characters` and beyond.
+
+    A verifier sees text, so lengths are in characters. DAPO's overlong reward shaping counts tokens and is no
+    part of the verifier.
+
+    Args:
+        response: The model's text, thinking included.
+        answer: Not looked at.
+        free_characters: Length without penalty.
+        max_characters: Length of the full penalty.
+
+    Raises:
+        ValueError: The second length is not above the first.
+    """
+    if max_characters <= free_characters:
+        raise ValueError(f"max_characters = {max_characters} must be above free_characters = {free_characters}")
+    over = len(response) - free_characters
+    return -min(1.0, max(0.0, over / (max_characters - free_characters)))

@@ -1,0 +1,50 @@
+r"""A short answer in words, as BIG-Bench Hard has them: what follows the last "the answer is", up to the line's end.
+
+The form is that of BIG-Bench Hard's chain-of-thought prompts (arXiv 2210.09261). Departures: a box counts where there
+is no statement, case and surrounding quotes do not matter, `(B)` may be written `B` or with the text of the choice,
+and separators in lists of words do not matter.
+"""
+
+import re
+
+from megatron_dsrl.rewards.boxed import last_boxed
+from megatron_dsrl.rewards.multiple_choice import letter
+from megatron_dsrl.rewards.response import after_thinking
+
+STATEMENT = re.compile(r"answer is:?[ \t]*", re.IGNORECASE)
+CHOICE = re.compile(r"\([A-Z]\)")
+EMPHASIS = re.compile(r"\*\*|(?<!\w)[\"'`]|[\"'`](?!\w)|\$")
+
+
+def short_answer(response: str, answer: str) -> float:
+    """1.0 when the stated answer is the gold answer, else 0.0.
+
+    Args:
+        response: The model's text.
+        answer: The gold answer.
+    """
+    given = stated_answer(response)
+    if given is None:
+        return 0.0
+    if CHOICE.fullmatch(answer.strip()):
+        return float(letter(given) == answer.strip()[1])
+    return float(_plain(given) == _plain(answer))
+
+
+def stated_answer(response: str) -> str | None:
+    """What the last statement says, else the content of the last box; None without either."""
+    text = after_thinking(response)
+    statements = list(STATEMENT.finditer(text))
+    stated = text[statements[-1].end() :].partition("\n")[0].strip() if statements else last_boxed(text)
+    if stated is None:
+        return None
+    if "\\boxed" in stated:
+        stated = last_boxed(stated)
+    return stated or None
+
+
+def _plain(answer: str) -> str:
+    """Lower case, single spaces, no quotes or emphasis, no separators between words, no final full stop."""
+    words = EMPHASIS.sub("", answer).replace(",", " ").lower().split()
+    text = " ".join(words)
+    return text[:-1].rstrip() if text.endswith(".") else text

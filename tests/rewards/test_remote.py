@@ -1,0 +1,85 @@
+"""The remote reward against a real HTTP server that fails in all the usual ways."""
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from megatron_dsrl.config.data import RewardConfig
+from megatron_dsrl.errors import UserError
+from megatron_dsrl.rewards.pool import Judgement, RewardPool
+from megatron_dsrl.rewards.remote import remote
+
+
+class Judge(BaseHTTPRequestHandler):
+    """Rewards the length of the response; the path says how it misbehaves before."""
+
+    tries: dict[str, int] = {}
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        number = self.tries[self.path] = self.tries.get(self.path, 0) + 1
+        if self.path == "/hangs":
+            time.sleep(1.0)
+        status = {"/refuses": 403, "/down": 503}.get(self.path, 503 if self.path == "/busy" and number == 1 else 200)
+        answers = {"/text": b"good", "/nan": b'{"reward": NaN}', "/other": b'{"score": 0.25}'}
+        body = answers.get(self.path, json.dumps({"reward": len(asked["response"]) + len(asked["answer"])}).encode())
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture(scope="module")
+def address():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_reward_and_retry(address):
+    assert remote("abc", "de", f"{address}/") == 5.0
+    assert remote("abc", "de", f"{address}/busy") == 5.0
+    assert Judge.tries["/busy"] == 2
+    assert remote("abc", "de", f"{address}/other", field="score") == 0.25
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/down", "in 2 tries; the last one ended with status 503"),
+        ("/refuses", "in 1 tries; the last one ended with status 403"),
+        ("/hangs", "in 2 tries; the last one ended with Timeout"),
+        ("/text", "answered without a number in `reward`"),
+    ],
+)
+def test_failures(address, path, message):
+    with pytest.raises(RuntimeError, match=message):
+        remote("abc", "de", f"{address}{path}", try_timeout_seconds=0.3, retries=1)
+
+
+def test_a_dead_server_and_a_reward_that_is_no_number_are_counted(address):
+    for path in ("http://127.0.0.1:9/", f"{address}/nan"):
+        config = RewardConfig(function="remote", options={"url": path, "retries": 0}, workers=1)
+        with RewardPool(config) as pool:
+            assert pool.submit("abc", "de").result(timeout=30) == Judgement(0.0, "error")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "missing a required argument: 'url'"),
+        ({"url": "ftp://x"}, "expected http://host:port/path, given 'ftp://x'"),
+        ({"url": "http://x", "retries": "2"}, "reward.options.retries: remote needs a int, given '2'"),
+        ({"url": "http://x", "timeout": 2}, "got an unexpected keyword argument 'timeout'"),
+    ],
+)
+def test_options_are_checked_before_anything_starts(options, message):
+    with pytest.raises(UserError, match=message):
+        RewardPool(RewardConfig(function="remote", options=options))
