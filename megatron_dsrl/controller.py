@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from megatron_dsrl.actor.statistics import UpdateMetrics
 from megatron_dsrl.algorithms.experience import Response
-from megatron_dsrl.config.phase import PhaseConfig, PreTrainSpaceConfig
+from megatron_dsrl.algorithms.mismatch import MISMATCH_MAXIMA, MISMATCH_MEANS
+from megatron_dsrl.config.phase import MAIN_OBJECTIVE, PhaseConfig, PreTrainSpaceConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.evaluation.evaluator import Evaluator
@@ -103,26 +104,41 @@ class Controller:
 def responses_of(groups: Sequence[Group]) -> list[Response]:
     """Groups as the algorithms take them."""
     return [
-        Response(group.prompt.token_ids, sample.response_ids, sample.log_probs, sample.reward, number)
+        Response(
+            prompt_ids=group.prompt.token_ids,
+            response_ids=sample.response_ids,
+            engine_log_probs=sample.log_probs,
+            reward=sample.reward,
+            group=number,
+            truncated=sample.finish_reason == "length",
+        )
         for number, group in enumerate(groups)
         for sample in group.samples
     ]
 
 
 def update_metrics(update: UpdateMetrics | None, phase: PhaseConfig) -> dict[str, float]:
-    """The `policy/*`, `mismatch/*` and `pre_train/*` part of a step record.
+    """The `policy/*`, `mismatch/*` and `pre_train/*` part of a step record, and `<name>/*` of additional objectives.
 
-    The log-prob gap compares trainer and engine only where both condition on the prompt. In the pre-train space it is
-    the gap between log P(y) and log P(y|x), and is called so.
+    The mismatch compares trainer and engine only where both condition on the prompt. In the pre-train space the gap is
+    the one between log P(y) and log P(y|x), and is called so; the other mismatch metrics mean nothing there.
     """
     if update is None:  # the filter dropped every sample, and no step was taken
         return {"policy/kept_samples": 0, "policy/kept_tokens": 0}
     metrics = update.flat()
-    metrics |= {f"policy/{name}": metrics.pop(name) for name in ("loss", "grad_norm", "learning_rate")}
-    mean_gap, max_gap = metrics.pop("policy/mean_log_prob_gap"), metrics.pop("policy/max_log_prob_gap")
-    if isinstance(phase.space, PreTrainSpaceConfig):
-        return metrics | {"pre_train/mean_log_prob_gap": mean_gap}
-    return metrics | {"mismatch/mean_log_prob_gap": mean_gap, "mismatch/max_log_prob_gap": max_gap}
+    metrics |= {f"policy/{name}": metrics.pop(name) for name in ("grad_norm", "learning_rate")}
+    total_loss = metrics.pop("loss")
+    if phase.additional_objectives:
+        metrics["policy/total_loss"] = total_loss
+    for name, objective in phase.objectives.items():
+        prefix = "" if name == MAIN_OBJECTIVE else f"{name}/"
+        mismatch = {key: metrics.pop(f"{name}/{key}", None) for key in (*MISMATCH_MEANS, *MISMATCH_MAXIMA)}
+        if isinstance(objective.space, PreTrainSpaceConfig):
+            mismatch, prefix = {"mean_log_prob_gap": mismatch["mean_log_prob_gap"]}, f"{prefix}pre_train/"
+        else:
+            prefix = f"{prefix}mismatch/"
+        metrics |= {f"{prefix}{key}": value for key, value in mismatch.items() if value is not None}
+    return metrics
 
 
 def memory_metrics() -> dict[str, float]:

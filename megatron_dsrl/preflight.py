@@ -1,4 +1,4 @@
-"""Everything about a run that can be checked in a second, before torch, Megatron or SGLang are even imported."""
+"""Everything about a run that can be checked in a second, before Megatron or SGLang are even imported."""
 
 from pathlib import Path
 

@@ -7,6 +7,7 @@ A run that is started again continues from its newest checkpoint and does exactl
 interruption.
 """
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +17,14 @@ import torch.distributed as dist
 
 from megatron_dsrl.actor.actor import Actor
 from megatron_dsrl.actor.build import build_actor
-from megatron_dsrl.algorithms.experience import Experience, build_experience, with_advantages
-from megatron_dsrl.algorithms.losses import make_policy_loss
-from megatron_dsrl.algorithms.objective import Objective
+from megatron_dsrl.algorithms.experience import Experience, build_experience
+from megatron_dsrl.algorithms.objective import objectives_of
 from megatron_dsrl.algorithms.schedule import Schedule
 from megatron_dsrl.checkpoint.compatibility import check_same_model, check_same_optimizer
 from megatron_dsrl.checkpoint.state import RunState, current_layout
 from megatron_dsrl.checkpoint.store import Checkpoint, CheckpointStore
 from megatron_dsrl.collective import broadcast, gather
-from megatron_dsrl.config.phase import PhaseConfig, PreTrainSpaceConfig
+from megatron_dsrl.config.phase import PhaseConfig, PostTrainSpaceConfig, PreTrainSpaceConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.controller import Controller, responses_of
 from megatron_dsrl.data.sampler import PromptSampler, SamplerState
@@ -108,16 +108,14 @@ def run_steps(run: TrainingRun) -> None:
         with timer.part("generate"):
             groups = sample(run, step)
         with timer.part("train"):
-            experience = share_experience(run, groups, phase)
-            if experience is None:
+            experiences = share_experiences(run, groups, phase)
+            if experiences is None:
                 stop_as_asked(run, step - 1, sampler_before)
             run.checkpoints.poll()
             run.rollout.release_memory()
-            objective = Objective(
-                with_advantages(experience, phase), make_policy_loss(phase.loss), phase.coefficient
-            )
+            objectives = objectives_of(phase, experiences, run.config.rollout.max_response_tokens)
             update = run.actor.update(
-                [objective], run.config.actor.mini_batches_per_rollout, run.config.actor.epochs_per_rollout
+                objectives, run.config.actor.mini_batches_per_rollout, run.config.actor.epochs_per_rollout
             )
         with timer.part("push_weights"):
             push_weights(run, version=step + 1)
@@ -195,14 +193,20 @@ def sample(run: TrainingRun, step: int) -> list[Group] | None:
         return None
 
 
-def share_experience(run: TrainingRun, groups: list[Group] | None, phase: PhaseConfig) -> Experience | None:
-    """Rank 0's groups in the space of the phase, on every rank; None if the run was asked to stop."""
-    experience: Experience | None = None
-    if groups is not None:
-        in_pre_train_space = isinstance(phase.space, PreTrainSpaceConfig)
-        bos_ids = bos_token_ids(run.inputs.tokenizer, phase.space.bos) if in_pre_train_space else ()
-        experience = build_experience(responses_of(groups), phase.space, bos_ids)
-    return broadcast(experience)
+def share_experiences(run: TrainingRun, groups: list[Group] | None, phase: PhaseConfig) -> list[Experience] | None:
+    """Rank 0's groups in the space of each objective, on every rank; None if the run was asked to stop."""
+    responses = broadcast(None if groups is None else responses_of(groups))
+    if responses is None:
+        return None
+    return [
+        build_experience(responses, objective.space, bos_ids_of(run, objective.space))
+        for objective in phase.objectives.values()
+    ]
+
+
+def bos_ids_of(run: TrainingRun, space: PostTrainSpaceConfig | PreTrainSpaceConfig) -> Sequence[int]:
+    """Token ids of what stands in for the prompt; none in the post-train space."""
+    return bos_token_ids(run.inputs.tokenizer, space.bos) if isinstance(space, PreTrainSpaceConfig) else ()
 
 
 def push_weights(run: TrainingRun, version: int) -> None:

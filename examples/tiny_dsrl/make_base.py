@@ -37,6 +37,7 @@ from examples.tiny_dsrl.arithmetic import (
 )
 from examples.tiny_dsrl.tokenizer import VOCAB_SIZE, build_tokenizer
 from megatron_dsrl.actor.build import build_actor
+from megatron_dsrl.algorithms.advantages import GroupMean
 from megatron_dsrl.algorithms.experience import Experience
 from megatron_dsrl.algorithms.losses import supervised_loss
 from megatron_dsrl.algorithms.objective import Objective
@@ -44,7 +45,7 @@ from megatron_dsrl.algorithms.spaces import ScoredSequence, in_post_train_space,
 from megatron_dsrl.config.actor import ActorConfig, OptimizerConfig
 from megatron_dsrl.config.data import PromptSetConfig
 from megatron_dsrl.config.model import ModelConfig
-from megatron_dsrl.config.phase import GroupMeanAdvantageConfig, PhaseConfig, PostTrainSpaceConfig
+from megatron_dsrl.config.phase import PhaseConfig, PostTrainSpaceConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.data.prompts import render
 from megatron_dsrl.data.tokenizer import bos_token_ids, load_tokenizer
@@ -185,7 +186,7 @@ def training_config(model: Path, settings: Settings) -> RunConfig:
             learning_rate=settings.learning_rate, warmup_steps=20, decay="linear", betas=(0.9, 0.98)
         ),
         data=PromptSetConfig(source="unused"),
-        phases=[PhaseConfig(name="unused", space=PostTrainSpaceConfig(), advantage=GroupMeanAdvantageConfig())],
+        phases=[PhaseConfig(name="unused", space=PostTrainSpaceConfig(), advantage=GroupMean())],
     )
 
 
@@ -223,6 +224,7 @@ def as_experience(documents: list[ScoredSequence]) -> Experience:
         groups=torch.arange(len(documents)),
         engine_log_probs=nothing,
         prompt_in_context=True,
+        truncated=torch.zeros(len(documents), dtype=torch.bool),
         advantages=nothing,
     )
 

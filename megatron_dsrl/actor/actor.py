@@ -15,7 +15,7 @@ from megatron_dsrl.actor.statistics import ObjectiveMetrics, TokenStatistics, Up
 from megatron_dsrl.actor.trainable_model import TrainableModel, require_finite
 from megatron_dsrl.algorithms.experience import Experience, PerToken, concatenate_tokens
 from megatron_dsrl.algorithms.losses import ScoredTokens
-from megatron_dsrl.algorithms.mismatch import log_prob_gap
+from megatron_dsrl.algorithms.mismatch import mismatch_metrics
 from megatron_dsrl.algorithms.objective import Objective
 from megatron_dsrl.platform.checkpoint_writer import CheckpointWrite
 from megatron_dsrl.weights.export import export_hf_folder
@@ -144,9 +144,9 @@ class Actor:
             )
             result = objective.loss(tokens)
             loss = (result.losses * tokens_of(weights)).sum()
-            gap = log_prob_gap(tokens.old_log_probs, tokens.engine_log_probs)
-            means = {"entropy": entropy, "mean_log_prob_gap": gap, **result.metrics}
-            return loss, (objective.name, TokenStatistics.of_tokens(loss, means, {"max_log_prob_gap": gap}))
+            means, maxima = mismatch_metrics(tokens.old_log_probs, tokens.engine_log_probs)
+            means |= {"entropy": entropy, **result.metrics}
+            return loss, (objective.name, TokenStatistics.of_tokens(loss, means, maxima))
 
         return MicroBatch(row, score)
 

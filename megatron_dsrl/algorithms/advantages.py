@@ -1,13 +1,122 @@
-"""Advantages of a sample relative to the other samples of its prompt.
+"""The built-in advantages.
 
 All functions take the rewards of the whole rollout batch and the group of each, so that groups of unequal size
 (failed samples) need no reshaping.
 """
 
+from typing import ClassVar, Literal
+
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from megatron_dsrl.config.phase import GroupMeanAdvantageConfig, GroupStandardisedAdvantageConfig
+from megatron_dsrl.algorithms.advantage import AdvantageEstimate, AdvantageOptions, expand_to_tokens
+from megatron_dsrl.algorithms.experience import Experience, PerToken
+from megatron_dsrl.algorithms.gae import whiten
+from megatron_dsrl.config.phase import ADVANTAGES
+
+
+@ADVANTAGES.register
+class RawReward(AdvantageOptions):
+    """A = r: REINFORCE without a baseline."""
+
+    name: Literal["raw_reward"] = "raw_reward"
+
+    def estimate(self, experience: Experience) -> AdvantageEstimate:
+        return AdvantageEstimate.of_samples(experience.sample_rewards, experience)
+
+
+@ADVANTAGES.register
+class Fixed(AdvantageOptions):
+    """One weight for every right sample, one for every wrong one, all-right and all-wrong groups included (NSR, PSR and
+    W-REINFORCE of arXiv 2506.01347). W-REINFORCE has `positive: 0.1`."""
+
+    name: Literal["fixed"] = "fixed"
+
+    positive: float = 1.0
+    """Advantage of a right sample: lambda of W-REINFORCE."""
+
+    negative: float = -1.0
+    """Advantage of a wrong sample."""
+
+    right_above: float = 0.5
+    """A sample is right if its reward is greater than this."""
+
+    def estimate(self, experience: Experience) -> AdvantageEstimate:
+        right = experience.rewards > self.right_above
+        return AdvantageEstimate.of_samples(torch.where(right, self.positive, self.negative), experience)
+
+
+@ADVANTAGES.register
+class GroupMean(AdvantageOptions):
+    """A = r - mean of the group: GRPO without the division (Dr.GRPO, arXiv 2503.20783), and DSRL's warm-up."""
+
+    name: Literal["group_mean"] = "group_mean"
+    compares_samples: ClassVar[bool] = True
+
+    def estimate(self, experience: Experience) -> AdvantageEstimate:
+        advantages = group_mean_advantage(experience.sample_rewards, experience.groups)
+        return AdvantageEstimate.of_samples(advantages, experience)
+
+
+@ADVANTAGES.register
+class GroupStandardised(AdvantageOptions):
+    """A = (r - mean) / (std + eps), the unbiased standard deviation of the group (GRPO)."""
+
+    name: Literal["group_standardised"] = "group_standardised"
+    compares_samples: ClassVar[bool] = True
+
+    eps: float = Field(default=1e-6, gt=0)
+    """Added to the standard deviation."""
+
+    def estimate(self, experience: Experience) -> AdvantageEstimate:
+        advantages = group_standardised_advantage(experience.sample_rewards, experience.groups, self.eps)
+        return AdvantageEstimate.of_samples(advantages, experience)
+
+
+@ADVANTAGES.register
+class LeaveOneOut(AdvantageOptions):
+    """A = r - mean of the other samples of the group (RLOO, arXiv 2402.14740)."""
+
+    name: Literal["leave_one_out"] = "leave_one_out"
+    compares_samples: ClassVar[bool] = True
+
+    def estimate(self, experience: Experience) -> AdvantageEstimate:
+        advantages = leave_one_out_advantage(experience.sample_rewards, experience.groups)
+        return AdvantageEstimate.of_samples(advantages, experience)
+
+
+@ADVANTAGES.register
+class ReinforcePlusPlus(AdvantageOptions):
+    """REINFORCE++ (arXiv 2501.03262): the reward still to come at each token, without discount, standardised over the
+    tokens of the whole batch. A KL penalty in the reward (`kl.reward_coefficient`) is its usual companion."""
+
+    name: Literal["reinforce_pp"] = "reinforce_pp"
+
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the variance."""
+
+    def estimate(self, experience: Experience) -> AdvantageEstimate:
+        return AdvantageEstimate(whiten(rewards_to_go(experience.token_rewards), self.eps))
+
+
+@ADVANTAGES.register
+class ReinforcePlusPlusBaseline(AdvantageOptions):
+    """The baseline form of REINFORCE++: the group's mean is taken off the reward, then as REINFORCE++.
+
+    Standardising over the batch takes off the mean over all tokens once more, so that a sample of a uniform group has a
+    small advantage, not none.
+    """
+
+    name: Literal["reinforce_pp_baseline"] = "reinforce_pp_baseline"
+    compares_samples: ClassVar[bool] = True
+
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the variance."""
+
+    def estimate(self, experience: Experience) -> AdvantageEstimate:
+        centred = group_mean_advantage(experience.sample_rewards, experience.groups)
+        return AdvantageEstimate(whiten(expand_to_tokens(centred, experience.num_scored), self.eps))
 
 
 def group_mean_advantage(rewards: Tensor, groups: Tensor) -> Tensor:
@@ -43,20 +152,30 @@ def group_standardised_advantage(rewards: Tensor, groups: Tensor, eps: float = 1
     return centred / (deviations[groups] + eps)
 
 
+def leave_one_out_advantage(rewards: Tensor, groups: Tensor) -> Tensor:
+    """A = r - mean of the *other* samples of the group (RLOO, arXiv 2402.14740): G / (G - 1) times `group_mean`.
+
+    A group of one sample has nothing to compare with and gets A = 0.
+
+    Args:
+        rewards: [num_samples] float.
+        groups: [num_samples] int64, the group of each sample, numbered from 0.
+
+    Returns:
+        [num_samples], dtype of `rewards`. Exactly 0 in groups whose rewards are all equal.
+    """
+    sizes = torch.bincount(groups).to(rewards.dtype)
+    return group_mean_advantage(rewards, groups) * (sizes / (sizes - 1).clamp(min=1))[groups]
+
+
+def rewards_to_go(token_rewards: PerToken) -> PerToken:
+    """Sum of the rewards from each token to the end of its sequence, without discount."""
+    return tuple(rewards.flip(0).cumsum(0).flip(0) for rewards in token_rewards)
+
+
 def _group_means(rewards: Tensor, groups: Tensor) -> Tensor:
     """[num_groups] mean reward; exact for groups of equal rewards, whose A must be 0 and not a rounding error."""
     sizes = torch.bincount(groups).to(rewards.dtype)
     first = torch.zeros_like(sizes)
     first[groups.flip(0)] = rewards.flip(0)
     return first + torch.zeros_like(sizes).index_add_(0, groups, rewards - first[groups]) / sizes
-
-
-def compute_advantages(
-    rewards: Tensor, groups: Tensor, config: GroupMeanAdvantageConfig | GroupStandardisedAdvantageConfig
-) -> Tensor:
-    """Advantages of a rollout batch as the phase's configuration says; shapes as above."""
-    match config:
-        case GroupMeanAdvantageConfig():
-            return group_mean_advantage(rewards, groups)
-        case GroupStandardisedAdvantageConfig():
-            return group_standardised_advantage(rewards, groups, config.eps)

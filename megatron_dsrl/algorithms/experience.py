@@ -1,8 +1,8 @@
 """From judged responses to what a model trains on: sequences in a space, then advantages, then the sample filter.
 
 `build_experience` puts every sample of a rollout batch into a space. Passes of a model may then add what an algorithm
-needs of it (old or reference log-probs, values). `with_advantages` turns rewards into advantages per token and drops
-the samples that the filter does not keep.
+needs of it (old or reference log-probs, values; `passes.py` says which). `with_advantages` turns rewards into
+advantages per token and drops the samples that the filter does not keep.
 """
 
 from collections.abc import Sequence
@@ -11,10 +11,9 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from megatron_dsrl.algorithms.advantages import compute_advantages
-from megatron_dsrl.algorithms.filters import keep_samples
+from megatron_dsrl.algorithms.divergence import kl_estimate
 from megatron_dsrl.algorithms.spaces import ScoredSequence, in_post_train_space, in_pre_train_space
-from megatron_dsrl.config.phase import PhaseConfig, PostTrainSpaceConfig, PreTrainSpaceConfig
+from megatron_dsrl.config.phase import KLConfig, ObjectiveConfig, PostTrainSpaceConfig, PreTrainSpaceConfig
 
 PerToken = tuple[Tensor, ...]
 """Per sequence [num_scored] float32 on the CPU, aligned with its scored tokens."""
@@ -31,6 +30,8 @@ class Response:
     reward: float
     group: int
     """Number of the prompt within the rollout batch, from 0."""
+    truncated: bool = False
+    """It reached the length limit."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Experience:
     """Of the policy that sampled, given the full prompt."""
     prompt_in_context: bool
     """Whether scored tokens are conditioned on the prompt, as the engine's were (post-train space)."""
+    truncated: Tensor
+    """[num_sequences] bool: the response reached the length limit."""
     old_log_probs: PerToken | None = None
     """Under the policy before the update, on the same scored sequence. None where the update is strictly on-policy: the
     old log-prob is then the current one without gradient, and the ratio is 1."""
@@ -53,6 +56,8 @@ class Experience:
     """Under the reference policy, on the same scored sequence."""
     values: PerToken | None = None
     """Of a critic, before each scored token."""
+    penalties: PerToken | None = None
+    """What is taken off the reward at each scored token: the KL penalty."""
     advantages: PerToken | None = None
     returns: PerToken | None = None
     """What a critic should have said."""
@@ -64,6 +69,28 @@ class Experience:
     def num_scored(self) -> list[int]:
         """Scored tokens of every sequence."""
         return [sequence.num_scored for sequence in self.sequences]
+
+    @property
+    def sample_rewards(self) -> Tensor:
+        """[num_sequences] float32: what each sample is worth in all, penalties of its tokens taken off."""
+        if self.penalties is None:
+            return self.rewards
+        return self.rewards - _sums(self.penalties)
+
+    @property
+    def token_rewards(self) -> PerToken:
+        """The reward at each scored token: the sample's at its last one, penalties taken off at each."""
+        penalties = self.penalties or tuple(torch.zeros(count) for count in self.num_scored)
+        rewards = tuple(-penalty for penalty in penalties)
+        for of_tokens, of_sample in zip(rewards, self.rewards):
+            of_tokens[-1:] += of_sample
+        return rewards
+
+    @property
+    def sample_advantages(self) -> Tensor:
+        """[num_sequences] float32: the sum over each sample's tokens."""
+        assert self.advantages is not None, "with_advantages comes first"
+        return _sums(self.advantages)
 
     def select(self, indices: Sequence[int]) -> "Experience":
         """The named sequences, in that order."""
@@ -116,19 +143,42 @@ def build_experience(
         groups=torch.tensor([response.group for response in responses], dtype=torch.int64),
         engine_log_probs=tuple(map(_scored_log_probs, responses, sequences)),
         prompt_in_context=not in_pre_train,
+        truncated=torch.tensor([response.truncated for response in responses], dtype=torch.bool),
     )
 
 
-def with_advantages(experience: Experience, phase: PhaseConfig) -> Experience:
-    """Advantages over all samples, then only the samples that the filter keeps and that have a token to score.
+def with_advantages(experience: Experience, objective: ObjectiveConfig) -> Experience:
+    """Advantages over all samples, then only the samples that stay and that have a token to score.
 
-    A sample that the filter drops has a zero token mask, so it adds nothing to the loss or to its denominator; it is
-    left out here instead of being computed and multiplied by zero.
+    A sample that is dropped has a zero token mask, so it adds nothing to the loss or to its denominator; it is left out
+    here instead of being computed and multiplied by zero.
+
+    Args:
+        experience: a whole rollout batch, with the results of the passes that `required_passes` names.
+        objective: what is updated.
     """
-    advantages = compute_advantages(experience.rewards, experience.groups, phase.advantage)
-    keep = keep_samples(advantages, phase.filter) & (torch.tensor(experience.num_scored) > 0)
-    per_token = tuple(a.expand(count) for a, count in zip(advantages, experience.num_scored))
-    return replace(experience, advantages=per_token).select(keep.nonzero().flatten().tolist())
+    if objective.kl is not None and objective.kl.reward_coefficient > 0:
+        experience = replace(experience, penalties=kl_penalties(experience, objective.kl))
+    estimate = objective.advantage.estimate(experience)
+    experience = replace(experience, advantages=estimate.advantages, returns=estimate.returns)
+    keep = objective.filter.keep(experience) & (torch.tensor(experience.num_scored) > 0)
+    if objective.drop_truncated:
+        keep &= ~experience.truncated
+    return experience.select(keep.nonzero().flatten().tolist())
+
+
+def kl_penalties(experience: Experience, config: KLConfig) -> PerToken:
+    """The KL divergence from the reference at each token, estimated before the update and times its coefficient."""
+    assert experience.old_log_probs is not None and experience.reference_log_probs is not None, "see required_passes"
+    return tuple(
+        config.reward_coefficient * kl_estimate(old, reference, config.reward_estimator)
+        for old, reference in zip(experience.old_log_probs, experience.reference_log_probs)
+    )
+
+
+def _sums(values: PerToken) -> Tensor:
+    """[num_sequences] float32: the sum over each sequence's tokens."""
+    return torch.tensor([value.sum().item() for value in values], dtype=torch.float32)
 
 
 def _scored_log_probs(response: Response, sequence: ScoredSequence) -> Tensor:

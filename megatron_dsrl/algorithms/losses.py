@@ -1,19 +1,23 @@
-"""Losses per scored token, and how tokens are weighed into one number.
+"""Policy losses per scored token.
 
-A loss is a function of the log-probs of the scored tokens; it knows nothing of batches. `token_mean_weights` turns the
-global batch into one weight per sequence, so that micro-batches, packing and data parallelism only ever add up
-`weight * loss` and cannot change the result. (The authors' released configuration averages per micro-batch, where
-they do; this project departs from it on purpose.)
+A loss is a function of the log-probs of the scored tokens; it knows nothing of batches. How tokens are weighed into one
+number is said in `aggregations.py`.
 """
 
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from megatron_dsrl.config.phase import DualClipLossConfig
+from megatron_dsrl.config.phase import LOSSES
+from megatron_dsrl.config.registry import Options
+
+_LARGEST_LOG_RATIO = 20.0
+"""Nat; ratios stay finite."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,20 @@ class ScoredTokens:
     num_scored: tuple[int, ...]
     """Tokens of each sequence; they sum to num_tokens."""
 
+    def mean_of_sequences(self, values: Tensor) -> Tensor:
+        """[num_tokens]: for every token the mean of [num_tokens] values over its sequence."""
+        return self._over_sequences(values, divide_by_length=True)
+
+    def sum_of_sequences(self, values: Tensor) -> Tensor:
+        """[num_tokens]: for every token the sum of [num_tokens] values over its sequence."""
+        return self._over_sequences(values, divide_by_length=False)
+
+    def _over_sequences(self, values: Tensor, divide_by_length: bool) -> Tensor:
+        lengths = torch.tensor(self.num_scored, device=values.device)
+        sequences = torch.arange(len(self.num_scored), device=values.device).repeat_interleave(lengths)
+        totals = values.new_zeros(len(self.num_scored)).index_add(0, sequences, values)
+        return (totals / lengths.clamp(min=1) if divide_by_length else totals)[sequences]
+
 
 @dataclass(frozen=True)
 class TokenLosses:
@@ -49,21 +67,97 @@ class TokenLosses:
 PolicyLoss = Callable[[ScoredTokens], TokenLosses]
 
 
-def dual_clip_loss(tokens: ScoredTokens, config: DualClipLossConfig) -> TokenLosses:
-    """PPO's clipped surrogate (arXiv 1707.06347) with the dual clip (arXiv 1912.09729).
+class LossOptions(Options):
+    """Base of policy losses: the fields are the options, `of_tokens` computes."""
 
-    rho = exp(clamp(lp - lp_old, -20, 20)); l = max(-A rho, -A clip(rho, 1 - low, 1 + high));
-    where A < 0 also l = min(l, -A c). The metric `clip_fraction` marks tokens whose gradient a clip has cut.
+    @abstractmethod
+    def of_tokens(self, tokens: ScoredTokens) -> TokenLosses:
+        """The loss of every token."""
+
+
+@LOSSES.register
+class DualClip(LossOptions):
+    """PPO's clipped surrogate with the dual clip for negative advantages."""
+
+    name: Literal["dual_clip"] = "dual_clip"
+
+    clip_low: float = Field(default=0.2, ge=0, lt=1)
+    """The ratio is clipped below at 1 - clip_low."""
+
+    clip_high: float = Field(default=0.2, ge=0)
+    """The ratio is clipped above at 1 + clip_high."""
+
+    dual_clip: float | None = Field(default=10.0, gt=1)
+    """c: for A < 0 the loss of a token is at most -A c; null turns the dual clip off."""
+
+    def of_tokens(self, tokens: ScoredTokens) -> TokenLosses:
+        ratio = probability_ratio(tokens.log_probs - tokens.old_log_probs)
+        losses, cut = clipped_surrogate(ratio, tokens.advantages, self.clip_low, self.clip_high, self.dual_clip)
+        return TokenLosses(losses, {"clip_fraction": cut})
+
+
+@LOSSES.register
+class PolicyGradient(LossOptions):
+    """REINFORCE: l = -A log pi. No ratio and no clip, so it is for one optimizer step per rollout batch."""
+
+    name: Literal["policy_gradient"] = "policy_gradient"
+
+    def of_tokens(self, tokens: ScoredTokens) -> TokenLosses:
+        return TokenLosses(-tokens.advantages * tokens.log_probs)
+
+
+@LOSSES.register
+class GSPO(LossOptions):
+    """Group sequence policy optimization (arXiv 2507.18071): one ratio per sequence, the geometric mean of its tokens'.
+
+    Belongs with `aggregation: sequence_mean`, under which it is the paper's equation 5. The paper's clip is as narrow
+    as these defaults because the ratio of a sequence moves much less than those of tokens.
     """
-    advantages = tokens.advantages
-    ratio = torch.exp((tokens.log_probs - tokens.old_log_probs).clamp(-20.0, 20.0))
-    unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1.0 - config.clip_low, 1.0 + config.clip_high)
-    losses = torch.maximum(unclipped, clipped)
-    cut = clipped > unclipped
-    ceiling = -advantages * config.dual_clip
-    over_ceiling = (advantages < 0) & (losses > ceiling)
-    return TokenLosses(torch.where(over_ceiling, ceiling, losses), {"clip_fraction": cut | over_ceiling})
+
+    name: Literal["gspo"] = "gspo"
+
+    clip_low: float = Field(default=3e-4, ge=0, lt=1)
+    """The ratio is clipped below at 1 - clip_low."""
+
+    clip_high: float = Field(default=4e-4, ge=0)
+    """The ratio is clipped above at 1 + clip_high."""
+
+    def of_tokens(self, tokens: ScoredTokens) -> TokenLosses:
+        ratio = sequence_ratio(tokens)
+        losses, cut = clipped_surrogate(ratio, tokens.advantages, self.clip_low, self.clip_high, dual_clip=None)
+        return TokenLosses(losses, {"clip_fraction": cut})
+
+
+@LOSSES.register
+class CISPO(LossOptions):
+    """Clipped importance sampling (arXiv 2506.13585, equations 4 and 5): l = -stop(clip(ratio)) A log pi.
+
+    The weight is clipped and not the update, so no token loses its gradient. The paper leaves the lower bound off and
+    tunes the upper one, whose value it does not give; 5 is what the experiments of arXiv 2510.13786 lie around.
+    """
+
+    name: Literal["cispo"] = "cispo"
+
+    clip_low: float = Field(default=1.0, ge=0, le=1)
+    """The weight is clipped below at 1 - clip_low; 1 is no lower bound."""
+
+    clip_high: float = Field(default=4.0, ge=0)
+    """The weight is clipped above at 1 + clip_high."""
+
+    def of_tokens(self, tokens: ScoredTokens) -> TokenLosses:
+        ratio = probability_ratio(tokens.log_probs.detach() - tokens.old_log_probs)
+        weight = ratio.clamp(1.0 - self.clip_low, 1.0 + self.clip_high)
+        return TokenLosses(-weight * tokens.advantages * tokens.log_probs, {"clip_fraction": weight != ratio})
+
+
+@LOSSES.register
+class Supervised(LossOptions):
+    """Negative log-likelihood whatever the advantages; with `filter: positive`, fine-tuning on the right samples."""
+
+    name: Literal["supervised"] = "supervised"
+
+    def of_tokens(self, tokens: ScoredTokens) -> TokenLosses:
+        return supervised_loss(tokens)
 
 
 def supervised_loss(tokens: ScoredTokens) -> TokenLosses:
@@ -71,19 +165,48 @@ def supervised_loss(tokens: ScoredTokens) -> TokenLosses:
     return TokenLosses(-tokens.log_probs)
 
 
-def make_policy_loss(config: DualClipLossConfig) -> PolicyLoss:
-    """The loss function that a phase's configuration describes."""
-    return partial(dual_clip_loss, config=config)
+def probability_ratio(log_ratio: Tensor) -> Tensor:
+    """exp of a log-ratio of any shape, clamped to +-20 nats so that it stays finite."""
+    return torch.exp(log_ratio.clamp(-_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO))
 
 
-def token_mean_weights(num_scored: Sequence[int]) -> Tensor:
-    """Weight of each sequence's tokens for the token mean over the *global* batch: sum(l) / (number of tokens).
+def sequence_ratio(tokens: ScoredTokens) -> Tensor:
+    """GSPO's ratio of every token's sequence: s = exp(mean over its tokens of (log pi - log pi_old)).
 
-    Args:
-        num_scored: kept scored tokens of every sequence in the optimizer step, over all data-parallel ranks.
+    Its gradient at a token is that of GSPO-token (arXiv 2507.18071, equations 13 and 14), s * grad log pi of that
+    token: equal to the gradient of s where the tokens of a sequence share their advantage and weight, and well-defined
+    where they do not.
 
     Returns:
-        [num_sequences] float32; all tokens of a sequence share its weight.
+        [num_tokens].
     """
-    total = sum(num_scored)
-    return torch.full((len(num_scored),), 1.0 / total if total else 0.0, dtype=torch.float32)
+    ratio = probability_ratio(tokens.mean_of_sequences((tokens.log_probs - tokens.old_log_probs).detach()))
+    return ratio * torch.exp(tokens.log_probs - tokens.log_probs.detach())
+
+
+def clipped_surrogate(
+    ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None
+) -> tuple[Tensor, Tensor]:
+    """PPO's clipped surrogate (arXiv 1707.06347, equation 7) with the dual clip (arXiv 1912.09729, equation 5).
+
+    l = max(-A rho, -A clip(rho, 1 - low, 1 + high)); where A < 0 also l = min(l, -A c).
+
+    Args:
+        ratio: [num_tokens] rho, differentiable.
+        advantages: [num_tokens] A.
+        clip_low: rho is clipped below at 1 - clip_low.
+        clip_high: rho is clipped above at 1 + clip_high.
+        dual_clip: c; None for no dual clip.
+
+    Returns:
+        losses [num_tokens], and [num_tokens] bool: where a clip has cut the gradient.
+    """
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
+    losses = torch.maximum(unclipped, clipped)
+    cut = clipped > unclipped
+    if dual_clip is None:
+        return losses, cut
+    ceiling = -advantages * dual_clip
+    over_ceiling = (advantages < 0) & (losses > ceiling)
+    return torch.where(over_ceiling, ceiling, losses), cut | over_ceiling

@@ -1,14 +1,36 @@
-"""How far the trainer's log-probs are from the engine's, which sampled with what should be the same policy."""
+"""How far the trainer's log-probs are from the engine's, which sampled with what should be the same policy.
 
-import torch
+With the log-ratio d = log pi_trainer - log pi_engine of a token sampled by the engine, KL(engine || trainer) is
+estimated by k1 = -d (unbiased, may be negative) and k3 = exp(d) - 1 - d (unbiased, never negative; J. Schulman,
+"Approximating KL divergence", 2020).
+"""
+
 from torch import Tensor
 
+from megatron_dsrl.algorithms.losses import probability_ratio
 
-def log_prob_gap(trainer_log_probs: Tensor, engine_log_probs: Tensor) -> Tensor:
-    """|trainer - engine| of every token, nat.
+RATIO_BOUNDS = (0.5, 2.0)
+"""A ratio outside of these counts as a tail."""
+
+MISMATCH_MEANS = ("mean_log_prob_gap", "kl_k1", "kl_k3", "ratio_tail_fraction")
+MISMATCH_MAXIMA = ("max_log_prob_gap", "max_ratio")
+
+
+def mismatch_metrics(
+    trainer_log_probs: Tensor, engine_log_probs: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Numbers of every token whose means, and numbers whose maxima, are worth knowing.
 
     Args:
         trainer_log_probs: [num_tokens] float32, under the policy before the update.
         engine_log_probs: [num_tokens] float32.
+
+    Returns:
+        By the names of MISMATCH_MEANS and MISMATCH_MAXIMA, [num_tokens] each: |d| in nats, the KL estimators in nats,
+        whether exp(d) lies outside RATIO_BOUNDS, and exp(d).
     """
-    return (trainer_log_probs.detach() - engine_log_probs).abs().to(torch.float32)
+    log_ratio = trainer_log_probs.detach() - engine_log_probs
+    gap, ratio = log_ratio.abs(), probability_ratio(log_ratio)
+    in_tail = (ratio < RATIO_BOUNDS[0]) | (ratio > RATIO_BOUNDS[1])
+    means = (gap, -log_ratio, ratio - 1.0 - log_ratio, in_tail)
+    return dict(zip(MISMATCH_MEANS, means)), dict(zip(MISMATCH_MAXIMA, (gap, ratio)))

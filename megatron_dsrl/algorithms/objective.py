@@ -1,15 +1,20 @@
 """An objective: experience, the loss of its tokens, how tokens are weighed, and the factor of the whole.
 
-A phase has one, or several whose losses are added up (each over its own denominator).
+A phase has one, or several whose losses are added up (each over its own denominator). `objectives_of` makes them from
+the phase's configuration.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor
 
-from megatron_dsrl.algorithms.experience import Experience
-from megatron_dsrl.algorithms.losses import PolicyLoss, token_mean_weights
+from megatron_dsrl.algorithms.aggregations import token_mean_weights
+from megatron_dsrl.algorithms.divergence import kl_loss
+from megatron_dsrl.algorithms.experience import Experience, with_advantages
+from megatron_dsrl.algorithms.losses import PolicyLoss, ScoredTokens, TokenLosses
+from megatron_dsrl.config.phase import ObjectiveConfig, PhaseConfig
 
 Aggregation = Callable[[Sequence[int]], Tensor]
 """Scored tokens of every sequence of an optimizer step -> [num_sequences] float32, the weight of its tokens."""
@@ -33,3 +38,50 @@ class Objective:
     def mini_batches(self, count: int) -> list["Objective"]:
         """The objective on each of `count` consecutive parts of its experience."""
         return [replace(self, experience=part) for part in self.experience.mini_batches(count)]
+
+
+def objectives_of(
+    phase: PhaseConfig, experiences: Sequence[Experience], max_response_tokens: int
+) -> list[Objective]:
+    """The terms of a phase's loss.
+
+    Args:
+        phase: the phase.
+        experiences: one for each of `phase.objectives`, in that order: the same whole rollout batch in the space of
+            each, with the results of the passes that `required_passes` names.
+        max_response_tokens: `rollout.max_response_tokens`.
+    """
+    return [
+        Objective(
+            experience=with_advantages(experience, objective),
+            loss=partial(token_losses, objective),
+            coefficient=objective.coefficient,
+            aggregation=partial(objective.aggregation.weights, max_response_tokens=max_response_tokens),
+            name=name,
+            needs_entropy_gradient=objective.entropy_coefficient > 0,
+        )
+        for (name, objective), experience in zip(phase.objectives.items(), experiences, strict=True)
+    ]
+
+
+def token_losses(objective: ObjectiveConfig, tokens: ScoredTokens) -> TokenLosses:
+    """Loss of each token: the policy loss with its importance correction, the KL term, and the entropy bonus.
+
+    l = w l_policy + beta KL - alpha H. The correction w is about where policy-gradient samples came from; the KL term
+    and the entropy are taken as they are.
+    """
+    result = objective.loss.of_tokens(tokens)
+    losses, metrics = result.losses, dict(result.metrics)
+    if objective.importance_correction is not None:
+        weights, of_correction = objective.importance_correction.correct(tokens)
+        losses, metrics = losses * weights, metrics | of_correction
+    if objective.kl is not None:
+        assert tokens.reference_log_probs is not None, "the reference pass comes first: see required_passes"
+        divergence = kl_loss(tokens.log_probs, tokens.reference_log_probs, objective.kl.loss_estimator)
+        metrics["reference_kl"] = divergence
+        if objective.kl.loss_coefficient > 0:
+            losses = losses + objective.kl.loss_coefficient * divergence
+    if objective.entropy_coefficient > 0:
+        assert tokens.entropy.requires_grad or not tokens.log_probs.requires_grad, "the entropy carries no gradient"
+        losses = losses - objective.entropy_coefficient * tokens.entropy
+    return TokenLosses(losses, metrics)

@@ -11,7 +11,9 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
+from megatron_dsrl.config.registry import Registry
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.config.section import Section
 from megatron_dsrl.config.yaml_text import KeyPath
@@ -38,8 +40,8 @@ def explain_validation_error(error: ValidationError, data: Any, places: Mapping[
     problems: dict[KeyPath, list[str]] = {}
     hints: dict[KeyPath, str] = {}
     for detail in error.errors(include_url=False):
-        path, owner = _walk(RunConfig, detail["loc"])
-        if detail["type"] == "union_tag_invalid":
+        path, owner = _walk(RunConfig, detail["loc"], data)
+        if detail["type"] in ("union_tag_invalid", "dotted_path") and isinstance(_value_at(data, path), dict):
             path = (*path, "name")
         what, hints[path] = _describe(detail, path, owner)
         if what not in problems.setdefault(path, []):
@@ -51,8 +53,15 @@ def explain_validation_error(error: ValidationError, data: Any, places: Mapping[
 
 
 def _line(path: KeyPath, what: str, hint: str, data: Any, places: Mapping[KeyPath, str]) -> str:
-    given = "" if what.startswith(("unknown key", "missing")) else f", given {_shorten(_value_at(data, path))}"
-    return f"{'.'.join(map(str, path))}: {what}{given}{hint}{in_brackets(path, places)}"
+    return f"{'.'.join(map(str, path))}: {what}{_given(path, what, data)}{hint}{in_brackets(path, places)}"
+
+
+def _given(path: KeyPath, what: str, data: Any) -> str:
+    """The value, where that says something: not for a key as such, and not a whole section."""
+    if what.startswith(("unknown key", "missing")):
+        return ""
+    value = _value_at(data, path)
+    return "" if isinstance(value, dict) and value else f", given {_shorten(value)}"
 
 
 def in_brackets(path: KeyPath, places: Mapping[KeyPath, str]) -> str:
@@ -61,8 +70,11 @@ def in_brackets(path: KeyPath, places: Mapping[KeyPath, str]) -> str:
     return f" ({place})" if place else ""
 
 
-def _walk(root: type[Section], location: tuple[str | int, ...]) -> tuple[KeyPath, type[Section] | None]:
-    """The data path of a pydantic location, and the section class that holds its last key (None inside a dict)."""
+def _walk(root: type[Section], location: tuple[str | int, ...], data: Any) -> tuple[KeyPath, type[Section] | None]:
+    """The data path of a pydantic location, and the section class that holds its last key (None inside a dict).
+
+    `data` decides where a section's class is chosen by name (`config/registry.py`).
+    """
     path: KeyPath = ()
     owner: type[Section] | None = root
     annotation: Any = root
@@ -76,13 +88,24 @@ def _walk(root: type[Section], location: tuple[str | int, ...]) -> tuple[KeyPath
             owner = sections[0]
             path = (*path, part)
             field = owner.model_fields.get(str(part))
-            annotation = field.annotation if field else Any
+            registry = _registry_of(field) if field else None
+            if registry:
+                annotation = registry.options_class(_value_at(data, path))
+            else:
+                annotation = field.annotation if field else Any
         elif containers := [member for member in members if get_origin(member) in (list, tuple, dict)]:
             owner = None if get_origin(containers[0]) is dict else owner
             path = (*path, part)
             annotation = get_args(containers[0])[-1]
         # Otherwise the part names the member of a union of plain types that was tried: no key of the data.
     return path, owner
+
+
+def _registry_of(field: FieldInfo) -> Registry | None:
+    """The registry that a field's value is chosen from."""
+    parts = [field, *get_args(field.annotation)]  # of `Annotated[Options, registry] | None` pydantic leaves the union
+    metadata = [item for part in parts for item in getattr(part, "metadata", getattr(part, "__metadata__", ()))]
+    return next((item for item in metadata if isinstance(item, Registry)), None)
 
 
 def _members(annotation: Any) -> list[Any]:
@@ -113,12 +136,14 @@ def _describe(detail: Mapping[str, Any], path: KeyPath, owner: type[Section] | N
         case "missing":
             return "missing", "; it has no default"
         case "union_tag_invalid":
-            return "unknown name", _suggest(context["tag"], _split_choices(context["expected_tags"]))
+            return "unknown name", _suggest_name(context["tag"], _split_choices(context["expected_tags"]))
         case "union_tag_not_found":
             return "needs a `name` that says which kind it is", ""
         case "literal_error":
             nearest = difflib.get_close_matches(str(detail["input"]), _split_choices(context["expected"]), n=1)
             return f"expected {context['expected']}", f"; did you mean {nearest[0]}?" if nearest else ""
+        case "value_error":
+            return str(context["error"]), ""
         case kind if kind in _TYPE_NAMES:
             return f"expected {_TYPE_NAMES[kind]}", ""
         case _:
@@ -140,6 +165,13 @@ def _suggest_key(name: str, owner: type[Section] | None) -> str:
         return _suggest(name, valid)
     meant = f"; did you mean {' or '.join(elsewhere)}?"
     return meant if owner is RunConfig else f"{_suggest(name, valid)}{meant}"
+
+
+def _suggest_name(name: str, valid: list[str]) -> str:
+    """The nearest valid name, and all of them."""
+    nearest = difflib.get_close_matches(str(name), valid, n=1)
+    meant = f"; did you mean {nearest[0]}?" if nearest else ""
+    return f"{meant}; valid names are {', '.join(valid)}"
 
 
 def _suggest(name: str, valid: list[str]) -> str:

@@ -1,13 +1,28 @@
 """A phase of training as data: which space, advantage, filter and loss hold until which step.
 
-DSRL is two phases in a list: NSR-PreRL, then GRPO.
+DSRL is two phases in a list: NSR-PreRL, then GRPO. What `advantage`, `filter`, `loss`, `aggregation` and
+`importance_correction` can be is registered in `megatron_dsrl/algorithms`; each is a name with options beside it, or
+the dotted path of one's own class (examples/own_algorithm).
 """
 
+from functools import partial
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from megatron_dsrl.config.registry import Options, Registry
 from megatron_dsrl.config.section import Section
+
+ADVANTAGES = Registry("advantage", "estimate", ["megatron_dsrl.algorithms.advantages"])
+FILTERS = Registry("filter", "keep", ["megatron_dsrl.algorithms.filters"])
+LOSSES = Registry("loss", "of_tokens", ["megatron_dsrl.algorithms.losses"])
+AGGREGATIONS = Registry("aggregation", "weights", ["megatron_dsrl.algorithms.aggregations"])
+IMPORTANCE_CORRECTIONS = Registry("importance correction", "correct", ["megatron_dsrl.algorithms.importance"])
+
+KLEstimator = Literal["k1", "k2", "k3"]
+
+MAIN_OBJECTIVE = "policy"
+"""Name of a phase's own objective in metrics."""
 
 
 class PostTrainSpaceConfig(Section):
@@ -26,38 +41,96 @@ class PreTrainSpaceConfig(Section):
     `assistant`: the tokens of `<|im_start|>assistant\\n`."""
 
 
-class GroupMeanAdvantageConfig(Section):
-    """A = r - mean of the group."""
+class KLConfig(Section):
+    """Keep the policy near a reference policy. What the estimators are, and which of them give the gradient of the KL
+    divergence, is said in `algorithms/divergence.py`."""
 
-    name: Literal["group_mean"] = "group_mean"
+    loss_coefficient: float = Field(default=0.0, ge=0)
+    """Factor of the KL estimate of every token, added to the token's loss."""
 
+    loss_estimator: KLEstimator = "k3"
+    """Estimator in the loss; GRPO's is k3."""
 
-class GroupStandardisedAdvantageConfig(Section):
-    """A = (r - mean) / (std + eps), the unbiased standard deviation of the group (GRPO)."""
+    reward_coefficient: float = Field(default=0.0, ge=0)
+    """Factor of the KL estimate of every token, taken off the reward at that token."""
 
-    name: Literal["group_standardised"] = "group_standardised"
+    reward_estimator: KLEstimator = "k1"
+    """Estimator in the reward; PPO's and REINFORCE++'s is k1."""
 
-    eps: float = Field(default=1e-6, gt=0)
-    """Added to the standard deviation."""
-
-
-class DualClipLossConfig(Section):
-    """PPO's clipped surrogate with the dual clip for negative advantages."""
-
-    name: Literal["dual_clip"] = "dual_clip"
-
-    clip_low: float = Field(default=0.2, ge=0, lt=1)
-    """The ratio is clipped below at 1 - clip_low."""
-
-    clip_high: float = Field(default=0.2, ge=0)
-    """The ratio is clipped above at 1 + clip_high."""
-
-    dual_clip: float = Field(default=10.0, gt=1)
-    """c: for A < 0 the loss of a token is at most -A c."""
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> "KLConfig":
+        if self.loss_coefficient == 0 and self.reward_coefficient == 0:
+            raise ValueError("set loss_coefficient or reward_coefficient above 0, or the section to null")
+        return self
 
 
-class PhaseConfig(Section):
-    """One phase."""
+class ObjectiveConfig(Section):
+    """One term of the loss: what is updated, in which direction, and how tokens are weighed."""
+
+    space: Annotated[PostTrainSpaceConfig | PreTrainSpaceConfig, Field(discriminator="name")]
+    """Which log-probability is updated."""
+
+    advantage: Annotated[Options, ADVANTAGES]
+    """How rewards become advantages."""
+
+    filter: Annotated[Options, FILTERS] = Field(default_factory=partial(FILTERS.build, "all"))
+    """Samples that are updated: all, A < 0 (NSR), or A > 0 (PSR). It acts on the token mask and its denominator."""
+
+    drop_truncated: bool = False
+    """Leave responses that reached the length limit out of the update (DAPO's overlong filtering). They still count
+    where advantages compare samples."""
+
+    loss: Annotated[Options, LOSSES] = Field(default_factory=partial(LOSSES.build, "dual_clip"))
+    """Policy loss of a token."""
+
+    aggregation: Annotated[Options, AGGREGATIONS] = Field(default_factory=partial(AGGREGATIONS.build, "token_mean"))
+    """How token losses become one number."""
+
+    coefficient: float = Field(default=1.0, gt=0)
+    """Factor on the loss."""
+
+    importance_correction: Annotated[Options, IMPORTANCE_CORRECTIONS] | None = None
+    """Weigh token losses by the ratio of trainer to engine probabilities, for engines that sample from a slightly
+    different policy than the trainer scores. Post-train space only; null: none."""
+
+    kl: KLConfig | None = None
+    """KL divergence from the reference policy; null: none, and no reference is kept."""
+
+    entropy_coefficient: float = Field(default=0.0, ge=0)
+    """Factor of the entropy of every token's distribution, taken off the token's loss."""
+
+    @model_validator(mode="after")
+    def _compares_like_with_like(self) -> "ObjectiveConfig":
+        if self.importance_correction is not None and isinstance(self.space, PreTrainSpaceConfig):
+            raise ValueError(
+                "importance_correction compares trainer and engine log-probs, but in the pre-train space only the "
+                "engine's are given the prompt; set it to null"
+            )
+        return self
+
+
+class AdditionalObjectiveConfig(ObjectiveConfig):
+    """A further term of a phase's loss, on the same samples."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    """First part of the names of its metrics: small letters, digits and `_`."""
+
+
+class PhaseOptimizerConfig(Section):
+    """What a phase changes about the optimizer."""
+
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Peak learning rate during the phase; null: `optimizer.learning_rate`. Warm-up and decay scale it alike."""
+
+    gradient_clip_norm: float | None = Field(default=None, ge=0)
+    """Gradient clipping during the phase, 0 for none; null: `optimizer.gradient_clip_norm`."""
+
+    reset_state: bool = False
+    """Forget Adam's moments and step count when the phase begins. By default they are kept across phases."""
+
+
+class PhaseConfig(ObjectiveConfig):
+    """One phase: an objective, and until when it holds."""
 
     name: str
     """Shown in logs and plots."""
@@ -65,19 +138,19 @@ class PhaseConfig(Section):
     until_step: int | None = Field(default=None, ge=1)
     """Last step of the phase, inclusive, counted from 1; null (last phase only) is the end of training."""
 
-    space: Annotated[PostTrainSpaceConfig | PreTrainSpaceConfig, Field(discriminator="name")]
-    """Which log-probability is updated."""
+    additional_objectives: list[AdditionalObjectiveConfig] = Field(default_factory=list)
+    """Further terms whose losses are added to the phase's own, each over its own samples and denominator."""
 
-    advantage: Annotated[
-        GroupMeanAdvantageConfig | GroupStandardisedAdvantageConfig, Field(discriminator="name")
-    ]
-    """How rewards become advantages."""
+    optimizer: PhaseOptimizerConfig = Field(default_factory=PhaseOptimizerConfig)
+    """What the phase changes about the optimizer."""
 
-    filter: Literal["all", "negative", "positive"] = "all"
-    """Samples that are updated: all, A < 0 (NSR), or A > 0 (PSR). It acts on the token mask and its denominator."""
+    @property
+    def objectives(self) -> dict[str, ObjectiveConfig]:
+        """All terms of the loss by the first part of the names of their metrics, the phase's own first."""
+        return {MAIN_OBJECTIVE: self, **{objective.name: objective for objective in self.additional_objectives}}
 
-    loss: DualClipLossConfig = Field(default_factory=DualClipLossConfig)
-    """Policy loss."""
-
-    coefficient: float = Field(default=1.0, gt=0)
-    """Factor on the loss."""
+    @model_validator(mode="after")
+    def _names_of_metrics_differ(self) -> "PhaseConfig":
+        if len(self.objectives) != 1 + len(self.additional_objectives):
+            raise ValueError(f"the names of additional_objectives must differ from each other and `{MAIN_OBJECTIVE}`")
+        return self

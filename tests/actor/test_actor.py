@@ -4,6 +4,7 @@ Every layout runs in real processes (gloo). Both spaces go through it, as DSRL's
 """
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +14,14 @@ import torch.nn.functional as F
 from transformers import Qwen3ForCausalLM
 
 from megatron_dsrl.actor.build import build_actor
-from megatron_dsrl.algorithms.experience import Response, build_experience, with_advantages
-from megatron_dsrl.algorithms.losses import PolicyLoss, make_policy_loss, supervised_loss
-from megatron_dsrl.algorithms.objective import Objective
+from megatron_dsrl.algorithms.advantages import GroupMean, GroupStandardised
+from megatron_dsrl.algorithms.experience import Response, build_experience
+from megatron_dsrl.algorithms.losses import PolicyLoss, supervised_loss
+from megatron_dsrl.algorithms.objective import Objective, objectives_of
 from megatron_dsrl.config.actor import ActorConfig, OptimizerConfig
 from megatron_dsrl.config.data import PromptSetConfig
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig
 from megatron_dsrl.config.phase import (
-    GroupMeanAdvantageConfig,
-    GroupStandardisedAdvantageConfig,
     PhaseConfig,
     PostTrainSpaceConfig,
     PreTrainSpaceConfig,
@@ -38,11 +38,11 @@ NSR_PRERL = PhaseConfig(
     name="NSR-PreRL",
     until_step=1,
     space=PreTrainSpaceConfig(),
-    advantage=GroupMeanAdvantageConfig(),
+    advantage=GroupMean(),
     filter="negative",
     coefficient=0.01,
 )
-GRPO = PhaseConfig(name="GRPO", space=PostTrainSpaceConfig(), advantage=GroupStandardisedAdvantageConfig())
+GRPO = PhaseConfig(name="GRPO", space=PostTrainSpaceConfig(), advantage=GroupStandardised())
 OPTIMIZER = OptimizerConfig(
     learning_rate=1e-2,
     eps=1e-2,  # with a tiny epsilon Adam's first step is the sign of the gradient, which rounding can turn
@@ -90,9 +90,10 @@ def responses(prompt_seed: int = 0) -> list[Response]:
 def objective_of(
     phase: PhaseConfig, prompt_seed: int = 0, loss: PolicyLoss | None = None, order: list[int] | None = None
 ) -> Objective:
-    experience = with_advantages(build_experience(responses(prompt_seed), phase.space, BOS), phase)
-    experience = experience.select(order or range(len(experience)))
-    return Objective(experience, loss or make_policy_loss(phase.loss), phase.coefficient)
+    experience = build_experience(responses(prompt_seed), phase.space, BOS)
+    (objective,) = objectives_of(phase, [experience], max_response_tokens=20)
+    experience = objective.experience.select(order or range(len(objective.experience)))
+    return replace(objective, experience=experience, loss=loss or objective.loss)
 
 
 def run_config(folder: Path, parallel: ParallelConfig, actor: ActorConfig) -> RunConfig:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from megatron_dsrl.algorithms.advantages import GroupMean
 from megatron_dsrl.algorithms.experience import Response, build_experience, with_advantages
 from megatron_dsrl.config.phase import (
-    GroupMeanAdvantageConfig,
     PhaseConfig,
     PostTrainSpaceConfig,
     PreTrainSpaceConfig,
@@ -34,7 +34,7 @@ def experience_in(phase, bos_ids=BOS, batch=BATCH):
 
 
 def phase(space, kind="all"):
-    return PhaseConfig(name="phase", space=space, advantage=GroupMeanAdvantageConfig(), filter=kind)
+    return PhaseConfig(name="phase", space=space, advantage=GroupMean(), filter=kind)
 
 
 def test_post_train_space_scores_the_response_behind_the_prompt():

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from megatron_dsrl.algorithms.losses import ScoredTokens, dual_clip_loss, token_mean_weights
-from megatron_dsrl.config.phase import DualClipLossConfig
+from megatron_dsrl.algorithms.aggregations import token_mean_weights
+from megatron_dsrl.algorithms.losses import DualClip, ScoredTokens
 
 
 def tokens(log_probs, old_log_probs, advantages):
@@ -14,7 +14,7 @@ def tokens(log_probs, old_log_probs, advantages):
     return ScoredTokens(log_probs, zeros, old_log_probs, zeros, None, advantages, (len(zeros),))
 
 
-CONFIG = DualClipLossConfig(clip_low=0.2, clip_high=0.3, dual_clip=3.0)
+CONFIG = DualClip(clip_low=0.2, clip_high=0.3, dual_clip=3.0)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ CONFIG = DualClipLossConfig(clip_low=0.2, clip_high=0.3, dual_clip=3.0)
 )
 def test_dual_clip_by_hand(ratio, advantage, loss, clipped):
     log_probs = torch.tensor([math.log(ratio) - 1.0], requires_grad=True)
-    result = dual_clip_loss(tokens(log_probs, torch.tensor([-1.0]), torch.tensor([advantage])), CONFIG)
+    result = CONFIG.of_tokens(tokens(log_probs, torch.tensor([-1.0]), torch.tensor([advantage])))
     assert result.losses.item() == pytest.approx(loss, rel=1e-6)
     assert result.metrics["clip_fraction"].item() is clipped
     result.losses.sum().backward()
@@ -40,12 +40,12 @@ def test_dual_clip_by_hand(ratio, advantage, loss, clipped):
 def test_on_policy_the_gradient_is_the_policy_gradient():
     log_probs = torch.tensor([-0.5, -1.5], dtype=torch.float64, requires_grad=True)
     advantages = torch.tensor([0.7, -0.2], dtype=torch.float64)
-    dual_clip_loss(tokens(log_probs, log_probs.detach(), advantages), CONFIG).losses.sum().backward()
+    CONFIG.of_tokens(tokens(log_probs, log_probs.detach(), advantages)).losses.sum().backward()
     assert torch.equal(log_probs.grad, -advantages)
 
 
 def test_an_exploding_ratio_stays_finite():
-    result = dual_clip_loss(tokens(torch.tensor([0.0]), torch.tensor([-1000.0]), torch.tensor([-1.0])), CONFIG)
+    result = CONFIG.of_tokens(tokens(torch.tensor([0.0]), torch.tensor([-1000.0]), torch.tensor([-1.0])))
     assert result.losses.item() == 3.0
 
 

@@ -2,10 +2,9 @@
 
 import pytest
 
+from megatron_dsrl.algorithms.advantages import GroupMean, GroupStandardised
 from megatron_dsrl.algorithms.schedule import Schedule
 from megatron_dsrl.config.phase import (
-    GroupMeanAdvantageConfig,
-    GroupStandardisedAdvantageConfig,
     PhaseConfig,
     PostTrainSpaceConfig,
     PreTrainSpaceConfig,
@@ -14,7 +13,7 @@ from megatron_dsrl.config.phase import (
 
 def phase(name, until_step):
     return PhaseConfig(
-        name=name, until_step=until_step, space=PostTrainSpaceConfig(), advantage=GroupMeanAdvantageConfig()
+        name=name, until_step=until_step, space=PostTrainSpaceConfig(), advantage=GroupMean()
     )
 
 
@@ -23,10 +22,10 @@ def test_a_warm_up_of_twenty_steps_covers_steps_1_to_20():
         name="NSR-PreRL",
         until_step=20,
         space=PreTrainSpaceConfig(),
-        advantage=GroupMeanAdvantageConfig(),
+        advantage=GroupMean(),
         filter="negative",
     )
-    grpo = PhaseConfig(name="GRPO", space=PostTrainSpaceConfig(), advantage=GroupStandardisedAdvantageConfig())
+    grpo = PhaseConfig(name="GRPO", space=PostTrainSpaceConfig(), advantage=GroupStandardised())
     schedule = Schedule([warm_up, grpo])
     assert [schedule.at(step).name for step in (1, 20, 21, 5000)] == ["NSR-PreRL", "NSR-PreRL", "GRPO", "GRPO"]
 

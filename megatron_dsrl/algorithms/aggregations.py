@@ -1,0 +1,91 @@
+"""How the losses of tokens become one number.
+
+An aggregation gives every sequence of an optimizer step one weight that all its tokens share; the loss is the sum of
+`weight * token loss`. The weights come from the *global* batch, all data-parallel ranks together, so micro-batches,
+packing and data parallelism only ever add up and cannot change the result. Only samples that the filter keeps count.
+(The authors' released configuration averages per micro-batch; this project departs from it on purpose.)
+
+| name | loss | source |
+|---|---|---|
+| `token_mean` | sum of l / number of tokens | DAPO (arXiv 2503.14476, equation 8), the released DSRL configuration |
+| `sequence_mean` | mean over samples of (sum of l / length) | GRPO (arXiv 2402.03300, equation 3) |
+| `token_sum` | sum of l / (number of samples x constant) | Dr.GRPO (arXiv 2503.20783) |
+
+A token of a long response weighs the same as one of a short response under the first and the third, and less under the
+second; the first and the third differ by a factor that changes from step to step with the mean length.
+"""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from megatron_dsrl.config.phase import AGGREGATIONS
+from megatron_dsrl.config.registry import Options
+
+
+class AggregationOptions(Options):
+    """Base of aggregations: the fields are the options, `weights` computes."""
+
+    @abstractmethod
+    def weights(self, num_scored: Sequence[int], max_response_tokens: int) -> Tensor:
+        """Weight of each sequence's tokens.
+
+        Args:
+            num_scored: kept scored tokens of every sequence in the optimizer step, over all data-parallel ranks.
+            max_response_tokens: `rollout.max_response_tokens`.
+
+        Returns:
+            [num_sequences] float32.
+        """
+
+
+@AGGREGATIONS.register
+class TokenMean(AggregationOptions):
+    """The mean over all tokens."""
+
+    name: Literal["token_mean"] = "token_mean"
+
+    def weights(self, num_scored: Sequence[int], max_response_tokens: int) -> Tensor:
+        return token_mean_weights(num_scored)
+
+
+@AGGREGATIONS.register
+class SequenceMean(AggregationOptions):
+    """The mean over samples of each sample's mean over its tokens."""
+
+    name: Literal["sequence_mean"] = "sequence_mean"
+
+    def weights(self, num_scored: Sequence[int], max_response_tokens: int) -> Tensor:
+        lengths = torch.tensor(num_scored, dtype=torch.float32)
+        return 1.0 / (lengths.clamp(min=1) * max(len(num_scored), 1))
+
+
+@AGGREGATIONS.register
+class TokenSum(AggregationOptions):
+    """The mean over samples of each sample's sum over its tokens, divided by a constant."""
+
+    name: Literal["token_sum"] = "token_sum"
+
+    constant: int | None = Field(default=None, ge=1)
+    """The constant, in tokens; null: `rollout.max_response_tokens`."""
+
+    def weights(self, num_scored: Sequence[int], max_response_tokens: int) -> Tensor:
+        total = max(len(num_scored), 1) * (self.constant or max_response_tokens)
+        return torch.full((len(num_scored),), 1.0 / total, dtype=torch.float32)
+
+
+def token_mean_weights(num_scored: Sequence[int]) -> Tensor:
+    """Weight of each sequence's tokens for the mean over all tokens: 1 / (number of tokens).
+
+    Args:
+        num_scored: tokens of every sequence.
+
+    Returns:
+        [num_sequences] float32.
+    """
+    total = sum(num_scored)
+    return torch.full((len(num_scored),), 1.0 / total if total else 0.0, dtype=torch.float32)

@@ -1,0 +1,87 @@
+"""Importance correction between the engine, which sampled, and the trainer, which scores.
+
+Both hold the same weights, but their kernels and precisions differ, so samples come from a slightly other policy than
+the gradient assumes. The correction multiplies the loss of a token by the ratio w = pi_trainer / pi_engine of its
+probabilities before the update, without gradient, and keeps large ratios from doing harm:
+
+- `truncated` (TIS): min(w, cap). F. Yao et al., "Your efficient RL framework secretly brings you off-policy RL
+  training" (2025).
+- `masked` (MIS): w within [low, high], 0 outside; a masked token still counts in the denominator of the loss. J. Liu et
+  al., "When speed kills stability" (2025); arXiv 2510.18855 masks tokens in the same way.
+
+At `sequence` level all tokens share the ratio of their whole sequence, the product of its tokens' ratios: unbiased for
+the sequence, but of larger variance. Equal log-probs give w = 1 and change nothing.
+"""
+
+from abc import abstractmethod
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from megatron_dsrl.algorithms.losses import ScoredTokens, probability_ratio
+from megatron_dsrl.config.phase import IMPORTANCE_CORRECTIONS
+from megatron_dsrl.config.registry import Options
+
+Level = Literal["token", "sequence"]
+
+
+class ImportanceCorrectionOptions(Options):
+    """Base of importance corrections: the fields are the options, `correct` computes."""
+
+    @abstractmethod
+    def correct(self, tokens: ScoredTokens) -> tuple[Tensor, dict[str, Tensor]]:
+        """Factors on the token losses [num_tokens] without gradient, and metrics as those of `TokenLosses`."""
+
+
+@IMPORTANCE_CORRECTIONS.register
+class Truncated(ImportanceCorrectionOptions):
+    """TIS: ratios above a cap are lowered to it."""
+
+    name: Literal["truncated"] = "truncated"
+
+    cap: float = Field(default=2.0, ge=1)
+    """Largest factor."""
+
+    level: Level = "token"
+    """Ratio of each token, or of its whole sequence."""
+
+    def correct(self, tokens: ScoredTokens) -> tuple[Tensor, dict[str, Tensor]]:
+        ratio = importance_ratio(tokens, self.level)
+        weight = ratio.clamp(max=self.cap)
+        return weight, {"importance_weight": weight, "importance_truncated_fraction": ratio > self.cap}
+
+
+@IMPORTANCE_CORRECTIONS.register
+class Masked(ImportanceCorrectionOptions):
+    """MIS: tokens or sequences whose ratio lies outside the bounds are left out."""
+
+    name: Literal["masked"] = "masked"
+
+    low: float = Field(default=0.5, ge=0, le=1)
+    """Smallest ratio that stays."""
+
+    high: float = Field(default=2.0, ge=1)
+    """Largest ratio that stays."""
+
+    level: Level = "token"
+    """Ratio of each token, or of its whole sequence."""
+
+    @model_validator(mode="after")
+    def _bounds_differ(self) -> "Masked":
+        if self.low == self.high:
+            raise ValueError("low must be below high")
+        return self
+
+    def correct(self, tokens: ScoredTokens) -> tuple[Tensor, dict[str, Tensor]]:
+        ratio = importance_ratio(tokens, self.level)
+        masked = (ratio < self.low) | (ratio > self.high)
+        weight = torch.where(masked, 0.0, ratio)
+        return weight, {"importance_weight": weight, "importance_masked_fraction": masked}
+
+
+def importance_ratio(tokens: ScoredTokens, level: Level) -> Tensor:
+    """pi_trainer / pi_engine before the update: [num_tokens], of each token or of its whole sequence."""
+    log_ratio = tokens.old_log_probs.detach() - tokens.engine_log_probs
+    return probability_ratio(tokens.sum_of_sequences(log_ratio) if level == "sequence" else log_ratio)

@@ -1,0 +1,142 @@
+"""Choices by name that bring options of their own: advantages, losses, aggregations, filters, importance corrections.
+
+What can be chosen is an options class. Built-in ones are registered under the value of their `name`:
+
+    @ADVANTAGES.register
+    class LeaveOneOut(AdvantageOptions):
+        name: Literal["leave_one_out"] = "leave_one_out"
+
+and a section has a field of that kind:
+
+    advantage: Annotated[Options, ADVANTAGES]
+
+In YAML the value is `{name: leave_one_out}` with the options beside the name, or the bare name. Any other class is
+named by its dotted path, `{name: "my_package.my_module:MyAdvantage", threshold: 0.5}`; it need not be registered.
+Options are typed and checked like every other section.
+
+The classes live where they compute, above this package; the modules of the built-in ones are imported by name when
+something is looked up for the first time.
+"""
+
+import importlib
+import json
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from pydantic import GetCoreSchemaHandler, SerializationInfo, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
+
+from megatron_dsrl.config.section import Section
+
+
+class Options(Section):
+    """A choice and its options."""
+
+    name: str = ""
+    """Which one: a registered name, or the dotted path `package.module:Class` of one's own."""
+
+
+Class = TypeVar("Class", bound=type[Options])
+
+
+class Registry:
+    """What can be chosen for fields of one kind. An instance in a field's `Annotated` makes it such a field."""
+
+    def __init__(self, kind: str, method: str, modules: Sequence[str]) -> None:
+        """
+        Args:
+            kind: what is chosen, for messages.
+            method: what every class of this kind has.
+            modules: where the built-in classes are; imported when something is looked up.
+        """
+        self._kind = kind
+        self._method = method
+        self._modules = tuple(modules)
+        self._classes: dict[str, type[Options]] = {}
+
+    def register(self, options_class: Class) -> Class:
+        """Decorator: make the class available under the default of its `name`."""
+        name = options_class.model_fields["name"].default
+        assert name and name not in self._classes, f"{self._kind} {name!r} is registered twice, or has no name"
+        self._classes[name] = options_class
+        return options_class
+
+    def names(self) -> list[str]:
+        """The registered names."""
+        for module in self._modules:
+            importlib.import_module(module)
+        return list(self._classes)
+
+    def options_class(self, value: Any) -> type[Options] | None:
+        """The class that a value names; None where there is no such class."""
+        try:
+            return self._named(_as_mapping(value).get("name"), value)
+        except ValidationError:
+            return None
+
+    def build(self, value: Any) -> Options:
+        """Options from a bare name, a mapping with a `name`, or options.
+
+        Raises:
+            ValidationError: no such name, class or option, or an ill-typed option.
+        """
+        if isinstance(value, Options):
+            return value
+        mapping = _as_mapping(value)
+        chosen = self._named(mapping.get("name"), value)
+        return chosen.model_validate_json(json.dumps(mapping))  # JSON mode: a list may stand for a tuple
+
+    def _named(self, name: Any, value: Any) -> type[Options]:
+        if not isinstance(name, str) or not name:
+            raise _error("union_tag_not_found", value, {"discriminator": "'name'"})
+        if ":" in name:
+            return self._class_at(name)
+        names = self.names()
+        if name not in names:
+            context = {"discriminator": "'name'", "tag": name, "expected_tags": ", ".join(map(repr, names))}
+            raise _error("union_tag_invalid", value, context)
+        return self._classes[name]
+
+    def _class_at(self, path: str) -> type[Options]:
+        """The options class at a dotted path `package.module:Class`."""
+        module_name, _, class_name = path.partition(":")
+        try:
+            module = importlib.import_module(module_name)
+        except (ImportError, ValueError) as error:
+            message = f"cannot import `{module_name}` ({error}); run where it is found, or add its folder to PYTHONPATH"
+            raise _error(_wrong_path(message), path) from error
+        found = getattr(module, class_name, None)
+        if not (isinstance(found, type) and issubclass(found, Options) and hasattr(found, self._method)):
+            message = (
+                f"`{module_name}` has no class `{class_name}` for this {self._kind}: typed options with the method "
+                f"`{self._method}`"
+            )
+            raise _error(_wrong_path(message), path)
+        return found
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            self.build,
+            serialization=core_schema.plain_serializer_function_ser_schema(_dump, info_arg=True),
+        )
+
+
+def _as_mapping(value: Any) -> dict[str, Any]:
+    """The bare name is short for a mapping with nothing else."""
+    if isinstance(value, str):
+        return {"name": value}
+    return value if isinstance(value, dict) else {}
+
+
+def _wrong_path(message: str) -> PydanticCustomError:
+    return PydanticCustomError("dotted_path", "{message}", {"message": message})
+
+
+def _error(kind: str | PydanticCustomError, value: Any, context: dict[str, Any] | None = None) -> ValidationError:
+    return ValidationError.from_exception_data(
+        "options", [InitErrorDetails(type=kind, input=value, **({"ctx": context} if context else {}))]
+    )
+
+
+def _dump(options: Options, info: SerializationInfo) -> dict[str, Any]:
+    return options.model_dump(mode=info.mode)
