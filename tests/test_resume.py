@@ -19,6 +19,8 @@ from tests.support.tiny_run import dsrl, processes_left_behind, write_tiny_run
 pytestmark = pytest.mark.timeout(1800)  # many starts; each is some 15 seconds on a quiet machine
 
 STEPS = 6
+TORCHRUN_FAILED = 1
+"""Exit status of torchrun, whatever that of its processes is."""
 OPTIONS = (
     f"steps={STEPS}",
     "phases.0.until_step=2",
@@ -141,9 +143,35 @@ def test_two_processes_resume_exactly(config, layout):
     assert_same_run(resumed, whole, STEPS)
 
 
+def test_two_processes_that_are_asked_to_stop_continue_exactly(config, undisturbed):
+    """SIGTERM to torchrun, then SIGUSR1 to one rank that is not the controller. On saved samples, without engines."""
+    options = ("parallel.tensor_parallel_size=2", f"rollout.replay_from={undisturbed}", "evaluation.sets=[]")
+    whole = complete_run(config, "replayed", *options, processes=2)
+    run = config.parent / "runs" / "replayed, stopped"
+    arguments = (str(config), f"name={run.name}", *OPTIONS, *options)
+
+    with running_training(*arguments, run=run, processes=2) as training:
+        training.wait_until(lambda: training.has_checkpoint(1))
+        training.process.send_signal(signal.SIGTERM)
+        assert training.ended() == TORCHRUN_FAILED, training.output
+    stopped_after = newest_checkpoint(run)
+    assert 1 <= stopped_after < STEPS
+    remove_rollouts(run, stopped_after + 1)
+
+    with running_training(*arguments, run=run, processes=2) as training:
+        training.wait_until(lambda: training.has_rollouts(stopped_after + 1))
+        training.ranks()[1].send_signal(signal.SIGUSR1)
+        assert training.ended() == TORCHRUN_FAILED, training.output
+        assert f"exitcode  : {PREEMPTED_STATUS}" in training.output
+    assert stopped_after < newest_checkpoint(run)
+
+    complete_run(config, run.name, *options, processes=2)
+    assert_same_run(run, whole, STEPS)
+
+
 @pytest.mark.slow
 def test_another_layout_continues_with_the_same_loss(config, undisturbed):
-    """On the same samples: with other matrix shapes log-probs differ by rounding, and with them now and then a token."""
+    """On the same samples: with other matrix shapes log-probs differ by rounding, and now and then a token with them."""
     resumed = cut_after(undisturbed, 2, "two processes")
     layout = ("parallel.tensor_parallel_size=2", f"rollout.replay_from={undisturbed}", "evaluation.sets=[]")
     complete_run(config, resumed.name, *layout, processes=2)

@@ -127,6 +127,10 @@ class CheckpointStore:
         if not self._asynchronous:
             self.finish()
 
+    def is_saving(self) -> bool:
+        """Whether a save is in flight. Not collective, but the same on every rank."""
+        return self._in_flight is not None
+
     def poll(self) -> None:
         """Publish the save in flight if every rank has written its part. Does not wait.
 

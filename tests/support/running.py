@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.support.tiny_run import MARK, REPOSITORY, processes_left_behind
+from tests.support.tiny_run import MARK, REPOSITORY, launcher, processes_left_behind
 
 POLL_SECONDS = 0.005
 LIMIT_SECONDS = 400.0
@@ -39,6 +38,11 @@ class RunningTraining:
         """The step is finished: sampling for the next one has begun."""
         return (self._run / "checkpoints" / f"step_{step:06d}").exists()
 
+    def ranks(self) -> list[psutil.Process]:
+        """torchrun's processes, in the order of their ranks."""
+        children = psutil.Process(self.process.pid).children()
+        return sorted((p for p in children if "RANK" in p.environ()), key=lambda p: int(p.environ()["RANK"]))
+
     def engine_processes(self) -> list[psutil.Process]:
         """The SGLang servers and all that they started."""
         try:
@@ -62,17 +66,18 @@ class RunningTraining:
 
 
 @contextmanager
-def running_training(*arguments: str, run: Path) -> Iterator[RunningTraining]:
+def running_training(*arguments: str, run: Path, processes: int = 1) -> Iterator[RunningTraining]:
     """Start `dsrl train`; it is killed at the end of the block, should it still run.
 
     Args:
         arguments: configuration file and overrides.
         run: its run folder.
+        processes: under torchrun where there are several.
     """
     output = run.parent / f"{run.name}.output"
     with open(output, "a") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_dsrl.cli", "train", *arguments],
+            [*launcher(processes), "-m", "megatron_dsrl.cli", "train", *arguments],
             cwd=REPOSITORY,
             env=os.environ | {"OMP_NUM_THREADS": "1", MARK: str(os.getpid())},
             stdout=stream,
@@ -84,6 +89,8 @@ def running_training(*arguments: str, run: Path) -> Iterator[RunningTraining]:
     finally:
         process.kill()
         process.wait()
+        for left in processes_left_behind() if processes > 1 else ():  # torchrun's ranks outlive it
+            left.kill()
 
 
 def _is_engine(process: psutil.Process) -> bool:

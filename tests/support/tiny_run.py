@@ -60,22 +60,26 @@ def write_tiny_run(folder: Path) -> Path:
 
 
 MARK = "DSRL_TEST_PROCESS"
-"""Environment variable by which `processes_left_behind` knows the processes of a command, whatever they call themselves."""
+"""Environment variable by which `processes_left_behind` knows the processes of a command."""
 
 
 def dsrl(*arguments: str, processes: int = 1, timeout_seconds: float = 240) -> subprocess.CompletedProcess[str]:
     """Run the `dsrl` command, under torchrun where there are several processes."""
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.run(
-        [*launcher, "-m", "megatron_dsrl.cli", *arguments],
+        [*launcher(processes), "-m", "megatron_dsrl.cli", *arguments],
         cwd=REPOSITORY,
         env=os.environ | {"OMP_NUM_THREADS": "1", MARK: str(os.getpid())},
         capture_output=True,
         text=True,
         timeout=timeout_seconds,
     )
+
+
+def launcher(processes: int) -> list[str]:
+    """The beginning of a `python -m ...` command; torchrun where there are several processes."""
+    if processes == 1:
+        return [sys.executable]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
 
 
 def processes_left_behind() -> list[psutil.Process]:
