@@ -48,6 +48,11 @@ class Actor:
         self._vocab_size = vocab_size
         self._temperature = temperature
 
+    @property
+    def chunks(self) -> Sequence[torch.nn.Module]:
+        """This pipeline stage's model chunks."""
+        return self._model.chunks
+
     def update(
         self, objectives: Sequence[Objective], mini_batches: int = 1, epochs: int = 1
     ) -> UpdateMetrics | None:
@@ -100,6 +105,14 @@ class Actor:
     def load(self, folder: Path, same_layout: bool) -> None:
         """Continue from what was saved; see `load_state`."""
         self._model.load(folder, same_layout)
+
+    def configure_optimizer(self, learning_rate: float, gradient_clip_norm: float) -> None:
+        """Peak learning rate and clipping (0 for none) from the next step on."""
+        self._model.configure_optimizer(learning_rate, gradient_clip_norm)
+
+    def reset_optimizer(self) -> None:
+        """Forget Adam's moments and step counts. The learning-rate schedule goes on."""
+        self._model.reset_optimizer()
 
     def _with_old_log_probs(self, objective: Objective) -> Objective:
         experience = objective.experience

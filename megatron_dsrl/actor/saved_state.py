@@ -76,15 +76,36 @@ def load_state(
         _restore_random_states(loaded["random_states"])
 
 
+def begin_save_weights(folder: Path, chunks: Sequence[torch.nn.Module]) -> CheckpointWrite:
+    """Make ready to write the weights alone, of which a copy is taken, into an existing, empty folder. Collective."""
+    return begin_checkpoint(_model(chunks), folder, _sharding_metadata(), copy=True)
+
+
+def load_saved_weights(folder: Path, chunks: Sequence[torch.nn.Module]) -> None:
+    """Read what was saved by `begin_save_weights`, under this or another layout, into the chunks. Collective."""
+    loaded = dist_checkpointing.load(_model(chunks), str(folder))
+    for name, chunk in _named(chunks):
+        bare_model(chunk).load_state_dict(loaded[name])
+
+
 def _model_and_optimizer(
     chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, is_loading: bool
 ) -> dict[str, Any]:
-    metadata = _sharding_metadata() | {
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)
-    }
-    state = {name: bare_model(chunk).sharded_state_dict(metadata=metadata) for name, chunk in _named(chunks)}
-    state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
+    state = _model(chunks)
+    state["optimizer"] = optimizer.sharded_state_dict(
+        dict(state), is_loading=is_loading, metadata=_metadata_of_this_layout()
+    )
     return state
+
+
+def _model(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
+    metadata = _metadata_of_this_layout()
+    return {name: bare_model(chunk).sharded_state_dict(metadata=metadata) for name, chunk in _named(chunks)}
+
+
+def _metadata_of_this_layout() -> dict[str, Any]:
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return _sharding_metadata() | {"dp_cp_group": group}
 
 
 def _sharding_metadata() -> dict[str, Any]:

@@ -157,14 +157,19 @@ def with_advantages(experience: Experience, objective: ObjectiveConfig) -> Exper
         experience: a whole rollout batch, with the results of the passes that `required_passes` names.
         objective: what is updated.
     """
-    if objective.kl is not None and objective.kl.reward_coefficient > 0:
-        experience = replace(experience, penalties=kl_penalties(experience, objective.kl))
-    estimate = objective.advantage.estimate(experience)
-    experience = replace(experience, advantages=estimate.advantages, returns=estimate.returns)
+    experience = estimate_advantages(experience, objective)
     keep = objective.filter.keep(experience) & (torch.tensor(experience.num_scored) > 0)
     if objective.drop_truncated:
         keep &= ~experience.truncated
     return experience.select(keep.nonzero().flatten().tolist())
+
+
+def estimate_advantages(experience: Experience, objective: ObjectiveConfig) -> Experience:
+    """Advantages, and returns where there is a critic, over all samples; nothing is dropped. See `with_advantages`."""
+    if objective.kl is not None and objective.kl.reward_coefficient > 0:
+        experience = replace(experience, penalties=kl_penalties(experience, objective.kl))
+    estimate = objective.advantage.estimate(experience)
+    return replace(experience, advantages=estimate.advantages, returns=estimate.returns)
 
 
 def kl_penalties(experience: Experience, config: KLConfig) -> PerToken:

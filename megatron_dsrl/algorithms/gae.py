@@ -11,10 +11,41 @@ recursion runs in float64 over all sequences at once, one token position at a ti
 """
 
 from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+
+from megatron_dsrl.algorithms.advantage import AdvantageEstimate, AdvantageOptions
+from megatron_dsrl.algorithms.experience import Experience
+from megatron_dsrl.algorithms.passes import ModelPasses
+from megatron_dsrl.config.phase import ADVANTAGES
+
+
+@ADVANTAGES.register
+class GeneralizedAdvantage(AdvantageOptions):
+    """PPO's advantages, from the values of a critic (the run's `critic` section)."""
+
+    name: Literal["gae"] = "gae"
+    needs: ClassVar[ModelPasses] = ModelPasses(values=True)
+
+    discount: float = Field(default=1.0, ge=0, le=1)
+    """gamma: what a reward is worth one token earlier."""
+
+    trace_decay: float = Field(default=1.0, ge=0, le=1)
+    """lambda: 1 trusts the rewards that came (more variance), 0 the critic's next value (more bias)."""
+
+    whiten: bool = True
+    """Standardise advantages over the tokens of the whole rollout batch. The returns are left as they are."""
+
+    def estimate(self, experience: Experience) -> AdvantageEstimate:
+        assert experience.values is not None, "the critic's pass comes first: see required_passes"
+        advantages, returns = generalized_advantages(
+            experience.token_rewards, experience.values, self.discount, self.trace_decay
+        )
+        return AdvantageEstimate(whiten(advantages) if self.whiten else advantages, returns)
 
 
 def generalized_advantages(

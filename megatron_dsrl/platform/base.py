@@ -48,3 +48,7 @@ class Platform(ABC):
     @abstractmethod
     def release_cached_memory(self) -> None:
         """Give memory that PyTorch holds but no tensor uses back to the device, for the engine that shares it."""
+
+    @abstractmethod
+    def host_copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy in host memory, of a kind that the device exchanges with quickly."""

@@ -46,3 +46,7 @@ class CudaPlatform(Platform):
     def release_cached_memory(self) -> None:
         gc.collect()
         torch.cuda.empty_cache()
+
+    def host_copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        return host.copy_(tensor.detach())

@@ -1,12 +1,16 @@
 """Generalized advantage estimation: an example worked by hand, and the sum of equation 16 without its recursion."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megatron_dsrl.algorithms.experience import Response, build_experience, with_advantages
 from megatron_dsrl.algorithms.gae import generalized_advantages, whiten
+from megatron_dsrl.config.phase import KLConfig, ObjectiveConfig, PostTrainSpaceConfig
 
 numbers = st.floats(-4, 4, width=32)
 sequences = st.lists(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=12), min_size=1, max_size=5)
@@ -69,3 +73,24 @@ def test_whitening_is_over_all_tokens_of_the_batch():
 @pytest.mark.parametrize("batch", [[], [torch.tensor([3.0])], [torch.tensor([2.0, 2.0]), torch.tensor([2.0])]])
 def test_without_variance_whitening_gives_zeros(batch):
     assert all(torch.equal(sequence, torch.zeros_like(sequence)) for sequence in whiten(batch))
+
+
+def test_as_the_advantage_of_a_phase_rewards_come_at_the_end_and_penalties_at_every_token():
+    """gamma = lambda = 1, reward 1 at the end, a KL penalty of 0.5 (lp - lp_ref) at every token."""
+    objective = ObjectiveConfig(
+        space=PostTrainSpaceConfig(),
+        advantage={"name": "gae", "whiten": False},
+        kl=KLConfig(reward_coefficient=0.5),
+    )
+    experience = replace(
+        build_experience([Response((1, 2), (3, 4), (-1.0, -1.0), 1.0, 0)], objective.space, ()),
+        values=(torch.tensor([0.25, 0.5]),),
+        old_log_probs=(torch.tensor([-1.0, -1.0]),),
+        reference_log_probs=(torch.tensor([-1.5, -2.0]),),
+    )
+    result = with_advantages(experience, objective)
+    # token rewards: -0.25, 1 - 0.5; returns: 0.25, 0.5
+    assert result.returns[0].tolist() == [0.25, 0.5]
+    assert result.advantages[0].tolist() == [0.0, 0.0]
+    whitened = objective.model_copy(update={"advantage": objective.advantage.model_copy(update={"whiten": True})})
+    assert with_advantages(experience, whitened).returns[0].tolist() == [0.25, 0.5]
