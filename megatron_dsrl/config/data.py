@@ -7,14 +7,29 @@ from pydantic import Field
 from megatron_dsrl.config.section import Section
 
 
+class ChoicesConfig(Section):
+    """Multiple choice from one right and several wrong texts per row.
+
+    The row gets a field `options`, the texts in an order that depends on nothing but them, and a field `answer`, the
+    letter of the right one.
+    """
+
+    correct_field: str
+    """Row field that holds the right choice."""
+
+    incorrect_fields: list[str] = Field(min_length=1)
+    """Row fields that hold the wrong ones."""
+
+
 class PromptSetConfig(Section):
     """One set of problems with answers, and how a problem becomes a prompt."""
 
     source: str
-    """A local `.jsonl`, `.json` or `.parquet` file, or a hub name for HF `datasets`."""
+    """A local `.jsonl`, `.json`, `.csv` or `.parquet` file (the first three also with `.gz`; `*` in the name takes all
+    that match), or a hub name for HF `datasets`."""
 
-    subset: str | None = None
-    """Hub configuration name (`main` for `openai/gsm8k`); only for hub names."""
+    subset: str | list[str] | None = None
+    """Hub configuration name (`main` for `openai/gsm8k`), or several in a row; only for hub names."""
 
     split: str = "train"
     """Hub split; ignored for local files."""
@@ -23,7 +38,24 @@ class PromptSetConfig(Section):
     """Row field that holds the problem text."""
 
     answer_field: str = "answer"
-    """Row field that holds the gold answer. A row without one is an error, not a skipped row."""
+    """Row field that holds the gold answer: a text, a number, or a list of them, all of which belong to the answer. A
+    row without one is an error, not a skipped row."""
+
+    rows_field: str | None = None
+    """Field of a `.json` file that holds the list of rows; null where the file is that list."""
+
+    choices: ChoicesConfig | None = None
+    """For rows that hold a right and several wrong texts."""
+
+    problem_template: str | None = None
+    """Jinja template that makes the problem's text out of the row's fields, in place of `problem_field`. The filter
+    `lettered` writes a list as lines `A. ...`, `B. ...`."""
+
+    answer_template: str | None = None
+    """Jinja template that makes the gold answer out of the row's fields, in place of `answer_field`."""
+
+    answer_in_box: bool = False
+    """The gold answer is the content of the last box in `answer_field`, such as a worked solution."""
 
     answer_pattern: str | None = None
     """Regular expression whose first group cuts the gold answer out of `answer_field` (GSM8K: `#### (.+)$`)."""
@@ -41,12 +73,28 @@ class PromptSetConfig(Section):
     """Longer prompts are truncated on the left."""
 
 
+class OverlongConfig(Section):
+    """DAPO's soft punishment of long responses (arXiv 2503.14476, equation 13): nothing up to
+    `rollout.max_response_tokens` - `buffer_tokens`, then a penalty that grows linearly up to the limit."""
+
+    buffer_tokens: int = Field(ge=1)
+    """Length of the last part of a response in which the penalty grows; DAPO has 4,096 of 20,480 tokens."""
+
+    penalty: float = Field(default=1.0, gt=0)
+    """Taken off the reward of a response that reaches the limit."""
+
+
 class RewardConfig(Section):
     """How a response is judged."""
 
     function: str = "boxed"
     """A built-in verifier (`boxed`, `math_verify`, `multiple_choice`, `short_answer`, `code`, `remote`, `combination`,
-    `box_format`, `length_penalty`), or the dotted path `package.module:function` of `f(response, answer, **options)`."""
+    `box_format`, `length_penalty`), or the dotted path `package.module:function` of
+    `f(response, answer, **options)`."""
+
+    overlong: OverlongConfig | None = None
+    """Take something off the training reward of responses that come near the length limit; null: nothing. Recorded
+    rewards and evaluations stay the verifier's own."""
 
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments for the function; checked against its signature before the run starts."""

@@ -10,12 +10,12 @@ _LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
 def count_prompts(data: PromptSetConfig) -> int | None:
-    """Rows of a local file, at most `data.limit`; None for a hub name, whose size is known only when it is loaded.
+    """Rows of a local file, at most `data.limit`; None for what must be loaded to be counted, such as a hub name.
 
     Raises UserError when the local file is missing, unreadable or empty.
     """
     path = Path(data.source).expanduser()
-    if path.suffix not in _LOCAL_SUFFIXES:
+    if path.suffix not in _LOCAL_SUFFIXES or "*" in path.name or data.rows_field is not None:
         return None
     if not path.is_file():
         raise UserError(f"data.source: there is no file {data.source}; make it first, or correct the path")

@@ -1,17 +1,19 @@
 """Rows of a prompt set, from a local file or the hub."""
 
+import csv
+import gzip
 import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from megatron_dsrl.config.data import PromptSetConfig
 from megatron_dsrl.errors import UserError
 
 Row = dict[str, Any]
 
-LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet")
+LOCAL_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 def read_rows(config: PromptSetConfig, section: str) -> list[Row]:
@@ -20,10 +22,11 @@ def read_rows(config: PromptSetConfig, section: str) -> list[Row]:
     Raises UserError when the source is missing, unreadable or empty, or holds something else than rows.
     """
     path = Path(config.source).expanduser()
-    if path.suffix in LOCAL_SUFFIXES:
-        if not path.is_file():
+    if _kind(path) in LOCAL_SUFFIXES:
+        files = sorted(path.parent.glob(path.name)) if "*" in path.name else [path]
+        if not files or not files[0].is_file():
             raise UserError(f"{section}.source: there is no file {config.source}; make it first, or correct the path")
-        rows = _read_local(path, section)
+        rows = (row for file in files for row in _read_local(file, config.rows_field, section))
     else:
         rows = _read_hub(config, section)
     taken = list(islice(rows, config.limit))
@@ -32,19 +35,35 @@ def read_rows(config: PromptSetConfig, section: str) -> list[Row]:
     return taken
 
 
-def _read_local(path: Path, section: str) -> Iterator[Row]:
-    readers = {".jsonl": _json_lines, ".json": _json_list, ".parquet": _parquet}
+def _kind(path: Path) -> str:
+    """The file's suffix, a compressed one's without `.gz`."""
+    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+
+
+def _open(path: Path) -> TextIO:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8", newline="")
+    return path.open(encoding="utf-8", newline="")
+
+
+def _read_local(path: Path, rows_field: str | None, section: str) -> Iterator[Row]:
+    readers = {
+        ".jsonl": _json_lines,
+        ".json": lambda file: _json_list(file, rows_field),
+        ".csv": _csv,
+        ".parquet": _parquet,
+    }
     try:
-        for index, row in enumerate(readers[path.suffix](path)):
+        for index, row in enumerate(readers[_kind(path)](path)):
             if not isinstance(row, dict):
                 raise ValueError(f"row {index} is a {type(row).__name__}, and an object of fields is needed")
             yield row
-    except (OSError, ValueError) as error:  # JSON, Unicode and Arrow errors are ValueErrors
+    except (OSError, EOFError, ValueError, csv.Error) as error:  # JSON, Unicode and Arrow errors are ValueErrors
         raise UserError(f"{section}.source: cannot read {path}: {error}") from error
 
 
 def _json_lines(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8") as file:
+    with _open(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -54,11 +73,21 @@ def _json_lines(path: Path) -> Iterator[Any]:
                 raise ValueError(f"line {number} is not JSON: {error}") from error
 
 
-def _json_list(path: Path) -> Iterator[Any]:
-    rows = json.loads(path.read_text(encoding="utf-8"))
+def _json_list(path: Path, rows_field: str | None) -> Iterator[Any]:
+    with _open(path) as file:
+        rows = json.load(file)
+    if rows_field is not None:
+        if not isinstance(rows, dict) or rows_field not in rows:
+            raise ValueError(f"the file holds no object with the field `{rows_field}` (rows_field)")
+        rows = rows[rows_field]
     if not isinstance(rows, list):
         raise ValueError(f"the file holds a {type(rows).__name__}, and a list of rows is needed")
     yield from rows
+
+
+def _csv(path: Path) -> Iterator[Any]:
+    with _open(path) as file:
+        yield from csv.DictReader(file)
 
 
 def _parquet(path: Path) -> Iterator[Any]:
@@ -72,11 +101,13 @@ def _parquet(path: Path) -> Iterator[Any]:
 def _read_hub(config: PromptSetConfig, section: str) -> Iterator[Row]:
     import datasets  # imported here: it takes seconds, and local files do not need it
 
+    subsets = config.subset if isinstance(config.subset, list) else [config.subset]
     try:
-        rows = datasets.load_dataset(config.source, config.subset, split=config.split)
+        sets = [datasets.load_dataset(config.source, subset, split=config.split) for subset in subsets]
     except Exception as error:  # the hub client raises many kinds, all of them about the name or the network
         raise UserError(
             f"{section}.source: {config.source!r} is neither a local {', '.join(LOCAL_SUFFIXES)} file nor a data set "
             f"that the hub gives (subset {config.subset!r}, split {config.split!r}): {type(error).__name__}: {error}"
         ) from error
-    yield from rows
+    for rows in sets:
+        yield from rows

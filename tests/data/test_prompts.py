@@ -1,10 +1,11 @@
 """Prompt sets: rows become rendered, tokenised prompts with clean gold answers, and every bad row is named."""
 
+import gzip
 import json
 
 import pytest
 
-from megatron_dsrl.config.data import PromptSetConfig
+from megatron_dsrl.config.data import ChoicesConfig, PromptSetConfig
 from megatron_dsrl.data.prompts import clean_answer, load_prompts
 from megatron_dsrl.errors import UserError
 
@@ -78,6 +79,8 @@ def test_answer_pattern_cuts_the_answer_out(tmp_path, tokenizer):
         (-3, "-3"),
         ("025", "025"),
         (["9.6\n"], "9.6"),
+        (["$69$", 84.0], "$69$, 84"),
+        (["1", None], "1"),
         ([[4.0]], "4"),
         ("  ", None),
         (None, None),
@@ -88,6 +91,59 @@ def test_clean_answer(value, answer):
     assert clean_answer(value) == answer
 
 
+def test_answer_in_the_last_box_of_a_solution(tmp_path, tokenizer):
+    rows = [{"problem": "?", "solution": r"First \boxed{1}, at last $\boxed{\frac{1}{2}}$."}]
+    [prompt] = load(tmp_path, tokenizer, rows, answer_field="solution", answer_in_box=True)
+    assert prompt.answer == r"\frac{1}{2}"
+
+
+def test_templates_make_problem_and_answer_out_of_fields(tmp_path, tokenizer):
+    rows = [{"question": "Which?", "options": ["one", "two"], "answer": "B", "test": 'assert "<" == 1'}]
+    [prompt] = load(
+        tmp_path,
+        tokenizer,
+        rows,
+        problem_template="{{ question }}\n{{ options | lettered }}\n",
+        answer_template="{{ {'letter': answer, 'test': test} | tojson }}",
+    )
+    assert "Which?\nA. one\nB. two<|im_end|>" in prompt.text
+    assert json.loads(prompt.answer) == {"letter": "B", "test": 'assert "<" == 1'}
+
+
+def test_choices_are_shuffled_by_their_content_alone(tmp_path, tokenizer):
+    rows = [{"Question": f"{n}?", "Right": f"r{n}", "Wrong 1": f"x{n}", "Wrong 2": f"y{n}"} for n in range(40)]
+    settings = {
+        "choices": ChoicesConfig(correct_field="Right", incorrect_fields=["Wrong 1", "Wrong 2"]),
+        "problem_template": "{{ Question }}\n{{ options | lettered }}",
+    }
+    prompts = load(tmp_path, tokenizer, rows, **settings)
+    for n, prompt in enumerate(prompts):
+        assert f"\n{prompt.answer}. r{n}" in prompt.text
+        assert prompt.text.count("\n") == prompts[0].text.count("\n")
+    assert {prompt.answer for prompt in prompts} == {"A", "B", "C"}
+    moved = load(tmp_path, tokenizer, rows[::-1], **settings)[::-1]
+    assert [(prompt.text, prompt.answer) for prompt in moved] == [(prompt.text, prompt.answer) for prompt in prompts]
+
+
+def test_the_same_choice_twice_is_refused(tmp_path, tokenizer):
+    choices = ChoicesConfig(correct_field="a", incorrect_fields=["b"])
+    with pytest.raises(UserError, match="row 0 holds the same choice twice"):
+        load(tmp_path, tokenizer, [{"problem": "?", "a": "1", "b": "1"}], choices=choices)
+
+
+def test_compressed_csv_nested_and_several_files(tmp_path, tokenizer):
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS)
+    with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
+        file.write(lines)
+    (tmp_path / "rows.csv").write_text('problem,answer\n1+2=?,3\n"9-4=?",5\n')
+    (tmp_path / "task_a.json").write_text(json.dumps({"canary": "x", "examples": ROWS[:1]}))
+    (tmp_path / "task_b.json").write_text(json.dumps({"examples": ROWS[1:]}))
+    packed = load_prompts(config(tmp_path / "rows.jsonl.gz"), tokenizer)
+    assert [prompt.answer for prompt in packed] == ["3", "5"]
+    assert load_prompts(config(tmp_path / "rows.csv"), tokenizer) == packed
+    assert load_prompts(config(tmp_path / "task_*.json", rows_field="examples"), tokenizer) == packed
+
+
 @pytest.mark.parametrize(
     ("row", "fields", "message"),
     [
@@ -95,7 +151,10 @@ def test_clean_answer(value, answer):
         ({"problem": "?", "gold": 1}, {}, r"data\.answer_field: row 1 of .* no field `answer`.*`problem`, `gold`"),
         ({"problem": "?", "answer": None}, {}, r"row 1 of .* has no answer: its field `answer` holds None"),
         ({"problem": " ", "answer": 1}, {}, r"row 1 of .* has no problem: its field `problem` holds ' '"),
-        ({"problem": "?", "answer": ["1", "2"]}, {}, r"row 1 .* field `answer` holds 2 answers"),
+        ({"problem": "?", "answer": [{"a": 1}]}, {}, r"row 1 .* field `answer` is a dict"),
+        ({"problem": "?", "answer": r"so \boxed{4"}, {"answer_in_box": True}, r"answer_in_box finds no box"),
+        ({"problem": "?", "answer": "4"}, {"problem_template": "{{ question }}"}, r"problem_template: row 0 .*quest"),
+        ({"problem": "?", "answer": "4"}, {"answer_template": "{{ answer"}, r"answer_template: not a Jinja template"),
         ({"problem": "?", "answer": {"a": 1}}, {}, r"row 1 .* field `answer` is a dict"),
         ({"problem": "?", "answer": "4"}, {"answer_pattern": "(3|5)"}, r"row 1 of .* answer_pattern '\(3\|5\)' finds"),
         ({"problem": "?", "answer": "4"}, {"answer_pattern": "(4"}, r"answer_pattern: '\(4' is not a regular exp"),
@@ -115,6 +174,8 @@ def test_bad_row_is_named(tmp_path, tokenizer, row, fields, message):
         ("broken.jsonl", '{"problem": 1}\n{"problem"', "line 2 is not JSON"),
         ("list.jsonl", "[1]", "row 0 is a list"),
         ("object.json", "{}", "holds a dict, and a list of rows is needed"),
+        ("broken.jsonl.gz", "not compressed", "cannot read .*broken.jsonl.gz"),
+        ("none_*.json", None, "there is no file .*none_"),
         ("text.parquet", "not parquet", "cannot read .*text.parquet"),
     ],
 )
@@ -127,7 +188,7 @@ def test_bad_source_is_named(tmp_path, tokenizer, name, content, message):
 
 def test_source_that_is_neither_file_nor_hub_name(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match="neither a local .jsonl, .json, .parquet file nor a data set"):
+    with pytest.raises(UserError, match="neither a local .jsonl, .json, .csv, .parquet file nor a data set"):
         load_prompts(config(tmp_path / "no-such-folder"), tokenizer)
 
 
@@ -154,18 +215,3 @@ def test_gsm8k_with_the_real_qwen3_tokenizer(shared_data):
     assert prompts[0].text.startswith("<|im_start|>system\nPlease reason step by step")
     assert prompts[0].text.endswith("<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert all(prompt.answer.replace(",", "").lstrip("-").replace(".", "").isdecimal() for prompt in prompts)
-
-
-@pytest.mark.needs_data
-@pytest.mark.parametrize(
-    ("name", "fields", "answers"),
-    [
-        ("aime24", {}, ["204"]),
-        ("amc23", {"problem_field": "question"}, ["27"]),
-        ("minerva_math", {"answer_field": "solution", "answer_pattern": r"\\boxed\{(.+)\}"}, []),
-    ],
-)
-def test_benchmark_files(shared_data, tokenizer, name, fields, answers):
-    source = str(shared_data / "benchmarks" / f"{name}.jsonl")
-    prompts = load_prompts(PromptSetConfig(source=source, **fields), tokenizer)
-    assert [prompt.answer for prompt in prompts[: len(answers)]] == answers
