@@ -1,8 +1,8 @@
 """The reference policy of KL terms: other weights for the policy's own model.
 
-Its weights lie in host memory, each rank's shards on that rank. For a forward pass they change places with the policy's,
-parameter by parameter, and afterwards exchanged back: both are moved and nothing is computed, so the policy's weights
-are bit for bit the ones before, and the optimizer, whose master weights are not touched, notices nothing.
+Its weights lie in host memory, each rank's shards on that rank. For a forward pass they change places with the
+policy's, parameter by parameter, and change back afterwards: both are moved and nothing is computed, so the policy's
+weights are bit for bit the ones before, and the optimizer, whose master weights are not touched, notices nothing.
 
 Memory: the size of the rank's parameters on the host (2 bytes per parameter of the rank in bf16), and on the device the
 largest single parameter while it is exchanged.

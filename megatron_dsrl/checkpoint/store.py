@@ -1,7 +1,8 @@
 """Checkpoint folders of a run: published whole, validated before use, pruned.
 
     <run folder>/checkpoints/step_000050/state.json     what `RunState` holds, and size and CRC-32 of every other file
-    <run folder>/checkpoints/step_000050/megatron/...   Megatron's distributed checkpoint
+    <run folder>/checkpoints/step_000050/megatron/...   Megatron's distributed checkpoint of the actor
+    <run folder>/checkpoints/step_000050/critic/...     and of the other models that the run has
 
 A checkpoint is written into a hidden folder beside its place and renamed when it is complete, so that a folder with a
 checkpoint's name is a whole checkpoint; `state.json` then tells whether it is still undamaged. There is no `latest`
@@ -17,7 +18,7 @@ import re
 import shutil
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -39,6 +40,10 @@ _CLOSE_SECONDS = 60
 
 Checksums = dict[str, tuple[int, int]]
 """Size in bytes and CRC-32 by path relative to the checkpoint."""
+
+
+BeginWrite = Callable[[Path, bool], "WeightsWrite"]
+"""Collective; gets an empty folder, and whether a copy must be taken because training goes on before it is written."""
 
 
 class WeightsWrite(Protocol):
@@ -96,7 +101,7 @@ class CheckpointStore:
         """Of the newest checkpoint that is known to be good."""
         self._in_flight: _Save | None = None
 
-    def save(self, state: RunState, begin_write: Callable[[Path, bool], WeightsWrite]) -> None:
+    def save(self, state: RunState, begin_write: BeginWrite, others: Mapping[str, BeginWrite] | None = None) -> None:
         """Publish a checkpoint, then remove those that are not to be kept; or begin to, where saves are asynchronous.
 
         A save that is still in flight is waited for. A damaged checkpoint of the same step is replaced. Nothing is
@@ -104,9 +109,9 @@ class CheckpointStore:
         checkpoint must at no moment be gone.
 
         Args:
-            state: everything but the actor's part; the same on every rank.
-            begin_write: collective; gets an empty folder for the actor's part, and whether a copy must be taken because
-                training goes on before it is written.
+            state: everything but the models; the same on every rank.
+            begin_write: of the actor.
+            others: of other models, by the name of their folder; the same names on every rank.
 
         Raises:
             UserError: the folder cannot be written to (no space, read-only). The checkpoints before are untouched, and
@@ -118,12 +123,13 @@ class CheckpointStore:
         if state.step == self._good_step:
             return
         partial = self._root / f"{_PARTIAL_PREFIX}step_{state.step:06d}"
+        parts = {WEIGHTS_FOLDER: begin_write, **(others or {})}
         try:
-            _on_rank_0(lambda: _make_empty(partial / WEIGHTS_FOLDER))
-            write = begin_write(partial / WEIGHTS_FOLDER, self._asynchronous)
+            _on_rank_0(lambda: _make_empty(partial, parts))
+            writes = [begin(partial / name, self._asynchronous) for name, begin in parts.items()]
         except OSError as error:
             raise self._failure(state.step, partial, error) from error
-        self._in_flight = _Save(state, partial, write)
+        self._in_flight = _Save(state, partial, writes)
         if not self._asynchronous:
             self.finish()
 
@@ -223,7 +229,8 @@ class CheckpointStore:
     def _publish(self, partial: Path, saved: SavedState) -> None:
         """Rank 0."""
         saved.write(partial / STATE_FILE)
-        _flush_to_disk(partial / WEIGHTS_FOLDER)
+        for folder in filter(Path.is_dir, partial.iterdir()):
+            _flush_to_disk(folder)
         _flush_to_disk(partial)
         target = self._root / f"step_{saved.run.step:06d}"
         if target.exists():
@@ -245,12 +252,12 @@ class CheckpointStore:
 class _Save:
     """A checkpoint on its way: this rank's thread, and what comes of it."""
 
-    def __init__(self, state: RunState, partial: Path, write: WeightsWrite):
+    def __init__(self, state: RunState, partial: Path, writes: Sequence[WeightsWrite]):
         self.state = state
         self.partial = partial
         self.problem: str | None = None
         """Why this rank's files could not be written."""
-        self._write = write
+        self._writes = writes
         self._defect: BaseException | None = None
         self._checksums: Checksums = {}
         # Not joined when the interpreter ends: a second request to stop ends the process where it stands.
@@ -274,7 +281,8 @@ class _Save:
             raise self._defect
         _raise_together(self.problem)
         try:
-            self._write.finish()
+            for write in self._writes:
+                write.finish()
         except CheckpointException as error:  # no Exception; all ranks raise it, rank 0 knows the cause
             raise OSError("; ".join(str(cause) for cause, _ in error.failures.values()) or str(error)) from error
         checksums = {name: entry for share in gather(self._checksums) for name, entry in share.items()}
@@ -283,7 +291,7 @@ class _Save:
 
     def _write_and_checksum(self) -> None:
         try:
-            self._checksums = _checksums(self.partial, self._write.write())
+            self._checksums = _checksums(self.partial, [file for write in self._writes for file in write.write()])
         except OSError as error:
             self.problem = str(error)
         except BaseException as error:  # raised in the main thread
@@ -297,9 +305,10 @@ def _free_space(folder: Path) -> str:
         return ""
 
 
-def _make_empty(folder: Path) -> None:
-    shutil.rmtree(folder.parent, ignore_errors=True)
-    folder.mkdir(parents=True)
+def _make_empty(partial: Path, names: Iterable[str]) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    for name in names:
+        (partial / name).mkdir(parents=True)
 
 
 def _checksums(folder: Path, files: Iterable[Path]) -> Checksums:

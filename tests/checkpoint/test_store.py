@@ -90,6 +90,16 @@ def test_the_newest_checkpoint_comes_back_as_it_was_saved(tmp_path):
     assert torch.equal(torch.load(newest.weights_folder / "common.pt")["weight"], torch.arange(1000))
 
 
+def test_other_models_lie_beside_the_actor_and_are_validated_with_it(tmp_path):
+    store = saved(tmp_path, 1)
+    store.save(state(2), FewFiles, {"critic": FewFiles})
+    damaged = tmp_path / "step_000002" / "critic" / "__0_0.distcp"
+    assert store.newest().folder == damaged.parents[1]
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert store.newest().state.step == 1
+    assert "critic/__0_0.distcp" in store.reports[0]
+
+
 @pytest.mark.parametrize(
     ("keep_last", "keep_every_steps", "kept"),
     [(1, None, [6]), (3, None, [4, 5, 6]), (1, 2, [2, 4, 6]), (2, 4, [4, 5, 6])],
