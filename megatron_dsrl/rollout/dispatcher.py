@@ -63,10 +63,12 @@ async def sample_groups(
     rewards: RewardPool,
     decode: Decode,
     on_samples: Callable[[int], None],
+    on_group: Callable[[Group], None],
 ) -> list[Group]:
     """Sample, decode and judge; groups are in the order of the prompts.
 
-    `on_samples` is told how many samples have come back, each time some do.
+    `on_samples` is told how many samples have come back, each time some do; `on_group` gets every group as soon as it is
+    judged, in any order.
 
     Raises:
         EngineError: An engine failed, or the batch took longer than its limit; the message names the prompts that
@@ -74,7 +76,7 @@ async def sample_groups(
         StaleWeightsError: A sample does not carry the requested weight version.
     """
     deadline = time.monotonic() + request.timeout_seconds
-    judged: dict[int, list[tuple[Completion, str, Future[Judgement]]]] = {}
+    judged: dict[int, asyncio.Task[Group]] = {}
     waiting = deque(range(len(request.prompts)))
     running: dict[asyncio.Task[list[Completion]], tuple[Sequence[int], int]] = {}  # task -> (prompt positions, engine)
     outstanding = [0] * len(clients)
@@ -104,19 +106,29 @@ async def sample_groups(
                 for position in positions:
                     prompt = request.prompts[position]
                     group = list(islice(completions, request.samples_per_prompt))
-                    judged[position] = [
+                    submitted = [
                         (completion, text := decode(completion.response_ids), rewards.submit(text, prompt.answer))
                         for completion in _checked(group, prompt, request.weight_version)
                     ]
+                    judged[position] = asyncio.create_task(_judge(prompt, submitted, request, deadline, on_group))
                 on_samples(len(positions) * request.samples_per_prompt)
     finally:
         for task in running:
             task.cancel()  # closes the connection, at which SGLang aborts the request
         await asyncio.gather(*running, return_exceptions=True)
-    return [
-        Group(prompt, tuple([await _sample(*entry, request, deadline) for entry in judged[position]]))
-        for position, prompt in enumerate(request.prompts)
-    ]
+    return [await judged[position] for position in range(len(request.prompts))]
+
+
+async def _judge(
+    prompt: Prompt,
+    submitted: Sequence[tuple[Completion, str, "Future[Judgement]"]],
+    request: BatchRequest,
+    deadline: float,
+    on_group: Callable[[Group], None],
+) -> Group:
+    group = Group(prompt, tuple([await _sample(*entry, request, deadline) for entry in submitted]))
+    on_group(group)
+    return group
 
 
 def _free_engine(outstanding: Sequence[int], request: BatchRequest) -> int | None:

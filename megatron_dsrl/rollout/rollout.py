@@ -20,7 +20,7 @@ from megatron_dsrl.rollout.seeds import seeds_of_batch
 from megatron_dsrl.rollout.weight_push import Bucket
 
 
-def ignore(samples: int) -> None:
+def ignore(progress: object) -> None:
     """For callers that do not watch the progress."""
 
 
@@ -132,7 +132,20 @@ class EngineRollout:
         sampling: SamplingParameters,
         stream: str,
         on_samples: Callable[[int], None] = ignore,
+        on_group: Callable[[Group], None] = ignore,
+        rewards: RewardPool | None = None,
     ) -> list[Group]:
+        """As `Rollout.generate`.
+
+        Args:
+            prompts: what to answer.
+            samples_per_prompt: responses to each.
+            sampling: how.
+            stream: names the random numbers.
+            on_samples: is told how many samples have come back, each time some do.
+            on_group: gets every group as soon as it is judged.
+            rewards: another verifier than the run's.
+        """
         assert self._rewards is not None, "only rank 0 samples"
         assert self._urls, "wait_until_ready() comes first"
         assert self._weight_version != UNSET_WEIGHT_VERSION, "load_weights() comes first: the model folder has none"
@@ -145,7 +158,7 @@ class EngineRollout:
             max_outstanding_samples=self._config.engine.max_outstanding_samples,
             timeout_seconds=self._config.rollout.step_timeout_seconds,
         )
-        return asyncio.run(self._sample(request, self._rewards, on_samples))
+        return asyncio.run(self._sample(request, rewards or self._rewards, on_samples, on_group))
 
     def load_weights(self, buckets: Iterable[Bucket], version: int) -> None:
         self._running_engines().push(buckets, version)
@@ -167,10 +180,14 @@ class EngineRollout:
             self._rewards.close()
 
     async def _sample(
-        self, request: BatchRequest, rewards: RewardPool, on_samples: Callable[[int], None]
+        self,
+        request: BatchRequest,
+        rewards: RewardPool,
+        on_samples: Callable[[int], None],
+        on_group: Callable[[Group], None],
     ) -> list[Group]:
         async with connect(self._urls, self._config.engine.update_timeout_seconds) as clients:
-            return await sample_groups(request, clients, rewards, self._decode, on_samples)
+            return await sample_groups(request, clients, rewards, self._decode, on_samples, on_group)
 
     def _change_memory(self, change: str, tags: list[MemoryTag]) -> None:
         if not can_release_engine_memory():
