@@ -19,6 +19,7 @@ from megatron_dsrl.actor.actor import Actor
 from megatron_dsrl.actor.build import build_actor
 from megatron_dsrl.algorithms.experience import Experience, build_experience
 from megatron_dsrl.algorithms.objective import objectives_of
+from megatron_dsrl.algorithms.reward_shaping import shape_rewards
 from megatron_dsrl.algorithms.schedule import Schedule
 from megatron_dsrl.checkpoint.compatibility import check_same_model, check_same_optimizer
 from megatron_dsrl.checkpoint.state import RunState, current_layout
@@ -198,6 +199,7 @@ def share_experiences(run: TrainingRun, groups: list[Group] | None, phase: Phase
     responses = broadcast(None if groups is None else responses_of(groups))
     if responses is None:
         return None
+    responses = shape_rewards(responses, run.config.reward.overlong, run.config.rollout.max_response_tokens)
     return [
         build_experience(responses, objective.space, bos_ids_of(run, objective.space))
         for objective in phase.objectives.values()

@@ -1,28 +1,105 @@
-"""Group advantages against hand-worked numbers and the properties that the filters rely on."""
+"""Every advantage against hand-worked numbers, its published formula written out again, and its properties."""
 
+import statistics
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_dsrl.algorithms.advantages import group_mean_advantage, group_standardised_advantage
+from megatron_dsrl.algorithms.advantages import (
+    Fixed,
+    GroupMean,
+    GroupStandardised,
+    LeaveOneOut,
+    RawReward,
+    ReinforcePlusPlus,
+    ReinforcePlusPlusBaseline,
+    group_mean_advantage,
+    group_standardised_advantage,
+    leave_one_out_advantage,
+    rewards_to_go,
+)
+from tests.support.experiences import experience_of
 
-REWARDS = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0])
-GROUPS = torch.tensor([0, 0, 0, 0, 1, 1])
+REWARDS = [1.0, 0.0, 0.0, 0.0, 1.0, 1.0]
+GROUPS = [0, 0, 0, 0, 1, 1]
 
 
-def test_group_mean_weighs_a_wrong_sample_by_minus_the_success_rate():
-    expected = torch.tensor([0.75, -0.25, -0.25, -0.25, 0.0, 0.0])
-    assert torch.equal(group_mean_advantage(REWARDS, GROUPS), expected)
+def per_sample(advantage, rewards=REWARDS, groups=GROUPS):
+    """The advantage of each sample; all its tokens must have the same."""
+    estimate = advantage.estimate(experience_of(rewards, groups, lengths=[1 + i % 3 for i in range(len(rewards))]))
+    assert all(len(tokens.unique()) == 1 for tokens in estimate.advantages)
+    return [tokens[0].item() for tokens in estimate.advantages]
 
 
-def test_group_standardised_divides_by_the_unbiased_deviation():
-    # mean 1/4; squares 9/16 + 3/16 = 3/4; variance 3/4 / 3 = 1/4; deviation 1/2
-    expected = torch.tensor([1.5, -0.5, -0.5, -0.5, 0.0, 0.0])
-    torch.testing.assert_close(group_standardised_advantage(REWARDS, GROUPS, eps=1e-6), expected, rtol=1e-5, atol=0)
+@pytest.mark.parametrize(
+    ("advantage", "expected"),
+    [
+        # a wrong sample weighs minus the success rate
+        (GroupMean(), [0.75, -0.25, -0.25, -0.25, 0, 0]),
+        # mean 1/4; squares 9/16 + 3/16 = 3/4; unbiased variance 3/4 / 3 = 1/4; deviation 1/2
+        (GroupStandardised(), [1.5, -0.5, -0.5, -0.5, 0, 0]),
+        # the others of the right sample have mean 0, those of a wrong one 1/3
+        (LeaveOneOut(), [1, -1 / 3, -1 / 3, -1 / 3, 0, 0]),
+        (RawReward(), [1, 0, 0, 0, 1, 1]),
+        (Fixed(), [1, -1, -1, -1, 1, 1]),
+        # W-REINFORCE
+        (Fixed(positive=0.1), [0.1, -1, -1, -1, 0.1, 0.1]),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_by_hand(advantage, expected):
+    assert per_sample(advantage) == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_group_of_one_has_no_advantage():
-    assert group_standardised_advantage(torch.tensor([1.0]), torch.tensor([0])).tolist() == [0.0]
+def test_fixed_weighs_wrong_samples_of_all_wrong_groups_too():
+    assert per_sample(Fixed(), [0.0, 0.0], [0, 0]) == [-1, -1]
+    assert per_sample(GroupMean(), [0.0, 0.0], [0, 0]) == [0, 0]
+
+
+@pytest.mark.parametrize("advantage", [GroupMean(), GroupStandardised(), LeaveOneOut()], ids=lambda a: a.name)
+def test_a_sample_without_others_has_no_advantage(advantage):
+    assert per_sample(advantage, [1.0, 0.5], [0, 1]) == [0, 0]
+    assert advantage.compares_samples
+
+
+def test_reinforce_pp_standardises_over_the_tokens_of_the_batch():
+    """Rewards 1 and 0 over 1 and 3 tokens: mean 1/4 and unbiased variance (9/16 + 3/16) / 3 = 1/4 over tokens."""
+    estimate = ReinforcePlusPlus().estimate(experience_of([1.0, 0.0], [0, 1], lengths=[1, 3]))
+    expected = [torch.tensor([1.5]), torch.tensor([-0.5, -0.5, -0.5])]
+    torch.testing.assert_close(list(estimate.advantages), expected, rtol=1e-6, atol=0)
+
+
+def test_reinforce_pp_sums_the_penalties_still_to_come():
+    """Penalties 1, 2, 4 and reward 10: to go 3, 4, 6 -> mean 13/3, then standardised."""
+    experience = experience_of([10.0], [0], lengths=[3], penalties=[torch.tensor([1.0, 2.0, 4.0])])
+    assert [r.tolist() for r in rewards_to_go(experience.token_rewards)] == [[3, 4, 6]]
+    to_go = [3.0, 4.0, 6.0]
+    expected = [(x - statistics.mean(to_go)) / statistics.stdev(to_go) for x in to_go]
+    assert ReinforcePlusPlus().estimate(experience).advantages[0].tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_reinforce_pp_baseline_centres_in_the_group_and_standardises_over_tokens():
+    """A published formula over padded tensors, as Transformers-based trainers write it, on ragged groups."""
+    rewards, groups, lengths = [1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0], [0, 0, 0, 1, 1, 1, 1], [2, 5, 1, 3, 3, 4, 2]
+    mask = torch.arange(5)[None, :] < torch.tensor(lengths)[:, None]
+    means = {g: statistics.mean(r for r, k in zip(rewards, groups) if k == g) for g in groups}
+    scores = torch.tensor([r - means[g] for r, g in zip(rewards, groups)])[:, None] * mask
+    mean = scores.sum() / mask.sum()
+    variance = ((scores - mean).square() * mask).sum() / (mask.sum() - 1)
+    padded = (scores - mean) / (variance + 1e-8).sqrt()
+    estimate = ReinforcePlusPlusBaseline().estimate(experience_of(rewards, groups, lengths))
+    for row, length, actual in zip(padded, lengths, estimate.advantages):
+        torch.testing.assert_close(actual, row[:length], rtol=1e-5, atol=1e-6)
+
+
+def test_the_penalties_of_its_tokens_count_against_a_sample():
+    """Rewards 1 and 0, penalties of 0.5 in all and none: worth 0.5 and 0."""
+    penalties = [torch.tensor([0.2, 0.3]), torch.tensor([0.0])]
+    experience = experience_of([1.0, 0.0], [0, 0], lengths=[2, 1], penalties=penalties)
+    advantages = GroupMean().estimate(experience).advantages
+    assert [a.tolist() for a in advantages] == [pytest.approx([0.25, 0.25]), pytest.approx([-0.25])]
 
 
 @st.composite
@@ -33,14 +110,48 @@ def batches(draw):
     return torch.tensor(rewards, dtype=torch.float64), numbered
 
 
+@given(batch=batches())
+def test_group_advantages_equal_their_formulas_group_by_group(batch):
+    """The formulas of GRPO, Dr.GRPO and RLOO over plain lists of each group."""
+    rewards, groups = batch
+    for group in groups.unique():
+        of_group = rewards[groups == group].tolist()
+        mean, size = statistics.fmean(of_group), len(of_group)
+        deviation = statistics.stdev(of_group) if size > 1 else 0.0
+        others = [(sum(of_group) - r) / (size - 1) if size > 1 else r for r in of_group]
+        for advantage, expected in [
+            (group_mean_advantage(rewards, groups), [r - mean for r in of_group]),
+            (group_standardised_advantage(rewards, groups, 0.1), [(r - mean) / (deviation + 0.1) for r in of_group]),
+            (leave_one_out_advantage(rewards, groups), [r - other for r, other in zip(of_group, others)]),
+        ]:
+            assert advantage[groups == group].tolist() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
 @given(batch=batches(), shift=st.floats(-3, 3))
 def test_a_shift_of_all_rewards_changes_nothing(batch, shift):
     rewards, groups = batch
-    torch.testing.assert_close(group_mean_advantage(rewards + shift, groups), group_mean_advantage(rewards, groups))
+    for advantage in (group_mean_advantage, leave_one_out_advantage):
+        torch.testing.assert_close(advantage(rewards + shift, groups), advantage(rewards, groups))
+
+
+@given(batch=batches(), scale=st.floats(0.1, 10))
+def test_standardising_takes_the_scale_of_rewards_out(batch, scale):
+    rewards, groups = batch
+    rewards = rewards.round(decimals=3)  # a deviation near eps would show it
+    one, other = (group_standardised_advantage(r, groups, eps=1e-12) for r in (rewards, rewards * scale))
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@given(batch=batches())
+def test_leave_one_out_is_the_centred_reward_times_g_over_g_minus_1(batch):
+    rewards, groups = batch
+    sizes = torch.bincount(groups)[groups].double()
+    expected = group_mean_advantage(rewards, groups) * torch.where(sizes > 1, sizes / (sizes - 1), 1)
+    torch.testing.assert_close(leave_one_out_advantage(rewards, groups), expected)
 
 
 @given(reward=st.floats(-10, 10), size=st.integers(1, 16))
 def test_uniform_groups_have_exactly_no_advantage(reward, size):
     rewards, groups = torch.full((size,), reward), torch.zeros(size, dtype=torch.int64)
-    assert group_mean_advantage(rewards, groups).abs().max() == 0
-    assert group_standardised_advantage(rewards, groups).abs().max() == 0
+    for advantage in (group_mean_advantage, group_standardised_advantage, leave_one_out_advantage):
+        assert advantage(rewards, groups).abs().max() == 0

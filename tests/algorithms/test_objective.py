@@ -1,0 +1,148 @@
+"""From a phase and a rollout batch to the terms of the loss."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_dsrl.algorithms.advantages import Fixed, GroupMean, ReinforcePlusPlus
+from megatron_dsrl.algorithms.aggregations import TokenSum
+from megatron_dsrl.algorithms.experience import Response, build_experience, with_advantages
+from megatron_dsrl.algorithms.filters import Negative
+from megatron_dsrl.algorithms.importance import Truncated
+from megatron_dsrl.algorithms.losses import PolicyGradient
+from megatron_dsrl.algorithms.objective import objectives_of, token_losses
+from megatron_dsrl.algorithms.passes import ModelPasses, required_passes
+from megatron_dsrl.config.phase import (
+    AdditionalObjectiveConfig,
+    KLConfig,
+    ObjectiveConfig,
+    PhaseConfig,
+    PostTrainSpaceConfig,
+    PreTrainSpaceConfig,
+)
+from tests.support.experiences import experience_of, scored_tokens
+
+POST_TRAIN, PRE_TRAIN = PostTrainSpaceConfig(), PreTrainSpaceConfig()
+
+
+def responses(*rewards_and_lengths, truncated=()):
+    return [
+        Response((1, 2), (3,) * length, (-1.0,) * length, reward, 0, truncated=position in truncated)
+        for position, (reward, length) in enumerate(rewards_and_lengths)
+    ]
+
+
+def test_two_objectives_on_the_same_samples_each_with_its_own_denominator():
+    """GRPO without std on all samples, and NSR-PreRL on the wrong ones with a coefficient."""
+    phase = PhaseConfig(
+        name="both",
+        space=POST_TRAIN,
+        advantage=GroupMean(),
+        additional_objectives=[
+            AdditionalObjectiveConfig(
+                name="nsr_prerl", space=PRE_TRAIN, advantage=Fixed(), filter=Negative(), coefficient=0.01
+            )
+        ],
+    )
+    batch = responses((1.0, 3), (0.0, 2))
+    experiences = [build_experience(batch, o.space, [7]) for o in phase.objectives.values()]
+    policy, nsr = objectives_of(phase, experiences, max_response_tokens=10)
+    assert (policy.name, nsr.name) == ("policy", "nsr_prerl")
+    assert (policy.coefficient, nsr.coefficient) == (1.0, 0.01)
+    assert policy.experience.num_scored == [3, 2] and nsr.experience.num_scored == [2]
+    assert [a.unique().tolist() for a in policy.experience.advantages] == [[0.5], [-0.5]]
+    assert [a.unique().tolist() for a in nsr.experience.advantages] == [[-1]]
+    assert policy.aggregation([3, 2]).tolist() == pytest.approx([1 / 5] * 2)
+    assert nsr.aggregation([2]).tolist() == [1 / 2]
+
+
+def test_the_constant_of_the_token_sum_is_the_length_limit():
+    phase = PhaseConfig(name="dr_grpo", space=POST_TRAIN, advantage=GroupMean(), aggregation=TokenSum())
+    batch = responses((1.0, 3), (0.0, 2))
+    (objective,) = objectives_of(phase, [build_experience(batch, POST_TRAIN, ())], max_response_tokens=10)
+    assert objective.aggregation([3, 2]).tolist() == pytest.approx([1 / 20] * 2)
+
+
+def test_truncated_samples_are_compared_with_but_not_updated():
+    config = ObjectiveConfig(space=POST_TRAIN, advantage=GroupMean(), drop_truncated=True)
+    batch = responses((1.0, 3), (0.0, 4), truncated={1})
+    experience = with_advantages(build_experience(batch, POST_TRAIN, ()), config)
+    assert experience.num_scored == [3] and experience.advantages[0].tolist() == [0.5] * 3
+
+
+def test_the_filter_judges_a_sample_by_the_sum_of_its_tokens():
+    config = ObjectiveConfig(space=POST_TRAIN, advantage=ReinforcePlusPlus(), filter=Negative())
+    experience = with_advantages(build_experience(responses((1.0, 1), (0.0, 3)), POST_TRAIN, ()), config)
+    assert experience.num_scored == [3]
+
+
+def test_nothing_kept_is_an_empty_experience():
+    config = ObjectiveConfig(space=POST_TRAIN, advantage=GroupMean(), filter=Negative())
+    assert len(with_advantages(build_experience(responses((1.0, 1), (1.0, 3)), POST_TRAIN, ()), config)) == 0
+    assert len(with_advantages(build_experience([], POST_TRAIN, ()), config)) == 0
+
+
+@pytest.mark.parametrize(
+    ("kl", "passes"),
+    [
+        (None, ModelPasses()),
+        (KLConfig(loss_coefficient=0.1), ModelPasses(reference_log_probs=True)),
+        (KLConfig(reward_coefficient=0.1), ModelPasses(old_log_probs=True, reference_log_probs=True)),
+    ],
+)
+def test_passes_that_kl_terms_need(kl, passes):
+    assert required_passes(ObjectiveConfig(space=POST_TRAIN, advantage=GroupMean(), kl=kl)) == passes
+
+
+def test_kl_in_the_reward_is_taken_off_token_by_token():
+    """Log-ratios 0.5, -0.5 and 1 at a coefficient of 0.2: penalties 0.1, -0.1 and 0.2; the reward comes last."""
+    experience = replace(
+        experience_of([1.0, 0.0], [0, 0], lengths=[2, 1]),
+        old_log_probs=(torch.tensor([-1.0, -1.5]), torch.tensor([-1.0])),
+        reference_log_probs=(torch.tensor([-1.5, -1.0]), torch.tensor([-2.0])),
+    )
+    config = ObjectiveConfig(space=POST_TRAIN, advantage=GroupMean(), kl=KLConfig(reward_coefficient=0.2))
+    result = with_advantages(experience, config)
+    assert [r.tolist() for r in result.token_rewards] == [pytest.approx([-0.1, 1.1]), pytest.approx([-0.2])]
+    # worth 1 and -0.2 in all, mean 0.4
+    assert [a[0].item() for a in result.advantages] == pytest.approx([0.6, -0.6])
+
+
+def test_the_loss_of_a_token_adds_up():
+    """w (-A lp) + beta KL - alpha H on one token, with the gradient of each part."""
+    config = ObjectiveConfig(
+        space=POST_TRAIN,
+        advantage=GroupMean(),
+        loss=PolicyGradient(),
+        importance_correction=Truncated(cap=2.0),
+        kl=KLConfig(loss_coefficient=0.1, loss_estimator="k2"),
+        entropy_coefficient=0.01,
+    )
+    log_probs = torch.tensor([-1.0], requires_grad=True)
+    entropy = torch.tensor([0.7], requires_grad=True)
+    tokens = scored_tokens(
+        log_probs,
+        old_log_probs=log_probs.detach(),
+        advantages=torch.tensor([0.5]),
+        engine_log_probs=torch.tensor([-1.5]),
+        reference_log_probs=torch.tensor([-1.4]),
+        entropy=entropy,
+    )
+    result = token_losses(config, tokens)
+    weight, difference = torch.tensor(0.5).exp().item(), 0.4
+    assert result.losses.item() == pytest.approx(weight * 0.5 + 0.1 * difference**2 / 2 - 0.01 * 0.7)
+    result.losses.sum().backward()
+    assert log_probs.grad.item() == pytest.approx(-weight * 0.5 + 0.1 * difference)
+    assert entropy.grad.item() == pytest.approx(-0.01)
+    assert result.metrics["reference_kl"].item() == pytest.approx(difference**2 / 2)
+    assert result.metrics["importance_truncated_fraction"].item() is False
+
+
+def test_an_entropy_bonus_asks_for_the_entropy_gradient():
+    phase = PhaseConfig(name="bonus", space=POST_TRAIN, advantage=GroupMean(), entropy_coefficient=0.01)
+    experience = build_experience(responses((1.0, 3), (0.0, 2)), POST_TRAIN, ())
+    without = phase.model_copy(update={"entropy_coefficient": 0.0})
+    for each, needed in [(phase, True), (without, False)]:
+        (objective,) = objectives_of(each, [experience], max_response_tokens=10)
+        assert objective.needs_entropy_gradient is needed
