@@ -92,6 +92,32 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from megatron_dsrl.config.load import load_config
+    from megatron_dsrl.model.architecture import read_architecture
+    from megatron_dsrl.planning.compute import Assumptions
+    from megatron_dsrl.planning.gpus import find_gpu
+    from megatron_dsrl.planning.plan import make_plan, suggest
+    from megatron_dsrl.planning.tables import print_plan, print_suggestions
+    from megatron_dsrl.preflight import find_config_json, preflight
+
+    config = load_config(options.config, options.overrides)
+    gpu = find_gpu(options.gpu)
+    architecture = read_architecture(find_config_json(config.model.path).parent)
+    assumptions = Assumptions(
+        mean_response_tokens=options.mean_response_tokens or config.rollout.max_response_tokens // 2,
+        training_utilisation=options.training_utilisation,
+    )
+    console = Console()
+    preflight(config, options.gpus)
+    plan = make_plan(config, architecture, gpu, options.gpus, assumptions)
+    print_plan(plan, architecture, assumptions, console)
+    print_suggestions(suggest(config, architecture, gpu, options.gpus, assumptions, count=5), console)
+    return 0 if plan.fits else 1
+
+
 def _compare(options: argparse.Namespace) -> int:
     from megatron_dsrl.observability.comparison import write_comparison
 
@@ -144,6 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_train(commands)
     add_convert(commands)
+    _add_plan(commands)
     _add_report(commands)
     _add_compare(commands)
     _add_sweep(commands)
@@ -179,6 +206,27 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="with --dry-run: number of processes to check for (default: WORLD_SIZE, else 1)",
     )
     parser.set_defaults(command=_train, parser=parser)
+
+
+def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="say whether a configuration fits on some GPUs, what a step costs, and which layouts would do",
+        description="Memory of every GPU in each phase, operations and estimated seconds of a step, the largest "
+        "lengths that fit, and layouts. Exit status 0 when the run fits, else 1. Needs no GPU.",
+        epilog="example: dsrl plan configs/dsrl_qwen3_8b.yaml --gpu h100 --gpus 8",
+    )
+    parser.add_argument("config", metavar="CONFIG.yaml", type=Path, help="configuration file")
+    parser.add_argument("overrides", metavar="KEY.PATH=VALUE", nargs="*", help="set a field, as for `dsrl train`")
+    parser.add_argument("--gpu", metavar="NAME", default="h100", help="a100, h100, h200, b200... (default: h100)")
+    parser.add_argument("--gpus", metavar="N", type=_positive, default=8, help="how many (default: 8)")
+    parser.add_argument(
+        "--mean-response-tokens", metavar="N", type=_positive, help="assumed; default: half of the response limit"
+    )
+    parser.add_argument(
+        "--training-utilisation", metavar="SHARE", type=float, default=0.35, help="of the peak; default: 0.35"
+    )
+    parser.set_defaults(command=_plan, parser=parser)
 
 
 def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -1,0 +1,80 @@
+"""Floating-point operations of a step, and an estimate of its seconds.
+
+Operations are counted: two per parameter and token in a matrix product, twice that again for the backward pass, and
+causal attention. Seconds rest on two assumptions, which are arguments: which share of the peak training reaches (MFU),
+and which share of the memory bandwidth decoding reaches. Weight synchronisation and verification are left out.
+"""
+
+from dataclasses import dataclass
+
+from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.model.architecture import Architecture
+from megatron_dsrl.planning.gpus import Gpu
+from megatron_dsrl.planning.memory import EngineMemory, cache_bytes_per_token, element_bytes
+from megatron_dsrl.planning.parameters import active_per_token, parameters_of_model
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What cannot be computed from the configuration."""
+
+    mean_response_tokens: int
+    training_utilisation: float = 0.35
+    """Share of the GPU's peak that forward and backward reach."""
+    bandwidth_utilisation: float = 0.6
+    """Share of the memory bandwidth that decoding reaches."""
+
+
+def training_flops(architecture: Architecture, context: int, scored: int, recompute_full: bool) -> float:
+    """Of one sequence, forward and backward; the output layer sees only scored tokens.
+
+    Args:
+        architecture: the model.
+        context: tokens before the scored ones.
+        scored: scored tokens.
+        recompute_full: every layer runs forward once more.
+    """
+    tokens = context + scored
+    heads = architecture.num_attention_heads * architecture.head_dim
+    attention = 2 * architecture.num_hidden_layers * heads * tokens * tokens  # 4 h t^2, and half of it under causality
+    layers = 2 * active_per_token(architecture) * tokens + attention
+    head = 2 * architecture.hidden_size * architecture.vocab_size * scored
+    return (4 if recompute_full else 3) * layers + 3 * head
+
+
+def training_seconds(flops: float, config: RunConfig, world_size: int, gpu: Gpu, assumptions: Assumptions) -> float:
+    """Of one step's update: operations over all GPUs, and the idle part of the pipeline."""
+    parallel = config.parallel
+    stages = parallel.pipeline_parallel_size
+    tokens = config.rollout.prompts_per_step * config.rollout.samples_per_prompt * (
+        config.data.max_prompt_tokens + assumptions.mean_response_tokens
+    )  # fmt: skip
+    replicas = max(1, world_size // parallel.model_parallel_size)
+    micro_batches = max(1.0, tokens / replicas / config.actor.max_tokens_per_micro_batch)
+    bubble = (stages - 1) / (micro_batches * parallel.virtual_pipeline_stages)
+    return (1 + bubble) * flops / (world_size * gpu.flops * assumptions.training_utilisation)
+
+
+def generation_seconds(
+    architecture: Architecture,
+    config: RunConfig,
+    world_size: int,
+    gpu: Gpu,
+    engine: EngineMemory,
+    assumptions: Assumptions,
+) -> float:
+    """Of one rollout batch: every decoding step reads the weights and the cache of the running samples.
+
+    Samples beyond what the cache holds wait; the last ones run alone until the longest is done, which this estimate
+    leaves out.
+    """
+    size = config.engine.tensor_parallel_size
+    engines = max(1, world_size // size)
+    samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt / engines
+    mean_context = config.data.max_prompt_tokens + assumptions.mean_response_tokens / 2
+    running = max(1.0, min(samples, engine.cache_tokens / mean_context))
+    element = element_bytes(config)
+    cache = running * mean_context * cache_bytes_per_token(architecture, element, size)
+    reading = (engine.weights + cache) / (gpu.bytes_per_second * assumptions.bandwidth_utilisation)
+    computing = 2 * parameters_of_model(architecture) * running / size / (gpu.flops * assumptions.training_utilisation)
+    return max(reading, computing) * assumptions.mean_response_tokens * samples / running

@@ -1,0 +1,153 @@
+"""What lies in a GPU's memory, part by part, in each phase of a step.
+
+Weights, gradients and optimizer state are exact. Activations count the tensors that the layers keep for the backward
+pass. Not counted: the CUDA context, what the allocator cannot reuse, and NCCL's buffers; `RESERVE_BYTES` stands for
+them.
+"""
+
+from dataclasses import dataclass
+
+from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.model.architecture import Architecture
+from megatron_dsrl.planning.parameters import parameters_of_model, parameters_of_stage
+
+RESERVE_BYTES = 3 * 2**30
+LOSS_CHUNK_BYTES = 2 * 64 * 2**20
+"""Two fp32 chunks of logits; see actor/log_probs.py."""
+GRADIENT_BYTES = 4
+"""Gradients accumulate in fp32, whatever the parameters are."""
+
+
+@dataclass(frozen=True)
+class TrainerMemory:
+    """Of one process, in bytes."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    """Kept for the backward pass of the micro-batches that are under way."""
+    logits: int
+    """Of one micro-batch and their gradient; last stage only."""
+
+    @property
+    def resident(self) -> int:
+        """What stays while the engine samples."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def training(self) -> int:
+        """The largest amount during an update."""
+        return self.resident + self.activations + self.logits
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """Of one GPU, in bytes."""
+
+    weights: int
+    cache: int
+    """What `engine.memory_fraction` leaves for keys and values."""
+    cache_tokens: int
+    """Tokens that it holds, over the GPUs of the engine."""
+
+    @property
+    def total(self) -> int:
+        """While sampling."""
+        return self.weights + self.cache
+
+
+def trainer_memory(config: RunConfig, architecture: Architecture, world_size: int, stage: int) -> TrainerMemory:
+    """Of every process of a pipeline stage."""
+    parallel = config.parallel
+    parameters = parameters_of_stage(architecture, parallel, stage)
+    element = element_bytes(config)
+    per_parameter = 12 if element == 2 else 8  # Adam's two moments, and a master copy where parameters are bfloat16
+    replicas = expert_replicas = 1
+    if parallel.distributed_optimizer:
+        replicas = world_size // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
+        expert_replicas = world_size // parallel.expert_model_parallel_size
+    last = stage == parallel.pipeline_parallel_size - 1
+    return TrainerMemory(
+        weights=parameters.total * element,
+        gradients=parameters.total * GRADIENT_BYTES,
+        optimizer=per_parameter * (parameters.dense // replicas + parameters.expert // expert_replicas),
+        activations=_activations(config, architecture, stage),
+        logits=_logits(config, architecture) if last else 0,
+    )
+
+
+def engine_memory(config: RunConfig, architecture: Architecture, gpu_bytes: int) -> EngineMemory:
+    """Of every GPU that an engine shares; SGLang takes the engine's fraction of the whole memory."""
+    size = config.engine.tensor_parallel_size
+    element = element_bytes(config)
+    weights = parameters_of_model(architecture) * element // size
+    cache = max(0, int(config.engine.memory_fraction * gpu_bytes) - weights)
+    tokens = cache // cache_bytes_per_token(architecture, element, size)
+    if config.engine.max_total_tokens is not None:
+        tokens = min(tokens, config.engine.max_total_tokens)
+    return EngineMemory(weights, cache, tokens)
+
+
+def cache_bytes_per_token(architecture: Architecture, element: int, engine_size: int) -> int:
+    """Keys and values of one token on one GPU of an engine; heads that cannot be split further are copied."""
+    heads = max(1, architecture.num_key_value_heads // engine_size)
+    return 2 * architecture.num_hidden_layers * heads * architecture.head_dim * element
+
+
+def element_bytes(config: RunConfig) -> int:
+    """Of a parameter or an activation."""
+    return 2 if config.model.dtype == "bfloat16" else 4
+
+
+def largest_row(config: RunConfig) -> int:
+    """Tokens of the largest packed row on one process: the budget, or one sequence that exceeds it."""
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    return max(config.actor.max_tokens_per_micro_batch, longest) // config.parallel.context_parallel_size
+
+
+def layer_bytes_per_token(architecture: Architecture, config: RunConfig) -> float:
+    """What one local layer keeps of one token for the backward pass, without recomputation.
+
+    (Transformer Engine's fused layers keep less.)
+    """
+    tensor = config.parallel.tensor_parallel_size
+    along_sequence = tensor if config.parallel.sequence_parallel else 1
+    head = architecture.head_dim
+    queries, groups = architecture.num_attention_heads * head, architecture.num_key_value_heads * head
+    # For each of the two norms: its input, the normalised input and the result.
+    hidden = 6 * architecture.hidden_size / along_sequence
+    # Queries, keys and values as projected; queries and keys after their norms and after the rotation; what attention
+    # gets and gives, in padded batches; and the result in the packed row.
+    attention = (6 * queries + 5 * groups) / tensor
+    if experts := architecture.experts:
+        # For every expert of the token: its input, and gate, up and what activates them; then the weighted sum.
+        copies = experts.num_experts_per_tok
+        inner = (copies * (architecture.hidden_size + 5 * experts.moe_intermediate_size)) / tensor
+        inner += architecture.hidden_size / along_sequence
+    else:
+        inner = 5 * architecture.intermediate_size / tensor
+    return element_bytes(config) * (hidden + attention + inner)
+
+
+def _activations(config: RunConfig, architecture: Architecture, stage: int) -> int:
+    """Of all micro-batches whose backward pass is still to come: under 1F1B one per stage from here to the last."""
+    parallel = config.parallel
+    stages, virtual = parallel.pipeline_parallel_size, parallel.virtual_pipeline_stages
+    layers = architecture.num_hidden_layers // stages
+    in_flight: float = stages - stage
+    if virtual > 1:  # the interleaved schedule keeps more: arXiv 2104.04473, section 2.2
+        in_flight = 1 + (stages - 1) / stages / virtual + (stages - stage - 1)
+    tokens = largest_row(config)
+    per_token = layer_bytes_per_token(architecture, config)
+    if config.model.recompute == "full":
+        along_sequence = parallel.tensor_parallel_size if parallel.sequence_parallel else 1
+        kept = element_bytes(config) * architecture.hidden_size / along_sequence
+        return int(tokens * (in_flight * layers * kept + per_token))
+    return int(tokens * in_flight * layers * per_token)
+
+
+def _logits(config: RunConfig, architecture: Architecture) -> int:
+    tensor = config.parallel.tensor_parallel_size
+    width = architecture.padded_vocab_size(tensor) // tensor
+    return 2 * largest_row(config) * width * element_bytes(config) + LOSS_CHUNK_BYTES

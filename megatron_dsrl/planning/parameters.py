@@ -1,0 +1,75 @@
+"""How many parameters a process holds: exact, as Megatron builds the model."""
+
+from dataclasses import dataclass
+
+from megatron_dsrl.config.model import ParallelConfig
+from megatron_dsrl.model.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class ProcessParameters:
+    """Parameters of one process. Experts have a data parallelism of their own."""
+
+    dense: int
+    expert: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.dense + self.expert
+
+
+def parameters_of_stage(architecture: Architecture, parallel: ParallelConfig, stage: int) -> ProcessParameters:
+    """Parameters of every process of a pipeline stage (counted from 0).
+
+    A tied head on another stage than the embedding is a copy of it, and counts.
+    """
+    tensor, stages = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+    layers = architecture.num_hidden_layers // stages
+    vocabulary = architecture.padded_vocab_size(tensor) // tensor * architecture.hidden_size
+    dense = layers * _dense_per_layer(architecture, tensor)
+    if stage == 0:
+        dense += vocabulary
+    if stage == stages - 1:
+        dense += architecture.hidden_size  # final norm
+        if not architecture.tie_word_embeddings or stages > 1:
+            dense += vocabulary
+    expert = 0
+    if architecture.experts:
+        expert = layers * architecture.experts.num_experts // parallel.expert_parallel_size
+        expert *= 3 * architecture.hidden_size * architecture.experts.moe_intermediate_size // parallel.split_of_experts
+    return ProcessParameters(dense, expert)
+
+
+def parameters_of_model(architecture: Architecture) -> int:
+    """Parameters of the whole model; a tied head counts once."""
+    return parameters_of_stage(architecture, ParallelConfig(), 0).total
+
+
+def active_per_token(architecture: Architecture) -> int:
+    """Parameters in matrix products of the layers that one token passes, so without embedding and head."""
+    per_layer = _attention_matrices(architecture)
+    if experts := architecture.experts:
+        per_layer += experts.num_experts * architecture.hidden_size  # router
+        per_layer += experts.num_experts_per_tok * 3 * architecture.hidden_size * experts.moe_intermediate_size
+    else:
+        per_layer += 3 * architecture.hidden_size * architecture.intermediate_size
+    return architecture.num_hidden_layers * per_layer
+
+
+def _dense_per_layer(architecture: Architecture, tensor: int) -> int:
+    hidden, head = architecture.hidden_size, architecture.head_dim
+    queries_keys_values = (architecture.num_attention_heads + 2 * architecture.num_key_value_heads) * head
+    count = _attention_matrices(architecture) // tensor + 2 * hidden  # and two norms
+    if architecture.family.qkv_bias:
+        count += queries_keys_values // tensor
+    if architecture.family.qk_layernorm:
+        count += 2 * head
+    if architecture.experts:
+        return count + architecture.experts.num_experts * hidden
+    return count + 3 * hidden * architecture.intermediate_size // tensor
+
+
+def _attention_matrices(architecture: Architecture) -> int:
+    heads = 2 * architecture.num_attention_heads + 2 * architecture.num_key_value_heads
+    return heads * architecture.head_dim * architecture.hidden_size

@@ -1,0 +1,54 @@
+"""Plans of the paper's run: what fits, what does not, and what is suggested then."""
+
+import pytest
+
+from megatron_dsrl.planning.compute import Assumptions, training_flops
+from megatron_dsrl.planning.gpus import find_gpu
+from megatron_dsrl.planning.plan import is_valid, largest_micro_batch, largest_response, make_plan, suggest
+from tests.planning.test_memory import paper_run
+from tests.planning.test_parameters import qwen3_8b, qwen3_30b_a3b
+
+ASSUMED = Assumptions(mean_response_tokens=4096)
+
+
+def plan_of(*overrides: str, gpu: str = "h100", world_size: int = 8):
+    return make_plan(paper_run(*overrides), qwen3_8b(), find_gpu(gpu), world_size, ASSUMED)
+
+
+def test_operations_of_a_sequence_by_hand():
+    """6 per parameter of the layers and token, the head for scored tokens only, and causal attention."""
+    layers, head, attention = 36 * (80 * 128 * 4096 + 3 * 4096 * 12288), 4096 * 151_936, 36 * 32 * 128
+    tokens, scored = 5120, 4096
+    expected = 6 * layers * tokens + 6 * head * scored + 6 * attention * tokens**2
+    counted = training_flops(qwen3_8b(), tokens - scored, scored, recompute_full=False)
+    assert counted == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_papers_run_fits_on_one_node_of_h100_but_not_of_40_gib():
+    assert plan_of().fits
+    assert not plan_of(gpu="a100-40").fits
+
+
+@pytest.mark.parametrize("limit", [largest_micro_batch, largest_response])
+def test_the_largest_length_fits_and_the_next_one_does_not(limit):
+    field = {
+        largest_micro_batch: "actor.max_tokens_per_micro_batch",
+        largest_response: "rollout.max_response_tokens",
+    }[limit]
+    unlimited = "engine.max_context_tokens=null"
+    largest = limit(plan_of(unlimited), qwen3_8b())
+    assert plan_of(unlimited, f"{field}={largest}").fits
+    assert not plan_of(unlimited, f"{field}={largest + 1024}").fits
+
+
+def test_suggestions_are_valid_fit_and_come_fastest_first():
+    config = paper_run("model.path=unused")
+    plans = suggest(config, qwen3_30b_a3b(), find_gpu("h200"), 16, ASSUMED, count=5)
+    assert len(plans) == 5
+    for plan in plans:
+        assert plan.fits and is_valid(plan.config, qwen3_30b_a3b(), 16)
+    assert plans[0].step_seconds <= min(plan.step_seconds for plan in plans) * 1.06, "equal but for rounding"
+
+
+def test_no_layout_is_suggested_where_none_fits():
+    assert suggest(paper_run(), qwen3_30b_a3b(), find_gpu("a100-40"), 2, ASSUMED, count=5) == []
