@@ -5,8 +5,8 @@ to what it computes, so three layers answer for it, installed once and never whe
 
 1. `_CpuDeviceMode`: a TorchFunctionMode, PyTorch's own hook, which redirects tensor calls that name a CUDA device;
 2. the five functions of `torch.cuda` that Megatron calls: answered by the CPU generator, or by nothing;
-3. four Megatron functions that hold a CUDA generator object or suppose a fused CUDA optimizer or CUDA tensors, and
-   one stream.
+3. six Megatron functions that hold a CUDA generator object, or suppose a fused CUDA optimizer, CUDA tensors, or
+   collectives of parts of unequal length, which gloo has not; and one stream.
 
 Beside every replacement stand the Megatron sites (file: function, under megatron/core) that need it. They were found
 by tracing training steps in all supported layouts, both optimizers, all recompute modes, and a checkpoint save and
@@ -14,9 +14,11 @@ load; a new feature of Megatron may need another one.
 """
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
@@ -81,6 +83,7 @@ def _replace_torch_cuda_functions() -> None:
 def _replace_megatron_functions() -> None:
     import megatron.core.tensor_parallel.random as megatron_random
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.tensor_parallel import mappings
     from megatron.core.transformer.moe import token_dispatcher
 
     # tensor_parallel/random.py: CudaRNGStatesTracker.add and fork, activation recomputation
@@ -92,6 +95,42 @@ def _replace_megatron_functions() -> None:
     # which turn sizes into the NumPy arrays that torch.distributed takes, but only if they come from a CUDA device
     token_dispatcher.MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = _NoStream()
     token_dispatcher.maybe_move_tensor_to_cpu = _host_tensor
+
+
+    # tensor_parallel/mappings.py: where experts are split over tensor parallelism and dealt out over expert parallelism
+    mappings._gather_along_first_dim = _with_unequal_parts(mappings._gather_along_first_dim, _gather_unequal)
+    mappings._reduce_scatter_along_first_dim = _with_unequal_parts(
+        mappings._reduce_scatter_along_first_dim, _reduce_scatter_unequal
+    )
+
+
+def _with_unequal_parts(original: Callable, unequal: Callable) -> Callable:
+    """A collective of Megatron's along the first dimension, with our own for parts of different lengths."""
+
+    def collective(
+        tensor: torch.Tensor, group: Any, lengths: list[int] | None = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        if lengths is None or len(set(lengths)) == 1:
+            return original(tensor, group, lengths, use_global_buffer)
+        return unequal(tensor, group, lengths)
+
+    return collective
+
+
+def _gather_unequal(own: torch.Tensor, group: Any, lengths: list[int]) -> torch.Tensor:
+    """All processes' parts in rank order; all are sent as long as the longest."""
+    padded = own.new_zeros(max(lengths), *own.shape[1:])
+    padded[: len(own)] = own
+    received = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(received, padded, group=group)
+    return torch.cat([part[:length] for part, length in zip(received, lengths)])
+
+
+def _reduce_scatter_unequal(tensor: torch.Tensor, group: Any, lengths: list[int]) -> torch.Tensor:
+    """This process's part of the sum over all; every process computes the whole of it."""
+    total = tensor.clone()
+    dist.all_reduce(total, group=group)
+    return total.split(lengths)[group.rank()].clone()
 
 
 def _host_tensor(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

@@ -4,7 +4,10 @@ import pytest
 import torch
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
+from megatron_dsrl.config.model import ParallelConfig
+from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from megatron_dsrl.platform import current_platform
+from tests.support.distributed import run_distributed
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the adapter is for machines without CUDA")
 
@@ -64,3 +67,28 @@ def test_memory_statistics_follow_an_allocation():
     after = platform.memory_statistics()
     assert after.allocated_bytes - before.allocated_bytes > 0.9 * held.nbytes
     assert after.peak_bytes >= after.allocated_bytes * 0.9
+
+
+def parts_of_unequal_length() -> list[list[float]]:
+    """Two processes gather and reduce-scatter parts of one and of three rows; forward and backward."""
+    import torch.distributed as dist
+    from megatron.core.tensor_parallel import mappings
+
+    parallel = ParallelConfig(tensor_parallel_size=2, collective_timeout_seconds=60)
+    with parallel_layout(parallel, seed=1):
+        rank, lengths = dist.get_rank(), [1, 3]
+        own = torch.arange(lengths[rank], dtype=torch.float32)[:, None].add(10 * rank).requires_grad_()
+        whole = mappings.gather_from_sequence_parallel_region(own, output_split_sizes=lengths)
+        (whole * torch.tensor([[1.0], [2.0], [3.0], [4.0]])).sum().backward()
+        part = mappings.reduce_scatter_to_sequence_parallel_region(whole.detach(), input_split_sizes=lengths)
+        results = [whole.flatten().tolist(), own.grad.flatten().tolist(), part.flatten().tolist()]
+    destroy_parallel()
+    return results
+
+
+def test_collectives_of_unequal_parts():
+    """Gloo has none; Megatron needs them where experts are split and dealt out at the same time."""
+    first, second = run_distributed(parts_of_unequal_length, 2)
+    assert first[0] == second[0] == [0.0, 10.0, 11.0, 12.0]
+    assert first[1:] == [[2.0], [0.0]]
+    assert second[1:] == [[4.0, 6.0, 8.0], [20.0, 22.0, 24.0]]
