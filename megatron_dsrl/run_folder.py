@@ -3,9 +3,8 @@
 import shutil
 from pathlib import Path
 
-import torch.distributed as dist
-
 from megatron_dsrl.checkpoint.compatibility import check_same_run
+from megatron_dsrl.collective import on_first
 from megatron_dsrl.config.load import dump_config
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.config.yaml_text import parse_yaml
@@ -24,7 +23,7 @@ def check_run_folder(config: RunConfig, inputs: RunInputs) -> None:
         UserError: the folder holds a run that was started with another configuration.
     """
     file = inputs.run_folder / CONFIG_FILE
-    # A start that failed before its first step leaves nothing to continue: it must not stand in the way of a mended one.
+    # A start that failed before its first step leaves nothing to continue; it must not stand in the way of another.
     has_begun = (inputs.run_folder / "checkpoints").exists() or bool(read_records(inputs.run_folder / METRICS_FILE))
     if file.exists() and has_begun:
         before, _ = parse_yaml(file.read_text(encoding="utf-8"), str(file))
@@ -51,22 +50,24 @@ def prepare_run_folder(config: RunConfig, run_folder: Path, step: int) -> None:
     Raises:
         UserError: on every rank, when the folder cannot be written to.
     """
-    problem: str | None = None
-    if dist.get_rank() == 0:
+
+    def prepare() -> None:
         try:
             run_folder.mkdir(parents=True, exist_ok=True)
             if step == 0:
                 _set_aside_records(run_folder)
-            for export in (run_folder / EXPORTS_FOLDER).glob("step_*"):
-                if int(export.name.removeprefix("step_")) > step:
-                    shutil.rmtree(export)
+            _remove_later_exports(run_folder, step)
             dump_config(config, run_folder / CONFIG_FILE)
         except OSError as error:
-            problem = f"cannot write the run folder {run_folder} (output_dir, name): {error}"
-    problems = [problem]
-    dist.broadcast_object_list(problems, src=0)
-    if problems[0] is not None:
-        raise UserError(problems[0])
+            raise UserError(f"cannot write the run folder {run_folder} (output_dir, name): {error}") from error
+
+    on_first(prepare)
+
+
+def _remove_later_exports(run_folder: Path, step: int) -> None:
+    for export in (run_folder / EXPORTS_FOLDER).glob("step_*"):
+        if int(export.name.removeprefix("step_")) > step:
+            shutil.rmtree(export)
 
 
 def _set_aside_records(run_folder: Path) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
@@ -22,6 +21,7 @@ from megatron_dsrl.actor.packing import PackedRow, RowSplit, pack
 from megatron_dsrl.actor.saved_state import begin_save, load_state
 from megatron_dsrl.algorithms.experience import PerToken
 from megatron_dsrl.algorithms.spaces import ScoredSequence
+from megatron_dsrl.collective import gather
 from megatron_dsrl.platform.checkpoint_writer import CheckpointWrite
 
 
@@ -113,11 +113,10 @@ class TrainableModel:
         micro_batches = [MicroBatch(row, _keeping(row, score)) for row in self.pack_share(sequences)]
         kept = run_schedule(self.chunks, micro_batches, forward_only=True)
         mine = dict(pair for pairs in kept for pair in pairs)
-        everyone: list[dict[int, Tensor]] = [{} for _ in range(dist.get_world_size())]
         others_have_the_same = (
             parallel_state.get_tensor_model_parallel_rank() > 0 or parallel_state.get_context_parallel_rank() > 0
         )
-        dist.all_gather_object(everyone, {} if others_have_the_same else mine)
+        everyone = gather({} if others_have_the_same else mine)
         by_index = {i: values for part in everyone for i, values in part.items()}
         return tuple(by_index[i] for i in range(len(sequences)))
 

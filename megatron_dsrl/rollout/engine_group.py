@@ -9,6 +9,7 @@ from typing import Any
 
 import torch.distributed
 
+from megatron_dsrl.collective import gather, rank, world_size
 from megatron_dsrl.config.layout import engine_problems, refuse
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.errors import UserError
@@ -34,10 +35,10 @@ class EngineGroup:
         """
         self._config = config.engine
         size = config.engine.tensor_parallel_size
-        self._world, rank = world_size(), world_rank()
+        self._world = world_size()
         refuse(engine_problems(size, self._world))
-        engine = rank // size
-        self._owns_server = rank % size == 0
+        engine = rank() // size
+        self._owns_server = rank() % size == 0
         timeout = timedelta(seconds=config.parallel.collective_timeout_seconds)
         self._everyone = new_gloo_group(range(self._world), timeout) if self._world > 1 else None
         self._group = None
@@ -106,11 +107,7 @@ class EngineGroup:
             raise kind("\n".join(messages))
 
     def _from_all(self, value: Any) -> list[Any]:
-        if self._everyone is None:
-            return [value]
-        values: list[Any] = [None] * self._world
-        torch.distributed.all_gather_object(values, value, group=self._everyone)
-        return values
+        return gather(value, self._everyone)
 
     def _host(self) -> str:
         """Loopback on one node; with several, this node's address, which rank 0 can reach."""
@@ -168,16 +165,6 @@ def starts_with_weights(config: RunConfig) -> bool:
     """Whether SGLang finds weights to start with: not in a Megatron checkpoint, and not where they are to be drawn."""
     folder = Path(config.model.path)
     return not config.model.random_init and (not folder.is_dir() or any(folder.glob("*.safetensors")))
-
-
-def world_size() -> int:
-    """Number of processes; 1 without torch.distributed."""
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-
-
-def world_rank() -> int:
-    """This process's rank; 0 without torch.distributed."""
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def new_gloo_group(ranks: Iterable[int], timeout: timedelta) -> torch.distributed.ProcessGroup:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from megatron_dsrl.collective import rank
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.errors import UserError
@@ -12,7 +13,7 @@ from megatron_dsrl.platform.engine import can_release_engine_memory
 from megatron_dsrl.rewards.pool import RewardPool
 from megatron_dsrl.rollout.client import EngineClient, MemoryTag, connect
 from megatron_dsrl.rollout.dispatcher import BatchRequest, Decode, sample_groups
-from megatron_dsrl.rollout.engine_group import UNSET_WEIGHT_VERSION, EngineGroup, initial_weight_version, world_rank
+from megatron_dsrl.rollout.engine_group import UNSET_WEIGHT_VERSION, EngineGroup, initial_weight_version
 from megatron_dsrl.rollout.replay import replayed_groups
 from megatron_dsrl.rollout.sample import Group
 from megatron_dsrl.rollout.sampling import SamplingParameters
@@ -97,7 +98,7 @@ class EngineRollout:
         self._training_sampling = SamplingParameters.for_training(config.rollout, stop_token_ids)
         self._weight_version = initial_weight_version(config)
         self._urls: list[str] = []
-        self._rewards = RewardPool(config.reward) if world_rank() == 0 else None
+        self._rewards = RewardPool(config.reward) if rank() == 0 else None
         self._engines: EngineGroup | None = None
         try:
             self._engines = EngineGroup(config, run_folder)

@@ -18,6 +18,7 @@ import torch
 import torch.distributed
 import torch.multiprocessing  # noqa: F401  (teaches ForkingPickler to share tensors)
 
+from megatron_dsrl.collective import first_problem, gather
 from megatron_dsrl.platform.engine import tensor_sharing
 from megatron_dsrl.rollout.client import EngineClient, EngineError, connect
 
@@ -91,21 +92,15 @@ def serialise(flattened: dict[str, Any]) -> str:
 
 
 def _gather(payload: str, group: torch.distributed.ProcessGroup | None) -> list[str]:
-    """Payloads of all ranks of the group in rank order; complete on its first rank."""
-    if group is None:
-        return [payload]
-    payloads: list[Any] = [None] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(payloads, payload, group=group)
-    return payloads
+    """Payloads of all ranks of the group in rank order."""
+    return [payload] if group is None else gather(payload, group)
 
 
 def _on_first_rank(engine_url: str | None, group: Any, timeout_seconds: float, call: Any) -> None:
     """Run `call(client)` on the rank that owns the engine; all ranks of the group return or raise together."""
     error = None if engine_url is None else asyncio.run(_call(engine_url, timeout_seconds, call))
     if group is not None:
-        errors: list[str | None] = [None] * torch.distributed.get_world_size(group)
-        torch.distributed.all_gather_object(errors, error, group=group)
-        error = next((text for text in errors if text is not None), None)
+        error = first_problem(error, group)
     if error is not None:
         raise EngineError(error)
 

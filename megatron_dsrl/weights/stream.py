@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from megatron_dsrl.collective import gather
 from megatron_dsrl.weights.table import TableEntry, WeightTable, bind
 
 
@@ -92,9 +93,7 @@ def _owners(bound: Mapping[TableEntry, object], table: WeightTable) -> dict[Tabl
     layers = {entry.layer for entry in bound}  # a stage has whole layers, whichever experts of them this rank has
     mine = [entry in bound if entry.layer is None else entry.layer in layers for entry in order]
     group = parallel_state.get_pipeline_model_parallel_group()
-    held: list[list[bool]] = [mine] * group.size()
-    if group.size() > 1:
-        dist.all_gather_object(held, mine, group=group)
+    held = gather(mine, group)
     return {
         entry: Owner(
             stage=[stage[i] for stage in held].index(True),
