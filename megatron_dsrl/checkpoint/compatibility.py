@@ -69,11 +69,17 @@ def check_same_model(before: dict[str, Any], model: dict[str, Any], where: str) 
 
 
 def check_same_optimizer(before: Layout, parallel: ParallelConfig, where: str) -> None:
-    """Megatron stores the state of its two kinds of optimizer in forms of their own.
+    """Megatron stores the state of its two kinds of optimizer in forms of their own, and of experts that are dealt out
+    in another one than of experts that every process has.
 
     Raises:
         UserError: the checkpoint was written with the other kind.
     """
+    if (before.expert_parallel_size > 1) != (parallel.expert_parallel_size > 1):
+        raise UserError(
+            f"{where} was written with parallel.expert_parallel_size={before.expert_parallel_size}; continue with "
+            + ("a size above 1" if before.expert_parallel_size > 1 else "1")
+        )
     if before.distributed_optimizer != parallel.distributed_optimizer:
         raise UserError(
             f"{where} was written with parallel.distributed_optimizer={str(before.distributed_optimizer).lower()}; "

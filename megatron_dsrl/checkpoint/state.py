@@ -22,6 +22,10 @@ class Layout:
     tensor_parallel_size: int
     pipeline_parallel_size: int
     distributed_optimizer: bool
+    virtual_pipeline_stages: int = 1
+    context_parallel_size: int = 1
+    expert_parallel_size: int = 1
+    expert_tensor_parallel_size: int | None = None
 
 
 def current_layout(parallel: ParallelConfig) -> Layout:
@@ -31,6 +35,10 @@ def current_layout(parallel: ParallelConfig) -> Layout:
         tensor_parallel_size=parallel.tensor_parallel_size,
         pipeline_parallel_size=parallel.pipeline_parallel_size,
         distributed_optimizer=parallel.distributed_optimizer,
+        virtual_pipeline_stages=parallel.virtual_pipeline_stages,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_parallel_size=parallel.expert_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
     )
 
 

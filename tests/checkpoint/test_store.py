@@ -390,6 +390,8 @@ def test_a_checkpoint_of_another_model_is_refused():
 def test_the_other_kind_of_optimizer_is_refused():
     with pytest.raises(UserError, match="written with parallel.distributed_optimizer=false"):
         check_same_optimizer(LAYOUT, ParallelConfig(distributed_optimizer=True), "there")
+    with pytest.raises(UserError, match="expert_parallel_size=1; continue with 1"):
+        check_same_optimizer(LAYOUT, ParallelConfig(expert_parallel_size=2), "there")
 
 
 def test_another_configuration_is_refused_but_not_another_layout(tmp_path):
