@@ -171,7 +171,7 @@ def test_two_processes_that_are_asked_to_stop_continue_exactly(config, undisturb
 
 @pytest.mark.slow
 def test_another_layout_continues_with_the_same_loss(config, undisturbed):
-    """On the same samples: with other matrix shapes log-probs differ by rounding, and now and then a token with them."""
+    """On the same samples: with other matrix shapes log-probs differ by rounding, now and then a token with them."""
     resumed = cut_after(undisturbed, 2, "two processes")
     layout = ("parallel.tensor_parallel_size=2", f"rollout.replay_from={undisturbed}", "evaluation.sets=[]")
     complete_run(config, resumed.name, *layout, processes=2)
