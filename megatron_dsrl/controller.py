@@ -79,6 +79,7 @@ class Controller:
         phase: PhaseConfig,
         groups: Sequence[Group],
         update: UpdateMetrics | None,
+        critic_metrics: dict[str, float],
         timer: SecondsPerPart,
     ) -> None:
         """Write down and print a finished step."""
@@ -88,6 +89,7 @@ class Controller:
             "weight_version": groups[0].samples[0].weight_version,
             **rollout_metrics(groups, timer.seconds("generate")),
             **update_metrics(update, phase),
+            **critic_metrics,
             **memory_metrics(),
             **timer.metrics(),
         }
@@ -123,7 +125,7 @@ def update_metrics(update: UpdateMetrics | None, phase: PhaseConfig) -> dict[str
     The mismatch compares trainer and engine only where both condition on the prompt. In the pre-train space the gap is
     the one between log P(y) and log P(y|x), and is called so; the other mismatch metrics mean nothing there.
     """
-    if update is None:  # the filter dropped every sample, and no step was taken
+    if update is None:  # the filter dropped every sample, or the critic learns alone: no step was taken
         return {"policy/kept_samples": 0, "policy/kept_tokens": 0}
     metrics = update.flat()
     metrics |= {f"policy/{name}": metrics.pop(name) for name in ("grad_norm", "learning_rate")}

@@ -15,10 +15,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from megatron_dsrl.actor.actor import Actor
-from megatron_dsrl.actor.build import build_actor
 from megatron_dsrl.algorithms.experience import Experience, build_experience
-from megatron_dsrl.algorithms.objective import objectives_of
 from megatron_dsrl.algorithms.reward_shaping import shape_rewards
 from megatron_dsrl.algorithms.schedule import Schedule
 from megatron_dsrl.checkpoint.compatibility import check_same_model, check_same_optimizer
@@ -42,6 +39,7 @@ from megatron_dsrl.rollout.rollout import Rollout, start_rollout
 from megatron_dsrl.rollout.sample import Group
 from megatron_dsrl.run_folder import check_run_folder, exported_policy, has_results, prepare_run_folder
 from megatron_dsrl.run_inputs import RunInputs, load_inputs
+from megatron_dsrl.run_models import RunModels, build_models
 
 
 def train(config: RunConfig) -> None:
@@ -84,7 +82,7 @@ class TrainingRun:
     inputs: RunInputs
     first_step: int
     """1, or the one after the checkpoint's."""
-    actor: Actor
+    models: RunModels
     rollout: Rollout
     sampler: PromptSampler
     """Every rank draws the same prompt indices; only rank 0 samples from them."""
@@ -114,14 +112,14 @@ def run_steps(run: TrainingRun) -> None:
                 stop_as_asked(run, step - 1, sampler_before)
             run.checkpoints.poll()
             run.rollout.release_memory()
-            objectives = objectives_of(phase, experiences, run.config.rollout.max_response_tokens)
-            update = run.actor.update(
-                objectives, run.config.actor.mini_batches_per_rollout, run.config.actor.epochs_per_rollout
-            )
+            run.models.begin_step(step)
+        experiences = run.models.make_passes(phase, experiences, timer)
+        critic_metrics = run.models.update_critic(phase, experiences, timer)
+        update = run.models.update_policy(step, phase, experiences, timer)
         with timer.part("push_weights"):
             push_weights(run, version=step + 1)
         if run.controller:
-            run.controller.record(step, phase, groups, update, timer)
+            run.controller.record(step, phase, groups, update, critic_metrics, timer)
         if is_due(step, run.config.checkpoint.save_every_steps, run.config.steps):
             save_checkpoint(run, step, run.sampler.state_dict())
         write_results(run, step)
@@ -138,7 +136,7 @@ def start_run(
     console: RunConsole,
     resources: ExitStack,
 ) -> TrainingRun:
-    """Start the engines, build the actor, restore the checkpoint. What must be closed is left to `resources`."""
+    """Start the engines, build the models, restore the checkpoint. What must be closed is left to `resources`."""
     step = checkpoint.state.step if checkpoint else 0
     prepare_run_folder(config, inputs.run_folder, step)
     rollout = start_rollout(
@@ -150,11 +148,11 @@ def start_run(
     resources.callback(rollout.close)
     rollout.wait_until_ready()
     rollout.release_memory()
-    actor = build_actor(config, inputs.model_folder)
+    models = build_models(config, inputs.model_folder)
     sampler = PromptSampler(len(inputs.prompts), config.seed)
     if checkpoint:
         sampler.load_state_dict(checkpoint.state.sampler)
-        actor.load(checkpoint.weights_folder, same_layout=checkpoint.state.layout == current_layout(config.parallel))
+        models.load(checkpoint, same_layout=checkpoint.state.layout == current_layout(config.parallel))
         announce(console, f"continuing after step {step} from {checkpoint.folder}")
     controller = None
     if dist.get_rank() == 0:
@@ -168,7 +166,7 @@ def start_run(
         config=config,
         inputs=inputs,
         first_step=step + 1,
-        actor=actor,
+        models=models,
         rollout=rollout,
         sampler=sampler,
         checkpoints=checkpoints,
@@ -215,7 +213,7 @@ def push_weights(run: TrainingRun, version: int) -> None:
     """Give the engines the actor's weights, and their memory back: the cache last, when there is most room."""
     current_platform().release_cached_memory()
     run.rollout.resume_weights()
-    run.rollout.load_weights(run.actor.hf_weights(run.config.engine.weight_bucket_megabytes * 2**20), version)
+    run.rollout.load_weights(run.models.actor.hf_weights(run.config.engine.weight_bucket_megabytes * 2**20), version)
     current_platform().release_cached_memory()
     run.rollout.resume_kv_cache()
 
@@ -228,7 +226,7 @@ def write_results(run: TrainingRun, step: int) -> None:
     if step > 0 and is_due(step, run.config.checkpoint.export_hf_every_steps, run.config.steps):
         target = exported_policy(run.inputs.run_folder, step)
         if not target.exists():
-            run.actor.export_hf(target)
+            run.models.actor.export_hf(target)
     if run.controller and (step == 0 or is_due(step, run.config.evaluation.every_steps, run.config.steps)):
         try:
             with run.stop.interruptible():
@@ -257,7 +255,7 @@ def save_checkpoint(run: TrainingRun, step: int, sampler: SamplerState) -> None:
         model=run.inputs.model,
         config=run.config.model_dump(mode="json"),
     )
-    run.checkpoints.save(state, run.actor.begin_save)
+    run.checkpoints.save(state, run.models.actor.begin_save, run.models.other_parts())
 
 
 def is_due(step: int, every_steps: int | None, last_step: int) -> bool:

@@ -75,7 +75,7 @@ class Actor:
             FloatingPointError: if loss or gradient norm is not finite.
         """
         if mini_batches * epochs > 1:
-            objectives = [self._with_old_log_probs(objective) for objective in objectives]
+            objectives = [self.with_old_log_probs(objective) for objective in objectives]
         steps = []
         for _ in range(epochs):
             for parts in zip(*(objective.mini_batches(mini_batches) for objective in objectives)):
@@ -114,7 +114,8 @@ class Actor:
         """Forget Adam's moments and step counts. The learning-rate schedule goes on."""
         self._model.reset_optimizer()
 
-    def _with_old_log_probs(self, objective: Objective) -> Objective:
+    def with_old_log_probs(self, objective: Objective) -> Objective:
+        """The objective with the log-probs under the current weights as the old ones, if it has none yet."""
         experience = objective.experience
         if experience.old_log_probs is not None or len(experience) == 0:
             return objective

@@ -38,10 +38,10 @@ def build_actor(config: RunConfig, folder: Path) -> Actor:
         fill_with_random_weights(chunks, table, architecture.initializer_range, config.seed)
     else:
         load_weights(chunks, table, folder)
+    learning_steps = config.steps - config.critic.warmup_steps
+    total_steps = learning_steps * config.actor.optimizer_steps_per_rollout
     return Actor(
-        _trainable(
-            config, chunks, config.optimizer, total_steps=config.steps * config.actor.optimizer_steps_per_rollout
-        ),
+        _trainable(config, chunks, config.optimizer, total_steps),
         table=table,
         folder=folder,
         vocab_size=architecture.vocab_size,

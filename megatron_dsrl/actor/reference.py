@@ -44,8 +44,8 @@ class ReferencePolicy:
             kept.copy_(parameter)
         self.is_initial = False
 
-    def begin_save(self, folder: Path) -> CheckpointWrite:
-        """A copy of the weights, ready to be written into an existing, empty folder."""
+    def begin_save(self, folder: Path, copy: bool) -> CheckpointWrite:
+        """The weights, ready to be written into an existing, empty folder. It is always a copy."""
         with self._in_the_model():
             return begin_save_weights(folder, self._actor.chunks)
 

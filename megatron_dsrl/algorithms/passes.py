@@ -7,7 +7,7 @@ has more than one step, and otherwise uses those of the step itself.)
 
 from dataclasses import dataclass
 
-from megatron_dsrl.config.phase import ObjectiveConfig
+from megatron_dsrl.config.phase import ObjectiveConfig, PhaseConfig
 
 
 @dataclass(frozen=True)
@@ -35,3 +35,11 @@ def required_passes(objective: ObjectiveConfig) -> ModelPasses:
     penalised = objective.kl is not None and objective.kl.reward_coefficient > 0
     of_kl = ModelPasses(old_log_probs=penalised, reference_log_probs=objective.kl is not None)
     return of_kl | objective.advantage.needs
+
+
+def phase_passes(phase: PhaseConfig) -> ModelPasses:
+    """What any of a phase's objectives needs."""
+    needed = ModelPasses()
+    for objective in phase.objectives.values():
+        needed |= required_passes(objective)
+    return needed

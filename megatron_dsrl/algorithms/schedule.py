@@ -30,3 +30,7 @@ class Schedule:
             if phase.until_step is None or step <= phase.until_step:
                 return phase
         raise ValueError(f"no phase covers step {step}: the last one ends at {self._phases[-1].until_step}")
+
+    def begins_phase(self, step: int) -> bool:
+        """Whether a step is the first of a phase, and not of the run."""
+        return step > 1 and self.at(step) is not self.at(step - 1)

@@ -42,7 +42,8 @@ def check_same_run(before: dict[str, Any], config: RunConfig, where: str) -> Non
     """
     now = config.model_dump(mode="json")
     may_change = MAY_CHANGE
-    if config.optimizer.decay == "constant":  # else the learning rate of every step depends on how many there are
+    # Otherwise the learning rate of every step depends on how many there are.
+    if config.optimizer.decay == config.critic.optimizer.decay == "constant":
         may_change += ("steps",)
     changed = [
         f"  {path}: {old!r} there, {new!r} now"

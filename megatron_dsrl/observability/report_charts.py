@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from megatron_dsrl.observability.charts import SERIES_COLOURS, Chart, PhaseSpan, Series, line_chart, stacked_chart
 from megatron_dsrl.observability.run_records import RunRecords
 
+PARTS_OF_A_STEP = ("generate", "old_log_probs", "reference", "values", "critic", "train", "push_weights", "evaluate")
+"""In their order, as the names of seconds in step records."""
+
 
 @dataclass(frozen=True)
 class Curves:
@@ -170,7 +173,7 @@ def _groups_chart(run: RunRecords) -> Chart | str:
 
 def _seconds_chart(run: RunRecords) -> Chart | str:
     keys = {key for record in run.steps for key in record if key.startswith("seconds/")} - {"seconds/step"}
-    order = [f"seconds/{name}" for name in ("generate", "train", "push_weights", "evaluate")]
+    order = [f"seconds/{name}" for name in PARTS_OF_A_STEP]
     parts = [key for key in order if key in keys] + sorted(keys - set(order))
     total = run.column("seconds/step")
     if not any(value is not None for value in total):
