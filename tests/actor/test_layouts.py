@@ -56,6 +56,7 @@ ONE_PROCESS = {
 }
 TWO_PROCESSES = {
     "TP 2": Case(parallel={"tensor_parallel_size": 2}),
+    "TP 2, again": Case(parallel={"tensor_parallel_size": 2}),
     "TP 2 with sequence parallelism": Case(parallel=SEQUENCE_PARALLEL),
     "TP 2 with sequence parallelism, full recomputation": Case(parallel=SEQUENCE_PARALLEL, recompute="full"),
     "PP 2": Case(parallel={"pipeline_parallel_size": 2}),
@@ -64,6 +65,7 @@ TWO_PROCESSES = {
     "CP 2, selective recomputation": Case(parallel={"context_parallel_size": 2}, recompute="selective"),
     "CP 2, distributed optimizer": Case(parallel={"context_parallel_size": 2, "distributed_optimizer": True}),
     "DP 2": Case(),
+    "DP 2, again": Case(),
     "DP 2, samples reversed": Case(reverse_samples=True),
     "DP 2, distributed optimizer": Case(parallel={"distributed_optimizer": True}),
     "MoE: EP 2": Case("MoE", {"expert_parallel_size": 2}),
@@ -218,9 +220,17 @@ def test_micro_batches_order_and_recomputation(one_process, name):
     check(name, ONE_PROCESS[name], one_process, one_process)
 
 
-@pytest.mark.parametrize("name", TWO_PROCESSES)
+@pytest.mark.parametrize("name", [name for name in TWO_PROCESSES if not name.endswith("again")])
 def test_two_processes(one_process, two_processes, name):
     check(name, TWO_PROCESSES[name], two_processes, one_process)
+
+
+@pytest.mark.parametrize("name", ["TP 2", "DP 2"])
+def test_two_processes_repeat_bit_for_bit(two_processes, name):
+    first, again = two_processes[name], two_processes[f"{name}, again"]
+    assert first["updates"] == again["updates"]
+    for weights, same in zip(first["weights"], again["weights"]):
+        assert all(np.array_equal(weight, same[key]) for key, weight in weights.items())
 
 
 @pytest.mark.slow
