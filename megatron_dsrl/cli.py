@@ -15,6 +15,7 @@ from types import FrameType
 
 from megatron_dsrl.conversion.command_line import add_convert
 from megatron_dsrl.errors import UserError
+from megatron_dsrl.evaluation.command_line import add_eval
 
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130
@@ -170,6 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_train(commands)
     add_convert(commands)
+    add_eval(commands)
     _add_plan(commands)
     _add_report(commands)
     _add_compare(commands)

@@ -34,7 +34,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     data, places = _read_with_parents(Path(path), ())
     for override in overrides:
-        _apply_override(data, override, places)
+        apply_override(data, override, places)
     return _validate(data, places, str(path))
 
 
@@ -91,7 +91,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> None:
             base[key] = value
 
 
-def _apply_override(data: dict[str, Any], override: str, places: dict[KeyPath, str]) -> None:
+def apply_override(data: dict[str, Any], override: str, places: dict[KeyPath, str]) -> None:
     """Set one `key.path=value` in place; sections that no file mentions are created on the way."""
     key, equals, text = override.partition("=")
     names = key.strip().split(".")

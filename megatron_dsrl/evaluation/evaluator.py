@@ -6,13 +6,14 @@ loaded or copied for it.
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
-from statistics import fmean
 from typing import Protocol
 
+from megatron_dsrl.config.benchmark import BenchmarkConfig
 from megatron_dsrl.config.run import EvaluationSetConfig
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.errors import UserError
-from megatron_dsrl.evaluation.metrics import average_at_k, standard_error
+from megatron_dsrl.evaluation.problem_result import ProblemResult
+from megatron_dsrl.evaluation.summary import summarise
 from megatron_dsrl.rollout.sample import Group
 from megatron_dsrl.rollout.sampling import SamplingParameters
 
@@ -47,7 +48,7 @@ class Evaluator:
         """
         _require_different_names([config.name for config, _ in sets])
         for position, (config, _) in enumerate(sets):
-            _require_different_samples(config, f"evaluation.sets.{position}")
+            check_different_samples(config, f"evaluation.sets.{position}")
         self._sets = sets
         self._rollout = rollout
 
@@ -67,24 +68,14 @@ class Evaluator:
         groups = self._rollout.generate(
             prompts, config.samples_per_prompt, sampling, stream=f"evaluation {config.name}"
         )
-        return {"step": step, "set": config.name, **summarise(groups)}
+        return {"step": step, "set": config.name, **summarise([ProblemResult.of_group(group) for group in groups])}
 
 
-def summarise(groups: Sequence[Group]) -> EvaluationRecord:
-    """Accuracy and lengths over the groups of a set: the mean reward is Avg@k, its standard error is over problems."""
-    rewards = [[sample.reward for sample in group.samples] for group in groups]
-    samples = [sample for group in groups for sample in group.samples]
-    return {
-        "accuracy": average_at_k(rewards),
-        "standard_error": standard_error(rewards),
-        "problems": len(groups),
-        "samples_per_prompt": len(groups[0].samples),
-        "mean_tokens": fmean(len(sample.response_ids) for sample in samples),
-        "truncated_fraction": fmean(sample.finish_reason == "length" for sample in samples),
-    }
-
-
-def _require_different_samples(config: EvaluationSetConfig, section: str) -> None:
+def check_different_samples(config: EvaluationSetConfig | BenchmarkConfig, section: str) -> None:
+    """
+    Raises:
+        UserError: Several samples are to be drawn greedily.
+    """
     if config.temperature == 0 and config.samples_per_prompt > 1:
         raise UserError(
             f"{section}: temperature 0 is greedy decoding, so {config.samples_per_prompt} samples_per_prompt would all "

@@ -1,8 +1,11 @@
-"""Avg@k, pass@k and their standard error: pure functions over problems and samples."""
+"""Avg@k, Pass@k, Maj@k and their uncertainty: pure functions over problems and samples."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean, stdev
+
+import numpy as np
 
 
 def average_at_k(rewards: Sequence[Sequence[float]]) -> float:
@@ -48,3 +51,48 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 def mean_pass_at_k(correct: Sequence[Sequence[bool]], k: int) -> float:
     """Mean of `pass_at_k` over problems, from each problem's samples being right or wrong."""
     return fmean(pass_at_k(len(samples), sum(samples), k) for samples in correct)
+
+
+def majority_right(answers: Sequence[str | None], right: Sequence[bool]) -> float:
+    """Maj@k of one problem: the probability that the most frequent answer of its k samples is right.
+
+    Answers are votes by their spelling after normalisation; right and wrong ones are treated alike, so that an answer
+    that the verifier accepts in two spellings does not get the votes of both. Samples without an answer do not vote.
+    Between equally frequent answers a fair coin decides, whose expectation this is. A spelling is right if the verifier
+    accepted it.
+
+    Args:
+        answers: one per sample, None for none.
+        right: the verifier's word on each sample.
+    """
+    votes = Counter(answer for answer in answers if answer is not None)
+    if not votes:
+        return 0.0
+    most = max(votes.values())
+    accepted = {answer for answer, is_right in zip(answers, right, strict=True) if is_right}
+    winners = [answer for answer, count in votes.items() if count == most]
+    return fmean(answer in accepted for answer in winners)
+
+
+def bootstrap_interval(
+    values: Sequence[float], confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float] | None:
+    """Percentile bootstrap interval of a mean over problems.
+
+    Problems are drawn with replacement, whole problems with all their samples: they are the sampling unit. None for a
+    single problem. Where all problems have the same value the interval has no width, however few they are.
+
+    Args:
+        values: one per problem.
+        confidence: covered probability.
+        resamples: draws.
+        seed: of the draws; the same values give the same interval.
+    """
+    if len(values) < 2:
+        return None
+    generator = np.random.default_rng(seed)
+    array = np.asarray(values, dtype=np.float64)
+    means = np.array([array[generator.integers(0, len(array), len(array))].mean() for _ in range(resamples)])
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return float(low), float(high)

@@ -1,0 +1,58 @@
+"""Benchmarks, and how `dsrl eval` runs them."""
+
+from pydantic import Field
+
+from megatron_dsrl.config.data import PromptSetConfig, RewardConfig
+from megatron_dsrl.config.model import ModelConfig, ParallelConfig
+from megatron_dsrl.config.rollout import EngineConfig, RolloutConfig
+from megatron_dsrl.config.section import Section
+
+WEEK_SECONDS = 7 * 24 * 3600
+
+
+class BenchmarkConfig(PromptSetConfig):
+    """A benchmark: its problems, how they are asked, judged and sampled."""
+
+    title: str
+    """Shown in tables and plots."""
+
+    reward: RewardConfig
+    """The verifier."""
+
+    samples_per_prompt: int = Field(default=32, ge=1)
+    """Responses per problem: k of Avg@k."""
+
+    max_response_tokens: int = Field(default=8192, ge=1)
+    """Length limit of a response."""
+
+    temperature: float = Field(default=1.0, ge=0)
+    """0 is greedy decoding."""
+
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus sampling; 1 is off."""
+
+    top_k: int = Field(default=-1, ge=-1)
+    """Top-k sampling; -1 is off."""
+
+
+class PromptLimits(Section):
+    """What the engines must know of the prompts."""
+
+    max_prompt_tokens: int
+    """Longest prompt."""
+
+
+class BenchmarkRunConfig(Section):
+    """The engines of `dsrl eval`: the sections of a training run that have a meaning there."""
+
+    seed: int = Field(default=1, ge=0)
+    """Seed of sampling."""
+
+    model: ModelConfig
+    data: PromptLimits = PromptLimits(max_prompt_tokens=1024)
+    parallel: ParallelConfig = ParallelConfig(collective_timeout_seconds=2 * WEEK_SECONDS)
+    rollout: RolloutConfig = RolloutConfig(step_timeout_seconds=float(WEEK_SECONDS))
+    """Here `step_timeout_seconds` limits one whole benchmark; how it is sampled is up to the benchmark."""
+
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    reward: RewardConfig = Field(default_factory=RewardConfig)

@@ -1,0 +1,169 @@
+"""Evaluation of a model on benchmarks: `dsrl eval`.
+
+Every rank runs it. Each engine's ranks start it as in training; rank 0 samples from all engines, judges, and writes.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from pydantic import ValidationError
+
+from megatron_dsrl.collective import barrier, on_first, rank
+from megatron_dsrl.config.benchmark import BenchmarkRunConfig
+from megatron_dsrl.config.load import apply_override
+from megatron_dsrl.conversion.hf_to_megatron import ConversionOptions
+from megatron_dsrl.conversion.megatron_to_hf import convert_megatron_to_hf
+from megatron_dsrl.data.prompt import Prompt
+from megatron_dsrl.data.prompts import load_prompts
+from megatron_dsrl.data.tokenizer import load_tokenizer, stop_token_ids
+from megatron_dsrl.errors import UserError
+from megatron_dsrl.evaluation.benchmark import Benchmark, load_benchmark
+from megatron_dsrl.evaluation.benchmark_evaluator import evaluate_benchmark, missing_prompts
+from megatron_dsrl.evaluation.evaluator import check_different_samples
+from megatron_dsrl.evaluation.results import markdown, write_results
+from megatron_dsrl.model.architecture import read_architecture, resolve_model_folder
+from megatron_dsrl.model.parallel import world_size_from_environment
+from megatron_dsrl.platform import current_platform
+from megatron_dsrl.rollout.rollout import EngineRollout
+from megatron_dsrl.weights.megatron_checkpoint import is_megatron_checkpoint
+
+FINGERPRINT_BYTES = 2**20
+WEIGHT_FILE_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What a user asks for."""
+
+    model: str
+    """HF folder, hub name, or Megatron checkpoint of `dsrl convert`."""
+    benchmarks: Sequence[str]
+    """Names, or paths of YAML files."""
+    output: Path
+    """Folder of the samples and results; an evaluation in it is continued."""
+    data_folder: Path | None = None
+    """Where the benchmarks' files are; None takes the hub."""
+    changes: dict[str, Any] | None = None
+    """Benchmark fields to replace."""
+    overrides: Sequence[str] = ()
+    """`key.path=value` of `BenchmarkRunConfig`, such as `engine.tensor_parallel_size=2`."""
+
+
+def evaluate(request: EvaluationRequest) -> None:
+    """Evaluate, or continue an evaluation. All ranks call it; rank 0 prints the results.
+
+    Raises:
+        UserError: something is missing or does not fit; found before the engines start.
+    """
+    benchmarks = [load_benchmark(name, request.data_folder, request.changes) for name in request.benchmarks]
+    _check_benchmarks(benchmarks)
+    with _processes(), ExitStack() as resources:
+        folder = _hf_folder(request)
+        tokenizer = load_tokenizer(str(folder), read_architecture(folder).vocab_size)
+        prompts = {b.name: load_prompts(b.config, tokenizer, f"benchmark {b.name}") for b in benchmarks}
+        _check_lengths(benchmarks, prompts, read_architecture(folder).max_position_embeddings)
+        config = _config(folder, request.overrides, max(b.config.max_prompt_tokens for b in benchmarks))
+        settings = {"model": fingerprint(folder), "dtype": config.model.dtype, "seed": config.seed}
+        files = {b.name: request.output / "samples" / f"{b.name}.jsonl" for b in benchmarks}
+        unfinished = on_first(
+            lambda: [b.name for b in benchmarks if missing_prompts(b, prompts[b.name], files[b.name], settings)]
+        )
+        stops = stop_token_ids(tokenizer)
+        rollout = None
+        if unfinished:
+            rollout = EngineRollout(
+                config, request.output, stops, lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+            )
+            resources.callback(rollout.close)
+            rollout.wait_until_ready()
+        if rank() == 0:
+            summaries = {}
+            for benchmark in benchmarks:
+                summaries[benchmark.name] = evaluate_benchmark(
+                    benchmark, prompts[benchmark.name], rollout, stops, files[benchmark.name], settings
+                )
+                write_results(request.output, request.model, summaries)
+            print(markdown(request.model, summaries))
+        barrier()  # the engines of other ranks stay until the last sample is there
+
+
+def fingerprint(folder: Path) -> str:
+    """Tells models apart: SHA-256 over config.json and the size, the first and the last MiB of every weight file."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(FINGERPRINT_BYTES))
+            stream.seek(max(0, size - FINGERPRINT_BYTES))
+            digest.update(stream.read(FINGERPRINT_BYTES))
+    return digest.hexdigest()
+
+
+def _hf_folder(request: EvaluationRequest) -> Path:
+    """The model's HF folder. A Megatron checkpoint is converted into the output folder once."""
+    folder = on_first(lambda: resolve_model_folder(request.model))
+    if not is_megatron_checkpoint(folder):
+        if not any(folder.glob("*.safetensors")):
+            raise UserError(f"{folder} holds no weights: neither safetensors files nor a Megatron checkpoint")
+        return folder
+    converted = request.output / "hf_model"
+    if not on_first(converted.exists):
+        on_first(lambda: request.output.mkdir(parents=True, exist_ok=True))
+        options = ConversionOptions(dtype=None, verify=False, overwrite=False, expect=None)
+        convert_megatron_to_hf(folder, converted, WEIGHT_FILE_BYTES, options)
+    return converted
+
+
+@contextmanager
+def _processes():
+    """torchrun's processes as one group, and each on its device. Undone at the end."""
+    several = world_size_from_environment() > 1 and not dist.is_initialized()
+    if several:
+        dist.init_process_group("gloo", timeout=timedelta(days=14))
+    if current_platform().name == "cuda":
+        current_platform().install()
+    try:
+        yield
+    finally:
+        if several:
+            dist.destroy_process_group()
+
+
+def _config(folder: Path, overrides: Sequence[str], max_prompt_tokens: int) -> BenchmarkRunConfig:
+    data: dict[str, Any] = {"model": {"path": str(folder)}, "data": {"max_prompt_tokens": max_prompt_tokens}}
+    for override in overrides:
+        apply_override(data, override, {})
+    try:
+        return BenchmarkRunConfig.model_validate(data)
+    except ValidationError as error:
+        problems = [f"  {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}" for wrong in error.errors()]
+        raise UserError("\n".join(["these settings do not fit:", *problems])) from error
+
+
+def _check_benchmarks(benchmarks: Sequence[Benchmark]) -> None:
+    names = [benchmark.name for benchmark in benchmarks]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice or not names:
+        raise UserError(f"--benchmarks: {', '.join(twice)} twice" if twice else "--benchmarks: none are named")
+    for benchmark in benchmarks:
+        check_different_samples(benchmark.config, f"benchmark {benchmark.name}")
+
+
+def _check_lengths(
+    benchmarks: Sequence[Benchmark], prompts: dict[str, list[Prompt]], context_tokens: int
+) -> None:
+    for benchmark in benchmarks:
+        longest = max(len(prompt.token_ids) for prompt in prompts[benchmark.name])
+        if longest + benchmark.config.max_response_tokens > context_tokens:
+            raise UserError(
+                f"benchmark {benchmark.name}: prompts of up to {longest} tokens and max_response_tokens = "
+                f"{benchmark.config.max_response_tokens} do not fit into the model's {context_tokens}; lower the "
+                "latter (--max-tokens)"
+            )

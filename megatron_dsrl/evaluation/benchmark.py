@@ -1,0 +1,92 @@
+"""Benchmarks as they are declared: one YAML file each, in `benchmarks/` or a user's own.
+
+A file holds the fields of `BenchmarkConfig`, and under `file` and `hub` those that depend on where the problems come
+from: a file below the data folder, or the hub. Adding a benchmark is writing such a file.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatron_dsrl.config.benchmark import BenchmarkConfig
+from megatron_dsrl.config.yaml_text import parse_yaml
+from megatron_dsrl.errors import UserError
+
+PLACES = ("file", "hub")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark with its name, which is that of its file."""
+
+    name: str
+    config: BenchmarkConfig
+
+
+def benchmark_names() -> list[str]:
+    """Of the benchmarks that come with the program."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in _folder().iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_benchmark(name: str, data_folder: Path | None, changes: Mapping[str, Any] | None = None) -> Benchmark:
+    """A benchmark by name, or by the path of its YAML file.
+
+    Args:
+        name: such as `math500` or `mine/geometry.yaml`.
+        data_folder: where its file is looked for; None takes the hub.
+        changes: fields to replace, such as `samples_per_prompt`.
+
+    Raises:
+        UserError: there is no such benchmark, its file declares none, or its problems are not in the data folder.
+    """
+    if name.endswith(".yaml"):
+        path, text = name, _read(Path(name))
+    elif name in benchmark_names():
+        path, text = f"{name}.yaml", (_folder() / f"{name}.yaml").read_text(encoding="utf-8")
+    else:
+        raise UserError(
+            f"--benchmarks: there is no benchmark `{name}`; take one of {', '.join(benchmark_names())}, or the path of "
+            "a .yaml file that declares one"
+        )
+    data, _ = parse_yaml(text, path)
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: this is not a benchmark: expected `key: value` lines")
+    place = "hub" if data_folder is None else "file"
+    sections = {key: data.pop(key, None) for key in PLACES}
+    if not isinstance(sections[place], dict):
+        hint = "; name a data folder (--data-folder)" if place == "hub" else "; leave out --data-folder to use the hub"
+        raise UserError(f"{path}: the benchmark has no section `{place}`{hint}")
+    merged = {**data, **sections[place], **(changes or {})}
+    if data_folder is not None:
+        merged["source"] = _in_folder(data_folder, str(merged.get("source")), path)
+    return Benchmark(Path(path).stem, _validated(merged, path))
+
+
+def _in_folder(data_folder: Path, source: str, path: str) -> str:
+    file = data_folder / source
+    if not any(file.parent.glob(file.name)):
+        raise UserError(f"{path}: there is no {source} in {data_folder} (--data-folder); put it there, or use the hub")
+    return str(file)
+
+
+def _validated(data: dict[str, Any], path: str) -> BenchmarkConfig:
+    try:
+        return BenchmarkConfig.model_validate(data)
+    except ValidationError as error:
+        problems = [f"  {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}" for wrong in error.errors()]
+        raise UserError("\n".join([f"{path}: this is not a benchmark", *problems])) from error
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--benchmarks: cannot read {path}: {error.strerror}") from error
+
+
+def _folder():
+    return files("megatron_dsrl.evaluation") / "benchmarks"

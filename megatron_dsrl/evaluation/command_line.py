@@ -1,0 +1,74 @@
+"""Arguments of `dsrl eval`. Light: whatever needs torch is imported when the command runs."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from megatron_dsrl.errors import UserError
+
+CHANGES = {
+    "samples": "samples_per_prompt",
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "max_tokens": "max_response_tokens",
+    "limit": "limit",
+}
+"""Options and the benchmark fields that they replace."""
+
+
+def add_eval(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to `dsrl`'s."""
+    parser = commands.add_parser(
+        "eval",
+        help="evaluate a model on benchmarks",
+        description="Sample a model on benchmarks with the training's engines, judge, and write results.json, "
+        "results.md and pass_at_k.svg. Every finished problem is on disk at once: the same command continues an "
+        "interrupted evaluation. On N GPUs: torchrun --nproc-per-node N -m megatron_dsrl.cli eval ...",
+        epilog="example: dsrl eval Qwen/Qwen3-4B --benchmarks math500,aime24 --samples 32",
+    )
+    parser.add_argument("model", metavar="MODEL", help="HF folder, hub name, or Megatron checkpoint of dsrl convert")
+    parser.add_argument(
+        "overrides",
+        metavar="KEY.PATH=VALUE",
+        nargs="*",
+        help="set a field of the sections seed, model, engine and rollout, such as engine.tensor_parallel_size=2",
+    )
+    parser.add_argument("--benchmarks", metavar="NAME,NAME", help="names (without any they are listed) or .yaml files")
+    parser.add_argument("--samples", metavar="K", type=int, help="responses per problem (default: the benchmark's)")
+    parser.add_argument("--temperature", metavar="T", type=float, help="0 is greedy (default: the benchmark's)")
+    parser.add_argument("--top-p", metavar="P", type=float, help="nucleus sampling (default: the benchmark's)")
+    parser.add_argument("--max-tokens", metavar="N", type=int, help="longest response (default: the benchmark's)")
+    parser.add_argument("--limit", metavar="N", type=int, help="only the first problems of each benchmark")
+    parser.add_argument(
+        "--data-folder", metavar="DIR", type=Path, help="where the benchmarks' files are (default: the hub)"
+    )
+    parser.add_argument(
+        "--output", metavar="DIR", type=Path, help="folder of samples and results (default: evaluations/<model>)"
+    )
+    parser.set_defaults(command=_eval, parser=parser)
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from megatron_dsrl.evaluation.benchmark import benchmark_names
+
+    if not options.benchmarks:
+        raise UserError(f"--benchmarks: name some of {', '.join(benchmark_names())}")
+    from megatron_dsrl.platform import silence_expected_warnings
+
+    silence_expected_warnings()
+    from megatron_dsrl.evaluate import EvaluationRequest, evaluate
+
+    changes: dict[str, Any] = {
+        field: getattr(options, option) for option, field in CHANGES.items() if getattr(options, option) is not None
+    }
+    evaluate(
+        EvaluationRequest(
+            model=options.model,
+            benchmarks=[name for name in options.benchmarks.split(",") if name],
+            output=options.output or Path("evaluations") / Path(options.model).name,
+            data_folder=options.data_folder,
+            changes=changes,
+            overrides=options.overrides,
+        )
+    )
+    return 0

@@ -1,0 +1,121 @@
+"""The outputs of an evaluation: `results.json`, `results.md` and `pass_at_k.svg`."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from megatron_dsrl.evaluation.published import AVERAGE_OF_SIX, DSRL_OVER_GRPO, SIX_BENCHMARKS
+from megatron_dsrl.observability.charts import SERIES_COLOURS, Series, line_chart
+from megatron_dsrl.observability.figure import write_figure
+
+Summary = Mapping[str, Any]
+
+
+def write_results(folder: Path, model: str, summaries: Mapping[str, Summary]) -> None:
+    """Write all three.
+
+    Args:
+        folder: where.
+        model: as the user named it.
+        summaries: `title` and the figures of `summarise_benchmark` by the benchmark's name.
+    """
+    data = {"model": model, "benchmarks": summaries, "average_of_six": average_of_six(summaries)}
+    _replace(folder / "results.json", json.dumps(data, indent=2) + "\n")
+    _replace(folder / "results.md", markdown(model, summaries))
+    curves = [
+        _curve(number, summary)
+        for number, summary in enumerate(summaries.values())
+        if len(summary["pass_at_k"]) > 1 and number < SERIES_COLOURS
+    ]
+    if curves:
+        chart = line_chart("Pass@K by log2 K", "Unbiased estimate, mean over problems.", curves, top=1.0)
+        write_figure([chart], folder / "pass_at_k.svg")
+
+
+def average_of_six(summaries: Mapping[str, Summary]) -> float | None:
+    """Mean Avg@k of the paper's six mathematics benchmarks; None unless all six are there."""
+    if not all(name in summaries for name in SIX_BENCHMARKS):
+        return None
+    return fmean(summaries[name]["accuracy"] for name in SIX_BENCHMARKS)
+
+
+def markdown(model: str, summaries: Mapping[str, Summary]) -> str:
+    """The tables for people; figures in percent."""
+    lines = [
+        f"# {model}",
+        "",
+        "| benchmark | problems | k | Avg@k | 95 % interval | Pass@k | Maj@k | tokens | truncated | failures |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        *(_row(summary) for summary in summaries.values()),
+        "",
+        "Intervals are percentile bootstrap intervals over problems. Pass@k is the unbiased estimate. Maj@k takes the",
+        "most frequent answer by its normalised spelling. Failures are samples on which the verifier itself failed.",
+        "",
+        "## Beside the paper (arXiv 2604.14142)",
+        "",
+        "| average of the six mathematics benchmarks, Avg@32 | " + " | ".join(_METHODS) + " | this model |",
+        "|---" * (len(_METHODS) + 2) + "|",
+        *(_published_row(size, values, average_of_six(summaries)) for size, values in AVERAGE_OF_SIX.items()),
+        "",
+        "Published differences of DSRL to GRPO, in points: " + "; ".join(_differences()) + ".",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+_METHODS = list(AVERAGE_OF_SIX["Qwen3-4B"])
+
+
+def _row(summary: Summary) -> str:
+    failures = summary["verifier_timeouts"] + summary["verifier_errors"]
+    k = summary["samples_per_prompt"]
+    cells = [
+        summary["title"],
+        summary["problems"],
+        k,
+        _percent(summary["accuracy"]),
+        _interval(summary["confidence_interval_95"]),
+        _percent(summary["pass_at_k"][k]),
+        _percent(summary["majority_at_k"]),
+        f"{summary['mean_tokens']:.0f}",
+        f"{_percent(summary['truncated_fraction'])} %",
+        failures,
+    ]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _published_row(size: str, values: Mapping[str, float], measured: float | None) -> str:
+    cells = [f"{values[method]:.2f}" if method in values else "" for method in _METHODS]
+    own = "" if measured is None else f"{100 * measured:.2f}"
+    return f"| {size} | " + " | ".join([*cells, own]) + " |"
+
+
+def _differences() -> list[str]:
+    return [
+        f"{size}: " + ", ".join(f"{name} {points:+.2f}" for name, points in by_benchmark.items())
+        for size, by_benchmark in DSRL_OVER_GRPO.items()
+    ]
+
+
+def _curve(number: int, summary: Summary) -> Series:
+    """Steps of the chart are log2 k: doubling the budget is one step."""
+    exact = {k: value for k, value in summary["pass_at_k"].items() if k & (k - 1) == 0}
+    steps = tuple(k.bit_length() - 1 for k in exact)
+    return Series(summary["title"], steps, tuple(exact.values()), number + 1)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}"
+
+
+def _interval(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f"{_percent(interval[0])} to {_percent(interval[1])}"
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
