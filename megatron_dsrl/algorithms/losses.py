@@ -187,7 +187,7 @@ def sequence_ratio(tokens: ScoredTokens) -> Tensor:
 def clipped_surrogate(
     ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None
 ) -> tuple[Tensor, Tensor]:
-    """PPO's clipped surrogate (arXiv 1707.06347, equation 7) with the dual clip (arXiv 1912.09729, equation 5).
+    """PPO's clipped surrogate (arXiv 1707.06347, equation 7) with the dual clip (arXiv 1912.09729).
 
     l = max(-A rho, -A clip(rho, 1 - low, 1 + high)); where A < 0 also l = min(l, -A c).
 

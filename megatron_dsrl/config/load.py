@@ -1,7 +1,9 @@
 """From YAML files and command-line overrides to a RunConfig, and back.
 
-A file may name one parent: `inherits: ../base.yaml`, relative to the file itself. Sections are merged key by key, the
-nearer file winning; lists (such as `phases`) and single values replace. Overrides come last:
+A file may name a parent, `inherits: ../base.yaml`, or several, `inherits: [size.yaml, method.yaml]`, relative to the
+file itself; of several the later one wins. Sections are merged key by key, the nearer file winning; lists (such as `phases`)
+and single values replace. A section in the place of a list changes the items at the positions that are its keys:
+`phases: {0: {until_step: 5}}`. Overrides come last:
 `rollout.temperature=0.7`, `phases.0.until_step=5`; the value is YAML, an empty one is null, and a section or list given
 as a value replaces the whole. Paths inside the configuration (`model.path`, `data.source`, `output_dir`) are left as
 they are, relative to the current directory of the process.
@@ -58,12 +60,18 @@ def _read_with_parents(path: Path, children: tuple[Path, ...]) -> tuple[dict[str
     places = {key_path: f"{path}:{line}" for key_path, line in lines.items()}
     if INHERITS not in data:
         return data, places
-    parent = data.pop(INHERITS)
-    if not isinstance(parent, str) or not parent:
-        raise UserError(f"{path}: {INHERITS}: expected the path of one YAML file, given {parent!r}")
-    merged, parent_places = _read_with_parents(path.parent / parent, (*children, resolved))
-    _merge(merged, data)
-    return merged, parent_places | places
+    parents = data.pop(INHERITS)
+    parents = [parents] if isinstance(parents, str) else parents
+    if not (isinstance(parents, list) and parents and all(isinstance(each, str) and each for each in parents)):
+        raise UserError(f"{path}: {INHERITS}: expected the path of a YAML file or a list of them, given {parents!r}")
+    merged: dict[str, Any] = {}
+    merged_places: dict[KeyPath, str] = {}
+    for parent in parents:
+        parent_data, parent_places = _read_with_parents(path.parent / parent, (*children, resolved))
+        _merge(merged, parent_data, str(path))
+        merged_places |= parent_places
+    _merge(merged, data, str(path))
+    return merged, merged_places | places
 
 
 def _read_file(path: Path, children: tuple[Path, ...]) -> tuple[dict[str, Any], dict[KeyPath, int]]:
@@ -82,11 +90,17 @@ def _read_file(path: Path, children: tuple[Path, ...]) -> tuple[dict[str, Any], 
     return data, lines
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> None:
-    """Lay `over` on `base` in place: sections key by key, everything else replaced."""
+def _merge(base: dict[str, Any] | list[Any], over: dict[Any, Any], source: str) -> None:
+    """Lay `over` on `base` in place: sections key by key, items of lists by position, everything else replaced."""
     for key, value in over.items():
-        if isinstance(value, dict) and isinstance(base.get(key), dict):
-            _merge(base[key], value)
+        if isinstance(base, list) and not (isinstance(key, int) and 0 <= key < len(base)):
+            raise UserError(
+                f"{source}: {key!r} is no position in the inherited list of {len(base)}; give 0 to {len(base) - 1}, or "
+                "a whole list"
+            )
+        inherited = base[key] if isinstance(base, list) else base.get(key)
+        if isinstance(value, dict) and (isinstance(inherited, dict) or (isinstance(inherited, list) and value)):
+            _merge(inherited, value, source)
         else:
             base[key] = value
 

@@ -16,6 +16,7 @@ KeyPath = tuple[str | int, ...]
 """Keys and list positions from the root of a document down to a value."""
 
 _TIMESTAMP_TAG = "tag:yaml.org,2002:timestamp"
+_INT_TAG = "tag:yaml.org,2002:int"
 _FLOAT_TAG = "tag:yaml.org,2002:float"
 _UNICODE_LINE_BREAK = re.compile("[\x85\u2028\u2029]")
 _FLOAT = re.compile(
@@ -91,8 +92,9 @@ def _note_lines(node: yaml.Node, path: KeyPath, source: str, lines: dict[KeyPath
                 place = ".".join(map(str, (*path, key.value)))
                 raise UserError(f"{source}, line {key.start_mark.line + 1}: {place}: this key is given twice")
             seen.add(key.value)
-            _note_lines(value, (*path, key.value), source, lines)
-            lines[(*path, key.value)] = key.start_mark.line + 1
+            here = (*path, int(key.value) if key.tag == _INT_TAG and key.value.isdecimal() else key.value)
+            _note_lines(value, here, source, lines)
+            lines[here] = key.start_mark.line + 1
     elif isinstance(node, yaml.SequenceNode):
         for position, value in enumerate(node.value):
             _note_lines(value, (*path, position), source, lines)
