@@ -26,10 +26,10 @@ def mismatch_metrics(
         engine_log_probs: [num_tokens] float32.
 
     Returns:
-        By the names of MISMATCH_MEANS and MISMATCH_MAXIMA, [num_tokens] each: |d| in nats, the KL estimators in nats,
-        whether exp(d) lies outside RATIO_BOUNDS, and exp(d).
+        By the names of MISMATCH_MEANS and MISMATCH_MAXIMA, [num_tokens] float64 or bool each: |d| in nats, the KL
+        estimators in nats, whether exp(d) lies outside RATIO_BOUNDS, and exp(d).
     """
-    log_ratio = trainer_log_probs.detach() - engine_log_probs
+    log_ratio = trainer_log_probs.detach().double() - engine_log_probs.double()  # k3 of near-equal log-probs is tiny
     gap, ratio = log_ratio.abs(), probability_ratio(log_ratio)
     in_tail = (ratio < RATIO_BOUNDS[0]) | (ratio > RATIO_BOUNDS[1])
     means = (gap, -log_ratio, ratio - 1.0 - log_ratio, in_tail)
