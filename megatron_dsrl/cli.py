@@ -62,14 +62,16 @@ def _train(options: argparse.Namespace) -> int:
     world_size = options.world_size or int(os.environ.get("WORLD_SIZE", "1"))
     config = load_config(options.config, options.overrides)
     figures = preflight(config, world_size)
+    from megatron_dsrl.config.summary import batch_lines, print_dry_run
+
     if options.dry_run:
         from rich.console import Console
-
-        from megatron_dsrl.config.summary import print_dry_run
 
         if _rank() == 0:
             print_dry_run(config, figures, Console())
         return 0
+    if _rank() == 0:
+        print(*batch_lines(config, figures), sep="\n", flush=True)
 
     from megatron_dsrl.platform import silence_expected_warnings
 

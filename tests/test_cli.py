@@ -168,7 +168,8 @@ def train(config):
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert process.stdout.readline() == "started\n"
+    while process.stdout.readline() != "started\n":  # after the batch sizes in words
+        assert process.poll() is None
     process.send_signal(sent)
     started = time.monotonic()
     stdout, stderr = process.communicate(timeout=20)

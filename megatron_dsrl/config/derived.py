@@ -137,11 +137,19 @@ def _phase_figures(config: RunConfig, data_parallel_size: int) -> Iterator[Phase
             first_step=first,
             last_step=last,
             max_tokens_per_step=samples * length,
-            full_length_micro_batches=_ceil_divide(
-                replica_samples, max(1, config.actor.max_tokens_per_micro_batch // length)
-            ),
+            full_length_micro_batches=_micro_batches(config, replica_samples, length),
         )
         first = max(first, last + 1)
+
+
+def _micro_batches(config: RunConfig, samples: int, length: int) -> int:
+    """Of one replica's samples of this length; context parallelism pads each, the interleaved schedule their number."""
+    parallel = config.parallel
+    multiple = 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1
+    padded = _ceil_divide(length, multiple) * multiple
+    count = _ceil_divide(samples, max(1, config.actor.max_tokens_per_micro_batch // padded))
+    multiple = parallel.pipeline_parallel_size if parallel.virtual_pipeline_stages > 1 else 1
+    return _ceil_divide(count, multiple) * multiple
 
 
 def _phase_problems(config: RunConfig) -> Iterator[Problem]:

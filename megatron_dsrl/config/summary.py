@@ -18,6 +18,25 @@ def print_dry_run(config: RunConfig, figures: RunFigures, console: Console) -> N
     console.print(_phases_table(figures))
 
 
+def batch_lines(config: RunConfig, figures: RunFigures) -> list[str]:
+    """What the batch sizes mean, in words, for the start of a run."""
+    actor, parallel = config.actor, config.parallel
+    per_phase = ", ".join(
+        f"{phase.full_length_micro_batches} ({phase.name})" for phase in figures.phases if phase.steps
+    )
+    return [
+        f"every step: {figures.prompts_per_step:,} prompts x {config.rollout.samples_per_prompt} samples = "
+        f"{figures.samples_per_step:,} samples, and {figures.optimizer_steps_per_rollout} optimizer step(s) "
+        f"({actor.mini_batches_per_rollout} mini-batch(es) x {actor.epochs_per_rollout} epoch(s)) of "
+        f"{figures.samples_per_optimizer_step:,} samples each",
+        f"{figures.world_size} process(es) = {figures.data_parallel_size} data-parallel x "
+        f"{parallel.tensor_parallel_size} tensor x {parallel.pipeline_parallel_size} pipeline x "
+        f"{parallel.context_parallel_size} context; each data-parallel replica computes an optimizer step in "
+        f"micro-batches of at most {figures.max_tokens_per_micro_batch:,} tokens: {per_phase} if every sample is kept "
+        "and has full length",
+    ]
+
+
 def _figures_table(config: RunConfig, figures: RunFigures) -> Table:
     parallel = config.parallel
     table = Table("figure", "value", "made of", show_header=True, header_style="bold")
@@ -26,7 +45,19 @@ def _figures_table(config: RunConfig, figures: RunFigures) -> Table:
         (
             "processes per model",
             figures.model_parallel_size,
-            f"tensor {parallel.tensor_parallel_size} x pipeline {parallel.pipeline_parallel_size}",
+            f"tensor {parallel.tensor_parallel_size} x pipeline {parallel.pipeline_parallel_size} "
+            f"x context {parallel.context_parallel_size}",
+        ),
+        (
+            "chunks of layers",
+            parallel.pipeline_parallel_size * parallel.virtual_pipeline_stages,
+            f"pipeline {parallel.pipeline_parallel_size} x virtual stages {parallel.virtual_pipeline_stages}",
+        ),
+        (
+            "processes per copy of all experts",
+            parallel.expert_model_parallel_size,
+            f"expert {parallel.expert_parallel_size} x expert tensor {parallel.split_of_experts} "
+            f"x pipeline {parallel.pipeline_parallel_size}",
         ),
         ("data-parallel size", figures.data_parallel_size, "processes / processes per model"),
         ("SGLang engines", figures.engines, f"tensor-parallel size {config.engine.tensor_parallel_size} each"),

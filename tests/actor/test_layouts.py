@@ -234,6 +234,7 @@ def test_two_processes_repeat_bit_for_bit(two_processes, name):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", FOUR_PROCESSES)
 def test_four_processes(one_process, four_processes, name):
     check(name, FOUR_PROCESSES[name], four_processes, one_process)

@@ -1,6 +1,7 @@
 """Derived figures and layout checks."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -8,6 +9,7 @@ from megatron_dsrl.config.derived import derive
 from megatron_dsrl.config.layout import ModelShape
 from megatron_dsrl.config.load import load_config
 from megatron_dsrl.config.prompt_count import count_prompts
+from megatron_dsrl.config.summary import batch_lines
 from megatron_dsrl.errors import UserError
 
 SHAPE = ModelShape(layers=6, attention_heads=8, key_value_groups=4, feed_forward_size=96, context_tokens=512)
@@ -36,6 +38,31 @@ def test_micro_batches_hold_whole_sequences(small, write):
     tight = load_config(path, ["actor.max_tokens_per_micro_batch=100"])
     assert derive(tight, 1, SHAPE).phases[1].full_length_micro_batches == 32
     assert derive(tight, 4, SHAPE).phases[1].full_length_micro_batches == 8
+
+
+def test_micro_batches_of_split_sequences_and_pipelines(small, write):
+    """Context parallelism pads 160 tokens to 162 (a multiple of 6); interleaving needs a multiple of 4 of them."""
+    path = write("run.yaml", small)
+    context = load_config(path, ["parallel.context_parallel_size=3", "actor.max_tokens_per_micro_batch=960"])
+    assert derive(context, 3, SHAPE).phases[1].full_length_micro_batches == 7  # 5 a budget, not 6
+    shape = replace(SHAPE, layers=8)
+    virtual = ["parallel.pipeline_parallel_size=4", "parallel.virtual_pipeline_stages=2"]
+    assert derive(load_config(path, virtual), 4, shape).phases[1].full_length_micro_batches == 8  # not 6
+
+
+def test_batch_sizes_in_words(small, write):
+    overrides = ["actor.mini_batches_per_rollout=2", "parallel.context_parallel_size=2"]
+    config = load_config(write("run.yaml", small), overrides)
+    first, second = batch_lines(config, derive(config, world_size=4, shape=SHAPE))
+    assert first == (
+        "every step: 8 prompts x 4 samples = 32 samples, and 2 optimizer step(s) (2 mini-batch(es) x 1 epoch(s)) of "
+        "16 samples each"
+    )
+    assert second == (
+        "4 process(es) = 2 data-parallel x 1 tensor x 1 pipeline x 2 context; each data-parallel replica computes an "
+        "optimizer step in micro-batches of at most 1,000 tokens: 1 (warm-up), 2 (grpo) if every sample is kept and "
+        "has full length"
+    )
 
 
 def test_a_phase_that_the_run_ends_before_has_no_steps(small, write):

@@ -1,0 +1,161 @@
+#!/usr/bin/env python3
+"""Log-probs and entropy of a large vocabulary: memory and time of the actor's way beside the naive one.
+
+Naive is what one writes first: the output layer on all tokens, `log_softmax` of the logits in float32, and what is
+needed picked out. The actor applies the output layer to the tokens that predict a response token only, and its
+log-prob function never holds more than one float32 chunk of the logits. Every way runs in a process of its own, forward
+and backward to the hidden states and to the output layer's weight; all give the same values to rounding, which is
+checked. Peak memory is above the inputs; seconds are the process's own on CPU, and of the clock on a GPU.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from megatron_dsrl.actor.log_probs import VocabularyShard, log_probs_and_entropy
+from megatron_dsrl.platform import current_platform
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What all ways start from."""
+
+    hidden: Tensor
+    """[tokens, hidden size]."""
+    weight: Tensor
+    """[vocabulary, hidden size]."""
+    rows: Tensor
+    """[responses] int64, the tokens that predict one."""
+    targets: Tensor
+    """[responses] int64."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The output layer."""
+        return (hidden * hidden.shape[1] ** -0.5) @ self.weight.T
+
+
+def naive(logits: Tensor, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Both by `log_softmax` of all rows; the entropy without gradient."""
+    distribution = torch.log_softmax(logits.float(), dim=-1)
+    with torch.no_grad():
+        entropy = -(distribution.exp() * distribution).sum(-1)
+    return distribution[rows, targets], entropy[rows]
+
+
+def naive_on_all_tokens(batch: Batch) -> tuple[Tensor, Tensor]:
+    return naive(batch.logits(batch.hidden), batch.rows, batch.targets)
+
+
+def naive_on_responses(batch: Batch) -> tuple[Tensor, Tensor]:
+    everything = torch.arange(len(batch.rows), device=batch.rows.device)
+    return naive(batch.logits(batch.hidden[batch.rows]), everything, batch.targets)
+
+
+def fused_on_responses(batch: Batch, entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:
+    shard = VocabularyShard(first=0, num_valid=len(batch.weight), group=None)
+    return log_probs_and_entropy(
+        batch.logits(batch.hidden[batch.rows]), batch.targets, temperature=1.0, shard=shard,
+        entropy_gradient=entropy_gradient,
+    )  # fmt: skip
+
+
+WAYS: dict[str, Callable[[Batch], tuple[Tensor, Tensor]]] = {
+    "naive, all tokens": naive_on_all_tokens,
+    "naive, response tokens": naive_on_responses,
+    "the actor": fused_on_responses,
+    "the actor, with the entropy's gradient": partial(fused_on_responses, entropy_gradient=True),
+}
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of the fastest repetition, peak bytes above the inputs, and numbers to compare the ways by."""
+    platform = current_platform()
+    generator = torch.Generator().manual_seed(0)
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(platform.device, DTYPES[options.dtype]).requires_grad_()
+
+    responses = int(options.tokens * options.response_share)
+    batch = Batch(
+        hidden=leaf(options.tokens, options.hidden_size),
+        weight=leaf(options.vocabulary, options.hidden_size),
+        rows=torch.arange(options.tokens - responses, options.tokens, device=platform.device),
+        targets=torch.randint(options.vocabulary, (responses,), generator=generator).to(platform.device),
+    )
+    # On a shared CPU only a process's own seconds are its own.
+    clock = time.perf_counter if platform.name == "cuda" else time.process_time
+    seconds, before = [], platform.memory_statistics()
+    for _ in range(options.repetitions):
+        batch.hidden.grad = batch.weight.grad = None
+        started = clock()
+        log_probs, entropy = WAYS[name](batch)
+        (log_probs.sum() + (entropy.sum() if entropy.requires_grad else 0)).backward()
+        if platform.name == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(clock() - started)
+    return {
+        "seconds": min(seconds),
+        "bytes": platform.memory_statistics().peak_bytes - before.allocated_bytes,
+        "log_prob": log_probs.mean().item(),
+        "entropy": entropy.mean().item(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=1024, help="of a packed row")
+    parser.add_argument("--response-share", type=float, default=0.5, help="of the tokens, those that are scored")
+    parser.add_argument("--vocabulary", type=int, default=151936)
+    parser.add_argument("--hidden-size", type=int, default=256)
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.way:
+        print(json.dumps(measure(options.way, options)))
+        return
+    results = {}
+    for name in WAYS:
+        command = [sys.executable, __file__, *sys.argv[1:], "--way", name]
+        results[name] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    print_table(results, options)
+
+
+def print_table(results: dict[str, dict[str, Any]], options: argparse.Namespace) -> None:
+    """Ratios are to the first way."""
+    first = next(iter(results.values()))
+    table = Table("", "peak GB", "ratio", "seconds", "ratio", box=None)
+    for name, result in results.items():
+        for number in ("log_prob", "entropy"):
+            assert abs(result[number] - first[number]) <= 0.01 * abs(first[number]), f"{name}: another {number}"
+        table.add_row(
+            name,
+            f"{result['bytes'] / 1e9:.2f}",
+            f"{result['bytes'] / first['bytes']:.2f}",
+            f"{result['seconds']:.2f}",
+            f"{result['seconds'] / first['seconds']:.2f}",
+        )
+    console = Console()
+    console.print(
+        f"{options.tokens} tokens, {options.response_share:.0%} of them scored; vocabulary {options.vocabulary}, "
+        f"hidden size {options.hidden_size}, {options.dtype}; {torch.get_num_threads()} thread(s), "
+        f"device {current_platform().name}"
+    )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
