@@ -51,7 +51,7 @@ def build_scheduler(config: OptimizerConfig, optimizer: MegatronOptimizer, total
 
     Megatron's warm-up starts at `init_lr`; it is set so that the first step already moves.
     """
-    return OptimizerParamScheduler(
+    return _OnePeakScheduler(
         optimizer,
         init_lr=_initial_rate(config.learning_rate, config.warmup_steps),
         max_lr=config.learning_rate,
@@ -64,6 +64,17 @@ def build_scheduler(config: OptimizerConfig, optimizer: MegatronOptimizer, total
         wd_incr_steps=1,
         wd_incr_style="constant",
     )
+
+
+class _OnePeakScheduler(OptimizerParamScheduler):
+    """The scheduler's own peak holds for every parameter group.
+
+    Megatron prefers the peak that is noted in the group. It also recognises groups in checkpoints by it, so that the
+    note has to stay what it was when the optimizer was built.
+    """
+
+    def get_lr(self, param_group: dict) -> float:
+        return super().get_lr({**param_group, "max_lr": self.max_lr})
 
 
 def apply_settings(
@@ -81,8 +92,6 @@ def apply_settings(
     scheduler.init_lr = _initial_rate(learning_rate, scheduler.lr_warmup_steps)
     for part in parts_of(optimizer):
         part.config.clip_grad = gradient_clip_norm
-    for group in optimizer.param_groups:
-        group["max_lr"] = learning_rate
     scheduler.step(increment=0)
 
 

@@ -36,13 +36,14 @@ def assert_same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
 
 
 def checkpoint_tensors(run: Path, step: int) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, the optimizer's included, whatever the layout that wrote it."""
-    folder = run / "checkpoints" / f"step_{step:06d}" / "megatron"
-    content: dict[str, Any] = {}
-    _load_state_dict(
-        content, storage_reader=FileSystemReader(folder), planner=_EmptyStateDictLoadPlanner(), no_dist=True
-    )
-    tensors = dict(_tensors("", content))
+    """Every tensor of all models of a checkpoint, optimizers included, whatever the layout that wrote it."""
+    tensors: dict[str, torch.Tensor] = {}
+    for folder in filter(Path.is_dir, (run / "checkpoints" / f"step_{step:06d}").iterdir()):
+        content: dict[str, Any] = {}
+        _load_state_dict(
+            content, storage_reader=FileSystemReader(folder), planner=_EmptyStateDictLoadPlanner(), no_dist=True
+        )
+        tensors |= _tensors(folder.name, content)
     assert any("exp_avg_sq" in name for name in tensors), sorted(tensors)
     return tensors
 
