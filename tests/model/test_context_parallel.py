@@ -1,5 +1,6 @@
 """Two real processes hold a packed row together: attention, its gradients, and what is assembled from both."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,12 +13,17 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_dsrl.config.model import ParallelConfig
+from megatron_dsrl.config.model import ModelConfig, ParallelConfig
+from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.attention import CoreAttention
+from megatron_dsrl.model.build import build_model
 from megatron_dsrl.model.context_parallel import assemble, zigzag_rows
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
+from megatron_dsrl.weights.load import load_hf_weights
+from megatron_dsrl.weights.tables import weight_table
 from tests.model.test_attention import GROUPS, HEAD_DIM, HEADS, attention_written_out, random_qkv
 from tests.support.distributed import run_distributed
+from tests.support.tiny_model import make_tiny_qwen3
 
 LENGTHS = {
     "one sequence": [12],
@@ -42,7 +48,7 @@ def core_attention() -> CoreAttention:
     return CoreAttention(config, 1, AttnMaskType.causal, "self", pg_collection=groups)
 
 
-def attend_with_two_processes() -> dict[str, Any]:
+def attend_with_two_processes(folder: Path) -> dict[str, Any]:
     """This rank's rows, output, and gradients of sum(output * weights), for every row of LENGTHS and a dense batch."""
     results = {}
     with parallel_layout(ParallelConfig(context_parallel_size=2, collective_timeout_seconds=60), seed=1):
@@ -62,8 +68,33 @@ def attend_with_two_processes() -> dict[str, Any]:
         whole = assemble(part, torch.tensor([1 - rank]), 2, parallel_state.get_context_parallel_group())
         (whole**2).sum().backward()
         results["assembled"] = [whole.tolist(), part.grad.tolist()]
+        results["reached"] = reached_by_the_second_sequence(folder)
     destroy_parallel()
     return results
+
+
+def reached_by_the_second_sequence(folder: Path) -> list[int]:
+    """Of this rank's tokens, the ones on whose embedding the logits of the second of three sequences depend."""
+    architecture, lengths = read_architecture(folder), [12, 8, 16]
+    model = ModelConfig(path=str(folder), dtype="float32")
+    (chunk,) = build_model(architecture, model, ParallelConfig(context_parallel_size=2))
+    load_hf_weights([chunk], weight_table(architecture), folder)
+    embedded: list[Tensor] = []
+
+    def keep(module: torch.nn.Module, inputs: tuple, output: Tensor) -> None:
+        output.retain_grad()
+        embedded.append(output)  # [t, 1, h]
+
+    chunk.embedding.register_forward_hook(keep)
+    rows = zigzag_rows(lengths, 2, dist.get_rank())
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    params = PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=16, max_seqlen_kv=16
+    )
+    tokens = torch.randint(0, 101, (sum(lengths),), generator=torch.Generator().manual_seed(5))
+    logits = chunk(tokens[rows][None], None, None, packed_seq_params=params)
+    logits[:, (rows >= 12) & (rows < 20)].square().sum().backward()
+    return rows[embedded[0].grad.flatten(1).abs().sum(1) > 0].tolist()
 
 
 def weights_of(tokens: int) -> Tensor:
@@ -71,8 +102,10 @@ def weights_of(tokens: int) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def ranks() -> list[dict[str, Any]]:
-    return run_distributed(attend_with_two_processes, 2)
+def ranks(tmp_path_factory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("model")
+    make_tiny_qwen3(folder, tied=False, vocab_size=101)
+    return run_distributed(attend_with_two_processes, 2, folder, timeout_seconds=240)
 
 
 @pytest.mark.parametrize("name", LENGTHS)
@@ -97,6 +130,11 @@ def test_dense_batch(ranks):
     for rank in ranks:
         rows, output = (torch.tensor(x) for x in rank["dense"])
         torch.testing.assert_close(output, expected[rows], rtol=0, atol=1e-5)
+
+
+def test_no_sequence_of_a_packed_row_sees_another(ranks):
+    """The gradient by the other sequences' embeddings is exactly zero on both ranks; by its own tokens it is not."""
+    assert sorted(ranks[0]["reached"] + ranks[1]["reached"]) == list(range(12, 20))
 
 
 def test_assembled_values_are_whole_everywhere_and_their_gradient_counts_once(ranks):
