@@ -64,3 +64,20 @@ def test_a_damaged_or_foreign_model_folder_names_its_file(config, tmp_path, cont
         file.write_text(content)
     with pytest.raises(UserError, match=str(tmp_path / "model")):
         preflight(config, 1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["critic.warmup_steps=1"], "critic.warmup_steps: is 1, but no critic learns in step 1"),
+        (["phases.0.advantage={name: gae}", "critic.warmup_steps=9"], "no critic learns in step 5"),
+        (["phases.0.advantage={name: gae}", "critic.path=./absent"], "critic.path: there is no folder ./absent"),
+        (["reference.refresh_every_steps=2"], "reference: no phase has a `kl` section"),
+    ],
+)
+def test_critic_and_reference_must_be_of_use(config, tmp_path, overrides, message):
+    used = ["phases.0.advantage={name: gae}", "phases.0.kl={loss_coefficient: 0.1}"]
+    settings = ["critic.warmup_steps=4", "reference.refresh_every_steps=2"]
+    preflight(load_config(tmp_path / "run.yaml", used + settings), 1)
+    with pytest.raises(UserError, match=message):
+        preflight(load_config(tmp_path / "run.yaml", overrides), 1)
