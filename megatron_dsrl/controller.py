@@ -1,7 +1,8 @@
 """Rank 0's part of a run: choose prompts, sample, keep the rollouts, evaluate, and write down what happened."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from megatron_dsrl.actor.statistics import UpdateMetrics
 from megatron_dsrl.algorithms.experience import Response
@@ -15,9 +16,22 @@ from megatron_dsrl.observability.step_metrics import rollout_metrics
 from megatron_dsrl.observability.timer import SecondsPerPart
 from megatron_dsrl.observability.tracker import Tracker
 from megatron_dsrl.platform import current_platform
+from megatron_dsrl.rollout.dynamic_sampling import sample_until_mixed
 from megatron_dsrl.rollout.recording import RolloutRecorder
 from megatron_dsrl.rollout.rollout import Rollout
 from megatron_dsrl.rollout.sample import Group
+
+
+@dataclass(frozen=True)
+class StepSamples:
+    """The rollout of a step."""
+
+    groups: list[Group]
+    """What is trained on."""
+    sampled: list[Group]
+    """All that was sampled for it; more than that only under dynamic sampling."""
+    metrics: dict[str, int]
+    """How dynamic sampling went; empty without it."""
 
 
 class Controller:
@@ -51,14 +65,28 @@ class Controller:
         self._tracker = tracker
         self._console = console
 
-    def sample(self, step: int, indices: Sequence[int]) -> list[Group]:
-        """Judged responses to the named prompts, in their order; they are on their way to the disk."""
+    def sample(self, step: int, draw: Callable[[int], list[int]]) -> StepSamples:
+        """Judged responses to the next prompts; they are on their way to the disk.
+
+        Args:
+            step: counted from 1.
+            draw: gives the indices of so many further prompts.
+        """
+        wanted, dynamic = self._config.rollout.prompts_per_step, self._config.rollout.dynamic_sampling
+        if dynamic is None:
+            groups = self._sample_round(step, 0, draw(wanted))
+            samples = StepSamples(groups, groups, {})
+        else:
+            batch = sample_until_mixed(lambda n, count: self._sample_round(step, n, draw(count)), wanted, dynamic)
+            samples = StepSamples(batch.kept, batch.sampled, batch.metrics(wanted))
+        if self._recorder:
+            self._recorder.record(step, samples.sampled)
+        return samples
+
+    def _sample_round(self, step: int, number: int, indices: Sequence[int]) -> list[Group]:
         prompts = [self._prompts[i] for i in indices]
         with self._console.generation(step, len(prompts) * self._config.rollout.samples_per_prompt) as progress:
-            groups = self._rollout.sample_step(step, prompts, on_samples=progress.advance)
-        if self._recorder:
-            self._recorder.record(step, groups)
-        return groups
+            return self._rollout.sample_step(step, prompts, number, on_samples=progress.advance)
 
     def flush_rollouts(self) -> None:
         """Wait until the rollouts of all steps are on disk."""
@@ -77,7 +105,7 @@ class Controller:
         self,
         step: int,
         phase: PhaseConfig,
-        groups: Sequence[Group],
+        samples: StepSamples,
         update: UpdateMetrics | None,
         critic_metrics: dict[str, float],
         timer: SecondsPerPart,
@@ -86,8 +114,9 @@ class Controller:
         record = {
             "step": step,
             "phase": phase.name,
-            "weight_version": groups[0].samples[0].weight_version,
-            **rollout_metrics(groups, timer.seconds("generate")),
+            "weight_version": samples.sampled[0].samples[0].weight_version,
+            **samples.metrics,
+            **rollout_metrics(samples.sampled, timer.seconds("generate")),
             **update_metrics(update, phase),
             **critic_metrics,
             **memory_metrics(),

@@ -24,7 +24,7 @@ from megatron_dsrl.checkpoint.store import Checkpoint, CheckpointStore
 from megatron_dsrl.collective import broadcast, gather
 from megatron_dsrl.config.phase import PhaseConfig, PostTrainSpaceConfig, PreTrainSpaceConfig
 from megatron_dsrl.config.run import RunConfig
-from megatron_dsrl.controller import Controller, responses_of
+from megatron_dsrl.controller import Controller, StepSamples, responses_of
 from megatron_dsrl.data.sampler import PromptSampler, SamplerState
 from megatron_dsrl.data.tokenizer import bos_token_ids, stop_token_ids
 from megatron_dsrl.evaluation.evaluator import Evaluator
@@ -36,7 +36,6 @@ from megatron_dsrl.platform import current_platform
 from megatron_dsrl.preemption import Preempted, StopRequested, StopSignal
 from megatron_dsrl.rollout.recording import RolloutRecorder
 from megatron_dsrl.rollout.rollout import Rollout, start_rollout
-from megatron_dsrl.rollout.sample import Group
 from megatron_dsrl.run_folder import check_run_folder, exported_policy, has_results, prepare_run_folder
 from megatron_dsrl.run_inputs import RunInputs, load_inputs
 from megatron_dsrl.run_models import RunModels, build_models
@@ -85,7 +84,7 @@ class TrainingRun:
     models: RunModels
     rollout: Rollout
     sampler: PromptSampler
-    """Every rank draws the same prompt indices; only rank 0 samples from them."""
+    """Rank 0 draws from it; the others follow after every step."""
     checkpoints: CheckpointStore
     stop: StopSignal
     controller: Controller | None
@@ -105,9 +104,9 @@ def run_steps(run: TrainingRun) -> None:
         timer = SecondsPerPart()
         sampler_before = run.sampler.state_dict()
         with timer.part("generate"):
-            groups = sample(run, step)
+            samples = sample(run, step)
         with timer.part("train"):
-            experiences = share_experiences(run, groups, phase)
+            experiences = share_experiences(run, samples, phase)
             if experiences is None:
                 stop_as_asked(run, step - 1, sampler_before)
             run.checkpoints.poll()
@@ -119,7 +118,7 @@ def run_steps(run: TrainingRun) -> None:
         with timer.part("push_weights"):
             push_weights(run, version=step + 1)
         if run.controller:
-            run.controller.record(step, phase, groups, update, critic_metrics, timer)
+            run.controller.record(step, phase, samples, update, critic_metrics, timer)
         if is_due(step, run.config.checkpoint.save_every_steps, run.config.steps):
             save_checkpoint(run, step, run.sampler.state_dict())
         write_results(run, step)
@@ -180,23 +179,24 @@ def with_model_folder(config: RunConfig, folder: Path) -> RunConfig:
     return config.model_copy(update={"model": config.model.model_copy(update={"path": str(folder)})})
 
 
-def sample(run: TrainingRun, step: int) -> list[Group] | None:
-    """Rank 0: the judged groups of the step, or None if the run was asked to stop. Other ranks: None."""
-    indices = run.sampler.next(run.config.rollout.prompts_per_step)
+def sample(run: TrainingRun, step: int) -> StepSamples | None:
+    """Rank 0: the judged rollout of the step, or None if the run was asked to stop. Other ranks: None."""
     if run.controller is None:
         return None
     try:
         with run.stop.interruptible():
-            return run.controller.sample(step, indices)
+            return run.controller.sample(step, run.sampler.next)
     except StopRequested:
         return None
 
 
-def share_experiences(run: TrainingRun, groups: list[Group] | None, phase: PhaseConfig) -> list[Experience] | None:
+def share_experiences(run: TrainingRun, samples: StepSamples | None, phase: PhaseConfig) -> list[Experience] | None:
     """Rank 0's groups in the space of each objective, on every rank; None if the run was asked to stop."""
-    responses = broadcast(None if groups is None else responses_of(groups))
-    if responses is None:
+    shared = broadcast(samples and (responses_of(samples.groups), run.sampler.state_dict()))
+    if shared is None:
         return None
+    responses, sampler_state = shared
+    run.sampler.load_state_dict(sampler_state)  # only rank 0 knows how many prompts the step has taken
     responses = shape_rewards(responses, run.config.reward.overlong, run.config.rollout.max_response_tokens)
     return [
         build_experience(responses, objective.space, bos_ids_of(run, objective.space))

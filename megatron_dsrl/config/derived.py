@@ -201,12 +201,13 @@ def _batch_problems(config: RunConfig, world_size: int, prompts: int | None) -> 
 
 def _time_problems(config: RunConfig) -> Iterator[Problem]:
     """While rank 0 samples and evaluates, the other ranks wait in a collective, which must not give up first."""
-    batches = 1 + len(config.evaluation.sets)
+    rounds = config.rollout.dynamic_sampling.max_rounds if config.rollout.dynamic_sampling else 1
+    batches = rounds + len(config.evaluation.sets)
     longest = config.rollout.step_timeout_seconds * batches
     if config.parallel.collective_timeout_seconds <= longest:
         yield (
             "parallel.collective_timeout_seconds, rollout.step_timeout_seconds",
-            f"a step may sample {batches} batches (training and {batches - 1} evaluation sets) of at most "
+            f"a step may sample {batches} batches ({rounds} to train on, {batches - rounds} to evaluate) of at most "
             f"{config.rollout.step_timeout_seconds:g} s each, so collectives must wait longer than {longest:g} s; "
             "raise the first or lower the second",
         )

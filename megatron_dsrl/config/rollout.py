@@ -5,6 +5,17 @@ from pydantic import Field
 from megatron_dsrl.config.section import Section
 
 
+class DynamicSamplingConfig(Section):
+    """Sample until every group of the batch has rewards that differ (DAPO)."""
+
+    max_rounds: int = Field(default=10, ge=1)
+    """Rounds of a step. The batch then goes on with the mixed groups that there are; how many are missing is a
+    metric."""
+
+    oversampling: float = Field(default=1.0, ge=1)
+    """A round asks for this many prompts per group that is still missing. Above 1: fewer rounds, more surplus."""
+
+
 class RolloutConfig(Section):
     """What is sampled at every step."""
 
@@ -25,6 +36,9 @@ class RolloutConfig(Section):
 
     top_k: int = Field(default=-1, ge=-1)
     """Top-k sampling; -1 is off."""
+
+    dynamic_sampling: DynamicSamplingConfig | None = None
+    """Replace groups that are all right or all wrong by further prompts; null: keep them."""
 
     deterministic: bool = False
     """The same seed and weights give the same tokens and log-probs, bit for bit. Samples have seeds of their own in any

@@ -32,11 +32,15 @@ class Rollout(Protocol):
         """Block until samples can be drawn. All ranks."""
 
     def sample_step(
-        self, step: int, prompts: Sequence[Prompt], on_samples: Callable[[int], None] = ignore
+        self, step: int, prompts: Sequence[Prompt], round_number: int = 0, on_samples: Callable[[int], None] = ignore
     ) -> list[Group]:
-        """The rollout batch of a training step (counted from 1), in the order of the prompts. Rank 0 only.
+        """The rollout batch of a training step, in the order of the prompts. Rank 0 only.
 
-        `on_samples` is told how many samples have come back, each time some do.
+        Args:
+            step: counted from 1.
+            prompts: what to answer.
+            round_number: which batch of the step this is, from 0; more than one only under dynamic sampling.
+            on_samples: told how many samples have come back, each time some do.
         """
 
     def generate(
@@ -121,10 +125,11 @@ class EngineRollout:
         self._urls = self._running_engines().wait_until_ready()
 
     def sample_step(
-        self, step: int, prompts: Sequence[Prompt], on_samples: Callable[[int], None] = ignore
+        self, step: int, prompts: Sequence[Prompt], round_number: int = 0, on_samples: Callable[[int], None] = ignore
     ) -> list[Group]:
         samples = self._config.rollout.samples_per_prompt
-        return self.generate(prompts, samples, self._training_sampling, f"step {step}", on_samples)
+        stream = f"step {step} round {round_number}" if round_number else f"step {step}"
+        return self.generate(prompts, samples, self._training_sampling, stream, on_samples)
 
     def generate(
         self,
@@ -216,6 +221,8 @@ class ReplayedRollout:
             raise UserError(f"rollout.replay_from: {run_folder} has no folder `rollouts`")
         if config.evaluation.sets:
             raise UserError("rollout.replay_from starts no engines, so evaluation.sets must be empty")
+        if config.rollout.dynamic_sampling:
+            raise UserError("rollout.replay_from has one batch per step, so rollout.dynamic_sampling must be null")
         self._run_folder = run_folder
         self._samples_per_prompt = config.rollout.samples_per_prompt
 
@@ -223,7 +230,7 @@ class ReplayedRollout:
         pass
 
     def sample_step(
-        self, step: int, prompts: Sequence[Prompt], on_samples: Callable[[int], None] = ignore
+        self, step: int, prompts: Sequence[Prompt], round_number: int = 0, on_samples: Callable[[int], None] = ignore
     ) -> list[Group]:
         return replayed_groups(self._run_folder, step, prompts, self._samples_per_prompt)
 
