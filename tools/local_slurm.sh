@@ -76,9 +76,14 @@ start() {
 }
 
 stop() {
+    local daemon process
     scancel --user=root 2>/dev/null || true
     for daemon in slurmd slurmctld; do
-        if [ -s "$folder/$daemon.pid" ]; then kill "$(cat "$folder/$daemon.pid")" 2>/dev/null || true; fi
+        process="$(cat "$folder/$daemon.pid" 2>/dev/null || true)"
+        [ -n "$process" ] || continue
+        kill "$process" 2>/dev/null || continue
+        for _ in $(seq 20); do kill -0 "$process" 2>/dev/null || break; sleep 0.5; done
+        kill -9 "$process" 2>/dev/null || true
     done
 }
 

@@ -111,7 +111,7 @@ def test_a_preempted_job_saves_requeues_itself_and_continues(slurm, tmp_path):
 
 
 def test_a_crashed_rank_is_requeued_and_continues(slurm, tmp_path):
-    job = Job(slurm, tmp_path, "--ntasks-per-node=2")
+    job = Job(slurm, tmp_path, "--ntasks-per-node=2", "--cpus-per-task=1")
     job.wait_for_checkpoint(1)
     victim = next(p for p in psutil.process_iter() if is_rank(p, str(tmp_path), "1"))
     victim.kill()
