@@ -1,0 +1,73 @@
+"""Prepared responses in the place of an engine: everything behind it is the real thing. No model is asked."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from megatron_dsrl.data.prompt import Prompt
+from megatron_dsrl.rewards.pool import RewardPool
+from megatron_dsrl.rollout.client import Completion, SampleRequest
+from megatron_dsrl.rollout.dispatcher import BatchRequest, sample_groups
+from megatron_dsrl.rollout.sample import Group
+from megatron_dsrl.rollout.sampling import SamplingParameters
+from megatron_dsrl.rollout.seeds import seeds_of_batch
+
+TIMEOUT_SECONDS = 3000.0
+
+
+class ReplayedCompletions:
+    """Answers like an engine, with the text that belongs to a sample's seed."""
+
+    def __init__(self, texts: dict[int, str], tokenizer: PreTrainedTokenizerBase):
+        self._texts = texts
+        self._tokenizer = tokenizer
+
+    async def generate(self, requests: Sequence[SampleRequest], sampling: SamplingParameters) -> list[Completion]:
+        texts = [self._texts[request.seed] for request in requests]
+        all_ids = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return [
+            Completion((*ids, sampling.stop_token_ids[0]), (0.0,) * (len(ids) + 1), "stop", frozenset({0}))
+            for ids in all_ids
+        ]
+
+
+class ReplayingSampler:
+    """Samples groups from prepared responses, through the real dispatcher and the real reward pool."""
+
+    def __init__(self, responses: Callable[[Prompt], Sequence[str]], tokenizer: PreTrainedTokenizerBase):
+        """`responses` gives every sample of a prompt."""
+        self._responses = responses
+        self._tokenizer = tokenizer
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        samples_per_prompt: int,
+        sampling: SamplingParameters,
+        stream: str,
+        on_samples: Callable[[int], None],
+        on_group: Callable[[Group], None],
+        rewards: RewardPool,
+    ) -> list[Group]:
+        seeds = seeds_of_batch(0, stream, prompts, samples_per_prompt)
+        texts = {
+            seed: text
+            for prompt, of_prompt in zip(prompts, seeds, strict=True)
+            for seed, text in zip(of_prompt, self._responses(prompt), strict=True)
+        }
+        request = BatchRequest(
+            prompts=prompts,
+            seeds=seeds,
+            sampling=sampling,
+            weight_version=0,
+            deterministic=False,
+            max_outstanding_samples=64,
+            timeout_seconds=TIMEOUT_SECONDS,
+        )
+        clients = [ReplayedCompletions(texts, self._tokenizer)]
+
+        def decode(ids: Sequence[int]) -> str:
+            return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+        return asyncio.run(sample_groups(request, clients, rewards, decode, on_samples, on_group))

@@ -1,0 +1,93 @@
+"""`dsrl eval` with a real engine: killed, continued, finished, and refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from megatron_dsrl.errors import UserError
+from megatron_dsrl.evaluate import EvaluationRequest, evaluate
+from tests.support.tiny_run import MARK, REPOSITORY, dsrl, processes_left_behind, write_tiny_run
+
+BENCHMARK = """
+title: Sums
+reward: {function: tests.support.reward_functions:even_length, workers: 1}
+system_prompt: null
+max_prompt_tokens: 64
+samples_per_prompt: 8
+max_response_tokens: 48
+file: {source: prompts.jsonl}
+"""
+ENGINE = ["engine.max_total_tokens=8192", "engine.max_outstanding_samples=16", "model.dtype=float32"]
+LIMIT_SECONDS = 240
+
+
+def finished_problems(file) -> list[str]:
+    return file.read_text().splitlines(keepends=True)[1:] if file.exists() else []
+
+
+@pytest.mark.timeout(600)
+def test_an_evaluation_of_a_megatron_checkpoint_is_killed_continued_and_reported(tmp_path, capsys):
+    write_tiny_run(tmp_path)
+    (tmp_path / "sums.yaml").write_text(BENCHMARK)
+    converted = dsrl("convert", "hf-to-megatron", str(tmp_path / "model"), str(tmp_path / "megatron"))
+    assert converted.returncode == 0, converted.stderr
+    output = tmp_path / "evaluation"
+    command = ["eval", str(tmp_path / "megatron"), "--benchmarks", str(tmp_path / "sums.yaml")]
+    command += ["--data-folder", str(tmp_path), "--output", str(output), *ENGINE]
+    file = output / "samples" / "sums.jsonl"
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "megatron_dsrl.cli", *command],
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1", MARK: str(os.getpid())},
+    )
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while len(finished_problems(file)) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = finished_problems(file)
+    assert 3 <= len(before) < 40
+    time.sleep(1)
+    assert processes_left_behind() == []
+
+    continued = dsrl(*command, timeout_seconds=LIMIT_SECONDS)
+    assert continued.returncode == 0, continued.stderr
+    lines = finished_problems(file)
+    whole = [line for line in before if line.endswith("\n")]
+    assert lines[: len(whole)] == whole  # nothing is sampled twice
+    problems = [json.loads(line) for line in lines]
+    assert sorted(problem["index"] for problem in problems) == list(range(40))
+    for problem in problems:
+        assert [sample["reward"] for sample in problem["samples"]] == [
+            float(len(sample["text"]) % 2 == 0) for sample in problem["samples"]
+        ]
+    results = json.loads((output / "results.json").read_text())["benchmarks"]["sums"]
+    rewards = [sample["reward"] for problem in problems for sample in problem["samples"]]
+    assert results["accuracy"] == pytest.approx(sum(rewards) / 320)
+    assert "| Sums | 40 | 8 |" in continued.stdout
+
+    # A finished evaluation is only reported, without engines: in this process, which could not start one unnoticed.
+    logs = (output / "engines").stat().st_mtime_ns, (output / "engines" / "engine_0.log").stat().st_mtime_ns
+    request = EvaluationRequest(
+        model=str(tmp_path / "megatron"),
+        benchmarks=[str(tmp_path / "sums.yaml")],
+        output=output,
+        data_folder=tmp_path,
+        overrides=ENGINE,
+    )
+    evaluate(request)
+    assert "| Sums | 40 | 8 |" in capsys.readouterr().out
+    assert logs == ((output / "engines").stat().st_mtime_ns, (output / "engines" / "engine_0.log").stat().st_mtime_ns)
+
+    with pytest.raises(UserError, match="was made with other settings .*seed: 1 then, 2 now"):
+        evaluate(EvaluationRequest(**{**request.__dict__, "overrides": [*ENGINE, "seed=2"]}))
+    with pytest.raises(UserError, match="max_response_tokens = 4096 do not fit into the model's 256"):
+        evaluate(EvaluationRequest(**{**request.__dict__, "changes": {"max_response_tokens": 4096}}))
+    with pytest.raises(UserError, match="temperature 0 is greedy decoding, so 8"):
+        evaluate(EvaluationRequest(**{**request.__dict__, "changes": {"temperature": 0.0}}))
