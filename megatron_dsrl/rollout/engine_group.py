@@ -11,10 +11,10 @@ import torch.distributed
 
 from megatron_dsrl.collective import gather, rank, world_size
 from megatron_dsrl.config.layout import engine_problems, refuse
-from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.platform.engine import ServerArguments, engine_environment, engine_server_arguments
 from megatron_dsrl.rollout.server import EngineServer
+from megatron_dsrl.rollout.settings import RolloutSettings
 from megatron_dsrl.rollout.weight_push import Bucket, push_weights
 
 DISK_WEIGHT_VERSION = 0
@@ -27,7 +27,7 @@ UNSET_WEIGHT_VERSION = -1
 class EngineGroup:
     """This rank's part in the engine of its group. Every method is called on all ranks."""
 
-    def __init__(self, config: RunConfig, run_folder: Path) -> None:
+    def __init__(self, config: RolloutSettings, run_folder: Path) -> None:
         """Group the ranks; start nothing.
 
         Raises:
@@ -123,7 +123,7 @@ class EngineCallError(RuntimeError):
     """A call to an engine failed on some rank."""
 
 
-def server_arguments(config: RunConfig, engine: int) -> ServerArguments:
+def server_arguments(config: RolloutSettings, engine: int) -> ServerArguments:
     """SGLang's `ServerArgs` fields for the engine with this number.
 
     Raises:
@@ -156,12 +156,12 @@ def server_arguments(config: RunConfig, engine: int) -> ServerArguments:
     return arguments | config.engine.extra_arguments
 
 
-def initial_weight_version(config: RunConfig) -> int:
+def initial_weight_version(config: RolloutSettings) -> int:
     """Weight version of an engine that nothing was pushed to."""
     return DISK_WEIGHT_VERSION if starts_with_weights(config) else UNSET_WEIGHT_VERSION
 
 
-def starts_with_weights(config: RunConfig) -> bool:
+def starts_with_weights(config: RolloutSettings) -> bool:
     """Whether SGLang finds weights to start with: not in a Megatron checkpoint, and not where they are to be drawn."""
     folder = Path(config.model.path)
     return not config.model.random_init and (not folder.is_dir() or any(folder.glob("*.safetensors")))

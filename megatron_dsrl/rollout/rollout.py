@@ -18,6 +18,7 @@ from megatron_dsrl.rollout.replay import replayed_groups
 from megatron_dsrl.rollout.sample import Group
 from megatron_dsrl.rollout.sampling import SamplingParameters
 from megatron_dsrl.rollout.seeds import seeds_of_batch
+from megatron_dsrl.rollout.settings import RolloutSettings
 from megatron_dsrl.rollout.weight_push import Bucket
 
 
@@ -96,7 +97,9 @@ def start_rollout(
 class EngineRollout:
     """Samples from SGLang engines; rewards come from a pool on rank 0."""
 
-    def __init__(self, config: RunConfig, run_folder: Path, stop_token_ids: tuple[int, ...], decode: Decode) -> None:
+    def __init__(
+        self, config: RolloutSettings, run_folder: Path, stop_token_ids: tuple[int, ...], decode: Decode
+    ) -> None:
         self._config = config
         self._decode = decode
         self._training_sampling = SamplingParameters.for_training(config.rollout, stop_token_ids)
