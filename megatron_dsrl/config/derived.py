@@ -128,16 +128,17 @@ def _phase_figures(config: RunConfig, data_parallel_size: int) -> Iterator[Phase
     first = 1
     for phase in config.phases:
         last = config.steps if phase.until_step is None else min(phase.until_step, config.steps)
-        context = config.data.max_prompt_tokens if phase.space.name == "post_train" else LONGEST_BOS
-        length = context + config.rollout.max_response_tokens
+        spaces = [objective.space.name for objective in phase.objectives.values()]
+        contexts = [config.data.max_prompt_tokens if space == "post_train" else LONGEST_BOS for space in spaces]
+        lengths = [context + config.rollout.max_response_tokens for context in contexts]
         replica_samples = _ceil_divide(samples // config.actor.mini_batches_per_rollout, data_parallel_size)
         yield PhaseFigures(
             name=phase.name,
-            space=phase.space.name,
+            space=" + ".join(spaces),
             first_step=first,
             last_step=last,
-            max_tokens_per_step=samples * length,
-            full_length_micro_batches=_micro_batches(config, replica_samples, length),
+            max_tokens_per_step=samples * sum(lengths),
+            full_length_micro_batches=sum(_micro_batches(config, replica_samples, length) for length in lengths),
         )
         first = max(first, last + 1)
 
@@ -190,10 +191,12 @@ def _batch_problems(config: RunConfig, world_size: int, prompts: int | None) -> 
             "data.source, rollout.prompts_per_step",
             f"the training set has only {prompts} prompts for {rollout.prompts_per_step} per step; lower the latter",
         )
-    if rollout.samples_per_prompt == 1:
+    objectives = [objective for phase in config.phases for objective in phase.objectives.values()]
+    comparing = [objective.advantage.name for objective in objectives if objective.advantage.compares_samples]
+    if rollout.samples_per_prompt == 1 and comparing:
         yield (
             "rollout.samples_per_prompt",
-            "advantages compare the samples of one prompt, so at least 2 are needed",
+            f"the advantage `{comparing[0]}` compares the samples of one prompt, so at least 2 are needed",
         )
     if rollout.top_k == 0:
         yield "rollout.top_k", "0 would leave no token to sample; use -1 to turn top-k off"

@@ -1,9 +1,9 @@
 """From YAML files and command-line overrides to a RunConfig, and back.
 
 A file may name a parent, `inherits: ../base.yaml`, or several, `inherits: [size.yaml, method.yaml]`, relative to the
-file itself; of several the later one wins. Sections are merged key by key, the nearer file winning; lists (such as `phases`)
-and single values replace. A section in the place of a list changes the items at the positions that are its keys:
-`phases: {0: {until_step: 5}}`. Overrides come last:
+file itself; of several the later one wins. Sections are merged key by key, the nearer file winning; lists (such as
+`phases`) and single values replace. A section in the place of a list changes the items at the positions that are its
+keys: `phases: {0: {until_step: 5}}`. Overrides come last:
 `rollout.temperature=0.7`, `phases.0.until_step=5`; the value is YAML, an empty one is null, and a section or list given
 as a value replaces the whole. Paths inside the configuration (`model.path`, `data.source`, `output_dir`) are left as
 they are, relative to the current directory of the process.

@@ -13,11 +13,11 @@ from pydantic import Field, model_validator
 from megatron_dsrl.config.registry import Options, Registry
 from megatron_dsrl.config.section import Section
 
-ADVANTAGES = Registry("advantage", "estimate", ["megatron_dsrl.algorithms.advantages"])
-FILTERS = Registry("filter", "keep", ["megatron_dsrl.algorithms.filters"])
-LOSSES = Registry("loss", "of_tokens", ["megatron_dsrl.algorithms.losses"])
-AGGREGATIONS = Registry("aggregation", "weights", ["megatron_dsrl.algorithms.aggregations"])
-IMPORTANCE_CORRECTIONS = Registry("importance correction", "correct", ["megatron_dsrl.algorithms.importance"])
+ADVANTAGES = Registry("advantage", ["megatron_dsrl.algorithms.advantages"])
+FILTERS = Registry("filter", ["megatron_dsrl.algorithms.filters"])
+LOSSES = Registry("loss", ["megatron_dsrl.algorithms.losses"])
+AGGREGATIONS = Registry("aggregation", ["megatron_dsrl.algorithms.aggregations"])
+IMPORTANCE_CORRECTIONS = Registry("importance correction", ["megatron_dsrl.algorithms.importance"])
 
 KLEstimator = Literal["k1", "k2", "k3"]
 

@@ -42,15 +42,13 @@ Class = TypeVar("Class", bound=type[Options])
 class Registry:
     """What can be chosen for fields of one kind. An instance in a field's `Annotated` makes it such a field."""
 
-    def __init__(self, kind: str, method: str, modules: Sequence[str]) -> None:
+    def __init__(self, kind: str, modules: Sequence[str]) -> None:
         """
         Args:
             kind: what is chosen, for messages.
-            method: what every class of this kind has.
-            modules: where the built-in classes are; imported when something is looked up.
+            modules: where the built-in classes are, all with one base class; imported when something is looked up.
         """
         self._kind = kind
-        self._method = method
         self._modules = tuple(modules)
         self._classes: dict[str, type[Options]] = {}
 
@@ -106,11 +104,10 @@ class Registry:
             message = f"cannot import `{module_name}` ({error}); run where it is found, or add its folder to PYTHONPATH"
             raise _error(_wrong_path(message), path) from error
         found = getattr(module, class_name, None)
-        if not (isinstance(found, type) and issubclass(found, Options) and hasattr(found, self._method)):
-            message = (
-                f"`{module_name}` has no class `{class_name}` for this {self._kind}: typed options with the method "
-                f"`{self._method}`"
-            )
+        base = self._classes[self.names()[0]].__base__
+        assert base is not None
+        if not (isinstance(found, type) and issubclass(found, base)):
+            message = f"`{module_name}` has no {self._kind} `{class_name}`, which must be a subclass of {base.__name__}"
             raise _error(_wrong_path(message), path)
         return found
 

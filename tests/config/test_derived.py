@@ -65,6 +65,21 @@ def test_batch_sizes_in_words(small, write):
     )
 
 
+def test_every_objective_of_a_phase_is_a_pass_of_its_own(small, write):
+    joint = "[{name: nsr, space: {name: pre_train}, advantage: fixed, filter: negative}]"
+    config = load_config(write("run.yaml", small), [f"phases.1.additional_objectives={joint}"])
+    phase = derive(config, 1, SHAPE).phases[1]
+    assert phase.space == "post_train + pre_train"
+    # 6 of 160 tokens to a micro-batch, and 15 of 63
+    assert (phase.max_tokens_per_step, phase.full_length_micro_batches) == (32 * (160 + 63), 6 + 3)
+
+
+def test_one_sample_per_prompt_is_enough_where_nothing_is_compared(small, write):
+    small["phases"] = [{"name": "REINFORCE++", "space": {"name": "post_train"}, "advantage": "reinforce_pp"}]
+    config = load_config(write("run.yaml", small), ["rollout.samples_per_prompt=1"])
+    assert derive(config, 1, SHAPE).samples_per_step == 8
+
+
 def test_a_phase_that_the_run_ends_before_has_no_steps(small, write):
     figures = derive(load_config(write("run.yaml", small), ["steps=2"]), 1, SHAPE)
     assert [phase.steps for phase in figures.phases] == [2, 0]

@@ -1,6 +1,7 @@
 """Loading: inheritance, overrides, and messages for what does not validate."""
 
 import re
+
 import pytest
 
 from megatron_dsrl.config.load import dump_config, load_config
