@@ -76,7 +76,11 @@ def test_dynamic_sampling_trains_on_mixed_groups_only_and_every_rank_follows(con
 
 @pytest.mark.parametrize(
     "layout",
-    ["parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2", "parallel.distributed_optimizer=true"],
+    [
+        "parallel.tensor_parallel_size=2",
+        "parallel.pipeline_parallel_size=2",
+        "parallel={context_parallel_size: 2, distributed_optimizer: true}",
+    ],
 )
 def test_two_processes_give_the_same_steps_as_one(config, run, layout):
     name = layout.split("=")[0]

@@ -43,6 +43,8 @@ class Case:
     max_tokens: int = 100
     recompute: str = "none"
     reverse_samples: bool = False
+    dtype: str = "float32"
+    layer_spec: str = "auto"
 
 
 ONE_PROCESS = {
@@ -118,7 +120,8 @@ def objectives(case: Case) -> list[tuple[list[Objective], int]]:
 def configuration(case: Case, folder: Path) -> RunConfig:
     parallel = ParallelConfig(collective_timeout_seconds=60, **case.parallel)
     config = run_config(folder / case.model, parallel, ActorConfig(max_tokens_per_micro_batch=case.max_tokens))
-    model = config.model.model_copy(update={"recompute": case.recompute})
+    changes = {"recompute": case.recompute, "dtype": case.dtype, "layer_spec": case.layer_spec}
+    model = config.model.model_copy(update=changes)
     return config.model_copy(update={"model": model, "optimizer": OPTIMIZER})
 
 
@@ -140,7 +143,8 @@ def run_cases(folder: Path, cases: Mapping[str, Case]) -> dict[str, dict]:
 
 
 def weights_of(actor: Any) -> dict[str, np.ndarray]:
-    return {name: weight.numpy() for bucket in actor.hf_weights(bucket_bytes=10**5) for name, weight in bucket}
+    buckets = actor.hf_weights(bucket_bytes=10**5)
+    return {name: weight.float().cpu().numpy() for bucket in buckets for name, weight in bucket}
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +216,8 @@ def check(name: str, case: Case, results: dict[str, dict], one_process: dict[str
     np.testing.assert_allclose(result["log_probs"], one["log_probs"], rtol=0, atol=1e-5)
     errors = errors_of(result, one)
     print(f"| {name} | {errors.loss:.1e} | {errors.grad_norm:.1e} | {errors.metrics:.1e} | {errors.parameters:.1e} |")
-    assert max(errors.loss, errors.grad_norm, errors.metrics, errors.parameters) < 1e-5, errors
+    assert max(errors.loss, errors.grad_norm, errors.parameters) < 1e-5, errors
+    assert errors.metrics < 1e-4, "some are exponentials of log-prob differences"
 
 
 @pytest.mark.parametrize("name", [name for name in ONE_PROCESS if not name.endswith("1 process")])
