@@ -21,6 +21,7 @@ from megatron_dsrl.checkpoint.store import BeginWrite, Checkpoint
 from megatron_dsrl.config.critic import ReferenceConfig
 from megatron_dsrl.config.phase import ObjectiveConfig, PhaseConfig
 from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.errors import UserError
 from megatron_dsrl.observability.timer import SecondsPerPart
 
 CRITIC_FOLDER = "critic"
@@ -66,8 +67,14 @@ class RunModels:
         for objective, experience in zip(phase.objectives.values(), experiences, strict=True):
             if required_passes(objective).values:
                 assert self.critic is not None
+                estimated = estimate_advantages(experience, objective)
+                if estimated.returns is None:
+                    raise UserError(
+                        f"phase {phase.name}: its advantage {objective.advantage.name} takes a critic's values but "
+                        "estimates no returns for it to learn from; return them in its AdvantageEstimate"
+                    )
                 with timer.part("critic"):
-                    update = self.critic.update(estimate_advantages(experience, objective))
+                    update = self.critic.update(estimated)
                 metrics |= {f"critic/{name}": value for name, value in update.items()}
         return metrics
 
