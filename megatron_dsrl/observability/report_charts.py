@@ -55,6 +55,12 @@ HEALTH = (
         "No step was in the post-train space, where trainer and engine score the same sequence.",
     ),
     Curves(
+        "Tokens on which engine and trainer disagree",
+        "Fraction of tokens whose trainer / engine probability lies outside 0.5 to 2.",
+        (("fraction", "mismatch/ratio_tail_fraction", 5),),
+        "No step was in the post-train space, where trainer and engine score the same sequence.",
+    ),
+    Curves(
         "Log-prob gap to the prompt",
         "|log P(y) − log P(y|x)| per token (nat): how much the prompt matters to the response.",
         (("mean gap", "pre_train/mean_log_prob_gap", 4),),

@@ -91,7 +91,14 @@ def step_record(groups: list[Group], step: int, warmup: int, random_source: rand
     gaps = (
         {"pre_train/mean_log_prob_gap": 0.9 + 0.1 * random_source.random()}
         if pre_train
-        else {"mismatch/mean_log_prob_gap": 2e-6, "mismatch/max_log_prob_gap": 9e-6}
+        else {
+            "mismatch/mean_log_prob_gap": 2e-6,
+            "mismatch/max_log_prob_gap": 9e-6,
+            "mismatch/kl_k1": 1e-8,
+            "mismatch/kl_k3": 1e-12,
+            "mismatch/ratio_tail_fraction": 0.0,
+            "mismatch/max_ratio": 1.000009,
+        }
     )
     generate = 4 + random_source.random()
     return {
