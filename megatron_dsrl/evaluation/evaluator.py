@@ -12,13 +12,15 @@ from megatron_dsrl.config.benchmark import BenchmarkConfig
 from megatron_dsrl.config.run import EvaluationSetConfig
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.errors import UserError
+from megatron_dsrl.evaluation.metrics import mean_pass_at_k
 from megatron_dsrl.evaluation.problem_result import ProblemResult
 from megatron_dsrl.evaluation.summary import summarise
 from megatron_dsrl.rollout.sample import Group
 from megatron_dsrl.rollout.sampling import SamplingParameters
 
 EvaluationRecord = dict[str, int | float | str | None]
-"""step, set, accuracy, standard_error, problems, samples_per_prompt, mean_tokens, truncated_fraction."""
+"""step, set, accuracy, standard_error, problems, samples_per_prompt, mean_tokens, truncated_fraction; and `pass@k`
+for k = samples_per_prompt above 1."""
 
 
 class Generates(Protocol):
@@ -68,7 +70,11 @@ class Evaluator:
         groups = self._rollout.generate(
             prompts, config.samples_per_prompt, sampling, stream=f"evaluation {config.name}"
         )
-        return {"step": step, "set": config.name, **summarise([ProblemResult.of_group(group) for group in groups])}
+        problems = [ProblemResult.of_group(group) for group in groups]
+        record = {"step": step, "set": config.name, **summarise(problems)}
+        if (count := config.samples_per_prompt) > 1:
+            record[f"pass@{count}"] = mean_pass_at_k([[s.right for s in p.samples] for p in problems], count)
+        return record
 
 
 def check_different_samples(config: EvaluationSetConfig | BenchmarkConfig, section: str) -> None:

@@ -56,6 +56,7 @@ def test_record_of_each_set():
         "samples_per_prompt": 2,
         "mean_tokens": 20.0,
         "truncated_fraction": 0.25,
+        "pass@2": 1.0,
     }
     assert (short["set"], short["accuracy"], short["standard_error"], short["problems"]) == ("short", 0.5, None, 1)
 
