@@ -60,7 +60,8 @@ class EngineClient:
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> "EngineClient":
-        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+        # A connection per request: the server closes one that was idle for five seconds, just when it may be needed.
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True))
         return self
 
     async def __aexit__(self, *exception: object) -> None:

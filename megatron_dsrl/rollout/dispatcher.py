@@ -67,8 +67,8 @@ async def sample_groups(
 ) -> list[Group]:
     """Sample, decode and judge; groups are in the order of the prompts.
 
-    `on_samples` is told how many samples have come back, each time some do; `on_group` gets every group as soon as it is
-    judged, in any order.
+    `on_samples` is told how many samples have come back, each time some do; `on_group` gets every group as soon as it
+    is judged, in any order.
 
     Raises:
         EngineError: An engine failed, or the batch took longer than its limit; the message names the prompts that

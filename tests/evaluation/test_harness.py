@@ -37,7 +37,22 @@ def gold_response(name: str, row: dict, answer: str) -> str:
         return f"Sure:\n```python\n{row['prompt']}{row['canonical_solution']}```\nIt works."
     if name == "mmlu_pro":
         return f"The answer is ({answer})."
-    return rf"Hence it is $\boxed{{{answer.replace('$', '')}}}$."
+    return rf"Hence it is $\boxed{{{spelled_otherwise(answer)}}}$."
+
+
+def spelled_otherwise(answer: str) -> str:
+    """The same answer as a model might write it: other fractions, no padding, and several answers in reverse order."""
+    answer = answer.replace("$", "")
+    if answer.isdecimal():
+        return str(int(answer))
+    parts, depth = [""], 0
+    for letter in answer:
+        depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(letter, 0)
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return ", ".join(part.strip() for part in reversed(parts)).replace("\\frac", "\\dfrac")
 
 
 def corrupted_response(name: str, row: dict, answers: list[str], index: int) -> str:
@@ -75,8 +90,8 @@ def replay(name: str, tokenizer, data_folder: Path, folder: Path, limit: int | N
     summary = evaluate_benchmark(
         benchmark, prompts, ReplayingSampler(responses, tokenizer), stop_token_ids(tokenizer), file, {"model": "replay"}
     )
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    problems = sorted(lines[1:], key=lambda record: record["index"])
+    with file.open(encoding="utf-8") as lines:
+        problems = sorted([json.loads(line) for line in lines][1:], key=lambda record: record["index"])
     return [[sample["reward"] for sample in problem["samples"]] for problem in problems], summary
 
 

@@ -64,3 +64,4 @@ def test_the_average_stands_beside_the_papers_only_when_all_six_are_there():
     assert "| Qwen3-4B | 41.26 | 55.79 | 54.38 | 57.54 | 25.00 |" in markdown("mine", six)
     del six["amc23"]
     assert "| Qwen3-4B | 41.26 | 55.79 | 54.38 | 57.54 |  |" in markdown("mine", six)
+    assert "paper" not in markdown("mine", {"sums": summary})

@@ -18,6 +18,7 @@ from megatron_dsrl.rewards.pool import RewardPool
         (r"\sqrt{8}", r"2\sqrt{2}"),
         ("5, 3, 1", "1,3,5"),
         ("84,69", "$69$,$84$"),
+        ("8,221", "$221,$8$"),
         (r"x \cdot x", "x^2"),
         ("x=5", "5"),
         ("1,234", "1234"),
