@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_dsrl.actor.forward_backward import MicroBatch
@@ -168,14 +167,7 @@ class Actor:
         self, row: PackedRow, logits: Tensor, entropy_gradient: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Of all scored tokens of a row, from the logits [S, vocabulary shard] that this rank has."""
-        width = logits.shape[-1]
-        first = width * parallel_state.get_tensor_model_parallel_rank()
-        ranks = parallel_state.get_tensor_model_parallel_world_size()
-        shard = VocabularyShard(
-            first=first,
-            num_valid=min(max(self._vocab_size - first, 0), width),
-            group=parallel_state.get_tensor_model_parallel_group() if ranks > 1 else None,
-        )
+        shard = VocabularyShard.of_this_rank(logits.shape[-1], self._vocab_size)
         values = log_probs_and_entropy(logits, row.targets, self._temperature, shard, entropy_gradient)
         log_probs, entropy = row.assemble(torch.stack(values))
         return log_probs, entropy if entropy_gradient else entropy.detach()

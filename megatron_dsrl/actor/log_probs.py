@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 
 _CHUNK_BYTES = 64 * 1024 * 1024
@@ -30,6 +31,21 @@ class VocabularyShard:
     """Columns that are real tokens; the ones behind them are padding."""
     group: dist.ProcessGroup | None
     """Tensor-parallel group; None for one rank."""
+
+    @classmethod
+    def of_this_rank(cls, width: int, vocab_size: int) -> "VocabularyShard":
+        """
+        Args:
+            width: columns that this rank holds, as many as every other rank.
+            vocab_size: rows of the HF embedding; what Megatron pads behind them is not scored.
+        """
+        first = width * parallel_state.get_tensor_model_parallel_rank()
+        several = parallel_state.get_tensor_model_parallel_world_size() > 1
+        return cls(
+            first=first,
+            num_valid=min(max(vocab_size - first, 0), width),
+            group=parallel_state.get_tensor_model_parallel_group() if several else None,
+        )
 
 
 def log_probs_and_entropy(

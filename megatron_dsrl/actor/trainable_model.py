@@ -3,30 +3,23 @@
 Every method is collective over the ranks.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
 
-from megatron_dsrl.actor.forward_backward import MicroBatch, Result, run_schedule, sum_gradients
-from megatron_dsrl.actor.micro_batch_plan import SequenceCost, plan_micro_batches
+from megatron_dsrl.actor.forward_backward import MicroBatch, Result
 from megatron_dsrl.actor.optimizer import apply_settings, forget_state
-from megatron_dsrl.actor.packing import PackedRow, RowSplit, pack
 from megatron_dsrl.actor.saved_state import begin_save, load_state
-from megatron_dsrl.algorithms.experience import PerToken
-from megatron_dsrl.algorithms.spaces import ScoredSequence
-from megatron_dsrl.collective import gather
+from megatron_dsrl.actor.sharded_model import ShardedModel
 from megatron_dsrl.platform.checkpoint_writer import CheckpointWrite
 
 
-class TrainableModel:
-    """This rank's part of a model, wrapped for data parallelism, and its optimizer and learning-rate schedule."""
+class TrainableModel(ShardedModel):
+    """A sharded model with its optimizer and learning-rate schedule."""
 
     def __init__(
         self,
@@ -42,37 +35,14 @@ class TrainableModel:
             scheduler: learning-rate schedule of the optimizer.
             max_tokens_per_micro_batch: token budget of a packed row.
         """
-        self.chunks = chunks
-        self.config = chunks[0].config
-        self.config.finalize_model_grads_func = sum_gradients  # the weights of the loss carry the token count
-        self.device = next(chunks[0].parameters()).device
+        super().__init__(chunks, max_tokens_per_micro_batch)
         self._optimizer = optimizer
         self._scheduler = scheduler
-        self._max_tokens = max_tokens_per_micro_batch
-
-    def pack_share(self, sequences: Sequence[ScoredSequence]) -> list[PackedRow]:
-        """This data-parallel rank's share of the batch as packed rows, as many as the other ranks'."""
-        split = RowSplit(
-            context_parallel_size=parallel_state.get_context_parallel_world_size(),
-            context_parallel_rank=parallel_state.get_context_parallel_rank(),
-            sequence_parallel_size=self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1,
-        )
-        plan = plan_micro_batches(
-            [split.padded(len(sequence.token_ids)) for sequence in sequences],
-            parallel_state.get_data_parallel_world_size(),
-            self._max_tokens,
-            _sequence_cost(self.config),
-            multiple_of=self.config.pipeline_model_parallel_size if len(self.chunks) > 1 else 1,
-        )[parallel_state.get_data_parallel_rank()]
-        return [pack(sequences, indices, split, self.device) for indices in plan]
 
     def accumulate_gradients(self, micro_batches: Sequence[MicroBatch[Result]]) -> list[Result]:
         """Forward and backward from cleared gradients; returns what the micro-batches kept (last stage only)."""
-        for chunk in self.chunks:
-            chunk.train()
-            chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
-        return run_schedule(self.chunks, micro_batches)
+        return super().accumulate_gradients(micro_batches)
 
     def take_step(self) -> tuple[float, float]:
         """Apply the accumulated gradients; returns their norm before clipping, and the learning rate applied.
@@ -94,32 +64,6 @@ class TrainableModel:
         """Forget Adam's moments and step counts. The learning-rate schedule goes on."""
         forget_state(self._optimizer)
 
-    @torch.no_grad()
-    def score_tokens(
-        self, sequences: Sequence[ScoredSequence], score: Callable[[PackedRow, Tensor], Tensor]
-    ) -> PerToken:
-        """One number per scored token by a forward pass of the whole batch.
-
-        Args:
-            sequences: the batch, the same on every rank.
-            score: [sum(num_scored)] float32 from a packed row and the model's output [S, ...] at its predicting
-                positions; the same on all ranks that hold shards of that row or output (see `PackedRow.assemble`).
-
-        Returns:
-            Per sequence, the same on every rank.
-        """
-        for chunk in self.chunks:
-            chunk.eval()
-        micro_batches = [MicroBatch(row, _keeping(row, score)) for row in self.pack_share(sequences)]
-        kept = run_schedule(self.chunks, micro_batches, forward_only=True)
-        mine = dict(pair for pairs in kept for pair in pairs)
-        others_have_the_same = (
-            parallel_state.get_tensor_model_parallel_rank() > 0 or parallel_state.get_context_parallel_rank() > 0
-        )
-        everyone = gather({} if others_have_the_same else mine)
-        by_index = {i: values for part in everyone for i, values in part.items()}
-        return tuple(by_index[i] for i in range(len(sequences)))
-
     def begin_save(self, folder: Path, copy: bool) -> CheckpointWrite:
         """Weights, optimizer, schedule and random states, ready to be written; see `saved_state.begin_save`."""
         return begin_save(folder, self.chunks, self._optimizer, self._scheduler, copy)
@@ -127,31 +71,6 @@ class TrainableModel:
     def load(self, folder: Path, same_layout: bool) -> None:
         """Continue from what was saved; see `load_state`."""
         load_state(folder, self.chunks, self._optimizer, self._scheduler, same_layout)
-
-
-def _sequence_cost(config: TransformerConfig) -> SequenceCost:
-    experts_per_token = config.moe_router_topk if config.num_moe_experts else 0
-    feed_forward = experts_per_token * config.moe_ffn_hidden_size if experts_per_token else config.ffn_hidden_size
-    return SequenceCost.of_layer(
-        hidden_size=config.hidden_size,
-        attention_heads=config.num_attention_heads,
-        key_value_groups=config.num_query_groups,
-        head_dim=config.kv_channels,
-        feed_forward_size=feed_forward,
-    )
-
-
-def _keeping(
-    row: PackedRow, score: Callable[[PackedRow, Tensor], Tensor]
-) -> Callable[[Tensor], tuple[Tensor, list[tuple[int, Tensor]]]]:
-    """Scores split into (index of the sequence, its scores)."""
-
-    def split(output: Tensor) -> tuple[Tensor, list[tuple[int, Tensor]]]:
-        scores = score(row, output)
-        parts = scores.cpu().split(row.num_scored)
-        return scores.sum(), [(i, part.clone()) for i, part in zip(row.indices, parts)]
-
-    return split
 
 
 def require_finite(what: str, value: float) -> None:

@@ -1,0 +1,109 @@
+"""A sharded Megatron model without an optimizer: it scores sequences and accumulates gradients.
+
+Every method is collective over the ranks.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_dsrl.actor.forward_backward import MicroBatch, Result, run_schedule, sum_gradients
+from megatron_dsrl.actor.micro_batch_plan import SequenceCost, plan_micro_batches
+from megatron_dsrl.actor.packing import PackedRow, RowSplit, pack
+from megatron_dsrl.algorithms.experience import PerToken
+from megatron_dsrl.algorithms.spaces import ScoredSequence
+from megatron_dsrl.collective import gather
+
+
+class ShardedModel:
+    """This rank's part of a model, wrapped for data parallelism."""
+
+    def __init__(self, chunks: list[DistributedDataParallel], max_tokens_per_micro_batch: int):
+        """
+        Args:
+            chunks: this pipeline stage's model chunks, weights loaded.
+            max_tokens_per_micro_batch: token budget of a packed row.
+        """
+        self.chunks = chunks
+        self.config = chunks[0].config
+        self.config.finalize_model_grads_func = sum_gradients  # the weights of the loss carry the token count
+        self.device = next(chunks[0].parameters()).device
+        self._max_tokens = max_tokens_per_micro_batch
+
+    def pack_share(self, sequences: Sequence[ScoredSequence]) -> list[PackedRow]:
+        """This data-parallel rank's share of the batch as packed rows, as many as the other ranks'."""
+        split = RowSplit(
+            context_parallel_size=parallel_state.get_context_parallel_world_size(),
+            context_parallel_rank=parallel_state.get_context_parallel_rank(),
+            sequence_parallel_size=self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1,
+        )
+        plan = plan_micro_batches(
+            [split.padded(len(sequence.token_ids)) for sequence in sequences],
+            parallel_state.get_data_parallel_world_size(),
+            self._max_tokens,
+            _sequence_cost(self.config),
+            multiple_of=self.config.pipeline_model_parallel_size if len(self.chunks) > 1 else 1,
+        )[parallel_state.get_data_parallel_rank()]
+        return [pack(sequences, indices, split, self.device) for indices in plan]
+
+    def accumulate_gradients(self, micro_batches: Sequence[MicroBatch[Result]]) -> list[Result]:
+        """Forward and backward from cleared gradients; returns what the micro-batches kept (last stage only)."""
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        return run_schedule(self.chunks, micro_batches)
+
+    @torch.no_grad()
+    def score_tokens(
+        self, sequences: Sequence[ScoredSequence], score: Callable[[PackedRow, Tensor], Tensor]
+    ) -> PerToken:
+        """One number per scored token by a forward pass of the whole batch.
+
+        Args:
+            sequences: the batch, the same on every rank.
+            score: [sum(num_scored)] float32 from a packed row and the model's output [S, ...] at its predicting
+                positions; the same on all ranks that hold shards of that row or output (see `PackedRow.assemble`).
+
+        Returns:
+            Per sequence, the same on every rank.
+        """
+        for chunk in self.chunks:
+            chunk.eval()
+        micro_batches = [MicroBatch(row, _keeping(row, score)) for row in self.pack_share(sequences)]
+        kept = run_schedule(self.chunks, micro_batches, forward_only=True)
+        mine = dict(pair for pairs in kept for pair in pairs)
+        others_have_the_same = (
+            parallel_state.get_tensor_model_parallel_rank() > 0 or parallel_state.get_context_parallel_rank() > 0
+        )
+        everyone = gather({} if others_have_the_same else mine)
+        by_index = {i: values for part in everyone for i, values in part.items()}
+        return tuple(by_index[i] for i in range(len(sequences)))
+
+
+def _sequence_cost(config: TransformerConfig) -> SequenceCost:
+    experts_per_token = config.moe_router_topk if config.num_moe_experts else 0
+    feed_forward = experts_per_token * config.moe_ffn_hidden_size if experts_per_token else config.ffn_hidden_size
+    return SequenceCost.of_layer(
+        hidden_size=config.hidden_size,
+        attention_heads=config.num_attention_heads,
+        key_value_groups=config.num_query_groups,
+        head_dim=config.kv_channels,
+        feed_forward_size=feed_forward,
+    )
+
+
+def _keeping(
+    row: PackedRow, score: Callable[[PackedRow, Tensor], Tensor]
+) -> Callable[[Tensor], tuple[Tensor, list[tuple[int, Tensor]]]]:
+    """Scores split into (index of the sequence, its scores)."""
+
+    def split(output: Tensor) -> tuple[Tensor, list[tuple[int, Tensor]]]:
+        scores = score(row, output)
+        parts = scores.cpu().split(row.num_scored)
+        return scores.sum(), [(i, part.clone()) for i, part in zip(row.indices, parts)]
+
+    return split
