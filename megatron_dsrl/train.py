@@ -227,7 +227,7 @@ def write_results(run: TrainingRun, step: int) -> None:
         target = exported_policy(run.inputs.run_folder, step)
         if not target.exists():
             run.models.actor.export_hf(target)
-    if run.controller and (step == 0 or is_due(step, run.config.evaluation.every_steps, run.config.steps)):
+    if run.controller and (step == 0 or is_due(step, run.config.evaluation.interval_at(step), run.config.steps)):
         try:
             with run.stop.interruptible():
                 run.controller.evaluate(step)

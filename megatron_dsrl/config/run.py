@@ -33,6 +33,17 @@ class EvaluationConfig(Section):
     every_steps: int | None = Field(default=None, ge=1)
     """Evaluate after every so many steps; null: only before the first and after the last step."""
 
+    early_every_steps: int | None = Field(default=None, ge=1)
+    """The same up to `early_until_step`, where a policy changes fast; null: as `every_steps`."""
+
+    early_until_step: int = Field(default=0, ge=0)
+    """Last step of the early frequency."""
+
+    def interval_at(self, step: int) -> int | None:
+        """How many steps lie between evaluations around this step."""
+        is_early = self.early_every_steps is not None and step <= self.early_until_step
+        return self.early_every_steps if is_early else self.every_steps
+
 
 class CheckpointConfig(Section):
     """What is kept on disk. A run that is started again continues from its newest checkpoint."""

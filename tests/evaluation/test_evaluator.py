@@ -2,12 +2,13 @@
 
 import pytest
 
-from megatron_dsrl.config.run import EvaluationSetConfig
+from megatron_dsrl.config.run import EvaluationConfig, EvaluationSetConfig
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.evaluation.evaluator import Evaluator
 from megatron_dsrl.rollout.sample import Group, Sample
 from megatron_dsrl.rollout.sampling import SamplingParameters
+from megatron_dsrl.train import is_due
 
 
 def sample(reward, num_tokens, finish_reason="stop"):
@@ -70,3 +71,12 @@ def test_two_sets_of_one_name_are_refused():
     one = (evaluation_set("held_out"), PROMPTS)
     with pytest.raises(UserError, match="the name held_out is used more than once"):
         Evaluator([one, one], RecordedRollout({}))
+
+
+def test_early_and_late_frequency():
+    """The paper's: every 5 steps up to 100, then every 25."""
+    config = EvaluationConfig(every_steps=25, early_every_steps=5, early_until_step=100)
+    assert [step for step in range(1, 200) if is_due(step, config.interval_at(step), last_step=348)] == [
+        *range(5, 101, 5), 125, 150, 175,
+    ]  # fmt: skip
+    assert EvaluationConfig(every_steps=10, early_until_step=50).interval_at(20) == 10
