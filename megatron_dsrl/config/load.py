@@ -2,8 +2,9 @@
 
 A file may name a parent, `inherits: ../base.yaml`, or several, `inherits: [size.yaml, method.yaml]`, relative to the
 file itself; of several the later one wins. Sections are merged key by key, the nearer file winning; lists (such as
-`phases`) and single values replace. A section in the place of a list changes the items at the positions that are its
-keys: `phases: {0: {until_step: 5}}`. Overrides come last:
+`phases`) and single values replace. A choice by name with another name, `loss: {name: gspo}` over `{name: dual_clip,
+clip_high: 0.28}`, replaces the whole: the options belong to the other choice. A section in the place of a list changes
+the items at the positions that are its keys: `phases: {0: {until_step: 5}}`. Overrides come last:
 `rollout.temperature=0.7`, `phases.0.until_step=5`; the value is YAML, an empty one is null, and a section or list given
 as a value replaces the whole. Paths inside the configuration (`model.path`, `data.source`, `output_dir`) are left as
 they are, relative to the current directory of the process.
@@ -99,10 +100,18 @@ def _merge(base: dict[str, Any] | list[Any], over: dict[Any, Any], source: str) 
                 "a whole list"
             )
         inherited = base[key] if isinstance(base, list) else base.get(key)
-        if isinstance(value, dict) and (isinstance(inherited, dict) or (isinstance(inherited, list) and value)):
+        if isinstance(base, dict) and _is_another_choice(value, inherited):
+            base[key] = value
+        elif isinstance(value, dict) and (isinstance(inherited, dict) or (isinstance(inherited, list) and value)):
             _merge(inherited, value, source)
         else:
             base[key] = value
+
+
+def _is_another_choice(value: Any, inherited: Any) -> bool:
+    """Whether two sections choose different things by `name` (see registry.py). Items of lists have names to show."""
+    named = isinstance(value, dict) and isinstance(inherited, dict) and "name" in value and "name" in inherited
+    return named and value["name"] != inherited["name"]
 
 
 def apply_override(data: dict[str, Any], override: str, places: dict[KeyPath, str]) -> None:

@@ -51,6 +51,20 @@ def test_items_of_an_inherited_list_change_by_position(small, write):
             load_config(write("other.yaml", f"inherits: base.yaml\nphases: {{{key}: {{until_step: 4}}}}"))
 
 
+def test_a_choice_with_another_name_does_not_inherit_options(small, write):
+    phase = small["phases"][1] | {"loss": {"name": "dual_clip", "clip_low": 0.1, "clip_high": 0.28}}
+    write("base.yaml", small | {"phases": [{**phase, "space": {"name": "pre_train", "bos": "none"}}]})
+
+    def phase_with(changes):
+        return load_config(write("run.yaml", f"inherits: base.yaml\nphases: {{0: {{{changes}}}}}")).phases[0]
+
+    changed = phase_with("name: mine, loss: {name: gspo, clip_low: 0.001}, space: {name: post_train}")
+    assert (changed.loss.clip_low, changed.loss.clip_high) == (0.001, 4e-4)
+    assert changed.space.name == "post_train" and changed.advantage == phase_with("name: grpo").advantage
+    same = phase_with("loss: {name: dual_clip, clip_low: 0.2}").loss
+    assert (same.clip_low, same.clip_high) == (0.2, 0.28)
+
+
 def test_overrides_come_last_in_order_and_are_typed(small, write):
     config = load_config(
         write("run.yaml", small),
