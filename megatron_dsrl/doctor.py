@@ -119,7 +119,7 @@ def _python() -> Finding:
     found = f"{platform.python_version()} ({sys.executable})"
     if (3, 11) <= sys.version_info[:2] <= (3, 12):
         return Finding("Python", "ok", found)
-    return Finding("Python", "problem", found, "use Python 3.11 or 3.12: DSRL_PYTHON=python3.12 bash tools/setup_cpu.sh")
+    return Finding("Python", "problem", found, "take 3.11 or 3.12: DSRL_PYTHON=python3.12 bash tools/setup_cpu.sh")
 
 
 def _packages(pins: dict[str, str]) -> Iterator[Finding]:
@@ -167,7 +167,8 @@ def _device() -> Iterator[Finding]:
     devices = take_inventory()
     if devices.platform == "cuda":
         names = ", ".join(sorted(set(devices.names)))
-        yield Finding("device", "ok", f"{len(devices.names)} CUDA device(s): {names}; CUDA {devices.torch_cuda_version}")
+        found = f"{len(devices.names)} CUDA device(s): {names}; CUDA {devices.torch_cuda_version}"
+        yield Finding("device", "ok", found)
     elif devices.torch_cuda_version is None:
         yield Finding("device", "ok", "CPU (torch is the CPU build); tiny models only")
     else:
@@ -217,9 +218,9 @@ def _apex(cuda: bool) -> Finding:
             "NVIDIA apex",
             "note",
             "a package called apex is installed, but it is not NVIDIA's",
-            "the `apex` of PyPI is an unrelated web toolkit: pip uninstall apex. NVIDIA's must be built from its source",
+            "the `apex` of PyPI is an unrelated web toolkit: pip uninstall apex. NVIDIA's has to be built from source",
         )
-    return _kernel("NVIDIA apex", None, cuda, "build it from NVIDIA's source (it is not on PyPI), or use an image with it")
+    return _kernel("NVIDIA apex", None, cuda, "build it from NVIDIA's source (not on PyPI), or use an image with it")
 
 
 def _kernel(topic: str, found: str | None, cuda: bool, remedy: str) -> Finding:

@@ -61,7 +61,8 @@ def test_dry_run_prints_configuration_and_figures_and_starts_nothing(folder):
     result = dsrl(folder, "train", "run.yaml", "seed=7", "--dry-run", "rollout.temperature=0.5", "--world-size", "2")
     assert result.returncode == 0 and result.stderr == ""
     assert "seed: 7" in result.stdout and "temperature: 0.5" in result.stdout
-    figures = {cells[1].strip(): cells[2].strip() for line in result.stdout.splitlines() if len(cells := line.split("│")) > 3}
+    rows = [line.split("│") for line in result.stdout.splitlines()]
+    figures = {cells[1].strip(): cells[2].strip() for cells in rows if len(cells) > 3}
     assert figures["data-parallel size"] == "2"
     assert figures["samples per step"] == "16"
     assert figures["epochs"] == "2.00"

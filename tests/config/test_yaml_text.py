@@ -9,7 +9,9 @@ from megatron_dsrl.errors import UserError
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 # Texts that look like other types are where a round trip breaks.
-lookalikes = st.sampled_from(["1e-6", "1.5", ".5", "1_000", "2024-01-31", "null", "true", "", "0x1f", "1:30", "- a", "#"])
+lookalikes = st.sampled_from(
+    ["1e-6", "1.5", ".5", "1_000", "2024-01-31", "null", "true", "", "0x1f", "1:30", "- a", "#"]
+)
 documents = st.recursive(
     scalars | lookalikes,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5) | lookalikes, inner, max_size=3),
