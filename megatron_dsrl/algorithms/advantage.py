@@ -38,6 +38,9 @@ class AdvantageOptions(Options):
     compares_samples: ClassVar[bool] = False
     """Whether it says nothing about a sample without others of the same prompt."""
 
+    ignores_penalties: ClassVar[bool] = False
+    """Whether a KL penalty in the reward would have no effect on it."""
+
     @abstractmethod
     def estimate(self, experience: Experience) -> AdvantageEstimate:
         """Advantages of a whole rollout batch, every group complete, before any filter.

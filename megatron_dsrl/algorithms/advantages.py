@@ -32,6 +32,7 @@ class Fixed(AdvantageOptions):
     W-REINFORCE of arXiv 2506.01347). W-REINFORCE has `positive: 0.1`."""
 
     name: Literal["fixed"] = "fixed"
+    ignores_penalties: ClassVar[bool] = True
 
     positive: float = 1.0
     """Advantage of a right sample: lambda of W-REINFORCE."""

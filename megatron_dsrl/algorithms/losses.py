@@ -7,7 +7,7 @@ number is said in `aggregations.py`.
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -70,6 +70,9 @@ PolicyLoss = Callable[[ScoredTokens], TokenLosses]
 class LossOptions(Options):
     """Base of policy losses: the fields are the options, `of_tokens` computes."""
 
+    on_policy_only: ClassVar[bool] = False
+    """Whether it is wrong for samples of another policy than the one that takes the step."""
+
     @abstractmethod
     def of_tokens(self, tokens: ScoredTokens) -> TokenLosses:
         """The loss of every token."""
@@ -101,6 +104,7 @@ class PolicyGradient(LossOptions):
     """REINFORCE: l = -A log pi. No ratio and no clip, so it is for one optimizer step per rollout batch."""
 
     name: Literal["policy_gradient"] = "policy_gradient"
+    on_policy_only: ClassVar[bool] = True
 
     def of_tokens(self, tokens: ScoredTokens) -> TokenLosses:
         return TokenLosses(-tokens.advantages * tokens.log_probs)

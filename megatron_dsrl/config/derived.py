@@ -87,6 +87,7 @@ def derive(config: RunConfig, world_size: int, shape: ModelShape | None, prompts
         *process_problems(config.parallel, world_size),
         *engine_problems(config.engine.tensor_parallel_size, world_size, shape),
         *_phase_problems(config),
+        *_objective_problems(config),
         *_batch_problems(config, world_size, prompts),
         *_time_problems(config),
         *_length_problems(config, shape),
@@ -172,6 +173,30 @@ def _phase_problems(config: RunConfig) -> Iterator[Problem]:
         previous = max(previous, phase.until_step)
 
 
+def _objective_problems(config: RunConfig) -> Iterator[Problem]:
+    """What an advantage or a loss cannot work with, as their classes say."""
+    for position, phase in enumerate(config.phases):
+        for objective in phase.objectives.values():
+            advantage, loss = objective.advantage, objective.loss
+            if advantage.compares_samples and config.rollout.samples_per_prompt == 1:
+                yield (
+                    f"phases.{position}, rollout.samples_per_prompt",
+                    f"the advantage `{advantage.name}` compares the samples of one prompt, so at least 2 are needed",
+                )
+            if advantage.ignores_penalties and objective.kl is not None and objective.kl.reward_coefficient > 0:
+                yield (
+                    f"phases.{position}, kl.reward_coefficient",
+                    f"the advantage `{advantage.name}` does not look at penalties in the reward; use "
+                    "kl.loss_coefficient, or another advantage",
+                )
+            if loss.on_policy_only and config.actor.optimizer_steps_per_rollout > 1:
+                yield (
+                    f"phases.{position}, actor.mini_batches_per_rollout, actor.epochs_per_rollout",
+                    f"the loss `{loss.name}` is for one optimizer step per rollout batch, this run takes "
+                    f"{config.actor.optimizer_steps_per_rollout}; choose a loss with a ratio (dual_clip), or one step",
+                )
+
+
 def _batch_problems(config: RunConfig, world_size: int, prompts: int | None) -> Iterator[Problem]:
     rollout, parts = config.rollout, config.actor.mini_batches_per_rollout
     replicas = max(1, world_size // config.parallel.model_parallel_size)
@@ -190,13 +215,6 @@ def _batch_problems(config: RunConfig, world_size: int, prompts: int | None) -> 
         yield (
             "data.source, rollout.prompts_per_step",
             f"the training set has only {prompts} prompts for {rollout.prompts_per_step} per step; lower the latter",
-        )
-    objectives = [objective for phase in config.phases for objective in phase.objectives.values()]
-    comparing = [objective.advantage.name for objective in objectives if objective.advantage.compares_samples]
-    if rollout.samples_per_prompt == 1 and comparing:
-        yield (
-            "rollout.samples_per_prompt",
-            f"the advantage `{comparing[0]}` compares the samples of one prompt, so at least 2 are needed",
         )
     if rollout.top_k == 0:
         yield "rollout.top_k", "0 would leave no token to sample; use -1 to turn top-k off"

@@ -104,6 +104,18 @@ def test_a_phase_that_the_run_ends_before_has_no_steps(small, write):
         (["rollout.prompts_per_step=1"], 8, "rollout.prompts_per_step", "some of the 8 data-parallel replicas"),
         (["rollout.prompts_per_step=64"], 1, "data.source, rollout.prompts_per_step", "only 32 prompts for 64"),
         (["rollout.samples_per_prompt=1"], 1, "rollout.samples_per_prompt", "at least 2"),
+        (
+            ["phases.1.advantage=fixed", "phases.1.kl={reward_coefficient: 0.1}"],
+            1,
+            "phases.1, kl.reward_coefficient",
+            "`fixed` does not look at penalties",
+        ),
+        (
+            ["phases.0.loss=policy_gradient", "actor.epochs_per_rollout=2"],
+            1,
+            "phases.0, actor.mini_batches_per_rollout, actor.epochs_per_rollout",
+            "for one optimizer step per rollout batch, this run takes 2",
+        ),
         (["rollout.top_k=0"], 1, "rollout.top_k", "use -1"),
         (["rollout.max_response_tokens=413"], 1, "data.max_prompt_tokens", "100 + 413 = 513 tokens do not fit"),
         (["engine.max_total_tokens=159"], 1, "rollout.max_response_tokens", "into 159, the limit of engine.max_total"),
