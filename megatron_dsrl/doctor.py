@@ -29,7 +29,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 LOCK_FILES = ("tools/requirements-cpu.lock", "tools/requirements-cpu-no-deps.lock")
 ESSENTIAL_PACKAGES = (
     "torch", "megatron-core", "sglang", "transformers", "datasets", "safetensors", "pydantic", "PyYAML", "Pebble",
-    "aiohttp", "tensorboard", "rich", "Jinja2",
+    "math-verify", "aiohttp", "tensorboard", "rich", "Jinja2",
 )  # fmt: skip
 SET_UP = "run `bash tools/setup_cpu.sh` (CPU), or `pip install -e .[gpu]` on a GPU machine"
 SMALLEST_SHARED_MEMORY = 1 << 30
