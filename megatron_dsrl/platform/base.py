@@ -22,7 +22,9 @@ class Platform(ABC):
     """A device kind: what Megatron and torch.distributed must be told about it."""
 
     name: Literal["cpu", "cuda"]
-    distributed_backend: Literal["gloo", "nccl"]
+    distributed_backend: Literal["gloo", "cpu:gloo,cuda:nccl"]
+    """Of torch.distributed. Python objects travel over gloo in either case: the ranks that wait for rank 0's samples
+    must not wait in a kernel on the device that the engine samples on."""
 
     @property
     @abstractmethod

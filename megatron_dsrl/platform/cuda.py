@@ -14,7 +14,7 @@ class CudaPlatform(Platform):
     """One NVIDIA GPU per process, chosen by torchrun's LOCAL_RANK."""
 
     name = "cuda"
-    distributed_backend = "nccl"
+    distributed_backend = "cpu:gloo,cuda:nccl"
 
     @property
     def device(self) -> torch.device:
