@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from megatron_dsrl.analysis.command_line import add_analyse
 from megatron_dsrl.conversion.command_line import add_convert
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.evaluation.command_line import add_eval
@@ -177,6 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_report(commands)
     _add_compare(commands)
+    add_analyse(commands)
     _add_sweep(commands)
     _add_doctor(commands)
     return parser

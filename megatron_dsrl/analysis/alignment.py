@@ -1,0 +1,161 @@
+"""Gradient alignment of log P(y) and log P(y|x) over many responses: records, bins over tokens, summary and charts.
+
+The log-prob gap of a token is log P(y_t|x, y_<t) - log P(y_t|y_<t): how much the prompt helps to predict it. The
+entropy that tokens are binned by is that of the policy given the prompt.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+
+from megatron_dsrl.analysis.gradients import GradientComparison
+from megatron_dsrl.observability.charts import Chart, Series, line_chart
+from megatron_dsrl.observability.records import Record
+
+ENTROPY_BINS = 10
+_DECIMALS = 6
+
+
+@dataclass(frozen=True)
+class ScoredResponse:
+    """A response and what the gradients say of it."""
+
+    step: int
+    problem: int
+    number: int
+    """Of the sample within its group."""
+    reward: float
+    comparison: GradientComparison
+
+    @property
+    def gaps(self) -> list[float]:
+        """Log-prob gap of every token that both spaces score: all, or all but the first where there is no BOS."""
+        without = self.comparison.without_prompt.log_probs
+        scored_in_both = self.comparison.with_prompt.log_probs[-len(without) :] if len(without) else without
+        return (scored_in_both - without).tolist()
+
+    @property
+    def entropies(self) -> list[float]:
+        """Entropy given the prompt of the same tokens; nat."""
+        gaps = len(self.comparison.without_prompt.log_probs)
+        return self.comparison.with_prompt.entropy[-gaps:].tolist() if gaps else []
+
+    def as_record(self) -> Record:
+        """Plain values for JSON, those of tokens rounded."""
+        comparison, gaps = self.comparison, self.gaps
+        return {
+            "step": self.step,
+            "problem": self.problem,
+            "sample": self.number,
+            "reward": self.reward,
+            "tokens": len(comparison.with_prompt.log_probs),
+            "log_prob": comparison.without_prompt.log_probs.sum().item(),
+            "log_prob_given_prompt": comparison.with_prompt.log_probs.sum().item(),
+            "mean_gap": fmean(gaps) if gaps else None,
+            "mean_absolute_gap": fmean(map(abs, gaps)) if gaps else None,
+            "inner_product": comparison.inner_product,
+            "cosine": comparison.cosine,
+            "grad_norm": comparison.norm_without_prompt,
+            "grad_norm_given_prompt": comparison.norm_with_prompt,
+            "gaps": [round(gap, _DECIMALS) for gap in gaps],
+            "entropies": [round(entropy, _DECIMALS) for entropy in self.entropies],
+        }
+
+
+def summary(records: Sequence[Record]) -> Record:
+    """Figures over all responses, from their records; the paper's are in method: cosine mean, share of negative inner
+    products, mean gap.
+
+    `mean_gap` is the mean over responses of each one's mean over tokens. Bins of tokens are `gap_by_position` and
+    `gap_by_entropy`.
+    """
+    cosines = [record["cosine"] for record in records if record["cosine"] is not None]
+    gaps = [record for record in records if record["mean_gap"] is not None]
+    return {
+        "responses": len(records),
+        "cosine_mean": fmean(cosines) if cosines else None,
+        "cosine_lowest": min(cosines, default=None),
+        "cosine_highest": max(cosines, default=None),
+        "negative_inner_products": fmean(record["inner_product"] < 0 for record in records),
+        "mean_gap": fmean(record["mean_gap"] for record in gaps) if gaps else None,
+        "mean_absolute_gap": fmean(record["mean_absolute_gap"] for record in gaps) if gaps else None,
+        "gap_by_position": gap_by_position([record["gaps"] for record in records]),
+        "gap_by_entropy": gap_by_entropy(
+            [gap for record in records for gap in record["gaps"]],
+            [entropy for record in records for entropy in record["entropies"]],
+        ),
+    }
+
+
+def gap_by_position(gaps: Sequence[Sequence[float]]) -> list[Record]:
+    """Mean gap of the tokens at positions 1, 2-3, 4-7, 8-15, ... of their responses.
+
+    Args:
+        gaps: per response, from its first scored token on.
+    """
+    bins: dict[int, list[float]] = {}
+    for of_response in gaps:
+        for position, gap in enumerate(of_response, start=1):
+            bins.setdefault(position.bit_length() - 1, []).append(gap)
+    return [
+        {"first_position": 2**index, "last_position": 2 ** (index + 1) - 1, **_gap_figures(bins[index])}
+        for index in sorted(bins)
+    ]
+
+
+def gap_by_entropy(gaps: Sequence[float], entropies: Sequence[float]) -> list[Record]:
+    """Mean gap of tokens by the tenth of all tokens that their entropy falls into, lowest first; of equal size, up to
+    one token. Fewer bins where there are fewer tokens."""
+    order = np.argsort(np.asarray(entropies), kind="stable")
+    bins = [part for part in np.array_split(order, ENTROPY_BINS) if len(part)]
+    return [
+        {
+            "lowest_entropy": entropies[part[0]],
+            "highest_entropy": entropies[part[-1]],
+            **_gap_figures([gaps[i] for i in part]),
+        }
+        for part in bins
+    ]
+
+
+def charts(records: Sequence[Record]) -> list[Chart]:
+    """Cosines by rank, and the gap by position and by entropy."""
+    figures = summary(records)
+    cosines = sorted(record["cosine"] for record in records if record["cosine"] is not None)
+    drawn = []
+    if cosines:
+        percentiles = range(0, 101, 5)
+        values = tuple(float(value) for value in np.percentile(cosines, list(percentiles)))
+        drawn.append(
+            line_chart(
+                "Cosine of the gradients by percentile of responses",
+                "Of grad log P(y) and grad log P(y|x).",
+                [Series("cosine", tuple(percentiles), values, 1)],
+            )
+        )
+    by_position, by_entropy = figures["gap_by_position"], figures["gap_by_entropy"]
+    if by_position:
+        positions = tuple(int(math.log2(one["first_position"])) for one in by_position)
+        drawn.append(_gap_chart("Log-prob gap by log2 of the token's position", positions, by_position))
+        tenths = tuple(range(1, len(by_entropy) + 1))
+        drawn.append(_gap_chart("Log-prob gap by tenth of the token's entropy", tenths, by_entropy))
+    return drawn
+
+
+def _gap_figures(gaps: Sequence[float]) -> Record:
+    return {
+        "tokens": len(gaps),
+        "mean_gap": fmean(gaps),
+        "mean_absolute_gap": fmean(map(abs, gaps)),
+    }
+
+
+def _gap_chart(title: str, places: tuple[int, ...], bins: Sequence[Record]) -> Chart:
+    series = [
+        Series("mean", places, tuple(one["mean_gap"] for one in bins), 4),
+        Series("mean of |gap|", places, tuple(one["mean_absolute_gap"] for one in bins), 5),
+    ]
+    return line_chart(title, "log P(y_t|x, y_<t) - log P(y_t|y_<t), nat.", series)

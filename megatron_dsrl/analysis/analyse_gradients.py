@@ -1,0 +1,172 @@
+"""`dsrl analyse gradients`: from recorded responses and a model to records of their gradients. All ranks run it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from transformers import PreTrainedTokenizerBase
+
+from megatron_dsrl.actor.sharded_model import ShardedModel
+from megatron_dsrl.algorithms.spaces import in_post_train_space, in_pre_train_space
+from megatron_dsrl.analysis.alignment import ScoredResponse
+from megatron_dsrl.analysis.gradients import LogProbGradients
+from megatron_dsrl.analysis.responses import choose, read_sample_file, read_steps, recorded_steps
+from megatron_dsrl.config.analysis import GradientAnalysisConfig
+from megatron_dsrl.config.load import apply_override
+from megatron_dsrl.config.model import ParallelConfig
+from megatron_dsrl.data.tokenizer import TURN_END, bos_token_ids, load_tokenizer
+from megatron_dsrl.errors import UserError
+from megatron_dsrl.evaluation.problem_result import ProblemResult, SampleResult
+from megatron_dsrl.model.architecture import read_architecture, resolve_model_folder
+from megatron_dsrl.model.build import build_model, build_trainable
+from megatron_dsrl.model.parallel import parallel_layout, world_size_from_environment
+from megatron_dsrl.observability.records import read_records
+from megatron_dsrl.observability.run_records import read_run
+from megatron_dsrl.weights.load import load_weights
+from megatron_dsrl.weights.tables import weight_table
+
+
+@dataclass(frozen=True)
+class TokenisedResponse:
+    """A response as the trainer sees it."""
+
+    step: int
+    problem: int
+    number: int
+    reward: float
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+
+
+def gradient_settings(source: Path, model: str | None, overrides: Sequence[str]) -> GradientAnalysisConfig:
+    """What the source itself says (a run its model, temperature and BOS, a sample file its temperature), `model` in
+    place of its model, and the overrides on top.
+
+    Args:
+        source: run folder or sample file.
+        model: HF folder, hub name or Megatron checkpoint; None takes the model that the run started from.
+        overrides: `key.path=value` of `GradientAnalysisConfig`.
+
+    Raises:
+        UserError: no model is named, or the settings do not fit.
+    """
+    data = _settings_of_run(source) if source.is_dir() else _settings_of_sample_file(source)
+    if model is not None:
+        data.setdefault("model", {})["path"] = model
+    for override in overrides:
+        apply_override(data, override, {})
+    if "path" not in data.get("model", {}):
+        raise UserError(f"{source} does not say which model to look at: name one with --model")
+    try:
+        return GradientAnalysisConfig.model_validate(data)
+    except ValidationError as error:
+        problems = [f"  {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}" for wrong in error.errors()]
+        raise UserError("\n".join(["these settings do not fit:", *problems])) from error
+
+
+def analyse_gradients(
+    source: Path, config: GradientAnalysisConfig, steps: Sequence[int] | None, limit: int, seed: int
+) -> Iterator[ScoredResponse]:
+    """The chosen responses, one after the other as they are computed. Collective over the ranks.
+
+    Args:
+        source: run folder or sample file.
+        config: model, layout and scoring.
+        steps: of a run; None for the first recorded one, whose policy was the model that the run began with.
+        limit: responses to look at, drawn from all of the steps.
+        seed: of the draw.
+
+    Raises:
+        UserError: something is missing or does not fit.
+    """
+    folder = resolve_model_folder(config.model.path)
+    architecture = read_architecture(folder)
+    tokenizer = load_tokenizer(str(folder), architecture.vocab_size)
+    bos_ids = bos_token_ids(tokenizer, config.bos)
+    responses = choose_responses(source, steps, limit, seed, tokenizer)
+    _check_lengths(responses, architecture.max_position_embeddings)
+    # The distributed optimizer would shard gradients, and there is no optimizer here.
+    parallel = config.parallel.model_copy(update={"distributed_optimizer": False})
+    _check_replicas(parallel)
+    with parallel_layout(parallel, seed=0):
+        chunks = build_model(architecture, config.model, parallel)
+        load_weights(chunks, weight_table(architecture), folder)
+        # A row of its own for every sequence: only one is scored at a time.
+        model = ShardedModel(build_trainable(chunks, parallel), max_tokens_per_micro_batch=1)
+        gradients = LogProbGradients(model, architecture.vocab_size, config.temperature)
+        for response in responses:
+            comparison = gradients.compare(
+                in_pre_train_space(bos_ids, response.response_ids),
+                in_post_train_space(response.prompt_ids, response.response_ids),
+            )
+            yield ScoredResponse(response.step, response.problem, response.number, response.reward, comparison)
+
+
+def choose_responses(
+    source: Path, steps: Sequence[int] | None, limit: int, seed: int, tokenizer: PreTrainedTokenizerBase
+) -> list[TokenisedResponse]:
+    """At most `limit` responses of the source. A run's have the engine's own token ids; a sample file has texts only,
+    which are tokenised again, the end of the turn added to those that were not cut off."""
+    if not source.is_dir():
+        problems = read_sample_file(source)
+        samples = [(problem, number) for problem in problems for number in range(len(problem.samples))]
+        chosen = [_tokenised(problem, number, tokenizer) for problem, number in choose(samples, limit, seed)]
+        return [response for response in chosen if response.response_ids]
+    chosen = [
+        TokenisedResponse(
+            step, group.prompt.index, number, sample.reward, group.prompt.token_ids, sample.response_ids
+        )
+        for step, groups in read_steps(source, steps or recorded_steps(source)[:1])
+        for group in groups
+        for number, sample in enumerate(group.samples)
+        if sample.response_ids
+    ]
+    return choose(chosen, limit, seed)
+
+
+def _tokenised(problem: ProblemResult, number: int, tokenizer: PreTrainedTokenizerBase) -> TokenisedResponse:
+    sample: SampleResult = problem.samples[number]
+    text = sample.text if sample.truncated else sample.text + TURN_END
+    prompt_ids, response_ids = (tokenizer.encode(part, add_special_tokens=False) for part in (problem.prompt, text))
+    return TokenisedResponse(0, problem.index, number, sample.reward, tuple(prompt_ids), tuple(response_ids))
+
+
+def _settings_of_run(folder: Path) -> dict[str, Any]:
+    config = read_run(folder).config
+    objectives = [one for phase in config.get("phases", []) for one in (phase, *phase.get("additional_objectives", []))]
+    settings: dict[str, Any] = {"model": dict(config.get("model", {}))}
+    if "temperature" in config.get("rollout", {}):
+        settings["temperature"] = config["rollout"]["temperature"]
+    bos = [objective["space"]["bos"] for objective in objectives if "bos" in objective.get("space", {})]
+    return settings | ({"bos": bos[0]} if bos else {})
+
+
+def _settings_of_sample_file(path: Path) -> dict[str, Any]:
+    """The temperature of the evaluation; a greedy one is scored at 1."""
+    records = read_records(path)
+    if not records:
+        raise UserError(f"{path} is neither a run folder nor a sample file of `dsrl eval`")
+    temperature = (records[0].get("benchmark") or {}).get("temperature")
+    return {"temperature": temperature} if temperature else {}
+
+
+def _check_lengths(responses: Sequence[TokenisedResponse], context_tokens: int) -> None:
+    longest = max((len(r.prompt_ids) + len(r.response_ids) for r in responses), default=0)
+    if longest == 0:
+        raise UserError("there are no responses with tokens to look at")
+    if longest > context_tokens:
+        raise UserError(
+            f"a prompt and its response have {longest} tokens, the model takes {context_tokens}: is it another model?"
+        )
+
+
+def _check_replicas(parallel: ParallelConfig) -> None:
+    replicas, odd = divmod(world_size_from_environment(), parallel.model_parallel_size)
+    if not odd and replicas > 1 and parallel.expert_parallel_size == 1:
+        raise UserError(
+            f"{replicas} replicas of the model would all wait for one of them: split the model over the processes, for "
+            "example with parallel.tensor_parallel_size, or start fewer"
+        )
+

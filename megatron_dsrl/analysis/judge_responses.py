@@ -1,0 +1,124 @@
+"""`dsrl analyse behaviours`: recorded responses judged one by one, every answer on disk as soon as it is there.
+
+The first line of the file says who was asked what. The same command continues: only responses without an answer are
+asked about again. An answer that could not be read is an answer (temperature 0 would give it again); it is counted.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_dsrl.analysis.behaviours import SYSTEM_PROMPT, USER_PROMPT, parse_answer, question
+from megatron_dsrl.analysis.judge import JudgeEndpoint, ask_all
+from megatron_dsrl.analysis.responses import RecordedResponse
+from megatron_dsrl.errors import UserError
+from megatron_dsrl.observability.records import Record, record_line, repair_records
+
+KEPT_CHARACTERS = 500
+"""Of an answer that could not be read."""
+_KEY = ("step", "place")
+
+
+@dataclass(frozen=True)
+class Judgements:
+    """What came of it."""
+
+    verdicts: list[Record]
+    """`step`, `place` (of the response within the step), `problem`, `sample`, `right` and `behaviours`, which is None
+    where the answer could not be read; those of earlier starts included."""
+    failures: dict[tuple[int, int], str]
+    """By step and place: why no answer came. They are asked about again at the next start."""
+
+
+def judge_responses(
+    steps: Sequence[tuple[int, Sequence[tuple[int, RecordedResponse]]]],
+    endpoint: JudgeEndpoint,
+    file: Path,
+    on_verdict: Callable[[], None] = lambda: None,
+) -> Judgements:
+    """Judge what the file does not have yet.
+
+    Args:
+        steps: steps with their chosen responses, each with its place within the step.
+        endpoint: the judge.
+        file: of the verdicts; folders are made.
+        on_verdict: called once for every response that has a verdict, those of earlier starts too.
+
+    Raises:
+        UserError: the file was made with another judge or question, or is damaged.
+    """
+    endpoint.check()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    responses = {(step, place): response for step, of_step in steps for place, response in of_step}
+    settings = {"model": endpoint.model, "question": _digest()}  # the same judge may be served elsewhere now
+    records = repair_records(file)
+    done = _verdicts(records, settings, responses, file)
+    with file.open("a", encoding="utf-8") as stream:
+
+        def write(record: Record) -> None:
+            stream.write(record_line(record))
+            stream.flush()
+            os.fsync(stream.fileno())
+
+        def keep(key: tuple[int, int], answer: str) -> None:
+            done[key] = _verdict(key, responses[key], answer)
+            write(done[key])
+            on_verdict()
+
+        if not records:
+            write(settings)
+        for _ in responses.keys() & done.keys():
+            on_verdict()
+        missing = {key: question(response) for key, response in responses.items() if key not in done}
+        failures = ask_all(endpoint, missing, keep)
+    return Judgements([done[key] for key in sorted(done)], failures)
+
+
+def _verdict(key: tuple[int, int], response: RecordedResponse, answer: str) -> Record:
+    behaviours = parse_answer(answer)
+    verdict: Record = dict(zip(_KEY, key)) | {
+        "problem": response.problem,
+        "sample": response.number,
+        "response": _response_digest(response),
+        "right": response.right,
+        "behaviours": behaviours,
+    }
+    return verdict if behaviours is not None else verdict | {"answer": answer[:KEPT_CHARACTERS]}
+
+
+def _verdicts(
+    records: Sequence[Record],
+    settings: dict[str, Any],
+    responses: dict[tuple[int, int], RecordedResponse],
+    file: Path,
+) -> dict[tuple[int, int], Record]:
+    """Verdicts of earlier starts by step and place."""
+    if not records:
+        return {}
+    different = [key for key in settings if records[0].get(key) != settings[key]]
+    if different:
+        then, now = ({key: values.get(key) for key in different} for values in (records[0], settings))
+        raise UserError(
+            f"{file} was made with another judge or question ({json.dumps(then)} then, {json.dumps(now)} now): name "
+            "another folder with --output, or remove the file"
+        )
+    try:
+        done = {(record["step"], record["place"]): record for record in records[1:]}
+        other = [key for key in done if key in responses and done[key]["response"] != _response_digest(responses[key])]
+    except KeyError as error:
+        raise UserError(f"{file}: a line is no verdict (it has no {error}); remove the file to begin anew") from error
+    if other:
+        raise UserError(f"{file} judges other responses (step {other[0][0]}); name another folder with --output")
+    return done
+
+
+def _digest() -> str:
+    return hashlib.sha256((SYSTEM_PROMPT + USER_PROMPT).encode()).hexdigest()[:16]
+
+
+def _response_digest(response: RecordedResponse) -> str:
+    return hashlib.sha256((response.prompt + "\0" + response.text).encode()).hexdigest()[:16]

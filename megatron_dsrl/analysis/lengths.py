@@ -1,0 +1,83 @@
+"""Response length and entropy over training.
+
+Two estimates of the policy's entropy per token: the trainer's, exact for every trained token, where the run's metrics
+have it (`policy/entropy`; a phase with a sample filter trains on some samples only); and the mean of -log P over all
+sampled tokens, from the engine's log-probs, whose expectation is the entropy at the sampling temperature when neither
+top-p nor top-k cuts the distribution.
+"""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+from megatron_dsrl.observability.charts import Chart, PhaseSpan, Series, line_chart
+from megatron_dsrl.observability.records import Record
+from megatron_dsrl.rollout.sample import Group, Sample
+
+
+def lengths_of_step(step: int, groups: Sequence[Group], metrics: Mapping[int, Record]) -> Record:
+    """Lengths in tokens and entropies in nat; None where there is nothing to take the mean of.
+
+    Args:
+        step: which.
+        groups: of that step.
+        metrics: step records of the run by step; may lack this one.
+    """
+    samples = [sample for group in groups for sample in group.samples]
+    log_probs = [log_prob for sample in samples for log_prob in sample.log_probs]
+    return {
+        "step": step,
+        "responses": len(samples),
+        "mean_tokens": _mean_tokens(samples),
+        "mean_tokens_of_right": _mean_tokens([sample for sample in samples if sample.reward >= 1]),
+        "mean_tokens_of_others": _mean_tokens([sample for sample in samples if sample.reward < 1]),
+        "truncated_fraction": fmean(sample.finish_reason == "length" for sample in samples),
+        "sampled_entropy": -fmean(log_probs) if log_probs else None,
+        "trained_entropy": metrics.get(step, {}).get("policy/entropy"),
+    }
+
+
+def summary(records: Sequence[Record]) -> Record:
+    """The first and the last step's figures."""
+    names = ("mean_tokens", "truncated_fraction", "sampled_entropy", "trained_entropy")
+    first, last = records[0], records[-1]
+    figures: Record = {"first_step": first["step"], "last_step": last["step"]}
+    for name in names:
+        figures |= {f"{name}_first": first[name], f"{name}_last": last[name]}
+    return figures
+
+
+def charts(records: Sequence[Record], phases: Sequence[PhaseSpan]) -> list[Chart]:
+    """Curves over the steps, which must ascend."""
+    steps = tuple(record["step"] for record in records)
+
+    def series(name: str, key: str, colour: int) -> Series:
+        return Series(name, steps, tuple(record[key] for record in records), colour)
+
+    return [
+        line_chart(
+            "Response length",
+            "Mean tokens per response.",
+            [
+                series("all", "mean_tokens", 1),
+                series("right", "mean_tokens_of_right", 3),
+                series("others", "mean_tokens_of_others", 2),
+            ],
+            phases,
+        ),
+        line_chart(
+            "Truncated responses",
+            "Fraction of responses that were cut at the length limit.",
+            [series("fraction", "truncated_fraction", 2)],
+            phases,
+        ),
+        line_chart(
+            "Entropy",
+            "Nat per token: mean of -log P over sampled tokens, and the trainer's over trained tokens.",
+            [series("sampled", "sampled_entropy", 4), series("trained", "trained_entropy", 5)],
+            phases,
+        ),
+    ]
+
+
+def _mean_tokens(samples: Sequence[Sample]) -> float | None:
+    return fmean(len(sample.response_ids) for sample in samples) if samples else None

@@ -1,0 +1,62 @@
+"""What an analysis leaves behind: records as JSON lines, a summary, and a figure."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_dsrl.observability.charts import Chart
+from megatron_dsrl.observability.figure import write_figure
+from megatron_dsrl.observability.records import Record, replace_records
+
+FOLDER = "analysis"
+"""Within a run folder."""
+
+
+def output_folder(source: Path, asked_for: Path | None) -> Path:
+    """Where results go. Unless a folder is asked for: `<run>/analysis`, or `<evaluation>/analysis/<benchmark>`."""
+    if asked_for is not None:
+        return asked_for
+    return source / FOLDER if source.is_dir() else source.parent.parent / FOLDER / source.stem
+
+
+def write_analysis(
+    folder: Path, name: str, records: Sequence[Record], summary: Record, charts: Sequence[Chart]
+) -> None:
+    """Write `<name>.jsonl`, `<name>.json` and `<name>.svg`; the folder is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_records(folder / f"{name}.jsonl", list(records))
+    write_summary(folder, name, summary, charts)
+
+
+def write_summary(folder: Path, name: str, summary: Record, charts: Sequence[Chart]) -> None:
+    """As `write_analysis`, where the records are on disk already."""
+    (folder / f"{name}.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    if charts:
+        write_figure(charts, folder / f"{name}.svg")
+
+
+def in_words(summary: Record) -> str:
+    """The summary for a terminal: a line per figure, and lists of records as tables."""
+    lines = []
+    for key, value in summary.items():
+        if isinstance(value, list):
+            lines += ["", f"{_words(key)}:", *_table(value)]
+        else:
+            lines.append(f"{_words(key)}: {_number(value)}")
+    return "\n".join(lines)
+
+
+def _table(records: Sequence[Record]) -> list[str]:
+    if not records:
+        return ["  none"]
+    rows = [[_words(key) for key in records[0]], *([_number(value) for value in one.values()] for one in records)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
+
+
+def _words(key: str) -> str:
+    return key.replace("_", " ")
+
+
+def _number(value: object) -> str:
+    return "none" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,148 @@
+"""Which problems a run solves, step by step, from its recorded rollouts. A problem is known by its row number.
+
+At a visit a problem is *solved* when all its responses are right (reward at least 1), *unsolved* when all are wrong
+(reward at most 0), else *mixed*, as in `step_metrics`. The n-th visit of a problem is its epoch n, which is the
+sampler's epoch too unless groups were left out (dynamic sampling). A problem is *newly solved* at its first visit with
+a right response, *gained* when it has a right response and had none at the visit before, and *lost* the other way
+round.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_dsrl.observability.charts import Chart, PhaseSpan, Series, line_chart, stacked_chart
+from megatron_dsrl.observability.records import Record
+from megatron_dsrl.rollout.sample import Group
+
+Outcome = Literal["solved", "mixed", "unsolved"]
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One problem at one step."""
+
+    step: int
+    epoch: int
+    """Number of this visit of the problem, from 1."""
+    problem: int
+    outcome: Outcome
+    has_right: bool
+    """At least one response is right."""
+    newly_solved: bool
+    """It has a right response for the first time."""
+    gained: bool
+    """It has a right response and had none at the visit before."""
+    lost: bool
+    """It has no right response and had one at the visit before."""
+
+
+def visits(steps: Iterable[tuple[int, Sequence[Group]]]) -> list[Visit]:
+    """Every group of the steps, which must ascend, as a visit of its problem."""
+    seen: list[Visit] = []
+    last: dict[int, Visit] = {}
+    ever: set[int] = set()
+    for step, groups in steps:
+        for group in groups:
+            problem, has = group.prompt.index, any(sample.reward >= 1 for sample in group.samples)
+            before = last.get(problem)
+            had = before is not None and before.has_right
+            visit = Visit(
+                step=step,
+                epoch=before.epoch + 1 if before else 1,
+                problem=problem,
+                outcome=outcome_of(group),
+                has_right=has,
+                newly_solved=has and problem not in ever,
+                gained=before is not None and has and not had,
+                lost=had and not has,
+            )
+            seen.append(visit)
+            last[problem] = visit
+            ever |= {problem} if has else set()
+    return seen
+
+
+def outcome_of(group: Group) -> Outcome:
+    """Of the responses of one group."""
+    rewards = [sample.reward for sample in group.samples]
+    return "solved" if min(rewards) >= 1 else "unsolved" if max(rewards) <= 0 else "mixed"
+
+
+def by_step(all_visits: Sequence[Visit]) -> list[Record]:
+    """One record per step: outcomes of the step, and how all problems stand that were visited so far.
+
+    `now_*` counts every visited problem once, by its latest visit; `solved_at_least_once` counts those that ever had a
+    right response.
+    """
+    records = []
+    latest: dict[int, Outcome] = {}
+    ever: set[int] = set()
+    for step in sorted({visit.step for visit in all_visits}):
+        of_step = [visit for visit in all_visits if visit.step == step]
+        latest |= {visit.problem: visit.outcome for visit in of_step}
+        ever |= {visit.problem for visit in of_step if visit.has_right}
+        now = list(latest.values())
+        records.append(
+            {"step": step, **_counts(of_step)}
+            | {"visited": len(now), "solved_at_least_once": len(ever)}
+            | {f"now_{outcome}": now.count(outcome) for outcome in ("solved", "mixed", "unsolved")}
+        )
+    return records
+
+
+def by_epoch(all_visits: Sequence[Visit]) -> list[Record]:
+    """One record per epoch: the outcomes of its visits, and the problems newly solved, gained and lost in it."""
+    epochs = sorted({visit.epoch for visit in all_visits})
+    return [{"epoch": epoch, **_counts([v for v in all_visits if v.epoch == epoch])} for epoch in epochs]
+
+
+def summary(all_visits: Sequence[Visit]) -> Record:
+    """How all visited problems stand at the end, and what every epoch brought."""
+    steps = by_step(all_visits)
+    names = ("visited", "solved_at_least_once", "now_solved", "now_mixed", "now_unsolved")
+    return {"steps": len(steps), **{name: steps[-1][name] for name in names}, "epochs": by_epoch(all_visits)}
+
+
+def charts(records: Sequence[Record], phases: Sequence[PhaseSpan]) -> list[Chart]:
+    """Curves over the steps, from the records of `by_step`."""
+    steps = tuple(record["step"] for record in records)
+
+    def series(name: str, key: str, colour: int) -> Series:
+        return Series(name, steps, tuple(record[key] for record in records), colour)
+
+    return [
+        stacked_chart(
+            "Problems by their latest visit",
+            "Every problem that was visited so far, once.",
+            [
+                series("solved", "now_solved", 3),
+                series("mixed", "now_mixed", 1),
+                series("unsolved", "now_unsolved", 2),
+            ],
+            phases,
+        ),
+        line_chart(
+            "Solved at least once",
+            "Problems with a right response at any visit so far, of those visited.",
+            [series("visited", "visited", 6), series("solved at least once", "solved_at_least_once", 3)],
+            phases,
+        ),
+        line_chart(
+            "Newly solved, gained and lost",
+            "Problems of the step against their earlier visits.",
+            [series("newly solved", "newly_solved", 3), series("gained", "gained", 1), series("lost", "lost", 2)],
+            phases,
+        ),
+    ]
+
+
+def _counts(some: Sequence[Visit]) -> Record:
+    outcomes = [visit.outcome for visit in some]
+    return {
+        "problems": len(some),
+        **{outcome: outcomes.count(outcome) for outcome in ("solved", "mixed", "unsolved")},
+        "newly_solved": sum(visit.newly_solved for visit in some),
+        "gained": sum(visit.gained for visit in some),
+        "lost": sum(visit.lost for visit in some),
+    }

@@ -1,0 +1,142 @@
+"""The responses that analyses look at: a run's recorded rollouts, step after step, or a sample file of `dsrl eval`.
+
+Both are read one step at a time, since the rollouts of a single step can take hundreds of megabytes.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from megatron_dsrl.errors import UserError
+from megatron_dsrl.evaluation.problem_result import ProblemResult
+from megatron_dsrl.observability.records import read_records
+from megatron_dsrl.rollout.recording import read_groups
+from megatron_dsrl.rollout.sample import Group
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class RecordedResponse:
+    """One judged response."""
+
+    step: int
+    """Of the run that sampled it; 0 for a sample file."""
+    problem: int
+    """Row number of the prompt in its set."""
+    number: int
+    """Of the sample within its group, from 0."""
+    prompt: str
+    """The rendered chat prompt."""
+    text: str
+    """The response without special tokens."""
+    reward: float
+    tokens: int
+    """Of the response, its end token included."""
+
+    @property
+    def right(self) -> bool:
+        """Full reward, as `step_metrics` counts it."""
+        return self.reward >= 1
+
+
+def recorded_steps(run_folder: Path) -> list[int]:
+    """The steps whose rollouts a run has recorded, ascending.
+
+    Raises:
+        UserError: there are none.
+    """
+    files = run_folder.glob("rollouts/step_*.jsonl")
+    steps = sorted(int(file.stem.removeprefix("step_")) for file in files)
+    if not steps:
+        raise UserError(
+            f"{run_folder} holds no recorded rollouts (rollouts/step_000001.jsonl ...): give the folder of a run with "
+            "observability.save_rollouts=true"
+        )
+    return steps
+
+
+def read_steps(run_folder: Path, steps: Sequence[int] | None = None) -> Iterator[tuple[int, list[Group]]]:
+    """Steps and their groups, ascending.
+
+    Args:
+        run_folder: of a run.
+        steps: which; None for all that are recorded.
+
+    Raises:
+        UserError: a step was not recorded, or nothing was.
+    """
+    recorded = recorded_steps(run_folder)
+    missing = sorted(set(steps or ()) - set(recorded))
+    if missing:
+        raise UserError(f"{run_folder} has no rollouts of step {missing[0]}; it has {_span(recorded)}")
+    for step in sorted(set(steps)) if steps else recorded:
+        yield step, read_groups(run_folder / "rollouts" / f"step_{step:06d}.jsonl")
+
+
+def read_sample_file(path: Path) -> list[ProblemResult]:
+    """The problems of a sample file, `<evaluation>/samples/<benchmark>.jsonl`.
+
+    Raises:
+        UserError: it is none, or holds no finished problem.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is neither a run folder nor a sample file of `dsrl eval`")
+    try:
+        problems = [ProblemResult.of_record(record) for record in read_records(path)[1:]]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is no sample file of `dsrl eval`: a line is no problem ({error!r})") from error
+    if not problems:
+        raise UserError(f"{path} holds no finished problem yet")
+    return problems
+
+
+def responses_of_step(step: int, groups: Sequence[Group]) -> list[RecordedResponse]:
+    """All samples of a step's groups, in their order."""
+    return [
+        RecordedResponse(
+            step,
+            group.prompt.index,
+            number,
+            group.prompt.text,
+            sample.text,
+            sample.reward,
+            len(sample.response_ids),
+        )
+        for group in groups
+        for number, sample in enumerate(group.samples)
+    ]
+
+
+def read_responses(source: Path, steps: Sequence[int] | None = None) -> Iterator[tuple[int, list[RecordedResponse]]]:
+    """Steps and their responses, of a run folder or a sample file (whose only step is 0).
+
+    Args:
+        source: which.
+        steps: of a run; None for all.
+
+    Raises:
+        UserError: the source is neither, or a step is missing.
+    """
+    if source.is_dir():
+        for step, groups in read_steps(source, steps):
+            yield step, responses_of_step(step, groups)
+    else:
+        yield 0, [
+            RecordedResponse(0, problem.index, number, problem.prompt, sample.text, sample.reward, sample.tokens)
+            for problem in read_sample_file(source)
+            for number, sample in enumerate(problem.samples)
+        ]
+
+
+def choose(items: Sequence[Item], limit: int | None, seed: int) -> list[Item]:
+    """At most `limit` of the items, drawn without replacement, in their order; the same seed draws the same."""
+    if limit is None or limit >= len(items):
+        return list(items)
+    return [items[i] for i in sorted(random.Random(seed).sample(range(len(items)), limit))]
+
+
+def _span(steps: Sequence[int]) -> str:
+    return f"step {steps[0]}" if len(steps) == 1 else f"{len(steps)} steps from {steps[0]} to {steps[-1]}"
