@@ -104,9 +104,9 @@ class RunModels:
     def load(self, checkpoint: Checkpoint, same_layout: bool) -> None:
         """Continue from a checkpoint."""
         self.actor.load(checkpoint.weights_folder, same_layout)
-        if self.critic:
-            self.critic.load(checkpoint.folder / CRITIC_FOLDER, same_layout)
-        reference = checkpoint.folder / REFERENCE_FOLDER
+        critic, reference = checkpoint.folder / CRITIC_FOLDER, checkpoint.folder / REFERENCE_FOLDER
+        if self.critic and critic.exists():  # else the run has been given more steps, and no phase needed it before
+            self.critic.load(critic, same_layout)
         if self.reference and reference.exists():
             self.reference.load(reference)
 

@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_dsrl.checkpoint.state import RunState, current_layout
+from megatron_dsrl.checkpoint.store import Checkpoint
+from megatron_dsrl.config.load import load_config
+from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
+from megatron_dsrl.run_models import build_models
 from tests.support.compare_runs import assert_same_run, checkpoint_tensors, records
+from tests.support.distributed import run_distributed
 from tests.support.tiny_run import dsrl, write_tiny_run
 
 pytestmark = pytest.mark.timeout(1800)  # many starts; each is some 15 seconds on a quiet machine
@@ -114,6 +120,33 @@ def test_resumes_exactly_at_the_switch_right_after_it_and_at_a_refresh(folder, d
     assert reference.exists() == (step > 2), "the initial weights need no copy"
     cut_after(dual_space, step, f"resumed_{step}")
     assert_same_run(complete_run(folder, f"resumed_{step}", **DUAL_SPACE), dual_space, STEPS)
+
+
+def continue_into_ppo(folder: Path) -> list[bool]:
+    """Whether there is a critic: in a run that ends with its first phase, and where it is given more steps."""
+    phases = yaml.safe_dump([WARM_UP, PPO], default_flow_style=True, width=10_000).strip()
+    run = load_config(folder / "config.yaml", [f"phases={phases}", f"steps={WARM_UP['until_step']}"])
+    model, checkpoint = Path(run.model.path), folder / "ends_with_the_first_phase"
+    has_critic = []
+    with parallel_layout(run.parallel, seed=1):
+        layout = current_layout(run.parallel)
+        saved = Checkpoint(checkpoint, RunState(run.steps, "NSR-PreRL", {}, layout, {}, {}))
+        saved.weights_folder.mkdir(parents=True)
+        for steps in (run.steps, STEPS):
+            models = build_models(run.model_copy(update={"steps": steps}), model)
+            if steps == run.steps:
+                write = models.actor.begin_save(saved.weights_folder, copy=False)
+                write.write()
+                write.finish()
+                assert models.other_parts() == {}
+            models.load(saved, same_layout=True)
+            has_critic.append(models.critic is not None)
+    destroy_parallel()
+    return has_critic
+
+
+def test_a_run_that_is_given_more_steps_may_need_a_critic_that_no_checkpoint_has_yet(folder):
+    assert run_distributed(continue_into_ppo, 1, folder) == [[False, True]]
 
 
 @pytest.mark.slow
