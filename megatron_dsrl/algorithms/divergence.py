@@ -10,7 +10,9 @@ With the log-ratio d = log pi(y_t) - log ref(y_t) of a token that was sampled fr
 *gradients* that count, and those are another matter, since the sampling distribution depends on the parameters too:
 
 - k1 differentiated as it stands gives grad log pi, whose expectation is 0: no constraint at all. `kl_loss` therefore
-  gives k1 its score-function gradient d * grad log pi, the unbiased gradient of KL(pi || ref).
+  gives k1 its score-function gradient d * grad log pi, the unbiased gradient of KL(pi || ref) of this token's
+  distribution. (What the token does to the divergence of later ones is left out, as is usual in the loss; in the reward
+  it counts.)
 - k2's own gradient is that same d * grad log pi: unbiased.
 - k3's own gradient is (1 - exp(-d)) * grad log pi, whose expectation is the gradient of KL(ref || pi), the other
   direction; the two agree to first order in d. GRPO (arXiv 2402.03300, equation 4) uses it so, and so does `kl_loss`.
