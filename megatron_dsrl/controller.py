@@ -154,9 +154,10 @@ def update_metrics(update: UpdateMetrics | None, phase: PhaseConfig) -> dict[str
     The mismatch compares trainer and engine only where both condition on the prompt. In the pre-train space the gap is
     the one between log P(y) and log P(y|x), and is called so; the other mismatch metrics mean nothing there.
     """
-    if update is None:  # the filter dropped every sample, or the critic learns alone: no step was taken
-        return {"policy/kept_samples": 0, "policy/kept_tokens": 0}
-    metrics = update.flat()
+    nothing_kept = {f"{name}/{count}": 0 for name in phase.objectives for count in ("kept_samples", "kept_tokens")}
+    if update is None:  # the filters dropped every sample, or the critic learns alone: no step was taken
+        return nothing_kept
+    metrics = nothing_kept | update.flat()
     metrics |= {f"policy/{name}": metrics.pop(name) for name in ("grad_norm", "learning_rate")}
     total_loss = metrics.pop("loss")
     if phase.additional_objectives:
