@@ -177,6 +177,5 @@ def rewards_to_go(token_rewards: PerToken) -> PerToken:
 def _group_means(rewards: Tensor, groups: Tensor) -> Tensor:
     """[num_groups] mean reward; exact for groups of equal rewards, whose A must be 0 and not a rounding error."""
     sizes = torch.bincount(groups).to(rewards.dtype)
-    first = torch.zeros_like(sizes)
-    first[groups.flip(0)] = rewards.flip(0)
-    return first + torch.zeros_like(sizes).index_add_(0, groups, rewards - first[groups]) / sizes
+    lowest = torch.zeros_like(sizes).scatter_reduce(0, groups, rewards, "amin", include_self=False)
+    return lowest + torch.zeros_like(sizes).index_add_(0, groups, rewards - lowest[groups]) / sizes
