@@ -236,7 +236,13 @@ def _time_problems(config: RunConfig) -> Iterator[Problem]:
 
 def _length_problems(config: RunConfig, shape: ModelShape | None) -> Iterator[Problem]:
     """Prompt plus response, for training and every evaluation set, within the model's and the engine's limits."""
-    engine = config.engine
+    engine, overlong = config.engine, config.reward.overlong
+    if overlong is not None and overlong.buffer_tokens > config.rollout.max_response_tokens:
+        yield (
+            "reward.overlong.buffer_tokens, rollout.max_response_tokens",
+            f"the last {overlong.buffer_tokens} of {config.rollout.max_response_tokens} tokens would punish every "
+            "response; lower the former",
+        )
     limits = [
         ("engine.max_context_tokens", engine.max_context_tokens),
         ("engine.max_total_tokens", engine.max_total_tokens),
