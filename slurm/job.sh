@@ -110,7 +110,7 @@ evaluate() {
     local policy
     policy="$(newest_step "$run_folder/hf")"
     say "evaluating $policy on $BENCHMARKS"
-    run_once "${dsrl[@]}" eval "$policy" --benchmarks "$BENCHMARKS" --samples "$SAMPLES" --output "$run_folder/evaluation"
+    run_on_all_ranks "${dsrl[@]}" eval "$policy" --benchmarks "$BENCHMARKS" --samples "$SAMPLES" --output "$run_folder/evaluation"
 }
 
 # SIGTERM and SIGUSR1 are for the training, which gets them as well; this script goes on to requeue.
