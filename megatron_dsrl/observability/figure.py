@@ -40,6 +40,6 @@ def _cell(chart: Chart) -> str:
             f'<rect class="series-{colour} dot" x="{x}" y="{TITLE + HEIGHT + 2}" width="10" height="10" rx="2"/>'
             f'<text x="{x + 14}" y="{TITLE + HEIGHT + 11}">{escape(label)}</text>'
         )
-        x += 26 + 6 * len(label)
+        x += 28 + 7 * len(label)
     drawing = str(chart.svg).replace("<svg ", f'<svg y="{TITLE}" width="{WIDTH}" height="{HEIGHT}" ', 1)
     return f'<text class="title" x="46" y="14">{escape(chart.title)}</text>{drawing}{"".join(entries)}'
