@@ -1,5 +1,6 @@
 """Conversion by one process: bit-identical there and back, complete or absent, and every refusal."""
 
+import glob
 import json
 import os
 import signal
@@ -174,16 +175,21 @@ def large(tmp_path_factory) -> Path:
     return folder
 
 
+def files_being_written(target: Path) -> set[str]:
+    """Of unfinished conversions to this folder. Unlike Path.glob, glob.glob bears folders that vanish meanwhile."""
+    return set(glob.glob(str(target.parent / PARTIAL_FILES)))
+
+
 @contextmanager
 def conversion_that_writes(source: Path, target: Path) -> Iterator[subprocess.Popen]:
     """`dsrl convert` in a process of its own, as soon as it has written the beginning of a file."""
     command = [sys.executable, "-m", "megatron_dsrl.cli", "convert", "hf-to-megatron", str(source), str(target)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), MARK: str(os.getpid())}
-    before = set(target.parent.glob(PARTIAL_FILES))
+    before = files_being_written(target)
     process = subprocess.Popen(command, env=environment)
     try:
         deadline = time.monotonic() + 100
-        while set(target.parent.glob(PARTIAL_FILES)) <= before:
+        while files_being_written(target) <= before:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.001)
         yield process
