@@ -13,6 +13,7 @@ from megatron_dsrl.collective import gather, rank, world_size
 from megatron_dsrl.config.layout import engine_problems, refuse
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.platform.engine import ServerArguments, engine_environment, engine_server_arguments
+from megatron_dsrl.rollout.client import EngineError
 from megatron_dsrl.rollout.server import EngineServer
 from megatron_dsrl.rollout.settings import RolloutSettings
 from megatron_dsrl.rollout.weight_push import Bucket, push_weights
@@ -74,9 +75,15 @@ class EngineGroup:
         return [url for url in self._from_all(self._own_url()) if url is not None]
 
     def push(self, buckets: Iterable[Bucket], version: int) -> None:
-        """Replace the weights of this group's engine; see `push_weights`."""
-        push_weights(buckets, version, self._own_url(), self._group, self._config.update_timeout_seconds)
-        self.barrier()
+        """Replace the weights of this group's engine; see `push_weights`.
+
+        Raises:
+            EngineError: An engine refused or is gone, on every rank.
+        """
+        problem = push_weights(buckets, version, self._own_url(), self._group, self._config.update_timeout_seconds)
+        problems = dict.fromkeys(each for each in self._from_all(problem) if each is not None)
+        if problems:
+            raise EngineError("\n".join(problems))
 
     def call_engine(self, call: Callable[[str], Any]) -> None:
         """Run `call(url)` for every engine, on the rank that owns it."""

@@ -9,7 +9,7 @@ inherit.
 import asyncio
 import base64
 import io
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
 from typing import Any
@@ -35,10 +35,12 @@ def push_weights(
     engine_url: str | None,
     group: torch.distributed.ProcessGroup | None,
     timeout_seconds: float,
-) -> None:
+) -> str | None:
     """Replace the engine's weights and set their version. All ranks of the engine's group call it together.
 
     No sample may be running. The version is set after the last bucket was confirmed and the prefix cache flushed.
+    Whatever becomes of the engine, the buckets are drawn to their end: gathering them takes part of ranks that may
+    belong to other engines.
 
     Args:
         buckets: Non-empty lists of (HF name, full tensor), the same on every rank of the group. Tensors of a bucket
@@ -48,21 +50,23 @@ def push_weights(
         group: Gloo group of the ranks that share the engine; None when that is one rank.
         timeout_seconds: Limit of each call.
 
-    Raises:
-        EngineError: The engine refused or is gone, on every rank of the group.
+    Returns:
+        None, or why the engine does not have the weights: it refused a call or is gone, and got no further calls. The
+        same on every rank of the group.
     """
-    _on_first_rank(engine_url, group, timeout_seconds, lambda client: client.begin_weight_update())
+    engine = _GroupsEngine(engine_url, group, timeout_seconds)
+    engine.call(lambda client: client.begin_weight_update())
     for bucket in buckets:
+        if engine.problem is not None:
+            continue
         flattened = flatten(bucket)
         payloads = _gather(serialise(flattened), group)
-        _on_first_rank(engine_url, group, timeout_seconds, lambda client: client.update_weights(payloads))
+        engine.call(lambda client: client.update_weights(payloads))
         del flattened  # not before the engine has confirmed
-    for finish in (
-        lambda client: client.end_weight_update(),
-        lambda client: client.flush_cache(),
-        lambda client: client.set_weight_version(version),
-    ):
-        _on_first_rank(engine_url, group, timeout_seconds, finish)
+    engine.call(lambda client: client.end_weight_update())
+    engine.call(lambda client: client.flush_cache())
+    engine.call(lambda client: client.set_weight_version(version))
+    return engine.problem
 
 
 def flatten(bucket: Bucket) -> dict[str, Any]:
@@ -96,21 +100,26 @@ def _gather(payload: str, group: torch.distributed.ProcessGroup | None) -> list[
     return [payload] if group is None else gather(payload, group)
 
 
-def _on_first_rank(engine_url: str | None, group: Any, timeout_seconds: float, call: Any) -> None:
-    """Run `call(client)` on the rank that owns the engine; all ranks of the group return or raise together."""
-    error = None if engine_url is None else asyncio.run(_call(engine_url, timeout_seconds, call))
-    if group is not None:
-        error = first_problem(error, group)
-    if error is not None:
-        raise EngineError(error)
+class _GroupsEngine:
+    """The engine as all ranks of its group see it: after the first failed call, it gets none and keeps the problem."""
 
+    def __init__(self, url: str | None, group: torch.distributed.ProcessGroup | None, timeout_seconds: float) -> None:
+        self.problem: str | None = None
+        self._url = url
+        self._group = group
+        self._timeout_seconds = timeout_seconds
 
-async def _call(engine_url: str, timeout_seconds: float, call: Any) -> str | None:
-    """The call's error message, or None."""
-    async with connect([engine_url], timeout_seconds) as clients:
-        client: EngineClient = clients[0]
-        try:
-            await call(client)
-        except EngineError as error:
-            return str(error)
-    return None
+    def call(self, call: Callable[[EngineClient], Awaitable[None]]) -> None:
+        """Run `call(client)` on the rank that owns the engine. All ranks of the group wait for it."""
+        if self.problem is not None:
+            return
+        problem = None if self._url is None else asyncio.run(self._call(self._url, call))
+        self.problem = problem if self._group is None else first_problem(problem, self._group)
+
+    async def _call(self, url: str, call: Callable[[EngineClient], Awaitable[None]]) -> str | None:
+        async with connect([url], self._timeout_seconds) as clients:
+            try:
+                await call(clients[0])
+            except EngineError as error:
+                return str(error)
+        return None
