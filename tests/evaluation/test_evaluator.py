@@ -1,7 +1,10 @@
 """The evaluator: what it asks the rollout side for, and the record it makes of the answers."""
 
+from pathlib import Path
+
 import pytest
 
+from megatron_dsrl.config.load import load_config
 from megatron_dsrl.config.run import EvaluationConfig, EvaluationSetConfig
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.errors import UserError
@@ -74,8 +77,8 @@ def test_two_sets_of_one_name_are_refused():
 
 
 def test_early_and_late_frequency():
-    """The paper's: every 5 steps up to 100, then every 25."""
-    config = EvaluationConfig(every_steps=25, early_every_steps=5, early_until_step=100)
+    """The paper's, as its configurations have it: every 5 steps up to 100, then every 25."""
+    config = load_config(Path(__file__).parents[2] / "configs" / "dsrl_qwen3_8b.yaml").evaluation
     assert [step for step in range(1, 200) if is_due(step, config.interval_at(step), last_step=348)] == [
         *range(5, 101, 5), 125, 150, 175,
     ]  # fmt: skip
