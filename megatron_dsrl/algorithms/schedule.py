@@ -20,17 +20,20 @@ class Schedule:
         self._phases = tuple(phases)
 
     def at(self, step: int) -> PhaseConfig:
-        """The phase of a step (from 1).
+        """The phase of a step (from 1), as it holds at that step.
 
         Raises:
             ValueError: if the step lies behind the last phase.
         """
+        return self._of(step).at(step)
+
+    def begins_phase(self, step: int) -> bool:
+        """Whether a step is the first of a phase, and not of the run."""
+        return step > 1 and self._of(step) is not self._of(step - 1)
+
+    def _of(self, step: int) -> PhaseConfig:
         assert step >= 1
         for phase in self._phases:
             if phase.until_step is None or step <= phase.until_step:
                 return phase
         raise ValueError(f"no phase covers step {step}: the last one ends at {self._phases[-1].until_step}")
-
-    def begins_phase(self, step: int) -> bool:
-        """Whether a step is the first of a phase, and not of the run."""
-        return step > 1 and self.at(step) is not self.at(step - 1)

@@ -16,6 +16,8 @@ from megatron_dsrl.config.layout import (
     process_problems,
     processes,
 )
+from megatron_dsrl.config.phase import ObjectiveConfig
+from megatron_dsrl.config.phase_steps import PhaseSteps, phases_by_steps
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.errors import UserError
 
@@ -29,6 +31,7 @@ class PhaseFigures:
 
     name: str
     space: str
+    """Of each objective at the phase's first step."""
     first_step: int
     """Counted from 1."""
     last_step: int
@@ -83,11 +86,12 @@ def derive(config: RunConfig, world_size: int, shape: ModelShape | None, prompts
     Raises:
         UserError: lists every field that does not fit, and what to do.
     """
+    phases = list(phases_by_steps(config))
     problems = [
         *process_problems(config.parallel, world_size),
         *engine_problems(config.engine.tensor_parallel_size, world_size, shape),
         *_phase_problems(config),
-        *_objective_problems(config),
+        *_objective_problems(config, phases),
         *_batch_problems(config, world_size, prompts),
         *_time_problems(config),
         *_length_problems(config, shape),
@@ -97,10 +101,10 @@ def derive(config: RunConfig, world_size: int, shape: ModelShape | None, prompts
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         lines = [f"  {fields}: {what}" for fields, what in problems]
         raise UserError("\n".join([f"run `{config.name}` on {processes(world_size)}: {count}", *lines]))
-    return _figures(config, world_size, prompts)
+    return _figures(config, phases, world_size, prompts)
 
 
-def _figures(config: RunConfig, world_size: int, prompts: int | None) -> RunFigures:
+def _figures(config: RunConfig, phases: list[PhaseSteps], world_size: int, prompts: int | None) -> RunFigures:
     rollout = config.rollout
     samples = rollout.prompts_per_step * rollout.samples_per_prompt
     updates = config.actor.optimizer_steps_per_rollout
@@ -118,30 +122,32 @@ def _figures(config: RunConfig, world_size: int, prompts: int | None) -> RunFigu
         max_generated_tokens_per_step=samples * rollout.max_response_tokens,
         max_tokens_per_micro_batch=config.actor.max_tokens_per_micro_batch,
         longest_sequence=config.data.max_prompt_tokens + rollout.max_response_tokens,
-        phases=tuple(_phase_figures(config, data_parallel_size)),
+        phases=tuple(_phase_figures(config, phase, data_parallel_size) for phase in phases),
         prompts=prompts,
         epochs=None if prompts is None else config.steps * rollout.prompts_per_step / prompts,
     )
 
 
-def _phase_figures(config: RunConfig, data_parallel_size: int) -> Iterator[PhaseFigures]:
+def _phase_figures(config: RunConfig, phase: PhaseSteps, data_parallel_size: int) -> PhaseFigures:
     samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
-    first = 1
-    for phase in config.phases:
-        last = config.steps if phase.until_step is None else min(phase.until_step, config.steps)
-        spaces = [objective.space.name for objective in phase.objectives.values()]
-        contexts = [config.data.max_prompt_tokens if space == "post_train" else LONGEST_BOS for space in spaces]
-        lengths = [context + config.rollout.max_response_tokens for context in contexts]
-        replica_samples = _ceil_divide(samples // config.actor.mini_batches_per_rollout, data_parallel_size)
-        yield PhaseFigures(
-            name=phase.name,
-            space=" + ".join(spaces),
-            first_step=first,
-            last_step=last,
-            max_tokens_per_step=samples * sum(lengths),
-            full_length_micro_batches=sum(_micro_batches(config, replica_samples, length) for length in lengths),
-        )
-        first = max(first, last + 1)
+    replica_samples = _ceil_divide(samples // config.actor.mini_batches_per_rollout, data_parallel_size)
+    spaces = [[objective.space.name for objective in form.objectives.values()] for form in phase.forms]
+    lengths = [[_longest_sequence(config, space) for space in of_form] for of_form in spaces]
+    return PhaseFigures(
+        name=phase.name,
+        space=" + ".join(spaces[0]),
+        first_step=phase.first_step,
+        last_step=phase.last_step,
+        max_tokens_per_step=samples * max(map(sum, lengths)),
+        full_length_micro_batches=max(
+            sum(_micro_batches(config, replica_samples, length) for length in of_form) for of_form in lengths
+        ),
+    )
+
+
+def _longest_sequence(config: RunConfig, space: str) -> int:
+    context = config.data.max_prompt_tokens if space == "post_train" else LONGEST_BOS
+    return context + config.rollout.max_response_tokens
 
 
 def _micro_batches(config: RunConfig, samples: int, length: int) -> int:
@@ -173,28 +179,37 @@ def _phase_problems(config: RunConfig) -> Iterator[Problem]:
         previous = max(previous, phase.until_step)
 
 
-def _objective_problems(config: RunConfig) -> Iterator[Problem]:
-    """What an advantage or a loss cannot work with, as their classes say."""
-    for position, phase in enumerate(config.phases):
-        for objective in phase.objectives.values():
-            advantage, loss = objective.advantage, objective.loss
-            if advantage.compares_samples and config.rollout.samples_per_prompt == 1:
-                yield (
-                    f"phases.{position}, rollout.samples_per_prompt",
-                    f"the advantage `{advantage.name}` compares the samples of one prompt, so at least 2 are needed",
-                )
-            if advantage.ignores_penalties and objective.kl is not None and objective.kl.reward_coefficient > 0:
-                yield (
-                    f"phases.{position}, kl.reward_coefficient",
-                    f"the advantage `{advantage.name}` does not look at penalties in the reward; use "
-                    "kl.loss_coefficient, or another advantage",
-                )
-            if loss.on_policy_only and config.actor.optimizer_steps_per_rollout > 1:
-                yield (
-                    f"phases.{position}, actor.mini_batches_per_rollout, actor.epochs_per_rollout",
-                    f"the loss `{loss.name}` is for one optimizer step per rollout batch, this run takes "
-                    f"{config.actor.optimizer_steps_per_rollout}; choose a loss with a ratio (dual_clip), or one step",
-                )
+def _objective_problems(config: RunConfig, phases: list[PhaseSteps]) -> list[Problem]:
+    """What an advantage or a loss cannot work with, as their classes say; once for all steps of a phase."""
+    problems = (
+        problem
+        for position, phase in enumerate(phases)
+        for form in phase.forms
+        for objective in form.objectives.values()
+        for problem in _problems_of(objective, f"phases.{position}", config)
+    )
+    return list(dict.fromkeys(problems))
+
+
+def _problems_of(objective: ObjectiveConfig, where: str, config: RunConfig) -> Iterator[Problem]:
+    advantage, loss = objective.advantage, objective.loss
+    if advantage.compares_samples and config.rollout.samples_per_prompt == 1:
+        yield (
+            f"{where}, rollout.samples_per_prompt",
+            f"the advantage `{advantage.name}` compares the samples of one prompt, so at least 2 are needed",
+        )
+    if advantage.ignores_penalties and objective.kl is not None and objective.kl.reward_coefficient > 0:
+        yield (
+            f"{where}, kl.reward_coefficient",
+            f"the advantage `{advantage.name}` does not look at penalties in the reward; use "
+            "kl.loss_coefficient, or another advantage",
+        )
+    if loss.on_policy_only and config.actor.optimizer_steps_per_rollout > 1:
+        yield (
+            f"{where}, actor.mini_batches_per_rollout, actor.epochs_per_rollout",
+            f"the loss `{loss.name}` is for one optimizer step per rollout batch, this run takes "
+            f"{config.actor.optimizer_steps_per_rollout}; choose a loss with a ratio (dual_clip), or one step",
+        )
 
 
 def _batch_problems(config: RunConfig, world_size: int, prompts: int | None) -> Iterator[Problem]:

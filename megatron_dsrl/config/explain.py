@@ -13,6 +13,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from megatron_dsrl.config.own_section import OwnSection
 from megatron_dsrl.config.registry import Registry
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.config.section import Section
@@ -42,7 +43,7 @@ def explain_validation_error(error: ValidationError, data: Any, places: Mapping[
     for detail in error.errors(include_url=False):
         path, owner = _walk(RunConfig, detail["loc"], data)
         if detail["type"] in ("union_tag_invalid", "dotted_path") and isinstance(_value_at(data, path), dict):
-            path = (*path, "name")
+            path = (*path, detail["ctx"].get("key", "name"))
         what, hints[path] = _describe(detail, path, owner)
         if what not in problems.setdefault(path, []):
             problems[path].append(what)
@@ -73,7 +74,8 @@ def in_brackets(path: KeyPath, places: Mapping[KeyPath, str]) -> str:
 def _walk(root: type[Section], location: tuple[str | int, ...], data: Any) -> tuple[KeyPath, type[Section] | None]:
     """The data path of a pydantic location, and the section class that holds its last key (None inside a dict).
 
-    `data` decides where a section's class is chosen by name (`config/registry.py`).
+    `data` decides where a section's class is chosen by name (`config/registry.py`) or by `type`
+    (`config/own_section.py`).
     """
     path: KeyPath = ()
     owner: type[Section] | None = root
@@ -97,6 +99,8 @@ def _walk(root: type[Section], location: tuple[str | int, ...], data: Any) -> tu
             owner = None if get_origin(containers[0]) is dict else owner
             path = (*path, part)
             annotation = get_args(containers[0])[-1]
+            if own := [item for item in getattr(annotation, "__metadata__", ()) if isinstance(item, OwnSection)]:
+                annotation = own[0].section_class(_value_at(data, path))
         # Otherwise the part names the member of a union of plain types that was tried: no key of the data.
     return path, owner
 

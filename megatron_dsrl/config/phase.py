@@ -2,7 +2,8 @@
 
 DSRL is two phases in a list: NSR-PreRL, then GRPO. What `advantage`, `filter`, `loss`, `aggregation` and
 `importance_correction` can be is registered in `megatron_dsrl/algorithms`; each is a name with options beside it, or
-the dotted path of one's own class (examples/own_algorithm).
+the dotted path of one's own class. A phase as a whole may be of one's own class too, with fields of its own and another
+phase at every step (examples/own_algorithm).
 """
 
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from megatron_dsrl.config.own_section import OwnSection
 from megatron_dsrl.config.registry import Options, Registry
 from megatron_dsrl.config.section import Section
 
@@ -132,6 +134,10 @@ class PhaseOptimizerConfig(Section):
 class PhaseConfig(ObjectiveConfig):
     """One phase: an objective, and until when it holds."""
 
+    type: str | None = None
+    """Dotted path `package.module:Class` of a phase of one's own: a subclass of PhaseConfig, whose fields the section
+    then has. null: PhaseConfig itself."""
+
     name: str
     """Shown in logs and plots."""
 
@@ -149,8 +155,21 @@ class PhaseConfig(ObjectiveConfig):
         """All terms of the loss by the first part of the names of their metrics, the phase's own first."""
         return {MAIN_OBJECTIVE: self, **{objective.name: objective for objective in self.additional_objectives}}
 
+    def at(self, step: int) -> "PhaseConfig":
+        """The phase as it holds at a step. One's own may give another one for every step, and always the same for it.
+
+        Args:
+            step: of the run, counted from 1; one of the phase's own.
+        """
+        return self
+
     @model_validator(mode="after")
     def _names_of_metrics_differ(self) -> "PhaseConfig":
-        if len(self.objectives) != 1 + len(self.additional_objectives):
+        names = [MAIN_OBJECTIVE, *(objective.name for objective in self.additional_objectives)]
+        if len(set(names)) < len(names):
             raise ValueError(f"the names of additional_objectives must differ from each other and `{MAIN_OBJECTIVE}`")
         return self
+
+
+AnyPhase = Annotated[PhaseConfig, OwnSection("phase", PhaseConfig)]
+"""A phase, or one of one's own by the dotted path in its `type`."""

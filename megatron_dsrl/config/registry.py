@@ -24,8 +24,9 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from pydantic import GetCoreSchemaHandler, SerializationInfo, ValidationError
-from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
+from pydantic_core import InitErrorDetails, core_schema
 
+from megatron_dsrl.config.dotted_path import class_at
 from megatron_dsrl.config.section import Section
 
 
@@ -87,29 +88,15 @@ class Registry:
     def _named(self, name: Any, value: Any) -> type[Options]:
         if not isinstance(name, str) or not name:
             raise _error("union_tag_not_found", value, {"discriminator": "'name'"})
-        if ":" in name:
-            return self._class_at(name)
         names = self.names()
+        if ":" in name:
+            base = self._classes[names[0]].__base__
+            assert base is not None
+            return class_at(name, self._kind, base)
         if name not in names:
             context = {"discriminator": "'name'", "tag": name, "expected_tags": ", ".join(map(repr, names))}
             raise _error("union_tag_invalid", value, context)
         return self._classes[name]
-
-    def _class_at(self, path: str) -> type[Options]:
-        """The options class at a dotted path `package.module:Class`."""
-        module_name, _, class_name = path.partition(":")
-        try:
-            module = importlib.import_module(module_name)
-        except (ImportError, ValueError) as error:
-            message = f"cannot import `{module_name}` ({error}); run where it is found, or add its folder to PYTHONPATH"
-            raise _error(_wrong_path(message), path) from error
-        found = getattr(module, class_name, None)
-        base = self._classes[self.names()[0]].__base__
-        assert base is not None
-        if not (isinstance(found, type) and issubclass(found, base)):
-            message = f"`{module_name}` has no {self._kind} `{class_name}`, which must be a subclass of {base.__name__}"
-            raise _error(_wrong_path(message), path)
-        return found
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
         return core_schema.no_info_plain_validator_function(
@@ -125,11 +112,7 @@ def _as_mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _wrong_path(message: str) -> PydanticCustomError:
-    return PydanticCustomError("dotted_path", "{message}", {"message": message})
-
-
-def _error(kind: str | PydanticCustomError, value: Any, context: dict[str, Any] | None = None) -> ValidationError:
+def _error(kind: str, value: Any, context: dict[str, Any] | None = None) -> ValidationError:
     return ValidationError.from_exception_data(
         "options", [InitErrorDetails(type=kind, input=value, **({"ctx": context} if context else {}))]
     )

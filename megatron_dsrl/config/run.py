@@ -6,7 +6,7 @@ from megatron_dsrl.config.actor import ActorConfig, OptimizerConfig
 from megatron_dsrl.config.critic import CriticConfig, ReferenceConfig
 from megatron_dsrl.config.data import PromptSetConfig, RewardConfig
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig
-from megatron_dsrl.config.phase import PhaseConfig
+from megatron_dsrl.config.phase import AnyPhase
 from megatron_dsrl.config.rollout import EngineConfig, RolloutConfig
 from megatron_dsrl.config.section import Section
 
@@ -103,7 +103,7 @@ class RunConfig(Section):
     reward: RewardConfig = Field(default_factory=RewardConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     engine: EngineConfig = Field(default_factory=EngineConfig)
-    phases: list[PhaseConfig] = Field(min_length=1)
+    phases: list[AnyPhase] = Field(min_length=1)
     """Phases in order of their `until_step`."""
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)

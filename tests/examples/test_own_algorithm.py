@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from examples.own_algorithm.algorithm import HarderProblems, NotTooLong, SimplePolicyOptimization
+from examples.own_algorithm.phase import FadingPhase
 from examples.own_algorithm.reward import right_in_few_lines
 from megatron_dsrl.algorithms.experience import Response, build_experience
 from megatron_dsrl.algorithms.objective import objectives_of
+from megatron_dsrl.algorithms.schedule import Schedule
 from megatron_dsrl.config.load import load_config
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.rewards.registry import check_options, reward_function
@@ -34,6 +36,17 @@ def test_the_slope_of_the_parabola_turns_round_at_eps(ratio, slope):
     assert log_probs.grad.item() / ratio == pytest.approx(slope, abs=1e-6)
 
 
+def test_one_objective_fades_away():
+    """In four steps from 0.01: the phase is another one at each, and begins once."""
+    phases = load_config(RUN, ["phases.0.fading_steps=4", "phases.0.until_step=6", "steps=6"]).phases
+    schedule = Schedule(phases)
+    terms = [schedule.at(step).objectives for step in range(1, 7)]
+    coefficients = [objectives["pre_train"].coefficient for objectives in terms[:4]]
+    assert coefficients == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
+    assert [set(objectives) for objectives in terms[4:]] == [{"policy"}, {"policy"}]
+    assert not any(schedule.begins_phase(step) for step in range(1, 7))
+
+
 def test_the_reward():
     assert right_in_few_lines("1+1\n=2\n\\boxed{2}", "2") == 1.0
     assert right_in_few_lines("1\n" * 6 + "\\boxed{2}", "2") == pytest.approx(0.8)
@@ -48,9 +61,11 @@ def test_the_configuration_means_them():
     assert phase.filter == NotTooLong(name=phase.filter.name, max_tokens=60)
     check_options(config.reward.function, config.reward.options)
     assert reward_function(config.reward.function) is right_in_few_lines
+    assert type(phase) is FadingPhase and phase.fading_steps == 2
     batch = [Response((1,), (2,) * length, (-1.0,) * length, reward, 0) for length, reward in [(3, 1.0), (61, 0.0)]]
     experience = build_experience(batch, phase.space, ())
-    (objective,) = objectives_of(phase, [experience], config.rollout.max_response_tokens)
+    at_the_end = Schedule(config.phases).at(config.steps)
+    (objective,) = objectives_of(at_the_end, [experience], config.rollout.max_response_tokens)
     assert objective.experience.num_scored == [3]
     with pytest.raises(UserError, match=r"phases\.0\.loss\.epsilon: unknown key; did you mean eps\?"):
         load_config(RUN, ["phases.0.loss.epsilon=1"])

@@ -1,0 +1,39 @@
+"""One's own classes by their dotted paths `package.module:Class`."""
+
+import importlib
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from megatron_dsrl.config.section import Section
+
+
+def class_at(path: str, kind: str, base: type[Section], key: str = "name") -> type[Section]:
+    """Import the class.
+
+    Args:
+        path: `package.module:Class`.
+        kind: what it is, for messages.
+        base: what it must be a subclass of.
+        key: of the path in the section that names it, for messages.
+
+    Raises:
+        ValidationError: there is no such module or class, or it is something else.
+    """
+    module_name, _, class_name = path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, ValueError) as error:
+        message = f"cannot import `{module_name}` ({error}); run where it is found, or add its folder to PYTHONPATH"
+        raise _wrong_path(message, path, key) from error
+    found = getattr(module, class_name, None)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        message = f"`{module_name}` has no {kind} `{class_name}`, which must be a subclass of {base.__name__}"
+        raise _wrong_path(message, path, key)
+    return found
+
+
+def _wrong_path(message: str, path: Any, key: str) -> ValidationError:
+    error = PydanticCustomError("dotted_path", "{message}", {"message": message, "key": key})
+    return ValidationError.from_exception_data("dotted path", [InitErrorDetails(type=error, input=path)])

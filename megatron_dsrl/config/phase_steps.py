@@ -1,0 +1,46 @@
+"""The phases of a run laid out over its steps, one's own as they are at every step."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_dsrl.config.phase import PhaseConfig
+from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.errors import UserError
+
+
+@dataclass(frozen=True)
+class PhaseSteps:
+    """A phase of the configuration and the steps that it has."""
+
+    name: str
+    first_step: int
+    """Counted from 1."""
+    last_step: int
+    """Inclusive; below `first_step` for a phase that the run ends before."""
+    forms: tuple[PhaseConfig, ...]
+    """The phase at its steps, at least one: what `PhaseConfig.at` gives, the same one once."""
+
+
+def phases_by_steps(config: RunConfig) -> Iterator[PhaseSteps]:
+    """Every phase of the run, in order.
+
+    Raises:
+        UserError: a phase of one's own fails at one of its steps, or gives something else than a phase.
+    """
+    first = 1
+    for position, phase in enumerate(config.phases):
+        last = config.steps if phase.until_step is None else min(phase.until_step, config.steps)
+        forms = [_at(phase, step, position) for step in range(first, max(first, last) + 1)]
+        yield PhaseSteps(phase.name, first, last, tuple({id(form): form for form in forms}.values()))
+        first = max(first, last + 1)
+
+
+def _at(phase: PhaseConfig, step: int, position: int) -> PhaseConfig:
+    try:
+        form = phase.at(step)
+    except Exception as error:  # the user's own code
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"phases.{position}: {phase.type} fails at step {step}: {what}") from error
+    if not isinstance(form, PhaseConfig):
+        raise UserError(f"phases.{position}: {phase.type}.at({step}) gives {form!r}, which is no PhaseConfig")
+    return form
