@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from megatron_dsrl.actor.statistics import UpdateMetrics
 from megatron_dsrl.algorithms.experience import Response
 from megatron_dsrl.algorithms.mismatch import MISMATCH_MAXIMA, MISMATCH_MEANS
+from megatron_dsrl.algorithms.reward_shaping import shaping_metrics
 from megatron_dsrl.config.phase import MAIN_OBJECTIVE, PhaseConfig, PreTrainSpaceConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.data.prompt import Prompt
@@ -111,12 +112,14 @@ class Controller:
         timer: SecondsPerPart,
     ) -> None:
         """Write down and print a finished step."""
+        config = self._config
         record = {
             "step": step,
             "phase": phase.name,
             "weight_version": samples.sampled[0].samples[0].weight_version,
             **samples.metrics,
             **rollout_metrics(samples.sampled, timer.seconds("generate")),
+            **shaping_metrics(responses_of(samples.groups), config.reward.overlong, config.rollout.max_response_tokens),
             **update_metrics(update, phase),
             **critic_metrics,
             **memory_metrics(),
@@ -124,7 +127,7 @@ class Controller:
         }
         self._tracker.log_step(record)
         self._console.step(record)
-        gap, limit = record.get("mismatch/mean_log_prob_gap"), self._config.observability.max_log_prob_gap
+        gap, limit = record.get("mismatch/mean_log_prob_gap"), config.observability.max_log_prob_gap
         if gap is not None and gap > limit:
             self._console.message(
                 f"warning: trainer and engine log-probs differ by {gap:.3g} nat on average, above "
@@ -160,7 +163,7 @@ def update_metrics(update: UpdateMetrics | None, phase: PhaseConfig) -> dict[str
     metrics = nothing_kept | update.flat()
     metrics |= {f"policy/{name}": metrics.pop(name) for name in ("grad_norm", "learning_rate")}
     total_loss = metrics.pop("loss")
-    if phase.additional_objectives:
+    if len(phase.objectives) > 1:
         metrics["policy/total_loss"] = total_loss
     for name, objective in phase.objectives.items():
         prefix = "" if name == MAIN_OBJECTIVE else f"{name}/"

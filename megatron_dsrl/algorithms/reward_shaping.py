@@ -28,8 +28,27 @@ def shape_rewards(
     ]
 
 
+def shaping_metrics(
+    responses: Sequence[Response], overlong: OverlongConfig | None, max_response_tokens: int
+) -> dict[str, float]:
+    """What `shape_rewards` makes of a step's responses, at least one; nothing without a penalty.
+
+    Returns:
+        `reward/shaped_mean`: mean of the rewards that advantages are made of. `reward/overlong_fraction`: responses
+        that were punished, whatever their reward was.
+    """
+    if overlong is None:
+        return {}
+    shaped = shape_rewards(responses, overlong, max_response_tokens)
+    punished = sum(after.reward < before.reward for before, after in zip(responses, shaped))
+    return {
+        "reward/shaped_mean": sum(response.reward for response in shaped) / len(shaped),
+        "reward/overlong_fraction": punished / len(shaped),
+    }
+
+
 def overlong_shaping(length: int, max_response_tokens: int, buffer_tokens: int) -> float:
-    """DAPO's soft overlong punishment (arXiv 2503.14476, equation 13).
+    """DAPO's soft overlong punishment (arXiv 2503.14476, on overlong reward shaping).
 
     0 up to the buffer, which is the last part of the allowed length, then falling linearly to -1 at its end.
 

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_dsrl.algorithms.experience import Response
-from megatron_dsrl.algorithms.reward_shaping import overlong_shaping, shape_rewards
+from megatron_dsrl.algorithms.reward_shaping import overlong_shaping, shape_rewards, shaping_metrics
 from megatron_dsrl.config.data import OverlongConfig
 
 
@@ -20,3 +20,12 @@ def test_shaping_adds_to_the_verified_reward():
     shaped = shape_rewards(responses, OverlongConfig(buffer_tokens=4, penalty=0.5), max_response_tokens=10)
     assert [r.reward for r in shaped] == [1.0 - 0.5 * 2 / 4, 0.0 - 0.5 * 3 / 4]
     assert shape_rewards(responses, None, 10) == responses
+
+
+def test_metrics_tell_the_shaped_mean_and_how_many_were_punished():
+    """Of lengths 6, 8 and 9 the last two reach into the buffer of 4 before 10: rewards 1, 1 - 1/4 and 0 - 3/8."""
+    lengths = [(6, 1.0), (8, 1.0), (9, 0.0)]
+    responses = [Response((1,), (2,) * length, (-1.0,) * length, reward, 0) for length, reward in lengths]
+    metrics = shaping_metrics(responses, OverlongConfig(buffer_tokens=4, penalty=0.5), max_response_tokens=10)
+    assert metrics == pytest.approx({"reward/shaped_mean": (1.0 + 0.75 - 0.375) / 3, "reward/overlong_fraction": 2 / 3})
+    assert shaping_metrics(responses, None, 10) == {}

@@ -34,6 +34,15 @@ OPTIONS = {
             "actor.mini_batches_per_rollout=2",
         ],
     ),
+    "own phase": (
+        "grpo",
+        [
+            "phases.0.type=examples.own_algorithm.phase:FadingPhase",
+            "phases.0.fading={name: fading, space: {name: pre_train}, advantage: group_mean, coefficient: 0.5}",
+            "phases.0.fading_steps=1",
+        ],
+    ),
+    "overlong shaping": ("grpo", ["reward.overlong={buffer_tokens: 8, penalty: 0.5}"]),
     "KL in the reward": ("reinforce_pp", ["phases.0.kl={reward_coefficient: 0.1}"]),
 }
 """Further runs: a method with overrides."""
@@ -133,6 +142,20 @@ def test_an_additional_objective_reports_under_its_own_name(records):
     gap = "pre_train/mean_log_prob_gap"
     assert first[f"nsr_prerl/{gap}"] == pytest.approx(alone[gap], rel=1e-5)
     assert first["policy/total_loss"] == pytest.approx(first["policy/loss"] + first["nsr_prerl/loss"], rel=1e-5)
+
+
+def test_a_phase_of_ones_own_is_another_one_at_every_step(records):
+    first, second = records["own phase"]
+    assert first["policy/total_loss"] == pytest.approx(first["policy/loss"] + first["fading/loss"])
+    assert not any(key.startswith("fading/") or key == "policy/total_loss" for key in second)
+
+
+def test_what_overlong_shaping_takes_off_shows_beside_the_verifiers_score(records):
+    for record in records["overlong shaping"]:
+        assert 0 < record["reward/overlong_fraction"] < 1
+        taken_off = record["reward/mean"] - record["reward/shaped_mean"]
+        assert 0 < taken_off < 0.5 * record["reward/overlong_fraction"]
+    assert "reward/shaped_mean" not in records["grpo"][0]
 
 
 def test_kl_terms_compare_with_the_first_weights(records):
