@@ -7,8 +7,8 @@ packing and data parallelism only ever add up and cannot change the result. Only
 
 | name | loss | source |
 |---|---|---|
-| `token_mean` | sum of l / number of tokens | DAPO (arXiv 2503.14476, equation 8), the released DSRL configuration |
-| `sequence_mean` | mean over samples of (sum of l / length) | GRPO (arXiv 2402.03300, equation 3) |
+| `token_mean` | sum of l / number of tokens | DAPO (arXiv 2503.14476), the released DSRL configuration |
+| `sequence_mean` | mean over samples of (sum of l / length) | GRPO (arXiv 2402.03300) |
 | `token_sum` | sum of l / (number of samples x constant) | Dr.GRPO (arXiv 2503.20783) |
 
 A token of a long response weighs the same as one of a short response under the first and the third, and less under the

@@ -15,7 +15,7 @@ With the log-ratio d = log pi(y_t) - log ref(y_t) of a token that was sampled fr
   it counts.)
 - k2's own gradient is that same d * grad log pi: unbiased.
 - k3's own gradient is (1 - exp(-d)) * grad log pi, whose expectation is the gradient of KL(ref || pi), the other
-  direction; the two agree to first order in d. GRPO (arXiv 2402.03300, equation 4) uses it so, and so does `kl_loss`.
+  direction; the two agree to first order in d. GRPO (arXiv 2402.03300) uses it so, and so does `kl_loss`.
 
 All of this holds on-policy; after the first step of several on the same samples the estimates are those of the policy
 that sampled.

@@ -2,8 +2,8 @@
 
 With token rewards r_t and a critic's values V_t, the value of what has been written *before* token t:
 
-    delta_t = r_t + gamma V_{t+1} - V_t        (equation 10; V after the last token is 0: the episode is over)
-    A_t     = delta_t + gamma lambda A_{t+1}   (equation 16 as a recursion)
+    delta_t = r_t + gamma V_{t+1} - V_t        (the TD residual; V after the last token is 0: the episode is over)
+    A_t     = delta_t + gamma lambda A_{t+1}   (the sum of (gamma lambda)^l delta_{t+l} over l, as a recursion)
     R_t     = A_t + V_t                        (what the critic should have said: the TD(lambda) return)
 
 A response that was cut at the length limit ends like any other: nothing follows that could still be rewarded. The

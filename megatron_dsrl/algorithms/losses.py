@@ -114,7 +114,7 @@ class PolicyGradient(LossOptions):
 class GSPO(LossOptions):
     """Group sequence policy optimization (arXiv 2507.18071): one ratio per sequence, the geometric mean of its tokens'.
 
-    Belongs with `aggregation: sequence_mean`, under which it is the paper's equation 5. The paper's clip is as narrow
+    Belongs with `aggregation: sequence_mean`, under which it is the paper's objective. The paper's clip is as narrow
     as these defaults because the ratio of a sequence moves much less than those of tokens.
     """
 
@@ -134,7 +134,7 @@ class GSPO(LossOptions):
 
 @LOSSES.register
 class CISPO(LossOptions):
-    """Clipped importance sampling (arXiv 2506.13585, equations 4 and 5): l = -stop(clip(ratio)) A log pi.
+    """Clipped importance sampling (arXiv 2506.13585): l = -stop(clip(ratio)) A log pi.
 
     The weight is clipped and not the update, so no token loses its gradient. The paper leaves the lower bound off and
     tunes the upper one, whose value it does not give; 5 is what the experiments of arXiv 2510.13786 lie around.
@@ -177,7 +177,7 @@ def probability_ratio(log_ratio: Tensor) -> Tensor:
 def sequence_ratio(tokens: ScoredTokens) -> Tensor:
     """GSPO's ratio of every token's sequence: s = exp(mean over its tokens of (log pi - log pi_old)).
 
-    Its gradient at a token is that of GSPO-token (arXiv 2507.18071, equations 13 and 14), s * grad log pi of that
+    Its gradient at a token is that of GSPO-token (of the same paper, arXiv 2507.18071), s * grad log pi of that
     token: equal to the gradient of s where the tokens of a sequence share their advantage and weight, and well-defined
     where they do not.
 
@@ -191,7 +191,7 @@ def sequence_ratio(tokens: ScoredTokens) -> Tensor:
 def clipped_surrogate(
     ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None
 ) -> tuple[Tensor, Tensor]:
-    """PPO's clipped surrogate (arXiv 1707.06347, equation 7) with the dual clip (arXiv 1912.09729).
+    """PPO's clipped surrogate (arXiv 1707.06347) with the dual clip (arXiv 1912.09729).
 
     l = max(-A rho, -A clip(rho, 1 - low, 1 + high)); where A < 0 also l = min(l, -A c).
 

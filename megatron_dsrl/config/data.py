@@ -74,7 +74,7 @@ class PromptSetConfig(Section):
 
 
 class OverlongConfig(Section):
-    """DAPO's soft punishment of long responses (arXiv 2503.14476, equation 13): nothing up to
+    """DAPO's soft punishment of long responses (arXiv 2503.14476, on overlong reward shaping): nothing up to
     `rollout.max_response_tokens` - `buffer_tokens`, then a penalty that grows linearly up to the limit."""
 
     buffer_tokens: int = Field(ge=1)

@@ -1,4 +1,4 @@
-"""Generalized advantage estimation: an example worked by hand, and the sum of equation 16 without its recursion."""
+"""Generalized advantage estimation: an example worked by hand, and the paper's sum without its recursion."""
 
 from dataclasses import replace
 

@@ -62,7 +62,7 @@ def test_cispo_with_a_lower_bound():
 
 
 def gspo_objective(log_probs, old_log_probs, advantages, lengths, low, high):
-    """Equation 5 of arXiv 2507.18071 sample by sample, with a differentiable sequence ratio; to be maximised."""
+    """The objective of arXiv 2507.18071 sample by sample, with a differentiable sequence ratio; to be maximised."""
     terms = []
     for lp, old, advantage in zip(log_probs.split(lengths), old_log_probs.split(lengths), advantages):
         ratio = ((lp - old).sum() / len(lp)).exp()
