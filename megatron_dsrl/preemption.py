@@ -59,6 +59,17 @@ class StopSignal:
         finally:
             self._interruptible = False
 
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Inside an interruptible block: a request waits for the end of this part of it."""
+        interruptible, self._interruptible = self._interruptible, False
+        try:
+            yield
+        finally:
+            self._interruptible = interruptible
+        if interruptible and self.requested:
+            raise StopRequested
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             raise SystemExit(128 + number)

@@ -181,13 +181,22 @@ def with_model_folder(config: RunConfig, folder: Path) -> RunConfig:
 
 def sample(run: TrainingRun, step: int) -> StepSamples | None:
     """Rank 0: the judged rollout of the step, or None if the run was asked to stop. Other ranks: None."""
-    if run.controller is None:
-        return None
-    try:
-        with run.stop.interruptible():
-            return run.controller.sample(step, run.sampler.next)
-    except StopRequested:
-        return None
+
+    def work() -> StepSamples | None:
+        assert run.controller is not None
+        try:
+            with run.stop.interruptible():
+                return run.controller.sample(step, run.sampler.next)
+        except StopRequested:
+            return None
+
+    return run.rollout.while_sampling(work, lambda: recover_engines(run, version=step))
+
+
+def recover_engines(run: TrainingRun, version: int) -> None:
+    """In the middle of a batch: replace lost engines, and give them the weights that they had. All ranks."""
+    with run.stop.deferred():  # a rank that left now would leave the others waiting
+        push_weights(run, version)
 
 
 def share_experiences(run: TrainingRun, samples: StepSamples | None, phase: PhaseConfig) -> list[Experience] | None:
@@ -213,7 +222,8 @@ def push_weights(run: TrainingRun, version: int) -> None:
     """Give the engines the actor's weights, and their memory back: the cache last, when there is most room."""
     current_platform().release_cached_memory()
     run.rollout.resume_weights()
-    run.rollout.load_weights(run.models.actor.hf_weights(run.config.engine.weight_bucket_megabytes * 2**20), version)
+    bucket_bytes = run.config.engine.weight_bucket_megabytes * 2**20
+    run.rollout.load_weights(lambda: run.models.actor.hf_weights(bucket_bytes), version)
     current_platform().release_cached_memory()
     run.rollout.resume_kv_cache()
 
@@ -227,12 +237,18 @@ def write_results(run: TrainingRun, step: int) -> None:
         target = exported_policy(run.inputs.run_folder, step)
         if not target.exists():
             run.models.actor.export_hf(target)
-    if run.controller and (step == 0 or is_due(step, run.config.evaluation.interval_at(step), run.config.steps)):
-        try:
-            with run.stop.interruptible():
-                run.controller.evaluate(step)
-        except StopRequested:
-            pass
+    if step == 0 or is_due(step, run.config.evaluation.interval_at(step), run.config.steps):
+        run.rollout.while_sampling(lambda: evaluate(run, step), lambda: recover_engines(run, version=step + 1))
+
+
+def evaluate(run: TrainingRun, step: int) -> None:
+    """Rank 0's part of `write_results`."""
+    assert run.controller is not None
+    try:
+        with run.stop.interruptible():
+            run.controller.evaluate(step)
+    except StopRequested:
+        pass
 
 
 def stop_as_asked(run: TrainingRun, step: int, sampler: SamplerState) -> NoReturn:

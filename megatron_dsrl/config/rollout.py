@@ -48,7 +48,15 @@ class RolloutConfig(Section):
     engines draw their random numbers without seeds."""
 
     step_timeout_seconds: float = Field(default=3600.0, gt=0)
-    """Limit for one whole rollout batch. The error names the prompts that were still running."""
+    """Limit for one whole rollout batch. The error names the prompts that were still running, and for how long."""
+
+    request_timeout_seconds: float | None = Field(default=None, gt=0)
+    """Limit for one request to an engine, which is a prompt with all its samples; null: none but the batch's. A request
+    that takes longer has failed."""
+
+    request_attempts: int = Field(default=3, ge=1)
+    """How often a request is made before its failure ends the run, where the engine itself is well. Further attempts
+    come after 1, 2, 4, ... seconds. What an engine was asked when it died is asked again without being counted."""
 
     replay_from: str | None = None
     """Run folder whose saved rollouts are used in place of sampling (train-only runs, layout comparisons)."""
@@ -65,6 +73,16 @@ class EngineConfig(Section):
 
     startup_timeout_seconds: float = Field(default=600.0, gt=0)
     """Limit until a server answers its health check."""
+
+    health_check_seconds: float = Field(default=10.0, gt=0)
+    """Time between two health checks of an engine while samples are generated."""
+
+    health_timeout_seconds: float = Field(default=60.0, gt=0)
+    """An engine that passes no health check for so long hangs: it is killed and restarted."""
+
+    max_restarts: int = Field(default=5, ge=0)
+    """How often one engine that died or hung is restarted before the run ends with the last lines of its log. Counted
+    from the run's start or continuation."""
 
     update_timeout_seconds: float = Field(default=300.0, gt=0)
     """Limit for one weight push, and for each release or resume of engine memory."""

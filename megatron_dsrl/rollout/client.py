@@ -16,33 +16,44 @@ from megatron_dsrl.rollout.sampling import SamplingParameters
 MemoryTag = Literal["weights", "kv_cache"]
 
 
+VersionSpans = tuple[tuple[int, int], ...]
+"""(weight version, number of tokens that it produced), oldest first."""
+
+
 class EngineError(RuntimeError):
     """An engine refused a call, answered something unusable, or is gone."""
+
+
+class BadRequestError(EngineError):
+    """The engine will never accept this request: asking again does not help."""
 
 
 @dataclass(frozen=True)
 class SampleRequest:
     """One response that is asked for."""
 
-    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    """The prompt, and what there is of the response already."""
     seed: int
     """Decides the random numbers of the response, in 0..2^63 - 1."""
+    max_new_tokens: int
+    """The response ends at this many further tokens."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One response as the engine returned it."""
+    """What the engine returned for one request."""
 
     response_ids: tuple[int, ...]
-    """Response tokens, the stop token included."""
+    """New tokens, the stop token included."""
 
     log_probs: tuple[float, ...]
-    """Log-prob of every response token. Unit: nat."""
+    """Log-prob of every new token. Unit: nat."""
 
-    finish_reason: Literal["stop", "length"]
-    """`length`: the response reached the limit."""
+    finish_reason: Literal["stop", "length", "abort"]
+    """`length`: the response reached the limit. `abort`: `abort_all` ended it, perhaps before its first token."""
 
-    weight_versions: frozenset[int]
+    weight_versions: VersionSpans
     """Versions of the weights that produced the tokens; more than one when weights changed in between."""
 
 
@@ -69,25 +80,48 @@ class EngineClient:
         await self._session.close()
         self._session = None
 
-    async def generate(self, requests: Sequence["SampleRequest"], sampling: SamplingParameters) -> list[Completion]:
-        """One response per request, in their order. No time limit of its own.
+    async def generate(
+        self, requests: Sequence[SampleRequest], sampling: SamplingParameters, timeout_seconds: float | None = None
+    ) -> list[Completion]:
+        """One response per request, in their order.
 
         SGLang's scheduler gets them all in one message, so that it forms the same batches of them every time.
 
+        Args:
+            requests: what is asked for.
+            sampling: how; the requests say themselves how long.
+            timeout_seconds: Limit of the whole call; None for none.
+
         Raises:
-            EngineError: The engine refused, aborted or is gone.
+            BadRequestError: The engine refused the request itself, such as one that is too long.
+            EngineError: The engine is busy or gone.
         """
         body = {
-            "input_ids": [list(request.prompt_ids) for request in requests],
-            "sampling_params": [sampling.as_engine_request() | {"sampling_seed": request.seed} for request in requests],
+            "input_ids": [list(request.token_ids) for request in requests],
+            "sampling_params": [
+                sampling.as_engine_request(request.max_new_tokens) | {"sampling_seed": request.seed}
+                for request in requests
+            ],
             "return_logprob": True,
         }
-        answers = await self._post("/generate", body, timeout_seconds=None)
+        answers = await self._post("/generate", body, timeout_seconds)
         if not isinstance(answers, list) or len(answers) != len(requests):
             raise EngineError(
                 f"engine {self.url}: /generate did not answer with {len(requests)} samples: {answers!r:.500}"
             )
         return [self._completion(answer) for answer in answers]
+
+    async def abort_all(self) -> None:
+        """End all running requests now; they return what they have."""
+        await self._post("/abort_request", {"abort_all": True})
+
+    async def check_health(self, timeout_seconds: float) -> None:
+        """Have the scheduler produce something: a token, where it has nothing else to do.
+
+        Raises:
+            EngineError: It did not, within the limit.
+        """
+        await self._request("GET", "/health", None, timeout_seconds)
 
     async def begin_weight_update(self) -> None:
         """Open a weight update. No request may be running."""
@@ -138,14 +172,19 @@ class EngineClient:
 
     async def _post(self, path: str, body: dict[str, Any] | None, timeout_seconds: float | None = -1.0) -> Any:
         """POST and return the decoded answer. -1 is the client's own limit, None is no limit."""
+        return await self._request(
+            "POST", path, body, self._timeout_seconds if timeout_seconds == -1.0 else timeout_seconds
+        )
+
+    async def _request(self, method: str, path: str, body: dict[str, Any] | None, limit: float | None) -> Any:
         assert self._session is not None, "EngineClient is used outside `async with`"
-        limit = self._timeout_seconds if timeout_seconds == -1.0 else timeout_seconds
         try:
-            async with self._session.post(
-                self.url + path, json=body, timeout=aiohttp.ClientTimeout(total=limit)
+            async with self._session.request(
+                method, self.url + path, json=body, timeout=aiohttp.ClientTimeout(total=limit)
             ) as response:
                 if response.status != 200:
-                    raise EngineError(
+                    kind = BadRequestError if 400 <= response.status < 500 else EngineError
+                    raise kind(
                         f"engine {self.url} refused {path}: status {response.status}, {await response.text():.2000}"
                     )
                 if response.content_type != "application/json":
@@ -161,16 +200,20 @@ class EngineClient:
     def _completion(self, answer: dict[str, Any]) -> Completion:
         meta = answer["meta_info"]
         reason = meta["finish_reason"]
-        if reason["type"] not in ("stop", "length"):
+        if reason["type"] not in ("stop", "length", "abort"):
             raise EngineError(f"engine {self.url} ended a sample with {reason!r:.500}")
         response_ids = tuple(answer["output_ids"])
-        log_probs = tuple(entry[0] for entry in meta["output_token_logprobs"])
+        log_probs = tuple(entry[0] for entry in meta.get("output_token_logprobs", ()))  # absent if it never began
         assert len(log_probs) == len(response_ids), f"{len(log_probs)} log-probs for {len(response_ids)} tokens"
         return Completion(
             response_ids=response_ids,
             log_probs=log_probs,
             finish_reason=reason["type"],
-            weight_versions=frozenset(int(span["version"]) for span in meta["weight_versions"]),
+            weight_versions=tuple(
+                (int(span["version"]), span["end"] - span["start"])
+                for span in meta.get("weight_versions", ())
+                if span["end"] > span["start"]
+            ),
         )
 
 

@@ -1,180 +1,363 @@
 """One batch of prompts over all engines, with verification running beside generation.
 
-Each prompt goes, with all its samples, to the engine with the least outstanding work, so that the samples share the
+Each prompt goes, with all its samples, to the engine with the fewest outstanding tokens, so that the samples share the
 prompt's cache. As soon as a group returns, its responses are in the reward pool while other prompts still generate.
 In deterministic sampling nothing may depend on who is first: each engine gets a fixed part of the prompts at once.
+
+Faults. A call that fails is made again after a while, if its engine is well. An engine that is gone, or has not
+passed a health check for too long, is lost: its calls go to the others at once. When no living engine may take what is
+left, `EnginesLostError` hands the batch back, to be continued once the engines have been restarted. Samples keep their
+seeds through all of that, and a call counts once: no sample is lost or doubled.
 """
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
-from itertools import islice
 
-from megatron_dsrl.data.prompt import Prompt
-from megatron_dsrl.rewards.pool import Judgement, RewardPool
-from megatron_dsrl.rollout.client import Completion, EngineClient, EngineError, SampleRequest
+from megatron_dsrl.rewards.pool import RewardPool
+from megatron_dsrl.rollout.batch import Batch, Call
+from megatron_dsrl.rollout.client import BadRequestError, Completion, EngineClient, EngineError
+from megatron_dsrl.rollout.routing import Load, Router
 from megatron_dsrl.rollout.sample import Group, Sample
-from megatron_dsrl.rollout.sampling import SamplingParameters
+from megatron_dsrl.rollout.unfinished import PartialResponse, UnfinishedGroup
 
 Decode = Callable[[Sequence[int]], str]
 """Token ids to text without special tokens."""
 
-PROMPTS_IN_ERROR = 8
+STRAGGLERS_IN_ERROR = 8
+FIRST_BACK_OFF_SECONDS = 1.0
+"""Before the second attempt; it doubles with every further one."""
+ABORT_AGAIN_SECONDS = 1.0
+"""A call that reached the engine just after an abort is met by the next one."""
+ABORT_LIMIT_SECONDS = 60.0
+MONITOR_GRACE_SECONDS = 5.0
+"""For a health check that is under way when the batch ends; what it asked of the engine must not meet the next one."""
 
 
 class StaleWeightsError(EngineError):
     """A sample came from other weights than the current ones."""
 
 
+class EnginesLostError(EngineError):
+    """No living engine may take what is left of the batch."""
+
+
 @dataclass(frozen=True)
-class BatchRequest:
-    """What one batch asks for."""
+class Running:
+    """A call that an engine is working on."""
 
-    prompts: Sequence[Prompt]
-    seeds: Sequence[tuple[int, ...]]
-    """For every prompt one seed per sample, the same number of them for all prompts."""
-    sampling: SamplingParameters
-    weight_version: int
-    """The version that every sample must carry."""
-    deterministic: bool
-    """Prompt i goes to engine i modulo their number, and an engine gets all its prompts in one call."""
-    max_outstanding_samples: int
-    """Samples that one engine holds at a time; further prompts wait for the engine that frees up first. Without
-    effect on deterministic batches."""
-    timeout_seconds: float
-    """Limit for the whole batch, verification included."""
-
-    @property
-    def samples_per_prompt(self) -> int:
-        """The group size."""
-        return len(self.seeds[0])
-
-    def of_prompts(self, positions: Sequence[int]) -> list[SampleRequest]:
-        """All samples of the prompts at these positions, prompt after prompt."""
-        return [SampleRequest(self.prompts[i].token_ids, seed) for i in positions for seed in self.seeds[i]]
+    call: Call
+    engine: int
+    load: Load
+    started: float
+    """On the monotonic clock."""
 
 
-async def sample_groups(
-    request: BatchRequest,
-    clients: Sequence[EngineClient],
-    rewards: RewardPool,
-    decode: Decode,
-    on_samples: Callable[[int], None],
-    on_group: Callable[[Group], None],
-) -> list[Group]:
-    """Sample, decode and judge; groups are in the order of the prompts.
+class Dispatcher:
+    """Works on one batch until it is finished, has enough, or no engine is left."""
 
-    `on_samples` is told how many samples have come back, each time some do; `on_group` gets every group as soon as it
-    is judged, in any order.
+    def __init__(
+        self,
+        batch: Batch,
+        clients: Sequence[EngineClient],
+        lost: dict[int, str],
+        rewards: RewardPool,
+        decode: Decode,
+        on_samples: Callable[[int], None],
+        on_group: Callable[[Group], None],
+    ) -> None:
+        """
+        Args:
+            batch: what to do; its state is kept up to date.
+            clients: one per engine.
+            lost: why an engine may not be used, by its number. Engines that are lost meanwhile are added.
+            rewards: judges responses.
+            decode: makes text of them.
+            on_samples: is told how many samples have come back, each time some do.
+            on_group: gets every group as soon as it is judged, in any order.
+        """
+        self._batch = batch
+        self._request = batch.request
+        self._clients = clients
+        self._lost = lost
+        self._rewards = rewards
+        self._decode = decode
+        self._on_samples = on_samples
+        self._on_group = on_group
+        self._router = Router(
+            len(clients), self._request.max_outstanding_samples, self._request.sampling.max_response_tokens, set(lost)
+        )
+        self._running: dict[asyncio.Task[list[Completion]], Running] = {}
+        self._judging: dict[asyncio.Task[Group], int] = {}
+        self._monitors: dict[asyncio.Task[str], int] = {}
+        self._ended = asyncio.Event()
 
-    Raises:
-        EngineError: An engine failed, or the batch took longer than its limit; the message names the prompts that
-            were still running.
-        StaleWeightsError: A sample does not carry the requested weight version.
-    """
-    deadline = time.monotonic() + request.timeout_seconds
-    judged: dict[int, asyncio.Task[Group]] = {}
-    waiting = deque(range(len(request.prompts)))
-    running: dict[asyncio.Task[list[Completion]], tuple[Sequence[int], int]] = {}  # task -> (prompt positions, engine)
-    outstanding = [0] * len(clients)
+    async def run(self) -> None:
+        """
+        Raises:
+            EnginesLostError: The batch can go on when engines have been restarted.
+            StaleWeightsError: A sample does not carry the requested weight version.
+            EngineError: An engine refused a request for good, or the batch took longer than its limit; the message
+                names the prompts.
+        """
+        self._monitors = {
+            asyncio.create_task(self._monitor(client)): engine
+            for engine, client in enumerate(self._clients)
+            if engine not in self._lost
+        }
+        try:
+            while not self._request.feed.is_enough():
+                self._batch.top_up()
+                self._send()
+                if not self._running and not self._judging:
+                    if not self._batch.waiting:
+                        return
+                    if not any(map(self._has_engine, self._batch.waiting)):
+                        raise EnginesLostError("\n".join(self._lost.values()))
+                await self._wait()
+            await self._abort_surplus()
+        finally:
+            await self._stop()
 
-    def start(positions: Sequence[int], engine: int) -> None:
-        call = clients[engine].generate(request.of_prompts(positions), request.sampling)
-        running[asyncio.create_task(call)] = (positions, engine)
-        outstanding[engine] += len(positions) * request.samples_per_prompt
+    # ---- sending
 
-    try:
-        if request.deterministic:
-            for engine in range(min(len(clients), len(request.prompts))):
-                start(range(len(request.prompts))[engine :: len(clients)], engine)
-            waiting.clear()
-        while waiting or running:
-            while waiting and (engine := _free_engine(outstanding, request)) is not None:
-                start([waiting.popleft()], engine)
-            done, _ = await asyncio.wait(
-                running, timeout=max(0.0, deadline - time.monotonic()), return_when=asyncio.FIRST_COMPLETED
+    def _send(self) -> None:
+        """Give out the calls that may be made now, as long as engines have room."""
+        now = time.monotonic()
+        for call in list(self._batch.waiting):
+            if call.not_before > now or not self._has_engine(call):
+                continue
+            load = self._router.load_of([self._batch.groups[position] for position in call.positions])
+            engine = self._router.choose(load) if call.engine is None else call.engine
+            if engine is None:
+                return
+            self._batch.waiting.remove(call)
+            self._router.begin(engine, load)
+            requests = [
+                request
+                for position in call.positions
+                for request in self._batch.groups[position].requests(self._request.sampling.max_response_tokens)
+            ]
+            answer = self._clients[engine].generate(
+                requests, self._request.sampling, self._request.call_timeout_seconds
             )
-            if not done:
-                raise EngineError(_timeout_message(request, waiting, running))
+            self._running[asyncio.create_task(answer)] = Running(call, engine, load, now)
+
+    def _has_engine(self, call: Call) -> bool:
+        """Whether any living engine may take it."""
+        if call.engine is not None:
+            return call.engine not in self._lost
+        return len(self._lost) < len(self._clients)
+
+    # ---- waiting
+
+    async def _wait(self) -> None:
+        """Wait for the next thing to happen, and deal with it."""
+        now = time.monotonic()
+        wake = min([self._batch.deadline, *(c.not_before for c in self._batch.waiting if c.not_before > now)])
+        tasks = [*self._running, *self._judging, *self._monitors]
+        done, _ = await asyncio.wait(tasks, timeout=max(0.0, wake - now), return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            if task in self._running:
+                await self._returned(task)
+            elif task in self._judging:
+                self._judged(task)
+            elif task in self._monitors:
+                self._lose(self._monitors.pop(task), task.result())
+        if not done and time.monotonic() >= self._batch.deadline:
+            raise EngineError(self._timeout_message())
+
+    async def _returned(self, task: asyncio.Task[list[Completion]]) -> None:
+        running = self._running.pop(task)
+        self._router.end(running.engine, running.load)
+        try:
+            completions = task.result()
+        except BadRequestError:
+            raise
+        except EngineError as error:
+            await self._failed(running, error)
+            return
+        self._take(running.call, completions)
+        unfinished = tuple(p for p in running.call.positions if not self._batch.groups[p].is_complete)
+        if unfinished:  # the engine aborted on its own account
+            self._retry(running, EngineError("the engine aborted it"))
+
+    def _take(self, call: Call, completions: Sequence[Completion]) -> None:
+        """Add what has come to the groups of a call; those that are complete go to the verifier."""
+        answers = iter(completions)
+        for position in call.positions:
+            group = self._batch.groups[position]
+            mine = [next(answers) for _ in range(group.num_unfinished)]
+            self._check_versions(group, mine)
+            for response in mine:
+                if response.finish_reason != "abort":
+                    self._router.learn(len(response.response_ids))
+            self._on_samples(sum(response.finish_reason != "abort" for response in mine))
+            self._batch.groups[position] = group = group.extended(mine)
+            if group.is_complete:
+                self._judging[asyncio.create_task(self._judge(group))] = position
+
+    def _check_versions(self, group: UnfinishedGroup, completions: Sequence[Completion]) -> None:
+        current = self._request.weight_version
+        for completion in completions:
+            versions = {version for version, _ in completion.weight_versions}
+            if versions - {current} or (completion.response_ids and not versions):
+                raise StaleWeightsError(
+                    f"a sample of prompt {group.prompt.index} was generated with weight version {sorted(versions)}, "
+                    f"the current one is {current}"
+                )
+
+    # ---- verification
+
+    async def _judge(self, group: UnfinishedGroup) -> Group:
+        texts = [self._decode(response.response_ids) for response in group.responses]
+        judgements = [self._rewards.submit(text, group.prompt.answer) for text in texts]
+        samples = []
+        for response, text, judgement in zip(group.responses, texts, judgements, strict=True):
+            try:
+                limit = max(0.1, self._batch.deadline - time.monotonic())
+                judged = await asyncio.wait_for(asyncio.wrap_future(judgement), limit)
+            except TimeoutError as error:
+                raise EngineError(
+                    "rewards were not ready within rollout.step_timeout_seconds = "
+                    f"{self._request.timeout_seconds:g}; raise the limit or reward.workers, or lower "
+                    "reward.timeout_seconds"
+                ) from error
+            samples.append(_sample(response, text, judged.reward, judged.verdict, self._request.weight_version))
+        return Group(group.prompt, tuple(samples))
+
+    def _judged(self, task: asyncio.Task[Group]) -> None:
+        group = task.result()
+        self._batch.finished[self._judging.pop(task)] = group
+        self._request.feed.judged(group)
+        self._on_group(group)
+
+    # ---- faults
+
+    async def _monitor(self, client: EngineClient) -> str:
+        """Why the engine is lost; returns when it is, or when the batch has ended."""
+        healthy = time.monotonic()
+        while not self._ended.is_set():
+            try:
+                await asyncio.wait_for(self._ended.wait(), self._request.health_check_seconds)
+            except TimeoutError:
+                try:
+                    await client.check_health(self._request.health_timeout_seconds)
+                    healthy = time.monotonic()
+                except EngineError as error:
+                    if time.monotonic() - healthy > self._request.health_timeout_seconds:
+                        return f"{error}; it has passed no health check for engine.health_timeout_seconds"
+        return ""
+
+    async def _failed(self, running: Running, error: EngineError) -> None:
+        """A call failed: is it the engine?"""
+        if running.engine in self._lost:  # and this is another of its calls
+            self._batch.waiting.appendleft(running.call)
+            return
+        try:
+            await self._clients[running.engine].check_health(self._request.health_timeout_seconds)
+        except EngineError:
+            self._batch.waiting.appendleft(running.call)
+            self._lose(running.engine, str(error))
+        else:
+            self._retry(running, error)
+
+    def _retry(self, running: Running, error: EngineError) -> None:
+        """Make the call again after a while, whoever takes it then."""
+        call = running.call
+        call.attempts += 1
+        if call.attempts >= self._request.call_attempts:
+            prompts = ", ".join(str(self._batch.groups[position].prompt.index) for position in call.positions)
+            raise EngineError(
+                f"{error}\nThat was attempt {call.attempts} of rollout.request_attempts for prompt {prompts}, and the "
+                "engine is well otherwise"
+            )
+        self._batch.retries += 1
+        call.not_before = time.monotonic() + FIRST_BACK_OFF_SECONDS * 2 ** (call.attempts - 1)
+        call.positions = tuple(p for p in call.positions if not self._batch.groups[p].is_complete)
+        self._batch.waiting.appendleft(call)
+
+    def _lose(self, engine: int, problem: str) -> None:
+        """The engine gets nothing any more, and what it had goes to the others."""
+        self._lost[engine] = problem
+        self._router.lost.add(engine)
+        for task, running in list(self._running.items()):
+            if running.engine == engine:
+                task.cancel()
+                del self._running[task]
+                self._router.end(engine, running.load)
+                self._batch.waiting.appendleft(running.call)
+        for task, of in list(self._monitors.items()):
+            if of == engine:
+                task.cancel()
+                del self._monitors[task]
+
+    # ---- the end
+
+    async def _abort_surplus(self) -> None:
+        """End what is still running and keep what there is of it; what was complete in that moment is judged."""
+        deadline = time.monotonic() + ABORT_LIMIT_SECONDS
+        while self._running and time.monotonic() < deadline:
+            for engine in {running.engine for running in self._running.values()}:
+                try:
+                    await self._clients[engine].abort_all()
+                except EngineError as error:
+                    self._lose(engine, str(error))
+            if self._running:
+                done, _ = await asyncio.wait(self._running, timeout=ABORT_AGAIN_SECONDS)
+                for task in done:
+                    running = self._running.pop(task)
+                    if task.exception() is None:  # else the group stays as it was before this step
+                        self._take(running.call, task.result())
+        while self._judging:
+            done, _ = await asyncio.wait(self._judging, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
-                positions, engine = running.pop(task)
-                outstanding[engine] -= len(positions) * request.samples_per_prompt
-                completions = iter(task.result())
-                for position in positions:
-                    prompt = request.prompts[position]
-                    group = list(islice(completions, request.samples_per_prompt))
-                    submitted = [
-                        (completion, text := decode(completion.response_ids), rewards.submit(text, prompt.answer))
-                        for completion in _checked(group, prompt, request.weight_version)
-                    ]
-                    judged[position] = asyncio.create_task(_judge(prompt, submitted, request, deadline, on_group))
-                on_samples(len(positions) * request.samples_per_prompt)
-    finally:
-        for task in running:
+                self._judged(task)
+
+    async def _stop(self) -> None:
+        self._ended.set()
+        for task in (*self._running, *self._judging):
             task.cancel()  # closes the connection, at which SGLang aborts the request
-        await asyncio.gather(*running, return_exceptions=True)
-    return [await judged[position] for position in range(len(request.prompts))]
+        await asyncio.gather(*self._running, *self._judging, return_exceptions=True)
+        if self._monitors:
+            await asyncio.wait(self._monitors, timeout=MONITOR_GRACE_SECONDS)
+            for task in self._monitors:
+                task.cancel()
+            await asyncio.gather(*self._monitors, return_exceptions=True)
+
+    def _timeout_message(self) -> str:
+        """Who is late: the longest running first."""
+        now = time.monotonic()
+        late = [
+            f"prompt {self._batch.groups[position].prompt.index} on {self._clients[running.engine].url} for "
+            f"{now - running.started:.0f} s"
+            for running in sorted(self._running.values(), key=lambda running: running.started)
+            for position in running.call.positions
+        ]
+        late += [
+            f"prompt {self._batch.groups[position].prompt.index} in the queue"
+            for call in self._batch.waiting
+            for position in call.positions
+        ]
+        more = f" and {len(late) - STRAGGLERS_IN_ERROR} more" if len(late) > STRAGGLERS_IN_ERROR else ""
+        return (
+            f"generation took longer than rollout.step_timeout_seconds = {self._request.timeout_seconds:g}; not "
+            f"finished (prompts by index): {', '.join(late[:STRAGGLERS_IN_ERROR])}{more}"
+        )
 
 
-async def _judge(
-    prompt: Prompt,
-    submitted: Sequence[tuple[Completion, str, "Future[Judgement]"]],
-    request: BatchRequest,
-    deadline: float,
-    on_group: Callable[[Group], None],
-) -> Group:
-    group = Group(prompt, tuple([await _sample(*entry, request, deadline) for entry in submitted]))
-    on_group(group)
-    return group
-
-
-def _free_engine(outstanding: Sequence[int], request: BatchRequest) -> int | None:
-    """The engine with the least outstanding work, or None when all are full. An idle engine is never full."""
-    engine = min(range(len(outstanding)), key=outstanding.__getitem__)
-    full = outstanding[engine] + request.samples_per_prompt > request.max_outstanding_samples
-    return None if full and outstanding[engine] > 0 else engine
-
-
-def _checked(completions: list[Completion], prompt: Prompt, version: int) -> list[Completion]:
-    for completion in completions:
-        if completion.weight_versions != {version}:
-            raise StaleWeightsError(
-                f"a sample of prompt {prompt.index} was generated with weight version "
-                f"{sorted(completion.weight_versions)}, the current one is {version}"
-            )
-    return completions
-
-
-async def _sample(
-    completion: Completion, text: str, judgement: "Future[Judgement]", request: BatchRequest, deadline: float
-) -> Sample:
-    try:
-        judged = await asyncio.wait_for(asyncio.wrap_future(judgement), max(0.1, deadline - time.monotonic()))
-    except TimeoutError as error:
-        raise EngineError(
-            f"rewards were not ready within rollout.step_timeout_seconds = {request.timeout_seconds:g}; raise the "
-            "limit or reward.workers, or lower reward.timeout_seconds"
-        ) from error
+def _sample(response: PartialResponse, text: str, reward: float, verdict: str, weight_version: int) -> Sample:
+    """The finished response. Its last token may be older than the current weights only if it had ended before."""
+    assert response.finish_reason is not None
+    versions = response.weight_versions or ((weight_version, 0),)
     return Sample(
-        response_ids=completion.response_ids,
-        log_probs=completion.log_probs,
+        response_ids=response.response_ids,
+        log_probs=response.log_probs,
         text=text,
-        finish_reason=completion.finish_reason,
-        weight_version=request.weight_version,
-        reward=judged.reward,
-        verdict=judged.verdict,
-    )
-
-
-def _timeout_message(request: BatchRequest, waiting: Sequence[int], running: dict) -> str:
-    unfinished = [request.prompts[position].index for positions, _ in running.values() for position in positions]
-    unfinished += [request.prompts[position].index for position in waiting]
-    named = ", ".join(map(str, sorted(unfinished)[:PROMPTS_IN_ERROR]))
-    more = f" and {len(unfinished) - PROMPTS_IN_ERROR} more" if len(unfinished) > PROMPTS_IN_ERROR else ""
-    return (
-        f"generation took longer than rollout.step_timeout_seconds = {request.timeout_seconds:g}; prompts (by index) "
-        f"still running: {named}{more}"
+        finish_reason=response.finish_reason,
+        weight_version=versions[-1][0],
+        reward=reward,
+        verdict=verdict,
+        older_versions=versions[:-1],
     )

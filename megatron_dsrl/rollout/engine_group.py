@@ -1,8 +1,14 @@
-"""The ranks that share one engine: the first of them owns the server, all of them hand it weights."""
+"""The ranks that share one engine: the first of them owns the server, all of them hand it weights.
 
+An engine that is gone, hangs or fails a call is lost: nobody calls it any more, and the next `restart_lost` or `load`
+replaces it by a new one. The others are not disturbed.
+"""
+
+import asyncio
+import logging
 import os
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,10 +19,12 @@ from megatron_dsrl.collective import gather, rank, world_size
 from megatron_dsrl.config.layout import engine_problems, refuse
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.platform.engine import ServerArguments, engine_environment, engine_server_arguments
-from megatron_dsrl.rollout.client import EngineError
+from megatron_dsrl.rollout.client import EngineClient, EngineError, MemoryTag
 from megatron_dsrl.rollout.server import EngineServer
 from megatron_dsrl.rollout.settings import RolloutSettings
 from megatron_dsrl.rollout.weight_push import Bucket, push_weights
+
+logger = logging.getLogger(__name__)
 
 DISK_WEIGHT_VERSION = 0
 """Version of the weights that an engine reads from the model folder; the first update makes it 1."""
@@ -38,7 +46,12 @@ class EngineGroup:
         size = config.engine.tensor_parallel_size
         self._world = world_size()
         refuse(engine_problems(size, self._world))
-        engine = rank() // size
+        self._engine = engine = rank() // size
+        self._problem: str | None = None
+        """Why the engine of this group is lost. Same on all ranks of the group, except for what only its owner sees."""
+        self._restarts = 0
+        self._released: set[MemoryTag] = set()
+        """Memory that the engine has given back."""
         self._owns_server = rank() % size == 0
         timeout = timedelta(seconds=config.parallel.collective_timeout_seconds)
         self._everyone = new_gloo_group(range(self._world), timeout) if self._world > 1 else None
@@ -74,20 +87,56 @@ class EngineGroup:
         self._together(self._server.wait_until_ready)
         return [url for url in self._from_all(self._own_url()) if url is not None]
 
-    def push(self, buckets: Iterable[Bucket], version: int) -> None:
-        """Replace the weights of this group's engine; see `push_weights`.
+    def lose(self, problems: Mapping[int, str]) -> None:
+        """Take note of engines that are gone or hang, by number. Every rank is told the same; not collective."""
+        if self._engine in problems:
+            self._problem = problems[self._engine]
+
+    def restart_lost(self) -> None:
+        """Replace lost engines by new ones at the same URLs, with the weights of the model folder.
 
         Raises:
-            EngineError: An engine refused or is gone, on every rank.
+            UserError: On every rank, when an engine has been restarted too often; with the end of its log.
         """
-        problem = push_weights(buckets, version, self._own_url(), self._group, self._config.update_timeout_seconds)
-        problems = dict.fromkeys(each for each in self._from_all(problem) if each is not None)
-        if problems:
-            raise EngineError("\n".join(problems))
+        if self._owns_server and self._problem is None and self._server.has_ended():
+            self._problem = f"the engine at {self._server.url} has ended"
+        self._together(lambda: self._restart() if self._problem is not None else None)
+        self._problem = None
 
-    def call_engine(self, call: Callable[[str], Any]) -> None:
-        """Run `call(url)` for every engine, on the rank that owns it."""
-        self._together(lambda: call(self._server.url), EngineCallError)
+    def load(self, make_buckets: Callable[[], Iterable[Bucket]], version: int) -> None:
+        """Replace the weights of all engines; see `push_weights`. Lost engines are restarted first, and so are those
+        that are lost meanwhile.
+
+        Args:
+            make_buckets: Gathers the weights anew, as often as it is called; collective over all ranks.
+            version: The new weight version.
+
+        Raises:
+            UserError: As `restart_lost`.
+        """
+        has_old_weights = True
+        while any(self._from_all(has_old_weights)):
+            self.restart_lost()
+            if has_old_weights:
+                timeout = self._config.update_timeout_seconds
+                self._problem = push_weights(make_buckets(), version, self._own_url(), self._group, timeout)
+            else:
+                for _ in make_buckets():
+                    pass
+            has_old_weights = self._problem is not None
+
+    def release_memory(self, tags: Sequence[MemoryTag]) -> None:
+        """Have all engines give device memory back. An engine that fails is lost."""
+        self._change_memory(tags, released_before=False)
+
+    def resume_memory(self, tags: Sequence[MemoryTag]) -> None:
+        """Have the engines take released memory again. An engine that fails is lost, and a new one has it anyway."""
+        self._change_memory(tags, released_before=True)
+
+    @property
+    def restarts(self) -> int:
+        """How often this rank has restarted its engine."""
+        return self._restarts
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -97,21 +146,55 @@ class EngineGroup:
         """Stop this rank's server. May be called again; not collective, so that a failing rank can call it."""
         self._server.stop()
 
+    def _restart(self) -> None:
+        """On the engine's owner: end it and start a new one."""
+        problem = self._problem
+        while self._restarts < self._config.max_restarts:
+            self._restarts += 1
+            count = f"{self._restarts} of engine.max_restarts = {self._config.max_restarts}"
+            logger.warning("engine %d is restarted (%s): %s", self._engine, count, problem)
+            self._server.stop()
+            self._released.clear()
+            try:
+                self._server.start()
+                self._server.wait_until_ready()
+                return
+            except UserError as error:
+                problem = str(error)
+        raise UserError(
+            f"engine {self._engine} was lost once more after engine.max_restarts = {self._config.max_restarts} "
+            f"restarts: {problem}\n{self._server.log_tail()}"
+        )
+
+    def _change_memory(self, tags: Sequence[MemoryTag], released_before: bool) -> None:
+        concerned = [tag for tag in tags if (tag in self._released) == released_before]
+        if self._owns_server and self._problem is None and concerned:
+            try:
+                asyncio.run(self._call_memory(concerned, release=not released_before))
+                self._released.symmetric_difference_update(concerned)
+            except EngineError as error:
+                self._problem = str(error)
+        self.barrier()
+
+    async def _call_memory(self, tags: Sequence[MemoryTag], release: bool) -> None:
+        async with EngineClient(self._server.url, self._config.update_timeout_seconds) as client:
+            await (client.release_memory(tags) if release else client.resume_memory(tags))
+
     def _own_url(self) -> str | None:
         return self._server.url if self._owns_server else None
 
-    def _together(self, action: Callable[[], Any], kind: type[Exception] = UserError) -> None:
+    def _together(self, action: Callable[[], None]) -> None:
         """Run `action` on server owners; where it fails on any, raise its message on all ranks."""
         error: str | None = None
         if self._owns_server:
             try:
                 action()
-            except (UserError, RuntimeError) as failure:
+            except UserError as failure:
                 error = str(failure)
         messages = [message for message in self._from_all(error) if message is not None]
         if messages:
             self.close()
-            raise kind("\n".join(messages))
+            raise UserError("\n".join(messages))
 
     def _from_all(self, value: Any) -> list[Any]:
         return gather(value, self._everyone)
@@ -124,10 +207,6 @@ class EngineGroup:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((os.environ["MASTER_ADDR"], 9))
             return probe.getsockname()[0]
-
-
-class EngineCallError(RuntimeError):
-    """A call to an engine failed on some rank."""
 
 
 def server_arguments(config: RolloutSettings, engine: int) -> ServerArguments:

@@ -112,8 +112,13 @@ def read_groups(file: Path) -> list[Group]:
 def _group(record: dict[str, Any]) -> Group:
     return Group(
         prompt=Prompt(**_with_tuples(record["prompt"], "token_ids")),
-        samples=tuple(Sample(**_with_tuples(sample, "response_ids", "log_probs")) for sample in record["samples"]),
+        samples=tuple(_sample(sample) for sample in record["samples"]),
     )
+
+
+def _sample(record: dict[str, Any]) -> Sample:
+    older = tuple(map(tuple, record.get("older_versions", ())))
+    return Sample(**_with_tuples(record, "response_ids", "log_probs") | {"older_versions": older})
 
 
 def _with_tuples(record: dict[str, Any], *fields: str) -> dict[str, Any]:

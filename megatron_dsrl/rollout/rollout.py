@@ -1,25 +1,34 @@
-"""The rollout side as the training loop sees it: sample groups, take new weights, lend memory, close."""
+"""The rollout side as the training loop sees it: sample groups, take new weights, lend memory, close.
+
+Engines may die or hang at any time. What calls them notes it and goes on without them. They are replaced where all
+ranks are together: when new weights are loaded, and in the middle of a batch when it cannot go on without them.
+"""
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
-from megatron_dsrl.collective import rank
+from megatron_dsrl.collective import broadcast, rank
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.platform.engine import can_release_engine_memory
 from megatron_dsrl.rewards.pool import RewardPool
-from megatron_dsrl.rollout.client import EngineClient, MemoryTag, connect
-from megatron_dsrl.rollout.dispatcher import BatchRequest, Decode, sample_groups
+from megatron_dsrl.rollout.batch import Batch, BatchRequest, Feed, WholeFeed
+from megatron_dsrl.rollout.client import connect
+from megatron_dsrl.rollout.dispatcher import Decode, Dispatcher, EnginesLostError
 from megatron_dsrl.rollout.engine_group import UNSET_WEIGHT_VERSION, EngineGroup, initial_weight_version
 from megatron_dsrl.rollout.replay import replayed_groups
 from megatron_dsrl.rollout.sample import Group
 from megatron_dsrl.rollout.sampling import SamplingParameters
 from megatron_dsrl.rollout.seeds import seeds_of_batch
 from megatron_dsrl.rollout.settings import RolloutSettings
+from megatron_dsrl.rollout.unfinished import UnfinishedGroup
 from megatron_dsrl.rollout.weight_push import Bucket
+
+Value = TypeVar("Value")
 
 
 def ignore(progress: object) -> None:
@@ -56,8 +65,26 @@ class Rollout(Protocol):
             stream: names the random numbers; see `rollout/seeds.py`.
         """
 
-    def load_weights(self, buckets: Iterable[Bucket], version: int) -> None:
-        """Give the engines new weights, HF-named, the same on all ranks of an engine. All ranks."""
+    def while_sampling(self, work: Callable[[], Value], recover: Callable[[], None]) -> Value | None:
+        """Let rank 0 do work that samples, while the other ranks are at hand to replace lost engines. All ranks.
+
+        Args:
+            work: done on rank 0 only.
+            recover: called on all ranks when the batch cannot go on: restarts the engines, and gives them the weights
+                that they had.
+
+        Returns:
+            What `work` returned, on rank 0; None on the others.
+        """
+
+    def restart_engines(self) -> None:
+        """Replace lost engines by new ones, which start with the weights of the model folder. All ranks."""
+
+    def load_weights(self, make_buckets: Callable[[], Iterable[Bucket]], version: int) -> None:
+        """Give the engines new weights, HF-named, the same on all ranks of an engine; replace lost ones. All ranks.
+
+        `make_buckets` gathers them anew whenever it is called.
+        """
 
     def release_memory(self) -> None:
         """Lend the engines' device memory to the training step. All ranks."""
@@ -105,6 +132,10 @@ class EngineRollout:
         self._training_sampling = SamplingParameters.for_training(config.rollout, stop_token_ids)
         self._weight_version = initial_weight_version(config)
         self._urls: list[str] = []
+        self._lost: dict[int, str] = {}
+        """Engines that rank 0 has found to be gone or to hang."""
+        self._recover: Callable[[], None] | None = None
+        self._retries = 0
         self._rewards = RewardPool(config.reward) if rank() == 0 else None
         self._engines: EngineGroup | None = None
         try:
@@ -158,29 +189,44 @@ class EngineRollout:
         assert self._rewards is not None, "only rank 0 samples"
         assert self._urls, "wait_until_ready() comes first"
         assert self._weight_version != UNSET_WEIGHT_VERSION, "load_weights() comes first: the model folder has none"
-        request = BatchRequest(
-            prompts=prompts,
-            seeds=seeds_of_batch(self._config.seed, stream, prompts, samples_per_prompt),
-            sampling=sampling,
-            weight_version=self._weight_version,
-            deterministic=self._config.rollout.deterministic,
-            max_outstanding_samples=self._config.engine.max_outstanding_samples,
-            timeout_seconds=self._config.rollout.step_timeout_seconds,
-        )
-        return asyncio.run(self._sample(request, rewards or self._rewards, on_samples, on_group))
+        seeds = seeds_of_batch(self._config.seed, stream, prompts, samples_per_prompt)
+        feed = WholeFeed([UnfinishedGroup.new(*pair) for pair in zip(prompts, seeds, strict=True)])
+        return self._run(feed, sampling, rewards or self._rewards, on_samples, on_group).finished_groups
 
-    def load_weights(self, buckets: Iterable[Bucket], version: int) -> None:
-        self._running_engines().push(buckets, version)
+    def while_sampling(self, work: Callable[[], Value], recover: Callable[[], None]) -> Value | None:
+        if rank() != 0:
+            while (lost := broadcast(None)) is not None:
+                self._recover_together(lost, recover)
+            return None
+        self._recover = recover
+        try:
+            result = work()
+        finally:
+            self._recover = None
+        broadcast(None)
+        return result
+
+    def restart_engines(self) -> None:
+        self._running_engines().restart_lost()
+
+    def load_weights(self, make_buckets: Callable[[], Iterable[Bucket]], version: int) -> None:
+        engines = self._running_engines()
+        engines.lose(broadcast(self._lost))
+        self._lost.clear()
+        engines.load(make_buckets, version)
         self._weight_version = version
 
     def release_memory(self) -> None:
-        self._change_memory("release", ["weights", "kv_cache"])
+        if can_release_engine_memory():
+            self._running_engines().release_memory(["weights", "kv_cache"])
 
     def resume_weights(self) -> None:
-        self._change_memory("resume", ["weights"])
+        if can_release_engine_memory():
+            self._running_engines().resume_memory(["weights"])
 
     def resume_kv_cache(self) -> None:
-        self._change_memory("resume", ["kv_cache"])
+        if can_release_engine_memory():
+            self._running_engines().resume_memory(["kv_cache"])
 
     def close(self) -> None:
         if self._engines is not None:
@@ -188,24 +234,58 @@ class EngineRollout:
         if self._rewards is not None:
             self._rewards.close()
 
-    async def _sample(
+    def _run(
         self,
-        request: BatchRequest,
+        feed: Feed,
+        sampling: SamplingParameters,
         rewards: RewardPool,
         on_samples: Callable[[int], None],
         on_group: Callable[[Group], None],
-    ) -> list[Group]:
+    ) -> Batch:
+        """Sample a batch to its end, over as many engines' lives as it takes."""
+        config, engine = self._config.rollout, self._config.engine
+        request = BatchRequest(
+            feed=feed,
+            sampling=sampling,
+            weight_version=self._weight_version,
+            deterministic=config.deterministic,
+            max_outstanding_samples=engine.max_outstanding_samples,
+            timeout_seconds=config.step_timeout_seconds,
+            call_timeout_seconds=config.request_timeout_seconds,
+            call_attempts=config.request_attempts,
+            health_check_seconds=engine.health_check_seconds,
+            health_timeout_seconds=engine.health_timeout_seconds,
+        )
+        batch = Batch(request, len(self._urls))
+        while True:
+            try:
+                asyncio.run(self._dispatch(batch, rewards, on_samples, on_group))
+                return batch
+            except EnginesLostError:
+                if self._recover is None:
+                    raise
+                started = time.monotonic()
+                broadcast(self._lost)
+                self._recover_together(self._lost, self._recover)
+                batch.deadline += time.monotonic() - started  # the limit is one of sampling
+            finally:
+                self._retries += batch.retries
+                batch.retries = 0
+
+    async def _dispatch(
+        self,
+        batch: Batch,
+        rewards: RewardPool,
+        on_samples: Callable[[int], None],
+        on_group: Callable[[Group], None],
+    ) -> None:
         async with connect(self._urls, self._config.engine.update_timeout_seconds) as clients:
-            return await sample_groups(request, clients, rewards, self._decode, on_samples, on_group)
+            await Dispatcher(batch, clients, self._lost, rewards, self._decode, on_samples, on_group).run()
 
-    def _change_memory(self, change: str, tags: list[MemoryTag]) -> None:
-        if not can_release_engine_memory():
-            return
-        self._running_engines().call_engine(lambda url: asyncio.run(self._call_memory(url, change, tags)))
-
-    async def _call_memory(self, url: str, change: str, tags: list[MemoryTag]) -> None:
-        async with EngineClient(url, self._config.engine.update_timeout_seconds) as client:
-            await (client.release_memory(tags) if change == "release" else client.resume_memory(tags))
+    def _recover_together(self, lost: dict[int, str], recover: Callable[[], None]) -> None:
+        self._running_engines().lose(lost)
+        recover()
+        self._lost.clear()
 
     def _running_engines(self) -> EngineGroup:
         assert self._engines is not None, "the rollout is closed"
@@ -242,7 +322,13 @@ class ReplayedRollout:
     ) -> list[Group]:
         raise UserError("rollout.replay_from starts no engines: nothing can be sampled")
 
-    def load_weights(self, buckets: Iterable[Bucket], version: int) -> None:
+    def while_sampling(self, work: Callable[[], Value], recover: Callable[[], None]) -> Value | None:
+        return work() if rank() == 0 else None
+
+    def restart_engines(self) -> None:
+        pass
+
+    def load_weights(self, make_buckets: Callable[[], Iterable[Bucket]], version: int) -> None:
         pass
 
     def release_memory(self) -> None:

@@ -23,13 +23,23 @@ class Sample:
     """`length` marks a truncated response."""
 
     weight_version: int
-    """Version of the policy weights that produced the response."""
+    """Version of the policy weights that produced the response, or the rest of it."""
 
     reward: float
     """The verifier's score."""
 
     verdict: Literal["ok", "timeout", "error"] = "ok"
     """Whether the verifier itself succeeded; `timeout` and `error` score 0 and are counted."""
+
+    older_versions: tuple[tuple[int, int], ...] = ()
+    """(weight version, number of tokens) of what earlier weights produced, oldest first; only a response that was
+    carried over from an earlier step has such a beginning."""
+
+    def tokens_before(self, weight_version: int) -> int:
+        """How many tokens, all at the beginning, older weights than these produced."""
+        if self.weight_version < weight_version:
+            return len(self.response_ids)
+        return sum(count for _, count in self.older_versions)
 
 
 @dataclass(frozen=True)

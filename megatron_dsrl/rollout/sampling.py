@@ -36,10 +36,10 @@ class SamplingParameters:
             top_k=config.top_k,
         )
 
-    def as_engine_request(self) -> dict[str, Any]:
-        """SGLang's `sampling_params`."""
+    def as_engine_request(self, max_new_tokens: int) -> dict[str, Any]:
+        """SGLang's `sampling_params` for a response of which so many tokens are missing at most."""
         return {
-            "max_new_tokens": self.max_response_tokens,
+            "max_new_tokens": max_new_tokens,
             "stop_token_ids": list(self.stop_token_ids),
             "temperature": self.temperature,
             "top_p": self.top_p,

@@ -116,9 +116,13 @@ class EngineServer:
                 self.stop()
                 raise UserError(
                     f"the SGLang server at {self.url} was not ready within engine.startup_timeout_seconds = "
-                    f"{self._startup_timeout_seconds:g}; raise the limit or mend what its log says.\n{self._log_tail()}"
+                    f"{self._startup_timeout_seconds:g}; raise the limit or mend what its log says.\n{self.log_tail()}"
                 )
             time.sleep(POLL_SECONDS)
+
+    def has_ended(self) -> bool:
+        """Whether the started server's process has ended on its own account."""
+        return self._process is not None and self._process.poll() is not None
 
     def check_alive(self) -> None:
         """
@@ -131,7 +135,7 @@ class EngineServer:
             self.stop()
             raise UserError(
                 f"the SGLang server at {self.url} ended with status {status}; mend what its log says.\n"
-                f"{self._log_tail()}"
+                f"{self.log_tail()}"
             )
 
     def stop(self) -> None:
@@ -152,6 +156,11 @@ class EngineServer:
         assert self._scratch is not None
         self._scratch.cleanup()
 
+    def log_tail(self) -> str:
+        """The end of the server's output, for an error message."""
+        lines = self._log_file.read_text(errors="replace").splitlines()[-LOG_LINES_IN_ERROR:]
+        return "\n".join([f"Last lines of {self._log_file}:", *lines])
+
     def _answers(self) -> bool:
         try:
             # SGLang opens its port only after the schedulers have loaded the model.
@@ -160,10 +169,6 @@ class EngineServer:
                 return response.status == 200
         except (urllib.error.URLError, OSError):
             return False
-
-    def _log_tail(self) -> str:
-        lines = self._log_file.read_text(errors="replace").splitlines()[-LOG_LINES_IN_ERROR:]
-        return "\n".join([f"Last lines of {self._log_file}:", *lines])
 
 
 def _claim_port(host: str, port: int | None) -> int:

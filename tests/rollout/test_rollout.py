@@ -18,7 +18,7 @@ LOG_PROB_TOLERANCE = 1e-4
 def policy(engine_rollout: EngineRollout, tiny_model_folder) -> Qwen3ForCausalLM:
     """The tiny model in Transformers, with its weights also in the engine."""
     model = Qwen3ForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32).eval()
-    engine_rollout.load_weights([list(model.named_parameters())], engine_rollout.weight_version + 1)
+    engine_rollout.load_weights(lambda: [list(model.named_parameters())], engine_rollout.weight_version + 1)
     return model
 
 
@@ -71,7 +71,7 @@ def test_greedy_tokens_equal_transformers(engine_rollout, policy):
 def test_responses_end_at_the_stop_token_or_are_marked_truncated(engine_rollout, policy):
     with torch.no_grad():  # a tied row that every hidden state likes makes the stop token frequent
         policy.get_input_embeddings().weight[STOP_TOKEN_ID] *= 4
-    engine_rollout.load_weights([list(policy.named_parameters())], engine_rollout.weight_version + 1)
+    engine_rollout.load_weights(lambda: [list(policy.named_parameters())], engine_rollout.weight_version + 1)
 
     samples = [
         sample
@@ -94,7 +94,7 @@ def test_pushed_weights_replace_the_policy_and_its_version(engine_rollout, polic
     perturb(policy, seed=3)
     version = engine_rollout.weight_version + 1
 
-    engine_rollout.load_weights(buckets_of_two(policy), version)
+    engine_rollout.load_weights(lambda: buckets_of_two(policy), version)
     after = engine_rollout.generate(prompts, 2, engine_rollout.training_sampling, "test")
 
     assert {sample.weight_version for group in before for sample in group.samples} == {version - 1}
@@ -129,7 +129,7 @@ def test_the_step_limit_names_the_unfinished_prompts(engine_rollout, policy, mon
         engine_rollout, "_config", engine_rollout._config.model_copy(update={"rollout": rollout_section})
     )
 
-    with pytest.raises(EngineError, match="step_timeout_seconds = 0.05; prompts .* still running: 100, 101"):
+    with pytest.raises(EngineError, match="step_timeout_seconds = 0.05; not finished .*: prompt 100 on http.* for 0 s, prompt 101 on"):
         engine_rollout.generate(numbered_prompts(2), 2, engine_rollout.training_sampling, "test")
 
 

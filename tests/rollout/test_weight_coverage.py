@@ -39,7 +39,7 @@ def different(one: dict[str, str], other: dict[str, str]) -> set[str]:
 
 
 def push(rollout: EngineRollout, named: list[tuple[str, torch.Tensor]]) -> dict[str, str]:
-    rollout.load_weights([named[:7], named[7:]], rollout.weight_version + 1)
+    rollout.load_weights(lambda: [named[:7], named[7:]], rollout.weight_version + 1)
     return checksums(rollout)
 
 

@@ -49,7 +49,7 @@ def main() -> None:
     rollout = start_rollout(config, Path(run_folder), [STOP_TOKEN_ID], decode_as_numbers)
     try:
         rollout.wait_until_ready()
-        rollout.load_weights([named[:9], named[9:]], version=1)
+        rollout.load_weights(lambda: [named[:9], named[9:]], version=1)
         if torch.distributed.get_rank() == 0:
             print(json.dumps(largest_differences(rollout, policy)), flush=True)
         torch.distributed.barrier()

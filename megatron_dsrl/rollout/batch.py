@@ -1,0 +1,117 @@
+"""A batch of prompts on its way. It outlives the loss of engines: what is finished stays, the rest is asked again."""
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from megatron_dsrl.rollout.sample import Group
+from megatron_dsrl.rollout.sampling import SamplingParameters
+from megatron_dsrl.rollout.unfinished import UnfinishedGroup
+
+
+class Feed(Protocol):
+    """Where the groups of a batch come from, and when there are enough."""
+
+    def take(self, on_their_way: int) -> list[UnfinishedGroup]:
+        """Groups to begin, or to go on with, now that so many are on their way."""
+
+    def judged(self, group: Group) -> None:
+        """This one is finished."""
+
+    def is_enough(self) -> bool:
+        """Whether what is still on its way is to be aborted."""
+
+
+class WholeFeed:
+    """All groups at once, and all of them are wanted."""
+
+    def __init__(self, groups: Sequence[UnfinishedGroup]) -> None:
+        self._groups = list(groups)
+
+    def take(self, on_their_way: int) -> list[UnfinishedGroup]:
+        groups, self._groups = self._groups, []
+        return groups
+
+    def judged(self, group: Group) -> None:
+        pass
+
+    def is_enough(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class BatchRequest:
+    """How a batch is sampled."""
+
+    feed: Feed
+    sampling: SamplingParameters
+    weight_version: int
+    """The version that every new token must carry."""
+    deterministic: bool
+    """Group i goes to engine i modulo their number, and an engine gets all its groups in one call."""
+    max_outstanding_samples: int
+    """Samples that one engine holds at a time; further prompts wait for the engine that frees up first. Without
+    effect on deterministic batches."""
+    timeout_seconds: float
+    """Limit for the whole batch, verification included."""
+    call_timeout_seconds: float | None
+    """Limit for one call to an engine; None for none."""
+    call_attempts: int
+    """How often a call is made before its failure is an error, where the engine itself is well."""
+    health_check_seconds: float
+    """Time between two health checks of an engine."""
+    health_timeout_seconds: float
+    """An engine that has not passed a check for so long counts as lost."""
+
+
+@dataclass
+class Call:
+    """Groups that an engine is asked for together."""
+
+    positions: tuple[int, ...]
+    engine: int | None = None
+    """The only one that may have it; None leaves it to the router."""
+    attempts: int = 0
+    """How often it has failed."""
+    not_before: float = 0.0
+    """On the monotonic clock: a failed call waits a while."""
+
+
+class Batch:
+    """The groups of a batch by position, in the order in which the feed gave them."""
+
+    def __init__(self, request: BatchRequest, num_engines: int) -> None:
+        self.request = request
+        self.groups: list[UnfinishedGroup] = []
+        self.finished: dict[int, Group] = {}
+        """Judged groups by position."""
+        self.waiting: deque[Call] = deque()
+        """Calls to be made; those that failed come first."""
+        self.deadline = time.monotonic() + request.timeout_seconds
+        self.retries = 0
+        self._num_engines = num_engines
+
+    @property
+    def finished_groups(self) -> list[Group]:
+        """In the order of their positions."""
+        return [self.finished[position] for position in sorted(self.finished)]
+
+    @property
+    def unfinished_groups(self) -> list[UnfinishedGroup]:
+        """Those that are not judged, in the order of their positions."""
+        return [group for position, group in enumerate(self.groups) if position not in self.finished]
+
+    def top_up(self) -> None:
+        """Ask the feed for more."""
+        first = len(self.groups)
+        self.groups += self.request.feed.take(first - len(self.finished))
+        added = range(first, len(self.groups))
+        if self.request.deterministic:
+            self.waiting += [
+                Call(tuple(added[engine :: self._num_engines]), engine)
+                for engine in range(min(self._num_engines, len(added)))
+            ]
+        else:
+            self.waiting += [Call((position,)) for position in added]
