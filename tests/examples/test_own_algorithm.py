@@ -41,7 +41,7 @@ def test_one_objective_fades_away():
     phases = load_config(RUN, ["phases.0.fading_steps=4", "phases.0.until_step=6", "steps=6"]).phases
     schedule = Schedule(phases)
     terms = [schedule.at(step).objectives for step in range(1, 7)]
-    coefficients = [objectives["pre_train"].coefficient for objectives in terms[:4]]
+    coefficients = [objectives["nsr_prerl"].coefficient for objectives in terms[:4]]
     assert coefficients == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
     assert [set(objectives) for objectives in terms[4:]] == [{"policy"}, {"policy"}]
     assert not any(schedule.begins_phase(step) for step in range(1, 7))
