@@ -1,5 +1,7 @@
 """The generation side: SGLang engines and sampling."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from megatron_dsrl.config.section import Section
@@ -98,6 +100,10 @@ class EngineConfig(Section):
 
     weight_bucket_megabytes: int = Field(default=512, ge=1)
     """Size of one flattened bucket of the weight push."""
+
+    check_weights: Literal["never", "first", "always"] = "first"
+    """Compare digests of every weight in the engines with those of what was sent: after the first push to an engine,
+    after every push, or not. An engine that keeps its weights in another form (`quantization`) needs `never`."""
 
     max_outstanding_samples: int = Field(default=1024, ge=1)
     """Samples that one engine runs or queues at a time; further prompts go to the engine that frees up first."""
