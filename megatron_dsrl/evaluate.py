@@ -23,17 +23,19 @@ from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.data.prompts import load_prompts
 from megatron_dsrl.data.tokenizer import load_tokenizer, stop_token_ids
 from megatron_dsrl.errors import UserError
+from megatron_dsrl.evaluated_model import EvaluatedModel, find_model
 from megatron_dsrl.evaluation.benchmark import Benchmark, load_benchmark
 from megatron_dsrl.evaluation.benchmark_evaluator import evaluate_benchmark, missing_prompts
 from megatron_dsrl.evaluation.evaluator import check_different_samples
 from megatron_dsrl.evaluation.results import markdown, write_results
-from megatron_dsrl.model.architecture import read_architecture, resolve_model_folder
+from megatron_dsrl.evaluation.results_file import EVALUATIONS_FOLDER
+from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.parallel import world_size_from_environment
 from megatron_dsrl.platform import current_platform
 from megatron_dsrl.rollout.rollout import EngineRollout
-from megatron_dsrl.weights.megatron_checkpoint import is_megatron_checkpoint
 
-FINGERPRINT_BYTES = 2**20
+FINGERPRINT_PIECES = 64
+FINGERPRINT_BYTES = 2**16
 WEIGHT_FILE_BYTES = 5 * 10**9
 
 
@@ -42,11 +44,12 @@ class EvaluationRequest:
     """What a user asks for."""
 
     model: str
-    """HF folder, hub name, or Megatron checkpoint of `dsrl convert`."""
+    """HF folder, hub name, Megatron checkpoint, or run folder; see `evaluated_model`."""
     benchmarks: Sequence[str]
     """Names, or paths of YAML files."""
-    output: Path
-    """Folder of the samples and results; an evaluation in it is continued."""
+    output: Path | None = None
+    """Folder of the samples and results; an evaluation in it is continued. None: `<run folder>/evaluation/step_000050`
+    for a run's policy, `evaluations/<model>` for others."""
     data_folder: Path | None = None
     """Where the benchmarks' files are; None takes the hub."""
     changes: dict[str, Any] | None = None
@@ -64,13 +67,15 @@ def evaluate(request: EvaluationRequest) -> None:
     benchmarks = [load_benchmark(name, request.data_folder, request.changes) for name in request.benchmarks]
     _check_benchmarks(benchmarks)
     with _processes(), ExitStack() as resources:
-        folder = _hf_folder(request)
+        model = on_first(lambda: find_model(request.model))
+        output = request.output or default_output(model)
+        folder = hf_folder(model, output)
         tokenizer = load_tokenizer(str(folder), read_architecture(folder).vocab_size)
         prompts = {b.name: load_prompts(b.config, tokenizer, f"benchmark {b.name}") for b in benchmarks}
         _check_lengths(benchmarks, prompts, read_architecture(folder).max_position_embeddings)
         config = _config(folder, request.overrides, max(b.config.max_prompt_tokens for b in benchmarks))
         settings = {"model": fingerprint(folder), "dtype": config.model.dtype, "seed": config.seed}
-        files = {b.name: request.output / "samples" / f"{b.name}.jsonl" for b in benchmarks}
+        files = {b.name: output / "samples" / f"{b.name}.jsonl" for b in benchmarks}
         unfinished = on_first(
             lambda: [b.name for b in benchmarks if missing_prompts(b, prompts[b.name], files[b.name], settings)]
         )
@@ -78,46 +83,71 @@ def evaluate(request: EvaluationRequest) -> None:
         rollout = None
         if unfinished:
             rollout = EngineRollout(
-                config, request.output, stops, lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+                config, output, stops, lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
             )
             resources.callback(rollout.close)
             rollout.wait_until_ready()
-        if rank() == 0:
+
+        def evaluate_all() -> None:
             summaries = {}
             for benchmark in benchmarks:
                 summaries[benchmark.name] = evaluate_benchmark(
                     benchmark, prompts[benchmark.name], rollout, stops, files[benchmark.name], settings
                 )
-                write_results(request.output, request.model, summaries)
-            print(markdown(request.model, summaries))
+                write_results(output, str(model.folder), summaries, model.step)
+            print(markdown(str(model.folder), summaries))
+            print(f"written to {output}")
+
+        if rollout:
+            rollout.while_sampling(evaluate_all, recover=rollout.restart_engines)
+        elif rank() == 0:
+            evaluate_all()
         barrier()  # the engines of other ranks stay until the last sample is there
 
 
+def default_output(model: EvaluatedModel) -> Path:
+    """Where results go that nobody has named a folder for. The report of a run looks for them in the run folder."""
+    if model.run_folder is not None:
+        return model.run_folder / EVALUATIONS_FOLDER / f"step_{model.step:06d}"
+    return Path("evaluations") / model.folder.name
+
+
 def fingerprint(folder: Path) -> str:
-    """Tells models apart: SHA-256 over config.json and the size, the first and the last MiB of every weight file."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted(folder.glob("*.safetensors")):
+    """Tells models apart: SHA-256 over the configuration, and the size and evenly spread pieces of every weight file.
+
+    Between nearby steps of a training in bf16 most weights keep their value, and those of rare tokens, at the beginning
+    of the files, nearly all: hence many pieces.
+
+    Args:
+        folder: HF folder or Megatron checkpoint.
+    """
+    digest = hashlib.sha256()
+    for file in (folder / "config.json", folder / ".metadata"):
+        digest.update(file.read_bytes() if file.is_file() else b"")
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.distcp")]):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
         with file.open("rb") as stream:
-            digest.update(stream.read(FINGERPRINT_BYTES))
-            stream.seek(max(0, size - FINGERPRINT_BYTES))
-            digest.update(stream.read(FINGERPRINT_BYTES))
+            for piece in range(FINGERPRINT_PIECES):
+                stream.seek(max(0, size - FINGERPRINT_BYTES) * piece // (FINGERPRINT_PIECES - 1))
+                digest.update(stream.read(FINGERPRINT_BYTES))
     return digest.hexdigest()
 
 
-def _hf_folder(request: EvaluationRequest) -> Path:
-    """The model's HF folder. A Megatron checkpoint is converted into the output folder once."""
-    folder = on_first(lambda: resolve_model_folder(request.model))
-    if not is_megatron_checkpoint(folder):
-        if not any(folder.glob("*.safetensors")):
-            raise UserError(f"{folder} holds no weights: neither safetensors files nor a Megatron checkpoint")
-        return folder
-    converted = request.output / "hf_model"
+def hf_folder(model: EvaluatedModel, output: Path) -> Path:
+    """The model's HF folder. A Megatron checkpoint is converted into the output folder once. Collective.
+
+    Raises:
+        UserError: the checkpoint cannot be converted.
+    """
+    if not model.is_megatron:
+        return model.folder
+    # Another checkpoint, or the same folder trained further, must not be taken for this one.
+    converted = output / f"hf_model_{on_first(lambda: fingerprint(model.folder))[:12]}"
     if not on_first(converted.exists):
-        on_first(lambda: request.output.mkdir(parents=True, exist_ok=True))
+        on_first(lambda: output.mkdir(parents=True, exist_ok=True))
         options = ConversionOptions(dtype=None, verify=False, overwrite=False, expect=None)
-        convert_megatron_to_hf(folder, converted, WEIGHT_FILE_BYTES, options)
+        convert_megatron_to_hf(model.folder, converted, WEIGHT_FILE_BYTES, options, model.companions)
     return converted
 
 

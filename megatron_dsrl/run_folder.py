@@ -13,6 +13,7 @@ from megatron_dsrl.observability.records import EVALUATION_FILE, METRICS_FILE, r
 from megatron_dsrl.run_inputs import RunInputs
 
 CONFIG_FILE = "config.yaml"
+CHECKPOINTS_FOLDER = "checkpoints"
 EXPORTS_FOLDER = "hf"
 
 
@@ -24,7 +25,8 @@ def check_run_folder(config: RunConfig, inputs: RunInputs) -> None:
     """
     file = inputs.run_folder / CONFIG_FILE
     # A start that failed before its first step leaves nothing to continue; it must not stand in the way of another.
-    has_begun = (inputs.run_folder / "checkpoints").exists() or bool(read_records(inputs.run_folder / METRICS_FILE))
+    has_checkpoints = (inputs.run_folder / CHECKPOINTS_FOLDER).exists()
+    has_begun = has_checkpoints or bool(read_records(inputs.run_folder / METRICS_FILE))
     if file.exists() and has_begun:
         before, _ = parse_yaml(file.read_text(encoding="utf-8"), str(file))
         check_same_run(before, config, str(inputs.run_folder))

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from megatron_dsrl.evaluate import fingerprint, hf_folder
+from megatron_dsrl.evaluated_model import find_model
 from megatron_dsrl.rollout.recording import read_groups, rollout_file
 from tests.support.tiny_run import dsrl, processes_left_behind, write_tiny_run
 
@@ -91,6 +93,19 @@ def test_two_processes_give_the_same_steps_as_one(config, run, layout):
     for one, two in zip(records(run), records(run.parent / name), strict=True):
         for metric in ("policy/loss", "policy/grad_norm"):
             assert two[metric] == pytest.approx(one[metric], rel=1e-5), (one["phase"], metric)
+    assert_evaluated_alike(run.parent / name)
+
+
+def test_the_checkpoint_is_evaluated_as_the_policy_that_was_exported(run):
+    assert_evaluated_alike(run)
+
+
+def assert_evaluated_alike(run: Path) -> None:
+    """`dsrl eval` takes export and checkpoint for the same model."""
+    exported = find_model(str(run))
+    assert exported.folder == run / "hf" / "step_000002"
+    checkpoint = find_model(str(run / "checkpoints" / "step_000002"))
+    assert fingerprint(hf_folder(checkpoint, run / "evaluation")) == fingerprint(exported.folder)
 
 
 def test_the_report_of_a_run(run):

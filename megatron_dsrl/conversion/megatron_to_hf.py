@@ -20,16 +20,20 @@ from megatron_dsrl.weights.table import WeightTable
 from megatron_dsrl.weights.tables import weight_table
 
 
-def convert_megatron_to_hf(source: Path, target: Path, file_bytes: int, options: ConversionOptions) -> None:
+def convert_megatron_to_hf(
+    source: Path, target: Path, file_bytes: int, options: ConversionOptions, companions: Path | None = None
+) -> None:
     """Convert. Collective over the processes of `conversion_processes`, which share the work.
 
     Every process holds at most one table entry in memory, as stored and as HF tensors.
 
     Args:
-        source: checkpoint folder with a config.json, written by this program or by Megatron at any layout.
+        source: checkpoint folder, written by this program or by Megatron at any layout.
         target: folder to be made.
         file_bytes: size limit of a weight file.
         options: see there.
+        companions: folder of config.json and tokenizer; None for the source itself, which is what `options.verify`
+            needs.
 
     Raises:
         UserError: the architecture, a tensor, the tokenizer or the target is refused, config.json is not the one of the
@@ -37,10 +41,12 @@ def convert_megatron_to_hf(source: Path, target: Path, file_bytes: int, options:
     """
     if not source.is_dir():
         raise UserError(f"there is no folder {source}")
-    architecture = read_architecture(source)
+    assert companions is None or not options.verify
+    companions = companions or source
+    architecture = read_architecture(companions)
     check_record(source, architecture)
-    check_expected(architecture, source, options.expect)
-    check_tokenizer(source, architecture)
+    check_expected(architecture, companions, options.expect)
+    check_tokenizer(companions, architecture)
     table, checkpoint = weight_table(architecture), MegatronCheckpoint(source)
     check_megatron_checkpoint(checkpoint, table)
     stored = {rule.checkpoint_name for rule in table.rules}
@@ -49,7 +55,7 @@ def convert_megatron_to_hf(source: Path, target: Path, file_bytes: int, options:
     with new_folder(target, options.overwrite) as partial:
         files = on_first(lambda: create_hf_files(partial, table.hf_shapes(), dtype, file_bytes))
         together(lambda: _write_tensors(checkpoint, table, dtype, files))
-        on_first(lambda: copy_companions(source, partial, dtype))
+        on_first(lambda: copy_companions(companions, partial, dtype))
         if options.verify:
             verify(hf_folder=partial, megatron_folder=source, source="megatron", dtype=dtype)
 

@@ -16,6 +16,9 @@ from megatron_dsrl.rewards.registry import answer_of
 from megatron_dsrl.rollout.sample import Group
 from megatron_dsrl.rollout.sampling import SamplingParameters
 
+SAMPLING_FIELDS = ("temperature", "top_p", "max_response_tokens", "limit")
+"""Of a benchmark, kept beside its figures."""
+
 
 class SamplesGroups(Protocol):
     """The part of the rollout side that a benchmark needs; see `EngineRollout.generate`."""
@@ -40,7 +43,7 @@ def evaluate_benchmark(
     file: Path,
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Sample and judge what is not in the file yet; the figures of the whole, `title` among them.
+    """Sample and judge what is not in the file yet; the figures of the whole, with the title and how it was sampled.
 
     Args:
         benchmark: which.
@@ -67,7 +70,8 @@ def evaluate_benchmark(
             assert sampler is not None, f"{len(missing)} problems of {benchmark.name} have no samples yet"
             _sample(benchmark, missing, len(prompts), sampler, sampling, samples)
         results = [samples.done[prompt.index] for prompt in prompts]
-    return {"title": config.title, **summarise_benchmark(results, answer_of(config.reward.function))}
+    sampled = {field: getattr(config, field) for field in ("title", *SAMPLING_FIELDS)}
+    return {**sampled, **summarise_benchmark(results, answer_of(config.reward.function))}
 
 
 def missing_prompts(

@@ -26,7 +26,11 @@ def add_eval(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         "interrupted evaluation. On N GPUs: torchrun --nproc-per-node N -m megatron_dsrl.cli eval ...",
         epilog="example: dsrl eval Qwen/Qwen3-4B --benchmarks math500,aime24 --samples 32",
     )
-    parser.add_argument("model", metavar="MODEL", help="HF folder, hub name, or Megatron checkpoint of dsrl convert")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="HF folder, hub name, Megatron checkpoint, a run's folder (its newest policy) or one of its checkpoints",
+    )
     parser.add_argument(
         "overrides",
         metavar="KEY.PATH=VALUE",
@@ -43,7 +47,10 @@ def add_eval(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         "--data-folder", metavar="DIR", type=Path, help="where the benchmarks' files are (default: the hub)"
     )
     parser.add_argument(
-        "--output", metavar="DIR", type=Path, help="folder of samples and results (default: evaluations/<model>)"
+        "--output",
+        metavar="DIR",
+        type=Path,
+        help="folder of samples and results (default: RUN/evaluation/step_... for a run's, else evaluations/<model>)",
     )
     parser.set_defaults(command=_eval, parser=parser)
 
@@ -65,7 +72,7 @@ def _eval(options: argparse.Namespace) -> int:
         EvaluationRequest(
             model=options.model,
             benchmarks=[name for name in options.benchmarks.split(",") if name],
-            output=options.output or Path("evaluations") / Path(options.model).name,
+            output=options.output,
             data_folder=options.data_folder,
             changes=changes,
             overrides=options.overrides,

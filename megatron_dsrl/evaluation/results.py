@@ -5,26 +5,25 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from megatron_dsrl.evaluation.benchmark import benchmark_names
 from megatron_dsrl.evaluation.published import AVERAGE_OF_SIX, DSRL_OVER_GRPO, SIX_BENCHMARKS
+from megatron_dsrl.evaluation.results_file import RESULTS_FILE, Summary
 from megatron_dsrl.observability.charts import SERIES_COLOURS, Series, line_chart
 from megatron_dsrl.observability.figure import write_figure
 
-Summary = Mapping[str, Any]
 
-
-def write_results(folder: Path, model: str, summaries: Mapping[str, Summary]) -> None:
+def write_results(folder: Path, model: str, summaries: Mapping[str, Summary], step: int | None = None) -> None:
     """Write all three.
 
     Args:
         folder: where.
-        model: as the user named it.
+        model: folder or hub name.
         summaries: `title` and the figures of `summarise_benchmark` by the benchmark's name.
+        step: of the run that trained the model, if it is one's.
     """
-    data = {"model": model, "benchmarks": summaries, "average_of_six": average_of_six(summaries)}
-    _replace(folder / "results.json", json.dumps(data, indent=2) + "\n")
+    data = {"model": model, "step": step, "benchmarks": summaries, "average_of_six": average_of_six(summaries)}
+    _replace(folder / RESULTS_FILE, json.dumps(data, indent=2) + "\n")
     _replace(folder / "results.md", markdown(model, summaries))
     curves = [
         _curve(number, summary)
