@@ -22,6 +22,7 @@ from megatron_dsrl.platform.engine import ServerArguments, engine_environment, e
 from megatron_dsrl.rollout.client import EngineClient, EngineError, MemoryTag
 from megatron_dsrl.rollout.server import EngineServer
 from megatron_dsrl.rollout.settings import RolloutSettings
+from megatron_dsrl.rollout.weight_check import WeightCheck
 from megatron_dsrl.rollout.weight_push import Bucket, push_weights
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class EngineGroup:
             # new_group is collective: every rank takes part in making every group.
             groups = [new_gloo_group(range(first, first + size), timeout) for first in range(0, self._world, size)]
             self._group = groups[engine]
+        self._check = WeightCheck(config, self._group)
         host = self._host()
         self._server = EngineServer(
             arguments=server_arguments(config, engine) if self._owns_server else {},
@@ -112,17 +114,22 @@ class EngineGroup:
             version: The new weight version.
 
         Raises:
-            UserError: As `restart_lost`.
+            UserError: As `restart_lost`, or an engine does not hold what it was sent, which `engine.check_weights`
+                decides to look for.
         """
         has_old_weights = True
         while any(self._from_all(has_old_weights)):
             self.restart_lost()
+            mismatch = None
             if has_old_weights:
-                timeout = self._config.update_timeout_seconds
-                self._problem = push_weights(make_buckets(), version, self._own_url(), self._group, timeout)
+                mismatch = self._push(make_buckets(), version)
             else:
                 for _ in make_buckets():
                     pass
+            mismatches = dict.fromkeys(each for each in self._from_all(mismatch) if each is not None)
+            if mismatches:
+                self.close()
+                raise UserError("\n".join(mismatches))
             has_old_weights = self._problem is not None
 
     def release_memory(self, tags: Sequence[MemoryTag]) -> None:
@@ -146,9 +153,20 @@ class EngineGroup:
         """Stop this rank's server. May be called again; not collective, so that a failing rank can call it."""
         self._server.stop()
 
+    def _push(self, buckets: Iterable[Bucket], version: int) -> str | None:
+        """Replace the weights of this group's engine and compare them; what differs, or None."""
+        url, timeout = self._own_url(), self._config.update_timeout_seconds
+        self._problem = push_weights(self._check.watch(buckets), version, url, self._group, timeout)
+        try:
+            return None if self._problem is not None else self._check.mismatch(url)
+        except EngineError as error:
+            self._problem = str(error)
+            return None
+
     def _restart(self) -> None:
         """On the engine's owner: end it and start a new one."""
         problem = self._problem
+        self._check.repeat()
         while self._restarts < self._config.max_restarts:
             self._restarts += 1
             count = f"{self._restarts} of engine.max_restarts = {self._config.max_restarts}"

@@ -93,7 +93,8 @@ class WeightCheck:
         self._sent: SentWeights | None = None
 
     def watch(self, buckets: Iterable[Bucket]) -> Iterable[Bucket]:
-        """The buckets of a push, to be given to the engine in place of these."""
+        """The buckets of a push, to be given to the engine in place of these. All ranks of the group call it."""
+        self._due = any([self._due] if self._group is None else gather(self._due, self._group))
         if not self._due:
             return buckets
         rank, size = (0, 1) if self._group is None else (self._group.rank(), self._group.size())
@@ -109,6 +110,9 @@ class WeightCheck:
 
         Returns:
             None, or a message that names the tensors, the same on every rank of the group.
+
+        Raises:
+            EngineError: the engine refused or is gone, on every rank of the group.
         """
         if self._sent is None:
             return None
@@ -125,7 +129,7 @@ class WeightCheck:
         )
 
     def repeat(self) -> None:
-        """Compare after the next push again: the engine is a new one."""
+        """Compare after the next push again: the engine is a new one. One rank of the group is enough."""
         self._due = self._config.engine.check_weights != "never"
 
 
@@ -142,12 +146,15 @@ def check_weights(
 
     Returns:
         None, or one line for every tensor that differs, the same on every rank of the group.
+
+    Raises:
+        EngineError: the engine refused or is gone, on every rank of the group.
     """
     rank, size = (0, 1) if group is None else (group.rank(), group.size())
     answer = None if engine_url is None else asyncio.run(_engine_digests(engine_url, timeout_seconds))
     digests = answer if group is None else gather(answer, group)[0]
     if isinstance(digests, str):
-        return digests
+        raise EngineError(digests)
     if len(digests) != size:
         return f"the engine answers for {len(digests)} ranks where {size} handed it weights"
     differences = sent.differences(digests[rank])

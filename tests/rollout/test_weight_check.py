@@ -1,5 +1,6 @@
 """The comparison of what was sent with what a real engine holds."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,10 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_dsrl.model.architecture import read_architecture
+from megatron_dsrl.rollout.client import EngineError
 from megatron_dsrl.rollout.engine_layout import EngineLayout
 from megatron_dsrl.rollout.rollout import EngineRollout
-from megatron_dsrl.rollout.weight_check import SentWeights, check_weights
+from megatron_dsrl.rollout.weight_check import SentWeights, WeightCheck, check_weights
 from megatron_dsrl.rollout.weight_push import Bucket, push_weights
+from tests.support.engine import tiny_run_config
 
 TIMEOUT_SECONDS = 60.0
 
@@ -88,7 +91,28 @@ def test_tensors_that_the_engine_does_not_have_are_named(engine_rollout, tiny_mo
     ]
 
 
-def test_an_engine_that_is_gone_is_a_problem(tiny_model_folder):
+def test_an_engine_that_is_gone_is_an_error_of_its_own(tiny_model_folder):
     sent = SentWeights(EngineLayout(read_architecture(tiny_model_folder), rank=0, size=1))
 
-    assert "is gone" in check_weights(sent, "http://127.0.0.1:9", group=None, timeout_seconds=5.0)
+    with pytest.raises(EngineError, match="is gone"):
+        check_weights(sent, "http://127.0.0.1:9", group=None, timeout_seconds=5.0)
+
+
+def test_the_first_push_of_a_run_is_compared_and_again_that_to_a_new_engine(
+    engine_rollout, tiny_model_folder, weights
+):
+    (url,) = engine_rollout._urls
+    check = WeightCheck(tiny_run_config(tiny_model_folder), group=None)
+    incomplete = {name: tensor for name, tensor in weights.items() if name != "model.norm.weight"}
+
+    def push(weights: dict[str, torch.Tensor]) -> str | None:
+        buckets = check.watch(buckets_of_three(weights))
+        assert push_weights(buckets, engine_rollout.weight_version, url, None, TIMEOUT_SECONDS) is None
+        return check.mismatch(url)
+
+    assert push(weights) is None
+    assert push(incomplete) is None, "a second push is not compared"
+    check.repeat()
+    assert re.search("(?s)model.norm.weight of the engine.*engine.check_weights to never", push(incomplete))
+    assert push(incomplete) is not None, "until a push has arrived in full"
+    assert push(weights) is None and push(incomplete) is None
