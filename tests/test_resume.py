@@ -71,7 +71,8 @@ def remove_rollouts(run: Path, step: int) -> None:
 
 
 def test_stops_kills_and_a_dead_engine_change_nothing(config, undisturbed):
-    """SIGTERM while sampling, SIGUSR1 while updating, the death of an engine, `kill -9` of the trainer: one run."""
+    """SIGTERM while sampling, SIGUSR1 while updating, the death of an engine during an update and while it samples, and
+    `kill -9` of the trainer: one run."""
     run = config.parent / "runs" / "disturbed"
     arguments = (str(config), "name=disturbed", *OPTIONS)
 
@@ -93,9 +94,17 @@ def test_stops_kills_and_a_dead_engine_change_nothing(config, undisturbed):
     status = disturb_the_next_update(lambda training: training.process.send_signal(signal.SIGUSR1))
     assert status == PREEMPTED_STATUS
     assert newest_checkpoint(run) > stopped_after, "a running update comes to its end"
-    assert disturb_the_next_update(lambda training: training.engine_processes()[0].kill()) == 1
-    assert "EngineError: engine http" in (run.parent / "disturbed.output").read_text()
-    assert disturb_the_next_update(lambda training: training.process.kill()) == -signal.SIGKILL
+
+    def kill_engine_and_later_trainer(training: RunningTraining) -> None:
+        step = newest_checkpoint(run) + 1
+        training.engine_processes()[0].kill()
+        training.wait_until(lambda: training.has_checkpoint(step))  # sampling for the next step has begun
+        training.engine_processes()[0].kill()
+        training.wait_until(lambda: training.has_checkpoint(step + 1))
+        training.process.kill()
+
+    assert disturb_the_next_update(kill_engine_and_later_trainer) == -signal.SIGKILL
+    assert "restarted (2 of engine.max_restarts" in (run.parent / "disturbed.output").read_text()
 
     complete_run(config, "disturbed")
     assert_same_run(run, undisturbed, STEPS)

@@ -1,0 +1,218 @@
+"""Engines that die or hang at any moment: the samples are those of an undisturbed engine, or there is a clear error."""
+
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from transformers import Qwen3ForCausalLM
+
+from megatron_dsrl.errors import UserError
+from megatron_dsrl.platform.engine import engine_environment
+from megatron_dsrl.rewards.pool import RewardPool
+from megatron_dsrl.rollout.batch import Batch, BatchRequest, WholeFeed
+from megatron_dsrl.rollout.client import connect
+from megatron_dsrl.rollout.dispatcher import Dispatcher
+from megatron_dsrl.rollout.engine_group import server_arguments
+from megatron_dsrl.rollout.rollout import EngineRollout
+from megatron_dsrl.rollout.sample import Group
+from megatron_dsrl.rollout.sampling import SamplingParameters
+from megatron_dsrl.rollout.seeds import seeds_of_batch
+from megatron_dsrl.rollout.server import EngineServer
+from megatron_dsrl.rollout.unfinished import UnfinishedGroup
+from tests.support.engine import STOP_TOKEN_ID, decode_as_numbers, numbered_prompts, tiny_run_config
+
+PROMPTS = [replace(prompt, token_ids=prompt.token_ids[:20]) for prompt in numbered_prompts(16)]
+SAMPLES = 4
+RESPONSE_TOKENS = 160
+"""Long enough to be in the middle of them: some seconds for all."""
+HEALTH_TIMEOUT_SECONDS = 4.0
+
+
+@pytest.fixture(scope="module")
+def config(tiny_model_folder: Path):
+    return tiny_run_config(
+        tiny_model_folder,
+        health_check_seconds=0.5,
+        health_timeout_seconds=HEALTH_TIMEOUT_SECONDS,
+        startup_timeout_seconds=300.0,
+        max_restarts=20,
+    )
+
+
+@pytest.fixture(scope="module")
+def rollout(config, tmp_path_factory) -> Iterator[EngineRollout]:
+    rollout = EngineRollout(config, tmp_path_factory.mktemp("run"), (STOP_TOKEN_ID,), decode_as_numbers)
+    try:
+        rollout.wait_until_ready()
+        yield rollout
+    finally:
+        rollout.close()
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model_folder) -> Qwen3ForCausalLM:
+    """Other weights than those in the folder, which a restarted engine has at first."""
+    torch.manual_seed(5)
+    model = Qwen3ForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="module")
+def undisturbed(rollout, policy) -> list[Group]:
+    rollout.load_weights(lambda: [list(policy.named_parameters())], 1)
+    return sample(rollout, policy)
+
+
+def sample(rollout: EngineRollout, policy: Qwen3ForCausalLM) -> list[Group]:
+    """The batch of all tests, as the training loop samples it."""
+    sampling = replace(
+        rollout.training_sampling, max_response_tokens=RESPONSE_TOKENS, stop_token_ids=tuple(range(3))
+    )
+    version = rollout.weight_version
+
+    def recover() -> None:
+        rollout.load_weights(lambda: [list(policy.named_parameters())], version)
+
+    groups = rollout.while_sampling(lambda: rollout.generate(PROMPTS, SAMPLES, sampling, "test"), recover)
+    assert groups is not None
+    return groups
+
+
+def assert_same(groups: list[Group], expected: list[Group]) -> None:
+    """Tokens, prompts and rewards, none lost or doubled. Log-probs up to rounding: batches were put together anew."""
+    assert [group.prompt for group in groups] == [group.prompt for group in expected]
+    for group, other in zip(groups, expected, strict=True):
+        for one, two in zip(group.samples, other.samples, strict=True):
+            assert (one.response_ids, one.text, one.reward) == (two.response_ids, two.text, two.reward)
+            assert one.log_probs == pytest.approx(two.log_probs, abs=1e-5)
+
+
+def engine_process(rollout: EngineRollout) -> int:
+    process = rollout._engines._server.process_id
+    assert process is not None
+    return process
+
+
+def schedulers(server: int) -> list[psutil.Process]:
+    return [p for p in psutil.Process(server).children(recursive=True) if "scheduler" in " ".join(p.cmdline())]
+
+
+def kill(server: int) -> None:
+    os.kill(server, signal.SIGKILL)
+
+
+def kill_scheduler(server: int) -> None:
+    for process in schedulers(server):
+        process.kill()
+
+
+def stop_scheduler(server: int) -> None:
+    """It hangs: the server in front of it goes on answering."""
+    for process in schedulers(server):
+        process.send_signal(signal.SIGSTOP)
+
+
+@contextmanager
+def soon(disturb: Callable[[int], None], server: int) -> Iterator[None]:
+    """Disturb the engine half a second later."""
+    timer = threading.Timer(0.5, disturb, [server])
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.join()
+
+
+@pytest.mark.parametrize(
+    "disturb", [kill, stop_scheduler, pytest.param(kill_scheduler, marks=pytest.mark.slow)]
+)
+def test_while_it_generates(disturb, rollout, policy, undisturbed):
+    restarts = rollout._engines.restarts
+    with soon(disturb, engine_process(rollout)):
+        assert_same(sample(rollout, policy), undisturbed)
+    assert rollout._engines.restarts == restarts + 1
+
+
+def test_while_it_is_idle_and_while_it_takes_weights(rollout, policy, undisturbed):
+    """As during a training step, and in the middle of the push after it."""
+    restarts = rollout._engines.restarts
+    kill(engine_process(rollout))
+
+    def buckets_with_a_kill():
+        named = list(policy.named_parameters())
+        yield named[:4]
+        if rollout._engines.restarts == restarts + 1:
+            kill(engine_process(rollout))
+        yield named[4:]
+
+    rollout.load_weights(buckets_with_a_kill, rollout.weight_version + 1)
+
+    assert rollout._engines.restarts == restarts + 2
+    assert_same(sample(rollout, policy), undisturbed)
+
+
+def test_an_engine_that_keeps_dying_ends_the_run_with_its_log(rollout, policy, undisturbed, monkeypatch):
+    limited = rollout._engines._config.model_copy(update={"max_restarts": rollout._engines.restarts})
+    with monkeypatch.context() as patch:
+        patch.setattr(rollout._engines, "_config", limited)
+        kill(engine_process(rollout))
+        with pytest.raises(UserError, match="(?s)after engine.max_restarts = .*Last lines of .*engine_0.log"):
+            rollout.load_weights(lambda: [list(policy.named_parameters())], 9)
+
+
+def test_another_engine_takes_over(config, tmp_path):
+    """Two engines, of which one dies while both generate: nobody waits for its restart."""
+    servers = [
+        EngineServer(server_arguments(config, number), engine_environment(1), tmp_path / f"{number}.log", 300.0)
+        for number in range(2)
+    ]
+    with ExitStack() as resources:
+        for server in servers:
+            resources.callback(server.stop)
+            server.start()
+        rewards = resources.enter_context(RewardPool(config.reward))
+        for server in servers:
+            server.wait_until_ready()
+        quiet, quiet_lost = dispatch(config, servers, rewards)
+        with soon(kill, servers[1].process_id):
+            disturbed, lost = dispatch(config, servers, rewards)
+
+    assert (list(quiet_lost), list(lost)) == ([], [1])
+    assert_same(disturbed, quiet)
+
+
+def dispatch(config, servers: list[EngineServer], rewards: RewardPool) -> tuple[list[Group], dict[int, str]]:
+    """The batch of all tests over several engines; its groups, and the engines that were lost."""
+    seeds = seeds_of_batch(1, "test", PROMPTS, SAMPLES)
+    request = BatchRequest(
+        feed=WholeFeed([UnfinishedGroup.new(*pair) for pair in zip(PROMPTS, seeds, strict=True)]),
+        sampling=SamplingParameters(RESPONSE_TOKENS, stop_token_ids=(0, 1, 2)),
+        weight_version=0,
+        deterministic=False,
+        max_outstanding_samples=64,
+        timeout_seconds=100.0,
+        call_timeout_seconds=None,
+        call_attempts=1,
+        health_check_seconds=0.5,
+        health_timeout_seconds=HEALTH_TIMEOUT_SECONDS,
+    )
+    batch, lost, judged = Batch(request, len(servers)), {}, []
+
+    async def run() -> None:
+        async with connect([server.url for server in servers], 30.0) as clients:
+            await Dispatcher(batch, clients, lost, rewards, decode_as_numbers, lambda count: None, judged.append).run()
+
+    asyncio.run(run())
+    assert sorted(group.prompt.index for group in judged) == [prompt.index for prompt in PROMPTS], "each is judged once"
+    return batch.finished_groups, lost
