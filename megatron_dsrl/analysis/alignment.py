@@ -4,7 +4,6 @@ The log-prob gap of a token is log P(y_t|x, y_<t) - log P(y_t|y_<t): how much th
 entropy that tokens are binned by is that of the policy given the prompt.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -12,6 +11,7 @@ from statistics import fmean
 import numpy as np
 
 from megatron_dsrl.analysis.gradients import GradientComparison
+from megatron_dsrl.observability.chart_axes import StepAxis
 from megatron_dsrl.observability.charts import Chart, Series, line_chart
 from megatron_dsrl.observability.records import Record
 
@@ -134,14 +134,16 @@ def charts(records: Sequence[Record]) -> list[Chart]:
                 "Cosine of the gradients by percentile of responses",
                 "Of grad log P(y) and grad log P(y|x).",
                 [Series("cosine", tuple(percentiles), values, 1)],
+                horizontal=StepAxis("percentile"),
             )
         )
     by_position, by_entropy = figures["gap_by_position"], figures["gap_by_entropy"]
     if by_position:
-        positions = tuple(int(math.log2(one["first_position"])) for one in by_position)
-        drawn.append(_gap_chart("Log-prob gap by log2 of the token's position", positions, by_position))
+        positions = tuple(one["first_position"] for one in by_position)
+        from_position = StepAxis("from position", is_log2=True)
+        drawn.append(_gap_chart("Log-prob gap by the token's position", positions, by_position, from_position))
         tenths = tuple(range(1, len(by_entropy) + 1))
-        drawn.append(_gap_chart("Log-prob gap by tenth of the token's entropy", tenths, by_entropy))
+        drawn.append(_gap_chart("Log-prob gap by the token's entropy", tenths, by_entropy, StepAxis("tenth")))
     return drawn
 
 
@@ -153,9 +155,9 @@ def _gap_figures(gaps: Sequence[float]) -> Record:
     }
 
 
-def _gap_chart(title: str, places: tuple[int, ...], bins: Sequence[Record]) -> Chart:
+def _gap_chart(title: str, places: tuple[int, ...], bins: Sequence[Record], horizontal: StepAxis) -> Chart:
     series = [
         Series("mean", places, tuple(one["mean_gap"] for one in bins), 4),
         Series("mean of |gap|", places, tuple(one["mean_absolute_gap"] for one in bins), 5),
     ]
-    return line_chart(title, "log P(y_t|x, y_<t) - log P(y_t|y_<t), nat.", series)
+    return line_chart(title, "log P(y_t|x, y_<t) - log P(y_t|y_<t), nat.", series, horizontal=horizontal)

@@ -95,7 +95,7 @@ def _add_pass_at_k(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]")
         description="Write pass_at_k.svg, pass_at_k.md and pass_at_k.jsonl of several evaluations.",
     )
     parser.add_argument(
-        "evaluations", metavar="LABEL=DIR", nargs="+", help="output folder of dsrl eval with a label; or DIR alone"
+        "evaluations", metavar="LABEL=DIR", nargs="+", help="run folder or output folder of dsrl eval, with a label"
     )
     parser.add_argument("--output", metavar="DIR", type=Path, default=Path(), help="where files go (default: .)")
     parser.set_defaults(command=_pass_at_k, parser=parser)
@@ -197,6 +197,7 @@ def _print_gradients(number: int, record: dict) -> None:
 
 def _pass_at_k(options: argparse.Namespace) -> int:
     from megatron_dsrl.analysis import pass_at_k_curves as curves
+    from megatron_dsrl.evaluation.results_file import newest_results
     from megatron_dsrl.observability.figure import write_figure
     from megatron_dsrl.observability.records import replace_records
 
@@ -204,7 +205,7 @@ def _pass_at_k(options: argparse.Namespace) -> int:
     labels = [label for label, _ in folders]
     if len(set(labels)) < len(labels):
         raise UserError("two evaluations have the same label; write LABEL=DIR")
-    evaluations = {label: curves.read_pass_at_k(folder) for label, folder in folders}
+    evaluations = {label: newest_results(folder) for label, folder in folders}
     charts = curves.charts(evaluations)
     options.output.mkdir(parents=True, exist_ok=True)
     write_figure(charts, options.output / "pass_at_k.svg")

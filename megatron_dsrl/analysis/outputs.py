@@ -1,15 +1,17 @@
-"""What an analysis leaves behind: records as JSON lines, a summary, and a figure."""
+"""What an analysis leaves behind: records as JSON lines, a summary, a figure, and its charts for the report."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_dsrl.observability.chart_file import write_charts
 from megatron_dsrl.observability.charts import Chart
 from megatron_dsrl.observability.figure import write_figure
 from megatron_dsrl.observability.records import Record, replace_records
 
 FOLDER = "analysis"
 """Within a run folder."""
+CHARTS_SUFFIX = ".charts.json"
 
 
 def output_folder(source: Path, asked_for: Path | None) -> Path:
@@ -22,7 +24,7 @@ def output_folder(source: Path, asked_for: Path | None) -> Path:
 def write_analysis(
     folder: Path, name: str, records: Sequence[Record], summary: Record, charts: Sequence[Chart]
 ) -> None:
-    """Write `<name>.jsonl`, `<name>.json` and `<name>.svg`; the folder is made."""
+    """Write `<name>.jsonl`, `<name>.json`, `<name>.svg` and `<name>.charts.json`; the folder is made."""
     folder.mkdir(parents=True, exist_ok=True)
     replace_records(folder / f"{name}.jsonl", list(records))
     write_summary(folder, name, summary, charts)
@@ -33,6 +35,7 @@ def write_summary(folder: Path, name: str, summary: Record, charts: Sequence[Cha
     (folder / f"{name}.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     if charts:
         write_figure(charts, folder / f"{name}.svg")
+        write_charts(charts, folder / f"{name}{CHARTS_SUFFIX}")
 
 
 def in_words(summary: Record) -> str:

@@ -3,14 +3,16 @@
 import json
 import os
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 
 from megatron_dsrl.evaluation.benchmark import benchmark_names
 from megatron_dsrl.evaluation.published import AVERAGE_OF_SIX, DSRL_OVER_GRPO, SIX_BENCHMARKS
 from megatron_dsrl.evaluation.results_file import RESULTS_FILE, Summary
-from megatron_dsrl.observability.charts import SERIES_COLOURS, Series, line_chart
+from megatron_dsrl.observability.charts import SERIES_COLOURS
 from megatron_dsrl.observability.figure import write_figure
+from megatron_dsrl.observability.pass_at_k_chart import pass_at_k_chart
 
 
 def write_results(folder: Path, model: str, summaries: Mapping[str, Summary], step: int | None = None) -> None:
@@ -25,14 +27,13 @@ def write_results(folder: Path, model: str, summaries: Mapping[str, Summary], st
     data = {"model": model, "step": step, "benchmarks": summaries, "average_of_six": average_of_six(summaries)}
     _replace(folder / RESULTS_FILE, json.dumps(data, indent=2) + "\n")
     _replace(folder / "results.md", markdown(model, summaries))
-    curves = [
-        _curve(number, summary)
-        for number, summary in enumerate(summaries.values())
-        if len(summary["pass_at_k"]) > 1 and number < SERIES_COLOURS
+    curves = {one["title"]: one["pass_at_k"] for one in summaries.values() if len(one["pass_at_k"]) > 1}
+    charts = [
+        pass_at_k_chart("Pass@K", dict(islice(curves.items(), first, first + SERIES_COLOURS)))
+        for first in range(0, len(curves), SERIES_COLOURS)
     ]
-    if curves:
-        chart = line_chart("Pass@K by log2 K", "Unbiased estimate, mean over problems.", curves, top=1.0)
-        write_figure([chart], folder / "pass_at_k.svg")
+    if charts:
+        write_figure(charts, folder / "pass_at_k.svg")
 
 
 def average_of_six(summaries: Mapping[str, Summary]) -> float | None:
@@ -105,13 +106,6 @@ def _differences() -> list[str]:
         f"{size}: " + ", ".join(f"{name} {points:+.2f}" for name, points in by_benchmark.items())
         for size, by_benchmark in DSRL_OVER_GRPO.items()
     ]
-
-
-def _curve(number: int, summary: Summary) -> Series:
-    """Steps of the chart are log2 k: doubling the budget is one step."""
-    exact = {k: value for k, value in summary["pass_at_k"].items() if k & (k - 1) == 0}
-    steps = tuple(k.bit_length() - 1 for k in exact)
-    return Series(summary["title"], steps, tuple(exact.values()), number + 1)
 
 
 def _percent(share: float | None) -> str:

@@ -50,7 +50,7 @@ def read_results(folder: Path) -> EvaluationResults:
             raise KeyError(missing[0])
         return EvaluationResults(folder, str(data["model"]), data.get("step"), benchmarks)
     except FileNotFoundError as error:
-        raise UserError(f"{folder} holds no {RESULTS_FILE}: give the output folder of `dsrl eval`") from error
+        raise UserError(f"{folder} holds no {RESULTS_FILE}: give an output folder of `dsrl eval`") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} does not hold the results of `dsrl eval` ({error!r})") from error
 
@@ -64,3 +64,14 @@ def results_of_run(run_folder: Path) -> list[EvaluationResults]:
     root = run_folder / EVALUATIONS_FOLDER
     folders = sorted({file.parent for pattern in ("", "*/") for file in root.glob(pattern + RESULTS_FILE)})
     return sorted(map(read_results, folders), key=lambda results: -1 if results.step is None else results.step)
+
+
+def newest_results(folder: Path) -> EvaluationResults:
+    """Of an output folder of `dsrl eval`; of a run folder the evaluation of its latest policy.
+
+    Raises:
+        UserError: there are none, or they are damaged.
+    """
+    if not (folder / RESULTS_FILE).is_file() and (of_run := results_of_run(folder)):
+        return of_run[-1]
+    return read_results(folder)

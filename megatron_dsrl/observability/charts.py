@@ -5,21 +5,33 @@ Every chart carries its data as JSON, from which the page's script shows the val
 """
 
 import json
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from markupsafe import Markup, escape
 
-WIDTH, HEIGHT = 400, 210
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 14, 24
+from megatron_dsrl.observability.chart_axes import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    STEPS,
+    TOP,
+    WIDTH,
+    Axes,
+    StepAxis,
+    fitting_axes,
+    ticks,
+)
+
 SERIES_COLOURS = 6
 PHASE_COLOURS = 4
 
 
 @dataclass(frozen=True)
 class Series:
-    """One named curve over steps."""
+    """One named curve over steps, or over whatever the chart's horizontal axis counts."""
 
     name: str
     steps: tuple[int, ...]
@@ -52,11 +64,28 @@ class PhaseSpan:
 
 
 @dataclass(frozen=True)
+class ChartSource:
+    """What a chart shows: enough to draw it again."""
+
+    kind: Literal["lines", "areas"]
+    title: str
+    explanation: str
+    series: tuple[Series, ...]
+    phases: tuple[PhaseSpan, ...] = ()
+    top: float | None = None
+    """Upper end of the value axis; None fits it to the values."""
+    horizontal: StepAxis = field(default=STEPS)
+
+    def all_steps(self) -> list[int]:
+        """Of any series, ascending."""
+        return sorted({step for one in self.series for step in one.steps})
+
+
+@dataclass(frozen=True)
 class Chart:
     """A drawn chart, ready for the page."""
 
-    title: str
-    explanation: str
+    source: ChartSource
     svg: Markup
     legend: tuple[tuple[int, str, str], ...]
     """Colour, name and value of every series at `legend_step`."""
@@ -66,35 +95,16 @@ class Chart:
     """JSON: steps, phase names and values by series, for the page's script."""
 
 
-@dataclass(frozen=True)
-class Axes:
-    """The mapping from steps and values to the drawing's coordinates."""
-
-    first_step: float
-    last_step: float
-    low: float
-    high: float
-
-    def x(self, step: float) -> float:
-        share = (step - self.first_step) / (self.last_step - self.first_step)
-        return LEFT + share * (WIDTH - LEFT - RIGHT)
-
-    def y(self, value: float) -> float:
-        share = (value - self.low) / (self.high - self.low)
-        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
-
-
 def line_chart(
     title: str,
     explanation: str,
     series: Sequence[Series],
     phases: Sequence[PhaseSpan] = (),
     top: float | None = None,
+    horizontal: StepAxis = STEPS,
 ) -> Chart:
     """Curves over steps, with error bars where a series has them. `top` fixes the upper end of the value axis."""
-    axes = _axes(_all_steps(series), _extremes(series), top)
-    shapes = [shape for one in series for shape in _curve(axes, one)]
-    return _chart(title, explanation, axes, series, phases, shapes)
+    return draw(ChartSource("lines", title, explanation, tuple(series), tuple(phases), top, horizontal))
 
 
 def stacked_chart(
@@ -107,25 +117,12 @@ def stacked_chart(
 
     All series have the same steps.
     """
-    steps = series[0].steps
-    lower = [0.0] * len(steps)
-    bands = []
-    for one in series:
-        upper = [base + (value or 0.0) for base, value in zip(lower, one.values, strict=True)]
-        bands.append((one, lower, upper))
-        lower = upper
-    axes = _axes(steps, [0.0, *lower], None)
-    shapes = [_area(axes, steps, below, above, one.colour) for one, below, above in bands]
-    return _chart(title, explanation, axes, series, phases, shapes)
+    return draw(ChartSource("areas", title, explanation, tuple(series), tuple(phases)))
 
 
-def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers that cover low..high in steps of 1, 2 or 5 times a power of ten; the ends included."""
-    rough = (high - low) / about
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(index * step, 12) for index in range(first, last + 1)]
+def draw(source: ChartSource) -> Chart:
+    """The chart of its source."""
+    return _DRAWINGS[source.kind](source)
 
 
 def number(value: float | None) -> str:
@@ -158,34 +155,42 @@ def _extremes(series: Sequence[Series]) -> list[float]:
     return extremes
 
 
-def _axes(steps: Sequence[int], extremes: Sequence[float], top: float | None) -> Axes:
-    low, high = min(0.0, min(extremes, default=0.0)), max(0.0, max(extremes, default=1.0))
-    if top is not None:
-        high = top
-    if low == high:
-        high = low + 1.0
-    rounded = ticks(low, high)
-    margin = 0.5 if steps[0] == steps[-1] else 0.0
-    return Axes(steps[0] - margin, steps[-1] + margin, rounded[0], rounded[-1])
+def _lines(source: ChartSource) -> Chart:
+    axes = _axes(source, _extremes(source.series))
+    return _chart(source, axes, [shape for one in source.series for shape in _curve(axes, one)])
 
 
-def _chart(
-    title: str,
-    explanation: str,
-    axes: Axes,
-    series: Sequence[Series],
-    phases: Sequence[PhaseSpan],
-    shapes: Sequence[str],
-) -> Chart:
-    steps = _all_steps(series)
-    content = "".join([*_phase_bands(axes, phases), *_grid(axes), *shapes, _cursor()])
+def _areas(source: ChartSource) -> Chart:
+    steps = source.series[0].steps
+    lower = [0.0] * len(steps)
+    bands = []
+    for one in source.series:
+        upper = [base + (value or 0.0) for base, value in zip(lower, one.values, strict=True)]
+        bands.append((one, lower, upper))
+        lower = upper
+    axes = _axes(source, [0.0, *lower])
+    return _chart(source, axes, [_area(axes, steps, below, above, one.colour) for one, below, above in bands])
+
+
+_DRAWINGS = {"lines": _lines, "areas": _areas}
+
+
+def _axes(source: ChartSource, extremes: Sequence[float]) -> Axes:
+    steps = source.all_steps()
+    low, high = min(extremes, default=0.0), max(extremes, default=1.0)
+    return fitting_axes(source.horizontal, steps[0], steps[-1], low, high, source.top)
+
+
+def _chart(source: ChartSource, axes: Axes, shapes: Sequence[str]) -> Chart:
+    steps, series = source.all_steps(), source.series
+    content = "".join([*_phase_bands(axes, source.phases), *_grid(axes), *shapes, _cursor()])
     values = [one.in_words() for one in series]
-    words = escape(_words(title, series))
+    words = escape(_words(source))
     svg = Markup(f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" aria-label="{words}">{content}</svg>')
     data = {
         "steps": steps,
         "x": [round(axes.x(step) / WIDTH, 4) for step in steps],
-        "phases": [_phase_at(phases, step) for step in steps],
+        "phases": [_phase_at(source.phases, step) for step in steps],
         "series": [[by_step.get(step, number(None)) for step in steps] for by_step in values],
     }
     known = [step for one in series for step, value in zip(one.steps, one.values, strict=True) if value is not None]
@@ -193,31 +198,27 @@ def _chart(
     legend = tuple(
         (one.colour, one.name, by_step.get(shown, number(None))) for one, by_step in zip(series, values, strict=True)
     )
-    return Chart(title, explanation, svg, legend, shown, json.dumps(data))
-
-
-def _all_steps(series: Sequence[Series]) -> list[int]:
-    return sorted({step for one in series for step in one.steps})
+    return Chart(source, svg, legend, shown, json.dumps(data))
 
 
 def _phase_at(phases: Sequence[PhaseSpan], step: int) -> str:
     return next((phase.name for phase in phases if phase.first_step <= step <= phase.last_step), "")
 
 
-def _words(title: str, series: Sequence[Series]) -> str:
+def _words(source: ChartSource) -> str:
     """The alternative text: what a reader would take from the picture."""
-    sentences = []
-    for one in series:
+    sentences, at = [], f"at {source.horizontal.name}"
+    for one in source.series:
         known = [(step, value) for step, value in zip(one.steps, one.values, strict=True) if value is not None]
         if not known:
             continue
         (first_step, first), (last_step, last) = known[0], known[-1]
         peak_step, peak = max(known, key=lambda point: point[1])
         sentences.append(
-            f"{one.name}: {number(first)} at step {first_step}, {number(last)} at step {last_step},"
-            f" highest {number(peak)} at step {peak_step}."
+            f"{one.name}: {number(first)} {at} {first_step}, {number(last)} {at} {last_step},"
+            f" highest {number(peak)} {at} {peak_step}."
         )
-    return f"{title}. " + " ".join(sentences)
+    return f"{source.title}. " + " ".join(sentences)
 
 
 def _phase_bands(axes: Axes, phases: Sequence[PhaseSpan]) -> list[str]:
@@ -241,20 +242,10 @@ def _grid(axes: Axes) -> list[str]:
         kind = "zero" if value == 0 else "grid"
         shapes.append(f'<line class="{kind}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         shapes.append(f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{escape(_tick_label(value))}</text>')
-    for step in _step_ticks(axes):
+    for step in axes.step_ticks():
         x = axes.x(step)
         shapes.append(f'<text x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{step}</text>')
     return shapes
-
-
-def _step_ticks(axes: Axes) -> list[int]:
-    first, last = math.ceil(axes.first_step), math.floor(axes.last_step)
-    if first == last:
-        return [first]
-    inner = [round(tick) for tick in ticks(first, last, about=5) if float(tick).is_integer()]
-    spacing = (last - first) / 12
-    inner = [tick for tick in inner if first + spacing <= tick <= last - spacing]
-    return [first, *inner, last]
 
 
 def _curve(axes: Axes, series: Series) -> list[str]:

@@ -11,6 +11,7 @@ from megatron_dsrl.evaluation.problem_result import ProblemResult
 from megatron_dsrl.evaluation.results import write_results
 from megatron_dsrl.evaluation.sample_file import SampleFile
 from megatron_dsrl.evaluation.summary import summarise_benchmark
+from megatron_dsrl.observability.chart_file import read_charts
 from megatron_dsrl.rollout.recording import read_groups, rollout_file
 from tests.observability.synthetic_run import make_group, write_run
 
@@ -34,6 +35,7 @@ def test_a_run_is_analysed_into_its_folder(run, capsys, kind):
     assert json.loads((run / "analysis" / f"{kind}.json").read_text())
     drawing = ElementTree.parse(run / "analysis" / f"{kind}.svg")
     assert any("phase-2" in (shape.get("class") or "") for shape in drawing.iter())  # phases are shaded
+    assert read_charts(run / "analysis" / f"{kind}.charts.json")[0].source.phases
     assert f"analysis/{kind}.jsonl" in capsys.readouterr().out
 
 
@@ -76,12 +78,12 @@ def test_mistakes_end_in_one_message(run, tmp_path, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
-def evaluation(folder: Path, right: list[int]) -> Path:
+def evaluation(folder: Path, right: list[int], step: int | None = None) -> Path:
     """An evaluation of problems with 4 samples each, of which so many are right."""
     groups = [make_group([1.0] * count + [0.0] * (4 - count), index) for index, count in enumerate(right)]
     figures = summarise_benchmark([ProblemResult.of_group(group) for group in groups], answer_of=None)
-    folder.mkdir()
-    write_results(folder, folder.name, {"amc23": {"title": "AMC23", **figures}})
+    folder.mkdir(parents=True)
+    write_results(folder, folder.name, {"amc23": {"title": "AMC23", **figures}}, step)
     return folder
 
 
@@ -100,3 +102,10 @@ def test_pass_at_k_of_two_evaluations_in_one_figure(tmp_path, capsys):
     assert "| AMC23 | dsrl | 37.5 | 66.7 | 100.0 |" in table
     assert "AMC23" in (output / "pass_at_k.svg").read_text()
     assert main(["analyse", "pass-at-k", str(grpo), str(grpo), "--output", str(output)]) == 2
+
+
+def test_a_run_stands_for_the_evaluation_of_its_latest_policy(tmp_path, capsys):
+    for step, right in ((10, [0]), (2, [4])):
+        evaluation(tmp_path / "run" / "evaluation" / f"step_{step:06d}", right, step)
+    assert main(["analyse", "pass-at-k", str(tmp_path / "run"), "--output", str(tmp_path)]) == 0
+    assert "| AMC23 | run | 0.0 |" in capsys.readouterr().out

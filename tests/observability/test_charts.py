@@ -2,7 +2,12 @@
 
 import json
 
-from megatron_dsrl.observability.charts import PhaseSpan, Series, line_chart, number, stacked_chart, ticks
+import pytest
+
+from megatron_dsrl.errors import UserError
+from megatron_dsrl.observability.chart_axes import StepAxis, ticks
+from megatron_dsrl.observability.chart_file import read_charts, write_charts
+from megatron_dsrl.observability.charts import PhaseSpan, Series, line_chart, number, stacked_chart
 
 
 def test_ticks_are_round_and_cover_the_range() -> None:
@@ -37,3 +42,28 @@ def test_stacked_areas_lie_on_each_other() -> None:
 
 def test_names_are_escaped_in_the_drawing() -> None:
     assert "<b>" not in line_chart('"><b>', "", [Series('"><b>', (1,), (1.0,), 1)]).svg
+
+
+def test_doubling_is_a_constant_distance_on_a_log2_axis() -> None:
+    axis = StepAxis("K =", is_log2=True)
+    chart = line_chart("Pass@K", "", [Series("a", (1, 2, 4, 6, 8), (0.0, 0.0, 0.0, 0.0, 1.0), 1)], horizontal=axis)
+    path = chart.svg.split('class="line series-1" d="')[1].split('"')[0]
+    places = [float(point.split()[0]) for point in path[1:].replace("h0", "").split("L")]
+    assert places == [46.0, 160.0, 274.0, 340.7, 388.0]  # 6 lies at log2(6) = 2.585 of 3
+    assert all(f">{k}</text>" in chart.svg for k in (1, 2, 4, 8)) and ">6</text>" not in chart.svg
+    assert "a: 0 at K = 1, 1 at K = 8" in chart.svg
+    wide = line_chart("", "", [Series("a", (1, 2**20), (0.0, 1.0), 1)], horizontal=axis)
+    assert wide.svg.count("text-anchor=\"middle\"") == 11  # every second power
+
+
+def test_charts_from_a_file_are_the_same_drawing(tmp_path) -> None:
+    phases = [PhaseSpan("warm", 1, 1, 1), PhaseSpan("main", 2, 2, 2)]
+    charts = [
+        line_chart("L", "x", [Series("a", (1, 2), (0.5, None), 1, (0.1, None))], phases, 1.0, StepAxis("K", True)),
+        stacked_chart("S", "y", [Series("a", (1, 2), (1, 2), 1), Series("b", (1, 2), (3, 2), 2)]),
+    ]
+    write_charts(charts, tmp_path / "two.charts.json")
+    assert read_charts(tmp_path / "two.charts.json") == charts
+    (tmp_path / "two.charts.json").write_text('[{"kind": "lines"}]')
+    with pytest.raises(UserError, match="two.charts.json does not hold charts: Field required"):
+        read_charts(tmp_path / "two.charts.json")
