@@ -71,10 +71,11 @@ def _train(options: argparse.Namespace) -> int:
         if _rank() == 0:
             print_dry_run(config, figures, Console())
         return 0
-    if _rank() == 0:
-        print(*batch_lines(config, figures), sep="\n", flush=True)
-
+    from megatron_dsrl.planning.warnings import memory_warnings, this_machine
     from megatron_dsrl.platform import silence_expected_warnings
+
+    if _rank() == 0:
+        print(*batch_lines(config, figures), *memory_warnings(config, world_size, this_machine()), sep="\n", flush=True)
 
     silence_expected_warnings()
     from megatron_dsrl.train import train
@@ -100,6 +101,7 @@ def _plan(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from megatron_dsrl.config.load import load_config
+    from megatron_dsrl.config.summary import batch_lines
     from megatron_dsrl.model.architecture import read_architecture
     from megatron_dsrl.planning.compute import Assumptions
     from megatron_dsrl.planning.gpus import find_gpu
@@ -115,7 +117,8 @@ def _plan(options: argparse.Namespace) -> int:
         training_utilisation=options.training_utilisation,
     )
     console = Console()
-    preflight(config, options.gpus)
+    figures = preflight(config, options.gpus)
+    console.print(*batch_lines(config, figures), sep="\n", soft_wrap=True, highlight=False)
     plan = make_plan(config, architecture, gpu, options.gpus, assumptions)
     print_plan(plan, architecture, assumptions, console)
     print_suggestions(suggest(config, architecture, gpu, options.gpus, assumptions, count=5), console)

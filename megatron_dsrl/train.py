@@ -51,6 +51,7 @@ def train(config: RunConfig) -> None:
     """
     inputs = load_inputs(config)
     with ExitStack() as resources:
+        current_platform().record_collectives(inputs.run_folder / "collectives")
         initialize_parallel(config.parallel, config.seed)
         resources.callback(destroy_parallel)
         console = RunConsole(config.steps)

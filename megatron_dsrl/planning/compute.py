@@ -1,12 +1,16 @@
 """Floating-point operations of a step, and an estimate of its seconds.
 
 Operations are counted: two per parameter and token in a matrix product, twice that again for the backward pass, and
-causal attention. Seconds rest on two assumptions, which are arguments: which share of the peak training reaches (MFU),
-and which share of the memory bandwidth decoding reaches. Weight synchronisation and verification are left out.
+causal attention; the passes that a phase makes before its update (old log-probs, reference, values) and the critic's
+update count too. Every sample is taken to be kept. Seconds rest on two assumptions, which are arguments: which share of
+the peak training reaches (MFU), and which share of the memory bandwidth decoding reaches. Verification is left out.
 """
 
 from dataclasses import dataclass
 
+from megatron_dsrl.algorithms.passes import required_passes
+from megatron_dsrl.config.derived import LONGEST_BOS
+from megatron_dsrl.config.phase import PhaseConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import Architecture
 from megatron_dsrl.planning.gpus import Gpu
@@ -25,8 +29,19 @@ class Assumptions:
     """Share of the memory bandwidth that decoding reaches."""
 
 
+def forward_flops(architecture: Architecture, context: int, scored: int) -> float:
+    """Of one sequence through the policy, forward only; the output layer sees only scored tokens.
+
+    Args:
+        architecture: the model.
+        context: tokens before the scored ones.
+        scored: scored tokens.
+    """
+    return _layer_flops(architecture, context + scored) + _head_flops(architecture, scored)
+
+
 def training_flops(architecture: Architecture, context: int, scored: int, recompute_full: bool) -> float:
-    """Of one sequence, forward and backward; the output layer sees only scored tokens.
+    """Of one sequence through the policy, forward and backward.
 
     Args:
         architecture: the model.
@@ -34,12 +49,36 @@ def training_flops(architecture: Architecture, context: int, scored: int, recomp
         scored: scored tokens.
         recompute_full: every layer runs forward once more.
     """
-    tokens = context + scored
+    layers = _layer_flops(architecture, context + scored)
+    return (4 if recompute_full else 3) * layers + 3 * _head_flops(architecture, scored)
+
+
+def phase_flops(config: RunConfig, architecture: Architecture, phase: PhaseConfig, mean_response_tokens: int) -> float:
+    """Of one step of a phase over all GPUs: passes and updates, policy and critic."""
+    recompute_full = config.model.recompute == "full"
+    total = 0.0
+    for objective in phase.objectives.values():
+        needed = required_passes(objective)
+        context = config.data.max_prompt_tokens if objective.space.name == "post_train" else LONGEST_BOS
+        off_policy = config.actor.optimizer_steps_per_rollout > 1
+        forwards = int(needed.old_log_probs or off_policy) + int(needed.reference_log_probs)
+        total += forwards * forward_flops(architecture, context, mean_response_tokens)
+        update = training_flops(architecture, context, mean_response_tokens, recompute_full)
+        total += update * config.actor.epochs_per_rollout
+        if needed.values:  # one forward pass, and the critic's own update; its head is nothing
+            layers = _layer_flops(architecture, context + mean_response_tokens)
+            total += layers * (1 + (4 if recompute_full else 3) * config.critic.epochs_per_rollout)
+    return total * config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+
+
+def _layer_flops(architecture: Architecture, tokens: int) -> float:
     heads = architecture.num_attention_heads * architecture.head_dim
     attention = 2 * architecture.num_hidden_layers * heads * tokens * tokens  # 4 h t^2, and half of it under causality
-    layers = 2 * active_per_token(architecture) * tokens + attention
-    head = 2 * architecture.hidden_size * architecture.vocab_size * scored
-    return (4 if recompute_full else 3) * layers + 3 * head
+    return 2 * active_per_token(architecture) * tokens + attention
+
+
+def _head_flops(architecture: Architecture, scored: int) -> float:
+    return 2 * architecture.hidden_size * architecture.vocab_size * scored
 
 
 def training_seconds(flops: float, config: RunConfig, world_size: int, gpu: Gpu, assumptions: Assumptions) -> float:

@@ -1,17 +1,20 @@
-"""What lies in a GPU's memory, part by part, in each phase of a step.
+"""How much memory each part of a run takes on a GPU: the policy, the critic, the engine.
 
 Weights, gradients and optimizer state are exact. Activations count the tensors that the layers keep for the backward
-pass. Not counted: the CUDA context, what the allocator cannot reuse, and NCCL's buffers; `RESERVE_BYTES` stands for
-them.
+pass. What of it lies there at the same time is in fit.py.
 """
 
 from dataclasses import dataclass
 
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import Architecture
-from megatron_dsrl.planning.parameters import parameters_of_model, parameters_of_stage
+from megatron_dsrl.planning.parameters import (
+    ProcessParameters,
+    parameters_of_critic_stage,
+    parameters_of_model,
+    parameters_of_stage,
+)
 
-RESERVE_BYTES = 3 * 2**30
 LOSS_CHUNK_BYTES = 2 * 64 * 2**20
 """Two fp32 chunks of logits; see actor/log_probs.py."""
 GRADIENT_BYTES = 4
@@ -20,7 +23,7 @@ GRADIENT_BYTES = 4
 
 @dataclass(frozen=True)
 class TrainerMemory:
-    """Of one process, in bytes."""
+    """Of a trained model, policy or critic, on one process, in bytes."""
 
     weights: int
     gradients: int
@@ -28,17 +31,17 @@ class TrainerMemory:
     activations: int
     """Kept for the backward pass of the micro-batches that are under way."""
     logits: int
-    """Of one micro-batch and their gradient; last stage only."""
+    """Of one micro-batch and their gradient, or what the critic's value head takes; last stage only."""
+
+    @property
+    def passing(self) -> int:
+        """What is there only during an update."""
+        return self.activations + self.logits
 
     @property
     def resident(self) -> int:
         """What stays while the engine samples."""
         return self.weights + self.gradients + self.optimizer
-
-    @property
-    def training(self) -> int:
-        """The largest amount during an update."""
-        return self.resident + self.activations + self.logits
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,12 @@ class EngineMemory:
     """What `engine.memory_fraction` leaves for keys and values."""
     cache_tokens: int
     """Tokens that it holds, over the GPUs of the engine."""
+    bytes_per_token: int
+
+    @property
+    def used(self) -> int:
+        """Weights, and the cache for the tokens that it holds."""
+        return self.weights + self.cache_tokens * self.bytes_per_token
 
     @property
     def total(self) -> int:
@@ -57,23 +66,45 @@ class EngineMemory:
         return self.weights + self.cache
 
 
-def trainer_memory(config: RunConfig, architecture: Architecture, world_size: int, stage: int) -> TrainerMemory:
-    """Of every process of a pipeline stage."""
+def policy_memory(config: RunConfig, architecture: Architecture, world_size: int, stage: int) -> TrainerMemory:
+    """The policy's, of every process of a pipeline stage."""
+    parameters = parameters_of_stage(architecture, config.parallel, stage)
+    logits = _logits(config, architecture) if _is_last(config, stage) else 0
+    return _trainer_memory(config, architecture, world_size, stage, parameters, logits)
+
+
+def critic_memory(config: RunConfig, architecture: Architecture, world_size: int, stage: int) -> TrainerMemory:
+    """The critic's, of every process of a pipeline stage. Its head takes the hidden states in fp32."""
+    parameters = parameters_of_critic_stage(architecture, config.parallel, stage)
+    head = 2 * 4 * architecture.hidden_size * largest_row(config) if _is_last(config, stage) else 0
+    return _trainer_memory(config, architecture, world_size, stage, parameters, head)
+
+
+def _is_last(config: RunConfig, stage: int) -> bool:
+    return stage == config.parallel.pipeline_parallel_size - 1
+
+
+def _trainer_memory(
+    config: RunConfig,
+    architecture: Architecture,
+    world_size: int,
+    stage: int,
+    parameters: ProcessParameters,
+    logits: int,
+) -> TrainerMemory:
     parallel = config.parallel
-    parameters = parameters_of_stage(architecture, parallel, stage)
     element = element_bytes(config)
     per_parameter = 12 if element == 2 else 8  # Adam's two moments, and a master copy where parameters are bfloat16
     replicas = expert_replicas = 1
     if parallel.distributed_optimizer:
         replicas = world_size // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
         expert_replicas = world_size // parallel.expert_model_parallel_size
-    last = stage == parallel.pipeline_parallel_size - 1
     return TrainerMemory(
         weights=parameters.total * element,
         gradients=parameters.total * GRADIENT_BYTES,
         optimizer=per_parameter * (parameters.dense // replicas + parameters.expert // expert_replicas),
         activations=_activations(config, architecture, stage),
-        logits=_logits(config, architecture) if last else 0,
+        logits=logits,
     )
 
 
@@ -83,10 +114,11 @@ def engine_memory(config: RunConfig, architecture: Architecture, gpu_bytes: int)
     element = element_bytes(config)
     weights = parameters_of_model(architecture) * element // size
     cache = max(0, int(config.engine.memory_fraction * gpu_bytes) - weights)
-    tokens = cache // cache_bytes_per_token(architecture, element, size)
+    per_token = cache_bytes_per_token(architecture, element, size)
+    tokens = cache // per_token
     if config.engine.max_total_tokens is not None:
         tokens = min(tokens, config.engine.max_total_tokens)
-    return EngineMemory(weights, cache, tokens)
+    return EngineMemory(weights, cache, tokens, per_token)
 
 
 def cache_bytes_per_token(architecture: Architecture, element: int, engine_size: int) -> int:

@@ -1,6 +1,6 @@
 """How many parameters a process holds: exact, as Megatron builds the model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.model.architecture import Architecture
@@ -39,6 +39,19 @@ def parameters_of_stage(architecture: Architecture, parallel: ParallelConfig, st
         expert = layers * architecture.experts.num_experts // parallel.expert_parallel_size
         expert *= 3 * architecture.hidden_size * architecture.experts.moe_intermediate_size // parallel.split_of_experts
     return ProcessParameters(dense, expert)
+
+
+def parameters_of_critic_stage(architecture: Architecture, parallel: ParallelConfig, stage: int) -> ProcessParameters:
+    """Parameters of every process of a pipeline stage of the critic: the policy's, with hidden -> 1 and a bias as head.
+
+    Every tensor-parallel process holds the whole head.
+    """
+    tensor, stages = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+    policy = parameters_of_stage(replace(architecture, tie_word_embeddings=False), parallel, stage)
+    if stage < stages - 1:
+        return policy
+    vocabulary = architecture.padded_vocab_size(tensor) // tensor * architecture.hidden_size
+    return replace(policy, dense=policy.dense - vocabulary + architecture.hidden_size + 1)
 
 
 def parameters_of_model(architecture: Architecture) -> int:

@@ -1,23 +1,32 @@
 """Does a run fit, what does it cost, and which layouts would do: `dsrl plan`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from megatron_dsrl.config.layout import engine_problems, model_problems, process_problems
 from megatron_dsrl.config.model import ParallelConfig
+from megatron_dsrl.config.phase import PhaseConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import Architecture
-from megatron_dsrl.planning.compute import Assumptions, generation_seconds, training_flops, training_seconds
+from megatron_dsrl.planning.compute import Assumptions, generation_seconds, phase_flops, training_seconds
+from megatron_dsrl.planning.fit import RunMemory, run_memory
 from megatron_dsrl.planning.gpus import Gpu
-from megatron_dsrl.planning.memory import (
-    RESERVE_BYTES,
-    EngineMemory,
-    TrainerMemory,
-    engine_memory,
-    trainer_memory,
-)
+from megatron_dsrl.planning.phases import phases_of
 
 SIZES = (1, 2, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class PhaseCost:
+    """One step of a phase."""
+
+    name: str
+    steps: int
+    """That the run spends in it."""
+    flops: float
+    """Over all GPUs, all samples kept, at the mean response length."""
+    seconds: float
+    """Of its passes and updates."""
 
 
 @dataclass(frozen=True)
@@ -27,66 +36,49 @@ class Plan:
     config: RunConfig
     gpu: Gpu
     world_size: int
-    stages: tuple[TrainerMemory, ...]
-    """The trainer's memory by pipeline stage."""
-    engine: EngineMemory
-    training_flops: float
-    """Of one step, all samples kept, at the mean response length."""
-    training_seconds: float
+    memory: RunMemory
+    phases: tuple[PhaseCost, ...]
+    """That the run comes to, in order."""
     generation_seconds: float
 
     @property
-    def peak_training(self) -> int:
-        """Bytes of the fullest GPU during an update; the engine has given its memory back."""
-        return max(stage.training for stage in self.stages) + RESERVE_BYTES
-
-    @property
-    def peak_switch(self) -> int:
-        """Bytes while weights are pushed: the trainer's, the engine's, and a bucket on either side."""
-        bucket = 2 * self.config.engine.weight_bucket_megabytes * 2**20
-        return max(stage.resident for stage in self.stages) + self.engine.weights + bucket + RESERVE_BYTES
-
-    @property
-    def peak_generation(self) -> int:
-        """Bytes while the engine samples and the trainer waits."""
-        return max(stage.resident for stage in self.stages) + self.engine.total + RESERVE_BYTES
-
-    @property
     def fits(self) -> bool:
-        """Every phase fits into the GPU, and the engine has room for one longest sequence."""
-        longest = self.config.data.max_prompt_tokens + self.config.rollout.max_response_tokens
-        peak = max(self.peak_training, self.peak_switch, self.peak_generation)
-        return peak <= self.gpu.memory_bytes and self.engine.cache_tokens >= longest
+        """See `RunMemory`."""
+        return self.memory.fits
+
+    @property
+    def training_seconds(self) -> float:
+        """Of a step of the most expensive phase."""
+        return max(phase.seconds for phase in self.phases)
 
     @property
     def step_seconds(self) -> float:
-        """Generation and update, one after the other."""
+        """Generation and update, one after the other, in the most expensive phase."""
         return self.training_seconds + self.generation_seconds
+
+    @property
+    def run_seconds(self) -> float:
+        """Of all steps."""
+        return sum(phase.steps * (phase.seconds + self.generation_seconds) for phase in self.phases)
 
 
 def make_plan(
     config: RunConfig, architecture: Architecture, gpu: Gpu, world_size: int, assumptions: Assumptions
 ) -> Plan:
     """Memory and time of a run whose layout is valid; see `is_valid`."""
-    stages = range(config.parallel.pipeline_parallel_size)
-    engine = engine_memory(config, architecture, gpu.memory_bytes)
-    samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
-    one = training_flops(
-        architecture,
-        config.data.max_prompt_tokens,
-        assumptions.mean_response_tokens,
-        recompute_full=config.model.recompute == "full",
-    )
-    flops = one * samples * config.actor.epochs_per_rollout
+    memory = run_memory(config, architecture, gpu.memory_bytes, world_size)
+
+    def cost(phase: PhaseConfig, steps: int) -> PhaseCost:
+        flops = phase_flops(config, architecture, phase, assumptions.mean_response_tokens)
+        return PhaseCost(phase.name, steps, flops, training_seconds(flops, config, world_size, gpu, assumptions))
+
     return Plan(
         config=config,
         gpu=gpu,
         world_size=world_size,
-        stages=tuple(trainer_memory(config, architecture, world_size, stage) for stage in stages),
-        engine=engine,
-        training_flops=flops,
-        training_seconds=training_seconds(flops, config, world_size, gpu, assumptions),
-        generation_seconds=generation_seconds(architecture, config, world_size, gpu, engine, assumptions),
+        memory=memory,
+        phases=tuple(cost(phase, steps) for phase, steps in phases_of(config)),
+        generation_seconds=generation_seconds(architecture, config, world_size, gpu, memory.engine, assumptions),
     )
 
 
@@ -101,12 +93,13 @@ def is_valid(config: RunConfig, architecture: Architecture, world_size: int) -> 
 
 
 def largest_micro_batch(plan: Plan, architecture: Architecture) -> int | None:
-    """The largest token budget of a micro-batch with which training fits, to 1,024 tokens; None if none does."""
+    """The largest token budget of a micro-batch with which an update fits, to 1,024 tokens; None if none does."""
     return _largest(lambda tokens: _with_micro_batch(plan.config, tokens), plan, architecture)
 
 
 def largest_response(plan: Plan, architecture: Architecture) -> int | None:
-    """The longest response with which every phase fits, to 1,024 tokens; None if none does."""
+    """The longest response with which an update fits and the engine's cache holds one sequence, to 1,024 tokens; None
+    if none does."""
 
     def changed(tokens: int) -> RunConfig:
         return plan.config.model_copy(
@@ -119,11 +112,20 @@ def largest_response(plan: Plan, architecture: Architecture) -> int | None:
 def suggest(
     config: RunConfig, architecture: Architecture, gpu: Gpu, world_size: int, assumptions: Assumptions, count: int
 ) -> list[Plan]:
-    """Layouts that fit, the fastest first by the estimate; among equals the one that splits the model least."""
-    plans = [
-        make_plan(candidate, architecture, gpu, world_size, assumptions)
-        for candidate in _layouts(config, architecture, world_size)
-    ]
+    """Layouts that fit, the fastest first by the estimate; among equals the one that splits the model least.
+
+    Where only the engine takes too much, its `memory_fraction` is lowered.
+    """
+
+    def plan_of(candidate: RunConfig) -> Plan:
+        plan = make_plan(candidate, architecture, gpu, world_size, assumptions)
+        fraction = plan.memory.largest_memory_fraction
+        if plan.fits or not 0 < fraction < candidate.engine.memory_fraction:
+            return plan
+        engine = candidate.engine.model_copy(update={"memory_fraction": fraction})
+        return make_plan(candidate.model_copy(update={"engine": engine}), architecture, gpu, world_size, assumptions)
+
+    plans = [plan_of(candidate) for candidate in _layouts(config, architecture, world_size)]
     fitting = [plan for plan in plans if plan.fits]
     return sorted(fitting, key=lambda plan: (_rounded(plan.step_seconds), _splitting(plan.config)))[:count]
 
@@ -151,15 +153,12 @@ def _layouts(config: RunConfig, architecture: Architecture, world_size: int) -> 
                             yield candidate
 
 
-def _largest(changed, plan: Plan, architecture: Architecture) -> int | None:
+def _largest(changed: Callable[[int], RunConfig], plan: Plan, architecture: Architecture) -> int | None:
     low, high = 0, 1024  # in units of 1,024 tokens
     while low < high:
         middle = (low + high + 1) // 2
-        config = changed(middle * 1024)
-        stages = range(config.parallel.pipeline_parallel_size)
-        training = max(trainer_memory(config, architecture, plan.world_size, stage).training for stage in stages)
-        longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-        if training + RESERVE_BYTES <= plan.gpu.memory_bytes and longest <= plan.engine.cache_tokens:
+        memory = run_memory(changed(middle * 1024), architecture, plan.gpu.memory_bytes, plan.world_size)
+        if memory.peak_update <= memory.capacity and memory.holds_one_sequence:
             low = middle
         else:
             high = middle - 1

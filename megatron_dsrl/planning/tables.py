@@ -5,7 +5,7 @@ from rich.table import Table
 
 from megatron_dsrl.model.architecture import Architecture
 from megatron_dsrl.planning.compute import Assumptions
-from megatron_dsrl.planning.memory import RESERVE_BYTES
+from megatron_dsrl.planning.fit import RESERVE_BYTES, RunMemory
 from megatron_dsrl.planning.plan import Plan, largest_micro_batch, largest_response
 
 GIB = 2**30
@@ -18,16 +18,20 @@ def print_plan(plan: Plan, architecture: Architecture, assumptions: Assumptions,
     micro_batch, response = largest_micro_batch(plan, architecture), largest_response(plan, architecture)
     console.print(f"largest actor.max_tokens_per_micro_batch that fits: {_tokens(micro_batch)}")
     console.print(f"largest rollout.max_response_tokens that fits: {_tokens(response)}")
+    console.print(f"largest engine.memory_fraction that fits: {plan.memory.largest_memory_fraction or 'none'}")
+    for problem in plan.memory.problems:
+        console.print(f"- {problem}", soft_wrap=True)
     console.print("This run fits." if plan.fits else "[bold]This run does not fit.[/bold]")
 
 
 def print_suggestions(plans: list[Plan], console: Console) -> None:
     """Layouts, the fastest first."""
     if not plans:
-        console.print("No layout fits: take more GPUs, or lower engine.memory_fraction or the lengths.")
+        console.print("No layout fits: take more GPUs, or lower the lengths.")
         return
     table = Table(
-        "tensor", "pipeline", "context", "expert", "recompute", "peak GiB", "update s", "generation s",
+        "tensor", "pipeline", "context", "expert", "recompute", "engine.memory_fraction", "peak GiB", "update s",
+        "generation s",
         title="layouts that fit, with sequence parallelism and distributed optimizer",
     )  # fmt: skip
     for plan in plans:
@@ -38,7 +42,8 @@ def print_suggestions(plans: list[Plan], console: Console) -> None:
             str(parallel.context_parallel_size),
             str(parallel.expert_parallel_size),
             plan.config.model.recompute,
-            f"{max(plan.peak_training, plan.peak_switch, plan.peak_generation) / GIB:.1f}",
+            f"{plan.config.engine.memory_fraction:g}",
+            f"{max(plan.memory.peaks.values()) / GIB:.1f}",
             f"{plan.training_seconds:.0f}",
             f"{plan.generation_seconds:.0f}",
         )
@@ -46,25 +51,38 @@ def print_suggestions(plans: list[Plan], console: Console) -> None:
 
 
 def _memory_table(plan: Plan) -> Table:
-    stages = range(len(plan.stages))
+    memory, engine = plan.memory, plan.memory.engine
+    stages = len(memory.policy)
     table = Table(
-        "GiB per GPU", *(f"stage {stage}" for stage in stages) if len(plan.stages) > 1 else ["every GPU"],
+        "GiB per GPU", *(f"stage {stage}" for stage in range(stages)) if stages > 1 else ["every GPU"],
         title=f"{plan.world_size} x {plan.gpu.name}, {plan.gpu.memory_bytes / GIB:.0f} GiB each",
     )  # fmt: skip
-    for name in ("weights", "gradients", "optimizer", "activations", "logits"):
-        table.add_row(name, *(f"{getattr(stage, name) / GIB:.2f}" for stage in plan.stages))
-    engine = plan.engine
-    table.add_row("engine weights", *[f"{engine.weights / GIB:.2f}"] * len(stages))
-    table.add_row(f"engine cache ({engine.cache_tokens:,} tokens)", *[f"{engine.cache / GIB:.2f}"] * len(stages))
-    table.add_row("reserve (context, allocator, NCCL)", *[f"{RESERVE_BYTES / GIB:.2f}"] * len(stages))
-    for name, peak in (
-        ("peak of an update", plan.peak_training),
-        ("peak of the switch (weight push)", plan.peak_switch),
-        ("peak of generation", plan.peak_generation),
-    ):
-        note = "" if peak <= plan.gpu.memory_bytes else "  too much"
-        table.add_row(f"[bold]{name}[/bold]", f"[bold]{peak / GIB:.2f}{note}[/bold]", *[""] * (len(stages) - 1))
+
+    def row(name: str, *sizes: int) -> None:
+        table.add_row(name, *(f"{size / GIB:.2f}" for size in (sizes if len(sizes) > 1 else sizes * stages)))
+
+    for prefix, model in (("", memory.policy), ("critic: ", memory.critic)):
+        if model:
+            for name in ("weights", "gradients", "optimizer", "activations"):
+                row(f"{prefix}{name}", *(getattr(stage, name) for stage in model))
+            row(f"{prefix}value head" if prefix else "logits", *(stage.logits for stage in model))
+    row("engine weights", engine.weights)
+    row(f"engine cache ({engine.cache_tokens:,} tokens)", engine.cache)
+    row("weight push: a bucket on either side", memory.sync_buckets)
+    row("reserve (context, allocator, NCCL)", RESERVE_BYTES)
+    for name, peak in memory.peaks.items():
+        note = "" if peak <= memory.capacity else "  too much"
+        table.add_row(f"[bold]peak of {name}[/bold]", f"[bold]{peak / GIB:.2f}{note}[/bold]", *[""] * (stages - 1))
+    _add_host_rows(memory, row)
     return table
+
+
+def _add_host_rows(memory: RunMemory, row) -> None:
+    """What its process keeps in host memory."""
+    if any(memory.reference_on_host):
+        row("on the host: reference policy", *memory.reference_on_host)
+    if any(memory.checkpoint_on_host):
+        row("on the host: checkpoint copy, at most", *memory.checkpoint_on_host)
 
 
 def _time_table(plan: Plan, assumptions: Assumptions) -> Table:
@@ -73,17 +91,19 @@ def _time_table(plan: Plan, assumptions: Assumptions) -> Table:
     samples = rollout.prompts_per_step * rollout.samples_per_prompt
     table.add_row("samples", f"{samples:,}", f"{rollout.prompts_per_step} prompts x {rollout.samples_per_prompt}")
     table.add_row("mean response, tokens", f"{assumptions.mean_response_tokens:,}", "assumed")
-    table.add_row("update, PFLOP", f"{plan.training_flops / 1e15:,.1f}", "forward and backward")
-    table.add_row(
-        "update, s", f"{plan.training_seconds:,.0f}", f"assumed: {assumptions.training_utilisation:.0%} of the peak"
-    )
+    for phase in plan.phases:
+        table.add_row(f"{phase.name}: update, PFLOP", f"{phase.flops / 1e15:,.1f}", "its passes, forward and backward")
+        table.add_row(
+            f"{phase.name}: update, s", f"{phase.seconds:,.0f}",
+            f"assumed: {assumptions.training_utilisation:.0%} of the peak",
+        )  # fmt: skip
     table.add_row(
         "generation, s",
         f"{plan.generation_seconds:,.0f}",
         f"assumed: {assumptions.bandwidth_utilisation:.0%} of the memory bandwidth; without the slowest samples' tail",
     )
-    steps = plan.config.steps
-    table.add_row("whole run, h", f"{steps * plan.step_seconds / 3600:,.1f}", f"{steps} steps")
+    steps = " + ".join(f"{phase.steps} {phase.name}" for phase in plan.phases)
+    table.add_row("whole run, h", f"{plan.run_seconds / 3600:,.1f}", f"{steps} steps")
     return table
 
 

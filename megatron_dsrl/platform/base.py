@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -46,6 +47,18 @@ class Platform(ABC):
     @abstractmethod
     def memory_statistics(self) -> MemoryStatistics:
         """Memory of this process, in bytes."""
+
+    @property
+    @abstractmethod
+    def memory_bytes(self) -> int:
+        """All memory of this process's device. On CPU: of the machine."""
+
+    @abstractmethod
+    def record_collectives(self, folder: Path) -> None:
+        """Have torch.distributed write what every process was doing into a folder when a collective takes too long.
+
+        To be called before torch.distributed starts. What the environment says already is kept.
+        """
 
     @abstractmethod
     def release_cached_memory(self) -> None:

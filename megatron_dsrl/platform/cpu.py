@@ -4,6 +4,7 @@ import resource
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from megatron_dsrl.platform.base import MemoryStatistics, Platform
@@ -44,6 +45,13 @@ class CpuPlatform(Platform):
             allocated_bytes=resident_pages * resource.getpagesize(),
             peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux counts in KiB
         )
+
+    @property
+    def memory_bytes(self) -> int:
+        return psutil.virtual_memory().total
+
+    def record_collectives(self, folder: Path) -> None:
+        pass  # only NCCL's collectives have a watchdog; gloo's raise an error that names the process
 
     def release_cached_memory(self) -> None:
         pass  # the allocator of the system has no such cache

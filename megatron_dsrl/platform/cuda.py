@@ -3,11 +3,32 @@
 import gc
 import os
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_dsrl.platform.base import MemoryStatistics, Platform
+
+RECORDED_COLLECTIVES = 2000
+"""Newest collectives that every process remembers. A record is a few hundred bytes."""
+
+
+def flight_recorder_variables(folder: Path) -> dict[str, str]:
+    """What makes PyTorch's NCCL processes write their last collectives to `<folder>/rank_<number>` at a time-out.
+
+    `torchfrtrace --prefix rank_ <folder>` compares them and names the processes that did not take part. PyTorch 2.13
+    reads the newer names of the first two; older releases know the `TORCH_NCCL_...` ones.
+    """
+    prefix = str(folder / "rank_")
+    return {
+        "TORCH_FR_BUFFER_SIZE": str(RECORDED_COLLECTIVES),
+        "TORCH_FR_DUMP_TEMP_FILE": prefix,
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": str(RECORDED_COLLECTIVES),
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": prefix,
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",  # the default: after the time-out the process ends
+    }
 
 
 class CudaPlatform(Platform):
@@ -42,6 +63,15 @@ class CudaPlatform(Platform):
             allocated_bytes=torch.cuda.memory_allocated(self.device),
             peak_bytes=torch.cuda.max_memory_allocated(self.device),
         )
+
+    @property
+    def memory_bytes(self) -> int:
+        return torch.cuda.get_device_properties(self.device).total_memory
+
+    def record_collectives(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, value in flight_recorder_variables(folder).items():
+            os.environ.setdefault(name, value)
 
     def release_cached_memory(self) -> None:
         gc.collect()

@@ -15,7 +15,7 @@ from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import Architecture, read_architecture
 from megatron_dsrl.model.build import build_model
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
-from megatron_dsrl.planning.memory import engine_memory, layer_bytes_per_token, trainer_memory
+from megatron_dsrl.planning.memory import engine_memory, layer_bytes_per_token, policy_memory
 from tests.planning.test_parameters import qwen3_8b
 from tests.support.distributed import run_distributed
 from tests.support.tiny_run import REPOSITORY
@@ -91,7 +91,7 @@ def paper_run(*overrides: str) -> RunConfig:
 def test_weights_gradients_and_optimizer_by_hand():
     """8.19e9 parameters in bfloat16, split over 4 processes; the optimizer's 12 bytes over 2 replicas as well."""
     split = ("parallel.tensor_parallel_size=4", "parallel.distributed_optimizer=true")
-    memory = trainer_memory(paper_run(*split), qwen3_8b(), world_size=8, stage=0)
+    memory = policy_memory(paper_run(*split), qwen3_8b(), world_size=8, stage=0)
     per_process = 8_190_735_360 / 4
     assert memory.weights == pytest.approx(2 * per_process, rel=1e-3)  # norms are not split
     assert memory.gradients == 2 * memory.weights

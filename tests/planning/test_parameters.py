@@ -8,13 +8,26 @@ import pytest
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_dsrl.actor.build import build_actor, build_critic
+from megatron_dsrl.actor.optimizer import parts_of
+from megatron_dsrl.actor.trainable_model import TrainableModel
+from megatron_dsrl.config.load import load_config
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig
+from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import Architecture, read_architecture
 from megatron_dsrl.model.build import build_model
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
-from megatron_dsrl.planning.parameters import active_per_token, parameters_of_model, parameters_of_stage
+from megatron_dsrl.model.value_head import build_value_model
+from megatron_dsrl.planning.memory import critic_memory, policy_memory
+from megatron_dsrl.planning.parameters import (
+    active_per_token,
+    parameters_of_critic_stage,
+    parameters_of_model,
+    parameters_of_stage,
+)
 from tests.support.distributed import run_distributed
 from tests.support.tiny_model import make_tiny_qwen2, make_tiny_qwen3, make_tiny_qwen3_moe
+from tests.support.tiny_run import REPOSITORY
 
 LAYOUTS = {
     "tensor": ParallelConfig(tensor_parallel_size=2, sequence_parallel=True),
@@ -27,8 +40,20 @@ LAYOUTS = {
 }
 
 
-def count_and_plan(folders: dict, layouts: dict) -> dict[tuple[str, str], tuple[tuple[int, int], tuple[int, int]]]:
-    """By model and layout: (dense, expert) parameters that this rank holds, and that the plan says."""
+KINDS = {"policy": (build_model, parameters_of_stage), "critic": (build_value_model, parameters_of_critic_stage)}
+
+
+def measure(folders: dict, layouts: dict) -> tuple[dict, list]:
+    """`count_and_plan`, and `allocated` with and without the distributed optimizer, in one start of the processes."""
+    counts = count_and_plan(folders, layouts)
+    sizes = [allocated(data_parallel_run(folders["untied"], sharded), folders["untied"]) for sharded in (True, False)]
+    rank = dist.get_rank()
+    destroy_parallel()
+    return {(*key, rank): value for key, value in counts.items()}, sizes
+
+
+def count_and_plan(folders: dict, layouts: dict) -> dict[tuple[str, str, str], tuple[tuple, tuple]]:
+    """By model, kind and layout: (dense, expert) parameters that this rank holds, and that the plan says."""
     counts = {}
     for model, folder in folders.items():
         architecture = read_architecture(folder)
@@ -36,16 +61,51 @@ def count_and_plan(folders: dict, layouts: dict) -> dict[tuple[str, str], tuple[
             if "experts" in layout and architecture.experts is None:
                 continue
             with parallel_layout(parallel, seed=1):
-                (chunk,) = build_model(architecture, ModelConfig(path="", dtype="float32"), parallel)
-                held = {True: 0, False: 0}
-                for name, parameter in chunk.named_parameters():
-                    held[".experts." in name] += parameter.numel()
                 stage = parallel_state.get_pipeline_model_parallel_rank()
-                planned = parameters_of_stage(architecture, parallel, stage)
-                counts[model, layout] = (held[False], held[True]), (planned.dense, planned.expert)
-    rank = dist.get_rank()
-    destroy_parallel()
-    return {(*key, rank): value for key, value in counts.items()}
+                for kind, (build, plan) in KINDS.items():
+                    (chunk,) = build(architecture, ModelConfig(path="", dtype="float32"), parallel)
+                    held = {True: 0, False: 0}
+                    for name, parameter in chunk.named_parameters():
+                        held[".experts." in name] += parameter.numel()
+                    planned = plan(architecture, parallel, stage)
+                    counts[model, kind, layout] = (held[False], held[True]), (planned.dense, planned.expert)
+    return counts
+
+
+def data_parallel_run(folder: Path, distributed_optimizer: bool) -> RunConfig:
+    """A run of whole models in bfloat16."""
+    return load_config(
+        REPOSITORY / "configs" / "dsrl_qwen3_8b.yaml",
+        [
+            f"model.path={folder}", "model.random_init=true", "parallel.tensor_parallel_size=1",
+            "parallel.sequence_parallel=false", f"parallel.distributed_optimizer={str(distributed_optimizer).lower()}",
+        ],
+    )  # fmt: skip
+
+
+def allocated(config: RunConfig, folder: Path) -> list[tuple[int, int, int]]:
+    """Bytes of parameters, gradient buffers and optimizer state, of policy and critic."""
+    with parallel_layout(config.parallel, seed=1):
+        models = [build_actor(config, folder)._model, build_critic(config, folder, steps=1)._model]
+        return [(size_of_parameters(model), size_of_gradients(model), size_of_optimizer(model)) for model in models]
+
+
+def size_of_parameters(model: TrainableModel) -> int:
+    return sum(parameter.nbytes for chunk in model.chunks for parameter in chunk.parameters())
+
+
+def size_of_gradients(model: TrainableModel) -> int:
+    return sum(buffer.grad_data.nbytes for chunk in model.chunks for buffer in chunk.buffers)
+
+
+def size_of_optimizer(model: TrainableModel) -> int:
+    """Master weights and Adam's moments; step counts left out."""
+    total = 0
+    for part in parts_of(model._optimizer):
+        total += sum(master.nbytes for group in part.optimizer.param_groups for master in group["params"])
+        moments = [state[name] for state in part.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+        total += sum(moment.nbytes for moment in moments)
+    return total
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +118,31 @@ def folders(tmp_path_factory) -> dict:
     return {name: folder / name for name in ("tied", "untied", "biases", "experts")}
 
 
-def test_every_rank_holds_what_the_plan_says(folders):
-    ranks = run_distributed(count_and_plan, 2, folders, LAYOUTS)
-    assert len(ranks[0]) == 4 * 3 + 2
+@pytest.fixture(scope="module")
+def measured(folders) -> list[tuple[dict, list]]:
+    """By rank."""
+    return run_distributed(measure, 2, folders, LAYOUTS)
+
+
+def test_every_rank_holds_what_the_plan_says(measured):
+    ranks = [counts for counts, _ in measured]
+    assert len(ranks[0]) == 2 * (4 * 3 + 2)
     for counts in ranks:
         for key, (held, planned) in counts.items():
             assert held == planned, key
+
+
+def test_gradients_and_optimizer_are_what_megatron_allocates(measured, folders):
+    """Of policy and critic on two data-parallel processes. Megatron pads its gradient buffers and shards a little."""
+    architecture = read_architecture(folders["untied"])
+    for _, (with_shards, without_shards) in measured:
+        for sharded, sizes in ((True, with_shards), (False, without_shards)):
+            config = data_parallel_run(folders["untied"], sharded)
+            for plan, (weights, gradients, optimizer) in zip((policy_memory, critic_memory), sizes, strict=True):
+                memory = plan(config, architecture, world_size=2, stage=0)
+                assert weights == memory.weights
+                assert memory.gradients <= gradients <= memory.gradients * (1.02 if sharded else 1)
+                assert optimizer == (pytest.approx(memory.optimizer, rel=0.02) if sharded else memory.optimizer)
 
 
 def test_published_sizes():

@@ -1,0 +1,153 @@
+"""What of a run's memory lies on a GPU and on its host at the same time, and whether there is room for it.
+
+A step has three phases on every GPU, and the engine's memory is given back while the models are updated:
+
+- generation: weights, gradients and optimizer state of policy and critic; the engine's weights and cache;
+- update: the same of policy and critic, and the activations of the model that is being updated;
+- switch: weights go to the engine in buckets; its weights lie there, and its cache not yet.
+
+Not counted: the CUDA context, what the allocator cannot reuse, and NCCL's buffers; `RESERVE_BYTES` stands for them.
+"""
+
+from dataclasses import dataclass
+
+from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.model.architecture import Architecture
+from megatron_dsrl.planning.memory import (
+    EngineMemory,
+    TrainerMemory,
+    critic_memory,
+    engine_memory,
+    policy_memory,
+)
+from megatron_dsrl.planning.phases import other_models
+
+RESERVE_BYTES = 3 * 2**30
+
+
+@dataclass(frozen=True)
+class RunMemory:
+    """Bytes of every GPU, by pipeline stage, and of its process on the host."""
+
+    config: RunConfig
+    capacity: int
+    """Of a GPU."""
+    policy: tuple[TrainerMemory, ...]
+    """By pipeline stage."""
+    critic: tuple[TrainerMemory, ...]
+    """By pipeline stage; empty without a critic."""
+    engine: EngineMemory
+    reference_on_host: tuple[int, ...]
+    """By pipeline stage: the reference policy's weights, in page-locked memory; 0 without one."""
+    checkpoint_on_host: tuple[int, ...]
+    """By pipeline stage: at most so much of the process's weights and optimizer state is copied for an asynchronous
+    checkpoint. (Replicas share the writing, so that with data parallelism it is less.)"""
+
+    @property
+    def resident(self) -> tuple[int, ...]:
+        """By stage: what of the models stays through the whole step."""
+        models = [self.policy, self.critic] if self.critic else [self.policy]
+        return tuple(sum(memory.resident for memory in stage) for stage in zip(*models))
+
+    @property
+    def peak_update(self) -> int:
+        """Of the fullest GPU while policy or critic is updated."""
+        models = [self.policy, self.critic] if self.critic else [self.policy]
+        passing = [max(memory.passing for memory in stage) for stage in zip(*models)]
+        return max(resident + more for resident, more in zip(self.resident, passing)) + RESERVE_BYTES
+
+    @property
+    def sync_buckets(self) -> int:
+        """Of the weight push: one bucket on either side."""
+        return 2 * self.config.engine.weight_bucket_megabytes * 2**20
+
+    @property
+    def peak_switch(self) -> int:
+        """Of the fullest GPU while weights are pushed."""
+        return max(self.resident) + self.engine.weights + self.sync_buckets + RESERVE_BYTES
+
+    @property
+    def peak_generation(self) -> int:
+        """Of the fullest GPU while the engine samples and the models wait."""
+        return max(self.resident) + self.engine.total + RESERVE_BYTES
+
+    @property
+    def peaks(self) -> dict[str, int]:
+        """By what happens then."""
+        return {
+            "an update": self.peak_update,
+            "the switch (weight push)": self.peak_switch,
+            "generation": self.peak_generation,
+        }
+
+    @property
+    def holds_one_sequence(self) -> bool:
+        """The engine's cache has room for the longest sequence."""
+        return self.engine.cache_tokens >= self._longest_sequence
+
+    @property
+    def largest_memory_fraction(self) -> float:
+        """The largest `engine.memory_fraction` with which generation fits, to 0.01; 0 if none does."""
+        return max(0, (self.capacity - max(self.resident) - RESERVE_BYTES) * 100 // self.capacity) / 100
+
+    @property
+    def _longest_sequence(self) -> int:
+        return self.config.data.max_prompt_tokens + self.config.rollout.max_response_tokens
+
+    @property
+    def problems(self) -> list[str]:
+        """In words, what does not fit and what would help; empty if everything fits."""
+        advice = {
+            "an update": "lower actor.max_tokens_per_micro_batch or rollout.max_response_tokens, set "
+            "model.recompute=full, or split the model further (section parallel)",
+            "the switch (weight push)": "split the model further (section parallel), set "
+            "parallel.distributed_optimizer=true, or raise engine.tensor_parallel_size",
+            "generation": "lower engine.memory_fraction, or split the model further (section parallel)",
+        }
+        too_large = [
+            f"{what} takes {_gib(peak)} of the {_gib(self.capacity)} of a GPU; {advice[what]}"
+            for what, peak in self.peaks.items()
+            if peak > self.capacity
+        ]
+        if not self.holds_one_sequence:
+            too_large.append(
+                f"the engine's cache holds {self.engine.cache_tokens:,} tokens, less than one longest sequence of "
+                f"{self._longest_sequence:,}; raise engine.memory_fraction or engine.tensor_parallel_size"
+            )
+        return too_large
+
+    @property
+    def fits(self) -> bool:
+        """Every phase fits into the GPU, and the engine has room for one longest sequence."""
+        return not self.problems
+
+
+def run_memory(config: RunConfig, architecture: Architecture, capacity: int, world_size: int) -> RunMemory:
+    """Of a run whose layout is valid.
+
+    Args:
+        config: the run.
+        architecture: its model.
+        capacity: bytes of a GPU.
+        world_size: number of GPUs.
+    """
+    stages = range(config.parallel.pipeline_parallel_size)
+    others = other_models(config)
+    policy = tuple(policy_memory(config, architecture, world_size, stage) for stage in stages)
+    critic = tuple(critic_memory(config, architecture, world_size, stage) for stage in stages) if others.critic else ()
+    copied = [policy, critic] if config.checkpoint.asynchronous else []
+    return RunMemory(
+        config=config,
+        capacity=capacity,
+        policy=policy,
+        critic=critic,
+        engine=engine_memory(config, architecture, capacity),
+        reference_on_host=tuple(stage.weights if others.reference else 0 for stage in policy),
+        checkpoint_on_host=tuple(
+            sum(model[stage].weights + model[stage].optimizer for model in copied if model) for stage in stages
+        ),
+    )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"

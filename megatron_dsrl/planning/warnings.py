@@ -1,0 +1,85 @@
+"""What a run that is about to start says about memory, on the machine that it starts on.
+
+On GPUs every GPU is compared with the plan, and the host memory with what its processes keep there. On a CPU all
+processes and engines share the machine's memory; the programs themselves, about a gigabyte and a half per process and
+engine, come on top.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import psutil
+
+from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.model.architecture import read_architecture
+from megatron_dsrl.planning.fit import RunMemory, run_memory
+from megatron_dsrl.platform import current_platform
+from megatron_dsrl.preflight import find_config_json
+
+ADVICE = "`dsrl plan` shows every part; the run is started all the same"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The host of this process."""
+
+    platform: Literal["cpu", "cuda"]
+    device_bytes: int
+    """Memory of one GPU; on CPU of the host."""
+    host_bytes: int
+    processes: int
+    """Of the run on this host."""
+
+
+def this_machine() -> Machine:
+    """Where this process runs. Under torchrun and SLURM, LOCAL_WORLD_SIZE says how many processes there are."""
+    platform = current_platform()
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return Machine(platform.name, platform.memory_bytes, psutil.virtual_memory().total, processes)
+
+
+def memory_warnings(config: RunConfig, world_size: int, machine: Machine) -> list[str]:
+    """One sentence for every part that does not fit by the plan; empty if everything does.
+
+    Raises:
+        UserError: as `read_architecture`.
+    """
+    architecture = read_architecture(find_config_json(config.model.path).parent)
+    memory = run_memory(config, architecture, machine.device_bytes, world_size)
+    if machine.platform == "cuda":
+        problems = [*memory.problems, *_host_problems(memory, machine)]
+    else:
+        problems = list(_cpu_problems(memory, machine))
+    return [f"warning: by the plan this run does not fit: {problem} ({ADVICE})" for problem in problems]
+
+
+def _host_problems(memory: RunMemory, machine: Machine) -> list[str]:
+    per_process = max(map(sum, zip(memory.reference_on_host, memory.checkpoint_on_host)))
+    total = machine.processes * per_process
+    if total <= machine.host_bytes:
+        return []
+    return [
+        f"reference policy and checkpoint copies of {machine.processes} process(es) take {_gib(total)} of the "
+        f"{_gib(machine.host_bytes)} of this host; set checkpoint.asynchronous=false, or "
+        "parallel.distributed_optimizer=true"
+    ]
+
+
+def _cpu_problems(memory: RunMemory, machine: Machine) -> list[str]:
+    passing = [stage.passing for stage in (*memory.policy, *memory.critic)]
+    per_process = max(memory.resident) + max(passing)
+    per_process += max(map(sum, zip(memory.reference_on_host, memory.checkpoint_on_host)))
+    engines = machine.processes / memory.config.engine.tensor_parallel_size
+    per_engine = memory.config.engine.tensor_parallel_size * memory.engine.used
+    total = int(machine.processes * per_process + engines * per_engine)
+    if total <= machine.host_bytes:
+        return []
+    return [
+        f"{machine.processes} process(es) with their engines take {_gib(total)} of the {_gib(machine.host_bytes)} of "
+        "this machine; lower actor.max_tokens_per_micro_batch or engine.max_total_tokens, or take a smaller model"
+    ]
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"

@@ -1,0 +1,88 @@
+"""What lies on a GPU at the same time, with critic and reference policy; and what a run says at its start."""
+
+import json
+
+import pytest
+
+from megatron_dsrl.config.load import load_config
+from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.planning.fit import RESERVE_BYTES, run_memory
+from megatron_dsrl.planning.phases import OtherModels, other_models
+from megatron_dsrl.planning.warnings import Machine, memory_warnings
+from tests.planning.test_memory import paper_run, write_model
+from tests.planning.test_parameters import qwen3_8b
+from tests.support.tiny_run import REPOSITORY
+
+GPU_BYTES = 80 * 10**9
+
+
+def ppo(*overrides: str) -> RunConfig:
+    return load_config(REPOSITORY / "configs" / "qwen3_8b" / "ppo.yaml", overrides)
+
+
+def test_models_beside_the_policy_are_counted_only_if_a_phase_of_the_run_needs_them():
+    assert other_models(paper_run()) == OtherModels(critic=False, reference=False)
+    assert other_models(ppo()) == OtherModels(critic=True, reference=False)
+    kl = "phases.1.kl={loss_coefficient: 0.1}"
+    assert other_models(paper_run(kl)) == OtherModels(critic=False, reference=True)
+    assert other_models(paper_run(kl, "steps=20")) == OtherModels(critic=False, reference=False), "only the warm-up"
+
+
+def test_peaks_by_hand():
+    """A critic's weights stay on the GPU in every phase; its activations are there while it is updated, not beside the
+    policy's."""
+    memory = run_memory(ppo(), qwen3_8b(), GPU_BYTES, world_size=8)
+    (policy,), (critic,) = memory.policy, memory.critic
+    assert critic.weights == policy.weights - 2 * (151_936 // 4 * 4096 - 4096 - 1)
+    both = policy.resident + critic.resident
+    assert memory.peak_update == both + policy.activations + policy.logits + RESERVE_BYTES
+    assert memory.peak_switch == both + memory.engine.weights + 2 * 512 * 2**20 + RESERVE_BYTES
+    assert memory.peak_generation == both + int(0.6 * GPU_BYTES) + RESERVE_BYTES
+    assert not memory.fits
+    largest = memory.largest_memory_fraction
+    for fraction, fits in ((largest, True), (largest + 0.01, False)):
+        peak = run_memory(ppo(f"engine.memory_fraction={fraction}"), qwen3_8b(), GPU_BYTES, 8).peak_generation
+        assert (peak <= GPU_BYTES) == fits
+
+
+def test_reference_and_checkpoint_lie_on_the_host():
+    with_reference = paper_run("phases.1.kl={loss_coefficient: 0.1}")
+    memory = run_memory(with_reference, qwen3_8b(), GPU_BYTES, world_size=8)
+    (policy,) = memory.policy
+    assert memory.reference_on_host == (policy.weights,)
+    assert memory.checkpoint_on_host == (policy.weights + policy.optimizer,)
+    synchronous = run_memory(paper_run("checkpoint.asynchronous=false"), qwen3_8b(), GPU_BYTES, world_size=8)
+    assert synchronous.reference_on_host == synchronous.checkpoint_on_host == (0,)
+
+
+@pytest.fixture
+def model(tmp_path) -> str:
+    """Qwen3-8B without weights."""
+    write_model(tmp_path / "model", layers=36, with_experts=False)
+    file = tmp_path / "model" / "config.json"
+    sizes = {
+        "hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "head_dim": 128, "vocab_size": 151_936, "tie_word_embeddings": False, "max_position_embeddings": 40960,
+    }  # fmt: skip
+    file.write_text(json.dumps(json.loads(file.read_text()) | sizes))
+    return f"model.path={tmp_path / 'model'}"
+
+
+def test_a_run_on_gpus_warns_of_what_does_not_fit_and_says_what_helps(model):
+    node = Machine("cuda", GPU_BYTES, host_bytes=2 * 10**12, processes=8)
+    assert memory_warnings(paper_run(model), 8, node) == []
+    (update, generation) = memory_warnings(ppo(model), 8, node)
+    assert "an update takes" in update and "lower actor.max_tokens_per_micro_batch" in update
+    assert "generation takes" in generation and "lower engine.memory_fraction" in generation
+    small_host = Machine("cuda", GPU_BYTES, host_bytes=10**11, processes=8)
+    (host,) = memory_warnings(paper_run(model), 8, small_host)
+    assert "checkpoint copies of 8 process(es) take" in host and "set checkpoint.asynchronous=false" in host
+
+
+def test_a_run_on_a_cpu_is_compared_with_the_memory_of_the_machine(model):
+    settings = [model, "model.dtype=float32", "engine.max_total_tokens=32768", "parallel.tensor_parallel_size=1"]
+    settings += ["parallel.sequence_parallel=false"]
+    laptop, server = (Machine("cpu", size, size, processes=1) for size in (16 * 2**30, 2**41))
+    (warning,) = memory_warnings(paper_run(*settings), 1, laptop)
+    assert "1 process(es) with their engines take" in warning
+    assert memory_warnings(paper_run(*settings), 1, server) == []
