@@ -16,7 +16,7 @@ from types import FrameType
 from megatron_dsrl.analysis.command_line import add_analyse
 from megatron_dsrl.conversion.command_line import add_convert
 from megatron_dsrl.errors import UserError
-from megatron_dsrl.evaluation.command_line import add_eval
+from megatron_dsrl.evaluation.command_line import add_eval, add_table
 
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130
@@ -181,6 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_report(commands)
     _add_compare(commands)
+    add_table(commands)
     add_analyse(commands)
     _add_sweep(commands)
     _add_doctor(commands)

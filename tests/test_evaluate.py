@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from megatron_dsrl.cli import main
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.evaluate import EvaluationRequest, evaluate
 from tests.support.tiny_run import MARK, REPOSITORY, dsrl, processes_left_behind, write_tiny_run
@@ -33,13 +34,13 @@ def finished_problems(file) -> list[str]:
 @pytest.mark.timeout(600)
 def test_an_evaluation_of_a_megatron_checkpoint_is_killed_continued_and_reported(tmp_path, capsys):
     write_tiny_run(tmp_path)
-    (tmp_path / "sums.yaml").write_text(BENCHMARK)
+    (tmp_path / "amc23.yaml").write_text(BENCHMARK)
     converted = dsrl("convert", "hf-to-megatron", str(tmp_path / "model"), str(tmp_path / "megatron"))
     assert converted.returncode == 0, converted.stderr
     output = tmp_path / "evaluation"
-    command = ["eval", str(tmp_path / "megatron"), "--benchmarks", str(tmp_path / "sums.yaml")]
+    command = ["eval", str(tmp_path / "megatron"), "--benchmarks", str(tmp_path / "amc23.yaml")]
     command += ["--data-folder", str(tmp_path), "--output", str(output), *ENGINE]
-    file = output / "samples" / "sums.jsonl"
+    file = output / "samples" / "amc23.jsonl"
 
     process = subprocess.Popen(
         [sys.executable, "-m", "megatron_dsrl.cli", *command],
@@ -66,16 +67,22 @@ def test_an_evaluation_of_a_megatron_checkpoint_is_killed_continued_and_reported
         assert [sample["reward"] for sample in problem["samples"]] == [
             float(len(sample["text"]) % 2 == 0) for sample in problem["samples"]
         ]
-    results = json.loads((output / "results.json").read_text())["benchmarks"]["sums"]
+    results = json.loads((output / "results.json").read_text())["benchmarks"]["amc23"]
     rewards = [sample["reward"] for problem in problems for sample in problem["samples"]]
     assert results["accuracy"] == pytest.approx(sum(rewards) / 320)
     assert "| Sums | 40 | 8 |" in continued.stdout
+
+    # It fills its cell of the paper's table, which says what is not as in the paper.
+    assert main(["table", f"base={output}"]) == 0
+    table = capsys.readouterr().out
+    assert f"| base |  | {100 * results['accuracy']:.1f} |  |" in table
+    assert f"- base, Sums ({output}): 8 samples per problem" in table
 
     # A finished evaluation is only reported, without engines: in this process, which could not start one unnoticed.
     logs = (output / "engines").stat().st_mtime_ns, (output / "engines" / "engine_0.log").stat().st_mtime_ns
     request = EvaluationRequest(
         model=str(tmp_path / "megatron"),
-        benchmarks=[str(tmp_path / "sums.yaml")],
+        benchmarks=[str(tmp_path / "amc23.yaml")],
         output=output,
         data_folder=tmp_path,
         overrides=ENGINE,

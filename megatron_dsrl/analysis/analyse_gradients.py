@@ -12,13 +12,14 @@ from megatron_dsrl.actor.sharded_model import ShardedModel
 from megatron_dsrl.algorithms.spaces import in_post_train_space, in_pre_train_space
 from megatron_dsrl.analysis.alignment import ScoredResponse
 from megatron_dsrl.analysis.gradients import LogProbGradients
-from megatron_dsrl.analysis.responses import choose, read_sample_file, read_steps, recorded_steps
+from megatron_dsrl.analysis.responses import choose, read_steps, recorded_steps
 from megatron_dsrl.config.analysis import GradientAnalysisConfig
 from megatron_dsrl.config.load import apply_override
 from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.data.tokenizer import TURN_END, bos_token_ids, load_tokenizer
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.evaluation.problem_result import ProblemResult, SampleResult
+from megatron_dsrl.evaluation.sample_file import read_sample_file
 from megatron_dsrl.model.architecture import read_architecture, resolve_model_folder
 from megatron_dsrl.model.build import build_model, build_trainable
 from megatron_dsrl.model.parallel import parallel_layout, world_size_from_environment

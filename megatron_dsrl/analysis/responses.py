@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from megatron_dsrl.errors import UserError
-from megatron_dsrl.evaluation.problem_result import ProblemResult
-from megatron_dsrl.observability.records import read_records
+from megatron_dsrl.evaluation.sample_file import read_sample_file
 from megatron_dsrl.rollout.recording import read_groups
 from megatron_dsrl.rollout.sample import Group
 
@@ -74,23 +73,6 @@ def read_steps(run_folder: Path, steps: Sequence[int] | None = None) -> Iterator
         raise UserError(f"{run_folder} has no rollouts of step {missing[0]}; it has {_span(recorded)}")
     for step in sorted(set(steps)) if steps else recorded:
         yield step, read_groups(run_folder / "rollouts" / f"step_{step:06d}.jsonl")
-
-
-def read_sample_file(path: Path) -> list[ProblemResult]:
-    """The problems of a sample file, `<evaluation>/samples/<benchmark>.jsonl`.
-
-    Raises:
-        UserError: it is none, or holds no finished problem.
-    """
-    if not path.is_file():
-        raise UserError(f"{path} is neither a run folder nor a sample file of `dsrl eval`")
-    try:
-        problems = [ProblemResult.of_record(record) for record in read_records(path)[1:]]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is no sample file of `dsrl eval`: a line is no problem ({error!r})") from error
-    if not problems:
-        raise UserError(f"{path} holds no finished problem yet")
-    return problems
 
 
 def responses_of_step(step: int, groups: Sequence[Group]) -> list[RecordedResponse]:

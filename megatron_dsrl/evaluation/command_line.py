@@ -1,4 +1,4 @@
-"""Arguments of `dsrl eval`. Light: whatever needs torch is imported when the command runs."""
+"""Arguments of `dsrl eval` and `dsrl table`. Light: whatever needs torch is imported when the command runs."""
 
 import argparse
 from pathlib import Path
@@ -53,6 +53,44 @@ def add_eval(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         help="folder of samples and results (default: RUN/evaluation/step_... for a run's, else evaluations/<model>)",
     )
     parser.set_defaults(command=_eval, parser=parser)
+
+
+def add_table(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to `dsrl`'s."""
+    parser = commands.add_parser(
+        "table",
+        help="the paper's results table, filled with evaluations",
+        description="Print the paper's results table in Markdown, filled with what `dsrl eval` found and beside what "
+        "the paper reports; what was not measured stays empty. Methods of the paper are called base, GRPO, PPO, "
+        "REINFORCE++, RLOO, Dr.GRPO, DAPO, NSR-RL warm-up and DSRL.",
+        epilog="example: dsrl table base=evaluations/Qwen3-4B GRPO=runs/grpo1,runs/grpo2 DSRL=runs/dsrl1,runs/dsrl2",
+    )
+    parser.add_argument(
+        "evaluations",
+        metavar="METHOD=DIR,DIR",
+        nargs="*",
+        help="a method and its evaluations: run folders (the latest policy's counts) or output folders of dsrl eval",
+    )
+    parser.add_argument("--size", metavar="NAME", default="Qwen3-4B", help="Qwen3-4B (default) or Qwen3-8B")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="write the table to this file as well")
+    parser.set_defaults(command=_table, parser=parser)
+
+
+def _table(options: argparse.Namespace) -> int:
+    from megatron_dsrl.evaluation.paper_table import paper_table
+    from megatron_dsrl.evaluation.results_file import newest_results
+
+    evaluations: dict[str, list] = {}
+    for text in options.evaluations:
+        method, equals, folders = text.partition("=")
+        if not equals or method in evaluations:
+            raise UserError(f"`{text}`: " + ("this method was named before" if equals else "expected METHOD=DIR,DIR"))
+        evaluations[method] = [newest_results(Path(folder)) for folder in folders.split(",")]
+    table = paper_table(evaluations, options.size)
+    if options.output:
+        options.output.write_text(table, encoding="utf-8")
+    print(table, end="")
+    return 0
 
 
 def _eval(options: argparse.Namespace) -> int:

@@ -1,10 +1,30 @@
-"""What the paper reports (arXiv 2604.14142), for the table beside one's own figures.
+"""What the paper reports (arXiv 2604.14142), for the tables beside one's own figures.
 
 Averages of Avg@32 over the six mathematics benchmarks, in percent; nothing was measured here. Per benchmark the paper's
 figures are known only as differences.
 """
 
-SIX_BENCHMARKS = ("math500", "amc23", "aime24", "aime25", "minerva", "olympiadbench")
+SIX_BENCHMARKS = {
+    "math500": "MATH500",
+    "amc23": "AMC23",
+    "aime24": "AIME24",
+    "aime25": "AIME25",
+    "minerva": "Minerva",
+    "olympiadbench": "OlympiadBench",
+}
+"""Titles by name, in the order of the paper's table."""
+
+SAMPLES_ON_SIX = 32
+
+OUT_OF_DISTRIBUTION = {
+    "gpqa_diamond": "GPQA-Diamond",
+    "mmlu_pro": "MMLU-Pro",
+    "bbh": "BBH",
+    "humaneval": "HumanEval",
+}
+
+METHODS = ("base", "GRPO", "PPO", "REINFORCE++", "RLOO", "Dr.GRPO", "DAPO", "NSR-RL warm-up", "DSRL")
+"""Rows of the paper's table; `base` is the model before training."""
 
 AVERAGE_OF_SIX: dict[str, dict[str, float]] = {
     "Qwen3-4B": {"base": 41.26, "GRPO": 55.79, "NSR-RL warm-up": 54.38, "DSRL": 57.54},

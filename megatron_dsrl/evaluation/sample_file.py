@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.evaluation.problem_result import ProblemResult
-from megatron_dsrl.observability.records import record_line, repair_records
+from megatron_dsrl.observability.records import read_records, record_line, repair_records
 
 
 class SampleFile:
@@ -57,6 +57,20 @@ class SampleFile:
         self._stream.write(record_line(dict(record)))
         self._stream.flush()
         os.fsync(self._stream.fileno())
+
+
+def read_sample_file(path: Path) -> list[ProblemResult]:
+    """The finished problems of a sample file, `<evaluation>/samples/<benchmark>.jsonl`.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is neither a run folder nor a sample file of `dsrl eval`")
+    problems = list(_results(read_records(path)[1:], path).values())
+    if not problems:
+        raise UserError(f"{path} holds no finished problem yet")
+    return problems
 
 
 def _results(records: list[dict[str, Any]], path: Path) -> dict[int, ProblemResult]:

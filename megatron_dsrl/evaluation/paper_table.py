@@ -1,0 +1,169 @@
+"""The paper's results table, filled with what was evaluated here and empty where nothing was.
+
+A cell is the mean over a method's evaluations (one per run), with half of Student's 95 % interval over runs where there
+are several. A difference between two methods is taken over the same problems; its interval is a paired bootstrap over
+problems, which says nothing of other seeds (`dsrl compare` tests over runs).
+"""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+from megatron_dsrl.errors import UserError
+from megatron_dsrl.evaluation.metrics import bootstrap_interval
+from megatron_dsrl.evaluation.published import (
+    AVERAGE_OF_SIX,
+    DSRL_OVER_GRPO,
+    METHODS,
+    OUT_OF_DISTRIBUTION,
+    SAMPLES_ON_SIX,
+    SIX_BENCHMARKS,
+)
+from megatron_dsrl.evaluation.results import average_of_six
+from megatron_dsrl.evaluation.results_file import EvaluationResults
+from megatron_dsrl.evaluation.sample_file import read_sample_file
+from megatron_dsrl.observability.comparison import Estimate
+
+Evaluations = Mapping[str, Sequence[EvaluationResults]]
+"""Of every run, by method."""
+
+
+def paper_table(evaluations: Evaluations, size: str) -> str:
+    """Markdown.
+
+    Args:
+        evaluations: methods called as in the paper (`published.METHODS`) fill their row, others get one of their own.
+        size: model size whose published figures stand beside, such as `Qwen3-4B`.
+
+    Raises:
+        UserError: the paper has no such size, or a sample file is damaged.
+    """
+    if size not in AVERAGE_OF_SIX:
+        raise UserError(f"--size: the paper reports {' and '.join(AVERAGE_OF_SIX)}, not {size}")
+    evaluations = {_as_in_the_paper(method): of_method for method, of_method in evaluations.items()}
+    methods = [*METHODS, *(method for method in evaluations if method not in METHODS)]
+    others = {
+        name: summary["title"]
+        for of_method in evaluations.values()
+        for results in of_method
+        for name, summary in results.benchmarks.items()
+        if name not in SIX_BENCHMARKS and name not in OUT_OF_DISTRIBUTION
+    }
+    parts = [
+        f"# Results beside the paper's (arXiv 2604.14142), {size}",
+        f"Percent; mathematics: Avg@{SAMPLES_ON_SIX}. Only what the columns *paper* hold was published, all else was "
+        "measured here. An empty cell was not measured, or not published.",
+        _mathematics(evaluations, methods, size),
+        "## Out of distribution",
+        _accuracies(evaluations, methods, OUT_OF_DISTRIBUTION),
+        "## DSRL over GRPO, in points",
+        _differences(evaluations, size),
+        "A measured difference has its 95 % interval over problems, of paired bootstrap draws.",
+    ]
+    if others:
+        parts += ["## Other benchmarks", _accuracies(evaluations, list(evaluations), others)]
+    if notes := _departures(evaluations):
+        parts += ["## Not as in the paper", "\n".join(f"- {note}" for note in notes)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _as_in_the_paper(method: str) -> str:
+    return next((name for name in METHODS if name.lower() == method.lower()), method)
+
+
+def _mathematics(evaluations: Evaluations, methods: Sequence[str], size: str) -> str:
+    header = ["method", *SIX_BENCHMARKS.values(), "average", "average, paper"]
+    rows = []
+    for method in methods:
+        averages = [average_of_six(results.benchmarks) for results in evaluations.get(method, ())]
+        published = AVERAGE_OF_SIX[size].get(method)
+        rows.append([
+            method,
+            *(_cell(_values(evaluations, method, name)) for name in SIX_BENCHMARKS),
+            _cell([average for average in averages if average is not None]),
+            "" if published is None else f"{published:.2f}",
+        ])
+    return _markdown([header, *rows])
+
+
+def _accuracies(evaluations: Evaluations, methods: Sequence[str], benchmarks: Mapping[str, str]) -> str:
+    rows = [[method, *(_cell(_values(evaluations, method, name)) for name in benchmarks)] for method in methods]
+    return _markdown([["method", *benchmarks.values()], *rows])
+
+
+def _differences(evaluations: Evaluations, size: str) -> str:
+    benchmarks = SIX_BENCHMARKS | OUT_OF_DISTRIBUTION
+    published = AVERAGE_OF_SIX[size]["DSRL"] - AVERAGE_OF_SIX[size]["GRPO"]
+    paper = DSRL_OVER_GRPO[size]
+    return _markdown([
+        ["", *benchmarks.values(), "average of six"],
+        ["measured", *(_difference(evaluations, name) for name in benchmarks), _difference_of_averages(evaluations)],
+        ["paper", *(f"{paper[name]:+.2f}" if name in paper else "" for name in benchmarks), f"{published:+.2f}"],
+    ])
+
+
+def _difference(evaluations: Evaluations, benchmark: str) -> str:
+    """DSRL minus GRPO, with its interval if both have their samples of the same problems."""
+    ours, theirs = (_values(evaluations, method, benchmark) for method in ("DSRL", "GRPO"))
+    if not ours or not theirs:
+        return ""
+    difference = f"{100 * (fmean(ours) - fmean(theirs)):+.1f}"
+    by_problem = [_means_of_problems(evaluations[method], benchmark) for method in ("DSRL", "GRPO")]
+    if not by_problem[0] or by_problem[0].keys() != by_problem[1].keys():
+        return difference
+    interval = bootstrap_interval([by_problem[0][key] - by_problem[1][key] for key in by_problem[0]])
+    return difference if interval is None else f"{difference} ({100 * interval[0]:+.1f} to {100 * interval[1]:+.1f})"
+
+
+def _difference_of_averages(evaluations: Evaluations) -> str:
+    averages = [
+        [average_of_six(results.benchmarks) for results in evaluations.get(method, ())] for method in ("DSRL", "GRPO")
+    ]
+    if not all(averages) or any(average is None for side in averages for average in side):
+        return ""
+    return f"{100 * (fmean(averages[0]) - fmean(averages[1])):+.1f}"
+
+
+def _means_of_problems(of_method: Sequence[EvaluationResults], benchmark: str) -> dict[tuple[int, str], float]:
+    """Mean reward over all runs by problem (row number and gold answer); empty where samples are missing."""
+    rewards: dict[tuple[int, str], list[float]] = {}
+    for results in of_method:
+        file = results.folder / "samples" / f"{benchmark}.jsonl"
+        if benchmark in results.benchmarks and not file.is_file():
+            return {}
+        for problem in read_sample_file(file) if benchmark in results.benchmarks else ():
+            mean = fmean(sample.reward for sample in problem.samples)
+            rewards.setdefault((problem.index, problem.answer), []).append(mean)
+    return {problem: fmean(means) for problem, means in rewards.items()}
+
+
+def _departures(evaluations: Evaluations) -> list[str]:
+    """What makes a measured figure another quantity than the paper's."""
+    notes = []
+    for method, of_method in evaluations.items():
+        for results in of_method:
+            for name, summary in results.benchmarks.items():
+                departures = []
+                if name in SIX_BENCHMARKS and summary["samples_per_prompt"] != SAMPLES_ON_SIX:
+                    departures.append(f"{summary['samples_per_prompt']} samples per problem")
+                if name in SIX_BENCHMARKS and summary.get("temperature", 1.0) != 1.0:
+                    departures.append(f"temperature {summary['temperature']:g}")
+                if summary.get("limit") is not None:
+                    departures.append(f"only the first {summary['problems']} problems")
+                if departures:
+                    notes.append(f"{method}, {summary['title']} ({results.folder}): {', '.join(departures)}")
+    return notes
+
+
+def _values(evaluations: Evaluations, method: str, benchmark: str) -> list[float]:
+    """Accuracy of every run that was evaluated on the benchmark."""
+    of_method = evaluations.get(method, ())
+    return [results.benchmarks[benchmark]["accuracy"] for results in of_method if benchmark in results.benchmarks]
+
+
+def _cell(values: Sequence[float]) -> str:
+    return Estimate(tuple(values)).in_percent() if values else ""
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    header, *rows = lines
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows])
