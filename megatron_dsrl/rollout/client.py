@@ -130,14 +130,16 @@ class EngineClient:
     async def update_weights(self, payload_per_rank: list[str]) -> None:
         """Load one flattened bucket; one serialised payload per tensor-parallel rank of the engine, in rank order.
 
-        Returns when every rank has copied the tensors: their memory may then be reused.
+        Returns when every rank has copied the tensors: their memory may then be reused. All cached prefixes are dropped
+        too, or later samples would continue from the old weights' cache. SGLang's own call for that also collects
+        garbage, which takes longer on CPU than everything else together.
         """
         await self._post_checked(
             "/update_weights_from_tensor",
             {
                 "serialized_named_tensors": payload_per_rank,
                 "load_format": "flattened_bucket",
-                "flush_cache": False,
+                "flush_cache": True,
             },
         )
 
@@ -150,10 +152,6 @@ class EngineClient:
         await self._post_checked(
             "/update_weight_version", {"new_version": str(version), "abort_all_requests": False}
         )
-
-    async def flush_cache(self) -> None:
-        """Drop all cached prefixes. Without it, samples after a weight update continue from the old weights' cache."""
-        await self._post("/flush_cache", None)
 
     async def release_memory(self, tags: Sequence[MemoryTag]) -> None:
         """Give device memory back. The engine must be idle: SGLang ends the whole engine otherwise."""

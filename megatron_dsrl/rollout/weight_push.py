@@ -38,7 +38,7 @@ def push_weights(
 ) -> str | None:
     """Replace the engine's weights and set their version. All ranks of the engine's group call it together.
 
-    No sample may be running. The version is set after the last bucket was confirmed and the prefix cache flushed.
+    No sample may be running. The version is set after the last bucket was confirmed.
     Whatever becomes of the engine, the buckets are drawn to their end: gathering them takes part of ranks that may
     belong to other engines.
 
@@ -64,7 +64,6 @@ def push_weights(
         engine.call(lambda client: client.update_weights(payloads))
         del flattened  # not before the engine has confirmed
     engine.call(lambda client: client.end_weight_update())
-    engine.call(lambda client: client.flush_cache())
     engine.call(lambda client: client.set_weight_version(version))
     return engine.problem
 

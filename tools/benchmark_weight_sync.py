@@ -1,0 +1,185 @@
+#!/usr/bin/env python3
+"""Seconds of giving an SGLang engine the trainer's weights: in flattened buckets, beside writing them to disk and
+having the engine load them from there.
+
+For every size, a random Qwen3 is sharded over the processes with Megatron and engines are started as in a run. Then
+the ways take turns: the push with buckets of every asked size; and an export as safetensors (written through to the
+disk) that every engine loads by `/update_weights_from_disk`, most likely from the page cache. With torchrun, several
+ranks take part; their medians are printed.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from megatron_dsrl.collective import broadcast, gather, rank, together, world_size
+from megatron_dsrl.config.data import PromptSetConfig
+from megatron_dsrl.config.model import ModelConfig, ParallelConfig
+from megatron_dsrl.config.phase import PhaseConfig, PostTrainSpaceConfig
+from megatron_dsrl.config.rollout import EngineConfig
+from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.model.architecture import read_architecture
+from megatron_dsrl.model.build import DTYPES, build_model
+from megatron_dsrl.model.parallel import destroy_parallel, initialize_parallel
+from megatron_dsrl.platform import silence_expected_warnings
+from megatron_dsrl.rollout.engine_group import EngineGroup
+from megatron_dsrl.weights.export import export_hf_folder
+from megatron_dsrl.weights.random_init import fill_with_random_weights
+from megatron_dsrl.weights.stream import stream_hf_weights
+from megatron_dsrl.weights.tables import weight_table
+
+HIDDEN, VOCABULARY = 512, 32_000
+PARAMETERS_PER_LAYER = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * 4 * HIDDEN
+TIMEOUT_SECONDS = 600.0
+WRITE, LOAD = "disk: write", "disk: load"
+
+
+def write_model_folder(folder: Path, megabytes: float, dtype: str) -> None:
+    """config.json of a Qwen3 whose weights are about this large."""
+    parameters = megabytes * 1e6 / DTYPES[dtype].itemsize
+    architecture = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 4 * HIDDEN,
+        "num_hidden_layers": max(1, round((parameters - VOCABULARY * HIDDEN) / PARAMETERS_PER_LAYER)),
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000,
+        "tie_word_embeddings": True,
+        "torch_dtype": dtype,
+    }
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(architecture))
+
+
+def make_config(model: Path, parallel: ParallelConfig, engine_size: int, dtype: str) -> RunConfig:
+    """As much of a run as engines and a model need."""
+    return RunConfig(
+        name="benchmark",
+        steps=1,
+        model=ModelConfig(path=str(model), dtype=dtype, random_init=True),
+        parallel=parallel,
+        data=PromptSetConfig(source="unused", max_prompt_tokens=64),
+        rollout={"max_response_tokens": 64},
+        engine=EngineConfig(
+            tensor_parallel_size=engine_size,
+            max_total_tokens=4096,
+            update_timeout_seconds=TIMEOUT_SECONDS,
+            check_weights="first",  # what is timed arrives
+        ),
+        phases=[PhaseConfig(name="GRPO", space=PostTrainSpaceConfig(), advantage={"name": "group_standardised"})],
+    )
+
+
+def seconds_of(action: Callable[[], object]) -> float:
+    """Of the slowest rank."""
+    dist.barrier()
+    begin = time.perf_counter()
+    action()
+    return max(gather(time.perf_counter() - begin))
+
+
+def load_from_disk(url: str, folder: Path) -> None:
+    """Have an engine read a folder; raises where it cannot."""
+    request = urllib.request.Request(
+        f"{url}/update_weights_from_disk",
+        json.dumps({"model_path": str(folder), "load_format": "auto"}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=TIMEOUT_SECONDS) as answer:
+        assert json.load(answer)["success"]
+
+
+def measure(folder: Path, config: RunConfig, bucket_megabytes: Sequence[int], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every way, one value per round. Collective. The first round, which warms up, is left out."""
+    model_folder = Path(config.model.path)
+    architecture, dtype = read_architecture(model_folder), DTYPES[config.model.dtype]
+    table = weight_table(architecture)
+    chunks = build_model(architecture, config.model, config.parallel)
+    fill_with_random_weights(chunks, table, architecture.initializer_range, seed=0)
+    initial = folder / "initial"  # the engines start from it, as in a run
+    export_hf_folder(chunks, table, model_folder, initial, dtype)
+    started_from = config.model.model_copy(update={"path": str(initial), "random_init": False})
+    engines = EngineGroup(config.model_copy(update={"model": started_from}), folder)
+    seconds: dict[str, list[float]] = {}
+    try:
+        engines.start()
+        urls = engines.wait_until_ready()
+        mine = [url for owner, url in enumerate(urls) if owner * config.engine.tensor_parallel_size == rank()]
+        for turn in range(rounds + 1):
+            measured = {}
+            for megabytes in bucket_megabytes:
+
+                def stream(megabytes: int = megabytes):
+                    return stream_hf_weights(chunks, table, megabytes * 2**20, dtype)
+
+                measured[f"push, {megabytes} MiB buckets"] = seconds_of(lambda: engines.load(stream, turn))
+            target = folder / f"export_{turn}"
+            measured[WRITE] = seconds_of(lambda: export_hf_folder(chunks, table, model_folder, target, dtype))
+            measured[LOAD] = seconds_of(lambda: together(lambda: [load_from_disk(url, target) for url in mine]))
+            for way, value in measured.items() if turn else ():
+                seconds.setdefault(way, []).append(value)
+    finally:
+        engines.close()
+    return seconds
+
+
+def print_table(megabytes: float, seconds: dict[str, list[float]]) -> None:
+    """Medians; throughput is the weights' bytes per second, and the ratio that to the disk's two parts together."""
+    medians = {way: statistics.median(values) for way, values in seconds.items()}
+    disk = medians.pop(WRITE) + medians.pop(LOAD)
+    table = Table(f"{megabytes:.0f} MB", "seconds", "GB/s", "disk / this", box=None, title_justify="left")
+    parts = f"disk: write {statistics.median(seconds[WRITE]):.2f} + load {statistics.median(seconds[LOAD]):.2f}"
+    for way, value in {**medians, parts: disk}.items():
+        table.add_row(way, f"{value:.2f}", f"{megabytes / 1e3 / value:.2f}", f"{disk / value:.1f}")
+    Console(width=100).print(table)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--megabytes", type=float, nargs="+", default=[100, 400], help="sizes of the weights")
+    parser.add_argument("--bucket-megabytes", type=int, nargs="+", default=[16, 128, 512], help="sizes of the buckets")
+    parser.add_argument("--rounds", type=int, default=5, help="timed turns of each way (default: 5)")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="of the trainer, under torchrun")
+    parser.add_argument("--engine-tensor-parallel-size", type=int, default=1, help="under torchrun")
+    parser.add_argument("--scratch", type=Path, help="folder on the disk to be measured (default: the temporary one)")
+    options = parser.parse_args()
+    silence_expected_warnings()
+    parallel = ParallelConfig(tensor_parallel_size=options.tensor_parallel_size)
+    initialize_parallel(parallel, seed=0)
+    if rank() == 0:
+        print(f"{world_size()} rank(s), {os.cpu_count()} cores, {options.dtype}", flush=True)
+    for megabytes in options.megabytes:
+        with tempfile.TemporaryDirectory(prefix="weight-sync-", dir=options.scratch) as own_folder:
+            folder = Path(broadcast(own_folder))
+            if rank() == 0:
+                write_model_folder(folder / "model", megabytes, options.dtype)
+            dist.barrier()
+            config = make_config(folder / "model", parallel, options.engine_tensor_parallel_size, options.dtype)
+            seconds = measure(folder, config, options.bucket_megabytes, options.rounds)
+            size = sum(path.stat().st_size for path in (folder / "initial").glob("*.safetensors"))
+            if rank() == 0:
+                print_table(size / 1e6, seconds)
+            dist.barrier()
+    destroy_parallel()
+
+
+if __name__ == "__main__":
+    main()
