@@ -91,7 +91,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from megatron_dsrl.observability.report import write_report
+    from megatron_dsrl.report.report import write_report
 
     print(write_report(*options.runs, output=options.output))
     return 0
@@ -117,6 +117,11 @@ def _plan(options: argparse.Namespace) -> int:
         training_utilisation=options.training_utilisation,
     )
     console = Console()
+    if options.scale:
+        from megatron_dsrl.planning.scale_tables import print_scale
+
+        print_scale(config, architecture, gpu, options.scale, assumptions, console)
+        return 0
     figures = preflight(config, options.gpus)
     console.print(*batch_lines(config, figures), sep="\n", soft_wrap=True, highlight=False)
     plan = make_plan(config, architecture, gpu, options.gpus, assumptions)
@@ -236,6 +241,12 @@ def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.add_argument(
         "--training-utilisation", metavar="SHARE", type=float, default=0.35, help="of the peak; default: 0.35"
     )
+    parser.add_argument(
+        "--scale",
+        metavar="N,N,...",
+        type=_growing,
+        help="instead, a step's seconds on these numbers of GPUs, such as 8,64,512,4096, and what breaks first",
+    )
     parser.set_defaults(command=_plan, parser=parser)
 
 
@@ -294,6 +305,13 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1, given {text}")
     return value
+
+
+def _growing(text: str) -> list[int]:
+    values = [_positive(word) for word in text.split(",")]
+    if values != sorted(set(values)):
+        raise argparse.ArgumentTypeError(f"expected growing numbers such as 8,64,512, given {text}")
+    return values
 
 
 if __name__ == "__main__":

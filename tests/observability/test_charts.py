@@ -14,6 +14,7 @@ def test_ticks_are_round_and_cover_the_range() -> None:
     assert ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1]
     assert ticks(-0.018, 0.031) == [-0.02, -0.01, 0, 0.01, 0.02, 0.03, 0.04]
     assert ticks(0, 128) == [0, 50, 100, 150]
+    assert ticks(0, 3e-14) == [0, 1e-14, 2e-14, 3e-14]
 
 
 def test_numbers_for_people() -> None:

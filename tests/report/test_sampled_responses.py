@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron_dsrl.observability.report_samples import (
+from megatron_dsrl.report.sampled_responses import (
     MAX_CHARACTERS,
     SAMPLES_PER_GROUP,
     choose_groups,

@@ -1,15 +1,21 @@
-"""The HTML report of a synthetic run: its figures are the logged ones, and it is self-contained and safe."""
+"""The HTML report of a synthetic run: it tells what lies in the run folder, and is self-contained and safe."""
 
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from megatron_dsrl.cli import main
 from megatron_dsrl.errors import UserError
+from megatron_dsrl.evaluation.problem_result import ProblemResult
+from megatron_dsrl.evaluation.results import write_results
+from megatron_dsrl.evaluation.sample_file import SampleFile
+from megatron_dsrl.evaluation.summary import summarise_benchmark
 from megatron_dsrl.observability.records import read_records
-from megatron_dsrl.observability.report import write_report
-from tests.observability.synthetic_run import HOSTILE_TEXT, evaluation_record, write_run
+from megatron_dsrl.report.report import write_report
+from tests.observability.synthetic_run import HOSTILE_TEXT, evaluation_record, make_group, write_run
 
 VOID_ELEMENTS = {"meta", "link", "br", "img", "input", "hr"}
 
@@ -41,6 +47,11 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         self.texts.append(data)
 
+    def rows(self) -> list[list[str]]:
+        """Cells of all table rows."""
+        rows = re.findall("<tr>(.*?)</tr>", self.source, re.DOTALL)
+        return [re.findall("<t[hd][^>]*>(.*?)</t[hd]>", row) for row in rows]
+
     @property
     def text(self) -> str:
         return " ".join(" ".join(self.texts).split())
@@ -56,7 +67,31 @@ class Page(HTMLParser):
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     write_run(folder, steps=12)
+    write_evaluation(folder / "evaluation" / "step_000012", right=[4, 1], step=12)
+    write_evaluation(folder / "evaluation" / "step_000004", right=[2, 0], step=4)
+    for analysis in (["problems", folder], ["thoughts", folder / "evaluation/step_000012/samples/amc23.jsonl"]):
+        assert main(["analyse", *map(str, analysis)]) == 0
+    for log, text in LOGS.items():
+        (folder / log).parent.mkdir(exist_ok=True)
+        (folder / log).write_text(text, newline="")
     return folder
+
+
+LOGS = {
+    "engines/engine_0.log": "".join(f"line {i} of http://127.0.0.1\n" for i in range(100)),
+    "slurm/job_7_attempt_1.log": "x" * 100_000 + "\n10 %\r20 %\r\x1b[32m100 %\x1b[0m\r\n<b>done</b>\n",
+}
+
+
+def write_evaluation(folder: Path, right: list[int], step: int) -> None:
+    """What `dsrl eval` leaves behind of problems with 4 samples each, of which so many are right."""
+    groups = [make_group([1.0] * count + [0.0] * (4 - count), index) for index, count in enumerate(right)]
+    problems = [ProblemResult.of_group(group) for group in groups]
+    with SampleFile(folder / "samples" / "amc23.jsonl", {}) as samples:
+        for problem in problems:
+            samples.add(problem)
+    summary = {"title": "AMC23", **summarise_benchmark(problems, None)}
+    write_results(folder, "hf", {"amc23": summary}, step)
 
 
 @pytest.fixture(scope="module")
@@ -100,14 +135,16 @@ def test_the_page_needs_nothing_else(page: Page) -> None:
         (tag, name, value)
         for tag, attributes in page.elements
         for name, value in attributes.items()
-        if name in {"src", "srcset", "action", "poster", "data", "xlink:href"} or (name == "href" and value != "data:,")
+        if name in {"src", "srcset", "action", "poster", "data", "xlink:href"}
+        or (name == "href" and value != "data:," and not value.startswith("#"))
     ]
     assert references == []
     style = page.source.split("<style>")[1].split("</style>")[0]
     assert "url(" not in style and "@import" not in style
     policy = next(values["content"] for tag, values in page.elements if "http-equiv" in values)
     assert policy.startswith("default-src 'none'")
-    assert "http://" not in page.source and "https://" not in page.source
+    targets = {values["href"] for tag, values in page.elements if tag == "a"}
+    assert targets <= {"#" + values["id"] for _, values in page.elements if "id" in values}
 
 
 def test_hostile_text_of_a_response_is_only_text(page: Page) -> None:
@@ -121,6 +158,47 @@ def test_samples_of_first_middle_and_last_step_are_readable(page: Page) -> None:
         assert f"Step {step}" in page.texts
     assert "What is 0 + 0?" in page.text
     assert "truncated · -0.5 nat per token" in page.text
+
+
+def test_evaluations_are_told_by_step_and_beside_the_paper(page: Page) -> None:
+    rows = page.rows()
+    # Problems with 4 and 1 of 4 right: Avg@4 = 5/8, Pass@4 = 1; with 2 and 0: 1/4 and 1/2.
+    assert ["AMC23", "step 4", "2", "4", "25.0", "0.0 to 50.0", "50.0", "", "3", "0.0 %", "0"] in rows
+    assert ["AMC23", "step 12", "2", "4", "62.5", "25.0 to 100.0", "100.0", "", "3", "0.0 %", "0"] in rows
+    assert ["Qwen3-4B, paper", "41.26", "55.79", "54.38", "57.54", ""] in rows
+    curves = page.charts()["AMC23: Pass@K"]
+    assert curves["steps"] == [1, 2, 4]
+    assert curves["series"] == [["0.25", "0.417", "0.5"], ["0.625", "0.75", "1"]]
+
+
+def test_analyses_of_the_run_and_of_an_evaluation_are_there(page: Page, run_folder: Path) -> None:
+    summary = json.loads((run_folder / "analysis" / "problems.json").read_text())
+    assert f"Solved at least once {summary['solved_at_least_once']}" in page.text
+    assert page.charts()["Solved at least once"]["steps"] == list(range(1, 13))
+    assert "Transition and reflection thoughts on amc23 (step_000012)" in page.texts
+    assert ["1", "8"] in [row[:2] for row in page.rows()], "8 problems in epoch 1"
+
+
+def test_the_ends_of_logs_are_readable_text(page: Page) -> None:
+    ends = [text for text in page.texts if "line 99" in text or "done" in text]
+    engine, job = (end.split("\n") for end in ends)
+    assert engine == [f"line {i} of http://127.0.0.1" for i in range(70, 100)]
+    assert job == ["x" * 300 + " …", "100 %", "<b>done</b>"]
+
+
+def test_where_the_time_went(page: Page, run_folder: Path) -> None:
+    records = read_records(run_folder / "metrics.jsonl")
+    whole = sum(record["seconds/step"] for record in records)
+    share = 100 * sum(record["seconds/train"] for record in records) / whole
+    assert ["train", "2.50", "2.50", "2.50", f"{share:.0f} %"] in page.rows()
+    assert ["the whole step", "100 %"] in [[row[0], row[-1]] for row in page.rows() if row]
+
+
+def test_whatever_else_was_recorded_has_a_chart(page: Page, run_folder: Path) -> None:
+    recorded = {key for record in read_records(run_folder / "metrics.jsonl") for key in record}
+    charts = page.charts()
+    assert charts["mismatch/kl_k3"]["series"] == [["none"] * 4 + ["1e-12"] * 8]
+    assert {title for title in charts if "/" in title} < recorded
 
 
 def test_configuration_is_in_the_page(page: Page, run_folder: Path) -> None:
@@ -148,6 +226,7 @@ def test_missing_pieces_are_said_in_words(tmp_path: Path) -> None:
     text = Page(write_report(tmp_path)).text
     assert "No training step has been recorded yet." in text
     assert "No evaluation was recorded" in text and "No rollouts were saved" in text
+    assert "No benchmark was evaluated" in text and "Nothing was analysed" in text and "There are no logs" in text
 
     (tmp_path / "config.yaml").unlink()
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "phase": "grpo", "reward/mean": null}\n')
@@ -170,6 +249,7 @@ def test_runs_side_by_side(run_folder: Path, tmp_path: Path) -> None:
     assert reward["steps"] == list(range(1, 13))
     assert [values[5:] == ["none"] * 7 for values in reward["series"]] == [False, True]
     assert "optimizer.learning_rate tiny 0.0003 other 0.001" in page.text
+    assert ["AMC23", "tiny"] in [row[:2] for row in page.rows()]
 
 
 def test_a_folder_that_is_no_run_is_the_users_error(run_folder: Path, tmp_path: Path) -> None:
@@ -179,4 +259,19 @@ def test_a_folder_that_is_no_run_is_the_users_error(run_folder: Path, tmp_path: 
         write_report(run_folder.parent)
     (tmp_path / "config.yaml").write_text("steps: [")
     with pytest.raises(UserError, match="config.yaml is not valid YAML"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("evaluation/results.json", "does not hold the results of `dsrl eval`"),
+        ("analysis/thoughts.json", "is no summary of an analysis"),
+    ],
+)
+def test_damaged_results_are_named(tmp_path: Path, file: str, message: str) -> None:
+    (tmp_path / "config.yaml").write_text("name: damaged\n")
+    (tmp_path / file).parent.mkdir()
+    (tmp_path / file).write_text("[1, 2")
+    with pytest.raises(UserError, match=f"{file} {message}"):
         write_report(tmp_path)

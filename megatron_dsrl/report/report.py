@@ -7,28 +7,25 @@ crash; what is missing is said in words.
 
 import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
+from megatron_dsrl.evaluation.results_file import results_of_run
 from megatron_dsrl.observability.charts import number
 from megatron_dsrl.observability.console import duration
 from megatron_dsrl.observability.records import Record
-from megatron_dsrl.observability.report_charts import comparison_charts, run_charts
-from megatron_dsrl.observability.report_samples import shown_steps
 from megatron_dsrl.observability.run_records import RunRecords, read_run
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One headline figure."""
-
-    label: str
-    value: str
-    note: str = ""
+from megatron_dsrl.report.analyses import read_analyses
+from megatron_dsrl.report.evaluations import named_by_step, paper_table, pass_at_k_charts, results_table
+from megatron_dsrl.report.logs import log_ends
+from megatron_dsrl.report.parts import Figure
+from megatron_dsrl.report.sampled_responses import shown_steps
+from megatron_dsrl.report.time_table import time_table
+from megatron_dsrl.report.training_charts import comparison_charts, other_charts, run_charts
 
 
 def write_report(run_folder: Path, *others: Path, output: Path | None = None) -> Path:
@@ -54,21 +51,33 @@ def _distinct_names(runs: list[RunRecords]) -> list[RunRecords]:
 
 
 def _run_page(run: RunRecords) -> str:
+    evaluations = named_by_step(results_of_run(run.folder))
     return _template("report.html.j2").render(
         run=run,
         state=run_state(run),
         accuracies=accuracy_figures(run),
         figures=run_figures(run),
         sections=run_charts(run) if run.steps else [],
+        time=time_table(run),
+        others=other_charts(run) if run.steps else [],
+        results=results_table(evaluations) if evaluations else None,
+        paper=paper_table(evaluations),
+        pass_at_k=pass_at_k_charts(evaluations),
+        analyses=read_analyses(run.folder),
         samples=shown_steps(run.folder, run.step_numbers),
+        logs=log_ends(run.folder),
         written=_now(),
     )
 
 
 def _comparison_page(runs: list[RunRecords]) -> str:
+    evaluations = {run.name: results[-1] for run in runs if (results := results_of_run(run.folder))}
     return _template("comparison.html.j2").render(
         rows=[(run, run_state(run), accuracy_figures(run), run_figures(run)) for run in runs],
         sections=comparison_charts(runs) if any(run.steps for run in runs) else [],
+        results=results_table(evaluations) if evaluations else None,
+        paper=paper_table(evaluations),
+        pass_at_k=pass_at_k_charts(evaluations),
         differences=configuration_differences(runs),
         written=_now(),
     )
@@ -188,7 +197,7 @@ def _flattened(value: Any, path: str = "") -> dict[str, Any]:
 
 def _template(name: str) -> Any:
     environment = Environment(
-        loader=PackageLoader("megatron_dsrl.observability"),
+        loader=ChoiceLoader([PackageLoader(f"megatron_dsrl.{room}") for room in ("report", "observability")]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

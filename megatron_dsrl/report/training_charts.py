@@ -1,9 +1,10 @@
-"""Which charts the report shows, as data, for one run and for several."""
+"""Which charts of a training the report shows, for one run and for several."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_dsrl.observability.charts import SERIES_COLOURS, Chart, PhaseSpan, Series, line_chart, stacked_chart
+from megatron_dsrl.observability.records import Record
 from megatron_dsrl.observability.run_records import RunRecords
 
 PARTS_OF_A_STEP = ("generate", "old_log_probs", "reference", "values", "critic", "train", "push_weights", "evaluate")
@@ -177,10 +178,27 @@ def _groups_chart(run: RunRecords) -> Chart | str:
     return stacked_chart("Solved, mixed and unsolved prompts", explanation, series, _phases([run]))
 
 
-def _seconds_chart(run: RunRecords) -> Chart | str:
-    keys = {key for record in run.steps for key in record if key.startswith("seconds/")} - {"seconds/step"}
+def step_parts(records: Sequence[Record]) -> list[str]:
+    """Keys of the parts that a step's time is recorded for, in their order."""
+    keys = {key for record in records for key in record if key.startswith("seconds/")} - {"seconds/step"}
     order = [f"seconds/{name}" for name in PARTS_OF_A_STEP]
-    parts = [key for key in order if key in keys] + sorted(keys - set(order))
+    return [key for key in order if key in keys] + sorted(keys - set(order))
+
+
+def other_charts(run: RunRecords) -> list[Chart]:
+    """One chart for every recorded figure that has no place in `run_charts`, by its name in the records."""
+    shown = {key for curves in (REWARD, *HEALTH, *COST, STEP_SECONDS) for _, key, _ in curves.keys}
+    shown |= {"step", "weight_version", *(key for _, key, _ in GROUP_KEYS), *step_parts(run.steps)}
+    figures = sorted({key for record in run.steps for key, value in record.items() if _is_number(value)} - shown)
+    return [line_chart(key, "", [_series(run, "value", key, 1)], run.phases) for key in figures]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _seconds_chart(run: RunRecords) -> Chart | str:
+    parts = step_parts(run.steps)
     total = run.column("seconds/step")
     if not any(value is not None for value in total):
         return f"Seconds per part: {STEP_SECONDS.absent}"

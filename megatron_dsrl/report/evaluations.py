@@ -1,0 +1,99 @@
+"""What `dsrl eval` found, as tables and Pass@K curves."""
+
+from collections.abc import Mapping, Sequence
+
+from megatron_dsrl.evaluation.published import AVERAGE_OF_SIX, OUT_OF_DISTRIBUTION, SIX_BENCHMARKS
+from megatron_dsrl.evaluation.results import average_of_six
+from megatron_dsrl.evaluation.results_file import EvaluationResults, Summary
+from megatron_dsrl.observability.charts import SERIES_COLOURS, Chart
+from megatron_dsrl.observability.pass_at_k_chart import pass_at_k_chart
+from megatron_dsrl.report.parts import Table
+
+Evaluations = Mapping[str, EvaluationResults]
+"""By the name that the page gives them."""
+
+
+def named_by_step(evaluations: Sequence[EvaluationResults]) -> dict[str, EvaluationResults]:
+    """Those of one run, by their steps; by their models where a step is unknown or was evaluated twice."""
+    steps = [results.step for results in evaluations]
+    return {
+        results.model if results.step is None or steps.count(results.step) > 1 else f"step {results.step}": results
+        for results in evaluations
+    }
+
+
+def results_table(evaluations: Evaluations) -> Table:
+    """A row per benchmark and evaluation; figures in percent."""
+    header = (
+        "benchmark", "policy", "problems", "k", "Avg@k", "95 % interval", "Pass@k", "Maj@k", "tokens", "truncated",
+        "failures",
+    )  # fmt: skip
+    rows = [
+        _row(name, results.benchmarks[benchmark], results.pass_at_k(benchmark))
+        for benchmark in _titles(evaluations)
+        for name, results in evaluations.items()
+        if benchmark in results.benchmarks
+    ]
+    return Table(header, tuple(rows))
+
+
+def paper_table(evaluations: Evaluations) -> Table | None:
+    """The averages of the six mathematics benchmarks beside the paper's; None unless one of its benchmarks is there."""
+    if not any(name in SIX_BENCHMARKS or name in OUT_OF_DISTRIBUTION for name in _titles(evaluations)):
+        return None
+    methods = list(AVERAGE_OF_SIX["Qwen3-4B"])
+    published = [
+        (f"{size}, paper", *(f"{values[method]:.2f}" if method in values else "" for method in methods), "")
+        for size, values in AVERAGE_OF_SIX.items()
+    ]
+    own = [
+        (name, *("" for _ in methods), "" if average is None else f"{100 * average:.2f}")
+        for name, results in evaluations.items()
+        for average in [average_of_six(results.benchmarks)]
+    ]
+    return Table(("average of the six, Avg@32", *methods, "here"), (*published, *own))
+
+
+def pass_at_k_charts(evaluations: Evaluations) -> list[Chart]:
+    """A chart per benchmark with a curve per evaluation: the latest, where there are more than colours."""
+    latest = dict(list(evaluations.items())[-SERIES_COLOURS:])
+    curves = {
+        benchmark: {
+            name: results.pass_at_k(benchmark) for name, results in latest.items() if benchmark in results.benchmarks
+        }
+        for benchmark in _titles(latest)
+    }
+    titles = _titles(latest)
+    return [
+        pass_at_k_chart(f"{titles[benchmark]}: Pass@K", of_benchmark)
+        for benchmark, of_benchmark in curves.items()
+        if any(len(values) > 1 for values in of_benchmark.values())
+    ]
+
+
+def _row(policy: str, summary: Summary, pass_at_k: Mapping[int, float]) -> tuple[str, ...]:
+    k = summary["samples_per_prompt"]
+    interval = summary.get("confidence_interval_95")
+    failures = summary.get("verifier_timeouts", 0) + summary.get("verifier_errors", 0)
+    return (
+        summary["title"],
+        policy,
+        str(summary["problems"]),
+        str(k),
+        _percent(summary["accuracy"]),
+        f"{_percent(interval[0])} to {_percent(interval[1])}" if interval else "",
+        _percent(pass_at_k.get(k)),
+        _percent(summary.get("majority_at_k")),
+        f"{summary['mean_tokens']:.0f}",
+        f"{_percent(summary['truncated_fraction'])} %",
+        str(failures),
+    )
+
+
+def _titles(evaluations: Evaluations) -> dict[str, str]:
+    """Of all benchmarks, by name."""
+    return {name: one["title"] for results in evaluations.values() for name, one in results.benchmarks.items()}
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}"
