@@ -1,15 +1,11 @@
 """What lies on a GPU at the same time, with critic and reference policy; and what a run says at its start."""
 
-import json
-
-import pytest
-
 from megatron_dsrl.config.load import load_config
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.planning.fit import RESERVE_BYTES, run_memory
 from megatron_dsrl.planning.phases import OtherModels, other_models
 from megatron_dsrl.planning.warnings import Machine, memory_warnings
-from tests.planning.test_memory import paper_run, write_model
+from tests.planning.test_memory import paper_run
 from tests.planning.test_parameters import qwen3_8b
 from tests.support.tiny_run import REPOSITORY
 
@@ -53,19 +49,6 @@ def test_reference_and_checkpoint_lie_on_the_host():
     assert memory.checkpoint_on_host == (policy.weights + policy.optimizer,)
     synchronous = run_memory(paper_run("checkpoint.asynchronous=false"), qwen3_8b(), GPU_BYTES, world_size=8)
     assert synchronous.reference_on_host == synchronous.checkpoint_on_host == (0,)
-
-
-@pytest.fixture
-def model(tmp_path) -> str:
-    """Qwen3-8B without weights."""
-    write_model(tmp_path / "model", layers=36, with_experts=False)
-    file = tmp_path / "model" / "config.json"
-    sizes = {
-        "hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "head_dim": 128, "vocab_size": 151_936, "tie_word_embeddings": False, "max_position_embeddings": 40960,
-    }  # fmt: skip
-    file.write_text(json.dumps(json.loads(file.read_text()) | sizes))
-    return f"model.path={tmp_path / 'model'}"
 
 
 def test_a_run_on_gpus_warns_of_what_does_not_fit_and_says_what_helps(model):

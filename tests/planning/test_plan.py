@@ -2,11 +2,13 @@
 
 import pytest
 
+from megatron_dsrl.cli import main
 from megatron_dsrl.planning.compute import Assumptions, training_flops
 from megatron_dsrl.planning.gpus import find_gpu
 from megatron_dsrl.planning.plan import is_valid, largest_micro_batch, largest_response, make_plan, suggest
 from tests.planning.test_memory import paper_run
 from tests.planning.test_parameters import qwen3_8b, qwen3_30b_a3b
+from tests.support.tiny_run import REPOSITORY
 
 ASSUMED = Assumptions(mean_response_tokens=4096)
 
@@ -52,3 +54,23 @@ def test_suggestions_are_valid_fit_and_come_fastest_first():
 
 def test_no_layout_is_suggested_where_none_fits():
     assert suggest(paper_run(), qwen3_30b_a3b(), find_gpu("a100-40"), 2, ASSUMED, count=5) == []
+
+
+def test_the_command_says_what_fits_and_what_would(model, capsys):
+    ppo = str(REPOSITORY / "configs" / "qwen3_8b" / "ppo.yaml")
+    assert main(["plan", ppo, model, "--gpu", "h100", "--gpus", "8"]) == 1
+    shown = capsys.readouterr().out
+    assert "critic: optimizer" in shown and "This run does not fit." in shown
+    assert "largest engine.memory_fraction that fits: 0.4" in shown
+    smaller = ["parallel.tensor_parallel_size=8", "engine.memory_fraction=0.5"]
+    assert main(["plan", ppo, model, "--gpus", "8", *smaller]) == 0
+
+
+def test_the_command_scales_a_run_and_refuses_numbers_that_do_not_fit(model, capsys):
+    run = str(REPOSITORY / "configs" / "dsrl_qwen3_8b.yaml")
+    assert main(["plan", run, model, "--scale", "8,4096"]) == 0
+    assert "Breaks first as the batch grows: rank 0 reading the engines' answers, at 4,096 GPUs." in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert main(["plan", run, model, "--scale", "8,12"]) == 2
+    assert "--scale: 12 GPUs do not divide" in capsys.readouterr().err

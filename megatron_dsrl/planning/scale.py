@@ -1,0 +1,198 @@
+"""Seconds of a step from one node to thousands of GPUs, on paper, and what stops growing with them first.
+
+The layout of one model stays as it is, and data parallelism takes up the further GPUs. Two courses are of interest: the
+batch grows with the GPUs (`with_batch_for`), where every part that is not constant is a limit to growth; and the batch
+stays, where everything should become shorter and what does not is the limit. No run of this size has been made: the
+constants below are named with where they come from.
+
+Parts of a step, one after the other:
+
+- generation: what decoding takes (compute.py), or the longest response alone in its engine, or reading the answers on
+  rank 0, or judging them there, whichever takes longest, as they overlap;
+- sharing: rank 0 pickles the batch and sends it over gloo's tree, every rank unpickles the whole of it;
+- update: operations over all GPUs (compute.py);
+- gradients: reduce-scatter of fp32 gradients and all-gather of bf16 parameters by rings over data parallelism, not
+  overlapped with anything;
+- weight push: every GPU receives the whole model and its engine takes it from there, all engines at the same time.
+
+Not in it: stragglers among the nodes, the network's own limits where many rings share it, start-up, saving.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.model.architecture import Architecture
+from megatron_dsrl.planning.compute import Assumptions, generation_seconds, phase_flops, training_seconds
+from megatron_dsrl.planning.gpus import Gpu
+from megatron_dsrl.planning.memory import element_bytes, engine_memory
+from megatron_dsrl.planning.parameters import parameters_of_model, parameters_of_stage
+from megatron_dsrl.planning.phases import phases_of
+
+MEASURED = "measured on one CPU core by tools/benchmark_controller.py"
+NOTICEABLE = 0.1
+"""Share of the first step by which a part must have grown to count as a limit."""
+
+
+def _constant(value: float, unit: str, source: str) -> float:
+    return field(default=value, metadata={"unit": unit, "source": source})
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Constants of the model; each field's metadata has its unit and its source."""
+
+    read_seconds: float = _constant(708e-9, "s per response token, rank 0", MEASURED)
+    pickle_seconds: float = _constant(25e-9, "s per token, rank 0", MEASURED)
+    unpickle_seconds: float = _constant(154e-9, "s per token, every rank", MEASURED)
+    shared_bytes: float = _constant(13.1, "bytes per token", MEASURED)
+    gloo_bytes_per_second: float = _constant(
+        2.35e9, "bytes/s", "measured between two processes of one machine; assumed between nodes too"
+    )
+    verify_seconds: float = _constant(
+        4e-3, "s per response", "measured for math_verify on MATH-500: 3 to 5 ms; `boxed` takes less"
+    )
+    push_bytes_per_second: float = _constant(
+        8.7e9, "bytes/s", "reported for slime with the same transport: 61 GB in 7 s on 8 H100 (hebiao064.github.io)"
+    )
+    network_bytes_per_second: float = _constant(
+        35e9, "bytes/s per GPU", "assumed: 70 % of one 400 Gb/s port per GPU (DGX H100 data sheet)"
+    )
+    node_bytes_per_second: float = _constant(
+        300e9, "bytes/s per GPU", "assumed: two thirds of NVLink's 450 GB/s (H100 data sheet)"
+    )
+    hop_seconds: float = _constant(10e-6, "s per hop of a ring", "assumed")
+    gpus_per_node: int = _constant(8, "", "DGX H100 data sheet")
+    failures_per_gpu_hour: float = _constant(
+        419 / (54 * 24 * 16384), "", "419 interruptions in 54 days on 16,384 H100 (arXiv 2407.21783, table 5)"
+    )
+
+
+@dataclass(frozen=True)
+class StepEstimate:
+    """A step on some GPUs, in seconds."""
+
+    world_size: int
+    samples: int
+    tokens: float
+    """Generated, over all GPUs."""
+    decoding: float
+    longest_response: float
+    reading: float
+    judging: float
+    sharing: float
+    update: float
+    gradients: float
+    weight_push: float
+    hours_between_failures: float
+
+    @property
+    def generation(self) -> float:
+        """The longest of what happens at the same time."""
+        return max(self.decoding, self.longest_response, self.reading, self.judging)
+
+    @property
+    def step(self) -> float:
+        """All parts, one after the other."""
+        return self.generation + self.sharing + self.update + self.gradients + self.weight_push
+
+    @property
+    def tokens_per_gpu_second(self) -> float:
+        """Generated and trained on."""
+        return self.tokens / self.step / self.world_size
+
+
+PARTS = {
+    "decoding": "decoding",
+    "longest_response": "the longest response, alone in its engine",
+    "reading": "rank 0 reading the engines' answers",
+    "judging": "rank 0's verifiers (reward.workers)",
+    "sharing": "rank 0 sending the batch to every rank",
+    "update": "forward and backward",
+    "gradients": "gradient exchange",
+    "weight_push": "weight push",
+}
+"""Fields of `StepEstimate` in words."""
+
+
+def estimate_step(
+    config: RunConfig,
+    architecture: Architecture,
+    gpu: Gpu,
+    world_size: int,
+    assumptions: Assumptions,
+    costs: Costs,
+) -> StepEstimate:
+    """A step of the run's most expensive phase.
+
+    Args:
+        config: the run; its layout must be valid for the world size.
+        architecture: its model.
+        gpu: what it runs on.
+        world_size: number of GPUs.
+        assumptions: response length, and which shares of the GPU's peaks are reached.
+        costs: the other constants.
+    """
+    samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    tokens = samples * assumptions.mean_response_tokens
+    engine = engine_memory(config, architecture, gpu.memory_bytes)
+    flops = max(phase_flops(config, architecture, p, assumptions.mean_response_tokens) for p, _ in phases_of(config))
+    decoding_step = engine.weights / (gpu.bytes_per_second * assumptions.bandwidth_utilisation)
+    rounds = math.ceil(math.log2(world_size)) if world_size > 1 else 0
+    model_bytes = parameters_of_model(architecture) * element_bytes(config)
+    return StepEstimate(
+        world_size=world_size,
+        samples=samples,
+        tokens=tokens,
+        decoding=generation_seconds(architecture, config, world_size, gpu, engine, assumptions),
+        longest_response=config.rollout.max_response_tokens * decoding_step,
+        reading=tokens * costs.read_seconds,
+        judging=samples * costs.verify_seconds / config.reward.workers,
+        sharing=tokens * (costs.pickle_seconds + costs.unpickle_seconds)
+        + rounds * tokens * costs.shared_bytes / costs.gloo_bytes_per_second,
+        update=training_seconds(flops, config, world_size, gpu, assumptions),
+        gradients=_gradient_seconds(config, architecture, world_size, costs),
+        weight_push=model_bytes / costs.push_bytes_per_second,
+        hours_between_failures=1 / (world_size * costs.failures_per_gpu_hour),
+    )
+
+
+def _gradient_seconds(config: RunConfig, architecture: Architecture, world_size: int, costs: Costs) -> float:
+    """Of all optimizer steps of a rollout batch, on the fullest pipeline stage."""
+    parallel = config.parallel
+    replicas = world_size // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
+    parameters = max(
+        parameters_of_stage(architecture, parallel, stage).total for stage in range(parallel.pipeline_parallel_size)
+    )
+    within_node = world_size <= costs.gpus_per_node
+    bandwidth = costs.node_bytes_per_second if within_node else costs.network_bytes_per_second
+    sent = (4 + element_bytes(config)) * parameters * (replicas - 1) / replicas
+    hops = 2 * (replicas - 1)
+    return config.actor.optimizer_steps_per_rollout * (sent / bandwidth + hops * costs.hop_seconds)
+
+
+def with_batch_for(config: RunConfig, factor: int) -> RunConfig:
+    """The run with so many times its prompts in every step."""
+    prompts = config.rollout.prompts_per_step * factor
+    return config.model_copy(update={"rollout": config.rollout.model_copy(update={"prompts_per_step": prompts})})
+
+
+def first_limit(estimates: Sequence[StepEstimate]) -> tuple[int, str] | None:
+    """Where something first stops scaling as the batch grows with the GPUs, and what (a key of `PARTS`).
+
+    It is the part that makes the step longer by the most, if that is at least a tenth of the first step. None if
+    nothing does.
+
+    Args:
+        estimates: by growing number of GPUs, the batch growing likewise.
+    """
+    first = estimates[0]
+    for estimate in estimates[1:]:
+        growth = {part: getattr(estimate, part) - getattr(first, part) for part in PARTS}
+        for part in ("decoding", "longest_response", "reading", "judging"):  # only what exceeds the generation before
+            growth[part] = max(0.0, getattr(estimate, part) - first.generation)
+        worst = max(growth, key=lambda part: growth[part])
+        if growth[worst] > NOTICEABLE * first.step:
+            return estimate.world_size, worst
+    return None
