@@ -50,8 +50,8 @@ def paper_table(evaluations: Evaluations, size: str) -> str:
     }
     parts = [
         f"# Results beside the paper's (arXiv 2604.14142), {size}",
-        f"Percent; mathematics: Avg@{SAMPLES_ON_SIX}. Only what the columns *paper* hold was published, all else was "
-        "measured here. An empty cell was not measured, or not published.",
+        f"Percent; mathematics: Avg@{SAMPLES_ON_SIX}. The column *average, paper* and the row *paper* were published, "
+        "all else was measured here. An empty cell was not measured, or not published.",
         _mathematics(evaluations, methods, size),
         "## Out of distribution",
         _accuracies(evaluations, methods, OUT_OF_DISTRIBUTION),
