@@ -1,19 +1,24 @@
 """What lies on a GPU at the same time, with critic and reference policy; and what a run says at its start."""
 
+import pytest
+
 from megatron_dsrl.config.load import load_config
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.planning.fit import RESERVE_BYTES, run_memory
+from megatron_dsrl.planning.gpus import find_gpu
 from megatron_dsrl.planning.phases import OtherModels, other_models
 from megatron_dsrl.planning.warnings import Machine, memory_warnings
 from tests.planning.test_memory import paper_run
-from tests.planning.test_parameters import qwen3_8b
+from tests.planning.test_parameters import published, qwen3_8b, qwen3_30b_a3b
 from tests.support.tiny_run import REPOSITORY
 
 GPU_BYTES = 80 * 10**9
 
 
 def ppo(*overrides: str) -> RunConfig:
-    return load_config(REPOSITORY / "configs" / "qwen3_8b" / "ppo.yaml", overrides)
+    """The paper's run with a critic, in the layout of the runs without one."""
+    whole = ["parallel.tensor_parallel_size=4", "engine.memory_fraction=0.6", *overrides]
+    return load_config(REPOSITORY / "configs" / "qwen3_8b" / "ppo.yaml", whole)
 
 
 def test_models_beside_the_policy_are_counted_only_if_a_phase_of_the_run_needs_them():
@@ -22,6 +27,21 @@ def test_models_beside_the_policy_are_counted_only_if_a_phase_of_the_run_needs_t
     kl = "phases.1.kl={loss_coefficient: 0.1}"
     assert other_models(paper_run(kl)) == OtherModels(critic=False, reference=True)
     assert other_models(paper_run(kl, "steps=20")) == OtherModels(critic=False, reference=False), "only the warm-up"
+
+
+QWEN3_4B = published("Qwen3ForCausalLM", 2560, 36, 32, 8, intermediate_size=9728, tie_word_embeddings=True)
+SIZES = {"qwen3_4b": (QWEN3_4B, 8), "qwen3_8b": (qwen3_8b(), 8), "qwen3_30b_a3b": (qwen3_30b_a3b(), 16)}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_run_of_a_size_fits_on_its_nodes_of_80_gb(size):
+    architecture, gpus = SIZES[size]
+    folder = REPOSITORY / "configs"
+    files = [*folder.glob(f"*_{size}.yaml"), *folder.glob(f"{size}/*.yaml")]
+    assert len(files) >= 2
+    for file in files:
+        memory = run_memory(load_config(file, []), architecture, find_gpu("h100").memory_bytes, gpus)
+        assert memory.fits, (file.name, memory.problems)
 
 
 def test_peaks_by_hand():

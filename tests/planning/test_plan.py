@@ -58,12 +58,12 @@ def test_no_layout_is_suggested_where_none_fits():
 
 def test_the_command_says_what_fits_and_what_would(model, capsys):
     ppo = str(REPOSITORY / "configs" / "qwen3_8b" / "ppo.yaml")
-    assert main(["plan", ppo, model, "--gpu", "h100", "--gpus", "8"]) == 1
+    too_large = ["parallel.tensor_parallel_size=4", "engine.memory_fraction=0.6"]
+    assert main(["plan", ppo, model, "--gpu", "h100", "--gpus", "8", *too_large]) == 1
     shown = capsys.readouterr().out
     assert "critic: optimizer" in shown and "This run does not fit." in shown
     assert "largest engine.memory_fraction that fits: 0.4" in shown
-    smaller = ["parallel.tensor_parallel_size=8", "engine.memory_fraction=0.5"]
-    assert main(["plan", ppo, model, "--gpus", "8", *smaller]) == 0
+    assert main(["plan", ppo, model, "--gpu", "h100", "--gpus", "8"]) == 0
 
 
 def test_the_command_scales_a_run_and_refuses_numbers_that_do_not_fit(model, capsys):
