@@ -2,7 +2,8 @@
 
 It fuses what one matrix product can compute: queries, keys and values; gate and up; all experts of a layer. Matrices
 are divided by output rows, those behind a nonlinearity by input columns; a key-value head goes to several ranks where
-there are more ranks than heads; the vocabulary is padded with zeros. Norms and the experts' router are on every rank.
+there are more ranks than heads (on CPU, SGLang pads the heads in that case, which is not done here); the vocabulary is
+padded with zeros. Norms and the experts' router are on every rank.
 """
 
 import re

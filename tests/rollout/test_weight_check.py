@@ -116,3 +116,12 @@ def test_the_first_push_of_a_run_is_compared_and_again_that_to_a_new_engine(
     assert re.search("(?s)model.norm.weight of the engine.*engine.check_weights to never", push(incomplete))
     assert push(incomplete) is not None, "until a push has arrived in full"
     assert push(weights) is None and push(incomplete) is None
+
+
+def test_neighbouring_ranks_share_a_key_value_head_where_there_are_more_ranks(tiny_model_folder):
+    architecture = read_architecture(tiny_model_folder)  # two key-value heads of dimension 32
+    keys = torch.arange(64)
+
+    shards = [EngineLayout(architecture, rank, 4).shard("layers.0.self_attn.k_proj.bias", keys) for rank in range(4)]
+
+    assert [shard[0].item() for shard in shards] == [0, 0, 32, 32] and {len(shard) for shard in shards} == {32}

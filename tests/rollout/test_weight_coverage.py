@@ -4,8 +4,6 @@ SGLang ignores names that it does not know. An engine that kept a part of older 
 nobody has, so every weight is overwritten with random numbers, and must be what it was after the next push.
 """
 
-import json
-import urllib.request
 from functools import partial
 from pathlib import Path
 
@@ -15,21 +13,13 @@ from safetensors.torch import load_file
 
 from megatron_dsrl.rollout.rollout import EngineRollout, start_rollout
 from tests.support import tiny_model
-from tests.support.engine import STOP_TOKEN_ID, decode_as_numbers, tiny_run_config
-
-
-def weights_checker(rollout: EngineRollout, action: str) -> dict:
-    (url,) = rollout._urls
-    request = urllib.request.Request(
-        f"{url}/weights_checker", json.dumps({"action": action}).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=60) as response:
-        return json.load(response)
+from tests.support.engine import STOP_TOKEN_ID, decode_as_numbers, tiny_run_config, weights_checker
 
 
 def checksums(rollout: EngineRollout) -> dict[str, str]:
     """By SGLang's own names of the weights."""
-    (rank,) = weights_checker(rollout, "checksum")["ranks"]
+    (url,) = rollout._urls
+    (rank,) = weights_checker(url, "checksum")["ranks"]
     return rank["checksums"]
 
 
@@ -46,11 +36,11 @@ def push(rollout: EngineRollout, named: list[tuple[str, torch.Tensor]]) -> dict[
 def assert_that_a_push_replaces_everything(rollout: EngineRollout, folder: Path) -> None:
     named = list(load_file(folder / "model.safetensors").items())
     pushed = push(rollout, named)
-    weights_checker(rollout, "reset_tensors")
+    weights_checker(rollout._urls[0], "reset_tensors")
     assert different(pushed, checksums(rollout)) == set(pushed), "the check can see every weight"
     assert different(pushed, push(rollout, named)) == set()
 
-    weights_checker(rollout, "reset_tensors")
+    weights_checker(rollout._urls[0], "reset_tensors")
     assert len(different(pushed, push(rollout, named[:-1]))) == 1, "the check sees a single missing tensor"
     push(rollout, named)
 

@@ -1,6 +1,8 @@
 """What tests of the rollout side have in common."""
 
+import json
 import os
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,15 @@ def transformers_log_probs(
     logits = model(torch.tensor([[*prompt_ids, *response_ids]])).logits[0].float()
     log_probs = torch.log_softmax(logits / temperature, dim=-1)[len(prompt_ids) - 1 : -1]
     return log_probs.gather(1, torch.tensor(response_ids)[:, None])[:, 0]
+
+
+def weights_checker(url: str, action: str) -> dict[str, Any]:
+    """SGLang's own tool: `checksum` of every tensor, or `reset_tensors` to random numbers."""
+    request = urllib.request.Request(
+        f"{url}/weights_checker", json.dumps({"action": action}).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return json.load(response)
 
 
 def processes_of_group(group: int) -> list[psutil.Process]:
