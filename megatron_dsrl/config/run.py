@@ -23,6 +23,9 @@ class EvaluationSetConfig(PromptSetConfig):
     temperature: float = Field(default=0.0, ge=0)
     """0 is greedy decoding."""
 
+    reward: RewardConfig | None = None
+    """Verifier of this set; null: the run's."""
+
 
 class EvaluationConfig(Section):
     """Evaluation during training, with the training's own engines and verifier."""

@@ -5,6 +5,7 @@ loaded or copied for it.
 """
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Protocol
 
@@ -15,6 +16,8 @@ from megatron_dsrl.errors import UserError
 from megatron_dsrl.evaluation.metrics import mean_pass_at_k
 from megatron_dsrl.evaluation.problem_result import ProblemResult
 from megatron_dsrl.evaluation.summary import summarise
+from megatron_dsrl.rewards.pool import RewardPool
+from megatron_dsrl.rewards.registry import check_options
 from megatron_dsrl.rollout.sample import Group
 from megatron_dsrl.rollout.sampling import SamplingParameters
 
@@ -31,9 +34,16 @@ class Generates(Protocol):
         """Sampling parameters of training."""
 
     def generate(
-        self, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: SamplingParameters, stream: str
+        self,
+        prompts: Sequence[Prompt],
+        samples_per_prompt: int,
+        sampling: SamplingParameters,
+        stream: str,
+        *,
+        rewards: RewardPool | None = None,
     ) -> list[Group]:
-        """One group per prompt, in the order of the prompts; `stream` names the random numbers."""
+        """One group per prompt, in the order of the prompts; `stream` names the random numbers, and `rewards` judges
+        in the place of the run's verifier."""
 
 
 class Evaluator:
@@ -46,11 +56,14 @@ class Evaluator:
             rollout: what samples and verifies; the length limit and stop tokens of training hold here too.
 
         Raises:
-            UserError: for two sets of one name, and for several greedy samples per prompt.
+            UserError: for two sets of one name, for several greedy samples per prompt, and for a verifier that does not
+                exist or does not take its options.
         """
         _require_different_names([config.name for config, _ in sets])
         for position, (config, _) in enumerate(sets):
             check_different_samples(config, f"evaluation.sets.{position}")
+            if config.reward is not None:
+                check_options(config.reward.function, config.reward.options, f"evaluation.sets.{position}.reward")
         self._sets = sets
         self._rollout = rollout
 
@@ -67,9 +80,11 @@ class Evaluator:
 
     def _evaluate_set(self, config: EvaluationSetConfig, prompts: Sequence[Prompt], step: int) -> EvaluationRecord:
         sampling = replace(self._rollout.training_sampling, temperature=config.temperature)
-        groups = self._rollout.generate(
-            prompts, config.samples_per_prompt, sampling, stream=f"evaluation {config.name}"
-        )
+        # Workers of a set's own verifier live as long as its evaluation: it comes rarely, and training needs the cores.
+        with RewardPool(config.reward) if config.reward else nullcontext() as rewards:
+            groups = self._rollout.generate(
+                prompts, config.samples_per_prompt, sampling, stream=f"evaluation {config.name}", rewards=rewards
+            )
         problems = [ProblemResult.of_group(group) for group in groups]
         record = {"step": step, "set": config.name, **summarise(problems)}
         if (count := config.samples_per_prompt) > 1:

@@ -1,5 +1,6 @@
 """The evaluator: what it asks the rollout side for, and the record it makes of the answers."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,11 +28,18 @@ class RecordedRollout:
         self.samples_by_answer = samples_by_answer
         self.asked = []
 
-    def generate(self, prompts, samples_per_prompt, sampling, stream):
+    def generate(self, prompts, samples_per_prompt, sampling, stream, *, rewards=None):
         self.asked.append(
             (len(prompts), samples_per_prompt, sampling.temperature, sampling.max_response_tokens, stream)
         )
-        return [Group(prompt, self.samples_by_answer[prompt.answer]) for prompt in prompts]
+        groups = [Group(prompt, self.samples_by_answer[prompt.answer]) for prompt in prompts]
+        return [judged(group, rewards) for group in groups] if rewards else groups
+
+
+def judged(group, rewards):
+    """As the engines' side does it."""
+    judgements = [rewards.submit(sample.text, group.prompt.answer).result() for sample in group.samples]
+    return Group(group.prompt, tuple(replace(s, reward=j.reward) for s, j in zip(group.samples, judgements)))
 
 
 PROMPTS = [Prompt(index=n, text=f"{n}+0=?", token_ids=(5, n), answer=str(n)) for n in (1, 2)]
@@ -63,6 +71,20 @@ def test_record_of_each_set():
         "pass@2": 1.0,
     }
     assert (short["set"], short["accuracy"], short["standard_error"], short["problems"]) == ("short", 0.5, None, 1)
+
+
+def test_a_set_has_a_verifier_of_its_own():
+    right, other = (replace(sample(0.0, 5), text=text) for text in ("The answer is (B).", r"\boxed{A}"))
+    prompts = [Prompt(index=0, text="?", token_ids=(5,), answer="B")]
+    choices = evaluation_set(
+        "choices", samples_per_prompt=2, temperature=1.0, reward={"function": "multiple_choice", "workers": 1}
+    )
+    [record] = Evaluator([(choices, prompts)], RecordedRollout({"B": (right, other)})).evaluate(step=0)
+    assert record["accuracy"] == 0.5
+
+    wrong = evaluation_set("wrong", reward={"function": "multiple_choice", "options": {"box": True}})
+    with pytest.raises(UserError, match=r"evaluation\.sets\.0\.reward: multiple_choice does not take these options"):
+        Evaluator([(wrong, prompts)], RecordedRollout({}))
 
 
 def test_greedy_with_several_samples_is_refused():
