@@ -108,10 +108,19 @@ def assert_evaluated_alike(run: Path) -> None:
     assert fingerprint(hf_folder(checkpoint, run / "evaluation")) == fingerprint(exported.folder)
 
 
-def test_the_report_of_a_run(run):
+def test_an_analysis_and_the_report_of_a_run(run):
+    """Gradients under the run's own model, as the command computes them; the report has them."""
+    analysed = dsrl("analyse", "gradients", str(run), "--responses", "3")
+    assert analysed.returncode == 0, analysed.stderr
+    responses = records(run / "analysis", "gradients.jsonl")
+    assert [response["step"] for response in responses] == [1, 1, 1]  # sampled by the model that the run began with
+    assert all(-1 <= response["cosine"] <= 1 and response["grad_norm"] > 0 for response in responses)
+
     result = dsrl("report", str(run))
     assert result.returncode == 0, result.stderr
-    assert "NSR-PreRL" in (run / "report.html").read_text()
+    page = (run / "report.html").read_text()
+    assert "NSR-PreRL" in page and "Gradients of log P(y) and log P(y|x)" in page
+    assert "Log-prob gap by the token" in page and "engines/engine_0.log" in page
 
 
 @pytest.mark.parametrize(
