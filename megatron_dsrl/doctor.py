@@ -15,43 +15,29 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
 
 import psutil
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from rich.console import Console
 from rich.table import Table
 
+from megatron_dsrl.doctor_kernels import Finding, examine_kernels, installed_version
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 LOCK_FILES = ("tools/requirements-cpu.lock", "tools/requirements-cpu-no-deps.lock")
+IMAGE_LOCK_FILE = "tools/image/requirements.lock"
 ESSENTIAL_PACKAGES = (
     "torch", "megatron-core", "sglang", "transformers", "datasets", "safetensors", "pydantic", "PyYAML", "Pebble",
     "math-verify", "aiohttp", "tensorboard", "rich", "Jinja2",
 )  # fmt: skip
-SET_UP = "run `bash tools/setup_cpu.sh` (CPU), or `pip install -e .[gpu]` on a GPU machine"
+SET_UP = "run `bash tools/setup_cpu.sh` (CPU), or on a GPU machine use the image or tools/image/install.sh"
 SMALLEST_SHARED_MEMORY = 1 << 30
 """Bytes; weights go to the engine through shared memory in buckets. Containers often start with 64 MiB."""
 
 SMALLEST_MEMORY = 6 << 30
 """Bytes; a tiny CPU run takes about 4 GiB: the trainer, the engine and its scheduler."""
-
-Severity = Literal["ok", "note", "problem"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at."""
-
-    topic: str
-    """What was looked at, such as `torch` or `shared memory`."""
-    severity: Severity
-    found: str
-    """What is there, in words."""
-    advice: str = ""
-    """What to do about it; empty when nothing needs doing."""
 
 
 @dataclass(frozen=True)
@@ -68,15 +54,16 @@ class Examination:
 
 def examine() -> Examination:
     """Look at this machine and the Python environment of this process; changes nothing."""
-    packages = tuple(_packages(read_pins(REPOSITORY / name for name in LOCK_FILES)))
-    torch_is_there = not any(finding.topic == "torch" and finding.severity == "problem" for finding in packages)
+    torch_is_there = installed_version("torch") is not None
     cuda = torch_is_there and _has_cuda()
+    lock_files = (IMAGE_LOCK_FILE,) if cuda else LOCK_FILES
+    packages = tuple(_packages(read_pins(REPOSITORY / name for name in lock_files), cuda))
     return Examination((
         _python(),
         *packages,
         *(_torchvision() if torch_is_there else ()),
         *(_device() if torch_is_there else ()),
-        *_kernels(cuda),
+        *examine_kernels(cuda, _torch_cuda() if torch_is_there else None),
         _compiler(),
         _processor(),
         _memory(),
@@ -86,10 +73,12 @@ def examine() -> Examination:
 
 
 def read_pins(lock_files: Iterable[Path]) -> dict[str, str]:
-    """Pinned version by package name; empty outside a checkout, where there are no lock files."""
+    """Pinned version by normalised package name; empty outside a checkout, where there are no lock files."""
     lines = [line for file in lock_files if file.is_file() for line in file.read_text(encoding="utf-8").splitlines()]
     requirements = [Requirement(line) for line in lines if line.strip() and not line.startswith("#")]
-    return {requirement.name: next(iter(requirement.specifier)).version for requirement in requirements}
+    return {
+        canonicalize_name(requirement.name): next(iter(requirement.specifier)).version for requirement in requirements
+    }
 
 
 def print_for_people(examination: Examination, console: Console | None = None) -> None:
@@ -122,28 +111,22 @@ def _python() -> Finding:
     return Finding("Python", "problem", found, "take 3.11 or 3.12: DSRL_PYTHON=python3.12 bash tools/setup_cpu.sh")
 
 
-def _packages(pins: dict[str, str]) -> Iterator[Finding]:
+def _packages(pins: dict[str, str], cuda: bool) -> Iterator[Finding]:
+    environment = "GPU image is made" if cuda else "CPU environment is tested"
     for name in ESSENTIAL_PACKAGES:
-        installed, pinned = _installed_version(name), pins.get(name)
+        installed, pinned = installed_version(name), pins.get(canonicalize_name(name))
         if installed is None:
             yield Finding(name, "problem", "not installed", SET_UP)
         elif pinned and installed.partition("+")[0] != pinned:
-            advice = f"the CPU environment is tested with {pinned}; to get it, {SET_UP.partition(',')[0]}"
-            yield Finding(name, "note", f"{installed}, other than the tested {pinned}", advice)
+            advice = f"the {environment} with {pinned}; to get it, {SET_UP}"
+            yield Finding(name, "note", f"{installed}, other than the pinned {pinned}", advice)
         else:
             yield Finding(name, "ok", installed)
 
 
-def _installed_version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def _torchvision() -> Iterator[Finding]:
     """Not needed, but Transformers imports it where it is installed, and fails where it does not fit torch."""
-    installed = _installed_version("torchvision")
+    installed = installed_version("torchvision")
     if installed is None:
         return
     try:
@@ -159,6 +142,12 @@ def _has_cuda() -> bool:
     from megatron_dsrl.platform.devices import take_inventory
 
     return take_inventory().platform == "cuda"
+
+
+def _torch_cuda() -> str | None:
+    from megatron_dsrl.platform.devices import take_inventory
+
+    return take_inventory().torch_cuda_version
 
 
 def _device() -> Iterator[Finding]:
@@ -179,56 +168,6 @@ def _device() -> Iterator[Finding]:
             "on a GPU machine check `nvidia-smi` and that the driver supports this CUDA version; on a CPU machine "
             "install the CPU build of torch",
         )
-
-
-def _kernels(cuda: bool) -> Iterator[Finding]:
-    """Fused kernels: all optional; on CPU they are neither needed nor used."""
-    yield _kernel("Transformer Engine", _transformer_engine(), cuda, "pip install transformer-engine[pytorch]")
-    yield _apex(cuda)
-    flash_attention = _installed_version("flash-attn") if find_spec("flash_attn") else None
-    yield _kernel("flash attention", flash_attention, cuda, "pip install flash-attn")
-    sgl_kernel = _installed_version("sglang-kernel") or _installed_version("sgl-kernel")
-    if cuda and sgl_kernel is None:
-        advice = "SGLang cannot run on a GPU without it: pip install sglang-kernel"
-        yield Finding("SGLang's kernels (sgl_kernel)", "problem", "not installed", advice)
-    else:
-        yield _kernel("SGLang's kernels (sgl_kernel)", sgl_kernel, cuda, "")
-
-
-def _transformer_engine() -> str | None:
-    """Version of its torch part; the package of that name on PyPI alone is an empty meta package."""
-    if find_spec("transformer_engine") is None or _installed_version("transformer-engine-torch") is None:
-        return None
-    return _installed_version("transformer-engine")
-
-
-def _apex(cuda: bool) -> Finding:
-    has_kernels = find_spec("amp_C") is not None
-    apex = find_spec("apex")
-    # Looked up on disk: asking for the submodule's spec would import its parent.
-    folders = apex.submodule_search_locations or () if apex else ()
-    is_nvidia_apex = any((Path(folder) / "multi_tensor_apply").is_dir() for folder in folders)
-    if is_nvidia_apex and has_kernels:
-        return Finding("NVIDIA apex", "ok", "installed, with its CUDA kernels")
-    if is_nvidia_apex:
-        advice = "rebuild it with its C++ and CUDA extensions" if cuda else ""
-        return Finding("NVIDIA apex", "note", "installed without its CUDA kernels (amp_C)", advice)
-    if apex:
-        return Finding(
-            "NVIDIA apex",
-            "note",
-            "a package called apex is installed, but it is not NVIDIA's",
-            "the `apex` of PyPI is an unrelated web toolkit: pip uninstall apex. NVIDIA's has to be built from source",
-        )
-    return _kernel("NVIDIA apex", None, cuda, "build it from NVIDIA's source (not on PyPI), or use an image with it")
-
-
-def _kernel(topic: str, found: str | None, cuda: bool, remedy: str) -> Finding:
-    if found is not None:
-        return Finding(topic, "ok", found)
-    if not cuda:
-        return Finding(topic, "ok", "not installed; not used on CPU")
-    return Finding(topic, "note", "not installed; runs are slower without it", remedy)
 
 
 def _compiler() -> Finding:

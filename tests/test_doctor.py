@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.utils import canonicalize_name
 
-from megatron_dsrl.doctor import ESSENTIAL_PACKAGES, LOCK_FILES, Examination, Finding, examine, read_pins
+from megatron_dsrl.doctor import ESSENTIAL_PACKAGES, LOCK_FILES, Examination, examine, read_pins
+from megatron_dsrl.doctor_kernels import Finding, examine_kernels
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -23,7 +25,7 @@ def test_this_environment_can_run_and_has_the_pinned_versions():
     pins = read_pins(REPOSITORY / name for name in LOCK_FILES)
     for package in ESSENTIAL_PACKAGES:
         assert findings[package].severity == "ok", findings[package]
-        assert findings[package].found.partition("+")[0] == pins[package]
+        assert findings[package].found.partition("+")[0] == pins[canonicalize_name(package)]
     assert findings["local ports"].severity == "ok"
 
 
@@ -81,3 +83,55 @@ def test_nvidia_apex_is_told_from_the_web_toolkit(tmp_path, monkeypatch, files, 
     apex = by_topic(examine())["NVIDIA apex"]
     assert found in apex.found
     assert advice in apex.advice
+
+
+GPU_IMAGE = {
+    "transformer-engine": "2.20.2", "transformer-engine-torch": "2.20.2", "transformer-engine-cu13": "2.20.2",
+    "flash-attn": "2.8.3", "sglang": "0.5.23", "sglang-kernel": "0.4.10", "torch": "2.14.1+cu130",
+    "transformers": "5.19.0", "flashinfer-python": "0.7.2",
+}  # fmt: skip
+
+
+def on_a_gpu(**changed: str | None) -> dict[str, Finding]:
+    """Findings about the image's packages on a CUDA machine, with some of them changed (underscores for dashes)."""
+    packages = GPU_IMAGE | {name.replace("_", "-"): version for name, version in changed.items()}
+    return {finding.topic: finding for finding in examine_kernels(True, "13.0", packages.get)}
+
+
+def test_the_images_packages_fit_each_other():
+    findings = on_a_gpu()
+    assert findings.pop("NVIDIA apex").severity == "note", "not installed on this machine"
+    assert {finding.severity for finding in findings.values()} == {"ok"}, findings
+
+
+@pytest.mark.parametrize(
+    ("changed", "topic", "severity", "found", "advice"),
+    [
+        ({"transformer_engine_torch": None}, "Transformer Engine", "note", "without its torch part", "install.sh"),
+        (
+            {"transformer_engine_cu13": None, "transformer_engine_cu12": "2.20.2"},
+            "Transformer Engine", "problem", "its core is for CUDA 12 and torch for CUDA 13.0",
+            "pip install transformer-engine-cu13==2.20.2",
+        ),
+        (
+            {"transformer_engine_cu13": "2.19.0"},
+            "Transformer Engine", "problem", "core 2.19.0, torch part 2.20.2", "both must be of one release",
+        ),
+        (
+            {"flash_attn": "2.8.3.post2"},
+            "flash attention", "note", "newer than the 2.8.3 that Transformer Engine", "it attends without it",
+        ),
+        ({"flash_attn": None}, "flash attention", "note", "not installed; runs are slower", "install.sh"),
+        ({"sglang_kernel": None}, "SGLang's kernels (sgl_kernel)", "problem", "not installed", "pip install"),
+        (
+            {"torch": "2.13.0+cu130"},
+            "torch for sglang", "problem", "2.13.0+cu130, but sglang 0.5.23 is made for 2.14.1",
+            "pip install torch==2.14.1",
+        ),
+        ({"flash_attn_4": "4.0.0b36"}, "flash attention 4 (SGLang's)", "note", "not its own", "--force-reinstall"),
+    ],
+)  # fmt: skip
+def test_pieces_that_do_not_fit_on_a_gpu_are_explained(changed, topic, severity, found, advice):
+    finding = on_a_gpu(**changed)[topic]
+    assert finding.severity == severity
+    assert found in finding.found and advice in finding.advice

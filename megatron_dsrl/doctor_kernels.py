@@ -1,0 +1,182 @@
+"""GPU software of `dsrl doctor`: fused kernels and SGLang's own, and whether they fit each other.
+
+Transformer Engine, apex and flash attention are optional, and on CPU they are neither needed nor used. On a GPU a
+missing one is a note; one that does not fit the others is named with what happens then, as most of them fail late or
+are left out without a word. tools/image/requirements*.{in,txt} have the versions that go together, and why.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+Severity = Literal["ok", "note", "problem"]
+BUILT_FOR_SGLANG = ("torch", "sglang-kernel", "flashinfer-python", "transformers")
+"""What sglang's own metadata fixes and cannot do without on a GPU."""
+NEWEST_FLASH_ATTENTION = "2.8.3"
+"""That Transformer Engine 2.20 takes."""
+COMPILE = "compile it as tools/image/install.sh does, or use the image"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    topic: str
+    """What was looked at, such as `torch` or `shared memory`."""
+    severity: Severity
+    found: str
+    """What is there, in words."""
+    advice: str = ""
+    """What to do about it; empty when nothing needs doing."""
+
+
+def installed_version(name: str) -> str | None:
+    """Of a package of this environment, by its metadata; None where it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def examine_kernels(
+    cuda: bool, torch_cuda: str | None, installed: Callable[[str], str | None] = installed_version
+) -> Iterator[Finding]:
+    """Look at every piece.
+
+    Args:
+        cuda: whether there is a CUDA device.
+        torch_cuda: CUDA version that torch was built for; None for the CPU build.
+        installed: version of a package; None where it is not installed.
+    """
+    yield _transformer_engine(cuda, torch_cuda, installed)
+    yield _apex(cuda)
+    yield _flash_attention(cuda, installed)
+    yield from _sglang_kernels(cuda, installed)
+    if cuda:
+        yield from _what_sglang_fixes(installed)
+        yield from _flash_attention_4(installed)
+
+
+def _transformer_engine(cuda: bool, torch_cuda: str | None, installed: Callable[[str], str | None]) -> Finding:
+    """The package of that name on PyPI alone is an empty meta package: core and torch part are others."""
+    topic = "Transformer Engine"
+    torch_part = installed("transformer-engine-torch")
+    meta = installed("transformer-engine")
+    if torch_part is None:
+        if meta and cuda:
+            return Finding(topic, "note", f"{meta}, without its torch part: not used; runs are slower", COMPILE)
+        return _optional(topic, None, cuda, COMPILE)
+    major = (torch_cuda or "").partition(".")[0]
+    core = {number: installed(f"transformer-engine-cu{number}") for number in ("12", "13")}
+    if cuda and core.get(major) is None and any(core.values()):
+        other = next(number for number, found in core.items() if found)
+        return Finding(
+            topic, "problem", f"{torch_part}, but its core is for CUDA {other} and torch for CUDA {torch_cuda}",
+            f"its kernels will not load: pip install transformer-engine-cu{major}=={torch_part}",
+        )  # fmt: skip
+    if cuda and core.get(major) not in (None, torch_part):
+        return Finding(
+            topic, "problem", f"core {core[major]}, torch part {torch_part}",
+            f"both must be of one release: pip install transformer-engine-cu{major}=={torch_part}",
+        )  # fmt: skip
+    return Finding(topic, "ok", torch_part)
+
+
+def _flash_attention(cuda: bool, installed: Callable[[str], str | None]) -> Finding:
+    topic, found = "flash attention", installed("flash-attn")
+    if found and installed("transformer-engine-torch") and Version(found) > Version(NEWEST_FLASH_ATTENTION):
+        return Finding(
+            topic, "note", f"{found}, newer than the {NEWEST_FLASH_ATTENTION} that Transformer Engine 2.20 takes",
+            f"it attends without it then, which is slower. Take flash-attn=={NEWEST_FLASH_ATTENTION} (2.8.3.post1 is "
+            f"newer): {COMPILE}",
+        )  # fmt: skip
+    return _optional(topic, found, cuda, COMPILE)
+
+
+def _flash_attention_4(installed: Callable[[str], str | None]) -> Iterator[Finding]:
+    """It lives in flash_attn/cute, where flash-attn puts a stub if it is installed later."""
+    found, package = installed("flash-attn-4"), find_spec("flash_attn")
+    if found is None:
+        return
+    folders = [Path(folder) for folder in (package.submodule_search_locations or ())] if package else []
+    if any((folder / "cute" / "interface.py").is_file() for folder in folders):
+        yield Finding("flash attention 4 (SGLang's)", "ok", found)
+    else:
+        yield Finding(
+            "flash attention 4 (SGLang's)", "note", f"{found}, but flash_attn/cute is not its own",
+            "flash-attn was installed over it: pip install --force-reinstall --no-deps flash-attn-4==" + found,
+        )  # fmt: skip
+
+
+def _sglang_kernels(cuda: bool, installed: Callable[[str], str | None]) -> Iterator[Finding]:
+    topic = "SGLang's kernels (sgl_kernel)"
+    found = installed("sglang-kernel") or installed("sgl-kernel")
+    if cuda and found is None:
+        yield Finding(
+            topic, "problem", "not installed", "SGLang cannot run on a GPU without it: pip install sglang-kernel"
+        )
+    else:
+        yield _optional(topic, found, cuda, "")
+
+
+def _what_sglang_fixes(installed: Callable[[str], str | None]) -> Iterator[Finding]:
+    """Its kernels are compiled against one torch and fail to load with another."""
+    sglang = installed("sglang")
+    for name, wanted in exact_requirements("sglang", BUILT_FOR_SGLANG).items() if sglang else ():
+        found = installed(name)
+        if found is not None and found.partition("+")[0] != wanted:
+            yield Finding(
+                f"{name} for sglang", "problem" if name == "torch" else "note",
+                f"{found}, but sglang {sglang} is made for {wanted}",
+                f"its kernels may not load or compute something else: pip install {name}=={wanted}",
+            )  # fmt: skip
+
+
+def exact_requirements(package: str, names: tuple[str, ...]) -> dict[str, str]:
+    """Versions that an installed package fixes with `==`, of these names; empty where it is not installed."""
+    try:
+        requirements = [Requirement(line) for line in requires(package) or ()]
+    except PackageNotFoundError:
+        return {}
+    fixed = {}
+    for requirement in requirements:
+        name = requirement.name.replace("_", "-")
+        specifiers = list(requirement.specifier)
+        if name in names and requirement.marker is None and len(specifiers) == 1 and specifiers[0].operator == "==":
+            fixed[name] = specifiers[0].version
+    return fixed
+
+
+def _apex(cuda: bool) -> Finding:
+    has_kernels = find_spec("amp_C") is not None
+    apex = find_spec("apex")
+    # Looked up on disk: asking for the submodule's spec would import its parent.
+    folders = apex.submodule_search_locations or () if apex else ()
+    is_nvidia_apex = any((Path(folder) / "multi_tensor_apply").is_dir() for folder in folders)
+    if is_nvidia_apex and has_kernels:
+        return Finding("NVIDIA apex", "ok", "installed, with its CUDA kernels")
+    if is_nvidia_apex:
+        advice = "rebuild it with its C++ and CUDA extensions" if cuda else ""
+        return Finding("NVIDIA apex", "note", "installed without its CUDA kernels (amp_C)", advice)
+    if apex:
+        return Finding(
+            "NVIDIA apex",
+            "note",
+            "a package called apex is installed, but it is not NVIDIA's",
+            "the `apex` of PyPI is an unrelated web toolkit: pip uninstall apex. NVIDIA's has to be built from source",
+        )
+    return _optional("NVIDIA apex", None, cuda, f"it is not on PyPI; {COMPILE}")
+
+
+def _optional(topic: str, found: str | None, cuda: bool, remedy: str) -> Finding:
+    if found is not None:
+        return Finding(topic, "ok", found)
+    if not cuda:
+        return Finding(topic, "ok", "not installed; not used on CPU")
+    return Finding(topic, "note", "not installed; runs are slower without it", remedy)

@@ -1,0 +1,95 @@
+"""The GPU image's recipes, which cannot be built here: their structure, their scripts, and their versions."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from megatron_dsrl.doctor import ESSENTIAL_PACKAGES
+from megatron_dsrl.doctor_kernels import BUILT_FOR_SGLANG, NEWEST_FLASH_ATTENTION, exact_requirements
+from tests.support.tiny_run import REPOSITORY
+
+IMAGE = REPOSITORY / "tools" / "image"
+STEPS = ("system", "wheels", "compiled", "project")
+
+
+def requirements(file: str) -> dict[str, Requirement]:
+    """By normalised name."""
+    lines = (IMAGE / file).read_text().splitlines()
+    parsed = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(requirement.name): requirement for requirement in parsed}
+
+
+def exact(requirement: Requirement) -> str | None:
+    """The version that it fixes."""
+    specifiers = list(requirement.specifier)
+    return specifiers[0].version if len(specifiers) == 1 and specifiers[0].operator == "==" else None
+
+
+def test_both_recipes_start_from_one_pinned_image_and_take_the_same_steps():
+    dockerfile, definition = (IMAGE / "Dockerfile").read_text(), (IMAGE / "apptainer.def").read_text()
+    (base,) = re.findall(r"^FROM (\S+)$", dockerfile, re.MULTILINE)
+    assert re.findall(r"^From: (\S+)$", definition, re.MULTILINE) == [base]
+    assert re.fullmatch(r"nvidia/cuda:\d+\.\d+\.\d+-\S+", base), "a full version, never `latest`"
+    assert tuple(re.findall(r"^RUN bash tools/image/install.sh (\w+)$", dockerfile, re.MULTILINE)) == STEPS
+    assert f"for step in {' '.join(STEPS)}; do" in definition
+
+
+def test_the_base_is_the_cuda_release_that_torch_brings():
+    (base,) = re.findall(r"^FROM nvidia/cuda:([\d.]+)-", (IMAGE / "Dockerfile").read_text(), re.MULTILINE)
+    toolkit = exact(requirements("requirements.lock")["cuda-toolkit"])
+    assert toolkit.startswith(base)
+
+
+def test_both_recipes_copy_all_that_is_tracked():
+    """But for dotfiles, and what a copy of a folder brings along."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout
+    names = {line.partition("/")[0] for line in tracked.splitlines() if not line.startswith(".")}
+    copied = re.findall(r"^COPY (.*) \S+$", (IMAGE / "Dockerfile").read_text(), re.MULTILINE)
+    assert {name for line in copied for name in line.split()} - {"tools/image"} == names
+    assert set(re.findall(r"^    (\S+) /opt/megatron-dsrl/", (IMAGE / "apptainer.def").read_text(), re.M)) == names
+
+
+def test_every_pin_is_locked_or_compiled_and_nothing_is_left_open():
+    lock, listed = requirements("requirements.lock"), requirements("requirements.in")
+    assert all(exact(requirement) for requirement in lock.values())
+    for name, requirement in listed.items():
+        assert exact(lock[name]) and exact(requirement) in (None, exact(lock[name])), name
+    sources = requirements("requirements-source.txt")
+    script = (IMAGE / "install.sh").read_text()
+    assert f"for name in {' '.join(sources)}; do" in script
+    for requirement in sources.values():
+        assert exact(requirement) or re.search(r"@[\w.]+$", requirement.url), "a version or a tag"
+    assert {canonicalize_name(name) for name in ESSENTIAL_PACKAGES} <= lock.keys()
+
+
+def test_the_versions_are_those_that_sglang_and_transformer_engine_ask_for():
+    lock, sources = requirements("requirements.lock"), requirements("requirements-source.txt")
+    fixed = exact_requirements("sglang", BUILT_FOR_SGLANG)
+    assert set(fixed) >= {"torch", "sglang-kernel", "transformers"}
+    for name, version in fixed.items():
+        assert exact(lock[name]) == version, name
+    assert exact(sources["flash-attn"]) == NEWEST_FLASH_ATTENTION
+    engine = exact(sources["transformer-engine-torch"])
+    assert exact(lock["transformer-engine"]) == exact(lock["transformer-engine-cu13"]) == engine
+
+
+@pytest.mark.parametrize("command", [["hadolint", "Dockerfile"], ["shellcheck", "install.sh"]])
+def test_linters_have_nothing_to_say(command):
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} is not installed")
+    result = subprocess.run(command, cwd=IMAGE, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("uv") is None, reason="needs uv and a package registry")
+def test_the_versions_are_on_the_registry_and_fit_together():
+    specification = importlib.util.spec_from_file_location("check_pins", IMAGE / "check_pins.py")
+    check_pins = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(check_pins)
+    assert check_pins.problems() == []
