@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_dsrl.analysis.command_line import add_analyse
+from megatron_dsrl.arguments import labelled_folders, positive
 from megatron_dsrl.conversion.command_line import add_convert
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.evaluation.command_line import add_eval, add_table
@@ -133,19 +134,13 @@ def _plan(options: argparse.Namespace) -> int:
 def _compare(options: argparse.Namespace) -> int:
     from megatron_dsrl.observability.comparison import write_comparison
 
-    methods = dict(map(_labelled_runs, options.methods))
+    methods = dict(map(labelled_folders, options.methods))
     baseline = options.baseline or next(iter(methods))
     if baseline not in methods:
         raise UserError(f"--baseline: `{baseline}` is none of the methods {', '.join(methods)}")
     options.output.mkdir(parents=True, exist_ok=True)
     print(write_comparison(methods, baseline, options.output))
     return 0
-
-
-def _labelled_runs(text: str) -> tuple[str, list[Path]]:
-    """`LABEL=RUN,RUN` or `RUN`, which is its own label."""
-    label, equals, folders = text.partition("=")
-    return (label, [Path(folder) for folder in folders.split(",")]) if equals else (Path(text).name, [Path(text)])
 
 
 def _sweep(options: argparse.Namespace) -> int:
@@ -217,7 +212,7 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--world-size",
         metavar="N",
-        type=_positive,
+        type=positive,
         help="with --dry-run: number of processes to check for (default: WORLD_SIZE, else 1)",
     )
     parser.set_defaults(command=_train, parser=parser)
@@ -234,9 +229,9 @@ def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.add_argument("config", metavar="CONFIG.yaml", type=Path, help="configuration file")
     parser.add_argument("overrides", metavar="KEY.PATH=VALUE", nargs="*", help="set a field, as for `dsrl train`")
     parser.add_argument("--gpu", metavar="NAME", default="h100", help="a100, h100, h200, b200... (default: h100)")
-    parser.add_argument("--gpus", metavar="N", type=_positive, default=8, help="how many (default: 8)")
+    parser.add_argument("--gpus", metavar="N", type=positive, default=8, help="how many (default: 8)")
     parser.add_argument(
-        "--mean-response-tokens", metavar="N", type=_positive, help="assumed; default: half of the response limit"
+        "--mean-response-tokens", metavar="N", type=positive, help="assumed; default: half of the response limit"
     )
     parser.add_argument(
         "--training-utilisation", metavar="SHARE", type=float, default=0.35, help="of the peak; default: 0.35"
@@ -285,7 +280,7 @@ def _add_sweep(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "interrupted ones continue: start the same command again after an interruption.",
     )
     parser.add_argument("sweep", metavar="SWEEP.yaml", type=Path, help="sweep file, see megatron_dsrl/config/sweep.py")
-    parser.add_argument("--processes", metavar="N", type=_positive, default=1, help="runs at a time (default: 1)")
+    parser.add_argument("--processes", metavar="N", type=positive, default=1, help="runs at a time (default: 1)")
     parser.set_defaults(command=_sweep, parser=parser)
 
 
@@ -300,15 +295,8 @@ def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.set_defaults(command=_doctor, parser=parser)
 
 
-def _positive(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, given {text}")
-    return value
-
-
 def _growing(text: str) -> list[int]:
-    values = [_positive(word) for word in text.split(",")]
+    values = [positive(word) for word in text.split(",")]
     if values != sorted(set(values)):
         raise argparse.ArgumentTypeError(f"expected growing numbers such as 8,64,512, given {text}")
     return values

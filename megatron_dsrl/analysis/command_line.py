@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from megatron_dsrl.arguments import labelled_folders, positive
 from megatron_dsrl.errors import UserError
 
 Command = Callable[[argparse.Namespace], int]
@@ -61,7 +62,7 @@ def _add_gradients(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument(
         "--model", metavar="MODEL", help="HF folder, hub name or Megatron checkpoint (default: what the run began with)"
     )
-    parser.add_argument("--responses", metavar="N", type=_positive, default=400, help="how many (default: 400)")
+    parser.add_argument("--responses", metavar="N", type=positive, default=400, help="how many (default: 400)")
     parser.add_argument("--seed", metavar="N", type=int, default=1, help="of their draw (default: 1)")
 
 
@@ -77,11 +78,11 @@ def _add_behaviours(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("--judge", metavar="NAME", required=True, help="the judge model, as the endpoint calls it")
     parser.add_argument(
-        "--responses", metavar="N", type=_positive, default=64, help="how many of each step (default: 64)"
+        "--responses", metavar="N", type=positive, default=64, help="how many of each step (default: 64)"
     )
     parser.add_argument("--seed", metavar="N", type=int, default=1, help="of their draw (default: 1)")
     parser.add_argument(
-        "--concurrency", metavar="N", type=_positive, default=16, help="questions at a time (default: 16)"
+        "--concurrency", metavar="N", type=positive, default=16, help="questions at a time (default: 16)"
     )
     parser.add_argument(
         "--api-key-variable", metavar="NAME", help="environment variable with the endpoint's key (default: no key)"
@@ -95,7 +96,10 @@ def _add_pass_at_k(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]")
         description="Write pass_at_k.svg, pass_at_k.md and pass_at_k.jsonl of several evaluations.",
     )
     parser.add_argument(
-        "evaluations", metavar="LABEL=DIR", nargs="+", help="run folder or output folder of dsrl eval, with a label"
+        "evaluations",
+        metavar="LABEL=DIR,DIR",
+        nargs="+",
+        help="run folders or output folders of dsrl eval, one per run, with a label; or one DIR",
     )
     parser.add_argument("--output", metavar="DIR", type=Path, default=Path(), help="where files go (default: .)")
     parser.set_defaults(command=_pass_at_k, parser=parser)
@@ -201,11 +205,11 @@ def _pass_at_k(options: argparse.Namespace) -> int:
     from megatron_dsrl.observability.figure import write_figure
     from megatron_dsrl.observability.records import replace_records
 
-    folders = [_labelled(text) for text in options.evaluations]
-    labels = [label for label, _ in folders]
+    labelled = [labelled_folders(text) for text in options.evaluations]
+    labels = [label for label, _ in labelled]
     if len(set(labels)) < len(labels):
         raise UserError("two evaluations have the same label; write LABEL=DIR")
-    evaluations = {label: newest_results(folder) for label, folder in folders}
+    evaluations = {label: [newest_results(folder) for folder in folders] for label, folders in labelled}
     charts = curves.charts(evaluations)
     options.output.mkdir(parents=True, exist_ok=True)
     write_figure(charts, options.output / "pass_at_k.svg")
@@ -243,20 +247,8 @@ def _key(variable: str | None) -> str | None:
     return os.environ[variable]
 
 
-def _labelled(text: str) -> tuple[str, Path]:
-    label, equals, folder = text.partition("=")
-    return (label, Path(folder)) if equals else (Path(text).name, Path(text))
-
-
 def _numbers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"expected numbers such as 1,10,20, given {text}") from error
-
-
-def _positive(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, given {text}")
-    return value

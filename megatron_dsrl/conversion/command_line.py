@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from megatron_dsrl.arguments import positive
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -35,11 +37,11 @@ def _add_hf_to_megatron(directions: "argparse._SubParsersAction[argparse.Argumen
         ("--virtual-pipeline-parallel-size", "virtual stages per pipeline stage"),
         ("--expert-parallel-size", "expert-parallel size"),
     ):
-        parser.add_argument(option, metavar="N", type=_positive, default=1, help=f"{what} of the target (default: 1)")
+        parser.add_argument(option, metavar="N", type=positive, default=1, help=f"{what} of the target (default: 1)")
     parser.add_argument(
         "--expert-tensor-parallel-size",
         metavar="N",
-        type=_positive,
+        type=positive,
         help="tensor-parallel size of experts (default: that of everything else)",
     )
     _add_common(parser)
@@ -149,10 +151,3 @@ def _quiet() -> None:
     from megatron_dsrl.platform import silence_expected_warnings
 
     silence_expected_warnings()
-
-
-def _positive(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, given {text}")
-    return value

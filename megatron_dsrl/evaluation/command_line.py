@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from megatron_dsrl.arguments import labelled_folders
 from megatron_dsrl.errors import UserError
 
 CHANGES = {
@@ -82,10 +83,12 @@ def _table(options: argparse.Namespace) -> int:
 
     evaluations: dict[str, list] = {}
     for text in options.evaluations:
-        method, equals, folders = text.partition("=")
-        if not equals or method in evaluations:
-            raise UserError(f"`{text}`: " + ("this method was named before" if equals else "expected METHOD=DIR,DIR"))
-        evaluations[method] = [newest_results(Path(folder)) for folder in folders.split(",")]
+        method, folders = labelled_folders(text)
+        if "=" not in text:
+            raise UserError(f"`{text}`: expected METHOD=DIR,DIR")
+        if method in evaluations:
+            raise UserError(f"`{text}`: {method} was named before")
+        evaluations[method] = [newest_results(folder) for folder in folders]
     table = paper_table(evaluations, options.size)
     if options.output:
         options.output.write_text(table, encoding="utf-8")

@@ -21,7 +21,7 @@ from megatron_dsrl.evaluation.published import (
 from megatron_dsrl.evaluation.results import average_of_six
 from megatron_dsrl.evaluation.results_file import EvaluationResults
 from megatron_dsrl.evaluation.sample_file import read_sample_file
-from megatron_dsrl.observability.comparison import Estimate
+from megatron_dsrl.observability.estimate import Estimate
 
 Evaluations = Mapping[str, Sequence[EvaluationResults]]
 """Of every run, by method."""

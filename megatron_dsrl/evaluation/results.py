@@ -12,7 +12,7 @@ from megatron_dsrl.evaluation.published import AVERAGE_OF_SIX, DSRL_OVER_GRPO, S
 from megatron_dsrl.evaluation.results_file import RESULTS_FILE, Summary
 from megatron_dsrl.observability.charts import SERIES_COLOURS
 from megatron_dsrl.observability.figure import write_figure
-from megatron_dsrl.observability.pass_at_k_chart import pass_at_k_chart
+from megatron_dsrl.observability.pass_at_k_chart import over_runs, pass_at_k_chart
 
 
 def write_results(folder: Path, model: str, summaries: Mapping[str, Summary], step: int | None = None) -> None:
@@ -27,7 +27,7 @@ def write_results(folder: Path, model: str, summaries: Mapping[str, Summary], st
     data = {"model": model, "step": step, "benchmarks": summaries, "average_of_six": average_of_six(summaries)}
     _replace(folder / RESULTS_FILE, json.dumps(data, indent=2) + "\n")
     _replace(folder / "results.md", markdown(model, summaries))
-    curves = {one["title"]: one["pass_at_k"] for one in summaries.values() if len(one["pass_at_k"]) > 1}
+    curves = {one["title"]: over_runs([one["pass_at_k"]]) for one in summaries.values() if len(one["pass_at_k"]) > 1}
     charts = [
         pass_at_k_chart("Pass@K", dict(islice(curves.items(), first, first + SERIES_COLOURS)))
         for first in range(0, len(curves), SERIES_COLOURS)

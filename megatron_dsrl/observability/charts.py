@@ -145,10 +145,10 @@ def _tick_label(value: float) -> str:
     return number(value)
 
 
-def _extremes(series: Sequence[Series]) -> list[float]:
+def _extremes(series: Sequence[Series], with_errors: bool) -> list[float]:
     extremes = []
     for one in series:
-        errors = one.errors or (None,) * len(one.values)
+        errors = (one.errors if with_errors else None) or (None,) * len(one.values)
         for value, error in zip(one.values, errors, strict=True):
             if value is not None:
                 extremes += [value - (error or 0.0), value + (error or 0.0)]
@@ -156,7 +156,8 @@ def _extremes(series: Sequence[Series]) -> list[float]:
 
 
 def _lines(source: ChartSource) -> Chart:
-    axes = _axes(source, _extremes(source.series))
+    # Where the upper end is fixed, error bars may be cut off.
+    axes = _axes(source, _extremes(source.series, with_errors=source.top is None))
     return _chart(source, axes, [shape for one in source.series for shape in _curve(axes, one)])
 
 
@@ -259,7 +260,7 @@ def _curve(axes: Axes, series: Series) -> list[str]:
     known = [point for point in points if point[1] is not None]
     for x, value, error in known:
         if error:
-            low, high = axes.y(value - error), axes.y(value + error)
+            low, high = axes.y(max(value - error, axes.low)), axes.y(min(value + error, axes.high))
             shapes.append(f'<path class="bar series-{series.colour}" d="M{x:.1f} {low:.1f}V{high:.1f}"/>')
     path, pen_down = [], False
     for x, value, _ in points:

@@ -6,7 +6,6 @@ are compared by Welch's t-test. With few runs the intervals are wide, as they sh
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -14,38 +13,12 @@ from scipy import stats
 
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.observability.charts import Chart, Series, line_chart
+from megatron_dsrl.observability.estimate import Estimate
 from megatron_dsrl.observability.figure import write_figure
 from megatron_dsrl.observability.run_records import RunRecords, read_run
 
 TABLE_FILE = "comparison.md"
 FIGURE_FILE = "comparison.svg"
-CONFIDENCE = 0.95
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over runs."""
-
-    values: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        """Over the runs."""
-        return fmean(self.values)
-
-    @property
-    def half_width(self) -> float | None:
-        """Half of the 95 % interval; None for a single run, whose spread is unknown."""
-        count = len(self.values)
-        if count < 2:
-            return None
-        quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))
-        return quantile * stdev(self.values) / math.sqrt(count)
-
-    def in_percent(self) -> str:
-        """For people."""
-        spread = "" if self.half_width is None else f" ± {100 * self.half_width:.1f}"
-        return f"{100 * self.mean:.1f}{spread}"
 
 
 def welch_p_value(one: Sequence[float], other: Sequence[float]) -> float | None:

@@ -6,7 +6,7 @@ from megatron_dsrl.evaluation.published import AVERAGE_OF_SIX, OUT_OF_DISTRIBUTI
 from megatron_dsrl.evaluation.results import average_of_six
 from megatron_dsrl.evaluation.results_file import EvaluationResults, Summary
 from megatron_dsrl.observability.charts import SERIES_COLOURS, Chart
-from megatron_dsrl.observability.pass_at_k_chart import pass_at_k_chart
+from megatron_dsrl.observability.pass_at_k_chart import over_runs, pass_at_k_chart
 from megatron_dsrl.report.parts import Table
 
 Evaluations = Mapping[str, EvaluationResults]
@@ -59,7 +59,9 @@ def pass_at_k_charts(evaluations: Evaluations) -> list[Chart]:
     latest = dict(list(evaluations.items())[-SERIES_COLOURS:])
     curves = {
         benchmark: {
-            name: results.pass_at_k(benchmark) for name, results in latest.items() if benchmark in results.benchmarks
+            name: over_runs([results.pass_at_k(benchmark)])
+            for name, results in latest.items()
+            if benchmark in results.benchmarks
         }
         for benchmark in _titles(latest)
     }

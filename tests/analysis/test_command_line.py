@@ -104,6 +104,18 @@ def test_pass_at_k_of_two_evaluations_in_one_figure(tmp_path, capsys):
     assert main(["analyse", "pass-at-k", str(grpo), str(grpo), "--output", str(output)]) == 2
 
 
+def test_a_label_with_several_runs_has_their_mean_and_interval(tmp_path):
+    runs = [evaluation(tmp_path / name, right) for name, right in (("a", [4, 0]), ("b", [4, 1]))]
+    assert main(["analyse", "pass-at-k", f"GRPO={runs[0]},{runs[1]}", "--output", str(tmp_path)]) == 0
+
+    first = records(tmp_path / "pass_at_k.jsonl")[0]
+    # 50 and 62.5 %: deviation 8.839 points, t(0.975, 1) = 12.706
+    assert (first["k"], first["runs"], first["pass_at_k"]) == (1, 2, 0.5625)
+    assert first["half_width_95"] == pytest.approx(12.7062 * 0.0883883 / 2**0.5, rel=1e-4)
+    bars = [s for s in ElementTree.parse(tmp_path / "pass_at_k.svg").iter() if "bar" in (s.get("class") or "").split()]
+    assert {bar.get("d").split(" ", 1)[1] for bar in bars} == {"186.0V14.0"}, "wider than 0 to 1, and cut off there"
+
+
 def test_a_run_stands_for_the_evaluation_of_its_latest_policy(tmp_path, capsys):
     for step, right in ((10, [0]), (2, [4])):
         evaluation(tmp_path / "run" / "evaluation" / f"step_{step:06d}", right, step)

@@ -1,0 +1,21 @@
+"""Values on the command line that several commands take."""
+
+import argparse
+from pathlib import Path
+
+
+def positive(text: str) -> int:
+    """
+    Raises:
+        ArgumentTypeError: it is no whole number from 1.
+    """
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, given {text}")
+    return value
+
+
+def labelled_folders(text: str) -> tuple[str, list[Path]]:
+    """`LABEL=FOLDER,FOLDER`, or `FOLDER`, whose name is its label."""
+    label, equals, folders = text.partition("=")
+    return (label, [Path(folder) for folder in folders.split(",")]) if equals else (Path(text).name, [Path(text)])

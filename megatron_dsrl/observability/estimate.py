@@ -1,0 +1,35 @@
+"""A figure over several runs: its mean, and how far it is known."""
+
+import math
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+from scipy import stats
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over runs."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Over the runs."""
+        return fmean(self.values)
+
+    @property
+    def half_width(self) -> float | None:
+        """Half of the 95 % interval; None for a single run, whose spread is unknown."""
+        count = len(self.values)
+        if count < 2:
+            return None
+        quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))
+        return quantile * stdev(self.values) / math.sqrt(count)
+
+    def in_percent(self) -> str:
+        """For people."""
+        spread = "" if self.half_width is None else f" ± {100 * self.half_width:.1f}"
+        return f"{100 * self.mean:.1f}{spread}"
