@@ -1,8 +1,8 @@
 """The generation side: SGLang engines and sampling."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from megatron_dsrl.config.section import Section
 
@@ -65,7 +65,12 @@ class RolloutConfig(Section):
 
 
 class EngineConfig(Section):
-    """The SGLang server processes that share the trainer's devices."""
+    """The SGLang server processes that share the trainer's devices, or servers elsewhere."""
+
+    urls: list[Annotated[str, Field(pattern=r"^https?://[^/\s]+$")]] = Field(default_factory=list)
+    """SGLang servers that were started by somebody else on other devices, as `http://host:port`; none: the run starts
+    its own. Weights are broadcast to them from rank 0, over NCCL from GPUs and gloo from CPU. Their key (`--api-key`)
+    is read from the environment variable DSRL_ENGINE_API_KEY."""
 
     tensor_parallel_size: int = Field(default=1, ge=1)
     """Neighbouring ranks that share one SGLang server."""
@@ -110,3 +115,10 @@ class EngineConfig(Section):
 
     extra_arguments: dict[str, str | int | float | bool] = Field(default_factory=dict)
     """Further SGLang server arguments by their `ServerArgs` names, such as `attention_backend`."""
+
+    @field_validator("urls")
+    @classmethod
+    def _name_every_server_once(cls, urls: list[str]) -> list[str]:
+        if len(set(urls)) < len(urls):
+            raise ValueError("names a server twice")
+        return urls

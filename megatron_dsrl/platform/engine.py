@@ -7,7 +7,7 @@ trainer must not inherit.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.multiprocessing
@@ -55,6 +55,11 @@ def engine_environment(tensor_parallel_size: int) -> dict[str, str]:
 def can_release_engine_memory() -> bool:
     """Whether the engine can give its memory to the training step and take it back."""
     return torch.cuda.is_available()
+
+
+def weight_broadcast_backend() -> Literal["nccl", "gloo"]:
+    """What carries weights to servers on other devices."""
+    return "nccl" if torch.cuda.is_available() else "gloo"
 
 
 def prepare_engine_process() -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import aiohttp
 
+from megatron_dsrl.rollout.credentials import engine_headers
 from megatron_dsrl.rollout.sampling import SamplingParameters
 
 MemoryTag = Literal["weights", "kv_cache"]
@@ -72,7 +73,8 @@ class EngineClient:
 
     async def __aenter__(self) -> "EngineClient":
         # A connection per request: the server closes one that was idle for five seconds, just when it may be needed.
-        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True))
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
+        self._session = aiohttp.ClientSession(connector=connector, headers=engine_headers())
         return self
 
     async def __aexit__(self, *exception: object) -> None:

@@ -20,6 +20,7 @@ from megatron_dsrl.rollout.batch import Batch, BatchRequest, Feed, WholeFeed
 from megatron_dsrl.rollout.client import connect
 from megatron_dsrl.rollout.dispatcher import Decode, Dispatcher, EnginesLostError
 from megatron_dsrl.rollout.engine_group import UNSET_WEIGHT_VERSION, EngineGroup, initial_weight_version
+from megatron_dsrl.rollout.external_engines import ExternalEngines
 from megatron_dsrl.rollout.replay import replayed_groups
 from megatron_dsrl.rollout.sample import Group
 from megatron_dsrl.rollout.sampling import SamplingParameters
@@ -121,6 +122,13 @@ def start_rollout(
     return EngineRollout(config, run_folder, tuple(stop_token_ids), decode)
 
 
+def make_engines(config: RolloutSettings, run_folder: Path) -> EngineGroup | ExternalEngines:
+    """The run's own engines, or those of `engine.urls`. Every rank."""
+    if config.engine.urls:
+        return ExternalEngines(config, initial_weight_version(config))
+    return EngineGroup(config, run_folder)
+
+
 class EngineRollout:
     """Samples from SGLang engines; rewards come from a pool on rank 0."""
 
@@ -137,9 +145,9 @@ class EngineRollout:
         self._recover: Callable[[], None] | None = None
         self._retries = 0
         self._rewards = RewardPool(config.reward) if rank() == 0 else None
-        self._engines: EngineGroup | None = None
+        self._engines: EngineGroup | ExternalEngines | None = None
         try:
-            self._engines = EngineGroup(config, run_folder)
+            self._engines = make_engines(config, run_folder)
             self._engines.start()
         except BaseException:
             self.close()
@@ -287,7 +295,7 @@ class EngineRollout:
         recover()
         self._lost.clear()
 
-    def _running_engines(self) -> EngineGroup:
+    def _running_engines(self) -> EngineGroup | ExternalEngines:
         assert self._engines is not None, "the rollout is closed"
         return self._engines
 

@@ -10,7 +10,7 @@ be compared in this way: its digests differ.
 """
 
 import asyncio
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -122,11 +122,7 @@ class WeightCheck:
             self._due = self._config.engine.check_weights == "always"
             return None
         url = engine_url if self._group is None else gather(engine_url, self._group)[0]
-        return (
-            f"the engine at {url} does not hold the weights that the trainer sent:\n{problem}\n"
-            "Its samples would not come from the policy that is trained. If engine.extra_arguments make SGLang keep "
-            "weights in another form (quantization, other expert kernels), set engine.check_weights to never."
-        )
+        return mismatch_message(url, problem)
 
     def repeat(self) -> None:
         """Compare after the next push again: the engine is a new one. One rank of the group is enough."""
@@ -158,11 +154,26 @@ def check_weights(
     if len(digests) != size:
         return f"the engine answers for {len(digests)} ranks where {size} handed it weights"
     differences = sent.differences(digests[rank])
-    lines = [f"engine rank {rank}: {difference}" for difference in differences[:NAMES_IN_MESSAGE]]
-    if len(differences) > NAMES_IN_MESSAGE:
-        lines.append(f"engine rank {rank}: and {len(differences) - NAMES_IN_MESSAGE} more tensors")
-    every_rank = lines if group is None else sum(gather(lines, group), [])
-    return "\n".join(every_rank) or None
+    return lines_of_ranks([differences] if group is None else gather(differences, group)) or None
+
+
+def lines_of_ranks(differences: Sequence[Sequence[str]]) -> str:
+    """`SentWeights.differences` of every rank of an engine in a message, the first ones of each rank."""
+    lines = []
+    for rank, of_rank in enumerate(differences):
+        lines += [f"engine rank {rank}: {difference}" for difference in of_rank[:NAMES_IN_MESSAGE]]
+        if len(of_rank) > NAMES_IN_MESSAGE:
+            lines.append(f"engine rank {rank}: and {len(of_rank) - NAMES_IN_MESSAGE} more tensors")
+    return "\n".join(lines)
+
+
+def mismatch_message(engine_url: str, problem: str) -> str:
+    """The error of an engine with other weights; `problem` is what `lines_of_ranks` says."""
+    return (
+        f"the engine at {engine_url} does not hold the weights that the trainer sent:\n{problem}\n"
+        "Its samples would not come from the policy that is trained. If SGLang was told to keep weights in another "
+        "form (quantization, other expert kernels), set engine.check_weights to never."
+    )
 
 
 async def _engine_digests(url: str, timeout_seconds: float) -> list[dict[str, str]] | str:

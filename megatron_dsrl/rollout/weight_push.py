@@ -26,7 +26,7 @@ Bucket = list[tuple[str, torch.Tensor]]
 """Full, HF-named tensors."""
 
 ALIGNMENT_BYTES = 16
-"""Every tensor starts at a multiple of this, so that a bucket may mix dtypes."""
+"""So that a bucket may mix dtypes."""
 
 
 def push_weights(
@@ -68,8 +68,13 @@ def push_weights(
     return engine.problem
 
 
-def flatten(bucket: Bucket) -> dict[str, Any]:
-    """One new byte tensor that holds all tensors of the bucket, and the table of their places."""
+def flatten(bucket: Bucket, alignment_bytes: int = ALIGNMENT_BYTES) -> dict[str, Any]:
+    """One new byte tensor that holds all tensors of the bucket, and the table of their places.
+
+    Args:
+        bucket: at least one tensor.
+        alignment_bytes: every tensor starts at a multiple of this.
+    """
     assert bucket, "a bucket holds at least one tensor"
     table, offset = [], 0
     for name, tensor in bucket:
@@ -79,7 +84,7 @@ def flatten(bucket: Bucket) -> dict[str, Any]:
                 name=name, shape=tensor.shape, dtype=tensor.dtype, start_idx=offset, end_idx=offset + size, numel=size
             )
         )
-        offset += -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        offset += -(-size // alignment_bytes) * alignment_bytes
     flattened = torch.empty(offset, dtype=torch.uint8, device=bucket[0][1].device)
     for entry, (_, tensor) in zip(table, bucket, strict=True):
         flattened[entry.start_idx : entry.end_idx].view(tensor.dtype).copy_(tensor.detach().reshape(-1))
