@@ -26,7 +26,7 @@ from torch.distributed.distributed_c10d import _new_process_group_helper, _world
 from megatron_dsrl.platform.engine import weight_broadcast_backend
 from megatron_dsrl.rollout.client import EngineError
 from megatron_dsrl.rollout.weight_client import BroadcastGroup, WeightClient
-from megatron_dsrl.rollout.weight_push import Bucket, flatten
+from megatron_dsrl.rollout.weight_push import Bucket, BucketMemory, flatten
 
 POLL_SECONDS = 0.001
 LEAVE_SECONDS = 10.0
@@ -222,6 +222,7 @@ async def broadcast_weights(links: Sequence[ServerLink], buckets: Iterable[Bucke
         Why a server does not have the weights, by URL; empty if all have them. Such a server is disconnected.
     """
     problems: dict[str, str] = {}
+    memory = BucketMemory()
 
     async def every(action: Callable[[ServerLink], Awaitable[None]]) -> None:
         async def note_problem(link: ServerLink) -> None:
@@ -237,7 +238,7 @@ async def broadcast_weights(links: Sequence[ServerLink], buckets: Iterable[Bucke
     for bucket in buckets:
         if len(problems) < len(links):
             assert len({tensor.dtype for _, tensor in bucket}) == 1, "SGLang wants no gaps, and tensors aligned"
-            flattened = flatten(bucket, alignment_bytes=1)
+            flattened = flatten(bucket, memory, alignment_bytes=1)
             await every(lambda link: link.send(flattened))
             del flattened  # not before the servers have confirmed
     await every(lambda link: link.finish(version))

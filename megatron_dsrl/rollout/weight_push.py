@@ -54,12 +54,12 @@ def push_weights(
         None, or why the engine does not have the weights: it refused a call or is gone, and got no further calls. The
         same on every rank of the group.
     """
-    engine = _GroupsEngine(engine_url, group, timeout_seconds)
+    engine, memory = _GroupsEngine(engine_url, group, timeout_seconds), BucketMemory()
     engine.call(lambda client: client.begin_weight_update())
     for bucket in buckets:
         if engine.problem is not None:
             continue
-        flattened = flatten(bucket)
+        flattened = flatten(bucket, memory)
         payloads = _gather(serialise(flattened), group)
         engine.call(lambda client: client.update_weights(payloads))
         del flattened  # not before the engine has confirmed
@@ -68,11 +68,33 @@ def push_weights(
     return engine.problem
 
 
-def flatten(bucket: Bucket, alignment_bytes: int = ALIGNMENT_BYTES) -> dict[str, Any]:
-    """One new byte tensor that holds all tensors of the bucket, and the table of their places.
+class BucketMemory:
+    """Where a bucket lies until the engine has copied it; not more than one at a time.
+
+    On CPU it is the same shared memory for all buckets: new pages cost more than the copies. On CUDA every bucket gets
+    memory of its own: there PyTorch itself keeps what was shared from being used again until the other process has let
+    go of it and its copies are done.
+    """
+
+    def __init__(self) -> None:
+        self._shared = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, num_bytes: int, device: torch.device) -> torch.Tensor:
+        """Undefined bytes. The engine must have confirmed the bucket before."""
+        if device.type != "cpu":
+            return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        if len(self._shared) < num_bytes:
+            with tensor_sharing():
+                self._shared = torch.empty(num_bytes, dtype=torch.uint8).share_memory_()
+        return self._shared[:num_bytes]
+
+
+def flatten(bucket: Bucket, memory: BucketMemory, alignment_bytes: int = ALIGNMENT_BYTES) -> dict[str, Any]:
+    """One byte tensor that holds all tensors of the bucket, and the table of their places.
 
     Args:
         bucket: at least one tensor.
+        memory: where the bytes go.
         alignment_bytes: every tensor starts at a multiple of this.
     """
     assert bucket, "a bucket holds at least one tensor"
@@ -85,7 +107,7 @@ def flatten(bucket: Bucket, alignment_bytes: int = ALIGNMENT_BYTES) -> dict[str,
             )
         )
         offset += -(-size // alignment_bytes) * alignment_bytes
-    flattened = torch.empty(offset, dtype=torch.uint8, device=bucket[0][1].device)
+    flattened = memory.take(offset, bucket[0][1].device)
     for entry, (_, tensor) in zip(table, bucket, strict=True):
         flattened[entry.start_idx : entry.end_idx].view(tensor.dtype).copy_(tensor.detach().reshape(-1))
     return {"flattened_tensor": flattened, "metadata": table}

@@ -111,18 +111,19 @@ def _holds(owner: Owner) -> bool:
 
 def _gather_bucket(held: Sequence[tuple[TableEntry, nn.Parameter]], dtype: torch.dtype) -> Tensor:
     """All HF tensors of a bucket that this process holds a part of, flat, one after the other. Always a copy."""
-    local = torch.cat([parameter.detach().flatten().to(dtype) for _, parameter in held])
-    ranks = [local]
     of_experts = held[0][0].rule.per_expert  # then all of the bucket are
     group = (
         parallel_state.get_expert_tensor_parallel_group()
         if of_experts
         else parallel_state.get_tensor_model_parallel_group()
     )
-    if group.size() > 1:
+    if group.size() == 1:
+        shards_of_rank = [[parameter.detach().to(dtype) for _, parameter in held]]
+    else:
+        local = torch.cat([parameter.detach().flatten().to(dtype) for _, parameter in held])
         ranks = [torch.empty_like(local) for _ in range(group.size())]
         dist.all_gather(ranks, local, group=group)
-    shards_of_rank = [flat.split([parameter.numel() for _, parameter in held]) for flat in ranks]
+        shards_of_rank = [flat.split([parameter.numel() for _, parameter in held]) for flat in ranks]
     merged = []
     for (entry, parameter), shards in zip(held, zip(*shards_of_rank)):
         merged += entry.rule.layout.merge([shard.view(parameter.shape) for shard in shards])

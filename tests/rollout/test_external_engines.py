@@ -148,10 +148,12 @@ def test_urls_are_checked(folder):
 
 
 @pytest.mark.slow
-def test_two_processes_train_with_a_server_elsewhere(tmp_path, monkeypatch):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_two_processes_train_with_a_server_elsewhere(ranks, tmp_path, monkeypatch):
     config = write_tiny_run(tmp_path)
-    arguments = server_arguments(tiny_run_config(tmp_path / "model"), 0) | {"load_format": "dummy", "api_key": KEY}
-    server = EngineServer(arguments, engine_environment(1), tmp_path / "server.log", startup_timeout_seconds=120.0)
+    servers_own = tiny_run_config(tmp_path / "model", tensor_parallel_size=ranks)
+    arguments = server_arguments(servers_own, 0) | {"load_format": "dummy", "api_key": KEY}
+    server = EngineServer(arguments, engine_environment(ranks), tmp_path / "server.log", startup_timeout_seconds=120.0)
     server.start()
     monkeypatch.setenv(API_KEY_VARIABLE, KEY)
     try:

@@ -168,11 +168,12 @@ def test_the_engine_dies_with_a_killed_owner(tiny_model_folder, tmp_path):
 
 def test_refused_weights_are_an_error(engine_rollout):
     from megatron_dsrl.rollout.client import EngineClient
-    from megatron_dsrl.rollout.weight_push import flatten, serialise
+    from megatron_dsrl.rollout.weight_push import BucketMemory, flatten, serialise
 
     async def update_without_begin() -> None:
         async with EngineClient(engine_rollout._urls[0], timeout_seconds=20.0) as client:
-            await client.update_weights([serialise(flatten([("model.norm.weight", torch.ones(64))]))])
+            bucket = flatten([("model.norm.weight", torch.ones(64))], BucketMemory())
+            await client.update_weights([serialise(bucket)])
 
     with pytest.raises(EngineError, match="refused /update_weights_from_tensor.*must run between"):
         asyncio.run(update_without_begin())

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_dsrl.rollout.weight_push import ALIGNMENT_BYTES, Bucket, flatten, push_weights
+from megatron_dsrl.rollout.weight_push import ALIGNMENT_BYTES, Bucket, BucketMemory, flatten, push_weights
 
 STOPPED_SECONDS = 1.0
 DTYPES = [torch.float32, torch.bfloat16, torch.uint8]
@@ -46,7 +46,10 @@ def test_a_flattened_bucket_holds_every_tensor_bit_for_bit(kinds):
         for number, (dtype, shape) in enumerate(kinds)
     ]
 
-    flattened = flatten(bucket)
+    memory = BucketMemory()
+    flatten([("larger", torch.full((1000,), 7.0))], memory)  # what lay there before
+
+    flattened = flatten(bucket, memory)
 
     for entry, (name, tensor) in zip(flattened["metadata"], bucket, strict=True):
         copy = flattened["flattened_tensor"][entry.start_idx : entry.end_idx].view(entry.dtype).reshape(entry.shape)
@@ -56,4 +59,4 @@ def test_a_flattened_bucket_holds_every_tensor_bit_for_bit(kinds):
 
 def test_a_bucket_is_never_empty():
     with pytest.raises(AssertionError):
-        flatten([])
+        flatten([], BucketMemory())
