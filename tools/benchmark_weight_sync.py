@@ -154,7 +154,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--megabytes", type=float, nargs="+", default=[100, 400], help="sizes of the weights")
-    parser.add_argument("--bucket-megabytes", type=int, nargs="+", default=[16, 128, 512], help="sizes of the buckets")
+    parser.add_argument("--bucket-megabytes", type=int, nargs="+", default=[16, 64, 256], help="sizes of the buckets")
     parser.add_argument("--rounds", type=int, default=5, help="timed turns of each way (default: 5)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="of the trainer, under torchrun")

@@ -113,7 +113,7 @@ def _figures(config: RunConfig, phases: list[PhaseSteps], world_size: int, promp
         world_size=world_size,
         model_parallel_size=config.parallel.model_parallel_size,
         data_parallel_size=data_parallel_size,
-        engines=world_size // config.engine.tensor_parallel_size,
+        engines=len(config.engine.urls) or world_size // config.engine.tensor_parallel_size,
         prompts_per_step=rollout.prompts_per_step,
         samples_per_step=samples,
         optimizer_steps_per_rollout=updates,

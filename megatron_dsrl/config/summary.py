@@ -39,6 +39,7 @@ def batch_lines(config: RunConfig, figures: RunFigures) -> list[str]:
 
 def _figures_table(config: RunConfig, figures: RunFigures) -> Table:
     parallel = config.parallel
+    engines = "engine.urls" if config.engine.urls else f"tensor-parallel size {config.engine.tensor_parallel_size} each"
     table = Table("figure", "value", "made of", show_header=True, header_style="bold")
     rows: list[tuple[str, int, str]] = [
         ("processes", figures.world_size, "WORLD_SIZE, or --world-size"),
@@ -60,7 +61,7 @@ def _figures_table(config: RunConfig, figures: RunFigures) -> Table:
             f"x pipeline {parallel.pipeline_parallel_size}",
         ),
         ("data-parallel size", figures.data_parallel_size, "processes / processes per model"),
-        ("SGLang engines", figures.engines, f"tensor-parallel size {config.engine.tensor_parallel_size} each"),
+        ("SGLang engines", figures.engines, engines),
         (
             "samples per step",
             figures.samples_per_step,
