@@ -36,7 +36,9 @@ def word_digest(flat: Tensor) -> int:
     """SGLang's 64-bit hash of a byte tensor on CUDA, whatever the device of this one."""
     if flat.numel() == 0:
         return 0
-    words = torch.nn.functional.pad(flat, (0, -flat.numel() % 4)).view(torch.int32)
+    if flat.numel() % 4 or flat.storage_offset() % 4:
+        flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 4))  # always a copy, which begins at a word
+    words = flat.view(torch.int32)
     total = 0
     for start in range(0, len(words), TILES_AT_A_TIME * TILE_WORDS):
         part = words[start : start + TILES_AT_A_TIME * TILE_WORDS]

@@ -53,7 +53,15 @@ def test_the_word_digest_is_that_of_sglangs_kernel(tiles_at_a_time, kernels_dige
     assert [weight_digest.word_digest(tensor) for tensor in tensors] == kernels_digests
 
 
+def test_a_tensor_may_lie_anywhere_in_a_bucket():
+    tensor = torch.randint(0, 256, (1000,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    bucket = torch.cat([torch.zeros(3, dtype=torch.uint8), tensor])
+
+    assert weight_digest.word_digest(bucket[3:]) == weight_digest.word_digest(tensor)
+
+
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda_the_digest_is_the_word_digest():
     tensor = torch.randn(1000, 33, dtype=torch.bfloat16)
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from tests.support.engine import (
     numbered_prompts,
     tiny_run_config,
     transformers_log_probs,
+    weights_checker,
 )
 from tests.support.tiny_model import make_tiny_qwen3
 from tests.support.tiny_run import dsrl, write_tiny_run
@@ -170,3 +172,34 @@ def test_two_processes_train_with_a_server_elsewhere(ranks, tmp_path, monkeypatc
     assert records[1]["mismatch/max_log_prob_gap"] < 1e-4  # step 1 trains in the pre-train space
     assert not (run / "engines").exists(), "the run has started none of its own"
     assert KEY not in "".join(path.read_text() for path in run.glob("*.yaml")), "the key is not written down"
+
+
+@pytest.mark.slow
+def test_a_server_that_its_owner_restarts_gets_the_weights(folder, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def start_server() -> EngineServer:
+        arguments = server_arguments(tiny_run_config(folder), 0) | {"load_format": "dummy"}
+        server = EngineServer(arguments, engine_environment(1), tmp_path / "server.log", 120.0, port=port)
+        server.start()
+        return server
+
+    first, second = start_server(), None
+    config = tiny_run_config(folder, urls=[first.url], update_timeout_seconds=5.0)
+    engines = ExternalEngines(config, initial_version=0)
+    try:
+        engines.wait_until_ready()
+        engines.load(lambda: buckets_of(folder), version=1)
+        before = weights_checker(first.url, "checksum")["per_engine_checksum"]
+        first.stop()
+        second = start_server()
+        engines.load(lambda: buckets_of(folder), version=2)
+        assert weights_checker(second.url, "checksum")["per_engine_checksum"] == before
+        assert engines.restarts >= 1
+    finally:
+        engines.close()
+        first.stop()
+        if second is not None:
+            second.stop()
