@@ -1,0 +1,72 @@
+"""The record of a GPU: its figures from a run folder, and the whole script on the CPU."""
+
+import subprocess
+import sys
+
+import pytest
+
+from megatron_dsrl.data.prompt import Prompt
+from megatron_dsrl.observability.tracker import Tracker
+from megatron_dsrl.planning.compute import training_flops
+from megatron_dsrl.planning.gpus import GPUS
+from megatron_dsrl.rollout.recording import rollout_file, write_groups
+from megatron_dsrl.rollout.sample import Group, Sample
+from tests.planning.test_parameters import qwen3_8b
+from tests.support.tiny_run import REPOSITORY
+from tools.gpu_record import known_gpu, part_lines, run_part, speeds
+
+
+def write_steps(folder, seconds_of_training):
+    """Steps in which two responses of 30 tokens to a prompt of 10 are trained on."""
+    sample = Sample(tuple(range(30)), (-1.0,) * 30, "text", "length", 1, 1.0)
+    with Tracker(folder, tensorboard=False) as tracker:
+        for step, seconds in enumerate(seconds_of_training, start=1):
+            write_groups(rollout_file(folder, step), [Group(Prompt(0, "", tuple(range(10)), ""), (sample, sample))])
+            tracker.log_step({
+                "step": step, "seconds/train": seconds, "seconds/push_weights": 2.0, "seconds/step": 9.0,
+                "throughput/tokens_per_second": 500.0, "memory/trainer_peak_gib": 1.5 + step,
+                "mismatch/mean_log_prob_gap": 0.01,
+            })  # fmt: skip
+
+
+def test_figures_are_medians_without_the_first_step(tmp_path):
+    write_steps(tmp_path, [100.0, 4.0, 2.0, 3.0])
+    figures = speeds(tmp_path, qwen3_8b(), weight_bytes=16 * 10**9, gpu=GPUS["h100"])
+    assert figures["actor, tokens/s (of prompts and responses)"] == f"{80 / 3:,.0f}"
+    flops = 2 * training_flops(qwen3_8b(), 10, 30, recompute_full=False) / 3
+    assert figures["actor, MFU"] == f"{flops / 989e12:.1%} of 989 TFLOP/s"
+    assert figures["weight push, GB/s (with the engine's memory given back)"] == "8"
+    assert figures["engine, tokens/s"] == "500"
+    assert figures["trainer, peak memory, GiB"] == "5.50"
+    assert figures["log-prob gap, trainer - engine, mean"] == "1.00e-02"
+    assert figures["push_weights, s"] == "2" and figures["step, s"] == "9"
+    assert speeds(tmp_path, qwen3_8b(), 1, gpu=None)["actor, MFU"] == "no peak known"
+
+
+def test_devices_are_known_by_the_names_that_cuda_gives_them():
+    assert known_gpu(["NVIDIA H100 80GB HBM3"]) is GPUS["h100"]
+    assert known_gpu(["NVIDIA A100-SXM4-80GB"]) is GPUS["a100"]
+    assert known_gpu(["NVIDIA H200"]) is GPUS["h200"]
+    assert known_gpu([]) is None and known_gpu(["NVIDIA GeForce RTX 4090"]) is None
+
+
+def test_a_part_that_fails_or_hangs_is_in_the_record_with_what_it_said():
+    failed = run_part(["-c", "import sys; print('so far'); sys.exit('no such kernel')"], limit_seconds=30)
+    assert failed.status == 1
+    shown = "\n".join(part_lines("A check", failed, last_lines=5))
+    assert "FAILED with status 1" in shown and "so far" in shown and "no such kernel" in shown
+    hung = run_part(["-u", "-c", "print('begun'); import time; time.sleep(60)"], limit_seconds=2)
+    assert hung.status == 124 and "begun" in hung.output and "stopped after 2 s" in hung.output
+
+
+@pytest.mark.slow
+def test_the_whole_script_runs_on_a_cpu_and_says_so(tmp_path):
+    record = tmp_path / "record.md"
+    command = [sys.executable, "-m", "tools.gpu_record", "--size", "tiny", "--output", str(record)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, record.read_text() if record.exists() else done.stderr
+    text = record.read_text()
+    assert "says nothing about GPUs" in text and "| actor, MFU | no peak known |" in text
+    assert text.count(": passed, ") == 4, text
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert commit.stdout.strip() in text
