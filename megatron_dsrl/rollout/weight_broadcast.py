@@ -50,7 +50,6 @@ class ServerLink:
         self._group_name = ""
         self._broadcast: dist.Work | None = None
         """The last one."""
-        self._is_updating = False
 
     @property
     def is_connected(self) -> bool:
@@ -78,6 +77,10 @@ class ServerLink:
                 master_listen_fd=listener.detach(),
             )
         async with self._client() as client:
+            # What an earlier run may have left, or this one before it lost the server: requests, an open update.
+            await client.abort_all()
+            with suppress(EngineError):
+                await client.end_weight_update()
             self.size = await client.tensor_parallel_size()
             name = f"dsrl-{secrets.token_hex(8)}"
             group = BroadcastGroup(name, host, port, 1 + self.size, weight_broadcast_backend())
@@ -89,13 +92,9 @@ class ServerLink:
             raise EngineError(f"engine {self.url}: no group for weights: {error}") from error
 
     async def begin(self) -> None:
-        """Open a weight update; one that a failed push has left open is closed first."""
+        """Open a weight update."""
         async with self._client() as client:
-            if self._is_updating:
-                await client.end_weight_update()
-                self._is_updating = False
             await client.begin_weight_update()
-            self._is_updating = True
 
     async def send(self, flattened: dict[str, Any]) -> None:
         """Broadcast a bucket; returns when the server has loaded it.
@@ -130,7 +129,6 @@ class ServerLink:
         """Close the update and set the version that samples carry from now on."""
         async with self._client() as client:
             await client.end_weight_update()
-            self._is_updating = False
             await client.set_weight_version(version)
 
     async def digests(self) -> list[dict[str, str]]:

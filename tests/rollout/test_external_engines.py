@@ -18,10 +18,12 @@ from transformers import Qwen3ForCausalLM
 
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.platform.engine import engine_environment
+from megatron_dsrl.rollout.client import Completion, EngineClient, SampleRequest
 from megatron_dsrl.rollout.credentials import API_KEY_VARIABLE
 from megatron_dsrl.rollout.engine_group import server_arguments
 from megatron_dsrl.rollout.external_engines import ExternalEngines
 from megatron_dsrl.rollout.rollout import EngineRollout, start_rollout
+from megatron_dsrl.rollout.sampling import SamplingParameters
 from megatron_dsrl.rollout.server import EngineServer
 from megatron_dsrl.rollout.weight_broadcast import ServerLink, broadcast_weights
 from megatron_dsrl.rollout.weight_push import Bucket
@@ -115,6 +117,22 @@ def test_a_server_that_hangs_gets_the_weights_when_it_goes_on(server, folder, mo
     finally:
         engines.close()
     assert len(gathered) > 1 and engines.restarts == len(gathered) - 1, "drawn to the end also where nobody listens"
+
+
+def test_what_an_earlier_run_has_left_is_ended(rollout, server, folder):
+    async def begin_and_push() -> Completion:
+        request = SampleRequest(tuple(range(20)), seed=0, max_new_tokens=450)
+        async with EngineClient(server.url, timeout_seconds=60.0) as client:
+            left = asyncio.create_task(client.generate([request], SamplingParameters(450, stop_token_ids=())))
+            await asyncio.sleep(0.3)
+            opened = asyncio.create_task(client.begin_weight_update())  # waits for the request
+            await asyncio.to_thread(rollout.load_weights, lambda: buckets_of(folder), 5)
+            await opened
+            return (await left)[0]
+
+    completion = asyncio.run(begin_and_push())
+
+    assert completion.finish_reason == "abort" and len(completion.response_ids) < 450
 
 
 def test_a_refusal_ends_the_broadcast(server, folder, monkeypatch):
