@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from megatron_dsrl.collective import barrier, broadcast, rank
+from megatron_dsrl.collective import broadcast, rank
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.model.architecture import read_architecture, resolve_model_folder
 from megatron_dsrl.rollout.client import EngineError, MemoryTag
@@ -132,10 +132,6 @@ class ExternalEngines:
     def restarts(self) -> int:
         """How often a server did not get weights at first."""
         return self._restarts
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        barrier()
 
     def close(self) -> None:
         """Leave the servers, which go on. May be called again; not collective."""
