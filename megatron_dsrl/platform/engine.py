@@ -5,6 +5,7 @@ trainer must not inherit.
 """
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -89,12 +90,17 @@ def tensor_sharing() -> Iterator[None]:
     CPU tensors are shared through named files in memory: file descriptors, the default, need the receiver to hold
     this process's authentication key, and SGLang's scheduler dies on the refused connection. CUDA tensors are shared
     by CUDA IPC either way.
+
+    torch starts a process that looks after these files, and SLURM signals it with all others of a job. It inherits that
+    the signals to stop are blocked here; for this process they wait until the end of the block.
     """
     before = torch.multiprocessing.get_sharing_strategy()
     torch.multiprocessing.set_sharing_strategy("file_system")
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         torch.multiprocessing.set_sharing_strategy(before)
 
 
