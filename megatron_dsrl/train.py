@@ -27,6 +27,7 @@ from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.controller import Controller, StepSamples, responses_of
 from megatron_dsrl.data.sampler import PromptSampler, SamplerState
 from megatron_dsrl.data.tokenizer import bos_token_ids, stop_token_ids
+from megatron_dsrl.device_sharing import SharedDevice
 from megatron_dsrl.evaluation.evaluator import Evaluator
 from megatron_dsrl.model.parallel import destroy_parallel, initialize_parallel
 from megatron_dsrl.observability.console import RunConsole
@@ -84,6 +85,8 @@ class TrainingRun:
     """1, or the one after the checkpoint's."""
     models: RunModels
     rollout: Rollout
+    device: SharedDevice
+    """Of the models and the rollout's engines."""
     sampler: PromptSampler
     """Rank 0 draws from it; the others follow after every step."""
     checkpoints: CheckpointStore
@@ -95,8 +98,10 @@ class TrainingRun:
 def run_steps(run: TrainingRun) -> None:
     """Sample, judge, update, push the weights; again."""
     schedule = Schedule(run.config.phases)
-    push_weights(run, version=run.first_step)
-    write_results(run, run.first_step - 1)  # what an interruption came before
+    run.device.push_weights(version=run.first_step)
+    export_policy(run, run.first_step - 1)  # what an interruption came before, as the evaluation is
+    run.device.give_to_engine()
+    evaluate_policy(run, run.first_step - 1)
     for step in range(run.first_step, run.config.steps + 1):
         run.checkpoints.poll()
         if any(gather(run.stop.requested)):  # SLURM and torchrun may signal any of the ranks
@@ -111,18 +116,25 @@ def run_steps(run: TrainingRun) -> None:
             if experiences is None:
                 stop_as_asked(run, step - 1, sampler_before)
             run.checkpoints.poll()
-            run.rollout.release_memory()
+            run.device.give_to_trainer()
             run.models.begin_step(step)
         experiences = run.models.make_passes(phase, experiences, timer)
         critic_metrics = run.models.update_critic(phase, experiences, timer)
         update = run.models.update_policy(step, phase, experiences, timer)
+        saves = is_due(step, run.config.checkpoint.save_every_steps, run.config.steps)
+        trainer_stays = saves or is_due(step, run.config.checkpoint.export_hf_every_steps, run.config.steps)
         with timer.part("push_weights"):
-            push_weights(run, version=step + 1)
+            run.device.push_weights(version=step + 1, trainer_stays=trainer_stays)
+            if not trainer_stays:
+                run.device.give_to_engine()
         if run.controller:
-            run.controller.record(step, phase, samples, update, critic_metrics, timer)
-        if is_due(step, run.config.checkpoint.save_every_steps, run.config.steps):
+            run.controller.record(step, phase, samples, update, critic_metrics | run.device.metrics(), timer)
+        if saves:
             save_checkpoint(run, step, run.sampler.state_dict())
-        write_results(run, step)
+        export_policy(run, step)
+        if trainer_stays:
+            run.device.give_to_engine()
+        evaluate_policy(run, step)
     run.checkpoints.finish()
     if any(gather(run.stop.requested)):  # every rank's engine serves rank 0 until its last evaluation is done
         raise Preempted  # perhaps during the last evaluation
@@ -168,6 +180,7 @@ def start_run(
         first_step=step + 1,
         models=models,
         rollout=rollout,
+        device=SharedDevice(config, models.actor, models.critic, rollout),
         sampler=sampler,
         checkpoints=checkpoints,
         stop=resources.enter_context(StopSignal()),
@@ -197,7 +210,8 @@ def sample(run: TrainingRun, step: int) -> StepSamples | None:
 def recover_engines(run: TrainingRun, version: int) -> None:
     """In the middle of a batch: replace lost engines, and give them the weights that they had. All ranks."""
     with run.stop.deferred():  # a rank that left now would leave the others waiting
-        push_weights(run, version)
+        run.device.push_weights(version)
+        run.device.give_to_engine()
 
 
 def share_experiences(run: TrainingRun, samples: StepSamples | None, phase: PhaseConfig) -> list[Experience] | None:
@@ -219,31 +233,25 @@ def bos_ids_of(run: TrainingRun, space: PostTrainSpaceConfig | PreTrainSpaceConf
     return bos_token_ids(run.inputs.tokenizer, space.bos) if isinstance(space, PreTrainSpaceConfig) else ()
 
 
-def push_weights(run: TrainingRun, version: int) -> None:
-    """Give the engines the actor's weights, and their memory back: the cache last, when there is most room."""
-    current_platform().release_cached_memory()
-    run.rollout.resume_weights()
-    bucket_bytes = run.config.engine.weight_bucket_megabytes * 2**20
-    run.rollout.load_weights(lambda: run.models.actor.hf_weights(bucket_bytes), version)
-    current_platform().release_cached_memory()
-    run.rollout.resume_kv_cache()
-
-
-def write_results(run: TrainingRun, step: int) -> None:
-    """Export and evaluate what is due after this step (0: before training) and is not there yet.
-
-    A request to stop ends the evaluation; the run then stops before its next step, and evaluates when it is continued.
-    """
+def export_policy(run: TrainingRun, step: int) -> None:
+    """Export the policy after this step if that is due and not done yet."""
     if step > 0 and is_due(step, run.config.checkpoint.export_hf_every_steps, run.config.steps):
         target = exported_policy(run.inputs.run_folder, step)
         if not target.exists():
             run.models.actor.export_hf(target)
+
+
+def evaluate_policy(run: TrainingRun, step: int) -> None:
+    """Evaluate what is due after this step (0: before training) and not done yet.
+
+    A request to stop ends the evaluation; the run then stops before its next step, and evaluates when it is continued.
+    """
     if step == 0 or is_due(step, run.config.evaluation.interval_at(step), run.config.steps):
         run.rollout.while_sampling(lambda: evaluate(run, step), lambda: recover_engines(run, version=step + 1))
 
 
 def evaluate(run: TrainingRun, step: int) -> None:
-    """Rank 0's part of `write_results`."""
+    """Rank 0's part of `evaluate_policy`."""
     assert run.controller is not None
     try:
         with run.stop.interruptible():
@@ -255,6 +263,8 @@ def evaluate(run: TrainingRun, step: int) -> None:
 def stop_as_asked(run: TrainingRun, step: int, sampler: SamplerState) -> NoReturn:
     """Save what the last finished step left, and end. Before the first step there is nothing to save."""
     if step > 0:
+        if not run.device.trainer_is_whole:
+            run.device.give_to_trainer()
         save_checkpoint(run, step, sampler)
         run.checkpoints.finish()
     raise Preempted

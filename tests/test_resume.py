@@ -29,6 +29,8 @@ OPTIONS = (
     f"checkpoint.keep_last={STEPS}",
 )
 
+OFFLOAD = "actor.offload={gradients: true, optimizer: true, parameters: true}"
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
@@ -72,9 +74,9 @@ def remove_rollouts(run: Path, step: int) -> None:
 
 def test_stops_kills_and_a_dead_engine_change_nothing(config, undisturbed):
     """SIGTERM while sampling, SIGUSR1 while updating, the death of an engine during an update and while it samples, and
-    `kill -9` of the trainer: one run."""
+    `kill -9` of the trainer: one run, whose trainer is in host memory while the engine samples."""
     run = config.parent / "runs" / "disturbed"
-    arguments = (str(config), "name=disturbed", *OPTIONS)
+    arguments = (str(config), "name=disturbed", *OPTIONS, OFFLOAD)
 
     with running_training(*arguments, run=run) as training:
         training.wait_until(lambda: training.has_checkpoint(1))

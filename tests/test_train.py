@@ -6,12 +6,15 @@ import socket
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megatron_dsrl.evaluate import fingerprint, hf_folder
 from megatron_dsrl.evaluated_model import find_model
 from megatron_dsrl.rollout.recording import read_groups, rollout_file
 from tests.support.tiny_run import dsrl, processes_left_behind, write_tiny_run
+
+OFFLOAD = "actor.offload={gradients: true, optimizer: true, parameters: true}"
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +24,8 @@ def config(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(config) -> Path:
-    """One finished run of two steps."""
-    result = dsrl("train", str(config))
+    """One finished run of two steps, whose trainer is in host memory while the engine samples."""
+    result = dsrl("train", str(config), OFFLOAD)
     assert result.returncode == 0, result.stderr
     return config.parent / "runs" / "tiny"
 
@@ -52,6 +55,19 @@ def test_every_sample_is_on_disk_with_the_weights_that_it_came_from(run):
                 assert sample.weight_version == step
                 assert len(sample.log_probs) == len(sample.response_ids) > 0
                 assert sample.reward == float(len(sample.text) % 2 == 0)
+
+
+def test_every_switch_of_device_memory_is_recorded(run):
+    first, second = records(run)
+    parameters = sum(tensor.numel() for tensor in load_file(run / "hf" / "step_000002" / "model.safetensors").values())
+    all_of_it = 16 * parameters / 2**30  # in float32 4 bytes for weights, 4 for gradients, 8 for Adam's moments
+    for switch in ("engine_sleep", "onload", "push_weights", "offload", "engine_wake"):
+        assert first[f"time/{switch}"] > 0
+        assert first[f"memory/{switch}_peak_gib"] >= first[f"memory/{switch}_gib"] > 0
+    assert first["memory/onload_moved_gib"] == pytest.approx(all_of_it, rel=0.02)
+    assert first["memory/offload_moved_gib"] == pytest.approx(2 * all_of_it, rel=0.02)  # before and after step 1
+    assert second["memory/onload_moved_gib"] == first["memory/onload_moved_gib"]
+    assert "time/offload" not in second  # a checkpoint and an export follow the last step
 
 
 def test_engine_and_trainer_agree_on_log_probs_after_a_weight_push(run):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_dsrl.actor.forward_backward import MicroBatch
 from megatron_dsrl.actor.log_probs import VocabularyShard, log_probs_and_entropy
+from megatron_dsrl.actor.offload import ModelMemory
 from megatron_dsrl.actor.packing import PackedRow
 from megatron_dsrl.actor.statistics import ObjectiveMetrics, TokenStatistics, UpdateMetrics, share_with_all_stages
 from megatron_dsrl.actor.trainable_model import TrainableModel, require_finite
@@ -51,6 +52,11 @@ class Actor:
     def chunks(self) -> Sequence[torch.nn.Module]:
         """This pipeline stage's model chunks."""
         return self._model.chunks
+
+    @property
+    def memory(self) -> ModelMemory:
+        """Its memory on the device; see `TrainableModel.memory`."""
+        return self._model.memory
 
     def update(
         self, objectives: Sequence[Objective], mini_batches: int = 1, epochs: int = 1

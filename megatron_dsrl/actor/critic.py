@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_dsrl.actor.forward_backward import MicroBatch
+from megatron_dsrl.actor.offload import ModelMemory
 from megatron_dsrl.actor.packing import PackedRow
 from megatron_dsrl.actor.statistics import ObjectiveMetrics, TokenStatistics, UpdateMetrics, share_with_all_stages
 from megatron_dsrl.actor.trainable_model import TrainableModel, require_finite
@@ -35,6 +36,11 @@ class Critic:
         self._model = model
         self._table = table
         self._config = config
+
+    @property
+    def memory(self) -> ModelMemory:
+        """Its memory on the device; see `TrainableModel.memory`."""
+        return self._model.memory
 
     def values(self, experience: Experience) -> PerToken:
         """Value before each scored token of every sequence, the same on every rank."""

@@ -3,19 +3,26 @@
 Every method is collective over the ranks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
 
 from megatron_dsrl.actor.forward_backward import MicroBatch, Result
-from megatron_dsrl.actor.optimizer import apply_settings, forget_state
+from megatron_dsrl.actor.offload import ModelMemory, ModelPart
+from megatron_dsrl.actor.optimizer import apply_settings, forget_state, parts_of
+from megatron_dsrl.actor.packing import PackedRow
 from megatron_dsrl.actor.saved_state import begin_save, load_state
 from megatron_dsrl.actor.sharded_model import ShardedModel
+from megatron_dsrl.algorithms.experience import PerToken
+from megatron_dsrl.algorithms.spaces import ScoredSequence
 from megatron_dsrl.platform.checkpoint_writer import CheckpointWrite
+
+AWAY = "a part of the model is in host memory: onload() comes first"
 
 
 class TrainableModel(ShardedModel):
@@ -38,9 +45,19 @@ class TrainableModel(ShardedModel):
         super().__init__(chunks, max_tokens_per_micro_batch)
         self._optimizer = optimizer
         self._scheduler = scheduler
+        self.memory = ModelMemory(self._tensors_of_parts)
+        """On the device. Weights can be streamed while gradients and optimizer state are away; all else needs all."""
+
+    def score_tokens(
+        self, sequences: Sequence[ScoredSequence], score: Callable[[PackedRow, Tensor], Tensor]
+    ) -> PerToken:
+        """As `ShardedModel.score_tokens`."""
+        assert not self.memory.away, AWAY
+        return super().score_tokens(sequences, score)
 
     def accumulate_gradients(self, micro_batches: Sequence[MicroBatch[Result]]) -> list[Result]:
         """Forward and backward from cleared gradients; returns what the micro-batches kept (last stage only)."""
+        assert not self.memory.away, AWAY
         self._optimizer.zero_grad()
         return super().accumulate_gradients(micro_batches)
 
@@ -50,6 +67,7 @@ class TrainableModel(ShardedModel):
         Raises:
             FloatingPointError: the gradient norm is not finite.
         """
+        assert not self.memory.away, AWAY
         learning_rate = self._optimizer.param_groups[0]["lr"]
         _, grad_norm, _ = self._optimizer.step()
         require_finite("gradient norm", float(grad_norm))
@@ -62,15 +80,30 @@ class TrainableModel(ShardedModel):
 
     def reset_optimizer(self) -> None:
         """Forget Adam's moments and step counts. The learning-rate schedule goes on."""
+        assert not self.memory.away, AWAY
         forget_state(self._optimizer)
 
     def begin_save(self, folder: Path, copy: bool) -> CheckpointWrite:
         """Weights, optimizer, schedule and random states, ready to be written; see `saved_state.begin_save`."""
+        assert not self.memory.away, AWAY
         return begin_save(folder, self.chunks, self._optimizer, self._scheduler, copy)
 
     def load(self, folder: Path, same_layout: bool) -> None:
         """Continue from what was saved; see `load_state`."""
+        assert not self.memory.away, AWAY
         load_state(folder, self.chunks, self._optimizer, self._scheduler, same_layout)
+
+    def _tensors_of_parts(self) -> Mapping[ModelPart, Iterable[Tensor]]:
+        """In float32 the optimizer has the model's own parameters or views of them, which then belong to the model."""
+        parameters = [parameter for chunk in self.chunks for parameter in chunk.parameters()]
+        optimizers = [part.optimizer for part in parts_of(self._optimizer)]
+        masters = [weight for optimizer in optimizers for group in optimizer.param_groups for weight in group["params"]]
+        states = [value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()]
+        return {
+            "parameters": parameters,
+            "gradients": [parameter.main_grad for parameter in parameters],
+            "optimizer": [*masters, *(value for value in states if isinstance(value, Tensor))],
+        }
 
 
 def require_finite(what: str, value: float) -> None:

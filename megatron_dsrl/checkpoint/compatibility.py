@@ -17,6 +17,7 @@ MAY_CHANGE = (
     "model.layer_spec",
     "parallel",
     "actor.max_tokens_per_micro_batch",
+    "actor.offload",
     "reward.workers",
     "reward.timeout_seconds",
     "rollout.step_timeout_seconds",

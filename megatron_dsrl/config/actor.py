@@ -7,6 +7,31 @@ from pydantic import Field
 from megatron_dsrl.config.section import Section
 
 
+class OffloadConfig(Section):
+    """What of the trainer's device memory is given to the engine while it samples, and taken back for the update.
+
+    Policy and critic alike; the reference policy lies in host memory in any case. Each rank needs host memory for what
+    it moves. The sizes are per parameter of the rank's share of the model. Results do not change.
+    """
+
+    gradients: bool = False
+    """Gradient buffers, 4 bytes. Nothing is copied: an update begins with cleared gradients."""
+
+    optimizer: bool = False
+    """Adam's moments, 8 bytes, and for bfloat16 the float32 weights, 4 bytes more; with the distributed optimizer
+    divided by the data-parallel size. Moved to the host before the weights are pushed."""
+
+    parameters: bool = False
+    """The weights, 2 bytes in bfloat16 and 4 in float32. The policy's are moved after they were pushed, and before the
+    KV cache comes back. When an engine dies while sampling they return to the device, to be pushed to its successor:
+    `engine.memory_fraction` has to leave room for them even so."""
+
+    @property
+    def parts(self) -> list[Literal["gradients", "optimizer", "parameters"]]:
+        """The names of what moves."""
+        return [part for part in ("gradients", "optimizer", "parameters") if getattr(self, part)]
+
+
 class ActorConfig(Section):
     """How a rollout batch becomes forward and backward passes."""
 
@@ -18,6 +43,9 @@ class ActorConfig(Section):
 
     epochs_per_rollout: int = Field(default=1, ge=1)
     """Passes over a rollout batch."""
+
+    offload: OffloadConfig = Field(default_factory=OffloadConfig)
+    """What moves to host memory while the engine samples; nothing by default."""
 
     @property
     def optimizer_steps_per_rollout(self) -> int:

@@ -18,6 +18,9 @@ class MemoryStatistics:
     peak_bytes: int
     """Largest use since the process started."""
 
+    recent_peak_bytes: int
+    """Largest use since `Platform.restart_peak_memory` was called last."""
+
 
 class Platform(ABC):
     """A device kind: what Megatron and torch.distributed must be told about it."""
@@ -47,6 +50,10 @@ class Platform(ABC):
     @abstractmethod
     def memory_statistics(self) -> MemoryStatistics:
         """Memory of this process, in bytes."""
+
+    @abstractmethod
+    def restart_peak_memory(self) -> None:
+        """From now on the recent peak counts anew, from what is in use. Where the system permits it."""
 
     @property
     @abstractmethod

@@ -1,6 +1,8 @@
 """Megatron on CPU: gloo collectives, unfused kernels, and an adapter for its calls of `torch.cuda`."""
 
+import re
 import resource
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ class CpuPlatform(Platform):
 
     name = "cpu"
     distributed_backend = "gloo"
+    _earlier_peak = 0
+    """Largest use before the recent peak was restarted, in bytes."""
 
     @property
     def device(self) -> torch.device:
@@ -41,10 +45,17 @@ class CpuPlatform(Platform):
 
     def memory_statistics(self) -> MemoryStatistics:
         resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
+        recent_peak = _recent_peak_bytes()
         return MemoryStatistics(
             allocated_bytes=resident_pages * resource.getpagesize(),
-            peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux counts in KiB
+            peak_bytes=max(self._earlier_peak, recent_peak),
+            recent_peak_bytes=recent_peak,
         )
+
+    def restart_peak_memory(self) -> None:
+        self._earlier_peak = max(self._earlier_peak, _recent_peak_bytes())
+        with suppress(OSError):  # some containers do not permit it: then the recent peak is that of the process
+            Path("/proc/self/clear_refs").write_text("5")
 
     @property
     def memory_bytes(self) -> int:
@@ -58,3 +69,10 @@ class CpuPlatform(Platform):
 
     def host_copy(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().clone()
+
+
+def _recent_peak_bytes() -> int:
+    """The kernel's high-water mark of resident memory."""
+    kib = re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert kib is not None, "Linux has it"
+    return int(kib[1]) * 1024

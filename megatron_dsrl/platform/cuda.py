@@ -36,6 +36,8 @@ class CudaPlatform(Platform):
 
     name = "cuda"
     distributed_backend = "cpu:gloo,cuda:nccl"
+    _earlier_peak = 0
+    """Largest use before the recent peak was restarted, in bytes."""
 
     @property
     def device(self) -> torch.device:
@@ -61,8 +63,13 @@ class CudaPlatform(Platform):
     def memory_statistics(self) -> MemoryStatistics:
         return MemoryStatistics(
             allocated_bytes=torch.cuda.memory_allocated(self.device),
-            peak_bytes=torch.cuda.max_memory_allocated(self.device),
+            peak_bytes=max(self._earlier_peak, torch.cuda.max_memory_allocated(self.device)),
+            recent_peak_bytes=torch.cuda.max_memory_allocated(self.device),
         )
+
+    def restart_peak_memory(self) -> None:
+        self._earlier_peak = max(self._earlier_peak, torch.cuda.max_memory_allocated(self.device))
+        torch.cuda.reset_peak_memory_stats(self.device)
 
     @property
     def memory_bytes(self) -> int:

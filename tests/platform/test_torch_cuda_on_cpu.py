@@ -69,6 +69,16 @@ def test_memory_statistics_follow_an_allocation():
     assert after.peak_bytes >= after.allocated_bytes * 0.9
 
 
+def test_the_recent_peak_counts_anew_and_the_overall_one_stays():
+    platform = current_platform()
+    size = torch.ones(2**26).nbytes  # 256 MiB, gone at once
+    before = platform.memory_statistics()
+    platform.restart_peak_memory()
+    after = platform.memory_statistics()
+    assert before.recent_peak_bytes - after.recent_peak_bytes > 0.9 * size
+    assert after.peak_bytes >= before.peak_bytes
+
+
 def parts_of_unequal_length() -> list[list[float]]:
     """Two processes gather and reduce-scatter parts of one and of three rows; forward and backward."""
     import torch.distributed as dist
