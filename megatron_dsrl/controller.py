@@ -17,7 +17,8 @@ from megatron_dsrl.observability.step_metrics import rollout_metrics
 from megatron_dsrl.observability.timer import SecondsPerPart
 from megatron_dsrl.observability.tracker import Tracker
 from megatron_dsrl.platform import current_platform
-from megatron_dsrl.rollout.dynamic_sampling import sample_until_mixed
+from megatron_dsrl.rollout.carry_over import CarryOver
+from megatron_dsrl.rollout.dynamic_sampling import is_mixed, sample_until_mixed
 from megatron_dsrl.rollout.recording import RolloutRecorder
 from megatron_dsrl.rollout.rollout import Rollout
 from megatron_dsrl.rollout.sample import Group
@@ -31,8 +32,8 @@ class StepSamples:
     """What is trained on."""
     sampled: list[Group]
     """All that was sampled for it; more than that only under dynamic sampling."""
-    metrics: dict[str, int]
-    """How dynamic sampling went; empty without it."""
+    metrics: dict[str, int | float]
+    """How dynamic sampling and partial rollouts went; empty without them."""
 
 
 class Controller:
@@ -65,6 +66,8 @@ class Controller:
         self._evaluator = evaluator
         self._tracker = tracker
         self._console = console
+        self.carried = CarryOver()
+        """What the last step has left to the next one, under partial rollouts."""
 
     def sample(self, step: int, draw: Callable[[int], list[int]]) -> StepSamples:
         """Judged responses to the next prompts; they are on their way to the disk.
@@ -74,7 +77,9 @@ class Controller:
             draw: gives the indices of so many further prompts.
         """
         wanted, dynamic = self._config.rollout.prompts_per_step, self._config.rollout.dynamic_sampling
-        if dynamic is None:
+        if self._config.rollout.partial_rollouts:
+            samples = self._sample_partially(step, draw)
+        elif dynamic is None:
             groups = self._sample_round(step, 0, draw(wanted))
             samples = StepSamples(groups, groups, {})
         else:
@@ -83,6 +88,28 @@ class Controller:
         if self._recorder:
             self._recorder.record(step, samples.sampled)
         return samples
+
+    def _sample_partially(self, step: int, draw: Callable[[int], list[int]]) -> StepSamples:
+        """Go on with what the step before has left; leave what this one does not need."""
+        config, before = self._config.rollout, self.carried
+        with self._console.generation(step, config.prompts_per_step * config.samples_per_prompt) as progress:
+            batch = self._rollout.sample_enough(
+                step,
+                draw=lambda count: [self._prompts[i] for i in draw(count)],
+                accept=is_mixed if config.dynamic_sampling else lambda group: True,
+                carried=before,
+                on_samples=progress.advance,
+            )
+        self.carried = batch.left  # not before: a step that is interrupted begins again with what it had
+        metrics = {
+            "partial_rollouts/continued_groups": len(before.finished) + len(before.unfinished) - batch.expired_groups,
+            "partial_rollouts/expired_groups": batch.expired_groups,
+            "partial_rollouts/left_groups": len(batch.left.finished) + len(batch.left.unfinished),
+            "partial_rollouts/left_tokens": batch.left.num_tokens,
+            "partial_rollouts/rejected_groups": len(batch.rejected),
+            "partial_rollouts/missing_groups": config.prompts_per_step - len(batch.accepted),
+        }
+        return StepSamples(batch.accepted, batch.accepted + batch.rejected, metrics)
 
     def _sample_round(self, step: int, number: int, indices: Sequence[int]) -> list[Group]:
         prompts = [self._prompts[i] for i in indices]
@@ -112,14 +139,16 @@ class Controller:
         timer: SecondsPerPart,
     ) -> None:
         """Write down and print a finished step."""
+        responses = responses_of(samples.groups, step)
         config = self._config
         record = {
             "step": step,
             "phase": phase.name,
-            "weight_version": samples.sampled[0].samples[0].weight_version,
+            "weight_version": step,
             **samples.metrics,
             **rollout_metrics(samples.sampled, timer.seconds("generate")),
-            **shaping_metrics(responses_of(samples.groups), config.reward.overlong, config.rollout.max_response_tokens),
+            **older_token_metrics(samples.groups, step),
+            **shaping_metrics(responses, config.reward.overlong, config.rollout.max_response_tokens),
             **update_metrics(update, phase),
             **critic_metrics,
             **memory_metrics(),
@@ -128,15 +157,15 @@ class Controller:
         self._tracker.log_step(record)
         self._console.step(record)
         gap, limit = record.get("mismatch/mean_log_prob_gap"), config.observability.max_log_prob_gap
-        if gap is not None and gap > limit:
+        if gap is not None and gap > limit and "response/older_token_fraction" not in record:
             self._console.message(
                 f"warning: trainer and engine log-probs differ by {gap:.3g} nat on average, above "
                 f"observability.max_log_prob_gap={limit:g}; the engine may hold other weights or another precision"
             )
 
 
-def responses_of(groups: Sequence[Group]) -> list[Response]:
-    """Groups as the algorithms take them."""
+def responses_of(groups: Sequence[Group], weight_version: int) -> list[Response]:
+    """Groups as the algorithms take them, with respect to the weights that they are to update."""
     return [
         Response(
             prompt_ids=group.prompt.token_ids,
@@ -145,10 +174,18 @@ def responses_of(groups: Sequence[Group]) -> list[Response]:
             reward=sample.reward,
             group=number,
             truncated=sample.finish_reason == "length",
+            older_tokens=sample.tokens_before(weight_version),
         )
         for number, group in enumerate(groups)
         for sample in group.samples
     ]
+
+
+def older_token_metrics(groups: Sequence[Group], weight_version: int) -> dict[str, float]:
+    """The share of tokens that older weights produced than those that are updated; empty where there are none."""
+    samples = [sample for group in groups for sample in group.samples]
+    older = sum(sample.tokens_before(weight_version) for sample in samples)
+    return {"response/older_token_fraction": older / sum(len(s.response_ids) for s in samples)} if older else {}
 
 
 def update_metrics(update: UpdateMetrics | None, phase: PhaseConfig) -> dict[str, float]:

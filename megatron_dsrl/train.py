@@ -35,11 +35,15 @@ from megatron_dsrl.observability.timer import SecondsPerPart
 from megatron_dsrl.observability.tracker import Tracker
 from megatron_dsrl.platform import current_platform
 from megatron_dsrl.preemption import Preempted, StopRequested, StopSignal
+from megatron_dsrl.rollout.carry_over import CarryOver, CarryOverWrite
 from megatron_dsrl.rollout.recording import RolloutRecorder
 from megatron_dsrl.rollout.rollout import Rollout, start_rollout
 from megatron_dsrl.run_folder import check_run_folder, exported_policy, has_results, prepare_run_folder
 from megatron_dsrl.run_inputs import RunInputs, load_inputs
 from megatron_dsrl.run_models import RunModels, build_models
+
+ROLLOUT_FOLDER = "rollout"
+"""In checkpoints, beside the models: what the rollout side carries over to the next step."""
 
 
 def train(config: RunConfig) -> None:
@@ -112,7 +116,7 @@ def run_steps(run: TrainingRun) -> None:
         with timer.part("generate"):
             samples = sample(run, step)
         with timer.part("train"):
-            experiences = share_experiences(run, samples, phase)
+            experiences = share_experiences(run, step, samples, phase)
             if experiences is None:
                 stop_as_asked(run, step - 1, sampler_before)
             run.checkpoints.poll()
@@ -174,6 +178,8 @@ def start_run(
         save_rollouts = config.observability.save_rollouts
         recorder = resources.enter_context(RolloutRecorder(inputs.run_folder)) if save_rollouts else None
         controller = Controller(config, recorder, inputs.prompts, rollout, evaluator, tracker, console)
+        if checkpoint and config.rollout.partial_rollouts:
+            controller.carried = CarryOver.read_from(checkpoint.folder / ROLLOUT_FOLDER)
     return TrainingRun(
         config=config,
         inputs=inputs,
@@ -214,9 +220,11 @@ def recover_engines(run: TrainingRun, version: int) -> None:
         run.device.give_to_engine()
 
 
-def share_experiences(run: TrainingRun, samples: StepSamples | None, phase: PhaseConfig) -> list[Experience] | None:
+def share_experiences(
+    run: TrainingRun, step: int, samples: StepSamples | None, phase: PhaseConfig
+) -> list[Experience] | None:
     """Rank 0's groups in the space of each objective, on every rank; None if the run was asked to stop."""
-    shared = broadcast(samples and (responses_of(samples.groups), run.sampler.state_dict()))
+    shared = broadcast(samples and (responses_of(samples.groups, step), run.sampler.state_dict()))
     if shared is None:
         return None
     responses, sampler_state = shared
@@ -282,7 +290,11 @@ def save_checkpoint(run: TrainingRun, step: int, sampler: SamplerState) -> None:
         model=run.inputs.model,
         config=run.config.model_dump(mode="json"),
     )
-    run.checkpoints.save(state, run.models.actor.begin_save, run.models.other_parts())
+    others = run.models.other_parts()
+    if run.config.rollout.partial_rollouts:
+        carried = run.controller and run.controller.carried
+        others[ROLLOUT_FOLDER] = lambda folder, copy: CarryOverWrite(carried, folder)
+    run.checkpoints.save(state, run.models.actor.begin_save, others)
 
 
 def is_due(step: int, every_steps: int | None, last_step: int) -> bool:

@@ -152,6 +152,7 @@ class Actor:
         def score(logits: Tensor) -> tuple[Tensor, ScoreResult]:
             log_probs, entropy = self._log_probs_and_entropy(row, logits, objective.needs_entropy_gradient)
             old, reference = experience.old_log_probs, experience.reference_log_probs
+            older = experience.from_older_weights
             tokens = ScoredTokens(
                 log_probs=log_probs,
                 entropy=entropy,
@@ -160,6 +161,7 @@ class Actor:
                 reference_log_probs=None if reference is None else tokens_of(reference),
                 advantages=tokens_of(experience.advantages),
                 num_scored=row.num_scored,
+                from_older_weights=None if older is None else tokens_of(older),
             )
             result = objective.loss(tokens)
             loss = (result.losses * tokens_of(weights)).sum()

@@ -32,6 +32,8 @@ class Response:
     """Number of the prompt within the rollout batch, from 0."""
     truncated: bool = False
     """It reached the length limit."""
+    older_tokens: int = 0
+    """How many of its tokens, all at the beginning, were produced by older weights than those that are updated now."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Experience:
     """Whether scored tokens are conditioned on the prompt, as the engine's were (post-train space)."""
     truncated: Tensor
     """[num_sequences] bool: the response reached the length limit."""
+    from_older_weights: PerToken | None = None
+    """1 for every scored token that older weights produced than those that are updated now, else 0. None: no token."""
     old_log_probs: PerToken | None = None
     """Under the policy before the update, on the same scored sequence. None where the update is strictly on-policy: the
     old log-prob is then the current one without gradient, and the ratio is 1."""
@@ -144,6 +148,7 @@ def build_experience(
         engine_log_probs=tuple(map(_scored_log_probs, responses, sequences)),
         prompt_in_context=not in_pre_train,
         truncated=torch.tensor([response.truncated for response in responses], dtype=torch.bool),
+        from_older_weights=_marks_of_older_tokens(responses, sequences),
     )
 
 
@@ -184,6 +189,16 @@ def kl_penalties(experience: Experience, config: KLConfig) -> PerToken:
 def _sums(values: PerToken) -> Tensor:
     """[num_sequences] float32: the sum over each sequence's tokens."""
     return torch.tensor([value.sum().item() for value in values], dtype=torch.float32)
+
+
+def _marks_of_older_tokens(responses: Sequence[Response], sequences: Sequence[ScoredSequence]) -> PerToken | None:
+    if not any(response.older_tokens for response in responses):
+        return None
+    marks = []
+    for response, sequence in zip(responses, sequences, strict=True):
+        unscored = len(response.response_ids) - sequence.num_scored
+        marks.append((torch.arange(sequence.num_scored) < response.older_tokens - unscored).float())
+    return tuple(marks)
 
 
 def _scored_log_probs(response: Response, sequence: ScoredSequence) -> Tensor:

@@ -37,6 +37,8 @@ class ScoredTokens:
     advantages: Tensor
     num_scored: tuple[int, ...]
     """Tokens of each sequence; they sum to num_tokens."""
+    from_older_weights: Tensor | None = None
+    """1 for tokens that older weights produced than those that are updated now, else 0. None: no token."""
 
     def mean_of_sequences(self, values: Tensor) -> Tensor:
         """[num_tokens]: for every token the mean of [num_tokens] values over its sequence."""

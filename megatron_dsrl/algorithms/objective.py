@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from megatron_dsrl.algorithms.aggregations import token_mean_weights
 from megatron_dsrl.algorithms.divergence import kl_loss
 from megatron_dsrl.algorithms.experience import Experience, with_advantages
 from megatron_dsrl.algorithms.losses import PolicyLoss, ScoredTokens, TokenLosses
-from megatron_dsrl.config.phase import ObjectiveConfig, PhaseConfig
+from megatron_dsrl.config.phase import ObjectiveConfig, PhaseConfig, PreTrainSpaceConfig
 
 Aggregation = Callable[[Sequence[int]], Tensor]
 """Scored tokens of every sequence of an optimizer step -> [num_sequences] float32, the weight of its tokens."""
@@ -70,6 +71,7 @@ def token_losses(objective: ObjectiveConfig, tokens: ScoredTokens) -> TokenLosse
     l = w l_policy + beta KL - alpha H. The correction w is about where policy-gradient samples came from; the KL term
     and the entropy are taken as they are.
     """
+    tokens = with_behaviour_log_probs(objective, tokens)
     result = objective.loss.of_tokens(tokens)
     losses, metrics = result.losses, dict(result.metrics)
     if objective.importance_correction is not None:
@@ -85,3 +87,20 @@ def token_losses(objective: ObjectiveConfig, tokens: ScoredTokens) -> TokenLosse
         assert tokens.entropy.requires_grad or not tokens.log_probs.requires_grad, "the entropy carries no gradient"
         losses = losses - objective.entropy_coefficient * tokens.entropy
     return TokenLosses(losses, metrics)
+
+
+def with_behaviour_log_probs(objective: ObjectiveConfig, tokens: ScoredTokens) -> ScoredTokens:
+    """Where older weights produced a token, the old log-prob is theirs: the engine's, from when it was sampled.
+
+    The ratio, and its clipping, is then one to the policy that acted, as PPO has it. Two cases are different. An
+    importance correction weighs pi_old / pi_engine already, so the ratio stays one to the policy before the update (the
+    decoupled objective of arXiv 2505.24298). In the pre-train space the engine's log-probs, which had the prompt in
+    context, are those of another distribution: such tokens are taken as if the policy before the update had produced
+    them.
+    """
+    if tokens.from_older_weights is None or objective.importance_correction is not None:
+        return tokens
+    if isinstance(objective.space, PreTrainSpaceConfig):
+        return tokens
+    older = tokens.from_older_weights.bool()
+    return replace(tokens, old_log_probs=torch.where(older, tokens.engine_log_probs, tokens.old_log_probs))

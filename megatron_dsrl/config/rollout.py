@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from megatron_dsrl.config.section import Section
 
@@ -16,6 +16,16 @@ class DynamicSamplingConfig(Section):
 
     oversampling: float = Field(default=1.0, ge=1)
     """A round asks for this many prompts per group that is still missing. Above 1: fewer rounds, more surplus."""
+
+
+class PartialRolloutConfig(Section):
+    """End the generation of a step when it has its groups, and go on with the others in the next step."""
+
+    oversampling: float = Field(default=1.5, gt=1)
+    """Groups on their way per group that the step still needs."""
+
+    max_weight_versions: int = Field(default=3, ge=2)
+    """Weight versions that may have a part in a group. One that would need more is begun anew."""
 
 
 class RolloutConfig(Section):
@@ -42,6 +52,11 @@ class RolloutConfig(Section):
     dynamic_sampling: DynamicSamplingConfig | None = None
     """Replace groups that are all right or all wrong by further prompts; null: keep them."""
 
+    partial_rollouts: PartialRolloutConfig | None = None
+    """Do not wait for the longest responses: carry what is unfinished over to the next step. Older tokens keep the
+    log-probs that they were sampled with as their old log-probs. With `dynamic_sampling` only mixed groups count,
+    prompts are replaced one by one, and its `oversampling` has no effect. null: a step waits for all its responses."""
+
     deterministic: bool = False
     """The same seed and weights give the same tokens and log-probs, bit for bit. Samples have seeds of their own in any
     case; but what is computed together differs by rounding, which now and then decides a token. If true, the prompts
@@ -62,6 +77,12 @@ class RolloutConfig(Section):
 
     replay_from: str | None = None
     """Run folder whose saved rollouts are used in place of sampling (train-only runs, layout comparisons)."""
+
+    @model_validator(mode="after")
+    def _is_repeatable_if_it_says_so(self) -> "RolloutConfig":
+        if self.deterministic and self.partial_rollouts:
+            raise ValueError("deterministic: which responses partial_rollouts cuts is decided by time; set one to null")
+        return self
 
 
 class EngineConfig(Section):

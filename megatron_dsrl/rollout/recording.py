@@ -103,13 +103,14 @@ def read_groups(file: Path) -> list[Group]:
     groups = []
     for number, line in enumerate(lines, start=1):
         try:
-            groups.append(_group(orjson.loads(line)))
+            groups.append(group_of_record(orjson.loads(line)))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file}, line {number}: not a group of saved rollouts ({error!r})") from error
     return groups
 
 
-def _group(record: dict[str, Any]) -> Group:
+def group_of_record(record: dict[str, Any]) -> Group:
+    """A group from its fields, as JSON gives them back."""
     return Group(
         prompt=Prompt(**_with_tuples(record["prompt"], "token_ids")),
         samples=tuple(_sample(sample) for sample in record["samples"]),

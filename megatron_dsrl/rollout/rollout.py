@@ -5,8 +5,11 @@ ranks are together: when new weights are loaded, and in the middle of a batch wh
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -17,6 +20,7 @@ from megatron_dsrl.errors import UserError
 from megatron_dsrl.platform.engine import can_release_engine_memory
 from megatron_dsrl.rewards.pool import RewardPool
 from megatron_dsrl.rollout.batch import Batch, BatchRequest, Feed, WholeFeed
+from megatron_dsrl.rollout.carry_over import CarryOver, EnoughFeed, fit_for
 from megatron_dsrl.rollout.client import connect
 from megatron_dsrl.rollout.dispatcher import Decode, Dispatcher, EnginesLostError
 from megatron_dsrl.rollout.engine_group import UNSET_WEIGHT_VERSION, EngineGroup, initial_weight_version
@@ -30,6 +34,19 @@ from megatron_dsrl.rollout.unfinished import UnfinishedGroup
 from megatron_dsrl.rollout.weight_push import Bucket
 
 Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class PartialBatch:
+    """The rollout of a step under partial rollouts."""
+
+    accepted: list[Group]
+    """As many as the step takes, if it could be had."""
+    rejected: list[Group]
+    left: CarryOver
+    """For the next step."""
+    expired_groups: int
+    """Of what was carried over to this step: begun anew, since it would have had tokens of too many weight versions."""
 
 
 def ignore(progress: object) -> None:
@@ -54,8 +71,32 @@ class Rollout(Protocol):
             on_samples: told how many samples have come back, each time some do.
         """
 
+    def sample_enough(
+        self,
+        step: int,
+        draw: Callable[[int], Sequence[Prompt]],
+        accept: Callable[[Group], bool],
+        carried: CarryOver,
+        on_samples: Callable[[int], None] = ignore,
+    ) -> "PartialBatch":
+        """Go on with what the step before has left, and end as soon as there are enough groups. Rank 0 only.
+
+        Args:
+            step: counted from 1.
+            draw: gives so many further prompts.
+            accept: whether a group counts.
+            carried: from the step before.
+            on_samples: as in `sample_step`.
+        """
+
     def generate(
-        self, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: SamplingParameters, stream: str
+        self,
+        prompts: Sequence[Prompt],
+        samples_per_prompt: int,
+        sampling: SamplingParameters,
+        stream: str,
+        *,
+        rewards: RewardPool | None = None,
     ) -> list[Group]:
         """Sample with other parameters, for evaluation. Rank 0 only.
 
@@ -64,6 +105,7 @@ class Rollout(Protocol):
             samples_per_prompt: responses to each.
             sampling: how.
             stream: names the random numbers; see `rollout/seeds.py`.
+            rewards: another verifier than the run's.
         """
 
     def while_sampling(self, work: Callable[[], Value], recover: Callable[[], None]) -> Value | None:
@@ -129,6 +171,11 @@ def make_engines(config: RolloutSettings, run_folder: Path) -> EngineGroup | Ext
     return EngineGroup(config, run_folder)
 
 
+def stream_of_round(step: int, number: int) -> str:
+    """Name of the random numbers of a step's batches, which are counted from 0."""
+    return f"step {step} round {number}" if number else f"step {step}"
+
+
 class EngineRollout:
     """Samples from SGLang engines; rewards come from a pool on rank 0."""
 
@@ -169,9 +216,37 @@ class EngineRollout:
     def sample_step(
         self, step: int, prompts: Sequence[Prompt], round_number: int = 0, on_samples: Callable[[int], None] = ignore
     ) -> list[Group]:
-        samples = self._config.rollout.samples_per_prompt
-        stream = f"step {step} round {round_number}" if round_number else f"step {step}"
+        samples, stream = self._config.rollout.samples_per_prompt, stream_of_round(step, round_number)
         return self.generate(prompts, samples, self._training_sampling, stream, on_samples)
+
+    def sample_enough(
+        self,
+        step: int,
+        draw: Callable[[int], Sequence[Prompt]],
+        accept: Callable[[Group], bool],
+        carried: CarryOver,
+        on_samples: Callable[[int], None] = ignore,
+    ) -> PartialBatch:
+        assert self._rewards is not None, "only rank 0 samples"
+        config, dynamic = self._config.rollout, self._config.rollout.dynamic_sampling
+        assert config.partial_rollouts is not None
+        rounds = count()
+
+        def seeds(prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
+            stream = stream_of_round(step, next(rounds))
+            return seeds_of_batch(self._config.seed, stream, prompts, config.samples_per_prompt)
+
+        def begin(number: int) -> list[UnfinishedGroup]:
+            prompts = draw(number)
+            return [UnfinishedGroup.new(*pair) for pair in zip(prompts, seeds(prompts), strict=True)]
+
+        carried, expired = fit_for(carried, self._weight_version, config.partial_rollouts.max_weight_versions, seeds)
+        wanted, oversampling = config.prompts_per_step, config.partial_rollouts.oversampling
+        max_begun = math.ceil(wanted * oversampling) * (dynamic.max_rounds if dynamic else 1)
+        feed = EnoughFeed(wanted, accept, begin, oversampling, max_begun, carried)
+        batch = self._run(feed, self._training_sampling, self._rewards, on_samples, ignore)
+        left = CarryOver(tuple(feed.accepted[wanted:]), tuple(batch.unfinished_groups))
+        return PartialBatch(feed.accepted[:wanted], feed.rejected, left, expired)
 
     def generate(
         self,
@@ -312,8 +387,11 @@ class ReplayedRollout:
             raise UserError(f"rollout.replay_from: {run_folder} has no folder `rollouts`")
         if config.evaluation.sets:
             raise UserError("rollout.replay_from starts no engines, so evaluation.sets must be empty")
-        if config.rollout.dynamic_sampling:
-            raise UserError("rollout.replay_from has one batch per step, so rollout.dynamic_sampling must be null")
+        if config.rollout.dynamic_sampling or config.rollout.partial_rollouts:
+            raise UserError(
+                "rollout.replay_from has one batch per step, so rollout.dynamic_sampling and rollout.partial_rollouts "
+                "must be null"
+            )
         self._run_folder = run_folder
         self._samples_per_prompt = config.rollout.samples_per_prompt
 
@@ -325,8 +403,24 @@ class ReplayedRollout:
     ) -> list[Group]:
         return replayed_groups(self._run_folder, step, prompts, self._samples_per_prompt)
 
+    def sample_enough(
+        self,
+        step: int,
+        draw: Callable[[int], Sequence[Prompt]],
+        accept: Callable[[Group], bool],
+        carried: CarryOver,
+        on_samples: Callable[[int], None] = ignore,
+    ) -> PartialBatch:
+        raise AssertionError("refused when the run starts")
+
     def generate(
-        self, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: SamplingParameters, stream: str
+        self,
+        prompts: Sequence[Prompt],
+        samples_per_prompt: int,
+        sampling: SamplingParameters,
+        stream: str,
+        *,
+        rewards: RewardPool | None = None,
     ) -> list[Group]:
         raise UserError("rollout.replay_from starts no engines: nothing can be sampled")
 

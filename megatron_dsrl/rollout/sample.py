@@ -35,6 +35,11 @@ class Sample:
     """(weight version, number of tokens) of what earlier weights produced, oldest first; only a response that was
     carried over from an earlier step has such a beginning."""
 
+    @property
+    def oldest_version(self) -> int:
+        """Of the weights that produced its first token."""
+        return self.older_versions[0][0] if self.older_versions else self.weight_version
+
     def tokens_before(self, weight_version: int) -> int:
         """How many tokens, all at the beginning, older weights than these produced."""
         if self.weight_version < weight_version:

@@ -10,8 +10,8 @@ from megatron_dsrl.algorithms.aggregations import TokenSum
 from megatron_dsrl.algorithms.experience import Response, build_experience, with_advantages
 from megatron_dsrl.algorithms.filters import Negative
 from megatron_dsrl.algorithms.importance import Truncated
-from megatron_dsrl.algorithms.losses import PolicyGradient
-from megatron_dsrl.algorithms.objective import objectives_of, token_losses
+from megatron_dsrl.algorithms.losses import PolicyGradient, ScoredTokens
+from megatron_dsrl.algorithms.objective import objectives_of, token_losses, with_behaviour_log_probs
 from megatron_dsrl.algorithms.passes import ModelPasses, required_passes
 from megatron_dsrl.config.phase import (
     AdditionalObjectiveConfig,
@@ -146,3 +146,36 @@ def test_an_entropy_bonus_asks_for_the_entropy_gradient():
     for each, needed in [(phase, True), (without, False)]:
         (objective,) = objectives_of(each, [experience], max_response_tokens=10)
         assert objective.needs_entropy_gradient is needed
+
+
+@pytest.mark.parametrize(
+    ("changes", "old_of_older_tokens"),
+    [
+        ({}, -2.0),
+        ({"importance_correction": Truncated()}, -1.0),
+        ({"space": PRE_TRAIN}, -1.0),
+    ],
+    ids=["the engine's", "an importance correction has them", "the pre-train space has no other"],
+)
+def test_old_log_probs_of_tokens_from_older_weights(changes, old_of_older_tokens):
+    """Log-probs: the engine's -2, the trainer's before the update -1. The first two tokens are older."""
+    batch = [Response([1, 2], [3, 4, 5], [-2.0] * 3, reward, group=0, older_tokens=2) for reward in (0.0, 1.0)]
+    objective = ObjectiveConfig(**{"space": POST_TRAIN, "advantage": GroupMean(), **changes})
+    experience = build_experience(batch, objective.space, bos_ids=[9])
+    assert [marks.tolist() for marks in experience.from_older_weights] == [[1, 1, 0]] * 2
+
+    tokens = with_behaviour_log_probs(
+        objective,
+        ScoredTokens(
+            log_probs=torch.zeros(6),
+            entropy=torch.zeros(6),
+            old_log_probs=torch.full((6,), -1.0),
+            engine_log_probs=torch.cat(experience.engine_log_probs),
+            reference_log_probs=None,
+            advantages=torch.zeros(6),
+            num_scored=(3, 3),
+            from_older_weights=torch.cat(experience.from_older_weights),
+        ),
+    )
+
+    assert tokens.old_log_probs.tolist() == [old_of_older_tokens, old_of_older_tokens, -1.0] * 2

@@ -81,7 +81,7 @@ def record_rollouts(folder: Path, config: RunConfig) -> None:
             log_probs=tuple(rng.uniform(-4, -2) for _ in range(length)),
             text="",
             finish_reason="length" if truncated else "stop",
-            weight_version=1,
+            weight_version=STEPS,
             reward=reward,
         )
 

@@ -129,7 +129,8 @@ def test_the_step_limit_names_the_unfinished_prompts(engine_rollout, policy, mon
         engine_rollout, "_config", engine_rollout._config.model_copy(update={"rollout": rollout_section})
     )
 
-    with pytest.raises(EngineError, match="step_timeout_seconds = 0.05; not finished .*: prompt 100 on http.* for 0 s, prompt 101 on"):
+    message = "step_timeout_seconds = 0.05; not finished .*: prompt 100 on http.* for 0 s, prompt 101 on"
+    with pytest.raises(EngineError, match=message):
         engine_rollout.generate(numbered_prompts(2), 2, engine_rollout.training_sampling, "test")
 
 

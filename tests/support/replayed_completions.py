@@ -7,11 +7,13 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rewards.pool import RewardPool
+from megatron_dsrl.rollout.batch import Batch, BatchRequest, WholeFeed
 from megatron_dsrl.rollout.client import Completion, SampleRequest
-from megatron_dsrl.rollout.dispatcher import BatchRequest, sample_groups
+from megatron_dsrl.rollout.dispatcher import Dispatcher
 from megatron_dsrl.rollout.sample import Group
 from megatron_dsrl.rollout.sampling import SamplingParameters
 from megatron_dsrl.rollout.seeds import seeds_of_batch
+from megatron_dsrl.rollout.unfinished import UnfinishedGroup
 
 TIMEOUT_SECONDS = 3000.0
 
@@ -23,13 +25,18 @@ class ReplayedCompletions:
         self._texts = texts
         self._tokenizer = tokenizer
 
-    async def generate(self, requests: Sequence[SampleRequest], sampling: SamplingParameters) -> list[Completion]:
+    async def generate(
+        self, requests: Sequence[SampleRequest], sampling: SamplingParameters, timeout_seconds: float | None
+    ) -> list[Completion]:
         texts = [self._texts[request.seed] for request in requests]
         all_ids = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
         return [
-            Completion((*ids, sampling.stop_token_ids[0]), (0.0,) * (len(ids) + 1), "stop", frozenset({0}))
+            Completion((*ids, sampling.stop_token_ids[0]), (0.0,) * (len(ids) + 1), "stop", ((0, len(ids) + 1),))
             for ids in all_ids
         ]
+
+    async def check_health(self, timeout_seconds: float) -> None:
+        """It is always well."""
 
 
 class ReplayingSampler:
@@ -57,17 +64,21 @@ class ReplayingSampler:
             for seed, text in zip(of_prompt, self._responses(prompt), strict=True)
         }
         request = BatchRequest(
-            prompts=prompts,
-            seeds=seeds,
+            feed=WholeFeed([UnfinishedGroup.new(*pair) for pair in zip(prompts, seeds, strict=True)]),
             sampling=sampling,
             weight_version=0,
             deterministic=False,
             max_outstanding_samples=64,
             timeout_seconds=TIMEOUT_SECONDS,
+            call_timeout_seconds=None,
+            call_attempts=1,
+            health_check_seconds=10.0,
+            health_timeout_seconds=60.0,
         )
-        clients = [ReplayedCompletions(texts, self._tokenizer)]
+        batch, clients = Batch(request, 1), [ReplayedCompletions(texts, self._tokenizer)]
 
         def decode(ids: Sequence[int]) -> str:
             return self._tokenizer.decode(ids, skip_special_tokens=True)
 
-        return asyncio.run(sample_groups(request, clients, rewards, decode, on_samples, on_group))
+        asyncio.run(Dispatcher(batch, clients, {}, rewards, decode, on_samples, on_group).run())
+        return batch.finished_groups

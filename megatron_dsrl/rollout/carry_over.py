@@ -1,0 +1,179 @@
+"""What a step leaves to the next one, and how a step that takes it on knows that it has enough.
+
+Partial rollouts: more groups are on their way than the step needs; when it has enough, the rest is aborted. Its tokens
+are kept, and the next step goes on with them under its own weights, before it begins with new prompts. So nobody waits
+for the longest responses. Under dynamic sampling (DAPO) only mixed groups count.
+
+A response then has tokens of several weight versions, which `max_weight_versions` bounds: a group that would have more
+is begun anew, with other random numbers.
+"""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from megatron_dsrl.data.prompt import Prompt
+from megatron_dsrl.errors import UserError
+from megatron_dsrl.rollout.recording import group_of_record
+from megatron_dsrl.rollout.sample import Group
+from megatron_dsrl.rollout.unfinished import PartialResponse, UnfinishedGroup
+
+CARRY_OVER_FILE = "carried_over.jsonl"
+
+
+@dataclass(frozen=True)
+class CarryOver:
+    """Groups that were sampled, wholly or in part, and not trained on yet."""
+
+    finished: tuple[Group, ...] = ()
+    """Judged; more than their step needed, or sampled ahead."""
+    unfinished: tuple[UnfinishedGroup, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Response tokens that need not be sampled again."""
+        finished = sum(len(sample.response_ids) for group in self.finished for sample in group.samples)
+        return finished + sum(group.num_tokens for group in self.unfinished)
+
+    def write(self, file: Path) -> None:
+        """One JSON line per group, flushed to disk."""
+        with open(file, "wb") as stream:
+            for kind, groups in (("finished", self.finished), ("unfinished", self.unfinished)):
+                for group in groups:
+                    stream.write(orjson.dumps({"kind": kind, "group": asdict(group)}, option=orjson.OPT_APPEND_NEWLINE))
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    @classmethod
+    def read_from(cls, folder: Path) -> "CarryOver":
+        """What a checkpoint has of it; nothing where its run had none.
+
+        Raises:
+            UserError: the file cannot be read as what `write` has written.
+        """
+        if not folder.exists():
+            return cls()
+        file = folder / CARRY_OVER_FILE
+        finished, unfinished = [], []
+        try:
+            for line in file.read_bytes().splitlines():
+                record = orjson.loads(line)
+                if record["kind"] == "finished":
+                    finished.append(group_of_record(record["group"]))
+                else:
+                    unfinished.append(_unfinished_group(record["group"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file}: not what a step has left to the next one ({error!r})") from error
+        return cls(tuple(finished), tuple(unfinished))
+
+
+@dataclass(frozen=True)
+class CarryOverWrite:
+    """The part of a checkpoint that keeps it, ready to be written; see `checkpoint.store.WeightsWrite`."""
+
+    carried: CarryOver | None
+    """None on the ranks that have nothing to do with it."""
+    folder: Path
+
+    def write(self) -> list[Path]:
+        """Write the file, if there is one; it is returned."""
+        if self.carried is None:
+            return []
+        self.carried.write(self.folder / CARRY_OVER_FILE)
+        return [self.folder / CARRY_OVER_FILE]
+
+    def finish(self) -> None:
+        """There is nothing to add."""
+
+
+@dataclass
+class EnoughFeed:
+    """Feeds a batch until enough of its groups are accepted."""
+
+    wanted: int
+    accept: Callable[[Group], bool]
+    begin: Callable[[int], list[UnfinishedGroup]]
+    """Begins so many groups with the next prompts."""
+    oversampling: float
+    """Groups on their way per group that is still missing."""
+    max_begun: int
+    """New groups at most; after that the step goes on with what there is."""
+    carried: CarryOver = CarryOver()
+    """From the step before."""
+    accepted: list[Group] = field(default_factory=list)
+    rejected: list[Group] = field(default_factory=list)
+    begun: int = 0
+
+    def __post_init__(self) -> None:
+        self._to_continue = list(self.carried.unfinished)
+        for group in self.carried.finished:
+            self.judged(group)
+
+    def take(self, on_their_way: int) -> list[UnfinishedGroup]:
+        """What is carried over first; then new groups, as many as keep enough on their way."""
+        groups, self._to_continue = self._to_continue, []
+        missing = math.ceil((self.wanted - len(self.accepted)) * self.oversampling) - on_their_way - len(groups)
+        count = min(missing, self.max_begun - self.begun)
+        if count > 0:
+            self.begun += count
+            groups += self.begin(count)
+        return groups
+
+    def judged(self, group: Group) -> None:
+        (self.accepted if self.accept(group) else self.rejected).append(group)
+
+    def is_enough(self) -> bool:
+        return len(self.accepted) >= self.wanted
+
+
+def fit_for(
+    carried: CarryOver,
+    weight_version: int,
+    max_weight_versions: int,
+    new_seeds: Callable[[Sequence[Prompt]], Sequence[Sequence[int]]],
+) -> tuple[CarryOver, int]:
+    """What may go on under these weights, and how many groups are too old and begin anew.
+
+    Args:
+        carried: from the step before.
+        weight_version: of the step's weights.
+        max_weight_versions: that may have a part in a group, these included.
+        new_seeds: random numbers of groups that begin anew.
+    """
+    oldest_allowed = weight_version - max_weight_versions + 1
+    finished = tuple(group for group in carried.finished if _oldest_version(group) >= oldest_allowed)
+    expired = [group.prompt for group in carried.finished if _oldest_version(group) < oldest_allowed]
+    unfinished = []
+    for group in carried.unfinished:
+        if group.oldest_version is not None and group.oldest_version < oldest_allowed:
+            expired.append(group.prompt)
+        else:
+            unfinished.append(group)
+    begun_anew = [UnfinishedGroup.new(*pair) for pair in zip(expired, new_seeds(expired), strict=True)]
+    return CarryOver(finished, (*unfinished, *begun_anew)), len(expired)
+
+
+def _oldest_version(group: Group) -> int:
+    return min(sample.oldest_version for sample in group.samples)
+
+
+def _unfinished_group(record: dict[str, Any]) -> UnfinishedGroup:
+    prompt = record["prompt"]
+    return UnfinishedGroup(
+        prompt=Prompt(**prompt | {"token_ids": tuple(prompt["token_ids"])}),
+        responses=tuple(
+            PartialResponse(
+                seed=response["seed"],
+                response_ids=tuple(response["response_ids"]),
+                log_probs=tuple(response["log_probs"]),
+                weight_versions=tuple(map(tuple, response["weight_versions"])),
+                finish_reason=response["finish_reason"],
+            )
+            for response in record["responses"]
+        ),
+    )

@@ -1,0 +1,128 @@
+"""Partial rollouts over a real engine: a step ends when it has enough, and the next one goes on where it stopped."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import Qwen3ForCausalLM
+
+from megatron_dsrl.config.rollout import PartialRolloutConfig
+from megatron_dsrl.rollout.carry_over import CarryOver, CarryOverWrite, fit_for
+from megatron_dsrl.rollout.rollout import EngineRollout
+from megatron_dsrl.rollout.sample import Sample
+from megatron_dsrl.rollout.unfinished import PartialResponse, UnfinishedGroup
+from tests.support.engine import numbered_prompts, transformers_log_probs
+
+WANTED, SAMPLES, RESPONSE_TOKENS = 4, 3, 400
+PROMPTS = [replace(prompt, token_ids=prompt.token_ids[:20]) for prompt in numbered_prompts(64)]
+
+
+@pytest.fixture
+def rollout(engine_rollout: EngineRollout, monkeypatch) -> EngineRollout:
+    """Wants 4 groups and has 24 on their way."""
+    changes = {
+        "prompts_per_step": WANTED,
+        "samples_per_prompt": SAMPLES,
+        "max_response_tokens": RESPONSE_TOKENS,
+        "partial_rollouts": PartialRolloutConfig(oversampling=6.0, max_weight_versions=2),
+    }
+    section = engine_rollout._config.rollout.model_copy(update=changes)
+    monkeypatch.setattr(engine_rollout, "_config", engine_rollout._config.model_copy(update={"rollout": section}))
+    # A rare stop token: lengths differ a lot.
+    sampling = replace(
+        engine_rollout.training_sampling, max_response_tokens=RESPONSE_TOKENS, stop_token_ids=(0,)
+    )
+    monkeypatch.setattr(engine_rollout, "_training_sampling", sampling)
+    return engine_rollout
+
+
+def load_policy(rollout: EngineRollout, folder, seed: int) -> Qwen3ForCausalLM:
+    torch.manual_seed(seed)
+    model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    rollout.load_weights(lambda: [list(model.named_parameters())], rollout.weight_version + 1)
+    return model
+
+
+def test_two_steps(rollout, tiny_model_folder, tmp_path):
+    waiting = list(PROMPTS)
+
+    def draw(count: int):
+        return [waiting.pop(0) for _ in range(count)]
+
+    policies = {rollout.weight_version + 1: load_policy(rollout, tiny_model_folder, seed=1)}
+    rollout.generate(PROMPTS[:1], 1, rollout.training_sampling, "warm up")  # and the verifier's processes
+    first = rollout.sample_enough(1, draw, lambda group: True, CarryOver())
+    begun = PROMPTS[: len(PROMPTS) - len(waiting)]
+
+    assert (len(first.accepted), first.rejected, first.expired_groups) == (WANTED, [], 0)
+    on_their_way = [*first.accepted, *first.left.finished, *first.left.unfinished]
+    assert {group.prompt.index for group in on_their_way} == {prompt.index for prompt in begun}
+    assert len(on_their_way) == len(begun) == 6 * WANTED, "none is lost or doubled"
+    cut = [r for group in first.left.unfinished for r in group.responses if r.finish_reason is None and r.response_ids]
+    assert cut, "some were in the middle"
+
+    # The checkpoint keeps it.
+    CarryOverWrite(first.left, tmp_path).write()
+    assert CarryOver.read_from(tmp_path) == first.left
+
+    policies |= {rollout.weight_version + 1: load_policy(rollout, tiny_model_folder, seed=2)}
+    second = rollout.sample_enough(2, draw, lambda group: True, CarryOver.read_from(tmp_path))
+
+    assert len(second.accepted) == WANTED
+    finished = (*second.accepted, *second.left.finished)
+    samples = [(group.prompt, sample) for group in finished for sample in group.samples]
+    put_together = [sample for _, sample in samples if sample.older_versions]
+    assert put_together, "a cut response was finished"
+    for prompt, sample in samples:
+        assert_log_probs_of_their_versions(policies, prompt, sample)
+        assert len(sample.response_ids) <= RESPONSE_TOKENS
+    beginnings = {response.seed: response for response in cut}
+    for group in second.left.unfinished:
+        for response in group.responses:
+            if response.seed in beginnings:
+                before = beginnings[response.seed].response_ids
+                assert response.response_ids[: len(before)] == before
+
+
+def assert_log_probs_of_their_versions(policies: dict[int, Qwen3ForCausalLM], prompt, sample: Sample) -> None:
+    """Every token has the log-prob of the policy that its span names."""
+    older = sum(count for _, count in sample.older_versions)
+    spans = [*sample.older_versions, (sample.weight_version, len(sample.response_ids) - older)]
+    expected, start = [], 0
+    for version, count in spans:
+        of_policy = transformers_log_probs(policies[version], prompt.token_ids, sample.response_ids, 1.0)
+        expected.append(of_policy[start : start + count])
+        start += count
+    torch.testing.assert_close(torch.tensor(sample.log_probs), torch.cat(expected), atol=1e-4, rtol=0)
+
+
+def test_only_accepted_groups_count_and_new_prompts_replace_the_others(rollout, tiny_model_folder):
+    load_policy(rollout, tiny_model_folder, seed=3)
+    waiting = list(PROMPTS)
+
+    batch = rollout.sample_enough(
+        3, lambda count: [waiting.pop(0) for _ in range(count)], lambda group: group.prompt.index % 2 == 0, CarryOver()
+    )
+
+    assert len(batch.accepted) == WANTED
+    assert {group.prompt.index % 2 for group in batch.accepted} == {0}
+    assert {group.prompt.index % 2 for group in batch.rejected} <= {1}
+
+
+def test_groups_that_are_too_old_begin_anew():
+    def group(number: int, *versions: int) -> UnfinishedGroup:
+        spans = tuple((version, 2) for version in versions)
+        tokens = 2 * len(versions)
+        return UnfinishedGroup(
+            PROMPTS[number], (PartialResponse(number, (5,) * tokens, (-1.0,) * tokens, spans), PartialResponse(70))
+        )
+
+    carried = CarryOver(unfinished=(group(0, 4, 6), group(1, 5), group(2)))
+
+    fitting, expired = fit_for(carried, 7, 3, new_seeds=lambda prompts: [(91, 92) for _ in prompts])
+
+    assert expired == 1
+    assert fitting.unfinished == (group(1, 5), group(2), UnfinishedGroup.new(PROMPTS[0], (91, 92)))
