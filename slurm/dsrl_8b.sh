@@ -34,6 +34,8 @@ SAMPLES="${SAMPLES:-32}"                                       # responses per p
 VENV="${VENV-$DSRL_ROOT/.venv}"                                # Python environment; empty with a container
 CONTAINER="${CONTAINER:-}"                                     # such as: apptainer exec --nv /images/dsrl.sif
 MAX_ATTEMPTS="${MAX_ATTEMPTS:-20}"                             # starts of one job, the first included
+POLICY="${POLICY:-}"                                           # what is evaluated; empty: the newest export of the run
+STEPS="${STEPS:-check_environment check_configuration fetch_inputs convert_checkpoint train evaluate report}" # of job.sh
 
 # shellcheck source=slurm/job.sh
 source "$DSRL_ROOT/slurm/job.sh"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What every training job does, in order: environment check, HF -> Megatron conversion, training, evaluation, report.
-# The job scripts set their variables and source this file. Whatever is done already is skipped, so that a job that was
-# requeued, or submitted again, continues where the last one stopped.
+# What every job does, in order (STEPS): environment check, configuration check, model and data from the hub, HF ->
+# Megatron conversion, training, evaluation, report. The job scripts set their variables and source this file. Whatever
+# is done already is skipped, so that a job that was requeued, or submitted again, continues where the last one stopped.
 #
 # How a training ends, and what the job makes of it:
 #   0      done
@@ -11,7 +11,7 @@
 #          a row without a new checkpoint
 #
 # Variables (dsrl_8b.sh explains them): DSRL_ROOT, CONFIG, RUN_NAME, OUTPUT_DIR, MEGATRON_FOLDER, OVERRIDES, BENCHMARKS,
-# SAMPLES, VENV, CONTAINER, MAX_ATTEMPTS.
+# SAMPLES, VENV, CONTAINER, MAX_ATTEMPTS, POLICY, STEPS.
 # shellcheck shell=bash
 set -Eeuo pipefail
 
@@ -53,6 +53,19 @@ check_environment() {
     MASTER_PORT="$((20000 + SLURM_JOB_ID % 20000))"
     say "job $SLURM_JOB_ID, attempt $attempt, on $SLURM_JOB_NODELIST; run folder $run_folder"
     run_once "${dsrl[@]}" doctor
+}
+
+# A mistake ends the job here with its message, before anything was fetched or converted.
+check_configuration() {
+    run_once "${dsrl[@]}" train "$CONFIG" "${overrides[@]}" --dry-run --world-size "$SLURM_NTASKS" >/dev/null
+}
+
+# Model and prompts, by one process: all ranks would ask the hub at the same time. They read its cache afterwards.
+fetch_inputs() {
+    say "reading model and prompts (waiting for the hub, should they not be here)"
+    run_once python -c 'import sys; from megatron_dsrl.config.load import load_config
+from megatron_dsrl.run_inputs import load_inputs
+print(len(load_inputs(load_config(sys.argv[1], sys.argv[2:])).prompts), "prompts")' "$CONFIG" "${overrides[@]}"
 }
 
 # The model path of the configuration with the overrides, which may name another one.
@@ -108,7 +121,11 @@ requeue() {
 evaluate() {
     [ -n "$BENCHMARKS" ] || return 0
     local policy
-    policy="$(newest_step "$run_folder/hf")"
+    policy="${POLICY:-$(newest_step "$run_folder/hf")}"
+    if [ -z "$policy" ]; then
+        say "there is no policy in $run_folder/hf to evaluate; train first, or set POLICY to a folder or hub name"
+        exit "$USER_ERROR_STATUS"
+    fi
     say "evaluating $policy on $BENCHMARKS"
     run_on_all_ranks "${dsrl[@]}" eval "$policy" --benchmarks "$BENCHMARKS" --samples "$SAMPLES" --output "$run_folder/evaluation"
 }
@@ -117,9 +134,11 @@ evaluate() {
 trap 'say "line $LINENO failed with status $?"' ERR
 trap 'say "asked to stop; the training saves its state"' TERM USR1
 
-check_environment
-convert_checkpoint
-train
-evaluate
-run_once "${dsrl[@]}" report "$run_folder"
-say "done: $run_folder/report.html"
+report() {
+    run_once "${dsrl[@]}" report "$run_folder"
+}
+
+for step in $STEPS; do
+    "$step"
+done
+say "done: $run_folder"

@@ -38,12 +38,20 @@ def slurm(tmp_path_factory) -> Iterator[dict[str, str]]:
 
 
 class Job:
-    """A submitted slurm/tiny_cpu.sh, whose run has four steps and a checkpoint after each."""
+    """A submitted script, by default slurm/tiny_cpu.sh; its run has four steps and a checkpoint after each."""
 
-    def __init__(self, slurm: dict[str, str], folder: Path, *options: str, overrides: str = "") -> None:
+    def __init__(
+        self,
+        slurm: dict[str, str],
+        folder: Path,
+        *options: str,
+        overrides: str = "",
+        script: str = "tiny_cpu.sh",
+        **variables: str,
+    ) -> None:
         self._slurm = slurm
         self.runs = folder / "runs"
-        variables = {
+        variables |= {
             "CONFIG": str(write_tiny_run(folder)),
             "RUN_NAME": "tiny",
             "OUTPUT_DIR": str(self.runs),
@@ -52,7 +60,7 @@ class Job:
             "DSRL_ROOT": str(REPOSITORY),
             MARK: str(os.getpid()),
         }
-        command = ["sbatch", "--parsable", f"--output={folder}/job-%j.log", *options, "slurm/tiny_cpu.sh"]
+        command = ["sbatch", "--parsable", f"--output={folder}/job-%j.log", *options, f"slurm/{script}"]
         submitted = subprocess.run(
             command, cwd=REPOSITORY, env=slurm | variables, check=True, capture_output=True, text=True, timeout=60
         )
@@ -132,6 +140,21 @@ def test_an_array_is_one_run_per_seed(slurm, tmp_path):
     for seed in (5, 6):
         assert job.steps(f"tiny_seed{seed}") == [1]
         assert f"seed: {seed}\n" in (job.runs / f"tiny_seed{seed}" / "config.yaml").read_text()
+
+
+def test_conversion_and_evaluation_are_jobs_of_their_own(slurm, tmp_path):
+    conversion = Job(slurm, tmp_path, "--cpus-per-task=1", script="convert.sh")
+    assert conversion.ended() == {"COMPLETED"}, conversion.log()
+    assert (conversion.runs / "megatron" / "model").is_dir()
+    assert not (conversion.runs / "tiny" / "metrics.jsonl").exists()
+    problems = tmp_path / "problems.yaml"
+    problems.write_text(
+        "title: Sums\nreward: {function: boxed, workers: 1}\nsystem_prompt: null\nsamples_per_prompt: 1\n"
+        f"max_response_tokens: 8\nmax_prompt_tokens: 64\nfile: {{source: {tmp_path / 'prompts.jsonl'}}}\n"
+    )
+    steps = {"STEPS": "check_environment evaluate", "BENCHMARKS": str(problems), "SAMPLES": "1"}
+    nothing = Job(slurm, tmp_path, **steps)
+    assert nothing.ended() == {"FAILED"} and "train first, or set POLICY" in nothing.log()
 
 
 def is_rank(process: psutil.Process, folder: str, rank: str) -> bool:
