@@ -6,9 +6,13 @@ A step has three phases on every GPU, and the engine's memory is given back whil
 - update: the same of policy and critic, and the activations of the model that is being updated;
 - switch: weights go to the engine in buckets; its weights lie there, and its cache not yet.
 
+What `actor.offload` moves to the host is not on the GPU during generation. It mostly is not during the switch either,
+but in a step with a checkpoint or an export, and so in the last one, the trainer is whole then (device_sharing.py).
+
 Not counted: the CUDA context, what the allocator cannot reuse, and NCCL's buffers; `RESERVE_BYTES` stands for them.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from megatron_dsrl.config.run import RunConfig
@@ -44,17 +48,35 @@ class RunMemory:
     checkpoint. (Replicas share the writing, so that with data parallelism it is less.)"""
 
     @property
-    def resident(self) -> tuple[int, ...]:
-        """By stage: what of the models stays through the whole step."""
-        models = [self.policy, self.critic] if self.critic else [self.policy]
-        return tuple(sum(memory.resident for memory in stage) for stage in zip(*models))
+    def _models(self) -> list[tuple[TrainerMemory, ...]]:
+        """By pipeline stage, the models that are there."""
+        return list(zip(*([self.policy, self.critic] if self.critic else [self.policy])))
+
+    def resident_without(self, parts: Collection[str]) -> int:
+        """Of the fullest GPU: what the models keep there while these of their parts are on the host."""
+        return max(sum(memory.resident - memory.of_parts(parts) for memory in stage) for stage in self._models)
+
+    @property
+    def resident_while_sampling(self) -> int:
+        """Of the fullest GPU: what the models keep there while the engine samples."""
+        return self.resident_without(self.config.actor.offload.parts)
+
+    @property
+    def offloaded_on_host(self) -> tuple[int, ...]:
+        """By stage: copies of what moves to the host. Gradients are not kept."""
+        kept = [part for part in self.config.actor.offload.parts if part != "gradients"]
+        return tuple(sum(memory.of_parts(kept) for memory in stage) for stage in self._models)
+
+    @property
+    def on_host(self) -> int:
+        """Of the process that needs the most host memory."""
+        return max(map(sum, zip(self.reference_on_host, self.checkpoint_on_host, self.offloaded_on_host)))
 
     @property
     def peak_update(self) -> int:
         """Of the fullest GPU while policy or critic is updated."""
-        models = [self.policy, self.critic] if self.critic else [self.policy]
-        passing = [max(memory.passing for memory in stage) for stage in zip(*models)]
-        return max(resident + more for resident, more in zip(self.resident, passing)) + RESERVE_BYTES
+        needed = (sum(one.resident for one in stage) + max(one.passing for one in stage) for stage in self._models)
+        return max(needed) + RESERVE_BYTES
 
     @property
     def sync_buckets(self) -> int:
@@ -63,13 +85,13 @@ class RunMemory:
 
     @property
     def peak_switch(self) -> int:
-        """Of the fullest GPU while weights are pushed."""
-        return max(self.resident) + self.engine.weights + self.sync_buckets + RESERVE_BYTES
+        """Of the fullest GPU while weights are pushed, in a step with a checkpoint."""
+        return self.resident_without(()) + self.engine.weights + self.sync_buckets + RESERVE_BYTES
 
     @property
     def peak_generation(self) -> int:
         """Of the fullest GPU while the engine samples and the models wait."""
-        return max(self.resident) + self.engine.total + RESERVE_BYTES
+        return self.resident_while_sampling + self.engine.total + RESERVE_BYTES
 
     @property
     def peaks(self) -> dict[str, int]:
@@ -88,7 +110,7 @@ class RunMemory:
     @property
     def largest_memory_fraction(self) -> float:
         """The largest `engine.memory_fraction` with which generation fits, to 0.01; 0 if none does."""
-        return max(0, (self.capacity - max(self.resident) - RESERVE_BYTES) * 100 // self.capacity) / 100
+        return max(0, (self.capacity - self.resident_while_sampling - RESERVE_BYTES) * 100 // self.capacity) / 100
 
     @property
     def _longest_sequence(self) -> int:
@@ -100,9 +122,10 @@ class RunMemory:
         advice = {
             "an update": "lower actor.max_tokens_per_micro_batch or rollout.max_response_tokens, set "
             "model.recompute=full, or split the model further (section parallel)",
-            "the switch (weight push)": "split the model further (section parallel), set "
-            "parallel.distributed_optimizer=true, or raise engine.tensor_parallel_size",
-            "generation": "lower engine.memory_fraction, or split the model further (section parallel)",
+            "the switch (weight push)": "split the model further (section parallel), or raise "
+            "engine.tensor_parallel_size",
+            "generation": "lower engine.memory_fraction, move parts of the trainer to the host (actor.offload), or "
+            "split the model further (section parallel)",
         }
         too_large = [
             f"{what} takes {_gib(peak)} of the {_gib(self.capacity)} of a GPU; {advice[what]}"

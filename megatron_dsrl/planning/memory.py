@@ -4,6 +4,7 @@ Weights, gradients and optimizer state are exact. Activations count the tensors 
 pass. What of it lies there at the same time is in fit.py.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from megatron_dsrl.config.run import RunConfig
@@ -40,8 +41,13 @@ class TrainerMemory:
 
     @property
     def resident(self) -> int:
-        """What stays while the engine samples."""
+        """What stays through the whole step, if nothing of it is moved to the host."""
         return self.weights + self.gradients + self.optimizer
+
+    def of_parts(self, parts: Collection[str]) -> int:
+        """Of the parts that `actor.offload` can move, by their names there."""
+        sizes = {"parameters": self.weights, "gradients": self.gradients, "optimizer": self.optimizer}
+        return sum(sizes[part] for part in parts)
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,8 @@ def _add_host_rows(memory: RunMemory, row) -> None:
     """What its process keeps in host memory."""
     if any(memory.reference_on_host):
         row("on the host: reference policy", *memory.reference_on_host)
+    if any(memory.offloaded_on_host):
+        row("on the host: what actor.offload moves", *memory.offloaded_on_host)
     if any(memory.checkpoint_on_host):
         row("on the host: checkpoint copy, at most", *memory.checkpoint_on_host)
 

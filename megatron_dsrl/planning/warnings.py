@@ -55,21 +55,19 @@ def memory_warnings(config: RunConfig, world_size: int, machine: Machine) -> lis
 
 
 def _host_problems(memory: RunMemory, machine: Machine) -> list[str]:
-    per_process = max(map(sum, zip(memory.reference_on_host, memory.checkpoint_on_host)))
-    total = machine.processes * per_process
+    total = machine.processes * memory.on_host
     if total <= machine.host_bytes:
         return []
     return [
-        f"reference policy and checkpoint copies of {machine.processes} process(es) take {_gib(total)} of the "
-        f"{_gib(machine.host_bytes)} of this host; set checkpoint.asynchronous=false, or "
+        f"reference policy, offloaded parts and checkpoint copies of {machine.processes} process(es) take "
+        f"{_gib(total)} of the {_gib(machine.host_bytes)} of this host; set checkpoint.asynchronous=false, or "
         "parallel.distributed_optimizer=true"
     ]
 
 
 def _cpu_problems(memory: RunMemory, machine: Machine) -> list[str]:
     passing = [stage.passing for stage in (*memory.policy, *memory.critic)]
-    per_process = max(memory.resident) + max(passing)
-    per_process += max(map(sum, zip(memory.reference_on_host, memory.checkpoint_on_host)))
+    per_process = memory.resident_without(()) + max(passing) + memory.on_host
     engines = machine.processes / memory.config.engine.tensor_parallel_size
     per_engine = memory.config.engine.tensor_parallel_size * memory.engine.used
     total = int(machine.processes * per_process + engines * per_engine)

@@ -61,6 +61,19 @@ def test_peaks_by_hand():
         assert (peak <= GPU_BYTES) == fits
 
 
+def test_what_is_offloaded_is_on_the_host_while_the_engine_samples():
+    """During the update, and the switch of a step with a checkpoint, all of it is on the GPU."""
+    everything = [f"actor.offload.{part}=true" for part in ("gradients", "optimizer", "parameters")]
+    stays = run_memory(ppo(), qwen3_8b(), GPU_BYTES, world_size=8)
+    moves = run_memory(ppo(*everything), qwen3_8b(), GPU_BYTES, world_size=8)
+    (policy,), (critic,) = moves.policy, moves.critic
+    weights, optimizer = policy.weights + critic.weights, policy.optimizer + critic.optimizer
+    assert moves.peak_update == stays.peak_update
+    assert moves.peak_switch == stays.peak_switch
+    assert moves.peak_generation == int(0.6 * GPU_BYTES) + RESERVE_BYTES
+    assert moves.offloaded_on_host == (weights + optimizer,) and stays.offloaded_on_host == (0,)
+
+
 def test_reference_and_checkpoint_lie_on_the_host():
     with_reference = paper_run("phases.1.kl={loss_coefficient: 0.1}")
     memory = run_memory(with_reference, qwen3_8b(), GPU_BYTES, world_size=8)
