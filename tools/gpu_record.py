@@ -112,7 +112,10 @@ def write_run(folder: Path, size: Size, on_gpu: bool) -> Path:
             "max_response_tokens": size.response_tokens,
         },
         "engine": {"memory_fraction": 0.4} if on_gpu else {"max_total_tokens": 8192},
-        "actor": {"max_tokens_per_micro_batch": size.micro_batch_tokens},
+        "actor": {
+            "max_tokens_per_micro_batch": size.micro_batch_tokens,
+            "offload": {"gradients": True, "optimizer": True, "parameters": True},  # so that its switches are measured
+        },
         "phases": [{"name": "GRPO", "space": {"name": "post_train"}, "advantage": {"name": "group_standardised"}}],
     }
     file = folder / "run.yaml"
@@ -159,19 +162,31 @@ def speeds(run_folder: Path, architecture: Architecture, weight_bytes: int, gpu:
     trained, flops = zip(*(_work_of_step(run_folder, record["step"], architecture) for record in records))
     seconds = _median(records, "seconds/train")
     work_per_second = statistics.median(flops) / seconds
-    push = _median(records, "seconds/push_weights")
+    push = _median(records, "time/push_weights")
     mfu = f"{work_per_second / gpu.flops:.1%} of {gpu.flops / 1e12:.0f} TFLOP/s" if gpu else "no peak known"
     figures = {
         "actor, tokens/s (of prompts and responses)": f"{statistics.median(trained) / seconds:,.0f}",
         "actor, TFLOP/s": f"{work_per_second / 1e12:.3g}",
         "actor, MFU": mfu,
         "engine, tokens/s": f"{_median(records, 'throughput/tokens_per_second'):,.0f}",
-        "weight push, GB/s (with the engine's memory given back)": f"{weight_bytes / push / 1e9:.3g}",
+        "weight push, GB/s": f"{weight_bytes / push / 1e9:.3g}",
         "trainer, peak memory, GiB": f"{max(record['memory/trainer_peak_gib'] for record in records):.2f}",
         "log-prob gap, trainer - engine, mean": f"{_median(records, 'mismatch/mean_log_prob_gap'):.2e}",
     }
-    parts = sorted({key for record in records for key in record if key.startswith("seconds/")})
-    return figures | {f"{part.removeprefix('seconds/')}, s": f"{_median(records, part):.3g}" for part in parts}
+    switches = _keys(records, "time/")
+    figures["all switches between engine and trainer, s"] = f"{sum(_median(records, key) for key in switches):.3g}"
+    figures |= {f"switch: {key.removeprefix('time/')}, s": f"{_median(records, key):.3g}" for key in switches}
+    for key in _keys(records, "memory/", "_moved_gib"):
+        name = key.removeprefix("memory/").removesuffix("_moved_gib")
+        figures[f"switch: {name}, moved, GiB"] = f"{_median(records, key):.3g}"
+    for key in _keys(records, "seconds/"):
+        figures[f"part of the step: {key.removeprefix('seconds/')}, s"] = f"{_median(records, key):.3g}"
+    return figures
+
+
+def _keys(records: Sequence[Record], beginning: str, end: str = "") -> list[str]:
+    """Of any of the records, sorted."""
+    return sorted({key for record in records for key in record if key.startswith(beginning) and key.endswith(end)})
 
 
 def _work_of_step(run_folder: Path, step: int, architecture: Architecture) -> tuple[int, float]:

@@ -23,7 +23,8 @@ def write_steps(folder, seconds_of_training):
         for step, seconds in enumerate(seconds_of_training, start=1):
             write_groups(rollout_file(folder, step), [Group(Prompt(0, "", tuple(range(10)), ""), (sample, sample))])
             tracker.log_step({
-                "step": step, "seconds/train": seconds, "seconds/push_weights": 2.0, "seconds/step": 9.0,
+                "step": step, "seconds/train": seconds, "seconds/step": 9.0,
+                "time/push_weights": 2.0, "time/offload": 0.5, "memory/offload_moved_gib": 4.0,
                 "throughput/tokens_per_second": 500.0, "memory/trainer_peak_gib": 1.5 + step,
                 "mismatch/mean_log_prob_gap": 0.01,
             })  # fmt: skip
@@ -35,11 +36,13 @@ def test_figures_are_medians_without_the_first_step(tmp_path):
     assert figures["actor, tokens/s (of prompts and responses)"] == f"{80 / 3:,.0f}"
     flops = 2 * training_flops(qwen3_8b(), 10, 30, recompute_full=False) / 3
     assert figures["actor, MFU"] == f"{flops / 989e12:.1%} of 989 TFLOP/s"
-    assert figures["weight push, GB/s (with the engine's memory given back)"] == "8"
+    assert figures["weight push, GB/s"] == "8"
+    assert figures["all switches between engine and trainer, s"] == "2.5" and figures["switch: offload, s"] == "0.5"
+    assert figures["switch: offload, moved, GiB"] == "4"
     assert figures["engine, tokens/s"] == "500"
     assert figures["trainer, peak memory, GiB"] == "5.50"
     assert figures["log-prob gap, trainer - engine, mean"] == "1.00e-02"
-    assert figures["push_weights, s"] == "2" and figures["step, s"] == "9"
+    assert figures["part of the step: step, s"] == "9"
     assert speeds(tmp_path, qwen3_8b(), 1, gpu=None)["actor, MFU"] == "no peak known"
 
 
