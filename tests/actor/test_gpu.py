@@ -10,9 +10,21 @@ import pytest
 import torch
 from transformers import Qwen3ForCausalLM
 
+from megatron_dsrl.actor.build import build_actor
+from megatron_dsrl.actor.offload import MODEL_PARTS
 from megatron_dsrl.model.layer_spec import transformer_engine_is_usable
-from tests.actor.test_actor import NSR_PRERL, reference
-from tests.actor.test_layouts import INTERLEAVED, SEQUENCE_PARALLEL, Case, errors_of, run_cases, same_on_every_rank
+from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
+from tests.actor.test_actor import NSR_PRERL, objective_of, reference
+from tests.actor.test_layouts import (
+    INTERLEAVED,
+    SEQUENCE_PARALLEL,
+    Case,
+    configuration,
+    errors_of,
+    run_cases,
+    same_on_every_rank,
+    weights_of,
+)
 from tests.support.distributed import run_distributed
 from tests.support.tiny_model import make_tiny_qwen3
 
@@ -49,6 +61,28 @@ def test_local_layers_equal_transformers(model, one_gpu):
     update = one_gpu["local"]["updates"][0]
     assert update["loss"] == pytest.approx(loss, rel=1e-4)
     assert update["grad_norm"] == pytest.approx(grad_norm, rel=1e-4)
+
+
+def offload_once(folder: Path) -> dict[str, int | bool]:
+    """After an update: what the round trip freed and changed."""
+    config = configuration(LOCAL_BFLOAT16, folder)
+    with parallel_layout(config.parallel, seed=1):
+        actor = build_actor(config, folder / "dense")
+        actor.update([objective_of(NSR_PRERL)])
+        before, weights = torch.cuda.memory_allocated(), weights_of(actor)
+        moved = actor.memory.offload(MODEL_PARTS)
+        freed = before - torch.cuda.memory_allocated()
+        back = actor.memory.onload(MODEL_PARTS)
+        same = all((weight == weights[name]).all() for name, weight in weights_of(actor).items())
+        actor.update([objective_of(NSR_PRERL)])
+    destroy_parallel()
+    return {"moved": moved, "freed": freed, "back": back, "same": bool(same)}
+
+
+def test_offloading_frees_device_memory_and_changes_nothing(model, one_gpu):
+    (result,) = run_distributed(offload_once, 1, model[0])
+    assert result["same"] and result["back"] == result["moved"]
+    assert result["freed"] >= result["moved"] >= 18 * 205_568  # 4 bytes of gradients, 12 of optimizer, 2
 
 
 @pytest.mark.skipif(not transformer_engine_is_usable(), reason="needs Transformer Engine")
