@@ -8,16 +8,19 @@ from megatron_dsrl.actor.statistics import UpdateMetrics
 from megatron_dsrl.algorithms.experience import Response
 from megatron_dsrl.algorithms.mismatch import MISMATCH_MAXIMA, MISMATCH_MEANS
 from megatron_dsrl.algorithms.reward_shaping import shaping_metrics
+from megatron_dsrl.background import Background
 from megatron_dsrl.config.phase import MAIN_OBJECTIVE, PhaseConfig, PreTrainSpaceConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.data.prompt import Prompt
+from megatron_dsrl.data.sampler import RepeatableDraw
 from megatron_dsrl.evaluation.evaluator import Evaluator
 from megatron_dsrl.observability.console import RunConsole
-from megatron_dsrl.observability.step_metrics import rollout_metrics
+from megatron_dsrl.observability.step_metrics import count_tokens, rollout_metrics
 from megatron_dsrl.observability.timer import SecondsPerPart
 from megatron_dsrl.observability.tracker import Tracker
 from megatron_dsrl.platform import current_platform
 from megatron_dsrl.rollout.carry_over import CarryOver
+from megatron_dsrl.rollout.dispatcher import EnginesLostError
 from megatron_dsrl.rollout.dynamic_sampling import is_mixed, sample_until_mixed
 from megatron_dsrl.rollout.recording import RolloutRecorder
 from megatron_dsrl.rollout.rollout import Rollout
@@ -34,6 +37,10 @@ class StepSamples:
     """All that was sampled for it; more than that only under dynamic sampling."""
     metrics: dict[str, int | float]
     """How dynamic sampling and partial rollouts went; empty without them."""
+    generated_tokens: int
+    """Response tokens that the engines have produced for it."""
+    seconds: float
+    """Wall time of sampling, verification included where it overlaps."""
 
 
 class Controller:
@@ -66,8 +73,40 @@ class Controller:
         self._evaluator = evaluator
         self._tracker = tracker
         self._console = console
-        self.carried = CarryOver()
+        self._carried = CarryOver()
         """What the last step has left to the next one, under partial rollouts."""
+        self._work_ahead: Callable[[], StepSamples] | None = None
+        self._ahead: Background[StepSamples] | None = None
+        self._ready: StepSamples | None = None
+        """The next step's samples, where they have been sampled ahead."""
+
+    @property
+    def carried(self) -> CarryOver:
+        """What must be kept for the next step when no sampling is under way."""
+        return CarryOver(finished=tuple(self._ready.groups)) if self._ready else self._carried
+
+    def take_over(self, carried: CarryOver) -> None:
+        """Go on with what a checkpoint has kept for the next step."""
+        if self._config.rollout.sample_ahead:
+            groups = list(carried.finished)
+            self._ready = StepSamples(groups, groups, {}, 0, 0.0) if groups else None
+        else:
+            self._carried = carried
+
+    def begin_ahead(self, step: int, draw: Callable[[int], list[int]]) -> None:
+        """Sample for a step in the background; `finish_ahead` comes before anything else is asked of the engines."""
+        repeatable = RepeatableDraw(draw)
+        self._work_ahead = lambda: self._sample(step, repeatable.from_the_start())
+        self._ahead = Background(self._work_ahead)
+
+    def finish_ahead(self) -> None:
+        """Wait for the background; when its engines were lost, sample here, where they can be replaced."""
+        assert self._ahead is not None and self._work_ahead is not None
+        try:
+            self._ready = self._ahead.result()
+        except EnginesLostError:
+            self._ready = self._work_ahead()
+        self._ahead = None
 
     def sample(self, step: int, draw: Callable[[int], list[int]]) -> StepSamples:
         """Judged responses to the next prompts; they are on their way to the disk.
@@ -76,22 +115,26 @@ class Controller:
             step: counted from 1.
             draw: gives the indices of so many further prompts.
         """
-        wanted, dynamic = self._config.rollout.prompts_per_step, self._config.rollout.dynamic_sampling
-        if self._config.rollout.partial_rollouts:
-            samples = self._sample_partially(step, draw)
-        elif dynamic is None:
-            groups = self._sample_round(step, 0, draw(wanted))
-            samples = StepSamples(groups, groups, {})
-        else:
-            batch = sample_until_mixed(lambda n, count: self._sample_round(step, n, draw(count)), wanted, dynamic)
-            samples = StepSamples(batch.kept, batch.sampled, batch.metrics(wanted))
+        samples, self._ready = self._ready or self._sample(step, draw), None
         if self._recorder:
             self._recorder.record(step, samples.sampled)
         return samples
 
+    def _sample(self, step: int, draw: Callable[[int], list[int]]) -> StepSamples:
+        wanted, dynamic = self._config.rollout.prompts_per_step, self._config.rollout.dynamic_sampling
+        started = time.perf_counter()
+        if self._config.rollout.partial_rollouts:
+            return self._sample_partially(step, draw)
+        if dynamic is None:
+            groups = self._sample_round(step, 0, draw(wanted))
+            return StepSamples(groups, groups, {}, count_tokens(groups), time.perf_counter() - started)
+        batch = sample_until_mixed(lambda n, count: self._sample_round(step, n, draw(count)), wanted, dynamic)
+        generated, seconds = count_tokens(batch.sampled), time.perf_counter() - started
+        return StepSamples(batch.kept, batch.sampled, batch.metrics(wanted), generated, seconds)
+
     def _sample_partially(self, step: int, draw: Callable[[int], list[int]]) -> StepSamples:
         """Go on with what the step before has left; leave what this one does not need."""
-        config, before = self._config.rollout, self.carried
+        config, before, started = self._config.rollout, self._carried, time.perf_counter()
         with self._console.generation(step, config.prompts_per_step * config.samples_per_prompt) as progress:
             batch = self._rollout.sample_enough(
                 step,
@@ -100,7 +143,7 @@ class Controller:
                 carried=before,
                 on_samples=progress.advance,
             )
-        self.carried = batch.left  # not before: a step that is interrupted begins again with what it had
+        self._carried = batch.left  # not before: a step that is interrupted begins again with what it had
         metrics = {
             "partial_rollouts/continued_groups": len(before.finished) + len(before.unfinished) - batch.expired_groups,
             "partial_rollouts/expired_groups": batch.expired_groups,
@@ -109,7 +152,9 @@ class Controller:
             "partial_rollouts/rejected_groups": len(batch.rejected),
             "partial_rollouts/missing_groups": config.prompts_per_step - len(batch.accepted),
         }
-        return StepSamples(batch.accepted, batch.accepted + batch.rejected, metrics)
+        sampled = batch.accepted + batch.rejected
+        seconds = time.perf_counter() - started
+        return StepSamples(batch.accepted, sampled, metrics, batch.generated_tokens, seconds)
 
     def _sample_round(self, step: int, number: int, indices: Sequence[int]) -> list[Group]:
         prompts = [self._prompts[i] for i in indices]
@@ -146,11 +191,12 @@ class Controller:
             "phase": phase.name,
             "weight_version": step,
             **samples.metrics,
-            **rollout_metrics(samples.sampled, timer.seconds("generate")),
+            **rollout_metrics(samples.sampled, samples.generated_tokens, samples.seconds),
             **older_token_metrics(samples.groups, step),
             **shaping_metrics(responses, config.reward.overlong, config.rollout.max_response_tokens),
             **update_metrics(update, phase),
             **critic_metrics,
+            **self._rollout.fault_metrics(),
             **memory_metrics(),
             **timer.metrics(),
         }

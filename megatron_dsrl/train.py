@@ -15,6 +15,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
+from megatron_dsrl.actor.statistics import UpdateMetrics
 from megatron_dsrl.algorithms.experience import Experience, build_experience
 from megatron_dsrl.algorithms.reward_shaping import shape_rewards
 from megatron_dsrl.algorithms.schedule import Schedule
@@ -119,6 +120,8 @@ def run_steps(run: TrainingRun) -> None:
             experiences = share_experiences(run, step, samples, phase)
             if experiences is None:
                 stop_as_asked(run, step - 1, sampler_before)
+            sampler_before = run.sampler.state_dict()
+            begin_ahead(run, step)
             run.checkpoints.poll()
             run.device.give_to_trainer()
             run.models.begin_step(step)
@@ -127,12 +130,16 @@ def run_steps(run: TrainingRun) -> None:
         update = run.models.update_policy(step, phase, experiences, timer)
         saves = is_due(step, run.config.checkpoint.save_every_steps, run.config.steps)
         trainer_stays = saves or is_due(step, run.config.checkpoint.export_hf_every_steps, run.config.steps)
+        with timer.part("generate"):
+            stopped = not finish_ahead(run, step)
+        if stopped:
+            record_step(run, step, phase, samples, update, critic_metrics, timer)
+            stop_as_asked(run, step, sampler_before)
         with timer.part("push_weights"):
             run.device.push_weights(version=step + 1, trainer_stays=trainer_stays)
             if not trainer_stays:
                 run.device.give_to_engine()
-        if run.controller:
-            run.controller.record(step, phase, samples, update, critic_metrics | run.device.metrics(), timer)
+        record_step(run, step, phase, samples, update, critic_metrics, timer)
         if saves:
             save_checkpoint(run, step, run.sampler.state_dict())
         export_policy(run, step)
@@ -178,8 +185,8 @@ def start_run(
         save_rollouts = config.observability.save_rollouts
         recorder = resources.enter_context(RolloutRecorder(inputs.run_folder)) if save_rollouts else None
         controller = Controller(config, recorder, inputs.prompts, rollout, evaluator, tracker, console)
-        if checkpoint and config.rollout.partial_rollouts:
-            controller.carried = CarryOver.read_from(checkpoint.folder / ROLLOUT_FOLDER)
+        if checkpoint and config.rollout.carries_over:
+            controller.take_over(CarryOver.read_from(checkpoint.folder / ROLLOUT_FOLDER))
     return TrainingRun(
         config=config,
         inputs=inputs,
@@ -218,6 +225,44 @@ def recover_engines(run: TrainingRun, version: int) -> None:
     with run.stop.deferred():  # a rank that left now would leave the others waiting
         run.device.push_weights(version)
         run.device.give_to_engine()
+
+
+def begin_ahead(run: TrainingRun, step: int) -> None:
+    """Where samples are drawn ahead: let rank 0 begin with those of the next step."""
+    if run.config.rollout.sample_ahead and run.controller and step < run.config.steps:
+        run.controller.begin_ahead(step + 1, run.sampler.next)
+
+
+def finish_ahead(run: TrainingRun, step: int) -> bool:
+    """Wait for what `begin_ahead` began, before the engines get new weights; False if the run was asked to stop."""
+    if not run.config.rollout.sample_ahead or step == run.config.steps:
+        return True
+
+    def work() -> bool:
+        assert run.controller is not None
+        try:
+            with run.stop.interruptible():
+                run.controller.finish_ahead()
+        except StopRequested:
+            return False
+        return True
+
+    return broadcast(run.rollout.while_sampling(work, lambda: recover_engines(run, version=step)))
+
+
+def record_step(
+    run: TrainingRun,
+    step: int,
+    phase: PhaseConfig,
+    samples: StepSamples | None,
+    update: UpdateMetrics | None,
+    critic_metrics: dict[str, float],
+    timer: SecondsPerPart,
+) -> None:
+    """Write down and print a finished step, on rank 0."""
+    if run.controller:
+        assert samples is not None
+        run.controller.record(step, phase, samples, update, critic_metrics | run.device.metrics(), timer)
 
 
 def share_experiences(
@@ -291,7 +336,7 @@ def save_checkpoint(run: TrainingRun, step: int, sampler: SamplerState) -> None:
         config=run.config.model_dump(mode="json"),
     )
     others = run.models.other_parts()
-    if run.config.rollout.partial_rollouts:
+    if run.config.rollout.carries_over:
         carried = run.controller and run.controller.carried
         others[ROLLOUT_FOLDER] = lambda folder, copy: CarryOverWrite(carried, folder)
     run.checkpoints.save(state, run.models.actor.begin_save, others)

@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from megatron_dsrl.evaluate import fingerprint, hf_folder
 from megatron_dsrl.evaluated_model import find_model
+from megatron_dsrl.rollout.carry_over import CarryOver
 from megatron_dsrl.rollout.recording import read_groups, rollout_file
+from tests.support.compare_runs import records
 from tests.support.tiny_run import dsrl, processes_left_behind, write_tiny_run
 
 OFFLOAD = "actor.offload={gradients: true, optimizer: true, parameters: true}"
@@ -28,10 +30,6 @@ def run(config) -> Path:
     result = dsrl("train", str(config), OFFLOAD)
     assert result.returncode == 0, result.stderr
     return config.parent / "runs" / "tiny"
-
-
-def records(run: Path, file: str = "metrics.jsonl") -> list[dict]:
-    return [json.loads(line) for line in (run / file).read_text().splitlines()]
 
 
 def test_a_run_goes_through_both_phases_and_leaves_everything_behind(run):
@@ -90,6 +88,26 @@ def test_dynamic_sampling_trains_on_mixed_groups_only_and_every_rank_follows(con
         sampled_in_all += len(groups)
     state = json.loads((run / "checkpoints" / "step_000002" / "state.json").read_text())
     assert state["run"]["sampler"]["position"] == sampled_in_all % 40
+
+
+def test_partial_rollouts_carry_groups_over_steps_and_over_an_interruption(config):
+    """Every step begins with what was left; no prompt is lost or trained on twice. Each of 40 is drawn once."""
+    partial = ["rollout.partial_rollouts={oversampling: 2.0}", "rollout.prompts_per_step=4", "evaluation.sets=[]"]
+    for steps in (2, 3):
+        result = dsrl("train", str(config), "name=partial", *partial, f"steps={steps}", "checkpoint.save_every_steps=1")
+        assert result.returncode == 0, result.stderr
+    run = config.parent / "runs" / "partial"
+    steps = records(run)
+    for before, after in zip(steps, steps[1:]):
+        assert after["partial_rollouts/continued_groups"] == before["partial_rollouts/left_groups"]
+    assert steps[0]["partial_rollouts/left_groups"] == 4
+    trained = [group.prompt.index for step in (1, 2, 3) for group in read_groups(rollout_file(run, step))]
+    left = CarryOver.read_from(run / "checkpoints" / "step_000003" / "rollout")
+    on_their_way = [group.prompt.index for group in (*left.finished, *left.unfinished)]
+    assert len(trained) == len(set(trained)) == 12
+    assert not set(trained) & set(on_their_way)
+    state = json.loads((run / "checkpoints" / "step_000003" / "state.json").read_text())
+    assert state["run"]["sampler"]["position"] == len(trained) + len(on_their_way)
 
 
 @pytest.mark.parametrize(

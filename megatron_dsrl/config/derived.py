@@ -231,6 +231,12 @@ def _batch_problems(config: RunConfig, world_size: int, prompts: int | None) -> 
             "data.source, rollout.prompts_per_step",
             f"the training set has only {prompts} prompts for {rollout.prompts_per_step} per step; lower the latter",
         )
+    if rollout.sample_ahead and not config.engine.urls:
+        yield (
+            "rollout.sample_ahead, engine.urls",
+            "engines that share the trainer's devices cannot sample while it trains; start servers elsewhere and name "
+            "them in engine.urls, or turn sample_ahead off",
+        )
     if rollout.top_k == 0:
         yield "rollout.top_k", "0 would leave no token to sample; use -1 to turn top-k off"
 

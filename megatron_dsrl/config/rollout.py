@@ -57,6 +57,11 @@ class RolloutConfig(Section):
     log-probs that they were sampled with as their old log-probs. With `dynamic_sampling` only mixed groups count,
     prompts are replaced one by one, and its `oversampling` has no effect. null: a step waits for all its responses."""
 
+    sample_ahead: bool = False
+    """Sample the batch of the next step while this one is trained on, one step off-policy: its weights are one version
+    old, and the log-probs that it was sampled with are the old log-probs of the update. Needs engines on devices of
+    their own (`engine.urls`). Off: training and sampling take turns."""
+
     deterministic: bool = False
     """The same seed and weights give the same tokens and log-probs, bit for bit. Samples have seeds of their own in any
     case; but what is computed together differs by rounding, which now and then decides a token. If true, the prompts
@@ -78,10 +83,21 @@ class RolloutConfig(Section):
     replay_from: str | None = None
     """Run folder whose saved rollouts are used in place of sampling (train-only runs, layout comparisons)."""
 
+    @property
+    def carries_over(self) -> bool:
+        """Whether a step may leave samples to the next one."""
+        return self.partial_rollouts is not None or self.sample_ahead
+
     @model_validator(mode="after")
     def _is_repeatable_if_it_says_so(self) -> "RolloutConfig":
         if self.deterministic and self.partial_rollouts:
             raise ValueError("deterministic: which responses partial_rollouts cuts is decided by time; set one to null")
+        return self
+
+    @model_validator(mode="after")
+    def _samples_ahead_whole_batches(self) -> "RolloutConfig":
+        if self.sample_ahead and (self.partial_rollouts or self.replay_from):
+            raise ValueError("sample_ahead does not go with partial_rollouts or replay_from; turn one of them off")
         return self
 
 

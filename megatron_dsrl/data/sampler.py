@@ -1,6 +1,7 @@
 """Which prompts come next: shuffled epochs, deterministic and resumable."""
 
 import random
+from collections.abc import Callable
 from typing import TypedDict
 
 from megatron_dsrl.errors import UserError
@@ -62,3 +63,25 @@ class PromptSampler:
         self._position = 0
         self._order = list(range(self._num_prompts))
         random.Random(f"{self._seed}/{epoch}").shuffle(self._order)
+
+
+class RepeatableDraw:
+    """Draws indices like `PromptSampler.next`, and can draw the same ones again."""
+
+    def __init__(self, draw: Callable[[int], list[int]]):
+        self._draw = draw
+        self._drawn: list[int] = []
+        self._position = 0
+
+    def __call__(self, count: int) -> list[int]:
+        """The next `count` indices; new ones once those that were drawn before are used up."""
+        end = self._position + count
+        if end > len(self._drawn):
+            self._drawn += self._draw(end - len(self._drawn))
+        taken, self._position = self._drawn[self._position : end], end
+        return taken
+
+    def from_the_start(self) -> "RepeatableDraw":
+        """Begin again with the first index that was drawn."""
+        self._position = 0
+        return self

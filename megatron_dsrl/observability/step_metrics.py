@@ -9,10 +9,13 @@ from collections.abc import Sequence
 from megatron_dsrl.rollout.sample import Group, Sample
 
 
-def rollout_metrics(groups: Sequence[Group], generate_seconds: float) -> dict[str, int | float]:
+def rollout_metrics(
+    groups: Sequence[Group], generated_tokens: int, generate_seconds: float
+) -> dict[str, int | float]:
     """All metrics of this module for one step's groups, which must not be empty.
 
-    `generate_seconds` is the wall time of generation, verification included where it overlaps.
+    `generated_tokens` were produced for the step, in `generate_seconds` of wall time, verification included where it
+    overlaps. Both may be 0: all groups were there already.
     """
     samples = [sample for group in groups for sample in group.samples]
     assert samples, "a step without samples"
@@ -20,7 +23,7 @@ def rollout_metrics(groups: Sequence[Group], generate_seconds: float) -> dict[st
         reward_metrics(groups)
         | verifier_metrics(samples)
         | response_metrics(samples)
-        | throughput_metrics(samples, generate_seconds)
+        | throughput_metrics(generated_tokens, generate_seconds)
     )
 
 
@@ -55,11 +58,14 @@ def response_metrics(samples: Sequence[Sample]) -> dict[str, int | float]:
     }
 
 
-def throughput_metrics(samples: Sequence[Sample], generate_seconds: float) -> dict[str, int | float]:
-    """Response tokens generated in the step, and per second of generation."""
-    assert generate_seconds > 0
-    tokens = sum(len(sample.response_ids) for sample in samples)
-    return {"throughput/generated_tokens": tokens, "throughput/tokens_per_second": tokens / generate_seconds}
+def throughput_metrics(tokens: int, seconds: float) -> dict[str, int | float]:
+    """Response tokens generated for the step, and per second of generation."""
+    return {"throughput/generated_tokens": tokens, "throughput/tokens_per_second": tokens / seconds if tokens else 0.0}
+
+
+def count_tokens(groups: Sequence[Group]) -> int:
+    """Response tokens of all samples."""
+    return sum(len(sample.response_ids) for group in groups for sample in group.samples)
 
 
 def _mean(values: Sequence[float]) -> float:

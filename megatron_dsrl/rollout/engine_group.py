@@ -51,6 +51,8 @@ class EngineGroup:
         self._problem: str | None = None
         """Why the engine of this group is lost. Same on all ranks of the group, except for what only its owner sees."""
         self._restarts = 0
+        """Of this group's engine, on its owner."""
+        self._all_restarts = 0
         self._released: set[MemoryTag] = set()
         """Memory that the engine has given back."""
         self._owns_server = rank() % size == 0
@@ -104,6 +106,7 @@ class EngineGroup:
             self._problem = f"the engine at {self._server.url} has ended"
         self._together(lambda: self._restart() if self._problem is not None else None)
         self._problem = None
+        self._all_restarts = sum(self._from_all(self._restarts))
 
     def load(self, make_buckets: Callable[[], Iterable[Bucket]], version: int) -> None:
         """Replace the weights of all engines; see `push_weights`. Lost engines are restarted first, and so are those
@@ -142,8 +145,8 @@ class EngineGroup:
 
     @property
     def restarts(self) -> int:
-        """How often this rank has restarted its engine."""
-        return self._restarts
+        """How often engines have been restarted, all together; the same on every rank."""
+        return self._all_restarts
 
     def barrier(self) -> None:
         """Wait for all ranks."""

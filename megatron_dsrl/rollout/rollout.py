@@ -6,6 +6,7 @@ ranks are together: when new weights are loaded, and in the middle of a batch wh
 
 import asyncio
 import math
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ class PartialBatch:
     """For the next step."""
     expired_groups: int
     """Of what was carried over to this step: begun anew, since it would have had tokens of too many weight versions."""
+    generated_tokens: int
+    """Response tokens that the engines have produced now."""
 
 
 def ignore(progress: object) -> None:
@@ -128,6 +131,9 @@ class Rollout(Protocol):
 
         `make_buckets` gathers them anew whenever it is called.
         """
+
+    def fault_metrics(self) -> dict[str, int]:
+        """The `engine/*` part of a step record: restarts and repeated requests since the run was started."""
 
     def release_memory(self) -> None:
         """Lend the engines' device memory to the training step. All ranks."""
@@ -246,7 +252,9 @@ class EngineRollout:
         feed = EnoughFeed(wanted, accept, begin, oversampling, max_begun, carried)
         batch = self._run(feed, self._training_sampling, self._rewards, on_samples, ignore)
         left = CarryOver(tuple(feed.accepted[wanted:]), tuple(batch.unfinished_groups))
-        return PartialBatch(feed.accepted[:wanted], feed.rejected, left, expired)
+        everything = CarryOver((*feed.accepted, *feed.rejected), left.unfinished)
+        generated = everything.num_tokens - carried.num_tokens
+        return PartialBatch(feed.accepted[:wanted], feed.rejected, left, expired, generated)
 
     def generate(
         self,
@@ -277,16 +285,22 @@ class EngineRollout:
         return self._run(feed, sampling, rewards or self._rewards, on_samples, on_group).finished_groups
 
     def while_sampling(self, work: Callable[[], Value], recover: Callable[[], None]) -> Value | None:
+        engines = self._running_engines()
         if rank() != 0:
-            while (lost := broadcast(None)) is not None:
-                self._recover_together(lost, recover)
+            done = False
+            while not done:
+                done, lost = broadcast(None)
+                engines.lose(lost)
+                if not done:
+                    recover()
             return None
         self._recover = recover
         try:
             result = work()
         finally:
             self._recover = None
-        broadcast(None)
+        broadcast((True, self._lost))
+        engines.lose(self._lost)  # nobody waits for their answers until they are replaced
         return result
 
     def restart_engines(self) -> None:
@@ -298,6 +312,9 @@ class EngineRollout:
         self._lost.clear()
         engines.load(make_buckets, version)
         self._weight_version = version
+
+    def fault_metrics(self) -> dict[str, int]:
+        return {"engine/restarts": self._running_engines().restarts, "engine/retries": self._retries}
 
     def release_memory(self) -> None:
         if can_release_engine_memory():
@@ -340,16 +357,20 @@ class EngineRollout:
             health_timeout_seconds=engine.health_timeout_seconds,
         )
         batch = Batch(request, len(self._urls))
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        recover = self._recover if in_main_thread else None  # it is collective, and the main thread may be in another
         while True:
             try:
                 asyncio.run(self._dispatch(batch, rewards, on_samples, on_group))
                 return batch
             except EnginesLostError:
-                if self._recover is None:
+                if recover is None:
                     raise
                 started = time.monotonic()
-                broadcast(self._lost)
-                self._recover_together(self._lost, self._recover)
+                broadcast((False, self._lost))
+                self._running_engines().lose(self._lost)
+                recover()
+                self._lost.clear()
                 batch.deadline += time.monotonic() - started  # the limit is one of sampling
             finally:
                 self._retries += batch.retries
@@ -432,6 +453,9 @@ class ReplayedRollout:
 
     def load_weights(self, make_buckets: Callable[[], Iterable[Bucket]], version: int) -> None:
         pass
+
+    def fault_metrics(self) -> dict[str, int]:
+        return {}
 
     def release_memory(self) -> None:
         pass

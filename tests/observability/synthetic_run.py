@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.observability.records import Record
-from megatron_dsrl.observability.step_metrics import rollout_metrics
+from megatron_dsrl.observability.step_metrics import count_tokens, rollout_metrics
 from megatron_dsrl.observability.tracker import Tracker
 from megatron_dsrl.rollout.recording import rollout_file, write_groups
 from megatron_dsrl.rollout.sample import Group, Sample
@@ -105,7 +105,7 @@ def step_record(groups: list[Group], step: int, warmup: int, random_source: rand
         "step": step,
         "phase": "nsr-prerl" if pre_train else "grpo",
         "weight_version": step - 1,
-        **rollout_metrics(groups, generate_seconds=generate),
+        **rollout_metrics(groups, count_tokens(groups), generate),
         "policy/loss": 0.01 * random_source.gauss(0, 1),
         "policy/entropy": 0.5 + 0.3 * math.exp(-step / 20) + 0.02 * random_source.random(),
         "policy/clip_fraction": 0.0,

@@ -19,7 +19,7 @@ def test_four_groups_worked_by_hand() -> None:
         samples=(make_sample(0.5, tokens=1), make_sample(0.5, tokens=6, verdict="error")),
     )
 
-    metrics = rollout_metrics([solved, unsolved, mixed, partial_credit], generate_seconds=8.0)
+    metrics = rollout_metrics([solved, unsolved, mixed, partial_credit], generated_tokens=40, generate_seconds=8.0)
 
     assert metrics == {
         "reward/mean": pytest.approx(4 / 8),  # 2 + 0 + 1 + 1 over eight samples

@@ -1,8 +1,8 @@
 """SGLang servers that the run has not started: one that a process of its own has, with a key, as its owner would."""
 
 import asyncio
-import json
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -22,11 +22,13 @@ from megatron_dsrl.rollout.client import Completion, EngineClient, SampleRequest
 from megatron_dsrl.rollout.credentials import API_KEY_VARIABLE
 from megatron_dsrl.rollout.engine_group import server_arguments
 from megatron_dsrl.rollout.external_engines import ExternalEngines
+from megatron_dsrl.rollout.recording import read_groups, rollout_file
 from megatron_dsrl.rollout.rollout import EngineRollout, start_rollout
 from megatron_dsrl.rollout.sampling import SamplingParameters
 from megatron_dsrl.rollout.server import EngineServer
 from megatron_dsrl.rollout.weight_broadcast import ServerLink, broadcast_weights
 from megatron_dsrl.rollout.weight_push import Bucket
+from tests.support.compare_runs import records
 from tests.support.engine import (
     STOP_TOKEN_ID,
     decode_as_numbers,
@@ -185,11 +187,48 @@ def test_two_processes_train_with_a_server_elsewhere(ranks, tmp_path, monkeypatc
 
     assert result.returncode == 0, result.stderr
     run = tmp_path / "runs" / "tiny"
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records] == [1, 2]
-    assert records[1]["mismatch/max_log_prob_gap"] < 1e-4  # step 1 trains in the pre-train space
+    assert [record["step"] for record in records(run)] == [1, 2]
+    assert records(run)[1]["mismatch/max_log_prob_gap"] < 1e-4  # step 1 trains in the pre-train space
     assert not (run / "engines").exists(), "the run has started none of its own"
     assert KEY not in "".join(path.read_text() for path in run.glob("*.yaml")), "the key is not written down"
+
+
+@pytest.mark.slow
+def test_samples_are_drawn_ahead_and_a_run_that_goes_on_has_them(tmp_path):
+    """Steps after the first train on samples of the weights before; so does the first one after an interruption."""
+    config = write_tiny_run(tmp_path)
+    server = EngineServer(
+        server_arguments(tiny_run_config(tmp_path / "model"), 0) | {"load_format": "dummy"},
+        engine_environment(1),
+        tmp_path / "server.log",
+        startup_timeout_seconds=300.0,
+    )
+    server.start()
+    ahead = [f"engine.urls=[{server.url}]", "rollout.sample_ahead=true", "checkpoint.save_every_steps=2", "steps=4"]
+    whole, parts = tmp_path / "runs" / "whole", tmp_path / "runs" / "parts"
+
+    def train(name: str) -> None:
+        result = dsrl("train", str(config), f"name={name}", *ahead, timeout_seconds=400)
+        assert result.returncode == 0, result.stderr
+
+    try:
+        train("whole")
+        shutil.copytree(whole, parts)  # and now as if it had been killed after its second step
+        shutil.rmtree(parts / "checkpoints" / "step_000004")
+        shutil.rmtree(parts / "hf")
+        train("parts")
+    finally:
+        server.stop()
+
+    for run in (whole, parts):
+        assert [r["step"] for r in records(run)] == [1, 2, 3, 4]
+        assert [r.get("response/older_token_fraction", 0.0) for r in records(run)] == [0.0, 1.0, 1.0, 1.0]
+        for step in (1, 2, 3, 4):
+            groups = read_groups(rollout_file(run, step))
+            assert {s.weight_version for group in groups for s in group.samples} == {max(1, step - 1)}
+    for one, other in zip(records(whole), records(parts), strict=True):
+        assert other["reward/mean"] == one["reward/mean"]
+        assert other["policy/loss"] == pytest.approx(one["policy/loss"], rel=1e-5)
 
 
 @pytest.mark.slow

@@ -13,8 +13,8 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from megatron_dsrl.rollout.recording import read_groups, rollout_file
 
-NOT_COMPARED = ("seconds", "throughput/", "memory/", "time/")
-"""Beginnings of the names of what depends on the clock and the machine."""
+NOT_COMPARED = ("seconds", "throughput/", "memory/", "time/", "engine/")
+"""Beginnings of the names of what depends on the clock, the machine and what befell it."""
 
 
 def assert_same_run(run: Path, other: Path, steps: int) -> None:
@@ -53,7 +53,7 @@ def reproducible(records: list[dict]) -> list[dict]:
     return [{name: x for name, x in record.items() if not name.startswith(NOT_COMPARED)} for record in records]
 
 
-def records(run: Path, file: str) -> list[dict]:
+def records(run: Path, file: str = "metrics.jsonl") -> list[dict]:
     return [json.loads(line) for line in (run / file).read_text().splitlines()]
 
 
