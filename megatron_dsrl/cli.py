@@ -91,6 +91,20 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
+def _rollout(options: argparse.Namespace) -> int:
+    from megatron_dsrl.config.load import load_config
+    from megatron_dsrl.platform import silence_expected_warnings
+    from megatron_dsrl.preflight import preflight
+
+    config = load_config(options.config, options.overrides)
+    preflight(config, int(os.environ.get("WORLD_SIZE", "1")))
+    silence_expected_warnings()
+    from megatron_dsrl.rollout_only import sample_run
+
+    sample_run(config)
+    return 0
+
+
 def _report(options: argparse.Namespace) -> int:
     from megatron_dsrl.report.report import write_report
 
@@ -180,6 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     add_eval(commands)
     _add_plan(commands)
     _add_report(commands)
+    _add_rollout(commands)
     _add_compare(commands)
     add_table(commands)
     add_analyse(commands)
@@ -196,13 +211,7 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "megatron_dsrl.cli train CONFIG.yaml ...",
         epilog="example: dsrl train configs/tiny_dsrl.yaml rollout.temperature=0.7 phases.0.until_step=5 --dry-run",
     )
-    parser.add_argument("config", metavar="CONFIG.yaml", type=Path, help="configuration file")
-    parser.add_argument(
-        "overrides",
-        metavar="KEY.PATH=VALUE",
-        nargs="*",
-        help="set a field, after the file; the value is YAML, list positions are numbers",
-    )
+    _add_config(parser)
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -216,6 +225,28 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="with --dry-run: number of processes to check for (default: WORLD_SIZE, else 1)",
     )
     parser.set_defaults(command=_train, parser=parser)
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG.yaml", type=Path, help="configuration file")
+    parser.add_argument(
+        "overrides",
+        metavar="KEY.PATH=VALUE",
+        nargs="*",
+        help="set a field, after the file; the value is YAML, list positions are numbers",
+    )
+
+
+def _add_rollout(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "rollout",
+        help="sample what a run would sample, without training",
+        description="Sample the steps of a run with the weights of its model folder, without a trainer. A run with "
+        "rollout.replay_from trains on the result without engines. On N processes: as `dsrl train`.",
+        epilog="example: dsrl rollout configs/tiny_dsrl.yaml name=sampled steps=2",
+    )
+    _add_config(parser)
+    parser.set_defaults(command=_rollout, parser=parser)
 
 
 def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

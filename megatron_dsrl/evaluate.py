@@ -5,13 +5,11 @@ Every rank runs it. Each engine's ranks start it as in training; rank 0 samples 
 
 import hashlib
 from collections.abc import Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from pydantic import ValidationError
 
 from megatron_dsrl.collective import barrier, on_first, rank
@@ -30,8 +28,7 @@ from megatron_dsrl.evaluation.evaluator import check_different_samples
 from megatron_dsrl.evaluation.results import markdown, write_results
 from megatron_dsrl.evaluation.results_file import EVALUATIONS_FOLDER
 from megatron_dsrl.model.architecture import read_architecture
-from megatron_dsrl.model.parallel import world_size_from_environment
-from megatron_dsrl.platform import current_platform
+from megatron_dsrl.process_group import process_group
 from megatron_dsrl.rollout.rollout import EngineRollout
 
 FINGERPRINT_PIECES = 64
@@ -66,7 +63,7 @@ def evaluate(request: EvaluationRequest) -> None:
     """
     benchmarks = [load_benchmark(name, request.data_folder, request.changes) for name in request.benchmarks]
     _check_benchmarks(benchmarks)
-    with _processes(), ExitStack() as resources:
+    with process_group(), ExitStack() as resources:
         model = on_first(lambda: find_model(request.model))
         output = request.output or default_output(model)
         folder = hf_folder(model, output)
@@ -149,21 +146,6 @@ def hf_folder(model: EvaluatedModel, output: Path) -> Path:
         options = ConversionOptions(dtype=None, verify=False, overwrite=False, expect=None)
         convert_megatron_to_hf(model.folder, converted, WEIGHT_FILE_BYTES, options, model.companions)
     return converted
-
-
-@contextmanager
-def _processes():
-    """torchrun's processes as one group, and each on its device. Undone at the end."""
-    several = world_size_from_environment() > 1 and not dist.is_initialized()
-    if several:
-        dist.init_process_group("gloo", timeout=timedelta(days=14))
-    if current_platform().name == "cuda":
-        current_platform().install()
-    try:
-        yield
-    finally:
-        if several:
-            dist.destroy_process_group()
 
 
 def _config(folder: Path, overrides: Sequence[str], max_prompt_tokens: int) -> BenchmarkRunConfig:

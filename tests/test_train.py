@@ -110,6 +110,23 @@ def test_partial_rollouts_carry_groups_over_steps_and_over_an_interruption(confi
     assert state["run"]["sampler"]["position"] == len(trained) + len(on_their_way)
 
 
+def test_both_halves_alone(config):
+    """Samples without a trainer, and a training on them without engines."""
+    sampled = dsrl("rollout", str(config), "name=sampled")
+    assert sampled.returncode == 0, sampled.stderr
+    run = config.parent / "runs" / "sampled"
+    assert {s.weight_version for step in (1, 2) for g in read_groups(rollout_file(run, step)) for s in g.samples} == {0}
+    assert not (run / "checkpoints").exists()
+
+    trained = dsrl("train", str(config), "name=trained", f"rollout.replay_from={run}", "evaluation.sets=[]")
+    assert trained.returncode == 0, trained.stderr
+    first, second = records(config.parent / "runs" / "trained")
+    assert first["response/older_token_fraction"] == second["response/older_token_fraction"] == 1.0
+    assert second["policy/grad_norm"] > 0
+    again = dsrl("rollout", str(config), "name=sampled")
+    assert again.returncode == 0 and "step 1/2" not in again.stdout, "what is there is not sampled again"
+
+
 @pytest.mark.parametrize(
     "layout",
     [
