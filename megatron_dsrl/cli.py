@@ -18,6 +18,7 @@ from megatron_dsrl.arguments import labelled_folders, positive
 from megatron_dsrl.conversion.command_line import add_convert
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.evaluation.command_line import add_eval, add_table
+from megatron_dsrl.observability.command_line import add_trace
 
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130
@@ -194,6 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     add_eval(commands)
     _add_plan(commands)
     _add_report(commands)
+    add_trace(commands)
     _add_rollout(commands)
     _add_compare(commands)
     add_table(commands)

@@ -13,12 +13,14 @@ until it is written, and the peak of that step is the engine's weights beside th
 """
 
 from collections.abc import Collection, Iterable
+from contextlib import nullcontext
 
 from megatron_dsrl.actor.actor import Actor
 from megatron_dsrl.actor.critic import Critic
 from megatron_dsrl.actor.offload import MODEL_PARTS, ModelMemory, ModelPart
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.observability.memory_switches import MemorySwitches
+from megatron_dsrl.observability.timeline import Span
 from megatron_dsrl.platform import current_platform
 from megatron_dsrl.rollout.rollout import Rollout
 
@@ -26,20 +28,23 @@ from megatron_dsrl.rollout.rollout import Rollout
 class SharedDevice:
     """The device of this rank. Methods are collective over the ranks."""
 
-    def __init__(self, config: RunConfig, actor: Actor, critic: Critic | None, rollout: Rollout):
+    def __init__(
+        self, config: RunConfig, actor: Actor, critic: Critic | None, rollout: Rollout, span: Span = nullcontext
+    ):
         """
         Args:
             config: the run.
             actor: the policy.
             critic: trained beside it.
             rollout: the engines.
+            span: records the switches in the timeline.
         """
         self._offloaded = config.actor.offload.parts
         self._bucket_bytes = config.engine.weight_bucket_megabytes * 2**20
         self._actor = actor
         self._memory = [actor.memory] + ([critic.memory] if critic else [])
         self._rollout = rollout
-        self._switches = MemorySwitches()
+        self._switches = MemorySwitches(span)
 
     def give_to_trainer(self) -> None:
         """Before an update, or a checkpoint: the engine's memory is released, and the models are whole again."""

@@ -7,6 +7,7 @@ A run that is started again continues from its newest checkpoint and does exactl
 interruption.
 """
 
+import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from megatron_dsrl.device_sharing import SharedDevice
 from megatron_dsrl.evaluation.evaluator import Evaluator
 from megatron_dsrl.model.parallel import destroy_parallel, initialize_parallel
 from megatron_dsrl.observability.console import RunConsole
+from megatron_dsrl.observability.timeline import NoTimeline, Timeline
 from megatron_dsrl.observability.timer import SecondsPerPart
 from megatron_dsrl.observability.tracker import Tracker
 from megatron_dsrl.platform import current_platform
@@ -98,6 +100,7 @@ class TrainingRun:
     stop: StopSignal
     controller: Controller | None
     """Rank 0 only."""
+    timeline: Timeline | NoTimeline
 
 
 def run_steps(run: TrainingRun) -> None:
@@ -112,7 +115,8 @@ def run_steps(run: TrainingRun) -> None:
         if any(gather(run.stop.requested)):  # SLURM and torchrun may signal any of the ranks
             stop_as_asked(run, step - 1, run.sampler.state_dict())
         phase = schedule.at(step)
-        timer = SecondsPerPart()
+        run.timeline.begin_step(step)
+        timer = SecondsPerPart(span=run.timeline.span)
         sampler_before = run.sampler.state_dict()
         with timer.part("generate"):
             samples = sample(run, step)
@@ -162,16 +166,20 @@ def start_run(
     """Start the engines, build the models, restore the checkpoint. What must be closed is left to `resources`."""
     step = checkpoint.state.step if checkpoint else 0
     prepare_run_folder(config, inputs.run_folder, step)
+    timeline = open_timeline(config, inputs.run_folder, resources)
     rollout = start_rollout(
         with_model_folder(config, inputs.model_folder),
         inputs.run_folder,
         stop_token_ids(inputs.tokenizer),
         inputs.decode,
+        timeline.engine_call,
     )
     resources.callback(rollout.close)
-    rollout.wait_until_ready()
+    with timeline.span("start_engines"):
+        rollout.wait_until_ready()
     rollout.release_memory()
-    models = build_models(config, inputs.model_folder)
+    with timeline.span("build_models"):
+        models = build_models(config, inputs.model_folder)
     sampler = PromptSampler(len(inputs.prompts), config.seed)
     if checkpoint:
         sampler.load_state_dict(checkpoint.state.sampler)
@@ -193,12 +201,20 @@ def start_run(
         first_step=step + 1,
         models=models,
         rollout=rollout,
-        device=SharedDevice(config, models.actor, models.critic, rollout),
+        device=SharedDevice(config, models.actor, models.critic, rollout, timeline.span),
         sampler=sampler,
         checkpoints=checkpoints,
         stop=resources.enter_context(StopSignal()),
         controller=controller,
+        timeline=timeline,
     )
+
+
+def open_timeline(config: RunConfig, run_folder: Path, resources: ExitStack) -> Timeline | NoTimeline:
+    """What this rank does is recorded until `resources` are closed, if the configuration says so."""
+    if not config.observability.trace:
+        return NoTimeline()
+    return resources.enter_context(Timeline(run_folder, dist.get_rank(), socket.gethostname()))
 
 
 def with_model_folder(config: RunConfig, folder: Path) -> RunConfig:
@@ -222,7 +238,8 @@ def sample(run: TrainingRun, step: int) -> StepSamples | None:
 
 def recover_engines(run: TrainingRun, version: int) -> None:
     """In the middle of a batch: replace lost engines, and give them the weights that they had. All ranks."""
-    with run.stop.deferred():  # a rank that left now would leave the others waiting
+    # a rank that left now would leave the others waiting
+    with run.stop.deferred(), run.timeline.span("recover_engines"):
         run.device.push_weights(version)
         run.device.give_to_engine()
 
@@ -291,7 +308,8 @@ def export_policy(run: TrainingRun, step: int) -> None:
     if step > 0 and is_due(step, run.config.checkpoint.export_hf_every_steps, run.config.steps):
         target = exported_policy(run.inputs.run_folder, step)
         if not target.exists():
-            run.models.actor.export_hf(target)
+            with run.timeline.span("export"):
+                run.models.actor.export_hf(target)
 
 
 def evaluate_policy(run: TrainingRun, step: int) -> None:
@@ -300,7 +318,8 @@ def evaluate_policy(run: TrainingRun, step: int) -> None:
     A request to stop ends the evaluation; the run then stops before its next step, and evaluates when it is continued.
     """
     if step == 0 or is_due(step, run.config.evaluation.interval_at(step), run.config.steps):
-        run.rollout.while_sampling(lambda: evaluate(run, step), lambda: recover_engines(run, version=step + 1))
+        with run.timeline.span("evaluate"):
+            run.rollout.while_sampling(lambda: evaluate(run, step), lambda: recover_engines(run, version=step + 1))
 
 
 def evaluate(run: TrainingRun, step: int) -> None:
@@ -339,7 +358,8 @@ def save_checkpoint(run: TrainingRun, step: int, sampler: SamplerState) -> None:
     if run.config.rollout.carries_over:
         carried = run.controller and run.controller.carried
         others[ROLLOUT_FOLDER] = lambda folder, copy: CarryOverWrite(carried, folder)
-    run.checkpoints.save(state, run.models.actor.begin_save, others)
+    with run.timeline.span("save_checkpoint"):
+        run.checkpoints.save(state, run.models.actor.begin_save, others)
 
 
 def is_due(step: int, every_steps: int | None, last_step: int) -> bool:

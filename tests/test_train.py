@@ -68,6 +68,47 @@ def test_every_switch_of_device_memory_is_recorded(run):
     assert "time/offload" not in second  # a checkpoint and an export follow the last step
 
 
+def test_the_timeline_has_every_part_of_every_step_and_every_call(run):
+    trace = assert_traced(run, ranks=1)
+    switches = {event["name"] for event in trace if event.get("cat") == "part" and event["args"] == {}}
+    assert {"engine_sleep", "onload", "offload", "engine_wake", "export", "save_checkpoint", "evaluate"} <= switches
+
+
+def assert_traced(run: Path, ranks: int) -> list[dict]:
+    """`dsrl trace` on a run of two steps: the events of its trace."""
+    result = dsrl("trace", str(run))
+    assert result.returncode == 0, result.stderr
+    assert f"2 steps on {ranks} rank(s)" in result.stdout and "busy in generate" in result.stdout
+    trace = json.loads((run / "trace" / "trace.json").read_text())["traceEvents"]
+    slices = [event for event in trace if event["ph"] == "X"]
+    assert all(event["ts"] >= 0 and event["dur"] >= 0 for event in slices)
+
+    def inside(outer: dict, category: str) -> list[dict]:
+        starts = range(outer["ts"], outer["ts"] + outer["dur"] + 1)
+        return [one for one in slices if one["cat"] == category and one["ts"] in starts]
+
+    recorded = {record["step"]: record for record in records(run)}
+    for rank in range(ranks):
+        for step in (1, 2):
+            (whole,) = [one for one in slices if one["pid"] == rank and one["args"].get("step") == step]
+            parts = [one for one in inside(whole, "part") if one["pid"] == rank]
+            for part in ("generate", "train", "push_weights"):
+                microseconds = sum(one["dur"] for one in parts if one["name"] == part)
+                assert microseconds > 0
+                if rank == 0 and part != "push_weights":  # of which the switch has the same name
+                    assert microseconds / 1e6 == pytest.approx(recorded[step][f"seconds/{part}"], abs=0.02)
+    for step in (1, 2):
+        (whole,) = [one for one in slices if one["pid"] == 0 and one["args"].get("step") == step]
+        samplings = [one for one in inside(whole, "part") if one["pid"] == 0 and one["name"] == "generate"]
+        calls = [(sampling, call) for sampling in samplings for call in inside(sampling, "call")]
+        assert all(call["ts"] + call["dur"] <= sampling["ts"] + sampling["dur"] for sampling, call in calls)
+        samples = [sample for group in read_groups(rollout_file(run, step)) for sample in group.samples]
+        assert sum(call["args"]["tokens"] for _, call in calls) == sum(len(s.response_ids) for s in samples)
+        assert {call["args"]["outcome"] for _, call in calls} == {"done"}
+        assert len({call["pid"] for _, call in calls}) == ranks  # one engine each
+    return trace
+
+
 def test_engine_and_trainer_agree_on_log_probs_after_a_weight_push(run):
     # step 2 samples with weights that were pushed after step 1, and the trainer scores them with its own
     assert records(run)[1]["mismatch/max_log_prob_gap"] < 1e-4
@@ -88,6 +129,7 @@ def test_dynamic_sampling_trains_on_mixed_groups_only_and_every_rank_follows(con
         sampled_in_all += len(groups)
     state = json.loads((run / "checkpoints" / "step_000002" / "state.json").read_text())
     assert state["run"]["sampler"]["position"] == sampled_in_all % 40
+    assert_traced(run, ranks=2)
 
 
 def test_partial_rollouts_carry_groups_over_steps_and_over_an_interruption(config):

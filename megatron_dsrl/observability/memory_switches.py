@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
+from megatron_dsrl.observability.timeline import Span
 from megatron_dsrl.platform import current_platform
 
 GIB = 2**30
@@ -21,7 +22,9 @@ class MemorySwitches:
     ```
     """
 
-    def __init__(self) -> None:
+    def __init__(self, span: Span = nullcontext) -> None:
+        """`span` records every switch in the timeline."""
+        self._span = span
         self._metrics: dict[str, float] = {}
 
     @contextmanager
@@ -32,7 +35,8 @@ class MemorySwitches:
         platform = current_platform()
         platform.restart_peak_memory()
         started = time.perf_counter()
-        yield
+        with self._span(name):
+            yield
         seconds, statistics = time.perf_counter() - started, platform.memory_statistics()
         self._add(f"time/{name}", seconds)
         self._metrics[f"memory/{name}_gib"] = statistics.allocated_bytes / GIB

@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+
+from megatron_dsrl.observability.timeline import Span
 
 
 class SecondsPerPart:
@@ -16,9 +18,14 @@ class SecondsPerPart:
     ```
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        """`clock` returns seconds from any fixed origin and never runs backwards."""
+    def __init__(self, clock: Callable[[], float] = time.perf_counter, span: Span = nullcontext) -> None:
+        """
+        Args:
+            clock: returns seconds from any fixed origin and never runs backwards.
+            span: records every part in the timeline.
+        """
         self._clock = clock
+        self._span = span
         self._started = clock()
         self._seconds: dict[str, float] = {}
         self._open_part: str | None = None
@@ -34,7 +41,8 @@ class SecondsPerPart:
         self._open_part = name
         entered = self._clock()
         try:
-            yield
+            with self._span(name):
+                yield
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + self._clock() - entered
             self._open_part = None

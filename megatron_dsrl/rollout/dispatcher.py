@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from megatron_dsrl.rewards.pool import RewardPool
 from megatron_dsrl.rollout.batch import Batch, Call
 from megatron_dsrl.rollout.client import BadRequestError, Completion, EngineClient, EngineError
+from megatron_dsrl.rollout.engine_call import EngineCall
 from megatron_dsrl.rollout.routing import Load, Router
 from megatron_dsrl.rollout.sample import Group, Sample
 from megatron_dsrl.rollout.unfinished import PartialResponse, UnfinishedGroup
@@ -66,6 +67,7 @@ class Dispatcher:
         decode: Decode,
         on_samples: Callable[[int], None],
         on_group: Callable[[Group], None],
+        on_call: Callable[[EngineCall], None],
     ) -> None:
         """
         Args:
@@ -76,6 +78,7 @@ class Dispatcher:
             decode: makes text of them.
             on_samples: is told how many samples have come back, each time some do.
             on_group: gets every group as soon as it is judged, in any order.
+            on_call: gets every call to an engine when it has ended.
         """
         self._batch = batch
         self._request = batch.request
@@ -85,6 +88,7 @@ class Dispatcher:
         self._decode = decode
         self._on_samples = on_samples
         self._on_group = on_group
+        self._on_call = on_call
         self._router = Router(
             len(clients), self._request.max_outstanding_samples, self._request.sampling.max_response_tokens, set(lost)
         )
@@ -173,19 +177,23 @@ class Dispatcher:
         self._router.end(running.engine, running.load)
         try:
             completions = task.result()
-        except BadRequestError:
+        except BadRequestError as error:
+            self._report(running, str(error))
             raise
         except EngineError as error:
+            self._report(running, str(error))
             await self._failed(running, error)
             return
-        self._take(running.call, completions)
+        self._take(running, completions)
         unfinished = tuple(p for p in running.call.positions if not self._batch.groups[p].is_complete)
         if unfinished:  # the engine aborted on its own account
             self._retry(running, EngineError("the engine aborted it"))
 
-    def _take(self, call: Call, completions: Sequence[Completion]) -> None:
+    def _take(self, running: Running, completions: Sequence[Completion]) -> None:
         """Add what has come to the groups of a call; those that are complete go to the verifier."""
-        answers = iter(completions)
+        call, answers = running.call, iter(completions)
+        aborted = any(completion.finish_reason == "abort" for completion in completions)
+        self._report(running, "aborted" if aborted else "done", sum(len(c.response_ids) for c in completions))
         for position in call.positions:
             group = self._batch.groups[position]
             mine = [next(answers) for _ in range(group.num_unfinished)]
@@ -286,6 +294,7 @@ class Dispatcher:
             if running.engine == engine:
                 task.cancel()
                 del self._running[task]
+                self._report(running, problem)
                 self._router.end(engine, running.load)
                 self._batch.waiting.appendleft(running.call)
         for task, of in list(self._monitors.items()):
@@ -309,7 +318,9 @@ class Dispatcher:
                 for task in done:
                     running = self._running.pop(task)
                     if task.exception() is None:  # else the group stays as it was before this step
-                        self._take(running.call, task.result())
+                        self._take(running, task.result())
+                    else:
+                        self._report(running, str(task.exception()))
         while self._judging:
             done, _ = await asyncio.wait(self._judging, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -317,6 +328,8 @@ class Dispatcher:
 
     async def _stop(self) -> None:
         self._ended.set()
+        for running in self._running.values():
+            self._report(running, "cancelled")
         for task in (*self._running, *self._judging):
             task.cancel()  # closes the connection, at which SGLang aborts the request
         await asyncio.gather(*self._running, *self._judging, return_exceptions=True)
@@ -325,6 +338,12 @@ class Dispatcher:
             for task in self._monitors:
                 task.cancel()
             await asyncio.gather(*self._monitors, return_exceptions=True)
+
+    def _report(self, running: Running, outcome: str, tokens: int = 0) -> None:
+        """Tell the observer of a call that has ended."""
+        prompts = tuple(self._batch.groups[position].prompt.index for position in running.call.positions)
+        attempt, ended = running.call.attempts + 1, time.monotonic()
+        self._on_call(EngineCall(running.engine, prompts, tokens, attempt, outcome, running.started, ended))
 
     def _timeout_message(self) -> str:
         """Who is late: the longest running first."""

@@ -24,6 +24,7 @@ from megatron_dsrl.rollout.batch import Batch, BatchRequest, Feed, WholeFeed
 from megatron_dsrl.rollout.carry_over import CarryOver, EnoughFeed, fit_for
 from megatron_dsrl.rollout.client import connect
 from megatron_dsrl.rollout.dispatcher import Decode, Dispatcher, EnginesLostError
+from megatron_dsrl.rollout.engine_call import EngineCall
 from megatron_dsrl.rollout.engine_group import UNSET_WEIGHT_VERSION, EngineGroup, initial_weight_version
 from megatron_dsrl.rollout.external_engines import ExternalEngines
 from megatron_dsrl.rollout.replay import replayed_groups
@@ -149,7 +150,11 @@ class Rollout(Protocol):
 
 
 def start_rollout(
-    config: RunConfig, run_folder: Path, stop_token_ids: Sequence[int], decode: Decode
+    config: RunConfig,
+    run_folder: Path,
+    stop_token_ids: Sequence[int],
+    decode: Decode,
+    on_call: Callable[[EngineCall], None] = ignore,
 ) -> "EngineRollout | ReplayedRollout":
     """Start the rollout side; called on every rank, after torch.distributed where there is more than one.
 
@@ -161,13 +166,14 @@ def start_rollout(
         run_folder: Engine logs go to its `engines/`.
         stop_token_ids: Tokens that end a response (end of turn, end of text).
         decode: Token ids to text without special tokens.
+        on_call: On rank 0, told of every call to an engine when it has ended.
 
     Raises:
         UserError: Something in the configuration cannot work. Nothing is left running.
     """
     if config.rollout.replay_from is not None:
         return ReplayedRollout(config, Path(config.rollout.replay_from))
-    return EngineRollout(config, run_folder, tuple(stop_token_ids), decode)
+    return EngineRollout(config, run_folder, tuple(stop_token_ids), decode, on_call)
 
 
 def make_engines(config: RolloutSettings, run_folder: Path) -> EngineGroup | ExternalEngines:
@@ -186,10 +192,16 @@ class EngineRollout:
     """Samples from SGLang engines; rewards come from a pool on rank 0."""
 
     def __init__(
-        self, config: RolloutSettings, run_folder: Path, stop_token_ids: tuple[int, ...], decode: Decode
+        self,
+        config: RolloutSettings,
+        run_folder: Path,
+        stop_token_ids: tuple[int, ...],
+        decode: Decode,
+        on_call: Callable[[EngineCall], None] = ignore,
     ) -> None:
         self._config = config
         self._decode = decode
+        self._on_call = on_call
         self._training_sampling = SamplingParameters.for_training(config.rollout, stop_token_ids)
         self._weight_version = initial_weight_version(config)
         self._urls: list[str] = []
@@ -384,12 +396,10 @@ class EngineRollout:
         on_group: Callable[[Group], None],
     ) -> None:
         async with connect(self._urls, self._config.engine.update_timeout_seconds) as clients:
-            await Dispatcher(batch, clients, self._lost, rewards, self._decode, on_samples, on_group).run()
-
-    def _recover_together(self, lost: dict[int, str], recover: Callable[[], None]) -> None:
-        self._running_engines().lose(lost)
-        recover()
-        self._lost.clear()
+            dispatcher = Dispatcher(
+                batch, clients, self._lost, rewards, self._decode, on_samples, on_group, self._on_call
+            )
+            await dispatcher.run()
 
     def _running_engines(self) -> EngineGroup | ExternalEngines:
         assert self._engines is not None, "the rollout is closed"

@@ -21,7 +21,7 @@ from megatron_dsrl.rollout.batch import Batch, BatchRequest, WholeFeed
 from megatron_dsrl.rollout.client import connect
 from megatron_dsrl.rollout.dispatcher import Dispatcher
 from megatron_dsrl.rollout.engine_group import server_arguments
-from megatron_dsrl.rollout.rollout import EngineRollout
+from megatron_dsrl.rollout.rollout import EngineRollout, ignore
 from megatron_dsrl.rollout.sample import Group
 from megatron_dsrl.rollout.sampling import SamplingParameters
 from megatron_dsrl.rollout.seeds import seeds_of_batch
@@ -211,7 +211,10 @@ def dispatch(config, servers: list[EngineServer], rewards: RewardPool) -> tuple[
 
     async def run() -> None:
         async with connect([server.url for server in servers], 30.0) as clients:
-            await Dispatcher(batch, clients, lost, rewards, decode_as_numbers, lambda count: None, judged.append).run()
+            dispatcher = Dispatcher(
+                batch, clients, lost, rewards, decode_as_numbers, lambda count: None, judged.append, ignore
+            )
+            await dispatcher.run()
 
     asyncio.run(run())
     assert sorted(group.prompt.index for group in judged) == [prompt.index for prompt in PROMPTS], "each is judged once"

@@ -10,6 +10,7 @@ from megatron_dsrl.rewards.pool import RewardPool
 from megatron_dsrl.rollout.batch import Batch, BatchRequest, WholeFeed
 from megatron_dsrl.rollout.client import Completion, SampleRequest
 from megatron_dsrl.rollout.dispatcher import Dispatcher
+from megatron_dsrl.rollout.rollout import ignore
 from megatron_dsrl.rollout.sample import Group
 from megatron_dsrl.rollout.sampling import SamplingParameters
 from megatron_dsrl.rollout.seeds import seeds_of_batch
@@ -80,5 +81,5 @@ class ReplayingSampler:
         def decode(ids: Sequence[int]) -> str:
             return self._tokenizer.decode(ids, skip_special_tokens=True)
 
-        asyncio.run(Dispatcher(batch, clients, {}, rewards, decode, on_samples, on_group).run())
+        asyncio.run(Dispatcher(batch, clients, {}, rewards, decode, on_samples, on_group, ignore).run())
         return batch.finished_groups

@@ -1,0 +1,33 @@
+"""`dsrl trace`. Light: whatever the command needs is imported when it runs."""
+
+import argparse
+from pathlib import Path
+
+
+def add_trace(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to `dsrl`'s."""
+    parser = commands.add_parser(
+        "trace",
+        help="what every rank and engine of a run did when: a file for ui.perfetto.dev, and a summary",
+        description="Join the timelines of all ranks and engines into one file, which ui.perfetto.dev and "
+        "chrome://tracing open, and print a summary. Also while the run is still going, or after it was killed.",
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="run folder, such as runs/tiny_dsrl")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="of the trace (default: RUN/trace/trace.json)")
+    parser.set_defaults(command=_trace, parser=parser)
+
+
+def _trace(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from megatron_dsrl.observability.timeline import TRACE_FOLDER
+    from megatron_dsrl.observability.timeline_records import read_timelines
+    from megatron_dsrl.observability.timeline_summary import print_summary
+    from megatron_dsrl.observability.trace_events import write_trace
+
+    timelines = read_timelines(options.run)
+    target = options.output or options.run / TRACE_FOLDER / "trace.json"
+    write_trace(timelines, target)
+    print_summary(timelines, Console())
+    print(f"written to {target}: open it in https://ui.perfetto.dev")
+    return 0

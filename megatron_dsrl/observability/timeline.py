@@ -1,0 +1,132 @@
+"""What every rank and every engine did when, as it happens: `<run folder>/trace/rank_00000.jsonl`.
+
+A rank writes one line when it enters a span and one when it leaves it, so that the file of a killed or hanging run says
+where each rank was. Rank 0 also writes the calls to the engines, each when it ends. `dsrl trace` joins the files of all
+ranks (observability/trace_events.py).
+
+Times are seconds since 1970 of the node's clock, so that ranks and nodes align as well as their clocks do. Within a
+process they are that clock at its start plus a clock that nobody sets, and never run backwards.
+"""
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from types import TracebackType
+from typing import TextIO
+
+from megatron_dsrl.observability.records import repair_records
+from megatron_dsrl.rollout.engine_call import EngineCall
+
+TRACE_FOLDER = "trace"
+"""Within a run folder."""
+
+logger = logging.getLogger(__name__)
+
+Span = Callable[[str], AbstractContextManager[None]]
+"""Of a name: what the block does."""
+
+
+class NoTimeline:
+    """In the place of a `Timeline` where nothing is recorded."""
+
+    def begin_step(self, step: int) -> None:
+        """See `Timeline`."""
+
+    def span(self, name: str) -> AbstractContextManager[None]:
+        """See `Timeline`."""
+        return nullcontext()
+
+    def engine_call(self, call: EngineCall) -> None:
+        """See `Timeline`."""
+
+
+def trace_file(run_folder: Path, rank: int) -> Path:
+    """What a rank has written."""
+    return run_folder / TRACE_FOLDER / f"rank_{rank:05d}.jsonl"
+
+
+class Timeline:
+    """Appends to the file of one rank, from any thread. A context manager.
+
+    A file that cannot be written ends the recording with a warning, not the run.
+    """
+
+    def __init__(self, run_folder: Path, rank: int, host: str) -> None:
+        """
+        Args:
+            run_folder: an existing one.
+            rank: of this process.
+            host: name of its node.
+        """
+        self._epoch = time.time() - time.monotonic()
+        self._file = trace_file(run_folder, rank)
+        self._stream: TextIO | None = None
+        self._lock = threading.Lock()
+        self._started = {"event": "start", "rank": rank, "host": host}
+
+    def __enter__(self) -> "Timeline":
+        try:
+            self._file.parent.mkdir(exist_ok=True)
+            repair_records(self._file)
+            self._stream = self._file.open("a", encoding="utf-8")
+        except OSError as error:
+            self._give_up(error)
+        self._write(self._started | {"time": self._time(time.monotonic())})
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def begin_step(self, step: int) -> None:
+        """What follows belongs to this step, until the next one begins."""
+        self._write({"event": "step", "step": step, "time": self._time(time.monotonic())})
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        """Record the block, also when it raises. Spans of a thread nest."""
+        what = {"name": name, "thread": threading.current_thread().name}
+        self._write({"event": "begin", **what, "time": self._time(time.monotonic())})
+        try:
+            yield
+        finally:
+            self._write({"event": "end", **what, "time": self._time(time.monotonic())})
+
+    def engine_call(self, call: EngineCall) -> None:
+        """Record a call that has ended."""
+        self._write(
+            {
+                "event": "call",
+                "engine": call.engine,
+                "time": self._time(call.started),
+                "seconds": round(call.ended - call.started, 6),
+                "prompts": list(call.prompts),
+                "tokens": call.tokens,
+                "attempt": call.attempt,
+                "outcome": call.outcome,
+            }
+        )
+
+    def _time(self, monotonic: float) -> float:
+        return round(self._epoch + monotonic, 6)
+
+    def _write(self, record: dict) -> None:
+        line = json.dumps(record) + "\n"
+        with self._lock:
+            if self._stream is not None:
+                try:
+                    self._stream.write(line)
+                    self._stream.flush()
+                except OSError as error:
+                    self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        logger.warning("the timeline is not recorded any further: %s: %s", self._file, error)
+        self._stream = None
