@@ -20,12 +20,15 @@ from megatron_dsrl.config.layout import engine_problems, refuse
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.platform.engine import ServerArguments, engine_environment, engine_server_arguments
 from megatron_dsrl.rollout.client import EngineClient, EngineError, MemoryTag
+from megatron_dsrl.rollout.credentials import agree_on_key
 from megatron_dsrl.rollout.server import EngineServer
 from megatron_dsrl.rollout.settings import RolloutSettings
 from megatron_dsrl.rollout.weight_check import WeightCheck
 from megatron_dsrl.rollout.weight_push import Bucket, push_weights
 
 logger = logging.getLogger(__name__)
+
+LOOPBACK = "127.0.0.1"
 
 DISK_WEIGHT_VERSION = 0
 """Version of the weights that an engine reads from the model folder; the first update makes it 1."""
@@ -65,6 +68,8 @@ class EngineGroup:
             self._group = groups[engine]
         self._check = WeightCheck(config, self._group)
         host = self._host()
+        if host != LOOPBACK:
+            agree_on_key()
         self._server = EngineServer(
             arguments=server_arguments(config, engine) if self._owns_server else {},
             environment=engine_environment(size),
@@ -221,9 +226,9 @@ class EngineGroup:
         return gather(value, self._everyone)
 
     def _host(self) -> str:
-        """Loopback on one node; with several, this node's address, which rank 0 can reach."""
+        """Loopback on one node; with several, this node's address, which rank 0 can reach, and then with a key."""
         if int(os.environ.get("LOCAL_WORLD_SIZE", self._world)) == self._world:
-            return "127.0.0.1"
+            return LOOPBACK
         # The address from which this node reaches the first one; connecting a datagram socket sends nothing.
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((os.environ["MASTER_ADDR"], 9))

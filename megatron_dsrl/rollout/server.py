@@ -20,6 +20,7 @@ import psutil
 import megatron_dsrl
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.platform.engine import ServerArguments
+from megatron_dsrl.rollout.credentials import engine_headers
 
 LOG_LINES_IN_ERROR = 15
 POLL_SECONDS = 0.2
@@ -165,7 +166,8 @@ class EngineServer:
         try:
             # SGLang opens its port only after the schedulers have loaded the model.
             without_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-            with without_proxy.open(f"{self.url}/model_info", timeout=5.0) as response:
+            request = urllib.request.Request(f"{self.url}/model_info", headers=engine_headers())
+            with without_proxy.open(request, timeout=5.0) as response:
                 return response.status == 200
         except (urllib.error.URLError, OSError):
             return False

@@ -42,7 +42,11 @@ def main() -> None:
     from sglang.srt.entrypoints.http_server import launch_server
     from sglang.srt.server_args import ServerArgs
 
+    from megatron_dsrl.rollout.credentials import API_KEY_VARIABLE
+
     arguments = json.loads(sys.argv[1])[1]
+    if API_KEY_VARIABLE in os.environ:  # not an argument of this program, which every user of the machine can read
+        arguments = {"api_key": os.environ[API_KEY_VARIABLE]} | arguments
     try:
         launch_server(ServerArgs(**arguments), run_scheduler_process_func=run_scheduler_process)
     except Exception:

@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import torch
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.platform.engine import engine_environment
 from megatron_dsrl.rollout.client import EngineError
+from megatron_dsrl.rollout.credentials import API_KEY_VARIABLE, agree_on_key
 from megatron_dsrl.rollout.engine_group import server_arguments
 from megatron_dsrl.rollout.server import EngineServer
 from megatron_dsrl.rollout.weight_push import push_weights
@@ -111,12 +114,18 @@ def schedulers_of(group: int) -> list[psutil.Process]:
     return found
 
 
-def test_a_bad_bucket_is_an_error_and_a_dead_engine_is_noticed(make_server):
+def test_a_key_is_asked_for_a_bad_bucket_is_an_error_and_a_dead_engine_is_noticed(make_server, monkeypatch):
+    monkeypatch.delenv(API_KEY_VARIABLE, raising=False)
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # what agree_on_key does ends with the test
+    agree_on_key()
     server = make_server()
     server.start()
     group = server.process_id
     server.wait_until_ready()
     assert len(processes_of_group(group)) >= 3  # server, scheduler, detokenizer
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(f"{server.url}/model_info")
+    assert os.environ[API_KEY_VARIABLE] not in " ".join(psutil.Process(group).cmdline())
     buckets = iter([[("model.norm.weight", torch.zeros(3))]] + 3 * [[("model.norm.weight", torch.zeros(64))]])
 
     problem = push_weights(buckets, 1, server.url, group=None, timeout_seconds=20.0)
