@@ -1,0 +1,158 @@
+"""The documents say what is: their commands are accepted and, where seconds suffice, run; what they name exists."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_dsrl.cli import _parse, main
+from megatron_dsrl.config.load import load_config
+from megatron_dsrl.evaluation.benchmark import load_benchmark
+from tests.configs.test_configs import MODELS
+from tests.support.documents import (
+    DOCUMENTS,
+    commands,
+    fields_named,
+    files_named,
+    is_field,
+    is_message,
+    messages_quoted,
+    name,
+)
+from tests.support.tiny_run import REPOSITORY, write_tiny_run
+
+EXAMPLES = REPOSITORY / "examples"
+RUN_HERE = {
+    command.line: command
+    for document in DOCUMENTS
+    for command in commands(document)
+    if (arguments := command.dsrl_arguments())
+    and (arguments[0] == "plan" or "--dry-run" in arguments or command.line == "dsrl table --size Qwen3-8B")
+    and (document.parent != REPOSITORY or command.shown)
+}
+"""Commands that take a second: plans, dry runs."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder in which the documents' commands find what they name: the repository's folders, and models."""
+    folder = tmp_path_factory.mktemp("guides")
+    for part in ("configs", "examples", "slurm"):
+        (folder / part).symlink_to(REPOSITORY / part)
+    for model, config in MODELS.items():
+        (folder / model).mkdir(parents=True)
+        (folder / model / "config.json").write_text(json.dumps(config))
+    tiny = folder / ".cache" / "tiny_dsrl"
+    tiny.mkdir(parents=True)
+    write_tiny_run(tiny)
+    (tiny / "model").rename(tiny / "base")
+    (tiny / "train.jsonl").symlink_to(tiny / "prompts.jsonl")
+    (folder / ".cache" / "own_data").mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name)
+def test_commands_are_accepted(document, capsys):
+    """By the command line, and the overrides by the configuration that they are for."""
+    for command in commands(document):
+        if (arguments := command.dsrl_arguments()) is None:
+            continue
+        try:
+            options = _parse(arguments)
+        except SystemExit:
+            pytest.fail(f"{command.line}\n{capsys.readouterr().err}")
+        config = getattr(options, "config", None)
+        if config is not None and (REPOSITORY / config).exists():
+            load_config(REPOSITORY / config, options.overrides)
+
+
+@pytest.mark.parametrize("line", RUN_HERE)
+def test_plans_and_dry_runs_run_and_print_what_is_shown(line, folder, monkeypatch, capsys):
+    """Where a document shows output, its lines stand in the program's in this order; `...` leaves some out."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "112")
+    command = RUN_HERE[line]
+    if (source := _parquet(command.words)) is not None:
+        subprocess.run(_parquet_command(), cwd=folder, check=True, timeout=60)
+        assert (folder / source).exists()
+    assert main(command.dsrl_arguments()) == 0
+    printed = iter([row.rstrip() for row in capsys.readouterr().out.splitlines()])
+    for row in command.shown:
+        if row != "...":
+            assert row.rstrip() in printed, f"{line} no longer prints\n{row}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name)
+def test_what_a_document_names_exists(document):
+    assert [str(file) for file in files_named(document) if not file.exists()] == []
+    assert [path for path in fields_named(document) if not is_field(path)] == []
+
+
+def test_job_scripts_and_their_variables():
+    """Every script that is submitted exists, and takes every variable that a document sets or explains."""
+    known = (REPOSITORY / "slurm" / "dsrl_8b.sh").read_text()
+    for document in DOCUMENTS:
+        text = document.read_text()
+        for line in re.findall(r"^.*\bsbatch .*$", text, re.M):
+            for variable in re.findall(r"\b([A-Z_]+)=", line):
+                assert re.search(rf"^{variable}=", known, re.M), line
+    reproduction = (EXAMPLES / "reproduction" / "README.md").read_text()
+    explained = set(re.findall(r"`([A-Z_]{4,})`", reproduction)) - {"SBATCH_ACCOUNT", "SBATCH_PARTITION"}
+    assert explained == set(re.findall(r"^([A-Z_]+)=", known, re.M))
+    steps = re.search(r"STEPS:-([a-z_ ]+)", known).group(1).split()
+    assert re.findall(r"^\| `([a-z_]+)` \|", reproduction, re.M)[: len(steps)] == steps
+
+
+def test_every_number_of_the_paper_is_in_its_field():
+    text = (EXAMPLES / "reproduction" / "README.md").read_text()
+    rows = re.findall(r"^\|[^|]*\| `([a-z_0-9.]+)` \| `([^`]+)` \|$", text, re.M)
+    resolved = load_config(REPOSITORY / "configs" / "dsrl_qwen3_8b.yaml").model_dump(mode="json")
+    assert len(rows) > 40
+    for path, value in rows:
+        found = resolved
+        for key in path.split("."):
+            found = found[int(key)] if isinstance(found, list) else found[key]
+        assert found == yaml.safe_load(value), path
+    grpo = load_config(REPOSITORY / "configs" / "grpo_qwen3_8b.yaml")
+    assert grpo.phases[0].loss.clip_high == 0.28
+
+
+def test_error_messages_are_the_programs():
+    quoted = messages_quoted(EXAMPLES / "troubleshooting" / "README.md")
+    assert len(quoted) > 20
+    assert [message for message in quoted if not is_message(message)] == []
+
+
+def test_own_data_as_the_model_sees_it(folder):
+    """The preview runs as written and prints what the document shows; the benchmark loads."""
+    (command,) = [
+        command
+        for command in commands(EXAMPLES / "own_data" / "README.md")
+        if "examples.own_data.preview" in command.words and command.shown
+    ]
+    result = subprocess.run(
+        [sys.executable, *command.words[1:]],
+        cwd=folder,
+        env={"PYTHONPATH": str(REPOSITORY), "PATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    printed = iter([row.rstrip() for row in result.stdout.splitlines()])
+    assert [row for row in command.shown if row != "..." and row not in printed] == []
+    benchmark = load_benchmark(str(EXAMPLES / "own_data" / "benchmark.yaml"), EXAMPLES / "own_data")
+    assert Path(benchmark.config.source).name == "held_out.jsonl"
+
+
+def _parquet(words: tuple[str, ...]) -> str | None:
+    return next((word.partition("=")[2] for word in words if word.endswith(".parquet")), None)
+
+
+def _parquet_command() -> list[str]:
+    found = [c.words for c in commands(EXAMPLES / "own_data" / "README.md") if c.words[:2] == ("python", "-c")]
+    return [sys.executable, *found[0][1:]]
