@@ -21,6 +21,7 @@ FOLDERS = ("configs", "examples", "megatron_dsrl", "slurm", "tests", "tools")
 """A text that begins with one of these and a slash names a file of the repository."""
 
 MADE_UP = ("configs/mine.yaml",)
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,15 @@ def name(document: Path) -> str:
 def commands(document: Path) -> list[Command]:
     """All commands in the blocks without a language, and `dsrl` commands with arguments within the text."""
     text = document.read_text(encoding="utf-8")
-    blocks = re.findall(r"^```\n(.*?)^```$", text, re.M | re.S)
-    outside = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+    outside = BLOCK.sub("", text)
     inline = [" ".join(code.split()) for code in re.findall(r"`(dsrl [^`]+)`", outside)]
-    found = [command for block in blocks for command in _of_block(block.replace("\\\n", " "))]
+    found = [command for block in _blocks(text, "") for command in _of_block(block.replace("\\\n", " "))]
     whole = [line for line in inline if line.count(" ") > 1 and not re.search(r"\.\.\.|KIND", line)]
     return found + [Command(line, tuple(shlex.split(line)), ()) for line in whole]
+
+
+def _blocks(text: str, language: str) -> list[str]:
+    return [inside for marked, inside in BLOCK.findall(text) if marked == language]
 
 
 def _of_block(block: str) -> Iterator[Command]:
@@ -121,7 +125,7 @@ def _descendants(kind: type) -> Iterator[type]:
 
 def messages_quoted(document: Path) -> list[str]:
     """Lines of the blocks marked `text`: messages of the program, with an ellipsis for what varies."""
-    blocks = re.findall(r"^```text\n(.*?)^```$", document.read_text(encoding="utf-8"), re.M | re.S)
+    blocks = _blocks(document.read_text(encoding="utf-8"), "text")
     return [line for block in blocks for line in block.splitlines() if line]
 
 
