@@ -2,7 +2,8 @@
 
 A verifier runs on text that a model wrote: it may hang or crash on it. A worker that exceeds the limit or dies is
 killed and replaced, its response scores 0, and the verdict is counted; so is one that needs more memory than it may
-have. Workers do not import torch.
+have. Where a signal killed the worker, which need not be the response's fault, the response is judged once more.
+Workers do not import torch.
 """
 
 import logging
@@ -10,6 +11,7 @@ import math
 import multiprocessing
 import os
 import resource
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache
@@ -59,13 +61,27 @@ class RewardPool:
 
     def submit(self, response: str, answer: str) -> "Future[Judgement]":
         """Judge one response; returns at once. The future never raises."""
+        judgement: Future[Judgement] = Future()
+
+        def judge_again(first: "Future[Any]") -> None:
+            if _was_killed(first):
+                logger.warning("reward %s: its worker was killed; it is called once more", self._config.function)
+                self._schedule(response, answer, settle)
+            else:
+                settle(first)
+
+        def settle(task: "Future[Any]") -> None:
+            judgement.set_result(self._judgement(task, response))
+
+        self._schedule(response, answer, judge_again)
+        return judgement
+
+    def _schedule(self, response: str, answer: str, done: Callable[["Future[Any]"], None]) -> None:
         options = tuple(sorted(self._config.options.items()))
         task = self._pool.schedule(
             _call, args=(self._config.function, options, response, answer), timeout=self._config.timeout_seconds
         )
-        judgement: Future[Judgement] = Future()
-        task.add_done_callback(lambda done: judgement.set_result(self._judgement(done, response)))
-        return judgement
+        task.add_done_callback(done)
 
     def close(self) -> None:
         """Stop all workers, unfinished work included. May be called again."""
@@ -97,6 +113,11 @@ class RewardPool:
             logger.warning("reward %s returned %r, not a finite number, on %r", name, reward, response[-200:])
             return Judgement(0.0, "error")
         return Judgement(float(reward), "ok")
+
+
+def _was_killed(task: "Future[Any]") -> bool:
+    error = None if task.cancelled() else task.exception()
+    return isinstance(error, ProcessExpired) and (error.exitcode or 0) < 0
 
 
 def _start_worker(function: str, memory_megabytes: int) -> None:

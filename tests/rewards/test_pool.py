@@ -44,6 +44,12 @@ def test_a_misbehaving_verifier_scores_zero_and_is_counted_and_logged(caplog):
     assert "KeyError" in caplog.text and "died" in caplog.text
 
 
+def test_the_response_of_a_killed_worker_is_judged_again(tmp_path):
+    with RewardPool(RewardConfig(function=f"{FUNCTIONS}:killed_once", workers=2)) as pool:
+        assert pool.submit("fine", str(tmp_path / "killed")).result(timeout=60) == Judgement(1.0, "ok")
+    assert (tmp_path / "killed").exists()
+
+
 BOMBS = ["9^{9^{9}}", "1000000!", "(" * 5000 + "1" + ")" * 5000, r"\frac{1}{" * 500 + "2" + "}" * 500]
 
 

@@ -1,6 +1,7 @@
 """Reward functions for tests of the pool; they run in its workers."""
 
 import os
+import signal
 import sys
 import time
 
@@ -25,6 +26,14 @@ def misbehaving(response: str, answer: str, weight: float = 1.0) -> object:
     if response == "sleep":
         time.sleep(0.2)
     return outcomes.get(response, 0.25)
+
+
+def killed_once(response: str, answer: str) -> float:
+    """Its worker gets `kill -9`, which is no fault of the response; `answer` is a file that remembers it."""
+    if not os.path.exists(answer):
+        open(answer, "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 1.0
 
 
 def hungry(response: str, answer: str) -> float:
