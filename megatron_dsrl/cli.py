@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_dsrl.analysis.command_line import add_analyse
+from megatron_dsrl.analysis.samples_command import add_samples
 from megatron_dsrl.arguments import labelled_folders, positive
 from megatron_dsrl.conversion.command_line import add_convert
 from megatron_dsrl.errors import UserError
@@ -196,6 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_report(commands)
     add_trace(commands)
+    add_samples(commands)
     _add_rollout(commands)
     _add_compare(commands)
     add_table(commands)

@@ -6,8 +6,9 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from megatron_dsrl.evaluate import fingerprint, hf_folder
 from megatron_dsrl.evaluated_model import find_model
@@ -107,6 +108,32 @@ def assert_traced(run: Path, ranks: int) -> list[dict]:
         assert {call["args"]["outcome"] for _, call in calls} == {"done"}
         assert len({call["pid"] for _, call in calls}) == ranks  # one engine each
     return trace
+
+
+def test_samples_are_shown_with_their_token_log_probs_in_both_spaces(config, run):
+    prompt = read_groups(rollout_file(run, 1))[0].prompt
+    result = dsrl("samples", str(run), "--step", "1", "--prompt", str(prompt.index), "--log-probs")
+    assert result.returncode == 0, result.stderr
+    assert "what the run began with, which sampled them" in result.stdout and "\x1b" not in result.stdout
+    sample = read_groups(rollout_file(run, 1))[0].samples[0]
+    lines = result.stdout.splitlines()
+    table = next(number for number, line in enumerate(lines, start=1) if line.startswith("token  "))
+    rows = [[float(cell) for cell in line.split()[-4:]] for line in lines[table : table + len(sample.response_ids)]]
+    model = AutoModelForCausalLM.from_pretrained(config.parent / "model")
+    bos = AutoTokenizer.from_pretrained(config.parent / "model").convert_tokens_to_ids("<|im_start|>")
+    given, alone = (
+        log_probs_of(model, (*context, *sample.response_ids))[len(context) - 1 :]
+        for context in (prompt.token_ids, (bos,))
+    )
+    for row, *expected in zip(rows, sample.log_probs, given, alone, strict=True):
+        assert row == pytest.approx([*expected, expected[1] - expected[2]], abs=1.1e-3)  # three decimals are printed
+
+
+@torch.no_grad()
+def log_probs_of(model: PreTrainedModel, token_ids: tuple[int, ...]) -> list[float]:
+    """Of every token but the first, given those before it."""
+    logits = model(torch.tensor([token_ids])).logits[0, :-1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(token_ids[1:])[:, None])[:, 0].tolist()
 
 
 def test_engine_and_trainer_agree_on_log_probs_after_a_weight_push(run):

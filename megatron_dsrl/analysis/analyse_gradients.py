@@ -1,6 +1,7 @@
 """`dsrl analyse gradients`: from recorded responses and a model to records of their gradients. All ranks run it."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from megatron_dsrl.data.tokenizer import TURN_END, bos_token_ids, load_tokenizer
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.evaluation.problem_result import ProblemResult, SampleResult
 from megatron_dsrl.evaluation.sample_file import read_sample_file
-from megatron_dsrl.model.architecture import read_architecture, resolve_model_folder
+from megatron_dsrl.model.architecture import Architecture, read_architecture, resolve_model_folder
 from megatron_dsrl.model.build import build_model, build_trainable
 from megatron_dsrl.model.parallel import parallel_layout, world_size_from_environment
 from megatron_dsrl.observability.records import read_records
@@ -87,6 +88,34 @@ def analyse_gradients(
     tokenizer = load_tokenizer(str(folder), architecture.vocab_size)
     bos_ids = bos_token_ids(tokenizer, config.bos)
     responses = choose_responses(source, steps, limit, seed, tokenizer)
+    with scoring_model(config, folder, architecture, responses) as model:
+        gradients = LogProbGradients(model, architecture.vocab_size, config.temperature)
+        for response in responses:
+            comparison = gradients.compare(
+                in_pre_train_space(bos_ids, response.response_ids),
+                in_post_train_space(response.prompt_ids, response.response_ids),
+            )
+            yield ScoredResponse(response.step, response.problem, response.number, response.reward, comparison)
+
+
+@contextmanager
+def scoring_model(
+    config: GradientAnalysisConfig,
+    folder: Path,
+    architecture: Architecture,
+    responses: Sequence[TokenisedResponse],
+) -> Iterator[ShardedModel]:
+    """The model over all ranks, for the length of a `with` block. Collective.
+
+    Args:
+        config: its layout and dtype.
+        folder: its weights.
+        architecture: of the folder.
+        responses: what it is to score.
+
+    Raises:
+        UserError: it does not take the responses, or the layout does not fit.
+    """
     _check_lengths(responses, architecture.max_position_embeddings)
     # The distributed optimizer would shard gradients, and there is no optimizer here.
     parallel = config.parallel.model_copy(update={"distributed_optimizer": False})
@@ -95,14 +124,7 @@ def analyse_gradients(
         chunks = build_model(architecture, config.model, parallel)
         load_weights(chunks, weight_table(architecture), folder)
         # A row of its own for every sequence: only one is scored at a time.
-        model = ShardedModel(build_trainable(chunks, parallel), max_tokens_per_micro_batch=1)
-        gradients = LogProbGradients(model, architecture.vocab_size, config.temperature)
-        for response in responses:
-            comparison = gradients.compare(
-                in_pre_train_space(bos_ids, response.response_ids),
-                in_post_train_space(response.prompt_ids, response.response_ids),
-            )
-            yield ScoredResponse(response.step, response.problem, response.number, response.reward, comparison)
+        yield ShardedModel(build_trainable(chunks, parallel), max_tokens_per_micro_batch=1)
 
 
 def choose_responses(

@@ -115,9 +115,7 @@ class LogProbGradients:
         return next(tokens for tokens in gather(tokens) if tokens is not None)
 
     def _score(self, row: PackedRow, logits: Tensor) -> tuple[Tensor, TokenScores | None]:
-        shard = VocabularyShard.of_this_rank(logits.shape[-1], self._vocab_size)
-        values = log_probs_and_entropy(logits, row.targets, self._temperature, shard)
-        log_probs, entropy = row.assemble(torch.stack(values))
+        log_probs, entropy = scores_of_row(row, logits, self._vocab_size, self._temperature)
         tokens = TokenScores(log_probs.detach().cpu(), entropy.detach().cpu()) if row.indices else None
         return log_probs.sum(), tokens
 
@@ -134,6 +132,19 @@ class LogProbGradients:
         dist.all_reduce(experts, group=parallel_state.get_expert_tensor_model_pipeline_parallel_group())
         inner_product, square_of_first, square_of_second = (dense + experts).tolist()
         return inner_product, square_of_first, square_of_second
+
+
+def scores_of_row(row: PackedRow, logits: Tensor, vocab_size: int, temperature: float) -> Tensor:
+    """Log-probs and entropy of a row's scored tokens: [2, sum(num_scored)] float32.
+
+    Args:
+        row: whose tokens are scored.
+        logits: [S, columns of this rank] at the positions that predict them.
+        vocab_size: rows of the HF embedding.
+        temperature: by which logits are divided.
+    """
+    shard = VocabularyShard.of_this_rank(logits.shape[-1], vocab_size)
+    return row.assemble(torch.stack(log_probs_and_entropy(logits, row.targets, temperature, shard)))
 
 
 def _is_dense(parameter: nn.Parameter) -> bool:

@@ -17,6 +17,7 @@ from megatron_dsrl.observability.timeline_records import (
 )
 
 SAMPLING_PART = "generate"
+EVALUATION_PART = "evaluate"
 SHOWN_CALLS = 5
 
 
@@ -37,7 +38,7 @@ class PartFigures:
 
 @dataclass(frozen=True)
 class EngineFigures:
-    """Of one engine during the steps; evaluations before the first one do not count."""
+    """Of one engine during the steps, evaluations among them."""
 
     engine: int
     calls: int
@@ -200,17 +201,17 @@ def _engines_table(engines: Sequence[EngineFigures]) -> Table:
 
 
 def _calls_table(first: RankTimeline) -> Table:
-    table = Table(title="longest calls")
-    for heading in ("seconds", "step", "part", "engine", "prompt", "tokens", "attempt", "outcome"):
-        table.add_column(heading, justify="left" if heading in ("part", "outcome") else "right")
-    for call in sorted(first.calls, key=lambda call: -call.when.seconds)[:SHOWN_CALLS]:
+    evaluations = [span.when for span in first.spans if span.path == (EVALUATION_PART,)]
+    training = [call for call in first.calls if not any(one.holds(call.when.start) for one in evaluations)]
+    table = Table(title="longest calls, without evaluations")
+    for heading in ("seconds", "step", "engine", "prompt", "tokens", "attempt", "outcome"):
+        table.add_column(heading, justify="left" if heading == "outcome" else "right")
+    for call in sorted(training, key=lambda call: -call.when.seconds)[:SHOWN_CALLS]:
         step = next((str(step.step) for step in first.steps if step.when.holds(call.when.start)), "")
-        around = [s.path[0] for s in first.spans if len(s.path) == 1 and s.when.holds(call.when.start)]
         prompt = str(call.prompts[0]) if len(call.prompts) == 1 else f"{len(call.prompts)} of them"
         table.add_row(
             f"{call.when.seconds:.2f}",
             step,
-            ", ".join(around),
             str(call.engine),
             prompt,
             f"{call.tokens:,}",

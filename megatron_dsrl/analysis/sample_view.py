@@ -1,0 +1,93 @@
+"""Recorded samples on a terminal: coloured there, plain text in a file or a pipe.
+
+Responses are what a model made up. Control characters, with which text can take over a terminal, are shown as escapes.
+"""
+
+from collections.abc import Callable, Sequence
+from statistics import fmean
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from megatron_dsrl.analysis.response_log_probs import ResponseLogProbs
+from megatron_dsrl.rollout.sample import Group, Sample
+
+GAP_STYLES = ((1.0, "bold green"), (0.1, "green"), (-0.1, "dim"), (-1.0, "red"))
+"""From this gap on; nat. Below the last one it is bold red."""
+
+
+def print_group(
+    group: Group,
+    log_probs: Sequence[ResponseLogProbs | None],
+    token_text: Callable[[int], str] | None,
+    console: Console,
+) -> None:
+    """A prompt and its samples.
+
+    Args:
+        group: which.
+        log_probs: of each sample in both spaces; None where they were not computed.
+        token_text: what a token id stands for; None leaves the tables of tokens out.
+        console: where to.
+    """
+    rewards = ", ".join(f"{sample.reward:g}" for sample in group.samples)
+    title = f"prompt {group.prompt.index} | answer {visible(group.prompt.answer)} | rewards {rewards}"
+    console.print(Text(title, style="bold cyan"), soft_wrap=True)
+    console.print(Text(visible(group.prompt.text.rstrip()), style="dim"), soft_wrap=True)
+    for number, (sample, scores) in enumerate(zip(group.samples, log_probs, strict=True)):
+        console.print()
+        console.print(Text(header(number, sample, scores), style=_reward_style(sample)), soft_wrap=True)
+        console.print(Text(visible(sample.text)), soft_wrap=True)
+        if token_text is not None and sample.response_ids:
+            console.print(token_table(sample, scores, token_text))
+    console.print()
+
+
+def header(number: int, sample: Sample, scores: ResponseLogProbs | None) -> str:
+    """A line of figures."""
+    parts = [
+        f"sample {number}",
+        f"reward {sample.reward:g}" + ("" if sample.verdict == "ok" else f" (verifier: {sample.verdict})"),
+        f"{len(sample.response_ids)} tokens, {'stopped' if sample.finish_reason == 'stop' else 'truncated'}",
+        f"weight version {sample.weight_version}",
+    ]
+    if sample.response_ids:
+        parts.append(f"engine log P(y|x) {fmean(sample.log_probs):.3f} per token")
+    if scores is not None:
+        scored = [value for value in scores.without_prompt if value is not None]
+        parts.append(f"trainer log P(y|x) {fmean(scores.with_prompt):.3f}")
+        parts += [f"log P(y) {fmean(scored):.3f}"] if scored else []
+    return " | ".join(parts)
+
+
+def token_table(sample: Sample, scores: ResponseLogProbs | None, token_text: Callable[[int], str]) -> Table:
+    """One row per token; green where the prompt makes the token likelier, red where it makes it less likely."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("token")
+    headings = ["engine log P(y|x)"] + ([] if scores is None else ["log P(y|x)", "log P(y)", "gap"])
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for position, (token, engine) in enumerate(zip(sample.response_ids, sample.log_probs, strict=True)):
+        cells, style = [f"{engine:.3f}"], ""
+        if scores is not None:
+            given, alone = scores.with_prompt[position], scores.without_prompt[position]
+            gap = None if alone is None else given - alone
+            cells += [f"{given:.3f}", *("" if value is None else f"{value:.3f}" for value in (alone, gap))]
+            style = "" if gap is None else _gap_style(gap)
+        table.add_row(Text(visible(token_text(token), keep_lines=False)), *cells, style=style)
+    return table
+
+
+def visible(text: str, keep_lines: bool = True) -> str:
+    """The text with control characters as escapes, but for line ends and tabs if those are to be kept."""
+    kept = "\n\t" if keep_lines else ""
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
+
+
+def _gap_style(gap: float) -> str:
+    return next((style for least, style in GAP_STYLES if gap >= least), "bold red")
+
+
+def _reward_style(sample: Sample) -> str:
+    return "bold green" if sample.reward >= 1 else "bold red" if sample.reward <= 0 else "bold yellow"

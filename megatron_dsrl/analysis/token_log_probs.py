@@ -1,0 +1,59 @@
+"""Token log-probs of recorded responses in both spaces, by the Megatron actor's scoring: a forward pass.
+
+In the post-train space a response is scored given its prompt, log P(y|x); in the pre-train space without, log P(y).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_dsrl.algorithms.spaces import in_post_train_space, in_pre_train_space
+from megatron_dsrl.analysis.analyse_gradients import TokenisedResponse, scoring_model
+from megatron_dsrl.analysis.gradients import scores_of_row
+from megatron_dsrl.analysis.response_log_probs import ResponseLogProbs
+from megatron_dsrl.config.analysis import GradientAnalysisConfig
+from megatron_dsrl.data.tokenizer import bos_token_ids, load_tokenizer
+from megatron_dsrl.model.architecture import read_architecture, resolve_model_folder
+from megatron_dsrl.rollout.sample import Sample
+from megatron_dsrl.run_folder import EXPORTS_FOLDER
+
+
+def both_spaces(config: GradientAnalysisConfig, responses: Sequence[TokenisedResponse]) -> list[ResponseLogProbs]:
+    """Log-probs under the model of the configuration, at its temperature. Collective over the ranks.
+
+    Args:
+        config: model, layout and scoring.
+        responses: with at least one token each.
+
+    Raises:
+        UserError: the model does not fit.
+    """
+    folder = resolve_model_folder(config.model.path)
+    architecture = read_architecture(folder)
+    bos_ids = bos_token_ids(load_tokenizer(str(folder), architecture.vocab_size), config.bos)
+    sequences = [in_post_train_space(one.prompt_ids, one.response_ids) for one in responses]
+    sequences += [in_pre_train_space(bos_ids, one.response_ids) for one in responses]
+    with scoring_model(config, folder, architecture, responses) as model:
+        scores = model.score_tokens(
+            sequences, lambda row, logits: scores_of_row(row, logits, architecture.vocab_size, config.temperature)[0]
+        )
+    pairs = zip(scores[: len(responses)], scores[len(responses) :], strict=True)
+    return [
+        ResponseLogProbs(given.tolist(), [None] * (len(given) - len(alone)) + alone.tolist()) for given, alone in pairs
+    ]
+
+
+def sampling_step(sample: Sample) -> int:
+    """After how many steps the policy had the weights that finished this sample; 0 is the model that the run began
+    with."""
+    return max(sample.weight_version, 1) - 1
+
+
+def newest_export(run_folder: Path, step: int) -> tuple[Path | None, int]:
+    """The newest exported policy of a run after at most so many steps, and after how many; (None, 0) for none: then
+    it is the model that the run began with."""
+    exports = {
+        int(file.parent.name.removeprefix("step_")): file.parent
+        for file in (run_folder / EXPORTS_FOLDER).glob("step_*/config.json")
+    }
+    newest = max((number for number in exports if number <= step), default=0)
+    return exports.get(newest), newest
