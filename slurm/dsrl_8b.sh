@@ -30,7 +30,7 @@ OUTPUT_DIR="${OUTPUT_DIR:-$DSRL_ROOT/runs}"                    # on a file syste
 MEGATRON_FOLDER="${MEGATRON_FOLDER-$OUTPUT_DIR/megatron}"      # where its model is converted to, once; empty: not at all
 OVERRIDES="${OVERRIDES:-}"                                     # further key.path=value, separated by spaces
 BENCHMARKS="${BENCHMARKS-math500,amc23,aime24,aime25,minerva,olympiadbench}" # evaluated at the end; empty: none
-SAMPLES="${SAMPLES:-32}"                                       # responses per problem
+SAMPLES="${SAMPLES-32}"                                        # responses per problem; empty: each benchmark's own
 VENV="${VENV-$DSRL_ROOT/.venv}"                                # Python environment; empty with a container
 CONTAINER="${CONTAINER:-}"                                     # such as: apptainer exec --nv /images/dsrl.sif
 MAX_ATTEMPTS="${MAX_ATTEMPTS:-20}"                             # starts of one job, the first included

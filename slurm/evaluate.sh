@@ -15,7 +15,7 @@
 #
 #   RUN_NAME=dsrl_qwen3_8b sbatch slurm/evaluate.sh                          the newest export of a run
 #   POLICY=Qwen/Qwen3-8B RUN_NAME=base_8b sbatch slurm/evaluate.sh           a model of its own, into $OUTPUT_DIR/base_8b
-#   BENCHMARKS=gpqa_diamond,mmlu_pro SAMPLES=8 ... sbatch slurm/evaluate.sh  other benchmarks
+#   BENCHMARKS=gpqa_diamond,mmlu_pro SAMPLES= ... sbatch slurm/evaluate.sh   others, with their own number of samples
 
 DSRL_ROOT="${DSRL_ROOT:-$SLURM_SUBMIT_DIR}"
 STEPS="${STEPS:-check_environment evaluate}"

@@ -127,7 +127,7 @@ evaluate() {
         exit "$USER_ERROR_STATUS"
     fi
     say "evaluating $policy on $BENCHMARKS"
-    run_on_all_ranks "${dsrl[@]}" eval "$policy" --benchmarks "$BENCHMARKS" --samples "$SAMPLES" --output "$run_folder/evaluation"
+    run_on_all_ranks "${dsrl[@]}" eval "$policy" --benchmarks "$BENCHMARKS" ${SAMPLES:+--samples "$SAMPLES"} --output "$run_folder/evaluation"
 }
 
 # SIGTERM and SIGUSR1 are for the training, which gets them as well; this script goes on to requeue.

@@ -9,14 +9,14 @@ from statistics import fmean
 
 from megatron_dsrl.evaluation.benchmark import benchmark_names
 from megatron_dsrl.evaluation.published import AVERAGE_OF_SIX, DSRL_OVER_GRPO, SIX_BENCHMARKS
-from megatron_dsrl.evaluation.results_file import RESULTS_FILE, Summary
+from megatron_dsrl.evaluation.results_file import RESULTS_FILE, Summary, read_results
 from megatron_dsrl.observability.charts import SERIES_COLOURS
 from megatron_dsrl.observability.figure import write_figure
 from megatron_dsrl.observability.pass_at_k_chart import over_runs, pass_at_k_chart
 
 
 def write_results(folder: Path, model: str, summaries: Mapping[str, Summary], step: int | None = None) -> None:
-    """Write all three.
+    """Write all three. Other benchmarks that the folder has of the same model stay in them.
 
     Args:
         folder: where.
@@ -24,6 +24,7 @@ def write_results(folder: Path, model: str, summaries: Mapping[str, Summary], st
         summaries: `title` and the figures of `summarise_benchmark` by the benchmark's name.
         step: of the run that trained the model, if it is one's.
     """
+    summaries = {**_other_results(folder, model, step), **summaries}
     data = {"model": model, "step": step, "benchmarks": summaries, "average_of_six": average_of_six(summaries)}
     _replace(folder / RESULTS_FILE, json.dumps(data, indent=2) + "\n")
     _replace(folder / "results.md", markdown(model, summaries))
@@ -34,6 +35,17 @@ def write_results(folder: Path, model: str, summaries: Mapping[str, Summary], st
     ]
     if charts:
         write_figure(charts, folder / "pass_at_k.svg")
+
+
+def _other_results(folder: Path, model: str, step: int | None) -> dict[str, Summary]:
+    """What an earlier evaluation into this folder has written of the model."""
+    if not (folder / RESULTS_FILE).exists():
+        return {}
+    before = read_results(folder)
+    if (before.model, before.step) != (model, step):
+        return {}
+    # JSON has made strings of the keys of pass_at_k.
+    return {name: {**one, "pass_at_k": before.pass_at_k(name)} for name, one in before.benchmarks.items()}
 
 
 def average_of_six(summaries: Mapping[str, Summary]) -> float | None:

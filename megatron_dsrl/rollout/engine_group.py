@@ -105,11 +105,11 @@ class EngineGroup:
         """Replace lost engines by new ones at the same URLs, with the weights of the model folder.
 
         Raises:
-            UserError: On every rank, when an engine has been restarted too often; with the end of its log.
+            EngineError: On every rank, when an engine has been restarted too often; with the end of its log.
         """
         if self._owns_server and self._problem is None and self._server.has_ended():
             self._problem = f"the engine at {self._server.url} has ended"
-        self._together(lambda: self._restart() if self._problem is not None else None)
+        self._together(lambda: self._restart() if self._problem is not None else None, EngineError)
         self._problem = None
         self._all_restarts = sum(self._from_all(self._restarts))
 
@@ -187,7 +187,7 @@ class EngineGroup:
                 return
             except UserError as error:
                 problem = str(error)
-        raise UserError(
+        raise EngineError(  # no UserError: the next start, perhaps on another node, may be well
             f"engine {self._engine} was lost once more after engine.max_restarts = {self._config.max_restarts} "
             f"restarts: {problem}\n{self._server.log_tail()}"
         )
@@ -209,18 +209,18 @@ class EngineGroup:
     def _own_url(self) -> str | None:
         return self._server.url if self._owns_server else None
 
-    def _together(self, action: Callable[[], None]) -> None:
+    def _together(self, action: Callable[[], None], kind: type[Exception] = UserError) -> None:
         """Run `action` on server owners; where it fails on any, raise its message on all ranks."""
         error: str | None = None
         if self._owns_server:
             try:
                 action()
-            except UserError as failure:
+            except (UserError, EngineError) as failure:
                 error = str(failure)
         messages = [message for message in self._from_all(error) if message is not None]
         if messages:
             self.close()
-            raise UserError("\n".join(messages))
+            raise kind("\n".join(messages))
 
     def _from_all(self, value: Any) -> list[Any]:
         return gather(value, self._everyone)

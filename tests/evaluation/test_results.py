@@ -7,6 +7,7 @@ import pytest
 from megatron_dsrl.evaluation.problem_result import ProblemResult, SampleResult
 from megatron_dsrl.evaluation.published import SIX_BENCHMARKS
 from megatron_dsrl.evaluation.results import markdown, write_results
+from megatron_dsrl.evaluation.results_file import read_results
 from megatron_dsrl.evaluation.summary import powers_of_two, summarise_benchmark
 from megatron_dsrl.rewards.boxed import boxed_answer
 
@@ -56,6 +57,15 @@ def test_files(tmp_path):
     assert row == "| Sums | 3 | 4 | 25.0 | 0.0 to 50.0 | 66.7 | 33.3 | 23 | 33.3 % | 4 |"
     assert "Sums" in (tmp_path / "pass_at_k.svg").read_text()
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "results.md", "pass_at_k.svg"}
+
+
+def test_a_second_evaluation_of_the_same_model_adds_to_the_first(tmp_path):
+    summary = {"title": "Sums", **summarise_benchmark(PROBLEMS, boxed_answer)}
+    write_results(tmp_path, "mine", {"sums": summary}, step=5)
+    write_results(tmp_path, "mine", {"products": summary | {"title": "Products"}}, step=5)
+    assert list(read_results(tmp_path).benchmarks) == ["sums", "products"]
+    write_results(tmp_path, "mine", {"sums": summary}, step=6)
+    assert list(read_results(tmp_path).benchmarks) == ["sums"], "those were another policy"
 
 
 def test_the_average_stands_beside_the_papers_only_when_all_six_are_there():

@@ -17,11 +17,10 @@ import pytest
 import torch
 from transformers import Qwen3ForCausalLM
 
-from megatron_dsrl.errors import UserError
 from megatron_dsrl.platform.engine import engine_environment
 from megatron_dsrl.rewards.pool import RewardPool
 from megatron_dsrl.rollout.batch import Batch, BatchRequest, WholeFeed
-from megatron_dsrl.rollout.client import connect
+from megatron_dsrl.rollout.client import EngineError, connect
 from megatron_dsrl.rollout.dispatcher import Dispatcher
 from megatron_dsrl.rollout.engine_group import server_arguments
 from megatron_dsrl.rollout.rollout import EngineRollout, ignore
@@ -170,7 +169,7 @@ def test_an_engine_that_keeps_dying_ends_the_run_with_its_log(rollout, policy, u
     with monkeypatch.context() as patch:
         patch.setattr(rollout._engines, "_config", limited)
         kill(engine_process(rollout))
-        with pytest.raises(UserError, match="(?s)after engine.max_restarts = .*Last lines of .*engine_0.log"):
+        with pytest.raises(EngineError, match="(?s)after engine.max_restarts = .*Last lines of .*engine_0.log"):
             rollout.load_weights(lambda: [list(policy.named_parameters())], 9)
 
 
