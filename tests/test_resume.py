@@ -154,6 +154,7 @@ def test_two_processes_resume_exactly(config, layout):
     assert_same_run(resumed, whole, STEPS)
 
 
+@pytest.mark.slow
 def test_two_processes_that_are_asked_to_stop_continue_exactly(config, undisturbed):
     """SIGTERM to torchrun, then SIGUSR1 to one rank that is not the controller. On saved samples, without engines."""
     options = ("parallel.tensor_parallel_size=2", f"rollout.replay_from={undisturbed}", "evaluation.sets=[]")

@@ -173,6 +173,7 @@ def test_an_engine_that_keeps_dying_ends_the_run_with_its_log(rollout, policy, u
             rollout.load_weights(lambda: [list(policy.named_parameters())], 9)
 
 
+@pytest.mark.slow
 def test_another_engine_takes_over(config, tmp_path):
     """Two engines, of which one dies while both generate: nobody waits for its restart."""
     servers = [
