@@ -221,6 +221,7 @@ def responses_of(groups: Sequence[Group], weight_version: int) -> list[Response]
             group=number,
             truncated=sample.finish_reason == "length",
             older_tokens=sample.tokens_before(weight_version),
+            routed_experts=sample.routed_experts,
         )
         for number, group in enumerate(groups)
         for sample in group.samples

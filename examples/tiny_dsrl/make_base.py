@@ -1,10 +1,12 @@
 """Make the tiny task: problems, tokenizer, and a base model that errs, trained by the project's own Megatron actor.
 
-    torchrun --nproc-per-node 2 -m examples.tiny_dsrl.make_base [--output .cache/tiny_dsrl]
+    torchrun --nproc-per-node 2 -m examples.tiny_dsrl.make_base
+    torchrun --nproc-per-node 2 -m examples.tiny_dsrl.make_base --model experts
 
-(or `python -m ...` in one process). The output folder then holds `train.jsonl` and `held_out.jsonl` (problem, answer)
-and the HF folder `base/`. It is complete or absent, and it is made only once: `made_from` names the settings and the
-source files that it was made from, and as long as they are the same nothing is done.
+(or `python -m ...` in one process) makes a dense model or a mixture of experts. The output folder then holds
+`train.jsonl` and `held_out.jsonl` (problem, answer) and the HF folder `base/`. It is complete or absent, and it is made
+only once: `made_from` names the settings and the source files that it was made from, and as long as they are the same
+nothing is done.
 
 The base is trained on correct solutions first, so that it learns to calculate, and then on noisy ones, so that it
 errs. Some of the noisy documents have no question: they open with <|im_start|> and hold a solution. A language model
@@ -19,9 +21,10 @@ import random
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -54,7 +57,7 @@ from megatron_dsrl.model.parallel import destroy_parallel, initialize_parallel
 
 MADE_FROM = "made_from"
 
-ARCHITECTURE = {
+DENSE = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
     "vocab_size": VOCAB_SIZE,
@@ -77,11 +80,29 @@ ARCHITECTURE = {
 }
 """Qwen3 with about a million parameters."""
 
+EXPERTS = DENSE | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 192,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "tie_word_embeddings": False,
+}
+"""Qwen3-MoE: the dense model's feed-forward layers divided among eight experts four times, two of them per token."""
+
+MODELS = {"dense": (DENSE, ".cache/tiny_dsrl"), "experts": (EXPERTS, ".cache/tiny_dsrl_experts")}
+"""Architecture and output folder by the name on the command line."""
+
 
 @dataclass(frozen=True)
 class Settings:
     """Everything that decides what is made."""
 
+    architecture: Mapping[str, Any] = field(default_factory=lambda: DENSE)
+    """The model's config.json, tokens left out."""
     seed: int = 1
     steps: int = 1300
     documents_per_step: int = 16
@@ -106,7 +127,7 @@ class Settings:
 
 def fingerprint(settings: Settings) -> str:
     """The settings and the source files of this folder, as one hash."""
-    parts = [json.dumps(asdict(settings), sort_keys=True), json.dumps(ARCHITECTURE, sort_keys=True)]
+    parts = [json.dumps(asdict(settings), sort_keys=True)]
     parts += [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
@@ -141,7 +162,7 @@ def _make_partial_folder(output: Path, settings: Settings) -> Path:
     partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
     partial.chmod(0o755)
     write_problems(partial, settings)
-    write_model_folder(partial / "model")
+    write_model_folder(partial / "model", settings.architecture)
     return partial
 
 
@@ -154,12 +175,12 @@ def write_problems(folder: Path, settings: Settings) -> None:
         (folder / f"{split}.jsonl").write_text("".join(rows), encoding="utf-8")
 
 
-def write_model_folder(folder: Path) -> None:
+def write_model_folder(folder: Path, architecture: Mapping[str, Any]) -> None:
     """An HF folder without weights: config.json and the tokenizer."""
     folder.mkdir()
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(folder)
-    config = ARCHITECTURE | {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = {**architecture, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -239,9 +260,11 @@ def _shared(value: Path | None) -> Path:
 def main() -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path(".cache/tiny_dsrl"), help="folder to make")
-    output = parser.parse_args().output
-    settings = Settings()
+    parser.add_argument("--model", choices=MODELS, default="dense", help="which model to make")
+    parser.add_argument("--output", type=Path, help="folder to make; by default the one of the configurations")
+    options = parser.parse_args()
+    architecture, folder = MODELS[options.model]
+    output, settings = options.output or Path(folder), Settings(architecture)
     speaks = os.environ.get("RANK", "0") == "0"
     try:
         if is_made(output, settings):

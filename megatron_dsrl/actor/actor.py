@@ -92,7 +92,9 @@ class Actor:
     def log_probs(self, experience: Experience) -> PerToken:
         """Log-probs of every sequence's scored tokens under the current weights, the same on every rank."""
         return self._model.score_tokens(
-            experience.sequences, lambda row, logits: self._log_probs_and_entropy(row, logits)[0]
+            experience.sequences,
+            lambda row, logits: self._log_probs_and_entropy(row, logits)[0],
+            experience.routed_experts,
         )
 
     def hf_weights(self, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
@@ -139,7 +141,7 @@ class Actor:
         num_scored = objective.experience.num_scored
         weights = objective.aggregation(num_scored) * objective.coefficient
         weights_of_tokens = tuple(weight.expand(count) for weight, count in zip(weights, num_scored))
-        rows = self._model.pack_share(objective.experience.sequences)
+        rows = self._model.pack_share(objective.experience.sequences, objective.experience.routed_experts)
         return [self._micro_batch(objective, weights_of_tokens, row) for row in rows]
 
     def _micro_batch(self, objective: Objective, weights: PerToken, row: PackedRow) -> MicroBatch[ScoreResult]:

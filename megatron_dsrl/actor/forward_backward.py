@@ -7,12 +7,13 @@ from typing import Generic, TypeVar
 
 import torch
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_dsrl.actor.packing import PackedRow
 from megatron_dsrl.model.output_rows import output_at_rows
+from megatron_dsrl.model.routing_replay import RoutedPackedSeqParams, experts_of_this_rank
 
 Result = TypeVar("Result")
 
@@ -56,7 +57,7 @@ def run_schedule(
             row.token_ids,
             row.position_ids,
             None,
-            packed_seq_params=_packed(row),
+            packed_seq_params=_packed(row, chunk.config),
             output_processor=output_at_rows,
             output_processor_context=row.predicting_positions,
             **options,
@@ -87,11 +88,15 @@ def sum_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None = None
     finalize_model_grads(model, None, **options)
 
 
-def _packed(row: PackedRow) -> PackedSeqParams:
-    return PackedSeqParams(
+def _packed(row: PackedRow, config: TransformerConfig) -> RoutedPackedSeqParams:
+    experts = None
+    if row.routed_experts is not None:
+        experts = experts_of_this_rank(row.routed_experts, config).to(row.token_ids.device)
+    return RoutedPackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=row.sequence_starts,
         cu_seqlens_kv=row.sequence_starts,
         max_seqlen_q=row.longest,
         max_seqlen_kv=row.longest,
+        routed_experts=experts,
     )

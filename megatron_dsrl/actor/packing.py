@@ -13,6 +13,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_dsrl.algorithms.routed_experts import decode_routed_experts
 from megatron_dsrl.algorithms.spaces import ScoredSequence
 from megatron_dsrl.model.context_parallel import assemble, zigzag_rows
 
@@ -42,6 +43,33 @@ class RowSplit:
 
 
 @dataclass(frozen=True)
+class RoutedExperts:
+    """The experts of a batch's tokens, and the model that they belong to."""
+
+    of_sequences: Sequence[str]
+    """Of each sequence's tokens but the last; see `algorithms.routed_experts`."""
+    layers: int
+    """Of the whole model."""
+    experts_per_token: int
+
+    def of_row(self, sequences: Sequence[ScoredSequence], indices: Sequence[int], starts: Sequence[int]) -> Tensor:
+        """uint8 [tokens of the whole row, layers, experts per token].
+
+        Neither a sequence's last token nor padding predicts anything that is scored: they go to the first experts.
+        """
+        row = torch.arange(self.experts_per_token, dtype=torch.uint8).repeat(starts[-1], self.layers, 1)
+        for start, i in zip(starts, indices):
+            experts = decode_routed_experts(self.of_sequences[i], self.layers, self.experts_per_token)
+            if len(experts) != len(sequences[i].token_ids) - 1:
+                raise ValueError(
+                    f"experts of {len(experts)} tokens for a sequence of {len(sequences[i].token_ids)}, whose last one "
+                    "needs none; they were recorded with another model"
+                )
+            row[start : start + len(experts)] = experts
+        return row
+
+
+@dataclass(frozen=True)
 class PackedRow:
     """A packed row of T tokens on this rank, of which S predict a scored token. Tensors are on the model's device.
 
@@ -67,6 +95,9 @@ class PackedRow:
     """[S] int64: their numbers among all scored tokens of the row, sequence after sequence."""
     num_scored: tuple[int, ...]
     """Scored tokens of each sequence, in order, whichever rank predicts them."""
+    routed_experts: Tensor | None = None
+    """[T, layers of the whole model, experts per token] uint8, on the CPU: where every token is sent to. None: the
+    routers choose."""
 
     def assemble(self, values: Tensor) -> Tensor:
         """Values [..., S] of this rank's scored tokens as [..., sum(num_scored)] of all, on every rank.
@@ -79,7 +110,11 @@ class PackedRow:
 
 
 def pack(
-    sequences: Sequence[ScoredSequence], indices: Sequence[int], split: RowSplit, device: torch.device
+    sequences: Sequence[ScoredSequence],
+    indices: Sequence[int],
+    split: RowSplit,
+    device: torch.device,
+    routed_experts: RoutedExperts | None = None,
 ) -> PackedRow:
     """Pack the named sequences.
 
@@ -91,6 +126,7 @@ def pack(
         indices: which of them.
         split: how processes share the row.
         device: of the tensors.
+        routed_experts: of the whole batch; None leaves the choice to the routers.
     """
     chosen = [sequences[i] for i in indices]
     lengths = [split.padded(len(sequence.token_ids)) for sequence in chosen]
@@ -105,6 +141,7 @@ def pack(
     places = predicted[mine][predicting]
     # A rank holds a sequence's chunks in their order, so its places count up.
     targets = torch.tensor([t for s in chosen for t in s.token_ids[s.num_context :]], dtype=torch.int64)
+    experts = None if routed_experts is None else routed_experts.of_row(sequences, indices, starts)[mine]
     return PackedRow(
         indices=tuple(indices),
         token_ids=token_ids[mine][None].to(device),
@@ -115,6 +152,7 @@ def pack(
         targets=targets[places].to(device),
         places=places.to(device),
         num_scored=tuple(sequence.num_scored for sequence in chosen),
+        routed_experts=experts,
     )
 
 

@@ -10,6 +10,7 @@ largest single parameter while it is exchanged.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -33,9 +34,9 @@ class ReferencePolicy:
         """Whether these are still the weights that the object was made with."""
 
     def log_probs(self, experience: Experience) -> PerToken:
-        """As `Actor.log_probs`, under the reference policy."""
+        """As `Actor.log_probs`, under the reference policy, whose routers choose for themselves."""
         with self._in_the_model():
-            return self._actor.log_probs(experience)
+            return self._actor.log_probs(replace(experience, routed_experts=None))
 
     @torch.no_grad()
     def refresh(self) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_dsrl.actor.forward_backward import MicroBatch, Result, run_schedule, sum_gradients
 from megatron_dsrl.actor.micro_batch_plan import SequenceCost, plan_micro_batches
-from megatron_dsrl.actor.packing import PackedRow, RowSplit, pack
+from megatron_dsrl.actor.packing import PackedRow, RoutedExperts, RowSplit, pack
 from megatron_dsrl.algorithms.experience import PerToken
 from megatron_dsrl.algorithms.spaces import ScoredSequence
 from megatron_dsrl.collective import gather
@@ -34,8 +34,15 @@ class ShardedModel:
         self.device = next(chunks[0].parameters()).device
         self._max_tokens = max_tokens_per_micro_batch
 
-    def pack_share(self, sequences: Sequence[ScoredSequence]) -> list[PackedRow]:
-        """This data-parallel rank's share of the batch as packed rows, as many as the other ranks'."""
+    def pack_share(
+        self, sequences: Sequence[ScoredSequence], routed_experts: Sequence[str] | None = None
+    ) -> list[PackedRow]:
+        """This data-parallel rank's share of the batch as packed rows, as many as the other ranks'.
+
+        Args:
+            sequences: the batch, the same on every rank.
+            routed_experts: of each sequence; see `Experience.routed_experts`.
+        """
         split = RowSplit(
             context_parallel_size=parallel_state.get_context_parallel_world_size(),
             context_parallel_rank=parallel_state.get_context_parallel_rank(),
@@ -48,7 +55,10 @@ class ShardedModel:
             _sequence_cost(self.config),
             multiple_of=self.config.pipeline_model_parallel_size if len(self.chunks) > 1 else 1,
         )[parallel_state.get_data_parallel_rank()]
-        return [pack(sequences, indices, split, self.device) for indices in plan]
+        experts = None
+        if routed_experts is not None:
+            experts = RoutedExperts(routed_experts, self.config.num_layers, self.config.moe_router_topk)
+        return [pack(sequences, indices, split, self.device, experts) for indices in plan]
 
     def accumulate_gradients(self, micro_batches: Sequence[MicroBatch[Result]]) -> list[Result]:
         """Forward and backward from cleared gradients; returns what the micro-batches kept (last stage only)."""
@@ -59,7 +69,10 @@ class ShardedModel:
 
     @torch.no_grad()
     def score_tokens(
-        self, sequences: Sequence[ScoredSequence], score: Callable[[PackedRow, Tensor], Tensor]
+        self,
+        sequences: Sequence[ScoredSequence],
+        score: Callable[[PackedRow, Tensor], Tensor],
+        routed_experts: Sequence[str] | None = None,
     ) -> PerToken:
         """One number per scored token by a forward pass of the whole batch.
 
@@ -67,13 +80,14 @@ class ShardedModel:
             sequences: the batch, the same on every rank.
             score: [sum(num_scored)] float32 from a packed row and the model's output [S, ...] at its predicting
                 positions; the same on all ranks that hold shards of that row or output (see `PackedRow.assemble`).
+            routed_experts: of each sequence; see `Experience.routed_experts`.
 
         Returns:
             Per sequence, the same on every rank.
         """
         for chunk in self.chunks:
             chunk.eval()
-        micro_batches = [MicroBatch(row, _keeping(row, score)) for row in self.pack_share(sequences)]
+        micro_batches = [MicroBatch(row, _keeping(row, score)) for row in self.pack_share(sequences, routed_experts)]
         kept = run_schedule(self.chunks, micro_batches, forward_only=True)
         mine = dict(pair for pairs in kept for pair in pairs)
         others_have_the_same = (

@@ -49,11 +49,14 @@ class TrainableModel(ShardedModel):
         """On the device. Weights can be streamed while gradients and optimizer state are away; all else needs all."""
 
     def score_tokens(
-        self, sequences: Sequence[ScoredSequence], score: Callable[[PackedRow, Tensor], Tensor]
+        self,
+        sequences: Sequence[ScoredSequence],
+        score: Callable[[PackedRow, Tensor], Tensor],
+        routed_experts: Sequence[str] | None = None,
     ) -> PerToken:
         """As `ShardedModel.score_tokens`."""
         assert not self.memory.away, AWAY
-        return super().score_tokens(sequences, score)
+        return super().score_tokens(sequences, score, routed_experts)
 
     def accumulate_gradients(self, micro_batches: Sequence[MicroBatch[Result]]) -> list[Result]:
         """Forward and backward from cleared gradients; returns what the micro-batches kept (last stage only)."""

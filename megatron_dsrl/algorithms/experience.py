@@ -34,6 +34,8 @@ class Response:
     """It reached the length limit."""
     older_tokens: int = 0
     """How many of its tokens, all at the beginning, were produced by older weights than those that are updated now."""
+    routed_experts: str | None = None
+    """Experts that the engine sent its tokens and the prompt's to; see `routed_experts.decode_routed_experts`."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,9 @@ class Experience:
     """[num_sequences] bool: the response reached the length limit."""
     from_older_weights: PerToken | None = None
     """1 for every scored token that older weights produced than those that are updated now, else 0. None: no token."""
+    routed_experts: tuple[str, ...] | None = None
+    """Experts to which the policy sends every token of each sequence but its last; see
+    `routed_experts.decode_routed_experts`. None: its routers choose."""
     old_log_probs: PerToken | None = None
     """Under the policy before the update, on the same scored sequence. None where the update is strictly on-policy: the
     old log-prob is then the current one without gradient, and the ratio is 1."""
@@ -129,7 +134,8 @@ def build_experience(
         bos_ids: what stands in for the prompt in the pre-train space; empty for no BOS. Unused in the post-train space.
 
     Raises:
-        ValueError: if rewards are not finite, or a response has not one log-prob per token.
+        ValueError: if rewards are not finite, a response has not one log-prob per token, or some responses name the
+            experts of their tokens and others do not.
     """
     rewards = torch.tensor([response.reward for response in responses], dtype=torch.float32)
     if not torch.isfinite(rewards).all():
@@ -149,6 +155,7 @@ def build_experience(
         prompt_in_context=not in_pre_train,
         truncated=torch.tensor([response.truncated for response in responses], dtype=torch.bool),
         from_older_weights=_marks_of_older_tokens(responses, sequences),
+        routed_experts=None if in_pre_train else _routed_experts(responses),
     )
 
 
@@ -189,6 +196,15 @@ def kl_penalties(experience: Experience, config: KLConfig) -> PerToken:
 def _sums(values: PerToken) -> Tensor:
     """[num_sequences] float32: the sum over each sequence's tokens."""
     return torch.tensor([value.sum().item() for value in values], dtype=torch.float32)
+
+
+def _routed_experts(responses: Sequence[Response]) -> tuple[str, ...] | None:
+    experts = tuple(response.routed_experts for response in responses if response.routed_experts is not None)
+    if not experts:
+        return None
+    if len(experts) < len(responses):
+        raise ValueError(f"only {len(experts)} of {len(responses)} responses say which experts their tokens went to")
+    return experts
 
 
 def _marks_of_older_tokens(responses: Sequence[Response], sequences: Sequence[ScoredSequence]) -> PerToken | None:

@@ -18,6 +18,7 @@ from megatron_dsrl.config.layout import (
 )
 from megatron_dsrl.config.phase import ObjectiveConfig
 from megatron_dsrl.config.phase_steps import PhaseSteps, phases_by_steps
+from megatron_dsrl.config.rollout import MAX_REPLAYED_EXPERTS
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.errors import UserError
 
@@ -94,6 +95,7 @@ def derive(config: RunConfig, world_size: int, shape: ModelShape | None, prompts
         *_objective_problems(config, phases),
         *_batch_problems(config, world_size, prompts),
         *_time_problems(config),
+        *_routing_problems(config, shape),
         *_length_problems(config, shape),
         *(model_problems(config.parallel, shape) if shape else ()),
     ]
@@ -252,6 +254,14 @@ def _time_problems(config: RunConfig) -> Iterator[Problem]:
             f"a step may sample {batches} batches ({rounds} to train on, {batches - rounds} to evaluate) of at most "
             f"{config.rollout.step_timeout_seconds:g} s each, so collectives must wait longer than {longest:g} s; "
             "raise the first or lower the second",
+        )
+
+
+def _routing_problems(config: RunConfig, shape: ModelShape | None) -> Iterator[Problem]:
+    if config.rollout.routing_replay and shape and not 0 < shape.experts <= MAX_REPLAYED_EXPERTS:
+        yield (
+            "rollout.routing_replay",
+            f"the model has {shape.experts or 'no'} experts, it is for 1 to {MAX_REPLAYED_EXPERTS}; set it to false",
         )
 
 

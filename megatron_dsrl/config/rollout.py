@@ -6,6 +6,9 @@ from pydantic import Field, field_validator, model_validator
 
 from megatron_dsrl.config.section import Section
 
+MAX_REPLAYED_EXPERTS = 256
+"""Experts that `rollout.routing_replay` can name: one byte each."""
+
 
 class DynamicSamplingConfig(Section):
     """Sample until every group of the batch has rewards that differ (DAPO)."""
@@ -68,6 +71,12 @@ class RolloutConfig(Section):
     have fixed engines, each of which gets its part of the batch in one message and keeps no prefix cache, and rewards
     are computed after generation. On CUDA it turns on SGLang's `enable_deterministic_inference`, without which CUDA
     engines draw their random numbers without seeds."""
+
+    routing_replay: bool = False
+    """For a mixture of experts: the trainer sends every token to the experts that the engine has sent it to (rollout
+    routing replay, R3, arXiv 2510.11370), so that rounding in a router does not make the two score with different
+    experts. In the post-train space, for the policy; in the pre-train space, whose context the engine never sees, and
+    for reference and critic, routers choose. Samples grow by layers x experts per token x 4/3 bytes per token."""
 
     step_timeout_seconds: float = Field(default=3600.0, gt=0)
     """Limit for one whole rollout batch. The error names the prompts that were still running, and for how long."""

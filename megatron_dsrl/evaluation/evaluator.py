@@ -79,7 +79,9 @@ class Evaluator:
                 yield self._evaluate_set(config, prompts, step)
 
     def _evaluate_set(self, config: EvaluationSetConfig, prompts: Sequence[Prompt], step: int) -> EvaluationRecord:
-        sampling = replace(self._rollout.training_sampling, temperature=config.temperature)
+        sampling = replace(
+            self._rollout.training_sampling, temperature=config.temperature, return_routed_experts=False
+        )
         # Workers of a set's own verifier live as long as its evaluation: it comes rarely, and training needs the cores.
         with RewardPool(config.reward) if config.reward else nullcontext() as rewards:
             groups = self._rollout.generate(

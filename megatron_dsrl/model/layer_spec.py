@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.model.attention import CoreAttention, PackedSelfAttention
 from megatron_dsrl.model.norm import RMSNorm
+from megatron_dsrl.model.routing_replay import RoutedTransformerLayer
 from megatron_dsrl.platform import current_platform
 
 LayerImplementation = Literal["local", "transformer_engine"]
@@ -54,9 +55,12 @@ def decoder_layers(
     """Specification of the transformer layers of this pipeline stage, or of one virtual stage of it."""
     experts = config.num_moe_experts
     if implementation == "transformer_engine":
-        return get_gpt_layer_with_transformer_engine_spec(
+        layer = get_gpt_layer_with_transformer_engine_spec(
             num_experts=experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
         )
+        if experts:
+            layer.module = RoutedTransformerLayer
+        return layer
     layer = get_gpt_layer_local_spec(
         num_experts=experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
     )
@@ -69,6 +73,7 @@ def decoder_layers(
         attention.submodules.q_layernorm = RMSNorm
         attention.submodules.k_layernorm = RMSNorm
     if experts:
+        layer.module = RoutedTransformerLayer
         # In checkpoints local layers call their norms as Transformer Engine does, which fuses this one into a dense
         # feed-forward but not into experts. Megatron's map overlooks that; without the entry both write one name.
         del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]

@@ -72,14 +72,15 @@ def prepare_engine_process() -> None:
 
 
 def run_scheduler_process(*args: Any, **kwargs: Any) -> Any:
-    """SGLang's scheduler process, with this platform's attention backend and sampler."""
+    """SGLang's scheduler process, with this platform's attention backend, sampler and host memory."""
     from sglang.srt.managers.scheduler import run_scheduler_process as sglang_scheduler_process
 
     if not torch.cuda.is_available():
-        from megatron_dsrl.platform.sglang_cpu import batched_attention, seeded_sampling
+        from megatron_dsrl.platform.sglang_cpu import batched_attention, seeded_sampling, unpinned_memory
 
         batched_attention.register()
         seeded_sampling.register()
+        unpinned_memory.register()
     return sglang_scheduler_process(*args, **kwargs)
 
 

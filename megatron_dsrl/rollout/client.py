@@ -4,13 +4,16 @@ Departures from SGLang 0.5.23's own client: its weight calls answer `success: fa
 `update_weights_from_tensor` needs an open weight update; here both are errors.
 """
 
+import base64
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import aiohttp
+import numpy as np
 
+from megatron_dsrl.algorithms.routed_experts import encode_routed_experts
 from megatron_dsrl.rollout.credentials import engine_headers
 from megatron_dsrl.rollout.sampling import SamplingParameters
 
@@ -56,6 +59,9 @@ class Completion:
 
     weight_versions: VersionSpans
     """Versions of the weights that produced the tokens; more than one when weights changed in between."""
+
+    routed_experts: str | None = None
+    """Of every token of request and response but the last, which went through no layer; where it was asked for."""
 
 
 class EngineClient:
@@ -105,13 +111,20 @@ class EngineClient:
                 for request in requests
             ],
             "return_logprob": True,
+            "return_routed_experts": sampling.return_routed_experts,
         }
         answers = await self._post("/generate", body, timeout_seconds)
         if not isinstance(answers, list) or len(answers) != len(requests):
             raise EngineError(
                 f"engine {self.url}: /generate did not answer with {len(requests)} samples: {answers!r:.500}"
             )
-        return [self._completion(answer) for answer in answers]
+        completions = [self._completion(answer) for answer in answers]
+        if not sampling.return_routed_experts:
+            return completions
+        return [
+            replace(completion, routed_experts=self._routed_experts(request, completion, answer))
+            for request, completion, answer in zip(requests, completions, answers)
+        ]
 
     async def abort_all(self) -> None:
         """End all running requests now; they return what they have."""
@@ -215,6 +228,21 @@ class EngineClient:
                 if span["end"] > span["start"]
             ),
         )
+
+    def _routed_experts(self, request: SampleRequest, completion: Completion, answer: dict[str, Any]) -> str | None:
+        if not completion.response_ids:
+            return None
+        answered = answer["meta_info"].get("routed_experts")
+        if answered is None:
+            raise BadRequestError(
+                f"engine {self.url} does not say which experts it has chosen, as rollout.routing_replay needs; start "
+                "it with --enable-return-routed-experts, or turn routing_replay off"
+            )
+        experts = np.frombuffer(base64.b64decode(answered), dtype=np.int32)
+        tokens = len(request.token_ids) + len(completion.response_ids) - 1
+        if not experts.size or experts.size % tokens:
+            raise EngineError(f"engine {self.url} returned {experts.size} choices of experts for {tokens} tokens")
+        return encode_routed_experts(experts)
 
 
 @asynccontextmanager

@@ -379,4 +379,5 @@ def _sample(response: PartialResponse, text: str, reward: float, verdict: str, w
         reward=reward,
         verdict=verdict,
         older_versions=versions[:-1],
+        routed_experts=response.routed_experts,
     )

@@ -261,6 +261,8 @@ def server_arguments(config: RolloutSettings, engine: int) -> ServerArguments:
         "log_level": "warning",
         **engine_server_arguments(config.engine, config.rollout.deterministic),
     }
+    if config.rollout.routing_replay:
+        arguments["enable_return_routed_experts"] = True
     if config.engine.max_context_tokens is not None:
         arguments["context_length"] = config.engine.max_context_tokens
     if config.engine.max_total_tokens is not None:

@@ -1,6 +1,7 @@
 """Saved rollouts in place of sampling: train-only runs, and comparisons of layouts on the same samples."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_dsrl.data.prompt import Prompt
@@ -9,11 +10,20 @@ from megatron_dsrl.rollout.recording import read_groups, rollout_file
 from megatron_dsrl.rollout.sample import Group
 
 
-def replayed_groups(run_folder: Path, step: int, prompts: Sequence[Prompt], samples_per_prompt: int) -> list[Group]:
+def replayed_groups(
+    run_folder: Path, step: int, prompts: Sequence[Prompt], samples_per_prompt: int, routing_replay: bool
+) -> list[Group]:
     """The saved groups of a step, which must be those that would be sampled now.
 
+    Args:
+        run_folder: where they were saved.
+        step: counted from 1.
+        prompts: of the step.
+        samples_per_prompt: of each.
+        routing_replay: the experts that tokens were sent to are needed too; otherwise they are left out.
+
     Raises:
-        UserError: The file is missing, or holds other prompts or another number of samples.
+        UserError: The file is missing, holds other prompts or another number of samples, or lacks the experts.
     """
     file = rollout_file(run_folder, step)
     try:
@@ -36,4 +46,15 @@ def replayed_groups(run_folder: Path, step: int, prompts: Sequence[Prompt], samp
                 f"rollout.replay_from: {file} holds prompt {group.prompt.index} where this run takes prompt "
                 f"{prompt.index}; use the same data, seed and chat template"
             )
+    if not routing_replay:
+        return [_without_experts(group) for group in groups]
+    if any(sample.routed_experts is None for group in groups for sample in group.samples):
+        raise UserError(
+            f"rollout.replay_from: {file} does not say which experts tokens were sent to; record it with "
+            "rollout.routing_replay=true, or set that to false here"
+        )
     return groups
+
+
+def _without_experts(group: Group) -> Group:
+    return replace(group, samples=tuple(replace(sample, routed_experts=None) for sample in group.samples))

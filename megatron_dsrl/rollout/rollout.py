@@ -424,7 +424,7 @@ class ReplayedRollout:
                 "must be null"
             )
         self._run_folder = run_folder
-        self._samples_per_prompt = config.rollout.samples_per_prompt
+        self._config = config.rollout
 
     def wait_until_ready(self) -> None:
         pass
@@ -432,7 +432,9 @@ class ReplayedRollout:
     def sample_step(
         self, step: int, prompts: Sequence[Prompt], round_number: int = 0, on_samples: Callable[[int], None] = ignore
     ) -> list[Group]:
-        return replayed_groups(self._run_folder, step, prompts, self._samples_per_prompt)
+        return replayed_groups(
+            self._run_folder, step, prompts, self._config.samples_per_prompt, self._config.routing_replay
+        )
 
     def sample_enough(
         self,

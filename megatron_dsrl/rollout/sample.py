@@ -35,6 +35,10 @@ class Sample:
     """(weight version, number of tokens) of what earlier weights produced, oldest first; only a response that was
     carried over from an earlier step has such a beginning."""
 
+    routed_experts: str | None = None
+    """Experts that every token of prompt and response but the last was sent to, in every layer; see
+    `algorithms.routed_experts`. None where they were not asked for."""
+
     @property
     def oldest_version(self) -> int:
         """Of the weights that produced its first token."""

@@ -25,6 +25,9 @@ class SamplingParameters:
     top_k: int = -1
     """Top-k sampling; -1 is off."""
 
+    return_routed_experts: bool = False
+    """Ask which experts every token went to."""
+
     @classmethod
     def for_training(cls, config: RolloutConfig, stop_token_ids: tuple[int, ...]) -> "SamplingParameters":
         """The sampling parameters of the `rollout` section."""
@@ -34,6 +37,7 @@ class SamplingParameters:
             temperature=config.temperature,
             top_p=config.top_p,
             top_k=config.top_k,
+            return_routed_experts=config.routing_replay,
         )
 
     def as_engine_request(self, max_new_tokens: int) -> dict[str, Any]:

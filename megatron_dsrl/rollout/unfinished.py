@@ -24,6 +24,9 @@ class PartialResponse:
     weight_versions: VersionSpans = ()
     finish_reason: Literal["stop", "length"] | None = None
     """None: it is to be continued."""
+    routed_experts: str | None = None
+    """As in `Sample`, of the request that ended it: it went through prompt and earlier tokens once more. So what
+    older weights chose for those is not kept."""
 
     def extended(self, completion: Completion) -> "PartialResponse":
         """With what an engine has added."""
@@ -33,6 +36,7 @@ class PartialResponse:
             log_probs=self.log_probs + completion.log_probs,
             weight_versions=merge_spans(self.weight_versions + completion.weight_versions),
             finish_reason=None if completion.finish_reason == "abort" else completion.finish_reason,
+            routed_experts=None if completion.finish_reason == "abort" else completion.routed_experts,
         )
 
 

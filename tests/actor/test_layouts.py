@@ -19,10 +19,12 @@ from megatron_dsrl.algorithms.losses import ScoredTokens, TokenLosses, supervise
 from megatron_dsrl.algorithms.objective import Objective
 from megatron_dsrl.config.actor import ActorConfig, OptimizerConfig
 from megatron_dsrl.config.model import ParallelConfig
+from megatron_dsrl.config.phase import PhaseConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from tests.actor.test_actor import GRPO, NSR_PRERL, objective_of, run_config
 from tests.support.distributed import run_distributed
+from tests.support.random_experts import random_experts
 from tests.support.tiny_model import make_tiny_qwen3, make_tiny_qwen3_moe
 
 OPTIMIZER = OptimizerConfig(
@@ -45,6 +47,8 @@ class Case:
     reverse_samples: bool = False
     dtype: str = "float32"
     layer_spec: str = "auto"
+    given_experts: bool = False
+    """Routing replay in the post-train space."""
 
 
 ONE_PROCESS = {
@@ -55,6 +59,7 @@ ONE_PROCESS = {
     "1 process, full recomputation": Case(recompute="full"),
     "MoE: 1 process": Case("MoE", max_tokens=10_000),
     "MoE: 1 process, full recomputation": Case("MoE", recompute="full"),
+    "MoE, given experts: 1 process": Case("MoE", max_tokens=10_000, given_experts=True),
 }
 TWO_PROCESSES = {
     "TP 2": Case(parallel={"tensor_parallel_size": 2}),
@@ -78,6 +83,15 @@ TWO_PROCESSES = {
     ),
     "MoE: CP 2, EP 2": Case("MoE", {"context_parallel_size": 2, "expert_parallel_size": 2}),
     "MoE: PP 2 x 2 virtual stages": Case("MoE", INTERLEAVED),
+    "MoE, given experts: TP 2 with sequence parallelism, experts split too": Case(
+        "MoE", SEQUENCE_PARALLEL, given_experts=True
+    ),
+    "MoE, given experts: CP 2, EP 2": Case(
+        "MoE", {"context_parallel_size": 2, "expert_parallel_size": 2}, given_experts=True
+    ),
+    "MoE, given experts: PP 2 x 2 virtual stages, full recomputation": Case(
+        "MoE", INTERLEAVED, recompute="full", given_experts=True
+    ),
 }
 FOUR_PROCESSES = {
     "TP 2 x PP 2": Case(parallel={"tensor_parallel_size": 2, "pipeline_parallel_size": 2}),
@@ -104,13 +118,23 @@ def sequence_loss(tokens: ScoredTokens) -> TokenLosses:
     return TokenLosses(-tokens.advantages * ratios - 0.1 * tokens.entropy, {"ratio": ratios.detach()})
 
 
+def objective_in(case: Case, phase: PhaseConfig, order: list[int] | None = None) -> Objective:
+    """As `objective_of`, in the case's own way."""
+    objective = objective_of(phase, order=order)
+    if not (case.given_experts and objective.experience.prompt_in_context):
+        return objective
+    sequences = objective.experience.sequences
+    experts = random_experts(sequences, layers=4, experts=4, experts_per_token=2)
+    return replace(objective, experience=replace(objective.experience, routed_experts=experts))
+
+
 def objectives(case: Case) -> list[tuple[list[Objective], int]]:
     """What is updated one after the other, and in how many mini-batches: both phases of DSRL, two objectives at once,
     and off-policy steps."""
     order = list(range(24))[::-1] if case.reverse_samples else None
     negative = len(objective_of(NSR_PRERL).experience)
     pre_train = objective_of(NSR_PRERL, order=order and list(range(negative))[::-1])
-    post_train = objective_of(GRPO, order=order)
+    post_train = objective_in(case, GRPO, order)
     sequences = replace(post_train, loss=sequence_loss, needs_entropy_gradient=True, name="sequences")
     supervised = replace(pre_train, loss=supervised_loss, coefficient=0.5, name="supervised")
     steps = [([pre_train], 1), ([post_train], 1), ([sequences, supervised], 1)]
@@ -132,7 +156,7 @@ def run_cases(folder: Path, cases: Mapping[str, Case]) -> dict[str, dict]:
         config = configuration(case, folder)
         with parallel_layout(config.parallel, seed=1):
             actor = build_actor(config, folder / case.model)
-            result = {"log_probs": torch.cat(actor.log_probs(objective_of(GRPO).experience)).numpy()}
+            result = {"log_probs": torch.cat(actor.log_probs(objective_in(case, GRPO).experience)).numpy()}
             result["weights"], result["updates"] = [weights_of(actor)], []
             for step, mini_batches in objectives(case):
                 result["updates"].append(actor.update(step, mini_batches).flat())
@@ -212,7 +236,8 @@ def errors_of(result: dict, one: dict) -> Errors:
 
 
 def check(name: str, case: Case, results: dict[str, dict], one_process: dict[str, dict]) -> None:
-    result, one = results[name], one_process["MoE: 1 process" if case.model == "MoE" else "1 process"]
+    alike = ("MoE, given experts" if case.given_experts else "MoE") + ": 1 process"
+    result, one = results[name], one_process[alike if case.model == "MoE" else "1 process"]
     np.testing.assert_allclose(result["log_probs"], one["log_probs"], rtol=0, atol=1e-5)
     errors = errors_of(result, one)
     print(f"| {name} | {errors.loss:.1e} | {errors.grad_norm:.1e} | {errors.metrics:.1e} | {errors.parameters:.1e} |")

@@ -58,7 +58,19 @@ SMALL = QWEN3 | {
     "num_hidden_layers": 4,
     "max_position_embeddings": 512,
 }
-"""In the place of the models that examples make."""
+MADE_BY_EXAMPLES = {
+    ".cache/tiny_dsrl_experts/base": SMALL
+    | {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+}
+"""In the place of what is not `SMALL` among the models that examples make."""
 
 PROCESSES = {"Qwen/Qwen3-4B": 8, "Qwen/Qwen3-8B": 8, "Qwen/Qwen3-30B-A3B": 16}
 
@@ -74,7 +86,7 @@ def test_it_resolves_and_passes_the_dry_run(file, tmp_path):
     assert load_config(tmp_path / "resolved.yaml") == config
 
     model = config.model.path
-    (tmp_path / "config.json").write_text(json.dumps(MODELS.get(model, SMALL)))
+    (tmp_path / "config.json").write_text(json.dumps((MODELS | MADE_BY_EXAMPLES).get(model, SMALL)))
     overrides = [f"model.path={tmp_path}"]
     if model not in MODELS:  # its problems are made by the example, too
         (tmp_path / "train.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n' * 200)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from examples.tiny_dsrl.make_base import write_model_folder
+from examples.tiny_dsrl.make_base import DENSE, write_model_folder
 from examples.tiny_dsrl.tokenizer import VOCAB_SIZE, build_tokenizer
 
 DATA = Path(os.environ.get("DSRL_TEST_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
@@ -33,7 +33,7 @@ def test_the_task_is_short_in_tokens():
 
 
 def test_saved_folder_loads_the_same_beside_a_qwen3_config(tmp_path):
-    write_model_folder(tmp_path / "model")
+    write_model_folder(tmp_path / "model", DENSE)
     loaded = AutoTokenizer.from_pretrained(tmp_path / "model")
     prompt = tokenizer.apply_chat_template([USER], tokenize=False, add_generation_prompt=True, enable_thinking=False)
     assert loaded.encode(prompt) == tokenizer.encode(prompt)

@@ -32,7 +32,7 @@ def test_reading_gives_back_what_was_written(saved):
 def test_replay_of_the_same_batch(saved):
     folder, groups = saved
 
-    assert replayed_groups(folder, 12, PROMPTS, 2) == groups
+    assert replayed_groups(folder, 12, PROMPTS, 2, routing_replay=False) == groups
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,21 @@ def test_replay_of_the_same_batch(saved):
 )
 def test_replay_refuses_what_does_not_fit(saved, step, prompts, samples, message):
     with pytest.raises(UserError, match=message):
-        replayed_groups(saved[0], step, prompts, samples)
+        replayed_groups(saved[0], step, prompts, samples, routing_replay=False)
+
+
+def test_experts_are_replayed_where_they_are_wanted(tmp_path):
+    sample = Sample((4, 5), (-0.1, -0.2), "text", "stop", 3, 1.0, routed_experts="AAEB")
+    group = Group(PROMPTS[0], (sample, replace(sample, routed_experts="AQEA")))
+    write_groups(rollout_file(tmp_path, 1), [group])
+
+    assert replayed_groups(tmp_path, 1, PROMPTS[:1], 2, routing_replay=True) == [group]
+    (without,) = replayed_groups(tmp_path, 1, PROMPTS[:1], 2, routing_replay=False)
+    assert without.samples == (replace(sample, routed_experts=None),) * 2
+
+    write_groups(rollout_file(tmp_path, 2), [without])
+    with pytest.raises(UserError, match="step_000002.jsonl does not say which experts .*routing_replay=true"):
+        replayed_groups(tmp_path, 2, PROMPTS[:1], 2, routing_replay=True)
 
 
 def test_a_damaged_file_is_named_with_its_line(saved):

@@ -10,21 +10,25 @@ from pathlib import Path
 import psutil
 import torch
 import yaml
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from examples.tiny_dsrl.tokenizer import VOCAB_SIZE, build_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def write_tiny_run(folder: Path) -> Path:
+def write_tiny_run(folder: Path, model: PreTrainedModel | None = None) -> Path:
     """Model, prompts and a configuration of both phases under `folder`; returns the configuration file.
 
     Rewards are the parity of the response's length: random weights never solve a problem, and a reward that is
     always zero would train nothing.
+
+    Args:
+        folder: where.
+        model: instead of a dense one; with `VOCAB_SIZE` tokens and 256 positions at least.
     """
     build_tokenizer().save_pretrained(folder / "model")
-    _model().save_pretrained(folder / "model")
+    (model or _model()).save_pretrained(folder / "model")
     prompts = folder / "prompts.jsonl"
     with open(prompts, "w") as stream:
         for a, b in itertools.product(range(1, 9), range(1, 6)):

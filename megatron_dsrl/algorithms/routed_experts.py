@@ -1,0 +1,41 @@
+"""Which experts an engine sent each token to, as text that goes through JSON and between processes.
+
+One byte per token, layer and choice, in this order, as base64. That does not compress much further: the choices of a
+balanced router are nearly random.
+"""
+
+import base64
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_dsrl.config.rollout import MAX_REPLAYED_EXPERTS
+
+
+def encode_routed_experts(experts: np.ndarray) -> str:
+    """
+    Args:
+        experts: integers [tokens, layers, experts per token], or flattened.
+
+    Raises:
+        ValueError: a number does not fit into a byte.
+    """
+    if experts.size and not 0 <= experts.min() <= experts.max() < MAX_REPLAYED_EXPERTS:
+        raise ValueError(f"experts {experts.min()} to {experts.max()} are not all in 0 to {MAX_REPLAYED_EXPERTS - 1}")
+    return base64.b64encode(experts.astype(np.uint8).tobytes()).decode("ascii")
+
+
+def decode_routed_experts(text: str, layers: int, experts_per_token: int) -> Tensor:
+    """uint8 [tokens, layers, experts per token] on the CPU.
+
+    Raises:
+        ValueError: the text is not of a model with so many layers and choices.
+    """
+    experts = torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype=np.uint8).copy())
+    if len(experts) % (layers * experts_per_token):
+        raise ValueError(
+            f"{len(experts)} choices of experts are no whole number of tokens in {layers} layers with "
+            f"{experts_per_token} experts per token; they were recorded with another model"
+        )
+    return experts.view(-1, layers, experts_per_token)

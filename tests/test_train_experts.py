@@ -1,0 +1,68 @@
+"""`dsrl train` with a mixture of experts: the engine says which experts it has used, and the trainer follows."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from examples.tiny_dsrl.tokenizer import VOCAB_SIZE
+from megatron_dsrl.algorithms.routed_experts import decode_routed_experts
+from megatron_dsrl.rollout.recording import read_groups, rollout_file
+from tests.support.compare_runs import records
+from tests.support.tiny_run import dsrl, processes_left_behind, write_tiny_run
+
+LAYERS, EXPERTS, EXPERTS_PER_TOKEN = 2, 8, 2
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A finished run of two steps over two processes, each of which has half of the experts."""
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=64,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=256,
+            num_experts=EXPERTS,
+            num_experts_per_tok=EXPERTS_PER_TOKEN,
+            moe_intermediate_size=32,
+            norm_topk_prob=True,
+            initializer_range=0.1,
+        )
+    )
+    config = write_tiny_run(tmp_path_factory.mktemp("tiny"), model)
+    options = ["parallel.expert_parallel_size=2", "rollout.routing_replay=true", "engine.check_weights=always"]
+    result = dsrl("train", str(config), *options, "evaluation.sets=[]", processes=2)
+    assert result.returncode == 0, result.stderr
+    assert not processes_left_behind()
+    return config.parent / "runs" / "tiny"
+
+
+def test_engine_and_trainer_agree_with_the_same_experts(run):
+    first, second = records(run)
+    assert (first["phase"], second["phase"]) == ("NSR-PreRL", "GRPO")
+    assert first["policy/grad_norm"] > 0 and second["policy/grad_norm"] > 0
+    # step 2 samples with weights that were pushed after step 1
+    assert second["mismatch/max_log_prob_gap"] < 1e-4
+
+
+@torch.no_grad()
+def test_the_experts_are_those_that_transformers_chooses(run):
+    """The samples of step 1 come from the weights that the run began with."""
+    model = AutoModelForCausalLM.from_pretrained(run.parent.parent / "model").eval()
+    same = total = 0
+    for group in read_groups(rollout_file(run, 1)):
+        for sample in group.samples:
+            tokens = torch.tensor([group.prompt.token_ids + sample.response_ids])
+            recorded = decode_routed_experts(sample.routed_experts, LAYERS, EXPERTS_PER_TOKEN)
+            assert len(recorded) == tokens.shape[1] - 1
+            logits = torch.stack(model(tokens, output_router_logits=True).router_logits, dim=1)[:-1]
+            chosen = logits.topk(EXPERTS_PER_TOKEN).indices
+            same += (recorded.long().sort().values == chosen.sort().values).all(-1).sum().item()
+            total += chosen[..., 0].numel()
+    assert same / total > 0.999, "only rounding may turn a choice"
