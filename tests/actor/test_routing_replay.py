@@ -1,6 +1,7 @@
 """A mixture of experts follows the experts that it is given, as Transformers' model with a forced choice does.
 
-That this holds in every layout is shown in test_layouts.py; that engines name the experts, in tests/test_train_moe.py.
+That this holds in every layout is shown in test_layouts.py; that engines name the experts, in
+tests/test_train_two_processes.py.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,5 +1,8 @@
-"""`dsrl train` with a mixture of experts: the engine says which experts it has used, and the trainer follows."""
+"""`dsrl train` over two processes, with all that concerns more than one: a mixture of experts, of which each has half,
+with routing replay; dynamic sampling, which every rank follows; a timeline of two ranks and two engines.
+"""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,13 +14,14 @@ from megatron_dsrl.algorithms.routed_experts import decode_routed_experts
 from megatron_dsrl.rollout.recording import read_groups, rollout_file
 from tests.support.compare_runs import records
 from tests.support.tiny_run import dsrl, processes_left_behind, write_tiny_run
+from tests.test_train import assert_traced
 
 LAYERS, EXPERTS, EXPERTS_PER_TOKEN = 2, 8, 2
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A finished run of two steps over two processes, each of which has half of the experts."""
+    """A finished run of two steps."""
     torch.manual_seed(0)
     model = Qwen3MoeForCausalLM(
         Qwen3MoeConfig(
@@ -36,8 +40,9 @@ def run(tmp_path_factory) -> Path:
         )
     )
     config = write_tiny_run(tmp_path_factory.mktemp("tiny"), model)
-    options = ["parallel.expert_parallel_size=2", "rollout.routing_replay=true", "engine.check_weights=always"]
-    result = dsrl("train", str(config), *options, "evaluation.sets=[]", processes=2)
+    experts = ["parallel.expert_parallel_size=2", "rollout.routing_replay=true", "engine.check_weights=always"]
+    dynamic = ["rollout.dynamic_sampling={max_rounds: 6}", "rollout.step_timeout_seconds=120.0", "phases.0.filter=all"]
+    result = dsrl("train", str(config), *experts, *dynamic, "evaluation.sets=[]", processes=2)
     assert result.returncode == 0, result.stderr
     assert not processes_left_behind()
     return config.parent / "runs" / "tiny"
@@ -66,3 +71,20 @@ def test_the_experts_are_those_that_transformers_chooses(run):
             same += (recorded.long().sort().values == chosen.sort().values).all(-1).sum().item()
             total += chosen[..., 0].numel()
     assert same / total > 0.999, "only rounding may turn a choice"
+
+
+def test_dynamic_sampling_trains_on_mixed_groups_only_and_every_rank_follows(run):
+    sampled_in_all = 0
+    for record in records(run):
+        groups = read_groups(rollout_file(run, record["step"]))
+        mixed = sum(len({sample.reward for sample in group.samples}) > 1 for group in groups)
+        assert record["dynamic_sampling/sampled_groups"] == len(groups) >= 8
+        assert record["dynamic_sampling/missing_groups"] == 0 and mixed >= 8
+        assert record["policy/kept_samples"] == 8 * 4
+        sampled_in_all += len(groups)
+    state = json.loads((run / "checkpoints" / "step_000002" / "state.json").read_text())
+    assert state["run"]["sampler"]["position"] == sampled_in_all % 40
+
+
+def test_the_timeline_has_both_ranks_and_both_engines(run):
+    assert_traced(run, ranks=2)
