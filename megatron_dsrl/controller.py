@@ -236,7 +236,8 @@ def older_token_metrics(groups: Sequence[Group], weight_version: int) -> dict[st
 
 
 def update_metrics(update: UpdateMetrics | None, phase: PhaseConfig) -> dict[str, float]:
-    """The `policy/*`, `mismatch/*` and `pre_train/*` part of a step record, and `<name>/*` of additional objectives.
+    """The `policy/*`, `mismatch/*`, `pre_train/*` and `router/*` part of a step record, and `<name>/*` of additional
+    objectives.
 
     The mismatch compares trainer and engine only where both condition on the prompt. In the pre-train space the gap is
     the one between log P(y) and log P(y|x), and is called so; the other mismatch metrics mean nothing there.

@@ -23,7 +23,9 @@ def kept(loss: float) -> ObjectiveMetrics:
 
 
 def test_an_objective_that_keeps_no_sample_says_so_beside_one_that_does():
-    record = update_metrics(UpdateMetrics(1.0, 1e-3, {"nsr_prerl": kept(0.25)}), PHASE)
+    update = UpdateMetrics(1.0, 1e-3, {"nsr_prerl": kept(0.25)}, router={"load_balancing_loss": 1.5})
+    record = update_metrics(update, PHASE)
+    assert record["router/load_balancing_loss"] == 1.5
     assert (record["policy/kept_samples"], record["policy/kept_tokens"]) == (0, 0)
     assert (record["nsr_prerl/kept_samples"], record["nsr_prerl/loss"], record["policy/total_loss"]) == (3, 0.25, 0.25)
     assert record["nsr_prerl/pre_train/mean_log_prob_gap"] == 0.5

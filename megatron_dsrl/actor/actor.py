@@ -17,6 +17,8 @@ from megatron_dsrl.algorithms.experience import Experience, PerToken, concatenat
 from megatron_dsrl.algorithms.losses import ScoredTokens
 from megatron_dsrl.algorithms.mismatch import mismatch_metrics
 from megatron_dsrl.algorithms.objective import Objective
+from megatron_dsrl.config.model import RouterConfig
+from megatron_dsrl.model.router import adding_router_losses
 from megatron_dsrl.platform.checkpoint_writer import CheckpointWrite
 from megatron_dsrl.weights.export import export_hf_folder
 from megatron_dsrl.weights.stream import stream_hf_weights
@@ -32,7 +34,15 @@ class Actor:
     Every rank passes the same global batch; each trains its data-parallel share of it.
     """
 
-    def __init__(self, model: TrainableModel, table: WeightTable, folder: Path, vocab_size: int, temperature: float):
+    def __init__(
+        self,
+        model: TrainableModel,
+        table: WeightTable,
+        folder: Path,
+        vocab_size: int,
+        temperature: float,
+        router: RouterConfig,
+    ):
         """Take over a model; see `build_actor` for how it is made.
 
         Args:
@@ -41,12 +51,14 @@ class Actor:
             folder: HF folder that the model came from; an export takes its config.json and tokenizer.
             vocab_size: rows of the HF embedding; what Megatron pads behind them is not scored.
             temperature: sampling temperature, by which logits are divided.
+            router: losses that a mixture of experts adds to those of the objectives in every optimizer step.
         """
         self._model = model
         self._table = table
         self._folder = folder
         self._vocab_size = vocab_size
         self._temperature = temperature
+        self._router = router
 
     @property
     def chunks(self) -> Sequence[torch.nn.Module]:
@@ -130,11 +142,13 @@ class Actor:
 
     def _optimizer_step(self, objectives: Sequence[Objective]) -> UpdateMetrics:
         micro_batches = [micro_batch for objective in objectives for micro_batch in self._micro_batches(objective)]
-        kept = self._model.accumulate_gradients(micro_batches)
+        num_tokens = sum(len(sequence.token_ids) for of in objectives for sequence in of.experience.sequences)
+        with adding_router_losses(self._model.chunks, self._router, num_tokens) as router_losses:
+            kept = self._model.accumulate_gradients(micro_batches)
         metrics = share_with_all_stages(_metrics_of(objectives, kept) if kept else None)
         require_finite("loss", sum(objective.loss for objective in metrics.values()))
         grad_norm, learning_rate = self._model.take_step()
-        return UpdateMetrics(grad_norm, learning_rate, metrics)
+        return UpdateMetrics(grad_norm, learning_rate, metrics, router_losses.metrics(self._model.config.num_layers))
 
     def _micro_batches(self, objective: Objective) -> list[MicroBatch[ScoreResult]]:
         """This rank's share of an objective."""

@@ -46,6 +46,7 @@ def build_actor(config: RunConfig, folder: Path) -> Actor:
         folder=folder,
         vocab_size=architecture.vocab_size,
         temperature=config.rollout.temperature,
+        router=config.model.router,
     )
 
 

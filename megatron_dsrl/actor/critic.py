@@ -1,7 +1,9 @@
 """The critic of PPO: a value model that learns what return to expect before every token.
 
 One object per rank, all of whose methods are collective over the ranks. It shares the policy's layout, and what a
-model with an optimizer can do is `TrainableModel`'s.
+model with an optimizer can do is `TrainableModel`'s. The losses of `model.router` are not its: their coefficients are
+chosen for the policy's loss, the value loss has another scale, and only its own training depends on how its experts
+are used.
 """
 
 from collections.abc import Iterator

@@ -8,10 +8,12 @@ from typing import Generic, TypeVar
 import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_dsrl.actor.packing import PackedRow
+from megatron_dsrl.model.build import bare_model
 from megatron_dsrl.model.output_rows import output_at_rows
 from megatron_dsrl.model.routing_replay import RoutedPackedSeqParams, experts_of_this_rank
 
@@ -58,6 +60,7 @@ def run_schedule(
             row.position_ids,
             None,
             packed_seq_params=_packed(row, chunk.config),
+            padding_mask=_padding_mask(row, chunk),
             output_processor=output_at_rows,
             output_processor_context=row.predicting_positions,
             **options,
@@ -100,3 +103,12 @@ def _packed(row: PackedRow, config: TransformerConfig) -> RoutedPackedSeqParams:
         max_seqlen_kv=row.longest,
         routed_experts=experts,
     )
+
+
+def _padding_mask(row: PackedRow, chunk: torch.nn.Module) -> Tensor | None:
+    """What routers are told about the row, [1, T] or this rank's part of it; nobody else looks at it."""
+    if not chunk.config.num_moe_experts:
+        return None
+    if chunk.config.sequence_parallel and not bare_model(chunk).pre_process:  # Megatron splits it on the first stage
+        return scatter_to_sequence_parallel_region(row.is_padding.T.contiguous()).T
+    return row.is_padding

@@ -82,6 +82,8 @@ class PackedRow:
     """[1, T] int64."""
     position_ids: Tensor
     """[1, T] int64, from 0 in every sequence."""
+    is_padding: Tensor
+    """[1, T] bool."""
     sequence_starts: Tensor
     """[num_sequences + 1] int32, cumulative lengths in the whole row, padding included; attention never crosses
     them."""
@@ -135,7 +137,7 @@ def pack(
     starts = [0]
     for length in lengths:
         starts.append(starts[-1] + length)
-    token_ids, predicted = _whole_row(chosen, starts)
+    token_ids, predicted, is_padding = _whole_row(chosen, starts)
     mine = zigzag_rows(lengths, split.context_parallel_size, split.context_parallel_rank)
     predicting = (predicted[mine] >= 0).nonzero().flatten()
     places = predicted[mine][predicting]
@@ -146,6 +148,7 @@ def pack(
         indices=tuple(indices),
         token_ids=token_ids[mine][None].to(device),
         position_ids=torch.cat([torch.arange(length) for length in lengths])[mine][None].to(device),
+        is_padding=is_padding[mine][None].to(device),
         sequence_starts=torch.tensor(starts, dtype=torch.int32, device=device),
         longest=max(lengths),
         predicting_positions=predicting.to(device),
@@ -156,14 +159,17 @@ def pack(
     )
 
 
-def _whole_row(sequences: Sequence[ScoredSequence], starts: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Token ids of the row, 0 where padded, and the number of the scored token that each position predicts, or -1."""
+def _whole_row(sequences: Sequence[ScoredSequence], starts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids of the row, 0 where padded; the number of the scored token that each position predicts, or -1; and
+    whether it is padding."""
     token_ids = torch.zeros(starts[-1], dtype=torch.int64)
     predicted = torch.full_like(token_ids, -1)
+    is_padding = torch.ones_like(token_ids, dtype=torch.bool)
     scored = 0
     for start, sequence in zip(starts, sequences):
         end = start + len(sequence.token_ids)
         token_ids[start:end] = torch.tensor(sequence.token_ids)
+        is_padding[start:end] = False
         predicted[start + sequence.num_context - 1 : end - 1] = torch.arange(scored, scored + sequence.num_scored)
         scored += sequence.num_scored
-    return token_ids, predicted
+    return token_ids, predicted, is_padding

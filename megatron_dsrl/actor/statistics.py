@@ -1,7 +1,7 @@
 """Numbers of scored tokens, added up over micro-batches and ranks into the metrics of an update."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -106,10 +106,12 @@ class UpdateMetrics:
     """Of the last step."""
     objectives: dict[str, ObjectiveMetrics]
     """By the objective's name."""
+    router: dict[str, float] = field(default_factory=dict)
+    """Losses of a mixture of experts' routers without their coefficients, by name; see `RouterLosses.metrics`."""
 
     @property
     def loss(self) -> float:
-        """The sum of the objectives' losses."""
+        """The sum of the objectives' losses, without those of routers."""
         return sum(objective.loss for objective in self.objectives.values())
 
     @classmethod
@@ -123,15 +125,16 @@ class UpdateMetrics:
                 name: ObjectiveMetrics.merge([step.objectives[name] for step in steps if name in step.objectives])
                 for name in names
             },
+            router={name: sum(step.router[name] for step in steps) / len(steps) for name in steps[0].router},
         )
 
     def flat(self) -> dict[str, float]:
-        """Every number by a name of its own, `<objective>/<metric>`."""
+        """Every number by a name of its own, `<objective>/<metric>` and `router/<metric>`."""
         flat: dict[str, float] = {"grad_norm": self.grad_norm, "learning_rate": self.learning_rate, "loss": self.loss}
         for name, of in self.objectives.items():
             numbers = {"loss": of.loss, "kept_samples": of.kept_samples, "kept_tokens": of.kept_tokens}
             flat |= {f"{name}/{key}": value for key, value in (numbers | of.means | of.maxima).items()}
-        return flat
+        return flat | {f"router/{name}": value for name, value in self.router.items()}
 
 
 def share_with_all_stages(metrics: dict[str, ObjectiveMetrics] | None) -> dict[str, ObjectiveMetrics]:

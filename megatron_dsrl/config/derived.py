@@ -16,6 +16,7 @@ from megatron_dsrl.config.layout import (
     process_problems,
     processes,
 )
+from megatron_dsrl.config.model import RouterConfig
 from megatron_dsrl.config.phase import ObjectiveConfig
 from megatron_dsrl.config.phase_steps import PhaseSteps, phases_by_steps
 from megatron_dsrl.config.rollout import MAX_REPLAYED_EXPERTS
@@ -263,6 +264,8 @@ def _routing_problems(config: RunConfig, shape: ModelShape | None) -> Iterator[P
             "rollout.routing_replay",
             f"the model has {shape.experts or 'no'} experts, it is for 1 to {MAX_REPLAYED_EXPERTS}; set it to false",
         )
+    if shape and not shape.experts and config.model.router != RouterConfig():
+        yield "model.router", "is for a mixture of experts, but the model has none; leave the section out"
 
 
 def _length_problems(config: RunConfig, shape: ModelShape | None) -> Iterator[Problem]:

@@ -2,9 +2,38 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megatron_dsrl.config.section import Section
+
+
+class RouterConfig(Section):
+    """The routers of a mixture of experts. Their losses act while the policy is trained; nothing else has them."""
+
+    dtype: Literal["float32", "float64", "model"] = "float32"
+    """In which hidden states are multiplied by the router's weights; `model`: in the model's own, as SGLang and
+    Transformers do. The softmax over the products is computed in float32 in any case, and rounded to this dtype."""
+
+    load_balancing: Literal["none", "aux_loss", "global_aux_loss"] = "none"
+    """Loss for using all experts alike, by Megatron's names: `aux_loss` looks at every micro-batch by itself,
+    `global_aux_loss` compares with where all tokens of the optimizer step have gone so far, on all data-parallel
+    replicas. RL mostly keeps the router as pretraining has balanced it: `none`. (There is no `seq_aux_loss`: Megatron
+    would take a whole packed row for one sequence.)"""
+
+    load_balancing_coefficient: float | None = Field(default=None, ge=0)
+    """Factor on that loss, which is 1 for balanced experts, in every layer. 0 only measures it."""
+
+    z_loss_coefficient: float | None = Field(default=None, ge=0)
+    """Factor on the mean squared logsumexp of the router's logits, in every layer, which keeps them small. 0 only
+    measures it; null: neither."""
+
+    @model_validator(mode="after")
+    def _coefficient_goes_with_a_loss(self) -> "RouterConfig":
+        if self.load_balancing == "none" and self.load_balancing_coefficient is not None:
+            raise ValueError("load_balancing_coefficient: there is no loss that it belongs to; set load_balancing too")
+        if self.load_balancing != "none" and self.load_balancing_coefficient is None:
+            raise ValueError(f"load_balancing: `{self.load_balancing}` needs a load_balancing_coefficient")
+        return self
 
 
 class ModelConfig(Section):
@@ -25,6 +54,9 @@ class ModelConfig(Section):
 
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation in the backward pass: nothing, core attention only, or every layer."""
+
+    router: RouterConfig = Field(default_factory=RouterConfig)
+    """For a mixture of experts: precision of its routers, and losses that they add."""
 
 
 class ParallelConfig(Section):

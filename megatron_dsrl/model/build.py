@@ -15,12 +15,13 @@ from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 
-from megatron_dsrl.config.model import ModelConfig, ParallelConfig
+from megatron_dsrl.config.model import ModelConfig, ParallelConfig, RouterConfig
 from megatron_dsrl.model.architecture import Architecture, Experts, check_model_layout
 from megatron_dsrl.model.layer_spec import LayerImplementation, choose_layer_implementation, decoder_layers
 from megatron_dsrl.platform import current_platform
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ROUTER_DTYPES = {"float32": "fp32", "float64": "fp64", "model": None}
 RECOMPUTE = {
     "none": {},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
@@ -67,14 +68,14 @@ def transformer_config(architecture: Architecture, model: ModelConfig, parallel:
         variable_seq_lengths=True,  # packed micro-batches differ in length
         moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths, even without experts
         calculate_per_token_loss=True,  # the loss function sums; the actor divides by the global token count
-        **_expert_fields(architecture.experts, parallel, implementation),
+        **_expert_fields(architecture.experts, model.router, parallel, implementation),
         **RECOMPUTE[model.recompute],
         **platform_flags | (INTERLEAVED if virtual_stages > 1 else {}),
     )
 
 
 def _expert_fields(
-    experts: Experts | None, parallel: ParallelConfig, implementation: LayerImplementation
+    experts: Experts | None, router: RouterConfig, parallel: ParallelConfig, implementation: LayerImplementation
 ) -> dict[str, Any]:
     if experts is None:
         return {}
@@ -84,9 +85,8 @@ def _expert_fields(
         "moe_router_topk": experts.num_experts_per_tok,
         # Softmax over the chosen experts' logits is softmax over all of them, divided by the chosen ones' sum.
         "moe_router_pre_softmax": not experts.norm_topk_prob,
-        "moe_router_dtype": "fp32",
-        # RL keeps the router as pretraining balanced it: no balancing loss. Transformers has none at inference either.
-        "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": ROUTER_DTYPES[router.dtype],
+        "moe_router_load_balancing_type": "none",  # model/router.py has losses
         "moe_aux_loss_coeff": 0.0,
         "moe_grouped_gemm": implementation == "transformer_engine",
         "expert_model_parallel_size": parallel.expert_parallel_size,
@@ -101,7 +101,7 @@ def build_model(architecture: Architecture, model: ModelConfig, parallel: Parall
 
     Args:
         architecture: the model.
-        model: dtype, layer implementation and recomputation.
+        model: dtypes, layer implementation and recomputation.
         parallel: the layout.
 
     Returns:

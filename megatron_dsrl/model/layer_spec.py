@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.model.attention import CoreAttention, PackedSelfAttention
 from megatron_dsrl.model.norm import RMSNorm
+from megatron_dsrl.model.router import Router
 from megatron_dsrl.model.routing_replay import RoutedTransformerLayer
 from megatron_dsrl.platform import current_platform
 
@@ -59,7 +60,7 @@ def decoder_layers(
             num_experts=experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
         )
         if experts:
-            layer.module = RoutedTransformerLayer
+            _route_by_our_own(layer)
         return layer
     layer = get_gpt_layer_local_spec(
         num_experts=experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
@@ -73,9 +74,15 @@ def decoder_layers(
         attention.submodules.q_layernorm = RMSNorm
         attention.submodules.k_layernorm = RMSNorm
     if experts:
-        layer.module = RoutedTransformerLayer
+        _route_by_our_own(layer)
         # In checkpoints local layers call their norms as Transformer Engine does, which fuses this one into a dense
         # feed-forward but not into experts. Megatron's map overlooks that; without the entry both write one name.
         del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     layers = [layer] * get_num_layers_to_build(config, vp_stage=virtual_stage)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+def _route_by_our_own(layer: ModuleSpec) -> None:
+    """A layer with experts can be told where tokens go, and its router can add losses."""
+    layer.module = RoutedTransformerLayer
+    layer.submodules.mlp.keywords["submodules"].router = Router

@@ -22,7 +22,7 @@ from megatron_dsrl.cli import main
 from megatron_dsrl.config.actor import ActorConfig, OptimizerConfig
 from megatron_dsrl.config.critic import CriticConfig
 from megatron_dsrl.config.data import PromptSetConfig
-from megatron_dsrl.config.model import ModelConfig, ParallelConfig
+from megatron_dsrl.config.model import ModelConfig, ParallelConfig, RouterConfig
 from megatron_dsrl.config.phase import PostTrainSpaceConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
@@ -35,6 +35,8 @@ OPTIMIZER = OptimizerConfig(
     eps=1e-2,  # with a tiny epsilon Adam's first steps are the sign of the gradient, which rounding can turn
     gradient_clip_norm=0.5,
 )
+POLICYS_ROUTER = RouterConfig(load_balancing="aux_loss", load_balancing_coefficient=1.0)
+"""A critic has no such loss."""
 VALUE_CLIP, MINI_BATCHES, EPOCHS = 0.05, 2, 2
 SEQUENCE_PARALLEL = {"tensor_parallel_size": 2, "sequence_parallel": True}
 VIRTUAL_STAGES = {"pipeline_parallel_size": 2, "virtual_pipeline_stages": 2}
@@ -77,7 +79,7 @@ def run_config(folder: Path, parallel: ParallelConfig, path: str | None, dtype: 
     return RunConfig(
         name="test",
         steps=4,
-        model=ModelConfig(path=str(folder), dtype=dtype),
+        model=ModelConfig(path=str(folder), dtype=dtype, router=POLICYS_ROUTER),
         parallel=parallel,
         actor=ActorConfig(max_tokens_per_micro_batch=100),
         critic=CriticConfig(

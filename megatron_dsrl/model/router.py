@@ -1,0 +1,151 @@
+"""Routers of a mixture of experts that can add losses of their own to an optimizer step.
+
+Of a set of tokens that are dispatched to E experts:
+
+- the load-balancing loss (Switch Transformer, arXiv 2101.03961, eq. 4 to 6, for any number of experts per token) is
+  E * sum_i f_i P_i, with f_i the share of all dispatches that goes to expert i, which has no gradient, and P_i the mean
+  of the router's probability of expert i. It is 1 when f or P is uniform. The set is a micro-batch (`aux_loss`); or f
+  is that of all micro-batches of the optimizer step so far, on all data-parallel replicas (`global_aux_loss`, arXiv
+  2501.11873);
+- the z-loss (ST-MoE, arXiv 2202.08906, eq. 5) is the mean of the squared logsumexp of the router's logits.
+
+What an optimizer step adds to its loss is, for each of the two, its coefficient times the sum over layers of the mean
+over micro-batches and data-parallel replicas, each weighed by its tokens: the sum over tokens by the number of tokens
+of the step.
+
+Departures from Megatron-core's own losses of the same names (transformer/moe/router.py), which are switched off:
+
+- Megatron divides by the number of *scored* tokens of the step after the backward pass; gradients are not divided here
+  (actor/forward_backward.py), and prompts are routed as well as responses. So the number of tokens comes first;
+- padding is not a token: with it, losses would depend on the layout;
+- f counts where tokens go, Megatron where they would go by their own router: not the same under routing replay;
+- micro-batches of different lengths weigh what they have, and f of `global_aux_loss` adds up to 1 for all of them.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+from megatron_dsrl.config.model import RouterConfig
+
+
+class RouterLosses:
+    """What the routers of this rank add to the loss of one optimizer step, and measure on the way."""
+
+    def __init__(self, config: RouterConfig, num_tokens: int, device: torch.device):
+        """
+        Args:
+            config: which losses, and their coefficients.
+            num_tokens: of the optimizer step, over all its micro-batches and data-parallel replicas, without padding.
+            device: of the model.
+        """
+        coefficients = {"load_balancing_loss": config.load_balancing_coefficient, "z_loss": config.z_loss_coefficient}
+        self._coefficients = {name: value for name, value in coefficients.items() if value is not None}
+        self._over_the_step = config.load_balancing == "global_aux_loss"
+        self._num_tokens = num_tokens
+        self._dispatches: dict[int, Tensor] = {}
+        """Of the step so far by layer, over all replicas: int64 [experts]."""
+        self._sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in self._coefficients}
+        """Over the tokens and layers of this rank."""
+
+    @property
+    def exist(self) -> bool:
+        """Whether there is any."""
+        return bool(self._coefficients)
+
+    def of_layer(self, router: "Router", logits: Tensor, routing_map: Tensor, is_token: Tensor) -> Tensor:
+        """This rank's share of a layer's losses in a micro-batch, float32 scalar with its weight in the step's loss.
+
+        Args:
+            router: of the layer.
+            logits: [tokens, experts].
+            routing_map: [tokens, experts] bool, where the tokens are sent.
+            is_token: [tokens] bool, False for padding.
+        """
+        sums: dict[str, Tensor] = {}
+        if "load_balancing_loss" in self._coefficients:
+            sums["load_balancing_loss"] = self._balancing(router, logits, routing_map, is_token)
+        if "z_loss" in self._coefficients:
+            sums["z_loss"] = (torch.logsumexp(logits.float(), dim=-1).square() * is_token).sum()
+        loss = torch.zeros((), device=logits.device)
+        for name, over_tokens in sums.items():
+            self._sums[name] += over_tokens.detach()
+            loss = loss + self._coefficients[name] / self._num_tokens * over_tokens
+        return loss
+
+    def metrics(self, num_layers: int) -> dict[str, float]:
+        """Means over tokens and layers without the coefficients, the same on every rank; collective over all ranks.
+
+        Every rank routes tokens of its own (tensor parallelism comes with sequence parallelism where there are
+        experts), or layers of its own.
+
+        Args:
+            num_layers: of the whole model.
+        """
+        if not self.exist:
+            return {}
+        sums = torch.stack(list(self._sums.values()))
+        dist.all_reduce(sums)
+        return dict(zip(self._sums, (sums / (self._num_tokens * num_layers)).tolist()))
+
+    def _balancing(self, router: "Router", logits: Tensor, routing_map: Tensor, is_token: Tensor) -> Tensor:
+        """E * sum_i f_i * (sum of expert i's probability over this rank's tokens)."""
+        dispatches = (routing_map & is_token[:, None]).sum(dim=0)
+        group = router.tp_dp_cp_group if self._over_the_step else router.tp_cp_group
+        if group.size() > 1:
+            dist.all_reduce(dispatches, group=group)
+        if self._over_the_step:
+            dispatches = dispatches + self._dispatches.get(router.layer_number, 0)
+            self._dispatches[router.layer_number] = dispatches
+        shares = dispatches / dispatches.sum().clamp(min=1)
+        probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32) * is_token[:, None]
+        return logits.shape[-1] * (probabilities.sum(dim=0) * shares).sum()
+
+
+class Router(TopKRouter):
+    """Megatron's router, which adds `losses` where there are any."""
+
+    losses: RouterLosses | None = None
+    """Of the optimizer step that is being computed; see `adding_router_losses`."""
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Weights and map of the experts that tokens are sent to, both [tokens, experts].
+
+        Args:
+            logits: [s, b, experts].
+            padding_mask: [s, b] bool, True for padding; needed for losses.
+        """
+        weights, routing_map = super().routing(logits, padding_mask)
+        # Full recomputation routes once without gradients before: only the second time counts.
+        if self.losses is None or not torch.is_grad_enabled():
+            return weights, routing_map
+        assert padding_mask is not None
+        loss = self.losses.of_layer(self, logits.flatten(0, 1), routing_map, ~padding_mask.flatten())
+        return MoEAuxLossAutoScaler.apply(weights, loss), routing_map
+
+
+@contextmanager
+def adding_router_losses(
+    chunks: Sequence[torch.nn.Module], config: RouterConfig, num_tokens: int
+) -> Iterator[RouterLosses]:
+    """For the forward and backward passes of one optimizer step: what is routed adds its losses to the gradients.
+
+    Args:
+        chunks: this rank's part of the model.
+        config: which losses; with none, nothing is added.
+        num_tokens: of the optimizer step, as in `RouterLosses`.
+    """
+    losses = RouterLosses(config, num_tokens, next(chunks[0].parameters()).device)
+    routers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, Router)]
+    for router in routers:
+        router.losses = losses if losses.exist else None
+    try:
+        yield losses
+    finally:
+        for router in routers:
+            router.losses = None
