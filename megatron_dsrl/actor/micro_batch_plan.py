@@ -70,7 +70,8 @@ def plan_micro_batches(
     """
     costs = [cost(length) for length in lengths]
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    fewest = max(1, -(-sum(lengths) // (max_tokens * data_parallel_size)))
+    within_budget = sum(min(length, max_tokens) for length in lengths)  # a longer one takes a micro-batch, not several
+    fewest = max(1, -(-within_budget // (max_tokens * data_parallel_size)))
     count = -(-fewest // multiple_of) * multiple_of
     while (bins := _place(order, lengths, costs, count * data_parallel_size, max_tokens)) is None:
         count += multiple_of

@@ -1,5 +1,7 @@
 """The invariants of the micro-batch plan, as its docstring states them."""
 
+import math
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,6 +27,7 @@ def test_every_sequence_once_within_the_budget_and_equal_counts(lengths, ranks, 
     assert len(plan) == ranks
     (count,) = {len(rank) for rank in plan}
     assert count >= 1 and count % multiple_of == 0
+    assert count - multiple_of < max(1, math.ceil(len(lengths) / ranks)), "not more than sequences need"
     for micro_batch in micro_batches:
         assert sum(lengths[i] for i in micro_batch) <= max_tokens or len(micro_batch) == 1
     assert plan == plan_micro_batches(lengths, ranks, max_tokens, cost, multiple_of)
