@@ -208,7 +208,7 @@ def check(outcome: Outcome, expected: Outcome) -> None:
     assert outcome.z == pytest.approx(expected.z, rel=1e-6)
     assert outcome.gradients.keys() == expected.gradients.keys()
     for name, gradient in expected.gradients.items():
-        assert relative_error(outcome.gradients[name], gradient) < 1e-5, name
+        assert relative_error(outcome.gradients[name], gradient) < 5e-6, name
 
 
 def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
