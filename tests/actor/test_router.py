@@ -23,6 +23,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 from megatron_dsrl.actor.actor import Actor
 from megatron_dsrl.actor.build import build_actor
 from megatron_dsrl.algorithms.objective import Objective
+from megatron_dsrl.algorithms.routed_experts import encode_routed_experts
 from megatron_dsrl.config.actor import ActorConfig, OptimizerConfig
 from megatron_dsrl.config.model import ParallelConfig, RouterConfig
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
@@ -217,12 +218,14 @@ def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("model")
+    folder = tmp_path_factory.mktemp("model")
+    make_tiny_qwen3_moe(folder, vocab_size=127)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def model(folder) -> Qwen3MoeForCausalLM:
-    return make_tiny_qwen3_moe(folder, vocab_size=127)
+    return Qwen3MoeForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -240,12 +243,12 @@ def expected(model, tmp_path_factory) -> dict[tuple[str, bool], Outcome]:
 
 
 @pytest.fixture(scope="module")
-def two_processes(model, folder) -> list[dict[str, Outcome]]:
+def two_processes(folder) -> list[dict[str, Outcome]]:
     return run_distributed(run_cases, 2, folder, TWO_PROCESSES, timeout_seconds=200)
 
 
 @pytest.fixture(scope="module")
-def four_processes(model, folder) -> list[dict[str, Outcome]]:
+def four_processes(folder) -> list[dict[str, Outcome]]:
     return run_distributed(run_cases, 4, folder, FOUR_PROCESSES, timeout_seconds=400)
 
 
@@ -310,6 +313,26 @@ def test_a_router_that_knows_no_difference_has_a_loss_of_one(folder):
         with torch.enable_grad():
             metrics = actor.update(objectives()).router
     assert metrics == pytest.approx({"load_balancing_loss": 1.0, "z_loss": math.log(EXPERTS) ** 2}, rel=1e-6)
+
+
+def test_what_is_balanced_is_where_tokens_go(folder):
+    """Under routing replay not where their routers would send them: here every token goes to experts 0 and 1."""
+    objective, layers = objectives()[0], 4
+    lengths = [len(sequence.token_ids) for sequence in objective.experience.sequences]
+    first_two = tuple(encode_routed_experts(np.tile([0, 1], (length - 1, layers, 1))) for length in lengths)
+    objective = replace(objective, experience=replace(objective.experience, routed_experts=first_two))
+    probabilities = []
+
+    def keep(router: Router, inputs: tuple, outputs: tuple) -> None:
+        probabilities.append(router.gating(inputs[0]).detach().softmax(-1).flatten(0, -2))
+
+    with actor_of(Case(), folder) as actor:
+        for router in routers_of(actor):
+            router.register_forward_hook(keep)
+        metrics = actor.update([objective]).router
+    expected = EXPERTS * torch.cat(probabilities)[:, :2].mean()
+    assert len(probabilities) == layers
+    assert metrics["load_balancing_loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("router_dtype", ["float32", "float64", "model"])
