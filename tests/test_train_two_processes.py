@@ -1,5 +1,6 @@
 """`dsrl train` over two processes, with all that concerns more than one: a mixture of experts, of which each has half,
-with routing replay; dynamic sampling, which every rank follows; a timeline of two ranks and two engines.
+with routing replay and a balancing loss; dynamic sampling, which every rank follows; a timeline of two ranks and two
+engines.
 """
 
 import json
@@ -41,6 +42,7 @@ def run(tmp_path_factory) -> Path:
     )
     config = write_tiny_run(tmp_path_factory.mktemp("tiny"), model)
     experts = ["parallel.expert_parallel_size=2", "rollout.routing_replay=true", "engine.check_weights=always"]
+    experts += ["model.router={load_balancing: global_aux_loss, load_balancing_coefficient: 0.001}"]
     dynamic = ["rollout.dynamic_sampling={max_rounds: 6}", "rollout.step_timeout_seconds=120.0", "phases.0.filter=all"]
     result = dsrl("train", str(config), *experts, *dynamic, "evaluation.sets=[]", processes=2)
     assert result.returncode == 0, result.stderr
@@ -54,6 +56,12 @@ def test_engine_and_trainer_agree_with_the_same_experts(run):
     assert first["policy/grad_norm"] > 0 and second["policy/grad_norm"] > 0
     # step 2 samples with weights that were pushed after step 1
     assert second["mismatch/max_log_prob_gap"] < 1e-4
+
+
+def test_every_step_says_how_balanced_the_experts_were(run):
+    for record in records(run):
+        assert 1 < record["router/load_balancing_loss"] < EXPERTS / EXPERTS_PER_TOKEN
+        assert "router/z_loss" not in record
 
 
 @torch.no_grad()
