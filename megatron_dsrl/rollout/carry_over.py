@@ -173,7 +173,7 @@ def _unfinished_group(record: dict[str, Any]) -> UnfinishedGroup:
                 log_probs=tuple(response["log_probs"]),
                 weight_versions=tuple(map(tuple, response["weight_versions"])),
                 finish_reason=response["finish_reason"],
-                routed_experts=response["routed_experts"],
+                routed_experts=response.get("routed_experts"),
             )
             for response in record["responses"]
         ),
