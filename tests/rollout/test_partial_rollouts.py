@@ -8,6 +8,7 @@ from transformers import Qwen3ForCausalLM
 
 from megatron_dsrl.config.rollout import PartialRolloutConfig
 from megatron_dsrl.rollout.carry_over import CarryOver, CarryOverWrite, fit_for
+from megatron_dsrl.rollout.client import Completion
 from megatron_dsrl.rollout.rollout import EngineRollout
 from megatron_dsrl.rollout.sample import Sample
 from megatron_dsrl.rollout.unfinished import PartialResponse, UnfinishedGroup
@@ -110,6 +111,21 @@ def test_only_accepted_groups_count_and_new_prompts_replace_the_others(rollout, 
     assert len(batch.accepted) == WANTED
     assert {group.prompt.index % 2 for group in batch.accepted} == {0}
     assert {group.prompt.index % 2 for group in batch.rejected} <= {1}
+
+
+def test_a_continued_response_has_the_experts_of_its_last_request(tmp_path):
+    """Which went through all of it; what a response had when it was cut is not kept."""
+    ended = Completion((1, 2), (-0.1, -0.2), "stop", ((1, 2),), routed_experts="of the first")
+    cut = Completion((3,), (-0.3,), "abort", ((1, 1),), routed_experts="of the one that was cut")
+    group = UnfinishedGroup.new(PROMPTS[0], [5, 6]).extended([ended, cut])
+    CarryOverWrite(CarryOver(unfinished=(group,)), tmp_path).write()
+    (group,) = CarryOver.read_from(tmp_path).unfinished
+    assert [response.routed_experts for response in group.responses] == ["of the first", None]
+
+    rest = Completion((4, 2), (-0.4, -0.5), "stop", ((2, 2),), routed_experts="of both parts")
+    group = group.extended([rest])
+    assert [response.routed_experts for response in group.responses] == ["of the first", "of both parts"]
+    assert group.responses[1].response_ids == (3, 4, 2)
 
 
 def test_groups_that_are_too_old_begin_anew():
