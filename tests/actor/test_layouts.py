@@ -5,7 +5,7 @@ Real processes over gloo, float32. The processes are started once; layouts follo
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,33 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_dsrl.actor.actor import Actor
 from megatron_dsrl.actor.build import build_actor
-from megatron_dsrl.algorithms.losses import ScoredTokens, TokenLosses, supervised_loss
-from megatron_dsrl.algorithms.objective import Objective
+from megatron_dsrl.algorithms.advantages import GroupMean, GroupStandardised
+from megatron_dsrl.algorithms.aggregations import SequenceMean, TokenSum
+from megatron_dsrl.algorithms.experience import Experience, PerToken, build_experience
+from megatron_dsrl.algorithms.importance import Masked, Truncated
+from megatron_dsrl.algorithms.losses import (
+    CISPO,
+    GSPO,
+    PolicyGradient,
+    ScoredTokens,
+    TokenLosses,
+    supervised_loss,
+)
+from megatron_dsrl.algorithms.objective import Objective, objectives_of
 from megatron_dsrl.config.actor import ActorConfig, OptimizerConfig
 from megatron_dsrl.config.model import ParallelConfig
-from megatron_dsrl.config.phase import PhaseConfig
+from megatron_dsrl.config.phase import (
+    AdditionalObjectiveConfig,
+    KLConfig,
+    PhaseConfig,
+    PostTrainSpaceConfig,
+    PreTrainSpaceConfig,
+)
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
-from tests.actor.test_actor import GRPO, NSR_PRERL, objective_of, run_config
+from tests.actor.test_actor import BOS, GRPO, NSR_PRERL, objective_of, responses, run_config
 from tests.support.distributed import run_distributed
 from tests.support.random_experts import random_experts
 from tests.support.tiny_model import make_tiny_qwen3, make_tiny_qwen3_moe
@@ -34,6 +52,33 @@ OPTIMIZER = OptimizerConfig(
 )
 SEQUENCE_PARALLEL = {"tensor_parallel_size": 2, "sequence_parallel": True}
 INTERLEAVED = {"pipeline_parallel_size": 2, "virtual_pipeline_stages": 2}
+DISTRIBUTED = {"distributed_optimizer": True}
+OTHER_METHODS = PhaseConfig(
+    name="GSPO",
+    space=PostTrainSpaceConfig(),
+    advantage=GroupStandardised(),
+    loss=GSPO(clip_low=0.05, clip_high=0.05),
+    aggregation=SequenceMean(),
+    importance_correction=Masked(level="sequence"),
+    kl=KLConfig(loss_coefficient=0.1),
+    additional_objectives=[
+        AdditionalObjectiveConfig(
+            name="cispo",
+            space=PreTrainSpaceConfig(),
+            advantage=GroupMean(),
+            loss=CISPO(clip_high=0.1),
+            aggregation=TokenSum(),
+        ),
+        AdditionalObjectiveConfig(
+            name="reinforce",
+            space=PostTrainSpaceConfig(),
+            advantage=GroupMean(),
+            loss=PolicyGradient(),
+            importance_correction=Truncated(cap=1.1),
+            entropy_coefficient=0.05,
+        ),
+    ],
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +104,7 @@ ONE_PROCESS = {
     "1 process, full recomputation": Case(recompute="full"),
     "MoE: 1 process": Case("MoE", max_tokens=10_000),
     "MoE: 1 process, full recomputation": Case("MoE", recompute="full"),
-    "MoE, given experts: 1 process": Case("MoE", max_tokens=10_000, given_experts=True),
+    "MoE, routing replay: 1 process": Case("MoE", max_tokens=10_000, given_experts=True),
 }
 TWO_PROCESSES = {
     "TP 2": Case(parallel={"tensor_parallel_size": 2}),
@@ -75,6 +120,7 @@ TWO_PROCESSES = {
     "DP 2, again": Case(),
     "DP 2, samples reversed": Case(reverse_samples=True),
     "DP 2, distributed optimizer": Case(parallel={"distributed_optimizer": True}),
+    "MoE: DP 2, distributed optimizer": Case("MoE", DISTRIBUTED),
     "MoE: EP 2": Case("MoE", {"expert_parallel_size": 2}),
     "MoE: EP 2, distributed optimizer": Case("MoE", {"expert_parallel_size": 2, "distributed_optimizer": True}),
     "MoE: TP 2 with sequence parallelism, experts split too": Case("MoE", SEQUENCE_PARALLEL),
@@ -83,13 +129,13 @@ TWO_PROCESSES = {
     ),
     "MoE: CP 2, EP 2": Case("MoE", {"context_parallel_size": 2, "expert_parallel_size": 2}),
     "MoE: PP 2 x 2 virtual stages": Case("MoE", INTERLEAVED),
-    "MoE, given experts: TP 2 with sequence parallelism, experts split too": Case(
+    "MoE, routing replay: TP 2 with sequence parallelism, experts split too": Case(
         "MoE", SEQUENCE_PARALLEL, given_experts=True
     ),
-    "MoE, given experts: CP 2, EP 2": Case(
+    "MoE, routing replay: CP 2, EP 2": Case(
         "MoE", {"context_parallel_size": 2, "expert_parallel_size": 2}, given_experts=True
     ),
-    "MoE, given experts: PP 2 x 2 virtual stages, full recomputation": Case(
+    "MoE, routing replay: PP 2 x 2 virtual stages, full recomputation": Case(
         "MoE", INTERLEAVED, recompute="full", given_experts=True
     ),
 }
@@ -102,7 +148,13 @@ FOUR_PROCESSES = {
     "CP 2 x DP 2, distributed optimizer": Case(
         parallel={"context_parallel_size": 2, "distributed_optimizer": True}
     ),
+    "TP 2 with sequence parallelism x DP 2, distributed optimizer": Case(parallel=SEQUENCE_PARALLEL | DISTRIBUTED),
+    "PP 2 x 2 virtual stages x DP 2, distributed optimizer": Case(parallel=INTERLEAVED | DISTRIBUTED),
     "MoE: EP 4": Case("MoE", {"expert_parallel_size": 4}),
+    "MoE: EP 2 x expert DP 2, distributed optimizer": Case("MoE", {"expert_parallel_size": 2} | DISTRIBUTED),
+    "MoE: TP 2 with sequence parallelism x DP 2, EP 2 x expert DP 2, experts whole, distributed optimizer": Case(
+        "MoE", SEQUENCE_PARALLEL | {"expert_parallel_size": 2, "expert_tensor_parallel_size": 1} | DISTRIBUTED
+    ),
     "MoE: TP 2 with sequence parallelism x EP 2, experts split too": Case(
         "MoE", SEQUENCE_PARALLEL | {"expert_parallel_size": 2}
     ),
@@ -121,24 +173,52 @@ def sequence_loss(tokens: ScoredTokens) -> TokenLosses:
 def objective_in(case: Case, phase: PhaseConfig, order: list[int] | None = None) -> Objective:
     """As `objective_of`, in the case's own way."""
     objective = objective_of(phase, order=order)
-    if not (case.given_experts and objective.experience.prompt_in_context):
-        return objective
-    sequences = objective.experience.sequences
-    experts = random_experts(sequences, layers=4, experts=4, experts_per_token=2)
-    return replace(objective, experience=replace(objective.experience, routed_experts=experts))
+    return replace(objective, experience=with_experts(case, objective.experience))
 
 
-def objectives(case: Case) -> list[tuple[list[Objective], int]]:
+def with_experts(case: Case, experience: Experience) -> Experience:
+    if not (case.given_experts and experience.prompt_in_context):
+        return experience
+    experts = random_experts(experience.sequences, layers=4, experts=4, experts_per_token=2)
+    return replace(experience, routed_experts=experts)
+
+
+def other_methods(case: Case, actor: Actor, order: list[int] | None) -> list[Objective]:
+    """The remaining losses, aggregations, importance corrections and the KL term, in one step and off-policy: every
+    log-prob that they compare with differs from the policy's by some noise."""
+    experiences = []
+    for objective in OTHER_METHODS.objectives.values():
+        experience = build_experience(responses(), objective.space, BOS).select(order or range(24))
+        experience = with_experts(case, experience)
+        now = actor.log_probs(experience)
+        old, engine, reference = (with_noise(experience, now, seed) for seed in (1, 2, 3))
+        logs = {"old_log_probs": old, "engine_log_probs": engine, "reference_log_probs": reference}
+        experiences.append(replace(experience, **logs))
+    return objectives_of(OTHER_METHODS, experiences, max_response_tokens=20)
+
+
+def with_noise(experience: Experience, log_probs: PerToken, seed: int) -> PerToken:
+    """That depends on the sequence and not on its place in the batch."""
+    generators = [torch.Generator().manual_seed(1000 * sum(s.token_ids) + seed) for s in experience.sequences]
+    return tuple(
+        values + 0.1 * torch.randn(values.shape, generator=generator)
+        for values, generator in zip(log_probs, generators)
+    )
+
+
+def objectives(case: Case, actor: Actor) -> Iterator[tuple[list[Objective], int]]:
     """What is updated one after the other, and in how many mini-batches: both phases of DSRL, two objectives at once,
-    and off-policy steps."""
+    off-policy steps, and every other method."""
     order = list(range(24))[::-1] if case.reverse_samples else None
     negative = len(objective_of(NSR_PRERL).experience)
     pre_train = objective_of(NSR_PRERL, order=order and list(range(negative))[::-1])
     post_train = objective_in(case, GRPO, order)
     sequences = replace(post_train, loss=sequence_loss, needs_entropy_gradient=True, name="sequences")
     supervised = replace(pre_train, loss=supervised_loss, coefficient=0.5, name="supervised")
-    steps = [([pre_train], 1), ([post_train], 1), ([sequences, supervised], 1)]
-    return steps if case.reverse_samples else [*steps, ([sequences], 3)]
+    yield from [([pre_train], 1), ([post_train], 1), ([sequences, supervised], 1)]
+    yield other_methods(case, actor, order), 1
+    if not case.reverse_samples:
+        yield [sequences], 3
 
 
 def configuration(case: Case, folder: Path) -> RunConfig:
@@ -158,7 +238,7 @@ def run_cases(folder: Path, cases: Mapping[str, Case]) -> dict[str, dict]:
             actor = build_actor(config, folder / case.model)
             result = {"log_probs": torch.cat(actor.log_probs(objective_in(case, GRPO).experience)).numpy()}
             result["weights"], result["updates"] = [weights_of(actor)], []
-            for step, mini_batches in objectives(case):
+            for step, mini_batches in objectives(case, actor):
                 result["updates"].append(actor.update(step, mini_batches).flat())
                 result["weights"].append(weights_of(actor))
             results[name] = result
@@ -236,7 +316,7 @@ def errors_of(result: dict, one: dict) -> Errors:
 
 
 def check(name: str, case: Case, results: dict[str, dict], one_process: dict[str, dict]) -> None:
-    alike = ("MoE, given experts" if case.given_experts else "MoE") + ": 1 process"
+    alike = ("MoE, routing replay" if case.given_experts else "MoE") + ": 1 process"
     result, one = results[name], one_process[alike if case.model == "MoE" else "1 process"]
     np.testing.assert_allclose(result["log_probs"], one["log_probs"], rtol=0, atol=1e-5)
     errors = errors_of(result, one)
