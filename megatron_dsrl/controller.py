@@ -1,8 +1,9 @@
 """Rank 0's part of a run: choose prompts, sample, keep the rollouts, evaluate, and write down what happened."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_dsrl.actor.statistics import UpdateMetrics
 from megatron_dsrl.algorithms.experience import Response
@@ -202,12 +203,8 @@ class Controller:
         }
         self._tracker.log_step(record)
         self._console.step(record)
-        gap, limit = record.get("mismatch/mean_log_prob_gap"), config.observability.max_log_prob_gap
-        if gap is not None and gap > limit and "response/older_token_fraction" not in record:
-            self._console.message(
-                f"warning: trainer and engine log-probs differ by {gap:.3g} nat on average, above "
-                f"observability.max_log_prob_gap={limit:g}; the engine may hold other weights or another precision"
-            )
+        if warning := log_prob_gap_warning(record, config.observability.max_log_prob_gap):
+            self._console.message(warning)
 
 
 def responses_of(groups: Sequence[Group], weight_version: int) -> list[Response]:
@@ -259,6 +256,20 @@ def update_metrics(update: UpdateMetrics | None, phase: PhaseConfig) -> dict[str
             prefix = f"{prefix}mismatch/"
         metrics |= {f"{prefix}{key}": value for key, value in mismatch.items() if value is not None}
     return metrics
+
+
+def log_prob_gap_warning(record: Mapping[str, Any], limit: float) -> str | None:
+    """What to print where a step's record says that trainer and engine log-probs differ by more than `limit` nat.
+
+    Only where both had the same weights and the prompt in context: not with tokens of older weights.
+    """
+    gap = record.get("mismatch/mean_log_prob_gap")
+    if gap is None or gap <= limit or "response/older_token_fraction" in record:
+        return None
+    return (
+        f"warning: trainer and engine log-probs differ by {gap:.3g} nat on average, above "
+        f"observability.max_log_prob_gap={limit:g}; the engine may hold other weights or another precision"
+    )
 
 
 def memory_metrics() -> dict[str, float]:

@@ -3,7 +3,7 @@
 from megatron_dsrl.actor.statistics import ObjectiveMetrics, UpdateMetrics
 from megatron_dsrl.algorithms.mismatch import MISMATCH_MAXIMA, MISMATCH_MEANS
 from megatron_dsrl.config.phase import PhaseConfig
-from megatron_dsrl.controller import update_metrics
+from megatron_dsrl.controller import log_prob_gap_warning, update_metrics
 
 NSR_PRERL = {"name": "nsr_prerl", "space": {"name": "pre_train"}, "advantage": "group_mean", "filter": "negative"}
 PHASE = PhaseConfig.model_validate(
@@ -43,3 +43,11 @@ def test_the_mismatch_with_the_engine_is_that_of_the_post_train_space():
         f"mismatch/{name}" for name in (*MISMATCH_MEANS, *MISMATCH_MAXIMA)
     }
     assert [name for name in record if "nsr_prerl/mismatch" in name or "policy/kl" in name] == []
+
+
+def test_a_large_gap_between_trainer_and_engine_warns():
+    gap = {"mismatch/mean_log_prob_gap": 0.2}
+    assert "differ by 0.2 nat on average, above observability.max_log_prob_gap=0.1" in log_prob_gap_warning(gap, 0.1)
+    assert log_prob_gap_warning(gap, 0.3) is None
+    assert log_prob_gap_warning({"pre_train/mean_log_prob_gap": 0.2}, 0.1) is None, "P(y) is no engine's"
+    assert log_prob_gap_warning(gap | {"response/older_token_fraction": 0.5}, 0.1) is None, "weights differed"
