@@ -20,6 +20,7 @@ from megatron_dsrl.conversion.command_line import add_convert
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.evaluation.command_line import add_eval, add_table
 from megatron_dsrl.observability.command_line import add_trace
+from megatron_dsrl.process import end_with_torchrun
 
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130
@@ -28,6 +29,7 @@ TERMINATED_STATUS = 143
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
+    end_with_torchrun()
     options = _parse(arguments)
     previous_handler = signal.signal(signal.SIGTERM, _exit_on_sigterm)
     try:

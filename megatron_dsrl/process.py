@@ -7,6 +7,16 @@ import signal
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
+def end_with_torchrun() -> None:
+    """Under torchrun: have this rank killed when torchrun is.
+
+    torchrun ends its ranks with it unless it is killed itself. They would then go on, beside those of the next start in
+    the same run folder.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent(os.getppid())
+
+
 def die_with_parent(parent: int) -> None:
     """Have the kernel send this process SIGKILL when its parent ends, `kill -9` of the parent included.
 

@@ -138,6 +138,30 @@ def test_soak_kill_9_of_trainer_or_engine_at_random_moments(config, undisturbed,
     assert_same_run(run, undisturbed, STEPS)
 
 
+@pytest.mark.slow
+def test_soak_kill_9_of_any_process_of_two_ranks(config):
+    """torchrun, a rank, an engine's process, a verifier's worker, whichever chance picks. What nothing depends on, and
+    what is replaced, lets the run go on."""
+    chance = random.Random(0)
+    layout = "parallel.distributed_optimizer=true"
+    whole = complete_run(config, "two ranks", layout, processes=2)
+    run = config.parent / "runs" / "two ranks, soak"
+    arguments = (str(config), f"name={run.name}", *OPTIONS, layout)
+    for _ in range(6):
+        step = newest_checkpoint(run) + 1
+        if step > STEPS:
+            break
+        remove_rollouts(run, step)
+        with running_training(*arguments, run=run, processes=2) as training:
+            training.wait_until(lambda: training.has_rollouts(step))  # noqa: B023
+            time.sleep(chance.uniform(0, 1))
+            if candidates := training.all_processes():
+                kill_one(chance.choice(candidates))
+            assert training.ended() in (0, TORCHRUN_FAILED, -signal.SIGKILL), training.output
+    complete_run(config, run.name, layout, processes=2)
+    assert_same_run(run, whole, STEPS)
+
+
 def kill_one(process: psutil.Process) -> None:
     with suppress(psutil.NoSuchProcess):  # it may have ended in this moment
         process.kill()

@@ -51,6 +51,13 @@ class RunningTraining:
             return []
         return [p for child in children if _is_engine(child) for p in (child, *child.children(recursive=True))]
 
+    def all_processes(self) -> list[psutil.Process]:
+        """The started one and all that it started; none when it has ended."""
+        try:
+            return [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
     def ended(self) -> int:
         """Wait for the end; the exit status. Nothing that it started may be left."""
         status = self.process.wait(LIMIT_SECONDS)
@@ -89,8 +96,6 @@ def running_training(*arguments: str, run: Path, processes: int = 1) -> Iterator
     finally:
         process.kill()
         process.wait()
-        for left in processes_left_behind() if processes > 1 else ():  # torchrun's ranks outlive it
-            left.kill()
 
 
 def _is_engine(process: psutil.Process) -> bool:
