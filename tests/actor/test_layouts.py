@@ -44,6 +44,7 @@ from tests.actor.test_actor import BOS, GRPO, NSR_PRERL, objective_of, responses
 from tests.support.distributed import run_distributed
 from tests.support.random_experts import random_experts
 from tests.support.tiny_model import make_tiny_qwen3, make_tiny_qwen3_moe
+from tests.support.tiny_run import REPOSITORY
 
 OPTIMIZER = OptimizerConfig(
     learning_rate=0.1,  # steps so long that the rounding of the weights themselves stays below the tolerance
@@ -348,3 +349,11 @@ def test_two_processes_repeat_bit_for_bit(two_processes, name):
 @pytest.mark.parametrize("name", FOUR_PROCESSES)
 def test_four_processes(one_process, four_processes, name):
     check(name, FOUR_PROCESSES[name], four_processes, one_process)
+
+
+def test_the_guide_has_every_layout():
+    guide = (REPOSITORY / "examples" / "parallelism" / "README.md").read_text()
+    shown = [row.split(" | ")[0].removeprefix("| ") for row in guide.splitlines() if row.count("e-0") == 4]
+    compared = [name for name in ONE_PROCESS if not name.endswith("1 process")]
+    compared += [name for name in TWO_PROCESSES if not name.endswith("again")]
+    assert shown == [*compared, *FOUR_PROCESSES]
