@@ -180,12 +180,13 @@ def test_both_halves_alone(config):
     assert again.returncode == 0 and "step 1/2" not in again.stdout, "what is there is not sampled again"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
     [
-        pytest.param("parallel.tensor_parallel_size=2", marks=pytest.mark.slow),
+        "parallel.tensor_parallel_size=2",
         "parallel.pipeline_parallel_size=2",
-        pytest.param("parallel={context_parallel_size: 2, distributed_optimizer: true}", marks=pytest.mark.slow),
+        "parallel={context_parallel_size: 2, distributed_optimizer: true}",
     ],
 )
 def test_two_processes_give_the_same_steps_as_one(config, run, layout):

@@ -90,6 +90,7 @@ def test_an_engine_that_ends_early_is_noticed_at_once_and_its_log_shown(make_ser
     assert processes_of_group(group) == []
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_dies_while_it_starts_ends_the_wait(make_server):
     server = make_server()
     server.start()
@@ -156,6 +157,7 @@ time.sleep(120)
 """
 
 
+@pytest.mark.slow
 def test_the_engine_dies_with_a_killed_owner(tiny_model_folder, tmp_path):
     owner = subprocess.Popen(
         [sys.executable, "-c", OWNER, str(tiny_model_folder), str(tmp_path / "engine.log")],
