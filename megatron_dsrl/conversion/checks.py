@@ -66,10 +66,19 @@ def check_expected(architecture: Architecture, folder: Path, expected: Path | No
     """
     if expected is None:
         return
-    other = expected if expected.is_dir() else resolve_model_folder(load_config(expected, []).model.path)
+    other = _expected_folder(expected)
     refuse_drift(
         architecture_fields(read_architecture(other)),
         architecture_fields(architecture),
         str(other / "config.json"),
         str(folder / "config.json"),
     )
+
+
+def needed_for_conversion(source: Path, companions: Path, expected: Path | None) -> tuple[Path, ...]:
+    """What a conversion reads, and must therefore not replace."""
+    return (source, companions, *((expected, _expected_folder(expected)) if expected is not None else ()))
+
+
+def _expected_folder(expected: Path) -> Path:
+    return expected if expected.is_dir() else resolve_model_folder(load_config(expected, []).model.path)

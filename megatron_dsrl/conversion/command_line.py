@@ -72,7 +72,11 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         help="read back what was written and compare it to the source before it is published: every tensor, and the "
         "logits of both models if they fit in memory",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace TARGET if it exists, at the very end")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace TARGET if it exists, at the very end; only an empty folder, or one of a model and nothing else",
+    )
     parser.add_argument(
         "--expect",
         metavar="PATH",

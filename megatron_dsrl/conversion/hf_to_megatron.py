@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from megatron_dsrl.collective import on_first, rank, together
-from megatron_dsrl.conversion.checks import check_expected, check_tokenizer, common_dtype
+from megatron_dsrl.conversion.checks import check_expected, check_tokenizer, common_dtype, needed_for_conversion
 from megatron_dsrl.conversion.distributed_checkpoint_writer import (
     ChunkWriter,
     WrittenChunk,
@@ -66,7 +66,8 @@ def convert_hf_to_megatron(source: str, target: Path, layout: CheckpointLayout, 
     check_checkpoint(checkpoint, table)
     dtypes = {name: dtype for name, dtype in checkpoint.dtypes().items() if name not in table.ignored}
     dtype = options.dtype or common_dtype(dtypes, folder)
-    with new_folder(target, options.overwrite) as partial:
+    needed = needed_for_conversion(folder, folder, options.expect)
+    with new_folder(target, options.overwrite, needed) as partial:
         written = together(lambda: _write_chunks(checkpoint, table, layout, dtype, partial))
         record = CheckpointRecord(
             architecture_fields(architecture), torch_dtype_name(dtype), layout.as_record(), source

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from megatron_dsrl.collective import on_first, together
-from megatron_dsrl.conversion.checks import check_expected, check_tokenizer, common_dtype
+from megatron_dsrl.conversion.checks import check_expected, check_tokenizer, common_dtype, needed_for_conversion
 from megatron_dsrl.conversion.hf_to_megatron import ConversionOptions
 from megatron_dsrl.conversion.verify import verify
 from megatron_dsrl.conversion.work import my_entries, with_progress
@@ -52,7 +52,8 @@ def convert_megatron_to_hf(
     stored = {rule.checkpoint_name for rule in table.rules}
     dtypes = {name: dtype for name, dtype in checkpoint.dtypes().items() if name in stored}
     dtype = options.dtype or common_dtype(dtypes, source)
-    with new_folder(target, options.overwrite) as partial:
+    needed = needed_for_conversion(source, companions, options.expect)
+    with new_folder(target, options.overwrite, needed) as partial:
         files = on_first(lambda: create_hf_files(partial, table.hf_shapes(), dtype, file_bytes))
         together(lambda: _write_tensors(checkpoint, table, dtype, files))
         on_first(lambda: copy_companions(companions, partial, dtype))

@@ -4,24 +4,36 @@
     .model.partial-abcd         what becomes `model`
     .model.partial-abcd.old     the former `model`, for the moment of the replacement
 
-A process that is killed loses its lock; the next one with the same target then removes what it has left.
+A process that is killed loses its lock; the next one with the same target then removes what it has left. A target that
+is a symbolic link stands for the folder it leads to; the link stays.
 """
 
 import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dsrl.collective import barrier, on_first, rank
 from megatron_dsrl.errors import UserError
+from megatron_dsrl.weights.checkpoint_record import RECORD_FILE
+from megatron_dsrl.weights.companions import COMPANIONS
+from megatron_dsrl.weights.megatron_checkpoint import is_megatron_checkpoint
+
+MODEL_FILES = (
+    *("config.json", "*.safetensors", "*.safetensors.index.json", *COMPANIONS),
+    *("metadata.json", ".metadata", "common.pt", "*.distcp", RECORD_FILE),
+    *("README.md", "LICENSE*", ".gitattributes"),
+)
+"""What HF folders and Megatron checkpoints consist of; the last ones come with a model from the hub."""
+NAMES_SHOWN = 3
 
 
 @contextmanager
-def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(target: Path, overwrite: bool = False, needed: Sequence[Path] = ()) -> Iterator[Path]:
     """Make a folder, fill it in the body of the `with`, publish it at its end. Collective.
 
     The body writes into a hidden folder beside the target, which is renamed when all processes are through, and removed
@@ -30,19 +42,24 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
 
     Args:
         target: the folder to be; its parents are made as needed.
-        overwrite: an existing target is replaced at the very end; without it, it is an error.
+        overwrite: an existing target is replaced at the very end, if it is empty or a model and nothing else; without
+            it, it is an error.
+        needed: files and folders that are read meanwhile: the target must not be one, contain one or lie in one.
 
     Yields:
         The hidden folder, the same on every process.
 
     Raises:
-        UserError: the target exists and is not to be replaced, or its parent cannot be written to. On every process.
+        UserError: the target exists and is not to be replaced, is mixed up with what is needed, or its parent cannot be
+            written to. On every process.
     """
+    target = Path(os.path.realpath(target))
     lock: _Lock | None = None
 
     def begin() -> Path:
         nonlocal lock
         try:
+            _refuse_what_is_needed(target, needed)
             _check_and_clean_up(target, overwrite)
             lock = _new_lock(target)
             lock.partial.mkdir()
@@ -54,7 +71,7 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
         partial = on_first(begin)
         yield partial
         barrier()  # everyone has written everything
-        on_first(lambda: _publish(partial, target))
+        on_first(lambda: _publish(partial, target, overwrite))
     finally:
         if rank() == 0 and lock is not None:
             _remove_leftovers(lock, target)
@@ -80,17 +97,48 @@ def _old(partial: Path) -> Path:
     return partial.with_name(partial.name + ".old")
 
 
+def _refuse_what_is_needed(target: Path, needed: Sequence[Path]) -> None:
+    for path in needed:
+        real = Path(os.path.realpath(path))
+        for wrong, relation in (
+            (real == target, "it is"),
+            (target in real.parents, "it contains"),
+            (real in target.parents, "it lies in"),
+        ):
+            if wrong:
+                raise FileExistsError(f"{relation} {path}, which the conversion reads; choose another folder")
+
+
 def _check_and_clean_up(target: Path, overwrite: bool) -> None:
     if target.exists() and not target.is_dir():
         raise FileExistsError("it is a file, not a folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_what_killed_processes_left(target)
-    if target.exists() and not overwrite:
+    _refuse_to_replace(target, overwrite)
+
+
+def _refuse_to_replace(target: Path, overwrite: bool) -> None:
+    """Only a model may be lost, and only by intention."""
+    if not target.exists():
+        return
+    if not overwrite:
         raise FileExistsError("it exists already; remove it or choose another folder")
+    entries = sorted(target.iterdir())
+    surplus = [x.name for x in entries if x.is_dir() or not any(x.match(pattern) for pattern in MODEL_FILES)]
+    if surplus:
+        shown = ", ".join(surplus[:NAMES_SHOWN]) + (", ..." if len(surplus) > NAMES_SHOWN else "")
+        raise FileExistsError(f"it holds more than a model ({shown}) and is not replaced; choose another folder")
+    is_hf = (target / "config.json").exists() and any(target.glob("*.safetensors"))
+    if entries and not is_hf and not is_megatron_checkpoint(target):
+        raise FileExistsError(
+            "it holds neither an HF model (config.json and safetensors) nor a Megatron checkpoint (metadata.json) and "
+            "is not replaced; remove it or choose another folder"
+        )
 
 
-def _publish(partial: Path, target: Path) -> None:
+def _publish(partial: Path, target: Path, overwrite: bool) -> None:
     """Rename; a folder in the way steps aside first, so that the target is whole at any moment but one."""
+    _refuse_to_replace(target, overwrite)  # the target may have come, or changed, meanwhile
     if not target.exists():
         partial.rename(target)
         return

@@ -3,6 +3,7 @@
 import glob
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,6 +166,53 @@ def test_an_existing_target_is_replaced_only_when_told_and_only_by_a_complete_on
     assert convert("hf-to-megatron", converted / "hf", converted / "megatron", *options) == 0
     assert {dtype for dtype in MegatronCheckpoint(converted / "megatron").dtypes().values()} == {torch.bfloat16}
     assert hidden(converted) == []
+
+
+def everything_under(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+OVERWRITING = {
+    "parent of the source": ("home", "it contains {home}/hf, which the conversion reads"),
+    "the source": ("home/hf", "it is {home}/hf, which the conversion reads"),
+    "the source by a link": ("link_to_source", "it is {home}/hf, which the conversion reads"),
+    "inside the source": ("home/hf/megatron", "it lies in {home}/hf, which the conversion reads"),
+    "what is expected": ("home/expected", "it is {home}/expected, which the conversion reads"),
+    "something else": ("letters", "it holds more than a model (a.txt, b.txt, c.txt, ...) and is not replaced"),
+    "a model and something else": ("mixed", "it holds more than a model (thesis.txt) and is not replaced"),
+    "half a model": ("half", "it holds neither an HF model (config.json and safetensors) nor a Megatron checkpoint"),
+}
+
+
+@pytest.mark.parametrize("case", OVERWRITING)
+def test_overwriting_deletes_nothing_but_a_model(tmp_path, capsys, case):
+    name, message = OVERWRITING[case]
+    home = tmp_path / "home"
+    make_tiny_qwen3(home / "hf", tied=True, vocab_size=VOCAB_SIZE)
+    for folder in (home / "expected", tmp_path / "mixed", tmp_path / "half"):
+        shutil.copytree(home / "hf", folder)
+    (tmp_path / "half" / "model.safetensors").unlink()
+    (tmp_path / "letters").mkdir()
+    for file in ("home/thesis.txt", "mixed/thesis.txt", *(f"letters/{x}.txt" for x in "abcd")):
+        (tmp_path / file).write_text("years of work")
+    (tmp_path / "link_to_source").symlink_to(home / "hf")
+    before = everything_under(tmp_path)
+
+    options = ["--overwrite", "--expect", home / "expected"]
+    assert convert("hf-to-megatron", home / "hf", tmp_path / name, *options) == 2
+    error = capsys.readouterr().err
+    assert "cannot write the model to" in error and message.format(home=home) in error
+    assert everything_under(tmp_path) == before and hidden(tmp_path) == hidden(home) == []
+
+
+def test_a_linked_target_is_replaced_where_it_lies(converted):
+    """An empty folder counts as replaceable; the link stays a link."""
+    (converted / "disk").mkdir()
+    (converted / "link").symlink_to(converted / "disk")
+    for dtype in ("float32", "bfloat16"):
+        assert convert("hf-to-megatron", converted / "hf", converted / "link", "--overwrite", "--dtype", dtype) == 0
+    assert (converted / "link").is_symlink() and hidden(converted) == []
+    assert {dtype for dtype in MegatronCheckpoint(converted / "disk").dtypes().values()} == {torch.bfloat16}
 
 
 @pytest.fixture(scope="module")
