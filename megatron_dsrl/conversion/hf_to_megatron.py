@@ -64,7 +64,7 @@ def convert_hf_to_megatron(source: str, target: Path, layout: CheckpointLayout, 
     check_tokenizer(folder, architecture)
     table, checkpoint = weight_table(architecture), HfCheckpoint(folder)
     check_checkpoint(checkpoint, table)
-    dtypes = {name: dtype for name, dtype in checkpoint.dtypes().items() if name not in table.ignored}
+    dtypes = {name: dtype for name, dtype in checkpoint.dtypes().items() if name not in table.copies}
     dtype = options.dtype or common_dtype(dtypes, folder)
     needed = needed_for_conversion(folder, folder, options.expect)
     with new_folder(target, options.overwrite, needed) as partial:

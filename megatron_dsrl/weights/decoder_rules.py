@@ -13,6 +13,7 @@ HF_EXPERT = HF_LAYER + "mlp.experts.{expert}."
 LAYER = "decoder.layers.{layer}."
 EMBEDDING = "embedding.word_embeddings.weight"
 HEAD = "output_layer.weight"
+HF_EMBEDDING = "model.embed_tokens.weight"
 HF_HEAD = "lm_head.weight"
 
 
@@ -20,7 +21,7 @@ def embedding(a: Architecture) -> TensorRule:
     """The input embedding."""
     # With tied embeddings the last pipeline stage keeps a copy of the embedding under the head's name.
     return TensorRule(
-        (HfTensor("model.embed_tokens.weight", (a.vocab_size, a.hidden_size)),),
+        (HfTensor(HF_EMBEDDING, (a.vocab_size, a.hidden_size)),),
         (EMBEDDING, HEAD) if a.tie_word_embeddings else (EMBEDDING,),
         Vocabulary(a.vocab_size),
     )

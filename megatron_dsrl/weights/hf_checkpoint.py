@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.weights.layouts import Shape
-from megatron_dsrl.weights.safetensors_file import StoredTensor, read_header, read_tensor
+from megatron_dsrl.weights.safetensors_file import StoredTensor, read_header, read_pieces, read_tensor
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -50,6 +50,16 @@ class HfCheckpoint:
     def read(self, name: str) -> Tensor:
         """One tensor, on CPU, in the file's dtype and in memory of its own."""
         return read_tensor(self._file_of[name], self._stored(name))
+
+    def are_equal(self, one: str, other: str) -> bool:
+        """Whether two tensors have the same shape and values, as `torch.equal` has it. Holds only pieces of them."""
+        first, second = self._stored(one), self._stored(other)
+        if first.shape != second.shape:
+            return False
+        return all(
+            torch.equal(*map(torch.Tensor.double, pieces))
+            for pieces in zip(read_pieces(self._file_of[one], first), read_pieces(self._file_of[other], second))
+        )
 
     def _stored(self, name: str) -> StoredTensor:
         path = self._file_of[name]

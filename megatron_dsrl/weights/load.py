@@ -8,6 +8,7 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from torch import Tensor, nn
 
+from megatron_dsrl.errors import UserError
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.weights.checkpoint_record import check_record
 from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint
@@ -67,7 +68,8 @@ def load_hf_weights(chunks: Sequence[nn.Module], table: WeightTable, folder: Pat
     to the parameters' dtype.
 
     Raises:
-        UserError: weights are missing or damaged, a tensor is missing, surplus or of another shape.
+        UserError: weights are missing or damaged, a tensor is missing, surplus or of another shape, or a tied head is
+            not the embedding.
     """
     checkpoint = HfCheckpoint(folder)
     check_checkpoint(checkpoint, table)
@@ -75,14 +77,14 @@ def load_hf_weights(chunks: Sequence[nn.Module], table: WeightTable, folder: Pat
 
 
 def check_checkpoint(checkpoint: HfCheckpoint, table: WeightTable) -> None:
-    """Compare names and shapes with the table.
+    """Compare names and shapes with the table, and copies with what they are copies of.
 
     Raises:
         UserError: names the first few differences.
     """
     expected, names = table.hf_shapes(), checkpoint.names()
     refuse([name for name in expected if name not in names], "missing tensors", checkpoint.folder)
-    surplus = [name for name in sorted(names) if name not in expected and name not in table.ignored]
+    surplus = [name for name in sorted(names) if name not in expected and name not in table.copies]
     refuse(
         [f"{name} (in {checkpoint.file_of(name).name})" for name in surplus],
         "tensors that the model of config.json does not have",
@@ -95,6 +97,13 @@ def check_checkpoint(checkpoint: HfCheckpoint, table: WeightTable) -> None:
         if shapes[name] != shape
     ]
     refuse(wrong, "tensors of the wrong shape", checkpoint.folder)
+    for copy, original in table.copies.items():
+        if copy in names and not checkpoint.are_equal(copy, original):
+            raise UserError(
+                f"{checkpoint.folder}: tie_word_embeddings in config.json makes {copy} (in "
+                f"{checkpoint.file_of(copy).name}) the same as {original}, but their values differ. Set "
+                "tie_word_embeddings=false if the model was trained with a head of its own, or else remove the tensor"
+            )
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ not need the memory of the model. Writing also lets several processes fill one f
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,7 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+PIECE_ELEMENTS = 8 * 2**20
 _LENGTH_BYTES = 8
 _LARGEST_HEADER = 100 * 2**20  # the library's own limit
 
@@ -90,11 +91,22 @@ def _stored(entry: Mapping, start: int) -> StoredTensor:
 
 def read_tensor(path: Path, stored: StoredTensor) -> Tensor:
     """One tensor, in memory of its own."""
-    tensor = torch.empty(stored.shape, dtype=stored.dtype)
-    if stored.nbytes:
+    return _read_elements(path, stored, 0, math.prod(stored.shape)).view(stored.shape)
+
+
+def read_pieces(path: Path, stored: StoredTensor) -> Iterator[Tensor]:
+    """One tensor, flat, in pieces of `PIECE_ELEMENTS`."""
+    elements = math.prod(stored.shape)
+    for start in range(0, elements, PIECE_ELEMENTS):
+        yield _read_elements(path, stored, start, min(start + PIECE_ELEMENTS, elements))
+
+
+def _read_elements(path: Path, stored: StoredTensor, start: int, stop: int) -> Tensor:
+    tensor = torch.empty(stop - start, dtype=stored.dtype)
+    if stop > start:
         with path.open("rb", buffering=0) as file:
-            file.seek(stored.offset)
-            _read_into(file, memoryview(tensor.flatten().view(torch.uint8).numpy()), path)
+            file.seek(stored.offset + start * stored.dtype.itemsize)
+            _read_into(file, memoryview(tensor.view(torch.uint8).numpy()), path)
     return tensor
 
 

@@ -5,8 +5,8 @@ conversion to and from Megatron's distributed checkpoints.
 """
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron.core import parallel_state
@@ -65,8 +65,8 @@ class WeightTable:
     num_layers: int
     num_experts: int = 0
     """In every layer; 0 for a dense model."""
-    ignored: tuple[str, ...] = ()
-    """HF names that a checkpoint may hold in addition and that are not read."""
+    copies: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """HF names that a checkpoint may hold in addition, and the names of the tensors that they must equal."""
 
     def entries(self) -> Iterator["TableEntry"]:
         """Every rule, layer and expert once: rules before the layers, layer by layer, rules after them."""

@@ -55,8 +55,9 @@ def weight_table(architecture: Architecture) -> WeightTable:
         (rules.embedding(architecture), *layer, rules.final_norm(architecture), *rules.head(architecture)),
         num_layers=architecture.num_hidden_layers,
         num_experts=architecture.experts.num_experts if architecture.experts else 0,
-        # Checkpoints with tied embeddings may hold the head a second time; Transformers does not read it either.
-        ignored=(rules.HF_HEAD,) if architecture.tie_word_embeddings else (),
+        # Checkpoints with tied embeddings may hold the head as well. One that differs from the embedding is refused:
+        # Transformers then unties them and uses it, whatever the configuration says.
+        copies={rules.HF_HEAD: rules.HF_EMBEDDING} if architecture.tie_word_embeddings else {},
     )
 
 
@@ -65,4 +66,4 @@ def value_model_table(architecture: Architecture) -> WeightTable:
     untied = replace(architecture, tie_word_embeddings=False)
     table = weight_table(untied)
     trunk = [rule for rule in table.rules if rule not in rules.head(untied)]
-    return replace(table, rules=(*trunk, *rules.value_head(architecture)), ignored=())
+    return replace(table, rules=(*trunk, *rules.value_head(architecture)), copies={})

@@ -6,14 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.model.architecture import read_architecture
+from megatron_dsrl.weights import safetensors_file
 from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint
 from megatron_dsrl.weights.load import check_checkpoint
 from megatron_dsrl.weights.tables import weight_table
 from tests.support.tiny_model import make_tiny_qwen3
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 QUERY = "model.layers.1.self_attn.q_proj.weight"
 
 
@@ -82,7 +85,18 @@ def test_sharded_checkpoint_with_a_missing_file(tmp_path):
         check(tmp_path)
 
 
-def test_tied_checkpoint_may_hold_the_head_a_second_time(tmp_path):
+def test_tied_checkpoint_may_hold_a_copy_of_the_head_but_no_other_head(tmp_path, monkeypatch):
+    """Transformers uses a head that differs, even where the configuration ties it."""
+    monkeypatch.setattr(safetensors_file, "PIECE_ELEMENTS", 1000)
     make_tiny_qwen3(tmp_path, tied=True)
-    rewrite(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    rewrite(tmp_path, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].clone()}))
     check(tmp_path)
+
+    rewrite(tmp_path, lambda tensors: tensors[HEAD][-1, -1].add_(1))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+    with pytest.raises(UserError, match="lm_head.weight .* the same as .*Set tie_word_embeddings=false"):
+        check(tmp_path)
+    rewrite(tmp_path, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING][:-1].clone()}))
+    with pytest.raises(UserError, match="their values differ"):
+        check(tmp_path)
