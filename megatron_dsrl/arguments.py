@@ -1,6 +1,7 @@
 """Values on the command line that several commands take."""
 
 import argparse
+import math
 from pathlib import Path
 
 
@@ -12,6 +13,20 @@ def positive(text: str) -> int:
     value = int(text) if text.isdecimal() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1, given {text}")
+    return value
+
+
+def positive_number(text: str) -> float:
+    """
+    Raises:
+        ArgumentTypeError: it is no finite number above 0.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, given {text}")
     return value
 
 

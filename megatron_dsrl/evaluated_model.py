@@ -1,4 +1,4 @@
-"""Which weights a user means by `dsrl eval MODEL`.
+"""Which weights a user means by `dsrl eval MODEL` and `dsrl convert megatron-to-hf SOURCE`.
 
 An HF folder, a hub name and a Megatron checkpoint of `dsrl convert` are what they are. A run (`runs/X`) means its
 newest policy, exported or in a checkpoint; `runs/X/hf/step_000050` and `runs/X/checkpoints/step_000050`, or the
@@ -51,23 +51,49 @@ def find_model(name: str) -> EvaluatedModel:
         return _newest_of_run(folder)
     if folder.name in (CHECKPOINTS_FOLDER, EXPORTS_FOLDER) and (folder.parent / CONFIG_FILE).is_file():
         raise UserError(f"{folder} holds the policies of several steps: name one of them, or {folder.parent}")
+    checkpoint = _checkpoint_of(folder)
+    return _of_model_folder(folder) if checkpoint is None else _of_checkpoint(checkpoint)
+
+
+def find_checkpoint(folder: Path, companions: Path | None = None) -> EvaluatedModel:
+    """The Megatron checkpoint that a user means. Whether it is one is for the reader to find out.
+
+    Args:
+        folder: of a Megatron checkpoint, of a run's checkpoint, or of a run, for its newest checkpoint.
+        companions: folder of config.json and tokenizer; None for the checkpoint's own, or the run's.
+
+    Raises:
+        UserError: there is none, or that of a run is not whole or not of the companions' model.
+    """
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}")
+    if (folder / CONFIG_FILE).is_file():
+        checkpoints = _steps(folder, CHECKPOINTS_FOLDER, STATE_FILE)
+        if not checkpoints:
+            raise UserError(f"{folder} has no checkpoint ({CHECKPOINTS_FOLDER}/step_...) yet")
+        return _of_checkpoint(max(checkpoints)[1], companions)
+    checkpoint = _checkpoint_of(folder)
+    return (
+        EvaluatedModel(folder, companions or folder) if checkpoint is None else _of_checkpoint(checkpoint, companions)
+    )
+
+
+def _checkpoint_of(folder: Path) -> Path | None:
+    """The run's checkpoint that a folder is, or whose policy it is; None for all others."""
     if (folder / STATE_FILE).is_file():
-        return _of_checkpoint(folder)
-    if (folder.parent / STATE_FILE).is_file():
-        if folder.name != WEIGHTS_FOLDER:
-            raise UserError(f"{folder} is not the policy of its checkpoint: that is {folder.parent / WEIGHTS_FOLDER}")
-        return _of_checkpoint(folder.parent)
-    return _of_model_folder(folder)
+        return folder
+    if not (folder.parent / STATE_FILE).is_file():
+        return None
+    if folder.name != WEIGHTS_FOLDER:
+        raise UserError(f"{folder} is not the policy of its checkpoint: that is {folder.parent / WEIGHTS_FOLDER}")
+    return folder.parent
 
 
 def _newest_of_run(run_folder: Path) -> EvaluatedModel:
     """An export is taken before a checkpoint of the same step: it needs no conversion."""
-    places = {EXPORTS_FOLDER: "config.json", CHECKPOINTS_FOLDER: STATE_FILE}
-    found = [
-        (_step_of(file.parent), kind == EXPORTS_FOLDER, file.parent)
-        for kind, complete in places.items()
-        for file in (run_folder / kind).glob(f"step_*/{complete}")
-    ]
+    exports = _steps(run_folder, EXPORTS_FOLDER, "config.json")
+    checkpoints = _steps(run_folder, CHECKPOINTS_FOLDER, STATE_FILE)
+    found = [(step, places is exports, folder) for places in (exports, checkpoints) for step, folder in places]
     if not found:
         raise UserError(
             f"{run_folder} has neither an exported policy ({EXPORTS_FOLDER}/step_...) nor a checkpoint "
@@ -75,6 +101,11 @@ def _newest_of_run(run_folder: Path) -> EvaluatedModel:
         )
     _, is_export, newest = max(found)
     return _of_model_folder(newest) if is_export else _of_checkpoint(newest)
+
+
+def _steps(run_folder: Path, kind: str, complete: str) -> list[tuple[int, Path]]:
+    """Steps of a run's exports or checkpoints, and their folders."""
+    return [(_step_of(file.parent), file.parent) for file in (run_folder / kind).glob(f"step_*/{complete}")]
 
 
 def _of_model_folder(folder: Path) -> EvaluatedModel:
@@ -89,7 +120,7 @@ def _of_model_folder(folder: Path) -> EvaluatedModel:
     return EvaluatedModel(folder, folder)
 
 
-def _of_checkpoint(checkpoint: Path) -> EvaluatedModel:
+def _of_checkpoint(checkpoint: Path, companions: Path | None = None) -> EvaluatedModel:
     try:
         saved = SavedState.read(checkpoint / STATE_FILE)
     except (OSError, ValueError) as error:
@@ -99,7 +130,7 @@ def _of_checkpoint(checkpoint: Path) -> EvaluatedModel:
         if name.startswith(f"{WEIGHTS_FOLDER}/") and (not file.is_file() or file.stat().st_size != size):
             raise UserError(f"{checkpoint} is damaged: {name} is not the file of {size:,} bytes that was written")
     run_folder = checkpoint.parent.parent
-    companions = _model_of_run(run_folder, saved)
+    companions = companions or _model_of_run(run_folder, saved)
     check_same_model(saved.run.model, asdict(read_architecture(companions)), str(checkpoint))
     return EvaluatedModel(checkpoint / WEIGHTS_FOLDER, companions, run_folder, saved.run.step)
 

@@ -1,18 +1,21 @@
 """Which weights a name means: a run's newest policy, its exports and checkpoints, and what is no model."""
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from megatron_dsrl.checkpoint.state import Layout, RunState, SavedState
+from megatron_dsrl.cli import main
 from megatron_dsrl.conversion.hf_to_megatron import ConversionOptions, convert_hf_to_megatron
 from megatron_dsrl.conversion.layout import CheckpointLayout
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.evaluate import default_output, fingerprint
-from megatron_dsrl.evaluated_model import find_model
+from megatron_dsrl.evaluated_model import find_checkpoint, find_model
 from megatron_dsrl.model.architecture import read_architecture
 from tests.support.tiny_model import make_tiny_qwen3
 
@@ -63,6 +66,59 @@ def test_an_export_belongs_to_its_run_and_other_models_to_none(run, tmp_path):
 def test_an_export_stands_in_for_a_model_that_has_moved(run, tmp_path):
     (tmp_path / "model").rename(tmp_path / "moved")
     assert find_model(str(run)).companions == run / "hf" / "step_000002"
+
+
+def tensors_of(folder: Path) -> dict[str, list]:
+    return {name: x.tolist() for name, x in load_file(folder / "model.safetensors").items()}
+
+
+def test_checkpoints_of_a_run_are_converted_and_verified(run, tmp_path, capsys):
+    """By their own folder, that of the weights in them, or the run's; an export is none."""
+    checkpoint = run / "checkpoints" / "step_000003"
+    make_tiny_qwen3(run / "hf" / "step_000009", tied=True, seed=9)
+    trained = tensors_of(tmp_path / "trained")
+    for number, source in enumerate((checkpoint / "megatron", checkpoint, run)):
+        assert find_checkpoint(source).folder == checkpoint / "megatron"
+        target = tmp_path / f"back {number}"
+        options = ["--verify"] if source == run else []
+        assert main(["convert", "megatron-to-hf", str(source), str(target), *options]) == 0
+        assert tensors_of(target) == trained and (target / "config.json").exists()
+    assert "verified logits of 3 prompts" in " ".join(capsys.readouterr().out.split())
+
+    assert main(["convert", "verify", str(run / "hf" / "step_000009"), str(run)]) == 2
+    assert "46 tensors differ" in capsys.readouterr().err
+
+
+def test_a_checkpoint_without_a_configuration_is_converted_with_that_of_its_model(run, tmp_path, capsys):
+    """As Megatron itself writes them. The run's model may have moved as well."""
+    foreign, moved = tmp_path / "foreign", tmp_path / "moved"
+    shutil.copytree(run / "checkpoints" / "step_000003" / "megatron", foreign)
+    (tmp_path / "model").rename(moved)
+    (run / "hf" / "step_000002" / "config.json").unlink()
+    for number, source in enumerate((foreign, run)):
+        target = tmp_path / f"back {number}"
+        assert main(["convert", "megatron-to-hf", str(source), str(target)]) == 2
+        assert main(["convert", "megatron-to-hf", str(source), str(target), "--model", str(moved)]) == 0
+        assert tensors_of(target) == tensors_of(tmp_path / "trained")
+    error = capsys.readouterr().err
+    assert f"{foreign} has no config.json beside its weights; name the HF folder" in error
+    assert "need its config.json and tokenizer" in error
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("runs/new", "has no checkpoint"),
+        ("runs/tiny/checkpoints/step_000003/critic", "is not the policy of its checkpoint"),
+        ("nowhere/at_all", "there is no folder"),
+    ],
+)
+def test_no_checkpoint(run, tmp_path, name, message):
+    (run / "checkpoints" / "step_000003" / "critic").mkdir()
+    (tmp_path / "runs" / "new").mkdir()
+    (tmp_path / "runs" / "new" / "config.yaml").touch()
+    with pytest.raises(UserError, match=message):
+        find_checkpoint(tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,20 @@ def common_dtype(dtypes: Mapping[str, torch.dtype], folder: Path) -> torch.dtype
     return next(iter(names))
 
 
+def read_companion_architecture(checkpoint: Path, companions: Path) -> Architecture:
+    """The model of a Megatron checkpoint, by the config.json that belongs to it.
+
+    Raises:
+        UserError: there is none, or it is refused; see `read_architecture`.
+    """
+    if companions == checkpoint and not (checkpoint / "config.json").exists():
+        raise UserError(
+            f"{checkpoint} has no config.json beside its weights; name the HF folder or hub model that it belongs to "
+            "with --model"
+        )
+    return read_architecture(companions)
+
+
 def check_tokenizer(folder: Path, architecture: Architecture) -> None:
     """Refuse a tokenizer with ids outside the model's vocabulary. A folder without a tokenizer passes.
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from megatron_dsrl.arguments import positive
+from megatron_dsrl.arguments import positive, positive_number
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -52,16 +52,34 @@ def _add_megatron_to_hf(directions: "argparse._SubParsersAction[argparse.Argumen
     parser = directions.add_parser(
         "megatron-to-hf",
         help="Megatron distributed checkpoint to HF folder",
-        description="Convert a Megatron distributed checkpoint with a config.json beside it, written at any layout, to "
-        "an HF folder.",
+        description="Convert a Megatron distributed checkpoint, written at any layout, to an HF folder.",
     )
-    parser.add_argument("source", metavar="SOURCE", type=Path, help="checkpoint folder")
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        type=Path,
+        help="checkpoint folder, a run's (RUN/checkpoints/step_...) included; a run's folder means its newest one",
+    )
     parser.add_argument("target", metavar="TARGET", type=Path, help="folder to be made")
     parser.add_argument(
-        "--file-gigabytes", metavar="GB", type=float, default=5.0, help="size limit of a weight file (default: 5)"
+        "--file-gigabytes",
+        metavar="GB",
+        type=positive_number,
+        default=5.0,
+        help="size limit of a weight file (default: 5)",
     )
+    _add_model(parser, "SOURCE")
     _add_common(parser)
     parser.set_defaults(command=_megatron_to_hf, parser=parser)
+
+
+def _add_model(parser: argparse.ArgumentParser, checkpoint: str) -> None:
+    parser.add_argument(
+        "--model",
+        metavar="MODEL",
+        help=f"HF folder or hub name that config.json and tokenizer of {checkpoint} are taken from (default: "
+        f"{checkpoint} itself; for a run's checkpoint, the model that the run trains)",
+    )
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -93,7 +111,8 @@ def _add_verify(directions: "argparse._SubParsersAction[argparse.ArgumentParser]
         "both models if they fit in memory. Exit status 2 and the names of what differs if they are not equal.",
     )
     parser.add_argument("hf", metavar="HF", type=Path, help="HF folder")
-    parser.add_argument("megatron", metavar="MEGATRON", type=Path, help="checkpoint folder")
+    parser.add_argument("megatron", metavar="MEGATRON", type=Path, help="checkpoint folder, or a run's folder")
+    _add_model(parser, "MEGATRON")
     parser.add_argument("--dtype", choices=DTYPES, help="that the weights were converted to (default: unchanged)")
     parser.set_defaults(command=_verify, parser=parser)
 
@@ -121,9 +140,12 @@ def _megatron_to_hf(options: argparse.Namespace) -> int:
     from megatron_dsrl.conversion.megatron_to_hf import convert_megatron_to_hf
     from megatron_dsrl.conversion.work import conversion_processes
 
+    file_bytes = int(options.file_gigabytes * 1e9)
     with conversion_processes():
-        file_bytes = int(options.file_gigabytes * 1e9)
-        convert_megatron_to_hf(options.source, options.target, file_bytes, _conversion_options(options))
+        source = _find_checkpoint(options.source, options.model)
+        convert_megatron_to_hf(
+            source.folder, options.target, file_bytes, _conversion_options(options), source.companions
+        )
     return 0
 
 
@@ -133,8 +155,17 @@ def _verify(options: argparse.Namespace) -> int:
     from megatron_dsrl.conversion.work import conversion_processes
 
     with conversion_processes():
-        verify(options.hf, options.megatron, source="hf", dtype=_dtype(options.dtype))
+        found = _find_checkpoint(options.megatron, options.model)
+        verify(options.hf, found.folder, source="hf", dtype=_dtype(options.dtype), companions=found.companions)
     return 0
+
+
+def _find_checkpoint(folder: Path, model: str | None):
+    from megatron_dsrl.collective import on_first
+    from megatron_dsrl.evaluated_model import find_checkpoint
+    from megatron_dsrl.model.architecture import resolve_model_folder
+
+    return on_first(lambda: find_checkpoint(folder, resolve_model_folder(model, "--model") if model else None))
 
 
 def _conversion_options(options: argparse.Namespace):

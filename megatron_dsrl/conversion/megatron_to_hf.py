@@ -5,12 +5,17 @@ from pathlib import Path
 import torch
 
 from megatron_dsrl.collective import on_first, together
-from megatron_dsrl.conversion.checks import check_expected, check_tokenizer, common_dtype, needed_for_conversion
+from megatron_dsrl.conversion.checks import (
+    check_expected,
+    check_tokenizer,
+    common_dtype,
+    needed_for_conversion,
+    read_companion_architecture,
+)
 from megatron_dsrl.conversion.hf_to_megatron import ConversionOptions
 from megatron_dsrl.conversion.verify import verify
 from megatron_dsrl.conversion.work import my_entries, with_progress
 from megatron_dsrl.errors import UserError
-from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.weights.checkpoint_record import check_record
 from megatron_dsrl.weights.companions import copy_companions
 from megatron_dsrl.weights.hf_writer import HfFiles, HfWriter, create_hf_files
@@ -32,8 +37,7 @@ def convert_megatron_to_hf(
         target: folder to be made.
         file_bytes: size limit of a weight file.
         options: see there.
-        companions: folder of config.json and tokenizer; None for the source itself, which is what `options.verify`
-            needs.
+        companions: folder of config.json and tokenizer; None for the source itself.
 
     Raises:
         UserError: the architecture, a tensor, the tokenizer or the target is refused, config.json is not the one of the
@@ -41,13 +45,12 @@ def convert_megatron_to_hf(
     """
     if not source.is_dir():
         raise UserError(f"there is no folder {source}")
-    assert companions is None or not options.verify
-    companions = companions or source
-    architecture = read_architecture(companions)
+    checkpoint, companions = MegatronCheckpoint(source), companions or source
+    architecture = read_companion_architecture(source, companions)
     check_record(source, architecture)
     check_expected(architecture, companions, options.expect)
     check_tokenizer(companions, architecture)
-    table, checkpoint = weight_table(architecture), MegatronCheckpoint(source)
+    table = weight_table(architecture)
     check_megatron_checkpoint(checkpoint, table)
     stored = {rule.checkpoint_name for rule in table.rules}
     dtypes = {name: dtype for name, dtype in checkpoint.dtypes().items() if name in stored}
@@ -58,7 +61,7 @@ def convert_megatron_to_hf(
         together(lambda: _write_tensors(checkpoint, table, dtype, files))
         on_first(lambda: copy_companions(companions, partial, dtype))
         if options.verify:
-            verify(hf_folder=partial, megatron_folder=source, source="megatron", dtype=dtype)
+            verify(hf_folder=partial, megatron_folder=source, source="megatron", dtype=dtype, companions=companions)
 
 
 def _write_tensors(checkpoint: MegatronCheckpoint, table: WeightTable, dtype: torch.dtype, files: HfFiles) -> None:

@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import Tensor
 
 from megatron_dsrl.collective import rank, together
+from megatron_dsrl.conversion.checks import read_companion_architecture
 from megatron_dsrl.conversion.logits import compare_logits
 from megatron_dsrl.conversion.work import my_entries, with_progress
 from megatron_dsrl.errors import UserError
@@ -26,7 +27,11 @@ DIFFERENCES_SHOWN = 10
 
 
 def verify(
-    hf_folder: Path, megatron_folder: Path, source: Literal["hf", "megatron"], dtype: torch.dtype | None
+    hf_folder: Path,
+    megatron_folder: Path,
+    source: Literal["hf", "megatron"],
+    dtype: torch.dtype | None,
+    companions: Path | None = None,
 ) -> None:
     """Compare and print what was compared. Collective over the processes of `conversion_processes`.
 
@@ -38,17 +43,20 @@ def verify(
         megatron_folder: the other side.
         source: which of them the other one was made from.
         dtype: that it was made in; None for the source's own.
+        companions: folder of the Megatron side's config.json; None for that side itself.
 
     Raises:
         UserError: names the differences.
     """
+    companions = companions or megatron_folder
     architecture = read_architecture(hf_folder)
-    check_record(megatron_folder, read_architecture(megatron_folder))
+    of_megatron = read_companion_architecture(megatron_folder, companions)
+    check_record(megatron_folder, of_megatron)
     refuse_drift(
         architecture_fields(architecture),
-        architecture_fields(read_architecture(megatron_folder)),
+        architecture_fields(of_megatron),
         str(hf_folder / "config.json"),
-        str(megatron_folder / "config.json"),
+        str(companions / "config.json"),
     )
     table = weight_table(architecture)
     hf, megatron = HfCheckpoint(hf_folder), MegatronCheckpoint(megatron_folder)

@@ -37,10 +37,11 @@ def load_megatron_weights(chunks: Sequence[nn.Module], table: WeightTable, folde
     """Fill this rank's parameters through Megatron's own loading, which reshards to the layout of today. Collective.
 
     Raises:
-        UserError: the checkpoint is damaged, its config.json is not the one that it was written with, or a tensor is
-            missing, surplus or of another shape.
+        UserError: the checkpoint is damaged, the config.json in it is not the one that it was written with, or a tensor
+            is missing, surplus or of another shape.
     """
-    check_record(folder, read_architecture(folder))
+    if (folder / "config.json").exists():  # a run's checkpoint has neither that nor a record
+        check_record(folder, read_architecture(folder))
     check_megatron_checkpoint(MegatronCheckpoint(folder), table)
     models = [unwrap(chunk) for chunk in chunks]
     wanted = {f"model{i}": _sharded_parameters(model) for i, model in enumerate(models)}

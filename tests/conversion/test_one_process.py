@@ -290,6 +290,13 @@ def test_a_conversion_that_was_killed_between_two_renames_has_not_lost_the_forme
 # ---- refusals
 
 
+@pytest.mark.parametrize("size", ["0", "-1", "nan", "inf", "much"])
+def test_a_file_size_is_a_number_above_0(tmp_path, capsys, size):
+    with pytest.raises(SystemExit):
+        convert("megatron-to-hf", tmp_path, tmp_path / "back", f"--file-gigabytes={size}")
+    assert f"expected a number above 0, given {size}" in capsys.readouterr().err
+
+
 def change_config(folder: Path, **changes: object) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
