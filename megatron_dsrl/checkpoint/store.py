@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dsrl.checkpoint.state import RunState, SavedState
 from megatron_dsrl.collective import broadcast, first_problem, gather, my_share
+from megatron_dsrl.disk import free_space
 from megatron_dsrl.errors import UserError
 
 STATE_FILE = "state.json"
@@ -174,7 +175,7 @@ class CheckpointStore:
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
         return UserError(
-            f"the checkpoint of step {step} could not be written to {self._root}{_free_space(self._root)}: "
+            f"the checkpoint of step {step} could not be written to {self._root}{free_space(self._root)}: "
             f"{error}. Earlier checkpoints are untouched; free space or mend the permissions, and start again to "
             "continue from them"
         )
@@ -296,13 +297,6 @@ class _Save:
             self.problem = str(error)
         except BaseException as error:  # raised in the main thread
             self._defect = error
-
-
-def _free_space(folder: Path) -> str:
-    try:
-        return f" ({shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free there)"
-    except OSError:
-        return ""
 
 
 def _make_empty(partial: Path, names: Iterable[str]) -> None:

@@ -1,8 +1,9 @@
 """What is checked before a conversion writes anything."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -52,24 +53,42 @@ def check_tokenizer(folder: Path, architecture: Architecture) -> None:
     """Refuse a tokenizer with ids outside the model's vocabulary. A folder without a tokenizer passes.
 
     Raises:
-        UserError: names the token.
+        UserError: names the file and the token, or a file that cannot be read.
     """
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        return
-    try:
-        content = json.loads(path.read_text())
-        vocabulary = content.get("model", {}).get("vocab", {})
-        ids = dict(vocabulary) if isinstance(vocabulary, dict) else {}
-        ids |= {token["content"]: token["id"] for token in content.get("added_tokens", ())}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read: {error!r}") from error
-    token = max(ids, key=ids.__getitem__, default=None)
-    if token is not None and ids[token] >= architecture.vocab_size:
-        raise UserError(
-            f"{path} has token ids up to {ids[token]} ({token!r}), but vocab_size in config.json is "
-            f"{architecture.vocab_size}. Tokenizer and model do not belong together"
-        )
+    for name, ids_in in TOKEN_IDS.items():
+        path = folder / name
+        if not path.exists():
+            continue
+        try:
+            ids = ids_in(json.loads(path.read_text()))
+            token = max(ids, key=ids.__getitem__, default=None)
+            too_large = token is not None and ids[token] >= architecture.vocab_size
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} cannot be read: {error!r}") from error
+        if too_large:
+            raise UserError(
+                f"{path} has token ids up to {ids[token]} ({token!r}), but vocab_size in config.json is "
+                f"{architecture.vocab_size}. Tokenizer and model do not belong together"
+            )
+
+
+def _ids_of_fast_tokenizer(content: dict[str, Any]) -> dict[str, int]:
+    vocabulary = content.get("model", {}).get("vocab", {})  # a list of pairs in models without merges
+    ids = dict(vocabulary) if isinstance(vocabulary, dict) else {}
+    return ids | {token["content"]: token["id"] for token in content.get("added_tokens", ())}
+
+
+def _ids_of_tokenizer_config(content: dict[str, Any]) -> dict[str, int]:
+    return {token["content"]: int(number) for number, token in content.get("added_tokens_decoder", {}).items()}
+
+
+TOKEN_IDS: Mapping[str, Callable[[dict[str, Any]], dict[str, int]]] = {
+    "tokenizer.json": _ids_of_fast_tokenizer,
+    "vocab.json": dict,
+    "added_tokens.json": dict,
+    "tokenizer_config.json": _ids_of_tokenizer_config,
+}
+"""The files that give tokens their ids, and how each has them."""
 
 
 def check_expected(architecture: Architecture, folder: Path, expected: Path | None) -> None:

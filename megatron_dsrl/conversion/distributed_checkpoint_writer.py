@@ -8,6 +8,7 @@ reads first. Tests load the result through Megatron at several layouts.
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_dsrl.conversion.layout import CheckpointLayout
+from megatron_dsrl.disk import writing
 from megatron_dsrl.weights.disk_flush import DiskFlush
 from megatron_dsrl.weights.layouts import Shape
 from megatron_dsrl.weights.megatron_checkpoint import checkpoint_shape, leading_index
@@ -50,7 +52,10 @@ class WrittenChunk:
 
 
 class ChunkWriter:
-    """One process's files of a checkpoint. A context manager: at its end everything written is on the disk."""
+    """One process's files of a checkpoint. A context manager: at its end everything written is on the disk.
+
+    Making it, writing, or leaving it raises UserError where the disk takes no more.
+    """
 
     def __init__(self, folder: Path, rank: int):
         self.written: list[WrittenChunk] = []
@@ -68,14 +73,16 @@ class ChunkWriter:
         position = file.tell()
         if chunk.untyped_storage().nbytes() != chunk.nbytes:
             chunk = chunk.clone(memory_format=torch.contiguous_format)  # a view would be saved with all it is a view of
-        torch.save(chunk, file)
-        length = file.tell() - position
+        with writing(Path(file.name)):
+            torch.save(chunk, file)
+            length = file.tell() - position
+            self._flush.wrote(file.fileno(), length)
         self.written.append(WrittenChunk(name, offsets, tuple(chunk.shape), Path(file.name).name, position, length))
-        self._flush.wrote(file.fileno(), length)
 
     def _next_file(self) -> BinaryIO:
-        number = len(self._files)
-        return (self._folder / f"__{self._rank}_{number}.distcp").open("wb")
+        path = self._folder / f"__{self._rank}_{len(self._files)}.distcp"
+        with writing(path):
+            return path.open("wb")
 
     def __enter__(self) -> "ChunkWriter":
         return self
@@ -83,14 +90,13 @@ class ChunkWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
+        with writing(self._folder), ExitStack() as files:
+            for file in self._files:
+                files.callback(file.close)  # which writes what is left in its buffer
             self._flush.finish()
             for file in self._files if error is None else ():
                 file.flush()
                 os.fsync(file.fileno())
-        finally:
-            for file in self._files:
-                file.close()
 
 
 def cut_into_chunks(entry: TableEntry, whole: Tensor, layout: CheckpointLayout) -> Iterator[tuple[Shape, Tensor]]:
@@ -107,7 +113,11 @@ def cut_into_chunks(entry: TableEntry, whole: Tensor, layout: CheckpointLayout) 
 
 
 def write_metadata(folder: Path, table: WeightTable, dtype: torch.dtype, written: list[WrittenChunk]) -> None:
-    """Write what makes the chunks of all processes a checkpoint. By one process, last."""
+    """Write what makes the chunks of all processes a checkpoint. By one process, last.
+
+    Raises:
+        UserError: the disk takes no more.
+    """
     tensors = {
         rule.checkpoint_name: TensorStorageMetadata(
             TensorProperties(dtype=dtype), torch.Size(checkpoint_shape(rule, table)), chunks=[]
@@ -120,6 +130,7 @@ def write_metadata(folder: Path, table: WeightTable, dtype: torch.dtype, written
         index = MetadataIndex(chunk.name, offsets, len(chunks))
         chunks.append(ChunkStorageMetadata(offsets, torch.Size(chunk.sizes)))
         results.append(WriteResult(index, chunk.length, _StorageInfo(chunk.file, chunk.position, chunk.length)))
-    torch.save({"checkpoint_version": 3.0, "iteration": 0}, folder / "common.pt")
-    save_config(CheckpointingConfig(sharded_backend="torch_dist", sharded_backend_version=1), str(folder))
-    FileSystemWriter(folder).finish(Metadata(tensors, planner_data={}), [results])
+    with writing(folder / ".metadata"):
+        torch.save({"checkpoint_version": 3.0, "iteration": 0}, folder / "common.pt")
+        save_config(CheckpointingConfig(sharded_backend="torch_dist", sharded_backend_version=1), str(folder))
+        FileSystemWriter(folder).finish(Metadata(tensors, planner_data={}), [results])

@@ -17,6 +17,7 @@ from megatron_dsrl.conversion.distributed_checkpoint_writer import (
 from megatron_dsrl.conversion.layout import CheckpointLayout
 from megatron_dsrl.conversion.verify import verify
 from megatron_dsrl.conversion.work import my_entries, with_progress
+from megatron_dsrl.disk import writing
 from megatron_dsrl.model.architecture import read_architecture, resolve_model_folder
 from megatron_dsrl.weights.checkpoint_record import CheckpointRecord, architecture_fields
 from megatron_dsrl.weights.companions import copy_companions
@@ -102,4 +103,5 @@ def _complete(
     """Everything beside the weights."""
     write_metadata(partial, table, dtype, written)
     copy_companions(source, partial, dtype)
-    record.write(partial)
+    with writing(partial):
+        record.write(partial)

@@ -3,11 +3,13 @@
 The JSON-lines files are the record of truth (the report reads nothing else of the numbers); TensorBoard is a view.
 """
 
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 
 from torch.utils.tensorboard import SummaryWriter
 
+from megatron_dsrl.disk import writing
 from megatron_dsrl.observability.records import (
     EVALUATION_FILE,
     METRICS_FILE,
@@ -18,6 +20,8 @@ from megatron_dsrl.observability.records import (
     repair_records,
     replace_records,
 )
+
+WHAT_IS_SAFE = "The records and checkpoints of the steps before are untouched"
 
 
 class Tracker:
@@ -30,9 +34,11 @@ class Tracker:
     def __init__(self, run_folder: Path, tensorboard: bool = True) -> None:
         """Open the files in `run_folder`, which is created where it is missing.
 
-        Raises UserError when a file of the folder is damaged other than by a half-written last line.
+        Raises UserError when a file of the folder is damaged other than by a half-written last line. All methods raise
+        it when the disk takes no more; a line that is then half-written is removed when the folder is opened again.
         """
-        run_folder.mkdir(parents=True, exist_ok=True)
+        with writing(run_folder, WHAT_IS_SAFE):
+            run_folder.mkdir(parents=True, exist_ok=True)
         self._metrics = _RecordFile(run_folder / METRICS_FILE)
         self._evaluations = _RecordFile(run_folder / EVALUATION_FILE)
         self._tensorboard_folder = run_folder / "tensorboard" if tensorboard else None
@@ -67,17 +73,14 @@ class Tracker:
         """
         self._metrics.truncate_after(step)
         self._evaluations.truncate_after(step)
-        if self._writer is not None:
-            self._writer.close()
+        self._close_writer()
         self._writer = self._open_writer(purge_step=step + 1)
 
     def close(self) -> None:
         """Close all files; a second call does nothing."""
         self._metrics.close()
         self._evaluations.close()
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        self._close_writer()
 
     def __enter__(self) -> "Tracker":
         return self
@@ -90,15 +93,23 @@ class Tracker:
     def _open_writer(self, purge_step: int | None) -> SummaryWriter | None:
         if self._tensorboard_folder is None:
             return None
-        return SummaryWriter(str(self._tensorboard_folder), purge_step=purge_step)
+        with writing(self._tensorboard_folder, WHAT_IS_SAFE):
+            return SummaryWriter(str(self._tensorboard_folder), purge_step=purge_step)
+
+    def _close_writer(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            with writing(self._tensorboard_folder, WHAT_IS_SAFE):
+                writer.close()
 
     def _add_scalars(self, record: Record, prefix: str) -> None:
         if self._writer is None:
             return
-        for key, value in record.items():
-            if key != "step" and isinstance(value, (int, float)):
-                self._writer.add_scalar(prefix + key, value, record["step"])
-        self._writer.flush()
+        with writing(self._tensorboard_folder, WHAT_IS_SAFE):
+            for key, value in record.items():
+                if key != "step" and isinstance(value, (int, float)):
+                    self._writer.add_scalar(prefix + key, value, record["step"])
+            self._writer.flush()
 
 
 class _RecordFile:
@@ -106,12 +117,15 @@ class _RecordFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.last_step = _last_step(repair_records(path))
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        with writing(path, WHAT_IS_SAFE):
+            self.last_step = _last_step(repair_records(path))
+            self._file = self._open()
 
     def append(self, record: Record) -> None:
-        self._file.write(record_line(record))
-        self._file.flush()
+        line = record_line(record).encode()
+        with writing(self._path, WHAT_IS_SAFE):
+            while line:
+                line = line[self._file.write(line) :]
         self.last_step = max(record["step"], self.last_step)
 
     def read(self) -> list[Record]:
@@ -120,12 +134,17 @@ class _RecordFile:
     def truncate_after(self, step: int) -> None:
         self._file.close()
         kept = [record for record in repair_records(self._path) if record["step"] <= step]
-        replace_records(self._path, kept)
+        with writing(self._path, WHAT_IS_SAFE):
+            replace_records(self._path, kept)
+            self._file = self._open()
         self.last_step = _last_step(kept)
-        self._file = self._path.open("a", encoding="utf-8", buffering=1)
 
     def close(self) -> None:
         self._file.close()
+
+    def _open(self) -> FileIO:
+        """Without a buffer, which a failed write would leave behind for `close`."""
+        return self._path.open("ab", buffering=0)
 
 
 def _last_step(records: list[Record]) -> int:

@@ -17,11 +17,10 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
+from megatron_dsrl.disk import as_os_error
+
 _Bucket = tuple[str, str, tuple[list, list]]
 """Megatron's: path, name, and (plan, content) of the objects and of the tensors in a file."""
-
-_TORCH_SAVE_FAILURES = ("PytorchStreamWriter", "inline_container", "iostream error")
-"""In messages of the RuntimeError that torch.save raises in place of OSError, on a full disk for example."""
 
 
 class CheckpointWrite:
@@ -53,7 +52,7 @@ class CheckpointWrite:
                 self._transforms, number, bucket, results_queue=None, count_queue=None, use_fsync=True
             )
             if isinstance(result, Exception):
-                raise _as_os_error(result)
+                raise as_os_error(result)
             written[number] = result
         files = [Path(path) for path, _, _ in self._buckets]
         self._buckets = [(path, name, ([], [])) for path, name, _ in self._buckets]  # the memory is free again
@@ -102,9 +101,3 @@ def _with_own_tensors(on_host: _Bucket, kept: _Bucket) -> _Bucket:
 
 def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.device == other.device and one.data_ptr() == other.data_ptr()
-
-
-def _as_os_error(error: Exception) -> Exception:
-    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _TORCH_SAVE_FAILURES):
-        return OSError(f"torch.save: {error}")
-    return error

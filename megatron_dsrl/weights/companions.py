@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_dsrl.disk import writing
 from megatron_dsrl.weights.hf_checkpoint import torch_dtype_name
 
 COMPANIONS = (
@@ -21,12 +22,18 @@ COMPANIONS = (
 
 
 def copy_companions(source: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Copy configuration, generation configuration, tokenizer and chat template to a folder of weights of `dtype`."""
+    """Copy configuration, generation configuration, tokenizer and chat template to a folder of weights of `dtype`.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
     config = json.loads((source / "config.json").read_text())
     # Transformers wrote `torch_dtype` up to version 4 and writes `dtype` since; both versions read the older name.
     for field in {"dtype", "torch_dtype"} & set(config) or {"torch_dtype"}:
         config[field] = torch_dtype_name(dtype)
-    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    with writing(folder / "config.json"):
+        (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     for path in {path for pattern in COMPANIONS for path in source.glob(pattern)}:
         if path.is_file():
-            shutil.copyfile(path, folder / path.name)
+            with writing(folder / path.name):
+                shutil.copyfile(path, folder / path.name)

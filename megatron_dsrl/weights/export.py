@@ -1,13 +1,13 @@
 """Write a sharded model as an HF folder that Transformers and SGLang load."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from megatron_dsrl.collective import rank
+from megatron_dsrl.collective import on_first, rank, together
 from megatron_dsrl.weights.companions import copy_companions
 from megatron_dsrl.weights.hf_writer import FILE_BYTES, HfWriter, create_hf_files
 from megatron_dsrl.weights.new_folder import new_folder
@@ -38,15 +38,27 @@ def export_hf_folder(
         file_bytes: the weights are cut into files of at most this size.
 
     Raises:
-        UserError: the target exists already, or its parent cannot be written to. On every rank.
+        UserError: the target exists already, or cannot be written. On every rank.
     """
-    with new_folder(target) as folder:
+
+    def write_stream() -> None:
+        """What fails here fails on rank 0 alone; the others wait for it in the stream's collectives until it ends."""
         buckets = stream_hf_weights(chunks, table, BUCKET_BYTES, dtype)
-        if rank() == 0:
-            with HfWriter(create_hf_files(folder, table.hf_shapes(), dtype, file_bytes)) as writer:
-                for name, tensor in chain.from_iterable(buckets):
-                    writer.write(name, tensor.cpu())
-            copy_companions(source, folder, dtype)
-        else:
-            for _ in buckets:
-                pass
+        try:
+            if rank() == 0:
+                with HfWriter(create_hf_files(folder, table.hf_shapes(), dtype, file_bytes)) as writer:
+                    for name, tensor in chain.from_iterable(buckets):
+                        writer.write(name, tensor.cpu())
+        except Exception:
+            _draw_to_its_end(buckets)
+            raise
+        _draw_to_its_end(buckets)
+
+    with new_folder(target) as folder:
+        together(write_stream)
+        on_first(lambda: copy_companions(source, folder, dtype))
+
+
+def _draw_to_its_end(buckets: Iterator[object]) -> None:
+    for _ in buckets:
+        pass

@@ -10,6 +10,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from megatron_dsrl.disk import writing
 from megatron_dsrl.weights.disk_flush import DiskFlush
 from megatron_dsrl.weights.hf_checkpoint import INDEX_FILE, SINGLE_FILE
 from megatron_dsrl.weights.layouts import Shape
@@ -37,28 +38,35 @@ def create_hf_files(
         shapes: of all tensors, in the order in which they are to lie in the files.
         dtype: of all tensors.
         file_bytes: size limit of a file; a single tensor may exceed it.
+
+    Raises:
+        UserError: a file cannot be written.
     """
     groups = _cut_into_files(shapes, dtype, file_bytes)
     places = {}
     for i, group in enumerate(groups):
         numbered = f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors"
         file = SINGLE_FILE if len(groups) == 1 else numbered
-        stored = create_file(folder / file, {name: (dtype, shapes[name]) for name in group})
+        with writing(folder / file):
+            stored = create_file(folder / file, {name: (dtype, shapes[name]) for name in group})
         places |= {name: (file, stored[name]) for name in group}
     if len(groups) > 1:
         total = sum(stored.nbytes for _, stored in places.values())
         index = {"metadata": {"total_size": total}, "weight_map": {name: file for name, (file, _) in places.items()}}
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+        with writing(folder / INDEX_FILE):
+            (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
     return HfFiles(folder, places)
 
 
 class HfWriter:
     """Fills the files of an HF folder tensor by tensor, in any order; any number of processes may do so at once.
 
-    A context manager: at its end everything written is on the disk.
+    A context manager: at its end everything written is on the disk. Writing, or leaving it, raises UserError where the
+    disk takes no more.
     """
 
     def __init__(self, files: HfFiles):
+        self._folder = files.folder
         self._places = files.places
         names = {file for file, _ in files.places.values()}
         self._flush = DiskFlush()
@@ -67,8 +75,9 @@ class HfWriter:
     def write(self, name: str, tensor: Tensor) -> None:
         """Put a CPU tensor into its place."""
         file, stored = self._places[name]
-        write_tensor(self._descriptors[file], stored, tensor)
-        self._flush.wrote(self._descriptors[file], stored.nbytes)
+        with writing(self._folder / file):
+            write_tensor(self._descriptors[file], stored, tensor)
+            self._flush.wrote(self._descriptors[file], stored.nbytes)
 
     def __enter__(self) -> "HfWriter":
         return self
@@ -77,9 +86,10 @@ class HfWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self._flush.finish()
-            for descriptor in self._descriptors.values() if error is None else ():
-                os.fsync(descriptor)
+            with writing(self._folder):
+                self._flush.finish()
+                for descriptor in self._descriptors.values() if error is None else ():
+                    os.fsync(descriptor)
         finally:
             for descriptor in self._descriptors.values():
                 os.close(descriptor)

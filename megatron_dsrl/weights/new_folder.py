@@ -67,11 +67,17 @@ def new_folder(target: Path, overwrite: bool = False, needed: Sequence[Path] = (
         except OSError as error:
             raise UserError(f"cannot write the model to {target}: {error}") from error
 
+    def publish() -> None:
+        try:
+            _publish(partial, target, overwrite)
+        except OSError as error:
+            raise UserError(f"cannot write the model to {target}: {error}") from error
+
     try:
         partial = on_first(begin)
         yield partial
         barrier()  # everyone has written everything
-        on_first(lambda: _publish(partial, target, overwrite))
+        on_first(publish)
     finally:
         if rank() == 0 and lock is not None:
             _remove_leftovers(lock, target)

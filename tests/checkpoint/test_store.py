@@ -8,7 +8,6 @@ import json
 import multiprocessing
 import os
 import re
-import resource
 import shutil
 import threading
 import time
@@ -26,6 +25,7 @@ from megatron_dsrl.checkpoint.state import Layout, RunState
 from megatron_dsrl.checkpoint.store import CheckpointStore
 from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.errors import UserError
+from tests.support.disk import files_of_at_most
 from tests.support.distributed import run_distributed, start_one_process
 from tests.support.engine import tiny_run_config
 
@@ -286,17 +286,6 @@ def test_the_checkpoint_that_a_run_continues_from_is_not_written_again(tmp_path)
     store.newest()
 
     store.save(state(1), must_not_be_called)
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """Writing more raises OSError, as a full disk does."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("size", [200, 2000, 10_000], ids=["all files", "torch.save", "shard"])

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from megatron_dsrl.cli import main
 from megatron_dsrl.conversion.command_line import DTYPES
 from megatron_dsrl.weights.megatron_checkpoint import MegatronCheckpoint
+from tests.support.disk import files_of_at_most
 from tests.support.families import FAMILIES
 from tests.support.tiny_model import make_tiny_qwen3
 from tests.support.tiny_run import MARK, processes_left_behind
@@ -215,6 +216,21 @@ def test_a_linked_target_is_replaced_where_it_lies(converted):
     assert {dtype for dtype in MegatronCheckpoint(converted / "disk").dtypes().values()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("size", [50, 20_000])
+def test_a_disk_that_fills_up(converted, capsys, size):
+    """Both ways, from the first byte and in the middle: the file is named, the former target is as it was."""
+    for direction, source, target in (("hf-to-megatron", "hf", "megatron"), ("megatron-to-hf", "megatron", "hf")):
+        before = everything_under(converted)
+        options = ["--overwrite"] if direction == "hf-to-megatron" else ["--file-gigabytes", 1e-5]
+        name = target if direction == "hf-to-megatron" else "back"
+        with files_of_at_most(size):
+            assert convert(direction, converted / source, converted / name, *options) == 2
+        error = capsys.readouterr().err
+        assert f".{name}.partial-" in error and "could not be written (" in error and "MiB are free there)" in error
+        assert "what was there before is untouched" in error and "Traceback" not in error
+        assert everything_under(converted) == before and hidden(converted) == []
+
+
 @pytest.fixture(scope="module")
 def large(tmp_path_factory) -> Path:
     """A model of 205 MB, which is written long enough to be interrupted."""
@@ -340,6 +356,20 @@ REFUSALS = {
             json.dumps({"model": {"vocab": {"a": 0}}, "added_tokens": [{"content": "<|end|>", "id": 101}]})
         ),
         "tokenizer.json has token ids up to 101 ('<|end|>'), but vocab_size in config.json is 101",
+    ),
+    "vocabulary file of another model": (
+        lambda folder: (folder / "vocab.json").write_text(json.dumps({"a": 0, "b": 101})),
+        "vocab.json has token ids up to 101 ('b'), but vocab_size in config.json is 101",
+    ),
+    "added tokens of another model": (
+        lambda folder: (folder / "added_tokens.json").write_text(json.dumps({"<|end|>": 102})),
+        "added_tokens.json has token ids up to 102 ('<|end|>'), but vocab_size",
+    ),
+    "added tokens of another tokenizer configuration": (
+        lambda folder: (folder / "tokenizer_config.json").write_text(
+            json.dumps({"added_tokens_decoder": {"9": {"content": "x"}, "103": {"content": "<|end|>"}}})
+        ),
+        "tokenizer_config.json has token ids up to 103 ('<|end|>'), but vocab_size",
     ),
     "mixed dtypes": (
         lambda folder: change_weights(folder, lambda tensors: tensors.update({QUERY: tensors[QUERY].bfloat16()})),

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from megatron_dsrl.errors import UserError
 from megatron_dsrl.observability.records import read_records
 from megatron_dsrl.observability.tracker import Tracker
 from tests.observability.synthetic_run import evaluation_record
+from tests.support.disk import files_of_at_most
 
 
 def small_record(step: int, reward: float = 0.5) -> dict:
@@ -35,6 +38,30 @@ def test_records_are_on_disk_at_once_and_in_tensorboard(tmp_path: Path) -> None:
     tracker.close()
     assert scalars(tmp_path, "policy/grad_norm") == [(1, 2.0)]
     assert scalars(tmp_path, "evaluation/held-out/accuracy") == [(0, 0.25)]
+
+
+def test_a_disk_that_fills_up(tmp_path: Path) -> None:
+    """The error names the file; the records before survive, and the run goes on behind them when there is space."""
+    with Tracker(tmp_path, tensorboard=False) as tracker:
+        tracker.log_step(small_record(1))
+        size = (tmp_path / "metrics.jsonl").stat().st_size
+        with files_of_at_most(size + 10), pytest.raises(UserError, match="metrics.jsonl could not be .* MiB are free"):
+            tracker.log_step(small_record(2))
+    assert (tmp_path / "metrics.jsonl").stat().st_size == size + 10
+    with Tracker(tmp_path, tensorboard=False) as tracker:
+        assert tracker.last_step == 1
+        tracker.log_step(small_record(2))
+    assert read_records(tmp_path / "metrics.jsonl") == [small_record(1), small_record(2)]
+
+
+def test_a_disk_that_fills_up_under_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: None)  # its thread ends by the same error
+    tracker = Tracker(tmp_path)
+    with files_of_at_most(300), pytest.raises(UserError, match="tensorboard could not be written .* MiB are free"):
+        for step in range(1, 30):
+            tracker.log_evaluation({"step": step, "set": "x", "a": 1.0})
+    with suppress(UserError):
+        tracker.close()
 
 
 def test_nan_and_infinity_become_null_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -6,6 +6,7 @@ compared by putting them in the parameters' place and streaming them out under t
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 
@@ -29,7 +30,9 @@ from megatron_dsrl.weights.export import export_hf_folder
 from megatron_dsrl.weights.load import load_hf_weights
 from megatron_dsrl.weights.random_init import fill_with_random_weights
 from megatron_dsrl.weights.stream import stream_hf_weights
+from megatron_dsrl.weights.table import WeightTable
 from megatron_dsrl.weights.tables import weight_table
+from tests.support.disk import files_of_at_most
 from tests.support.distributed import run_distributed
 from tests.support.tiny_model import make_tiny_qwen3
 
@@ -113,6 +116,7 @@ def measure(folder: Path, name: str, parallel: ParallelConfig, target: Path) -> 
 
     buckets = list(stream_hf_weights(chunks, table, bucket_bytes=40_000, dtype=torch.float32))
     streamed = dict(pair for bucket in buckets for pair in bucket)
+    full_disk = refusal(lambda: export_to_a_full_disk(chunks, table, folder / name, target))
     export_hf_folder(chunks, table, folder / name, target, torch.bfloat16, file_bytes=100_000)
     results = {
         "round_trip_exact": streamed.keys() == source.keys()
@@ -120,6 +124,7 @@ def measure(folder: Path, name: str, parallel: ParallelConfig, target: Path) -> 
         "order": list(streamed),
         "bucket_bytes": [sum(tensor.nbytes for _, tensor in bucket) for bucket in buckets],
         "logits_error": logits_error(chunks, expected["logits"]),
+        "full_disk": full_disk,
         "second_export": refusal(lambda: export_hf_folder(chunks, table, folder / name, target, torch.bfloat16)),
     }
 
@@ -204,6 +209,12 @@ def gradient_errors(chunks: list[nn.Module], table, expected: dict[str, Tensor])
     }
 
 
+def export_to_a_full_disk(chunks: list, table: WeightTable, source: Path, target: Path) -> None:
+    """The disk of rank 0, which is the one that writes."""
+    with files_of_at_most(1000) if dist.get_rank() == 0 else nullcontext():
+        export_hf_folder(chunks, table, source, target.with_name(f"{target.name} on a full disk"), torch.bfloat16)
+
+
 def refusal(action) -> str:
     try:
         action()
@@ -265,3 +276,10 @@ def test_exported_folders_are_the_source_in_bfloat16(measured, folder, case):
 def test_an_existing_target_is_refused_on_every_rank(measured, case):
     for rank in measured[case]:
         assert "exists already; remove it or choose another folder" in rank["second_export"]
+
+
+def test_an_export_to_a_full_disk_fails_on_all_ranks(measured, folder):
+    """Only rank 0 writes; the others take part in the stream to its end, and learn of it."""
+    for case, (first, second) in measured.items():
+        assert "could not be written (" in first["full_disk"] and first["full_disk"] == second["full_disk"], case
+    assert list(folder.glob("* on a full disk")) == list(folder.glob(".*")) == []
