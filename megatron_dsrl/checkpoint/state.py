@@ -23,6 +23,8 @@ class Layout:
     pipeline_parallel_size: int
     distributed_optimizer: bool
     virtual_pipeline_stages: int = 1
+    layers_in_first_stage: int | None = None
+    layers_in_last_stage: int | None = None
     context_parallel_size: int = 1
     expert_parallel_size: int = 1
     expert_tensor_parallel_size: int | None = None
@@ -36,6 +38,8 @@ def current_layout(parallel: ParallelConfig) -> Layout:
         pipeline_parallel_size=parallel.pipeline_parallel_size,
         distributed_optimizer=parallel.distributed_optimizer,
         virtual_pipeline_stages=parallel.virtual_pipeline_stages,
+        layers_in_first_stage=parallel.layers_in_first_stage,
+        layers_in_last_stage=parallel.layers_in_last_stage,
         context_parallel_size=parallel.context_parallel_size,
         expert_parallel_size=parallel.expert_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,

@@ -70,6 +70,10 @@ def process_problems(parallel: ParallelConfig, world_size: int) -> Iterator[Prob
             "parallel.virtual_pipeline_stages",
             "needs parallel.pipeline_parallel_size of at least 2, whose stages it cuts; set it to 1",
         )
+    if parallel.pipeline_parallel_size == 1:
+        for field in ("layers_in_first_stage", "layers_in_last_stage"):
+            if getattr(parallel, field) is not None:
+                yield f"parallel.{field}", "needs parallel.pipeline_parallel_size of at least 2; set it to null"
 
 
 def model_problems(parallel: ParallelConfig, shape: ModelShape) -> Iterator[Problem]:
@@ -81,16 +85,37 @@ def model_problems(parallel: ParallelConfig, shape: ModelShape) -> Iterator[Prob
     for what, size in divided:
         if size % tensor:
             yield "parallel.tensor_parallel_size", indivisible(what, size, tensor)
+    yield from _pipeline_problems(parallel, shape)
+    yield from _expert_problems(parallel, shape)
+
+
+def _pipeline_problems(parallel: ParallelConfig, shape: ModelShape) -> Iterator[Problem]:
     pipeline, virtual = parallel.pipeline_parallel_size, parallel.virtual_pipeline_stages
-    if shape.layers % pipeline:
-        yield "parallel.pipeline_parallel_size", indivisible("layers", shape.layers, pipeline)
-    elif shape.layers % (pipeline * virtual):
+    given = [parallel.layers_in_first_stage, parallel.layers_in_last_stage]
+    stages = parallel.layers_of_stages(shape.layers)
+    if sum(stages) != shape.layers or min(stages) < 1:
+        if given == [None, None]:
+            yield (
+                "parallel.pipeline_parallel_size",
+                indivisible("layers", shape.layers, pipeline)
+                + ", or set parallel.layers_in_first_stage, parallel.layers_in_last_stage or both",
+            )
+            return
+        counts = [count for count in given if count is not None]
+        between, left = pipeline - len(counts), shape.layers - sum(counts)
+        yield (
+            "parallel.layers_in_first_stage, parallel.layers_in_last_stage",
+            f"leave {left} of the model's {shape.layers} layers for {between} other pipeline stage(s), which cannot "
+            "share them evenly; choose other numbers"
+            if between
+            else f"add up to {sum(counts)} layers, but the model has {shape.layers}",
+        )
+    elif wrong := [count for count in stages if count % virtual]:
         yield (
             "parallel.pipeline_parallel_size, parallel.virtual_pipeline_stages",
-            f"{pipeline} x {virtual} = {pipeline * virtual} virtual stages: "
-            + indivisible("layers", shape.layers, pipeline * virtual),
+            f"{pipeline} x {virtual} = {pipeline * virtual} virtual stages: the {wrong[0]} layers of a pipeline stage "
+            f"cannot be split {virtual} ways; choose a divisor of {wrong[0]}",
         )
-    yield from _expert_problems(parallel, shape)
 
 
 def _expert_problems(parallel: ParallelConfig, shape: ModelShape) -> Iterator[Problem]:

@@ -72,6 +72,13 @@ class ParallelConfig(Section):
     """Chunks of layers per pipeline stage (interleaved schedule): smaller pipeline bubbles for more communication. The
     number of micro-batches is then a multiple of `pipeline_parallel_size`."""
 
+    layers_in_first_stage: int | None = Field(default=None, ge=1)
+    """Layers of the first pipeline stage, where it is not to have as many as the others: because the model's number of
+    layers does not divide by the stages, or to make room for the embedding. Those without a number share the rest."""
+
+    layers_in_last_stage: int | None = Field(default=None, ge=1)
+    """The same of the last stage, which has the output head."""
+
     context_parallel_size: int = Field(default=1, ge=1)
     """Processes that split every sequence, for sequences too long for one. They share the weights' gradients and the
     distributed optimizer's shards as data-parallel processes do."""
@@ -96,6 +103,14 @@ class ParallelConfig(Section):
     def model_parallel_size(self) -> int:
         """Processes that train the same sequences together; the others are data-parallel to them."""
         return self.tensor_parallel_size * self.pipeline_parallel_size * self.context_parallel_size
+
+    def layers_of_stages(self, layers: int) -> list[int]:
+        """How many of a model's layers each pipeline stage has, if they divide; see `config.layout.model_problems`."""
+        stages: list[int | None] = [None] * self.pipeline_parallel_size
+        if self.pipeline_parallel_size > 1:
+            stages[0], stages[-1] = self.layers_in_first_stage, self.layers_in_last_stage
+        rest = (layers - sum(filter(None, stages))) // max(1, stages.count(None))
+        return [rest if given is None else given for given in stages]
 
     @property
     def split_of_experts(self) -> int:

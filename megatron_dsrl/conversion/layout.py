@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 
 from megatron_dsrl.config.layout import model_problems, process_problems, refuse
 from megatron_dsrl.config.model import ParallelConfig
+from megatron_dsrl.errors import UserError
 from megatron_dsrl.model.architecture import Architecture
 from megatron_dsrl.weights.table import TensorRule
 
@@ -25,16 +26,25 @@ class CheckpointLayout:
     """As many as `tensor_parallel_size` if None."""
 
     def check(self, architecture: Architecture) -> None:
-        """Refuse what the model does not divide into.
+        """Refuse what the model does not divide into. Its layers need not divide by the stages, which may be uneven.
 
         Raises:
             UserError: says which size does not divide what.
         """
-        sizes = asdict(self)
-        sizes["virtual_pipeline_stages"] = sizes.pop("virtual_pipeline_parallel_size")
-        parallel = ParallelConfig(**sizes, sequence_parallel=self.tensor_parallel_size > 1)
-        whole_copies = parallel.model_parallel_size * parallel.expert_model_parallel_size
-        refuse([*process_problems(parallel, whole_copies), *model_problems(parallel, architecture.shape)])
+        cutting = ParallelConfig(
+            tensor_parallel_size=self.tensor_parallel_size,
+            expert_parallel_size=self.expert_parallel_size,
+            expert_tensor_parallel_size=self.expert_tensor_parallel_size,
+            sequence_parallel=self.tensor_parallel_size > 1,
+        )
+        staged = ParallelConfig(
+            pipeline_parallel_size=self.pipeline_parallel_size,
+            virtual_pipeline_stages=self.virtual_pipeline_parallel_size,
+        )
+        refuse([*process_problems(staged, staged.model_parallel_size), *model_problems(cutting, architecture.shape)])
+        stages, layers = staged.pipeline_parallel_size * staged.virtual_pipeline_stages, architecture.num_hidden_layers
+        if stages > layers:
+            raise UserError(f"{stages} pipeline stages, virtual ones counted: the model has {layers} layers")
 
     def as_record(self) -> dict[str, int]:
         """All sizes by name."""

@@ -63,6 +63,8 @@ def transformer_config(architecture: Architecture, model: ModelConfig, parallel:
         tensor_model_parallel_size=parallel.tensor_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
         virtual_pipeline_model_parallel_size=virtual_stages if virtual_stages > 1 else None,
+        num_layers_in_first_pipeline_stage=parallel.layers_in_first_stage,
+        num_layers_in_last_pipeline_stage=parallel.layers_in_last_stage,
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         variable_seq_lengths=True,  # packed micro-batches differ in length

@@ -172,7 +172,7 @@ def _activations(config: RunConfig, architecture: Architecture, stage: int) -> i
     """Of all micro-batches whose backward pass is still to come: under 1F1B one per stage from here to the last."""
     parallel = config.parallel
     stages, virtual = parallel.pipeline_parallel_size, parallel.virtual_pipeline_stages
-    layers = architecture.num_hidden_layers // stages
+    layers = parallel.layers_of_stages(architecture.num_hidden_layers)[stage]
     in_flight: float = stages - stage
     if virtual > 1:  # the interleaved schedule keeps more: arXiv 2104.04473, section 2.2
         in_flight = 1 + (stages - 1) / stages / virtual + (stages - stage - 1)

@@ -25,7 +25,7 @@ def parameters_of_stage(architecture: Architecture, parallel: ParallelConfig, st
     A tied head on another stage than the embedding is a copy of it, and counts.
     """
     tensor, stages = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
-    layers = architecture.num_hidden_layers // stages
+    layers = parallel.layers_of_stages(architecture.num_hidden_layers)[stage]
     vocabulary = architecture.padded_vocab_size(tensor) // tensor * architecture.hidden_size
     dense = layers * _dense_per_layer(architecture, tensor)
     if stage == 0:

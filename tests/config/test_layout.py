@@ -20,7 +20,16 @@ EXPERTS = ModelShape(6, 8, 4, 96, 512, experts=6, expert_feed_forward_size=10)
         ({"virtual_pipeline_stages": 2}, DENSE, "virtual_pipeline_stages: needs parallel.pipeline_parallel_size"),
         ({"tensor_parallel_size": 8}, DENSE, "4 key/value heads cannot be split 8 ways; choose a divisor of 4"),
         ({"pipeline_parallel_size": 4}, DENSE, "6 layers cannot be split 4 ways"),
-        ({"pipeline_parallel_size": 2, "virtual_pipeline_stages": 2}, DENSE, "2 x 2 = 4 virtual stages: .*6 layers"),
+        ({"pipeline_parallel_size": 4}, DENSE, "or set parallel.layers_in_first_stage, parallel.layers_in_last_stage"),
+        ({"layers_in_last_stage": 2}, DENSE, "layers_in_last_stage: needs parallel.pipeline_parallel_size of at least"),
+        ({"pipeline_parallel_size": 4, "layers_in_first_stage": 1}, DENSE, "leave 5 of the model's 6 .* 3 other"),
+        ({"pipeline_parallel_size": 2, "layers_in_first_stage": 6}, DENSE, "leave 0 of the model's 6 .* 1 other"),
+        (
+            {"pipeline_parallel_size": 2, "layers_in_first_stage": 4, "layers_in_last_stage": 3},
+            DENSE,
+            "layers_in_first_stage, parallel.layers_in_last_stage: add up to 7 layers, but the model has 6",
+        ),
+        ({"pipeline_parallel_size": 2, "virtual_pipeline_stages": 2}, DENSE, "2 x 2 = 4 virtual stages: the 3 layers"),
         ({"expert_parallel_size": 2}, DENSE, "expert_parallel_size: is 2, but the model has no experts"),
         ({"expert_parallel_size": 4}, EXPERTS, "6 experts cannot be split 4 ways"),
         ({"expert_tensor_parallel_size": 4}, EXPERTS, "10 channels of an expert cannot be split 4 ways"),
@@ -38,6 +47,8 @@ def test_a_layout_that_does_not_fit_8_processes_is_refused(sizes, shape, message
     [
         ({"tensor_parallel_size": 4, "context_parallel_size": 2, "sequence_parallel": True}, DENSE),
         ({"pipeline_parallel_size": 2, "virtual_pipeline_stages": 3}, DENSE),
+        ({"pipeline_parallel_size": 4, "layers_in_first_stage": 1, "layers_in_last_stage": 1}, DENSE),
+        ({"pipeline_parallel_size": 2, "layers_in_last_stage": 2, "virtual_pipeline_stages": 2}, DENSE),
         ({"tensor_parallel_size": 4, "sequence_parallel": True, "expert_parallel_size": 2,
           "expert_tensor_parallel_size": 1}, EXPERTS),
     ],
@@ -45,6 +56,20 @@ def test_a_layout_that_does_not_fit_8_processes_is_refused(sizes, shape, message
 def test_a_layout_that_fits_passes(sizes, shape):
     parallel = ParallelConfig(**sizes)
     refuse([*process_problems(parallel, 8), *model_problems(parallel, shape)])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "stages"),
+    [
+        ({"pipeline_parallel_size": 4, "layers_in_first_stage": 23, "layers_in_last_stage": 23}, [23, 24, 24, 23]),
+        ({"pipeline_parallel_size": 4, "layers_in_last_stage": 22}, [24, 24, 24, 22]),
+        ({"pipeline_parallel_size": 2, "layers_in_first_stage": 40, "layers_in_last_stage": 54}, [40, 54]),
+        ({"pipeline_parallel_size": 2}, [47, 47]),
+        ({}, [94]),
+    ],
+)
+def test_94_layers_are_dealt_out_to_stages(sizes, stages):
+    assert ParallelConfig(**sizes).layers_of_stages(94) == stages
 
 
 def test_engines_keep_copies_of_key_value_heads_in_whole_numbers():

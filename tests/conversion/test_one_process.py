@@ -427,12 +427,18 @@ def test_the_model_of_a_run_may_be_what_is_expected(converted, capsys):
     ("options", "message"),
     [
         (["--tensor-parallel-size", 4], "2 key/value heads cannot be split 4 ways"),
-        (["--pipeline-parallel-size", 3], "4 layers cannot be split 3 ways"),
+        (["--pipeline-parallel-size", 5], "5 pipeline stages, virtual ones counted: the model has 4 layers"),
         (["--virtual-pipeline-parallel-size", 2], "needs parallel.pipeline_parallel_size of at least 2"),
-        (["--pipeline-parallel-size", 2, "--virtual-pipeline-parallel-size", 4], "8 virtual stages: the model"),
+        (["--pipeline-parallel-size", 2, "--virtual-pipeline-parallel-size", 4], "8 pipeline stages, virtual"),
         (["--expert-parallel-size", 2], "the model has no experts"),
     ],
 )
-def test_layouts_that_do_not_divide_the_model(converted, capsys, options, message):
+def test_layouts_that_do_not_fit_the_model(converted, capsys, options, message):
     assert convert("hf-to-megatron", converted / "hf", converted / "x", *options) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_pipeline_may_have_uneven_stages(converted):
+    """Which stage has how many layers is not in a checkpoint."""
+    assert convert("hf-to-megatron", converted / "hf", converted / "x", "--pipeline-parallel-size", 3) == 0
+    assert (converted / "x" / "__0_0.distcp").read_bytes() == (converted / "megatron" / "__0_0.distcp").read_bytes()

@@ -32,6 +32,7 @@ from tests.support.tiny_run import REPOSITORY
 LAYOUTS = {
     "tensor": ParallelConfig(tensor_parallel_size=2, sequence_parallel=True),
     "pipeline": ParallelConfig(pipeline_parallel_size=2),
+    "uneven pipeline": ParallelConfig(pipeline_parallel_size=2, layers_in_last_stage=1),
     "data": ParallelConfig(),
     "experts": ParallelConfig(expert_parallel_size=2),
     "experts, split": ParallelConfig(
@@ -126,7 +127,7 @@ def measured(folders) -> list[tuple[dict, list]]:
 
 def test_every_rank_holds_what_the_plan_says(measured):
     ranks = [counts for counts, _ in measured]
-    assert len(ranks[0]) == 2 * (4 * 3 + 2)
+    assert len(ranks[0]) == 2 * (4 * 4 + 2)
     for counts in ranks:
         for key, (held, planned) in counts.items():
             assert held == planned, key

@@ -41,6 +41,7 @@ LAYOUTS = {
     "TP2": {"tensor_parallel_size": 2},
     "TP2+SP": {"tensor_parallel_size": 2, "sequence_parallel": True},
     "PP2": {"pipeline_parallel_size": 2},
+    "PP2-uneven": {"pipeline_parallel_size": 2, "layers_in_first_stage": 1},
     "DP2": {},
 }
 CASES = [f"{layout} {'tied' if tied else 'untied'}" for layout, tied in product(LAYOUTS, (True, False))]
