@@ -134,11 +134,11 @@ def _refuse_to_replace(target: Path, overwrite: bool) -> None:
     if surplus:
         shown = ", ".join(surplus[:NAMES_SHOWN]) + (", ..." if len(surplus) > NAMES_SHOWN else "")
         raise FileExistsError(f"it holds more than a model ({shown}) and is not replaced; choose another folder")
-    is_hf = (target / "config.json").exists() and any(target.glob("*.safetensors"))
-    if entries and not is_hf and not is_megatron_checkpoint(target):
+    has_weights = any(target.glob("*.safetensors")) or is_megatron_checkpoint(target)
+    if entries and not (has_weights and (target / "config.json").exists()):  # a run's checkpoint has no config.json
         raise FileExistsError(
-            "it holds neither an HF model (config.json and safetensors) nor a Megatron checkpoint (metadata.json) and "
-            "is not replaced; remove it or choose another folder"
+            "it holds neither an HF model (config.json and safetensors) nor a converted checkpoint (config.json and "
+            "metadata.json) and is not replaced; remove it or choose another folder"
         )
 
 

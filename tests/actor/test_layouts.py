@@ -113,6 +113,7 @@ TWO_PROCESSES = {
     "TP 2 with sequence parallelism": Case(parallel=SEQUENCE_PARALLEL),
     "TP 2 with sequence parallelism, full recomputation": Case(parallel=SEQUENCE_PARALLEL, recompute="full"),
     "PP 2": Case(parallel={"pipeline_parallel_size": 2}),
+    "PP 2, uneven stages": Case(parallel={"pipeline_parallel_size": 2, "layers_in_first_stage": 1}),
     "PP 2 x 2 virtual stages": Case(parallel=INTERLEAVED),
     "CP 2": Case(parallel={"context_parallel_size": 2}),
     "CP 2, selective recomputation": Case(parallel={"context_parallel_size": 2}, recompute="selective"),

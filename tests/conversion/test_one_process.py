@@ -181,7 +181,8 @@ OVERWRITING = {
     "what is expected": ("home/expected", "it is {home}/expected, which the conversion reads"),
     "something else": ("letters", "it holds more than a model (a.txt, b.txt, c.txt, ...) and is not replaced"),
     "a model and something else": ("mixed", "it holds more than a model (thesis.txt) and is not replaced"),
-    "half a model": ("half", "it holds neither an HF model (config.json and safetensors) nor a Megatron checkpoint"),
+    "half a model": ("half", "it holds neither an HF model (config.json and safetensors) nor a converted checkpoint"),
+    "a run's checkpoint": ("run", "nor a converted checkpoint (config.json and metadata.json) and is not replaced"),
 }
 
 
@@ -193,6 +194,8 @@ def test_overwriting_deletes_nothing_but_a_model(tmp_path, capsys, case):
     for folder in (home / "expected", tmp_path / "mixed", tmp_path / "half"):
         shutil.copytree(home / "hf", folder)
     (tmp_path / "half" / "model.safetensors").unlink()
+    assert convert("hf-to-megatron", home / "hf", tmp_path / "run") == 0
+    (tmp_path / "run" / "config.json").unlink()
     (tmp_path / "letters").mkdir()
     for file in ("home/thesis.txt", "mixed/thesis.txt", *(f"letters/{x}.txt" for x in "abcd")):
         (tmp_path / file).write_text("years of work")
