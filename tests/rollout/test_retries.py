@@ -1,0 +1,141 @@
+"""Requests that fail while their engine is well: a real engine behind a proxy that fails as it is told."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+
+from megatron_dsrl.rollout import dispatcher
+from megatron_dsrl.rollout.client import EngineClient, EngineError
+from megatron_dsrl.rollout.rollout import EngineRollout, ignore
+from megatron_dsrl.rollout.sample import Group
+from tests.support.engine import numbered_prompts
+from tests.support.failing_proxy import FailingProxy, Failure
+
+SAMPLES, RESPONSE_TOKENS = 2, 24
+PROMPTS = numbered_prompts(2)
+
+
+class Behind:
+    """The shared engine, which is asked through a proxy."""
+
+    def __init__(self, rollout: EngineRollout, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.rollout = rollout
+        self.engine_url = rollout._urls[0]
+        self.ended: list = []
+        self._monkeypatch = monkeypatch
+        monkeypatch.setattr(rollout, "_on_call", self.ended.append)
+
+    def sample(
+        self,
+        *failures: Failure,
+        prompts: int = 1,
+        tokens: int = RESPONSE_TOKENS,
+        meanwhile: Callable[[FailingProxy], None] = ignore,
+        **settings: float,
+    ) -> tuple[list[Group], FailingProxy, int]:
+        """The groups, what the proxy has seen, and how many calls were made again."""
+        section = self.rollout._config.rollout.model_copy(update=settings)
+        config = self.rollout._config.model_copy(update={"rollout": section})
+        self._monkeypatch.setattr(self.rollout, "_config", config)
+        before = self.rollout.fault_metrics()["engine/retries"]
+        sampling = replace(self.rollout.training_sampling, max_response_tokens=tokens, stop_token_ids=())
+        with FailingProxy(self.engine_url, *failures) as proxy:
+            self._monkeypatch.setattr(self.rollout, "_urls", [proxy.url])
+            threading.Thread(target=meanwhile, args=(proxy,)).start()
+            groups = self.rollout.generate(PROMPTS[:prompts], SAMPLES, sampling, "test")
+        return groups, proxy, self.rollout.fault_metrics()["engine/retries"] - before
+
+
+@pytest.fixture
+def behind(engine_rollout: EngineRollout, monkeypatch) -> Iterator[Behind]:
+    yield Behind(engine_rollout, monkeypatch)
+    assert not engine_rollout._lost, "the engine was well"
+
+
+@pytest.fixture
+def at_once(monkeypatch) -> None:
+    """Nobody waits between two attempts."""
+    monkeypatch.setattr(dispatcher, "FIRST_BACK_OFF_SECONDS", 0.01)
+
+
+def tokens_of(groups: list[Group]) -> list[tuple[int, ...]]:
+    return [sample.response_ids for group in groups for sample in group.samples]
+
+
+def test_a_request_that_fails_is_made_again_after_a_while_and_then_a_longer_one(behind):
+    undisturbed, proxy, retries = behind.sample()
+    assert (len(proxy.calls), retries) == (1, 0)
+    assert len(proxy.calls[0].body["input_ids"]) == SAMPLES, "the samples of a prompt go together"
+    behind.ended.clear()
+
+    groups, proxy, retries = behind.sample("status 500", "status 500", request_attempts=3)
+
+    assert tokens_of(groups) == tokens_of(undisturbed)
+    assert [call.body for call in proxy.calls] == [proxy.calls[0].body] * 3 and retries == 2
+    first, second = (later.at - earlier.at for earlier, later in pairwise(proxy.calls))
+    assert first >= 1 and second >= 2
+    assert [(call.attempt, call.prompts) for call in behind.ended] == [(n, (PROMPTS[0].index,)) for n in (1, 2, 3)]
+    assert "status 500, out of order" in behind.ended[0].outcome and behind.ended[2].outcome == "done"
+
+
+def test_a_request_that_keeps_failing_ends_with_its_prompt_and_attempts(behind, at_once):
+    message = "(?s)status 500, out of order.*attempt 2 of rollout.request_attempts for prompt 100, .* well otherwise"
+    with pytest.raises(EngineError, match=message):
+        behind.sample(*["status 500"] * 5, request_attempts=2)
+    assert [call.attempt for call in behind.ended] == [1, 2]
+
+
+def test_a_request_that_the_engine_refuses_for_good_is_not_made_again(behind, at_once):
+    with pytest.raises(EngineError, match="status 400, not like this"):
+        behind.sample(*["status 400"] * 5, request_attempts=5)
+    assert len(behind.ended) == 1
+
+
+def test_other_prompts_do_not_wait_for_the_one_that_fails(behind, at_once):
+    groups, proxy, retries = behind.sample("status 500", prompts=2)
+    assert [group.prompt for group in groups] == PROMPTS
+    assert (len(proxy.calls), retries) == (3, 1)
+    assert [call.outcome for call in behind.ended].count("done") == 2
+
+
+def test_a_connection_that_is_cut_and_an_answer_that_takes_too_long(behind, at_once):
+    undisturbed, _, _ = behind.sample()
+    behind.ended.clear()
+
+    groups, _, retries = behind.sample("connection cut", "no answer", request_timeout_seconds=3.0, request_attempts=3)
+
+    assert tokens_of(groups) == tokens_of(undisturbed) and retries == 2
+    cut, late, done = (call.outcome for call in behind.ended)
+    assert "is gone: /generate failed with ServerDisconnected" in cut
+    assert "did not answer /generate within 3 s" in late and done == "done"
+
+
+def test_what_the_engine_aborts_itself_goes_on_where_it_stopped(behind, at_once):
+    """Long enough to be in the middle of it."""
+    undisturbed, _, _ = behind.sample(tokens=400)
+    behind.ended.clear()
+
+    async def abort_once(proxy: FailingProxy) -> None:
+        async with EngineClient(behind.engine_url, 30.0) as client:
+            while len(proxy.calls) < 2 and not proxy.is_closed:
+                await asyncio.sleep(0.3)
+                if len(proxy.calls) == 1:
+                    await client.abort_all()
+
+    groups, proxy, retries = behind.sample(tokens=400, meanwhile=lambda proxy: asyncio.run(abort_once(proxy)))
+
+    assert tokens_of(groups) == tokens_of(undisturbed) and retries == 1
+    first, second = proxy.calls
+    kept = [
+        len(longer) - len(prompt)
+        for longer, prompt in zip(second.body["input_ids"], first.body["input_ids"], strict=True)
+    ]
+    assert all(0 < count < 400 for count in kept), "what there was is not sampled again"
+    assert [(call.outcome, call.tokens) for call in behind.ended] == [
+        ("aborted", sum(kept)),
+        ("done", SAMPLES * 400 - sum(kept)),
+    ]
