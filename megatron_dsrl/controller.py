@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron_dsrl.actor.statistics import UpdateMetrics
@@ -11,6 +12,7 @@ from megatron_dsrl.algorithms.mismatch import MISMATCH_MAXIMA, MISMATCH_MEANS
 from megatron_dsrl.algorithms.reward_shaping import shaping_metrics
 from megatron_dsrl.background import Background
 from megatron_dsrl.config.phase import MAIN_OBJECTIVE, PhaseConfig, PreTrainSpaceConfig
+from megatron_dsrl.config.rollout import DynamicSamplingConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.data.sampler import RepeatableDraw
@@ -22,9 +24,10 @@ from megatron_dsrl.observability.tracker import Tracker
 from megatron_dsrl.platform import current_platform
 from megatron_dsrl.rollout.carry_over import CarryOver
 from megatron_dsrl.rollout.dispatcher import EnginesLostError
-from megatron_dsrl.rollout.dynamic_sampling import is_mixed, sample_until_mixed
+from megatron_dsrl.rollout.dynamic_sampling import dynamic_sampling_metrics, is_mixed, sample_until_mixed
 from megatron_dsrl.rollout.recording import RolloutRecorder
-from megatron_dsrl.rollout.rollout import Rollout
+from megatron_dsrl.rollout.replay import replayed_groups
+from megatron_dsrl.rollout.rollout import EnoughGroups, Rollout
 from megatron_dsrl.rollout.sample import Group
 
 
@@ -34,14 +37,19 @@ class StepSamples:
 
     groups: list[Group]
     """What is trained on."""
-    sampled: list[Group]
-    """All that was sampled for it; more than that only under dynamic sampling."""
+    others: list[Group]
+    """What was sampled to its end besides; only under dynamic sampling."""
     metrics: dict[str, int | float]
     """How dynamic sampling and partial rollouts went; empty without them."""
     generated_tokens: int
     """Response tokens that the engines have produced for it."""
     seconds: float
     """Wall time of sampling, verification included where it overlaps."""
+
+    @property
+    def sampled(self) -> list[Group]:
+        """All groups."""
+        return self.groups + self.others
 
 
 class Controller:
@@ -90,7 +98,7 @@ class Controller:
         """Go on with what a checkpoint has kept for the next step."""
         if self._config.rollout.sample_ahead:
             groups = list(carried.finished)
-            self._ready = StepSamples(groups, groups, {}, 0, 0.0) if groups else None
+            self._ready = StepSamples(groups, [], {}, 0, 0.0) if groups else None
         else:
             self._carried = carried
 
@@ -118,32 +126,65 @@ class Controller:
         """
         samples, self._ready = self._ready or self._sample(step, draw), None
         if self._recorder:
-            self._recorder.record(step, samples.sampled)
+            self._recorder.record(step, samples.groups, samples.others)
         return samples
 
     def _sample(self, step: int, draw: Callable[[int], list[int]]) -> StepSamples:
-        wanted, dynamic = self._config.rollout.prompts_per_step, self._config.rollout.dynamic_sampling
-        started = time.perf_counter()
-        if self._config.rollout.partial_rollouts:
+        config, started = self._config.rollout, time.perf_counter()
+        if config.replay_from is not None:
+            return self._replay(step, draw, Path(config.replay_from))
+        if config.partial_rollouts:
             return self._sample_partially(step, draw)
-        if dynamic is None:
-            groups = self._sample_round(step, 0, draw(wanted))
-            return StepSamples(groups, groups, {}, count_tokens(groups), time.perf_counter() - started)
-        batch = sample_until_mixed(lambda n, count: self._sample_round(step, n, draw(count)), wanted, dynamic)
-        generated, seconds = count_tokens(batch.sampled), time.perf_counter() - started
-        return StepSamples(batch.kept, batch.sampled, batch.metrics(wanted), generated, seconds)
+        if config.dynamic_sampling is None:
+            groups = self._sample_round(step, 0, draw(config.prompts_per_step))
+            return StepSamples(groups, [], {}, count_tokens(groups), time.perf_counter() - started)
+        if config.deterministic:
+            return self._sample_rounds(step, draw, config.dynamic_sampling)
+        return self._sample_until_mixed(step, draw)
+
+    def _replay(self, step: int, draw: Callable[[int], list[int]], run_folder: Path) -> StepSamples:
+        """What a recorded run has trained on. A run that goes on from here without it has drawn a batch per step."""
+        started = time.perf_counter()
+        draw(self._config.rollout.prompts_per_step)
+        self._carried = CarryOver()  # what a checkpoint had of it is in the recorded steps
+        groups, others = replayed_groups(run_folder, step, self._prompts, self._config.rollout)
+        return StepSamples(groups, others, {}, count_tokens(groups + others), time.perf_counter() - started)
+
+    def _sample_rounds(
+        self, step: int, draw: Callable[[int], list[int]], config: DynamicSamplingConfig
+    ) -> StepSamples:
+        """Dynamic sampling that does not depend on which groups are the first."""
+        wanted, started = self._config.rollout.prompts_per_step, time.perf_counter()
+        batch = sample_until_mixed(lambda n, count: self._sample_round(step, n, draw(count)), wanted, config)
+        metrics = {"dynamic_sampling/rounds": batch.rounds}
+        metrics |= dynamic_sampling_metrics(batch.kept, batch.others, wanted)
+        generated, seconds = count_tokens(batch.kept + batch.others), time.perf_counter() - started
+        return StepSamples(batch.kept, batch.others, metrics, generated, seconds)
+
+    def _sample_until_mixed(self, step: int, draw: Callable[[int], list[int]]) -> StepSamples:
+        """Dynamic sampling that replaces groups one by one; what is not needed in the end is dropped."""
+        started = time.perf_counter()
+        batch = self._sample_enough(step, draw, CarryOver())
+        others = [*batch.left.finished, *batch.rejected]
+        metrics = dynamic_sampling_metrics(batch.accepted, others, self._config.rollout.prompts_per_step)
+        metrics["dynamic_sampling/aborted_groups"] = len(batch.left.unfinished)
+        return StepSamples(batch.accepted, others, metrics, batch.generated_tokens, time.perf_counter() - started)
+
+    def _sample_enough(self, step: int, draw: Callable[[int], list[int]], carried: CarryOver) -> EnoughGroups:
+        config = self._config.rollout
+        with self._console.generation(step, config.prompts_per_step * config.samples_per_prompt) as progress:
+            return self._rollout.sample_enough(
+                step,
+                draw=lambda count: [self._prompts[i] for i in draw(count)],
+                accept=is_mixed if config.dynamic_sampling else lambda group: True,
+                carried=carried,
+                on_samples=progress.advance,
+            )
 
     def _sample_partially(self, step: int, draw: Callable[[int], list[int]]) -> StepSamples:
         """Go on with what the step before has left; leave what this one does not need."""
         config, before, started = self._config.rollout, self._carried, time.perf_counter()
-        with self._console.generation(step, config.prompts_per_step * config.samples_per_prompt) as progress:
-            batch = self._rollout.sample_enough(
-                step,
-                draw=lambda count: [self._prompts[i] for i in draw(count)],
-                accept=is_mixed if config.dynamic_sampling else lambda group: True,
-                carried=before,
-                on_samples=progress.advance,
-            )
+        batch = self._sample_enough(step, draw, before)
         self._carried = batch.left  # not before: a step that is interrupted begins again with what it had
         metrics = {
             "partial_rollouts/continued_groups": len(before.finished) + len(before.unfinished) - batch.expired_groups,
@@ -153,9 +194,8 @@ class Controller:
             "partial_rollouts/rejected_groups": len(batch.rejected),
             "partial_rollouts/missing_groups": config.prompts_per_step - len(batch.accepted),
         }
-        sampled = batch.accepted + batch.rejected
         seconds = time.perf_counter() - started
-        return StepSamples(batch.accepted, sampled, metrics, batch.generated_tokens, seconds)
+        return StepSamples(batch.accepted, batch.rejected, metrics, batch.generated_tokens, seconds)
 
     def _sample_round(self, step: int, number: int, indices: Sequence[int]) -> list[Group]:
         prompts = [self._prompts[i] for i in indices]

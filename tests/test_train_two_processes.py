@@ -12,12 +12,22 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausal
 
 from examples.tiny_dsrl.tokenizer import VOCAB_SIZE
 from megatron_dsrl.algorithms.routed_experts import decode_routed_experts
-from megatron_dsrl.rollout.recording import read_groups, rollout_file
-from tests.support.compare_runs import records
+from megatron_dsrl.rollout.dynamic_sampling import is_mixed
+from megatron_dsrl.rollout.recording import read_batch, read_groups, rollout_file
+from tests.support.compare_runs import assert_same_tensors, checkpoint_tensors, records
 from tests.support.tiny_run import dsrl, processes_left_behind, write_tiny_run
 from tests.test_train import assert_traced
 
 LAYERS, EXPERTS, EXPERTS_PER_TOKEN = 2, 8, 2
+SETTINGS = [
+    "parallel.expert_parallel_size=2",
+    "rollout.routing_replay=true",
+    "engine.check_weights=always",
+    "model.router={load_balancing: global_aux_loss, load_balancing_coefficient: 0.001}",
+    "rollout.dynamic_sampling={max_rounds: 6}",
+    "rollout.step_timeout_seconds=120.0",
+    "phases.0.filter=all",
+]
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +51,7 @@ def run(tmp_path_factory) -> Path:
         )
     )
     config = write_tiny_run(tmp_path_factory.mktemp("tiny"), model)
-    experts = ["parallel.expert_parallel_size=2", "rollout.routing_replay=true", "engine.check_weights=always"]
-    experts += ["model.router={load_balancing: global_aux_loss, load_balancing_coefficient: 0.001}"]
-    dynamic = ["rollout.dynamic_sampling={max_rounds: 6}", "rollout.step_timeout_seconds=120.0", "phases.0.filter=all"]
-    result = dsrl("train", str(config), *experts, *dynamic, "evaluation.sets=[]", processes=2)
+    result = dsrl("train", str(config), *SETTINGS, "evaluation.sets=[]", processes=2)
     assert result.returncode == 0, result.stderr
     assert not processes_left_behind()
     return config.parent / "runs" / "tiny"
@@ -84,14 +91,30 @@ def test_the_experts_are_those_that_transformers_chooses(run):
 def test_dynamic_sampling_trains_on_mixed_groups_only_and_every_rank_follows(run):
     sampled_in_all = 0
     for record in records(run):
-        groups = read_groups(rollout_file(run, record["step"]))
-        mixed = sum(len({sample.reward for sample in group.samples}) > 1 for group in groups)
-        assert record["dynamic_sampling/sampled_groups"] == len(groups) >= 8
-        assert record["dynamic_sampling/missing_groups"] == 0 and mixed >= 8
+        groups, others = read_batch(rollout_file(run, record["step"]))
+        assert len(groups) == 8 and all(map(is_mixed, groups)) and not any(map(is_mixed, others))
+        assert record["dynamic_sampling/sampled_groups"] == len(groups + others)
+        for name in ("missing_groups", "surplus_groups", "aborted_groups"):
+            assert record[f"dynamic_sampling/{name}"] == 0, name
         assert record["policy/kept_samples"] == 8 * 4
-        sampled_in_all += len(groups)
+        sampled_in_all += len(groups + others)
     state = json.loads((run / "checkpoints" / "step_000002" / "state.json").read_text())
     assert state["run"]["sampler"]["position"] == sampled_in_all % 40
+
+
+@pytest.mark.slow
+def test_the_recorded_run_can_be_trained_on_again_bit_for_bit(run):
+    """Without engines, and whatever `dynamic_sampling` says."""
+    config = run.parent.parent / "config.yaml"
+    replay = ["name=replayed", f"rollout.replay_from={run}", "evaluation.sets=[]"]
+    result = dsrl("train", str(config), *SETTINGS, *replay, processes=2)
+    assert result.returncode == 0, result.stderr
+    replayed = run.parent / "replayed"
+    assert_same_tensors(checkpoint_tensors(run, 2), checkpoint_tensors(replayed, 2))
+    for step, (one, two) in enumerate(zip(records(run), records(replayed), strict=True), start=1):
+        same = [name for name in one if name.split("/")[0] in ("policy", "mismatch", "router", "reward", "response")]
+        assert {name: one[name] for name in same} == {name: two[name] for name in same}
+        assert read_batch(rollout_file(run, step)) == read_batch(rollout_file(replayed, step))
 
 
 def test_the_timeline_has_both_ranks_and_both_engines(run):

@@ -246,7 +246,7 @@ def _batch_problems(config: RunConfig, world_size: int, prompts: int | None) -> 
 
 def _time_problems(config: RunConfig) -> Iterator[Problem]:
     """While rank 0 samples and evaluates, the other ranks wait in a collective, which must not give up first."""
-    rounds = config.rollout.dynamic_sampling.max_rounds if config.rollout.dynamic_sampling else 1
+    rounds = config.rollout.max_batches
     batches = rounds + len(config.evaluation.sets)
     longest = config.rollout.step_timeout_seconds * batches
     if config.parallel.collective_timeout_seconds <= longest:

@@ -11,14 +11,18 @@ MAX_REPLAYED_EXPERTS = 256
 
 
 class DynamicSamplingConfig(Section):
-    """Sample until every group of the batch has rewards that differ (DAPO)."""
+    """Sample until every group of the batch has rewards that differ (DAPO). The others are replaced one by one; with
+    `deterministic` in rounds, each of which asks for what is still missing."""
 
     max_rounds: int = Field(default=10, ge=1)
-    """Rounds of a step. The batch then goes on with the mixed groups that there are; how many are missing is a
-    metric."""
+    """A step begins at most this many times `prompts_per_step` groups (times `oversampling`); with `deterministic`,
+    rounds of a step. It then goes on with the mixed groups that there are; how many are missing is a metric."""
 
     oversampling: float = Field(default=1.0, ge=1)
-    """A round asks for this many prompts per group that is still missing. Above 1: fewer rounds, more surplus."""
+    """Groups on their way per group that is still missing. Above 1 a step ends earlier: when it has enough, the surplus
+    is aborted and dropped. Since long responses are the last ones, they are then seen less often than the policy gives
+    them; `partial_rollouts` goes on with them instead. At 1 nothing is aborted. With `deterministic`, prompts that a
+    round asks for per missing group; nothing is aborted then either."""
 
 
 class PartialRolloutConfig(Section):
@@ -57,8 +61,8 @@ class RolloutConfig(Section):
 
     partial_rollouts: PartialRolloutConfig | None = None
     """Do not wait for the longest responses: carry what is unfinished over to the next step. Older tokens keep the
-    log-probs that they were sampled with as their old log-probs. With `dynamic_sampling` only mixed groups count,
-    prompts are replaced one by one, and its `oversampling` has no effect. null: a step waits for all its responses."""
+    log-probs that they were sampled with as their old log-probs. With `dynamic_sampling` only mixed groups count, and
+    its `oversampling` has no effect. null: a step waits for all its responses."""
 
     sample_ahead: bool = False
     """Sample the batch of the next step while this one is trained on, one step off-policy: its weights are one version
@@ -79,7 +83,8 @@ class RolloutConfig(Section):
     for reference and critic, routers choose. Samples grow by layers x experts per token x 4/3 bytes per token."""
 
     step_timeout_seconds: float = Field(default=3600.0, gt=0)
-    """Limit for one whole rollout batch. The error names the prompts that were still running, and for how long."""
+    """Limit for one whole rollout batch, with the prompts that dynamic sampling adds to it (with `deterministic`: for
+    each of its rounds). The error names the prompts that were still running, and for how long."""
 
     request_timeout_seconds: float | None = Field(default=None, gt=0)
     """Limit for one request to an engine, which is a prompt with all its samples; null: none but the batch's. A request
@@ -90,12 +95,25 @@ class RolloutConfig(Section):
     come after 1, 2, 4, ... seconds. What an engine was asked when it died is asked again without being counted."""
 
     replay_from: str | None = None
-    """Run folder whose saved rollouts are used in place of sampling (train-only runs, layout comparisons)."""
+    """Run folder whose saved rollouts are used in place of sampling (train-only runs, layout comparisons): what every
+    step was trained on, in the same order, however it was sampled. `dynamic_sampling` and `partial_rollouts` then have
+    no effect."""
 
     @property
     def carries_over(self) -> bool:
         """Whether a step may leave samples to the next one."""
         return self.partial_rollouts is not None or self.sample_ahead
+
+    @property
+    def oversampling(self) -> float:
+        """Groups on their way per group that a step still needs, where it ends when it has enough."""
+        section = self.partial_rollouts or self.dynamic_sampling
+        return section.oversampling if section else 1.0
+
+    @property
+    def max_batches(self) -> int:
+        """Batches that a step samples one after the other, at most."""
+        return self.dynamic_sampling.max_rounds if self.dynamic_sampling and self.deterministic else 1
 
     @model_validator(mode="after")
     def _is_repeatable_if_it_says_so(self) -> "RolloutConfig":

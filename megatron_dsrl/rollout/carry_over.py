@@ -1,8 +1,10 @@
-"""What a step leaves to the next one, and how a step that takes it on knows that it has enough.
+"""How a step knows that it has enough groups, and what it leaves to the next one.
 
-Partial rollouts: more groups are on their way than the step needs; when it has enough, the rest is aborted. Its tokens
-are kept, and the next step goes on with them under its own weights, before it begins with new prompts. So nobody waits
-for the longest responses. Under dynamic sampling (DAPO) only mixed groups count.
+Dynamic sampling (DAPO): only mixed groups count, and one that does not is replaced by the next prompt at once. Where
+more groups are on their way than the step needs, the rest is aborted when it has enough.
+
+Partial rollouts: what is aborted keeps its tokens, and the next step goes on with them under its own weights, before
+it begins with new prompts. So nobody waits for the longest responses. All groups count, without dynamic sampling.
 
 A response then has tokens of several weight versions, which `max_weight_versions` bounds: a group that would have more
 is begun anew, with other random numbers.
@@ -93,7 +95,7 @@ class CarryOverWrite:
 
 @dataclass
 class EnoughFeed:
-    """Feeds a batch until enough of its groups are accepted."""
+    """Feeds a batch until enough of its groups are accepted. Which ones these are is decided by time."""
 
     wanted: int
     accept: Callable[[Group], bool]

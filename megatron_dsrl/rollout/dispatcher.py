@@ -359,6 +359,10 @@ class Dispatcher:
             for call in self._batch.waiting
             for position in call.positions
         ]
+        late += [
+            f"prompt {self._batch.groups[position].prompt.index} at the verifier"
+            for position in self._judging.values()
+        ]
         more = f" and {len(late) - STRAGGLERS_IN_ERROR} more" if len(late) > STRAGGLERS_IN_ERROR else ""
         return (
             f"generation took longer than rollout.step_timeout_seconds = {self._request.timeout_seconds:g}; not "

@@ -1,4 +1,5 @@
-"""Rollouts on disk: one JSON line per group. Reading gives back exactly what was written.
+"""Rollouts on disk: one JSON line per group, those of the step's batch first. What was sampled besides (dynamic
+sampling) has `in_batch` false. Reading gives back exactly what was written.
 
 Encoding holds Python's interpreter lock, so a thread that does it slows the training beside it. orjson takes a
 thirtieth of the time of `json` over `dataclasses.asdict`; tools/benchmark_recording.py compares them.
@@ -23,13 +24,21 @@ def rollout_file(run_folder: Path, step: int) -> Path:
     return run_folder / "rollouts" / f"step_{step:06d}.jsonl"
 
 
-def write_groups(file: Path, groups: Sequence[Group]) -> None:
-    """Write all groups of a step; the file appears complete or not at all."""
+def write_groups(file: Path, groups: Sequence[Group], others: Sequence[Group] = ()) -> None:
+    """Write all groups of a step; the file appears complete or not at all.
+
+    Args:
+        file: where.
+        groups: the batch of the step, in its order.
+        others: sampled besides, but not trained on.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(file.name + ".partial")
     with open(partial, "wb") as stream:
-        for group in groups:
-            stream.write(orjson.dumps(group, option=orjson.OPT_APPEND_NEWLINE))
+        for in_batch, part in ((True, groups), (False, others)):
+            for group in part:
+                line = {"prompt": group.prompt, "samples": group.samples, "in_batch": in_batch}
+                stream.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(partial, file)
@@ -50,14 +59,14 @@ class RolloutRecorder:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollouts")
         self._in_flight: Future[None] | None = None
 
-    def record(self, step: int, groups: Sequence[Group]) -> None:
-        """Begin to write the rollouts of a step. Waits for those of the step before.
+    def record(self, step: int, groups: Sequence[Group], others: Sequence[Group] = ()) -> None:
+        """Begin to write the rollouts of a step, as `write_groups` does. Waits for those of the step before.
 
         Raises:
             UserError: the ones before could not be written.
         """
         self.flush()
-        self._in_flight = self._thread.submit(self._write, step, groups)
+        self._in_flight = self._thread.submit(self._write, step, groups, others)
 
     def flush(self) -> None:
         """Wait until everything recorded is on disk.
@@ -79,10 +88,10 @@ class RolloutRecorder:
         if error is None:
             self.flush()
 
-    def _write(self, step: int, groups: Sequence[Group]) -> None:
+    def _write(self, step: int, groups: Sequence[Group], others: Sequence[Group]) -> None:
         file = rollout_file(self._run_folder, step)
         try:
-            write_groups(file, groups)
+            write_groups(file, groups, others)
         except OSError as error:
             raise UserError(
                 f"the rollouts of step {step} could not be written to {file}: {error}. Free space, or turn off "
@@ -91,10 +100,25 @@ class RolloutRecorder:
 
 
 def read_groups(file: Path) -> list[Group]:
-    """
+    """All groups that were sampled for a step.
+
     Raises:
         UserError: The file is missing, or a line is not a group.
     """
+    return [group for group, _ in _read(file)]
+
+
+def read_batch(file: Path) -> tuple[list[Group], list[Group]]:
+    """The groups that were trained on, in their order, and the others. A file without that word has no others.
+
+    Raises:
+        UserError: As `read_groups`.
+    """
+    groups = _read(file)
+    return [group for group, in_batch in groups if in_batch], [group for group, in_batch in groups if not in_batch]
+
+
+def _read(file: Path) -> list[tuple[Group, bool]]:
     try:
         with open(file, "rb") as stream:
             lines = list(stream)
@@ -103,7 +127,8 @@ def read_groups(file: Path) -> list[Group]:
     groups = []
     for number, line in enumerate(lines, start=1):
         try:
-            groups.append(group_of_record(orjson.loads(line)))
+            record = orjson.loads(line)
+            groups.append((group_of_record(record), record.get("in_batch", True)))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file}, line {number}: not a group of saved rollouts ({error!r})") from error
     return groups

@@ -8,9 +8,9 @@ import asyncio
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -27,7 +27,6 @@ from megatron_dsrl.rollout.dispatcher import Decode, Dispatcher, EnginesLostErro
 from megatron_dsrl.rollout.engine_call import EngineCall
 from megatron_dsrl.rollout.engine_group import UNSET_WEIGHT_VERSION, EngineGroup, initial_weight_version
 from megatron_dsrl.rollout.external_engines import ExternalEngines
-from megatron_dsrl.rollout.replay import replayed_groups
 from megatron_dsrl.rollout.sample import Group
 from megatron_dsrl.rollout.sampling import SamplingParameters
 from megatron_dsrl.rollout.seeds import seeds_of_batch
@@ -37,16 +36,18 @@ from megatron_dsrl.rollout.weight_push import Bucket
 
 Value = TypeVar("Value")
 
+NOTHING_SAMPLED = "rollout.replay_from starts no engines: nothing can be sampled"
+
 
 @dataclass(frozen=True)
-class PartialBatch:
-    """The rollout of a step under partial rollouts."""
+class EnoughGroups:
+    """The rollout of a step that ends when it has enough."""
 
     accepted: list[Group]
-    """As many as the step takes, if it could be had."""
+    """As many as the step takes, if it could be had, in the order in which they were begun."""
     rejected: list[Group]
     left: CarryOver
-    """For the next step."""
+    """What the step does not need: accepted beyond its number, or aborted."""
     expired_groups: int
     """Of what was carried over to this step: begun anew, since it would have had tokens of too many weight versions."""
     generated_tokens: int
@@ -71,7 +72,7 @@ class Rollout(Protocol):
         Args:
             step: counted from 1.
             prompts: what to answer.
-            round_number: which batch of the step this is, from 0; more than one only under dynamic sampling.
+            round_number: which batch of the step this is, from 0; more than one only in deterministic dynamic sampling.
             on_samples: told how many samples have come back, each time some do.
         """
 
@@ -82,8 +83,11 @@ class Rollout(Protocol):
         accept: Callable[[Group], bool],
         carried: CarryOver,
         on_samples: Callable[[int], None] = ignore,
-    ) -> "PartialBatch":
+    ) -> EnoughGroups:
         """Go on with what the step before has left, and end as soon as there are enough groups. Rank 0 only.
+
+        What is on its way then is aborted, which favours short responses: with `partial_rollouts` the next step must
+        go on with what is left; with `dynamic_sampling` alone it is dropped.
 
         Args:
             step: counted from 1.
@@ -155,7 +159,7 @@ def start_rollout(
     stop_token_ids: Sequence[int],
     decode: Decode,
     on_call: Callable[[EngineCall], None] = ignore,
-) -> "EngineRollout | ReplayedRollout":
+) -> "EngineRollout | NoEngines":
     """Start the rollout side; called on every rank, after torch.distributed where there is more than one.
 
     Engines start in the background: build the trainer meanwhile, then call `wait_until_ready`. On CUDA wait first,
@@ -172,7 +176,7 @@ def start_rollout(
         UserError: Something in the configuration cannot work. Nothing is left running.
     """
     if config.rollout.replay_from is not None:
-        return ReplayedRollout(config, Path(config.rollout.replay_from))
+        return NoEngines(config, Path(config.rollout.replay_from))
     return EngineRollout(config, run_folder, tuple(stop_token_ids), decode, on_call)
 
 
@@ -244,29 +248,32 @@ class EngineRollout:
         accept: Callable[[Group], bool],
         carried: CarryOver,
         on_samples: Callable[[int], None] = ignore,
-    ) -> PartialBatch:
+    ) -> EnoughGroups:
         assert self._rewards is not None, "only rank 0 samples"
         config, dynamic = self._config.rollout, self._config.rollout.dynamic_sampling
-        assert config.partial_rollouts is not None
-        rounds = count()
+        assert not config.deterministic, "which groups are the first is decided by time"
+        seen: Counter[int] = Counter()
 
         def seeds(prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
-            stream = stream_of_round(step, next(rounds))
-            return seeds_of_batch(self._config.seed, stream, prompts, config.samples_per_prompt)
+            stream = stream_of_round(step, 0)
+            return seeds_of_batch(self._config.seed, stream, prompts, config.samples_per_prompt, seen)
 
         def begin(number: int) -> list[UnfinishedGroup]:
             prompts = draw(number)
             return [UnfinishedGroup.new(*pair) for pair in zip(prompts, seeds(prompts), strict=True)]
 
-        carried, expired = fit_for(carried, self._weight_version, config.partial_rollouts.max_weight_versions, seeds)
-        wanted, oversampling = config.prompts_per_step, config.partial_rollouts.oversampling
+        versions = config.partial_rollouts.max_weight_versions if config.partial_rollouts else 1
+        carried, expired = fit_for(carried, self._weight_version, versions, seeds)
+        wanted, oversampling = config.prompts_per_step, config.oversampling
         max_begun = math.ceil(wanted * oversampling) * (dynamic.max_rounds if dynamic else 1)
         feed = EnoughFeed(wanted, accept, begin, oversampling, max_begun, carried)
         batch = self._run(feed, self._training_sampling, self._rewards, on_samples, ignore)
+        begun = {id(group): position for position, group in batch.finished.items()}
+        accepted = sorted(feed.accepted[:wanted], key=lambda group: begun.get(id(group), -1))  # finished before: first
         left = CarryOver(tuple(feed.accepted[wanted:]), tuple(batch.unfinished_groups))
         everything = CarryOver((*feed.accepted, *feed.rejected), left.unfinished)
         generated = everything.num_tokens - carried.num_tokens
-        return PartialBatch(feed.accepted[:wanted], feed.rejected, left, expired, generated)
+        return EnoughGroups(accepted, feed.rejected, left, expired, generated)
 
     def generate(
         self,
@@ -406,8 +413,8 @@ class EngineRollout:
         return self._engines
 
 
-class ReplayedRollout:
-    """Saved samples of another run in place of engines: nothing is started and weights are not needed."""
+class NoEngines:
+    """For a run that trains on saved samples of another one: nothing is started, and nothing can be sampled."""
 
     def __init__(self, config: RunConfig, run_folder: Path) -> None:
         """
@@ -418,13 +425,6 @@ class ReplayedRollout:
             raise UserError(f"rollout.replay_from: {run_folder} has no folder `rollouts`")
         if config.evaluation.sets:
             raise UserError("rollout.replay_from starts no engines, so evaluation.sets must be empty")
-        if config.rollout.dynamic_sampling or config.rollout.partial_rollouts:
-            raise UserError(
-                "rollout.replay_from has one batch per step, so rollout.dynamic_sampling and rollout.partial_rollouts "
-                "must be null"
-            )
-        self._run_folder = run_folder
-        self._config = config.rollout
 
     def wait_until_ready(self) -> None:
         pass
@@ -432,9 +432,7 @@ class ReplayedRollout:
     def sample_step(
         self, step: int, prompts: Sequence[Prompt], round_number: int = 0, on_samples: Callable[[int], None] = ignore
     ) -> list[Group]:
-        return replayed_groups(
-            self._run_folder, step, prompts, self._config.samples_per_prompt, self._config.routing_replay
-        )
+        raise UserError(NOTHING_SAMPLED)
 
     def sample_enough(
         self,
@@ -443,8 +441,8 @@ class ReplayedRollout:
         accept: Callable[[Group], bool],
         carried: CarryOver,
         on_samples: Callable[[int], None] = ignore,
-    ) -> PartialBatch:
-        raise AssertionError("refused when the run starts")
+    ) -> EnoughGroups:
+        raise UserError(NOTHING_SAMPLED)
 
     def generate(
         self,
@@ -455,7 +453,7 @@ class ReplayedRollout:
         *,
         rewards: RewardPool | None = None,
     ) -> list[Group]:
-        raise UserError("rollout.replay_from starts no engines: nothing can be sampled")
+        raise UserError(NOTHING_SAMPLED)
 
     def while_sampling(self, work: Callable[[], Value], recover: Callable[[], None]) -> Value | None:
         return work() if rank() == 0 else None

@@ -29,10 +29,19 @@ def sample_seed(run_seed: int, stream: str, prompt: int, sample: int) -> int:
 
 
 def seeds_of_batch(
-    run_seed: int, stream: str, prompts: Sequence[Prompt], samples_per_prompt: int
+    run_seed: int, stream: str, prompts: Sequence[Prompt], samples_per_prompt: int, seen: Counter[int] | None = None
 ) -> list[tuple[int, ...]]:
-    """Seeds of every prompt's samples. A prompt that the batch holds twice goes on counting its samples."""
-    seen: Counter[int] = Counter()
+    """Seeds of every prompt's samples. A prompt that comes a second time goes on counting its samples.
+
+    Args:
+        run_seed: the run's seed.
+        stream: what the batch is for.
+        prompts: of the batch.
+        samples_per_prompt: responses to each.
+        seen: how often each prompt (by index) has come before, where a stream gets its prompts little by little; it is
+            brought up to date.
+    """
+    seen = Counter() if seen is None else seen
     seeds = []
     for prompt in prompts:
         first = seen[prompt.index] * samples_per_prompt

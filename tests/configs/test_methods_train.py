@@ -57,7 +57,7 @@ def runs(folder: Path) -> dict[str, RunConfig]:
     for name, (method, overrides) in ({name: (name, []) for name in NAMES} | OPTIONS).items():
         file = folder / f"{name.replace(' ', '_')}.yaml"
         file.write_text(f"inherits: [{base}, {METHODS / method}.yaml]\nname: {file.stem}\n")
-        replay = [f"rollout.replay_from={folder / 'recorded'}", "evaluation.sets=[]", "rollout.dynamic_sampling=null"]
+        replay = [f"rollout.replay_from={folder / 'recorded'}", "evaluation.sets=[]"]
         config = load_config(file, [*replay, f"steps={STEPS}", *overrides])
         if len(config.phases) == 2:
             config = load_config(file, [*replay, f"steps={STEPS}", "phases.0.until_step=1", *overrides])

@@ -5,13 +5,18 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dsrl.config.rollout import RolloutConfig
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.errors import UserError
-from megatron_dsrl.rollout.recording import RolloutRecorder, read_groups, rollout_file, write_groups
+from megatron_dsrl.rollout.recording import RolloutRecorder, read_batch, read_groups, rollout_file, write_groups
 from megatron_dsrl.rollout.replay import replayed_groups
 from megatron_dsrl.rollout.sample import Group, Sample
 
 PROMPTS = [Prompt(index, f"what is\u2028 {index}?\n", (1, 2, index), str(index)) for index in range(3)]
+
+
+def config(prompts: int = 3, samples: int = 2, **settings: object) -> RolloutConfig:
+    return RolloutConfig(prompts_per_step=prompts, samples_per_prompt=samples, **settings)
 
 
 @pytest.fixture
@@ -32,35 +37,57 @@ def test_reading_gives_back_what_was_written(saved):
 def test_replay_of_the_same_batch(saved):
     folder, groups = saved
 
-    assert replayed_groups(folder, 12, PROMPTS, 2, routing_replay=False) == groups
+    assert replayed_groups(folder, 12, PROMPTS[::-1], config()) == (groups, [])
+
+
+def test_replay_takes_what_was_trained_on_however_it_was_sampled(saved):
+    """The other groups of dynamic sampling are there for those who look at the samples."""
+    folder, groups = saved
+    write_groups(rollout_file(folder, 1), [groups[2], groups[0]], [groups[1]])
+
+    assert read_groups(rollout_file(folder, 1)) == [groups[2], groups[0], groups[1]]
+    settings = {"dynamic_sampling": {}, "partial_rollouts": {}}
+    assert replayed_groups(folder, 1, PROMPTS, config(**settings)) == ([groups[2], groups[0]], [groups[1]])
+
+
+def test_all_groups_of_an_older_recording_were_trained_on(saved):
+    folder, groups = saved
+    file = rollout_file(folder, 12)
+    older = file.read_text(encoding="utf-8").replace(',"in_batch":true}\n', "}\n")
+    file.write_text(older, encoding="utf-8")
+
+    assert "in_batch" not in older
+    assert read_groups(file) == groups and read_batch(file) == (groups, [])
 
 
 @pytest.mark.parametrize(
-    ("step", "prompts", "samples", "message"),
+    ("step", "prompts", "changes", "message"),
     [
-        (13, PROMPTS, 2, "rollout.replay_from: .*step_000013.jsonl does not exist"),
-        (12, PROMPTS[:2], 2, "holds 3 prompts, this run takes 2 per step; set rollout.prompts_per_step=3"),
-        (12, PROMPTS, 4, "holds 2 samples of prompt 0, this run takes 4; set rollout.samples_per_prompt=2"),
-        (12, PROMPTS[::-1], 2, "holds prompt 0 where this run takes prompt 2"),
+        (13, PROMPTS, {}, "rollout.replay_from: .*step_000013.jsonl does not exist"),
+        (12, PROMPTS, {"prompts": 4}, "holds 3 prompts that were trained on, this run takes 4 per step"),
+        (12, PROMPTS, {"prompts": 2}, "holds 3 prompts that were trained on, this run takes 2 per step; set"),
+        (12, PROMPTS, {"samples": 4}, "2 samples of prompt 0, this run takes 4; set rollout.samples_per_prompt=2"),
+        (12, PROMPTS[:2], {}, "holds prompt 2, which this run does not have; use the same data"),
+        (12, [*PROMPTS[:2], replace(PROMPTS[2], token_ids=(1,))], {}, "prompt 2, which this run has in another form"),
     ],
 )
-def test_replay_refuses_what_does_not_fit(saved, step, prompts, samples, message):
+def test_replay_refuses_what_does_not_fit(saved, step, prompts, changes, message):
     with pytest.raises(UserError, match=message):
-        replayed_groups(saved[0], step, prompts, samples, routing_replay=False)
+        replayed_groups(saved[0], step, prompts, config(**changes))
 
 
 def test_experts_are_replayed_where_they_are_wanted(tmp_path):
     sample = Sample((4, 5), (-0.1, -0.2), "text", "stop", 3, 1.0, routed_experts="AAEB")
     group = Group(PROMPTS[0], (sample, replace(sample, routed_experts="AQEA")))
-    write_groups(rollout_file(tmp_path, 1), [group])
-
-    assert replayed_groups(tmp_path, 1, PROMPTS[:1], 2, routing_replay=True) == [group]
-    (without,) = replayed_groups(tmp_path, 1, PROMPTS[:1], 2, routing_replay=False)
+    write_groups(rollout_file(tmp_path, 1), [group], [replace(group, samples=(sample, sample))])
+    assert replayed_groups(tmp_path, 1, PROMPTS, config(routing_replay=True))[0] == [group]
+    (without,), (other,) = replayed_groups(tmp_path, 1, PROMPTS, config())
+    assert other.samples == without.samples
     assert without.samples == (replace(sample, routed_experts=None),) * 2
 
-    write_groups(rollout_file(tmp_path, 2), [without])
+    write_groups(rollout_file(tmp_path, 2), [without], [group])
     with pytest.raises(UserError, match="step_000002.jsonl does not say which experts .*routing_replay=true"):
-        replayed_groups(tmp_path, 2, PROMPTS[:1], 2, routing_replay=True)
+        replayed_groups(tmp_path, 2, PROMPTS, config(routing_replay=True))
 
 
 def test_a_damaged_file_is_named_with_its_line(saved):
