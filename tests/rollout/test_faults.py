@@ -119,6 +119,11 @@ def kill_scheduler(server: int) -> None:
         process.kill()
 
 
+def stop_server(server: int) -> None:
+    """It hangs: nobody answers any more, though its scheduler goes on."""
+    os.kill(server, signal.SIGSTOP)
+
+
 def stop_scheduler(server: int) -> None:
     """It hangs: the server in front of it goes on answering."""
     for process in schedulers(server):
@@ -137,7 +142,13 @@ def soon(disturb: Callable[[int], None], server: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    "disturb", [kill, stop_scheduler, pytest.param(kill_scheduler, marks=pytest.mark.slow)]
+    "disturb",
+    [
+        kill,
+        stop_scheduler,
+        pytest.param(stop_server, marks=pytest.mark.slow),
+        pytest.param(kill_scheduler, marks=pytest.mark.slow),
+    ],
 )
 def test_while_it_generates(disturb, rollout, policy, undisturbed):
     restarts = rollout._engines.restarts
@@ -161,6 +172,27 @@ def test_while_it_is_idle_and_while_it_takes_weights(rollout, policy, undisturbe
     rollout.load_weights(buckets_with_a_kill, rollout.weight_version + 1)
 
     assert rollout._engines.restarts == restarts + 2
+    assert_same(sample(rollout, policy), undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("disturb", [stop_scheduler, stop_server])
+def test_it_hangs_while_it_takes_weights(disturb, rollout, policy, undisturbed, caplog):
+    """For `engine.update_timeout_seconds`; then there is a new one, which gets all of them."""
+    restarts = rollout._engines.restarts
+
+    def buckets_with_a_hang():
+        named = list(policy.named_parameters())
+        yield named[:4]
+        if rollout._engines.restarts == restarts:
+            disturb(engine_process(rollout))
+        yield named[4:]
+
+    rollout.load_weights(buckets_with_a_hang, rollout.weight_version + 1)
+
+    assert rollout._engines.restarts == restarts + 1
+    limit = rollout._config.engine.update_timeout_seconds
+    assert f"did not answer /update_weights_from_tensor within {limit:g} s" in caplog.text
     assert_same(sample(rollout, policy), undisturbed)
 
 
