@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from megatron_dsrl.evaluate import fingerprint, hf_folder
 from megatron_dsrl.evaluated_model import find_model
 from megatron_dsrl.rollout.carry_over import CarryOver
-from megatron_dsrl.rollout.recording import read_groups, rollout_file
-from tests.support.compare_runs import records
+from megatron_dsrl.rollout.recording import read_batch, read_groups, rollout_file
+from tests.support.compare_runs import assert_same_tensors, checkpoint_tensors, records
 from tests.support.tiny_run import dsrl, processes_left_behind, write_tiny_run
 
 OFFLOAD = "actor.offload={gradients: true, optimizer: true, parameters: true}"
@@ -143,23 +143,32 @@ def test_engine_and_trainer_agree_on_log_probs_after_a_weight_push(run):
 
 @pytest.mark.slow
 def test_partial_rollouts_carry_groups_over_steps_and_over_an_interruption(config):
-    """Every step begins with what was left; no prompt is lost or trained on twice. Each of 40 is drawn once."""
-    partial = ["rollout.partial_rollouts={oversampling: 2.0}", "rollout.prompts_per_step=4", "evaluation.sets=[]"]
+    """Every step begins with what was left, and takes mixed groups only; no prompt is lost or trained on twice. Each of
+    40 is drawn once. On what it recorded, the run is repeated bit for bit."""
+    partial = ["rollout.partial_rollouts={oversampling: 2.0}", "rollout.dynamic_sampling={max_rounds: 4}"]
+    partial += ["rollout.prompts_per_step=4", "evaluation.sets=[]", "checkpoint.save_every_steps=1"]
     for steps in (2, 3):
-        result = dsrl("train", str(config), "name=partial", *partial, f"steps={steps}", "checkpoint.save_every_steps=1")
+        result = dsrl("train", str(config), "name=partial", *partial, f"steps={steps}")
         assert result.returncode == 0, result.stderr
     run = config.parent / "runs" / "partial"
     steps = records(run)
     for before, after in zip(steps, steps[1:]):
         assert after["partial_rollouts/continued_groups"] == before["partial_rollouts/left_groups"]
     assert steps[0]["partial_rollouts/left_groups"] == 4
-    trained = [group.prompt.index for step in (1, 2, 3) for group in read_groups(rollout_file(run, step))]
+    recorded = [read_batch(rollout_file(run, step)) for step in (1, 2, 3)]
+    trained = [group.prompt.index for groups, _ in recorded for group in groups]
+    rejected = [group.prompt.index for _, others in recorded for group in others]
     left = CarryOver.read_from(run / "checkpoints" / "step_000003" / "rollout")
     on_their_way = [group.prompt.index for group in (*left.finished, *left.unfinished)]
     assert len(trained) == len(set(trained)) == 12
-    assert not set(trained) & set(on_their_way)
+    assert not set(trained) & {*on_their_way, *rejected}
     state = json.loads((run / "checkpoints" / "step_000003" / "state.json").read_text())
-    assert state["run"]["sampler"]["position"] == len(trained) + len(on_their_way)
+    assert state["run"]["sampler"]["position"] == len(trained) + len(rejected) + len(on_their_way)
+
+    result = dsrl("train", str(config), "name=again", *partial, "steps=3", f"rollout.replay_from={run}")
+    assert result.returncode == 0, result.stderr
+    one, other = (checkpoint_tensors(run.parent / name, 3) for name in ("partial", "again"))
+    assert_same_tensors(one, other)  # also across the interruption
 
 
 @pytest.mark.slow

@@ -38,7 +38,9 @@ def assert_same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
 def checkpoint_tensors(run: Path, step: int) -> dict[str, torch.Tensor]:
     """Every tensor of all models of a checkpoint, optimizers included, whatever the layout that wrote it."""
     tensors: dict[str, torch.Tensor] = {}
-    for folder in filter(Path.is_dir, (run / "checkpoints" / f"step_{step:06d}").iterdir()):
+    for folder in (run / "checkpoints" / f"step_{step:06d}").glob("*/"):
+        if not (folder / ".metadata").exists():
+            continue  # what partial rollouts have left
         content: dict[str, Any] = {}
         _load_state_dict(
             content, storage_reader=FileSystemReader(folder), planner=_EmptyStateDictLoadPlanner(), no_dist=True
