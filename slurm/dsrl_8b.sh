@@ -20,7 +20,7 @@
 #   CONFIG=configs/grpo_qwen3_8b.yaml sbatch slurm/dsrl_8b.sh        a baseline in the same place
 #
 # It does everything that is missing on the way (slurm/job.sh says what), saves its state 15 minutes before the time limit
-# and at preemption, requeues itself, and continues. Sites add their account and partition on the command line or through
+# and at preemption, requeues itself, and continues, in the evaluation as well. Sites add their account and partition on the command line or through
 # SBATCH_ACCOUNT and SBATCH_PARTITION.
 
 DSRL_ROOT="${DSRL_ROOT:-$SLURM_SUBMIT_DIR}"                    # this repository
@@ -31,6 +31,7 @@ MEGATRON_FOLDER="${MEGATRON_FOLDER-$OUTPUT_DIR/megatron}"      # where its model
 OVERRIDES="${OVERRIDES:-}"                                     # further key.path=value, separated by spaces
 BENCHMARKS="${BENCHMARKS-math500,amc23,aime24,aime25,minerva,olympiadbench}" # evaluated at the end; empty: none
 SAMPLES="${SAMPLES-32}"                                        # responses per problem; empty: each benchmark's own
+EVALUATION_OVERRIDES="${EVALUATION_OVERRIDES:-}"               # further key.path=value of the evaluation's engines
 VENV="${VENV-$DSRL_ROOT/.venv}"                                # Python environment; empty with a container
 CONTAINER="${CONTAINER:-}"                                     # such as: apptainer exec --nv /images/dsrl.sif
 MAX_ATTEMPTS="${MAX_ATTEMPTS:-20}"                             # starts of one job, the first included

@@ -7,11 +7,13 @@
 #SBATCH --mem=0
 #SBATCH --exclusive
 #SBATCH --time=24:00:00
+#SBATCH --signal=USR1@180
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.log
 #
-# Evaluation alone, one engine per GPU; finished problems are kept and not sampled again:
+# Evaluation alone, one engine per GPU. It requeues itself three minutes before the time limit and at preemption, and
+# continues: finished samples are kept and not sampled again.
 #
 #   RUN_NAME=dsrl_qwen3_8b sbatch slurm/evaluate.sh                          the newest export of a run
 #   POLICY=Qwen/Qwen3-8B RUN_NAME=base_8b sbatch slurm/evaluate.sh           a model of its own, into $OUTPUT_DIR/base_8b

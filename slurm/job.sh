@@ -3,26 +3,34 @@
 # Megatron conversion, training, evaluation, report. The job scripts set their variables and source this file. Whatever
 # is done already is skipped, so that a job that was requeued, or submitted again, continues where the last one stopped.
 #
-# How a training ends, and what the job makes of it:
+# How training and evaluation end, and what the job makes of it:
 #   0      done
 #   2      a mistake in the configuration: the job fails with the message
 #   75     asked to stop (preemption, time limit), state saved: the job requeues itself
+#   138    ended by USR1: an evaluation, whose finished samples are on disk always, or anything that was still starting;
+#          the job requeues itself
 #   other  a crash (a node, an engine, out of memory): requeued while it gets further, and at most MAX_CRASHES times in
-#          a row without a new checkpoint
+#          a row without a new checkpoint or sample. 143, ended by TERM, is one of them: srun ends the ranks that are
+#          left by TERM when one has crashed, and reports the highest status.
+# The steps of a single process are repeated if they are ended by USR1 or TERM; when they fail, the job does.
 #
 # Variables (dsrl_8b.sh explains them): DSRL_ROOT, CONFIG, RUN_NAME, OUTPUT_DIR, MEGATRON_FOLDER, OVERRIDES, BENCHMARKS,
-# SAMPLES, VENV, CONTAINER, MAX_ATTEMPTS, POLICY, STEPS.
+# SAMPLES, EVALUATION_OVERRIDES, VENV, CONTAINER, MAX_ATTEMPTS, POLICY, STEPS.
 # shellcheck shell=bash
 set -Eeuo pipefail
 
 MAX_CRASHES=3
 USER_ERROR_STATUS=2
 PREEMPTED_STATUS=75
+USR1_STATUS=138
+TERM_STATUS=143
 dsrl=(python -m megatron_dsrl.cli)
 
 attempt="${SLURM_RESTART_COUNT:-0}"
 # shellcheck disable=SC2153  # the job scripts set the upper-case ones
 read -ra overrides <<<"$OVERRIDES" && read -ra container <<<"$CONTAINER"
+# shellcheck disable=SC2153
+read -ra evaluation_overrides <<<"$EVALUATION_OVERRIDES"
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then # a job array is one run per seed
     RUN_NAME="${RUN_NAME}_seed${SLURM_ARRAY_TASK_ID}"
     overrides+=("seed=$SLURM_ARRAY_TASK_ID")
@@ -33,14 +41,55 @@ cd "$DSRL_ROOT"
 mkdir -p "$run_folder/slurm"
 exec > >(tee -a "$run_folder/slurm/job_${SLURM_JOB_ID}_attempt_${attempt}.log") 2>&1
 
-say() { echo "== $(date '+%F %T') $*"; }
+# On stderr: the output of some commands is read.
+say() { echo "== $(date '+%F %T') $*" >&2; }
 
-# One process on the first node, inside the container if there is one.
-run_once() { srun --nodes=1 --ntasks=1 --kill-on-bad-exit=1 "${container[@]}" "$@"; }
+# One process on the first node, inside the container if there is one. Being asked to stop is no failure of it.
+run_once() {
+    local status=0
+    srun --nodes=1 --ntasks=1 --kill-on-bad-exit=1 "${container[@]}" "$@" || status=$?
+    case "$status" in
+        "$USR1_STATUS" | "$TERM_STATUS") say "stopped as asked, before this step was done"; requeue "$status" ;;
+    esac
+    return "$status"
+}
 
 # One process per GPU over the whole job; the exit status is the highest of theirs.
 run_on_all_ranks() {
     srun --kill-on-bad-exit=1 "${container[@]}" bash "$DSRL_ROOT/slurm/rank.sh" "$@"
+}
+
+# Work on all ranks that continues where it stopped. Returns when it is done; requeues or ends the job if it is not.
+#   resumable NAME PROGRESS COMMAND...    PROGRESS is a function that prints how far the work is
+resumable() {
+    local name="$1" progress="$2" before status=0 crashes=0 crashes_file="$run_folder/slurm/${1}_crashes"
+    shift 2
+    before="$("$progress")"
+    run_on_all_ranks "$@" || status=$?
+    case "$status" in
+        0) rm -f "$crashes_file" ;;
+        "$USER_ERROR_STATUS") say "the configuration must be mended"; exit "$status" ;;
+        "$PREEMPTED_STATUS") say "$name stopped as asked; the state is saved"; requeue "$status" ;;
+        "$USR1_STATUS") say "$name ended by USR1; what is on disk is kept"; requeue "$status" ;;
+        *)
+            [ "$("$progress")" != "$before" ] || crashes="$(cat "$crashes_file" 2>/dev/null || echo 0)"
+            echo "$((crashes + 1))" >"$crashes_file"
+            say "$name ended with status $status, crash $((crashes + 1)) of $MAX_CRASHES without a new checkpoint or sample"
+            [ "$((crashes + 1))" -lt "$MAX_CRASHES" ] || exit "$status"
+            requeue "$status"
+            ;;
+    esac
+}
+
+requeue() {
+    if [ "$((attempt + 1))" -ge "$MAX_ATTEMPTS" ]; then
+        say "attempt $attempt was the last of $MAX_ATTEMPTS; submit the script again to continue"
+        exit "$1"
+    fi
+    say "requeueing"
+    scontrol requeue "$SLURM_JOB_ID"
+    sleep 120 # SLURM ends this script while it waits
+    exit "$1"
 }
 
 # The newest step_... in a folder, nothing if there is none.
@@ -88,35 +137,17 @@ convert_checkpoint() {
     overrides+=("model.path=$target")
 }
 
+newest_checkpoint() { newest_step "$run_folder/checkpoints"; }
+
 train() {
-    local before status=0 crashes=0 crashes_file="$run_folder/slurm/crashes"
-    before="$(newest_step "$run_folder/checkpoints")"
+    local before
+    before="$(newest_checkpoint)"
     say "training $CONFIG ${overrides[*]}${before:+, continuing from $before}"
-    run_on_all_ranks "${dsrl[@]}" train "$CONFIG" "name=$RUN_NAME" "output_dir=$OUTPUT_DIR" "${overrides[@]}" || status=$?
-    case "$status" in
-        0) rm -f "$crashes_file" ;;
-        "$USER_ERROR_STATUS") say "the configuration must be mended"; exit "$status" ;;
-        "$PREEMPTED_STATUS") say "stopped as asked; the state is saved"; requeue "$status" ;;
-        *)
-            [ "$(newest_step "$run_folder/checkpoints")" != "$before" ] || crashes="$(cat "$crashes_file" 2>/dev/null || echo 0)"
-            echo "$((crashes + 1))" >"$crashes_file"
-            say "training ended with status $status, crash $((crashes + 1)) of $MAX_CRASHES without a new checkpoint"
-            [ "$((crashes + 1))" -lt "$MAX_CRASHES" ] || exit "$status"
-            requeue "$status"
-            ;;
-    esac
+    resumable training newest_checkpoint \
+        "${dsrl[@]}" train "$CONFIG" "name=$RUN_NAME" "output_dir=$OUTPUT_DIR" "${overrides[@]}"
 }
 
-requeue() {
-    if [ "$((attempt + 1))" -ge "$MAX_ATTEMPTS" ]; then
-        say "attempt $attempt was the last of $MAX_ATTEMPTS; submit the script again to continue"
-        exit "$1"
-    fi
-    say "requeueing"
-    scontrol requeue "$SLURM_JOB_ID"
-    sleep 120 # SLURM ends this script while it waits
-    exit "$1"
-}
+sampled_bytes() { { cat "$run_folder"/evaluation/samples/*.jsonl 2>/dev/null || true; } | wc -c; }
 
 evaluate() {
     [ -n "$BENCHMARKS" ] || return 0
@@ -127,12 +158,13 @@ evaluate() {
         exit "$USER_ERROR_STATUS"
     fi
     say "evaluating $policy on $BENCHMARKS"
-    run_on_all_ranks "${dsrl[@]}" eval "$policy" --benchmarks "$BENCHMARKS" ${SAMPLES:+--samples "$SAMPLES"} --output "$run_folder/evaluation"
+    resumable evaluation sampled_bytes "${dsrl[@]}" eval "$policy" "${evaluation_overrides[@]}" \
+        --benchmarks "$BENCHMARKS" ${SAMPLES:+--samples "$SAMPLES"} --output "$run_folder/evaluation"
 }
 
-# SIGTERM and SIGUSR1 are for the training, which gets them as well; this script goes on to requeue.
+# SIGTERM and SIGUSR1 are for what runs, which gets them as well; this script goes on to requeue.
 trap 'say "line $LINENO failed with status $?"' ERR
-trap 'say "asked to stop; the training saves its state"' TERM USR1
+trap 'say "asked to stop"' TERM USR1
 
 report() {
     run_once "${dsrl[@]}" report "$run_folder"

@@ -1,0 +1,114 @@
+"""What slurm/job.sh makes of the end of a step, without SLURM: `srun` ends as told and `scontrol` writes down its call.
+
+The scripts under a real SLURM are tested in test_jobs.py.
+"""
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+SRUN = """#!/usr/bin/env bash
+echo "$*" >>"$STUBS/srun.log"
+for word in "$@"; do
+    case "$word" in doctor | train | --dry-run | eval | convert | report) work="$word" ;; esac
+done
+eval "$ON_SRUN"
+exit "$(cat "$STUBS/status_of_${work:-other}" 2>/dev/null || echo 0)"
+"""
+SCONTROL = """#!/usr/bin/env bash
+echo "$*" >>"$STUBS/scontrol.log"
+"""
+
+RunScript = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def stubs(tmp_path) -> Path:
+    """Folder of the commands that job.sh finds in the place of SLURM's."""
+    folder = tmp_path / "stubs"
+    folder.mkdir()
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL, "sleep": "#!/bin/sh\n"}.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    return folder
+
+
+@pytest.fixture
+def run_script(tmp_path, stubs) -> RunScript:
+    """Run a script of slurm/; `statuses` are those with which `dsrl eval` and others end, 0 if they are not named."""
+
+    def run(script: str = "dsrl_8b.sh", statuses: dict[str, int] | None = None, **variables: str):
+        for work, status in (statuses or {}).items():
+            (stubs / f"status_of_{work}").write_text(str(status))
+        environment = os.environ | {
+            "PATH": f"{stubs}:{os.environ['PATH']}",
+            "STUBS": str(stubs),
+            "ON_SRUN": "",
+            "DSRL_ROOT": str(REPOSITORY),
+            "OUTPUT_DIR": str(tmp_path / "runs"),
+            "RUN_NAME": "run",
+            "VENV": "",
+            "MEGATRON_FOLDER": "",
+            "POLICY": "a/model",
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NODELIST": "node",
+            "SLURM_NTASKS": "8",
+        }
+        return subprocess.run(
+            ["bash", str(REPOSITORY / "slurm" / script)],
+            env=environment | variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=60,
+        )
+
+    return run
+
+
+def requeued(stubs: Path) -> int:
+    """How often the job has asked to be requeued."""
+    calls = stubs / "scontrol.log"
+    return calls.read_text().count("requeue 7") if calls.exists() else 0
+
+
+@pytest.mark.parametrize("work, status", [("eval", 138), ("eval", 75), ("train", 75), ("train", 138), ("report", 143)])
+def test_what_was_asked_to_stop_is_requeued_and_no_crash(run_script, stubs, tmp_path, work, status):
+    for attempt in range(4):  # more than crashes are allowed
+        assert run_script(statuses={work: status}, SLURM_RESTART_COUNT=str(attempt)).returncode == status
+        assert requeued(stubs) == attempt + 1
+    last = run_script(SLURM_RESTART_COUNT="19")
+    assert requeued(stubs) == 4 and "attempt 19 was the last of 20" in last.stdout
+
+
+@pytest.mark.parametrize("work, name", [("train", "training"), ("eval", "evaluation")])
+@pytest.mark.parametrize("status", [1, 137, 143])  # srun gives 143 as well when one rank has crashed
+def test_three_crashes_in_a_row_without_progress_end_the_job(run_script, stubs, work, name, status):
+    outputs = [run_script(statuses={work: status}).stdout for _ in range(3)]
+    for number, output in enumerate(outputs, start=1):
+        assert f"{name} ended with status {status}, crash {number} of 3 without a new checkpoint or sample" in output
+    assert requeued(stubs) == 2
+
+
+def test_an_evaluation_that_gets_further_may_crash_again(run_script, stubs, tmp_path):
+    samples = tmp_path / "runs" / "run" / "evaluation" / "samples"
+    further = f'[ "$work" != eval ] || {{ mkdir -p {samples}; echo a line >>{samples}/sums.jsonl; }}'
+    for _ in range(5):
+        assert "crash 1 of 3" in run_script("evaluate.sh", {"eval": 1}, ON_SRUN=further).stdout
+    assert requeued(stubs) == 5
+
+
+def test_a_mistake_is_not_requeued(run_script, stubs):
+    assert run_script("evaluate.sh", {"eval": 2}).returncode == 2
+    assert requeued(stubs) == 0
+
+
+def test_nothing_is_requeued_after_success(run_script, stubs):
+    done = run_script()
+    assert done.returncode == 0 and "done:" in done.stdout
+    assert requeued(stubs) == 0
