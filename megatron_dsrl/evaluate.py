@@ -23,7 +23,7 @@ from megatron_dsrl.data.tokenizer import load_tokenizer, stop_token_ids
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.evaluated_model import EvaluatedModel, find_model
 from megatron_dsrl.evaluation.benchmark import Benchmark, load_benchmark
-from megatron_dsrl.evaluation.benchmark_evaluator import evaluate_benchmark, missing_prompts
+from megatron_dsrl.evaluation.benchmark_evaluator import evaluate_benchmark, missing_samples
 from megatron_dsrl.evaluation.evaluator import check_different_samples
 from megatron_dsrl.evaluation.results import markdown, write_results
 from megatron_dsrl.evaluation.results_file import EVALUATIONS_FOLDER
@@ -55,26 +55,55 @@ class EvaluationRequest:
     """`key.path=value` of `BenchmarkRunConfig`, such as `engine.tensor_parallel_size=2`."""
 
 
+def requested_benchmarks(request: EvaluationRequest) -> list[Benchmark]:
+    """The benchmarks of a request, with its changes. Reads neither model nor problems.
+
+    Raises:
+        UserError: a name, a change or an override is wrong.
+    """
+    benchmarks = [load_benchmark(name, request.data_folder, request.changes) for name in request.benchmarks]
+    _check_benchmarks(benchmarks)
+    _config(Path(request.model), request.overrides, benchmarks)
+    return benchmarks
+
+
+def read_problems(folder: Path, benchmarks: Sequence[Benchmark]) -> dict[str, list[Prompt]]:
+    """The prompts of every benchmark, by its name, from files or the hub.
+
+    Args:
+        folder: with config.json and tokenizer of the model that is asked.
+        benchmarks: which.
+
+    Raises:
+        UserError: problems cannot be had, or are too long for the model.
+    """
+    architecture = read_architecture(folder)
+    tokenizer = load_tokenizer(str(folder), architecture.vocab_size)
+    prompts = {b.name: load_prompts(b.config, tokenizer, f"benchmark {b.name}") for b in benchmarks}
+    _check_lengths(benchmarks, prompts, architecture.max_position_embeddings)
+    return prompts
+
+
 def evaluate(request: EvaluationRequest) -> None:
     """Evaluate, or continue an evaluation. All ranks call it; rank 0 prints the results.
 
     Raises:
         UserError: something is missing or does not fit; found before the engines start.
     """
-    benchmarks = [load_benchmark(name, request.data_folder, request.changes) for name in request.benchmarks]
-    _check_benchmarks(benchmarks)
+    benchmarks = requested_benchmarks(request)
     with process_group(), ExitStack() as resources:
         model = on_first(lambda: find_model(request.model))
+        prompts: dict[str, list[Prompt]] = {}
+        # Only the first rank needs them, and the hub need not be asked by all at once.
+        on_first(lambda: prompts.update(read_problems(model.companions, benchmarks)))
         output = request.output or default_output(model)
         folder = hf_folder(model, output)
         tokenizer = load_tokenizer(str(folder), read_architecture(folder).vocab_size)
-        prompts = {b.name: load_prompts(b.config, tokenizer, f"benchmark {b.name}") for b in benchmarks}
-        _check_lengths(benchmarks, prompts, read_architecture(folder).max_position_embeddings)
-        config = _config(folder, request.overrides, max(b.config.max_prompt_tokens for b in benchmarks))
+        config = _config(folder, request.overrides, benchmarks)
         settings = {"model": fingerprint(folder), "dtype": config.model.dtype, "seed": config.seed}
         files = {b.name: output / "samples" / f"{b.name}.jsonl" for b in benchmarks}
         unfinished = on_first(
-            lambda: [b.name for b in benchmarks if missing_prompts(b, prompts[b.name], files[b.name], settings)]
+            lambda: [b.name for b in benchmarks if missing_samples(b, prompts[b.name], files[b.name], settings)]
         )
         stops = stop_token_ids(tokenizer)
         rollout = None
@@ -148,7 +177,8 @@ def hf_folder(model: EvaluatedModel, output: Path) -> Path:
     return converted
 
 
-def _config(folder: Path, overrides: Sequence[str], max_prompt_tokens: int) -> BenchmarkRunConfig:
+def _config(folder: Path, overrides: Sequence[str], benchmarks: Sequence[Benchmark]) -> BenchmarkRunConfig:
+    max_prompt_tokens = max(benchmark.config.max_prompt_tokens for benchmark in benchmarks)
     data: dict[str, Any] = {"model": {"path": str(folder)}, "data": {"max_prompt_tokens": max_prompt_tokens}}
     for override in overrides:
         apply_override(data, override, {})

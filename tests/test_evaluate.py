@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
 
 from megatron_dsrl.cli import main
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.evaluate import EvaluationRequest, evaluate
+from megatron_dsrl.evaluation.sample_file import read_sample_file
 from tests.support.tiny_run import MARK, REPOSITORY, dsrl, processes_left_behind, write_tiny_run
 
 BENCHMARK = """
@@ -27,7 +29,8 @@ ENGINE = ["engine.max_total_tokens=8192", "engine.max_outstanding_samples=16", "
 LIMIT_SECONDS = 240
 
 
-def finished_problems(file) -> list[str]:
+def finished_samples(file) -> list[str]:
+    """Lines of the sample file."""
     return file.read_bytes().decode().split("\n")[1:-1] if file.exists() else []
 
 
@@ -48,27 +51,29 @@ def test_an_evaluation_of_a_megatron_checkpoint_is_killed_continued_and_reported
         env=os.environ | {"OMP_NUM_THREADS": "1", MARK: str(os.getpid())},
     )
     deadline = time.monotonic() + LIMIT_SECONDS
-    while len(finished_problems(file)) < 3 and process.poll() is None and time.monotonic() < deadline:
+    while len(finished_samples(file)) < 3 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    before = finished_problems(file)
-    assert 3 <= len(before) < 40
+    before = finished_samples(file)
+    assert 3 <= len(before) < 320
+    samples_before = Counter(json.loads(line)["index"] for line in before)
+    assert min(samples_before.values()) < 8  # what there is of a problem is kept
     time.sleep(1)
     assert processes_left_behind() == []
 
     continued = dsrl(*command, timeout_seconds=LIMIT_SECONDS)
     assert continued.returncode == 0, continued.stderr
-    lines = finished_problems(file)
+    lines = finished_samples(file)
     assert lines[: len(before)] == before  # nothing is sampled twice
-    problems = [json.loads(line) for line in lines]
-    assert sorted(problem["index"] for problem in problems) == list(range(40))
+    numbers = sorted((sample["index"], sample["first"]) for sample in map(json.loads, lines))
+    assert numbers == [(index, number) for index in range(40) for number in range(8)]
+    problems = read_sample_file(file)
     for problem in problems:
-        assert [sample["reward"] for sample in problem["samples"]] == [
-            float(len(sample["text"]) % 2 == 0) for sample in problem["samples"]
-        ]
+        assert [s.reward for s in problem.samples] == [float(len(s.text) % 2 == 0) for s in problem.samples]
+        assert len({s.text for s in problem.samples}) > 1  # each has its own random numbers
     results = json.loads((output / "results.json").read_text())["benchmarks"]["amc23"]
-    rewards = [sample["reward"] for problem in problems for sample in problem["samples"]]
+    rewards = [sample.reward for problem in problems for sample in problem.samples]
     assert results["accuracy"] == pytest.approx(sum(rewards) / 320)
     assert "| Sums | 40 | 8 |" in continued.stdout
 

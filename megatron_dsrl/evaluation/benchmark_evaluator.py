@@ -1,5 +1,6 @@
 """One benchmark through the engines: what is finished is read, the rest is sampled, judged and written down."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,32 +14,30 @@ from megatron_dsrl.evaluation.sample_file import SampleFile
 from megatron_dsrl.evaluation.summary import summarise_benchmark
 from megatron_dsrl.rewards.pool import RewardPool
 from megatron_dsrl.rewards.registry import answer_of
-from megatron_dsrl.rollout.sample import Group
+from megatron_dsrl.rollout.sample import Sample
 from megatron_dsrl.rollout.sampling import SamplingParameters
 
 SAMPLING_FIELDS = ("temperature", "top_p", "max_response_tokens", "limit")
 """Of a benchmark, kept beside its figures."""
 
 
-class SamplesGroups(Protocol):
-    """The part of the rollout side that a benchmark needs; see `EngineRollout.generate`."""
+class GeneratesSamples(Protocol):
+    """The part of the rollout side that a benchmark needs; see `EngineRollout.generate_samples`."""
 
-    def generate(
+    def generate_samples(
         self,
-        prompts: Sequence[Prompt],
-        samples_per_prompt: int,
+        wanted: Sequence[tuple[Prompt, int]],
         sampling: SamplingParameters,
         stream: str,
-        on_samples: Callable[[int], None],
-        on_group: Callable[[Group], None],
+        on_sample: Callable[[Prompt, int, Sample], None],
         rewards: RewardPool,
-    ) -> list[Group]: ...
+    ) -> None: ...
 
 
 def evaluate_benchmark(
     benchmark: Benchmark,
     prompts: Sequence[Prompt],
-    sampler: SamplesGroups | None,
+    sampler: GeneratesSamples | None,
     stop_token_ids: tuple[int, ...],
     file: Path,
     settings: Mapping[str, Any],
@@ -65,33 +64,40 @@ def evaluate_benchmark(
         top_k=config.top_k,
     )
     with _sample_file(benchmark, prompts, file, settings) as samples:
-        missing = [prompt for prompt in prompts if prompt.index not in samples.done]
+        missing = _missing(benchmark, prompts, samples)
         if missing:
-            assert sampler is not None, f"{len(missing)} problems of {benchmark.name} have no samples yet"
+            assert sampler is not None, f"{len(missing)} samples of {benchmark.name} are missing"
             _sample(benchmark, missing, len(prompts), sampler, sampling, samples)
-        results = [samples.done[prompt.index] for prompt in prompts]
+        problems = samples.problems
+        results = [problems[prompt.index] for prompt in prompts]
     sampled = {field: getattr(config, field) for field in ("title", *SAMPLING_FIELDS)}
     return {**sampled, **summarise_benchmark(results, answer_of(config.reward.function))}
 
 
-def missing_prompts(
+def missing_samples(
     benchmark: Benchmark, prompts: Sequence[Prompt], file: Path, settings: Mapping[str, Any]
-) -> list[Prompt]:
-    """The problems that have no samples in the file yet.
+) -> list[tuple[Prompt, int]]:
+    """The samples that are not in the file yet: problem and number of the sample.
 
     Raises:
         UserError: the file belongs to another evaluation.
     """
     with _sample_file(benchmark, prompts, file, settings) as samples:
-        return [prompt for prompt in prompts if prompt.index not in samples.done]
+        return _missing(benchmark, prompts, samples)
+
+
+def _missing(benchmark: Benchmark, prompts: Sequence[Prompt], samples: SampleFile) -> list[tuple[Prompt, int]]:
+    numbers = set(range(benchmark.config.samples_per_prompt))
+    return [(prompt, number) for prompt in prompts for number in sorted(numbers - samples.numbers(prompt.index))]
 
 
 def _sample_file(
     benchmark: Benchmark, prompts: Sequence[Prompt], file: Path, settings: Mapping[str, Any]
 ) -> SampleFile:
     samples = SampleFile(file, {**settings, "benchmark": _settings(benchmark)})
+    problems = samples.problems
     for prompt in prompts:
-        if prompt.index in samples.done and samples.done[prompt.index].prompt != prompt.text:
+        if prompt.index in problems and problems[prompt.index].prompt != prompt.text:
             raise UserError(
                 f"{file} holds another problem {prompt.index}: the benchmark's data or the chat template have changed. "
                 "Name another folder with --output, or remove the file."
@@ -101,32 +107,25 @@ def _sample_file(
 
 def _sample(
     benchmark: Benchmark,
-    missing: Sequence[Prompt],
+    missing: Sequence[tuple[Prompt, int]],
     problems: int,
-    sampler: SamplesGroups,
+    sampler: GeneratesSamples,
     sampling: SamplingParameters,
     samples: SampleFile,
 ) -> None:
     config = benchmark.config
-    done = problems - len(missing)
+    left = Counter(prompt.index for prompt, _ in missing)
     with (
         RewardPool(config.reward) as rewards,
-        benchmark_progress(config.title, problems, done, config.samples_per_prompt) as progress,
+        benchmark_progress(config.title, problems, problems - len(left), len(missing)) as progress,
     ):
 
-        def keep(group: Group) -> None:
-            samples.add(ProblemResult.of_group(group))
-            progress.finished()
+        def keep(prompt: Prompt, number: int, sample: Sample) -> None:
+            samples.add(ProblemResult.of_sample(prompt, number, sample))
+            left[prompt.index] -= 1
+            progress.sampled(problem_is_done=left[prompt.index] == 0)
 
-        sampler.generate(
-            missing,
-            config.samples_per_prompt,
-            sampling,
-            stream=f"benchmark {benchmark.name}",
-            on_samples=progress.sampled,
-            on_group=keep,
-            rewards=rewards,
-        )
+        sampler.generate_samples(missing, sampling, f"benchmark {benchmark.name}", keep, rewards)
 
 
 def _settings(benchmark: Benchmark) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def add_eval(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         "eval",
         help="evaluate a model on benchmarks",
         description="Sample a model on benchmarks with the training's engines, judge, and write results.json, "
-        "results.md and pass_at_k.svg. Every finished problem is on disk at once: the same command continues an "
+        "results.md and pass_at_k.svg. Every finished sample is on disk at once: the same command continues an "
         "interrupted evaluation. On N GPUs: torchrun --nproc-per-node N -m megatron_dsrl.cli eval ...",
         epilog="example: dsrl eval Qwen/Qwen3-4B --benchmarks math500,aime24 --samples 32",
     )
@@ -52,6 +52,9 @@ def add_eval(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         metavar="DIR",
         type=Path,
         help="folder of samples and results (default: RUN/evaluation/step_... for a run's, else evaluations/<model>)",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check names and settings, list the benchmarks, and stop"
     )
     parser.set_defaults(command=_eval, parser=parser)
 
@@ -104,19 +107,23 @@ def _eval(options: argparse.Namespace) -> int:
     from megatron_dsrl.platform import silence_expected_warnings
 
     silence_expected_warnings()
-    from megatron_dsrl.evaluate import EvaluationRequest, evaluate
+    from megatron_dsrl.evaluate import EvaluationRequest, evaluate, requested_benchmarks
 
     changes: dict[str, Any] = {
         field: getattr(options, option) for option, field in CHANGES.items() if getattr(options, option) is not None
     }
-    evaluate(
-        EvaluationRequest(
-            model=options.model,
-            benchmarks=[name for name in options.benchmarks.split(",") if name],
-            output=options.output,
-            data_folder=options.data_folder,
-            changes=changes,
-            overrides=options.overrides,
-        )
+    request = EvaluationRequest(
+        model=options.model,
+        benchmarks=[name for name in options.benchmarks.split(",") if name],
+        output=options.output,
+        data_folder=options.data_folder,
+        changes=changes,
+        overrides=options.overrides,
     )
+    if options.dry_run:
+        for benchmark in requested_benchmarks(request):
+            config = benchmark.config
+            print(f"{benchmark.name}: {config.samples_per_prompt} samples per problem of {config.source}")
+    else:
+        evaluate(request)
     return 0

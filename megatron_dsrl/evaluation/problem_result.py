@@ -1,9 +1,11 @@
 """What an evaluation keeps of a problem: its samples, judged. No token ids and no log-probs."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from megatron_dsrl.rollout.sample import Group
+from megatron_dsrl.data.prompt import Prompt
+from megatron_dsrl.rollout.sample import Group, Sample
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,16 @@ class SampleResult:
         """Full reward. Verifiers of answers give 1 or 0."""
         return self.reward >= 1.0
 
+    @classmethod
+    def of_sample(cls, sample: Sample) -> "SampleResult":
+        """What is kept of a sample."""
+        tokens, truncated = len(sample.response_ids), sample.finish_reason == "length"
+        return cls(sample.text, tokens, truncated, sample.reward, sample.verdict)
+
 
 @dataclass(frozen=True)
 class ProblemResult:
-    """One problem with all its samples."""
+    """One problem with all its samples, or with some that follow each other."""
 
     index: int
     """Row number in its set."""
@@ -35,23 +43,36 @@ class ProblemResult:
     answer: str
     """Gold answer."""
     samples: tuple[SampleResult, ...]
+    first: int = 0
+    """Number of the first of these samples among all of the problem."""
 
     @classmethod
     def of_group(cls, group: Group) -> "ProblemResult":
         """What is kept of a group."""
-        samples = tuple(
-            SampleResult(
-                sample.text, len(sample.response_ids), sample.finish_reason == "length", sample.reward, sample.verdict
-            )
-            for sample in group.samples
-        )
+        samples = tuple(map(SampleResult.of_sample, group.samples))
         return cls(group.prompt.index, group.prompt.text, group.prompt.answer, samples)
+
+    @classmethod
+    def of_sample(cls, prompt: Prompt, number: int, sample: Sample) -> "ProblemResult":
+        """What is kept of a problem's sample of this number."""
+        return cls(prompt.index, prompt.text, prompt.answer, (SampleResult.of_sample(sample),), number)
 
     @classmethod
     def of_record(cls, record: dict[str, Any]) -> "ProblemResult":
         """The inverse of `as_record`. Raises KeyError or TypeError for anything else."""
         return cls(**{**record, "samples": tuple(SampleResult(**sample) for sample in record["samples"])})
 
+    @property
+    def numbers(self) -> range:
+        """Of the samples."""
+        return range(self.first, self.first + len(self.samples))
+
     def as_record(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)
+
+
+def joined(parts: Sequence[ProblemResult]) -> ProblemResult:
+    """The parts of one problem as a whole, its samples in the order of their numbers."""
+    samples = {number: sample for part in parts for number, sample in zip(part.numbers, part.samples, strict=True)}
+    return replace(parts[0], samples=tuple(samples[number] for number in sorted(samples)), first=0)

@@ -16,23 +16,19 @@ LINE_SECONDS = 30.0
 class BenchmarkProgress:
     """Counts the samples and finished problems of one benchmark."""
 
-    def __init__(self, title: str, problems: int, done: int, samples_per_prompt: int, show) -> None:
+    def __init__(self, title: str, problems: int, done: int, to_sample: int, show) -> None:
         self._title = title
         self._problems = problems
         self._done = done
-        self._to_sample = (problems - done) * samples_per_prompt
+        self._to_sample = to_sample
         self._sampled = 0
         self._show = show
         self._started = time.monotonic()
 
-    def sampled(self, samples: int) -> None:
-        """So many more samples have come back."""
-        self._sampled += samples
-        self._show(self._line(), self._done)
-
-    def finished(self) -> None:
-        """One more problem is judged and on disk."""
-        self._done += 1
+    def sampled(self, problem_is_done: bool) -> None:
+        """One more sample is judged and on disk, perhaps the last of its problem."""
+        self._sampled += 1
+        self._done += problem_is_done
         self._show(self._line(), self._done)
 
     def _line(self) -> str:
@@ -44,8 +40,15 @@ class BenchmarkProgress:
 
 
 @contextmanager
-def benchmark_progress(title: str, problems: int, done: int, samples_per_prompt: int) -> Iterator[BenchmarkProgress]:
-    """A bar on a terminal; elsewhere a line every half minute, so that a log stays readable."""
+def benchmark_progress(title: str, problems: int, done: int, to_sample: int) -> Iterator[BenchmarkProgress]:
+    """A bar on a terminal; elsewhere a line every half minute, so that a log stays readable.
+
+    Args:
+        title: of the benchmark.
+        problems: that it has.
+        done: those of them that have all their samples.
+        to_sample: samples that the others still need.
+    """
     if sys.stdout.isatty():
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=Console(), transient=True) as bar:
@@ -54,7 +57,7 @@ def benchmark_progress(title: str, problems: int, done: int, samples_per_prompt:
                 title,
                 problems,
                 done,
-                samples_per_prompt,
+                to_sample,
                 lambda line, finished: bar.update(task, description=line, completed=finished),
             )
         return
@@ -66,4 +69,4 @@ def benchmark_progress(title: str, problems: int, done: int, samples_per_prompt:
             print(line, flush=True)
             last = time.monotonic()
 
-    yield BenchmarkProgress(title, problems, done, samples_per_prompt, show)
+    yield BenchmarkProgress(title, problems, done, to_sample, show)

@@ -1,6 +1,8 @@
-"""The samples of a benchmark on disk: one JSON line per finished problem, written at once.
+"""The samples of a benchmark on disk: one JSON line per finished sample, written at once.
 
-The first line says what was evaluated and how. An evaluation that continues must be the same one.
+The first line says what was evaluated and how. An evaluation that continues must be the same one. The others hold a
+problem with one sample, in the order in which samples were finished; a line may also hold several that follow each
+other, as files of earlier versions do.
 """
 
 import json
@@ -10,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dsrl.errors import UserError
-from megatron_dsrl.evaluation.problem_result import ProblemResult
+from megatron_dsrl.evaluation.problem_result import ProblemResult, joined
 from megatron_dsrl.observability.records import read_records, record_line, repair_records
 
 
@@ -32,19 +34,28 @@ class SampleFile:
         records = repair_records(path)
         if records:
             _check_settings(records[0], settings, path)
-        self.done = _results(records[1:], path)
-        """Finished problems by row number."""
+        self._parts = _parts(records[1:], path)
         self._stream = path.open("a", encoding="utf-8")
         if not records:
             self._write(settings)
 
+    @property
+    def problems(self) -> dict[int, ProblemResult]:
+        """Problems, by row number, with the samples that there are."""
+        return {index: joined(parts) for index, parts in self._parts.items()}
+
+    def numbers(self, index: int) -> set[int]:
+        """Of the samples that there are of a problem."""
+        return {number for part in self._parts.get(index, ()) for number in part.numbers}
+
     def add(self, result: ProblemResult) -> None:
-        """A finished problem. It is on disk when this returns."""
-        self.done[result.index] = result
+        """Finished samples of a problem. They are on disk when this returns."""
+        assert self.numbers(result.index).isdisjoint(result.numbers), f"problem {result.index}: sampled twice"
+        self._parts.setdefault(result.index, []).append(result)
         self._write(result.as_record())
 
     def close(self) -> None:
-        """No more problems."""
+        """No more samples."""
         self._stream.close()
 
     def __enter__(self) -> "SampleFile":
@@ -60,24 +71,31 @@ class SampleFile:
 
 
 def read_sample_file(path: Path) -> list[ProblemResult]:
-    """The finished problems of a sample file, `<evaluation>/samples/<benchmark>.jsonl`.
+    """The problems of a sample file, `<evaluation>/samples/<benchmark>.jsonl`, that have all their samples.
 
     Raises:
         UserError: there is none, or it is damaged.
     """
     if not path.is_file():
         raise UserError(f"{path} is neither a run folder nor a sample file of `dsrl eval`")
-    problems = list(_results(read_records(path)[1:], path).values())
+    settings, *records = read_records(path) or [{}]
+    samples_per_prompt = settings.get("benchmark", {}).get("samples_per_prompt", 1)
+    problems = [joined(parts) for parts in _parts(records, path).values()]
+    problems = [problem for problem in problems if len(problem.samples) >= samples_per_prompt]
     if not problems:
         raise UserError(f"{path} holds no finished problem yet")
     return problems
 
 
-def _results(records: list[dict[str, Any]], path: Path) -> dict[int, ProblemResult]:
+def _parts(records: list[dict[str, Any]], path: Path) -> dict[int, list[ProblemResult]]:
+    """What there is of every problem, by row number."""
+    parts: dict[int, list[ProblemResult]] = {}
     try:
-        return {record["index"]: ProblemResult.of_record(record) for record in records}
+        for part in map(ProblemResult.of_record, records):
+            parts.setdefault(part.index, []).append(part)
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: a line is no finished problem ({error!r}); remove the file to begin anew") from error
+        raise UserError(f"{path}: a line is no finished sample ({error!r}); remove the file to begin anew") from error
+    return parts
 
 
 def _check_settings(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:

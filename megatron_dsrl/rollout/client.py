@@ -5,6 +5,7 @@ Departures from SGLang 0.5.23's own client: its weight calls answer `success: fa
 """
 
 import base64
+import resource
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -248,6 +249,7 @@ class EngineClient:
 @asynccontextmanager
 async def connect(urls: Sequence[str], timeout_seconds: float) -> AsyncIterator[list[EngineClient]]:
     """Clients of several engines, closed together."""
+    _allow_many_connections()
     clients = [EngineClient(url, timeout_seconds) for url in urls]
     for client in clients:
         await client.__aenter__()
@@ -256,3 +258,11 @@ async def connect(urls: Sequence[str], timeout_seconds: float) -> AsyncIterator[
     finally:
         for client in clients:
             await client.__aexit__()
+
+
+def _allow_many_connections() -> None:
+    """Thousands of requests can be on their way at a time, each in a connection of its own, and the usual soft limit
+    is 1,024 open files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

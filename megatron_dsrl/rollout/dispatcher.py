@@ -66,7 +66,7 @@ class Dispatcher:
         rewards: RewardPool,
         decode: Decode,
         on_samples: Callable[[int], None],
-        on_group: Callable[[Group], None],
+        on_group: Callable[[int, Group], None],
         on_call: Callable[[EngineCall], None],
     ) -> None:
         """
@@ -77,7 +77,7 @@ class Dispatcher:
             rewards: judges responses.
             decode: makes text of them.
             on_samples: is told how many samples have come back, each time some do.
-            on_group: gets every group as soon as it is judged, in any order.
+            on_group: gets every group, with its position in the batch, as soon as it is judged, in any order.
             on_call: gets every call to an engine when it has ended.
         """
         self._batch = batch
@@ -237,9 +237,10 @@ class Dispatcher:
 
     def _judged(self, task: asyncio.Task[Group]) -> None:
         group = task.result()
-        self._batch.finished[self._judging.pop(task)] = group
+        position = self._judging.pop(task)
+        self._batch.finished[position] = group
         self._request.feed.judged(group)
-        self._on_group(group)
+        self._on_group(position, group)
 
     # ---- faults
 

@@ -27,9 +27,9 @@ from megatron_dsrl.rollout.dispatcher import Decode, Dispatcher, EnginesLostErro
 from megatron_dsrl.rollout.engine_call import EngineCall
 from megatron_dsrl.rollout.engine_group import UNSET_WEIGHT_VERSION, EngineGroup, initial_weight_version
 from megatron_dsrl.rollout.external_engines import ExternalEngines
-from megatron_dsrl.rollout.sample import Group
+from megatron_dsrl.rollout.sample import Group, Sample
 from megatron_dsrl.rollout.sampling import SamplingParameters
-from megatron_dsrl.rollout.seeds import seeds_of_batch
+from megatron_dsrl.rollout.seeds import sample_seed, seeds_of_batch
 from megatron_dsrl.rollout.settings import RolloutSettings
 from megatron_dsrl.rollout.unfinished import UnfinishedGroup
 from megatron_dsrl.rollout.weight_push import Bucket
@@ -54,7 +54,7 @@ class EnoughGroups:
     """Response tokens that the engines have produced now."""
 
 
-def ignore(progress: object) -> None:
+def ignore(*progress: object) -> None:
     """For callers that do not watch the progress."""
 
 
@@ -282,7 +282,6 @@ class EngineRollout:
         sampling: SamplingParameters,
         stream: str,
         on_samples: Callable[[int], None] = ignore,
-        on_group: Callable[[Group], None] = ignore,
         rewards: RewardPool | None = None,
     ) -> list[Group]:
         """As `Rollout.generate`.
@@ -293,15 +292,41 @@ class EngineRollout:
             sampling: how.
             stream: names the random numbers.
             on_samples: is told how many samples have come back, each time some do.
-            on_group: gets every group as soon as it is judged.
             rewards: another verifier than the run's.
         """
         assert self._rewards is not None, "only rank 0 samples"
-        assert self._urls, "wait_until_ready() comes first"
-        assert self._weight_version != UNSET_WEIGHT_VERSION, "load_weights() comes first: the model folder has none"
         seeds = seeds_of_batch(self._config.seed, stream, prompts, samples_per_prompt)
         feed = WholeFeed([UnfinishedGroup.new(*pair) for pair in zip(prompts, seeds, strict=True)])
-        return self._run(feed, sampling, rewards or self._rewards, on_samples, on_group).finished_groups
+        return self._run(feed, sampling, rewards or self._rewards, on_samples, ignore).finished_groups
+
+    def generate_samples(
+        self,
+        wanted: Sequence[tuple[Prompt, int]],
+        sampling: SamplingParameters,
+        stream: str,
+        on_sample: Callable[[Prompt, int, Sample], None],
+        rewards: RewardPool | None = None,
+    ) -> None:
+        """Samples one by one, none of which waits for others of its prompt. They are those that `generate` draws. Rank
+        0 only.
+
+        Each goes to the engine with the fewest outstanding tokens. Engines keep the prompt in their caches.
+
+        Args:
+            wanted: prompts and numbers of samples. Neighbours should have the same prompt.
+            sampling: how.
+            stream: names the random numbers.
+            on_sample: gets every sample, with its prompt and number, as soon as it is judged.
+            rewards: another verifier than the run's.
+        """
+        assert self._rewards is not None, "only rank 0 samples"
+        seeds = [sample_seed(self._config.seed, stream, prompt.index, number) for prompt, number in wanted]
+        feed = WholeFeed([UnfinishedGroup.new(prompt, [seed]) for (prompt, _), seed in zip(wanted, seeds, strict=True)])
+
+        def hand_over(position: int, group: Group) -> None:
+            on_sample(*wanted[position], *group.samples)
+
+        self._run(feed, sampling, rewards or self._rewards, ignore, hand_over)
 
     def while_sampling(self, work: Callable[[], Value], recover: Callable[[], None]) -> Value | None:
         engines = self._running_engines()
@@ -359,9 +384,11 @@ class EngineRollout:
         sampling: SamplingParameters,
         rewards: RewardPool,
         on_samples: Callable[[int], None],
-        on_group: Callable[[Group], None],
+        on_group: Callable[[int, Group], None],
     ) -> Batch:
         """Sample a batch to its end, over as many engines' lives as it takes."""
+        assert self._urls, "wait_until_ready() comes first"
+        assert self._weight_version != UNSET_WEIGHT_VERSION, "load_weights() comes first: the model folder has none"
         config, engine = self._config.rollout, self._config.engine
         request = BatchRequest(
             feed=feed,
@@ -400,7 +427,7 @@ class EngineRollout:
         batch: Batch,
         rewards: RewardPool,
         on_samples: Callable[[int], None],
-        on_group: Callable[[Group], None],
+        on_group: Callable[[int, Group], None],
     ) -> None:
         async with connect(self._urls, self._config.engine.update_timeout_seconds) as clients:
             dispatcher = Dispatcher(

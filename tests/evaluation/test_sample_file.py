@@ -1,17 +1,24 @@
 """Samples on disk: what is written is there at once, and an evaluation continues only as the same one."""
 
+import json
+from dataclasses import asdict
+
 import pytest
 
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.evaluation.problem_result import ProblemResult, SampleResult
-from megatron_dsrl.evaluation.sample_file import SampleFile
+from megatron_dsrl.evaluation.sample_file import SampleFile, read_sample_file
 
 SETTINGS = {"model": "abc", "benchmark": {"temperature": 1.0}}
 
 
-def problem(index: int) -> ProblemResult:
-    sample = SampleResult("line one\nline two\u2028\r end é", tokens=7, truncated=False, reward=1.0, verdict="ok")
-    return ProblemResult(index, prompt="1+1", answer="2", samples=(sample,))
+def sample(tokens: int) -> SampleResult:
+    return SampleResult("line one\nline two\u2028\r end é", tokens, truncated=False, reward=1.0, verdict="ok")
+
+
+def problem(index: int, first: int = 0) -> ProblemResult:
+    """With one sample, of this number and of 7 tokens more."""
+    return ProblemResult(index, prompt="1+1", answer="2", samples=(sample(7 + first),), first=first)
 
 
 def test_what_was_added_is_there_before_the_file_is_closed(tmp_path):
@@ -19,24 +26,47 @@ def test_what_was_added_is_there_before_the_file_is_closed(tmp_path):
     first = SampleFile(path, SETTINGS)
     first.add(problem(3))
     with SampleFile(path, SETTINGS) as second:
-        assert second.done == {3: problem(3)}
+        assert second.problems == {3: problem(3)}
         second.add(problem(1))
     first.close()
     with SampleFile(path, SETTINGS) as third:
-        assert third.done == {3: problem(3), 1: problem(1)}
+        assert third.problems == {3: problem(3), 1: problem(1)}
 
 
-def test_a_half_written_problem_is_done_again(tmp_path):
+def test_samples_of_a_problem_come_in_any_order_and_are_read_in_that_of_their_numbers(tmp_path):
+    path = tmp_path / "sums.jsonl"
+    settings = {"benchmark": {"samples_per_prompt": 3}}
+    with SampleFile(path, settings) as file:
+        for index, number in [(0, 2), (1, 1), (0, 0)]:
+            file.add(problem(index, number))
+    with pytest.raises(UserError, match="holds no finished problem yet"):
+        read_sample_file(path)
+    with SampleFile(path, settings) as file:
+        assert (file.numbers(0), file.numbers(1), file.numbers(2)) == ({0, 2}, {1}, set())
+        file.add(problem(0, 1))
+    assert [[s.tokens for s in p.samples] for p in read_sample_file(path)] == [[7, 8, 9]]
+
+
+def test_a_file_of_an_earlier_version_has_all_samples_of_a_problem_in_one_line(tmp_path):
+    path = tmp_path / "sums.jsonl"
+    line = {"index": 4, "prompt": "1+1", "answer": "2", "samples": [asdict(sample(7)), asdict(sample(8))]}
+    path.write_text(json.dumps({"benchmark": {"samples_per_prompt": 2}}) + "\n" + json.dumps(line) + "\n")
+    assert read_sample_file(path) == [ProblemResult(4, "1+1", "2", (sample(7), sample(8)))]
+    with SampleFile(path, {"benchmark": {"samples_per_prompt": 2}}) as file:
+        assert file.numbers(4) == {0, 1}
+
+
+def test_a_half_written_sample_is_drawn_again(tmp_path):
     path = tmp_path / "sums.jsonl"
     with SampleFile(path, SETTINGS) as file:
         file.add(problem(0))
         file.add(problem(1))
     path.write_bytes(path.read_bytes()[:-20])
     with SampleFile(path, SETTINGS) as file:
-        assert list(file.done) == [0]
+        assert list(file.problems) == [0]
         file.add(problem(1))
     with SampleFile(path, SETTINGS) as file:
-        assert list(file.done) == [0, 1]
+        assert list(file.problems) == [0, 1]
 
 
 def test_other_settings_are_refused_and_named(tmp_path):
@@ -51,5 +81,5 @@ def test_other_settings_are_refused_and_named(tmp_path):
 def test_something_else_is_refused(tmp_path):
     path = tmp_path / "sums.jsonl"
     path.write_text('{"model": "abc", "benchmark": {"temperature": 1.0}}\n{"index": 1}\n')
-    with pytest.raises(UserError, match="a line is no finished problem"):
+    with pytest.raises(UserError, match="a line is no finished sample"):
         SampleFile(path, SETTINGS)

@@ -1,5 +1,7 @@
 """Sampling that does not depend on what was sampled before, on other requests, or on the engine's process."""
 
+import os
+import resource
 from dataclasses import replace
 
 import pytest
@@ -26,6 +28,27 @@ def test_a_sample_depends_on_its_seed_alone(engine_rollout, changes):
     assert len(set(tokens(alone))) == SAMPLES
     other_step = engine_rollout.generate(prompts, SAMPLES, sampling, "step 2")
     assert set(tokens(other_step)).isdisjoint(tokens(together))
+
+
+def test_samples_drawn_one_by_one_are_those_of_the_groups(engine_rollout):
+    """Also where few files may be open: every sample on its way is a connection."""
+    if engine_rollout.weight_version < 0:
+        pytest.skip("no weights")
+    prompts, sampling = numbered_prompts(12), engine_rollout.training_sampling
+    groups = {group.prompt: group for group in engine_rollout.generate(prompts, SAMPLES, sampling, "step 1")}
+    wanted = [(prompt, number) for prompt in prompts for number in (6, 0, 3, 7)]
+    drawn = []
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 24, limits[1]))
+    try:
+        engine_rollout.generate_samples(
+            wanted, sampling, "step 1", lambda prompt, number, sample: drawn.append((prompt, number, sample))
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(drawn) == len(wanted) and {(prompt, number) for prompt, number, _ in drawn} == set(wanted)
+    for prompt, number, sample in drawn:
+        assert sample.response_ids == groups[prompt].samples[number].response_ids
 
 
 def sample_in_a_new_engine(model_folder, run_folder, *, after_other_batches: bool) -> list:

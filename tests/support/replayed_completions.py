@@ -11,9 +11,9 @@ from megatron_dsrl.rollout.batch import Batch, BatchRequest, WholeFeed
 from megatron_dsrl.rollout.client import Completion, SampleRequest
 from megatron_dsrl.rollout.dispatcher import Dispatcher
 from megatron_dsrl.rollout.rollout import ignore
-from megatron_dsrl.rollout.sample import Group
+from megatron_dsrl.rollout.sample import Group, Sample
 from megatron_dsrl.rollout.sampling import SamplingParameters
-from megatron_dsrl.rollout.seeds import seeds_of_batch
+from megatron_dsrl.rollout.seeds import sample_seed
 from megatron_dsrl.rollout.unfinished import UnfinishedGroup
 
 TIMEOUT_SECONDS = 3000.0
@@ -41,31 +41,27 @@ class ReplayedCompletions:
 
 
 class ReplayingSampler:
-    """Samples groups from prepared responses, through the real dispatcher and the real reward pool."""
+    """Samples from prepared responses, through the real dispatcher and the real reward pool."""
 
     def __init__(self, responses: Callable[[Prompt], Sequence[str]], tokenizer: PreTrainedTokenizerBase):
         """`responses` gives every sample of a prompt."""
         self._responses = responses
         self._tokenizer = tokenizer
 
-    def generate(
+    def generate_samples(
         self,
-        prompts: Sequence[Prompt],
-        samples_per_prompt: int,
+        wanted: Sequence[tuple[Prompt, int]],
         sampling: SamplingParameters,
         stream: str,
-        on_samples: Callable[[int], None],
-        on_group: Callable[[Group], None],
+        on_sample: Callable[[Prompt, int, Sample], None],
         rewards: RewardPool,
-    ) -> list[Group]:
-        seeds = seeds_of_batch(0, stream, prompts, samples_per_prompt)
-        texts = {
-            seed: text
-            for prompt, of_prompt in zip(prompts, seeds, strict=True)
-            for seed, text in zip(of_prompt, self._responses(prompt), strict=True)
-        }
+    ) -> None:
+        seeds = [sample_seed(0, stream, prompt.index, number) for prompt, number in wanted]
+        responses = {prompt.index: self._responses(prompt) for prompt, _ in wanted}
+        texts = {seed: responses[prompt.index][number] for (prompt, number), seed in zip(wanted, seeds, strict=True)}
+        prompts = [prompt for prompt, _ in wanted]
         request = BatchRequest(
-            feed=WholeFeed([UnfinishedGroup.new(*pair) for pair in zip(prompts, seeds, strict=True)]),
+            feed=WholeFeed([UnfinishedGroup.new(prompt, [seed]) for prompt, seed in zip(prompts, seeds, strict=True)]),
             sampling=sampling,
             weight_version=0,
             deterministic=False,
@@ -81,5 +77,7 @@ class ReplayingSampler:
         def decode(ids: Sequence[int]) -> str:
             return self._tokenizer.decode(ids, skip_special_tokens=True)
 
-        asyncio.run(Dispatcher(batch, clients, {}, rewards, decode, on_samples, on_group, ignore).run())
-        return batch.finished_groups
+        def hand_over(position: int, group: Group) -> None:
+            on_sample(*wanted[position], *group.samples)
+
+        asyncio.run(Dispatcher(batch, clients, {}, rewards, decode, ignore, hand_over, ignore).run())
