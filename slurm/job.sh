@@ -30,7 +30,8 @@ attempt="${SLURM_RESTART_COUNT:-0}"
 # shellcheck disable=SC2153  # the job scripts set the upper-case ones
 read -ra overrides <<<"$OVERRIDES" && read -ra container <<<"$CONTAINER"
 # shellcheck disable=SC2153
-read -ra evaluation_overrides <<<"$EVALUATION_OVERRIDES"
+read -ra evaluation_options <<<"$EVALUATION_OVERRIDES"
+evaluation_options+=(--benchmarks "$BENCHMARKS" ${SAMPLES:+--samples "$SAMPLES"})
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then # a job array is one run per seed
     RUN_NAME="${RUN_NAME}_seed${SLURM_ARRAY_TASK_ID}"
     overrides+=("seed=$SLURM_ARRAY_TASK_ID")
@@ -107,14 +108,23 @@ check_environment() {
 # A mistake ends the job here with its message, before anything was fetched or converted.
 check_configuration() {
     run_once "${dsrl[@]}" train "$CONFIG" "${overrides[@]}" --dry-run --world-size "$SLURM_NTASKS" >/dev/null
+    [ -n "$BENCHMARKS" ] || return 0
+    run_once "${dsrl[@]}" eval "${POLICY:-the policy}" "${evaluation_options[@]}" --dry-run
 }
 
-# Model and prompts, by one process: all ranks would ask the hub at the same time. They read its cache afterwards.
+# Model, prompts and benchmarks, by one process: all ranks would ask the hub at the same time. They read its cache
+# afterwards.
 fetch_inputs() {
-    say "reading model and prompts (waiting for the hub, should they not be here)"
+    say "reading model, prompts and benchmarks (waiting for the hub, should they not be here)"
     run_once python -c 'import sys; from megatron_dsrl.config.load import load_config
+from megatron_dsrl.evaluate import read_problems
+from megatron_dsrl.evaluation.benchmark import load_benchmark
 from megatron_dsrl.run_inputs import load_inputs
-print(len(load_inputs(load_config(sys.argv[1], sys.argv[2:])).prompts), "prompts")' "$CONFIG" "${overrides[@]}"
+inputs = load_inputs(load_config(sys.argv[2], sys.argv[3:]))
+benchmarks = [load_benchmark(name, None) for name in sys.argv[1].split(",") if name]
+problems = read_problems(inputs.model_folder, benchmarks)
+print(len(inputs.prompts), "prompts;", ", ".join(f"{name}: {len(problems[name])} problems" for name in problems))' \
+        "$BENCHMARKS" "$CONFIG" "${overrides[@]}"
 }
 
 # The model path of the configuration with the overrides, which may name another one.
@@ -158,8 +168,8 @@ evaluate() {
         exit "$USER_ERROR_STATUS"
     fi
     say "evaluating $policy on $BENCHMARKS"
-    resumable evaluation sampled_bytes "${dsrl[@]}" eval "$policy" "${evaluation_overrides[@]}" \
-        --benchmarks "$BENCHMARKS" ${SAMPLES:+--samples "$SAMPLES"} --output "$run_folder/evaluation"
+    resumable evaluation sampled_bytes \
+        "${dsrl[@]}" eval "$policy" "${evaluation_options[@]}" --output "$run_folder/evaluation"
 }
 
 # SIGTERM and SIGUSR1 are for what runs, which gets them as well; this script goes on to requeue.

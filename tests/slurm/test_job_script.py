@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.support.tiny_run import REPOSITORY, write_tiny_run
 
 SRUN = """#!/usr/bin/env bash
 echo "$*" >>"$STUBS/srun.log"
@@ -20,6 +20,8 @@ done
 eval "$ON_SRUN"
 exit "$(cat "$STUBS/status_of_${work:-other}" 2>/dev/null || echo 0)"
 """
+REALLY = 'exec "${@:4}"'
+"""Run the command of a single process, which follows three options."""
 SCONTROL = """#!/usr/bin/env bash
 echo "$*" >>"$STUBS/scontrol.log"
 """
@@ -112,3 +114,23 @@ def test_nothing_is_requeued_after_success(run_script, stubs):
     done = run_script()
     assert done.returncode == 0 and "done:" in done.stdout
     assert requeued(stubs) == 0
+
+
+def test_a_wrong_benchmark_ends_the_job_before_anything_is_fetched(run_script, stubs):
+    really = f'[ "$work" != --dry-run ] || [[ "$*" != *benchmarks* ]] || {REALLY}'
+    job = run_script(BENCHMARKS="math500,math50", ON_SRUN=really)
+    assert job.returncode == 2 and "there is no benchmark `math50`; take one of aime24" in job.stdout
+    assert "run_inputs" not in (stubs / "srun.log").read_text()
+
+
+def test_benchmarks_are_read_before_the_training(run_script, tmp_path):
+    sums = tmp_path / "sums.yaml"
+    sums.write_text(
+        "title: Sums\nreward: {function: boxed}\nmax_response_tokens: 64\nhub: {source: problems.jsonl}\n"
+    )
+    config = str(write_tiny_run(tmp_path))
+    job = run_script(CONFIG=config, BENCHMARKS=str(sums), ON_SRUN=f"[[ $* != *run_inputs* ]] || {REALLY}")
+    assert job.returncode != 0 and "there is no file problems.jsonl" in job.stdout and "training" not in job.stdout
+    sums.write_text(sums.read_text().replace("problems.jsonl", str(tmp_path / "prompts.jsonl")))
+    job = run_script(CONFIG=config, BENCHMARKS=str(sums), ON_SRUN=f"[[ $* != *run_inputs* ]] || {REALLY}")
+    assert job.returncode == 0 and "40 prompts; sums: 40 problems" in job.stdout
