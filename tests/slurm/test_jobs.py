@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -18,8 +19,10 @@ import pytest
 
 from tests.support.tiny_run import MARK, REPOSITORY, write_tiny_run
 
-LIMIT_SECONDS = 300.0
+LIMIT_SECONDS = 600.0
+ONE_RANK_WITHOUT_GPUS = ("--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=2")
 pytestmark = [
+    pytest.mark.timeout(2 * LIMIT_SECONDS),
     pytest.mark.slow,
     pytest.mark.skipif(
         shutil.which("slurmctld") is None or os.geteuid() != 0, reason="needs root and SLURM's daemons"
@@ -35,6 +38,23 @@ def slurm(tmp_path_factory) -> Iterator[dict[str, str]]:
     subprocess.run([*script, "start", str(folder)], check=True, timeout=60)
     yield os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
     subprocess.run([*script, "stop", str(folder)], check=True, timeout=60)
+
+
+@pytest.fixture
+def benchmark(tmp_path) -> dict[str, str]:
+    """Variables of an evaluation of the tiny model on a benchmark of 40 problems with 8 samples each."""
+    file = tmp_path / "sums.yaml"
+    file.write_text(
+        "title: Sums\nreward: {function: tests.support.reward_functions:even_length, workers: 1}\n"
+        "system_prompt: null\nmax_prompt_tokens: 64\nsamples_per_prompt: 8\nmax_response_tokens: 48\n"
+        f"hub: {{source: {tmp_path / 'prompts.jsonl'}}}\n"
+    )
+    return {
+        "POLICY": str(tmp_path / "model"),
+        "BENCHMARKS": str(file),
+        "SAMPLES": "",
+        "EVALUATION_OVERRIDES": "engine.max_total_tokens=8192 engine.max_outstanding_samples=16 model.dtype=float32",
+    }
 
 
 class Job:
@@ -70,6 +90,14 @@ class Job:
         """To the training, as SLURM does before it ends a job."""
         subprocess.run(["scancel", f"--signal={number}", self.number], env=self._slurm, check=True, timeout=60)
 
+    def kill_rank(self, rank: int) -> bool:
+        """Kill the process of this rank, if it is there."""
+        victims = [p for p in psutil.process_iter() if is_rank(p, str(self.runs.parent), str(rank))]
+        for victim in victims:
+            with suppress(psutil.NoSuchProcess):
+                victim.kill()
+        return bool(victims)
+
     def states(self) -> set[str]:
         """SLURM's words for the states of the job, or of all tasks of its array."""
         shown = subprocess.run(
@@ -85,6 +113,16 @@ class Job:
         """Wait for the end; the states then."""
         wait_until(self.is_over, self.log)
         return self.states()
+
+    def samples(self) -> list[str]:
+        """Lines of the evaluation's samples."""
+        file = self.runs / "tiny" / "evaluation" / "samples" / "sums.jsonl"
+        return file.read_bytes().decode().split("\n")[1:-1] if file.exists() else []
+
+    def wait_for_samples(self) -> list[str]:
+        wait_until(lambda: bool(self.samples()) or self.is_over(), self.log)
+        assert self.samples(), self.log()
+        return self.samples()
 
     def wait_for_checkpoint(self, step: int) -> None:
         folder = self.runs / "tiny" / "checkpoints" / f"step_{step:06d}"
@@ -121,11 +159,52 @@ def test_a_preempted_job_saves_requeues_itself_and_continues(slurm, tmp_path):
 def test_a_crashed_rank_is_requeued_and_continues(slurm, tmp_path):
     job = Job(slurm, tmp_path, "--ntasks-per-node=2", "--cpus-per-task=1")
     job.wait_for_checkpoint(1)
-    victim = next(p for p in psutil.process_iter() if is_rank(p, str(tmp_path), "1"))
-    victim.kill()
+    assert job.kill_rank(1)
     assert job.ended() == {"COMPLETED"}, job.log()
     assert job.steps() == [1, 2, 3, 4]
     assert "crash 1 of 3 without a new checkpoint" in job.log()
+
+
+def test_a_rank_that_always_dies_ends_the_job_after_three_crashes(slurm, tmp_path):
+    job = Job(slurm, tmp_path, "--ntasks-per-node=2", "--cpus-per-task=1", STEPS="check_environment train")
+
+    def killed_to_the_end() -> bool:
+        job.kill_rank(1)
+        return job.is_over()
+
+    wait_until(killed_to_the_end, job.log)
+    assert job.states() == {"FAILED"}
+    assert job.log().count("requeueing") == 2 and "crash 3 of 3 without a new checkpoint" in job.log()
+
+
+def test_the_last_attempt_does_not_requeue(slurm, tmp_path):
+    job = Job(slurm, tmp_path, MAX_ATTEMPTS="1")
+    job.wait_for_checkpoint(1)
+    job.signal(signal.SIGUSR1)
+    assert job.ended() == {"FAILED"}
+    assert "attempt 0 was the last of 1; submit the script again to continue" in job.log()
+    assert "requeueing" not in job.log() and job.steps()[-1] < 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_preempted_evaluation_keeps_its_samples_and_continues(slurm, tmp_path, benchmark, number):
+    job = Job(slurm, tmp_path, *ONE_RANK_WITHOUT_GPUS, script="evaluate.sh", **benchmark)
+    before = job.wait_for_samples()
+    job.signal(number)
+    assert job.ended() == {"COMPLETED"}, job.log()
+    assert "requeueing" in job.log() and "attempt 1, on" in job.log()
+    assert job.samples()[: len(before)] == before
+    results = json.loads((job.runs / "tiny" / "evaluation" / "results.json").read_text())
+    assert results["benchmarks"]["sums"]["problems"] == 40
+
+
+def test_a_preempted_conversion_is_repeated(slurm, tmp_path):
+    job = Job(slurm, tmp_path, "--cpus-per-task=1", script="convert.sh")
+    wait_until(lambda: any(map(is_conversion, psutil.process_iter())) or job.is_over(), job.log)
+    job.signal(signal.SIGUSR1)
+    assert job.ended() == {"COMPLETED"}, job.log()
+    assert "stopped as asked, before this step was done" in job.log() and "attempt 1, on" in job.log()
+    assert (job.runs / "megatron" / "model").is_dir()
 
 
 def test_a_mistake_in_the_configuration_fails_the_job_with_its_message(slurm, tmp_path):
@@ -164,5 +243,15 @@ def is_rank(process: psutil.Process, folder: str, rank: str) -> bool:
         return (
             "train" in command and any(folder in word for word in command) and process.environ().get("RANK") == rank
         )
+    except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+        return False
+
+
+def is_conversion(process: psutil.Process) -> bool:
+    """The process of `dsrl convert hf-to-megatron` itself, not srun's."""
+    try:
+        command = process.cmdline()
+        mine = process.environ().get(MARK) == str(os.getpid())
+        return "hf-to-megatron" in command and "python" in command[0] and mine
     except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
         return False
