@@ -8,13 +8,15 @@ Workers do not import torch.
 
 import logging
 import math
-import multiprocessing
 import os
 import resource
+import signal
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from types import TracebackType
 from typing import Any, Literal
 
@@ -25,6 +27,8 @@ from megatron_dsrl.process import die_with_parent
 from megatron_dsrl.rewards.registry import RewardFunction, built_in_modules, check_options, reward_function
 
 logger = logging.getLogger(__name__)
+
+_SIGNALS_TO_STOP = {signal.SIGUSR1, signal.SIGTERM}
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,9 @@ class RewardPool:
         self._config = config
         # Workers are forked from a small clean process: a replacement costs milliseconds, and nothing of the trainer
         # (torch, its threads, its devices) is inherited.
-        context = multiprocessing.get_context("forkserver")
+        context = _WorkerContext()
         context.set_forkserver_preload([__name__, *built_in_modules(config.function)])
+        _start_fork_server()
         self._pool = ProcessPool(
             max_workers=config.workers,
             initializer=_start_worker,
@@ -118,6 +123,33 @@ class RewardPool:
 def _was_killed(task: "Future[Any]") -> bool:
     error = None if task.cancelled() else task.exception()
     return isinstance(error, ProcessExpired) and (error.exitcode or 0) < 0
+
+
+class _WorkerProcess(ForkServerProcess):
+    """A worker, which does not hear SIGTERM."""
+
+    def terminate(self) -> None:
+        """How the pool ends it."""
+        self.kill()
+
+
+class _WorkerContext(ForkServerContext):
+    Process = _WorkerProcess
+
+
+def _start_fork_server() -> None:
+    """Start the clean process, unless it runs, with the signals to stop blocked, also for the workers.
+
+    SLURM may send them to all processes of a job. This one decides when to stop, and needs its workers until then; and
+    a pool whose fork server is gone can neither be used nor closed.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS_TO_STOP)
+    try:
+        resource_tracker.ensure_running()  # unblocks SIGTERM, which it ignores itself
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS_TO_STOP)
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _start_worker(function: str, memory_megabytes: int) -> None:

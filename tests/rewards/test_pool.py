@@ -1,8 +1,10 @@
 """The reward pool survives whatever a verifier does."""
 
 import logging
+import signal
 import time
 
+import psutil
 import pytest
 
 from megatron_dsrl.config.data import RewardConfig
@@ -48,6 +50,19 @@ def test_the_response_of_a_killed_worker_is_judged_again(tmp_path):
     with RewardPool(RewardConfig(function=f"{FUNCTIONS}:killed_once", workers=2)) as pool:
         assert pool.submit("fine", str(tmp_path / "killed")).result(timeout=60) == Judgement(1.0, "ok")
     assert (tmp_path / "killed").exists()
+
+
+def test_signals_to_all_processes_of_a_job_leave_a_pool_that_judges_and_can_be_closed():
+    """As SLURM sends them before it ends a job; when to stop is up to the trainer alone."""
+    with RewardPool(RewardConfig(function=f"{FUNCTIONS}:even_length", workers=2)) as pool:
+        assert pool.submit("even", "").result(timeout=60) == Judgement(1.0, "ok")
+        children = psutil.Process().children(recursive=True)
+        processes = [child for child in children if "multiprocessing.forkserver" in str(child.cmdline())]
+        assert len(processes) >= 2  # the fork server and workers
+        for process in processes:
+            for number in (signal.SIGUSR1, signal.SIGTERM):
+                process.send_signal(number)
+        assert pool.submit("even", "").result(timeout=60) == Judgement(1.0, "ok")
 
 
 BOMBS = ["9^{9^{9}}", "1000000!", "(" * 5000 + "1" + ")" * 5000, r"\frac{1}{" * 500 + "2" + "}" * 500]
