@@ -197,7 +197,7 @@ def _work_of_step(run_folder: Path, step: int, architecture: Architecture) -> tu
         for sample in group.samples
     ]
     tokens = sum(map(sum, pairs))
-    return tokens, sum(training_flops(architecture, *pair, recompute_full=False) for pair in pairs)
+    return tokens, sum(training_flops(architecture, *pair, recompute="none") for pair in pairs)
 
 
 def _median(records: Sequence[Record], key: str) -> float:

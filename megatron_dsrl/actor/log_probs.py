@@ -102,20 +102,44 @@ class _LogProbs(torch.autograd.Function):
         grad_logits = torch.empty_like(logits)
         grad_logits[:, shard.num_valid :] = 0
         for chunk in _chunks(*logits.shape):
-            upstream = (grad_log_probs[chunk] / ctx.temperature)[:, None]
-            log_softmax = _scaled(logits[chunk], ctx.temperature, shard).sub_(log_normaliser[chunk][:, None])
-            if entropy is None:
-                gradient = log_softmax.exp_().mul_(-upstream)
-            else:
-                softmax = log_softmax.exp()
-                of_entropy = (grad_entropy[chunk] / ctx.temperature)[:, None]
-                # -p (upstream + of_entropy (log p + H))
-                gradient = log_softmax.add_(entropy[chunk][:, None]).mul_(of_entropy).add_(upstream).mul_(-softmax)
-            columns, is_mine = _local_columns(targets[chunk], shard)
-            if shard.num_valid:
-                gradient.scatter_add_(1, columns[:, None], upstream * is_mine[:, None])
-            grad_logits[chunk, : shard.num_valid] = gradient
+            of_entropy = None if entropy is None else (entropy[chunk], grad_entropy[chunk] / ctx.temperature)
+            grad_logits[chunk, : shard.num_valid] = _gradient_of_chunk(
+                _scaled(logits[chunk], ctx.temperature, shard).sub_(log_normaliser[chunk][:, None]),
+                targets[chunk],
+                (grad_log_probs[chunk] / ctx.temperature)[:, None],
+                of_entropy,
+                shard,
+            )
         return grad_logits, None, None, None, None
+
+
+def _gradient_of_chunk(
+    log_softmax: Tensor,
+    targets: Tensor,
+    upstream: Tensor,
+    entropy: tuple[Tensor, Tensor] | None,
+    shard: VocabularyShard,
+) -> Tensor:
+    """By the logits, in the memory of `log_softmax`. A function, so that one chunk is gone before the next one comes.
+
+    Args:
+        log_softmax: [n, num_valid] fp32.
+        targets: [n] int64.
+        upstream: [n, 1], the gradient by the log-probs over the temperature.
+        entropy: [n] each: the entropy, and the gradient by it over the temperature; None without one.
+        shard: which columns these are.
+    """
+    if entropy is None:
+        gradient = log_softmax.exp_().mul_(-upstream)
+    else:
+        softmax = log_softmax.exp()
+        value, of_entropy = (x[:, None] for x in entropy)
+        # -p (upstream + of_entropy (log p + H))
+        gradient = log_softmax.add_(value).mul_(of_entropy).add_(upstream).mul_(softmax.neg_())
+    columns, is_mine = _local_columns(targets, shard)
+    if shard.num_valid:
+        gradient.scatter_add_(1, columns[:, None], upstream * is_mine[:, None])
+    return gradient
 
 
 def _chunks(num_tokens: int, width: int) -> list[slice]:

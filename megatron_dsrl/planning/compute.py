@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from megatron_dsrl.algorithms.passes import required_passes
 from megatron_dsrl.config.derived import LONGEST_BOS
+from megatron_dsrl.config.model import Recompute
 from megatron_dsrl.config.phase import PhaseConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import Architecture
@@ -40,22 +41,21 @@ def forward_flops(architecture: Architecture, context: int, scored: int) -> floa
     return _layer_flops(architecture, context + scored) + _head_flops(architecture, scored)
 
 
-def training_flops(architecture: Architecture, context: int, scored: int, recompute_full: bool) -> float:
+def training_flops(architecture: Architecture, context: int, scored: int, recompute: Recompute) -> float:
     """Of one sequence through the policy, forward and backward.
 
     Args:
         architecture: the model.
         context: tokens before the scored ones.
         scored: scored tokens.
-        recompute_full: every layer runs forward once more.
+        recompute: what runs forward once more (`model.recompute`).
     """
-    layers = _layer_flops(architecture, context + scored)
-    return (4 if recompute_full else 3) * layers + 3 * _head_flops(architecture, scored)
+    return _layer_training_flops(architecture, context + scored, recompute) + 3 * _head_flops(architecture, scored)
 
 
 def phase_flops(config: RunConfig, architecture: Architecture, phase: PhaseConfig, mean_response_tokens: int) -> float:
     """Of one step of a phase over all GPUs: passes and updates, policy and critic."""
-    recompute_full = config.model.recompute == "full"
+    recompute = config.model.recompute
     total = 0.0
     for objective in phase.objectives.values():
         needed = required_passes(objective)
@@ -63,18 +63,28 @@ def phase_flops(config: RunConfig, architecture: Architecture, phase: PhaseConfi
         off_policy = config.actor.optimizer_steps_per_rollout > 1
         forwards = int(needed.old_log_probs or off_policy) + int(needed.reference_log_probs)
         total += forwards * forward_flops(architecture, context, mean_response_tokens)
-        update = training_flops(architecture, context, mean_response_tokens, recompute_full)
+        update = training_flops(architecture, context, mean_response_tokens, recompute)
         total += update * config.actor.epochs_per_rollout
         if needed.values:  # one forward pass, and the critic's own update; its head is nothing
-            layers = _layer_flops(architecture, context + mean_response_tokens)
-            total += layers * (1 + (4 if recompute_full else 3) * config.critic.epochs_per_rollout)
+            tokens = context + mean_response_tokens
+            total += _layer_flops(architecture, tokens)
+            total += _layer_training_flops(architecture, tokens, recompute) * config.critic.epochs_per_rollout
     return total * config.rollout.prompts_per_step * config.rollout.samples_per_prompt
 
 
 def _layer_flops(architecture: Architecture, tokens: int) -> float:
+    return 2 * active_per_token(architecture) * tokens + _core_attention_flops(architecture, tokens)
+
+
+def _layer_training_flops(architecture: Architecture, tokens: int, recompute: Recompute) -> float:
+    once = _layer_flops(architecture, tokens)
+    again = {"none": 0, "selective": _core_attention_flops(architecture, tokens), "full": once}
+    return 3 * once + again[recompute]
+
+
+def _core_attention_flops(architecture: Architecture, tokens: int) -> float:
     heads = architecture.num_attention_heads * architecture.head_dim
-    attention = 2 * architecture.num_hidden_layers * heads * tokens * tokens  # 4 h t^2, and half of it under causality
-    return 2 * active_per_token(architecture) * tokens + attention
+    return 2 * architecture.num_hidden_layers * heads * tokens * tokens  # 4 h t^2, and half of it under causality
 
 
 def _head_flops(architecture: Architecture, scored: int) -> float:

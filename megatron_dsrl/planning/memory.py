@@ -1,12 +1,14 @@
 """How much memory each part of a run takes on a GPU: the policy, the critic, the engine.
 
 Weights, gradients and optimizer state are exact. Activations count the tensors that the layers keep for the backward
-pass. What of it lies there at the same time is in fit.py.
+pass, which measurements of the local layers meet within 2 % (tests/planning/test_activations.py); not what an
+operation takes for itself while it runs. What of it lies there at the same time is in fit.py.
 """
 
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import Architecture
 from megatron_dsrl.planning.parameters import (
@@ -16,8 +18,8 @@ from megatron_dsrl.planning.parameters import (
     parameters_of_stage,
 )
 
-LOSS_CHUNK_BYTES = 2 * 64 * 2**20
-"""Two fp32 chunks of logits; see actor/log_probs.py."""
+LOSS_CHUNK_BYTES = 64 * 2**20
+"""An fp32 chunk of logits, of which there are two at a time; see actor/log_probs.py."""
 GRADIENT_BYTES = 4
 """Gradients accumulate in fp32, whatever the parameters are."""
 
@@ -31,13 +33,16 @@ class TrainerMemory:
     optimizer: int
     activations: int
     """Kept for the backward pass of the micro-batches that are under way."""
+    recomputed: int
+    """What one layer computes again in its backward pass, with `model.recompute`."""
     logits: int
-    """Of one micro-batch and their gradient, or what the critic's value head takes; last stage only."""
+    """Of one micro-batch with their gradient, or what the critic's value head takes, and the norm before them; last
+    stage only."""
 
     @property
     def passing(self) -> int:
-        """What is there only during an update."""
-        return self.activations + self.logits
+        """What is there only during an update. The logits are gone when the first layer is computed again."""
+        return self.activations + max(self.recomputed, self.logits)
 
     @property
     def resident(self) -> int:
@@ -82,7 +87,9 @@ def policy_memory(config: RunConfig, architecture: Architecture, world_size: int
 def critic_memory(config: RunConfig, architecture: Architecture, world_size: int, stage: int) -> TrainerMemory:
     """The critic's, of every process of a pipeline stage. Its head takes the hidden states in fp32."""
     parameters = parameters_of_critic_stage(architecture, config.parallel, stage)
-    head = 2 * 4 * architecture.hidden_size * largest_row(config) if _is_last(config, stage) else 0
+    head = 0
+    if _is_last(config, stage):
+        head = 2 * 4 * architecture.hidden_size * largest_row(config) + _final_norm(config, architecture)
     return _trainer_memory(config, architecture, world_size, stage, parameters, head)
 
 
@@ -105,11 +112,14 @@ def _trainer_memory(
     if parallel.distributed_optimizer:
         replicas = world_size // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
         expert_replicas = world_size // parallel.expert_model_parallel_size
+    tokens, kept = largest_row(config), kept_bytes_per_token(architecture, config)
+    layers = parallel.layers_of_stages(architecture.num_hidden_layers)[stage]
     return TrainerMemory(
         weights=parameters.total * element,
         gradients=parameters.total * GRADIENT_BYTES,
         optimizer=per_parameter * (parameters.dense // replicas + parameters.expert // expert_replicas),
-        activations=_activations(config, architecture, stage),
+        activations=int(tokens * micro_batches_under_way(parallel, stage) * layers * kept),
+        recomputed=int(tokens * (layer_bytes_per_token(architecture, config) - kept)),
         logits=logits,
     )
 
@@ -149,43 +159,77 @@ def layer_bytes_per_token(architecture: Architecture, config: RunConfig) -> floa
 
     (Transformer Engine's fused layers keep less.)
     """
-    tensor = config.parallel.tensor_parallel_size
-    along_sequence = tensor if config.parallel.sequence_parallel else 1
+    parallel = config.parallel
+    tensor, along_sequence = parallel.tensor_parallel_size, _split_along_sequence(config)
     head = architecture.head_dim
     queries, groups = architecture.num_attention_heads * head, architecture.num_key_value_heads * head
     # For each of the two norms: its input, the normalised input and the result.
     hidden = 6 * architecture.hidden_size / along_sequence
-    # Queries, keys and values as projected; queries and keys after their norms and after the rotation; what attention
-    # gets and gives, in padded batches; and the result in the packed row.
-    attention = (6 * queries + 5 * groups) / tensor
+    # Queries, keys and values as projected; queries and keys after their norms; and the result in the packed row.
+    attention = (4 * queries + 3 * groups) / tensor + _core_attention(architecture, config)
+    attention += 4 * head  # sine and cosine of the rotation, for queries and for keys
     if experts := architecture.experts:
         # For every expert of the token: its input, and gate, up and what activates them; then the weighted sum.
-        copies = experts.num_experts_per_tok
-        inner = (copies * (architecture.hidden_size + 5 * experts.moe_intermediate_size)) / tensor
+        # Processes that split an expert have the same tokens.
+        copies, inner_size = experts.num_experts_per_tok, experts.moe_intermediate_size
+        inner = copies * (parallel.split_of_experts * architecture.hidden_size + 5 * inner_size) / tensor
         inner += architecture.hidden_size / along_sequence
     else:
         inner = 5 * architecture.intermediate_size / tensor
     return element_bytes(config) * (hidden + attention + inner)
 
 
-def _activations(config: RunConfig, architecture: Architecture, stage: int) -> int:
-    """Of all micro-batches whose backward pass is still to come: under 1F1B one per stage from here to the last."""
-    parallel = config.parallel
-    stages, virtual = parallel.pipeline_parallel_size, parallel.virtual_pipeline_stages
-    layers = parallel.layers_of_stages(architecture.num_hidden_layers)[stage]
-    in_flight: float = stages - stage
-    if virtual > 1:  # the interleaved schedule keeps more: arXiv 2104.04473, section 2.2
-        in_flight = 1 + (stages - 1) / stages / virtual + (stages - stage - 1)
-    tokens = largest_row(config)
-    per_token = layer_bytes_per_token(architecture, config)
+def kept_bytes_per_token(architecture: Architecture, config: RunConfig) -> float:
+    """What one local layer keeps of one token from its forward to its backward pass, by `model.recompute`.
+
+    `selective` saves copies only, since attention is fused: Transformer Engine makes none, and keeps as much with it as
+    without.
+    """
+    element, head = element_bytes(config), architecture.head_dim
     if config.model.recompute == "full":
-        along_sequence = parallel.tensor_parallel_size if parallel.sequence_parallel else 1
-        kept = element_bytes(config) * architecture.hidden_size / along_sequence
-        return int(tokens * (in_flight * layers * kept + per_token))
-    return int(tokens * in_flight * layers * per_token)
+        return element * architecture.hidden_size / _split_along_sequence(config)
+    whole = layer_bytes_per_token(architecture, config)
+    if config.model.recompute == "none":
+        return whole
+    rotated = (architecture.num_attention_heads + architecture.num_key_value_heads) * head
+    given = rotated / config.parallel.tensor_parallel_size  # values are kept as projected in any case
+    return whole - element * (_core_attention(architecture, config) - given)
+
+
+def micro_batches_under_way(parallel: ParallelConfig, stage: int) -> float:
+    """Micro-batches, of all layers of a stage, that have been forward and not yet backward when there are most.
+
+    Under 1F1B (arXiv 2104.04473, section 2.2) one for every stage from here to the last; the interleaved schedule
+    counts in chunks of a stage's layers, and starts with more of them.
+    """
+    stages, chunks = parallel.pipeline_parallel_size, parallel.virtual_pipeline_stages
+    later = stages - stage - 1
+    if chunks == 1:
+        return later + 1
+    return ((chunks - 1) * stages + 2 * later + 1) / chunks
+
+
+def _core_attention(architecture: Architecture, config: RunConfig) -> float:
+    """Elements per token that core attention keeps: what it gets and gives, in padded batches. Under context
+    parallelism it gets the keys and values of whole sequences."""
+    heads = 2 * architecture.num_attention_heads
+    heads += 2 * architecture.num_key_value_heads * config.parallel.context_parallel_size
+    return heads * architecture.head_dim / config.parallel.tensor_parallel_size
+
+
+def _split_along_sequence(config: RunConfig) -> int:
+    return config.parallel.tensor_parallel_size if config.parallel.sequence_parallel else 1
+
+
+def _final_norm(config: RunConfig, architecture: Architecture) -> int:
+    """Of a row: its input, the normalised input, the result; and the result where tokens are scored."""
+    elements = 3 * architecture.hidden_size // _split_along_sequence(config) + architecture.hidden_size
+    return largest_row(config) * elements * element_bytes(config)
 
 
 def _logits(config: RunConfig, architecture: Architecture) -> int:
-    tensor = config.parallel.tensor_parallel_size
+    """As if all tokens of the row were scored."""
+    tensor, tokens = config.parallel.tensor_parallel_size, largest_row(config)
     width = architecture.padded_vocab_size(tensor) // tensor
-    return 2 * largest_row(config) * width * element_bytes(config) + LOSS_CHUNK_BYTES
+    chunks = 2 * min(LOSS_CHUNK_BYTES, 4 * tokens * width)
+    return 2 * tokens * width * element_bytes(config) + chunks + _final_norm(config, architecture)

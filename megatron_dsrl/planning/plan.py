@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import get_args
 
 from megatron_dsrl.config.layout import engine_problems, model_problems, process_problems
-from megatron_dsrl.config.model import ParallelConfig
+from megatron_dsrl.config.model import ParallelConfig, Recompute
 from megatron_dsrl.config.phase import PhaseConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import Architecture
@@ -114,7 +115,7 @@ def suggest(
 ) -> list[Plan]:
     """Layouts that fit, the fastest first by the estimate; among equals the one that splits the model least.
 
-    Where only the engine takes too much, its `memory_fraction` is lowered.
+    Each with as little recomputation as fits. Where only the engine takes too much, its `memory_fraction` is lowered.
     """
 
     def plan_of(candidate: RunConfig) -> Plan:
@@ -125,13 +126,18 @@ def suggest(
         engine = candidate.engine.model_copy(update={"memory_fraction": fraction})
         return make_plan(candidate.model_copy(update={"engine": engine}), architecture, gpu, world_size, assumptions)
 
-    plans = [plan_of(candidate) for candidate in _layouts(config, architecture, world_size)]
-    fitting = [plan for plan in plans if plan.fits]
+    def with_least_recomputation(layout: RunConfig) -> Plan | None:
+        modes = (layout.model.model_copy(update={"recompute": mode}) for mode in get_args(Recompute))
+        plans = (plan_of(layout.model_copy(update={"model": model})) for model in modes)
+        return next((plan for plan in plans if plan.fits), None)
+
+    plans = map(with_least_recomputation, _layouts(config, architecture, world_size))
+    fitting = [plan for plan in plans if plan is not None]
     return sorted(fitting, key=lambda plan: (_rounded(plan.step_seconds), _splitting(plan.config)))[:count]
 
 
 def _layouts(config: RunConfig, architecture: Architecture, world_size: int) -> Iterator[RunConfig]:
-    """Valid layouts within a node for tensor parallelism, with every mode of recomputation."""
+    """Valid layouts within a node for tensor parallelism."""
     for tensor in SIZES[:4]:
         for pipeline in SIZES:
             for context in SIZES[:4]:
@@ -146,11 +152,9 @@ def _layouts(config: RunConfig, architecture: Architecture, world_size: int) -> 
                         distributed_optimizer=True,
                         collective_timeout_seconds=config.parallel.collective_timeout_seconds,
                     )
-                    for recompute in ("none", "full"):
-                        model = config.model.model_copy(update={"recompute": recompute})
-                        candidate = config.model_copy(update={"parallel": parallel, "model": model})
-                        if is_valid(candidate, architecture, world_size):
-                            yield candidate
+                    candidate = config.model_copy(update={"parallel": parallel})
+                    if is_valid(candidate, architecture, world_size):
+                        yield candidate
 
 
 def _largest(changed: Callable[[int], RunConfig], plan: Plan, architecture: Architecture) -> int | None:

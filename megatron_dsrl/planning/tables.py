@@ -63,8 +63,12 @@ def _memory_table(plan: Plan) -> Table:
 
     for prefix, model in (("", memory.policy), ("critic: ", memory.critic)):
         if model:
-            for name in ("weights", "gradients", "optimizer", "activations"):
+            for name in ("weights", "gradients", "optimizer"):
                 row(f"{prefix}{name}", *(getattr(stage, name) for stage in model))
+            recompute = plan.config.model.recompute
+            row(f"{prefix}activations, recompute {recompute}", *(stage.activations for stage in model))
+            if any(stage.recomputed for stage in model):
+                row(f"{prefix}recomputed, of one layer", *(stage.recomputed for stage in model))
             row(f"{prefix}value head" if prefix else "logits", *(stage.logits for stage in model))
     row("engine weights", engine.weights)
     row(f"engine cache ({engine.cache_tokens:,} tokens)", engine.cache)

@@ -22,7 +22,7 @@ def test_operations_of_a_sequence_by_hand():
     layers, head, attention = 36 * (80 * 128 * 4096 + 3 * 4096 * 12288), 4096 * 151_936, 36 * 32 * 128
     tokens, scored = 5120, 4096
     expected = 6 * layers * tokens + 6 * head * scored + 6 * attention * tokens**2
-    counted = training_flops(qwen3_8b(), tokens - scored, scored, recompute_full=False)
+    counted = training_flops(qwen3_8b(), tokens - scored, scored, recompute="none")
     assert counted == pytest.approx(expected, rel=1e-9)
 
 

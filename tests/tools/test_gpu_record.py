@@ -34,7 +34,7 @@ def test_figures_are_medians_without_the_first_step(tmp_path):
     write_steps(tmp_path, [100.0, 4.0, 2.0, 3.0])
     figures = speeds(tmp_path, qwen3_8b(), weight_bytes=16 * 10**9, gpu=GPUS["h100"])
     assert figures["actor, tokens/s (of prompts and responses)"] == f"{80 / 3:,.0f}"
-    flops = 2 * training_flops(qwen3_8b(), 10, 30, recompute_full=False) / 3
+    flops = 2 * training_flops(qwen3_8b(), 10, 30, recompute="none") / 3
     assert figures["actor, MFU"] == f"{flops / 989e12:.1%} of 989 TFLOP/s"
     assert figures["weight push, GB/s"] == "8"
     assert figures["all switches between engine and trainer, s"] == "2.5" and figures["switch: offload, s"] == "0.5"
