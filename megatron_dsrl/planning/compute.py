@@ -114,11 +114,13 @@ def generation_seconds(
 ) -> float:
     """Of one rollout batch: every decoding step reads the weights and the cache of the running samples.
 
+    Servers elsewhere (`engine.urls`) are taken to have GPUs of the same kind.
+
     Samples beyond what the cache holds wait; the last ones run alone until the longest is done, which this estimate
     leaves out.
     """
     size = config.engine.tensor_parallel_size
-    engines = max(1, world_size // size)
+    engines = len(config.engine.urls) or max(1, world_size // size)
     samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt / engines
     mean_context = config.data.max_prompt_tokens + assumptions.mean_response_tokens / 2
     running = max(1.0, min(samples, engine.cache_tokens / mean_context))

@@ -6,6 +6,8 @@ A step has three phases on every GPU, and the engine's memory is given back whil
 - update: the same of policy and critic, and the activations of the model that is being updated;
 - switch: weights go to the engine in buckets; its weights lie there, and its cache not yet.
 
+With `engine.urls` the engines are on other devices, and only the update counts.
+
 What `actor.offload` moves to the host is not on the GPU during generation. It mostly is not during the switch either,
 but in a step with a checkpoint or an export, and so in the last one, the trainer is whole then (device_sharing.py).
 
@@ -23,6 +25,7 @@ from megatron_dsrl.planning.memory import (
     critic_memory,
     engine_memory,
     policy_memory,
+    routed_experts_bytes,
 )
 from megatron_dsrl.planning.phases import other_models
 
@@ -41,11 +44,14 @@ class RunMemory:
     critic: tuple[TrainerMemory, ...]
     """By pipeline stage; empty without a critic."""
     engine: EngineMemory
+    """On GPUs like the trainer's; with `engine.urls` not on these."""
     reference_on_host: tuple[int, ...]
     """By pipeline stage: the reference policy's weights, in page-locked memory; 0 without one."""
     checkpoint_on_host: tuple[int, ...]
     """By pipeline stage: at most so much of the process's weights and optimizer state is copied for an asynchronous
     checkpoint. (Replicas share the writing, so that with data parallelism it is less.)"""
+    routed_experts_on_host: int
+    """With `rollout.routing_replay`: the experts of a step's tokens, which every process has; at most."""
 
     @property
     def _models(self) -> list[tuple[TrainerMemory, ...]]:
@@ -70,7 +76,13 @@ class RunMemory:
     @property
     def on_host(self) -> int:
         """Of the process that needs the most host memory."""
-        return max(map(sum, zip(self.reference_on_host, self.checkpoint_on_host, self.offloaded_on_host)))
+        by_stage = zip(self.reference_on_host, self.checkpoint_on_host, self.offloaded_on_host)
+        return max(map(sum, by_stage)) + self.routed_experts_on_host
+
+    @property
+    def engines_elsewhere(self) -> bool:
+        """The engines are servers on other devices."""
+        return bool(self.config.engine.urls)
 
     @property
     def peak_update(self) -> int:
@@ -96,6 +108,8 @@ class RunMemory:
     @property
     def peaks(self) -> dict[str, int]:
         """By what happens then."""
+        if self.engines_elsewhere:
+            return {"an update": self.peak_update}
         return {
             "an update": self.peak_update,
             "the switch (weight push)": self.peak_switch,
@@ -104,8 +118,8 @@ class RunMemory:
 
     @property
     def holds_one_sequence(self) -> bool:
-        """The engine's cache has room for the longest sequence."""
-        return self.engine.cache_tokens >= self._longest_sequence
+        """The engine's cache has room for the longest sequence, as far as the plan can know."""
+        return self.engines_elsewhere or self.engine.cache_tokens >= self._longest_sequence
 
     @property
     def largest_memory_fraction(self) -> float:
@@ -169,6 +183,7 @@ def run_memory(config: RunConfig, architecture: Architecture, capacity: int, wor
         checkpoint_on_host=tuple(
             sum(model[stage].weights + model[stage].optimizer for model in copied if model) for stage in stages
         ),
+        routed_experts_on_host=routed_experts_bytes(config, architecture),
     )
 
 

@@ -137,6 +137,16 @@ def engine_memory(config: RunConfig, architecture: Architecture, gpu_bytes: int)
     return EngineMemory(weights, cache, tokens, per_token)
 
 
+def routed_experts_bytes(config: RunConfig, architecture: Architecture) -> int:
+    """Of a step's samples of full length, as `rollout.routing_replay` keeps them: a byte per token, layer and choice,
+    in base64 (algorithms/routed_experts.py). 0 without it."""
+    if not (config.rollout.routing_replay and architecture.experts):
+        return 0
+    samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    tokens = samples * (config.data.max_prompt_tokens + config.rollout.max_response_tokens)
+    return tokens * architecture.num_hidden_layers * architecture.experts.num_experts_per_tok * 4 // 3
+
+
 def cache_bytes_per_token(architecture: Architecture, element: int, engine_size: int) -> int:
     """Keys and values of one token on one GPU of an engine; heads that cannot be split further are copied."""
     heads = max(1, architecture.num_key_value_heads // engine_size)

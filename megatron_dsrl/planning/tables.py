@@ -18,7 +18,10 @@ def print_plan(plan: Plan, architecture: Architecture, assumptions: Assumptions,
     micro_batch, response = largest_micro_batch(plan, architecture), largest_response(plan, architecture)
     console.print(f"largest actor.max_tokens_per_micro_batch that fits: {_tokens(micro_batch)}")
     console.print(f"largest rollout.max_response_tokens that fits: {_tokens(response)}")
-    console.print(f"largest engine.memory_fraction that fits: {plan.memory.largest_memory_fraction or 'none'}")
+    if plan.memory.engines_elsewhere:
+        console.print("The engines are on other devices (engine.urls): their memory is not counted.")
+    else:
+        console.print(f"largest engine.memory_fraction that fits: {plan.memory.largest_memory_fraction or 'none'}")
     for problem in plan.memory.problems:
         console.print(f"- {problem}", soft_wrap=True)
     console.print("This run fits." if plan.fits else "[bold]This run does not fit.[/bold]")
@@ -70,9 +73,10 @@ def _memory_table(plan: Plan) -> Table:
             if any(stage.recomputed for stage in model):
                 row(f"{prefix}recomputed, of one layer", *(stage.recomputed for stage in model))
             row(f"{prefix}value head" if prefix else "logits", *(stage.logits for stage in model))
-    row("engine weights", engine.weights)
-    row(f"engine cache ({engine.cache_tokens:,} tokens)", engine.cache)
-    row("weight push: a bucket on either side", memory.sync_buckets)
+    if not memory.engines_elsewhere:
+        row("engine weights", engine.weights)
+        row(f"engine cache ({engine.cache_tokens:,} tokens)", engine.cache)
+        row("weight push: a bucket on either side", memory.sync_buckets)
     row("reserve (context, allocator, NCCL)", RESERVE_BYTES)
     for name, peak in memory.peaks.items():
         note = "" if peak <= memory.capacity else "  too much"
@@ -89,6 +93,8 @@ def _add_host_rows(memory: RunMemory, row) -> None:
         row("on the host: what actor.offload moves", *memory.offloaded_on_host)
     if any(memory.checkpoint_on_host):
         row("on the host: checkpoint copy, at most", *memory.checkpoint_on_host)
+    if memory.routed_experts_on_host:
+        row("on the host: routing replay, at most", memory.routed_experts_on_host)
 
 
 def _time_table(plan: Plan, assumptions: Assumptions) -> Table:

@@ -59,8 +59,8 @@ def _host_problems(memory: RunMemory, machine: Machine) -> list[str]:
     if total <= machine.host_bytes:
         return []
     return [
-        f"reference policy, offloaded parts and checkpoint copies of {machine.processes} process(es) take "
-        f"{_gib(total)} of the {_gib(machine.host_bytes)} of this host; set checkpoint.asynchronous=false, or "
+        "reference policy, offloaded parts, replayed experts and "
+        f"checkpoint copies of {machine.processes} process(es) take {_gib(total)} of the {_gib(machine.host_bytes)} of this host; set checkpoint.asynchronous=false, or "
         "parallel.distributed_optimizer=true"
     ]
 
@@ -68,7 +68,7 @@ def _host_problems(memory: RunMemory, machine: Machine) -> list[str]:
 def _cpu_problems(memory: RunMemory, machine: Machine) -> list[str]:
     passing = [stage.passing for stage in (*memory.policy, *memory.critic)]
     per_process = memory.resident_without(()) + max(passing) + memory.on_host
-    engines = machine.processes / memory.config.engine.tensor_parallel_size
+    engines = 0 if memory.engines_elsewhere else machine.processes / memory.config.engine.tensor_parallel_size
     per_engine = memory.config.engine.tensor_parallel_size * memory.engine.used
     total = int(machine.processes * per_process + engines * per_engine)
     if total <= machine.host_bytes:

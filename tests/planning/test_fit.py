@@ -2,6 +2,7 @@
 
 import pytest
 
+from megatron_dsrl.cli import main
 from megatron_dsrl.config.load import load_config
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.planning.fit import RESERVE_BYTES, run_memory
@@ -102,3 +103,26 @@ def test_a_run_on_a_cpu_is_compared_with_the_memory_of_the_machine(model):
     (warning,) = memory_warnings(paper_run(*settings), 1, laptop)
     assert "1 process(es) with their engines take" in warning
     assert memory_warnings(paper_run(*settings), 1, server) == []
+
+
+def test_engines_elsewhere_take_no_memory_here(model, capsys):
+    """Only the update counts, and whether their cache holds a sequence is not known."""
+    elsewhere = ["engine.urls=[http://other:30000]", "engine.memory_fraction=0.9"]
+    memory = run_memory(paper_run(*elsewhere), qwen3_8b(), GPU_BYTES, world_size=8)
+    assert memory.peaks == {"an update": memory.peak_update} and memory.fits
+    assert not run_memory(paper_run(elsewhere[1]), qwen3_8b(), GPU_BYTES, world_size=8).fits, "nor do they fit here"
+    run = str(REPOSITORY / "configs" / "dsrl_qwen3_8b.yaml")
+    assert main(["plan", run, model, "--gpu", "h100", *elsewhere]) == 0
+    shown = capsys.readouterr().out
+    assert "The engines are on other devices (engine.urls): their memory is not counted." in shown
+    assert "engine cache" not in shown and "peak of generation" not in shown
+
+
+def test_replayed_experts_lie_on_the_host_of_every_process():
+    """1,024 samples of 9,216 tokens, 48 layers with 8 choices of 4/3 bytes."""
+    config = load_config(REPOSITORY / "configs" / "dsrl_qwen3_30b_a3b.yaml", ["rollout.routing_replay=true"])
+    memory = run_memory(config, qwen3_30b_a3b(), GPU_BYTES, world_size=16)
+    assert memory.routed_experts_on_host == 1024 * 9216 * 48 * 8 * 4 // 3
+    assert memory.on_host == memory.routed_experts_on_host + memory.checkpoint_on_host[0]
+    without = load_config(REPOSITORY / "configs" / "dsrl_qwen3_30b_a3b.yaml", [])
+    assert run_memory(without, qwen3_30b_a3b(), GPU_BYTES, world_size=16).routed_experts_on_host == 0
