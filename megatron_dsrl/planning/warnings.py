@@ -60,7 +60,8 @@ def _host_problems(memory: RunMemory, machine: Machine) -> list[str]:
         return []
     return [
         "reference policy, offloaded parts, replayed experts and "
-        f"checkpoint copies of {machine.processes} process(es) take {_gib(total)} of the {_gib(machine.host_bytes)} of this host; set checkpoint.asynchronous=false, or "
+        f"checkpoint copies of {machine.processes} process(es) take "
+        f"{_gib(total)} of the {_gib(machine.host_bytes)} of this host; set checkpoint.asynchronous=false, or "
         "parallel.distributed_optimizer=true"
     ]
 
