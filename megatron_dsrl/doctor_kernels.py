@@ -57,6 +57,7 @@ def examine_kernels(
     yield _transformer_engine(cuda, torch_cuda, installed)
     yield _apex(cuda)
     yield _flash_attention(cuda, installed)
+    yield from _what_a_run_takes(cuda, installed)
     yield from _sglang_kernels(cuda, installed)
     if cuda:
         yield from _what_sglang_fixes(installed)
@@ -154,17 +155,12 @@ def exact_requirements(package: str, names: tuple[str, ...]) -> dict[str, str]:
 
 
 def _apex(cuda: bool) -> Finding:
-    has_kernels = find_spec("amp_C") is not None
-    apex = find_spec("apex")
-    # Looked up on disk: asking for the submodule's spec would import its parent.
-    folders = apex.submodule_search_locations or () if apex else ()
-    is_nvidia_apex = any((Path(folder) / "multi_tensor_apply").is_dir() for folder in folders)
-    if is_nvidia_apex and has_kernels:
+    if _is_nvidia_apex() and find_spec("amp_C"):
         return Finding("NVIDIA apex", "ok", "installed, with its CUDA kernels")
-    if is_nvidia_apex:
+    if _is_nvidia_apex():
         advice = "rebuild it with its C++ and CUDA extensions" if cuda else ""
         return Finding("NVIDIA apex", "note", "installed without its CUDA kernels (amp_C)", advice)
-    if apex:
+    if find_spec("apex"):
         return Finding(
             "NVIDIA apex",
             "note",
@@ -172,6 +168,29 @@ def _apex(cuda: bool) -> Finding:
             "the `apex` of PyPI is an unrelated web toolkit: pip uninstall apex. NVIDIA's has to be built from source",
         )
     return _optional("NVIDIA apex", None, cuda, f"it is not on PyPI; {COMPILE}")
+
+
+def _is_nvidia_apex() -> bool:
+    # Looked up on disk: asking for the submodule's spec would import its parent.
+    apex = find_spec("apex")
+    folders = apex.submodule_search_locations or () if apex else ()
+    return any((Path(folder) / "multi_tensor_apply").is_dir() for folder in folders)
+
+
+def _what_a_run_takes(cuda: bool, installed: Callable[[str], str | None]) -> Iterator[Finding]:
+    """`model.layer_spec: auto` and Megatron's own choice of Adam, which is the first of three that can be imported."""
+    has_engine = installed("transformer-engine") is not None and installed("transformer-engine-torch") is not None
+    layers = "Transformer Engine's, with its attention and norms" if cuda and has_engine else (
+        "local: PyTorch's scaled_dot_product_attention and RMSNorm"
+    )  # fmt: skip
+    yield Finding("layers by model.layer_spec=auto", "ok", layers)
+    if has_engine:
+        adam = "Transformer Engine's FusedAdam"
+    elif _is_nvidia_apex() and find_spec("amp_C"):
+        adam = "apex's FusedAdam"
+    else:
+        adam = "PyTorch's AdamW"
+    yield Finding("optimizer by Megatron's choice", "ok", adam)
 
 
 def _optional(topic: str, found: str | None, cuda: bool, remedy: str) -> Finding:

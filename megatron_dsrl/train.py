@@ -180,6 +180,8 @@ def start_run(
     rollout.release_memory()
     with timeline.span("build_models"):
         models = build_models(config, inputs.model_folder)
+    computed_by = ", ".join(f"{part} {name}" for part, name in models.actor.implementations.items())
+    announce(console, f"trainer: {computed_by}")
     sampler = PromptSampler(len(inputs.prompts), config.seed)
     if checkpoint:
         sampler.load_state_dict(checkpoint.state.sampler)

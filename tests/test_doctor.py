@@ -104,6 +104,19 @@ def test_the_images_packages_fit_each_other():
     assert {finding.severity for finding in findings.values()} == {"ok"}, findings
 
 
+def test_it_says_what_a_run_computes_with(tmp_path, monkeypatch):
+    layers, optimizer = "layers by model.layer_spec=auto", "optimizer by Megatron's choice"
+    here, image, bare = by_topic(examine()), on_a_gpu(), on_a_gpu(transformer_engine_torch=None)
+    assert here[layers].found.startswith("local: PyTorch's") and here[optimizer].found == "PyTorch's AdamW"
+    assert "Transformer Engine's" in image[layers].found and "Transformer Engine's" in image[optimizer].found
+    assert bare[layers].found.startswith("local: PyTorch's") and bare[optimizer].found == "PyTorch's AdamW"
+    (tmp_path / "apex" / "multi_tensor_apply").mkdir(parents=True)
+    (tmp_path / "apex" / "__init__.py").touch()
+    (tmp_path / "amp_C.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert on_a_gpu(transformer_engine_torch=None)[optimizer].found == "apex's FusedAdam"
+
+
 @pytest.mark.parametrize(
     ("changed", "topic", "severity", "found", "advice"),
     [

@@ -30,6 +30,7 @@ def run(config) -> Path:
     """One finished run of two steps, whose trainer is in host memory while the engine samples."""
     result = dsrl("train", str(config), OFFLOAD)
     assert result.returncode == 0, result.stderr
+    assert "norm megatron_dsrl.RMSNorm, optimizer torch.AdamW" in result.stdout, "what computes without a GPU"
     return config.parent / "runs" / "tiny"
 
 

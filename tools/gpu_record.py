@@ -12,11 +12,14 @@ nothing about GPUs: the record then begins with that.
 import argparse
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import urllib.request
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,6 +43,14 @@ STEPS = 4
 PACKAGES = (
     "torch", "megatron-core", "sglang", "sglang-kernel", "transformer-engine-torch", "flash-attn", "transformers",
 )  # fmt: skip
+
+
+ENGINE_SETTINGS = (
+    "attention_backend", "prefill_attention_backend", "decode_attention_backend", "sampling_backend",
+    "disable_cuda_graph", "dtype", "kv_cache_dtype", "max_total_num_tokens",
+    "max_running_requests", "mem_fraction_static", "chunked_prefill_size",
+)  # fmt: skip
+"""Of SGLang's /server_info."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +96,9 @@ def checksum_parity(response: str, answer: str) -> float:
     return float(zlib.crc32(response.encode()) % 2)
 
 
-def write_run(folder: Path, size: Size, on_gpu: bool) -> Path:
-    """Model folder without weights, prompts and configuration; returns the configuration's file."""
+def write_run(folder: Path, size: Size, on_gpu: bool, port: int) -> Path:
+    """Model folder without weights, prompts and configuration, with an engine on this port; returns the configuration's
+    file."""
     model = folder / "model"
     build_tokenizer().save_pretrained(model)
     architecture = {
@@ -111,7 +123,7 @@ def write_run(folder: Path, size: Size, on_gpu: bool) -> Path:
             "samples_per_prompt": size.samples,
             "max_response_tokens": size.response_tokens,
         },
-        "engine": {"memory_fraction": 0.4} if on_gpu else {"max_total_tokens": 8192},
+        "engine": {"port": port} | ({"memory_fraction": 0.4} if on_gpu else {"max_total_tokens": 8192}),
         "actor": {
             "max_tokens_per_micro_batch": size.micro_batch_tokens,
             "offload": {"gradients": True, "optimizer": True, "parameters": True},  # so that its switches are measured
@@ -147,6 +159,47 @@ def run_part(command: Sequence[str], limit_seconds: float) -> Outcome:
     except subprocess.TimeoutExpired as error:
         status, output = 124, f"{(error.stdout or b'').decode(errors='replace')}\nstopped after {limit_seconds:g} s"
     return Outcome(" ".join(command), status, time.perf_counter() - begin, output)
+
+
+class EngineSettings:
+    """What the engine of a run that is going on says of itself: asked for until it answers, in a thread."""
+
+    def __init__(self, port: int):
+        self.answer: dict[str, Any] = {}
+        self._url = f"http://127.0.0.1:{port}/server_info"
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._ask, daemon=True)
+
+    def __enter__(self) -> "EngineSettings":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    @property
+    def shown(self) -> dict[str, str]:
+        """The settings that speed depends on, as they came out of SGLang's own choices."""
+        settings = {f"engine, {key}": str(self.answer[key]) for key in ENGINE_SETTINGS if key in self.answer}
+        for passes, graphs in (self.answer.get("cuda_graph_config") or {}).items():
+            settings[f"engine, CUDA graphs, {passes}"] = f"{graphs['backend']}, batches up to {graphs['max_bs']}"
+        return settings
+
+    def _ask(self) -> None:
+        while not self.answer and not self._ended.wait(0.5):
+            try:
+                with urllib.request.urlopen(self._url, timeout=5) as reply:
+                    self.answer = json.load(reply)
+            except (OSError, ValueError):
+                pass  # not there yet
+
+
+def free_port() -> int:
+    """On loopback, for now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def speeds(run_folder: Path, architecture: Architecture, weight_bytes: int, gpu: Gpu | None) -> dict[str, str]:
@@ -252,15 +305,18 @@ def make_record(size_name: str, with_tests: bool, benchmarks: Sequence[str]) -> 
     lines, outcomes = header(size_name, devices), []
     with tempfile.TemporaryDirectory(prefix="gpu-record-") as name:
         folder = Path(name)
-        command = ["-m", "megatron_dsrl.cli", "train", str(write_run(folder, size, on_gpu))]
-        outcomes.append(run_part(command, size.part_limit_seconds))
+        port = free_port()
+        command = ["-m", "megatron_dsrl.cli", "train", str(write_run(folder, size, on_gpu, port))]
+        with EngineSettings(port) as engine:
+            outcomes.append(run_part(command, size.part_limit_seconds))
         lines += ["## A run of a few steps", ""]
         if outcomes[-1].status == 0:
             architecture = read_architecture(folder / "model")
             weight_bytes = parameters_of_model(architecture) * (2 if on_gpu else 4)
             figures = speeds(folder / "run", architecture, weight_bytes, known_gpu(devices.names))
-            rows = [f"| {figure} | {value} |" for figure, value in figures.items()]
-            lines += ["| figure | median |", "|---|---|", *rows, ""]
+            said = next(line for line in outcomes[-1].output.splitlines() if line.startswith("trainer: "))
+            rows = [f"| {figure} | {value} |" for figure, value in (figures | engine.shown).items()]
+            lines += [said, "", "| figure | median, or setting |", "|---|---|", *rows, ""]
         else:
             lines += part_lines("The run", outcomes[-1], last_lines=40)
     if with_tests:

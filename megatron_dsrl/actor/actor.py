@@ -70,6 +70,11 @@ class Actor:
         """Its memory on the device; see `TrainableModel.memory`."""
         return self._model.memory
 
+    @property
+    def implementations(self) -> dict[str, str]:
+        """Which classes compute; see `TrainableModel.implementations`."""
+        return self._model.implementations
+
     def update(
         self, objectives: Sequence[Objective], mini_batches: int = 1, epochs: int = 1
     ) -> UpdateMetrics | None:

@@ -20,6 +20,7 @@ from megatron_dsrl.actor.saved_state import begin_save, load_state
 from megatron_dsrl.actor.sharded_model import ShardedModel
 from megatron_dsrl.algorithms.experience import PerToken
 from megatron_dsrl.algorithms.spaces import ScoredSequence
+from megatron_dsrl.model.build import bare_model
 from megatron_dsrl.platform.checkpoint_writer import CheckpointWrite
 
 AWAY = "a part of the model is in host memory: onload() comes first"
@@ -47,6 +48,18 @@ class TrainableModel(ShardedModel):
         self._scheduler = scheduler
         self.memory = ModelMemory(self._tensors_of_parts)
         """On the device. Weights can be streamed while gradients and optimizer state are away; all else needs all."""
+
+    @property
+    def implementations(self) -> dict[str, str]:
+        """Which classes compute the layers and the optimizer step, with the package that they come from."""
+        layer = bare_model(self.chunks[0]).decoder.layers[0]
+        parts = {
+            "core attention": layer.self_attention.core_attention,
+            "matrix products": layer.self_attention.linear_qkv,  # Transformer Engine's has the norm before it in it
+            "norm": layer.input_layernorm,
+            "optimizer": parts_of(self._optimizer)[0].optimizer,
+        }
+        return {name: f"{type(part).__module__.split('.')[0]}.{type(part).__name__}" for name, part in parts.items()}
 
     def score_tokens(
         self,

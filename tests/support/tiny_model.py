@@ -37,6 +37,7 @@ def make_tiny_qwen3(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     max_shard_size: str = "1GB",
+    head_dim: int = HEAD_DIM,
 ) -> Qwen3ForCausalLM:
     """Write a dense Qwen3 with `save_pretrained` and return it.
 
@@ -50,8 +51,9 @@ def make_tiny_qwen3(
         seed: of the weights.
         dtype: of the weights.
         max_shard_size: size of one weight file, as `save_pretrained` takes it.
+        head_dim: attention kernels on GPUs are made for 64, 128 and 256.
     """
-    config = Qwen3Config(**SIZES, vocab_size=vocab_size, head_dim=HEAD_DIM, tie_word_embeddings=tied)
+    config = Qwen3Config(**SIZES, vocab_size=vocab_size, head_dim=head_dim, tie_word_embeddings=tied)
     return _write(Qwen3ForCausalLM, config, folder, seed, dtype, max_shard_size)
 
 

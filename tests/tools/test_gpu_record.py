@@ -1,7 +1,9 @@
 """The record of a GPU: its figures from a run folder, and the whole script on the CPU."""
 
+import json
 import subprocess
 import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
@@ -13,7 +15,7 @@ from megatron_dsrl.rollout.recording import rollout_file, write_groups
 from megatron_dsrl.rollout.sample import Group, Sample
 from tests.planning.test_parameters import qwen3_8b
 from tests.support.tiny_run import REPOSITORY
-from tools.gpu_record import known_gpu, part_lines, run_part, speeds
+from tools.gpu_record import EngineSettings, free_port, known_gpu, part_lines, run_part, speeds
 
 
 def write_steps(folder, seconds_of_training):
@@ -46,6 +48,28 @@ def test_figures_are_medians_without_the_first_step(tmp_path):
     assert speeds(tmp_path, qwen3_8b(), 1, gpu=None)["actor, MFU"] == "no peak known"
 
 
+def test_an_engines_own_settings_are_asked_for_while_it_runs():
+    answer = {
+        "attention_backend": "fa3", "disable_cuda_graph": False, "dtype": "bfloat16", "max_total_num_tokens": 12345,
+        "cuda_graph_config": {"decode": {"backend": "full", "max_bs": 256}}, "api_key": "secret",
+    }  # fmt: skip
+
+    class Engine(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200 if self.path == "/server_info" else 404)
+            self.end_headers()
+            self.wfile.write(json.dumps(answer).encode())
+
+    port = free_port()
+    with EngineSettings(port) as settings, HTTPServer(("127.0.0.1", port), Engine) as server:
+        server.timeout = 20
+        server.handle_request()
+    assert settings.shown == {
+        "engine, attention_backend": "fa3", "engine, disable_cuda_graph": "False", "engine, dtype": "bfloat16",
+        "engine, max_total_num_tokens": "12345", "engine, CUDA graphs, decode": "full, batches up to 256",
+    }  # fmt: skip
+
+
 def test_devices_are_known_by_the_names_that_cuda_gives_them():
     assert known_gpu(["NVIDIA H100 80GB HBM3"]) is GPUS["h100"]
     assert known_gpu(["NVIDIA A100-SXM4-80GB"]) is GPUS["a100"]
@@ -71,5 +95,6 @@ def test_the_whole_script_runs_on_a_cpu_and_says_so(tmp_path):
     text = record.read_text()
     assert "says nothing about GPUs" in text and "| actor, MFU | no peak known |" in text
     assert text.count(": passed, ") == 4, text
+    assert "optimizer torch.AdamW" in text and "| engine, attention_backend | torch_native |" in text
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert commit.stdout.strip() in text
