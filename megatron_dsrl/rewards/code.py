@@ -1,8 +1,10 @@
 """Generated Python code, judged by running a problem's tests on it in the sandbox.
 
 The form of the problems is HumanEval's (arXiv 2107.03374): the beginning of a program that ends inside a function, and
-tests that define `check(candidate)`. Departure: a chat model's answer is cut out of its text, the last code block that
-defines the function, and only text without any code block is taken as a continuation of the prompt.
+tests that define `check(candidate)`. Departures: a chat model's answer is cut out of its text, the last code block that
+defines the function, and only text without any code block is taken as a continuation of the prompt. The tests run in a
+process of their own, and the function takes and returns plain data by value (`sandbox.Tests`); tests that look at
+anything else, such as an argument that was changed in place, fail.
 """
 
 import json
@@ -10,7 +12,7 @@ import re
 import textwrap
 
 from megatron_dsrl.rewards.response import after_thinking
-from megatron_dsrl.rewards.sandbox import Limits, run_program
+from megatron_dsrl.rewards.sandbox import Limits, Tests, run_program
 
 CODE_BLOCK = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 
@@ -34,9 +36,13 @@ def code(
     program = complete_program(response, problem["prompt"], problem["entry_point"])
     if program is None:
         return 0.0
-    tested = f"{program}\n\n{problem['test']}\n\ncheck({problem['entry_point']})\n"
+    tests = Tests(
+        entry_point=problem["entry_point"],
+        source=f"{problem['test']}\n\ncheck({problem['entry_point']})\n",
+        preparation=_whole_prompt(problem["prompt"]),
+    )
     limits = Limits(wall_seconds=wall_seconds, cpu_seconds=cpu_seconds, memory_bytes=memory_megabytes * 2**20)
-    return float(run_program(tested, limits).passed)
+    return float(run_program(program, limits, tests).passed)
 
 
 def complete_program(response: str, prompt: str, entry_point: str) -> str | None:
@@ -51,6 +57,15 @@ def complete_program(response: str, prompt: str, entry_point: str) -> str | None
         # What the prompt imports and defines stays available; its own stub of the function is defined anew.
         return f"{prompt}\n\n{textwrap.dedent(whole[-1])}"
     return prompt.rstrip(" ") + _as_body(blocks[-1])
+
+
+def _whole_prompt(prompt: str) -> str:
+    """The prompt as a program of its own: a function at its end may have no body yet."""
+    try:
+        compile(prompt, "<prompt>", "exec")
+    except SyntaxError:
+        return f"{prompt.rstrip()}\n    pass\n"
+    return prompt
 
 
 def _as_body(lines: str) -> str:

@@ -6,9 +6,9 @@ ordinary users of most Linux systems) it also has no network, sees no other proc
 Python's and its folder's. The caller's part is here: the limit on time, the end of everything that the program
 started, and the verdict.
 
-What it does not protect from: a program that is judged in the interpreter that runs it can, if it means to, look for
-the judge there. The sandbox keeps harm away from the machine; it does not make a benchmark's tests proof against
-cheating.
+Its tests run in another process, which calls the program's function and gets plain data back: the program can neither
+read the tests or the verdict's token from memory, nor return an object that claims to be equal to everything. It can
+still answer what it has guessed the tests to be, and without tests a program is its own judge.
 """
 
 import json
@@ -48,20 +48,34 @@ class Outcome:
     """How a program ended."""
 
     passed: bool
-    """It ran to its end without an exception."""
+    """It ran to its end without an exception, and so did its tests."""
     reason: str
     """Empty when it passed; else `timeout`, the exception, or `ended with status N`."""
     isolation: tuple[str, ...]
     """The guards of the kernel that were in force: `namespaces`, `landlock`. Empty when the program never started."""
 
 
-def run_program(program: str, limits: Limits) -> Outcome:
-    """Run Python source with the standard library only, and wait for its end."""
+@dataclass(frozen=True)
+class Tests:
+    """What decides whether a program passes."""
+
+    entry_point: str
+    """The program's function, which the tests find under this name. It takes and returns plain data: numbers, strings,
+    bytes, None, and lists, tuples, sets, dicts and iterators of these, by value."""
+    source: str
+    """Passed when it runs to its end."""
+    preparation: str = ""
+    """Runs before, such as the problem's helpers that the tests use too."""
+
+
+def run_program(program: str, limits: Limits, tests: Tests = Tests("", "")) -> Outcome:
+    """Run Python source with the standard library only, then its tests, and wait for their end."""
     token = secrets.token_hex(16)
-    task = json.dumps({"program": program, "token": token})
+    judging = {"tests": tests.source, "preparation": tests.preparation, "token": token}
+    task = f"{json.dumps({'program': program})}\n{json.dumps(judging)}\n"
     reading, writing = os.pipe()
     with tempfile.TemporaryDirectory(prefix="dsrl-code-", ignore_cleanup_errors=True) as folder:
-        settings = json.dumps(asdict(limits) | {"folder": folder, "result": writing})
+        settings = json.dumps(asdict(limits) | {"folder": folder, "result": writing, "entry_point": tests.entry_point})
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-B", str(CHILD), settings],
             stdin=subprocess.PIPE,

@@ -1,14 +1,19 @@
 """The sandbox's process: puts its guards up, runs the program, tells how it ended. Standard library only.
 
-Started by `sandbox.py` as a script. Settings come as JSON in the first argument, program and token as JSON on standard
-input. Guards, from the outside to the inside:
+Started by `sandbox.py` as a script. Settings come as JSON in the first argument; on standard input come two lines of
+JSON, the program, and the tests with the token. Program and tests have a process each: the program's is split off
+before the second line is read, and keeps neither standard input nor the pipe for the result. So it knows neither the
+tests nor the token, and of what it computes only plain data reaches the tests (`sandbox_call.py`).
+
+Guards, from the outside to the inside:
 
 1. resource limits (`setrlimit`) and death with the parent, always;
-2. user, network, process and IPC namespaces (`unshare`): no network at all, not even loopback; the program is the first
-   process of its namespace, so that with it everything ends that it started;
-3. Landlock: Python's own files can be read, the folder can be written, nothing else can be opened; no TCP;
-4. only where 2 or 3 is not permitted: an audit hook in the interpreter, which refuses sockets, new processes, foreign
-   functions, and files outside the folder. It is weaker: code that breaks out of Python breaks out of it.
+2. user, network, process and IPC namespaces (`unshare`): no network at all, not even loopback; the tests' process is
+   the first of its namespace, so that with it everything ends that the program started;
+3. Landlock: Python's own files can be read, the folder can be written, nothing else can be opened; no TCP. The
+   program's process has a second layer of it, and so cannot trace the tests' process;
+4. only where 2 or 3 is not permitted: an audit hook in the program's interpreter, which refuses sockets, new processes,
+   foreign functions, and files outside the folder. It is weaker: code that breaks out of Python breaks out of it.
 """
 
 import ctypes
@@ -17,6 +22,11 @@ import os
 import resource
 import signal
 import sys
+
+sys.path.append(os.path.dirname(__file__))
+from sandbox_call import Caller, ProgramError, serve  # noqa: E402  (the script's folder is not on the path under -I)
+
+del sys.path[-1]
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 36, 38
 CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x08000000, 0x10000000, 0x20000000, 0x40000000
@@ -44,7 +54,9 @@ class PathBeneath(ctypes.Structure):
 
 def main() -> None:
     settings = json.loads(sys.argv[1])
-    task = json.loads(sys.stdin.buffer.read())
+    with open(0, "rb", buffering=0, closefd=False) as stdin:  # what is buffered would be in the program's process too
+        program = json.loads(stdin.readline())["program"]
+    sys.set_int_max_str_digits(0)
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     limit_resources(settings)
@@ -54,7 +66,7 @@ def main() -> None:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         _limit(resource.RLIMIT_NPROC, settings["processes"])
         isolation += ["landlock"] if restrict_files(settings["folder"]) else []
-        run(task["program"], task["token"], settings, isolation)
+        split(program, settings, isolation)
     _, status = os.waitpid(child, 0)
     end_orphans()
     os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
@@ -96,21 +108,58 @@ def restrict_files(folder: str) -> bool:
     return all(allowed) and libc.syscall(LANDLOCK_RESTRICT_SELF, ruleset, 0) == 0
 
 
-def run(program: str, token: str, settings: dict, isolation: list) -> None:
-    """Run the program and end this process. The token shows that the words are the sandbox's and not the program's."""
-    write, leave, result = os.write, os._exit, settings["result"]
-    write(result, f"{token} isolation {' '.join(isolation)}\n".encode())
+def split(program: str, settings: dict, isolation: list) -> None:
+    """Split off the program's process, judge it in this one, and end this one."""
+    requests_read, requests = os.pipe()
+    answers, answers_write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        for descriptor in (settings["result"], requests, answers):
+            os.close(descriptor)
+        os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
+        run(program, settings, isolation, requests_read, answers_write)
+    os.close(requests_read)
+    os.close(answers_write)
+    judge(Caller(child, open(requests, "wb"), open(answers, "rb")), settings, isolation)
+
+
+def run(program: str, settings: dict, isolation: list, requests: int, answers: int) -> None:
+    """Run the program, answer calls of its function, and end this process."""
     os.chdir(settings["folder"])
+    if "landlock" in isolation:
+        restrict_files(settings["folder"])
     if len(isolation) < 2:
         sys.addaudithook(refusals(settings["folder"]))
-    try:
-        exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})
-    except BaseException as error:  # SystemExit too: a program that leaves before its tests have run has not passed
-        what = f"{type(error).__name__}: {error}"[:500].replace("\n", " ")
-        write(result, f"{token} {what}\n".encode(errors="replace"))
-        leave(1)
-    write(result, f"{token} passed\n".encode())
+    leave = os._exit
+
+    def load():
+        namespace = {"__name__": "__main__"}
+        exec(compile(program, "<program>", "exec"), namespace)
+        return namespace.get(settings["entry_point"])
+
+    serve(load, open(requests, "rb"), open(answers, "wb"))
     leave(0)
+
+
+def judge(candidate: Caller, settings: dict, isolation: list) -> None:
+    """Run the tests, say how that ended, and end this process. The token shows that the words are the sandbox's."""
+    task = json.loads(sys.stdin.buffer.readline())
+    result, token = settings["result"], task["token"]
+    os.write(result, f"{token} isolation {' '.join(isolation)}\n".encode())
+    try:
+        candidate.wait_until_loaded()
+        namespace = {"__name__": "__main__"}
+        exec(compile(task["preparation"], "<preparation>", "exec"), namespace)
+        namespace[settings["entry_point"]] = candidate
+        exec(compile(task["tests"], "<tests>", "exec"), namespace)
+    except BaseException as error:
+        what = str(error) if isinstance(error, ProgramError) else f"{type(error).__name__}: {error}"
+        what = what[:500].replace("\n", " ")
+        os.write(result, f"{token} {what}\n".encode(errors="replace"))
+        os._exit(1)
+    os.write(result, f"{token} passed\n".encode())
+    os._exit(0)
 
 
 def refusals(folder: str):

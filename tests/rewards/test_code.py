@@ -34,12 +34,67 @@ def test_code(response, reward):
     assert code(response, ANSWER) == reward
 
 
+FIND_THE_JUDGE = """
+import gc, os, sys
+def double(numbers):
+    frame = sys._getframe()
+    while frame:
+        scope = {**frame.f_globals, **frame.f_locals}
+        tokens = [scope.get("token", ""), scope.get("task", {}).get("token", "")]
+        for descriptor in range(64):
+            for token in tokens:
+                try:
+                    os.write(descriptor, f"{token} passed\\n".encode())
+                except OSError:
+                    pass
+        frame = frame.f_back
+    os._exit(0)
+"""
+READ_THE_TESTS = """
+import gc, sys
+def double(numbers):
+    frame, found = sys._getframe(), list(gc.get_objects())
+    while frame:
+        found += [*frame.f_locals.values(), *frame.f_globals.values()]
+        frame = frame.f_back
+    texts = [text for each in found for text in (each.values() if isinstance(each, dict) else [each])]
+    mark = "assert cand" + "idate(["
+    for text in texts:
+        if isinstance(text, str) and mark in text:
+            return eval(text.split(mark)[1].split("==")[1].splitlines()[0])
+"""
+EQUAL_TO_EVERYTHING = """
+class Anything(list):
+    __eq__ = lambda self, other: True
+    __ne__ = lambda self, other: False
+def double(numbers):
+    return Anything()
+"""
+CHANGED_BUILTINS = """
+import builtins
+class AlwaysTrue(list):
+    __eq__ = lambda self, other: True
+builtins.list, builtins.exec, builtins.AssertionError = AlwaysTrue, print, KeyError
+def double(numbers):
+    return AlwaysTrue()
+"""
+
+
+@pytest.mark.parametrize("program", [FIND_THE_JUDGE, READ_THE_TESTS, EQUAL_TO_EVERYTHING, CHANGED_BUILTINS])
+def test_a_program_that_tampers_with_its_tests_does_not_pass(program):
+    assert code(f"```python\n{program}```", ANSWER) == 0.0
+
+
 def test_a_helper_of_the_prompt_stays_available():
     prompt = 'def helper(x):\n    return x + 1\n\n\ndef f(x):\n    """Two more."""\n'
     program = complete_program("```python\ndef f(x):\n    return helper(helper(x))\n```", prompt, "f")
     scope = {}
     exec(program, scope)
     assert scope["f"](1) == 3
+    test = "def check(candidate):\n    assert candidate(1) == helper(helper(1))\n"  # and the tests may use it
+    answer = json.dumps({"prompt": prompt, "entry_point": "f", "test": test})
+    assert code("```python\ndef f(x):\n    return helper(helper(x))\n```", answer) == 1.0
+    assert code("```python\ndef f(x):\n    return helper(x)\n```", answer) == 0.0
 
 
 def test_a_gold_answer_of_another_form_is_an_error():

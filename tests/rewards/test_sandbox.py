@@ -5,7 +5,7 @@ import time
 import psutil
 import pytest
 
-from megatron_dsrl.rewards.sandbox import Limits, Outcome, run_program
+from megatron_dsrl.rewards.sandbox import Limits, Outcome, Tests, run_program
 
 LIMITS = Limits(wall_seconds=10, cpu_seconds=5, memory_bytes=2**29, file_bytes=2**20)
 
@@ -27,6 +27,40 @@ assert open("notes.txt").read() == "mine"
 tempfile.mkdtemp()
 """
     outcome = run(program)
+    assert (outcome.passed, outcome.reason) == (True, "")
+
+
+def test_tests_get_plain_data_by_value():
+    program = """
+import collections
+def echo(value, *, times=1):
+    return value if times == 1 else [value] * times
+def f(kind, *values, **named):
+    if kind == "echo":
+        return echo(*values, **named)
+    if kind == "count":
+        return collections.Counter("aab")
+    if kind == "iterate":
+        return (n * n for n in range(3))
+    if kind == "raise":
+        raise ValueError("no such thing")
+    return object()
+"""
+    source = """
+for value in (None, True, 7, 10**5000, -0.5, float("inf"), "ü\\n", b"\\x00", 1j, [1, (2, 3)], {1, 2}, frozenset([1]),
+              {1: "one", (2, 3): None}):
+    assert f("echo", value) == value and type(f("echo", value)) is type(value)
+assert f("echo", "x", times=2) == ["x", "x"] and f("count") == {"a": 2, "b": 1} and list(f("iterate")) == [0, 1, 4]
+assert f("echo", float("nan")) != f("echo", float("nan"))
+for kind, error in (("raise", "ValueError: no such thing"), ("object", "TypeError: only plain data")):
+    try:
+        f(kind)
+    except Exception as caught:
+        assert f"{type(caught).__name__}: {caught}".startswith(error), caught
+    else:
+        assert False, kind
+"""
+    outcome = run_program(program, LIMITS, Tests("f", source))
     assert (outcome.passed, outcome.reason) == (True, "")
 
 
