@@ -10,7 +10,7 @@ import builtins
 import json
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from io import BufferedIOBase
 
 LONGEST_MESSAGE = 500
 
@@ -19,7 +19,7 @@ class ProgramError(Exception):
     """What the other side raised or how it ended, as `type: message`."""
 
 
-def pack(value: Any) -> Any:
+def pack(value: object) -> object:
     """Plain data as JSON.
 
     Raises:
@@ -42,7 +42,7 @@ def pack(value: Any) -> Any:
     raise TypeError(f"only plain data can be given or returned, and this is a {type(value).__name__}")
 
 
-def unpack(value: Any) -> Any:
+def unpack(value: object) -> object:
     """What `pack` has packed; raises if it did not."""
     if not isinstance(value, dict):
         return value
@@ -57,7 +57,7 @@ def unpack(value: Any) -> Any:
     return constructors[kind]([unpack(each) for each in content])
 
 
-def serve(load: Callable[[], Callable[..., Any] | None], requests: BinaryIO, answers: BinaryIO) -> None:
+def serve(load: Callable[[], Callable[..., object] | None], requests: BufferedIOBase, answers: BufferedIOBase) -> None:
     """Load a program and answer calls of its function until there are no more; on the side that is not trusted."""
     try:
         function = load()
@@ -78,7 +78,7 @@ def serve(load: Callable[[], Callable[..., Any] | None], requests: BinaryIO, ans
 class Caller:
     """The other side's function, on the side that judges it."""
 
-    def __init__(self, process: int, requests: BinaryIO, answers: BinaryIO):
+    def __init__(self, process: int, requests: BufferedIOBase, answers: BufferedIOBase):
         """`process` is the number of the other side's, a child of this one."""
         self._process, self._requests, self._answers = process, requests, answers
 
@@ -86,7 +86,7 @@ class Caller:
         """Raise what loading the program has raised."""
         self._receive()
 
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
+    def __call__(self, *arguments: object, **named: object) -> object:
         call = [[pack(each) for each in arguments], {name: pack(value) for name, value in named.items()}]
         try:
             _send(self._requests, call)
@@ -94,7 +94,7 @@ class Caller:
             pass  # how it ended is in its status
         return self._receive()
 
-    def _receive(self) -> Any:
+    def _receive(self) -> object:
         line = self._answers.readline()
         if not line:
             status = os.waitstatus_to_exitcode(os.waitpid(self._process, 0)[1])
@@ -113,6 +113,6 @@ def _described(error: BaseException) -> tuple[str, str]:
     return type(error).__name__, str(error)[:LONGEST_MESSAGE]
 
 
-def _send(stream: BinaryIO, message: Any) -> None:
+def _send(stream: BufferedIOBase, message: object) -> None:
     stream.write(json.dumps(message).encode() + b"\n")
     stream.flush()
