@@ -3,7 +3,7 @@
 The form of the problems is HumanEval's (arXiv 2107.03374): the beginning of a program that ends inside a function, and
 tests that define `check(candidate)`. Departures: a chat model's answer is cut out of its text, the last code block that
 defines the function, and only text without any code block is taken as a continuation of the prompt. The tests run in a
-process of their own, and the function takes and returns plain data by value (`sandbox.Tests`); tests that look at
+process of their own, and the function takes and returns plain data by value (`sandbox.UnitTests`); tests that look at
 anything else, such as an argument that was changed in place, fail.
 """
 
@@ -12,7 +12,7 @@ import re
 import textwrap
 
 from megatron_dsrl.rewards.response import after_thinking
-from megatron_dsrl.rewards.sandbox import Limits, Tests, run_program
+from megatron_dsrl.rewards.sandbox import Limits, UnitTests, run_program
 
 CODE_BLOCK = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 
@@ -36,7 +36,7 @@ def code(
     program = complete_program(response, problem["prompt"], problem["entry_point"])
     if program is None:
         return 0.0
-    tests = Tests(
+    tests = UnitTests(
         entry_point=problem["entry_point"],
         source=f"{problem['test']}\n\ncheck({problem['entry_point']})\n",
         preparation=_whole_prompt(problem["prompt"]),

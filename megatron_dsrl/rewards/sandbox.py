@@ -56,7 +56,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Tests:
+class UnitTests:
     """What decides whether a program passes."""
 
     entry_point: str
@@ -68,7 +68,7 @@ class Tests:
     """Runs before, such as the problem's helpers that the tests use too."""
 
 
-def run_program(program: str, limits: Limits, tests: Tests = Tests("", "")) -> Outcome:
+def run_program(program: str, limits: Limits, tests: UnitTests = UnitTests("", "")) -> Outcome:
     """Run Python source with the standard library only, then its tests, and wait for their end."""
     token = secrets.token_hex(16)
     judging = {"tests": tests.source, "preparation": tests.preparation, "token": token}

@@ -5,7 +5,7 @@ import time
 import psutil
 import pytest
 
-from megatron_dsrl.rewards.sandbox import Limits, Outcome, Tests, run_program
+from megatron_dsrl.rewards.sandbox import Limits, Outcome, UnitTests, run_program
 
 LIMITS = Limits(wall_seconds=10, cpu_seconds=5, memory_bytes=2**29, file_bytes=2**20)
 
@@ -60,7 +60,7 @@ for kind, error in (("raise", "ValueError: no such thing"), ("object", "TypeErro
     else:
         assert False, kind
 """
-    outcome = run_program(program, LIMITS, Tests("f", source))
+    outcome = run_program(program, LIMITS, UnitTests("f", source))
     assert (outcome.passed, outcome.reason) == (True, "")
 
 
