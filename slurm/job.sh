@@ -74,9 +74,10 @@ resumable() {
         "$USR1_STATUS") say "$name ended by USR1; what is on disk is kept"; requeue "$status" ;;
         *)
             [ "$("$progress")" != "$before" ] || crashes="$(cat "$crashes_file" 2>/dev/null || echo 0)"
-            echo "$((crashes + 1))" >"$crashes_file"
-            say "$name ended with status $status, crash $((crashes + 1)) of $MAX_CRASHES without a new checkpoint or sample"
-            [ "$((crashes + 1))" -lt "$MAX_CRASHES" ] || exit "$status"
+            crashes="$((crashes + 1))"
+            echo "$crashes" >"$crashes_file"
+            say "$name ended with status $status, crash $crashes of $MAX_CRASHES without a new checkpoint or sample"
+            [ "$crashes" -lt "$MAX_CRASHES" ] || exit "$status"
             requeue "$status"
             ;;
     esac
@@ -123,7 +124,7 @@ from megatron_dsrl.run_inputs import load_inputs
 inputs = load_inputs(load_config(sys.argv[2], sys.argv[3:]))
 benchmarks = [load_benchmark(name, None) for name in sys.argv[1].split(",") if name]
 problems = read_problems(inputs.model_folder, benchmarks)
-print(len(inputs.prompts), "prompts;", ", ".join(f"{name}: {len(problems[name])} problems" for name in problems))' \
+print(f"{len(inputs.prompts)} prompts", *(f"{name}: {len(problems[name])} problems" for name in problems), sep="; ")' \
         "$BENCHMARKS" "$CONFIG" "${overrides[@]}"
 }
 
