@@ -5,7 +5,6 @@ prepared responses. The problems for which that does not hold are listed in `har
 reason.
 """
 
-import json
 import shutil
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from megatron_dsrl.data.rows import read_rows
 from megatron_dsrl.data.tokenizer import load_tokenizer, stop_token_ids
 from megatron_dsrl.evaluation.benchmark import load_benchmark
 from megatron_dsrl.evaluation.benchmark_evaluator import evaluate_benchmark
+from megatron_dsrl.evaluation.sample_file import read_sample_file
 from megatron_dsrl.rewards.boxed import normalise
 from tests.support.replayed_completions import ReplayingSampler
 
@@ -90,9 +90,8 @@ def replay(name: str, tokenizer, data_folder: Path, folder: Path, limit: int | N
     summary = evaluate_benchmark(
         benchmark, prompts, ReplayingSampler(responses, tokenizer), stop_token_ids(tokenizer), file, {"model": "replay"}
     )
-    with file.open(encoding="utf-8") as lines:
-        problems = sorted([json.loads(line) for line in lines][1:], key=lambda record: record["index"])
-    return [[sample["reward"] for sample in problem["samples"]] for problem in problems], summary
+    problems = sorted(read_sample_file(file), key=lambda problem: problem.index)
+    return [[sample.reward for sample in problem.samples] for problem in problems], summary
 
 
 def check(name: str, tokenizer, data_folder: Path, folder: Path, limit: int | None) -> None:
