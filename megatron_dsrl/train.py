@@ -191,7 +191,7 @@ def start_run(
     if dist.get_rank() == 0:
         tracker = resources.enter_context(Tracker(inputs.run_folder, config.observability.tensorboard))
         tracker.truncate_after(step)
-        evaluator = Evaluator(inputs.evaluation_sets, rollout)
+        evaluator = Evaluator(inputs.evaluation_sets, rollout, config.reward.function)
         save_rollouts = config.observability.save_rollouts
         recorder = resources.enter_context(RolloutRecorder(inputs.run_folder)) if save_rollouts else None
         controller = Controller(config, recorder, inputs.prompts, rollout, evaluator, tracker, console)

@@ -13,17 +13,16 @@ from megatron_dsrl.config.benchmark import BenchmarkConfig
 from megatron_dsrl.config.run import EvaluationSetConfig
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.errors import UserError
-from megatron_dsrl.evaluation.metrics import mean_pass_at_k
 from megatron_dsrl.evaluation.problem_result import ProblemResult
-from megatron_dsrl.evaluation.summary import summarise
+from megatron_dsrl.evaluation.summary import summarise, summarise_benchmark
 from megatron_dsrl.rewards.pool import RewardPool
-from megatron_dsrl.rewards.registry import check_options
+from megatron_dsrl.rewards.registry import answer_of, check_options
 from megatron_dsrl.rollout.sample import Group
 from megatron_dsrl.rollout.sampling import SamplingParameters
 
 EvaluationRecord = dict[str, int | float | str | None]
-"""step, set, accuracy, standard_error, problems, samples_per_prompt, mean_tokens, truncated_fraction; and `pass@k`
-for k = samples_per_prompt above 1."""
+"""step, set, the figures of `summarise`, and the ends of the accuracy's 95 % interval, confidence_low_95 and
+confidence_high_95. For k = samples_per_prompt above 1 also `pass@k`, and `majority@k` where answers can be compared."""
 
 
 class Generates(Protocol):
@@ -49,11 +48,14 @@ class Generates(Protocol):
 class Evaluator:
     """Evaluates all held-out sets of a run. Lives on rank 0, where the rollout side samples."""
 
-    def __init__(self, sets: Sequence[tuple[EvaluationSetConfig, Sequence[Prompt]]], rollout: Generates):
+    def __init__(
+        self, sets: Sequence[tuple[EvaluationSetConfig, Sequence[Prompt]]], rollout: Generates, verifier: str
+    ):
         """
         Args:
             sets: the held-out sets and their prompts, all loaded before anything heavy starts.
             rollout: what samples and verifies; the length limit and stop tokens of training hold here too.
+            verifier: name of the run's, which judges where a set has none of its own.
 
         Raises:
             UserError: for two sets of one name, for several greedy samples per prompt, and for a verifier that does not
@@ -66,6 +68,7 @@ class Evaluator:
                 check_options(config.reward.function, config.reward.options, f"evaluation.sets.{position}.reward")
         self._sets = sets
         self._rollout = rollout
+        self._verifier = verifier
 
     def evaluate(self, step: int, except_for: Collection[str] = ()) -> Iterator[EvaluationRecord]:
         """One record per set under the engine's current weights, each as soon as it is there.
@@ -88,9 +91,14 @@ class Evaluator:
                 prompts, config.samples_per_prompt, sampling, stream=f"evaluation {config.name}", rewards=rewards
             )
         problems = [ProblemResult.of_group(group) for group in groups]
+        figures = summarise_benchmark(problems, answer_of(config.reward.function if config.reward else self._verifier))
+        low, high = figures["confidence_interval_95"] or (None, None)
         record = {"step": step, "set": config.name, **summarise(problems)}
+        record |= {"confidence_low_95": low, "confidence_high_95": high}
         if (count := config.samples_per_prompt) > 1:
-            record[f"pass@{count}"] = mean_pass_at_k([[s.right for s in p.samples] for p in problems], count)
+            record[f"pass@{count}"] = figures["pass_at_k"][count]
+            if figures["majority_at_k"] is not None:
+                record[f"majority@{count}"] = figures["majority_at_k"]
         return record
 
 

@@ -109,9 +109,9 @@ def _set_names(runs: Mapping[str, Sequence[RunRecords]]) -> list[str]:
 
 
 def _metrics(runs: Mapping[str, Sequence[RunRecords]], name: str) -> list[str]:
-    """`accuracy`, and what else evaluations record that compares: pass@k."""
+    """`accuracy`, and what else evaluations record that compares: pass@k and majority@k."""
     records = [run.evaluations[name][-1] for of_method in runs.values() for run in of_method if name in run.evaluations]
-    return ["accuracy", *sorted({key for record in records for key in record if key.startswith("pass@")})]
+    return ["accuracy", *sorted({key for record in records for key in record if "@" in key})]
 
 
 def _first_values(runs: Mapping[str, Sequence[RunRecords]], name: str, metric: str) -> list[float]:

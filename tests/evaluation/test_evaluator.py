@@ -15,8 +15,8 @@ from megatron_dsrl.rollout.sampling import SamplingParameters
 from megatron_dsrl.train import is_due
 
 
-def sample(reward, num_tokens, finish_reason="stop"):
-    return Sample((7,) * num_tokens, (-0.5,) * num_tokens, "", finish_reason, weight_version=1, reward=reward)
+def sample(reward, num_tokens, finish_reason="stop", text=""):
+    return Sample((7,) * num_tokens, (-0.5,) * num_tokens, text, finish_reason, weight_version=1, reward=reward)
 
 
 class RecordedRollout:
@@ -51,13 +51,16 @@ def evaluation_set(name, **fields):
 
 def test_record_of_each_set():
     rollout = RecordedRollout(
-        {"1": (sample(1.0, 10), sample(0.0, 64, "length")), "2": (sample(1.0, 4), sample(1.0, 2))}
+        {
+            "1": (sample(1.0, 10, text=r"\boxed{1}"), sample(0.0, 64, "length", r"\boxed{9}")),
+            "2": (sample(1.0, 4, text=r"\boxed{2}"), sample(1.0, 2, text=r"\boxed{2}")),
+        }
     )
     sets = [
         (evaluation_set("sampled", samples_per_prompt=2, temperature=0.7), PROMPTS),
         (evaluation_set("short", samples_per_prompt=2, temperature=1.0), PROMPTS[:1]),
     ]
-    both, short = Evaluator(sets, rollout).evaluate(step=5)
+    both, short = Evaluator(sets, rollout, "boxed").evaluate(step=5)
     assert rollout.asked == [(2, 2, 0.7, 64, "evaluation sampled"), (1, 2, 1.0, 64, "evaluation short")]
     assert both == {
         "step": 5,
@@ -68,7 +71,10 @@ def test_record_of_each_set():
         "samples_per_prompt": 2,
         "mean_tokens": 20.0,
         "truncated_fraction": 0.25,
+        "confidence_low_95": 0.5,
+        "confidence_high_95": 1.0,
         "pass@2": 1.0,
+        "majority@2": 0.75,  # a coin decides between 1 and 9
     }
     assert (short["set"], short["accuracy"], short["standard_error"], short["problems"]) == ("short", 0.5, None, 1)
 
@@ -79,23 +85,23 @@ def test_a_set_has_a_verifier_of_its_own():
     choices = evaluation_set(
         "choices", samples_per_prompt=2, temperature=1.0, reward={"function": "multiple_choice", "workers": 1}
     )
-    [record] = Evaluator([(choices, prompts)], RecordedRollout({"B": (right, other)})).evaluate(step=0)
+    [record] = Evaluator([(choices, prompts)], RecordedRollout({"B": (right, other)}), "boxed").evaluate(step=0)
     assert record["accuracy"] == 0.5
 
     wrong = evaluation_set("wrong", reward={"function": "multiple_choice", "options": {"box": True}})
     with pytest.raises(UserError, match=r"evaluation\.sets\.0\.reward: multiple_choice does not take these options"):
-        Evaluator([(wrong, prompts)], RecordedRollout({}))
+        Evaluator([(wrong, prompts)], RecordedRollout({}), "boxed")
 
 
 def test_greedy_with_several_samples_is_refused():
     with pytest.raises(UserError, match=r"evaluation\.sets\.0: temperature 0 is greedy decoding, so 4"):
-        Evaluator([(evaluation_set("held_out", samples_per_prompt=4), PROMPTS)], RecordedRollout({}))
+        Evaluator([(evaluation_set("held_out", samples_per_prompt=4), PROMPTS)], RecordedRollout({}), "boxed")
 
 
 def test_two_sets_of_one_name_are_refused():
     one = (evaluation_set("held_out"), PROMPTS)
     with pytest.raises(UserError, match="the name held_out is used more than once"):
-        Evaluator([one, one], RecordedRollout({}))
+        Evaluator([one, one], RecordedRollout({}), "boxed")
 
 
 def test_early_and_late_frequency():
