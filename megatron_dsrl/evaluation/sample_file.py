@@ -3,10 +3,14 @@
 The first line says what was evaluated and how. An evaluation that continues must be the same one. The others hold a
 problem with one sample, in the order in which samples were finished; a line may also hold several that follow each
 other, as files of earlier versions do.
+
+A line survives the death of every process. The disk is waited for once a second at most, since shared file systems take
+tens of milliseconds: only a machine that fails can lose that second.
 """
 
 import json
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,8 @@ from typing import Any
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.evaluation.problem_result import ProblemResult, joined
 from megatron_dsrl.observability.records import read_records, record_line, repair_records
+
+SYNC_SECONDS = 1.0
 
 
 class SampleFile:
@@ -36,6 +42,7 @@ class SampleFile:
             _check_settings(records[0], settings, path)
         self._parts = _parts(records[1:], path)
         self._stream = path.open("a", encoding="utf-8")
+        self._synced = 0.0
         if not records:
             self._write(settings)
 
@@ -49,13 +56,14 @@ class SampleFile:
         return {number for part in self._parts.get(index, ()) for number in part.numbers}
 
     def add(self, result: ProblemResult) -> None:
-        """Finished samples of a problem. They are on disk when this returns."""
+        """Finished samples of a problem. They are in the file when this returns."""
         assert self.numbers(result.index).isdisjoint(result.numbers), f"problem {result.index}: sampled twice"
         self._parts.setdefault(result.index, []).append(result)
         self._write(result.as_record())
 
     def close(self) -> None:
-        """No more samples."""
+        """No more samples. All are on disk when this returns."""
+        self._sync()
         self._stream.close()
 
     def __enter__(self) -> "SampleFile":
@@ -67,7 +75,12 @@ class SampleFile:
     def _write(self, record: Mapping[str, Any]) -> None:
         self._stream.write(record_line(dict(record)))
         self._stream.flush()
+        if time.monotonic() - self._synced > SYNC_SECONDS:
+            self._sync()
+
+    def _sync(self) -> None:
         os.fsync(self._stream.fileno())
+        self._synced = time.monotonic()
 
 
 def read_sample_file(path: Path) -> list[ProblemResult]:
