@@ -5,6 +5,7 @@ The scripts under a real SLURM are tested in test_jobs.py.
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def run_script(tmp_path, stubs) -> RunScript:
             "DSRL_ROOT": str(REPOSITORY),
             "OUTPUT_DIR": str(tmp_path / "runs"),
             "RUN_NAME": "run",
-            "VENV": "",
+            "VENV": sys.prefix,
             "MEGATRON_FOLDER": "",
             "POLICY": "a/model",
             "SLURM_JOB_ID": "7",
