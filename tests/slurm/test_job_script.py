@@ -124,6 +124,7 @@ def test_a_wrong_benchmark_ends_the_job_before_anything_is_fetched(run_script, s
     assert "run_inputs" not in (stubs / "srun.log").read_text()
 
 
+@pytest.mark.slow
 def test_benchmarks_are_read_before_the_training(run_script, tmp_path):
     sums = tmp_path / "sums.yaml"
     sums.write_text(
