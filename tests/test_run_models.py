@@ -113,7 +113,8 @@ def test_the_optimizer_starts_anew_at_the_switch_and_only_there(dual_space):
     assert [count(step) for step in range(1, STEPS + 1)] == [2, 4, 2, 4, 6]
 
 
-@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [2, 3, 4])
 def test_resumes_exactly_at_the_switch_right_after_it_and_at_a_refresh(folder, dual_space, step):
     """At 2 the critic has not taken its first step, and reset and refresh are due; at 3 they are past."""
     reference = dual_space / "checkpoints" / f"step_{step:06d}" / "reference"

@@ -111,26 +111,16 @@ TWO_PROCESSES = {
     "TP 2": Case(parallel={"tensor_parallel_size": 2}),
     "TP 2, again": Case(parallel={"tensor_parallel_size": 2}),
     "TP 2 with sequence parallelism": Case(parallel=SEQUENCE_PARALLEL),
-    "TP 2 with sequence parallelism, full recomputation": Case(parallel=SEQUENCE_PARALLEL, recompute="full"),
-    "PP 2": Case(parallel={"pipeline_parallel_size": 2}),
     "PP 2, uneven stages": Case(parallel={"pipeline_parallel_size": 2, "layers_in_first_stage": 1}),
     "PP 2 x 2 virtual stages": Case(parallel=INTERLEAVED),
     "CP 2": Case(parallel={"context_parallel_size": 2}),
-    "CP 2, selective recomputation": Case(parallel={"context_parallel_size": 2}, recompute="selective"),
-    "CP 2, distributed optimizer": Case(parallel={"context_parallel_size": 2, "distributed_optimizer": True}),
     "DP 2": Case(),
     "DP 2, again": Case(),
-    "DP 2, samples reversed": Case(reverse_samples=True),
     "DP 2, distributed optimizer": Case(parallel={"distributed_optimizer": True}),
-    "MoE: DP 2, distributed optimizer": Case("MoE", DISTRIBUTED),
-    "MoE: EP 2": Case("MoE", {"expert_parallel_size": 2}),
     "MoE: EP 2, distributed optimizer": Case("MoE", {"expert_parallel_size": 2, "distributed_optimizer": True}),
-    "MoE: TP 2 with sequence parallelism, experts split too": Case("MoE", SEQUENCE_PARALLEL),
     "MoE: TP 2 with sequence parallelism, EP 2, experts whole": Case(
         "MoE", SEQUENCE_PARALLEL | {"expert_parallel_size": 2, "expert_tensor_parallel_size": 1}
     ),
-    "MoE: CP 2, EP 2": Case("MoE", {"context_parallel_size": 2, "expert_parallel_size": 2}),
-    "MoE: PP 2 x 2 virtual stages": Case("MoE", INTERLEAVED),
     "MoE, routing replay: TP 2 with sequence parallelism, experts split too": Case(
         "MoE", SEQUENCE_PARALLEL, given_experts=True
     ),
@@ -140,6 +130,18 @@ TWO_PROCESSES = {
     "MoE, routing replay: PP 2 x 2 virtual stages, full recomputation": Case(
         "MoE", INTERLEAVED, recompute="full", given_experts=True
     ),
+}
+MORE_OF_TWO_PROCESSES = {
+    "TP 2 with sequence parallelism, full recomputation": Case(parallel=SEQUENCE_PARALLEL, recompute="full"),
+    "PP 2": Case(parallel={"pipeline_parallel_size": 2}),
+    "CP 2, selective recomputation": Case(parallel={"context_parallel_size": 2}, recompute="selective"),
+    "CP 2, distributed optimizer": Case(parallel={"context_parallel_size": 2, "distributed_optimizer": True}),
+    "DP 2, samples reversed": Case(reverse_samples=True),
+    "MoE: DP 2, distributed optimizer": Case("MoE", DISTRIBUTED),
+    "MoE: EP 2": Case("MoE", {"expert_parallel_size": 2}),
+    "MoE: TP 2 with sequence parallelism, experts split too": Case("MoE", SEQUENCE_PARALLEL),
+    "MoE: CP 2, EP 2": Case("MoE", {"context_parallel_size": 2, "expert_parallel_size": 2}),
+    "MoE: PP 2 x 2 virtual stages": Case("MoE", INTERLEAVED),
 }
 FOUR_PROCESSES = {
     "TP 2 x PP 2": Case(parallel={"tensor_parallel_size": 2, "pipeline_parallel_size": 2}),
@@ -273,6 +275,11 @@ def two_processes(folder) -> dict[str, dict]:
 
 
 @pytest.fixture(scope="module")
+def more_of_two_processes(folder) -> dict[str, dict]:
+    return same_on_every_rank(run_distributed(run_cases, 2, folder, MORE_OF_TWO_PROCESSES, timeout_seconds=500))
+
+
+@pytest.fixture(scope="module")
 def four_processes(folder) -> dict[str, dict]:
     return same_on_every_rank(run_distributed(run_cases, 4, folder, FOUR_PROCESSES, timeout_seconds=900))
 
@@ -346,6 +353,12 @@ def test_two_processes_repeat_bit_for_bit(two_processes, name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", MORE_OF_TWO_PROCESSES)
+def test_more_of_two_processes(one_process, more_of_two_processes, name):
+    check(name, MORE_OF_TWO_PROCESSES[name], more_of_two_processes, one_process)
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", FOUR_PROCESSES)
 def test_four_processes(one_process, four_processes, name):
@@ -357,4 +370,4 @@ def test_the_guide_has_every_layout():
     shown = [row.split(" | ")[0].removeprefix("| ") for row in guide.splitlines() if row.count("e-0") == 4]
     compared = [name for name in ONE_PROCESS if not name.endswith("1 process")]
     compared += [name for name in TWO_PROCESSES if not name.endswith("again")]
-    assert shown == [*compared, *FOUR_PROCESSES]
+    assert shown == [*compared, *MORE_OF_TWO_PROCESSES, *FOUR_PROCESSES]

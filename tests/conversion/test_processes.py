@@ -227,6 +227,7 @@ def test_what_one_process_meets_all_of_them_report_and_nothing_is_left(measured,
     assert not (folder / "bad").exists() and not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_four_processes(folder):
     """Tensor and pipeline parallelism together, and experts over pipeline stages."""
     measured = run_distributed(measure_four_processes, 4, folder, timeout_seconds=200)

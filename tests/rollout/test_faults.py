@@ -144,7 +144,7 @@ def soon(disturb: Callable[[int], None], server: int) -> Iterator[None]:
 @pytest.mark.parametrize(
     "disturb",
     [
-        kill,
+        pytest.param(kill, marks=pytest.mark.slow),
         stop_scheduler,
         pytest.param(stop_server, marks=pytest.mark.slow),
         pytest.param(kill_scheduler, marks=pytest.mark.slow),
