@@ -258,6 +258,7 @@ def test_bad_input_ends_in_one_message_and_leaves_no_process(config, overrides, 
     assert processes_left_behind() == []
 
 
+@pytest.mark.slow
 def test_an_empty_data_set_a_wrong_tokenizer_and_a_taken_port_end_in_one_message(config, tmp_path):
     empty = tmp_path / "empty.jsonl"
     empty.touch()

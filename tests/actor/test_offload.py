@@ -141,6 +141,7 @@ def test_updates_with_offloads_between_them_are_those_without(one_process, name)
     check(*one_process[0][name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*TWO_PROCESSES, "critic"])
 def test_in_two_processes_too(two_processes, name):
     check(*two_processes[name])

@@ -360,7 +360,11 @@ def save_an_actor_onto_a_full_disk(model: Path, root: Path, full_on: list[int], 
     return [message, found]
 
 
-@pytest.mark.parametrize(("full_on", "asynchronous"), [([0], True), ([1], False)], ids=["rank 0", "rank 1"])
+@pytest.mark.parametrize(
+    ("full_on", "asynchronous"),
+    [pytest.param([0], True, marks=pytest.mark.slow), ([1], False)],
+    ids=["rank 0", "rank 1"],
+)
 def test_megatron_on_a_full_disk_of_one_rank_ends_all_ranks(tiny_model_folder, tmp_path, full_on, asynchronous):
     results = run_distributed(save_an_actor_onto_a_full_disk, 2, tiny_model_folder, tmp_path, full_on, asynchronous)
     for message, found in results:

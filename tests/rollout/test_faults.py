@@ -157,6 +157,7 @@ def test_while_it_generates(disturb, rollout, policy, undisturbed):
     assert rollout._engines.restarts == restarts + 1
 
 
+@pytest.mark.slow
 def test_while_it_is_idle_and_while_it_takes_weights(rollout, policy, undisturbed):
     """As during a training step, and in the middle of the push after it."""
     restarts = rollout._engines.restarts

@@ -115,6 +115,7 @@ def schedulers_of(group: int) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.slow
 def test_a_key_is_asked_for_a_bad_bucket_is_an_error_and_a_dead_engine_is_noticed(make_server, monkeypatch):
     monkeypatch.delenv(API_KEY_VARIABLE, raising=False)
     monkeypatch.setattr(os, "environ", os.environ.copy())  # what agree_on_key does ends with the test
