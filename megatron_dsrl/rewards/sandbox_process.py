@@ -53,6 +53,7 @@ class PathBeneath(ctypes.Structure):
 
 
 def main() -> None:
+    """Read the task, put up the outer guards, and end with the status of the tests' process."""
     settings = json.loads(sys.argv[1])
     with open(0, "rb", buffering=0, closefd=False) as stdin:  # what is buffered would be in the program's process too
         program = json.loads(stdin.readline())["program"]
