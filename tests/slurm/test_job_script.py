@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.documents import DOCUMENTS, commands
 from tests.support.tiny_run import REPOSITORY, write_tiny_run
 
 SRUN = """#!/usr/bin/env bash
@@ -26,6 +27,23 @@ REALLY = 'exec "${@:4}"'
 SCONTROL = """#!/usr/bin/env bash
 echo "$*" >>"$STUBS/scontrol.log"
 """
+SBATCH = """#!/usr/bin/env bash
+for word in "$@"; do
+    case "$word" in --array=1-3) tasks="1 2 3" ;; --nodes=*) nodes="${word#*=}" ;; -*) exit 1 ;; esac
+done
+printf '%s\\n' "$CONFIG" "$POLICY" "$RUN_NAME" "$CONTAINER" >"$STUBS/wanted"
+export SLURM_SUBMIT_DIR="$PWD" SLURM_NTASKS="$((8 * ${nodes:-1}))"
+[ -n "${tasks:-}" ] || exec bash "$word"
+for task in $tasks; do SLURM_ARRAY_TASK_ID="$task" bash "$word" || exit; done
+"""
+TRAINED = """
+case "$work $*" in
+    train*) all="$*"; name="${all##* name=}"; mkdir -p "$OUTPUT_DIR/${name%% *}/hf/step_000348" ;;
+    *model.path*) echo a/model ;;
+esac
+"""
+"""The model's name is asked for, and a training leaves a policy."""
+SUBMISSIONS = sorted({c.line for document in DOCUMENTS for c in commands(document) if "sbatch" in c.words})
 
 RunScript = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -35,7 +53,7 @@ def stubs(tmp_path) -> Path:
     """Folder of the commands that job.sh finds in the place of SLURM's."""
     folder = tmp_path / "stubs"
     folder.mkdir()
-    for name, text in {"srun": SRUN, "scontrol": SCONTROL, "sleep": "#!/bin/sh\n"}.items():
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL, "sbatch": SBATCH, "sleep": "#!/bin/sh\n"}.items():
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     return folder
@@ -136,3 +154,35 @@ def test_benchmarks_are_read_before_the_training(run_script, tmp_path):
     sums.write_text(sums.read_text().replace("problems.jsonl", str(tmp_path / "prompts.jsonl")))
     job = run_script(CONFIG=config, BENCHMARKS=str(sums), ON_SRUN=f"[[ $* != *run_inputs* ]] || {REALLY}")
     assert job.returncode == 0 and "40 prompts; sums: 40 problems" in job.stdout
+
+
+@pytest.mark.parametrize("line", SUBMISSIONS)
+def test_submissions_in_the_documents_do_what_they_say(line, stubs, tmp_path):
+    """As written, by an `sbatch` that runs the script at once, in the place of every task of an array."""
+    (tmp_path / "dsrl_qwen3_8b" / "hf" / "step_000348").mkdir(parents=True)  # what one of them evaluates
+    environment = os.environ | {
+        "PATH": f"{stubs}:{os.environ['PATH']}",
+        "STUBS": str(stubs),
+        "ON_SRUN": TRAINED,
+        "OUTPUT_DIR": str(tmp_path),
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "node",
+    }
+    job = subprocess.run(
+        ["bash", "-c", line],
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=60,
+    )
+    assert job.returncode == 0, job.stdout
+    started = (stubs / "srun.log").read_text()
+    wanted = (stubs / "wanted").read_text().split("\n")
+    assert [value for value in wanted if value not in started] == []
+    seeds = [f"seed={seed}" for seed in range(1, 4)] if "--array" in line else []
+    assert job.stdout.count("done:") == max(len(seeds), 1)
+    assert [seed for seed in seeds if seed not in started] == []
+    if "dsrl_8b.sh" in line:
+        assert f"--world-size {16 if '--nodes=2' in line else 8}\n" in started

@@ -4,6 +4,7 @@ import ast
 import os
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -22,6 +23,8 @@ FOLDERS = ("configs", "examples", "megatron_dsrl", "slurm", "tests", "tools")
 
 MADE_UP = ("configs/mine.yaml",)
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+PROGRAMS = ("dsrl", "python", "torchrun", "bash", "sbatch", "pytest", "docker", "tensorboard", "torchfrtrace")
+"""Code within the text that begins with one of these, and has arguments, is a command."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,9 @@ class Command:
     """A command of a document, and the output that the document shows of it."""
 
     line: str
+    """Without its comment."""
+    setting: tuple[str, ...]
+    """Lines before it in its block that set variables or enter an environment."""
     words: tuple[str, ...]
     """As the shell would split them, without variables before the command."""
     shown: tuple[str, ...]
@@ -46,14 +52,20 @@ def name(document: Path) -> str:
     return str(document.relative_to(REPOSITORY))
 
 
-def commands(document: Path) -> list[Command]:
-    """All commands in the blocks without a language, and `dsrl` commands with arguments within the text."""
+@cache
+def commands(document: Path) -> tuple[Command, ...]:
+    """All commands of the blocks without a language, and those within the text that are more than a name."""
     text = document.read_text(encoding="utf-8")
-    outside = BLOCK.sub("", text)
-    inline = [" ".join(code.split()) for code in re.findall(r"`(dsrl [^`]+)`", outside)]
     found = [command for block in _blocks(text, "") for command in _of_block(block.replace("\\\n", " "))]
-    whole = [line for line in inline if line.count(" ") > 1 and not re.search(r"\.\.\.|KIND", line)]
-    return found + [Command(line, tuple(shlex.split(line)), ()) for line in whole]
+    inline = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", BLOCK.sub("", text))]
+    return (*found, *(_command(code, [], []) for code in inline if _is_command(code)))
+
+
+def _is_command(code: str) -> bool:
+    """`dsrl plan` and `python -m module` are names, and so is what leaves something open."""
+    program, *arguments = re.sub(r"^([A-Z_]+=\S* )+", "", code).split()[:4] or [""]
+    name_only = len(arguments) < {"dsrl": 2, "python": 3 if "-m" in arguments else 1}.get(program, 1)
+    return program in PROGRAMS and not name_only and not re.search(r"\.\.\.|KIND", code)
 
 
 def _blocks(text: str, language: str) -> list[str]:
@@ -64,16 +76,24 @@ def _of_block(block: str) -> Iterator[Command]:
     lines = block.splitlines()
     with_output = any(line.startswith("$ ") for line in lines)
     starts = [i for i, line in enumerate(lines) if line.startswith("$ ") or not with_output]
+    setting: list[str] = []
     for start, end in zip(starts, [*starts[1:], len(lines)]):
-        line = lines[start].removeprefix("$ ")
-        try:
-            words = shlex.split(line, comments=True)
-        except ValueError:  # output of a program
-            continue
-        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
-            words.pop(0)
-        if words and not any(re.search(r"\$\w", word) for word in words):  # values of shell variables are not known
-            yield Command(line, tuple(words), tuple(filter(None, lines[start + 1 : end])))
+        line = re.sub(r"\s+#\s.*$", "", lines[start].removeprefix("$ "))
+        if re.match(r"(export |source )|\w+=(\"[^\"]*\"|\S*)$", line):
+            setting.append(line)
+        elif line:
+            yield _command(line, setting, lines[start + 1 : end])
+
+
+def _command(line: str, setting: list[str], shown: list[str]) -> Command:
+    words = shlex.split(line)
+    if re.search(r"\$\w", line):
+        script = "\n".join([*(each for each in setting if "=" in each), f"printf '%s\\0' {line}"])
+        printed = subprocess.run(["bash", "-euc", script], check=True, stdout=subprocess.PIPE, text=True, timeout=10)
+        words = printed.stdout.split("\0")[:-1]
+    while re.match(r"[A-Z_]+=", words[0]):
+        words.pop(0)
+    return Command(line, tuple(setting), tuple(words), tuple(filter(None, shown)))
 
 
 def files_named(document: Path) -> list[Path]:

@@ -1,0 +1,207 @@
+"""Every command in the documents is run: here, in a fresh copy of the repository with an environment of its own.
+
+The commands of a document are run one after the other by bash, as written but for what makes them small (`SHORTER`),
+for names that stand for something (`STANDS_FOR`), and for models and data of the hub, in whose place are folders. Those
+that take a second (plans, dry runs) are run by test_guides.py, which compares their output. `NOT_HERE` has what is run
+elsewhere, or cannot be run without a GPU, Docker or several machines.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from examples.gsm8k.make_random_model import ARCHITECTURE
+from examples.tiny_dsrl.tokenizer import VOCAB_SIZE, build_tokenizer
+from tests.configs.test_configs import MODELS
+from tests.examples.test_guides import RUN_HERE as RUN_BY_TEST_GUIDES
+from tests.support.documents import DOCUMENTS, Command, commands, name
+from tests.support.families import FAMILIES
+from tests.support.judge import judge
+from tests.support.tiny_run import REPOSITORY
+
+COMMAND_SECONDS = 1200
+
+NOT_HERE = {
+    r"^bash tools/run_tests.sh": "runs these tests",
+    r"\bsbatch ": "tests/slurm/test_job_script.py runs the script that every such line submits",
+    r"^bash tools/local_slurm.sh|^pytest -m slow tests/slurm": "tests/slurm/test_jobs.py uses what it installs",
+    r"^docker |^apptainer |^enroot |install.sh wheels": "the GPU image; tests/tools/test_image.py lints it",
+    r"^python tools/image/check_pins.py": "tests/tools/test_image.py runs it, where there is uv",
+    r"^pytest -m gpu": "needs a GPU",
+    r"^torchfrtrace": "reads what NCCL leaves behind",
+    r"launch_server|engine.urls": "of several machines; tests/rollout/test_external_engines.py has one",
+}
+"""Commands that are not run here, and why."""
+
+STANDS_FOR = {
+    r"\bSOURCE\b": ".cache/tiny_dsrl/base",
+    r"\bTARGET\b": "base.mcore",
+    r"\bHF MEGATRON\b": "tiny_dsrl.hf runs/tiny_dsrl",
+    r"\bCONFIG\b": "configs/tiny_dsrl.yaml name=rollout_only steps=2",
+    r"\bRUN\b|<run folder>": "runs/tiny_dsrl",
+    r"URL --judge NAME": "{judge} --judge default --responses 2",
+    r"--nproc-per-node 8": "--nproc-per-node 2",
+}
+"""What is written in the place of a name that stands for something, or of a number of GPUs."""
+
+FEW_SAMPLES = "--limit 2 --samples 2 --max-tokens 16 engine.max_total_tokens=8192 model.dtype=float32"
+SHORTER = {
+    r"tiny_dsrl.yaml rollout.temperature": "name=warmer steps=6",
+    r"tiny_dsrl.yaml parallel.tensor_parallel_size=2": "name=whole_tp2 steps=6",
+    r"tiny_grpo.yaml$": "steps=2",
+    r"tiny_experts_\w+.yaml$": "steps=6",
+    r"actor.offload": "name=offloaded",
+    r"eval (Qwen/Qwen3-4B|runs/dsrl_qwen3_8b)": "--data-folder {data} " + FEW_SAMPLES,
+    r"--responses 400": "--responses 4",
+    r"benchmark_conversion": "--gigabytes 0.02",
+    r"benchmark_checkpoint": "--megabytes 10",
+    r"benchmark_recording": "--prompts 4 --tokens 128",
+    r"benchmark_weight_sync": "--megabytes 10 --rounds 1",
+    r"benchmark_log_probs": "--tokens 64 --vocabulary 1024",
+    r"benchmark_on_policy": "--samples 4 --repetitions 1",
+    r"benchmark_controller": "--samples 16 --tokens 128 --repetitions 1",
+    r"gpu_record": "--size tiny",
+    r"tensorboard": "--inspect",
+    r"test_layouts": "-k uneven",
+}
+"""Arguments behind a command that make it small, or give it a place of its own."""
+
+COPIES = ("a", "b", "c", "d", "grpo_qwen3_8b", "dsrl_qwen3_8b") + tuple(
+    f"{method}_qwen3_8b_seed{seed}" for method in ("grpo", "dsrl") for seed in (1, 2)
+)
+"""Runs that the documents compare: copies of the tiny one."""
+
+
+def run_here(document: Path) -> list[Command]:
+    return [
+        command
+        for command in commands(document)
+        if command.line not in RUN_BY_TEST_GUIDES and not any(re.search(each, command.line) for each in NOT_HERE)
+    ]
+
+
+def test_no_exception_is_left_over():
+    lines = [command.line for document in DOCUMENTS for command in commands(document)]
+    assert [each for each in NOT_HERE if not any(re.search(each, line) for line in lines)] == []
+    lines = [command.line for document in DOCUMENTS for command in run_here(document)]
+    assert [each for each in (*SHORTER, *STANDS_FOR) if not any(re.search(each, line) for line in lines)] == []
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory, data_folder) -> Path:
+    """A copy of the repository in which the first command of the README has been run, and what others find there."""
+    folder = tmp_path_factory.mktemp("checkout") / "megatron-dsrl"
+    left_out = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "runs", "evaluations")
+    shutil.copytree(REPOSITORY, folder, ignore=left_out)
+    run(folder, "bash examples/tiny_dsrl/run.sh")
+    put_stand_ins_of_the_hub(folder, data_folder)
+    benchmark = f"--benchmarks examples/tiny_dsrl/held_out.yaml --data-folder .cache/tiny_dsrl {FEW_SAMPLES}"
+    run(folder, f"dsrl eval .cache/tiny_dsrl/base --output evaluations/base {benchmark}")
+    for copy in ("evaluations/Qwen3-4B", "runs/base_8b/evaluation"):
+        shutil.copytree(folder / "evaluations" / "base", folder / copy)
+    run(folder, f"dsrl eval runs/tiny_dsrl --output evaluations/run {benchmark}")
+    for copy in COPIES:
+        shutil.copytree(folder / "runs" / "tiny_dsrl", folder / "runs" / copy)
+        shutil.copytree(folder / "evaluations" / "run", folder / "runs" / copy / "evaluation" / "step_000050")
+    for sweep in (folder / "examples" / "miniature").glob("*.yaml"):
+        text = re.sub(r"seeds: \[.*\]", "seeds: [1]", sweep.read_text())
+        sweep.write_text(re.sub(r"\bsteps=\d+", "steps=6", text))
+    return folder
+
+
+def put_stand_ins_of_the_hub(folder: Path, data: Path) -> None:
+    """In the place of names on the hub: small random models with Qwen3's tokenizer, GSM8K."""
+    tokenizer = AutoTokenizer.from_pretrained(data / "qwen3-tokenizer")
+    torch.manual_seed(0)
+    for model in MODELS:
+        tokenizer.save_pretrained(folder / model)
+        Qwen3ForCausalLM(Qwen3Config(**ARCHITECTURE)).save_pretrained(folder / model)
+    FAMILIES["Qwen3-MoE"](folder / "moe", vocab_size=VOCAB_SIZE)
+    build_tokenizer().save_pretrained(folder / "moe")
+    problems = folder / "openai" / "gsm8k"
+    problems.mkdir(parents=True)
+    shutil.copy(data / "gsm8k" / "train.jsonl", problems)
+    shutil.copy(data / "gsm8k" / "train.jsonl", folder)
+    card = "---\nconfigs:\n- config_name: main\n  data_files: [{split: train, path: train.jsonl}]\n---\n"
+    (problems / "README.md").write_text(card)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, data_folder) -> Path:
+    """The benchmarks' files, with made-up questions where the real ones may not be had."""
+    folder = tmp_path_factory.mktemp("data")
+    for part in data_folder.iterdir():
+        (folder / part.name).symlink_to(part)
+    (folder / "gpqa").mkdir()
+    shutil.copy(REPOSITORY / "tests" / "evaluation" / "made_up_gpqa.csv", folder / "gpqa" / "gpqa_diamond.csv")
+    return folder
+
+
+@pytest.fixture
+def judge_url(request, tmp_path) -> Iterator[str]:
+    """Of a server that is there only for a document that asks one."""
+    if not any("{judge}" in as_run(command) for command in run_here(request.getfixturevalue("document"))):
+        yield ""
+        return
+    with judge(tmp_path) as url:
+        yield url
+
+
+def as_run(command: Command) -> str:
+    """The script of a command, with `{data}` and `{judge}` for what is known only at run time."""
+    line = command.line
+    more = next((words for pattern, words in SHORTER.items() if re.search(pattern, line)), "")
+    line = re.sub(r"( \| |$)", lambda pipe: f" {more}{pipe[0]}", line, count=1)
+    for pattern, value in STANDS_FOR.items():
+        line = re.sub(pattern, value, line)
+    return "\n".join([*command.setting, line])
+
+
+def run(folder: Path, script: str) -> str:
+    """What the script printed. Fails with that if the script does."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{folder}/.venv/bin:{os.environ['PATH']}"}
+    for inherited in ("PYTHONPATH", "DSRL_VENV", "VIRTUAL_ENV"):
+        environment.pop(inherited, None)
+    try:
+        finished = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", script],
+            cwd=folder, env=environment, capture_output=True, text=True, timeout=COMMAND_SECONDS,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as late:
+        pytest.fail(f"{script}\nhas not ended in {COMMAND_SECONDS} s\n{late.stdout}\n{late.stderr}")
+    assert finished.returncode == 0, f"{script}\n{finished.stdout[-5000:]}\n{finished.stderr[-5000:]}"
+    return finished.stdout + finished.stderr
+
+
+def constant_words(line: str) -> list[str]:
+    """Of a line of output without numbers, which are another run's; frames and spaces have the width of these."""
+    return [] if re.search(r"\d", line) or line == "..." else re.findall(r"[^\s|─-╿]+", line)
+
+
+@pytest.mark.slow
+@pytest.mark.needs_data
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("document", [document for document in DOCUMENTS if run_here(document)], ids=name)
+def test_commands_run_and_print_the_lines_that_are_shown(document, checkout, data, judge_url):
+    for command in run_here(document):
+        printed = run(checkout, as_run(command).replace("{data}", str(data)).replace("{judge}", judge_url))
+        lines = [constant_words(line) for line in printed.splitlines()]
+        assert [line for line in command.shown if constant_words(line) not in ([], *lines)] == [], command.line
+
+
+@pytest.mark.slow
+@pytest.mark.needs_data
+@pytest.mark.timeout(3600)
+def test_the_first_command_of_the_readme_teaches_the_tiny_model(checkout):
+    lines = (checkout / "runs" / "tiny_dsrl" / "evaluation.jsonl").read_text().splitlines()
+    accuracy = {record["step"]: record["accuracy"] for record in map(json.loads, lines)}
+    assert accuracy[50] > accuracy[0] + 0.3
+    assert (checkout / "runs" / "tiny_dsrl" / "report.html").exists()
