@@ -7,7 +7,8 @@
 #   bash tools/local_slurm.sh stop [FOLDER]    cancels the jobs and stops the daemons
 #
 # After `start`: export SLURM_CONF=FOLDER/slurm.conf, then sbatch, squeue, scontrol as on a cluster. Without accounting
-# and cgroups; the jobs of a real cluster differ in what the site adds.
+# and cgroups; the jobs of a real cluster differ in what the site adds. The partition `gpu` has 16 nodes of 8 GPUs that do
+# not exist: `sbatch --test-only --partition=gpu` says where a job would run.
 set -euo pipefail
 
 command="${1:-}"
@@ -53,7 +54,10 @@ ReturnToService=2
 KillWait=60
 MaxArraySize=1001
 NodeName=$(hostname) NodeAddr=127.0.0.1 CPUs=$(getconf _NPROCESSORS_ONLN) RealMemory=$memory State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=main Nodes=$(hostname) Default=YES MaxTime=INFINITE State=UP
+GresTypes=gpu
+NodeName=gpu[1-16] NodeAddr=127.0.0.1 CPUs=96 RealMemory=1000000 Gres=gpu:8 State=UNKNOWN
+PartitionName=gpu Nodes=gpu[1-16] MaxTime=INFINITE State=UP
 CONF
 }
 
@@ -91,5 +95,5 @@ case "$command" in
     install) install_packages ;;
     start) start ;;
     stop) stop ;;
-    *) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    *) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac

@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.slurm.test_job_script import SUBMISSIONS
 from tests.support.tiny_run import MARK, REPOSITORY, write_tiny_run
 
 LIMIT_SECONDS = 600.0
@@ -234,6 +235,17 @@ def test_conversion_and_evaluation_are_jobs_of_their_own(slurm, tmp_path):
     steps = {"STEPS": "check_environment evaluate", "BENCHMARKS": str(problems), "SAMPLES": "1"}
     nothing = Job(slurm, tmp_path, **steps)
     assert nothing.ended() == {"FAILED"} and "train first, or set POLICY" in nothing.log()
+
+
+@pytest.mark.parametrize("line", SUBMISSIONS)
+def test_submissions_in_the_documents_ask_for_what_a_cluster_has(slurm, line):
+    """Nodes of 8 GPUs, which are made up here: SLURM says where the job would run, and does not run it."""
+    tried = subprocess.run(
+        ["bash", "-c", line.replace("sbatch ", "sbatch --test-only --partition=gpu ")],
+        cwd=REPOSITORY, env=slurm, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60,
+    )  # fmt: skip
+    assert tried.returncode == 0, tried.stdout
+    assert f"on nodes {'gpu[1-2]' if '--nodes=2' in line else 'gpu1'} in partition gpu" in tried.stdout
 
 
 def is_rank(process: psutil.Process, folder: str, rank: str) -> bool:
