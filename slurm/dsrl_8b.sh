@@ -20,8 +20,8 @@
 #   CONFIG=configs/grpo_qwen3_8b.yaml sbatch slurm/dsrl_8b.sh        a baseline in the same place
 #
 # It does everything that is missing on the way (slurm/job.sh says what), saves its state 15 minutes before the time limit
-# and at preemption, requeues itself, and continues, in the evaluation as well. Sites add their account and partition on the command line or through
-# SBATCH_ACCOUNT and SBATCH_PARTITION.
+# and at preemption, requeues itself, and continues, in the evaluation as well. Sites add their account and partition on
+# the command line or through SBATCH_ACCOUNT and SBATCH_PARTITION.
 
 DSRL_ROOT="${DSRL_ROOT:-$SLURM_SUBMIT_DIR}"                    # this repository
 CONFIG="${CONFIG:-configs/dsrl_qwen3_8b.yaml}"                 # the run

@@ -28,9 +28,8 @@ dsrl=(python -m megatron_dsrl.cli)
 
 attempt="${SLURM_RESTART_COUNT:-0}"
 # shellcheck disable=SC2153  # the job scripts set the upper-case ones
-read -ra overrides <<<"$OVERRIDES" && read -ra container <<<"$CONTAINER"
-# shellcheck disable=SC2153
-read -ra evaluation_options <<<"$EVALUATION_OVERRIDES"
+read -ra overrides <<<"$OVERRIDES" && read -ra container <<<"$CONTAINER" &&
+    read -ra evaluation_options <<<"$EVALUATION_OVERRIDES"
 evaluation_options+=(--benchmarks "$BENCHMARKS" ${SAMPLES:+--samples "$SAMPLES"})
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then # a job array is one run per seed
     RUN_NAME="${RUN_NAME}_seed${SLURM_ARRAY_TASK_ID}"

@@ -43,12 +43,14 @@ install_compiled() {
     export NVTE_CUDA_ARCHS="$architectures" NVTE_FRAMEWORK=pytorch
     TORCH_CUDA_ARCH_LIST="$(sed -E 's/([0-9]+)([0-9])/\1.\2/g; s/;/ /g' <<<"$architectures")"
     export TORCH_CUDA_ARCH_LIST APEX_CPP_EXT=1 APEX_CUDA_EXT=1
-    local name
+    local name requirement
     for name in flash-attn transformer-engine-torch apex; do
-        pip install --no-build-isolation --no-deps "$(pin "$name" requirements-source.txt)"
+        requirement="$(pin "$name" requirements-source.txt)"
+        pip install --no-build-isolation --no-deps "$requirement"
     done
     # flash-attn brings a stub of flash_attn/cute, the folder that flash-attn-4 lives in: put the real one back.
-    pip install --force-reinstall --no-deps "$(pin flash-attn-4 requirements.in)"
+    requirement="$(pin flash-attn-4 requirements.in)"
+    pip install --force-reinstall --no-deps "$requirement"
 }
 
 install_project() {
