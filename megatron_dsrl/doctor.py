@@ -23,6 +23,7 @@ from packaging.utils import canonicalize_name
 from rich.console import Console
 from rich.table import Table
 
+from megatron_dsrl.doctor_device import driver_version, examine_cuda_compiler, examine_device
 from megatron_dsrl.doctor_kernels import Finding, examine_kernels, installed_version
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -56,14 +57,16 @@ def examine() -> Examination:
     """Look at this machine and the Python environment of this process; changes nothing."""
     torch_is_there = installed_version("torch") is not None
     cuda = torch_is_there and _has_cuda()
-    lock_files = (IMAGE_LOCK_FILE,) if cuda else LOCK_FILES
-    packages = tuple(_packages(read_pins(REPOSITORY / name for name in lock_files), cuda))
+    torch_cuda = _torch_cuda() if torch_is_there else None
+    # The image is the image on a machine without a GPU as well, where checkpoints are converted.
+    lock_files = LOCK_FILES if torch_cuda is None else (IMAGE_LOCK_FILE,)
+    packages = tuple(_packages(read_pins(REPOSITORY / name for name in lock_files), torch_cuda))
     return Examination((
         _python(),
         *packages,
         *(_torchvision() if torch_is_there else ()),
-        *(_device() if torch_is_there else ()),
-        *examine_kernels(cuda, _torch_cuda() if torch_is_there else None),
+        *(_devices(torch_cuda) if torch_is_there else ()),
+        *examine_kernels(cuda, torch_cuda),
         _compiler(),
         _processor(),
         _memory(),
@@ -111,8 +114,8 @@ def _python() -> Finding:
     return Finding("Python", "problem", found, "take 3.11 or 3.12: DSRL_PYTHON=python3.12 bash tools/setup_cpu.sh")
 
 
-def _packages(pins: dict[str, str], cuda: bool) -> Iterator[Finding]:
-    environment = "GPU image is made" if cuda else "CPU environment is tested"
+def _packages(pins: dict[str, str], torch_cuda: str | None) -> Iterator[Finding]:
+    environment = "CPU environment is tested" if torch_cuda is None else "GPU image is made"
     for name in ESSENTIAL_PACKAGES:
         installed, pinned = installed_version(name), pins.get(canonicalize_name(name))
         if installed is None:
@@ -150,24 +153,13 @@ def _torch_cuda() -> str | None:
     return take_inventory().torch_cuda_version
 
 
-def _device() -> Iterator[Finding]:
+def _devices(torch_cuda: str | None) -> Iterator[Finding]:
     from megatron_dsrl.platform.devices import take_inventory
 
-    devices = take_inventory()
-    if devices.platform == "cuda":
-        names = ", ".join(sorted(set(devices.names)))
-        found = f"{len(devices.names)} CUDA device(s): {names}; CUDA {devices.torch_cuda_version}"
-        yield Finding("device", "ok", found)
-    elif devices.torch_cuda_version is None:
-        yield Finding("device", "ok", "CPU (torch is the CPU build); tiny models only")
-    else:
-        yield Finding(
-            "device",
-            "note",
-            f"CPU; torch is built for CUDA {devices.torch_cuda_version} but sees no device",
-            "on a GPU machine check `nvidia-smi` and that the driver supports this CUDA version; on a CPU machine "
-            "install the CPU build of torch",
-        )
+    names = take_inventory().names
+    yield examine_device(names, torch_cuda, driver_version(), os.environ)
+    if names and torch_cuda is not None:
+        yield examine_cuda_compiler(torch_cuda)
 
 
 def _compiler() -> Finding:

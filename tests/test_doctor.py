@@ -9,6 +9,7 @@ import pytest
 from packaging.utils import canonicalize_name
 
 from megatron_dsrl.doctor import ESSENTIAL_PACKAGES, LOCK_FILES, Examination, examine, read_pins
+from megatron_dsrl.doctor_device import driver_version, examine_cuda_compiler, examine_device
 from megatron_dsrl.doctor_kernels import Finding, examine_kernels
 
 REPOSITORY = Path(__file__).parents[1]
@@ -148,3 +149,49 @@ def test_pieces_that_do_not_fit_on_a_gpu_are_explained(changed, topic, severity,
     finding = on_a_gpu(**changed)[topic]
     assert finding.severity == severity
     assert found in finding.found and advice in finding.advice
+
+
+def test_the_driver_is_read_from_the_kernel(tmp_path):
+    file = tmp_path / "version"
+    assert driver_version(file) is None
+    for module in ("NVIDIA UNIX x86_64 Kernel Module", "NVIDIA UNIX Open Kernel Module for x86_64"):
+        file.write_text(f"NVRM version: {module}  580.95.05  Release Build\nGCC version:  gcc version 11.4.0\n")
+        assert driver_version(file) == "580.95.05"
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "driver", "variables", "severity", "found", "advice"),
+    [
+        (None, None, {}, "ok", "CPU", ""),
+        (None, "580.95.05", {}, "note", "CPU build, on a machine with an NVIDIA driver", "take the image"),
+        ("13.0", None, {}, "note", "no NVIDIA driver is loaded", "580 or newer"),
+        ("13.0", "575.57.08", {}, "note", "driver 575.57.08 is too old", "CUDA 13.0 needs 580 or newer"),
+        ("12.9", "575.57.08", {}, "note", "driver 575.57.08 is loaded", "--nv"),
+        ("13.0", "580.95.05", {"CUDA_VISIBLE_DEVICES": ""}, "note", "CUDA_VISIBLE_DEVICES= hides all", "unset it"),
+        ("13.0", "580.95.05", {"SLURM_GPUS_ON_NODE": "8"}, "problem", "but sees no device", "docker run --gpus all"),
+    ],
+)
+def test_it_says_why_torch_sees_no_gpu(torch_cuda, driver, variables, severity, found, advice):
+    finding = examine_device((), torch_cuda, driver, variables)
+    assert finding.severity == severity
+    assert found in finding.found and advice in finding.advice
+
+
+def test_the_gpus_are_named():
+    finding = examine_device(("NVIDIA H100", "NVIDIA H100"), "13.0", "580.95.05", {"SLURM_GPUS_ON_NODE": "2"})
+    assert (finding.severity, finding.advice) == ("ok", "")
+    assert finding.found == "2 CUDA device(s): NVIDIA H100; CUDA 13.0, driver 580.95.05"
+
+
+def test_a_cuda_compiler_that_is_missing_or_of_another_cuda_is_named(tmp_path):
+    toolkit = {"CUDA_HOME": str(tmp_path)}
+    assert "CUDA_HOME" in examine_cuda_compiler("13.0", toolkit).advice
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.2, V13.2.78'\n")
+    nvcc.chmod(0o755)
+    same = examine_cuda_compiler("13.0", {"PATH": str(nvcc.parent)})
+    assert (same.severity, same.found) == ("ok", f"13.2 ({nvcc})")
+    assert "torch is built for CUDA 12.9" in examine_cuda_compiler("12.9", toolkit).found
+    nvcc.write_text("not a program")
+    assert "does not say its version" in examine_cuda_compiler("13.0", toolkit).found
