@@ -25,6 +25,8 @@ PREEMPTED_STATUS=75
 USR1_STATUS=138
 TERM_STATUS=143
 dsrl=(python -m megatron_dsrl.cli)
+# From SLURM 22.05 on srun does not inherit --cpus-per-task: in some releases a rank would have a single CPU without this.
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 
 attempt="${SLURM_RESTART_COUNT:-0}"
 # shellcheck disable=SC2153  # the job scripts set the upper-case ones
@@ -97,6 +99,10 @@ requeue() {
 newest_step() { { find "$1" -maxdepth 1 -name 'step_*' 2>/dev/null || true; } | sort | tail -1; }
 
 check_environment() {
+    if [ -n "$VENV" ] && [ ! -x "$VENV/bin/python" ]; then
+        say "there is no Python environment in $VENV; VENV names another one, VENV= with a CONTAINER none"
+        exit "$USER_ERROR_STATUS"
+    fi
     [ -z "$VENV" ] || export PATH="$VENV/bin:$PATH"
     export MASTER_ADDR MASTER_PORT
     MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -1)"

@@ -129,6 +129,19 @@ def test_a_mistake_is_not_requeued(run_script, stubs):
     assert requeued(stubs) == 0
 
 
+def test_every_rank_has_the_cores_that_the_job_asked_for(run_script, stubs):
+    note = 'echo "${work:-other} $SRUN_CPUS_PER_TASK" >>"$STUBS/cores"'
+    assert run_script(SLURM_CPUS_PER_TASK="12", ON_SRUN=note).returncode == 0
+    steps = dict(line.split() for line in (stubs / "cores").read_text().splitlines())
+    assert {"doctor", "train", "eval"} <= steps.keys() and set(steps.values()) == {"12"}
+
+
+def test_a_missing_environment_is_named_before_anything_is_run(run_script, stubs):
+    job = run_script(VENV="/no/such/environment")
+    assert job.returncode == 2 and "there is no Python environment in /no/such/environment; VENV names" in job.stdout
+    assert not (stubs / "srun.log").exists()
+
+
 def test_nothing_is_requeued_after_success(run_script, stubs):
     done = run_script()
     assert done.returncode == 0 and "done:" in done.stdout
@@ -165,6 +178,7 @@ def test_submissions_in_the_documents_do_what_they_say(line, stubs, tmp_path):
         "STUBS": str(stubs),
         "ON_SRUN": TRAINED,
         "OUTPUT_DIR": str(tmp_path),
+        "VENV": sys.prefix,  # lines with a container say VENV= themselves
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_NODELIST": "node",
     }
