@@ -36,7 +36,7 @@ NOT_HERE = {
     r"^docker |^apptainer |^enroot |install.sh wheels": "the GPU image; tests/tools/test_image.py lints it",
     r"^python tools/image/check_pins.py": "tests/tools/test_image.py runs it, where there is uv",
     r"^pytest -m gpu": "needs a GPU",
-    r"^torchfrtrace": "reads what NCCL leaves behind",
+    r"^torchfrtrace": "tests/platform/test_cuda.py runs it",
     r"launch_server|engine.urls": "of several machines; tests/rollout/test_external_engines.py has one",
 }
 """Commands that are not run here, and why."""

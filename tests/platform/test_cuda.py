@@ -2,12 +2,20 @@
 
 import mmap
 import os
+import pickle
+import shutil
+import subprocess
+import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from megatron_dsrl.platform.cuda import CudaPlatform, flight_recorder_variables
+from tests.support.distributed import run_distributed
 
 
 def test_tensors_on_devices_travel_over_nccl_and_python_objects_over_gloo():
@@ -32,3 +40,34 @@ def test_collectives_are_recorded_in_the_run_folder_unless_the_user_said_otherwi
     assert (tmp_path / "collectives").is_dir()
     assert os.environ["TORCH_FR_DUMP_TEMP_FILE"] == str(tmp_path / "collectives" / "rank_")
     assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "0"
+
+
+def leave_a_record(folder: Path) -> None:
+    """Of two all-reduces, in the second of which rank 1 takes no part."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=3))
+    rank = dist.get_rank()
+    dist.all_reduce(torch.ones(3))
+    if rank == 0:
+        with pytest.raises(RuntimeError, match="Timed out"):
+            dist.all_reduce(torch.ones(5))
+    else:
+        time.sleep(5)
+    record = pickle.loads(torch._C._distributed_c10d._dump_fr_trace())
+    # NCCL's processes say who is in a group; gloo's do not.
+    record["pg_config"] = {"0": {"name": "0", "desc": "default_pg", "ranks": "[0, 1]"}}
+    (folder / f"rank_{rank}").write_bytes(pickle.dumps(record))
+
+
+@pytest.mark.slow
+def test_the_documented_command_names_the_rank_that_did_not_take_part(tmp_path, monkeypatch):
+    """On what PyTorch's flight recorder wrote of gloo processes: NCCL ones need devices."""
+    name = "TORCH_FR_BUFFER_SIZE"
+    monkeypatch.setenv(name, flight_recorder_variables(tmp_path)[name])
+    run_distributed(leave_a_record, 2, tmp_path)
+    command = shutil.which("torchfrtrace", path=Path(sys.executable).parent)
+    said = subprocess.run(
+        [command, "--prefix", "rank_", str(tmp_path)], capture_output=True, text=True, timeout=60, check=True
+    )
+    shown = said.stdout + said.stderr
+    assert "Not all ranks joining collective" in shown and "missing ranks: {1}" in shown
+    assert "input sizes: [[5]]" in shown
