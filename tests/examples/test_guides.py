@@ -27,13 +27,11 @@ from tests.support.documents import (
 from tests.support.tiny_run import REPOSITORY, write_tiny_run
 
 EXAMPLES = REPOSITORY / "examples"
+EVERY_COMMAND = [command for document in DOCUMENTS for command in commands(document)]
 RUN_HERE = {
     command.line: command
-    for document in DOCUMENTS
-    for command in commands(document)
-    if (arguments := command.dsrl_arguments())
-    and (arguments[0] == "plan" or "--dry-run" in arguments or command.line == "dsrl table --size Qwen3-8B")
-    and (document.parent != REPOSITORY or command.shown)
+    for command in sorted(EVERY_COMMAND, key=lambda command: len(command.shown))  # of equal ones, that with the output
+    if (arguments := command.dsrl_arguments()) and (arguments[0] == "plan" or "--dry-run" in arguments)
 }
 """Commands that take a second: plans, dry runs."""
 
