@@ -5,7 +5,8 @@ to all of them at the same time. One group for all servers would send less from 
 would block the others.
 
 A server takes part only after an HTTP call has told it what comes, so each bucket is a call and a broadcast side by
-side. Both have a time limit, and a server that refuses the call ends its broadcast.
+side. Both have a time limit, and a server that refuses the call ends its broadcast. What torch.distributed does runs in
+threads: NCCL connects at a group's first broadcast, and that call returns only when the server takes part.
 """
 
 import asyncio
@@ -17,16 +18,18 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _new_process_group_helper, _world
+from torch.distributed.distributed_c10d import _abort_process_group, _new_process_group_helper, _world
 
 from megatron_dsrl.platform.engine import weight_broadcast_backend
 from megatron_dsrl.rollout.client import EngineError
 from megatron_dsrl.rollout.weight_client import BroadcastGroup, WeightClient
 from megatron_dsrl.rollout.weight_push import Bucket, BucketMemory, flatten
+
+Result = TypeVar("Result")
 
 POLL_SECONDS = 0.001
 LEAVE_SECONDS = 10.0
@@ -48,8 +51,8 @@ class ServerLink:
         self._timeout_seconds = timeout_seconds
         self._group: dist.ProcessGroup | None = None
         self._group_name = ""
-        self._broadcast: dist.Work | None = None
-        """The last one."""
+        self._broadcast: Future[dist.Work] | None = None
+        """The last one, whose beginning may still wait for the server."""
 
     @property
     def is_connected(self) -> bool:
@@ -113,12 +116,14 @@ class ServerLink:
                     [entry.shape for entry in entries],
                 )
             )
-            options = dist.BroadcastOptions()
+            group, options = self._group, dist.BroadcastOptions()
             options.rootRank = 0
+            self._broadcast = broadcast = _in_thread(
+                lambda: group.broadcast([flattened["flattened_tensor"]], options)
+            )
             try:
-                self._broadcast = self._group.broadcast([flattened["flattened_tensor"]], options)
-                await self._both(answer, self._broadcast.is_completed)
-                self._broadcast.wait()
+                await self._both(answer, lambda: broadcast.done() and broadcast.result().is_completed())
+                broadcast.result().wait()
             except EngineError:
                 raise
             except RuntimeError as error:
@@ -149,7 +154,7 @@ class ServerLink:
         group, self._group = self._group, None
         if group is None:
             return
-        if self._broadcast is None or self._broadcast.is_completed():
+        if self._broadcast is None or _has_ended(self._broadcast):
             dist.destroy_process_group(group)
         else:
             threading.Thread(target=_destroy_after, args=(group, self._broadcast), daemon=True).start()
@@ -158,29 +163,24 @@ class ServerLink:
         return WeightClient(self.url, self._timeout_seconds)
 
     def _make_group(self, store: dist.Store, group: BroadcastGroup) -> "Future[dist.ProcessGroup]":
-        """Join as rank 0, in a thread of its own, which ends with this process even if nobody else joins."""
+        """Join as rank 0."""
 
-        def make() -> None:
-            try:
-                # What SGLang itself calls, so that both sides agree on the keys under which they meet. The public
-                # new_group makes groups of the trainer's own processes only.
-                made, _ = _new_process_group_helper(
-                    group.size,
-                    0,
-                    [],
-                    dist.Backend(group.backend),
-                    dist.PrefixStore(group.name, store),
-                    group_name=group.name,
-                    timeout=timedelta(seconds=self._timeout_seconds),
-                )
-                _world.pg_group_ranks[made] = {rank: rank for rank in range(group.size)}  # destroying it takes this
-                future.set_result(made)
-            except BaseException as error:
-                future.set_exception(error)
+        def make() -> dist.ProcessGroup:
+            # What SGLang itself calls, so that both sides agree on the keys under which they meet. The public
+            # new_group makes groups of the trainer's own processes only.
+            made, _ = _new_process_group_helper(
+                group.size,
+                0,
+                [],
+                dist.Backend(group.backend),
+                dist.PrefixStore(group.name, store),
+                group_name=group.name,
+                timeout=timedelta(seconds=self._timeout_seconds),
+            )
+            _world.pg_group_ranks[made] = {rank: rank for rank in range(group.size)}  # destroying it takes this
+            return made
 
-        future: Future[dist.ProcessGroup] = Future()
-        threading.Thread(target=make, name="weight-broadcast", daemon=True).start()
-        return future
+        return _in_thread(make)
 
     async def _both(self, answer: "asyncio.Task[None]", is_done: Callable[[], bool]) -> None:
         """Wait for the server's answer and for what runs here meanwhile; the server's refusal ends the waiting."""
@@ -195,12 +195,34 @@ class ServerLink:
         answer.result()
 
 
-def _destroy_after(group: dist.ProcessGroup, work: dist.Work) -> None:
-    """Destroy a group once its last work has ended, with the time limit at the latest.
+def _in_thread(call: Callable[[], Result]) -> "Future[Result]":
+    """Call it in a thread of its own, which ends with this process even if the call never does."""
 
-    To destroy it earlier would wait for that too, and stop all of Python meanwhile.
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    future: Future[Result] = Future()
+    threading.Thread(target=run, name="weight-broadcast", daemon=True).start()
+    return future
+
+
+def _has_ended(broadcast: "Future[dist.Work]") -> bool:
+    return broadcast.done() and (broadcast.exception() is not None or broadcast.result().is_completed())
+
+
+def _destroy_after(group: dist.ProcessGroup, broadcast: "Future[dist.Work]") -> None:
+    """Destroy a group once its last broadcast has ended, with the time limit at the latest.
+
+    To destroy it earlier would wait for that too, and stop all of Python meanwhile. NCCL's watchdog would end this
+    process at the time limit, so an NCCL group is aborted, which ends the broadcast at once.
     """
-    while not work.is_completed():
+    while not _has_ended(broadcast):
+        if broadcast.done() and weight_broadcast_backend() == "nccl":
+            _abort_process_group(group)
+            return
         time.sleep(0.1)
     dist.destroy_process_group(group)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import Qwen3ForCausalLM
@@ -152,6 +153,34 @@ def test_a_refusal_ends_the_broadcast(server, folder, monkeypatch):
     assert "Group unknown not in" in problems[server.url]
     assert time.monotonic() - begin < 30.0, "not the time limit of the broadcast"
     assert not link.is_connected
+
+
+class BlockingGroup:
+    """A group whose broadcasts return when the server takes part, as the first one over NCCL does."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+
+    def broadcast(self, tensors: list[torch.Tensor], options: dist.BroadcastOptions) -> dist.Work:
+        work = self._group.broadcast(tensors, options)
+        while not work.is_completed():
+            time.sleep(0.001)
+        return work
+
+
+def test_a_broadcast_that_waits_for_the_server_keeps_nobody_from_telling_it(server, folder, monkeypatch):
+    monkeypatch.setenv(API_KEY_VARIABLE, KEY)
+    link = ServerLink(server.url, timeout_seconds=10.0)
+
+    async def push_over_a_blocking_group() -> dict[str, str]:
+        await link.connect()
+        group, link._group = link._group, BlockingGroup(link._group)
+        problems = await broadcast_weights([link], buckets_of(folder), version=6)
+        link._group = group
+        await link.leave()
+        return problems
+
+    assert asyncio.run(push_over_a_blocking_group()) == {}
 
 
 @pytest.mark.parametrize("key", ["wrong", ""])
