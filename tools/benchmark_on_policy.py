@@ -25,6 +25,7 @@ from megatron_dsrl.config.data import PromptSetConfig
 from megatron_dsrl.config.model import ModelConfig
 from megatron_dsrl.config.phase import PhaseConfig, PostTrainSpaceConfig
 from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.model.build import DTYPES
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from megatron_dsrl.platform import current_platform, silence_expected_warnings
 
@@ -33,6 +34,7 @@ GRPO = PhaseConfig(name="GRPO", space=PostTrainSpaceConfig(), advantage=GroupSta
 
 def write_model(folder: Path, options: argparse.Namespace) -> None:
     """The config.json of a Qwen3 of the wanted width and depth."""
+    heads = max(8, options.hidden_size // 128)
     config = {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
@@ -40,9 +42,9 @@ def write_model(folder: Path, options: argparse.Namespace) -> None:
         "hidden_size": options.hidden_size,
         "intermediate_size": 3 * options.hidden_size,
         "num_hidden_layers": options.layers,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": options.hidden_size // 8,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 2,
+        "head_dim": options.hidden_size // heads,
         "max_position_embeddings": 40960,
         "rms_norm_eps": 1e-6,
         "rope_theta": 1000000,
@@ -86,6 +88,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--response-tokens", type=int, default=192)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--repetitions", type=int, default=3)
     options = parser.parse_args()
     silence_expected_warnings()
@@ -95,7 +98,7 @@ def main() -> None:
         config = RunConfig(
             name="benchmark",
             steps=1,
-            model=ModelConfig(path=name, dtype="float32", random_init=True),
+            model=ModelConfig(path=name, dtype=options.dtype, random_init=True),
             actor=ActorConfig(max_tokens_per_micro_batch=2048),
             data=PromptSetConfig(source="unused"),
             phases=[GRPO],

@@ -38,25 +38,24 @@ from megatron_dsrl.weights.random_init import fill_with_random_weights
 from megatron_dsrl.weights.stream import stream_hf_weights
 from megatron_dsrl.weights.tables import weight_table
 
-HIDDEN, VOCABULARY = 512, 32_000
-PARAMETERS_PER_LAYER = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * 4 * HIDDEN
+VOCABULARY, HEAD = 32_000, 64
 TIMEOUT_SECONDS = 600.0
 WRITE, LOAD = "disk: write", "disk: load"
 
 
-def write_model_folder(folder: Path, megabytes: float, dtype: str) -> None:
-    """config.json of a Qwen3 whose weights are about this large."""
+def write_model_folder(folder: Path, megabytes: float, hidden: int, dtype: str) -> None:
+    """config.json of a Qwen3 of this width whose weights are about this large."""
     parameters = megabytes * 1e6 / DTYPES[dtype].itemsize
     architecture = {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
         "vocab_size": VOCABULARY,
-        "hidden_size": HIDDEN,
-        "intermediate_size": 4 * HIDDEN,
-        "num_hidden_layers": max(1, round((parameters - VOCABULARY * HIDDEN) / PARAMETERS_PER_LAYER)),
-        "num_attention_heads": 8,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
+        "hidden_size": hidden,
+        "intermediate_size": 4 * hidden,
+        "num_hidden_layers": max(1, round((parameters - VOCABULARY * hidden) / (16 * hidden * hidden))),
+        "num_attention_heads": hidden // HEAD,
+        "num_key_value_heads": hidden // HEAD,
+        "head_dim": HEAD,
         "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-6,
         "rope_theta": 1000000,
@@ -155,6 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--megabytes", type=float, nargs="+", default=[100, 400], help="sizes of the weights")
     parser.add_argument("--bucket-megabytes", type=int, nargs="+", default=[16, 64, 256], help="sizes of the buckets")
+    parser.add_argument("--hidden-size", type=int, default=512, help="of the model; the rest is layers")
     parser.add_argument("--rounds", type=int, default=5, help="timed turns of each way (default: 5)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="of the trainer, under torchrun")
@@ -170,7 +170,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="weight-sync-", dir=options.scratch) as own_folder:
             folder = Path(broadcast(own_folder))
             if rank() == 0:
-                write_model_folder(folder / "model", megabytes, options.dtype)
+                write_model_folder(folder / "model", megabytes, options.hidden_size, options.dtype)
             dist.barrier()
             config = make_config(folder / "model", parallel, options.engine_tensor_parallel_size, options.dtype)
             seconds = measure(folder, config, options.bucket_megabytes, options.rounds)

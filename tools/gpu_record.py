@@ -3,10 +3,11 @@
 
     python -m tools.gpu_record --size 1.7b --output gpu_record.md
 
-A real run of a few steps (engine, trainer, weight push, offload) gives the speeds; then come the tests marked `gpu` and
-the benchmarks in tools/. Each part is a process of its own with a time limit; one that fails is in the record with the
-end of what it said, and the exit status is 1. `--size tiny` runs the same on a CPU, which tries out the script and says
-nothing about GPUs: the record then begins with that.
+A real run of a few steps (engine, trainer, weight push, offload) gives the speeds, and its memory stands beside what
+`dsrl plan` says of it; then come `dsrl doctor`, the tests marked `gpu` and the benchmarks in tools/. Each part is a
+process of its own with a time limit; one that fails is in the record with the end of what it said, and the exit status
+is 1. `--size tiny` runs the same on a CPU, which tries out the script and says nothing about GPUs: the record then
+begins with that.
 """
 
 import argparse
@@ -28,16 +29,19 @@ from pathlib import Path
 from typing import Any
 
 from examples.tiny_dsrl.tokenizer import VOCAB_SIZE, build_tokenizer
+from megatron_dsrl.config.load import load_config
 from megatron_dsrl.config.yaml_text import format_yaml
 from megatron_dsrl.model.architecture import Architecture, read_architecture
 from megatron_dsrl.observability.records import Record, read_records
 from megatron_dsrl.planning.compute import training_flops
+from megatron_dsrl.planning.fit import RESERVE_BYTES, run_memory
 from megatron_dsrl.planning.gpus import GPUS, Gpu
 from megatron_dsrl.planning.parameters import parameters_of_model
 from megatron_dsrl.platform.devices import DeviceInventory, take_inventory
 from megatron_dsrl.rollout.recording import read_groups, rollout_file
 
 ROOT = Path(__file__).resolve().parent.parent
+GIB = 2**30
 STEPS = 4
 """The first warms up and is left out."""
 PACKAGES = (
@@ -73,20 +77,21 @@ class Size:
 
 SIZES = {
     "tiny": Size(64, 192, 2, 4, 2, 16, VOCAB_SIZE, 4, 4, 24, 512, 600),
-    # Qwen3-0.6B and Qwen3-1.7B; with 18 bytes per parameter the latter leaves an 80 GB GPU room for the engine.
+    # Qwen3-0.6B and Qwen3-1.7B, each of which fits an 80 GB GPU by `dsrl plan`.
     "0.6b": Size(1024, 3072, 28, 16, 8, 128, 151_936, 32, 8, 2048, 16_384, 1800),
-    "1.7b": Size(2048, 6144, 28, 16, 8, 128, 151_936, 32, 8, 2048, 16_384, 3600),
+    "1.7b": Size(2048, 6144, 28, 16, 8, 128, 151_936, 32, 8, 2048, 8192, 3600),
 }
 BENCHMARKS = {
     "benchmark_log_probs.py": {"tiny": "--tokens 128 --vocabulary 2048 --repetitions 1", "": "--hidden-size 2048"},
     "benchmark_on_policy.py": {
         "tiny": "--layers 1 --samples 4 --repetitions 1",
-        "": "--layers 8 --hidden-size 2048 --vocabulary 151936 --response-tokens 1024",
+        "": "--layers 8 --hidden-size 2048 --vocabulary 151936 --response-tokens 1024 --dtype bfloat16",
     },
     "benchmark_weight_sync.py": {
         "tiny": "--megabytes 40 --bucket-megabytes 16 --rounds 1 --dtype float32",
-        "": "--megabytes 1000 4000",
+        "": "--megabytes 1000 4000 --hidden-size 2048 --bucket-megabytes 64 256 1024",
     },
+    "benchmark_checkpoint.py": {"tiny": "--megabytes 40 --saves 1", "": "--megabytes 2000 --saves 2"},
 }
 """By file: arguments for the tiny size and for the others."""
 
@@ -161,6 +166,38 @@ def run_part(command: Sequence[str], limit_seconds: float) -> Outcome:
     return Outcome(" ".join(command), status, time.perf_counter() - begin, output)
 
 
+class DeviceMemory:
+    """The most memory of a GPU that all its processes had at a time, as nvidia-smi says: asked for in a thread."""
+
+    def __init__(self) -> None:
+        self.peak_mebibytes = 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "DeviceMemory":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    @property
+    def shown(self) -> dict[str, str]:
+        """Empty where nvidia-smi does not answer."""
+        name = "device, peak memory of all processes, GiB"
+        return {name: f"{self.peak_mebibytes / 1024:.2f}"} if self.peak_mebibytes else {}
+
+    def _watch(self) -> None:
+        command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        while not self._ended.wait(0.5):
+            try:
+                answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+                self.peak_mebibytes = max(self.peak_mebibytes, *map(int, answer.split()))
+            except (OSError, ValueError, subprocess.SubprocessError):
+                return
+
+
 class EngineSettings:
     """What the engine of a run that is going on says of itself: asked for until it answers, in a thread."""
 
@@ -213,7 +250,9 @@ def speeds(run_folder: Path, architecture: Architecture, weight_bytes: int, gpu:
     """
     records = [record for record in read_records(run_folder / "metrics.jsonl") if record["step"] > 1]
     trained, flops = zip(*(_work_of_step(run_folder, record["step"], architecture) for record in records))
-    seconds = _median(records, "seconds/train")
+    # In this part the engine gives the device to the trainer, which is none of the actor's work.
+    waiting = [sum(record.get(key, 0.0) for key in ("time/engine_sleep", "time/onload")) for record in records]
+    seconds = statistics.median(record["seconds/train"] - wait for record, wait in zip(records, waiting))
     work_per_second = statistics.median(flops) / seconds
     push = _median(records, "time/push_weights")
     mfu = f"{work_per_second / gpu.flops:.1%} of {gpu.flops / 1e12:.0f} TFLOP/s" if gpu else "no peak known"
@@ -235,6 +274,16 @@ def speeds(run_folder: Path, architecture: Architecture, weight_bytes: int, gpu:
     for key in _keys(records, "seconds/"):
         figures[f"part of the step: {key.removeprefix('seconds/')}, s"] = f"{_median(records, key):.3g}"
     return figures
+
+
+def planned_memory(run: Path, model: Path, gpu: Gpu | None) -> dict[str, str]:
+    """What `dsrl plan` says of the run's peaks, to be compared with what was measured; nothing for an unknown GPU."""
+    if gpu is None:
+        return {}
+    memory = run_memory(load_config(run, []), read_architecture(model), gpu.memory_bytes, world_size=1)
+    figures = {"trainer, planned peak, GiB": f"{(memory.peak_update - RESERVE_BYTES) / GIB:.2f}"}
+    peaks = {f"device, planned peak of {what}, GiB": f"{peak / GIB:.2f}" for what, peak in memory.peaks.items()}
+    return figures | peaks
 
 
 def _keys(records: Sequence[Record], beginning: str, end: str = "") -> list[str]:
@@ -306,19 +355,23 @@ def make_record(size_name: str, with_tests: bool, benchmarks: Sequence[str]) -> 
     with tempfile.TemporaryDirectory(prefix="gpu-record-") as name:
         folder = Path(name)
         port = free_port()
-        command = ["-m", "megatron_dsrl.cli", "train", str(write_run(folder, size, on_gpu, port))]
-        with EngineSettings(port) as engine:
-            outcomes.append(run_part(command, size.part_limit_seconds))
+        run = write_run(folder, size, on_gpu, port)
+        with EngineSettings(port) as engine, DeviceMemory() as device:
+            outcomes.append(run_part(["-m", "megatron_dsrl.cli", "train", str(run)], size.part_limit_seconds))
         lines += ["## A run of a few steps", ""]
         if outcomes[-1].status == 0:
             architecture = read_architecture(folder / "model")
             weight_bytes = parameters_of_model(architecture) * (2 if on_gpu else 4)
-            figures = speeds(folder / "run", architecture, weight_bytes, known_gpu(devices.names))
+            gpu = known_gpu(devices.names)
+            figures = speeds(folder / "run", architecture, weight_bytes, gpu)
+            figures |= device.shown | planned_memory(run, folder / "model", gpu)
             said = next(line for line in outcomes[-1].output.splitlines() if line.startswith("trainer: "))
             rows = [f"| {figure} | {value} |" for figure, value in (figures | engine.shown).items()]
             lines += [said, "", "| figure | median, or setting |", "|---|---|", *rows, ""]
         else:
             lines += part_lines("The run", outcomes[-1], last_lines=40)
+    outcomes.append(run_part(["-m", "megatron_dsrl.cli", "doctor"], size.part_limit_seconds))
+    lines += part_lines("dsrl doctor", outcomes[-1], last_lines=60)
     if with_tests:
         command = ["-m", "pytest", "-m", "gpu", "-q", "-rs", "-p", "no:cacheprovider", "tests"]
         outcomes.append(run_part(command, size.part_limit_seconds))

@@ -52,7 +52,8 @@ class ModelConfig(Section):
     """Parameter and activation dtype. Gradients are reduced, and master weights kept, in fp32 either way."""
 
     layer_spec: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Megatron layer implementation. `auto`: Transformer Engine where it is installed and CUDA is there, else local."""
+    """Megatron layer implementation. `auto`: Transformer Engine where it is installed, CUDA is there and `dtype` is
+    bfloat16, else local."""
 
     recompute: Recompute = "none"
     """Activation recomputation in the backward pass: nothing, core attention only, or every layer. `selective` saves

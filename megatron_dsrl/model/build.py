@@ -35,7 +35,7 @@ INTERLEAVED = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
 def transformer_config(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
     """Megatron's configuration of the model in this layout; see `build_model`."""
     dtype, virtual_stages = DTYPES[model.dtype], parallel.virtual_pipeline_stages
-    implementation = choose_layer_implementation(model.layer_spec)
+    implementation = choose_layer_implementation(model.layer_spec, model.dtype)
     platform_flags = current_platform().transformer_config_flags(implementation == "transformer_engine")
     return TransformerConfig(
         num_layers=architecture.num_hidden_layers,
@@ -117,11 +117,12 @@ def build_model(architecture: Architecture, model: ModelConfig, parallel: Parall
     """
     check_model_layout(architecture, parallel)
     config, virtual_stages = transformer_config(architecture, model, parallel), parallel.virtual_pipeline_stages
+    implementation = choose_layer_implementation(model.layer_spec, model.dtype)
     chunks = []
     for stage in range(virtual_stages) if virtual_stages > 1 else [None]:
         chunk = GPTModel(
             config=config,
-            transformer_layer_spec=decoder_layers(config, choose_layer_implementation(model.layer_spec), stage),
+            transformer_layer_spec=decoder_layers(config, implementation, stage),
             vocab_size=architecture.padded_vocab_size(parallel.tensor_parallel_size),
             max_sequence_length=architecture.max_position_embeddings,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),

@@ -33,8 +33,12 @@ def transformer_engine_is_usable() -> bool:
     )
 
 
-def choose_layer_implementation(wanted: Literal["auto", "local", "transformer_engine"]) -> LayerImplementation:
-    """Resolve `model.layer_spec`.
+def choose_layer_implementation(
+    wanted: Literal["auto", "local", "transformer_engine"], dtype: Literal["float32", "bfloat16"]
+) -> LayerImplementation:
+    """Resolve `model.layer_spec` for a model of this dtype.
+
+    Transformer Engine's flash and cuDNN attention, which are what it has for packed rows, take 16 bits only.
 
     Raises:
         UserError: Transformer Engine is asked for and cannot be used here.
@@ -47,7 +51,9 @@ def choose_layer_implementation(wanted: Literal["auto", "local", "transformer_en
             "model.layer_spec: transformer_engine needs a CUDA device and the transformer-engine[pytorch] package; "
             "install it, or use auto or local"
         )
-    return "transformer_engine" if usable else "local"
+    if wanted == "transformer_engine":
+        return "transformer_engine"
+    return "transformer_engine" if usable and dtype == "bfloat16" else "local"
 
 
 def decoder_layers(

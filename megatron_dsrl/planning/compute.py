@@ -16,7 +16,7 @@ from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import Architecture
 from megatron_dsrl.planning.gpus import Gpu
 from megatron_dsrl.planning.memory import EngineMemory, cache_bytes_per_token, element_bytes
-from megatron_dsrl.planning.parameters import active_per_token, parameters_of_model
+from megatron_dsrl.planning.parameters import active_per_token
 
 
 @dataclass(frozen=True)
@@ -127,5 +127,6 @@ def generation_seconds(
     element = element_bytes(config)
     cache = running * mean_context * cache_bytes_per_token(architecture, element, size)
     reading = (engine.weights + cache) / (gpu.bytes_per_second * assumptions.bandwidth_utilisation)
-    computing = 2 * parameters_of_model(architecture) * running / size / (gpu.flops * assumptions.training_utilisation)
+    per_token = 2 * active_per_token(architecture) + _head_flops(architecture, scored=1)
+    computing = per_token * running / size / (gpu.flops * assumptions.training_utilisation)
     return max(reading, computing) * assumptions.mean_response_tokens * samples / running

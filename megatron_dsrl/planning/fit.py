@@ -2,7 +2,7 @@
 
 A step has three phases on every GPU, and the engine's memory is given back while the models are updated:
 
-- generation: weights, gradients and optimizer state of policy and critic; the engine's weights and cache;
+- generation: weights, gradients and optimizer state of policy and critic; the engine's weights, cache and work space;
 - update: the same of policy and critic, and the activations of the model that is being updated;
 - switch: weights go to the engine in buckets; its weights lie there, and its cache not yet.
 
@@ -24,12 +24,16 @@ from megatron_dsrl.planning.memory import (
     TrainerMemory,
     critic_memory,
     engine_memory,
+    largest_entry_bytes,
     policy_memory,
     routed_experts_bytes,
 )
 from megatron_dsrl.planning.phases import other_models
 
 RESERVE_BYTES = 3 * 2**30
+ENGINE_WORK_BYTES = 3 * 2**30
+"""What the engine takes beside weights and cache while it samples: CUDA graphs, work space of attention, activations of
+a chunk of prompts. Assumed; left to itself SGLang leaves 10 GiB or more of an 80 GB GPU to them."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class RunMemory:
     """By pipeline stage; empty without a critic."""
     engine: EngineMemory
     """On GPUs like the trainer's; with `engine.urls` not on these."""
+    largest_entry: int
+    """Of what travels whole to the engine: a bucket is at least as large."""
     reference_on_host: tuple[int, ...]
     """By pipeline stage: the reference policy's weights, in page-locked memory; 0 without one."""
     checkpoint_on_host: tuple[int, ...]
@@ -92,8 +98,10 @@ class RunMemory:
 
     @property
     def sync_buckets(self) -> int:
-        """Of the weight push: one bucket on either side."""
-        return 2 * self.config.engine.weight_bucket_megabytes * 2**20
+        """Of the weight push: a bucket as it was gathered and as it is handed over; where tensors are split also the
+        shards of all ranks, and the bucket before, while the next one is put together (weights/stream.py)."""
+        at_a_time = 4 if self.config.parallel.tensor_parallel_size > 1 else 2
+        return at_a_time * max(self.config.engine.weight_bucket_megabytes * 2**20, self.largest_entry)
 
     @property
     def peak_switch(self) -> int:
@@ -103,7 +111,7 @@ class RunMemory:
     @property
     def peak_generation(self) -> int:
         """Of the fullest GPU while the engine samples and the models wait."""
-        return self.resident_while_sampling + self.engine.total + RESERVE_BYTES
+        return self.resident_while_sampling + self.engine.total + ENGINE_WORK_BYTES + RESERVE_BYTES
 
     @property
     def peaks(self) -> dict[str, int]:
@@ -124,7 +132,8 @@ class RunMemory:
     @property
     def largest_memory_fraction(self) -> float:
         """The largest `engine.memory_fraction` with which generation fits, to 0.01; 0 if none does."""
-        return max(0, (self.capacity - self.resident_while_sampling - RESERVE_BYTES) * 100 // self.capacity) / 100
+        left = self.capacity - self.resident_while_sampling - ENGINE_WORK_BYTES - RESERVE_BYTES
+        return max(0, left * 100 // self.capacity) / 100
 
     @property
     def _longest_sequence(self) -> int:
@@ -179,6 +188,7 @@ def run_memory(config: RunConfig, architecture: Architecture, capacity: int, wor
         policy=policy,
         critic=critic,
         engine=engine_memory(config, architecture, capacity),
+        largest_entry=largest_entry_bytes(config, architecture),
         reference_on_host=tuple(stage.weights if others.reference else 0 for stage in policy),
         checkpoint_on_host=tuple(
             sum(model[stage].weights + model[stage].optimizer for model in copied if model) for stage in stages

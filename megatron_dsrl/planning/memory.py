@@ -137,6 +137,13 @@ def engine_memory(config: RunConfig, architecture: Architecture, gpu_bytes: int)
     return EngineMemory(weights, cache, tokens, per_token)
 
 
+def largest_entry_bytes(config: RunConfig, architecture: Architecture) -> int:
+    """Of the largest Megatron parameter as a whole, which the weight push does not cut (weights/stream.py)."""
+    hidden, heads = architecture.hidden_size, architecture.num_attention_heads + 2 * architecture.num_key_value_heads
+    inner = architecture.experts.moe_intermediate_size if architecture.experts else architecture.intermediate_size
+    return element_bytes(config) * hidden * max(architecture.vocab_size, 2 * inner, heads * architecture.head_dim)
+
+
 def routed_experts_bytes(config: RunConfig, architecture: Architecture) -> int:
     """Of a step's samples of full length, as `rollout.routing_replay` keeps them: a byte per token, layer and choice,
     in base64 (algorithms/routed_experts.py). 0 without it."""

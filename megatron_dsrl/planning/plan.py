@@ -54,13 +54,18 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        """Generation and update, one after the other, in the most expensive phase."""
-        return self.training_seconds + self.generation_seconds
+        """Generation and update in the most expensive phase."""
+        return self._step(self.training_seconds)
 
     @property
     def run_seconds(self) -> float:
         """Of all steps."""
-        return sum(phase.steps * (phase.seconds + self.generation_seconds) for phase in self.phases)
+        return sum(phase.steps * self._step(phase.seconds) for phase in self.phases)
+
+    def _step(self, training_seconds: float) -> float:
+        """One after the other; with `rollout.sample_ahead` beside each other."""
+        together = max if self.config.rollout.sample_ahead else sum
+        return together((training_seconds, self.generation_seconds))
 
 
 def make_plan(
@@ -145,6 +150,7 @@ def _layouts(config: RunConfig, architecture: Architecture, world_size: int) -> 
                     parallel = ParallelConfig(
                         tensor_parallel_size=tensor,
                         pipeline_parallel_size=pipeline,
+                        **_uneven_ends(architecture.num_hidden_layers, pipeline),
                         context_parallel_size=context,
                         expert_parallel_size=expert,
                         expert_tensor_parallel_size=1 if expert > 1 else None,
@@ -155,6 +161,16 @@ def _layouts(config: RunConfig, architecture: Architecture, world_size: int) -> 
                     candidate = config.model_copy(update={"parallel": parallel})
                     if is_valid(candidate, architecture, world_size):
                         yield candidate
+
+
+def _uneven_ends(layers: int, stages: int) -> dict[str, int]:
+    """Layers of the first and the last stage where the stages cannot share the layers evenly: fewer than the others
+    have, as these two have embedding and head too. Empty where they can, or where nothing would be left for the two."""
+    between = -(-layers // stages)
+    left = layers - between * (stages - 2)
+    if stages == 1 or layers % stages == 0 or left < 2:
+        return {}
+    return {"layers_in_first_stage": left // 2, "layers_in_last_stage": left - left // 2}
 
 
 def _largest(changed: Callable[[int], RunConfig], plan: Plan, architecture: Architecture) -> int | None:

@@ -5,7 +5,7 @@ batch grows with the GPUs (`with_batch_for`), where every part that is not const
 stays, where everything should become shorter and what does not is the limit. No run of this size has been made: the
 constants below are named with where they come from.
 
-Parts of a step, one after the other:
+Parts of a step, one after the other (with `rollout.sample_ahead` generation beside update and gradients):
 
 - generation: what decoding takes (compute.py), or the longest response alone in its engine, or reading the answers on
   rank 0, or judging them there, whichever takes longest, as they overlap;
@@ -86,6 +86,8 @@ class StepEstimate:
     gradients: float
     weight_push: float
     hours_between_failures: float
+    samples_ahead: bool = False
+    """`rollout.sample_ahead`."""
 
     @property
     def generation(self) -> float:
@@ -94,8 +96,9 @@ class StepEstimate:
 
     @property
     def step(self) -> float:
-        """All parts, one after the other."""
-        return self.generation + self.sharing + self.update + self.gradients + self.weight_push
+        """All parts."""
+        together = max if self.samples_ahead else sum
+        return together((self.generation, self.update + self.gradients)) + self.sharing + self.weight_push
 
     @property
     def tokens_per_gpu_second(self) -> float:
@@ -155,6 +158,7 @@ def estimate_step(
         gradients=_gradient_seconds(config, architecture, world_size, costs),
         weight_push=model_bytes / costs.push_bytes_per_second,
         hours_between_failures=1 / (world_size * costs.failures_per_gpu_hour),
+        samples_ahead=config.rollout.sample_ahead,
     )
 
 

@@ -3,9 +3,10 @@
 from rich.console import Console
 from rich.table import Table
 
+from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.model.architecture import Architecture
 from megatron_dsrl.planning.compute import Assumptions
-from megatron_dsrl.planning.fit import RESERVE_BYTES, RunMemory
+from megatron_dsrl.planning.fit import ENGINE_WORK_BYTES, RESERVE_BYTES, RunMemory
 from megatron_dsrl.planning.plan import Plan, largest_micro_batch, largest_response
 
 GIB = 2**30
@@ -41,7 +42,7 @@ def print_suggestions(plans: list[Plan], console: Console) -> None:
         parallel = plan.config.parallel
         table.add_row(
             str(parallel.tensor_parallel_size),
-            str(parallel.pipeline_parallel_size),
+            _pipeline(parallel),
             str(parallel.context_parallel_size),
             str(parallel.expert_parallel_size),
             plan.config.model.recompute,
@@ -51,6 +52,12 @@ def print_suggestions(plans: list[Plan], console: Console) -> None:
             f"{plan.generation_seconds:.0f}",
         )
     console.print(table)
+
+
+def _pipeline(parallel: ParallelConfig) -> str:
+    """Its size, and how many layers the ends have where that is not what the others have."""
+    ends = (parallel.layers_in_first_stage, parallel.layers_in_last_stage)
+    return f"{parallel.pipeline_parallel_size}" + (f" (ends {ends[0]}, {ends[1]})" if any(ends) else "")
 
 
 def _memory_table(plan: Plan) -> Table:
@@ -76,7 +83,8 @@ def _memory_table(plan: Plan) -> Table:
     if not memory.engines_elsewhere:
         row("engine weights", engine.weights)
         row(f"engine cache ({engine.cache_tokens:,} tokens)", engine.cache)
-        row("weight push: a bucket on either side", memory.sync_buckets)
+        row("engine work space, assumed", ENGINE_WORK_BYTES)
+        row("weight push: buckets", memory.sync_buckets)
     row("reserve (context, allocator, NCCL)", RESERVE_BYTES)
     for name, peak in memory.peaks.items():
         note = "" if peak <= memory.capacity else "  too much"
@@ -114,8 +122,10 @@ def _time_table(plan: Plan, assumptions: Assumptions) -> Table:
         f"{plan.generation_seconds:,.0f}",
         f"assumed: {assumptions.bandwidth_utilisation:.0%} of the memory bandwidth; without the slowest samples' tail",
     )
-    steps = " + ".join(f"{phase.steps} {phase.name}" for phase in plan.phases)
-    table.add_row("whole run, h", f"{plan.run_seconds / 3600:,.1f}", f"{steps} steps")
+    steps = " + ".join(f"{phase.steps} {phase.name}" for phase in plan.phases) + " steps"
+    if plan.config.rollout.sample_ahead:
+        steps += ", sampling beside the update"
+    table.add_row("whole run, h", f"{plan.run_seconds / 3600:,.1f}", steps)
     return table
 
 

@@ -188,12 +188,14 @@ def _claim_port(host: str, port: int | None) -> int:
 
 
 def _inherited_environment() -> dict[str, str]:
-    """This process's environment without torchrun's rendezvous, which SGLang's own process group would take over."""
+    """This process's environment without torchrun's rendezvous, which SGLang's own process group would take over, and
+    without the place of the trainer's records of collectives, which the engine's ranks would overwrite."""
     rendezvous = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
+    records = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
     return {
         name: value
         for name, value in os.environ.items()
-        if name not in rendezvous and not name.startswith("TORCHELASTIC_")
+        if name not in (*rendezvous, *records) and not name.startswith("TORCHELASTIC_")
     }
 
 

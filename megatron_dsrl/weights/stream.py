@@ -3,7 +3,8 @@
 All ranks take part and all receive every tensor, in the same order, whatever the layout. A bucket is filled by one
 pipeline stage, and if it holds experts by the processes that hold those: their shards travel as one flat tensor over
 tensor parallelism, the merged tensors as one flat tensor to the other holders of experts and to the other stages. At
-most about two buckets per rank are in memory at a time (and the shards of one, under tensor parallelism).
+most about two buckets per rank are in memory at a time; under tensor parallelism four, with the shards of one and its
+merged tensors.
 """
 
 import math

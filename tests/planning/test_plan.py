@@ -6,8 +6,9 @@ from megatron_dsrl.cli import main
 from megatron_dsrl.planning.compute import Assumptions, training_flops
 from megatron_dsrl.planning.gpus import find_gpu
 from megatron_dsrl.planning.plan import is_valid, largest_micro_batch, largest_response, make_plan, suggest
+from megatron_dsrl.planning.scale import Costs, estimate_step
 from tests.planning.test_memory import paper_run
-from tests.planning.test_parameters import qwen3_8b, qwen3_30b_a3b
+from tests.planning.test_parameters import published, qwen3_8b, qwen3_30b_a3b
 from tests.support.tiny_run import REPOSITORY
 
 ASSUMED = Assumptions(mean_response_tokens=4096)
@@ -52,6 +53,31 @@ def test_suggestions_are_valid_fit_and_come_fastest_first():
     assert plans[0].step_seconds <= min(plan.step_seconds for plan in plans) * 1.06, "equal but for rounding"
 
 
+def test_layers_that_do_not_divide_go_to_uneven_stages():
+    """Qwen3-235B-A22B has 94: four stages of 23, 24, 24 and 23."""
+    large = published(
+        "Qwen3MoeForCausalLM", 4096, 94, 64, 4,
+        intermediate_size=12288, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=1536,
+    )  # fmt: skip
+    engines = "engine.tensor_parallel_size=8"
+    offload = [f"actor.offload.{part}=true" for part in ("gradients", "optimizer", "parameters")]
+    plans = suggest(paper_run(engines, *offload), large, find_gpu("h200"), 64, ASSUMED, count=200)
+    stages = {plan.config.parallel.pipeline_parallel_size: plan.config.parallel.layers_of_stages(94) for plan in plans}
+    assert stages[4] == [23, 24, 24, 23] and stages[16] == [5, *[6] * 14, 5]
+    assert all(is_valid(plan.config, large, 64) for plan in plans)
+
+
+def test_a_step_that_samples_ahead_takes_as_long_as_the_longer_of_its_parts():
+    servers = "engine.urls=[" + ", ".join(f"'http://host:{port}'" for port in range(3000, 3008)) + "]"
+    in_turns, ahead = plan_of(servers), plan_of(servers, "rollout.sample_ahead=true")
+    assert in_turns.step_seconds == in_turns.generation_seconds + in_turns.training_seconds
+    assert ahead.step_seconds == max(in_turns.generation_seconds, in_turns.training_seconds)
+    assert ahead.run_seconds < in_turns.run_seconds
+    step = estimate_step(ahead.config, qwen3_8b(), ahead.gpu, 8, ASSUMED, Costs())
+    alone = estimate_step(in_turns.config, qwen3_8b(), in_turns.gpu, 8, ASSUMED, Costs())
+    assert step.step == pytest.approx(alone.step - min(alone.generation, alone.update + alone.gradients))
+
+
 def test_no_layout_is_suggested_where_none_fits():
     assert suggest(paper_run(), qwen3_30b_a3b(), find_gpu("a100-40"), 2, ASSUMED, count=5) == []
 
@@ -62,7 +88,7 @@ def test_the_command_says_what_fits_and_what_would(model, capsys):
     assert main(["plan", ppo, model, "--gpu", "h100", "--gpus", "8", *too_large]) == 1
     shown = capsys.readouterr().out
     assert "critic: optimizer" in shown and "This run does not fit." in shown
-    assert "largest engine.memory_fraction that fits: 0.4" in shown
+    assert "largest engine.memory_fraction that fits: 0.36" in shown
     assert main(["plan", ppo, model, "--gpu", "h100", "--gpus", "8"]) == 0
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
@@ -15,7 +16,18 @@ from megatron_dsrl.rollout.recording import rollout_file, write_groups
 from megatron_dsrl.rollout.sample import Group, Sample
 from tests.planning.test_parameters import qwen3_8b
 from tests.support.tiny_run import REPOSITORY
-from tools.gpu_record import EngineSettings, free_port, known_gpu, part_lines, run_part, speeds
+from tools.gpu_record import (
+    SIZES,
+    DeviceMemory,
+    EngineSettings,
+    free_port,
+    known_gpu,
+    part_lines,
+    planned_memory,
+    run_part,
+    speeds,
+    write_run,
+)
 
 
 def write_steps(folder, seconds_of_training):
@@ -27,19 +39,20 @@ def write_steps(folder, seconds_of_training):
             tracker.log_step({
                 "step": step, "seconds/train": seconds, "seconds/step": 9.0,
                 "time/push_weights": 2.0, "time/offload": 0.5, "memory/offload_moved_gib": 4.0,
+                "time/onload": 0.25, "time/engine_sleep": 0.25,
                 "throughput/tokens_per_second": 500.0, "memory/trainer_peak_gib": 1.5 + step,
                 "mismatch/mean_log_prob_gap": 0.01,
             })  # fmt: skip
 
 
 def test_figures_are_medians_without_the_first_step(tmp_path):
-    write_steps(tmp_path, [100.0, 4.0, 2.0, 3.0])
+    write_steps(tmp_path, [100.0, 4.5, 2.5, 3.5])  # half a second of which the actor waits for the device
     figures = speeds(tmp_path, qwen3_8b(), weight_bytes=16 * 10**9, gpu=GPUS["h100"])
     assert figures["actor, tokens/s (of prompts and responses)"] == f"{80 / 3:,.0f}"
     flops = 2 * training_flops(qwen3_8b(), 10, 30, recompute="none") / 3
     assert figures["actor, MFU"] == f"{flops / 989e12:.1%} of 989 TFLOP/s"
     assert figures["weight push, GB/s"] == "8"
-    assert figures["all switches between engine and trainer, s"] == "2.5" and figures["switch: offload, s"] == "0.5"
+    assert figures["all switches between engine and trainer, s"] == "3" and figures["switch: offload, s"] == "0.5"
     assert figures["switch: offload, moved, GiB"] == "4"
     assert figures["engine, tokens/s"] == "500"
     assert figures["trainer, peak memory, GiB"] == "5.50"
@@ -70,6 +83,32 @@ def test_an_engines_own_settings_are_asked_for_while_it_runs():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("size", [name for name in SIZES if name != "tiny"])
+def test_every_size_fits_the_gpu_that_it_is_for_and_the_plan_is_in_the_record(size, tmp_path):
+    run = write_run(tmp_path, SIZES[size], on_gpu=True, port=3000)
+    planned = planned_memory(run, tmp_path / "model", GPUS["h100"])
+    peaks = {name: float(value) for name, value in planned.items() if name.startswith("device, ")}
+    assert len(peaks) == 3 and max(peaks.values()) < 70
+    assert float(planned["trainer, planned peak, GiB"]) == pytest.approx(
+        peaks["device, planned peak of an update, GiB"] - 3, abs=0.01
+    )
+    assert planned_memory(run, tmp_path / "model", None) == {}
+
+
+def test_the_memory_of_a_device_is_the_most_that_was_in_use(tmp_path, monkeypatch):
+    answers = tmp_path / "nvidia-smi"
+    answers.write_text(f"#!/bin/sh\ntest -e {tmp_path}/later && echo 1024 || echo 2048\n: > {tmp_path}/later\n")
+    answers.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with DeviceMemory() as device:
+        time.sleep(1.5)
+    assert device.shown == {"device, peak memory of all processes, GiB": "2.00"}
+    monkeypatch.setenv("PATH", "/nowhere")
+    with DeviceMemory() as none:
+        pass
+    assert none.shown == {}
+
+
 def test_devices_are_known_by_the_names_that_cuda_gives_them():
     assert known_gpu(["NVIDIA H100 80GB HBM3"]) is GPUS["h100"]
     assert known_gpu(["NVIDIA A100-SXM4-80GB"]) is GPUS["a100"]
@@ -94,7 +133,7 @@ def test_the_whole_script_runs_on_a_cpu_and_says_so(tmp_path):
     assert done.returncode == 0, record.read_text() if record.exists() else done.stderr
     text = record.read_text()
     assert "says nothing about GPUs" in text and "| actor, MFU | no peak known |" in text
-    assert text.count(": passed, ") == 4, text
+    assert text.count(": passed, ") == 6, text
     assert "optimizer torch.AdamW" in text and "| engine, attention_backend | torch_native |" in text
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert commit.stdout.strip() in text
