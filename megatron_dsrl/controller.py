@@ -25,9 +25,10 @@ from megatron_dsrl.platform import current_platform
 from megatron_dsrl.rollout.carry_over import CarryOver
 from megatron_dsrl.rollout.dispatcher import EnginesLostError
 from megatron_dsrl.rollout.dynamic_sampling import dynamic_sampling_metrics, is_mixed, sample_until_mixed
+from megatron_dsrl.rollout.enough_groups import EnoughGroups
 from megatron_dsrl.rollout.recording import RolloutRecorder
 from megatron_dsrl.rollout.replay import replayed_groups
-from megatron_dsrl.rollout.rollout import EnoughGroups, Rollout
+from megatron_dsrl.rollout.rollout import Rollout
 from megatron_dsrl.rollout.sample import Group
 
 

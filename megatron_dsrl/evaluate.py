@@ -29,7 +29,7 @@ from megatron_dsrl.evaluation.results import markdown, write_results
 from megatron_dsrl.evaluation.results_file import EVALUATIONS_FOLDER
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.process_group import process_group
-from megatron_dsrl.rollout.rollout import EngineRollout
+from megatron_dsrl.rollout.engine_rollout import EngineRollout
 
 FINGERPRINT_PIECES = 64
 FINGERPRINT_BYTES = 2**16

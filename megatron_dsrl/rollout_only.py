@@ -15,8 +15,8 @@ from megatron_dsrl.data.tokenizer import stop_token_ids
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.observability.step_metrics import count_tokens, rollout_metrics
 from megatron_dsrl.process_group import process_group
+from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.recording import rollout_file, write_groups
-from megatron_dsrl.rollout.rollout import EngineRollout
 from megatron_dsrl.run_inputs import RunInputs, load_inputs
 
 

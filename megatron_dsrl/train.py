@@ -40,7 +40,8 @@ from megatron_dsrl.platform import current_platform
 from megatron_dsrl.preemption import Preempted, StopRequested, StopSignal
 from megatron_dsrl.rollout.carry_over import CarryOver, CarryOverWrite
 from megatron_dsrl.rollout.recording import RolloutRecorder
-from megatron_dsrl.rollout.rollout import Rollout, start_rollout
+from megatron_dsrl.rollout.rollout import Rollout
+from megatron_dsrl.rollout.start_rollout import start_rollout
 from megatron_dsrl.run_folder import check_run_folder, exported_policy, has_results, prepare_run_folder
 from megatron_dsrl.run_inputs import RunInputs, load_inputs
 from megatron_dsrl.run_models import RunModels, build_models

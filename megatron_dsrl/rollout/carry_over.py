@@ -1,19 +1,15 @@
-"""How a step knows that it has enough groups, and what it leaves to the next one.
+"""What a step leaves to the next one.
 
-Dynamic sampling (DAPO): only mixed groups count, and one that does not is replaced by the next prompt at once. Where
-more groups are on their way than the step needs, the rest is aborted when it has enough.
-
-Partial rollouts: what is aborted keeps its tokens, and the next step goes on with them under its own weights, before
-it begins with new prompts. So nobody waits for the longest responses. All groups count, without dynamic sampling.
+Partial rollouts: what is aborted when a step has enough groups (`enough_groups.py`) keeps its tokens, and the next step
+goes on with them under its own weights, before it begins with new prompts. So nobody waits for the longest responses.
 
 A response then has tokens of several weight versions, which `max_weight_versions` bounds: a group that would have more
 is begun anew, with other random numbers.
 """
 
-import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -91,46 +87,6 @@ class CarryOverWrite:
 
     def finish(self) -> None:
         """There is nothing to add."""
-
-
-@dataclass
-class EnoughFeed:
-    """Feeds a batch until enough of its groups are accepted. Which ones these are is decided by time."""
-
-    wanted: int
-    accept: Callable[[Group], bool]
-    begin: Callable[[int], list[UnfinishedGroup]]
-    """Begins so many groups with the next prompts."""
-    oversampling: float
-    """Groups on their way per group that is still missing."""
-    max_begun: int
-    """New groups at most; after that the step goes on with what there is."""
-    carried: CarryOver = CarryOver()
-    """From the step before."""
-    accepted: list[Group] = field(default_factory=list)
-    rejected: list[Group] = field(default_factory=list)
-    begun: int = 0
-
-    def __post_init__(self) -> None:
-        self._to_continue = list(self.carried.unfinished)
-        for group in self.carried.finished:
-            self.judged(group)
-
-    def take(self, on_their_way: int) -> list[UnfinishedGroup]:
-        """What is carried over first; then new groups, as many as keep enough on their way."""
-        groups, self._to_continue = self._to_continue, []
-        missing = math.ceil((self.wanted - len(self.accepted)) * self.oversampling) - on_their_way - len(groups)
-        count = min(missing, self.max_begun - self.begun)
-        if count > 0:
-            self.begun += count
-            groups += self.begin(count)
-        return groups
-
-    def judged(self, group: Group) -> None:
-        (self.accepted if self.accept(group) else self.rejected).append(group)
-
-    def is_enough(self) -> bool:
-        return len(self.accepted) >= self.wanted
 
 
 def fit_for(

@@ -19,6 +19,7 @@ from megatron_dsrl.rewards.pool import RewardPool
 from megatron_dsrl.rollout.batch import Batch, Call
 from megatron_dsrl.rollout.client import BadRequestError, Completion, EngineClient, EngineError
 from megatron_dsrl.rollout.engine_call import EngineCall
+from megatron_dsrl.rollout.progress import OnCall, OnGroup, OnSamples
 from megatron_dsrl.rollout.routing import Load, Router
 from megatron_dsrl.rollout.sample import Group, Sample
 from megatron_dsrl.rollout.unfinished import PartialResponse, UnfinishedGroup
@@ -65,9 +66,9 @@ class Dispatcher:
         lost: dict[int, str],
         rewards: RewardPool,
         decode: Decode,
-        on_samples: Callable[[int], None],
-        on_group: Callable[[int, Group], None],
-        on_call: Callable[[EngineCall], None],
+        on_samples: OnSamples,
+        on_group: OnGroup,
+        on_call: OnCall,
     ) -> None:
         """
         Args:

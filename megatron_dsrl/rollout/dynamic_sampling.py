@@ -2,7 +2,7 @@
 
 A group whose rewards are all equal has no advantage under a group baseline: it is left out of the update, and further
 prompts are sampled until the batch has as many mixed groups as it should. They replace it one by one, as soon as it is
-judged, and what is still on its way when there are enough is aborted (`carry_over.EnoughFeed`).
+judged, and what is still on its way when there are enough is aborted (`enough_groups.EnoughFeed`).
 
 Which groups are the first is then decided by time. Deterministic sampling therefore goes by whole rounds, as below:
 each asks for what is missing, times a factor, and its surplus is left out. (DAPO's own code samples whole batches.)

@@ -49,3 +49,8 @@ def seeds_of_batch(
         numbers = range(first, first + samples_per_prompt)
         seeds.append(tuple(sample_seed(run_seed, stream, prompt.index, number) for number in numbers))
     return seeds
+
+
+def stream_of_round(step: int, number: int) -> str:
+    """Name of the random numbers of a step's batches, which are counted from 0."""
+    return f"step {step} round {number}" if number else f"step {step}"

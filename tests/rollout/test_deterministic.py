@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_dsrl.rollout.rollout import EngineRollout, start_rollout
+from megatron_dsrl.rollout.engine_rollout import EngineRollout
+from megatron_dsrl.rollout.start_rollout import start_rollout
 from tests.support.engine import STOP_TOKEN_ID, decode_as_numbers, numbered_prompts, tiny_run_config
 
 SAMPLES = 8

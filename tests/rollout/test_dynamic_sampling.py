@@ -13,7 +13,7 @@ from megatron_dsrl.rollout.dynamic_sampling import (
     is_mixed,
     sample_until_mixed,
 )
-from megatron_dsrl.rollout.rollout import EngineRollout
+from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.sample import Group
 from tests.observability.synthetic_run import make_group
 from tests.support.engine import numbered_prompts

@@ -11,7 +11,7 @@ import torch
 
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.rollout.engine_group import server_arguments
-from megatron_dsrl.rollout.rollout import start_rollout
+from megatron_dsrl.rollout.start_rollout import start_rollout
 from tests.support.engine import STOP_TOKEN_ID, decode_as_numbers, tiny_run_config
 
 

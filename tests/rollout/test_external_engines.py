@@ -22,11 +22,12 @@ from megatron_dsrl.platform.engine import engine_environment
 from megatron_dsrl.rollout.client import Completion, EngineClient, SampleRequest
 from megatron_dsrl.rollout.credentials import API_KEY_VARIABLE
 from megatron_dsrl.rollout.engine_group import server_arguments
+from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.external_engines import ExternalEngines
 from megatron_dsrl.rollout.recording import read_groups, rollout_file
-from megatron_dsrl.rollout.rollout import EngineRollout, start_rollout
 from megatron_dsrl.rollout.sampling import SamplingParameters
 from megatron_dsrl.rollout.server import EngineServer
+from megatron_dsrl.rollout.start_rollout import start_rollout
 from megatron_dsrl.rollout.weight_broadcast import ServerLink, broadcast_weights
 from megatron_dsrl.rollout.weight_push import Bucket
 from tests.support.compare_runs import records

@@ -23,7 +23,8 @@ from megatron_dsrl.rollout.batch import Batch, BatchRequest, WholeFeed
 from megatron_dsrl.rollout.client import EngineError, connect
 from megatron_dsrl.rollout.dispatcher import Dispatcher
 from megatron_dsrl.rollout.engine_group import server_arguments
-from megatron_dsrl.rollout.rollout import EngineRollout, ignore
+from megatron_dsrl.rollout.engine_rollout import EngineRollout
+from megatron_dsrl.rollout.progress import ignore
 from megatron_dsrl.rollout.sample import Group
 from megatron_dsrl.rollout.sampling import SamplingParameters
 from megatron_dsrl.rollout.seeds import seeds_of_batch

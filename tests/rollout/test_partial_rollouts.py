@@ -9,7 +9,7 @@ from transformers import Qwen3ForCausalLM
 from megatron_dsrl.config.rollout import PartialRolloutConfig
 from megatron_dsrl.rollout.carry_over import CarryOver, CarryOverWrite, fit_for
 from megatron_dsrl.rollout.client import Completion
-from megatron_dsrl.rollout.rollout import EngineRollout
+from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.sample import Sample
 from megatron_dsrl.rollout.unfinished import PartialResponse, UnfinishedGroup
 from tests.support.engine import numbered_prompts, transformers_log_probs

@@ -10,7 +10,8 @@ import pytest
 
 from megatron_dsrl.rollout import dispatcher
 from megatron_dsrl.rollout.client import EngineClient, EngineError
-from megatron_dsrl.rollout.rollout import EngineRollout, ignore
+from megatron_dsrl.rollout.engine_rollout import EngineRollout
+from megatron_dsrl.rollout.progress import ignore
 from megatron_dsrl.rollout.sample import Group
 from tests.support.engine import numbered_prompts
 from tests.support.failing_proxy import FailingProxy, Failure

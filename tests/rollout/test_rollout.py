@@ -8,7 +8,7 @@ from transformers import Qwen3ForCausalLM
 
 from megatron_dsrl.rollout.client import EngineError
 from megatron_dsrl.rollout.dispatcher import StaleWeightsError
-from megatron_dsrl.rollout.rollout import EngineRollout
+from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from tests.support.engine import STOP_TOKEN_ID, numbered_prompts, transformers_log_probs
 
 LOG_PROB_TOLERANCE = 1e-4

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.rollout.client import EngineError
 from megatron_dsrl.rollout.engine_layout import EngineLayout
-from megatron_dsrl.rollout.rollout import EngineRollout
+from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.weight_check import SentWeights, WeightCheck, check_weights
 from megatron_dsrl.rollout.weight_push import Bucket, push_weights
 from tests.support.engine import tiny_run_config

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_dsrl.rollout.rollout import EngineRollout, start_rollout
+from megatron_dsrl.rollout.engine_rollout import EngineRollout
+from megatron_dsrl.rollout.start_rollout import start_rollout
 from tests.support import tiny_model
 from tests.support.engine import STOP_TOKEN_ID, decode_as_numbers, tiny_run_config, weights_checker
 

@@ -12,7 +12,8 @@ import torch
 import torch.distributed
 from transformers import Qwen3ForCausalLM
 
-from megatron_dsrl.rollout.rollout import EngineRollout, start_rollout
+from megatron_dsrl.rollout.engine_rollout import EngineRollout
+from megatron_dsrl.rollout.start_rollout import start_rollout
 from tests.support.engine import (
     STOP_TOKEN_ID,
     decode_as_numbers,

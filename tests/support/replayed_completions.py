@@ -10,7 +10,7 @@ from megatron_dsrl.rewards.pool import RewardPool
 from megatron_dsrl.rollout.batch import Batch, BatchRequest, WholeFeed
 from megatron_dsrl.rollout.client import Completion, SampleRequest
 from megatron_dsrl.rollout.dispatcher import Dispatcher
-from megatron_dsrl.rollout.rollout import ignore
+from megatron_dsrl.rollout.progress import ignore
 from megatron_dsrl.rollout.sample import Group, Sample
 from megatron_dsrl.rollout.sampling import SamplingParameters
 from megatron_dsrl.rollout.seeds import sample_seed

@@ -1,0 +1,275 @@
+"""The rollout side over SGLang engines.
+
+Engines may die or hang at any time. What calls them notes it and goes on without them. They are replaced where all
+ranks are together: when new weights are loaded, and in the middle of a batch when it cannot go on without them.
+"""
+
+import asyncio
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from megatron_dsrl.collective import broadcast, rank
+from megatron_dsrl.data.prompt import Prompt
+from megatron_dsrl.platform.engine import can_release_engine_memory
+from megatron_dsrl.rewards.pool import RewardPool
+from megatron_dsrl.rollout.batch import Batch, BatchRequest, Feed, WholeFeed
+from megatron_dsrl.rollout.carry_over import CarryOver, fit_for
+from megatron_dsrl.rollout.client import connect
+from megatron_dsrl.rollout.dispatcher import Decode, Dispatcher, EnginesLostError
+from megatron_dsrl.rollout.engine_group import UNSET_WEIGHT_VERSION, EngineGroup, initial_weight_version
+from megatron_dsrl.rollout.enough_groups import EnoughFeed, EnoughGroups, enough_groups
+from megatron_dsrl.rollout.external_engines import ExternalEngines
+from megatron_dsrl.rollout.progress import OnCall, OnGroup, OnSamples, ignore
+from megatron_dsrl.rollout.rollout import Value
+from megatron_dsrl.rollout.sample import Group, Sample
+from megatron_dsrl.rollout.sampling import SamplingParameters
+from megatron_dsrl.rollout.seeds import sample_seed, seeds_of_batch, stream_of_round
+from megatron_dsrl.rollout.settings import RolloutSettings
+from megatron_dsrl.rollout.unfinished import UnfinishedGroup
+from megatron_dsrl.rollout.weight_push import Bucket
+
+
+def make_engines(config: RolloutSettings, run_folder: Path) -> EngineGroup | ExternalEngines:
+    """The run's own engines, or those of `engine.urls`. Every rank."""
+    if config.engine.urls:
+        return ExternalEngines(config, initial_weight_version(config))
+    return EngineGroup(config, run_folder)
+
+
+class EngineRollout:
+    """Samples from SGLang engines; rewards come from a pool on rank 0."""
+
+    def __init__(
+        self,
+        config: RolloutSettings,
+        run_folder: Path,
+        stop_token_ids: tuple[int, ...],
+        decode: Decode,
+        on_call: OnCall = ignore,
+    ) -> None:
+        self._config = config
+        self._decode = decode
+        self._on_call = on_call
+        self._training_sampling = SamplingParameters.for_training(config.rollout, stop_token_ids)
+        self._weight_version = initial_weight_version(config)
+        self._urls: list[str] = []
+        self._lost: dict[int, str] = {}
+        """Engines that rank 0 has found to be gone or to hang."""
+        self._recover: Callable[[], None] | None = None
+        self._retries = 0
+        self._rewards = RewardPool(config.reward) if rank() == 0 else None
+        self._engines: EngineGroup | ExternalEngines | None = None
+        try:
+            self._engines = make_engines(config, run_folder)
+            self._engines.start()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def weight_version(self) -> int:
+        """Version that every sample carries now."""
+        return self._weight_version
+
+    @property
+    def training_sampling(self) -> SamplingParameters:
+        """Sampling parameters of training; evaluation derives its own with `dataclasses.replace`."""
+        return self._training_sampling
+
+    def wait_until_ready(self) -> None:
+        self._urls = self._running_engines().wait_until_ready()
+
+    def sample_step(
+        self, step: int, prompts: Sequence[Prompt], round_number: int = 0, on_samples: OnSamples = ignore
+    ) -> list[Group]:
+        samples, stream = self._config.rollout.samples_per_prompt, stream_of_round(step, round_number)
+        return self.generate(prompts, samples, self._training_sampling, stream, on_samples)
+
+    def sample_enough(
+        self,
+        step: int,
+        draw: Callable[[int], Sequence[Prompt]],
+        accept: Callable[[Group], bool],
+        carried: CarryOver,
+        on_samples: OnSamples = ignore,
+    ) -> EnoughGroups:
+        assert self._rewards is not None, "only rank 0 samples"
+        config, dynamic = self._config.rollout, self._config.rollout.dynamic_sampling
+        assert not config.deterministic, "which groups are the first is decided by time"
+        seen: Counter[int] = Counter()
+
+        def seeds(prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
+            stream = stream_of_round(step, 0)
+            return seeds_of_batch(self._config.seed, stream, prompts, config.samples_per_prompt, seen)
+
+        def begin(number: int) -> list[UnfinishedGroup]:
+            prompts = draw(number)
+            return [UnfinishedGroup.new(*pair) for pair in zip(prompts, seeds(prompts), strict=True)]
+
+        versions = config.partial_rollouts.max_weight_versions if config.partial_rollouts else 1
+        carried, expired = fit_for(carried, self._weight_version, versions, seeds)
+        wanted, oversampling = config.prompts_per_step, config.oversampling
+        max_begun = math.ceil(wanted * oversampling) * (dynamic.max_rounds if dynamic else 1)
+        feed = EnoughFeed(wanted, accept, begin, oversampling, max_begun, carried)
+        batch = self._run(feed, self._training_sampling, self._rewards, on_samples, ignore)
+        return enough_groups(batch, feed, expired)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        samples_per_prompt: int,
+        sampling: SamplingParameters,
+        stream: str,
+        on_samples: OnSamples = ignore,
+        rewards: RewardPool | None = None,
+    ) -> list[Group]:
+        """As `Rollout.generate`.
+
+        Args:
+            prompts: what to answer.
+            samples_per_prompt: responses to each.
+            sampling: how.
+            stream: names the random numbers.
+            on_samples: is told how many samples have come back, each time some do.
+            rewards: another verifier than the run's.
+        """
+        assert self._rewards is not None, "only rank 0 samples"
+        seeds = seeds_of_batch(self._config.seed, stream, prompts, samples_per_prompt)
+        feed = WholeFeed([UnfinishedGroup.new(*pair) for pair in zip(prompts, seeds, strict=True)])
+        return self._run(feed, sampling, rewards or self._rewards, on_samples, ignore).finished_groups
+
+    def generate_samples(
+        self,
+        wanted: Sequence[tuple[Prompt, int]],
+        sampling: SamplingParameters,
+        stream: str,
+        on_sample: Callable[[Prompt, int, Sample], None],
+        rewards: RewardPool | None = None,
+    ) -> None:
+        """Samples one by one, none of which waits for others of its prompt. They are those that `generate` draws. Rank
+        0 only.
+
+        Each goes to the engine with the fewest outstanding tokens. Engines keep the prompt in their caches.
+
+        Args:
+            wanted: prompts and numbers of samples. Neighbours should have the same prompt.
+            sampling: how.
+            stream: names the random numbers.
+            on_sample: gets every sample, with its prompt and number, as soon as it is judged.
+            rewards: another verifier than the run's.
+        """
+        assert self._rewards is not None, "only rank 0 samples"
+        seeds = [sample_seed(self._config.seed, stream, prompt.index, number) for prompt, number in wanted]
+        feed = WholeFeed([UnfinishedGroup.new(prompt, [seed]) for (prompt, _), seed in zip(wanted, seeds, strict=True)])
+
+        def hand_over(position: int, group: Group) -> None:
+            on_sample(*wanted[position], *group.samples)
+
+        self._run(feed, sampling, rewards or self._rewards, ignore, hand_over)
+
+    def while_sampling(self, work: Callable[[], Value], recover: Callable[[], None]) -> Value | None:
+        engines = self._running_engines()
+        if rank() != 0:
+            done = False
+            while not done:
+                done, lost = broadcast(None)
+                engines.lose(lost)
+                if not done:
+                    recover()
+            return None
+        self._recover = recover
+        try:
+            result = work()
+        finally:
+            self._recover = None
+        broadcast((True, self._lost))
+        engines.lose(self._lost)  # nobody waits for their answers until they are replaced
+        return result
+
+    def restart_engines(self) -> None:
+        self._running_engines().restart_lost()
+
+    def load_weights(self, make_buckets: Callable[[], Iterable[Bucket]], version: int) -> None:
+        engines = self._running_engines()
+        engines.lose(broadcast(self._lost))
+        self._lost.clear()
+        engines.load(make_buckets, version)
+        self._weight_version = version
+
+    def fault_metrics(self) -> dict[str, int]:
+        return {"engine/restarts": self._running_engines().restarts, "engine/retries": self._retries}
+
+    def release_memory(self) -> None:
+        if can_release_engine_memory():
+            self._running_engines().release_memory(["weights", "kv_cache"])
+
+    def resume_weights(self) -> None:
+        if can_release_engine_memory():
+            self._running_engines().resume_memory(["weights"])
+
+    def resume_kv_cache(self) -> None:
+        if can_release_engine_memory():
+            self._running_engines().resume_memory(["kv_cache"])
+
+    def close(self) -> None:
+        if self._engines is not None:
+            self._engines.close()
+        if self._rewards is not None:
+            self._rewards.close()
+
+    def _run(
+        self, feed: Feed, sampling: SamplingParameters, rewards: RewardPool, on_samples: OnSamples, on_group: OnGroup
+    ) -> Batch:
+        """Sample a batch to its end, over as many engines' lives as it takes."""
+        assert self._urls, "wait_until_ready() comes first"
+        assert self._weight_version != UNSET_WEIGHT_VERSION, "load_weights() comes first: the model folder has none"
+        batch = Batch(self._request(feed, sampling), len(self._urls))
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        recover = self._recover if in_main_thread else None  # it is collective, and the main thread may be in another
+        while True:
+            try:
+                asyncio.run(self._dispatch(batch, rewards, on_samples, on_group))
+                return batch
+            except EnginesLostError:
+                if recover is None:
+                    raise
+                started = time.monotonic()
+                broadcast((False, self._lost))
+                self._running_engines().lose(self._lost)
+                recover()
+                self._lost.clear()
+                batch.deadline += time.monotonic() - started  # the limit is one of sampling
+            finally:
+                self._retries += batch.retries
+                batch.retries = 0
+
+    def _request(self, feed: Feed, sampling: SamplingParameters) -> BatchRequest:
+        """With the limits of the configuration, and the weights that the engines have now."""
+        config, engine = self._config.rollout, self._config.engine
+        return BatchRequest(
+            feed=feed,
+            sampling=sampling,
+            weight_version=self._weight_version,
+            deterministic=config.deterministic,
+            max_outstanding_samples=engine.max_outstanding_samples,
+            timeout_seconds=config.step_timeout_seconds,
+            call_timeout_seconds=config.request_timeout_seconds,
+            call_attempts=config.request_attempts,
+            health_check_seconds=engine.health_check_seconds,
+            health_timeout_seconds=engine.health_timeout_seconds,
+        )
+
+    async def _dispatch(self, batch: Batch, rewards: RewardPool, on_samples: OnSamples, on_group: OnGroup) -> None:
+        async with connect(self._urls, self._config.engine.update_timeout_seconds) as clients:
+            dispatcher = Dispatcher(
+                batch, clients, self._lost, rewards, self._decode, on_samples, on_group, self._on_call
+            )
+            await dispatcher.run()
+
+    def _running_engines(self) -> EngineGroup | ExternalEngines:
+        assert self._engines is not None, "the rollout is closed"
+        return self._engines
