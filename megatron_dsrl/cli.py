@@ -95,6 +95,14 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
+def _fetch(options: argparse.Namespace) -> int:
+    from megatron_dsrl.config.load import load_config
+    from megatron_dsrl.fetch import fetch
+
+    print(fetch(load_config(options.config, options.overrides), options.benchmarks))
+    return 0
+
+
 def _rollout(options: argparse.Namespace) -> int:
     from megatron_dsrl.config.load import load_config
     from megatron_dsrl.platform import silence_expected_warnings
@@ -194,6 +202,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_train(commands)
+    _add_fetch(commands)
     add_convert(commands)
     add_eval(commands)
     _add_plan(commands)
@@ -231,6 +240,25 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="with --dry-run: number of processes to check for (default: WORLD_SIZE, else 1)",
     )
     parser.set_defaults(command=_train, parser=parser)
+
+
+def _add_fetch(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "fetch",
+        help="have the hub's part of a run in its cache",
+        description="Read the model, tokenizer and prompts of a run, and benchmarks, in one process. What comes from "
+        "the hub is in its cache (HF_HOME) afterwards, for all ranks and for machines without a network.",
+        epilog="example: dsrl fetch configs/dsrl_qwen3_8b.yaml --benchmarks math500,aime24",
+    )
+    _add_config(parser)
+    parser.add_argument(
+        "--benchmarks",
+        metavar="NAME,NAME",
+        type=lambda text: [name for name in text.split(",") if name],
+        default=[],
+        help="names or .yaml files, as for `dsrl eval`",
+    )
+    parser.set_defaults(command=_fetch, parser=parser)
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ from megatron_dsrl.config.derived import RunFigures, derive
 from megatron_dsrl.config.prompt_count import count_prompts
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.errors import UserError
+from megatron_dsrl.hub import asking_hub
 from megatron_dsrl.model.architecture import read_architecture
 
 
@@ -71,10 +72,5 @@ def _fetch_config_json(name: str) -> Path:
     cached = try_to_load_from_cache(name, "config.json")
     if isinstance(cached, str):
         return Path(cached)
-    try:
+    with asking_hub("model.path", name, "a folder nor a model"):
         return Path(hf_hub_download(name, "config.json", etag_timeout=10))
-    except Exception as error:  # the hub client raises many unrelated types for one meaning: not to be had
-        raise UserError(
-            f"model.path: {name} is no local folder, and it could not be fetched as a hub model "
-            f"({type(error).__name__}); download it first, or give the path of a folder"
-        ) from error

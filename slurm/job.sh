@@ -122,15 +122,7 @@ check_configuration() {
 # afterwards.
 fetch_inputs() {
     say "reading model, prompts and benchmarks (waiting for the hub, should they not be here)"
-    run_once python -c 'import sys; from megatron_dsrl.config.load import load_config
-from megatron_dsrl.evaluate import read_problems
-from megatron_dsrl.evaluation.benchmark import load_benchmark
-from megatron_dsrl.run_inputs import load_inputs
-inputs = load_inputs(load_config(sys.argv[2], sys.argv[3:]))
-benchmarks = [load_benchmark(name, None) for name in sys.argv[1].split(",") if name]
-problems = read_problems(inputs.model_folder, benchmarks)
-print(f"{len(inputs.prompts)} prompts", *(f"{name}: {len(problems[name])} problems" for name in problems), sep="; ")' \
-        "$BENCHMARKS" "$CONFIG" "${overrides[@]}"
+    run_once "${dsrl[@]}" fetch "$CONFIG" "${overrides[@]}" --benchmarks "$BENCHMARKS"
 }
 
 # The model path of the configuration with the overrides, which may name another one.

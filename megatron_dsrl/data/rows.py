@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 from megatron_dsrl.config.data import PromptSetConfig
 from megatron_dsrl.errors import UserError
+from megatron_dsrl.hub import asking_hub
 
 Row = dict[str, Any]
 
@@ -102,12 +103,8 @@ def _read_hub(config: PromptSetConfig, section: str) -> Iterator[Row]:
     import datasets  # imported here: it takes seconds, and local files do not need it
 
     subsets = config.subset if isinstance(config.subset, list) else [config.subset]
-    try:
+    expected = f"a {', '.join(LOCAL_SUFFIXES)} file nor a data set (subset {config.subset!r}, split {config.split!r})"
+    with asking_hub(f"{section}.source", config.source, expected):
         sets = [datasets.load_dataset(config.source, subset, split=config.split) for subset in subsets]
-    except Exception as error:  # the hub client raises many kinds, all of them about the name or the network
-        raise UserError(
-            f"{section}.source: {config.source!r} is neither a local {', '.join(LOCAL_SUFFIXES)} file nor a data set "
-            f"that the hub gives (subset {config.subset!r}, split {config.split!r}): {type(error).__name__}: {error}"
-        ) from error
     for rows in sets:
         yield from rows

@@ -6,6 +6,7 @@ from typing import Literal
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_dsrl.errors import UserError
+from megatron_dsrl.hub import asking_hub
 
 END_OF_TEXT = "<|endoftext|>"
 TURN_START = "<|im_start|>"
@@ -24,14 +25,7 @@ def load_tokenizer(path: str, vocab_size: int | None = None) -> PreTrainedTokeni
         UserError: if there is no such folder or tokenizer, if one of Qwen3's special tokens is missing, if there is no
             chat template, or if the tokenizer has ids outside the model's vocabulary.
     """
-    _require_folder(path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"model.path: cannot load a tokenizer from {path}: {error}\n"
-            "The folder needs Qwen3's tokenizer.json and tokenizer_config.json."
-        ) from error
+    tokenizer = _from_folder(path) if Path(path).is_dir() else _from_hub(path)
     _require_special_tokens(tokenizer, path)
     if not tokenizer.chat_template:
         raise UserError(
@@ -54,11 +48,22 @@ def bos_token_ids(tokenizer: PreTrainedTokenizerBase, bos: Literal["im_start", "
     return tuple(tokenizer.encode(text, add_special_tokens=False)) if text else ()
 
 
-def _require_folder(path: str) -> None:
+def _from_folder(folder: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"model.path: cannot load a tokenizer from {folder}: {error}\n"
+            "The folder needs Qwen3's tokenizer.json and tokenizer_config.json."
+        ) from error
+
+
+def _from_hub(name: str) -> PreTrainedTokenizerBase:
     """A hub name has at most one slash; everything else that does not exist is a mistyped folder."""
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-    if looks_local and not Path(path).is_dir():
-        raise UserError(f"model.path: there is no folder {path}. Make or download the model first, or mend the path.")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"model.path: there is no folder {name}. Make or download the model first, or mend the path.")
+    with asking_hub("model.path", name, "a folder nor a tokenizer"):
+        return AutoTokenizer.from_pretrained(name)
 
 
 def _require_special_tokens(tokenizer: PreTrainedTokenizerBase, path: str) -> None:

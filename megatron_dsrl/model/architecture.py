@@ -8,6 +8,7 @@ from typing import Any
 from megatron_dsrl.config.layout import ModelShape, model_problems, refuse
 from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.errors import UserError
+from megatron_dsrl.hub import asking_hub
 from megatron_dsrl.model.families import FAMILIES, Family
 
 
@@ -78,12 +79,8 @@ def resolve_model_folder(path: str, field: str = "model.path") -> Path:
         raise UserError(f"{field}: there is no folder {path!r}")
     from huggingface_hub import snapshot_download
 
-    try:
+    with asking_hub(field, path, "a folder nor a model"):
         return Path(snapshot_download(path, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
-    except Exception as error:  # the hub client raises a dozen kinds, from HTTP to missing cache entries
-        raise UserError(
-            f"{field}: {path!r} is neither a folder nor a model that the hub would give: {error}"
-        ) from error
 
 
 def read_architecture(folder: Path) -> Architecture:

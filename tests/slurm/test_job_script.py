@@ -17,7 +17,7 @@ from tests.support.tiny_run import REPOSITORY, write_tiny_run
 SRUN = """#!/usr/bin/env bash
 echo "$*" >>"$STUBS/srun.log"
 for word in "$@"; do
-    case "$word" in doctor | train | --dry-run | eval | convert | report) work="$word" ;; esac
+    case "$word" in doctor | fetch | train | --dry-run | eval | convert | report) work="$word" ;; esac
 done
 eval "$ON_SRUN"
 exit "$(cat "$STUBS/status_of_${work:-other}" 2>/dev/null || echo 0)"
@@ -152,7 +152,7 @@ def test_a_wrong_benchmark_ends_the_job_before_anything_is_fetched(run_script, s
     really = f'[ "$work" != --dry-run ] || [[ "$*" != *benchmarks* ]] || {REALLY}'
     job = run_script(BENCHMARKS="math500,math50", ON_SRUN=really)
     assert job.returncode == 2 and "there is no benchmark `math50`; take one of aime24" in job.stdout
-    assert "run_inputs" not in (stubs / "srun.log").read_text()
+    assert " fetch " not in (stubs / "srun.log").read_text()
 
 
 @pytest.mark.slow
@@ -162,11 +162,13 @@ def test_benchmarks_are_read_before_the_training(run_script, tmp_path):
         "title: Sums\nreward: {function: boxed}\nmax_response_tokens: 64\nhub: {source: problems.jsonl}\n"
     )
     config = str(write_tiny_run(tmp_path))
-    job = run_script(CONFIG=config, BENCHMARKS=str(sums), ON_SRUN=f"[[ $* != *run_inputs* ]] || {REALLY}")
-    assert job.returncode != 0 and "there is no file problems.jsonl" in job.stdout and "training" not in job.stdout
+    really = f'[ "$work" != fetch ] || {REALLY}'
+    job = run_script(CONFIG=config, BENCHMARKS=str(sums), ON_SRUN=really)
+    assert job.returncode == 2 and "Traceback" not in job.stdout
+    assert "there is no file problems.jsonl" in job.stdout and "training" not in job.stdout
     sums.write_text(sums.read_text().replace("problems.jsonl", str(tmp_path / "prompts.jsonl")))
-    job = run_script(CONFIG=config, BENCHMARKS=str(sums), ON_SRUN=f"[[ $* != *run_inputs* ]] || {REALLY}")
-    assert job.returncode == 0 and "40 prompts; sums: 40 problems" in job.stdout
+    job = run_script(CONFIG=config, BENCHMARKS=str(sums), ON_SRUN=really)
+    assert job.returncode == 0 and "; 40 prompts, 8 held-out, 40 sums" in job.stdout
 
 
 @pytest.mark.parametrize("line", SUBMISSIONS)
