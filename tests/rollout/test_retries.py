@@ -115,6 +115,14 @@ def test_a_connection_that_is_cut_and_an_answer_that_takes_too_long(behind, at_o
     assert "did not answer /generate within 3 s" in late and done == "done"
 
 
+def test_the_step_limit_names_the_unfinished_prompts(behind):
+    late = [rf"prompt {prompt.index} on http\S+ for \d+ s" for prompt in PROMPTS]
+    message = r"step_timeout_seconds = 0\.5; not finished \(prompts by index\): " + ", ".join(late) + "$"
+    with pytest.raises(EngineError, match=message):
+        behind.sample("no answer", "no answer", prompts=2, step_timeout_seconds=0.5)
+    assert [call.outcome for call in behind.ended] == ["cancelled", "cancelled"]
+
+
 def test_what_the_engine_aborts_itself_goes_on_where_it_stopped(behind, at_once):
     """Long enough to be in the middle of it."""
     undisturbed, _, _ = behind.sample(tokens=400)

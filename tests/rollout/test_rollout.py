@@ -123,17 +123,6 @@ def test_rewards_and_text_come_with_every_sample(engine_rollout, policy):
             assert (sample.reward, sample.verdict) == (len(sample.response_ids), "ok")
 
 
-def test_the_step_limit_names_the_unfinished_prompts(engine_rollout, policy, monkeypatch):
-    rollout_section = engine_rollout._config.rollout.model_copy(update={"step_timeout_seconds": 0.05})
-    monkeypatch.setattr(
-        engine_rollout, "_config", engine_rollout._config.model_copy(update={"rollout": rollout_section})
-    )
-
-    message = "step_timeout_seconds = 0.05; not finished .*: prompt 100 on http.* for 0 s, prompt 101 on"
-    with pytest.raises(EngineError, match=message):
-        engine_rollout.generate(numbered_prompts(2), 2, engine_rollout.training_sampling, "test")
-
-
 def test_a_prompt_that_does_not_fit_is_an_error(engine_rollout, policy):
     too_long = replace(numbered_prompts(1)[0], token_ids=(5,) * 600)
 
