@@ -1,7 +1,7 @@
 """Methods compared over several runs (seeds) each: a table of held-out results, and learning curves.
 
 The run is the unit: a method's figure is the mean over its runs, its interval is Student's t over them, and two methods
-are compared by Welch's t-test. With few runs the intervals are wide, as they should be.
+are compared by Welch's t-test of their accuracy on each set. With few runs the intervals are wide, as they should be.
 """
 
 import math
@@ -48,25 +48,26 @@ def write_comparison(methods: Mapping[str, Sequence[Path]], baseline: str, folde
 
 def comparison_table(runs: Mapping[str, Sequence[RunRecords]], baseline: str) -> str:
     """Markdown: a row per method with its last held-out results, and before them the base model."""
-    columns = [(name, metric) for name in _set_names(runs) for metric in _metrics(runs, name)]
+    sets = _set_names(runs)
+    columns = [(name, metric) for name in sets for metric in _metrics(runs, name)]
     titles = [f"{metric} on {name}, %" for name, metric in columns]
-    header = ["method", "runs", *titles, f"p against {baseline}", "response tokens"]
-    rows = [["before training", "", *(_cell(_first_values(runs, *column)) for column in columns), "", ""]]
+    tests = [f"p against {baseline}" if len(sets) == 1 else f"p against {baseline} on {name}" for name in sets]
+    header = ["method", "runs", *titles, *tests, "response tokens"]
+    before = [_cell(_first_values(runs, *column)) for column in columns]
+    rows = [["before training", "", *before, *([""] * len(sets)), ""]]
     for method, of_method in runs.items():
-        p_values = [
-            welch_p_value(_last_values(of_method, *columns[0]), _last_values(runs[baseline], *columns[0]))
-        ]
         lengths = [run.steps[-1]["response/mean_tokens"] for run in of_method if run.steps]
         rows.append([
             method,
             str(len(of_method)),
             *(_cell(_last_values(of_method, *column)) for column in columns),
-            "" if method == baseline or p_values[0] is None else f"{p_values[0]:.2g}",
+            *("" if method == baseline else _test(of_method, runs[baseline], name) for name in sets),
             f"{fmean(lengths):.1f}" if lengths else "",
         ])
     lines = [header, ["---"] * len(header), *rows]
-    note = "± is half of the 95 % interval over runs (Student's t); p is Welch's t-test on the first column of results."
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{note}\n"
+    interval = "± is half of the 95 % interval over runs (Student's t)."
+    test = "p: Welch's t-test of accuracy, not corrected for several tests."
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{interval} {test}\n"
 
 
 def learning_curves(runs: Mapping[str, Sequence[RunRecords]], baseline: str) -> list[Chart]:
@@ -132,6 +133,11 @@ def _last_values(runs: Sequence[RunRecords], name: str, metric: str) -> list[flo
 
 def _cell(values: Sequence[float]) -> str:
     return Estimate(tuple(values)).in_percent() if values else ""
+
+
+def _test(one: Sequence[RunRecords], other: Sequence[RunRecords], name: str) -> str:
+    p_value = welch_p_value(_last_values(one, name, "accuracy"), _last_values(other, name, "accuracy"))
+    return "" if p_value is None else f"{p_value:.2g}"
 
 
 def _highest(runs: Mapping[str, Sequence[RunRecords]], name: str) -> float:

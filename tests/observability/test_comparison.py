@@ -1,5 +1,6 @@
 """Methods over several runs: means, intervals and tests against hand-worked numbers, and the files."""
 
+import json
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -49,6 +50,18 @@ def test_table_and_figure_of_several_runs_per_method(methods, tmp_path):
     texts = figure.iter("{http://www.w3.org/2000/svg}text")
     titles = [text.text for text in texts if text.get("class") == "title"]
     assert titles == ["GRPO", "DSRL"]
+
+
+def test_every_set_has_its_own_test(methods, tmp_path):
+    for gain, folder in zip((0.0, 0.1, 0.2) * 2, (*methods["GRPO"], *methods["DSRL"]), strict=True):
+        with open(folder / "evaluation.jsonl", "a") as stream:
+            stream.write(json.dumps({"set": "other", "step": 6, "accuracy": 0.5 + gain}) + "\n")
+    table = write_comparison(methods, "GRPO", tmp_path)
+    header, _, _, grpo, dsrl = ([cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[:5])
+    tests = [number for number, title in enumerate(header) if title.startswith("p against GRPO on ")]
+    assert [header[number].removeprefix("p against GRPO on ") for number in tests] == ["held-out", "other"]
+    assert [grpo[number] for number in tests] == ["", ""]
+    assert [dsrl[number] for number in tests] == ["0.07", "1"]
 
 
 def test_runs_without_evaluations_are_refused(methods, tmp_path):
