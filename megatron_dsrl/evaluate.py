@@ -27,6 +27,7 @@ from megatron_dsrl.evaluation.benchmark_evaluator import evaluate_benchmark, mis
 from megatron_dsrl.evaluation.evaluator import check_different_samples
 from megatron_dsrl.evaluation.results import markdown, write_results
 from megatron_dsrl.evaluation.results_file import EVALUATIONS_FOLDER
+from megatron_dsrl.folder_lock import locked
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.process_group import process_group
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
@@ -88,7 +89,8 @@ def evaluate(request: EvaluationRequest) -> None:
     """Evaluate, or continue an evaluation. All ranks call it; rank 0 prints the results.
 
     Raises:
-        UserError: something is missing or does not fit; found before the engines start.
+        UserError: something is missing or does not fit, or another process has the output folder in use; found before
+            the engines start.
     """
     benchmarks = requested_benchmarks(request)
     with process_group(), ExitStack() as resources:
@@ -97,6 +99,7 @@ def evaluate(request: EvaluationRequest) -> None:
         # Only the first rank needs them, and the hub need not be asked by all at once.
         on_first(lambda: prompts.update(read_problems(model.companions, benchmarks)))
         output = request.output or default_output(model)
+        resources.enter_context(locked(output, print))
         folder = hf_folder(model, output)
         tokenizer = load_tokenizer(str(folder), read_architecture(folder).vocab_size)
         config = _config(folder, request.overrides, benchmarks)
@@ -171,7 +174,6 @@ def hf_folder(model: EvaluatedModel, output: Path) -> Path:
     # Another checkpoint, or the same folder trained further, must not be taken for this one.
     converted = output / f"hf_model_{on_first(lambda: fingerprint(model.folder))[:12]}"
     if not on_first(converted.exists):
-        on_first(lambda: output.mkdir(parents=True, exist_ok=True))
         options = ConversionOptions(dtype=None, verify=False, overwrite=False, expect=None)
         convert_megatron_to_hf(model.folder, converted, WEIGHT_FILE_BYTES, options, model.companions)
     return converted

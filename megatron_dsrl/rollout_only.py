@@ -13,6 +13,7 @@ from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.data.sampler import PromptSampler
 from megatron_dsrl.data.tokenizer import stop_token_ids
 from megatron_dsrl.errors import UserError
+from megatron_dsrl.folder_lock import locked
 from megatron_dsrl.observability.step_metrics import count_tokens, rollout_metrics
 from megatron_dsrl.process_group import process_group
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
@@ -26,13 +27,14 @@ def sample_run(config: RunConfig) -> None:
     Steps that are on disk are left as they are.
 
     Raises:
-        UserError: the model has no weights in Hugging Face's format, or something else does not fit.
+        UserError: the model has no weights in Hugging Face's format, another process has the run folder in use, or
+            something else does not fit.
     """
     inputs = load_inputs(config)
     if config.model.random_init or not any(inputs.model_folder.glob("*.safetensors")):
         raise UserError(f"model.path: {inputs.model_folder} has no safetensors files for the engines to read")
     with process_group(), ExitStack() as resources:
-        on_first(lambda: inputs.run_folder.mkdir(parents=True, exist_ok=True))
+        resources.enter_context(locked(inputs.run_folder, print))
         if not on_first(lambda: missing_steps(config, inputs)):
             return
         rollout = EngineRollout(config, inputs.run_folder, tuple(stop_token_ids(inputs.tokenizer)), inputs.decode)

@@ -31,6 +31,7 @@ from megatron_dsrl.data.sampler import PromptSampler, SamplerState
 from megatron_dsrl.data.tokenizer import bos_token_ids, stop_token_ids
 from megatron_dsrl.device_sharing import SharedDevice
 from megatron_dsrl.evaluation.evaluator import Evaluator
+from megatron_dsrl.folder_lock import locked
 from megatron_dsrl.model.parallel import destroy_parallel, initialize_parallel
 from megatron_dsrl.observability.console import RunConsole
 from megatron_dsrl.observability.timeline import NoTimeline, Timeline
@@ -54,8 +55,8 @@ def train(config: RunConfig) -> None:
     """Run a training, or continue it from its newest checkpoint. All ranks call it.
 
     Raises:
-        UserError: the model, the data or the run folder is not what the configuration needs; found before anything
-            heavy starts.
+        UserError: the model, the data or the run folder is not what the configuration needs, or another process has
+            the run folder in use; found before anything heavy starts.
         Preempted: the process was asked to stop; the run's state is saved.
     """
     inputs = load_inputs(config)
@@ -64,6 +65,7 @@ def train(config: RunConfig) -> None:
         initialize_parallel(config.parallel, config.seed)
         resources.callback(destroy_parallel)
         console = RunConsole(config.steps)
+        resources.enter_context(locked(inputs.run_folder, console.message))
         checkpoints = CheckpointStore(
             inputs.run_folder / "checkpoints",
             config.checkpoint.keep_last,

@@ -1,8 +1,9 @@
-"""`dsrl eval` with a real engine: killed, continued, finished, and refused."""
+"""`dsrl eval` with a real engine: refused while another one runs, killed, continued, finished."""
 
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from collections import Counter
 
 import pytest
 
+from megatron_dsrl import folder_lock
 from megatron_dsrl.cli import main
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.evaluate import EvaluationRequest, evaluate
@@ -35,7 +37,7 @@ def finished_samples(file) -> list[str]:
 
 
 @pytest.mark.timeout(600)
-def test_an_evaluation_of_a_megatron_checkpoint_is_killed_continued_and_reported(tmp_path, capsys):
+def test_an_evaluation_of_a_megatron_checkpoint_is_killed_continued_and_reported(tmp_path, capsys, monkeypatch):
     write_tiny_run(tmp_path)
     (tmp_path / "amc23.yaml").write_text(BENCHMARK)
     converted = dsrl("convert", "hf-to-megatron", str(tmp_path / "model"), str(tmp_path / "megatron"))
@@ -44,6 +46,13 @@ def test_an_evaluation_of_a_megatron_checkpoint_is_killed_continued_and_reported
     command = ["eval", str(tmp_path / "megatron"), "--benchmarks", str(tmp_path / "amc23.yaml")]
     command += ["--data-folder", str(tmp_path), "--output", str(output), *ENGINE]
     file = output / "samples" / "amc23.jsonl"
+    request = EvaluationRequest(
+        model=str(tmp_path / "megatron"),
+        benchmarks=[str(tmp_path / "amc23.yaml")],
+        output=output,
+        data_folder=tmp_path,
+        overrides=ENGINE,
+    )
 
     process = subprocess.Popen(
         [sys.executable, "-m", "megatron_dsrl.cli", *command],
@@ -53,6 +62,10 @@ def test_an_evaluation_of_a_megatron_checkpoint_is_killed_continued_and_reported
     deadline = time.monotonic() + LIMIT_SECONDS
     while len(finished_samples(file)) < 3 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
+    process.send_signal(signal.SIGSTOP)
+    monkeypatch.setattr(folder_lock, "WAIT_SECONDS", 0.0)
+    with pytest.raises(UserError, match=f"{output} is in use by process {process.pid} on {socket.gethostname()}"):
+        evaluate(request)
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = finished_samples(file)
@@ -85,13 +98,6 @@ def test_an_evaluation_of_a_megatron_checkpoint_is_killed_continued_and_reported
 
     # A finished evaluation is only reported, without engines: in this process, which could not start one unnoticed.
     logs = (output / "engines").stat().st_mtime_ns, (output / "engines" / "engine_0.log").stat().st_mtime_ns
-    request = EvaluationRequest(
-        model=str(tmp_path / "megatron"),
-        benchmarks=[str(tmp_path / "amc23.yaml")],
-        output=output,
-        data_folder=tmp_path,
-        overrides=ENGINE,
-    )
     evaluate(request)
     assert "| Sums | 40 | 8 |" in capsys.readouterr().out
     assert logs == ((output / "engines").stat().st_mtime_ns, (output / "engines" / "engine_0.log").stat().st_mtime_ns)

@@ -113,6 +113,21 @@ def test_stops_kills_and_a_dead_engine_change_nothing(config, undisturbed):
 
 
 @pytest.mark.slow
+def test_a_second_start_in_the_run_folder_is_refused_and_changes_nothing(config, undisturbed):
+    """On two ranks, while the first one trains; it then goes on as if nothing had been."""
+    run = config.parent / "runs" / "twice"
+    with running_training(str(config), "name=twice", *OPTIONS, run=run) as training:
+        training.wait_until(lambda: training.has_checkpoint(1))
+        training.process.send_signal(signal.SIGSTOP)
+        second = dsrl("train", str(config), "name=twice", *OPTIONS, processes=2)
+        training.process.send_signal(signal.SIGCONT)
+        assert training.ended() == 0, training.output
+    assert f"dsrl: {run} is in use by process {training.process.pid} on " in second.stderr
+    assert f"dsrl: rank 1: {run} is in use by process" in second.stderr
+    assert_same_run(run, undisturbed, STEPS)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_soak_kill_9_of_trainer_or_engine_at_random_moments(config, undisturbed, seed):
     """Several kills while the run starts, or within a second after it has sampled a further step."""
