@@ -23,7 +23,7 @@ from megatron_dsrl.algorithms.schedule import Schedule
 from megatron_dsrl.checkpoint.compatibility import check_same_model, check_same_optimizer
 from megatron_dsrl.checkpoint.state import RunState, current_layout
 from megatron_dsrl.checkpoint.store import Checkpoint, CheckpointStore
-from megatron_dsrl.collective import broadcast, gather
+from megatron_dsrl.collective import broadcast, gather, on_first
 from megatron_dsrl.config.phase import PhaseConfig, PostTrainSpaceConfig, PreTrainSpaceConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.controller import Controller, StepSamples, responses_of
@@ -281,10 +281,13 @@ def record_step(
     critic_metrics: dict[str, float],
     timer: SecondsPerPart,
 ) -> None:
-    """Write down and print a finished step, on rank 0."""
-    if run.controller:
-        assert samples is not None
+    """Let rank 0 write down and print a finished step; all ranks learn of it if the disk takes no more."""
+
+    def record() -> None:
+        assert run.controller is not None and samples is not None
         run.controller.record(step, phase, samples, update, critic_metrics | run.device.metrics(), timer)
+
+    on_first(record)
 
 
 def share_experiences(
@@ -349,8 +352,8 @@ def stop_as_asked(run: TrainingRun, step: int, sampler: SamplerState) -> NoRetur
 
 def save_checkpoint(run: TrainingRun, step: int, sampler: SamplerState) -> None:
     """Save a checkpoint of the state after `step`, at which the sampler stood as given."""
-    if run.controller:
-        run.controller.flush_rollouts()  # a checkpoint says that nothing before it has to be done again
+    # a checkpoint says that nothing before it has to be done again
+    on_first(lambda: run.controller and run.controller.flush_rollouts())
     state = RunState(
         step=step,
         phase=Schedule(run.config.phases).at(step).name,

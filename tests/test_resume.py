@@ -128,6 +128,19 @@ def test_a_second_start_in_the_run_folder_is_refused_and_changes_nothing(config,
 
 
 @pytest.mark.slow
+def test_a_disk_without_room_for_the_record_of_a_step_ends_all_ranks_with_the_message(config):
+    run = config.parent / "runs" / "full"
+    settings = ("steps=50", "evaluation.sets=[]", "observability={save_rollouts: false, trace: false}")
+    with running_training(str(config), "name=full", *settings, run=run, processes=2) as training:
+        metrics = run / "metrics.jsonl"
+        training.wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0)
+        training.ranks()[0].rlimit(psutil.RLIMIT_FSIZE, (1, psutil.RLIM_INFINITY))
+        assert training.ended() != 0
+    message = "metrics.jsonl could not be written"
+    assert f"dsrl: {run}/{message}" in training.output and f"dsrl: rank 1: {run}/{message}" in training.output
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_soak_kill_9_of_trainer_or_engine_at_random_moments(config, undisturbed, seed):
     """Several kills while the run starts, or within a second after it has sampled a further step."""

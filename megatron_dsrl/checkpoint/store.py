@@ -58,7 +58,11 @@ class WeightsWrite(Protocol):
         """
 
     def finish(self) -> None:
-        """Collective, after all ranks have written."""
+        """Collective, after all ranks have written.
+
+        Raises:
+            OSError: this rank could not write; it has taken part in everything that is collective.
+        """
 
 
 @dataclass(frozen=True)
@@ -116,9 +120,7 @@ class CheckpointStore:
 
         Raises:
             UserError: the folder cannot be written to (no space, read-only). The checkpoints before are untouched, and
-                nothing half-written is left. Ranks raise it together, except for a failure of rank 0 while it finishes
-                Megatron's part: it raises at once instead of waiting for the others, whose connection to it then
-                breaks. Of an asynchronous save, the next call raises it.
+                nothing half-written is left. Ranks raise it together. Of an asynchronous save, the next call raises it.
         """
         self.finish()
         if state.step == self._good_step:
@@ -281,11 +283,15 @@ class _Save:
         if self._defect is not None:
             raise self._defect
         _raise_together(self.problem)
-        try:
-            for write in self._writes:
+        for write in self._writes:
+            problem = None
+            try:
                 write.finish()
-        except CheckpointException as error:  # no Exception; all ranks raise it, rank 0 knows the cause
-            raise OSError("; ".join(str(cause) for cause, _ in error.failures.values()) or str(error)) from error
+            except CheckpointException as error:  # no Exception; all ranks raise it, rank 0 knows the cause
+                problem = "; ".join(str(cause) for cause, _ in error.failures.values()) or str(error)
+            except OSError as error:
+                problem = str(error)
+            _raise_together(problem)
         checksums = {name: entry for share in gather(self._checksums) for name, entry in share.items()}
         names = broadcast(sorted(str(x.relative_to(self.partial)) for x in self.partial.rglob("*") if x.is_file()))
         return checksums | _checksums_together(self.partial, [name for name in names if name not in checksums])

@@ -8,11 +8,14 @@ memory is enough; it also saves the seconds in which the process would start.
 """
 
 import queue
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
@@ -64,10 +67,11 @@ class CheckpointWrite:
         """Write what makes the files of all ranks a checkpoint. Collective, in the main thread, after every `write`.
 
         Raises:
-            OSError: on rank 0, if it cannot be written. The other ranks are then left waiting for it.
+            OSError: on rank 0 only, if it cannot be written; every rank has come to the end then.
         """
-        for finalize in self._finalize:
-            finalize()
+        with _failures_at_the_end():
+            for finalize in self._finalize:
+                finalize()
 
 
 def begin_checkpoint(state: dict[str, Any], folder: Path, metadata: dict[str, Any], copy: bool) -> CheckpointWrite:
@@ -87,6 +91,34 @@ def begin_checkpoint(state: dict[str, Any], folder: Path, metadata: dict[str, An
     )
     assert request is not None
     return CheckpointWrite(request, results, copy)
+
+
+@contextmanager
+def _failures_at_the_end() -> Iterator[None]:
+    """Megatron's collectives in the body go on where rank 0 cannot write; it raises the first OSError afterwards.
+
+    Rank 0 writes `.metadata` and `metadata.json` while the others wait for its word in a broadcast and a barrier: an
+    exception there would leave them waiting.
+    """
+    failures: list[OSError] = []
+
+    def noting(write: Callable[..., None]) -> Callable[..., None]:
+        def write_or_note(*arguments: Any) -> None:
+            try:
+                write(*arguments)
+            except OSError as error:
+                failures.append(error)
+
+        return write_or_note
+
+    write_metadata, write_config = FileSystemWriterAsync.finish, serialization.save_config
+    FileSystemWriterAsync.finish, serialization.save_config = noting(write_metadata), noting(write_config)
+    try:
+        yield
+    finally:
+        FileSystemWriterAsync.finish, serialization.save_config = write_metadata, write_config
+    if failures:
+        raise failures[0]
 
 
 def _with_own_tensors(on_host: _Bucket, kept: _Bucket) -> _Bucket:

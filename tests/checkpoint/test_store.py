@@ -336,8 +336,9 @@ def test_a_read_only_folder(tmp_path):
     saved(tmp_path, 2)
 
 
-def save_an_actor_onto_a_full_disk(model: Path, root: Path, full_on: list[int], asynchronous: bool) -> list[str]:
-    """Save twice: with room, then without on some ranks. The message of the second."""
+def save_an_actor_onto_a_full_disk(model: Path, root: Path, full_on: list[int], asynchronous: bool) -> list[list]:
+    """Save with room, then without on some ranks, where asynchronous also without only at the end. The messages of the
+    failures, and the newest checkpoint after each."""
     from megatron_dsrl.actor.build import build_actor
     from megatron_dsrl.model.parallel import destroy_parallel, initialize_parallel
     from tests.actor.test_saved_state import ACTOR, run_config
@@ -349,27 +350,34 @@ def save_an_actor_onto_a_full_disk(model: Path, root: Path, full_on: list[int], 
     store.save(state(1), actor.begin_save)
     store.finish()
     assert multiprocessing.active_children() == []  # nothing that could outlive a killed trainer
-    with files_of_at_most(20_000 if dist.get_rank() in full_on else 10**9):
-        try:
-            store.save(state(2), actor.begin_save)
+    room = 20_000 if dist.get_rank() in full_on else 10**9
+    failures = []
+    with files_of_at_most(room), pytest.raises(UserError) as failure:
+        store.save(state(2), actor.begin_save)
+        store.finish()
+    failures.append([str(failure.value), store.newest().state.step])
+    if asynchronous:
+        store.save(state(2), actor.begin_save)
+        store._in_flight.wait()
+        with files_of_at_most(room // 100), pytest.raises(UserError) as failure:
             store.finish()
-        except UserError as error:
-            message = str(error)
-    found = store.newest().state.step
+        failures.append([str(failure.value), store.newest().state.step])
     destroy_parallel()
-    return [message, found]
+    return failures
 
 
 @pytest.mark.parametrize(
     ("full_on", "asynchronous"),
-    [pytest.param([0], True, marks=pytest.mark.slow), ([1], False)],
+    [([0], True), pytest.param([1], False, marks=pytest.mark.slow)],
     ids=["rank 0", "rank 1"],
 )
 def test_megatron_on_a_full_disk_of_one_rank_ends_all_ranks(tiny_model_folder, tmp_path, full_on, asynchronous):
     results = run_distributed(save_an_actor_onto_a_full_disk, 2, tiny_model_folder, tmp_path, full_on, asynchronous)
-    for message, found in results:
-        assert "the checkpoint of step 2 could not be written" in message and "File too large" in message
-        assert found == 1
+    for failures in results:
+        assert len(failures) == 1 + asynchronous
+        for message, found in failures:
+            assert "the checkpoint of step 2 could not be written" in message and "File too large" in message
+            assert found == 1
     assert names(tmp_path) == ["step_000001"]
 
 
