@@ -1,17 +1,15 @@
 """Rank 0's part of a run: choose prompts, sample, keep the rollouts, evaluate, and write down what happened."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_dsrl.actor.statistics import UpdateMetrics
 from megatron_dsrl.algorithms.experience import Response
-from megatron_dsrl.algorithms.mismatch import MISMATCH_MAXIMA, MISMATCH_MEANS
 from megatron_dsrl.algorithms.reward_shaping import shaping_metrics
 from megatron_dsrl.background import Background
-from megatron_dsrl.config.phase import MAIN_OBJECTIVE, PhaseConfig, PreTrainSpaceConfig
+from megatron_dsrl.config.phase import PhaseConfig
 from megatron_dsrl.config.rollout import DynamicSamplingConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.data.prompt import Prompt
@@ -21,7 +19,6 @@ from megatron_dsrl.observability.console import RunConsole
 from megatron_dsrl.observability.step_metrics import count_tokens, rollout_metrics
 from megatron_dsrl.observability.timer import SecondsPerPart
 from megatron_dsrl.observability.tracker import Tracker
-from megatron_dsrl.platform import current_platform
 from megatron_dsrl.rollout.carry_over import CarryOver
 from megatron_dsrl.rollout.dispatcher import EnginesLostError
 from megatron_dsrl.rollout.dynamic_sampling import dynamic_sampling_metrics, is_mixed, sample_until_mixed
@@ -30,6 +27,7 @@ from megatron_dsrl.rollout.recording import RolloutRecorder
 from megatron_dsrl.rollout.replay import replayed_groups
 from megatron_dsrl.rollout.rollout import Rollout
 from megatron_dsrl.rollout.sample import Group
+from megatron_dsrl.step_record import log_prob_gap_warning, memory_metrics, older_token_metrics, update_metrics
 
 
 @dataclass(frozen=True)
@@ -226,8 +224,7 @@ class Controller:
         timer: SecondsPerPart,
     ) -> None:
         """Write down and print a finished step."""
-        responses = responses_of(samples.groups, step)
-        config = self._config
+        config, responses = self._config, responses_of(samples.groups, step)
         record = {
             "step": step,
             "phase": phase.name,
@@ -264,59 +261,3 @@ def responses_of(groups: Sequence[Group], weight_version: int) -> list[Response]
         for number, group in enumerate(groups)
         for sample in group.samples
     ]
-
-
-def older_token_metrics(groups: Sequence[Group], weight_version: int) -> dict[str, float]:
-    """The share of tokens that older weights produced than those that are updated; empty where there are none."""
-    samples = [sample for group in groups for sample in group.samples]
-    older = sum(sample.tokens_before(weight_version) for sample in samples)
-    return {"response/older_token_fraction": older / sum(len(s.response_ids) for s in samples)} if older else {}
-
-
-def update_metrics(update: UpdateMetrics | None, phase: PhaseConfig) -> dict[str, float]:
-    """The `policy/*`, `mismatch/*`, `pre_train/*` and `router/*` part of a step record, and `<name>/*` of additional
-    objectives.
-
-    The mismatch compares trainer and engine only where both condition on the prompt. In the pre-train space the gap is
-    the one between log P(y) and log P(y|x), and is called so; the other mismatch metrics mean nothing there.
-    """
-    nothing_kept = {f"{name}/{count}": 0 for name in phase.objectives for count in ("kept_samples", "kept_tokens")}
-    if update is None:  # the filters dropped every sample, or the critic learns alone: no step was taken
-        return nothing_kept
-    metrics = nothing_kept | update.flat()
-    metrics |= {f"policy/{name}": metrics.pop(name) for name in ("grad_norm", "learning_rate")}
-    total_loss = metrics.pop("loss")
-    if len(phase.objectives) > 1:
-        metrics["policy/total_loss"] = total_loss
-    for name, objective in phase.objectives.items():
-        prefix = "" if name == MAIN_OBJECTIVE else f"{name}/"
-        mismatch = {key: metrics.pop(f"{name}/{key}", None) for key in (*MISMATCH_MEANS, *MISMATCH_MAXIMA)}
-        if isinstance(objective.space, PreTrainSpaceConfig):
-            mismatch, prefix = {"mean_log_prob_gap": mismatch["mean_log_prob_gap"]}, f"{prefix}pre_train/"
-        else:
-            prefix = f"{prefix}mismatch/"
-        metrics |= {f"{prefix}{key}": value for key, value in mismatch.items() if value is not None}
-    return metrics
-
-
-def log_prob_gap_warning(record: Mapping[str, Any], limit: float) -> str | None:
-    """What to print where a step's record says that trainer and engine log-probs differ by more than `limit` nat.
-
-    Only where both had the same weights and the prompt in context: not with tokens of older weights.
-    """
-    gap = record.get("mismatch/mean_log_prob_gap")
-    if gap is None or gap <= limit or "response/older_token_fraction" in record:
-        return None
-    return (
-        f"warning: trainer and engine log-probs differ by {gap:.3g} nat on average, above "
-        f"observability.max_log_prob_gap={limit:g}; the engine may hold other weights or another precision"
-    )
-
-
-def memory_metrics() -> dict[str, float]:
-    """The `memory/*` part of a step record: the trainer process of rank 0 on its device, in GiB."""
-    statistics = current_platform().memory_statistics()
-    return {
-        "memory/trainer_gib": statistics.allocated_bytes / 2**30,
-        "memory/trainer_peak_gib": statistics.peak_bytes / 2**30,
-    }

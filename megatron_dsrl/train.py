@@ -190,16 +190,9 @@ def start_run(
         sampler.load_state_dict(checkpoint.state.sampler)
         models.load(checkpoint, same_layout=checkpoint.state.layout == current_layout(config.parallel))
         announce(console, f"continuing after step {step} from {checkpoint.folder}")
-    controller = None
-    if dist.get_rank() == 0:
-        tracker = resources.enter_context(Tracker(inputs.run_folder, config.observability.tensorboard))
-        tracker.truncate_after(step)
-        evaluator = Evaluator(inputs.evaluation_sets, rollout, config.reward.function)
-        save_rollouts = config.observability.save_rollouts
-        recorder = resources.enter_context(RolloutRecorder(inputs.run_folder)) if save_rollouts else None
-        controller = Controller(config, recorder, inputs.prompts, rollout, evaluator, tracker, console)
-        if checkpoint and config.rollout.carries_over:
-            controller.take_over(CarryOver.read_from(checkpoint.folder / ROLLOUT_FOLDER))
+    controller = start_controller(config, inputs, rollout, step, console, resources) if dist.get_rank() == 0 else None
+    if controller and checkpoint and config.rollout.carries_over:
+        controller.take_over(CarryOver.read_from(checkpoint.folder / ROLLOUT_FOLDER))
     return TrainingRun(
         config=config,
         inputs=inputs,
@@ -213,6 +206,18 @@ def start_run(
         controller=controller,
         timeline=timeline,
     )
+
+
+def start_controller(
+    config: RunConfig, inputs: RunInputs, rollout: Rollout, step: int, console: RunConsole, resources: ExitStack
+) -> Controller:
+    """Rank 0: open the files of the run, which goes on after `step`. What must be closed is left to `resources`."""
+    tracker = resources.enter_context(Tracker(inputs.run_folder, config.observability.tensorboard))
+    tracker.truncate_after(step)
+    evaluator = Evaluator(inputs.evaluation_sets, rollout, config.reward.function)
+    save_rollouts = config.observability.save_rollouts
+    recorder = resources.enter_context(RolloutRecorder(inputs.run_folder)) if save_rollouts else None
+    return Controller(config, recorder, inputs.prompts, rollout, evaluator, tracker, console)
 
 
 def open_timeline(config: RunConfig, run_folder: Path, resources: ExitStack) -> Timeline | NoTimeline:

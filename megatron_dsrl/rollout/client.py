@@ -19,8 +19,6 @@ from megatron_dsrl.rollout.credentials import engine_headers
 from megatron_dsrl.rollout.sampling import SamplingParameters
 
 MemoryTag = Literal["weights", "kv_cache"]
-
-
 VersionSpans = tuple[tuple[int, int], ...]
 """(weight version, number of tokens that it produced), oldest first."""
 
@@ -114,7 +112,7 @@ class EngineClient:
             "return_logprob": True,
             "return_routed_experts": sampling.return_routed_experts,
         }
-        answers = await self._post("/generate", body, timeout_seconds)
+        answers = await self._request("POST", "/generate", body, timeout_seconds)
         if not isinstance(answers, list) or len(answers) != len(requests):
             raise EngineError(
                 f"engine {self.url}: /generate did not answer with {len(requests)} samples: {answers!r:.500}"
@@ -184,13 +182,12 @@ class EngineClient:
         if not isinstance(answer, dict) or answer.get("success") is not True:
             raise EngineError(f"engine {self.url} refused {path}: {answer!r:.2000}")
 
-    async def _post(self, path: str, body: dict[str, Any] | None, timeout_seconds: float | None = -1.0) -> Any:
-        """POST and return the decoded answer. -1 is the client's own limit, None is no limit."""
-        return await self._request(
-            "POST", path, body, self._timeout_seconds if timeout_seconds == -1.0 else timeout_seconds
-        )
+    async def _post(self, path: str, body: dict[str, Any] | None) -> Any:
+        """POST within the client's own limit."""
+        return await self._request("POST", path, body, self._timeout_seconds)
 
     async def _request(self, method: str, path: str, body: dict[str, Any] | None, limit: float | None) -> Any:
+        """The decoded answer, within so many seconds; None is no limit."""
         assert self._session is not None, "EngineClient is used outside `async with`"
         try:
             async with self._session.request(
