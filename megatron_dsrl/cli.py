@@ -15,11 +15,11 @@ from types import FrameType
 
 from megatron_dsrl.analysis.command_line import add_analyse
 from megatron_dsrl.analysis.samples_command import add_samples
-from megatron_dsrl.arguments import labelled_folders, positive
+from megatron_dsrl.arguments import positive
 from megatron_dsrl.conversion.command_line import add_convert
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.evaluation.command_line import add_eval, add_table
-from megatron_dsrl.observability.command_line import add_trace
+from megatron_dsrl.observability.command_line import add_compare, add_trace
 from megatron_dsrl.process import end_with_torchrun
 
 USER_ERROR_STATUS = 2
@@ -157,18 +157,6 @@ def _plan(options: argparse.Namespace) -> int:
     return 0 if plan.fits else 1
 
 
-def _compare(options: argparse.Namespace) -> int:
-    from megatron_dsrl.observability.comparison import write_comparison
-
-    methods = dict(map(labelled_folders, options.methods))
-    baseline = options.baseline or next(iter(methods))
-    if baseline not in methods:
-        raise UserError(f"--baseline: `{baseline}` is none of the methods {', '.join(methods)}")
-    options.output.mkdir(parents=True, exist_ok=True)
-    print(write_comparison(methods, baseline, options.output))
-    return 0
-
-
 def _sweep(options: argparse.Namespace) -> int:
     from megatron_dsrl.sweep import run_sweep
 
@@ -210,7 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     add_trace(commands)
     add_samples(commands)
     _add_rollout(commands)
-    _add_compare(commands)
+    add_compare(commands)
     add_table(commands)
     add_analyse(commands)
     _add_sweep(commands)
@@ -320,21 +308,6 @@ def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folder, such as runs/tiny_dsrl")
     parser.add_argument("--output", metavar="FILE", type=Path, help="write the page to this file instead")
     parser.set_defaults(command=_report, parser=parser)
-
-
-def _add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser(
-        "compare",
-        help="table and learning curves of methods with several runs each",
-        description="Write comparison.md (held-out results with 95 % intervals over runs, and tests against the "
-        "baseline) and comparison.svg (learning curves).",
-    )
-    parser.add_argument(
-        "methods", metavar="LABEL=RUN,RUN", nargs="+", help="a method and its run folders, one per seed; or one RUN"
-    )
-    parser.add_argument("--baseline", metavar="LABEL", help="compare with this method (default: the first)")
-    parser.add_argument("--output", metavar="FOLDER", type=Path, default=Path(), help="where the files go (default: .)")
-    parser.set_defaults(command=_compare, parser=parser)
 
 
 def _add_sweep(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

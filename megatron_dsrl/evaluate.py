@@ -3,14 +3,15 @@
 Every rank runs it. Each engine's ranks start it as in training; rank 0 samples from all engines, judges, and writes.
 """
 
-import hashlib
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from transformers import PreTrainedTokenizerBase
 
 from megatron_dsrl.collective import barrier, on_first, rank
 from megatron_dsrl.config.benchmark import BenchmarkRunConfig
@@ -27,13 +28,12 @@ from megatron_dsrl.evaluation.benchmark_evaluator import evaluate_benchmark, mis
 from megatron_dsrl.evaluation.evaluator import check_different_samples
 from megatron_dsrl.evaluation.results import markdown, write_results
 from megatron_dsrl.evaluation.results_file import EVALUATIONS_FOLDER
+from megatron_dsrl.fingerprint import fingerprint
 from megatron_dsrl.folder_lock import locked
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.process_group import process_group
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 
-FINGERPRINT_PIECES = 64
-FINGERPRINT_BYTES = 2**16
 WEIGHT_FILE_BYTES = 5 * 10**9
 
 
@@ -109,13 +109,7 @@ def evaluate(request: EvaluationRequest) -> None:
             lambda: [b.name for b in benchmarks if missing_samples(b, prompts[b.name], files[b.name], settings)]
         )
         stops = stop_token_ids(tokenizer)
-        rollout = None
-        if unfinished:
-            rollout = EngineRollout(
-                config, output, stops, lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
-            )
-            resources.callback(rollout.close)
-            rollout.wait_until_ready()
+        rollout = start_engines(config, output, tokenizer, resources) if unfinished else None
 
         def evaluate_all() -> None:
             summaries = {}
@@ -134,33 +128,22 @@ def evaluate(request: EvaluationRequest) -> None:
         barrier()  # the engines of other ranks stay until the last sample is there
 
 
+def start_engines(
+    config: BenchmarkRunConfig, output: Path, tokenizer: PreTrainedTokenizerBase, resources: ExitStack
+) -> EngineRollout:
+    """Engines that are ready, with their logs in the output folder; closing them is left to `resources`."""
+    decode = partial(tokenizer.decode, skip_special_tokens=True)
+    rollout = EngineRollout(config, output, stop_token_ids(tokenizer), decode)
+    resources.callback(rollout.close)
+    rollout.wait_until_ready()
+    return rollout
+
+
 def default_output(model: EvaluatedModel) -> Path:
     """Where results go that nobody has named a folder for. The report of a run looks for them in the run folder."""
     if model.run_folder is not None:
         return model.run_folder / EVALUATIONS_FOLDER / f"step_{model.step:06d}"
     return Path("evaluations") / model.folder.name
-
-
-def fingerprint(folder: Path) -> str:
-    """Tells models apart: SHA-256 over the configuration, and the size and evenly spread pieces of every weight file.
-
-    Between nearby steps of a training in bf16 most weights keep their value, and those of rare tokens, at the beginning
-    of the files, nearly all: hence many pieces.
-
-    Args:
-        folder: HF folder or Megatron checkpoint.
-    """
-    digest = hashlib.sha256()
-    for file in (folder / "config.json", folder / ".metadata"):
-        digest.update(file.read_bytes() if file.is_file() else b"")
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.distcp")]):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with file.open("rb") as stream:
-            for piece in range(FINGERPRINT_PIECES):
-                stream.seek(max(0, size - FINGERPRINT_BYTES) * piece // (FINGERPRINT_PIECES - 1))
-                digest.update(stream.read(FINGERPRINT_BYTES))
-    return digest.hexdigest()
 
 
 def hf_folder(model: EvaluatedModel, output: Path) -> Path:

@@ -14,8 +14,9 @@ from megatron_dsrl.cli import main
 from megatron_dsrl.conversion.hf_to_megatron import ConversionOptions, convert_hf_to_megatron
 from megatron_dsrl.conversion.layout import CheckpointLayout
 from megatron_dsrl.errors import UserError
-from megatron_dsrl.evaluate import default_output, fingerprint
+from megatron_dsrl.evaluate import default_output
 from megatron_dsrl.evaluated_model import find_checkpoint, find_model
+from megatron_dsrl.fingerprint import fingerprint
 from megatron_dsrl.model.architecture import read_architecture
 from tests.support.tiny_model import make_tiny_qwen3
 

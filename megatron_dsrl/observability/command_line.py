@@ -1,7 +1,10 @@
-"""`dsrl trace`. Light: whatever the command needs is imported when it runs."""
+"""Arguments of `dsrl trace` and `dsrl compare`. Light: whatever a command needs is imported when it runs."""
 
 import argparse
 from pathlib import Path
+
+from megatron_dsrl.arguments import labelled_folders
+from megatron_dsrl.errors import UserError
 
 
 def add_trace(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -17,6 +20,22 @@ def add_trace(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.set_defaults(command=_trace, parser=parser)
 
 
+def add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to `dsrl`'s."""
+    parser = commands.add_parser(
+        "compare",
+        help="table and learning curves of methods with several runs each",
+        description="Write comparison.md (held-out results with 95 % intervals over runs, and tests against the "
+        "baseline) and comparison.svg (learning curves).",
+    )
+    parser.add_argument(
+        "methods", metavar="LABEL=RUN,RUN", nargs="+", help="a method and its run folders, one per seed; or one RUN"
+    )
+    parser.add_argument("--baseline", metavar="LABEL", help="compare with this method (default: the first)")
+    parser.add_argument("--output", metavar="FOLDER", type=Path, default=Path(), help="where the files go (default: .)")
+    parser.set_defaults(command=_compare, parser=parser)
+
+
 def _trace(options: argparse.Namespace) -> int:
     from rich.console import Console
 
@@ -30,4 +49,16 @@ def _trace(options: argparse.Namespace) -> int:
     write_trace(timelines, target)
     print_summary(timelines, Console())
     print(f"written to {target}: open it in https://ui.perfetto.dev")
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from megatron_dsrl.observability.comparison import write_comparison
+
+    methods = dict(map(labelled_folders, options.methods))
+    baseline = options.baseline or next(iter(methods))
+    if baseline not in methods:
+        raise UserError(f"--baseline: `{baseline}` is none of the methods {', '.join(methods)}")
+    options.output.mkdir(parents=True, exist_ok=True)
+    print(write_comparison(methods, baseline, options.output))
     return 0
