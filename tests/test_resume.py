@@ -13,6 +13,7 @@ import pytest
 
 from megatron_dsrl.preemption import PREEMPTED_STATUS
 from tests.support.compare_runs import assert_same_run, records
+from tests.support.disk import fill_disk, small_disk
 from tests.support.running import RunningTraining, running_training
 from tests.support.tiny_run import dsrl, processes_left_behind, write_tiny_run
 
@@ -128,16 +129,19 @@ def test_a_second_start_in_the_run_folder_is_refused_and_changes_nothing(config,
 
 
 @pytest.mark.slow
-def test_a_disk_without_room_for_the_record_of_a_step_ends_all_ranks_with_the_message(config):
-    run = config.parent / "runs" / "full"
-    settings = ("steps=50", "evaluation.sets=[]", "observability={save_rollouts: false, trace: false}")
-    with running_training(str(config), "name=full", *settings, run=run, processes=2) as training:
-        metrics = run / "metrics.jsonl"
-        training.wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0)
-        training.ranks()[0].rlimit(psutil.RLIMIT_FSIZE, (1, psutil.RLIM_INFINITY))
-        assert training.ended() != 0
-    message = "metrics.jsonl could not be written"
-    assert f"dsrl: {run}/{message}" in training.output and f"dsrl: rank 1: {run}/{message}" in training.output
+def test_a_disk_without_room_for_the_record_of_a_step_ends_all_ranks_with_the_message(config, tmp_path):
+    disk = tmp_path / "disk"
+    run = disk / "full"
+    only_records = "observability={save_rollouts: false, trace: false, tensorboard: false}"
+    settings = (f"output_dir={disk}", "name=full", "steps=50", "evaluation.sets=[]", only_records)
+    with small_disk(disk):
+        with running_training(str(config), *settings, run=tmp_path / "full", processes=2) as training:
+            metrics = run / "metrics.jsonl"
+            training.wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0)
+            fill_disk(disk)
+            assert training.ended() == TORCHRUN_FAILED
+        message = f"{metrics} could not be written (0 MiB are free there): [Errno 28] No space left on device"
+        assert f"dsrl: {message}" in training.output and f"dsrl: rank 1: {message}" in training.output
 
 
 @pytest.mark.slow
