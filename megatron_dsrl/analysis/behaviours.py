@@ -92,9 +92,8 @@ def summary(records: Sequence[Record]) -> Record:
 
 def charts(records: Sequence[Record], phases: Sequence[PhaseSpan]) -> list[Chart]:
     """One chart of four curves over the steps, from the records of `behaviours_by_step`."""
-    steps = tuple(record["step"] for record in records)
     series = [
-        Series(name.replace("_", " "), steps, tuple(record[name] for record in records), colour)
+        Series.of_records(records, name.replace("_", " "), name, colour)
         for colour, name in enumerate(BEHAVIOURS, start=1)
     ]
     return [line_chart("Behaviours", "Share of responses in which the judge sees it.", series, phases, top=1.0)]

@@ -7,6 +7,7 @@ top-p nor top-k cuts the distribution.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from statistics import fmean
 
 from megatron_dsrl.observability.charts import Chart, PhaseSpan, Series, line_chart
@@ -48,11 +49,7 @@ def summary(records: Sequence[Record]) -> Record:
 
 def charts(records: Sequence[Record], phases: Sequence[PhaseSpan]) -> list[Chart]:
     """Curves over the steps, which must ascend."""
-    steps = tuple(record["step"] for record in records)
-
-    def series(name: str, key: str, colour: int) -> Series:
-        return Series(name, steps, tuple(record[key] for record in records), colour)
-
+    series = partial(Series.of_records, records)
     return [
         line_chart(
             "Response length",

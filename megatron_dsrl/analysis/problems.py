@@ -9,6 +9,7 @@ round.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from megatron_dsrl.observability.charts import Chart, PhaseSpan, Series, line_chart, stacked_chart
@@ -106,11 +107,7 @@ def summary(all_visits: Sequence[Visit]) -> Record:
 
 def charts(records: Sequence[Record], phases: Sequence[PhaseSpan]) -> list[Chart]:
     """Curves over the steps, from the records of `by_step`."""
-    steps = tuple(record["step"] for record in records)
-
-    def series(name: str, key: str, colour: int) -> Series:
-        return Series(name, steps, tuple(record[key] for record in records), colour)
-
+    series = partial(Series.of_records, records)
     return [
         stacked_chart(
             "Problems by their latest visit",

@@ -9,6 +9,7 @@ The lists count words, not what they mean: "I will not verify this" reflects.
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 
 from megatron_dsrl.analysis.responses import RecordedResponse
@@ -96,11 +97,7 @@ def summary(records: Sequence[Record]) -> Record:
 
 def charts(records: Sequence[Record], phases: Sequence[PhaseSpan]) -> list[Chart]:
     """Curves over the steps, which must ascend."""
-    steps = tuple(record["step"] for record in records)
-
-    def series(name: str, key: str, colour: int) -> Series:
-        return Series(name, steps, tuple(record[key] for record in records), colour)
-
+    series = partial(Series.of_records, records)
     explanation = "Mean number per response, counted by word lists."
     return [
         line_chart(

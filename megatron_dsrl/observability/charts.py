@@ -24,6 +24,7 @@ from megatron_dsrl.observability.chart_axes import (
     fitting_axes,
     ticks,
 )
+from megatron_dsrl.observability.records import Record
 
 SERIES_COLOURS = 6
 PHASE_COLOURS = 4
@@ -42,6 +43,11 @@ class Series:
     """From 1; the number of a `series-N` class."""
     errors: tuple[float | None, ...] | None = None
     """Half the length of the error bar at every step; None for no bars."""
+
+    @classmethod
+    def of_records(cls, records: Sequence[Record], name: str, key: str, colour: int) -> "Series":
+        """What records of ascending steps say under a key."""
+        return cls(name, tuple(record["step"] for record in records), tuple(record[key] for record in records), colour)
 
     def in_words(self) -> dict[int, str]:
         """The value at every step for people, with its error."""

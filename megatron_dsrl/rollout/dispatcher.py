@@ -278,7 +278,7 @@ class Dispatcher:
         call = running.call
         call.attempts += 1
         if call.attempts >= self._request.call_attempts:
-            prompts = ", ".join(str(self._batch.groups[position].prompt.index) for position in call.positions)
+            prompts = ", ".join(str(self._prompt(position)) for position in call.positions)
             raise EngineError(
                 f"{error}\nThat was attempt {call.attempts} of rollout.request_attempts for prompt {prompts}, and the "
                 "engine is well otherwise"
@@ -343,28 +343,28 @@ class Dispatcher:
 
     def _report(self, running: Running, outcome: str, tokens: int = 0) -> None:
         """Tell the observer of a call that has ended."""
-        prompts = tuple(self._batch.groups[position].prompt.index for position in running.call.positions)
+        prompts = tuple(self._prompt(position) for position in running.call.positions)
         attempt, ended = running.call.attempts + 1, time.monotonic()
         self._on_call(EngineCall(running.engine, prompts, tokens, attempt, outcome, running.started, ended))
+
+    def _prompt(self, position: int) -> int:
+        """Index of the prompt at this position of the batch, by which users know it."""
+        return self._batch.groups[position].prompt.index
 
     def _timeout_message(self) -> str:
         """Who is late: the longest running first."""
         now = time.monotonic()
         late = [
-            f"prompt {self._batch.groups[position].prompt.index} on {self._clients[running.engine].url} for "
-            f"{now - running.started:.0f} s"
+            f"prompt {self._prompt(position)} on {self._clients[running.engine].url} for {now - running.started:.0f} s"
             for running in sorted(self._running.values(), key=lambda running: running.started)
             for position in running.call.positions
         ]
         late += [
-            f"prompt {self._batch.groups[position].prompt.index} in the queue"
+            f"prompt {self._prompt(position)} in the queue"
             for call in self._batch.waiting
             for position in call.positions
         ]
-        late += [
-            f"prompt {self._batch.groups[position].prompt.index} at the verifier"
-            for position in self._judging.values()
-        ]
+        late += [f"prompt {self._prompt(position)} at the verifier" for position in self._judging.values()]
         more = f" and {len(late) - STRAGGLERS_IN_ERROR} more" if len(late) > STRAGGLERS_IN_ERROR else ""
         return (
             f"generation took longer than rollout.step_timeout_seconds = {self._request.timeout_seconds:g}; not "
