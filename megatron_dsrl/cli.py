@@ -97,6 +97,9 @@ def _train(options: argparse.Namespace) -> int:
 
 def _fetch(options: argparse.Namespace) -> int:
     from megatron_dsrl.config.load import load_config
+    from megatron_dsrl.platform import silence_expected_warnings
+
+    silence_expected_warnings()
     from megatron_dsrl.fetch import fetch
 
     print(fetch(load_config(options.config, options.overrides), options.benchmarks))

@@ -18,7 +18,9 @@ from megatron_dsrl.errors import UserError
 
 LOCK_FILE = ".lock"
 WAIT_SECONDS = 30.0
-"""A process that was killed a moment ago has the lock until its memory is freed, or a file server has noticed."""
+"""For a process on this host: one that was killed a moment ago has the lock until its memory is freed."""
+WAIT_FOR_OTHER_HOST_SECONDS = 120.0
+"""A file server notices only after a while that a host is gone: NFS 4 lifts its locks after 90 s."""
 POLL_SECONDS = 0.2
 
 
@@ -59,7 +61,7 @@ def _wait_for_lock(file: TextIO, folder: Path, report: Callable[[str], None]) ->
         UserError: another process goes on holding it.
         OSError: the file system has no locks.
     """
-    deadline = time.monotonic() + WAIT_SECONDS
+    started = time.monotonic()
     told = False
     while True:
         try:
@@ -68,12 +70,13 @@ def _wait_for_lock(file: TextIO, folder: Path, report: Callable[[str], None]) ->
         except BlockingIOError:
             file.seek(0)
             holder = file.read() or "another process"
-        if time.monotonic() >= deadline:
+        limit = WAIT_SECONDS if holder.endswith(f" on {socket.gethostname()}") else WAIT_FOR_OTHER_HOST_SECONDS
+        if time.monotonic() - started >= limit:
             raise UserError(
                 f"{folder} is in use by {holder}, and two commands would spoil each other's files; let it end, end it, "
                 "or name another folder"
             )
         if not told:
-            report(f"{folder} is in use by {holder}; waiting {WAIT_SECONDS:g} s, should it be about to end")
+            report(f"{folder} is in use by {holder}; waiting {limit:g} s, should it be about to end")
             told = True
         time.sleep(POLL_SECONDS)

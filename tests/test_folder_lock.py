@@ -80,6 +80,15 @@ def test_a_process_that_is_about_to_end_is_waited_for(folder, holder):
         ]
 
 
+def test_a_host_that_may_be_gone_is_waited_for_longer(folder, holder, monkeypatch):
+    (folder / LOCK_FILE).write_text("process 7 on elsewhere")
+    monkeypatch.setattr(folder_lock, "WAIT_SECONDS", 0.0)
+    reports: list[str] = []
+    threading.Timer(0.5, holder.kill).start()
+    with locked(folder, reports.append):
+        assert reports == [f"{folder} is in use by process 7 on elsewhere; waiting 120 s, should it be about to end"]
+
+
 def test_a_file_system_without_locks_is_said_and_a_folder_that_cannot_be_made_is_an_error(folder, monkeypatch):
     def no_locks(file: object, operation: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
