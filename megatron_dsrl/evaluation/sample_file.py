@@ -37,13 +37,13 @@ class SampleFile:
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         settings = json.loads(json.dumps(settings))
-        records = repair_records(path)
+        before, *records = repair_records(path) or [settings]
         if records:
-            _check_settings(records[0], settings, path)
-        self._parts = _parts(records[1:], path)
-        self._stream = path.open("a", encoding="utf-8")
+            _check_settings(before, settings, path)
+        self._parts = _parts(records, path)
+        self._stream = path.open("a" if records else "w", encoding="utf-8")
         self._synced = 0.0
-        if not records:
+        if not records:  # nor is anything lost of an evaluation that ended before its first sample
             self._write(settings)
 
     @property

@@ -71,11 +71,20 @@ def test_a_half_written_sample_is_drawn_again(tmp_path):
 
 def test_other_settings_are_refused_and_named(tmp_path):
     path = tmp_path / "sums.jsonl"
-    SampleFile(path, SETTINGS).close()
+    with SampleFile(path, SETTINGS) as file:
+        file.add(problem(0))
     with pytest.raises(UserError, match="made with other settings .*benchmark: .*'temperature': 1.0.* then, .*0.5"):
         SampleFile(path, {**SETTINGS, "benchmark": {"temperature": 0.5}})
     with pytest.raises(UserError, match="seed: None then, 2 now.*--output"):
         SampleFile(path, {**SETTINGS, "seed": 2})
+
+
+def test_an_evaluation_that_ended_before_its_first_sample_decides_nothing(tmp_path):
+    path = tmp_path / "sums.jsonl"
+    SampleFile(path, SETTINGS).close()
+    with SampleFile(path, SETTINGS | {"seed": 2}) as file:
+        file.add(problem(0))
+    assert json.loads(path.read_text().splitlines()[0])["seed"] == 2
 
 
 def test_something_else_is_refused(tmp_path):

@@ -52,10 +52,9 @@ STANDS_FOR = {
 }
 """What is written in the place of a name that stands for something, or of a number of GPUs."""
 
-FEW_SAMPLES = "--limit 2 --samples 2 --max-tokens 16 engine.max_total_tokens=8192 model.dtype=float32"
+FEW_SAMPLES = "--limit 2 --max-tokens 16 engine.max_total_tokens=8192 model.dtype=float32"
 SHORTER = {
-    r"tiny_dsrl.yaml rollout.temperature": "name=warmer steps=6",
-    r"tiny_dsrl.yaml parallel.tensor_parallel_size=2": "name=whole_tp2 steps=6",
+    r"name=(cooler|sharded)": "steps=6",
     r"tiny_grpo.yaml$": "steps=2",
     r"tiny_experts_\w+.yaml$": "steps=6",
     r"actor.offload": "name=offloaded",
@@ -126,12 +125,20 @@ def put_stand_ins_of_the_hub(folder: Path, data: Path) -> None:
         Qwen3ForCausalLM(Qwen3Config(**ARCHITECTURE)).save_pretrained(folder / model)
     FAMILIES["Qwen3-MoE"](folder / "moe", vocab_size=VOCAB_SIZE)
     build_tokenizer().save_pretrained(folder / "moe")
-    problems = folder / "openai" / "gsm8k"
-    problems.mkdir(parents=True)
-    shutil.copy(data / "gsm8k" / "train.jsonl", problems)
     shutil.copy(data / "gsm8k" / "train.jsonl", folder)
-    card = "---\nconfigs:\n- config_name: main\n  data_files: [{split: train, path: train.jsonl}]\n---\n"
-    (problems / "README.md").write_text(card)
+    put_data_set(folder / "openai" / "gsm8k", "main", "train", data / "gsm8k" / "train.jsonl")
+    math500 = data / "benchmarks" / "math500.jsonl"
+    put_data_set(folder / "DigitalLearningGmbH" / "MATH-lighteval", "default", "train", math500)
+    put_data_set(folder / "HuggingFaceH4" / "MATH-500", "default", "test", math500)
+    put_data_set(folder / "HuggingFaceH4" / "aime_2024", "default", "train", data / "benchmarks" / "aime24.jsonl")
+
+
+def put_data_set(folder: Path, subset: str, split: str, rows: Path) -> None:
+    """As on the hub: rows, and a card that says what they are."""
+    folder.mkdir(parents=True)
+    shutil.copy(rows, folder)
+    card = f"---\nconfigs:\n- config_name: {subset}\n  data_files: [{{split: {split}, path: {rows.name}}}]\n---\n"
+    (folder / "README.md").write_text(card)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +174,8 @@ def as_run(command: Command) -> str:
 
 def run(folder: Path, script: str) -> str:
     """What the script printed. Fails with that if the script does."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{folder}/.venv/bin:{os.environ['PATH']}"}
+    path = f"{folder}/.venv/bin:{os.environ['PATH']}"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "112", "PATH": path}
     for inherited in ("PYTHONPATH", "DSRL_VENV", "VIRTUAL_ENV"):
         environment.pop(inherited, None)
     try:
