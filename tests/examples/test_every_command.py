@@ -45,7 +45,8 @@ STANDS_FOR = {
     r"\bSOURCE\b": ".cache/tiny_dsrl/base",
     r"\bTARGET\b": "base.mcore",
     r"\bHF MEGATRON\b": "tiny_dsrl.hf runs/tiny_dsrl",
-    r"\bCONFIG\b": "configs/tiny_dsrl.yaml name=rollout_only steps=2",
+    r"CONFIG$": "configs/tiny_dsrl.yaml name=rollout_only steps=2",
+    r"CONFIG.yaml --benchmarks NAME,NAME": "configs/dsrl_qwen3_8b.yaml --benchmarks math500",
     r"\bRUN\b|<run folder>": "runs/tiny_dsrl",
     r"URL --judge NAME": "{judge} --judge default --responses 2",
     r"--nproc-per-node 8": "--nproc-per-node 2",
@@ -110,6 +111,8 @@ def checkout(tmp_path_factory, data_folder) -> Path:
     for copy in COPIES:
         shutil.copytree(folder / "runs" / "tiny_dsrl", folder / "runs" / copy)
         shutil.copytree(folder / "evaluations" / "run", folder / "runs" / copy / "evaluation" / "step_000050")
+    of_the_hub = folder / "runs" / "dsrl_qwen3_8b" / "hf" / "step_000348"  # reads prompts that are longer than sums
+    shutil.copytree(folder / "Qwen" / "Qwen3-8B", of_the_hub)
     for sweep in (folder / "examples" / "miniature").glob("*.yaml"):
         text = re.sub(r"seeds: \[.*\]", "seeds: [1]", sweep.read_text())
         sweep.write_text(re.sub(r"\bsteps=\d+", "steps=6", text))
@@ -122,7 +125,8 @@ def put_stand_ins_of_the_hub(folder: Path, data: Path) -> None:
     torch.manual_seed(0)
     for model in MODELS:
         tokenizer.save_pretrained(folder / model)
-        Qwen3ForCausalLM(Qwen3Config(**ARCHITECTURE)).save_pretrained(folder / model)
+        config = Qwen3Config(**(ARCHITECTURE | {"max_position_embeddings": 40960}))
+        Qwen3ForCausalLM(config).save_pretrained(folder / model)
     FAMILIES["Qwen3-MoE"](folder / "moe", vocab_size=VOCAB_SIZE)
     build_tokenizer().save_pretrained(folder / "moe")
     shutil.copy(data / "gsm8k" / "train.jsonl", folder)

@@ -1,7 +1,6 @@
 """The documents say what is: their commands are accepted and, where seconds suffice, run; what they name exists."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -146,24 +145,6 @@ def test_own_data_as_the_model_sees_it(folder):
     assert [row for row in command.shown if row != "..." and row not in printed] == []
     benchmark = load_benchmark(str(EXAMPLES / "own_data" / "benchmark.yaml"), EXAMPLES / "own_data")
     assert Path(benchmark.config.source).name == "held_out.jsonl"
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_own_data_from_the_problems_to_the_report(folder):
-    """All commands of the document, as written and in order; a random model stands in for the base of the tiny task."""
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    for command in commands(EXAMPLES / "own_data" / "README.md"):
-        if "examples.tiny_dsrl.make_base" in command.words:
-            continue
-        words = [sys.executable, "-m", "megatron_dsrl.cli", *command.words[1:]]
-        if command.words[0] != "dsrl":
-            words = [sys.executable if word == "python" else word for word in command.words]
-        result = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
-        assert result.returncode == 0, f"{command.line}\n{result.stderr}"
-    run = folder / "runs" / "own_data"
-    assert len((run / "metrics.jsonl").read_text().splitlines()) == 6
-    assert (run / "evaluation" / "step_000006" / "results.json").exists() and (run / "report.html").exists()
 
 
 def _parquet(words: tuple[str, ...]) -> str | None:
