@@ -47,6 +47,7 @@ STANDS_FOR = {
     r"\bHF MEGATRON\b": "tiny_dsrl.hf runs/tiny_dsrl",
     r"CONFIG$": "configs/tiny_dsrl.yaml name=rollout_only steps=2",
     r"CONFIG.yaml --benchmarks NAME,NAME": "configs/dsrl_qwen3_8b.yaml --benchmarks math500",
+    r"GRPO=RUN DSRL=RUN": "GRPO=runs/a DSRL=runs/c",
     r"\bRUN\b|<run folder>": "runs/tiny_dsrl",
     r"URL --judge NAME": "{judge} --judge default --responses 2",
     r"--nproc-per-node 8": "--nproc-per-node 2",
