@@ -1,6 +1,7 @@
 """Fixtures that several folders share."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,10 @@ from megatron_dsrl.config.run import RunConfig
 
 # Hypothesis's own profile for busy machines: the same examples in every run, and no time limit for a single one.
 settings.load_profile("ci")
+
+# In the background of a shell SIGINT is ignored, which the programs that tests interrupt would inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
