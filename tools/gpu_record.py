@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from examples.tiny_dsrl.tokenizer import VOCAB_SIZE, build_tokenizer
 from megatron_dsrl.config.load import load_config
@@ -166,15 +166,14 @@ def run_part(command: Sequence[str], limit_seconds: float) -> Outcome:
     return Outcome(" ".join(command), status, time.perf_counter() - begin, output)
 
 
-class DeviceMemory:
-    """The most memory of a GPU that all its processes had at a time, as nvidia-smi says: asked for in a thread."""
+class AskedInThread:
+    """Asks for something in a thread, again and again, as long as the body of the `with` runs."""
 
     def __init__(self) -> None:
-        self.peak_mebibytes = 0
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread = threading.Thread(target=self._ask, daemon=True)
 
-    def __enter__(self) -> "DeviceMemory":
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
@@ -182,13 +181,24 @@ class DeviceMemory:
         self._ended.set()
         self._thread.join()
 
+    def _ask(self) -> None:
+        raise NotImplementedError
+
+
+class DeviceMemory(AskedInThread):
+    """The most memory of a GPU that all its processes had at a time, as nvidia-smi says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak_mebibytes = 0
+
     @property
     def shown(self) -> dict[str, str]:
         """Empty where nvidia-smi does not answer."""
         name = "device, peak memory of all processes, GiB"
         return {name: f"{self.peak_mebibytes / 1024:.2f}"} if self.peak_mebibytes else {}
 
-    def _watch(self) -> None:
+    def _ask(self) -> None:
         command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
         while not self._ended.wait(0.5):
             try:
@@ -198,22 +208,13 @@ class DeviceMemory:
                 return
 
 
-class EngineSettings:
-    """What the engine of a run that is going on says of itself: asked for until it answers, in a thread."""
+class EngineSettings(AskedInThread):
+    """What the engine of a run that is going on says of itself: asked for until it answers."""
 
     def __init__(self, port: int):
+        super().__init__()
         self.answer: dict[str, Any] = {}
         self._url = f"http://127.0.0.1:{port}/server_info"
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._ask, daemon=True)
-
-    def __enter__(self) -> "EngineSettings":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
 
     @property
     def shown(self) -> dict[str, str]:
