@@ -17,7 +17,11 @@ from megatron_dsrl.config.registry import Options
 from megatron_dsrl.config.run import RunConfig
 from tests.support.tiny_run import REPOSITORY
 
-DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "examples").glob("*/README.md"))]
+DOCUMENTS = [
+    REPOSITORY / "README.md",
+    REPOSITORY / ".github" / "CONTRIBUTING.md",
+    *sorted((REPOSITORY / "examples").glob("*/README.md")),
+]
 FOLDERS = ("configs", "examples", "megatron_dsrl", "slurm", "tests", "tools")
 """A text that begins with one of these and a slash names a file of the repository."""
 
