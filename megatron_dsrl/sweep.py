@@ -18,7 +18,7 @@ from megatron_dsrl.config.load import load_config
 from megatron_dsrl.config.sweep import SweepConfig
 from megatron_dsrl.config.yaml_text import parse_yaml
 from megatron_dsrl.errors import UserError
-from megatron_dsrl.observability.comparison import write_comparison
+from megatron_dsrl.observability.comparison import FIGURE_FILE, TABLE_FILE, write_comparison
 from megatron_dsrl.observability.console import duration
 from megatron_dsrl.observability.records import METRICS_FILE, read_records
 from megatron_dsrl.run_folder import has_results
@@ -111,7 +111,9 @@ def compare_sweep(sweep: SweepConfig, runs: Sequence[SweepRun]) -> None:
     }
     by_method = {method: folders for method, folders in by_method.items() if folders}
     if sweep.baseline in by_method:
-        print(write_comparison(by_method, sweep.baseline, Path(sweep.output_dir)))
+        folder = Path(sweep.output_dir)
+        print(write_comparison(by_method, sweep.baseline, folder))
+        print(f"written to {folder / TABLE_FILE} and {folder / FIGURE_FILE}")
 
 
 def _train(run: SweepRun) -> int:

@@ -32,7 +32,13 @@ def add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "methods", metavar="LABEL=RUN,RUN", nargs="+", help="a method and its run folders, one per seed; or one RUN"
     )
     parser.add_argument("--baseline", metavar="LABEL", help="compare with this method (default: the first)")
-    parser.add_argument("--output", metavar="FOLDER", type=Path, default=Path(), help="where the files go (default: .)")
+    parser.add_argument(
+        "--output",
+        metavar="FOLDER",
+        type=Path,
+        default=Path("runs/comparison"),
+        help="where the files go (default: runs/comparison)",
+    )
     parser.set_defaults(command=_compare, parser=parser)
 
 
@@ -53,7 +59,7 @@ def _trace(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from megatron_dsrl.observability.comparison import write_comparison
+    from megatron_dsrl.observability.comparison import FIGURE_FILE, TABLE_FILE, write_comparison
 
     methods = dict(map(labelled_folders, options.methods))
     baseline = options.baseline or next(iter(methods))
@@ -61,4 +67,5 @@ def _compare(options: argparse.Namespace) -> int:
         raise UserError(f"--baseline: `{baseline}` is none of the methods {', '.join(methods)}")
     options.output.mkdir(parents=True, exist_ok=True)
     print(write_comparison(methods, baseline, options.output))
+    print(f"written to {options.output / TABLE_FILE} and {options.output / FIGURE_FILE}")
     return 0

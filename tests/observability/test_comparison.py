@@ -6,6 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from megatron_dsrl.cli import main
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.observability.comparison import Estimate, welch_p_value, write_comparison
 from tests.observability.synthetic_run import write_run
@@ -50,6 +51,16 @@ def test_table_and_figure_of_several_runs_per_method(methods, tmp_path):
     texts = figure.iter("{http://www.w3.org/2000/svg}text")
     titles = [text.text for text in texts if text.get("class") == "title"]
     assert titles == ["GRPO", "DSRL"]
+
+
+def test_the_command_says_where_it_has_written(methods, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    named = [f"{method}={','.join(path.name for path in folders)}" for method, folders in methods.items()]
+    assert main(["compare", *named]) == 0
+    table, written = capsys.readouterr().out.rsplit("\n\n", 1)
+    assert written == "written to runs/comparison/comparison.md and runs/comparison/comparison.svg\n"
+    assert (tmp_path / "runs/comparison/comparison.md").read_text().strip() == table.strip()
+    assert [path.name for path in tmp_path.glob("comparison*")] == [], "nothing beside the user's own files"
 
 
 def test_every_set_has_its_own_test(methods, tmp_path):
