@@ -10,12 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from megatron_dsrl.collective import barrier, on_first, rank
 from megatron_dsrl.config.benchmark import BenchmarkRunConfig
 from megatron_dsrl.config.load import apply_override
+from megatron_dsrl.config.validate import validated
+from megatron_dsrl.config.yaml_text import KeyPath
 from megatron_dsrl.conversion.hf_to_megatron import ConversionOptions
 from megatron_dsrl.conversion.megatron_to_hf import convert_megatron_to_hf
 from megatron_dsrl.data.prompt import Prompt
@@ -165,13 +166,10 @@ def hf_folder(model: EvaluatedModel, output: Path) -> Path:
 def _config(folder: Path, overrides: Sequence[str], benchmarks: Sequence[Benchmark]) -> BenchmarkRunConfig:
     max_prompt_tokens = max(benchmark.config.max_prompt_tokens for benchmark in benchmarks)
     data: dict[str, Any] = {"model": {"path": str(folder)}, "data": {"max_prompt_tokens": max_prompt_tokens}}
+    places: dict[KeyPath, str] = {}
     for override in overrides:
-        apply_override(data, override, {})
-    try:
-        return BenchmarkRunConfig.model_validate(data)
-    except ValidationError as error:
-        problems = [f"  {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}" for wrong in error.errors()]
-        raise UserError("\n".join(["these settings do not fit:", *problems])) from error
+        apply_override(data, override, places)
+    return validated(BenchmarkRunConfig, data, places, "dsrl eval", "overrides")
 
 
 def _check_benchmarks(benchmarks: Sequence[Benchmark]) -> None:

@@ -12,10 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from megatron_dsrl.config.load import load_config
 from megatron_dsrl.config.sweep import SweepConfig
+from megatron_dsrl.config.validate import validated
 from megatron_dsrl.config.yaml_text import parse_yaml
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.observability.comparison import FIGURE_FILE, TABLE_FILE, write_comparison
@@ -51,12 +50,9 @@ def load_sweep(path: Path) -> SweepConfig:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot read this sweep file: {error.strerror}") from error
-    data, _ = parse_yaml(text, str(path))
-    try:
-        sweep = SweepConfig.model_validate(data)
-    except ValidationError as error:
-        problems = [f"  {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}" for wrong in error.errors()]
-        raise UserError("\n".join([f"{path}: this is not a sweep", *problems])) from error
+    data, lines = parse_yaml(text, str(path))
+    places = {key_path: f"{path}:{line}" for key_path, line in lines.items()}
+    sweep = validated(SweepConfig, {} if data is None else data, places, str(path), "sweep")
     if sweep.baseline not in sweep.runs:
         raise UserError(f"{path}: baseline: `{sweep.baseline}` is none of the runs {', '.join(sweep.runs)}")
     return sweep

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from megatron_dsrl.actor.sharded_model import ShardedModel
@@ -17,6 +16,8 @@ from megatron_dsrl.analysis.responses import choose, read_steps, recorded_steps
 from megatron_dsrl.config.analysis import GradientAnalysisConfig
 from megatron_dsrl.config.load import apply_override
 from megatron_dsrl.config.model import ParallelConfig
+from megatron_dsrl.config.validate import validated
+from megatron_dsrl.config.yaml_text import KeyPath
 from megatron_dsrl.data.tokenizer import TURN_END, bos_token_ids, load_tokenizer
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.evaluation.problem_result import ProblemResult, SampleResult
@@ -57,15 +58,12 @@ def gradient_settings(source: Path, model: str | None, overrides: Sequence[str])
     data = _settings_of_run(source) if source.is_dir() else _settings_of_sample_file(source)
     if model is not None:
         data.setdefault("model", {})["path"] = model
+    places: dict[KeyPath, str] = {}
     for override in overrides:
-        apply_override(data, override, {})
+        apply_override(data, override, places)
     if "path" not in data.get("model", {}):
         raise UserError(f"{source} does not say which model to look at: name one with --model")
-    try:
-        return GradientAnalysisConfig.model_validate(data)
-    except ValidationError as error:
-        problems = [f"  {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}" for wrong in error.errors()]
-        raise UserError("\n".join(["these settings do not fit:", *problems])) from error
+    return validated(GradientAnalysisConfig, data, places, "dsrl analyse gradients", "overrides")
 
 
 def analyse_gradients(

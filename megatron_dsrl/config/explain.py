@@ -15,7 +15,6 @@ from pydantic.fields import FieldInfo
 
 from megatron_dsrl.config.own_section import OwnSection
 from megatron_dsrl.config.registry import Registry
-from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.config.section import Section
 from megatron_dsrl.config.yaml_text import KeyPath
 
@@ -33,18 +32,24 @@ _TYPE_NAMES = {
 }
 
 
-def explain_validation_error(error: ValidationError, data: Any, places: Mapping[KeyPath, str]) -> list[str]:
-    """One line per wrong field of `data`, in the order of the sections.
+def explain_validation_error(
+    error: ValidationError, root: type[Section], data: Any, places: Mapping[KeyPath, str]
+) -> list[str]:
+    """One line per wrong field, in the order of the sections.
 
-    `places` tells where the value of a key path was set; a path that it lacks takes the place of its nearest parent.
+    Args:
+        error: what pydantic found.
+        root: the class that `data` was validated by.
+        data: plain data, as read from YAML.
+        places: where the value of a key path was set; a path that it lacks takes the place of its nearest parent.
     """
     problems: dict[KeyPath, list[str]] = {}
     hints: dict[KeyPath, str] = {}
     for detail in error.errors(include_url=False):
-        path, owner = _walk(RunConfig, detail["loc"], data)
+        path, owner = _walk(root, detail["loc"], data)
         if detail["type"] in ("union_tag_invalid", "dotted_path") and isinstance(_value_at(data, path), dict):
             path = (*path, detail["ctx"].get("key", "name"))
-        what, hints[path] = _describe(detail, path, owner)
+        what, hints[path] = _describe(detail, path, owner, root)
         if what not in problems.setdefault(path, []):
             problems[path].append(what)
     return [
@@ -131,12 +136,14 @@ def _tags(section: type[Section]) -> tuple[Any, ...]:
     return get_args(field.annotation) if field else ()
 
 
-def _describe(detail: Mapping[str, Any], path: KeyPath, owner: type[Section] | None) -> tuple[str, str]:
+def _describe(
+    detail: Mapping[str, Any], path: KeyPath, owner: type[Section] | None, root: type[Section]
+) -> tuple[str, str]:
     """What is wrong in words, and a hint at what was meant; the caller puts the value between them."""
     context = detail.get("ctx", {})
     match detail["type"]:
         case "extra_forbidden":
-            return "unknown key", _suggest_key(str(path[-1]), owner)
+            return "unknown key", _suggest_key(str(path[-1]), owner, root)
         case "missing":
             return "missing", "; it has no default"
         case "union_tag_invalid":
@@ -159,16 +166,16 @@ def _split_choices(text: str) -> list[str]:
     return [choice.strip(" '") for choice in text.replace(" or ", ",").split(",")]
 
 
-def _suggest_key(name: str, owner: type[Section] | None) -> str:
+def _suggest_key(name: str, owner: type[Section] | None, root: type[Section]) -> str:
     """The nearest valid key of the same section, else all of them and where else in the tree the key exists."""
     if owner is None:
         return ""
     valid = list(owner.model_fields)
-    elsewhere = [path for path in _all_field_paths(RunConfig, "") if path.rpartition(".")[2] == name]
+    elsewhere = [path for path in _all_field_paths(root, "") if path.rpartition(".")[2] == name]
     if difflib.get_close_matches(name, valid, n=1) or not elsewhere:
         return _suggest(name, valid)
     meant = f"; did you mean {' or '.join(elsewhere)}?"
-    return meant if owner is RunConfig else f"{_suggest(name, valid)}{meant}"
+    return meant if owner is root else f"{_suggest(name, valid)}{meant}"
 
 
 def _suggest_name(name: str, valid: list[str]) -> str:

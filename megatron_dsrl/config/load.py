@@ -13,16 +13,12 @@ Every mistake ends in one UserError that lists each wrong field: its path, the f
 it, what was wrong, and the value.
 """
 
-import json
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from megatron_dsrl.config.explain import explain_validation_error, in_brackets
 from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.config.validate import validated
 from megatron_dsrl.config.yaml_text import KeyPath, format_yaml, parse_yaml
 from megatron_dsrl.errors import UserError
 
@@ -38,7 +34,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     data, places = _read_with_parents(Path(path), ())
     for override in overrides:
         apply_override(data, override, places)
-    return _validate(data, places, str(path))
+    return validated(RunConfig, data, places, str(path))
 
 
 def format_config(config: RunConfig) -> str:
@@ -149,34 +145,3 @@ def _position(container: Any, name: str, override: str, path: KeyPath) -> str | 
             f"{len(container) - 1}"
         )
     return int(name)
-
-
-def _validate(data: dict[str, Any], places: dict[KeyPath, str], source: str) -> RunConfig:
-    problems = [
-        f"  {'.'.join(map(str, path))}: {what}{in_brackets(path, places)}" for path, what in _not_json(data, ())
-    ]
-    if not problems:
-        try:
-            # JSON mode: a YAML list may stand for a tuple there, while every type stays strict.
-            return RunConfig.model_validate_json(json.dumps(data, allow_nan=False))
-        except ValidationError as error:
-            problems = [f"  {problem}" for problem in explain_validation_error(error, data, places)]
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    raise UserError("\n".join([f"{source}: {count} in the configuration", *problems]))
-
-
-def _not_json(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
-    """Values that YAML can write but a configuration cannot hold: infinities, NaN, binary, sets, non-string keys."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if isinstance(key, str):
-                yield from _not_json(item, (*path, key))
-            else:
-                yield (*path, str(key)), f"a key must be a string; write \"{key}\" in quotes if this one is meant"
-    elif isinstance(value, list):
-        for position, item in enumerate(value):
-            yield from _not_json(item, (*path, position))
-    elif isinstance(value, float) and not math.isfinite(value):
-        yield path, f"expected a finite number, given {value}"
-    elif not isinstance(value, str | int | float | None):
-        yield path, f"cannot hold a {type(value).__name__}"

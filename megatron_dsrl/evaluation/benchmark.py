@@ -10,9 +10,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from megatron_dsrl.config.benchmark import BenchmarkConfig
+from megatron_dsrl.config.validate import validated
 from megatron_dsrl.config.yaml_text import parse_yaml
 from megatron_dsrl.errors import UserError
 
@@ -52,7 +51,7 @@ def load_benchmark(name: str, data_folder: Path | None, changes: Mapping[str, An
             f"--benchmarks: there is no benchmark `{name}`; take one of {', '.join(benchmark_names())}, or the path of "
             "a .yaml file that declares one"
         )
-    data, _ = parse_yaml(text, path)
+    data, lines = parse_yaml(text, path)
     if not isinstance(data, dict):
         raise UserError(f"{path}: this is not a benchmark: expected `key: value` lines")
     place = "hub" if data_folder is None else "file"
@@ -61,9 +60,12 @@ def load_benchmark(name: str, data_folder: Path | None, changes: Mapping[str, An
         hint = "; name a data folder (--data-folder)" if place == "hub" else "; leave out --data-folder to use the hub"
         raise UserError(f"{path}: the benchmark has no section `{place}`{hint}")
     merged = {**data, **sections[place], **(changes or {})}
+    # A field of `file` or `hub` is one of the benchmark; a change comes from the command line.
+    places = {keys[1:] if keys[:1] == (place,) else keys: f"{path}:{line}" for keys, line in lines.items()}
+    places |= {(key,): "command line" for key in changes or {}}
     if data_folder is not None:
         merged["source"] = _in_folder(data_folder, str(merged.get("source")), path)
-    return Benchmark(Path(path).stem, _validated(merged, path))
+    return Benchmark(Path(path).stem, validated(BenchmarkConfig, merged, places, path, "benchmark"))
 
 
 def _in_folder(data_folder: Path, source: str, path: str) -> str:
@@ -71,14 +73,6 @@ def _in_folder(data_folder: Path, source: str, path: str) -> str:
     if not any(file.parent.glob(file.name)):
         raise UserError(f"{path}: there is no {source} in {data_folder} (--data-folder); put it there, or use the hub")
     return str(file)
-
-
-def _validated(data: dict[str, Any], path: str) -> BenchmarkConfig:
-    try:
-        return BenchmarkConfig.model_validate(data)
-    except ValidationError as error:
-        problems = [f"  {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}" for wrong in error.errors()]
-        raise UserError("\n".join([f"{path}: this is not a benchmark", *problems])) from error
 
 
 def _read(path: Path) -> str:

@@ -51,8 +51,8 @@ def test_own_benchmark(folder, tokenizer):
         ({"name": "nowhere.yaml"}, "cannot read nowhere.yaml"),
         ({"data_folder": None}, "has no section `hub`; name a data folder"),
         ({"data_folder": "elsewhere"}, r"there is no sums/\*.jsonl in elsewhere"),
-        ({"changes": {"temperature": -1.0}}, "temperature: Input should be greater than or equal to 0"),
-        ({"changes": {"tempratur": 1.0}}, "tempratur: Extra inputs are not permitted"),
+        ({"changes": {"temperature": -1.0}}, r"expected greater than or equal to 0, given -1.0 \(command line"),
+        ({"changes": {"tempratur": 1.0}}, r"tempratur: unknown key; did you mean temperature\? \(command line\)"),
     ],
 )
 def test_mistakes(folder, change, message):
