@@ -211,6 +211,7 @@ class Controller:
         started = time.perf_counter()
         for record in self._evaluator.evaluate(step, except_for=self._tracker.evaluated_sets(step)):
             record["seconds"], started = time.perf_counter() - started, time.perf_counter()
+            record["time"] = time.time()
             self._tracker.log_evaluation(record)
             self._console.evaluation(record)
 
@@ -229,6 +230,7 @@ class Controller:
             "step": step,
             "phase": phase.name,
             "weight_version": step,
+            "time": time.time(),
             **samples.metrics,
             **rollout_metrics(samples.sampled, samples.generated_tokens, samples.seconds),
             **older_token_metrics(samples.groups, step),

@@ -33,6 +33,8 @@ from megatron_dsrl.fingerprint import fingerprint
 from megatron_dsrl.folder_lock import locked
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.process_group import process_group
+from megatron_dsrl.provenance.inputs import describe_model, describe_prompts
+from megatron_dsrl.provenance.start import Details, record_start
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 
 WEIGHT_FILE_BYTES = 5 * 10**9
@@ -110,6 +112,8 @@ def evaluate(request: EvaluationRequest) -> None:
             lambda: [b.name for b in benchmarks if missing_samples(b, prompts[b.name], files[b.name], settings)]
         )
         stops = stop_token_ids(tokenizer)
+        if unfinished:
+            record_start(output, "eval", _provenance(request, model, folder, benchmarks, prompts), print)
         rollout = start_engines(config, output, tokenizer, resources) if unfinished else None
 
         def evaluate_all() -> None:
@@ -127,6 +131,21 @@ def evaluate(request: EvaluationRequest) -> None:
         elif rank() == 0:
             evaluate_all()
         barrier()  # the engines of other ranks stay until the last sample is there
+
+
+def _provenance(
+    request: EvaluationRequest,
+    model: EvaluatedModel,
+    folder: Path,
+    benchmarks: Sequence[Benchmark],
+    prompts: dict[str, list[Prompt]],
+) -> Details:
+    """What is recorded of an evaluation; `prompts` are there on rank 0."""
+    return {
+        "after_step": lambda: model.step,
+        "model": lambda: describe_model(request.model, folder),
+        "evaluation_sets": lambda: {one.name: describe_prompts(one.config, prompts[one.name]) for one in benchmarks},
+    }
 
 
 def start_engines(

@@ -16,6 +16,7 @@ from megatron_dsrl.errors import UserError
 from megatron_dsrl.folder_lock import locked
 from megatron_dsrl.observability.step_metrics import count_tokens, rollout_metrics
 from megatron_dsrl.process_group import process_group
+from megatron_dsrl.provenance.start import record_run_start
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.recording import rollout_file, write_groups
 from megatron_dsrl.run_inputs import RunInputs, load_inputs
@@ -37,6 +38,7 @@ def sample_run(config: RunConfig) -> None:
         resources.enter_context(locked(inputs.run_folder, print))
         if not on_first(lambda: missing_steps(config, inputs)):
             return
+        record_run_start("rollout", config, inputs, 0, print)
         rollout = EngineRollout(config, inputs.run_folder, tuple(stop_token_ids(inputs.tokenizer)), inputs.decode)
         resources.callback(rollout.close)
         rollout.wait_until_ready()

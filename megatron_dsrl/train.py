@@ -39,6 +39,7 @@ from megatron_dsrl.observability.timer import SecondsPerPart
 from megatron_dsrl.observability.tracker import Tracker
 from megatron_dsrl.platform import current_platform
 from megatron_dsrl.preemption import Preempted, StopRequested, StopSignal
+from megatron_dsrl.provenance.start import record_run_start
 from megatron_dsrl.rollout.carry_over import CarryOver, CarryOverWrite
 from megatron_dsrl.rollout.recording import RolloutRecorder
 from megatron_dsrl.rollout.rollout import Rollout
@@ -169,6 +170,7 @@ def start_run(
     """Start the engines, build the models, restore the checkpoint. What must be closed is left to `resources`."""
     step = checkpoint.state.step if checkpoint else 0
     prepare_run_folder(config, inputs.run_folder, step)
+    record_run_start("train", config, inputs, step, console.message)
     timeline = open_timeline(config, inputs.run_folder, resources)
     rollout = start_rollout(
         with_model_folder(config, inputs.model_folder),

@@ -16,6 +16,7 @@ from megatron_dsrl.cli import main
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.evaluate import EvaluationRequest, evaluate
 from megatron_dsrl.evaluation.sample_file import read_sample_file
+from megatron_dsrl.provenance.records import read_starts
 from tests.support.tiny_run import MARK, REPOSITORY, dsrl, processes_left_behind, write_tiny_run
 
 BENCHMARK = """
@@ -97,9 +98,14 @@ def test_an_evaluation_of_a_megatron_checkpoint_is_killed_continued_and_reported
     assert f"- base, Sums ({output}): 8 samples per problem" in table
 
     # A finished evaluation is only reported, without engines: in this process, which could not start one unnoticed.
+    starts = read_starts(output)
+    assert [start["command"] for start in starts] == ["eval", "eval"], "the killed one and the one that continued"
+    assert starts[0]["model"]["fingerprint"] == starts[1]["model"]["fingerprint"]
+    assert starts[0]["evaluation_sets"]["amc23"]["prompts"] == 40
     logs = (output / "engines").stat().st_mtime_ns, (output / "engines" / "engine_0.log").stat().st_mtime_ns
     evaluate(request)
     assert "| Sums | 40 | 8 |" in capsys.readouterr().out
+    assert read_starts(output) == starts
     assert logs == ((output / "engines").stat().st_mtime_ns, (output / "engines" / "engine_0.log").stat().st_mtime_ns)
 
     with pytest.raises(UserError, match="was made with other settings .*seed: 1 then, 2 now"):

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from megatron_dsrl.preemption import PREEMPTED_STATUS
+from megatron_dsrl.provenance.records import read_starts, steps_of_starts
 from tests.support.compare_runs import assert_same_run, records
 from tests.support.disk import fill_disk, small_disk
 from tests.support.running import RunningTraining, running_training
@@ -111,6 +112,9 @@ def test_stops_kills_and_a_dead_engine_change_nothing(config, undisturbed):
 
     complete_run(config, "disturbed")
     assert_same_run(run, undisturbed, STEPS)
+    spans = steps_of_starts(read_starts(run), STEPS)
+    steps = [step for span in spans if span for step in range(span[0], span[1] + 1)]
+    assert len(spans) == 4 and steps == list(range(1, STEPS + 1)), "every step has come from one of the four starts"
 
 
 @pytest.mark.slow

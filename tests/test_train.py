@@ -1,8 +1,10 @@
 """`dsrl train` as a user runs it: the real Megatron actor, the real SGLang engine, both phases."""
 
+import hashlib
 import json
 import shutil
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from megatron_dsrl.evaluate import hf_folder
 from megatron_dsrl.evaluated_model import find_model
 from megatron_dsrl.fingerprint import fingerprint
+from megatron_dsrl.provenance.records import read_starts
 from megatron_dsrl.rollout.carry_over import CarryOver
 from megatron_dsrl.rollout.recording import read_batch, read_groups, rollout_file
 from tests.support.compare_runs import assert_same_tensors, checkpoint_tensors, records
@@ -44,6 +47,20 @@ def test_a_run_goes_through_both_phases_and_leaves_everything_behind(run):
     assert list((run / "tensorboard").glob("events.*"))
     exported = AutoModelForCausalLM.from_pretrained(run / "hf" / "step_000002")
     assert exported.config.vocab_size == 128
+
+
+def test_a_run_says_what_produced_it(config, run):
+    (start,) = read_starts(run)
+    assert (start["command"], start["after_step"], start["world_size"]) == ("train", 0, 1)
+    assert start["command_line"][-3:] == ["train", str(config), OFFLOAD]
+    assert start["code"]["commit"] or start["code"]["reason"]
+    assert start["layout"]["tensor_parallel_size"] == 1
+    assert start["model"]["fingerprint"] == fingerprint(config.parent / "model")
+    prompts = hashlib.sha256((config.parent / "prompts.jsonl").read_bytes()).hexdigest()
+    assert start["data"]["files"]["prompts.jsonl"]["sha256"] == prompts and start["data"]["prompts"] == 40
+    assert start["evaluation_sets"]["held-out"]["prompts"] == 8
+    times = [record["time"] for file in ("metrics.jsonl", "evaluation.jsonl") for record in records(run, file)]
+    assert all(start["time"] < one < time.time() for one in times)
 
 
 def test_every_sample_is_on_disk_with_the_weights_that_it_came_from(run):
@@ -181,6 +198,7 @@ def test_both_halves_alone(config):
     run = config.parent / "runs" / "sampled"
     assert {s.weight_version for step in (1, 2) for g in read_groups(rollout_file(run, step)) for s in g.samples} == {0}
     assert not (run / "checkpoints").exists()
+    assert [start["command"] for start in read_starts(run)] == ["rollout"]
 
     trained = dsrl("train", str(config), "name=trained", f"rollout.replay_from={run}", "evaluation.sets=[]")
     assert trained.returncode == 0, trained.stderr

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausal
 
 from examples.tiny_dsrl.tokenizer import VOCAB_SIZE
 from megatron_dsrl.algorithms.routed_experts import decode_routed_experts
+from megatron_dsrl.provenance.records import read_starts
 from megatron_dsrl.rollout.dynamic_sampling import is_mixed
 from megatron_dsrl.rollout.recording import read_batch, read_groups, rollout_file
 from tests.support.compare_runs import assert_same_tensors, checkpoint_tensors, records
@@ -55,6 +56,11 @@ def run(tmp_path_factory) -> Path:
     assert result.returncode == 0, result.stderr
     assert not processes_left_behind()
     return config.parent / "runs" / "tiny"
+
+
+def test_one_record_says_what_produced_the_run_on_both_processes(run):
+    (start,) = read_starts(run)
+    assert start["world_size"] == 2 and start["layout"]["expert_parallel_size"] == 2 and len(start["hosts"]) == 1
 
 
 def test_engine_and_trainer_agree_with_the_same_experts(run):

@@ -19,6 +19,8 @@ from megatron_dsrl.conversion.verify import verify
 from megatron_dsrl.conversion.work import my_entries, with_progress
 from megatron_dsrl.disk import writing
 from megatron_dsrl.model.architecture import read_architecture, resolve_model_folder
+from megatron_dsrl.provenance.inputs import describe_model
+from megatron_dsrl.provenance.start import record_start
 from megatron_dsrl.weights.checkpoint_record import CheckpointRecord, architecture_fields
 from megatron_dsrl.weights.companions import copy_companions
 from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint, torch_dtype_name
@@ -74,6 +76,7 @@ def convert_hf_to_megatron(source: str, target: Path, layout: CheckpointLayout, 
             architecture_fields(architecture), torch_dtype_name(dtype), layout.as_record(), source
         )
         on_first(lambda: _complete(partial, folder, table, dtype, record, list(chain.from_iterable(written))))
+        record_start(partial, "convert", {"source": lambda: describe_model(source, folder)}, print)
         if options.verify:
             verify(hf_folder=folder, megatron_folder=partial, source="hf", dtype=dtype)
 

@@ -16,6 +16,8 @@ from megatron_dsrl.conversion.hf_to_megatron import ConversionOptions
 from megatron_dsrl.conversion.verify import verify
 from megatron_dsrl.conversion.work import my_entries, with_progress
 from megatron_dsrl.errors import UserError
+from megatron_dsrl.provenance.inputs import describe_model
+from megatron_dsrl.provenance.start import record_start
 from megatron_dsrl.weights.checkpoint_record import check_record
 from megatron_dsrl.weights.companions import copy_companions
 from megatron_dsrl.weights.hf_writer import HfFiles, HfWriter, create_hf_files
@@ -60,6 +62,7 @@ def convert_megatron_to_hf(
         files = on_first(lambda: create_hf_files(partial, table.hf_shapes(), dtype, file_bytes))
         together(lambda: _write_tensors(checkpoint, table, dtype, files))
         on_first(lambda: copy_companions(companions, partial, dtype))
+        record_start(partial, "convert", {"source": lambda: describe_model(str(source), source)}, print)
         if options.verify:
             verify(hf_folder=partial, megatron_folder=source, source="megatron", dtype=dtype, companions=companions)
 

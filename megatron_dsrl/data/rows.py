@@ -22,9 +22,8 @@ def read_rows(config: PromptSetConfig, section: str) -> list[Row]:
 
     Raises UserError when the source is missing, unreadable or empty, or holds something else than rows.
     """
-    path = Path(config.source).expanduser()
-    if _kind(path) in LOCAL_SUFFIXES:
-        files = sorted(path.parent.glob(path.name)) if "*" in path.name else [path]
+    files = local_files(config.source)
+    if files is not None:
         if not files or not files[0].is_file():
             raise UserError(f"{section}.source: there is no file {config.source}; make it first, or correct the path")
         rows = (row for file in files for row in _read_local(file, config.rows_field, section))
@@ -34,6 +33,14 @@ def read_rows(config: PromptSetConfig, section: str) -> list[Row]:
     if not taken:
         raise UserError(f"{section}.source: {config.source} holds no rows")
     return taken
+
+
+def local_files(source: str) -> list[Path] | None:
+    """The files that a source names, whether they exist or not; None for a data set of the hub."""
+    path = Path(source).expanduser()
+    if _kind(path) not in LOCAL_SUFFIXES:
+        return None
+    return sorted(path.parent.glob(path.name)) if "*" in path.name else [path]
 
 
 def _kind(path: Path) -> str:

@@ -16,6 +16,7 @@ from megatron_dsrl.observability.charts import Chart, Series, line_chart
 from megatron_dsrl.observability.estimate import Estimate
 from megatron_dsrl.observability.figure import write_figure
 from megatron_dsrl.observability.run_records import RunRecords, read_run
+from megatron_dsrl.provenance.differences import compare_runs, starts_that_count
 
 TABLE_FILE = "comparison.md"
 FIGURE_FILE = "comparison.svg"
@@ -40,7 +41,7 @@ def write_comparison(methods: Mapping[str, Sequence[Path]], baseline: str, folde
         UserError: a folder is not a run folder, or nothing was evaluated.
     """
     runs = {method: [read_run(path) for path in folders] for method, folders in methods.items()}
-    table = comparison_table(runs, baseline)
+    table = comparison_table(runs, baseline) + provenance_table(runs)
     (folder / TABLE_FILE).write_text(table, encoding="utf-8")
     write_figure(learning_curves(runs, baseline), folder / FIGURE_FILE)
     return table
@@ -68,6 +69,24 @@ def comparison_table(runs: Mapping[str, Sequence[RunRecords]], baseline: str) ->
     interval = "± is half of the 95 % interval over runs (Student's t)."
     test = "p: Welch's t-test of accuracy, not corrected for several tests."
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{interval} {test}\n"
+
+
+def provenance_table(runs: Mapping[str, Sequence[RunRecords]]) -> str:
+    """Markdown: what produced the runs of every method, with differences marked; empty where no run says."""
+    starts = {
+        method: [starts_that_count(run.folder, run.steps[-1]["step"] if run.steps else 0) for run in of_method]
+        for method, of_method in runs.items()
+    }
+    if not any(one for of_method in starts.values() for one in of_method):
+        return ""
+    facts = compare_runs([one for of_method in starts.values() for one in of_method])
+    rows = [["produced by", *starts]]
+    rows.append(["---"] * len(rows[0]))
+    for fact in facts:
+        values = iter(fact.values)
+        by_method = ["; ".join(dict.fromkeys(next(values) for _ in of_method)) for of_method in starts.values()]
+        rows.append([f"**{fact.name} (differs)**" if fact.differs else fact.name, *by_method])
+    return "\n" + "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows) + "\n"
 
 
 def learning_curves(runs: Mapping[str, Sequence[RunRecords]], baseline: str) -> list[Chart]:

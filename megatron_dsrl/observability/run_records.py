@@ -56,7 +56,8 @@ def read_run(folder: Path) -> RunRecords:
     text, config = _read_config(folder / CONFIG_FILE)
     metrics = folder / METRICS_FILE
     steps = sorted({record["step"]: record for record in read_records(metrics)}.values(), key=_step)
-    written = datetime.fromtimestamp(metrics.stat().st_mtime, UTC) if steps else None
+    # Records of earlier versions have no time; a copy of a file has another one than the file.
+    written = datetime.fromtimestamp(steps[-1].get("time") or metrics.stat().st_mtime, UTC) if steps else None
     return RunRecords(
         folder=folder,
         name=str(config.get("name", folder.resolve().name)),

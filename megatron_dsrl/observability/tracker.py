@@ -107,7 +107,7 @@ class Tracker:
             return
         with writing(self._tensorboard_folder, WHAT_IS_SAFE):
             for key, value in record.items():
-                if key != "step" and isinstance(value, (int, float)):
+                if key not in ("step", "time") and isinstance(value, (int, float)):
                     self._writer.add_scalar(prefix + key, value, record["step"])
             self._writer.flush()
 

@@ -23,6 +23,7 @@ from megatron_dsrl.report.analyses import read_analyses
 from megatron_dsrl.report.evaluations import named_by_step, paper_table, pass_at_k_charts, results_table
 from megatron_dsrl.report.logs import log_ends
 from megatron_dsrl.report.parts import Figure
+from megatron_dsrl.report.provenance import compared_provenance, shown_provenance
 from megatron_dsrl.report.sampled_responses import shown_steps
 from megatron_dsrl.report.time_table import time_table
 from megatron_dsrl.report.training_charts import comparison_charts, other_charts, run_charts
@@ -66,6 +67,7 @@ def _run_page(run: RunRecords) -> str:
         analyses=read_analyses(run.folder),
         samples=shown_steps(run.folder, run.step_numbers),
         logs=log_ends(run.folder),
+        provenance=shown_provenance(run),
         written=_now(),
     )
 
@@ -79,6 +81,7 @@ def _comparison_page(runs: list[RunRecords]) -> str:
         paper=paper_table(evaluations),
         pass_at_k=pass_at_k_charts(evaluations),
         differences=configuration_differences(runs),
+        provenance=compared_provenance(runs),
         written=_now(),
     )
 

@@ -188,7 +188,7 @@ def step_parts(records: Sequence[Record]) -> list[str]:
 def other_charts(run: RunRecords) -> list[Chart]:
     """One chart for every recorded figure that has no place in `run_charts`, by its name in the records."""
     shown = {key for curves in (REWARD, *HEALTH, *COST, STEP_SECONDS) for _, key, _ in curves.keys}
-    shown |= {"step", "weight_version", *(key for _, key, _ in GROUP_KEYS), *step_parts(run.steps)}
+    shown |= {"step", "weight_version", "time", *(key for _, key, _ in GROUP_KEYS), *step_parts(run.steps)}
     figures = sorted({key for record in run.steps for key, value in record.items() if _is_number(value)} - shown)
     return [line_chart(key, "", [_series(run, "value", key, 1)], run.phases) for key in figures]
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from megatron_dsrl.collective import barrier, on_first, rank
 from megatron_dsrl.errors import UserError
+from megatron_dsrl.provenance.records import PROVENANCE_FILE
 from megatron_dsrl.weights.checkpoint_record import RECORD_FILE
 from megatron_dsrl.weights.companions import COMPANIONS
 from megatron_dsrl.weights.megatron_checkpoint import is_megatron_checkpoint
@@ -26,9 +27,9 @@ from megatron_dsrl.weights.megatron_checkpoint import is_megatron_checkpoint
 MODEL_FILES = (
     *("config.json", "*.safetensors", "*.safetensors.index.json", *COMPANIONS),
     *("metadata.json", ".metadata", "common.pt", "*.distcp", RECORD_FILE),
-    *("README.md", "LICENSE*", ".gitattributes"),
+    *("README.md", "LICENSE*", ".gitattributes", PROVENANCE_FILE),
 )
-"""What HF folders and Megatron checkpoints consist of; the last ones come with a model from the hub."""
+"""What HF folders and Megatron checkpoints consist of; most of the last ones come with a model from the hub."""
 NAMES_SHOWN = 3
 
 

@@ -20,6 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from megatron_dsrl.cli import main
 from megatron_dsrl.conversion.command_line import DTYPES
+from megatron_dsrl.fingerprint import fingerprint
+from megatron_dsrl.provenance.records import read_starts
 from megatron_dsrl.weights.megatron_checkpoint import MegatronCheckpoint
 from tests.support.disk import files_of_at_most
 from tests.support.families import FAMILIES
@@ -70,6 +72,9 @@ def test_round_trip_is_bit_identical(tmp_path, family, tensor_parallel_size):
     for folder in (megatron, back):
         for name in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
             assert (folder / name).read_text() == '{"from": "the source"}'
+    for folder, made_from in ((megatron, source), (back, megatron)):
+        (start,) = read_starts(folder)
+        assert start["command"] == "convert" and start["source"]["fingerprint"] == fingerprint(made_from)
     assert AutoModelForCausalLM.from_pretrained(back, dtype="auto").dtype == torch.bfloat16
     assert hidden(tmp_path) == []
 

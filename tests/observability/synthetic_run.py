@@ -5,9 +5,10 @@ import random
 from pathlib import Path
 
 from megatron_dsrl.data.prompt import Prompt
-from megatron_dsrl.observability.records import Record
+from megatron_dsrl.observability.records import Record, record_line
 from megatron_dsrl.observability.step_metrics import count_tokens, rollout_metrics
 from megatron_dsrl.observability.tracker import Tracker
+from megatron_dsrl.provenance.records import PROVENANCE_FILE
 from megatron_dsrl.rollout.recording import rollout_file, write_groups
 from megatron_dsrl.rollout.sample import Group, Sample
 
@@ -105,6 +106,7 @@ def step_record(groups: list[Group], step: int, warmup: int, random_source: rand
         "step": step,
         "phase": "nsr-prerl" if pre_train else "grpo",
         "weight_version": step - 1,
+        "time": 1_790_000_000.0 + 10 * step,
         **rollout_metrics(groups, count_tokens(groups), generate),
         "policy/loss": 0.01 * random_source.gauss(0, 1),
         "policy/entropy": 0.5 + 0.3 * math.exp(-step / 20) + 0.02 * random_source.random(),
@@ -150,6 +152,38 @@ def write_run(
             if step % 4 == 0:
                 tracker.log_evaluation(evaluation_record(step, 0.25 + gain * step / steps))
     return records
+
+
+def start_record(**changes: object) -> Record:
+    """What produced a run, as `dsrl train` records it on 8 GPUs; further fields by name."""
+    hashes = {"prompts.jsonl": {"bytes": 1000, "sha256": "d" * 64}}
+    prompts = {"source": "prompts.jsonl", "subset": None, "split": None, "files": hashes, "prompts": 40}
+    code = {"commit": "c" * 40, "dirty": False, "diff_sha256": None, "reason": None, "working_folder": None}
+    return {
+        "time": 1_790_000_000.0,
+        "utc": "2026-09-21T13:33:20Z",
+        "command": "train",
+        "command_line": ["dsrl", "train", "configs/tiny.yaml"],
+        "working_folder": "/home/someone",
+        "hosts": ["node1"],
+        "world_size": 8,
+        "slurm": {"job_id": "17", "restart_count": "0"},
+        "code": code,
+        "python": "3.12.3 CPython (/opt/dsrl/bin/python)",
+        "packages": {"torch": "2.14.1", "sglang": "0.5.23", "numpy": "2.4.6"},
+        "device": {"platform": "cuda", "names": ["H100"] * 8, "cuda": "13.0", "driver": "580.95.05", "processor": "x"},
+        "after_step": 0,
+        "layout": {"tensor_parallel_size": 2, "pipeline_parallel_size": 1, "sequence_parallel": True},
+        "model": {"path": "Qwen/Qwen3-8B", "folder": "/cache", "hub_commit": "b" * 40, "fingerprint": "f" * 64},
+        "data": {**prompts, "prompts_sha256": "a" * 64},
+        "evaluation_sets": {"held-out": {**prompts, "prompts_sha256": "e" * 64}},
+        **changes,
+    }
+
+
+def write_starts(folder: Path, *starts: Record) -> None:
+    """As `dsrl train` leaves them."""
+    (folder / PROVENANCE_FILE).write_text("".join(map(record_line, starts)))
 
 
 def evaluation_record(step: int, accuracy: float) -> Record:

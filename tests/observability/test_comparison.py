@@ -9,7 +9,7 @@ import pytest
 from megatron_dsrl.cli import main
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.observability.comparison import Estimate, welch_p_value, write_comparison
-from tests.observability.synthetic_run import write_run
+from tests.observability.synthetic_run import start_record, write_run, write_starts
 
 GAINS = {"GRPO": (0.30, 0.35, 0.40), "DSRL": (0.40, 0.45, 0.50)}
 
@@ -61,6 +61,20 @@ def test_the_command_says_where_it_has_written(methods, tmp_path, monkeypatch, c
     assert written == "written to runs/comparison/comparison.md and runs/comparison/comparison.svg\n"
     assert (tmp_path / "runs/comparison/comparison.md").read_text().strip() == table.strip()
     assert [path.name for path in tmp_path.glob("comparison*")] == [], "nothing beside the user's own files"
+
+
+def test_what_produced_the_runs_is_beside_their_results(methods, tmp_path):
+    assert "produced by" not in write_comparison(methods, "GRPO", tmp_path)
+    for folder in (*methods["GRPO"], *methods["DSRL"][:2]):
+        write_starts(folder, start_record())
+    write_starts(methods["DSRL"][2], start_record(python="3.11.7 CPython (/usr/bin/python)"))
+    table = write_comparison(methods, "GRPO", tmp_path)
+    assert "| produced by | GRPO | DSRL |" in table
+    assert "| Commit | cccccccccccc | cccccccccccc |" in table
+    assert "| **Python (differs)** | 3.12.3 CPython | 3.12.3 CPython; 3.11.7 CPython |" in table
+    methods["DSRL"][0].joinpath("provenance.jsonl").unlink()
+    table = write_comparison(methods, "GRPO", tmp_path)
+    assert "| **Commit (differs)** | cccccccccccc | not recorded; cccccccccccc |" in table
 
 
 def test_every_set_has_its_own_test(methods, tmp_path):

@@ -15,7 +15,14 @@ from megatron_dsrl.evaluation.sample_file import SampleFile
 from megatron_dsrl.evaluation.summary import summarise_benchmark
 from megatron_dsrl.observability.records import read_records
 from megatron_dsrl.report.report import write_report
-from tests.observability.synthetic_run import HOSTILE_TEXT, evaluation_record, make_group, write_run
+from tests.observability.synthetic_run import (
+    HOSTILE_TEXT,
+    evaluation_record,
+    make_group,
+    start_record,
+    write_run,
+    write_starts,
+)
 
 VOID_ELEMENTS = {"meta", "link", "br", "img", "input", "hr"}
 
@@ -71,11 +78,26 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_evaluation(folder / "evaluation" / "step_000004", right=[2, 0], step=4)
     for analysis in (["problems", folder], ["thoughts", folder / "evaluation/step_000012/samples/amc23.jsonl"]):
         assert main(["analyse", *map(str, analysis)]) == 0
+    write_starts(folder, *STARTS)
     for log, text in LOGS.items():
         (folder / log).parent.mkdir(exist_ok=True)
         (folder / log).write_text(text, newline="")
     return folder
 
+
+STARTS = (
+    start_record(),
+    start_record(after_step=8, hosts=["node2"], slurm={"job_id": "17", "restart_count": "1"}),
+    start_record(
+        after_step=8,
+        world_size=4,
+        slurm={"job_id": "18"},
+        code=start_record()["code"] | {"dirty": True, "diff_sha256": "9" * 64},
+        packages=start_record()["packages"] | {"torch": "2.15.0"},
+        device=start_record()["device"] | {"names": ["H100"] * 4},
+    ),
+)
+"""The second one died before its first step."""
 
 LOGS = {
     "engines/engine_0.log": "".join(f"line {i} of http://127.0.0.1\n" for i in range(100)),
@@ -205,6 +227,20 @@ def test_configuration_is_in_the_page(page: Page, run_folder: Path) -> None:
     assert (run_folder / "config.yaml").read_text() in page.texts
 
 
+def test_every_start_is_told_and_what_changed_between_them(page: Page) -> None:
+    assert STARTS[0]["packages"]["torch"] == "2.14.1"
+    rows = page.rows()
+    device = "8 × H100, CUDA 13.0, driver 580.95.05"
+    assert ["2026-09-21 13:33 UTC", "1 to 8", "cccccccccccc", "8", device, "node1", "job 17"] in rows
+    assert ["2026-09-21 13:33 UTC", "none", "cccccccccccc", "8", device, "node2", "job 17, restart 1"] in rows
+    last = "cccccccccccc with changes 999999999999"
+    assert ["2026-09-21 13:33 UTC", "9 to 12", last, "4", device.replace("8", "4", 1), "node1", "job 18"] in rows
+    assert ["Commit", "cccccccccccc", last, "9"] in rows and ["Package torch", "2.14.1", "2.15.0", "9"] in rows
+    assert "Base model" not in [row[0] for row in rows], "it is the same in all starts"
+    assert "Qwen/Qwen3-8B at bbbbbbbbbbbb, fingerprint ffffffffffff" in page.texts
+    assert "TP 2, sequence parallel" in page.texts
+
+
 def test_every_drawing_has_words_and_every_fold_a_summary(page: Page) -> None:
     tags = [tag for tag, _ in page.elements]
     assert all(values.get("aria-label") for tag, values in page.elements if tag == "svg")
@@ -227,6 +263,7 @@ def test_missing_pieces_are_said_in_words(tmp_path: Path) -> None:
     assert "No training step has been recorded yet." in text
     assert "No evaluation was recorded" in text and "No rollouts were saved" in text
     assert "No benchmark was evaluated" in text and "Nothing was analysed" in text and "There are no logs" in text
+    assert "provenance.jsonl is missing" in text
 
     (tmp_path / "config.yaml").unlink()
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "phase": "grpo", "reward/mean": null}\n')
@@ -243,12 +280,17 @@ def test_the_last_record_of_an_evaluated_step_wins(tmp_path: Path) -> None:
 
 def test_runs_side_by_side(run_folder: Path, tmp_path: Path) -> None:
     write_run(tmp_path / "other", steps=5, learning_rate=1e-3)
+    write_starts(tmp_path / "other", start_record())
     path = write_report(run_folder, tmp_path / "other", output=tmp_path / "both.html")
     page = Page(path)
     reward = page.charts()["Reward"]
     assert reward["steps"] == list(range(1, 13))
     assert [values[5:] == ["none"] * 7 for values in reward["series"]] == [False, True]
     assert "optimizer.learning_rate tiny 0.0003 other 0.001" in page.text
+    changed = "tiny cccccccccccc, then cccccccccccc with changes 999999999999 other cccccccccccc"
+    assert f"Commit differs {changed}" in page.text
+    assert "Package numpy" not in page.text and "Python 3.12.3" in page.text
+    assert "Package torch differs tiny 2.14.1, then 2.15.0 other 2.14.1" in page.text
     assert ["AMC23", "tiny"] in [row[:2] for row in page.rows()]
 
 

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from megatron_dsrl.rollout.recording import read_groups, rollout_file
 
-NOT_COMPARED = ("seconds", "throughput/", "memory/", "time/", "engine/")
+NOT_COMPARED = ("seconds", "throughput/", "memory/", "time", "engine/")
 """Beginnings of the names of what depends on the clock, the machine and what befell it."""
 
 

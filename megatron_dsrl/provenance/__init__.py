@@ -1,0 +1,1 @@
+"""What produced a run: code, packages, machine, model and data, one record per start."""

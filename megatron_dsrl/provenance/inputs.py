@@ -1,0 +1,85 @@
+"""What a run reads, told apart by hashes: base model, prompts, held-out sets.
+
+Small files are hashed whole. Of a large model the fingerprint is taken, which reads a few megabytes per file: a start
+must not wait for 16 GB to be read. Every entry says by its null hashes which files were not read whole.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_dsrl.config.data import PromptSetConfig
+from megatron_dsrl.data.prompt import Prompt
+from megatron_dsrl.data.rows import local_files
+from megatron_dsrl.fingerprint import fingerprint
+
+MODEL_BYTES_READ = 2**28
+"""A model folder's files are hashed whole, the smallest first, until this many bytes have been read."""
+DATA_BYTES_READ = 2**30
+"""The same of the files of a prompt set."""
+
+FileHashes = dict[str, dict[str, Any]]
+"""`bytes` and `sha256` (None where the file was not read) by file name."""
+
+
+def describe_model(path: str, folder: Path) -> dict[str, Any]:
+    """The base model of a run.
+
+    Args:
+        path: as the configuration or the command line names it.
+        folder: where it lies: HF folder, hub snapshot or Megatron checkpoint.
+
+    Returns:
+        `path`, `folder`, `hub_commit` (None for a folder that is not a hub snapshot), `fingerprint` (see
+        `fingerprint.py`) and `files`.
+    """
+    real = folder.resolve()
+    files = [file for file in folder.iterdir() if file.is_file()]
+    return {
+        "path": path,
+        "folder": str(real),
+        "hub_commit": real.name if real.parent.name == "snapshots" else None,
+        "fingerprint": fingerprint(folder),
+        "files": hash_files(files, MODEL_BYTES_READ),
+    }
+
+
+def describe_prompts(config: PromptSetConfig, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """A prompt set: where it comes from, and what was taken from there.
+
+    Returns:
+        `source`, `subset` and `split` of a hub data set (else None), `files` of a local one, `prompts` (how many) and
+        `prompts_sha256` (over the rendered prompts and their answers, in order).
+    """
+    files = local_files(config.source)
+    return {
+        "source": config.source,
+        "subset": config.subset if files is None else None,
+        "split": config.split if files is None else None,
+        "files": hash_files(files or [], DATA_BYTES_READ),
+        "prompts": len(prompts),
+        "prompts_sha256": _hash_prompts(prompts),
+    }
+
+
+def hash_files(files: Sequence[Path], bytes_read: int) -> FileHashes:
+    """Hash files whole, the smallest first, as long as they are `bytes_read` together at most."""
+    found: FileHashes = {}
+    for size, file in sorted((file.stat().st_size, file) for file in files):
+        bytes_read -= size
+        found[file.name] = {"bytes": size, "sha256": _hash_file(file) if bytes_read >= 0 else None}
+    return dict(sorted(found.items()))
+
+
+def _hash_file(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _hash_prompts(prompts: Sequence[Prompt]) -> str:
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        for text in (prompt.text, prompt.answer):
+            digest.update(text.encode("utf-8", errors="surrogatepass") + b"\0")
+    return digest.hexdigest()

@@ -1,0 +1,114 @@
+"""`provenance.jsonl`: one record for every start of a command in a folder, written before its work begins.
+
+The record is for people who ask later. Whatever cannot be found out is named in it, and a record that cannot be written
+is a warning: neither ends a run.
+"""
+
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from megatron_dsrl.collective import gather, rank, world_size
+from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.observability.records import repair_records
+from megatron_dsrl.provenance.code import code_of_checkout, code_of_package
+from megatron_dsrl.provenance.inputs import describe_model, describe_prompts
+from megatron_dsrl.provenance.machine import devices, package_versions, python_version, slurm_job
+from megatron_dsrl.provenance.records import PROVENANCE_FILE
+from megatron_dsrl.run_inputs import RunInputs
+
+PACKAGE_FOLDER = Path(__file__).resolve().parent.parent
+
+Details = Mapping[str, Callable[[], Any]]
+"""Further entries of a record by name, found out when the record is made. Values are JSON."""
+
+
+def record_run_start(
+    command: str, config: RunConfig, inputs: RunInputs, after_step: int, report: Callable[[str], None]
+) -> None:
+    """Record a start of `dsrl train` or `dsrl rollout` in the run folder. Collective.
+
+    Args:
+        command: `train` or `rollout`.
+        config: of the run.
+        inputs: what the run has read.
+        after_step: the checkpoint's step that the run continues after; 0 from the beginning.
+        report: called with a warning on rank 0 if there can be no record.
+    """
+    details: Details = {
+        "after_step": lambda: after_step,
+        "layout": lambda: config.parallel.model_dump(mode="json"),
+        "engine_tensor_parallel_size": lambda: config.engine.tensor_parallel_size,
+        "model": lambda: describe_model(config.model.path, inputs.model_folder),
+        "data": lambda: describe_prompts(config.data, inputs.prompts),
+        "evaluation_sets": lambda: {
+            one.name: describe_prompts(one, prompts) for one, prompts in inputs.evaluation_sets
+        },
+    }
+    record_start(inputs.run_folder, command, details, report)
+
+
+def record_start(folder: Path, command: str, details: Details, report: Callable[[str], None]) -> None:
+    """Append a record to the folder's `provenance.jsonl`. Collective; rank 0 writes.
+
+    Args:
+        folder: that the command writes into; must exist.
+        command: as in `dsrl <command>`.
+        details: what is to be said of this command beside code, packages and machine; called on rank 0 only.
+        report: called with a warning on rank 0 if there can be no record.
+    """
+    hosts = list(dict.fromkeys(gather(socket.gethostname())))
+    if rank() != 0:
+        return
+    now = time.time()
+    record = {
+        "time": now,
+        "utc": f"{datetime.fromtimestamp(now, UTC):%Y-%m-%dT%H:%M:%SZ}",
+        "command": command,
+        "command_line": sys.orig_argv,
+        "working_folder": os.getcwd(),
+        "hosts": hosts,
+        "world_size": world_size(),
+        "slurm": slurm_job(os.environ),
+        **{name: _found_out(find_out) for name, find_out in {**_SURROUNDINGS, **details}.items()},
+    }
+    try:
+        _append(folder / PROVENANCE_FILE, record)
+    except Exception as error:  # a full disk, a damaged file, something that is not JSON: the run is worth more
+        report(f"warning: what produced this run is not recorded in {folder / PROVENANCE_FILE}: {error}")
+
+
+def _code() -> dict[str, Any]:
+    """Of this program, and of the current folder where that is another checkout: custom rewards lie there."""
+    program, here = code_of_package(PACKAGE_FOLDER, "megatron-dsrl"), code_of_checkout(Path.cwd())
+    is_another = here.commit is not None and here != program
+    return {**asdict(program), "working_folder": asdict(here) if is_another else None}
+
+
+_SURROUNDINGS: Details = {
+    "code": _code,
+    "python": python_version,
+    "packages": package_versions,
+    "device": devices,
+}
+
+
+def _found_out(find_out: Callable[[], Any]) -> Any:
+    try:
+        return find_out()
+    except Exception as error:
+        return {"unknown": f"{type(error).__name__}: {error}"}
+
+
+def _append(file: Path, record: Mapping[str, Any]) -> None:
+    line = json.dumps(record, ensure_ascii=False) + "\n"
+    repair_records(file)
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(line)

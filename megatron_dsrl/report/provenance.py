@@ -1,0 +1,75 @@
+"""What produced a run, for the page: every start, the last one in full, and what changed in between."""
+
+from dataclasses import dataclass
+
+from megatron_dsrl.observability.run_records import RunRecords
+from megatron_dsrl.provenance.differences import (
+    ComparedFact,
+    changes_between_starts,
+    compare_runs,
+    starts_that_count,
+)
+from megatron_dsrl.provenance.records import read_starts, steps_of_starts
+from megatron_dsrl.provenance.words import (
+    commit_words,
+    device_words,
+    slurm_words,
+    start_time,
+    what_computed,
+    where_it_ran,
+)
+from megatron_dsrl.report.parts import Table
+
+
+@dataclass(frozen=True)
+class ShownProvenance:
+    """The block of one run."""
+
+    starts: Table
+    changes: Table | None
+    """What is not the same in all starts that the run's steps come from; None where everything is."""
+    last: list[tuple[str, str]]
+    """Everything that the last start says, by name."""
+
+
+def shown_provenance(run: RunRecords) -> ShownProvenance | None:
+    """None for a run without records of its starts.
+
+    Raises:
+        UserError: the records are damaged.
+    """
+    starts = read_starts(run.folder)
+    if not starts:
+        return None
+    rows = []
+    for start, span in zip(starts, steps_of_starts(starts, _last_step(run)), strict=True):
+        rows.append((
+            start_time(start),
+            f"{span[0]} to {span[1]}" if span else "none",
+            commit_words(start),
+            str(start.get("world_size", "")),
+            device_words(start.get("device") or {}),
+            ", ".join(start.get("hosts") or []),
+            slurm_words(start.get("slurm")),
+        ))  # fmt: skip
+    changes = changes_between_starts(starts_that_count(run.folder, _last_step(run)))
+    return ShownProvenance(
+        starts=Table(("Started", "Steps", "Commit", "Processes", "Device", "Hosts", "SLURM"), tuple(rows)),
+        changes=Table(
+            ("Changed", "Before", "After", "From step"),
+            tuple((one.name, one.before, one.after, str(one.from_step)) for one in changes),
+        )
+        if changes
+        else None,
+        last=list({**where_it_ran(starts[-1]), **what_computed(starts[-1])}.items()),
+    )
+
+
+def compared_provenance(runs: list[RunRecords]) -> list[ComparedFact]:
+    """What produced each of several runs; empty where none says."""
+    starts = [starts_that_count(run.folder, _last_step(run)) for run in runs]
+    return compare_runs(starts) if any(starts) else []
+
+
+def _last_step(run: RunRecords) -> int:
+    return run.steps[-1]["step"] if run.steps else 0
