@@ -88,8 +88,8 @@ class RewardConfig(Section):
     """How a response is judged."""
 
     function: str = "boxed"
-    """A built-in verifier (`boxed`, `math_verify`, `multiple_choice`, `short_answer`, `code`, `remote`, `combination`,
-    `box_format`, `length_penalty`), or the dotted path `package.module:function` of
+    """A built-in verifier (`boxed`, `hendrycks`, `math_verify`, `multiple_choice`, `short_answer`, `code`, `remote`,
+    `combination`, `box_format`, `length_penalty`), or the dotted path `package.module:function` of
     `f(response, answer, **options)`."""
 
     overlong: OverlongConfig | None = None
@@ -107,3 +107,7 @@ class RewardConfig(Section):
 
     memory_megabytes: int = Field(default=4096, ge=256)
     """Address space of one verifier process; more makes the verifier fail, the sample scores 0 and is counted."""
+
+    max_consecutive_errors: int | None = Field(default=256, ge=1)
+    """A verifier that raises, dies or does not return a number on this many responses in a row ends the run: the
+    mistake is in the function. Time-outs do not count. null: no limit."""

@@ -21,6 +21,7 @@ TEXT = r"\\(?:text|mbox|textrm|textnormal)\s*\{([^{}]*)\}"
 TRAILING_UNIT = re.compile(r"(?<=.)\s*" + TEXT + r"(?:\s*\^\s*(?:\d|\{\d+\}))?\s*$")
 WRAPPED_TEXT = re.compile(r"\\(?:text|mbox|textrm|textnormal|textbf|textit|mathrm|mathbf|bold)\s*\{([^{}]*)\}")
 THOUSANDS = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
+LIST_COMMA = re.compile(r",(?:\s|~|\\[ ;:>]|\\q?quad(?![a-zA-Z]))")
 NAMED_VALUE = re.compile(r"(?:[a-zA-Z]{1,2}|[a-zA-Z]_\w)=(.+)")
 BARE_ROOT = re.compile(r"\\sqrt([^{\[\\]|\\[a-zA-Z]+)")
 FRACTION = re.compile(r"\\frac(\{[^{}]*\}|[^{}\\])(\{[^{}]*\}|[^{}\\])")
@@ -41,7 +42,12 @@ def boxed(response: str, answer: str) -> float:
     if not given:
         return 0.0
     gold = last_boxed(answer)
-    return float(normalise(given) == normalise(answer if gold is None else gold))
+    return float(same_spelling(given, answer if gold is None else gold))
+
+
+def same_spelling(given: str, gold: str) -> bool:
+    """Whether two answers are written alike, up to what `normalise` makes alike and up to spaces."""
+    return normalise(given) == normalise(gold) or SPACING.sub("", given) == SPACING.sub("", gold)
 
 
 def boxed_answer(response: str) -> str | None:
@@ -82,7 +88,7 @@ def normalise(answer: str) -> str:
     text = SPACING.sub("", text).rstrip(".").replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
     if value := NAMED_VALUE.fullmatch(text):
         text = value.group(1)
-    if THOUSANDS.fullmatch(text):
+    if THOUSANDS.fullmatch(text) and not LIST_COMMA.search(answer):  # `1, 234` is a list
         text = text.replace(",", "")
     if padded := PADDED_INTEGER.fullmatch(text):
         return "".join(padded.groups())

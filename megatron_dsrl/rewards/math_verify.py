@@ -1,29 +1,45 @@
 r"""Mathematical equality of the last box and the gold answer, by the math-verify package.
 
 What math-verify does by itself would reward more than a right answer: it accepts unboxed numbers, joins several boxes
-into one set, and without delimiters does not read many gold answers. Here
+into one set, drops the base of a number and the left side of an equation; and it cannot read many gold answers. Here
 
 - the last box is cut out as in `boxed`, and only its content is parsed, as one box;
-- equal spellings (`boxed.normalise`) are right without parsing, which also covers answers that are no mathematics;
+- equal spellings (`boxed.same_spelling`) are right without parsing, which also covers answers that are not mathematics;
+- both sides are made readable first (`readable`): without dollar and per cent signs, `-1./3` as `-1/3`, `np.arcsin` as
+  `\arcsin`, and the symbols `E_1` and `I_1` as symbols and not as the constants e and i;
+- a number with a base (`4210_5`) equals only the same digits in the same base;
+- every number that an equation in the box equates must be the answer: `2+4=6` and `x=6` give 6, `5=6` does not;
 - the gold answer is parsed as `$...$`;
 - math-verify's own time limits are off. They are alarms, which threads cannot set and which do not interrupt
   everything; the reward pool's hard limit is what bounds `9^{9^{9}}`.
 
 `verify` is not symmetric: gold `1<x<2` accepts the interval `(1,2)`, not the other way round. Answers separated by
-commas are compared as sets, so their order does not matter, and all of them are needed.
+commas are compared as sets, so their order does not matter, and all of them are needed; gold `x=1,y=2` accepts `(1,2)`.
+A gold answer without a base accepts its digits in any base. Units are not compared.
 """
 
 import logging
+import re
 from functools import cache
 from typing import Any
 
 from math_verify import LatexExtractionConfig, parse, verify
 
-from megatron_dsrl.rewards.boxed import last_boxed, normalise
+from megatron_dsrl.rewards.boxed import last_boxed, same_spelling
 from megatron_dsrl.rewards.response import after_thinking
 
 IN_ONE_BOX = (LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False),)
 IN_DOLLARS = (LatexExtractionConfig(),)
+
+BASED_NUMBER = re.compile(r"\(?([\dA-F]+)\)?_\{?(\d+)\}?")
+DECIMAL_WITHOUT_DIGITS = re.compile(r"(?<=\d)\.(?!\d)")
+NUMPY_FUNCTION = re.compile(r"\bnp\.([a-z]+)")
+COMMAND_AS_SUBSCRIPT = re.compile(r"_(?:\{\s*\\([a-zA-Z]+)\s*\}|\\([a-zA-Z]+))")
+CONSTANT_WITH_SUBSCRIPT = re.compile(r"(?<![\\a-zA-Z])([EeIi])(?=_)")
+EQUALS = re.compile(r"(?<![<>!:\\])=")
+
+STAND_INS = {"e": r"\Upsilon", "i": r"\Xi"}
+"""Symbols that no answer uses, in the place of those that the parser takes for constants."""
 
 # It warns at every call that its time limits are off.
 for name in ("math_verify.parser", "math_verify.grader"):
@@ -41,17 +57,65 @@ def math_verify(response: str, answer: str, decimals: int = 6) -> float:
     given = last_boxed(after_thinking(response))
     if not given:
         return 0.0
-    boxed_gold = last_boxed(answer)
-    gold = answer if boxed_gold is None else boxed_gold
-    if normalise(given) == normalise(gold):
+    gold = gold_answer(answer)
+    if same_spelling(given, gold):
         return 1.0
-    parsed = parse(rf"\boxed{{{given}}}", extraction_config=IN_ONE_BOX, parsing_timeout=None)
-    equal = verify(_parsed_gold(gold), parsed, float_rounding=decimals, timeout_seconds=None)
-    return float(equal)
+    if base := BASED_NUMBER.fullmatch(_bare(gold)):
+        found = BASED_NUMBER.fullmatch(_bare(given))
+        return float(found is not None and found.groups() == base.groups())
+    parsed_gold = _parsed_gold(gold)
+    equal = verify(parsed_gold, _parsed_box(given), float_rounding=decimals, timeout_seconds=None)
+    return float(equal and not _equates_another_number(given, gold, parsed_gold, decimals))
+
+
+def gold_answer(answer: str) -> str:
+    """What counts of a gold answer: the content of its last box, or all of it."""
+    boxed = last_boxed(answer)
+    return answer if boxed is None else boxed
+
+
+def is_parsed(answer: str) -> bool:
+    """Whether a gold answer can be compared by its value, and not by its spelling alone."""
+    gold = gold_answer(answer)
+    return any(not isinstance(value, str) for value in _parsed_gold(gold)) or bool(BASED_NUMBER.fullmatch(_bare(gold)))
+
+
+def readable(text: str) -> str:
+    r"""An answer as the parser can read it; both sides of a comparison go through this."""
+    text = re.sub(r"\\?%", "", text.replace(r"\$", ""))
+    text = NUMPY_FUNCTION.sub(r"\\\1", DECIMAL_WITHOUT_DIGITS.sub("", text))
+    text = COMMAND_AS_SUBSCRIPT.sub(lambda match: f"_{{{match[1] or match[2]}}}", text)
+    return CONSTANT_WITH_SUBSCRIPT.sub(lambda match: STAND_INS[match[1].lower()], text)
+
+
+def _equates_another_number(given: str, gold: str, parsed_gold: list[Any], decimals: int) -> bool:
+    """Whether the box is an equation, the answer is not, and a side without variables is not the answer."""
+    sides = EQUALS.split(given)
+    if len(sides) == 1 or EQUALS.search(gold):
+        return False
+    values = [_parsed_box(side) for side in sides]
+    numbers = [value for value in values if value and getattr(value[0], "is_number", False)]
+    return not all(verify(parsed_gold, n, float_rounding=decimals, timeout_seconds=None) for n in numbers)
+
+
+def _parsed_box(content: str) -> list[Any]:
+    text = readable(content).replace("$", "")
+    return parse(rf"\boxed{{{text}}}", extraction_config=IN_ONE_BOX, parsing_timeout=None)
 
 
 @cache  # a worker sees the same gold answer once per sample
 def _parsed_gold(gold: str) -> list[Any]:
-    delimited = "$" in gold and gold.count("$") % 2 == 0  # data sets hold golds such as `$221,$8$`
-    text = gold if delimited else f"${gold.replace('$', '')}$"
-    return parse(text, extraction_config=IN_DOLLARS, parsing_timeout=None)
+    text = readable(gold)
+    delimited = "$" in text and text.count("$") % 2 == 0  # data sets hold golds such as `$221,$8$`
+    whole = f"${text.replace('$', '')}$"
+    found = parse(text, extraction_config=IN_DOLLARS, parsing_timeout=None) if delimited else []
+    # a sum may be cut by dollar signs in its middle
+    return found if _has_value(found) else parse(whole, extraction_config=IN_DOLLARS, parsing_timeout=None)
+
+
+def _has_value(parsed: list[Any]) -> bool:
+    return any(not isinstance(value, str) for value in parsed)
+
+
+def _bare(answer: str) -> str:
+    return re.sub(r"[\s$]|\\[!,;:]|\\text(?:rm|bf|it)?|\\math(?:rm|bf|it)", "", answer)

@@ -1,8 +1,9 @@
-r"""Multiple choice: one letter, in the last box or in the last "the answer is (C)".
+r"""Multiple choice: one letter, in the last box or in the last statement that names it.
 
-The statement's form is that of MMLU-Pro (arXiv 2406.01574). Departures: a box counts before a statement, the last
-statement counts and not the first, the text is searched for nothing else when there is neither, and naming several
-letters is wrong, so that a model cannot hedge.
+Statements are those that the benchmarks' own extraction looks for: "the answer is (C)" and "Answer: C" (MMLU-Pro,
+arXiv 2406.01574; GPQA, arXiv 2311.12022; lm-evaluation-harness), also with "option" or "choice", and "option (C) is
+correct". Departures: a box counts before a statement, the last statement counts and not the first, the text is searched
+for nothing else when there is neither, and naming several letters is wrong, so that a model cannot hedge.
 """
 
 import re
@@ -12,8 +13,15 @@ from megatron_dsrl.rewards.response import after_thinking
 
 WRAPPING = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox|boxed)\s*(?=\{)|[${}*_`]|\\[,;! ]")
 CHOICE = re.compile(r"\(?\s*([A-Z])\s*(?:$|\)|[.:,](?=\s|$))")
-STATEMENT = re.compile(r"answer\s*(?:is|:)\s*:?\s*", re.IGNORECASE)
-END_OF_STATEMENT = re.compile(r"[.,;:]|\s(?:because|since|as)\b|$")
+STATEMENT = re.compile(
+    r"(?:answer|option|choice)[\s*_]*(?:is|:)[\s*_]*:?\s*(?:(?:the\s+)?(?:option|choice|letter)\b\s*)?", re.IGNORECASE
+)
+VERDICT = re.compile(
+    r"(?:\b(?:option|choice|answer)\s*)(?=\(?\s*[A-Z]\b\s*\)?[\s*_]*is\s+(?:the\s+)?(?:correct|right|best))",
+    re.IGNORECASE,
+)
+END_OF_STATEMENT = re.compile(r"[).,;:]|\s(?:because|since|as|is)\b|$")
+LONE_LETTER = re.compile(r"\(?([a-z])\)?\.?")
 SEVERAL = re.compile(r"(?:\bor\b|\band\b|[,/&;])\s*(?:\(\s*[A-Z]\s*\)|[A-Z](?![\w'-]))")
 
 
@@ -26,7 +34,7 @@ def multiple_choice(response: str, answer: str, require_box: bool = False) -> fl
         require_box: A letter outside a box does not count.
 
     Raises:
-        ValueError: The gold answer is no letter.
+        ValueError: The gold answer is not a letter.
     """
     gold = letter(answer)
     if gold is None:
@@ -40,8 +48,8 @@ def chosen_letter(response: str, require_box: bool = False) -> str | None:
     box = last_boxed(text)
     if box is not None or require_box or "\\boxed" in text:
         return None if box is None else letter(box)
-    statements = list(STATEMENT.finditer(text))
-    return _stated_letter(text[statements[-1].end() :].partition("\n")[0]) if statements else None
+    ends = [match.end() for pattern in (STATEMENT, VERDICT) for match in pattern.finditer(text)]
+    return _stated_letter(text[max(ends) :].partition("\n")[0]) if ends else None
 
 
 def letter(choice: str) -> str | None:
@@ -53,6 +61,8 @@ def letter(choice: str) -> str | None:
 
 def _stated_letter(statement: str) -> str | None:
     text = WRAPPING.sub("", statement).strip()
+    if lone := LONE_LETTER.fullmatch(text):
+        return lone[1].upper()
     match = re.match(r"\(\s*([A-Z])\s*\)|([A-Z])(?![\w'-])", text)
     if match is None or SEVERAL.search(text[match.end() :]):
         return None

@@ -2,17 +2,21 @@
 
 A verifier runs on text that a model wrote: it may hang or crash on it. A worker that exceeds the limit or dies is
 killed and replaced, its response scores 0, and the verdict is counted; so is one that needs more memory than it may
-have. Where a signal killed the worker, which need not be the response's fault, the response is judged once more.
+have. Only plain data leaves a worker, so that an exception or a result of a strange class harms nobody. Where a signal
+killed the worker, or all workers are lost with their fork server, which need not be the response's fault, the response
+is judged once more. A verifier that fails on everything ends the run.
+
 Workers do not import torch.
 """
 
 import logging
-import math
 import os
 import resource
 import signal
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import forkserver, resource_tracker
@@ -23,12 +27,16 @@ from typing import Any, Literal
 from pebble import ProcessExpired, ProcessPool
 
 from megatron_dsrl.config.data import RewardConfig
+from megatron_dsrl.errors import UserError
 from megatron_dsrl.process import die_with_parent
 from megatron_dsrl.rewards.registry import RewardFunction, built_in_modules, check_options, reward_function
+from megatron_dsrl.rewards.score import Score, score_of
 
 logger = logging.getLogger(__name__)
 
 _SIGNALS_TO_STOP = {signal.SIGUSR1, signal.SIGTERM}
+_EXIT_UNKNOWN = 255  # what multiprocessing reports when the fork server is gone
+_LOGGED_AT_FIRST = 5
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ class Judgement:
     """Finite; 0 unless the verdict is `ok`."""
 
     verdict: Literal["ok", "timeout", "error"]
-    """`timeout`: the limit was exceeded. `error`: the function raised, died, or returned no finite number."""
+    """`timeout`: the limit was exceeded. `error`: the function raised, died, or did not return a finite number."""
 
 
 class RewardPool:
@@ -52,41 +60,39 @@ class RewardPool:
         """
         check_options(config.function, config.options)
         self._config = config
-        # Workers are forked from a small clean process: a replacement costs milliseconds, and nothing of the trainer
-        # (torch, its threads, its devices) is inherited.
-        context = _WorkerContext()
-        context.set_forkserver_preload([__name__, *built_in_modules(config.function)])
-        _start_fork_server()
-        self._pool = ProcessPool(
-            max_workers=config.workers,
-            initializer=_start_worker,
-            initargs=(config.function, config.memory_megabytes),
-            context=context,
-        )
+        self._lock = threading.Lock()
+        self._failures = 0
+        """Since the last success, without time-outs."""
+        self._logged = 0
+        self._last_problem = ""
+        self._pool = self._new_pool()
 
     def submit(self, response: str, answer: str) -> "Future[Judgement]":
-        """Judge one response; returns at once. The future never raises."""
+        """Judge one response; returns at once. The future never raises.
+
+        Raises:
+            UserError: The verifier has failed on `reward.max_consecutive_errors` responses in a row.
+        """
+        limit = self._config.max_consecutive_errors
+        if limit is not None and self._failures >= limit:
+            raise UserError(
+                f"reward.function: {self._config.function} has failed on {self._failures} responses in a row, the last "
+                f"time with: {self._last_problem}. Fix it, or raise reward.max_consecutive_errors (null: no limit)"
+            )
         judgement: Future[Judgement] = Future()
 
-        def judge_again(first: "Future[Any]") -> None:
-            if _was_killed(first):
-                logger.warning("reward %s: its worker was killed; it is called once more", self._config.function)
+        def judge_again(first: "Future[Score]") -> None:
+            if _may_be_innocent(first):
+                logger.warning("reward %s: its worker was lost; it is called once more", self._config.function)
                 self._schedule(response, answer, settle)
             else:
                 settle(first)
 
-        def settle(task: "Future[Any]") -> None:
+        def settle(task: "Future[Score]") -> None:
             judgement.set_result(self._judgement(task, response))
 
         self._schedule(response, answer, judge_again)
         return judgement
-
-    def _schedule(self, response: str, answer: str, done: Callable[["Future[Any]"], None]) -> None:
-        options = tuple(sorted(self._config.options.items()))
-        task = self._pool.schedule(
-            _call, args=(self._config.function, options, response, answer), timeout=self._config.timeout_seconds
-        )
-        task.add_done_callback(done)
 
     def close(self) -> None:
         """Stop all workers, unfinished work included. May be called again."""
@@ -101,32 +107,72 @@ class RewardPool:
     ) -> None:
         self.close()
 
-    def _judgement(self, task: "Future[Any]", response: str) -> Judgement:
-        name = self._config.function
-        if task.cancelled():
-            return Judgement(0.0, "error")
-        error = task.exception()
+    def _new_pool(self) -> ProcessPool:
+        # Workers are forked from a small clean process: a replacement costs milliseconds, and nothing of the trainer
+        # (torch, its threads, its devices) is inherited.
+        context = _WorkerContext()
+        context.set_forkserver_preload([__name__, *built_in_modules(self._config.function)])
+        _start_fork_server()
+        return ProcessPool(
+            max_workers=self._config.workers,
+            initializer=_start_worker,
+            initargs=(self._config.function, self._config.memory_megabytes),
+            context=context,
+        )
+
+    def _schedule(self, response: str, answer: str, done: Callable[["Future[Score]"], None]) -> None:
+        options = tuple(sorted(self._config.options.items()))
+        arguments = (self._config.function, options, response, answer)
+        with self._lock:
+            try:
+                task = self._pool.schedule(_call, args=arguments, timeout=self._config.timeout_seconds)
+            except RuntimeError:  # the pool has broken since
+                logger.warning("reward %s: all workers were lost; they are replaced", self._config.function)
+                self._pool = self._new_pool()
+                task = self._pool.schedule(_call, args=arguments, timeout=self._config.timeout_seconds)
+        task.add_done_callback(done)
+
+    def _judgement(self, task: "Future[Score]", response: str) -> Judgement:
+        error = None if task.cancelled() else task.exception()
         if isinstance(error, TimeoutError):
-            logger.warning("reward %s exceeded %g s on %r", name, self._config.timeout_seconds, response[-200:])
+            self._log(f"exceeded {self._config.timeout_seconds:g} s", response)
             return Judgement(0.0, "timeout")
-        if error is not None:
-            what = "died" if isinstance(error, ProcessExpired) else "raised"
-            logger.warning("reward %s %s on %r: %r", name, what, response[-200:], error)
-            return Judgement(0.0, "error")
-        reward = task.result()
-        if not isinstance(reward, int | float) or not math.isfinite(reward):
-            logger.warning("reward %s returned %r, not a finite number, on %r", name, reward, response[-200:])
-            return Judgement(0.0, "error")
-        return Judgement(float(reward), "ok")
+        if error is not None or task.cancelled():
+            problem = f"died: {error!r}" if isinstance(error, ProcessExpired) else f"was lost: {error!r}"
+        else:
+            score = task.result()
+            if score.problem is None:
+                self._failures = 0
+                return Judgement(score.reward, "ok")
+            problem = score.problem
+        self._failures += 1
+        self._last_problem = problem
+        self._log(problem, response)
+        return Judgement(0.0, "error")
+
+    def _log(self, problem: str, response: str) -> None:
+        """The first few, and then ever fewer: a batch has thousands."""
+        self._logged += 1
+        if self._logged <= _LOGGED_AT_FIRST or self._logged.bit_count() == 1:
+            count = f" (failure {self._logged})" if self._logged > _LOGGED_AT_FIRST else ""
+            logger.warning("reward %s%s %s on %r", self._config.function, count, problem, response[-200:])
 
 
-def _was_killed(task: "Future[Any]") -> bool:
+def _may_be_innocent(task: "Future[Score]") -> bool:
+    """Whether something else than the response may have ended the worker."""
     error = None if task.cancelled() else task.exception()
-    return isinstance(error, ProcessExpired) and (error.exitcode or 0) < 0
+    if isinstance(error, ProcessExpired):
+        return error.exitcode is None or error.exitcode < 0 or error.exitcode == _EXIT_UNKNOWN
+    return isinstance(error, BrokenProcessPool)
 
 
 class _WorkerProcess(ForkServerProcess):
     """A worker, which does not hear SIGTERM."""
+
+    def start(self) -> None:
+        """The fork server may have died since the last one started."""
+        _start_fork_server()
+        super().start()
 
     def terminate(self) -> None:
         """How the pool ends it."""
@@ -164,5 +210,5 @@ def _worker_function(name: str) -> RewardFunction:
     return reward_function(name)
 
 
-def _call(name: str, options: tuple[tuple[str, Any], ...], response: str, answer: str) -> Any:
-    return _worker_function(name)(response, answer, **dict(options))
+def _call(name: str, options: tuple[tuple[str, Any], ...], response: str, answer: str) -> Score:
+    return score_of(lambda: _worker_function(name)(response, answer, **dict(options)))

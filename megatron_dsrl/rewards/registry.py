@@ -5,7 +5,7 @@ Verifiers are imported when they are asked for: math-verify brings sympy, which 
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, get_type_hints
 
@@ -31,11 +31,18 @@ class BuiltIn:
     """`f(options)` that raises UserError for option values that cannot work."""
     answer: str | None = None
     """`f(response)`: the answer that a response gives, in one spelling; for majority votes."""
+    reads_gold: str | None = None
+    """`f(answer)`: whether the verifier can compare this gold answer by its value, and not by its spelling alone."""
 
 
 BUILT_IN: dict[str, BuiltIn] = {
     "boxed": BuiltIn(f"{HERE}.boxed:boxed", answer=f"{HERE}.boxed:boxed_answer"),
-    "math_verify": BuiltIn(f"{HERE}.math_verify:math_verify", answer=f"{HERE}.boxed:boxed_answer"),
+    "hendrycks": BuiltIn(f"{HERE}.hendrycks:hendrycks", answer=f"{HERE}.hendrycks:hendrycks_answer"),
+    "math_verify": BuiltIn(
+        f"{HERE}.math_verify:math_verify",
+        answer=f"{HERE}.boxed:boxed_answer",
+        reads_gold=f"{HERE}.math_verify:is_parsed",
+    ),
     "multiple_choice": BuiltIn(
         f"{HERE}.multiple_choice:multiple_choice", answer=f"{HERE}.multiple_choice:chosen_letter"
     ),
@@ -101,6 +108,12 @@ def answer_of(name: str) -> Callable[[str], str | None] | None:
     """The function that cuts the answer out of a response for this verifier; None where there is none."""
     path = BUILT_IN[name].answer if name in BUILT_IN else None
     return _imported(path) if path else None
+
+
+def matched_by_spelling(name: str, answers: Iterable[str]) -> list[str]:
+    """Gold answers that this verifier can only compare by their spelling, though it compares values otherwise."""
+    path = BUILT_IN[name].reads_gold if name in BUILT_IN else None
+    return [answer for answer in answers if not _imported(path)(answer)] if path else []
 
 
 def built_in_modules(name: str) -> list[str]:

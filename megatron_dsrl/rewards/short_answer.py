@@ -1,8 +1,8 @@
-r"""A short answer in words, as BIG-Bench Hard has them: what follows the last "the answer is", up to the line's end.
+r"""A short answer in words, as BIG-Bench Hard has them: what follows the last "the answer is" or "Answer:" in its line.
 
-The form is that of BIG-Bench Hard's chain-of-thought prompts (arXiv 2210.09261). Departures: a box counts where there
-is no statement, case and surrounding quotes do not matter, `(B)` may be written `B` or with the text of the choice,
-and separators in lists of words do not matter.
+The form is that of BIG-Bench Hard's chain-of-thought prompts (arXiv 2210.09261). Departures: "Answer:" is a statement
+too, a box counts where there is no statement, case, surrounding quotes and `\text{}` do not matter, `(B)` may be `B` or
+with the text of the choice, and separators in lists of words do not matter.
 """
 
 import re
@@ -11,8 +11,9 @@ from megatron_dsrl.rewards.boxed import last_boxed
 from megatron_dsrl.rewards.multiple_choice import letter
 from megatron_dsrl.rewards.response import after_thinking
 
-STATEMENT = re.compile(r"answer is:?[ \t]*", re.IGNORECASE)
+STATEMENT = re.compile(r"answer[ \t*_]*(?:is[ \t]*:?|:)[ \t*_]*", re.IGNORECASE)
 CHOICE = re.compile(r"\([A-Z]\)")
+TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 EMPHASIS = re.compile(r"\*\*|(?<!\w)[\"'`]|[\"'`](?!\w)|\$")
 
 
@@ -45,6 +46,6 @@ def stated_answer(response: str) -> str | None:
 
 def _plain(answer: str) -> str:
     """Lower case, single spaces, no quotes or emphasis, no separators between words, no final full stop."""
-    words = EMPHASIS.sub("", answer).replace(",", " ").lower().split()
+    words = EMPHASIS.sub("", TEXT_COMMAND.sub(r"\1", answer)).replace(",", " ").lower().split()
     text = " ".join(words)
     return text[:-1].rstrip() if text.endswith(".") else text

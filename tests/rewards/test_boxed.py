@@ -117,3 +117,13 @@ def test_gold_solutions_of_math500_are_right(data_folder):
 
     assert len(rows) == 500
     assert wrong == []
+
+
+@pytest.mark.parametrize(("given", "answer"), [("32, 349", "32349"), ("10100", "10, 100"), (r"1,\ 234", "1234")])
+def test_a_list_is_not_a_number(given, answer):
+    assert boxed(rf"\boxed{{{given}}}", answer) == 0.0
+
+
+def test_a_list_in_another_spelling_is_the_same_list():
+    assert boxed(r"\boxed{10, 100}", "10,100") == 1.0
+    assert normalise("1, 234") == "1,234" and normalise(r"1,\!234") == normalise("1,234") == "1234"

@@ -3,6 +3,7 @@
 import logging
 import signal
 import time
+from collections.abc import Iterator
 
 import psutil
 import pytest
@@ -63,6 +64,61 @@ def test_signals_to_all_processes_of_a_job_leave_a_pool_that_judges_and_can_be_c
             for number in (signal.SIGUSR1, signal.SIGTERM):
                 process.send_signal(number)
         assert pool.submit("even", "").result(timeout=60) == Judgement(1.0, "ok")
+
+
+@pytest.mark.parametrize(
+    ("response", "judgement"),
+    [
+        ("unpicklable", Judgement(0.0, "error")),
+        ("exit", Judgement(0.0, "error")),
+        ("stop", Judgement(0.0, "error")),
+        ("dict", Judgement(0.0, "error")),
+        ("array", Judgement(0.0, "error")),
+        ("complex", Judgement(0.0, "error")),
+        ("large", Judgement(0.0, "error")),
+        ("explosive", Judgement(0.5, "ok")),
+        ("float32", Judgement(0.25, "ok")),
+        ("int64", Judgement(1.0, "ok")),
+        ("bool", Judgement(1.0, "ok")),
+    ],
+)
+def test_whatever_crosses_the_border_of_the_process_the_others_are_judged(strange_pool, response, judgement):
+    """Exceptions and results that cannot be pickled, or not be read again; any real scalar is a reward."""
+    first, strange, last = [strange_pool.submit(text, "") for text in ("fine", response, "fine")]
+    assert strange.result(timeout=30) == judgement
+    assert first.result(timeout=30) == last.result(timeout=30) == Judgement(1.0, "ok")
+
+
+@pytest.fixture(scope="module")
+def strange_pool() -> Iterator[RewardPool]:
+    with RewardPool(RewardConfig(function=f"{FUNCTIONS}:strange", workers=2)) as pool:
+        yield pool
+
+
+def test_a_verifier_that_fails_on_everything_is_an_error_that_says_why(caplog):
+    config = RewardConfig(function=f"{FUNCTIONS}:strange", workers=1, max_consecutive_errors=16)
+    with RewardPool(config) as pool, caplog.at_level(logging.WARNING, logger="megatron_dsrl.rewards.pool"):
+        for _ in range(16):
+            pool.submit("dict", "").result(timeout=30)
+        with pytest.raises(UserError, match=r"has failed on 16 responses .*\{'score': 1.0\} of type dict, which"):
+            pool.submit("fine", "")
+    assert len(caplog.records) == 5 + 2  # of 16: the first five, the 8th and the 16th
+
+
+@pytest.mark.parametrize("idle", [True, False], ids=["idle", "judging"])
+def test_the_death_of_the_fork_server_changes_no_reward(idle):
+    with RewardPool(RewardConfig(function=f"{FUNCTIONS}:{'even_length' if idle else 'slow'}", workers=2)) as pool:
+        if idle:
+            assert pool.submit("even", "").result(timeout=60) == Judgement(1.0, "ok")
+        judged = [] if idle else [pool.submit("even", "") for _ in range(2)]
+        time.sleep(1.0)
+        (server,) = [
+            child for child in psutil.Process().children() if "multiprocessing.forkserver" in str(child.cmdline())
+        ]
+        server.kill()
+        time.sleep(0.5)
+        judged += [pool.submit("even", "") for _ in range(2)]
+        assert [future.result(timeout=60) for future in judged] == [Judgement(1.0, "ok")] * len(judged)
 
 
 BOMBS = ["9^{9^{9}}", "1000000!", "(" * 5000 + "1" + ")" * 5000, r"\frac{1}{" * 500 + "2" + "}" * 500]

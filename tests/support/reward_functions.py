@@ -46,3 +46,49 @@ def has_torch(response: str, answer: str) -> float:
 
 def even_length(response: str, answer: str) -> float:
     return float(len(response) % 2 == 0)
+
+
+class Unpicklable(Exception):
+    """As `httpx.HTTPStatusError`: it can be pickled, and not be made again from that."""
+
+    def __init__(self, message: str, *, response: int) -> None:
+        super().__init__(message)
+        self.response = response
+
+
+class Explosive(float):
+    """A number that raises when another process reads it."""
+
+    def __reduce__(self) -> tuple:
+        return (_explode, ())
+
+
+def _explode() -> None:
+    raise RuntimeError("not in this process")
+
+
+def strange(response: str, answer: str) -> object:
+    import numpy as np
+
+    if response == "unpicklable":
+        raise Unpicklable("429", response=1)
+    if response == "exit":
+        raise SystemExit(3)
+    if response == "stop":
+        raise StopIteration
+    outcomes = {
+        "explosive": Explosive(0.5),
+        "dict": {"score": 1.0},
+        "float32": np.float32(0.25),
+        "int64": np.int64(1),
+        "bool": np.bool_(True),
+        "array": np.ones(1),
+        "complex": 1j,
+        "large": 1e300,
+    }
+    return outcomes.get(response, 1.0)
+
+
+def slow(response: str, answer: str) -> float:
+    time.sleep(2)
+    return 1.0
