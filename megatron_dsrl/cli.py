@@ -18,7 +18,7 @@ from megatron_dsrl.analysis.samples_command import add_samples
 from megatron_dsrl.arguments import positive
 from megatron_dsrl.conversion.command_line import add_convert
 from megatron_dsrl.errors import UserError
-from megatron_dsrl.evaluation.command_line import add_eval, add_table
+from megatron_dsrl.evaluation.command_line import add_eval, add_rescore, add_table
 from megatron_dsrl.observability.command_line import add_compare, add_trace
 from megatron_dsrl.process import end_with_torchrun
 
@@ -202,6 +202,7 @@ def _parser() -> argparse.ArgumentParser:
     add_samples(commands)
     _add_rollout(commands)
     add_compare(commands)
+    add_rescore(commands)
     add_table(commands)
     add_analyse(commands)
     _add_sweep(commands)

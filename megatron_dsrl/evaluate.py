@@ -35,6 +35,7 @@ from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.process_group import process_group
 from megatron_dsrl.provenance.inputs import describe_model, describe_prompts
 from megatron_dsrl.provenance.start import Details, record_start
+from megatron_dsrl.rewards.registry import matched_by_spelling
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 
 WEIGHT_FILE_BYTES = 5 * 10**9
@@ -84,6 +85,8 @@ def read_problems(folder: Path, benchmarks: Sequence[Benchmark]) -> dict[str, li
     architecture = read_architecture(folder)
     tokenizer = load_tokenizer(str(folder), architecture.vocab_size)
     prompts = {b.name: load_prompts(b.config, tokenizer, f"benchmark {b.name}") for b in benchmarks}
+    for benchmark in benchmarks:
+        _say_what_is_matched_by_spelling(benchmark, prompts[benchmark.name])
     _check_lengths(benchmarks, prompts, architecture.max_position_embeddings)
     return prompts
 
@@ -198,6 +201,16 @@ def _check_benchmarks(benchmarks: Sequence[Benchmark]) -> None:
         raise UserError(f"--benchmarks: {', '.join(twice)} twice" if twice else "--benchmarks: none are named")
     for benchmark in benchmarks:
         check_different_samples(benchmark.config, f"benchmark {benchmark.name}")
+
+
+def _say_what_is_matched_by_spelling(benchmark: Benchmark, prompts: Sequence[Prompt]) -> None:
+    answers = matched_by_spelling(benchmark.config.reward.function, [prompt.answer for prompt in prompts])
+    if answers:
+        shown = ", ".join(map(repr, answers[:3])) + (", ..." if len(answers) > 3 else "")
+        print(
+            f"benchmark {benchmark.name}: {len(answers)} of {len(prompts)} gold answers can only be matched by their "
+            f"spelling: {shown}"
+        )
 
 
 def _check_lengths(

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_dsrl.config.data import RewardConfig
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.evaluation.benchmark import Benchmark
@@ -130,7 +131,10 @@ def _sample(
 
 def _settings(benchmark: Benchmark) -> dict[str, Any]:
     """What decides about the samples and their rewards. Where the file lies, and how many workers judge, does not."""
-    settings = benchmark.config.model_dump(mode="json", exclude={"source", "title", "limit"})
-    for field in ("workers", "timeout_seconds", "memory_megabytes"):
-        del settings["reward"][field]
-    return {"name": benchmark.name, **settings}
+    settings = benchmark.config.model_dump(mode="json", exclude={"source", "title", "limit", "reward"})
+    return {"name": benchmark.name, **settings, "reward": reward_settings(benchmark.config.reward)}
+
+
+def reward_settings(reward: RewardConfig) -> dict[str, Any]:
+    """What decides about rewards; how many workers judge, and their limits, does not."""
+    return reward.model_dump(mode="json", include={"function", "options", "overlong"})

@@ -80,6 +80,33 @@ def add_table(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.set_defaults(command=_table, parser=parser)
 
 
+def add_rescore(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to `dsrl`'s."""
+    parser = commands.add_parser(
+        "rescore",
+        help="judge the samples of an evaluation again, with another verifier",
+        description="Judge the samples that `dsrl eval` kept with another verifier, without sampling anything, and "
+        "write a second evaluation with the results. `hendrycks` scores as the paper's released code does.",
+        epilog="example: dsrl rescore evaluations/Qwen3-4B --verifier hendrycks --output evaluations/hendrycks",
+    )
+    parser.add_argument("evaluation", metavar="DIR", type=Path, help="output folder of dsrl eval")
+    parser.add_argument("--verifier", metavar="NAME", required=True, help="built-in, or package.module:function")
+    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder of the second evaluation")
+    parser.set_defaults(command=_rescore, parser=parser)
+
+
+def _rescore(options: argparse.Namespace) -> int:
+    from megatron_dsrl.config.data import RewardConfig
+    from megatron_dsrl.evaluation.rescore import rescore
+    from megatron_dsrl.evaluation.results import markdown
+    from megatron_dsrl.evaluation.results_file import read_results
+
+    summaries = rescore(options.evaluation, options.output, RewardConfig(function=options.verifier))
+    print(markdown(read_results(options.evaluation).model, summaries))
+    print(f"written to {options.output}")
+    return 0
+
+
 def _table(options: argparse.Namespace) -> int:
     from megatron_dsrl.evaluation.paper_table import paper_table
     from megatron_dsrl.evaluation.results_file import newest_results

@@ -100,6 +100,11 @@ def read_sample_file(path: Path) -> list[ProblemResult]:
     return problems
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """What the first line of a sample file says of the evaluation."""
+    return (read_records(path) or [{}])[0]
+
+
 def _parts(records: list[dict[str, Any]], path: Path) -> dict[int, list[ProblemResult]]:
     """What there is of every problem, by row number."""
     parts: dict[int, list[ProblemResult]] = {}

@@ -135,7 +135,7 @@ class RewardPool:
     def _judgement(self, task: "Future[Score]", response: str) -> Judgement:
         error = None if task.cancelled() else task.exception()
         if isinstance(error, TimeoutError):
-            self._log(f"exceeded {self._config.timeout_seconds:g} s", response)
+            self._log(f"exceeded reward.timeout_seconds = {self._config.timeout_seconds:g}", response)
             return Judgement(0.0, "timeout")
         if error is not None or task.cancelled():
             problem = f"died: {error!r}" if isinstance(error, ProcessExpired) else f"was lost: {error!r}"

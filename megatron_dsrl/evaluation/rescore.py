@@ -1,0 +1,70 @@
+"""Judge the samples of a finished evaluation again, with another verifier: `dsrl rescore`.
+
+Nothing is sampled. So the same samples can be scored as the paper's were (`hendrycks`) and as we think right
+(`math_verify`), side by side in one table.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron_dsrl.config.data import RewardConfig
+from megatron_dsrl.errors import UserError
+from megatron_dsrl.evaluation.benchmark_evaluator import SAMPLING_FIELDS, reward_settings
+from megatron_dsrl.evaluation.problem_result import ProblemResult
+from megatron_dsrl.evaluation.results import write_results
+from megatron_dsrl.evaluation.results_file import read_results
+from megatron_dsrl.evaluation.sample_file import SampleFile, read_sample_file, read_settings
+from megatron_dsrl.evaluation.summary import summarise_benchmark
+from megatron_dsrl.rewards.pool import RewardPool
+from megatron_dsrl.rewards.registry import answer_of
+
+
+def rescore(evaluation: Path, target: Path, reward: RewardConfig) -> Mapping[str, Any]:
+    """Write an evaluation with the same samples and the verdicts of another verifier.
+
+    Args:
+        evaluation: output folder of `dsrl eval`.
+        target: an empty or new folder.
+        reward: the verifier, its options and limits.
+
+    Returns:
+        The figures by the benchmark's name, as `write_results` takes them.
+
+    Raises:
+        UserError: there is no evaluation, the target is in use, or the verifier does not exist.
+    """
+    results = read_results(evaluation)
+    if target.exists() and any(target.iterdir()):
+        raise UserError(f"{target} is not empty; name another folder with --output")
+    summaries = {}
+    with RewardPool(reward) as pool:
+        for name, before in results.benchmarks.items():
+            source = evaluation / "samples" / f"{name}.jsonl"
+            problems = list(judged_again(read_sample_file(source), pool))
+            with SampleFile(target / "samples" / f"{name}.jsonl", _settings(source, reward)) as samples:
+                for problem in problems:
+                    samples.add(problem)
+            sampled = {field: before[field] for field in ("title", *SAMPLING_FIELDS) if field in before}
+            summaries[name] = {**sampled, **summarise_benchmark(problems, answer_of(reward.function))}
+    write_results(target, results.model, summaries, results.step)
+    return summaries
+
+
+def judged_again(problems: Iterable[ProblemResult], pool: RewardPool) -> Iterable[ProblemResult]:
+    """The problems with the pool's verdicts on their samples."""
+    waiting = [(each, [pool.submit(sample.text, each.answer) for sample in each.samples]) for each in problems]
+    for problem, futures in waiting:
+        judgements = [future.result() for future in futures]
+        samples = [
+            replace(sample, reward=judgement.reward, verdict=judgement.verdict)
+            for sample, judgement in zip(problem.samples, judgements, strict=True)
+        ]
+        yield replace(problem, samples=tuple(samples))
+
+
+def _settings(source: Path, reward: RewardConfig) -> dict[str, Any]:
+    """What the first line of the new sample file says: as before, but for the verifier."""
+    settings = read_settings(source)
+    return {**settings, "benchmark": {**settings.get("benchmark", {}), "reward": reward_settings(reward)}}
