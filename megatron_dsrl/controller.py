@@ -27,7 +27,13 @@ from megatron_dsrl.rollout.recording import RolloutRecorder
 from megatron_dsrl.rollout.replay import replayed_groups
 from megatron_dsrl.rollout.rollout import Rollout
 from megatron_dsrl.rollout.sample import Group
-from megatron_dsrl.step_record import log_prob_gap_warning, memory_metrics, older_token_metrics, update_metrics
+from megatron_dsrl.step_record import (
+    log_prob_gap_warning,
+    memory_metrics,
+    older_token_metrics,
+    scored_spaces,
+    update_metrics,
+)
 
 
 @dataclass(frozen=True)
@@ -229,6 +235,7 @@ class Controller:
         record = {
             "step": step,
             "phase": phase.name,
+            "space": scored_spaces(phase),
             "weight_version": step,
             "time": time.time(),
             **samples.metrics,

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_dsrl.actor.statistics import UpdateMetrics
 from megatron_dsrl.algorithms.mismatch import MISMATCH_MAXIMA, MISMATCH_MEANS
-from megatron_dsrl.config.phase import MAIN_OBJECTIVE, PhaseConfig, PreTrainSpaceConfig
+from megatron_dsrl.config.phase import MAIN_OBJECTIVE, PhaseConfig, PostTrainSpaceConfig, PreTrainSpaceConfig
 from megatron_dsrl.platform import current_platform
 from megatron_dsrl.rollout.sample import Group
 
@@ -24,26 +24,38 @@ def update_metrics(update: UpdateMetrics | None, phase: PhaseConfig) -> dict[str
     """The `policy/*`, `mismatch/*`, `pre_train/*` and `router/*` part of a step record, and `<name>/*` of additional
     objectives.
 
-    The mismatch compares trainer and engine only where both condition on the prompt. In the pre-train space the gap is
-    the one between log P(y) and log P(y|x), and is called so; the other mismatch metrics mean nothing there.
+    What describes the scored tokens (entropy, clipping, KL, what a loss reports) describes another distribution in
+    each space, so it has another name: `policy/entropy` is that of P(y|x), `pre_train/entropy` that of P(y). The
+    mismatch compares trainer and engine, only where both condition on the prompt; in the pre-train space the gap is
+    the one between log P(y) and log P(y|x), and the other mismatch metrics mean nothing. Loss, gradient norm and
+    learning rate are those of the step's update and keep their names; `scored_spaces` says where they change meaning.
     """
-    nothing_kept = {f"{name}/{count}": 0 for name in phase.objectives for count in ("kept_samples", "kept_tokens")}
+    counts = {f"{name}/{count}": 0 for name in phase.objectives for count in ("kept_samples", "kept_tokens")}
     if update is None:  # the filters dropped every sample, or the critic learns alone: no step was taken
-        return nothing_kept
-    metrics = nothing_kept | update.flat()
-    metrics |= {f"policy/{name}": metrics.pop(name) for name in ("grad_norm", "learning_rate")}
-    total_loss = metrics.pop("loss")
+        return counts
+    metrics = counts | {"policy/grad_norm": update.grad_norm, "policy/learning_rate": update.learning_rate}
     if len(phase.objectives) > 1:
-        metrics["policy/total_loss"] = total_loss
-    for name, objective in phase.objectives.items():
-        prefix = "" if name == MAIN_OBJECTIVE else f"{name}/"
-        mismatch = {key: metrics.pop(f"{name}/{key}", None) for key in (*MISMATCH_MEANS, *MISMATCH_MAXIMA)}
-        if isinstance(objective.space, PreTrainSpaceConfig):
-            mismatch, prefix = {"mean_log_prob_gap": mismatch["mean_log_prob_gap"]}, f"{prefix}pre_train/"
-        else:
-            prefix = f"{prefix}mismatch/"
-        metrics |= {f"{prefix}{key}": value for key, value in mismatch.items() if value is not None}
-    return metrics
+        metrics["policy/total_loss"] = update.loss
+    for name, objective in update.objectives.items():
+        metrics |= {f"{name}/{key}": value for key, value in objective.of_samples().items()}
+        metrics |= _token_metrics(name, objective.of_tokens(), phase.objectives[name].space)
+    return metrics | {f"router/{name}": value for name, value in update.router.items()}
+
+
+def scored_spaces(phase: PhaseConfig) -> str:
+    """The `space` of a step record: `post_train`, `pre_train`, or with additional objectives both, joined by `+`."""
+    return "+".join(dict.fromkeys(objective.space.name for objective in phase.objectives.values()))
+
+
+def _token_metrics(
+    name: str, figures: dict[str, float], space: PostTrainSpaceConfig | PreTrainSpaceConfig
+) -> dict[str, float]:
+    """An objective's figures of scored tokens under names that say which distribution they are of."""
+    mismatch, prefix = (*MISMATCH_MEANS, *MISMATCH_MAXIMA), "" if name == MAIN_OBJECTIVE else f"{name}/"
+    if isinstance(space, PreTrainSpaceConfig):
+        meaningful = [key for key in figures if key not in mismatch or key == "mean_log_prob_gap"]
+        return {f"{prefix}pre_train/{key}": figures[key] for key in meaningful}
+    return {f"{prefix}mismatch/{key}" if key in mismatch else f"{name}/{key}": figures[key] for key in figures}
 
 
 def log_prob_gap_warning(record: Mapping[str, Any], limit: float) -> str | None:

@@ -3,7 +3,7 @@
 from megatron_dsrl.actor.statistics import ObjectiveMetrics, UpdateMetrics
 from megatron_dsrl.algorithms.mismatch import MISMATCH_MAXIMA, MISMATCH_MEANS
 from megatron_dsrl.config.phase import PhaseConfig
-from megatron_dsrl.step_record import log_prob_gap_warning, update_metrics
+from megatron_dsrl.step_record import log_prob_gap_warning, scored_spaces, update_metrics
 
 NSR_PRERL = {"name": "nsr_prerl", "space": {"name": "pre_train"}, "advantage": "group_mean", "filter": "negative"}
 PHASE = PhaseConfig.model_validate(
@@ -18,7 +18,8 @@ PHASE = PhaseConfig.model_validate(
 
 
 def kept(loss: float) -> ObjectiveMetrics:
-    means, maxima = dict.fromkeys(MISMATCH_MEANS, 0.5), dict.fromkeys(MISMATCH_MAXIMA, 2.0)
+    means = {**dict.fromkeys(MISMATCH_MEANS, 0.5), "entropy": 0.75}
+    maxima = dict.fromkeys(MISMATCH_MAXIMA, 2.0)
     return ObjectiveMetrics(loss, kept_samples=3, kept_tokens=30, means=means, maxima=maxima)
 
 
@@ -43,6 +44,21 @@ def test_the_mismatch_with_the_engine_is_that_of_the_post_train_space():
         f"mismatch/{name}" for name in (*MISMATCH_MEANS, *MISMATCH_MAXIMA)
     }
     assert [name for name in record if "nsr_prerl/mismatch" in name or "policy/kl" in name] == []
+
+
+def test_figures_of_tokens_are_named_after_the_distribution_they_describe():
+    pre_train = PhaseConfig.model_validate(NSR_PRERL)
+    record = update_metrics(UpdateMetrics(1.0, 1e-3, {"policy": kept(0.5)}), pre_train)
+    assert record["pre_train/entropy"] == 0.75 and record["pre_train/mean_log_prob_gap"] == 0.5
+    assert {name for name in record if name.startswith("policy/")} == {
+        "policy/loss", "policy/grad_norm", "policy/learning_rate", "policy/kept_samples", "policy/kept_tokens"
+    }  # fmt: skip
+    assert scored_spaces(pre_train) == "pre_train"
+
+    record = update_metrics(UpdateMetrics(1.0, 1e-3, {"policy": kept(0.5), "nsr_prerl": kept(0.25)}), PHASE)
+    assert record["policy/entropy"] == record["nsr_prerl/pre_train/entropy"] == 0.75
+    assert "nsr_prerl/entropy" not in record and "pre_train/entropy" not in record
+    assert scored_spaces(PHASE) == "post_train+pre_train"
 
 
 def test_a_large_gap_between_trainer_and_engine_warns():

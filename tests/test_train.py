@@ -41,6 +41,7 @@ def run(config) -> Path:
 def test_a_run_goes_through_both_phases_and_leaves_everything_behind(run):
     first, second = records(run)
     assert (first["phase"], second["phase"]) == ("NSR-PreRL", "GRPO")
+    assert (first["space"], second["space"]) == ("pre_train", "post_train")
     assert first["policy/kept_samples"] < 32 and second["policy/kept_samples"] == 32
     assert first["policy/grad_norm"] > 0 and second["policy/grad_norm"] > 0
     assert [r["step"] for r in records(run, "evaluation.jsonl")] == [0, 2]
@@ -158,6 +159,15 @@ def log_probs_of(model: PreTrainedModel, token_ids: tuple[int, ...]) -> list[flo
 def test_engine_and_trainer_agree_on_log_probs_after_a_weight_push(run):
     # step 2 samples with weights that were pushed after step 1, and the trainer scores them with its own
     assert records(run)[1]["mismatch/max_log_prob_gap"] < 1e-4
+
+
+def test_the_sampled_conditional_entropy_estimates_that_of_the_trainer(run):
+    step = records(run)[1]  # trains in the post-train space on every sample, so both are means over the same tokens
+    samples = [sample for group in read_groups(rollout_file(run, 2)) for sample in group.samples]
+    log_probs = torch.tensor([log_prob for sample in samples for log_prob in sample.log_probs])
+    assert step["response/conditional_entropy"] == pytest.approx(-log_probs.double().mean().item())
+    standard_error = log_probs.std().item() / len(log_probs) ** 0.5
+    assert 0 < step["policy/entropy"] == pytest.approx(step["response/conditional_entropy"], abs=4 * standard_error)
 
 
 @pytest.mark.slow

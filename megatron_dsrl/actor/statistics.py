@@ -79,6 +79,14 @@ class ObjectiveMetrics:
             maxima={name: value.item() for name, value in statistics.maxima.items()},
         )
 
+    def of_samples(self) -> dict[str, float]:
+        """Figures of the objective as a whole, by name."""
+        return {"loss": self.loss, "kept_samples": self.kept_samples, "kept_tokens": self.kept_tokens}
+
+    def of_tokens(self) -> dict[str, float]:
+        """Figures that describe its scored tokens, by name."""
+        return self.means | self.maxima
+
     @classmethod
     def merge(cls, steps: Sequence["ObjectiveMetrics"]) -> "ObjectiveMetrics":
         """Several optimizer steps as one: counts are summed, maxima kept, means weigh tokens; the loss is the plain
@@ -131,9 +139,9 @@ class UpdateMetrics:
     def flat(self) -> dict[str, float]:
         """Every number by a name of its own, `<objective>/<metric>` and `router/<metric>`."""
         flat: dict[str, float] = {"grad_norm": self.grad_norm, "learning_rate": self.learning_rate, "loss": self.loss}
-        for name, of in self.objectives.items():
-            numbers = {"loss": of.loss, "kept_samples": of.kept_samples, "kept_tokens": of.kept_tokens}
-            flat |= {f"{name}/{key}": value for key, value in (numbers | of.means | of.maxima).items()}
+        for name, objective in self.objectives.items():
+            numbers = objective.of_samples() | objective.of_tokens()
+            flat |= {f"{name}/{key}": value for key, value in numbers.items()}
         return flat | {f"router/{name}": value for name, value in self.router.items()}
 
 

@@ -1,9 +1,8 @@
 """Response length and entropy over training.
 
-Two estimates of the policy's entropy per token: the trainer's, exact for every trained token, where the run's metrics
-have it (`policy/entropy`; a phase with a sample filter trains on some samples only); and the mean of -log P over all
-sampled tokens, from the engine's log-probs, whose expectation is the entropy at the sampling temperature when neither
-top-p nor top-k cuts the distribution.
+Two estimates of the entropy per token of the policy given the prompt: the trainer's, exact for every trained token, in
+steps of the post-train space (`policy/entropy`; a phase with a sample filter trains on some samples only); and the mean
+of -log P over all sampled tokens, from the engine's log-probs (see `observability.step_metrics.entropy_metrics`).
 """
 
 from collections.abc import Mapping, Sequence

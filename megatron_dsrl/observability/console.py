@@ -92,7 +92,7 @@ def step_parts(record: Record) -> list[str]:
             "reward/unsolved_groups",
         ),
         _formatted(record, "{:.0f} tokens, {:.1%} truncated", "response/mean_tokens", "response/truncated_fraction"),
-        _formatted(record, "entropy {:.3f}", "policy/entropy"),
+        _formatted(record, "entropy {:.3f}", "response/conditional_entropy"),
         _formatted(record, "log-prob gap {:.2g}", "mismatch/mean_log_prob_gap"),
         _formatted(record, "prompt gap {:.3f}", "pre_train/mean_log_prob_gap"),
         _formatted(record, "grad norm {:.3g}", "policy/grad_norm"),

@@ -5,6 +5,7 @@ Pure functions of the sampled groups. A sample is *right* when its reward is at 
 """
 
 from collections.abc import Sequence
+from statistics import fmean
 
 from megatron_dsrl.rollout.sample import Group, Sample
 
@@ -23,6 +24,7 @@ def rollout_metrics(
         reward_metrics(groups)
         | verifier_metrics(samples)
         | response_metrics(samples)
+        | entropy_metrics(samples)
         | throughput_metrics(generated_tokens, generate_seconds)
     )
 
@@ -56,6 +58,25 @@ def response_metrics(samples: Sequence[Sample]) -> dict[str, int | float]:
         "response/max_tokens": max(lengths),
         "response/truncated_fraction": _mean([sample.finish_reason == "length" for sample in samples]),
     }
+
+
+def entropy_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    """Entropy per token of the policy that sampled, given the prompt, in nat: `response/conditional_entropy`.
+
+    It is the mean of -log P(token | prompt, tokens before) over all sampled tokens, with the engine's log-probs at the
+    sampling temperature. The expectation of each term is the entropy of the distribution that the token was drawn
+    from, so the mean estimates the same quantity in every phase, whichever space the phase trains in and whichever
+    samples its filter keeps. With top-p or top-k sampling, tokens come from the truncated distribution and the
+    estimate is the cross-entropy from that to the full one. Tokens of a response that an earlier step began count with
+    the weights that produced them.
+
+    The alternative is the exact entropy, which needs another forward pass wherever a phase scores log P(y). It would
+    cost as much as a third of the update to remove an error that is small already: a step's standard error is about
+    the standard deviation of -log P (around 1 nat) over the square root of the number of tokens, 0.001 for a million.
+    In the post-train space the trainer has the exact entropy of the trained tokens anyway, as `policy/entropy`.
+    """
+    log_probs = [log_prob for sample in samples for log_prob in sample.log_probs]
+    return {"response/conditional_entropy": -fmean(log_probs)} if log_probs else {}
 
 
 def throughput_metrics(tokens: int, seconds: float) -> dict[str, int | float]:

@@ -45,9 +45,16 @@ HEALTH = (
     ),
     Curves(
         "Entropy",
-        "Of the policy's next-token distribution, mean over trained tokens (nat).",
-        (("entropy", "policy/entropy", 4),),
+        "Of the policy given the prompt, P(y|x), per token (nat). Sampled: estimated from the log-probs of all sampled "
+        "tokens. Trained: exact, over the tokens trained on in the post-train space.",
+        (("sampled", "response/conditional_entropy", 4), ("trained", "policy/entropy", 5)),
         "No entropy was recorded.",
+    ),
+    Curves(
+        "Entropy without the prompt",
+        "Of P(y), which the pre-train space updates, per trained token (nat).",
+        (("entropy", "pre_train/entropy", 4),),
+        "No step was in the pre-train space.",
     ),
     Curves(
         "Log-prob gap to the engine",

@@ -132,7 +132,9 @@ def test_the_filters_show_in_what_is_kept(records):
 def test_the_switch_shows_in_the_space(records):
     first, second = records["dsrl"]
     assert (first["phase"], second["phase"]) == ("NSR-PreRL", "GRPO")
+    assert (first["space"], second["space"]) == ("pre_train", "post_train")
     assert "pre_train/mean_log_prob_gap" in first and "mismatch/mean_log_prob_gap" in second
+    assert "pre_train/entropy" in first and "policy/entropy" not in first and "policy/entropy" in second
 
 
 def test_an_additional_objective_reports_under_its_own_name(records):

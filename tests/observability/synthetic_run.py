@@ -89,10 +89,17 @@ def sampled_groups(random_source: random.Random, accuracy: float, step: int) -> 
 def step_record(groups: list[Group], step: int, warmup: int, random_source: random.Random) -> Record:
     """A complete step record; the figures of training are plausible, those of the rollout are the groups' own."""
     pre_train = step <= warmup
-    gaps = (
-        {"pre_train/mean_log_prob_gap": 0.9 + 0.1 * random_source.random()}
+    entropy = 0.5 + 0.3 * math.exp(-step / 20) + 0.02 * random_source.random()
+    of_tokens = (
+        {
+            "pre_train/entropy": 1.0 + entropy,
+            "pre_train/clip_fraction": 0.0,
+            "pre_train/mean_log_prob_gap": 0.9 + 0.1 * random_source.random(),
+        }
         if pre_train
         else {
+            "policy/entropy": entropy,
+            "policy/clip_fraction": 0.0,
             "mismatch/mean_log_prob_gap": 2e-6,
             "mismatch/max_log_prob_gap": 9e-6,
             "mismatch/kl_k1": 1e-8,
@@ -105,17 +112,16 @@ def step_record(groups: list[Group], step: int, warmup: int, random_source: rand
     return {
         "step": step,
         "phase": "nsr-prerl" if pre_train else "grpo",
+        "space": "pre_train" if pre_train else "post_train",
         "weight_version": step - 1,
         "time": 1_790_000_000.0 + 10 * step,
         **rollout_metrics(groups, count_tokens(groups), generate),
         "policy/loss": 0.01 * random_source.gauss(0, 1),
-        "policy/entropy": 0.5 + 0.3 * math.exp(-step / 20) + 0.02 * random_source.random(),
-        "policy/clip_fraction": 0.0,
         "policy/kept_samples": 16 if pre_train else 32,
         "policy/kept_tokens": 640,
         "policy/grad_norm": 0.5 + 0.3 * random_source.random(),
         "policy/learning_rate": 3e-4,
-        **gaps,
+        **of_tokens,
         "seconds/generate": generate,
         "seconds/train": 2.5,
         "seconds/push_weights": 0.3,

@@ -16,7 +16,7 @@ RECORD = {
     "reward/verifier_errors": 0,
     "response/mean_tokens": 231.4,
     "response/truncated_fraction": 0.0125,
-    "policy/entropy": 0.5312,
+    "response/conditional_entropy": 0.5312,
     "policy/grad_norm": None,
     "pre_train/mean_log_prob_gap": 0.4401,
     "throughput/tokens_per_second": 1834.2,

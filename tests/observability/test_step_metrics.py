@@ -31,6 +31,15 @@ def test_four_groups_worked_by_hand() -> None:
         "response/mean_tokens": pytest.approx(40 / 8),  # 2 x 4 + 2 x 10 + 2 + 3 + 1 + 6
         "response/max_tokens": 10,
         "response/truncated_fraction": pytest.approx(2 / 8),
+        "response/conditional_entropy": pytest.approx(0.5),
         "throughput/generated_tokens": 40,
         "throughput/tokens_per_second": pytest.approx(5.0),
     }
+
+
+def test_conditional_entropy_is_a_mean_over_tokens_of_all_samples() -> None:
+    right = make_sample(1.0, tokens=1, log_probs=(-3.0,))
+    wrong = make_sample(0.0, tokens=3, log_probs=(-1.0, -0.5, -0.5))
+    group = Group(make_group([]).prompt, (right, wrong))
+    metrics = rollout_metrics([group], generated_tokens=4, generate_seconds=1.0)
+    assert metrics["response/conditional_entropy"] == pytest.approx((3 + 1 + 0.5 + 0.5) / 4)
