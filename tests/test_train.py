@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import socket
 import time
@@ -62,6 +63,11 @@ def test_a_run_says_what_produced_it(config, run):
     assert start["evaluation_sets"]["held-out"]["prompts"] == 8
     times = [record["time"] for file in ("metrics.jsonl", "evaluation.jsonl") for record in records(run, file)]
     assert all(start["time"] < one < time.time() for one in times)
+
+
+def test_the_engine_log_of_a_healthy_run_holds_no_alarm(run):
+    log = (run / "engines" / "engine_0.log").read_text()
+    assert not re.search(r"(?i)traceback|error|exception|fail(ed|ure)|leaked|\w*warning:", log), log
 
 
 def test_every_sample_is_on_disk_with_the_weights_that_it_came_from(run):

@@ -20,6 +20,15 @@ ServerArguments = dict[str, str | int | float | bool]
 """SGLang `ServerArgs` fields by name."""
 
 
+EXPECTED_WARNINGS = (
+    "resource_tracker",  # "leaked semaphore": `EngineServer.stop` kills the engine, and the tracker then cleans up
+    "Only CUDA",  # SGLang's import: kernels that the model does not use
+    "Triton is not supported",
+)
+"""Beginnings of warnings in an engine's log that say nothing to a user. Without commas and colons, which divide the
+entries of PYTHONWARNINGS."""
+
+
 def engine_server_arguments(config: EngineConfig, deterministic: bool) -> ServerArguments:
     """Server arguments that depend on the device. Called on the first rank of the engine's group.
 
@@ -40,9 +49,11 @@ def engine_server_arguments(config: EngineConfig, deterministic: bool) -> Server
 
 def engine_environment(tensor_parallel_size: int) -> dict[str, str]:
     """Environment variables of the server process, beyond those that it inherits."""
+    inherited_filters = [os.environ["PYTHONWARNINGS"]] if os.environ.get("PYTHONWARNINGS") else []
+    warning_filters = {"PYTHONWARNINGS": ",".join([*inherited_filters, *map("ignore:{}".format, EXPECTED_WARNINGS)])}
     if torch.cuda.is_available():
-        return {}
-    environment = {
+        return warning_filters
+    environment = warning_filters | {
         "SGLANG_USE_CPU_ENGINE": "1",
         # More threads than free cores make decoding several times slower: the operations are tiny.
         "OMP_NUM_THREADS": "1",
@@ -82,6 +93,20 @@ def run_scheduler_process(*args: Any, **kwargs: Any) -> Any:
         seeded_sampling.register()
         unpinned_memory.register()
     return sglang_scheduler_process(*args, **kwargs)
+
+
+def skip_warmup(server_arguments: Any) -> bool:
+    """In the place of SGLang's warm-up requests, which say False when the server is not to go on to `/freeze_gc`.
+
+    SGLang 0.5.23 posts that to itself right after the warm-up. Without one its port is not open yet, so that the call
+    fails, garbage collection is not frozen, and the log shows a traceback. `EngineServer.wait_until_ready` makes the
+    call when the port is open.
+    """
+    from sglang.srt.entrypoints.http_server import get_global_state
+    from sglang.srt.managers.tokenizer_manager import ServerStatus
+
+    get_global_state().tokenizer_manager.server_status = ServerStatus.Up
+    return False
 
 
 @contextmanager

@@ -256,7 +256,6 @@ def server_arguments(config: RolloutSettings, engine: int) -> ServerArguments:
         "weight_version": str(initial_weight_version(config)),
         # Token ids go in and come out: the engine needs neither tokenizer nor detokenizer.
         "skip_tokenizer_init": True,
-        "skip_server_warmup": True,
         "stream_interval": 1000,  # nothing is streamed
         "log_level": "warning",
         **engine_server_arguments(config.engine, config.rollout.deterministic),

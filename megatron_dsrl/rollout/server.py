@@ -2,6 +2,7 @@
 
 import atexit
 import json
+import logging
 import os
 import signal
 import socket
@@ -10,7 +11,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,11 @@ from megatron_dsrl.errors import UserError
 from megatron_dsrl.platform.engine import ServerArguments
 from megatron_dsrl.rollout.credentials import engine_headers
 
+logger = logging.getLogger(__name__)
+
 LOG_LINES_IN_ERROR = 15
 POLL_SECONDS = 0.2
+CALL_SECONDS = 5.0
 STOP_GRACE_SECONDS = 2.0
 
 
@@ -120,6 +123,7 @@ class EngineServer:
                     f"{self._startup_timeout_seconds:g}; raise the limit or mend what its log says.\n{self.log_tail()}"
                 )
             time.sleep(POLL_SECONDS)
+        self._freeze_garbage_collection()
 
     def has_ended(self) -> bool:
         """Whether the started server's process has ended on its own account."""
@@ -165,12 +169,26 @@ class EngineServer:
     def _answers(self) -> bool:
         try:
             # SGLang opens its port only after the schedulers have loaded the model.
-            without_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-            request = urllib.request.Request(f"{self.url}/model_info", headers=engine_headers())
-            with without_proxy.open(request, timeout=5.0) as response:
-                return response.status == 200
-        except (urllib.error.URLError, OSError):
+            self._call("GET", "/model_info")
+        except OSError:
             return False
+        return True
+
+    def _freeze_garbage_collection(self) -> None:
+        """Keep what exists once the model is loaded out of later garbage collections, which pause sampling."""
+        try:
+            self._call("POST", "/freeze_gc")
+        except OSError as error:
+            logger.warning("engine %s: garbage collection may pause sampling, /freeze_gc failed: %s", self.url, error)
+
+    def _call(self, method: str, path: str) -> None:
+        """
+        Raises:
+            OSError: No answer in time, or one of a status other than 200.
+        """
+        without_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        request = urllib.request.Request(self.url + path, method=method, headers=engine_headers())
+        without_proxy.open(request, timeout=CALL_SECONDS).close()
 
 
 def _claim_port(host: str, port: int | None) -> int:

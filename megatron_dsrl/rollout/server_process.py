@@ -32,7 +32,7 @@ def tie_to_parent() -> None:
 if __name__ in ("__main__", "__mp_main__"):
     tie_to_parent()
 
-from megatron_dsrl.platform.engine import prepare_engine_process, run_scheduler_process  # noqa: E402
+from megatron_dsrl.platform.engine import prepare_engine_process, run_scheduler_process, skip_warmup  # noqa: E402
 
 prepare_engine_process()
 
@@ -48,7 +48,11 @@ def main() -> None:
     if API_KEY_VARIABLE in os.environ:  # not an argument of this program, which every user of the machine can read
         arguments = {"api_key": os.environ[API_KEY_VARIABLE]} | arguments
     try:
-        launch_server(ServerArgs(**arguments), run_scheduler_process_func=run_scheduler_process)
+        launch_server(
+            ServerArgs(**arguments),
+            run_scheduler_process_func=run_scheduler_process,
+            execute_warmup_func=skip_warmup,
+        )
     except Exception:
         # A normal exit would first wait for SGLang's other processes, which do not end when a scheduler has died.
         traceback.print_exc()

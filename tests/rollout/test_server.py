@@ -116,14 +116,16 @@ def schedulers_of(group: int) -> list[psutil.Process]:
 
 
 @pytest.mark.slow
-def test_a_key_is_asked_for_a_bad_bucket_is_an_error_and_a_dead_engine_is_noticed(make_server, monkeypatch):
+def test_a_key_is_asked_for_a_bad_bucket_is_an_error_and_a_dead_engine_is_noticed(make_server, monkeypatch, tmp_path):
     monkeypatch.delenv(API_KEY_VARIABLE, raising=False)
     monkeypatch.setattr(os, "environ", os.environ.copy())  # what agree_on_key does ends with the test
     agree_on_key()
-    server = make_server()
+    server = make_server(log_level="debug")
     server.start()
     group = server.process_id
     server.wait_until_ready()
+    log = tmp_path / "engines" / "engine_0.log"
+    assert wait_for(lambda: "Freezing GC in Scheduler process" in log.read_text(), seconds=20)
     assert len(processes_of_group(group)) >= 3  # server, scheduler, detokenizer
     with pytest.raises(urllib.error.HTTPError, match="401"):
         urllib.request.urlopen(f"{server.url}/model_info")
