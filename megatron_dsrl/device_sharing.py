@@ -65,7 +65,7 @@ class SharedDevice:
             self._offload([(policy, without_weights), *((memory, self._offloaded) for memory in others)])
         self._onload([(self._actor.memory, ["parameters"])])  # away when an engine has died while sampling
         current_platform().release_cached_memory()
-        with self._switches.measure("push_weights"):
+        with self._switches.measure("load_weights"):
             self._rollout.resume_weights()
             self._rollout.load_weights(lambda: self._actor.hf_weights(self._bucket_bytes), version)
 

@@ -252,10 +252,11 @@ def speeds(run_folder: Path, architecture: Architecture, weight_bytes: int, gpu:
     records = [record for record in read_records(run_folder / "metrics.jsonl") if record["step"] > 1]
     trained, flops = zip(*(_work_of_step(run_folder, record["step"], architecture) for record in records))
     # In this part the engine gives the device to the trainer, which is none of the actor's work.
-    waiting = [sum(record.get(key, 0.0) for key in ("time/engine_sleep", "time/onload")) for record in records]
+    of_switches = ("memory/engine_sleep_seconds", "memory/onload_seconds")
+    waiting = [sum(record.get(key, 0.0) for key in of_switches) for record in records]
     seconds = statistics.median(record["seconds/train"] - wait for record, wait in zip(records, waiting))
     work_per_second = statistics.median(flops) / seconds
-    push = _median(records, "time/push_weights")
+    push = _median(records, "memory/load_weights_seconds")
     mfu = f"{work_per_second / gpu.flops:.1%} of {gpu.flops / 1e12:.0f} TFLOP/s" if gpu else "no peak known"
     figures = {
         "actor, tokens/s (of prompts and responses)": f"{statistics.median(trained) / seconds:,.0f}",
@@ -266,9 +267,11 @@ def speeds(run_folder: Path, architecture: Architecture, weight_bytes: int, gpu:
         "trainer, peak memory, GiB": f"{max(record['memory/trainer_peak_gib'] for record in records):.2f}",
         "log-prob gap, trainer - engine, mean": f"{_median(records, 'mismatch/mean_log_prob_gap'):.2e}",
     }
-    switches = _keys(records, "time/")
+    switches = _keys(records, "memory/", "_seconds")
     figures["all switches between engine and trainer, s"] = f"{sum(_median(records, key) for key in switches):.3g}"
-    figures |= {f"switch: {key.removeprefix('time/')}, s": f"{_median(records, key):.3g}" for key in switches}
+    for key in switches:
+        name = key.removeprefix("memory/").removesuffix("_seconds")
+        figures[f"switch: {name}, s"] = f"{_median(records, key):.3g}"
     for key in _keys(records, "memory/", "_moved_gib"):
         name = key.removeprefix("memory/").removesuffix("_moved_gib")
         figures[f"switch: {name}, moved, GiB"] = f"{_median(records, key):.3g}"

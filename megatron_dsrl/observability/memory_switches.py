@@ -29,16 +29,16 @@ class MemorySwitches:
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
-        """Measure the block as part of the switch `name`: `time/<name>` in seconds, of several blocks added up;
+        """Measure the block as part of the switch `name`: `memory/<name>_seconds`, of several blocks added up;
         `memory/<name>_gib`, what this process has on the device afterwards; `memory/<name>_peak_gib`, the most that it
-        had there in between."""
+        had there in between. The seconds are within those of a part of the step (`seconds/*`)."""
         platform = current_platform()
         platform.restart_peak_memory()
         started = time.perf_counter()
         with self._span(name):
             yield
         seconds, statistics = time.perf_counter() - started, platform.memory_statistics()
-        self._add(f"time/{name}", seconds)
+        self._add(f"memory/{name}_seconds", seconds)
         self._metrics[f"memory/{name}_gib"] = statistics.allocated_bytes / GIB
         peak = f"memory/{name}_peak_gib"
         self._metrics[peak] = max(self._metrics.get(peak, 0.0), statistics.recent_peak_bytes / GIB)

@@ -1,6 +1,7 @@
 """The timeline of a run read back from what its ranks have written, also while it runs or after it was killed."""
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,9 +22,18 @@ class Interval:
     def seconds(self) -> float:
         return self.end - self.start
 
-    def holds(self, moment: float) -> bool:
-        """Whether it happened in this interval."""
-        return self.start <= moment <= self.end
+
+class Windows:
+    """Intervals that do not overlap, such as the steps of a rank: which moments are in one of them."""
+
+    def __init__(self, intervals: Iterable[Interval]) -> None:
+        self._intervals = sorted(intervals, key=lambda interval: interval.start)
+        self._starts = [interval.start for interval in self._intervals]
+
+    def hold(self, moment: float) -> bool:
+        """Whether one of them holds the moment; takes logarithmic time."""
+        number = bisect_right(self._starts, moment) - 1
+        return number >= 0 and moment <= self._intervals[number].end
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,11 @@ class RecordedCall:
     tokens: int
     attempt: int
     outcome: str
+
+    @property
+    def failed(self) -> bool:
+        """Neither finished nor aborted because there was enough."""
+        return self.outcome not in ("done", "aborted")
 
 
 @dataclass(frozen=True)

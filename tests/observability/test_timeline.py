@@ -1,17 +1,20 @@
 """Timelines as ranks leave them behind; those of real runs are in tests/test_train.py."""
 
+import json
 import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 
 import pytest
+from rich.console import Console
 
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.observability.timeline import Timeline, trace_file
-from megatron_dsrl.observability.timeline_records import Interval, read_timelines, timeline_of
-from megatron_dsrl.observability.timeline_summary import engines_of, overlap, parts_of
-from megatron_dsrl.observability.trace_events import rows
+from megatron_dsrl.observability.timeline_records import Interval, Windows, read_timelines, timeline_of
+from megatron_dsrl.observability.timeline_summary import engines_of, overlap, print_summary
+from megatron_dsrl.observability.trace_events import FIRST_ENGINE, events_of, write_trace
 from megatron_dsrl.rollout.engine_call import EngineCall
 
 DIES_WHILE_TRAINING = """
@@ -67,42 +70,12 @@ def test_times_are_those_of_the_clock_on_the_wall(tmp_path):
 def lines(rank: int, *events: tuple) -> list[dict]:
     """What a rank writes: (second, "step", number), (second, "begin" or "end", name) or (second, "call", fields)."""
     keys = {"step": "step", "begin": "name", "end": "name"}
-    of_call = {"seconds": 2, "prompts": [7], "tokens": 10, "attempt": 1, "outcome": "done"}
+    of_call = {"engine": 0, "seconds": 2, "prompts": [7], "tokens": 10, "attempt": 1, "outcome": "done"}
     records = [{"event": "start", "rank": rank, "host": "node", "time": 0}]
     for second, event, value in events:
         fields = of_call | value if event == "call" else {keys[event]: value, "thread": "MainThread"}
         records.append({"event": event, "time": second, **fields})
     return records
-
-
-def test_parts_are_means_over_steps_and_ranks_with_the_worst_rank():
-    timelines = [
-        timeline_of(
-            lines(
-                rank,
-                (0, "begin", "build_models"),
-                (9, "end", "build_models"),
-                (10, "step", 1),
-                (10, "begin", "train"),
-                (10, "begin", "onload"),
-                (11, "end", "onload"),
-                (12, "end", "train"),
-                (14, "step", 2),
-                (14, "begin", "train"),
-                (16 + 4 * rank, "end", "train"),
-                (22, "step", 3),
-            )
-        )
-        for rank in (0, 1)
-    ]
-
-    figures = {part.path: part for part in parts_of(timelines)}
-    assert list(figures) == [(), ("train",), ("train", "onload")]  # nothing of what came before the steps
-    assert figures[()].mean_seconds == 4  # 4, 8 and 0 seconds
-    train = figures[("train",)]
-    assert train.mean_seconds == pytest.approx((4 / 3 + 8 / 3) / 2)
-    assert (train.worst_rank, train.worst_rank_seconds) == (1, pytest.approx(8 / 3))
-    assert (train.longest_seconds, train.longest_step, train.longest_rank) == (6, 2, 1)
 
 
 def test_engines_are_busy_while_any_call_is_under_way():
@@ -126,9 +99,63 @@ def test_engines_are_busy_while_any_call_is_under_way():
     assert (second.calls, second.failed_calls, second.busy_while_sampling) == (1, 1, 0.25)
 
 
-def test_calls_that_overlap_are_drawn_in_rows_of_their_own():
-    assert rows([Interval(0, 5), Interval(1, 2), Interval(2, 9), Interval(3, 4), Interval(5, 6)]) == [0, 1, 1, 2, 0]
+def test_overlaps_count_once():
     assert overlap([Interval(0, 3), Interval(2, 5), Interval(8, 9)], [Interval(1, 4), Interval(4.5, 8.5)]) == 4.0
+
+
+def test_moments_are_found_in_windows_that_touch_or_have_gaps():
+    windows = Windows([Interval(5, 6), Interval(1, 2), Interval(2, 3)])
+    assert [moment for moment in (0.5, 1, 2.5, 3, 3.5, 4.9, 5, 6, 6.1) if windows.hold(moment)] == [1, 2.5, 3, 5, 6]
+    assert not Windows([]).hold(0)
+
+
+def engine_events(*calls: tuple) -> list[dict]:
+    """Events of engine 0, whose process has the calls (second, fields)."""
+    timeline = timeline_of(lines(0, *((second, "call", fields) for second, fields in calls)))
+    return [event for event in events_of(timeline, origin=0.0) if event["pid"] == FIRST_ENGINE]
+
+
+def test_requests_of_an_engine_are_a_counter_over_time():
+    events = engine_events((0, {"seconds": 5}), (1, {"seconds": 1}), (2, {"seconds": 7}), (3, {"seconds": 1}))
+    counter = [(event["ts"] / 1e6, event["args"]["requests"]) for event in events if event["ph"] == "C"]
+    assert counter == [(0, 1), (1, 2), (3, 3), (4, 2), (5, 1), (9, 0)]  # at 2 s one ends and one begins
+
+
+def test_only_the_longest_requests_have_tracks_and_none_overlap_in_one():
+    requests = [(0.1 * number, {"seconds": 1 + number % 50, "prompts": [number]}) for number in range(400)]
+    slices = [event for event in engine_events(*requests) if event["ph"] == "X"]
+    assert len(slices) == 10 and {event["dur"] for event in slices} == {49_000_000, 50_000_000}
+    for track in {event["tid"] for event in slices}:
+        in_order = sorted((event["ts"], event["ts"] + event["dur"]) for event in slices if event["tid"] == track)
+        assert all(end <= start for (_, end), (start, _) in pairwise(in_order))
+    assert slices[0]["args"] | {"prompts": ""} == {"prompts": "", "tokens": 10, "attempt": 1, "outcome": "done"}
+
+
+def test_failed_requests_are_marked_where_they_ended():
+    events = engine_events((0, {}), (1, {"prompts": [5], "outcome": "connection refused"}), (1, {"outcome": "aborted"}))
+    (mark,) = [event for event in events if event["ph"] == "i"]
+    assert (mark["name"], mark["ts"], mark["args"]["outcome"]) == ("prompt 5", 3_000_000, "connection refused")
+
+
+def test_the_trace_is_json_with_its_first_event_at_0(tmp_path):
+    timelines = [timeline_of(lines(rank, (10 + rank, "step", 1), (12, "step", 2), (13, "step", 3))) for rank in (0, 1)]
+    write_trace(timelines, tmp_path / "trace.json")
+    trace = json.loads((tmp_path / "trace.json").read_text())
+    steps = [(one["pid"], one["name"], one["ts"], one["dur"]) for one in trace["traceEvents"] if one["ph"] == "X"]
+    assert steps[:2] == [(0, "step 1", 0, 2_000_000), (0, "step 2", 2_000_000, 1_000_000)]
+    assert (1, "step 1", 1_000_000, 1_000_000) in steps
+    assert trace["otherData"]["started"] == "1970-01-01T00:00:10+00:00"
+
+
+def test_the_summary_names_ranks_that_did_not_finish(capsys):
+    timeline = timeline_of(
+        lines(1, (0, "begin", "build_models"), (9, "end", "build_models"), (9, "step", 4), (9, "begin", "train"),
+              (10, "begin", "onload"))  # fmt: skip
+    )
+    print_summary([timeline], Console())
+    printed = capsys.readouterr().out
+    assert "rank 1 before its first step: build_models 9.00 s" in printed
+    assert "rank 1 did not finish train, train > onload" in printed
 
 
 def test_a_timeline_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):

@@ -38,8 +38,8 @@ def write_steps(folder, seconds_of_training):
             write_groups(rollout_file(folder, step), [Group(Prompt(0, "", tuple(range(10)), ""), (sample, sample))])
             tracker.log_step({
                 "step": step, "seconds/train": seconds, "seconds/step": 9.0,
-                "time/push_weights": 2.0, "time/offload": 0.5, "memory/offload_moved_gib": 4.0,
-                "time/onload": 0.25, "time/engine_sleep": 0.25,
+                "memory/load_weights_seconds": 2.0, "memory/offload_seconds": 0.5, "memory/offload_moved_gib": 4.0,
+                "memory/onload_seconds": 0.25, "memory/engine_sleep_seconds": 0.25,
                 "throughput/tokens_per_second": 500.0, "memory/trainer_peak_gib": 1.5 + step,
                 "mismatch/mean_log_prob_gap": 0.01,
             })  # fmt: skip
