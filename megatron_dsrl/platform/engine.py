@@ -22,8 +22,10 @@ ServerArguments = dict[str, str | int | float | bool]
 
 EXPECTED_WARNINGS = (
     "resource_tracker",  # "leaked semaphore": `EngineServer.stop` kills the engine, and the tracker then cleans up
-    "Only CUDA",  # SGLang's import: kernels that the model does not use
+    "Only CUDA",  # this one and the next: SGLang's import, about kernels that the model does not use
     "Triton is not supported",
+    "Transformer Engine and Apex are not installed",  # imported by models that are not used
+    "ORJSONResponse is deprecated",  # SGLang's use of FastAPI
 )
 """Beginnings of warnings in an engine's log that say nothing to a user. Without commas and colons, which divide the
 entries of PYTHONWARNINGS."""
