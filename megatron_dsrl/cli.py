@@ -121,9 +121,15 @@ def _rollout(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
+    from megatron_dsrl.report.learning_curve import write_learning_curve
     from megatron_dsrl.report.report import write_report
 
-    print(write_report(*options.runs, output=options.output))
+    if options.figure is None:
+        print(write_report(*options.runs, output=options.output))
+    elif len(options.runs) == 1 and options.output is None:
+        print(write_learning_curve(options.runs[0], options.figure))
+    else:
+        raise UserError("--figure draws one run: give one RUN and no --output. `dsrl compare` draws several runs")
     return 0
 
 
@@ -311,6 +317,9 @@ def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folder, such as runs/tiny_dsrl")
     parser.add_argument("--output", metavar="FILE", type=Path, help="write the page to this file instead")
+    parser.add_argument(
+        "--figure", metavar="FILE", type=Path, help="write the learning curve as an SVG file, in place of the page"
+    )
     parser.set_defaults(command=_report, parser=parser)
 
 

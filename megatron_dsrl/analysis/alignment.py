@@ -11,8 +11,9 @@ from statistics import fmean
 import numpy as np
 
 from megatron_dsrl.analysis.gradients import GradientComparison
-from megatron_dsrl.observability.chart_axes import StepAxis
-from megatron_dsrl.observability.charts import Chart, Series, line_chart
+from megatron_dsrl.observability.chart_axes import StepAxis, ValueAxis
+from megatron_dsrl.observability.chart_source import Series
+from megatron_dsrl.observability.charts import Chart, line_chart
 from megatron_dsrl.observability.records import Record
 
 ENTROPY_BINS = 10
@@ -134,16 +135,18 @@ def charts(records: Sequence[Record]) -> list[Chart]:
                 "Cosine of the gradients by percentile of responses",
                 "Of grad log P(y) and grad log P(y|x).",
                 [Series("cosine", tuple(percentiles), values, 1)],
-                horizontal=StepAxis("percentile"),
+                vertical=ValueAxis("cosine", at_least=-1.0, at_most=1.0),
+                horizontal=StepAxis("percentile", label="percentile of responses"),
             )
         )
     by_position, by_entropy = figures["gap_by_position"], figures["gap_by_entropy"]
     if by_position:
         positions = tuple(one["first_position"] for one in by_position)
-        from_position = StepAxis("from position", is_log2=True)
+        from_position = StepAxis("from position", is_log2=True, label="position in the response")
         drawn.append(_gap_chart("Log-prob gap by the token's position", positions, by_position, from_position))
         tenths = tuple(range(1, len(by_entropy) + 1))
-        drawn.append(_gap_chart("Log-prob gap by the token's entropy", tenths, by_entropy, StepAxis("tenth")))
+        by_tenth = StepAxis("tenth", label="tenth of the tokens, by entropy")
+        drawn.append(_gap_chart("Log-prob gap by the token's entropy", tenths, by_entropy, by_tenth))
     return drawn
 
 
@@ -160,4 +163,5 @@ def _gap_chart(title: str, places: tuple[int, ...], bins: Sequence[Record], hori
         Series("mean", places, tuple(one["mean_gap"] for one in bins), 4),
         Series("mean of |gap|", places, tuple(one["mean_absolute_gap"] for one in bins), 5),
     ]
-    return line_chart(title, "log P(y_t|x, y_<t) - log P(y_t|y_<t), nat.", series, horizontal=horizontal)
+    explanation = "log P(y_t|x, y_<t) - log P(y_t|y_<t), nat."
+    return line_chart(title, explanation, series, vertical=ValueAxis("nat"), horizontal=horizontal)

@@ -10,10 +10,13 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from megatron_dsrl.analysis.responses import RecordedResponse
-from megatron_dsrl.observability.charts import Chart, PhaseSpan, Series, line_chart
+from megatron_dsrl.observability.chart_axes import ValueAxis
+from megatron_dsrl.observability.chart_source import PhaseSpan, Series
+from megatron_dsrl.observability.charts import Chart, line_chart
 from megatron_dsrl.observability.records import Record
 
 BEHAVIOURS = ("subgoal_setting", "enumeration", "verification", "backtracking")
+SHARE = ValueAxis("share of responses", at_least=0.0, at_most=1.0)
 MAX_RESPONSE_CHARACTERS = 24_000
 """Longer responses are shown to the judge without their middle."""
 
@@ -96,7 +99,7 @@ def charts(records: Sequence[Record], phases: Sequence[PhaseSpan]) -> list[Chart
         Series.of_records(records, name.replace("_", " "), name, colour)
         for colour, name in enumerate(BEHAVIOURS, start=1)
     ]
-    return [line_chart("Behaviours", "Share of responses in which the judge sees it.", series, phases, top=1.0)]
+    return [line_chart("Behaviours", "Share of responses in which the judge sees it.", series, phases, SHARE)]
 
 
 def _shares(step: int, answers: Sequence[Mapping[str, bool] | None]) -> Record:

@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from statistics import fmean
 
-from megatron_dsrl.observability.charts import Chart, PhaseSpan, Series, line_chart
+from megatron_dsrl.observability.chart_axes import ValueAxis
+from megatron_dsrl.observability.chart_source import PhaseSpan, Series
+from megatron_dsrl.observability.charts import Chart, line_chart
 from megatron_dsrl.observability.records import Record
 from megatron_dsrl.rollout.sample import Group, Sample
 
@@ -59,18 +61,21 @@ def charts(records: Sequence[Record], phases: Sequence[PhaseSpan]) -> list[Chart
                 series("others", "mean_tokens_of_others", 2),
             ],
             phases,
+            ValueAxis("tokens"),
         ),
         line_chart(
             "Truncated responses",
             "Fraction of responses that were cut at the length limit.",
             [series("fraction", "truncated_fraction", 2)],
             phases,
+            ValueAxis("fraction", at_least=0.0, at_most=1.0),
         ),
         line_chart(
             "Entropy",
             "Nat per token: mean of -log P over sampled tokens, and the trainer's over trained tokens.",
             [series("sampled", "sampled_entropy", 4), series("trained", "trained_entropy", 5)],
             phases,
+            ValueAxis("nat per token"),
         ),
     ]
 

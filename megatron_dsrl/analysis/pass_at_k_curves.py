@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.evaluation.results_file import EvaluationResults
-from megatron_dsrl.observability.charts import SERIES_COLOURS, Chart
+from megatron_dsrl.observability.chart_source import SERIES_COLOURS
+from megatron_dsrl.observability.charts import Chart
 from megatron_dsrl.observability.estimate import Estimate
 from megatron_dsrl.observability.pass_at_k_chart import over_runs, pass_at_k_chart
 from megatron_dsrl.observability.records import Record

@@ -12,11 +12,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from megatron_dsrl.observability.charts import Chart, PhaseSpan, Series, line_chart, stacked_chart
+from megatron_dsrl.observability.chart_axes import ValueAxis
+from megatron_dsrl.observability.chart_source import PhaseSpan, Series
+from megatron_dsrl.observability.charts import Chart, line_chart, stacked_chart
 from megatron_dsrl.observability.records import Record
 from megatron_dsrl.rollout.sample import Group
 
 Outcome = Literal["solved", "mixed", "unsolved"]
+
+PROBLEMS = ValueAxis("problems")
 
 
 @dataclass(frozen=True)
@@ -118,18 +122,21 @@ def charts(records: Sequence[Record], phases: Sequence[PhaseSpan]) -> list[Chart
                 series("unsolved", "now_unsolved", 2),
             ],
             phases,
+            PROBLEMS,
         ),
         line_chart(
             "Solved at least once",
             "Problems with a right response at any visit so far, of those visited.",
             [series("visited", "visited", 6), series("solved at least once", "solved_at_least_once", 3)],
             phases,
+            PROBLEMS,
         ),
         line_chart(
             "Newly solved, gained and lost",
             "Problems of the step against their earlier visits.",
             [series("newly solved", "newly_solved", 3), series("gained", "gained", 1), series("lost", "lost", 2)],
             phases,
+            PROBLEMS,
         ),
     ]
 

@@ -13,9 +13,12 @@ from functools import partial
 from statistics import fmean
 
 from megatron_dsrl.analysis.responses import RecordedResponse
-from megatron_dsrl.observability.charts import Chart, PhaseSpan, Series, line_chart
+from megatron_dsrl.observability.chart_axes import ValueAxis
+from megatron_dsrl.observability.chart_source import PhaseSpan, Series
+from megatron_dsrl.observability.charts import Chart, line_chart
 from megatron_dsrl.observability.records import Record
 
+PER_RESPONSE = ValueAxis("per response")
 REFLECTION_PREFIX = "wait"
 REFLECTION_PHRASES = (
     "verify",
@@ -105,14 +108,16 @@ def charts(records: Sequence[Record], phases: Sequence[PhaseSpan]) -> list[Chart
             explanation,
             [series("reflections", "reflections", 1), series("transitions", "transitions", 2)],
             phases,
+            PER_RESPONSE,
         ),
         line_chart(
             "Reflections of right and other responses",
             explanation,
             [series("right", "reflections_of_right", 3), series("others", "reflections_of_others", 2)],
             phases,
+            PER_RESPONSE,
         ),
-        line_chart("Thoughts", "Parts between blank lines.", [series("thoughts", "thoughts", 4)], phases),
+        line_chart("Thoughts", "Parts between blank lines.", [series("thoughts", "thoughts", 4)], phases, PER_RESPONSE),
     ]
 
 

@@ -1,11 +1,39 @@
 """Axes of a chart: where values lie in the drawing, and which round numbers are written beside it."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-WIDTH, HEIGHT = 400, 210
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 14, 24
 MOST_STEP_LABELS = 12
+MOST_DECADE_LABELS = 6
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Size and margins of a drawing, in units of its view box."""
+
+    width: int
+    height: int
+    left: int = 58
+    right: int = 12
+    top: int = 22
+    bottom: int = 36
+
+    @property
+    def right_edge(self) -> int:
+        """Of the plotting area."""
+        return self.width - self.right
+
+    @property
+    def bottom_edge(self) -> int:
+        """Of the plotting area."""
+        return self.height - self.bottom
+
+
+SMALL = Frame(400, 230)
+"""One of many charts on a page."""
+WIDE = Frame(720, 330)
+"""A picture by itself."""
 
 
 @dataclass(frozen=True)
@@ -16,14 +44,54 @@ class StepAxis:
     """In words before a number."""
     is_log2: bool = False
     """Doubling is a constant distance; for numbers from 1."""
+    label: str = ""
+    """Below the axis; empty for the name."""
 
     def scaled(self, step: float) -> float:
         """A step in units of equal distance."""
         return math.log2(step) if self.is_log2 else step
 
 
+@dataclass(frozen=True)
+class ValueAxis:
+    """What the vertical axis measures, and which part of it is shown: the values, `include`, and not beyond a limit."""
+
+    name: str = ""
+    """Beside the axis, with the unit."""
+    is_log: bool = False
+    """A factor of ten is a constant distance. Zero and negative values lie on the lower edge."""
+    at_least: float | None = None
+    """No value can be lower, so an error bar that reaches further is cut off; None for no limit."""
+    at_most: float | None = None
+    """No value can be higher; None for no limit."""
+    include: tuple[float, ...] = (0.0,)
+    """Values that a linear axis shows in any case."""
+
+    def scaled(self, value: float) -> float:
+        """A value in units of equal distance; -inf for what a logarithmic axis cannot hold."""
+        if not self.is_log:
+            return value
+        return math.log10(value) if value > 0 else -math.inf
+
+    def ends(self, values: Sequence[float]) -> tuple[float, float]:
+        """Lower and upper end, scaled, for the values to show (error bars included)."""
+        if self.is_log:
+            decades = [self.scaled(value) for value in values if value > 0] or [0.0]
+            low = math.floor(min(decades))
+            return low, max(low + 1, math.ceil(max(decades)))
+        low, high = self._limited(min((*values, *self.include))), self._limited(max((*values, *self.include)))
+        rounded = ticks(low, high if high > low else low + 1.0)
+        return self._limited(rounded[0]), self._limited(rounded[-1])
+
+    def _limited(self, value: float) -> float:
+        value = value if self.at_least is None else max(value, self.at_least)
+        return value if self.at_most is None else min(value, self.at_most)
+
+
 STEPS = StepAxis()
 """Of a run."""
+VALUES = ValueAxis()
+"""Whatever a chart shows, from zero."""
 
 
 @dataclass(frozen=True)
@@ -35,18 +103,22 @@ class Axes:
     last: float
     """Right end, scaled."""
     low: float
+    """Lower end, scaled."""
     high: float
+    """Upper end, scaled."""
     horizontal: StepAxis
+    vertical: ValueAxis
+    frame: Frame
 
     def x(self, step: float) -> float:
-        """Of a step."""
+        """Where a step lies."""
         share = (self.horizontal.scaled(step) - self.first) / (self.last - self.first)
-        return LEFT + share * (WIDTH - LEFT - RIGHT)
+        return self.frame.left + share * (self.frame.right_edge - self.frame.left)
 
     def y(self, value: float) -> float:
-        """Of a value."""
-        share = (value - self.low) / (self.high - self.low)
-        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
+        """Where a value lies; at the edge for one beyond the axis."""
+        share = (min(max(self.vertical.scaled(value), self.low), self.high) - self.low) / (self.high - self.low)
+        return self.frame.bottom_edge - share * (self.frame.bottom_edge - self.frame.top)
 
     def step_ticks(self) -> list[int]:
         """Steps that are written below the axis."""
@@ -60,18 +132,21 @@ class Axes:
         spacing = (last - first) / MOST_STEP_LABELS
         return [first, *(tick for tick in inner if first + spacing <= tick <= last - spacing), last]
 
+    def value_ticks(self) -> list[float]:
+        """Values that are written beside the axis."""
+        if self.vertical.is_log:
+            every = -(-(round(self.high - self.low) + 1) // MOST_DECADE_LABELS)
+            return [10.0**exponent for exponent in range(round(self.low), round(self.high) + 1, every)]
+        return [tick for tick in ticks(self.low, self.high) if self.low <= tick <= self.high]
+
 
 def fitting_axes(
-    horizontal: StepAxis, first_step: int, last_step: int, low: float, high: float, top: float | None
+    horizontal: StepAxis, vertical: ValueAxis, steps: Sequence[int], values: Sequence[float], frame: Frame
 ) -> Axes:
-    """Axes that hold the steps and the values, zero and `top` if it is given among them."""
-    low, high = min(0.0, low), max(0.0, high) if top is None else top
-    if low == high:
-        high = low + 1.0
-    rounded = ticks(low, high)
-    margin = 0.5 if first_step == last_step else 0.0
-    first, last = horizontal.scaled(first_step) - margin, horizontal.scaled(last_step) + margin
-    return Axes(first, last, rounded[0], rounded[-1], horizontal)
+    """Axes that hold the steps, of which there is at least one, and the values."""
+    margin = 0.5 if steps[0] == steps[-1] else 0.0
+    first, last = horizontal.scaled(steps[0]) - margin, horizontal.scaled(steps[-1]) + margin
+    return Axes(first, last, *vertical.ends(values), horizontal, vertical, frame)
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:

@@ -6,7 +6,8 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_dsrl.errors import UserError
-from megatron_dsrl.observability.charts import Chart, ChartSource, draw
+from megatron_dsrl.observability.chart_source import ChartSource
+from megatron_dsrl.observability.charts import Chart, draw
 
 _SOURCES = TypeAdapter(list[ChartSource])
 

@@ -12,14 +12,17 @@ from statistics import fmean, stdev
 from scipy import stats
 
 from megatron_dsrl.errors import UserError
-from megatron_dsrl.observability.charts import Chart, Series, line_chart
+from megatron_dsrl.observability.chart_axes import ValueAxis
+from megatron_dsrl.observability.chart_source import Series
+from megatron_dsrl.observability.charts import Chart, line_chart
 from megatron_dsrl.observability.estimate import Estimate
 from megatron_dsrl.observability.figure import write_figure
-from megatron_dsrl.observability.run_records import RunRecords, read_run
+from megatron_dsrl.observability.run_records import RunRecords, read_run, with_common_colours
 from megatron_dsrl.provenance.differences import compare_runs, starts_that_count
 
 TABLE_FILE = "comparison.md"
 FIGURE_FILE = "comparison.svg"
+METHOD_COLOUR, BASELINE_COLOUR = 1, 6
 
 
 def welch_p_value(one: Sequence[float], other: Sequence[float]) -> float | None:
@@ -90,17 +93,22 @@ def provenance_table(runs: Mapping[str, Sequence[RunRecords]]) -> str:
 
 
 def learning_curves(runs: Mapping[str, Sequence[RunRecords]], baseline: str) -> list[Chart]:
-    """One chart per method and held-out set: its accuracy over steps, mean and interval, with the baseline's."""
+    """One chart per method and held-out set: its accuracy over steps, mean and interval, with the baseline's.
+
+    The baseline's curve, and the shading of a phase, have the same colour in all charts.
+    """
+    shaded = with_common_colours([of_method[0] for of_method in runs.values()])
+    phases = {method: run.phases for method, run in zip(runs, shaded, strict=True)}
     return [
         line_chart(
             f"{method}: accuracy on {name}" if len(_set_names(runs)) > 1 else method,
             f"{len(of_method)} runs",
             [
-                _curve(method, of_method, name, colour=1),
-                *([] if method == baseline else [_curve(baseline, runs[baseline], name, colour=5)]),
+                *([] if method == baseline else [_curve(method, of_method, name, METHOD_COLOUR)]),
+                _curve(baseline, runs[baseline], name, BASELINE_COLOUR),
             ],
-            of_method[0].phases,
-            top=_highest(runs, name),
+            phases[method],
+            _axis(runs, name),
         )
         for name in _set_names(runs)
         for method, of_method in runs.items()
@@ -159,12 +167,13 @@ def _test(one: Sequence[RunRecords], other: Sequence[RunRecords], name: str) -> 
     return "" if p_value is None else f"{p_value:.2g}"
 
 
-def _highest(runs: Mapping[str, Sequence[RunRecords]], name: str) -> float:
-    """A common upper end for all charts, so that they can be compared."""
+def _axis(runs: Mapping[str, Sequence[RunRecords]], name: str) -> ValueAxis:
+    """The same for all charts, so that they can be compared: up to the tenth above the highest accuracy."""
     accuracies = [
         record["accuracy"] or 0.0
         for of_method in runs.values()
         for run in of_method
         for record in run.evaluations.get(name, [])
     ]
-    return min(1.0, 0.1 * math.ceil(10 * max(accuracies) + 0.5))
+    top = min(1.0, 0.1 * math.ceil(10 * max(accuracies) + 0.5))
+    return ValueAxis("accuracy", at_least=0.0, at_most=top, include=(0.0, top))

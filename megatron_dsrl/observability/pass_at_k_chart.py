@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 
-from megatron_dsrl.observability.chart_axes import StepAxis
-from megatron_dsrl.observability.charts import Chart, Series, line_chart
+from megatron_dsrl.observability.chart_axes import StepAxis, ValueAxis
+from megatron_dsrl.observability.chart_source import Series
+from megatron_dsrl.observability.charts import Chart, line_chart
 from megatron_dsrl.observability.estimate import Estimate
 
-BUDGET = StepAxis("K =", is_log2=True)
+BUDGET = StepAxis("K =", is_log2=True, label="samples per problem, K")
+PASS_AT_K = ValueAxis("Pass@K", at_least=0.0, at_most=1.0, include=(0.0, 1.0))
 
 
 def pass_at_k_chart(title: str, curves: Mapping[str, Mapping[int, Estimate]]) -> Chart:
@@ -20,7 +22,7 @@ def pass_at_k_chart(title: str, curves: Mapping[str, Mapping[int, Estimate]]) ->
     explanation = "Unbiased estimate, mean over problems."
     if any(one.errors for one in series):
         explanation += " Of several runs the mean, ± half of the 95 % interval over them."
-    return line_chart(title, explanation, series, top=1.0, horizontal=BUDGET)
+    return line_chart(title, explanation, series, (), PASS_AT_K, BUDGET)
 
 
 def over_runs(runs: Sequence[Mapping[int, float]]) -> dict[int, Estimate]:

@@ -1,7 +1,8 @@
 """A run folder read back: its configuration, records and phases."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,14 @@ from typing import Any
 import yaml
 
 from megatron_dsrl.errors import UserError
-from megatron_dsrl.observability.charts import PHASE_COLOURS, PhaseSpan
+from megatron_dsrl.observability.chart_source import PhaseSpan
 from megatron_dsrl.observability.records import EVALUATION_FILE, METRICS_FILE, Record, read_records
 
 CONFIG_FILE = "config.yaml"
+PRE_TRAIN = "pre_train"
+"""The `space` of a step record that updates log P(y) alone."""
+PRE_TRAIN_COLOURS, OTHER_COLOURS = (1, 5), (2, 3, 4, 6)
+"""Of phases: warm ones where log P(y) is updated, cool ones elsewhere, so that the space shows."""
 
 
 @dataclass(frozen=True)
@@ -65,21 +70,41 @@ def read_run(folder: Path) -> RunRecords:
         config=config,
         steps=steps,
         evaluations=_by_set(read_records(folder / EVALUATION_FILE)),
-        phases=phase_spans([(record["step"], record["phase"]) for record in steps]),
+        phases=_phase_spans(steps, phase_colours([steps])),
         last_written=written,
     )
 
 
-def phase_spans(steps: Sequence[tuple[int, str]]) -> list[PhaseSpan]:
-    """Consecutive steps of the same phase as spans; a phase that comes back keeps its colour."""
-    spans: list[PhaseSpan] = []
+def with_common_colours(runs: Sequence[RunRecords]) -> list[RunRecords]:
+    """The runs, each phase shaded with the same colour in all of them."""
+    colours = phase_colours([run.steps for run in runs])
+    return [replace(run, phases=_phase_spans(run.steps, colours)) for run in runs]
+
+
+def phase_colours(runs: Iterable[Sequence[Record]]) -> dict[str, int]:
+    """Numbers of `phase-N` classes by phase name, in the order of first appearance in the runs' step records.
+
+    With more phases than colours, colours come again.
+    """
     colours: dict[str, int] = {}
-    for step, name in steps:
-        colour = colours.setdefault(name, len(colours) % PHASE_COLOURS + 1)
+    used: Counter[tuple[int, ...]] = Counter()
+    for record in (record for steps in runs for record in steps):
+        if record["phase"] not in colours:
+            palette = PRE_TRAIN_COLOURS if record.get("space") == PRE_TRAIN else OTHER_COLOURS
+            colours[record["phase"]] = palette[used[palette] % len(palette)]
+            used[palette] += 1
+    return colours
+
+
+def _phase_spans(steps: Sequence[Record], colours: Mapping[str, int]) -> list[PhaseSpan]:
+    """Consecutive steps of the same phase."""
+    spans: list[PhaseSpan] = []
+    for record in steps:
+        step, name = record["step"], record["phase"]
         if spans and spans[-1].name == name:
-            spans[-1] = PhaseSpan(name, spans[-1].first_step, step, colour)
+            spans[-1] = replace(spans[-1], last_step=step)
         else:
-            spans.append(PhaseSpan(name, step, step, colour))
+            spans.append(PhaseSpan(name, step, step, colours[name]))
     return spans
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from megatron_dsrl.evaluation.results_file import results_of_run
-from megatron_dsrl.observability.charts import number
+from megatron_dsrl.observability.chart_source import number
 from megatron_dsrl.observability.console import duration
 from megatron_dsrl.observability.records import Record
 from megatron_dsrl.observability.run_records import RunRecords, read_run

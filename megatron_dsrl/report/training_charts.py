@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_dsrl.observability.charts import SERIES_COLOURS, Chart, PhaseSpan, Series, line_chart, stacked_chart
+from megatron_dsrl.observability.chart_axes import VALUES, ValueAxis
+from megatron_dsrl.observability.chart_source import SERIES_COLOURS, PhaseSpan, Series
+from megatron_dsrl.observability.charts import Chart, line_chart, stacked_chart
 from megatron_dsrl.observability.records import Record
 from megatron_dsrl.observability.run_records import RunRecords
 
@@ -21,7 +23,7 @@ class Curves:
     """Series name, step-record key and colour of every curve; the first one is the one that comparisons show."""
     absent: str
     """Said instead of the chart when no step has a value."""
-    top: float | None = None
+    axis: ValueAxis = VALUES
 
 
 REWARD = Curves(
@@ -107,6 +109,7 @@ MIXED_GROUPS = Curves(
     (("mixed", "reward/mixed_groups", 1),),
     "No groups were recorded.",
 )
+ACCURACY = ValueAxis("accuracy, %", at_least=0.0, at_most=100.0)
 STEP_SECONDS = Curves(
     "Seconds per step", "Wall time.", (("seconds", "seconds/step", 1),), "No times were recorded."
 )
@@ -150,7 +153,7 @@ def accuracy_chart(runs: Sequence[RunRecords]) -> Chart | str:
         for index, (name, records) in enumerate(curves)
     ]
     explanation = "Percent, on problems that are not trained on; ± one standard error. Step 0 is the base model."
-    return line_chart("Held-out accuracy", explanation, series, _phases(runs))
+    return line_chart("Held-out accuracy", explanation, series, _phases(runs), ACCURACY)
 
 
 def _percent(fraction: float | None) -> float | None:
@@ -174,7 +177,7 @@ def _series(run: RunRecords, name: str, key: str, colour: int) -> Series:
 def _lines(curves: Curves, series: Sequence[Series], runs: Sequence[RunRecords]) -> Chart | str:
     if not any(value is not None for one in series for value in one.values):
         return f"{curves.title}: {curves.absent}"
-    return line_chart(curves.title, curves.explanation, series, _phases(runs), curves.top)
+    return line_chart(curves.title, curves.explanation, series, _phases(runs), curves.axis)
 
 
 def _groups_chart(run: RunRecords) -> Chart | str:

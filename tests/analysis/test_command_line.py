@@ -113,7 +113,7 @@ def test_a_label_with_several_runs_has_their_mean_and_interval(tmp_path):
     assert (first["k"], first["runs"], first["pass_at_k"]) == (1, 2, 0.5625)
     assert first["half_width_95"] == pytest.approx(12.7062 * 0.0883883 / 2**0.5, rel=1e-4)
     bars = [s for s in ElementTree.parse(tmp_path / "pass_at_k.svg").iter() if "bar" in (s.get("class") or "").split()]
-    assert {bar.get("d").split(" ", 1)[1] for bar in bars} == {"186.0V14.0"}, "wider than 0 to 1, and cut off there"
+    assert {bar.get("d").split(" ", 1)[1] for bar in bars} == {"194.0V22.0"}, "wider than 0 to 1, and cut off there"
 
 
 def test_a_run_stands_for_the_evaluation_of_its_latest_policy(tmp_path, capsys):

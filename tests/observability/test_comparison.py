@@ -1,6 +1,7 @@
 """Methods over several runs: means, intervals and tests against hand-worked numbers, and the files."""
 
 import json
+import re
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -51,6 +52,8 @@ def test_table_and_figure_of_several_runs_per_method(methods, tmp_path):
     texts = figure.iter("{http://www.w3.org/2000/svg}text")
     titles = [text.text for text in texts if text.get("class") == "title"]
     assert titles == ["GRPO", "DSRL"]
+    lines = re.findall('class="line (series-.)"', (tmp_path / "comparison.svg").read_text())
+    assert lines == ["series-6", "series-6", "series-1"], "the baseline has one colour in all charts"
 
 
 def test_the_command_says_where_it_has_written(methods, tmp_path, monkeypatch, capsys):
