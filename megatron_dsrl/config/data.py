@@ -1,6 +1,6 @@
 """Prompt sets and rewards."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -25,8 +25,9 @@ class PromptSetConfig(Section):
     """One set of problems with answers, and how a problem becomes a prompt."""
 
     source: str
-    """A local `.jsonl`, `.json`, `.csv` or `.parquet` file (the first three also with `.gz`; `*` in the name takes all
-    that match), or a hub name for HF `datasets`."""
+    """A local file: `.jsonl` or `.ndjson`, `.json` (a list, or one object per line), `.csv`, `.tsv` or `.parquet` (all
+    but the last also with `.gz`; `*` in the name takes all that match); a folder of `datasets`' `save_to_disk`; or a
+    hub name for HF `datasets`."""
 
     subset: str | list[str] | None = None
     """Hub configuration name (`main` for `openai/gsm8k`), or several in a row; only for hub names."""
@@ -35,11 +36,22 @@ class PromptSetConfig(Section):
     """Hub split; ignored for local files."""
 
     problem_field: str = "problem"
-    """Row field that holds the problem text."""
+    """Row field that holds the problem text. A dotted path reaches into objects and lists: `prompt.0.content`."""
+
+    messages_field: str | None = None
+    """Row field that holds a chat in place of the problem: a list of objects with `role` and `content`, the user's turn
+    last. A system turn of its own replaces `system_prompt`."""
 
     answer_field: str = "answer"
-    """Row field that holds the gold answer: a text, a number, or a list of them, all of which belong to the answer. A
-    row without one is an error, not a skipped row."""
+    """Row field that holds the gold answer: a text, a number, or a list of them. A dotted path reaches into objects and
+    lists: `reward_model.ground_truth`."""
+
+    answer_list: Literal["all", "any"] = "all"
+    """What a list in `answer_field` means. `all`: its items together are the answer. `any`: each item is an accepted
+    answer."""
+
+    on_bad_row: Literal["error", "drop"] = "error"
+    """What happens to rows without a usable problem or answer: the run is refused, or they are left out and counted."""
 
     rows_field: str | None = None
     """Field of a `.json` file that holds the list of rows; null where the file is that list."""
@@ -70,7 +82,11 @@ class PromptSetConfig(Section):
     """Passed to Qwen3's chat template."""
 
     max_prompt_tokens: int = Field(default=1024, ge=1)
-    """Longer prompts are truncated on the left."""
+    """Longest prompt."""
+
+    on_long_prompt: Literal["error", "drop", "truncate"] = "truncate"
+    """What happens to longer prompts: the run is refused; they are left out; or they lose their beginning, the system
+    turn included, as in the paper's configuration. The number is printed."""
 
 
 class OverlongConfig(Section):

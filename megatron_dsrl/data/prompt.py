@@ -18,3 +18,6 @@ class Prompt:
 
     answer: str
     """Gold answer for the verifier."""
+
+    other_answers: tuple[str, ...] = ()
+    """Further gold answers, each of which is accepted as well."""

@@ -1,30 +1,51 @@
 """Prompt sets: from rows of problems and answers to rendered, tokenised prompts.
 
 Local files are read directly, row by row as they are written, so that one file may mix answers such as `27`, `27.0`
-and `"27"`; hub names go through HF `datasets`.
+and `"27"`; hub names go through HF `datasets`. Nothing happens silently: rows that cannot be used and prompts that are
+too long are an error, or are counted where the configuration says what to do with them.
 """
 
-import json
-import random
+import logging
+import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateError
-from jinja2.sandbox import SandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
-from megatron_dsrl.config.data import ChoicesConfig, PromptSetConfig
+from megatron_dsrl.config.data import PromptSetConfig
+from megatron_dsrl.data.fields import (
+    BadRowError,
+    FieldReader,
+    Row,
+    chat_messages,
+    clean_answer,
+    field_reader,
+    template_reader,
+    with_choices,
+)
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.data.rows import read_rows
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.rewards.boxed import last_boxed
 
-Row = Mapping[str, Any]
-FieldReader = Callable[[Row, int], Any]
-"""From a row and its number to a value."""
+logger = logging.getLogger(__name__)
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+Problem = str | list[dict[str, str]]
+"""A user's turn, or a whole chat that ends in one."""
+
+BAD_ROWS_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Task:
+    """A row that can be used."""
+
+    index: int
+    problem: Problem
+    answers: tuple[str, ...]
+    """Each of them is accepted; at least one."""
 
 
 def load_prompts(config: PromptSetConfig, tokenizer: PreTrainedTokenizerBase, section: str = "data") -> list[Prompt]:
@@ -36,52 +57,149 @@ def load_prompts(config: PromptSetConfig, tokenizer: PreTrainedTokenizerBase, se
         section: path of `config` in the run's configuration, for error messages.
 
     Raises:
-        UserError: for a source that is missing, unreadable or empty, a row without problem or answer, an answer
-            pattern or a template that is wrong or does not fit, and a tokenizer without chat template.
+        UserError: for a source that is missing, unreadable or empty, rows without a usable problem or answer
+            (`on_bad_row`), prompts that are too long (`on_long_prompt`), an answer pattern or a template that is wrong,
+            and a tokenizer without chat template.
     """
     if not tokenizer.chat_template:
         raise UserError(f"{section}: the tokenizer has no chat template, so problems cannot be rendered as prompts.")
-    rows: Sequence[Row] = read_rows(config, section)
-    if config.choices is not None:
-        rows = [with_choices(row, index, config.choices, section) for index, row in enumerate(rows)]
-    pattern = _compile(config.answer_pattern, section)
-    problem_of = _reader(config.problem_template, config.problem_field, "problem", config, section)
-    answer_of = _reader(config.answer_template, config.answer_field, "answer", config, section)
-    problems = [_problem(problem_of(row, index), index, config, section) for index, row in enumerate(rows)]
-    answers = [_answer(answer_of(row, index), index, config, pattern, section) for index, row in enumerate(rows)]
-    texts = [render(problem, config, tokenizer) for problem in problems]
+    tasks = usable_tasks(read_rows(config, section), config, section)
+    texts = [render(task.problem, config, tokenizer) for task in tasks]
     token_ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return [
-        _prompt(index, text, ids, answer, config.max_prompt_tokens, tokenizer)
-        for index, (text, ids, answer) in enumerate(zip(texts, token_ids, answers))
+    prompts = [
+        Prompt(task.index, text, tuple(ids), task.answers[0], task.answers[1:])
+        for task, text, ids in zip(tasks, texts, token_ids, strict=True)
     ]
+    return within_limit(prompts, config, tokenizer, section)
 
 
-def render(problem: str, config: PromptSetConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+def render(problem: Problem, config: PromptSetConfig, tokenizer: PreTrainedTokenizerBase) -> str:
     """The chat prompt of a problem, up to and including the opening of the assistant's turn."""
-    system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt is not None else []
+    turns = [{"role": "user", "content": problem}] if isinstance(problem, str) else problem
+    if config.system_prompt is not None and turns[0]["role"] != "system":
+        turns = [{"role": "system", "content": config.system_prompt}, *turns]
     return tokenizer.apply_chat_template(
-        [*system, {"role": "user", "content": problem}],
-        tokenize=False,
-        add_generation_prompt=True,
-        enable_thinking=config.enable_thinking,
+        turns, tokenize=False, add_generation_prompt=True, enable_thinking=config.enable_thinking
     )
 
 
-def clean_answer(value: Any) -> str | None:
-    """A gold answer as text without surrounding blanks; None if there is none.
+def usable_tasks(rows: Sequence[Row], config: PromptSetConfig, section: str) -> list[Task]:
+    """Problem and answers of every row that has them.
 
-    Numbers lose an empty fraction (27.0 -> "27"). A list is its elements with commas between them: all of them are the
-    answer. Raises ValueError for anything that is neither text nor number.
+    Raises:
+        UserError: rows cannot be used, and are not to be dropped; or none can be used.
     """
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        parts = [clean_answer(part) for part in value]
-        return ", ".join(part for part in parts if part is not None) or None
-    if isinstance(value, bool) or not isinstance(value, str | int | float | None):
-        raise ValueError(f"is a {type(value).__name__}, and a text or a number is needed")
-    if isinstance(value, float):
-        return str(int(value)) if value.is_integer() else repr(value)
-    return str(value).strip() or None if value is not None else None
+    read = RowReader(config, section)
+    tasks, problems = [], []
+    for index, row in enumerate(rows):
+        try:
+            tasks.append(read(index, row))
+        except BadRowError as error:
+            problems.append(f"row {index}: {error}")
+    if problems and (config.on_bad_row == "error" or not tasks):
+        more = [f"and {len(problems) - BAD_ROWS_SHOWN} more"] if len(problems) > BAD_ROWS_SHOWN else []
+        shown = "\n  ".join([*problems[:BAD_ROWS_SHOWN], *more])
+        raise UserError(
+            f"{section}: {len(problems)} of {len(rows)} rows of {config.source} cannot be used. Correct them, or set "
+            f"{section}.on_bad_row=drop to leave them out.\n  {shown}"
+        )
+    if problems:
+        _say(f"{section}: {len(problems)} of {len(rows)} rows cannot be used and are left out; {problems[0]}")
+    return tasks
+
+
+def within_limit(
+    prompts: Sequence[Prompt], config: PromptSetConfig, tokenizer: PreTrainedTokenizerBase, section: str
+) -> list[Prompt]:
+    """The prompts, of which none is longer than `max_prompt_tokens`.
+
+    Raises:
+        UserError: some are, and `on_long_prompt` is `error`; or none is left.
+    """
+    limit = config.max_prompt_tokens
+    too_long = [prompt for prompt in prompts if len(prompt.token_ids) > limit]
+    if not too_long:
+        return list(prompts)
+    longest = max(len(prompt.token_ids) for prompt in too_long)
+    what = (
+        f"{section}: {len(too_long)} of {len(prompts)} prompts are longer than {section}.max_prompt_tokens = {limit} "
+        f"(the longest has {longest}, row {too_long[0].index} is the first)"
+    )
+    if config.on_long_prompt == "error" or (config.on_long_prompt == "drop" and len(too_long) == len(prompts)):
+        raise UserError(f"{what}. Raise the limit, or set {section}.on_long_prompt to drop or truncate")
+    if config.on_long_prompt == "drop":
+        _say(f"{what} and are left out")
+        return [prompt for prompt in prompts if len(prompt.token_ids) <= limit]
+    _say(f"{what} and lose their beginning")
+    return [_without_beginning(prompt, limit, tokenizer) for prompt in prompts]
+
+
+class RowReader:
+    """Reads problem and answers out of rows, as a configuration says."""
+
+    def __init__(self, config: PromptSetConfig, section: str) -> None:
+        """
+        Raises:
+            UserError: a pattern or a template is wrong.
+        """
+        self._config = config
+        self._section = section
+        self._pattern = _compile(config.answer_pattern, section)
+        self._problem_of = _reader(config.problem_template, config.problem_field, "problem", section)
+        self._answer_of = _reader(config.answer_template, config.answer_field, "answer", section)
+
+    def __call__(self, index: int, row: Row) -> Task:
+        """
+        Raises:
+            BadRowError: the row has no usable problem or answer.
+        """
+        if self._config.choices is not None:
+            row = with_choices(row, self._config.choices, self._section)
+        return Task(index, self._problem(row), self._answers(row))
+
+    def _problem(self, row: Row) -> Problem:
+        config = self._config
+        if config.messages_field is not None:
+            setting = f"{self._section}.messages_field"
+            messages = chat_messages(field_reader(config.messages_field, setting)(row), setting)
+            for turn in messages:
+                _require_characters(turn["content"], "its chat")
+            return messages
+        problem = self._problem_of(row)
+        if not isinstance(problem, str) or not problem.strip():
+            origin = "problem_template" if config.problem_template else f"its field `{config.problem_field}`"
+            raise BadRowError(f"it has no problem: {origin} holds {problem!r:.80}, and a text is needed")
+        _require_characters(problem, "its problem")
+        return problem
+
+    def _answers(self, row: Row) -> tuple[str, ...]:
+        value = self._answer_of(row)
+        several = self._config.answer_list == "any" and isinstance(value, Sequence) and not isinstance(value, str)
+        return tuple(map(self._answer, value)) if several and len(value) else (self._answer(value),)
+
+    def _answer(self, value: Any) -> str:
+        config = self._config
+        origin = "answer_template" if config.answer_template else f"its field `{config.answer_field}`"
+        try:
+            answer = clean_answer(value)
+        except ValueError as error:
+            raise BadRowError(f"it has no usable answer: {origin} {error}") from error
+        if answer is None:
+            raise BadRowError(f"it has no answer: {origin} holds {value!r:.80}")
+        _require_characters(answer, origin)
+        if config.answer_in_box:
+            box = last_boxed(answer)
+            if not box:
+                raise BadRowError(f"answer_in_box finds no box in {origin}, which ends in {answer[-80:]!r}")
+            answer = box
+        if self._pattern is None:
+            return answer
+        match = self._pattern.search(answer)
+        if match is None or not (match.group(1) or "").strip():
+            raise BadRowError(
+                f"answer_pattern {self._pattern.pattern!r} finds no answer in {origin}, which ends in {answer[-80:]!r}"
+            )
+        return match.group(1).strip()
 
 
 def _compile(pattern: str | None, section: str) -> re.Pattern[str] | None:
@@ -96,101 +214,28 @@ def _compile(pattern: str | None, section: str) -> re.Pattern[str] | None:
     return compiled
 
 
-def with_choices(row: Row, index: int, choices: ChoicesConfig, section: str = "data") -> Row:
-    """The row with `options`, shuffled by their own content, and `answer`, the letter of the right one.
-
-    Raises:
-        UserError: a field is missing, or two choices are the same.
-    """
-    fields = [choices.correct_field, *choices.incorrect_fields]
-    options = [str(_value(row, index, field, f"{section}.choices", "the set")).strip() for field in fields]
-    if len(set(options)) < len(options):
-        raise UserError(f"{section}.choices: row {index} holds the same choice twice: {options!r}")
-    right = options[0]
-    options.sort()
-    random.Random(json.dumps(options)).shuffle(options)
-    return {**row, "options": options, "answer": LETTERS[options.index(right)]}
-
-
-def _reader(template: str | None, field: str, what: str, config: PromptSetConfig, section: str) -> FieldReader:
-    """How the problem or the answer is read from a row: by the template if there is one, else from the field."""
+def _reader(template: str | None, field: str, what: str, section: str) -> FieldReader:
+    """By the template if there is one, else from the field."""
     if template is None:
-        return lambda row, index: _value(row, index, field, f"{section}.{what}_field", config.source)
-    environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=False)
-    environment.filters["lettered"] = _lettered
-    environment.policies["json.dumps_kwargs"] = {"sort_keys": True, "ensure_ascii": False}
-    setting = f"{section}.{what}_template"
+        return field_reader(field, f"{section}.{what}_field")
+    return template_reader(template, f"{section}.{what}_template")
+
+
+def _require_characters(text: str, origin: str) -> None:
     try:
-        compiled = environment.from_string(template)
-    except TemplateError as error:
-        raise UserError(f"{setting}: not a Jinja template: {error}") from error
-
-    def render_row(row: Row, index: int) -> str:
-        try:
-            return compiled.render(row)
-        except (TemplateError, TypeError) as error:
-            raise UserError(f"{setting}: row {index} of {config.source} does not fit: {error}") from error
-
-    return render_row
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRowError(f"{origin} holds half a character (a lone surrogate, {text[error.start]!r})") from error
 
 
-def _lettered(options: Sequence[Any]) -> str:
-    return "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
+def _without_beginning(prompt: Prompt, limit: int, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    if len(prompt.token_ids) <= limit:
+        return prompt
+    ids = prompt.token_ids[-limit:]
+    return Prompt(prompt.index, tokenizer.decode(ids), ids, prompt.answer, prompt.other_answers)
 
 
-def _problem(problem: Any, index: int, config: PromptSetConfig, section: str) -> str:
-    if not isinstance(problem, str) or not problem.strip():
-        origin = "problem_template" if config.problem_template else f"its field `{config.problem_field}`"
-        raise UserError(
-            f"{section}: row {index} of {config.source} has no problem: {origin} holds {problem!r}, and a text is "
-            "needed"
-        )
-    return problem
-
-
-def _answer(
-    value: Any, index: int, config: PromptSetConfig, pattern: re.Pattern[str] | None, section: str
-) -> str:
-    where = f"{section}: row {index} of {config.source}"
-    origin = "answer_template" if config.answer_template else f"its field `{config.answer_field}`"
-    try:
-        answer = clean_answer(value)
-    except ValueError as error:
-        raise UserError(f"{where} has no usable answer: {origin} {error}") from error
-    if answer is None:
-        raise UserError(
-            f"{where} has no answer: {origin} holds {value!r}. "
-            "Every row needs a gold answer; remove the row or fill the field."
-        )
-    if config.answer_in_box:
-        box = last_boxed(answer)
-        if not box:
-            raise UserError(f"{where}: answer_in_box finds no box in {origin}, which ends in {answer[-80:]!r}")
-        answer = box
-    if pattern is None:
-        return answer
-    match = pattern.search(answer)
-    if match is None or not (match.group(1) or "").strip():
-        raise UserError(
-            f"{where}: answer_pattern {pattern.pattern!r} finds no answer in {origin}, which ends "
-            f"in {answer[-80:]!r}"
-        )
-    return match.group(1).strip()
-
-
-def _value(row: Row, index: int, field: str, setting: str, source: str) -> Any:
-    if field not in row:
-        raise UserError(
-            f"{setting}: row {index} of {source} has no field `{field}`; its fields are "
-            f"{', '.join(f'`{name}`' for name in row) or 'none'}"
-        )
-    return row[field]
-
-
-def _prompt(
-    index: int, text: str, ids: list[int], answer: str, max_tokens: int, tokenizer: PreTrainedTokenizerBase
-) -> Prompt:
-    if len(ids) > max_tokens:
-        ids = ids[-max_tokens:]
-        text = tokenizer.decode(ids)
-    return Prompt(index=index, text=text, token_ids=tuple(ids), answer=answer)
+def _say(text: str) -> None:
+    """Once for all ranks, which read the set before they know each other."""
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning(text)

@@ -14,7 +14,9 @@ from megatron_dsrl.hub import asking_hub
 
 Row = dict[str, Any]
 
-LOCAL_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+LOCAL_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+SAVED_FILES = ("dataset_dict.json", "state.json")
+"""What `datasets`' save_to_disk writes for several splits, and for one."""
 
 
 def read_rows(config: PromptSetConfig, section: str) -> list[Row]:
@@ -22,11 +24,15 @@ def read_rows(config: PromptSetConfig, section: str) -> list[Row]:
 
     Raises UserError when the source is missing, unreadable or empty, or holds something else than rows.
     """
-    files = local_files(config.source)
+    files, folder = local_files(config.source), _path(config.source)
     if files is not None:
         if not files or not files[0].is_file():
             raise UserError(f"{section}.source: there is no file {config.source}; make it first, or correct the path")
         rows = (row for file in files for row in _read_local(file, config.rows_field, section))
+    elif folder.is_file():
+        raise UserError(f"{section}.source: {config.source} is none of the known kinds: {', '.join(LOCAL_SUFFIXES)}")
+    elif any((folder / name).is_file() for name in SAVED_FILES):
+        rows = _read_saved(folder, config.split, section)
     else:
         rows = _read_hub(config, section)
     taken = list(islice(rows, config.limit))
@@ -36,29 +42,36 @@ def read_rows(config: PromptSetConfig, section: str) -> list[Row]:
 
 
 def local_files(source: str) -> list[Path] | None:
-    """The files that a source names, whether they exist or not; None for a data set of the hub."""
-    path = Path(source).expanduser()
+    """The files that a source names, whether they exist or not; None for a data set in a folder or on the hub."""
+    path = _path(source)
     if _kind(path) not in LOCAL_SUFFIXES:
         return None
     return sorted(path.parent.glob(path.name)) if "*" in path.name else [path]
 
 
+def _path(source: str) -> Path:
+    return Path(source.removeprefix("file://")).expanduser()
+
+
 def _kind(path: Path) -> str:
-    """The file's suffix, a compressed one's without `.gz`."""
-    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    """The file's suffix in small letters, a compressed one's without `.gz`."""
+    return (Path(path.stem).suffix if path.suffix.lower() == ".gz" else path.suffix).lower()
 
 
 def _open(path: Path) -> TextIO:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8", newline="")
-    return path.open(encoding="utf-8", newline="")
+    encoding = "utf-8-sig"  # UTF-8, with or without the mark that Excel writes first
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rt", encoding=encoding, newline="")
+    return path.open(encoding=encoding, newline="")
 
 
 def _read_local(path: Path, rows_field: str | None, section: str) -> Iterator[Row]:
     readers = {
         ".jsonl": _json_lines,
+        ".ndjson": _json_lines,
         ".json": lambda file: _json_list(file, rows_field),
         ".csv": _csv,
+        ".tsv": lambda file: _csv(file, delimiter="\t"),
         ".parquet": _parquet,
     }
     try:
@@ -82,8 +95,14 @@ def _json_lines(path: Path) -> Iterator[Any]:
 
 
 def _json_list(path: Path, rows_field: str | None) -> Iterator[Any]:
-    with _open(path) as file:
-        rows = json.load(file)
+    try:
+        with _open(path) as file:
+            rows = json.load(file)
+    except json.JSONDecodeError as error:
+        if rows_field is None and error.msg == "Extra data":  # JSON lines under another name
+            yield from _json_lines(path)
+            return
+        raise
     if rows_field is not None:
         if not isinstance(rows, dict) or rows_field not in rows:
             raise ValueError(f"the file holds no object with the field `{rows_field}` (rows_field)")
@@ -93,9 +112,9 @@ def _json_list(path: Path, rows_field: str | None) -> Iterator[Any]:
     yield from rows
 
 
-def _csv(path: Path) -> Iterator[Any]:
+def _csv(path: Path, delimiter: str = ",") -> Iterator[Any]:
     with _open(path) as file:
-        yield from csv.DictReader(file)
+        yield from csv.DictReader(file, delimiter=delimiter)
 
 
 def _parquet(path: Path) -> Iterator[Any]:
@@ -104,6 +123,20 @@ def _parquet(path: Path) -> Iterator[Any]:
     with pyarrow.parquet.ParquetFile(path) as file:
         for batch in file.iter_batches():
             yield from batch.to_pylist()
+
+
+def _read_saved(folder: Path, split: str, section: str) -> Iterator[Row]:
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{section}.source: cannot read {folder}: {error}") from error
+    if isinstance(saved, datasets.DatasetDict):
+        if split not in saved:
+            raise UserError(f"{section}.split: {folder} has no split {split!r}; its splits are {', '.join(saved)}")
+        saved = saved[split]
+    yield from saved
 
 
 def _read_hub(config: PromptSetConfig, section: str) -> Iterator[Row]:

@@ -45,22 +45,27 @@ class ProblemResult:
     samples: tuple[SampleResult, ...]
     first: int = 0
     """Number of the first of these samples among all of the problem."""
+    other_answers: tuple[str, ...] = ()
+    """Further gold answers, each of which is accepted as well."""
 
     @classmethod
     def of_group(cls, group: Group) -> "ProblemResult":
         """What is kept of a group."""
         samples = tuple(map(SampleResult.of_sample, group.samples))
-        return cls(group.prompt.index, group.prompt.text, group.prompt.answer, samples)
+        prompt = group.prompt
+        return cls(prompt.index, prompt.text, prompt.answer, samples, other_answers=prompt.other_answers)
 
     @classmethod
     def of_sample(cls, prompt: Prompt, number: int, sample: Sample) -> "ProblemResult":
         """What is kept of a problem's sample of this number."""
-        return cls(prompt.index, prompt.text, prompt.answer, (SampleResult.of_sample(sample),), number)
+        samples = (SampleResult.of_sample(sample),)
+        return cls(prompt.index, prompt.text, prompt.answer, samples, number, prompt.other_answers)
 
     @classmethod
     def of_record(cls, record: dict[str, Any]) -> "ProblemResult":
         """The inverse of `as_record`. Raises KeyError or TypeError for anything else."""
-        return cls(**{**record, "samples": tuple(SampleResult(**sample) for sample in record["samples"])})
+        samples = tuple(SampleResult(**sample) for sample in record["samples"])
+        return cls(**{**record, "samples": samples, "other_answers": tuple(record.get("other_answers", ()))})
 
     @property
     def numbers(self) -> range:

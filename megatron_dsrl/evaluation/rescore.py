@@ -54,7 +54,10 @@ def rescore(evaluation: Path, target: Path, reward: RewardConfig) -> Mapping[str
 
 def judged_again(problems: Iterable[ProblemResult], pool: RewardPool) -> Iterable[ProblemResult]:
     """The problems with the pool's verdicts on their samples."""
-    waiting = [(each, [pool.submit(sample.text, each.answer) for sample in each.samples]) for each in problems]
+    waiting = [
+        (problem, [pool.submit(sample.text, problem.answer, problem.other_answers) for sample in problem.samples])
+        for problem in problems
+    ]
     for problem, futures in waiting:
         judgements = [future.result() for future in futures]
         samples = [

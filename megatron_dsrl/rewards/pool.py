@@ -14,11 +14,11 @@ import os
 import resource
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from types import TracebackType
@@ -67,8 +67,13 @@ class RewardPool:
         self._last_problem = ""
         self._pool = self._new_pool()
 
-    def submit(self, response: str, answer: str) -> "Future[Judgement]":
+    def submit(self, response: str, answer: str, other_answers: Sequence[str] = ()) -> "Future[Judgement]":
         """Judge one response; returns at once. The future never raises.
+
+        Args:
+            response: The model's text.
+            answer: The gold answer.
+            other_answers: Further gold answers; the best of the rewards counts.
 
         Raises:
             UserError: The verifier has failed on `reward.max_consecutive_errors` responses in a row.
@@ -80,18 +85,19 @@ class RewardPool:
                 f"time with: {self._last_problem}. Fix it, or raise reward.max_consecutive_errors (null: no limit)"
             )
         judgement: Future[Judgement] = Future()
+        answers = (answer, *other_answers)
 
         def judge_again(first: "Future[Score]") -> None:
             if _may_be_innocent(first):
                 logger.warning("reward %s: its worker was lost; it is called once more", self._config.function)
-                self._schedule(response, answer, settle)
+                self._schedule(response, answers, settle)
             else:
                 settle(first)
 
         def settle(task: "Future[Score]") -> None:
             judgement.set_result(self._judgement(task, response))
 
-        self._schedule(response, answer, judge_again)
+        self._schedule(response, answers, judge_again)
         return judgement
 
     def close(self) -> None:
@@ -120,9 +126,9 @@ class RewardPool:
             context=context,
         )
 
-    def _schedule(self, response: str, answer: str, done: Callable[["Future[Score]"], None]) -> None:
+    def _schedule(self, response: str, answers: tuple[str, ...], done: Callable[["Future[Score]"], None]) -> None:
         options = tuple(sorted(self._config.options.items()))
-        arguments = (self._config.function, options, response, answer)
+        arguments = (self._config.function, options, response, answers)
         with self._lock:
             try:
                 task = self._pool.schedule(_call, args=arguments, timeout=self._config.timeout_seconds)
@@ -210,5 +216,8 @@ def _worker_function(name: str) -> RewardFunction:
     return reward_function(name)
 
 
-def _call(name: str, options: tuple[tuple[str, Any], ...], response: str, answer: str) -> Score:
-    return score_of(lambda: _worker_function(name)(response, answer, **dict(options)))
+def _call(name: str, options: tuple[tuple[str, Any], ...], response: str, answers: tuple[str, ...]) -> Score:
+    """The best score over the answers; a problem only if there is one with each of them."""
+    function = _worker_function(name)
+    scores = [score_of(partial(function, response, answer, **dict(options))) for answer in answers]
+    return max(scores, key=lambda score: (score.problem is None, score.reward))

@@ -17,7 +17,7 @@ import orjson
 
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.errors import UserError
-from megatron_dsrl.rollout.recording import group_of_record
+from megatron_dsrl.rollout.recording import group_of_record, prompt_of_record
 from megatron_dsrl.rollout.sample import Group
 from megatron_dsrl.rollout.unfinished import PartialResponse, UnfinishedGroup
 
@@ -121,9 +121,8 @@ def _oldest_version(group: Group) -> int:
 
 
 def _unfinished_group(record: dict[str, Any]) -> UnfinishedGroup:
-    prompt = record["prompt"]
     return UnfinishedGroup(
-        prompt=Prompt(**prompt | {"token_ids": tuple(prompt["token_ids"])}),
+        prompt=prompt_of_record(record["prompt"]),
         responses=tuple(
             PartialResponse(
                 seed=response["seed"],

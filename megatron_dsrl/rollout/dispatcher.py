@@ -221,7 +221,8 @@ class Dispatcher:
 
     async def _judge(self, group: UnfinishedGroup) -> Group:
         texts = [self._decode(response.response_ids) for response in group.responses]
-        judgements = [self._rewards.submit(text, group.prompt.answer) for text in texts]
+        prompt = group.prompt
+        judgements = [self._rewards.submit(text, prompt.answer, prompt.other_answers) for text in texts]
         samples = []
         for response, text, judgement in zip(group.responses, texts, judgements, strict=True):
             try:

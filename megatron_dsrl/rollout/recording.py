@@ -137,9 +137,14 @@ def _read(file: Path) -> list[tuple[Group, bool]]:
 def group_of_record(record: dict[str, Any]) -> Group:
     """A group from its fields, as JSON gives them back."""
     return Group(
-        prompt=Prompt(**_with_tuples(record["prompt"], "token_ids")),
+        prompt=prompt_of_record(record["prompt"]),
         samples=tuple(_sample(sample) for sample in record["samples"]),
     )
+
+
+def prompt_of_record(record: dict[str, Any]) -> Prompt:
+    """A prompt from its fields, as JSON gives them back."""
+    return Prompt(**_with_tuples(record, "token_ids", "other_answers"))
 
 
 def _sample(record: dict[str, Any]) -> Sample:

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from megatron_dsrl.config.data import ChoicesConfig, PromptSetConfig
-from megatron_dsrl.data.prompts import clean_answer, load_prompts
+from megatron_dsrl.data.fields import clean_answer
+from megatron_dsrl.data.prompts import load_prompts
 from megatron_dsrl.errors import UserError
 
 ROWS = [{"problem": "1+2=?", "answer": 3}, {"problem": "9-4=?", "answer": " 5 "}]
@@ -127,7 +128,7 @@ def test_choices_are_shuffled_by_their_content_alone(tmp_path, tokenizer):
 
 def test_the_same_choice_twice_is_refused(tmp_path, tokenizer):
     choices = ChoicesConfig(correct_field="a", incorrect_fields=["b"])
-    with pytest.raises(UserError, match="row 0 holds the same choice twice"):
+    with pytest.raises(UserError, match="row 0: data.choices: the same choice stands twice"):
         load(tmp_path, tokenizer, [{"problem": "?", "a": "1", "b": "1"}], choices=choices)
 
 
@@ -147,16 +148,24 @@ def test_compressed_csv_nested_and_several_files(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("row", "fields", "message"),
     [
-        ({"question": "?", "answer": 1}, {}, r"data\.problem_field: row 1 of .* no field `problem`.*`question`, `ans"),
-        ({"problem": "?", "gold": 1}, {}, r"data\.answer_field: row 1 of .* no field `answer`.*`problem`, `gold`"),
-        ({"problem": "?", "answer": None}, {}, r"row 1 of .* has no answer: its field `answer` holds None"),
-        ({"problem": " ", "answer": 1}, {}, r"row 1 of .* has no problem: its field `problem` holds ' '"),
-        ({"problem": "?", "answer": [{"a": 1}]}, {}, r"row 1 .* field `answer` is a dict"),
+        ({"question": "?", "answer": 1}, {}, r"row 1: data\.problem_field: there is no field `problem`; .*`quest"),
+        ({"problem": "?", "gold": 1}, {}, r"row 1: data\.answer_field: there is no field `answer`; .*, `gold`"),
+        ({"problem": "?", "answer": None}, {}, r"row 1: it has no answer: its field `answer` holds None"),
+        ({"problem": " ", "answer": 1}, {}, r"row 1: it has no problem: its field `problem` holds ' '"),
+        ({"problem": "?", "answer": [{"a": 1}]}, {}, r"row 1: .* field `answer` is a dict"),
+        ({"problem": "?", "answer": float("nan")}, {}, r"row 1: .* field `answer` is nan, and a text or a number"),
+        ({"problem": "?", "answer": [float("-inf")]}, {}, r"row 1: .* field `answer` is -inf"),
+        ({"problem": "half \ud83d", "answer": 1}, {}, r"row 1: its problem holds half a character .*ud83d"),
+        ({"problem": "?", "answer": "\udc00"}, {}, r"row 1: its field `answer` holds half a character"),
         ({"problem": "?", "answer": r"so \boxed{4"}, {"answer_in_box": True}, r"answer_in_box finds no box"),
-        ({"problem": "?", "answer": "4"}, {"problem_template": "{{ question }}"}, r"problem_template: row 0 .*quest"),
+        (
+            {"problem": "?", "answer": "4"},
+            {"problem_template": "{{ question }}"},
+            r"2 of 2 rows .*\n  row 0: data.problem_template does not fit: .quest",
+        ),
         ({"problem": "?", "answer": "4"}, {"answer_template": "{{ answer"}, r"answer_template: not a Jinja template"),
-        ({"problem": "?", "answer": {"a": 1}}, {}, r"row 1 .* field `answer` is a dict"),
-        ({"problem": "?", "answer": "4"}, {"answer_pattern": "(3|5)"}, r"row 1 of .* answer_pattern '\(3\|5\)' finds"),
+        ({"problem": "?", "answer": {"a": 1}}, {}, r"row 1: .* field `answer` is a dict"),
+        ({"problem": "?", "answer": "4"}, {"answer_pattern": "(3|5)"}, r"row 1: answer_pattern '\(3\|5\)' finds"),
         ({"problem": "?", "answer": "4"}, {"answer_pattern": "(4"}, r"answer_pattern: '\(4' is not a regular exp"),
         ({"problem": "?", "answer": "4"}, {"answer_pattern": "4"}, r"answer_pattern: '4' has no group"),
     ],
@@ -164,6 +173,120 @@ def test_compressed_csv_nested_and_several_files(tmp_path, tokenizer):
 def test_bad_row_is_named(tmp_path, tokenizer, row, fields, message):
     with pytest.raises(UserError, match=message):
         load(tmp_path, tokenizer, [{"problem": "1+2=?", "answer": 3}, row], **fields)
+
+
+def test_bad_rows_are_counted_and_the_first_ones_named(tmp_path, tokenizer, caplog):
+    rows = [*ROWS, *({"problem": "?", "answer": None} for _ in range(7))]
+    with pytest.raises(UserError, match=r"(?s)7 of 9 rows of .*on_bad_row=drop.*row 2: .*row 6: .*and 2 more"):
+        load(tmp_path, tokenizer, rows)
+    prompts = load(tmp_path, tokenizer, rows, on_bad_row="drop")
+    assert [prompt.index for prompt in prompts] == [0, 1]
+    assert "data: 7 of 9 rows cannot be used and are left out; row 2: it has no answer" in caplog.text
+    with pytest.raises(UserError, match="1 of 1 rows"):
+        load(tmp_path, tokenizer, rows[2:3], on_bad_row="drop")
+
+
+def test_prompts_that_are_too_long_are_counted_and_the_configuration_says_what_to_do(tmp_path, tokenizer, caplog):
+    rows = [*ROWS, {"problem": "1" * 100, "answer": 1}]
+    found = r"1 of 3 prompts are longer than data.max_prompt_tokens = 50 \(the longest has 1\d\d, row 2 is the first"
+    with pytest.raises(UserError, match=found):
+        load(tmp_path, tokenizer, rows, max_prompt_tokens=50, on_long_prompt="error")
+    dropped = load(tmp_path, tokenizer, rows, max_prompt_tokens=50, on_long_prompt="drop")
+    assert [prompt.index for prompt in dropped] == [0, 1]
+    cut = load(tmp_path, tokenizer, rows, max_prompt_tokens=50)
+    assert [len(prompt.token_ids) == 50 for prompt in cut] == [False, False, True]
+    assert "and are left out" in caplog.text and "and lose their beginning" in caplog.text
+
+
+class TestFromElsewhere:
+    """Rows as other stacks keep them, without rewriting a file."""
+
+    VERL = {
+        "data_source": "math",
+        "prompt": [{"role": "system", "content": "Think."}, {"role": "user", "content": "1+2=?"}],
+        "reward_model": {"style": "rule", "ground_truth": "3"},
+    }
+
+    def test_a_chat_with_its_own_system_turn(self, tmp_path, tokenizer):
+        fields = {"messages_field": "prompt", "answer_field": "reward_model.ground_truth"}
+        source = write(tmp_path / "rows.jsonl", [self.VERL])
+        [prompt] = load_prompts(PromptSetConfig(source=source, **fields), tokenizer)
+        assert prompt.text.startswith("<|im_start|>system\nThink.<|im_end|>\n<|im_start|>user\n1+2=?<|im_end|>")
+        assert prompt.text.count("system") == 1 and prompt.answer == "3"
+
+    def test_several_turns_with_the_configurations_system_turn(self, tmp_path, tokenizer):
+        turns = [("user", "1+2=?"), ("assistant", "3"), ("user", "and 4 more?")]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        source = write(tmp_path / "rows.jsonl", [{"messages": messages, "answer": 7}])
+        settings = PromptSetConfig(source=source, system_prompt="Add.", messages_field="messages")
+        [prompt] = load_prompts(settings, tokenizer)
+        order = [prompt.text.index(part) for part in ("Add.", "1+2=?", "3<|im_end|>", "and 4 more?")]
+        assert order == sorted(order)
+
+    def test_objects_in_json_texts(self, tmp_path, tokenizer):
+        row = {"prompt": json.dumps(self.VERL["prompt"]), "reward_model": json.dumps(self.VERL["reward_model"])}
+        fields = {"problem_field": "prompt.-1.content", "answer_field": "reward_model.ground_truth"}
+        [prompt] = load(tmp_path, tokenizer, [row], **fields)
+        assert "user\n1+2=?<|im_end|>" in prompt.text and prompt.answer == "3"
+
+    def test_a_field_with_a_dot_in_its_name_comes_before_a_path(self, tmp_path, tokenizer):
+        [prompt] = load(tmp_path, tokenizer, [{"problem": "?", "a.b": 1, "a": {"b": 2}}], answer_field="a.b")
+        assert prompt.answer == "1"
+
+    def test_a_list_of_accepted_answers(self, tmp_path, tokenizer):
+        row = {"problem": "?", "answer": ["0.5", "1/2", 2.0]}
+        [together] = load(tmp_path, tokenizer, [row])
+        [each] = load(tmp_path, tokenizer, [row], answer_list="any")
+        assert (together.answer, together.other_answers) == ("0.5, 1/2, 2", ())
+        assert (each.answer, each.other_answers) == ("0.5", ("1/2", "2"))
+
+    @pytest.mark.parametrize(
+        ("messages", "message"),
+        [
+            ("hello", "a list of chat turns is needed, not a str"),
+            ([], "a list of chat turns is needed, not a list"),
+            ([{"role": "human", "content": "?"}], "turn 0 needs a role"),
+            ([{"role": "user", "content": None}], "turn 0 needs a role"),
+            (
+                [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}],
+                "the last turn is the assistant's",
+            ),
+        ],
+    )
+    def test_a_chat_that_is_none(self, tmp_path, tokenizer, messages, message):
+        with pytest.raises(UserError, match=message):
+            load(tmp_path, tokenizer, [{"chat": messages, "answer": 1}], messages_field="chat")
+
+    def test_marks_suffixes_and_lines_of_other_programs(self, tmp_path, tokenizer):
+        lines = "".join(json.dumps(row) + "\n" for row in ROWS)
+        files = {
+            "excel.csv": "\ufeffproblem,answer\n1+2=?,3\n9-4=?,5\n",
+            "tabs.tsv": "problem\tanswer\n1+2=?\t3\n9-4=?\t5\n",
+            "mark.jsonl": "\ufeff" + lines,
+            "lines.json": lines,
+            "lines.ndjson": lines,
+            "LINES.JSONL": lines,
+        }
+        for name, content in files.items():
+            (tmp_path / name).write_text(content, encoding="utf-8")
+            prompts = load_prompts(config(f"file://{tmp_path / name}"), tokenizer)
+            assert [prompt.answer for prompt in prompts] == ["3", "5"], name
+
+    def test_folders_of_save_to_disk(self, tmp_path, tokenizer):
+        import datasets
+
+        rows = datasets.Dataset.from_list([{"problem": "1+2=?", "answer": "3"}])
+        rows.save_to_disk(str(tmp_path / "one"))
+        datasets.DatasetDict({"train": rows}).save_to_disk(str(tmp_path / "splits"))
+        for folder in ("one", "splits"):
+            assert [prompt.answer for prompt in load_prompts(config(tmp_path / folder), tokenizer)] == ["3"]
+        with pytest.raises(UserError, match="data.split: .* has no split 'test'; its splits are train"):
+            load_prompts(config(tmp_path / "splits", split="test"), tokenizer)
+
+    def test_a_file_of_an_unknown_kind(self, tmp_path, tokenizer):
+        (tmp_path / "rows.txt").write_text("?")
+        with pytest.raises(UserError, match="rows.txt is none of the known kinds: .jsonl, "):
+            load_prompts(config(tmp_path / "rows.txt"), tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +311,7 @@ def test_bad_source_is_named(tmp_path, tokenizer, name, content, message):
 
 def test_source_that_is_neither_file_nor_hub_name(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match="neither a .jsonl, .json, .csv, .parquet file nor a data set"):
+    with pytest.raises(UserError, match="neither a .jsonl, .ndjson, .json, .csv, .tsv, .parquet file nor a data set"):
         load_prompts(config(tmp_path / "no-such-folder"), tokenizer)
 
 

@@ -47,6 +47,12 @@ def test_a_misbehaving_verifier_scores_zero_and_is_counted_and_logged(caplog):
     assert "KeyError" in caplog.text and "died" in caplog.text
 
 
+def test_any_of_several_answers_is_accepted():
+    with RewardPool(RewardConfig(function="boxed", workers=1)) as pool:
+        assert pool.submit(r"\boxed{1/2}", "0.7", ["0.5", "3"]).result(timeout=30) == Judgement(1.0, "ok")
+        assert pool.submit(r"\boxed{1/2}", "0.7", ["3"]).result(timeout=30) == Judgement(0.0, "ok")
+
+
 def test_the_response_of_a_killed_worker_is_judged_again(tmp_path):
     with RewardPool(RewardConfig(function=f"{FUNCTIONS}:killed_once", workers=2)) as pool:
         assert pool.submit("fine", str(tmp_path / "killed")).result(timeout=60) == Judgement(1.0, "ok")

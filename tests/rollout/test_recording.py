@@ -12,7 +12,7 @@ from megatron_dsrl.rollout.recording import RolloutRecorder, read_batch, read_gr
 from megatron_dsrl.rollout.replay import replayed_groups
 from megatron_dsrl.rollout.sample import Group, Sample
 
-PROMPTS = [Prompt(index, f"what is\u2028 {index}?\n", (1, 2, index), str(index)) for index in range(3)]
+PROMPTS = [Prompt(index, f"what is\u2028 {index}?\n", (1, 2, index), str(index), ("other",)) for index in range(3)]
 
 
 def config(prompts: int = 3, samples: int = 2, **settings: object) -> RolloutConfig:

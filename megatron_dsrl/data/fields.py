@@ -1,0 +1,155 @@
+"""From a row of a prompt set to the value that the configuration asks for: a field, a path of fields, a template."""
+
+import json
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jinja2 import StrictUndefined, TemplateError
+from jinja2.sandbox import SandboxedEnvironment
+
+from megatron_dsrl.config.data import ChoicesConfig
+from megatron_dsrl.errors import UserError
+
+Row = Mapping[str, Any]
+FieldReader = Callable[[Row], Any]
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+ROLES = ("system", "user", "assistant", "tool")
+
+
+class BadRowError(ValueError):
+    """A row cannot be used; the message says why and names the setting."""
+
+
+def field_reader(field: str, setting: str) -> FieldReader:
+    """Reads a field, or what a dotted path reaches in it. A text on the way is read as JSON.
+
+    Args:
+        field: a row's field, or a path such as `reward_model.ground_truth` or `prompt.0.content`.
+        setting: what the configuration calls it, for messages.
+
+    Raises:
+        BadRowError: (the reader) the row has no such field.
+    """
+
+    def read(row: Row) -> Any:
+        if field in row:
+            return row[field]
+        value: Any = row
+        for part in field.split("."):
+            value = _step(value, part)
+            if value is _MISSING:
+                fields = ", ".join(f"`{name}`" for name in row) or "none"
+                raise BadRowError(f"{setting}: there is no field `{field}`; the fields are {fields}")
+        return value
+
+    return read
+
+
+def template_reader(template: str, setting: str) -> FieldReader:
+    """Renders a Jinja template over the row's fields. The filter `lettered` writes a list as lines `A. ...`, `B. ...`.
+
+    Raises:
+        UserError: it is not a template.
+        BadRowError: (the reader) the row does not fit it.
+    """
+    environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=False)
+    environment.filters["lettered"] = _lettered
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": True, "ensure_ascii": False}
+    try:
+        compiled = environment.from_string(template)
+    except TemplateError as error:
+        raise UserError(f"{setting}: not a Jinja template: {error}") from error
+
+    def read(row: Row) -> str:
+        try:
+            return compiled.render(row)
+        except (TemplateError, TypeError) as error:
+            raise BadRowError(f"{setting} does not fit: {error}") from error
+
+    return read
+
+
+def with_choices(row: Row, choices: ChoicesConfig, section: str = "data") -> Row:
+    """The row with `options`, shuffled by their own content, and `answer`, the letter of the right one.
+
+    Raises:
+        BadRowError: a field is missing, or two choices are the same.
+    """
+    setting = f"{section}.choices"
+    fields = [choices.correct_field, *choices.incorrect_fields]
+    options = [str(field_reader(field, setting)(row)).strip() for field in fields]
+    if len(set(options)) < len(options):
+        raise BadRowError(f"{setting}: the same choice stands twice: {options!r}")
+    right = options[0]
+    options.sort()
+    random.Random(json.dumps(options)).shuffle(options)
+    return {**row, "options": options, "answer": LETTERS[options.index(right)]}
+
+
+def chat_messages(value: Any, setting: str) -> list[dict[str, str]]:
+    """A chat as the template takes it.
+
+    Raises:
+        BadRowError: it is not a list of turns with role and content, or the last one is not the user's.
+    """
+    value = _parsed(value)
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        raise BadRowError(f"{setting}: a list of chat turns is needed, not a {type(value).__name__}")
+    turns = []
+    for number, turn in enumerate(value):
+        if not isinstance(turn, Mapping) or turn.get("role") not in ROLES or not isinstance(turn.get("content"), str):
+            raise BadRowError(
+                f"{setting}: turn {number} needs a role ({', '.join(ROLES)}) and a text as content, and is {turn!r:.80}"
+            )
+        turns.append({"role": turn["role"], "content": turn["content"]})
+    if turns[-1]["role"] != "user":
+        raise BadRowError(f"{setting}: the last turn is the {turns[-1]['role']}'s, and the user's is needed")
+    return turns
+
+
+def clean_answer(value: Any) -> str | None:
+    """A gold answer as text without surrounding blanks; None if there is none.
+
+    Numbers lose an empty fraction (27.0 -> "27"). A list is its elements with commas between them: all of them are the
+    answer. Raises ValueError for anything that is neither text nor number.
+    """
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        parts = [clean_answer(part) for part in value]
+        return ", ".join(part for part in parts if part is not None) or None
+    if isinstance(value, bool) or not isinstance(value, str | int | float | None):
+        raise ValueError(f"is a {type(value).__name__}, and a text or a number is needed")
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"is {value}, and a text or a number is needed")
+        return str(int(value)) if value.is_integer() else repr(value)
+    return str(value).strip() or None if value is not None else None
+
+
+_MISSING = object()
+
+
+def _step(value: Any, part: str) -> Any:
+    """One part of a dotted path."""
+    value = _parsed(value)
+    if isinstance(value, Mapping):
+        return value.get(part, _MISSING)
+    if isinstance(value, Sequence) and not isinstance(value, str) and part.lstrip("-").isdecimal():
+        return value[int(part)] if -len(value) <= int(part) < len(value) else _MISSING
+    return _MISSING
+
+
+def _parsed(value: Any) -> Any:
+    """Objects and lists that a data set keeps as JSON texts."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("{", "[")):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def _lettered(options: Sequence[Any]) -> str:
+    return "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
