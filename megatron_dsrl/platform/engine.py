@@ -84,6 +84,14 @@ def prepare_engine_process() -> None:
         absent_packages.install()
 
 
+def prepare_engine_launch() -> None:
+    """Run in an engine's server process before it launches the others."""
+    if not torch.cuda.is_available():
+        from megatron_dsrl.platform.sglang_cpu import forked_processes
+
+        forked_processes.register()
+
+
 def run_scheduler_process(*args: Any, **kwargs: Any) -> Any:
     """SGLang's scheduler process, with this platform's attention backend, sampler and host memory."""
     from sglang.srt.managers.scheduler import run_scheduler_process as sglang_scheduler_process

@@ -32,7 +32,12 @@ def tie_to_parent() -> None:
 if __name__ in ("__main__", "__mp_main__"):
     tie_to_parent()
 
-from megatron_dsrl.platform.engine import prepare_engine_process, run_scheduler_process, skip_warmup  # noqa: E402
+from megatron_dsrl.platform.engine import (  # noqa: E402
+    prepare_engine_launch,
+    prepare_engine_process,
+    run_scheduler_process,
+    skip_warmup,
+)
 
 prepare_engine_process()
 
@@ -47,6 +52,7 @@ def main() -> None:
     arguments = json.loads(sys.argv[1])[1]
     if API_KEY_VARIABLE in os.environ:  # not an argument of this program, which every user of the machine can read
         arguments = {"api_key": os.environ[API_KEY_VARIABLE]} | arguments
+    prepare_engine_launch()
     try:
         launch_server(
             ServerArgs(**arguments),
