@@ -1,11 +1,8 @@
 """`dsrl eval` with a real engine: refused while another one runs, killed, continued, finished."""
 
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections import Counter
 
@@ -17,7 +14,7 @@ from megatron_dsrl.errors import UserError
 from megatron_dsrl.evaluate import EvaluationRequest, evaluate
 from megatron_dsrl.evaluation.sample_file import read_sample_file
 from megatron_dsrl.provenance.records import read_starts
-from tests.support.tiny_run import MARK, REPOSITORY, dsrl, processes_left_behind, write_tiny_run
+from tests.support.tiny_run import dsrl, processes_left_behind, start_dsrl, write_tiny_run
 
 BENCHMARK = """
 title: Sums
@@ -55,11 +52,7 @@ def test_an_evaluation_of_a_megatron_checkpoint_is_killed_continued_and_reported
         overrides=ENGINE,
     )
 
-    process = subprocess.Popen(
-        [sys.executable, "-m", "megatron_dsrl.cli", *command],
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1", MARK: str(os.getpid())},
-    )
+    process = start_dsrl(*command)
     deadline = time.monotonic() + LIMIT_SECONDS
     while len(finished_samples(file)) < 3 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -73,7 +66,6 @@ def test_an_evaluation_of_a_megatron_checkpoint_is_killed_continued_and_reported
     assert 3 <= len(before) < 320
     samples_before = Counter(json.loads(line)["index"] for line in before)
     assert min(samples_before.values()) < 8  # what there is of a problem is kept
-    time.sleep(1)
     assert processes_left_behind() == []
 
     continued = dsrl(*command, timeout_seconds=LIMIT_SECONDS)

@@ -192,11 +192,11 @@ def test_kill_9_during_a_save_in_the_background_leaves_the_checkpoint_before_it(
     try:
         deadline = time.monotonic() + 60
         while not (tmp_path / ".partial_step_000002" / "megatron" / "__0_0.distcp").exists():
-            assert process.is_alive() and time.monotonic() < deadline
+            assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
     finally:
         process.kill()
-        process.join()
+        process.wait()
     assert names(tmp_path) == [".partial_step_000002", "step_000001"]
     resumed = Store(tmp_path)
     assert resumed.newest().state == state(1) and resumed.reports == []

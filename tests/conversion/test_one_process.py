@@ -2,11 +2,8 @@
 
 import glob
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,8 +22,9 @@ from megatron_dsrl.provenance.records import read_starts
 from megatron_dsrl.weights.megatron_checkpoint import MegatronCheckpoint
 from tests.support.disk import files_of_at_most
 from tests.support.families import FAMILIES
+from tests.support.forked import ForkedProcess
 from tests.support.tiny_model import make_tiny_qwen3
-from tests.support.tiny_run import MARK, processes_left_behind
+from tests.support.tiny_run import processes_left_behind, start_dsrl
 
 QUERY = "model.layers.1.self_attn.q_proj.weight"
 VOCAB_SIZE = 101
@@ -253,12 +251,10 @@ def files_being_written(target: Path) -> set[str]:
 
 
 @contextmanager
-def conversion_that_writes(source: Path, target: Path) -> Iterator[subprocess.Popen]:
+def conversion_that_writes(source: Path, target: Path) -> Iterator[ForkedProcess]:
     """`dsrl convert` in a process of its own, as soon as it has written the beginning of a file."""
-    command = [sys.executable, "-m", "megatron_dsrl.cli", "convert", "hf-to-megatron", str(source), str(target)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), MARK: str(os.getpid())}
     before = files_being_written(target)
-    process = subprocess.Popen(command, env=environment)
+    process = start_dsrl("convert", "hf-to-megatron", str(source), str(target))
     try:
         deadline = time.monotonic() + 100
         while files_being_written(target) <= before:

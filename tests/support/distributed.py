@@ -1,18 +1,17 @@
 """Run a function in several real processes that form a torch.distributed world, as torchrun would start them."""
 
-import multiprocessing
-import multiprocessing.connection
 import os
 import pickle
 import socket
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing import connection
+from pathlib import Path
 from typing import Any
 
-EXIT_SECONDS = 20
-"""Limit for a process that has given its result to end."""
+from tests.support.forked import ForkedProcess, fork
 
 
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 120) -> list:
@@ -30,38 +29,29 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
         AssertionError: with the traceback of the first process that failed, or when the time is over. No process is
             left behind in any case.
     """
-    context = multiprocessing.get_context("spawn")
     port = _free_port()
-    processes, pipes = [], []
-    for rank in range(world_size):
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_run_rank, args=(sender, rank, world_size, port, function, args))
-        process.start()
-        sender.close()
-        processes.append(process)
-        pipes.append(receiver)
-    try:
-        results = _collect(pipes, time.monotonic() + timeout_seconds)
-        for process in processes:  # Megatron's checkpoint writers have children of their own, which end in order
-            process.join(EXIT_SECONDS)
-        return results
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
+    processes: list[ForkedProcess] = []
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        outcomes = [Path(folder, str(rank)) for rank in range(world_size)]
+        try:
+            for rank, outcome in enumerate(outcomes):
+                processes.append(_start_rank(rank, world_size, port, outcome, function, args))
+            return _collect(processes, outcomes, time.monotonic() + timeout_seconds)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
 
 
-def start_one_process(function: Callable[..., Any], *args: Any) -> multiprocessing.process.BaseProcess:
+def start_one_process(function: Callable[..., Any], *args: Any) -> ForkedProcess:
     """Start `function(*args)` in a process that is a torch.distributed world of its own, to be killed by the caller."""
-    context = multiprocessing.get_context("spawn")
-    _, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_run_rank, args=(sender, 0, 1, _free_port(), function, args), daemon=True)
-    process.start()
-    return process
+    return _start_rank(0, 1, _free_port(), Path(os.devnull), function, args)
 
 
-def _run_rank(sender: Connection, rank: int, world_size: int, port: int, function: Callable, args: tuple) -> None:
-    os.environ |= {
+def _start_rank(
+    rank: int, world_size: int, port: int, outcome: Path, function: Callable[..., Any], args: tuple[Any, ...]
+) -> ForkedProcess:
+    torchrun = {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
@@ -69,28 +59,31 @@ def _run_rank(sender: Connection, rank: int, world_size: int, port: int, functio
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }
+    return fork(_run_rank, outcome, function, args, environment=os.environ | torchrun)
+
+
+def _run_rank(outcome: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """Write the function's result or its error into a file."""
     try:
-        outcome = ("result", function(*args))
-        pickle.dumps(outcome)
+        content = pickle.dumps(("result", function(*args)))
     except BaseException:  # the parent raises it again
-        outcome = ("error", traceback.format_exc())
-    sender.send(outcome)
+        content = pickle.dumps(("error", traceback.format_exc()))
+    outcome.write_bytes(content)
 
 
-def _collect(pipes: list[Connection], deadline: float) -> list:
+def _collect(processes: list[ForkedProcess], outcomes: list[Path], deadline: float) -> list:
+    """Wait until all processes have ended; returns their results."""
     results: dict[int, Any] = {}
-    while len(results) < len(pipes):
-        waiting = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in results}
-        ready = multiprocessing.connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
-        assert ready, f"processes {sorted(waiting.values())} did not finish in time"
-        for pipe in ready:
-            try:
-                kind, value = pipe.recv()
-            except EOFError:
-                raise AssertionError(f"process {waiting[pipe]} died") from None
-            assert kind == "result", f"process {waiting[pipe]} failed:\n{value}"
-            results[waiting[pipe]] = value
-    return [results[rank] for rank in range(len(pipes))]
+    while len(results) < len(processes):
+        waiting = {process.status: rank for rank, process in enumerate(processes) if rank not in results}
+        ended = connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
+        assert ended, f"processes {sorted(waiting.values())} did not finish in time"
+        for rank in (waiting[status] for status in ended):
+            assert outcomes[rank].exists(), f"process {rank} died with status {processes[rank].poll()}"
+            kind, value = pickle.loads(outcomes[rank].read_bytes())
+            assert kind == "result", f"process {rank} failed:\n{value}"
+            results[rank] = value
+    return [results[rank] for rank in range(len(processes))]
 
 
 def _free_port() -> int:

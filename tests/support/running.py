@@ -9,7 +9,8 @@ from pathlib import Path
 
 import psutil
 
-from tests.support.tiny_run import MARK, REPOSITORY, launcher, processes_left_behind
+from tests.support.forked import ForkedProcess
+from tests.support.tiny_run import MARK, REPOSITORY, launcher, processes_left_behind, start_dsrl
 
 POLL_SECONDS = 0.005
 LIMIT_SECONDS = 400.0
@@ -18,7 +19,7 @@ LIMIT_SECONDS = 400.0
 class RunningTraining:
     """The process, and what one can see of it from outside: its run folder and its children."""
 
-    def __init__(self, process: subprocess.Popen[str], run: Path, output: Path) -> None:
+    def __init__(self, process: subprocess.Popen[str] | ForkedProcess, run: Path, output: Path) -> None:
         self.process = process
         self._run = run
         self._output = output
@@ -61,9 +62,7 @@ class RunningTraining:
     def ended(self) -> int:
         """Wait for the end; the exit status. Nothing that it started may be left."""
         status = self.process.wait(LIMIT_SECONDS)
-        deadline = time.monotonic() + 10  # the kernel ends the children of a killed process a moment later
-        while (left := processes_left_behind()) and time.monotonic() < deadline:
-            time.sleep(0.05)
+        left = processes_left_behind()
         assert left == [], left
         return status
 
@@ -83,14 +82,17 @@ def running_training(*arguments: str, run: Path, processes: int = 1) -> Iterator
     """
     output = run.parent / f"{run.name}.output"
     with open(output, "a") as stream:
-        process = subprocess.Popen(
-            [*launcher(processes), "-m", "megatron_dsrl.cli", "train", *arguments],
-            cwd=REPOSITORY,
-            env=os.environ | {"OMP_NUM_THREADS": "1", MARK: str(os.getpid())},
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        if processes == 1:
+            process = start_dsrl("train", *arguments, output=stream.fileno(), errors=stream.fileno())
+        else:  # the real torchrun: by their environment `ranks` knows its processes, which a fork's does not tell
+            process = subprocess.Popen(
+                [*launcher(processes), "-m", "megatron_dsrl.cli", "train", *arguments],
+                cwd=REPOSITORY,
+                env=os.environ | {"OMP_NUM_THREADS": "1", MARK: str(os.getpid())},
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
     try:
         yield RunningTraining(process, run, output)
     finally:

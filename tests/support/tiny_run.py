@@ -3,8 +3,12 @@
 import itertools
 import json
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
+import time
+import uuid
 from pathlib import Path
 
 import psutil
@@ -13,8 +17,7 @@ import yaml
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from examples.tiny_dsrl.tokenizer import VOCAB_SIZE, build_tokenizer
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.support.forked import REPOSITORY, ForkedProcess, fork, forked_processes
 
 
 def write_tiny_run(folder: Path, model: PreTrainedModel | None = None) -> Path:
@@ -64,19 +67,69 @@ def write_tiny_run(folder: Path, model: PreTrainedModel | None = None) -> Path:
 
 
 MARK = "DSRL_TEST_PROCESS"
-"""Environment variable by which `processes_left_behind` knows the processes of a command."""
+"""Environment variable by which `processes_left_behind` knows what a command has started."""
+SECONDS_TO_END = 10.0
+"""How long a process may outlive the command that started it."""
 
 
 def dsrl(*arguments: str, processes: int = 1, timeout_seconds: float = 240) -> subprocess.CompletedProcess[str]:
-    """Run the `dsrl` command, under torchrun where there are several processes."""
-    return subprocess.run(
-        [*launcher(processes), "-m", "megatron_dsrl.cli", *arguments],
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1", MARK: str(os.getpid())},
-        capture_output=True,
-        text=True,
-        timeout=timeout_seconds,
+    """Run the `dsrl` command, under torchrun where there are several processes.
+
+    Raises:
+        subprocess.TimeoutExpired: it was killed after that many seconds.
+    """
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        process = start_dsrl(*arguments, processes=processes, output=output.fileno(), errors=errors.fileno())
+        try:
+            status = process.wait(timeout_seconds)
+        finally:
+            process.kill()
+            process.wait()
+        output.seek(0)
+        errors.seek(0)
+        return subprocess.CompletedProcess(["dsrl", *arguments], status, output.read(), errors.read())
+
+
+def start_dsrl(*arguments: str, processes: int = 1, output: int = 1, errors: int = 2) -> ForkedProcess:
+    """Start the `dsrl` command as a fork of a process that has imported Megatron.
+
+    Args:
+        arguments: of the command.
+        processes: where there are several, they are forks of one that runs torchrun's agent.
+        output: file descriptor of its standard output.
+        errors: file descriptor of its standard error.
+    """
+    program = ("megatron_dsrl.cli", *arguments)
+    return fork(
+        *(run_under_torchrun, processes, *program) if processes > 1 else (run_program, *program),
+        environment=os.environ | {"OMP_NUM_THREADS": "1", MARK: str(os.getpid())},
+        folder=REPOSITORY,
+        output=output,
+        errors=errors,
     )
+
+
+def run_program(module: str, *arguments: str) -> None:
+    """In this process, what `python -m module arguments` does."""
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def run_under_torchrun(processes: int, *program: str) -> None:
+    """In this process, what `torchrun --standalone --nproc-per-node processes -m program` does; its ranks are forks."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=str(uuid.uuid4()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        start_method="fork",
+        max_restarts=0,
+    )
+    elastic_launch(config, run_program)(*program)
 
 
 def launcher(processes: int) -> list[str]:
@@ -87,15 +140,26 @@ def launcher(processes: int) -> list[str]:
 
 
 def processes_left_behind() -> list[psutil.Process]:
-    """Processes that commands of this test session started and that still run."""
-    left = []
+    """Processes that commands of this test session started and that do not end by themselves.
+
+    A command has ended before the last of its processes has: the kernel kills what depends on it, and Python's own
+    helper processes notice a closed pipe, a moment later.
+    """
+    deadline = time.monotonic() + SECONDS_TO_END
+    while (left := _processes_of_commands()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return left
+
+
+def _processes_of_commands() -> list[psutil.Process]:
+    running = {process.pid: process for process in forked_processes()}
     for process in psutil.process_iter():
         try:
             if process.environ().get(MARK) == str(os.getpid()):
-                left.append(process)
+                running[process.pid] = process
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
             continue
-    return left
+    return list(running.values())
 
 
 def _model() -> Qwen3ForCausalLM:
