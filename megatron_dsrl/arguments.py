@@ -8,25 +8,25 @@ from pathlib import Path
 def positive(text: str) -> int:
     """
     Raises:
-        ArgumentTypeError: it is no whole number from 1.
+        ArgumentTypeError: it is not a positive integer.
     """
     value = int(text) if text.isdecimal() else 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, given {text}")
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
     return value
 
 
 def positive_number(text: str) -> float:
     """
     Raises:
-        ArgumentTypeError: it is no finite number above 0.
+        ArgumentTypeError: it is not a finite number above 0.
     """
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, given {text}")
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
     return value
 
 

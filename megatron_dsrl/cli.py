@@ -1,6 +1,6 @@
 """The `dsrl` command.
 
-A mistake that a user can mend ends in one message on stderr and status 2; Ctrl-C in status 130, SIGTERM in 143; a
+A mistake that a user can fix ends in one message on stderr and status 2; Ctrl-C in status 130, SIGTERM in 143; a
 defect keeps its traceback and ends in status 1. Each command imports what it needs when it runs, so that `--help`,
 `--dry-run` and `doctor` stay light.
 """
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from megatron_dsrl.analysis.command_line import add_analyse
 from megatron_dsrl.analysis.samples_command import add_samples
@@ -19,8 +20,14 @@ from megatron_dsrl.arguments import positive
 from megatron_dsrl.conversion.command_line import add_convert
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.evaluation.command_line import add_eval, add_rescore, add_table
+from megatron_dsrl.loading import loading_megatron
 from megatron_dsrl.observability.command_line import add_compare, add_trace
+from megatron_dsrl.observability.waiting import say_on_first_rank
+from megatron_dsrl.planning.command_line import add_plan
 from megatron_dsrl.process import end_with_torchrun
+
+if TYPE_CHECKING:
+    from megatron_dsrl.config.run import RunConfig
 
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130
@@ -66,7 +73,10 @@ def _train(options: argparse.Namespace) -> int:
     if options.world_size is not None and not options.dry_run:
         raise UserError("--world-size is for --dry-run; start a run on N processes with torchrun --nproc-per-node N")
     world_size = options.world_size or int(os.environ.get("WORLD_SIZE", "1"))
-    config = load_config(options.config, options.overrides)
+    verbose = ["observability.verbose=true"] if options.verbose else []
+    config = load_config(options.config, [*options.overrides, *verbose])
+    if not options.dry_run and _is_complete(config):
+        return 0
     figures = preflight(config, world_size)
     from megatron_dsrl.config.summary import batch_lines, print_dry_run
 
@@ -76,15 +86,15 @@ def _train(options: argparse.Namespace) -> int:
         if _rank() == 0:
             print_dry_run(config, figures, Console())
         return 0
-    from megatron_dsrl.planning.warnings import memory_warnings, this_machine
-    from megatron_dsrl.platform import silence_expected_warnings
+    for line in (f"run folder: {Path(config.output_dir) / config.name}", *batch_lines(config, figures)):
+        say_on_first_rank(line)
+    with loading_megatron():
+        from megatron_dsrl.planning.warnings import memory_warnings, this_machine
+        from megatron_dsrl.train import train
 
     if _rank() == 0:
-        print(*batch_lines(config, figures), *memory_warnings(config, world_size, this_machine()), sep="\n", flush=True)
-
-    silence_expected_warnings()
-    from megatron_dsrl.train import train
-
+        for warning in memory_warnings(config, world_size, this_machine()):
+            say_on_first_rank(warning)
     try:
         train(config)
     except UserError as error:
@@ -95,12 +105,24 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
+def _is_complete(config: "RunConfig") -> bool:
+    """Whether there is nothing left to do, which rank 0 then says. Every rank finds out by itself."""
+    from megatron_dsrl.run_results import finished_step
+
+    step = finished_step(config)
+    if step is None:
+        return False
+    from megatron_dsrl.observability.closing import closing_lines
+
+    if _rank() == 0:
+        print(*closing_lines(Path(config.output_dir) / config.name, step), sep="\n")
+    return True
+
+
 def _fetch(options: argparse.Namespace) -> int:
     from megatron_dsrl.config.load import load_config
-    from megatron_dsrl.platform import silence_expected_warnings
-
-    silence_expected_warnings()
-    from megatron_dsrl.fetch import fetch
+    with loading_megatron(sys.stderr):
+        from megatron_dsrl.fetch import fetch
 
     print(fetch(load_config(options.config, options.overrides), options.benchmarks))
     return 0
@@ -108,13 +130,12 @@ def _fetch(options: argparse.Namespace) -> int:
 
 def _rollout(options: argparse.Namespace) -> int:
     from megatron_dsrl.config.load import load_config
-    from megatron_dsrl.platform import silence_expected_warnings
     from megatron_dsrl.preflight import preflight
 
     config = load_config(options.config, options.overrides)
     preflight(config, int(os.environ.get("WORLD_SIZE", "1")))
-    silence_expected_warnings()
-    from megatron_dsrl.rollout_only import sample_run
+    with loading_megatron():
+        from megatron_dsrl.rollout_only import sample_run
 
     sample_run(config)
     return 0
@@ -131,39 +152,6 @@ def _report(options: argparse.Namespace) -> int:
     else:
         raise UserError("--figure draws one run: give one RUN and no --output. `dsrl compare` draws several runs")
     return 0
-
-
-def _plan(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from megatron_dsrl.config.load import load_config
-    from megatron_dsrl.config.summary import batch_lines
-    from megatron_dsrl.model.architecture import read_architecture
-    from megatron_dsrl.planning.compute import Assumptions
-    from megatron_dsrl.planning.gpus import find_gpu
-    from megatron_dsrl.planning.plan import make_plan, suggest
-    from megatron_dsrl.planning.tables import print_plan, print_suggestions
-    from megatron_dsrl.preflight import find_config_json, preflight
-
-    config = load_config(options.config, options.overrides)
-    gpu = find_gpu(options.gpu)
-    architecture = read_architecture(find_config_json(config.model.path).parent)
-    assumptions = Assumptions(
-        mean_response_tokens=options.mean_response_tokens or config.rollout.max_response_tokens // 2,
-        training_utilisation=options.training_utilisation,
-    )
-    console = Console()
-    if options.scale:
-        from megatron_dsrl.planning.scale_tables import print_scale
-
-        print_scale(config, architecture, gpu, options.scale, assumptions, console)
-        return 0
-    figures = preflight(config, options.gpus)
-    console.print(*batch_lines(config, figures), sep="\n", soft_wrap=True, highlight=False)
-    plan = make_plan(config, architecture, gpu, options.gpus, assumptions)
-    print_plan(plan, architecture, assumptions, console)
-    print_suggestions(suggest(config, architecture, gpu, options.gpus, assumptions, count=5), console)
-    return 0 if plan.fits else 1
 
 
 def _sweep(options: argparse.Namespace) -> int:
@@ -202,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_fetch(commands)
     add_convert(commands)
     add_eval(commands)
-    _add_plan(commands)
+    add_plan(commands)
     _add_report(commands)
     add_trace(commands)
     add_samples(commands)
@@ -237,6 +225,7 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         type=positive,
         help="with --dry-run: number of processes to check for (default: WORLD_SIZE, else 1)",
     )
+    parser.add_argument("-v", "--verbose", action="store_true", help="print every figure of a step, not the main ones")
     parser.set_defaults(command=_train, parser=parser)
 
 
@@ -281,33 +270,6 @@ def _add_rollout(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.set_defaults(command=_rollout, parser=parser)
 
 
-def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser(
-        "plan",
-        help="say whether a configuration fits on some GPUs, what a step costs, and which layouts would do",
-        description="Memory of every GPU in each phase, operations and estimated seconds of a step, the largest "
-        "lengths that fit, and layouts. Exit status 0 when the run fits, else 1. Needs no GPU.",
-        epilog="example: dsrl plan configs/dsrl_qwen3_8b.yaml --gpu h100 --gpus 8",
-    )
-    parser.add_argument("config", metavar="CONFIG.yaml", type=Path, help="configuration file")
-    parser.add_argument("overrides", metavar="KEY.PATH=VALUE", nargs="*", help="set a field, as for `dsrl train`")
-    parser.add_argument("--gpu", metavar="NAME", default="h100", help="a100, h100, h200, b200... (default: h100)")
-    parser.add_argument("--gpus", metavar="N", type=positive, default=8, help="how many (default: 8)")
-    parser.add_argument(
-        "--mean-response-tokens", metavar="N", type=positive, help="assumed; default: half of the response limit"
-    )
-    parser.add_argument(
-        "--training-utilisation", metavar="SHARE", type=float, default=0.35, help="of the peak; default: 0.35"
-    )
-    parser.add_argument(
-        "--scale",
-        metavar="N,N,...",
-        type=_growing,
-        help="instead, a step's seconds on these numbers of GPUs, such as 8,64,512,4096, and what breaks first",
-    )
-    parser.set_defaults(command=_plan, parser=parser)
-
-
 def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "report",
@@ -344,13 +306,6 @@ def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     parser.set_defaults(command=_doctor, parser=parser)
-
-
-def _growing(text: str) -> list[int]:
-    values = [positive(word) for word in text.split(",")]
-    if values != sorted(set(values)):
-        raise argparse.ArgumentTypeError(f"expected growing numbers such as 8,64,512, given {text}")
-    return values
 
 
 if __name__ == "__main__":

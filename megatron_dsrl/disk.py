@@ -45,6 +45,6 @@ def writing(path: Path, what_is_safe: str = NOTHING_PUBLISHED) -> Iterator[None]
         if not isinstance(cause, OSError):
             raise
         raise UserError(
-            f"{path} could not be written{free_space(path.parent)}: {cause}. {what_is_safe}; free space or mend the "
+            f"{path} could not be written{free_space(path.parent)}: {cause}. {what_is_safe}; free space or fix the "
             "permissions, and start the command again"
         ) from error

@@ -97,7 +97,7 @@ def print_for_people(examination: Examination, console: Console | None = None) -
         if finding.advice:
             colour = colours[finding.severity]
             console.print(f"[{colour}]{finding.severity}[/]: {finding.topic}: {finding.advice}", soft_wrap=True)
-    verdict = "A run is possible here." if examination.can_run else "No run is possible before the problems are mended."
+    verdict = "A run is possible here." if examination.can_run else "Fix the problems above before you run."
     console.print(f"\n{verdict}", style="bold")
 
 

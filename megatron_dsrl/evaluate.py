@@ -32,10 +32,12 @@ from megatron_dsrl.evaluation.results_file import EVALUATIONS_FOLDER
 from megatron_dsrl.fingerprint import fingerprint
 from megatron_dsrl.folder_lock import locked
 from megatron_dsrl.model.architecture import read_architecture
+from megatron_dsrl.observability.waiting import waiting
 from megatron_dsrl.process_group import process_group
 from megatron_dsrl.provenance.inputs import describe_model, describe_prompts
 from megatron_dsrl.provenance.start import Details, record_start
 from megatron_dsrl.rewards.registry import matched_by_spelling
+from megatron_dsrl.rollout.awaiting_engines import awaiting_engines
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 
 WEIGHT_FILE_BYTES = 5 * 10**9
@@ -103,7 +105,8 @@ def evaluate(request: EvaluationRequest) -> None:
         model = on_first(lambda: find_model(request.model))
         prompts: dict[str, list[Prompt]] = {}
         # Only the first rank needs them, and the hub need not be asked by all at once.
-        on_first(lambda: prompts.update(read_problems(model.companions, benchmarks)))
+        with waiting("reading tokenizer and problems"):
+            on_first(lambda: prompts.update(read_problems(model.companions, benchmarks)))
         output = request.output or default_output(model)
         resources.enter_context(locked(output, print))
         folder = hf_folder(model, output)
@@ -158,7 +161,8 @@ def start_engines(
     decode = partial(tokenizer.decode, skip_special_tokens=True)
     rollout = EngineRollout(config, output, stop_token_ids(tokenizer), decode)
     resources.callback(rollout.close)
-    rollout.wait_until_ready()
+    with awaiting_engines(config, output):
+        rollout.wait_until_ready()
     return rollout
 
 

@@ -13,8 +13,9 @@ from megatron_dsrl.checkpoint.compatibility import check_same_model
 from megatron_dsrl.checkpoint.state import SavedState
 from megatron_dsrl.checkpoint.store import STATE_FILE, WEIGHTS_FOLDER
 from megatron_dsrl.errors import UserError
-from megatron_dsrl.model.architecture import read_architecture, resolve_model_folder
-from megatron_dsrl.run_folder import CHECKPOINTS_FOLDER, CONFIG_FILE, EXPORTS_FOLDER
+from megatron_dsrl.model.architecture import read_architecture
+from megatron_dsrl.model.source import resolve_model_folder
+from megatron_dsrl.run_results import CHECKPOINTS_FOLDER, CONFIG_FILE, EXPORTS_FOLDER
 from megatron_dsrl.weights.megatron_checkpoint import is_megatron_checkpoint
 
 
@@ -112,7 +113,7 @@ def _of_model_folder(folder: Path) -> EvaluatedModel:
     """An HF folder, also one that a run exported, or a checkpoint of `dsrl convert`."""
     if not is_megatron_checkpoint(folder) and not any(folder.glob("*.safetensors")):
         raise UserError(
-            f"{folder} holds no weights: no safetensors files, no Megatron checkpoint, and it is no folder of a run"
+            f"{folder} holds no weights: it is not an HF model, a Megatron checkpoint or a run folder"
         )
     run_folder = folder.resolve().parent.parent
     if folder.resolve().parent.name == EXPORTS_FOLDER and (run_folder / CONFIG_FILE).is_file():

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.evaluate import read_problems
 from megatron_dsrl.evaluation.benchmark import load_benchmark
-from megatron_dsrl.model.architecture import resolve_model_folder
+from megatron_dsrl.model.source import resolve_model_folder
 from megatron_dsrl.run_inputs import load_inputs
 
 

@@ -2,36 +2,52 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 from megatron_dsrl.errors import UserError
 
-_GATED = "access to it must be asked for; do so on its page, and set HF_TOKEN to a token of that account"
-_UNKNOWN = "there is none of that name, or it is private; correct the name, or set HF_TOKEN to a token that may read it"
+REACH_SECONDS = 5.0
+"""Within which the hub must answer; its clients would try for half a minute."""
+
 _FETCH_ELSEWHERE = (
-    "fetch it where there is a network and name its folder or file here, or copy the cache (HF_HOME); HF_ENDPOINT is "
-    "the address of another hub"
+    "fetch it where there is a network and name its folder or file here, or copy the cache (HF_HOME); HF_ENDPOINT "
+    "names another hub"
 )
 
 
+@cache
+def can_reach_hub() -> bool:
+    """Whether the hub answers at all. Asked once per process; without it, only its cache is read."""
+    from huggingface_hub.constants import ENDPOINT
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(ENDPOINT, timeout=REACH_SECONDS)
+    except Exception:  # its kinds depend on the client's version; HF_HUB_OFFLINE raises one too
+        return False
+    return True
+
+
 @contextmanager
-def asking_hub(field: str, name: str, expected: str) -> Iterator[None]:
-    """Make one message of whatever the hub's clients raise in the body.
+def asking_hub(field: str, name: str, kind: str = "model", local: str = "folder") -> Iterator[None]:
+    """Turn any exception of the hub's clients in the body into one message.
 
     Args:
         field: that names it, of the configuration or the command line.
         name: on the hub.
-        expected: what it could have been, such as `a folder nor a model`.
+        kind: what was looked for on the hub.
+        local: what it could have been instead, on this machine.
 
     Raises:
         UserError: in place of any other exception; says what is wrong and what to do.
     """
     try:
         yield
-    except Exception as error:  # their kinds are a dozen, from HTTP to missing cache entries, and are no one's children
-        raise UserError(f"{field}: {name!r} is neither {expected} that the hub gives: {_explain(error)}") from error
+    except Exception as error:  # hub clients raise a dozen unrelated exception types
+        raise UserError(f"{field}: {name!r} is not a local {local}, and {_explain(error, kind)}") from error
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: Exception, kind: str) -> str:
     from huggingface_hub.constants import ENDPOINT, is_offline_mode
 
     causes: list[BaseException] = [error]
@@ -39,11 +55,11 @@ def _explain(error: Exception) -> str:
         causes.append(causes[-1].__cause__)
     kinds = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
     if "GatedRepoError" in kinds or ("DatasetNotFoundError" in kinds and "gated" in str(error)):
-        return _GATED
+        return f"the hub's {kind} is gated: request access on its page, and set HF_TOKEN to a token of that account"
     if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
-        return _UNKNOWN
+        return f"the hub has no such {kind} that you can read: check the name, or set HF_TOKEN if it is private"
     if kinds & {"LocalEntryNotFoundError", "ConnectionError", "TransportError"}:
         if is_offline_mode():
-            return f"HF_HUB_OFFLINE is set, and it is not in the cache; {_FETCH_ELSEWHERE}"
-        return f"{ENDPOINT} cannot be reached, and it is not in the cache; {_FETCH_ELSEWHERE}"
-    return f"{type(error).__name__}: {error}"
+            return f"HF_HUB_OFFLINE is set and the hub's cache does not have it: {_FETCH_ELSEWHERE}"
+        return f"{ENDPOINT} cannot be reached and the hub's cache does not have it: {_FETCH_ELSEWHERE}"
+    return f"reading it from the hub failed: {type(error).__name__}: {error}"

@@ -8,21 +8,21 @@ from megatron_dsrl.config.derived import RunFigures, derive
 from megatron_dsrl.config.prompt_count import count_prompts
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.errors import UserError
-from megatron_dsrl.hub import asking_hub
 from megatron_dsrl.model.architecture import read_architecture
+from megatron_dsrl.model.source import find_config_json, is_hub_name, no_folder
 
 
 def preflight(config: RunConfig, world_size: int) -> RunFigures:
     """Check the run's layout against its model and data, and give its figures.
 
-    Reads the model's config.json (of a hub model, only that file is fetched) and the size of a local prompt file.
+    Reads the model's config.json (of a hub model, only that file is read) and the size of a local prompt file.
 
     Raises:
         UserError: the model or a local prompt file is missing or unreadable, the architecture is not supported, or
             the layout does not fit; see `derive`. Also as `check_models`.
     """
-    architecture = read_architecture(find_config_json(config.model.path).parent)
-    figures = derive(config, world_size, architecture.shape, count_prompts(config.data))
+    architecture = read_architecture(find_config_json(config.model.path, config.made_by).parent)
+    figures = derive(config, world_size, architecture.shape, count_prompts(config.data, config.made_by))
     check_models(config)
     return figures
 
@@ -42,35 +42,8 @@ def check_models(config: RunConfig) -> None:
                 f"critic.warmup_steps: is {critic.warmup_steps}, but no critic learns in step {step}; choose an "
                 "advantage that needs values for its phase (gae), or set it to 0"
             )
-    if critic.path is not None and not _may_be_hub_name(critic.path) and not Path(critic.path).expanduser().is_dir():
-        raise UserError(f"critic.path: there is no folder {critic.path}; correct the path, or set it to null")
+    if critic.path is not None and not is_hub_name(critic.path) and not Path(critic.path).expanduser().is_dir():
+        raise no_folder("critic.path", critic.path)
     refreshed = config.reference.refresh_at_phase_switch or config.reference.refresh_every_steps is not None
     if refreshed and not any(phase_passes(schedule.at(step)).reference_log_probs for step in steps):
         raise UserError("reference: no phase has a `kl` section, so there is no reference policy to refresh")
-
-
-def find_config_json(path: str) -> Path:
-    """The config.json of `model.path`: in a local folder, or of a hub model without its weights."""
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder / "config.json"
-    if not _may_be_hub_name(path):
-        raise UserError(f"model.path: there is no folder {path}; make or download the model first, or correct the path")
-    return _fetch_config_json(path)
-
-
-def _may_be_hub_name(path: str) -> bool:
-    """`Qwen/Qwen3-8B` may be one; `./x`, `/x`, `a/b/c` and anything under an existing folder may not."""
-    parts = path.split("/")
-    return len(parts) == 2 and all(parts) and not path.startswith((".", "~")) and not Path(parts[0]).exists()
-
-
-def _fetch_config_json(name: str) -> Path:
-    """The cached or freshly fetched config.json of a hub model."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-
-    cached = try_to_load_from_cache(name, "config.json")
-    if isinstance(cached, str):
-        return Path(cached)
-    with asking_hub("model.path", name, "a folder nor a model"):
-        return Path(hf_hub_download(name, "config.json", etag_timeout=10))

@@ -17,6 +17,7 @@ from megatron_dsrl.folder_lock import locked
 from megatron_dsrl.observability.step_metrics import count_tokens, rollout_metrics
 from megatron_dsrl.process_group import process_group
 from megatron_dsrl.provenance.start import record_run_start
+from megatron_dsrl.rollout.awaiting_engines import awaiting_engines
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.recording import rollout_file, write_groups
 from megatron_dsrl.run_inputs import RunInputs, load_inputs
@@ -41,7 +42,8 @@ def sample_run(config: RunConfig) -> None:
         record_run_start("rollout", config, inputs, 0, print)
         rollout = EngineRollout(config, inputs.run_folder, tuple(stop_token_ids(inputs.tokenizer)), inputs.decode)
         resources.callback(rollout.close)
-        rollout.wait_until_ready()
+        with awaiting_engines(config, inputs.run_folder):
+            rollout.wait_until_ready()
         rollout.while_sampling(lambda: sample_steps(config, inputs, rollout), recover=rollout.restart_engines)
 
 
@@ -64,8 +66,7 @@ def sample_steps(config: RunConfig, inputs: RunInputs, rollout: EngineRollout) -
         metrics = rollout_metrics(groups, count_tokens(groups), time.perf_counter() - started)
         write_groups(file, groups)
         print(
-            f"step {step}/{config.steps}: mean reward {metrics['reward/mean']:.3f}, "
-            f"{metrics['response/mean_tokens']:.0f} tokens per response, "
-            f"{metrics['throughput/tokens_per_second']:,.0f} tokens/s -> {file}",
+            f"step {step}/{config.steps}  reward {metrics['reward/mean']:.3f}  "
+            f"len {metrics['response/mean_tokens']:.0f}  {metrics['throughput/tokens_per_second']:,.0f} tokens/s",
             flush=True,
         )

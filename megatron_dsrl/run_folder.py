@@ -12,10 +12,7 @@ from megatron_dsrl.errors import UserError
 from megatron_dsrl.observability.records import EVALUATION_FILE, METRICS_FILE, read_records
 from megatron_dsrl.observability.timeline import TRACE_FOLDER
 from megatron_dsrl.run_inputs import RunInputs
-
-CONFIG_FILE = "config.yaml"
-CHECKPOINTS_FOLDER = "checkpoints"
-EXPORTS_FOLDER = "hf"
+from megatron_dsrl.run_results import CHECKPOINTS_FOLDER, CONFIG_FILE, EXPORTS_FOLDER
 
 
 def check_run_folder(config: RunConfig, inputs: RunInputs) -> None:
@@ -31,17 +28,6 @@ def check_run_folder(config: RunConfig, inputs: RunInputs) -> None:
     if file.exists() and has_begun:
         before, _ = parse_yaml(file.read_text(encoding="utf-8"), str(file))
         check_same_run(before, config, str(inputs.run_folder))
-
-
-def exported_policy(run_folder: Path, step: int) -> Path:
-    """Where the policy after a step is exported."""
-    return run_folder / EXPORTS_FOLDER / f"step_{step:06d}"
-
-
-def has_results(run_folder: Path, config: RunConfig, step: int) -> bool:
-    """Whether the export and all evaluations after the last step are there."""
-    evaluated = {record["set"] for record in read_records(run_folder / EVALUATION_FILE) if record["step"] == step}
-    return exported_policy(run_folder, step).exists() and all(s.name in evaluated for s in config.evaluation.sets)
 
 
 def prepare_run_folder(config: RunConfig, run_folder: Path, step: int) -> None:

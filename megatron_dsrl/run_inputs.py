@@ -11,7 +11,8 @@ from megatron_dsrl.config.run import EvaluationSetConfig, RunConfig
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.data.prompts import load_prompts
 from megatron_dsrl.data.tokenizer import load_tokenizer
-from megatron_dsrl.model.architecture import read_architecture, resolve_model_folder
+from megatron_dsrl.model.architecture import read_architecture
+from megatron_dsrl.model.source import resolve_model_folder
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def load_inputs(config: RunConfig) -> RunInputs:
     Raises:
         UserError: something is missing or does not fit.
     """
-    model_folder = resolve_model_folder(config.model.path)
+    model_folder = resolve_model_folder(config.model.path, made_by=config.made_by)
     architecture = read_architecture(model_folder)
     tokenizer = load_tokenizer(str(model_folder), architecture.vocab_size)
     return RunInputs(

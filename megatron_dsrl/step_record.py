@@ -68,7 +68,7 @@ def log_prob_gap_warning(record: Mapping[str, Any], limit: float) -> str | None:
         return None
     return (
         f"warning: trainer and engine log-probs differ by {gap:.3g} nat on average, above "
-        f"observability.max_log_prob_gap={limit:g}; the engine may hold other weights or another precision"
+        f"observability.max_log_prob_gap={limit:g}; see examples/troubleshooting: the log-prob gap is large"
     )
 
 

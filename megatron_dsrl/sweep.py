@@ -18,9 +18,9 @@ from megatron_dsrl.config.validate import validated
 from megatron_dsrl.config.yaml_text import parse_yaml
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.observability.comparison import FIGURE_FILE, TABLE_FILE, write_comparison
-from megatron_dsrl.observability.console import duration
+from megatron_dsrl.observability.console_lines import duration
 from megatron_dsrl.observability.records import METRICS_FILE, read_records
-from megatron_dsrl.run_folder import has_results
+from megatron_dsrl.run_results import has_results
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def load_sweep(path: Path) -> SweepConfig:
     places = {key_path: f"{path}:{line}" for key_path, line in lines.items()}
     sweep = validated(SweepConfig, {} if data is None else data, places, str(path), "sweep")
     if sweep.baseline not in sweep.runs:
-        raise UserError(f"{path}: baseline: `{sweep.baseline}` is none of the runs {', '.join(sweep.runs)}")
+        raise UserError(f"{path}: baseline: `{sweep.baseline}` is not one of the runs {', '.join(sweep.runs)}")
     return sweep
 
 

@@ -8,9 +8,10 @@ interruption.
 """
 
 import socket
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -33,20 +34,24 @@ from megatron_dsrl.device_sharing import SharedDevice
 from megatron_dsrl.evaluation.evaluator import Evaluator
 from megatron_dsrl.folder_lock import locked
 from megatron_dsrl.model.parallel import destroy_parallel, initialize_parallel
+from megatron_dsrl.observability.closing import closing_lines
 from megatron_dsrl.observability.console import RunConsole
 from megatron_dsrl.observability.timeline import NoTimeline, Timeline
 from megatron_dsrl.observability.timer import SecondsPerPart
 from megatron_dsrl.observability.tracker import Tracker
+from megatron_dsrl.observability.waiting import waiting
 from megatron_dsrl.platform import current_platform
 from megatron_dsrl.preemption import Preempted, StopRequested, StopSignal
 from megatron_dsrl.provenance.start import record_run_start
+from megatron_dsrl.rollout.awaiting_engines import awaiting_engines
 from megatron_dsrl.rollout.carry_over import CarryOver, CarryOverWrite
 from megatron_dsrl.rollout.recording import RolloutRecorder
 from megatron_dsrl.rollout.rollout import Rollout
 from megatron_dsrl.rollout.start_rollout import start_rollout
-from megatron_dsrl.run_folder import check_run_folder, exported_policy, has_results, prepare_run_folder
+from megatron_dsrl.run_folder import check_run_folder, prepare_run_folder
 from megatron_dsrl.run_inputs import RunInputs, load_inputs
 from megatron_dsrl.run_models import RunModels, build_models
+from megatron_dsrl.run_results import exported_policy
 
 ROLLOUT_FOLDER = "rollout"
 """In checkpoints, beside the models: what the rollout side carries over to the next step."""
@@ -60,12 +65,13 @@ def train(config: RunConfig) -> None:
             the run folder in use; found before anything heavy starts.
         Preempted: the process was asked to stop; the run's state is saved.
     """
-    inputs = load_inputs(config)
     with ExitStack() as resources:
+        with waiting("reading tokenizer and prompts"):
+            inputs = load_inputs(config)
         current_platform().record_collectives(inputs.run_folder / "collectives")
         initialize_parallel(config.parallel, config.seed)
         resources.callback(destroy_parallel)
-        console = RunConsole(config.steps)
+        console = RunConsole(config.steps, config.observability.verbose)
         resources.enter_context(locked(inputs.run_folder, console.message))
         checkpoints = CheckpointStore(
             inputs.run_folder / "checkpoints",
@@ -80,9 +86,6 @@ def train(config: RunConfig) -> None:
         if checkpoint:
             check_same_model(checkpoint.state.model, inputs.model, str(checkpoint.folder))
             check_same_optimizer(checkpoint.state.layout, config.parallel, str(checkpoint.folder))
-            if checkpoint.state.step >= config.steps and has_results(inputs.run_folder, config, checkpoint.state.step):
-                announce(console, f"{inputs.run_folder} is complete: {checkpoint.state.step} steps are done")
-                return
         run_steps(start_run(config, inputs, checkpoints, checkpoint, console, resources))
 
 
@@ -105,6 +108,14 @@ class TrainingRun:
     controller: Controller | None
     """Rank 0 only."""
     timeline: Timeline | NoTimeline
+    console: RunConsole
+
+    @contextmanager
+    def doing(self, step: int, part: str) -> Iterator[None]:
+        """Record a part of a step in the timeline, and show it on rank 0's terminal (sampling has a bar there)."""
+        shown = self.controller is not None and part != "generate"
+        with self.timeline.span(part), self.console.doing(step, part.replace("_", " ")) if shown else nullcontext():
+            yield
 
 
 def run_steps(run: TrainingRun) -> None:
@@ -120,7 +131,7 @@ def run_steps(run: TrainingRun) -> None:
             stop_as_asked(run, step - 1, run.sampler.state_dict())
         phase = schedule.at(step)
         run.timeline.begin_step(step)
-        timer = SecondsPerPart(span=run.timeline.span)
+        timer = SecondsPerPart(span=partial(run.doing, step))
         sampler_before = run.sampler.state_dict()
         with timer.part("generate"):
             samples = sample(run, step)
@@ -155,6 +166,8 @@ def run_steps(run: TrainingRun) -> None:
             run.device.give_to_engine()
         evaluate_policy(run, step)
     run.checkpoints.finish()
+    if run.controller is not None:
+        run.console.message("\n".join(closing_lines(run.inputs.run_folder, run.config.steps)))
     if any(gather(run.stop.requested)):  # every rank's engine serves rank 0 until its last evaluation is done
         raise Preempted  # perhaps during the last evaluation
 
@@ -180,10 +193,10 @@ def start_run(
         timeline.engine_call,
     )
     resources.callback(rollout.close)
-    with timeline.span("start_engines"):
+    with timeline.span("start_engines"), awaiting_engines(config, inputs.run_folder):
         rollout.wait_until_ready()
     rollout.release_memory()
-    with timeline.span("build_models"):
+    with timeline.span("build_models"), waiting("building the model"):
         models = build_models(config, inputs.model_folder)
     computed_by = ", ".join(f"{part} {name}" for part, name in models.actor.implementations.items())
     announce(console, f"trainer: {computed_by}")
@@ -207,6 +220,7 @@ def start_run(
         stop=resources.enter_context(StopSignal()),
         controller=controller,
         timeline=timeline,
+        console=console,
     )
 
 

@@ -70,7 +70,7 @@ resumable() {
     run_on_all_ranks "$@" || status=$?
     case "$status" in
         0) rm -f "$crashes_file" ;;
-        "$USER_ERROR_STATUS") say "the configuration must be mended"; exit "$status" ;;
+        "$USER_ERROR_STATUS") say "the configuration must be fixed"; exit "$status" ;;
         "$PREEMPTED_STATUS") say "$name stopped as asked; the state is saved"; requeue "$status" ;;
         "$USR1_STATUS") say "$name ended by USR1; what is on disk is kept"; requeue "$status" ;;
         *)

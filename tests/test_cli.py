@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dsrl.config.load import dump_config, load_config
 from megatron_dsrl.config.yaml_text import format_yaml
+from megatron_dsrl.run_results import finished_step
 
 REPOSITORY = Path(__file__).parents[1]
 MODEL = {
@@ -80,6 +82,44 @@ def test_dry_run_imports_nothing_heavy(folder):
     assert result.stderr == "0 []\n"
 
 
+def finish(folder: Path) -> None:
+    """Leave what a complete run leaves: its configuration and records, a checkpoint and an export of the last step."""
+    config, run = load_config(folder / "run.yaml"), folder / "runs" / "small"
+    for part in ("checkpoints", "hf"):
+        (run / part / "step_000004").mkdir(parents=True)
+    dump_config(config, run / "config.yaml")
+    (run / "metrics.jsonl").write_text('{"step": 4}\n')
+
+
+def test_a_finished_run_is_complete_at_once(folder):
+    """Before anything heavy is loaded; a run with another configuration in the same folder is refused as early."""
+    finish(folder)
+    program = (
+        "import sys; from megatron_dsrl.cli import main; status = main(sys.argv[1:]);"
+        "print(status, sorted({'sglang', 'megatron', 'transformers'} & set(sys.modules)), file=sys.stderr)"
+    )
+
+    def train(*overrides: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", program, "train", "run.yaml", *overrides]
+        return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=60)
+
+    result = train()
+    assert result.stderr == "0 []\n"
+    assert result.stdout.startswith("runs/small is complete: 4 steps\n") and "dsrl report runs/small" in result.stdout
+    other = train("rollout.temperature=0.5")
+    assert "runs/small holds a run with another configuration" in other.stderr and other.stderr.endswith("2 []\n")
+
+
+@pytest.mark.parametrize("missing", ["checkpoints/step_000004", "hf/step_000004", "metrics.jsonl", "config.yaml"])
+def test_a_run_that_lacks_something_is_not_complete(folder, missing, monkeypatch):
+    monkeypatch.chdir(folder)
+    finish(folder)
+    config, path = load_config("run.yaml"), folder / "runs" / "small" / missing
+    assert finished_step(config) == 4
+    path.rmdir() if path.is_dir() else path.unlink()
+    assert finished_step(config) is None
+
+
 def test_world_size_comes_from_torchrun(folder):
     result = dsrl(folder, "train", "run.yaml", "--dry-run", "parallel.tensor_parallel_size=2", WORLD_SIZE="3")
     assert result.returncode == 2
@@ -94,7 +134,7 @@ def test_world_size_comes_from_torchrun(folder):
         (["train", "run.yaml", "model.path=nowhere/at/all"], "model.path: there is no folder nowhere/at/all"),
         (["train", "run.yaml", "data.source=nowhere.jsonl"], "data.source: there is no file nowhere.jsonl"),
         (["train", "run.yaml", "--world-size", "2"], "--world-size is for --dry-run"),
-        (["train", "run.yaml", "--dry-run", "--world-size", "0"], "expected a whole number from 1, given 0"),
+        (["train", "run.yaml", "--dry-run", "--world-size", "0"], "expected a positive integer, got 0"),
         (["train", "run.yaml", "--dryrun"], "unrecognized arguments: --dryrun"),
         (["report", "nowhere"], "nowhere"),
         (["doctor", "a=b"], "unrecognized arguments: a=b"),

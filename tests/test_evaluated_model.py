@@ -127,7 +127,7 @@ def test_no_checkpoint(run, tmp_path, name, message):
     [
         ("runs/tiny/checkpoints", "holds the policies of several steps: name one of them, or"),
         ("runs/tiny/checkpoints/step_000003/critic", "is not the policy of its checkpoint: that is .*/megatron"),
-        ("runs", "holds no weights: .* and it is no folder of a run"),
+        ("runs", "holds no weights: it is not .* or a run folder"),
         ("runs/tiny/checkpoints/step_000004", "there is no folder"),
         ("runs/new", "has neither an exported policy"),
     ],

@@ -19,8 +19,8 @@ from megatron_dsrl.config.data import PromptSetConfig
 from megatron_dsrl.data.rows import read_rows
 from megatron_dsrl.data.tokenizer import load_tokenizer
 from megatron_dsrl.errors import UserError
-from megatron_dsrl.model.architecture import resolve_model_folder
-from megatron_dsrl.preflight import find_config_json
+from megatron_dsrl.model.source import resolve_model_folder
+from megatron_dsrl.model.source import find_config_json
 for name in sys.argv[1:]:
     for ask in (
         lambda: find_config_json(name),
@@ -34,11 +34,15 @@ for name in sys.argv[1:]:
             print("->", error)
 """
 WHAT = (
-    "model.path: '{0}' is neither a folder nor a model",
-    "model.path: '{0}' is neither a folder nor a model",
-    "model.path: '{0}' is neither a folder nor a tokenizer",
-    "data.source: '{0}' is neither a .jsonl, .json, .csv, .parquet file nor a data set (subset None, split 'train')",
+    ("model.path: '{0}' is not a local folder, and", "model"),
+    ("model.path: '{0}' is not a local folder, and", "model"),
+    ("model.path: '{0}' is not a local folder, and", "tokenizer"),
+    (
+        "data.source: '{0}' is not a local .jsonl, .json, .csv, .parquet file, and",
+        "data set (subset None, split 'train')",
+    ),
 )
+"""Beginning of the message, and what was looked for."""
 
 
 class RefusingHub(BaseHTTPRequestHandler):
@@ -80,19 +84,15 @@ def messages(endpoint: str, cache: os.PathLike, *names: str, **variables: str) -
 
 def test_a_hub_that_cannot_be_reached(tmp_path):
     told = messages(NOBODY, tmp_path, "org/some")
-    why = f"that the hub gives: {NOBODY} cannot be reached, and it is not in the cache"
-    assert told == [
-        f"{what.format('org/some')} {why}; fetch it where there is a network and name its folder or file here, or copy "
-        "the cache (HF_HOME); HF_ENDPOINT is the address of another hub"
-        for what in WHAT
-    ]
+    why = f"{NOBODY} cannot be reached and the hub's cache does not have it: fetch it where there is a network"
+    expected = [f"{what.format('org/some')} {why}" for what, _ in WHAT]
+    assert [message[: len(beginning)] for message, beginning in zip(told, expected, strict=True)] == expected
 
 
 def test_what_is_gated_and_what_the_hub_does_not_know(refusing_hub, tmp_path):
-    gated = "that the hub gives: access to it must be asked for; do so on its page, and set HF_TOKEN to "
-    unknown = "that the hub gives: there is none of that name, or it is private; correct the name, or set HF_TOKEN to "
-    expected = [f"{what.format('org/gated')} {gated}" for what in WHAT]
-    expected += [f"{what.format('org/none')} {unknown}" for what in WHAT]
+    gated, unknown = "is gated: request access on its page, and set HF_TOKEN", "that you can read: check the name"
+    expected = [f"{what.format('org/gated')} the hub's {kind} {gated}" for what, kind in WHAT]
+    expected += [f"{what.format('org/none')} the hub has no such {kind} {unknown}" for what, kind in WHAT]
     told = messages(refusing_hub, tmp_path, "org/gated", "org/none")
     assert [message[: len(beginning)] for message, beginning in zip(told, expected, strict=True)] == expected
 
@@ -101,4 +101,4 @@ def test_what_is_gated_and_what_the_hub_does_not_know(refusing_hub, tmp_path):
 def test_without_a_network_by_intention(tmp_path):
     told = messages(NOBODY, tmp_path, "org/some", HF_HUB_OFFLINE="1")
     assert len(told) == len(WHAT)
-    assert all("HF_HUB_OFFLINE is set, and it is not in the cache; " in line for line in told)
+    assert all("HF_HUB_OFFLINE is set and the hub's cache does not have it: " in line for line in told)

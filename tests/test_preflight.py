@@ -81,3 +81,21 @@ def test_critic_and_reference_must_be_of_use(config, tmp_path, overrides, messag
     preflight(load_config(tmp_path / "run.yaml", used + settings), 1)
     with pytest.raises(UserError, match=message):
         preflight(load_config(tmp_path / "run.yaml", overrides), 1)
+
+
+def test_what_is_missing_and_can_be_made_is_named_with_its_command(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made_by = "made_by={.cache/task: bash make.sh}"
+    for override in ("model.path=.cache/task/base", "data.source=.cache/task/train.jsonl"):
+        field, _, path = override.partition("=")
+        with pytest.raises(UserError, match=rf"{field}: there is no (folder|file) {path}; `bash make.sh` makes it"):
+            preflight(load_config("run.yaml", [made_by, override]), 1)
+    with pytest.raises(UserError, match="make or download the model first"):
+        preflight(load_config("run.yaml", [made_by, "model.path=./other"]), 1)
+
+
+def test_published_sizes_need_neither_a_network_nor_the_model(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("megatron_dsrl.model.source._fetch_config_json", lambda name: pytest.fail("asked the hub"))
+    figures = preflight(load_config(tmp_path / "run.yaml", ["model.path=Qwen/Qwen3-30B-A3B"]), 1)
+    assert figures.samples_per_step == 16

@@ -44,7 +44,7 @@ def test_every_method_runs_with_every_seed_round_by_round(tmp_path):
         ({"seeds": []}, "seeds: List should have at least 1 item"),
         ({"sedes": [1]}, r"1 problem in the sweep\n  sedes: unknown key; did you mean seeds\? \(.*sweep.yaml:\d+\)"),
         ({"runs": {"A": {"confg": "a.yaml"}}}, r"runs\.A\.confg: unknown key; did you mean config\?"),
-        ({"baseline": "PPO"}, "`PPO` is none of the runs GRPO, DSRL"),
+        ({"baseline": "PPO"}, "`PPO` is not one of the runs GRPO, DSRL"),
     ],
 )
 def test_a_wrong_sweep_is_refused_with_the_field(tmp_path, changes, message):

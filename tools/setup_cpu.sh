@@ -36,7 +36,7 @@ step() {
         printf ' failed after %d s\n' $((SECONDS - started))
         tail -n 40 "$log" >&2
         rm -f "$log"
-        echo "set-up stopped at: $title. Mend the cause above and run the same command again." >&2
+        echo "set-up stopped at: $title. Fix the cause above and run the same command again." >&2
         exit 1
     fi
     rm -f "$log"

@@ -20,8 +20,7 @@ export PATH="${DSRL_VENV:-$root/.venv}/bin:$PATH"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 echo "== base model"
-# without what Megatron warns about at every import (`dsrl doctor` says which optional kernels are there)
-PYTHONWARNINGS=ignore torchrun --nproc-per-node 2 -m examples.tiny_dsrl.make_base
+torchrun --nproc-per-node 2 -m examples.tiny_dsrl.make_base
 echo "== DSRL training"
 dsrl train configs/tiny_dsrl.yaml "output_dir=$(dirname "$run_folder")" "name=$(basename "$run_folder")" "$@"
 echo "== report"

@@ -11,13 +11,12 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
+from examples.tiny_dsrl.base_settings import VOCAB_SIZE
+
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 THINK_TOKENS = ("<think>", "</think>")
 PIECES = ("system\n", "user\n", "assistant\n", "\n\n", "\n=", "\n\\boxed{", "\\boxed{", "=?")
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
-
-VOCAB_SIZE = 128
-"""Embedding rows of the model; the tokenizer has fewer tokens, as Qwen3's has."""
 
 # The behaviour of Qwen3's own template for system, user and assistant turns, without tools and reasoning content.
 CHAT_TEMPLATE = """\

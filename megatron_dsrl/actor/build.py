@@ -10,8 +10,9 @@ from megatron_dsrl.actor.optimizer import build_optimizer, build_scheduler
 from megatron_dsrl.actor.trainable_model import TrainableModel
 from megatron_dsrl.config.actor import OptimizerConfig
 from megatron_dsrl.config.run import RunConfig
-from megatron_dsrl.model.architecture import read_architecture, resolve_model_folder
+from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.build import DTYPES, build_model, build_trainable
+from megatron_dsrl.model.source import resolve_model_folder
 from megatron_dsrl.model.value_head import build_value_model
 from megatron_dsrl.weights.load import load_weights
 from megatron_dsrl.weights.random_init import fill_with_random_weights

@@ -35,7 +35,7 @@ def decode_routed_experts(text: str, layers: int, experts_per_token: int) -> Ten
     experts = torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype=np.uint8).copy())
     if len(experts) % (layers * experts_per_token):
         raise ValueError(
-            f"{len(experts)} choices of experts are no whole number of tokens in {layers} layers with "
+            f"{len(experts)} choices of experts do not make whole tokens in {layers} layers with "
             f"{experts_per_token} experts per token; they were recorded with another model"
         )
     return experts.view(-1, layers, experts_per_token)

@@ -22,9 +22,10 @@ from megatron_dsrl.data.tokenizer import TURN_END, bos_token_ids, load_tokenizer
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.evaluation.problem_result import ProblemResult, SampleResult
 from megatron_dsrl.evaluation.sample_file import read_sample_file
-from megatron_dsrl.model.architecture import Architecture, read_architecture, resolve_model_folder
+from megatron_dsrl.model.architecture import Architecture, read_architecture
 from megatron_dsrl.model.build import build_model, build_trainable
 from megatron_dsrl.model.parallel import parallel_layout, world_size_from_environment
+from megatron_dsrl.model.source import resolve_model_folder
 from megatron_dsrl.observability.records import read_records
 from megatron_dsrl.observability.run_records import read_run
 from megatron_dsrl.weights.load import load_weights

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_dsrl.arguments import labelled_folders, positive
 from megatron_dsrl.errors import UserError
+from megatron_dsrl.loading import loading_megatron
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -167,13 +168,11 @@ def _behaviours(options: argparse.Namespace) -> int:
 
 
 def _gradients(options: argparse.Namespace) -> int:
-    from megatron_dsrl.platform import silence_expected_warnings
-
-    silence_expected_warnings()
-    from megatron_dsrl.analysis.alignment import charts, summary
-    from megatron_dsrl.analysis.analyse_gradients import analyse_gradients, gradient_settings
-    from megatron_dsrl.collective import rank
-    from megatron_dsrl.model.parallel import destroy_parallel
+    with loading_megatron(sys.stderr):
+        from megatron_dsrl.analysis.alignment import charts, summary
+        from megatron_dsrl.analysis.analyse_gradients import analyse_gradients, gradient_settings
+        from megatron_dsrl.collective import rank
+        from megatron_dsrl.model.parallel import destroy_parallel
 
     config = gradient_settings(options.source, options.model, options.overrides)
     responses = analyse_gradients(options.source, config, options.steps, options.responses, options.seed)

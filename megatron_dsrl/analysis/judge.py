@@ -155,7 +155,7 @@ def _content(data: Any) -> str:
     try:
         return data["choices"][0]["message"]["content"] or ""
     except (KeyError, IndexError, TypeError) as error:
-        raise _Refused(f"the endpoint's answer is no chat completion: {str(data)[:_SHOWN_CHARACTERS]}") from error
+        raise _Refused(f"the endpoint's answer is not a chat completion: {str(data)[:_SHOWN_CHARACTERS]}") from error
 
 
 def _seconds(header: str | None) -> float | None:

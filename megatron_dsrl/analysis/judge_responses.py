@@ -110,7 +110,8 @@ def _verdicts(
         done = {(record["step"], record["place"]): record for record in records[1:]}
         other = [key for key in done if key in responses and done[key]["response"] != _response_digest(responses[key])]
     except KeyError as error:
-        raise UserError(f"{file}: a line is no verdict (it has no {error}); remove the file to begin anew") from error
+        what = f"a line is not a verdict (it has no {error})"
+        raise UserError(f"{file}: {what}; delete the file to start over") from error
     if other:
         raise UserError(f"{file} judges other responses (step {other[0][0]}); name another folder with --output")
     return done

@@ -2,12 +2,14 @@
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_dsrl.arguments import positive
 from megatron_dsrl.errors import UserError
+from megatron_dsrl.loading import loading_megatron
 
 if TYPE_CHECKING:
     from megatron_dsrl.analysis.response_log_probs import ResponseLogProbs
@@ -79,12 +81,10 @@ def _chosen(groups: "Sequence[Group]", prompt: int | None, limit: int, step: int
 
 def _log_probs(options: argparse.Namespace, groups: "Sequence[Group]") -> "dict[int, ResponseLogProbs]":
     """Of every sample with tokens, by its identity."""
-    from megatron_dsrl.platform import silence_expected_warnings
-
-    silence_expected_warnings()
-    from megatron_dsrl.analysis.analyse_gradients import TokenisedResponse, gradient_settings
-    from megatron_dsrl.analysis.token_log_probs import both_spaces
-    from megatron_dsrl.model.parallel import destroy_parallel
+    with loading_megatron(sys.stderr):
+        from megatron_dsrl.analysis.analyse_gradients import TokenisedResponse, gradient_settings
+        from megatron_dsrl.analysis.token_log_probs import both_spaces
+        from megatron_dsrl.model.parallel import destroy_parallel
 
     samples = [(group, sample) for group in groups for sample in group.samples if sample.response_ids]
     if not samples:
@@ -122,12 +122,10 @@ def _model(options: argparse.Namespace, samples: "Sequence[Sample]") -> tuple[st
 
 
 def _token_text(options: argparse.Namespace) -> Callable[[int], str]:
-    from megatron_dsrl.platform import silence_expected_warnings
-
-    silence_expected_warnings()
-    from megatron_dsrl.analysis.analyse_gradients import gradient_settings
-    from megatron_dsrl.data.tokenizer import load_tokenizer
-    from megatron_dsrl.model.architecture import resolve_model_folder
+    with loading_megatron(sys.stderr):
+        from megatron_dsrl.analysis.analyse_gradients import gradient_settings
+        from megatron_dsrl.data.tokenizer import load_tokenizer
+        from megatron_dsrl.model.source import resolve_model_folder
 
     config = gradient_settings(options.run, options.model, options.overrides)
     tokenizer = load_tokenizer(str(resolve_model_folder(config.model.path)))

@@ -11,6 +11,7 @@ from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.errors import UserError
 
 MAY_CHANGE = (
+    "made_by",
     "name",
     "output_dir",
     "model.recompute",

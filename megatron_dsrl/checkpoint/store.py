@@ -178,7 +178,7 @@ class CheckpointStore:
             shutil.rmtree(partial, ignore_errors=True)
         return UserError(
             f"the checkpoint of step {step} could not be written to {self._root}{free_space(self._root)}: "
-            f"{error}. Earlier checkpoints are untouched; free space or mend the permissions, and start again to "
+            f"{error}. Earlier checkpoints are untouched; free space or fix the permissions, and start again to "
             "continue from them"
         )
 

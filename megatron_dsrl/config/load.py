@@ -92,8 +92,8 @@ def _merge(base: dict[str, Any] | list[Any], over: dict[Any, Any], source: str) 
     for key, value in over.items():
         if isinstance(base, list) and not (isinstance(key, int) and 0 <= key < len(base)):
             raise UserError(
-                f"{source}: {key!r} is no position in the inherited list of {len(base)}; give 0 to {len(base) - 1}, or "
-                "a whole list"
+                f"{source}: index {key!r} is out of range for the inherited list of {len(base)} items "
+                f"(0 to {len(base) - 1}); or give a whole list"
             )
         inherited = base[key] if isinstance(base, list) else base.get(key)
         if isinstance(base, dict) and _is_another_choice(value, inherited):

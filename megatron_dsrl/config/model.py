@@ -32,7 +32,7 @@ class RouterConfig(Section):
     @model_validator(mode="after")
     def _coefficient_goes_with_a_loss(self) -> "RouterConfig":
         if self.load_balancing == "none" and self.load_balancing_coefficient is not None:
-            raise ValueError("load_balancing_coefficient: there is no loss that it belongs to; set load_balancing too")
+            raise ValueError("load_balancing_coefficient: load_balancing is `none`; choose a loss for it")
         if self.load_balancing != "none" and self.load_balancing_coefficient is None:
             raise ValueError(f"load_balancing: `{self.load_balancing}` needs a load_balancing_coefficient")
         return self

@@ -42,5 +42,5 @@ def _at(phase: PhaseConfig, step: int, position: int) -> PhaseConfig:
         what = f"{type(error).__name__}: {error}"
         raise UserError(f"phases.{position}: {phase.type} fails at step {step}: {what}") from error
     if not isinstance(form, PhaseConfig):
-        raise UserError(f"phases.{position}: {phase.type}.at({step}) gives {form!r}, which is no PhaseConfig")
+        raise UserError(f"phases.{position}: {phase.type}.at({step}) returned {form!r}, expected a PhaseConfig")
     return form

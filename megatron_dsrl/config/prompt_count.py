@@ -1,15 +1,17 @@
 """How many training prompts a local file holds, without reading it into memory: for the figures before a run."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_dsrl.config.data import PromptSetConfig
+from megatron_dsrl.config.made_by import how_to_make
 from megatron_dsrl.errors import UserError
 
 _LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
-def count_prompts(data: PromptSetConfig) -> int | None:
+def count_prompts(data: PromptSetConfig, made_by: Mapping[str, str] = {}) -> int | None:
     """Rows of a local file, at most `data.limit`; None for what must be loaded to be counted, such as a hub name.
 
     Raises UserError when the local file is missing, unreadable or empty.
@@ -18,7 +20,8 @@ def count_prompts(data: PromptSetConfig) -> int | None:
     if path.suffix not in _LOCAL_SUFFIXES or "*" in path.name or data.rows_field is not None:
         return None
     if not path.is_file():
-        raise UserError(f"data.source: there is no file {data.source}; make it first, or correct the path")
+        advice = how_to_make(data.source, made_by) or "make it first, or correct the path"
+        raise UserError(f"data.source: there is no file {data.source}; {advice}")
     try:
         rows = _count_rows(path)
     except (OSError, ValueError) as error:

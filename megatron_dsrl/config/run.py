@@ -82,6 +82,9 @@ class ObservabilityConfig(Section):
     about a millisecond and 20 kB per step of 128 prompts, and a run that hangs or slows down is rarely one that was
     started to be traced."""
 
+    verbose: bool = False
+    """Print every figure of a step on the console, below its line; `dsrl train -v` sets it."""
+
     max_log_prob_gap: float = Field(default=0.05, gt=0)
     """Warn when the mean |trainer - engine| log-prob of a step exceeds this."""
 
@@ -100,6 +103,10 @@ class RunConfig(Section):
 
     steps: int = Field(ge=1)
     """Rollout batches to train on."""
+
+    made_by: dict[str, str] = Field(default_factory=dict)
+    """Commands that make files and folders which the run reads, by their path or a folder above: told to the user when
+    one is missing."""
 
     model: ModelConfig
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)

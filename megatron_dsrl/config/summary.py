@@ -4,6 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_dsrl.config.derived import RunFigures
+from megatron_dsrl.config.layout import processes
 from megatron_dsrl.config.load import format_config
 from megatron_dsrl.config.run import RunConfig
 
@@ -24,17 +25,27 @@ def batch_lines(config: RunConfig, figures: RunFigures) -> list[str]:
     per_phase = ", ".join(
         f"{phase.full_length_micro_batches} ({phase.name})" for phase in figures.phases if phase.steps
     )
+    layout = "" if figures.world_size == 1 else (
+        f" = {figures.data_parallel_size} data-parallel x {parallel.tensor_parallel_size} tensor x "
+        f"{parallel.pipeline_parallel_size} pipeline x {parallel.context_parallel_size} context"
+    )  # fmt: skip
+    split = "" if figures.optimizer_steps_per_rollout == 1 else (
+        f" ({_counted(actor.mini_batches_per_rollout, 'mini-batch', 'mini-batches')} x "
+        f"{_counted(actor.epochs_per_rollout, 'epoch', 'epochs')})"
+    )  # fmt: skip
     return [
         f"every step: {figures.prompts_per_step:,} prompts x {config.rollout.samples_per_prompt} samples = "
-        f"{figures.samples_per_step:,} samples, and {figures.optimizer_steps_per_rollout} optimizer step(s) "
-        f"({actor.mini_batches_per_rollout} mini-batch(es) x {actor.epochs_per_rollout} epoch(s)) of "
-        f"{figures.samples_per_optimizer_step:,} samples each",
-        f"{figures.world_size} process(es) = {figures.data_parallel_size} data-parallel x "
-        f"{parallel.tensor_parallel_size} tensor x {parallel.pipeline_parallel_size} pipeline x "
-        f"{parallel.context_parallel_size} context; each data-parallel replica computes an optimizer step in "
-        f"micro-batches of at most {figures.max_tokens_per_micro_batch:,} tokens: {per_phase} if every sample is kept "
-        "and has full length",
+        f"{figures.samples_per_step:,}; "
+        f"{_counted(figures.optimizer_steps_per_rollout, 'optimizer step', 'optimizer steps')} of "
+        f"{figures.samples_per_optimizer_step:,}{split}",
+        f"layout: {processes(figures.world_size)}{layout}",
+        f"micro-batches of up to {figures.max_tokens_per_micro_batch:,} tokens; per optimizer step, at full length: "
+        f"{per_phase}",
     ]
+
+
+def _counted(count: int, one: str, several: str) -> str:
+    return f"{count} {one if count == 1 else several}"
 
 
 def _figures_table(config: RunConfig, figures: RunFigures) -> Table:

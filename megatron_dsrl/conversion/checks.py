@@ -9,7 +9,8 @@ import torch
 
 from megatron_dsrl.config.load import load_config
 from megatron_dsrl.errors import UserError
-from megatron_dsrl.model.architecture import Architecture, read_architecture, resolve_model_folder
+from megatron_dsrl.model.architecture import Architecture, read_architecture
+from megatron_dsrl.model.source import resolve_model_folder
 from megatron_dsrl.weights.checkpoint_record import architecture_fields, refuse_drift
 from megatron_dsrl.weights.hf_checkpoint import torch_dtype_name
 

@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 
 from megatron_dsrl.arguments import positive, positive_number
+from megatron_dsrl.loading import loading_megatron
+from megatron_dsrl.observability.waiting import say_on_first_rank
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -118,10 +120,10 @@ def _add_verify(directions: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def _hf_to_megatron(options: argparse.Namespace) -> int:
-    _quiet()
-    from megatron_dsrl.conversion.hf_to_megatron import convert_hf_to_megatron
-    from megatron_dsrl.conversion.layout import CheckpointLayout
-    from megatron_dsrl.conversion.work import conversion_processes
+    with loading_megatron():
+        from megatron_dsrl.conversion.hf_to_megatron import convert_hf_to_megatron
+        from megatron_dsrl.conversion.layout import CheckpointLayout
+        from megatron_dsrl.conversion.work import conversion_processes
 
     layout = CheckpointLayout(
         tensor_parallel_size=options.tensor_parallel_size,
@@ -132,13 +134,14 @@ def _hf_to_megatron(options: argparse.Namespace) -> int:
     )
     with conversion_processes():
         convert_hf_to_megatron(options.source, options.target, layout, _conversion_options(options))
+    say_on_first_rank(f"written to {options.target}")
     return 0
 
 
 def _megatron_to_hf(options: argparse.Namespace) -> int:
-    _quiet()
-    from megatron_dsrl.conversion.megatron_to_hf import convert_megatron_to_hf
-    from megatron_dsrl.conversion.work import conversion_processes
+    with loading_megatron():
+        from megatron_dsrl.conversion.megatron_to_hf import convert_megatron_to_hf
+        from megatron_dsrl.conversion.work import conversion_processes
 
     file_bytes = int(options.file_gigabytes * 1e9)
     with conversion_processes():
@@ -146,13 +149,14 @@ def _megatron_to_hf(options: argparse.Namespace) -> int:
         convert_megatron_to_hf(
             source.folder, options.target, file_bytes, _conversion_options(options), source.companions
         )
+    say_on_first_rank(f"written to {options.target}")
     return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
-    _quiet()
-    from megatron_dsrl.conversion.verify import verify
-    from megatron_dsrl.conversion.work import conversion_processes
+    with loading_megatron():
+        from megatron_dsrl.conversion.verify import verify
+        from megatron_dsrl.conversion.work import conversion_processes
 
     with conversion_processes():
         found = _find_checkpoint(options.megatron, options.model)
@@ -163,7 +167,7 @@ def _verify(options: argparse.Namespace) -> int:
 def _find_checkpoint(folder: Path, model: str | None):
     from megatron_dsrl.collective import on_first
     from megatron_dsrl.evaluated_model import find_checkpoint
-    from megatron_dsrl.model.architecture import resolve_model_folder
+    from megatron_dsrl.model.source import resolve_model_folder
 
     return on_first(lambda: find_checkpoint(folder, resolve_model_folder(model, "--model") if model else None))
 
@@ -180,9 +184,3 @@ def _dtype(name: str | None):
     import torch
 
     return getattr(torch, name) if name else None
-
-
-def _quiet() -> None:
-    from megatron_dsrl.platform import silence_expected_warnings
-
-    silence_expected_warnings()

@@ -18,7 +18,8 @@ from megatron_dsrl.conversion.layout import CheckpointLayout
 from megatron_dsrl.conversion.verify import verify
 from megatron_dsrl.conversion.work import my_entries, with_progress
 from megatron_dsrl.disk import writing
-from megatron_dsrl.model.architecture import read_architecture, resolve_model_folder
+from megatron_dsrl.model.architecture import read_architecture
+from megatron_dsrl.model.source import resolve_model_folder
 from megatron_dsrl.provenance.inputs import describe_model
 from megatron_dsrl.provenance.start import record_start
 from megatron_dsrl.weights.checkpoint_record import CheckpointRecord, architecture_fields
@@ -60,7 +61,7 @@ def convert_hf_to_megatron(source: str, target: Path, layout: CheckpointLayout, 
         UserError: the architecture, a tensor, the tokenizer, the layout or the target is refused, or the verification
             found a difference. The target is then absent, or as it was.
     """
-    folder = on_first(lambda: resolve_model_folder(source))
+    folder = on_first(lambda: resolve_model_folder(source, "SOURCE"))
     architecture = read_architecture(folder)
     layout.check(architecture)
     check_expected(architecture, folder, options.expect)

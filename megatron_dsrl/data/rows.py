@@ -143,8 +143,8 @@ def _read_hub(config: PromptSetConfig, section: str) -> Iterator[Row]:
     import datasets  # imported here: it takes seconds, and local files do not need it
 
     subsets = config.subset if isinstance(config.subset, list) else [config.subset]
-    expected = f"a {', '.join(LOCAL_SUFFIXES)} file nor a data set (subset {config.subset!r}, split {config.split!r})"
-    with asking_hub(f"{section}.source", config.source, expected):
+    kind = f"data set (subset {config.subset!r}, split {config.split!r})"
+    with asking_hub(f"{section}.source", config.source, kind, local=f"{', '.join(LOCAL_SUFFIXES)} file"):
         sets = [datasets.load_dataset(config.source, subset, split=config.split) for subset in subsets]
     for rows in sets:
         yield from rows

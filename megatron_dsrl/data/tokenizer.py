@@ -6,7 +6,8 @@ from typing import Literal
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_dsrl.errors import UserError
-from megatron_dsrl.hub import asking_hub
+from megatron_dsrl.hub import asking_hub, can_reach_hub
+from megatron_dsrl.model.source import is_hub_name, no_folder
 
 END_OF_TEXT = "<|endoftext|>"
 TURN_START = "<|im_start|>"
@@ -59,11 +60,10 @@ def _from_folder(folder: str) -> PreTrainedTokenizerBase:
 
 
 def _from_hub(name: str) -> PreTrainedTokenizerBase:
-    """A hub name has at most one slash; everything else that does not exist is a mistyped folder."""
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"model.path: there is no folder {name}. Make or download the model first, or mend the path.")
-    with asking_hub("model.path", name, "a folder nor a tokenizer"):
-        return AutoTokenizer.from_pretrained(name)
+    if not is_hub_name(name):
+        raise no_folder("model.path", name)
+    with asking_hub("model.path", name, "tokenizer"):
+        return AutoTokenizer.from_pretrained(name, local_files_only=not can_reach_hub())
 
 
 def _require_special_tokens(tokenizer: PreTrainedTokenizerBase, path: str) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_dsrl.arguments import labelled_folders
 from megatron_dsrl.errors import UserError
+from megatron_dsrl.loading import loading_megatron
 
 CHANGES = {
     "samples": "samples_per_prompt",
@@ -128,13 +129,10 @@ def _table(options: argparse.Namespace) -> int:
 
 def _eval(options: argparse.Namespace) -> int:
     from megatron_dsrl.evaluation.benchmark import benchmark_names
-
     if not options.benchmarks:
         raise UserError(f"--benchmarks: name some of {', '.join(benchmark_names())}")
-    from megatron_dsrl.platform import silence_expected_warnings
-
-    silence_expected_warnings()
-    from megatron_dsrl.evaluate import EvaluationRequest, evaluate, requested_benchmarks
+    with loading_megatron():
+        from megatron_dsrl.evaluate import EvaluationRequest, evaluate, requested_benchmarks
 
     changes: dict[str, Any] = {
         field: getattr(options, option) for option, field in CHANGES.items() if getattr(options, option) is not None

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from megatron_dsrl.observability.console import duration
+from megatron_dsrl.observability.console_lines import duration
 
 LINE_SECONDS = 30.0
 

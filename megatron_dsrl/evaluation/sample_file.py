@@ -112,7 +112,7 @@ def _parts(records: list[dict[str, Any]], path: Path) -> dict[int, list[ProblemR
         for part in map(ProblemResult.of_record, records):
             parts.setdefault(part.index, []).append(part)
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: a line is no finished sample ({error!r}); remove the file to begin anew") from error
+        raise UserError(f"{path}: a line is not a valid sample ({error!r}); delete the file to start over") from error
     return parts
 
 

@@ -8,7 +8,6 @@ from typing import Any
 from megatron_dsrl.config.layout import ModelShape, model_problems, refuse
 from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.errors import UserError
-from megatron_dsrl.hub import asking_hub
 from megatron_dsrl.model.families import FAMILIES, Family
 
 
@@ -60,27 +59,6 @@ class Architecture:
     def padded_vocab_size(self, tensor_parallel_size: int) -> int:
         """Rows of the embedding in Megatron: the next multiple of the tensor-parallel size."""
         return -(-self.vocab_size // tensor_parallel_size) * tensor_parallel_size
-
-
-def resolve_model_folder(path: str, field: str = "model.path") -> Path:
-    """The local folder of a model: the path itself, or the hub's snapshot of that name (downloaded if need be).
-
-    Args:
-        path: folder or hub name.
-        field: of the configuration, named in messages.
-
-    Raises:
-        UserError: neither a folder nor a reachable hub model.
-    """
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    if path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise UserError(f"{field}: there is no folder {path!r}")
-    from huggingface_hub import snapshot_download
-
-    with asking_hub(field, path, "a folder nor a model"):
-        return Path(snapshot_download(path, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
 
 
 def read_architecture(folder: Path) -> Architecture:

@@ -26,4 +26,4 @@ def read_charts(path: Path) -> list[Chart]:
         return [draw(source) for source in _SOURCES.validate_json(path.read_bytes())]
     except ValidationError as error:
         problem = error.errors()[0]["msg"]
-        raise UserError(f"{path} does not hold charts: {problem}. Remove it, or make it anew") from error
+        raise UserError(f"{path} does not hold charts: {problem}. Delete it, or run the analysis again") from error

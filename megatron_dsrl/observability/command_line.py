@@ -64,7 +64,7 @@ def _compare(options: argparse.Namespace) -> int:
     methods = dict(map(labelled_folders, options.methods))
     baseline = options.baseline or next(iter(methods))
     if baseline not in methods:
-        raise UserError(f"--baseline: `{baseline}` is none of the methods {', '.join(methods)}")
+        raise UserError(f"--baseline: `{baseline}` is not one of the methods {', '.join(methods)}")
     options.output.mkdir(parents=True, exist_ok=True)
     print(write_comparison(methods, baseline, options.output))
     print(f"written to {options.output / TABLE_FILE} and {options.output / FIGURE_FILE}")

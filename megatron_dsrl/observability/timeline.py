@@ -128,5 +128,5 @@ class Timeline:
                     self._give_up(error)
 
     def _give_up(self, error: OSError) -> None:
-        logger.warning("the timeline is not recorded any further: %s: %s", self._file, error)
+        logger.warning("the timeline is no longer recorded: %s: %s", self._file, error)
         self._stream = None

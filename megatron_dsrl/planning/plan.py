@@ -1,11 +1,8 @@
-"""Does a run fit, what does it cost, and which layouts would do: `dsrl plan`."""
+"""Does a run fit, and what does a step cost: `dsrl plan`. layouts.py looks for layouts that fit."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import get_args
 
-from megatron_dsrl.config.layout import engine_problems, model_problems, process_problems
-from megatron_dsrl.config.model import ParallelConfig, Recompute
 from megatron_dsrl.config.phase import PhaseConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import Architecture
@@ -13,8 +10,6 @@ from megatron_dsrl.planning.compute import Assumptions, generation_seconds, phas
 from megatron_dsrl.planning.fit import RunMemory, run_memory
 from megatron_dsrl.planning.gpus import Gpu
 from megatron_dsrl.planning.phases import phases_of
-
-SIZES = (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True)
@@ -71,7 +66,7 @@ class Plan:
 def make_plan(
     config: RunConfig, architecture: Architecture, gpu: Gpu, world_size: int, assumptions: Assumptions
 ) -> Plan:
-    """Memory and time of a run whose layout is valid; see `is_valid`."""
+    """Memory and time of a run whose layout is valid; see `layouts.layout_problems`."""
     memory = run_memory(config, architecture, gpu.memory_bytes, world_size)
 
     def cost(phase: PhaseConfig, steps: int) -> PhaseCost:
@@ -86,16 +81,6 @@ def make_plan(
         phases=tuple(cost(phase, steps) for phase, steps in phases_of(config)),
         generation_seconds=generation_seconds(architecture, config, world_size, gpu, memory.engine, assumptions),
     )
-
-
-def is_valid(config: RunConfig, architecture: Architecture, world_size: int) -> bool:
-    """The processes and the model divide into the layout."""
-    problems = [
-        *process_problems(config.parallel, world_size),
-        *model_problems(config.parallel, architecture.shape),
-        *engine_problems(config.engine.tensor_parallel_size, world_size, architecture.shape),
-    ]
-    return not problems
 
 
 def largest_micro_batch(plan: Plan, architecture: Architecture) -> int | None:
@@ -115,64 +100,6 @@ def largest_response(plan: Plan, architecture: Architecture) -> int | None:
     return _largest(changed, plan, architecture)
 
 
-def suggest(
-    config: RunConfig, architecture: Architecture, gpu: Gpu, world_size: int, assumptions: Assumptions, count: int
-) -> list[Plan]:
-    """Layouts that fit, the fastest first by the estimate; among equals the one that splits the model least.
-
-    Each with as little recomputation as fits. Where only the engine takes too much, its `memory_fraction` is lowered.
-    """
-
-    def plan_of(candidate: RunConfig) -> Plan:
-        plan = make_plan(candidate, architecture, gpu, world_size, assumptions)
-        fraction = plan.memory.largest_memory_fraction
-        if plan.fits or not 0 < fraction < candidate.engine.memory_fraction:
-            return plan
-        engine = candidate.engine.model_copy(update={"memory_fraction": fraction})
-        return make_plan(candidate.model_copy(update={"engine": engine}), architecture, gpu, world_size, assumptions)
-
-    def with_least_recomputation(layout: RunConfig) -> Plan | None:
-        modes = (layout.model.model_copy(update={"recompute": mode}) for mode in get_args(Recompute))
-        plans = (plan_of(layout.model_copy(update={"model": model})) for model in modes)
-        return next((plan for plan in plans if plan.fits), None)
-
-    plans = map(with_least_recomputation, _layouts(config, architecture, world_size))
-    fitting = [plan for plan in plans if plan is not None]
-    return sorted(fitting, key=lambda plan: (_rounded(plan.step_seconds), _splitting(plan.config)))[:count]
-
-
-def _layouts(config: RunConfig, architecture: Architecture, world_size: int) -> Iterator[RunConfig]:
-    """Valid layouts within a node for tensor parallelism."""
-    for tensor in SIZES[:4]:
-        for pipeline in SIZES:
-            for context in SIZES[:4]:
-                for expert in SIZES if architecture.experts else (1,):
-                    parallel = ParallelConfig(
-                        tensor_parallel_size=tensor,
-                        pipeline_parallel_size=pipeline,
-                        **_uneven_ends(architecture.num_hidden_layers, pipeline),
-                        context_parallel_size=context,
-                        expert_parallel_size=expert,
-                        expert_tensor_parallel_size=1 if expert > 1 else None,
-                        sequence_parallel=tensor > 1,
-                        distributed_optimizer=True,
-                        collective_timeout_seconds=config.parallel.collective_timeout_seconds,
-                    )
-                    candidate = config.model_copy(update={"parallel": parallel})
-                    if is_valid(candidate, architecture, world_size):
-                        yield candidate
-
-
-def _uneven_ends(layers: int, stages: int) -> dict[str, int]:
-    """Layers of the first and the last stage where the stages cannot share the layers evenly: fewer than the others
-    have, as these two have embedding and head too. Empty where they can, or where nothing would be left for the two."""
-    between = -(-layers // stages)
-    left = layers - between * (stages - 2)
-    if stages == 1 or layers % stages == 0 or left < 2:
-        return {}
-    return {"layers_in_first_stage": left // 2, "layers_in_last_stage": left - left // 2}
-
-
 def _largest(changed: Callable[[int], RunConfig], plan: Plan, architecture: Architecture) -> int | None:
     low, high = 0, 1024  # in units of 1,024 tokens
     while low < high:
@@ -188,19 +115,4 @@ def _largest(changed: Callable[[int], RunConfig], plan: Plan, architecture: Arch
 def _with_micro_batch(config: RunConfig, tokens: int) -> RunConfig:
     return config.model_copy(
         update={"actor": config.actor.model_copy(update={"max_tokens_per_micro_batch": tokens})}
-    )
-
-
-def _rounded(seconds: float) -> float:
-    """To two digits: finer differences are below what the estimate can tell."""
-    return float(f"{seconds:.2g}")
-
-
-def _splitting(config: RunConfig) -> tuple[int, int, int, int]:
-    parallel = config.parallel
-    return (
-        parallel.model_parallel_size,
-        parallel.pipeline_parallel_size,
-        parallel.context_parallel_size,
-        parallel.expert_parallel_size,
     )

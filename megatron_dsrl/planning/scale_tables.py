@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.model.architecture import Architecture
 from megatron_dsrl.planning.compute import Assumptions
 from megatron_dsrl.planning.gpus import Gpu
-from megatron_dsrl.planning.plan import is_valid
+from megatron_dsrl.planning.layouts import layout_problems
 from megatron_dsrl.planning.scale import PARTS, Costs, StepEstimate, estimate_step, first_limit, with_batch_for
 
 DURING_GENERATION = ("decoding", "longest_response", "reading", "judging")
@@ -28,14 +28,15 @@ def print_scale(
     """Two tables, of a batch that grows with the GPUs and of one that stays; what breaks first; the constants.
 
     Raises:
-        UserError: a number of GPUs is no multiple of the first one, or the layout does not fit it.
+        UserError: a number of GPUs is not a multiple of the first one, or the layout does not divide it.
     """
     costs = Costs()
     growing, same = [], []
     for world_size in world_sizes:
-        if world_size % world_sizes[0] or not is_valid(config, architecture, world_size):
+        if world_size % world_sizes[0] or layout_problems(config, architecture, world_size):
             raise UserError(
-                f"--scale: {world_size} GPUs do not divide into this layout, or into {world_sizes[0]}; take others"
+                f"--scale: {world_size} GPUs cannot be divided into this layout or into groups of {world_sizes[0]}; "
+                "choose other numbers"
             )
         larger = with_batch_for(config, world_size // world_sizes[0])
         growing.append(estimate_step(larger, architecture, gpu, world_size, assumptions, costs))
@@ -71,11 +72,11 @@ def _table(title: str, estimates: Sequence[StepEstimate]) -> Table:
 
 
 def _constants_table(costs: Costs, assumptions: Assumptions) -> Table:
-    table = Table("constant", "value", "source", title="what it rests on")
+    table = Table("constant", "value", Column("source", overflow="fold"), title="what it rests on")
     table.add_row("mean response, tokens", f"{assumptions.mean_response_tokens:,}", "assumed")
     table.add_row("training", f"{assumptions.training_utilisation:.0%} of the peak", "assumed")
     table.add_row("decoding", f"{assumptions.bandwidth_utilisation:.0%} of the memory bandwidth", "assumed")
     for each in fields(costs):
         value = f"{getattr(costs, each.name):.3g} {each.metadata['unit']}".strip()
-        table.add_row(each.name, value, each.metadata["source"])
+        table.add_row(each.name.replace("_", " "), value, each.metadata["source"])
     return table

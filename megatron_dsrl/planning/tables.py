@@ -1,12 +1,17 @@
 """A plan as tables for people."""
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Table
 
+from megatron_dsrl.config.layout import Problem
 from megatron_dsrl.config.model import ParallelConfig
+from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import Architecture
 from megatron_dsrl.planning.compute import Assumptions
 from megatron_dsrl.planning.fit import ENGINE_WORK_BYTES, RESERVE_BYTES, RunMemory
+from megatron_dsrl.planning.layouts import overrides_of
 from megatron_dsrl.planning.plan import Plan, largest_micro_batch, largest_response
 
 GIB = 2**30
@@ -28,48 +33,103 @@ def print_plan(plan: Plan, architecture: Architecture, assumptions: Assumptions,
     console.print("This run fits." if plan.fits else "[bold]This run does not fit.[/bold]")
 
 
-def print_suggestions(plans: list[Plan], console: Console) -> None:
-    """Layouts, the fastest first."""
+def print_impossible_layout(problems: Sequence[Problem], gpus: int, console: Console) -> None:
+    """Why the configured layout cannot be had on this number of GPUs."""
+    console.print(f"[bold]The configured layout is not possible on {_gpus(gpus)}:[/bold]", highlight=False)
+    for fields, what in problems:
+        console.print(f"- {fields}: {what}", highlight=False, markup=False)
+
+
+def print_suggestions(
+    config: RunConfig, plans: Sequence[Plan], gpus: int, needed_gpus: int | None, console: Console
+) -> None:
+    """Layouts, the fastest first, and that one as overrides of `dsrl train`.
+
+    Args:
+        config: as it was given.
+        plans: of `layouts.suggest`.
+        gpus: that they are for.
+        needed_gpus: if there are no plans, the number of GPUs from which there are; None if unknown.
+        console: where to print.
+    """
     if not plans:
-        console.print("No layout fits: take more GPUs, or lower the lengths.")
+        console.print(f"No layout fits {_gpus(gpus)}: {_more_gpus(needed_gpus)}", highlight=False)
         return
+    console.print(_suggestions_table(config, plans, gpus))
+    if overrides := overrides_of(plans[0], config):
+        console.print("The first of them as overrides, to paste behind `dsrl train CONFIG.yaml`:")
+        console.print(pasteable(overrides, console.width), highlight=False, markup=False, soft_wrap=True)
+    else:
+        console.print("The first of them is the configured one.")
+
+
+def _suggestions_table(config: RunConfig, plans: Sequence[Plan], gpus: int) -> Table:
+    """Columns that hold the same in every row, as in most runs, are left out: experts, the engine's own size."""
+    columns = {
+        "TP": [str(plan.config.parallel.tensor_parallel_size) for plan in plans],
+        "PP": [_pipeline(plan.config.parallel) for plan in plans],
+        "CP": [str(plan.config.parallel.context_parallel_size) for plan in plans],
+        "EP": [str(plan.config.parallel.expert_parallel_size) for plan in plans],
+        "engine\nTP": [str(plan.config.engine.tensor_parallel_size) for plan in plans],
+        "recompute": [plan.config.model.recompute for plan in plans],
+        "engine\nmemory": [f"{plan.config.engine.memory_fraction:g}" for plan in plans],
+        "peak\nGiB": [f"{max(plan.memory.peaks.values()) / GIB:.1f}" for plan in plans],
+        "update\ns": [f"{plan.training_seconds:.0f}" for plan in plans],
+        "generate\ns": [f"{plan.generation_seconds:.0f}" for plan in plans],
+    }
+    if set(columns["EP"]) == {"1"}:
+        del columns["EP"]
+    if set(columns["engine\nTP"]) == {str(config.engine.tensor_parallel_size)}:
+        del columns["engine\nTP"]
     table = Table(
-        "tensor", "pipeline", "context", "expert", "recompute", "engine.memory_fraction", "peak GiB", "update s",
-        "generation s",
-        title="layouts that fit, with sequence parallelism and distributed optimizer",
-    )  # fmt: skip
-    for plan in plans:
-        parallel = plan.config.parallel
-        table.add_row(
-            str(parallel.tensor_parallel_size),
-            _pipeline(parallel),
-            str(parallel.context_parallel_size),
-            str(parallel.expert_parallel_size),
-            plan.config.model.recompute,
-            f"{plan.config.engine.memory_fraction:g}",
-            f"{max(plan.memory.peaks.values()) / GIB:.1f}",
-            f"{plan.training_seconds:.0f}",
-            f"{plan.generation_seconds:.0f}",
-        )
-    console.print(table)
+        *columns,
+        title=f"layouts that fit {_gpus(gpus)}, the fastest first",
+        caption="TP, PP, CP, EP: tensor (with sequence), pipeline, context and expert parallel; all with the "
+        "distributed optimizer",
+    )
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*row)
+    return table
+
+
+def pasteable(words: Sequence[str], width: int) -> str:
+    """Words of a command in lines that a shell joins, each indented."""
+    lines = [""]
+    for word in words:
+        if lines[-1] and len(lines[-1]) + len(word) + 7 > width:
+            lines.append("")
+        lines[-1] += f" {word}" if lines[-1] else word
+    return " \\\n".join(f"    {line}" for line in lines)
+
+
+def _more_gpus(needed: int | None) -> str:
+    if needed is None:
+        return "lower the lengths, or move parts of the trainer to the host (actor.offload)."
+    return f"{needed} would be enough; or lower the lengths, or move parts to the host (actor.offload)."
+
+
+def _gpus(count: int) -> str:
+    return "1 GPU" if count == 1 else f"{count:,} GPUs"
 
 
 def _pipeline(parallel: ParallelConfig) -> str:
     """Its size, and how many layers the ends have where that is not what the others have."""
     ends = (parallel.layers_in_first_stage, parallel.layers_in_last_stage)
-    return f"{parallel.pipeline_parallel_size}" + (f" (ends {ends[0]}, {ends[1]})" if any(ends) else "")
+    return f"{parallel.pipeline_parallel_size}" + (f", ends\n{ends[0]}, {ends[1]}" if any(ends) else "")
 
 
 def _memory_table(plan: Plan) -> Table:
     memory, engine = plan.memory, plan.memory.engine
-    stages = len(memory.policy)
+    columns = _stage_columns(len(memory.policy))
     table = Table(
-        "GiB per GPU", *(f"stage {stage}" for stage in range(stages)) if stages > 1 else ["every GPU"],
+        "GiB per GPU", *columns,
         title=f"{plan.world_size} x {plan.gpu.name}, {plan.gpu.memory_bytes / GIB:.0f} GiB each",
     )  # fmt: skip
 
     def row(name: str, *sizes: int) -> None:
-        table.add_row(name, *(f"{size / GIB:.2f}" for size in (sizes if len(sizes) > 1 else sizes * stages)))
+        """`sizes`: by pipeline stage, or one for all."""
+        cells = [max(sizes[stages]) if len(sizes) > 1 else sizes[0] for stages in columns.values()]
+        table.add_row(name, *(f"{size / GIB:.2f}" for size in cells))
 
     for prefix, model in (("", memory.policy), ("critic: ", memory.critic)):
         if model:
@@ -88,9 +148,22 @@ def _memory_table(plan: Plan) -> Table:
     row("reserve (context, allocator, NCCL)", RESERVE_BYTES)
     for name, peak in memory.peaks.items():
         note = "" if peak <= memory.capacity else "  too much"
-        table.add_row(f"[bold]peak of {name}[/bold]", f"[bold]{peak / GIB:.2f}{note}[/bold]", *[""] * (stages - 1))
+        others = [""] * (len(columns) - 1)
+        table.add_row(f"[bold]peak of {name}[/bold]", f"[bold]{peak / GIB:.2f}{note}[/bold]", *others)
     _add_host_rows(memory, row)
     return table
+
+
+def _stage_columns(stages: int) -> dict[str, slice]:
+    """Titles of the columns, and the pipeline stages of each: one by one, or where that would be too wide, the first,
+    the largest of those between, and the last."""
+    if stages == 1:
+        return {"every GPU": slice(0, 1)}
+    if stages <= 4:
+        return {f"stage {stage}": slice(stage, stage + 1) for stage in range(stages)}
+    last = stages - 1
+    between = f"stages 1-{last - 1},\nat most"
+    return {"stage 0": slice(0, 1), between: slice(1, last), f"stage {last}": slice(last, stages)}
 
 
 def _add_host_rows(memory: RunMemory, row) -> None:

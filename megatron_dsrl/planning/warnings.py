@@ -13,11 +13,11 @@ import psutil
 
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import read_architecture
+from megatron_dsrl.model.source import find_config_json
 from megatron_dsrl.planning.fit import RunMemory, run_memory
 from megatron_dsrl.platform import current_platform
-from megatron_dsrl.preflight import find_config_json
 
-ADVICE = "`dsrl plan` shows every part; the run is started all the same"
+ADVICE = "it starts anyway; see examples/troubleshooting: out of memory"
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ def memory_warnings(config: RunConfig, world_size: int, machine: Machine) -> lis
     Raises:
         UserError: as `read_architecture`.
     """
-    architecture = read_architecture(find_config_json(config.model.path).parent)
+    architecture = read_architecture(find_config_json(config.model.path, config.made_by).parent)
     memory = run_memory(config, architecture, machine.device_bytes, world_size)
     if machine.platform == "cuda":
         problems = [*memory.problems, *_host_problems(memory, machine)]
     else:
         problems = list(_cpu_problems(memory, machine))
-    return [f"warning: by the plan this run does not fit: {problem} ({ADVICE})" for problem in problems]
+    return [f"warning: according to `dsrl plan` this run does not fit: {problem} ({ADVICE})" for problem in problems]
 
 
 def _host_problems(memory: RunMemory, machine: Machine) -> list[str]:

@@ -30,6 +30,9 @@ class Platform(ABC):
     """Of torch.distributed. Python objects travel over gloo in either case: the ranks that wait for rank 0's samples
     must not wait in a kernel on the device that the engine samples on."""
 
+    usual_engine_start: str
+    """How long an engine takes to start here, for people who wait for it."""
+
     @property
     @abstractmethod
     def device(self) -> torch.device:

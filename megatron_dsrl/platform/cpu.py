@@ -16,6 +16,7 @@ class CpuPlatform(Platform):
     """The host processor."""
 
     name = "cpu"
+    usual_engine_start = "usually 15 s"
     distributed_backend = "gloo"
     _earlier_peak = 0
     """Largest use before the recent peak was restarted, in bytes."""

@@ -35,6 +35,7 @@ class CudaPlatform(Platform):
     """One NVIDIA GPU per process, chosen by torchrun's LOCAL_RANK."""
 
     name = "cuda"
+    usual_engine_start = "may take minutes: weights, kernels, CUDA graphs"
     distributed_backend = "cpu:gloo,cuda:nccl"
     _earlier_peak = 0
     """Largest use before the recent peak was restarted, in bytes."""

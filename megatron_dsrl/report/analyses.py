@@ -59,7 +59,8 @@ def _read(file: Path, of: str) -> ShownAnalysis:
         summary = dict(json.loads(file.read_text(encoding="utf-8")))
         tables = [(_words(key), _table(value)) for key, value in summary.items() if isinstance(value, list) and value]
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is no summary of an analysis ({error!r}); remove it, or analyse again") from error
+        advice = "delete it, or run the analysis again"
+        raise UserError(f"{file} is not the summary of an analysis ({error!r}); {advice}") from error
     charts = file.with_name(file.stem + CHARTS_SUFFIX)
     return ShownAnalysis(
         title=TITLES.get(file.stem, _words(file.stem)) + of,

@@ -16,7 +16,7 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from megatron_dsrl.evaluation.results_file import results_of_run
 from megatron_dsrl.observability.chart_source import number
-from megatron_dsrl.observability.console import duration
+from megatron_dsrl.observability.console_lines import duration
 from megatron_dsrl.observability.records import Record
 from megatron_dsrl.observability.run_records import RunRecords, read_run
 from megatron_dsrl.report.analyses import read_analyses

@@ -188,7 +188,7 @@ class EngineGroup:
             except UserError as error:
                 problem = str(error)
         raise EngineError(  # no UserError: the next start, perhaps on another node, may be well
-            f"engine {self._engine} was lost once more after engine.max_restarts = {self._config.max_restarts} "
+            f"engine {self._engine} was lost again after engine.max_restarts = {self._config.max_restarts} "
             f"restarts: {problem}\n{self._server.log_tail()}"
         )
 

@@ -15,7 +15,8 @@ from itertools import chain
 
 from megatron_dsrl.collective import broadcast, rank
 from megatron_dsrl.errors import UserError
-from megatron_dsrl.model.architecture import read_architecture, resolve_model_folder
+from megatron_dsrl.model.architecture import read_architecture
+from megatron_dsrl.model.source import resolve_model_folder
 from megatron_dsrl.rollout.client import EngineError, MemoryTag
 from megatron_dsrl.rollout.credentials import API_KEY_VARIABLE
 from megatron_dsrl.rollout.engine_layout import EngineLayout

@@ -25,6 +25,7 @@ from megatron_dsrl.rollout.credentials import engine_headers
 logger = logging.getLogger(__name__)
 
 LOG_LINES_IN_ERROR = 15
+TROUBLESHOOTING = "see examples/troubleshooting: engines"
 POLL_SECONDS = 0.2
 CALL_SECONDS = 5.0
 STOP_GRACE_SECONDS = 2.0
@@ -120,7 +121,8 @@ class EngineServer:
                 self.stop()
                 raise UserError(
                     f"the SGLang server at {self.url} was not ready within engine.startup_timeout_seconds = "
-                    f"{self._startup_timeout_seconds:g}; raise the limit or mend what its log says.\n{self.log_tail()}"
+                    f"{self._startup_timeout_seconds:g}; raise the limit, or fix what its log shows "
+                    f"({TROUBLESHOOTING}).\n{self.log_tail()}"
                 )
             time.sleep(POLL_SECONDS)
         self._freeze_garbage_collection()
@@ -139,8 +141,8 @@ class EngineServer:
         if status is not None:
             self.stop()
             raise UserError(
-                f"the SGLang server at {self.url} ended with status {status}; mend what its log says.\n"
-                f"{self.log_tail()}"
+                f"the SGLang server at {self.url} exited with status {status}; fix what its log shows "
+                f"({TROUBLESHOOTING}).\n{self.log_tail()}"
             )
 
     def stop(self) -> None:

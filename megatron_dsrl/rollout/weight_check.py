@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_dsrl.collective import gather
-from megatron_dsrl.model.architecture import read_architecture, resolve_model_folder
+from megatron_dsrl.model.architecture import read_architecture
+from megatron_dsrl.model.source import resolve_model_folder
 from megatron_dsrl.platform.weight_digest import weight_digest
 from megatron_dsrl.rollout.client import EngineError
 from megatron_dsrl.rollout.engine_layout import EngineLayout

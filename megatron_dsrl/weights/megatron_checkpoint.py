@@ -82,7 +82,7 @@ class MegatronCheckpoint:
             UserError: it is no distributed checkpoint, its metadata cannot be read, or a file of it is missing.
         """
         if not is_megatron_checkpoint(folder):
-            raise UserError(f"{folder} is no Megatron distributed checkpoint: it has no valid metadata.json")
+            raise UserError(f"{folder} is not a Megatron distributed checkpoint (metadata.json is missing or invalid)")
         self.folder = folder
         try:
             metadata = FileSystemReader(folder).read_metadata()

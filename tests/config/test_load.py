@@ -47,7 +47,7 @@ def test_items_of_an_inherited_list_change_by_position(small, write):
     with pytest.raises(UserError, match=re.escape(f"coefficient: expected greater than 0, given -1 ({run}:5)")):
         load_config(write("run.yaml", run.read_text().replace("0.5", "-1")))
     for key in ("2", "name"):
-        with pytest.raises(UserError, match=rf"other\.yaml: '?{key}'? is no position in the inherited list of 2"):
+        with pytest.raises(UserError, match=rf"other\.yaml: index '?{key}'? is out of range for the inherited list"):
             load_config(write("other.yaml", f"inherits: base.yaml\nphases: {{{key}: {{until_step: 4}}}}"))
 
 

@@ -10,7 +10,7 @@ from megatron_dsrl.errors import UserError
     ("override", "message"),
     [
         ("load_balancing=aux_loss", "`aux_loss` needs a load_balancing_coefficient"),
-        ("load_balancing_coefficient=0.001", "there is no loss that it belongs to; set load_balancing too"),
+        ("load_balancing_coefficient=0.001", "load_balancing is `none`; choose a loss for it"),
         ("load_balancing=seq_aux_loss", "expected 'none', 'aux_loss' or 'global_aux_loss', given 'seq_aux_loss'"),
     ],
 )

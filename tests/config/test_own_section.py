@@ -90,7 +90,7 @@ def test_mistakes_name_the_place_and_what_was_meant(own, override, message):
     ("override", "message"),
     [
         ("phases.0.name=fails", "phases.0: own_phases:Turns fails at step 5: KeyError: 'no such key'"),
-        ("phases.0.name=none", "phases.0: own_phases:Turns.at(5) gives None, which is no PhaseConfig"),
+        ("phases.0.name=none", "phases.0: own_phases:Turns.at(5) returned None, expected a PhaseConfig"),
         ("rollout.samples_per_prompt=1", "phases.0, rollout.samples_per_prompt: the advantage `group_mean` compares"),
     ],
 )

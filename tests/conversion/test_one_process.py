@@ -314,7 +314,7 @@ def test_a_conversion_that_was_killed_between_two_renames_has_not_lost_the_forme
 def test_a_file_size_is_a_number_above_0(tmp_path, capsys, size):
     with pytest.raises(SystemExit):
         convert("megatron-to-hf", tmp_path, tmp_path / "back", f"--file-gigabytes={size}")
-    assert f"expected a number above 0, given {size}" in capsys.readouterr().err
+    assert f"expected a number above 0, got {size}" in capsys.readouterr().err
 
 
 def change_config(folder: Path, **changes: object) -> None:

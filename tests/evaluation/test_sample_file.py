@@ -90,5 +90,5 @@ def test_an_evaluation_that_ended_before_its_first_sample_decides_nothing(tmp_pa
 def test_something_else_is_refused(tmp_path):
     path = tmp_path / "sums.jsonl"
     path.write_text('{"model": "abc", "benchmark": {"temperature": 1.0}}\n{"index": 1}\n')
-    with pytest.raises(UserError, match="a line is no finished sample"):
+    with pytest.raises(UserError, match="a line is not a valid sample"):
         SampleFile(path, SETTINGS)

@@ -6,7 +6,8 @@ import pytest
 from transformers import Qwen3ForCausalLM
 
 from examples.tiny_dsrl.arithmetic import NO_NOISE, Problem, split_of
-from examples.tiny_dsrl.make_base import Settings, corpus, is_made, make
+from examples.tiny_dsrl.base_model import corpus, make
+from examples.tiny_dsrl.base_settings import Settings, is_made
 from examples.tiny_dsrl.tokenizer import build_tokenizer
 from megatron_dsrl.config.data import PromptSetConfig
 from megatron_dsrl.config.model import ParallelConfig

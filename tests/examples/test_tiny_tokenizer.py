@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from examples.tiny_dsrl.make_base import DENSE, write_model_folder
+from examples.tiny_dsrl.base_model import write_model_folder
+from examples.tiny_dsrl.base_settings import DENSE
 from examples.tiny_dsrl.tokenizer import VOCAB_SIZE, build_tokenizer
 
 DATA = Path(os.environ.get("DSRL_TEST_DATA", Path(__file__).parents[2].parent / "shared" / "data"))

@@ -7,7 +7,8 @@ import pytest
 
 from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.errors import UserError
-from megatron_dsrl.model.architecture import check_model_layout, read_architecture, resolve_model_folder
+from megatron_dsrl.model.architecture import check_model_layout, read_architecture
+from megatron_dsrl.model.source import resolve_model_folder
 
 QWEN3_8B = {  # the published config.json, Transformers 4 style
     "architectures": ["Qwen3ForCausalLM"],

@@ -17,6 +17,7 @@ from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import Architecture, read_architecture
 from megatron_dsrl.model.build import build_model
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
+from megatron_dsrl.model.source import PUBLISHED
 from megatron_dsrl.model.value_head import build_value_model
 from megatron_dsrl.planning.memory import critic_memory, policy_memory
 from megatron_dsrl.planning.parameters import (
@@ -155,15 +156,33 @@ def test_published_sizes():
     assert (active_per_token(moe) + embeddings) / 1e9 == pytest.approx(3.35, abs=0.01)
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters", "without_embeddings"),
+    [
+        ("0.6B", 0.6, 0.44), ("1.7B", 1.7, 1.4), ("4B", 4.0, 3.6), ("8B", 8.2, 6.95), ("14B", 14.8, 13.2),
+        ("32B", 32.8, 31.2), ("30B-A3B", 30.5, 29.9), ("235B-A22B", 235, 234),
+    ],
+)  # fmt: skip
+def test_shipped_sizes_have_the_parameters_that_their_pages_name(name, parameters, without_embeddings):
+    """In billions, from "Model Overview" of https://huggingface.co/Qwen/Qwen3-<name>."""
+    architecture = read_architecture(PUBLISHED / "Qwen" / f"Qwen3-{name}")
+    total = parameters_of_model(architecture)
+    embeddings = (1 if architecture.tie_word_embeddings else 2) * architecture.vocab_size * architecture.hidden_size
+    for counted, named in ((total, parameters), (total - embeddings, without_embeddings)):
+        digits = len(str(named).partition(".")[2])
+        assert round(counted / 1e9, digits) == named
+
+
+def test_all_shipped_sizes_are_checked():
+    assert len(list(PUBLISHED.glob("*/*/config.json"))) == 8
+
+
 def qwen3_8b() -> Architecture:
-    return published("Qwen3ForCausalLM", 4096, 36, 32, 8, intermediate_size=12288)
+    return read_architecture(PUBLISHED / "Qwen" / "Qwen3-8B")
 
 
 def qwen3_30b_a3b() -> Architecture:
-    experts = {
-        "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True,
-    }  # fmt: skip
-    return published("Qwen3MoeForCausalLM", 2048, 48, 32, 4, intermediate_size=6144, **experts)
+    return read_architecture(PUBLISHED / "Qwen" / "Qwen3-30B-A3B")
 
 
 def published(name: str, hidden: int, layers: int, heads: int, groups: int, **fields: object) -> Architecture:

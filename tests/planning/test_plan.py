@@ -1,11 +1,16 @@
 """Plans of the paper's run: what fits, what does not, and what is suggested then."""
 
+import re
+
 import pytest
 
 from megatron_dsrl.cli import main
+from megatron_dsrl.config.load import load_config
+from megatron_dsrl.errors import UserError
 from megatron_dsrl.planning.compute import Assumptions, training_flops
 from megatron_dsrl.planning.gpus import find_gpu
-from megatron_dsrl.planning.plan import is_valid, largest_micro_batch, largest_response, make_plan, suggest
+from megatron_dsrl.planning.layouts import fewest_gpus, layout_problems, overrides_of, suggest
+from megatron_dsrl.planning.plan import largest_micro_batch, largest_response, make_plan
 from megatron_dsrl.planning.scale import Costs, estimate_step
 from tests.planning.test_memory import paper_run
 from tests.planning.test_parameters import published, qwen3_8b, qwen3_30b_a3b
@@ -49,7 +54,7 @@ def test_suggestions_are_valid_fit_and_come_fastest_first():
     plans = suggest(config, qwen3_30b_a3b(), find_gpu("h200"), 16, ASSUMED, count=5)
     assert len(plans) == 5
     for plan in plans:
-        assert plan.fits and is_valid(plan.config, qwen3_30b_a3b(), 16)
+        assert plan.fits and not layout_problems(plan.config, qwen3_30b_a3b(), 16)
     assert plans[0].step_seconds <= min(plan.step_seconds for plan in plans) * 1.06, "equal but for rounding"
 
 
@@ -64,7 +69,7 @@ def test_layers_that_do_not_divide_go_to_uneven_stages():
     plans = suggest(paper_run(engines, *offload), large, find_gpu("h200"), 64, ASSUMED, count=200)
     stages = {plan.config.parallel.pipeline_parallel_size: plan.config.parallel.layers_of_stages(94) for plan in plans}
     assert stages[4] == [23, 24, 24, 23] and stages[16] == [5, *[6] * 14, 5]
-    assert all(is_valid(plan.config, large, 64) for plan in plans)
+    assert not any(layout_problems(plan.config, large, 64) for plan in plans)
 
 
 def test_a_step_that_samples_ahead_takes_as_long_as_the_longer_of_its_parts():
@@ -99,4 +104,55 @@ def test_the_command_scales_a_run_and_refuses_numbers_that_do_not_fit(model, cap
         capsys.readouterr().out.split()
     )
     assert main(["plan", run, model, "--scale", "8,12"]) == 2
-    assert "--scale: 12 GPUs do not divide" in capsys.readouterr().err
+    assert "--scale: 12 GPUs cannot be divided" in capsys.readouterr().err
+
+
+def test_what_is_suggested_can_be_pasted(capsys):
+    """The overrides make the configuration that the plan is for, engines included, and it then fits."""
+    file, engines = REPOSITORY / "configs" / "dsrl_qwen3_8b.yaml", "engine.tensor_parallel_size=4"
+    config = load_config(file, [engines])
+    (best,) = suggest(config, qwen3_8b(), find_gpu("b200"), 2, ASSUMED, count=1)
+    pasted = load_config(file, [engines, *overrides_of(best, config)])
+    for section in ("parallel", "model", "engine"):
+        assert getattr(pasted, section) == getattr(best.config, section)
+    assert pasted.engine.tensor_parallel_size == 1, "4, as configured, is more than there are"
+    assert overrides_of(best, pasted) == []
+    arguments = ["plan", str(file), engines, "--gpu", "b200", "--gpus", "2"]
+    assert main(arguments) == 1
+    shown = capsys.readouterr().out
+    assert "The configured layout is not possible on 2 GPUs:" in shown and "layouts that fit 2 GPUs" in shown
+    words = re.search(r"overrides, to paste .*:\n((?: {4}.*\n)+)", shown)[1].replace("\\\n", " ").split()
+    assert words == overrides_of(best, config)
+    assert main([*arguments, *words]) == 0
+
+
+def test_how_many_gpus_would_do():
+    config = paper_run()
+    assert suggest(config, qwen3_8b(), find_gpu("h100"), 2, ASSUMED, count=1) == []
+    assert fewest_gpus(config, qwen3_8b(), find_gpu("h100"), 2, ASSUMED) == 4
+    assert suggest(config, qwen3_8b(), find_gpu("h100"), 4, ASSUMED, count=1) != []
+
+
+def test_a_gpu_of_the_table_and_one_described_by_its_figures():
+    assert find_gpu("H20").flops == 148e12
+    assert find_gpu("mine", gib=96, tflops=500, terabytes_per_second=3.2).memory_bytes == 96 * 2**30
+    assert find_gpu("h100", gib=60).flops == find_gpu("h100").flops
+    with pytest.raises(UserError, match="--gpu: mine is not known; choose one of .*rtx-4090.*--gpu-bandwidth"):
+        find_gpu("mine", gib=96)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "configs/dsrl_qwen3_30b_a3b.yaml --gpus 16",
+        "configs/qwen3_8b/ppo.yaml parallel.pipeline_parallel_size=8 parallel.layers_in_first_stage=3 "
+        "parallel.layers_in_last_stage=3 --gpus 32",
+        "configs/dsrl_qwen3_8b.yaml --scale 8,64,512,4096",
+    ],
+)
+def test_no_table_is_cut_in_80_columns(arguments, monkeypatch, capsys):
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setenv("COLUMNS", "80")
+    main(["plan", *arguments.split()])
+    shown = capsys.readouterr().out
+    assert "GPUs" in shown and "…" not in shown

@@ -308,7 +308,7 @@ def test_a_folder_that_is_no_run_is_the_users_error(run_folder: Path, tmp_path: 
     ("file", "message"),
     [
         ("evaluation/results.json", "does not hold the results of `dsrl eval`"),
-        ("analysis/thoughts.json", "is no summary of an analysis"),
+        ("analysis/thoughts.json", "is not the summary of an analysis"),
     ],
 )
 def test_damaged_results_are_named(tmp_path: Path, file: str, message: str) -> None:

@@ -1,0 +1,28 @@
+"""Loading PyTorch, Transformers and Megatron, which takes seconds: say so, and keep their known warnings back."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+from megatron_dsrl.observability.waiting import waiting
+
+
+@contextmanager
+def loading_megatron(stream: TextIO | None = None) -> Iterator[None]:
+    """For the block in which a command imports them.
+
+    Args:
+        stream: where rank 0 says so; standard output by default, stderr for commands whose output is data.
+    """
+
+    def say(text: str) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            print(text, file=stream or sys.stdout, flush=True)
+
+    with waiting("loading PyTorch and Megatron", say=say):
+        from megatron_dsrl.platform import silence_expected_warnings
+
+        silence_expected_warnings()
+        yield

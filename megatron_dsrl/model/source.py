@@ -1,0 +1,91 @@
+"""Where a model's files are: a local folder, or the hub's snapshot of a name.
+
+`published/` has the config.json of Qwen3's sizes, so that plans and dry runs need no network. Values are those of the
+models' pages on the hub; tests compare the parameter counts with the published ones. A training reads the model itself.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_dsrl.config.made_by import how_to_make
+from megatron_dsrl.errors import UserError
+from megatron_dsrl.hub import asking_hub, can_reach_hub
+
+PUBLISHED = Path(__file__).parent / "published"
+"""`<owner>/<name>/config.json`."""
+
+NOT_WEIGHTS = ["*.bin", "*.pth", "*.gguf", "original/*"]
+"""Weights in other formats than safetensors."""
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether a path that is not a folder may be a hub name: `Qwen/Qwen3-8B` may, but `./x`, `/x`, `a/b/c` and anything
+    below an existing folder may not."""
+    parts = path.split("/")
+    return len(parts) == 2 and all(parts) and not path.startswith((".", "~")) and not Path(parts[0]).exists()
+
+
+def no_folder(field: str, path: str, made_by: Mapping[str, str] = {}) -> UserError:
+    """The error for a folder that does not exist.
+
+    Args:
+        field: of the configuration or the command line.
+        path: as the user gave it.
+        made_by: see `RunConfig.made_by`.
+    """
+    advice = how_to_make(path, made_by) or "make or download the model first, or correct the path"
+    return UserError(f"{field}: there is no folder {path}; {advice}")
+
+
+def resolve_model_folder(path: str, field: str = "model.path", made_by: Mapping[str, str] = {}) -> Path:
+    """The local folder of a model: the path itself, or the hub's snapshot of that name, downloaded if need be.
+
+    Args:
+        path: folder or hub name.
+        field: of the configuration or the command line, named in messages.
+        made_by: see `no_folder`.
+
+    Raises:
+        UserError: neither a folder nor a hub model that can be read.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if not is_hub_name(path):
+        raise no_folder(field, path, made_by)
+    from huggingface_hub import snapshot_download
+
+    with asking_hub(field, path):
+        return Path(snapshot_download(path, ignore_patterns=NOT_WEIGHTS, local_files_only=not can_reach_hub()))
+
+
+def find_config_json(path: str, made_by: Mapping[str, str] = {}) -> Path:
+    """The config.json of a run's model without its weights: of the folder, the hub's cache, `published/`, or the hub.
+
+    Args:
+        path: `model.path`.
+        made_by: see `RunConfig.made_by`.
+
+    Raises:
+        UserError: neither a folder nor a hub model that can be read.
+    """
+    folder, published = Path(path).expanduser(), PUBLISHED / path / "config.json"
+    if folder.is_dir():
+        return folder / "config.json"
+    if not is_hub_name(path):
+        raise no_folder("model.path", path, made_by)
+    return _cached_config_json(path) or (published if published.is_file() else _fetch_config_json(path))
+
+
+def _cached_config_json(name: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(name, "config.json")
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def _fetch_config_json(name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    with asking_hub("model.path", name):
+        return Path(hf_hub_download(name, "config.json", etag_timeout=10, local_files_only=not can_reach_hub()))

@@ -1,0 +1,144 @@
+"""Which layouts fit some GPUs, and how many GPUs a run needs at least."""
+
+from collections.abc import Iterator
+from typing import get_args
+
+from megatron_dsrl.config.layout import Problem, engine_problems, model_problems, process_problems
+from megatron_dsrl.config.model import ParallelConfig, Recompute
+from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.model.architecture import Architecture
+from megatron_dsrl.planning.compute import Assumptions
+from megatron_dsrl.planning.gpus import Gpu
+from megatron_dsrl.planning.plan import Plan, make_plan
+
+SIZES = (1, 2, 4, 8, 16)
+MOST_GPUS = 4096
+"""Where `fewest_gpus` gives up."""
+
+
+def layout_problems(config: RunConfig, architecture: Architecture, world_size: int) -> list[Problem]:
+    """Where processes, model and engines do not divide into the configured layout; empty for a valid one."""
+    return [
+        *process_problems(config.parallel, world_size),
+        *model_problems(config.parallel, architecture.shape),
+        *engine_problems(config.engine.tensor_parallel_size, world_size, architecture.shape),
+    ]
+
+
+def suggest(
+    config: RunConfig, architecture: Architecture, gpu: Gpu, world_size: int, assumptions: Assumptions, count: int
+) -> list[Plan]:
+    """Layouts that fit, the fastest first by the estimate; among equals the one that splits the model least.
+
+    Each with as little recomputation as fits. Where only the engine takes too much, its `memory_fraction` is lowered.
+    Engines keep their tensor-parallel size where a layout with it fits.
+    """
+
+    def plan_of(candidate: RunConfig) -> Plan:
+        plan = make_plan(candidate, architecture, gpu, world_size, assumptions)
+        fraction = plan.memory.largest_memory_fraction
+        if plan.fits or not 0 < fraction < candidate.engine.memory_fraction:
+            return plan
+        engine = candidate.engine.model_copy(update={"memory_fraction": fraction})
+        return make_plan(candidate.model_copy(update={"engine": engine}), architecture, gpu, world_size, assumptions)
+
+    def with_least_recomputation(layout: RunConfig) -> Plan | None:
+        modes = (layout.model.model_copy(update={"recompute": mode}) for mode in get_args(Recompute))
+        plans = (plan_of(layout.model_copy(update={"model": model})) for model in modes)
+        return next((plan for plan in plans if plan.fits), None)
+
+    for size in _engine_sizes(config, architecture, world_size):
+        plans = map(with_least_recomputation, _layouts(config, architecture, world_size, size))
+        if fitting := [plan for plan in plans if plan is not None]:
+            return sorted(fitting, key=lambda plan: (_rounded(plan.step_seconds), _splitting(plan.config)))[:count]
+    return []
+
+
+def fewest_gpus(
+    config: RunConfig, architecture: Architecture, gpu: Gpu, world_size: int, assumptions: Assumptions
+) -> int | None:
+    """The smallest world size of `world_size` times a power of two for which a layout fits; None if none does."""
+    while world_size <= MOST_GPUS:
+        if suggest(config, architecture, gpu, world_size, assumptions, count=1):
+            return world_size
+        world_size *= 2
+    return None
+
+
+def overrides_of(plan: Plan, config: RunConfig) -> list[str]:
+    """`key.path=value` for `dsrl train`, by which the plan's layout differs from the configured one."""
+    sections = {"parallel": ParallelConfig.model_fields, "model": ("recompute",)}
+    sections["engine"] = ("tensor_parallel_size", "memory_fraction")
+    return [
+        f"{section}.{field}={_yaml(planned)}"
+        for section, fields in sections.items()
+        for field in fields
+        if (planned := getattr(getattr(plan.config, section), field)) != getattr(getattr(config, section), field)
+    ]
+
+
+def _yaml(value: bool | int | float | str | None) -> str:
+    return {None: "null", True: "true", False: "false"}[value] if isinstance(value, bool | None) else str(value)
+
+
+def _layouts(
+    config: RunConfig, architecture: Architecture, world_size: int, engine_size: int
+) -> Iterator[RunConfig]:
+    """Valid layouts within a node for tensor parallelism, with a sample for every data-parallel replica."""
+    samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    engine = config.engine.model_copy(update={"tensor_parallel_size": engine_size})
+    for parallel in _parallel_sizes(config, architecture):
+        candidate = config.model_copy(update={"parallel": parallel, "engine": engine})
+        replicas = world_size // parallel.model_parallel_size
+        has_work = samples // config.actor.mini_batches_per_rollout >= replicas
+        if has_work and not layout_problems(candidate, architecture, world_size):
+            yield candidate
+
+
+def _engine_sizes(config: RunConfig, architecture: Architecture, world_size: int) -> list[int]:
+    configured = config.engine.tensor_parallel_size
+    sizes = [configured, *(size for size in SIZES[:4] if size != configured)]
+    return [size for size in sizes if not list(engine_problems(size, world_size, architecture.shape))]
+
+
+def _parallel_sizes(config: RunConfig, architecture: Architecture) -> Iterator[ParallelConfig]:
+    for tensor in SIZES[:4]:
+        for pipeline in SIZES:
+            for context in SIZES[:4]:
+                for expert in SIZES if architecture.experts else (1,):
+                    yield ParallelConfig(
+                        tensor_parallel_size=tensor,
+                        pipeline_parallel_size=pipeline,
+                        **_uneven_ends(architecture.num_hidden_layers, pipeline),
+                        context_parallel_size=context,
+                        expert_parallel_size=expert,
+                        expert_tensor_parallel_size=1 if expert > 1 else None,
+                        sequence_parallel=tensor > 1,
+                        distributed_optimizer=True,
+                        collective_timeout_seconds=config.parallel.collective_timeout_seconds,
+                    )
+
+
+def _uneven_ends(layers: int, stages: int) -> dict[str, int]:
+    """Layers of the first and the last stage where the stages cannot share the layers evenly: fewer than the others
+    have, as these two have embedding and head too. Empty where they can, or where nothing would be left for the two."""
+    between = -(-layers // stages)
+    left = layers - between * (stages - 2)
+    if stages == 1 or layers % stages == 0 or left < 2:
+        return {}
+    return {"layers_in_first_stage": left // 2, "layers_in_last_stage": left - left // 2}
+
+
+def _rounded(seconds: float) -> float:
+    """To two digits: finer differences are below what the estimate can tell."""
+    return float(f"{seconds:.2g}")
+
+
+def _splitting(config: RunConfig) -> tuple[int, int, int, int]:
+    parallel = config.parallel
+    return (
+        parallel.model_parallel_size,
+        parallel.pipeline_parallel_size,
+        parallel.context_parallel_size,
+        parallel.expert_parallel_size,
+    )

@@ -1,0 +1,41 @@
+"""What a run leaves in its folder, and whether it is complete. Light: a finished run is recognised before Megatron
+and Transformers are loaded."""
+
+from pathlib import Path
+
+from megatron_dsrl.checkpoint.compatibility import check_same_run
+from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.config.yaml_text import parse_yaml
+from megatron_dsrl.observability.records import EVALUATION_FILE, METRICS_FILE, read_records
+
+CONFIG_FILE = "config.yaml"
+CHECKPOINTS_FOLDER = "checkpoints"
+EXPORTS_FOLDER = "hf"
+
+
+def exported_policy(run_folder: Path, step: int) -> Path:
+    """Where the policy after a step is exported."""
+    return run_folder / EXPORTS_FOLDER / f"step_{step:06d}"
+
+
+def has_results(run_folder: Path, config: RunConfig, step: int) -> bool:
+    """Whether the export and all evaluations after the last step are there."""
+    evaluated = {record["set"] for record in read_records(run_folder / EVALUATION_FILE) if record["step"] == step}
+    return exported_policy(run_folder, step).exists() and all(s.name in evaluated for s in config.evaluation.sets)
+
+
+def finished_step(config: RunConfig) -> int | None:
+    """The last step of a run that is complete: recorded, saved, exported and evaluated. None if something is missing.
+
+    Raises:
+        UserError: the folder holds a complete run with another configuration.
+    """
+    run_folder = Path(config.output_dir) / config.name
+    file = run_folder / CONFIG_FILE
+    step = max((record["step"] for record in read_records(run_folder / METRICS_FILE)), default=0)
+    is_saved = (run_folder / CHECKPOINTS_FOLDER / f"step_{step:06d}").exists()
+    if step < config.steps or not file.exists() or not is_saved or not has_results(run_folder, config, step):
+        return None
+    before, _ = parse_yaml(file.read_text(encoding="utf-8"), str(file))
+    check_same_run(before, config, str(run_folder))
+    return step
