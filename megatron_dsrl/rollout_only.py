@@ -14,12 +14,14 @@ from megatron_dsrl.data.sampler import PromptSampler
 from megatron_dsrl.data.tokenizer import stop_token_ids
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.folder_lock import locked
-from megatron_dsrl.observability.step_metrics import count_tokens, rollout_metrics
+from megatron_dsrl.observability.step_metrics import rollout_metrics
 from megatron_dsrl.process_group import process_group
 from megatron_dsrl.provenance.start import record_run_start
 from megatron_dsrl.rollout.awaiting_engines import awaiting_engines
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.recording import rollout_file, write_groups
+from megatron_dsrl.rollout.sample import count_tokens
+from megatron_dsrl.rollout.step_sampling import sample_round
 from megatron_dsrl.run_inputs import RunInputs, load_inputs
 
 
@@ -62,7 +64,7 @@ def sample_steps(config: RunConfig, inputs: RunInputs, rollout: EngineRollout) -
         if step not in missing:
             continue
         started = time.perf_counter()
-        groups = rollout.sample_step(step, prompts)
+        groups = sample_round(config, rollout, step, 0, prompts)
         metrics = rollout_metrics(groups, count_tokens(groups), time.perf_counter() - started)
         write_groups(file, groups)
         print(

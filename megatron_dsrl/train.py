@@ -27,7 +27,8 @@ from megatron_dsrl.checkpoint.store import Checkpoint, CheckpointStore
 from megatron_dsrl.collective import broadcast, gather, on_first
 from megatron_dsrl.config.phase import PhaseConfig, PostTrainSpaceConfig, PreTrainSpaceConfig
 from megatron_dsrl.config.run import RunConfig
-from megatron_dsrl.controller import Controller, StepSamples, responses_of
+from megatron_dsrl.controller import Controller
+from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.data.sampler import PromptSampler, SamplerState
 from megatron_dsrl.data.tokenizer import bos_token_ids, stop_token_ids
 from megatron_dsrl.device_sharing import SharedDevice
@@ -45,9 +46,12 @@ from megatron_dsrl.preemption import Preempted, StopRequested, StopSignal
 from megatron_dsrl.provenance.start import record_run_start
 from megatron_dsrl.rollout.awaiting_engines import awaiting_engines
 from megatron_dsrl.rollout.carry_over import CarryOver, CarryOverWrite
+from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.recording import RolloutRecorder
+from megatron_dsrl.rollout.replay import ReplayRollout
 from megatron_dsrl.rollout.rollout import Rollout
-from megatron_dsrl.rollout.start_rollout import start_rollout
+from megatron_dsrl.rollout.sample import responses_of
+from megatron_dsrl.rollout.step_sampling import StepSamples
 from megatron_dsrl.run_folder import check_run_folder, prepare_run_folder
 from megatron_dsrl.run_inputs import RunInputs, load_inputs
 from megatron_dsrl.run_models import RunModels, build_models
@@ -117,6 +121,10 @@ class TrainingRun:
         with self.timeline.span(part), self.console.doing(step, part.replace("_", " ")) if shown else nullcontext():
             yield
 
+    def draw(self, count: int) -> list[Prompt]:
+        """The next prompts to train on. Rank 0 only."""
+        return [self.inputs.prompts[i] for i in self.sampler.next(count)]
+
 
 def run_steps(run: TrainingRun) -> None:
     """Sample, judge, update, push the weights; again."""
@@ -185,13 +193,7 @@ def start_run(
     prepare_run_folder(config, inputs.run_folder, step)
     record_run_start("train", config, inputs, step, console.message)
     timeline = open_timeline(config, inputs.run_folder, resources)
-    rollout = start_rollout(
-        with_model_folder(config, inputs.model_folder),
-        inputs.run_folder,
-        stop_token_ids(inputs.tokenizer),
-        inputs.decode,
-        timeline.engine_call,
-    )
+    rollout = start_rollout(with_model_folder(config, inputs.model_folder), inputs, timeline)
     resources.callback(rollout.close)
     with timeline.span("start_engines"), awaiting_engines(config, inputs.run_folder):
         rollout.wait_until_ready()
@@ -207,7 +209,7 @@ def start_run(
         announce(console, f"continuing after step {step} from {checkpoint.folder}")
     controller = start_controller(config, inputs, rollout, step, console, resources) if dist.get_rank() == 0 else None
     if controller and checkpoint and config.rollout.carries_over:
-        controller.take_over(CarryOver.read_from(checkpoint.folder / ROLLOUT_FOLDER))
+        rollout.take_over(CarryOver.read_from(checkpoint.folder / ROLLOUT_FOLDER))
     return TrainingRun(
         config=config,
         inputs=inputs,
@@ -224,6 +226,14 @@ def start_run(
     )
 
 
+def start_rollout(config: RunConfig, inputs: RunInputs, timeline: Timeline | NoTimeline) -> Rollout:
+    """Begin to start the engines, or open the recording that is replayed. All ranks."""
+    stop_ids = tuple(stop_token_ids(inputs.tokenizer))
+    if config.rollout.replay_from is not None:
+        return ReplayRollout(config, inputs.prompts, stop_ids)
+    return EngineRollout(config, inputs.run_folder, stop_ids, inputs.decode, timeline.engine_call)
+
+
 def start_controller(
     config: RunConfig, inputs: RunInputs, rollout: Rollout, step: int, console: RunConsole, resources: ExitStack
 ) -> Controller:
@@ -233,7 +243,7 @@ def start_controller(
     evaluator = Evaluator(inputs.evaluation_sets, rollout, config.reward.function)
     save_rollouts = config.observability.save_rollouts
     recorder = resources.enter_context(RolloutRecorder(inputs.run_folder)) if save_rollouts else None
-    return Controller(config, recorder, inputs.prompts, rollout, evaluator, tracker, console)
+    return Controller(config, recorder, rollout, evaluator, tracker, console)
 
 
 def open_timeline(config: RunConfig, run_folder: Path, resources: ExitStack) -> Timeline | NoTimeline:
@@ -255,9 +265,11 @@ def sample(run: TrainingRun, step: int) -> StepSamples | None:
         assert run.controller is not None
         try:
             with run.stop.interruptible():
-                return run.controller.sample(step, run.sampler.next)
+                samples = run.rollout.sample_step(step, run.draw, run.controller.show_progress)
         except StopRequested:
             return None
+        run.controller.keep(step, samples)
+        return samples
 
     return run.rollout.while_sampling(work, lambda: recover_engines(run, version=step))
 
@@ -273,7 +285,7 @@ def recover_engines(run: TrainingRun, version: int) -> None:
 def begin_ahead(run: TrainingRun, step: int) -> None:
     """Where samples are drawn ahead: let rank 0 begin with those of the next step."""
     if run.config.rollout.sample_ahead and run.controller and step < run.config.steps:
-        run.controller.begin_ahead(step + 1, run.sampler.next)
+        run.rollout.begin_ahead(step + 1, run.draw, run.controller.show_progress)
 
 
 def finish_ahead(run: TrainingRun, step: int) -> bool:
@@ -282,10 +294,9 @@ def finish_ahead(run: TrainingRun, step: int) -> bool:
         return True
 
     def work() -> bool:
-        assert run.controller is not None
         try:
             with run.stop.interruptible():
-                run.controller.finish_ahead()
+                run.rollout.finish_ahead()
         except StopRequested:
             return False
         return True
@@ -385,7 +396,7 @@ def save_checkpoint(run: TrainingRun, step: int, sampler: SamplerState) -> None:
     )
     others = run.models.other_parts()
     if run.config.rollout.carries_over:
-        carried = run.controller and run.controller.carried
+        carried = run.rollout.carried if run.controller else None
         others[ROLLOUT_FOLDER] = lambda folder, copy: CarryOverWrite(carried, folder)
     with run.timeline.span("save_checkpoint"):
         run.checkpoints.save(state, run.models.actor.begin_save, others)

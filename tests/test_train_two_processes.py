@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausal
 from examples.tiny_dsrl.tokenizer import VOCAB_SIZE
 from megatron_dsrl.algorithms.routed_experts import decode_routed_experts
 from megatron_dsrl.provenance.records import read_starts
-from megatron_dsrl.rollout.dynamic_sampling import is_mixed
 from megatron_dsrl.rollout.recording import read_batch, read_groups, rollout_file
+from megatron_dsrl.rollout.step_sampling import is_mixed
 from tests.support.compare_runs import assert_same_tensors, checkpoint_tensors, records
 from tests.support.tiny_run import dsrl, processes_left_behind, write_tiny_run
 from tests.test_train import assert_traced

@@ -1,10 +1,12 @@
 """Which prompts come next: shuffled epochs, deterministic and resumable."""
 
 import random
-from collections.abc import Callable
-from typing import TypedDict
+from collections.abc import Callable, Sequence
+from typing import Generic, TypedDict, TypeVar
 
 from megatron_dsrl.errors import UserError
+
+Item = TypeVar("Item")
 
 
 class SamplerState(TypedDict):
@@ -65,23 +67,23 @@ class PromptSampler:
         random.Random(f"{self._seed}/{epoch}").shuffle(self._order)
 
 
-class RepeatableDraw:
-    """Draws indices like `PromptSampler.next`, and can draw the same ones again."""
+class RepeatableDraw(Generic[Item]):
+    """Draws items like `draw`, and can draw the same ones again."""
 
-    def __init__(self, draw: Callable[[int], list[int]]):
+    def __init__(self, draw: Callable[[int], Sequence[Item]]) -> None:
         self._draw = draw
-        self._drawn: list[int] = []
+        self._drawn: list[Item] = []
         self._position = 0
 
-    def __call__(self, count: int) -> list[int]:
-        """The next `count` indices; new ones once those that were drawn before are used up."""
+    def __call__(self, count: int) -> list[Item]:
+        """The next `count` items; new ones once those that were drawn before are used up."""
         end = self._position + count
         if end > len(self._drawn):
             self._drawn += self._draw(end - len(self._drawn))
         taken, self._position = self._drawn[self._position : end], end
         return taken
 
-    def from_the_start(self) -> "RepeatableDraw":
-        """Begin again with the first index that was drawn."""
+    def from_the_start(self) -> "RepeatableDraw[Item]":
+        """Begin again with the first item that was drawn."""
         self._position = 0
         return self

@@ -1,9 +1,9 @@
 """One benchmark through the engines: what is finished is read, the rest is sampled, judged and written down."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_dsrl.config.data import RewardConfig
 from megatron_dsrl.data.prompt import Prompt
@@ -15,6 +15,7 @@ from megatron_dsrl.evaluation.sample_file import SampleFile
 from megatron_dsrl.evaluation.summary import summarise_benchmark
 from megatron_dsrl.rewards.pool import RewardPool
 from megatron_dsrl.rewards.registry import answer_of
+from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.sample import Sample
 from megatron_dsrl.rollout.sampling import SamplingParameters
 
@@ -22,23 +23,10 @@ SAMPLING_FIELDS = ("temperature", "top_p", "max_response_tokens", "limit")
 """Of a benchmark, kept beside its figures."""
 
 
-class GeneratesSamples(Protocol):
-    """The part of the rollout side that a benchmark needs; see `EngineRollout.generate_samples`."""
-
-    def generate_samples(
-        self,
-        wanted: Sequence[tuple[Prompt, int]],
-        sampling: SamplingParameters,
-        stream: str,
-        on_sample: Callable[[Prompt, int, Sample], None],
-        rewards: RewardPool,
-    ) -> None: ...
-
-
 def evaluate_benchmark(
     benchmark: Benchmark,
     prompts: Sequence[Prompt],
-    sampler: GeneratesSamples | None,
+    sampler: EngineRollout | None,
     stop_token_ids: tuple[int, ...],
     file: Path,
     settings: Mapping[str, Any],
@@ -110,7 +98,7 @@ def _sample(
     benchmark: Benchmark,
     missing: Sequence[tuple[Prompt, int]],
     problems: int,
-    sampler: GeneratesSamples,
+    sampler: EngineRollout,
     sampling: SamplingParameters,
     samples: SampleFile,
 ) -> None:

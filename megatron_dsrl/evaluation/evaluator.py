@@ -7,7 +7,6 @@ loaded or copied for it.
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Protocol
 
 from megatron_dsrl.config.benchmark import BenchmarkConfig
 from megatron_dsrl.config.run import EvaluationSetConfig
@@ -17,39 +16,18 @@ from megatron_dsrl.evaluation.problem_result import ProblemResult
 from megatron_dsrl.evaluation.summary import summarise, summarise_benchmark
 from megatron_dsrl.rewards.pool import RewardPool
 from megatron_dsrl.rewards.registry import answer_of, check_options
-from megatron_dsrl.rollout.sample import Group
-from megatron_dsrl.rollout.sampling import SamplingParameters
+from megatron_dsrl.rollout.rollout import Generator
 
 EvaluationRecord = dict[str, int | float | str | None]
 """step, set, the figures of `summarise`, and the ends of the accuracy's 95 % interval, confidence_low_95 and
 confidence_high_95. For k = samples_per_prompt above 1 also `pass@k`, and `majority@k` where answers can be compared."""
 
 
-class Generates(Protocol):
-    """The part of the rollout side that evaluation needs."""
-
-    @property
-    def training_sampling(self) -> SamplingParameters:
-        """Sampling parameters of training."""
-
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        samples_per_prompt: int,
-        sampling: SamplingParameters,
-        stream: str,
-        *,
-        rewards: RewardPool | None = None,
-    ) -> list[Group]:
-        """One group per prompt, in the order of the prompts; `stream` names the random numbers, and `rewards` judges
-        in the place of the run's verifier."""
-
-
 class Evaluator:
     """Evaluates all held-out sets of a run. Lives on rank 0, where the rollout side samples."""
 
     def __init__(
-        self, sets: Sequence[tuple[EvaluationSetConfig, Sequence[Prompt]]], rollout: Generates, verifier: str
+        self, sets: Sequence[tuple[EvaluationSetConfig, Sequence[Prompt]]], rollout: Generator, verifier: str
     ):
         """
         Args:

@@ -84,10 +84,5 @@ def throughput_metrics(tokens: int, seconds: float) -> dict[str, int | float]:
     return {"throughput/generated_tokens": tokens, "throughput/tokens_per_second": tokens / seconds if tokens else 0.0}
 
 
-def count_tokens(groups: Sequence[Group]) -> int:
-    """Response tokens of all samples."""
-    return sum(len(sample.response_ids) for group in groups for sample in group.samples)
-
-
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)

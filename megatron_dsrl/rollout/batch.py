@@ -1,4 +1,4 @@
-"""A batch of prompts on its way. It outlives the loss of engines: what is finished stays, the rest is asked again."""
+"""A batch of prompts that is being sampled. It outlives the loss of engines: only what is unfinished is asked again."""
 
 import time
 from collections import deque
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from megatron_dsrl.rollout.progress import OnSamples
 from megatron_dsrl.rollout.sample import Group
 from megatron_dsrl.rollout.sampling import SamplingParameters
 from megatron_dsrl.rollout.unfinished import UnfinishedGroup
@@ -15,7 +16,7 @@ class Feed(Protocol):
     """Where the groups of a batch come from, and when there are enough."""
 
     def take(self, on_their_way: int) -> list[UnfinishedGroup]:
-        """Groups to begin, or to go on with, now that so many are on their way."""
+        """Groups to begin or to continue, given the number of those on their way."""
 
     def judged(self, group: Group) -> None:
         """This one is finished."""
@@ -39,6 +40,21 @@ class WholeFeed:
 
     def is_enough(self) -> bool:
         return False
+
+
+class BatchSampler(Protocol):
+    """What samples a batch: `EngineRollout`."""
+
+    @property
+    def weight_version(self) -> int:
+        """Version of the weights that the engines hold."""
+
+    @property
+    def training_sampling(self) -> SamplingParameters:
+        """Sampling parameters of training."""
+
+    def sample_batch(self, feed: Feed, sampling: SamplingParameters, on_samples: OnSamples) -> "Batch":
+        """Sample what the feed asks for, until it has enough; judged by the run's verifier."""
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """What a step leaves to the next one.
 
-Partial rollouts: what is aborted when a step has enough groups (`enough_groups.py`) keeps its tokens, and the next step
-goes on with them under its own weights, before it begins with new prompts. So nobody waits for the longest responses.
+Partial rollouts: what is aborted when a step has enough groups (`sample_until.py`) keeps its tokens, and the next step
+continues it under its own weights before it begins new prompts. So no step waits for the longest responses.
 
 A response then has tokens of several weight versions, which `max_weight_versions` bounds: a group that would have more
-is begun anew, with other random numbers.
+is restarted with other random numbers.
 """
 
 import os
@@ -89,19 +89,22 @@ class CarryOverWrite:
         """There is nothing to add."""
 
 
-def fit_for(
+def restart_expired(
     carried: CarryOver,
     weight_version: int,
     max_weight_versions: int,
     new_seeds: Callable[[Sequence[Prompt]], Sequence[Sequence[int]]],
 ) -> tuple[CarryOver, int]:
-    """What may go on under these weights, and how many groups are too old and begin anew.
+    """Restart the groups that are too old for these weights.
 
     Args:
-        carried: from the step before.
-        weight_version: of the step's weights.
-        max_weight_versions: that may have a part in a group, these included.
-        new_seeds: random numbers of groups that begin anew.
+        carried: what the step before left.
+        weight_version: of this step's weights.
+        max_weight_versions: versions that one group may mix, this one included.
+        new_seeds: random numbers of the groups that are restarted.
+
+    Returns:
+        What this step continues, and how many groups were restarted.
     """
     oldest_allowed = weight_version - max_weight_versions + 1
     finished = tuple(group for group in carried.finished if _oldest_version(group) >= oldest_allowed)
@@ -112,8 +115,8 @@ def fit_for(
             expired.append(group.prompt)
         else:
             unfinished.append(group)
-    begun_anew = [UnfinishedGroup.new(*pair) for pair in zip(expired, new_seeds(expired), strict=True)]
-    return CarryOver(finished, (*unfinished, *begun_anew)), len(expired)
+    restarted = [UnfinishedGroup.new(*pair) for pair in zip(expired, new_seeds(expired), strict=True)]
+    return CarryOver(finished, (*unfinished, *restarted)), len(expired)
 
 
 def _oldest_version(group: Group) -> int:

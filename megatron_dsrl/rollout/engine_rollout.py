@@ -5,10 +5,8 @@ ranks are together: when new weights are loaded, and in the middle of a batch wh
 """
 
 import asyncio
-import math
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -17,18 +15,18 @@ from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.platform.engine import can_release_engine_memory
 from megatron_dsrl.rewards.pool import RewardPool
 from megatron_dsrl.rollout.batch import Batch, BatchRequest, Feed, WholeFeed
-from megatron_dsrl.rollout.carry_over import CarryOver, fit_for
+from megatron_dsrl.rollout.carry_over import CarryOver
 from megatron_dsrl.rollout.client import connect
 from megatron_dsrl.rollout.dispatcher import Decode, Dispatcher, EnginesLostError
 from megatron_dsrl.rollout.engine_group import UNSET_WEIGHT_VERSION, EngineGroup, initial_weight_version
-from megatron_dsrl.rollout.enough_groups import EnoughFeed, EnoughGroups, enough_groups
 from megatron_dsrl.rollout.external_engines import ExternalEngines
 from megatron_dsrl.rollout.progress import OnCall, OnGroup, OnSamples, ignore
 from megatron_dsrl.rollout.rollout import Value
 from megatron_dsrl.rollout.sample import Group, Sample
 from megatron_dsrl.rollout.sampling import SamplingParameters
-from megatron_dsrl.rollout.seeds import sample_seed, seeds_of_batch, stream_of_round
+from megatron_dsrl.rollout.seeds import sample_seed, seeds_of_batch
 from megatron_dsrl.rollout.settings import RolloutSettings
+from megatron_dsrl.rollout.step_sampling import Draw, StepSamples, Watch, step_sampling
 from megatron_dsrl.rollout.unfinished import UnfinishedGroup
 from megatron_dsrl.rollout.weight_push import Bucket
 
@@ -62,6 +60,7 @@ class EngineRollout:
         self._recover: Callable[[], None] | None = None
         self._retries = 0
         self._rewards = RewardPool(config.reward) if rank() == 0 else None
+        self._steps = step_sampling(config, self)
         self._engines: EngineGroup | ExternalEngines | None = None
         try:
             self._engines = make_engines(config, run_folder)
@@ -83,40 +82,25 @@ class EngineRollout:
     def wait_until_ready(self) -> None:
         self._urls = self._running_engines().wait_until_ready()
 
-    def sample_step(
-        self, step: int, prompts: Sequence[Prompt], round_number: int = 0, on_samples: OnSamples = ignore
-    ) -> list[Group]:
-        samples, stream = self._config.rollout.samples_per_prompt, stream_of_round(step, round_number)
-        return self.generate(prompts, samples, self._training_sampling, stream, on_samples)
+    @property
+    def carried(self) -> CarryOver:
+        return self._steps.carried
 
-    def sample_enough(
-        self,
-        step: int,
-        draw: Callable[[int], Sequence[Prompt]],
-        accept: Callable[[Group], bool],
-        carried: CarryOver,
-        on_samples: OnSamples = ignore,
-    ) -> EnoughGroups:
+    def take_over(self, carried: CarryOver) -> None:
+        self._steps.carried = carried
+
+    def sample_step(self, step: int, draw: Draw, watch: Watch) -> StepSamples:
+        return self._steps.sample(step, draw, watch)
+
+    def begin_ahead(self, step: int, draw: Draw, watch: Watch) -> None:
+        self._steps.begin_ahead(step, draw, watch)
+
+    def finish_ahead(self) -> None:
+        self._steps.finish_ahead()
+
+    def sample_batch(self, feed: Feed, sampling: SamplingParameters, on_samples: OnSamples) -> Batch:
         assert self._rewards is not None, "only rank 0 samples"
-        config, dynamic = self._config.rollout, self._config.rollout.dynamic_sampling
-        assert not config.deterministic, "which groups are the first is decided by time"
-        seen: Counter[int] = Counter()
-
-        def seeds(prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
-            stream = stream_of_round(step, 0)
-            return seeds_of_batch(self._config.seed, stream, prompts, config.samples_per_prompt, seen)
-
-        def begin(number: int) -> list[UnfinishedGroup]:
-            prompts = draw(number)
-            return [UnfinishedGroup.new(*pair) for pair in zip(prompts, seeds(prompts), strict=True)]
-
-        versions = config.partial_rollouts.max_weight_versions if config.partial_rollouts else 1
-        carried, expired = fit_for(carried, self._weight_version, versions, seeds)
-        wanted, oversampling = config.prompts_per_step, config.oversampling
-        max_begun = math.ceil(wanted * oversampling) * (dynamic.max_rounds if dynamic else 1)
-        feed = EnoughFeed(wanted, accept, begin, oversampling, max_begun, carried)
-        batch = self._run(feed, self._training_sampling, self._rewards, on_samples, ignore)
-        return enough_groups(batch, feed, expired)
+        return self._run(feed, sampling, self._rewards, on_samples, ignore)
 
     def generate(
         self,
@@ -124,19 +108,10 @@ class EngineRollout:
         samples_per_prompt: int,
         sampling: SamplingParameters,
         stream: str,
-        on_samples: OnSamples = ignore,
+        *,
         rewards: RewardPool | None = None,
+        on_samples: OnSamples = ignore,
     ) -> list[Group]:
-        """As `Rollout.generate`.
-
-        Args:
-            prompts: what to answer.
-            samples_per_prompt: responses to each.
-            sampling: how.
-            stream: names the random numbers.
-            on_samples: is told how many samples have come back, each time some do.
-            rewards: another verifier than the run's.
-        """
         assert self._rewards is not None, "only rank 0 samples"
         seeds = seeds_of_batch(self._config.seed, stream, prompts, samples_per_prompt)
         feed = WholeFeed([UnfinishedGroup.new(*pair) for pair in zip(prompts, seeds, strict=True)])
@@ -224,7 +199,7 @@ class EngineRollout:
     def _run(
         self, feed: Feed, sampling: SamplingParameters, rewards: RewardPool, on_samples: OnSamples, on_group: OnGroup
     ) -> Batch:
-        """Sample a batch to its end, over as many engines' lives as it takes."""
+        """Sample a batch to completion, restarting engines as needed."""
         assert self._urls, "wait_until_ready() comes first"
         assert self._weight_version != UNSET_WEIGHT_VERSION, "load_weights() comes first: the model folder has none"
         batch = Batch(self._request(feed, sampling), len(self._urls))

@@ -1,18 +1,102 @@
-"""Saved rollouts in place of sampling: train-only runs, comparisons of layouts on the same samples, bisection of a run.
+"""Recorded samples in place of sampling: train-only runs, layouts compared on the same samples, bisection of a run.
 
-What a step was trained on is replayed, in its order, whatever way it was sampled: tokens, log-probs, weight versions,
-rewards. So dynamic sampling and partial rollouts have no effect, and no prompt is chosen.
+What a step was trained on is replayed in its order, however it was sampled: tokens, log-probs, weight versions,
+rewards. Dynamic sampling and partial rollouts have no effect, and no prompt is chosen.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_dsrl.collective import rank
 from megatron_dsrl.config.rollout import RolloutConfig
+from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.errors import UserError
+from megatron_dsrl.rollout.carry_over import CarryOver
 from megatron_dsrl.rollout.recording import read_batch, rollout_file
-from megatron_dsrl.rollout.sample import Group
+from megatron_dsrl.rollout.rollout import Value
+from megatron_dsrl.rollout.sample import Group, count_tokens
+from megatron_dsrl.rollout.sampling import SamplingParameters
+from megatron_dsrl.rollout.step_sampling import Draw, StepSamples, Watch
+from megatron_dsrl.rollout.weight_push import Bucket
+
+
+class ReplayRollout:
+    """The rollout side of a run that trains on the recorded samples of another run: no engines, no verifier."""
+
+    def __init__(self, config: RunConfig, prompts: Sequence[Prompt], stop_token_ids: tuple[int, ...]) -> None:
+        """
+        Args:
+            config: this run's; `rollout.replay_from` is the recorded run's folder.
+            prompts: all that this run may train on.
+            stop_token_ids: tokens that end a response.
+
+        Raises:
+            UserError: The folder has no recorded rollouts, or the configuration asks for evaluation.
+        """
+        assert config.rollout.replay_from is not None
+        self._run_folder = Path(config.rollout.replay_from)
+        self._config = config.rollout
+        self._prompts = prompts
+        self._sampling = SamplingParameters.for_training(config.rollout, stop_token_ids)
+        if not (self._run_folder / "rollouts").is_dir():
+            raise UserError(f"rollout.replay_from: {self._run_folder} has no folder `rollouts`")
+        if config.evaluation.sets:
+            raise UserError("rollout.replay_from starts no engines, so evaluation.sets must be empty")
+
+    def sample_step(self, step: int, draw: Draw, watch: Watch) -> StepSamples:
+        """What the recorded run trained on in this step.
+
+        Raises:
+            UserError: The recording does not fit this run; see `replayed_groups`.
+        """
+        started = time.perf_counter()
+        draw(self._config.prompts_per_step)  # a run that continues from here without a recording has drawn a batch
+        groups, others = replayed_groups(self._run_folder, step, self._prompts, self._config)
+        seconds = time.perf_counter() - started
+        return StepSamples(groups, others, generated_tokens=count_tokens(groups + others), seconds=seconds)
+
+    @property
+    def training_sampling(self) -> SamplingParameters:
+        return self._sampling
+
+    def generate(self, *request: object, **options: object) -> list[Group]:
+        raise UserError("rollout.replay_from starts no engines: nothing can be sampled")
+
+    @property
+    def carried(self) -> CarryOver:
+        return CarryOver()
+
+    def take_over(self, carried: CarryOver) -> None:
+        """Nothing to do: what a checkpoint carried over is part of the recorded steps."""
+
+    def while_sampling(self, work: Callable[[], Value], recover: Callable[[], None]) -> Value | None:
+        return work() if rank() == 0 else None
+
+    def fault_metrics(self) -> dict[str, int]:
+        return {}
+
+    # ---- without engines there is nothing to do
+
+    def wait_until_ready(self) -> None: ...
+
+    def begin_ahead(self, step: int, draw: Draw, watch: Watch) -> None: ...
+
+    def finish_ahead(self) -> None: ...
+
+    def restart_engines(self) -> None: ...
+
+    def load_weights(self, make_buckets: Callable[[], Iterable[Bucket]], version: int) -> None: ...
+
+    def release_memory(self) -> None: ...
+
+    def resume_weights(self) -> None: ...
+
+    def resume_kv_cache(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def replayed_groups(
@@ -36,9 +120,9 @@ def replayed_groups(
     except UserError as error:
         raise UserError(f"rollout.replay_from: {error}") from error
     _check_size(file, groups, others, config)
-    of_index = {prompt.index: prompt for prompt in prompts}
+    prompt_at = {prompt.index: prompt for prompt in prompts}
     for group in groups:
-        own = of_index.get(group.prompt.index)
+        own = prompt_at.get(group.prompt.index)
         if own is None or own.token_ids != group.prompt.token_ids:
             raise UserError(
                 f"rollout.replay_from: {file} holds prompt {group.prompt.index}, which this run "

@@ -1,6 +1,6 @@
-"""The rollout side as the training loop sees it: sample groups, take new weights, lend memory, close.
+"""The rollout side as the training loop sees it: sample a step, take new weights, lend memory, close.
 
-`start_rollout.py` makes one: over SGLang engines, or without any for a run that trains on saved samples.
+`EngineRollout` samples with SGLang engines; `ReplayRollout` reads the recorded samples of another run.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -9,53 +9,21 @@ from typing import Protocol, TypeVar
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rewards.pool import RewardPool
 from megatron_dsrl.rollout.carry_over import CarryOver
-from megatron_dsrl.rollout.enough_groups import EnoughGroups
 from megatron_dsrl.rollout.progress import OnSamples, ignore
 from megatron_dsrl.rollout.sample import Group
 from megatron_dsrl.rollout.sampling import SamplingParameters
+from megatron_dsrl.rollout.step_sampling import Draw, StepSamples, Watch
 from megatron_dsrl.rollout.weight_push import Bucket
 
 Value = TypeVar("Value")
 
 
-class Rollout(Protocol):
-    """Where the samples of a run come from."""
+class Generator(Protocol):
+    """The part of the rollout side that evaluation needs."""
 
-    def wait_until_ready(self) -> None:
-        """Block until samples can be drawn. All ranks."""
-
-    def sample_step(
-        self, step: int, prompts: Sequence[Prompt], round_number: int = 0, on_samples: OnSamples = ignore
-    ) -> list[Group]:
-        """The rollout batch of a training step, in the order of the prompts. Rank 0 only.
-
-        Args:
-            step: counted from 1.
-            prompts: what to answer.
-            round_number: which batch of the step this is, from 0; more than one only in deterministic dynamic sampling.
-            on_samples: told how many samples have come back, each time some do.
-        """
-
-    def sample_enough(
-        self,
-        step: int,
-        draw: Callable[[int], Sequence[Prompt]],
-        accept: Callable[[Group], bool],
-        carried: CarryOver,
-        on_samples: OnSamples = ignore,
-    ) -> EnoughGroups:
-        """Go on with what the step before has left, and end as soon as there are enough groups. Rank 0 only.
-
-        What is on its way then is aborted, which favours short responses: with `partial_rollouts` the next step must
-        go on with what is left; with `dynamic_sampling` alone it is dropped.
-
-        Args:
-            step: counted from 1.
-            draw: gives so many further prompts.
-            accept: whether a group counts.
-            carried: from the step before.
-            on_samples: as in `sample_step`.
-        """
+    @property
+    def training_sampling(self) -> SamplingParameters:
+        """Sampling parameters of training."""
 
     def generate(
         self,
@@ -65,16 +33,50 @@ class Rollout(Protocol):
         stream: str,
         *,
         rewards: RewardPool | None = None,
+        on_samples: OnSamples = ignore,
     ) -> list[Group]:
-        """Sample with other parameters, for evaluation. Rank 0 only.
+        """One judged group per prompt, in the order of the prompts. Rank 0 only.
 
         Args:
             prompts: what to answer.
             samples_per_prompt: responses to each.
             sampling: how.
             stream: names the random numbers; see `rollout/seeds.py`.
-            rewards: another verifier than the run's.
+            rewards: judges in place of the run's verifier.
+            on_samples: told how many samples have come back, each time some do.
         """
+
+
+class Rollout(Generator, Protocol):
+    """Where the samples of a run come from."""
+
+    def wait_until_ready(self) -> None:
+        """Block until samples can be drawn. All ranks."""
+
+    @property
+    def carried(self) -> CarryOver:
+        """What the last step left to the next one, for a checkpoint. Rank 0 only."""
+
+    def take_over(self, carried: CarryOver) -> None:
+        """Continue with what a checkpoint kept for the next step. Rank 0 only."""
+
+    def sample_step(self, step: int, draw: Draw, watch: Watch) -> StepSamples:
+        """The judged groups of a training step. Rank 0 only.
+
+        Args:
+            step: counted from 1.
+            draw: draw(n) returns the next n prompts.
+            watch: shows the progress.
+        """
+
+    def begin_ahead(self, step: int, draw: Draw, watch: Watch) -> None:
+        """With `rollout.sample_ahead`, begin to sample this step in the background. Rank 0 only.
+
+        Until `finish_ahead`, nothing else may be asked of the engines.
+        """
+
+    def finish_ahead(self) -> None:
+        """Wait for what `begin_ahead` began. Rank 0 only."""
 
     def while_sampling(self, work: Callable[[], Value], recover: Callable[[], None]) -> Value | None:
         """Let rank 0 do work that samples, while the other ranks are at hand to replace lost engines. All ranks.

@@ -97,10 +97,6 @@ class UnfinishedGroup:
             ),
         )
 
-    def restarted(self) -> "UnfinishedGroup":
-        """Without any token."""
-        return UnfinishedGroup.new(self.prompt, [response.seed for response in self.responses])
-
 
 def merge_spans(spans: VersionSpans) -> VersionSpans:
     """Neighbouring spans of the same version as one."""

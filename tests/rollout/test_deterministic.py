@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
-from megatron_dsrl.rollout.start_rollout import start_rollout
 from tests.support.engine import STOP_TOKEN_ID, decode_as_numbers, numbered_prompts, tiny_run_config
 
 SAMPLES = 8
@@ -57,8 +56,7 @@ def sample_in_a_new_engine(model_folder, run_folder, *, after_other_batches: boo
     config = tiny_run_config(model_folder, extra_arguments={"max_prefill_tokens": 512, "chunked_prefill_size": 512})
     deterministic = config.rollout.model_copy(update={"deterministic": True})
     config = config.model_copy(update={"rollout": deterministic})
-    rollout = start_rollout(config, run_folder, [STOP_TOKEN_ID], decode_as_numbers)
-    assert isinstance(rollout, EngineRollout)
+    rollout = EngineRollout(config, run_folder, (STOP_TOKEN_ID,), decode_as_numbers)
     prompts = [replace(p, token_ids=p.token_ids[:60]) for p in numbered_prompts(48)]
     sampling = replace(rollout.training_sampling, stop_token_ids=tuple(range(6)))
     try:

@@ -11,7 +11,7 @@ import torch
 
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.rollout.engine_group import server_arguments
-from megatron_dsrl.rollout.start_rollout import start_rollout
+from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from tests.support.engine import STOP_TOKEN_ID, decode_as_numbers, tiny_run_config
 
 
@@ -59,4 +59,4 @@ def test_processes_must_divide_into_engines(tiny_model_folder, tmp_path):
     config = tiny_run_config(tiny_model_folder, tensor_parallel_size=2)
 
     with pytest.raises(UserError, match="1 process cannot be divided into engines of 2"):
-        start_rollout(config, tmp_path, [STOP_TOKEN_ID], decode_as_numbers)
+        EngineRollout(config, tmp_path, (STOP_TOKEN_ID,), decode_as_numbers)

@@ -27,7 +27,6 @@ from megatron_dsrl.rollout.external_engines import ExternalEngines
 from megatron_dsrl.rollout.recording import read_groups, rollout_file
 from megatron_dsrl.rollout.sampling import SamplingParameters
 from megatron_dsrl.rollout.server import EngineServer
-from megatron_dsrl.rollout.start_rollout import start_rollout
 from megatron_dsrl.rollout.weight_broadcast import ServerLink, broadcast_weights
 from megatron_dsrl.rollout.weight_push import Bucket
 from tests.support.compare_runs import records
@@ -66,7 +65,7 @@ def server(folder) -> Iterator[EngineServer]:
 def rollout(server, folder, tmp_path, monkeypatch) -> Iterator[EngineRollout]:
     monkeypatch.setenv(API_KEY_VARIABLE, KEY)
     config = tiny_run_config(folder, urls=[server.url], check_weights="always", update_timeout_seconds=10.0)
-    rollout = start_rollout(config, tmp_path, [STOP_TOKEN_ID], decode_as_numbers)
+    rollout = EngineRollout(config, tmp_path, (STOP_TOKEN_ID,), decode_as_numbers)
     try:
         rollout.wait_until_ready()
         yield rollout

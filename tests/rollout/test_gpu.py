@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
-from megatron_dsrl.rollout.start_rollout import start_rollout
 from tests.support.engine import STOP_TOKEN_ID, decode_as_numbers, tiny_run_config, weights_checker
 from tests.support.tiny_model import make_tiny_qwen3
 
@@ -37,7 +36,7 @@ def rollout(folder, tmp_path_factory) -> Iterator[EngineRollout]:
         startup_timeout_seconds=600.0,  # the platform's defaults: fused attention, and CUDA graphs are captured
     )
     config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
-    rollout = start_rollout(config, tmp_path_factory.mktemp("run"), [STOP_TOKEN_ID], decode_as_numbers)
+    rollout = EngineRollout(config, tmp_path_factory.mktemp("run"), (STOP_TOKEN_ID,), decode_as_numbers)
     try:
         rollout.wait_until_ready()
         yield rollout

@@ -1,40 +1,47 @@
 """Partial rollouts over a real engine: a step ends when it has enough, and the next one goes on where it stopped."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import Qwen3ForCausalLM
 
 from megatron_dsrl.config.rollout import PartialRolloutConfig
-from megatron_dsrl.rollout.carry_over import CarryOver, CarryOverWrite, fit_for
+from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.rollout.carry_over import CarryOver, CarryOverWrite, restart_expired
 from megatron_dsrl.rollout.client import Completion
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.sample import Sample
+from megatron_dsrl.rollout.sample_until import sample_until
 from megatron_dsrl.rollout.unfinished import PartialResponse, UnfinishedGroup
-from tests.support.engine import numbered_prompts, transformers_log_probs
+from tests.support.engine import numbered_prompts, tiny_run_config, transformers_log_probs
 
 WANTED, SAMPLES, RESPONSE_TOKENS = 4, 3, 400
 PROMPTS = [replace(prompt, token_ids=prompt.token_ids[:20]) for prompt in numbered_prompts(64)]
 
 
 @pytest.fixture
-def rollout(engine_rollout: EngineRollout, monkeypatch) -> EngineRollout:
-    """Wants 4 groups and has 24 on their way."""
-    changes = {
-        "prompts_per_step": WANTED,
-        "samples_per_prompt": SAMPLES,
-        "max_response_tokens": RESPONSE_TOKENS,
-        "partial_rollouts": PartialRolloutConfig(oversampling=6.0, max_weight_versions=2),
-    }
-    section = engine_rollout._config.rollout.model_copy(update=changes)
-    monkeypatch.setattr(engine_rollout, "_config", engine_rollout._config.model_copy(update={"rollout": section}))
-    # A rare stop token: lengths differ a lot.
-    sampling = replace(
-        engine_rollout.training_sampling, max_response_tokens=RESPONSE_TOKENS, stop_token_ids=(0,)
-    )
+def rollout(engine_rollout: EngineRollout, monkeypatch: pytest.MonkeyPatch) -> EngineRollout:
+    """A rare stop token makes the lengths differ a lot."""
+    sampling = replace(engine_rollout.training_sampling, max_response_tokens=RESPONSE_TOKENS, stop_token_ids=(0,))
     monkeypatch.setattr(engine_rollout, "_training_sampling", sampling)
     return engine_rollout
+
+
+@pytest.fixture
+def config(tiny_model_folder: Path) -> RunConfig:
+    """Wants 4 groups and has 24 on their way."""
+    config = tiny_run_config(tiny_model_folder)
+    section = config.rollout.model_copy(
+        update={
+            "prompts_per_step": WANTED,
+            "samples_per_prompt": SAMPLES,
+            "max_response_tokens": RESPONSE_TOKENS,
+            "partial_rollouts": PartialRolloutConfig(oversampling=6.0, max_weight_versions=2),
+        }
+    )
+    return config.model_copy(update={"rollout": section})
 
 
 def load_policy(rollout: EngineRollout, folder, seed: int) -> Qwen3ForCausalLM:
@@ -47,7 +54,7 @@ def load_policy(rollout: EngineRollout, folder, seed: int) -> Qwen3ForCausalLM:
     return model
 
 
-def test_two_steps(rollout, tiny_model_folder, tmp_path):
+def test_two_steps(rollout, config, tiny_model_folder, tmp_path):
     waiting = list(PROMPTS)
 
     def draw(count: int):
@@ -55,7 +62,7 @@ def test_two_steps(rollout, tiny_model_folder, tmp_path):
 
     policies = {rollout.weight_version + 1: load_policy(rollout, tiny_model_folder, seed=1)}
     rollout.generate(PROMPTS[:1], 1, rollout.training_sampling, "warm up")  # and the verifier's processes
-    first = rollout.sample_enough(1, draw, lambda group: True, CarryOver())
+    first = sample_until(config, rollout, 1, draw, lambda group: True, CarryOver())
     begun = PROMPTS[: len(PROMPTS) - len(waiting)]
 
     assert (len(first.accepted), first.rejected, first.expired_groups) == (WANTED, [], 0)
@@ -70,7 +77,7 @@ def test_two_steps(rollout, tiny_model_folder, tmp_path):
     assert CarryOver.read_from(tmp_path) == first.left
 
     policies |= {rollout.weight_version + 1: load_policy(rollout, tiny_model_folder, seed=2)}
-    second = rollout.sample_enough(2, draw, lambda group: True, CarryOver.read_from(tmp_path))
+    second = sample_until(config, rollout, 2, draw, lambda group: True, CarryOver.read_from(tmp_path))
 
     assert len(second.accepted) == WANTED
     finished = (*second.accepted, *second.left.finished)
@@ -100,12 +107,17 @@ def assert_log_probs_of_their_versions(policies: dict[int, Qwen3ForCausalLM], pr
     torch.testing.assert_close(torch.tensor(sample.log_probs), torch.cat(expected), atol=1e-4, rtol=0)
 
 
-def test_only_accepted_groups_count_and_new_prompts_replace_the_others(rollout, tiny_model_folder):
+def test_only_accepted_groups_count_and_new_prompts_replace_the_others(rollout, config, tiny_model_folder):
     load_policy(rollout, tiny_model_folder, seed=3)
     waiting = list(PROMPTS)
 
-    batch = rollout.sample_enough(
-        3, lambda count: [waiting.pop(0) for _ in range(count)], lambda group: group.prompt.index % 2 == 0, CarryOver()
+    batch = sample_until(
+        config,
+        rollout,
+        3,
+        lambda count: [waiting.pop(0) for _ in range(count)],
+        lambda group: group.prompt.index % 2 == 0,
+        CarryOver(),
     )
 
     assert len(batch.accepted) == WANTED
@@ -128,7 +140,7 @@ def test_a_continued_response_has_the_experts_of_its_last_request(tmp_path):
     assert group.responses[1].response_ids == (3, 4, 2)
 
 
-def test_groups_that_are_too_old_begin_anew():
+def test_groups_that_are_too_old_are_restarted():
     def group(number: int, *versions: int) -> UnfinishedGroup:
         spans = tuple((version, 2) for version in versions)
         tokens = 2 * len(versions)
@@ -138,7 +150,7 @@ def test_groups_that_are_too_old_begin_anew():
 
     carried = CarryOver(unfinished=(group(0, 4, 6), group(1, 5), group(2)))
 
-    fitting, expired = fit_for(carried, 7, 3, new_seeds=lambda prompts: [(91, 92) for _ in prompts])
+    fitting, expired = restart_expired(carried, 7, 3, new_seeds=lambda prompts: [(91, 92) for _ in prompts])
 
     assert expired == 1
     assert fitting.unfinished == (group(1, 5), group(2), UnfinishedGroup.new(PROMPTS[0], (91, 92)))

@@ -9,6 +9,7 @@ from transformers import Qwen3ForCausalLM
 from megatron_dsrl.rollout.client import EngineError
 from megatron_dsrl.rollout.dispatcher import StaleWeightsError
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
+from megatron_dsrl.rollout.step_sampling import unwatched
 from tests.support.engine import STOP_TOKEN_ID, numbered_prompts, transformers_log_probs
 
 LOG_PROB_TOLERANCE = 1e-4
@@ -116,7 +117,10 @@ def test_samples_of_other_weights_are_refused(engine_rollout, policy, monkeypatc
 
 
 def test_rewards_and_text_come_with_every_sample(engine_rollout, policy):
-    for group in engine_rollout.sample_step(1, numbered_prompts(4)):
+    prompts = numbered_prompts(engine_rollout._config.rollout.prompts_per_step)
+    samples = engine_rollout.sample_step(1, lambda count: prompts[:count], unwatched)
+    assert [group.prompt for group in samples.groups] == prompts and samples.others == []
+    for group in samples.groups:
         assert len(group.samples) == 4
         for sample in group.samples:
             assert sample.text == " ".join(map(str, sample.response_ids))

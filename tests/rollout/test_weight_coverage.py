@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
-from megatron_dsrl.rollout.start_rollout import start_rollout
 from tests.support import tiny_model
 from tests.support.engine import STOP_TOKEN_ID, decode_as_numbers, tiny_run_config, weights_checker
 
@@ -58,7 +57,7 @@ def test_a_push_replaces_every_weight(engine_rollout, tiny_model_folder):
 )
 def test_a_push_replaces_every_weight_of_other_families(make, tmp_path):
     make(tmp_path / "model")
-    rollout = start_rollout(tiny_run_config(tmp_path / "model"), tmp_path, [STOP_TOKEN_ID], decode_as_numbers)
+    rollout = EngineRollout(tiny_run_config(tmp_path / "model"), tmp_path, (STOP_TOKEN_ID,), decode_as_numbers)
     try:
         rollout.wait_until_ready()
         assert_that_a_push_replaces_everything(rollout, tmp_path / "model")

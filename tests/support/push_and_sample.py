@@ -13,7 +13,6 @@ import torch.distributed
 from transformers import Qwen3ForCausalLM
 
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
-from megatron_dsrl.rollout.start_rollout import start_rollout
 from tests.support.engine import (
     STOP_TOKEN_ID,
     decode_as_numbers,
@@ -47,7 +46,7 @@ def main() -> None:
     policy = perturbed_policy(model_folder)
     named = list(policy.named_parameters())
     config = tiny_run_config(Path(model_folder), tensor_parallel_size=int(ranks_per_engine))
-    rollout = start_rollout(config, Path(run_folder), [STOP_TOKEN_ID], decode_as_numbers)
+    rollout = EngineRollout(config, Path(run_folder), (STOP_TOKEN_ID,), decode_as_numbers)
     try:
         rollout.wait_until_ready()
         rollout.load_weights(lambda: [named[:9], named[9:]], version=1)

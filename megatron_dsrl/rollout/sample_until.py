@@ -1,0 +1,138 @@
+"""Sample until enough groups are accepted: the common part of dynamic sampling and partial rollouts.
+
+Prompts whose group is not accepted are replaced at once. When there are enough groups, what is still on its way is
+aborted: dynamic sampling drops it, partial rollouts continue it in the next step (`carry_over.py`). Aborting favours
+short responses, unless the next step continues them.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from megatron_dsrl.data.prompt import Prompt
+from megatron_dsrl.rollout.batch import Batch, BatchSampler
+from megatron_dsrl.rollout.carry_over import CarryOver, restart_expired
+from megatron_dsrl.rollout.progress import OnSamples, ignore
+from megatron_dsrl.rollout.sample import Group
+from megatron_dsrl.rollout.seeds import seeds_of_batch, stream_of_round
+from megatron_dsrl.rollout.settings import RolloutSettings
+from megatron_dsrl.rollout.unfinished import UnfinishedGroup
+
+
+@dataclass(frozen=True)
+class SampledUntil:
+    """What came of a batch that ended when it had enough."""
+
+    accepted: list[Group]
+    """In the order in which they were begun; fewer than the step takes if its limit was reached before."""
+    rejected: list[Group]
+    left: CarryOver
+    """What the step does not need: accepted beyond its number, or aborted."""
+    expired_groups: int
+    """Carried-over groups that were restarted, because they would have had tokens of too many weight versions."""
+    generated_tokens: int
+    """Response tokens that the engines produced now."""
+
+
+def sample_until(
+    config: RolloutSettings,
+    engines: BatchSampler,
+    step: int,
+    draw: Callable[[int], Sequence[Prompt]],
+    accept: Callable[[Group], bool],
+    carried: CarryOver,
+    on_samples: OnSamples = ignore,
+) -> SampledUntil:
+    """Continue what the step before left, begin new prompts, and end as soon as `prompts_per_step` groups are accepted.
+
+    Args:
+        config: how many groups, how many of them at a time, and the limits.
+        engines: where they are sampled.
+        step: counted from 1; names the random numbers.
+        draw: draw(n) returns the next n prompts.
+        accept: whether a group counts.
+        carried: what the step before left.
+        on_samples: told how many samples have come back, each time some do.
+    """
+    section, dynamic, seen = config.rollout, config.rollout.dynamic_sampling, Counter[int]()
+    assert not section.deterministic, "which groups come first depends on timing"
+
+    def seeds(prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
+        return seeds_of_batch(config.seed, stream_of_round(step, 0), prompts, section.samples_per_prompt, seen)
+
+    def begin(number: int) -> list[UnfinishedGroup]:
+        prompts = draw(number)
+        return [UnfinishedGroup.new(*pair) for pair in zip(prompts, seeds(prompts), strict=True)]
+
+    versions = section.partial_rollouts.max_weight_versions if section.partial_rollouts else 1
+    carried, expired = restart_expired(carried, engines.weight_version, versions, seeds)
+    max_begun = math.ceil(section.prompts_per_step * section.oversampling) * (dynamic.max_rounds if dynamic else 1)
+    feed = UntilEnough(section.prompts_per_step, accept, begin, section.oversampling, max_begun, carried)
+    return feed.outcome(engines.sample_batch(feed, engines.training_sampling, on_samples), expired)
+
+
+class UntilEnough:
+    """Feeds a batch until enough of its groups are accepted. Which ones these are depends on timing."""
+
+    def __init__(
+        self,
+        wanted: int,
+        accept: Callable[[Group], bool],
+        begin: Callable[[int], list[UnfinishedGroup]],
+        oversampling: float,
+        max_begun: int,
+        carried: CarryOver,
+    ) -> None:
+        """
+        Args:
+            wanted: accepted groups that are enough.
+            accept: whether a group counts.
+            begin: begin(n) returns n groups with the next prompts.
+            oversampling: groups on their way per group that is still missing.
+            max_begun: new groups at most; the batch then ends with what there is.
+            carried: what the step before left.
+        """
+        self._wanted = wanted
+        self._accept = accept
+        self._begin = begin
+        self._oversampling = oversampling
+        self._max_begun = max_begun
+        self._carried = carried
+        self._to_continue = list(carried.unfinished)
+        self._begun = 0
+        self._accepted: list[Group] = []
+        self._rejected: list[Group] = []
+        for group in carried.finished:
+            self.judged(group)
+
+    def take(self, on_their_way: int) -> list[UnfinishedGroup]:
+        """What was carried over first; then new groups, as many as keep enough on their way."""
+        groups, self._to_continue = self._to_continue, []
+        missing = math.ceil((self._wanted - len(self._accepted)) * self._oversampling) - on_their_way - len(groups)
+        count = min(missing, self._max_begun - self._begun)
+        if count > 0:
+            self._begun += count
+            groups += self._begin(count)
+        return groups
+
+    def judged(self, group: Group) -> None:
+        (self._accepted if self._accept(group) else self._rejected).append(group)
+
+    def is_enough(self) -> bool:
+        return len(self._accepted) >= self._wanted
+
+    def outcome(self, batch: Batch, expired_groups: int) -> SampledUntil:
+        """Sort what came of the batch that this feed has ended.
+
+        Args:
+            batch: after its end.
+            expired_groups: carried-over groups that were restarted.
+        """
+        positions = {id(group): position for position, group in batch.finished.items()}
+        # those that the step before had finished come first
+        accepted = sorted(self._accepted[: self._wanted], key=lambda group: positions.get(id(group), -1))
+        left = CarryOver(tuple(self._accepted[self._wanted :]), tuple(batch.unfinished_groups))
+        everything = CarryOver((*self._accepted, *self._rejected), left.unfinished)
+        generated = everything.num_tokens - self._carried.num_tokens
+        return SampledUntil(accepted, self._rejected, left, expired_groups, generated)

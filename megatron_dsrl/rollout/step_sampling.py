@@ -1,0 +1,263 @@
+"""How the groups of a training step are sampled: every mode of the `rollout` section, side by side.
+
+| configuration | class | the step has its groups when |
+|---|---|---|
+| default | `WholeBatch` | all its prompts are answered |
+| `dynamic_sampling` | `UntilMixed` | enough groups are mixed; what is still running is aborted and dropped |
+| `dynamic_sampling`, `deterministic` | `MixedRounds` | a whole round has brought enough mixed groups |
+| `partial_rollouts` | `Partial` | enough groups are finished; the next step continues the others |
+| `sample_ahead`, with any of the first three | `Ahead` | it was sampled while the step before was trained on |
+
+A run that reads recorded samples uses none of them (`replay.py`).
+
+Dynamic sampling is DAPO's (arXiv 2503.14476, section 3.2): a group whose rewards are all equal has no advantage under a
+group baseline, so it is replaced by the next prompt. Which groups come first depends on timing; deterministic sampling
+therefore samples whole rounds, each of which asks for what is missing. (DAPO's own code samples whole batches.)
+"""
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+from megatron_dsrl.background import Background
+from megatron_dsrl.config.rollout import RolloutConfig
+from megatron_dsrl.data.prompt import Prompt
+from megatron_dsrl.data.sampler import RepeatableDraw
+from megatron_dsrl.rollout.batch import BatchSampler, WholeFeed
+from megatron_dsrl.rollout.carry_over import CarryOver
+from megatron_dsrl.rollout.dispatcher import EnginesLostError
+from megatron_dsrl.rollout.progress import OnSamples, ignore
+from megatron_dsrl.rollout.sample import Group, count_tokens
+from megatron_dsrl.rollout.sample_until import sample_until
+from megatron_dsrl.rollout.seeds import seeds_of_batch, stream_of_round
+from megatron_dsrl.rollout.settings import RolloutSettings
+from megatron_dsrl.rollout.unfinished import UnfinishedGroup
+
+Draw = Callable[[int], Sequence[Prompt]]
+"""draw(n) returns the next n prompts."""
+Watch = Callable[[int, int], AbstractContextManager[OnSamples]]
+"""watch(step, n) shows the progress of n samples for this step, as long as its context is open."""
+
+
+def unwatched(step: int, samples: int) -> AbstractContextManager[OnSamples]:
+    """Shows nothing."""
+    return nullcontext(ignore)
+
+
+@dataclass(frozen=True)
+class StepSamples:
+    """The rollout of a step."""
+
+    groups: list[Group]
+    """What is trained on."""
+    others: list[Group] = field(default_factory=list)
+    """Completed groups that are not trained on (dynamic sampling and partial rollouts only)."""
+    metrics: dict[str, int | float] = field(default_factory=dict)
+    """The `dynamic_sampling/*` or `partial_rollouts/*` part of the step's record."""
+    generated_tokens: int = 0
+    """Response tokens that the engines produced for this step."""
+    seconds: float = 0.0
+    """Wall time of sampling, verification included where it overlaps."""
+
+    @property
+    def sampled(self) -> list[Group]:
+        """All completed groups."""
+        return self.groups + self.others
+
+
+class StepSampling(ABC):
+    """One way to sample the groups of a step."""
+
+    def __init__(self, config: RolloutSettings, engines: BatchSampler) -> None:
+        """
+        Args:
+            config: what is sampled per step.
+            engines: where it is sampled.
+        """
+        self._config = config
+        self._engines = engines
+        self.carried = CarryOver()
+        """What the last step left to the next one. A checkpoint keeps it, and a continued run sets it."""
+
+    @abstractmethod
+    def sample(self, step: int, draw: Draw, watch: Watch) -> StepSamples:
+        """The judged groups of a step, counted from 1."""
+
+    def begin_ahead(self, step: int, draw: Draw, watch: Watch) -> None:
+        """Begin to sample for this step in the background; only `Ahead` does.
+
+        Until `finish_ahead`, nothing else may be asked of the engines.
+        """
+        raise NotImplementedError("only with rollout.sample_ahead")
+
+    def finish_ahead(self) -> None:
+        """Wait for what `begin_ahead` began."""
+        raise NotImplementedError("only with rollout.sample_ahead")
+
+
+class WholeBatch(StepSampling):
+    """All groups of the step, begun at once."""
+
+    def sample(self, step: int, draw: Draw, watch: Watch) -> StepSamples:
+        started = time.perf_counter()
+        prompts = draw(self._config.rollout.prompts_per_step)
+        groups = sample_round(self._config, self._engines, step, 0, prompts, watch)
+        return StepSamples(groups, generated_tokens=count_tokens(groups), seconds=time.perf_counter() - started)
+
+
+class MixedRounds(StepSampling):
+    """Dynamic sampling that does not depend on timing: rounds until enough groups are mixed, or no round is left."""
+
+    def sample(self, step: int, draw: Draw, watch: Watch) -> StepSamples:
+        wanted, dynamic = self._config.rollout.prompts_per_step, self._config.rollout.dynamic_sampling
+        assert dynamic is not None
+        started = time.perf_counter()
+        groups: list[Group] = []
+        others: list[Group] = []
+        for number in range(dynamic.max_rounds):
+            prompts = draw(math.ceil((wanted - len(groups)) * dynamic.oversampling))
+            for group in sample_round(self._config, self._engines, step, number, prompts, watch):
+                (groups if is_mixed(group) and len(groups) < wanted else others).append(group)
+            if len(groups) == wanted:
+                break
+        metrics = {"dynamic_sampling/rounds": number + 1} | dynamic_sampling_metrics(groups, others, wanted)
+        return StepSamples(groups, others, metrics, count_tokens(groups + others), time.perf_counter() - started)
+
+
+class UntilMixed(StepSampling):
+    """Dynamic sampling that replaces groups one by one; what is not needed in the end is aborted."""
+
+    def sample(self, step: int, draw: Draw, watch: Watch) -> StepSamples:
+        started = time.perf_counter()
+        with watch(step, samples_per_step(self._config.rollout)) as on_samples:
+            batch = sample_until(self._config, self._engines, step, draw, is_mixed, CarryOver(), on_samples)
+        others = [*batch.left.finished, *batch.rejected]
+        metrics = dynamic_sampling_metrics(batch.accepted, others, self._config.rollout.prompts_per_step)
+        metrics["dynamic_sampling/aborted_groups"] = len(batch.left.unfinished)
+        return StepSamples(batch.accepted, others, metrics, batch.generated_tokens, time.perf_counter() - started)
+
+
+class Partial(StepSampling):
+    """Continue what the step before left, and leave to the next step what this one does not need."""
+
+    def sample(self, step: int, draw: Draw, watch: Watch) -> StepSamples:
+        before, started = self.carried, time.perf_counter()
+        accept = is_mixed if self._config.rollout.dynamic_sampling else lambda group: True
+        with watch(step, samples_per_step(self._config.rollout)) as on_samples:
+            batch = sample_until(self._config, self._engines, step, draw, accept, before, on_samples)
+        self.carried = batch.left  # only now: an interrupted step begins again with what it had
+        metrics = {
+            "partial_rollouts/continued_groups": len(before.finished) + len(before.unfinished) - batch.expired_groups,
+            "partial_rollouts/expired_groups": batch.expired_groups,
+            "partial_rollouts/left_groups": len(batch.left.finished) + len(batch.left.unfinished),
+            "partial_rollouts/left_tokens": batch.left.num_tokens,
+            "partial_rollouts/rejected_groups": len(batch.rejected),
+            "partial_rollouts/missing_groups": self._config.rollout.prompts_per_step - len(batch.accepted),
+        }
+        seconds = time.perf_counter() - started
+        return StepSamples(batch.accepted, batch.rejected, metrics, batch.generated_tokens, seconds)
+
+
+class Ahead(StepSampling):
+    """Another mode, begun in the background while the step before is trained on."""
+
+    def __init__(self, mode: StepSampling) -> None:
+        self._mode = mode
+        self._work: Callable[[], StepSamples] | None = None
+        self._running: Background[StepSamples] | None = None
+        self._ready: StepSamples | None = None
+
+    @property
+    def carried(self) -> CarryOver:
+        """The samples of the next step, where they are ready."""
+        return CarryOver(finished=tuple(self._ready.groups)) if self._ready else CarryOver()
+
+    @carried.setter
+    def carried(self, carried: CarryOver) -> None:
+        self._ready = StepSamples(list(carried.finished)) if carried.finished else None
+
+    def begin_ahead(self, step: int, draw: Draw, watch: Watch) -> None:
+        repeatable = RepeatableDraw(draw)
+        self._work = lambda: self._mode.sample(step, repeatable.from_the_start(), watch)
+        self._running = Background(self._work)
+
+    def finish_ahead(self) -> None:
+        assert self._running is not None and self._work is not None
+        try:
+            self._ready = self._running.result()
+        except EnginesLostError:
+            self._ready = self._work()  # in the main thread, where engines can be replaced
+        self._running = None
+
+    def sample(self, step: int, draw: Draw, watch: Watch) -> StepSamples:
+        """What is ready; sampled now in the first step, and after a start without a checkpoint of it."""
+        samples, self._ready = self._ready or self._mode.sample(step, draw, watch), None
+        return samples
+
+
+def step_sampling(config: RolloutSettings, engines: BatchSampler) -> StepSampling:
+    """The mode that the configuration asks for."""
+    section = config.rollout
+    if section.partial_rollouts:
+        return Partial(config, engines)
+    if section.dynamic_sampling is None:
+        mode: StepSampling = WholeBatch(config, engines)
+    else:
+        mode = MixedRounds(config, engines) if section.deterministic else UntilMixed(config, engines)
+    return Ahead(mode) if section.sample_ahead else mode
+
+
+def sample_round(
+    config: RolloutSettings,
+    engines: BatchSampler,
+    step: int,
+    number: int,
+    prompts: Sequence[Prompt],
+    watch: Watch = unwatched,
+) -> list[Group]:
+    """Sample one batch of a step and wait for all of it.
+
+    Args:
+        config: samples per prompt, and the run's seed.
+        engines: where it is sampled.
+        step: counted from 1.
+        number: of the batch within the step, from 0.
+        prompts: what to answer.
+        watch: shows the progress.
+
+    Returns:
+        One group per prompt, in the order of the prompts.
+    """
+    count, stream = config.rollout.samples_per_prompt, stream_of_round(step, number)
+    seeds = seeds_of_batch(config.seed, stream, prompts, count)
+    feed = WholeFeed([UnfinishedGroup.new(*pair) for pair in zip(prompts, seeds, strict=True)])
+    with watch(step, len(prompts) * count) as on_samples:
+        return engines.sample_batch(feed, engines.training_sampling, on_samples).finished_groups
+
+
+def samples_per_step(config: RolloutConfig) -> int:
+    """Responses that a step is trained on."""
+    return config.prompts_per_step * config.samples_per_prompt
+
+
+def is_mixed(group: Group) -> bool:
+    """Whether the rewards of a group differ."""
+    return len({sample.reward for sample in group.samples}) > 1
+
+
+def dynamic_sampling_metrics(kept: Sequence[Group], others: Sequence[Group], wanted: int) -> dict[str, int | float]:
+    """The part of the `dynamic_sampling/*` metrics that all ways to replace prompts share.
+
+    Args:
+        kept: the groups that are trained on.
+        others: completed groups that are not.
+        wanted: groups that the batch should have.
+    """
+    return {
+        "dynamic_sampling/sampled_groups": len(kept) + len(others),
+        "dynamic_sampling/surplus_groups": sum(map(is_mixed, others)),
+        "dynamic_sampling/missing_groups": wanted - len(kept),
+    }
