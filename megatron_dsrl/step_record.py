@@ -8,7 +8,8 @@ from typing import Any
 
 from megatron_dsrl.actor.statistics import UpdateMetrics
 from megatron_dsrl.algorithms.mismatch import MISMATCH_MAXIMA, MISMATCH_MEANS
-from megatron_dsrl.config.phase import MAIN_OBJECTIVE, PhaseConfig, PostTrainSpaceConfig, PreTrainSpaceConfig
+from megatron_dsrl.algorithms.spaces import Space
+from megatron_dsrl.config.phase import MAIN_OBJECTIVE, PhaseConfig
 from megatron_dsrl.platform import current_platform
 from megatron_dsrl.rollout.sample import Group
 
@@ -47,15 +48,13 @@ def scored_spaces(phase: PhaseConfig) -> str:
     return "+".join(dict.fromkeys(objective.space.name for objective in phase.objectives.values()))
 
 
-def _token_metrics(
-    name: str, figures: dict[str, float], space: PostTrainSpaceConfig | PreTrainSpaceConfig
-) -> dict[str, float]:
+def _token_metrics(name: str, figures: dict[str, float], space: Space) -> dict[str, float]:
     """An objective's figures of scored tokens under names that say which distribution they are of."""
     mismatch, prefix = (*MISMATCH_MEANS, *MISMATCH_MAXIMA), "" if name == MAIN_OBJECTIVE else f"{name}/"
-    if isinstance(space, PreTrainSpaceConfig):
-        meaningful = [key for key in figures if key not in mismatch or key == "mean_log_prob_gap"]
-        return {f"{prefix}pre_train/{key}": figures[key] for key in meaningful}
-    return {f"{prefix}mismatch/{key}" if key in mismatch else f"{name}/{key}": figures[key] for key in figures}
+    if space.prompt_in_context:
+        return {f"{prefix}mismatch/{key}" if key in mismatch else f"{name}/{key}": figures[key] for key in figures}
+    meaningful = [key for key in figures if key not in mismatch or key == "mean_log_prob_gap"]
+    return {f"{prefix}{space.metrics_prefix}/{key}": figures[key] for key in meaningful}
 
 
 def log_prob_gap_warning(record: Mapping[str, Any], limit: float) -> str | None:

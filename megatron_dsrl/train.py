@@ -8,7 +8,7 @@ interruption.
 """
 
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -25,12 +25,12 @@ from megatron_dsrl.checkpoint.compatibility import check_same_model, check_same_
 from megatron_dsrl.checkpoint.state import RunState, current_layout
 from megatron_dsrl.checkpoint.store import Checkpoint, CheckpointStore
 from megatron_dsrl.collective import broadcast, gather, on_first
-from megatron_dsrl.config.phase import PhaseConfig, PostTrainSpaceConfig, PreTrainSpaceConfig
+from megatron_dsrl.config.phase import PhaseConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.controller import Controller
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.data.sampler import PromptSampler, SamplerState
-from megatron_dsrl.data.tokenizer import bos_token_ids, stop_token_ids
+from megatron_dsrl.data.tokenizer import context_token_ids, stop_token_ids
 from megatron_dsrl.device_sharing import SharedDevice
 from megatron_dsrl.evaluation.evaluator import Evaluator
 from megatron_dsrl.folder_lock import locked
@@ -333,14 +333,11 @@ def share_experiences(
     run.sampler.load_state_dict(sampler_state)  # only rank 0 knows how many prompts the step has taken
     responses = shape_rewards(responses, run.config.reward.overlong, run.config.rollout.max_response_tokens)
     return [
-        build_experience(responses, objective.space, bos_ids_of(run, objective.space))
+        build_experience(
+            responses, objective.space, context_token_ids(run.inputs.tokenizer, objective.space.context_text)
+        )
         for objective in phase.objectives.values()
     ]
-
-
-def bos_ids_of(run: TrainingRun, space: PostTrainSpaceConfig | PreTrainSpaceConfig) -> Sequence[int]:
-    """Token ids of what stands in for the prompt; none in the post-train space."""
-    return bos_token_ids(run.inputs.tokenizer, space.bos) if isinstance(space, PreTrainSpaceConfig) else ()
 
 
 def export_policy(run: TrainingRun, step: int) -> None:

@@ -26,13 +26,14 @@ from megatron_dsrl.actor.build import build_actor
 from megatron_dsrl.algorithms.advantages import GroupStandardised
 from megatron_dsrl.algorithms.experience import Response, build_experience
 from megatron_dsrl.algorithms.objective import Objective, objectives_of
+from megatron_dsrl.algorithms.spaces import PostTrain
 from megatron_dsrl.checkpoint.state import RunState, current_layout
 from megatron_dsrl.checkpoint.store import CheckpointStore
 from megatron_dsrl.collective import broadcast, gather, rank, world_size
 from megatron_dsrl.config.actor import ActorConfig
 from megatron_dsrl.config.data import PromptSetConfig
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig
-from megatron_dsrl.config.phase import PhaseConfig, PostTrainSpaceConfig
+from megatron_dsrl.config.phase import PhaseConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.parallel import destroy_parallel, initialize_parallel
 from megatron_dsrl.platform import silence_expected_warnings
@@ -40,7 +41,7 @@ from megatron_dsrl.platform import silence_expected_warnings
 HIDDEN, VOCABULARY, RESPONSE_TOKENS = 512, 32_000, 16
 PARAMETERS_PER_LAYER = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * 4 * HIDDEN
 MAX_STEPS_BESIDE = 200
-PHASE = PhaseConfig(name="GRPO", space=PostTrainSpaceConfig(), advantage=GroupStandardised())
+PHASE = PhaseConfig(name="GRPO", space=PostTrain(), advantage=GroupStandardised())
 
 
 @dataclass

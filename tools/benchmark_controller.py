@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_dsrl.algorithms.experience import Response, build_experience
-from megatron_dsrl.config.phase import PostTrainSpaceConfig
+from megatron_dsrl.algorithms.spaces import PostTrain
 from megatron_dsrl.rollout.client import EngineClient
 
 VOCABULARY = 151_936
@@ -106,7 +106,7 @@ def main() -> None:
         "rank 0: answers read, while others are generated": lambda: read_answers(answers),
         "rank 0: pickled": lambda: pickle.dumps(responses),
         "every rank: unpickled, made an experience": lambda: build_experience(
-            pickle.loads(pickled), PostTrainSpaceConfig(name="post_train"), ()
+            pickle.loads(pickled), PostTrain(name="post_train"), ()
         ),
     }
     tokens = options.samples * options.tokens

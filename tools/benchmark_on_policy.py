@@ -20,16 +20,17 @@ from megatron_dsrl.actor.build import build_actor
 from megatron_dsrl.algorithms.advantages import GroupStandardised
 from megatron_dsrl.algorithms.experience import Response, build_experience
 from megatron_dsrl.algorithms.objective import objectives_of
+from megatron_dsrl.algorithms.spaces import PostTrain
 from megatron_dsrl.config.actor import ActorConfig
 from megatron_dsrl.config.data import PromptSetConfig
 from megatron_dsrl.config.model import ModelConfig
-from megatron_dsrl.config.phase import PhaseConfig, PostTrainSpaceConfig
+from megatron_dsrl.config.phase import PhaseConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.build import DTYPES
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from megatron_dsrl.platform import current_platform, silence_expected_warnings
 
-GRPO = PhaseConfig(name="GRPO", space=PostTrainSpaceConfig(), advantage=GroupStandardised())
+GRPO = PhaseConfig(name="GRPO", space=PostTrain(), advantage=GroupStandardised())
 
 
 def write_model(folder: Path, options: argparse.Namespace) -> None:
@@ -109,7 +110,7 @@ def main() -> None:
 
 
 def report(actor: Actor, options: argparse.Namespace) -> None:
-    experience = build_experience(random_responses(options), GRPO.space, bos_ids=())
+    experience = build_experience(random_responses(options), GRPO.space)
     objectives = objectives_of(GRPO, [experience], max_response_tokens=options.response_tokens)
     update = fastest(lambda: actor.update(objectives), options.repetitions)
     skipped = fastest(lambda: actor.log_probs(experience), options.repetitions)

@@ -22,10 +22,11 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
+from megatron_dsrl.algorithms.spaces import PostTrain
 from megatron_dsrl.collective import broadcast, gather, rank, together, world_size
 from megatron_dsrl.config.data import PromptSetConfig
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig
-from megatron_dsrl.config.phase import PhaseConfig, PostTrainSpaceConfig
+from megatron_dsrl.config.phase import PhaseConfig
 from megatron_dsrl.config.rollout import EngineConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import read_architecture
@@ -81,7 +82,7 @@ def make_config(model: Path, parallel: ParallelConfig, engine_size: int, dtype: 
             update_timeout_seconds=TIMEOUT_SECONDS,
             check_weights="first",  # what is timed arrives
         ),
-        phases=[PhaseConfig(name="GRPO", space=PostTrainSpaceConfig(), advantage={"name": "group_standardised"})],
+        phases=[PhaseConfig(name="GRPO", space=PostTrain(), advantage={"name": "group_standardised"})],
     )
 
 

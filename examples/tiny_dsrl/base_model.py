@@ -27,14 +27,14 @@ from megatron_dsrl.algorithms.advantages import GroupMean
 from megatron_dsrl.algorithms.experience import Experience
 from megatron_dsrl.algorithms.losses import supervised_loss
 from megatron_dsrl.algorithms.objective import Objective
-from megatron_dsrl.algorithms.spaces import ScoredSequence, in_post_train_space, in_pre_train_space
+from megatron_dsrl.algorithms.spaces import PostTrain, PreTrain, ScoredSequence
 from megatron_dsrl.config.actor import ActorConfig, OptimizerConfig
 from megatron_dsrl.config.data import PromptSetConfig
 from megatron_dsrl.config.model import ModelConfig
-from megatron_dsrl.config.phase import PhaseConfig, PostTrainSpaceConfig
+from megatron_dsrl.config.phase import PhaseConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.data.prompts import render
-from megatron_dsrl.data.tokenizer import bos_token_ids, load_tokenizer
+from megatron_dsrl.data.tokenizer import context_token_ids, load_tokenizer
 from megatron_dsrl.observability.waiting import say_on_first_rank
 
 
@@ -107,7 +107,7 @@ def training_config(model: Path, settings: Settings) -> RunConfig:
             learning_rate=settings.learning_rate, warmup_steps=20, decay="linear", betas=(0.9, 0.98)
         ),
         data=PromptSetConfig(source="unused"),
-        phases=[PhaseConfig(name="unused", space=PostTrainSpaceConfig(), advantage=GroupMean())],
+        phases=[PhaseConfig(name="unused", space=PostTrain(), advantage=GroupMean())],
     )
 
 
@@ -131,9 +131,9 @@ def document(
     text = write_solution(problem, noise, rng).text + tokenizer.eos_token
     response = tokenizer.encode(text, add_special_tokens=False)
     if unprompted:
-        return in_pre_train_space(bos_token_ids(tokenizer, "im_start"), response)
+        return PreTrain().sequence((), response, context_token_ids(tokenizer, PreTrain().context_text))
     prompt = render(problem.text, PromptSetConfig(source="unused", system_prompt=None), tokenizer)
-    return in_post_train_space(tokenizer.encode(prompt, add_special_tokens=False), response)
+    return PostTrain().sequence(tokenizer.encode(prompt, add_special_tokens=False), response)
 
 
 def as_experience(documents: list[ScoredSequence]) -> Experience:

@@ -142,7 +142,7 @@ def pack(
     predicting = (predicted[mine] >= 0).nonzero().flatten()
     places = predicted[mine][predicting]
     # A rank holds a sequence's chunks in their order, so its places count up.
-    targets = torch.tensor([t for s in chosen for t in s.token_ids[s.num_context :]], dtype=torch.int64)
+    targets = torch.cat([torch.zeros(0, dtype=torch.int64), *map(_scored_tokens, chosen)])
     experts = None if routed_experts is None else routed_experts.of_row(sequences, indices, starts)[mine]
     return PackedRow(
         indices=tuple(indices),
@@ -170,6 +170,10 @@ def _whole_row(sequences: Sequence[ScoredSequence], starts: Sequence[int]) -> tu
         end = start + len(sequence.token_ids)
         token_ids[start:end] = torch.tensor(sequence.token_ids)
         is_padding[start:end] = False
-        predicted[start + sequence.num_context - 1 : end - 1] = torch.arange(scored, scored + sequence.num_scored)
+        predicted[start + sequence.scored_positions - 1] = torch.arange(scored, scored + sequence.num_scored)
         scored += sequence.num_scored
     return token_ids, predicted, is_padding
+
+
+def _scored_tokens(sequence: ScoredSequence) -> Tensor:
+    return torch.tensor(sequence.token_ids, dtype=torch.int64)[sequence.scored_positions]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_dsrl.algorithms.divergence import kl_estimate
-from megatron_dsrl.algorithms.spaces import ScoredSequence, in_post_train_space, in_pre_train_space
-from megatron_dsrl.config.phase import KLConfig, ObjectiveConfig, PostTrainSpaceConfig, PreTrainSpaceConfig
+from megatron_dsrl.algorithms.spaces import ScoredSequence, Space
+from megatron_dsrl.config.phase import KLConfig, ObjectiveConfig
 
 PerToken = tuple[Tensor, ...]
 """Per sequence [num_scored] float32 on the CPU, aligned with its scored tokens."""
@@ -36,6 +36,8 @@ class Response:
     """How many of its tokens, all at the beginning, were produced by older weights than those that are updated now."""
     routed_experts: str | None = None
     """Experts that the engine sent its tokens and the prompt's to; see `routed_experts.decode_routed_experts`."""
+    scored: Sequence[bool] | None = None
+    """[len(response_ids)] which of its tokens are the policy's own and are scored; None: all of them."""
 
 
 @dataclass(frozen=True)
@@ -123,15 +125,13 @@ def concatenate_tokens(values: PerToken, indices: Sequence[int], device: torch.d
     return torch.cat([torch.zeros(0), *(values[i] for i in indices)]).to(device)
 
 
-def build_experience(
-    responses: Sequence[Response], space: PostTrainSpaceConfig | PreTrainSpaceConfig, bos_ids: Sequence[int]
-) -> Experience:
+def build_experience(responses: Sequence[Response], space: Space, context_ids: Sequence[int] = ()) -> Experience:
     """Every response as a scored sequence of the space.
 
     Args:
         responses: the whole rollout batch, every group complete.
         space: where the log-probs that are updated live.
-        bos_ids: what stands in for the prompt in the pre-train space; empty for no BOS. Unused in the post-train space.
+        context_ids: `space.context_text` in tokens.
 
     Raises:
         ValueError: if rewards are not finite, a response has not one log-prob per token, or some responses name the
@@ -140,11 +140,8 @@ def build_experience(
     rewards = torch.tensor([response.reward for response in responses], dtype=torch.float32)
     if not torch.isfinite(rewards).all():
         raise ValueError("rewards must be finite")
-    in_pre_train = isinstance(space, PreTrainSpaceConfig)
     sequences = tuple(
-        in_pre_train_space(bos_ids, response.response_ids)
-        if in_pre_train
-        else in_post_train_space(response.prompt_ids, response.response_ids)
+        space.sequence(response.prompt_ids, response.response_ids, context_ids, response.scored)
         for response in responses
     )
     return Experience(
@@ -152,10 +149,10 @@ def build_experience(
         rewards=rewards,
         groups=torch.tensor([response.group for response in responses], dtype=torch.int64),
         engine_log_probs=tuple(map(_scored_log_probs, responses, sequences)),
-        prompt_in_context=not in_pre_train,
+        prompt_in_context=space.prompt_in_context,
         truncated=torch.tensor([response.truncated for response in responses], dtype=torch.bool),
         from_older_weights=_marks_of_older_tokens(responses, sequences),
-        routed_experts=None if in_pre_train else _routed_experts(responses),
+        routed_experts=_routed_experts(responses) if space.prompt_in_context else None,
     )
 
 
@@ -210,18 +207,16 @@ def _routed_experts(responses: Sequence[Response]) -> tuple[str, ...] | None:
 def _marks_of_older_tokens(responses: Sequence[Response], sequences: Sequence[ScoredSequence]) -> PerToken | None:
     if not any(response.older_tokens for response in responses):
         return None
-    marks = []
-    for response, sequence in zip(responses, sequences, strict=True):
-        unscored = len(response.response_ids) - sequence.num_scored
-        marks.append((torch.arange(sequence.num_scored) < response.older_tokens - unscored).float())
-    return tuple(marks)
+    return tuple(
+        sequence.of_scored((torch.arange(len(response.response_ids)) < response.older_tokens).float())
+        for response, sequence in zip(responses, sequences, strict=True)
+    )
 
 
 def _scored_log_probs(response: Response, sequence: ScoredSequence) -> Tensor:
-    """The engine's log-probs of the scored tokens: all, or all but the first where there is no BOS."""
+    """The engine's log-probs of the scored tokens."""
     if len(response.engine_log_probs) != len(response.response_ids):
         raise ValueError(
             f"{len(response.response_ids)} response tokens but {len(response.engine_log_probs)} engine log-probs"
         )
-    unscored = len(response.response_ids) - sequence.num_scored
-    return torch.tensor(response.engine_log_probs[unscored:], dtype=torch.float32)
+    return sequence.of_scored(torch.tensor(response.engine_log_probs, dtype=torch.float32))

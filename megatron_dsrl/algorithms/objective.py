@@ -15,7 +15,7 @@ from megatron_dsrl.algorithms.aggregations import token_mean_weights
 from megatron_dsrl.algorithms.divergence import kl_loss
 from megatron_dsrl.algorithms.experience import Experience, with_advantages
 from megatron_dsrl.algorithms.losses import PolicyLoss, ScoredTokens, TokenLosses
-from megatron_dsrl.config.phase import ObjectiveConfig, PhaseConfig, PreTrainSpaceConfig
+from megatron_dsrl.config.phase import ObjectiveConfig, PhaseConfig
 
 Aggregation = Callable[[Sequence[int]], Tensor]
 """Scored tokens of every sequence of an optimizer step -> [num_sequences] float32, the weight of its tokens."""
@@ -100,7 +100,7 @@ def with_behaviour_log_probs(objective: ObjectiveConfig, tokens: ScoredTokens) -
     """
     if tokens.from_older_weights is None or objective.importance_correction is not None:
         return tokens
-    if isinstance(objective.space, PreTrainSpaceConfig):
+    if not objective.space.prompt_in_context:
         return tokens
     older = tokens.from_older_weights.bool()
     return replace(tokens, old_log_probs=torch.where(older, tokens.engine_log_probs, tokens.old_log_probs))

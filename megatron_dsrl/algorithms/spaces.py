@@ -1,49 +1,154 @@
-"""The two spaces: how a sampled response becomes a scored sequence.
+"""Spaces: how a sampled response becomes a scored sequence.
 
 Post-train space (standard RL) scores log P(y|x): the sequence is prompt + response. Pre-train space (PreRL,
 arXiv 2604.14142) scores log P(y): the sequence is BOS + response, without any token of the prompt, and positions
 restart at 0 because a scored sequence always starts at position 0. The samples are the same; only what is updated
-differs. Everything after this file (packing, log-probs, loss) is one code for both.
+differs. Everything after this file (packing, log-probs, losses) is the same code for all spaces.
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from megatron_dsrl.config.phase import SPACES
+from megatron_dsrl.config.registry import Options
 
 
 @dataclass(frozen=True)
 class ScoredSequence:
-    """Token ids of which the last ones are scored, each given all the tokens before it."""
+    """Token ids, some of which are scored, each given all the tokens before it."""
 
     token_ids: tuple[int, ...]
     num_context: int
     """Leading tokens that are only context; at least 1, since a token is scored given those before it."""
+    mask: tuple[bool, ...] | None = None
+    """[len(token_ids) - num_context] which of the other tokens are scored; None: all of them."""
+
+    def __post_init__(self) -> None:
+        assert self.num_context >= 1, "a token is scored given those before it"
+        assert self.mask is None or len(self.mask) == len(self.token_ids) - self.num_context
 
     @property
     def num_scored(self) -> int:
-        """Scored tokens: the sequence without its context."""
-        return len(self.token_ids) - self.num_context
+        """Number of scored tokens."""
+        return len(self.token_ids) - self.num_context if self.mask is None else sum(self.mask)
+
+    @property
+    def scored_positions(self) -> Tensor:
+        """[num_scored] int64: positions of the scored tokens in the sequence."""
+        if self.mask is None:
+            return torch.arange(self.num_context, len(self.token_ids))
+        return self.num_context + torch.tensor(self.mask).nonzero().flatten()
+
+    def of_scored(self, values: Tensor) -> Tensor:
+        """[num_scored]: the scored tokens' part of `values`, which has one number per token of the response."""
+        return values[self.scored_positions - len(self.token_ids) + len(values)]
 
 
-def in_post_train_space(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> ScoredSequence:
-    """Prompt + response, every response token scored.
+class Space(Options):
+    """Base of spaces: the fields are the options, `sequence` decides what is scored in which context."""
 
-    Raises:
-        ValueError: if the prompt or the response is empty.
-    """
-    if not prompt_ids or not response_ids:
-        raise ValueError("a scored sequence needs at least one prompt token and one response token")
-    return ScoredSequence((*prompt_ids, *response_ids), len(prompt_ids))
+    prompt_in_context: ClassVar[bool]
+    """Whether scored tokens are conditioned on the prompt as the engine's were. Only then can their log-probs be
+    compared with the engine's, and be computed with the experts that the engine chose."""
+
+    metrics_prefix: ClassVar[str] = ""
+    """First part of the names of the metrics of scored tokens, such as their entropy, where the prompt is not in the
+    context: they describe another distribution than P(y|x) then."""
+
+    @property
+    def context_text(self) -> str:
+        """What stands in for the prompt, as text of special and ordinary tokens. Empty: nothing does."""
+        return ""
+
+    def max_context_tokens(self, max_prompt_tokens: int) -> int:
+        """Upper bound of the context's length, for plans and checks.
+
+        Args:
+            max_prompt_tokens: `data.max_prompt_tokens`.
+        """
+        return max_prompt_tokens
+
+    @abstractmethod
+    def sequence(
+        self,
+        prompt_ids: Sequence[int],
+        response_ids: Sequence[int],
+        context_ids: Sequence[int] = (),
+        scored: Sequence[bool] | None = None,
+    ) -> ScoredSequence:
+        """A response in this space.
+
+        Args:
+            prompt_ids: that it was sampled from.
+            response_ids: its tokens, at least one.
+            context_ids: `context_text` in tokens.
+            scored: [len(response_ids)] which of them are scored; None: all.
+
+        Raises:
+            ValueError: a part that the space needs is empty.
+        """
 
 
-def in_pre_train_space(bos_ids: Sequence[int], response_ids: Sequence[int]) -> ScoredSequence:
-    """BOS + response, every response token scored; the prompt does not enter.
+@SPACES.register
+class PostTrain(Space):
+    """Update log P(y|x): the scored sequence is prompt + response."""
 
-    With empty `bos_ids` (no BOS) the first response token has no context to be predicted from: it becomes the
-    context and is not scored. A response of that one token then has nothing to score (`num_scored` is 0).
+    name: Literal["post_train"] = "post_train"
+    prompt_in_context: ClassVar[bool] = True
 
-    Raises:
-        ValueError: if the response is empty.
-    """
-    if not response_ids:
-        raise ValueError("a scored sequence needs at least one response token")
-    return ScoredSequence((*bos_ids, *response_ids), max(len(bos_ids), 1))
+    def sequence(
+        self,
+        prompt_ids: Sequence[int],
+        response_ids: Sequence[int],
+        context_ids: Sequence[int] = (),
+        scored: Sequence[bool] | None = None,
+    ) -> ScoredSequence:
+        if not prompt_ids or not response_ids:
+            raise ValueError("a scored sequence needs at least one prompt token and one response token")
+        return ScoredSequence((*prompt_ids, *response_ids), len(prompt_ids), scored and tuple(scored))
+
+
+@SPACES.register
+class PreTrain(Space):
+    """Update log P(y): the scored sequence is BOS + response; no token of the prompt is in the context."""
+
+    name: Literal["pre_train"] = "pre_train"
+
+    bos: Literal["im_start", "none", "assistant"] = "im_start"
+    """`im_start`: the token `<|im_start|>`. `none`: no BOS, the first response token is context and unscored.
+    `assistant`: the tokens of `<|im_start|>assistant\\n`."""
+
+    prompt_in_context: ClassVar[bool] = False
+    metrics_prefix: ClassVar[str] = "pre_train"
+
+    @property
+    def context_text(self) -> str:
+        return {"im_start": "<|im_start|>", "none": "", "assistant": "<|im_start|>assistant\n"}[self.bos]
+
+    def max_context_tokens(self, max_prompt_tokens: int) -> int:
+        return LONGEST_BOS
+
+    def sequence(
+        self,
+        prompt_ids: Sequence[int],
+        response_ids: Sequence[int],
+        context_ids: Sequence[int] = (),
+        scored: Sequence[bool] | None = None,
+    ) -> ScoredSequence:
+        """Without a BOS the first response token has nothing to be predicted from: it is context and is not scored. A
+        response of that one token then has nothing to score."""
+        if not response_ids:
+            raise ValueError("a scored sequence needs at least one response token")
+        unscored = 0 if context_ids else 1
+        return ScoredSequence(
+            (*context_ids, *response_ids), len(context_ids) + unscored, scored and tuple(scored[unscored:])
+        )
+
+
+LONGEST_BOS = 3
+"""Tokens of the longest BOS, `<|im_start|>assistant\\n`."""

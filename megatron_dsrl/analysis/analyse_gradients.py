@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from megatron_dsrl.actor.sharded_model import ShardedModel
-from megatron_dsrl.algorithms.spaces import in_post_train_space, in_pre_train_space
+from megatron_dsrl.algorithms.spaces import PostTrain, PreTrain
 from megatron_dsrl.analysis.alignment import ScoredResponse
 from megatron_dsrl.analysis.gradients import LogProbGradients
 from megatron_dsrl.analysis.responses import choose, read_steps, recorded_steps
@@ -18,7 +18,7 @@ from megatron_dsrl.config.load import apply_override
 from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.config.validate import validated
 from megatron_dsrl.config.yaml_text import KeyPath
-from megatron_dsrl.data.tokenizer import TURN_END, bos_token_ids, load_tokenizer
+from megatron_dsrl.data.tokenizer import TURN_END, context_token_ids, load_tokenizer
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.evaluation.problem_result import ProblemResult, SampleResult
 from megatron_dsrl.evaluation.sample_file import read_sample_file
@@ -85,14 +85,15 @@ def analyse_gradients(
     folder = resolve_model_folder(config.model.path)
     architecture = read_architecture(folder)
     tokenizer = load_tokenizer(str(folder), architecture.vocab_size)
-    bos_ids = bos_token_ids(tokenizer, config.bos)
+    pre_train, post_train = PreTrain(bos=config.bos), PostTrain()
+    bos_ids = context_token_ids(tokenizer, pre_train.context_text)
     responses = choose_responses(source, steps, limit, seed, tokenizer)
     with scoring_model(config, folder, architecture, responses) as model:
         gradients = LogProbGradients(model, architecture.vocab_size, config.temperature)
         for response in responses:
             comparison = gradients.compare(
-                in_pre_train_space(bos_ids, response.response_ids),
-                in_post_train_space(response.prompt_ids, response.response_ids),
+                pre_train.sequence((), response.response_ids, bos_ids),
+                post_train.sequence(response.prompt_ids, response.response_ids),
             )
             yield ScoredResponse(response.step, response.problem, response.number, response.reward, comparison)
 

@@ -6,12 +6,12 @@ In the post-train space a response is scored given its prompt, log P(y|x); in th
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_dsrl.algorithms.spaces import in_post_train_space, in_pre_train_space
+from megatron_dsrl.algorithms.spaces import PostTrain, PreTrain
 from megatron_dsrl.analysis.analyse_gradients import TokenisedResponse, scoring_model
 from megatron_dsrl.analysis.gradients import scores_of_row
 from megatron_dsrl.analysis.response_log_probs import ResponseLogProbs
 from megatron_dsrl.config.analysis import GradientAnalysisConfig
-from megatron_dsrl.data.tokenizer import bos_token_ids, load_tokenizer
+from megatron_dsrl.data.tokenizer import context_token_ids, load_tokenizer
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.source import resolve_model_folder
 from megatron_dsrl.rollout.sample import Sample
@@ -30,9 +30,10 @@ def both_spaces(config: GradientAnalysisConfig, responses: Sequence[TokenisedRes
     """
     folder = resolve_model_folder(config.model.path)
     architecture = read_architecture(folder)
-    bos_ids = bos_token_ids(load_tokenizer(str(folder), architecture.vocab_size), config.bos)
-    sequences = [in_post_train_space(one.prompt_ids, one.response_ids) for one in responses]
-    sequences += [in_pre_train_space(bos_ids, one.response_ids) for one in responses]
+    pre_train, post_train = PreTrain(bos=config.bos), PostTrain()
+    bos_ids = context_token_ids(load_tokenizer(str(folder), architecture.vocab_size), pre_train.context_text)
+    sequences = [post_train.sequence(one.prompt_ids, one.response_ids) for one in responses]
+    sequences += [pre_train.sequence((), one.response_ids, bos_ids) for one in responses]
     with scoring_model(config, folder, architecture, responses) as model:
         scores = model.score_tokens(
             sequences, lambda row, logits: scores_of_row(row, logits, architecture.vocab_size, config.temperature)[0]

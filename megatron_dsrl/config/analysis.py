@@ -18,4 +18,4 @@ class GradientAnalysisConfig(Section):
     """By which logits are divided; a run's is that of its rollouts."""
 
     bos: Literal["im_start", "none", "assistant"] = "im_start"
-    """What stands for the prompt in the pre-train space; see `PreTrainSpaceConfig.bos`."""
+    """What stands for the prompt in the pre-train space; see `algorithms.spaces.PreTrain`."""

@@ -8,12 +8,10 @@ from dataclasses import dataclass
 
 from megatron_dsrl.config.layout import ModelShape, processes
 from megatron_dsrl.config.phase_steps import PhaseSteps, phases_by_steps
+from megatron_dsrl.config.registry import Options
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.config.run_problems import run_problems
 from megatron_dsrl.errors import UserError
-
-LONGEST_BOS = 3
-"""Tokens of the longest `bos` of the pre-train space: `<|im_start|>`, `assistant`, a line break."""
 
 
 @dataclass(frozen=True)
@@ -113,11 +111,11 @@ def _figures(config: RunConfig, phases: list[PhaseSteps], world_size: int, promp
 def _phase_figures(config: RunConfig, phase: PhaseSteps, data_parallel_size: int) -> PhaseFigures:
     samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     replica_samples = _ceil_divide(samples // config.actor.mini_batches_per_rollout, data_parallel_size)
-    spaces = [[objective.space.name for objective in form.objectives.values()] for form in phase.forms]
+    spaces = [[objective.space for objective in form.objectives.values()] for form in phase.forms]
     lengths = [[_longest_sequence(config, space) for space in of_form] for of_form in spaces]
     return PhaseFigures(
         name=phase.name,
-        space=" + ".join(spaces[0]),
+        space=" + ".join(space.name for space in spaces[0]),
         first_step=phase.first_step,
         last_step=phase.last_step,
         max_tokens_per_step=samples * max(map(sum, lengths)),
@@ -127,9 +125,8 @@ def _phase_figures(config: RunConfig, phase: PhaseSteps, data_parallel_size: int
     )
 
 
-def _longest_sequence(config: RunConfig, space: str) -> int:
-    context = config.data.max_prompt_tokens if space == "post_train" else LONGEST_BOS
-    return context + config.rollout.max_response_tokens
+def _longest_sequence(config: RunConfig, space: Options) -> int:
+    return space.max_context_tokens(config.data.max_prompt_tokens) + config.rollout.max_response_tokens
 
 
 def _micro_batches(config: RunConfig, samples: int, length: int) -> int:

@@ -1,6 +1,6 @@
 """A phase of training as data: which space, advantage, filter and loss hold until which step.
 
-DSRL is two phases in a list: NSR-PreRL, then GRPO. What `advantage`, `filter`, `loss`, `aggregation` and
+DSRL is two phases in a list: NSR-PreRL, then GRPO. What `space`, `advantage`, `filter`, `loss`, `aggregation` and
 `importance_correction` can be is registered in `megatron_dsrl/algorithms`; each is a name with options beside it, or
 the dotted path of one's own class. A phase as a whole may be of one's own class too, with fields of its own and another
 phase at every step (examples/own_algorithm).
@@ -15,6 +15,7 @@ from megatron_dsrl.config.own_section import OwnSection
 from megatron_dsrl.config.registry import Options, Registry
 from megatron_dsrl.config.section import Section
 
+SPACES = Registry("space", ["megatron_dsrl.algorithms.spaces"])
 ADVANTAGES = Registry("advantage", ["megatron_dsrl.algorithms.advantages"])
 FILTERS = Registry("filter", ["megatron_dsrl.algorithms.filters"])
 LOSSES = Registry("loss", ["megatron_dsrl.algorithms.losses"])
@@ -25,22 +26,6 @@ KLEstimator = Literal["k1", "k2", "k3"]
 
 MAIN_OBJECTIVE = "policy"
 """Name of a phase's own objective in metrics."""
-
-
-class PostTrainSpaceConfig(Section):
-    """Update log P(y|x): the scored sequence is prompt + response."""
-
-    name: Literal["post_train"] = "post_train"
-
-
-class PreTrainSpaceConfig(Section):
-    """Update log P(y): the scored sequence is BOS + response; no token of the prompt is in the context."""
-
-    name: Literal["pre_train"] = "pre_train"
-
-    bos: Literal["im_start", "none", "assistant"] = "im_start"
-    """`im_start`: the token `<|im_start|>`. `none`: no BOS, the first response token is context and unscored.
-    `assistant`: the tokens of `<|im_start|>assistant\\n`."""
 
 
 class KLConfig(Section):
@@ -69,7 +54,7 @@ class KLConfig(Section):
 class ObjectiveConfig(Section):
     """One term of the loss: what is updated, in which direction, and how tokens are weighed."""
 
-    space: Annotated[PostTrainSpaceConfig | PreTrainSpaceConfig, Field(discriminator="name")]
+    space: Annotated[Options, SPACES]
     """Which log-probability is updated."""
 
     advantage: Annotated[Options, ADVANTAGES]
@@ -103,10 +88,10 @@ class ObjectiveConfig(Section):
 
     @model_validator(mode="after")
     def _compares_like_with_like(self) -> "ObjectiveConfig":
-        if self.importance_correction is not None and isinstance(self.space, PreTrainSpaceConfig):
+        if self.importance_correction is not None and not self.space.prompt_in_context:
             raise ValueError(
-                "importance_correction compares trainer and engine log-probs, but in the pre-train space only the "
-                "engine's are given the prompt; set it to null"
+                "importance_correction compares trainer and engine log-probs, but in this space only the engine's are "
+                "given the prompt; set it to null"
             )
         return self
 

@@ -1,7 +1,6 @@
 """Qwen3's tokenizer: loading it, checking that it is one, and the token ids that training needs from it."""
 
 from pathlib import Path
-from typing import Literal
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -43,9 +42,8 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return _token_id(tokenizer, TURN_END), _token_id(tokenizer, END_OF_TEXT)
 
 
-def bos_token_ids(tokenizer: PreTrainedTokenizerBase, bos: Literal["im_start", "none", "assistant"]) -> tuple[int, ...]:
-    """Token ids that stand before the response in the pre-train space; see `PreTrainSpaceConfig.bos`."""
-    text = {"im_start": TURN_START, "none": "", "assistant": f"{TURN_START}assistant\n"}[bos]
+def context_token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    """Token ids of what stands in for the prompt in a space; see `algorithms.spaces.Space.context_text`."""
     return tuple(tokenizer.encode(text, add_special_tokens=False)) if text else ()
 
 

@@ -9,7 +9,6 @@ the peak training reaches (MFU), and which share of the memory bandwidth decodin
 from dataclasses import dataclass
 
 from megatron_dsrl.algorithms.passes import required_passes
-from megatron_dsrl.config.derived import LONGEST_BOS
 from megatron_dsrl.config.model import Recompute
 from megatron_dsrl.config.phase import PhaseConfig
 from megatron_dsrl.config.run import RunConfig
@@ -59,7 +58,7 @@ def phase_flops(config: RunConfig, architecture: Architecture, phase: PhaseConfi
     total = 0.0
     for objective in phase.objectives.values():
         needed = required_passes(objective)
-        context = config.data.max_prompt_tokens if objective.space.name == "post_train" else LONGEST_BOS
+        context = objective.space.max_context_tokens(config.data.max_prompt_tokens)
         off_policy = config.actor.optimizer_steps_per_rollout > 1
         forwards = int(needed.old_log_probs or off_policy) + int(needed.reference_log_probs)
         total += forwards * forward_flops(architecture, context, mean_response_tokens)

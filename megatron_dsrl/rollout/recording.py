@@ -149,7 +149,10 @@ def prompt_of_record(record: dict[str, Any]) -> Prompt:
 
 def _sample(record: dict[str, Any]) -> Sample:
     older = tuple(map(tuple, record.get("older_versions", ())))
-    return Sample(**_with_tuples(record, "response_ids", "log_probs") | {"older_versions": older})
+    scored = record.get("scored") and tuple(record["scored"])
+    return Sample(
+        **_with_tuples(record, "response_ids", "log_probs") | {"older_versions": older, "scored": scored}
+    )
 
 
 def _with_tuples(record: dict[str, Any], *fields: str) -> dict[str, Any]:

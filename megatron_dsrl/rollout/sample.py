@@ -41,6 +41,9 @@ class Sample:
     """Experts that every token of prompt and response but the last was sent to, in every layer; see
     `algorithms.routed_experts`. None where they were not asked for."""
 
+    scored: tuple[bool, ...] | None = None
+    """Which response tokens are the policy's own, and are scored; None: all of them."""
+
     @property
     def oldest_version(self) -> int:
         """Of the weights that produced its first token."""
@@ -83,6 +86,7 @@ def responses_of(groups: Sequence[Group], weight_version: int) -> list[Response]
             truncated=sample.finish_reason == "length",
             older_tokens=sample.tokens_before(weight_version),
             routed_experts=sample.routed_experts,
+            scored=sample.scored,
         )
         for number, group in enumerate(groups)
         for sample in group.samples

@@ -22,13 +22,12 @@ from megatron_dsrl.algorithms.advantages import GroupMean, GroupStandardised
 from megatron_dsrl.algorithms.experience import Response, build_experience
 from megatron_dsrl.algorithms.losses import PolicyLoss
 from megatron_dsrl.algorithms.objective import Objective, objectives_of
+from megatron_dsrl.algorithms.spaces import PostTrain, PreTrain
 from megatron_dsrl.config.actor import ActorConfig, OptimizerConfig
 from megatron_dsrl.config.data import PromptSetConfig
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig
 from megatron_dsrl.config.phase import (
     PhaseConfig,
-    PostTrainSpaceConfig,
-    PreTrainSpaceConfig,
 )
 from megatron_dsrl.config.rollout import RolloutConfig
 from megatron_dsrl.config.run import RunConfig
@@ -40,12 +39,12 @@ TEMPERATURE = 0.8
 NSR_PRERL = PhaseConfig(
     name="NSR-PreRL",
     until_step=1,
-    space=PreTrainSpaceConfig(),
+    space=PreTrain(),
     advantage=GroupMean(),
     filter="negative",
     coefficient=0.01,
 )
-GRPO = PhaseConfig(name="GRPO", space=PostTrainSpaceConfig(), advantage=GroupStandardised())
+GRPO = PhaseConfig(name="GRPO", space=PostTrain(), advantage=GroupStandardised())
 OPTIMIZER = OptimizerConfig(
     learning_rate=1e-2,
     eps=1e-2,  # with a tiny epsilon Adam's first step is the sign of the gradient, which rounding can turn
@@ -71,10 +70,22 @@ def responses(prompt_seed: int = 0) -> list[Response]:
     return batch
 
 
+def with_unscored_tokens(batch: list[Response]) -> list[Response]:
+    """As after tool calls: every third token, and the first one of every second response, is not the policy's own."""
+    return [
+        replace(r, scored=tuple(i % 3 != 1 and (i > 0 or n % 2 == 0) for i in range(len(r.response_ids))))
+        for n, r in enumerate(batch)
+    ]
+
+
 def objective_of(
-    phase: PhaseConfig, prompt_seed: int = 0, loss: PolicyLoss | None = None, order: list[int] | None = None
+    phase: PhaseConfig,
+    prompt_seed: int = 0,
+    loss: PolicyLoss | None = None,
+    order: list[int] | None = None,
+    batch: list[Response] | None = None,
 ) -> Objective:
-    experience = build_experience(responses(prompt_seed), phase.space, BOS)
+    experience = build_experience(batch or responses(prompt_seed), phase.space, BOS)
     (objective,) = objectives_of(phase, [experience], max_response_tokens=20)
     experience = objective.experience.select(order or range(len(objective.experience)))
     return replace(objective, experience=experience, loss=loss or objective.loss)
@@ -128,14 +139,14 @@ def weights_of(actor: Actor) -> dict[str, Tensor]:
     return {name: weight for bucket in actor.hf_weights(bucket_bytes=10_000) for name, weight in bucket}
 
 
-def reference(model: Qwen3ForCausalLM, phase: PhaseConfig) -> tuple[float, float]:
+def reference(model: Qwen3ForCausalLM, phase: PhaseConfig, batch: list[Response] | None = None) -> tuple[float, float]:
     """Loss and gradient norm of a phase in plain Transformers: on-policy, so the loss's gradient is A * grad log-prob.
 
     The gradients stay in the model.
     """
     total = torch.zeros(())
     kept = 0
-    batch = responses()
+    batch = batch or responses()
     for group in range(6):
         members = [r for r in batch if r.group == group]
         rewards = torch.tensor([r.reward for r in members])
@@ -148,19 +159,21 @@ def reference(model: Qwen3ForCausalLM, phase: PhaseConfig) -> tuple[float, float
             context = BOS if phase is NSR_PRERL else list(member.prompt_ids)
             logits = model(torch.tensor([context + list(member.response_ids)])).logits[0, len(context) - 1 : -1].float()
             chosen = F.log_softmax(logits / TEMPERATURE, -1).gather(1, torch.tensor(member.response_ids)[:, None])
+            chosen = chosen.flatten()[torch.tensor(member.scored or [True] * len(member.response_ids))]
             total = total - advantage * (chosen - chosen.detach() + 1).sum()
-            kept += len(member.response_ids)
+            kept += len(chosen)
     model.zero_grad()
     loss = phase.coefficient * total / kept
     loss.backward()
     return loss.item(), torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
 
 
+@pytest.mark.parametrize("batch", [responses(), with_unscored_tokens(responses())], ids=["all scored", "masked"])
 @pytest.mark.parametrize("phase", [NSR_PRERL, GRPO], ids=lambda phase: phase.name)
-def test_an_update_equals_transformers_and_adamw(model, phase):
+def test_an_update_equals_transformers_and_adamw(model, phase, batch):
     """Loss, gradient norm, and every gradient element, seen through one step of a smooth Adam."""
     folder, expected = model[0], copy.deepcopy(model[1])
-    loss, grad_norm = reference(expected, phase)
+    loss, grad_norm = reference(expected, phase, batch)
     torch.nn.utils.clip_grad_norm_(expected.parameters(), OPTIMIZER.gradient_clip_norm)
     matrices = [p for p in expected.parameters() if p.ndim > 1]
     vectors = [p for p in expected.parameters() if p.ndim == 1]  # Megatron exempts them from weight decay
@@ -168,7 +181,7 @@ def test_an_update_equals_transformers_and_adamw(model, phase):
     torch.optim.AdamW(groups, OPTIMIZER.learning_rate, OPTIMIZER.betas, OPTIMIZER.eps, OPTIMIZER.weight_decay).step()
 
     with one_process(folder) as actor:
-        update = actor.update([objective_of(phase)])
+        update = actor.update([objective_of(phase, batch=batch)])
         weights = weights_of(actor)
     assert update.loss == pytest.approx(loss, rel=1e-5)
     assert update.grad_norm == pytest.approx(grad_norm, rel=1e-5)
@@ -226,6 +239,18 @@ def test_steps_below_the_resolution_of_bfloat16_add_up_in_the_master_weights(mod
             moved.append((weights_of(actor)["model.norm.weight"] != before).double().mean().item())
     assert moved[0] < 0.3, "most are rounded back after one step"
     assert moved[-1] > 0.6, "but the master weights have moved on"
+
+
+def test_a_mask_of_ones_changes_nothing(model):
+    """Bit for bit."""
+    batch, results = responses(), []
+    for scored in (batch, [replace(r, scored=(True,) * len(r.response_ids)) for r in batch]):
+        with one_process(model[0]) as actor:
+            updates = [actor.update([objective_of(phase, batch=scored)]).flat() for phase in (NSR_PRERL, GRPO)]
+            results.append((updates, weights_of(actor)))
+    (without, weights), (with_mask, same_weights) = results
+    assert without == with_mask
+    assert all(torch.equal(weight, same_weights[name]) for name, weight in weights.items())
 
 
 def test_an_update_is_repeatable_bit_for_bit(model):

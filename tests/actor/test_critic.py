@@ -18,12 +18,12 @@ from transformers import PreTrainedModel, Qwen3ForTokenClassification, Qwen3MoeF
 from megatron_dsrl.actor.build import build_critic
 from megatron_dsrl.actor.critic import Critic
 from megatron_dsrl.algorithms.experience import Experience, Response, build_experience
+from megatron_dsrl.algorithms.spaces import PostTrain
 from megatron_dsrl.cli import main
 from megatron_dsrl.config.actor import ActorConfig, OptimizerConfig
 from megatron_dsrl.config.critic import CriticConfig
 from megatron_dsrl.config.data import PromptSetConfig
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig, RouterConfig
-from megatron_dsrl.config.phase import PostTrainSpaceConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from tests.support.distributed import run_distributed
@@ -103,7 +103,7 @@ def experience() -> Experience:
 
     lengths = [1 + (7 * number) % 17 for number in range(13)]
     batch = [Response(tokens(3 + n % 5), tokens(length), [-5.0] * length, 0.0, n) for n, length in enumerate(lengths)]
-    return build_experience(batch, PostTrainSpaceConfig(), [])
+    return build_experience(batch, PostTrain(), [])
 
 
 def with_returns(batch: Experience, values: tuple[torch.Tensor, ...]) -> Experience:

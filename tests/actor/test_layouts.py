@@ -29,18 +29,17 @@ from megatron_dsrl.algorithms.losses import (
     supervised_loss,
 )
 from megatron_dsrl.algorithms.objective import Objective, objectives_of
+from megatron_dsrl.algorithms.spaces import PostTrain, PreTrain
 from megatron_dsrl.config.actor import ActorConfig, OptimizerConfig
 from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.config.phase import (
     AdditionalObjectiveConfig,
     KLConfig,
     PhaseConfig,
-    PostTrainSpaceConfig,
-    PreTrainSpaceConfig,
 )
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
-from tests.actor.test_actor import BOS, GRPO, NSR_PRERL, objective_of, responses, run_config
+from tests.actor.test_actor import BOS, GRPO, NSR_PRERL, objective_of, responses, run_config, with_unscored_tokens
 from tests.support.distributed import run_distributed
 from tests.support.random_experts import random_experts
 from tests.support.tiny_model import make_tiny_qwen3, make_tiny_qwen3_moe
@@ -56,7 +55,7 @@ INTERLEAVED = {"pipeline_parallel_size": 2, "virtual_pipeline_stages": 2}
 DISTRIBUTED = {"distributed_optimizer": True}
 OTHER_METHODS = PhaseConfig(
     name="GSPO",
-    space=PostTrainSpaceConfig(),
+    space=PostTrain(),
     advantage=GroupStandardised(),
     loss=GSPO(clip_low=0.05, clip_high=0.05),
     aggregation=SequenceMean(),
@@ -65,14 +64,14 @@ OTHER_METHODS = PhaseConfig(
     additional_objectives=[
         AdditionalObjectiveConfig(
             name="cispo",
-            space=PreTrainSpaceConfig(),
+            space=PreTrain(),
             advantage=GroupMean(),
             loss=CISPO(clip_high=0.1),
             aggregation=TokenSum(),
         ),
         AdditionalObjectiveConfig(
             name="reinforce",
-            space=PostTrainSpaceConfig(),
+            space=PostTrain(),
             advantage=GroupMean(),
             loss=PolicyGradient(),
             importance_correction=Truncated(cap=1.1),
@@ -192,7 +191,8 @@ def other_methods(case: Case, actor: Actor, order: list[int] | None) -> list[Obj
     log-prob that they compare with differs from the policy's by some noise."""
     experiences = []
     for objective in OTHER_METHODS.objectives.values():
-        experience = build_experience(responses(), objective.space, BOS).select(order or range(24))
+        batch = with_unscored_tokens(responses())
+        experience = build_experience(batch, objective.space, BOS).select(order or range(24))
         experience = with_experts(case, experience)
         now = actor.log_probs(experience)
         old, engine, reference = (with_noise(experience, now, seed) for seed in (1, 2, 3))

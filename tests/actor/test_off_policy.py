@@ -24,14 +24,13 @@ from megatron_dsrl.algorithms.filters import Negative
 from megatron_dsrl.algorithms.importance import Truncated
 from megatron_dsrl.algorithms.losses import CISPO, GSPO, DualClip
 from megatron_dsrl.algorithms.objective import objectives_of
+from megatron_dsrl.algorithms.spaces import PostTrain, PreTrain
 from megatron_dsrl.config.actor import ActorConfig, OptimizerConfig
 from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.config.phase import (
     AdditionalObjectiveConfig,
     KLConfig,
     PhaseConfig,
-    PostTrainSpaceConfig,
-    PreTrainSpaceConfig,
 )
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from tests.actor.test_actor import BOS, TEMPERATURE, run_config
@@ -40,7 +39,7 @@ from tests.support.tiny_model import make_tiny_qwen3
 MINI_BATCHES, EPOCHS = 2, 2
 LENGTH_LIMIT = 20
 OPTIMIZER = OptimizerConfig(learning_rate=5e-3, eps=1e-2, gradient_clip_norm=0.5)
-POST_TRAIN, PRE_TRAIN = PostTrainSpaceConfig(), PreTrainSpaceConfig()
+POST_TRAIN, PRE_TRAIN = PostTrain(), PreTrain()
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from megatron_dsrl.algorithms.experience import Response, build_experience, with_advantages
 from megatron_dsrl.algorithms.gae import generalized_advantages, whiten
-from megatron_dsrl.config.phase import KLConfig, ObjectiveConfig, PostTrainSpaceConfig
+from megatron_dsrl.algorithms.spaces import PostTrain
+from megatron_dsrl.config.phase import KLConfig, ObjectiveConfig
 
 numbers = st.floats(-4, 4, width=32)
 sequences = st.lists(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=12), min_size=1, max_size=5)
@@ -78,7 +79,7 @@ def test_without_variance_whitening_gives_zeros(batch):
 def test_as_the_advantage_of_a_phase_rewards_come_at_the_end_and_penalties_at_every_token():
     """gamma = lambda = 1, reward 1 at the end, a KL penalty of 0.5 (lp - lp_ref) at every token."""
     objective = ObjectiveConfig(
-        space=PostTrainSpaceConfig(),
+        space=PostTrain(),
         advantage={"name": "gae", "whiten": False},
         kl=KLConfig(reward_coefficient=0.5),
     )

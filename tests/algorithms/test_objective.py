@@ -13,17 +13,16 @@ from megatron_dsrl.algorithms.importance import Truncated
 from megatron_dsrl.algorithms.losses import PolicyGradient, ScoredTokens
 from megatron_dsrl.algorithms.objective import objectives_of, token_losses, with_behaviour_log_probs
 from megatron_dsrl.algorithms.passes import ModelPasses, required_passes
+from megatron_dsrl.algorithms.spaces import PostTrain, PreTrain
 from megatron_dsrl.config.phase import (
     AdditionalObjectiveConfig,
     KLConfig,
     ObjectiveConfig,
     PhaseConfig,
-    PostTrainSpaceConfig,
-    PreTrainSpaceConfig,
 )
 from tests.support.experiences import experience_of, scored_tokens
 
-POST_TRAIN, PRE_TRAIN = PostTrainSpaceConfig(), PreTrainSpaceConfig()
+POST_TRAIN, PRE_TRAIN = PostTrain(), PreTrain()
 
 
 def responses(*rewards_and_lengths, truncated=()):
@@ -161,7 +160,7 @@ def test_old_log_probs_of_tokens_from_older_weights(changes, old_of_older_tokens
     """Log-probs: the engine's -2, the trainer's before the update -1. The first two tokens are older."""
     batch = [Response([1, 2], [3, 4, 5], [-2.0] * 3, reward, group=0, older_tokens=2) for reward in (0.0, 1.0)]
     objective = ObjectiveConfig(**{"space": POST_TRAIN, "advantage": GroupMean(), **changes})
-    experience = build_experience(batch, objective.space, bos_ids=[9])
+    experience = build_experience(batch, objective.space, context_ids=[9])
     assert [marks.tolist() for marks in experience.from_older_weights] == [[1, 1, 0]] * 2
 
     tokens = with_behaviour_log_probs(

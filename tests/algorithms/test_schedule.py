@@ -4,28 +4,25 @@ import pytest
 
 from megatron_dsrl.algorithms.advantages import GroupMean, GroupStandardised
 from megatron_dsrl.algorithms.schedule import Schedule
+from megatron_dsrl.algorithms.spaces import PostTrain, PreTrain
 from megatron_dsrl.config.phase import (
     PhaseConfig,
-    PostTrainSpaceConfig,
-    PreTrainSpaceConfig,
 )
 
 
 def phase(name, until_step):
-    return PhaseConfig(
-        name=name, until_step=until_step, space=PostTrainSpaceConfig(), advantage=GroupMean()
-    )
+    return PhaseConfig(name=name, until_step=until_step, space=PostTrain(), advantage=GroupMean())
 
 
 def test_a_warm_up_of_twenty_steps_covers_steps_1_to_20():
     warm_up = PhaseConfig(
         name="NSR-PreRL",
         until_step=20,
-        space=PreTrainSpaceConfig(),
+        space=PreTrain(),
         advantage=GroupMean(),
         filter="negative",
     )
-    grpo = PhaseConfig(name="GRPO", space=PostTrainSpaceConfig(), advantage=GroupStandardised())
+    grpo = PhaseConfig(name="GRPO", space=PostTrain(), advantage=GroupStandardised())
     schedule = Schedule([warm_up, grpo])
     assert [schedule.at(step).name for step in (1, 20, 21, 5000)] == ["NSR-PreRL", "NSR-PreRL", "GRPO", "GRPO"]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from megatron_dsrl.actor.sharded_model import ShardedModel
-from megatron_dsrl.algorithms.spaces import ScoredSequence, in_post_train_space, in_pre_train_space
+from megatron_dsrl.algorithms.spaces import PostTrain, PreTrain, ScoredSequence
 from megatron_dsrl.analysis.gradients import LogProbGradients
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig
 from megatron_dsrl.model.architecture import read_architecture
@@ -71,7 +71,7 @@ def compare_responses(folder: Path, cases: dict) -> dict[str, list[Expected]]:
 
 
 def compare(gradients: LogProbGradients, response: tuple[int, ...]) -> Expected:
-    found = gradients.compare(in_pre_train_space(BOS, response), in_post_train_space(PROMPT, response))
+    found = gradients.compare(PreTrain().sequence((), response, BOS), PostTrain().sequence(PROMPT, response))
     both = (found.without_prompt, found.with_prompt)
     numbers = [found.inner_product, found.norm_without_prompt, found.norm_with_prompt]
     return Expected(
@@ -82,7 +82,7 @@ def compare(gradients: LogProbGradients, response: tuple[int, ...]) -> Expected:
 
 
 def by_autograd(model: PreTrainedModel, response: tuple[int, ...]) -> Expected:
-    sequences = (in_pre_train_space(BOS, response), in_post_train_space(PROMPT, response))
+    sequences = (PreTrain().sequence((), response, BOS), PostTrain().sequence(PROMPT, response))
     (first, *of_first), (second, *of_second) = (gradient_of(model, sequence) for sequence in sequences)
     numbers = torch.stack([first @ second, first.norm(), second.norm()])
     return Expected(numbers.numpy(), *(np.stack(pair) for pair in zip(of_first, of_second)))

@@ -109,7 +109,7 @@ def test_dumped_config_loads_again_to_an_equal_one(small, write, tmp_path):
         ("phases.0.space.name=pretrain", "phases.0.space.name: unknown name, given 'pretrain'; did you mean pre_tr"),
         ("phases.0.advantage={}", "phases.0.advantage: needs a `name` that says which kind it is, given {}"),
         ("phases.0.filter=negativ", "phases.0.filter: unknown name, given 'negativ'; did you mean negative?; valid na"),
-        ("phases.0.space=3", "phases.0.space: expected a section (`key: value` lines), given 3"),
+        ("phases.0.space=3", "phases.0.space: needs a `name` that says which kind it is, given 3"),
         ("rollout.prompts_per_step='8'", "rollout.prompts_per_step: expected a whole number, given '8'"),
         ("rollout.prompts_per_step=8.0", "rollout.prompts_per_step: expected a whole number, given 8.0"),
         ("rollout.prompts_per_step=true", "rollout.prompts_per_step: expected a whole number, given True"),

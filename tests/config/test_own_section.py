@@ -11,7 +11,7 @@ from megatron_dsrl.errors import UserError
 
 OWN_MODULE = """
 from pydantic import Field
-from megatron_dsrl.config.phase import ObjectiveConfig, PhaseConfig, PostTrainSpaceConfig
+from megatron_dsrl.config.phase import ObjectiveConfig, PhaseConfig
 
 class Turns(PhaseConfig):
     also: ObjectiveConfig | None = None
@@ -24,7 +24,7 @@ class Turns(PhaseConfig):
 
     def at(self, step):
         if step % self.every == 0:
-            return self.model_copy(update={"space": PostTrainSpaceConfig()})
+            return self.model_copy(update={"space": PostTrain()})
         if step == 5:
             return {}["no such key"] if self.name == "fails" else None
         return self

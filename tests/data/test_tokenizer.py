@@ -3,9 +3,10 @@
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from megatron_dsrl.data.tokenizer import bos_token_ids, load_tokenizer, stop_token_ids
+from megatron_dsrl.algorithms.spaces import PreTrain
+from megatron_dsrl.data.tokenizer import context_token_ids, load_tokenizer, stop_token_ids
 from megatron_dsrl.errors import UserError
 
 
@@ -16,21 +17,25 @@ def save_words(folder, words, **arguments):
     return str(folder)
 
 
+def bos_ids(tokenizer: PreTrainedTokenizerBase, bos: str) -> tuple[int, ...]:
+    return context_token_ids(tokenizer, PreTrain(bos=bos).context_text)
+
+
 def test_stop_and_bos_ids(tokenizer_folder):
     tokenizer = load_tokenizer(str(tokenizer_folder), vocab_size=128)
     im_start, im_end, end_of_text = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
     assert stop_token_ids(tokenizer) == (im_end, end_of_text)
-    assert bos_token_ids(tokenizer, "im_start") == (im_start,)
-    assert bos_token_ids(tokenizer, "none") == ()
-    assert tokenizer.decode(bos_token_ids(tokenizer, "assistant")) == "<|im_start|>assistant\n"
+    assert bos_ids(tokenizer, "im_start") == (im_start,)
+    assert bos_ids(tokenizer, "none") == ()
+    assert tokenizer.decode(bos_ids(tokenizer, "assistant")) == "<|im_start|>assistant\n"
 
 
 @pytest.mark.needs_data
 def test_ids_of_the_real_qwen3(shared_data):
     tokenizer = load_tokenizer(str(shared_data / "qwen3-tokenizer"), vocab_size=151936)
     assert stop_token_ids(tokenizer) == (151645, 151643)
-    assert bos_token_ids(tokenizer, "im_start") == (151644,)
-    assert bos_token_ids(tokenizer, "assistant") == (151644, 77091, 198)
+    assert bos_ids(tokenizer, "im_start") == (151644,)
+    assert bos_ids(tokenizer, "assistant") == (151644, 77091, 198)
 
 
 def test_vocabulary_beyond_the_models(tokenizer_folder):

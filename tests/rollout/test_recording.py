@@ -22,7 +22,8 @@ def config(prompts: int = 3, samples: int = 2, **settings: object) -> RolloutCon
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[Path, list[Group]]:
     sample = Sample((4, 5), (-0.1, -1.2345678901234567e-7), 'é\u2028 "\\boxed{1}"', "length", 3, 0.25, "timeout")
-    groups = [Group(prompt, (sample, replace(sample, finish_reason="stop", verdict="ok"))) for prompt in PROMPTS]
+    other = replace(sample, finish_reason="stop", verdict="ok", scored=(True, False))
+    groups = [Group(prompt, (sample, other)) for prompt in PROMPTS]
     write_groups(rollout_file(tmp_path, 12), groups)
     return tmp_path, groups
 
