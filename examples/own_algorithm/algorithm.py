@@ -8,8 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from megatron_dsrl.algorithms.advantage import AdvantageEstimate, AdvantageOptions
-from megatron_dsrl.algorithms.advantages import group_mean_advantage
+from megatron_dsrl.algorithms.advantages import AdvantageEstimate, AdvantageOptions, group_mean_advantage
 from megatron_dsrl.algorithms.experience import Experience
 from megatron_dsrl.algorithms.filters import FilterOptions
 from megatron_dsrl.algorithms.losses import LossOptions, ScoredTokens, TokenLosses, probability_ratio

@@ -1,19 +1,62 @@
-"""The built-in advantages.
+"""Advantages: how rewards become the weights of tokens.
 
-All functions take the rewards of the whole rollout batch and the group of each, so that groups of unequal size
-(failed samples) need no reshaping.
+Subclass `AdvantageOptions` for a custom one and name it by its dotted path; examples/own_algorithm shows how. All
+functions take the rewards of the whole rollout batch and the group of each, so that groups of unequal size (failed
+samples) need no reshaping. The one that needs a critic is in `gae.py`.
 """
 
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from megatron_dsrl.algorithms.advantage import AdvantageEstimate, AdvantageOptions, expand_to_tokens
 from megatron_dsrl.algorithms.experience import Experience, PerToken
-from megatron_dsrl.algorithms.gae import whiten
+from megatron_dsrl.algorithms.passes import ModelPasses
 from megatron_dsrl.config.phase import ADVANTAGES
+from megatron_dsrl.config.registry import Options
+
+
+@dataclass(frozen=True)
+class AdvantageEstimate:
+    """How much better every scored token was than expected."""
+
+    advantages: PerToken
+    returns: PerToken | None = None
+    """Regression target of the critic for each token; None where no critic is trained."""
+
+    @classmethod
+    def of_samples(cls, advantages: Tensor, experience: Experience) -> "AdvantageEstimate":
+        """The same advantage for all tokens of a sample, from [num_sequences] float32."""
+        return cls(expand_to_tokens(advantages, experience.num_scored))
+
+
+class AdvantageOptions(Options):
+    """Base of advantages: the fields are the options, `estimate` computes."""
+
+    needs: ClassVar[ModelPasses] = ModelPasses()
+    """Passes of a model that `estimate` reads the results of."""
+
+    compares_samples: ClassVar[bool] = False
+    """Whether it needs several samples of the same prompt."""
+
+    ignores_penalties: ClassVar[bool] = False
+    """Whether a KL penalty in the reward would have no effect on it."""
+
+    @abstractmethod
+    def estimate(self, experience: Experience) -> AdvantageEstimate:
+        """Advantages of a whole rollout batch, every group complete, before any filter.
+
+        Read rewards from `experience.sample_rewards` or `experience.token_rewards`: a KL penalty is in them.
+        """
+
+
+def expand_to_tokens(values: Tensor, num_scored: Sequence[int]) -> PerToken:
+    """[num_sequences] numbers, each repeated for the scored tokens of its sequence."""
+    return tuple(value.expand(count) for value, count in zip(values, num_scored))
 
 
 @ADVANTAGES.register
@@ -179,3 +222,21 @@ def _group_means(rewards: Tensor, groups: Tensor) -> Tensor:
     sizes = torch.bincount(groups).to(rewards.dtype)
     lowest = torch.zeros_like(sizes).scatter_reduce(0, groups, rewards, "amin", include_self=False)
     return lowest + torch.zeros_like(sizes).index_add_(0, groups, rewards - lowest[groups]) / sizes
+
+
+def whiten(values: Sequence[Tensor], eps: float = 1e-8) -> tuple[Tensor, ...]:
+    """(x - mean) / sqrt(var + eps) over the tokens of the whole batch, with the unbiased variance.
+
+    So do the PPO implementations for language models, TRL and verl among them; the original PPO standardises each
+    mini-batch instead. A batch of a single token has no variance and becomes 0.
+
+    Args:
+        values: per sequence [num_scored] float.
+        eps: added to the variance.
+    """
+    tokens = torch.cat([torch.zeros(0, dtype=torch.float64), *(value.double() for value in values)])
+    if len(tokens) == 0:
+        return tuple(values)
+    mean = tokens.mean()
+    variance = tokens.var() if len(tokens) > 1 else torch.zeros((), dtype=torch.float64)
+    return tuple(((value.double() - mean) * (variance + eps).rsqrt()).to(value.dtype) for value in values)

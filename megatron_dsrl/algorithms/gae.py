@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from megatron_dsrl.algorithms.advantage import AdvantageEstimate, AdvantageOptions
+from megatron_dsrl.algorithms.advantages import AdvantageEstimate, AdvantageOptions, whiten
 from megatron_dsrl.algorithms.experience import Experience
 from megatron_dsrl.algorithms.passes import ModelPasses
 from megatron_dsrl.config.phase import ADVANTAGES
@@ -79,24 +79,6 @@ def generalized_advantages(
         tuple(a.to(v.dtype) for a, v in rows),
         tuple((a + v.double()).to(v.dtype) for a, v in rows),
     )
-
-
-def whiten(values: Sequence[Tensor], eps: float = 1e-8) -> tuple[Tensor, ...]:
-    """(x - mean) / sqrt(var + eps) over the tokens of the whole batch, with the unbiased variance.
-
-    So do the PPO implementations for language models, TRL and verl among them; the original PPO standardises each
-    mini-batch instead. A batch of a single token has no variance and becomes 0.
-
-    Args:
-        values: per sequence [num_scored] float.
-        eps: added to the variance.
-    """
-    tokens = torch.cat([torch.zeros(0, dtype=torch.float64), *(value.double() for value in values)])
-    if len(tokens) == 0:
-        return tuple(values)
-    mean = tokens.mean()
-    variance = tokens.var() if len(tokens) > 1 else torch.zeros((), dtype=torch.float64)
-    return tuple(((value.double() - mean) * (variance + eps).rsqrt()).to(value.dtype) for value in values)
 
 
 def _ending_together(sequences: Sequence[Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ from megatron_dsrl.config.phase import ADVANTAGES, AGGREGATIONS, FILTERS, IMPORT
 from megatron_dsrl.errors import UserError
 
 OWN_MODULE = """
-from megatron_dsrl.algorithms.advantage import AdvantageEstimate, AdvantageOptions
+from megatron_dsrl.algorithms.advantages import AdvantageEstimate, AdvantageOptions
 
 class Halved(AdvantageOptions):
     pair: tuple[float, float] = (0.5, 0.5)
