@@ -187,7 +187,8 @@ def test_an_update_equals_transformers_and_adamw(model, phase, batch):
     assert update.grad_norm == pytest.approx(grad_norm, rel=1e-5)
     moved = 0.0
     for name, weight in weights.items():
-        torch.testing.assert_close(weight, expected.state_dict()[name], rtol=0, atol=1e-7, msg=name)
+        # one rounding of a float32 weight near 1
+        torch.testing.assert_close(weight, expected.state_dict()[name], rtol=0, atol=1.2e-7, msg=name)
         moved = max(moved, (weight - model[1].state_dict()[name]).abs().max().item())
     assert moved > 1e-4
 
