@@ -11,6 +11,7 @@ from megatron_dsrl.errors import UserError
 
 OWN_MODULE = """
 from pydantic import Field
+from megatron_dsrl.algorithms.spaces import PostTrain
 from megatron_dsrl.config.phase import ObjectiveConfig, PhaseConfig
 
 class Turns(PhaseConfig):
