@@ -112,6 +112,7 @@ def start_dsrl(*arguments: str, processes: int = 1, output: int = 1, errors: int
 def run_program(module: str, *arguments: str) -> None:
     """In this process, what `python -m module arguments` does."""
     sys.argv = [module, *arguments]
+    sys.orig_argv = [sys.executable, "-m", module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
