@@ -169,8 +169,8 @@ def test_the_engine_dies_with_a_killed_owner(tiny_model_folder, tmp_path):
     )
     try:
         group = int(owner.stdout.readline())
-        # Just spawned is the hard case: SGLang's own precaution is not in place yet.
-        assert wait_for(lambda: len(processes_of_group(group)) >= 4, seconds=90)
+        # Just started is the hard case: SGLang's own precaution is not in place yet.
+        assert wait_for(lambda: len(processes_of_group(group)) >= 3, seconds=90)  # server, scheduler, detokenizer
         owner.send_signal(signal.SIGKILL)
         owner.wait(10)
 
