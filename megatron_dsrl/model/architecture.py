@@ -82,13 +82,13 @@ def read_architecture(folder: Path) -> Architecture:
         intermediate_size=_integer(config, "intermediate_size", path),
         num_hidden_layers=_integer(config, "num_hidden_layers", path),
         num_attention_heads=heads,
-        num_key_value_heads=_integer(config, "num_key_value_heads", path),
-        head_dim=_integer(config, "head_dim", path) if config.get("head_dim") else hidden_size // heads,
+        num_key_value_heads=_integer(config, "num_key_value_heads", path, default=heads),
+        head_dim=_integer(config, "head_dim", path, default=family.default_head_dim or hidden_size // heads),
         max_position_embeddings=_integer(config, "max_position_embeddings", path),
-        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        rms_norm_eps=_number(config, "rms_norm_eps", path, default=1e-6),
         rope_theta=_rope_theta(config, path),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-        initializer_range=float(config.get("initializer_range", 0.02)),
+        tie_word_embeddings=_flag(config, "tie_word_embeddings", path),
+        initializer_range=_number(config, "initializer_range", path, default=0.02),
         experts=_experts(config, path) if family.has_experts else None,
     )
 
@@ -104,7 +104,7 @@ def check_model_layout(architecture: Architecture, parallel: ParallelConfig) -> 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path.parent} is not an HF model folder: it has no config.json") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -116,6 +116,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _family(config: dict[str, Any], path: Path) -> Family:
     architectures = config.get("architectures") or []
+    if not isinstance(architectures, list):
+        architectures = [architectures]
     if len(architectures) != 1 or architectures[0] not in FAMILIES:
         named = ", ".join(map(str, architectures)) or "no architecture"
         raise UserError(f"{path}: names {named}; supported are {', '.join(FAMILIES)}")
@@ -129,25 +131,44 @@ def _experts(config: dict[str, Any], path: Path) -> Experts:
         num_experts=_integer(config, count, path),
         num_experts_per_tok=_integer(config, "num_experts_per_tok", path),
         moe_intermediate_size=_integer(config, "moe_intermediate_size", path),
-        norm_topk_prob=bool(config.get("norm_topk_prob", False)),
+        norm_topk_prob=_flag(config, "norm_topk_prob", path),
     )
 
 
-def _integer(config: dict[str, Any], field: str, path: Path) -> int:
-    value = config.get(field)
+def _integer(config: dict[str, Any], field: str, path: Path, default: int | None = None) -> int:
+    value = default if config.get(field) is None else config[field]
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"{path}: {field} must be a positive integer, not {value!r}")
     return value
 
 
+def _number(config: dict[str, Any], field: str, path: Path, default: float) -> float:
+    value = config.get(field, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        raise UserError(f"{path}: {field} must be a positive number, not {value!r}")
+    return float(value)
+
+
+def _flag(config: dict[str, Any], field: str, path: Path) -> bool:
+    value = config.get(field, False)
+    if not isinstance(value, bool):
+        raise UserError(f"{path}: {field} must be true or false, not {value!r}")
+    return value
+
+
 def _rope_theta(config: dict[str, Any], path: Path) -> float:
     """The RoPE base: `rope_theta` up to Transformers 4, `rope_parameters.rope_theta` from 5 on."""
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind != "default":
-        raise UserError(f"{path}: RoPE scaling of type {kind!r} is not supported; only plain RoPE is")
+    parameters: dict[str, Any] = {}
+    for field in ("rope_parameters", "rope_scaling"):  # Transformers looks at both, and the second one wins
+        section = config.get(field) or {}
+        if not isinstance(section, dict):
+            raise UserError(f"{path}: {field} must be an object, not {section!r}")
+        parameters |= section
+        kind = section.get("rope_type", section.get("type", "default"))
+        if kind != "default":
+            raise UserError(f"{path}: {field} asks for RoPE scaling of type {kind!r}; only plain RoPE is supported")
     theta = parameters.get("rope_theta", config.get("rope_theta"))
-    if not isinstance(theta, int | float) or theta <= 0:
+    if not isinstance(theta, int | float) or isinstance(theta, bool) or theta <= 0:
         raise UserError(f"{path}: neither rope_parameters.rope_theta nor rope_theta holds a positive number")
     return float(theta)
 

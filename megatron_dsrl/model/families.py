@@ -20,13 +20,15 @@ class Family:
     """Query, key and value projections have biases."""
     has_experts: bool = False
     """Every layer's feed-forward is a mixture of experts."""
+    default_head_dim: int | None = None
+    """Where config.json names none; None: hidden size / heads."""
 
 
 FAMILIES = {
     family.hf_name: family
     for family in (
-        Family("Qwen3ForCausalLM", qk_layernorm=True, qkv_bias=False),
-        Family("Qwen3MoeForCausalLM", qk_layernorm=True, qkv_bias=False, has_experts=True),
+        Family("Qwen3ForCausalLM", qk_layernorm=True, qkv_bias=False, default_head_dim=128),
+        Family("Qwen3MoeForCausalLM", qk_layernorm=True, qkv_bias=False, has_experts=True, default_head_dim=128),
         Family("Qwen2ForCausalLM", qk_layernorm=False, qkv_bias=True),  # Qwen2.5 carries this name too
     )
 }

@@ -12,6 +12,8 @@ from megatron_dsrl.weights.safetensors_file import StoredTensor, read_header, re
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+COMPUTED = "rotary_emb.inv_freq"
+"""Buffers that old versions of Transformers saved; they follow from the configuration."""
 
 
 class HfCheckpoint:
@@ -26,6 +28,7 @@ class HfCheckpoint:
         self.folder = folder
         self._headers: dict[Path, dict[str, StoredTensor]] = {}
         self._file_of = self._read_index() if (folder / INDEX_FILE).exists() else self._read_single()
+        self._refuse_two_sets()
 
     def names(self) -> set[str]:
         """Names of all tensors."""
@@ -80,13 +83,22 @@ class HfCheckpoint:
                 f"{self.folder} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE}. Point model.path at a folder "
                 "that does, or set model.random_init=true"
             )
-        return dict.fromkeys(self._header(path), path)
+        return dict.fromkeys((name for name in self._header(path) if not name.endswith(COMPUTED)), path)
+
+    def _refuse_two_sets(self) -> None:
+        """Transformers would read the single file, SGLang the index's: nobody can say which weights are meant."""
+        single = self.folder / SINGLE_FILE
+        if single.exists() and single not in self._file_of.values():
+            raise UserError(
+                f"{self.folder} holds two sets of weights: {SINGLE_FILE}, and the files that {INDEX_FILE} names. "
+                "Remove the outdated one"
+            )
 
     def _read_index(self) -> dict[str, Path]:
         index = self.folder / INDEX_FILE
         try:
             files = json.loads(index.read_text())["weight_map"]
-            placed = {name: self.folder / file for name, file in files.items()}
+            placed = {name: self.folder / file for name, file in files.items() if not name.endswith(COMPUTED)}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index} cannot be read as a safetensors index: {error!r}") from error
         for path in sorted(set(placed.values())):

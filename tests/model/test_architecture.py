@@ -33,6 +33,9 @@ QWEN3_8B = {  # the published config.json, Transformers 4 style
 }
 
 
+PLAIN = {"rope_type": "default", "rope_theta": 1e6}
+
+
 def write(folder: Path, **changes) -> Path:
     (folder / "config.json").write_text(json.dumps(QWEN3_8B | changes))
     return folder
@@ -48,16 +51,35 @@ def test_old_and_new_place_of_the_rope_base(tmp_path):
     ("changes", "message"),
     [
         ({"architectures": ["LlamaForCausalLM"]}, "names LlamaForCausalLM; supported are Qwen3ForCausalLM, Qwen3Moe"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "RoPE scaling of type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling asks for RoPE scaling of type 'yarn'"),
+        ({"rope_scaling": {"type": "yarn"}, "rope_parameters": PLAIN}, "rope_scaling asks for RoPE scaling"),
+        ({"rope_parameters": {"rope_type": "yarn"}, "rope_scaling": PLAIN}, "rope_parameters asks for RoPE scaling"),
+        ({"rope_parameters": "plain"}, "rope_parameters must be an object, not 'plain'"),
+        ({"rms_norm_eps": None}, "rms_norm_eps must be a positive number, not None"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false, not 'false'"),
+        ({"architectures": "LlamaForCausalLM"}, "names LlamaForCausalLM; supported are"),
         ({"rope_theta": None}, "neither rope_parameters.rope_theta nor rope_theta"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"attention_bias": True}, "attention_bias"),
-        ({"num_key_value_heads": None}, "num_key_value_heads must be a positive integer, not None"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads must be a positive integer, not 0"),
     ],
 )
 def test_unsupported_models_are_refused_by_name(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         read_architecture(write(tmp_path, **changes))
+
+
+def test_defaults_are_those_of_transformers(tmp_path):
+    bare = read_architecture(write(tmp_path, num_key_value_heads=None, head_dim=None, hidden_size=2048))
+    assert (bare.num_key_value_heads, bare.head_dim) == (32, 128)
+    qwen2 = {"architectures": ["Qwen2ForCausalLM"], "head_dim": None, "hidden_size": 2048}
+    assert read_architecture(write(tmp_path, **qwen2)).head_dim == 64
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path):
+    folder = write(tmp_path)
+    (folder / "config.json").write_text((folder / "config.json").read_text(), encoding="utf-8-sig")
+    assert read_architecture(folder).hidden_size == 4096
 
 
 def test_folders_that_are_no_models(tmp_path):
