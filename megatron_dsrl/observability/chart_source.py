@@ -101,7 +101,7 @@ def number(value: float | None, error: float | None = None) -> str:
     """A value for people, with its error: integers and thousands in full, else three significant digits."""
     if value is None:
         return "none"
-    return _plain_number(value) + ("" if error is None else f" ± {error:.2g}")
+    return _plain_number(value) + ("" if error is None else f" ± {float(f'{error:.2g}'):g}")
 
 
 def _plain_number(value: float) -> str:

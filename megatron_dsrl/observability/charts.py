@@ -9,6 +9,7 @@ repository would have two systems and a larger page in place of these few hundre
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from markupsafe import Markup, escape
 
@@ -29,7 +30,7 @@ class Chart:
     legend_step: int
     """The step whose values the legend shows: the last one with a value."""
     data: str
-    """JSON: steps, phase names and values by series, for the page's script."""
+    """JSON: steps, phases, axes and values by series, for the page's script."""
 
 
 def line_chart(
@@ -98,18 +99,40 @@ def _chart(source: ChartSource, axes: Axes, shapes: Sequence[str]) -> Chart:
         f'<svg viewBox="0 0 {frame.width} {frame.height}" role="img" tabindex="0" aria-label="{words}">{content}</svg>'
     )
     values = [{step: number(value, error) for step, value, error in one.known()} for one in series]
-    data = {
-        "steps": steps,
-        "x": [round(axes.x(step) / frame.width, 4) for step in steps],
-        "phases": [_phase_at(source.phases, step) for step in steps],
-        "series": [[by_step.get(step, number(None)) for step in steps] for by_step in values],
-    }
     shown = max((step for by_step in values for step in by_step), default=steps[-1])
     legend = tuple(
         (one.colour, one.name, by_step.get(shown, number(None))) for one, by_step in zip(series, values, strict=True)
     )
-    return Chart(source, frame, svg, legend, shown, json.dumps(data))
+    return Chart(source, frame, svg, legend, shown, json.dumps(_data(source, axes, steps), separators=(",", ":")))
 
 
-def _phase_at(phases: Sequence[PhaseSpan], step: int) -> str:
-    return next((phase.name for phase in phases if phase.first_step <= step <= phase.last_step), "")
+def _data(source: ChartSource, axes: Axes, steps: Sequence[int]) -> dict[str, Any]:
+    """What the page's script needs to show values, to smooth curves and to write them as CSV."""
+    frame, horizontal, vertical = axes.frame, axes.horizontal, axes.vertical
+    consecutive = len(steps) == steps[-1] - steps[0] + 1
+    return {
+        "kind": source.kind,
+        "title": source.title,
+        "counts": horizontal.name,
+        "steps": {"from": steps[0], "to": steps[-1]} if consecutive else steps,
+        "x": {"log": 2 * horizontal.is_log2, "ends": [axes.first, axes.last], "places": [frame.left, frame.right_edge]},
+        "y": {"log": 10 * vertical.is_log, "ends": [axes.low, axes.high], "places": [frame.bottom_edge, frame.top]},
+        "phases": [[phase.name, phase.first_step, phase.last_step] for phase in source.phases],
+        "series": [_series_data(one, steps) for one in source.series],
+    }
+
+
+def _series_data(series: Series, steps: Sequence[int]) -> dict[str, Any]:
+    """Values at the chart's steps, with six digits."""
+    known = {step: (value, error) for step, value, error in series.known()}
+    points = [known.get(step, (None, None)) for step in steps]
+    data: dict[str, Any] = {"name": series.name, "values": [_six_digits(value) for value, _ in points]}
+    if series.errors is not None:
+        data["errors"] = [_six_digits(error) for _, error in points]
+    if series.breaks:
+        data["breaks"] = series.breaks
+    return data
+
+
+def _six_digits(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.6g}")

@@ -1,6 +1,5 @@
 """The learning curve of a run as one picture, for a README or a slide."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_dsrl.errors import UserError
@@ -8,8 +7,8 @@ from megatron_dsrl.observability.chart_axes import WIDE, ValueAxis
 from megatron_dsrl.observability.chart_source import SERIES_COLOURS, ChartSource, Series
 from megatron_dsrl.observability.charts import Chart, draw
 from megatron_dsrl.observability.figure import write_figure
-from megatron_dsrl.observability.records import Record
 from megatron_dsrl.observability.run_records import RunRecords, read_run
+from megatron_dsrl.report.training_charts import accuracy_series
 
 REWARD_COLOUR = SERIES_COLOURS
 """The grey one: the reward stands behind the accuracy."""
@@ -46,14 +45,3 @@ def learning_curve(run: RunRecords) -> Chart:
         raise UserError(f"{run.folder} has no evaluation and no reward yet, so there is no curve to draw")
     axis = SHARE if is_share or accuracies else ValueAxis("reward")
     return draw(ChartSource("lines", run.name, "", (*accuracies, *rewards), tuple(run.phases), axis), WIDE)
-
-
-def accuracy_series(name: str, records: Sequence[Record], colour: int) -> Series:
-    """Held-out accuracy, from 0 to 1, with its standard error over the evaluated steps."""
-    return Series(
-        name,
-        tuple(record["step"] for record in records),
-        tuple(record["accuracy"] for record in records),
-        colour,
-        tuple(record["standard_error"] for record in records),
-    )

@@ -37,8 +37,9 @@ def test_a_missing_value_interrupts_the_curve_and_is_said() -> None:
     chart = line_chart("Loss", "", [series], [PhaseSpan("warm", 1, 2, 1), PhaseSpan("main", 3, 4, 2)])
     # The drawing area spans x 58..388 and y 194 (value 0) .. 22 (value 1).
     assert line(chart) == "M58.0 194.0h0L168.0 22.0M388.0 108.0h0"
-    assert json.loads(chart.data)["series"] == [["0", "1", "none", "0.5"]]
-    assert json.loads(chart.data)["phases"] == ["warm", "warm", "main", "main"]
+    data = json.loads(chart.data)
+    assert data["series"] == [{"name": "loss", "values": [0, 1, None, 0.5]}]
+    assert data["steps"] == {"from": 1, "to": 4} and data["phases"] == [["warm", 1, 2], ["main", 3, 4]]
     assert 'aria-label="Loss. loss: 0 at step 1, 0.5 at step 4, highest 1 at step 2."' in chart.svg
 
 

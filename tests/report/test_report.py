@@ -13,6 +13,7 @@ from megatron_dsrl.evaluation.problem_result import ProblemResult
 from megatron_dsrl.evaluation.results import write_results
 from megatron_dsrl.evaluation.sample_file import SampleFile
 from megatron_dsrl.evaluation.summary import summarise_benchmark
+from megatron_dsrl.observability.chart_source import number
 from megatron_dsrl.observability.records import read_records
 from megatron_dsrl.report.report import write_report
 from tests.observability.synthetic_run import (
@@ -64,10 +65,22 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.texts).split())
 
     def charts(self) -> dict[str, dict]:
-        """Chart data by the title that the alternative text begins with."""
-        data = [json.loads(values["data-chart"]) for tag, values in self.elements if tag == "figure"]
-        titles = [values["aria-label"].split(".")[0] for tag, values in self.elements if tag == "svg"]
-        return dict(zip(titles, data, strict=True))
+        """By title: steps, the phase of each, and the values of every series as people read them."""
+        return {data["title"]: _in_words(data) for data in self.chart_data()}
+
+    def chart_data(self) -> list[dict]:
+        """What the page's script reads."""
+        return [json.loads(values["data-chart"]) for tag, values in self.elements if tag == "figure"]
+
+
+def _in_words(data: dict) -> dict:
+    steps = data["steps"]
+    steps = list(range(steps["from"], steps["to"] + 1)) if isinstance(steps, dict) else steps
+    phases = [next((name for name, first, last in data["phases"] if first <= step <= last), "") for step in steps]
+    series = [
+        list(map(number, one["values"], one.get("errors", [None] * len(steps)))) for one in data["series"]
+    ]
+    return {"steps": steps, "phases": phases, "series": series, "names": [one["name"] for one in data["series"]]}
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +112,24 @@ STARTS = (
 )
 """The second one died before its first step."""
 
+FREEZE_GC = """[2026-01-01 10:00:01] post-warmup freeze_gc failed
+Traceback (most recent call last):
+  File "connectionpool.py", line 793, in urlopen
+    response = self._make_request(
+ConnectionRefusedError: [Errno 111] Connection refused
+
+During handling of the above exception, another exception occurred:
+
+Traceback (most recent call last):
+  File "http_server.py", line 2561, in _freeze_gc_after_server_warmup
+requests.exceptions.ConnectionError: Max retries exceeded with url: /freeze_gc
+"""
 LOGS = {
-    "engines/engine_0.log": "".join(f"line {i} of http://127.0.0.1\n" for i in range(100)),
+    "engines/engine_0.log": "[2026-01-01 10:00:00] Ignore import error when loading sglang.srt.models.grok: no kernel\n"
+    "[2026-01-01 10:00:00] Ignore import error when loading sglang.srt.models.midashenglm: torchaudio\n"
+    + FREEZE_GC
+    + "[2026-01-01 10:00:02] scheduler died\nTraceback (most recent call last):\n"
+    '  File "scheduler.py", line 7, in run\nRuntimeError: <b>out of memory</b>\n',
     "slurm/job_7_attempt_1.log": "x" * 100_000 + "\n10 %\r20 %\r\x1b[32m100 %\x1b[0m\r\n<b>done</b>\n",
 }
 
@@ -142,6 +171,22 @@ def test_charts_hold_the_logged_values_and_phases(page: Page, run_folder: Path) 
     assert charts["Seconds per part"]["series"][3] == ["0.2"] * 12  # other: step - generate - train - push
     assert charts["Held-out accuracy"]["steps"] == [0, 4, 8, 12]
     assert charts["Held-out accuracy"]["series"] == [["25 ± 2.7", "36.7 ± 3", "48.3 ± 3.1", "60 ± 3.1"]]
+
+
+def test_a_figure_that_changes_its_meaning_is_not_one_curve(page: Page) -> None:
+    data = {chart["title"]: chart for chart in page.chart_data()}
+    loss = page.charts()["Loss"]
+    assert loss["names"] == ["loss of log P(y)", "loss of log P(y|x)"]
+    assert [[value == "none" for value in one] for one in loss["series"]] == [
+        [False] * 4 + [True] * 8,
+        [True] * 4 + [False] * 8,
+    ]
+    assert all(one["breaks"] == [5] for one in data["Loss"]["series"] + data["Gradient norm"]["series"])
+    entropy = page.charts()["Entropy of P(y|x)"]
+    assert entropy["names"] == ["sampled", "trained"]
+    assert "none" not in entropy["series"][0] and entropy["series"][1][:5].count("none") == 4
+    assert page.charts()["Entropy of P(y)"]["series"][0][3:5].count("none") == 1
+    assert data["Log-prob gap to the engine"]["y"]["log"] == 10, "mean and maximum are both visible"
 
 
 def test_headline_says_accuracy_with_its_errors_and_problems(page: Page) -> None:
@@ -201,11 +246,21 @@ def test_analyses_of_the_run_and_of_an_evaluation_are_there(page: Page, run_fold
     assert ["1", "8"] in [row[:2] for row in page.rows()], "8 problems in epoch 1"
 
 
-def test_the_ends_of_logs_are_readable_text(page: Page) -> None:
-    ends = [text for text in page.texts if "line 99" in text or "done" in text]
-    engine, job = (end.split("\n") for end in ends)
-    assert engine == [f"line {i} of http://127.0.0.1" for i in range(70, 100)]
-    assert job == ["x" * 300 + " …", "100 %", "<b>done</b>"]
+def test_logs_show_what_somebody_may_have_to_act_on(page: Page) -> None:
+    (engine,) = [text for text in page.texts if "scheduler died" in text]
+    assert engine.split("\n") == [
+        "[2026-01-01 10:00:02] scheduler died",
+        "Traceback (most recent call last):",
+        '  File "scheduler.py", line 7, in run',
+        "RuntimeError: <b>out of memory</b>",
+    ]
+    assert "freeze_gc" not in page.source and "torchaudio" not in page.source
+    assert "models of other families that this machine cannot load (2)" in page.text
+    assert "freeze garbage collection before its port is open (1)" in page.text
+    assert "engines/engine_0.log 1 warning or error SGLang server" in page.text
+    assert "slurm/job_7_attempt_1.log no warnings or errors SLURM job" in page.text
+    (job,) = [text for text in page.texts if "100 %\n" in text]
+    assert job.split("\n") == ["x" * 300 + " …", "100 %", "<b>done</b>"]
 
 
 def test_where_the_time_went(page: Page, run_folder: Path) -> None:
@@ -286,7 +341,17 @@ def test_runs_side_by_side(run_folder: Path, tmp_path: Path) -> None:
     reward = page.charts()["Reward"]
     assert reward["steps"] == list(range(1, 13))
     assert [values[5:] == ["none"] * 7 for values in reward["series"]] == [False, True]
-    assert "optimizer.learning_rate tiny 0.0003 other 0.001" in page.text
+    rows = [[re.sub("<[^>]*>", " ", cell).split() for cell in row] for row in page.rows()]
+    assert [["optimizer.learning_rate"], ["0.0003"], ["0.001"]] in rows
+    assert [["Steps"], ["12", "of", "12"], ["5", "of", "5"]] in rows
+    (accuracy,) = [row for row in rows if row[0] == ["Accuracy", "on", "held-out"]]
+    assert [cell[0:6:5] for cell in accuracy[1:]] == [["25.0", "60.0"], ["25.0", "53.0"]], accuracy
+    assert page.source.index("optimizer.learning_rate") < page.source.index("<figure"), "before the first chart"
+    assert page.source.index("<figure") < page.source.index('id="provenance"')
+    held_out = [data for data in page.chart_data() if data["title"] == "Accuracy on held-out"]
+    assert [one["name"] for data in held_out for one in data["series"]] == ["tiny", "other"]
+    colours = re.findall('class="line (series-.)"', page.source)
+    assert set(zip(colours[::2], colours[1::2])) == {("series-2", "series-1")}, "a run has one colour in all charts"
     changed = "tiny cccccccccccc, then cccccccccccc with changes 999999999999 other cccccccccccc"
     assert f"Commit differs {changed}" in page.text
     assert "Package numpy" not in page.text and "Python 3.12.3" in page.text

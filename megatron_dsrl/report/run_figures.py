@@ -1,0 +1,108 @@
+"""What a run has come to, in a few figures with their names."""
+
+import math
+from typing import Any
+
+from megatron_dsrl.observability.chart_source import number
+from megatron_dsrl.observability.console_lines import duration
+from megatron_dsrl.observability.records import Record
+from megatron_dsrl.observability.run_records import RunRecords
+from megatron_dsrl.report.parts import Figure
+
+
+def run_state(run: RunRecords) -> str:
+    """Whether the run is complete, in words."""
+    if not run.steps:
+        return "No training step has been recorded yet."
+    done = run.steps[-1]["step"]
+    when = f"{run.last_written:%Y-%m-%d %H:%M} UTC"
+    if run.total_steps is None:
+        return f"{done} steps recorded, the last one on {when}. Without config.yaml the planned length is unknown."
+    if done >= run.total_steps:
+        return f"Complete: all {run.total_steps} steps, the last one on {when}."
+    return (
+        f"{done} of {run.total_steps} steps recorded, the last one on {when}:"
+        " the run was still going when this page was written, or it was interrupted."
+    )
+
+
+def accuracy_figures(run: RunRecords) -> list[Figure]:
+    """Held-out accuracy before and after, one figure per set; empty when nothing was evaluated."""
+    return [_accuracy_figure(name, records) for name, records in run.evaluations.items()]
+
+
+def _accuracy_figure(name: str, records: list[Record]) -> Figure:
+    first, last = records[0], records[-1]
+    problems = f"{last['problems']} problems × {_count(last['samples_per_prompt'], 'sample')}"
+    if len(records) == 1:
+        when = "before training" if first["step"] == 0 else f"after step {first['step']}"
+        return Figure(f"Accuracy on {name}", _accuracy(first), f"{when} only; {problems}")
+    before = "before training" if first["step"] == 0 else f"after step {first['step']}"
+    note = f"{before} → after step {last['step']}{_change(first, last)}; {problems}"
+    return Figure(f"Accuracy on {name}", f"{_accuracy(first)} → {_accuracy(last)}", note)
+
+
+def _accuracy(record: Record) -> str:
+    if record["accuracy"] is None:
+        return "unknown"
+    error = "" if record["standard_error"] is None else f" ± {100 * record['standard_error']:.1f}"
+    return f"{100 * record['accuracy']:.1f}{error}\u00a0%"
+
+
+def _change(first: Record, last: Record) -> str:
+    """The difference in points and in standard errors, the two measurements taken as independent."""
+    values = (first["accuracy"], last["accuracy"], first["standard_error"], last["standard_error"])
+    if None in values:
+        return ""
+    change = values[1] - values[0]
+    error = math.hypot(values[2], values[3])
+    return f", {100 * change:+.1f} points" + (f" = {change / error:+.1f} standard errors" if error > 0 else "")
+
+
+def run_figures(run: RunRecords) -> list[Figure]:
+    """Steps, time, tokens, model and layout: what is known of them."""
+    figures = []
+    if run.steps:
+        figures += _progress_figures(run)
+    if run.config:
+        figures += _setting_figures(run.config)
+    return figures
+
+
+def _progress_figures(run: RunRecords) -> list[Figure]:
+    planned = f" of {run.total_steps}" if run.total_steps else ""
+    seconds = [value for value in run.column("seconds/step") if value is not None]
+    tokens = sum(value or 0 for value in run.column("throughput/generated_tokens"))
+    failures = sum(value or 0 for key in ("timeouts", "errors") for value in run.column(f"reward/verifier_{key}"))
+    rewards = [value for value in run.column("reward/mean") if value is not None]
+    figures = [Figure("Steps", f"{run.steps[-1]['step']}{planned}")]
+    if rewards:
+        figures.append(Figure("Sampled reward", f"{rewards[0]:.3f} → {rewards[-1]:.3f}", "first → last step"))
+    if seconds:
+        note = f"sum over steps; {number(sum(seconds) / len(seconds))} s per step"
+        figures.append(Figure("Wall time", duration(sum(seconds)), note))
+    figures.append(Figure("Generated", f"{tokens:,} tokens", ""))
+    figures.append(Figure("Verifier failures", number(failures), "timeouts and errors, scored 0"))
+    return figures
+
+
+def _setting_figures(config: dict[str, Any]) -> list[Figure]:
+    """Figures of the resolved configuration; sections that an unusual file lacks are left out."""
+    figures = []
+    if rollout := config.get("rollout"):
+        batch = f"{rollout.get('prompts_per_step', '?')} × {rollout.get('samples_per_prompt', '?')}"
+        figures.append(Figure("Batch", batch, "prompts × responses per step"))
+    if model := config.get("model"):
+        figures.append(Figure("Model", str(model.get("path", "?")), str(model.get("dtype", ""))))
+    if parallel := config.get("parallel"):
+        layout = f"TP {parallel.get('tensor_parallel_size', '?')} · PP {parallel.get('pipeline_parallel_size', '?')}"
+        figures.append(Figure("Layout", layout, "tensor, pipeline; the rest is data parallel"))
+    if engine := config.get("engine"):
+        figures.append(Figure("Engine", f"TP {engine.get('tensor_parallel_size', '?')}", "per SGLang server"))
+    if "seed" in config:
+        figures.append(Figure("Seed", str(config["seed"])))
+    return figures
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")
