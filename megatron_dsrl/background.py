@@ -1,27 +1,25 @@
-"""One piece of work in a thread beside the main one, whose result is waited for later."""
+"""Work in a thread beside the main one, whose result is waited for later."""
 
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 Value = TypeVar("Value")
 
 
-class Background(Generic[Value]):
-    """Starts at once. The process does not wait for it when it ends."""
+def in_background(work: Callable[[], Value]) -> "Future[Value]":
+    """Start `work` in a daemon thread. The future has its result or its exception; waiting lets signal handlers run.
 
-    def __init__(self, work: Callable[[], Value]) -> None:
-        self._future: Future[Value] = Future()
-        # A ThreadPoolExecutor's threads would be waited for at the end of a process that was asked to stop.
-        threading.Thread(target=self._run, args=(work,), daemon=True).start()
+    The threads of a ThreadPoolExecutor would delay the exit of a process that was asked to stop; these do not.
+    """
 
-    def result(self) -> Value:
-        """Wait for the work; signal handlers run meanwhile. What it raised is raised here."""
-        return self._future.result()
-
-    def _run(self, work: Callable[[], Value]) -> None:
+    def run() -> None:
         try:
-            self._future.set_result(work())
+            future.set_result(work())
         except BaseException as error:
-            self._future.set_exception(error)
+            future.set_exception(error)
+
+    future: Future[Value] = Future()
+    threading.Thread(target=run, daemon=True).start()
+    return future

@@ -88,7 +88,7 @@ class Call:
 
     positions: tuple[int, ...]
     engine: int | None = None
-    """The only one that may have it; None leaves it to the router."""
+    """The only one that may have it; None leaves it to `EngineChoice`."""
     attempts: int = 0
     """How often it has failed."""
     not_before: float = 0.0

@@ -177,10 +177,12 @@ class EngineClient:
         """Take released memory again; its contents are undefined until weights are pushed."""
         await self._post("/resume_memory_occupation", {"tags": list(tags)})
 
-    async def _post_checked(self, path: str, body: dict[str, Any]) -> None:
+    async def _post_checked(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """POST to an endpoint whose answer says whether it succeeded."""
         answer = await self._post(path, body)
         if not isinstance(answer, dict) or answer.get("success") is not True:
             raise EngineError(f"engine {self.url} refused {path}: {answer!r:.2000}")
+        return answer
 
     async def _post(self, path: str, body: dict[str, Any] | None) -> Any:
         """POST within the client's own limit."""

@@ -20,7 +20,7 @@ from megatron_dsrl.rollout.batch import Batch, Call
 from megatron_dsrl.rollout.client import BadRequestError, Completion, EngineClient, EngineError
 from megatron_dsrl.rollout.engine_call import EngineCall
 from megatron_dsrl.rollout.progress import OnCall, OnGroup, OnSamples
-from megatron_dsrl.rollout.routing import Load, Router
+from megatron_dsrl.rollout.routing import EngineChoice, Load
 from megatron_dsrl.rollout.sample import Group, Sample
 from megatron_dsrl.rollout.unfinished import PartialResponse, UnfinishedGroup
 
@@ -90,7 +90,7 @@ class Dispatcher:
         self._on_samples = on_samples
         self._on_group = on_group
         self._on_call = on_call
-        self._router = Router(
+        self._engine_choice = EngineChoice(
             len(clients), self._request.max_outstanding_samples, self._request.sampling.max_response_tokens, set(lost)
         )
         self._running: dict[asyncio.Task[list[Completion]], Running] = {}
@@ -133,12 +133,12 @@ class Dispatcher:
         for call in list(self._batch.waiting):
             if call.not_before > now or not self._has_engine(call):
                 continue
-            load = self._router.load_of([self._batch.groups[position] for position in call.positions])
-            engine = self._router.choose(load) if call.engine is None else call.engine
+            load = self._engine_choice.load_of([self._batch.groups[position] for position in call.positions])
+            engine = self._engine_choice.choose(load) if call.engine is None else call.engine
             if engine is None:
                 return
             self._batch.waiting.remove(call)
-            self._router.begin(engine, load)
+            self._engine_choice.begin(engine, load)
             requests = [
                 request
                 for position in call.positions
@@ -175,7 +175,7 @@ class Dispatcher:
 
     async def _returned(self, task: asyncio.Task[list[Completion]]) -> None:
         running = self._running.pop(task)
-        self._router.end(running.engine, running.load)
+        self._engine_choice.end(running.engine, running.load)
         try:
             completions = task.result()
         except BadRequestError as error:
@@ -201,7 +201,7 @@ class Dispatcher:
             self._check_versions(group, mine)
             for response in mine:
                 if response.finish_reason != "abort":
-                    self._router.learn(len(response.response_ids))
+                    self._engine_choice.learn(len(response.response_ids))
             self._on_samples(sum(response.finish_reason != "abort" for response in mine))
             self._batch.groups[position] = group = group.extended(mine)
             if group.is_complete:
@@ -292,13 +292,13 @@ class Dispatcher:
     def _lose(self, engine: int, problem: str) -> None:
         """The engine gets nothing any more, and what it had goes to the others."""
         self._lost[engine] = problem
-        self._router.lost.add(engine)
+        self._engine_choice.lost.add(engine)
         for task, running in list(self._running.items()):
             if running.engine == engine:
                 task.cancel()
                 del self._running[task]
                 self._report(running, problem)
-                self._router.end(engine, running.load)
+                self._engine_choice.end(engine, running.load)
                 self._batch.waiting.appendleft(running.call)
         for task, of in list(self._monitors.items()):
             if of == engine:

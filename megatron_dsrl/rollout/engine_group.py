@@ -7,7 +7,6 @@ replaces it by a new one. The others are not disturbed.
 import asyncio
 import logging
 import os
-import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +20,7 @@ from megatron_dsrl.errors import UserError
 from megatron_dsrl.platform.engine import ServerArguments, engine_environment, engine_server_arguments
 from megatron_dsrl.rollout.client import EngineClient, EngineError, MemoryTag
 from megatron_dsrl.rollout.credentials import agree_on_key
+from megatron_dsrl.rollout.local_address import address_towards
 from megatron_dsrl.rollout.server import EngineServer
 from megatron_dsrl.rollout.settings import RolloutSettings
 from megatron_dsrl.rollout.weight_check import WeightCheck
@@ -229,10 +229,7 @@ class EngineGroup:
         """Loopback on one node; with several, this node's address, which rank 0 can reach, and then with a key."""
         if int(os.environ.get("LOCAL_WORLD_SIZE", self._world)) == self._world:
             return LOOPBACK
-        # The address from which this node reaches the first one; connecting a datagram socket sends nothing.
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((os.environ["MASTER_ADDR"], 9))
-            return probe.getsockname()[0]
+        return address_towards(os.environ["MASTER_ADDR"])
 
 
 def server_arguments(config: RolloutSettings, engine: int) -> ServerArguments:

@@ -19,6 +19,7 @@ from megatron_dsrl.rollout.carry_over import CarryOver
 from megatron_dsrl.rollout.client import connect
 from megatron_dsrl.rollout.dispatcher import Decode, Dispatcher, EnginesLostError
 from megatron_dsrl.rollout.engine_group import UNSET_WEIGHT_VERSION, EngineGroup, initial_weight_version
+from megatron_dsrl.rollout.engine_protocol import Engines
 from megatron_dsrl.rollout.external_engines import ExternalEngines
 from megatron_dsrl.rollout.progress import OnCall, OnGroup, OnSamples, ignore
 from megatron_dsrl.rollout.rollout import Value
@@ -31,8 +32,8 @@ from megatron_dsrl.rollout.unfinished import UnfinishedGroup
 from megatron_dsrl.rollout.weight_push import Bucket
 
 
-def make_engines(config: RolloutSettings, run_folder: Path) -> EngineGroup | ExternalEngines:
-    """The run's own engines, or those of `engine.urls`. Every rank."""
+def make_engines(config: RolloutSettings, run_folder: Path) -> Engines:
+    """Engines on the trainer's devices, or those of `engine.urls`. Every rank."""
     if config.engine.urls:
         return ExternalEngines(config, initial_weight_version(config))
     return EngineGroup(config, run_folder)
@@ -61,7 +62,7 @@ class EngineRollout:
         self._retries = 0
         self._rewards = RewardPool(config.reward) if rank() == 0 else None
         self._steps = step_sampling(config, self)
-        self._engines: EngineGroup | ExternalEngines | None = None
+        self._engines: Engines | None = None
         try:
             self._engines = make_engines(config, run_folder)
             self._engines.start()
@@ -245,6 +246,6 @@ class EngineRollout:
             )
             await dispatcher.run()
 
-    def _running_engines(self) -> EngineGroup | ExternalEngines:
+    def _running_engines(self) -> Engines:
         assert self._engines is not None, "the rollout is closed"
         return self._engines

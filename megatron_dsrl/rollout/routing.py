@@ -19,7 +19,7 @@ class Load:
 
 
 @dataclass
-class Router:
+class EngineChoice:
     """Keeps count of what every engine has to do."""
 
     num_engines: int

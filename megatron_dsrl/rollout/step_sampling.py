@@ -19,10 +19,11 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
-from megatron_dsrl.background import Background
+from megatron_dsrl.background import in_background
 from megatron_dsrl.config.rollout import RolloutConfig
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.data.sampler import RepeatableDraw
@@ -167,7 +168,7 @@ class Ahead(StepSampling):
     def __init__(self, mode: StepSampling) -> None:
         self._mode = mode
         self._work: Callable[[], StepSamples] | None = None
-        self._running: Background[StepSamples] | None = None
+        self._running: Future[StepSamples] | None = None
         self._ready: StepSamples | None = None
 
     @property
@@ -182,7 +183,7 @@ class Ahead(StepSampling):
     def begin_ahead(self, step: int, draw: Draw, watch: Watch) -> None:
         repeatable = RepeatableDraw(draw)
         self._work = lambda: self._mode.sample(step, repeatable.from_the_start(), watch)
-        self._running = Background(self._work)
+        self._running = in_background(self._work)
 
     def finish_ahead(self) -> None:
         assert self._running is not None and self._work is not None

@@ -18,18 +18,18 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _abort_process_group, _new_process_group_helper, _world
 
+from megatron_dsrl.background import in_background
 from megatron_dsrl.platform.engine import weight_broadcast_backend
 from megatron_dsrl.rollout.client import EngineError
+from megatron_dsrl.rollout.local_address import address_towards
 from megatron_dsrl.rollout.weight_client import BroadcastGroup, WeightClient
 from megatron_dsrl.rollout.weight_push import Bucket, BucketMemory, flatten
-
-Result = TypeVar("Result")
 
 POLL_SECONDS = 0.001
 LEAVE_SECONDS = 10.0
@@ -67,7 +67,7 @@ class ServerLink:
         """
         with suppress(EngineError):  # a new server at this URL knows nothing of it
             await self.leave()
-        host = address_towards(self.url)
+        host = self._host_towards_server()
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
             listener.bind((host, 0))
             port = listener.getsockname()[1]
@@ -118,7 +118,7 @@ class ServerLink:
             )
             group, options = self._group, dist.BroadcastOptions()
             options.rootRank = 0
-            self._broadcast = broadcast = _in_thread(
+            self._broadcast = broadcast = in_background(
                 lambda: group.broadcast([flattened["flattened_tensor"]], options)
             )
             try:
@@ -162,6 +162,14 @@ class ServerLink:
     def _client(self) -> WeightClient:
         return WeightClient(self.url, self._timeout_seconds)
 
+    def _host_towards_server(self) -> str:
+        address = urlsplit(self.url)
+        assert address.hostname is not None, "engine.urls was validated"
+        try:
+            return address_towards(address.hostname, address.port or 80)
+        except OSError as error:
+            raise EngineError(f"engine {self.url} cannot be reached: {error}") from error
+
     def _make_group(self, store: dist.Store, group: BroadcastGroup) -> "Future[dist.ProcessGroup]":
         """Join as rank 0."""
 
@@ -180,7 +188,7 @@ class ServerLink:
             _world.pg_group_ranks[made] = {rank: rank for rank in range(group.size)}  # destroying it takes this
             return made
 
-        return _in_thread(make)
+        return in_background(make)
 
     async def _both(self, answer: "asyncio.Task[None]", is_done: Callable[[], bool]) -> None:
         """Wait for the server's answer and for what runs here meanwhile; the server's refusal ends the waiting."""
@@ -193,20 +201,6 @@ class ServerLink:
                 raise EngineError(f"engine {self.url}: no weights were exchanged within {self._timeout_seconds:g} s")
             await asyncio.sleep(POLL_SECONDS)
         answer.result()
-
-
-def _in_thread(call: Callable[[], Result]) -> "Future[Result]":
-    """Call it in a thread of its own, which ends with this process even if the call never does."""
-
-    def run() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as error:
-            future.set_exception(error)
-
-    future: Future[Result] = Future()
-    threading.Thread(target=run, name="weight-broadcast", daemon=True).start()
-    return future
 
 
 def _has_ended(broadcast: "Future[dist.Work]") -> bool:
@@ -264,13 +258,3 @@ async def broadcast_weights(links: Sequence[ServerLink], buckets: Iterable[Bucke
     await every(lambda link: link.finish(version))
     return problems
 
-
-def address_towards(url: str) -> str:
-    """The address of this machine from which it reaches a URL's host."""
-    host, port = urlsplit(url).hostname, urlsplit(url).port or 80
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((host, port))  # a datagram socket sends nothing
-        except OSError as error:
-            raise EngineError(f"engine {url} cannot be reached: {error}") from error
-        return probe.getsockname()[0]

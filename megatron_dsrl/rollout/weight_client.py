@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from megatron_dsrl.rollout.client import EngineClient, EngineError
 
@@ -31,7 +30,7 @@ class WeightClient(EngineClient):
         Raises:
             EngineError: the engine has no such check (before SGLang 0.5.23), refused, or is gone.
         """
-        answer = await self._ask("/weights_checker", {"action": "checksum", "selector": "target"})
+        answer = await self._post_checked("/weights_checker", {"action": "checksum", "selector": "target"})
         ranks = sorted(answer["ranks"], key=lambda each: each["parallelism_info"][0]["rank"])
         return [rank["checksums"] for rank in ranks]
 
@@ -52,11 +51,11 @@ class WeightClient(EngineClient):
             "group_name": group.name,
             "backend": group.backend,
         }
-        await self._ask("/init_weights_update_group", body)
+        await self._post_checked("/init_weights_update_group", body)
 
     async def leave(self, group_name: str) -> None:
         """Have all ranks of the server leave the group."""
-        await self._ask("/destroy_weights_update_group", {"group_name": group_name})
+        await self._post_checked("/destroy_weights_update_group", {"group_name": group_name})
 
     async def receive_weights(
         self, group_name: str, names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[Sequence[int]]
@@ -77,10 +76,4 @@ class WeightClient(EngineClient):
             "load_format": "flattened_bucket",
             "flush_cache": True,
         }
-        await self._ask("/update_weights_from_distributed", body)
-
-    async def _ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        answer = await self._post(path, body)
-        if not isinstance(answer, dict) or answer.get("success") is not True:
-            raise EngineError(f"engine {self.url} refused {path}: {answer!r:.2000}")
-        return answer
+        await self._post_checked("/update_weights_from_distributed", body)
