@@ -25,6 +25,7 @@ from megatron_dsrl.observability.command_line import add_compare, add_trace
 from megatron_dsrl.observability.waiting import say_on_first_rank
 from megatron_dsrl.planning.command_line import add_plan
 from megatron_dsrl.process import end_with_torchrun
+from megatron_dsrl.publishing.command_line import add_push
 
 if TYPE_CHECKING:
     from megatron_dsrl.config.run import RunConfig
@@ -197,6 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_rollout(commands)
     add_compare(commands)
     add_rescore(commands)
+    add_push(commands)
     add_table(commands)
     add_analyse(commands)
     _add_sweep(commands)

@@ -36,6 +36,7 @@ from megatron_dsrl.observability.waiting import waiting
 from megatron_dsrl.process_group import process_group
 from megatron_dsrl.provenance.inputs import describe_model, describe_prompts
 from megatron_dsrl.provenance.start import Details, record_start
+from megatron_dsrl.publishing.card import refresh_card
 from megatron_dsrl.rewards.registry import matched_by_spelling
 from megatron_dsrl.rollout.awaiting_engines import awaiting_engines
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
@@ -129,6 +130,8 @@ def evaluate(request: EvaluationRequest) -> None:
                     benchmark, prompts[benchmark.name], rollout, stops, files[benchmark.name], settings
                 )
                 write_results(output, str(model.folder), summaries, model.step)
+            if model.run_folder is not None and model.step is not None:
+                refresh_card(model.run_folder, model.step, print)
             print(markdown(str(model.folder), summaries))
             print(f"written to {output}")
 

@@ -50,10 +50,7 @@ def asking_hub(field: str, name: str, kind: str = "model", local: str = "folder"
 def _explain(error: Exception, kind: str) -> str:
     from huggingface_hub.constants import ENDPOINT, is_offline_mode
 
-    causes: list[BaseException] = [error]
-    while causes[-1].__cause__ is not None:
-        causes.append(causes[-1].__cause__)
-    kinds = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
+    kinds = kinds_of_causes(error)
     if "GatedRepoError" in kinds or ("DatasetNotFoundError" in kinds and "gated" in str(error)):
         return f"the hub's {kind} is gated: request access on its page, and set HF_TOKEN to a token of that account"
     if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
@@ -63,3 +60,11 @@ def _explain(error: Exception, kind: str) -> str:
             return f"HF_HUB_OFFLINE is set and the hub's cache does not have it: {_FETCH_ELSEWHERE}"
         return f"{ENDPOINT} cannot be reached and the hub's cache does not have it: {_FETCH_ELSEWHERE}"
     return f"reading it from the hub failed: {type(error).__name__}: {error}"
+
+
+def kinds_of_causes(error: BaseException) -> set[str]:
+    """Names of the classes, with those that they derive from, of an exception and of all that it was raised from."""
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    return {kind.__name__ for cause in causes for kind in type(cause).__mro__}

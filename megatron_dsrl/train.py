@@ -44,6 +44,7 @@ from megatron_dsrl.observability.waiting import waiting
 from megatron_dsrl.platform import current_platform
 from megatron_dsrl.preemption import Preempted, StopRequested, StopSignal
 from megatron_dsrl.provenance.start import record_run_start
+from megatron_dsrl.publishing.card import refresh_card
 from megatron_dsrl.rollout.awaiting_engines import awaiting_engines
 from megatron_dsrl.rollout.carry_over import CarryOver, CarryOverWrite
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
@@ -133,6 +134,7 @@ def run_steps(run: TrainingRun) -> None:
     export_policy(run, run.first_step - 1)  # what an interruption came before, as the evaluation is
     run.device.give_to_engine()
     evaluate_policy(run, run.first_step - 1)
+    write_card_of(run, run.first_step - 1)
     for step in range(run.first_step, run.config.steps + 1):
         run.checkpoints.poll()
         if any(gather(run.stop.requested)):  # SLURM and torchrun may signal any of the ranks
@@ -173,6 +175,7 @@ def run_steps(run: TrainingRun) -> None:
         if trainer_stays:
             run.device.give_to_engine()
         evaluate_policy(run, step)
+        write_card_of(run, step)
     run.checkpoints.finish()
     if run.controller is not None:
         run.console.message("\n".join(closing_lines(run.inputs.run_folder, run.config.steps)))
@@ -347,6 +350,12 @@ def export_policy(run: TrainingRun, step: int) -> None:
         if not target.exists():
             with run.timeline.span("export"):
                 run.models.actor.export_hf(target)
+
+
+def write_card_of(run: TrainingRun, step: int) -> None:
+    """Rank 0: the model card of the policy after this step, if it was exported, with its evaluation."""
+    if run.controller:
+        refresh_card(run.inputs.run_folder, step, print)
 
 
 def evaluate_policy(run: TrainingRun, step: int) -> None:

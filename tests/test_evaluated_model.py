@@ -18,6 +18,7 @@ from megatron_dsrl.evaluate import default_output
 from megatron_dsrl.evaluated_model import find_checkpoint, find_model
 from megatron_dsrl.fingerprint import fingerprint
 from megatron_dsrl.model.architecture import read_architecture
+from tests.observability.synthetic_run import CONFIG
 from tests.support.tiny_model import make_tiny_qwen3
 
 PLAIN = ConversionOptions(dtype=None, verify=False, overwrite=False, expect=None)
@@ -55,6 +56,11 @@ def test_a_runs_folder_means_its_newest_policy(run, tmp_path):
     assert find_model(str(run)).folder == run / "hf" / "step_000003"
 
 
+def test_a_checkpoint_is_not_pushed(run, capsys):
+    assert main(["push", str(run), "me/tiny", "--dry-run"]) == 2
+    assert "is a Megatron checkpoint, and the hub's libraries load HF folders" in capsys.readouterr().err
+
+
 def test_an_export_belongs_to_its_run_and_other_models_to_none(run, tmp_path):
     export = find_model(str(run / "hf" / "step_000002"))
     assert (export.run_folder, export.step, export.is_megatron) == (run, 2, False)
@@ -76,6 +82,7 @@ def tensors_of(folder: Path) -> dict[str, list]:
 def test_checkpoints_of_a_run_are_converted_and_verified(run, tmp_path, capsys):
     """By their own folder, that of the weights in them, or the run's; an export is none."""
     checkpoint = run / "checkpoints" / "step_000003"
+    (run / "config.yaml").write_text(CONFIG.format(name="tiny", steps=9, warmup=2, learning_rate=1e-3))
     make_tiny_qwen3(run / "hf" / "step_000009", tied=True, seed=9)
     trained = tensors_of(tmp_path / "trained")
     for number, source in enumerate((checkpoint / "megatron", checkpoint, run)):
@@ -84,6 +91,7 @@ def test_checkpoints_of_a_run_are_converted_and_verified(run, tmp_path, capsys):
         options = ["--verify"] if source == run else []
         assert main(["convert", "megatron-to-hf", str(source), str(target), *options]) == 0
         assert tensors_of(target) == trained and (target / "config.json").exists()
+        assert "# tiny, step 3\n" in (target / "README.md").read_text(), "its model card"
     assert "verified logits of 3 prompts" in " ".join(capsys.readouterr().out.split())
 
     assert main(["convert", "verify", str(run / "hf" / "step_000009"), str(run)]) == 2
@@ -101,7 +109,9 @@ def test_a_checkpoint_without_a_configuration_is_converted_with_that_of_its_mode
         assert main(["convert", "megatron-to-hf", str(source), str(target)]) == 2
         assert main(["convert", "megatron-to-hf", str(source), str(target), "--model", str(moved)]) == 0
         assert tensors_of(target) == tensors_of(tmp_path / "trained")
-    error = capsys.readouterr().err
+    told = capsys.readouterr()
+    error = told.err
+    assert f"{tmp_path}/back 1/README.md could not be written" in told.out, "for want of the run's configuration"
     assert f"{foreign} has no config.json beside its weights; name the HF folder" in error
     assert "need its config.json and tokenizer" in error
 

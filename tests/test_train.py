@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -50,6 +51,10 @@ def test_a_run_goes_through_both_phases_and_leaves_everything_behind(run):
     assert list((run / "tensorboard").glob("events.*"))
     exported = AutoModelForCausalLM.from_pretrained(run / "hf" / "step_000002")
     assert exported.config.vocab_size == 128
+    card = ModelCard.load(run / "hf" / "step_000002" / "README.md")
+    accuracy = records(run, "evaluation.jsonl")[-1]["accuracy"]
+    assert [result.metric_value for result in card.data.eval_results] == [round(100 * accuracy, 2)]
+    assert "| NSR-PreRL | 1 |" in card.text and "| GRPO | 2 |" in card.text
 
 
 def test_a_run_says_what_produced_it(config, run):

@@ -140,8 +140,10 @@ def _hf_to_megatron(options: argparse.Namespace) -> int:
 
 def _megatron_to_hf(options: argparse.Namespace) -> int:
     with loading_megatron():
+        from megatron_dsrl.collective import rank
         from megatron_dsrl.conversion.megatron_to_hf import convert_megatron_to_hf
         from megatron_dsrl.conversion.work import conversion_processes
+        from megatron_dsrl.publishing.card import write_card
 
     file_bytes = int(options.file_gigabytes * 1e9)
     with conversion_processes():
@@ -149,6 +151,8 @@ def _megatron_to_hf(options: argparse.Namespace) -> int:
         convert_megatron_to_hf(
             source.folder, options.target, file_bytes, _conversion_options(options), source.companions
         )
+        if source.run_folder is not None and rank() == 0:
+            write_card(options.target, source.run_folder, source.step, print)
     say_on_first_rank(f"written to {options.target}")
     return 0
 

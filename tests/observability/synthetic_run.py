@@ -27,7 +27,14 @@ parallel:
   pipeline_parallel_size: 1
 engine:
   tensor_parallel_size: 1
+data:
+  source: openai/gsm8k
+  subset: main
+  system_prompt: null
+reward:
+  function: boxed
 rollout:
+  max_response_tokens: 64
   prompts_per_step: 8
   samples_per_prompt: 4
 optimizer:
@@ -36,8 +43,16 @@ phases:
 - name: nsr-prerl
   until_step: {warmup}
   space: {{name: pre_train, bos: im_start}}
+  advantage: {{name: group_mean}}
+  filter: {{name: negative}}
+  loss: {{name: dual_clip}}
+  coefficient: 0.01
 - name: grpo
   space: {{name: post_train}}
+  advantage: {{name: group_standardised}}
+  filter: {{name: all}}
+  loss: {{name: dual_clip}}
+  coefficient: 1.0
 """
 
 

@@ -1,0 +1,1 @@
+"""Model cards of exported policies, and their way to the hub."""

@@ -1,0 +1,164 @@
+"""The model card (README.md) of a policy that a run has exported.
+
+It is made from the run folder alone. Folders and addresses of the machines that made the run are left out.
+"""
+
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from megatron_dsrl.errors import UserError
+from megatron_dsrl.model.source import is_hub_name
+from megatron_dsrl.provenance.differences import ALWAYS_SHOWN, starts_that_count
+from megatron_dsrl.provenance.words import what_computed
+from megatron_dsrl.publishing.evaluations import evaluations_of, model_index
+from megatron_dsrl.publishing.origin import base_model_name, license_of, without_private_places
+from megatron_dsrl.run_results import CONFIG_FILE, exported_policy
+
+CARD_FILE = "README.md"
+GENERATED = "<!-- Written by megatron-dsrl. Remove this line to keep your own text. -->"
+"""A card without this line is its author's, and never replaced."""
+PAPER = "2604.14142"
+SPACES = {"pre_train": "log P(y)", "post_train": "log P(y\\|x)"}
+LEFT_OUT = ("output_dir", "checkpoint", "observability")
+"""Sections of the configuration that say nothing of the model."""
+MADE_BY = ("Commit", "Base model", "Training data", "Device", "Processes", "Layout", "Python", *ALWAYS_SHOWN)
+"""Facts of the run's starts that a card tells."""
+
+
+def write_card(folder: Path, run_folder: Path, step: int, report: Callable[[str], None]) -> None:
+    """Write the card of the policy after a step into its HF folder, unless somebody has written another one there.
+
+    Args:
+        folder: HF folder of the policy.
+        run_folder: of the run that trained it.
+        step: after which it was exported.
+        report: called with a warning if there can be no card: no run ends for it.
+    """
+    try:
+        if is_generated(folder):
+            (folder / CARD_FILE).write_text(model_card(run_folder, step), encoding="utf-8")
+    except Exception as error:
+        report(f"warning: the model card {folder / CARD_FILE} could not be written: {error}")
+
+
+def refresh_card(run_folder: Path, step: int, report: Callable[[str], None]) -> None:
+    """Bring the card of an exported policy up to date with its evaluations; nothing if it was not exported."""
+    if exported_policy(run_folder, step).is_dir():
+        write_card(exported_policy(run_folder, step), run_folder, step, report)
+
+
+def is_generated(folder: Path) -> bool:
+    """Whether the folder's card is this program's, or there is none."""
+    card = folder / CARD_FILE
+    return not card.exists() or GENERATED in card.read_text(encoding="utf-8", errors="replace")
+
+
+def model_card(run_folder: Path, step: int, base_model: str | None = None) -> str:
+    """The card's text: metadata for the hub, then Markdown.
+
+    Args:
+        run_folder: of the run.
+        step: after which the policy was exported.
+        base_model: the hub's name of the model that the run began with; None finds it where it can be known.
+
+    Raises:
+        UserError: a file of the run is missing or damaged.
+    """
+    config = _read_config(run_folder)
+    evaluations = evaluations_of(run_folder, step)
+    name = f"{config.get('name', run_folder.name)}, step {step}"
+    phases = [one for one in _phases(config, step) if one["first"] <= one["last"]]
+    base_model = base_model or base_model_name(config["model"]["path"])
+    in_pre_train_space = any(one["space"] == SPACES["pre_train"] for one in phases)
+    public = without_private_places({key: value for key, value in config.items() if key not in LEFT_OUT})
+    environment = Environment(
+        loader=PackageLoader("megatron_dsrl.publishing"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("model_card.md.j2").render(
+        metadata=_metadata(config, name, base_model, evaluations, in_pre_train_space),
+        generated=GENERATED,
+        name=name,
+        base_model=base_model,
+        config=public,
+        config_text=yaml.safe_dump(public, sort_keys=False, allow_unicode=True),
+        phases=phases,
+        step=step,
+        in_pre_train_space=in_pre_train_space,
+        evaluations=evaluations,
+        made_by=_made_by(run_folder, step),
+    )
+
+
+def _read_config(run_folder: Path) -> dict[str, Any]:
+    file = run_folder / CONFIG_FILE
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        return {**config, "model": dict(config["model"]), "phases": list(config["phases"])}
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is not a run's configuration, which a model card is made from: {error!r}") from error
+
+
+def _phases(config: Mapping[str, Any], step: int) -> list[dict[str, Any]]:
+    """First and last step of every phase up to `step`, and what it updates; later ones end before they begin."""
+    phases = config["phases"]
+    ends = [0, *(min(step, phase.get("until_step") or step) for phase in phases)]
+    return [
+        {
+            "name": phase.get("name", "?"),
+            "first": before + 1,
+            "last": end,
+            "space": SPACES.get(_choice(phase, "space"), _choice(phase, "space")),
+            **{field: _choice(phase, field) for field in ("advantage", "filter", "loss")},
+            "coefficient": phase.get("coefficient", 1.0),
+        }
+        for phase, (before, end) in zip(phases, pairwise(ends), strict=True)
+    ]
+
+
+def _choice(phase: Mapping[str, Any], field: str) -> str:
+    """The name of what a phase has chosen."""
+    value = phase.get(field, "default")
+    return str(value.get("name", "?") if isinstance(value, Mapping) else value)
+
+
+def _metadata(
+    config: Mapping[str, Any], name: str, base_model: str | None, evaluations: list, in_pre_train_space: bool
+) -> str:
+    """The YAML at the beginning, by the hub's own library."""
+    from huggingface_hub import ModelCardData
+
+    source = str(config.get("data", {}).get("source", ""))
+    folder = Path(config["model"]["path"]).expanduser()
+    data = ModelCardData(
+        base_model=base_model,
+        datasets=[source] if is_hub_name(source) else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["reinforcement-learning", "megatron-dsrl", *([f"arxiv:{PAPER}"] if in_pre_train_space else [])],
+        model_name=name if evaluations else None,
+        eval_results=model_index(evaluations) or None,
+        **license_of(folder),
+    )
+    return data.to_yaml()
+
+
+def _made_by(run_folder: Path, step: int) -> list[tuple[str, str]]:
+    """Code, machine and packages of the starts that the policy comes from; empty where they are not recorded."""
+    facts: dict[str, list[str]] = {}
+    for start in starts_that_count(run_folder, step):
+        said = what_computed(without_private_places(start))
+        for name in MADE_BY:
+            value = said.get(name, "not recorded")
+            value = "unknown" if value.startswith("unknown") else value
+            if value not in facts.setdefault(name, []):
+                facts[name].append(value)
+    return [(name.removeprefix("Package "), ", then ".join(values)) for name, values in facts.items()]

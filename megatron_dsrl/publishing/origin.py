@@ -1,0 +1,62 @@
+"""Which model of the hub a run began with, and what of a run stays private when it is published."""
+
+import re
+from pathlib import Path, PurePath
+from typing import Any
+
+import yaml
+
+from megatron_dsrl.errors import UserError
+from megatron_dsrl.model.source import is_hub_name
+from megatron_dsrl.weights.checkpoint_record import read_record
+
+LICENSE_FIELDS = ("license", "license_name", "license_link")
+_SNAPSHOT = re.compile(r"models--(.+?)--(.+)")
+"""Folder of a model in the hub's cache."""
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://")
+
+
+def base_model_name(path: str) -> str | None:
+    """The hub's name of the model that a run began with; None if it is not known to come from the hub.
+
+    Args:
+        path: `model.path` of the run: a hub name, a snapshot in the hub's cache, or a folder that `dsrl convert` has
+            made from either.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return path if is_hub_name(path) else None
+    if cached := _SNAPSHOT.fullmatch(folder.resolve().parent.parent.name):
+        return "/".join(cached.groups())
+    try:
+        record = read_record(folder)
+    except UserError:
+        return None
+    return base_model_name(record.source) if record and record.source != path else None
+
+
+def license_of(folder: Path) -> dict[str, str]:
+    """What the card of a model says of its license, in the hub's fields; empty where it says nothing."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        fields = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else {}
+    except (OSError, ValueError, IndexError, yaml.YAMLError):
+        return {}
+    return {key: str(fields[key]) for key in LICENSE_FIELDS if isinstance(fields, dict) and key in fields}
+
+
+def without_private_places(value: Any) -> Any:
+    """The same, with the last part of absolute paths only, and without addresses of servers.
+
+    Args:
+        value: a configuration, or part of one.
+    """
+    if isinstance(value, dict):
+        return {key: without_private_places(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [without_private_places(child) for child in value]
+    if isinstance(value, str) and value.startswith(("/", "~")):
+        return PurePath(value).name
+    if isinstance(value, str) and _ADDRESS.match(value):
+        return "(an address)"
+    return value

@@ -1,0 +1,155 @@
+"""`dsrl push`: an exported policy with its model card, to the hub."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from megatron_dsrl.errors import UserError
+from megatron_dsrl.evaluated_model import EvaluatedModel, find_model
+from megatron_dsrl.hub import kinds_of_causes
+from megatron_dsrl.publishing.card import CARD_FILE, is_generated, model_card
+from megatron_dsrl.weights.companions import COMPANIONS
+
+BESIDE_CARD = ("config.json", "*.safetensors", "*.safetensors.index.json", *COMPANIONS, "LICENSE*")
+"""What an HF folder consists of beside its card. All else stays here, as `provenance.jsonl` does: it tells folders
+and hosts."""
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What goes where."""
+
+    folder: Path
+    files: list[Path]
+    """Without the card."""
+    card: str
+    """Text of README.md, which may not be on disk yet."""
+    message: str
+    """Of the commit."""
+
+
+def prepare_upload(name: str, base_model: str | None) -> Upload:
+    """What `dsrl push` would upload; changes nothing, and asks nobody.
+
+    Args:
+        name: folder of a run (its newest policy), of one of its exports, or any HF folder with a card.
+        base_model: the hub's name of the model that the run began with; None finds it where it can be known.
+
+    Raises:
+        UserError: there is no exported policy, or it has no card.
+    """
+    model = _exported_model(name)
+    files = sorted(
+        file for file in model.folder.iterdir() if file.is_file() and any(fnmatch(file.name, p) for p in BESIDE_CARD)
+    )
+    if model.run_folder is not None and is_generated(model.folder):
+        card = model_card(model.run_folder, model.step or 0, base_model)
+    elif (model.folder / CARD_FILE).is_file():
+        if base_model:
+            raise UserError(f"--base-model: {model.folder / CARD_FILE} stays as it is; set base_model there")
+        card = (model.folder / CARD_FILE).read_text(encoding="utf-8")
+    else:
+        raise UserError(f"{model.folder} has no model card: write {CARD_FILE} there, or push the run that made it")
+    step = "" if model.step is None else f" after step {model.step}"
+    return Upload(model.folder, files, card, f"Policy{step}, by megatron-dsrl")
+
+
+def push(upload: Upload, repository: str, private: bool, report: Callable[[str], None]) -> str:
+    """Make the repository if need be and upload everything in one commit.
+
+    Args:
+        upload: what `prepare_upload` has found. The card is written into its folder.
+        repository: `OWNER/NAME`.
+        private: only with this a new repository is private; an existing public one is then refused.
+        report: called with a line before the upload begins.
+
+    Returns:
+        Address of the model on the hub.
+
+    Raises:
+        UserError: there is no token, the hub refuses, cannot be reached, or the repository is public.
+    """
+    from huggingface_hub import HfApi, get_token
+
+    if get_token() is None:
+        raise UserError(
+            "there is no token for the hub: set HF_TOKEN to one that may write (its settings, Access Tokens), or run "
+            "`hf auth login`"
+        )
+    api = HfApi()
+    with _asking_to_write(repository, api.endpoint):
+        address = api.create_repo(repository, private=private or None, exist_ok=True)
+        is_private = api.repo_info(repository).private
+        if private and not is_private:
+            raise UserError(f"--private: {address} exists and is public; make it private there, or take another name")
+        visibility = "private" if is_private else "public"
+        report(f"uploading {describe_files(upload.files)} and the card to {address} ({visibility})")
+        (upload.folder / CARD_FILE).write_text(upload.card, encoding="utf-8")
+        names = [CARD_FILE, *(file.name for file in upload.files)]
+        api.upload_folder(
+            repo_id=repository, folder_path=upload.folder, allow_patterns=names, commit_message=upload.message
+        )
+    return str(address)
+
+
+def check_repository(repository: str) -> None:
+    """
+    Raises:
+        UserError: it is not `OWNER/NAME` as the hub takes it.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise UserError(f"`{repository}` is not a name that the hub takes: {error}") from error
+    if repository.count("/") != 1:
+        raise UserError(f"`{repository}`: name the owner too, as in OWNER/NAME")
+
+
+def describe_files(files: Sequence[Path]) -> str:
+    """How many, and how large together."""
+    return f"{len(files)} files, {sum(file.stat().st_size for file in files) / 1e9:.2f} GB"
+
+
+def _exported_model(name: str) -> EvaluatedModel:
+    if not Path(name).is_dir():
+        raise UserError(f"there is no folder {name}: name a run, one of its exports (RUN/hf/step_...) or an HF folder")
+    model = find_model(name)
+    if model.is_megatron:
+        raise UserError(
+            f"{model.folder} is a Megatron checkpoint, and the hub's libraries load HF folders: write one with `dsrl "
+            f"convert megatron-to-hf {name} TARGET` and push TARGET, or name an older export (RUN/hf/step_...)"
+        )
+    return model
+
+
+@contextmanager
+def _asking_to_write(repository: str, endpoint: str) -> Iterator[None]:
+    """
+    Raises:
+        UserError: in place of what the hub's clients raise.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # their kinds are many, see `hub.asking_hub`
+        raise UserError(f"{repository} could not be uploaded: {_explain(error, endpoint)}") from error
+
+
+def _explain(error: Exception, endpoint: str) -> str:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status == 401:
+        return f"{endpoint} does not know the token (HF_TOKEN, or of `hf auth login`); make a new one that may write"
+    if status == 403:
+        return "the token may not write there: it must have the right to write, and its account belong to the owner"
+    if kinds_of_causes(error) & {"ConnectionError", "TransportError", "OfflineModeIsEnabled"}:
+        return (
+            f"{endpoint} cannot be reached from here, or HF_HUB_OFFLINE is set; copy the folder to where there is a "
+            "network and push it from there (HF_ENDPOINT is the address of another hub)"
+        )
+    return f"{type(error).__name__}: {error}"
