@@ -25,6 +25,7 @@ from rich.table import Table
 
 from megatron_dsrl.doctor_device import driver_version, examine_cuda_compiler, examine_device
 from megatron_dsrl.doctor_kernels import Finding, examine_kernels, installed_version
+from megatron_dsrl.doctor_system import examine_c_library, examine_compiler
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LOCK_FILES = ("tools/requirements-cpu.lock", "tools/requirements-cpu-no-deps.lock")
@@ -58,21 +59,38 @@ def examine() -> Examination:
     torch_is_there = installed_version("torch") is not None
     cuda = torch_is_there and _has_cuda()
     torch_cuda = _torch_cuda() if torch_is_there else None
-    # The image is the image on a machine without a GPU as well, where checkpoints are converted.
-    lock_files = LOCK_FILES if torch_cuda is None else (IMAGE_LOCK_FILE,)
-    packages = tuple(_packages(read_pins(REPOSITORY / name for name in lock_files), torch_cuda))
+    environment, lock_files = tested_environment(installed_version("torch"), torch_cuda)
+    packages = tuple(_packages(read_pins(REPOSITORY / name for name in lock_files), environment))
     return Examination((
         _python(),
+        examine_c_library(),
         *packages,
         *(_torchvision() if torch_is_there else ()),
         *(_devices(torch_cuda) if torch_is_there else ()),
         *examine_kernels(cuda, torch_cuda),
-        _compiler(),
+        examine_compiler(cuda),
         _processor(),
         _memory(),
         _shared_memory(Path("/dev/shm")),
         _ports(),
     ))  # fmt: skip
+
+
+def tested_environment(torch: str | None, torch_cuda: str | None) -> tuple[str, tuple[str, ...]]:
+    """What this environment is, in words, and its lock files: the one that pins the installed torch.
+
+    The build for CUDA says little: the CPU environment may have it as well (tools/setup_cpu.sh), and the image stays the
+    image on a machine without a GPU, where checkpoints are converted.
+
+    Args:
+        torch: installed version; None where there is none.
+        torch_cuda: CUDA version that torch was built for; None for the CPU build.
+    """
+    pinned = read_pins(REPOSITORY / name for name in LOCK_FILES).get("torch")
+    is_pinned = torch is not None and torch.partition("+")[0] == pinned
+    if torch_cuda is None or is_pinned:
+        return "CPU environment is tested", LOCK_FILES
+    return "GPU image is made", (IMAGE_LOCK_FILE,)
 
 
 def read_pins(lock_files: Iterable[Path]) -> dict[str, str]:
@@ -114,8 +132,7 @@ def _python() -> Finding:
     return Finding("Python", "problem", found, "take 3.11 or 3.12: DSRL_PYTHON=python3.12 bash tools/setup_cpu.sh")
 
 
-def _packages(pins: dict[str, str], torch_cuda: str | None) -> Iterator[Finding]:
-    environment = "CPU environment is tested" if torch_cuda is None else "GPU image is made"
+def _packages(pins: dict[str, str], environment: str) -> Iterator[Finding]:
     for name in ESSENTIAL_PACKAGES:
         installed, pinned = installed_version(name), pins.get(canonicalize_name(name))
         if installed is None:
@@ -160,13 +177,6 @@ def _devices(torch_cuda: str | None) -> Iterator[Finding]:
     yield examine_device(names, torch_cuda, driver_version(), os.environ)
     if names and torch_cuda is not None:
         yield examine_cuda_compiler(torch_cuda)
-
-
-def _compiler() -> Finding:
-    compiler = shutil.which(os.environ.get("CC", "gcc")) or shutil.which("cc")
-    if compiler:
-        return Finding("C compiler", "ok", compiler)
-    return Finding("C compiler", "note", "none found", "install gcc: Triton compiles its kernels with it")
 
 
 def _processor() -> Finding:

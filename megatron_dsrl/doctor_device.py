@@ -12,7 +12,6 @@ from megatron_dsrl.doctor_kernels import Finding
 OLDEST_DRIVERS = {11: 450, 12: 525, 13: 580}
 """That run programs of a major version of CUDA (NVIDIA's CUDA Compatibility guide, minor version compatibility)."""
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
-CPU_BUILD = "on a CPU machine install the CPU build of torch"
 
 
 def driver_version(file: Path = DRIVER_FILE) -> str | None:
@@ -51,13 +50,13 @@ def _why_torch_sees_none(torch_cuda: str, driver: str | None, environment: Mappi
     """The reason, and what to do about it."""
     oldest = OLDEST_DRIVERS.get(int(torch_cuda.partition(".")[0]))
     if driver is None:
-        return "no NVIDIA driver is loaded", f"on a GPU machine install a driver ({oldest} or newer); {CPU_BUILD}"
+        return "no NVIDIA driver is loaded", f"on a GPU machine install one ({oldest} or newer); for a run on the CPU do nothing"
     if oldest is not None and int(driver.partition(".")[0]) < oldest:
         advice = f"CUDA {torch_cuda} needs {oldest} or newer: have the driver updated"
         return f"the driver {driver} is too old for it", advice
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible in ("", "-1"):
-        return f"CUDA_VISIBLE_DEVICES={visible} hides all", "unset it; in a SLURM job ask for GPUs (--gpus-per-node)"
+        return f"CUDA_VISIBLE_DEVICES={visible} hides all", "to use them, unset it; in a SLURM job ask for GPUs (--gpus-per-node)"
     return f"the driver {driver} is loaded", (
         "hand the GPUs on: docker run --gpus all, apptainer exec --nv, sbatch --gpus-per-node; `nvidia-smi` says "
         "whether they work"

@@ -120,8 +120,10 @@ def _sglang_kernels(cuda: bool, installed: Callable[[str], str | None]) -> Itera
     found = installed("sglang-kernel") or installed("sgl-kernel")
     if cuda and found is None:
         yield Finding(
-            topic, "problem", "not installed", "SGLang cannot run on a GPU without it: pip install sglang-kernel"
-        )
+            topic, "problem", "not installed",
+            "SGLang cannot run on a GPU without it: pip install sglang-kernel, or use the image. In the environment of "
+            "tools/setup_cpu.sh run on the CPU: export CUDA_VISIBLE_DEVICES=",
+        )  # fmt: skip
     else:
         yield _optional(topic, found, cuda, "")
 

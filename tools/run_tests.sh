@@ -6,8 +6,10 @@
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-bash "$root/tools/setup_cpu.sh"
+bash "$root/tools/setup_cpu.sh" --dev
 cd "$root"
+# The CPU environment lacks SGLang's kernels for GPUs.
+export CUDA_VISIBLE_DEVICES=''
 # More threads than the tests have cores slow SGLang's decoding several times; tests are small anyway.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec "${DSRL_VENV:-$root/.venv}/bin/python" -m pytest --durations=10 "$@"

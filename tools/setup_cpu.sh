@@ -2,28 +2,61 @@
 # Create the CPU environment of this repository in .venv: everything that training, evaluation and the tests need.
 #
 #   bash tools/setup_cpu.sh            create or update; instant when nothing changed since the last time
-#   bash tools/setup_cpu.sh --check    only say whether it is up to date (exit status 0) or not (1)
+#   bash tools/setup_cpu.sh --dev      with pytest and the linters
+#   bash tools/setup_cpu.sh --check    only say whether it is up to date (exit status 0) or not (1); also after --dev
 #
-# DSRL_PYTHON names the Python to use (3.11 or 3.12; default: the first of python3.11, python3.12, python3 that fits).
-# DSRL_VENV names another folder than .venv.
+# Variables, none of which is needed:
+#   DSRL_VENV         another folder than .venv
+#   DSRL_PYTHON       the Python to use, 3.11 or 3.12 (default: the first of python3.11, python3.12, python3 that fits)
+#   DSRL_INSTALLER    uv or pip (default: see tools/installer.sh)
+#   DSRL_TORCH_INDEX  where torch's CPU build is looked for (default: PyTorch's own index, the first address below)
 #
 # An interrupted run can simply be started again: finished steps are kept, and the stamp that marks the environment as
-# complete is written last. Needs Python with venv, a C compiler for Triton and Megatron's helpers, and pip's index.
+# complete is written last.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="${DSRL_VENV:-$root/.venv}"
+torch_index="${DSRL_TORCH_INDEX:-https://download.pytorch.org/whl/cpu}"
 lock="$root/tools/requirements-cpu.lock"
 lock_no_deps="$root/tools/requirements-cpu-no-deps.lock"
+lock_dev="$root/tools/requirements-dev.lock"
 stamp="$venv/dsrl-setup.sha256"
+stamp_dev="$venv/dsrl-setup-dev.sha256"
+# shellcheck source=tools/installer.sh
+source "$root/tools/installer.sh"
 
 # The environment is a function of these files and of where the checkout lies (it is installed in editable mode).
 wanted_stamp() {
     { cat "$lock" "$lock_no_deps" "$root/pyproject.toml"; echo "$root"; } | sha256sum | cut -d ' ' -f 1
 }
 
-up_to_date() {
-    [[ -x "$venv/bin/python" && -f "$stamp" && "$(cat "$stamp")" == "$(wanted_stamp)" ]]
+wanted_stamp_dev() { sha256sum <"$lock_dev" | cut -d ' ' -f 1; }
+
+has_stamp() { [[ -x "$venv/bin/python" && -f "$1" && "$(cat "$1")" == "$2" ]]; }
+
+is_ready() { has_stamp "$stamp" "$(wanted_stamp)"; }
+
+is_ready_dev() { has_stamp "$stamp_dev" "$(wanted_stamp_dev)"; }
+
+# SGLang's wheels are built for Linux with glibc 2.34; no other step would say so before several hundred megabytes.
+check_system() {
+    local system libc image
+    image="Use the CPU image instead: see \"Environments\" in README.md."
+    system="$(uname -s) $(uname -m)"
+    case "$system" in
+        "Linux x86_64" | "Linux aarch64") ;;
+        *)
+            echo "needs Linux on x86-64 or aarch64; this is $system. $image" >&2
+            return 1
+            ;;
+    esac
+    libc="$(getconf GNU_LIBC_VERSION 2>/dev/null || echo "another C library (musl?)")"
+    if [[ "$(printf 'glibc 2.34\n%s\n' "$libc" | sort -V | head -n 1)" != "glibc 2.34" || "$libc" != glibc* ]]; then
+        echo "needs glibc 2.34 or newer (Ubuntu 22.04, Debian 12, RHEL 9): SGLang's wheels are built for it; this system" \
+            "has $libc. $image" >&2
+        return 1
+    fi
 }
 
 # Print what is done, do it, print how long it took. The output of a failing step is shown.
@@ -43,74 +76,94 @@ step() {
     printf ' %4d s\n' $((SECONDS - started))
 }
 
-fits() {
-    "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null
-}
-
-find_python() {
-    local candidate
-    for candidate in ${DSRL_PYTHON:-python3.11 python3.12 python3}; do
-        if fits "$candidate"; then
-            echo "$candidate"
-            return
-        fi
-    done
-    echo "no Python 3.11 or 3.12 with the venv module found; install one, or name it: DSRL_PYTHON=/path/to/python" >&2
-    exit 1
-}
-
-pip_install() {
-    "$venv/bin/python" -m pip install --disable-pip-version-check --no-input "$@"
-}
-
-make_venv() {
-    if ! { fits "$venv/bin/python" && "$venv/bin/python" -m pip --version; }; then
-        "$python" -m venv --clear "$venv"
-    fi
-}
-
-# Read from torch's own version file: importing a CUDA build without its libraries fails.
-torch_cuda_version() {
+# Public version of the installed torch; empty if there is none.
+installed_torch() {
     "$venv/bin/python" - <<'PYTHON'
-import importlib.util, pathlib, runpy
-root = pathlib.Path(importlib.util.find_spec("torch").origin).parent
-print(runpy.run_path(str(root / "version.py"))["cuda"])
+from importlib.metadata import PackageNotFoundError, version
+try:
+    print(version("torch").partition("+")[0])
+except PackageNotFoundError:
+    pass
 PYTHON
 }
 
-check_torch_is_cpu_build() {
-    local cuda
-    cuda="$(torch_cuda_version)"
-    if [[ "$cuda" != None ]]; then
-        cat >&2 <<MESSAGE
-pip installed a CUDA build of torch (CUDA $cuda), which this CPU environment does not use: several gigabytes more.
-Point pip at PyTorch's CPU wheel index (set PIP_EXTRA_INDEX_URL, or extra-index-url in pip.conf), then run
-    $venv/bin/python -m pip uninstall -y torch
-and this command again. On a GPU machine install with \`pip install -e .[gpu]\` instead: see the README.
-MESSAGE
-        exit 1
+# The CPU build is called `+cpu`: asking for that name downloads nothing where it is not to be had. PyPI has only the
+# build for CUDA, which computes the same on a CPU.
+install_torch() {
+    local wanted
+    wanted="$(sed -n 's/^torch==//p' "$lock")"
+    if [[ "$(installed_torch)" == "$wanted" ]]; then
+        return
+    elif offers torch "$wanted+cpu"; then
+        step "install torch (CPU build)" install --no-deps "torch==$wanted+cpu"
+    elif offers torch "$wanted+cpu" "$torch_index"; then
+        step "install torch (CPU build, from $torch_index)" \
+            install --no-deps --index-url "$torch_index" "torch==$wanted+cpu"
+    else
+        echo "  $torch_index does not answer, or lacks torch $wanted: taking the build for CUDA instead, which runs on" \
+            "a CPU as well (2.7 GB of downloads instead of 0.2, 5 GB of disk)"
+        step "install torch" install --no-deps "torch==$wanted"
     fi
-    echo "  torch is the CPU build (torch.version.cuda is None)"
 }
 
-if up_to_date; then
-    echo "environment is up to date: $venv"
-    exit 0
-fi
-if [[ "${1:-}" == --check ]]; then
-    echo "environment is missing or out of date: $venv (run: bash tools/setup_cpu.sh)"
-    exit 1
-fi
+# megatron-core declares Python 3.12, and so does this repository, but both run on 3.11: only pip can be told.
+on_any_python() {
+    if [[ "$installer" == pip ]]; then
+        install --ignore-requires-python "$@"
+    else
+        install "$@"
+    fi
+}
 
-python="$(find_python)"
-echo "setting up $venv with $("$python" --version) (about 3 GB of disk, some minutes the first time)"
-rm -f "$stamp"
-step "create the virtual environment" make_venv
-step "install torch" pip_install --no-deps "$(grep '^torch==' "$lock")"
-check_torch_is_cpu_build
-step "install requirements-cpu.lock" pip_install -r "$lock"
-step "install requirements-cpu-no-deps.lock" pip_install --no-deps --ignore-requires-python -r "$lock_no_deps"
-step "install this repository (editable)" pip_install --no-deps --no-build-isolation -e "$root"
-step "check the result (dsrl doctor)" "$venv/bin/dsrl" doctor
-wanted_stamp >"$stamp"
-echo "environment is ready: $venv ($SECONDS s)"
+# On a machine with GPUs this environment does not use them: it lacks SGLang's kernels.
+check_result() { CUDA_VISIBLE_DEVICES='' "$venv/bin/dsrl" doctor; }
+
+install_all() {
+    rm -f "$stamp"
+    step "create the virtual environment" make_venv
+    install_torch
+    step "install requirements-cpu.lock" install -r "$lock"
+    step "install requirements-cpu-no-deps.lock" on_any_python --no-deps -r "$lock_no_deps"
+    step "install this repository (editable)" on_any_python --no-deps --no-build-isolation -e "$root"
+    step "check the result (dsrl doctor)" check_result
+    wanted_stamp >"$stamp"
+}
+
+install_dev() {
+    rm -f "$stamp_dev"
+    step "install requirements-dev.lock" install -r "$lock_dev"
+    wanted_stamp_dev >"$stamp_dev"
+}
+
+main() {
+    local dev='' check='' argument
+    for argument in "$@"; do
+        case "$argument" in
+            --dev) dev=yes ;;
+            --check) check=yes ;;
+            *)
+                echo "unknown option $argument; usage: bash tools/setup_cpu.sh [--dev] [--check]" >&2
+                exit 2
+                ;;
+        esac
+    done
+    if is_ready && { [[ -z "$dev" ]] || is_ready_dev; }; then
+        echo "environment is up to date: $venv"
+        return
+    elif [[ -n "$check" ]]; then
+        echo "environment is missing or out of date: $venv (run: bash tools/setup_cpu.sh${dev:+ --dev})"
+        exit 1
+    fi
+    check_system || exit 1
+    choose_installer || exit 1
+    echo "setting up $venv with $installer and Python $python (about 3 GB of disk, some minutes the first time)"
+    is_ready || install_all
+    if [[ -n "$dev" ]] && ! is_ready_dev; then
+        install_dev
+    fi
+    echo "environment is ready: $venv ($SECONDS s)"
+}
+
+if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then
+    main "$@"
+fi

@@ -16,6 +16,8 @@ run_folder="${DSRL_RUN_FOLDER:-runs/tiny_dsrl}"
 cd "$root"
 bash tools/setup_cpu.sh
 export PATH="${DSRL_VENV:-$root/.venv}/bin:$PATH"
+# The CPU environment lacks SGLang's kernels for GPUs.
+export CUDA_VISIBLE_DEVICES=''
 # One thread each: trainer and engine share the cores, and more threads slow SGLang's decoding several times.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 

@@ -1,8 +1,13 @@
 """The linters that come with the `dev` extra, run as programs."""
 
+import os
+import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from tests.support.tiny_run import REPOSITORY
 
@@ -11,11 +16,15 @@ def complaints(linter: str, *arguments: str, text: str | None = None) -> str:
     """What `hadolint` or `shellcheck` of this environment says, in the repository; empty if it has nothing to say.
 
     Args:
-        linter: its name; it lies beside the Python that runs the tests.
+        linter: its name; it lies beside the Python that runs the tests. Where it has no wheel (shellcheck on aarch64),
+            the one on PATH is taken, and without one the test is skipped.
         arguments: options and files.
         text: standard input, which the argument `-` stands for.
     """
-    program = Path(sys.executable).parent / linter
+    program = shutil.which(linter, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if program is None and platform.machine() != "x86_64":
+        pytest.skip(f"{linter} is not installed, and has no wheel for {platform.machine()}")
+    assert program, f"{linter} is missing: bash tools/setup_cpu.sh --dev"
     finished = subprocess.run(
         [program, *arguments], cwd=REPOSITORY, input=text, capture_output=True, text=True, timeout=60
     )
