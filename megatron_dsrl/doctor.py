@@ -79,8 +79,8 @@ def examine() -> Examination:
 def tested_environment(torch: str | None, torch_cuda: str | None) -> tuple[str, tuple[str, ...]]:
     """What this environment is, in words, and its lock files: the one that pins the installed torch.
 
-    The build for CUDA says little: the CPU environment may have it as well (tools/setup_cpu.sh), and the image stays the
-    image on a machine without a GPU, where checkpoints are converted.
+    Whether torch is built for CUDA does not tell: the CPU environment may have such a build too (tools/setup_cpu.sh),
+    and the image stays the image on a machine without a GPU, where checkpoints are converted.
 
     Args:
         torch: installed version; None where there is none.

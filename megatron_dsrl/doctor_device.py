@@ -50,13 +50,15 @@ def _why_torch_sees_none(torch_cuda: str, driver: str | None, environment: Mappi
     """The reason, and what to do about it."""
     oldest = OLDEST_DRIVERS.get(int(torch_cuda.partition(".")[0]))
     if driver is None:
-        return "no NVIDIA driver is loaded", f"on a GPU machine install one ({oldest} or newer); for a run on the CPU do nothing"
+        advice = f"on a GPU machine install one ({oldest} or newer); on a CPU machine nothing is missing"
+        return "no NVIDIA driver is loaded", advice
     if oldest is not None and int(driver.partition(".")[0]) < oldest:
         advice = f"CUDA {torch_cuda} needs {oldest} or newer: have the driver updated"
         return f"the driver {driver} is too old for it", advice
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible in ("", "-1"):
-        return f"CUDA_VISIBLE_DEVICES={visible} hides all", "to use them, unset it; in a SLURM job ask for GPUs (--gpus-per-node)"
+        advice = "unset it to use them; in a SLURM job ask for GPUs (--gpus-per-node)"
+        return f"CUDA_VISIBLE_DEVICES={visible} hides all", advice
     return f"the driver {driver} is loaded", (
         "hand the GPUs on: docker run --gpus all, apptainer exec --nv, sbatch --gpus-per-node; `nvidia-smi` says "
         "whether they work"

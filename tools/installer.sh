@@ -83,12 +83,17 @@ install() {
     fi
 }
 
+# The option for an index that goes before the installer's settings.
+index_option() {
+    if [[ "$installer" == uv ]]; then echo --index; else echo --index-url; fi
+}
+
 # offers NAME VERSION [INDEX]: whether an index has this very version for this Python and machine; downloads nothing.
 # Without INDEX by the installer's own settings. An INDEX that does not answer counts soon as one that lacks it.
 offers() {
     local name="$1" version="$2" index=() quickly=()
     if [[ -n "${3:-}" ]]; then
-        index=(--index-url "$3")
+        index=("$(index_option)" "$3")
         quickly=(timeout 60 env UV_HTTP_RETRIES=0 PIP_RETRIES=0 PIP_DEFAULT_TIMEOUT=5)
     fi
     if [[ "$installer" == uv ]]; then

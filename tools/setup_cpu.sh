@@ -3,6 +3,7 @@
 #
 #   bash tools/setup_cpu.sh            create or update; instant when nothing changed since the last time
 #   bash tools/setup_cpu.sh --dev      with pytest and the linters
+#   bash tools/setup_cpu.sh --packages only what comes from a package index: a layer of an image
 #   bash tools/setup_cpu.sh --check    only say whether it is up to date (exit status 0) or not (1); also after --dev
 #
 # Variables, none of which is needed:
@@ -98,7 +99,7 @@ install_torch() {
         step "install torch (CPU build)" install --no-deps "torch==$wanted+cpu"
     elif offers torch "$wanted+cpu" "$torch_index"; then
         step "install torch (CPU build, from $torch_index)" \
-            install --no-deps --index-url "$torch_index" "torch==$wanted+cpu"
+            install --no-deps "$(index_option)" "$torch_index" "torch==$wanted+cpu"
     else
         echo "  $torch_index does not answer, or lacks torch $wanted: taking the build for CUDA instead, which runs on" \
             "a CPU as well (2.7 GB of downloads instead of 0.2, 5 GB of disk)"
@@ -118,12 +119,15 @@ on_any_python() {
 # On a machine with GPUs this environment does not use them: it lacks SGLang's kernels.
 check_result() { CUDA_VISIBLE_DEVICES='' "$venv/bin/dsrl" doctor; }
 
-install_all() {
+install_packages() {
     rm -f "$stamp"
     step "create the virtual environment" make_venv
     install_torch
     step "install requirements-cpu.lock" install -r "$lock"
     step "install requirements-cpu-no-deps.lock" on_any_python --no-deps -r "$lock_no_deps"
+}
+
+install_project() {
     step "install this repository (editable)" on_any_python --no-deps --no-build-isolation -e "$root"
     step "check the result (dsrl doctor)" check_result
     wanted_stamp >"$stamp"
@@ -136,13 +140,14 @@ install_dev() {
 }
 
 main() {
-    local dev='' check='' argument
+    local dev='' check='' packages='' argument
     for argument in "$@"; do
         case "$argument" in
             --dev) dev=yes ;;
             --check) check=yes ;;
+            --packages) packages=yes ;;
             *)
-                echo "unknown option $argument; usage: bash tools/setup_cpu.sh [--dev] [--check]" >&2
+                echo "unknown option $argument; usage: bash tools/setup_cpu.sh [--dev] [--packages] [--check]" >&2
                 exit 2
                 ;;
         esac
@@ -157,7 +162,11 @@ main() {
     check_system || exit 1
     choose_installer || exit 1
     echo "setting up $venv with $installer and Python $python (about 3 GB of disk, some minutes the first time)"
-    is_ready || install_all
+    is_ready || install_packages
+    if [[ -n "$packages" ]]; then
+        return
+    fi
+    is_ready || install_project
     if [[ -n "$dev" ]] && ! is_ready_dev; then
         install_dev
     fi

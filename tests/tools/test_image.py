@@ -1,6 +1,7 @@
-"""The GPU image's recipes, which cannot be built here: their structure, their scripts, and their versions."""
+"""The images' recipes, which cannot be built here: their structure, their scripts, and their versions."""
 
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
@@ -47,12 +48,13 @@ def test_the_base_is_the_cuda_release_that_torch_brings():
 
 
 @pytest.mark.skipif(not (REPOSITORY / ".git").exists(), reason="not a checkout")
-def test_both_recipes_copy_all_that_is_tracked():
+def test_all_recipes_copy_all_that_is_tracked():
     """But for dotfiles, and what a copy of a folder brings along."""
     tracked = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout
     names = {line.partition("/")[0] for line in tracked.splitlines() if not line.startswith(".")}
-    copied = re.findall(r"^COPY (.*) \S+$", (IMAGE / "Dockerfile").read_text(), re.MULTILINE)
-    assert {name for line in copied for name in line.split()} - {"tools/image"} == names
+    for recipe in ("Dockerfile", "cpu.Dockerfile"):
+        copied = re.findall(r"^COPY (.*) \S+$", (IMAGE / recipe).read_text(), re.MULTILINE)
+        assert {name for line in copied for name in line.split()} - {"tools/image"} == names, recipe
     assert set(re.findall(r"^    (\S+) /opt/megatron-dsrl/", (IMAGE / "apptainer.def").read_text(), re.M)) == names
 
 
@@ -81,8 +83,28 @@ def test_the_versions_are_those_that_sglang_and_transformer_engine_ask_for():
 
 
 def test_hadolint_has_nothing_to_say():
-    assert complaints("hadolint", "tools/image/Dockerfile") == ""
+    assert complaints("hadolint", "tools/image/Dockerfile", "tools/image/cpu.Dockerfile") == ""
     assert "DL3008" in complaints("hadolint", "-", text="FROM debian:13\nRUN apt-get install gcc\n")
+
+
+def test_the_cpu_image_is_what_the_set_up_makes_on_a_python_and_a_glibc_that_it_takes():
+    recipe = (IMAGE / "cpu.Dockerfile").read_text()
+    assert re.findall(r"^FROM (\S+)$", recipe, re.MULTILINE) == ["python:3.12.13-slim-bookworm"]  # glibc 2.36
+    steps = re.findall(r"^RUN bash (\S+)(.*)$", recipe, re.MULTILINE)
+    assert steps == [("tools/setup_cpu.sh", " --packages"), ("tools/setup_cpu.sh", "")]
+    before_the_packages = recipe.partition("RUN bash")[0]
+    for needed in ("pyproject.toml", "tools"):
+        assert re.search(rf"^COPY .*\b{needed}\b", before_the_packages, re.MULTILINE), needed
+
+
+def test_the_dev_container_is_the_cpu_image_with_what_the_tests_need():
+    file = REPOSITORY / ".devcontainer" / "devcontainer.json"
+    container = json.loads(file.read_text())
+    assert (file.parent / container["build"]["dockerfile"]).resolve() == IMAGE / "cpu.Dockerfile"
+    assert (file.parent / container["build"]["context"]).resolve() == REPOSITORY
+    assert container["postCreateCommand"] == "bash tools/setup_cpu.sh --dev"
+    venv = re.search(r"DSRL_VENV=(\S+)", (IMAGE / "cpu.Dockerfile").read_text())[1]
+    assert container["customizations"]["vscode"]["settings"]["python.defaultInterpreterPath"] == f"{venv}/bin/python"
 
 
 APPTAINER_SECTIONS = {
