@@ -59,7 +59,7 @@ def examine() -> Examination:
     torch_is_there = installed_version("torch") is not None
     cuda = torch_is_there and _has_cuda()
     torch_cuda = _torch_cuda() if torch_is_there else None
-    environment, lock_files = tested_environment(installed_version("torch"), torch_cuda)
+    environment, lock_files = pinned_environment(installed_version("torch"), torch_cuda)
     packages = tuple(_packages(read_pins(REPOSITORY / name for name in lock_files), environment))
     return Examination((
         _python(),
@@ -76,7 +76,7 @@ def examine() -> Examination:
     ))  # fmt: skip
 
 
-def tested_environment(torch: str | None, torch_cuda: str | None) -> tuple[str, tuple[str, ...]]:
+def pinned_environment(torch: str | None, torch_cuda: str | None) -> tuple[str, tuple[str, ...]]:
     """What this environment is, in words, and its lock files: the one that pins the installed torch.
 
     Whether torch is built for CUDA does not tell: the CPU environment may have such a build too (tools/setup_cpu.sh),

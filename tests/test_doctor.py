@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 from packaging.utils import canonicalize_name
 
-from megatron_dsrl.doctor import ESSENTIAL_PACKAGES, LOCK_FILES, Examination, examine, read_pins
+from megatron_dsrl.doctor import (
+    ESSENTIAL_PACKAGES,
+    IMAGE_LOCK_FILE,
+    LOCK_FILES,
+    Examination,
+    examine,
+    pinned_environment,
+    read_pins,
+)
 from megatron_dsrl.doctor_device import driver_version, examine_cuda_compiler, examine_device
 from megatron_dsrl.doctor_kernels import Finding, examine_kernels
 
@@ -49,6 +57,26 @@ def run_doctor(*arguments: str, path: Path | None = None, isolated: bool = False
     program = f"import sys\nsys.path[:0] = {[str(path or REPOSITORY), str(REPOSITORY)]!r}\n{hide if isolated else ''}"
     program += f"from megatron_dsrl.cli import main\nsys.exit(main(['doctor', *{list(arguments)!r}]))"
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("torch", "torch_cuda", "files"),
+    [
+        ("{cpu}+cpu", None, LOCK_FILES),
+        ("{cpu}+cu130", "13.0", LOCK_FILES),  # the set-up takes the build for CUDA where it finds no other
+        ("{image}", "13.0", (IMAGE_LOCK_FILE,)),
+        ("2.99.0+cpu", None, LOCK_FILES),
+        ("2.99.0", "13.0", (IMAGE_LOCK_FILE,)),
+        (None, None, LOCK_FILES),
+    ],
+)
+def test_the_environment_is_told_by_its_torch(torch, torch_cuda, files):
+    pins = {
+        name: read_pins(REPOSITORY / file for file in files)["torch"]
+        for name, files in (("cpu", LOCK_FILES), ("image", (IMAGE_LOCK_FILE,)))
+    }
+    words, chosen = pinned_environment(torch and torch.format(**pins), torch_cuda)
+    assert chosen == files and words.startswith("CPU" if files == LOCK_FILES else "GPU")
 
 
 def test_json_says_the_same():
