@@ -1,9 +1,9 @@
 # shellcheck shell=bash
 # Sourced by setup_cpu.sh: the Python and the installer (uv or pip) of the CPU environment in $venv.
 #
-# uv is taken where it is installed, with Python 3.12, which it fetches if need be. pip is taken where DSRL_PYTHON or the
-# existing environment is Python 3.11 (megatron-core declares 3.12, and uv does not overlook that), and where pip's
-# settings name a package index, which uv does not read.
+# uv is taken where it is installed and finds Python 3.12, which it fetches if there is no Python that fits. pip is taken
+# where DSRL_PYTHON or the existing environment is Python 3.11 (megatron-core declares 3.12, and uv does not overlook
+# that), and where pip's settings name a package index, which uv does not read.
 
 fits() {
     "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null
@@ -34,12 +34,26 @@ pip_names_an_index() {
 }
 
 prefers_uv() {
-    command -v uv >/dev/null && ! pip_names_an_index && ! is_python_311 "${DSRL_PYTHON:-$venv/bin/python}"
+    command -v uv >/dev/null && ! pip_names_an_index && ! is_python_311 "${DSRL_PYTHON:-$venv/bin/python}" &&
+        { uv_finds "${DSRL_PYTHON:-3.12}" || ! find_python >/dev/null; }
+}
+
+uv_finds() { UV_PYTHON_DOWNLOADS=never uv python find "$1" >/dev/null 2>&1; }
+
+# The first Python on PATH that pip can make the environment with.
+find_python() {
+    local candidate
+    for candidate in ${DSRL_PYTHON:-python3.11 python3.12 python3}; do
+        if fits "$candidate"; then
+            echo "$candidate"
+            return
+        fi
+    done
+    return 1
 }
 
 # Sets `installer` and `python`.
 choose_installer() {
-    local candidate
     installer="${DSRL_INSTALLER:-}"
     if [[ -z "$installer" ]]; then
         if prefers_uv; then installer=uv; else installer=pip; fi
@@ -55,19 +69,16 @@ choose_installer() {
         echo "DSRL_INSTALLER=$installer: must be uv or pip" >&2
         return 1
     fi
-    for candidate in ${DSRL_PYTHON:-python3.11 python3.12 python3}; do
-        if fits "$candidate"; then
-            python="$candidate"
-            return
-        fi
-    done
-    echo "no Python 3.11 or 3.12 with the venv module found; install one, or name it: DSRL_PYTHON=/path/to/python" >&2
-    return 1
+    if ! python="$(find_python)"; then
+        echo "no Python 3.11 or 3.12 with the venv module found; install one, or name it:" \
+            "DSRL_PYTHON=/path/to/python; or install uv, which fetches one" >&2
+        return 1
+    fi
 }
 
 make_venv() {
     if [[ "$installer" == uv ]]; then
-        "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' ||
+        "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null ||
             uv venv --quiet --seed --clear --python "$python" "$venv"
     elif ! { fits "$venv/bin/python" && "$venv/bin/python" -m pip --version; }; then
         "$python" -m venv --clear "$venv"

@@ -128,9 +128,9 @@ def sourced(checkout: Path, commands: str, **variables: str) -> subprocess.Compl
         ({"DSRL_INSTALLER": "pip"}, "pip python3.11"),
     ],
 )
-def test_uv_is_taken_unless_it_cannot_do_the_work(checkout, tmp_path, variables, chosen):
+def test_uv_is_taken_unless_it_cannot_do_the_work(checkout, tmp_path, variables, chosen, uv="exit 0"):
     folder = tmp_path / "bin"
-    program(folder, "uv", "exit 1")
+    program(folder, "uv", uv)
     for minor in (11, 12):
         program(folder, f"python3.{minor}", f"case $2 in *print*) echo 3 {minor} ;; esac")
     (folder / ".config" / "pip").mkdir(parents=True)
@@ -143,6 +143,16 @@ def test_uv_is_taken_unless_it_cannot_do_the_work(checkout, tmp_path, variables,
     variables["PATH"] = f"{folder}:/usr/bin:/bin"
     result = sourced(checkout, 'choose_installer; echo "$installer" "$python"', **variables)
     assert result.stdout == chosen.format(bin=folder) + "\n", result.stderr
+
+
+def test_uv_does_not_fetch_a_python_where_one_is_there(checkout, tmp_path):
+    """Not every cluster's network lets it."""
+    test_uv_is_taken_unless_it_cannot_do_the_work(checkout, tmp_path, {}, "pip python3.11", uv="exit 1")
+
+
+def test_uv_fetches_a_python_where_none_fits(checkout, tmp_path):
+    wrong = {"DSRL_PYTHON": "{bin}/none"}
+    test_uv_is_taken_unless_it_cannot_do_the_work(checkout, tmp_path, wrong, "uv {bin}/none", uv="exit 1")
 
 
 @pytest.mark.parametrize(
