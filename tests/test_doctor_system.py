@@ -1,9 +1,12 @@
 """What `dsrl doctor` says of the C library and the compiler."""
 
+from pathlib import Path
+
 import pytest
 
 from megatron_dsrl.doctor_system import OLDEST_GLIBC, examine_c_library, examine_compiler
-from tests.support.tiny_run import REPOSITORY
+
+REPOSITORY = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(

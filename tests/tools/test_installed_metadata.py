@@ -9,7 +9,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.support.tiny_run import REPOSITORY
+REPOSITORY = Path(__file__).parents[2]
 
 LOCK = REPOSITORY / "tools" / "requirements-cpu-no-deps.lock"
 DISAGREEMENT = re.compile(r"^The package `(\S+)` requires `([^`]+)`, but (it's not|`\S+` is) installed$", re.MULTILINE)

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from megatron_dsrl.doctor import read_pins
-from tests.support.tiny_run import REPOSITORY
 
+REPOSITORY = Path(__file__).parents[2]
 VERSION = read_pins([REPOSITORY / "tools" / "requirements-cpu.lock"])["torch"]
 
 

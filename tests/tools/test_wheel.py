@@ -4,10 +4,11 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 
-from tests.support.tiny_run import REPOSITORY
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.mark.skipif(not (REPOSITORY / ".git").exists(), reason="not a checkout")
