@@ -33,7 +33,7 @@ NOT_HERE = {
     r"^bash tools/run_tests.sh": "runs these tests",
     r"\bsbatch ": "tests/slurm/test_job_script.py runs the script that every such line submits",
     r"^bash tools/local_slurm.sh|^pytest -m slow tests/slurm": "tests/slurm/test_jobs.py uses what it installs",
-    r"^docker |^apptainer |^enroot |install.sh wheels": "the GPU image; tests/tools/test_image.py lints it",
+    r"^docker |^apptainer |^enroot |install.sh wheels": "the images; tests/tools/test_image.py lints them",
     r"^python tools/image/check_pins.py": "tests/tools/test_image.py runs it, where there is uv",
     r"^pytest -m gpu": "needs a GPU",
     r"^torchfrtrace": "tests/platform/test_cuda.py runs it",
