@@ -21,7 +21,7 @@ from megatron_dsrl.conversion.command_line import add_convert
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.evaluation.command_line import add_eval, add_rescore, add_table
 from megatron_dsrl.loading import loading_megatron
-from megatron_dsrl.observability.command_line import add_compare, add_trace
+from megatron_dsrl.observability.command_line import add_compare, add_trace, add_upload
 from megatron_dsrl.observability.waiting import say_on_first_rank
 from megatron_dsrl.planning.command_line import add_plan
 from megatron_dsrl.process import end_with_torchrun
@@ -79,6 +79,9 @@ def _train(options: argparse.Namespace) -> int:
     if not options.dry_run and _is_complete(config):
         return 0
     figures = preflight(config, world_size)
+    from megatron_dsrl.observability.trackers.base import check_packages
+
+    check_packages(config.observability.trackers)
     from megatron_dsrl.config.summary import batch_lines, print_dry_run
 
     if options.dry_run:
@@ -194,6 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     add_plan(commands)
     _add_report(commands)
     add_trace(commands)
+    add_upload(commands)
     add_samples(commands)
     _add_rollout(commands)
     add_compare(commands)

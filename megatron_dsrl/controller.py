@@ -9,6 +9,7 @@ from megatron_dsrl.algorithms.reward_shaping import shaping_metrics
 from megatron_dsrl.config.phase import PhaseConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.evaluation.evaluator import Evaluator
+from megatron_dsrl.evaluation.problem_result import first_responses
 from megatron_dsrl.observability.console import RunConsole
 from megatron_dsrl.observability.step_metrics import rollout_metrics
 from megatron_dsrl.observability.timer import SecondsPerPart
@@ -74,10 +75,12 @@ class Controller:
     def evaluate(self, step: int) -> None:
         """Evaluate the held-out sets after so many steps (0: before training), except for those recorded already."""
         started = time.perf_counter()
-        for record in self._evaluator.evaluate(step, except_for=self._tracker.evaluated_sets(step)):
+        for evaluation in self._evaluator.evaluate(step, except_for=self._tracker.evaluated_sets(step)):
+            record = evaluation.record
             record["seconds"], started = time.perf_counter() - started, time.perf_counter()
             record["time"] = time.time()
-            self._tracker.log_evaluation(record)
+            shown = first_responses(evaluation.problems, self._config.observability.evaluation_responses)
+            self._tracker.log_evaluation(record, shown)
             self._console.evaluation(record)
 
     def record(

@@ -9,10 +9,16 @@ from megatron_dsrl.config.load import dump_config
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.config.yaml_text import parse_yaml
 from megatron_dsrl.errors import UserError
-from megatron_dsrl.observability.records import EVALUATION_FILE, METRICS_FILE, read_records
+from megatron_dsrl.observability.records import (
+    CONFIG_FILE,
+    EVALUATION_FILE,
+    METRICS_FILE,
+    RESPONSES_FILE,
+    read_records,
+)
 from megatron_dsrl.observability.timeline import TRACE_FOLDER
 from megatron_dsrl.run_inputs import RunInputs
-from megatron_dsrl.run_results import CHECKPOINTS_FOLDER, CONFIG_FILE, EXPORTS_FOLDER
+from megatron_dsrl.run_results import CHECKPOINTS_FOLDER, EXPORTS_FOLDER
 
 
 def check_run_folder(config: RunConfig, inputs: RunInputs) -> None:
@@ -60,7 +66,7 @@ def _remove_later_exports(run_folder: Path, step: int) -> None:
 
 
 def _set_aside_records(run_folder: Path) -> None:
-    names = (METRICS_FILE, EVALUATION_FILE, "tensorboard", "rollouts", TRACE_FOLDER)
+    names = (METRICS_FILE, EVALUATION_FILE, RESPONSES_FILE, "tensorboard", "rollouts", TRACE_FOLDER)
     if not read_records(run_folder / METRICS_FILE):
         return
     number = 1 + len(list(run_folder.glob("interrupted_*")))

@@ -6,9 +6,8 @@ from pathlib import Path
 from megatron_dsrl.checkpoint.compatibility import check_same_run
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.config.yaml_text import parse_yaml
-from megatron_dsrl.observability.records import EVALUATION_FILE, METRICS_FILE, read_records
+from megatron_dsrl.observability.records import CONFIG_FILE, EVALUATION_FILE, METRICS_FILE, read_records
 
-CONFIG_FILE = "config.yaml"
 CHECKPOINTS_FOLDER = "checkpoints"
 EXPORTS_FOLDER = "hf"
 

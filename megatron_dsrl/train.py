@@ -40,6 +40,7 @@ from megatron_dsrl.observability.console import RunConsole
 from megatron_dsrl.observability.timeline import NoTimeline, Timeline
 from megatron_dsrl.observability.timer import SecondsPerPart
 from megatron_dsrl.observability.tracker import Tracker
+from megatron_dsrl.observability.trackers.launch import Trackers
 from megatron_dsrl.observability.waiting import waiting
 from megatron_dsrl.platform import current_platform
 from megatron_dsrl.preemption import Preempted, StopRequested, StopSignal
@@ -195,6 +196,9 @@ def start_run(
     step = checkpoint.state.step if checkpoint else 0
     prepare_run_folder(config, inputs.run_folder, step)
     record_run_start("train", config, inputs, step, console.message)
+    trackers = resources.enter_context(
+        Trackers(config.observability.trackers, inputs.run_folder, console.message)
+    )  # before the engines: what is on its way is waited for when they have ended
     timeline = open_timeline(config, inputs.run_folder, resources)
     rollout = start_rollout(with_model_folder(config, inputs.model_folder), inputs, timeline)
     resources.callback(rollout.close)
@@ -211,6 +215,8 @@ def start_run(
         models.load(checkpoint, same_layout=checkpoint.state.layout == current_layout(config.parallel))
         announce(console, f"continuing after step {step} from {checkpoint.folder}")
     controller = start_controller(config, inputs, rollout, step, console, resources) if dist.get_rank() == 0 else None
+    if controller:
+        trackers.start()
     if controller and checkpoint and config.rollout.carries_over:
         rollout.take_over(CarryOver.read_from(checkpoint.folder / ROLLOUT_FOLDER))
     return TrainingRun(

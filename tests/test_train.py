@@ -48,6 +48,7 @@ def test_a_run_goes_through_both_phases_and_leaves_everything_behind(run):
     assert first["policy/kept_samples"] < 32 and second["policy/kept_samples"] == 32
     assert first["policy/grad_norm"] > 0 and second["policy/grad_norm"] > 0
     assert [r["step"] for r in records(run, "evaluation.jsonl")] == [0, 2]
+    assert [len(r["responses"]) for r in records(run, "evaluation_responses.jsonl")] == [8, 8]
     assert list((run / "tensorboard").glob("events.*"))
     exported = AutoModelForCausalLM.from_pretrained(run / "hf" / "step_000002")
     assert exported.config.vocab_size == 128

@@ -15,6 +15,7 @@ from megatron_dsrl.algorithms.routed_experts import decode_routed_experts
 from megatron_dsrl.provenance.records import read_starts
 from megatron_dsrl.rollout.recording import read_batch, read_groups, rollout_file
 from megatron_dsrl.rollout.step_sampling import is_mixed
+from tests.support import recording_tracker
 from tests.support.compare_runs import assert_same_tensors, checkpoint_tensors, records
 from tests.support.tiny_run import dsrl, processes_left_behind, write_tiny_run
 from tests.test_train import assert_traced
@@ -52,8 +53,10 @@ def run(tmp_path_factory) -> Path:
         )
     )
     config = write_tiny_run(tmp_path_factory.mktemp("tiny"), model)
-    result = dsrl("train", str(config), *SETTINGS, "evaluation.sets=[]", processes=2)
+    tracker = f"observability.trackers=[{{name: '{recording_tracker.PATH}', file: {config.parent / 'calls.jsonl'}}}]"
+    result = dsrl("train", str(config), *SETTINGS, "evaluation.sets=[]", tracker, processes=2)
     assert result.returncode == 0, result.stderr
+    assert result.stdout.count("http://tracker/run") == 1
     assert not processes_left_behind()
     return config.parent / "runs" / "tiny"
 
@@ -61,6 +64,13 @@ def run(tmp_path_factory) -> Path:
 def test_one_record_says_what_produced_the_run_on_both_processes(run):
     (start,) = read_starts(run)
     assert start["world_size"] == 2 and start["layout"]["expert_parallel_size"] == 2 and len(start["hosts"]) == 1
+
+
+def test_only_rank_0_has_trackers(run):
+    calls = recording_tracker.calls(run.parent.parent / "calls.jsonl")
+    assert [call["call"] for call in calls] == ["open", "log", "log", "finish"]
+    assert [call["metrics"]["reward/mean"] for call in calls[1:3]] == [r["reward/mean"] for r in records(run)]
+    assert calls[0]["config"]["rollout"]["routing_replay"] is True and calls[-1]["status"] == "finished"
 
 
 def test_engine_and_trainer_agree_with_the_same_experts(run):

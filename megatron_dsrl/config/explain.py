@@ -104,15 +104,20 @@ def _walk(root: type[Section], location: tuple[str | int, ...], data: Any) -> tu
             owner = None if get_origin(containers[0]) is dict else owner
             path = (*path, part)
             annotation = get_args(containers[0])[-1]
-            if own := [item for item in getattr(annotation, "__metadata__", ()) if isinstance(item, OwnSection)]:
-                annotation = own[0].section_class(_value_at(data, path))
+            for item in getattr(annotation, "__metadata__", ()):
+                if isinstance(item, OwnSection):
+                    annotation = item.section_class(_value_at(data, path))
+                elif isinstance(item, Registry):
+                    annotation = item.options_class(_value_at(data, path))
         # Otherwise the part names the member of a union of plain types that was tried: no key of the data.
     return path, owner
 
 
 def _registry_of(field: FieldInfo) -> Registry | None:
     """The registry that a field's value is chosen from."""
-    parts = [field, *get_args(field.annotation)]  # of `Annotated[Options, registry] | None` pydantic leaves the union
+    # Of `Annotated[Options, registry] | None` pydantic leaves the union; in a list the items are chosen, not the field.
+    of_union = get_args(field.annotation) if get_origin(field.annotation) in (Union, types.UnionType) else ()
+    parts = [field, *of_union]
     metadata = [item for part in parts for item in getattr(part, "metadata", getattr(part, "__metadata__", ()))]
     return next((item for item in metadata if isinstance(item, Registry)), None)
 

@@ -9,6 +9,7 @@ from megatron_dsrl.config.model import ModelConfig, ParallelConfig
 from megatron_dsrl.config.phase import AnyPhase
 from megatron_dsrl.config.rollout import EngineConfig, RolloutConfig
 from megatron_dsrl.config.section import Section
+from megatron_dsrl.config.trackers import AnyTracker
 
 
 class EvaluationSetConfig(PromptSetConfig):
@@ -73,6 +74,14 @@ class ObservabilityConfig(Section):
 
     tensorboard: bool = True
     """Write TensorBoard scalars to `<run folder>/tensorboard`."""
+
+    trackers: list[AnyTracker] = Field(default_factory=list)
+    """Experiment trackers that follow the run: `wandb`, `mlflow`, `swanlab`, `trackio`, a dotted path
+    `package.module:Class`, or `{name: wandb, project: mine}` with options."""
+
+    evaluation_responses: int = Field(default=16, ge=0)
+    """Write this many responses of every evaluation to `<run folder>/evaluation_responses.jsonl`, one of each problem
+    from the first on; trackers show them as a table."""
 
     save_rollouts: bool = True
     """Write every sample of every step to `<run folder>/rollouts` (needed for `rollout.replay_from`)."""

@@ -6,7 +6,7 @@ loaded or copied for it.
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from megatron_dsrl.config.benchmark import BenchmarkConfig
 from megatron_dsrl.config.run import EvaluationSetConfig
@@ -21,6 +21,15 @@ from megatron_dsrl.rollout.rollout import Generator
 EvaluationRecord = dict[str, int | float | str | None]
 """step, set, the figures of `summarise`, and the ends of the accuracy's 95 % interval, confidence_low_95 and
 confidence_high_95. For k = samples_per_prompt above 1 also `pass@k`, and `majority@k` where answers can be compared."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the evaluation of one set found."""
+
+    record: EvaluationRecord
+    problems: list[ProblemResult]
+    """All of the set, in its order."""
 
 
 class Evaluator:
@@ -48,18 +57,18 @@ class Evaluator:
         self._rollout = rollout
         self._verifier = verifier
 
-    def evaluate(self, step: int, except_for: Collection[str] = ()) -> Iterator[EvaluationRecord]:
-        """One record per set under the engine's current weights, each as soon as it is there.
+    def evaluate(self, step: int, except_for: Collection[str] = ()) -> Iterator[Evaluation]:
+        """One per set under the engine's current weights, each as soon as it is there.
 
         Args:
-            step: labels the records; 0 is before training.
+            step: labels the evaluations; 0 is before training.
             except_for: names of sets to leave out.
         """
         for config, prompts in self._sets:
             if config.name not in except_for:
                 yield self._evaluate_set(config, prompts, step)
 
-    def _evaluate_set(self, config: EvaluationSetConfig, prompts: Sequence[Prompt], step: int) -> EvaluationRecord:
+    def _evaluate_set(self, config: EvaluationSetConfig, prompts: Sequence[Prompt], step: int) -> Evaluation:
         sampling = replace(
             self._rollout.training_sampling, temperature=config.temperature, return_routed_experts=False
         )
@@ -77,7 +86,7 @@ class Evaluator:
             record[f"pass@{count}"] = figures["pass_at_k"][count]
             if figures["majority_at_k"] is not None:
                 record[f"majority@{count}"] = figures["majority_at_k"]
-        return record
+        return Evaluation(record, problems)
 
 
 def check_different_samples(config: EvaluationSetConfig | BenchmarkConfig, section: str) -> None:

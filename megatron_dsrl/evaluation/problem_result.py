@@ -77,6 +77,16 @@ class ProblemResult:
         return asdict(self)
 
 
+def first_responses(problems: Sequence[ProblemResult], count: int) -> list[dict[str, Any]]:
+    """The first sample of each of the first problems, as plain values: the same ones at every evaluation of a set."""
+    return [
+        {"problem": problem.index, "prompt": problem.prompt, "answer": problem.answer, "response": sample.text}
+        | {"reward": sample.reward, "tokens": sample.tokens, "truncated": sample.truncated, "verdict": sample.verdict}
+        for problem in problems[:count]
+        for sample in problem.samples[:1]
+    ]
+
+
 def joined(parts: Sequence[ProblemResult]) -> ProblemResult:
     """The parts of one problem as a whole, its samples in the order of their numbers."""
     samples = {number: sample for part in parts for number, sample in zip(part.numbers, part.samples, strict=True)}

@@ -1,4 +1,4 @@
-"""Arguments of `dsrl trace` and `dsrl compare`. Light: whatever a command needs is imported when it runs."""
+"""Arguments of `dsrl trace`, `dsrl compare` and `dsrl upload`. Light: a command imports what it needs when it runs."""
 
 import argparse
 from pathlib import Path
@@ -42,6 +42,31 @@ def add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.set_defaults(command=_compare, parser=parser)
 
 
+def add_upload(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to `dsrl`'s."""
+    parser = commands.add_parser(
+        "upload",
+        help="send a run folder to experiment trackers, as for compute nodes without a network",
+        description="Send the steps, evaluations and responses of a run folder to W&B, MLflow, SwanLab, Trackio or a "
+        "tracker of your own. Sends only what the tracker does not have yet, so that it can be repeated while the run "
+        "goes on.",
+        epilog="example: dsrl upload runs/tiny_dsrl --to mlflow tracking_uri=http://127.0.0.1:5000",
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="run folder, such as runs/tiny_dsrl")
+    parser.add_argument(
+        "overrides", metavar="OPTION=VALUE", nargs="*", help="option of the tracker, such as project=mine"
+    )
+    parser.add_argument(
+        "--to",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="wandb, mlflow, swanlab, trackio or package.module:Class; may be repeated (default: the run's "
+        "observability.trackers)",
+    )
+    parser.set_defaults(command=_upload, parser=parser)
+
+
 def _trace(options: argparse.Namespace) -> int:
     from rich.console import Console
 
@@ -68,4 +93,13 @@ def _compare(options: argparse.Namespace) -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     print(write_comparison(methods, baseline, options.output))
     print(f"written to {options.output / TABLE_FILE} and {options.output / FIGURE_FILE}")
+    return 0
+
+
+def _upload(options: argparse.Namespace) -> int:
+    from megatron_dsrl.observability.trackers.upload import chosen_trackers, upload
+
+    trackers = chosen_trackers(options.run, options.to, options.overrides)
+    for tracker in trackers:
+        print(upload(options.run, tracker), flush=True)
     return 0

@@ -14,8 +14,11 @@ from typing import Any
 
 from megatron_dsrl.errors import UserError
 
+CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 EVALUATION_FILE = "evaluation.jsonl"
+RESPONSES_FILE = "evaluation_responses.jsonl"
+"""Some responses of every evaluation: `step`, `set`, and `responses` with prompt, response, answer, reward..."""
 
 Record = dict[str, Any]
 
@@ -39,6 +42,19 @@ def _plain_value(key: str, value: Any, step: Any) -> str | int | float | bool | 
         logger.warning("step %s: %s is %s and is recorded as null", step, key, value)
         return None
     return value
+
+
+def shown_metrics(record: Record) -> dict[str, int | float]:
+    """The numbers of a step or evaluation record, by the names under which TensorBoard and trackers show them.
+
+    Those of an evaluation begin with `evaluation/<set>/`.
+    """
+    prefix = f"evaluation/{record['set']}/" if "set" in record else ""
+    return {
+        prefix + key: value
+        for key, value in record.items()
+        if key not in ("step", "time") and isinstance(value, (int, float))
+    }
 
 
 def read_records(path: Path) -> list[Record]:

@@ -11,9 +11,8 @@ import yaml
 
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.observability.chart_source import PhaseSpan
-from megatron_dsrl.observability.records import EVALUATION_FILE, METRICS_FILE, Record, read_records
+from megatron_dsrl.observability.records import CONFIG_FILE, EVALUATION_FILE, METRICS_FILE, Record, read_records
 
-CONFIG_FILE = "config.yaml"
 PRE_TRAIN = "pre_train"
 """The `space` of a step record that updates log P(y) alone."""
 PRE_TRAIN_COLOURS, OTHER_COLOURS = (1, 5), (2, 3, 4, 6)

@@ -1,8 +1,10 @@
-"""What rank 0 writes down while a run goes: metrics.jsonl, evaluation.jsonl and TensorBoard scalars.
+"""What rank 0 writes down while a run goes: metrics.jsonl, evaluation.jsonl with some responses, and TensorBoard.
 
-The JSON-lines files are the record of truth (the report reads nothing else of the numbers); TensorBoard is a view.
+The JSON-lines files are the record of truth (the report reads nothing else of the numbers); TensorBoard is a view, and
+so are the experiment trackers, which follow the files (`trackers/`).
 """
 
+from collections.abc import Sequence
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -11,14 +13,17 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_dsrl.disk import writing
 from megatron_dsrl.observability.records import (
+    CONFIG_FILE,
     EVALUATION_FILE,
     METRICS_FILE,
+    RESPONSES_FILE,
     Record,
     plain_record,
     read_records,
     record_line,
     repair_records,
     replace_records,
+    shown_metrics,
 )
 
 WHAT_IS_SAFE = "The records and checkpoints of the steps before are untouched"
@@ -41,6 +46,8 @@ class Tracker:
             run_folder.mkdir(parents=True, exist_ok=True)
         self._metrics = _RecordFile(run_folder / METRICS_FILE)
         self._evaluations = _RecordFile(run_folder / EVALUATION_FILE)
+        self._responses = _RecordFile(run_folder / RESPONSES_FILE)
+        self._config_file = run_folder / CONFIG_FILE
         self._tensorboard_folder = run_folder / "tensorboard" if tensorboard else None
         self._writer = self._open_writer(purge_step=None)
 
@@ -54,13 +61,18 @@ class Tracker:
         assert record["step"] > self.last_step, f"step {record['step']} after step {self.last_step}"
         record = plain_record(record)
         self._metrics.append(record)
-        self._add_scalars(record, prefix="")
+        self._add_scalars(record)
 
-    def log_evaluation(self, record: Record) -> None:
-        """Record the evaluation of one set; step 0 is before training. The set's name is `record["set"]`."""
+    def log_evaluation(self, record: Record, responses: Sequence[Record] = ()) -> None:
+        """Record the evaluation of one set with some of its responses; step 0 is before training.
+
+        The set's name is `record["set"]`. Who finds the evaluation on disk finds its responses as well.
+        """
         record = plain_record(record)
+        if responses:
+            self._responses.append({"step": record["step"], "set": record["set"], "responses": list(responses)})
         self._evaluations.append(record)
-        self._add_scalars(record, prefix=f"evaluation/{record['set']}/")
+        self._add_scalars(record)
 
     def evaluated_sets(self, step: int) -> set[str]:
         """Names of the sets whose evaluation after this step is recorded."""
@@ -73,6 +85,7 @@ class Tracker:
         """
         self._metrics.truncate_after(step)
         self._evaluations.truncate_after(step)
+        self._responses.truncate_after(step)
         self._close_writer()
         self._writer = self._open_writer(purge_step=step + 1)
 
@@ -80,6 +93,7 @@ class Tracker:
         """Close all files; a second call does nothing."""
         self._metrics.close()
         self._evaluations.close()
+        self._responses.close()
         self._close_writer()
 
     def __enter__(self) -> "Tracker":
@@ -94,7 +108,11 @@ class Tracker:
         if self._tensorboard_folder is None:
             return None
         with writing(self._tensorboard_folder, WHAT_IS_SAFE):
-            return SummaryWriter(str(self._tensorboard_folder), purge_step=purge_step)
+            writer = SummaryWriter(str(self._tensorboard_folder), purge_step=purge_step)
+            if self._config_file.is_file():
+                text = self._config_file.read_text(encoding="utf-8")
+                writer.add_text("config", f"```yaml\n{text}```", max((purge_step or 0) - 1, 0))
+            return writer
 
     def _close_writer(self) -> None:
         writer, self._writer = self._writer, None
@@ -102,13 +120,12 @@ class Tracker:
             with writing(self._tensorboard_folder, WHAT_IS_SAFE):
                 writer.close()
 
-    def _add_scalars(self, record: Record, prefix: str) -> None:
+    def _add_scalars(self, record: Record) -> None:
         if self._writer is None:
             return
         with writing(self._tensorboard_folder, WHAT_IS_SAFE):
-            for key, value in record.items():
-                if key not in ("step", "time") and isinstance(value, (int, float)):
-                    self._writer.add_scalar(prefix + key, value, record["step"])
+            for key, value in shown_metrics(record).items():
+                self._writer.add_scalar(key, value, record["step"])
             self._writer.flush()
 
 

@@ -10,6 +10,7 @@ from megatron_dsrl.config.run import EvaluationConfig, EvaluationSetConfig
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.evaluation.evaluator import Evaluator
+from megatron_dsrl.evaluation.problem_result import first_responses
 from megatron_dsrl.rollout.sample import Group, Sample
 from megatron_dsrl.rollout.sampling import SamplingParameters
 from megatron_dsrl.train import is_due
@@ -60,7 +61,7 @@ def test_record_of_each_set():
         (evaluation_set("sampled", samples_per_prompt=2, temperature=0.7), PROMPTS),
         (evaluation_set("short", samples_per_prompt=2, temperature=1.0), PROMPTS[:1]),
     ]
-    both, short = Evaluator(sets, rollout, "boxed").evaluate(step=5)
+    both, short = (found.record for found in Evaluator(sets, rollout, "boxed").evaluate(step=5))
     assert rollout.asked == [(2, 2, 0.7, 64, "evaluation sampled"), (1, 2, 1.0, 64, "evaluation short")]
     assert both == {
         "step": 5,
@@ -85,8 +86,14 @@ def test_a_set_has_a_verifier_of_its_own():
     choices = evaluation_set(
         "choices", samples_per_prompt=2, temperature=1.0, reward={"function": "multiple_choice", "workers": 1}
     )
-    [record] = Evaluator([(choices, prompts)], RecordedRollout({"B": (right, other)}), "boxed").evaluate(step=0)
-    assert record["accuracy"] == 0.5
+    [found] = Evaluator([(choices, prompts)], RecordedRollout({"B": (right, other)}), "boxed").evaluate(step=0)
+    assert found.record["accuracy"] == 0.5
+    assert first_responses(found.problems, 1) == [
+        {
+            "problem": 0, "prompt": "?", "answer": "B", "response": "The answer is (B).", "reward": 1.0, "tokens": 5,
+            "truncated": False, "verdict": "ok",
+        }
+    ]  # fmt: skip
 
     wrong = evaluation_set("wrong", reward={"function": "multiple_choice", "options": {"box": True}})
     with pytest.raises(UserError, match=r"evaluation\.sets\.0\.reward: multiple_choice does not take these options"):

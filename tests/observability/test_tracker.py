@@ -40,6 +40,30 @@ def test_records_are_on_disk_at_once_and_in_tensorboard(tmp_path: Path) -> None:
     assert scalars(tmp_path, "evaluation/held-out/accuracy") == [(0, 0.25)]
 
 
+def test_some_responses_of_every_evaluation(tmp_path: Path) -> None:
+    """They are forgotten with their evaluation."""
+    with Tracker(tmp_path, tensorboard=False) as tracker:
+        for step in (0, 2):
+            tracker.log_evaluation(evaluation_record(step, accuracy=0.5), [{"prompt": "1+1=?", "reward": 0.0}])
+        tracker.truncate_after(1)
+    assert read_records(tmp_path / "evaluation_responses.jsonl") == [
+        {"step": 0, "set": "held-out", "responses": [{"prompt": "1+1=?", "reward": 0.0}]}
+    ]
+
+
+def test_tensorboard_shows_the_configuration(tmp_path: Path) -> None:
+    """The one that holds now, where a resumed run has another."""
+    for name in ("then", "now"):
+        (tmp_path / "config.yaml").write_text(f"name: {name}\n")
+        with Tracker(tmp_path) as tracker:
+            tracker.truncate_after(tracker.last_step)
+            tracker.log_step(small_record(tracker.last_step + 1) | {"time": 1.8e9})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["reward/mean"]
+    assert b"name: now" in events.Tensors("config/text_summary")[-1].tensor_proto.string_val[0]
+
+
 def test_a_disk_that_fills_up(tmp_path: Path) -> None:
     """The error names the file; the records before survive, and the run goes on behind them when there is space."""
     with Tracker(tmp_path, tensorboard=False) as tracker:

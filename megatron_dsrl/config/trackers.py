@@ -1,0 +1,12 @@
+"""Which experiment trackers a run reports to. What they do is in `megatron_dsrl/observability/trackers`."""
+
+from typing import Annotated
+
+from megatron_dsrl.config.registry import Options, Registry
+
+_PACKAGE = "megatron_dsrl.observability.trackers"
+
+TRACKERS = Registry("tracker", [f"{_PACKAGE}.{name}" for name in ("wandb", "mlflow", "swanlab", "trackio")])
+
+AnyTracker = Annotated[Options, TRACKERS]
+"""`wandb`, `mlflow`, `swanlab`, `trackio`, or your own class by its dotted path; the options stand beside the name."""

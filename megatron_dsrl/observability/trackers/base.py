@@ -1,0 +1,111 @@
+"""What an experiment tracker is: options in the configuration, and a run at the tracking service.
+
+A tracker of your own is a subclass of `TrackerOptions`, named in the configuration by its dotted path:
+
+    class Printed(TrackerOptions):
+        prefix: str = ""
+
+        def open(self, run: TrackedRun) -> TrackerRun:
+            return PrintedRun(self.prefix)
+
+Trackers run in a process of their own (`process.py`), so they may block, raise and crash: the training goes on.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from megatron_dsrl.config.registry import Options
+from megatron_dsrl.errors import UserError
+
+Status = Literal["finished", "failed", "interrupted", "running"]
+"""How a run ended. `interrupted` will be continued (preempted, killed); `running` has not ended."""
+
+RESPONSE_COLUMNS = ("prompt", "response", "answer", "reward")
+"""Of the table of responses."""
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """The run that is to be started at the service, or continued."""
+
+    id: str
+    """Eight hexadecimal digits that stay the same however often the run is resumed."""
+    name: str
+    folder: Path
+    config: Mapping[str, Any]
+    """The resolved configuration, with `phase_schedule` (name, first_step and last_step of every phase) and, where it
+    is recorded, `provenance`."""
+    training_process: int | None
+    """Process whose resources the tracker may watch; None when a run folder is uploaded."""
+
+
+class TrackerRun(ABC):
+    """One run at the service. Methods may block and raise; a call that raised is repeated later."""
+
+    url: str | None = None
+    """Where people look at the run."""
+
+    @abstractmethod
+    def log(self, step: int, metrics: Mapping[str, float], time: float | None) -> None:
+        """Send the numbers of a step, or of an evaluation after it. Steps never go back.
+
+        Args:
+            step: of the training; 0 is before it.
+            metrics: numbers by name.
+            time: when they were recorded, in seconds since 1970; None where the record does not say.
+        """
+
+    @abstractmethod
+    def log_responses(self, step: int, evaluation_set: str, rows: Sequence[Sequence[Any]]) -> None:
+        """Send some responses of an evaluation: one row per response with the values of `RESPONSE_COLUMNS`."""
+
+    @abstractmethod
+    def finish(self, status: Status) -> None:
+        """Send what is still on its way and close the run, which may be continued later."""
+
+
+class TrackerOptions(Options):
+    """Base of trackers: the fields are the options, `open` begins or continues the run."""
+
+    package: ClassVar[str | None] = None
+    """Importable name of the package that the tracker needs."""
+    requirement: ClassVar[str | None] = None
+    """What pip installs for it; None: `package`."""
+
+    finish_seconds: float = Field(default=60.0, gt=0)
+    """How long the end of a run waits for what is still on its way. `dsrl upload` sends what is missing then."""
+
+    @abstractmethod
+    def open(self, run: TrackedRun) -> TrackerRun:
+        """Begin the run at the service, or continue the one that was begun with the same `run.id`."""
+
+    def destination(self) -> dict[str, Any]:
+        """The options that decide which run at which service receives the records. What was sent is remembered for
+        each destination. By default all options but `finish_seconds`."""
+        return self.model_dump(mode="json", exclude={"finish_seconds"})
+
+
+def reason(error: Exception) -> str:
+    """An error in one short line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def check_packages(trackers: Sequence[Options], field: str = "observability.trackers") -> None:
+    """
+    Raises:
+        UserError: the package of a tracker is not installed.
+    """
+    for tracker in trackers:
+        assert isinstance(tracker, TrackerOptions)
+        if tracker.package is not None and find_spec(tracker.package) is None:
+            raise UserError(
+                f"{field}: {tracker.name} needs the package {tracker.package}, which is not installed: "
+                f"pip install {tracker.requirement or tracker.package}"
+            )

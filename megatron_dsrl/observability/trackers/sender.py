@@ -1,0 +1,139 @@
+"""Sends a run folder to one tracker: everything that the tracker does not have yet."""
+
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+
+from megatron_dsrl.observability.records import CONFIG_FILE, Record, shown_metrics
+from megatron_dsrl.observability.trackers.base import (
+    RESPONSE_COLUMNS,
+    Status,
+    TrackedRun,
+    TrackerOptions,
+    TrackerRun,
+)
+from megatron_dsrl.observability.trackers.cursor import Cursor
+from megatron_dsrl.observability.trackers.new_records import NewRecord, NewRecords
+from megatron_dsrl.provenance.records import read_starts
+
+
+class Sender:
+    """A context manager: at its end another process may send to the same destination."""
+
+    def __init__(self, run_folder: Path, options: TrackerOptions, training_process: int | None = None) -> None:
+        """
+        Args:
+            run_folder: what is sent.
+            options: where to.
+            training_process: see `TrackedRun`.
+
+        Raises:
+            InUse: another process sends to the same destination.
+            UserError: what the run folder says of the destination is damaged.
+        """
+        self._folder = run_folder
+        self._options = options
+        self._training_process = training_process
+        self._cursor = Cursor(run_folder, options)
+        self._records = NewRecords(run_folder)
+        self._pending: deque[NewRecord] = deque()
+        self._run: TrackerRun | None = None
+        self.steps = 0
+        """Step records sent so far."""
+        self.evaluations = 0
+        """Evaluations sent so far."""
+
+    @property
+    def url(self) -> str | None:
+        """Where people look at the run; None before it is open."""
+        return self._run.url if self._run else None
+
+    @property
+    def run_id(self) -> str:
+        """See `TrackedRun.id`."""
+        return self._cursor.sent.run_id
+
+    def open(self) -> None:
+        """Begin or continue the run at the service, unless it is open. Raises what the tracker raises."""
+        if self._run is None:
+            config = run_config(self._folder)
+            name = str(config.get("name", self._folder.resolve().name))
+            tracked = TrackedRun(self.run_id, name, self._folder, config, self._training_process)
+            self._run = self._options.open(tracked)
+
+    def has_news(self) -> bool:
+        """Whether there is a record that the tracker does not have."""
+        while True:
+            while self._pending and self._was_sent(self._pending[0]):
+                self._pending.popleft()
+            if self._pending:
+                return True
+            self._pending.extend(self._records.read())
+            if not self._pending:
+                return False
+
+    def send_new(self) -> None:
+        """Send the records that the tracker does not have. Raises what the tracker raises; a later call continues."""
+        while self.has_news():
+            self.open()
+            self._send(self._pending[0])
+            self._cursor.save()
+            self._pending.popleft()
+
+    def finish(self, status: Status) -> None:
+        """Close the run at the service if it is open."""
+        if self._run is not None:
+            self._run.finish(status)
+
+    def close(self) -> None:
+        """Let other processes send to the same destination."""
+        self._cursor.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _was_sent(self, new: NewRecord) -> bool:
+        sent = self._cursor.sent
+        if new.evaluation_set is None:
+            return new.step <= sent.last_step
+        return new.step <= sent.evaluations.get(new.evaluation_set, -1)
+
+    def _send(self, new: NewRecord) -> None:
+        assert self._run is not None
+        self._run.log(new.step, shown_metrics(new.record), new.record.get("time"))
+        if new.evaluation_set is None:
+            self._cursor.sent.last_step = new.step
+            self.steps += 1
+            return
+        if new.responses:
+            rows = [[response.get(column) for column in RESPONSE_COLUMNS] for response in new.responses]
+            self._run.log_responses(new.step, new.evaluation_set, rows)
+        self._cursor.sent.evaluations[new.evaluation_set] = new.step
+        self.evaluations += 1
+
+
+def run_config(run_folder: Path) -> dict[str, Any]:
+    """What a tracker shows as the configuration of a run; see `TrackedRun.config`."""
+    file = run_folder / CONFIG_FILE
+    config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    config["phase_schedule"] = phase_schedule(config)
+    if starts := read_starts(run_folder):
+        config["provenance"] = starts[-1]
+    return config
+
+
+def phase_schedule(config: Mapping[str, Any]) -> list[Record]:
+    """Name, first and last step of every phase of a resolved configuration."""
+    schedule, first = [], 1
+    for phase in config.get("phases", ()):
+        last = min(phase.get("until_step") or config["steps"], config["steps"])
+        if first <= last:
+            schedule.append({"name": phase["name"], "first_step": first, "last_step": last})
+        first = last + 1
+    return schedule
