@@ -30,6 +30,7 @@ from tests.support.tiny_run import REPOSITORY
 COMMAND_SECONDS = 1200
 
 NOT_HERE = {
+    r"^mlflow server|observability.trackers=|^dsrl upload": "tests/observability/trackers/test_real_trackers.py does",
     r"^bash tools/run_tests.sh": "runs these tests",
     r"\bsbatch ": "tests/slurm/test_job_script.py runs the script that every such line submits",
     r"^bash tools/local_slurm.sh|^pytest -m slow tests/slurm": "tests/slurm/test_jobs.py uses what it installs",
