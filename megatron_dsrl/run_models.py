@@ -14,7 +14,7 @@ from megatron_dsrl.actor.critic import Critic
 from megatron_dsrl.actor.reference import ReferencePolicy
 from megatron_dsrl.actor.statistics import UpdateMetrics
 from megatron_dsrl.algorithms.experience import Experience, estimate_advantages
-from megatron_dsrl.algorithms.objective import objectives_of
+from megatron_dsrl.algorithms.objective import build_objectives
 from megatron_dsrl.algorithms.passes import phase_passes, required_passes
 from megatron_dsrl.algorithms.schedule import Schedule
 from megatron_dsrl.checkpoint.store import BeginWrite, Checkpoint
@@ -85,7 +85,7 @@ class RunModels:
         if self.critic and step <= self.config.critic.warmup_steps:
             return None
         actor = self.config.actor
-        objectives = objectives_of(phase, experiences, self.config.rollout.max_response_tokens)
+        objectives = build_objectives(phase, experiences, self.config.rollout.max_response_tokens)
         if actor.optimizer_steps_per_rollout > 1:
             with timer.part("old_log_probs"):
                 objectives = [self.actor.with_old_log_probs(objective) for objective in objectives]

@@ -38,8 +38,8 @@ def update_metrics(update: UpdateMetrics | None, phase: PhaseConfig) -> dict[str
     if len(phase.objectives) > 1:
         metrics["policy/total_loss"] = update.loss
     for name, objective in update.objectives.items():
-        metrics |= {f"{name}/{key}": value for key, value in objective.of_samples().items()}
-        metrics |= _token_metrics(name, objective.of_tokens(), phase.objectives[name].space)
+        metrics |= {f"{name}/{key}": value for key, value in objective.totals().items()}
+        metrics |= _token_metrics(name, objective.token_metrics(), phase.objectives[name].space)
     return metrics | {f"router/{name}": value for name, value in update.router.items()}
 
 

@@ -25,7 +25,7 @@ from megatron_dsrl.actor.actor import Actor
 from megatron_dsrl.actor.build import build_actor
 from megatron_dsrl.algorithms.advantages import GroupStandardised
 from megatron_dsrl.algorithms.experience import Response, build_experience
-from megatron_dsrl.algorithms.objective import Objective, objectives_of
+from megatron_dsrl.algorithms.objective import Objective, build_objectives
 from megatron_dsrl.algorithms.spaces import PostTrain
 from megatron_dsrl.checkpoint.state import RunState, current_layout
 from megatron_dsrl.checkpoint.store import CheckpointStore
@@ -104,7 +104,7 @@ def make_objectives() -> Sequence[Objective]:
         for i in range(8)
     ]
     experience = build_experience(responses, PHASE.space, ())
-    return objectives_of(PHASE, [experience], RESPONSE_TOKENS)
+    return build_objectives(PHASE, [experience], RESPONSE_TOKENS)
 
 
 def timed(action: Callable[[], object]) -> float:

@@ -19,7 +19,7 @@ from megatron_dsrl.actor.actor import Actor
 from megatron_dsrl.actor.build import build_actor
 from megatron_dsrl.algorithms.advantages import GroupStandardised
 from megatron_dsrl.algorithms.experience import Response, build_experience
-from megatron_dsrl.algorithms.objective import objectives_of
+from megatron_dsrl.algorithms.objective import build_objectives
 from megatron_dsrl.algorithms.spaces import PostTrain
 from megatron_dsrl.config.actor import ActorConfig
 from megatron_dsrl.config.data import PromptSetConfig
@@ -111,7 +111,7 @@ def main() -> None:
 
 def report(actor: Actor, options: argparse.Namespace) -> None:
     experience = build_experience(random_responses(options), GRPO.space)
-    objectives = objectives_of(GRPO, [experience], max_response_tokens=options.response_tokens)
+    objectives = build_objectives(GRPO, [experience], max_response_tokens=options.response_tokens)
     update = fastest(lambda: actor.update(objectives), options.repetitions)
     skipped = fastest(lambda: actor.log_probs(experience), options.repetitions)
     print(f"{options.samples} samples of {options.prompt_tokens} + {options.response_tokens} tokens, 1 thread(s)")

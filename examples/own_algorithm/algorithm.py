@@ -26,7 +26,7 @@ class HarderProblems(AdvantageOptions):
         rewards = experience.sample_rewards
         centred = group_mean_advantage(rewards, experience.groups)
         mean = rewards - centred
-        return AdvantageEstimate.of_samples(centred * (1 + self.weight * (1 - mean)), experience)
+        return AdvantageEstimate.from_samples(centred * (1 + self.weight * (1 - mean)), experience)
 
 
 class SimplePolicyOptimization(LossOptions):
@@ -38,7 +38,7 @@ class SimplePolicyOptimization(LossOptions):
     eps: float = Field(default=0.2, gt=0)
     """How far the ratio may move before it is pulled back."""
 
-    def of_tokens(self, tokens: ScoredTokens) -> TokenLosses:
+    def token_losses(self, tokens: ScoredTokens) -> TokenLosses:
         ratio = probability_ratio(tokens.log_probs - tokens.old_log_probs)
         advantages = tokens.advantages
         penalty = advantages.abs() * (ratio - 1).square() / (2 * self.eps)

@@ -188,7 +188,7 @@ class Actor:
             loss = (result.losses * tokens_of(weights)).sum()
             means, maxima = mismatch_metrics(tokens.old_log_probs, tokens.engine_log_probs)
             means |= {"entropy": entropy, **result.metrics}
-            return loss, (objective.name, TokenStatistics.of_tokens(loss, means, maxima))
+            return loss, (objective.name, TokenStatistics.from_tokens(loss, means, maxima))
 
         return MicroBatch(row, score)
 
@@ -196,7 +196,7 @@ class Actor:
         self, row: PackedRow, logits: Tensor, entropy_gradient: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Of all scored tokens of a row, from the logits [S, vocabulary shard] that this rank has."""
-        shard = VocabularyShard.of_this_rank(logits.shape[-1], self._vocab_size)
+        shard = VocabularyShard.for_this_rank(logits.shape[-1], self._vocab_size)
         values = log_probs_and_entropy(logits, row.targets, self._temperature, shard, entropy_gradient)
         log_probs, entropy = row.assemble(torch.stack(values))
         return log_probs, entropy if entropy_gradient else entropy.detach()
@@ -205,7 +205,7 @@ class Actor:
 def _metrics_of(objectives: Sequence[Objective], kept: Sequence[ScoreResult]) -> dict[str, ObjectiveMetrics]:
     """Per objective, over all data-parallel replicas; on the last pipeline stage."""
     return {
-        objective.name: ObjectiveMetrics.of_step(
+        objective.name: ObjectiveMetrics.from_step(
             TokenStatistics.add_up([part for name, part in kept if name == objective.name]).over_replicas(),
             kept_samples=len(objective.experience),
         )

@@ -98,7 +98,7 @@ class Critic:
         metrics = None
         if kept:
             statistics = TokenStatistics.add_up(kept).over_replicas()
-            metrics = {"critic": ObjectiveMetrics.of_step(statistics, kept_samples=len(experience))}
+            metrics = {"critic": ObjectiveMetrics.from_step(statistics, kept_samples=len(experience))}
         metrics = share_with_all_stages(metrics)
         require_finite("value loss", metrics["critic"].loss)
         grad_norm, learning_rate = self._model.take_step()
@@ -114,7 +114,7 @@ class Critic:
         def score(output: Tensor) -> tuple[Tensor, TokenStatistics]:
             result = value_loss(_values(row, output), old_values, returns, self._config.value_clip)
             loss = result.losses.sum() / num_tokens
-            return loss, TokenStatistics.of_tokens(loss, result.metrics, {})
+            return loss, TokenStatistics.from_tokens(loss, result.metrics, {})
 
         return MicroBatch(row, score)
 

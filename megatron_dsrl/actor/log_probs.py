@@ -33,7 +33,7 @@ class VocabularyShard:
     """Tensor-parallel group; None for one rank."""
 
     @classmethod
-    def of_this_rank(cls, width: int, vocab_size: int) -> "VocabularyShard":
+    def for_this_rank(cls, width: int, vocab_size: int) -> "VocabularyShard":
         """
         Args:
             width: columns that this rank holds, as many as every other rank.

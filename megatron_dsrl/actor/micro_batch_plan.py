@@ -33,7 +33,7 @@ class SequenceCost:
     """Attention: what every token costs, divided by the sequence's length."""
 
     @classmethod
-    def of_layer(
+    def for_layer(
         cls, hidden_size: int, attention_heads: int, key_value_groups: int, head_dim: int, feed_forward_size: int
     ) -> "SequenceCost":
         """Of a decoder layer with gated feed-forward.

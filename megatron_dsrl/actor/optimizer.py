@@ -40,7 +40,7 @@ def build_optimizer(
         ),
         chunks,
     )
-    for part in parts_of(optimizer):
+    for part in chained_optimizers(optimizer):
         part.init_state_fn(part.optimizer, part.config)
     own_step_counts(optimizer)
     return optimizer
@@ -90,7 +90,7 @@ def apply_settings(
     """
     scheduler.max_lr = learning_rate
     scheduler.init_lr = _initial_rate(learning_rate, scheduler.lr_warmup_steps)
-    for part in parts_of(optimizer):
+    for part in chained_optimizers(optimizer):
         part.config.clip_grad = gradient_clip_norm
     scheduler.step(increment=0)
 
@@ -98,7 +98,7 @@ def apply_settings(
 @torch.no_grad()
 def forget_state(optimizer: MegatronOptimizer) -> None:
     """Adam's moments and step counts as before the first step. Master weights stay."""
-    for part in parts_of(optimizer):
+    for part in chained_optimizers(optimizer):
         for state in part.optimizer.state.values():
             for name in state.keys() & {"exp_avg", "exp_avg_sq", "step"}:
                 state[name] = torch.zeros_like(state[name]) if isinstance(state[name], torch.Tensor) else 0
@@ -113,14 +113,14 @@ def own_step_counts(optimizer: MegatronOptimizer) -> None:
     Megatron makes the moments without a count, and its loading hands one tensor to all parameters: AdamW counts in
     place, so that each step would count once per parameter, and the bias correction would be wrong.
     """
-    for part in parts_of(optimizer):
+    for part in chained_optimizers(optimizer):
         if isinstance(part.optimizer, torch.optim.AdamW):
             for state in part.optimizer.state.values():
                 step = state.get("step", 0.0)
                 state["step"] = torch.tensor(float(step), dtype=torch.float32)
 
 
-def parts_of(optimizer: MegatronOptimizer) -> Sequence[MegatronOptimizer]:
+def chained_optimizers(optimizer: MegatronOptimizer) -> Sequence[MegatronOptimizer]:
     """The optimizers that Megatron has chained, of dense and expert parameters; or the only one."""
     return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
 

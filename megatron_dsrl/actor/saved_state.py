@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_dsrl.actor.optimizer import own_step_counts, parts_of
+from megatron_dsrl.actor.optimizer import chained_optimizers, own_step_counts
 from megatron_dsrl.model.build import bare_model
 from megatron_dsrl.platform.checkpoint_writer import CheckpointWrite, begin_checkpoint
 
@@ -66,7 +66,7 @@ def load_state(
     loaded = dist_checkpointing.load(state, str(folder))
     for name, chunk in _named(chunks):
         bare_model(chunk).load_state_dict(loaded[name])
-    if any(isinstance(part.optimizer, torch.optim.AdamW) for part in parts_of(optimizer)):
+    if any(isinstance(part.optimizer, torch.optim.AdamW) for part in chained_optimizers(optimizer)):
         _add_missing_step_counts(loaded["optimizer"])
     optimizer.load_state_dict(loaded["optimizer"])
     own_step_counts(optimizer)

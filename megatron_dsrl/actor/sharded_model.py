@@ -101,7 +101,7 @@ class ShardedModel:
 def _sequence_cost(config: TransformerConfig) -> SequenceCost:
     experts_per_token = config.moe_router_topk if config.num_moe_experts else 0
     feed_forward = experts_per_token * config.moe_ffn_hidden_size if experts_per_token else config.ffn_hidden_size
-    return SequenceCost.of_layer(
+    return SequenceCost.for_layer(
         hidden_size=config.hidden_size,
         attention_heads=config.num_attention_heads,
         key_value_groups=config.num_query_groups,

@@ -20,7 +20,7 @@ class TokenStatistics:
     """Per name a float64 scalar; 0 where there is no token, so for numbers that are never negative."""
 
     @classmethod
-    def of_tokens(cls, loss: Tensor, means: Mapping[str, Tensor], maxima: Mapping[str, Tensor]) -> "TokenStatistics":
+    def from_tokens(cls, loss: Tensor, means: Mapping[str, Tensor], maxima: Mapping[str, Tensor]) -> "TokenStatistics":
         """Statistics of one micro-batch: `loss` is its weighted scalar, the others are [S] each."""
         return cls(
             num_tokens=next(iter(means.values())).numel(),
@@ -67,7 +67,7 @@ class ObjectiveMetrics:
     maxima: dict[str, float]
 
     @classmethod
-    def of_step(cls, statistics: TokenStatistics, kept_samples: int) -> "ObjectiveMetrics":
+    def from_step(cls, statistics: TokenStatistics, kept_samples: int) -> "ObjectiveMetrics":
         """Metrics of one optimizer step from statistics over all replicas."""
         tokens = statistics.num_tokens
         sums = {name: value.item() for name, value in statistics.sums.items()}
@@ -79,11 +79,11 @@ class ObjectiveMetrics:
             maxima={name: value.item() for name, value in statistics.maxima.items()},
         )
 
-    def of_samples(self) -> dict[str, float]:
+    def totals(self) -> dict[str, float]:
         """Figures of the objective as a whole, by name."""
         return {"loss": self.loss, "kept_samples": self.kept_samples, "kept_tokens": self.kept_tokens}
 
-    def of_tokens(self) -> dict[str, float]:
+    def token_metrics(self) -> dict[str, float]:
         """Figures that describe its scored tokens, by name."""
         return self.means | self.maxima
 
@@ -140,7 +140,7 @@ class UpdateMetrics:
         """Every number by a name of its own, `<objective>/<metric>` and `router/<metric>`."""
         flat: dict[str, float] = {"grad_norm": self.grad_norm, "learning_rate": self.learning_rate, "loss": self.loss}
         for name, objective in self.objectives.items():
-            numbers = objective.of_samples() | objective.of_tokens()
+            numbers = objective.totals() | objective.token_metrics()
             flat |= {f"{name}/{key}": value for key, value in numbers.items()}
         return flat | {f"router/{name}": value for name, value in self.router.items()}
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_dsrl.actor.forward_backward import MicroBatch, Result
 from megatron_dsrl.actor.offload import ModelMemory, ModelPart
-from megatron_dsrl.actor.optimizer import apply_settings, forget_state, parts_of
+from megatron_dsrl.actor.optimizer import apply_settings, chained_optimizers, forget_state
 from megatron_dsrl.actor.packing import PackedRow
 from megatron_dsrl.actor.saved_state import begin_save, load_state
 from megatron_dsrl.actor.sharded_model import ShardedModel
@@ -57,7 +57,7 @@ class TrainableModel(ShardedModel):
             "core attention": layer.self_attention.core_attention,
             "matrix products": layer.self_attention.linear_qkv,  # Transformer Engine's has the norm before it in it
             "norm": layer.input_layernorm,
-            "optimizer": parts_of(self._optimizer)[0].optimizer,
+            "optimizer": chained_optimizers(self._optimizer)[0].optimizer,
         }
         return {name: f"{type(part).__module__.split('.')[0]}.{type(part).__name__}" for name, part in parts.items()}
 
@@ -112,7 +112,7 @@ class TrainableModel(ShardedModel):
     def _tensors_of_parts(self) -> Mapping[ModelPart, Iterable[Tensor]]:
         """In float32 the optimizer has the model's own parameters or views of them, which then belong to the model."""
         parameters = [parameter for chunk in self.chunks for parameter in chunk.parameters()]
-        optimizers = [part.optimizer for part in parts_of(self._optimizer)]
+        optimizers = [part.optimizer for part in chained_optimizers(self._optimizer)]
         masters = [weight for optimizer in optimizers for group in optimizer.param_groups for weight in group["params"]]
         states = [value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()]
         return {

@@ -1,8 +1,8 @@
-"""Advantages: how rewards become the weights of tokens.
+"""Advantages: turn rewards into a weight for every token.
 
-Subclass `AdvantageOptions` for a custom one and name it by its dotted path; examples/own_algorithm shows how. All
-functions take the rewards of the whole rollout batch and the group of each, so that groups of unequal size (failed
-samples) need no reshaping. The one that needs a critic is in `gae.py`.
+For a custom advantage, subclass `AdvantageOptions` and name it by its dotted path; examples/own_algorithm shows how.
+All functions take the rewards of the whole rollout batch and the group of each sample, so that groups of unequal size
+(failed samples) need no reshaping. The advantage that needs a critic is in `gae.py`.
 """
 
 from abc import abstractmethod
@@ -22,40 +22,40 @@ from megatron_dsrl.config.registry import Options
 
 @dataclass(frozen=True)
 class AdvantageEstimate:
-    """How much better every scored token was than expected."""
+    """How much better each scored token was than expected."""
 
     advantages: PerToken
     returns: PerToken | None = None
-    """Regression target of the critic for each token; None where no critic is trained."""
+    """Regression target of the critic for each token; None if no critic is trained."""
 
     @classmethod
-    def of_samples(cls, advantages: Tensor, experience: Experience) -> "AdvantageEstimate":
+    def from_samples(cls, advantages: Tensor, experience: Experience) -> "AdvantageEstimate":
         """The same advantage for all tokens of a sample, from [num_sequences] float32."""
         return cls(expand_to_tokens(advantages, experience.num_scored))
 
 
 class AdvantageOptions(Options):
-    """Base of advantages: the fields are the options, `estimate` computes."""
+    """Base class of advantages: fields are options, `estimate` computes."""
 
     needs: ClassVar[ModelPasses] = ModelPasses()
-    """Passes of a model that `estimate` reads the results of."""
+    """Model passes whose results `estimate` reads."""
 
     compares_samples: ClassVar[bool] = False
-    """Whether it needs several samples of the same prompt."""
+    """Whether it needs several samples per prompt."""
 
     ignores_penalties: ClassVar[bool] = False
     """Whether a KL penalty in the reward would have no effect on it."""
 
     @abstractmethod
     def estimate(self, experience: Experience) -> AdvantageEstimate:
-        """Advantages of a whole rollout batch, every group complete, before any filter.
+        """Advantages of a whole rollout batch with complete groups, before any filter.
 
-        Read rewards from `experience.sample_rewards` or `experience.token_rewards`: a KL penalty is in them.
+        Read rewards from `experience.sample_rewards` or `experience.token_rewards`, which include the KL penalty.
         """
 
 
 def expand_to_tokens(values: Tensor, num_scored: Sequence[int]) -> PerToken:
-    """[num_sequences] numbers, each repeated for the scored tokens of its sequence."""
+    """Repeat each of [num_sequences] values for the scored tokens of its sequence."""
     return tuple(value.expand(count) for value, count in zip(values, num_scored))
 
 
@@ -66,13 +66,13 @@ class RawReward(AdvantageOptions):
     name: Literal["raw_reward"] = "raw_reward"
 
     def estimate(self, experience: Experience) -> AdvantageEstimate:
-        return AdvantageEstimate.of_samples(experience.sample_rewards, experience)
+        return AdvantageEstimate.from_samples(experience.sample_rewards, experience)
 
 
 @ADVANTAGES.register
 class Fixed(AdvantageOptions):
-    """One weight for every right sample, one for every wrong one, all-right and all-wrong groups included (NSR, PSR and
-    W-REINFORCE of arXiv 2506.01347). W-REINFORCE has `positive: 0.1`."""
+    """One weight for every right sample and one for every wrong sample, including all-right and all-wrong groups (NSR,
+    PSR and W-REINFORCE of arXiv 2506.01347). For W-REINFORCE set `positive: 0.1`."""
 
     name: Literal["fixed"] = "fixed"
     ignores_penalties: ClassVar[bool] = True
@@ -88,7 +88,7 @@ class Fixed(AdvantageOptions):
 
     def estimate(self, experience: Experience) -> AdvantageEstimate:
         right = experience.rewards > self.right_above
-        return AdvantageEstimate.of_samples(torch.where(right, self.positive, self.negative), experience)
+        return AdvantageEstimate.from_samples(torch.where(right, self.positive, self.negative), experience)
 
 
 @ADVANTAGES.register
@@ -100,12 +100,12 @@ class GroupMean(AdvantageOptions):
 
     def estimate(self, experience: Experience) -> AdvantageEstimate:
         advantages = group_mean_advantage(experience.sample_rewards, experience.groups)
-        return AdvantageEstimate.of_samples(advantages, experience)
+        return AdvantageEstimate.from_samples(advantages, experience)
 
 
 @ADVANTAGES.register
 class GroupStandardised(AdvantageOptions):
-    """A = (r - mean) / (std + eps), the unbiased standard deviation of the group (GRPO)."""
+    """A = (r - mean) / (std + eps), with the unbiased standard deviation of the group (GRPO)."""
 
     name: Literal["group_standardised"] = "group_standardised"
     compares_samples: ClassVar[bool] = True
@@ -115,7 +115,7 @@ class GroupStandardised(AdvantageOptions):
 
     def estimate(self, experience: Experience) -> AdvantageEstimate:
         advantages = group_standardised_advantage(experience.sample_rewards, experience.groups, self.eps)
-        return AdvantageEstimate.of_samples(advantages, experience)
+        return AdvantageEstimate.from_samples(advantages, experience)
 
 
 @ADVANTAGES.register
@@ -127,13 +127,13 @@ class LeaveOneOut(AdvantageOptions):
 
     def estimate(self, experience: Experience) -> AdvantageEstimate:
         advantages = leave_one_out_advantage(experience.sample_rewards, experience.groups)
-        return AdvantageEstimate.of_samples(advantages, experience)
+        return AdvantageEstimate.from_samples(advantages, experience)
 
 
 @ADVANTAGES.register
 class ReinforcePlusPlus(AdvantageOptions):
-    """REINFORCE++ (arXiv 2501.03262): the reward still to come at each token, without discount, standardised over the
-    tokens of the whole batch. A KL penalty in the reward (`kl.reward_coefficient`) is its usual companion."""
+    """REINFORCE++ (arXiv 2501.03262): the undiscounted reward-to-go at each token, standardised over all tokens of the
+    batch. Usually combined with a KL penalty in the reward (`kl.reward_coefficient`)."""
 
     name: Literal["reinforce_pp"] = "reinforce_pp"
 
@@ -146,10 +146,10 @@ class ReinforcePlusPlus(AdvantageOptions):
 
 @ADVANTAGES.register
 class ReinforcePlusPlusBaseline(AdvantageOptions):
-    """The baseline form of REINFORCE++: the group's mean is taken off the reward, then as REINFORCE++.
+    """REINFORCE++ with a baseline: subtract the group mean from the reward, then proceed as REINFORCE++.
 
-    Standardising over the batch takes off the mean over all tokens once more, so that a sample of a uniform group has a
-    small advantage, not none.
+    Standardising over the batch also subtracts the mean over all tokens, so samples of a uniform group get a small
+    advantage rather than exactly 0.
     """
 
     name: Literal["reinforce_pp_baseline"] = "reinforce_pp_baseline"
@@ -164,7 +164,7 @@ class ReinforcePlusPlusBaseline(AdvantageOptions):
 
 
 def group_mean_advantage(rewards: Tensor, groups: Tensor) -> Tensor:
-    """A = r - mean of the group: with a 0/1 reward and success rate p, a wrong sample weighs -p.
+    """A = r - mean of the group: with a 0/1 reward and success rate p, a wrong sample gets -p.
 
     Args:
         rewards: [num_samples] float.
@@ -179,7 +179,7 @@ def group_mean_advantage(rewards: Tensor, groups: Tensor) -> Tensor:
 def group_standardised_advantage(rewards: Tensor, groups: Tensor, eps: float = 1e-6) -> Tensor:
     """A = (r - mean) / (std + eps) with the unbiased standard deviation of the group (GRPO, arXiv 2402.03300).
 
-    A group of one sample has no deviation and gets A = 0.
+    A group of one sample gets A = 0.
 
     Args:
         rewards: [num_samples] float.
@@ -199,7 +199,7 @@ def group_standardised_advantage(rewards: Tensor, groups: Tensor, eps: float = 1
 def leave_one_out_advantage(rewards: Tensor, groups: Tensor) -> Tensor:
     """A = r - mean of the *other* samples of the group (RLOO, arXiv 2402.14740): G / (G - 1) times `group_mean`.
 
-    A group of one sample has nothing to compare with and gets A = 0.
+    A group of one sample has nothing to compare with, so it gets A = 0.
 
     Args:
         rewards: [num_samples] float.
@@ -218,7 +218,7 @@ def rewards_to_go(token_rewards: PerToken) -> PerToken:
 
 
 def _group_means(rewards: Tensor, groups: Tensor) -> Tensor:
-    """[num_groups] mean reward; exact for groups of equal rewards, whose A must be 0 and not a rounding error."""
+    """[num_groups] mean reward; exact for groups of equal rewards, so that A is 0 there and not a rounding error."""
     sizes = torch.bincount(groups).to(rewards.dtype)
     lowest = torch.zeros_like(sizes).scatter_reduce(0, groups, rewards, "amin", include_self=False)
     return lowest + torch.zeros_like(sizes).index_add_(0, groups, rewards - lowest[groups]) / sizes
@@ -227,8 +227,8 @@ def _group_means(rewards: Tensor, groups: Tensor) -> Tensor:
 def whiten(values: Sequence[Tensor], eps: float = 1e-8) -> tuple[Tensor, ...]:
     """(x - mean) / sqrt(var + eps) over the tokens of the whole batch, with the unbiased variance.
 
-    So do the PPO implementations for language models, TRL and verl among them; the original PPO standardises each
-    mini-batch instead. A batch of a single token has no variance and becomes 0.
+    PPO implementations for language models such as TRL and verl do the same; the original PPO standardises each
+    mini-batch instead. A batch of one token has no variance and becomes 0.
 
     Args:
         values: per sequence [num_scored] float.

@@ -1,9 +1,9 @@
-"""How the losses of tokens become one number.
+"""Aggregate token losses into one number.
 
-An aggregation gives every sequence of an optimizer step one weight that all its tokens share; the loss is the sum of
-`weight * token loss`. The weights come from the *global* batch, all data-parallel ranks together, so micro-batches,
-packing and data parallelism only ever add up and cannot change the result. Only samples that the filter keeps count.
-(The authors' released configuration averages per micro-batch; this project departs from it on purpose.)
+An aggregation gives each sequence of an optimizer step one weight that all its tokens share; the loss is the sum of
+`weight * token loss`. Weights are computed from the *global* batch over all data-parallel ranks, so micro-batching,
+packing and data parallelism only sum terms and cannot change the result. Only samples kept by the filter count.
+(The authors' released configuration averages per micro-batch; this project deliberately does not.)
 
 | name | loss | source |
 |---|---|---|
@@ -11,8 +11,8 @@ packing and data parallelism only ever add up and cannot change the result. Only
 | `sequence_mean` | mean over samples of (sum of l / length) | GRPO (arXiv 2402.03300) |
 | `token_sum` | sum of l / (number of samples x constant) | Dr.GRPO (arXiv 2503.20783) |
 
-A token of a long response weighs the same as one of a short response under the first and the third, and less under the
-second; the first and the third differ by a factor that changes from step to step with the mean length.
+Under `token_mean` and `token_sum` a token weighs the same in long and short responses; under `sequence_mean` it weighs
+less in long ones. `token_mean` and `token_sum` differ by a factor that varies with the mean length of a step.
 """
 
 from abc import abstractmethod
@@ -28,14 +28,14 @@ from megatron_dsrl.config.registry import Options
 
 
 class AggregationOptions(Options):
-    """Base of aggregations: the fields are the options, `weights` computes."""
+    """Base class of aggregations: fields are options, `weights` computes."""
 
     @abstractmethod
     def weights(self, num_scored: Sequence[int], max_response_tokens: int) -> Tensor:
         """Weight of each sequence's tokens.
 
         Args:
-            num_scored: kept scored tokens of every sequence in the optimizer step, over all data-parallel ranks.
+            num_scored: scored tokens of each kept sequence in the optimizer step, over all data-parallel ranks.
             max_response_tokens: `rollout.max_response_tokens`.
 
         Returns:
@@ -45,7 +45,7 @@ class AggregationOptions(Options):
 
 @AGGREGATIONS.register
 class TokenMean(AggregationOptions):
-    """The mean over all tokens."""
+    """Mean over all tokens."""
 
     name: Literal["token_mean"] = "token_mean"
 
@@ -55,7 +55,7 @@ class TokenMean(AggregationOptions):
 
 @AGGREGATIONS.register
 class SequenceMean(AggregationOptions):
-    """The mean over samples of each sample's mean over its tokens."""
+    """Mean over samples of each sample's mean over its tokens."""
 
     name: Literal["sequence_mean"] = "sequence_mean"
 
@@ -66,12 +66,12 @@ class SequenceMean(AggregationOptions):
 
 @AGGREGATIONS.register
 class TokenSum(AggregationOptions):
-    """The mean over samples of each sample's sum over its tokens, divided by a constant."""
+    """Mean over samples of each sample's sum over its tokens, divided by a constant."""
 
     name: Literal["token_sum"] = "token_sum"
 
     constant: int | None = Field(default=None, ge=1)
-    """The constant, in tokens; null: `rollout.max_response_tokens`."""
+    """The divisor, in tokens; null means `rollout.max_response_tokens`."""
 
     def weights(self, num_scored: Sequence[int], max_response_tokens: int) -> Tensor:
         total = max(len(num_scored), 1) * (self.constant or max_response_tokens)
@@ -82,7 +82,7 @@ def token_mean_weights(num_scored: Sequence[int]) -> Tensor:
     """Weight of each sequence's tokens for the mean over all tokens: 1 / (number of tokens).
 
     Args:
-        num_scored: tokens of every sequence.
+        num_scored: scored tokens of each sequence.
 
     Returns:
         [num_sequences] float32.

@@ -1,4 +1,4 @@
-"""Per-token estimators of a KL divergence, in the reward and in the loss.
+"""Per-token KL divergence estimators for the reward and the loss.
 
 With the log-ratio d = log pi(y_t) - log ref(y_t) of a token that was sampled from pi, KL(pi || ref) is estimated by
 
@@ -6,19 +6,20 @@ With the log-ratio d = log pi(y_t) - log ref(y_t) of a token that was sampled fr
     k2 = d^2 / 2                 biased, never negative
     k3 = exp(-d) - 1 + d         unbiased, never negative
 
-(J. Schulman, "Approximating KL divergence", 2020). In the reward only these values count. In the loss it is their
-*gradients* that count, and those are another matter, since the sampling distribution depends on the parameters too:
+(J. Schulman, "Approximating KL divergence", 2020). In the reward only these values matter. In the loss their
+*gradients* matter, and unbiased values do not imply unbiased gradients, since the sampling distribution depends on the
+parameters too:
 
-- k1 differentiated as it stands gives grad log pi, whose expectation is 0: no constraint at all. `kl_loss` therefore
-  gives k1 its score-function gradient d * grad log pi, the unbiased gradient of KL(pi || ref) of this token's
-  distribution. (What the token does to the divergence of later ones is left out, as is usual in the loss; in the reward
-  it counts.)
-- k2's own gradient is that same d * grad log pi: unbiased.
-- k3's own gradient is (1 - exp(-d)) * grad log pi, whose expectation is the gradient of KL(ref || pi), the other
-  direction; the two agree to first order in d. GRPO (arXiv 2402.03300) uses it so, and so does `kl_loss`.
+- Differentiating k1 directly gives grad log pi, whose expectation is 0: no constraint at all. `kl_loss` therefore
+  gives k1 the score-function gradient d * grad log pi, the unbiased gradient of KL(pi || ref) of this token's
+  distribution. (The token's effect on the divergence of later tokens is ignored, as is usual in the loss; the reward
+  includes it.)
+- The gradient of k2 is the same d * grad log pi: unbiased.
+- The gradient of k3 is (1 - exp(-d)) * grad log pi, whose expectation is the gradient of KL(ref || pi), the other
+  direction; the two agree to first order in d. GRPO (arXiv 2402.03300) uses it, and so does `kl_loss`.
 
-All of this holds on-policy; after the first step of several on the same samples the estimates are those of the policy
-that sampled.
+All of this holds on-policy. After the first of several steps on the same samples, the samples come from an older
+policy, so neither values nor gradients are exactly unbiased.
 """
 
 from torch import Tensor
@@ -26,16 +27,15 @@ from torch import Tensor
 from megatron_dsrl.config.phase import KLEstimator
 
 _LARGEST_LOG_RATIO = 20.0
-"""Nat; k3's exponential stays finite."""
+"""In nats; keeps the exponential of k3 finite."""
 
 
 def kl_estimate(log_probs: Tensor, reference_log_probs: Tensor, estimator: KLEstimator) -> Tensor:
-    """The estimate of every token, in nats; differentiating it is not what the loss wants, see `kl_loss`.
+    """Estimate for each token, in nats. Do not differentiate it for a loss: use `kl_loss`.
 
     Args:
         log_probs: [num_tokens] float, under the policy that sampled the tokens.
         reference_log_probs: [num_tokens] float.
-        estimator: which one.
     """
     ratio = (log_probs - reference_log_probs).clamp(-_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
     match estimator:
@@ -48,12 +48,11 @@ def kl_estimate(log_probs: Tensor, reference_log_probs: Tensor, estimator: KLEst
 
 
 def kl_loss(log_probs: Tensor, reference_log_probs: Tensor, estimator: KLEstimator) -> Tensor:
-    """The estimate of every token with the gradient that the module's docstring gives for it.
+    """Estimate for each token, with the gradient described in the module docstring.
 
     Args:
-        log_probs: [num_tokens] float, of the policy being trained, differentiable.
+        log_probs: [num_tokens] float, under the policy being trained, differentiable.
         reference_log_probs: [num_tokens] float.
-        estimator: which one.
 
     Returns:
         [num_tokens].

@@ -1,8 +1,7 @@
-"""Sample filters: which samples of a rollout batch are updated.
+"""Sample filters: which samples of a rollout batch are trained on.
 
-NSR keeps negative samples (A < 0), PSR positive ones (A > 0). A dropped sample leaves the numerator and the
-denominator of the loss alike: its token mask is zero. A sample whose tokens differ in their advantages is judged by
-their sum.
+NSR keeps negative samples (A < 0), PSR positive ones (A > 0). A dropped sample counts in neither the numerator nor the
+denominator of the loss. If the tokens of a sample have different advantages, their sum decides.
 """
 
 from abc import abstractmethod
@@ -17,11 +16,11 @@ from megatron_dsrl.config.registry import Options
 
 
 class FilterOptions(Options):
-    """Base of sample filters: the fields are the options, `keep` decides."""
+    """Base class of sample filters: fields are options, `keep` decides."""
 
     @abstractmethod
     def keep(self, experience: Experience) -> Tensor:
-        """Which samples of a whole rollout batch with advantages stay: [num_sequences] bool."""
+        """[num_sequences] bool: which samples of a whole rollout batch with advantages to keep."""
 
 
 @FILTERS.register

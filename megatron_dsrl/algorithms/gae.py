@@ -1,13 +1,13 @@
 """Generalized advantage estimation (arXiv 1506.02438) over the tokens of responses.
 
-With token rewards r_t and a critic's values V_t, the value of what has been written *before* token t:
+With token rewards r_t and critic values V_t, where V_t is the value of the text *before* token t:
 
-    delta_t = r_t + gamma V_{t+1} - V_t        (the TD residual; V after the last token is 0: the episode is over)
+    delta_t = r_t + gamma V_{t+1} - V_t        (the TD residual; V after the last token is 0)
     A_t     = delta_t + gamma lambda A_{t+1}   (the sum of (gamma lambda)^l delta_{t+l} over l, as a recursion)
-    R_t     = A_t + V_t                        (what the critic should have said: the TD(lambda) return)
+    R_t     = A_t + V_t                        (the TD(lambda) return, regression target of the critic)
 
-A response that was cut at the length limit ends like any other: nothing follows that could still be rewarded. The
-recursion runs in float64 over all sequences at once, one token position at a time.
+A response truncated at the length limit ends like any other: nothing after it can earn a reward. The recursion runs in
+float64 over all sequences at once, one token position at a time.
 """
 
 from collections.abc import Sequence
@@ -26,19 +26,19 @@ from megatron_dsrl.config.phase import ADVANTAGES
 
 @ADVANTAGES.register
 class GeneralizedAdvantage(AdvantageOptions):
-    """PPO's advantages, from the values of a critic (the run's `critic` section)."""
+    """PPO's advantages, from a critic's values (configured in the `critic` section)."""
 
     name: Literal["gae"] = "gae"
     needs: ClassVar[ModelPasses] = ModelPasses(values=True)
 
     discount: float = Field(default=1.0, ge=0, le=1)
-    """gamma: what a reward is worth one token earlier."""
+    """gamma: discount per token."""
 
     trace_decay: float = Field(default=1.0, ge=0, le=1)
-    """lambda: 1 trusts the rewards that came (more variance), 0 the critic's next value (more bias)."""
+    """lambda: 1 relies on observed rewards (more variance), 0 on the critic's next value (more bias)."""
 
     whiten: bool = True
-    """Standardise advantages over the tokens of the whole rollout batch. The returns are left as they are."""
+    """Standardise advantages over all tokens of the rollout batch. Returns are not standardised."""
 
     def estimate(self, experience: Experience) -> AdvantageEstimate:
         assert experience.values is not None, "the critic's pass comes first: see required_passes"
@@ -51,10 +51,10 @@ class GeneralizedAdvantage(AdvantageOptions):
 def generalized_advantages(
     rewards: Sequence[Tensor], values: Sequence[Tensor], discount: float, trace_decay: float
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Advantages and returns of every token.
+    """Advantages and returns for each token.
 
     Args:
-        rewards: per sequence [num_scored], the reward of each token; any float dtype.
+        rewards: per sequence [num_scored], the reward at each token; any float dtype.
         values: per sequence [num_scored], the value before each token.
         discount: gamma.
         trace_decay: lambda; 1 gives the discounted return minus the value, 0 the one-step error.
@@ -66,8 +66,8 @@ def generalized_advantages(
     assert lengths == [len(reward) for reward in rewards], "one reward and one value per scored token"
     if not lengths:
         return (), ()
-    # Right-aligned, so that all sequences end in the last column and no recursion has to know where it starts.
-    reward, value = _ending_together(rewards), _ending_together(values)
+    # Right-aligned: all sequences end in the last column, so the recursion needs no per-sequence start.
+    reward, value = _pad_left(rewards), _pad_left(values)
     advantages = torch.zeros_like(value)
     following_value = following_advantage = value.new_zeros(len(lengths))
     for t in reversed(range(value.shape[1])):
@@ -81,6 +81,6 @@ def generalized_advantages(
     )
 
 
-def _ending_together(sequences: Sequence[Tensor]) -> Tensor:
-    """[num_sequences, longest] float64, padded with zeros on the left."""
+def _pad_left(sequences: Sequence[Tensor]) -> Tensor:
+    """[num_sequences, longest] float64, zero-padded on the left."""
     return pad_sequence([sequence.double() for sequence in sequences], batch_first=True, padding_side="left")

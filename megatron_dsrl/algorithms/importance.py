@@ -1,16 +1,16 @@
-"""Importance correction between the engine, which sampled, and the trainer, which scores.
+"""Importance correction for the mismatch between the engine, which samples, and the trainer, which scores.
 
-Both hold the same weights, but their kernels and precisions differ, so samples come from a slightly other policy than
-the gradient assumes. The correction multiplies the loss of a token by the ratio w = pi_trainer / pi_engine of its
-probabilities before the update, without gradient, and keeps large ratios from doing harm:
+Both hold the same weights, but their kernels and precisions differ, so samples come from a slightly different policy
+than the gradient assumes. The correction multiplies the loss of a token by the detached ratio w = pi_trainer /
+pi_engine of its probabilities before the update, and limits the effect of large ratios:
 
 - `truncated` (TIS): min(w, cap). F. Yao et al., "Your efficient RL framework secretly brings you off-policy RL
   training" (2025).
-- `masked` (MIS): w within [low, high], 0 outside; a masked token still counts in the denominator of the loss. J. Liu et
-  al., "When speed kills stability" (2025); arXiv 2510.18855 masks tokens in the same way.
+- `masked` (MIS): w within [low, high], 0 outside; a masked token still counts in the denominator of the loss. J. Liu
+  et al., "When speed kills stability" (2025); arXiv 2510.18855 masks tokens in the same way.
 
-At `sequence` level all tokens share the ratio of their whole sequence, the product of its tokens' ratios: unbiased for
-the sequence, but of larger variance. Equal log-probs give w = 1 and change nothing.
+At `sequence` level all tokens share the product of their sequence's token ratios: unbiased for the sequence, but with
+larger variance. Equal log-probs give w = 1 and change nothing.
 """
 
 from abc import abstractmethod
@@ -28,16 +28,16 @@ Level = Literal["token", "sequence"]
 
 
 class ImportanceCorrectionOptions(Options):
-    """Base of importance corrections: the fields are the options, `correct` computes."""
+    """Base class of importance corrections: fields are options, `correct` computes."""
 
     @abstractmethod
     def correct(self, tokens: ScoredTokens) -> tuple[Tensor, dict[str, Tensor]]:
-        """Factors on the token losses [num_tokens] without gradient, and metrics as those of `TokenLosses`."""
+        """Detached factors for the token losses, [num_tokens], and metrics like those of `TokenLosses`."""
 
 
 @IMPORTANCE_CORRECTIONS.register
 class Truncated(ImportanceCorrectionOptions):
-    """TIS: ratios above a cap are lowered to it."""
+    """TIS: clamp ratios to at most a cap."""
 
     name: Literal["truncated"] = "truncated"
 
@@ -45,7 +45,7 @@ class Truncated(ImportanceCorrectionOptions):
     """Largest factor."""
 
     level: Level = "token"
-    """Ratio of each token, or of its whole sequence."""
+    """Whether the ratio is per token or per sequence."""
 
     def correct(self, tokens: ScoredTokens) -> tuple[Tensor, dict[str, Tensor]]:
         ratio = importance_ratio(tokens, self.level)
@@ -55,18 +55,18 @@ class Truncated(ImportanceCorrectionOptions):
 
 @IMPORTANCE_CORRECTIONS.register
 class Masked(ImportanceCorrectionOptions):
-    """MIS: tokens or sequences whose ratio lies outside the bounds are left out."""
+    """MIS: drop tokens or sequences whose ratio lies outside the bounds."""
 
     name: Literal["masked"] = "masked"
 
     low: float = Field(default=0.5, ge=0, le=1)
-    """Smallest ratio that stays."""
+    """Smallest ratio that is kept."""
 
     high: float = Field(default=2.0, ge=1)
-    """Largest ratio that stays."""
+    """Largest ratio that is kept."""
 
     level: Level = "token"
-    """Ratio of each token, or of its whole sequence."""
+    """Whether the ratio is per token or per sequence."""
 
     @model_validator(mode="after")
     def _bounds_differ(self) -> "Masked":
@@ -82,6 +82,6 @@ class Masked(ImportanceCorrectionOptions):
 
 
 def importance_ratio(tokens: ScoredTokens, level: Level) -> Tensor:
-    """pi_trainer / pi_engine before the update: [num_tokens], of each token or of its whole sequence."""
+    """pi_trainer / pi_engine before the update, [num_tokens]: per token, or of each token's whole sequence."""
     log_ratio = tokens.old_log_probs.detach() - tokens.engine_log_probs
     return probability_ratio(tokens.sum_of_sequences(log_ratio) if level == "sequence" else log_ratio)

@@ -1,8 +1,8 @@
-"""Which passes of a model an objective needs before its advantages can be computed.
+"""Which model passes an objective needs before its advantages can be computed.
 
-The training loop makes them on the built experience and fills the fields of the same names. (The log-probs that the
-loss's ratio and an importance correction take are the actor's own business: it makes that pass only where the update
-has more than one step, and otherwise uses those of the step itself.)
+The training loop runs them on the experience and fills the fields of the same names. (The actor itself computes the old
+log-probs for the loss ratio and the importance correction, and only if the update has more than one step; with one step
+they are the current ones.)
 """
 
 from dataclasses import dataclass
@@ -12,17 +12,17 @@ from megatron_dsrl.config.phase import ObjectiveConfig, PhaseConfig
 
 @dataclass(frozen=True)
 class ModelPasses:
-    """Fields of an `Experience` that are needed."""
+    """The fields of `Experience` that need a model pass."""
 
     old_log_probs: bool = False
-    """Of the policy before the update."""
+    """Log-probs under the policy before the update."""
     reference_log_probs: bool = False
-    """Of the reference policy."""
+    """Log-probs under the reference policy."""
     values: bool = False
-    """Of the critic."""
+    """Values of the critic."""
 
     def __or__(self, other: "ModelPasses") -> "ModelPasses":
-        """What either needs."""
+        """The union of both."""
         return ModelPasses(
             self.old_log_probs or other.old_log_probs,
             self.reference_log_probs or other.reference_log_probs,
@@ -31,14 +31,14 @@ class ModelPasses:
 
 
 def required_passes(objective: ObjectiveConfig) -> ModelPasses:
-    """What must be in an objective's experience before `with_advantages`."""
+    """Fields that an objective's experience needs before `with_advantages`."""
     penalised = objective.kl is not None and objective.kl.reward_coefficient > 0
-    of_kl = ModelPasses(old_log_probs=penalised, reference_log_probs=objective.kl is not None)
-    return of_kl | objective.advantage.needs
+    kl_passes = ModelPasses(old_log_probs=penalised, reference_log_probs=objective.kl is not None)
+    return kl_passes | objective.advantage.needs
 
 
 def phase_passes(phase: PhaseConfig) -> ModelPasses:
-    """What any of a phase's objectives needs."""
+    """The union of what a phase's objectives need."""
     needed = ModelPasses()
     for objective in phase.objectives.values():
         needed |= required_passes(objective)

@@ -1,7 +1,6 @@
-"""Shaping of verified rewards by what is known about the response itself.
+"""Reward shaping: adjust verifier rewards by properties of the response, such as its length.
 
-It happens on the way to the advantages: what is recorded and evaluated is the verifier's own score, and dynamic
-sampling looks at that too.
+Shaping only affects advantages. Records, evaluation and dynamic sampling use the verifier's raw score.
 """
 
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from megatron_dsrl.config.data import OverlongConfig
 def shape_rewards(
     responses: Sequence[Response], overlong: OverlongConfig | None, max_response_tokens: int
 ) -> list[Response]:
-    """The responses with the overlong penalty added to their rewards; unchanged without one."""
+    """Add the overlong penalty to the rewards, if there is one."""
     if overlong is None:
         return list(responses)
     return [
@@ -31,11 +30,10 @@ def shape_rewards(
 def shaping_metrics(
     responses: Sequence[Response], overlong: OverlongConfig | None, max_response_tokens: int
 ) -> dict[str, float]:
-    """What `shape_rewards` makes of a step's responses, at least one; nothing without a penalty.
+    """Metrics of `shape_rewards` over a step's responses, at least one; empty if there is no penalty.
 
     Returns:
-        `reward/shaped_mean`: mean of the rewards that advantages are made of. `reward/overlong_fraction`: responses
-        that were punished, whatever their reward was.
+        `reward/shaped_mean`: mean of the shaped rewards. `reward/overlong_fraction`: fraction of penalised responses.
     """
     if overlong is None:
         return {}
@@ -48,12 +46,12 @@ def shaping_metrics(
 
 
 def overlong_shaping(length: int, max_response_tokens: int, buffer_tokens: int) -> float:
-    """DAPO's soft overlong punishment (arXiv 2503.14476, on overlong reward shaping).
+    """DAPO's soft overlong punishment (arXiv 2503.14476, section on overlong reward shaping).
 
-    0 up to the buffer, which is the last part of the allowed length, then falling linearly to -1 at its end.
+    0 up to the buffer, the last `buffer_tokens` of the allowed length; falls linearly to -1 across the buffer.
 
     Args:
-        length: tokens of the response, the end token included.
+        length: tokens of the response, including the end token.
         max_response_tokens: L_max.
         buffer_tokens: L_cache.
     """

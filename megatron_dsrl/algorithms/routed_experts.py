@@ -1,7 +1,7 @@
-"""Which experts an engine sent each token to, as text that goes through JSON and between processes.
+"""Which experts an engine routed each token to, encoded as text for JSON and for sending between processes.
 
-One byte per token, layer and choice, in this order, as base64. That does not compress much further: the choices of a
-balanced router are nearly random.
+One byte per token, layer and choice, in this order, as base64. Compression would gain little: the choices of a balanced
+router are nearly random.
 """
 
 import base64
@@ -19,10 +19,12 @@ def encode_routed_experts(experts: np.ndarray) -> str:
         experts: integers [tokens, layers, experts per token], or flattened.
 
     Raises:
-        ValueError: a number does not fit into a byte.
+        ValueError: an expert index does not fit into a byte.
     """
     if experts.size and not 0 <= experts.min() <= experts.max() < MAX_REPLAYED_EXPERTS:
-        raise ValueError(f"experts {experts.min()} to {experts.max()} are not all in 0 to {MAX_REPLAYED_EXPERTS - 1}")
+        raise ValueError(
+            f"expert indices {experts.min()} to {experts.max()} are outside the range 0 to {MAX_REPLAYED_EXPERTS - 1}"
+        )
     return base64.b64encode(experts.astype(np.uint8).tobytes()).decode("ascii")
 
 
@@ -30,12 +32,12 @@ def decode_routed_experts(text: str, layers: int, experts_per_token: int) -> Ten
     """uint8 [tokens, layers, experts per token] on the CPU.
 
     Raises:
-        ValueError: the text is not of a model with so many layers and choices.
+        ValueError: the length does not match a model with this number of layers and experts per token.
     """
     experts = torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype=np.uint8).copy())
     if len(experts) % (layers * experts_per_token):
         raise ValueError(
-            f"{len(experts)} choices of experts do not make whole tokens in {layers} layers with "
-            f"{experts_per_token} experts per token; they were recorded with another model"
+            f"{len(experts)} routed experts are not a multiple of {layers} layers x {experts_per_token} experts per "
+            "token; they were recorded with another model"
         )
     return experts.view(-1, layers, experts_per_token)

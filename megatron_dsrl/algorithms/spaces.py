@@ -1,9 +1,9 @@
-"""Spaces: how a sampled response becomes a scored sequence.
+"""Spaces: turn a sampled response into a scored sequence.
 
 Post-train space (standard RL) scores log P(y|x): the sequence is prompt + response. Pre-train space (PreRL,
-arXiv 2604.14142) scores log P(y): the sequence is BOS + response, without any token of the prompt, and positions
-restart at 0 because a scored sequence always starts at position 0. The samples are the same; only what is updated
-differs. Everything after this file (packing, log-probs, losses) is the same code for all spaces.
+arXiv 2604.14142) scores log P(y): the sequence is BOS + response, without any prompt token, and positions restart at 0
+because a scored sequence always starts at position 0. The samples are the same; only what is updated differs. All later
+code (packing, log-probs, losses) is shared by all spaces.
 """
 
 from abc import abstractmethod
@@ -20,13 +20,13 @@ from megatron_dsrl.config.registry import Options
 
 @dataclass(frozen=True)
 class ScoredSequence:
-    """Token ids, some of which are scored, each given all the tokens before it."""
+    """Token ids, some of which are scored, each given all tokens before it."""
 
     token_ids: tuple[int, ...]
     num_context: int
-    """Leading tokens that are only context; at least 1, since a token is scored given those before it."""
+    """Number of leading context tokens; at least 1, since a token is scored given those before it."""
     mask: tuple[bool, ...] | None = None
-    """[len(token_ids) - num_context] which of the other tokens are scored; None: all of them."""
+    """[len(token_ids) - num_context] which of the other tokens are scored; None means all."""
 
     def __post_init__(self) -> None:
         assert self.num_context >= 1, "a token is scored given those before it"
@@ -44,29 +44,29 @@ class ScoredSequence:
             return torch.arange(self.num_context, len(self.token_ids))
         return self.num_context + torch.tensor(self.mask).nonzero().flatten()
 
-    def of_scored(self, values: Tensor) -> Tensor:
-        """[num_scored]: the scored tokens' part of `values`, which has one number per token of the response."""
+    def select_scored(self, values: Tensor) -> Tensor:
+        """[num_scored]: select the scored tokens from `values`, which has one value per response token."""
         return values[self.scored_positions - len(self.token_ids) + len(values)]
 
 
 class Space(Options):
-    """Base of spaces: the fields are the options, `sequence` decides what is scored in which context."""
+    """Base class of spaces: fields are options, `sequence` decides what is scored given which context."""
 
     prompt_in_context: ClassVar[bool]
-    """Whether scored tokens are conditioned on the prompt as the engine's were. Only then can their log-probs be
-    compared with the engine's, and be computed with the experts that the engine chose."""
+    """Whether scored tokens are conditioned on the prompt, as in the engine. Only then are their log-probs comparable
+    with the engine's, and can be computed with the experts that the engine chose."""
 
     metrics_prefix: ClassVar[str] = ""
-    """First part of the names of the metrics of scored tokens, such as their entropy, where the prompt is not in the
-    context: they describe another distribution than P(y|x) then."""
+    """Prefix for metrics of scored tokens, such as their entropy, if the prompt is not in the context: these describe a
+    distribution other than P(y|x)."""
 
     @property
     def context_text(self) -> str:
-        """What stands in for the prompt, as text of special and ordinary tokens. Empty: nothing does."""
+        """Text that replaces the prompt, possibly with special tokens; may be empty."""
         return ""
 
     def max_context_tokens(self, max_prompt_tokens: int) -> int:
-        """Upper bound of the context's length, for plans and checks.
+        """Upper bound on the context length, for plans and checks.
 
         Args:
             max_prompt_tokens: `data.max_prompt_tokens`.
@@ -81,13 +81,12 @@ class Space(Options):
         context_ids: Sequence[int] = (),
         scored: Sequence[bool] | None = None,
     ) -> ScoredSequence:
-        """A response in this space.
+        """The scored sequence of a response.
 
         Args:
-            prompt_ids: that it was sampled from.
-            response_ids: its tokens, at least one.
-            context_ids: `context_text` in tokens.
-            scored: [len(response_ids)] which of them are scored; None: all.
+            response_ids: at least one token.
+            context_ids: token ids of `context_text`.
+            scored: [len(response_ids)] which response tokens are scored; None means all.
 
         Raises:
             ValueError: a part that the space needs is empty.
@@ -115,12 +114,12 @@ class PostTrain(Space):
 
 @SPACES.register
 class PreTrain(Space):
-    """Update log P(y): the scored sequence is BOS + response; no token of the prompt is in the context."""
+    """Update log P(y): the scored sequence is BOS + response, without any prompt token."""
 
     name: Literal["pre_train"] = "pre_train"
 
     bos: Literal["im_start", "none", "assistant"] = "im_start"
-    """`im_start`: the token `<|im_start|>`. `none`: no BOS, the first response token is context and unscored.
+    """`im_start`: the token `<|im_start|>`. `none`: no BOS; the first response token is unscored context.
     `assistant`: the tokens of `<|im_start|>assistant\\n`."""
 
     prompt_in_context: ClassVar[bool] = False
@@ -140,8 +139,8 @@ class PreTrain(Space):
         context_ids: Sequence[int] = (),
         scored: Sequence[bool] | None = None,
     ) -> ScoredSequence:
-        """Without a BOS the first response token has nothing to be predicted from: it is context and is not scored. A
-        response of that one token then has nothing to score."""
+        """Without a BOS, nothing predicts the first response token, so it is unscored context; a one-token response
+        then has nothing to score."""
         if not response_ids:
             raise ValueError("a scored sequence needs at least one response token")
         unscored = 0 if context_ids else 1
@@ -151,4 +150,4 @@ class PreTrain(Space):
 
 
 LONGEST_BOS = 3
-"""Tokens of the longest BOS, `<|im_start|>assistant\\n`."""
+"""Number of tokens of the longest BOS, `<|im_start|>assistant\\n`."""

@@ -1,4 +1,4 @@
-"""The critic's loss, and how good its values were."""
+"""The critic's loss, and statistics of how accurate its values are."""
 
 import torch
 from torch import Tensor
@@ -8,16 +8,16 @@ from megatron_dsrl.algorithms.losses import TokenLosses
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> TokenLosses:
-    """Squared error to the return, clipped as the reference implementation of PPO (arXiv 1707.06347) does.
+    """Squared error to the return, clipped as in the reference implementation of PPO (arXiv 1707.06347).
 
-    l = max((V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2) / 2: a value that has moved further than c towards its
-    return has no gradient any more. The metric `clip_fraction` marks the tokens where the second term is larger.
+    l = max((V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2) / 2: a value that has moved more than c towards its
+    return gets no further gradient. The metric `clip_fraction` marks tokens where the second term is larger.
 
     Args:
         values: [num_tokens] float32, differentiable.
         old_values: [num_tokens] before the update.
         returns: [num_tokens].
-        clip: c; None leaves the first term alone.
+        clip: c; None for the unclipped first term only.
     """
     errors = (values - returns).square()
     if clip is None:
@@ -28,13 +28,13 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float 
 
 
 def value_statistics(experience: Experience) -> dict[str, float]:
-    """How the values before an update compare with the returns, over all tokens of the global batch.
+    """Compare the values before an update with the returns, over all tokens of the global batch.
 
-    Explained variance is 1 - Var(R - V) / Var(R): 1 for a perfect critic, 0 for one that knows only the mean, negative
-    for a worse one; 0 where the returns are all equal.
+    Explained variance is 1 - Var(R - V) / Var(R): 1 for a perfect critic, 0 for one that predicts the mean, negative
+    for a worse one; 0 if all returns are equal.
 
     Args:
-        experience: with values and returns, and at least one scored token.
+        experience: has values and returns, and at least one scored token.
     """
     assert experience.values is not None and experience.returns is not None
     values, returns = torch.cat(experience.values).double(), torch.cat(experience.returns).double()

@@ -143,7 +143,7 @@ def scores_of_row(row: PackedRow, logits: Tensor, vocab_size: int, temperature: 
         vocab_size: rows of the HF embedding.
         temperature: by which logits are divided.
     """
-    shard = VocabularyShard.of_this_rank(logits.shape[-1], vocab_size)
+    shard = VocabularyShard.for_this_rank(logits.shape[-1], vocab_size)
     return row.assemble(torch.stack(log_probs_and_entropy(logits, row.targets, temperature, shard)))
 
 

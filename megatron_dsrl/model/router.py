@@ -58,7 +58,7 @@ class RouterLosses:
         """Whether there is any."""
         return bool(self._coefficients)
 
-    def of_layer(self, router: "Router", logits: Tensor, routing_map: Tensor, is_token: Tensor) -> Tensor:
+    def layer_loss(self, router: "Router", logits: Tensor, routing_map: Tensor, is_token: Tensor) -> Tensor:
         """This rank's share of a layer's losses in a micro-batch, float32 scalar with its weight in the step's loss.
 
         Args:
@@ -125,7 +125,7 @@ class Router(TopKRouter):
         if self.losses is None or not torch.is_grad_enabled():
             return weights, routing_map
         assert padding_mask is not None
-        loss = self.losses.of_layer(self, logits.flatten(0, 1), routing_map, ~padding_mask.flatten())
+        loss = self.losses.layer_loss(self, logits.flatten(0, 1), routing_map, ~padding_mask.flatten())
         return MoEAuxLossAutoScaler.apply(weights, loss), routing_map
 
 

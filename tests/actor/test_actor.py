@@ -21,7 +21,7 @@ from megatron_dsrl.actor.build import build_actor
 from megatron_dsrl.algorithms.advantages import GroupMean, GroupStandardised
 from megatron_dsrl.algorithms.experience import Response, build_experience
 from megatron_dsrl.algorithms.losses import PolicyLoss
-from megatron_dsrl.algorithms.objective import Objective, objectives_of
+from megatron_dsrl.algorithms.objective import Objective, build_objectives
 from megatron_dsrl.algorithms.spaces import PostTrain, PreTrain
 from megatron_dsrl.config.actor import ActorConfig, OptimizerConfig
 from megatron_dsrl.config.data import PromptSetConfig
@@ -86,7 +86,7 @@ def objective_of(
     batch: list[Response] | None = None,
 ) -> Objective:
     experience = build_experience(batch or responses(prompt_seed), phase.space, BOS)
-    (objective,) = objectives_of(phase, [experience], max_response_tokens=20)
+    (objective,) = build_objectives(phase, [experience], max_response_tokens=20)
     experience = objective.experience.select(order or range(len(objective.experience)))
     return replace(objective, experience=experience, loss=loss or objective.loss)
 

@@ -28,7 +28,7 @@ from megatron_dsrl.algorithms.losses import (
     TokenLosses,
     supervised_loss,
 )
-from megatron_dsrl.algorithms.objective import Objective, objectives_of
+from megatron_dsrl.algorithms.objective import Objective, build_objectives
 from megatron_dsrl.algorithms.spaces import PostTrain, PreTrain
 from megatron_dsrl.config.actor import ActorConfig, OptimizerConfig
 from megatron_dsrl.config.model import ParallelConfig
@@ -198,7 +198,7 @@ def other_methods(case: Case, actor: Actor, order: list[int] | None) -> list[Obj
         old, engine, reference = (with_noise(experience, now, seed) for seed in (1, 2, 3))
         logs = {"old_log_probs": old, "engine_log_probs": engine, "reference_log_probs": reference}
         experiences.append(replace(experience, **logs))
-    return objectives_of(OTHER_METHODS, experiences, max_response_tokens=20)
+    return build_objectives(OTHER_METHODS, experiences, max_response_tokens=20)
 
 
 def with_noise(experience: Experience, log_probs: PerToken, seed: int) -> PerToken:

@@ -75,6 +75,6 @@ def test_one_long_sequence_stands_against_many_short_ones_of_the_same_cost():
 def test_cost_of_a_layer_of_qwen3_8b():
     """192,937,984 weights in the matrices of a layer (head size 128, 8 key/value heads, 12,288 inner channels), and
     4,096 channels of attention: 2 FLOPs per weight; 4 per channel and pair of tokens, half of the pairs masked."""
-    cost = SequenceCost.of_layer(4096, 32, 8, 128, 12288)
+    cost = SequenceCost.for_layer(4096, 32, 8, 128, 12288)
     assert cost(1) == 2 * 192_937_984 + 2 * 4096
     assert cost(8192) == 8192 * 2 * 192_937_984 + 4 * 4096 * 8192**2 / 2

@@ -23,7 +23,7 @@ from megatron_dsrl.algorithms.experience import Response, build_experience
 from megatron_dsrl.algorithms.filters import Negative
 from megatron_dsrl.algorithms.importance import Truncated
 from megatron_dsrl.algorithms.losses import CISPO, GSPO, DualClip
-from megatron_dsrl.algorithms.objective import objectives_of
+from megatron_dsrl.algorithms.objective import build_objectives
 from megatron_dsrl.algorithms.spaces import PostTrain, PreTrain
 from megatron_dsrl.config.actor import ActorConfig, OptimizerConfig
 from megatron_dsrl.config.model import ParallelConfig
@@ -242,7 +242,7 @@ def check(model, config: PhaseConfig, terms: list[Term]) -> dict[str, float]:
     run = run_config(folder, parallel, actor_config).model_copy(update={"optimizer": OPTIMIZER})
     with parallel_layout(parallel, seed=1):
         actor = build_actor(run, folder)
-        update = actor.update(objectives_of(config, experiences, LENGTH_LIMIT), MINI_BATCHES, EPOCHS)
+        update = actor.update(build_objectives(config, experiences, LENGTH_LIMIT), MINI_BATCHES, EPOCHS)
         weights = {name: w.numpy() for bucket in actor.hf_weights(bucket_bytes=10_000) for name, w in bucket}
 
     assert update.loss == pytest.approx(sum(losses) / len(losses), rel=1e-4, abs=1e-6)

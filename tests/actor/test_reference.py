@@ -14,7 +14,7 @@ from megatron_dsrl.actor.actor import Actor
 from megatron_dsrl.actor.build import build_actor
 from megatron_dsrl.actor.reference import ReferencePolicy
 from megatron_dsrl.algorithms.experience import Experience
-from megatron_dsrl.algorithms.objective import Objective, objectives_of
+from megatron_dsrl.algorithms.objective import Objective, build_objectives
 from megatron_dsrl.config.actor import ActorConfig
 from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.config.phase import KLConfig, PhaseConfig
@@ -35,7 +35,7 @@ LAYOUTS = {
 def objective_with_reference(phase: PhaseConfig, reference: ReferencePolicy) -> Objective:
     experience = objective_of(phase).experience  # all samples: GRPO filters none
     experience = replace(experience, reference_log_probs=reference.log_probs(experience))
-    (objective,) = objectives_of(phase, [experience], max_response_tokens=64)
+    (objective,) = build_objectives(phase, [experience], max_response_tokens=64)
     return objective
 
 

@@ -103,5 +103,5 @@ def test_only_the_post_train_space_takes_the_engine_s_experts():
 
     assert build_experience(batch, GRPO.space, BOS).routed_experts == tuple(r.routed_experts for r in batch)
     assert build_experience(batch, NSR_PRERL.space, BOS).routed_experts is None
-    with pytest.raises(ValueError, match="only 23 of 24 responses say which experts"):
+    with pytest.raises(ValueError, match="only 23 of 24 responses have routed experts"):
         build_experience([*batch[:-1], replace(batch[-1], routed_experts=None)], GRPO.space, BOS)

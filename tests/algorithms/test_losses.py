@@ -31,7 +31,7 @@ def float64(*values: float, differentiable: bool = False) -> torch.Tensor:
 )
 def test_dual_clip_by_hand(ratio, advantage, loss, clipped):
     log_probs = float64(math.log(ratio) - 1.0, differentiable=True)
-    result = DUAL_CLIP.of_tokens(scored_tokens(log_probs, float64(-1.0), float64(advantage)))
+    result = DUAL_CLIP.token_losses(scored_tokens(log_probs, float64(-1.0), float64(advantage)))
     assert result.losses.item() == pytest.approx(loss, rel=1e-12)
     assert result.metrics["clip_fraction"].item() is clipped
     result.losses.sum().backward()
@@ -40,14 +40,14 @@ def test_dual_clip_by_hand(ratio, advantage, loss, clipped):
 
 def test_without_the_dual_clip_the_loss_of_a_negative_advantage_has_no_ceiling():
     tokens = scored_tokens(float64(math.log(40.0)), float64(0.0), float64(-2.0))
-    assert DualClip(dual_clip=None).of_tokens(tokens).losses.item() == pytest.approx(80)
+    assert DualClip(dual_clip=None).token_losses(tokens).losses.item() == pytest.approx(80)
 
 
 @pytest.mark.parametrize("ratio", [0.5, 1.0, 3.0, 7.0])
 def test_cispo_by_hand(ratio):
     """The weight min(ratio, 5) is a constant: l = -w A log pi, and no token loses its gradient."""
     log_probs = float64(math.log(ratio) - 1.0, differentiable=True)
-    result = CISPO().of_tokens(scored_tokens(log_probs, float64(-1.0), float64(-2.0)))
+    result = CISPO().token_losses(scored_tokens(log_probs, float64(-1.0), float64(-2.0)))
     weight = min(ratio, 5.0)
     assert result.losses.item() == pytest.approx(2 * weight * (math.log(ratio) - 1))
     result.losses.sum().backward()
@@ -57,7 +57,7 @@ def test_cispo_by_hand(ratio):
 
 def test_cispo_with_a_lower_bound():
     log_probs = float64(math.log(0.1) - 1.0, differentiable=True)
-    CISPO(clip_low=0.5).of_tokens(scored_tokens(log_probs, float64(-1.0), float64(1.0))).losses.sum().backward()
+    CISPO(clip_low=0.5).token_losses(scored_tokens(log_probs, float64(-1.0), float64(1.0))).losses.sum().backward()
     assert log_probs.grad.item() == pytest.approx(-0.5)
 
 
@@ -82,7 +82,7 @@ def test_gspo_equals_its_objective_and_gradient():
 
     counts = torch.tensor(lengths)
     tokens = scored_tokens(log_probs, old, advantages.repeat_interleave(counts), lengths)
-    result = GSPO(clip_low=0.02, clip_high=0.05).of_tokens(tokens)
+    result = GSPO(clip_low=0.02, clip_high=0.05).token_losses(tokens)
     weights = SequenceMean().weights(lengths, max_response_tokens=99).double().repeat_interleave(counts)
     loss = (result.losses * weights).sum()
     (gradient,) = torch.autograd.grad(loss, log_probs)
@@ -99,7 +99,7 @@ def test_gspo_equals_grpo_for_responses_of_one_token(values):
     log_probs.requires_grad_()
     results = []
     for loss in (GSPO(clip_low=0.2, clip_high=0.3), DualClip(clip_low=0.2, clip_high=0.3, dual_clip=None)):
-        losses = loss.of_tokens(scored_tokens(log_probs, old, advantages, [1] * len(values))).losses
+        losses = loss.token_losses(scored_tokens(log_probs, old, advantages, [1] * len(values))).losses
         results.append((losses.detach(), torch.autograd.grad(losses.sum(), log_probs)[0]))
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
 
@@ -108,7 +108,7 @@ def test_gspo_equals_grpo_for_responses_of_one_token(values):
 def test_on_policy_every_loss_has_the_policy_gradient(loss):
     log_probs = float64(-0.5, -1.5, -0.2, differentiable=True)
     advantages = float64(0.7, 0.7, -0.2)
-    loss.of_tokens(scored_tokens(log_probs, log_probs.detach(), advantages, [2, 1])).losses.sum().backward()
+    loss.token_losses(scored_tokens(log_probs, log_probs.detach(), advantages, [2, 1])).losses.sum().backward()
     torch.testing.assert_close(log_probs.grad, -advantages, rtol=0, atol=1e-15)
 
 
@@ -118,14 +118,14 @@ def test_gradients_are_those_of_the_values(loss: LossOptions):
     generator = torch.Generator().manual_seed(0)
     old, advantages = torch.randn(2, 40, generator=generator, dtype=torch.float64)
     log_probs = (old + torch.randn(40, generator=generator, dtype=torch.float64)).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: loss.of_tokens(scored_tokens(x, old, advantages)).losses, log_probs)
+    assert torch.autograd.gradcheck(lambda x: loss.token_losses(scored_tokens(x, old, advantages)).losses, log_probs)
 
 
 @pytest.mark.parametrize("loss", [DUAL_CLIP, GSPO(), CISPO()], ids=lambda loss: loss.name)
 @pytest.mark.parametrize("log_ratio", [-1000.0, 1000.0])
 def test_an_exploding_ratio_stays_finite(loss, log_ratio):
     log_probs = float64(log_ratio, differentiable=True)
-    losses = loss.of_tokens(scored_tokens(log_probs, float64(0.0), float64(-1.0))).losses
+    losses = loss.token_losses(scored_tokens(log_probs, float64(0.0), float64(-1.0))).losses
     losses.sum().backward()
     assert torch.isfinite(losses).all() and torch.isfinite(log_probs.grad).all()
 
@@ -133,7 +133,7 @@ def test_an_exploding_ratio_stays_finite(loss, log_ratio):
 @pytest.mark.parametrize("loss", [DUAL_CLIP, GSPO(), CISPO(), PolicyGradient()], ids=lambda loss: loss.name)
 def test_samples_without_advantage_have_no_gradient(loss):
     log_probs = float64(-0.5, -1.5, differentiable=True)
-    loss.of_tokens(scored_tokens(log_probs, float64(-0.7, -1.1), float64(0.0, 0.0))).losses.sum().backward()
+    loss.token_losses(scored_tokens(log_probs, float64(-0.7, -1.1), float64(0.0, 0.0))).losses.sum().backward()
     assert log_probs.grad.abs().max() == 0
 
 
@@ -141,4 +141,4 @@ def test_no_sequence_at_all_is_no_loss():
     """A rank whose micro-batch is empty takes part all the same."""
     nothing = float64(differentiable=True)
     for loss in (DUAL_CLIP, GSPO(), CISPO()):
-        assert loss.of_tokens(scored_tokens(nothing, nothing.detach(), nothing.detach(), [0])).losses.shape == (0,)
+        assert loss.token_losses(scored_tokens(nothing, nothing.detach(), nothing.detach(), [0])).losses.shape == (0,)

@@ -11,7 +11,7 @@ from megatron_dsrl.algorithms.experience import Response, build_experience, with
 from megatron_dsrl.algorithms.filters import Negative
 from megatron_dsrl.algorithms.importance import Truncated
 from megatron_dsrl.algorithms.losses import PolicyGradient, ScoredTokens
-from megatron_dsrl.algorithms.objective import objectives_of, token_losses, with_behaviour_log_probs
+from megatron_dsrl.algorithms.objective import build_objectives, token_losses, with_behaviour_log_probs
 from megatron_dsrl.algorithms.passes import ModelPasses, required_passes
 from megatron_dsrl.algorithms.spaces import PostTrain, PreTrain
 from megatron_dsrl.config.phase import (
@@ -46,7 +46,7 @@ def test_two_objectives_on_the_same_samples_each_with_its_own_denominator():
     )
     batch = responses((1.0, 3), (0.0, 2))
     experiences = [build_experience(batch, o.space, [7]) for o in phase.objectives.values()]
-    policy, nsr = objectives_of(phase, experiences, max_response_tokens=10)
+    policy, nsr = build_objectives(phase, experiences, max_response_tokens=10)
     assert (policy.name, nsr.name) == ("policy", "nsr_prerl")
     assert (policy.coefficient, nsr.coefficient) == (1.0, 0.01)
     assert policy.experience.num_scored == [3, 2] and nsr.experience.num_scored == [2]
@@ -59,7 +59,7 @@ def test_two_objectives_on_the_same_samples_each_with_its_own_denominator():
 def test_the_constant_of_the_token_sum_is_the_length_limit():
     phase = PhaseConfig(name="dr_grpo", space=POST_TRAIN, advantage=GroupMean(), aggregation=TokenSum())
     batch = responses((1.0, 3), (0.0, 2))
-    (objective,) = objectives_of(phase, [build_experience(batch, POST_TRAIN, ())], max_response_tokens=10)
+    (objective,) = build_objectives(phase, [build_experience(batch, POST_TRAIN, ())], max_response_tokens=10)
     assert objective.aggregation([3, 2]).tolist() == pytest.approx([1 / 20] * 2)
 
 
@@ -143,7 +143,7 @@ def test_an_entropy_bonus_asks_for_the_entropy_gradient():
     experience = build_experience(responses((1.0, 3), (0.0, 2)), POST_TRAIN, ())
     without = phase.model_copy(update={"entropy_coefficient": 0.0})
     for each, needed in [(phase, True), (without, False)]:
-        (objective,) = objectives_of(each, [experience], max_response_tokens=10)
+        (objective,) = build_objectives(each, [experience], max_response_tokens=10)
         assert objective.needs_entropy_gradient is needed
 
 

@@ -17,7 +17,7 @@ class Halved(AdvantageOptions):
     pair: tuple[float, float] = (0.5, 0.5)
 
     def estimate(self, experience):
-        return AdvantageEstimate.of_samples(experience.sample_rewards * self.pair[0], experience)
+        return AdvantageEstimate.from_samples(experience.sample_rewards * self.pair[0], experience)
 """
 
 

@@ -10,7 +10,7 @@ from examples.own_algorithm.algorithm import HarderProblems, NotTooLong, SimpleP
 from examples.own_algorithm.phase import FadingPhase
 from examples.own_algorithm.reward import right_in_few_lines
 from megatron_dsrl.algorithms.experience import Response, build_experience
-from megatron_dsrl.algorithms.objective import objectives_of
+from megatron_dsrl.algorithms.objective import build_objectives
 from megatron_dsrl.algorithms.schedule import Schedule
 from megatron_dsrl.config.load import load_config
 from megatron_dsrl.errors import UserError
@@ -32,7 +32,7 @@ def test_the_slope_of_the_parabola_turns_round_at_eps(ratio, slope):
     """With A = 2 and eps = 0.2, dl/d rho = -A + |A| (rho - 1) / eps."""
     log_probs = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
     tokens = scored_tokens(log_probs, torch.zeros(1, dtype=torch.float64), torch.tensor([2.0]))
-    SimplePolicyOptimization().of_tokens(tokens).losses.sum().backward()
+    SimplePolicyOptimization().token_losses(tokens).losses.sum().backward()
     assert log_probs.grad.item() / ratio == pytest.approx(slope, abs=1e-6)
 
 
@@ -65,7 +65,7 @@ def test_the_configuration_means_them():
     batch = [Response((1,), (2,) * length, (-1.0,) * length, reward, 0) for length, reward in [(3, 1.0), (61, 0.0)]]
     experience = build_experience(batch, phase.space, ())
     at_the_end = Schedule(config.phases).at(config.steps)
-    (objective,) = objectives_of(at_the_end, [experience], config.rollout.max_response_tokens)
+    (objective,) = build_objectives(at_the_end, [experience], config.rollout.max_response_tokens)
     assert objective.experience.num_scored == [3]
     with pytest.raises(UserError, match=r"phases\.0\.loss\.epsilon: unknown key; did you mean eps\?"):
         load_config(RUN, ["phases.0.loss.epsilon=1"])

@@ -144,7 +144,7 @@ def logits_allocated_and_planned(folder: Path, vocabulary: int) -> tuple[int, in
     case = Case(TENSOR, vocabulary=vocabulary)
     with parallel_layout(ParallelConfig(**case.parallel), seed=1):
         architecture = write_model(folder / os.environ["RANK"], LAYERS, case.experts, vocabulary)
-        shard = VocabularyShard.of_this_rank(vocabulary // 2, vocabulary)
+        shard = VocabularyShard.for_this_rank(vocabulary // 2, vocabulary)
         hidden, weight = torch.randn(2 * LENGTH, 256, requires_grad=True), torch.randn(vocabulary // 2, 256)
         with torch.profiler.profile(profile_memory=True) as profile:
             targets = torch.arange(2 * LENGTH)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_dsrl.actor.build import build_actor, build_critic
-from megatron_dsrl.actor.optimizer import parts_of
+from megatron_dsrl.actor.optimizer import chained_optimizers
 from megatron_dsrl.actor.trainable_model import TrainableModel
 from megatron_dsrl.config.load import load_config
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig
@@ -103,7 +103,7 @@ def size_of_gradients(model: TrainableModel) -> int:
 def size_of_optimizer(model: TrainableModel) -> int:
     """Master weights and Adam's moments; step counts left out."""
     total = 0
-    for part in parts_of(model._optimizer):
+    for part in chained_optimizers(model._optimizer):
         total += sum(master.nbytes for group in part.optimizer.param_groups for master in group["params"])
         moments = [state[name] for state in part.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
         total += sum(moment.nbytes for moment in moments)
