@@ -61,7 +61,7 @@ def expand_to_tokens(values: Tensor, num_scored: Sequence[int]) -> PerToken:
 
 @ADVANTAGES.register
 class RawReward(AdvantageOptions):
-    """A = r: REINFORCE without a baseline."""
+    """A = r: REINFORCE (Williams, 1992) without a baseline."""
 
     name: Literal["raw_reward"] = "raw_reward"
 
@@ -93,7 +93,8 @@ class Fixed(AdvantageOptions):
 
 @ADVANTAGES.register
 class GroupMean(AdvantageOptions):
-    """A = r - mean of the group: GRPO without the division (Dr.GRPO, arXiv 2503.20783), and DSRL's warm-up."""
+    """A = r - mean of the group: GRPO without the division (Dr.GRPO, arXiv 2503.20783), and the warm-up of DSRL
+    (arXiv 2604.14142)."""
 
     name: Literal["group_mean"] = "group_mean"
     compares_samples: ClassVar[bool] = True
@@ -105,7 +106,7 @@ class GroupMean(AdvantageOptions):
 
 @ADVANTAGES.register
 class GroupStandardised(AdvantageOptions):
-    """A = (r - mean) / (std + eps), with the unbiased standard deviation of the group (GRPO)."""
+    """A = (r - mean) / (std + eps), the unbiased standard deviation of the group (GRPO, arXiv 2402.03300)."""
 
     name: Literal["group_standardised"] = "group_standardised"
     compares_samples: ClassVar[bool] = True
@@ -146,7 +147,8 @@ class ReinforcePlusPlus(AdvantageOptions):
 
 @ADVANTAGES.register
 class ReinforcePlusPlusBaseline(AdvantageOptions):
-    """REINFORCE++ with a baseline: subtract the group mean from the reward, then proceed as REINFORCE++.
+    """The baseline form of REINFORCE++ (arXiv 2501.03262): the group's mean is taken off the reward, then as
+    `reinforce_pp`.
 
     Standardising over the batch also subtracts the mean over all tokens, so samples of a uniform group get a small
     advantage rather than exactly 0.

@@ -35,7 +35,7 @@ class All(FilterOptions):
 
 @FILTERS.register
 class Negative(FilterOptions):
-    """NSR: samples with A < 0. Under a group baseline, groups that are all right or all wrong have A = 0."""
+    """NSR (arXiv 2506.01347): samples with A < 0. Under a group baseline, all-right and all-wrong groups have A = 0."""
 
     name: Literal["negative"] = "negative"
 
@@ -45,7 +45,7 @@ class Negative(FilterOptions):
 
 @FILTERS.register
 class Positive(FilterOptions):
-    """PSR: samples with A > 0. Under a group baseline, groups that are all right or all wrong have A = 0."""
+    """PSR (arXiv 2506.01347): samples with A > 0. Under a group baseline, all-right and all-wrong groups have A = 0."""
 
     name: Literal["positive"] = "positive"
 

@@ -37,7 +37,7 @@ class ImportanceCorrectionOptions(Options):
 
 @IMPORTANCE_CORRECTIONS.register
 class Truncated(ImportanceCorrectionOptions):
-    """TIS: clamp ratios to at most a cap."""
+    """TIS (F. Yao et al., 2025): ratios above a cap are lowered to it."""
 
     name: Literal["truncated"] = "truncated"
 
@@ -55,7 +55,8 @@ class Truncated(ImportanceCorrectionOptions):
 
 @IMPORTANCE_CORRECTIONS.register
 class Masked(ImportanceCorrectionOptions):
-    """MIS: drop tokens or sequences whose ratio lies outside the bounds."""
+    """MIS (J. Liu et al., 2025; arXiv 2510.18855): tokens or sequences whose ratio lies outside the bounds are left
+    out."""
 
     name: Literal["masked"] = "masked"
 

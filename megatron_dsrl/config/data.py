@@ -1,9 +1,10 @@
 """Prompt sets and rewards."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from megatron_dsrl.config.function_name import FunctionName
 from megatron_dsrl.config.section import Section
 
 
@@ -103,10 +104,9 @@ class OverlongConfig(Section):
 class RewardConfig(Section):
     """How a response is judged."""
 
-    function: str = "boxed"
-    """A built-in verifier (`boxed`, `hendrycks`, `math_verify`, `multiple_choice`, `short_answer`, `code`, `remote`,
-    `combination`, `box_format`, `length_penalty`), or the dotted path `package.module:function` of
-    `f(response, answer, **options)`."""
+    function: Annotated[str, FunctionName("verifier", "megatron_dsrl.rewards.registry:BUILT_IN")] = "boxed"
+    """A built-in verifier, or the dotted path `package.module:function` of your own `f(response, answer,
+    **options)`."""
 
     overlong: OverlongConfig | None = None
     """Take something off the training reward of responses that come near the length limit; null: nothing. Recorded

@@ -8,6 +8,9 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from megatron_dsrl.config.section import Section
 
+PATTERN = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+"""A dotted path, for JSON schemas."""
+
 
 def class_at(path: str, kind: str, base: type[Section], key: str = "name") -> type[Section]:
     """Import the class.

@@ -6,13 +6,12 @@ so that the valid names at that place are known.
 """
 
 import difflib
-import types
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
-from pydantic.fields import FieldInfo
 
+from megatron_dsrl.config.fields import is_section, members, registry_of, tags
 from megatron_dsrl.config.own_section import OwnSection
 from megatron_dsrl.config.registry import Registry
 from megatron_dsrl.config.section import Section
@@ -86,21 +85,21 @@ def _walk(root: type[Section], location: tuple[str | int, ...], data: Any) -> tu
     owner: type[Section] | None = root
     annotation: Any = root
     for part in location:
-        members = _members(annotation)
-        sections = [member for member in members if _is_section(member)]
-        tagged = [section for section in sections if part in _tags(section)]
+        alternatives = members(annotation)
+        sections = [member for member in alternatives if is_section(member)]
+        tagged = [section for section in sections if part in tags(section)]
         if len(sections) > 1 and tagged:
             annotation = tagged[0]
         elif len(sections) == 1:
             owner = sections[0]
             path = (*path, part)
             field = owner.model_fields.get(str(part))
-            registry = _registry_of(field) if field else None
+            registry = registry_of(field) if field else None
             if registry:
                 annotation = registry.options_class(_value_at(data, path))
             else:
                 annotation = field.annotation if field else Any
-        elif containers := [member for member in members if get_origin(member) in (list, tuple, dict)]:
+        elif containers := [member for member in alternatives if get_origin(member) in (list, tuple, dict)]:
             owner = None if get_origin(containers[0]) is dict else owner
             path = (*path, part)
             annotation = get_args(containers[0])[-1]
@@ -113,34 +112,6 @@ def _walk(root: type[Section], location: tuple[str | int, ...], data: Any) -> tu
     return path, owner
 
 
-def _registry_of(field: FieldInfo) -> Registry | None:
-    """The registry that a field's value is chosen from."""
-    # Of `Annotated[Options, registry] | None` pydantic leaves the union; in a list the items are chosen, not the field.
-    of_union = get_args(field.annotation) if get_origin(field.annotation) in (Union, types.UnionType) else ()
-    parts = [field, *of_union]
-    metadata = [item for part in parts for item in getattr(part, "metadata", getattr(part, "__metadata__", ()))]
-    return next((item for item in metadata if isinstance(item, Registry)), None)
-
-
-def _members(annotation: Any) -> list[Any]:
-    """The alternatives of an annotation, without Annotated and None."""
-    if get_origin(annotation) is Annotated:
-        return _members(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, types.UnionType):
-        return [member for part in get_args(annotation) for member in _members(part)]
-    return [] if annotation is type(None) else [annotation]
-
-
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, Section)
-
-
-def _tags(section: type[Section]) -> tuple[Any, ...]:
-    """Values of the `name` that tells this section from the others of its union."""
-    field = section.model_fields.get("name")
-    return get_args(field.annotation) if field else ()
-
-
 def _describe(
     detail: Mapping[str, Any], path: KeyPath, owner: type[Section] | None, root: type[Section]
 ) -> tuple[str, str]:
@@ -148,7 +119,7 @@ def _describe(
     context = detail.get("ctx", {})
     match detail["type"]:
         case "extra_forbidden":
-            return "unknown key", _suggest_key(str(path[-1]), owner, root)
+            return "unknown key", suggest_key(str(path[-1]), owner, root)
         case "missing":
             return "missing", "; it has no default"
         case "union_tag_invalid":
@@ -171,7 +142,7 @@ def _split_choices(text: str) -> list[str]:
     return [choice.strip(" '") for choice in text.replace(" or ", ",").split(",")]
 
 
-def _suggest_key(name: str, owner: type[Section] | None, root: type[Section]) -> str:
+def suggest_key(name: str, owner: type[Section] | None, root: type[Section]) -> str:
     """The nearest valid key of the same section, else all of them and where else in the tree the key exists."""
     if owner is None:
         return ""
@@ -199,8 +170,8 @@ def _all_field_paths(section: type[Section], prefix: str) -> Iterator[str]:
     """Dotted paths of every field under a section that a YAML file could name without a list position."""
     for name, field in section.model_fields.items():
         yield f"{prefix}{name}"
-        for member in _members(field.annotation):
-            if _is_section(member):
+        for member in members(field.annotation):
+            if is_section(member):
                 yield from _all_field_paths(member, f"{prefix}{name}.")
 
 

@@ -51,7 +51,7 @@ def process_problems(parallel: ParallelConfig, world_size: int) -> Iterator[Prob
             f"one model takes {parallel.tensor_parallel_size} x {parallel.pipeline_parallel_size} x "
             f"{parallel.context_parallel_size} = {parallel.model_parallel_size} processes, and "
             f"{processes(world_size)} cannot be divided by that; change the sizes or the number of processes "
-            "(torchrun --nproc-per-node)",
+            "(--processes)",
         )
     elif world_size % parallel.expert_model_parallel_size:
         yield (

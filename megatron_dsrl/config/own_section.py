@@ -1,4 +1,4 @@
-"""Sections that may be of one's own class.
+"""Sections that may be of your own class.
 
     phases: list[Annotated[PhaseConfig, OwnSection("phase", PhaseConfig)]]
 
@@ -15,14 +15,16 @@ from typing import Any
 
 from pydantic import (
     GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     SerializationInfo,
     ValidationError,
     ValidationInfo,
     ValidatorFunctionWrapHandler,
 )
+from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import core_schema
 
-from megatron_dsrl.config.dotted_path import class_at
+from megatron_dsrl.config.dotted_path import PATTERN, class_at
 from megatron_dsrl.config.section import Section
 
 
@@ -63,6 +65,22 @@ class OwnSection:
             handler(source),
             serialization=core_schema.plain_serializer_function_ser_schema(_dump, info_arg=True),
         )
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """The section, or one with a dotted path in its `type`, whose further fields are those of that class."""
+        base = handler(schema)
+        described = handler.resolve_ref_schema(base)
+        path = {key: value for key, value in described["properties"]["type"].items() if key != "anyOf"}
+        own = {
+            "title": f"Your own {self._kind}",
+            "type": "object",
+            "properties": described["properties"] | {"type": path | {"type": "string", "pattern": PATTERN}},
+            "required": [*described.get("required", []), "type"],
+        }
+        described["properties"]["type"] = path | {"type": "null"}
+        return {"anyOf": [base, own]}
 
 
 def _dump(section: Section, info: SerializationInfo) -> dict[str, Any]:

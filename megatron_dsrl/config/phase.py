@@ -29,8 +29,9 @@ MAIN_OBJECTIVE = "policy"
 
 
 class KLConfig(Section):
-    """Keep the policy near a reference policy. What the estimators are, and which of them give the gradient of the KL
-    divergence, is said in `algorithms/divergence.py`."""
+    """Keep the policy near a reference policy. With d = log pi - log ref of a token, k1 is d, k2 is d^2 / 2, k3 is
+    exp(-d) - 1 + d (Schulman, "Approximating KL divergence", 2020); `algorithms/divergence.py` says which of them give
+    the gradient of the KL divergence."""
 
     loss_coefficient: float = Field(default=0.0, ge=0)
     """Factor of the KL estimate of every token, added to the token's loss."""
@@ -120,8 +121,8 @@ class PhaseConfig(ObjectiveConfig):
     """One phase: an objective, and until when it holds."""
 
     type: str | None = None
-    """Dotted path `package.module:Class` of a phase of one's own: a subclass of PhaseConfig, whose fields the section
-    then has. null: PhaseConfig itself."""
+    """Dotted path `package.module:Class` of your own phase: a subclass of PhaseConfig, whose fields the section then
+    has. null: PhaseConfig itself."""
 
     name: str
     """Shown in logs and plots."""

@@ -23,10 +23,11 @@ import json
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from pydantic import GetCoreSchemaHandler, SerializationInfo, ValidationError
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, SerializationInfo, ValidationError
+from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import InitErrorDetails, core_schema
 
-from megatron_dsrl.config.dotted_path import class_at
+from megatron_dsrl.config.dotted_path import PATTERN, class_at
 from megatron_dsrl.config.section import Section
 
 
@@ -34,7 +35,16 @@ class Options(Section):
     """A choice and its options."""
 
     name: str = ""
-    """Which one: a registered name, or the dotted path `package.module:Class` of one's own."""
+    """Which one: a registered name, or the dotted path `package.module:Class` of your own."""
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        described = handler(schema)
+        # Its default is for code; in a file the name says which choice this is.
+        handler.resolve_ref_schema(described)["required"] = ["name"]
+        return described
 
 
 Class = TypeVar("Class", bound=type[Options])
@@ -49,14 +59,14 @@ class Registry:
             kind: what is chosen, for messages.
             modules: where the built-in classes are, all with one base class; imported when something is looked up.
         """
-        self._kind = kind
+        self.kind = kind
         self._modules = tuple(modules)
         self._classes: dict[str, type[Options]] = {}
 
     def register(self, options_class: Class) -> Class:
         """Decorator: make the class available under the default of its `name`."""
         name = options_class.model_fields["name"].default
-        assert name and name not in self._classes, f"{self._kind} {name!r} is registered twice, or has no name"
+        assert name and name not in self._classes, f"{self.kind} {name!r} is registered twice, or has no name"
         self._classes[name] = options_class
         return options_class
 
@@ -65,6 +75,10 @@ class Registry:
         for module in self._modules:
             importlib.import_module(module)
         return list(self._classes)
+
+    def classes(self) -> list[type[Options]]:
+        """The registered classes."""
+        return [self._classes[name] for name in self.names()]
 
     def options_class(self, value: Any) -> type[Options] | None:
         """The class that a value names; None where there is no such class."""
@@ -92,7 +106,7 @@ class Registry:
         if ":" in name:
             base = self._classes[names[0]].__base__
             assert base is not None
-            return class_at(name, self._kind, base)
+            return class_at(name, self.kind, base)
         if name not in names:
             context = {"discriminator": "'name'", "tag": name, "expected_tags": ", ".join(map(repr, names))}
             raise _error("union_tag_invalid", value, context)
@@ -103,6 +117,20 @@ class Registry:
             self.build,
             serialization=core_schema.plain_serializer_function_ser_schema(_dump, info_arg=True),
         )
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """One of the registered classes by its `name`, a bare name, or your own class by its dotted path."""
+        bare = {"type": "string", "anyOf": [{"enum": self.names()}, {"pattern": PATTERN}]}
+        own = {
+            "title": f"Your own {self.kind}",
+            "type": "object",
+            "properties": {"name": {"type": "string", "pattern": PATTERN}},
+            "required": ["name"],
+        }
+        registered = handler(core_schema.union_schema([each.__pydantic_core_schema__ for each in self.classes()]))
+        return {"oneOf": [bare, *registered["anyOf"], own]}
 
 
 def _as_mapping(value: Any) -> dict[str, Any]:

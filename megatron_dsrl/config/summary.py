@@ -53,7 +53,7 @@ def _figures_table(config: RunConfig, figures: RunFigures) -> Table:
     engines = "engine.urls" if config.engine.urls else f"tensor-parallel size {config.engine.tensor_parallel_size} each"
     table = Table("figure", "value", "made of", show_header=True, header_style="bold")
     rows: list[tuple[str, int, str]] = [
-        ("processes", figures.world_size, "WORLD_SIZE, or --world-size"),
+        ("processes", figures.world_size, "--processes, or WORLD_SIZE"),
         (
             "processes per model",
             figures.model_parallel_size,

@@ -1,0 +1,68 @@
+"""What the fields of sections may hold, read off their annotations."""
+
+import types
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from megatron_dsrl.config.function_name import FunctionName
+from megatron_dsrl.config.registry import Registry
+from megatron_dsrl.config.section import Section
+
+
+def members(annotation: Any) -> list[Any]:
+    """The alternatives of an annotation, without Annotated and None."""
+    if get_origin(annotation) is Annotated:
+        return members(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [member for part in get_args(annotation) for member in members(part)]
+    return [] if annotation is type(None) else [annotation]
+
+
+def is_section(annotation: Any) -> bool:
+    """Whether it is a section's class."""
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def tags(section: type[Section]) -> tuple[Any, ...]:
+    """Values of the `name` that tells this section from the others of its union; none for a name of any text."""
+    field = section.model_fields.get("name")
+    return get_args(field.annotation) if field else ()
+
+
+def registry_of(field: FieldInfo) -> Registry | None:
+    """The registry that a field's value is chosen from."""
+    return _metadata_of(field, Registry)
+
+
+def function_of(field: FieldInfo) -> FunctionName | None:
+    """What the function is that a field names."""
+    return _metadata_of(field, FunctionName)
+
+
+def sections_of(field: FieldInfo) -> list[type[Section]]:
+    """The classes of sections that a field may hold, by itself or as items: one, or one per choice."""
+    registry = registry_of(field)
+    if registry is not None:
+        return list(registry.classes())
+    return [section for member in members(field.annotation) for section in _sections_in(member)]
+
+
+def _sections_in(member: Any) -> list[type[Section]]:
+    if is_section(member):
+        return [member]
+    if get_origin(member) in (list, tuple, dict):
+        item = get_args(member)[-1]
+        registries = [each for each in getattr(item, "__metadata__", ()) if isinstance(each, Registry)]
+        if registries:
+            return list(registries[0].classes())
+        return [section for inner in members(item) for section in _sections_in(inner)]
+    return []
+
+
+def _metadata_of(field: FieldInfo, kind: type) -> Any:
+    # Pydantic leaves the union of `Annotated[Options, registry] | None`; in a list the items are chosen, not the field.
+    in_union = get_args(field.annotation) if get_origin(field.annotation) in (Union, types.UnionType) else ()
+    parts = [field, *in_union]
+    found = [item for part in parts for item in getattr(part, "metadata", getattr(part, "__metadata__", ()))]
+    return next((item for item in found if isinstance(item, kind)), None)

@@ -1,0 +1,166 @@
+"""The configuration reference in Markdown, made from the section classes: configs/README.md."""
+
+import inspect
+from collections.abc import Iterator
+
+from megatron_dsrl.config.describe import (
+    Place,
+    default_of,
+    documentation,
+    limits_of,
+    meaning_of,
+    one_line_each,
+    type_of,
+)
+from megatron_dsrl.config.fields import function_of, registry_of, sections_of, tags
+from megatron_dsrl.config.function_name import FunctionName, options_of
+from megatron_dsrl.config.kinds import KINDS, Kind
+from megatron_dsrl.config.section import Section
+
+INTRODUCTION = """# Configuration reference
+
+Every field of every configuration file. This page is made from the classes in `megatron_dsrl/config/` by
+`python tools/write_config_reference.py`, and a test compares the two. On the command line, `dsrl config` says the same:
+
+```
+dsrl config rollout.top_p                # one field: type, default, limits, meaning
+dsrl config phases.loss                  # what can be chosen, with its options
+dsrl config --kind sweep                 # a sweep's file; also benchmark, eval and gradients
+dsrl config --schema                     # the JSON schema of a run's file
+```
+
+Files that begin with
+
+```yaml
+# yaml-language-server: $schema=schemas/run.json
+```
+
+are completed and checked while you type in editors with YAML support (VS Code with the Red Hat YAML extension, Neovim,
+Emacs, JetBrains). The path is relative to the file; for files outside the repository, save the output of
+`dsrl config --schema`. [The README](../README.md#configuration) says how files inherit and how the command line
+overrides them.
+"""
+
+TITLES = {
+    "run": "A run",
+    "sweep": "A sweep",
+    "benchmark": "A benchmark",
+    "eval": "Overrides of an evaluation",
+    "gradients": "Overrides of a gradient analysis",
+}
+
+
+def reference() -> str:
+    """The whole page."""
+    page = _Page()
+    for name, kind in KINDS.items():
+        page.add_kind(TITLES[name], kind)
+    return "\n".join([INTRODUCTION, *page.lines])
+
+
+class _Page:
+    """Each field is described once; where a section occurs again, it refers to the first place."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self._first: dict[tuple[type[Section], str], str] = {}
+        """Class that defines a field, and the field's name: the heading of its table."""
+
+    def add_kind(self, title: str, kind: Kind) -> None:
+        self.lines += [f"## {title}", "", f"{kind.where[0].upper()}{kind.where[1:]}.", ""]
+        self._add_section(kind.section, "", title)
+
+    def _add_section(self, section: type[Section], path: str, heading: str) -> None:
+        here = {name: _definer(section, name) for name in section.model_fields if name not in _tag_field(section)}
+        new = [name for name, definer in here.items() if (definer, name) not in self._first]
+        known = [self._first[definer, name] for name, definer in here.items() if name not in new]
+        self._first |= {(here[name], name): heading for name in new}
+        if known:
+            places = " and ".join(f"[`{place}`](#{_anchor(place)})" for place in dict.fromkeys(known))
+            what = "The fields are those of" if not new else "Has fields of"
+            self.lines += [f"{what} {places}{', and:' if new else '.'}", ""]
+        if new:
+            self.lines += ["| field | type | default | meaning |", "|---|---|---|---|"]
+            self.lines += [self._row(Place(name, section, section.model_fields[name])) for name in new]
+            self.lines.append("")
+        for name in new:
+            field = section.model_fields[name]
+            below = sections_of(field)
+            inner = f"{path}.{name}".lstrip(".")
+            if registry_of(field) is not None or len(below) > 1:
+                self._add_choices(inner, below)
+            elif (function := function_of(field)) is not None:
+                self._add_functions(inner, function)
+            elif below and not self._is_known(below[0]):
+                self.lines += [f"### `{inner}`", "", documentation(below[0]), ""]
+                self._add_section(below[0], inner, inner)
+
+    def _row(self, place: Place) -> str:
+        assert place.field is not None
+        default = default_of(place.field)
+        if default is None:
+            shown = "required"
+        elif default == "section" or default in ("{}", "[]"):
+            shown = ""
+        else:
+            shown = f"`{default}`"
+        limits = limits_of(place.field)
+        kind = _cell(type_of(place.field) + (f", {limits}" if limits else ""))
+        below = sections_of(place.field)
+        if below and registry_of(place.field) is None and len(below) == 1 and self._is_known(below[0]):
+            kind += f": as [`{self._heading_of(below[0])}`](#{_anchor(self._heading_of(below[0]))})"
+        meaning = meaning_of(place).partition("\n\n")[0] if place.field.description is None else meaning_of(place)
+        return f"| `{place.path}` | {kind} | {_cell(shown)} | {_cell(meaning)} |"
+
+    def _is_known(self, section: type[Section]) -> bool:
+        return all((_definer(section, name), name) in self._first for name in section.model_fields)
+
+    def _heading_of(self, section: type[Section]) -> str:
+        name = next(iter(section.model_fields))
+        return self._first[_definer(section, name), name]
+
+    def _add_choices(self, path: str, sections: list[type[Section]]) -> None:
+        if all(choice in self._first for choice in ((section, "name") for section in sections)):
+            return
+        self._first |= {(section, "name"): path for section in sections}
+        self.lines += [f"### `{path}`", "", "| name | what it is, and its options |", "|---|---|"]
+        for section in sections:
+            options = [name for name in section.model_fields if name != "name"]
+            texts = [documentation(section), *(self._option(section, name) for name in options)]
+            self.lines.append(f"| `{tags(section)[0]}` | {'<br>'.join(_cell(text) for text in texts)} |")
+        self.lines.append("")
+
+    def _option(self, section: type[Section], name: str) -> str:
+        field = section.model_fields[name]
+        facts = [f"default `{default_of(field)}`" if default_of(field) is not None else "required", limits_of(field)]
+        return f"`{name}` ({type_of(field)}, {', '.join(filter(None, facts))}): {meaning_of(Place('', section, field))}"
+
+    def _add_functions(self, path: str, function: FunctionName) -> None:
+        self.lines += [f"### `{path}`", "", f"| {function.kind} | what it gives, and its options |", "|---|---|"]
+        for name, built_in in function.functions().items():
+            texts = [one_line_each(inspect.getdoc(built_in) or "").partition("\n\n")[0]]
+            for option in options_of(built_in, given=2):
+                required = option.default is inspect.Parameter.empty
+                texts.append(f"`{option.name}` ({'required' if required else f'default `{option.default}`'}): "
+                             f"{option.meaning}")  # fmt: skip
+            self.lines.append(f"| `{name}` | {'<br>'.join(_cell(text) for text in texts)} |")
+        self.lines.append("")
+
+
+def _tag_field(section: type[Section]) -> Iterator[str]:
+    if tags(section):
+        yield "name"
+
+
+def _definer(section: type[Section], name: str) -> type[Section]:
+    """The class that declares the field last."""
+    return next(each for each in section.__mro__ if name in each.__dict__.get("__annotations__", {}))
+
+
+def _anchor(heading: str) -> str:
+    """As GitHub makes it."""
+    return heading.lower().replace(" ", "-").replace(".", "")
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n\n", " ").replace("\n", " ")

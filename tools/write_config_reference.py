@@ -1,0 +1,32 @@
+"""Write what is made from the configuration's classes: configs/README.md and the JSON schemas in configs/schemas.
+
+    python tools/write_config_reference.py
+
+tests/configs/test_reference.py compares them with the classes.
+"""
+
+from pathlib import Path
+
+from megatron_dsrl.config.json_schema import as_text
+from megatron_dsrl.config.kinds import FILES, KINDS
+from megatron_dsrl.config.reference import reference
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def generated() -> dict[Path, str]:
+    """The text of every file that is made."""
+    configs = REPOSITORY / "configs"
+    schemas = {configs / "schemas" / f"{kind}.json": as_text(KINDS[kind].schema()) for kind in FILES}
+    return {configs / "README.md": reference(), **schemas}
+
+
+def main() -> None:
+    for file, text in generated().items():
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+        print(file.relative_to(REPOSITORY))
+
+
+if __name__ == "__main__":
+    main()
