@@ -1,8 +1,73 @@
-"""Values on the command line that several commands take."""
+"""What several commands share: how a command is added, its common arguments, and kinds of values."""
 
 import argparse
 import math
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeAlias
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+"""What `add_subparsers` returns; argparse has no public name for it."""
+
+
+def add_command(
+    commands: Commands,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    **texts: Any,
+) -> argparse.ArgumentParser:
+    """Add a command.
+
+    Args:
+        commands: `dsrl`'s, or those of a group.
+        name: of the command.
+        run: runs it and returns the exit status.
+        texts: `help`, `description` and `epilog`, as argparse takes them.
+    """
+    parser = commands.add_parser(name, **texts)
+    parser.set_defaults(command=run, parser=parser)
+    return parser
+
+
+def add_group(
+    commands: Commands, name: str, title: str, metavar: str, **texts: Any
+) -> Commands:
+    """Add a command that has commands of its own; alone, it prints its help."""
+    return subcommands(commands.add_parser(name, **texts), title, metavar)
+
+
+def subcommands(parser: argparse.ArgumentParser, title: str, metavar: str) -> Commands:
+    """The commands of a parser, which prints its help where none is given."""
+    parser.set_defaults(command=_print_help, parser=parser)
+    return parser.add_subparsers(title=title, metavar=metavar)
+
+
+def _print_help(options: argparse.Namespace) -> int:
+    options.parser.print_help(sys.stderr)
+    return 2
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """A run's configuration file and overrides."""
+    parser.add_argument("config", metavar="CONFIG.yaml", type=Path, help="configuration file")
+    add_overrides(parser, "set a field, after the file; the value is YAML, list positions are numbers")
+
+
+def add_overrides(parser: argparse.ArgumentParser, meaning: str) -> None:
+    """`key.path=value`, any number of them."""
+    parser.add_argument("overrides", metavar="KEY.PATH=VALUE", nargs="*", help=meaning)
+
+
+def add_processes(parser: argparse.ArgumentParser, more: str = "") -> None:
+    """How many processes share the work, for a command that torchrun and srun can start as well."""
+    parser.add_argument(
+        "--processes",
+        "--gpus",
+        metavar="N",
+        type=positive,
+        help=f"start N processes on this machine, one per GPU{more}; for several machines use srun or torchrun",
+    )
 
 
 def positive(text: str) -> int:

@@ -14,9 +14,18 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from megatron_dsrl import __version__
 from megatron_dsrl.analysis.command_line import add_analyse
 from megatron_dsrl.analysis.samples_command import add_samples
-from megatron_dsrl.arguments import positive
+from megatron_dsrl.arguments import (
+    Commands,
+    add_command,
+    add_config,
+    add_processes,
+    positive,
+    subcommands,
+)
+from megatron_dsrl.config.command_line import add_config_command
 from megatron_dsrl.conversion.command_line import add_convert
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.evaluation.command_line import add_eval, add_rescore, add_table
@@ -24,7 +33,7 @@ from megatron_dsrl.loading import loading_megatron
 from megatron_dsrl.observability.command_line import add_compare, add_trace, add_upload
 from megatron_dsrl.observability.waiting import say_on_first_rank
 from megatron_dsrl.planning.command_line import add_plan
-from megatron_dsrl.process import end_with_torchrun
+from megatron_dsrl.process import end_with_launcher
 from megatron_dsrl.publishing.command_line import add_push
 
 if TYPE_CHECKING:
@@ -37,11 +46,15 @@ TERMINATED_STATUS = 143
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    end_with_torchrun()
+    end_with_launcher()
+    # Modules in the current folder are found by their dotted paths, as with `python -m`.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = _parse(arguments)
     previous_handler = signal.signal(signal.SIGTERM, _exit_on_sigterm)
     try:
-        return options.command(options)
+        return _run(options, arguments)
     except UserError as error:
         _print_error(str(error))
         return USER_ERROR_STATUS
@@ -50,6 +63,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED_STATUS
     finally:
         signal.signal(signal.SIGTERM, previous_handler)
+
+
+def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """Here, or with `--processes` in as many processes of the same command. A dry run has only one."""
+    if getattr(options, "processes", None) is not None and not getattr(options, "dry_run", False):
+        from megatron_dsrl.launch import launch, others_started
+
+        if not others_started(options.processes):
+            return launch([sys.executable, "-m", "megatron_dsrl.cli", *arguments], options.processes)
+    return options.command(options)
 
 
 def _exit_on_sigterm(signal_number: int, frame: FrameType | None) -> None:
@@ -71,9 +94,7 @@ def _train(options: argparse.Namespace) -> int:
     from megatron_dsrl.config.load import load_config
     from megatron_dsrl.preflight import preflight
 
-    if options.world_size is not None and not options.dry_run:
-        raise UserError("--world-size is for --dry-run; start a run on N processes with torchrun --nproc-per-node N")
-    world_size = options.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = options.processes or int(os.environ.get("WORLD_SIZE", "1"))
     verbose = ["observability.verbose=true"] if options.verbose else []
     config = load_config(options.config, [*options.overrides, *verbose])
     if not options.dry_run and _is_complete(config):
@@ -161,7 +182,7 @@ def _report(options: argparse.Namespace) -> int:
 def _sweep(options: argparse.Namespace) -> int:
     from megatron_dsrl.sweep import run_sweep
 
-    return run_sweep(options.sweep, options.processes)
+    return run_sweep(options.sweep, options.parallel_runs)
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -189,8 +210,10 @@ def _parser() -> argparse.ArgumentParser:
         prog="dsrl",
         description="RL with verifiable rewards in pre-train and post-train space on Megatron-core and SGLang.",
     )
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    parser.add_argument("--version", action="version", version=f"megatron-dsrl {__version__}")
+    commands = subcommands(parser, "commands", "COMMAND")
     _add_train(commands)
+    add_config_command(commands)
     _add_fetch(commands)
     add_convert(commands)
     add_eval(commands)
@@ -210,40 +233,37 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser(
+def _add_train(commands: Commands) -> None:
+    parser = add_command(
+        commands,
         "train",
+        _train,
         help="train as a configuration file says",
-        description="Train as a configuration file says. On N processes: torchrun --nproc-per-node N -m "
-        "megatron_dsrl.cli train CONFIG.yaml ...",
+        description="Train as a configuration file says. The same command continues an interrupted run.",
         epilog="example: dsrl train configs/tiny_dsrl.yaml rollout.temperature=0.7 phases.0.until_step=5 --dry-run",
     )
-    _add_config(parser)
+    add_config(parser)
     parser.add_argument(
         "--dry-run",
         action="store_true",
         help="check everything that can be checked beforehand, print the resolved configuration and what it amounts "
         "to, and start nothing",
     )
-    parser.add_argument(
-        "--world-size",
-        metavar="N",
-        type=positive,
-        help="with --dry-run: number of processes to check for (default: WORLD_SIZE, else 1)",
-    )
+    add_processes(parser, " (with --dry-run: check for N)")
     parser.add_argument("-v", "--verbose", action="store_true", help="print every figure of a step, not the main ones")
-    parser.set_defaults(command=_train, parser=parser)
 
 
-def _add_fetch(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser(
+def _add_fetch(commands: Commands) -> None:
+    parser = add_command(
+        commands,
         "fetch",
+        _fetch,
         help="have the hub's part of a run in its cache",
         description="Read the model, tokenizer and prompts of a run, and benchmarks, in one process. What comes from "
         "the hub is in its cache (HF_HOME) afterwards, for all ranks and for machines without a network.",
         epilog="example: dsrl fetch configs/dsrl_qwen3_8b.yaml --benchmarks math500,aime24",
     )
-    _add_config(parser)
+    add_config(parser)
     parser.add_argument(
         "--benchmarks",
         metavar="NAME,NAME",
@@ -251,34 +271,27 @@ def _add_fetch(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         default=[],
         help="names or .yaml files, as for `dsrl eval`",
     )
-    parser.set_defaults(command=_fetch, parser=parser)
 
 
-def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG.yaml", type=Path, help="configuration file")
-    parser.add_argument(
-        "overrides",
-        metavar="KEY.PATH=VALUE",
-        nargs="*",
-        help="set a field, after the file; the value is YAML, list positions are numbers",
-    )
-
-
-def _add_rollout(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser(
+def _add_rollout(commands: Commands) -> None:
+    parser = add_command(
+        commands,
         "rollout",
+        _rollout,
         help="sample what a run would sample, without training",
         description="Sample the steps of a run with the weights of its model folder, without a trainer. A run with "
-        "rollout.replay_from trains on the result without engines. On N processes: as `dsrl train`.",
+        "rollout.replay_from trains on the result without engines.",
         epilog="example: dsrl rollout configs/tiny_dsrl.yaml name=sampled steps=2",
     )
-    _add_config(parser)
-    parser.set_defaults(command=_rollout, parser=parser)
+    add_config(parser)
+    add_processes(parser)
 
 
-def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser(
+def _add_report(commands: Commands) -> None:
+    parser = add_command(
+        commands,
         "report",
+        _report,
         help="write the HTML report of a run, or of several side by side",
         description="Write one self-contained HTML page with plots, also while a run is still going: RUN/report.html, "
         "or for several runs a comparison, comparison.html in the first folder.",
@@ -288,30 +301,33 @@ def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument(
         "--figure", metavar="FILE", type=Path, help="write the learning curve as an SVG file, in place of the page"
     )
-    parser.set_defaults(command=_report, parser=parser)
 
 
-def _add_sweep(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser(
+def _add_sweep(commands: Commands) -> None:
+    parser = add_command(
+        commands,
         "sweep",
+        _sweep,
         help="train several configurations with several seeds, and compare them",
         description="Train what a sweep file lists and write the comparison into its folder. Finished runs are kept, "
         "interrupted ones continue: start the same command again after an interruption.",
     )
-    parser.add_argument("sweep", metavar="SWEEP.yaml", type=Path, help="sweep file, see megatron_dsrl/config/sweep.py")
-    parser.add_argument("--processes", metavar="N", type=positive, default=1, help="runs at a time (default: 1)")
-    parser.set_defaults(command=_sweep, parser=parser)
+    parser.add_argument("sweep", metavar="SWEEP.yaml", type=Path, help="sweep file, see `dsrl config --kind sweep`")
+    parser.add_argument(
+        "--parallel-runs", metavar="N", type=positive, default=1, help="runs at a time (default: 1)"
+    )
 
 
-def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser(
+def _add_doctor(commands: Commands) -> None:
+    parser = add_command(
+        commands,
         "doctor",
+        _doctor,
         help="say what is installed, what is missing, and what to do about it",
         description="Say what is installed, which devices and kernels there are, what is missing, and what to do. Exit "
         "status 0 when a CPU or a GPU run is possible, else 1.",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
-    parser.set_defaults(command=_doctor, parser=parser)
 
 
 if __name__ == "__main__":

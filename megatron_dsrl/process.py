@@ -7,13 +7,20 @@ import signal
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def end_with_torchrun() -> None:
-    """Under torchrun: have this rank killed when torchrun is.
+LAUNCHER_VARIABLE = "DSRL_LAUNCHER"
+"""In the environment of a process that `launch` starts: the process id of the launcher."""
 
-    torchrun ends its ranks with it unless it is killed itself. They would then go on, beside those of the next start in
+
+def end_with_launcher() -> None:
+    """Have this rank killed when torchrun, or the launcher of `--processes`, is.
+
+    Either ends its ranks with it unless it is killed itself. They would then go on, beside those of the next start in
     the same run folder.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    launcher = os.environ.pop(LAUNCHER_VARIABLE, None)  # commands that this rank starts have another parent
+    if launcher is not None:
+        die_with_parent(int(launcher))
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent(os.getppid())
 
 

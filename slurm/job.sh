@@ -113,7 +113,7 @@ check_environment() {
 
 # A mistake ends the job here with its message, before anything was fetched or converted.
 check_configuration() {
-    run_once "${dsrl[@]}" train "$CONFIG" "${overrides[@]}" --dry-run --world-size "$SLURM_NTASKS" >/dev/null
+    run_once "${dsrl[@]}" train "$CONFIG" "${overrides[@]}" --dry-run --processes "$SLURM_NTASKS" >/dev/null
     [ -n "$BENCHMARKS" ] || return 0
     run_once "${dsrl[@]}" eval "${POLICY:-the policy}" "${evaluation_options[@]}" --dry-run
 }

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dsrl import __version__
 from megatron_dsrl.config.load import dump_config, load_config
 from megatron_dsrl.config.yaml_text import format_yaml
 from megatron_dsrl.run_results import finished_step
@@ -60,7 +61,7 @@ def dsrl(folder: Path, *arguments: str, **variables: str) -> subprocess.Complete
 
 def test_dry_run_prints_configuration_and_figures_and_starts_nothing(folder):
     # An option between positionals, and an override after it.
-    result = dsrl(folder, "train", "run.yaml", "seed=7", "--dry-run", "rollout.temperature=0.5", "--world-size", "2")
+    result = dsrl(folder, "train", "run.yaml", "seed=7", "--dry-run", "rollout.temperature=0.5", "--gpus", "2")
     assert result.returncode == 0 and result.stderr == ""
     assert "seed: 7" in result.stdout and "temperature: 0.5" in result.stdout
     rows = [line.split("│") for line in result.stdout.splitlines()]
@@ -120,6 +121,28 @@ def test_a_run_that_lacks_something_is_not_complete(folder, missing, monkeypatch
     assert finished_step(config) is None
 
 
+def test_processes_are_started_and_give_the_commands_status(folder):
+    """Both meet the same mistake; only rank 0 says so."""
+    result = dsrl(folder, "train", "run.yaml", "--processes", "2", "parallel.pipeline_parallel_size=3")
+    assert result.returncode == 2
+    assert result.stderr.count("2 processes cannot be divided by that") == 1
+
+
+def test_modules_of_the_current_folder_are_found(folder):
+    """By the installed command, whose own folder Python would search in its place."""
+    (folder / "own_loss.py").write_text("")
+    program = "import sys; sys.path.remove(''); from megatron_dsrl.cli import main; sys.exit(main())"
+    own = "phases.0.loss={name: 'own_loss:Halved'}"
+    command = [sys.executable, "-c", program, "train", "run.yaml", own]
+    result = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=60)
+    assert "`own_loss` has no loss `Halved`" in result.stderr
+
+
+def test_version(folder):
+    result = dsrl(folder, "--version")
+    assert (result.returncode, result.stdout) == (0, f"megatron-dsrl {__version__}\n")
+
+
 def test_world_size_comes_from_torchrun(folder):
     result = dsrl(folder, "train", "run.yaml", "--dry-run", "parallel.tensor_parallel_size=2", WORLD_SIZE="3")
     assert result.returncode == 2
@@ -133,13 +156,13 @@ def test_world_size_comes_from_torchrun(folder):
         (["train", "run.yaml", "rollout.temprature=1"], "rollout.temprature: unknown key; did you mean temperature?"),
         (["train", "run.yaml", "model.path=nowhere/at/all"], "model.path: there is no folder nowhere/at/all"),
         (["train", "run.yaml", "data.source=nowhere.jsonl"], "data.source: there is no file nowhere.jsonl"),
-        (["train", "run.yaml", "--world-size", "2"], "--world-size is for --dry-run"),
-        (["train", "run.yaml", "--dry-run", "--world-size", "0"], "expected a positive integer, got 0"),
+        (["train", "run.yaml", "--dry-run", "--processes", "0"], "expected a positive integer, got 0"),
         (["train", "run.yaml", "--dryrun"], "unrecognized arguments: --dryrun"),
         (["report", "nowhere"], "nowhere"),
         (["doctor", "a=b"], "unrecognized arguments: a=b"),
         (["trian"], "invalid choice: 'trian'"),
-        ([], "required: COMMAND"),
+        ([], "    doctor    say what is installed"),
+        (["analyse"], "usage: dsrl analyse [-h] KIND ..."),
     ],
 )
 def test_a_users_mistake_is_one_message_and_status_2(folder, arguments, message):

@@ -11,8 +11,8 @@ from tests.support.tiny_run import REPOSITORY, launcher
 
 RANK = """
 import os, pathlib, sys, time
-from megatron_dsrl.process import end_with_torchrun
-end_with_torchrun()
+from megatron_dsrl.process import end_with_launcher
+end_with_launcher()
 pathlib.Path(sys.argv[1], os.environ["RANK"]).write_text(str(os.getpid()))
 time.sleep(60)
 """

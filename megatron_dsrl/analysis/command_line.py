@@ -6,21 +6,31 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_dsrl.arguments import labelled_folders, positive
+from megatron_dsrl.arguments import (
+    Commands,
+    add_command,
+    add_group,
+    add_overrides,
+    add_processes,
+    labelled_folders,
+    positive,
+)
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.loading import loading_megatron
 
 Command = Callable[[argparse.Namespace], int]
 
 
-def add_analyse(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_analyse(commands: Commands) -> None:
     """Add the command to `dsrl`'s."""
-    parser = commands.add_parser(
+    kinds = add_group(
+        commands,
         "analyse",
+        "analyses",
+        "KIND",
         help="analyse recorded rollouts or evaluations: gradients, thoughts, problems, lengths, behaviours, Pass@K",
         description="Each analysis writes KIND.jsonl, KIND.json and KIND.svg into RUN/analysis and prints its summary.",
     )
-    kinds = parser.add_subparsers(title="analyses", metavar="KIND", required=True)
     _add_gradients(kinds)
     _add_kind(kinds, "thoughts", _thoughts, "reflection and transition thoughts per response, by word lists")
     _add_kind(kinds, "problems", _problems, "problems solved, unsolved, newly solved and solved at least once")
@@ -30,10 +40,10 @@ def add_analyse(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def _add_kind(
-    kinds: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, command: Command, what: str
+    kinds: Commands, name: str, command: Command, what: str
 ) -> argparse.ArgumentParser:
     """One analysis of a source; `--steps` and `--output` are common to them."""
-    parser = kinds.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
+    parser = add_command(kinds, name, command, help=what, description=what[0].upper() + what[1:] + ".")
     accepted = "run folder" if name in ("problems", "lengths") else "run folder, or sample file of dsrl eval"
     parser.add_argument("source", metavar="RUN", type=Path, help=accepted)
     default = "the first one" if name == "gradients" else "all"
@@ -41,25 +51,19 @@ def _add_kind(
         "--steps", metavar="N,N", type=_numbers, help=f"only these recorded steps of the run (default: {default})"
     )
     parser.add_argument("--output", metavar="DIR", type=Path, help="where results go (default: RUN/analysis)")
-    parser.set_defaults(command=command, parser=parser)
     return parser
 
 
-def _add_gradients(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_gradients(kinds: Commands) -> None:
     parser = _add_kind(
         kinds,
         "gradients",
         _gradients,
         "inner product and cosine of the gradients of log P(y) and log P(y|x), and the log-prob gap",
     )
-    parser.epilog = "split the model with torchrun --nproc-per-node 2 -m megatron_dsrl.cli analyse gradients RUN "
-    parser.epilog += "parallel.tensor_parallel_size=2"
-    parser.add_argument(
-        "overrides",
-        metavar="KEY.PATH=VALUE",
-        nargs="*",
-        help="set a field of the sections model and parallel, or temperature or bos",
-    )
+    parser.epilog = "split the model: dsrl analyse gradients RUN --processes 2 parallel.tensor_parallel_size=2"
+    add_overrides(parser, "set a field of the sections model and parallel, or temperature or bos")
+    add_processes(parser)
     parser.add_argument(
         "--model", metavar="MODEL", help="HF folder, hub name or Megatron checkpoint (default: what the run began with)"
     )
@@ -67,7 +71,7 @@ def _add_gradients(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument("--seed", metavar="N", type=int, default=1, help="of their draw (default: 1)")
 
 
-def _add_behaviours(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_behaviours(kinds: Commands) -> None:
     parser = _add_kind(
         kinds,
         "behaviours",
@@ -90,9 +94,11 @@ def _add_behaviours(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
 
 
-def _add_pass_at_k(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = kinds.add_parser(
+def _add_pass_at_k(kinds: Commands) -> None:
+    parser = add_command(
+        kinds,
         "pass-at-k",
+        _pass_at_k,
         help="Pass@K curves of several evaluations in one figure",
         description="Write pass_at_k.svg, pass_at_k.md and pass_at_k.jsonl of several evaluations.",
     )
@@ -103,7 +109,6 @@ def _add_pass_at_k(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="run folders or output folders of dsrl eval, one per run, with a label; or one DIR",
     )
     parser.add_argument("--output", metavar="DIR", type=Path, default=Path(), help="where files go (default: .)")
-    parser.set_defaults(command=_pass_at_k, parser=parser)
 
 
 def _thoughts(options: argparse.Namespace) -> int:

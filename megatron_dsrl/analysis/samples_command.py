@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_dsrl.arguments import positive
+from megatron_dsrl.arguments import Commands, add_command, add_overrides, add_processes, positive
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.loading import loading_megatron
 
@@ -18,14 +18,15 @@ if TYPE_CHECKING:
 DEFAULT_PROMPTS = 4
 
 
-def add_samples(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_samples(commands: Commands) -> None:
     """Add the command to `dsrl`'s."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "samples",
+        _samples,
         help="read a run's recorded samples, with their token log-probs in both spaces",
         description="Print recorded samples: prompt, responses, rewards, why they ended, and the engine's log-probs.",
-        epilog="split the model with torchrun --nproc-per-node 2 -m megatron_dsrl.cli samples RUN --step 12 "
-        "--log-probs parallel.tensor_parallel_size=2",
+        epilog="split the model: dsrl samples RUN --log-probs --processes 2 parallel.tensor_parallel_size=2",
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="run folder, such as runs/tiny_dsrl")
     parser.add_argument("--step", metavar="N", type=positive, help="which step (default: the last recorded one)")
@@ -41,13 +42,8 @@ def add_samples(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "exported one before it",
     )
     parser.add_argument("--model", metavar="MODEL", help="with --log-probs: under this model instead")
-    parser.add_argument(
-        "overrides",
-        metavar="KEY.PATH=VALUE",
-        nargs="*",
-        help="with --log-probs: set a field of the sections model and parallel, or temperature or bos",
-    )
-    parser.set_defaults(command=_samples, parser=parser)
+    add_overrides(parser, "with --log-probs: set a field of the sections model and parallel, or temperature or bos")
+    add_processes(parser, ", which share the model of --log-probs")
 
 
 def _samples(options: argparse.Namespace) -> int:

@@ -3,30 +3,33 @@
 import argparse
 from pathlib import Path
 
-from megatron_dsrl.arguments import positive, positive_number
+from megatron_dsrl.arguments import Commands, add_command, add_group, add_processes, positive, positive_number
 from megatron_dsrl.loading import loading_megatron
 from megatron_dsrl.observability.waiting import say_on_first_rank
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def add_convert(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_convert(commands: Commands) -> None:
     """Add the command to `dsrl`'s."""
-    parser = commands.add_parser(
+    directions = add_group(
+        commands,
         "convert",
+        "directions",
+        "DIRECTION",
         help="convert checkpoints between HF and Megatron, or compare two",
-        description="Convert between HF folders and Megatron distributed checkpoints (torch_dist), or compare two. "
-        "Several processes share the work: torchrun --nproc-per-node N -m megatron_dsrl.cli convert ...",
+        description="Convert between HF folders and Megatron distributed checkpoints (torch_dist), or compare two.",
     )
-    directions = parser.add_subparsers(title="directions", metavar="DIRECTION", required=True)
     _add_hf_to_megatron(directions)
     _add_megatron_to_hf(directions)
     _add_verify(directions)
 
 
-def _add_hf_to_megatron(directions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = directions.add_parser(
+def _add_hf_to_megatron(directions: Commands) -> None:
+    parser = add_command(
+        directions,
         "hf-to-megatron",
+        _hf_to_megatron,
         help="HF folder or hub name to Megatron distributed checkpoint",
         description="Convert an HF model to a Megatron distributed checkpoint. Any layout can load it; the sizes given "
         "here are those that its chunks are cut for.",
@@ -47,12 +50,13 @@ def _add_hf_to_megatron(directions: "argparse._SubParsersAction[argparse.Argumen
         help="tensor-parallel size of experts (default: that of everything else)",
     )
     _add_common(parser)
-    parser.set_defaults(command=_hf_to_megatron, parser=parser)
 
 
-def _add_megatron_to_hf(directions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = directions.add_parser(
+def _add_megatron_to_hf(directions: Commands) -> None:
+    parser = add_command(
+        directions,
         "megatron-to-hf",
+        _megatron_to_hf,
         help="Megatron distributed checkpoint to HF folder",
         description="Convert a Megatron distributed checkpoint, written at any layout, to an HF folder.",
     )
@@ -72,7 +76,6 @@ def _add_megatron_to_hf(directions: "argparse._SubParsersAction[argparse.Argumen
     )
     _add_model(parser, "SOURCE")
     _add_common(parser)
-    parser.set_defaults(command=_megatron_to_hf, parser=parser)
 
 
 def _add_model(parser: argparse.ArgumentParser, checkpoint: str) -> None:
@@ -103,11 +106,14 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="HF folder, or YAML of a run, whose model SOURCE must be: sizes, RoPE base, norm epsilon, tied embeddings",
     )
+    add_processes(parser)
 
 
-def _add_verify(directions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = directions.add_parser(
+def _add_verify(directions: Commands) -> None:
+    parser = add_command(
+        directions,
         "verify",
+        _verify,
         help="compare an HF folder and a Megatron checkpoint",
         description="Compare every tensor of an HF folder and a Megatron checkpoint made from it, and the logits of "
         "both models if they fit in memory. Exit status 2 and the names of what differs if they are not equal.",
@@ -116,7 +122,7 @@ def _add_verify(directions: "argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument("megatron", metavar="MEGATRON", type=Path, help="checkpoint folder, or a run's folder")
     _add_model(parser, "MEGATRON")
     parser.add_argument("--dtype", choices=DTYPES, help="that the weights were converted to (default: unchanged)")
-    parser.set_defaults(command=_verify, parser=parser)
+    add_processes(parser)
 
 
 def _hf_to_megatron(options: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from megatron_dsrl.arguments import labelled_folders
+from megatron_dsrl.arguments import Commands, add_command, add_overrides, add_processes, labelled_folders
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.loading import loading_megatron
 
@@ -18,14 +18,16 @@ CHANGES = {
 """Options and the benchmark fields that they replace."""
 
 
-def add_eval(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_eval(commands: Commands) -> None:
     """Add the command to `dsrl`'s."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "eval",
+        _eval,
         help="evaluate a model on benchmarks",
         description="Sample a model on benchmarks with the training's engines, judge, and write results.json, "
         "results.md and pass_at_k.svg. Every finished sample is on disk at once: the same command continues an "
-        "interrupted evaluation. On N GPUs: torchrun --nproc-per-node N -m megatron_dsrl.cli eval ...",
+        "interrupted evaluation.",
         epilog="example: dsrl eval Qwen/Qwen3-4B --benchmarks math500,aime24 --samples 32",
     )
     parser.add_argument(
@@ -33,11 +35,8 @@ def add_eval(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         metavar="MODEL",
         help="HF folder, hub name, Megatron checkpoint, a run's folder (its newest policy) or one of its checkpoints",
     )
-    parser.add_argument(
-        "overrides",
-        metavar="KEY.PATH=VALUE",
-        nargs="*",
-        help="set a field of the sections seed, model, engine and rollout, such as engine.tensor_parallel_size=2",
+    add_overrides(
+        parser, "set a field of the sections seed, model, engine and rollout, such as engine.tensor_parallel_size=2"
     )
     parser.add_argument("--benchmarks", metavar="NAME,NAME", help="names (without any they are listed) or .yaml files")
     parser.add_argument("--samples", metavar="K", type=int, help="responses per problem (default: the benchmark's)")
@@ -57,13 +56,15 @@ def add_eval(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     parser.add_argument(
         "--dry-run", action="store_true", help="check names and settings, list the benchmarks, and stop"
     )
-    parser.set_defaults(command=_eval, parser=parser)
+    add_processes(parser)
 
 
-def add_table(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_table(commands: Commands) -> None:
     """Add the command to `dsrl`'s."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "table",
+        _table,
         help="the paper's results table, filled with evaluations",
         description="Print the paper's results table in Markdown, filled with what `dsrl eval` found and beside what "
         "the paper reports; what was not measured stays empty. Methods of the paper are called base, GRPO, PPO, "
@@ -78,7 +79,6 @@ def add_table(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     )
     parser.add_argument("--size", metavar="NAME", default="Qwen3-4B", help="Qwen3-4B (default) or Qwen3-8B")
     parser.add_argument("--output", metavar="FILE", type=Path, help="write the table to this file as well")
-    parser.set_defaults(command=_table, parser=parser)
 
 
 def add_rescore(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

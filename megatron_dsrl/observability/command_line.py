@@ -3,27 +3,30 @@
 import argparse
 from pathlib import Path
 
-from megatron_dsrl.arguments import labelled_folders
+from megatron_dsrl.arguments import Commands, add_command, labelled_folders
 from megatron_dsrl.errors import UserError
 
 
-def add_trace(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_trace(commands: Commands) -> None:
     """Add the command to `dsrl`'s."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "trace",
+        _trace,
         help="what every rank and engine of a run did when: a file for ui.perfetto.dev, and a summary",
         description="Join the timelines of all ranks and engines into one file, which ui.perfetto.dev and "
         "chrome://tracing open, and print a summary. Also while the run is still going, or after it was killed.",
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="run folder, such as runs/tiny_dsrl")
     parser.add_argument("--output", metavar="FILE", type=Path, help="of the trace (default: RUN/trace/trace.json)")
-    parser.set_defaults(command=_trace, parser=parser)
 
 
-def add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_compare(commands: Commands) -> None:
     """Add the command to `dsrl`'s."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "compare",
+        _compare,
         help="table and learning curves of methods with several runs each",
         description="Write comparison.md (held-out results with 95 % intervals over runs, and tests against the "
         "baseline) and comparison.svg (learning curves).",
@@ -39,7 +42,6 @@ def add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         default=Path("runs/comparison"),
         help="where the files go (default: runs/comparison)",
     )
-    parser.set_defaults(command=_compare, parser=parser)
 
 
 def add_upload(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -1,23 +1,23 @@
 """`dsrl plan`. Light: what needs torch or the model is imported when the command runs."""
 
 import argparse
-from pathlib import Path
 
-from megatron_dsrl.arguments import positive, positive_number
+from megatron_dsrl.arguments import Commands, add_command, add_config, positive, positive_number
 
 
-def add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_plan(commands: Commands) -> None:
     """Add the command to `dsrl`'s."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "plan",
+        _plan,
         help="say whether a configuration fits on some GPUs, what a step costs, and which layouts would do",
         description="Memory of every GPU in each phase, operations and estimated seconds of a step, the largest "
         "lengths that fit, and layouts to paste. Exit status 0 when the run fits, else 1. Needs no GPU, and no network "
         "for Qwen3's published sizes.",
         epilog="example: dsrl plan configs/dsrl_qwen3_8b.yaml --gpu h100 --gpus 8",
     )
-    parser.add_argument("config", metavar="CONFIG.yaml", type=Path, help="configuration file")
-    parser.add_argument("overrides", metavar="KEY.PATH=VALUE", nargs="*", help="set a field, as for `dsrl train`")
+    add_config(parser)
     parser.add_argument("--gpus", metavar="N", type=positive, default=8, help="how many (default: 8)")
     _add_gpu(parser)
     parser.add_argument(
@@ -32,7 +32,6 @@ def add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         type=_growing,
         help="instead, a step's seconds on these numbers of GPUs, such as 8,64,512,4096, and what breaks first",
     )
-    parser.set_defaults(command=_plan, parser=parser)
 
 
 def _add_gpu(parser: argparse.ArgumentParser) -> None:

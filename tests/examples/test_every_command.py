@@ -51,7 +51,7 @@ STANDS_FOR = {
     r"GRPO=RUN DSRL=RUN": "GRPO=runs/a DSRL=runs/c",
     r"\bRUN\b|<run folder>": "runs/tiny_dsrl",
     r"URL --judge NAME": "{judge} --judge default --responses 2",
-    r"--nproc-per-node 8": "--nproc-per-node 2",
+    r"--gpus 8": "--gpus 2",
 }
 """What is written in the place of a name that stands for something, or of a number of GPUs."""
 

@@ -31,10 +31,10 @@ RUN_HERE = {
     command.line: command
     for command in sorted(EVERY_COMMAND, key=lambda command: len(command.shown))  # of equal ones, that with the output
     if (arguments := command.dsrl_arguments())
-    and (arguments[0] == "plan" or "--dry-run" in arguments)
+    and (arguments[0] in ("config", "plan") or "--dry-run" in arguments)
     and arguments[0] != "push"
 }
-"""Commands that take a second: plans, dry runs; not those that need a finished run."""
+"""Commands that take a second: plans, dry runs, explanations of the configuration; not those that need a run."""
 
 
 @pytest.fixture(scope="module")

@@ -201,4 +201,4 @@ def test_submissions_in_the_documents_do_what_they_say(line, stubs, tmp_path):
     assert job.stdout.count("done:") == max(len(seeds), 1)
     assert [seed for seed in seeds if seed not in started] == []
     if "dsrl_8b.sh" in line:
-        assert f"--world-size {16 if '--nodes=2' in line else 8}\n" in started
+        assert f"--processes {16 if '--nodes=2' in line else 8}\n" in started

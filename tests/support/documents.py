@@ -20,6 +20,7 @@ from tests.support.tiny_run import REPOSITORY
 DOCUMENTS = [
     REPOSITORY / "README.md",
     REPOSITORY / ".github" / "CONTRIBUTING.md",
+    REPOSITORY / "configs" / "README.md",
     *sorted((REPOSITORY / "examples").glob("*/README.md")),
 ]
 FOLDERS = ("configs", "examples", "megatron_dsrl", "slurm", "tests", "tools")
