@@ -81,10 +81,12 @@ def add_table(commands: Commands) -> None:
     parser.add_argument("--output", metavar="FILE", type=Path, help="write the table to this file as well")
 
 
-def add_rescore(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_rescore(commands: Commands) -> None:
     """Add the command to `dsrl`'s."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "rescore",
+        _rescore,
         help="judge the samples of an evaluation again, with another verifier",
         description="Judge the samples that `dsrl eval` kept with another verifier, without sampling anything, and "
         "write a second evaluation with the results. `hendrycks` scores as the paper's released code does.",
@@ -93,7 +95,6 @@ def add_rescore(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument("evaluation", metavar="DIR", type=Path, help="output folder of dsrl eval")
     parser.add_argument("--verifier", metavar="NAME", required=True, help="built-in, or package.module:function")
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder of the second evaluation")
-    parser.set_defaults(command=_rescore, parser=parser)
 
 
 def _rescore(options: argparse.Namespace) -> int:
