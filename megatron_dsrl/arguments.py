@@ -11,6 +11,10 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 """What `add_subparsers` returns; argparse has no public name for it."""
 
 
+FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
+"""What the tab key completes for an argument: as `shtab.FILE`, which is not imported for every command."""
+
+
 def add_command(
     commands: Commands,
     name: str,
@@ -50,7 +54,8 @@ def _print_help(options: argparse.Namespace) -> int:
 
 def add_config(parser: argparse.ArgumentParser) -> None:
     """A run's configuration file and overrides."""
-    parser.add_argument("config", metavar="CONFIG.yaml", type=Path, help="configuration file")
+    config = parser.add_argument("config", metavar="CONFIG.yaml", type=Path, help="configuration file")
+    config.complete = FILES  # type: ignore[attr-defined]
     add_overrides(parser, "set a field, after the file; the value is YAML, list positions are numbers")
 
 

@@ -193,6 +193,15 @@ def _doctor(options: argparse.Namespace) -> int:
     return 0 if examination.can_run else 1
 
 
+def _completion(options: argparse.Namespace) -> int:
+    try:
+        import shtab
+    except ModuleNotFoundError as error:
+        raise UserError("tab completion needs the package shtab: pip install shtab") from error
+    print(shtab.complete(_parser(), options.shell))
+    return 0
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options, rest = _parser().parse_known_args(arguments)
     # argparse gives up on `config --dry-run key=value`: positionals after an option are left over.
@@ -230,6 +239,7 @@ def _parser() -> argparse.ArgumentParser:
     add_analyse(commands)
     _add_sweep(commands)
     _add_doctor(commands)
+    _add_completion(commands)
     return parser
 
 
@@ -328,6 +338,18 @@ def _add_doctor(commands: Commands) -> None:
         "status 0 when a CPU or a GPU run is possible, else 1.",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+
+def _add_completion(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "completion",
+        _completion,
+        help="print a script by which a shell completes commands and options",
+        description="Print a script by which a shell completes commands and options at the tab key.",
+        epilog="example: dsrl completion bash > ~/.local/share/bash-completion/completions/dsrl",
+    )
+    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="which shell")
 
 
 if __name__ == "__main__":

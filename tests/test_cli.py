@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dsrl import __version__
+from megatron_dsrl.cli import main
 from megatron_dsrl.config.load import dump_config, load_config
 from megatron_dsrl.config.yaml_text import format_yaml
 from megatron_dsrl.run_results import finished_step
@@ -247,3 +248,19 @@ def test_help_names_the_commands(folder):
     result = dsrl(folder, "--help")
     assert result.returncode == 0
     assert all(command in result.stdout for command in ("train", "report", "doctor"))
+
+
+def test_a_shell_completes_commands_and_options(folder, capsys):
+    """By a real bash, with the function of the script."""
+    pytest.importorskip("shtab")
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    ask = """
+    complete_words() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _shtab_dsrl; printf '%s\\n' "${COMPREPLY[@]}"; }
+    complete_words dsrl tr
+    complete_words dsrl train --dry
+    complete_words dsrl train ru
+    """
+    bash = ["bash", "-c", f"{script}\n{ask}"]
+    result = subprocess.run(bash, cwd=folder, capture_output=True, text=True, timeout=60)
+    assert {"trace", "train", "--dry-run", "run.yaml"} <= {line.strip() for line in result.stdout.splitlines()}

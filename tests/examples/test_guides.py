@@ -121,6 +121,20 @@ def test_every_number_of_the_paper_is_in_its_field():
     assert grpo.phases[0].loss.clip_high == 0.28
 
 
+def test_every_key_of_verl_has_a_field_that_takes_the_values_named():
+    text = (EXAMPLES / "reproduction" / "README.md").read_text()
+    section = text.partition("## From verl's keys to ours")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `[^|]*`(?: of a row)? \| ([^|]*) \| ([^|]*)\|$", section, re.M)
+    fields = [field for fields, _ in rows for field in re.findall(r"`([^`]+)`", fields)]
+    assert len(rows) > 50 and [field for field in fields if not is_field(field)] == []
+    base = REPOSITORY / "configs" / "dsrl_qwen3_8b.yaml"
+    kl = "phases.1.kl={loss_coefficient: 0.1}"
+    named = [(field, value) for field, words in rows for value in re.findall(r" is `([a-z_0-9]+)`", words)]
+    assert len(named) > 20
+    for field, value in named:
+        load_config(base, [kl, f"{field.strip('`')}={value}"])
+
+
 def test_error_messages_are_the_programs():
     quoted = messages_quoted(EXAMPLES / "troubleshooting" / "README.md")
     assert len(quoted) > 20

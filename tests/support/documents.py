@@ -114,9 +114,15 @@ def files_named(document: Path) -> list[Path]:
 
 def fields_named(document: Path) -> list[str]:
     """Fields of a run's configuration in `code`, such as `engine.port`, also with `=value` behind."""
-    code = re.findall(r"`([a-z_]+(?:\.[a-z_0-9]+)*)(?:=[^`]*)?`", document.read_text(encoding="utf-8"))
+    text = re.sub(r"^\| verl, .*?\n\n", _without_first_column, document.read_text(encoding="utf-8"), flags=re.M | re.S)
+    code = re.findall(r"`([a-z_]+(?:\.[a-z_0-9]+)*)(?:=[^`]*)?`", text)
     fields = [path for path in code if "." in path and path.split(".")[0] in RunConfig.model_fields]
     return [path for path in fields if not path.endswith((".py", ".yaml", ".jsonl"))]
+
+
+def _without_first_column(table: re.Match[str]) -> str:
+    """Of a table that begins with keys of another program."""
+    return re.sub(r"^\| [^|]*", "", table[0], flags=re.M)
 
 
 def is_field(path: str, section: type[BaseModel] = RunConfig) -> bool:
