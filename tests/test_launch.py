@@ -13,7 +13,7 @@ import pytest
 from megatron_dsrl import launch as launching
 from megatron_dsrl.errors import UserError
 from megatron_dsrl.launch import launch, others_started
-from tests.support.tiny_run import REPOSITORY
+from tests.support.tiny_run import REPOSITORY, write_tiny_run
 
 STATUSES = "import os, sys; sys.exit(dict(enumerate({statuses})).get(int(os.environ['RANK'])))"
 WAITS = """
@@ -96,6 +96,23 @@ def test_ranks_end_with_a_killed_launcher(tmp_path):
     wait_until(lambda: not any(map(psutil.pid_exists, ranks)))
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_training_of_two_processes_saves_its_state_and_ends_with_75(tmp_path):
+    config = write_tiny_run(tmp_path)
+    run = tmp_path / "runs" / "tiny"
+    command = [sys.executable, "-m", "megatron_dsrl.cli", "train", str(config), "--processes", "2", "steps=500"]
+    with open(tmp_path / "output", "w") as output:
+        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        wait_until(lambda: (run / "rollouts" / "step_000002.jsonl").exists() or process.poll() is not None, seconds=280)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(200) == 75, (tmp_path / "output").read_text()
+    finally:
+        process.kill()
+    assert list((run / "checkpoints").glob("step_*"))
+
+
 def start(folder: Path, status: int) -> "subprocess.Popen[bytes]":
     """A launcher in a process of its own, with two ranks that wait and end with this status when they are signalled."""
     (folder / "rank.py").write_text(WAITS)
@@ -106,8 +123,8 @@ def start(folder: Path, status: int) -> "subprocess.Popen[bytes]":
     return process
 
 
-def wait_until(what) -> None:
-    deadline = time.monotonic() + 60
+def wait_until(what, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline
         time.sleep(0.02)
