@@ -42,8 +42,8 @@ class ModelConfig(Section):
     """The policy: an HF checkpoint folder and the choices that the checkpoint leaves open."""
 
     path: str
-    """HF folder (config.json, tokenizer, optionally safetensors), folder made by `dsrl convert hf-to-megatron`, or hub
-    name. Weights missing: see `random_init`."""
+    """HF folder (config.json, tokenizer, optionally safetensors), folder made by `dsrl convert`, or hub name.
+    Weights missing: see `random_init`."""
 
     random_init: bool = False
     """Ignore the folder's weights and start from random ones (normal, the folder's `initializer_range`)."""
