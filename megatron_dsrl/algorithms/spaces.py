@@ -95,7 +95,7 @@ class Space(Options):
 
 @SPACES.register
 class PostTrain(Space):
-    """Update log P(y|x): the scored sequence is prompt + response."""
+    """Standard RL: update log P(y|x). The scored sequence is prompt + response."""
 
     name: Literal["post_train"] = "post_train"
     prompt_in_context: ClassVar[bool] = True
@@ -114,7 +114,7 @@ class PostTrain(Space):
 
 @SPACES.register
 class PreTrain(Space):
-    """Update log P(y): the scored sequence is BOS + response, without any prompt token."""
+    """PreRL (arXiv 2604.14142): update log P(y). The scored sequence is BOS + response, without the prompt."""
 
     name: Literal["pre_train"] = "pre_train"
 

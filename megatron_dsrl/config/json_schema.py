@@ -8,7 +8,7 @@ import copy
 import json
 from typing import Any
 
-from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, NoDefault
+from pydantic.json_schema import GenerateJsonSchema, NoDefault
 from pydantic_core import core_schema
 
 from megatron_dsrl.config.load import INHERITS
@@ -21,7 +21,7 @@ PARTIAL = "Partial"
 
 
 class _ConfigJsonSchema(GenerateJsonSchema):
-    """With defaults that are made by a function, and a `name` for every member of a union that is told by it."""
+    """With the defaults that are made by a function, and without titles of fields."""
 
     def get_default_value(self, schema: core_schema.WithDefaultSchema) -> Any:
         factory = schema.get("default_factory")
@@ -32,13 +32,6 @@ class _ConfigJsonSchema(GenerateJsonSchema):
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False  # `Clip Low` says no more than `clip_low`
-
-    def tagged_union_schema(self, schema: core_schema.TaggedUnionSchema) -> JsonSchemaValue:
-        tagged = super().tagged_union_schema(schema)
-        tagged.pop("discriminator", None)  # OpenAPI's, not JSON schema's
-        for member in tagged["oneOf"]:
-            _require(self.get_schema_from_definitions(member["$ref"]), "name")
-        return tagged
 
 
 def section_schema(section: type[Section]) -> dict[str, Any]:
@@ -105,9 +98,3 @@ def _changed_items(items: dict[str, Any]) -> dict[str, Any]:
         "patternProperties": {r"^\d+$": _partial_value(copy.deepcopy(items))},
         "additionalProperties": False,
     }
-
-
-def _require(schema: dict[str, Any], name: str) -> None:
-    required = schema.setdefault("required", [])
-    if name not in required:
-        required.insert(0, name)
