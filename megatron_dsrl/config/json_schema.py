@@ -1,7 +1,7 @@
 """JSON schemas of configuration files, by which editors complete and check them.
 
 `pydantic` describes a section as it is once a file and its parents are merged. A file itself may leave out what it
-inherits, and may change items of an inherited list by their positions: `file_schema` allows both.
+inherits, and may change items of an inherited list by their positions: `inheriting_schema` allows both.
 """
 
 import copy
