@@ -15,9 +15,8 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from megatron_dsrl import __version__
-from megatron_dsrl.analysis.command_line import add_analyse
-from megatron_dsrl.analysis.samples_command import add_samples
-from megatron_dsrl.arguments import (
+from megatron_dsrl.commands.analyse import add_analyse
+from megatron_dsrl.commands.arguments import (
     Commands,
     add_command,
     add_config,
@@ -25,16 +24,17 @@ from megatron_dsrl.arguments import (
     positive,
     subcommands,
 )
-from megatron_dsrl.config.command_line import add_config_command
-from megatron_dsrl.conversion.command_line import add_convert
-from megatron_dsrl.errors import UserError
-from megatron_dsrl.evaluation.command_line import add_eval, add_rescore, add_table
-from megatron_dsrl.loading import loading_megatron
-from megatron_dsrl.observability.command_line import add_compare, add_trace, add_upload
+from megatron_dsrl.commands.config import add_config_command
+from megatron_dsrl.commands.convert import add_convert
+from megatron_dsrl.commands.eval_and_table import add_eval, add_rescore, add_table
+from megatron_dsrl.commands.plan import add_plan
+from megatron_dsrl.commands.push import add_push
+from megatron_dsrl.commands.samples import add_samples
+from megatron_dsrl.commands.trace_and_compare import add_compare, add_trace, add_upload
+from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.common.process import end_with_launcher
 from megatron_dsrl.observability.waiting import say_on_first_rank
-from megatron_dsrl.planning.command_line import add_plan
-from megatron_dsrl.process import end_with_launcher
-from megatron_dsrl.publishing.command_line import add_push
+from megatron_dsrl.run.loading import loading_megatron
 
 if TYPE_CHECKING:
     from megatron_dsrl.config.run import RunConfig
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Here, or with `--processes` in as many processes of the same command. A dry run has only one."""
     if getattr(options, "processes", None) is not None and not getattr(options, "dry_run", False):
-        from megatron_dsrl.launch import launch, others_started
+        from megatron_dsrl.commands.launch import launch, others_started
 
         if not others_started(options.processes):
             return launch([sys.executable, "-m", "megatron_dsrl.cli", *arguments], options.processes)
@@ -92,7 +92,7 @@ def _rank() -> int:
 
 def _train(options: argparse.Namespace) -> int:
     from megatron_dsrl.config.load import load_config
-    from megatron_dsrl.preflight import preflight
+    from megatron_dsrl.run.preflight import preflight
 
     world_size = options.processes or int(os.environ.get("WORLD_SIZE", "1"))
     verbose = ["observability.verbose=true"] if options.verbose else []
@@ -132,12 +132,12 @@ def _train(options: argparse.Namespace) -> int:
 
 def _is_complete(config: "RunConfig") -> bool:
     """Whether there is nothing left to do, which rank 0 then says. Every rank finds out by itself."""
-    from megatron_dsrl.run_results import finished_step
+    from megatron_dsrl.run.results import finished_step
 
     step = finished_step(config)
     if step is None:
         return False
-    from megatron_dsrl.observability.closing import closing_lines
+    from megatron_dsrl.run.closing import closing_lines
 
     if _rank() == 0:
         print(*closing_lines(Path(config.output_dir) / config.name, step), sep="\n")
@@ -147,7 +147,7 @@ def _is_complete(config: "RunConfig") -> bool:
 def _fetch(options: argparse.Namespace) -> int:
     from megatron_dsrl.config.load import load_config
     with loading_megatron(sys.stderr):
-        from megatron_dsrl.fetch import fetch
+        from megatron_dsrl.commands.fetch import fetch
 
     print(fetch(load_config(options.config, options.overrides), options.benchmarks))
     return 0
@@ -155,12 +155,12 @@ def _fetch(options: argparse.Namespace) -> int:
 
 def _rollout(options: argparse.Namespace) -> int:
     from megatron_dsrl.config.load import load_config
-    from megatron_dsrl.preflight import preflight
+    from megatron_dsrl.run.preflight import preflight
 
     config = load_config(options.config, options.overrides)
     preflight(config, int(os.environ.get("WORLD_SIZE", "1")))
     with loading_megatron():
-        from megatron_dsrl.rollout_only import sample_run
+        from megatron_dsrl.commands.rollout import sample_run
 
     sample_run(config)
     return 0
@@ -180,13 +180,13 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from megatron_dsrl.sweep import run_sweep
+    from megatron_dsrl.commands.sweep import run_sweep
 
     return run_sweep(options.sweep, options.parallel_runs)
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from megatron_dsrl.doctor import examine, print_as_json, print_for_people
+    from megatron_dsrl.doctor.doctor import examine, print_as_json, print_for_people
 
     examination = examine()
     (print_as_json if options.json else print_for_people)(examination)

@@ -24,18 +24,15 @@ from megatron_dsrl.algorithms.schedule import Schedule
 from megatron_dsrl.checkpoint.compatibility import check_same_model, check_same_optimizer
 from megatron_dsrl.checkpoint.state import RunState, current_layout
 from megatron_dsrl.checkpoint.store import Checkpoint, CheckpointStore
-from megatron_dsrl.collective import broadcast, gather, on_first
+from megatron_dsrl.common.collective import broadcast, gather, on_first
+from megatron_dsrl.common.folder_lock import locked
 from megatron_dsrl.config.phase import PhaseConfig
 from megatron_dsrl.config.run import RunConfig
-from megatron_dsrl.controller import Controller
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.data.sampler import PromptSampler, SamplerState
 from megatron_dsrl.data.tokenizer import context_token_ids, stop_token_ids
-from megatron_dsrl.device_sharing import SharedDevice
 from megatron_dsrl.evaluation.evaluator import Evaluator
-from megatron_dsrl.folder_lock import locked
 from megatron_dsrl.model.parallel import destroy_parallel, initialize_parallel
-from megatron_dsrl.observability.closing import closing_lines
 from megatron_dsrl.observability.console import RunConsole
 from megatron_dsrl.observability.timeline import NoTimeline, Timeline
 from megatron_dsrl.observability.timer import SecondsPerPart
@@ -43,21 +40,24 @@ from megatron_dsrl.observability.tracker import Tracker
 from megatron_dsrl.observability.trackers.launch import Trackers
 from megatron_dsrl.observability.waiting import waiting
 from megatron_dsrl.platform import current_platform
-from megatron_dsrl.preemption import Preempted, StopRequested, StopSignal
 from megatron_dsrl.provenance.start import record_run_start
 from megatron_dsrl.publishing.card import refresh_card
-from megatron_dsrl.rollout.awaiting_engines import awaiting_engines
 from megatron_dsrl.rollout.carry_over import CarryOver, CarryOverWrite
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
+from megatron_dsrl.rollout.engines.awaiting_engines import awaiting_engines
 from megatron_dsrl.rollout.recording import RolloutRecorder
 from megatron_dsrl.rollout.replay import ReplayRollout
 from megatron_dsrl.rollout.rollout import Rollout
 from megatron_dsrl.rollout.sample import responses_of
 from megatron_dsrl.rollout.step_sampling import StepSamples
-from megatron_dsrl.run_folder import check_run_folder, prepare_run_folder
-from megatron_dsrl.run_inputs import RunInputs, load_inputs
-from megatron_dsrl.run_models import RunModels, build_models
-from megatron_dsrl.run_results import exported_policy
+from megatron_dsrl.run.closing import closing_lines
+from megatron_dsrl.run.controller import Controller
+from megatron_dsrl.run.device_sharing import SharedDevice
+from megatron_dsrl.run.folder import check_run_folder, prepare_run_folder
+from megatron_dsrl.run.inputs import RunInputs, load_inputs
+from megatron_dsrl.run.models import RunModels, build_models
+from megatron_dsrl.run.preemption import Preempted, StopRequested, StopSignal
+from megatron_dsrl.run.results import exported_policy
 
 ROLLOUT_FOLDER = "rollout"
 """In checkpoints, beside the models: what the rollout side carries over to the next step."""

@@ -14,7 +14,7 @@ from megatron_dsrl import __version__
 from megatron_dsrl.cli import main
 from megatron_dsrl.config.load import dump_config, load_config
 from megatron_dsrl.config.yaml_text import format_yaml
-from megatron_dsrl.run_results import finished_step
+from megatron_dsrl.run.results import finished_step
 
 REPOSITORY = Path(__file__).parents[1]
 MODEL = {
@@ -199,7 +199,10 @@ sys.exit(main(["train", "run.yaml"]))
     ("rank", "stderr"), [("0", "dsrl: data.source: no rows\n"), ("3", "dsrl: rank 3: data.source: no rows\n")]
 )
 def test_a_users_mistake_found_during_the_run_is_told_by_every_rank(folder, rank, stderr):
-    body = "from megatron_dsrl.errors import UserError\ndef train(config): raise UserError('data.source: no rows')"
+    body = (
+        "from megatron_dsrl.common.errors import UserError\n"
+        "def train(config): raise UserError('data.source: no rows')"
+    )
     command = in_place_of_train(folder, body)
     result = subprocess.run(
         command, cwd=folder, env=environment(RANK=rank, WORLD_SIZE="4"), capture_output=True, text=True, timeout=60

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_dsrl.preemption import PREEMPTED_STATUS
 from megatron_dsrl.provenance.records import read_starts, steps_of_starts
+from megatron_dsrl.run.preemption import PREEMPTED_STATUS
 from tests.support.compare_runs import assert_same_run, records
 from tests.support.disk import fill_disk, small_disk
 from tests.support.running import RunningTraining, running_training

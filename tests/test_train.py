@@ -14,11 +14,11 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from megatron_dsrl.evaluate import hf_folder
-from megatron_dsrl.evaluated_model import find_model
-from megatron_dsrl.fingerprint import fingerprint
-from megatron_dsrl.observability.timeline_records import Windows, read_timelines
+from megatron_dsrl.commands.evaluate import hf_folder
+from megatron_dsrl.commands.find_model import find_model
+from megatron_dsrl.common.fingerprint import fingerprint
 from megatron_dsrl.provenance.records import read_starts
+from megatron_dsrl.report.timeline_records import Windows, read_timelines
 from megatron_dsrl.rollout.carry_over import CarryOver
 from megatron_dsrl.rollout.recording import read_batch, read_groups, rollout_file
 from tests.support.compare_runs import assert_same_tensors, checkpoint_tensors, records

@@ -29,7 +29,7 @@ from megatron_dsrl.algorithms.objective import Objective, build_objectives
 from megatron_dsrl.algorithms.spaces import PostTrain
 from megatron_dsrl.checkpoint.state import RunState, current_layout
 from megatron_dsrl.checkpoint.store import CheckpointStore
-from megatron_dsrl.collective import broadcast, gather, rank, world_size
+from megatron_dsrl.common.collective import broadcast, gather, rank, world_size
 from megatron_dsrl.config.actor import ActorConfig
 from megatron_dsrl.config.data import PromptSetConfig
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from megatron_dsrl.algorithms.experience import Response, build_experience
 from megatron_dsrl.algorithms.spaces import PostTrain
-from megatron_dsrl.rollout.client import EngineClient
+from megatron_dsrl.rollout.engines.client import EngineClient
 
 VOCABULARY = 151_936
 PROMPT_TOKENS = 200

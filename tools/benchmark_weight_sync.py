@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_dsrl.algorithms.spaces import PostTrain
-from megatron_dsrl.collective import broadcast, gather, rank, together, world_size
+from megatron_dsrl.common.collective import broadcast, gather, rank, together, world_size
 from megatron_dsrl.config.data import PromptSetConfig
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig
 from megatron_dsrl.config.phase import PhaseConfig
@@ -33,7 +33,7 @@ from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.build import DTYPES, build_model
 from megatron_dsrl.model.parallel import destroy_parallel, initialize_parallel
 from megatron_dsrl.platform import silence_expected_warnings
-from megatron_dsrl.rollout.engine_group import EngineGroup
+from megatron_dsrl.rollout.engines.engine_group import EngineGroup
 from megatron_dsrl.weights.export import export_hf_folder
 from megatron_dsrl.weights.random_init import fill_with_random_weights
 from megatron_dsrl.weights.stream import stream_hf_weights

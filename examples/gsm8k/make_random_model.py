@@ -13,8 +13,8 @@ from pathlib import Path
 
 import transformers
 
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.data.tokenizer import load_tokenizer
-from megatron_dsrl.errors import UserError
 
 ARCHITECTURE = {
     "architectures": ["Qwen3ForCausalLM"],

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from megatron_dsrl.config.load import load_config
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.rewards.registry import check_options, reward_function
-from megatron_dsrl.run_inputs import load_inputs
+from megatron_dsrl.run.inputs import load_inputs
 
 RESPONSES = (r"\boxed{15}", r"so it is \boxed{14}", "15", r"\boxed{}")
 """To the first prompt of problems.jsonl, whose answer is 15."""

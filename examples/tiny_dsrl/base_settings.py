@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.tiny_dsrl.arithmetic import Noise
-from megatron_dsrl.errors import UserError
+from megatron_dsrl.common.errors import UserError
 
 MADE_FROM = "made_from"
 

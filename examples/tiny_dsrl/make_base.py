@@ -19,9 +19,9 @@ import sys
 from pathlib import Path
 
 from examples.tiny_dsrl.base_settings import MODELS, Settings, is_made
-from megatron_dsrl.errors import UserError
-from megatron_dsrl.loading import loading_megatron
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.observability.waiting import say_on_first_rank
+from megatron_dsrl.run.loading import loading_megatron
 
 
 def main() -> int:

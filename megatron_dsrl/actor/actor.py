@@ -17,9 +17,9 @@ from megatron_dsrl.algorithms.experience import Experience, PerToken, concatenat
 from megatron_dsrl.algorithms.losses import ScoredTokens
 from megatron_dsrl.algorithms.mismatch import mismatch_metrics
 from megatron_dsrl.algorithms.objective import Objective
+from megatron_dsrl.checkpoint.megatron_writer import CheckpointWrite
 from megatron_dsrl.config.model import RouterConfig
 from megatron_dsrl.model.router import adding_router_losses
-from megatron_dsrl.platform.checkpoint_writer import CheckpointWrite
 from megatron_dsrl.weights.export import export_hf_folder
 from megatron_dsrl.weights.stream import stream_hf_weights
 from megatron_dsrl.weights.table import WeightTable

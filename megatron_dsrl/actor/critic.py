@@ -18,8 +18,8 @@ from megatron_dsrl.actor.statistics import ObjectiveMetrics, TokenStatistics, Up
 from megatron_dsrl.actor.trainable_model import TrainableModel, require_finite
 from megatron_dsrl.algorithms.experience import Experience, PerToken, concatenate_tokens
 from megatron_dsrl.algorithms.value_loss import value_loss, value_statistics
+from megatron_dsrl.checkpoint.megatron_writer import CheckpointWrite
 from megatron_dsrl.config.critic import CriticConfig
-from megatron_dsrl.platform.checkpoint_writer import CheckpointWrite
 from megatron_dsrl.weights.stream import stream_hf_weights
 from megatron_dsrl.weights.table import WeightTable
 

@@ -13,9 +13,9 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_dsrl.algorithms.routed_experts import decode_routed_experts
 from megatron_dsrl.algorithms.spaces import ScoredSequence
 from megatron_dsrl.model.context_parallel import assemble, zigzag_rows
+from megatron_dsrl.model.routed_experts import decode_routed_experts
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ import torch
 from megatron_dsrl.actor.actor import Actor
 from megatron_dsrl.actor.saved_state import begin_save_weights, load_saved_weights
 from megatron_dsrl.algorithms.experience import Experience, PerToken
+from megatron_dsrl.checkpoint.megatron_writer import CheckpointWrite
 from megatron_dsrl.platform import current_platform
-from megatron_dsrl.platform.checkpoint_writer import CheckpointWrite
 
 
 class ReferencePolicy:

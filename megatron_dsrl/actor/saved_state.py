@@ -18,8 +18,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_dsrl.actor.optimizer import chained_optimizers, own_step_counts
+from megatron_dsrl.checkpoint.megatron_writer import CheckpointWrite, begin_checkpoint
 from megatron_dsrl.model.build import bare_model
-from megatron_dsrl.platform.checkpoint_writer import CheckpointWrite, begin_checkpoint
 
 
 def begin_save(

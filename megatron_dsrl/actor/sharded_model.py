@@ -16,7 +16,7 @@ from megatron_dsrl.actor.micro_batch_plan import SequenceCost, plan_micro_batche
 from megatron_dsrl.actor.packing import PackedRow, RoutedExperts, RowSplit, pack
 from megatron_dsrl.algorithms.experience import PerToken
 from megatron_dsrl.algorithms.spaces import ScoredSequence
-from megatron_dsrl.collective import gather
+from megatron_dsrl.common.collective import gather
 
 
 class ShardedModel:

@@ -20,8 +20,8 @@ from megatron_dsrl.actor.saved_state import begin_save, load_state
 from megatron_dsrl.actor.sharded_model import ShardedModel
 from megatron_dsrl.algorithms.experience import PerToken
 from megatron_dsrl.algorithms.spaces import ScoredSequence
+from megatron_dsrl.checkpoint.megatron_writer import CheckpointWrite
 from megatron_dsrl.model.build import bare_model
-from megatron_dsrl.platform.checkpoint_writer import CheckpointWrite
 
 AWAY = "a part of the model is in host memory: onload() comes first"
 

@@ -13,13 +13,13 @@ from megatron_dsrl.algorithms.spaces import PostTrain, PreTrain
 from megatron_dsrl.analysis.alignment import ScoredResponse
 from megatron_dsrl.analysis.gradients import LogProbGradients
 from megatron_dsrl.analysis.responses import choose, read_steps, recorded_steps
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.analysis import GradientAnalysisConfig
 from megatron_dsrl.config.load import apply_override
 from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.config.validate import validated
 from megatron_dsrl.config.yaml_text import KeyPath
 from megatron_dsrl.data.tokenizer import TURN_END, context_token_ids, load_tokenizer
-from megatron_dsrl.errors import UserError
 from megatron_dsrl.evaluation.problem_result import ProblemResult, SampleResult
 from megatron_dsrl.evaluation.sample_file import read_sample_file
 from megatron_dsrl.model.architecture import Architecture, read_architecture

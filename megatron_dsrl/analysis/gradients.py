@@ -29,7 +29,7 @@ from megatron_dsrl.actor.log_probs import VocabularyShard, log_probs_and_entropy
 from megatron_dsrl.actor.packing import PackedRow
 from megatron_dsrl.actor.sharded_model import ShardedModel
 from megatron_dsrl.algorithms.spaces import ScoredSequence
-from megatron_dsrl.collective import gather
+from megatron_dsrl.common.collective import gather
 
 _PRODUCT_ELEMENTS = 2**22
 """Elements that are turned into fp64 at a time."""

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from megatron_dsrl.errors import UserError
+from megatron_dsrl.common.errors import UserError
 
 Messages = list[dict[str, str]]
 

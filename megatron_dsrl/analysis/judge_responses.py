@@ -15,7 +15,7 @@ from typing import Any
 from megatron_dsrl.analysis.behaviours import SYSTEM_PROMPT, USER_PROMPT, parse_answer, question
 from megatron_dsrl.analysis.judge import JudgeEndpoint, ask_all
 from megatron_dsrl.analysis.responses import RecordedResponse
-from megatron_dsrl.errors import UserError
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.observability.records import Record, record_line, repair_records
 
 KEPT_CHARACTERS = 500

@@ -6,12 +6,12 @@ several evaluations, one per run, has their mean and Student's 95 % interval ove
 
 from collections.abc import Mapping, Sequence
 
-from megatron_dsrl.errors import UserError
+from megatron_dsrl.charts.chart_source import SERIES_COLOURS
+from megatron_dsrl.charts.charts import Chart
+from megatron_dsrl.charts.estimate import Estimate
+from megatron_dsrl.charts.pass_at_k_chart import over_runs, pass_at_k_chart
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.evaluation.results_file import EvaluationResults
-from megatron_dsrl.observability.chart_source import SERIES_COLOURS
-from megatron_dsrl.observability.charts import Chart
-from megatron_dsrl.observability.estimate import Estimate
-from megatron_dsrl.observability.pass_at_k_chart import over_runs, pass_at_k_chart
 from megatron_dsrl.observability.records import Record
 
 Evaluations = Mapping[str, Sequence[EvaluationResults]]

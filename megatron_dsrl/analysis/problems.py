@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from megatron_dsrl.observability.chart_axes import ValueAxis
-from megatron_dsrl.observability.chart_source import PhaseSpan, Series
-from megatron_dsrl.observability.charts import Chart, line_chart, stacked_chart
+from megatron_dsrl.charts.chart_axes import ValueAxis
+from megatron_dsrl.charts.chart_source import PhaseSpan, Series
+from megatron_dsrl.charts.charts import Chart, line_chart, stacked_chart
 from megatron_dsrl.observability.records import Record
 from megatron_dsrl.rollout.sample import Group
 

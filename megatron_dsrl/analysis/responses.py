@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from megatron_dsrl.errors import UserError
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.evaluation.sample_file import read_sample_file
 from megatron_dsrl.rollout.recording import read_groups
 from megatron_dsrl.rollout.sample import Group

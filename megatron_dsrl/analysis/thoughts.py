@@ -13,9 +13,9 @@ from functools import partial
 from statistics import fmean
 
 from megatron_dsrl.analysis.responses import RecordedResponse
-from megatron_dsrl.observability.chart_axes import ValueAxis
-from megatron_dsrl.observability.chart_source import PhaseSpan, Series
-from megatron_dsrl.observability.charts import Chart, line_chart
+from megatron_dsrl.charts.chart_axes import ValueAxis
+from megatron_dsrl.charts.chart_source import PhaseSpan, Series
+from megatron_dsrl.charts.charts import Chart, line_chart
 from megatron_dsrl.observability.records import Record
 
 PER_RESPONSE = ValueAxis("per response")

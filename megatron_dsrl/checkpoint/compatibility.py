@@ -6,9 +6,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_dsrl.checkpoint.state import Layout
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.config.run import RunConfig
-from megatron_dsrl.errors import UserError
 
 MAY_CHANGE = (
     "made_by",

@@ -27,9 +27,9 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dsrl.checkpoint.state import RunState, SavedState
-from megatron_dsrl.collective import broadcast, first_problem, gather, my_share
-from megatron_dsrl.disk import free_space
-from megatron_dsrl.errors import UserError
+from megatron_dsrl.common.collective import broadcast, first_problem, gather, my_share
+from megatron_dsrl.common.disk import free_space
+from megatron_dsrl.common.errors import UserError
 
 STATE_FILE = "state.json"
 WEIGHTS_FOLDER = "megatron"

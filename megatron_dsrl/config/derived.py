@@ -6,12 +6,12 @@ are upper bounds: every prompt at `data.max_prompt_tokens`, every response at `r
 
 from dataclasses import dataclass
 
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.layout import ModelShape, processes
 from megatron_dsrl.config.phase_steps import PhaseSteps, phases_by_steps
 from megatron_dsrl.config.registry import Options
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.config.run_problems import run_problems
-from megatron_dsrl.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ import annotated_types
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.fields import function_of, members, registry_of, sections_of, tags
 from megatron_dsrl.config.registry import Options
 from megatron_dsrl.config.section import Section
-from megatron_dsrl.errors import UserError
 
 _SIMPLE = {int: "whole number", float: "number", str: "text", bool: "true or false", Any: "anything"}
 _PLURAL = {int: "whole numbers", float: "numbers", str: "texts", bool: "true or false"}

@@ -6,8 +6,8 @@ Pure functions that yield what is wrong; `derive` lists it with a run's other pr
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.model import ParallelConfig
-from megatron_dsrl.errors import UserError
 
 Problem = tuple[str, str]
 """The field or fields at fault, and what is wrong and what to do."""

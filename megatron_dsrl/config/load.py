@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.config.validate import validated
 from megatron_dsrl.config.yaml_text import KeyPath, format_yaml, parse_yaml
-from megatron_dsrl.errors import UserError
 
 INHERITS = "inherits"
 

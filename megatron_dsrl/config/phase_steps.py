@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.phase import PhaseConfig
 from megatron_dsrl.config.run import RunConfig
-from megatron_dsrl.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.data import PromptSetConfig
 from megatron_dsrl.config.made_by import how_to_make
-from megatron_dsrl.errors import UserError
 
 _LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet")
 

@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.explain import explain_validation_error, in_brackets
 from megatron_dsrl.config.section import Section
 from megatron_dsrl.config.yaml_text import KeyPath
-from megatron_dsrl.errors import UserError
 
 SectionClass = TypeVar("SectionClass", bound=Section)
 

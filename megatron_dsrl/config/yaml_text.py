@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from megatron_dsrl.errors import UserError
+from megatron_dsrl.common.errors import UserError
 
 KeyPath = tuple[str | int, ...]
 """Keys and list positions from the root of a document down to a value."""

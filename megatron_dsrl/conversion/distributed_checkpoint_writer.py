@@ -28,8 +28,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_dsrl.common.disk import writing
 from megatron_dsrl.conversion.layout import CheckpointLayout
-from megatron_dsrl.disk import writing
 from megatron_dsrl.weights.disk_flush import DiskFlush
 from megatron_dsrl.weights.layouts import Shape
 from megatron_dsrl.weights.megatron_checkpoint import checkpoint_shape, leading_index

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_dsrl.collective import on_first, rank, together
+from megatron_dsrl.common.collective import on_first, rank, together
+from megatron_dsrl.common.disk import writing
 from megatron_dsrl.conversion.checks import check_expected, check_tokenizer, common_dtype, needed_for_conversion
 from megatron_dsrl.conversion.distributed_checkpoint_writer import (
     ChunkWriter,
@@ -17,7 +18,6 @@ from megatron_dsrl.conversion.distributed_checkpoint_writer import (
 from megatron_dsrl.conversion.layout import CheckpointLayout
 from megatron_dsrl.conversion.verify import verify
 from megatron_dsrl.conversion.work import my_entries, with_progress
-from megatron_dsrl.disk import writing
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.source import resolve_model_folder
 from megatron_dsrl.provenance.inputs import describe_model

@@ -2,9 +2,9 @@
 
 from dataclasses import asdict, dataclass
 
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.layout import model_problems, process_problems, refuse
 from megatron_dsrl.config.model import ParallelConfig
-from megatron_dsrl.errors import UserError
 from megatron_dsrl.model.architecture import Architecture
 from megatron_dsrl.weights.table import TensorRule
 

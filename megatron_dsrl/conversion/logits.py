@@ -8,9 +8,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from megatron_dsrl.collective import on_first, world_size
+from megatron_dsrl.common.collective import on_first, world_size
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig
-from megatron_dsrl.errors import UserError
 from megatron_dsrl.model.architecture import Architecture
 from megatron_dsrl.model.build import build_model
 from megatron_dsrl.model.parallel import destroy_model_parallel, initialize_parallel

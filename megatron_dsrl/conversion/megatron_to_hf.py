@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_dsrl.collective import on_first, together
+from megatron_dsrl.common.collective import on_first, together
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.conversion.checks import (
     check_expected,
     check_tokenizer,
@@ -15,7 +16,6 @@ from megatron_dsrl.conversion.checks import (
 from megatron_dsrl.conversion.hf_to_megatron import ConversionOptions
 from megatron_dsrl.conversion.verify import verify
 from megatron_dsrl.conversion.work import my_entries, with_progress
-from megatron_dsrl.errors import UserError
 from megatron_dsrl.provenance.inputs import describe_model
 from megatron_dsrl.provenance.start import record_start
 from megatron_dsrl.weights.checkpoint_record import check_record

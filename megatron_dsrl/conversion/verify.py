@@ -10,11 +10,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from megatron_dsrl.collective import rank, together
+from megatron_dsrl.common.collective import rank, together
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.conversion.checks import read_companion_architecture
 from megatron_dsrl.conversion.logits import compare_logits
 from megatron_dsrl.conversion.work import my_entries, with_progress
-from megatron_dsrl.errors import UserError
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.weights.checkpoint_record import architecture_fields, check_record, refuse_drift
 from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint, torch_dtype_name

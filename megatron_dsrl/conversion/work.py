@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from megatron_dsrl.collective import rank, world_size
+from megatron_dsrl.common.collective import rank, world_size
 from megatron_dsrl.model.parallel import world_size_from_environment
 from megatron_dsrl.weights.table import TableEntry, WeightTable
 

@@ -9,8 +9,8 @@ from typing import Any
 from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.data import ChoicesConfig
-from megatron_dsrl.errors import UserError
 
 Row = Mapping[str, Any]
 FieldReader = Callable[[Row], Any]

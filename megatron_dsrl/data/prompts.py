@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.data import PromptSetConfig
 from megatron_dsrl.data.fields import (
     BadRowError,
@@ -27,7 +28,6 @@ from megatron_dsrl.data.fields import (
 )
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.data.rows import read_rows
-from megatron_dsrl.errors import UserError
 from megatron_dsrl.rewards.boxed import last_boxed
 
 logger = logging.getLogger(__name__)

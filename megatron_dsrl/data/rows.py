@@ -8,9 +8,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
+from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.common.hub import asking_hub
 from megatron_dsrl.config.data import PromptSetConfig
-from megatron_dsrl.errors import UserError
-from megatron_dsrl.hub import asking_hub
 
 Row = dict[str, Any]
 

@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Generic, TypedDict, TypeVar
 
-from megatron_dsrl.errors import UserError
+from megatron_dsrl.common.errors import UserError
 
 Item = TypeVar("Item")
 

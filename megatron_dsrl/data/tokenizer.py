@@ -4,8 +4,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from megatron_dsrl.errors import UserError
-from megatron_dsrl.hub import asking_hub, can_reach_hub
+from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.common.hub import asking_hub, can_reach_hub
 from megatron_dsrl.model.source import is_hub_name, no_folder
 
 END_OF_TEXT = "<|endoftext|>"

@@ -10,10 +10,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.benchmark import BenchmarkConfig
 from megatron_dsrl.config.validate import validated
 from megatron_dsrl.config.yaml_text import parse_yaml
-from megatron_dsrl.errors import UserError
 
 PLACES = ("file", "hub")
 

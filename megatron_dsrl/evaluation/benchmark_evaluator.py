@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.data import RewardConfig
 from megatron_dsrl.data.prompt import Prompt
-from megatron_dsrl.errors import UserError
 from megatron_dsrl.evaluation.benchmark import Benchmark
 from megatron_dsrl.evaluation.problem_result import ProblemResult
 from megatron_dsrl.evaluation.progress import benchmark_progress

@@ -8,10 +8,10 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.benchmark import BenchmarkConfig
 from megatron_dsrl.config.run import EvaluationSetConfig
 from megatron_dsrl.data.prompt import Prompt
-from megatron_dsrl.errors import UserError
 from megatron_dsrl.evaluation.problem_result import ProblemResult
 from megatron_dsrl.evaluation.summary import summarise, summarise_benchmark
 from megatron_dsrl.rewards.pool import RewardPool

@@ -8,7 +8,8 @@ problems, which says nothing of other seeds (`dsrl compare` tests over runs).
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from megatron_dsrl.errors import UserError
+from megatron_dsrl.charts.estimate import Estimate
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.evaluation.metrics import bootstrap_interval
 from megatron_dsrl.evaluation.published import (
     AVERAGE_OF_SIX,
@@ -21,7 +22,6 @@ from megatron_dsrl.evaluation.published import (
 from megatron_dsrl.evaluation.results import average_of_six
 from megatron_dsrl.evaluation.results_file import EvaluationResults
 from megatron_dsrl.evaluation.sample_file import read_sample_file
-from megatron_dsrl.observability.estimate import Estimate
 
 Evaluations = Mapping[str, Sequence[EvaluationResults]]
 """Of every run, by method."""

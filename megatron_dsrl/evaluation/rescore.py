@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.data import RewardConfig
-from megatron_dsrl.errors import UserError
 from megatron_dsrl.evaluation.benchmark_evaluator import SAMPLING_FIELDS, reward_settings
 from megatron_dsrl.evaluation.problem_result import ProblemResult
 from megatron_dsrl.evaluation.results import write_results

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_dsrl.errors import UserError
+from megatron_dsrl.common.errors import UserError
 
 RESULTS_FILE = "results.json"
 EVALUATIONS_FOLDER = "evaluation"

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_dsrl.errors import UserError
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.evaluation.problem_result import ProblemResult, joined
 from megatron_dsrl.observability.records import read_records, record_line, repair_records
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.layout import ModelShape, model_problems, refuse
 from megatron_dsrl.config.model import ParallelConfig
-from megatron_dsrl.errors import UserError
 from megatron_dsrl.model.families import FAMILIES, Family
 
 

@@ -7,9 +7,9 @@ models' pages on the hub; tests compare the parameter counts with the published 
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.common.hub import asking_hub, can_reach_hub
 from megatron_dsrl.config.made_by import how_to_make
-from megatron_dsrl.errors import UserError
-from megatron_dsrl.hub import asking_hub, can_reach_hub
 
 PUBLISHED = Path(__file__).parent / "published"
 """`<owner>/<name>/config.json`."""

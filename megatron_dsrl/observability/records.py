@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megatron_dsrl.errors import UserError
+from megatron_dsrl.common.errors import UserError
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from megatron_dsrl.errors import UserError
-from megatron_dsrl.observability.chart_source import PhaseSpan
+from megatron_dsrl.charts.chart_source import PhaseSpan
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.observability.records import CONFIG_FILE, EVALUATION_FILE, METRICS_FILE, Record, read_records
 
 PRE_TRAIN = "pre_train"

@@ -2,7 +2,7 @@
 
 A rank writes one line when it enters a span and one when it leaves it, so that the file of a killed or hanging run says
 where each rank was. Rank 0 also writes the calls to the engines, each when it ends. `dsrl trace` joins the files of all
-ranks (observability/trace_events.py).
+ranks (report/trace_events.py).
 
 Times are seconds since 1970 of the node's clock, so that ranks and nodes align as well as their clocks do. Within a
 process they are that clock at its start plus a clock that nobody sets, and never run backwards.

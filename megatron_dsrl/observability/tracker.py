@@ -11,7 +11,7 @@ from types import TracebackType
 
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_dsrl.disk import writing
+from megatron_dsrl.common.disk import writing
 from megatron_dsrl.observability.records import (
     CONFIG_FILE,
     EVALUATION_FILE,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_dsrl.errors import UserError
+from megatron_dsrl.common.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from dataclasses import fields
 from rich.console import Console
 from rich.table import Column, Table
 
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.run import RunConfig
-from megatron_dsrl.errors import UserError
 from megatron_dsrl.model.architecture import Architecture
 from megatron_dsrl.planning.compute import Assumptions
 from megatron_dsrl.planning.gpus import Gpu

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 import torch.multiprocessing
 
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.rollout import EngineConfig
-from megatron_dsrl.errors import UserError
 
 ServerArguments = dict[str, str | int | float | bool]
 """SGLang `ServerArgs` fields by name."""

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_dsrl.common.fingerprint import fingerprint
 from megatron_dsrl.config.data import PromptSetConfig
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.data.rows import local_files
-from megatron_dsrl.fingerprint import fingerprint
 
 MODEL_BYTES_READ = 2**28
 """A model folder's files are hashed whole, the smallest first, until this many bytes have been read."""

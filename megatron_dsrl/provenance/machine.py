@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_dsrl.doctor import ESSENTIAL_PACKAGES
-from megatron_dsrl.doctor_device import driver_version
-from megatron_dsrl.doctor_kernels import installed_version
+from megatron_dsrl.doctor.device import driver_version
+from megatron_dsrl.doctor.doctor import ESSENTIAL_PACKAGES
+from megatron_dsrl.doctor.kernels import installed_version
 
 PACKAGES = (
     *ESSENTIAL_PACKAGES,

@@ -15,14 +15,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from megatron_dsrl.collective import gather, rank, world_size
+from megatron_dsrl.common.collective import gather, rank, world_size
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.observability.records import repair_records
 from megatron_dsrl.provenance.code import code_of_checkout, code_of_package
 from megatron_dsrl.provenance.inputs import describe_model, describe_prompts
 from megatron_dsrl.provenance.machine import devices, package_versions, python_version, slurm_job
 from megatron_dsrl.provenance.records import PROVENANCE_FILE
-from megatron_dsrl.run_inputs import RunInputs
+from megatron_dsrl.run.inputs import RunInputs
 
 PACKAGE_FOLDER = Path(__file__).resolve().parent.parent
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from megatron_dsrl.errors import UserError
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.model.source import is_hub_name
 from megatron_dsrl.weights.checkpoint_record import read_record
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 
+from megatron_dsrl.charts.chart_source import SERIES_COLOURS
+from megatron_dsrl.charts.charts import Chart
+from megatron_dsrl.charts.pass_at_k_chart import over_runs, pass_at_k_chart
 from megatron_dsrl.evaluation.published import AVERAGE_OF_SIX, OUT_OF_DISTRIBUTION, SIX_BENCHMARKS
 from megatron_dsrl.evaluation.results import average_of_six
 from megatron_dsrl.evaluation.results_file import EvaluationResults, Summary
-from megatron_dsrl.observability.chart_source import SERIES_COLOURS
-from megatron_dsrl.observability.charts import Chart
-from megatron_dsrl.observability.pass_at_k_chart import over_runs, pass_at_k_chart
 from megatron_dsrl.report.parts import Table
 
 Evaluations = Mapping[str, EvaluationResults]

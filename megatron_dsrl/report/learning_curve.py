@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from megatron_dsrl.errors import UserError
-from megatron_dsrl.observability.chart_axes import WIDE, ValueAxis
-from megatron_dsrl.observability.chart_source import SERIES_COLOURS, ChartSource, Series
-from megatron_dsrl.observability.charts import Chart, draw
-from megatron_dsrl.observability.figure import write_figure
+from megatron_dsrl.charts.chart_axes import WIDE, ValueAxis
+from megatron_dsrl.charts.chart_source import SERIES_COLOURS, ChartSource, Series
+from megatron_dsrl.charts.charts import Chart, draw
+from megatron_dsrl.charts.figure import write_figure
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.observability.run_records import RunRecords, read_run
 from megatron_dsrl.report.training_charts import accuracy_series
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, Template
 
+from megatron_dsrl.charts.chart_source import number
 from megatron_dsrl.evaluation.results_file import results_of_run
-from megatron_dsrl.observability.chart_source import number
 from megatron_dsrl.observability.run_records import RunRecords, read_run
 from megatron_dsrl.report.analyses import read_analyses
 from megatron_dsrl.report.evaluations import named_by_step, paper_table, pass_at_k_charts, results_table
@@ -84,7 +84,7 @@ def _comparison_page(runs: list[RunRecords]) -> str:
 
 def _template(name: str) -> Template:
     environment = Environment(
-        loader=ChoiceLoader([PackageLoader(f"megatron_dsrl.{room}") for room in ("report", "observability")]),
+        loader=ChoiceLoader([PackageLoader(f"megatron_dsrl.{room}") for room in ("report", "charts")]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from megatron_dsrl.observability.chart_source import number
+from megatron_dsrl.charts.chart_source import number
 from megatron_dsrl.observability.console_lines import duration
 from megatron_dsrl.observability.records import Record
 from megatron_dsrl.observability.run_records import RunRecords

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_dsrl.observability.step_metrics import reward_metrics
 from megatron_dsrl.rollout.recording import read_groups, rollout_file
 from megatron_dsrl.rollout.sample import Group, Sample
+from megatron_dsrl.run.step_metrics import reward_metrics
 
 GROUPS_PER_STEP = 3
 SAMPLES_PER_GROUP = 8

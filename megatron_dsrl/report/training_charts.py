@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from megatron_dsrl.observability.chart_axes import ValueAxis
-from megatron_dsrl.observability.chart_source import SERIES_COLOURS, PhaseSpan, Series, phase_changes
-from megatron_dsrl.observability.charts import Chart, line_chart, stacked_chart
+from megatron_dsrl.charts.chart_axes import ValueAxis
+from megatron_dsrl.charts.chart_source import SERIES_COLOURS, PhaseSpan, Series, phase_changes
+from megatron_dsrl.charts.charts import Chart, line_chart, stacked_chart
 from megatron_dsrl.observability.records import Record
 from megatron_dsrl.observability.run_records import RunRecords
 from megatron_dsrl.report.curves import (

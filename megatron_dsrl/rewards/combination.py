@@ -5,8 +5,8 @@ from typing import Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.section import Section
-from megatron_dsrl.errors import UserError
 from megatron_dsrl.rewards.registry import check_options, reward_function
 
 

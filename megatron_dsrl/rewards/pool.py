@@ -26,9 +26,9 @@ from typing import Any, Literal
 
 from pebble import ProcessExpired, ProcessPool
 
+from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.common.process import die_with_parent
 from megatron_dsrl.config.data import RewardConfig
-from megatron_dsrl.errors import UserError
-from megatron_dsrl.process import die_with_parent
 from megatron_dsrl.rewards.registry import RewardFunction, built_in_modules, check_options, reward_function
 from megatron_dsrl.rewards.score import Score, score_of
 

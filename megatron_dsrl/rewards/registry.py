@@ -11,7 +11,7 @@ from typing import Any, Protocol, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from megatron_dsrl.errors import UserError
+from megatron_dsrl.common.errors import UserError
 
 HERE = "megatron_dsrl.rewards"
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from megatron_dsrl.errors import UserError
+from megatron_dsrl.common.errors import UserError
 
 FIRST_PAUSE_SECONDS = 0.5
 MAX_ANSWER_BYTES = 2**20

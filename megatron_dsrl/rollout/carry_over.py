@@ -15,8 +15,8 @@ from typing import Any
 
 import orjson
 
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.data.prompt import Prompt
-from megatron_dsrl.errors import UserError
 from megatron_dsrl.rollout.recording import group_of_record, prompt_of_record
 from megatron_dsrl.rollout.sample import Group
 from megatron_dsrl.rollout.unfinished import PartialResponse, UnfinishedGroup

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 
 from megatron_dsrl.rewards.pool import RewardPool
 from megatron_dsrl.rollout.batch import Batch, Call
-from megatron_dsrl.rollout.client import BadRequestError, Completion, EngineClient, EngineError
 from megatron_dsrl.rollout.engine_call import EngineCall
+from megatron_dsrl.rollout.engine_choice import EngineChoice, Load
+from megatron_dsrl.rollout.engines.client import BadRequestError, Completion, EngineClient, EngineError
 from megatron_dsrl.rollout.progress import OnCall, OnGroup, OnSamples
-from megatron_dsrl.rollout.routing import EngineChoice, Load
 from megatron_dsrl.rollout.sample import Group, Sample
 from megatron_dsrl.rollout.unfinished import PartialResponse, UnfinishedGroup
 

@@ -10,26 +10,26 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from megatron_dsrl.collective import broadcast, rank
+from megatron_dsrl.common.collective import broadcast, rank
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.platform.engine import can_release_engine_memory
 from megatron_dsrl.rewards.pool import RewardPool
 from megatron_dsrl.rollout.batch import Batch, BatchRequest, Feed, WholeFeed
 from megatron_dsrl.rollout.carry_over import CarryOver
-from megatron_dsrl.rollout.client import connect
 from megatron_dsrl.rollout.dispatcher import Decode, Dispatcher, EnginesLostError
-from megatron_dsrl.rollout.engine_group import UNSET_WEIGHT_VERSION, EngineGroup, initial_weight_version
-from megatron_dsrl.rollout.engine_protocol import Engines
-from megatron_dsrl.rollout.external_engines import ExternalEngines
+from megatron_dsrl.rollout.engines.client import connect
+from megatron_dsrl.rollout.engines.engine_group import UNSET_WEIGHT_VERSION, EngineGroup, initial_weight_version
+from megatron_dsrl.rollout.engines.engine_protocol import Engines
+from megatron_dsrl.rollout.engines.external_engines import ExternalEngines
+from megatron_dsrl.rollout.engines.settings import RolloutSettings
+from megatron_dsrl.rollout.engines.weight_push import Bucket
 from megatron_dsrl.rollout.progress import OnCall, OnGroup, OnSamples, ignore
 from megatron_dsrl.rollout.rollout import Value
 from megatron_dsrl.rollout.sample import Group, Sample
 from megatron_dsrl.rollout.sampling import SamplingParameters
 from megatron_dsrl.rollout.seeds import sample_seed, seeds_of_batch
-from megatron_dsrl.rollout.settings import RolloutSettings
 from megatron_dsrl.rollout.step_sampling import Draw, StepSamples, Watch, step_sampling
 from megatron_dsrl.rollout.unfinished import UnfinishedGroup
-from megatron_dsrl.rollout.weight_push import Bucket
 
 
 def make_engines(config: RolloutSettings, run_folder: Path) -> Engines:

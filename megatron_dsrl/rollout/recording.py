@@ -14,8 +14,8 @@ from typing import Any
 
 import orjson
 
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.data.prompt import Prompt
-from megatron_dsrl.errors import UserError
 from megatron_dsrl.rollout.sample import Group, Sample
 
 

@@ -9,18 +9,18 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_dsrl.collective import rank
+from megatron_dsrl.common.collective import rank
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.rollout import RolloutConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.data.prompt import Prompt
-from megatron_dsrl.errors import UserError
 from megatron_dsrl.rollout.carry_over import CarryOver
+from megatron_dsrl.rollout.engines.weight_push import Bucket
 from megatron_dsrl.rollout.recording import read_batch, rollout_file
 from megatron_dsrl.rollout.rollout import Value
 from megatron_dsrl.rollout.sample import Group, count_tokens
 from megatron_dsrl.rollout.sampling import SamplingParameters
 from megatron_dsrl.rollout.step_sampling import Draw, StepSamples, Watch
-from megatron_dsrl.rollout.weight_push import Bucket
 
 
 class ReplayRollout:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rollout.batch import Batch, BatchSampler
 from megatron_dsrl.rollout.carry_over import CarryOver, restart_expired
+from megatron_dsrl.rollout.engines.settings import RolloutSettings
 from megatron_dsrl.rollout.progress import OnSamples, ignore
 from megatron_dsrl.rollout.sample import Group
 from megatron_dsrl.rollout.seeds import seeds_of_batch, stream_of_round
-from megatron_dsrl.rollout.settings import RolloutSettings
 from megatron_dsrl.rollout.unfinished import UnfinishedGroup
 
 

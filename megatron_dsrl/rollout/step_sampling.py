@@ -23,18 +23,18 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
-from megatron_dsrl.background import in_background
+from megatron_dsrl.common.background import in_background
 from megatron_dsrl.config.rollout import RolloutConfig
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.data.sampler import RepeatableDraw
 from megatron_dsrl.rollout.batch import BatchSampler, WholeFeed
 from megatron_dsrl.rollout.carry_over import CarryOver
 from megatron_dsrl.rollout.dispatcher import EnginesLostError
+from megatron_dsrl.rollout.engines.settings import RolloutSettings
 from megatron_dsrl.rollout.progress import OnSamples, ignore
 from megatron_dsrl.rollout.sample import Group, count_tokens
 from megatron_dsrl.rollout.sample_until import sample_until
 from megatron_dsrl.rollout.seeds import seeds_of_batch, stream_of_round
-from megatron_dsrl.rollout.settings import RolloutSettings
 from megatron_dsrl.rollout.unfinished import UnfinishedGroup
 
 Draw = Callable[[int], Sequence[Prompt]]

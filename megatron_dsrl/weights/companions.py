@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_dsrl.disk import writing
+from megatron_dsrl.common.disk import writing
 from megatron_dsrl.weights.hf_checkpoint import torch_dtype_name
 
 COMPANIONS = (

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from megatron_dsrl.collective import on_first, rank, together
+from megatron_dsrl.common.collective import on_first, rank, together
 from megatron_dsrl.weights.companions import copy_companions
 from megatron_dsrl.weights.hf_writer import FILE_BYTES, HfWriter, create_hf_files
 from megatron_dsrl.weights.new_folder import new_folder

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_dsrl.errors import UserError
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.weights.layouts import Shape
 from megatron_dsrl.weights.safetensors_file import StoredTensor, read_header, read_pieces, read_tensor
 

@@ -10,7 +10,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from megatron_dsrl.disk import writing
+from megatron_dsrl.common.disk import writing
 from megatron_dsrl.weights.disk_flush import DiskFlush
 from megatron_dsrl.weights.hf_checkpoint import INDEX_FILE, SINGLE_FILE
 from megatron_dsrl.weights.layouts import Shape

@@ -8,7 +8,7 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from torch import Tensor, nn
 
-from megatron_dsrl.errors import UserError
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.weights.checkpoint_record import check_record
 from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint

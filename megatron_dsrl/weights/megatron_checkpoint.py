@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from megatron_dsrl.errors import UserError
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.weights.layouts import Shape, Vocabulary
 from megatron_dsrl.weights.table import TableEntry, TensorRule, WeightTable
 

@@ -17,8 +17,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_dsrl.collective import barrier, on_first, rank
-from megatron_dsrl.errors import UserError
+from megatron_dsrl.common.collective import barrier, on_first, rank
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.provenance.records import PROVENANCE_FILE
 from megatron_dsrl.weights.checkpoint_record import RECORD_FILE
 from megatron_dsrl.weights.companions import COMPANIONS

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_dsrl.errors import UserError
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.weights.layouts import Shape
 
 _DTYPES = {

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from megatron_dsrl.collective import gather
+from megatron_dsrl.common.collective import gather
 from megatron_dsrl.weights.table import TableEntry, WeightTable, bind
 
 

@@ -23,10 +23,10 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 from megatron_dsrl.actor.actor import Actor
 from megatron_dsrl.actor.build import build_actor
 from megatron_dsrl.algorithms.objective import Objective
-from megatron_dsrl.algorithms.routed_experts import encode_routed_experts
 from megatron_dsrl.config.actor import ActorConfig, OptimizerConfig
 from megatron_dsrl.config.model import ParallelConfig, RouterConfig
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
+from megatron_dsrl.model.routed_experts import encode_routed_experts
 from megatron_dsrl.model.router import Router
 from tests.actor.test_actor import GRPO, NSR_PRERL, TEMPERATURE, objective_of, run_config
 from tests.support.distributed import run_distributed

@@ -15,8 +15,8 @@ from transformers import Qwen3MoeForCausalLM
 
 from megatron_dsrl.algorithms.experience import Experience, build_experience
 from megatron_dsrl.algorithms.losses import supervised_loss
-from megatron_dsrl.algorithms.routed_experts import decode_routed_experts, encode_routed_experts
 from megatron_dsrl.model.parallel import destroy_parallel
+from megatron_dsrl.model.routed_experts import decode_routed_experts, encode_routed_experts
 from tests.actor.test_actor import BOS, GRPO, NSR_PRERL, TEMPERATURE, objective_of, one_process, responses
 from tests.support.random_experts import random_experts
 from tests.support.tiny_model import make_tiny_qwen3_moe

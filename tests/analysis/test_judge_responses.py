@@ -14,7 +14,7 @@ from megatron_dsrl.analysis.behaviours import BEHAVIOURS, behaviours_by_step, pa
 from megatron_dsrl.analysis.judge import JudgeEndpoint
 from megatron_dsrl.analysis.judge_responses import judge_responses
 from megatron_dsrl.analysis.responses import RecordedResponse
-from megatron_dsrl.errors import UserError
+from megatron_dsrl.common.errors import UserError
 
 NONE = dict.fromkeys(BEHAVIOURS, False)
 

@@ -23,8 +23,8 @@ import torch.distributed as dist
 from megatron_dsrl.checkpoint.compatibility import check_same_model, check_same_optimizer, check_same_run
 from megatron_dsrl.checkpoint.state import Layout, RunState
 from megatron_dsrl.checkpoint.store import CheckpointStore
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.model import ParallelConfig
-from megatron_dsrl.errors import UserError
 from tests.support.disk import files_of_at_most
 from tests.support.distributed import run_distributed, start_one_process
 from tests.support.engine import tiny_run_config

@@ -5,12 +5,12 @@ import re
 import pytest
 
 from megatron_dsrl.cli import main
-from megatron_dsrl.config.command_line import KIND_NAMES
+from megatron_dsrl.commands.config import KIND_NAMES
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.describe import default_of, find, limits_of, meaning_of, type_of
 from megatron_dsrl.config.kinds import KINDS
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.config.sweep import SweepConfig
-from megatron_dsrl.errors import UserError
 
 
 @pytest.mark.parametrize(

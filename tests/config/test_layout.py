@@ -2,9 +2,9 @@
 
 import pytest
 
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.layout import ModelShape, engine_problems, model_problems, process_problems, refuse
 from megatron_dsrl.config.model import ParallelConfig
-from megatron_dsrl.errors import UserError
 
 DENSE = ModelShape(layers=6, attention_heads=8, key_value_groups=4, feed_forward_size=96, context_tokens=512)
 EXPERTS = ModelShape(6, 8, 4, 96, 512, experts=6, expert_feed_forward_size=10)

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.load import dump_config, load_config
-from megatron_dsrl.errors import UserError
 
 
 def test_defaults_and_types(small, write):

@@ -2,8 +2,8 @@
 
 import pytest
 
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.load import load_config
-from megatron_dsrl.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,11 @@
 
 import pytest
 
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.analysis import GradientAnalysisConfig
 from megatron_dsrl.config.benchmark import BenchmarkRunConfig
 from megatron_dsrl.config.sweep import SweepConfig
 from megatron_dsrl.config.validate import validated
-from megatron_dsrl.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.yaml_text import format_yaml, parse_yaml
-from megatron_dsrl.errors import UserError
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 # Texts that look like other types are where a round trip breaks.

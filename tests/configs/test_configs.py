@@ -9,7 +9,7 @@ from rich.console import Console
 
 from megatron_dsrl.config.load import dump_config, load_config
 from megatron_dsrl.config.summary import print_dry_run
-from megatron_dsrl.preflight import preflight
+from megatron_dsrl.run.preflight import preflight
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FRAGMENTS = [CONFIGS / "base.yaml", *CONFIGS.glob("sizes/*.yaml"), *CONFIGS.glob("methods/*.yaml")]

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megatron_dsrl.cli import main
-from megatron_dsrl.conversion.command_line import DTYPES
-from megatron_dsrl.fingerprint import fingerprint
+from megatron_dsrl.commands.convert import DTYPES
+from megatron_dsrl.common.fingerprint import fingerprint
 from megatron_dsrl.provenance.records import read_starts
 from megatron_dsrl.weights.megatron_checkpoint import MegatronCheckpoint
 from tests.support.disk import files_of_at_most

@@ -15,12 +15,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig
 from megatron_dsrl.conversion.hf_to_megatron import ConversionOptions, convert_hf_to_megatron
 from megatron_dsrl.conversion.layout import CheckpointLayout
 from megatron_dsrl.conversion.megatron_to_hf import convert_megatron_to_hf
 from megatron_dsrl.conversion.work import conversion_processes
-from megatron_dsrl.errors import UserError
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.build import build_model
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout

@@ -5,10 +5,10 @@ import json
 
 import pytest
 
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.data import ChoicesConfig, PromptSetConfig
 from megatron_dsrl.data.fields import clean_answer
 from megatron_dsrl.data.prompts import load_prompts
-from megatron_dsrl.errors import UserError
 
 ROWS = [{"problem": "1+2=?", "answer": 3}, {"problem": "9-4=?", "answer": " 5 "}]
 

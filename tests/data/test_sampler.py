@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.data.sampler import PromptSampler
-from megatron_dsrl.errors import UserError
 
 sizes = st.integers(1, 30)
 seeds = st.integers(0, 2**31)

@@ -6,8 +6,8 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from megatron_dsrl.algorithms.spaces import PreTrain
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.data.tokenizer import context_token_ids, load_tokenizer, stop_token_ids
-from megatron_dsrl.errors import UserError
 
 
 def save_words(folder, words, **arguments):

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.load import load_config
 from megatron_dsrl.config.run import EvaluationConfig, EvaluationSetConfig
 from megatron_dsrl.data.prompt import Prompt
-from megatron_dsrl.errors import UserError
 from megatron_dsrl.evaluation.evaluator import Evaluator
 from megatron_dsrl.evaluation.problem_result import first_responses
 from megatron_dsrl.rollout.sample import Group, Sample

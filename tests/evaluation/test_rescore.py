@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.data import RewardConfig
-from megatron_dsrl.errors import UserError
 from megatron_dsrl.evaluation.problem_result import ProblemResult, SampleResult
 from megatron_dsrl.evaluation.rescore import rescore
 from megatron_dsrl.evaluation.results import write_results

@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import pytest
 
-from megatron_dsrl.errors import UserError
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.evaluation.problem_result import ProblemResult, SampleResult
 from megatron_dsrl.evaluation.sample_file import SampleFile, read_sample_file
 

@@ -38,7 +38,7 @@ NOT_HERE = {
     r"^python tools/image/check_pins.py": "tests/tools/test_image.py runs it, where there is uv",
     r"^pytest -m gpu": "needs a GPU",
     r"^torchfrtrace": "tests/platform/test_cuda.py runs it",
-    r"launch_server|engine.urls": "of several machines; tests/rollout/test_external_engines.py has one",
+    r"launch_server|engine.urls": "of several machines; tests/rollout/engines/test_external_engines.py has one",
 }
 """Commands that are not run here, and why."""
 

@@ -9,10 +9,10 @@ import pytest
 from examples.gsm8k.make_random_model import make_random_model
 from examples.gsm8k.rewards import mostly_ascii
 from examples.tiny_dsrl.tokenizer import build_tokenizer
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.load import load_config
 from megatron_dsrl.data.prompts import load_prompts
 from megatron_dsrl.data.tokenizer import load_tokenizer
-from megatron_dsrl.errors import UserError
 from megatron_dsrl.model.architecture import read_architecture
 
 ROOT = Path(__file__).parents[2]

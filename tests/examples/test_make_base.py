@@ -9,10 +9,10 @@ from examples.tiny_dsrl.arithmetic import NO_NOISE, Problem, split_of
 from examples.tiny_dsrl.base_model import corpus, make
 from examples.tiny_dsrl.base_settings import Settings, is_made
 from examples.tiny_dsrl.tokenizer import build_tokenizer
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.data import PromptSetConfig
 from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.data.prompts import load_prompts
-from megatron_dsrl.errors import UserError
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from megatron_dsrl.rewards.boxed import boxed
 

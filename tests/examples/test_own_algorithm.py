@@ -12,8 +12,8 @@ from examples.own_algorithm.reward import right_in_few_lines
 from megatron_dsrl.algorithms.experience import Response, build_experience
 from megatron_dsrl.algorithms.objective import build_objectives
 from megatron_dsrl.algorithms.schedule import Schedule
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.load import load_config
-from megatron_dsrl.errors import UserError
 from megatron_dsrl.rewards.registry import check_options, reward_function
 from tests.support.experiences import experience_of, scored_tokens
 

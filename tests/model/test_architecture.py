@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.model import ParallelConfig
-from megatron_dsrl.errors import UserError
 from megatron_dsrl.model.architecture import check_model_layout, read_architecture
 from megatron_dsrl.model.source import resolve_model_folder
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_dsrl.errors import UserError
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.observability.records import read_records
 from megatron_dsrl.observability.tracker import Tracker
 from tests.observability.synthetic_run import evaluation_record

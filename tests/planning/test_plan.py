@@ -5,8 +5,8 @@ import re
 import pytest
 
 from megatron_dsrl.cli import main
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.load import load_config
-from megatron_dsrl.errors import UserError
 from megatron_dsrl.planning.compute import Assumptions, training_flops
 from megatron_dsrl.planning.gpus import find_gpu
 from megatron_dsrl.planning.layouts import fewest_gpus, layout_problems, overrides_of, suggest

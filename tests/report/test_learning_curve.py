@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import pytest
 
 from megatron_dsrl.cli import main
-from megatron_dsrl.errors import UserError
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.report.learning_curve import write_learning_curve
 from tests.observability.synthetic_run import write_run
 

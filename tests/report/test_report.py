@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dsrl.charts.chart_source import number
 from megatron_dsrl.cli import main
-from megatron_dsrl.errors import UserError
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.evaluation.problem_result import ProblemResult
 from megatron_dsrl.evaluation.results import write_results
 from megatron_dsrl.evaluation.sample_file import SampleFile
 from megatron_dsrl.evaluation.summary import summarise_benchmark
-from megatron_dsrl.observability.chart_source import number
 from megatron_dsrl.observability.records import read_records
 from megatron_dsrl.report.report import write_report
 from tests.observability.synthetic_run import (

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from megatron_dsrl.observability.chart_source import number
+from megatron_dsrl.charts.chart_source import number
 from megatron_dsrl.observability.records import read_records
 from megatron_dsrl.report.report import write_report
 from tests.observability.synthetic_run import write_run

@@ -2,8 +2,8 @@
 
 import pytest
 
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.data import RewardConfig
-from megatron_dsrl.errors import UserError
 from megatron_dsrl.rewards.pool import Judgement, RewardPool
 from megatron_dsrl.rewards.shaping import box_format, length_penalty
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.data import RewardConfig
-from megatron_dsrl.errors import UserError
 from megatron_dsrl.rewards.pool import Judgement, RewardPool
 
 FUNCTIONS = "tests.support.reward_functions"

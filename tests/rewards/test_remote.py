@@ -7,8 +7,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.data import RewardConfig
-from megatron_dsrl.errors import UserError
 from megatron_dsrl.rewards.pool import Judgement, RewardPool
 from megatron_dsrl.rewards.remote import remote
 

@@ -20,15 +20,15 @@ from transformers import Qwen3ForCausalLM
 from megatron_dsrl.platform.engine import engine_environment
 from megatron_dsrl.rewards.pool import RewardPool
 from megatron_dsrl.rollout.batch import Batch, BatchRequest, WholeFeed
-from megatron_dsrl.rollout.client import EngineError, connect
 from megatron_dsrl.rollout.dispatcher import Dispatcher
-from megatron_dsrl.rollout.engine_group import server_arguments
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
+from megatron_dsrl.rollout.engines.client import EngineError, connect
+from megatron_dsrl.rollout.engines.engine_group import server_arguments
+from megatron_dsrl.rollout.engines.server import EngineServer
 from megatron_dsrl.rollout.progress import ignore
 from megatron_dsrl.rollout.sample import Group
 from megatron_dsrl.rollout.sampling import SamplingParameters
 from megatron_dsrl.rollout.seeds import seeds_of_batch
-from megatron_dsrl.rollout.server import EngineServer
 from megatron_dsrl.rollout.unfinished import UnfinishedGroup
 from tests.support.engine import STOP_TOKEN_ID, decode_as_numbers, numbered_prompts, tiny_run_config
 

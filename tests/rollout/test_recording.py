@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.rollout import RolloutConfig
 from megatron_dsrl.data.prompt import Prompt
-from megatron_dsrl.errors import UserError
 from megatron_dsrl.rollout.recording import RolloutRecorder, read_batch, read_groups, rollout_file, write_groups
 from megatron_dsrl.rollout.replay import replayed_groups
 from megatron_dsrl.rollout.sample import Group, Sample

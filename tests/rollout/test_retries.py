@@ -9,8 +9,8 @@ from itertools import pairwise
 import pytest
 
 from megatron_dsrl.rollout import dispatcher
-from megatron_dsrl.rollout.client import EngineClient, EngineError
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
+from megatron_dsrl.rollout.engines.client import EngineClient, EngineError
 from megatron_dsrl.rollout.progress import ignore
 from megatron_dsrl.rollout.sample import Group
 from tests.support.engine import numbered_prompts

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import Qwen3ForCausalLM
 
-from megatron_dsrl.rollout.client import EngineError
 from megatron_dsrl.rollout.dispatcher import StaleWeightsError
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
+from megatron_dsrl.rollout.engines.client import EngineError
 from megatron_dsrl.rollout.step_sampling import unwatched
 from tests.support.engine import STOP_TOKEN_ID, numbered_prompts, transformers_log_probs
 

@@ -20,11 +20,11 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
-from megatron_dsrl.process import die_with_parent
+from megatron_dsrl.common.process import die_with_parent
 
 PRELOADED = (
     "megatron_dsrl.train",
-    "megatron_dsrl.evaluate",
+    "megatron_dsrl.commands.evaluate",
     "megatron_dsrl.conversion.verify",
     "torch.distributed.launcher.api",
     "transformers.models.qwen3.modeling_qwen3",

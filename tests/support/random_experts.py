@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_dsrl.algorithms.routed_experts import encode_routed_experts
 from megatron_dsrl.algorithms.spaces import ScoredSequence
+from megatron_dsrl.model.routed_experts import encode_routed_experts
 
 
 def random_experts(

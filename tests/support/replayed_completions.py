@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerBase
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rewards.pool import RewardPool
 from megatron_dsrl.rollout.batch import Batch, BatchRequest, WholeFeed
-from megatron_dsrl.rollout.client import Completion, SampleRequest
 from megatron_dsrl.rollout.dispatcher import Dispatcher
+from megatron_dsrl.rollout.engines.client import Completion, SampleRequest
 from megatron_dsrl.rollout.progress import ignore
 from megatron_dsrl.rollout.sample import Group, Sample
 from megatron_dsrl.rollout.sampling import SamplingParameters

@@ -10,8 +10,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from megatron_dsrl.doctor import ESSENTIAL_PACKAGES
-from megatron_dsrl.doctor_kernels import BUILT_FOR_SGLANG, NEWEST_FLASH_ATTENTION, exact_requirements
+from megatron_dsrl.doctor.doctor import ESSENTIAL_PACKAGES
+from megatron_dsrl.doctor.kernels import BUILT_FOR_SGLANG, NEWEST_FLASH_ATTENTION, exact_requirements
 from tests.support.linters import complaints
 from tests.support.tiny_run import REPOSITORY
 

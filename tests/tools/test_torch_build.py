@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dsrl.doctor import read_pins
+from megatron_dsrl.doctor.doctor import read_pins
 
 REPOSITORY = Path(__file__).parents[2]
 VERSION = read_pins([REPOSITORY / "tools" / "requirements-cpu.lock"])["torch"]

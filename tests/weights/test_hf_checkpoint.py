@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_dsrl.errors import UserError
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.weights.hf_checkpoint import INDEX_FILE, SINGLE_FILE, HfCheckpoint
 
 NAME = "model.norm.weight"

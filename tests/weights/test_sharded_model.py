@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Qwen3ForCausalLM
 
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig
-from megatron_dsrl.errors import UserError
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.build import build_model, build_trainable
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout

@@ -20,8 +20,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.registry import Options
-from megatron_dsrl.errors import UserError
 
 Status = Literal["finished", "failed", "interrupted", "running"]
 """How a run ended. `interrupted` will be continued (preempted, killed); `running` has not ended."""

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_dsrl.errors import UserError
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.observability.records import EVALUATION_FILE, METRICS_FILE, RESPONSES_FILE, Record
 
 

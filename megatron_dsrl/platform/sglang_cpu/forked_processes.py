@@ -9,7 +9,7 @@ from multiprocessing.context import ForkContext, ForkProcess
 
 from sglang.srt.entrypoints import engine
 
-from megatron_dsrl.process import die_with_parent
+from megatron_dsrl.common.process import die_with_parent
 
 
 class EngineProcess(ForkProcess):

@@ -15,7 +15,7 @@ from megatron_dsrl.observability.tracker import Tracker
 from megatron_dsrl.observability.trackers import process
 from megatron_dsrl.observability.trackers.base import TrackerOptions
 from megatron_dsrl.observability.trackers.launch import Trackers
-from megatron_dsrl.preemption import Preempted
+from megatron_dsrl.run.preemption import Preempted
 from tests.support.recording_tracker import RecordingTracker, calls
 
 CONFIG = """\

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dsrl.cli import main
-from megatron_dsrl.errors import UserError
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.observability.tracker import Tracker
 from megatron_dsrl.observability.trackers.cursor import Cursor
 from megatron_dsrl.observability.trackers.upload import chosen_trackers, upload

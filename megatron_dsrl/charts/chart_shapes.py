@@ -1,0 +1,125 @@
+"""The shapes of a chart's SVG. Colours come from `charts.css` by class, so that one drawing serves light and dark."""
+
+from collections.abc import Sequence
+
+from markupsafe import escape
+
+from megatron_dsrl.charts.chart_axes import Axes
+from megatron_dsrl.charts.chart_source import PhaseSpan, Series, number
+
+CHARACTER = 6.8
+"""Width of a character at the charts' font size of 11, generously."""
+MOST_DOTS = 25
+
+Point = tuple[float, float]
+"""x and y in the drawing."""
+
+
+def text_width(text: str) -> float:
+    """About how wide a text is in a drawing; too wide rather than too narrow."""
+    return CHARACTER * sum(1.3 if character.isupper() else 1.0 for character in text)
+
+
+def phase_bands(axes: Axes, phases: Sequence[PhaseSpan]) -> list[str]:
+    """A tinted background per phase, above it a stronger strip, and the name where the phase begins if it fits."""
+    frame, shapes, free_from = axes.frame, [], 0.0
+    for phase in phases:
+        left = max(axes.x(phase.first_step - 0.5), frame.left)
+        right = min(axes.x(phase.last_step + 0.5), frame.right_edge)
+        if right <= left:
+            continue
+        box = f'x="{left:.1f}" width="{right - left:.1f}"'
+        height = frame.bottom_edge - frame.top
+        shapes.append(f'<rect class="band phase-{phase.colour}" {box} y="{frame.top}" height="{height}"/>')
+        shapes.append(f'<rect class="strip phase-{phase.colour}" {box} y="{frame.top - 6}" height="4"/>')
+        start, width = max(left, free_from), text_width(phase.name)
+        if start < right and start + width <= frame.width:
+            shapes.append(f'<text x="{start:.1f}" y="{frame.top - 10}">{escape(phase.name)}</text>')
+            free_from = start + width + 4
+    return shapes
+
+
+def grid(axes: Axes) -> list[str]:
+    """Lines at round values, labels of both axes and their names."""
+    frame, shapes = axes.frame, []
+    for value in axes.value_ticks():
+        y = axes.y(value)
+        kind = "zero" if value == 0 else "grid"
+        shapes.append(f'<line class="{kind}" x1="{frame.left}" x2="{frame.right_edge}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        label = escape(_tick_label(value))
+        shapes.append(f'<text x="{frame.left - 6}" y="{y + 3.5:.1f}" text-anchor="end">{label}</text>')
+    for step in axes.step_ticks():
+        label_y = frame.bottom_edge + 14
+        shapes.append(f'<text x="{axes.x(step):.1f}" y="{label_y}" text-anchor="middle">{step}</text>')
+    middle_x, middle_y = (frame.left + frame.right_edge) / 2, (frame.top + frame.bottom_edge) / 2
+    name = escape(axes.horizontal.label or axes.horizontal.name)
+    shapes.append(f'<text class="axis" x="{middle_x:g}" y="{frame.height - 6}" text-anchor="middle">{name}</text>')
+    if name := escape(axes.vertical.name):
+        turned = f'transform="translate(11 {middle_y:g}) rotate(-90)"'
+        shapes.append(f'<text class="axis" {turned} text-anchor="middle">{name}</text>')
+    return shapes
+
+
+def curve(axes: Axes, series: Series) -> list[str]:
+    """A line between holes and breaks, dots where there are few points, and error bars."""
+    shapes, known = [], series.known()
+    for step, value, error in known:
+        if error:
+            x, low, high = axes.x(step), axes.y(value - error), axes.y(value + error)
+            shapes.append(f'<path class="bar series-{series.colour}" d="M{x:.1f} {low:.1f}V{high:.1f}"/>')
+    pieces = [[(axes.x(step), axes.y(value)) for step, value in piece] for piece in series.pieces()]
+    # h0: a lone point still shows as a dot
+    path = "".join(f"M{_joined(piece[:1])}h0" + _rest(thinned(piece)) for piece in pieces)
+    shapes.append(f'<path class="line series-{series.colour}" d="{path}"/>')
+    if len(known) <= MOST_DOTS:
+        shapes += [
+            f'<circle class="dot series-{series.colour}" cx="{axes.x(step):.1f}" cy="{axes.y(value):.1f}" r="2.2"/>'
+            for step, value, _ in known
+        ]
+    return shapes
+
+
+def area(axes: Axes, steps: Sequence[int], below: Sequence[float], above: Sequence[float], colour: int) -> str:
+    """The area between two curves."""
+    xs = [axes.x(step) for step in steps]
+    if len(xs) == 1:  # one step: a column instead of a line without width
+        xs, below, above = [xs[0] - 20, xs[0] + 20], list(below) * 2, list(above) * 2
+    upper = thinned([(x, axes.y(value)) for x, value in zip(xs, above, strict=True)])
+    lower = thinned([(x, axes.y(value)) for x, value in zip(xs, below, strict=True)])
+    return f'<path class="area series-{colour}" d="M{_joined([*upper, *reversed(lower)])}Z"/>'
+
+
+def cursor(axes: Axes) -> str:
+    """The line that the page's script moves."""
+    frame = axes.frame
+    return f'<line class="cursor" x1="0" x2="0" y1="{frame.top}" y2="{frame.bottom_edge}" visibility="hidden"/>'
+
+
+def thinned(points: Sequence[Point]) -> list[Point]:
+    """The same picture with fewer points: of all in one unit of width the first, highest, lowest and last."""
+    columns: dict[int, list[Point]] = {}
+    for point in points:
+        columns.setdefault(int(point[0]), []).append(point)
+    kept: list[Point] = []
+    for column in columns.values():
+        if len(column) > 4:
+            by_height = sorted(range(len(column)), key=lambda index: column[index][1])
+            column = [column[index] for index in sorted({0, by_height[0], by_height[-1], len(column) - 1})]
+        kept += column
+    return kept
+
+
+def _joined(points: Sequence[Point]) -> str:
+    return "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+
+
+def _rest(points: Sequence[Point]) -> str:
+    return f"L{_joined(points[1:])}" if len(points) > 1 else ""
+
+
+def _tick_label(value: float) -> str:
+    for unit, suffix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= unit:
+            divisor = 1e3 if suffix == "k" else unit
+            return f"{value / divisor:g}{suffix}"
+    return number(value)

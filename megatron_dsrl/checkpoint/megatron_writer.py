@@ -1,0 +1,135 @@
+"""Megatron's distributed checkpoints, written by a thread of the caller's choice.
+
+Megatron divides a save into three parts: planning, in which the ranks agree on what each writes and which takes a copy
+of device tensors; writing, in which they have nothing to do with each other; and an end, in which rank 0 collects what
+lies where. Its own asynchronous save does the second in a process of its own, which needs a multiprocessing manager for
+the results and outlives a killed trainer. Here the second part may run in a thread of the trainer, for which a queue in
+memory is enough; it also saves the seconds in which the process would start.
+"""
+
+import queue
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+from megatron_dsrl.common.disk import as_os_error
+
+_Bucket = tuple[str, str, tuple[list, list]]
+"""Megatron's: path, name, and (plan, content) of the objects and of the tensors in a file."""
+
+
+class CheckpointWrite:
+    """This rank's part of a checkpoint, ready to be written. See `begin_checkpoint`."""
+
+    def __init__(self, request: AsyncRequest, results: queue.Queue, copy: bool):
+        self._finalize = request.finalize_fns
+        self._results = results
+        self._buckets: list[_Bucket] = []
+        self._transforms: list = []
+        if request.async_fn is not None:  # else this rank has nothing to write
+            self._transforms = request.async_fn.args[0]
+            on_host = request.preload_fn()
+            kept = request.async_fn_args[1]
+            self._buckets = [_with_own_tensors(*pair) for pair in zip(on_host, kept)] if copy else on_host
+
+    def write(self) -> list[Path]:
+        """Write and flush this rank's files. Not collective, and may run in any thread.
+
+        Returns:
+            The files.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
+        written = {}
+        for number, bucket in enumerate(self._buckets):
+            _, result = FileSystemWriterAsync.write_preloaded_data(
+                self._transforms, number, bucket, results_queue=None, count_queue=None, use_fsync=True
+            )
+            if isinstance(result, Exception):
+                raise as_os_error(result)
+            written[number] = result
+        files = [Path(path) for path, _, _ in self._buckets]
+        self._buckets = [(path, name, ([], [])) for path, name, _ in self._buckets]  # the memory is free again
+        if files:
+            self._results.put(written)
+        return files
+
+    def finish(self) -> None:
+        """Write what makes the files of all ranks a checkpoint. Collective, in the main thread, after every `write`.
+
+        Raises:
+            OSError: on rank 0 only, if it cannot be written; every rank has come to the end then.
+        """
+        with _failures_at_the_end():
+            for finalize in self._finalize:
+                finalize()
+
+
+def begin_checkpoint(state: dict[str, Any], folder: Path, metadata: dict[str, Any], copy: bool) -> CheckpointWrite:
+    """Plan the checkpoint of a sharded state. Collective.
+
+    Args:
+        state: Megatron's sharded state dict.
+        folder: an existing, empty folder.
+        metadata: Megatron's content metadata, kept in the checkpoint.
+        copy: take a copy of all tensors, so that the state may change before it is written. Without it only tensors on
+            a device are copied.
+    """
+    results: queue.Queue = queue.Queue()
+    filesystem_async._results_queue = results  # Megatron makes a manager process where there is none
+    request = dist_checkpointing.save(
+        state, str(folder), content_metadata=metadata, async_sharded_save=True, async_strategy="mcore"
+    )
+    assert request is not None
+    return CheckpointWrite(request, results, copy)
+
+
+@contextmanager
+def _failures_at_the_end() -> Iterator[None]:
+    """Megatron's collectives in the body go on where rank 0 cannot write; it raises the first OSError afterwards.
+
+    Rank 0 writes `.metadata` and `metadata.json` while the others wait for its word in a broadcast and a barrier: an
+    exception there would leave them waiting.
+    """
+    failures: list[OSError] = []
+
+    def noting(write: Callable[..., None]) -> Callable[..., None]:
+        def write_or_note(*arguments: Any) -> None:
+            try:
+                write(*arguments)
+            except OSError as error:
+                failures.append(error)
+
+        return write_or_note
+
+    write_metadata, write_config = FileSystemWriterAsync.finish, serialization.save_config
+    FileSystemWriterAsync.finish, serialization.save_config = noting(write_metadata), noting(write_config)
+    try:
+        yield
+    finally:
+        FileSystemWriterAsync.finish, serialization.save_config = write_metadata, write_config
+    if failures:
+        raise failures[0]
+
+
+def _with_own_tensors(on_host: _Bucket, kept: _Bucket) -> _Bucket:
+    """Clone tensors that were on the host already and are still the model's or the optimizer's own."""
+    path, name, (objects, tensors) = on_host
+    own = [
+        (item, tensor.clone() if _same_memory(tensor, original) else tensor)
+        for (item, tensor), (_, original) in zip(tensors, kept[2][1])
+    ]
+    return path, name, (objects, own)
+
+
+def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.device == other.device and one.data_ptr() == other.data_ptr()

@@ -1,0 +1,155 @@
+"""Arguments of `dsrl eval` and `dsrl table`. Light: whatever needs torch is imported when the command runs."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from megatron_dsrl.commands.arguments import Commands, add_command, add_overrides, add_processes, labelled_folders
+from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.run.loading import loading_megatron
+
+CHANGES = {
+    "samples": "samples_per_prompt",
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "max_tokens": "max_response_tokens",
+    "limit": "limit",
+}
+"""Options and the benchmark fields that they replace."""
+
+
+def add_eval(commands: Commands) -> None:
+    """Add the command to `dsrl`'s."""
+    parser = add_command(
+        commands,
+        "eval",
+        _eval,
+        help="evaluate a model on benchmarks",
+        description="Sample a model on benchmarks with the training's engines, judge, and write results.json, "
+        "results.md and pass_at_k.svg. Every finished sample is on disk at once: the same command continues an "
+        "interrupted evaluation.",
+        epilog="example: dsrl eval Qwen/Qwen3-4B --benchmarks math500,aime24 --samples 32",
+    )
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="HF folder, hub name, Megatron checkpoint, a run's folder (its newest policy) or one of its checkpoints",
+    )
+    add_overrides(
+        parser, "set a field of the sections seed, model, engine and rollout, such as engine.tensor_parallel_size=2"
+    )
+    parser.add_argument("--benchmarks", metavar="NAME,NAME", help="names (without any they are listed) or .yaml files")
+    parser.add_argument("--samples", metavar="K", type=int, help="responses per problem (default: the benchmark's)")
+    parser.add_argument("--temperature", metavar="T", type=float, help="0 is greedy (default: the benchmark's)")
+    parser.add_argument("--top-p", metavar="P", type=float, help="nucleus sampling (default: the benchmark's)")
+    parser.add_argument("--max-tokens", metavar="N", type=int, help="longest response (default: the benchmark's)")
+    parser.add_argument("--limit", metavar="N", type=int, help="only the first problems of each benchmark")
+    parser.add_argument(
+        "--data-folder", metavar="DIR", type=Path, help="where the benchmarks' files are (default: the hub)"
+    )
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        type=Path,
+        help="folder of samples and results (default: RUN/evaluation/step_... for a run's, else evaluations/<model>)",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check names and settings, list the benchmarks, and stop"
+    )
+    add_processes(parser)
+
+
+def add_table(commands: Commands) -> None:
+    """Add the command to `dsrl`'s."""
+    parser = add_command(
+        commands,
+        "table",
+        _table,
+        help="the paper's results table, filled with evaluations",
+        description="Print the paper's results table in Markdown, filled with what `dsrl eval` found and beside what "
+        "the paper reports; what was not measured stays empty. Methods of the paper are called base, GRPO, PPO, "
+        "REINFORCE++, RLOO, Dr.GRPO, DAPO, NSR-RL warm-up and DSRL.",
+        epilog="example: dsrl table base=evaluations/Qwen3-4B GRPO=runs/grpo1,runs/grpo2 DSRL=runs/dsrl1,runs/dsrl2",
+    )
+    parser.add_argument(
+        "evaluations",
+        metavar="METHOD=DIR,DIR",
+        nargs="*",
+        help="a method and its evaluations: run folders (the latest policy's counts) or output folders of dsrl eval",
+    )
+    parser.add_argument("--size", metavar="NAME", default="Qwen3-4B", help="Qwen3-4B (default) or Qwen3-8B")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="write the table to this file as well")
+
+
+def add_rescore(commands: Commands) -> None:
+    """Add the command to `dsrl`'s."""
+    parser = add_command(
+        commands,
+        "rescore",
+        _rescore,
+        help="judge the samples of an evaluation again, with another verifier",
+        description="Judge the samples that `dsrl eval` kept with another verifier, without sampling anything, and "
+        "write a second evaluation with the results. `hendrycks` scores as the paper's released code does.",
+        epilog="example: dsrl rescore evaluations/Qwen3-4B --verifier hendrycks --output evaluations/hendrycks",
+    )
+    parser.add_argument("evaluation", metavar="DIR", type=Path, help="output folder of dsrl eval")
+    parser.add_argument("--verifier", metavar="NAME", required=True, help="built-in, or package.module:function")
+    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder of the second evaluation")
+
+
+def _rescore(options: argparse.Namespace) -> int:
+    from megatron_dsrl.config.data import RewardConfig
+    from megatron_dsrl.evaluation.rescore import rescore
+    from megatron_dsrl.evaluation.results import markdown
+    from megatron_dsrl.evaluation.results_file import read_results
+
+    summaries = rescore(options.evaluation, options.output, RewardConfig(function=options.verifier))
+    print(markdown(read_results(options.evaluation).model, summaries))
+    print(f"written to {options.output}")
+    return 0
+
+
+def _table(options: argparse.Namespace) -> int:
+    from megatron_dsrl.evaluation.paper_table import paper_table
+    from megatron_dsrl.evaluation.results_file import newest_results
+
+    evaluations: dict[str, list] = {}
+    for text in options.evaluations:
+        method, folders = labelled_folders(text)
+        if "=" not in text:
+            raise UserError(f"`{text}`: expected METHOD=DIR,DIR")
+        if method in evaluations:
+            raise UserError(f"`{text}`: {method} was named before")
+        evaluations[method] = [newest_results(folder) for folder in folders]
+    table = paper_table(evaluations, options.size)
+    if options.output:
+        options.output.write_text(table, encoding="utf-8")
+    print(table, end="")
+    return 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from megatron_dsrl.evaluation.benchmark import benchmark_names
+    if not options.benchmarks:
+        raise UserError(f"--benchmarks: name some of {', '.join(benchmark_names())}")
+    with loading_megatron():
+        from megatron_dsrl.commands.evaluate import EvaluationRequest, evaluate, requested_benchmarks
+
+    changes: dict[str, Any] = {
+        field: getattr(options, option) for option, field in CHANGES.items() if getattr(options, option) is not None
+    }
+    request = EvaluationRequest(
+        model=options.model,
+        benchmarks=[name for name in options.benchmarks.split(",") if name],
+        output=options.output,
+        data_folder=options.data_folder,
+        changes=changes,
+        overrides=options.overrides,
+    )
+    if options.dry_run:
+        for benchmark in requested_benchmarks(request):
+            config = benchmark.config
+            print(f"{benchmark.name}: {config.samples_per_prompt} samples per problem of {config.source}")
+    else:
+        evaluate(request)
+    return 0

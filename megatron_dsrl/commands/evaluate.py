@@ -1,0 +1,233 @@
+"""Evaluation of a model on benchmarks: `dsrl eval`.
+
+Every rank runs it. Each engine's ranks start it as in training; rank 0 samples from all engines, judges, and writes.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from megatron_dsrl.commands.find_model import EvaluatedModel, find_model
+from megatron_dsrl.common.collective import barrier, on_first, rank
+from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.common.fingerprint import fingerprint
+from megatron_dsrl.common.folder_lock import locked
+from megatron_dsrl.common.process_group import process_group
+from megatron_dsrl.config.benchmark import BenchmarkRunConfig
+from megatron_dsrl.config.load import apply_override
+from megatron_dsrl.config.validate import validated
+from megatron_dsrl.config.yaml_text import KeyPath
+from megatron_dsrl.conversion.hf_to_megatron import ConversionOptions
+from megatron_dsrl.conversion.megatron_to_hf import convert_megatron_to_hf
+from megatron_dsrl.data.prompt import Prompt
+from megatron_dsrl.data.prompts import load_prompts
+from megatron_dsrl.data.tokenizer import load_tokenizer, stop_token_ids
+from megatron_dsrl.evaluation.benchmark import Benchmark, load_benchmark
+from megatron_dsrl.evaluation.benchmark_evaluator import evaluate_benchmark, missing_samples
+from megatron_dsrl.evaluation.evaluator import check_different_samples
+from megatron_dsrl.evaluation.results import markdown, write_results
+from megatron_dsrl.evaluation.results_file import EVALUATIONS_FOLDER
+from megatron_dsrl.model.architecture import read_architecture
+from megatron_dsrl.observability.waiting import waiting
+from megatron_dsrl.provenance.inputs import describe_model, describe_prompts
+from megatron_dsrl.provenance.start import Details, record_start
+from megatron_dsrl.publishing.card import refresh_card
+from megatron_dsrl.rewards.registry import matched_by_spelling
+from megatron_dsrl.rollout.engine_rollout import EngineRollout
+from megatron_dsrl.rollout.engines.awaiting_engines import awaiting_engines
+
+WEIGHT_FILE_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What a user asks for."""
+
+    model: str
+    """HF folder, hub name, Megatron checkpoint, or run folder; see `evaluated_model`."""
+    benchmarks: Sequence[str]
+    """Names, or paths of YAML files."""
+    output: Path | None = None
+    """Folder of the samples and results; an evaluation in it is continued. None: `<run folder>/evaluation/step_000050`
+    for a run's policy, `evaluations/<model>` for others."""
+    data_folder: Path | None = None
+    """Where the benchmarks' files are; None takes the hub."""
+    changes: dict[str, Any] | None = None
+    """Benchmark fields to replace."""
+    overrides: Sequence[str] = ()
+    """`key.path=value` of `BenchmarkRunConfig`, such as `engine.tensor_parallel_size=2`."""
+
+
+def requested_benchmarks(request: EvaluationRequest) -> list[Benchmark]:
+    """The benchmarks of a request, with its changes. Reads neither model nor problems.
+
+    Raises:
+        UserError: a name, a change or an override is wrong.
+    """
+    benchmarks = [load_benchmark(name, request.data_folder, request.changes) for name in request.benchmarks]
+    _check_benchmarks(benchmarks)
+    _config(Path(request.model), request.overrides, benchmarks)
+    return benchmarks
+
+
+def read_problems(folder: Path, benchmarks: Sequence[Benchmark]) -> dict[str, list[Prompt]]:
+    """The prompts of every benchmark, by its name, from files or the hub.
+
+    Args:
+        folder: with config.json and tokenizer of the model that is asked.
+        benchmarks: which.
+
+    Raises:
+        UserError: problems cannot be had, or are too long for the model.
+    """
+    architecture = read_architecture(folder)
+    tokenizer = load_tokenizer(str(folder), architecture.vocab_size)
+    prompts = {b.name: load_prompts(b.config, tokenizer, f"benchmark {b.name}") for b in benchmarks}
+    for benchmark in benchmarks:
+        _say_what_is_matched_by_spelling(benchmark, prompts[benchmark.name])
+    _check_lengths(benchmarks, prompts, architecture.max_position_embeddings)
+    return prompts
+
+
+def evaluate(request: EvaluationRequest) -> None:
+    """Evaluate, or continue an evaluation. All ranks call it; rank 0 prints the results.
+
+    Raises:
+        UserError: something is missing or does not fit, or another process has the output folder in use; found before
+            the engines start.
+    """
+    benchmarks = requested_benchmarks(request)
+    with process_group(), ExitStack() as resources:
+        model = on_first(lambda: find_model(request.model))
+        prompts: dict[str, list[Prompt]] = {}
+        # Only the first rank needs them, and the hub need not be asked by all at once.
+        with waiting("reading tokenizer and problems"):
+            on_first(lambda: prompts.update(read_problems(model.companions, benchmarks)))
+        output = request.output or default_output(model)
+        resources.enter_context(locked(output, print))
+        folder = hf_folder(model, output)
+        tokenizer = load_tokenizer(str(folder), read_architecture(folder).vocab_size)
+        config = _config(folder, request.overrides, benchmarks)
+        settings = {"model": fingerprint(folder), "dtype": config.model.dtype, "seed": config.seed}
+        files = {b.name: output / "samples" / f"{b.name}.jsonl" for b in benchmarks}
+        unfinished = on_first(
+            lambda: [b.name for b in benchmarks if missing_samples(b, prompts[b.name], files[b.name], settings)]
+        )
+        stops = stop_token_ids(tokenizer)
+        if unfinished:
+            record_start(output, "eval", _provenance(request, model, folder, benchmarks, prompts), print)
+        rollout = start_engines(config, output, tokenizer, resources) if unfinished else None
+
+        def evaluate_all() -> None:
+            summaries = {}
+            for benchmark in benchmarks:
+                summaries[benchmark.name] = evaluate_benchmark(
+                    benchmark, prompts[benchmark.name], rollout, stops, files[benchmark.name], settings
+                )
+                write_results(output, str(model.folder), summaries, model.step)
+            if model.run_folder is not None and model.step is not None:
+                refresh_card(model.run_folder, model.step, print)
+            print(markdown(str(model.folder), summaries))
+            print(f"written to {output}")
+
+        if rollout:
+            rollout.while_sampling(evaluate_all, recover=rollout.restart_engines)
+        elif rank() == 0:
+            evaluate_all()
+        barrier()  # the engines of other ranks stay until the last sample is there
+
+
+def _provenance(
+    request: EvaluationRequest,
+    model: EvaluatedModel,
+    folder: Path,
+    benchmarks: Sequence[Benchmark],
+    prompts: dict[str, list[Prompt]],
+) -> Details:
+    """What is recorded of an evaluation; `prompts` are there on rank 0."""
+    return {
+        "after_step": lambda: model.step,
+        "model": lambda: describe_model(request.model, folder),
+        "evaluation_sets": lambda: {one.name: describe_prompts(one.config, prompts[one.name]) for one in benchmarks},
+    }
+
+
+def start_engines(
+    config: BenchmarkRunConfig, output: Path, tokenizer: PreTrainedTokenizerBase, resources: ExitStack
+) -> EngineRollout:
+    """Engines that are ready, with their logs in the output folder; closing them is left to `resources`."""
+    decode = partial(tokenizer.decode, skip_special_tokens=True)
+    rollout = EngineRollout(config, output, stop_token_ids(tokenizer), decode)
+    resources.callback(rollout.close)
+    with awaiting_engines(config, output):
+        rollout.wait_until_ready()
+    return rollout
+
+
+def default_output(model: EvaluatedModel) -> Path:
+    """Where results go that nobody has named a folder for. The report of a run looks for them in the run folder."""
+    if model.run_folder is not None:
+        return model.run_folder / EVALUATIONS_FOLDER / f"step_{model.step:06d}"
+    return Path("evaluations") / model.folder.name
+
+
+def hf_folder(model: EvaluatedModel, output: Path) -> Path:
+    """The model's HF folder. A Megatron checkpoint is converted into the output folder once. Collective.
+
+    Raises:
+        UserError: the checkpoint cannot be converted.
+    """
+    if not model.is_megatron:
+        return model.folder
+    # Another checkpoint, or the same folder trained further, must not be taken for this one.
+    converted = output / f"hf_model_{on_first(lambda: fingerprint(model.folder))[:12]}"
+    if not on_first(converted.exists):
+        options = ConversionOptions(dtype=None, verify=False, overwrite=False, expect=None)
+        convert_megatron_to_hf(model.folder, converted, WEIGHT_FILE_BYTES, options, model.companions)
+    return converted
+
+
+def _config(folder: Path, overrides: Sequence[str], benchmarks: Sequence[Benchmark]) -> BenchmarkRunConfig:
+    max_prompt_tokens = max(benchmark.config.max_prompt_tokens for benchmark in benchmarks)
+    data: dict[str, Any] = {"model": {"path": str(folder)}, "data": {"max_prompt_tokens": max_prompt_tokens}}
+    places: dict[KeyPath, str] = {}
+    for override in overrides:
+        apply_override(data, override, places)
+    return validated(BenchmarkRunConfig, data, places, "dsrl eval", "overrides")
+
+
+def _check_benchmarks(benchmarks: Sequence[Benchmark]) -> None:
+    names = [benchmark.name for benchmark in benchmarks]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice or not names:
+        raise UserError(f"--benchmarks: {', '.join(twice)} twice" if twice else "--benchmarks: none are named")
+    for benchmark in benchmarks:
+        check_different_samples(benchmark.config, f"benchmark {benchmark.name}")
+
+
+def _say_what_is_matched_by_spelling(benchmark: Benchmark, prompts: Sequence[Prompt]) -> None:
+    answers = matched_by_spelling(benchmark.config.reward.function, [prompt.answer for prompt in prompts])
+    if answers:
+        shown = ", ".join(map(repr, answers[:3])) + (", ..." if len(answers) > 3 else "")
+        print(
+            f"benchmark {benchmark.name}: {len(answers)} of {len(prompts)} gold answers can only be matched by their "
+            f"spelling: {shown}"
+        )
+
+
+def _check_lengths(
+    benchmarks: Sequence[Benchmark], prompts: dict[str, list[Prompt]], context_tokens: int
+) -> None:
+    for benchmark in benchmarks:
+        longest = max(len(prompt.token_ids) for prompt in prompts[benchmark.name])
+        if longest + benchmark.config.max_response_tokens > context_tokens:
+            raise UserError(
+                f"benchmark {benchmark.name}: prompts of up to {longest} tokens and max_response_tokens = "
+                f"{benchmark.config.max_response_tokens} do not fit into the model's {context_tokens}; lower the "
+                "latter (--max-tokens)"
+            )

@@ -1,0 +1,156 @@
+"""Which weights a user means by `dsrl eval MODEL` and `dsrl convert megatron-to-hf SOURCE`.
+
+An HF folder, a hub name and a Megatron checkpoint of `dsrl convert` are what they are. A run (`runs/X`) means its
+newest policy, exported or in a checkpoint; `runs/X/hf/step_000050` and `runs/X/checkpoints/step_000050`, or the
+latter's `megatron` folder, mean that one. A run's checkpoints hold neither config.json nor tokenizer: both are those of
+the model that the run trained.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_dsrl.checkpoint.compatibility import check_same_model
+from megatron_dsrl.checkpoint.state import SavedState
+from megatron_dsrl.checkpoint.store import STATE_FILE, WEIGHTS_FOLDER
+from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.model.architecture import read_architecture
+from megatron_dsrl.model.source import resolve_model_folder
+from megatron_dsrl.observability.records import CONFIG_FILE
+from megatron_dsrl.run.results import CHECKPOINTS_FOLDER, EXPORTS_FOLDER
+from megatron_dsrl.weights.megatron_checkpoint import is_megatron_checkpoint
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """Weights, and what belongs to them."""
+
+    folder: Path
+    """HF folder or Megatron checkpoint."""
+    companions: Path
+    """Folder of config.json and tokenizer; the same one except for a run's checkpoints."""
+    run_folder: Path | None = None
+    """Of the run that trained them; None for all other models."""
+    step: int | None = None
+    """After which step of that run."""
+
+    @property
+    def is_megatron(self) -> bool:
+        """Whether the weights must be converted before an engine loads them."""
+        return is_megatron_checkpoint(self.folder)
+
+
+def find_model(name: str) -> EvaluatedModel:
+    """The weights that a user means.
+
+    Args:
+        name: folder or hub name.
+
+    Raises:
+        UserError: there are none, or they are not whole.
+    """
+    folder = resolve_model_folder(name, "MODEL")
+    if (folder / CONFIG_FILE).is_file():
+        return _newest_of_run(folder)
+    if folder.name in (CHECKPOINTS_FOLDER, EXPORTS_FOLDER) and (folder.parent / CONFIG_FILE).is_file():
+        raise UserError(f"{folder} holds the policies of several steps: name one of them, or {folder.parent}")
+    checkpoint = _checkpoint_of(folder)
+    return _of_model_folder(folder) if checkpoint is None else _of_checkpoint(checkpoint)
+
+
+def find_checkpoint(folder: Path, companions: Path | None = None) -> EvaluatedModel:
+    """The Megatron checkpoint that a user means. Whether it is one is for the reader to find out.
+
+    Args:
+        folder: of a Megatron checkpoint, of a run's checkpoint, or of a run, for its newest checkpoint.
+        companions: folder of config.json and tokenizer; None for the checkpoint's own, or the run's.
+
+    Raises:
+        UserError: there is none, or that of a run is not whole or not of the companions' model.
+    """
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}")
+    if (folder / CONFIG_FILE).is_file():
+        checkpoints = _steps(folder, CHECKPOINTS_FOLDER, STATE_FILE)
+        if not checkpoints:
+            raise UserError(f"{folder} has no checkpoint ({CHECKPOINTS_FOLDER}/step_...) yet")
+        return _of_checkpoint(max(checkpoints)[1], companions)
+    checkpoint = _checkpoint_of(folder)
+    return (
+        EvaluatedModel(folder, companions or folder) if checkpoint is None else _of_checkpoint(checkpoint, companions)
+    )
+
+
+def _checkpoint_of(folder: Path) -> Path | None:
+    """The run's checkpoint that a folder is, or whose policy it is; None for all others."""
+    if (folder / STATE_FILE).is_file():
+        return folder
+    if not (folder.parent / STATE_FILE).is_file():
+        return None
+    if folder.name != WEIGHTS_FOLDER:
+        raise UserError(f"{folder} is not the policy of its checkpoint: that is {folder.parent / WEIGHTS_FOLDER}")
+    return folder.parent
+
+
+def _newest_of_run(run_folder: Path) -> EvaluatedModel:
+    """An export is taken before a checkpoint of the same step: it needs no conversion."""
+    exports = _steps(run_folder, EXPORTS_FOLDER, "config.json")
+    checkpoints = _steps(run_folder, CHECKPOINTS_FOLDER, STATE_FILE)
+    found = [(step, places is exports, folder) for places in (exports, checkpoints) for step, folder in places]
+    if not found:
+        raise UserError(
+            f"{run_folder} has neither an exported policy ({EXPORTS_FOLDER}/step_...) nor a checkpoint "
+            f"({CHECKPOINTS_FOLDER}/step_...) yet"
+        )
+    _, is_export, newest = max(found)
+    return _of_model_folder(newest) if is_export else _of_checkpoint(newest)
+
+
+def _steps(run_folder: Path, kind: str, complete: str) -> list[tuple[int, Path]]:
+    """Steps of a run's exports or checkpoints, and their folders."""
+    return [(_step_of(file.parent), file.parent) for file in (run_folder / kind).glob(f"step_*/{complete}")]
+
+
+def _of_model_folder(folder: Path) -> EvaluatedModel:
+    """An HF folder, also one that a run exported, or a checkpoint of `dsrl convert`."""
+    if not is_megatron_checkpoint(folder) and not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{folder} holds no weights: it is not an HF model, a Megatron checkpoint or a run folder"
+        )
+    run_folder = folder.resolve().parent.parent
+    if folder.resolve().parent.name == EXPORTS_FOLDER and (run_folder / CONFIG_FILE).is_file():
+        return EvaluatedModel(folder, folder, folder.parent.parent, _step_of(folder))
+    return EvaluatedModel(folder, folder)
+
+
+def _of_checkpoint(checkpoint: Path, companions: Path | None = None) -> EvaluatedModel:
+    try:
+        saved = SavedState.read(checkpoint / STATE_FILE)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{checkpoint / STATE_FILE} cannot be read: {error}") from error
+    for name, (size, _) in saved.files.items():
+        file = checkpoint / name
+        if name.startswith(f"{WEIGHTS_FOLDER}/") and (not file.is_file() or file.stat().st_size != size):
+            raise UserError(f"{checkpoint} is damaged: {name} is not the file of {size:,} bytes that was written")
+    run_folder = checkpoint.parent.parent
+    companions = companions or _model_of_run(run_folder, saved)
+    check_same_model(saved.run.model, asdict(read_architecture(companions)), str(checkpoint))
+    return EvaluatedModel(checkpoint / WEIGHTS_FOLDER, companions, run_folder, saved.run.step)
+
+
+def _model_of_run(run_folder: Path, saved: SavedState) -> Path:
+    """The model that the run began with, or else an export, which has the same configuration and tokenizer."""
+    path = saved.run.config["model"]["path"]
+    try:
+        return resolve_model_folder(path, f"{run_folder / CONFIG_FILE}: model.path")
+    except UserError as error:
+        for export in sorted((run_folder / EXPORTS_FOLDER).glob("step_*/config.json"), reverse=True):
+            return export.parent
+        raise UserError(
+            f"{error}. The run's checkpoints need its config.json and tokenizer: start the command where that path "
+            "leads to the model"
+        ) from error
+
+
+def _step_of(folder: Path) -> int:
+    digits = folder.name.removeprefix("step_")
+    return int(digits) if digits.isdecimal() else -1

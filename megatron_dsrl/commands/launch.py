@@ -1,0 +1,138 @@
+"""Start a command as several processes on this machine: `dsrl train CONFIG.yaml --processes 8`.
+
+Each process gets the environment variables by which torch.distributed finds its place, as from torchrun or
+`slurm/rank.sh`. Unlike torchrun, whose own status is 1 whatever ended a rank, the launcher ends as its processes do:
+with 2 for a mistake of the user, 75 when the run was asked to stop and has saved its state. A rank that is done with
+saving does not end those that still are at it.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.common.process import LAUNCHER_VARIABLE
+from megatron_dsrl.run.preemption import PREEMPTED_STATUS
+
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+POLL_SECONDS = 0.1
+SAME_ERROR_SECONDS = 5.0
+"""After a failure, for the other ranks to meet the same error and say so: rank 0 prints it."""
+STOP_SECONDS = 30.0
+"""Then, from SIGTERM to SIGKILL; as torchrun's `--shutdown-timeout`."""
+
+
+def others_started(processes: int) -> bool:
+    """Whether this process is one of that many already.
+
+    Args:
+        processes: value of `--processes`.
+
+    Raises:
+        UserError: torchrun or srun started another number.
+    """
+    started = os.environ.get("WORLD_SIZE")
+    if started is not None and int(started) != processes:
+        raise UserError(f"--processes {processes}: torchrun or srun has started {started}; leave --processes out")
+    return started is not None
+
+
+def launch(command: Sequence[str], count: int) -> int:
+    """Run `count` processes of a command until all have ended; signals that end a run are passed on to them.
+
+    When a process fails, the others are stopped. Main thread only.
+
+    Returns:
+        The exit status: that of the first process that failed, else 75 if any ended so, else 0 or that of a signal.
+    """
+    shared = {
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),  # as under torchrun
+        LAUNCHER_VARIABLE: str(os.getpid()),
+    }
+    ranks: list[subprocess.Popen[bytes]] = []
+    with _passing_on(ranks) as received:
+        for rank in range(count):
+            if received:
+                break
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            # In a session of its own, so that Ctrl-C in a terminal reaches it once, from here.
+            environment = os.environ | shared | place
+            ranks.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True))
+        return _wait(ranks, received)
+
+
+def _wait(ranks: Sequence["subprocess.Popen[bytes]"], received: set[int]) -> int:
+    ended: dict[int, int] = {}
+    deadlines: list[tuple[float, int]] = []  # when the remaining ranks get which signal
+    failed: int | None = None
+    while len(ended) < len(ranks):
+        for rank, process in enumerate(ranks):
+            if rank in ended or process.poll() is None:
+                continue
+            status = ended[rank] = _as_exit_status(process.returncode)
+            now = time.monotonic()
+            if status in (0, PREEMPTED_STATUS):
+                continue
+            if status - 128 in received:  # all have got the signal, but one may hang in a collective
+                deadlines = deadlines or [(now + STOP_SECONDS, signal.SIGKILL)]
+            elif failed is None:
+                failed = rank
+                stop = now + SAME_ERROR_SECONDS
+                deadlines = [(stop, signal.SIGTERM), (stop + STOP_SECONDS, signal.SIGKILL)]
+                _report(rank, status)
+        if deadlines and time.monotonic() >= deadlines[0][0]:
+            _send(ranks, deadlines.pop(0)[1])
+        time.sleep(POLL_SECONDS)
+    if failed is not None:
+        return ended[failed]
+    return PREEMPTED_STATUS if PREEMPTED_STATUS in ended.values() else max(ended.values())
+
+
+def _report(rank: int, status: int) -> None:
+    """A user's mistake (2) was printed by the rank itself."""
+    if status != 2:
+        how = f"was ended by {signal.Signals(status - 128).name}" if status > 128 else f"ended with status {status}"
+        print(f"dsrl: rank {rank} {how}; the others are stopped", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _passing_on(ranks: Sequence["subprocess.Popen[bytes]"]) -> Iterator[set[int]]:
+    """Pass signals on to the processes; yields the numbers of those that came. At the end nothing is left running."""
+    received: set[int] = set()
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        received.add(number)
+        _send(ranks, number)
+
+    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
+    try:
+        yield received
+    finally:
+        _send(ranks, signal.SIGKILL)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _send(ranks: Sequence["subprocess.Popen[bytes]"], number: int) -> None:
+    for process in ranks:
+        process.send_signal(number)  # does nothing for one that has ended
+
+
+def _as_exit_status(returncode: int) -> int:
+    return returncode if returncode >= 0 else 128 - returncode
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -1,0 +1,103 @@
+"""`dsrl plan`. Light: what needs torch or the model is imported when the command runs."""
+
+import argparse
+
+from megatron_dsrl.commands.arguments import Commands, add_command, add_config, positive, positive_number
+
+
+def add_plan(commands: Commands) -> None:
+    """Add the command to `dsrl`'s."""
+    parser = add_command(
+        commands,
+        "plan",
+        _plan,
+        help="say whether a configuration fits on some GPUs, what a step costs, and which layouts would do",
+        description="Memory of every GPU in each phase, operations and estimated seconds of a step, the largest "
+        "lengths that fit, and layouts to paste. Exit status 0 when the run fits, else 1. Needs no GPU, and no network "
+        "for Qwen3's published sizes.",
+        epilog="example: dsrl plan configs/dsrl_qwen3_8b.yaml --gpu h100 --gpus 8",
+    )
+    add_config(parser)
+    parser.add_argument("--gpus", metavar="N", type=positive, default=8, help="how many (default: 8)")
+    _add_gpu(parser)
+    parser.add_argument(
+        "--mean-response-tokens", metavar="N", type=positive, help="assumed; default: half of the response limit"
+    )
+    parser.add_argument(
+        "--training-utilisation", metavar="SHARE", type=float, default=0.35, help="of the peak; default: 0.35"
+    )
+    parser.add_argument(
+        "--scale",
+        metavar="N,N,...",
+        type=_growing,
+        help="instead, a step's seconds on these numbers of GPUs, such as 8,64,512,4096, and what breaks first",
+    )
+
+
+def _add_gpu(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--gpu",
+        metavar="NAME",
+        default="h100",
+        help="a100, h100, h20, b200, rtx-4090, mi300x... (default: h100; a wrong name lists them all)",
+    )
+    for option, metavar, what in (
+        ("--gpu-memory", "GIB", "memory that a process can allocate"),
+        ("--gpu-tflops", "N", "peak of dense bfloat16, in 1e12 operations per second"),
+        ("--gpu-bandwidth", "TB/S", "memory bandwidth, in 1e12 bytes per second"),
+    ):
+        parser.add_argument(option, metavar=metavar, type=positive_number, help=f"{what}, in place of the table's")
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from megatron_dsrl.config.load import load_config
+    from megatron_dsrl.model.architecture import read_architecture
+    from megatron_dsrl.model.source import find_config_json
+    from megatron_dsrl.planning.compute import Assumptions
+    from megatron_dsrl.planning.gpus import find_gpu
+
+    config = load_config(options.config, options.overrides)
+    gpu = find_gpu(options.gpu, options.gpu_memory, options.gpu_tflops, options.gpu_bandwidth)
+    architecture = read_architecture(find_config_json(config.model.path, config.made_by).parent)
+    assumptions = Assumptions(
+        mean_response_tokens=options.mean_response_tokens or config.rollout.max_response_tokens // 2,
+        training_utilisation=options.training_utilisation,
+    )
+    console = Console()
+    if options.scale:
+        from megatron_dsrl.planning.scale_tables import print_scale
+
+        print_scale(config, architecture, gpu, options.scale, assumptions, console)
+        return 0
+    return 0 if _print_layouts(config, architecture, gpu, options.gpus, assumptions, console) else 1
+
+
+def _print_layouts(config, architecture, gpu, gpus: int, assumptions, console) -> bool:
+    """Plan of the configured layout where it divides, and layouts that fit; whether the configured one does."""
+    from megatron_dsrl.config.summary import batch_lines
+    from megatron_dsrl.planning.layouts import fewest_gpus, layout_problems, suggest
+    from megatron_dsrl.planning.plan import make_plan
+    from megatron_dsrl.planning.tables import print_impossible_layout, print_plan, print_suggestions
+    from megatron_dsrl.run.preflight import preflight
+
+    problems = layout_problems(config, architecture, gpus)
+    if problems:
+        print_impossible_layout(problems, gpus, console)
+    else:
+        figures = preflight(config, gpus)
+        console.print(*batch_lines(config, figures), sep="\n", highlight=False)
+        plan = make_plan(config, architecture, gpu, gpus, assumptions)
+        print_plan(plan, architecture, assumptions, console)
+    suggestions = suggest(config, architecture, gpu, gpus, assumptions, count=5)
+    needed = None if suggestions else fewest_gpus(config, architecture, gpu, gpus, assumptions)
+    print_suggestions(config, suggestions, gpus, needed, console)
+    return not problems and plan.fits
+
+
+def _growing(text: str) -> list[int]:
+    values = [positive(word) for word in text.split(",")]
+    if values != sorted(set(values)):
+        raise argparse.ArgumentTypeError(f"expected growing numbers such as 8,64,512, got {text}")
+    return values

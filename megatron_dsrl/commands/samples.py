@@ -1,0 +1,132 @@
+"""`dsrl samples`. Light: whatever needs torch is imported when the command runs."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_dsrl.commands.arguments import Commands, add_command, add_overrides, add_processes, positive
+from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.run.loading import loading_megatron
+
+if TYPE_CHECKING:
+    from megatron_dsrl.analysis.response_log_probs import ResponseLogProbs
+    from megatron_dsrl.rollout.sample import Group, Sample
+
+DEFAULT_PROMPTS = 4
+
+
+def add_samples(commands: Commands) -> None:
+    """Add the command to `dsrl`'s."""
+    parser = add_command(
+        commands,
+        "samples",
+        _samples,
+        help="read a run's recorded samples, with their token log-probs in both spaces",
+        description="Print recorded samples: prompt, responses, rewards, why they ended, and the engine's log-probs.",
+        epilog="split the model: dsrl samples RUN --log-probs --processes 2 parallel.tensor_parallel_size=2",
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="run folder, such as runs/tiny_dsrl")
+    parser.add_argument("--step", metavar="N", type=positive, help="which step (default: the last recorded one)")
+    parser.add_argument("--prompt", metavar="N", type=int, help="only this prompt, by its row in the prompt set")
+    parser.add_argument(
+        "--limit", metavar="N", type=positive, help=f"how many prompts without --prompt (default: {DEFAULT_PROMPTS})"
+    )
+    parser.add_argument("--tokens", action="store_true", help="a table of the tokens with the engine's log-probs")
+    parser.add_argument(
+        "--log-probs",
+        action="store_true",
+        help="the same with log P(y|x) and log P(y) by the Megatron actor, under the policy that sampled or the newest "
+        "exported one before it",
+    )
+    parser.add_argument("--model", metavar="MODEL", help="with --log-probs: under this model instead")
+    add_overrides(parser, "with --log-probs: set a field of the sections model and parallel, or temperature or bos")
+    add_processes(parser, ", which share the model of --log-probs")
+
+
+def _samples(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from megatron_dsrl.analysis.responses import read_steps, recorded_steps
+    from megatron_dsrl.analysis.sample_view import print_group
+
+    step = options.step or recorded_steps(options.run)[-1]
+    ((_, recorded),) = read_steps(options.run, [step])
+    groups = _chosen(recorded, options.prompt, options.limit or DEFAULT_PROMPTS, step)
+    scores = _log_probs(options, groups) if options.log_probs else {}
+    if _is_first():  # the other ranks only help to compute
+        token_text = _token_text(options) if options.tokens or options.log_probs else None
+        console = Console(highlight=False)
+        console.print(f"step {step}: {len(groups)} of {len(recorded)} prompts\n", style="bold")
+        for group in groups:
+            print_group(group, [scores.get(id(sample)) for sample in group.samples], token_text, console)
+    return 0
+
+
+def _chosen(groups: "Sequence[Group]", prompt: int | None, limit: int, step: int) -> "list[Group]":
+    if prompt is None:
+        return list(groups[:limit])
+    chosen = [group for group in groups if group.prompt.index == prompt]
+    if not chosen:
+        there = sorted(group.prompt.index for group in groups)
+        raise UserError(f"--prompt {prompt}: step {step} has the prompts {', '.join(map(str, there))}")
+    return chosen
+
+
+def _log_probs(options: argparse.Namespace, groups: "Sequence[Group]") -> "dict[int, ResponseLogProbs]":
+    """Of every sample with tokens, by its identity."""
+    with loading_megatron(sys.stderr):
+        from megatron_dsrl.analysis.analyse_gradients import TokenisedResponse, gradient_settings
+        from megatron_dsrl.analysis.token_log_probs import both_spaces
+        from megatron_dsrl.model.parallel import destroy_parallel
+
+    samples = [(group, sample) for group in groups for sample in group.samples if sample.response_ids]
+    if not samples:
+        return {}
+    model, whose = _model(options, [sample for _, sample in samples])
+    config = gradient_settings(options.run, model, options.overrides)
+    if _is_first():
+        print(f"token log-probs under {config.model.path}{whose}", flush=True)
+    responses = [
+        TokenisedResponse(0, group.prompt.index, 0, sample.reward, group.prompt.token_ids, sample.response_ids)
+        for group, sample in samples
+    ]
+    try:
+        scores = both_spaces(config, responses)
+    finally:
+        destroy_parallel()
+    return {id(sample): score for (_, sample), score in zip(samples, scores, strict=True)}
+
+
+def _model(options: argparse.Namespace, samples: "Sequence[Sample]") -> tuple[str | None, str]:
+    """What `--log-probs` computes with (None: what the run began with), and whose weights those are, in words."""
+    from megatron_dsrl.analysis.token_log_probs import newest_export, sampling_step
+
+    if options.model is not None:
+        return options.model, ""
+    sampled_by = sampling_step(samples[0])
+    export, step = newest_export(options.run, sampled_by)
+    words = f": the policy after step {step}" if step else ": what the run began with"
+    if step == sampled_by:
+        return export and str(export), f"{words}, which sampled them"
+    return export and str(export), (
+        f"{words}; the one after step {sampled_by}, which sampled them, is not exported "
+        "(checkpoint.export_hf_every_steps, or --model)"
+    )
+
+
+def _token_text(options: argparse.Namespace) -> Callable[[int], str]:
+    with loading_megatron(sys.stderr):
+        from megatron_dsrl.analysis.analyse_gradients import gradient_settings
+        from megatron_dsrl.data.tokenizer import load_tokenizer
+        from megatron_dsrl.model.source import resolve_model_folder
+
+    config = gradient_settings(options.run, options.model, options.overrides)
+    tokenizer = load_tokenizer(str(resolve_model_folder(config.model.path)))
+    return lambda token: tokenizer.decode([token])
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,107 @@
+"""Arguments of `dsrl trace`, `dsrl compare` and `dsrl upload`. Light: a command imports what it needs when it runs."""
+
+import argparse
+from pathlib import Path
+
+from megatron_dsrl.commands.arguments import Commands, add_command, labelled_folders
+from megatron_dsrl.common.errors import UserError
+
+
+def add_trace(commands: Commands) -> None:
+    """Add the command to `dsrl`'s."""
+    parser = add_command(
+        commands,
+        "trace",
+        _trace,
+        help="what every rank and engine of a run did when: a file for ui.perfetto.dev, and a summary",
+        description="Join the timelines of all ranks and engines into one file, which ui.perfetto.dev and "
+        "chrome://tracing open, and print a summary. Also while the run is still going, or after it was killed.",
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="run folder, such as runs/tiny_dsrl")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="of the trace (default: RUN/trace/trace.json)")
+
+
+def add_compare(commands: Commands) -> None:
+    """Add the command to `dsrl`'s."""
+    parser = add_command(
+        commands,
+        "compare",
+        _compare,
+        help="table and learning curves of methods with several runs each",
+        description="Write comparison.md (held-out results with 95 % intervals over runs, and tests against the "
+        "baseline) and comparison.svg (learning curves).",
+    )
+    parser.add_argument(
+        "methods", metavar="LABEL=RUN,RUN", nargs="+", help="a method and its run folders, one per seed; or one RUN"
+    )
+    parser.add_argument("--baseline", metavar="LABEL", help="compare with this method (default: the first)")
+    parser.add_argument(
+        "--output",
+        metavar="FOLDER",
+        type=Path,
+        default=Path("runs/comparison"),
+        help="where the files go (default: runs/comparison)",
+    )
+
+
+def add_upload(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to `dsrl`'s."""
+    parser = commands.add_parser(
+        "upload",
+        help="send a run folder to experiment trackers, as for compute nodes without a network",
+        description="Send the steps, evaluations and responses of a run folder to W&B, MLflow, SwanLab, Trackio or a "
+        "tracker of your own. Sends only what the tracker does not have yet, so that it can be repeated while the run "
+        "goes on.",
+        epilog="example: dsrl upload runs/tiny_dsrl --to mlflow tracking_uri=http://127.0.0.1:5000",
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="run folder, such as runs/tiny_dsrl")
+    parser.add_argument(
+        "overrides", metavar="OPTION=VALUE", nargs="*", help="option of the tracker, such as project=mine"
+    )
+    parser.add_argument(
+        "--to",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="wandb, mlflow, swanlab, trackio or package.module:Class; may be repeated (default: the run's "
+        "observability.trackers)",
+    )
+    parser.set_defaults(command=_upload, parser=parser)
+
+
+def _trace(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from megatron_dsrl.observability.timeline import TRACE_FOLDER
+    from megatron_dsrl.report.timeline_records import read_timelines
+    from megatron_dsrl.report.timeline_summary import print_summary
+    from megatron_dsrl.report.trace_events import write_trace
+
+    timelines = read_timelines(options.run)
+    target = options.output or options.run / TRACE_FOLDER / "trace.json"
+    write_trace(timelines, target)
+    print_summary(timelines, Console())
+    print(f"written to {target}: open it in https://ui.perfetto.dev")
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from megatron_dsrl.report.comparison import FIGURE_FILE, TABLE_FILE, write_comparison
+
+    methods = dict(map(labelled_folders, options.methods))
+    baseline = options.baseline or next(iter(methods))
+    if baseline not in methods:
+        raise UserError(f"--baseline: `{baseline}` is not one of the methods {', '.join(methods)}")
+    options.output.mkdir(parents=True, exist_ok=True)
+    print(write_comparison(methods, baseline, options.output))
+    print(f"written to {options.output / TABLE_FILE} and {options.output / FIGURE_FILE}")
+    return 0
+
+
+def _upload(options: argparse.Namespace) -> int:
+    from megatron_dsrl.observability.trackers.upload import chosen_trackers, upload
+
+    trackers = chosen_trackers(options.run, options.to, options.overrides)
+    for tracker in trackers:
+        print(upload(options.run, tracker), flush=True)
+    return 0

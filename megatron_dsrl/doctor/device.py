@@ -1,0 +1,94 @@
+"""Device of `dsrl doctor`: the GPUs that torch sees; if it sees none, why, in words; and the compiler for them."""
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_dsrl.doctor.kernels import Finding
+
+OLDEST_DRIVERS = {11: 450, 12: 525, 13: 580}
+"""That run programs of a major version of CUDA (NVIDIA's CUDA Compatibility guide, minor version compatibility)."""
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
+
+
+def driver_version(file: Path = DRIVER_FILE) -> str | None:
+    """Of the NVIDIA driver that the kernel has loaded, such as `580.95.05`; None if it has none."""
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    found = re.search(r"^NVRM version: .*?  (\d[\d.]+) ", text, re.MULTILINE)
+    return found.group(1) if found else None
+
+
+def examine_device(
+    names: Sequence[str], torch_cuda: str | None, driver: str | None, environment: Mapping[str, str]
+) -> Finding:
+    """What a run would compute on. A SLURM job that was given GPUs must not go on without them.
+
+    Args:
+        names: of the CUDA devices that torch sees.
+        torch_cuda: CUDA version that torch was built for; None for the CPU build.
+        driver: version of the loaded NVIDIA driver; None if there is none.
+        environment: variables of the process.
+    """
+    if names:
+        kinds = ", ".join(sorted(set(names)))
+        return Finding("device", "ok", f"{len(names)} CUDA device(s): {kinds}; CUDA {torch_cuda}, driver {driver}")
+    severity = "problem" if environment.get("SLURM_GPUS_ON_NODE", "0") not in ("", "0") else "note"
+    if torch_cuda is None and driver is None:
+        return Finding("device", "ok", "CPU (torch is the CPU build); tiny models only")
+    if torch_cuda is None:
+        found = f"CPU: torch is the CPU build, on a machine with an NVIDIA driver ({driver})"
+        return Finding("device", severity, found, "to use its GPUs take the image, or tools/image/install.sh")
+    reason, advice = _why_torch_sees_none(torch_cuda, driver, environment)
+    found = f"CPU: torch is built for CUDA {torch_cuda} but sees no device; {reason}"
+    return Finding("device", severity, found, advice)
+
+
+def _why_torch_sees_none(torch_cuda: str, driver: str | None, environment: Mapping[str, str]) -> tuple[str, str]:
+    """The reason, and what to do about it."""
+    oldest = OLDEST_DRIVERS.get(int(torch_cuda.partition(".")[0]))
+    if driver is None:
+        advice = f"on a GPU machine install one ({oldest} or newer); on a CPU machine nothing is missing"
+        return "no NVIDIA driver is loaded", advice
+    if oldest is not None and int(driver.partition(".")[0]) < oldest:
+        advice = f"CUDA {torch_cuda} needs {oldest} or newer: have the driver updated"
+        return f"the driver {driver} is too old for it", advice
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible in ("", "-1"):
+        advice = "unset it to use them; in a SLURM job ask for GPUs (--gpus-per-node)"
+        return f"CUDA_VISIBLE_DEVICES={visible} hides all", advice
+    return f"the driver {driver} is loaded", (
+        "hand the GPUs on: docker run --gpus all, apptainer exec --nv, sbatch --gpus-per-node; `nvidia-smi` says "
+        "whether they work"
+    )
+
+
+def examine_cuda_compiler(torch_cuda: str, environment: Mapping[str, str] = os.environ) -> Finding:
+    """nvcc, where SGLang looks for it: it compiles some of its kernels when it needs them first."""
+    topic = "CUDA compiler (nvcc)"
+    home = environment.get("CUDA_HOME") or environment.get("CUDA_PATH")
+    on_path = shutil.which("nvcc", path=environment.get("PATH"))
+    nvcc = Path(home, "bin", "nvcc") if home else Path(on_path or "/usr/local/cuda/bin/nvcc")
+    toolkit = f"let CUDA_HOME name the folder of a toolkit of CUDA {torch_cuda}"
+    if not os.access(nvcc, os.X_OK):
+        return Finding(topic, "note", f"there is no {nvcc}", f"SGLang compiles kernels with it: {toolkit}")
+    release = _release(nvcc)
+    if release is None:
+        return Finding(topic, "note", f"{nvcc} does not say its version", toolkit)
+    found = f"{release} ({nvcc})"
+    if release.partition(".")[0] != torch_cuda.partition(".")[0]:
+        advice = f"what it compiles need not load beside torch's libraries: {toolkit}"
+        return Finding(topic, "note", f"{found}, but torch is built for CUDA {torch_cuda}", advice)
+    return Finding(topic, "ok", found)
+
+
+def _release(nvcc: Path) -> str | None:
+    """Such as `13.0`; None if it cannot be run or says something else."""
+    try:
+        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    release = re.search(r"release (\d+\.\d+)", said)
+    return release.group(1) if release else None

@@ -1,0 +1,43 @@
+"""System of `dsrl doctor`: the C library that SGLang's wheels are built for, and a C compiler."""
+
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+
+from packaging.version import Version
+
+from megatron_dsrl.doctor.kernels import Finding
+
+OLDEST_GLIBC = "2.34"
+"""SGLang's wheels are `manylinux_2_34` only; tools/setup_cpu.sh refuses older ones before it downloads anything."""
+
+
+def examine_c_library(library: tuple[str, str] | None = None) -> Finding:
+    """Whether SGLang's wheel can be installed here.
+
+    Args:
+        library: name and version as `platform.libc_ver` gives them, which it asks if this is None.
+    """
+    name, version = library or platform.libc_ver()
+    found = f"{name or 'not glibc'} {version}".strip()
+    if name == "glibc" and Version(version) >= Version(OLDEST_GLIBC):
+        return Finding("C library", "ok", found)
+    advice = f"SGLang's wheels need glibc {OLDEST_GLIBC} or newer (Ubuntu 22.04, Debian 12, RHEL 9): use an image"
+    return Finding("C library", "problem", found, advice)
+
+
+def examine_compiler(cuda: bool, environment: Mapping[str, str] = os.environ) -> Finding:
+    """A C compiler, with which Triton builds the launchers of its kernels on a GPU.
+
+    Args:
+        cuda: whether there is a CUDA device.
+        environment: variables of the process.
+    """
+    candidates = (environment.get("CC", "gcc"), "cc")
+    compiler = next(filter(None, (shutil.which(name, path=environment.get("PATH")) for name in candidates)), None)
+    if compiler:
+        return Finding("C compiler", "ok", compiler)
+    if not cuda:
+        return Finding("C compiler", "ok", "none found; not used on CPU")
+    return Finding("C compiler", "problem", "none found", "install gcc: Triton needs it for its kernels on the GPU")

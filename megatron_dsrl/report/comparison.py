@@ -1,0 +1,179 @@
+"""Methods compared over several runs (seeds) each: a table of held-out results, and learning curves.
+
+The run is the unit: a method's figure is the mean over its runs, its interval is Student's t over them, and two methods
+are compared by Welch's t-test of their accuracy on each set. With few runs the intervals are wide, as they should be.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+
+from scipy import stats
+
+from megatron_dsrl.charts.chart_axes import ValueAxis
+from megatron_dsrl.charts.chart_source import Series
+from megatron_dsrl.charts.charts import Chart, line_chart
+from megatron_dsrl.charts.estimate import Estimate
+from megatron_dsrl.charts.figure import write_figure
+from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.observability.run_records import RunRecords, read_run, with_common_colours
+from megatron_dsrl.provenance.differences import compare_runs, starts_that_count
+
+TABLE_FILE = "comparison.md"
+FIGURE_FILE = "comparison.svg"
+METHOD_COLOUR, BASELINE_COLOUR = 1, 6
+
+
+def welch_p_value(one: Sequence[float], other: Sequence[float]) -> float | None:
+    """Two-sided p-value of Welch's t-test; None where a side has a single value or neither varies."""
+    if min(len(one), len(other)) < 2 or (stdev(one) == 0 and stdev(other) == 0):
+        return None
+    return float(stats.ttest_ind(one, other, equal_var=False).pvalue)
+
+
+def write_comparison(methods: Mapping[str, Sequence[Path]], baseline: str, folder: Path) -> str:
+    """Write `comparison.md` and `comparison.svg`, and return the table.
+
+    Args:
+        methods: run folders by method, in the order of the table.
+        baseline: the method that the others are tested against.
+        folder: where the files go; must exist.
+
+    Raises:
+        UserError: a folder is not a run folder, or nothing was evaluated.
+    """
+    runs = {method: [read_run(path) for path in folders] for method, folders in methods.items()}
+    table = comparison_table(runs, baseline) + provenance_table(runs)
+    (folder / TABLE_FILE).write_text(table, encoding="utf-8")
+    write_figure(learning_curves(runs, baseline), folder / FIGURE_FILE)
+    return table
+
+
+def comparison_table(runs: Mapping[str, Sequence[RunRecords]], baseline: str) -> str:
+    """Markdown: a row per method with its last held-out results, and before them the base model."""
+    sets = _set_names(runs)
+    columns = [(name, metric) for name in sets for metric in _metrics(runs, name)]
+    titles = [f"{metric} on {name}, %" for name, metric in columns]
+    tests = [f"p against {baseline}" if len(sets) == 1 else f"p against {baseline} on {name}" for name in sets]
+    header = ["method", "runs", *titles, *tests, "response tokens"]
+    before = [_cell(_first_values(runs, *column)) for column in columns]
+    rows = [["before training", "", *before, *([""] * len(sets)), ""]]
+    for method, of_method in runs.items():
+        lengths = [run.steps[-1]["response/mean_tokens"] for run in of_method if run.steps]
+        rows.append([
+            method,
+            str(len(of_method)),
+            *(_cell(_last_values(of_method, *column)) for column in columns),
+            *("" if method == baseline else _test(of_method, runs[baseline], name) for name in sets),
+            f"{fmean(lengths):.1f}" if lengths else "",
+        ])
+    lines = [header, ["---"] * len(header), *rows]
+    interval = "± is half of the 95 % interval over runs (Student's t)."
+    test = "p: Welch's t-test of accuracy, not corrected for several tests."
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{interval} {test}\n"
+
+
+def provenance_table(runs: Mapping[str, Sequence[RunRecords]]) -> str:
+    """Markdown: what produced the runs of every method, with differences marked; empty where no run says."""
+    starts = {
+        method: [starts_that_count(run.folder, run.steps[-1]["step"] if run.steps else 0) for run in of_method]
+        for method, of_method in runs.items()
+    }
+    if not any(one for of_method in starts.values() for one in of_method):
+        return ""
+    facts = compare_runs([one for of_method in starts.values() for one in of_method])
+    rows = [["produced by", *starts]]
+    rows.append(["---"] * len(rows[0]))
+    for fact in facts:
+        values = iter(fact.values)
+        by_method = ["; ".join(dict.fromkeys(next(values) for _ in of_method)) for of_method in starts.values()]
+        rows.append([f"**{fact.name} (differs)**" if fact.differs else fact.name, *by_method])
+    return "\n" + "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows) + "\n"
+
+
+def learning_curves(runs: Mapping[str, Sequence[RunRecords]], baseline: str) -> list[Chart]:
+    """One chart per method and held-out set: its accuracy over steps, mean and interval, with the baseline's.
+
+    The baseline's curve, and the shading of a phase, have the same colour in all charts.
+    """
+    shaded = with_common_colours([of_method[0] for of_method in runs.values()])
+    phases = {method: run.phases for method, run in zip(runs, shaded, strict=True)}
+    return [
+        line_chart(
+            f"{method}: accuracy on {name}" if len(_set_names(runs)) > 1 else method,
+            f"{len(of_method)} runs",
+            [
+                *([] if method == baseline else [_curve(method, of_method, name, METHOD_COLOUR)]),
+                _curve(baseline, runs[baseline], name, BASELINE_COLOUR),
+            ],
+            phases[method],
+            _axis(runs, name),
+        )
+        for name in _set_names(runs)
+        for method, of_method in runs.items()
+    ]
+
+
+def _curve(method: str, runs: Sequence[RunRecords], name: str, colour: int) -> Series:
+    """Over the steps that all runs have evaluated."""
+    by_run = [{record["step"]: record["accuracy"] for record in run.evaluations.get(name, [])} for run in runs]
+    steps = sorted(set.intersection(*map(set, by_run)))
+    estimates = [Estimate(tuple(run[step] for run in by_run)) for step in steps]
+    return Series(
+        method,
+        tuple(steps),
+        tuple(estimate.mean for estimate in estimates),
+        colour,
+        tuple(estimate.half_width for estimate in estimates),
+    )
+
+
+def _set_names(runs: Mapping[str, Sequence[RunRecords]]) -> list[str]:
+    names = list(dict.fromkeys(name for of_method in runs.values() for run in of_method for name in run.evaluations))
+    if not names:
+        raise UserError("the runs have no evaluations to compare; set evaluation.sets and train, then compare again")
+    return names
+
+
+def _metrics(runs: Mapping[str, Sequence[RunRecords]], name: str) -> list[str]:
+    """`accuracy`, and what else evaluations record that compares: pass@k and majority@k."""
+    records = [run.evaluations[name][-1] for of_method in runs.values() for run in of_method if name in run.evaluations]
+    return ["accuracy", *sorted({key for record in records for key in record if "@" in key})]
+
+
+def _first_values(runs: Mapping[str, Sequence[RunRecords]], name: str, metric: str) -> list[float]:
+    """Before training, once per seed: all methods of a seed start from one model and sample with the same seeds."""
+    first = {
+        run.config.get("seed"): run.evaluations[name][0][metric]
+        for of_method in runs.values()
+        for run in of_method
+        if name in run.evaluations and run.evaluations[name][0]["step"] == 0
+    }
+    return [value for value in first.values() if value is not None]
+
+
+def _last_values(runs: Sequence[RunRecords], name: str, metric: str) -> list[float]:
+    values = [run.evaluations[name][-1].get(metric) for run in runs if name in run.evaluations]
+    return [value for value in values if value is not None]
+
+
+def _cell(values: Sequence[float]) -> str:
+    return Estimate(tuple(values)).in_percent() if values else ""
+
+
+def _test(one: Sequence[RunRecords], other: Sequence[RunRecords], name: str) -> str:
+    p_value = welch_p_value(_last_values(one, name, "accuracy"), _last_values(other, name, "accuracy"))
+    return "" if p_value is None else f"{p_value:.2g}"
+
+
+def _axis(runs: Mapping[str, Sequence[RunRecords]], name: str) -> ValueAxis:
+    """The same for all charts, so that they can be compared: up to the tenth above the highest accuracy."""
+    accuracies = [
+        record["accuracy"] or 0.0
+        for of_method in runs.values()
+        for run in of_method
+        for record in run.evaluations.get(name, [])
+    ]
+    top = min(1.0, 0.1 * math.ceil(10 * max(accuracies) + 0.5))
+    return ValueAxis("accuracy", at_least=0.0, at_most=top, include=(0.0, top))

@@ -1,0 +1,161 @@
+"""The timeline of a run read back from what its ranks have written, also while it runs or after it was killed."""
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.observability.records import Record, read_records
+from megatron_dsrl.observability.timeline import TRACE_FOLDER
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Seconds since 1970."""
+
+    start: float
+    end: float
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.start
+
+
+class Windows:
+    """Intervals that do not overlap, such as the steps of a rank: which moments are in one of them."""
+
+    def __init__(self, intervals: Iterable[Interval]) -> None:
+        self._intervals = sorted(intervals, key=lambda interval: interval.start)
+        self._starts = [interval.start for interval in self._intervals]
+
+    def hold(self, moment: float) -> bool:
+        """Whether one of them holds the moment; takes logarithmic time."""
+        number = bisect_right(self._starts, moment) - 1
+        return number >= 0 and moment <= self._intervals[number].end
+
+
+@dataclass(frozen=True)
+class RecordedSpan:
+    """A block that a rank has gone through."""
+
+    path: tuple[str, ...]
+    """Names of the spans around it, and its own."""
+    thread: str
+    when: Interval
+    finished: bool
+    """False where the process ended, or has not come further."""
+
+
+@dataclass(frozen=True)
+class RecordedStep:
+    """One time that a rank went through a step; a step that is taken again after an interruption is there twice."""
+
+    step: int
+    when: Interval
+
+
+@dataclass(frozen=True)
+class RecordedCall:
+    """See `EngineCall`."""
+
+    engine: int
+    when: Interval
+    prompts: tuple[int, ...]
+    tokens: int
+    attempt: int
+    outcome: str
+
+    @property
+    def failed(self) -> bool:
+        """Neither finished nor aborted because there was enough."""
+        return self.outcome not in ("done", "aborted")
+
+
+@dataclass(frozen=True)
+class RankTimeline:
+    """What one rank has written, in the order of time."""
+
+    rank: int
+    host: str
+    steps: list[RecordedStep]
+    spans: list[RecordedSpan]
+    calls: list[RecordedCall]
+    """Rank 0 only."""
+
+
+def read_timelines(run_folder: Path) -> list[RankTimeline]:
+    """Of all ranks.
+
+    Raises:
+        UserError: there is nothing, or a file is damaged.
+    """
+    files = sorted((run_folder / TRACE_FOLDER).glob("rank_*.jsonl"))
+    timelines = [timeline_of(records) for records in map(read_records, files) if records]
+    if not timelines:
+        raise UserError(
+            f"{run_folder} holds no timeline ({TRACE_FOLDER}/rank_00000.jsonl ...): give the folder of a run with "
+            "observability.trace=true"
+        )
+    return timelines
+
+
+def timeline_of(records: Sequence[Record]) -> RankTimeline:
+    """Of the lines of one rank's file, which may come from several processes: one for every start of the run."""
+    first = records[0]
+    lives = list(_lives(records))
+    return RankTimeline(
+        rank=first["rank"],
+        host=first["host"],
+        steps=[step for life in lives for step in _steps(life)],
+        spans=sorted((span for life in lives for span in _spans(life)), key=lambda span: span.when.start),
+        calls=[_call(record) for record in records if record["event"] == "call"],
+    )
+
+
+def _lives(records: Sequence[Record]) -> Iterator[list[Record]]:
+    """What each process has written."""
+    starts = [i for i, record in enumerate(records) if record["event"] == "start"]
+    for first, behind in zip(starts, [*starts[1:], len(records)], strict=True):
+        yield list(records[first:behind])
+
+
+def _end(life: Sequence[Record]) -> float:
+    """The last that is known of a process."""
+    return max(record["time"] for record in life)
+
+
+def _steps(life: Sequence[Record]) -> list[RecordedStep]:
+    begun = [record for record in life if record["event"] == "step"]
+    moments = [*(record["time"] for record in begun), _end(life)]
+    return [RecordedStep(record["step"], Interval(*edges)) for record, edges in zip(begun, pairwise(moments))]
+
+
+def _spans(life: Sequence[Record]) -> Iterator[RecordedSpan]:
+    open_spans: dict[str, list[Record]] = {}
+    for record in life:
+        if record["event"] not in ("begin", "end"):
+            continue
+        stack = open_spans.setdefault(record["thread"], [])
+        if record["event"] == "begin":
+            stack.append(record)
+        else:
+            yield _span(stack, record["time"], finished=True)
+            stack.pop()
+    for stack in open_spans.values():
+        while stack:
+            yield _span(stack, _end(life), finished=False)
+            stack.pop()
+
+
+def _span(stack: Sequence[Record], end: float, finished: bool) -> RecordedSpan:
+    """The innermost one."""
+    path = tuple(record["name"] for record in stack)
+    return RecordedSpan(path, stack[-1]["thread"], Interval(stack[-1]["time"], end), finished)
+
+
+def _call(record: Record) -> RecordedCall:
+    when = Interval(record["time"], record["time"] + record["seconds"])
+    prompts, tokens, attempt = tuple(record["prompts"]), record["tokens"], record["attempt"]
+    return RecordedCall(record["engine"], when, prompts, tokens, attempt, record["outcome"])

@@ -1,0 +1,24 @@
+"""Say what a command waits for while its engines start."""
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from megatron_dsrl.common.collective import world_size
+from megatron_dsrl.observability.waiting import waiting
+from megatron_dsrl.platform import current_platform
+from megatron_dsrl.rollout.engines.settings import RolloutSettings
+
+
+def awaiting_engines(config: RolloutSettings, run_folder: Path) -> AbstractContextManager[None]:
+    """For the block that waits until the engines are ready, on every rank; the first one speaks."""
+    if config.rollout.replay_from is not None:
+        return waiting("no engine is started: samples are replayed", config.rollout.replay_from)
+    limit = f"limit {config.engine.startup_timeout_seconds:g} s"
+    if config.engine.urls:
+        return waiting(f"waiting for {_engines(len(config.engine.urls))}", f"engine.urls, {limit}")
+    count = _engines(world_size() // config.engine.tensor_parallel_size)
+    return waiting(f"starting {count}", f"{current_platform().usual_engine_start}; log: {run_folder / 'engines'}")
+
+
+def _engines(count: int) -> str:
+    return "1 engine" if count == 1 else f"{count} engines"

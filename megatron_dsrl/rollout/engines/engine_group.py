@@ -1,0 +1,282 @@
+"""The ranks that share one engine: the first of them owns the server, all of them hand it weights.
+
+An engine that is gone, hangs or fails a call is lost: nobody calls it any more, and the next `restart_lost` or `load`
+replaces it by a new one. The others are not disturbed.
+"""
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed
+
+from megatron_dsrl.common.collective import gather, rank, world_size
+from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.config.layout import engine_problems, refuse
+from megatron_dsrl.platform.engine import ServerArguments, engine_environment, engine_server_arguments
+from megatron_dsrl.rollout.engines.client import EngineClient, EngineError, MemoryTag
+from megatron_dsrl.rollout.engines.credentials import agree_on_key
+from megatron_dsrl.rollout.engines.local_address import address_towards
+from megatron_dsrl.rollout.engines.server import EngineServer
+from megatron_dsrl.rollout.engines.settings import RolloutSettings
+from megatron_dsrl.rollout.engines.weight_check import WeightCheck
+from megatron_dsrl.rollout.engines.weight_push import Bucket, push_weights
+
+logger = logging.getLogger(__name__)
+
+LOOPBACK = "127.0.0.1"
+
+DISK_WEIGHT_VERSION = 0
+"""Version of the weights that an engine reads from the model folder; the first update makes it 1."""
+
+UNSET_WEIGHT_VERSION = -1
+"""Version of an engine that started with arbitrary weights because the model folder has none to use."""
+
+
+class EngineGroup:
+    """This rank's part in the engine of its group. Every method is called on all ranks."""
+
+    def __init__(self, config: RolloutSettings, run_folder: Path) -> None:
+        """Group the ranks; start nothing.
+
+        Raises:
+            UserError: The world cannot be divided into engines, or settings contradict each other.
+        """
+        self._config = config.engine
+        size = config.engine.tensor_parallel_size
+        self._world = world_size()
+        refuse(engine_problems(size, self._world))
+        self._engine = engine = rank() // size
+        self._problem: str | None = None
+        """Why the engine of this group is lost. Same on all ranks of the group, except for what only its owner sees."""
+        self._restarts = 0
+        """Of this group's engine, on its owner."""
+        self._all_restarts = 0
+        self._released: set[MemoryTag] = set()
+        """Memory that the engine has given back."""
+        self._owns_server = rank() % size == 0
+        timeout = timedelta(seconds=config.parallel.collective_timeout_seconds)
+        self._everyone = new_gloo_group(range(self._world), timeout) if self._world > 1 else None
+        self._group = None
+        if size > 1:
+            # new_group is collective: every rank takes part in making every group.
+            groups = [new_gloo_group(range(first, first + size), timeout) for first in range(0, self._world, size)]
+            self._group = groups[engine]
+        self._check = WeightCheck(config, self._group)
+        host = self._host()
+        if host != LOOPBACK:
+            agree_on_key()
+        self._server = EngineServer(
+            arguments=server_arguments(config, engine) if self._owns_server else {},
+            environment=engine_environment(size),
+            log_file=run_folder / "engines" / f"engine_{engine}.log",
+            startup_timeout_seconds=config.engine.startup_timeout_seconds,
+            host=host,
+            port=None if config.engine.port is None else config.engine.port + engine,
+        )
+
+    def start(self) -> None:
+        """Start the server of this group and return without waiting for it.
+
+        Raises:
+            UserError: On every rank, when any server cannot be started.
+        """
+        self._together(self._server.start)
+
+    def wait_until_ready(self) -> list[str]:
+        """URLs of all engines, in the order of their ranks.
+
+        Raises:
+            UserError: On every rank, when any server is not ready in time.
+        """
+        self._together(self._server.wait_until_ready)
+        return [url for url in self._from_all(self._own_url()) if url is not None]
+
+    def lose(self, problems: Mapping[int, str]) -> None:
+        """Take note of engines that are gone or hang, by number. Every rank is told the same; not collective."""
+        if self._engine in problems:
+            self._problem = problems[self._engine]
+
+    def restart_lost(self) -> None:
+        """Replace lost engines by new ones at the same URLs, with the weights of the model folder.
+
+        Raises:
+            EngineError: On every rank, when an engine has been restarted too often; with the end of its log.
+        """
+        if self._owns_server and self._problem is None and self._server.has_ended():
+            self._problem = f"the engine at {self._server.url} has ended"
+        self._together(lambda: self._restart() if self._problem is not None else None, EngineError)
+        self._problem = None
+        self._all_restarts = sum(self._from_all(self._restarts))
+
+    def load(self, make_buckets: Callable[[], Iterable[Bucket]], version: int) -> None:
+        """Replace the weights of all engines; see `push_weights`. Lost engines are restarted first, and so are those
+        that are lost meanwhile.
+
+        Args:
+            make_buckets: Gathers the weights anew, as often as it is called; collective over all ranks.
+            version: The new weight version.
+
+        Raises:
+            UserError: As `restart_lost`, or an engine does not hold what it was sent, which `engine.check_weights`
+                decides to look for.
+        """
+        has_old_weights = True
+        while any(self._from_all(has_old_weights)):
+            self.restart_lost()
+            mismatch = None
+            if has_old_weights:
+                mismatch = self._push(make_buckets(), version)
+            else:
+                for _ in make_buckets():
+                    pass
+            mismatches = dict.fromkeys(each for each in self._from_all(mismatch) if each is not None)
+            if mismatches:
+                self.close()
+                raise UserError("\n".join(mismatches))
+            has_old_weights = self._problem is not None
+
+    def release_memory(self, tags: Sequence[MemoryTag]) -> None:
+        """Have all engines give device memory back. An engine that fails is lost."""
+        self._change_memory(tags, released_before=False)
+
+    def resume_memory(self, tags: Sequence[MemoryTag]) -> None:
+        """Have the engines take released memory again. An engine that fails is lost, and a new one has it anyway."""
+        self._change_memory(tags, released_before=True)
+
+    @property
+    def restarts(self) -> int:
+        """How often engines have been restarted, all together; the same on every rank."""
+        return self._all_restarts
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self._from_all(None)
+
+    def close(self) -> None:
+        """Stop this rank's server. May be called again; not collective, so that a failing rank can call it."""
+        self._server.stop()
+
+    def _push(self, buckets: Iterable[Bucket], version: int) -> str | None:
+        """Replace the weights of this group's engine and compare them; what differs, or None."""
+        url, timeout = self._own_url(), self._config.update_timeout_seconds
+        self._problem = push_weights(self._check.watch(buckets), version, url, self._group, timeout)
+        try:
+            return None if self._problem is not None else self._check.mismatch(url)
+        except EngineError as error:
+            self._problem = str(error)
+            return None
+
+    def _restart(self) -> None:
+        """On the engine's owner: end it and start a new one."""
+        problem = self._problem
+        self._check.repeat()
+        while self._restarts < self._config.max_restarts:
+            self._restarts += 1
+            count = f"{self._restarts} of engine.max_restarts = {self._config.max_restarts}"
+            logger.warning("engine %d is restarted (%s): %s", self._engine, count, problem)
+            self._server.stop()
+            self._released.clear()
+            try:
+                self._server.start()
+                self._server.wait_until_ready()
+                return
+            except UserError as error:
+                problem = str(error)
+        raise EngineError(  # no UserError: the next start, perhaps on another node, may be well
+            f"engine {self._engine} was lost again after engine.max_restarts = {self._config.max_restarts} "
+            f"restarts: {problem}\n{self._server.log_tail()}"
+        )
+
+    def _change_memory(self, tags: Sequence[MemoryTag], released_before: bool) -> None:
+        concerned = [tag for tag in tags if (tag in self._released) == released_before]
+        if self._owns_server and self._problem is None and concerned:
+            try:
+                asyncio.run(self._call_memory(concerned, release=not released_before))
+                self._released.symmetric_difference_update(concerned)
+            except EngineError as error:
+                self._problem = str(error)
+        self.barrier()
+
+    async def _call_memory(self, tags: Sequence[MemoryTag], release: bool) -> None:
+        async with EngineClient(self._server.url, self._config.update_timeout_seconds) as client:
+            await (client.release_memory(tags) if release else client.resume_memory(tags))
+
+    def _own_url(self) -> str | None:
+        return self._server.url if self._owns_server else None
+
+    def _together(self, action: Callable[[], None], kind: type[Exception] = UserError) -> None:
+        """Run `action` on server owners; where it fails on any, raise its message on all ranks."""
+        error: str | None = None
+        if self._owns_server:
+            try:
+                action()
+            except (UserError, EngineError) as failure:
+                error = str(failure)
+        messages = [message for message in self._from_all(error) if message is not None]
+        if messages:
+            self.close()
+            raise kind("\n".join(messages))
+
+    def _from_all(self, value: Any) -> list[Any]:
+        return gather(value, self._everyone)
+
+    def _host(self) -> str:
+        """Loopback on one node; with several, this node's address, which rank 0 can reach, and then with a key."""
+        if int(os.environ.get("LOCAL_WORLD_SIZE", self._world)) == self._world:
+            return LOOPBACK
+        return address_towards(os.environ["MASTER_ADDR"])
+
+
+def server_arguments(config: RolloutSettings, engine: int) -> ServerArguments:
+    """SGLang's `ServerArgs` fields for the engine with this number.
+
+    Raises:
+        UserError: Settings contradict each other.
+    """
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    if config.engine.max_context_tokens is not None and config.engine.max_context_tokens < longest:
+        raise UserError(
+            f"engine.max_context_tokens = {config.engine.max_context_tokens} is less than data.max_prompt_tokens + "
+            f"rollout.max_response_tokens = {longest}"
+        )
+    arguments: ServerArguments = {
+        "model_path": config.model.path,
+        "dtype": config.model.dtype,
+        "tp_size": config.engine.tensor_parallel_size,
+        "random_seed": config.seed + engine,
+        "load_format": "auto" if starts_with_weights(config) else "dummy",
+        "weight_version": str(initial_weight_version(config)),
+        # Token ids go in and come out: the engine needs neither tokenizer nor detokenizer.
+        "skip_tokenizer_init": True,
+        "stream_interval": 1000,  # nothing is streamed
+        "log_level": "warning",
+        **engine_server_arguments(config.engine, config.rollout.deterministic),
+    }
+    if config.rollout.routing_replay:
+        arguments["enable_return_routed_experts"] = True
+    if config.engine.max_context_tokens is not None:
+        arguments["context_length"] = config.engine.max_context_tokens
+    if config.engine.max_total_tokens is not None:
+        arguments["max_total_tokens"] = config.engine.max_total_tokens
+    return arguments | config.engine.extra_arguments
+
+
+def initial_weight_version(config: RolloutSettings) -> int:
+    """Weight version of an engine that nothing was pushed to."""
+    return DISK_WEIGHT_VERSION if starts_with_weights(config) else UNSET_WEIGHT_VERSION
+
+
+def starts_with_weights(config: RolloutSettings) -> bool:
+    """Whether SGLang finds weights to start with: not in a Megatron checkpoint, and not where they are to be drawn."""
+    folder = Path(config.model.path)
+    return not config.model.random_init and (not folder.is_dir() or any(folder.glob("*.safetensors")))
+
+
+def new_gloo_group(ranks: Iterable[int], timeout: timedelta) -> torch.distributed.ProcessGroup:
+    """A group for Python objects and waiting, whatever the default backend is. It does not inherit a time limit."""
+    return torch.distributed.new_group(list(ranks), backend="gloo", timeout=timeout)

@@ -1,0 +1,67 @@
+"""What a rollout needs from its inference engines. Another engine than SGLang, or other ways to run it, implement this.
+
+`EngineGroup` starts SGLang servers on the trainer's devices; `ExternalEngines` uses servers that are already running.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
+
+from megatron_dsrl.rollout.engines.client import MemoryTag
+from megatron_dsrl.rollout.engines.weight_push import Bucket
+
+
+class Engines(Protocol):
+    """All engines of a run. Every rank holds one object; every method but `lose` and `close` is collective."""
+
+    def start(self) -> None:
+        """Start the engines and return without waiting for them.
+
+        Raises:
+            UserError: On every rank, when any engine cannot be started.
+        """
+
+    def wait_until_ready(self) -> list[str]:
+        """Block until all engines answer; returns their URLs, by engine number.
+
+        Raises:
+            UserError: On every rank, when any engine is not ready within `engine.startup_timeout_seconds`.
+        """
+
+    def lose(self, problems: Mapping[int, str]) -> None:
+        """Mark engines as lost: why, by engine number. They are not called again before `restart_lost` or `load`.
+
+        Every rank passes the same problems.
+        """
+
+    def restart_lost(self) -> None:
+        """Restart lost engines at the same URLs, or wait for their owner to. `load` must follow before sampling.
+
+        Raises:
+            EngineError: On every rank, when an engine was restarted too often.
+            UserError: On every rank, when an external engine does not come back in time.
+        """
+
+    def load(self, make_buckets: Callable[[], Iterable[Bucket]], version: int) -> None:
+        """Replace the weights of all engines. Engines that are lost, before or meanwhile, are restarted first.
+
+        Args:
+            make_buckets: Gathers the weights again each time it is called; collective over all ranks.
+            version: The new weight version.
+
+        Raises:
+            EngineError: On every rank, as `restart_lost`.
+            UserError: On every rank, when an engine does not hold what it was sent (see `engine.check_weights`).
+        """
+
+    def release_memory(self, tags: Sequence[MemoryTag]) -> None:
+        """Have all engines give device memory back to the trainer. An engine that fails is lost."""
+
+    def resume_memory(self, tags: Sequence[MemoryTag]) -> None:
+        """Have all engines take released memory again. An engine that fails is lost."""
+
+    @property
+    def restarts(self) -> int:
+        """Number of engine restarts so far, over all engines; the same on every rank."""
+
+    def close(self) -> None:
+        """Release the engines. May be called again."""

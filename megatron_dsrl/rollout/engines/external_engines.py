@@ -1,0 +1,217 @@
+"""External SGLang servers on devices of their own: `engine.urls`.
+
+They replace `EngineGroup`, which shares the trainer's devices with its engines. Only rank 0 speaks to them and
+broadcasts the weights (`weight_broadcast.py`); the other ranks take part in gathering them. A server that is gone is
+not restarted, which is its owner's business, but waited for: as soon as one answers at its URL again, it gets the
+weights.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+from megatron_dsrl.common.collective import broadcast, rank
+from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.model.architecture import read_architecture
+from megatron_dsrl.model.source import resolve_model_folder
+from megatron_dsrl.rollout.engines.client import EngineError, MemoryTag
+from megatron_dsrl.rollout.engines.credentials import API_KEY_VARIABLE
+from megatron_dsrl.rollout.engines.settings import RolloutSettings
+from megatron_dsrl.rollout.engines.tensor_layout import EngineLayout
+from megatron_dsrl.rollout.engines.weight_broadcast import ServerLink, broadcast_weights
+from megatron_dsrl.rollout.engines.weight_check import SentWeights, lines_of_ranks, mismatch_message
+from megatron_dsrl.rollout.engines.weight_client import WeightClient
+from megatron_dsrl.rollout.engines.weight_push import Bucket
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What rank 0 tells the others of a push."""
+
+    problems: Mapping[str, str]
+    """Why a server does not have the weights, by URL."""
+    error: str | None = None
+    """Why the run cannot go on."""
+
+
+class ExternalEngines:
+    """The servers as every rank sees them. Methods are those of `EngineGroup`; every method is called on all ranks."""
+
+    def __init__(self, config: RolloutSettings, initial_version: int) -> None:
+        """Connect to nothing yet.
+
+        Args:
+            config: `model.path` and the engine section count.
+            initial_version: weight version that the servers are told to have, until weights are pushed.
+        """
+        self._config = config
+        self._initial_version = initial_version
+        timeout = config.engine.update_timeout_seconds
+        self._links = [ServerLink(url.rstrip("/"), timeout) for url in config.engine.urls] if rank() == 0 else []
+        self._unchecked = {link.url for link in self._links} if config.engine.check_weights != "never" else set()
+        self._lost: dict[str, str] = {}
+        self._restarts = 0
+
+    def start(self) -> None:
+        """Nothing to start."""
+
+    def wait_until_ready(self) -> list[str]:
+        """URLs of all servers, in the order of the configuration.
+
+        Raises:
+            UserError: On every rank, when one does not answer within `engine.startup_timeout_seconds`.
+        """
+        error = broadcast(asyncio.run(self._wait_for(self._links, set_version=True)) if rank() == 0 else None)
+        if error is not None:
+            raise UserError(error)
+        return [url.rstrip("/") for url in self._config.engine.urls]
+
+    def lose(self, problems: Mapping[int, str]) -> None:
+        """Take note of servers that are gone or hang, by number. Every rank is told the same."""
+        for number, problem in problems.items():
+            if rank() == 0:
+                link = self._links[number]
+                self._lost[link.url] = problem
+                link.disconnect()
+
+    def restart_lost(self) -> None:
+        """Wait until lost servers answer again; somebody else restarts them.
+
+        Raises:
+            UserError: On every rank, when one does not within `engine.startup_timeout_seconds`.
+        """
+        error = broadcast(asyncio.run(self._wait_for_lost()) if rank() == 0 else None)
+        if error is not None:
+            raise UserError(error)
+
+    def load(self, make_buckets: Callable[[], Iterable[Bucket]], version: int) -> None:
+        """Replace the weights of all servers; those that are lost meanwhile are waited for and get them too.
+
+        Args:
+            make_buckets: Gathers the weights anew, as often as it is called; collective over all ranks.
+            version: The new weight version.
+
+        Raises:
+            UserError: On every rank: a server is lost too often or for too long, or does not hold what it was sent.
+        """
+        old = list(self._links)
+        for attempt in range(self._config.engine.max_restarts + 1):
+            self.restart_lost()
+            buckets = make_buckets()
+            outcome = asyncio.run(self._push(old, buckets, version)) if rank() == 0 else None
+            for _ in buckets:
+                pass
+            outcome = broadcast(outcome)
+            if outcome.error is not None:
+                raise UserError(outcome.error)
+            if not outcome.problems:
+                return
+            self._lost.update(outcome.problems)
+            self._restarts += len(outcome.problems)
+            old = [link for link in self._links if link.url in outcome.problems]
+            for url, problem in outcome.problems.items():
+                logger.warning("%s did not get weights (attempt %d): %s", url, attempt + 1, problem)
+        raise UserError(
+            f"engine.urls: weights did not arrive in engine.max_restarts = {self._config.engine.max_restarts} further "
+            "attempts: " + "\n".join(outcome.problems.values())
+        )
+
+    def release_memory(self, tags: Sequence[MemoryTag]) -> None:
+        """The servers' memory is not the trainer's."""
+
+    def resume_memory(self, tags: Sequence[MemoryTag]) -> None:
+        """See `release_memory`."""
+
+    @property
+    def restarts(self) -> int:
+        """How often a server did not get weights at first."""
+        return self._restarts
+
+    def close(self) -> None:
+        """Leave the servers, which go on. May be called again; not collective."""
+        for link in self._links:
+            try:
+                asyncio.run(link.leave())
+            except EngineError as error:
+                logger.warning("%s", error)
+
+    async def _push(self, links: Sequence[ServerLink], buckets: Iterable[Bucket], version: int) -> Outcome:
+        """On rank 0: connect where need be, broadcast, compare where due."""
+        problems: dict[str, str] = {}
+        for link in links:
+            try:
+                if not link.is_connected:
+                    await link.connect()
+            except EngineError as error:
+                problems[link.url] = str(error)
+        ready = [link for link in links if link.url not in problems]
+        due = [link for link in ready if link.url in self._unchecked]
+        expected = {size: self._nothing_sent(size) for size in {link.size for link in due}}
+        for sent in chain.from_iterable(expected.values()):
+            buckets = sent.watch(buckets)
+        problems |= await broadcast_weights(ready, buckets, version)
+        mismatches = []
+        for link in due:
+            if link.url not in problems:
+                mismatches += await self._mismatch(link, expected[link.size], problems)
+        return Outcome(problems, "\n".join(mismatches) or None)
+
+    def _nothing_sent(self, size: int) -> list[SentWeights]:
+        """One per rank of a server of this size."""
+        architecture = read_architecture(resolve_model_folder(self._config.model.path))
+        return [SentWeights(EngineLayout(architecture, rank, size)) for rank in range(size)]
+
+    async def _mismatch(
+        self, link: ServerLink, expected: Sequence[SentWeights], problems: dict[str, str]
+    ) -> list[str]:
+        try:
+            digests = await link.digests()
+        except EngineError as error:
+            problems[link.url] = str(error)
+            return []
+        differences = [sent.differences(of_rank) for sent, of_rank in zip(expected, digests, strict=True)]
+        if any(differences):
+            return [mismatch_message(link.url, lines_of_ranks(differences))]
+        if self._config.engine.check_weights == "first":
+            self._unchecked.discard(link.url)
+        return []
+
+    async def _wait_for_lost(self) -> str | None:
+        lost = [link for link in self._links if link.url in self._lost]
+        error = await self._wait_for(lost, set_version=False)
+        if error is None:
+            self._lost.clear()
+            if self._config.engine.check_weights != "never":
+                self._unchecked.update(link.url for link in lost)
+        return error
+
+    async def _wait_for(self, links: Sequence[ServerLink], set_version: bool) -> str | None:
+        """Until all answer; why one does not, or None."""
+        limit = self._config.engine.startup_timeout_seconds
+        deadline = time.monotonic() + limit
+        for link in links:
+            while (problem := await self._problem_of(link, set_version)) is not None:
+                if time.monotonic() > deadline:
+                    return (
+                        f"engine.urls: no SGLang server was ready at {link.url} within engine.startup_timeout_seconds "
+                        f"= {limit:g}: {problem}. Start it with this model and the key in {API_KEY_VARIABLE}."
+                    )
+                await asyncio.sleep(POLL_SECONDS)
+        return None
+
+    async def _problem_of(self, link: ServerLink, set_version: bool) -> str | None:
+        try:
+            async with WeightClient(link.url, self._config.engine.update_timeout_seconds) as client:
+                await client.tensor_parallel_size()
+                if set_version:
+                    await client.set_weight_version(self._initial_version)
+        except EngineError as error:
+            return str(error)
+        return None

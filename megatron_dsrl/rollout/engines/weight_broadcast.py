@@ -1,0 +1,260 @@
+"""Weights from the trainer to SGLang servers that run elsewhere: flattened buckets broadcast by torch.distributed.
+
+Rank 0 of the trainer forms one group with the ranks of each server (NCCL on GPUs, gloo on CPU) and sends every bucket
+to all of them at the same time. One group for all servers would send less from rank 0, but a single server that is gone
+would block the others.
+
+A server takes part only after an HTTP call has told it what comes, so each bucket is a call and a broadcast side by
+side. Both have a time limit, and a server that refuses the call ends its broadcast. What torch.distributed does runs in
+threads: NCCL connects at a group's first broadcast, and that call returns only when the server takes part.
+"""
+
+import asyncio
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _abort_process_group, _new_process_group_helper, _world
+
+from megatron_dsrl.common.background import in_background
+from megatron_dsrl.platform.engine import weight_broadcast_backend
+from megatron_dsrl.rollout.engines.client import EngineError
+from megatron_dsrl.rollout.engines.local_address import address_towards
+from megatron_dsrl.rollout.engines.weight_client import BroadcastGroup, WeightClient
+from megatron_dsrl.rollout.engines.weight_push import Bucket, BucketMemory, flatten
+
+POLL_SECONDS = 0.001
+LEAVE_SECONDS = 10.0
+"""A server may be gone when its group is dissolved."""
+
+
+class ServerLink:
+    """Rank 0's way to give weights to one server. Not collective: it lives on rank 0."""
+
+    def __init__(self, url: str, timeout_seconds: float) -> None:
+        """
+        Args:
+            url: `http://host:port`.
+            timeout_seconds: limit of every call and every broadcast.
+        """
+        self.url = url
+        self.size = 0
+        """Ranks of the server; known once it is connected."""
+        self._timeout_seconds = timeout_seconds
+        self._group: dist.ProcessGroup | None = None
+        self._group_name = ""
+        self._broadcast: Future[dist.Work] | None = None
+        """The last one, whose beginning may still wait for the server."""
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a group with the server's ranks. They may have died since."""
+        return self._group is not None
+
+    async def connect(self) -> None:
+        """Form a group with the server's ranks, in place of an earlier one.
+
+        Raises:
+            EngineError: the server refused, is gone, or cannot reach this process.
+        """
+        with suppress(EngineError):  # a new server at this URL knows nothing of it
+            await self.leave()
+        host = self._host_towards_server()
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+            listener.bind((host, 0))
+            port = listener.getsockname()[1]
+            store = dist.TCPStore(
+                host,
+                port,
+                is_master=True,
+                timeout=timedelta(seconds=self._timeout_seconds),
+                wait_for_workers=False,
+                master_listen_fd=listener.detach(),
+            )
+        async with self._client() as client:
+            # What an earlier run may have left, or this one before it lost the server: requests, an open update.
+            await client.abort_all()
+            with suppress(EngineError):
+                await client.end_weight_update()
+            self.size = await client.tensor_parallel_size()
+            name = f"dsrl-{secrets.token_hex(8)}"
+            group = BroadcastGroup(name, host, port, 1 + self.size, weight_broadcast_backend())
+            joined, made = asyncio.create_task(client.join(group)), self._make_group(store, group)
+            await self._both(joined, made.done)
+        try:
+            self._group, self._group_name = made.result(), name
+        except RuntimeError as error:
+            raise EngineError(f"engine {self.url}: no group for weights: {error}") from error
+
+    async def begin(self) -> None:
+        """Open a weight update."""
+        async with self._client() as client:
+            await client.begin_weight_update()
+
+    async def send(self, flattened: dict[str, Any]) -> None:
+        """Broadcast a bucket; returns when the server has loaded it.
+
+        Args:
+            flattened: as `flatten` returns it, without gaps.
+        """
+        assert self._group is not None
+        entries = flattened["metadata"]
+        async with self._client() as client:
+            answer = asyncio.create_task(
+                client.receive_weights(
+                    self._group_name,
+                    [entry.name for entry in entries],
+                    [str(entry.dtype).removeprefix("torch.") for entry in entries],
+                    [entry.shape for entry in entries],
+                )
+            )
+            group, options = self._group, dist.BroadcastOptions()
+            options.rootRank = 0
+            self._broadcast = broadcast = in_background(
+                lambda: group.broadcast([flattened["flattened_tensor"]], options)
+            )
+            try:
+                await self._both(answer, lambda: broadcast.done() and broadcast.result().is_completed())
+                broadcast.result().wait()
+            except EngineError:
+                raise
+            except RuntimeError as error:
+                answer.cancel()
+                raise EngineError(f"engine {self.url}: the broadcast of weights failed: {error}") from error
+
+    async def finish(self, version: int) -> None:
+        """Close the update and set the version that samples carry from now on."""
+        async with self._client() as client:
+            await client.end_weight_update()
+            await client.set_weight_version(version)
+
+    async def digests(self) -> list[dict[str, str]]:
+        """As `WeightClient.weight_digests`."""
+        async with self._client() as client:
+            return await client.weight_digests()
+
+    async def leave(self) -> None:
+        """Dissolve the group on both sides."""
+        name, self._group_name = self._group_name, ""
+        self.disconnect()
+        if name:
+            async with WeightClient(self.url, min(LEAVE_SECONDS, self._timeout_seconds)) as client:
+                await client.leave(name)
+
+    def disconnect(self) -> None:
+        """Leave the group on this side."""
+        group, self._group = self._group, None
+        if group is None:
+            return
+        if self._broadcast is None or _has_ended(self._broadcast):
+            dist.destroy_process_group(group)
+        else:
+            threading.Thread(target=_destroy_after, args=(group, self._broadcast), daemon=True).start()
+
+    def _client(self) -> WeightClient:
+        return WeightClient(self.url, self._timeout_seconds)
+
+    def _host_towards_server(self) -> str:
+        address = urlsplit(self.url)
+        assert address.hostname is not None, "engine.urls was validated"
+        try:
+            return address_towards(address.hostname, address.port or 80)
+        except OSError as error:
+            raise EngineError(f"engine {self.url} cannot be reached: {error}") from error
+
+    def _make_group(self, store: dist.Store, group: BroadcastGroup) -> "Future[dist.ProcessGroup]":
+        """Join as rank 0."""
+
+        def make() -> dist.ProcessGroup:
+            # What SGLang itself calls, so that both sides agree on the keys under which they meet. The public
+            # new_group makes groups of the trainer's own processes only.
+            made, _ = _new_process_group_helper(
+                group.size,
+                0,
+                [],
+                dist.Backend(group.backend),
+                dist.PrefixStore(group.name, store),
+                group_name=group.name,
+                timeout=timedelta(seconds=self._timeout_seconds),
+            )
+            _world.pg_group_ranks[made] = {rank: rank for rank in range(group.size)}  # destroying it takes this
+            return made
+
+        return in_background(make)
+
+    async def _both(self, answer: "asyncio.Task[None]", is_done: Callable[[], bool]) -> None:
+        """Wait for the server's answer and for what runs here meanwhile; the server's refusal ends the waiting."""
+        deadline = time.monotonic() + self._timeout_seconds
+        while not (answer.done() and is_done()):
+            if answer.done():
+                answer.result()
+            if time.monotonic() > deadline:
+                answer.cancel()
+                raise EngineError(f"engine {self.url}: no weights were exchanged within {self._timeout_seconds:g} s")
+            await asyncio.sleep(POLL_SECONDS)
+        answer.result()
+
+
+def _has_ended(broadcast: "Future[dist.Work]") -> bool:
+    return broadcast.done() and (broadcast.exception() is not None or broadcast.result().is_completed())
+
+
+def _destroy_after(group: dist.ProcessGroup, broadcast: "Future[dist.Work]") -> None:
+    """Destroy a group once its last broadcast has ended, with the time limit at the latest.
+
+    To destroy it earlier would wait for that too, and stop all of Python meanwhile. NCCL's watchdog would end this
+    process at the time limit, so an NCCL group is aborted, which ends the broadcast at once.
+    """
+    while not _has_ended(broadcast):
+        if broadcast.done() and weight_broadcast_backend() == "nccl":
+            _abort_process_group(group)
+            return
+        time.sleep(0.1)
+    dist.destroy_process_group(group)
+
+
+async def broadcast_weights(links: Sequence[ServerLink], buckets: Iterable[Bucket], version: int) -> dict[str, str]:
+    """Replace the weights of connected servers and set their version; see `push_weights`, which this resembles.
+
+    The buckets are drawn to their end whatever becomes of the servers. No bucket is taken before every server has
+    confirmed the one before.
+
+    Args:
+        links: servers.
+        buckets: non-empty lists of (HF name, full tensor), each of one dtype.
+        version: the new weight version.
+
+    Returns:
+        Why a server does not have the weights, by URL; empty if all have them. Such a server is disconnected.
+    """
+    problems: dict[str, str] = {}
+    memory = BucketMemory()
+
+    async def every(action: Callable[[ServerLink], Awaitable[None]]) -> None:
+        async def note_problem(link: ServerLink) -> None:
+            try:
+                await action(link)
+            except EngineError as error:
+                problems[link.url] = str(error)
+                link.disconnect()
+
+        await asyncio.gather(*(note_problem(link) for link in links if link.url not in problems))
+
+    await every(lambda link: link.begin())
+    for bucket in buckets:
+        if len(problems) < len(links):
+            assert len({tensor.dtype for _, tensor in bucket}) == 1, "SGLang wants no gaps, and tensors aligned"
+            flattened = flatten(bucket, memory, alignment_bytes=1)
+            await every(lambda link: link.send(flattened))
+            del flattened  # not before the servers have confirmed
+    await every(lambda link: link.finish(version))
+    return problems
+

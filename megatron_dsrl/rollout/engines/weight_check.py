@@ -1,0 +1,186 @@
+"""Whether an engine holds exactly the weights that the trainer sent: digests of every tensor on every engine rank.
+
+The trainer puts the sent tensors together as the engine holds them (`tensor_layout.py`) and digests the bytes;
+SGLang's `/weights_checker` digests its own. That finds what a push alone cannot: tensors that the engine ignored, put
+in a wrong place or converted, and memory that was overwritten too early. It takes no memory of the engine's and no
+second push.
+
+An engine that keeps its weights in another form (quantised, experts divided or reordered as a kernel wants them) cannot
+be compared in this way: its digests differ.
+"""
+
+import asyncio
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_dsrl.common.collective import gather
+from megatron_dsrl.model.architecture import read_architecture
+from megatron_dsrl.model.source import resolve_model_folder
+from megatron_dsrl.platform.weight_digest import weight_digest
+from megatron_dsrl.rollout.engines.client import EngineError
+from megatron_dsrl.rollout.engines.settings import RolloutSettings
+from megatron_dsrl.rollout.engines.tensor_layout import EngineLayout
+from megatron_dsrl.rollout.engines.weight_client import WeightClient
+from megatron_dsrl.rollout.engines.weight_push import Bucket
+
+NAMES_IN_MESSAGE = 8
+
+
+class SentWeights:
+    """Digests of what was sent, as one rank of the engine must hold it."""
+
+    def __init__(self, layout: EngineLayout) -> None:
+        self._layout = layout
+        self._incomplete: dict[str, dict[int, Tensor]] = {}
+        self._digests: dict[str, str] = {}
+        self._hf_names: dict[str, list[str]] = {}
+
+    def watch(self, buckets: Iterable[Bucket]) -> Iterator[Bucket]:
+        """The same buckets; each is digested before it is handed on. A tensor that comes again replaces the first."""
+        for bucket in buckets:
+            for name, tensor in bucket:
+                self._add(name, tensor.detach())
+            yield bucket
+
+    def differences(self, engine: Mapping[str, str]) -> list[str]:
+        """What is wrong with this rank of the engine, one line per tensor.
+
+        Args:
+            engine: the rank's digests by SGLang's names of its tensors.
+        """
+        common = self._digests.keys() & engine
+        wrong = [f"{self._named(name)} differs" for name in common if self._digests[name] != engine[name]]
+        missing = [f"{self._named(name)} is not in the engine" for name in self._hf_names.keys() - engine.keys()]
+        not_sent = [f"{name} of the engine was not sent completely" for name in engine.keys() - self._digests.keys()]
+        return sorted(wrong) + sorted(missing) + sorted(not_sent)
+
+    def _add(self, name: str, tensor: Tensor) -> None:
+        place = self._layout.place(name)
+        # A copy where it has to wait for others: the bucket may be overwritten when the next one is taken.
+        shard = self._layout.shard(name, tensor)
+        parts = self._incomplete.setdefault(place.parameter, {})
+        parts[place.part] = shard.clone() if place.parts > 1 else shard
+        names = self._hf_names.setdefault(place.parameter, [])
+        if name not in names:
+            names.append(name)
+        if len(parts) == place.parts:
+            ordered = [parts[part] for part in range(place.parts)]
+            self._digests[place.parameter] = weight_digest(torch.cat(ordered) if len(ordered) > 1 else ordered[0])
+            del self._incomplete[place.parameter]
+
+    def _named(self, parameter: str) -> str:
+        names = self._hf_names[parameter]
+        if names == [parameter]:
+            return parameter
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        return f"{parameter} ({shown})"
+
+
+class WeightCheck:
+    """When the weights of an engine are compared, and with what; one object per rank of the engine's group."""
+
+    def __init__(self, config: RolloutSettings, group: ProcessGroup | None) -> None:
+        """
+        Args:
+            config: `model.path` and the engine section count.
+            group: Gloo group of the ranks that share the engine; None when that is one rank.
+        """
+        self._config = config
+        self._group = group
+        self._due = config.engine.check_weights != "never"
+        self._sent: SentWeights | None = None
+
+    def watch(self, buckets: Iterable[Bucket]) -> Iterable[Bucket]:
+        """The buckets of a push, to be given to the engine in place of these. All ranks of the group call it."""
+        self._due = any([self._due] if self._group is None else gather(self._due, self._group))
+        if not self._due:
+            return buckets
+        rank, size = (0, 1) if self._group is None else (self._group.rank(), self._group.size())
+        architecture = read_architecture(resolve_model_folder(self._config.model.path))
+        self._sent = SentWeights(EngineLayout(architecture, rank, size))
+        return self._sent.watch(buckets)
+
+    def mismatch(self, engine_url: str | None) -> str | None:
+        """Compare after a push that succeeded, if it is due. All ranks of the engine's group call it together.
+
+        Args:
+            engine_url: the engine; None on all but the first rank of the group.
+
+        Returns:
+            None, or a message that names the tensors, the same on every rank of the group.
+
+        Raises:
+            EngineError: the engine refused or is gone, on every rank of the group.
+        """
+        if self._sent is None:
+            return None
+        sent, self._sent = self._sent, None
+        problem = check_weights(sent, engine_url, self._group, self._config.engine.update_timeout_seconds)
+        if problem is None:
+            self._due = self._config.engine.check_weights == "always"
+            return None
+        url = engine_url if self._group is None else gather(engine_url, self._group)[0]
+        return mismatch_message(url, problem)
+
+    def repeat(self) -> None:
+        """Compare after the next push again: the engine is a new one. One rank of the group is enough."""
+        self._due = self._config.engine.check_weights != "never"
+
+
+def check_weights(
+    sent: SentWeights, engine_url: str | None, group: ProcessGroup | None, timeout_seconds: float
+) -> str | None:
+    """Compare every rank of the engine with what was sent. All ranks of the engine's group call it together.
+
+    Args:
+        sent: what the engine's rank with the number of this rank in the group must hold.
+        engine_url: the engine; None on all but the first rank of the group.
+        group: Gloo group of the ranks that share the engine; None when that is one rank.
+        timeout_seconds: limit of the engine's answer.
+
+    Returns:
+        None, or one line for every tensor that differs, the same on every rank of the group.
+
+    Raises:
+        EngineError: the engine refused or is gone, on every rank of the group.
+    """
+    rank, size = (0, 1) if group is None else (group.rank(), group.size())
+    answer = None if engine_url is None else asyncio.run(_engine_digests(engine_url, timeout_seconds))
+    digests = answer if group is None else gather(answer, group)[0]
+    if isinstance(digests, str):
+        raise EngineError(digests)
+    if len(digests) != size:
+        return f"the engine answers for {len(digests)} ranks where {size} handed it weights"
+    differences = sent.differences(digests[rank])
+    return lines_of_ranks([differences] if group is None else gather(differences, group)) or None
+
+
+def lines_of_ranks(differences: Sequence[Sequence[str]]) -> str:
+    """`SentWeights.differences` of every rank of an engine in a message, the first ones of each rank."""
+    lines = []
+    for rank, of_rank in enumerate(differences):
+        lines += [f"engine rank {rank}: {difference}" for difference in of_rank[:NAMES_IN_MESSAGE]]
+        if len(of_rank) > NAMES_IN_MESSAGE:
+            lines.append(f"engine rank {rank}: and {len(of_rank) - NAMES_IN_MESSAGE} more tensors")
+    return "\n".join(lines)
+
+
+def mismatch_message(engine_url: str, problem: str) -> str:
+    """The error of an engine with other weights; `problem` is what `lines_of_ranks` says."""
+    return (
+        f"the engine at {engine_url} does not hold the weights that the trainer sent:\n{problem}\n"
+        "Its samples would not come from the policy that is trained. If SGLang was told to keep weights in another "
+        "form (quantization, other expert kernels), set engine.check_weights to never."
+    )
+
+
+async def _engine_digests(url: str, timeout_seconds: float) -> list[dict[str, str]] | str:
+    """The digests of every rank of the engine, or why there are none."""
+    async with WeightClient(url, timeout_seconds) as client:
+        try:
+            return await client.weight_digests()
+        except EngineError as error:
+            return str(error)

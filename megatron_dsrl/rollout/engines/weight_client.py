@@ -1,0 +1,79 @@
+"""HTTP calls to one SGLang server about its weights, beyond those of a push from the same device."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_dsrl.rollout.engines.client import EngineClient, EngineError
+
+
+@dataclass(frozen=True)
+class BroadcastGroup:
+    """A torch.distributed group of one sender, rank 0, and the ranks of a server behind it."""
+
+    name: str
+    host: str
+    """Where the sender's store listens, which brings them together."""
+    port: int
+    size: int
+    backend: str
+    """gloo or nccl."""
+
+
+class WeightClient(EngineClient):
+    """Used as its base class."""
+
+    async def weight_digests(self) -> list[dict[str, str]]:
+        """Of every tensor-parallel rank in order, SGLang's digest of each of its tensors by SGLang's names.
+
+        See platform/weight_digest.py for what a digest is.
+
+        Raises:
+            EngineError: the engine has no such check (before SGLang 0.5.23), refused, or is gone.
+        """
+        answer = await self._post_checked("/weights_checker", {"action": "checksum", "selector": "target"})
+        ranks = sorted(answer["ranks"], key=lambda each: each["parallelism_info"][0]["rank"])
+        return [rank["checksums"] for rank in ranks]
+
+    async def tensor_parallel_size(self) -> int:
+        """Ranks of the server."""
+        answer = await self._request("GET", "/server_info", None, self._timeout_seconds)
+        if not isinstance(answer, dict) or not isinstance(answer.get("tp_size"), int):
+            raise EngineError(f"engine {self.url}: /server_info does not tell tp_size: {answer!r:.500}")
+        return answer["tp_size"]
+
+    async def join(self, group: BroadcastGroup) -> None:
+        """Have all ranks of the server join; returns when they have, which takes the sender to join too."""
+        body = {
+            "master_address": group.host,
+            "master_port": group.port,
+            "rank_offset": 1,
+            "world_size": group.size,
+            "group_name": group.name,
+            "backend": group.backend,
+        }
+        await self._post_checked("/init_weights_update_group", body)
+
+    async def leave(self, group_name: str) -> None:
+        """Have all ranks of the server leave the group."""
+        await self._post_checked("/destroy_weights_update_group", {"group_name": group_name})
+
+    async def receive_weights(
+        self, group_name: str, names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[Sequence[int]]
+    ) -> None:
+        """Load one bucket that the sender broadcasts at the same time, and drop all cached prefixes.
+
+        Args:
+            group_name: of a group that was joined.
+            names: HF names of the tensors, which follow one another without gaps.
+            dtypes: by the names that they have in `torch`.
+            shapes: of the full tensors.
+        """
+        body = {
+            "names": list(names),
+            "dtypes": list(dtypes),
+            "shapes": [list(shape) for shape in shapes],
+            "group_name": group_name,
+            "load_format": "flattened_bucket",
+            "flush_cache": True,
+        }
+        await self._post_checked("/update_weights_from_distributed", body)

@@ -1,0 +1,151 @@
+"""Weights from the trainer into the engine of the same devices, in flattened buckets, without touching disk.
+
+Only handles travel over HTTP: the engine opens the trainer's memory (CUDA IPC, or shared memory on CPU) and copies.
+A bucket is one byte tensor and a table of what lies where, in the form of SGLang's `flattened_bucket` load format.
+The form is written here rather than imported: importing SGLang patches Transformers, which the trainer must not
+inherit.
+"""
+
+import asyncio
+import base64
+import io
+from collections.abc import Awaitable, Callable, Iterable
+from multiprocessing.reduction import ForkingPickler
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed
+import torch.multiprocessing  # noqa: F401  (teaches ForkingPickler to share tensors)
+
+from megatron_dsrl.common.collective import first_problem, gather
+from megatron_dsrl.platform.engine import tensor_sharing
+from megatron_dsrl.rollout.engines.client import EngineClient, EngineError, connect
+
+Bucket = list[tuple[str, torch.Tensor]]
+"""Full, HF-named tensors."""
+
+ALIGNMENT_BYTES = 16
+"""So that a bucket may mix dtypes."""
+
+
+def push_weights(
+    buckets: Iterable[Bucket],
+    version: int,
+    engine_url: str | None,
+    group: torch.distributed.ProcessGroup | None,
+    timeout_seconds: float,
+) -> str | None:
+    """Replace the engine's weights and set their version. All ranks of the engine's group call it together.
+
+    No sample may be running. The version is set after the last bucket was confirmed.
+    Whatever becomes of the engine, the buckets are drawn to their end: gathering them takes part of ranks that may
+    belong to other engines.
+
+    Args:
+        buckets: Non-empty lists of (HF name, full tensor), the same on every rank of the group. Tensors of a bucket
+            may be overwritten when the next bucket is taken.
+        version: The new weight version.
+        engine_url: The engine; None on all but the first rank of the group.
+        group: Gloo group of the ranks that share the engine; None when that is one rank.
+        timeout_seconds: Limit of each call.
+
+    Returns:
+        None, or why the engine does not have the weights: it refused a call or is gone, and got no further calls. The
+        same on every rank of the group.
+    """
+    engine, memory = _GroupsEngine(engine_url, group, timeout_seconds), BucketMemory()
+    engine.call(lambda client: client.begin_weight_update())
+    for bucket in buckets:
+        if engine.problem is not None:
+            continue
+        flattened = flatten(bucket, memory)
+        payloads = _gather(serialise(flattened), group)
+        engine.call(lambda client: client.update_weights(payloads))
+        del flattened  # not before the engine has confirmed
+    engine.call(lambda client: client.end_weight_update())
+    engine.call(lambda client: client.set_weight_version(version))
+    return engine.problem
+
+
+class BucketMemory:
+    """Where a bucket lies until the engine has copied it; not more than one at a time.
+
+    On CPU it is the same shared memory for all buckets: new pages cost more than the copies. On CUDA every bucket gets
+    memory of its own: there PyTorch itself keeps what was shared from being used again until the other process has let
+    go of it and its copies are done.
+    """
+
+    def __init__(self) -> None:
+        self._shared = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, num_bytes: int, device: torch.device) -> torch.Tensor:
+        """Undefined bytes. The engine must have confirmed the bucket before."""
+        if device.type != "cpu":
+            return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        if len(self._shared) < num_bytes:
+            with tensor_sharing():
+                self._shared = torch.empty(num_bytes, dtype=torch.uint8).share_memory_()
+        return self._shared[:num_bytes]
+
+
+def flatten(bucket: Bucket, memory: BucketMemory, alignment_bytes: int = ALIGNMENT_BYTES) -> dict[str, Any]:
+    """One byte tensor that holds all tensors of the bucket, and the table of their places.
+
+    Args:
+        bucket: at least one tensor.
+        memory: where the bytes go.
+        alignment_bytes: every tensor starts at a multiple of this.
+    """
+    assert bucket, "a bucket holds at least one tensor"
+    table, offset = [], 0
+    for name, tensor in bucket:
+        size = tensor.numel() * tensor.element_size()
+        table.append(
+            SimpleNamespace(
+                name=name, shape=tensor.shape, dtype=tensor.dtype, start_idx=offset, end_idx=offset + size, numel=size
+            )
+        )
+        offset += -(-size // alignment_bytes) * alignment_bytes
+    flattened = memory.take(offset, bucket[0][1].device)
+    for entry, (_, tensor) in zip(table, bucket, strict=True):
+        flattened[entry.start_idx : entry.end_idx].view(tensor.dtype).copy_(tensor.detach().reshape(-1))
+    return {"flattened_tensor": flattened, "metadata": table}
+
+
+def serialise(flattened: dict[str, Any]) -> str:
+    """Base64 of a pickle that carries a handle to the tensor's memory. It can be opened once."""
+    stream = io.BytesIO()
+    with tensor_sharing():
+        ForkingPickler(stream).dump(flattened)
+    return base64.b64encode(stream.getvalue()).decode("ascii")
+
+
+def _gather(payload: str, group: torch.distributed.ProcessGroup | None) -> list[str]:
+    """Payloads of all ranks of the group in rank order."""
+    return [payload] if group is None else gather(payload, group)
+
+
+class _GroupsEngine:
+    """The engine as all ranks of its group see it: after the first failed call, it gets none and keeps the problem."""
+
+    def __init__(self, url: str | None, group: torch.distributed.ProcessGroup | None, timeout_seconds: float) -> None:
+        self.problem: str | None = None
+        self._url = url
+        self._group = group
+        self._timeout_seconds = timeout_seconds
+
+    def call(self, call: Callable[[EngineClient], Awaitable[None]]) -> None:
+        """Run `call(client)` on the rank that owns the engine. All ranks of the group wait for it."""
+        if self.problem is not None:
+            return
+        problem = None if self._url is None else asyncio.run(self._call(self._url, call))
+        self.problem = problem if self._group is None else first_problem(problem, self._group)
+
+    async def _call(self, url: str, call: Callable[[EngineClient], Awaitable[None]]) -> str | None:
+        async with connect([url], self._timeout_seconds) as clients:
+            try:
+                await call(clients[0])
+            except EngineError as error:
+                return str(error)
+        return None

@@ -1,0 +1,116 @@
+"""Rank 0's part of a run beside sampling: show progress, record the steps, evaluate."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from megatron_dsrl.actor.statistics import UpdateMetrics
+from megatron_dsrl.algorithms.reward_shaping import shaping_metrics
+from megatron_dsrl.config.phase import PhaseConfig
+from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.evaluation.evaluator import Evaluator
+from megatron_dsrl.evaluation.problem_result import first_responses
+from megatron_dsrl.observability.console import RunConsole
+from megatron_dsrl.observability.timer import SecondsPerPart
+from megatron_dsrl.observability.tracker import Tracker
+from megatron_dsrl.rollout.progress import OnSamples
+from megatron_dsrl.rollout.recording import RolloutRecorder
+from megatron_dsrl.rollout.rollout import Rollout
+from megatron_dsrl.rollout.sample import responses_of
+from megatron_dsrl.rollout.step_sampling import StepSamples
+from megatron_dsrl.run.step_metrics import rollout_metrics
+from megatron_dsrl.run.step_record import (
+    log_prob_gap_warning,
+    memory_metrics,
+    older_token_metrics,
+    scored_spaces,
+    update_metrics,
+)
+
+
+class Controller:
+    """Exists on rank 0 only; the other ranks learn what they need by broadcast."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        recorder: RolloutRecorder | None,
+        rollout: Rollout,
+        evaluator: Evaluator,
+        tracker: Tracker,
+        console: RunConsole,
+    ):
+        """
+        Args:
+            config: the run.
+            recorder: keeps the rollouts; None keeps none.
+            rollout: where samples come from.
+            evaluator: evaluates the held-out sets.
+            tracker: writes records.
+            console: prints them.
+        """
+        self._config = config
+        self._recorder = recorder
+        self._rollout = rollout
+        self._evaluator = evaluator
+        self._tracker = tracker
+        self._console = console
+
+    @contextmanager
+    def show_progress(self, step: int, samples: int) -> Iterator[OnSamples]:
+        """Show how many of a step's samples have come back, while the context is open."""
+        with self._console.generation(step, samples) as progress:
+            yield progress.advance
+
+    def keep(self, step: int, samples: StepSamples) -> None:
+        """Begin to write the rollout of a step to disk."""
+        if self._recorder:
+            self._recorder.record(step, samples.groups, samples.others)
+
+    def flush_rollouts(self) -> None:
+        """Wait until the rollouts of all steps are on disk."""
+        if self._recorder:
+            self._recorder.flush()
+
+    def evaluate(self, step: int) -> None:
+        """Evaluate the held-out sets after so many steps (0: before training), except for those recorded already."""
+        started = time.perf_counter()
+        for evaluation in self._evaluator.evaluate(step, except_for=self._tracker.evaluated_sets(step)):
+            record = evaluation.record
+            record["seconds"], started = time.perf_counter() - started, time.perf_counter()
+            record["time"] = time.time()
+            shown = first_responses(evaluation.problems, self._config.observability.evaluation_responses)
+            self._tracker.log_evaluation(record, shown)
+            self._console.evaluation(record)
+
+    def record(
+        self,
+        step: int,
+        phase: PhaseConfig,
+        samples: StepSamples,
+        update: UpdateMetrics | None,
+        critic_metrics: dict[str, float],
+        timer: SecondsPerPart,
+    ) -> None:
+        """Write down and print a finished step."""
+        config, responses = self._config, responses_of(samples.groups, step)
+        record = {
+            "step": step,
+            "phase": phase.name,
+            "space": scored_spaces(phase),
+            "weight_version": step,
+            "time": time.time(),
+            **samples.metrics,
+            **rollout_metrics(samples.sampled, samples.generated_tokens, samples.seconds),
+            **older_token_metrics(samples.groups, step),
+            **shaping_metrics(responses, config.reward.overlong, config.rollout.max_response_tokens),
+            **update_metrics(update, phase),
+            **critic_metrics,
+            **self._rollout.fault_metrics(),
+            **memory_metrics(),
+            **timer.metrics(),
+        }
+        self._tracker.log_step(record)
+        self._console.step(record)
+        if warning := log_prob_gap_warning(record, config.observability.max_log_prob_gap):
+            self._console.message(warning)

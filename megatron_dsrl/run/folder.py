@@ -1,0 +1,77 @@
+"""The run folder: whether it belongs to this run, what is in it, and what is written into it at the start."""
+
+import shutil
+from pathlib import Path
+
+from megatron_dsrl.checkpoint.compatibility import check_same_run
+from megatron_dsrl.common.collective import on_first
+from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.config.load import dump_config
+from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.config.yaml_text import parse_yaml
+from megatron_dsrl.observability.records import (
+    CONFIG_FILE,
+    EVALUATION_FILE,
+    METRICS_FILE,
+    RESPONSES_FILE,
+    read_records,
+)
+from megatron_dsrl.observability.timeline import TRACE_FOLDER
+from megatron_dsrl.run.inputs import RunInputs
+from megatron_dsrl.run.results import CHECKPOINTS_FOLDER, EXPORTS_FOLDER
+
+
+def check_run_folder(config: RunConfig, inputs: RunInputs) -> None:
+    """Refuse to continue another run.
+
+    Raises:
+        UserError: the folder holds a run that was started with another configuration.
+    """
+    file = inputs.run_folder / CONFIG_FILE
+    # A start that failed before its first step leaves nothing to continue; it must not stand in the way of another.
+    has_checkpoints = (inputs.run_folder / CHECKPOINTS_FOLDER).exists()
+    has_begun = has_checkpoints or bool(read_records(inputs.run_folder / METRICS_FILE))
+    if file.exists() and has_begun:
+        before, _ = parse_yaml(file.read_text(encoding="utf-8"), str(file))
+        check_same_run(before, config, str(inputs.run_folder))
+
+
+def prepare_run_folder(config: RunConfig, run_folder: Path, step: int) -> None:
+    """Rank 0 makes the folder ready to continue after `step` (0: from the start) and keeps the configuration in it.
+
+    Exports of later steps are removed: the steps will be taken again. What a run without any checkpoint has recorded
+    is not continued but moved to `<run folder>/interrupted_<number>`.
+
+    Raises:
+        UserError: on every rank, when the folder cannot be written to.
+    """
+
+    def prepare() -> None:
+        try:
+            run_folder.mkdir(parents=True, exist_ok=True)
+            if step == 0:
+                _set_aside_records(run_folder)
+            _remove_later_exports(run_folder, step)
+            dump_config(config, run_folder / CONFIG_FILE)
+        except OSError as error:
+            raise UserError(f"cannot write the run folder {run_folder} (output_dir, name): {error}") from error
+
+    on_first(prepare)
+
+
+def _remove_later_exports(run_folder: Path, step: int) -> None:
+    for export in (run_folder / EXPORTS_FOLDER).glob("step_*"):
+        if int(export.name.removeprefix("step_")) > step:
+            shutil.rmtree(export)
+
+
+def _set_aside_records(run_folder: Path) -> None:
+    names = (METRICS_FILE, EVALUATION_FILE, RESPONSES_FILE, "tensorboard", "rollouts", TRACE_FOLDER)
+    if not read_records(run_folder / METRICS_FILE):
+        return
+    number = 1 + len(list(run_folder.glob("interrupted_*")))
+    target = run_folder / f"interrupted_{number}"
+    target.mkdir()
+    for name in names:
+        if (run_folder / name).exists():
+            (run_folder / name).rename(target / name)

@@ -1,0 +1,154 @@
+"""The models of a run: the policy, and beside it the critic and the reference policy where some phase needs them.
+
+What a step asks of them before the policy's own update is here: the settings of its phase, the forward passes that its
+objectives need, and the critic's update. Every method is collective over the ranks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_dsrl.actor.actor import Actor
+from megatron_dsrl.actor.build import build_actor, build_critic
+from megatron_dsrl.actor.critic import Critic
+from megatron_dsrl.actor.reference import ReferencePolicy
+from megatron_dsrl.actor.statistics import UpdateMetrics
+from megatron_dsrl.algorithms.experience import Experience, estimate_advantages
+from megatron_dsrl.algorithms.objective import build_objectives
+from megatron_dsrl.algorithms.passes import phase_passes, required_passes
+from megatron_dsrl.algorithms.schedule import Schedule
+from megatron_dsrl.checkpoint.store import BeginWrite, Checkpoint
+from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.config.critic import ReferenceConfig
+from megatron_dsrl.config.phase import ObjectiveConfig, PhaseConfig
+from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.observability.timer import SecondsPerPart
+
+CRITIC_FOLDER = "critic"
+REFERENCE_FOLDER = "reference"
+"""In checkpoints, beside the actor's."""
+
+
+@dataclass(frozen=True)
+class RunModels:
+    """This rank's parts of them."""
+
+    config: RunConfig
+    actor: Actor
+    critic: Critic | None
+    reference: ReferencePolicy | None
+
+    def begin_step(self, step: int) -> None:
+        """Set up what the configuration says of this step, before its first pass. Doing it twice changes nothing."""
+        schedule, default = Schedule(self.config.phases), self.config.optimizer
+        phase, begins = schedule.at(step), schedule.begins_phase(step)
+        rate, clip = phase.optimizer.learning_rate, phase.optimizer.gradient_clip_norm
+        self.actor.configure_optimizer(
+            learning_rate=default.learning_rate if rate is None else rate,
+            gradient_clip_norm=default.gradient_clip_norm if clip is None else clip,
+        )
+        if begins and phase.optimizer.reset_state:
+            self.actor.reset_optimizer()
+        if self.reference and reference_is_due(self.config.reference, step, begins):
+            self.reference.refresh()
+
+    def make_passes(
+        self, phase: PhaseConfig, experiences: Sequence[Experience], timer: SecondsPerPart
+    ) -> list[Experience]:
+        """The experience of each objective with what the models say of it before the update."""
+        pairs = zip(phase.objectives.values(), experiences, strict=True)
+        return [self._with_passes(objective, experience, timer) for objective, experience in pairs]
+
+    def update_critic(
+        self, phase: PhaseConfig, experiences: Sequence[Experience], timer: SecondsPerPart
+    ) -> dict[str, float]:
+        """Let the critic learn from every objective that uses its values. Metrics by their full names."""
+        metrics: dict[str, float] = {}
+        for objective, experience in zip(phase.objectives.values(), experiences, strict=True):
+            if required_passes(objective).values:
+                assert self.critic is not None
+                estimated = estimate_advantages(experience, objective)
+                if estimated.returns is None:
+                    raise UserError(
+                        f"phase {phase.name}: its advantage {objective.advantage.name} takes a critic's values but "
+                        "estimates no returns for it to learn from; return them in its AdvantageEstimate"
+                    )
+                with timer.part("critic"):
+                    update = self.critic.update(estimated)
+                metrics |= {f"critic/{name}": value for name, value in update.items()}
+        return metrics
+
+    def update_policy(
+        self, step: int, phase: PhaseConfig, experiences: Sequence[Experience], timer: SecondsPerPart
+    ) -> UpdateMetrics | None:
+        """Take the step's optimizer steps; None if there is nothing to learn from, or the critic learns alone."""
+        if self.critic and step <= self.config.critic.warmup_steps:
+            return None
+        actor = self.config.actor
+        objectives = build_objectives(phase, experiences, self.config.rollout.max_response_tokens)
+        if actor.optimizer_steps_per_rollout > 1:
+            with timer.part("old_log_probs"):
+                objectives = [self.actor.with_old_log_probs(objective) for objective in objectives]
+        with timer.part("train"):
+            return self.actor.update(objectives, actor.mini_batches_per_rollout, actor.epochs_per_rollout)
+
+    def other_parts(self) -> dict[str, BeginWrite]:
+        """What a checkpoint holds beside the actor. A reference with the run's initial weights is read from there."""
+        parts: dict[str, BeginWrite] = {}
+        if self.critic:
+            parts[CRITIC_FOLDER] = self.critic.begin_save
+        if self.reference and not self.reference.is_initial:
+            parts[REFERENCE_FOLDER] = self.reference.begin_save
+        return parts
+
+    def load(self, checkpoint: Checkpoint, same_layout: bool) -> None:
+        """Continue from a checkpoint."""
+        self.actor.load(checkpoint.weights_folder, same_layout)
+        critic, reference = checkpoint.folder / CRITIC_FOLDER, checkpoint.folder / REFERENCE_FOLDER
+        if self.critic and critic.exists():  # else the run has been given more steps, and no phase needed it before
+            self.critic.load(critic, same_layout)
+        if self.reference and reference.exists():
+            self.reference.load(reference)
+
+    def _with_passes(
+        self, objective: ObjectiveConfig, experience: Experience, timer: SecondsPerPart
+    ) -> Experience:
+        needed = required_passes(objective)
+        if needed.old_log_probs:
+            with timer.part("old_log_probs"):
+                experience = replace(experience, old_log_probs=self.actor.log_probs(experience))
+        if needed.reference_log_probs:
+            assert self.reference is not None
+            with timer.part("reference"):
+                experience = replace(experience, reference_log_probs=self.reference.log_probs(experience))
+        if needed.values:
+            assert self.critic is not None
+            with timer.part("values"):
+                experience = replace(experience, values=self.critic.values(experience))
+        return experience
+
+
+def build_models(config: RunConfig, folder: Path) -> RunModels:
+    """Build the policy, and the models that the run's phases need beside it, as they are before the first step.
+
+    Args:
+        config: the run.
+        folder: local folder of `config.model.path`.
+
+    Raises:
+        UserError: as `build_actor` and `build_critic`.
+    """
+    schedule = Schedule(config.phases)
+    passes = [phase_passes(schedule.at(step)) for step in range(1, config.steps + 1)]
+    actor = build_actor(config, folder)
+    steps_with_values = sum(needed.values for needed in passes)
+    critic = build_critic(config, folder, steps_with_values) if steps_with_values else None
+    reference = ReferencePolicy(actor) if any(needed.reference_log_probs for needed in passes) else None
+    return RunModels(config, actor, critic, reference)
+
+
+def reference_is_due(config: ReferenceConfig, step: int, begins_phase: bool) -> bool:
+    """Whether the reference takes over the policy's weights before this step."""
+    if config.refresh_at_phase_switch and begins_phase:
+        return True
+    return config.refresh_every_steps is not None and step > 1 and (step - 1) % config.refresh_every_steps == 0

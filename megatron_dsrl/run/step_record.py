@@ -1,0 +1,80 @@
+"""What a step record says of the update, and of how old the sampled tokens were.
+
+Of the rollout, see `run/step_metrics.py`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron_dsrl.actor.statistics import UpdateMetrics
+from megatron_dsrl.algorithms.mismatch import MISMATCH_MAXIMA, MISMATCH_MEANS
+from megatron_dsrl.algorithms.spaces import Space
+from megatron_dsrl.config.phase import MAIN_OBJECTIVE, PhaseConfig
+from megatron_dsrl.platform import current_platform
+from megatron_dsrl.rollout.sample import Group
+
+
+def older_token_metrics(groups: Sequence[Group], weight_version: int) -> dict[str, float]:
+    """The share of tokens that older weights produced than those that are updated; empty where there are none."""
+    samples = [sample for group in groups for sample in group.samples]
+    older = sum(sample.tokens_before(weight_version) for sample in samples)
+    return {"response/older_token_fraction": older / sum(len(s.response_ids) for s in samples)} if older else {}
+
+
+def update_metrics(update: UpdateMetrics | None, phase: PhaseConfig) -> dict[str, float]:
+    """The `policy/*`, `mismatch/*`, `pre_train/*` and `router/*` part of a step record, and `<name>/*` of additional
+    objectives.
+
+    What describes the scored tokens (entropy, clipping, KL, what a loss reports) describes another distribution in
+    each space, so it has another name: `policy/entropy` is that of P(y|x), `pre_train/entropy` that of P(y). The
+    mismatch compares trainer and engine, only where both condition on the prompt; in the pre-train space the gap is
+    the one between log P(y) and log P(y|x), and the other mismatch metrics mean nothing. Loss, gradient norm and
+    learning rate are those of the step's update and keep their names; `scored_spaces` says where they change meaning.
+    """
+    counts = {f"{name}/{count}": 0 for name in phase.objectives for count in ("kept_samples", "kept_tokens")}
+    if update is None:  # the filters dropped every sample, or the critic learns alone: no step was taken
+        return counts
+    metrics = counts | {"policy/grad_norm": update.grad_norm, "policy/learning_rate": update.learning_rate}
+    if len(phase.objectives) > 1:
+        metrics["policy/total_loss"] = update.loss
+    for name, objective in update.objectives.items():
+        metrics |= {f"{name}/{key}": value for key, value in objective.totals().items()}
+        metrics |= _token_metrics(name, objective.token_metrics(), phase.objectives[name].space)
+    return metrics | {f"router/{name}": value for name, value in update.router.items()}
+
+
+def scored_spaces(phase: PhaseConfig) -> str:
+    """The `space` of a step record: `post_train`, `pre_train`, or with additional objectives both, joined by `+`."""
+    return "+".join(dict.fromkeys(objective.space.name for objective in phase.objectives.values()))
+
+
+def _token_metrics(name: str, figures: dict[str, float], space: Space) -> dict[str, float]:
+    """An objective's figures of scored tokens under names that say which distribution they are of."""
+    mismatch, prefix = (*MISMATCH_MEANS, *MISMATCH_MAXIMA), "" if name == MAIN_OBJECTIVE else f"{name}/"
+    if space.prompt_in_context:
+        return {f"{prefix}mismatch/{key}" if key in mismatch else f"{name}/{key}": figures[key] for key in figures}
+    meaningful = [key for key in figures if key not in mismatch or key == "mean_log_prob_gap"]
+    return {f"{prefix}{space.metrics_prefix}/{key}": figures[key] for key in meaningful}
+
+
+def log_prob_gap_warning(record: Mapping[str, Any], limit: float) -> str | None:
+    """What to print where a step's record says that trainer and engine log-probs differ by more than `limit` nat.
+
+    Only where both had the same weights and the prompt in context: not with tokens of older weights.
+    """
+    gap = record.get("mismatch/mean_log_prob_gap")
+    if gap is None or gap <= limit or "response/older_token_fraction" in record:
+        return None
+    return (
+        f"warning: trainer and engine log-probs differ by {gap:.3g} nat on average, above "
+        f"observability.max_log_prob_gap={limit:g}; see examples/troubleshooting: the log-prob gap is large"
+    )
+
+
+def memory_metrics() -> dict[str, float]:
+    """The `memory/*` part of a step record: the trainer process of rank 0 on its device, in GiB."""
+    statistics = current_platform().memory_statistics()
+    return {
+        "memory/trainer_gib": statistics.allocated_bytes / 2**30,
+        "memory/trainer_peak_gib": statistics.peak_bytes / 2**30,
+    }

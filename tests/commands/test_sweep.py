@@ -1,0 +1,64 @@
+"""`dsrl sweep`: what its file may say, and a real sweep that is started twice."""
+
+import pytest
+import yaml
+
+from megatron_dsrl.commands.sweep import load_sweep, runs_of
+from megatron_dsrl.common.errors import UserError
+from tests.support.tiny_run import dsrl, write_tiny_run
+
+
+def write_sweep(folder, **changes):
+    sweep = {
+        "output_dir": str(folder / "sweep"),
+        "seeds": [1, 2],
+        "baseline": "GRPO",
+        "overrides": ["steps=2"],
+        "runs": {
+            "GRPO": {"config": "config.yaml", "overrides": ["phases.0.coefficient=1.0"]},
+            "DSRL": {"config": "config.yaml"},
+        },
+    } | changes
+    file = folder / "sweep.yaml"
+    file.write_text(yaml.safe_dump(sweep, sort_keys=False))
+    return file
+
+
+def test_every_method_runs_with_every_seed_round_by_round(tmp_path):
+    sweep = load_sweep(write_sweep(tmp_path))
+    runs = runs_of(sweep, tmp_path)
+    assert [run.folder.name for run in runs] == ["GRPO_seed1", "DSRL_seed1", "GRPO_seed2", "DSRL_seed2"]
+    assert runs[2].arguments == [
+        str(tmp_path / "config.yaml"),
+        "steps=2",
+        "phases.0.coefficient=1.0",
+        f"output_dir={tmp_path}/sweep",
+        "name=GRPO_seed2",
+        "seed=2",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": []}, "seeds: List should have at least 1 item"),
+        ({"sedes": [1]}, r"1 problem in the sweep\n  sedes: unknown key; did you mean seeds\? \(.*sweep.yaml:\d+\)"),
+        ({"runs": {"A": {"confg": "a.yaml"}}}, r"runs\.A\.confg: unknown key; did you mean config\?"),
+        ({"baseline": "PPO"}, "`PPO` is not one of the runs GRPO, DSRL"),
+    ],
+)
+def test_a_wrong_sweep_is_refused_with_the_field(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        load_sweep(write_sweep(tmp_path, **changes))
+
+
+@pytest.mark.slow
+def test_a_sweep_trains_compares_and_does_nothing_the_second_time(tmp_path):
+    write_tiny_run(tmp_path)
+    sweep = write_sweep(tmp_path, seeds=[1])
+    first = dsrl("sweep", str(sweep))
+    assert first.returncode == 0, first.stderr
+    table = (tmp_path / "sweep" / "comparison.md").read_text()
+    assert "| GRPO | 1 |" in table and "| DSRL | 1 |" in table and table in first.stdout
+    again = dsrl("sweep", str(sweep))
+    assert again.stdout.startswith("2 of 2 runs are finished") and "of training" not in again.stdout

@@ -1,0 +1,41 @@
+"""Processes that end with those that started them, `kill -9` included."""
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+
+from tests.support.tiny_run import REPOSITORY, launcher
+
+RANK = """
+import os, pathlib, sys, time
+from megatron_dsrl.common.process import end_with_launcher
+end_with_launcher()
+pathlib.Path(sys.argv[1], os.environ["RANK"]).write_text(str(os.getpid()))
+time.sleep(60)
+"""
+
+
+def test_ranks_end_with_a_killed_torchrun(tmp_path: Path):
+    (tmp_path / "rank.py").write_text(RANK)
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    torchrun = subprocess.Popen([*launcher(2), str(tmp_path / "rank.py"), str(tmp_path)], env=environment)
+    try:
+        files = [tmp_path / "0", tmp_path / "1"]
+        assert within_seconds(60, lambda: all(file.exists() and file.read_text() for file in files))
+        torchrun.kill()
+        torchrun.wait()
+        ranks = [int(file.read_text()) for file in files]
+        assert within_seconds(5, lambda: not any(map(psutil.pid_exists, ranks)))
+    finally:
+        torchrun.kill()
+        torchrun.wait()
+
+
+def within_seconds(limit: float, what) -> bool:
+    deadline = time.monotonic() + limit
+    while not what() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return what()

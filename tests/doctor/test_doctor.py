@@ -1,0 +1,225 @@
+"""`dsrl doctor`: what it finds here, and what it says where something is missing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.utils import canonicalize_name
+
+from megatron_dsrl.doctor.device import driver_version, examine_cuda_compiler, examine_device
+from megatron_dsrl.doctor.doctor import (
+    ESSENTIAL_PACKAGES,
+    IMAGE_LOCK_FILE,
+    LOCK_FILES,
+    Examination,
+    examine,
+    pinned_environment,
+    read_pins,
+)
+from megatron_dsrl.doctor.kernels import Finding, examine_kernels
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def by_topic(examination: Examination) -> dict[str, Finding]:
+    return {finding.topic: finding for finding in examination.findings}
+
+
+def test_this_environment_can_run_and_has_the_pinned_versions():
+    examination = examine()
+    assert examination.can_run
+    findings = by_topic(examination)
+    pins = read_pins(REPOSITORY / name for name in LOCK_FILES)
+    for package in ESSENTIAL_PACKAGES:
+        assert findings[package].severity == "ok", findings[package]
+        assert findings[package].found.partition("+")[0] == pins[canonicalize_name(package)]
+    assert findings["local ports"].severity == "ok"
+
+
+def test_the_lock_pins_every_essential_package_once():
+    lines = [
+        line
+        for name in LOCK_FILES
+        for line in (REPOSITORY / name).read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
+    assert all(line.count("==") == 1 and "+" not in line for line in lines)  # exact, without local version
+    names = [line.partition("==")[0].lower() for line in lines]
+    assert len(names) == len(set(names))
+    assert {package.lower() for package in ESSENTIAL_PACKAGES} <= set(names)
+
+
+def run_doctor(*arguments: str, path: Path | None = None, isolated: bool = False) -> subprocess.CompletedProcess[str]:
+    """The command in a process; `path` comes first on sys.path, `isolated` hides the installed packages' metadata."""
+    hide = "import importlib.metadata as m\ndef gone(name): raise m.PackageNotFoundError(name)\nm.version = gone\n"
+    program = f"import sys\nsys.path[:0] = {[str(path or REPOSITORY), str(REPOSITORY)]!r}\n{hide if isolated else ''}"
+    program += f"from megatron_dsrl.cli import main\nsys.exit(main(['doctor', *{list(arguments)!r}]))"
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("torch", "torch_cuda", "files"),
+    [
+        ("{cpu}+cpu", None, LOCK_FILES),
+        ("{cpu}+cu130", "13.0", LOCK_FILES),  # the set-up takes the build for CUDA where it finds no other
+        ("{image}", "13.0", (IMAGE_LOCK_FILE,)),
+        ("2.99.0+cpu", None, LOCK_FILES),
+        ("2.99.0", "13.0", (IMAGE_LOCK_FILE,)),
+        (None, None, LOCK_FILES),
+    ],
+)
+def test_the_environment_is_told_by_its_torch(torch, torch_cuda, files):
+    pins = {
+        name: read_pins(REPOSITORY / file for file in files)["torch"]
+        for name, files in (("cpu", LOCK_FILES), ("image", (IMAGE_LOCK_FILE,)))
+    }
+    words, chosen = pinned_environment(torch and torch.format(**pins), torch_cuda)
+    assert chosen == files and words.startswith("CPU" if files == LOCK_FILES else "GPU")
+
+
+def test_json_says_the_same():
+    result = run_doctor("--json")
+    report = json.loads(result.stdout)
+    assert result.returncode == 0 and report["can_run"] is True
+    assert {"topic", "severity", "found", "advice"} == set(report["findings"][0])
+
+
+def test_without_the_packages_no_run_is_possible_and_the_remedy_is_named():
+    result = run_doctor(isolated=True)
+    assert result.returncode == 1
+    assert "problem: sglang: run `bash tools/setup_cpu.sh`" in result.stdout
+    assert "No run is possible" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("files", "found", "advice"),
+    [
+        (["apex/__init__.py"], "not NVIDIA's", "unrelated web toolkit"),
+        (["apex.py"], "not NVIDIA's", "unrelated web toolkit"),
+        (["apex/__init__.py", "apex/multi_tensor_apply/__init__.py"], "without its CUDA kernels", ""),
+        (["apex/__init__.py", "apex/multi_tensor_apply/__init__.py", "amp_C.py"], "with its CUDA kernels", ""),
+        ([], "not installed", ""),
+    ],
+)
+def test_nvidia_apex_is_told_from_the_web_toolkit(tmp_path, monkeypatch, files, found, advice):
+    for name in files:
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("raise ImportError('the doctor must not import what it looks for')")
+    monkeypatch.syspath_prepend(tmp_path)
+    apex = by_topic(examine())["NVIDIA apex"]
+    assert found in apex.found
+    assert advice in apex.advice
+
+
+GPU_IMAGE = {
+    "transformer-engine": "2.20.2", "transformer-engine-torch": "2.20.2", "transformer-engine-cu13": "2.20.2",
+    "flash-attn": "2.8.3", "sglang": "0.5.23", "sglang-kernel": "0.4.10", "torch": "2.14.1+cu130",
+    "transformers": "5.19.0", "flashinfer-python": "0.7.2",
+}  # fmt: skip
+
+
+def on_a_gpu(**changed: str | None) -> dict[str, Finding]:
+    """Findings about the image's packages on a CUDA machine, with some of them changed (underscores for dashes)."""
+    packages = GPU_IMAGE | {name.replace("_", "-"): version for name, version in changed.items()}
+    return {finding.topic: finding for finding in examine_kernels(True, "13.0", packages.get)}
+
+
+def test_the_images_packages_fit_each_other():
+    findings = on_a_gpu()
+    assert findings.pop("NVIDIA apex").severity == "note", "not installed on this machine"
+    assert {finding.severity for finding in findings.values()} == {"ok"}, findings
+
+
+def test_it_says_what_a_run_computes_with(tmp_path, monkeypatch):
+    layers, optimizer = "layers by model.layer_spec=auto", "optimizer by Megatron's choice"
+    here, image, bare = by_topic(examine()), on_a_gpu(), on_a_gpu(transformer_engine_torch=None)
+    assert here[layers].found.startswith("local: PyTorch's") and here[optimizer].found == "PyTorch's AdamW"
+    assert "Transformer Engine's" in image[layers].found and "Transformer Engine's" in image[optimizer].found
+    assert bare[layers].found.startswith("local: PyTorch's") and bare[optimizer].found == "PyTorch's AdamW"
+    (tmp_path / "apex" / "multi_tensor_apply").mkdir(parents=True)
+    (tmp_path / "apex" / "__init__.py").touch()
+    (tmp_path / "amp_C.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert on_a_gpu(transformer_engine_torch=None)[optimizer].found == "apex's FusedAdam"
+
+
+@pytest.mark.parametrize(
+    ("changed", "topic", "severity", "found", "advice"),
+    [
+        ({"transformer_engine_torch": None}, "Transformer Engine", "note", "without its torch part", "install.sh"),
+        (
+            {"transformer_engine_cu13": None, "transformer_engine_cu12": "2.20.2"},
+            "Transformer Engine", "problem", "its core is for CUDA 12 and torch for CUDA 13.0",
+            "pip install transformer-engine-cu13==2.20.2",
+        ),
+        (
+            {"transformer_engine_cu13": "2.19.0"},
+            "Transformer Engine", "problem", "core 2.19.0, torch part 2.20.2", "both must be of one release",
+        ),
+        (
+            {"flash_attn": "2.8.3.post2"},
+            "flash attention", "note", "newer than the 2.8.3 that Transformer Engine", "it attends without it",
+        ),
+        ({"flash_attn": None}, "flash attention", "note", "not installed; runs are slower", "install.sh"),
+        ({"sglang_kernel": None}, "SGLang's kernels (sgl_kernel)", "problem", "not installed", "pip install"),
+        (
+            {"torch": "2.13.0+cu130"},
+            "torch for sglang", "problem", "2.13.0+cu130, but sglang 0.5.23 is made for 2.14.1",
+            "pip install torch==2.14.1",
+        ),
+        ({"flash_attn_4": "4.0.0b36"}, "flash attention 4 (SGLang's)", "note", "not its own", "--force-reinstall"),
+    ],
+)  # fmt: skip
+def test_pieces_that_do_not_fit_on_a_gpu_are_explained(changed, topic, severity, found, advice):
+    finding = on_a_gpu(**changed)[topic]
+    assert finding.severity == severity
+    assert found in finding.found and advice in finding.advice
+
+
+def test_the_driver_is_read_from_the_kernel(tmp_path):
+    file = tmp_path / "version"
+    assert driver_version(file) is None
+    for module in ("NVIDIA UNIX x86_64 Kernel Module", "NVIDIA UNIX Open Kernel Module for x86_64"):
+        file.write_text(f"NVRM version: {module}  580.95.05  Release Build\nGCC version:  gcc version 11.4.0\n")
+        assert driver_version(file) == "580.95.05"
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "driver", "variables", "severity", "found", "advice"),
+    [
+        (None, None, {}, "ok", "CPU", ""),
+        (None, "580.95.05", {}, "note", "CPU build, on a machine with an NVIDIA driver", "take the image"),
+        ("13.0", None, {}, "note", "no NVIDIA driver is loaded", "580 or newer"),
+        ("13.0", "575.57.08", {}, "note", "driver 575.57.08 is too old", "CUDA 13.0 needs 580 or newer"),
+        ("12.9", "575.57.08", {}, "note", "driver 575.57.08 is loaded", "--nv"),
+        ("13.0", "580.95.05", {"CUDA_VISIBLE_DEVICES": ""}, "note", "CUDA_VISIBLE_DEVICES= hides all", "unset it"),
+        ("13.0", "580.95.05", {"SLURM_GPUS_ON_NODE": "8"}, "problem", "but sees no device", "docker run --gpus all"),
+    ],
+)
+def test_it_says_why_torch_sees_no_gpu(torch_cuda, driver, variables, severity, found, advice):
+    finding = examine_device((), torch_cuda, driver, variables)
+    assert finding.severity == severity
+    assert found in finding.found and advice in finding.advice
+
+
+def test_the_gpus_are_named():
+    finding = examine_device(("NVIDIA H100", "NVIDIA H100"), "13.0", "580.95.05", {"SLURM_GPUS_ON_NODE": "2"})
+    assert (finding.severity, finding.advice) == ("ok", "")
+    assert finding.found == "2 CUDA device(s): NVIDIA H100; CUDA 13.0, driver 580.95.05"
+
+
+def test_a_cuda_compiler_that_is_missing_or_of_another_cuda_is_named(tmp_path):
+    toolkit = {"CUDA_HOME": str(tmp_path)}
+    assert "CUDA_HOME" in examine_cuda_compiler("13.0", toolkit).advice
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.2, V13.2.78'\n")
+    nvcc.chmod(0o755)
+    same = examine_cuda_compiler("13.0", {"PATH": str(nvcc.parent)})
+    assert (same.severity, same.found) == ("ok", f"13.2 ({nvcc})")
+    assert "torch is built for CUDA 12.9" in examine_cuda_compiler("12.9", toolkit).found
+    nvcc.write_text("not a program")
+    assert "does not say its version" in examine_cuda_compiler("13.0", toolkit).found

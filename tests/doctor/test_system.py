@@ -1,0 +1,40 @@
+"""What `dsrl doctor` says of the C library and the compiler."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_dsrl.doctor.system import OLDEST_GLIBC, examine_c_library, examine_compiler
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("library", "severity"),
+    [(("glibc", "2.34"), "ok"), (("glibc", "2.41"), "ok"), (("glibc", "2.28"), "problem"), (("", ""), "problem")],
+)
+def test_sglangs_wheels_need_a_recent_glibc(library, severity):
+    finding = examine_c_library(library)
+    assert finding.severity == severity
+    assert finding.found == " ".join(library).strip() or finding.found == "not glibc"
+    assert ("2.34 or newer" in finding.advice) == (severity == "problem")
+
+
+def test_the_set_up_refuses_what_the_doctor_calls_a_problem():
+    script = (REPOSITORY / "tools" / "setup_cpu.sh").read_text()
+    assert f"needs glibc {OLDEST_GLIBC} or newer" in script
+
+
+@pytest.mark.parametrize(("cuda", "severity"), [(False, "ok"), (True, "problem")])
+def test_a_compiler_is_needed_on_a_gpu_only(tmp_path, cuda, severity):
+    finding = examine_compiler(cuda, {"PATH": str(tmp_path)})
+    assert (finding.severity, finding.found.partition(";")[0]) == (severity, "none found")
+    assert ("install gcc" in finding.advice) == cuda
+
+
+@pytest.mark.parametrize(("name", "variables"), [("gcc", {}), ("cc", {}), ("clang", {"CC": "clang"})])
+def test_the_compiler_is_named(tmp_path, name, variables):
+    (tmp_path / name).write_text("")
+    (tmp_path / name).chmod(0o755)
+    finding = examine_compiler(True, {"PATH": str(tmp_path)} | variables)
+    assert (finding.severity, finding.found) == ("ok", str(tmp_path / name))

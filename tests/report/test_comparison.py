@@ -1,0 +1,99 @@
+"""Methods over several runs: means, intervals and tests against hand-worked numbers, and the files."""
+
+import json
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from megatron_dsrl.cli import main
+from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.report.comparison import Estimate, welch_p_value, write_comparison
+from tests.observability.synthetic_run import start_record, write_run, write_starts
+
+GAINS = {"GRPO": (0.30, 0.35, 0.40), "DSRL": (0.40, 0.45, 0.50)}
+
+
+@pytest.fixture
+def methods(tmp_path) -> dict[str, list[Path]]:
+    folders: dict[str, list[Path]] = {}
+    for method, gains in GAINS.items():
+        for seed, gain in enumerate(gains):
+            folders.setdefault(method, []).append(tmp_path / f"{method}_{seed}")
+            write_run(folders[method][-1], gain=gain)
+    return folders
+
+
+def test_the_interval_is_students_t_over_runs():
+    # mean 0.60, standard deviation 0.05, t(0.975, 2 degrees of freedom) = 4.30265: 4.30265 * 0.05 / sqrt(3)
+    estimate = Estimate((0.55, 0.60, 0.65))
+    assert estimate.mean == pytest.approx(0.60)
+    assert estimate.half_width == pytest.approx(0.124207, abs=1e-6)
+    assert estimate.in_percent() == "60.0 ± 12.4"
+    assert Estimate((0.5,)).in_percent() == "50.0", "one run has no spread"
+
+
+def test_welchs_p_value():
+    # t = 0.1 / sqrt(2 * 0.0025 / 3) = 2.44949 with 4 degrees of freedom: p = 0.07048
+    assert welch_p_value((0.55, 0.60, 0.65), (0.65, 0.70, 0.75)) == pytest.approx(0.07048, abs=1e-5)
+    assert welch_p_value((0.5,), (0.6, 0.7)) is None and welch_p_value((0.5, 0.5), (0.6, 0.6)) is None
+
+
+def test_table_and_figure_of_several_runs_per_method(methods, tmp_path):
+    table = write_comparison(methods, "GRPO", tmp_path)
+    assert (tmp_path / "comparison.md").read_text() == table
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:5]]
+    rows = {method: values for method, *values in cells}
+    assert rows["before training"][:2] == ["", "25.0"]
+    assert rows["GRPO"][:3] == ["3", "60.0 ± 12.4", ""]
+    assert rows["DSRL"][:3] == ["3", "70.0 ± 12.4", "0.07"]
+    figure = ElementTree.parse(tmp_path / "comparison.svg").getroot()
+    texts = figure.iter("{http://www.w3.org/2000/svg}text")
+    titles = [text.text for text in texts if text.get("class") == "title"]
+    assert titles == ["GRPO", "DSRL"]
+    lines = re.findall('class="line (series-.)"', (tmp_path / "comparison.svg").read_text())
+    assert lines == ["series-6", "series-6", "series-1"], "the baseline has one colour in all charts"
+
+
+def test_the_command_says_where_it_has_written(methods, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    named = [f"{method}={','.join(path.name for path in folders)}" for method, folders in methods.items()]
+    assert main(["compare", *named]) == 0
+    table, written = capsys.readouterr().out.rsplit("\n\n", 1)
+    assert written == "written to runs/comparison/comparison.md and runs/comparison/comparison.svg\n"
+    assert (tmp_path / "runs/comparison/comparison.md").read_text().strip() == table.strip()
+    assert [path.name for path in tmp_path.glob("comparison*")] == [], "nothing beside the user's own files"
+
+
+def test_what_produced_the_runs_is_beside_their_results(methods, tmp_path):
+    assert "produced by" not in write_comparison(methods, "GRPO", tmp_path)
+    for folder in (*methods["GRPO"], *methods["DSRL"][:2]):
+        write_starts(folder, start_record())
+    write_starts(methods["DSRL"][2], start_record(python="3.11.7 CPython (/usr/bin/python)"))
+    table = write_comparison(methods, "GRPO", tmp_path)
+    assert "| produced by | GRPO | DSRL |" in table
+    assert "| Commit | cccccccccccc | cccccccccccc |" in table
+    assert "| **Python (differs)** | 3.12.3 CPython | 3.12.3 CPython; 3.11.7 CPython |" in table
+    methods["DSRL"][0].joinpath("provenance.jsonl").unlink()
+    table = write_comparison(methods, "GRPO", tmp_path)
+    assert "| **Commit (differs)** | cccccccccccc | not recorded; cccccccccccc |" in table
+
+
+def test_every_set_has_its_own_test(methods, tmp_path):
+    for gain, folder in zip((0.0, 0.1, 0.2) * 2, (*methods["GRPO"], *methods["DSRL"]), strict=True):
+        with open(folder / "evaluation.jsonl", "a") as stream:
+            stream.write(json.dumps({"set": "other", "step": 6, "accuracy": 0.5 + gain}) + "\n")
+    table = write_comparison(methods, "GRPO", tmp_path)
+    header, _, _, grpo, dsrl = ([cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[:5])
+    tests = [number for number, title in enumerate(header) if title.startswith("p against GRPO on ")]
+    assert [header[number].removeprefix("p against GRPO on ") for number in tests] == ["held-out", "other"]
+    assert [grpo[number] for number in tests] == ["", ""]
+    assert [dsrl[number] for number in tests] == ["0.07", "1"]
+
+
+def test_runs_without_evaluations_are_refused(methods, tmp_path):
+    for folder in methods["GRPO"]:
+        (folder / "evaluation.jsonl").unlink()
+    with pytest.raises(UserError, match="no evaluations"):
+        write_comparison({"GRPO": methods["GRPO"]}, "GRPO", tmp_path)

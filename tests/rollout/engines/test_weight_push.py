@@ -1,0 +1,62 @@
+"""Buckets on their way to a real engine."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_dsrl.rollout.engines.weight_push import ALIGNMENT_BYTES, Bucket, BucketMemory, flatten, push_weights
+
+STOPPED_SECONDS = 1.0
+DTYPES = [torch.float32, torch.bfloat16, torch.uint8]
+
+
+def test_the_next_bucket_is_taken_only_when_the_engine_has_confirmed_the_one_before(engine_rollout):
+    """The engine is stopped while it has a bucket to copy: nothing may be overwritten until it goes on."""
+    (url,) = engine_rollout._urls
+    group = engine_rollout._engines._server.process_id
+    weight = torch.ones(64)
+    waited = []
+
+    def buckets() -> Iterator[Bucket]:
+        os.killpg(group, signal.SIGSTOP)
+        go_on = threading.Timer(STOPPED_SECONDS, os.killpg, [group, signal.SIGCONT])
+        go_on.start()
+        begin = time.monotonic()
+        yield [("model.norm.weight", weight)]
+        waited.append(time.monotonic() - begin)
+        go_on.join()
+
+    version = engine_rollout.weight_version
+    assert push_weights(buckets(), version, url, group=None, timeout_seconds=60.0) is None
+    assert waited[0] >= STOPPED_SECONDS
+
+
+@given(st.lists(st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 4), max_size=3)), min_size=1, max_size=6))
+def test_a_flattened_bucket_holds_every_tensor_bit_for_bit(kinds):
+    generator = torch.Generator().manual_seed(0)
+    bucket = [
+        (str(number), torch.randint(0, 100, shape, generator=generator).to(dtype))
+        for number, (dtype, shape) in enumerate(kinds)
+    ]
+
+    memory = BucketMemory()
+    flatten([("larger", torch.full((1000,), 7.0))], memory)  # what lay there before
+
+    flattened = flatten(bucket, memory)
+
+    for entry, (name, tensor) in zip(flattened["metadata"], bucket, strict=True):
+        copy = flattened["flattened_tensor"][entry.start_idx : entry.end_idx].view(entry.dtype).reshape(entry.shape)
+        assert entry.name == name and entry.start_idx % ALIGNMENT_BYTES == 0
+        assert torch.equal(copy, tensor)
+
+
+def test_a_bucket_is_never_empty():
+    with pytest.raises(AssertionError):
+        flatten([], BucketMemory())

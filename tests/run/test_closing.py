@@ -1,0 +1,21 @@
+"""What a finished run says."""
+
+import json
+from pathlib import Path
+
+from megatron_dsrl.run.closing import closing_lines
+
+
+def test_accuracy_before_and_after_the_folder_and_the_next_commands(tmp_path: Path) -> None:
+    records = [
+        {"step": 0, "set": "MATH", "accuracy": 0.205},
+        {"step": 0, "set": "AIME", "accuracy": None},
+        {"step": 5, "set": "MATH", "accuracy": 0.4},
+        {"step": 9, "set": "MATH", "accuracy": 0.743},
+        {"step": 9, "set": "new", "accuracy": 0.1},
+    ]
+    (tmp_path / "evaluation.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    first, *rest = closing_lines(tmp_path, 9)
+    assert first == f"{tmp_path} is complete: 9 steps"
+    assert rest[:2] == ["MATH: 20.5% (step 0) -> 74.3% (step 9)", "new: 10.0% after step 9"]
+    assert f"dsrl report {tmp_path} " in rest[2] and f"dsrl samples {tmp_path} " in rest[3]

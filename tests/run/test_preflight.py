@@ -1,0 +1,101 @@
+"""The checks of a run against its model and data."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.config.load import load_config
+from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.config.yaml_text import format_yaml
+from megatron_dsrl.run.preflight import preflight
+
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rope_theta": 1000000,
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    """A run whose model folder and prompts exist."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(QWEN3))
+    (tmp_path / "train.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n' * 8)
+    run = {
+        "name": "small",
+        "steps": 4,
+        "model": {"path": str(tmp_path / "model")},
+        "data": {"source": str(tmp_path / "train.jsonl"), "max_prompt_tokens": 100},
+        "rollout": {"prompts_per_step": 4, "samples_per_prompt": 4, "max_response_tokens": 60},
+        "phases": [{"name": "grpo", "space": {"name": "post_train"}, "advantage": {"name": "group_mean"}}],
+    }
+    (tmp_path / "run.yaml").write_text(format_yaml(run))
+    return load_config(tmp_path / "run.yaml")
+
+
+def test_figures_use_the_prompt_file_and_checks_use_the_model(config, tmp_path):
+    assert preflight(config, 1).epochs == 2.0
+    with pytest.raises(UserError, match="model's 2 layers cannot be split 4 ways"):
+        preflight(load_config(tmp_path / "run.yaml", ["parallel.pipeline_parallel_size=4"]), 4)
+
+
+def test_a_missing_model_folder_is_not_looked_up_on_the_hub(config, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for path in ("./base", "/no/such/base", "a/b/c", "base", "runs/base"):
+        with pytest.raises(UserError, match=f"^model.path: there is no folder {path}; make or download"):
+            preflight(load_config("run.yaml", [f"model.path={path}"]), 1)
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"architectures": ["LlamaForCausalLM"]}'])
+def test_a_damaged_or_foreign_model_folder_names_its_file(config, tmp_path, content):
+    file = tmp_path / "model" / "config.json"
+    file.unlink()
+    if content:
+        file.write_text(content)
+    with pytest.raises(UserError, match=str(tmp_path / "model")):
+        preflight(config, 1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["critic.warmup_steps=1"], "critic.warmup_steps: is 1, but no critic learns in step 1"),
+        (["phases.0.advantage={name: gae}", "critic.warmup_steps=9"], "no critic learns in step 5"),
+        (["phases.0.advantage={name: gae}", "critic.path=./absent"], "critic.path: there is no folder ./absent"),
+        (["reference.refresh_every_steps=2"], "reference: no phase has a `kl` section"),
+    ],
+)
+def test_critic_and_reference_must_be_of_use(config, tmp_path, overrides, message):
+    used = ["phases.0.advantage={name: gae}", "phases.0.kl={loss_coefficient: 0.1}"]
+    settings = ["critic.warmup_steps=4", "reference.refresh_every_steps=2"]
+    preflight(load_config(tmp_path / "run.yaml", used + settings), 1)
+    with pytest.raises(UserError, match=message):
+        preflight(load_config(tmp_path / "run.yaml", overrides), 1)
+
+
+def test_what_is_missing_and_can_be_made_is_named_with_its_command(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made_by = "made_by={.cache/task: bash make.sh}"
+    for override in ("model.path=.cache/task/base", "data.source=.cache/task/train.jsonl"):
+        field, _, path = override.partition("=")
+        with pytest.raises(UserError, match=rf"{field}: there is no (folder|file) {path}; `bash make.sh` makes it"):
+            preflight(load_config("run.yaml", [made_by, override]), 1)
+    with pytest.raises(UserError, match="make or download the model first"):
+        preflight(load_config("run.yaml", [made_by, "model.path=./other"]), 1)
+
+
+def test_published_sizes_need_neither_a_network_nor_the_model(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("megatron_dsrl.model.source._fetch_config_json", lambda name: pytest.fail("asked the hub"))
+    figures = preflight(load_config(tmp_path / "run.yaml", ["model.path=Qwen/Qwen3-30B-A3B"]), 1)
+    assert figures.samples_per_step == 16
