@@ -11,9 +11,6 @@ CHARACTER = 6.8
 """Width of a character at the charts' font size of 11, generously."""
 MOST_DOTS = 25
 
-Point = tuple[float, float]
-"""x and y in the drawing."""
-
 
 def text_width(text: str) -> float:
     """About how wide a text is in a drawing; too wide rather than too narrow."""
@@ -63,13 +60,14 @@ def grid(axes: Axes) -> list[str]:
 def curve(axes: Axes, series: Series) -> list[str]:
     """A line between holes and breaks, dots where there are few points, and error bars."""
     shapes, known = [], series.known()
-    for step, value, error in known:
+    for step, value, error in known if series.errors else ():
         if error:
             x, low, high = axes.x(step), axes.y(value - error), axes.y(value + error)
             shapes.append(f'<path class="bar series-{series.colour}" d="M{x:.1f} {low:.1f}V{high:.1f}"/>')
-    pieces = [[(axes.x(step), axes.y(value)) for step, value in piece] for piece in series.pieces()]
-    # h0: a lone point still shows as a dot
-    path = "".join(f"M{_joined(piece[:1])}h0" + _rest(thinned(piece)) for piece in pieces)
+    path = ""
+    for piece in series.pieces():
+        points = _drawn(axes, piece)
+        path += f"M{points[0]}h0" + "".join(f"L{point}" for point in points[1:])  # h0: a lone point shows as a dot
     shapes.append(f'<path class="line series-{series.colour}" d="{path}"/>')
     if len(known) <= MOST_DOTS:
         shapes += [
@@ -81,12 +79,11 @@ def curve(axes: Axes, series: Series) -> list[str]:
 
 def area(axes: Axes, steps: Sequence[int], below: Sequence[float], above: Sequence[float], colour: int) -> str:
     """The area between two curves."""
-    xs = [axes.x(step) for step in steps]
-    if len(xs) == 1:  # one step: a column instead of a line without width
-        xs, below, above = [xs[0] - 20, xs[0] + 20], list(below) * 2, list(above) * 2
-    upper = thinned([(x, axes.y(value)) for x, value in zip(xs, above, strict=True)])
-    lower = thinned([(x, axes.y(value)) for x, value in zip(xs, below, strict=True)])
-    return f'<path class="area series-{colour}" d="M{_joined([*upper, *reversed(lower)])}Z"/>'
+    upper, lower = (_drawn(axes, list(zip(steps, edge, strict=True))) for edge in (above, below))
+    if len(steps) == 1:  # a column instead of a line without width
+        x, top, bottom = axes.x(steps[0]), axes.y(above[0]), axes.y(below[0])
+        upper, lower = ([f"{x + side:.1f} {y:.1f}" for side in (-20, 20)] for y in (top, bottom))
+    return f'<path class="area series-{colour}" d="M{"L".join([*upper, *reversed(lower)])}Z"/>'
 
 
 def cursor(axes: Axes) -> str:
@@ -95,26 +92,25 @@ def cursor(axes: Axes) -> str:
     return f'<line class="cursor" x1="0" x2="0" y1="{frame.top}" y2="{frame.bottom_edge}" visibility="hidden"/>'
 
 
-def thinned(points: Sequence[Point]) -> list[Point]:
+def _drawn(axes: Axes, points: Sequence[tuple[int, float]]) -> list[str]:
+    """Coordinates of the points that are needed to see all of them."""
+    kept = _thinned([(axes.x(step), value) for step, value in points])
+    return [f"{x:.1f} {axes.y(value):.1f}" for x, value in kept]
+
+
+def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """The same picture with fewer points: of all in one unit of width the first, highest, lowest and last."""
-    columns: dict[int, list[Point]] = {}
+    columns: dict[int, list[tuple[float, float]]] = {}
     for point in points:
         columns.setdefault(int(point[0]), []).append(point)
-    kept: list[Point] = []
+    kept: list[tuple[float, float]] = []
     for column in columns.values():
         if len(column) > 4:
-            by_height = sorted(range(len(column)), key=lambda index: column[index][1])
-            column = [column[index] for index in sorted({0, by_height[0], by_height[-1], len(column) - 1})]
+            values = [value for _, value in column]
+            ends = {0, values.index(min(values)), values.index(max(values)), len(column) - 1}
+            column = [column[index] for index in sorted(ends)]
         kept += column
     return kept
-
-
-def _joined(points: Sequence[Point]) -> str:
-    return "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-
-
-def _rest(points: Sequence[Point]) -> str:
-    return f"L{_joined(points[1:])}" if len(points) > 1 else ""
 
 
 def _tick_label(value: float) -> str:

@@ -7,7 +7,7 @@ repository would have two systems and a larger page in place of these few hundre
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,17 +98,20 @@ def _chart(source: ChartSource, axes: Axes, shapes: Sequence[str]) -> Chart:
     svg = Markup(
         f'<svg viewBox="0 0 {frame.width} {frame.height}" role="img" tabindex="0" aria-label="{words}">{content}</svg>'
     )
-    values = [{step: number(value, error) for step, value, error in one.known()} for one in series]
-    shown = max((step for by_step in values for step in by_step), default=steps[-1])
-    legend = tuple(
-        (one.colour, one.name, by_step.get(shown, number(None))) for one, by_step in zip(series, values, strict=True)
-    )
-    return Chart(source, frame, svg, legend, shown, json.dumps(_data(source, axes, steps), separators=(",", ":")))
+    known = [{step: (value, error) for step, value, error in one.known()} for one in series]
+    shown = max((max(points) for points in known if points), default=steps[-1])
+    at_shown = [number(*points.get(shown, (None, None))) for points in known]
+    legend = tuple((one.colour, one.name, value) for one, value in zip(series, at_shown, strict=True))
+    return Chart(source, frame, svg, legend, shown, json.dumps(_data(source, axes, known), separators=(",", ":")))
 
 
-def _data(source: ChartSource, axes: Axes, steps: Sequence[int]) -> dict[str, Any]:
+_Points = Mapping[int, tuple[float, float | None]]
+"""Value and error of a series by step, where it has a value."""
+
+
+def _data(source: ChartSource, axes: Axes, known: Sequence[_Points]) -> dict[str, Any]:
     """What the page's script needs to show values, to smooth curves and to write them as CSV."""
-    frame, horizontal, vertical = axes.frame, axes.horizontal, axes.vertical
+    frame, horizontal, vertical, steps = axes.frame, axes.horizontal, axes.vertical, source.all_steps()
     consecutive = len(steps) == steps[-1] - steps[0] + 1
     return {
         "kind": source.kind,
@@ -118,17 +121,16 @@ def _data(source: ChartSource, axes: Axes, steps: Sequence[int]) -> dict[str, An
         "x": {"log": 2 * horizontal.is_log2, "ends": [axes.first, axes.last], "places": [frame.left, frame.right_edge]},
         "y": {"log": 10 * vertical.is_log, "ends": [axes.low, axes.high], "places": [frame.bottom_edge, frame.top]},
         "phases": [[phase.name, phase.first_step, phase.last_step] for phase in source.phases],
-        "series": [_series_data(one, steps) for one in source.series],
+        "series": [_series_data(one, points, steps) for one, points in zip(source.series, known, strict=True)],
     }
 
 
-def _series_data(series: Series, steps: Sequence[int]) -> dict[str, Any]:
+def _series_data(series: Series, points: _Points, steps: Sequence[int]) -> dict[str, Any]:
     """Values at the chart's steps, with six digits."""
-    known = {step: (value, error) for step, value, error in series.known()}
-    points = [known.get(step, (None, None)) for step in steps]
-    data: dict[str, Any] = {"name": series.name, "values": [_six_digits(value) for value, _ in points]}
+    values = [points.get(step, (None, None)) for step in steps]
+    data: dict[str, Any] = {"name": series.name, "values": [_six_digits(value) for value, _ in values]}
     if series.errors is not None:
-        data["errors"] = [_six_digits(error) for _, error in points]
+        data["errors"] = [_six_digits(error) for _, error in values]
     if series.breaks:
         data["breaks"] = series.breaks
     return data
