@@ -47,8 +47,8 @@ from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.engines.awaiting_engines import awaiting_engines
 from megatron_dsrl.rollout.recording import RolloutRecorder
 from megatron_dsrl.rollout.replay import ReplayRollout
+from megatron_dsrl.rollout.responses import responses_of
 from megatron_dsrl.rollout.rollout import Rollout
-from megatron_dsrl.rollout.sample import responses_of
 from megatron_dsrl.rollout.step_sampling import StepSamples
 from megatron_dsrl.run.closing import closing_lines
 from megatron_dsrl.run.controller import Controller

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_dsrl.algorithms.experience import Response
 from megatron_dsrl.data.prompt import Prompt
 
 
@@ -67,27 +66,3 @@ class Group:
 def count_tokens(groups: Sequence[Group]) -> int:
     """Response tokens of all samples."""
     return sum(len(sample.response_ids) for group in groups for sample in group.samples)
-
-
-def responses_of(groups: Sequence[Group], weight_version: int) -> list[Response]:
-    """Samples as the algorithms take them.
-
-    Args:
-        groups: of a step.
-        weight_version: of the weights that they are to update; tokens of earlier ones are marked as older.
-    """
-    return [
-        Response(
-            prompt_ids=group.prompt.token_ids,
-            response_ids=sample.response_ids,
-            engine_log_probs=sample.log_probs,
-            reward=sample.reward,
-            group=number,
-            truncated=sample.finish_reason == "length",
-            older_tokens=sample.tokens_before(weight_version),
-            routed_experts=sample.routed_experts,
-            scored=sample.scored,
-        )
-        for number, group in enumerate(groups)
-        for sample in group.samples
-    ]

@@ -15,8 +15,8 @@ from megatron_dsrl.observability.timer import SecondsPerPart
 from megatron_dsrl.observability.tracker import Tracker
 from megatron_dsrl.rollout.progress import OnSamples
 from megatron_dsrl.rollout.recording import RolloutRecorder
+from megatron_dsrl.rollout.responses import responses_of
 from megatron_dsrl.rollout.rollout import Rollout
-from megatron_dsrl.rollout.sample import responses_of
 from megatron_dsrl.rollout.step_sampling import StepSamples
 from megatron_dsrl.run.step_metrics import rollout_metrics
 from megatron_dsrl.run.step_record import (

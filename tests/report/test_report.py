@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -382,3 +384,12 @@ def test_damaged_results_are_named(tmp_path: Path, file: str, message: str) -> N
     (tmp_path / file).write_text("[1, 2")
     with pytest.raises(UserError, match=f"{file} {message}"):
         write_report(tmp_path)
+
+
+def test_a_report_is_made_without_pytorch(run_folder: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys; from megatron_dsrl.cli import main\n"
+        f"assert main(['report', {str(run_folder)!r}, '--output', {str(tmp_path / 'page.html')!r}]) == 0\n"
+        "assert not {'torch', 'sglang', 'megatron', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

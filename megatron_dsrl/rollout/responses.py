@@ -1,0 +1,30 @@
+"""Samples as the algorithms take them: kept apart, so that code that only reads samples does not load PyTorch."""
+
+from collections.abc import Sequence
+
+from megatron_dsrl.algorithms.experience import Response
+from megatron_dsrl.rollout.sample import Group
+
+
+def responses_of(groups: Sequence[Group], weight_version: int) -> list[Response]:
+    """Samples as the algorithms take them.
+
+    Args:
+        groups: of a step.
+        weight_version: of the weights that they are to update; tokens of earlier ones are marked as older.
+    """
+    return [
+        Response(
+            prompt_ids=group.prompt.token_ids,
+            response_ids=sample.response_ids,
+            engine_log_probs=sample.log_probs,
+            reward=sample.reward,
+            group=number,
+            truncated=sample.finish_reason == "length",
+            older_tokens=sample.tokens_before(weight_version),
+            routed_experts=sample.routed_experts,
+            scored=sample.scored,
+        )
+        for number, group in enumerate(groups)
+        for sample in group.samples
+    ]
