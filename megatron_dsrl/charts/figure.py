@@ -47,7 +47,7 @@ def _legend(chart: Chart) -> list[list[tuple[float, int, str]]]:
     rows: list[list[tuple[float, int, str]]] = [[(left, 0, at)]]
     x = left + text_width(at) + BETWEEN
     for colour, name, value in chart.legend:
-        label = _shortened(f"{name} {value}", right - left - SWATCH)
+        label = _shortened(f"{name}: {value}", right - left - SWATCH)
         width = SWATCH + text_width(label)
         if x + width > right:
             rows.append([])

@@ -27,8 +27,8 @@ def test_the_command_writes_one_picture_with_curves_axes_and_phases_named(tmp_pa
     assert not (tmp_path / "tiny" / "report.html").exists()
     words = texts(picture)
     assert words[0] == "tiny" and {"step", "accuracy", "nsr-prerl", "grpo", "0", "48"} < set(words)
-    assert {"step 48:", "accuracy on held-out 0.6 ± 0.031"} < set(words)
-    assert any(text.startswith("reward of the samples 0.") for text in words)
+    assert {"step 48:", "accuracy on held-out: 0.6 ± 0.031"} < set(words)
+    assert any(text.startswith("reward of the samples: 0.") for text in words)
     bands = [rect for rect in ElementTree.parse(picture).getroot().iter(f"{SVG}rect") if "band" in rect.get("class")]
     assert len(bands) == len({band.get("class") for band in bands}) == 2
     source = picture.read_text()
@@ -42,7 +42,7 @@ def test_rewards_beyond_an_accuracy_do_not_share_its_axis(tmp_path: Path) -> Non
     assert not any("reward" in text for text in texts(write_learning_curve(tmp_path / "run", tmp_path / "a.svg")))
     (tmp_path / "run" / "evaluation.jsonl").unlink()
     alone = texts(write_learning_curve(tmp_path / "run", tmp_path / "b.svg"))
-    assert {"reward", "-3", "reward of the samples -3"} < set(alone)
+    assert {"reward", "-3", "reward of the samples: -3"} < set(alone)
 
 
 def test_a_run_without_a_curve_is_refused(tmp_path: Path) -> None:
