@@ -106,7 +106,7 @@ class GroupMean(AdvantageOptions):
 
 @ADVANTAGES.register
 class GroupStandardised(AdvantageOptions):
-    """A = (r - mean) / (std + eps), the unbiased standard deviation of the group (GRPO, arXiv 2402.03300)."""
+    """A = (r - mean) / (std + eps), with the unbiased standard deviation of the group (GRPO, arXiv 2402.03300)."""
 
     name: Literal["group_standardised"] = "group_standardised"
     compares_samples: ClassVar[bool] = True
@@ -147,8 +147,8 @@ class ReinforcePlusPlus(AdvantageOptions):
 
 @ADVANTAGES.register
 class ReinforcePlusPlusBaseline(AdvantageOptions):
-    """The baseline form of REINFORCE++ (arXiv 2501.03262): the group's mean is taken off the reward, then as
-    `reinforce_pp`.
+    """REINFORCE++ with a baseline (arXiv 2501.03262): subtract the group mean from the reward, then proceed as
+    REINFORCE++.
 
     Standardising over the batch also subtracts the mean over all tokens, so samples of a uniform group get a small
     advantage rather than exactly 0.

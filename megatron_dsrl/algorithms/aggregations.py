@@ -45,7 +45,7 @@ class AggregationOptions(Options):
 
 @AGGREGATIONS.register
 class TokenMean(AggregationOptions):
-    """The mean over all tokens (DAPO, arXiv 2503.14476)."""
+    """Mean over all tokens (DAPO, arXiv 2503.14476)."""
 
     name: Literal["token_mean"] = "token_mean"
 
@@ -55,7 +55,7 @@ class TokenMean(AggregationOptions):
 
 @AGGREGATIONS.register
 class SequenceMean(AggregationOptions):
-    """The mean over samples of each sample's mean over its tokens (GRPO, arXiv 2402.03300)."""
+    """Mean over samples of each sample's mean over its tokens (GRPO, arXiv 2402.03300)."""
 
     name: Literal["sequence_mean"] = "sequence_mean"
 
@@ -66,7 +66,7 @@ class SequenceMean(AggregationOptions):
 
 @AGGREGATIONS.register
 class TokenSum(AggregationOptions):
-    """The mean over samples of each sample's sum over its tokens, divided by a constant (Dr.GRPO, arXiv 2503.20783)."""
+    """Mean over samples of each sample's sum over its tokens, divided by a constant (Dr.GRPO, arXiv 2503.20783)."""
 
     name: Literal["token_sum"] = "token_sum"
 

@@ -26,8 +26,8 @@ from megatron_dsrl.config.phase import ADVANTAGES
 
 @ADVANTAGES.register
 class GeneralizedAdvantage(AdvantageOptions):
-    """PPO's generalized advantage estimation (arXiv 1506.02438), from the values of a critic (the run's `critic`
-    section)."""
+    """Generalized advantage estimation (arXiv 1506.02438), as in PPO, from a critic's values (configured in the
+    `critic` section)."""
 
     name: Literal["gae"] = "gae"
     needs: ClassVar[ModelPasses] = ModelPasses(values=True)

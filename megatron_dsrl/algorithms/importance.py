@@ -37,7 +37,7 @@ class ImportanceCorrectionOptions(Options):
 
 @IMPORTANCE_CORRECTIONS.register
 class Truncated(ImportanceCorrectionOptions):
-    """TIS (F. Yao et al., 2025): ratios above a cap are lowered to it."""
+    """TIS (F. Yao et al., 2025): clamp ratios to at most a cap."""
 
     name: Literal["truncated"] = "truncated"
 
@@ -55,8 +55,7 @@ class Truncated(ImportanceCorrectionOptions):
 
 @IMPORTANCE_CORRECTIONS.register
 class Masked(ImportanceCorrectionOptions):
-    """MIS (J. Liu et al., 2025; arXiv 2510.18855): tokens or sequences whose ratio lies outside the bounds are left
-    out."""
+    """MIS (J. Liu et al., 2025; arXiv 2510.18855): drop tokens or sequences whose ratio lies outside the bounds."""
 
     name: Literal["masked"] = "masked"
 

@@ -82,7 +82,7 @@ class LossOptions(Options):
 
 @LOSSES.register
 class DualClip(LossOptions):
-    """PPO's clipped surrogate (arXiv 1707.06347) with the dual clip for negative advantages (arXiv 1912.09729)."""
+    """PPO's clipped surrogate (arXiv 1707.06347), with the dual clip for negative advantages (arXiv 1912.09729)."""
 
     name: Literal["dual_clip"] = "dual_clip"
 
@@ -103,7 +103,8 @@ class DualClip(LossOptions):
 
 @LOSSES.register
 class PolicyGradient(LossOptions):
-    """REINFORCE (Williams, 1992): l = -A log pi. No ratio and no clip: for one optimizer step per rollout batch."""
+    """REINFORCE (Williams, 1992): l = -A log pi. It has no ratio and no clip, so use it with one optimizer step per
+    rollout batch."""
 
     name: Literal["policy_gradient"] = "policy_gradient"
     on_policy_only: ClassVar[bool] = True

@@ -2,11 +2,15 @@
 
 import argparse
 
+from megatron_dsrl.commands.arguments import Commands, add_command
 
-def add_push(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+
+def add_push(commands: Commands) -> None:
     """Add the command to `dsrl`'s."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "push",
+        _push,
         help="upload an exported policy with its model card to the Hugging Face hub",
         description="Upload the newest policy that a run has exported, with a model card of its method, data, "
         "configuration and evaluations. Needs a token that may write: HF_TOKEN, or `hf auth login`.",
@@ -23,7 +27,6 @@ def add_push(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     parser.add_argument(
         "--dry-run", action="store_true", help="print the files and the model card, and upload nothing"
     )
-    parser.set_defaults(command=_push, parser=parser)
 
 
 def _push(options: argparse.Namespace) -> int:

@@ -44,10 +44,12 @@ def add_compare(commands: Commands) -> None:
     )
 
 
-def add_upload(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_upload(commands: Commands) -> None:
     """Add the command to `dsrl`'s."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "upload",
+        _upload,
         help="send a run folder to experiment trackers, as for compute nodes without a network",
         description="Send the steps, evaluations and responses of a run folder to W&B, MLflow, SwanLab, Trackio or a "
         "tracker of your own. Sends only what the tracker does not have yet, so that it can be repeated while the run "
@@ -66,7 +68,6 @@ def add_upload(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="wandb, mlflow, swanlab, trackio or package.module:Class; may be repeated (default: the run's "
         "observability.trackers)",
     )
-    parser.set_defaults(command=_upload, parser=parser)
 
 
 def _trace(options: argparse.Namespace) -> int:

@@ -12,7 +12,16 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.config.fields import function_of, members, registry_of, sections_of, tags
+from megatron_dsrl.config.fields import (
+    choices_of,
+    function_of,
+    is_section,
+    item_registry_of,
+    members,
+    registry_of,
+    sections_of,
+    tags,
+)
 from megatron_dsrl.config.registry import Options
 from megatron_dsrl.config.section import Section
 
@@ -103,7 +112,7 @@ def field_paths(section: type[Section], prefix: str = "") -> list[str]:
     paths = []
     for name, field in section.model_fields.items():
         paths.append(f"{prefix}{name}")
-        if registry_of(field) is None and len(sections_of(field)) == 1:
+        if choices_of(field) is None and len(sections_of(field)) == 1:
             paths += field_paths(sections_of(field)[0], f"{prefix}{name}.")
     return paths
 
@@ -113,6 +122,8 @@ def type_of(field: FieldInfo) -> str:
     registry, function = registry_of(field), function_of(field)
     if registry is not None:
         kind = f"{_article(registry.kind)}, or the dotted path of your own"
+    elif (items := item_registry_of(field)) is not None:
+        kind = f"list of {items.kind}s, or dotted paths of your own"
     elif function is not None:
         kind = f"name of {_article(function.kind)}, or the dotted path of your own"
     else:
@@ -134,13 +145,8 @@ def _in_words(annotation: Any) -> str:
         return f"list of {_PLURAL.get(inner, 'sections')}"
     if origin is dict:
         values = members(arguments[1])
-        return "mapping of names to sections" if sections_in(values) else "mapping"
+        return "mapping of names to sections" if any(map(is_section, values)) else "mapping"
     return "section"
-
-
-def sections_in(annotations: Sequence[Any]) -> list[type[Section]]:
-    """Those that are sections."""
-    return [each for each in annotations if isinstance(each, type) and issubclass(each, Section)]
 
 
 def _article(kind: str) -> str:

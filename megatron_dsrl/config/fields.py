@@ -35,6 +35,20 @@ def registry_of(field: FieldInfo) -> Registry | None:
     return _metadata_of(field, Registry)
 
 
+def item_registry_of(field: FieldInfo) -> Registry | None:
+    """The registry that the items of a list are chosen from."""
+    for member in members(field.annotation):
+        if get_origin(member) is list:
+            metadata = getattr(get_args(member)[0], "__metadata__", ())
+            return next((item for item in metadata if isinstance(item, Registry)), None)
+    return None
+
+
+def choices_of(field: FieldInfo) -> Registry | None:
+    """The registry that a field's value, or each of its items, is chosen from."""
+    return registry_of(field) or item_registry_of(field)
+
+
 def function_of(field: FieldInfo) -> FunctionName | None:
     """What the function is that a field names."""
     return _metadata_of(field, FunctionName)
@@ -42,7 +56,7 @@ def function_of(field: FieldInfo) -> FunctionName | None:
 
 def sections_of(field: FieldInfo) -> list[type[Section]]:
     """The classes of sections that a field may hold, by itself or as items: one, or one per choice."""
-    registry = registry_of(field)
+    registry = choices_of(field)
     if registry is not None:
         return list(registry.classes())
     return [section for member in members(field.annotation) for section in _sections_in(member)]
@@ -52,17 +66,16 @@ def _sections_in(member: Any) -> list[type[Section]]:
     if is_section(member):
         return [member]
     if get_origin(member) in (list, tuple, dict):
-        item = get_args(member)[-1]
-        registries = [each for each in getattr(item, "__metadata__", ()) if isinstance(each, Registry)]
-        if registries:
-            return list(registries[0].classes())
-        return [section for inner in members(item) for section in _sections_in(inner)]
+        return [section for inner in members(get_args(member)[-1]) for section in _sections_in(inner)]
     return []
 
 
 def _metadata_of(field: FieldInfo, kind: type) -> Any:
-    # Pydantic leaves the union of `Annotated[Options, registry] | None`; in a list the items are chosen, not the field.
-    in_union = get_args(field.annotation) if get_origin(field.annotation) in (Union, types.UnionType) else ()
-    parts = [field, *in_union]
-    found = [item for part in parts for item in getattr(part, "metadata", getattr(part, "__metadata__", ()))]
-    return next((item for item in found if isinstance(item, kind)), None)
+    # Of `Annotated[Options, registry] | None` pydantic leaves the union; in a list the items are chosen, not the field.
+    of_union = get_args(field.annotation) if get_origin(field.annotation) in (Union, types.UnionType) else ()
+    metadata = [item for part in (field, *of_union) for item in _metadata(part)]
+    return next((item for item in metadata if isinstance(item, kind)), None)
+
+
+def _metadata(part: Any) -> tuple[Any, ...]:
+    return tuple(getattr(part, "metadata", getattr(part, "__metadata__", ())))

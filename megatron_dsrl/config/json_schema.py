@@ -87,7 +87,7 @@ def _partial_value(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _holds_sections(items: dict[str, Any]) -> bool:
-    return "$ref" in items or any("$ref" in member for member in items.get("anyOf", []))
+    return "$ref" in items or any("$ref" in member for member in [*items.get("anyOf", []), *items.get("oneOf", [])])
 
 
 def _changed_items(items: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from megatron_dsrl.config.describe import (
     one_line_each,
     type_of,
 )
-from megatron_dsrl.config.fields import function_of, registry_of, sections_of, tags
+from megatron_dsrl.config.fields import choices_of, function_of, sections_of, tags
 from megatron_dsrl.config.function_name import FunctionName, options_of
 from megatron_dsrl.config.kinds import KINDS, Kind
 from megatron_dsrl.config.section import Section
@@ -87,7 +87,7 @@ class _Page:
             field = section.model_fields[name]
             below = sections_of(field)
             inner = f"{path}.{name}".lstrip(".")
-            if registry_of(field) is not None or len(below) > 1:
+            if choices_of(field) is not None or len(below) > 1:
                 self._add_choices(inner, below)
             elif (function := function_of(field)) is not None:
                 self._add_functions(inner, function)
@@ -107,7 +107,7 @@ class _Page:
         limits = limits_of(place.field)
         kind = _cell(type_of(place.field) + (f", {limits}" if limits else ""))
         below = sections_of(place.field)
-        if below and registry_of(place.field) is None and len(below) == 1 and self._is_known(below[0]):
+        if below and choices_of(place.field) is None and len(below) == 1 and self._is_known(below[0]):
             kind += f": as [`{self._heading_of(below[0])}`](#{_anchor(self._heading_of(below[0]))})"
         meaning = meaning_of(place).partition("\n\n")[0] if place.field.description is None else meaning_of(place)
         return f"| `{place.path}` | {kind} | {_cell(shown)} | {_cell(meaning)} |"

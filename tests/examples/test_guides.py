@@ -34,7 +34,7 @@ RUN_HERE = {
     and (arguments[0] in ("config", "plan") or "--dry-run" in arguments)
     and arguments[0] != "push"
 }
-"""Commands that take a second: plans, dry runs, explanations of the configuration; not those that need a run."""
+"""Commands that take a second: plans, dry runs, explanations; not those that need a finished run."""
 
 
 @pytest.fixture(scope="module")
