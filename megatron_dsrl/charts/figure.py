@@ -7,6 +7,7 @@ from pathlib import Path
 from markupsafe import escape
 
 from megatron_dsrl.charts.chart_shapes import text_width
+from megatron_dsrl.charts.chart_source import Series, number
 from megatron_dsrl.charts.charts import Chart
 
 COLUMNS = 3
@@ -41,20 +42,29 @@ def write_figure(charts: Sequence[Chart], path: Path) -> None:
 
 
 def _legend(chart: Chart) -> list[list[tuple[float, int, str]]]:
-    """Rows of (x, colour, label): the values at the last step, which the first row begins with."""
+    """Rows of (x, colour, label): every curve's last value, and at which step where it is not the chart's last one."""
     at = f"{chart.source.horizontal.name} {chart.legend_step}:"
     left, right = chart.frame.left, chart.frame.width
     rows: list[list[tuple[float, int, str]]] = [[(left, 0, at)]]
     x = left + text_width(at) + BETWEEN
-    for colour, name, value in chart.legend:
-        label = _shortened(f"{name}: {value}", right - left - SWATCH)
+    for series in chart.source.series:
+        label = _shortened(_last_value(chart, series), right - left - SWATCH)
         width = SWATCH + text_width(label)
         if x + width > right:
             rows.append([])
             x = left
-        rows[-1].append((x, colour, label))
+        rows[-1].append((x, series.colour, label))
         x += width + BETWEEN
     return [row for row in rows if row]
+
+
+def _last_value(chart: Chart, series: Series) -> str:
+    known = series.known()
+    if not known:
+        return f"{series.name}: {number(None)}"
+    step, value, error = known[-1]
+    where = "" if step == chart.legend_step else f" at {chart.source.horizontal.name} {step}"
+    return f"{series.name}: {number(value, error)}{where}"
 
 
 def _shortened(label: str, room: float) -> str:

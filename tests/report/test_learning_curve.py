@@ -35,6 +35,12 @@ def test_the_command_writes_one_picture_with_curves_axes_and_phases_named(tmp_pa
     assert "prefers-color-scheme: dark" in source and "url(" not in source and "href" not in source
 
 
+def test_a_run_between_two_evaluations_shows_the_last_one(tmp_path: Path) -> None:
+    write_run(tmp_path / "going", steps=6, planned=40)
+    words = texts(write_learning_curve(tmp_path / "going", tmp_path / "curve.svg"))
+    assert {"step 6:", "accuracy on held-out: 0.483 ± 0.031 at step 4"} < set(words)
+
+
 def test_rewards_beyond_an_accuracy_do_not_share_its_axis(tmp_path: Path) -> None:
     records = write_run(tmp_path / "run", steps=4)
     lines = [json.dumps(record | {"reward/mean": -3.0}) + "\n" for record in records]
