@@ -14,9 +14,9 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from megatron_dsrl.commands.evaluate import hf_folder
-from megatron_dsrl.commands.find_model import find_model
 from megatron_dsrl.common.fingerprint import fingerprint
+from megatron_dsrl.evaluation.evaluate import hf_folder
+from megatron_dsrl.evaluation.find_model import find_model
 from megatron_dsrl.provenance.records import read_starts
 from megatron_dsrl.report.timeline_records import Windows, read_timelines
 from megatron_dsrl.rollout.carry_over import CarryOver

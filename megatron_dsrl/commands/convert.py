@@ -175,8 +175,8 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _find_checkpoint(folder: Path, model: str | None):
-    from megatron_dsrl.commands.find_model import find_checkpoint
     from megatron_dsrl.common.collective import on_first
+    from megatron_dsrl.evaluation.find_model import find_checkpoint
     from megatron_dsrl.model.source import resolve_model_folder
 
     return on_first(lambda: find_checkpoint(folder, resolve_model_folder(model, "--model") if model else None))

@@ -1,36 +1,38 @@
-"""Read once, in one process, what a run and the evaluation of its policy read: `dsrl fetch`.
+"""`dsrl fetch`."""
 
-What comes from the hub is in its cache afterwards. There all ranks find it, which would otherwise ask the hub at the
-same time, and machines without a network, should they share the cache.
-"""
+import argparse
+import sys
 
-from collections.abc import Sequence
-
-from megatron_dsrl.commands.evaluate import read_problems
-from megatron_dsrl.config.run import RunConfig
-from megatron_dsrl.evaluation.benchmark import load_benchmark
-from megatron_dsrl.model.source import resolve_model_folder
-from megatron_dsrl.run.inputs import load_inputs
+from megatron_dsrl.commands.arguments import Commands, add_command, add_config
+from megatron_dsrl.run.loading import loading_megatron
 
 
-def fetch(config: RunConfig, benchmarks: Sequence[str]) -> str:
-    """Models, tokenizer, prompts and problems.
+def add_fetch(commands: Commands) -> None:
+    """Add the command to `dsrl`\'s."""
+    parser = add_command(
+        commands,
+        "fetch",
+        _fetch,
+        help="have the hub's part of a run in its cache",
+        description="Read the model, tokenizer and prompts of a run, and benchmarks, in one process. What comes from "
+        "the hub is in its cache (HF_HOME) afterwards, for all ranks and for machines without a network.",
+        epilog="example: dsrl fetch configs/dsrl_qwen3_8b.yaml --benchmarks math500,aime24",
+    )
+    add_config(parser)
+    parser.add_argument(
+        "--benchmarks",
+        metavar="NAME,NAME",
+        type=lambda text: [name for name in text.split(",") if name],
+        default=[],
+        help="names or .yaml files, as for `dsrl eval`",
+    )
 
-    Args:
-        config: of the run.
-        benchmarks: names, or paths of YAML files.
 
-    Returns:
-        What there is now, in one line.
+def _fetch(options: argparse.Namespace) -> int:
+    from megatron_dsrl.config.load import load_config
 
-    Raises:
-        UserError: something cannot be had, or does not fit.
-    """
-    chosen = [load_benchmark(name, data_folder=None) for name in benchmarks]
-    inputs = load_inputs(config)
-    if config.critic.path is not None:
-        resolve_model_folder(config.critic.path, "critic.path")
-    problems = read_problems(inputs.model_folder, chosen)
-    sets = {"prompts": inputs.prompts} | {s.name: prompts for s, prompts in inputs.evaluation_sets} | problems
-    counts = ", ".join(f"{len(prompts)} {name}" for name, prompts in sets.items())
-    return f"model {inputs.model_folder}; {counts}"
+    with loading_megatron(sys.stderr):
+        from megatron_dsrl.run.fetch import fetch
+
+    print(fetch(load_config(options.config, options.overrides), options.benchmarks))
+    return 0

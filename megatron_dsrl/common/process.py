@@ -11,6 +11,11 @@ LAUNCHER_VARIABLE = "DSRL_LAUNCHER"
 """In the environment of a process that `launch` starts: the process id of the launcher."""
 
 
+def launched_rank() -> int:
+    """Rank that torchrun, srun or `--processes` gave this process; 0 without them. Needs no torch.distributed."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def end_with_launcher() -> None:
     """Have this rank killed when torchrun, or the launcher of `--processes`, is.
 

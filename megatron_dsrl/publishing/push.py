@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from megatron_dsrl.commands.find_model import EvaluatedModel, find_model
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.hub import kinds_of_causes
+from megatron_dsrl.evaluation.find_model import EvaluatedModel, find_model
 from megatron_dsrl.publishing.card import CARD_FILE, is_generated, model_card
 from megatron_dsrl.weights.companions import COMPANIONS
 

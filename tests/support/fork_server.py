@@ -24,7 +24,7 @@ from megatron_dsrl.common.process import die_with_parent
 
 PRELOADED = (
     "megatron_dsrl.train",
-    "megatron_dsrl.commands.evaluate",
+    "megatron_dsrl.evaluation.evaluate",
     "megatron_dsrl.conversion.verify",
     "torch.distributed.launcher.api",
     "transformers.models.qwen3.modeling_qwen3",

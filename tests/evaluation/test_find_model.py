@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 
 from megatron_dsrl.checkpoint.state import Layout, RunState, SavedState
 from megatron_dsrl.cli import main
-from megatron_dsrl.commands.evaluate import default_output
-from megatron_dsrl.commands.find_model import find_checkpoint, find_model
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.fingerprint import fingerprint
 from megatron_dsrl.conversion.hf_to_megatron import ConversionOptions, convert_hf_to_megatron
 from megatron_dsrl.conversion.layout import CheckpointLayout
+from megatron_dsrl.evaluation.evaluate import default_output
+from megatron_dsrl.evaluation.find_model import find_checkpoint, find_model
 from megatron_dsrl.model.architecture import read_architecture
 from tests.observability.synthetic_run import CONFIG
 from tests.support.tiny_model import make_tiny_qwen3

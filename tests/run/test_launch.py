@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_dsrl.commands import launch as launching
-from megatron_dsrl.commands.launch import launch, others_started
+from megatron_dsrl.run import launch as launching
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.run.launch import launch, others_started
 from tests.support.tiny_run import REPOSITORY, write_tiny_run
 
 STATUSES = "import os, sys; sys.exit(dict(enumerate({statuses})).get(int(os.environ['RANK'])))"
@@ -116,7 +116,7 @@ def test_a_training_of_two_processes_saves_its_state_and_ends_with_75(tmp_path):
 def start(folder: Path, status: int) -> "subprocess.Popen[bytes]":
     """A launcher in a process of its own, with two ranks that wait and end with this status when they are signalled."""
     (folder / "rank.py").write_text(WAITS)
-    program = "import sys; from megatron_dsrl.commands.launch import launch; sys.exit(launch(sys.argv[1:], 2))"
+    program = "import sys; from megatron_dsrl.run.launch import launch; sys.exit(launch(sys.argv[1:], 2))"
     rank = [sys.executable, str(folder / "rank.py"), str(folder), str(status)]
     process = subprocess.Popen([sys.executable, "-c", program, *rank], env=os.environ | {"PYTHONPATH": str(REPOSITORY)})
     wait_until(lambda: all(file.exists() and file.read_text() for file in (folder / "started_0", folder / "started_1")))

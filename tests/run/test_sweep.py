@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
-from megatron_dsrl.commands.sweep import load_sweep, runs_of
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.run.sweep import load_sweep, runs_of
 from tests.support.tiny_run import dsrl, write_tiny_run
 
 

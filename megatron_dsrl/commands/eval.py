@@ -133,7 +133,7 @@ def _eval(options: argparse.Namespace) -> int:
     if not options.benchmarks:
         raise UserError(f"--benchmarks: name some of {', '.join(benchmark_names())}")
     with loading_megatron():
-        from megatron_dsrl.commands.evaluate import EvaluationRequest, evaluate, requested_benchmarks
+        from megatron_dsrl.evaluation.evaluate import EvaluationRequest, evaluate, requested_benchmarks
 
     changes: dict[str, Any] = {
         field: getattr(options, option) for option, field in CHANGES.items() if getattr(options, option) is not None

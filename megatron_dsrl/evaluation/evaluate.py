@@ -12,7 +12,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_dsrl.commands.find_model import EvaluatedModel, find_model
 from megatron_dsrl.common.collective import barrier, on_first, rank
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.fingerprint import fingerprint
@@ -30,6 +29,7 @@ from megatron_dsrl.data.tokenizer import load_tokenizer, stop_token_ids
 from megatron_dsrl.evaluation.benchmark import Benchmark, load_benchmark
 from megatron_dsrl.evaluation.benchmark_evaluator import evaluate_benchmark, missing_samples
 from megatron_dsrl.evaluation.evaluator import check_different_samples
+from megatron_dsrl.evaluation.find_model import EvaluatedModel, find_model
 from megatron_dsrl.evaluation.results import markdown, write_results
 from megatron_dsrl.evaluation.results_file import EVALUATIONS_FOLDER
 from megatron_dsrl.model.architecture import read_architecture

@@ -1,0 +1,37 @@
+"""`dsrl report`."""
+
+import argparse
+from pathlib import Path
+
+from megatron_dsrl.commands.arguments import Commands, add_command
+from megatron_dsrl.common.errors import UserError
+
+
+def add_report(commands: Commands) -> None:
+    """Add the command to `dsrl`\'s."""
+    parser = add_command(
+        commands,
+        "report",
+        _report,
+        help="write the HTML report of a run, or of several side by side",
+        description="Write one self-contained HTML page with plots, also while a run is still going: RUN/report.html, "
+        "or for several runs a comparison, comparison.html in the first folder.",
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folder, such as runs/tiny_dsrl")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="write the page to this file instead")
+    parser.add_argument(
+        "--figure", metavar="FILE", type=Path, help="write the learning curve as an SVG file, in place of the page"
+    )
+
+
+def _report(options: argparse.Namespace) -> int:
+    from megatron_dsrl.report.learning_curve import write_learning_curve
+    from megatron_dsrl.report.report import write_report
+
+    if options.figure is None:
+        print(write_report(*options.runs, output=options.output))
+    elif len(options.runs) == 1 and options.output is None:
+        print(write_learning_curve(options.runs[0], options.figure))
+    else:
+        raise UserError("--figure draws one run: give one RUN and no --output. `dsrl compare` draws several runs")
+    return 0

@@ -1,0 +1,91 @@
+"""`dsrl train`. Light: Megatron is imported when a run starts."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_dsrl.commands.arguments import Commands, add_command, add_config, add_processes
+from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.common.process import launched_rank
+from megatron_dsrl.observability.waiting import say_on_first_rank
+from megatron_dsrl.run.loading import loading_megatron
+
+if TYPE_CHECKING:
+    from megatron_dsrl.config.run import RunConfig
+
+
+def add_train(commands: Commands) -> None:
+    """Add the command to `dsrl`\'s."""
+    parser = add_command(
+        commands,
+        "train",
+        _train,
+        help="train as a configuration file says",
+        description="Train as a configuration file says. The same command continues an interrupted run.",
+        epilog="example: dsrl train configs/tiny_dsrl.yaml rollout.temperature=0.7 phases.0.until_step=5 --dry-run",
+    )
+    add_config(parser)
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything that can be checked beforehand, print the resolved configuration and what it amounts "
+        "to, and start nothing",
+    )
+    add_processes(parser, " (with --dry-run: check for N)")
+    parser.add_argument("-v", "--verbose", action="store_true", help="print every figure of a step, not the main ones")
+
+
+def _train(options: argparse.Namespace) -> int:
+    from megatron_dsrl.config.load import load_config
+    from megatron_dsrl.run.preflight import preflight
+
+    world_size = options.processes or int(os.environ.get("WORLD_SIZE", "1"))
+    verbose = ["observability.verbose=true"] if options.verbose else []
+    config = load_config(options.config, [*options.overrides, *verbose])
+    if not options.dry_run and _is_complete(config):
+        return 0
+    figures = preflight(config, world_size)
+    from megatron_dsrl.observability.trackers.base import check_packages
+
+    check_packages(config.observability.trackers)
+    from megatron_dsrl.config.summary import batch_lines, print_dry_run
+
+    if options.dry_run:
+        from rich.console import Console
+
+        if launched_rank() == 0:
+            print_dry_run(config, figures, Console())
+        return 0
+    for line in (f"run folder: {Path(config.output_dir) / config.name}", *batch_lines(config, figures)):
+        say_on_first_rank(line)
+    with loading_megatron():
+        from megatron_dsrl.planning.warnings import memory_warnings, this_machine
+        from megatron_dsrl.train import train
+
+    if launched_rank() == 0:
+        for warning in memory_warnings(config, world_size, this_machine()):
+            say_on_first_rank(warning)
+    try:
+        train(config)
+    except UserError as error:
+        # Only this rank may have met it, so it must not be lost.
+        if launched_rank() != 0:
+            print(f"dsrl: rank {launched_rank()}: {error}", file=sys.stderr, flush=True)
+        raise
+    return 0
+
+
+def _is_complete(config: "RunConfig") -> bool:
+    """Whether there is nothing left to do, which rank 0 then says. Every rank finds out by itself."""
+    from megatron_dsrl.run.results import finished_step
+
+    step = finished_step(config)
+    if step is None:
+        return False
+    from megatron_dsrl.run.closing import closing_lines
+
+    if launched_rank() == 0:
+        print(*closing_lines(Path(config.output_dir) / config.name, step), sep="\n")
+    return True
