@@ -68,7 +68,7 @@ def test_thoughts_of_a_sample_file(tmp_path):
         (["pass-at-k", "{folder}"], "holds no results.json"),
         (["behaviours", "{run}", "--url", "localhost", "--judge", "j"], "expected an address such as http://"),
         (["gradients", "{run}", "--model", "{folder}/nothing"], "there is no folder"),
-        (["gradients", "{run}", "--model", "{folder}", "bos=im_end"], "bos: Input should be 'im_start'"),
+        (["gradients", "{run}", "--model", "{folder}", "bos=im_end"], "bos: expected 'im_start'"),
     ],
 )
 def test_mistakes_end_in_one_message(run, tmp_path, capsys, arguments, message):
