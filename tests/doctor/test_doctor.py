@@ -90,7 +90,7 @@ def test_without_the_packages_no_run_is_possible_and_the_remedy_is_named():
     result = run_doctor(isolated=True)
     assert result.returncode == 1
     assert "problem: sglang: run `bash tools/setup_cpu.sh`" in result.stdout
-    assert "No run is possible" in result.stdout
+    assert "Fix the problems above before you run." in result.stdout
 
 
 @pytest.mark.parametrize(
