@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_dsrl.run import launch as launching
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.run import launch as launching
 from megatron_dsrl.run.launch import launch, others_started
 from tests.support.tiny_run import REPOSITORY, write_tiny_run
 
