@@ -27,7 +27,7 @@ Status = Literal["finished", "failed", "interrupted", "running"]
 """How a run ended. `interrupted` will be continued (preempted, killed); `running` has not ended."""
 
 RESPONSE_COLUMNS = ("prompt", "response", "answer", "reward")
-"""Of the table of responses."""
+"""Columns of the table of responses."""
 
 
 @dataclass(frozen=True)

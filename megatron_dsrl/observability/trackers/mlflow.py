@@ -22,7 +22,7 @@ ID_TAG = "dsrl.run_id"
 STATUS_OF: dict[Status, str] = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 PARAMETER_CHARACTERS = 6000
 ITEMS_PER_CALL = 100
-"""Of parameters and of tags."""
+"""Parameters or tags in one request."""
 TAG_CHARACTERS = 5000
 
 

@@ -44,7 +44,7 @@ class Following:
         self._messages = messages
         self._sender: Sender | None = None
         self._in_use = False
-        """By another process: that of a training that was killed a moment ago."""
+        """Another process is sending to the same destination: that of a training that was killed a moment ago."""
 
     def run(self) -> bool:
         """Whether everything was sent. The training's watch ends this process where a tracker does not answer."""
