@@ -1,4 +1,4 @@
-"""The policy under training: one object per rank, all of whose methods are collective over the ranks."""
+"""The policy under training: one object per rank; all methods are collective over the ranks."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -25,13 +25,13 @@ from megatron_dsrl.weights.stream import stream_hf_weights
 from megatron_dsrl.weights.table import WeightTable
 
 ScoreResult = tuple[str, TokenStatistics]
-"""Name of the objective, and statistics of a micro-batch."""
+"""Name of an objective, and the statistics of one of its micro-batches."""
 
 
 class Actor:
-    """A sharded Qwen3 with its optimizer: scores sequences and takes optimizer steps on them.
+    """A sharded decoder with its optimizer: scores sequences and takes optimizer steps on them.
 
-    Every rank passes the same global batch; each trains its data-parallel share of it.
+    Every rank passes the same global batch and trains on its data-parallel share of it.
     """
 
     def __init__(
@@ -43,15 +43,14 @@ class Actor:
         temperature: float,
         router: RouterConfig,
     ):
-        """Take over a model; see `build_actor` for how it is made.
+        """Use `build_actor` to create one.
 
         Args:
-            model: the policy and its optimizer.
-            table: names of the weights in HF checkpoints.
-            folder: HF folder that the model came from; an export takes its config.json and tokenizer.
-            vocab_size: rows of the HF embedding; what Megatron pads behind them is not scored.
-            temperature: sampling temperature, by which logits are divided.
-            router: losses that a mixture of experts adds to those of the objectives in every optimizer step.
+            table: maps parameters to the names of HF checkpoints.
+            folder: HF folder the model was loaded from; exports copy its config.json and tokenizer.
+            vocab_size: rows of the HF embedding; Megatron's padding rows are not scored.
+            temperature: sampling temperature; logits are divided by it.
+            router: router losses of a mixture of experts, added in every optimizer step.
         """
         self._model = model
         self._table = table
@@ -67,34 +66,34 @@ class Actor:
 
     @property
     def memory(self) -> ModelMemory:
-        """Its memory on the device; see `TrainableModel.memory`."""
+        """Device memory of the model; see `TrainableModel.memory`."""
         return self._model.memory
 
     @property
     def implementations(self) -> dict[str, str]:
-        """Which classes compute; see `TrainableModel.implementations`."""
+        """Classes used for the main operations; see `TrainableModel.implementations`."""
         return self._model.implementations
 
     def update(
         self, objectives: Sequence[Objective], mini_batches: int = 1, epochs: int = 1
     ) -> UpdateMetrics | None:
-        """Take `mini_batches * epochs` optimizer steps: in every epoch one on each consecutive part of the experience.
+        """Take `mini_batches * epochs` optimizer steps: in each epoch, one on each consecutive part of the experience.
 
-        With more than one step those after the first are off-policy: the log-probs of the policy before the update
-        are computed first, unless the experience has them. With one step they are the current ones, and that pass is
+        With more than one step, those after the first are off-policy, so the log-probs of the policy before the update
+        are computed first unless the experience has them. With one step they equal the current ones, and this pass is
         skipped.
 
         Args:
-            objectives: terms of the loss, with the global batch, the same on every rank. Every optimizer step takes its
+            objectives: terms of the loss, with the global batch, the same on every rank. Every optimizer step uses its
                 part of each.
-            mini_batches: parts of the experience.
-            epochs: passes over it.
+            mini_batches: number of parts the experience is split into.
+            epochs: number of passes over the experience.
 
         Returns:
-            Metrics, the same on every rank; None if no sequence was there to train on, and no step was taken.
+            Metrics, the same on every rank; None if there was no sequence to train on and no step was taken.
 
         Raises:
-            FloatingPointError: if loss or gradient norm is not finite.
+            FloatingPointError: the loss or the gradient norm is not finite.
         """
         if mini_batches * epochs > 1:
             objectives = [self.with_old_log_probs(objective) for objective in objectives]
@@ -107,7 +106,7 @@ class Actor:
         return UpdateMetrics.merge(steps) if steps else None
 
     def log_probs(self, experience: Experience) -> PerToken:
-        """Log-probs of every sequence's scored tokens under the current weights, the same on every rank."""
+        """Log-probs of the scored tokens of each sequence under the current weights, the same on every rank."""
         return self._model.score_tokens(
             experience.sequences,
             lambda row, logits: self._log_probs_and_entropy(row, logits)[0],
@@ -123,23 +122,23 @@ class Actor:
         export_hf_folder(self._model.chunks, self._table, self._folder, target, self._model.config.params_dtype)
 
     def begin_save(self, folder: Path, copy: bool) -> CheckpointWrite:
-        """Weights, optimizer, schedule and random states, ready to be written; see `saved_state.begin_save`."""
+        """Prepare to write weights, optimizer, schedule and random states; see `saved_state.begin_save`."""
         return self._model.begin_save(folder, copy)
 
     def load(self, folder: Path, same_layout: bool) -> None:
-        """Continue from what was saved; see `load_state`."""
+        """Restore a saved state; see `load_state`."""
         self._model.load(folder, same_layout)
 
     def configure_optimizer(self, learning_rate: float, gradient_clip_norm: float) -> None:
-        """Peak learning rate and clipping (0 for none) from the next step on."""
+        """Set the peak learning rate and the clipping norm (0 for none) from the next step on."""
         self._model.configure_optimizer(learning_rate, gradient_clip_norm)
 
     def reset_optimizer(self) -> None:
-        """Forget Adam's moments and step counts. The learning-rate schedule goes on."""
+        """Reset Adam's moments and step counts. The learning-rate schedule continues."""
         self._model.reset_optimizer()
 
     def with_old_log_probs(self, objective: Objective) -> Objective:
-        """The objective with the log-probs under the current weights as the old ones, if it has none yet."""
+        """The objective with old log-probs: those it has, or else those under the current weights."""
         experience = objective.experience
         if experience.old_log_probs is not None or len(experience) == 0:
             return objective
@@ -147,10 +146,11 @@ class Actor:
 
     def _optimizer_step(self, objectives: Sequence[Objective]) -> UpdateMetrics:
         micro_batches = [micro_batch for objective in objectives for micro_batch in self._micro_batches(objective)]
-        num_tokens = sum(len(sequence.token_ids) for of in objectives for sequence in of.experience.sequences)
+        sequences = [sequence for objective in objectives for sequence in objective.experience.sequences]
+        num_tokens = sum(len(sequence.token_ids) for sequence in sequences)
         with adding_router_losses(self._model.chunks, self._router, num_tokens) as router_losses:
             kept = self._model.accumulate_gradients(micro_batches)
-        metrics = share_with_all_stages(_metrics_of(objectives, kept) if kept else None)
+        metrics = share_with_all_stages(_objective_metrics(objectives, kept) if kept else None)
         require_finite("loss", sum(objective.loss for objective in metrics.values()))
         grad_norm, learning_rate = self._model.take_step()
         return UpdateMetrics(grad_norm, learning_rate, metrics, router_losses.metrics(self._model.config.num_layers))
@@ -159,15 +159,15 @@ class Actor:
         """This rank's share of an objective."""
         num_scored = objective.experience.num_scored
         weights = objective.aggregation(num_scored) * objective.coefficient
-        weights_of_tokens = tuple(weight.expand(count) for weight, count in zip(weights, num_scored))
+        token_weights = tuple(weight.expand(count) for weight, count in zip(weights, num_scored))
         rows = self._model.pack_share(objective.experience.sequences, objective.experience.routed_experts)
-        return [self._micro_batch(objective, weights_of_tokens, row) for row in rows]
+        return [self._micro_batch(objective, token_weights, row) for row in rows]
 
     def _micro_batch(self, objective: Objective, weights: PerToken, row: PackedRow) -> MicroBatch[ScoreResult]:
         """A packed row of an objective; the loss is the sum of weight * token loss over all rows of all ranks."""
         experience, device = objective.experience, self._model.device
 
-        def tokens_of(values: PerToken) -> Tensor:
+        def row_tokens(values: PerToken) -> Tensor:
             return concatenate_tokens(values, row.indices, device)
 
         def score(logits: Tensor) -> tuple[Tensor, ScoreResult]:
@@ -177,15 +177,15 @@ class Actor:
             tokens = ScoredTokens(
                 log_probs=log_probs,
                 entropy=entropy,
-                old_log_probs=log_probs.detach() if old is None else tokens_of(old),
-                engine_log_probs=tokens_of(experience.engine_log_probs),
-                reference_log_probs=None if reference is None else tokens_of(reference),
-                advantages=tokens_of(experience.advantages),
+                old_log_probs=log_probs.detach() if old is None else row_tokens(old),
+                engine_log_probs=row_tokens(experience.engine_log_probs),
+                reference_log_probs=None if reference is None else row_tokens(reference),
+                advantages=row_tokens(experience.advantages),
                 num_scored=row.num_scored,
-                from_older_weights=None if older is None else tokens_of(older),
+                from_older_weights=None if older is None else row_tokens(older),
             )
             result = objective.loss(tokens)
-            loss = (result.losses * tokens_of(weights)).sum()
+            loss = (result.losses * row_tokens(weights)).sum()
             means, maxima = mismatch_metrics(tokens.old_log_probs, tokens.engine_log_probs)
             means |= {"entropy": entropy, **result.metrics}
             return loss, (objective.name, TokenStatistics.from_tokens(loss, means, maxima))
@@ -195,15 +195,15 @@ class Actor:
     def _log_probs_and_entropy(
         self, row: PackedRow, logits: Tensor, entropy_gradient: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Of all scored tokens of a row, from the logits [S, vocabulary shard] that this rank has."""
+        """[sum(num_scored)] each, for all scored tokens of a row, from this rank's logits [S, vocabulary shard]."""
         shard = VocabularyShard.for_this_rank(logits.shape[-1], self._vocab_size)
         values = log_probs_and_entropy(logits, row.targets, self._temperature, shard, entropy_gradient)
         log_probs, entropy = row.assemble(torch.stack(values))
         return log_probs, entropy if entropy_gradient else entropy.detach()
 
 
-def _metrics_of(objectives: Sequence[Objective], kept: Sequence[ScoreResult]) -> dict[str, ObjectiveMetrics]:
-    """Per objective, over all data-parallel replicas; on the last pipeline stage."""
+def _objective_metrics(objectives: Sequence[Objective], kept: Sequence[ScoreResult]) -> dict[str, ObjectiveMetrics]:
+    """Metrics by objective over all data-parallel replicas. Collective over the last pipeline stage."""
     return {
         objective.name: ObjectiveMetrics.from_step(
             TokenStatistics.add_up([part for name, part in kept if name == objective.name]).over_replicas(),

@@ -1,4 +1,4 @@
-"""Make an actor or a critic from a configuration and a model folder."""
+"""Build an actor or a critic from a configuration and a model folder."""
 
 from pathlib import Path
 
@@ -21,16 +21,15 @@ from megatron_dsrl.weights.value_model import load_value_model
 
 
 def build_actor(config: RunConfig, folder: Path) -> Actor:
-    """Build this rank's part of the policy, load or draw its weights, and make its optimizer.
+    """Build this rank's part of the policy, load or draw its weights, and create its optimizer.
 
     `initialize_parallel` must have run.
 
     Args:
-        config: the run.
-        folder: local folder of `config.model.path`, HF or Megatron distributed checkpoint.
+        folder: local folder of `config.model.path`: HF or Megatron distributed checkpoint.
 
     Raises:
-        UserError: the folder's config.json or weights do not fit, or the model does not divide into the layout.
+        UserError: the folder's config.json or weights do not match, or the layout does not divide the model.
     """
     architecture = read_architecture(folder)
     table = weight_table(architecture)
@@ -57,13 +56,12 @@ def build_critic(config: RunConfig, folder: Path, steps: int) -> Critic:
     `initialize_parallel` must have run.
 
     Args:
-        config: the run.
-        folder: local folder of `config.model.path`, whose config.json says the architecture. The weights are those of
-            `config.critic.path`, else of this folder, else random.
-        steps: of the run in which the critic learns.
+        folder: local folder of `config.model.path`, whose config.json gives the architecture. The weights come from
+            `config.critic.path` if set, else from this folder; they are random under `model.random_init`.
+        steps: number of steps of the run in which the critic is trained.
 
     Raises:
-        UserError: the weights do not fit the architecture, or the model does not divide into the layout.
+        UserError: the weights do not match the architecture, or the layout does not divide the model.
     """
     architecture, critic = read_architecture(folder), config.critic
     table = value_model_table(architecture)
@@ -80,7 +78,7 @@ def build_critic(config: RunConfig, folder: Path, steps: int) -> Critic:
 def _trainable(
     config: RunConfig, chunks: list[MegatronModule], optimizer_config: OptimizerConfig, total_steps: int
 ) -> TrainableModel:
-    """Wrap chunks with loaded weights for training, and give them an optimizer."""
+    """Wrap chunks with loaded weights for training and add an optimizer."""
     wrapped = build_trainable(chunks, config.parallel)
     dtype = DTYPES[config.model.dtype]
     optimizer = build_optimizer(optimizer_config, wrapped, dtype, config.parallel.distributed_optimizer)

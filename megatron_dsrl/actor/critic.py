@@ -1,9 +1,8 @@
-"""The critic of PPO: a value model that learns what return to expect before every token.
+"""The critic of PPO: a value model that learns to predict the return before each token.
 
-One object per rank, all of whose methods are collective over the ranks. It shares the policy's layout, and what a
-model with an optimizer can do is `TrainableModel`'s. The losses of `model.router` are not its: their coefficients are
-chosen for the policy's loss, the value loss has another scale, and only its own training depends on how its experts
-are used.
+One object per rank; all methods are collective over the ranks. It uses the policy's layout and delegates to
+`TrainableModel`. Router losses (`model.router`) are not applied to the critic: their coefficients are chosen for the
+scale of the policy loss, and the critic's expert load affects only its own training.
 """
 
 from collections.abc import Iterator
@@ -28,11 +27,10 @@ class Critic:
     """A sharded value model with its optimizer."""
 
     def __init__(self, model: TrainableModel, table: WeightTable, config: CriticConfig):
-        """Take over a model; see `build_critic` for how it is made.
+        """Use `build_critic` to create one.
 
         Args:
-            model: the value model and its optimizer.
-            table: names of its weights in HF checkpoints.
+            table: maps parameters to the names of HF checkpoints.
             config: value clipping, mini-batches and epochs.
         """
         self._model = model
@@ -41,25 +39,26 @@ class Critic:
 
     @property
     def memory(self) -> ModelMemory:
-        """Its memory on the device; see `TrainableModel.memory`."""
+        """Device memory of the model; see `TrainableModel.memory`."""
         return self._model.memory
 
     def values(self, experience: Experience) -> PerToken:
-        """Value before each scored token of every sequence, the same on every rank."""
+        """Value before each scored token of each sequence, the same on every rank."""
         return self._model.score_tokens(experience.sequences, _values)
 
     def update(self, experience: Experience) -> dict[str, float]:
         """Take the configured optimizer steps towards the returns, on the mean over the tokens of each mini-batch.
 
         Args:
-            experience: the global batch with values and returns, the same on every rank. Sample filters have no say in
-                it: a critic learns from every sample.
+            experience: the global batch with values and returns, the same on every rank. Not filtered: the critic
+                learns
+                from every sample.
 
         Returns:
-            Metrics by name without their first part, the same on every rank; empty if there is no token.
+            Metrics by name, without a prefix, the same on every rank; empty if there is no scored token.
 
         Raises:
-            FloatingPointError: if loss or gradient norm is not finite.
+            FloatingPointError: the loss or the gradient norm is not finite.
         """
         experience = experience.select([i for i, count in enumerate(experience.num_scored) if count > 0])
         if len(experience) == 0:
@@ -71,25 +70,25 @@ class Critic:
             if len(part) > 0
         ]
         update = UpdateMetrics.merge(steps)
-        of_tokens = update.objectives["critic"]
+        critic_metrics = update.objectives["critic"]
         return {
-            "loss": of_tokens.loss,
-            **of_tokens.means,
+            "loss": critic_metrics.loss,
+            **critic_metrics.means,
             "grad_norm": update.grad_norm,
             "learning_rate": update.learning_rate,
             **value_statistics(experience),
         }
 
     def hf_weights(self, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
-        """The weights as those of a Transformers token classifier with one label; see `stream_hf_weights`."""
+        """The weights as a Transformers token classifier with one label; see `stream_hf_weights`."""
         return stream_hf_weights(self._model.chunks, self._table, bucket_bytes, self._model.config.params_dtype)
 
     def begin_save(self, folder: Path, copy: bool) -> CheckpointWrite:
-        """Weights, optimizer, schedule and random states, ready to be written; see `saved_state.begin_save`."""
+        """Prepare to write weights, optimizer, schedule and random states; see `saved_state.begin_save`."""
         return self._model.begin_save(folder, copy)
 
     def load(self, folder: Path, same_layout: bool) -> None:
-        """Continue from what was saved; see `load_state`."""
+        """Restore a saved state; see `load_state`."""
         self._model.load(folder, same_layout)
 
     def _optimizer_step(self, experience: Experience) -> UpdateMetrics:
@@ -105,7 +104,7 @@ class Critic:
         return UpdateMetrics(grad_norm, learning_rate, metrics)
 
     def _micro_batch(self, experience: Experience, row: PackedRow) -> MicroBatch[TokenStatistics]:
-        """A packed row; the loss is the sum of token losses over the number of tokens of the whole mini-batch."""
+        """A packed row; its loss is the sum of its token losses divided by the token count of the whole mini-batch."""
         assert experience.values is not None and experience.returns is not None
         old_values = concatenate_tokens(experience.values, row.indices, self._model.device)
         returns = concatenate_tokens(experience.returns, row.indices, self._model.device)

@@ -22,13 +22,13 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class MicroBatch(Generic[Result]):
-    """A packed row, and what is made of the model's output for it."""
+    """A packed row, and the function that scores the model's output for it."""
 
     row: PackedRow
     score: Callable[[Tensor], tuple[Tensor, Result]]
     """Called on the last pipeline stage with the output [S, ...] at the row's predicting positions; returns the loss
-    (scalar, summed into the total) and whatever is to be kept. Under context parallelism every rank returns the loss
-    of the whole row; see `PackedRow.assemble`."""
+    (scalar, summed into the total) and a result to keep. Under context parallelism every rank returns the loss of the
+    whole row; see `PackedRow.assemble`."""
 
 
 def run_schedule(
@@ -36,23 +36,26 @@ def run_schedule(
     micro_batches: Sequence[MicroBatch[Result]],
     forward_only: bool = False,
 ) -> list[Result]:
-    """Run all micro-batches through this rank's pipeline stage; gradients add up in the model's gradient buffers.
+    """Run all micro-batches through this rank's pipeline stage; gradients accumulate in the model's gradient buffers.
 
-    The loss is *summed* over micro-batches and data-parallel ranks, never averaged: its weights already carry the
-    global denominator. That is why the model must be built with `calculate_per_token_loss` (no averaging by Megatron)
-    and `sum_gradients` as its `finalize_model_grads_func`.
+    The loss is *summed* over micro-batches and data-parallel ranks, never averaged: its weights already include the
+    global denominator. Therefore the model must be built with `calculate_per_token_loss` (no averaging by Megatron) and
+    use `sum_gradients` as its `finalize_model_grads_func`.
 
     Args:
         chunks: the stage's model chunks.
-        micro_batches: at least one, in an order that all ranks of a model replica share; with several chunks a multiple
-            of the pipeline-parallel size.
+        micro_batches: at least one, in the same order on all ranks of a model replica; with several chunks, a multiple
+            of
+            the pipeline-parallel size.
         forward_only: no backward pass.
 
     Returns:
-        What their `score` kept, one per micro-batch; empty on the other stages.
+        On the last stage, the result kept by each micro-batch's `score`; empty on the other stages.
     """
 
-    def forward_step(iterator: Iterator[MicroBatch], chunk: torch.nn.Module):
+    def forward_step(
+        iterator: Iterator[MicroBatch[Result]], chunk: torch.nn.Module
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Result]]]:
         micro_batch = next(iterator)
         row = micro_batch.row
         output = chunk(
@@ -65,13 +68,13 @@ def run_schedule(
             output_processor_context=row.predicting_positions,
             **options,
         )
-        return output, partial(loss_of, micro_batch)
+        return output, partial(compute_loss, micro_batch)
 
-    def loss_of(micro_batch: MicroBatch, output: Tensor):
+    def compute_loss(micro_batch: MicroBatch[Result], output: Tensor) -> tuple[Tensor, Tensor, Result]:
         loss, kept = micro_batch.score(output)
         return loss, torch.zeros([], dtype=torch.int, device=loss.device), kept
 
-    # Megatron's wrapper for bfloat16 would turn all logits into fp32 at once; `score` does so chunk by chunk.
+    # Megatron's bfloat16 wrapper would convert all logits to fp32 at once; `score` converts them chunk by chunk.
     options = {"fp32_output": False} if chunks[0].config.bf16 else {}
     iterators = [iter(micro_batches) for _ in chunks]
     interleaved = len(chunks) > 1
@@ -80,7 +83,7 @@ def run_schedule(
         data_iterator=iterators if interleaved else iterators[0],
         model=list(chunks) if interleaved else chunks[0],
         num_microbatches=len(micro_batches),
-        seq_length=max(micro_batch.row.token_ids.shape[1] for micro_batch in micro_batches),  # of no consequence here
+        seq_length=max(micro_batch.row.token_ids.shape[1] for micro_batch in micro_batches),  # required but unused here
         micro_batch_size=1,
         forward_only=forward_only,
     )
@@ -106,9 +109,9 @@ def _packed(row: PackedRow, config: TransformerConfig) -> RoutedPackedSeqParams:
 
 
 def _padding_mask(row: PackedRow, chunk: torch.nn.Module) -> Tensor | None:
-    """What routers are told about the row, [1, T] or this rank's part of it; nobody else looks at it."""
+    """Padding mask for the MoE routers, [1, T] or this rank's part of it; nothing else uses it."""
     if not chunk.config.num_moe_experts:
         return None
-    if chunk.config.sequence_parallel and not bare_model(chunk).pre_process:  # Megatron splits it on the first stage
+    if chunk.config.sequence_parallel and not bare_model(chunk).pre_process:  # on the first stage Megatron splits it
         return scatter_to_sequence_parallel_region(row.is_padding.T.contiguous()).T
     return row.is_padding

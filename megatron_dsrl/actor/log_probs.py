@@ -1,11 +1,11 @@
-"""Log-probs and entropy of a vocabulary that is split over tensor-parallel ranks.
+"""Log-probs and entropy over a vocabulary that is sharded across tensor-parallel ranks.
 
-The logits stay in their own dtype and are turned to fp32 in chunks of tokens, forward and backward, so that no fp32
-copy of all logits ever exists; the softmax is recomputed in the backward pass instead of being stored. Megatron pads
-the vocabulary for divisibility: padded columns do not take part. (Megatron-core's own vocab-parallel cross entropy
-keeps an fp32 softmax of all tokens and counts the padding in.)
+The logits keep their dtype and are converted to fp32 in chunks of tokens, forward and backward, so an fp32 copy of all
+logits never exists; the softmax is recomputed in the backward pass instead of being stored. Megatron pads the
+vocabulary for divisibility; padded columns are excluded. (Megatron-core's vocab-parallel cross entropy keeps an fp32
+softmax of all tokens and includes the padding.)
 
-With p = softmax(z / T) and H = -sum_k p_k log p_k, the gradients by the logits are
+With p = softmax(z / T) and H = -sum_k p_k log p_k, the gradients with respect to the logits are
 d log p_y / d z_j = (1[j = y] - p_j) / T and d H / d z_j = -p_j (log p_j + H) / T.
 """
 
@@ -28,16 +28,16 @@ class VocabularyShard:
     first: int
     """Token id of the first column."""
     num_valid: int
-    """Columns that are real tokens; the ones behind them are padding."""
+    """Number of columns that are real tokens; the rest are padding."""
     group: dist.ProcessGroup | None
-    """Tensor-parallel group; None for one rank."""
+    """Tensor-parallel group; None without tensor parallelism."""
 
     @classmethod
     def for_this_rank(cls, width: int, vocab_size: int) -> "VocabularyShard":
         """
         Args:
-            width: columns that this rank holds, as many as every other rank.
-            vocab_size: rows of the HF embedding; what Megatron pads behind them is not scored.
+            width: number of columns on this rank, the same on every rank.
+            vocab_size: rows of the HF embedding; Megatron's padding rows are not scored.
         """
         first = width * parallel_state.get_tensor_model_parallel_rank()
         several = parallel_state.get_tensor_model_parallel_world_size() > 1
@@ -54,16 +54,15 @@ def log_probs_and_entropy(
     """log_softmax(logits / temperature) at the targets, and the entropy of that distribution.
 
     Args:
-        logits: [num_tokens, columns of this rank], any float dtype, differentiable.
+        logits: [num_tokens, columns on this rank], any float dtype, differentiable.
         targets: [num_tokens] int64 token ids.
-        temperature: the sampling temperature.
-        shard: which columns of the vocabulary these are.
-        entropy_gradient: differentiate through the entropy too. Without it nothing of it is stored or computed in the
-            backward pass.
+        shard: the columns of the vocabulary on this rank.
+        entropy_gradient: make the entropy differentiable. Otherwise the backward pass stores and computes nothing for
+            it.
 
     Returns:
-        log-probs [num_tokens] float32, differentiable; entropy [num_tokens] float32 in nats, differentiable if asked
-        for. Both are the same on all tensor-parallel ranks, and so must be the gradients that come back.
+        log-probs [num_tokens] float32, differentiable; entropy [num_tokens] float32 in nats, differentiable on request.
+        Both are the same on all tensor-parallel ranks, and so must be the gradients passed back.
     """
     return _LogProbs.apply(logits, targets, temperature, shard, entropy_gradient)
 
@@ -102,40 +101,41 @@ class _LogProbs(torch.autograd.Function):
         grad_logits = torch.empty_like(logits)
         grad_logits[:, shard.num_valid :] = 0
         for chunk in _chunks(*logits.shape):
-            of_entropy = None if entropy is None else (entropy[chunk], grad_entropy[chunk] / ctx.temperature)
-            grad_logits[chunk, : shard.num_valid] = _gradient_of_chunk(
+            chunk_entropy = None if entropy is None else (entropy[chunk], grad_entropy[chunk] / ctx.temperature)
+            grad_logits[chunk, : shard.num_valid] = _chunk_gradient(
                 _scaled(logits[chunk], ctx.temperature, shard).sub_(log_normaliser[chunk][:, None]),
                 targets[chunk],
                 (grad_log_probs[chunk] / ctx.temperature)[:, None],
-                of_entropy,
+                chunk_entropy,
                 shard,
             )
         return grad_logits, None, None, None, None
 
 
-def _gradient_of_chunk(
+def _chunk_gradient(
     log_softmax: Tensor,
     targets: Tensor,
     upstream: Tensor,
     entropy: tuple[Tensor, Tensor] | None,
     shard: VocabularyShard,
 ) -> Tensor:
-    """By the logits, in the memory of `log_softmax`. A function, so that one chunk is gone before the next one comes.
+    """Gradient with respect to the logits, in the memory of `log_softmax`. A separate function, so that the temporaries
+    of a chunk are freed before the next one.
 
     Args:
         log_softmax: [n, num_valid] fp32.
         targets: [n] int64.
-        upstream: [n, 1], the gradient by the log-probs over the temperature.
-        entropy: [n] each: the entropy, and the gradient by it over the temperature; None without one.
-        shard: which columns these are.
+        upstream: [n, 1], the gradient with respect to the log-probs, divided by the temperature.
+        entropy: [n] each: the entropy, and the gradient with respect to it divided by the temperature; None without an
+            entropy gradient.
     """
     if entropy is None:
         gradient = log_softmax.exp_().mul_(-upstream)
     else:
         softmax = log_softmax.exp()
-        value, of_entropy = (x[:, None] for x in entropy)
-        # -p (upstream + of_entropy (log p + H))
-        gradient = log_softmax.add_(value).mul_(of_entropy).add_(upstream).mul_(softmax.neg_())
+        value, entropy_upstream = (x[:, None] for x in entropy)
+        # -p (upstream + entropy_upstream (log p + H))
+        gradient = log_softmax.add_(value).mul_(entropy_upstream).add_(upstream).mul_(softmax.neg_())
     columns, is_mine = _local_columns(targets, shard)
     if shard.num_valid:
         gradient.scatter_add_(1, columns[:, None], upstream * is_mine[:, None])
@@ -148,12 +148,12 @@ def _chunks(num_tokens: int, width: int) -> list[slice]:
 
 
 def _scaled(logits: Tensor, temperature: float, shard: VocabularyShard) -> Tensor:
-    """New fp32 tensor [len(logits), num_valid]: the rows without padding, divided by the temperature."""
+    """New fp32 tensor [len(logits), num_valid]: the logits without padding, divided by the temperature."""
     return logits[:, : shard.num_valid].to(torch.float32, copy=True).div_(temperature)
 
 
 def _local_columns(targets: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
-    """Column of each target on this rank (0 where it is another rank's), and whether it is this rank's."""
+    """Column of each target on this rank (0 if another rank holds it), and whether this rank holds it."""
     columns = targets - shard.first
     is_mine = (columns >= 0) & (columns < shard.num_valid)
     return torch.where(is_mine, columns, 0), is_mine

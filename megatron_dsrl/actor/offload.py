@@ -1,14 +1,14 @@
-"""Device memory that a model gives up while the engine samples, and takes back.
+"""Free a model's device memory while the engine samples, and restore it afterwards.
 
-The tensors stay, with every view of them: Megatron's flat buffers, the parameters that lie in them, the optimizer's
-shards of those. Only the memory behind them goes, after its bytes were copied to host memory, and comes back as other
-memory with the same bytes. Nothing may read or write the tensors in between; on CPU that ends the process.
+Tensor objects and all views of them stay: Megatron's flat buffers, the parameters in them, the optimizer's shards. Only
+the storage behind them is copied to the host and freed, and later reallocated with the same bytes. Nothing may read or
+write the tensors in between; on CPU that crashes the process.
 
-Megatron has functions of this kind (`offload_to_cpu` of optimizers and buffers), for CUDA alone. The optimizer's gives
-`parameter.data` another tensor: a float32 weight that the distributed optimizer has as a view into the model's buffer
-comes back as a tensor of its own, and what is learned from then on never reaches the model. So they are not used.
+Megatron's own `offload_to_cpu` of optimizers and buffers is not used: it is for CUDA only, and the optimizer's assigns
+a new tensor to `parameter.data`. A float32 weight that the distributed optimizer holds as a view into the model's
+buffer then becomes a separate tensor, and later updates never reach the model.
 
-Host memory: a copy of parameters and optimizer state of the rank, page-locked on CUDA, kept from the first time on.
+Host memory: one copy of the rank's parameters and optimizer state, page-locked on CUDA, kept after the first use.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -24,43 +24,43 @@ ModelPart = Literal["gradients", "optimizer", "parameters"]
 MODEL_PARTS: Collection[ModelPart] = ("parameters", "gradients", "optimizer")
 
 WITHOUT_CONTENT: Collection[ModelPart] = ("gradients",)
-"""Parts that come back as zeros: every update begins with cleared gradients."""
+"""Parts restored as zeros instead of being copied: every update begins with cleared gradients."""
 
 
 class ModelMemory:
-    """The device memory of one model's parts on this rank. Not collective."""
+    """Device memory of a model's parts on this rank. Not collective."""
 
-    def __init__(self, tensors_of: Callable[[], Mapping[ModelPart, Iterable[Tensor]]]):
+    def __init__(self, list_tensors: Callable[[], Mapping[ModelPart, Iterable[Tensor]]]):
         """
         Args:
-            tensors_of: the tensors of every part, asked for before memory is given up. Memory that two parts share
-                belongs to the first of them.
+            list_tensors: returns the tensors of each part; called before memory is freed. Memory shared by two parts
+                belongs to the first.
         """
-        self._tensors_of = tensors_of
+        self._list_tensors = list_tensors
         self._storages: dict[ModelPart, list[UntypedStorage]] = {}
         self._sizes: dict[ModelPart, list[int]] = {}
-        """Of the parts that are away."""
+        """Storage sizes in bytes of the parts that are offloaded."""
         self._host: dict[ModelPart, list[Tensor]] = {}
 
     @property
     def away(self) -> Collection[ModelPart]:
-        """The parts whose memory is given up."""
+        """The parts that are offloaded."""
         return self._sizes.keys()
 
     @torch.no_grad()
     def offload(self, parts: Collection[ModelPart]) -> int:
-        """Give up the memory of those of the parts that are there; returns bytes given up."""
+        """Free the memory of these parts, except those already offloaded; returns the bytes freed."""
         if parts and not self.away:
-            self._storages = _storages_by_part(self._tensors_of())
+            self._storages = _storages_by_part(self._list_tensors())
         return sum(self._offload(part) for part in parts if part not in self._sizes)
 
     @torch.no_grad()
     def onload(self, parts: Collection[ModelPart]) -> int:
-        """Take back those of the parts that are away; returns bytes taken back."""
-        taken = sum(self._onload(part) for part in parts if part in self._sizes)
+        """Restore those of these parts that are offloaded; returns the bytes restored."""
+        restored = sum(self._onload(part) for part in parts if part in self._sizes)
         if not self.away:
-            self._storages = {}  # or it would keep memory that the optimizer replaces
-        return taken
+            self._storages = {}  # otherwise it would keep memory alive that the optimizer replaces
+        return restored
 
     def _offload(self, part: ModelPart) -> int:
         storages = self._storages[part]
@@ -76,19 +76,20 @@ class ModelMemory:
         for number, (storage, size) in enumerate(zip(self._storages[part], sizes, strict=True)):
             storage.resize_(size)
             if part in WITHOUT_CONTENT:
-                _bytes_of(storage).zero_()
+                _as_bytes(storage).zero_()
             else:
-                _bytes_of(storage).copy_(self._host[part][number])
+                _as_bytes(storage).copy_(self._host[part][number])
         return sum(sizes)
 
 
-def _storages_by_part(tensors_of: Mapping[ModelPart, Iterable[Tensor]]) -> dict[ModelPart, list[UntypedStorage]]:
-    """The memory on the device behind the tensors of every part, each piece once."""
-    device, known = current_platform().device.type, set()
+def _storages_by_part(tensors: Mapping[ModelPart, Iterable[Tensor]]) -> dict[ModelPart, list[UntypedStorage]]:
+    """The device storages behind the tensors of each part, each storage once."""
+    device = current_platform().device.type
+    known: set[int] = set()
     storages: dict[ModelPart, list[UntypedStorage]] = {}
-    for part, tensors in tensors_of.items():
+    for part, part_tensors in tensors.items():
         storages[part] = []
-        for tensor in tensors:
+        for tensor in part_tensors:
             storage = tensor.untyped_storage()
             if tensor.device.type == device and storage.nbytes() > 0 and storage.data_ptr() not in known:
                 known.add(storage.data_ptr())
@@ -97,13 +98,13 @@ def _storages_by_part(tensors_of: Mapping[ModelPart, Iterable[Tensor]]) -> dict[
 
 
 def _copies(storages: list[UntypedStorage], earlier: list[Tensor]) -> list[Tensor]:
-    """The bytes in host memory; in that of earlier copies where it fits."""
+    """Copy the bytes to host memory, reusing earlier copies if their sizes match."""
     if [copy.nbytes for copy in earlier] != [storage.nbytes() for storage in storages]:
-        return [current_platform().host_copy(_bytes_of(storage)) for storage in storages]
+        return [current_platform().host_copy(_as_bytes(storage)) for storage in storages]
     for copy, storage in zip(earlier, storages):
-        copy.copy_(_bytes_of(storage))
+        copy.copy_(_as_bytes(storage))
     return earlier
 
 
-def _bytes_of(storage: UntypedStorage) -> Tensor:
+def _as_bytes(storage: UntypedStorage) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

@@ -1,4 +1,4 @@
-"""Megatron's optimizer and learning-rate schedule from the configuration, and what a phase changes about them."""
+"""Megatron's optimizer and learning-rate schedule, built from the configuration, and the changes a phase can make."""
 
 from collections.abc import Sequence
 
@@ -14,15 +14,14 @@ from megatron_dsrl.config.actor import OptimizerConfig
 def build_optimizer(
     config: OptimizerConfig, chunks: list[DistributedDataParallel], dtype: torch.dtype, distributed: bool
 ) -> MegatronOptimizer:
-    """AdamW over the model chunks: fp32 master weights where they train in bf16, clipping by the global norm.
+    """AdamW over the model chunks, with fp32 master weights for bf16 and clipping by the global norm.
 
-    Adam's state exists from the start, so that a checkpoint before the first step has it too.
+    Adam's state is created at once, so that a checkpoint before the first step contains it.
 
     Args:
-        config: hyper-parameters.
         chunks: this pipeline stage's model chunks, wrapped for data parallelism.
         dtype: parameter dtype.
-        distributed: shard the optimizer state over data parallelism.
+        distributed: shard the optimizer state over data-parallel ranks.
     """
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
@@ -49,7 +48,7 @@ def build_optimizer(
 def build_scheduler(config: OptimizerConfig, optimizer: MegatronOptimizer, total_steps: int) -> OptimizerParamScheduler:
     """Linear warm-up to the peak, then constant or decaying to 0 after `total_steps` optimizer steps.
 
-    Megatron's warm-up starts at `init_lr`; it is set so that the first step already moves.
+    Megatron's warm-up starts at `init_lr`, which is set above 0 so that the first step changes the weights.
     """
     return _OnePeakScheduler(
         optimizer,
@@ -67,10 +66,10 @@ def build_scheduler(config: OptimizerConfig, optimizer: MegatronOptimizer, total
 
 
 class _OnePeakScheduler(OptimizerParamScheduler):
-    """The scheduler's own peak holds for every parameter group.
+    """Uses the scheduler's peak for every parameter group.
 
-    Megatron prefers the peak that is noted in the group. It also recognises groups in checkpoints by it, so that the
-    note has to stay what it was when the optimizer was built.
+    Megatron prefers the peak stored in the group. It also uses that value to match groups in checkpoints, so it must
+    stay what it was when the optimizer was built.
     """
 
     def get_lr(self, param_group: dict) -> float:
@@ -80,12 +79,11 @@ class _OnePeakScheduler(OptimizerParamScheduler):
 def apply_settings(
     optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, learning_rate: float, gradient_clip_norm: float
 ) -> None:
-    """Use another peak learning rate and clipping from the next step on; warm-up and decay go on where they are.
+    """Change the peak learning rate and the clipping from the next step on; warm-up and decay continue where they are.
 
     Args:
-        optimizer: to be changed.
-        scheduler: of the same optimizer.
-        learning_rate: peak.
+        scheduler: the scheduler of `optimizer`.
+        learning_rate: the new peak.
         gradient_clip_norm: 0 for none.
     """
     scheduler.max_lr = learning_rate
@@ -97,7 +95,7 @@ def apply_settings(
 
 @torch.no_grad()
 def forget_state(optimizer: MegatronOptimizer) -> None:
-    """Adam's moments and step counts as before the first step. Master weights stay."""
+    """Reset Adam's moments and step counts to their initial values. Master weights stay."""
     for part in chained_optimizers(optimizer):
         for state in part.optimizer.state.values():
             for name in state.keys() & {"exp_avg", "exp_avg_sq", "step"}:
@@ -108,10 +106,10 @@ def forget_state(optimizer: MegatronOptimizer) -> None:
 
 
 def own_step_counts(optimizer: MegatronOptimizer) -> None:
-    """Give every parameter a step count of its own in torch's AdamW, 0 where there is none.
+    """Give every parameter its own step count in torch's AdamW, 0 if it has none.
 
-    Megatron makes the moments without a count, and its loading hands one tensor to all parameters: AdamW counts in
-    place, so that each step would count once per parameter, and the bias correction would be wrong.
+    Megatron creates the moments without a count, and its loading shares one tensor between all parameters. AdamW
+    increments in place, so each step would count once per parameter and the bias correction would be wrong.
     """
     for part in chained_optimizers(optimizer):
         if isinstance(part.optimizer, torch.optim.AdamW):
@@ -121,7 +119,7 @@ def own_step_counts(optimizer: MegatronOptimizer) -> None:
 
 
 def chained_optimizers(optimizer: MegatronOptimizer) -> Sequence[MegatronOptimizer]:
-    """The optimizers that Megatron has chained, of dense and expert parameters; or the only one."""
+    """The optimizers of dense and of expert parameters if Megatron chained them, else the only one."""
     return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
 
 

@@ -1,8 +1,8 @@
-"""A packed row: several sequences one after the other, without padding between them.
+"""Packed rows: several sequences concatenated without padding between them.
 
-Under context parallelism every rank holds two chunks of every sequence (model/context_parallel.py), for which each
-sequence is padded on its right to a multiple of twice the context-parallel size. No real token looks at that padding,
-and nothing of it is scored.
+Under context parallelism every rank holds two chunks of every sequence (model/context_parallel.py), so each sequence is
+padded on the right to a multiple of twice the context-parallel size. No real token attends to that padding, and it is
+never scored.
 """
 
 import math
@@ -20,7 +20,7 @@ from megatron_dsrl.model.routed_experts import decode_routed_experts
 
 @dataclass(frozen=True)
 class RowSplit:
-    """How the processes of a model replica split a packed row, and which part is this one's."""
+    """How the processes of a model replica split a packed row, and which part this process holds."""
 
     context_parallel_size: int = 1
     context_parallel_rank: int = 0
@@ -29,41 +29,41 @@ class RowSplit:
 
     @property
     def sequence_multiple(self) -> int:
-        """What the length of every sequence is padded to a multiple of."""
+        """Each sequence is padded to a multiple of this length."""
         return 2 * self.context_parallel_size if self.context_parallel_size > 1 else 1
 
     @property
     def row_multiple(self) -> int:
-        """What the length of the whole row is a multiple of."""
+        """The whole row is padded to a multiple of this length."""
         return math.lcm(self.sequence_multiple, self.context_parallel_size * self.sequence_parallel_size)
 
     def padded(self, length: int) -> int:
-        """Tokens that a sequence takes."""
+        """Length of a sequence with its padding."""
         return -(-length // self.sequence_multiple) * self.sequence_multiple
 
 
 @dataclass(frozen=True)
 class RoutedExperts:
-    """The experts of a batch's tokens, and the model that they belong to."""
+    """The experts of a batch's tokens, and the sizes of the model they belong to."""
 
-    of_sequences: Sequence[str]
-    """Of each sequence's tokens but the last; see `algorithms.routed_experts`."""
+    encoded: Sequence[str]
+    """For each sequence, the experts of all tokens but the last; see `algorithms.routed_experts`."""
     layers: int
-    """Of the whole model."""
+    """Layers of the whole model."""
     experts_per_token: int
 
-    def of_row(self, sequences: Sequence[ScoredSequence], indices: Sequence[int], starts: Sequence[int]) -> Tensor:
+    def for_row(self, sequences: Sequence[ScoredSequence], indices: Sequence[int], starts: Sequence[int]) -> Tensor:
         """uint8 [tokens of the whole row, layers, experts per token].
 
-        Neither a sequence's last token nor padding predicts anything that is scored: they go to the first experts.
+        The last token of a sequence and padding predict nothing that is scored; they are routed to the first experts.
         """
         row = torch.arange(self.experts_per_token, dtype=torch.uint8).repeat(starts[-1], self.layers, 1)
         for start, i in zip(starts, indices):
-            experts = decode_routed_experts(self.of_sequences[i], self.layers, self.experts_per_token)
+            experts = decode_routed_experts(self.encoded[i], self.layers, self.experts_per_token)
             if len(experts) != len(sequences[i].token_ids) - 1:
                 raise ValueError(
-                    f"experts of {len(experts)} tokens for a sequence of {len(sequences[i].token_ids)}, whose last one "
-                    "needs none; they were recorded with another model"
+                    f"routed experts of {len(experts)} tokens for a sequence of {len(sequences[i].token_ids)} tokens, "
+                    f"expected {len(sequences[i].token_ids) - 1}; they were recorded with another model"
                 )
             row[start : start + len(experts)] = experts
         return row
@@ -71,38 +71,38 @@ class RoutedExperts:
 
 @dataclass(frozen=True)
 class PackedRow:
-    """A packed row of T tokens on this rank, of which S predict a scored token. Tensors are on the model's device.
+    """A packed row of T tokens on this rank, S of which predict a scored token. Tensors are on the model's device.
 
-    Without context parallelism T and S count the whole row. With it they count this rank's part of it.
+    Without context parallelism T and S count the whole row, with it this rank's part.
     """
 
     indices: tuple[int, ...]
-    """Which sequences of the batch these are, in the order of the row."""
+    """Indices of the row's sequences in the batch, in order."""
     token_ids: Tensor
     """[1, T] int64."""
     position_ids: Tensor
-    """[1, T] int64, from 0 in every sequence."""
+    """[1, T] int64, starting from 0 in every sequence."""
     is_padding: Tensor
     """[1, T] bool."""
     sequence_starts: Tensor
-    """[num_sequences + 1] int32, cumulative lengths in the whole row, padding included; attention never crosses
-    them."""
+    """[num_sequences + 1] int32, cumulative lengths in the whole row including padding; attention never crosses these
+    bounds."""
     longest: int
-    """Tokens of the longest whole sequence."""
+    """Length of the longest whole sequence."""
     predicting_positions: Tensor
-    """[S] int64: the position on this rank whose output predicts each scored token, the one before it."""
+    """[S] int64: for each scored token, the position on this rank that predicts it, the one before it."""
     targets: Tensor
-    """[S] int64: the scored tokens."""
+    """[S] int64: ids of the scored tokens."""
     places: Tensor
-    """[S] int64: their numbers among all scored tokens of the row, sequence after sequence."""
+    """[S] int64: their indices among all scored tokens of the row, in sequence order."""
     num_scored: tuple[int, ...]
-    """Scored tokens of each sequence, in order, whichever rank predicts them."""
+    """Scored tokens of each sequence, in order, over all ranks."""
     routed_experts: Tensor | None = None
-    """[T, layers of the whole model, experts per token] uint8, on the CPU: where every token is sent to. None: the
+    """[T, layers of the whole model, experts per token] uint8, on the CPU: experts of every token. None lets the
     routers choose."""
 
     def assemble(self, values: Tensor) -> Tensor:
-        """Values [..., S] of this rank's scored tokens as [..., sum(num_scored)] of all, on every rank.
+        """Gather values [..., S] of this rank's scored tokens into [..., sum(num_scored)] of all, on every rank.
 
         Differentiable; see `model.context_parallel.assemble`.
         """
@@ -118,17 +118,17 @@ def pack(
     device: torch.device,
     routed_experts: RoutedExperts | None = None,
 ) -> PackedRow:
-    """Pack the named sequences.
+    """Pack the sequences at these indices into a row.
 
-    The row is filled up to the multiple that the split needs by a last sequence of its own that is not scored. An empty
-    row is such a filling sequence only.
+    The row is filled up to the multiple required by the split with a final unscored filler sequence. An empty row
+    consists of the filler only.
 
     Args:
-        sequences: of the whole batch.
-        indices: which of them.
+        sequences: the whole batch.
+        indices: sequences to pack.
         split: how processes share the row.
-        device: of the tensors.
-        routed_experts: of the whole batch; None leaves the choice to the routers.
+        device: device of the tensors.
+        routed_experts: experts of the whole batch; None lets the routers choose.
     """
     chosen = [sequences[i] for i in indices]
     lengths = [split.padded(len(sequence.token_ids)) for sequence in chosen]
@@ -141,9 +141,9 @@ def pack(
     mine = zigzag_rows(lengths, split.context_parallel_size, split.context_parallel_rank)
     predicting = (predicted[mine] >= 0).nonzero().flatten()
     places = predicted[mine][predicting]
-    # A rank holds a sequence's chunks in their order, so its places count up.
+    # A rank holds the chunks of a sequence in order, so its places increase.
     targets = torch.cat([torch.zeros(0, dtype=torch.int64), *map(_scored_tokens, chosen)])
-    experts = None if routed_experts is None else routed_experts.of_row(sequences, indices, starts)[mine]
+    experts = None if routed_experts is None else routed_experts.for_row(sequences, indices, starts)[mine]
     return PackedRow(
         indices=tuple(indices),
         token_ids=token_ids[mine][None].to(device),
@@ -160,8 +160,8 @@ def pack(
 
 
 def _whole_row(sequences: Sequence[ScoredSequence], starts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids of the row, 0 where padded; the number of the scored token that each position predicts, or -1; and
-    whether it is padding."""
+    """Per position of the row: token id (0 for padding), index of the scored token it predicts (or -1), and whether it
+    is padding."""
     token_ids = torch.zeros(starts[-1], dtype=torch.int64)
     predicted = torch.full_like(token_ids, -1)
     is_padding = torch.ones_like(token_ids, dtype=torch.bool)

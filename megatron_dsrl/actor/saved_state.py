@@ -1,9 +1,9 @@
-"""A trained model's part of a checkpoint: weights, optimizer, learning-rate schedule and random states, by Megatron's
+"""A model's part of a checkpoint: weights, optimizer, learning-rate schedule and random states, saved with Megatron's
 distributed checkpointing.
 
-Every rank writes and reads its own shards. The optimizer state is stored in a form that belongs to parameters and not
-to ranks (`fully_reshardable`), so that another tensor-, pipeline- or data-parallel layout can read it. Random states
-belong to ranks: they are restored only where the layout is the same, and nothing here draws random numbers otherwise.
+Every rank writes and reads its own shards. The optimizer state is stored by parameter, not by rank
+(`fully_reshardable`), so another tensor-, pipeline- or data-parallel layout can read it. Random states belong to ranks
+and are restored only if the layout is the same.
 """
 
 from collections.abc import Sequence
@@ -29,14 +29,13 @@ def begin_save(
     scheduler: OptimizerParamScheduler,
     copy: bool,
 ) -> CheckpointWrite:
-    """Make ready to write the state into an existing, empty folder. Collective.
+    """Prepare to write the state into an existing, empty folder. Collective.
 
     Args:
-        folder: where.
-        chunks: model chunks.
-        optimizer: over the same chunks.
-        scheduler: its learning-rate schedule.
-        copy: take a copy, so that training may go on before the state is written.
+        chunks: this stage's model chunks.
+        optimizer: optimizer of these chunks.
+        scheduler: learning-rate schedule of the optimizer.
+        copy: copy the state, so that training may continue before it is written.
     """
     state = _model_and_optimizer(chunks, optimizer, is_loading=False)
     state["scheduler_steps"] = scheduler.num_steps
@@ -51,14 +50,13 @@ def load_state(
     scheduler: OptimizerParamScheduler,
     same_layout: bool,
 ) -> None:
-    """Read what was saved by `begin_save`, under this or another layout. Collective.
+    """Load what `begin_save` wrote, under this or another layout. Collective.
 
     Args:
-        folder: the folder.
         chunks: model chunks to fill.
         optimizer: its state is overwritten.
-        scheduler: continues after the same number of steps, with its own learning rates.
-        same_layout: the checkpoint was written by the same number of processes in the same layout.
+        scheduler: continues from the saved step count, with its own learning rates.
+        same_layout: whether the checkpoint was written by the same number of processes in the same layout.
     """
     state = _model_and_optimizer(chunks, optimizer, is_loading=True)
     if same_layout:
@@ -77,12 +75,12 @@ def load_state(
 
 
 def begin_save_weights(folder: Path, chunks: Sequence[torch.nn.Module]) -> CheckpointWrite:
-    """Make ready to write the weights alone, of which a copy is taken, into an existing, empty folder. Collective."""
+    """Prepare to write a copy of the weights alone into an existing, empty folder. Collective."""
     return begin_checkpoint(_model(chunks), folder, _sharding_metadata(), copy=True)
 
 
 def load_saved_weights(folder: Path, chunks: Sequence[torch.nn.Module]) -> None:
-    """Read what was saved by `begin_save_weights`, under this or another layout, into the chunks. Collective."""
+    """Load what `begin_save_weights` wrote, under this or another layout, into the chunks. Collective."""
     loaded = dist_checkpointing.load(_model(chunks), str(folder))
     for name, chunk in _named(chunks):
         bare_model(chunk).load_state_dict(loaded[name])
@@ -93,23 +91,23 @@ def _model_and_optimizer(
 ) -> dict[str, Any]:
     state = _model(chunks)
     state["optimizer"] = optimizer.sharded_state_dict(
-        dict(state), is_loading=is_loading, metadata=_metadata_of_this_layout()
+        dict(state), is_loading=is_loading, metadata=_layout_metadata()
     )
     return state
 
 
 def _model(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
-    metadata = _metadata_of_this_layout()
+    metadata = _layout_metadata()
     return {name: bare_model(chunk).sharded_state_dict(metadata=metadata) for name, chunk in _named(chunks)}
 
 
-def _metadata_of_this_layout() -> dict[str, Any]:
+def _layout_metadata() -> dict[str, Any]:
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     return _sharding_metadata() | {"dp_cp_group": group}
 
 
 def _sharding_metadata() -> dict[str, Any]:
-    """How Megatron names and splits the tensors in the checkpoint; all three are what resharding needs."""
+    """How Megatron names and splits tensors in the checkpoint; resharding requires all three settings."""
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
         "singleton_local_shards": False,
@@ -125,7 +123,8 @@ def _named(chunks: Sequence[torch.nn.Module]) -> list[tuple[str, torch.nn.Module
 
 
 def _add_missing_step_counts(state: dict[str, Any]) -> None:
-    """Megatron leaves the parameters' common step count out of a checkpoint while it is 0; torch's AdamW insists."""
+    """Megatron omits the parameters' common step count from a checkpoint while it is 0, but torch's AdamW requires
+    it."""
     if "param_groups" in state and "state" in state:
         state["state"].setdefault("common_step", torch.zeros(()))
         return

@@ -30,18 +30,18 @@ class ShardedModel:
         """
         self.chunks = chunks
         self.config = chunks[0].config
-        self.config.finalize_model_grads_func = sum_gradients  # the weights of the loss carry the token count
+        self.config.finalize_model_grads_func = sum_gradients  # the loss weights already include the token count
         self.device = next(chunks[0].parameters()).device
         self._max_tokens = max_tokens_per_micro_batch
 
     def pack_share(
         self, sequences: Sequence[ScoredSequence], routed_experts: Sequence[str] | None = None
     ) -> list[PackedRow]:
-        """This data-parallel rank's share of the batch as packed rows, as many as the other ranks'.
+        """This data-parallel rank's share of the batch as packed rows; every rank gets the same number of rows.
 
         Args:
             sequences: the batch, the same on every rank.
-            routed_experts: of each sequence; see `Experience.routed_experts`.
+            routed_experts: experts of each sequence; see `Experience.routed_experts`.
         """
         split = RowSplit(
             context_parallel_size=parallel_state.get_context_parallel_world_size(),
@@ -61,7 +61,7 @@ class ShardedModel:
         return [pack(sequences, indices, split, self.device, experts) for indices in plan]
 
     def accumulate_gradients(self, micro_batches: Sequence[MicroBatch[Result]]) -> list[Result]:
-        """Forward and backward from cleared gradients; returns what the micro-batches kept (last stage only)."""
+        """Clear gradients, then run forward and backward; returns the kept results (last stage only)."""
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -74,20 +74,21 @@ class ShardedModel:
         score: Callable[[PackedRow, Tensor], Tensor],
         routed_experts: Sequence[str] | None = None,
     ) -> PerToken:
-        """One number per scored token by a forward pass of the whole batch.
+        """Compute one number per scored token with a forward pass over the whole batch.
 
         Args:
             sequences: the batch, the same on every rank.
-            score: [sum(num_scored)] float32 from a packed row and the model's output [S, ...] at its predicting
-                positions; the same on all ranks that hold shards of that row or output (see `PackedRow.assemble`).
-            routed_experts: of each sequence; see `Experience.routed_experts`.
+            score: maps a packed row and the model's output [S, ...] at its predicting positions to [sum(num_scored)]
+                float32, the same on all ranks that hold shards of that row or output (see `PackedRow.assemble`).
+            routed_experts: experts of each sequence; see `Experience.routed_experts`.
 
         Returns:
-            Per sequence, the same on every rank.
+            [num_scored] per sequence, the same on every rank.
         """
         for chunk in self.chunks:
             chunk.eval()
-        micro_batches = [MicroBatch(row, _keeping(row, score)) for row in self.pack_share(sequences, routed_experts)]
+        rows = self.pack_share(sequences, routed_experts)
+        micro_batches = [MicroBatch(row, _per_sequence(row, score)) for row in rows]
         kept = run_schedule(self.chunks, micro_batches, forward_only=True)
         mine = dict(pair for pairs in kept for pair in pairs)
         others_have_the_same = (
@@ -110,10 +111,10 @@ def _sequence_cost(config: TransformerConfig) -> SequenceCost:
     )
 
 
-def _keeping(
+def _per_sequence(
     row: PackedRow, score: Callable[[PackedRow, Tensor], Tensor]
 ) -> Callable[[Tensor], tuple[Tensor, list[tuple[int, Tensor]]]]:
-    """Scores split into (index of the sequence, its scores)."""
+    """Wrap `score` to keep a list of (index of the sequence, its scores)."""
 
     def split(output: Tensor) -> tuple[Tensor, list[tuple[int, Tensor]]]:
         scores = score(row, output)

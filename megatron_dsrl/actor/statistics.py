@@ -1,4 +1,4 @@
-"""Numbers of scored tokens, added up over micro-batches and ranks into the metrics of an update."""
+"""Token statistics, reduced over micro-batches and ranks to the metrics of an update."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,17 +11,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """Sums and maxima over the scored tokens of some micro-batches of one objective."""
+    """Sums and maxima over scored tokens of one objective."""
 
     num_tokens: int
     sums: dict[str, Tensor]
-    """Per name a float64 scalar."""
+    """float64 scalar by name."""
     maxima: dict[str, Tensor]
-    """Per name a float64 scalar; 0 where there is no token, so for numbers that are never negative."""
+    """float64 scalar by name; 0 if there is no token, so only for non-negative quantities."""
 
     @classmethod
     def from_tokens(cls, loss: Tensor, means: Mapping[str, Tensor], maxima: Mapping[str, Tensor]) -> "TokenStatistics":
-        """Statistics of one micro-batch: `loss` is its weighted scalar, the others are [S] each."""
+        """Statistics of one micro-batch: `loss` is its weighted scalar; `means` and `maxima` are [S] each."""
         return cls(
             num_tokens=next(iter(means.values())).numel(),
             sums={"loss": loss.detach().double()} | {name: x.detach().double().sum() for name, x in means.items()},
@@ -33,7 +33,7 @@ class TokenStatistics:
 
     @classmethod
     def add_up(cls, parts: Sequence["TokenStatistics"]) -> "TokenStatistics":
-        """Of several micro-batches, at least one, that report the same names."""
+        """Combine one or more micro-batches that report the same names."""
         first = parts[0]
         return cls(
             num_tokens=sum(part.num_tokens for part in parts),
@@ -42,7 +42,7 @@ class TokenStatistics:
         )
 
     def over_replicas(self) -> "TokenStatistics":
-        """Added up over data-parallel replicas; collective over the ranks of this pipeline stage."""
+        """Combine over data-parallel replicas; collective over the ranks of this pipeline stage."""
         group = parallel_state.get_data_parallel_group()
         device = self.sums["loss"].device
         count = torch.tensor(self.num_tokens, dtype=torch.float64, device=device)
@@ -57,13 +57,13 @@ class TokenStatistics:
 
 @dataclass(frozen=True)
 class ObjectiveMetrics:
-    """What an objective's tokens were like in one or more optimizer steps."""
+    """Metrics of an objective over one or more optimizer steps."""
 
     loss: float
     kept_samples: int
     kept_tokens: int
     means: dict[str, float]
-    """Over the objective's scored tokens."""
+    """Means over the objective's scored tokens, by name."""
     maxima: dict[str, float]
 
     @classmethod
@@ -80,17 +80,17 @@ class ObjectiveMetrics:
         )
 
     def totals(self) -> dict[str, float]:
-        """Figures of the objective as a whole, by name."""
+        """Metrics of the objective as a whole, by name."""
         return {"loss": self.loss, "kept_samples": self.kept_samples, "kept_tokens": self.kept_tokens}
 
     def token_metrics(self) -> dict[str, float]:
-        """Figures that describe its scored tokens, by name."""
+        """Metrics of its scored tokens, by name."""
         return self.means | self.maxima
 
     @classmethod
     def merge(cls, steps: Sequence["ObjectiveMetrics"]) -> "ObjectiveMetrics":
-        """Several optimizer steps as one: counts are summed, maxima kept, means weigh tokens; the loss is the plain
-        mean over the steps."""
+        """Combine several optimizer steps: counts are summed, maxima kept, means weighted by tokens; the loss is the
+        plain mean over steps."""
         tokens = sum(step.kept_tokens for step in steps)
         return cls(
             loss=sum(step.loss for step in steps) / len(steps),
@@ -106,25 +106,25 @@ class ObjectiveMetrics:
 
 @dataclass(frozen=True)
 class UpdateMetrics:
-    """What one or more optimizer steps on one rollout batch did. The same on every rank."""
+    """Metrics of the optimizer steps on one rollout batch. The same on every rank."""
 
     grad_norm: float
-    """Before clipping; the mean over the steps."""
+    """Mean over steps, before clipping."""
     learning_rate: float
-    """Of the last step."""
+    """Learning rate of the last step."""
     objectives: dict[str, ObjectiveMetrics]
-    """By the objective's name."""
+    """Metrics by objective name."""
     router: dict[str, float] = field(default_factory=dict)
-    """Losses of a mixture of experts' routers without their coefficients, by name; see `RouterLosses.metrics`."""
+    """Unweighted router losses of a mixture of experts, by name; see `RouterLosses.metrics`."""
 
     @property
     def loss(self) -> float:
-        """The sum of the objectives' losses, without those of routers."""
+        """The sum of the objectives' losses, without router losses."""
         return sum(objective.loss for objective in self.objectives.values())
 
     @classmethod
     def merge(cls, steps: Sequence["UpdateMetrics"]) -> "UpdateMetrics":
-        """Several optimizer steps as one."""
+        """Combine several optimizer steps."""
         names = dict.fromkeys(name for step in steps for name in step.objectives)
         return cls(
             grad_norm=sum(step.grad_norm for step in steps) / len(steps),
@@ -137,7 +137,7 @@ class UpdateMetrics:
         )
 
     def flat(self) -> dict[str, float]:
-        """Every number by a name of its own, `<objective>/<metric>` and `router/<metric>`."""
+        """All metrics by name: `<objective>/<metric>` and `router/<metric>`."""
         flat: dict[str, float] = {"grad_norm": self.grad_norm, "learning_rate": self.learning_rate, "loss": self.loss}
         for name, objective in self.objectives.items():
             numbers = objective.totals() | objective.token_metrics()
@@ -146,7 +146,7 @@ class UpdateMetrics:
 
 
 def share_with_all_stages(metrics: dict[str, ObjectiveMetrics] | None) -> dict[str, ObjectiveMetrics]:
-    """What the last pipeline stage knows, on every stage."""
+    """Broadcast the metrics of the last pipeline stage to all stages."""
     if parallel_state.get_pipeline_model_parallel_world_size() == 1:
         assert metrics is not None
         return metrics

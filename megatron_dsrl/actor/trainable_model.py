@@ -1,4 +1,4 @@
-"""A sharded Megatron model with its optimizer: what actor and critic have in common.
+"""A sharded Megatron model with its optimizer: the part shared by actor and critic.
 
 Every method is collective over the ranks.
 """
@@ -39,7 +39,7 @@ class TrainableModel(ShardedModel):
         """
         Args:
             chunks: this pipeline stage's model chunks, weights loaded.
-            optimizer: over the same chunks.
+            optimizer: optimizer of these chunks.
             scheduler: learning-rate schedule of the optimizer.
             max_tokens_per_micro_batch: token budget of a packed row.
         """
@@ -47,15 +47,15 @@ class TrainableModel(ShardedModel):
         self._optimizer = optimizer
         self._scheduler = scheduler
         self.memory = ModelMemory(self._tensors_of_parts)
-        """On the device. Weights can be streamed while gradients and optimizer state are away; all else needs all."""
+        """Device memory of the model. Streaming weights needs only the parameters; everything else needs all parts."""
 
     @property
     def implementations(self) -> dict[str, str]:
-        """Which classes compute the layers and the optimizer step, with the package that they come from."""
+        """Classes used for the layers and the optimizer, each prefixed with its package."""
         layer = bare_model(self.chunks[0]).decoder.layers[0]
         parts = {
             "core attention": layer.self_attention.core_attention,
-            "matrix products": layer.self_attention.linear_qkv,  # Transformer Engine's has the norm before it in it
+            "matrix products": layer.self_attention.linear_qkv,  # Transformer Engine's includes the norm before it
             "norm": layer.input_layernorm,
             "optimizer": chained_optimizers(self._optimizer)[0].optimizer,
         }
@@ -72,13 +72,13 @@ class TrainableModel(ShardedModel):
         return super().score_tokens(sequences, score, routed_experts)
 
     def accumulate_gradients(self, micro_batches: Sequence[MicroBatch[Result]]) -> list[Result]:
-        """Forward and backward from cleared gradients; returns what the micro-batches kept (last stage only)."""
+        """Clear gradients, then run forward and backward; returns the kept results (last stage only)."""
         assert not self.memory.away, AWAY
         self._optimizer.zero_grad()
         return super().accumulate_gradients(micro_batches)
 
     def take_step(self) -> tuple[float, float]:
-        """Apply the accumulated gradients; returns their norm before clipping, and the learning rate applied.
+        """Apply the accumulated gradients; returns their norm before clipping and the learning rate used.
 
         Raises:
             FloatingPointError: the gradient norm is not finite.
@@ -91,26 +91,27 @@ class TrainableModel(ShardedModel):
         return float(grad_norm), learning_rate
 
     def configure_optimizer(self, learning_rate: float, gradient_clip_norm: float) -> None:
-        """Peak learning rate and clipping (0 for none) from the next step on; see `apply_settings`."""
+        """Set the peak learning rate and the clipping norm (0 for none) from the next step on; see `apply_settings`."""
         apply_settings(self._optimizer, self._scheduler, learning_rate, gradient_clip_norm)
 
     def reset_optimizer(self) -> None:
-        """Forget Adam's moments and step counts. The learning-rate schedule goes on."""
+        """Reset Adam's moments and step counts. The learning-rate schedule continues."""
         assert not self.memory.away, AWAY
         forget_state(self._optimizer)
 
     def begin_save(self, folder: Path, copy: bool) -> CheckpointWrite:
-        """Weights, optimizer, schedule and random states, ready to be written; see `saved_state.begin_save`."""
+        """Prepare to write weights, optimizer, schedule and random states; see `saved_state.begin_save`."""
         assert not self.memory.away, AWAY
         return begin_save(folder, self.chunks, self._optimizer, self._scheduler, copy)
 
     def load(self, folder: Path, same_layout: bool) -> None:
-        """Continue from what was saved; see `load_state`."""
+        """Restore a saved state; see `load_state`."""
         assert not self.memory.away, AWAY
         load_state(folder, self.chunks, self._optimizer, self._scheduler, same_layout)
 
     def _tensors_of_parts(self) -> Mapping[ModelPart, Iterable[Tensor]]:
-        """In float32 the optimizer has the model's own parameters or views of them, which then belong to the model."""
+        """Tensors by part. In float32 the optimizer holds the model's parameters or views of them; these count as
+        parameters."""
         parameters = [parameter for chunk in self.chunks for parameter in chunk.parameters()]
         optimizers = [part.optimizer for part in chained_optimizers(self._optimizer)]
         masters = [weight for optimizer in optimizers for group in optimizer.param_groups for weight in group["params"]]
@@ -123,6 +124,6 @@ class TrainableModel(ShardedModel):
 
 
 def require_finite(what: str, value: float) -> None:
-    """Raise FloatingPointError unless the value is a number."""
+    """Raise FloatingPointError unless the value is finite."""
     if not torch.isfinite(torch.tensor(value)):
         raise FloatingPointError(f"the {what} is {value}; the weights of the last checkpoint are untouched")

@@ -1,4 +1,4 @@
-"""Work in a thread beside the main one, whose result is waited for later."""
+"""Run a function in a background thread and wait for its result later."""
 
 import threading
 from collections.abc import Callable
@@ -9,9 +9,9 @@ Value = TypeVar("Value")
 
 
 def in_background(work: Callable[[], Value]) -> "Future[Value]":
-    """Start `work` in a daemon thread. The future has its result or its exception; waiting lets signal handlers run.
+    """Start `work` in a daemon thread. The future gets its result or exception; signal handlers run while it is awaited.
 
-    The threads of a ThreadPoolExecutor would delay the exit of a process that was asked to stop; these do not.
+    Unlike the threads of a ThreadPoolExecutor, a daemon thread does not delay the exit of a process asked to stop.
     """
 
     def run() -> None:

@@ -1,11 +1,11 @@
-"""Small agreements between processes, which hold trivially where torch.distributed does not run.
+"""Small collectives on Python objects, which also work without torch.distributed.
 
-Everything but `rank` and `world_size` is collective: every process (of the group) calls it, in the same order. Values
-are Python objects; they are pickled.
+Everything but `rank`, `world_size` and `my_share` is collective: every process (of the group) must call it, in the same
+order. Values are pickled.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -15,12 +15,12 @@ Value = TypeVar("Value")
 
 
 def rank() -> int:
-    """Of this process."""
+    """Rank of this process; 0 without torch.distributed."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Number of processes."""
+    """Number of processes; 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -34,49 +34,50 @@ def gather(value: Value, group: dist.ProcessGroup | None = None) -> list[Value]:
     """Every process's value in rank order, on every process.
 
     Args:
-        value: of this process.
-        group: processes that take part; None for all.
+        group: participating processes; None for all.
     """
     size = world_size() if group is None else group.size()
     if size == 1:
         return [value]
-    values: list = [None] * size
+    values: list[Any] = [None] * size
     dist.all_gather_object(values, value, group=group)
     return values
 
 
 def broadcast(value: Value) -> Value:
-    """Rank 0's value, on every process; what the others pass is not looked at."""
+    """Rank 0's value, on every process; other ranks' values are ignored."""
     if world_size() == 1:
         return value
-    values = [value if rank() == 0 else None]
+    values: list[Any] = [value if rank() == 0 else None]
     dist.broadcast_object_list(values, src=0)
     return values[0]
 
 
 def my_share(items: Sequence[Value]) -> Sequence[Value]:
-    """Every world-size-th item, beginning with this process's. Not collective."""
+    """This rank's share of the items, dealt out round-robin. Not collective."""
     return items[rank() :: world_size()]
 
 
 def first_problem(problem: str | None, group: dist.ProcessGroup | None = None) -> str | None:
-    """The message of the lowest rank that has one, on every process; None if none has."""
+    """The message of the lowest rank that has one, on every process; None if there is none."""
     return next((each for each in gather(problem, group) if each is not None), None)
 
 
 def together(work: Callable[[], Value]) -> list[Value]:
-    """Do this process's part of something; every process learns of all parts, or of the first failure among them.
+    """Run `work` on every process; all processes get all results, or raise the first failure.
 
     Args:
         work: must not be collective itself.
 
     Returns:
-        What each process's part returned, in rank order.
+        The results in rank order.
 
     Raises:
-        UserError: the part of another process failed. A failure of its own is raised as it is.
+        UserError: `work` failed on another process. A failure on this process is raised unchanged.
     """
-    result, failure, problem = None, None, None
+    result: Any = None
+    failure: Exception | None = None
+    problem: str | None = None
     try:
         result = work()
     except Exception as error:
@@ -92,5 +93,5 @@ def together(work: Callable[[], Value]) -> list[Value]:
 
 
 def on_first(work: Callable[[], Value]) -> Value:
-    """Let rank 0 do something; every process gets its result or its failure, as with `together`."""
-    return together(lambda: work() if rank() == 0 else None)[0]
+    """Run `work` on rank 0; every process gets its result, or raises its failure as `together` does."""
+    return cast(Value, together(lambda: work() if rank() == 0 else None)[0])

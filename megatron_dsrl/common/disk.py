@@ -1,4 +1,4 @@
-"""A disk that takes no more: full, read-only, or broken."""
+"""Error messages for failed writes: a full, read-only or broken disk."""
 
 import shutil
 from collections.abc import Iterator
@@ -8,19 +8,19 @@ from pathlib import Path
 from megatron_dsrl.common.errors import UserError
 
 _TORCH_SAVE_FAILURES = ("PytorchStreamWriter", "inline_container", "iostream error")
-"""In messages of the RuntimeError that torch.save raises in place of OSError, on a full disk for example."""
+"""Parts of messages of the RuntimeError that torch.save raises instead of OSError, for example on a full disk."""
 NOTHING_PUBLISHED = "Nothing was published, and what was there before is untouched"
 
 
 def as_os_error(error: Exception) -> Exception:
-    """An OSError for what torch.save raises in its place; any other error as it is."""
+    """Convert the RuntimeError of a failed torch.save to OSError; return any other error unchanged."""
     if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _TORCH_SAVE_FAILURES):
         return OSError(f"torch.save: {error}")
     return error
 
 
 def free_space(folder: Path) -> str:
-    """` (120 MiB are free there)`; nothing where that cannot be found out."""
+    """` (120 MiB are free there)`, or an empty string if that cannot be determined."""
     try:
         return f" ({shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free there)"
     except OSError:
@@ -29,14 +29,14 @@ def free_space(folder: Path) -> str:
 
 @contextmanager
 def writing(path: Path, what_is_safe: str = NOTHING_PUBLISHED) -> Iterator[None]:
-    """Name the file where writing it fails in the body.
+    """Turn a failed write in the body into a message that names the file.
 
     Args:
-        path: file or folder that is written.
-        what_is_safe: a clause for the message. The default is for folders that are published when they are complete.
+        path: file or folder being written.
+        what_is_safe: clause for the message. The default is for folders that are published when complete.
 
     Raises:
-        UserError: in place of OSError, and of the RuntimeError of torch.save.
+        UserError: instead of OSError, and of the RuntimeError of torch.save.
     """
     try:
         yield
@@ -46,5 +46,5 @@ def writing(path: Path, what_is_safe: str = NOTHING_PUBLISHED) -> Iterator[None]
             raise
         raise UserError(
             f"{path} could not be written{free_space(path.parent)}: {cause}. {what_is_safe}; free space or fix the "
-            "permissions, and start the command again"
+            "permissions, then run the command again"
         ) from error

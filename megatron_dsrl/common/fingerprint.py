@@ -1,18 +1,18 @@
-"""What tells the weights of two models apart, without reading all of them."""
+"""A fingerprint of a model's weights that does not need to read all of them."""
 
 import hashlib
 from pathlib import Path
 
 PIECES = 64
-"""Of every weight file."""
+"""Number of pieces read from each weight file."""
 PIECE_BYTES = 2**16
 
 
 def fingerprint(folder: Path) -> str:
-    """Tells models apart: SHA-256 over the configuration, and the size and evenly spread pieces of every weight file.
+    """SHA-256 over the configuration, and the sizes and evenly spaced pieces of all weight files.
 
-    Between nearby steps of a training in bf16 most weights keep their value, and those of rare tokens, at the beginning
-    of the files, nearly all: hence many pieces.
+    Between nearby training steps in bf16 most weights do not change, and embeddings of rare tokens, at the beginning of
+    the files, hardly ever do. Therefore many pieces are read.
 
     Args:
         folder: HF folder or Megatron checkpoint.

@@ -1,7 +1,7 @@
 """One command at a time in a folder.
 
-Rank 0 locks (flock) a file in it for as long as it lives: the kernel lifts the lock when the process ends, whichever
-way, so that nothing is left to clean up. The file stays, and says who has locked it last.
+Rank 0 holds a lock (flock) on a file in the folder while it runs. The kernel releases the lock when the process ends in
+any way, so nothing needs to be cleaned up. The file stays and names the last holder.
 """
 
 import fcntl
@@ -18,22 +18,23 @@ from megatron_dsrl.common.errors import UserError
 
 LOCK_FILE = ".lock"
 WAIT_SECONDS = 30.0
-"""For a process on this host: one that was killed a moment ago has the lock until its memory is freed."""
+"""Wait for a process on this host: one that was just killed keeps the lock until its memory is freed."""
 WAIT_FOR_OTHER_HOST_SECONDS = 120.0
-"""A file server notices only after a while that a host is gone: NFS 4 lifts its locks after 90 s."""
+"""Wait for a process on another host: a file server takes a while to notice a lost host; NFS 4 releases its locks after
+90 s."""
 POLL_SECONDS = 0.2
 
 
 @contextmanager
 def locked(folder: Path, report: Callable[[str], None]) -> Iterator[None]:
-    """Keep other commands out of the folder in the body of the `with`. Collective.
+    """Keep other commands out of the folder during the `with` block. Collective.
 
     Args:
-        folder: made if need be.
-        report: called on rank 0 with a line, where the file system has no locks or another process must be waited for.
+        folder: created if it does not exist.
+        report: called on rank 0 with a message if the file system has no locks or another process holds the lock.
 
     Raises:
-        UserError: another process has locked it, or it cannot be written to. On every rank; nothing was changed.
+        UserError: another process holds the lock, or the folder is not writable. Raised on every rank; nothing changed.
     """
     with ExitStack() as until_the_end:
         on_first(lambda: _lock(folder, report, until_the_end))
@@ -47,7 +48,7 @@ def _lock(folder: Path, report: Callable[[str], None], until_the_end: ExitStack)
         try:
             _wait_for_lock(file, folder, report)
         except OSError as error:
-            report(f"{folder}: no locks here ({error}), so nothing keeps a second command out of this folder")
+            report(f"{folder}: the file system has no locks ({error}); do not run a second command in this folder")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -58,11 +59,11 @@ def _lock(folder: Path, report: Callable[[str], None], until_the_end: ExitStack)
 def _wait_for_lock(file: TextIO, folder: Path, report: Callable[[str], None]) -> None:
     """
     Raises:
-        UserError: another process goes on holding it.
+        UserError: another process still holds it at the time limit.
         OSError: the file system has no locks.
     """
     started = time.monotonic()
-    told = False
+    reported = False
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -73,10 +74,10 @@ def _wait_for_lock(file: TextIO, folder: Path, report: Callable[[str], None]) ->
         limit = WAIT_SECONDS if holder.endswith(f" on {socket.gethostname()}") else WAIT_FOR_OTHER_HOST_SECONDS
         if time.monotonic() - started >= limit:
             raise UserError(
-                f"{folder} is in use by {holder}, and two commands would spoil each other's files; let it end, end it, "
-                "or name another folder"
+                f"{folder} is in use by {holder}, and two commands would overwrite each other's files; wait for it, "
+                "stop it, or choose another folder"
             )
-        if not told:
-            report(f"{folder} is in use by {holder}; waiting {limit:g} s, should it be about to end")
-            told = True
+        if not reported:
+            report(f"{folder} is in use by {holder}; waiting up to {limit:g} s for it to exit")
+            reported = True
         time.sleep(POLL_SECONDS)

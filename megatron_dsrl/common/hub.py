@@ -1,4 +1,4 @@
-"""What the hub (Hugging Face's, or a mirror of it) does not give, and what to do about it."""
+"""Access to the hub (Hugging Face or a mirror): is it reachable, and what to do if it does not have something."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,23 +7,23 @@ from functools import cache
 from megatron_dsrl.common.errors import UserError
 
 REACH_SECONDS = 5.0
-"""Within which the hub must answer; its clients would try for half a minute."""
+"""Time limit for the hub to answer; its own clients would retry for half a minute."""
 
 _FETCH_ELSEWHERE = (
-    "fetch it where there is a network and name its folder or file here, or copy the cache (HF_HOME); HF_ENDPOINT "
-    "names another hub"
+    "download it on a machine with a network and name its folder or file here, or copy the cache (HF_HOME); "
+    "HF_ENDPOINT selects another hub"
 )
 
 
 @cache
 def can_reach_hub() -> bool:
-    """Whether the hub answers at all. Asked once per process; without it, only its cache is read."""
+    """Whether the hub answers; checked once per process. If not, only its cache is used."""
     from huggingface_hub.constants import ENDPOINT
     from huggingface_hub.utils import get_session
 
     try:
         get_session().head(ENDPOINT, timeout=REACH_SECONDS)
-    except Exception:  # its kinds depend on the client's version; HF_HUB_OFFLINE raises one too
+    except Exception:  # exception types depend on the client's version; HF_HUB_OFFLINE raises one too
         return False
     return True
 
@@ -33,13 +33,13 @@ def asking_hub(field: str, name: str, kind: str = "model", local: str = "folder"
     """Turn any exception of the hub's clients in the body into one message.
 
     Args:
-        field: that names it, of the configuration or the command line.
-        name: on the hub.
-        kind: what was looked for on the hub.
-        local: what it could have been instead, on this machine.
+        field: configuration field or command-line argument, for the message.
+        name: name on the hub.
+        kind: kind of hub repository.
+        local: what `name` could have been on this machine, for the message.
 
     Raises:
-        UserError: in place of any other exception; says what is wrong and what to do.
+        UserError: instead of any other exception; says what is wrong and what to do.
     """
     try:
         yield

@@ -8,7 +8,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 LAUNCHER_VARIABLE = "DSRL_LAUNCHER"
-"""In the environment of a process that `launch` starts: the process id of the launcher."""
+"""Environment variable of the processes that `launch` starts: the process id of the launcher."""
 
 
 def launched_rank() -> int:
@@ -17,12 +17,12 @@ def launched_rank() -> int:
 
 
 def end_with_launcher() -> None:
-    """Have this rank killed when torchrun, or the launcher of `--processes`, is.
+    """Have the kernel kill this rank when torchrun, or the launcher of `--processes`, is killed.
 
-    Either ends its ranks with it unless it is killed itself. They would then go on, beside those of the next start in
-    the same run folder.
+    Either stops its ranks when it exits, unless it is killed. Its ranks would then keep running, alongside those of the
+    next start in the same run folder.
     """
-    launcher = os.environ.pop(LAUNCHER_VARIABLE, None)  # commands that this rank starts have another parent
+    launcher = os.environ.pop(LAUNCHER_VARIABLE, None)  # not inherited: commands that this rank starts have another parent
     if launcher is not None:
         die_with_parent(int(launcher))
     elif "TORCHELASTIC_RUN_ID" in os.environ:
@@ -32,10 +32,10 @@ def end_with_launcher() -> None:
 def die_with_parent(parent: int) -> None:
     """Have the kernel send this process SIGKILL when its parent ends, `kill -9` of the parent included.
 
-    The kernel means the parent's *thread* that started this process, so start children from a lasting thread.
+    "Parent" means the *thread* that started this process, so start children from a thread that stays alive.
 
     Args:
-        parent: The process id that is expected; if the parent ended already, this process ends at once.
+        parent: expected process id of the parent; if the parent has already ended, this process ends at once.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:

@@ -1,4 +1,4 @@
-"""torchrun's processes as one group, for commands that build no Megatron model."""
+"""A process group over torchrun's processes, for commands that do not build a Megatron model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,12 +10,13 @@ from megatron_dsrl.model.parallel import world_size_from_environment
 from megatron_dsrl.platform import current_platform
 
 LIMIT = timedelta(days=14)
-"""Of waiting for rank 0, which may sample for as long."""
+"""Limit for waiting on rank 0, which may sample for a long time."""
 
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Each process on its device, and all of them in a gloo group where there are several. Undone at the end."""
+    """Select each process's device and, if there are several processes, join a gloo group until the end of the
+    block."""
     several = world_size_from_environment() > 1 and not dist.is_initialized()
     if several:
         dist.init_process_group("gloo", timeout=LIMIT)

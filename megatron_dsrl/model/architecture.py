@@ -1,4 +1,4 @@
-"""What an HF `config.json` says about a model of a known family, checked, in the project's own terms."""
+"""Read and validate the HF `config.json` of a model of a supported family."""
 
 import json
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from megatron_dsrl.model.families import FAMILIES, Family
 
 @dataclass(frozen=True)
 class Experts:
-    """The mixture of experts in every layer."""
+    """The mixture of experts of every layer."""
 
     num_experts: int
     num_experts_per_tok: int
     moe_intermediate_size: int
-    """Inner size of one expert."""
+    """Feed-forward size of one expert."""
     norm_topk_prob: bool
-    """The chosen experts' probabilities are divided by their sum."""
+    """Whether the chosen experts' probabilities are divided by their sum."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Architecture:
 
     @property
     def shape(self) -> ModelShape:
-        """The sizes that the layout depends on."""
+        """The sizes that layout checks need."""
         return ModelShape(
             layers=self.num_hidden_layers,
             attention_heads=self.num_attention_heads,
@@ -57,7 +57,7 @@ class Architecture:
         )
 
     def padded_vocab_size(self, tensor_parallel_size: int) -> int:
-        """Rows of the embedding in Megatron: the next multiple of the tensor-parallel size."""
+        """Rows of Megatron's embedding: vocab_size rounded up to a multiple of the tensor-parallel size."""
         return -(-self.vocab_size // tensor_parallel_size) * tensor_parallel_size
 
 
@@ -65,8 +65,8 @@ def read_architecture(folder: Path) -> Architecture:
     """Read `config.json`.
 
     Raises:
-        UserError: the file is missing or not JSON, the architecture is another one, a field is missing or
-            ill-typed, or a feature is asked for that is not implemented (RoPE scaling, sliding window, biases).
+        UserError: the file is missing or not JSON, the architecture is not supported, a field is missing or has the
+            wrong type, or an unsupported feature is requested (RoPE scaling, sliding window, biases).
     """
     path = folder / "config.json"
     config = _read_json(path)
@@ -94,10 +94,10 @@ def read_architecture(folder: Path) -> Architecture:
 
 
 def check_model_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
-    """Refuse a layout that the model cannot be split into; see `config.layout.model_problems`.
+    """Check that the layout divides the model; see `config.layout.model_problems`.
 
     Raises:
-        UserError: names the field and the size of the model that does not divide.
+        UserError: names the field and the model size that it does not divide.
     """
     refuse(model_problems(parallel, architecture.shape))
 
@@ -120,7 +120,7 @@ def _family(config: dict[str, Any], path: Path) -> Family:
         architectures = [architectures]
     if len(architectures) != 1 or architectures[0] not in FAMILIES:
         named = ", ".join(map(str, architectures)) or "no architecture"
-        raise UserError(f"{path}: names {named}; supported are {', '.join(FAMILIES)}")
+        raise UserError(f"{path}: architectures names {named}; supported are {', '.join(FAMILIES)}")
     return FAMILIES[architectures[0]]
 
 
@@ -157,9 +157,9 @@ def _flag(config: dict[str, Any], field: str, path: Path) -> bool:
 
 
 def _rope_theta(config: dict[str, Any], path: Path) -> float:
-    """The RoPE base: `rope_theta` up to Transformers 4, `rope_parameters.rope_theta` from 5 on."""
+    """The RoPE base: `rope_theta` up to Transformers 4, `rope_parameters.rope_theta` since version 5."""
     parameters: dict[str, Any] = {}
-    for field in ("rope_parameters", "rope_scaling"):  # Transformers looks at both, and the second one wins
+    for field in ("rope_parameters", "rope_scaling"):  # Transformers reads both, and the second one wins
         section = config.get(field) or {}
         if not isinstance(section, dict):
             raise UserError(f"{path}: {field} must be an object, not {section!r}")

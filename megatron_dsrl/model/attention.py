@@ -1,15 +1,14 @@
 """Attention for Megatron's local layer specification, on PyTorch's `scaled_dot_product_attention`.
 
-Megatron's own local attention repeats key-value heads, materialises the score matrix and refuses packed sequences and
-context parallelism. This one does neither: grouped queries go to the fused kernel as they are, and a packed row is
-unpacked into a few batches of sequences of similar length, each one call. Padding those on the right is free of masks:
-under causal attention no real token looks to its right. Measured on one core, forward and backward of 256 sequences of
-16 to 64 tokens: 42 ms in one padded call, without the copies into and out of the padding, against 366 ms in one call
-each.
+Megatron's local attention repeats key-value heads, materialises the score matrix, and supports neither packed sequences
+nor context parallelism. This one passes grouped queries directly to the fused kernel, and unpacks a packed row into a
+few batches of sequences of similar length, with one call per batch. Right-padding needs no mask: under causal attention
+no real token attends to its right. Measured on one core, forward and backward of 256 sequences of 16 to 64 tokens: 42
+ms in one padded call, without the copies into and out of the padding, against 366 ms with one call per sequence.
 
-Under context parallelism every rank has two chunks of every sequence (model/context_parallel.py) and gathers the keys
-and values of all ranks; their gradients are summed and scattered back. With grouped queries these are a small part of
-the activations. (Transformer Engine passes them round in a ring instead and overlaps that with computing.)
+Under context parallelism every rank holds two chunks of every sequence (model/context_parallel.py) and gathers the keys
+and values of all ranks; their gradients are summed and scattered back. With grouped queries they are a small part of
+the activations. (Transformer Engine instead passes them around a ring, overlapped with computation.)
 """
 
 from collections.abc import Sequence
@@ -62,9 +61,9 @@ class CoreAttention(torch.nn.Module):
         Args:
             query: [s, b, heads, d], or [t, heads, d] where packed.
             key, value: the same with the number of key-value heads.
-            attention_mask: unused; the mask is causal, and sequence bounds come with `packed_seq_params`.
-            packed_seq_params: where the sequences of a packed row begin; they cover the row. Under context parallelism
-                these are the bounds of whole sequences in the whole row.
+            attention_mask: unused; the mask is causal, and sequence bounds come from `packed_seq_params`.
+            packed_seq_params: bounds of the sequences of a packed row, which cover the row. Under context parallelism
+                these are bounds of whole sequences in the whole row.
 
         Returns:
             [s, b, heads * d], or [t, heads * d] where packed.
@@ -78,21 +77,24 @@ class CoreAttention(torch.nn.Module):
             lengths = tuple(end - start for start, end in zip(bounds, bounds[1:]))
             attend_rows = self._attend_context_parallel if group else self._attend_packed
             return attend_rows(query, key, value, lengths).flatten(1)
-        batch_first = [x.transpose(0, 1) for x in (query, key, value)]
+        query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         if group is None:
-            return self._attend(*batch_first).transpose(0, 1).flatten(2)
-        lengths = (ranks * query.shape[0],) * query.shape[1]
-        rows = self._attend_context_parallel(*(x.flatten(0, 1) for x in batch_first), lengths)
-        return rows.unflatten(0, (query.shape[1], -1)).transpose(0, 1).flatten(2)
+            return self._attend(query, key, value).transpose(0, 1).flatten(2)
+        batch, tokens = query.shape[:2]
+        query, key, value = (x.flatten(0, 1) for x in (query, key, value))
+        rows = self._attend_context_parallel(query, key, value, (ranks * tokens,) * batch)
+        return rows.unflatten(0, (batch, -1)).transpose(0, 1).flatten(2)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[b, s, heads, d] each; the mask is causal."""
-        heads_first = (x.transpose(1, 2) for x in (query, key, value))
-        attended = F.scaled_dot_product_attention(*heads_first, is_causal=True, scale=self.scale, enable_gqa=True)
+        """Causal attention; all tensors are [b, s, heads, d]."""
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        attended = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=self.scale, enable_gqa=True
+        )
         return attended.transpose(1, 2)
 
     def _attend_packed(self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        """[t, heads, d] each, sequences one after the other."""
+        """Causal attention within each of the concatenated sequences; all tensors are [t, heads, d]."""
         if len(lengths) == 1:
             return self._attend(query[None], key[None], value[None])[0]
         plan = plan_packed(lengths, query.device)
@@ -105,15 +107,16 @@ class CoreAttention(torch.nn.Module):
         return _TakeRows.apply(torch.cat(attended), slots.slot_of_row, slots.row_of_slot, slots.padding_slots)
 
     def _attend_context_parallel(self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        """This rank's chunks of the sequences, [t, heads, d] each; `lengths` are those of the whole sequences."""
+        """As `_attend_packed` for this rank's chunks of the sequences; `lengths` are those of the whole sequences."""
         group = self.context_parallel_group
+        assert group is not None
         plan = plan_context_parallel(lengths, group.size(), group.rank(), query.device)
         gathered = gather_from_sequence_parallel_region(torch.stack([key, value], 1), group=group)
         keys_and_values = _TakeRows.apply(gathered, plan.keys.row_of_slot, plan.keys.slot_of_row, None)
         query = _TakeRows.apply(query, plan.queries.row_of_slot, plan.queries.slot_of_row, None)
         queries = iter(_split(query, [chunk.shape for chunks in plan.chunks for chunk in chunks]))
         attended = [
-            self._attend_chunks(next(queries), *sequences.unbind(2), chunk).flatten(0, 1)
+            self._attend_chunks(next(queries), sequences[:, :, 0], sequences[:, :, 1], chunk).flatten(0, 1)
             for sequences, chunks in zip(_split(keys_and_values, plan.key_shapes), plan.chunks)
             for chunk in chunks
         ]
@@ -122,25 +125,25 @@ class CoreAttention(torch.nn.Module):
 
     def _attend_chunks(self, query: Tensor, key: Tensor, value: Tensor, chunk: QueryChunks) -> Tensor:
         """query [b, query slots, heads, d]; key and value [b, slots of a whole sequence, groups, d]."""
-        seen = (x[:, : chunk.num_keys].transpose(1, 2) for x in (key, value))
+        key, value = (x[:, : chunk.num_keys].transpose(1, 2) for x in (key, value))
         mask = causal_lower_right(chunk.shape[1], chunk.num_keys) if chunk.mask is None else chunk.mask
         attended = F.scaled_dot_product_attention(
-            query.transpose(1, 2), *seen, attn_mask=mask, scale=self.scale, enable_gqa=True
+            query.transpose(1, 2), key, value, attn_mask=mask, scale=self.scale, enable_gqa=True
         )
         return attended.transpose(1, 2)
 
 
 def _split(rows: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """[slots, ...] as one [sequences, slots of each, ...] per shape."""
+    """Split [slots, ...] into one [sequences, slots of each, ...] per shape."""
     pieces = rows.split([count * length for count, length in shapes])
     return [piece.unflatten(0, shape) for piece, shape in zip(pieces, shapes)]
 
 
 class _TakeRows(torch.autograd.Function):
-    """`x[take]`, whose gradient is a gather too, `gradient[give]`, in place of a slow scatter-add.
+    """`x[take]` whose gradient is also a gather, `gradient[give]`, instead of a slow scatter-add.
 
-    That holds for rows that are taken once, and for rows that are taken again into slots whose gradient is zero, as
-    padding's is: nothing real attends to padding. Rows of x that are never taken are named in `untaken`.
+    This is correct for rows that are taken once, or taken again only into slots with zero gradient, such as padding,
+    which no real token attends to. `untaken` lists the rows of x that are never taken.
     """
 
     @staticmethod
@@ -160,9 +163,9 @@ class _TakeRows(torch.autograd.Function):
 class PackedSelfAttention(SelfAttention):
     """Megatron's self-attention with a faster RoPE for packed rows.
 
-    Without Transformer Engine Megatron rotates a packed row sequence by sequence into slices of one tensor, whose
-    backward pass copies the whole gradient once per sequence. Given one angle per token of the row it takes its other
-    branch, which rotates the row at once. The rotation is the same.
+    Without Transformer Engine, Megatron rotates a packed row sequence by sequence into slices of one tensor, whose
+    backward pass copies the whole gradient once per sequence. With one angle per token of the row it takes another
+    branch that rotates the row at once, with the same result.
     """
 
     def forward(
@@ -174,8 +177,8 @@ class PackedSelfAttention(SelfAttention):
         packed_seq_params: PackedSeqParams | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """As SelfAttention.forward; `rotary_pos_emb` is [longest, 1, 1, d], angles by position in a sequence. Of those
-        of the whole row Megatron picks the ones of this rank's tokens under context parallelism."""
+        """As SelfAttention.forward; `rotary_pos_emb` is [longest, 1, 1, d], angles by position in a sequence. Under
+        context parallelism Megatron selects the angles of this rank's tokens from those of the whole row."""
         if packed_seq_params is not None and rotary_pos_emb is not None:
             bounds = packed_seq_params.cu_seqlens_q.long()
             positions = torch.arange(int(bounds[-1]), device=bounds.device)

@@ -1,7 +1,7 @@
-"""How a packed row becomes a few padded batches of sequences of similar length, and a row again.
+"""Plan how to split a packed row into a few padded batches of sequences of similar length, and back.
 
-Batches are what attention kernels take; sequences one by one cost a call each. Under context parallelism the queries of
-a rank are two chunks of every sequence (model/context_parallel.py), each a batch of its own, over the keys of whole
+Attention kernels take batches; one call per sequence would be slow. Under context parallelism a rank's queries are two
+chunks of every sequence (model/context_parallel.py), each in a separate batch, attending to the keys of whole
 sequences.
 """
 
@@ -15,34 +15,35 @@ from torch import Tensor
 from megatron_dsrl.model.context_parallel import zigzag_rows
 
 SHORTEST_IN_BATCH = 0.75
-"""A batch holds sequences of at least this fraction of its longest: padding costs at most (1/0.75)^2 = 1.8 times."""
+"""Sequences in a batch have at least this fraction of its longest length: padding costs at most a factor of (1/0.75)^2
+= 1.8."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Pieces of a row, side by side, padded on the right to the longest."""
+    """Pieces of a row as a batch, right-padded to the longest."""
 
     firsts: tuple[int, ...]
-    """Row of each piece's first token."""
+    """Row index of each piece's first token."""
     lengths: tuple[int, ...]
     """Tokens of each piece."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Pieces, and slots of each."""
+        """(number of pieces, slots per piece)."""
         return len(self.lengths), max(self.lengths)
 
 
 @dataclass(frozen=True)
 class SlotMap:
-    """How t rows lie in the n slots of some batches, batch after batch."""
+    """Mapping between t rows and the n slots of consecutive batches."""
 
     row_of_slot: Tensor
     """[n] int64; a padding slot repeats the last token of its piece."""
     slot_of_row: Tensor
     """[t] int64."""
     padding_slots: Tensor
-    """int64, the slots that hold no token of their own."""
+    """int64, the slots that are padding."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,12 @@ class QueryChunks:
     """The same chunk of every sequence in a batch."""
 
     shape: tuple[int, int]
-    """Sequences, and slots of each one's chunk."""
+    """(number of sequences, slots per chunk)."""
     num_keys: int
-    """How many of the batch's key slots the chunk may see: the ones up to its end."""
+    """Number of key slots the chunk may attend to: those up to its end."""
     mask: Tensor | None
-    """[sequences, 1, query slots, num_keys] bool, what may be seen; None where all sequences have the same length, and
-    the last query simply sees the last key, the one before it the one before, and so on."""
+    """[sequences, 1, query slots, num_keys] bool attention mask; None if all sequences have the same length, so that
+    the mask is causal with the last query aligned to the last key."""
 
 
 @dataclass(frozen=True)
@@ -71,31 +72,33 @@ class ContextParallelPlan:
     """A packed row over several ranks, from one rank's point of view."""
 
     key_shapes: tuple[tuple[int, int], ...]
-    """Of each batch of whole sequences: sequences, and slots of each."""
+    """For each batch of whole sequences: (number of sequences, slots per sequence)."""
     keys: SlotMap
-    """Rows are those of all ranks, rank after rank, as an all-gather leaves them."""
+    """Rows are those of all ranks in rank order, as returned by an all-gather."""
     chunks: tuple[tuple[QueryChunks, QueryChunks], ...]
-    """Of each batch: the earlier and the later chunk that this rank holds."""
+    """For each batch: the earlier and the later chunk that this rank holds."""
     queries: SlotMap
-    """Rows are this rank's; slots are those of the chunks, batch after batch."""
+    """Rows are this rank's; slots are those of the chunks, in batch order."""
 
 
-@lru_cache(maxsize=8)  # every layer of a micro-batch asks for the same plan, forward, backward and recomputed
+@lru_cache(maxsize=8)  # all layers of a micro-batch use the same plan, in forward, backward and recomputation
 def plan_packed(lengths: tuple[int, ...], device: torch.device) -> PackedPlan:
-    """The batches of a row of sequences of these lengths."""
+    """Plan the batches of a row with sequences of these lengths."""
     batches = _batches_of_similar_length(lengths)
     return PackedPlan(tuple(batches), _slot_map(batches, sum(lengths), device))
 
 
 @lru_cache(maxsize=8)
 def plan_context_parallel(lengths: tuple[int, ...], size: int, rank: int, device: torch.device) -> ContextParallelPlan:
-    """The batches of a row of sequences of these lengths, multiples of 2 * size, of which this rank has its chunks."""
+    """Plan the batches for this rank's chunks of a row; the sequence lengths are multiples of 2 * size."""
     sequences = _batches_of_similar_length(lengths)
     whole = _slot_map(sequences, sum(lengths), device)
     row_of_gathered = torch.cat([zigzag_rows(lengths, size, other) for other in range(size)]).to(device)
     gathered_of_row = row_of_gathered.argsort()
-    numbers = (rank, 2 * size - 1 - rank)
-    chunks = tuple(tuple(_query_chunks(batch, size, number, device) for number in numbers) for batch in sequences)
+    chunks = tuple(
+        (_query_chunks(batch, size, rank, device), _query_chunks(batch, size, 2 * size - 1 - rank, device))
+        for batch in sequences
+    )
     held = [_held_chunk(batch, size, order) for batch in sequences for order in (0, 1)]
     return ContextParallelPlan(
         key_shapes=tuple(batch.shape for batch in sequences),
@@ -119,7 +122,7 @@ def _batches_of_similar_length(lengths: Sequence[int]) -> list[Batch]:
 
 
 def _held_chunk(batch: Batch, size: int, order: int) -> Batch:
-    """Where a rank holds its first (0) or second (1) chunk of every sequence of a batch."""
+    """Position of a rank's first (0) or second (1) chunk of every sequence of a batch."""
     chunk = tuple(length // (2 * size) for length in batch.lengths)
     return Batch(tuple(first // size + order * c for first, c in zip(batch.firsts, chunk)), chunk)
 

@@ -1,7 +1,7 @@
-"""A decoder of a supported family (model/families.py) as Megatron-core GPTModel.
+"""Build a decoder of a supported family (model/families.py) as a Megatron-core GPTModel.
 
-In Megatron's terms: RMSNorm before attention and feed-forward, grouped query attention, RMSNorm on every head's query
-and key where the family has it, rotary positions on the whole head, SwiGLU or experts of SwiGLU, no dropout.
+In Megatron's terms: RMSNorm before attention and feed-forward, grouped query attention, RMSNorm on each head's query
+and key if the family has it, rotary embeddings on the whole head, SwiGLU or SwiGLU experts, no dropout.
 """
 
 from typing import Any
@@ -22,18 +22,18 @@ from megatron_dsrl.platform import current_platform
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ROUTER_DTYPES = {"float32": "fp32", "float64": "fp64", "model": None}
-RECOMPUTE = {
+RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
-# Between two stages, each is before and after the other. Exchanges of both directions at once would then be mixed up:
-# a shape that is sent forwards is received as one from behind.
+# With two stages, each one is both before and after the other. Batched exchanges in both directions would be mixed up:
+# a shape sent forwards would be received as one from the next stage.
 INTERLEAVED = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
 
 
 def transformer_config(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
-    """Megatron's configuration of the model in this layout; see `build_model`."""
+    """Megatron's configuration for the model in this layout; see `build_model`."""
     dtype, virtual_stages = DTYPES[model.dtype], parallel.virtual_pipeline_stages
     implementation = choose_layer_implementation(model.layer_spec, model.dtype)
     platform_flags = current_platform().transformer_config_flags(implementation == "transformer_engine")
@@ -68,7 +68,7 @@ def transformer_config(architecture: Architecture, model: ModelConfig, parallel:
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         variable_seq_lengths=True,  # packed micro-batches differ in length
-        moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths, even without experts
+        moe_token_dispatcher_type="alltoall",  # the default rejects variable lengths, even without experts
         calculate_per_token_loss=True,  # the loss function sums; the actor divides by the global token count
         **_expert_fields(architecture.experts, model.router, parallel, implementation),
         **RECOMPUTE[model.recompute],
@@ -85,10 +85,10 @@ def _expert_fields(
         "num_moe_experts": experts.num_experts,
         "moe_ffn_hidden_size": experts.moe_intermediate_size,
         "moe_router_topk": experts.num_experts_per_tok,
-        # Softmax over the chosen experts' logits is softmax over all of them, divided by the chosen ones' sum.
+        # Softmax over the chosen experts' logits equals softmax over all experts, divided by the sum of the chosen.
         "moe_router_pre_softmax": not experts.norm_topk_prob,
         "moe_router_dtype": ROUTER_DTYPES[router.dtype],
-        "moe_router_load_balancing_type": "none",  # model/router.py has losses
+        "moe_router_load_balancing_type": "none",  # model/router.py computes the losses
         "moe_aux_loss_coeff": 0.0,
         "moe_grouped_gemm": implementation == "transformer_engine",
         "expert_model_parallel_size": parallel.expert_parallel_size,
@@ -99,21 +99,16 @@ def _expert_fields(
 def build_model(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig) -> list[MegatronModule]:
     """Build this process's part of the model; `initialize_parallel` must have run.
 
-    Parameters are not initialised: load them (weights/load.py) or draw them (weights/random_init.py).
-
-    Args:
-        architecture: the model.
-        model: dtypes, layer implementation and recomputation.
-        parallel: the layout.
+    Parameters are not initialised: load them (weights/load.py) or initialise them randomly (weights/random_init.py).
 
     Returns:
-        The `parallel.virtual_pipeline_stages` chunks of this pipeline stage: each a GPTModel, in a Float16Module for
-        bfloat16. Called with token ids [b, s], position ids [b, s], no mask, and for packed rows `packed_seq_params`,
-        the last stage gives logits [b, s, padded vocabulary / tensor-parallel size]. Under context parallelism s counts
-        this rank's tokens (model/context_parallel.py).
+        The `parallel.virtual_pipeline_stages` chunks of this pipeline stage, each a GPTModel, inside a Float16Module
+        for bfloat16. Inputs are token ids [b, s], position ids [b, s], no mask, and `packed_seq_params` for packed
+        rows. The last stage returns logits [b, s, padded vocabulary / tensor-parallel size]. Under context parallelism
+        s counts this rank's tokens (model/context_parallel.py).
 
     Raises:
-        UserError: the model does not divide into the layout, or Transformer Engine is asked for and absent.
+        UserError: the layout does not divide the model, or Transformer Engine is requested but unavailable.
     """
     check_model_layout(architecture, parallel)
     config, virtual_stages = transformer_config(architecture, model, parallel), parallel.virtual_pipeline_stages
@@ -138,9 +133,10 @@ def build_model(architecture: Architecture, model: ModelConfig, parallel: Parall
 
 
 def build_trainable(chunks: list[MegatronModule], parallel: ParallelConfig) -> list[DistributedDataParallel]:
-    """Wrap chunks for training: gradients accumulate in fp32 `main_grad` buffers and are reduced over data parallelism.
+    """Wrap chunks for training: gradients accumulate in fp32 `main_grad` buffers and are reduced over data-parallel
+    ranks.
 
-    Weights must be loaded before: the wrapper moves parameters into its buffers, the optimizer then copies them.
+    Load weights before: the wrapper moves parameters into its buffers, and the optimizer then copies them.
     """
     config = chunks[0].config
     config.finalize_model_grads_func = finalize_model_grads

@@ -1,8 +1,8 @@
-"""Context parallelism: which tokens of a packed row each rank holds, and how what they compute becomes whole again.
+"""Context parallelism: which tokens of a packed row each rank holds, and how results are assembled.
 
-Every sequence is cut into 2 * size chunks of equal length, of which rank r holds number r and number 2 * size - 1 - r
-(zigzag): causal attention then costs every rank the same. It is the split that Megatron's RoPE and Transformer Engine's
-attention expect of packed rows, so that one packing serves both layer implementations.
+Every sequence is cut into 2 * size chunks of equal length; rank r holds chunks r and 2 * size - 1 - r (zigzag), so that
+causal attention costs every rank the same. Megatron's RoPE and Transformer Engine's attention expect this split of
+packed rows, so one packing works for both layer implementations.
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ from torch import Tensor
 
 
 def zigzag_rows(lengths: Sequence[int], size: int, rank: int) -> Tensor:
-    """Positions in the whole packed row of the tokens that a rank holds, in the order in which it holds them.
+    """Positions in the whole packed row of the tokens that a rank holds, in the rank's order.
 
     Args:
-        lengths: tokens of each sequence, multiples of 2 * size (of 1 where size is 1).
+        lengths: tokens of each sequence, multiples of 2 * size unless size is 1.
         size: context-parallel size.
         rank: context-parallel rank.
 
@@ -37,16 +37,16 @@ def zigzag_rows(lengths: Sequence[int], size: int, rank: int) -> Tensor:
 
 
 def assemble(local: Tensor, places: Tensor, total: int, group: dist.ProcessGroup | None) -> Tensor:
-    """The whole of something of which every rank has computed a part, on every rank.
+    """Assemble a tensor from the parts that the ranks computed, on every rank.
 
-    Every rank goes on to compute the same from it. So the gradient of a rank's part is the one that this rank gets for
-    it, taken once, and not the sum over the ranks: a loss that all of them compute counts once.
+    All ranks then compute the same from it. Therefore the gradient of a rank's part is this rank's own gradient and not
+    the sum over ranks: a loss that all ranks compute counts once.
 
     Args:
         local: [..., n] this rank's part, differentiable.
-        places: [n] int64, where it belongs; the ranks' places are disjoint and cover the whole.
-        total: size of the whole.
-        group: context-parallel group; None for one rank, which has all parts, in whatever order.
+        places: [n] int64, positions of the part; those of all ranks are disjoint and cover 0 to total - 1.
+        total: size of the result.
+        group: context-parallel group; None for a single rank that holds all parts, in any order.
 
     Returns:
         [..., total].

@@ -1,8 +1,8 @@
-"""The HF architectures that can be trained and converted, and what sets each apart.
+"""The supported HF architectures and their distinguishing features.
 
-They share everything else: RMSNorm before attention and feed-forward, grouped query attention with rotary positions on
-the whole head, SwiGLU, no other biases, no dropout. A further architecture of this kind is one entry here and one table
-in weights/tables.py.
+They share everything else: RMSNorm before attention and feed-forward, grouped query attention with rotary embeddings on
+the whole head, SwiGLU, no other biases, no dropout. To add another architecture of this kind, add an entry here and a
+table in weights/tables.py.
 """
 
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ class Family:
     """The distinguishing features of one HF architecture."""
 
     hf_name: str
-    """As `architectures` in config.json names it."""
+    """Name in `architectures` of config.json."""
     qk_layernorm: bool
-    """RMSNorm on every head's query and key."""
+    """RMSNorm on each head's query and key."""
     qkv_bias: bool
-    """Query, key and value projections have biases."""
+    """Biases in the query, key and value projections."""
     has_experts: bool = False
-    """Every layer's feed-forward is a mixture of experts."""
+    """A mixture of experts as feed-forward in every layer."""
     default_head_dim: int | None = None
-    """Where config.json names none; None: hidden size / heads."""
+    """Default if config.json gives none; None means hidden size / heads."""
 
 
 FAMILIES = {
@@ -29,6 +29,6 @@ FAMILIES = {
     for family in (
         Family("Qwen3ForCausalLM", qk_layernorm=True, qkv_bias=False, default_head_dim=128),
         Family("Qwen3MoeForCausalLM", qk_layernorm=True, qkv_bias=False, has_experts=True, default_head_dim=128),
-        Family("Qwen2ForCausalLM", qk_layernorm=False, qkv_bias=True),  # Qwen2.5 carries this name too
+        Family("Qwen2ForCausalLM", qk_layernorm=False, qkv_bias=True),  # also the name of Qwen2.5
     )
 }

@@ -1,4 +1,4 @@
-"""Which implementation Megatron's layers have: Transformer Engine's, or PyTorch's own operations."""
+"""Choose the implementation of Megatron's layers: Transformer Engine or plain PyTorch."""
 
 from importlib.util import find_spec
 from typing import Literal
@@ -22,9 +22,9 @@ LayerImplementation = Literal["local", "transformer_engine"]
 
 
 def transformer_engine_is_usable() -> bool:
-    """Transformer Engine's PyTorch part is installed and its device is there.
+    """Whether Transformer Engine for PyTorch is installed and a CUDA device is available.
 
-    The `transformer_engine` package alone proves nothing: on the package index it is an empty umbrella.
+    The `transformer_engine` package alone is not enough: on PyPI it is an empty metapackage.
     """
     return (
         current_platform().name == "cuda"
@@ -38,10 +38,11 @@ def choose_layer_implementation(
 ) -> LayerImplementation:
     """Resolve `model.layer_spec` for a model of this dtype.
 
-    Transformer Engine's flash and cuDNN attention, which are what it has for packed rows, take 16 bits only.
+    `auto` uses Transformer Engine only for 16-bit dtypes: its attention for packed rows (flash, cuDNN) supports no
+    other.
 
     Raises:
-        UserError: Transformer Engine is asked for and cannot be used here.
+        UserError: Transformer Engine is requested but unavailable.
     """
     if wanted == "local":
         return "local"
@@ -59,14 +60,14 @@ def choose_layer_implementation(
 def decoder_layers(
     config: TransformerConfig, implementation: LayerImplementation, virtual_stage: int | None = None
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """Specification of the transformer layers of this pipeline stage, or of one virtual stage of it."""
+    """Layer specification of this pipeline stage, or of one of its virtual stages."""
     experts = config.num_moe_experts
     if implementation == "transformer_engine":
         layer = get_gpt_layer_with_transformer_engine_spec(
             num_experts=experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
         )
         if experts:
-            _route_by_our_own(layer)
+            _use_own_router(layer)
         return layer
     layer = get_gpt_layer_local_spec(
         num_experts=experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
@@ -80,15 +81,15 @@ def decoder_layers(
         attention.submodules.q_layernorm = RMSNorm
         attention.submodules.k_layernorm = RMSNorm
     if experts:
-        _route_by_our_own(layer)
-        # In checkpoints local layers call their norms as Transformer Engine does, which fuses this one into a dense
-        # feed-forward but not into experts. Megatron's map overlooks that; without the entry both write one name.
+        _use_own_router(layer)
+        # In checkpoints, local layers use Transformer Engine's names for norms. It fuses this norm into a dense
+        # feed-forward but not into experts, which Megatron's map overlooks. With the entry, names would differ.
         del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     layers = [layer] * get_num_layers_to_build(config, vp_stage=virtual_stage)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
-def _route_by_our_own(layer: ModuleSpec) -> None:
-    """A layer with experts can be told where tokens go, and its router can add losses."""
+def _use_own_router(layer: ModuleSpec) -> None:
+    """Use our layer and router, which support routing replay and router losses."""
     layer.module = RoutedTransformerLayer
     layer.submodules.mlp.keywords["submodules"].router = Router

@@ -1,8 +1,8 @@
-"""The output layer on chosen rows only.
+"""Apply the output layer to selected rows only.
 
-Only the positions that predict a scored token need logits: of a batch with long prompts a part, and never the padding.
-With a vocabulary of 150,000 the logits are the largest tensor of a step, so the rows are chosen before them. Megatron's
-GPTModel takes such a function as `output_processor`.
+Only positions that predict a scored token need logits, not prompts and padding. With a vocabulary of 150,000 the logits
+are the largest tensor of a step, so rows are selected before computing them. Pass the function to Megatron's GPTModel
+as `output_processor`.
 """
 
 from typing import Any
@@ -27,15 +27,14 @@ def output_at_rows(
     config: TransformerConfig,
     **_: Any,
 ) -> Tensor:
-    """The output layer's result at some rows.
+    """Outputs of the output layer at the selected rows.
 
     Args:
-        hidden_states: [t, 1, h]; under sequence parallelism this rank's part of them.
-        output_layer: Megatron's vocabulary-parallel one, or a layer that every tensor-parallel rank has whole and that
-            returns (output, bias) as Megatron's do.
-        output_weight: the embedding, where that is the output layer's weight.
-        context: [n] int64, rows of the t.
-        config: the model's.
+        hidden_states: [t, 1, h]; under sequence parallelism this rank's part.
+        output_layer: Megatron's vocabulary-parallel layer, or a layer that every tensor-parallel rank holds in full and
+            that returns (output, bias) as Megatron's layers do.
+        output_weight: the embedding if it is tied to the output layer, else None.
+        context: [n] int64, the selected rows out of t.
 
     Returns:
         [n, output size of this rank].
@@ -43,7 +42,7 @@ def output_at_rows(
     is_split = isinstance(output_layer, ColumnParallelLinear)
     hidden = hidden_states.squeeze(1)
     if config.sequence_parallel:
-        # Every rank has its own columns' share of the gradient, or all have the same gradient.
+        # Each rank has the gradient from its own columns only, or all ranks have the same gradient.
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=is_split)
         hidden = hidden.index_select(0, context)
     else:
@@ -51,7 +50,7 @@ def output_at_rows(
         hidden = copy_to_tensor_model_parallel_region(hidden) if is_split else hidden
     if not is_split:
         return output_layer(hidden)[0]
-    # What ColumnParallelLinear does, without its own gathering of the sequence.
+    # As ColumnParallelLinear, without gathering the sequence.
     return linear_with_grad_accumulation_and_async_allreduce(
         input=hidden,
         weight=output_layer.weight if output_weight is None else output_weight,

@@ -1,4 +1,4 @@
-"""Process groups: torch.distributed, Megatron's parallel state, and the seeds that go with them."""
+"""Process groups: torch.distributed, Megatron's parallel state, and their random seeds."""
 
 import os
 from collections.abc import Iterator
@@ -15,17 +15,17 @@ from megatron_dsrl.platform import current_platform
 
 
 def world_size_from_environment() -> int:
-    """Processes that torchrun started; 1 without torchrun."""
+    """Number of processes started by torchrun; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def initialize_parallel(parallel: ParallelConfig, seed: int) -> None:
-    """Start torch.distributed (unless it runs already) and Megatron's groups, and seed the random generators.
+    """Initialise torch.distributed (unless it already is) and Megatron's groups, and seed the random generators.
 
-    Under torchrun the rendezvous is the environment's; without it the process is a world of its own.
+    Under torchrun the rendezvous comes from the environment; otherwise the world is this single process.
 
     Raises:
-        UserError: the layout does not fit the number of processes; see `config.layout.process_problems`.
+        UserError: the layout does not match the number of processes; see `config.layout.process_problems`.
     """
     platform = current_platform()
     world_size = dist.get_world_size() if dist.is_initialized() else world_size_from_environment()
@@ -44,7 +44,7 @@ def initialize_parallel(parallel: ParallelConfig, seed: int) -> None:
         expert_tensor_parallel_size=parallel.split_of_experts,
         distributed_timeout_minutes=timeout / timedelta(minutes=1),
     )
-    # Every pipeline stage draws differently, every data-parallel replica alike, as in Megatron's own training.
+    # As in Megatron's training, seeds differ between pipeline stages and are equal across data-parallel replicas.
     stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(stage_seed)
     tensor_parallel.model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
@@ -54,18 +54,18 @@ def _start_processes(backend: str, timeout: timedelta) -> None:
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
-        # A store inside the process needs no port, so any number of single runs can share a machine.
+        # An in-process store needs no port, so any number of single-process runs can share a machine.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
 def destroy_model_parallel() -> None:
-    """Undo Megatron's part of `initialize_parallel`: another layout over the same processes can then be started."""
+    """Undo Megatron's part of `initialize_parallel`, so that the same processes can initialise another layout."""
     parallel_state.destroy_model_parallel()
     parallel_state.destroy_global_memory_buffer()
 
 
 def destroy_parallel() -> None:
-    """Undo `initialize_parallel`, torch.distributed included. Harmless when nothing is running."""
+    """Undo `initialize_parallel`, including torch.distributed. Does nothing if nothing is initialised."""
     destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -73,7 +73,7 @@ def destroy_parallel() -> None:
 
 @contextmanager
 def parallel_layout(parallel: ParallelConfig, seed: int) -> Iterator[None]:
-    """A layout for the length of a `with` block. torch.distributed stays up, so that layouts can follow one another."""
+    """Use a layout during a `with` block. torch.distributed stays initialised, so another layout can follow."""
     initialize_parallel(parallel, seed)
     try:
         yield

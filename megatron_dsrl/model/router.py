@@ -1,25 +1,26 @@
-"""Routers of a mixture of experts that can add losses of their own to an optimizer step.
+"""Mixture-of-experts routers that can add their own losses to an optimizer step.
 
-Of a set of tokens that are dispatched to E experts:
+For a set of tokens dispatched to E experts:
 
-- the load-balancing loss (Switch Transformer, arXiv 2101.03961, eq. 4 to 6, for any number of experts per token) is
-  E * sum_i f_i P_i, with f_i the share of all dispatches that goes to expert i, which has no gradient, and P_i the mean
-  of the router's probability of expert i. It is 1 when f or P is uniform. The set is a micro-batch (`aux_loss`); or f
-  is that of all micro-batches of the optimizer step so far, on all data-parallel replicas (`global_aux_loss`, arXiv
+- the load-balancing loss (Switch Transformer, arXiv 2101.03961, eq. 4 to 6, generalised to any number of experts per
+  token) is E * sum_i f_i P_i, where f_i is the fraction of dispatches that go to expert i (no gradient) and P_i the
+  mean router probability of expert i. It is 1 when f or P is uniform. The set is a micro-batch (`aux_loss`); or f is
+  computed over all micro-batches of the optimizer step so far, on all data-parallel replicas (`global_aux_loss`, arXiv
   2501.11873);
 - the z-loss (ST-MoE, arXiv 2202.08906, eq. 5) is the mean of the squared logsumexp of the router's logits.
 
-What an optimizer step adds to its loss is, for each of the two, its coefficient times the sum over layers of the mean
-over micro-batches and data-parallel replicas, each weighed by its tokens: the sum over tokens by the number of tokens
-of the step.
+Each of the two adds to the loss of an optimizer step: its coefficient times the sum over layers of the mean over
+micro-batches and data-parallel replicas, weighted by their numbers of tokens. This equals the sum over tokens divided
+by the number of tokens of the step.
 
-Departures from Megatron-core's own losses of the same names (transformer/moe/router.py), which are switched off:
+Differences from Megatron-core's losses of the same names (transformer/moe/router.py), which are disabled:
 
-- Megatron divides by the number of *scored* tokens of the step after the backward pass; gradients are not divided here
-  (actor/forward_backward.py), and prompts are routed as well as responses. So the number of tokens comes first;
-- padding is not a token: with it, losses would depend on the layout;
-- f counts where tokens go, Megatron where they would go by their own router: not the same under routing replay;
-- micro-batches of different lengths weigh what they have, and f of `global_aux_loss` adds up to 1 for all of them.
+- Megatron divides by the number of *scored* tokens of the step after the backward pass. Here gradients are never
+  divided
+  (actor/forward_backward.py) and prompts are routed as well as responses, so the number of tokens is passed in advance;
+- padding is excluded: including it would make losses depend on the layout;
+- f counts where tokens are sent, in Megatron where the router would send them, which differs under routing replay;
+- micro-batches are weighted by their lengths, and f of `global_aux_loss` sums to 1 over experts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,36 +36,36 @@ from megatron_dsrl.config.model import RouterConfig
 
 
 class RouterLosses:
-    """What the routers of this rank add to the loss of one optimizer step, and measure on the way."""
+    """Losses and metrics of this rank's routers in one optimizer step."""
 
     def __init__(self, config: RouterConfig, num_tokens: int, device: torch.device):
         """
         Args:
             config: which losses, and their coefficients.
-            num_tokens: of the optimizer step, over all its micro-batches and data-parallel replicas, without padding.
-            device: of the model.
+            num_tokens: tokens of the optimizer step over all micro-batches and data-parallel replicas, without padding.
+            device: device of the model.
         """
         coefficients = {"load_balancing_loss": config.load_balancing_coefficient, "z_loss": config.z_loss_coefficient}
         self._coefficients = {name: value for name, value in coefficients.items() if value is not None}
         self._over_the_step = config.load_balancing == "global_aux_loss"
         self._num_tokens = num_tokens
         self._dispatches: dict[int, Tensor] = {}
-        """Of the step so far by layer, over all replicas: int64 [experts]."""
+        """Dispatch counts of the step so far over all replicas, by layer: int64 [experts]."""
         self._sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in self._coefficients}
-        """Over the tokens and layers of this rank."""
+        """Loss sums over the tokens and layers of this rank."""
 
     @property
     def exist(self) -> bool:
-        """Whether there is any."""
+        """Whether any loss is enabled."""
         return bool(self._coefficients)
 
     def layer_loss(self, router: "Router", logits: Tensor, routing_map: Tensor, is_token: Tensor) -> Tensor:
-        """This rank's share of a layer's losses in a micro-batch, float32 scalar with its weight in the step's loss.
+        """This rank's contribution of one layer and micro-batch to the step's loss, weighted, float32 scalar.
 
         Args:
-            router: of the layer.
+            router: the layer's router.
             logits: [tokens, experts].
-            routing_map: [tokens, experts] bool, where the tokens are sent.
+            routing_map: [tokens, experts] bool, the experts each token is sent to.
             is_token: [tokens] bool, False for padding.
         """
         sums: dict[str, Tensor] = {}
@@ -79,13 +80,12 @@ class RouterLosses:
         return loss
 
     def metrics(self, num_layers: int) -> dict[str, float]:
-        """Means over tokens and layers without the coefficients, the same on every rank; collective over all ranks.
+        """Unweighted means over tokens and layers, the same on every rank. Collective over all ranks.
 
-        Every rank routes tokens of its own (tensor parallelism comes with sequence parallelism where there are
-        experts), or layers of its own.
+        Ranks route disjoint tokens or layers: with experts, tensor parallelism implies sequence parallelism.
 
         Args:
-            num_layers: of the whole model.
+            num_layers: layers of the whole model.
         """
         if not self.exist:
             return {}
@@ -108,20 +108,20 @@ class RouterLosses:
 
 
 class Router(TopKRouter):
-    """Megatron's router, which adds `losses` where there are any."""
+    """Megatron's router, which adds `losses` if set."""
 
     losses: RouterLosses | None = None
-    """Of the optimizer step that is being computed; see `adding_router_losses`."""
+    """Losses of the current optimizer step; see `adding_router_losses`."""
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Weights and map of the experts that tokens are sent to, both [tokens, experts].
+        """Expert weights and routing map, both [tokens, experts].
 
         Args:
             logits: [s, b, experts].
-            padding_mask: [s, b] bool, True for padding; needed for losses.
+            padding_mask: [s, b] bool, True for padding; required if there are losses.
         """
         weights, routing_map = super().routing(logits, padding_mask)
-        # Full recomputation routes once without gradients before: only the second time counts.
+        # Full recomputation routes twice, first without gradients; only the second pass counts.
         if self.losses is None or not torch.is_grad_enabled():
             return weights, routing_map
         assert padding_mask is not None
@@ -133,12 +133,12 @@ class Router(TopKRouter):
 def adding_router_losses(
     chunks: Sequence[torch.nn.Module], config: RouterConfig, num_tokens: int
 ) -> Iterator[RouterLosses]:
-    """For the forward and backward passes of one optimizer step: what is routed adds its losses to the gradients.
+    """Add router losses to the gradients during the forward and backward passes of one optimizer step.
 
     Args:
         chunks: this rank's part of the model.
-        config: which losses; with none, nothing is added.
-        num_tokens: of the optimizer step, as in `RouterLosses`.
+        config: which losses; may be none.
+        num_tokens: tokens of the optimizer step, as in `RouterLosses`.
     """
     losses = RouterLosses(config, num_tokens, next(chunks[0].parameters()).device)
     routers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, Router)]

@@ -1,12 +1,11 @@
-"""Routing replay: a mixture of experts sends its tokens to the experts that are named for them.
+"""Routing replay: a mixture of experts routes tokens to given experts.
 
-What the router computes still decides how much each of the named experts counts, and has a gradient; only which ones
-they are is given (rollout routing replay, R3, arXiv 2510.11370). A packed row that names none is routed as usual.
+The router still computes the weights of the given experts, with gradients; only the choice is given (rollout routing
+replay, R3, arXiv 2510.11370). A packed row without given experts is routed as usual.
 
-Departure from Megatron-core's own `RouterReplay`, which takes the choices of a forward pass from a global list, in the
-order in which layers were built, and those of recomputation from another: here they travel with the packed row, in its
-`packed_seq_params`, which every layer gets in the forward pass and again when it is recomputed. So pipeline schedules
-may interleave rows as they like.
+Megatron-core's `RouterReplay` takes the choices of a forward pass from a global list, in the order in which layers were
+built, and those of recomputation from another list. Here they are part of the packed row, in its `packed_seq_params`,
+which every layer receives in the forward pass and in recomputation. Therefore pipeline schedules may interleave rows.
 """
 
 from collections.abc import Callable
@@ -27,13 +26,13 @@ class RoutedPackedSeqParams(PackedSeqParams):
 
     routed_experts: Tensor | None = None
     """[tokens of the row that this rank routes, layers of the whole model, experts per token] integers, on the device;
-    None where the routers choose."""
+    None lets the routers choose."""
 
 
 def experts_of_this_rank(routed_experts: Tensor, config: TransformerConfig) -> Tensor:
-    """The part for the tokens that this rank routes, of those of its context-parallel part of the row.
+    """Select the tokens that this rank routes from its context-parallel part of the row.
 
-    Under sequence parallelism tensor-parallel ranks route consecutive parts of the row; otherwise all route all of it.
+    Under sequence parallelism tensor-parallel ranks route consecutive parts; otherwise each routes the whole part.
     """
     if not config.sequence_parallel:
         return routed_experts
@@ -42,11 +41,11 @@ def experts_of_this_rank(routed_experts: Tensor, config: TransformerConfig) -> T
 
 
 class GivenExperts:
-    """Stands where Megatron's routers have a `RouterReplay`."""
+    """Takes the place of `RouterReplay` in Megatron's routers."""
 
     def __init__(self) -> None:
         self.experts: Tensor | None = None
-        """int64 [tokens, experts per token]; None lets the router choose."""
+        """[tokens, experts per token] int64; None lets the router choose."""
 
     def get_replay_topk(
         self,
@@ -56,14 +55,14 @@ class GivenExperts:
         group_topk: int | None,
         default_compute_topk: Callable[..., tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor]:
-        """Scores and numbers, both [tokens, topk], of the experts to use; called by Megatron's router."""
+        """Scores and indices of the experts to use, both [tokens, topk]; called by Megatron's router."""
         if self.experts is None:
             return default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
         return scores.gather(1, self.experts), self.experts
 
 
 class RoutedTransformerLayer(TransformerLayer):
-    """A layer with experts that follows the routing of a packed row, if it has one."""
+    """A layer with experts that follows the routing given with a packed row, if any."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

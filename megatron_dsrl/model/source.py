@@ -1,7 +1,7 @@
-"""Where a model's files are: a local folder, or the hub's snapshot of a name.
+"""Find a model's files: a local folder, or the snapshot of a hub name.
 
-`published/` has the config.json of Qwen3's sizes, so that plans and dry runs need no network. Values are those of the
-models' pages on the hub; tests compare the parameter counts with the published ones. A training reads the model itself.
+`published/` holds the config.json of the Qwen3 sizes, so that plans and dry runs need no network. The values are from
+the models' hub pages; tests compare the parameter counts with the published ones. Training reads the model itself.
 """
 
 from collections.abc import Mapping
@@ -15,11 +15,11 @@ PUBLISHED = Path(__file__).parent / "published"
 """`<owner>/<name>/config.json`."""
 
 NOT_WEIGHTS = ["*.bin", "*.pth", "*.gguf", "original/*"]
-"""Weights in other formats than safetensors."""
+"""Weights in formats other than safetensors."""
 
 
 def is_hub_name(path: str) -> bool:
-    """Whether a path that is not a folder may be a hub name: `Qwen/Qwen3-8B` may, but `./x`, `/x`, `a/b/c` and anything
+    """Whether a path that is not a folder may be a hub name: `Qwen/Qwen3-8B` may; `./x`, `/x`, `a/b/c` and anything
     below an existing folder may not."""
     parts = path.split("/")
     return len(parts) == 2 and all(parts) and not path.startswith((".", "~")) and not Path(parts[0]).exists()
@@ -29,7 +29,7 @@ def no_folder(field: str, path: str, made_by: Mapping[str, str] = {}) -> UserErr
     """The error for a folder that does not exist.
 
     Args:
-        field: of the configuration or the command line.
+        field: configuration field or command-line argument, for the message.
         path: as the user gave it.
         made_by: see `RunConfig.made_by`.
     """
@@ -38,15 +38,15 @@ def no_folder(field: str, path: str, made_by: Mapping[str, str] = {}) -> UserErr
 
 
 def resolve_model_folder(path: str, field: str = "model.path", made_by: Mapping[str, str] = {}) -> Path:
-    """The local folder of a model: the path itself, or the hub's snapshot of that name, downloaded if need be.
+    """The local folder of a model: the path itself, or the snapshot of that hub name, downloaded if necessary.
 
     Args:
         path: folder or hub name.
-        field: of the configuration or the command line, named in messages.
+        field: configuration field or command-line argument, for messages.
         made_by: see `no_folder`.
 
     Raises:
-        UserError: neither a folder nor a hub model that can be read.
+        UserError: neither a folder nor a readable hub model.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -60,14 +60,14 @@ def resolve_model_folder(path: str, field: str = "model.path", made_by: Mapping[
 
 
 def find_config_json(path: str, made_by: Mapping[str, str] = {}) -> Path:
-    """The config.json of a run's model without its weights: of the folder, the hub's cache, `published/`, or the hub.
+    """The config.json of a run's model, from the folder, the hub's cache, `published/` or the hub, in this order.
 
     Args:
         path: `model.path`.
         made_by: see `RunConfig.made_by`.
 
     Raises:
-        UserError: neither a folder nor a hub model that can be read.
+        UserError: neither a folder nor a readable hub model.
     """
     folder, published = Path(path).expanduser(), PUBLISHED / path / "config.json"
     if folder.is_dir():

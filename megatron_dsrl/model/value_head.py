@@ -1,4 +1,4 @@
-"""A value model: the decoder with a scalar output per token in the place of the vocabulary's logits."""
+"""A value model: the decoder with a scalar output per token instead of logits."""
 
 from dataclasses import replace
 from typing import Any
@@ -16,10 +16,10 @@ from megatron_dsrl.platform import current_platform
 
 
 class ValueHead(MegatronModule):
-    """Linear layer hidden -> 1 with a bias, in fp32 whatever the parameters' dtype.
+    """Linear layer hidden -> 1 with a bias, computed in fp32 for any parameter dtype.
 
-    Every tensor-parallel rank has it whole and gets the same hidden states, so that its gradient is the same on all of
-    them without a reduction.
+    Every tensor-parallel rank holds it in full and gets the same hidden states, so its gradient is the same on all
+    ranks without a reduction.
     """
 
     def __init__(self, config: TransformerConfig):
@@ -28,14 +28,14 @@ class ValueHead(MegatronModule):
         self.bias = torch.nn.Parameter(torch.zeros(1, dtype=config.params_dtype))
 
     def forward(self, hidden: Tensor, **_: Any) -> tuple[Tensor, None]:
-        """[..., hidden] -> [..., 1] float32, and no bias to be added later (Megatron's convention)."""
+        """[..., hidden] -> [..., 1] float32, and None as the bias still to be added (Megatron's convention)."""
         return F.linear(hidden.float(), self.weight.float(), self.bias.float()), None
 
 
 def build_value_model(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig) -> list[MegatronModule]:
-    """Build this process's part of a value model; as `build_model`, whose output layer is replaced on the last stage.
+    """As `build_model`, with a `ValueHead` as output layer of the last stage.
 
-    The embedding is tied to nothing: what the policy's head shares with it is of no use to values.
+    The embedding is never tied: the value head has no vocabulary to share with it.
     """
     chunks = build_model(replace(architecture, tie_word_embeddings=False), model, parallel)
     for chunk in chunks:

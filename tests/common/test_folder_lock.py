@@ -75,8 +75,7 @@ def test_a_process_that_is_about_to_end_is_waited_for(folder, holder):
     threading.Timer(0.5, holder.kill).start()
     with locked(folder, reports.append):
         assert reports == [
-            f"{folder} is in use by process {holder.pid} on {socket.gethostname()}; waiting 30 s, should it be about "
-            "to end"
+            f"{folder} is in use by process {holder.pid} on {socket.gethostname()}; waiting up to 30 s for it to exit"
         ]
 
 
@@ -86,7 +85,7 @@ def test_a_host_that_may_be_gone_is_waited_for_longer(folder, holder, monkeypatc
     reports: list[str] = []
     threading.Timer(0.5, holder.kill).start()
     with locked(folder, reports.append):
-        assert reports == [f"{folder} is in use by process 7 on elsewhere; waiting 120 s, should it be about to end"]
+        assert reports == [f"{folder} is in use by process 7 on elsewhere; waiting up to 120 s for it to exit"]
 
 
 def test_a_file_system_without_locks_is_said_and_a_folder_that_cannot_be_made_is_an_error(folder, monkeypatch):

@@ -84,7 +84,7 @@ def messages(endpoint: str, cache: os.PathLike, *names: str, **variables: str) -
 
 def test_a_hub_that_cannot_be_reached(tmp_path):
     told = messages(NOBODY, tmp_path, "org/some")
-    why = f"{NOBODY} cannot be reached and the hub's cache does not have it: fetch it where there is a network"
+    why = f"{NOBODY} cannot be reached and the hub's cache does not have it: download it on a machine with a network"
     expected = [f"{what.format('org/some')} {why}" for what, _ in WHAT]
     assert [message[: len(beginning)] for message, beginning in zip(told, expected, strict=True)] == expected
 
