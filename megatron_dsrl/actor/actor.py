@@ -166,6 +166,8 @@ class Actor:
     def _micro_batch(self, objective: Objective, weights: PerToken, row: PackedRow) -> MicroBatch[ScoreResult]:
         """A packed row of an objective; the loss is the sum of weight * token loss over all rows of all ranks."""
         experience, device = objective.experience, self._model.device
+        advantages = experience.advantages
+        assert advantages is not None, "with_advantages comes first"
 
         def row_tokens(values: PerToken) -> Tensor:
             return concatenate_tokens(values, row.indices, device)
@@ -180,7 +182,7 @@ class Actor:
                 old_log_probs=log_probs.detach() if old is None else row_tokens(old),
                 engine_log_probs=row_tokens(experience.engine_log_probs),
                 reference_log_probs=None if reference is None else row_tokens(reference),
-                advantages=row_tokens(experience.advantages),
+                advantages=row_tokens(advantages),
                 num_scored=row.num_scored,
                 from_older_weights=None if older is None else row_tokens(older),
             )

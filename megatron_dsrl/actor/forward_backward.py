@@ -9,6 +9,7 @@ import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -32,7 +33,7 @@ class MicroBatch(Generic[Result]):
 
 
 def run_schedule(
-    chunks: Sequence[torch.nn.Module],
+    chunks: Sequence[MegatronModule],
     micro_batches: Sequence[MicroBatch[Result]],
     forward_only: bool = False,
 ) -> list[Result]:
@@ -54,7 +55,7 @@ def run_schedule(
     """
 
     def forward_step(
-        iterator: Iterator[MicroBatch[Result]], chunk: torch.nn.Module
+        iterator: Iterator[MicroBatch[Result]], chunk: MegatronModule
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Result]]]:
         micro_batch = next(iterator)
         row = micro_batch.row
@@ -108,7 +109,7 @@ def _packed(row: PackedRow, config: TransformerConfig) -> RoutedPackedSeqParams:
     )
 
 
-def _padding_mask(row: PackedRow, chunk: torch.nn.Module) -> Tensor | None:
+def _padding_mask(row: PackedRow, chunk: MegatronModule) -> Tensor | None:
     """Padding mask for the MoE routers, [1, T] or this rank's part of it; nothing else uses it."""
     if not chunk.config.num_moe_experts:
         return None

@@ -169,7 +169,7 @@ def _lowest(scaled: Tensor) -> Tensor:
     return torch.full((scaled.shape[0],), torch.finfo(torch.float32).min, device=scaled.device)
 
 
-def _all_reduce(values: Tensor, operation: dist.ReduceOp, shard: VocabularyShard) -> Tensor:
+def _all_reduce(values: Tensor, operation: dist.ReduceOp.RedOpType, shard: VocabularyShard) -> Tensor:
     if shard.group is not None:
         dist.all_reduce(values, op=operation, group=shard.group)
     return values

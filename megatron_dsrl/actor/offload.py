@@ -21,9 +21,9 @@ from megatron_dsrl.platform import current_platform
 
 ModelPart = Literal["gradients", "optimizer", "parameters"]
 
-MODEL_PARTS: Collection[ModelPart] = ("parameters", "gradients", "optimizer")
+MODEL_PARTS: tuple[ModelPart, ...] = ("parameters", "gradients", "optimizer")
 
-WITHOUT_CONTENT: Collection[ModelPart] = ("gradients",)
+WITHOUT_CONTENT: tuple[ModelPart, ...] = ("gradients",)
 """Parts restored as zeros instead of being copied: every update begins with cleared gradients."""
 
 

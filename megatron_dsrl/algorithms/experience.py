@@ -7,6 +7,7 @@ drops the samples that the filter rejects.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,7 +114,8 @@ class Experience:
                 return value[chosen]
             return tuple(value[i] for i in chosen) if isinstance(value, tuple) else value
 
-        return replace(self, **{field.name: pick(getattr(self, field.name)) for field in fields(self)})
+        picked: dict[str, Any] = {field.name: pick(getattr(self, field.name)) for field in fields(self)}
+        return replace(self, **picked)
 
     def mini_batches(self, count: int) -> list["Experience"]:
         """Split into `count` consecutive parts whose sizes differ by at most one sequence."""

@@ -109,7 +109,7 @@ class PostTrain(Space):
     ) -> ScoredSequence:
         if not prompt_ids or not response_ids:
             raise ValueError("a scored sequence needs at least one prompt token and one response token")
-        return ScoredSequence((*prompt_ids, *response_ids), len(prompt_ids), scored and tuple(scored))
+        return ScoredSequence((*prompt_ids, *response_ids), len(prompt_ids), None if scored is None else tuple(scored))
 
 
 @SPACES.register
@@ -144,9 +144,8 @@ class PreTrain(Space):
         if not response_ids:
             raise ValueError("a scored sequence needs at least one response token")
         unscored = 0 if context_ids else 1
-        return ScoredSequence(
-            (*context_ids, *response_ids), len(context_ids) + unscored, scored and tuple(scored[unscored:])
-        )
+        mask = None if scored is None else tuple(scored[unscored:])
+        return ScoredSequence((*context_ids, *response_ids), len(context_ids) + unscored, mask)
 
 
 LONGEST_BOS = 3

@@ -9,7 +9,7 @@ Value = TypeVar("Value")
 
 
 def in_background(work: Callable[[], Value]) -> "Future[Value]":
-    """Start `work` in a daemon thread. The future gets its result or exception; signal handlers run while it is awaited.
+    """Start `work` in a daemon thread. Signal handlers still run while the future is awaited.
 
     Unlike the threads of a ThreadPoolExecutor, a daemon thread does not delay the exit of a process asked to stop.
     """

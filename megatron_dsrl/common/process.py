@@ -22,7 +22,7 @@ def end_with_launcher() -> None:
     Either stops its ranks when it exits, unless it is killed. Its ranks would then keep running, alongside those of the
     next start in the same run folder.
     """
-    launcher = os.environ.pop(LAUNCHER_VARIABLE, None)  # not inherited: commands that this rank starts have another parent
+    launcher = os.environ.pop(LAUNCHER_VARIABLE, None)  # commands that this rank starts must not inherit it
     if launcher is not None:
         die_with_parent(int(launcher))
     elif "TORCHELASTIC_RUN_ID" in os.environ:

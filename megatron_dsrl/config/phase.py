@@ -7,7 +7,7 @@ phase at every step (examples/own_algorithm).
 """
 
 from functools import partial
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -21,6 +21,21 @@ FILTERS = Registry("filter", ["megatron_dsrl.algorithms.filters"])
 LOSSES = Registry("loss", ["megatron_dsrl.algorithms.losses"])
 AGGREGATIONS = Registry("aggregation", ["megatron_dsrl.algorithms.aggregations"])
 IMPORTANCE_CORRECTIONS = Registry("importance correction", ["megatron_dsrl.algorithms.importance"])
+
+if TYPE_CHECKING:
+    from megatron_dsrl.algorithms.advantages import AdvantageOptions
+    from megatron_dsrl.algorithms.aggregations import AggregationOptions
+    from megatron_dsrl.algorithms.filters import FilterOptions
+    from megatron_dsrl.algorithms.importance import ImportanceCorrectionOptions
+    from megatron_dsrl.algorithms.losses import LossOptions
+    from megatron_dsrl.algorithms.spaces import Space
+else:  # the registries import the algorithms, and torch with them, only when a choice is validated
+    AdvantageOptions = Annotated[Options, ADVANTAGES]
+    AggregationOptions = Annotated[Options, AGGREGATIONS]
+    FilterOptions = Annotated[Options, FILTERS]
+    ImportanceCorrectionOptions = Annotated[Options, IMPORTANCE_CORRECTIONS]
+    LossOptions = Annotated[Options, LOSSES]
+    Space = Annotated[Options, SPACES]
 
 KLEstimator = Literal["k1", "k2", "k3"]
 
@@ -55,29 +70,29 @@ class KLConfig(Section):
 class ObjectiveConfig(Section):
     """One term of the loss: what is updated, in which direction, and how tokens are weighed."""
 
-    space: Annotated[Options, SPACES]
+    space: Space
     """Which log-probability is updated."""
 
-    advantage: Annotated[Options, ADVANTAGES]
+    advantage: AdvantageOptions
     """How rewards become advantages."""
 
-    filter: Annotated[Options, FILTERS] = Field(default_factory=partial(FILTERS.build, "all"))
+    filter: FilterOptions = Field(default_factory=partial(FILTERS.build, "all"))
     """Samples that are updated: all, A < 0 (NSR), or A > 0 (PSR). It acts on the token mask and its denominator."""
 
     drop_truncated: bool = False
     """Leave responses that reached the length limit out of the update (DAPO's overlong filtering). They still count
     where advantages compare samples."""
 
-    loss: Annotated[Options, LOSSES] = Field(default_factory=partial(LOSSES.build, "dual_clip"))
+    loss: LossOptions = Field(default_factory=partial(LOSSES.build, "dual_clip"))
     """Policy loss of a token."""
 
-    aggregation: Annotated[Options, AGGREGATIONS] = Field(default_factory=partial(AGGREGATIONS.build, "token_mean"))
+    aggregation: AggregationOptions = Field(default_factory=partial(AGGREGATIONS.build, "token_mean"))
     """How token losses become one number."""
 
     coefficient: float = Field(default=1.0, gt=0)
     """Factor on the loss."""
 
-    importance_correction: Annotated[Options, IMPORTANCE_CORRECTIONS] | None = None
+    importance_correction: ImportanceCorrectionOptions | None = None
     """Weigh token losses by the ratio of trainer to engine probabilities, for engines that sample from a slightly
     different policy than the trainer scores. Post-train space only; null: none."""
 
