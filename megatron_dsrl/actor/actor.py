@@ -74,9 +74,7 @@ class Actor:
         """Classes used for the main operations; see `TrainableModel.implementations`."""
         return self._model.implementations
 
-    def update(
-        self, objectives: Sequence[Objective], mini_batches: int = 1, epochs: int = 1
-    ) -> UpdateMetrics | None:
+    def update(self, objectives: Sequence[Objective], mini_batches: int = 1, epochs: int = 1) -> UpdateMetrics | None:
         """Take `mini_batches * epochs` optimizer steps: in each epoch, one on each consecutive part of the experience.
 
         With more than one step, those after the first are off-policy, so the log-probs of the policy before the update

@@ -51,8 +51,7 @@ class Critic:
 
         Args:
             experience: the global batch with values and returns, the same on every rank. Not filtered: the critic
-                learns
-                from every sample.
+                learns from every sample.
 
         Returns:
             Metrics by name, without a prefix, the same on every rank; empty if there is no scored token.

@@ -46,8 +46,7 @@ def run_schedule(
     Args:
         chunks: the stage's model chunks.
         micro_batches: at least one, in the same order on all ranks of a model replica; with several chunks, a multiple
-            of
-            the pipeline-parallel size.
+            of the pipeline-parallel size.
         forward_only: no backward pass.
 
     Returns:

@@ -90,9 +90,7 @@ def _model_and_optimizer(
     chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, is_loading: bool
 ) -> dict[str, Any]:
     state = _model(chunks)
-    state["optimizer"] = optimizer.sharded_state_dict(
-        dict(state), is_loading=is_loading, metadata=_layout_metadata()
-    )
+    state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=_layout_metadata())
     return state
 
 

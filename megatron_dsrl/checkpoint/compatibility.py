@@ -1,4 +1,4 @@
-"""Whether a run folder belongs to the run that is being started."""
+"""Check that a run folder belongs to the run that is being started."""
 
 import json
 from typing import Any
@@ -28,23 +28,23 @@ MAY_CHANGE = (
     "checkpoint",
     "observability",
 )
-"""Fields that may differ between the parts of one run: where and how it runs, not what it computes."""
+"""Fields that may change when a run is continued: where and how it runs, not what it computes."""
 
 
 def check_same_run(before: dict[str, Any], config: RunConfig, where: str) -> None:
-    """Compare the configuration that a run was started with.
+    """Compare the configuration with the one the run was started with.
 
     Args:
         before: the resolved configuration of the existing run.
-        config: the configuration of the run that is being started.
-        where: names the existing run in the message.
+        config: the configuration of the run being started.
+        where: name of the existing run, for the message.
 
     Raises:
-        UserError: a field that decides what is computed differs; all of them are named.
+        UserError: fields that affect the result differ; the message names all of them.
     """
     now = config.model_dump(mode="json")
-    may_change = MAY_CHANGE
-    # Otherwise the learning rate of every step depends on how many there are.
+    may_change: tuple[str, ...] = MAY_CHANGE
+    # With decay, the learning rate of every step depends on the number of steps.
     if config.optimizer.decay == config.critic.optimizer.decay == "constant":
         may_change += ("steps",)
     changed = [
@@ -54,29 +54,31 @@ def check_same_run(before: dict[str, Any], config: RunConfig, where: str) -> Non
     ]
     if changed:
         raise UserError(
-            f"{where} holds a run with another configuration, which cannot be continued with this one:\n"
+            f"{where} holds a run with another configuration, so it cannot be continued with this one:\n"
             + "\n".join(changed)
             + "\nchoose another `name`, or remove the folder"
         )
 
 
 def check_same_model(before: dict[str, Any], model: dict[str, Any], where: str) -> None:
-    """Compare the model that a checkpoint was written from.
+    """Compare the model with the one a checkpoint was written from.
 
     Raises:
-        UserError: it is another one; all differences are named.
+        UserError: the models differ; the message names all differences.
     """
     changed = [f"{path} is {old!r} there and {new!r} here" for path, old, new in _differences(before, model)]
     if changed:
-        raise UserError(f"{where} is of another model than model.path: " + "; ".join(changed))
+        raise UserError(f"{where} belongs to another model than model.path: " + "; ".join(changed))
 
 
 def check_same_optimizer(before: Layout, parallel: ParallelConfig, where: str) -> None:
-    """Megatron stores the state of its two kinds of optimizer in forms of their own, and of experts that are dealt out
-    in another one than of experts that every process has.
+    """Check that the optimizer state of a checkpoint can be loaded.
+
+    Megatron stores the state in different formats for its two kinds of optimizer, and with and without expert
+    parallelism.
 
     Raises:
-        UserError: the checkpoint was written with the other kind.
+        UserError: the checkpoint was written in the other format.
     """
     if (before.expert_parallel_size > 1) != (parallel.expert_parallel_size > 1):
         raise UserError(
@@ -91,15 +93,15 @@ def check_same_optimizer(before: Layout, parallel: ParallelConfig, where: str) -
 
 
 def _with_defaults(before: dict[str, Any]) -> dict[str, Any]:
-    """Fields that the program did not have yet when the run was started have their defaults' meaning."""
+    """Add fields that did not exist when the run was started, with their default values."""
     try:
         return RunConfig.model_validate_json(json.dumps(before)).model_dump(mode="json")
-    except ValidationError:  # a field that the program no longer has: compared as it is, and named
+    except ValidationError:  # a field no longer exists: compared as it is, and named in the message
         return before
 
 
 def _differences(before: Any, now: Any, path: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted path, old value, new value) wherever two trees differ; a missing field counts as None."""
+    """(dotted path, old value, new value) of all differences between two trees; a missing field counts as None."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = sorted(before.keys() | now.keys())
         return [d for key in keys for d in _differences(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))]

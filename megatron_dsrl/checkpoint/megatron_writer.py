@@ -1,10 +1,10 @@
-"""Megatron's distributed checkpoints, written by a thread of the caller's choice.
+"""Write Megatron's distributed checkpoints from any thread.
 
-Megatron divides a save into three parts: planning, in which the ranks agree on what each writes and which takes a copy
-of device tensors; writing, in which they have nothing to do with each other; and an end, in which rank 0 collects what
-lies where. Its own asynchronous save does the second in a process of its own, which needs a multiprocessing manager for
-the results and outlives a killed trainer. Here the second part may run in a thread of the trainer, for which a queue in
-memory is enough; it also saves the seconds in which the process would start.
+Megatron divides a save into three parts: planning, in which ranks agree on what each one writes and copy device
+tensors; writing, which needs no communication; and finishing, in which rank 0 collects the locations of all chunks.
+Megatron's asynchronous save writes in a separate process, which needs a multiprocessing manager for the results, takes
+seconds to start, and outlives a killed trainer. Here a thread of the trainer can write, with an in-memory queue for the
+results.
 """
 
 import queue
@@ -23,11 +23,11 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from megatron_dsrl.common.disk import as_os_error
 
 _Bucket = tuple[str, str, tuple[list, list]]
-"""Megatron's: path, name, and (plan, content) of the objects and of the tensors in a file."""
+"""Megatron's write bucket: path, name, and (plan item, content) of the objects and of the tensors in a file."""
 
 
 class CheckpointWrite:
-    """This rank's part of a checkpoint, ready to be written. See `begin_checkpoint`."""
+    """This rank's part of a checkpoint, ready to be written; see `begin_checkpoint`."""
 
     def __init__(self, request: AsyncRequest, results: queue.Queue, copy: bool):
         self._finalize = request.finalize_fns
@@ -41,10 +41,10 @@ class CheckpointWrite:
             self._buckets = [_with_own_tensors(*pair) for pair in zip(on_host, kept)] if copy else on_host
 
     def write(self) -> list[Path]:
-        """Write and flush this rank's files. Not collective, and may run in any thread.
+        """Write and flush this rank's files. Not collective; may run in any thread.
 
         Returns:
-            The files.
+            The paths of the files.
 
         Raises:
             OSError: a file cannot be written.
@@ -58,18 +58,18 @@ class CheckpointWrite:
                 raise as_os_error(result)
             written[number] = result
         files = [Path(path) for path, _, _ in self._buckets]
-        self._buckets = [(path, name, ([], [])) for path, name, _ in self._buckets]  # the memory is free again
+        self._buckets = [(path, name, ([], [])) for path, name, _ in self._buckets]  # frees the memory
         if files:
             self._results.put(written)
         return files
 
     def finish(self) -> None:
-        """Write what makes the files of all ranks a checkpoint. Collective, in the main thread, after every `write`.
+        """Write the metadata of the files of all ranks. Collective, in the main thread, after all ranks' `write`.
 
         Raises:
-            OSError: on rank 0 only, if it cannot be written; every rank has come to the end then.
+            OSError: the metadata cannot be written. Raised on rank 0 only; all ranks complete the collectives.
         """
-        with _failures_at_the_end():
+        with _failures_postponed():
             for finalize in self._finalize:
                 finalize()
 
@@ -80,12 +80,12 @@ def begin_checkpoint(state: dict[str, Any], folder: Path, metadata: dict[str, An
     Args:
         state: Megatron's sharded state dict.
         folder: an existing, empty folder.
-        metadata: Megatron's content metadata, kept in the checkpoint.
-        copy: take a copy of all tensors, so that the state may change before it is written. Without it only tensors on
-            a device are copied.
+        metadata: Megatron's content metadata, stored in the checkpoint.
+        copy: copy all tensors, so that the state may change before it is written. Otherwise only device tensors are
+            copied.
     """
     results: queue.Queue = queue.Queue()
-    filesystem_async._results_queue = results  # Megatron makes a manager process where there is none
+    filesystem_async._results_queue = results  # otherwise Megatron starts a manager process for it
     request = dist_checkpointing.save(
         state, str(folder), content_metadata=metadata, async_sharded_save=True, async_strategy="mcore"
     )
@@ -94,10 +94,10 @@ def begin_checkpoint(state: dict[str, Any], folder: Path, metadata: dict[str, An
 
 
 @contextmanager
-def _failures_at_the_end() -> Iterator[None]:
-    """Megatron's collectives in the body go on where rank 0 cannot write; it raises the first OSError afterwards.
+def _failures_postponed() -> Iterator[None]:
+    """Postpone OSErrors of rank 0 until Megatron's collectives in the body are done, then raise the first.
 
-    Rank 0 writes `.metadata` and `metadata.json` while the others wait for its word in a broadcast and a barrier: an
+    Rank 0 writes `.metadata` and `metadata.json` while the other ranks wait for it in a broadcast and a barrier; an
     exception there would leave them waiting.
     """
     failures: list[OSError] = []
@@ -122,7 +122,7 @@ def _failures_at_the_end() -> Iterator[None]:
 
 
 def _with_own_tensors(on_host: _Bucket, kept: _Bucket) -> _Bucket:
-    """Clone tensors that were on the host already and are still the model's or the optimizer's own."""
+    """Clone tensors that still share memory with the model or the optimizer because they already were on the host."""
     path, name, (objects, tensors) = on_host
     own = [
         (item, tensor.clone() if _same_memory(tensor, original) else tensor)

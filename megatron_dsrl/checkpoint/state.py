@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside the actor's part, as JSON."""
+"""The state of a run, stored as JSON in its checkpoints."""
 
 import json
 import os
@@ -16,7 +16,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Layout:
-    """How the run that wrote a checkpoint was spread. Random states can be restored only in the same one."""
+    """The parallel layout a checkpoint was written in. Random states can be restored only in the same layout."""
 
     world_size: int
     tensor_parallel_size: int
@@ -31,7 +31,7 @@ class Layout:
 
 
 def current_layout(parallel: ParallelConfig) -> Layout:
-    """The layout of this run."""
+    """The layout of the current run."""
     return Layout(
         world_size=dist.get_world_size(),
         tensor_parallel_size=parallel.tensor_parallel_size,
@@ -48,31 +48,31 @@ def current_layout(parallel: ParallelConfig) -> Layout:
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands after a step."""
+    """State of a run after a step."""
 
     step: int
-    """Last finished step."""
+    """Last completed step."""
     phase: str
     """Name of its phase."""
     sampler: dict[str, Any]
     """The prompt sampler's state."""
     layout: Layout
     model: dict[str, Any]
-    """Shapes and constants of the model, to recognise a checkpoint of another one."""
+    """Shapes and constants of the model, to detect a checkpoint of another model."""
     config: dict[str, Any]
     """The resolved configuration."""
 
 
 @dataclass(frozen=True)
 class SavedState:
-    """`state.json`: a run's state, and the files that belong to it."""
+    """`state.json`: a run's state, and checksums of the other files."""
 
     run: RunState
     files: dict[str, tuple[int, int]]
-    """Size in bytes and CRC-32 of every other file, by its path in the checkpoint."""
+    """Size in bytes and CRC-32 of each other file, by its path in the checkpoint."""
 
     def write(self, file: Path) -> None:
-        """Write and flush to disk."""
+        """Write the file and flush it to disk."""
         content = asdict(self)
         with open(file, "w", encoding="utf-8") as stream:
             json.dump({"format_version": FORMAT_VERSION, "checksum": _checksum(content), **content}, stream, indent=1)
@@ -84,14 +84,14 @@ class SavedState:
         """
         Raises:
             OSError: the file is missing or unreadable.
-            ValueError: it is not a state of this format.
+            ValueError: it is not a valid state of this format.
         """
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             if content["format_version"] != FORMAT_VERSION:
-                raise ValueError(f"format {content['format_version']}, this program reads {FORMAT_VERSION}")
+                raise ValueError(f"format {content['format_version']}, but this program reads format {FORMAT_VERSION}")
             if content["checksum"] != _checksum({name: content[name] for name in ("run", "files")}):
-                raise ValueError("not what was written: its checksum differs")
+                raise ValueError("the checksum does not match the content")
             run = content["run"]
             return cls(
                 run=RunState(**run | {"layout": Layout(**run["layout"])}),
@@ -102,5 +102,5 @@ class SavedState:
 
 
 def _checksum(content: dict[str, Any]) -> int:
-    """CRC-32 of the content, whatever the order of its fields."""
+    """CRC-32 of the content, independent of the order of its fields."""
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())

@@ -1,16 +1,16 @@
-"""Checkpoint folders of a run: published whole, validated before use, pruned.
+"""Checkpoint folders of a run: published atomically, validated before use, pruned.
 
-    <run folder>/checkpoints/step_000050/state.json     what `RunState` holds, and size and CRC-32 of every other file
+    <run folder>/checkpoints/step_000050/state.json     `RunState`, and size and CRC-32 of each other file
     <run folder>/checkpoints/step_000050/megatron/...   Megatron's distributed checkpoint of the actor
-    <run folder>/checkpoints/step_000050/critic/...     and of the other models that the run has
+    <run folder>/checkpoints/step_000050/critic/...     and of the run's other models
 
-A checkpoint is written into a hidden folder beside its place and renamed when it is complete, so that a folder with a
-checkpoint's name is a whole checkpoint; `state.json` then tells whether it is still undamaged. There is no `latest`
-file that could point at nothing: the newest is the one with the highest step that passes validation.
+A checkpoint is written into a hidden folder and renamed when complete, so a folder with a checkpoint's name is a whole
+checkpoint; `state.json` tells whether it is still undamaged. There is no `latest` file that could point to nothing: the
+newest checkpoint is the one with the highest step that passes validation.
 
-An asynchronous save returns when every rank has a copy of its part. Each rank's thread then writes and checksums its
-files without a word to the others; what is collective, planning and publishing, happens in the main thread, so that it
-cannot get between the collectives of training.
+An asynchronous save returns when every rank has copied its part. A thread on each rank then writes and checksums files
+without communication; the collective parts, planning and publishing, run in the main thread, so that they cannot
+interleave with the collectives of training.
 """
 
 import os
@@ -37,21 +37,21 @@ _PARTIAL_PREFIX = ".partial_"
 _NAME = re.compile(r"step_(\d+)")
 _READ_BYTES = 16 * 2**20
 _CLOSE_SECONDS = 60
-"""Limit for a thread that still writes when a failed run ends."""
+"""Time limit for a thread that is still writing when a failed run ends."""
 
 Checksums = dict[str, tuple[int, int]]
 """Size in bytes and CRC-32 by path relative to the checkpoint."""
 
 
 BeginWrite = Callable[[Path, bool], "WeightsWrite"]
-"""Collective; gets an empty folder, and whether a copy must be taken because training goes on before it is written."""
+"""Collective; takes an empty folder, and whether to copy the state because training continues before it is written."""
 
 
 class WeightsWrite(Protocol):
-    """A part of a checkpoint that is ready to be written; see `platform.checkpoint_writer.CheckpointWrite`."""
+    """A part of a checkpoint, ready to be written; see `platform.checkpoint_writer.CheckpointWrite`."""
 
     def write(self) -> Sequence[Path]:
-        """Write this rank's files, and name them. Not collective; in a thread.
+        """Write this rank's files and return their paths. Not collective; runs in a thread.
 
         Raises:
             OSError: they cannot be written.
@@ -61,7 +61,7 @@ class WeightsWrite(Protocol):
         """Collective, after all ranks have written.
 
         Raises:
-            OSError: this rank could not write; it has taken part in everything that is collective.
+            OSError: this rank could not write; it still took part in all collectives.
         """
 
 
@@ -74,7 +74,7 @@ class Checkpoint:
 
     @property
     def weights_folder(self) -> Path:
-        """What Megatron wrote."""
+        """Folder of the actor's distributed checkpoint."""
         return self.folder / WEIGHTS_FOLDER
 
 
@@ -91,11 +91,11 @@ class CheckpointStore:
     ):
         """
         Args:
-            root: folder of the checkpoints; need not exist yet, and must be shared by all ranks.
-            keep_last: newest checkpoints to keep.
-            keep_every_steps: checkpoints of steps divisible by it are kept for ever; None keeps none.
-            report: called on rank 0 with a line about damaged checkpoints.
-            asynchronous: `save` returns while the checkpoint is being written; `poll` or `finish` publishes it.
+            root: folder of the checkpoints, shared by all ranks; need not exist yet.
+            keep_last: number of newest checkpoints to keep.
+            keep_every_steps: also keep checkpoints of steps divisible by this; None for none.
+            report: called on rank 0 with a message about each damaged checkpoint.
+            asynchronous: `save` returns before the checkpoint is written; `poll` or `finish` publishes it.
         """
         self._root = root
         self._keep_last = keep_last
@@ -103,24 +103,23 @@ class CheckpointStore:
         self._report = report
         self._asynchronous = asynchronous
         self._good_step: int | None = None
-        """Of the newest checkpoint that is known to be good."""
+        """Step of the newest checkpoint known to be good."""
         self._in_flight: _Save | None = None
 
     def save(self, state: RunState, begin_write: BeginWrite, others: Mapping[str, BeginWrite] | None = None) -> None:
-        """Publish a checkpoint, then remove those that are not to be kept; or begin to, where saves are asynchronous.
+        """Publish a checkpoint and remove old ones; if asynchronous, only begin to.
 
-        A save that is still in flight is waited for. A damaged checkpoint of the same step is replaced. Nothing is
-        written when the step's checkpoint is known to be good: the run has not moved since, and the only good
-        checkpoint must at no moment be gone.
+        Waits for a save in flight. Replaces a damaged checkpoint of the same step. Does nothing if this step's
+        checkpoint is known to be good: the state is the same, and the only good checkpoint must never be missing.
 
         Args:
             state: everything but the models; the same on every rank.
-            begin_write: of the actor.
-            others: of other models, by the name of their folder; the same names on every rank.
+            begin_write: prepares the actor's part.
+            others: prepare the parts of other models, by folder name; the same names on every rank.
 
         Raises:
-            UserError: the folder cannot be written to (no space, read-only). The checkpoints before are untouched, and
-                nothing half-written is left. Ranks raise it together. Of an asynchronous save, the next call raises it.
+            UserError: the folder cannot be written to (full, read-only). Earlier checkpoints are untouched, and no
+                partial one is left. Raised on all ranks; for an asynchronous save, by the next call.
         """
         self.finish()
         if state.step == self._good_step:
@@ -144,7 +143,7 @@ class CheckpointStore:
         """Publish the save in flight if every rank has written its part. Does not wait.
 
         Raises:
-            UserError: as `save` does, as soon as one rank has failed.
+            UserError: as `save`, as soon as one rank has failed.
         """
         if self._in_flight is None:
             return
@@ -153,10 +152,10 @@ class CheckpointStore:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the save in flight, if there is one, and publish it.
+        """Wait for the save in flight, if any, and publish it.
 
         Raises:
-            UserError: as `save` does.
+            UserError: as `save`.
         """
         save, self._in_flight = self._in_flight, None
         if save is None:
@@ -169,7 +168,7 @@ class CheckpointStore:
         self._good_step = save.state.step
 
     def close(self) -> None:
-        """Give this rank's thread a minute to end. Not collective. What it wrote is no checkpoint without `finish`."""
+        """Give this rank's thread a minute to end. Not collective. An unfinished save is discarded."""
         if self._in_flight is not None:
             self._in_flight.wait(_CLOSE_SECONDS)
 
@@ -178,15 +177,15 @@ class CheckpointStore:
             shutil.rmtree(partial, ignore_errors=True)
         return UserError(
             f"the checkpoint of step {step} could not be written to {self._root}{free_space(self._root)}: "
-            f"{error}. Earlier checkpoints are untouched; free space or fix the permissions, and start again to "
+            f"{error}. Earlier checkpoints are untouched; free space or fix the permissions, then start again to "
             "continue from them"
         )
 
     def newest(self) -> Checkpoint | None:
-        """The newest undamaged checkpoint, None if there is no checkpoint at all. Damaged ones are reported by name.
+        """The newest undamaged checkpoint; None if there are no checkpoints. Damaged ones are reported.
 
         Raises:
-            UserError: on every rank, if there are checkpoints and all are damaged.
+            UserError: there are checkpoints and all are damaged. Raised on every rank.
         """
         folders = broadcast([folder for _, folder in reversed(self._published())])
         for folder in folders:
@@ -196,22 +195,22 @@ class CheckpointStore:
                 self._good_step = state.step
                 return Checkpoint(folder, state)
             if dist.get_rank() == 0:
-                self._report(f"checkpoint {folder} is damaged and left out: {problem}")
+                self._report(f"checkpoint {folder} is damaged and ignored: {problem}")
         if folders:
             raise UserError(
-                f"all checkpoints in {self._root} are damaged; remove the folder to start again from the first step"
+                f"all checkpoints in {self._root} are damaged; remove the folder to start over from the first step"
             )
         return None
 
     def _published(self) -> list[tuple[int, Path]]:
-        """(step, folder), oldest first. This rank's view."""
+        """(step, folder) of all checkpoints this rank sees, oldest first."""
         if not self._root.is_dir():
             return []
         named = [(_NAME.fullmatch(folder.name), folder) for folder in self._root.iterdir()]
         return sorted((int(match[1]), folder) for match, folder in named if match)
 
     def _validate(self, folder: Path) -> tuple[str | None, RunState | None]:
-        """What is wrong with a checkpoint, or its state. Ranks share the reading."""
+        """The problem with a checkpoint, if any, and its state, if readable. Ranks share the reading."""
         try:
             saved = SavedState.read(folder / STATE_FILE)
         except (OSError, ValueError) as error:
@@ -225,12 +224,12 @@ class CheckpointStore:
                 problem = f"{name}: {error.strerror}"
                 break
             if found != saved.files[name]:
-                problem = f"{name} is not what was written (size and CRC-32 {found}, should be {saved.files[name]})"
+                problem = f"{name} has changed (size and CRC-32 are {found}, expected {saved.files[name]})"
                 break
         return first_problem(problem), saved.run
 
     def _publish(self, partial: Path, saved: SavedState) -> None:
-        """Rank 0."""
+        """Complete and rename the folder. Called on rank 0."""
         saved.write(partial / STATE_FILE)
         for folder in filter(Path.is_dir, partial.iterdir()):
             _flush_to_disk(folder)
@@ -243,27 +242,28 @@ class CheckpointStore:
         self._prune(saved.run.step)
 
     def _prune(self, newest_step: int) -> None:
-        """Later checkpoints than the one just published are damaged ones, which `newest` has passed over."""
+        """Remove old checkpoints. Later ones than the one just published are damaged ones that `newest` skipped; they
+        do not count."""
         published = [(step, folder) for step, folder in self._published() if step <= newest_step]
         for step, folder in published[: -self._keep_last]:
             if not (self._keep_every_steps and step % self._keep_every_steps == 0):
                 shutil.rmtree(folder)
-        for abandoned in self._root.glob(f"{_PARTIAL_PREFIX}*"):  # by a process that was killed while it wrote
+        for abandoned in self._root.glob(f"{_PARTIAL_PREFIX}*"):  # left by a process killed while writing
             shutil.rmtree(abandoned)
 
 
 class _Save:
-    """A checkpoint on its way: this rank's thread, and what comes of it."""
+    """A save in flight: this rank's thread and its result."""
 
     def __init__(self, state: RunState, partial: Path, writes: Sequence[WeightsWrite]):
         self.state = state
         self.partial = partial
         self.problem: str | None = None
-        """Why this rank's files could not be written."""
+        """Error message if this rank's files could not be written."""
         self._writes = writes
         self._defect: BaseException | None = None
         self._checksums: Checksums = {}
-        # Not joined when the interpreter ends: a second request to stop ends the process where it stands.
+        # A daemon thread is not joined at exit, so that a second request to stop ends the process at once.
         self._thread = threading.Thread(target=self._write_and_checksum, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -274,10 +274,10 @@ class _Save:
         self._thread.join(seconds)
 
     def complete(self) -> Checksums:
-        """Wait, write what makes the files of all ranks a checkpoint, and share the checksums. Collective.
+        """Wait for the thread, write the checkpoint's metadata, and gather the checksums. Collective.
 
         Raises:
-            OSError: any rank's files could not be written.
+            OSError: the files of some rank could not be written.
         """
         self.wait()
         if self._defect is not None:
@@ -287,7 +287,7 @@ class _Save:
             problem = None
             try:
                 write.finish()
-            except CheckpointException as error:  # no Exception; all ranks raise it, rank 0 knows the cause
+            except CheckpointException as error:  # a BaseException; all ranks raise it, rank 0 knows the cause
                 problem = "; ".join(str(cause) for cause, _ in error.failures.values()) or str(error)
             except OSError as error:
                 problem = str(error)
@@ -316,7 +316,7 @@ def _checksums(folder: Path, files: Iterable[Path]) -> Checksums:
 
 
 def _checksums_together(folder: Path, names: Sequence[str]) -> Checksums:
-    """Each rank reads a share."""
+    """Checksums of these files; each rank reads a share. Collective."""
     problem, mine = None, {}
     try:
         mine = _checksums(folder, [folder / name for name in my_share(names)])
@@ -344,7 +344,7 @@ def _flush_to_disk(folder: Path) -> None:
 
 
 def _on_rank_0(action: Callable[[], None]) -> None:
-    """An OSError of it is raised on all ranks."""
+    """Run `action` on rank 0; its OSError is raised on all ranks."""
     problem: str | None = None
     try:
         if dist.get_rank() == 0:

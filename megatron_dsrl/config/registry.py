@@ -87,8 +87,8 @@ class Registry:
         except ValidationError:
             return None
 
-    def build(self, value: Any) -> Options:
-        """Options from a bare name, a mapping with a `name`, or options.
+    def build(self, value: Any) -> Any:
+        """Options from a bare name, a mapping with a `name`, or options (typed Any: the class depends on the registry).
 
         Raises:
             ValidationError: no such name, class or option, or an ill-typed option.

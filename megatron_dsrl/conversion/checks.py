@@ -1,4 +1,4 @@
-"""What is checked before a conversion writes anything."""
+"""Checks made before a conversion writes anything."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -16,10 +16,10 @@ from megatron_dsrl.weights.hf_checkpoint import torch_dtype_name
 
 
 def common_dtype(dtypes: Mapping[str, torch.dtype], folder: Path) -> torch.dtype:
-    """The dtype of all tensors.
+    """The common dtype of all tensors.
 
     Raises:
-        UserError: they differ, so that "unchanged" has no meaning; or they are not floating point.
+        UserError: the dtypes differ, or are not supported.
     """
     names: dict[torch.dtype, str] = {}
     for name, dtype in dtypes.items():
@@ -37,10 +37,10 @@ def common_dtype(dtypes: Mapping[str, torch.dtype], folder: Path) -> torch.dtype
 
 
 def read_companion_architecture(checkpoint: Path, companions: Path) -> Architecture:
-    """The model of a Megatron checkpoint, by the config.json that belongs to it.
+    """The architecture of a Megatron checkpoint, from the config.json that belongs to it.
 
     Raises:
-        UserError: there is none, or it is refused; see `read_architecture`.
+        UserError: there is no config.json, or it is refused; see `read_architecture`.
     """
     if companions == checkpoint and not (checkpoint / "config.json").exists():
         raise UserError(
@@ -51,25 +51,25 @@ def read_companion_architecture(checkpoint: Path, companions: Path) -> Architect
 
 
 def check_tokenizer(folder: Path, architecture: Architecture) -> None:
-    """Refuse a tokenizer with ids outside the model's vocabulary. A folder without a tokenizer passes.
+    """Refuse a tokenizer with ids outside the model's vocabulary. A folder without a tokenizer is accepted.
 
     Raises:
-        UserError: names the file and the token, or a file that cannot be read.
+        UserError: a file has an id outside the vocabulary, or cannot be read.
     """
-    for name, ids_in in TOKEN_IDS.items():
+    for name, read_ids in TOKEN_IDS.items():
         path = folder / name
         if not path.exists():
             continue
         try:
-            ids = ids_in(json.loads(path.read_text()))
-            token = max(ids, key=ids.__getitem__, default=None)
-            too_large = token is not None and ids[token] >= architecture.vocab_size
+            ids = read_ids(json.loads(path.read_text()))
+            token, number = max(ids.items(), key=lambda item: item[1], default=("", -1))
+            too_large = number >= architecture.vocab_size
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} cannot be read: {error!r}") from error
         if too_large:
             raise UserError(
-                f"{path} has token ids up to {ids[token]} ({token!r}), but vocab_size in config.json is "
-                f"{architecture.vocab_size}. Tokenizer and model do not belong together"
+                f"{path} has token ids up to {number} ({token!r}), but vocab_size in config.json is "
+                f"{architecture.vocab_size}. The tokenizer does not belong to this model"
             )
 
 
@@ -89,11 +89,11 @@ TOKEN_IDS: Mapping[str, Callable[[dict[str, Any]], dict[str, int]]] = {
     "added_tokens.json": dict,
     "tokenizer_config.json": _ids_of_tokenizer_config,
 }
-"""The files that give tokens their ids, and how each has them."""
+"""Tokenizer files with token ids, and a function to extract the ids from each."""
 
 
 def check_expected(architecture: Architecture, folder: Path, expected: Path | None) -> None:
-    """Compare the model to the one of another folder, or to the one that a run's YAML trains (`--expect`).
+    """Compare the model with that of another folder, or with the one that a run's YAML trains (`--expect`).
 
     Raises:
         UserError: names every field that differs: RoPE base, tied embeddings, head dimension, norm epsilon, sizes.
@@ -110,7 +110,7 @@ def check_expected(architecture: Architecture, folder: Path, expected: Path | No
 
 
 def needed_for_conversion(source: Path, companions: Path, expected: Path | None) -> tuple[Path, ...]:
-    """What a conversion reads, and must therefore not replace."""
+    """The paths that a conversion reads and must not replace."""
     return (source, companions, *((expected, _expected_folder(expected)) if expected is not None else ()))
 
 

@@ -1,9 +1,9 @@
 """Write a `torch_dist` checkpoint chunk by chunk.
 
-Megatron's own `dist_checkpointing.save` takes the whole sharded state in memory. The format it writes is that of
-torch.distributed.checkpoint, and that can be written one chunk at a time: every process appends its chunks to files of
-its own, and in the end rank 0 writes `.metadata`, which says what lies where, and the two small files that Megatron
-reads first. Tests load the result through Megatron at several layouts.
+Megatron's `dist_checkpointing.save` needs the whole sharded state in memory. Its format is that of
+torch.distributed.checkpoint, which can be written one chunk at a time: every process appends its chunks to its own
+files, and finally rank 0 writes `.metadata`, the index of all chunks, and the two small files that Megatron reads
+first. Tests load the result with Megatron in several layouts.
 """
 
 import os
@@ -36,12 +36,12 @@ from megatron_dsrl.weights.megatron_checkpoint import checkpoint_shape, leading_
 from megatron_dsrl.weights.table import TableEntry, WeightTable
 
 FILE_BYTES = 4 * 2**30
-"""A file is closed once it has reached this size."""
+"""A new file is started once the current one has reached this size."""
 
 
 @dataclass(frozen=True)
 class WrittenChunk:
-    """A chunk on the disk."""
+    """Location of a chunk on disk."""
 
     name: str
     offsets: Shape
@@ -52,9 +52,9 @@ class WrittenChunk:
 
 
 class ChunkWriter:
-    """One process's files of a checkpoint. A context manager: at its end everything written is on the disk.
+    """Writes one process's files of a checkpoint. A context manager: on exit everything written is on disk.
 
-    Making it, writing, or leaving it raises UserError where the disk takes no more.
+    Creating it, writing, or leaving it raises UserError if the disk is full or fails.
     """
 
     def __init__(self, folder: Path, rank: int):
@@ -66,13 +66,13 @@ class ChunkWriter:
         self._files.append(self._next_file())
 
     def write(self, name: str, offsets: Shape, chunk: Tensor) -> None:
-        """Append a chunk, in the shape that it has in the checkpoint."""
+        """Append a chunk, in its shape in the checkpoint."""
         if self._files[-1].tell() >= FILE_BYTES:
             self._files.append(self._next_file())
         file = self._files[-1]
         position = file.tell()
         if chunk.untyped_storage().nbytes() != chunk.nbytes:
-            chunk = chunk.clone(memory_format=torch.contiguous_format)  # a view would be saved with all it is a view of
+            chunk = chunk.clone(memory_format=torch.contiguous_format)  # torch.save saves the whole storage of a view
         with writing(Path(file.name)):
             torch.save(chunk, file)
             length = file.tell() - position
@@ -92,7 +92,7 @@ class ChunkWriter:
     ) -> None:
         with writing(self._folder), ExitStack() as files:
             for file in self._files:
-                files.callback(file.close)  # which writes what is left in its buffer
+                files.callback(file.close)  # writes what is left in the buffer
             self._flush.finish()
             for file in self._files if error is None else ():
                 file.flush()
@@ -100,10 +100,10 @@ class ChunkWriter:
 
 
 def cut_into_chunks(entry: TableEntry, whole: Tensor, layout: CheckpointLayout) -> Iterator[tuple[Shape, Tensor]]:
-    """The chunks of an entry's whole parameter for a layout, with their offsets over the whole checkpoint tensor."""
+    """Cut an entry's whole parameter into chunks for a layout; yields (offsets in the checkpoint tensor, chunk)."""
     leading = leading_index(entry)
     stacked = (1,) * len(leading)
-    cut = entry.rule.layout.cut(layout.tensor_parallel_size_of(entry.rule))
+    cut = entry.rule.layout.cut(layout.num_shards(entry.rule))
     dim, pieces = cut or (0, 1)
     length = -(-whole.shape[dim] // pieces)
     for start in range(0, whole.shape[dim], length):
@@ -113,10 +113,10 @@ def cut_into_chunks(entry: TableEntry, whole: Tensor, layout: CheckpointLayout) 
 
 
 def write_metadata(folder: Path, table: WeightTable, dtype: torch.dtype, written: list[WrittenChunk]) -> None:
-    """Write what makes the chunks of all processes a checkpoint. By one process, last.
+    """Write the metadata of the chunks of all processes. Call it in one process, at the end.
 
     Raises:
-        UserError: the disk takes no more.
+        UserError: the disk is full or fails.
     """
     tensors = {
         rule.checkpoint_name: TensorStorageMetadata(
@@ -133,4 +133,4 @@ def write_metadata(folder: Path, table: WeightTable, dtype: torch.dtype, written
     with writing(folder / ".metadata"):
         torch.save({"checkpoint_version": 3.0, "iteration": 0}, folder / "common.pt")
         save_config(CheckpointingConfig(sharded_backend="torch_dist", sharded_backend_version=1), str(folder))
-        FileSystemWriter(folder).finish(Metadata(tensors, planner_data={}), [results])
+        FileSystemWriter(folder).finish(Metadata({**tensors}, planner_data={}), [results])

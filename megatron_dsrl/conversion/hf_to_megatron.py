@@ -33,12 +33,12 @@ from megatron_dsrl.weights.tables import weight_table
 
 @dataclass(frozen=True)
 class ConversionOptions:
-    """What both directions have in common."""
+    """Options of both directions."""
 
     dtype: torch.dtype | None = None
-    """Of the written weights; None for that of the source."""
+    """Dtype of the written weights; None keeps that of the source."""
     verify: bool = False
-    """Read back what was written and compare it to the source, before it is published."""
+    """Read the result back and compare it with the source before publishing it."""
     overwrite: bool = False
     """Replace an existing target, once the new one is complete."""
     expect: Path | None = None
@@ -46,20 +46,19 @@ class ConversionOptions:
 
 
 def convert_hf_to_megatron(source: str, target: Path, layout: CheckpointLayout, options: ConversionOptions) -> None:
-    """Convert. Collective over the processes of `conversion_processes`, which share the work.
+    """Convert an HF model. Collective over the processes of `conversion_processes`, which share the work.
 
-    Every process holds at most one table entry in memory (the largest is the embedding), whole and as the chunk that is
+    Every process holds at most one table entry in memory (the largest is the embedding), as a whole and as the chunk
     being written.
 
     Args:
         source: HF folder or hub name.
-        target: folder to be made.
-        layout: what the chunks are cut for.
-        options: see there.
+        target: folder to create.
+        layout: the layout to cut chunks for.
 
     Raises:
-        UserError: the architecture, a tensor, the tokenizer, the layout or the target is refused, or the verification
-            found a difference. The target is then absent, or as it was.
+        UserError: the architecture, a tensor, the tokenizer, the layout or the target is refused, or verification found
+            a difference. The target is then absent or unchanged.
     """
     folder = on_first(lambda: resolve_model_folder(source, "SOURCE"))
     architecture = read_architecture(folder)
@@ -85,7 +84,7 @@ def convert_hf_to_megatron(source: str, target: Path, layout: CheckpointLayout, 
 def _write_chunks(
     checkpoint: HfCheckpoint, table: WeightTable, layout: CheckpointLayout, dtype: torch.dtype, folder: Path
 ) -> list[WrittenChunk]:
-    """This process's share of the weights."""
+    """Write this process's share of the weights."""
     with ChunkWriter(folder, rank()) as writer:
         for entry in with_progress(my_entries(table), dtype, "HF -> Megatron"):
             parts = [checkpoint.read(tensor.name).to(dtype) for tensor in entry.hf]
@@ -104,7 +103,7 @@ def _complete(
     record: CheckpointRecord,
     written: list[WrittenChunk],
 ) -> None:
-    """Everything beside the weights."""
+    """Write everything except the weights."""
     write_metadata(partial, table, dtype, written)
     copy_companions(source, partial, dtype)
     with writing(partial):

@@ -1,4 +1,4 @@
-"""The layout that a converted checkpoint is meant for."""
+"""The parallel layout that a converted checkpoint is cut for."""
 
 from dataclasses import asdict, dataclass
 
@@ -11,11 +11,11 @@ from megatron_dsrl.weights.table import TensorRule
 
 @dataclass(frozen=True)
 class CheckpointLayout:
-    """Parallel sizes that the chunks of a checkpoint are cut for.
+    """Parallel sizes for cutting the chunks of a checkpoint.
 
-    Any layout loads any checkpoint; at this one every process finds its parts as whole chunks. Only the tensor-parallel
-    sizes cut: a layer of its own, and an expert of its own, are chunks in any case, which is all that pipeline stages
-    (virtual ones too) and expert parallelism ask for.
+    Any layout can load any checkpoint; in this one every process reads whole chunks. Only the tensor-parallel sizes
+    matter for cutting: each layer and each expert is a separate chunk anyway, which is all that pipeline stages
+    (virtual ones included) and expert parallelism need.
     """
 
     tensor_parallel_size: int = 1
@@ -23,13 +23,13 @@ class CheckpointLayout:
     virtual_pipeline_parallel_size: int = 1
     expert_parallel_size: int = 1
     expert_tensor_parallel_size: int | None = None
-    """As many as `tensor_parallel_size` if None."""
+    """None means the same as `tensor_parallel_size`."""
 
     def check(self, architecture: Architecture) -> None:
-        """Refuse what the model does not divide into. Its layers need not divide by the stages, which may be uneven.
+        """Check that the layout divides the model. Layers may be spread unevenly over pipeline stages.
 
         Raises:
-            UserError: says which size does not divide what.
+            UserError: names the size that does not divide the model.
         """
         cutting = ParallelConfig(
             tensor_parallel_size=self.tensor_parallel_size,
@@ -44,7 +44,7 @@ class CheckpointLayout:
         refuse([*process_problems(staged, staged.model_parallel_size), *model_problems(cutting, architecture.shape)])
         stages, layers = staged.pipeline_parallel_size * staged.virtual_pipeline_stages, architecture.num_hidden_layers
         if stages > layers:
-            raise UserError(f"{stages} pipeline stages, virtual ones counted: the model has {layers} layers")
+            raise UserError(f"{stages} pipeline stages (including virtual ones) for a model with {layers} layers")
 
     def as_record(self) -> dict[str, int]:
         """All sizes by name."""
@@ -52,9 +52,9 @@ class CheckpointLayout:
 
     @property
     def split_of_experts(self) -> int:
-        """Parts of every expert's matrices."""
+        """Number of parts that an expert's matrices are split into."""
         return self.expert_tensor_parallel_size or self.tensor_parallel_size
 
-    def tensor_parallel_size_of(self, rule: TensorRule) -> int:
-        """Parts that a rule's parameter is cut into."""
+    def num_shards(self, rule: TensorRule) -> int:
+        """Number of tensor-parallel ranks that split a rule's parameter."""
         return self.split_of_experts if rule.per_expert else self.tensor_parallel_size

@@ -1,7 +1,8 @@
-"""Do both models compute the same? Logits of Transformers and of Megatron on fixed prompts, in float32."""
+"""Compare the logits of Transformers and of Megatron on fixed prompts, in float32."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -26,16 +27,18 @@ PROMPTS = (
     "def fibonacci(n):\n    return n if n < 2 else",
 )
 TOLERANCE = 1e-4
-"""Of the largest logit. Float32 rounding of other summation orders stays below it even in models of many layers."""
+"""Relative to the largest logit. Float32 rounding from different summation orders stays below it even in deep
+models."""
 MEMORY_MARGIN = 1.25
 
 
 def compare_logits(hf_folder: Path, megatron_folder: Path, architecture: Architecture, console: Console) -> None:
-    """Compare, and print the result or why it was left out. Collective: every process holds the Megatron model, rank 0
-    the one of Transformers as well.
+    """Compare and print the result, or why the comparison was skipped.
+
+    Collective: every process holds the Megatron model, rank 0 the Transformers model as well.
 
     Raises:
-        UserError: they differ by more than `TOLERANCE`.
+        UserError: the logits differ by more than `TOLERANCE`.
     """
     table = weight_table(architecture)
     parameters = sum(torch.Size(shape).numel() for shape in table.hf_shapes().values())
@@ -43,7 +46,7 @@ def compare_logits(hf_folder: Path, megatron_folder: Path, architecture: Archite
     available = on_first(lambda: psutil.virtual_memory().available)
     if needed > available:
         console.print(
-            f"logits not compared: both models in float32 take {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free"
+            f"logits not compared: both models in float32 need {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free"
         )
         return
     rows = on_first(lambda: _prompt_rows(hf_folder, architecture.vocab_size))
@@ -52,7 +55,7 @@ def compare_logits(hf_folder: Path, megatron_folder: Path, architecture: Archite
 
 
 def _compare(expected: Sequence[Tensor], found: Sequence[Tensor]) -> str:
-    """What was compared, in words."""
+    """The result in words."""
     largest = max(x.abs().max().item() for x in expected)
     difference = max((x - y).abs().max().item() for x, y in zip(expected, found, strict=True))
     tokens = sum(x.shape[0] for x in expected)
@@ -64,7 +67,7 @@ def _compare(expected: Sequence[Tensor], found: Sequence[Tensor]) -> str:
 
 
 def _prompt_rows(folder: Path, vocab_size: int) -> list[list[int]]:
-    """Token ids of the prompts; of a folder without a tokenizer, fixed ones."""
+    """Token ids of the prompts; random but fixed ids for a folder without a tokenizer."""
     if not (folder / "tokenizer.json").exists():
         generator = torch.Generator().manual_seed(0)
         return [torch.randint(0, vocab_size, (24,), generator=generator).tolist() for _ in PROMPTS]
@@ -94,10 +97,11 @@ def _megatron_logits(
 
 @torch.no_grad()
 def _transformers_logits(folder: Path, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-    """The same of Transformers."""
-    prepare_engine_process()  # without CUDA, Transformers' models import a torchvision that fails to import there
+    """[tokens, vocabulary] per row, on CPU."""
+    prepare_engine_process()  # Transformers' models import torchvision, which fails without CUDA
     from transformers import AutoModelForCausalLM
 
     device = current_platform().device
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.to(device).eval()
     return [model(torch.tensor([row], device=device)).logits[0].float().cpu() for row in rows]

@@ -30,20 +30,19 @@ from megatron_dsrl.weights.tables import weight_table
 def convert_megatron_to_hf(
     source: Path, target: Path, file_bytes: int, options: ConversionOptions, companions: Path | None = None
 ) -> None:
-    """Convert. Collective over the processes of `conversion_processes`, which share the work.
+    """Convert a Megatron checkpoint. Collective over the processes of `conversion_processes`, which share the work.
 
     Every process holds at most one table entry in memory, as stored and as HF tensors.
 
     Args:
-        source: checkpoint folder, written by this program or by Megatron at any layout.
-        target: folder to be made.
-        file_bytes: size limit of a weight file.
-        options: see there.
-        companions: folder of config.json and tokenizer; None for the source itself.
+        source: checkpoint folder, written by this program or by Megatron in any layout.
+        target: folder to create.
+        file_bytes: maximum size of a weight file.
+        companions: folder with config.json and tokenizer; None means the source itself.
 
     Raises:
-        UserError: the architecture, a tensor, the tokenizer or the target is refused, config.json is not the one of the
-            conversion, or the verification found a difference. The target is then absent, or as it was.
+        UserError: the architecture, a tensor, the tokenizer or the target is refused, config.json differs from the
+            recorded one, or verification found a difference. The target is then absent or unchanged.
     """
     if not source.is_dir():
         raise UserError(f"there is no folder {source}")
@@ -68,7 +67,7 @@ def convert_megatron_to_hf(
 
 
 def _write_tensors(checkpoint: MegatronCheckpoint, table: WeightTable, dtype: torch.dtype, files: HfFiles) -> None:
-    """This process's share of the weights."""
+    """Write this process's share of the weights."""
     with HfWriter(files) as writer:
         for entry in with_progress(my_entries(table), dtype, "Megatron -> HF"):
             for tensor, value in zip(entry.hf, checkpoint.read(entry)):

@@ -1,4 +1,4 @@
-"""Compare an HF folder and a Megatron checkpoint: every tensor, and what the two models compute."""
+"""Compare an HF folder with a Megatron checkpoint: all tensors, and the logits of both models."""
 
 import hashlib
 from collections.abc import Iterator
@@ -33,28 +33,26 @@ def verify(
     dtype: torch.dtype | None,
     companions: Path | None = None,
 ) -> None:
-    """Compare and print what was compared. Collective over the processes of `conversion_processes`.
+    """Compare both sides and print a summary. Collective over the processes of `conversion_processes`.
 
-    Names and shapes first; then every tensor's dtype and SHA-256, after a round trip through the disk and the table;
-    then the logits, where both models fit in memory.
+    Compares names and shapes, then the dtype and SHA-256 of every tensor after a round trip through the disk and the
+    table, then the logits if both models fit in memory.
 
     Args:
-        hf_folder: one side.
-        megatron_folder: the other side.
-        source: which of them the other one was made from.
-        dtype: that it was made in; None for the source's own.
-        companions: folder of the Megatron side's config.json; None for that side itself.
+        source: the side that the other one was converted from.
+        dtype: dtype of the conversion; None means that of the source.
+        companions: folder with the config.json of the Megatron side; None means `megatron_folder`.
 
     Raises:
         UserError: names the differences.
     """
     companions = companions or megatron_folder
     architecture = read_architecture(hf_folder)
-    of_megatron = read_companion_architecture(megatron_folder, companions)
-    check_record(megatron_folder, of_megatron)
+    megatron_architecture = read_companion_architecture(megatron_folder, companions)
+    check_record(megatron_folder, megatron_architecture)
     refuse_drift(
         architecture_fields(architecture),
-        architecture_fields(of_megatron),
+        architecture_fields(megatron_architecture),
         str(hf_folder / "config.json"),
         str(companions / "config.json"),
     )
@@ -75,7 +73,7 @@ def verify(
 
 @dataclass(frozen=True)
 class _Comparison:
-    """Of one process's share."""
+    """Result for one process's share."""
 
     tensors: int
     nbytes: int
@@ -104,7 +102,7 @@ def _both_sides(
     source: Literal["hf", "megatron"],
     dtype: torch.dtype | None,
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name, what the conversion should have made of the source's tensor, and what is there."""
+    """(name, expected tensor converted from the source, tensor found on the other side)."""
     try:
         from_megatron = megatron.read(entry)
     except UserError as error:
@@ -128,7 +126,7 @@ def _differences(name: str, wanted: Tensor, found: Tensor) -> list[str]:
 
 
 def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
 
 
 def _report(differences: list[str], hf_folder: Path, megatron_folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""The entries of a table dealt out to the processes, and how far they have come."""
+"""Divide a table's entries between processes, with a progress bar."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from megatron_dsrl.weights.table import TableEntry, WeightTable
 
 @contextmanager
 def conversion_processes() -> Iterator[None]:
-    """The processes that torchrun started, as one group; nothing is started for a single one. Undone at the end."""
+    """Join the processes that torchrun started in one group during the block; a single process needs none."""
     was_running = dist.is_initialized()
     if world_size_from_environment() > 1 and not was_running:
         dist.init_process_group("gloo")
@@ -26,12 +26,12 @@ def conversion_processes() -> Iterator[None]:
 
 
 def entry_elements(entry: TableEntry) -> int:
-    """Elements of all HF tensors of an entry."""
+    """Number of elements in all HF tensors of an entry."""
     return sum(torch.Size(tensor.shape).numel() for tensor in entry.hf)
 
 
 def my_entries(table: WeightTable) -> list[TableEntry]:
-    """This process's share: consecutive entries with about as many elements as every other process has."""
+    """This process's share: consecutive entries with about the same number of elements on every process."""
     entries = list(table.entries())
     total = sum(map(entry_elements, entries))
     mine, before = [], 0
@@ -44,7 +44,7 @@ def my_entries(table: WeightTable) -> list[TableEntry]:
 
 
 def with_progress(entries: Sequence[TableEntry], dtype: torch.dtype, title: str) -> Iterator[TableEntry]:
-    """The entries, one by one, with a progress bar on rank 0's terminal: bytes of its own share."""
+    """Yield the entries with a progress bar on rank 0, which shows the bytes of its own share."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, TimeRemainingColumn(), disable=rank() != 0) as progress:
         total = sum(map(entry_elements, entries)) * dtype.itemsize

@@ -88,9 +88,7 @@ class CoreAttention(torch.nn.Module):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Causal attention; all tensors are [b, s, heads, d]."""
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        attended = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=self.scale, enable_gqa=True
-        )
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scale, enable_gqa=True)
         return attended.transpose(1, 2)
 
     def _attend_packed(self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> Tensor:

@@ -16,8 +16,8 @@ by the number of tokens of the step.
 Differences from Megatron-core's losses of the same names (transformer/moe/router.py), which are disabled:
 
 - Megatron divides by the number of *scored* tokens of the step after the backward pass. Here gradients are never
-  divided
-  (actor/forward_backward.py) and prompts are routed as well as responses, so the number of tokens is passed in advance;
+  divided (actor/forward_backward.py) and prompts are routed as well as responses, so the number of tokens is passed in
+  advance;
 - padding is excluded: including it would make losses depend on the layout;
 - f counts where tokens are sent, in Megatron where the router would send them, which differs under routing replay;
 - micro-batches are weighted by their lengths, and f of `global_aux_loss` sums to 1 over experts.

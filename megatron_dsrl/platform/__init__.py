@@ -1,4 +1,4 @@
-"""The only room that may ask whether there is CUDA."""
+"""Device-specific code. Only this package may check whether CUDA is available."""
 
 from functools import cache
 
@@ -14,5 +14,5 @@ __all__ = ["MemoryStatistics", "Platform", "current_platform", "silence_expected
 
 @cache
 def current_platform() -> Platform:
-    """The platform of this process: CUDA where PyTorch sees a device, else CPU."""
+    """The platform of this process: CUDA if PyTorch finds a device, else CPU."""
     return CudaPlatform() if torch.cuda.is_available() else CpuPlatform()

@@ -1,4 +1,4 @@
-"""What the rest of the program may know about the device."""
+"""The interface between the device and the rest of the program."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -10,28 +10,28 @@ import torch
 
 @dataclass(frozen=True)
 class MemoryStatistics:
-    """Memory of this process on its device. On CPU: resident memory of the process."""
+    """Memory of this process on its device; on CPU, its resident memory."""
 
     allocated_bytes: int
-    """In use now."""
+    """Bytes in use."""
 
     peak_bytes: int
-    """Largest use since the process started."""
+    """Peak since the process started."""
 
     recent_peak_bytes: int
-    """Largest use since `Platform.restart_peak_memory` was called last."""
+    """Peak since the last call of `Platform.restart_peak_memory`."""
 
 
 class Platform(ABC):
-    """A device kind: what Megatron and torch.distributed must be told about it."""
+    """A kind of device, with the settings that Megatron and torch.distributed need for it."""
 
     name: Literal["cpu", "cuda"]
     distributed_backend: Literal["gloo", "cpu:gloo,cuda:nccl"]
-    """Of torch.distributed. Python objects travel over gloo in either case: the ranks that wait for rank 0's samples
-    must not wait in a kernel on the device that the engine samples on."""
+    """Backend of torch.distributed. Python objects are sent over gloo on both platforms: ranks that wait for rank 0's
+    samples must not wait in a kernel on the device that the engine samples on."""
 
     usual_engine_start: str
-    """How long an engine takes to start here, for people who wait for it."""
+    """How long an engine usually takes to start, for messages."""
 
     @property
     @abstractmethod
@@ -40,11 +40,11 @@ class Platform(ABC):
 
     @abstractmethod
     def install(self) -> None:
-        """Make Megatron usable in this process. May be called any number of times, before any model is built."""
+        """Make Megatron usable in this process. Idempotent; call it before building a model."""
 
     @abstractmethod
     def transformer_config_flags(self, transformer_engine: bool) -> dict[str, Any]:
-        """TransformerConfig fields that this platform decides: which fused kernels exist and where weights are made.
+        """TransformerConfig fields that depend on the platform: available fused kernels, where weights are initialised.
 
         Args:
             transformer_engine: whether the layers are Transformer Engine's.
@@ -52,28 +52,28 @@ class Platform(ABC):
 
     @abstractmethod
     def memory_statistics(self) -> MemoryStatistics:
-        """Memory of this process, in bytes."""
+        """Memory use of this process."""
 
     @abstractmethod
     def restart_peak_memory(self) -> None:
-        """From now on the recent peak counts anew, from what is in use. Where the system permits it."""
+        """Reset the recent peak to the current use, if the system permits it."""
 
     @property
     @abstractmethod
     def memory_bytes(self) -> int:
-        """All memory of this process's device. On CPU: of the machine."""
+        """Total memory of this process's device in bytes; on CPU, of the machine."""
 
     @abstractmethod
     def record_collectives(self, folder: Path) -> None:
-        """Have torch.distributed write what every process was doing into a folder when a collective takes too long.
+        """Have torch.distributed dump each process's recent collectives into a folder when a collective times out.
 
-        To be called before torch.distributed starts. What the environment says already is kept.
+        Call it before initialising torch.distributed. Existing environment variables are kept.
         """
 
     @abstractmethod
     def release_cached_memory(self) -> None:
-        """Give memory that PyTorch holds but no tensor uses back to the device, for the engine that shares it."""
+        """Return memory that PyTorch caches but no tensor uses to the device, for the engine that shares it."""
 
     @abstractmethod
     def host_copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy in host memory, of a kind that the device exchanges with quickly."""
+        """A copy in host memory, pinned if the device transfers faster from pinned memory."""

@@ -1,4 +1,4 @@
-"""Megatron on CPU: gloo collectives, unfused kernels, and an adapter for its calls of `torch.cuda`."""
+"""Megatron on CPU: gloo collectives, unfused kernels, and an adapter for calls of `torch.cuda`."""
 
 import re
 import resource
@@ -19,14 +19,14 @@ class CpuPlatform(Platform):
     usual_engine_start = "usually 15 s"
     distributed_backend = "gloo"
     _earlier_peak = 0
-    """Largest use before the recent peak was restarted, in bytes."""
+    """Peak before the last `restart_peak_memory`, in bytes."""
 
     @property
     def device(self) -> torch.device:
         return torch.device("cpu")
 
     def install(self) -> None:
-        # Imported here because it imports Megatron, which a caller that only asks for the name need not pay for.
+        # Imported here so that callers that only need the platform's name do not have to import Megatron.
         from megatron_dsrl.platform.torch_cuda_on_cpu import install_torch_cuda_on_cpu
 
         install_torch_cuda_on_cpu()
@@ -34,7 +34,7 @@ class CpuPlatform(Platform):
     def transformer_config_flags(self, transformer_engine: bool) -> dict[str, Any]:
         assert not transformer_engine, "Transformer Engine has no CPU kernels"
         return {
-            "use_cpu_initialization": True,  # weights are made on CPU in any case
+            "use_cpu_initialization": True,
             "gradient_accumulation_fusion": False,  # needs apex
             "apply_rope_fusion": False,  # needs Transformer Engine
             "masked_softmax_fusion": False,  # a CUDA kernel
@@ -55,7 +55,7 @@ class CpuPlatform(Platform):
 
     def restart_peak_memory(self) -> None:
         self._earlier_peak = max(self._earlier_peak, _recent_peak_bytes())
-        with suppress(OSError):  # some containers do not permit it: then the recent peak is that of the process
+        with suppress(OSError):  # some containers do not permit it; the recent peak is then that of the process
             Path("/proc/self/clear_refs").write_text("5")
 
     @property
@@ -63,10 +63,10 @@ class CpuPlatform(Platform):
         return psutil.virtual_memory().total
 
     def record_collectives(self, folder: Path) -> None:
-        pass  # only NCCL's collectives have a watchdog; gloo's raise an error that names the process
+        pass  # only NCCL has a watchdog; gloo's collectives raise an error that names the process
 
     def release_cached_memory(self) -> None:
-        pass  # the allocator of the system has no such cache
+        pass  # PyTorch has no caching allocator on CPU
 
     def host_copy(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().clone()
@@ -75,5 +75,5 @@ class CpuPlatform(Platform):
 def _recent_peak_bytes() -> int:
     """The kernel's high-water mark of resident memory."""
     kib = re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert kib is not None, "Linux has it"
+    assert kib is not None, "Linux always reports VmHWM"
     return int(kib[1]) * 1024

@@ -1,4 +1,4 @@
-"""Megatron on NVIDIA GPUs: nothing to adapt, only to choose."""
+"""Megatron on NVIDIA GPUs: only settings, no adapters."""
 
 import gc
 import os
@@ -11,14 +11,14 @@ import torch
 from megatron_dsrl.platform.base import MemoryStatistics, Platform
 
 RECORDED_COLLECTIVES = 2000
-"""Newest collectives that every process remembers. A record is a few hundred bytes."""
+"""Number of recent collectives that each process records, a few hundred bytes each."""
 
 
 def flight_recorder_variables(folder: Path) -> dict[str, str]:
-    """What makes PyTorch's NCCL processes write their last collectives to `<folder>/rank_<number>` at a time-out.
+    """Environment variables that make PyTorch dump recent NCCL collectives to `<folder>/rank_<number>` on a timeout.
 
-    `torchfrtrace --prefix rank_ <folder>` compares them and names the processes that did not take part. PyTorch 2.13
-    reads the newer names of the first two; older releases know the `TORCH_NCCL_...` ones.
+    `torchfrtrace --prefix rank_ <folder>` compares the dumps and names the processes that did not take part. PyTorch
+    2.13 reads the newer names of the first two settings; older releases read the `TORCH_NCCL_...` names.
     """
     prefix = str(folder / "rank_")
     return {
@@ -27,7 +27,7 @@ def flight_recorder_variables(folder: Path) -> dict[str, str]:
         "TORCH_NCCL_TRACE_BUFFER_SIZE": str(RECORDED_COLLECTIVES),
         "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": prefix,
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",  # the default: after the time-out the process ends
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",  # the default: the process ends after the timeout
     }
 
 
@@ -38,14 +38,14 @@ class CudaPlatform(Platform):
     usual_engine_start = "may take minutes: weights, kernels, CUDA graphs"
     distributed_backend = "cpu:gloo,cuda:nccl"
     _earlier_peak = 0
-    """Largest use before the recent peak was restarted, in bytes."""
+    """Peak before the last `restart_peak_memory`, in bytes."""
 
     @property
     def device(self) -> torch.device:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
     def install(self) -> None:
-        # Megatron overlaps tensor-parallel collectives with matrix products in issue order: one hardware queue.
+        # Megatron needs one hardware queue to overlap tensor-parallel collectives with matrix products in issue order.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(self.device)
 
@@ -54,7 +54,7 @@ class CudaPlatform(Platform):
             "use_cpu_initialization": False,
             "gradient_accumulation_fusion": find_spec("fused_weight_gradient_mlp_cuda") is not None,  # from apex
             "apply_rope_fusion": transformer_engine,
-            "masked_softmax_fusion": False,  # attention is Transformer Engine's or PyTorch's fused one
+            "masked_softmax_fusion": False,  # unused: attention is fused by Transformer Engine or PyTorch
             "persist_layer_norm": False,
             "bias_dropout_fusion": True,
             "bias_activation_fusion": True,

@@ -1,4 +1,4 @@
-"""Which compute devices this machine has, for people: `dsrl doctor` prints it."""
+"""The compute devices of this machine, as printed by `dsrl doctor`."""
 
 from dataclasses import dataclass
 
@@ -18,11 +18,11 @@ class DeviceInventory:
     """One per CUDA device; empty on CPU."""
 
     torch_cuda_version: str | None
-    """CUDA version that torch was built for; None for the CPU build."""
+    """CUDA version of the torch build; None for the CPU build."""
 
 
 def take_inventory() -> DeviceInventory:
-    """Ask torch; starts no CUDA context."""
+    """List the devices without creating a CUDA context."""
     platform = current_platform().name
     count = torch.cuda.device_count() if platform == "cuda" else 0
     return DeviceInventory(

@@ -1,7 +1,6 @@
-"""What differs between CPU and CUDA for an SGLang engine: server arguments, environment, memory, tensor sharing.
+"""SGLang engine settings that differ between CPU and CUDA: server arguments, environment, memory, tensor sharing.
 
-Nothing here imports SGLang except in the engine's own processes: importing it patches Transformers, which the
-trainer must not inherit.
+Only engine processes import SGLang: importing it patches Transformers, which must not happen in the trainer.
 """
 
 import os
@@ -21,45 +20,44 @@ ServerArguments = dict[str, str | int | float | bool]
 
 
 EXPECTED_WARNINGS = (
-    "resource_tracker",  # "leaked semaphore": `EngineServer.stop` kills the engine, and the tracker then cleans up
-    "Only CUDA",  # this one and the next: SGLang's import, about kernels that the model does not use
+    "resource_tracker",  # "leaked semaphore": `EngineServer.stop` kills the engine, and the tracker cleans up
+    "Only CUDA",  # this one and the next: from importing SGLang, about kernels that the model does not use
     "Triton is not supported",
     "Transformer Engine and Apex are not installed",  # imported by models that are not used
     "ORJSONResponse is deprecated",  # SGLang's use of FastAPI
 )
-"""Beginnings of warnings in an engine's log that say nothing to a user. Without commas and colons, which divide the
-entries of PYTHONWARNINGS."""
+"""Prefixes of irrelevant warnings in an engine's log. They must not contain commas or colons, the separators of
+PYTHONWARNINGS."""
 
 
 def engine_server_arguments(config: EngineConfig, deterministic: bool) -> ServerArguments:
-    """Server arguments that depend on the device. Called on the first rank of the engine's group.
+    """Device-dependent server arguments. Call it on the first rank of the engine's group.
 
-    On CUDA that rank's current device is the engine's first one, and the engine takes the next ones upwards.
+    On CUDA the engine uses consecutive devices, starting with that rank's current device.
 
     Args:
-        config: the engine section.
-        deterministic: the same requests in the same message must give the same bits.
+        deterministic: the same requests in the same message must give bitwise identical results.
 
     Raises:
         UserError: `engine.max_total_tokens` is missing on CPU, where SGLang would take nearly all memory.
     """
     if torch.cuda.is_available():
         return _cuda_server_arguments(config) | ({"enable_deterministic_inference": True} if deterministic else {})
-    # Without the prefix cache, what was sampled before has no part in what is computed. The rest is the batch's alone.
+    # Without the prefix cache, results depend only on the batch and not on earlier requests.
     return _cpu_server_arguments(config) | ({"disable_radix_cache": True} if deterministic else {})
 
 
 def engine_environment(tensor_parallel_size: int) -> dict[str, str]:
-    """Environment variables of the server process, beyond those that it inherits."""
+    """Environment variables of the server process, in addition to those it inherits."""
     inherited_filters = [os.environ["PYTHONWARNINGS"]] if os.environ.get("PYTHONWARNINGS") else []
     warning_filters = {"PYTHONWARNINGS": ",".join([*inherited_filters, *map("ignore:{}".format, EXPECTED_WARNINGS)])}
     if torch.cuda.is_available():
         return warning_filters
     environment = warning_filters | {
         "SGLANG_USE_CPU_ENGINE": "1",
-        # More threads than free cores make decoding several times slower: the operations are tiny.
+        # Operations are tiny: more threads than free cores make decoding several times slower.
         "OMP_NUM_THREADS": "1",
-        "TORCH_COMPILE_DISABLE": "1",  # compiling costs more than it gains at this size
+        "TORCH_COMPILE_DISABLE": "1",  # compiling does not pay off for small models
     }
     if tensor_parallel_size > 1:
         environment["SGLANG_CPU_OMP_THREADS_BIND"] = _cores_for_ranks(tensor_parallel_size)
@@ -67,17 +65,17 @@ def engine_environment(tensor_parallel_size: int) -> dict[str, str]:
 
 
 def can_release_engine_memory() -> bool:
-    """Whether the engine can give its memory to the training step and take it back."""
+    """Whether the engine can release its memory for the training step and restore it."""
     return torch.cuda.is_available()
 
 
 def weight_broadcast_backend() -> Literal["nccl", "gloo"]:
-    """What carries weights to servers on other devices."""
+    """Backend for broadcasting weights to servers on other devices."""
     return "nccl" if torch.cuda.is_available() else "gloo"
 
 
 def prepare_engine_process() -> None:
-    """Run first in every process of an engine, before SGLang is imported."""
+    """Run first in each engine process, before importing SGLang."""
     if not torch.cuda.is_available():
         from megatron_dsrl.platform.sglang_cpu import absent_packages
 
@@ -85,7 +83,7 @@ def prepare_engine_process() -> None:
 
 
 def prepare_engine_launch() -> None:
-    """Run in an engine's server process before it launches the others."""
+    """Run in an engine's server process before it launches its other processes."""
     if not torch.cuda.is_available():
         from megatron_dsrl.platform.sglang_cpu import forked_processes
 
@@ -106,11 +104,11 @@ def run_scheduler_process(*args: Any, **kwargs: Any) -> Any:
 
 
 def skip_warmup(server_arguments: Any) -> bool:
-    """In the place of SGLang's warm-up requests, which say False when the server is not to go on to `/freeze_gc`.
+    """Replaces SGLang's warm-up requests; returns False so that the server does not call `/freeze_gc`.
 
-    SGLang 0.5.23 posts that to itself right after the warm-up. Without one its port is not open yet, so that the call
-    fails, garbage collection is not frozen, and the log shows a traceback. `EngineServer.wait_until_ready` makes the
-    call when the port is open.
+    SGLang 0.5.23 sends this call to itself right after the warm-up. Without a warm-up the port is not open yet: the
+    call fails, garbage collection is not frozen, and the log shows a traceback. `EngineServer.wait_until_ready` makes
+    the call once the port is open.
     """
     from sglang.srt.entrypoints.http_server import get_global_state
     from sglang.srt.managers.tokenizer_manager import ServerStatus
@@ -121,14 +119,14 @@ def skip_warmup(server_arguments: Any) -> bool:
 
 @contextmanager
 def tensor_sharing() -> Iterator[None]:
-    """Inside, pickled tensors can be opened by a process that is no child of this one.
+    """Within the block, pickled tensors can be opened by a process that is not a child of this one.
 
-    CPU tensors are shared through named files in memory: file descriptors, the default, need the receiver to hold
-    this process's authentication key, and SGLang's scheduler dies on the refused connection. CUDA tensors are shared
-    by CUDA IPC either way.
+    CPU tensors are shared through named files in memory. With file descriptors, the default, the receiver needs this
+    process's authentication key, and SGLang's scheduler dies when the connection is refused. CUDA tensors are shared by
+    CUDA IPC in any case.
 
-    torch starts a process that looks after these files, and SLURM signals it with all others of a job. It inherits that
-    the signals to stop are blocked here; for this process they wait until the end of the block.
+    torch starts a helper process that manages these files, and SLURM signals all processes of a job. Stop signals are
+    blocked here so that the helper inherits the mask; this process receives them at the end of the block.
     """
     before = torch.multiprocessing.get_sharing_strategy()
     torch.multiprocessing.set_sharing_strategy("file_system")
@@ -161,12 +159,11 @@ def _cpu_server_arguments(config: EngineConfig) -> ServerArguments:
         "grammar_backend": "none",
         "disable_cuda_graph": True,
         "disable_overlap_schedule": True,
-        "sleep_on_idle": True,  # an idle scheduler would keep one core busy while the trainer works
+        "sleep_on_idle": True,  # otherwise an idle scheduler keeps a core busy while the trainer works
     }
 
 
 def _cores_for_ranks(ranks: int) -> str:
-    """One core per engine rank, in SGLang's format `0|1`; cores are shared where there are fewer than ranks."""
+    """One core per engine rank, in SGLang's format `0|1`; ranks share cores if there are too few."""
     cores = sorted(os.sched_getaffinity(0))
     return "|".join(str(cores[rank % len(cores)]) for rank in range(ranks))
-

@@ -1,9 +1,9 @@
-"""The digest of a tensor's bytes that SGLang's `/weights_checker` answers with, computed without SGLang.
+"""Compute the digest of a tensor that SGLang's `/weights_checker` returns, without SGLang.
 
-On CPU it is the beginning of a SHA-256. On CUDA, SGLang 0.5.23 hashes 32-bit words by Murmur3's finaliser, keyed by
-their place, in two lanes, and adds the hashes of tiles of 8192 words; here the same is written in PyTorch operations
-on the tensor's device. Its kernel cannot be imported in its place: importing SGLang patches Transformers, which the
-trainer must not inherit.
+On CPU it is a prefix of the SHA-256. On CUDA, SGLang 0.5.23 hashes 32-bit words with Murmur3's finaliser, keyed by
+position, in two lanes, and sums the hashes of tiles of 8192 words; here this is done with PyTorch operations on the
+tensor's device. SGLang's kernel cannot be imported: importing SGLang patches Transformers, which must not happen in the
+trainer.
 """
 
 import hashlib
@@ -21,34 +21,34 @@ SEEDS = (SEED, (SEED * 0x9E3779B1 ^ 0xDEADBEEF) & 0xFFFFFFFF)
 
 
 def weight_digest(tensor: Tensor) -> str:
-    """16 hexadecimal digits that depend on the tensor's bytes and not on its shape, as SGLang computes them there."""
+    """16 hexadecimal digits, as SGLang computes them on the tensor's device; independent of the shape."""
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     return f"{word_digest(flat) if tensor.is_cuda else byte_digest(flat):016x}"
 
 
 def byte_digest(flat: Tensor) -> int:
     """The first 64 bits of the SHA-256 of a byte tensor on CPU."""
-    return int.from_bytes(hashlib.sha256(memoryview(flat.numpy())).digest()[:8], "big")
+    return int.from_bytes(hashlib.sha256(flat.numpy().data).digest()[:8], "big")
 
 
 @torch.inference_mode()
 def word_digest(flat: Tensor) -> int:
-    """SGLang's 64-bit hash of a byte tensor on CUDA, whatever the device of this one."""
+    """SGLang's 64-bit hash for byte tensors on CUDA, computed on any device."""
     if flat.numel() == 0:
         return 0
     if flat.numel() % 4 or flat.storage_offset() % 4:
-        flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 4))  # always a copy, which begins at a word
+        flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 4))  # always copies, so the result is word-aligned
     words = flat.view(torch.int32)
     total = 0
     for start in range(0, len(words), TILES_AT_A_TIME * TILE_WORDS):
         part = words[start : start + TILES_AT_A_TIME * TILE_WORDS]
         high, low = (_lane(part, start, len(words), lane) for lane in (0, 1))
-        total += int((high << 32).sum()) + int(low.sum())  # sums of int64 wrap, as the sums of 64-bit words there do
+        total += int((high << 32).sum()) + int(low.sum())  # int64 sums wrap like SGLang's sums of 64-bit words
     return _mix_64(total)
 
 
 def _lane(words: Tensor, start: int, count: int, lane: int) -> Tensor:
-    """One lane's hash of every tile of `words`, which begin at word `start` of `count`: int64, 0..2^32 - 1, [tiles]."""
+    """One lane's hash of each tile of `words`, which start at word `start` of `count`: [tiles] int64, 0..2^32 - 1."""
     place = torch.arange(start, start + len(words), device=words.device).to(torch.int32)  # wraps above 2^31
     keys = (place * _signed(PLACE_FACTORS[lane]) + _signed(SEEDS[lane])) ^ _rotate_left(place, PLACE_ROTATIONS[lane])
     hashes = _mix_32(words ^ keys)
@@ -58,7 +58,7 @@ def _lane(words: Tensor, start: int, count: int, lane: int) -> Tensor:
 
 
 def _mix_32(x: Tensor) -> Tensor:
-    """Murmur3's 32-bit finaliser. int32 stands for the unsigned type: products wrap, shifts drop the sign's copies."""
+    """Murmur3's 32-bit finaliser on int32 tensors that represent unsigned words: products wrap, shifts are logical."""
     x = x ^ _shift_right(x, 16)
     x = x * _signed(0x85EBCA6B)
     x = x ^ _shift_right(x, 13)

@@ -1,7 +1,7 @@
-"""What a converted checkpoint says of itself, and whether config.json still says the same.
+"""The record stored with a converted checkpoint, and the check that config.json still matches it.
 
-The weights do not show their RoPE base, norm epsilon or head dimension: with another config.json beside them they load
-without a complaint and produce gibberish. The architecture is therefore recorded when a checkpoint is written.
+Weights do not reveal their RoPE base, norm epsilon or head dimension: with a different config.json they load without an
+error and produce gibberish. Therefore the architecture is recorded when a checkpoint is written.
 """
 
 import json
@@ -21,22 +21,22 @@ class CheckpointRecord:
     """Contents of the record file."""
 
     architecture: dict[str, Any]
-    """Of the model, as `architecture_fields` gives it."""
+    """The architecture, from `architecture_fields`."""
     dtype: str
-    """Of the weights."""
+    """Dtype of the weights."""
     layout: dict[str, int]
-    """The layout that the chunks were cut for."""
+    """The layout the chunks were cut for."""
     source: str
-    """Folder or hub name that was converted."""
+    """Folder or hub name the checkpoint was converted from."""
     format_version: int = FORMAT_VERSION
 
     def write(self, folder: Path) -> None:
-        """Write it into a checkpoint's folder."""
+        """Write the record into a checkpoint's folder."""
         (folder / RECORD_FILE).write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
 
 
 def architecture_fields(architecture: Architecture) -> dict[str, Any]:
-    """All shapes and constants by name, flat, without what does not change what the model computes."""
+    """A flat dictionary of all shapes and constants that affect what the model computes."""
     fields = asdict(architecture)
     fields["family"] = architecture.family.hf_name
     fields |= fields.pop("experts") or {}
@@ -45,10 +45,10 @@ def architecture_fields(architecture: Architecture) -> dict[str, Any]:
 
 
 def read_record(folder: Path) -> CheckpointRecord | None:
-    """The record of a checkpoint; None if it was written by another program.
+    """The record of a checkpoint; None if another program wrote the checkpoint.
 
     Raises:
-        UserError: it is damaged, or of a later version.
+        UserError: the record is damaged or of a newer version.
     """
     path = folder / RECORD_FILE
     if not path.exists():
@@ -58,21 +58,21 @@ def read_record(folder: Path) -> CheckpointRecord | None:
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     if record.format_version > FORMAT_VERSION:
-        raise UserError(f"{path} is of format version {record.format_version}; this program knows {FORMAT_VERSION}")
+        raise UserError(
+            f"{path} has format version {record.format_version}; this program reads version {FORMAT_VERSION}"
+        )
     return record
 
 
 def check_record(folder: Path, architecture: Architecture) -> None:
-    """Compare the architecture that a checkpoint was written with to another one, such as config.json's of today.
+    """Check an architecture, such as that of the current config.json, against a checkpoint's record, if it has one.
 
     Raises:
         UserError: names every field that differs.
     """
     record = read_record(folder)
     if record is not None:
-        refuse_drift(
-            record.architecture, architecture_fields(architecture), f"{folder / RECORD_FILE}", "config.json"
-        )
+        refuse_drift(record.architecture, architecture_fields(architecture), f"{folder / RECORD_FILE}", "config.json")
 
 
 def refuse_drift(expected: dict[str, Any], found: dict[str, Any], expected_by: str, found_in: str) -> None:

@@ -1,4 +1,4 @@
-"""The files of an HF folder that belong to the model beside its weights."""
+"""The files that accompany the weights in an HF folder: configuration, tokenizer, chat template."""
 
 import json
 import shutil
@@ -18,17 +18,17 @@ COMPANIONS = (
     "merges.txt",
     "chat_template*",
 )
-"""config.json comes in addition: its dtype is that of the new weights."""
+"""Files copied unchanged. config.json is copied too, with the dtype of the new weights."""
 
 
 def copy_companions(source: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Copy configuration, generation configuration, tokenizer and chat template to a folder of weights of `dtype`.
+    """Copy configuration, generation configuration, tokenizer and chat template to a folder with weights of `dtype`.
 
     Raises:
         UserError: a file cannot be written.
     """
     config = json.loads((source / "config.json").read_text())
-    # Transformers wrote `torch_dtype` up to version 4 and writes `dtype` since; both versions read the older name.
+    # Transformers wrote `torch_dtype` up to version 4 and writes `dtype` since then; both read the older name.
     for field in {"dtype", "torch_dtype"} & set(config) or {"torch_dtype"}:
         config[field] = torch_dtype_name(dtype)
     with writing(folder / "config.json"):

@@ -1,7 +1,7 @@
-"""The rules that tables of decoder models are put together from (weights/tables.py).
+"""The rules from which weight tables of decoder models are built (weights/tables.py).
 
-Where two Megatron names stand, the first is the local layers', the second the name under which Transformer Engine keeps
-the norm that it fuses into the following matrix, or the expert in its grouped matrix products.
+If a rule has two Megatron names, the first is that of local layers. The second is Transformer Engine's, for a norm that
+it fuses into the following matrix, or for an expert in its grouped matrix products.
 """
 
 from megatron_dsrl.model.architecture import Architecture
@@ -33,14 +33,14 @@ def final_norm(a: Architecture) -> TensorRule:
 
 
 def head(a: Architecture) -> tuple[TensorRule, ...]:
-    """The output head, where it is not the embedding."""
+    """The output head, unless it is tied to the embedding."""
     if a.tie_word_embeddings:
         return ()
     return (TensorRule((HfTensor(HF_HEAD, (a.vocab_size, a.hidden_size)),), (HEAD,), Vocabulary(a.vocab_size)),)
 
 
 def value_head(a: Architecture) -> tuple[TensorRule, ...]:
-    """A scalar output, under the names of a Transformers token classifier with one label."""
+    """A scalar output, with the names of a Transformers token classifier with one label."""
     return (
         TensorRule((HfTensor("score.weight", (1, a.hidden_size)),), (HEAD,), Replicated(), initial="zeros"),
         TensorRule((HfTensor("score.bias", (1,)),), ("output_layer.bias",), Replicated(), initial="zeros"),
@@ -70,7 +70,7 @@ def query_key_value(a: Architecture) -> TensorRule:
 
 
 def query_key_value_bias(a: Architecture) -> TensorRule:
-    """The biases of the same."""
+    """The biases of these projections."""
     query_size, key_value_size = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
     return TensorRule(
         (
@@ -85,7 +85,7 @@ def query_key_value_bias(a: Architecture) -> TensorRule:
 
 
 def query_key_norms(a: Architecture) -> tuple[TensorRule, ...]:
-    """The norms on every head's query and key."""
+    """The norms on each head's query and key."""
     return tuple(
         _norm(
             HF_LAYER + f"self_attn.{short}_norm.weight",
@@ -97,7 +97,7 @@ def query_key_norms(a: Architecture) -> tuple[TensorRule, ...]:
 
 
 def attention_output(a: Architecture) -> TensorRule:
-    """The projection back from the heads."""
+    """The output projection of attention."""
     return TensorRule(
         (HfTensor(HF_LAYER + "self_attn.o_proj.weight", (a.hidden_size, a.num_attention_heads * a.head_dim)),),
         (LAYER + "self_attention.linear_proj.weight",),
@@ -133,10 +133,10 @@ def feed_forward(a: Architecture) -> tuple[TensorRule, ...]:
 
 
 def experts(a: Architecture) -> tuple[TensorRule, ...]:
-    """Experts of SwiGLU, their router, and the norm before them.
+    """SwiGLU experts, their router, and the norm before them.
 
-    The names are those of the hub's files, one set per expert. In memory Transformers 5 keeps all experts of a layer in
-    two fused tensors (`gate_up_proj`, `down_proj`), but reads and writes files in the form of the hub.
+    Names are those of the files on the hub, one set per expert. In memory, Transformers 5 keeps all experts of a layer
+    in two fused tensors (`gate_up_proj`, `down_proj`), but it reads and writes files with the names used here.
     """
     assert a.experts is not None
     inner, stored = a.experts.moe_intermediate_size, LAYER + "mlp.experts.experts."

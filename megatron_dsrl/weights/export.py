@@ -1,4 +1,4 @@
-"""Write a sharded model as an HF folder that Transformers and SGLang load."""
+"""Write a sharded model as an HF folder that Transformers and SGLang can load."""
 
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -27,22 +27,21 @@ def export_hf_folder(
 ) -> None:
     """Write the model to `target`: safetensors, config.json with the right dtype, tokenizer files. Collective.
 
-    The target is complete or absent; see `new_folder`.
+    The target is either complete or absent; see `new_folder`.
 
     Args:
-        chunks: GPTModel chunks of this pipeline stage, in whatever wrappers.
-        table: the model's weight table.
-        source: HF folder that config.json and the tokenizer are copied from.
-        target: folder to be made; its parents are made as needed.
-        dtype: of the written weights.
-        file_bytes: the weights are cut into files of at most this size.
+        chunks: GPTModel chunks of this pipeline stage, wrapped or not.
+        source: HF folder to copy config.json and the tokenizer from.
+        target: folder to create; parents are created as needed.
+        dtype: dtype of the written weights.
+        file_bytes: maximum size of a weight file.
 
     Raises:
-        UserError: the target exists already, or cannot be written. On every rank.
+        UserError: the target already exists or cannot be written. Raised on every rank.
     """
 
     def write_stream() -> None:
-        """What fails here fails on rank 0 alone; the others wait for it in the stream's collectives until it ends."""
+        """Only rank 0 writes. If it fails, it still finishes the stream, whose collectives the other ranks wait in."""
         buckets = stream_hf_weights(chunks, table, BUCKET_BYTES, dtype)
         try:
             if rank() == 0:
@@ -50,15 +49,15 @@ def export_hf_folder(
                     for name, tensor in chain.from_iterable(buckets):
                         writer.write(name, tensor.cpu())
         except Exception:
-            _draw_to_its_end(buckets)
+            _exhaust(buckets)
             raise
-        _draw_to_its_end(buckets)
+        _exhaust(buckets)
 
     with new_folder(target) as folder:
         together(write_stream)
         on_first(lambda: copy_companions(source, folder, dtype))
 
 
-def _draw_to_its_end(buckets: Iterator[object]) -> None:
+def _exhaust(buckets: Iterator[object]) -> None:
     for _ in buckets:
         pass

@@ -1,4 +1,4 @@
-"""The tensors of an HF folder: one safetensors file, or several with an index. Read only when asked for."""
+"""The tensors of an HF folder: one safetensors file, or several with an index. Tensors are read on demand."""
 
 import json
 from pathlib import Path
@@ -13,59 +13,59 @@ from megatron_dsrl.weights.safetensors_file import StoredTensor, read_header, re
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 COMPUTED = "rotary_emb.inv_freq"
-"""Buffers that old versions of Transformers saved; they follow from the configuration."""
+"""Buffers saved by old versions of Transformers; they are computed from the configuration."""
 
 
 class HfCheckpoint:
     """Names, shapes, dtypes and tensors of an HF folder's weights."""
 
     def __init__(self, folder: Path):
-        """Find the weight files.
+        """Locate the weight files.
 
         Raises:
             UserError: there are none, the index is damaged, or it names a file that is not there.
         """
         self.folder = folder
         self._headers: dict[Path, dict[str, StoredTensor]] = {}
-        self._file_of = self._read_index() if (folder / INDEX_FILE).exists() else self._read_single()
+        self._files = self._read_index() if (folder / INDEX_FILE).exists() else self._read_single()
         self._refuse_two_sets()
 
     def names(self) -> set[str]:
         """Names of all tensors."""
-        return set(self._file_of)
+        return set(self._files)
 
     def file_of(self, name: str) -> Path:
-        """The file that holds a tensor."""
-        return self._file_of[name]
+        """The file that contains a tensor."""
+        return self._files[name]
 
     def shapes(self) -> dict[str, Shape]:
-        """Shapes of all tensors, from the files' headers.
+        """Shapes of all tensors, read from the file headers.
 
         Raises:
             UserError: a file is damaged or truncated, or lacks a tensor that the index places in it.
         """
-        return {name: self._stored(name).shape for name in self._file_of}
+        return {name: self._stored(name).shape for name in self._files}
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        """Dtypes of all tensors; raises as `shapes`."""
-        return {name: self._stored(name).dtype for name in self._file_of}
+        """Dtypes of all tensors; raises like `shapes`."""
+        return {name: self._stored(name).dtype for name in self._files}
 
     def read(self, name: str) -> Tensor:
-        """One tensor, on CPU, in the file's dtype and in memory of its own."""
-        return read_tensor(self._file_of[name], self._stored(name))
+        """A copy of one tensor, on CPU, in the file's dtype."""
+        return read_tensor(self._files[name], self._stored(name))
 
     def are_equal(self, one: str, other: str) -> bool:
-        """Whether two tensors have the same shape and values, as `torch.equal` has it. Holds only pieces of them."""
+        """Whether two tensors have the same shape and values, like `torch.equal`. Reads them piece by piece."""
         first, second = self._stored(one), self._stored(other)
         if first.shape != second.shape:
             return False
         return all(
             torch.equal(*map(torch.Tensor.double, pieces))
-            for pieces in zip(read_pieces(self._file_of[one], first), read_pieces(self._file_of[other], second))
+            for pieces in zip(read_pieces(self._files[one], first), read_pieces(self._files[other], second))
         )
 
     def _stored(self, name: str) -> StoredTensor:
-        path = self._file_of[name]
+        path = self._files[name]
         header = self._header(path)
         if name not in header:
             raise UserError(f"{path}: tensor {name} is missing, though {INDEX_FILE} places it there")
@@ -86,9 +86,9 @@ class HfCheckpoint:
         return dict.fromkeys((name for name in self._header(path) if not name.endswith(COMPUTED)), path)
 
     def _refuse_two_sets(self) -> None:
-        """Transformers would read the single file, SGLang the index's: nobody can say which weights are meant."""
+        """Transformers would read the single file and SGLang the indexed ones, so the folder is ambiguous."""
         single = self.folder / SINGLE_FILE
-        if single.exists() and single not in self._file_of.values():
+        if single.exists() and single not in self._files.values():
             raise UserError(
                 f"{self.folder} holds two sets of weights: {SINGLE_FILE}, and the files that {INDEX_FILE} names. "
                 "Remove the outdated one"
@@ -108,5 +108,5 @@ class HfCheckpoint:
 
 
 def torch_dtype_name(dtype: torch.dtype) -> str:
-    """The name of a dtype as `config.json` has it, such as `bfloat16`."""
+    """The name of a dtype in `config.json`, such as `bfloat16`."""
     return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Write the weights of an HF folder one tensor at a time, by one process or by several at once."""
+"""Write the weights of an HF folder one tensor at a time, from one or several processes."""
 
 import json
 import os
@@ -21,29 +21,29 @@ FILE_BYTES = 5 * 2**30
 
 @dataclass(frozen=True)
 class HfFiles:
-    """The weight files of a folder, at their full size, and the place of every tensor in them."""
+    """The weight files of a folder, at full size, and the location of every tensor in them."""
 
     folder: Path
     places: Mapping[str, tuple[str, StoredTensor]]
-    """File name and place in it, by tensor name."""
+    """File name and location in the file, by tensor name."""
 
 
 def create_hf_files(
     folder: Path, shapes: Mapping[str, Shape], dtype: torch.dtype, file_bytes: int = FILE_BYTES
 ) -> HfFiles:
-    """Make the files without content, and the index if there is more than one. By one process.
+    """Create the files without content, and the index if there is more than one file. Call it in one process.
 
     Args:
         folder: an existing, empty folder.
-        shapes: of all tensors, in the order in which they are to lie in the files.
-        dtype: of all tensors.
-        file_bytes: size limit of a file; a single tensor may exceed it.
+        shapes: shapes of all tensors, in file order.
+        dtype: dtype of all tensors.
+        file_bytes: maximum size of a file; a single tensor may exceed it.
 
     Raises:
         UserError: a file cannot be written.
     """
     groups = _cut_into_files(shapes, dtype, file_bytes)
-    places = {}
+    places: dict[str, tuple[str, StoredTensor]] = {}
     for i, group in enumerate(groups):
         numbered = f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors"
         file = SINGLE_FILE if len(groups) == 1 else numbered
@@ -59,10 +59,10 @@ def create_hf_files(
 
 
 class HfWriter:
-    """Fills the files of an HF folder tensor by tensor, in any order; any number of processes may do so at once.
+    """Fills the files of an HF folder tensor by tensor, in any order, from any number of processes.
 
-    A context manager: at its end everything written is on the disk. Writing, or leaving it, raises UserError where the
-    disk takes no more.
+    A context manager: on exit everything written is on disk. Writing or leaving it raises UserError if the disk is full
+    or fails.
     """
 
     def __init__(self, files: HfFiles):
@@ -73,7 +73,7 @@ class HfWriter:
         self._descriptors = {file: os.open(files.folder / file, os.O_WRONLY) for file in names}
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Put a CPU tensor into its place."""
+        """Write a CPU tensor to its location."""
         file, stored = self._places[name]
         with writing(self._folder / file):
             write_tensor(self._descriptors[file], stored, tensor)

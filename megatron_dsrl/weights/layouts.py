@@ -1,8 +1,8 @@
-"""How HF tensors lie in a Megatron parameter that is split over tensor parallelism: both directions, pure functions.
+"""How HF tensors map to a Megatron parameter sharded over tensor parallelism. Both directions are pure functions.
 
-A layout turns the full HF tensors into one rank's shard, and all ranks' shards into the full HF tensors. The second
-is the exact inverse of the first: no arithmetic, only moving. The shard of the only rank of one is the whole
-parameter, which is what distributed checkpoints hold, whatever the layout that wrote them.
+A layout converts the full HF tensors to one rank's shard, and all ranks' shards back to the full HF tensors. The second
+is the exact inverse of the first, without arithmetic. With one rank the shard is the whole parameter, as stored in
+distributed checkpoints written under any layout.
 """
 
 from abc import ABC, abstractmethod
@@ -16,25 +16,25 @@ Shape = tuple[int, ...]
 
 
 class Layout(ABC):
-    """One way of placing HF tensors in a Megatron parameter."""
+    """Mapping between HF tensors and a Megatron parameter."""
 
     @abstractmethod
     def shard(self, hf: Sequence[Tensor], rank: int, size: int) -> Tensor:
-        """The Megatron shard of a tensor-parallel rank, from the full HF tensors of the rule in its order."""
+        """The Megatron shard of a tensor-parallel rank, from the full HF tensors in the order of the rule."""
 
     @abstractmethod
     def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The full HF tensors, from the Megatron shards of all tensor-parallel ranks in rank order."""
 
     def cut(self, size: int) -> tuple[int, int] | None:
-        """How the whole parameter is cut for `size` ranks: along which dimension into how many equal consecutive
-        pieces, the last ones shorter where that does not divide; None if every rank holds all of it."""
+        """How the whole parameter is cut for `size` ranks: (dimension, number of equal consecutive pieces), the last
+        pieces shorter if it does not divide evenly; None if every rank holds all of it."""
         return (0, size)
 
 
 @dataclass(frozen=True)
 class Replicated(Layout):
-    """The same tensor on every rank: norm weights."""
+    """The same tensor on every rank, such as norm weights."""
 
     def shard(self, hf: Sequence[Tensor], rank: int, size: int) -> Tensor:
         return hf[0]
@@ -48,7 +48,7 @@ class Replicated(Layout):
 
 @dataclass(frozen=True)
 class Split(Layout):
-    """Equal consecutive parts along a dimension: row-parallel weights along 1."""
+    """Equal consecutive parts along a dimension, such as row-parallel weights along 1."""
 
     dim: int
 
@@ -75,14 +75,14 @@ class GateAndUp(Layout):
         return _join(gates), _join(ups)
 
     def cut(self, size: int) -> tuple[int, int]:
-        return (0, 2 * size)  # a rank holds one piece of the gate and one of up
+        return (0, 2 * size)  # each rank holds one piece of gate and one of up
 
 
 @dataclass(frozen=True)
 class GroupedQkv(Layout):
-    """Query, key and value interleaved by query group: the query heads of a group, its key head, its value head.
+    """Query, key and value interleaved by query group: a group's query heads, its key head, its value head.
 
-    Groups are split over the ranks, so that a rank's attention needs nothing from another.
+    Ranks hold whole groups, so a rank's attention needs nothing from other ranks.
     """
 
     groups: int
@@ -101,9 +101,9 @@ class GroupedQkv(Layout):
 
 @dataclass(frozen=True)
 class Vocabulary(Layout):
-    """Rows of the vocabulary, padded with zero rows to a multiple of the ranks, in equal consecutive parts.
+    """Rows of the vocabulary in equal consecutive parts, padded with zero rows to a multiple of the number of ranks.
 
-    A zero row gives the logit 0, not minus infinity: whoever normalises over the vocabulary must mask the padding.
+    A zero row gives the logit 0, not minus infinity, so a softmax over the vocabulary must mask the padding.
     """
 
     vocab_size: int
@@ -120,5 +120,5 @@ class Vocabulary(Layout):
 
 
 def _join(shards: Sequence[Tensor], dim: int = 0) -> Tensor:
-    """Concatenation that copies nothing where there is nothing to join."""
+    """Concatenate; does not copy a single shard."""
     return shards[0] if len(shards) == 1 else torch.cat(list(shards), dim)

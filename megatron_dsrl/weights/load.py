@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
 from megatron_dsrl.common.errors import UserError
@@ -22,7 +23,7 @@ from megatron_dsrl.weights.table import TableEntry, WeightTable, bind, unwrap
 
 
 def load_weights(chunks: Sequence[nn.Module], table: WeightTable, folder: Path) -> None:
-    """Fill this rank's parameters from an HF folder or a converted Megatron checkpoint, as the folder is. Collective.
+    """Fill this rank's parameters from an HF folder or a Megatron distributed checkpoint. Collective.
 
     Raises:
         UserError: see `load_hf_weights` and `load_megatron_weights`.
@@ -34,11 +35,11 @@ def load_weights(chunks: Sequence[nn.Module], table: WeightTable, folder: Path) 
 
 
 def load_megatron_weights(chunks: Sequence[nn.Module], table: WeightTable, folder: Path) -> None:
-    """Fill this rank's parameters through Megatron's own loading, which reshards to the layout of today. Collective.
+    """Fill this rank's parameters with Megatron's own loading, which reshards to the current layout. Collective.
 
     Raises:
-        UserError: the checkpoint is damaged, the config.json in it is not the one that it was written with, or a tensor
-            is missing, surplus or of another shape.
+        UserError: the checkpoint is damaged, its config.json differs from the recorded one, or a tensor is missing,
+            unexpected or of the wrong shape.
     """
     if (folder / "config.json").exists():  # a run's checkpoint has neither that nor a record
         check_record(folder, read_architecture(folder))
@@ -52,8 +53,8 @@ def load_megatron_weights(chunks: Sequence[nn.Module], table: WeightTable, folde
         assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
 
 
-def _sharded_parameters(model: nn.Module) -> dict[str, Any]:
-    """The model's sharded state without the layers' extra state, which only low-precision formats fill."""
+def _sharded_parameters(model: GPTModel) -> dict[str, Any]:
+    """The model's sharded state without the layers' extra state, which is empty except in low-precision formats."""
     metadata = {
         "singleton_local_shards": False,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
@@ -63,14 +64,14 @@ def _sharded_parameters(model: nn.Module) -> dict[str, Any]:
 
 
 def load_hf_weights(chunks: Sequence[nn.Module], table: WeightTable, folder: Path) -> None:
-    """Fill this rank's parameters from the safetensors of an HF folder, reading only the tensors that they are made of.
+    """Fill this rank's parameters from the safetensors of an HF folder, reading only the tensors it needs.
 
-    Call it before the optimizer is built, which copies the parameters into its fp32 master weights. Values are cast
-    to the parameters' dtype.
+    Call it before building the optimizer, which copies the parameters into its fp32 master weights. Values are cast to
+    the parameters' dtype.
 
     Raises:
-        UserError: weights are missing or damaged, a tensor is missing, surplus or of another shape, or a tied head is
-            not the embedding.
+        UserError: weights are missing or damaged, a tensor is missing, unexpected or of the wrong shape, or a tied head
+            differs from the embedding.
     """
     checkpoint = HfCheckpoint(folder)
     check_checkpoint(checkpoint, table)
@@ -78,7 +79,7 @@ def load_hf_weights(chunks: Sequence[nn.Module], table: WeightTable, folder: Pat
 
 
 def check_checkpoint(checkpoint: HfCheckpoint, table: WeightTable) -> None:
-    """Compare names and shapes with the table, and copies with what they are copies of.
+    """Compare names and shapes with the table, and copies with their originals.
 
     Raises:
         UserError: names the first few differences.
@@ -103,7 +104,7 @@ def check_checkpoint(checkpoint: HfCheckpoint, table: WeightTable) -> None:
             raise UserError(
                 f"{checkpoint.folder}: tie_word_embeddings in config.json makes {copy} (in "
                 f"{checkpoint.file_of(copy).name}) the same as {original}, but their values differ. Set "
-                "tie_word_embeddings=false if the model was trained with a head of its own, or else remove the tensor"
+                "tie_word_embeddings=false if the model was trained with a separate head; otherwise remove the tensor"
             )
 
 
@@ -112,9 +113,8 @@ def fill(chunks: Sequence[nn.Module], table: WeightTable, read: Callable[[str], 
     """Fill this rank's parameters from full HF tensors.
 
     Args:
-        chunks: GPTModel chunks of this pipeline stage, in whatever wrappers.
-        table: the model's weight table.
-        read: gives a full HF tensor by name; called only for what this rank holds a part of.
+        chunks: GPTModel chunks of this pipeline stage, wrapped or not.
+        read: returns a full HF tensor by name; only called for tensors that this rank holds a part of.
     """
     for entry, parameters in bind(chunks, table).items():
         rank, size = tensor_parallel_place(entry)
@@ -125,7 +125,7 @@ def fill(chunks: Sequence[nn.Module], table: WeightTable, read: Callable[[str], 
 
 
 def tensor_parallel_place(entry: TableEntry) -> tuple[int, int]:
-    """This process's rank among those that split the entry's parameter, and their number."""
+    """(rank, size) of this process in the group that splits the entry's parameter."""
     if entry.rule.per_expert:
         return (
             parallel_state.get_expert_tensor_parallel_rank(),

@@ -1,10 +1,10 @@
-"""Megatron's distributed checkpoints (`torch_dist`): their tensors, read piece by piece without a process group.
+"""Read Megatron's distributed checkpoints (`torch_dist`) piece by piece, without a process group.
 
-Such a checkpoint holds every parameter as one tensor over the whole model, under a name without layer and expert
-numbers: `decoder.layers.mlp.linear_fc1.weight` is [layers, 2 x feed-forward, hidden], an expert's weight begins with
-[layers, experts]. It is stored in chunks, at most one layer (and expert) each, as the layout that wrote it had them;
-`.metadata` says which chunk lies where. Names and shapes are Megatron-core 0.19's, the file format is that of
-torch.distributed.checkpoint.
+A checkpoint holds each parameter as one tensor stacked over layers and experts, with a name without layer and expert
+numbers: `decoder.layers.mlp.linear_fc1.weight` is [layers, 2 x feed-forward, hidden]; an expert's weight starts with
+[layers, experts]. It is stored in chunks of at most one layer (and expert), cut for the layout that wrote it;
+`.metadata` gives the location of each chunk. Names and shapes are those of Megatron-core 0.19, the file format is that
+of torch.distributed.checkpoint.
 """
 
 import io
@@ -13,6 +13,7 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import torch
 from megatron.core.dist_checkpointing.core import check_is_distributed_checkpoint
@@ -24,9 +25,12 @@ from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.weights.layouts import Shape, Vocabulary
 from megatron_dsrl.weights.table import TableEntry, TensorRule, WeightTable
 
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
 PARTS_OF_THE_MODEL = ("embedding.", "decoder.", "output_layer.")
 LARGEST_PADDING = 1024
-"""Rows that a vocabulary may be padded by; Megatron-LM pads to a multiple of 128 x tensor-parallel size."""
+"""Limit on padding rows of a vocabulary; Megatron-LM pads to a multiple of 128 x tensor-parallel size."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,11 @@ class _Chunk:
     file: str
     position: int
     length: int
-    """In bytes, as stored."""
+    """Stored size in bytes."""
 
 
 class _FileView(io.RawIOBase):
-    """A part of a file as a file, which `torch.load` reads straight into the tensor."""
+    """A section of a file as a file object, which `torch.load` reads directly into the tensor."""
 
     def __init__(self, file: io.FileIO, start: int, length: int):
         self._file, self._start, self._length, self._position = file, start, length, 0
@@ -60,7 +64,7 @@ class _FileView(io.RawIOBase):
         self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
         return self._position
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: "WriteableBuffer") -> int:
         view = memoryview(buffer)[: max(0, self._length - self._position)]
         done = 0
         while done < len(view):
@@ -76,10 +80,10 @@ class MegatronCheckpoint:
     """Names, shapes, dtypes and tensors of a distributed checkpoint."""
 
     def __init__(self, folder: Path):
-        """Read what there is, not the tensors.
+        """Read the metadata, not the tensors.
 
         Raises:
-            UserError: it is no distributed checkpoint, its metadata cannot be read, or a file of it is missing.
+            UserError: it is not a distributed checkpoint, its metadata cannot be read, or a file is missing.
         """
         if not is_megatron_checkpoint(folder):
             raise UserError(f"{folder} is not a Megatron distributed checkpoint (metadata.json is missing or invalid)")
@@ -96,18 +100,18 @@ class MegatronCheckpoint:
         self._chunks = self._locate_chunks(metadata.storage_data)
 
     def shapes(self) -> dict[str, Shape]:
-        """Shapes of the model's tensors over all layers and experts, by checkpoint name."""
+        """Shapes of the stacked tensors, by checkpoint name."""
         return {name: tuple(stored.size) for name, stored in self._tensors.items()}
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        """Their dtypes."""
+        """Dtypes of the stacked tensors, by checkpoint name."""
         return {name: stored.properties.dtype for name, stored in self._tensors.items()}
 
     def read(self, entry: TableEntry) -> tuple[Tensor, ...]:
         """The HF tensors of a table entry, in the checkpoint's dtype.
 
         Raises:
-            UserError: a chunk is damaged, or a part of the tensor is in none.
+            UserError: a chunk is damaged, or a part of the tensor is missing.
         """
         name, leading = entry.rule.checkpoint_name, leading_index(entry)
         stored = self._tensors[name]
@@ -126,7 +130,7 @@ class MegatronCheckpoint:
             whole[place] = part.view(whole[place].shape)
             filled += part.numel()
         if filled != whole.numel():
-            raise UserError(f"{self.folder}: a part of {name} at {list(leading)} is stored nowhere")
+            raise UserError(f"{self.folder}: a part of {name} at {list(leading)} is missing")
         return entry.rule.layout.merge([whole])
 
     def _read_chunk(self, name: str, chunk: _Chunk, dtype: torch.dtype) -> Tensor:
@@ -134,24 +138,23 @@ class MegatronCheckpoint:
         try:
             with path.open("rb", buffering=0) as file:
                 view = _FileView(file, chunk.position, chunk.length)
-                part = torch.load(view, map_location="cpu", weights_only=True)
+                part = torch.load(cast(IO[bytes], view), map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
             raise UserError(f"{path}: the chunk of {name} at {list(chunk.offsets)} cannot be read: {error}") from error
         if part.dtype != dtype or tuple(part.shape) != chunk.sizes:
-            raise UserError(f"{path}: the chunk of {name} at {list(chunk.offsets)} is not what .metadata says")
+            raise UserError(f"{path}: the chunk of {name} at {list(chunk.offsets)} does not match .metadata")
         return part
 
-    def _locate_chunks(self, storage: Mapping) -> dict[tuple[str, Shape], list[_Chunk]]:
-        """Chunks by name and leading indices; every prefix of up to two is an entry, as rules differ in how many."""
+    def _locate_chunks(self, storage: Mapping[MetadataIndex, Any]) -> dict[tuple[str, Shape], list[_Chunk]]:
+        """Chunks by name and leading indices. A chunk is listed under each prefix of up to two indices, since rules
+        differ in how many they stack."""
         located: dict[tuple[str, Shape], list[_Chunk]] = {}
         for name, stored in self._tensors.items():
             for part in stored.chunks:
                 place = storage[MetadataIndex(name, part.offsets)]
                 if not (self.folder / place.relative_path).exists():
                     raise UserError(f"{self.folder / place.relative_path} is missing, though .metadata names it")
-                chunk = _Chunk(
-                    tuple(part.offsets), tuple(part.sizes), place.relative_path, place.offset, place.length
-                )
+                chunk = _Chunk(tuple(part.offsets), tuple(part.sizes), place.relative_path, place.offset, place.length)
                 for count in range(min(3, len(chunk.offsets))):
                     if chunk.sizes[:count] == (1,) * count:
                         located.setdefault((name, chunk.offsets[:count]), []).append(chunk)
@@ -162,29 +165,29 @@ def is_megatron_checkpoint(folder: Path) -> bool:
     """Whether a folder holds a distributed checkpoint."""
     try:
         return check_is_distributed_checkpoint(str(folder))
-    except (ValueError, TypeError):  # another program's metadata.json
+    except (ValueError, TypeError):  # metadata.json of another program
         return False
 
 
 def leading_index(entry: TableEntry) -> Shape:
-    """Where the entry lies along the stacked dimensions: (), (layer,) or (layer, expert)."""
+    """Index of the entry in the stacked dimensions: (), (layer,) or (layer, expert)."""
     return tuple(number for number in (entry.layer, entry.expert) if number is not None)
 
 
 def checkpoint_shape(rule: TensorRule, table: WeightTable) -> Shape:
-    """Shape of a rule's tensor in a checkpoint, without padding of the vocabulary."""
+    """Shape of a rule's tensor in a checkpoint, without vocabulary padding."""
     stacked = ((table.num_layers,) if rule.per_layer else ()) + ((table.num_experts,) if rule.per_expert else ())
     return stacked + whole_shape(rule)
 
 
 def whole_shape(rule: TensorRule) -> Shape:
-    """Shape of one whole Megatron parameter."""
+    """Shape of one unsharded Megatron parameter."""
     with torch.device("meta"):
         return tuple(rule.layout.shard([torch.empty(tensor.shape) for tensor in rule.hf], 0, 1).shape)
 
 
 def check_megatron_checkpoint(checkpoint: MegatronCheckpoint, table: WeightTable) -> None:
-    """Compare names and shapes with the table. A padded vocabulary fits.
+    """Compare names and shapes with the table. A padded vocabulary is accepted.
 
     Raises:
         UserError: names the first few differences.
@@ -213,11 +216,7 @@ def _fits(shape: Shape, expected: Shape, may_be_padded: bool) -> bool:
 
 
 def refuse(problems: list[str], kind: str, folder: Path) -> None:
-    """Raise if there are problems.
-
-    Raises:
-        UserError: names the first few of them.
-    """
+    """Raise UserError if there are problems; the message names the first few."""
     if problems:
         shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
         raise UserError(f"{folder}: {kind}: {shown}")

@@ -1,11 +1,11 @@
-"""A folder that several processes fill and that appears complete or not at all.
+"""Create a folder atomically: several processes fill it, and it appears complete or not at all.
 
-    .model.partial-abcd.lock    locked (flock) by the process that fills the folder, for as long as it lives
-    .model.partial-abcd         what becomes `model`
-    .model.partial-abcd.old     the former `model`, for the moment of the replacement
+    .model.partial-abcd.lock    locked (flock) by the process that fills the folder, while it runs
+    .model.partial-abcd         becomes `model`
+    .model.partial-abcd.old     the previous `model`, during the replacement
 
-A process that is killed loses its lock; the next one with the same target then removes what it has left. A target that
-is a symbolic link stands for the folder it leads to; the link stays.
+A killed process loses its lock; the next one with the same target removes its leftovers. If the target is a symbolic
+link, the folder it points to is replaced and the link stays.
 """
 
 import fcntl
@@ -29,30 +29,30 @@ MODEL_FILES = (
     *("metadata.json", ".metadata", "common.pt", "*.distcp", RECORD_FILE),
     *("README.md", "LICENSE*", ".gitattributes", PROVENANCE_FILE),
 )
-"""What HF folders and Megatron checkpoints consist of; most of the last ones come with a model from the hub."""
+"""The files of HF folders and Megatron checkpoints, and files that usually come with a model from the hub."""
 NAMES_SHOWN = 3
 
 
 @contextmanager
 def new_folder(target: Path, overwrite: bool = False, needed: Sequence[Path] = ()) -> Iterator[Path]:
-    """Make a folder, fill it in the body of the `with`, publish it at its end. Collective.
+    """Create a folder, fill it in the `with` block, publish it at the end. Collective.
 
-    The body writes into a hidden folder beside the target, which is renamed when all processes are through, and removed
-    when rank 0 leaves the body by an exception: what fails in the body must fail on every process, see `together`. What
-    a process left that was killed at once is removed by the next one with the same target.
+    The block writes into a hidden folder beside the target, which is renamed when all processes are done, and removed
+    if rank 0 leaves the block with an exception. A failure in the block must therefore be raised on every process; see
+    `together`. Leftovers of a killed process are removed by the next one with the same target.
 
     Args:
-        target: the folder to be; its parents are made as needed.
-        overwrite: an existing target is replaced at the very end, if it is empty or a model and nothing else; without
-            it, it is an error.
-        needed: files and folders that are read meanwhile: the target must not be one, contain one or lie in one.
+        target: folder to create; parents are created as needed.
+        overwrite: replace an existing target at the very end, provided it is empty or holds only a model. Otherwise an
+            existing target is an error.
+        needed: files and folders read meanwhile; the target must not be, contain or lie in one of them.
 
     Yields:
         The hidden folder, the same on every process.
 
     Raises:
-        UserError: the target exists and is not to be replaced, is mixed up with what is needed, or its parent cannot be
-            written to. On every process.
+        UserError: the target exists and may not be replaced, overlaps with `needed`, or its parent is not writable.
+            Raised on every process.
     """
     target = Path(os.path.realpath(target))
     lock: _Lock | None = None
@@ -86,7 +86,7 @@ def new_folder(target: Path, overwrite: bool = False, needed: Sequence[Path] = (
 
 @dataclass(frozen=True)
 class _Lock:
-    """A lock file beside the target. It exists longer than the folders that belong to it."""
+    """A lock file beside the target. It outlives the folders that belong to it."""
 
     file: Path
     descriptor: int
@@ -125,7 +125,7 @@ def _check_and_clean_up(target: Path, overwrite: bool) -> None:
 
 
 def _refuse_to_replace(target: Path, overwrite: bool) -> None:
-    """Only a model may be lost, and only by intention."""
+    """Only a model may be replaced, and only on request."""
     if not target.exists():
         return
     if not overwrite:
@@ -144,8 +144,8 @@ def _refuse_to_replace(target: Path, overwrite: bool) -> None:
 
 
 def _publish(partial: Path, target: Path, overwrite: bool) -> None:
-    """Rename; a folder in the way steps aside first, so that the target is whole at any moment but one."""
-    _refuse_to_replace(target, overwrite)  # the target may have come, or changed, meanwhile
+    """Rename; an existing target is moved aside first, so the target is missing only for a moment."""
+    _refuse_to_replace(target, overwrite)  # the target may have been created or changed meanwhile
     if not target.exists():
         partial.rename(target)
         return
@@ -158,7 +158,7 @@ def _publish(partial: Path, target: Path, overwrite: bool) -> None:
 
 
 def _remove_leftovers(lock: _Lock, target: Path) -> None:
-    """The lock file last. A former target that was just being replaced goes back to its place."""
+    """Remove folders and then the lock file. A previous target whose replacement was interrupted is restored."""
     if lock.old.exists() and not target.exists():
         lock.old.rename(target)
     shutil.rmtree(lock.old, ignore_errors=True)
@@ -169,7 +169,7 @@ def _remove_leftovers(lock: _Lock, target: Path) -> None:
 
 def _remove_what_killed_processes_left(target: Path) -> None:
     for file in _siblings(target):
-        with suppress(OSError):  # it is gone, or the file system knows no locks: then nobody can tell who lives
+        with suppress(OSError):  # the file is gone, or the file system has no locks to tell whether its owner runs
             lock = _take(file, os.O_RDWR)
             if lock is not None:
                 _remove_leftovers(lock, target)
@@ -188,14 +188,14 @@ def _prefix(target: Path) -> str:
 def _new_lock(target: Path) -> _Lock:
     while True:
         lock = _take(target.with_name(f"{_prefix(target)}{secrets.token_hex(4)}.lock"), os.O_RDWR | os.O_CREAT)
-        if lock is not None:  # else another process has cleaned it away in the moment between making and locking it
+        if lock is not None:  # else another process removed it between creation and locking
             return lock
 
 
 def _take(file: Path, flags: int) -> _Lock | None:
-    """Lock a file; None if another process holds it, or has just removed it.
+    """Lock a file; None if another process holds the lock or has just removed the file.
 
-    Where the file system has no locks, a file of our own counts as locked: no other process can lock it either.
+    If the file system has no locks, a file we created counts as locked: no other process can lock it either.
     """
     descriptor = os.open(file, flags | os.O_CLOEXEC, 0o666)
     try:

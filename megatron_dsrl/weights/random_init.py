@@ -13,20 +13,16 @@ from megatron_dsrl.weights.table import WeightTable
 def fill_with_random_weights(
     chunks: Sequence[nn.Module], table: WeightTable, standard_deviation: float, seed: int
 ) -> None:
-    """Draw the model as Transformers does: norms one, biases zero, all other weights normal around zero.
+    """Initialise the model as Transformers does: norms one, biases zero, all other weights normal with mean zero.
 
-    Every HF tensor has a generator of its own, seeded by its name, and is drawn in full before it is sharded: any
-    tensor- and pipeline-parallel layout holds the same model.
+    Each HF tensor has its own generator, seeded by its name, and is drawn in full before it is sharded, so every layout
+    gets the same model.
 
     Args:
-        chunks: GPTModel chunks of this pipeline stage, in whatever wrappers.
-        table: the model's weight table.
-        standard_deviation: of the normal distribution; `initializer_range` of the HF configuration.
-        seed: of the whole model.
+        chunks: GPTModel chunks of this pipeline stage, wrapped or not.
+        standard_deviation: standard deviation of the normal distribution; `initializer_range` in HF configurations.
     """
-    expected = {
-        tensor.name: (tensor.shape, entry.rule.initial) for entry in table.entries() for tensor in entry.hf
-    }
+    expected = {tensor.name: (tensor.shape, entry.rule.initial) for entry in table.entries() for tensor in entry.hf}
 
     def draw(name: str) -> Tensor:
         shape, initial = expected[name]

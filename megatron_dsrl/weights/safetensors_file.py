@@ -1,9 +1,9 @@
-"""Safetensors files, read and written one tensor at a time.
+"""Read and write safetensors files one tensor at a time.
 
-The format (github.com/huggingface/safetensors): 8 bytes with the header's length, little-endian; the header, a JSON
-object of name -> dtype, shape and byte range; the tensors' bytes. It is read here and not by the safetensors library,
-because that maps whole files into memory and needs all tensors of a file at once to write it: converting a model must
-not need the memory of the model. Writing also lets several processes fill one file, each at its own offsets.
+The format (github.com/huggingface/safetensors): 8 bytes with the length of the header, little-endian; the header, a
+JSON object of name -> dtype, shape and byte range; the bytes of the tensors. The safetensors library is not used
+because it maps whole files into memory and needs all tensors of a file at once to write it, while a conversion must not
+need memory for the whole model. In addition, several processes can fill one file here, each at its own offsets.
 """
 
 import json
@@ -11,7 +11,9 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,16 +43,16 @@ _LARGEST_HEADER = 100 * 2**20  # the library's own limit
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where and what a tensor in a file is."""
+    """Dtype, shape and location of a tensor in a file."""
 
     dtype: torch.dtype
     shape: Shape
     offset: int
-    """Of its first byte, from the beginning of the file."""
+    """Offset of its first byte from the start of the file."""
 
     @property
     def nbytes(self) -> int:
-        """Its length."""
+        """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -65,7 +67,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
             if not 0 < length <= min(_LARGEST_HEADER, size - _LENGTH_BYTES):
-                raise ValueError(f"its header would be {length} bytes long, the file is {size}; it may be truncated")
+                raise ValueError(f"the header length is {length} bytes in a file of {size} bytes; it may be truncated")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         start = _LENGTH_BYTES + length
@@ -90,7 +92,7 @@ def _stored(entry: Mapping, start: int) -> StoredTensor:
 
 
 def read_tensor(path: Path, stored: StoredTensor) -> Tensor:
-    """One tensor, in memory of its own."""
+    """A copy of one tensor."""
     return _read_elements(path, stored, 0, math.prod(stored.shape)).view(stored.shape)
 
 
@@ -106,22 +108,23 @@ def _read_elements(path: Path, stored: StoredTensor, start: int, stop: int) -> T
     if stop > start:
         with path.open("rb", buffering=0) as file:
             file.seek(stored.offset + start * stored.dtype.itemsize)
-            _read_into(file, memoryview(tensor.view(torch.uint8).numpy()), path)
+            _read_into(file, tensor.view(torch.uint8).numpy().data, path)
     return tensor
 
 
-def _read_into(file, view: memoryview, path: Path) -> None:
+def _read_into(file: FileIO, view: memoryview, path: Path) -> None:
     done = 0
     while done < len(view):
-        count = file.readinto(view[done:])  # one call gives at most 2 GiB
+        count = file.readinto(view[done:])  # one call reads at most 2 GiB
         if not count:
-            raise UserError(f"{path} ended in the middle of a tensor; it was changed while it was read")
+            raise UserError(f"{path} ended in the middle of a tensor; it was changed while being read")
         done += count
 
 
 def create_file(path: Path, tensors: Mapping[str, tuple[torch.dtype, Shape]]) -> dict[str, StoredTensor]:
-    """Make a file of its full size with header and without content, and say where each tensor belongs."""
-    position, entries = 0, {}
+    """Create a file of its full size with a header but no content; returns the location of each tensor."""
+    position = 0
+    entries: dict[str, dict[str, Any]] = {}
     for name, (dtype, shape) in tensors.items():
         nbytes = math.prod(shape) * dtype.itemsize
         entries[name] = {
@@ -131,7 +134,7 @@ def create_file(path: Path, tensors: Mapping[str, tuple[torch.dtype, Shape]]) ->
         }
         position += nbytes
     header = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # tensors begin at a multiple of 8
+    header += b" " * (-len(header) % 8)  # align tensors to 8 bytes
     start = _LENGTH_BYTES + len(header)
     with path.open("wb") as file:
         file.write(len(header).to_bytes(_LENGTH_BYTES, "little") + header)
@@ -143,9 +146,9 @@ def create_file(path: Path, tensors: Mapping[str, tuple[torch.dtype, Shape]]) ->
 
 
 def write_tensor(file_descriptor: int, stored: StoredTensor, tensor: Tensor) -> None:
-    """Put a CPU tensor into its place in a file made by `create_file`."""
+    """Write a CPU tensor to its location in a file made by `create_file`."""
     assert tensor.dtype == stored.dtype and tuple(tensor.shape) == stored.shape
-    view = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()) if stored.nbytes else b""
+    view = tensor.contiguous().flatten().view(torch.uint8).numpy().data if stored.nbytes else b""
     done = 0
     while done < len(view):
         done += os.pwrite(file_descriptor, view[done:], stored.offset + done)

@@ -1,10 +1,10 @@
-"""Stream a sharded model out as full HF tensors, in buckets of bounded size.
+"""Stream a sharded model as full HF tensors, in buckets of bounded size.
 
-All ranks take part and all receive every tensor, in the same order, whatever the layout. A bucket is filled by one
-pipeline stage, and if it holds experts by the processes that hold those: their shards travel as one flat tensor over
-tensor parallelism, the merged tensors as one flat tensor to the other holders of experts and to the other stages. At
-most about two buckets per rank are in memory at a time; under tensor parallelism four, with the shards of one and its
-merged tensors.
+All ranks take part and receive every tensor, in the same order under every layout. A bucket is filled by one pipeline
+stage or, if it contains experts, by the ranks that hold these. Their shards are gathered over tensor parallelism as one
+flat tensor; the merged tensors are broadcast as one flat tensor to the other expert-parallel ranks and the other
+stages. About two buckets per rank are in memory at a time; with tensor parallelism four, including the shards of a
+bucket.
 """
 
 import math
@@ -22,31 +22,32 @@ from megatron_dsrl.weights.table import TableEntry, WeightTable, bind
 
 @dataclass(frozen=True)
 class Owner:
-    """Which processes of a model replica hold an entry."""
+    """The ranks of a model replica that hold an entry."""
 
     stage: int
     """Pipeline rank."""
     expert_rank: int | None = None
-    """Expert-parallel rank; None for what every one of them holds."""
+    """Expert-parallel rank; None if every one holds it."""
 
 
 @dataclass(frozen=True)
 class PlannedBucket:
-    """Entries that travel together, all held by the same processes."""
+    """Entries that are sent together, all held by the same ranks."""
 
     owner: Owner
     entries: tuple[TableEntry, ...]
 
 
 def plan_buckets(
-    table: WeightTable, owner_of: Mapping[TableEntry, Owner], bucket_bytes: int, dtype: torch.dtype
+    table: WeightTable, owners: Mapping[TableEntry, Owner], bucket_bytes: int, dtype: torch.dtype
 ) -> list[PlannedBucket]:
-    """Cut the table's entries, in order, into buckets of at most `bucket_bytes`; a larger entry gets one of its own."""
+    """Split the table's entries, in order, into buckets of at most `bucket_bytes`; a larger entry gets its own
+    bucket."""
     buckets: list[PlannedBucket] = []
     filled = 0
     for entry in table.entries():
         entry_bytes = sum(math.prod(tensor.shape) for tensor in entry.hf) * dtype.itemsize
-        owner = owner_of[entry]
+        owner = owners[entry]
         if not buckets or buckets[-1].owner != owner or filled + entry_bytes > bucket_bytes:
             buckets.append(PlannedBucket(owner, ()))
             filled = 0
@@ -61,14 +62,13 @@ def stream_hf_weights(
 ) -> Iterator[list[tuple[str, Tensor]]]:
     """Yield all HF tensors of the model, bucket by bucket. Collective over the ranks of a model replica.
 
-    Every rank must draw the generator to its end. Each bucket is memory of its own, not the parameters', and is
-    freed when the caller lets go of it.
+    Every rank must exhaust the generator. Buckets are copies of the parameters and are freed when the caller drops
+    them.
 
     Args:
-        chunks: GPTModel chunks of this pipeline stage, in whatever wrappers.
-        table: the model's weight table.
-        bucket_bytes: size limit of a bucket in `dtype`; a single entry (QKV, gate and up, vocabulary) may exceed it.
-        dtype: of the tensors that come out.
+        chunks: GPTModel chunks of this pipeline stage, wrapped or not.
+        bucket_bytes: maximum size of a bucket in `dtype`; a single entry (QKV, gate and up, vocabulary) may exceed it.
+        dtype: dtype of the yielded tensors.
 
     Yields:
         (HF name, full tensor on the model's device), in the table's order.
@@ -88,10 +88,10 @@ def stream_hf_weights(
 
 
 def _owners(bound: Mapping[TableEntry, object], table: WeightTable) -> dict[TableEntry, Owner]:
-    """The first pipeline stage that holds each entry, and of an expert's the expert-parallel rank that does."""
+    """The first pipeline stage that holds each entry and, for entries of experts, the expert-parallel rank."""
     order = list(table.entries())
     experts_per_rank = table.num_experts // parallel_state.get_expert_model_parallel_world_size()
-    layers = {entry.layer for entry in bound}  # a stage has whole layers, whichever experts of them this rank has
+    layers = {entry.layer for entry in bound}  # a stage holds whole layers, though this rank may hold only some experts
     mine = [entry in bound if entry.layer is None else entry.layer in layers for entry in order]
     group = parallel_state.get_pipeline_model_parallel_group()
     held = gather(mine, group)
@@ -105,34 +105,34 @@ def _owners(bound: Mapping[TableEntry, object], table: WeightTable) -> dict[Tabl
 
 
 def _holds(owner: Owner) -> bool:
-    """Whether this process is among the owners."""
+    """Whether this rank is an owner."""
     expert_ranks = (None, parallel_state.get_expert_model_parallel_rank())
     return owner.stage == parallel_state.get_pipeline_model_parallel_rank() and owner.expert_rank in expert_ranks
 
 
 def _gather_bucket(held: Sequence[tuple[TableEntry, nn.Parameter]], dtype: torch.dtype) -> Tensor:
-    """All HF tensors of a bucket that this process holds a part of, flat, one after the other. Always a copy."""
-    of_experts = held[0][0].rule.per_expert  # then all of the bucket are
+    """All HF tensors of a bucket that this rank holds a part of, flattened and concatenated. Always a copy."""
+    are_experts = held[0][0].rule.per_expert  # the same for all entries of a bucket
     group = (
         parallel_state.get_expert_tensor_parallel_group()
-        if of_experts
+        if are_experts
         else parallel_state.get_tensor_model_parallel_group()
     )
     if group.size() == 1:
-        shards_of_rank = [[parameter.detach().to(dtype) for _, parameter in held]]
+        rank_shards: list[Sequence[Tensor]] = [[parameter.detach().to(dtype) for _, parameter in held]]
     else:
         local = torch.cat([parameter.detach().flatten().to(dtype) for _, parameter in held])
         ranks = [torch.empty_like(local) for _ in range(group.size())]
         dist.all_gather(ranks, local, group=group)
-        shards_of_rank = [flat.split([parameter.numel() for _, parameter in held]) for flat in ranks]
-    merged = []
-    for (entry, parameter), shards in zip(held, zip(*shards_of_rank)):
+        rank_shards = [flat.split([parameter.numel() for _, parameter in held]) for flat in ranks]
+    merged: list[Tensor] = []
+    for (entry, parameter), shards in zip(held, zip(*rank_shards)):
         merged += entry.rule.layout.merge([shard.view(parameter.shape) for shard in shards])
     return torch.cat([tensor.flatten() for tensor in merged])
 
 
 def _broadcast_from(owner: Owner, flat: Tensor) -> None:
-    """First to the other expert-parallel processes of the stage, then to the other stages."""
+    """Broadcast to the other expert-parallel ranks of the stage, then to the other stages."""
     if owner.expert_rank is not None and owner.stage == parallel_state.get_pipeline_model_parallel_rank():
         _broadcast_within(parallel_state.get_expert_model_parallel_group(), owner.expert_rank, flat)
     _broadcast_within(parallel_state.get_pipeline_model_parallel_group(), owner.stage, flat)

@@ -1,18 +1,21 @@
-"""The terms of a two-way table HF <-> Megatron, and how it is bound to the parameters of a sharded model.
+"""A two-way weight table HF <-> Megatron, and its binding to the parameters of a sharded model.
 
-One table serves everything that moves weights: loading, random initialisation, the engine sync, the export, and the
-conversion to and from Megatron's distributed checkpoints.
+The same table is used for loading, random initialisation, weight sync to the engine, export, and conversion to and from
+Megatron's distributed checkpoints.
 """
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron.core import parallel_state
 from torch import nn
 
 from megatron_dsrl.weights.layouts import Layout, Shape
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"(\.local_experts\.|\.experts\.linear_fc[12]\.weight)(\d+)")
@@ -23,53 +26,53 @@ class HfTensor:
     """A tensor of the HF checkpoint."""
 
     name: str
-    """With `{layer}` and `{expert}` in place of their numbers where there is one per layer or expert."""
+    """Contains `{layer}` and `{expert}` if there is one per layer or expert."""
     shape: Shape
 
 
 @dataclass(frozen=True)
 class TensorRule:
-    """One Megatron parameter (per layer, per expert) and the HF tensors that it is made of."""
+    """One Megatron parameter (per layer, per expert) and the HF tensors it consists of."""
 
     hf: tuple[HfTensor, ...]
     megatron: tuple[str, ...]
-    """Names of the parameter, `{layer}` and `{expert}` included: local and Transformer Engine's, or several holders of
-    one tensor."""
+    """Names of the parameter, with `{layer}` and `{expert}`: in local and in Transformer Engine layers, or of several
+    parameters that hold the same tensor."""
     layout: Layout
     initial: Literal["normal", "ones", "zeros"] = "normal"
-    """What a freshly made model holds."""
+    """Random initialisation of the parameter."""
     stored_as: str = ""
-    """Its name in distributed checkpoints, where it differs from `megatron[0]`."""
+    """Name in distributed checkpoints, if it differs from `megatron[0]`."""
 
     @property
     def per_layer(self) -> bool:
-        """There is one of it in every layer."""
+        """Whether every layer has one."""
         return "{layer}" in self.megatron[0]
 
     @property
     def per_expert(self) -> bool:
-        """There is one of it for every expert of a layer."""
+        """Whether every expert of a layer has one."""
         return "{expert}" in self.megatron[0]
 
     @property
     def checkpoint_name(self) -> str:
-        """Name in distributed checkpoints, where all layers and all experts are one tensor, stacked."""
+        """Name in distributed checkpoints, where all layers and experts are stacked into one tensor."""
         return (self.stored_as or self.megatron[0]).replace("{layer}.", "")
 
 
 @dataclass(frozen=True)
 class WeightTable:
-    """All rules of a model, in the order in which the model uses them."""
+    """All rules of a model, in the order of the model's computation."""
 
     rules: tuple[TensorRule, ...]
     num_layers: int
     num_experts: int = 0
-    """In every layer; 0 for a dense model."""
+    """Experts per layer; 0 for a dense model."""
     copies: Mapping[str, str] = field(default_factory=dict, hash=False)
-    """HF names that a checkpoint may hold in addition, and the names of the tensors that they must equal."""
+    """Optional HF names in a checkpoint, mapped to the names of the tensors they must equal."""
 
     def entries(self) -> Iterator["TableEntry"]:
-        """Every rule, layer and expert once: rules before the layers, layer by layer, rules after them."""
+        """All entries: rules before the layers, then layer by layer, then rules after the layers."""
         first, last = self._per_layer_span()
         yield from (TableEntry(rule) for rule in self.rules[:first])
         for layer in range(self.num_layers):
@@ -92,49 +95,50 @@ class WeightTable:
 
 @dataclass(frozen=True)
 class TableEntry:
-    """A rule at one layer and expert, or a rule outside of the layers."""
+    """A rule for one layer and expert, or a rule outside the layers."""
 
     rule: TensorRule
     layer: int | None = None
-    """Counted over the whole model, from 0."""
+    """Index in the whole model, from 0."""
     expert: int | None = None
-    """Counted over the whole layer, from 0."""
+    """Index in the whole layer, from 0."""
 
     @property
     def hf(self) -> tuple[HfTensor, ...]:
-        """The HF tensors with the numbers filled in."""
+        """The HF tensors with layer and expert filled in."""
         return tuple(
             HfTensor(tensor.name.format(layer=self.layer, expert=self.expert), tensor.shape) for tensor in self.rule.hf
         )
 
 
 def bind(chunks: Sequence[nn.Module], table: WeightTable) -> dict[TableEntry, list[nn.Parameter]]:
-    """Find the parameters of this rank's model chunks in the table.
+    """Match the parameters of this rank's model chunks with the table.
 
     Args:
-        chunks: GPTModel chunks, in whatever wrappers.
+        chunks: GPTModel chunks, wrapped or not.
 
     Returns:
-        Parameters by entry: one each, but for a tied embedding that first and last stage share and both hold.
+        Parameters by entry. There is one per entry, except for a tied embedding if this rank holds it twice.
     """
-    rule_of_name = {name: rule for rule in table.rules for name in rule.megatron}
+    rules = {name: rule for rule in table.rules for name in rule.megatron}
     first_expert = table.num_experts // parallel_state.get_expert_model_parallel_world_size()
     first_expert *= parallel_state.get_expert_model_parallel_rank()
     bound: dict[TableEntry, list[nn.Parameter]] = {}
     for chunk in chunks:
         model = unwrap(chunk)
         for name, parameter in model.named_parameters():
-            in_layer, of_expert = _LAYER.match(name), _EXPERT.search(name)
+            in_layer, in_expert = _LAYER.match(name), _EXPERT.search(name)
             layer = model.decoder.layers[int(in_layer[1])].layer_number - 1 if in_layer else None
-            expert = first_expert + int(of_expert[2]) if of_expert else None
+            expert = first_expert + int(in_expert[2]) if in_expert else None
             pattern = _EXPERT.sub(r"\1{expert}", _LAYER.sub("decoder.layers.{layer}.", name))
-            assert pattern in rule_of_name, f"the weight table does not know the Megatron parameter {name}"
-            bound.setdefault(TableEntry(rule_of_name[pattern], layer, expert), []).append(parameter)
+            assert pattern in rules, f"the weight table has no rule for the Megatron parameter {name}"
+            bound.setdefault(TableEntry(rules[pattern], layer, expert), []).append(parameter)
     return bound
 
 
-def unwrap(chunk: nn.Module) -> nn.Module:
+def unwrap(chunk: nn.Module) -> "GPTModel":
     """The GPTModel inside the wrappers for low precision and data parallelism."""
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    return chunk
+    model: Any = chunk
+    while hasattr(model, "module"):
+        model = model.module
+    return model

@@ -1,4 +1,4 @@
-"""The weight table of every supported HF architecture: what it consists of, in the order in which the model uses it."""
+"""The weight tables of the supported HF architectures, in the order of the model's computation."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -20,7 +20,7 @@ def qwen3_layer(a: Architecture) -> tuple[TensorRule, ...]:
 
 
 def qwen3_moe_layer(a: Architecture) -> tuple[TensorRule, ...]:
-    """Qwen3-MoE: the same attention, and experts."""
+    """Qwen3-MoE: attention as in Qwen3, with experts."""
     return (
         rules.attention_norm(a),
         rules.query_key_value(a),
@@ -55,14 +55,14 @@ def weight_table(architecture: Architecture) -> WeightTable:
         (rules.embedding(architecture), *layer, rules.final_norm(architecture), *rules.head(architecture)),
         num_layers=architecture.num_hidden_layers,
         num_experts=architecture.experts.num_experts if architecture.experts else 0,
-        # Checkpoints with tied embeddings may hold the head as well. One that differs from the embedding is refused:
-        # Transformers then unties them and uses it, whatever the configuration says.
+        # Checkpoints with tied embeddings may contain the head as well. If it differs from the embedding, Transformers
+        # ignores the configuration and uses it, so this is refused here.
         copies={rules.HF_HEAD: rules.HF_EMBEDDING} if architecture.tie_word_embeddings else {},
     )
 
 
 def value_model_table(architecture: Architecture) -> WeightTable:
-    """The table of a critic: the same trunk, and a value head in the place of the output head."""
+    """The table of a critic: the same decoder with a value head instead of the output head."""
     untied = replace(architecture, tie_word_embeddings=False)
     table = weight_table(untied)
     trunk = [rule for rule in table.rules if rule not in rules.head(untied)]

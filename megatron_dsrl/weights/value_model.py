@@ -1,4 +1,4 @@
-"""Load a value model from a policy, or from a critic that was trained before."""
+"""Load a value model from a policy or from a previously trained critic."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,16 +20,16 @@ from megatron_dsrl.weights.tables import value_model_table, weight_table
 
 
 def load_value_model(chunks: Sequence[nn.Module], architecture: Architecture, folder: Path) -> None:
-    """Fill this rank's parameters. From a policy only the trunk is taken, and the head is zero: so is every value.
+    """Fill this rank's parameters. From a policy only the decoder is loaded; the head is zero, and so are all values.
 
     Args:
-        chunks: of a value model, in whatever wrappers.
-        architecture: of the policy, which is the critic's too.
-        folder: HF folder of a policy, or of a token classifier with one label; or a policy converted to a Megatron
+        chunks: chunks of a value model, wrapped or not.
+        architecture: architecture of policy and critic.
+        folder: HF folder of a policy or of a token classifier with one label, or a policy converted to a Megatron
             distributed checkpoint.
 
     Raises:
-        UserError: weights are missing or damaged, or a tensor is missing, surplus or of another shape.
+        UserError: weights are missing or damaged, or a tensor is missing, unexpected or of the wrong shape.
     """
     policy, value_model = weight_table(architecture), value_model_table(architecture)
     read_stored: Callable[[str], Tensor]
@@ -48,15 +48,15 @@ def load_value_model(chunks: Sequence[nn.Module], architecture: Architecture, fo
 
 
 class _ByHfName:
-    """Reads a Megatron checkpoint by HF names; the tensors of one parameter are asked for one after the other."""
+    """Reads a Megatron checkpoint by HF name. Caches the last entry, since its tensors are requested consecutively."""
 
     def __init__(self, checkpoint: MegatronCheckpoint, table: WeightTable):
         self._checkpoint = checkpoint
-        self._entry_of = {tensor.name: entry for entry in table.entries() for tensor in entry.hf}
+        self._entries = {tensor.name: entry for entry in table.entries() for tensor in entry.hf}
         self._last: tuple[TableEntry, tuple[Tensor, ...]] | None = None
 
     def read(self, name: str) -> Tensor:
-        entry = self._entry_of[name]
+        entry = self._entries[name]
         if self._last is None or self._last[0] != entry:
             self._last = entry, self._checkpoint.read(entry)
         return self._last[1][[tensor.name for tensor in entry.hf].index(name)]

@@ -122,7 +122,7 @@ def flip_a_digit_of_the_state(checkpoint: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "flipped byte": (flip_a_byte, "megatron/__0_0.distcp is not what was written"),
+    "flipped byte": (flip_a_byte, "megatron/__0_0.distcp has changed"),
     "truncated file": (lambda c: os.truncate(c / "megatron" / "common.pt", 100), "megatron/common.pt is not what"),
     "missing file": (lambda c: (c / "megatron" / "common.pt").unlink(), "megatron/common.pt: No such file"),
     "missing folder": (lambda c: shutil.rmtree(c / "megatron"), "No such file"),
@@ -130,7 +130,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "broken state": (lambda c: os.truncate(c / "state.json", 200), "state.json: "),
     "another document": (lambda c: (c / "state.json").write_text("[1, 2]"), "state.json: not a checkpoint's state"),
     "no text": (lambda c: (c / "state.json").write_bytes(b"\xff\xfe\x00"), "state.json: "),
-    "flipped digit": (flip_a_digit_of_the_state, "state.json: not what was written"),
+    "flipped digit": (flip_a_digit_of_the_state, "state.json: the checksum does not match the content"),
 }
 
 

@@ -431,9 +431,9 @@ def test_the_model_of_a_run_may_be_what_is_expected(converted, capsys):
     ("options", "message"),
     [
         (["--tensor-parallel-size", 4], "2 key/value heads cannot be split 4 ways"),
-        (["--pipeline-parallel-size", 5], "5 pipeline stages, virtual ones counted: the model has 4 layers"),
+        (["--pipeline-parallel-size", 5], "5 pipeline stages (including virtual ones) for a model with 4 layers"),
         (["--virtual-pipeline-parallel-size", 2], "needs parallel.pipeline_parallel_size of at least 2"),
-        (["--pipeline-parallel-size", 2, "--virtual-pipeline-parallel-size", 4], "8 pipeline stages, virtual"),
+        (["--pipeline-parallel-size", 2, "--virtual-pipeline-parallel-size", 4], "8 pipeline stages (including"),
         (["--expert-parallel-size", 2], "the model has no experts"),
     ],
 )

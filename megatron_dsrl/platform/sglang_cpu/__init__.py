@@ -1,1 +1,1 @@
-"""What SGLang lacks on a machine without CUDA; loaded in engine processes only."""
+"""Replacements for parts of SGLang that need CUDA; loaded in engine processes only."""

@@ -1,8 +1,8 @@
 """Stand-ins for two packages that SGLang imports but never calls on CPU.
 
-`sgl_kernel` exists only as CUDA wheels: without AMX, SGLang runs its own `forward_native` for every operation.
-`torchvision` wheels are linked against CUDA builds of torch and fail to import beside a CPU build; SGLang needs them
-for image models alone. Both are imported at module level, so any name must import; calling one raises.
+`sgl_kernel` exists only as CUDA wheels: without AMX, SGLang uses `forward_native` for every operation. `torchvision`
+wheels are linked against CUDA builds of torch and fail to import with a CPU build; SGLang needs them for image models
+only. Both are imported at module level, so any name must be importable; calling one raises.
 """
 
 import sys
@@ -13,11 +13,11 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 ABSENT_PACKAGES = ("sgl_kernel", "torchvision")
-"""Packages that are replaced, their submodules included, even where they are installed."""
+"""Packages to replace, including their submodules, even if they are installed."""
 
 
 class AbsentName:
-    """Anything imported from an absent package: attributes of it exist, calling it raises."""
+    """Anything imported from an absent package: has any attribute, raises when called."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -32,7 +32,7 @@ class AbsentName:
 
 
 class AbsentModule(ModuleType):
-    """A module of an absent package: it has every public name."""
+    """A module of an absent package, with every public name."""
 
     __version__ = "0.0.0"
 
@@ -43,7 +43,7 @@ class AbsentModule(ModuleType):
 
 
 class AbsentPackageFinder(MetaPathFinder, Loader):
-    """Finds and makes the modules of the absent packages."""
+    """Finds and creates the modules of absent packages."""
 
     def find_spec(self, fullname: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
         if fullname.partition(".")[0] not in ABSENT_PACKAGES:
@@ -58,6 +58,6 @@ class AbsentPackageFinder(MetaPathFinder, Loader):
 
 
 def install() -> None:
-    """Put the finder before all others, once. Must run before the first import of `sglang` or of a model."""
+    """Install the finder before all others. Idempotent. Call it before importing `sglang` or a Transformers model."""
     if not any(isinstance(finder, AbsentPackageFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, AbsentPackageFinder())

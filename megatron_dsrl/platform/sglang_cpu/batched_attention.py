@@ -1,8 +1,8 @@
 """SGLang's `torch_native` attention with batched decoding.
 
-The original decodes one request after the other in Python, which for small models takes most of the time of a step.
-Here all requests of the batch go through one `scaled_dot_product_attention`: keys and values are gathered up to the
-longest request and the rest is masked. Prefill, sliding windows and cross attention stay the original's.
+The original decodes requests one by one in Python, which takes most of the time of a step with small models. Here all
+requests of a batch share one call of `scaled_dot_product_attention`: keys and values are gathered up to the longest
+request and masked. Prefill, sliding windows and cross attention use the original code.
 """
 
 from typing import Any
@@ -44,11 +44,11 @@ class BatchedTorchNativeBackend(TorchNativeAttnBackend):
         longest = int(seq_lens.max())
         positions = torch.arange(longest, device=query.device)
         visible = positions[None, :] < seq_lens[:, None]  # [requests, longest]
-        # Positions after a request's end may hold slots of earlier requests: slot 0 is SGLang's padding slot.
+        # Positions after a request's end may refer to slots of earlier requests; slot 0 is SGLang's padding slot.
         slots = torch.where(visible, req_to_token[req_pool_indices, :longest], 0)
         keys = _gather(k_cache, slots).to(query.dtype)
         values = _gather(v_cache, slots).to(query.dtype)
-        # The query heads that share a key-value head become its query positions: nothing is repeated for GQA.
+        # Query heads that share a key-value head become query positions, so GQA needs no repetition.
         requests, heads, head_size = query.shape
         grouped = query.reshape(requests, k_cache.shape[1], heads // k_cache.shape[1], head_size)
         attended = scaled_dot_product_attention(
@@ -65,5 +65,5 @@ def _gather(cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
 
 
 def register() -> None:
-    """Make `attention_backend=torch_native` mean the batched backend in this process."""
+    """Make `attention_backend=torch_native` select the batched backend in this process."""
     register_attention_backend("torch_native")(BatchedTorchNativeBackend)

@@ -1,7 +1,7 @@
-"""Scheduler and detokenizer of an engine on CPU: forks of its server, which has imported SGLang already.
+"""Fork the scheduler and detokenizer of an engine on CPU from its server, which has already imported SGLang.
 
-SGLang spawns them, since CUDA does not survive a fork; each then imports SGLang again, which takes longer than all the
-rest of a tiny engine's start.
+SGLang spawns them, since CUDA does not survive a fork. Each would import SGLang again, which takes longer than the rest
+of a tiny engine's start.
 """
 
 import multiprocessing
@@ -17,21 +17,21 @@ class EngineProcess(ForkProcess):
 
     def run(self) -> None:
         parent = multiprocessing.parent_process()
-        assert parent is not None
+        assert parent is not None and parent.pid is not None
         die_with_parent(parent.pid)
         super().run()
 
 
 class EngineContext(ForkContext):
-    """What SGLang's launcher takes for the module `multiprocessing`."""
+    """Replaces the module `multiprocessing` in SGLang's launcher."""
 
     Process = EngineProcess
 
     def set_start_method(self, method: str | None, force: bool = False) -> None:
-        """Holds for what else the server starts by `multiprocessing`."""
+        """Set the start method for other processes that the server starts with `multiprocessing`."""
         multiprocessing.set_start_method(method, force)
 
 
 def register() -> None:
-    """Fork the processes of the engine that this process is going to launch."""
+    """Make the engine launched by this process fork its processes."""
     engine.mp = EngineContext()

@@ -1,13 +1,13 @@
-"""Seeded sampling in SGLang on CPU: a token depends on the distribution, the sample's `sampling_seed` and its position.
+"""Seeded sampling in SGLang on CPU: a token depends only on the distribution, the `sampling_seed` and the position.
 
-SGLang has this only as a part of its deterministic inference, which needs CUDA kernels: batch-invariant matrix
-products, and a hash of the whole vocabulary for every token. Here the hash gives one uniform number per token, which
-picks the token by inverting the cumulative distribution in float64. That is exact, costs less than
-`torch.multinomial`, and changes nothing but where the random number comes from.
+SGLang offers this only with deterministic inference, which needs CUDA kernels: batch-invariant matrix products, and a
+hash over the whole vocabulary for every token. Here a hash gives one uniform number per token, which selects the token
+by inverting the cumulative distribution in float64. This is exact, faster than `torch.multinomial`, and changes only
+the source of randomness.
 
-Two places of SGLang are concerned. The sampler is registered by SGLang's own `register_sampler_backend`. The seeds are
-in every request, but `SamplingBatchInfo.from_schedule_batch` drops them outside deterministic inference: it is wrapped
-and puts them back; SGLang's own code then filters and merges them with the batch.
+Two parts of SGLang are changed. The sampler is registered with SGLang's `register_sampler_backend`. Seeds are part of
+every request, but `SamplingBatchInfo.from_schedule_batch` drops them outside deterministic inference, so it is wrapped
+to restore them; SGLang's own code then filters and merges them with the batch.
 """
 
 import functools
@@ -22,12 +22,12 @@ from megatron_dsrl.platform.sglang_cpu.inverse_sampling import pick, uniform_num
 
 
 class SeededSampler(Sampler):
-    """SGLang's sampler with its choice of the token replaced; temperature and log-probs stay the original's."""
+    """SGLang's sampler with another choice of the token; temperature and log-probs are unchanged."""
 
     def _sample_from_probs(
         self, probs: torch.Tensor, sampling_info: Any, positions: torch.Tensor, simple_sampling_case: bool
     ) -> tuple[torch.Tensor, None]:
-        """One token per row of `probs`, [requests, vocabulary], which sums to 1. Returns int32 [requests]."""
+        """Sample one token per row of `probs`, [requests, vocabulary]; returns [requests] int32."""
         uniform = uniform_numbers(sampling_info.sampling_seed, positions)
         if simple_sampling_case:
             return pick(probs, uniform).to(torch.int32), None
@@ -38,7 +38,7 @@ class SeededSampler(Sampler):
 
 
 def _most_likely(probs: torch.Tensor, sampling_info: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities in descending order, those outside top-k, top-p or min-p set to 0, and their tokens."""
+    """Probabilities in descending order, set to 0 outside top-k, top-p and min-p, and their tokens."""
     kept, tokens = probs.sort(dim=-1, descending=True, stable=True)
     before = kept.cumsum(dim=-1) - kept
     ranks = torch.arange(kept.shape[-1], device=kept.device)
@@ -49,7 +49,8 @@ def _most_likely(probs: torch.Tensor, sampling_info: Any) -> tuple[torch.Tensor,
 
 
 def register() -> None:
-    """Make `sampling_backend=pytorch` mean the seeded sampler in this process, and give it the seeds. Call it once."""
+    """Make `sampling_backend=pytorch` select the seeded sampler in this process, and pass it the seeds. Call it
+    once."""
     register_sampler_backend("pytorch", SeededSampler)
     original = SamplingBatchInfo.from_schedule_batch
 
