@@ -123,7 +123,7 @@ def flip_a_digit_of_the_state(checkpoint: Path) -> None:
 
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "flipped byte": (flip_a_byte, "megatron/__0_0.distcp has changed"),
-    "truncated file": (lambda c: os.truncate(c / "megatron" / "common.pt", 100), "megatron/common.pt is not what"),
+    "truncated file": (lambda c: os.truncate(c / "megatron" / "common.pt", 100), "megatron/common.pt has changed"),
     "missing file": (lambda c: (c / "megatron" / "common.pt").unlink(), "megatron/common.pt: No such file"),
     "missing folder": (lambda c: shutil.rmtree(c / "megatron"), "No such file"),
     "no state": (lambda c: (c / "state.json").unlink(), "state.json: .*No such file"),

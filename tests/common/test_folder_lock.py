@@ -96,8 +96,8 @@ def test_a_file_system_without_locks_is_said_and_a_folder_that_cannot_be_made_is
     reports: list[str] = []
     with locked(folder, reports.append):
         assert reports == [
-            f"{folder}: no locks here ([Errno 37] No locks available), so nothing keeps a second command out of this "
-            "folder"
+            f"{folder}: the file system has no locks ([Errno 37] No locks available); do not run a second command in "
+            "this folder"
         ]
     (folder / "file").touch()
     with pytest.raises(UserError, match="cannot write to .*/file/run: .*Not a directory"), locked(
