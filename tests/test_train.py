@@ -204,11 +204,11 @@ def test_partial_rollouts_carry_groups_over_steps_and_over_an_interruption(confi
     trained = [group.prompt.index for groups, _ in recorded for group in groups]
     rejected = [group.prompt.index for _, others in recorded for group in others]
     left = CarryOver.read_from(run / "checkpoints" / "step_000003" / "rollout")
-    on_their_way = [group.prompt.index for group in (*left.finished, *left.unfinished)]
+    carried = [group.prompt.index for group in (*left.finished, *left.unfinished)]
     assert len(trained) == len(set(trained)) == 12
-    assert not set(trained) & {*on_their_way, *rejected}
+    assert not set(trained) & {*carried, *rejected}
     state = json.loads((run / "checkpoints" / "step_000003" / "state.json").read_text())
-    assert state["run"]["sampler"]["position"] == len(trained) + len(rejected) + len(on_their_way)
+    assert state["run"]["sampler"]["position"] == len(trained) + len(rejected) + len(carried)
 
     result = dsrl("train", str(config), "name=again", *partial, "steps=3", f"rollout.replay_from={run}")
     assert result.returncode == 0, result.stderr

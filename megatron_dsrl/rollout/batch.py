@@ -1,4 +1,4 @@
-"""A batch of prompts that is being sampled. It outlives the loss of engines: only what is unfinished is asked again."""
+"""A batch of prompts that is being sampled. It survives lost engines: only unfinished responses are requested again."""
 
 import time
 from collections import deque
@@ -15,23 +15,23 @@ from megatron_dsrl.rollout.unfinished import UnfinishedGroup
 class Feed(Protocol):
     """Where the groups of a batch come from, and when there are enough."""
 
-    def take(self, on_their_way: int) -> list[UnfinishedGroup]:
-        """Groups to begin or to continue, given the number of those on their way."""
+    def take(self, in_flight: int) -> list[UnfinishedGroup]:
+        """Groups to begin or to continue, given the number of groups in flight."""
 
     def judged(self, group: Group) -> None:
-        """This one is finished."""
+        """Called with every group that is finished."""
 
     def is_enough(self) -> bool:
-        """Whether what is still on its way is to be aborted."""
+        """Whether the groups still in flight should be aborted."""
 
 
 class WholeFeed:
-    """All groups at once, and all of them are wanted."""
+    """Gives all groups at once and needs all of them."""
 
     def __init__(self, groups: Sequence[UnfinishedGroup]) -> None:
         self._groups = list(groups)
 
-    def take(self, on_their_way: int) -> list[UnfinishedGroup]:
+    def take(self, in_flight: int) -> list[UnfinishedGroup]:
         groups, self._groups = self._groups, []
         return groups
 
@@ -47,14 +47,14 @@ class BatchSampler(Protocol):
 
     @property
     def weight_version(self) -> int:
-        """Version of the weights that the engines hold."""
+        """Version of the engines' current weights."""
 
     @property
     def training_sampling(self) -> SamplingParameters:
         """Sampling parameters of training."""
 
     def sample_batch(self, feed: Feed, sampling: SamplingParameters, on_samples: OnSamples) -> "Batch":
-        """Sample what the feed asks for, until it has enough; judged by the run's verifier."""
+        """Sample and judge the feed's groups until it has enough, with the run's verifier."""
 
 
 @dataclass(frozen=True)
@@ -66,37 +66,37 @@ class BatchRequest:
     weight_version: int
     """The version that every new token must carry."""
     deterministic: bool
-    """Group i goes to engine i modulo their number, and an engine gets all its groups in one call."""
+    """Group i goes to engine i modulo the number of engines, and each engine gets all its groups in one call."""
     max_outstanding_samples: int
-    """Samples that one engine holds at a time; further prompts wait for the engine that frees up first. Without
-    effect on deterministic batches."""
+    """Samples that one engine holds at a time; further prompts wait for the engine that frees up first. No effect on
+    deterministic batches."""
     timeout_seconds: float
     """Limit for the whole batch, verification included."""
     call_timeout_seconds: float | None
-    """Limit for one call to an engine; None for none."""
+    """Limit for one call to an engine; None: no limit."""
     call_attempts: int
-    """How often a call is made before its failure is an error, where the engine itself is well."""
+    """How often a call to a healthy engine is attempted before its failure is an error."""
     health_check_seconds: float
     """Time between two health checks of an engine."""
     health_timeout_seconds: float
-    """An engine that has not passed a check for so long counts as lost."""
+    """An engine that has passed no check for this long counts as lost."""
 
 
 @dataclass
 class Call:
-    """Groups that an engine is asked for together."""
+    """Groups that are requested from an engine together."""
 
     positions: tuple[int, ...]
     engine: int | None = None
-    """The only one that may have it; None leaves it to `EngineChoice`."""
+    """The only engine that may take it; None leaves the choice to `EngineChoice`."""
     attempts: int = 0
     """How often it has failed."""
     not_before: float = 0.0
-    """On the monotonic clock: a failed call waits a while."""
+    """Earliest time to send it, on the monotonic clock: a failed call backs off."""
 
 
 class Batch:
-    """The groups of a batch by position, in the order in which the feed gave them."""
+    """The groups of a batch. A group's position is its place in the order in which the feed gave them."""
 
     def __init__(self, request: BatchRequest, num_engines: int) -> None:
         self.request = request
@@ -104,23 +104,23 @@ class Batch:
         self.finished: dict[int, Group] = {}
         """Judged groups by position."""
         self.waiting: deque[Call] = deque()
-        """Calls to be made; those that failed come first."""
+        """Calls to make; failed ones come first."""
         self.deadline = time.monotonic() + request.timeout_seconds
         self.retries = 0
         self._num_engines = num_engines
 
     @property
     def finished_groups(self) -> list[Group]:
-        """In the order of their positions."""
+        """Judged groups, by position."""
         return [self.finished[position] for position in sorted(self.finished)]
 
     @property
     def unfinished_groups(self) -> list[UnfinishedGroup]:
-        """Those that are not judged, in the order of their positions."""
+        """Groups that are not judged yet, by position."""
         return [group for position, group in enumerate(self.groups) if position not in self.finished]
 
     def top_up(self) -> None:
-        """Ask the feed for more."""
+        """Take more groups from the feed."""
         first = len(self.groups)
         self.groups += self.request.feed.take(first - len(self.finished))
         added = range(first, len(self.groups))

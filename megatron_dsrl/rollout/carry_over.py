@@ -1,10 +1,10 @@
 """What a step leaves to the next one.
 
-Partial rollouts: what is aborted when a step has enough groups (`sample_until.py`) keeps its tokens, and the next step
-continues it under its own weights before it begins new prompts. So no step waits for the longest responses.
+Partial rollouts: responses aborted when a step has enough groups (`sample_until.py`) keep their tokens, and the next
+step continues them under its own weights before it begins new prompts. So no step waits for the longest responses.
 
-A response then has tokens of several weight versions, which `max_weight_versions` bounds: a group that would have more
-is restarted with other random numbers.
+A response then mixes tokens of several weight versions. `max_weight_versions` bounds their number: a group that would
+have more is restarted with other random numbers.
 """
 
 import os
@@ -26,15 +26,15 @@ CARRY_OVER_FILE = "carried_over.jsonl"
 
 @dataclass(frozen=True)
 class CarryOver:
-    """Groups that were sampled, wholly or in part, and not trained on yet."""
+    """Groups that were sampled, fully or in part, but not trained on yet."""
 
     finished: tuple[Group, ...] = ()
-    """Judged; more than their step needed, or sampled ahead."""
+    """Judged groups: more than their step needed, or sampled ahead."""
     unfinished: tuple[UnfinishedGroup, ...] = ()
 
     @property
     def num_tokens(self) -> int:
-        """Response tokens that need not be sampled again."""
+        """Response tokens sampled so far, which will not be sampled again."""
         finished = sum(len(sample.response_ids) for group in self.finished for sample in group.samples)
         return finished + sum(group.num_tokens for group in self.unfinished)
 
@@ -49,10 +49,10 @@ class CarryOver:
 
     @classmethod
     def read_from(cls, folder: Path) -> "CarryOver":
-        """What a checkpoint has of it; nothing where its run had none.
+        """Read it from a checkpoint folder; empty if the folder does not exist.
 
         Raises:
-            UserError: the file cannot be read as what `write` has written.
+            UserError: the file is missing or damaged.
         """
         if not folder.exists():
             return cls()
@@ -66,27 +66,27 @@ class CarryOver:
                 else:
                     unfinished.append(_unfinished_group(record["group"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{file}: not what a step has left to the next one ({error!r})") from error
+            raise UserError(f"{file}: damaged, the carried-over groups cannot be read ({error!r})") from error
         return cls(tuple(finished), tuple(unfinished))
 
 
 @dataclass(frozen=True)
 class CarryOverWrite:
-    """The part of a checkpoint that keeps it, ready to be written; see `checkpoint.store.WeightsWrite`."""
+    """The carried-over part of a checkpoint, ready to be written; see `checkpoint.store.WeightsWrite`."""
 
     carried: CarryOver | None
-    """None on the ranks that have nothing to do with it."""
+    """None on ranks other than 0."""
     folder: Path
 
     def write(self) -> list[Path]:
-        """Write the file, if there is one; it is returned."""
+        """Write the file and return it; nothing to write on ranks other than 0."""
         if self.carried is None:
             return []
         self.carried.write(self.folder / CARRY_OVER_FILE)
         return [self.folder / CARRY_OVER_FILE]
 
     def finish(self) -> None:
-        """There is nothing to add."""
+        """Nothing more to write."""
 
 
 def restart_expired(
@@ -95,16 +95,16 @@ def restart_expired(
     max_weight_versions: int,
     new_seeds: Callable[[Sequence[Prompt]], Sequence[Sequence[int]]],
 ) -> tuple[CarryOver, int]:
-    """Restart the groups that are too old for these weights.
+    """Restart the groups that are too old for the current weights.
 
     Args:
-        carried: what the step before left.
-        weight_version: of this step's weights.
-        max_weight_versions: versions that one group may mix, this one included.
-        new_seeds: random numbers of the groups that are restarted.
+        carried: what the previous step left.
+        weight_version: version of this step's weights.
+        max_weight_versions: versions that one group may mix, including this one.
+        new_seeds: seeds for the restarted groups, one sequence per prompt.
 
     Returns:
-        What this step continues, and how many groups were restarted.
+        What this step continues, and the number of restarted groups.
     """
     oldest_allowed = weight_version - max_weight_versions + 1
     finished = tuple(group for group in carried.finished if _oldest_version(group) >= oldest_allowed)

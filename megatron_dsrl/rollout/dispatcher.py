@@ -1,13 +1,13 @@
-"""One batch of prompts over all engines, with verification running beside generation.
+"""Samples one batch of prompts on all engines, verifying finished groups while others are still being generated.
 
 Each prompt goes, with all its samples, to the engine with the fewest outstanding tokens, so that the samples share the
-prompt's cache. As soon as a group returns, its responses are in the reward pool while other prompts still generate.
-In deterministic sampling nothing may depend on who is first: each engine gets a fixed part of the prompts at once.
+prompt's cache. As soon as a group returns, its responses go to the reward pool while other prompts still generate.
+In deterministic sampling nothing may depend on timing: each engine gets a fixed share of the prompts at once.
 
-Faults. A call that fails is made again after a while, if its engine is well. An engine that is gone, or has not
-passed a health check for too long, is lost: its calls go to the others at once. When no living engine may take what is
-left, `EnginesLostError` hands the batch back, to be continued once the engines have been restarted. Samples keep their
-seeds through all of that, and a call counts once: no sample is lost or doubled.
+Faults. A failed call to a healthy engine is retried after a pause. An engine that is gone, or has passed no health
+check for too long, is lost: its calls go to the others at once. When no living engine can take the remaining calls,
+`EnginesLostError` hands the batch back, to be continued once the engines have been restarted. Samples keep their seeds
+throughout, and a call's answer is used once: no sample is lost or duplicated.
 """
 
 import asyncio
@@ -29,20 +29,20 @@ Decode = Callable[[Sequence[int]], str]
 
 STRAGGLERS_IN_ERROR = 8
 FIRST_BACK_OFF_SECONDS = 1.0
-"""Before the second attempt; it doubles with every further one."""
+"""Pause before the second attempt; doubled for each further one."""
 ABORT_AGAIN_SECONDS = 1.0
-"""A call that reached the engine just after an abort is met by the next one."""
+"""Interval between aborts: a call that reaches the engine just after one is caught by the next."""
 ABORT_LIMIT_SECONDS = 60.0
 MONITOR_GRACE_SECONDS = 5.0
-"""For a health check that is under way when the batch ends; what it asked of the engine must not meet the next one."""
+"""Time for a health check in progress to finish when the batch ends, so that it does not run into the next batch."""
 
 
 class StaleWeightsError(EngineError):
-    """A sample came from other weights than the current ones."""
+    """A sample was generated with weights other than the current ones."""
 
 
 class EnginesLostError(EngineError):
-    """No living engine may take what is left of the batch."""
+    """No living engine can take the rest of the batch."""
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,12 @@ class Dispatcher:
     ) -> None:
         """
         Args:
-            batch: what to do; its state is kept up to date.
+            batch: its state is updated in place.
             clients: one per engine.
-            lost: why an engine may not be used, by its number. Engines that are lost meanwhile are added.
+            lost: why an engine must not be used, by engine number. Engines lost during the batch are added.
             rewards: judges responses.
-            decode: makes text of them.
-            on_samples: is told how many samples have come back, each time some do.
-            on_group: gets every group, with its position in the batch, as soon as it is judged, in any order.
-            on_call: gets every call to an engine when it has ended.
+            decode: turns response tokens into text.
+            on_samples: see `progress.OnSamples`; likewise `on_group` and `on_call`.
         """
         self._batch = batch
         self._request = batch.request
@@ -99,12 +97,13 @@ class Dispatcher:
         self._ended = asyncio.Event()
 
     async def run(self) -> None:
-        """
+        """Sample the batch.
+
         Raises:
-            EnginesLostError: The batch can go on when engines have been restarted.
-            StaleWeightsError: A sample does not carry the requested weight version.
-            EngineError: An engine refused a request for good, or the batch took longer than its limit; the message
-                names the prompts.
+            EnginesLostError: The batch can continue once engines have been restarted.
+            StaleWeightsError: A sample does not have the requested weight version.
+            EngineError: An engine rejected a request, or the batch took longer than its limit; the message names the
+                prompts.
         """
         self._monitors = {
             asyncio.create_task(self._monitor(client)): engine
@@ -128,7 +127,7 @@ class Dispatcher:
     # ---- sending
 
     def _send(self) -> None:
-        """Give out the calls that may be made now, as long as engines have room."""
+        """Send the calls that are due, as long as engines have room."""
         now = time.monotonic()
         for call in list(self._batch.waiting):
             if call.not_before > now or not self._has_engine(call):
@@ -150,7 +149,7 @@ class Dispatcher:
             self._running[asyncio.create_task(answer)] = Running(call, engine, load, now)
 
     def _has_engine(self, call: Call) -> bool:
-        """Whether any living engine may take it."""
+        """Whether a living engine can take the call."""
         if call.engine is not None:
             return call.engine not in self._lost
         return len(self._lost) < len(self._clients)
@@ -158,7 +157,7 @@ class Dispatcher:
     # ---- waiting
 
     async def _wait(self) -> None:
-        """Wait for the next thing to happen, and deal with it."""
+        """Wait for the next event and handle it."""
         now = time.monotonic()
         wake = min([self._batch.deadline, *(c.not_before for c in self._batch.waiting if c.not_before > now)])
         tasks = [*self._running, *self._judging, *self._monitors]
@@ -187,11 +186,11 @@ class Dispatcher:
             return
         self._take(running, completions)
         unfinished = tuple(p for p in running.call.positions if not self._batch.groups[p].is_complete)
-        if unfinished:  # the engine aborted on its own account
+        if unfinished:  # the engine aborted without being asked
             self._retry(running, EngineError("the engine aborted it"))
 
     def _take(self, running: Running, completions: Sequence[Completion]) -> None:
-        """Add what has come to the groups of a call; those that are complete go to the verifier."""
+        """Add the completions to the call's groups; complete groups go to the verifier."""
         call, answers = running.call, iter(completions)
         aborted = any(completion.finish_reason == "abort" for completion in completions)
         self._report(running, "aborted" if aborted else "done", sum(len(c.response_ids) for c in completions))
@@ -247,7 +246,7 @@ class Dispatcher:
     # ---- faults
 
     async def _monitor(self, client: EngineClient) -> str:
-        """Why the engine is lost; returns when it is, or when the batch has ended."""
+        """Returns when the engine is lost, with the reason, or when the batch has ended."""
         healthy = time.monotonic()
         while not self._ended.is_set():
             try:
@@ -262,8 +261,8 @@ class Dispatcher:
         return ""
 
     async def _failed(self, running: Running, error: EngineError) -> None:
-        """A call failed: is it the engine?"""
-        if running.engine in self._lost:  # and this is another of its calls
+        """Find out whether a failed call means that the engine is lost, or can be retried."""
+        if running.engine in self._lost:  # another call of an engine already known to be lost
             self._batch.waiting.appendleft(running.call)
             return
         try:
@@ -275,14 +274,14 @@ class Dispatcher:
             self._retry(running, error)
 
     def _retry(self, running: Running, error: EngineError) -> None:
-        """Make the call again after a while, whoever takes it then."""
+        """Queue the call again after a pause, for any engine that may take it."""
         call = running.call
         call.attempts += 1
         if call.attempts >= self._request.call_attempts:
             prompts = ", ".join(str(self._prompt(position)) for position in call.positions)
             raise EngineError(
-                f"{error}\nThat was attempt {call.attempts} of rollout.request_attempts for prompt {prompts}, and the "
-                "engine is well otherwise"
+                f"{error}\nThat was the last attempt for prompt {prompts} (rollout.request_attempts = "
+                f"{call.attempts}); the engine is otherwise healthy"
             )
         self._batch.retries += 1
         call.not_before = time.monotonic() + FIRST_BACK_OFF_SECONDS * 2 ** (call.attempts - 1)
@@ -290,7 +289,7 @@ class Dispatcher:
         self._batch.waiting.appendleft(call)
 
     def _lose(self, engine: int, problem: str) -> None:
-        """The engine gets nothing any more, and what it had goes to the others."""
+        """Stop using the engine and requeue its calls for the others."""
         self._lost[engine] = problem
         self._engine_choice.lost.add(engine)
         for task, running in list(self._running.items()):
@@ -300,15 +299,15 @@ class Dispatcher:
                 self._report(running, problem)
                 self._engine_choice.end(engine, running.load)
                 self._batch.waiting.appendleft(running.call)
-        for task, of in list(self._monitors.items()):
-            if of == engine:
+        for task, monitored in list(self._monitors.items()):
+            if monitored == engine:
                 task.cancel()
                 del self._monitors[task]
 
     # ---- the end
 
     async def _abort_surplus(self) -> None:
-        """End what is still running and keep what there is of it; what was complete in that moment is judged."""
+        """Abort running calls and keep their tokens; groups that turn out complete are judged."""
         deadline = time.monotonic() + ABORT_LIMIT_SECONDS
         while self._running and time.monotonic() < deadline:
             for engine in {running.engine for running in self._running.values()}:
@@ -320,7 +319,7 @@ class Dispatcher:
                 done, _ = await asyncio.wait(self._running, timeout=ABORT_AGAIN_SECONDS)
                 for task in done:
                     running = self._running.pop(task)
-                    if task.exception() is None:  # else the group stays as it was before this step
+                    if task.exception() is None:  # otherwise the group stays as it was before this call
                         self._take(running, task.result())
                     else:
                         self._report(running, str(task.exception()))
@@ -334,7 +333,7 @@ class Dispatcher:
         for running in self._running.values():
             self._report(running, "cancelled")
         for task in (*self._running, *self._judging):
-            task.cancel()  # closes the connection, at which SGLang aborts the request
+            task.cancel()  # closes the connection, which makes SGLang abort the request
         await asyncio.gather(*self._running, *self._judging, return_exceptions=True)
         if self._monitors:
             await asyncio.wait(self._monitors, timeout=MONITOR_GRACE_SECONDS)
@@ -343,17 +342,17 @@ class Dispatcher:
             await asyncio.gather(*self._monitors, return_exceptions=True)
 
     def _report(self, running: Running, outcome: str, tokens: int = 0) -> None:
-        """Tell the observer of a call that has ended."""
+        """Pass a finished call to the observer."""
         prompts = tuple(self._prompt(position) for position in running.call.positions)
         attempt, ended = running.call.attempts + 1, time.monotonic()
         self._on_call(EngineCall(running.engine, prompts, tokens, attempt, outcome, running.started, ended))
 
     def _prompt(self, position: int) -> int:
-        """Index of the prompt at this position of the batch, by which users know it."""
+        """Index of the prompt at this position of the batch, as users know it."""
         return self._batch.groups[position].prompt.index
 
     def _timeout_message(self) -> str:
-        """Who is late: the longest running first."""
+        """Names the late prompts, the longest running first."""
         now = time.monotonic()
         late = [
             f"prompt {self._prompt(position)} on {self._clients[running.engine].url} for {now - running.started:.0f} s"
@@ -374,7 +373,7 @@ class Dispatcher:
 
 
 def _sample(response: PartialResponse, text: str, reward: float, verdict: str, weight_version: int) -> Sample:
-    """The finished response. Its last token may be older than the current weights only if it had ended before."""
+    """Make a sample of a finished response. Its last token is older than `weight_version` only if it ended earlier."""
     assert response.finish_reason is not None
     versions = response.weight_versions or ((weight_version, 0),)
     return Sample(

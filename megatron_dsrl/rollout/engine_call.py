@@ -1,22 +1,22 @@
-"""One call to an engine, after it has ended: what the timeline shows of rollout."""
+"""A finished call to an engine, as the timeline shows it."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class EngineCall:
-    """What an engine was asked for, when, and what came of it."""
+    """What was requested from an engine, when, and with what outcome."""
 
     engine: int
-    """Its number."""
+    """Engine number."""
     prompts: tuple[int, ...]
-    """Rows of the prompts in their set."""
+    """Row numbers of the prompts in their set."""
     tokens: int
-    """That came back."""
+    """Response tokens returned."""
     attempt: int
-    """From 1."""
+    """Counted from 1."""
     outcome: str
-    """`done`, `aborted`, `cancelled`, or what went wrong."""
+    """`done`, `aborted`, `cancelled`, or the error."""
     started: float
     """On the monotonic clock, in seconds."""
     ended: float

@@ -1,8 +1,8 @@
 """Which engine gets the next prompt: the one with the fewest outstanding tokens.
 
-A group counts with the tokens that it will take up: its prompt once, since its samples share it, and for every
-response that has not ended what is expected of it. The expectation is the mean length of the responses that the batch
-has finished so far, and the length limit until there are any.
+A group counts as the tokens that it will occupy: its prompt once, since its samples share it, and the expected rest of
+every unfinished response. The expected length is the mean of the batch's finished responses, or the length limit until
+there are any.
 """
 
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from megatron_dsrl.rollout.unfinished import UnfinishedGroup
 
 @dataclass(frozen=True)
 class Load:
-    """What a call puts on its engine."""
+    """The load that a call puts on its engine."""
 
     samples: int
     tokens: float
@@ -20,14 +20,14 @@ class Load:
 
 @dataclass
 class EngineChoice:
-    """Keeps count of what every engine has to do."""
+    """Tracks the outstanding work of every engine and chooses the next one."""
 
     num_engines: int
     max_outstanding_samples: int
     """Samples that one engine holds at a time. An idle engine takes any call."""
     max_response_tokens: int
     lost: set[int] = field(default_factory=set)
-    """Engines that get nothing any more."""
+    """Engines that must not be chosen."""
 
     def __post_init__(self) -> None:
         self._samples = [0] * self.num_engines
@@ -37,13 +37,13 @@ class EngineChoice:
 
     @property
     def expected_response_tokens(self) -> float:
-        """Length of a response, as far as one knows."""
+        """Expected response length: the mean so far, or the limit until there is one."""
         if self._finished_responses == 0:
             return self.max_response_tokens
         return self._finished_tokens / self._finished_responses
 
     def load_of(self, groups: list[UnfinishedGroup]) -> Load:
-        """What these groups would put on an engine."""
+        """The load of a call with these groups."""
         tokens = 0.0
         for group in groups:
             tokens += len(group.prompt.token_ids)
@@ -53,7 +53,7 @@ class EngineChoice:
         return Load(sum(group.num_unfinished for group in groups), tokens)
 
     def choose(self, load: Load) -> int | None:
-        """The living engine with the fewest outstanding tokens among those that have room; None if none has."""
+        """The living engine with the fewest outstanding tokens among those with room; None if none has room."""
         free = [
             engine
             for engine in range(self.num_engines)
@@ -63,16 +63,16 @@ class EngineChoice:
         return min(free, key=self._tokens.__getitem__, default=None)
 
     def begin(self, engine: int, load: Load) -> None:
-        """A call with this load is sent to the engine."""
+        """Record that a call with this load was sent to the engine."""
         self._samples[engine] += load.samples
         self._tokens[engine] += load.tokens
 
     def end(self, engine: int, load: Load) -> None:
-        """The call is over, well or not."""
+        """Record that the call has ended, successfully or not."""
         self._samples[engine] -= load.samples
         self._tokens[engine] -= load.tokens
 
     def learn(self, response_tokens: int) -> None:
-        """A response has ended with this length."""
+        """Record the length of a finished response."""
         self._finished_responses += 1
         self._finished_tokens += response_tokens

@@ -1,7 +1,7 @@
-"""The rollout side over SGLang engines.
+"""The rollout side with SGLang engines.
 
-Engines may die or hang at any time. What calls them notes it and goes on without them. They are replaced where all
-ranks are together: when new weights are loaded, and in the middle of a batch when it cannot go on without them.
+Engines may die or hang at any time. Their callers note it and continue without them. They are restarted at points that
+all ranks reach together: when new weights are loaded, and during a batch when it cannot continue without them.
 """
 
 import asyncio
@@ -57,7 +57,7 @@ class EngineRollout:
         self._weight_version = initial_weight_version(config)
         self._urls: list[str] = []
         self._lost: dict[int, str] = {}
-        """Engines that rank 0 has found to be gone or to hang."""
+        """Why an engine is lost, by its number, as found by rank 0."""
         self._recover: Callable[[], None] | None = None
         self._retries = 0
         self._rewards = RewardPool(config.reward) if rank() == 0 else None
@@ -72,12 +72,12 @@ class EngineRollout:
 
     @property
     def weight_version(self) -> int:
-        """Version that every sample carries now."""
+        """Version that new samples carry."""
         return self._weight_version
 
     @property
     def training_sampling(self) -> SamplingParameters:
-        """Sampling parameters of training; evaluation derives its own with `dataclasses.replace`."""
+        """Sampling parameters of training; evaluation changes them with `dataclasses.replace`."""
         return self._training_sampling
 
     def wait_until_ready(self) -> None:
@@ -126,17 +126,16 @@ class EngineRollout:
         on_sample: Callable[[Prompt, int, Sample], None],
         rewards: RewardPool | None = None,
     ) -> None:
-        """Samples one by one, none of which waits for others of its prompt. They are those that `generate` draws. Rank
-        0 only.
+        """Draw single samples, none of which waits for others of its prompt; the same ones as `generate`. Rank 0 only.
 
-        Each goes to the engine with the fewest outstanding tokens. Engines keep the prompt in their caches.
+        Each goes to the engine with the fewest outstanding tokens. Engines keep prompts in their caches.
 
         Args:
-            wanted: prompts and numbers of samples. Neighbours should have the same prompt.
-            sampling: how.
-            stream: names the random numbers.
+            wanted: (prompt, sample number) pairs; those of one prompt should be adjacent.
+            sampling: sampling parameters.
+            stream: names the random numbers; see `rollout/seeds.py`.
             on_sample: gets every sample, with its prompt and number, as soon as it is judged.
-            rewards: another verifier than the run's.
+            rewards: used instead of the run's verifier.
         """
         assert self._rewards is not None, "only rank 0 samples"
         seeds = [sample_seed(self._config.seed, stream, prompt.index, number) for prompt, number in wanted]
@@ -163,7 +162,7 @@ class EngineRollout:
         finally:
             self._recover = None
         broadcast((True, self._lost))
-        engines.lose(self._lost)  # nobody waits for their answers until they are replaced
+        engines.lose(self._lost)  # not called again until they are restarted
         return result
 
     def restart_engines(self) -> None:
@@ -205,7 +204,7 @@ class EngineRollout:
         assert self._weight_version != UNSET_WEIGHT_VERSION, "load_weights() comes first: the model folder has none"
         batch = Batch(self._request(feed, sampling), len(self._urls))
         in_main_thread = threading.current_thread() is threading.main_thread()
-        recover = self._recover if in_main_thread else None  # it is collective, and the main thread may be in another
+        recover = self._recover if in_main_thread else None  # collective; the main thread may be in another collective
         while True:
             try:
                 asyncio.run(self._dispatch(batch, rewards, on_samples, on_group))
@@ -218,13 +217,13 @@ class EngineRollout:
                 self._running_engines().lose(self._lost)
                 recover()
                 self._lost.clear()
-                batch.deadline += time.monotonic() - started  # the limit is one of sampling
+                batch.deadline += time.monotonic() - started  # the limit applies to sampling only
             finally:
                 self._retries += batch.retries
                 batch.retries = 0
 
     def _request(self, feed: Feed, sampling: SamplingParameters) -> BatchRequest:
-        """With the limits of the configuration, and the weights that the engines have now."""
+        """A request with the configured limits and the current weight version."""
         config, engine = self._config.rollout, self._config.engine
         return BatchRequest(
             feed=feed,

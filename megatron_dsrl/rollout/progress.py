@@ -1,4 +1,4 @@
-"""Who is told of the progress while a batch is sampled."""
+"""Callbacks that report progress while a batch is sampled."""
 
 from collections.abc import Callable
 
@@ -6,12 +6,12 @@ from megatron_dsrl.rollout.engine_call import EngineCall
 from megatron_dsrl.rollout.sample import Group
 
 OnSamples = Callable[[int], None]
-"""Told how many samples have come back, each time some do."""
+"""Called with the number of samples that have just come back."""
 OnGroup = Callable[[int, Group], None]
-"""Gets every group, with its position in the batch, as soon as it is judged, in any order."""
+"""Called with every group and its position in the batch as soon as it is judged, in any order."""
 OnCall = Callable[[EngineCall], None]
-"""Told of every call to an engine when it has ended."""
+"""Called with every finished call to an engine."""
 
 
 def ignore(*progress: object) -> None:
-    """For callers that do not watch the progress."""
+    """A callback that does nothing."""

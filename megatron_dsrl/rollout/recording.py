@@ -1,8 +1,10 @@
-"""Rollouts on disk: one JSON line per group, those of the step's batch first. What was sampled besides (dynamic
-sampling) has `in_batch` false. Reading gives back exactly what was written.
+"""Rollouts on disk: one JSON line per group, those of the step's batch first.
 
-Encoding holds Python's interpreter lock, so a thread that does it slows the training beside it. orjson takes a
-thirtieth of the time of `json` over `dataclasses.asdict`; tools/benchmark_recording.py compares them.
+Groups that were sampled but not trained on (dynamic sampling) have `in_batch` false. Reading returns exactly what was
+written.
+
+Encoding holds Python's interpreter lock, so doing it in a thread slows concurrent training. orjson takes a thirtieth
+of the time of `json` over `dataclasses.asdict`; tools/benchmark_recording.py compares them.
 """
 
 import os
@@ -20,7 +22,7 @@ from megatron_dsrl.rollout.sample import Group, Sample
 
 
 def rollout_file(run_folder: Path, step: int) -> Path:
-    """Where the rollouts of a step (counted from 1) lie in a run folder."""
+    """File of a step's rollouts (steps count from 1) in a run folder."""
     return run_folder / "rollouts" / f"step_{step:06d}.jsonl"
 
 
@@ -28,9 +30,9 @@ def write_groups(file: Path, groups: Sequence[Group], others: Sequence[Group] = 
     """Write all groups of a step; the file appears complete or not at all.
 
     Args:
-        file: where.
-        groups: the batch of the step, in its order.
-        others: sampled besides, but not trained on.
+        file: its folder is created.
+        groups: the step's batch, in order.
+        others: groups that were sampled but not trained on.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(file.name + ".partial")
@@ -45,25 +47,21 @@ def write_groups(file: Path, groups: Sequence[Group], others: Sequence[Group] = 
 
 
 class RolloutRecorder:
-    """Writes the rollouts of steps in a thread, while training goes on; at most one step is on its way at a time.
+    """Writes the rollouts of steps in a background thread; at most one step is being written at a time.
 
-    A context manager: at its end everything is on disk.
+    A context manager: when it exits, everything is on disk.
     """
 
     def __init__(self, run_folder: Path) -> None:
-        """
-        Args:
-            run_folder: see `rollout_file`.
-        """
         self._run_folder = run_folder
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollouts")
         self._in_flight: Future[None] | None = None
 
     def record(self, step: int, groups: Sequence[Group], others: Sequence[Group] = ()) -> None:
-        """Begin to write the rollouts of a step, as `write_groups` does. Waits for those of the step before.
+        """Begin to write the rollouts of a step, as `write_groups` does, after waiting for the previous step's.
 
         Raises:
-            UserError: the ones before could not be written.
+            UserError: the previous ones could not be written.
         """
         self.flush()
         self._in_flight = self._thread.submit(self._write, step, groups, others)
@@ -95,7 +93,7 @@ class RolloutRecorder:
         except OSError as error:
             raise UserError(
                 f"the rollouts of step {step} could not be written to {file}: {error}. Free space, or turn off "
-                "observability.save_rollouts; the run continues from its newest checkpoint when it is started again"
+                "observability.save_rollouts; the run continues from its newest checkpoint when restarted"
             ) from error
 
 
@@ -109,7 +107,7 @@ def read_groups(file: Path) -> list[Group]:
 
 
 def read_batch(file: Path) -> tuple[list[Group], list[Group]]:
-    """The groups that were trained on, in their order, and the others. A file without that word has no others.
+    """The groups that were trained on, in their order, and the others; lines without `in_batch` were trained on.
 
     Raises:
         UserError: As `read_groups`.
@@ -135,7 +133,7 @@ def _read(file: Path) -> list[tuple[Group, bool]]:
 
 
 def group_of_record(record: dict[str, Any]) -> Group:
-    """A group from its fields, as JSON gives them back."""
+    """A group from its decoded JSON."""
     return Group(
         prompt=prompt_of_record(record["prompt"]),
         samples=tuple(_sample(sample) for sample in record["samples"]),
@@ -143,7 +141,7 @@ def group_of_record(record: dict[str, Any]) -> Group:
 
 
 def prompt_of_record(record: dict[str, Any]) -> Prompt:
-    """A prompt from its fields, as JSON gives them back."""
+    """A prompt from its decoded JSON."""
     return Prompt(**_with_tuples(record, "token_ids", "other_answers"))
 
 

@@ -1,7 +1,7 @@
-"""Recorded samples in place of sampling: train-only runs, layouts compared on the same samples, bisection of a run.
+"""Recorded samples instead of sampling: train-only runs, comparing layouts on the same samples, bisecting a run.
 
-What a step was trained on is replayed in its order, however it was sampled: tokens, log-probs, weight versions,
-rewards. Dynamic sampling and partial rollouts have no effect, and no prompt is chosen.
+A step replays exactly what the recorded run trained on, in its order and however it was sampled: tokens, log-probs,
+weight versions, rewards. Dynamic sampling and partial rollouts have no effect, and no prompts are drawn.
 """
 
 import time
@@ -30,7 +30,7 @@ class ReplayRollout:
         """
         Args:
             config: this run's; `rollout.replay_from` is the recorded run's folder.
-            prompts: all that this run may train on.
+            prompts: all prompts that this run may train on.
             stop_token_ids: tokens that end a response.
 
         Raises:
@@ -53,7 +53,7 @@ class ReplayRollout:
             UserError: The recording does not fit this run; see `replayed_groups`.
         """
         started = time.perf_counter()
-        draw(self._config.prompts_per_step)  # a run that continues from here without a recording has drawn a batch
+        draw(self._config.prompts_per_step)  # so that a run continued without the recording draws the next batch
         groups, others = replayed_groups(self._run_folder, step, self._prompts, self._config)
         seconds = time.perf_counter() - started
         return StepSamples(groups, others, generated_tokens=count_tokens(groups + others), seconds=seconds)
@@ -70,7 +70,7 @@ class ReplayRollout:
         return CarryOver()
 
     def take_over(self, carried: CarryOver) -> None:
-        """Nothing to do: what a checkpoint carried over is part of the recorded steps."""
+        """Nothing to do: carried-over groups are part of the recorded steps."""
 
     def while_sampling(self, work: Callable[[], Value], recover: Callable[[], None]) -> Value | None:
         return work() if rank() == 0 else None
@@ -78,7 +78,7 @@ class ReplayRollout:
     def fault_metrics(self) -> dict[str, int]:
         return {}
 
-    # ---- without engines there is nothing to do
+    # ---- no-ops without engines
 
     def wait_until_ready(self) -> None: ...
 
@@ -102,17 +102,17 @@ class ReplayRollout:
 def replayed_groups(
     run_folder: Path, step: int, prompts: Sequence[Prompt], config: RolloutConfig
 ) -> tuple[list[Group], list[Group]]:
-    """The saved batch of a step, which must fit this run, and what was sampled besides.
+    """The recorded batch of a step, which must fit this run, and the groups that were not trained on.
 
     Args:
-        run_folder: where it was saved.
+        run_folder: the recorded run's.
         step: counted from 1.
-        prompts: all that this run may train on.
-        config: of this run.
+        prompts: all prompts that this run may train on.
+        config: this run's.
 
     Raises:
-        UserError: The file is missing, has more groups than this run takes, or prompts that are not this run's, or
-            another number of samples, or lacks the experts that `routing_replay` needs.
+        UserError: The file is missing; has more groups, other prompts or another number of samples than this run; or
+            lacks the experts that `routing_replay` needs.
     """
     file = rollout_file(run_folder, step)
     try:
@@ -132,24 +132,24 @@ def replayed_groups(
         return [_without_experts(group) for group in groups], [_without_experts(group) for group in others]
     if any(sample.routed_experts is None for group in groups for sample in group.samples):
         raise UserError(
-            f"rollout.replay_from: {file} does not say which experts tokens were sent to; record it with "
+            f"rollout.replay_from: {file} does not record which experts tokens were sent to; record it with "
             "rollout.routing_replay=true, or set that to false here"
         )
     return groups, others
 
 
 def _check_size(file: Path, groups: Sequence[Group], others: Sequence[Group], config: RolloutConfig) -> None:
-    """Fewer groups than the step should have are what dynamic sampling has found."""
+    """Check the numbers of groups and samples. Dynamic sampling may have found fewer groups than a step takes."""
     if len(groups) > config.prompts_per_step or (len(groups) < config.prompts_per_step and not others):
         raise UserError(
-            f"rollout.replay_from: {file} holds {len(groups)} prompts that were trained on, this run takes "
-            f"{config.prompts_per_step} per step; set rollout.prompts_per_step to that of the recorded run"
+            f"rollout.replay_from: {file} holds {len(groups)} prompts that were trained on, but this run takes "
+            f"{config.prompts_per_step} per step; set rollout.prompts_per_step to the recorded run's value"
         )
     for group in groups:
         if len(group.samples) != config.samples_per_prompt:
             raise UserError(
-                f"rollout.replay_from: {file} holds {len(group.samples)} samples of prompt {group.prompt.index}, this "
-                f"run takes {config.samples_per_prompt}; set rollout.samples_per_prompt={len(group.samples)}"
+                f"rollout.replay_from: {file} holds {len(group.samples)} samples of prompt {group.prompt.index}, but "
+                f"this run takes {config.samples_per_prompt}; set rollout.samples_per_prompt={len(group.samples)}"
             )
 
 

@@ -38,12 +38,12 @@ class Generator(Protocol):
         """One judged group per prompt, in the order of the prompts. Rank 0 only.
 
         Args:
-            prompts: what to answer.
-            samples_per_prompt: responses to each.
-            sampling: how.
+            prompts: prompts to sample from.
+            samples_per_prompt: responses to each prompt.
+            sampling: sampling parameters.
             stream: names the random numbers; see `rollout/seeds.py`.
-            rewards: judges in place of the run's verifier.
-            on_samples: told how many samples have come back, each time some do.
+            rewards: used instead of the run's verifier.
+            on_samples: called with the number of samples that have just come back.
         """
 
 
@@ -55,10 +55,10 @@ class Rollout(Generator, Protocol):
 
     @property
     def carried(self) -> CarryOver:
-        """What the last step left to the next one, for a checkpoint. Rank 0 only."""
+        """What the last step left for the next one; saved in checkpoints. Rank 0 only."""
 
     def take_over(self, carried: CarryOver) -> None:
-        """Continue with what a checkpoint kept for the next step. Rank 0 only."""
+        """Restore `carried` from a checkpoint. Rank 0 only."""
 
     def sample_step(self, step: int, draw: Draw, watch: Watch) -> StepSamples:
         """The judged groups of a training step. Rank 0 only.
@@ -66,50 +66,50 @@ class Rollout(Generator, Protocol):
         Args:
             step: counted from 1.
             draw: draw(n) returns the next n prompts.
-            watch: shows the progress.
+            watch: reports progress.
         """
 
     def begin_ahead(self, step: int, draw: Draw, watch: Watch) -> None:
         """With `rollout.sample_ahead`, begin to sample this step in the background. Rank 0 only.
 
-        Until `finish_ahead`, nothing else may be asked of the engines.
+        Until `finish_ahead`, the engines must not be used otherwise.
         """
 
     def finish_ahead(self) -> None:
-        """Wait for what `begin_ahead` began. Rank 0 only."""
+        """Wait for the sampling that `begin_ahead` began. Rank 0 only."""
 
     def while_sampling(self, work: Callable[[], Value], recover: Callable[[], None]) -> Value | None:
-        """Let rank 0 do work that samples, while the other ranks are at hand to replace lost engines. All ranks.
+        """Run work that samples on rank 0, while the other ranks stand by to restart lost engines. All ranks.
 
         Args:
-            work: done on rank 0 only.
-            recover: called on all ranks when the batch cannot go on: restarts the engines, and gives them the weights
+            work: called on rank 0 only.
+            recover: called on all ranks when the batch cannot continue; must restart the engines with the weights
                 that they had.
 
         Returns:
-            What `work` returned, on rank 0; None on the others.
+            The result of `work` on rank 0; None on the others.
         """
 
     def restart_engines(self) -> None:
-        """Replace lost engines by new ones, which start with the weights of the model folder. All ranks."""
+        """Restart lost engines, with the weights of the model folder. All ranks."""
 
     def load_weights(self, make_buckets: Callable[[], Iterable[Bucket]], version: int) -> None:
-        """Give the engines new weights, HF-named, the same on all ranks of an engine; replace lost ones. All ranks.
+        """Give the engines new HF-named weights, the same on all ranks of an engine; restart lost ones. All ranks.
 
-        `make_buckets` gathers them anew whenever it is called.
+        `make_buckets` gathers the weights again each time it is called.
         """
 
     def fault_metrics(self) -> dict[str, int]:
-        """The `engine/*` part of a step record: restarts and repeated requests since the run was started."""
+        """The `engine/*` metrics of a step record: restarts and retried requests since the run was started."""
 
     def release_memory(self) -> None:
         """Lend the engines' device memory to the training step. All ranks."""
 
     def resume_weights(self) -> None:
-        """Take the memory of the weights back, before `load_weights`. All ranks."""
+        """Take the weights' memory back, before `load_weights`. All ranks."""
 
     def resume_kv_cache(self) -> None:
-        """Take the memory of the KV cache back, before sampling. All ranks."""
+        """Take the KV cache's memory back, before sampling. All ranks."""
 
     def close(self) -> None:
         """Stop engines and reward workers. May be called again."""

@@ -1,4 +1,4 @@
-"""What the rollout side hands to the rest: a sample, and the group of samples of one prompt."""
+"""The output of the rollout side: a sample, and the group of samples of one prompt."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from megatron_dsrl.data.prompt import Prompt
 
 @dataclass(frozen=True)
 class Sample:
-    """One response, as sampled. Token ids are the engine's own; nothing is ever tokenised again."""
+    """One response, as sampled. Token ids are the engine's; text is never tokenised again."""
 
     response_ids: tuple[int, ...]
-    """Response tokens, the end-of-turn token included where the engine emitted it."""
+    """Response tokens, including the end-of-turn token if the engine emitted it."""
 
     log_probs: tuple[float, ...]
-    """Engine log-prob of every response token at the sampling temperature, full prompt in context. Unit: nat."""
+    """Engine log-prob of every response token given the full prompt, at the sampling temperature. Unit: nat."""
 
     text: str
     """Decoded response without special tokens."""
@@ -24,32 +24,32 @@ class Sample:
     """`length` marks a truncated response."""
 
     weight_version: int
-    """Version of the policy weights that produced the response, or the rest of it."""
+    """Version of the policy weights that produced the response, or its last part."""
 
     reward: float
     """The verifier's score."""
 
     verdict: Literal["ok", "timeout", "error"] = "ok"
-    """Whether the verifier itself succeeded; `timeout` and `error` score 0 and are counted."""
+    """Whether the verifier succeeded; `timeout` and `error` score 0 and are counted."""
 
     older_versions: tuple[tuple[int, int], ...] = ()
-    """(weight version, number of tokens) of what earlier weights produced, oldest first; only a response that was
-    carried over from an earlier step has such a beginning."""
+    """(weight version, number of tokens) of the beginning that earlier weights produced, oldest first; only for a
+    response carried over from an earlier step."""
 
     routed_experts: str | None = None
-    """Experts that every token of prompt and response but the last was sent to, in every layer; see
-    `algorithms.routed_experts`. None where they were not asked for."""
+    """Experts that every token of prompt and response except the last was sent to, in every layer; see
+    `algorithms.routed_experts`. None unless requested."""
 
     scored: tuple[bool, ...] | None = None
-    """Which response tokens are the policy's own, and are scored; None: all of them."""
+    """Which response tokens the policy wrote itself, and are scored; None: all of them."""
 
     @property
     def oldest_version(self) -> int:
-        """Of the weights that produced its first token."""
+        """Version of the weights that produced its first token."""
         return self.older_versions[0][0] if self.older_versions else self.weight_version
 
     def tokens_before(self, weight_version: int) -> int:
-        """How many tokens, all at the beginning, older weights than these produced."""
+        """Number of tokens, all at the beginning, that were produced by weights older than this version."""
         if self.weight_version < weight_version:
             return len(self.response_ids)
         return sum(count for _, count in self.older_versions)

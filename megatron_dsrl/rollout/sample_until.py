@@ -1,8 +1,8 @@
 """Sample until enough groups are accepted: the common part of dynamic sampling and partial rollouts.
 
-Prompts whose group is not accepted are replaced at once. When there are enough groups, what is still on its way is
-aborted: dynamic sampling drops it, partial rollouts continue it in the next step (`carry_over.py`). Aborting favours
-short responses, unless the next step continues them.
+Prompts whose group is not accepted are replaced at once. When there are enough groups, those still in flight are
+aborted: dynamic sampling drops them, partial rollouts continue them in the next step (`carry_over.py`). Aborting
+favours short responses, unless the next step continues them.
 """
 
 import math
@@ -22,17 +22,17 @@ from megatron_dsrl.rollout.unfinished import UnfinishedGroup
 
 @dataclass(frozen=True)
 class SampledUntil:
-    """What came of a batch that ended when it had enough."""
+    """The result of a batch that ends when it has enough groups."""
 
     accepted: list[Group]
-    """In the order in which they were begun; fewer than the step takes if its limit was reached before."""
+    """In the order in which they were begun; fewer than the step takes if its limit was reached first."""
     rejected: list[Group]
     left: CarryOver
-    """What the step does not need: accepted beyond its number, or aborted."""
+    """Groups that the step does not need: accepted beyond its number, or aborted."""
     expired_groups: int
-    """Carried-over groups that were restarted, because they would have had tokens of too many weight versions."""
+    """Carried-over groups that were restarted because they would have mixed too many weight versions."""
     generated_tokens: int
-    """Response tokens that the engines produced now."""
+    """Response tokens that the engines produced in this step."""
 
 
 def sample_until(
@@ -44,16 +44,16 @@ def sample_until(
     carried: CarryOver,
     on_samples: OnSamples = ignore,
 ) -> SampledUntil:
-    """Continue what the step before left, begin new prompts, and end as soon as `prompts_per_step` groups are accepted.
+    """Continue what the previous step left, begin new prompts, and stop once `prompts_per_step` groups are accepted.
 
     Args:
-        config: how many groups, how many of them at a time, and the limits.
+        config: number of groups, how many at a time, and limits.
         engines: where they are sampled.
         step: counted from 1; names the random numbers.
         draw: draw(n) returns the next n prompts.
         accept: whether a group counts.
-        carried: what the step before left.
-        on_samples: told how many samples have come back, each time some do.
+        carried: what the previous step left.
+        on_samples: called with the number of samples that have just come back.
     """
     section, dynamic, seen = config.rollout, config.rollout.dynamic_sampling, Counter[int]()
     assert not section.deterministic, "which groups come first depends on timing"
@@ -86,12 +86,12 @@ class UntilEnough:
     ) -> None:
         """
         Args:
-            wanted: accepted groups that are enough.
+            wanted: number of accepted groups to stop at.
             accept: whether a group counts.
             begin: begin(n) returns n groups with the next prompts.
-            oversampling: groups on their way per group that is still missing.
-            max_begun: new groups at most; the batch then ends with what there is.
-            carried: what the step before left.
+            oversampling: groups in flight per group that is still missing.
+            max_begun: limit of new groups; the batch then ends with fewer than wanted.
+            carried: what the previous step left.
         """
         self._wanted = wanted
         self._accept = accept
@@ -106,10 +106,10 @@ class UntilEnough:
         for group in carried.finished:
             self.judged(group)
 
-    def take(self, on_their_way: int) -> list[UnfinishedGroup]:
-        """What was carried over first; then new groups, as many as keep enough on their way."""
+    def take(self, in_flight: int) -> list[UnfinishedGroup]:
+        """Carried-over groups first, then as many new ones as keep enough in flight."""
         groups, self._to_continue = self._to_continue, []
-        missing = math.ceil((self._wanted - len(self._accepted)) * self._oversampling) - on_their_way - len(groups)
+        missing = math.ceil((self._wanted - len(self._accepted)) * self._oversampling) - in_flight - len(groups)
         count = min(missing, self._max_begun - self._begun)
         if count > 0:
             self._begun += count
@@ -123,14 +123,14 @@ class UntilEnough:
         return len(self._accepted) >= self._wanted
 
     def outcome(self, batch: Batch, expired_groups: int) -> SampledUntil:
-        """Sort what came of the batch that this feed has ended.
+        """The result of the finished batch.
 
         Args:
-            batch: after its end.
-            expired_groups: carried-over groups that were restarted.
+            batch: the batch that this feed has ended.
+            expired_groups: number of carried-over groups that were restarted.
         """
         positions = {id(group): position for position, group in batch.finished.items()}
-        # those that the step before had finished come first
+        # groups finished in the previous step come first
         accepted = sorted(self._accepted[: self._wanted], key=lambda group: positions.get(id(group), -1))
         left = CarryOver(tuple(self._accepted[self._wanted :]), tuple(batch.unfinished_groups))
         everything = CarryOver((*self._accepted, *self._rejected), left.unfinished)

@@ -1,4 +1,4 @@
-"""How responses are sampled."""
+"""Sampling parameters."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,25 +8,25 @@ from megatron_dsrl.config.rollout import RolloutConfig
 
 @dataclass(frozen=True)
 class SamplingParameters:
-    """Sampling parameters of one request. Training and evaluation differ in nothing else."""
+    """Sampling parameters of one request, the only difference between sampling for training and for evaluation."""
 
     max_response_tokens: int
     """Length limit; a response that reaches it is marked `length`."""
 
     stop_token_ids: tuple[int, ...]
-    """Tokens that end a response; they are kept as its last token."""
+    """Tokens that end a response; the one that did is kept as its last token."""
 
     temperature: float = 1.0
     """0 is greedy decoding. Log-probs are `log_softmax(logits / temperature)`."""
 
     top_p: float = 1.0
-    """Nucleus sampling; 1 is off. The log-probs are not renormalised by it."""
+    """Nucleus sampling; 1 is off. Log-probs are not renormalised."""
 
     top_k: int = -1
     """Top-k sampling; -1 is off."""
 
     return_routed_experts: bool = False
-    """Ask which experts every token went to."""
+    """Whether to return the experts that every token was sent to."""
 
     @classmethod
     def for_training(cls, config: RolloutConfig, stop_token_ids: tuple[int, ...]) -> "SamplingParameters":
@@ -41,7 +41,7 @@ class SamplingParameters:
         )
 
     def as_engine_request(self, max_new_tokens: int) -> dict[str, Any]:
-        """SGLang's `sampling_params` for a response of which so many tokens are missing at most."""
+        """SGLang's `sampling_params` for a response with at most `max_new_tokens` more tokens."""
         return {
             "max_new_tokens": max_new_tokens,
             "stop_token_ids": list(self.stop_token_ids),

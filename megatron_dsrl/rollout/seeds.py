@@ -1,11 +1,11 @@
-"""Random numbers of sampling: every sample has a seed of its own.
+"""Random numbers of sampling: every sample has its own seed.
 
-A seed is a pure function of what the sample is for. A run that continues after an interruption therefore draws what it
-would have drawn without it, whatever the order in which requests reach which engine. SGLang makes the random number of
-a token out of the sample's seed and the token's position.
+A seed is a pure function of what the sample is for. A run that continues after an interruption therefore draws the same
+samples as without it, regardless of which engine gets which request in which order. SGLang derives the random number of
+a token from the sample's seed and the token's position.
 
 Streams: `step 12` for the rollout batch of step 12, `evaluation <set>` for a held-out set. Evaluations of one set share
-their random numbers, so that their difference shows the policies and less of the chance.
+their random numbers, so that their differences reflect the policies more than chance.
 """
 
 import hashlib
@@ -31,15 +31,15 @@ def sample_seed(run_seed: int, stream: str, prompt: int, sample: int) -> int:
 def seeds_of_batch(
     run_seed: int, stream: str, prompts: Sequence[Prompt], samples_per_prompt: int, seen: Counter[int] | None = None
 ) -> list[tuple[int, ...]]:
-    """Seeds of every prompt's samples. A prompt that comes a second time goes on counting its samples.
+    """Seeds of every prompt's samples. If a prompt occurs again, its sample numbers continue.
 
     Args:
         run_seed: the run's seed.
         stream: what the batch is for.
-        prompts: of the batch.
-        samples_per_prompt: responses to each.
-        seen: how often each prompt (by index) has come before, where a stream gets its prompts little by little; it is
-            brought up to date.
+        prompts: the batch's prompts.
+        samples_per_prompt: responses to each prompt.
+        seen: how often each prompt (by index) has occurred in the stream so far, for streams whose prompts come in
+            several calls; updated in place.
     """
     seen = Counter() if seen is None else seen
     seeds = []
@@ -52,5 +52,5 @@ def seeds_of_batch(
 
 
 def stream_of_round(step: int, number: int) -> str:
-    """Name of the random numbers of a step's batches, which are counted from 0."""
+    """Stream name of a step's batch; `number` counts the step's batches from 0."""
     return f"step {step} round {number}" if number else f"step {step}"

@@ -1,18 +1,18 @@
 """How the groups of a training step are sampled: every mode of the `rollout` section, side by side.
 
-| configuration | class | the step has its groups when |
+| configuration | class | sampling ends when |
 |---|---|---|
-| default | `WholeBatch` | all its prompts are answered |
-| `dynamic_sampling` | `UntilMixed` | enough groups are mixed; what is still running is aborted and dropped |
-| `dynamic_sampling`, `deterministic` | `MixedRounds` | a whole round has brought enough mixed groups |
+| default | `WholeBatch` | all prompts of the step are answered |
+| `dynamic_sampling` | `UntilMixed` | enough groups are mixed; those still running are aborted and dropped |
+| `dynamic_sampling`, `deterministic` | `MixedRounds` | a round is complete and enough groups are mixed |
 | `partial_rollouts` | `Partial` | enough groups are finished; the next step continues the others |
-| `sample_ahead`, with any of the first three | `Ahead` | it was sampled while the step before was trained on |
+| `sample_ahead`, with any of the first three | `Ahead` | as there, but during the training of the previous step |
 
-A run that reads recorded samples uses none of them (`replay.py`).
+A run that replays recorded samples uses none of them (`replay.py`).
 
 Dynamic sampling is DAPO's (arXiv 2503.14476, section 3.2): a group whose rewards are all equal has no advantage under a
-group baseline, so it is replaced by the next prompt. Which groups come first depends on timing; deterministic sampling
-therefore samples whole rounds, each of which asks for what is missing. (DAPO's own code samples whole batches.)
+group baseline, so it is replaced by the next prompt. Which groups finish first depends on timing; deterministic
+sampling therefore samples whole rounds, each for the groups still missing. (DAPO's own code samples whole batches.)
 """
 
 import math
@@ -40,11 +40,11 @@ from megatron_dsrl.rollout.unfinished import UnfinishedGroup
 Draw = Callable[[int], Sequence[Prompt]]
 """draw(n) returns the next n prompts."""
 Watch = Callable[[int, int], AbstractContextManager[OnSamples]]
-"""watch(step, n) shows the progress of n samples for this step, as long as its context is open."""
+"""watch(step, n) is a context that shows the progress of n samples for this step."""
 
 
 def unwatched(step: int, samples: int) -> AbstractContextManager[OnSamples]:
-    """Shows nothing."""
+    """A `Watch` that shows nothing."""
     return nullcontext(ignore)
 
 
@@ -53,15 +53,15 @@ class StepSamples:
     """The rollout of a step."""
 
     groups: list[Group]
-    """What is trained on."""
+    """The groups to train on."""
     others: list[Group] = field(default_factory=list)
     """Completed groups that are not trained on (dynamic sampling and partial rollouts only)."""
     metrics: dict[str, int | float] = field(default_factory=dict)
-    """The `dynamic_sampling/*` or `partial_rollouts/*` part of the step's record."""
+    """The `dynamic_sampling/*` or `partial_rollouts/*` metrics of the step record."""
     generated_tokens: int = 0
     """Response tokens that the engines produced for this step."""
     seconds: float = 0.0
-    """Wall time of sampling, verification included where it overlaps."""
+    """Wall time of sampling, including overlapping verification."""
 
     @property
     def sampled(self) -> list[Group]:
@@ -73,34 +73,29 @@ class StepSampling(ABC):
     """One way to sample the groups of a step."""
 
     def __init__(self, config: RolloutSettings, engines: BatchSampler) -> None:
-        """
-        Args:
-            config: what is sampled per step.
-            engines: where it is sampled.
-        """
         self._config = config
         self._engines = engines
         self.carried = CarryOver()
-        """What the last step left to the next one. A checkpoint keeps it, and a continued run sets it."""
+        """What the last step left for the next one. Saved in checkpoints; set when a run continues."""
 
     @abstractmethod
     def sample(self, step: int, draw: Draw, watch: Watch) -> StepSamples:
         """The judged groups of a step, counted from 1."""
 
     def begin_ahead(self, step: int, draw: Draw, watch: Watch) -> None:
-        """Begin to sample for this step in the background; only `Ahead` does.
+        """Begin to sample for this step in the background; only `Ahead` supports it.
 
-        Until `finish_ahead`, nothing else may be asked of the engines.
+        Until `finish_ahead`, the engines must not be used otherwise.
         """
         raise NotImplementedError("only with rollout.sample_ahead")
 
     def finish_ahead(self) -> None:
-        """Wait for what `begin_ahead` began."""
+        """Wait for the sampling that `begin_ahead` began."""
         raise NotImplementedError("only with rollout.sample_ahead")
 
 
 class WholeBatch(StepSampling):
-    """All groups of the step, begun at once."""
+    """Begins all groups of the step at once."""
 
     def sample(self, step: int, draw: Draw, watch: Watch) -> StepSamples:
         started = time.perf_counter()
@@ -110,7 +105,7 @@ class WholeBatch(StepSampling):
 
 
 class MixedRounds(StepSampling):
-    """Dynamic sampling that does not depend on timing: rounds until enough groups are mixed, or no round is left."""
+    """Dynamic sampling independent of timing: rounds until enough groups are mixed, or no round is left."""
 
     def sample(self, step: int, draw: Draw, watch: Watch) -> StepSamples:
         wanted, dynamic = self._config.rollout.prompts_per_step, self._config.rollout.dynamic_sampling
@@ -129,7 +124,7 @@ class MixedRounds(StepSampling):
 
 
 class UntilMixed(StepSampling):
-    """Dynamic sampling that replaces groups one by one; what is not needed in the end is aborted."""
+    """Dynamic sampling that replaces groups one by one and aborts those not needed in the end."""
 
     def sample(self, step: int, draw: Draw, watch: Watch) -> StepSamples:
         started = time.perf_counter()
@@ -142,14 +137,14 @@ class UntilMixed(StepSampling):
 
 
 class Partial(StepSampling):
-    """Continue what the step before left, and leave to the next step what this one does not need."""
+    """Continues what the previous step left, and leaves to the next step what this one does not need."""
 
     def sample(self, step: int, draw: Draw, watch: Watch) -> StepSamples:
         before, started = self.carried, time.perf_counter()
         accept = is_mixed if self._config.rollout.dynamic_sampling else lambda group: True
         with watch(step, samples_per_step(self._config.rollout)) as on_samples:
             batch = sample_until(self._config, self._engines, step, draw, accept, before, on_samples)
-        self.carried = batch.left  # only now: an interrupted step begins again with what it had
+        self.carried = batch.left  # only now: an interrupted step starts over with what it had
         metrics = {
             "partial_rollouts/continued_groups": len(before.finished) + len(before.unfinished) - batch.expired_groups,
             "partial_rollouts/expired_groups": batch.expired_groups,
@@ -163,7 +158,7 @@ class Partial(StepSampling):
 
 
 class Ahead(StepSampling):
-    """Another mode, begun in the background while the step before is trained on."""
+    """Another mode, run in the background while the previous step is trained on."""
 
     def __init__(self, mode: StepSampling) -> None:
         self._mode = mode
@@ -173,7 +168,7 @@ class Ahead(StepSampling):
 
     @property
     def carried(self) -> CarryOver:
-        """The samples of the next step, where they are ready."""
+        """The samples of the next step, if they are ready."""
         return CarryOver(finished=tuple(self._ready.groups)) if self._ready else CarryOver()
 
     @carried.setter
@@ -190,11 +185,11 @@ class Ahead(StepSampling):
         try:
             self._ready = self._running.result()
         except EnginesLostError:
-            self._ready = self._work()  # in the main thread, where engines can be replaced
+            self._ready = self._work()  # in the main thread, where engines can be restarted
         self._running = None
 
     def sample(self, step: int, draw: Draw, watch: Watch) -> StepSamples:
-        """What is ready; sampled now in the first step, and after a start without a checkpoint of it."""
+        """The samples that are ready; if there are none, as in the first step of a start, sample now."""
         samples, self._ready = self._ready or self._mode.sample(step, draw, watch), None
         return samples
 
@@ -222,12 +217,12 @@ def sample_round(
     """Sample one batch of a step and wait for all of it.
 
     Args:
-        config: samples per prompt, and the run's seed.
-        engines: where it is sampled.
+        config: has the number of samples per prompt and the run's seed.
+        engines: where the batch is sampled.
         step: counted from 1.
         number: of the batch within the step, from 0.
-        prompts: what to answer.
-        watch: shows the progress.
+        prompts: prompts to sample from.
+        watch: shows progress.
 
     Returns:
         One group per prompt, in the order of the prompts.
@@ -240,22 +235,22 @@ def sample_round(
 
 
 def samples_per_step(config: RolloutConfig) -> int:
-    """Responses that a step is trained on."""
+    """Number of responses that a step trains on."""
     return config.prompts_per_step * config.samples_per_prompt
 
 
 def is_mixed(group: Group) -> bool:
-    """Whether the rewards of a group differ."""
+    """Whether the samples of a group have different rewards."""
     return len({sample.reward for sample in group.samples}) > 1
 
 
 def dynamic_sampling_metrics(kept: Sequence[Group], others: Sequence[Group], wanted: int) -> dict[str, int | float]:
-    """The part of the `dynamic_sampling/*` metrics that all ways to replace prompts share.
+    """The `dynamic_sampling/*` metrics that `MixedRounds` and `UntilMixed` have in common.
 
     Args:
         kept: the groups that are trained on.
         others: completed groups that are not.
-        wanted: groups that the batch should have.
+        wanted: number of groups that the batch should have.
     """
     return {
         "dynamic_sampling/sampled_groups": len(kept) + len(others),

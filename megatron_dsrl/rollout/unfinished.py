@@ -1,8 +1,8 @@
-"""A group on its way: what there is of each response so far, and what must still be asked for.
+"""A group that is being sampled: its responses so far, and the requests still to make.
 
-A response may be put together from several requests: its engine died, or its step had enough groups and the response
-was carried over to the next one (partial rollouts). Its random numbers depend on its seed and the position of a token
-alone, so it goes on as it would have without the interruption, up to the weights.
+A response may consist of the answers to several requests: its engine died, or its step had enough groups and it was
+carried over to the next one (partial rollouts). Its random numbers depend only on its seed and the token's position,
+so it continues as it would have without the interruption, except for the weights.
 """
 
 from collections.abc import Sequence
@@ -15,21 +15,21 @@ from megatron_dsrl.rollout.engines.client import Completion, SampleRequest, Vers
 
 @dataclass(frozen=True)
 class PartialResponse:
-    """What there is of one response."""
+    """One response as far as it has been sampled."""
 
     seed: int
     response_ids: tuple[int, ...] = ()
     log_probs: tuple[float, ...] = ()
-    """Of every token there is, by the engine that produced it. Unit: nat."""
+    """Log-prob of every token, from the engine that produced it. Unit: nat."""
     weight_versions: VersionSpans = ()
     finish_reason: Literal["stop", "length"] | None = None
-    """None: it is to be continued."""
+    """None: still to be continued."""
     routed_experts: str | None = None
-    """As in `Sample`, of the request that ended it: it went through prompt and earlier tokens once more. So what
-    older weights chose for those is not kept."""
+    """As in `Sample`, from the last request, which recomputed prompt and earlier tokens: choices made by older weights
+    are not kept."""
 
     def extended(self, completion: Completion) -> "PartialResponse":
-        """With what an engine has added."""
+        """The response with the tokens of one more request."""
         return PartialResponse(
             seed=self.seed,
             response_ids=self.response_ids + completion.response_ids,
@@ -49,7 +49,7 @@ class UnfinishedGroup:
 
     @classmethod
     def new(cls, prompt: Prompt, seeds: Sequence[int]) -> "UnfinishedGroup":
-        """Nothing is there yet; one seed per response."""
+        """A group without any tokens yet; one seed per response."""
         return cls(prompt, tuple(PartialResponse(seed) for seed in seeds))
 
     @property
@@ -64,17 +64,17 @@ class UnfinishedGroup:
 
     @property
     def num_tokens(self) -> int:
-        """Response tokens that there are."""
+        """Response tokens sampled so far."""
         return sum(len(response.response_ids) for response in self.responses)
 
     @property
     def oldest_version(self) -> int | None:
-        """Of the weights that produced any of its tokens; None when there is none."""
+        """Oldest version of the weights that produced any of its tokens; None without tokens."""
         firsts = (response.weight_versions[0][0] for response in self.responses if response.weight_versions)
         return min(firsts, default=None)
 
     def requests(self, max_response_tokens: int) -> list[SampleRequest]:
-        """What an engine must still do: one request per response that has not ended."""
+        """One request per response that has not ended."""
         return [
             SampleRequest(
                 token_ids=self.prompt.token_ids + response.response_ids,
@@ -86,7 +86,7 @@ class UnfinishedGroup:
         ]
 
     def extended(self, completions: Sequence[Completion]) -> "UnfinishedGroup":
-        """With the answers to `requests`, in their order."""
+        """The group with the answers to `requests`, in the same order."""
         assert len(completions) == self.num_unfinished
         answers = iter(completions)
         return replace(
@@ -99,7 +99,7 @@ class UnfinishedGroup:
 
 
 def merge_spans(spans: VersionSpans) -> VersionSpans:
-    """Neighbouring spans of the same version as one."""
+    """Merge adjacent spans of the same version."""
     merged: list[tuple[int, int]] = []
     for version, count in spans:
         if merged and merged[-1][0] == version:

@@ -66,9 +66,9 @@ def test_two_steps(rollout, config, tiny_model_folder, tmp_path):
     begun = PROMPTS[: len(PROMPTS) - len(waiting)]
 
     assert (len(first.accepted), first.rejected, first.expired_groups) == (WANTED, [], 0)
-    on_their_way = [*first.accepted, *first.left.finished, *first.left.unfinished]
-    assert {group.prompt.index for group in on_their_way} == {prompt.index for prompt in begun}
-    assert len(on_their_way) == len(begun) == 6 * WANTED, "none is lost or doubled"
+    in_flight = [*first.accepted, *first.left.finished, *first.left.unfinished]
+    assert {group.prompt.index for group in in_flight} == {prompt.index for prompt in begun}
+    assert len(in_flight) == len(begun) == 6 * WANTED, "none is lost or doubled"
     cut = [r for group in first.left.unfinished for r in group.responses if r.finish_reason is None and r.response_ids]
     assert cut, "some were in the middle"
 

@@ -1,4 +1,4 @@
-"""Say what a command waits for while its engines start."""
+"""Tell the user what a command waits for while its engines start."""
 
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -10,7 +10,7 @@ from megatron_dsrl.rollout.engines.settings import RolloutSettings
 
 
 def awaiting_engines(config: RolloutSettings, run_folder: Path) -> AbstractContextManager[None]:
-    """For the block that waits until the engines are ready, on every rank; the first one speaks."""
+    """Context for the block that waits for the engines. Every rank enters it; rank 0 prints."""
     if config.rollout.replay_from is not None:
         return waiting("no engine is started: samples are replayed", config.rollout.replay_from)
     limit = f"limit {config.engine.startup_timeout_seconds:g} s"

@@ -1,7 +1,7 @@
-"""HTTP calls to one SGLang server, each with a time limit and its answer checked.
+"""HTTP calls to one SGLang server, each with a time limit and a checked answer.
 
-Departures from SGLang 0.5.23's own client: its weight calls answer `success: false` without failing, and its
-`update_weights_from_tensor` needs an open weight update; here both are errors.
+Unlike SGLang 0.5.23's own client, which ignores `success: false` in the answer to a weight call, a refusal is an error
+here; so is `update_weights_from_tensor` outside a weight update.
 """
 
 import base64
@@ -28,19 +28,19 @@ class EngineError(RuntimeError):
 
 
 class BadRequestError(EngineError):
-    """The engine will never accept this request: asking again does not help."""
+    """The engine will never accept this request; retrying does not help."""
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """One response that is asked for."""
+    """A request for one response."""
 
     token_ids: tuple[int, ...]
-    """The prompt, and what there is of the response already."""
+    """The prompt and the response tokens so far."""
     seed: int
-    """Decides the random numbers of the response, in 0..2^63 - 1."""
+    """Seed of the response's random numbers, in 0..2^63 - 1."""
     max_new_tokens: int
-    """The response ends at this many further tokens."""
+    """The response ends after at most this many further tokens."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Completion:
     """What the engine returned for one request."""
 
     response_ids: tuple[int, ...]
-    """New tokens, the stop token included."""
+    """New tokens, including the stop token."""
 
     log_probs: tuple[float, ...]
     """Log-prob of every new token. Unit: nat."""
@@ -57,20 +57,21 @@ class Completion:
     """`length`: the response reached the limit. `abort`: `abort_all` ended it, perhaps before its first token."""
 
     weight_versions: VersionSpans
-    """Versions of the weights that produced the tokens; more than one when weights changed in between."""
+    """Versions of the weights that produced the tokens; several if weights changed during the request."""
 
     routed_experts: str | None = None
-    """Of every token of request and response but the last, which went through no layer; where it was asked for."""
+    """The experts chosen for every token of request and response except the last, which went through no layer. None
+    unless requested."""
 
 
 class EngineClient:
-    """Calls to the server at `url`. Used as an asynchronous context manager, which holds the connections."""
+    """Calls to the server at `url`. An asynchronous context manager that holds the connections."""
 
     def __init__(self, url: str, timeout_seconds: float) -> None:
         """
         Args:
             url: `http://host:port`.
-            timeout_seconds: Limit of every call but `generate`, whose caller limits the whole batch.
+            timeout_seconds: Limit of every call except `generate`, whose caller limits the whole batch.
         """
         self.url = url
         self._timeout_seconds = timeout_seconds
@@ -90,14 +91,14 @@ class EngineClient:
     async def generate(
         self, requests: Sequence[SampleRequest], sampling: SamplingParameters, timeout_seconds: float | None = None
     ) -> list[Completion]:
-        """One response per request, in their order.
+        """One response per request, in the same order.
 
-        SGLang's scheduler gets them all in one message, so that it forms the same batches of them every time.
+        SGLang's scheduler gets all requests in one message, so that it forms the same batches every time.
 
         Args:
-            requests: what is asked for.
-            sampling: how; the requests say themselves how long.
-            timeout_seconds: Limit of the whole call; None for none.
+            requests: What to sample.
+            sampling: How to sample; the length limit is each request's own.
+            timeout_seconds: Limit of the whole call; None: no limit.
 
         Raises:
             BadRequestError: The engine refused the request itself, such as one that is too long.
@@ -126,14 +127,14 @@ class EngineClient:
         ]
 
     async def abort_all(self) -> None:
-        """End all running requests now; they return what they have."""
+        """End all running requests now; they return the tokens sampled so far."""
         await self._post("/abort_request", {"abort_all": True})
 
     async def check_health(self, timeout_seconds: float) -> None:
-        """Have the scheduler produce something: a token, where it has nothing else to do.
+        """Check that the scheduler makes progress; an idle one has to sample a token.
 
         Raises:
-            EngineError: It did not, within the limit.
+            EngineError: No progress within the limit.
         """
         await self._request("GET", "/health", None, timeout_seconds)
 
@@ -144,9 +145,9 @@ class EngineClient:
     async def update_weights(self, payload_per_rank: list[str]) -> None:
         """Load one flattened bucket; one serialised payload per tensor-parallel rank of the engine, in rank order.
 
-        Returns when every rank has copied the tensors: their memory may then be reused. All cached prefixes are dropped
-        too, or later samples would continue from the old weights' cache. SGLang's own call for that also collects
-        garbage, which takes longer on CPU than everything else together.
+        Returns when every rank has copied the tensors, so that their memory may be reused. Cached prefixes are dropped,
+        or later samples would continue from the old weights' cache. (SGLang's separate flush call also collects
+        garbage, which on CPU takes longer than everything else together.)
         """
         await self._post_checked(
             "/update_weights_from_tensor",
@@ -162,14 +163,14 @@ class EngineClient:
         await self._post_checked("/end_weight_update", {})
 
     async def set_weight_version(self, version: int) -> None:
-        """The version that samples carry from now on."""
+        """Set the version that samples carry from now on."""
         await self._post_checked(
             "/update_weight_version", {"new_version": str(version), "abort_all_requests": False}
         )
 
     async def release_memory(self, tags: Sequence[MemoryTag]) -> None:
-        """Give device memory back. The engine must be idle: SGLang ends the whole engine otherwise."""
-        # Waits until the scheduler has noticed that nothing runs any more, and fails where something does.
+        """Give device memory back. The engine must be idle, otherwise SGLang kills the whole engine."""
+        # Waits until the scheduler has noticed that nothing is running, and fails if something is.
         await self._post(f"/flush_cache?timeout={self._timeout_seconds:g}", None)
         await self._post("/release_memory_occupation", {"tags": list(tags)})
 
@@ -189,7 +190,7 @@ class EngineClient:
         return await self._request("POST", path, body, self._timeout_seconds)
 
     async def _request(self, method: str, path: str, body: dict[str, Any] | None, limit: float | None) -> Any:
-        """The decoded answer, within so many seconds; None is no limit."""
+        """The decoded answer. `limit` is in seconds; None: no limit."""
         assert self._session is not None, "EngineClient is used outside `async with`"
         try:
             async with self._session.request(
@@ -235,13 +236,13 @@ class EngineClient:
         answered = answer["meta_info"].get("routed_experts")
         if answered is None:
             raise BadRequestError(
-                f"engine {self.url} does not say which experts it has chosen, as rollout.routing_replay needs; start "
+                f"engine {self.url} does not return the experts it chose, which rollout.routing_replay needs; start "
                 "it with --enable-return-routed-experts, or turn routing_replay off"
             )
         experts = np.frombuffer(base64.b64decode(answered), dtype=np.int32)
         tokens = len(request.token_ids) + len(completion.response_ids) - 1
         if not experts.size or experts.size % tokens:
-            raise EngineError(f"engine {self.url} returned {experts.size} choices of experts for {tokens} tokens")
+            raise EngineError(f"engine {self.url} returned {experts.size} expert choices for {tokens} tokens")
         return encode_routed_experts(experts)
 
 
@@ -260,8 +261,7 @@ async def connect(urls: Sequence[str], timeout_seconds: float) -> AsyncIterator[
 
 
 def _allow_many_connections() -> None:
-    """Thousands of requests can be on their way at a time, each in a connection of its own, and the usual soft limit
-    is 1,024 open files."""
+    """Raise the limit of open files, usually 1,024: thousands of requests can be in flight, each with a connection."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,5 +1,4 @@
-"""The key that SGLang servers ask for (`--api-key`): servers of other people's making, and a run's own ones where they
-listen on more than loopback."""
+"""The key of SGLang servers (`--api-key`): external servers, and the run's own where they listen beyond loopback."""
 
 import os
 import secrets
@@ -7,11 +6,11 @@ import secrets
 from megatron_dsrl.common.collective import broadcast
 
 API_KEY_VARIABLE = "DSRL_ENGINE_API_KEY"
-"""Environment variable with the key. It is no configuration field: configurations are copied into run folders."""
+"""Environment variable with the key. Not a configuration field, since configurations are copied into run folders."""
 
 
 def agree_on_key() -> None:
-    """Give all ranks one key, drawn for this run unless rank 0 has one; engines inherit it. All ranks call it."""
+    """Give all ranks rank 0's key, or a new random one if it has none; engines inherit it. All ranks call it."""
     os.environ[API_KEY_VARIABLE] = broadcast(os.environ.get(API_KEY_VARIABLE) or secrets.token_hex(32))
 
 

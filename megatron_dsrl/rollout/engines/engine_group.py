@@ -1,7 +1,7 @@
-"""The ranks that share one engine: the first of them owns the server, all of them hand it weights.
+"""The ranks that share one engine: the first of them owns the server, all of them send it weights.
 
-An engine that is gone, hangs or fails a call is lost: nobody calls it any more, and the next `restart_lost` or `load`
-replaces it by a new one. The others are not disturbed.
+An engine that is gone, hangs or fails a call is lost: it is not called again until the next `restart_lost` or `load`
+restarts it. The other engines are not disturbed.
 """
 
 import asyncio
@@ -31,17 +31,17 @@ logger = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
 
 DISK_WEIGHT_VERSION = 0
-"""Version of the weights that an engine reads from the model folder; the first update makes it 1."""
+"""Version of the weights that an engine loads from the model folder; the first push makes it 1."""
 
 UNSET_WEIGHT_VERSION = -1
-"""Version of an engine that started with arbitrary weights because the model folder has none to use."""
+"""Version of an engine that started with dummy weights because the model folder has none that SGLang can load."""
 
 
 class EngineGroup:
-    """This rank's part in the engine of its group. Every method is called on all ranks."""
+    """SGLang servers on the trainer's devices; implements `Engines`. Each rank's object handles its group's engine."""
 
     def __init__(self, config: RolloutSettings, run_folder: Path) -> None:
-        """Group the ranks; start nothing.
+        """Group the ranks. Starts nothing.
 
         Raises:
             UserError: The world cannot be divided into engines, or settings contradict each other.
@@ -52,9 +52,9 @@ class EngineGroup:
         refuse(engine_problems(size, self._world))
         self._engine = engine = rank() // size
         self._problem: str | None = None
-        """Why the engine of this group is lost. Same on all ranks of the group, except for what only its owner sees."""
+        """Why this group's engine is lost; the same on all its ranks, except for problems that only the owner sees."""
         self._restarts = 0
-        """Of this group's engine, on its owner."""
+        """Restarts of this group's engine; counted on its owner."""
         self._all_restarts = 0
         self._released: set[MemoryTag] = set()
         """Memory that the engine has given back."""
@@ -63,7 +63,7 @@ class EngineGroup:
         self._everyone = new_gloo_group(range(self._world), timeout) if self._world > 1 else None
         self._group = None
         if size > 1:
-            # new_group is collective: every rank takes part in making every group.
+            # new_group is collective: every rank has to create every group.
             groups = [new_gloo_group(range(first, first + size), timeout) for first in range(0, self._world, size)]
             self._group = groups[engine]
         self._check = WeightCheck(config, self._group)
@@ -80,51 +80,33 @@ class EngineGroup:
         )
 
     def start(self) -> None:
-        """Start the server of this group and return without waiting for it.
-
-        Raises:
-            UserError: On every rank, when any server cannot be started.
-        """
+        """See `Engines.start`."""
         self._together(self._server.start)
 
     def wait_until_ready(self) -> list[str]:
-        """URLs of all engines, in the order of their ranks.
-
-        Raises:
-            UserError: On every rank, when any server is not ready in time.
-        """
+        """See `Engines.wait_until_ready`."""
         self._together(self._server.wait_until_ready)
         return [url for url in self._from_all(self._own_url()) if url is not None]
 
     def lose(self, problems: Mapping[int, str]) -> None:
-        """Take note of engines that are gone or hang, by number. Every rank is told the same; not collective."""
+        """See `Engines.lose`."""
         if self._engine in problems:
             self._problem = problems[self._engine]
 
     def restart_lost(self) -> None:
-        """Replace lost engines by new ones at the same URLs, with the weights of the model folder.
+        """Restart lost engines at the same URLs, with the weights of the model folder.
 
         Raises:
-            EngineError: On every rank, when an engine has been restarted too often; with the end of its log.
+            EngineError: On every rank, when an engine was restarted too often; with the end of its log.
         """
         if self._owns_server and self._problem is None and self._server.has_ended():
-            self._problem = f"the engine at {self._server.url} has ended"
+            self._problem = f"the engine at {self._server.url} has exited"
         self._together(lambda: self._restart() if self._problem is not None else None, EngineError)
         self._problem = None
         self._all_restarts = sum(self._from_all(self._restarts))
 
     def load(self, make_buckets: Callable[[], Iterable[Bucket]], version: int) -> None:
-        """Replace the weights of all engines; see `push_weights`. Lost engines are restarted first, and so are those
-        that are lost meanwhile.
-
-        Args:
-            make_buckets: Gathers the weights anew, as often as it is called; collective over all ranks.
-            version: The new weight version.
-
-        Raises:
-            UserError: As `restart_lost`, or an engine does not hold what it was sent, which `engine.check_weights`
-                decides to look for.
-        """
+        """See `Engines.load`, and `push_weights` for the transport."""
         has_old_weights = True
         while any(self._from_all(has_old_weights)):
             self.restart_lost()
@@ -141,16 +123,16 @@ class EngineGroup:
             has_old_weights = self._problem is not None
 
     def release_memory(self, tags: Sequence[MemoryTag]) -> None:
-        """Have all engines give device memory back. An engine that fails is lost."""
+        """See `Engines.release_memory`."""
         self._change_memory(tags, released_before=False)
 
     def resume_memory(self, tags: Sequence[MemoryTag]) -> None:
-        """Have the engines take released memory again. An engine that fails is lost, and a new one has it anyway."""
+        """See `Engines.resume_memory`; a restarted engine holds all its memory."""
         self._change_memory(tags, released_before=True)
 
     @property
     def restarts(self) -> int:
-        """How often engines have been restarted, all together; the same on every rank."""
+        """See `Engines.restarts`."""
         return self._all_restarts
 
     def barrier(self) -> None:
@@ -158,11 +140,11 @@ class EngineGroup:
         self._from_all(None)
 
     def close(self) -> None:
-        """Stop this rank's server. May be called again; not collective, so that a failing rank can call it."""
+        """Stop this rank's server. Not collective, so that a failing rank can call it."""
         self._server.stop()
 
     def _push(self, buckets: Iterable[Bucket], version: int) -> str | None:
-        """Replace the weights of this group's engine and compare them; what differs, or None."""
+        """Push weights to this group's engine and compare them if due; returns the differences, or None."""
         url, timeout = self._own_url(), self._config.update_timeout_seconds
         self._problem = push_weights(self._check.watch(buckets), version, url, self._group, timeout)
         try:
@@ -172,13 +154,13 @@ class EngineGroup:
             return None
 
     def _restart(self) -> None:
-        """On the engine's owner: end it and start a new one."""
+        """On the engine's owner: stop the server and start a new one."""
         problem = self._problem
         self._check.repeat()
         while self._restarts < self._config.max_restarts:
             self._restarts += 1
             count = f"{self._restarts} of engine.max_restarts = {self._config.max_restarts}"
-            logger.warning("engine %d is restarted (%s): %s", self._engine, count, problem)
+            logger.warning("restarting engine %d (restart %s): %s", self._engine, count, problem)
             self._server.stop()
             self._released.clear()
             try:
@@ -187,7 +169,7 @@ class EngineGroup:
                 return
             except UserError as error:
                 problem = str(error)
-        raise EngineError(  # no UserError: the next start, perhaps on another node, may be well
+        raise EngineError(  # not a UserError: the job may succeed when started again, perhaps on another node
             f"engine {self._engine} was lost again after engine.max_restarts = {self._config.max_restarts} "
             f"restarts: {problem}\n{self._server.log_tail()}"
         )
@@ -210,7 +192,7 @@ class EngineGroup:
         return self._server.url if self._owns_server else None
 
     def _together(self, action: Callable[[], None], kind: type[Exception] = UserError) -> None:
-        """Run `action` on server owners; where it fails on any, raise its message on all ranks."""
+        """Run `action` on server owners; if it fails on any, raise on all ranks with all messages."""
         error: str | None = None
         if self._owns_server:
             try:
@@ -226,7 +208,7 @@ class EngineGroup:
         return gather(value, self._everyone)
 
     def _host(self) -> str:
-        """Loopback on one node; with several, this node's address, which rank 0 can reach, and then with a key."""
+        """Loopback on a single node; on several, this node's address towards rank 0's."""
         if int(os.environ.get("LOCAL_WORLD_SIZE", self._world)) == self._world:
             return LOOPBACK
         return address_towards(os.environ["MASTER_ADDR"])
@@ -267,16 +249,16 @@ def server_arguments(config: RolloutSettings, engine: int) -> ServerArguments:
 
 
 def initial_weight_version(config: RolloutSettings) -> int:
-    """Weight version of an engine that nothing was pushed to."""
+    """Weight version of an engine before the first push."""
     return DISK_WEIGHT_VERSION if starts_with_weights(config) else UNSET_WEIGHT_VERSION
 
 
 def starts_with_weights(config: RolloutSettings) -> bool:
-    """Whether SGLang finds weights to start with: not in a Megatron checkpoint, and not where they are to be drawn."""
+    """Whether SGLang can load weights from the model folder: not from a Megatron checkpoint, nor with random_init."""
     folder = Path(config.model.path)
     return not config.model.random_init and (not folder.is_dir() or any(folder.glob("*.safetensors")))
 
 
 def new_gloo_group(ranks: Iterable[int], timeout: timedelta) -> torch.distributed.ProcessGroup:
-    """A group for Python objects and waiting, whatever the default backend is. It does not inherit a time limit."""
+    """A group for Python objects and barriers, independent of the default backend. Sets its own time limit."""
     return torch.distributed.new_group(list(ranks), backend="gloo", timeout=timeout)

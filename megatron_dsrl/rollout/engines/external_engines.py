@@ -1,9 +1,8 @@
-"""External SGLang servers on devices of their own: `engine.urls`.
+"""SGLang servers that are already running on their own devices (`engine.urls`), instead of an `EngineGroup`.
 
-They replace `EngineGroup`, which shares the trainer's devices with its engines. Only rank 0 speaks to them and
-broadcasts the weights (`weight_broadcast.py`); the other ranks take part in gathering them. A server that is gone is
-not restarted, which is its owner's business, but waited for: as soon as one answers at its URL again, it gets the
-weights.
+Only rank 0 talks to them and broadcasts the weights (`weight_broadcast.py`); the other ranks take part in
+gathering them. A server that is gone is not restarted, which is its owner's job, but waited for: as soon as it answers
+at its URL again, it gets the weights.
 """
 
 import asyncio
@@ -33,23 +32,23 @@ POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Outcome:
-    """What rank 0 tells the others of a push."""
+    """The result of a push, which rank 0 shares with the other ranks."""
 
     problems: Mapping[str, str]
     """Why a server does not have the weights, by URL."""
     error: str | None = None
-    """Why the run cannot go on."""
+    """Why the run cannot continue."""
 
 
 class ExternalEngines:
-    """The servers as every rank sees them. Methods are those of `EngineGroup`; every method is called on all ranks."""
+    """Servers started by someone else; implements `Engines`."""
 
     def __init__(self, config: RolloutSettings, initial_version: int) -> None:
-        """Connect to nothing yet.
+        """Does not connect yet.
 
         Args:
-            config: `model.path` and the engine section count.
-            initial_version: weight version that the servers are told to have, until weights are pushed.
+            config: only `model.path` and the engine section are used.
+            initial_version: weight version that the servers report until weights are pushed.
         """
         self._config = config
         self._initial_version = initial_version
@@ -60,21 +59,17 @@ class ExternalEngines:
         self._restarts = 0
 
     def start(self) -> None:
-        """Nothing to start."""
+        """Nothing to start: the servers are running already."""
 
     def wait_until_ready(self) -> list[str]:
-        """URLs of all servers, in the order of the configuration.
-
-        Raises:
-            UserError: On every rank, when one does not answer within `engine.startup_timeout_seconds`.
-        """
+        """See `Engines.wait_until_ready`."""
         error = broadcast(asyncio.run(self._wait_for(self._links, set_version=True)) if rank() == 0 else None)
         if error is not None:
             raise UserError(error)
         return [url.rstrip("/") for url in self._config.engine.urls]
 
     def lose(self, problems: Mapping[int, str]) -> None:
-        """Take note of servers that are gone or hang, by number. Every rank is told the same."""
+        """See `Engines.lose`; also leaves the servers' broadcast groups."""
         for number, problem in problems.items():
             if rank() == 0:
                 link = self._links[number]
@@ -82,60 +77,56 @@ class ExternalEngines:
                 link.disconnect()
 
     def restart_lost(self) -> None:
-        """Wait until lost servers answer again; somebody else restarts them.
+        """Wait until lost servers, restarted by their owner, answer again.
 
         Raises:
-            UserError: On every rank, when one does not within `engine.startup_timeout_seconds`.
+            UserError: On every rank, when one does not answer within `engine.startup_timeout_seconds`.
         """
         error = broadcast(asyncio.run(self._wait_for_lost()) if rank() == 0 else None)
         if error is not None:
             raise UserError(error)
 
     def load(self, make_buckets: Callable[[], Iterable[Bucket]], version: int) -> None:
-        """Replace the weights of all servers; those that are lost meanwhile are waited for and get them too.
-
-        Args:
-            make_buckets: Gathers the weights anew, as often as it is called; collective over all ranks.
-            version: The new weight version.
+        """See `Engines.load`. Servers lost meanwhile are waited for, and get the weights too.
 
         Raises:
             UserError: On every rank: a server is lost too often or for too long, or does not hold what it was sent.
         """
-        old = list(self._links)
+        outdated = list(self._links)
         for attempt in range(self._config.engine.max_restarts + 1):
             self.restart_lost()
             buckets = make_buckets()
-            outcome = asyncio.run(self._push(old, buckets, version)) if rank() == 0 else None
+            pushed = asyncio.run(self._push(outdated, buckets, version)) if rank() == 0 else None
             for _ in buckets:
                 pass
-            outcome = broadcast(outcome)
+            outcome = broadcast(pushed)
             if outcome.error is not None:
                 raise UserError(outcome.error)
             if not outcome.problems:
                 return
             self._lost.update(outcome.problems)
             self._restarts += len(outcome.problems)
-            old = [link for link in self._links if link.url in outcome.problems]
+            outdated = [link for link in self._links if link.url in outcome.problems]
             for url, problem in outcome.problems.items():
                 logger.warning("%s did not get weights (attempt %d): %s", url, attempt + 1, problem)
         raise UserError(
-            f"engine.urls: weights did not arrive in engine.max_restarts = {self._config.engine.max_restarts} further "
-            "attempts: " + "\n".join(outcome.problems.values())
+            f"engine.urls: weights still did not arrive after engine.max_restarts = {self._config.engine.max_restarts} "
+            "retries: " + "\n".join(outcome.problems.values())
         )
 
     def release_memory(self, tags: Sequence[MemoryTag]) -> None:
-        """The servers' memory is not the trainer's."""
+        """Nothing to do: the servers do not use the trainer's devices."""
 
     def resume_memory(self, tags: Sequence[MemoryTag]) -> None:
         """See `release_memory`."""
 
     @property
     def restarts(self) -> int:
-        """How often a server did not get weights at first."""
+        """Number of weight pushes to a server that failed and were retried."""
         return self._restarts
 
     def close(self) -> None:
-        """Leave the servers, which go on. May be called again; not collective."""
+        """Disconnect; the servers keep running. Not collective."""
         for link in self._links:
             try:
                 asyncio.run(link.leave())
@@ -143,7 +134,7 @@ class ExternalEngines:
                 logger.warning("%s", error)
 
     async def _push(self, links: Sequence[ServerLink], buckets: Iterable[Bucket], version: int) -> Outcome:
-        """On rank 0: connect where need be, broadcast, compare where due."""
+        """On rank 0: connect if necessary, broadcast, compare if due."""
         problems: dict[str, str] = {}
         for link in links:
             try:
@@ -164,7 +155,7 @@ class ExternalEngines:
         return Outcome(problems, "\n".join(mismatches) or None)
 
     def _nothing_sent(self, size: int) -> list[SentWeights]:
-        """One per rank of a server of this size."""
+        """An empty record for each rank of a server of this size."""
         architecture = read_architecture(resolve_model_folder(self._config.model.path))
         return [SentWeights(EngineLayout(architecture, rank, size)) for rank in range(size)]
 
@@ -176,7 +167,7 @@ class ExternalEngines:
         except EngineError as error:
             problems[link.url] = str(error)
             return []
-        differences = [sent.differences(of_rank) for sent, of_rank in zip(expected, digests, strict=True)]
+        differences = [sent.differences(held) for sent, held in zip(expected, digests, strict=True)]
         if any(differences):
             return [mismatch_message(link.url, lines_of_ranks(differences))]
         if self._config.engine.check_weights == "first":
@@ -193,7 +184,7 @@ class ExternalEngines:
         return error
 
     async def _wait_for(self, links: Sequence[ServerLink], set_version: bool) -> str | None:
-        """Until all answer; why one does not, or None."""
+        """Wait until all servers answer; returns why one does not, or None."""
         limit = self._config.engine.startup_timeout_seconds
         deadline = time.monotonic() + limit
         for link in links:

@@ -35,7 +35,7 @@ SERVER_PROCESS = "megatron_dsrl.rollout.engines.server_process"
 class EngineServer:
     """Starts, watches and stops one SGLang server.
 
-    The server runs in a session and process group of its own: Ctrl-C reaches only the trainer, which then stops it.
+    The server runs in its own session and process group: Ctrl-C reaches only the trainer, which then stops the server.
     It also dies with the trainer's process, however that ends.
     """
 
@@ -51,8 +51,8 @@ class EngineServer:
         """
         Args:
             arguments: SGLang `ServerArgs` fields without host and port.
-            environment: Variables on top of this process's environment.
-            log_file: Receives the server's output; its folder is made.
+            environment: Variables added to this process's environment.
+            log_file: Receives the server's output; its folder is created.
             startup_timeout_seconds: Limit of `wait_until_ready`.
             host: Address to listen on.
             port: Port to listen on; None takes a free one.
@@ -81,7 +81,7 @@ class EngineServer:
     def start(self) -> None:
         """Start the subprocess and return at once.
 
-        Must run in the main thread: the subprocess ends when the thread that started it does.
+        Main thread only: the subprocess ends when the thread that started it does.
 
         Raises:
             UserError: The port is in use.
@@ -93,10 +93,10 @@ class EngineServer:
         arguments: dict[str, Any] = {**self._arguments, "host": self._host, "port": self._port}
         package_root = str(Path(megatron_dsrl.__file__).resolve().parents[1])
         search_path = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        # SGLang leaves its sockets in the temporary folder; a short name, since sockets' paths are limited.
+        # SGLang leaves its sockets in the temporary folder; its name is short because socket paths are limited.
         self._scratch = tempfile.TemporaryDirectory(prefix="dsrl-", ignore_cleanup_errors=True)
         environment = {**_inherited_environment(), "TMPDIR": self._scratch.name, **self._environment}
-        with open(self._log_file, "ab") as log:  # behind what an earlier start of the run has left to read
+        with open(self._log_file, "ab") as log:  # keep the log of an earlier start of the run
             self._process = subprocess.Popen(
                 [sys.executable, "-m", SERVER_PROCESS, json.dumps([os.getpid(), arguments])],
                 env=environment | {"PYTHONPATH": os.pathsep.join(search_path)},
@@ -112,8 +112,8 @@ class EngineServer:
         """Block until the server answers.
 
         Raises:
-            UserError: It ended, or did not answer within the limit; the message has its log's last lines. The
-                server is stopped then.
+            UserError: It exited, or did not answer within the limit and was stopped; the message has the last lines of
+                its log.
         """
         deadline = self._started_at + self._startup_timeout_seconds
         while not self._answers():
@@ -129,13 +129,14 @@ class EngineServer:
         self._freeze_garbage_collection()
 
     def has_ended(self) -> bool:
-        """Whether the started server's process has ended on its own account."""
+        """Whether the server process was started and has exited without being stopped."""
         return self._process is not None and self._process.poll() is not None
 
     def check_alive(self) -> None:
-        """
+        """Raise if the server process has exited.
+
         Raises:
-            UserError: The server process has ended; the message has its log's last lines.
+            UserError: It has; the message has the last lines of its log.
         """
         assert self._process is not None, "the server was not started"
         status = self._process.poll()
@@ -147,13 +148,13 @@ class EngineServer:
             )
 
     def stop(self) -> None:
-        """End the server and all its processes. May be called again."""
+        """Kill the server and all its processes. May be called again."""
         process, self._process = self._process, None
         if process is None:
             return
         atexit.unregister(self.stop)
-        # Not SIGTERM: an engine has nothing to save, and SGLang answers SIGTERM after up to five seconds by killing its
-        # processes. They die with the server; multiprocessing's resource tracker then cleans up and ends by itself.
+        # Not SIGTERM: an engine has nothing to save, and SGLang takes up to five seconds to react by killing its
+        # processes. They die with the server; multiprocessing's resource tracker then cleans up and exits by itself.
         spawned = _descendants(process.pid)
         process.kill()
         process.wait()
@@ -178,16 +179,17 @@ class EngineServer:
         return True
 
     def _freeze_garbage_collection(self) -> None:
-        """Keep what exists once the model is loaded out of later garbage collections, which pause sampling."""
+        """Exclude all objects that exist once the model is loaded from garbage collections, which pause sampling."""
         try:
             self._call("POST", "/freeze_gc")
         except OSError as error:
             logger.warning("engine %s: garbage collection may pause sampling, /freeze_gc failed: %s", self.url, error)
 
     def _call(self, method: str, path: str) -> None:
-        """
+        """Call the server and ignore its answer.
+
         Raises:
-            OSError: No answer in time, or one of a status other than 200.
+            OSError: No answer in time, or a status other than 200.
         """
         without_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         request = urllib.request.Request(self.url + path, method=method, headers=engine_headers())
@@ -195,9 +197,13 @@ class EngineServer:
 
 
 def _claim_port(host: str, port: int | None) -> int:
-    """`port` if it is free, or any free one for None."""
+    """`port`, or any free port if it is None.
+
+    Raises:
+        UserError: The port is in use.
+    """
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server will: TIME_WAIT is no obstacle
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does: ignores TIME_WAIT
         try:
             probe.bind((host, port or 0))
         except OSError as error:
@@ -209,8 +215,8 @@ def _claim_port(host: str, port: int | None) -> int:
 
 
 def _inherited_environment() -> dict[str, str]:
-    """This process's environment without torchrun's rendezvous, which SGLang's own process group would take over, and
-    without the place of the trainer's records of collectives, which the engine's ranks would overwrite."""
+    """This process's environment without torchrun's rendezvous variables, which SGLang's own process group would use,
+    and without the paths of the trainer's collective records, which the engine's ranks would overwrite."""
     rendezvous = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
     records = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
     return {

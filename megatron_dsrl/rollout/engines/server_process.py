@@ -1,4 +1,4 @@
-"""The program of an engine's subprocess: `python -m megatron_dsrl.rollout.engines.server_process <JSON>`.
+"""Entry point of an engine's subprocess: `python -m megatron_dsrl.rollout.engines.server_process <JSON>`.
 
 The JSON is a list of the parent's process id and SGLang's `ServerArgs` fields. The process dies with its parent, and
 SGLang's scheduler and detokenizer processes die with it.
@@ -13,22 +13,22 @@ from megatron_dsrl.common.process import die_with_parent
 
 
 def tie_to_parent() -> None:
-    """Tie this process, the server or one that it spawned, to the one that started it.
+    """Make this process, the server or one that it spawned, die with the process that started it.
 
-    SGLang asks the same of the kernel for its spawned processes, but only when their imports are done, seconds later:
-    a server that is killed in between would leave them behind.
+    SGLang does the same for its spawned processes, but only after their imports, seconds later: a server killed in
+    between would leave them behind.
     """
     if __name__ == "__main__":
         die_with_parent(json.loads(sys.argv[1])[0])
         return
     server = os.getppid()
-    if os.getpgid(server) != os.getpgrp():  # the server, which leads our process group, has ended already
+    if os.getpgid(server) != os.getpgrp():  # the server, which leads our process group, has already exited
         os._exit(1)
     die_with_parent(server)
 
 
-# A spawned process imports this module first, under the name __mp_main__, and SGLang afterwards. The next import takes
-# a second or more, so it comes after.
+# A spawned process imports this module first, under the name __mp_main__, and SGLang afterwards. The import below takes
+# a second or more, so the process is tied to its parent first.
 if __name__ in ("__main__", "__mp_main__"):
     tie_to_parent()
 
@@ -43,14 +43,14 @@ prepare_engine_process()
 
 
 def main() -> None:
-    """Start SGLang's HTTP server; returns when it was told to stop."""
+    """Run SGLang's HTTP server until it is told to stop."""
     from sglang.srt.entrypoints.http_server import launch_server
     from sglang.srt.server_args import ServerArgs
 
     from megatron_dsrl.rollout.engines.credentials import API_KEY_VARIABLE
 
     arguments = json.loads(sys.argv[1])[1]
-    if API_KEY_VARIABLE in os.environ:  # not an argument of this program, which every user of the machine can read
+    if API_KEY_VARIABLE in os.environ:  # not passed as an argument, which every user of the machine could read
         arguments = {"api_key": os.environ[API_KEY_VARIABLE]} | arguments
     prepare_engine_launch()
     try:
@@ -60,7 +60,7 @@ def main() -> None:
             execute_warmup_func=skip_warmup,
         )
     except Exception:
-        # A normal exit would first wait for SGLang's other processes, which do not end when a scheduler has died.
+        # A normal exit would wait for SGLang's other processes, which do not end when a scheduler has died.
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)

@@ -1,4 +1,4 @@
-"""The part of a configuration that engines need. A training run has it, and so has an evaluation."""
+"""The part of a configuration that engines need, which training runs and evaluations have in common."""
 
 from typing import Protocol
 
@@ -8,14 +8,14 @@ from megatron_dsrl.config.rollout import EngineConfig, RolloutConfig
 
 
 class PromptSettings(Protocol):
-    """What engines must know of the prompts."""
+    """What engines need to know about the prompts."""
 
     @property
     def max_prompt_tokens(self) -> int: ...
 
 
 class RolloutSettings(Protocol):
-    """The sections of `RunConfig`, and of `BenchmarkRunConfig`, that decide about engines and samples."""
+    """The sections of `RunConfig` and `BenchmarkRunConfig` that determine engines and samples."""
 
     @property
     def seed(self) -> int: ...

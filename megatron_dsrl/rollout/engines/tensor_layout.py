@@ -1,9 +1,9 @@
-"""How SGLang 0.5.23 holds the supported models: which HF tensors it fuses, and how it divides them among its ranks.
+"""How SGLang 0.5.23 stores the supported models: which HF tensors it fuses, and how it splits them over its ranks.
 
 It fuses what one matrix product can compute: queries, keys and values; gate and up; all experts of a layer. Matrices
-are divided by output rows, those behind a nonlinearity by input columns; a key-value head goes to several ranks where
-there are more ranks than heads (on CPU, SGLang pads the heads in that case, which is not done here); the vocabulary is
-padded with zeros. Norms and the experts' router are on every rank.
+are split by output rows, those after a nonlinearity by input columns. A key-value head is replicated on several ranks
+if there are more ranks than heads (on CPU, SGLang pads the heads in that case, which is not done here). The vocabulary
+is padded with zeros. Norms and the experts' router are on every rank.
 """
 
 import re
@@ -22,14 +22,14 @@ ROW_GROUPS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies in one of the engine's."""
+    """Where an HF tensor is stored in an engine parameter."""
 
     parameter: str
-    """SGLang's name."""
+    """SGLang's name of the parameter."""
     part: int = 0
-    """Which of the tensors that make it up, one behind the other along the first dimension."""
+    """Index among the tensors that are concatenated in it along the first dimension."""
     parts: int = 1
-    """How many they are."""
+    """Number of these tensors."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class EngineLayout:
     """The engine's tensor-parallel size."""
 
     def place(self, name: str) -> Place:
-        """Where the HF tensor of this name lies in the engine, on every rank."""
+        """Where the HF tensor of this name is stored in the engine; the same on every rank."""
         if match := EXPERT.fullmatch(name):
             assert self.architecture.experts is not None
             expert, experts = int(match["expert"]), self.architecture.experts.num_experts
@@ -58,7 +58,7 @@ class EngineLayout:
         return Place(name)
 
     def shard(self, name: str, tensor: Tensor) -> Tensor:
-        """The part of an HF tensor that this rank holds."""
+        """This rank's shard of an HF tensor."""
         if name in ("model.embed_tokens.weight", "lm_head.weight"):
             return self._vocabulary_shard(tensor)
         matrix = name.rsplit(".", 2)[-2]

@@ -1,12 +1,12 @@
-"""Weights from the trainer to SGLang servers that run elsewhere: flattened buckets broadcast by torch.distributed.
+"""Weights from the trainer to external SGLang servers: flattened buckets broadcast with torch.distributed.
 
-Rank 0 of the trainer forms one group with the ranks of each server (NCCL on GPUs, gloo on CPU) and sends every bucket
-to all of them at the same time. One group for all servers would send less from rank 0, but a single server that is gone
-would block the others.
+Rank 0 of the trainer forms a group with the ranks of each server (NCCL on GPUs, gloo on CPU) and sends every bucket to
+all groups at the same time. One group for all servers would send less from rank 0, but a single lost server would block
+the others.
 
-A server takes part only after an HTTP call has told it what comes, so each bucket is a call and a broadcast side by
-side. Both have a time limit, and a server that refuses the call ends its broadcast. What torch.distributed does runs in
-threads: NCCL connects at a group's first broadcast, and that call returns only when the server takes part.
+A server joins a broadcast only after an HTTP call has announced it, so each bucket is a concurrent call and broadcast.
+Both have a time limit, and a server that refuses the call ends its broadcast. torch.distributed runs in threads: NCCL
+connects at a group's first broadcast, and that call returns only when the server takes part.
 """
 
 import asyncio
@@ -33,11 +33,11 @@ from megatron_dsrl.rollout.engines.weight_push import Bucket, BucketMemory, flat
 
 POLL_SECONDS = 0.001
 LEAVE_SECONDS = 10.0
-"""A server may be gone when its group is dissolved."""
+"""Limit for dissolving a group, whose server may be gone."""
 
 
 class ServerLink:
-    """Rank 0's way to give weights to one server. Not collective: it lives on rank 0."""
+    """Rank 0's connection for sending weights to one server. Exists on rank 0 only, so methods are not collective."""
 
     def __init__(self, url: str, timeout_seconds: float) -> None:
         """
@@ -52,7 +52,7 @@ class ServerLink:
         self._group: dist.ProcessGroup | None = None
         self._group_name = ""
         self._broadcast: Future[dist.Work] | None = None
-        """The last one, whose beginning may still wait for the server."""
+        """The last broadcast, which may still be waiting for the server to join."""
 
     @property
     def is_connected(self) -> bool:
@@ -60,12 +60,12 @@ class ServerLink:
         return self._group is not None
 
     async def connect(self) -> None:
-        """Form a group with the server's ranks, in place of an earlier one.
+        """Form a group with the server's ranks, replacing an earlier one.
 
         Raises:
             EngineError: the server refused, is gone, or cannot reach this process.
         """
-        with suppress(EngineError):  # a new server at this URL knows nothing of it
+        with suppress(EngineError):  # a new server at this URL does not know the old group
             await self.leave()
         host = self._host_towards_server()
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
@@ -80,7 +80,7 @@ class ServerLink:
                 master_listen_fd=listener.detach(),
             )
         async with self._client() as client:
-            # What an earlier run may have left, or this one before it lost the server: requests, an open update.
+            # Clean up after an earlier run, or this one before it lost the server: requests, an open update.
             await client.abort_all()
             with suppress(EngineError):
                 await client.end_weight_update()
@@ -103,7 +103,7 @@ class ServerLink:
         """Broadcast a bucket; returns when the server has loaded it.
 
         Args:
-            flattened: as `flatten` returns it, without gaps.
+            flattened: result of `flatten` with an alignment of one byte, that is without gaps.
         """
         assert self._group is not None
         entries = flattened["metadata"]
@@ -137,7 +137,7 @@ class ServerLink:
             await client.set_weight_version(version)
 
     async def digests(self) -> list[dict[str, str]]:
-        """As `WeightClient.weight_digests`."""
+        """See `WeightClient.weight_digests`."""
         async with self._client() as client:
             return await client.weight_digests()
 
@@ -171,11 +171,14 @@ class ServerLink:
             raise EngineError(f"engine {self.url} cannot be reached: {error}") from error
 
     def _make_group(self, store: dist.Store, group: BroadcastGroup) -> "Future[dist.ProcessGroup]":
-        """Join as rank 0."""
+        """Create the group in a thread, as rank 0.
+
+        The future holds the group; it fails with RuntimeError if the server does not join in time.
+        """
 
         def make() -> dist.ProcessGroup:
-            # What SGLang itself calls, so that both sides agree on the keys under which they meet. The public
-            # new_group makes groups of the trainer's own processes only.
+            # SGLang calls this function too, so both sides agree on the keys of the rendezvous. The public new_group
+            # can only make groups of the trainer's own processes.
             made, _ = _new_process_group_helper(
                 group.size,
                 0,
@@ -185,13 +188,13 @@ class ServerLink:
                 group_name=group.name,
                 timeout=timedelta(seconds=self._timeout_seconds),
             )
-            _world.pg_group_ranks[made] = {rank: rank for rank in range(group.size)}  # destroying it takes this
+            _world.pg_group_ranks[made] = {rank: rank for rank in range(group.size)}  # needed to destroy it
             return made
 
         return in_background(make)
 
     async def _both(self, answer: "asyncio.Task[None]", is_done: Callable[[], bool]) -> None:
-        """Wait for the server's answer and for what runs here meanwhile; the server's refusal ends the waiting."""
+        """Wait for both the server's answer and the local operation; a refusal by the server ends the wait."""
         deadline = time.monotonic() + self._timeout_seconds
         while not (answer.done() and is_done()):
             if answer.done():
@@ -208,9 +211,9 @@ def _has_ended(broadcast: "Future[dist.Work]") -> bool:
 
 
 def _destroy_after(group: dist.ProcessGroup, broadcast: "Future[dist.Work]") -> None:
-    """Destroy a group once its last broadcast has ended, with the time limit at the latest.
+    """Destroy a group once its last broadcast has ended, at the latest when its time limit expires.
 
-    To destroy it earlier would wait for that too, and stop all of Python meanwhile. NCCL's watchdog would end this
+    Destroying it earlier would also wait, and block all Python threads meanwhile. NCCL's watchdog would kill this
     process at the time limit, so an NCCL group is aborted, which ends the broadcast at once.
     """
     while not _has_ended(broadcast):
@@ -222,18 +225,17 @@ def _destroy_after(group: dist.ProcessGroup, broadcast: "Future[dist.Work]") -> 
 
 
 async def broadcast_weights(links: Sequence[ServerLink], buckets: Iterable[Bucket], version: int) -> dict[str, str]:
-    """Replace the weights of connected servers and set their version; see `push_weights`, which this resembles.
+    """Replace the weights of connected servers and set their version; the counterpart of `push_weights`.
 
-    The buckets are drawn to their end whatever becomes of the servers. No bucket is taken before every server has
-    confirmed the one before.
+    All buckets are consumed even if servers fail. No bucket is taken before all servers have confirmed the previous one.
 
     Args:
-        links: servers.
+        links: connected servers.
         buckets: non-empty lists of (HF name, full tensor), each of one dtype.
         version: the new weight version.
 
     Returns:
-        Why a server does not have the weights, by URL; empty if all have them. Such a server is disconnected.
+        Why a server does not have the weights, by URL; empty if all have them. Such servers are disconnected.
     """
     problems: dict[str, str] = {}
     memory = BucketMemory()
@@ -251,7 +253,7 @@ async def broadcast_weights(links: Sequence[ServerLink], buckets: Iterable[Bucke
     await every(lambda link: link.begin())
     for bucket in buckets:
         if len(problems) < len(links):
-            assert len({tensor.dtype for _, tensor in bucket}) == 1, "SGLang wants no gaps, and tensors aligned"
+            assert len({tensor.dtype for _, tensor in bucket}) == 1, "SGLang needs aligned tensors without gaps"
             flattened = flatten(bucket, memory, alignment_bytes=1)
             await every(lambda link: link.send(flattened))
             del flattened  # not before the servers have confirmed

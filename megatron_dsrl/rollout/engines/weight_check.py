@@ -1,12 +1,12 @@
-"""Whether an engine holds exactly the weights that the trainer sent: digests of every tensor on every engine rank.
+"""Check that an engine holds exactly the weights that the trainer sent: digests of every tensor on every engine rank.
 
-The trainer puts the sent tensors together as the engine holds them (`tensor_layout.py`) and digests the bytes;
-SGLang's `/weights_checker` digests its own. That finds what a push alone cannot: tensors that the engine ignored, put
-in a wrong place or converted, and memory that was overwritten too early. It takes no memory of the engine's and no
-second push.
+The trainer assembles the sent tensors as the engine stores them (`tensor_layout.py`) and digests the bytes;
+SGLang's `/weights_checker` digests its own. This finds errors that a push alone cannot: tensors that the engine
+ignored, misplaced or converted, and memory that was overwritten too early. It needs neither engine memory nor a second
+push.
 
-An engine that keeps its weights in another form (quantised, experts divided or reordered as a kernel wants them) cannot
-be compared in this way: its digests differ.
+An engine that stores its weights in another form (quantised, or experts split or reordered for a kernel) cannot be
+compared like this: its digests always differ.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ NAMES_IN_MESSAGE = 8
 
 
 class SentWeights:
-    """Digests of what was sent, as one rank of the engine must hold it."""
+    """Digests of the sent weights, as one rank of the engine must hold them."""
 
     def __init__(self, layout: EngineLayout) -> None:
         self._layout = layout
@@ -39,17 +39,17 @@ class SentWeights:
         self._hf_names: dict[str, list[str]] = {}
 
     def watch(self, buckets: Iterable[Bucket]) -> Iterator[Bucket]:
-        """The same buckets; each is digested before it is handed on. A tensor that comes again replaces the first."""
+        """Yield the same buckets, digesting each first. A tensor that is sent again replaces the earlier one."""
         for bucket in buckets:
             for name, tensor in bucket:
                 self._add(name, tensor.detach())
             yield bucket
 
     def differences(self, engine: Mapping[str, str]) -> list[str]:
-        """What is wrong with this rank of the engine, one line per tensor.
+        """The differences to this rank of the engine, one line per tensor.
 
         Args:
-            engine: the rank's digests by SGLang's names of its tensors.
+            engine: the rank's digests by SGLang's tensor names.
         """
         common = self._digests.keys() & engine
         wrong = [f"{self._named(name)} differs" for name in common if self._digests[name] != engine[name]]
@@ -59,7 +59,7 @@ class SentWeights:
 
     def _add(self, name: str, tensor: Tensor) -> None:
         place = self._layout.place(name)
-        # A copy where it has to wait for others: the bucket may be overwritten when the next one is taken.
+        # A part that has to wait for others is copied: the bucket may be overwritten when the next one is taken.
         shard = self._layout.shard(name, tensor)
         parts = self._incomplete.setdefault(place.parameter, {})
         parts[place.part] = shard.clone() if place.parts > 1 else shard
@@ -80,13 +80,13 @@ class SentWeights:
 
 
 class WeightCheck:
-    """When the weights of an engine are compared, and with what; one object per rank of the engine's group."""
+    """Decides when an engine's weights are compared, and compares them; one object per rank of the engine's group."""
 
     def __init__(self, config: RolloutSettings, group: ProcessGroup | None) -> None:
         """
         Args:
-            config: `model.path` and the engine section count.
-            group: Gloo group of the ranks that share the engine; None when that is one rank.
+            config: only `model.path` and the engine section are used.
+            group: Gloo group of the ranks that share the engine; None for a single rank.
         """
         self._config = config
         self._group = group
@@ -94,7 +94,7 @@ class WeightCheck:
         self._sent: SentWeights | None = None
 
     def watch(self, buckets: Iterable[Bucket]) -> Iterable[Bucket]:
-        """The buckets of a push, to be given to the engine in place of these. All ranks of the group call it."""
+        """Wrap the buckets of a push; push the result instead. All ranks of the group call it."""
         self._due = any([self._due] if self._group is None else gather(self._due, self._group))
         if not self._due:
             return buckets
@@ -104,7 +104,7 @@ class WeightCheck:
         return self._sent.watch(buckets)
 
     def mismatch(self, engine_url: str | None) -> str | None:
-        """Compare after a push that succeeded, if it is due. All ranks of the engine's group call it together.
+        """Compare after a successful push, if due. All ranks of the engine's group call it together.
 
         Args:
             engine_url: the engine; None on all but the first rank of the group.
@@ -113,7 +113,7 @@ class WeightCheck:
             None, or a message that names the tensors, the same on every rank of the group.
 
         Raises:
-            EngineError: the engine refused or is gone, on every rank of the group.
+            EngineError: on every rank of the group, if the engine refused or is gone.
         """
         if self._sent is None:
             return None
@@ -123,10 +123,11 @@ class WeightCheck:
             self._due = self._config.engine.check_weights == "always"
             return None
         url = engine_url if self._group is None else gather(engine_url, self._group)[0]
+        assert url is not None, "the first rank of a group knows its engine's URL"
         return mismatch_message(url, problem)
 
     def repeat(self) -> None:
-        """Compare after the next push again: the engine is a new one. One rank of the group is enough."""
+        """Compare again after the next push, because the engine was restarted. It is enough that one rank calls it."""
         self._due = self._config.engine.check_weights != "never"
 
 
@@ -136,16 +137,16 @@ def check_weights(
     """Compare every rank of the engine with what was sent. All ranks of the engine's group call it together.
 
     Args:
-        sent: what the engine's rank with the number of this rank in the group must hold.
+        sent: what the engine rank with this rank's number in the group must hold.
         engine_url: the engine; None on all but the first rank of the group.
-        group: Gloo group of the ranks that share the engine; None when that is one rank.
+        group: Gloo group of the ranks that share the engine; None for a single rank.
         timeout_seconds: limit of the engine's answer.
 
     Returns:
-        None, or one line for every tensor that differs, the same on every rank of the group.
+        None, or one line for every tensor that differs; the same on every rank of the group.
 
     Raises:
-        EngineError: the engine refused or is gone, on every rank of the group.
+        EngineError: on every rank of the group, if the engine refused or is gone.
     """
     rank, size = (0, 1) if group is None else (group.rank(), group.size())
     answer = None if engine_url is None else asyncio.run(_engine_digests(engine_url, timeout_seconds))
@@ -153,32 +154,32 @@ def check_weights(
     if isinstance(digests, str):
         raise EngineError(digests)
     if len(digests) != size:
-        return f"the engine answers for {len(digests)} ranks where {size} handed it weights"
+        return f"the engine returned digests of {len(digests)} ranks, but {size} ranks sent it weights"
     differences = sent.differences(digests[rank])
     return lines_of_ranks([differences] if group is None else gather(differences, group)) or None
 
 
 def lines_of_ranks(differences: Sequence[Sequence[str]]) -> str:
-    """`SentWeights.differences` of every rank of an engine in a message, the first ones of each rank."""
+    """The first differences of each engine rank (see `SentWeights.differences`), one line each; empty without any."""
     lines = []
-    for rank, of_rank in enumerate(differences):
-        lines += [f"engine rank {rank}: {difference}" for difference in of_rank[:NAMES_IN_MESSAGE]]
-        if len(of_rank) > NAMES_IN_MESSAGE:
-            lines.append(f"engine rank {rank}: and {len(of_rank) - NAMES_IN_MESSAGE} more tensors")
+    for rank, wrong in enumerate(differences):
+        lines += [f"engine rank {rank}: {difference}" for difference in wrong[:NAMES_IN_MESSAGE]]
+        if len(wrong) > NAMES_IN_MESSAGE:
+            lines.append(f"engine rank {rank}: and {len(wrong) - NAMES_IN_MESSAGE} more tensors")
     return "\n".join(lines)
 
 
 def mismatch_message(engine_url: str, problem: str) -> str:
-    """The error of an engine with other weights; `problem` is what `lines_of_ranks` says."""
+    """The error message for an engine with other weights; `problem` is the result of `lines_of_ranks`."""
     return (
         f"the engine at {engine_url} does not hold the weights that the trainer sent:\n{problem}\n"
-        "Its samples would not come from the policy that is trained. If SGLang was told to keep weights in another "
-        "form (quantization, other expert kernels), set engine.check_weights to never."
+        "Its samples would not come from the policy that is trained. If SGLang stores weights in another form "
+        "(quantization, other expert kernels), set engine.check_weights to never."
     )
 
 
 async def _engine_digests(url: str, timeout_seconds: float) -> list[dict[str, str]] | str:
-    """The digests of every rank of the engine, or why there are none."""
+    """The digests of every rank of the engine, or the error message."""
     async with WeightClient(url, timeout_seconds) as client:
         try:
             return await client.weight_digests()

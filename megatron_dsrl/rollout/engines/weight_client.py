@@ -1,4 +1,4 @@
-"""HTTP calls to one SGLang server about its weights, beyond those of a push from the same device."""
+"""HTTP calls for an SGLang server's weights that a push from the same device does not need: broadcasts and digests."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,11 +8,11 @@ from megatron_dsrl.rollout.engines.client import EngineClient, EngineError
 
 @dataclass(frozen=True)
 class BroadcastGroup:
-    """A torch.distributed group of one sender, rank 0, and the ranks of a server behind it."""
+    """A torch.distributed group of one sender, rank 0, and the ranks of a server after it."""
 
     name: str
     host: str
-    """Where the sender's store listens, which brings them together."""
+    """Address of the sender's store, the meeting point of the group."""
     port: int
     size: int
     backend: str
@@ -20,12 +20,12 @@ class BroadcastGroup:
 
 
 class WeightClient(EngineClient):
-    """Used as its base class."""
+    """An `EngineClient` with the calls for weight broadcasts and digests."""
 
     async def weight_digests(self) -> list[dict[str, str]]:
-        """Of every tensor-parallel rank in order, SGLang's digest of each of its tensors by SGLang's names.
+        """For every tensor-parallel rank in order, SGLang's digests of its tensors, by SGLang's names.
 
-        See platform/weight_digest.py for what a digest is.
+        See platform/weight_digest.py for the definition of a digest.
 
         Raises:
             EngineError: the engine has no such check (before SGLang 0.5.23), refused, or is gone.
@@ -35,14 +35,14 @@ class WeightClient(EngineClient):
         return [rank["checksums"] for rank in ranks]
 
     async def tensor_parallel_size(self) -> int:
-        """Ranks of the server."""
+        """Number of ranks of the server."""
         answer = await self._request("GET", "/server_info", None, self._timeout_seconds)
         if not isinstance(answer, dict) or not isinstance(answer.get("tp_size"), int):
-            raise EngineError(f"engine {self.url}: /server_info does not tell tp_size: {answer!r:.500}")
+            raise EngineError(f"engine {self.url}: /server_info has no tp_size: {answer!r:.500}")
         return answer["tp_size"]
 
     async def join(self, group: BroadcastGroup) -> None:
-        """Have all ranks of the server join; returns when they have, which takes the sender to join too."""
+        """Have all ranks of the server join; returns once they and the sender have joined."""
         body = {
             "master_address": group.host,
             "master_port": group.port,
@@ -63,10 +63,10 @@ class WeightClient(EngineClient):
         """Load one bucket that the sender broadcasts at the same time, and drop all cached prefixes.
 
         Args:
-            group_name: of a group that was joined.
-            names: HF names of the tensors, which follow one another without gaps.
-            dtypes: by the names that they have in `torch`.
-            shapes: of the full tensors.
+            group_name: a group that the server has joined.
+            names: HF names of the tensors, which are concatenated without gaps.
+            dtypes: attribute names in `torch`, such as `bfloat16`.
+            shapes: shapes of the full tensors.
         """
         body = {
             "names": list(names),

@@ -1,9 +1,8 @@
-"""Weights from the trainer into the engine of the same devices, in flattened buckets, without touching disk.
+"""Weights from the trainer to the engine on the same devices, in flattened buckets, without touching disk.
 
 Only handles travel over HTTP: the engine opens the trainer's memory (CUDA IPC, or shared memory on CPU) and copies.
-A bucket is one byte tensor and a table of what lies where, in the form of SGLang's `flattened_bucket` load format.
-The form is written here rather than imported: importing SGLang patches Transformers, which the trainer must not
-inherit.
+A bucket is one byte tensor and a table of the tensors in it, in SGLang's `flattened_bucket` load format. The format is
+reimplemented here because importing SGLang patches Transformers in the trainer's process.
 """
 
 import asyncio
@@ -26,7 +25,7 @@ Bucket = list[tuple[str, torch.Tensor]]
 """Full, HF-named tensors."""
 
 ALIGNMENT_BYTES = 16
-"""So that a bucket may mix dtypes."""
+"""Alignment of tensors in a bucket, so that it may mix dtypes."""
 
 
 def push_weights(
@@ -38,20 +37,19 @@ def push_weights(
 ) -> str | None:
     """Replace the engine's weights and set their version. All ranks of the engine's group call it together.
 
-    No sample may be running. The version is set after the last bucket was confirmed.
-    Whatever becomes of the engine, the buckets are drawn to their end: gathering them takes part of ranks that may
-    belong to other engines.
+    No sample may be running. The version is set after the last bucket was confirmed. All buckets are consumed even if
+    the engine fails, because ranks of other engines take part in gathering them.
 
     Args:
         buckets: Non-empty lists of (HF name, full tensor), the same on every rank of the group. Tensors of a bucket
             may be overwritten when the next bucket is taken.
         version: The new weight version.
         engine_url: The engine; None on all but the first rank of the group.
-        group: Gloo group of the ranks that share the engine; None when that is one rank.
+        group: Gloo group of the ranks that share the engine; None for a single rank.
         timeout_seconds: Limit of each call.
 
     Returns:
-        None, or why the engine does not have the weights: it refused a call or is gone, and got no further calls. The
+        None, or why the engine does not have the weights: it refused a call or is gone, and was not called again. The
         same on every rank of the group.
     """
     engine, memory = _GroupsEngine(engine_url, group, timeout_seconds), BucketMemory()
@@ -69,18 +67,18 @@ def push_weights(
 
 
 class BucketMemory:
-    """Where a bucket lies until the engine has copied it; not more than one at a time.
+    """Memory of a bucket until the engine has copied it; one bucket at a time.
 
-    On CPU it is the same shared memory for all buckets: new pages cost more than the copies. On CUDA every bucket gets
-    memory of its own: there PyTorch itself keeps what was shared from being used again until the other process has let
-    go of it and its copies are done.
+    On CPU all buckets use the same shared memory, because new pages cost more than the copies. On CUDA every bucket
+    gets its own memory: PyTorch does not reuse shared memory until the other process has released it and its copies
+    are done.
     """
 
     def __init__(self) -> None:
         self._shared = torch.empty(0, dtype=torch.uint8)
 
     def take(self, num_bytes: int, device: torch.device) -> torch.Tensor:
-        """Undefined bytes. The engine must have confirmed the bucket before."""
+        """Uninitialised bytes, [num_bytes] uint8. The engine must have confirmed the previous bucket."""
         if device.type != "cpu":
             return torch.empty(num_bytes, dtype=torch.uint8, device=device)
         if len(self._shared) < num_bytes:
@@ -90,11 +88,11 @@ class BucketMemory:
 
 
 def flatten(bucket: Bucket, memory: BucketMemory, alignment_bytes: int = ALIGNMENT_BYTES) -> dict[str, Any]:
-    """One byte tensor that holds all tensors of the bucket, and the table of their places.
+    """One byte tensor that holds all tensors of the bucket, and the table of their offsets.
 
     Args:
         bucket: at least one tensor.
-        memory: where the bytes go.
+        memory: provides the byte tensor.
         alignment_bytes: every tensor starts at a multiple of this.
     """
     assert bucket, "a bucket holds at least one tensor"
@@ -114,7 +112,7 @@ def flatten(bucket: Bucket, memory: BucketMemory, alignment_bytes: int = ALIGNME
 
 
 def serialise(flattened: dict[str, Any]) -> str:
-    """Base64 of a pickle that carries a handle to the tensor's memory. It can be opened once."""
+    """Base64 of a pickle with a handle to the tensor's memory. It can be opened once."""
     stream = io.BytesIO()
     with tensor_sharing():
         ForkingPickler(stream).dump(flattened)
@@ -127,7 +125,7 @@ def _gather(payload: str, group: torch.distributed.ProcessGroup | None) -> list[
 
 
 class _GroupsEngine:
-    """The engine as all ranks of its group see it: after the first failed call, it gets none and keeps the problem."""
+    """The engine as all ranks of its group see it. After the first failed call it keeps the problem and makes none."""
 
     def __init__(self, url: str | None, group: torch.distributed.ProcessGroup | None, timeout_seconds: float) -> None:
         self.problem: str | None = None
