@@ -65,9 +65,9 @@ def test_all_groups_of_an_older_recording_were_trained_on(saved):
     ("step", "prompts", "changes", "message"),
     [
         (13, PROMPTS, {}, "rollout.replay_from: .*step_000013.jsonl does not exist"),
-        (12, PROMPTS, {"prompts": 4}, "holds 3 prompts that were trained on, this run takes 4 per step"),
-        (12, PROMPTS, {"prompts": 2}, "holds 3 prompts that were trained on, this run takes 2 per step; set"),
-        (12, PROMPTS, {"samples": 4}, "2 samples of prompt 0, this run takes 4; set rollout.samples_per_prompt=2"),
+        (12, PROMPTS, {"prompts": 4}, "holds 3 prompts that were trained on, but this run takes 4 per step"),
+        (12, PROMPTS, {"prompts": 2}, "holds 3 prompts that were trained on, but this run takes 2 per step; set"),
+        (12, PROMPTS, {"samples": 4}, "2 samples of prompt 0, but this run takes 4; set rollout.samples_per_prompt=2"),
         (12, PROMPTS[:2], {}, "holds prompt 2, which this run does not have; use the same data"),
         (12, [*PROMPTS[:2], replace(PROMPTS[2], token_ids=(1,))], {}, "prompt 2, which this run has in another form"),
     ],
@@ -87,7 +87,7 @@ def test_experts_are_replayed_where_they_are_wanted(tmp_path):
     assert without.samples == (replace(sample, routed_experts=None),) * 2
 
     write_groups(rollout_file(tmp_path, 2), [without], [group])
-    with pytest.raises(UserError, match="step_000002.jsonl does not say which experts .*routing_replay=true"):
+    with pytest.raises(UserError, match="step_000002.jsonl does not record which experts .*routing_replay=true"):
         replayed_groups(tmp_path, 2, PROMPTS, config(routing_replay=True))
 
 

@@ -227,7 +227,7 @@ def _destroy_after(group: dist.ProcessGroup, broadcast: "Future[dist.Work]") -> 
 async def broadcast_weights(links: Sequence[ServerLink], buckets: Iterable[Bucket], version: int) -> dict[str, str]:
     """Replace the weights of connected servers and set their version; the counterpart of `push_weights`.
 
-    All buckets are consumed even if servers fail. No bucket is taken before all servers have confirmed the previous one.
+    All buckets are consumed even if servers fail. No bucket is taken before all servers have confirmed the last.
 
     Args:
         links: connected servers.
