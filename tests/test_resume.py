@@ -108,7 +108,7 @@ def test_stops_kills_and_a_dead_engine_change_nothing(config, undisturbed):
         training.process.kill()
 
     assert disturb_the_next_update(kill_engine_and_later_trainer) == -signal.SIGKILL
-    assert "restarted (2 of engine.max_restarts" in (run.parent / "disturbed.output").read_text()
+    assert "(restart 2 of engine.max_restarts" in (run.parent / "disturbed.output").read_text()
 
     complete_run(config, "disturbed")
     assert_same_run(run, undisturbed, STEPS)

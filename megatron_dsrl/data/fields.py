@@ -1,4 +1,4 @@
-"""From a row of a prompt set to the value that the configuration asks for: a field, a path of fields, a template."""
+"""Reading values from the rows of a prompt set: a field, a path of fields, or a template."""
 
 import json
 import math
@@ -20,15 +20,15 @@ ROLES = ("system", "user", "assistant", "tool")
 
 
 class BadRowError(ValueError):
-    """A row cannot be used; the message says why and names the setting."""
+    """A row that cannot be used; the message says why and names the setting."""
 
 
 def field_reader(field: str, setting: str) -> FieldReader:
-    """Reads a field, or what a dotted path reaches in it. A text on the way is read as JSON.
+    """A function that reads a field or a dotted path. Strings along the path are parsed as JSON.
 
     Args:
         field: a row's field, or a path such as `reward_model.ground_truth` or `prompt.0.content`.
-        setting: what the configuration calls it, for messages.
+        setting: name of the configuration field, for messages.
 
     Raises:
         BadRowError: (the reader) the row has no such field.
@@ -49,11 +49,13 @@ def field_reader(field: str, setting: str) -> FieldReader:
 
 
 def template_reader(template: str, setting: str) -> FieldReader:
-    """Renders a Jinja template over the row's fields. The filter `lettered` writes a list as lines `A. ...`, `B. ...`.
+    """A function that renders a Jinja template with the row's fields.
+
+    The filter `lettered` writes a list as lines `A. ...`, `B. ...`.
 
     Raises:
         UserError: it is not a template.
-        BadRowError: (the reader) the row does not fit it.
+        BadRowError: (the reader) the template cannot be rendered with the row.
     """
     environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=False)
     environment.filters["lettered"] = _lettered
@@ -73,7 +75,7 @@ def template_reader(template: str, setting: str) -> FieldReader:
 
 
 def with_choices(row: Row, choices: ChoicesConfig, section: str = "data") -> Row:
-    """The row with `options`, shuffled by their own content, and `answer`, the letter of the right one.
+    """The row with `options`, shuffled with their content as the seed, and `answer`, the letter of the right one.
 
     Raises:
         BadRowError: a field is missing, or two choices are the same.
@@ -82,7 +84,7 @@ def with_choices(row: Row, choices: ChoicesConfig, section: str = "data") -> Row
     fields = [choices.correct_field, *choices.incorrect_fields]
     options = [str(field_reader(field, setting)(row)).strip() for field in fields]
     if len(set(options)) < len(options):
-        raise BadRowError(f"{setting}: the same choice stands twice: {options!r}")
+        raise BadRowError(f"{setting}: the same choice occurs twice: {options!r}")
     right = options[0]
     options.sort()
     random.Random(json.dumps(options)).shuffle(options)
@@ -90,40 +92,40 @@ def with_choices(row: Row, choices: ChoicesConfig, section: str = "data") -> Row
 
 
 def chat_messages(value: Any, setting: str) -> list[dict[str, str]]:
-    """A chat as the template takes it.
+    """A chat in the form that the chat template takes.
 
     Raises:
         BadRowError: it is not a list of turns with role and content, or the last one is not the user's.
     """
     value = _parsed(value)
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise BadRowError(f"{setting}: a list of chat turns is needed, not a {type(value).__name__}")
+        raise BadRowError(f"{setting}: expected a non-empty list of chat turns, got {value!r:.80}")
     turns = []
     for number, turn in enumerate(value):
         if not isinstance(turn, Mapping) or turn.get("role") not in ROLES or not isinstance(turn.get("content"), str):
             raise BadRowError(
-                f"{setting}: turn {number} needs a role ({', '.join(ROLES)}) and a text as content, and is {turn!r:.80}"
+                f"{setting}: turn {number} needs a role ({', '.join(ROLES)}) and a string as content, got {turn!r:.80}"
             )
         turns.append({"role": turn["role"], "content": turn["content"]})
     if turns[-1]["role"] != "user":
-        raise BadRowError(f"{setting}: the last turn is the {turns[-1]['role']}'s, and the user's is needed")
+        raise BadRowError(f"{setting}: the last turn must be the user's, not the {turns[-1]['role']}'s")
     return turns
 
 
 def clean_answer(value: Any) -> str | None:
-    """A gold answer as text without surrounding blanks; None if there is none.
+    """A gold answer as a stripped string; None if it is empty.
 
-    Numbers lose an empty fraction (27.0 -> "27"). A list is its elements with commas between them: all of them are the
-    answer. Raises ValueError for anything that is neither text nor number.
+    Numbers lose a zero fraction (27.0 -> "27"). The elements of a list are joined with commas: together they are the
+    answer. Raises ValueError for anything that is neither a string nor a number.
     """
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         parts = [clean_answer(part) for part in value]
         return ", ".join(part for part in parts if part is not None) or None
     if isinstance(value, bool) or not isinstance(value, str | int | float | None):
-        raise ValueError(f"is a {type(value).__name__}, and a text or a number is needed")
+        raise ValueError(f"is a {type(value).__name__}, expected a string or a number")
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise ValueError(f"is {value}, and a text or a number is needed")
+            raise ValueError(f"is {value}, expected a string or a finite number")
         return str(int(value)) if value.is_integer() else repr(value)
     return str(value).strip() or None if value is not None else None
 
@@ -132,7 +134,7 @@ _MISSING = object()
 
 
 def _step(value: Any, part: str) -> Any:
-    """One part of a dotted path."""
+    """The value at one part of a dotted path."""
     value = _parsed(value)
     if isinstance(value, Mapping):
         return value.get(part, _MISSING)
@@ -142,7 +144,7 @@ def _step(value: Any, part: str) -> Any:
 
 
 def _parsed(value: Any) -> Any:
-    """Objects and lists that a data set keeps as JSON texts."""
+    """Parse objects and lists that a data set stores as JSON strings."""
     if not isinstance(value, str) or not value.lstrip().startswith(("{", "[")):
         return value
     try:

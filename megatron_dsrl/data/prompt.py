@@ -11,13 +11,13 @@ class Prompt:
     """Row number in its prompt set."""
 
     text: str
-    """The rendered chat prompt, for people to read."""
+    """The rendered chat prompt, for display."""
 
     token_ids: tuple[int, ...]
-    """The same prompt as the engine and the trainer see it."""
+    """The prompt as the engine and the trainer see it."""
 
     answer: str
     """Gold answer for the verifier."""
 
     other_answers: tuple[str, ...] = ()
-    """Further gold answers, each of which is accepted as well."""
+    """Further gold answers; any of them is accepted."""

@@ -1,8 +1,8 @@
 """Prompt sets: from rows of problems and answers to rendered, tokenised prompts.
 
-Local files are read directly, row by row as they are written, so that one file may mix answers such as `27`, `27.0`
-and `"27"`; hub names go through HF `datasets`. Nothing happens silently: rows that cannot be used and prompts that are
-too long are an error, or are counted where the configuration says what to do with them.
+Local files are read directly, row by row, so that one file may mix answers such as `27`, `27.0` and `"27"`; hub names
+are loaded with HF `datasets`. Nothing is dropped silently: unusable rows and overlong prompts are errors, or are
+handled as configured and reported.
 """
 
 import logging
@@ -33,19 +33,19 @@ from megatron_dsrl.rewards.boxed import last_boxed
 logger = logging.getLogger(__name__)
 
 Problem = str | list[dict[str, str]]
-"""A user's turn, or a whole chat that ends in one."""
+"""The user's turn, or a whole chat that ends with one."""
 
 BAD_ROWS_SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Task:
-    """A row that can be used."""
+    """A usable row."""
 
     index: int
     problem: Problem
     answers: tuple[str, ...]
-    """Each of them is accepted; at least one."""
+    """At least one; any of them is accepted."""
 
 
 def load_prompts(config: PromptSetConfig, tokenizer: PreTrainedTokenizerBase, section: str = "data") -> list[Prompt]:
@@ -53,13 +53,13 @@ def load_prompts(config: PromptSetConfig, tokenizer: PreTrainedTokenizerBase, se
 
     Args:
         config: where the rows come from and how they become prompts.
-        tokenizer: of the model, with a chat template.
-        section: path of `config` in the run's configuration, for error messages.
+        tokenizer: the model's tokenizer, with a chat template.
+        section: path of `config` in the run's configuration, for messages.
 
     Raises:
         UserError: for a source that is missing, unreadable or empty, rows without a usable problem or answer
-            (`on_bad_row`), prompts that are too long (`on_long_prompt`), an answer pattern or a template that is wrong,
-            and a tokenizer without chat template.
+            (`on_bad_row`), prompts that are too long (`on_long_prompt`), an invalid answer pattern or template, and a
+            tokenizer without a chat template.
     """
     if not tokenizer.chat_template:
         raise UserError(f"{section}: the tokenizer has no chat template, so problems cannot be rendered as prompts.")
@@ -84,10 +84,10 @@ def render(problem: Problem, config: PromptSetConfig, tokenizer: PreTrainedToken
 
 
 def usable_tasks(rows: Sequence[Row], config: PromptSetConfig, section: str) -> list[Task]:
-    """Problem and answers of every row that has them.
+    """Problem and answers of every usable row.
 
     Raises:
-        UserError: rows cannot be used, and are not to be dropped; or none can be used.
+        UserError: some rows cannot be used and `on_bad_row` is `error`, or none can be used.
     """
     read = RowReader(config, section)
     tasks, problems = [], []
@@ -101,20 +101,20 @@ def usable_tasks(rows: Sequence[Row], config: PromptSetConfig, section: str) -> 
         shown = "\n  ".join([*problems[:BAD_ROWS_SHOWN], *more])
         raise UserError(
             f"{section}: {len(problems)} of {len(rows)} rows of {config.source} cannot be used. Correct them, or set "
-            f"{section}.on_bad_row=drop to leave them out.\n  {shown}"
+            f"{section}.on_bad_row=drop to drop them.\n  {shown}"
         )
     if problems:
-        _say(f"{section}: {len(problems)} of {len(rows)} rows cannot be used and are left out; {problems[0]}")
+        _warn_once(f"{section}: dropped {len(problems)} of {len(rows)} rows, which cannot be used; {problems[0]}")
     return tasks
 
 
 def within_limit(
     prompts: Sequence[Prompt], config: PromptSetConfig, tokenizer: PreTrainedTokenizerBase, section: str
 ) -> list[Prompt]:
-    """The prompts, of which none is longer than `max_prompt_tokens`.
+    """The prompts, with those longer than `max_prompt_tokens` dropped or truncated (`on_long_prompt`).
 
     Raises:
-        UserError: some are, and `on_long_prompt` is `error`; or none is left.
+        UserError: some are longer and `on_long_prompt` is `error`, or all would be dropped.
     """
     limit = config.max_prompt_tokens
     too_long = [prompt for prompt in prompts if len(prompt.token_ids) > limit]
@@ -128,19 +128,19 @@ def within_limit(
     if config.on_long_prompt == "error" or (config.on_long_prompt == "drop" and len(too_long) == len(prompts)):
         raise UserError(f"{what}. Raise the limit, or set {section}.on_long_prompt to drop or truncate")
     if config.on_long_prompt == "drop":
-        _say(f"{what} and are left out")
+        _warn_once(f"{what} and are dropped")
         return [prompt for prompt in prompts if len(prompt.token_ids) <= limit]
-    _say(f"{what} and lose their beginning")
+    _warn_once(f"{what} and lose their beginning")
     return [_without_beginning(prompt, limit, tokenizer) for prompt in prompts]
 
 
 class RowReader:
-    """Reads problem and answers out of rows, as a configuration says."""
+    """Reads problem and answers from rows as configured."""
 
     def __init__(self, config: PromptSetConfig, section: str) -> None:
         """
         Raises:
-            UserError: a pattern or a template is wrong.
+            UserError: a pattern or a template is invalid.
         """
         self._config = config
         self._section = section
@@ -149,7 +149,8 @@ class RowReader:
         self._answer_of = _reader(config.answer_template, config.answer_field, "answer", section)
 
     def __call__(self, index: int, row: Row) -> Task:
-        """
+        """Read one row.
+
         Raises:
             BadRowError: the row has no usable problem or answer.
         """
@@ -168,7 +169,7 @@ class RowReader:
         problem = self._problem_of(row)
         if not isinstance(problem, str) or not problem.strip():
             origin = "problem_template" if config.problem_template else f"its field `{config.problem_field}`"
-            raise BadRowError(f"it has no problem: {origin} holds {problem!r:.80}, and a text is needed")
+            raise BadRowError(f"it has no problem: {origin} holds {problem!r:.80}, expected a non-empty string")
         _require_characters(problem, "its problem")
         return problem
 
@@ -210,12 +211,12 @@ def _compile(pattern: str | None, section: str) -> re.Pattern[str] | None:
     except re.error as error:
         raise UserError(f"{section}.answer_pattern: {pattern!r} is not a regular expression: {error}") from error
     if compiled.groups == 0:
-        raise UserError(f"{section}.answer_pattern: {pattern!r} has no group; put the answer's part in parentheses")
+        raise UserError(f"{section}.answer_pattern: {pattern!r} has no group; put the answer part in parentheses")
     return compiled
 
 
 def _reader(template: str | None, field: str, what: str, section: str) -> FieldReader:
-    """By the template if there is one, else from the field."""
+    """A reader for the template if there is one, else for the field."""
     if template is None:
         return field_reader(field, f"{section}.{what}_field")
     return template_reader(template, f"{section}.{what}_template")
@@ -235,7 +236,7 @@ def _without_beginning(prompt: Prompt, limit: int, tokenizer: PreTrainedTokenize
     return Prompt(prompt.index, tokenizer.decode(ids), ids, prompt.answer, prompt.other_answers)
 
 
-def _say(text: str) -> None:
-    """Once for all ranks, which read the set before they know each other."""
+def _warn_once(text: str) -> None:
+    """Log on rank 0 only. Prompts are read before torch.distributed is initialised."""
     if os.environ.get("RANK", "0") == "0":
         logger.warning(text)

@@ -16,21 +16,22 @@ Row = dict[str, Any]
 
 LOCAL_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 SAVED_FILES = ("dataset_dict.json", "state.json")
-"""What `datasets`' save_to_disk writes for several splits, and for one."""
+"""Files by which to recognise the result of `datasets`' save_to_disk, of several splits and of one."""
 
 
 def read_rows(config: PromptSetConfig, section: str) -> list[Row]:
     """The rows of a set, at most `config.limit`; never an empty list.
 
-    Raises UserError when the source is missing, unreadable or empty, or holds something else than rows.
+    Raises:
+        UserError: the source is missing, unreadable or empty, or contains something other than rows.
     """
     files, folder = local_files(config.source), _path(config.source)
     if files is not None:
         if not files or not files[0].is_file():
-            raise UserError(f"{section}.source: there is no file {config.source}; make it first, or correct the path")
+            raise UserError(f"{section}.source: there is no file {config.source}; create it, or correct the path")
         rows = (row for file in files for row in _read_local(file, config.rows_field, section))
     elif folder.is_file():
-        raise UserError(f"{section}.source: {config.source} is none of the known kinds: {', '.join(LOCAL_SUFFIXES)}")
+        raise UserError(f"{section}.source: {config.source} has an unknown suffix; use {', '.join(LOCAL_SUFFIXES)}")
     elif any((folder / name).is_file() for name in SAVED_FILES):
         rows = _read_saved(folder, config.split, section)
     else:
@@ -42,7 +43,7 @@ def read_rows(config: PromptSetConfig, section: str) -> list[Row]:
 
 
 def local_files(source: str) -> list[Path] | None:
-    """The files that a source names, whether they exist or not; None for a data set in a folder or on the hub."""
+    """The files that a source names, existing or not; None for a data set in a folder or on the hub."""
     path = _path(source)
     if _kind(path) not in LOCAL_SUFFIXES:
         return None
@@ -54,12 +55,12 @@ def _path(source: str) -> Path:
 
 
 def _kind(path: Path) -> str:
-    """The file's suffix in small letters, a compressed one's without `.gz`."""
+    """The file's suffix in lower case, ignoring a final `.gz`."""
     return (Path(path.stem).suffix if path.suffix.lower() == ".gz" else path.suffix).lower()
 
 
 def _open(path: Path) -> TextIO:
-    encoding = "utf-8-sig"  # UTF-8, with or without the mark that Excel writes first
+    encoding = "utf-8-sig"  # UTF-8 with or without a byte order mark, which Excel writes
     if path.suffix.lower() == ".gz":
         return gzip.open(path, "rt", encoding=encoding, newline="")
     return path.open(encoding=encoding, newline="")
@@ -77,7 +78,7 @@ def _read_local(path: Path, rows_field: str | None, section: str) -> Iterator[Ro
     try:
         for index, row in enumerate(readers[_kind(path)](path)):
             if not isinstance(row, dict):
-                raise ValueError(f"row {index} is a {type(row).__name__}, and an object of fields is needed")
+                raise ValueError(f"row {index} is a {type(row).__name__}, expected an object of fields")
             yield row
     except (OSError, EOFError, ValueError, csv.Error) as error:  # JSON, Unicode and Arrow errors are ValueErrors
         raise UserError(f"{section}.source: cannot read {path}: {error}") from error
@@ -99,16 +100,16 @@ def _json_list(path: Path, rows_field: str | None) -> Iterator[Any]:
         with _open(path) as file:
             rows = json.load(file)
     except json.JSONDecodeError as error:
-        if rows_field is None and error.msg == "Extra data":  # JSON lines under another name
+        if rows_field is None and error.msg == "Extra data":  # JSON lines in a .json file
             yield from _json_lines(path)
             return
         raise
     if rows_field is not None:
         if not isinstance(rows, dict) or rows_field not in rows:
-            raise ValueError(f"the file holds no object with the field `{rows_field}` (rows_field)")
+            raise ValueError(f"the file is not an object with the field `{rows_field}` (rows_field)")
         rows = rows[rows_field]
     if not isinstance(rows, list):
-        raise ValueError(f"the file holds a {type(rows).__name__}, and a list of rows is needed")
+        raise ValueError(f"the file holds a {type(rows).__name__}, expected a list of rows")
     yield from rows
 
 

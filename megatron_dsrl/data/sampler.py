@@ -10,7 +10,7 @@ Item = TypeVar("Item")
 
 
 class SamplerState(TypedDict):
-    """Everything that decides the rest of the sequence, plain numbers for a checkpoint."""
+    """Everything that determines the rest of the sequence, as plain numbers for a checkpoint."""
 
     num_prompts: int
     seed: int
@@ -21,11 +21,11 @@ class SamplerState(TypedDict):
 class PromptSampler:
     """An endless sequence of prompt indices: one shuffled epoch after another.
 
-    Each epoch holds every index once. A batch that reaches the end of an epoch goes on with the next one, so only
-    such a batch can hold an index twice. The order of an epoch depends on the seed and the epoch's number alone.
+    Each epoch contains every index once. A batch that reaches the end of an epoch continues with the next one, so only
+    such a batch can contain an index twice. The order of an epoch depends only on the seed and the epoch's number.
     """
 
-    def __init__(self, num_prompts: int, seed: int):
+    def __init__(self, num_prompts: int, seed: int) -> None:
         if num_prompts < 1:
             raise UserError(f"data: a prompt set needs at least one prompt, this one has {num_prompts}")
         self._num_prompts = num_prompts
@@ -44,18 +44,21 @@ class PromptSampler:
         return indices
 
     def state_dict(self) -> SamplerState:
-        """Where the sequence stands."""
+        """The current position in the sequence."""
         return SamplerState(
             num_prompts=self._num_prompts, seed=self._seed, epoch=self._epoch, position=self._position
         )
 
     def load_state_dict(self, state: SamplerState) -> None:
-        """Go on where `state` stood. Raises UserError if it belongs to another prompt set or seed."""
-        for name, here in (("num_prompts", self._num_prompts), ("seed", self._seed)):
-            if state[name] != here:
+        """Continue from `state`. Raises UserError if it belongs to another prompt set or seed."""
+        for name, saved, here in (
+            ("num_prompts", state["num_prompts"], self._num_prompts),
+            ("seed", state["seed"], self._seed),
+        ):
+            if saved != here:
                 raise UserError(
-                    f"the checkpoint's sampler has {name} {state[name]}, this run has {here}: a run can only be "
-                    "resumed with the prompt set and the seed that it was started with"
+                    f"the checkpoint's sampler has {name} {saved}, this run has {here}: a run can only be resumed with "
+                    "the prompt set and the seed that it was started with"
                 )
         self._start_epoch(state["epoch"])
         self._position = state["position"]
@@ -76,7 +79,7 @@ class RepeatableDraw(Generic[Item]):
         self._position = 0
 
     def __call__(self, count: int) -> list[Item]:
-        """The next `count` items; new ones once those that were drawn before are used up."""
+        """The next `count` items: those drawn before first, then new ones."""
         end = self._position + count
         if end > len(self._drawn):
             self._drawn += self._draw(end - len(self._drawn))
@@ -84,6 +87,6 @@ class RepeatableDraw(Generic[Item]):
         return taken
 
     def from_the_start(self) -> "RepeatableDraw[Item]":
-        """Begin again with the first item that was drawn."""
+        """Start over with the first item that was drawn."""
         self._position = 0
         return self

@@ -1,4 +1,4 @@
-"""Qwen3's tokenizer: loading it, checking that it is one, and the token ids that training needs from it."""
+"""Qwen3's tokenizer: loading and checking it, and the token ids that training needs."""
 
 from pathlib import Path
 
@@ -19,11 +19,11 @@ def load_tokenizer(path: str, vocab_size: int | None = None) -> PreTrainedTokeni
     Args:
         path: folder with tokenizer files, or a hub name (`model.path`).
         vocab_size: rows of the model's embedding (`vocab_size` in its config.json); checked if given. The model may
-            have more rows than the tokenizer has tokens (Qwen3 does), never fewer.
+            have more rows than the tokenizer has tokens (Qwen3 does), but not fewer.
 
     Raises:
-        UserError: if there is no such folder or tokenizer, if one of Qwen3's special tokens is missing, if there is no
-            chat template, or if the tokenizer has ids outside the model's vocabulary.
+        UserError: there is no such folder or tokenizer, a special token of Qwen3 or the chat template is missing, or
+            the tokenizer has ids outside the model's vocabulary.
     """
     tokenizer = _from_folder(path) if Path(path).is_dir() else _from_hub(path)
     _require_special_tokens(tokenizer, path)
@@ -43,7 +43,7 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 
 def context_token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """Token ids of what stands in for the prompt in a space; see `algorithms.spaces.Space.context_text`."""
+    """Token ids of the text that replaces the prompt in a space; see `algorithms.spaces.Space.context_text`."""
     return tuple(tokenizer.encode(text, add_special_tokens=False)) if text else ()
 
 
@@ -85,11 +85,11 @@ def _require_fitting_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: 
     if largest >= vocab_size:
         raise UserError(
             f"model.path: the tokenizer in {path} has token ids up to {largest} ({token!r}), but the model has only "
-            f"{vocab_size} embedding rows (vocab_size in its config.json). Tokenizer and model do not belong together."
+            f"{vocab_size} embedding rows (vocab_size in its config.json). Use the model's own tokenizer."
         )
 
 
 def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     token_id = tokenizer.get_vocab().get(token)
-    assert token_id is not None, f"load_tokenizer lets no tokenizer without {token} pass"
+    assert token_id is not None, f"load_tokenizer refuses tokenizers without {token}"
     return token_id

@@ -68,15 +68,14 @@ def find_gpu(
         UserError: the name is unknown and a figure is missing.
     """
     known = GPUS.get(name.lower())
-    given = (gib, tflops, terabytes_per_second)
     if known is None:
-        if None in given:
+        if gib is None or tflops is None or terabytes_per_second is None:
             raise UserError(
                 f"--gpu: {name} is not known; choose one of {', '.join(GPUS)}, or describe it with --gpu-memory GIB "
                 "--gpu-tflops N --gpu-bandwidth TB/S"
             )
-        return _gpu(name, *given, source="the command line")
-    if given == (None, None, None):
+        return _gpu(name, gib, tflops, terabytes_per_second, source="the command line")
+    if gib is tflops is terabytes_per_second is None:
         return known
     return Gpu(
         known.name,

@@ -1,10 +1,10 @@
 """The built-in verifier: the last box of the response equals the gold answer after normalisation.
 
-Method: the string comparison that is customary for the MATH data set (Hendrycks et al., arXiv 2103.03874): both answers
-are brought to one spelling and compared as strings; nothing is evaluated. Departures from the customary one: escaped
-braces do not count when a box is closed, single-token exponents lose their braces, thousands lose their commas, whole
-numbers lose leading zeros and an empty fraction, a box inside the thinking does not count, and a response that opens a
-last box without closing it has no answer.
+Method: the usual string comparison for the MATH data set (Hendrycks et al., arXiv 2103.03874): both answers are
+normalised and compared as strings; nothing is evaluated. Differences from the usual one: escaped braces are ignored
+when looking for the end of a box, single-token exponents lose their braces, thousands lose their commas, integers lose
+leading zeros and a zero fraction, a box inside the thinking does not count, and a response whose last box is not closed
+has no answer.
 """
 
 import re
@@ -36,7 +36,7 @@ def boxed(response: str, answer: str) -> float:
 
     Args:
         response: The model's text.
-        answer: The gold answer, with or without a box or dollar signs of its own.
+        answer: The gold answer, which may itself have a box or dollar signs.
     """
     given = last_boxed(after_thinking(response))
     if not given:
@@ -46,20 +46,20 @@ def boxed(response: str, answer: str) -> float:
 
 
 def same_spelling(given: str, gold: str) -> bool:
-    """Whether two answers are written alike, up to what `normalise` makes alike and up to spaces."""
+    """Whether two answers are the same string after `normalise`, or after removing spaces."""
     return normalise(given) == normalise(gold) or SPACING.sub("", given) == SPACING.sub("", gold)
 
 
 def boxed_answer(response: str) -> str | None:
-    """The answer that the response gave, in one spelling; None without one."""
+    """The response's normalised answer; None without one."""
     given = last_boxed(after_thinking(response))
     return normalise(given) if given else None
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Content of the last `\boxed{...}` or `\fbox{...}`; of `\boxed 5` what follows up to `$` or the line's end.
+    r"""Content of the last `\boxed{...}` or `\fbox{...}`; for `\boxed 5`, the text up to `$` or the end of the line.
 
-    None without a box or when the last one is never closed.
+    None without a box, or if the last one is not closed.
     """
     boxes = list(BOX.finditer(text))
     if not boxes:
@@ -76,10 +76,10 @@ def last_boxed(text: str) -> str | None:
 
 
 def normalise(answer: str) -> str:
-    r"""One spelling of an answer.
+    r"""The normalised form of an answer.
 
     Removed: spaces, `\left` and `\right`, dollar and percent signs, degrees, trailing units in `\text{}`, a final
-    full stop, thousands commas, leading zeros, a leading `x=`. Made alike: `\dfrac` and `\tfrac`, `\frac12`, `1/2` and
+    full stop, thousands commas, leading zeros, a leading `x=`. Unified: `\dfrac` and `\tfrac`, `\frac12`, `1/2` and
     `0.5`, `\sqrt3`, `.5` and `0.5`, `27.0` and `27`, `x^{2}` and `x^2`.
     """
     text = answer.strip().replace("{,}", ",").replace("\\%", "").replace("%", "").replace("\\$", "").replace("$", "")

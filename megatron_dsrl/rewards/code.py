@@ -1,10 +1,10 @@
-"""Generated Python code, judged by running a problem's tests on it in the sandbox.
+"""Generated Python code, judged by running the problem's tests on it in the sandbox.
 
-The form of the problems is HumanEval's (arXiv 2107.03374): the beginning of a program that ends inside a function, and
-tests that define `check(candidate)`. Departures: a chat model's answer is cut out of its text, the last code block that
-defines the function, and only text without any code block is taken as a continuation of the prompt. The tests run in a
-process of their own, and the function takes and returns plain data by value (`sandbox.UnitTests`); tests that look at
-anything else, such as an argument that was changed in place, fail.
+Problems have HumanEval's form (arXiv 2107.03374): the beginning of a program that ends inside a function, and tests
+that define `check(candidate)`. Differences: a chat model's answer is the last code block that defines the function, and
+only text without any code block is taken as a continuation of the prompt. The tests run in a separate process, and the
+function takes and returns plain data by value (`sandbox.UnitTests`); tests that depend on anything else, such as an
+argument changed in place, fail.
 """
 
 import json
@@ -25,12 +25,12 @@ def code(
     Args:
         response: The model's text.
         answer: JSON object with the strings `prompt`, `entry_point` and `test`.
-        wall_seconds: Limit of the time that passes. Must be below the pool's `reward.timeout_seconds`.
-        cpu_seconds: Limit of the processor time.
-        memory_megabytes: Limit of the address space.
+        wall_seconds: Limit of wall-clock time. Must be below the pool's `reward.timeout_seconds`.
+        cpu_seconds: Limit of processor time.
+        memory_megabytes: Limit of address space.
 
     Raises:
-        ValueError: The gold answer is no such object.
+        ValueError: The gold answer is not such an object.
     """
     problem = _problem(answer)
     program = complete_program(response, problem["prompt"], problem["entry_point"])
@@ -46,7 +46,7 @@ def code(
 
 
 def complete_program(response: str, prompt: str, entry_point: str) -> str | None:
-    """The prompt with what the response adds to it; None when that is nothing."""
+    """The prompt completed by the response; None if the response has no code."""
     text = after_thinking(response)
     blocks = CODE_BLOCK.findall(text) or ([] if "```" in text else [text])
     if not any(block.strip() for block in blocks):
@@ -54,13 +54,13 @@ def complete_program(response: str, prompt: str, entry_point: str) -> str | None
     definition = re.compile(rf"^\s*(?:async\s+)?def\s+{re.escape(entry_point)}\b", re.MULTILINE)
     whole = [block for block in blocks if definition.search(block)]
     if whole:
-        # What the prompt imports and defines stays available; its own stub of the function is defined anew.
+        # The prompt's imports and definitions stay available; its stub of the function is redefined.
         return f"{prompt}\n\n{textwrap.dedent(whole[-1])}"
     return prompt.rstrip(" ") + _as_body(blocks[-1])
 
 
 def _whole_prompt(prompt: str) -> str:
-    """The prompt as a program of its own: a function at its end may have no body yet."""
+    """The prompt as a complete program: a function at its end may not have a body yet."""
     try:
         compile(prompt, "<prompt>", "exec")
     except SyntaxError:
@@ -69,7 +69,7 @@ def _whole_prompt(prompt: str) -> str:
 
 
 def _as_body(lines: str) -> str:
-    """Lines as the body of a function; indented by four blanks where they are not yet."""
+    """Lines as the body of a function, indented by four spaces unless they are indented already."""
     lines = lines.strip("\n")
     if lines.startswith((" ", "\t")):
         return lines

@@ -17,7 +17,7 @@ class Part(Section):
     """A built-in verifier or a dotted path, as in the reward section."""
 
     weight: float = 1.0
-    """Factor of its reward."""
+    """Factor of this term's reward."""
 
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments for the function."""
@@ -27,7 +27,7 @@ PARTS = TypeAdapter(list[Part])
 
 
 def combination(response: str, answer: str, parts: Sequence[Mapping[str, Any]]) -> float:
-    """Sum of weight x reward over the parts. A part that fails fails the whole.
+    """Sum of weight x reward over the parts. If a part fails, so does the whole.
 
     Args:
         response: The model's text.
@@ -41,9 +41,10 @@ def combination(response: str, answer: str, parts: Sequence[Mapping[str, Any]]) 
 
 
 def check_parts(options: Mapping[str, Any]) -> None:
-    """
+    """Validate the options of `combination`.
+
     Raises:
-        UserError: A part is ill-formed, has no such function, or gives it options that it does not take.
+        UserError: A part is malformed, its function does not exist or does not take its options.
     """
     try:
         parts = PARTS.validate_python(options["parts"])

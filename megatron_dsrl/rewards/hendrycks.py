@@ -1,9 +1,9 @@
-r"""The string comparison that the paper's released code scores with, training and benchmarks alike.
+r"""The string comparison that the paper's released code uses for training and benchmarks.
 
-It is the one customary for the MATH data set (Hendrycks et al., arXiv 2103.03874), as verl and lm-evaluation-harness
-have it: both answers are brought to one spelling and compared as strings. Its oddities are kept: a box counts wherever
-it stands, the gold answer is not unboxed, and only `\text{ ` with a space begins a unit. Use it to score a table as the
-paper's was scored; `math_verify` is what we think right.
+It is the usual one for the MATH data set (Hendrycks et al., arXiv 2103.03874), as in verl and lm-evaluation-harness:
+both answers are normalised and compared as strings. Its quirks are kept: a box counts anywhere in the response, the
+gold answer is not unboxed, and only `\text{ ` with a space begins a unit. Use it to score a table the way the paper's
+was scored; we consider `math_verify` more correct.
 """
 
 import re
@@ -16,11 +16,11 @@ FRACTION_OF_INTEGERS = re.compile(r"(-?(?:0|[1-9]\d*))/(-?(?:0|[1-9]\d*))")
 
 
 class MalformedError(ValueError):
-    """An answer that has no spelling; it equals only the very same text."""
+    """An answer that cannot be normalised; it equals only the identical text."""
 
 
 def hendrycks(response: str, answer: str) -> float:
-    """1.0 when the last box of the response is spelled like the answer, else 0.0.
+    """1.0 when the last box of the response equals the answer after normalisation, else 0.0.
 
     Args:
         response: The model's text.
@@ -36,7 +36,7 @@ def hendrycks(response: str, answer: str) -> float:
 
 
 def hendrycks_answer(response: str) -> str | None:
-    """The answer that the response gave, in one spelling; None without one."""
+    """The response's normalised answer; None without one."""
     given = last_box(response)
     try:
         return None if given is None else spelling(given)
@@ -45,9 +45,9 @@ def hendrycks_answer(response: str) -> str | None:
 
 
 def last_box(text: str) -> str | None:
-    r"""Content of the last `\boxed{...}`, braces counted; of a `\boxed ` with a space what follows up to a dollar sign.
+    r"""Content of the last `\boxed{...}`, braces counted; for `\boxed ` with a space, the text up to a dollar sign.
 
-    None without a box, where the last one is not closed, and for `\fbox`, on which the released code fails.
+    None without a box, if the last one is not closed, and for `\fbox`, on which the released code fails.
     """
     if r"\boxed " in text:
         return text.rpartition(r"\boxed ")[2].partition("$")[0]
@@ -64,10 +64,10 @@ def last_box(text: str) -> str | None:
 
 
 def spelling(answer: str) -> str:
-    """One spelling of an answer.
+    """The normalised form of an answer.
 
     Raises:
-        MalformedError: two units, or a root or a fraction of nothing.
+        MalformedError: it has two units, or an empty root or fraction.
     """
     for text in REMOVED:
         answer = answer.replace(text, "")
@@ -100,7 +100,7 @@ def _with_braced_roots(answer: str) -> str:
 
 
 def _with_braced_fractions(answer: str) -> str:
-    r"""`\frac12` and `\frac1{2}` with all their braces; unchanged where one has a single character behind it."""
+    r"""Add the braces of `\frac12` and `\frac1{2}`; unchanged if a `\frac` is followed by a single character."""
     first, *fractions = answer.split(r"\frac")
     spelled = [first]
     for fraction in fractions:

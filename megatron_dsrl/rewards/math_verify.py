@@ -1,20 +1,20 @@
-r"""Mathematical equality of the last box and the gold answer, by the math-verify package.
+r"""Mathematical equality of the last box and the gold answer, with the math-verify package.
 
-What math-verify does by itself would reward more than a right answer: it accepts unboxed numbers, joins several boxes
-into one set, drops the base of a number and the left side of an equation; and it cannot read many gold answers. Here
+math-verify by itself rewards more than right answers: it accepts unboxed numbers, joins several boxes into one set, and
+drops the base of a number and the left side of an equation. It also cannot parse many gold answers. Here
 
-- the last box is cut out as in `boxed`, and only its content is parsed, as one box;
-- equal spellings (`boxed.same_spelling`) are right without parsing, which also covers answers that are not mathematics;
-- both sides are made readable first (`readable`): without dollar and per cent signs, `-1./3` as `-1/3`, `np.arcsin` as
-  `\arcsin`, and the symbols `E_1` and `I_1` as symbols and not as the constants e and i;
+- the last box is extracted as in `boxed`, and only its content is parsed, as one box;
+- answers equal as strings (`boxed.same_spelling`) are right without parsing, even if they are not mathematics;
+- both sides are made parseable first (`readable`): without dollar and percent signs, `-1./3` as `-1/3`, `np.arcsin` as
+  `\arcsin`, and the symbols `E_1` and `I_1` as symbols, not as the constants e and i;
 - a number with a base (`4210_5`) equals only the same digits in the same base;
 - every number that an equation in the box equates must be the answer: `2+4=6` and `x=6` give 6, `5=6` does not;
 - the gold answer is parsed as `$...$`;
-- math-verify's own time limits are off. They are alarms, which threads cannot set and which do not interrupt
-  everything; the reward pool's hard limit is what bounds `9^{9^{9}}`.
+- math-verify's own time limits are off. They are alarms, which threads cannot set and which cannot interrupt
+  everything; the reward pool's hard limit bounds `9^{9^{9}}`.
 
-`verify` is not symmetric: gold `1<x<2` accepts the interval `(1,2)`, not the other way round. Answers separated by
-commas are compared as sets, so their order does not matter, and all of them are needed; gold `x=1,y=2` accepts `(1,2)`.
+`verify` is not symmetric: gold `1<x<2` accepts the interval `(1,2)`, but not the other way round. Answers separated by
+commas are compared as sets: order does not matter, and all of them are required; gold `x=1,y=2` accepts `(1,2)`.
 A gold answer without a base accepts its digits in any base. Units are not compared.
 """
 
@@ -39,9 +39,9 @@ CONSTANT_WITH_SUBSCRIPT = re.compile(r"(?<![\\a-zA-Z])([EeIi])(?=_)")
 EQUALS = re.compile(r"(?<![<>!:\\])=")
 
 STAND_INS = {"e": r"\Upsilon", "i": r"\Xi"}
-"""Symbols that no answer uses, in the place of those that the parser takes for constants."""
+"""Symbols that no answer uses, to replace those that the parser would take for constants."""
 
-# It warns at every call that its time limits are off.
+# math-verify warns at every call that its time limits are off.
 for name in ("math_verify.parser", "math_verify.grader"):
     logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -51,8 +51,8 @@ def math_verify(response: str, answer: str, decimals: int = 6) -> float:
 
     Args:
         response: The model's text.
-        answer: The gold answer, with or without a box or dollar signs of its own.
-        decimals: Digits behind the point to which numbers must agree.
+        answer: The gold answer, which may itself have a box or dollar signs.
+        decimals: Decimal places to which numbers must agree.
     """
     given = last_boxed(after_thinking(response))
     if not given:
@@ -69,19 +69,19 @@ def math_verify(response: str, answer: str, decimals: int = 6) -> float:
 
 
 def gold_answer(answer: str) -> str:
-    """What counts of a gold answer: the content of its last box, or all of it."""
+    """The content of the gold answer's last box, or all of it without a box."""
     boxed = last_boxed(answer)
     return answer if boxed is None else boxed
 
 
 def is_parsed(answer: str) -> bool:
-    """Whether a gold answer can be compared by its value, and not by its spelling alone."""
+    """Whether a gold answer can be compared by value, and not only as a string."""
     gold = gold_answer(answer)
     return any(not isinstance(value, str) for value in _parsed_gold(gold)) or bool(BASED_NUMBER.fullmatch(_bare(gold)))
 
 
 def readable(text: str) -> str:
-    r"""An answer as the parser can read it; both sides of a comparison go through this."""
+    r"""An answer in a form that the parser understands; applied to both sides of a comparison."""
     text = re.sub(r"\\?%", "", text.replace(r"\$", ""))
     text = NUMPY_FUNCTION.sub(r"\\\1", DECIMAL_WITHOUT_DIGITS.sub("", text))
     text = COMMAND_AS_SUBSCRIPT.sub(lambda match: f"_{{{match[1] or match[2]}}}", text)
@@ -89,7 +89,7 @@ def readable(text: str) -> str:
 
 
 def _equates_another_number(given: str, gold: str, parsed_gold: list[Any], decimals: int) -> bool:
-    """Whether the box is an equation, the answer is not, and a side without variables is not the answer."""
+    """Whether the box is an equation, the answer is not, and a side without variables differs from the answer."""
     sides = EQUALS.split(given)
     if len(sides) == 1 or EQUALS.search(gold):
         return False
@@ -109,7 +109,7 @@ def _parsed_gold(gold: str) -> list[Any]:
     delimited = "$" in text and text.count("$") % 2 == 0  # data sets hold golds such as `$221,$8$`
     whole = f"${text.replace('$', '')}$"
     found = parse(text, extraction_config=IN_DOLLARS, parsing_timeout=None) if delimited else []
-    # a sum may be cut by dollar signs in its middle
+    # dollar signs may split a sum in the middle
     return found if _has_value(found) else parse(whole, extraction_config=IN_DOLLARS, parsing_timeout=None)
 
 

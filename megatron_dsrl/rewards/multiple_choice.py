@@ -1,9 +1,9 @@
-r"""Multiple choice: one letter, in the last box or in the last statement that names it.
+r"""Multiple choice: one letter, in the last box or in the last statement of the answer.
 
 Statements are those that the benchmarks' own extraction looks for: "the answer is (C)" and "Answer: C" (MMLU-Pro,
 arXiv 2406.01574; GPQA, arXiv 2311.12022; lm-evaluation-harness), also with "option" or "choice", and "option (C) is
-correct". Departures: a box counts before a statement, the last statement counts and not the first, the text is searched
-for nothing else when there is neither, and naming several letters is wrong, so that a model cannot hedge.
+correct". Differences: a box takes precedence over a statement, the last statement counts instead of the first, there is
+no further search without either, and naming several letters is wrong, so that a model cannot hedge.
 """
 
 import re
@@ -31,7 +31,7 @@ def multiple_choice(response: str, answer: str, require_box: bool = False) -> fl
     Args:
         response: The model's text.
         answer: The right letter, such as `C` or `(C)`.
-        require_box: A letter outside a box does not count.
+        require_box: Whether only a letter in a box counts.
 
     Raises:
         ValueError: The gold answer is not a letter.
@@ -43,7 +43,7 @@ def multiple_choice(response: str, answer: str, require_box: bool = False) -> fl
 
 
 def chosen_letter(response: str, require_box: bool = False) -> str | None:
-    """The letter that the response chose; None for none and for several."""
+    """The letter that the response chose; None if it chose none or several."""
     text = after_thinking(response)
     box = last_boxed(text)
     if box is not None or require_box or "\\boxed" in text:
@@ -53,7 +53,7 @@ def chosen_letter(response: str, require_box: bool = False) -> str | None:
 
 
 def letter(choice: str) -> str | None:
-    r"""`C` of `C`, `(C)`, `C.`, `\text{(C)}`, `C: the text of the choice`; None for anything else and for several."""
+    r"""`C` for `C`, `(C)`, `C.`, `\text{(C)}`, `C: the text of the choice`; None for others or several letters."""
     text = WRAPPING.sub("", choice).strip()
     match = CHOICE.match(text)
     return None if match is None or SEVERAL.search(text[match.end(1) :]) else match.group(1)

@@ -1,10 +1,10 @@
 """Rewards in worker processes with a hard time limit.
 
-A verifier runs on text that a model wrote: it may hang or crash on it. A worker that exceeds the limit or dies is
-killed and replaced, its response scores 0, and the verdict is counted; so is one that needs more memory than it may
-have. Only plain data leaves a worker, so that an exception or a result of a strange class harms nobody. Where a signal
-killed the worker, or all workers are lost with their fork server, which need not be the response's fault, the response
-is judged once more. A verifier that fails on everything ends the run.
+A verifier runs on text that a model wrote, so it may hang or crash. A worker that exceeds the time or memory limit or
+dies is killed and replaced; its response scores 0 and the verdict is counted. Only plain data leaves a worker, so that
+exceptions or results of unusual classes do no harm. If a signal killed the worker, or all workers are lost with their
+fork server, the response may not be the cause, and it is judged once more. A verifier that fails on everything ends the
+run.
 
 Workers do not import torch.
 """
@@ -47,7 +47,7 @@ class Judgement:
     """Finite; 0 unless the verdict is `ok`."""
 
     verdict: Literal["ok", "timeout", "error"]
-    """`timeout`: the limit was exceeded. `error`: the function raised, died, or did not return a finite number."""
+    """`timeout`: the time limit was exceeded. `error`: the function raised, died, or returned no finite number."""
 
 
 class RewardPool:
@@ -56,13 +56,13 @@ class RewardPool:
     def __init__(self, config: RewardConfig) -> None:
         """
         Raises:
-            UserError: The reward function does not exist or does not take the options. No process was started then.
+            UserError: The reward function does not exist or does not take the options. No process was started.
         """
         check_options(config.function, config.options)
         self._config = config
         self._lock = threading.Lock()
         self._failures = 0
-        """Since the last success, without time-outs."""
+        """Consecutive failures since the last success, not counting timeouts."""
         self._logged = 0
         self._last_problem = ""
         self._pool = self._new_pool()
@@ -73,7 +73,7 @@ class RewardPool:
         Args:
             response: The model's text.
             answer: The gold answer.
-            other_answers: Further gold answers; the best of the rewards counts.
+            other_answers: Further gold answers; the highest reward counts.
 
         Raises:
             UserError: The verifier has failed on `reward.max_consecutive_errors` responses in a row.
@@ -89,7 +89,7 @@ class RewardPool:
 
         def judge_again(first: "Future[Score]") -> None:
             if _may_be_innocent(first):
-                logger.warning("reward %s: its worker was lost; it is called once more", self._config.function)
+                logger.warning("reward %s: its worker was lost; calling it once more", self._config.function)
                 self._schedule(response, answers, settle)
             else:
                 settle(first)
@@ -101,7 +101,7 @@ class RewardPool:
         return judgement
 
     def close(self) -> None:
-        """Stop all workers, unfinished work included. May be called again."""
+        """Stop all workers and drop unfinished work. May be called again."""
         self._pool.stop()
         self._pool.join()
 
@@ -114,8 +114,8 @@ class RewardPool:
         self.close()
 
     def _new_pool(self) -> ProcessPool:
-        # Workers are forked from a small clean process: a replacement costs milliseconds, and nothing of the trainer
-        # (torch, its threads, its devices) is inherited.
+        # Workers are forked from a small clean process: a replacement takes milliseconds, and inherits nothing from the
+        # trainer (torch, its threads, its devices).
         context = _WorkerContext()
         context.set_forkserver_preload([__name__, *built_in_modules(self._config.function)])
         _start_fork_server()
@@ -133,7 +133,7 @@ class RewardPool:
             try:
                 task = self._pool.schedule(_call, args=arguments, timeout=self._config.timeout_seconds)
             except RuntimeError:  # the pool has broken since
-                logger.warning("reward %s: all workers were lost; they are replaced", self._config.function)
+                logger.warning("reward %s: all workers were lost; replacing them", self._config.function)
                 self._pool = self._new_pool()
                 task = self._pool.schedule(_call, args=arguments, timeout=self._config.timeout_seconds)
         task.add_done_callback(done)
@@ -157,7 +157,7 @@ class RewardPool:
         return Judgement(0.0, "error")
 
     def _log(self, problem: str, response: str) -> None:
-        """The first few, and then ever fewer: a batch has thousands."""
+        """Log the first few failures, then ever fewer: a batch has thousands of responses."""
         self._logged += 1
         if self._logged <= _LOGGED_AT_FIRST or self._logged.bit_count() == 1:
             count = f" (failure {self._logged})" if self._logged > _LOGGED_AT_FIRST else ""
@@ -165,7 +165,7 @@ class RewardPool:
 
 
 def _may_be_innocent(task: "Future[Score]") -> bool:
-    """Whether something else than the response may have ended the worker."""
+    """Whether something other than the response may have killed the worker."""
     error = None if task.cancelled() else task.exception()
     if isinstance(error, ProcessExpired):
         return error.exitcode is None or error.exitcode < 0 or error.exitcode == _EXIT_UNKNOWN
@@ -173,15 +173,15 @@ def _may_be_innocent(task: "Future[Score]") -> bool:
 
 
 class _WorkerProcess(ForkServerProcess):
-    """A worker, which does not hear SIGTERM."""
+    """A worker; it has SIGTERM blocked."""
 
     def start(self) -> None:
-        """The fork server may have died since the last one started."""
+        """Start the worker, and the fork server if it has died since the last one."""
         _start_fork_server()
         super().start()
 
     def terminate(self) -> None:
-        """How the pool ends it."""
+        """Called by the pool to end the worker."""
         self.kill()
 
 
@@ -190,14 +190,14 @@ class _WorkerContext(ForkServerContext):
 
 
 def _start_fork_server() -> None:
-    """Start the clean process, unless it runs, with the signals to stop blocked, also for the workers.
+    """Start the fork server unless it is running, with stop signals blocked for it and the workers.
 
-    SLURM may send them to all processes of a job. This one decides when to stop, and needs its workers until then; and
-    a pool whose fork server is gone can neither be used nor closed.
+    SLURM may send them to all processes of a job. The trainer decides when to stop and needs its workers until then;
+    and a pool whose fork server is gone can neither be used nor closed.
     """
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS_TO_STOP)
     try:
-        resource_tracker.ensure_running()  # unblocks SIGTERM, which it ignores itself
+        resource_tracker.ensure_running()  # ignores SIGTERM itself, but unblocks it in this process
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS_TO_STOP)
         forkserver.ensure_running()
     finally:
@@ -206,7 +206,7 @@ def _start_fork_server() -> None:
 
 def _start_worker(function: str, memory_megabytes: int) -> None:
     die_with_parent(os.getppid())
-    _worker_function(function)  # what it imports must not count against the first response's time
+    _worker_function(function)  # its imports must not count against the first response's time limit
     limit = memory_megabytes * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
@@ -217,7 +217,7 @@ def _worker_function(name: str) -> RewardFunction:
 
 
 def _call(name: str, options: tuple[tuple[str, Any], ...], response: str, answers: tuple[str, ...]) -> Score:
-    """The best score over the answers; a problem only if there is one with each of them."""
+    """The best score over the answers; a problem only if every answer has one."""
     function = _worker_function(name)
     scores = [score_of(partial(function, response, answer, **dict(options))) for answer in answers]
     return max(scores, key=lambda score: (score.problem is None, score.reward))

@@ -1,6 +1,6 @@
-"""From a name in the configuration to a reward function and what belongs to it.
+"""Reward functions and their helpers by the name in the configuration.
 
-Verifiers are imported when they are asked for: math-verify brings sympy, which the trainer does not need.
+Verifiers are imported on demand: math-verify imports sympy, which the trainer does not need.
 """
 
 import importlib
@@ -17,22 +17,22 @@ HERE = "megatron_dsrl.rewards"
 
 
 class RewardFunction(Protocol):
-    """Judges one response. It may raise or take too long: the reward pool answers for it."""
+    """Judges one response. It may raise or take too long: the reward pool handles both."""
 
     def __call__(self, response: str, answer: str, **options: object) -> float: ...
 
 
 @dataclass(frozen=True)
 class BuiltIn:
-    """A verifier of this package; everything by dotted path."""
+    """A verifier of this package and its helpers, as paths `package.module:function`."""
 
     function: str
     check: str | None = None
-    """`f(options)` that raises UserError for option values that cannot work."""
+    """`f(options)` that raises UserError for invalid option values."""
     answer: str | None = None
-    """`f(response)`: the answer that a response gives, in one spelling; for majority votes."""
+    """`f(response)`: the response's normalised answer, for majority votes."""
     reads_gold: str | None = None
-    """`f(answer)`: whether the verifier can compare this gold answer by its value, and not by its spelling alone."""
+    """`f(answer)`: whether the verifier can compare this gold answer by value, and not only as a string."""
 
 
 BUILT_IN: dict[str, BuiltIn] = {
@@ -59,7 +59,7 @@ def reward_function(name: str) -> RewardFunction:
     """The function of a built-in name, or of a dotted path `package.module:function`.
 
     Raises:
-        UserError: No such name, module or function.
+        UserError: There is no such name, module or function.
     """
     if name in BUILT_IN:
         return _imported(BUILT_IN[name].function)
@@ -83,11 +83,11 @@ def reward_function(name: str) -> RewardFunction:
 
 
 def check_options(name: str, options: Mapping[str, Any], section: str = "reward.options") -> None:
-    """Check the options of a reward function against its signature and, where it has them, its type hints.
+    """Check the options of a reward function against its signature and its type hints, if it has them.
 
     Raises:
-        UserError: There is no such function, an option is unknown, missing, or of another type, or its value cannot
-            work.
+        UserError: There is no such function, or an option is unknown, missing, of the wrong type or has an invalid
+            value.
     """
     function = reward_function(name)
     try:
@@ -105,19 +105,19 @@ def check_options(name: str, options: Mapping[str, Any], section: str = "reward.
 
 
 def answer_of(name: str) -> Callable[[str], str | None] | None:
-    """The function that cuts the answer out of a response for this verifier; None where there is none."""
+    """The function that extracts the answer from a response for this verifier; None if it has none."""
     path = BUILT_IN[name].answer if name in BUILT_IN else None
     return _imported(path) if path else None
 
 
 def matched_by_spelling(name: str, answers: Iterable[str]) -> list[str]:
-    """Gold answers that this verifier can only compare by their spelling, though it compares values otherwise."""
+    """Gold answers that this verifier, which normally compares values, can only compare as strings."""
     path = BUILT_IN[name].reads_gold if name in BUILT_IN else None
     return [answer for answer in answers if not _imported(path)(answer)] if path else []
 
 
 def built_in_modules(name: str) -> list[str]:
-    """The module of a built-in verifier, for processes that want it imported early; none for others."""
+    """The module of a built-in verifier, for processes that import it early; empty for custom ones."""
     return [BUILT_IN[name].function.partition(":")[0]] if name in BUILT_IN else []
 
 
@@ -125,7 +125,7 @@ def _check_type(name: str, option: str, value: Any, kind: type, section: str) ->
     try:
         TypeAdapter(kind, config=ConfigDict(strict=True)).validate_python(value)
     except ValidationError as error:
-        raise UserError(f"{section}.{option}: {name} needs a {kind.__name__}, given {value!r}") from error
+        raise UserError(f"{section}.{option}: {name} needs a {kind.__name__}, got {value!r}") from error
 
 
 def _imported(path: str) -> Callable[..., Any]:

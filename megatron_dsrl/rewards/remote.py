@@ -1,8 +1,8 @@
 """A reward that an HTTP server computes.
 
-POST {"response": ..., "answer": ...} as JSON; the server answers with a JSON object whose field holds the reward.
-Failed tries are repeated after 0.5, 1, 2, ... seconds; when the last one fails the verifier raises, and the reward pool
-counts an error. `reward.timeout_seconds` bounds all tries together. Proxies of the environment are not used.
+POST {"response": ..., "answer": ...} as JSON; the server answers with a JSON object that has the reward in a field.
+Failed attempts are retried after 0.5, 1, 2, ... seconds; when the last one fails the verifier raises, and the reward
+pool counts an error. `reward.timeout_seconds` bounds all attempts together. Proxy environment variables are ignored.
 """
 
 import json
@@ -22,18 +22,18 @@ MAX_ANSWER_BYTES = 2**20
 def remote(
     response: str, answer: str, url: str, try_timeout_seconds: float = 5.0, retries: int = 2, field: str = "reward"
 ) -> float:
-    """The reward that the server gives.
+    """The reward that the server returns.
 
     Args:
         response: The model's text.
         answer: The gold answer.
         url: `http://` or `https://` address.
-        try_timeout_seconds: Limit of one try.
-        retries: Further tries after a failed one. A refusal (status 4xx) is final.
-        field: Field of the server's answer that holds the reward.
+        try_timeout_seconds: Limit of one attempt.
+        retries: Further attempts after the first. A refusal (status 4xx) is final.
+        field: Field of the server's answer with the reward.
 
     Raises:
-        RuntimeError: No try gave a reward; names the last failure.
+        RuntimeError: No attempt returned a reward; names the last failure.
     """
     body = json.dumps({"response": response, "answer": answer}).encode()
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -54,13 +54,14 @@ def remote(
 
 
 def check_url(options: Mapping[str, Any]) -> None:
-    """
+    """Validate the options of `remote`.
+
     Raises:
-        UserError: The address is none of HTTP.
+        UserError: The URL is not an HTTP address.
     """
     parts = urlsplit(options["url"])
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"reward.options.url: expected http://host:port/path, given {options['url']!r}")
+        raise UserError(f"reward.options.url: expected http://host:port/path, got {options['url']!r}")
 
 
 def _reward(body: bytes, field: str, url: str) -> float:

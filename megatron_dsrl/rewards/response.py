@@ -5,9 +5,9 @@ THINK_END = "</think>"
 
 
 def after_thinking(response: str) -> str:
-    """The text behind the last `</think>`; the whole response without thinking; nothing where thinking never ended.
+    """The text after the last `</think>`; the whole response without thinking; empty if the thinking never ended.
 
-    An answer inside the thinking is a draft: a model that never leaves it has not answered.
+    An answer inside the thinking is a draft: a model that never stops thinking has not answered.
     """
     _, end, rest = response.rpartition(THINK_END)
     if end:

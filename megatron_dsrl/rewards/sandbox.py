@@ -1,14 +1,14 @@
-"""Running a program that nobody has read.
+"""Running untrusted programs.
 
-The program runs in a process of its own, whose guards are in `sandbox_process.py`: limits of processor time, memory,
-file size and processes, an empty environment, and a folder of its own. Where the kernel permits it (it does for
-ordinary users of most Linux systems) it also has no network, sees no other processes, and can open no files but
-Python's and its folder's. The caller's part is here: the limit on time, the end of everything that the program
-started, and the verdict.
+The program runs in a separate process, restricted by `sandbox_process.py`: limits of processor time, memory, file size
+and processes, an empty environment, and its own temporary folder. If the kernel permits it (for ordinary users it does
+on most Linux systems), the program also has no network, sees no other processes, and can open only Python's files and
+those of its folder. This module is the caller's side: it enforces the time limit, kills everything that the program
+started, and reads the verdict.
 
-Its tests run in another process, which calls the program's function and gets plain data back: the program can neither
+The tests run in another process, which calls the program's function and gets plain data back: the program can neither
 read the tests or the verdict's token from memory, nor return an object that claims to be equal to everything. It can
-still answer what it has guessed the tests to be, and without tests a program is its own judge.
+still return hard-coded answers to tests that it guesses, and a program without tests judges itself.
 """
 
 import json
@@ -30,11 +30,11 @@ END_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use."""
+    """Resources that a program may use."""
 
     wall_seconds: float = 5.0
     cpu_seconds: int = 5
-    """Of each process; whole seconds, as the kernel counts them."""
+    """Processor time of each process, in whole seconds because the kernel counts them so."""
     memory_bytes: int = 2**30
     """Address space of each process."""
     file_bytes: int = 2**24
@@ -52,24 +52,24 @@ class Outcome:
     reason: str
     """Empty when it passed; else `timeout`, the exception, or `ended with status N`."""
     isolation: tuple[str, ...]
-    """The guards of the kernel that were in force: `namespaces`, `landlock`. Empty when the program never started."""
+    """Kernel restrictions in force: `namespaces`, `landlock`. Empty if the program never started."""
 
 
 @dataclass(frozen=True)
 class UnitTests:
-    """What decides whether a program passes."""
+    """Tests that decide whether a program passes."""
 
     entry_point: str
-    """The program's function, which the tests find under this name. It takes and returns plain data: numbers, strings,
-    bytes, None, and lists, tuples, sets, dicts and iterators of these, by value."""
+    """Name of the program's function in the tests. It takes and returns plain data by value: numbers, strings, bytes,
+    None, and lists, tuples, sets, dicts and iterators of these."""
     source: str
-    """Passed when it runs to its end."""
+    """Test code; passed when it runs to its end."""
     preparation: str = ""
-    """Runs before, such as the problem's helpers that the tests use too."""
+    """Code that runs before, such as the problem's helpers that the tests use too."""
 
 
 def run_program(program: str, limits: Limits, tests: UnitTests = UnitTests("", "")) -> Outcome:
-    """Run Python source with the standard library only, then its tests, and wait for their end."""
+    """Run Python source, with the standard library only, then its tests, and wait for them."""
     token = secrets.token_hex(16)
     judging = {"tests": tests.source, "preparation": tests.preparation, "token": token}
     task = f"{json.dumps({'program': program})}\n{json.dumps(judging)}\n"
@@ -101,7 +101,7 @@ def run_program(program: str, limits: Limits, tests: UnitTests = UnitTests("", "
 
 
 def _outcome(result: str, token: str, reason: str) -> Outcome:
-    """The program may write to the pipe as well, but it does not know the token."""
+    """Read the verdict. Only lines with the token count, which the program does not know."""
     isolation: tuple[str, ...] = ()
     for line in result.splitlines():
         mark, _, message = line.partition(" ")
@@ -123,7 +123,7 @@ def _read(descriptor: int) -> str:
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Kill whatever is left. Children first: their orphans come to the sandbox's process as long as it lives."""
+    """Kill all remaining processes. Children first: the sandbox's process adopts their orphans while it lives."""
     deadline = time.monotonic() + END_SECONDS
     try:
         family = psutil.Process(process.pid)
@@ -132,6 +132,6 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
                 child.kill()
             psutil.wait_procs(children, timeout=0.05)
     except psutil.NoSuchProcess:
-        pass  # it has ended, and has ended its children before
+        pass  # it has exited, after killing its children
     process.kill()
     process.wait()

@@ -1,9 +1,9 @@
-"""Calling a function of a process that is not trusted: plain data goes over, and nothing else. Standard library only.
+"""Calling a function of an untrusted process, exchanging nothing but plain data. Standard library only.
 
-Loaded by the sandbox's own process. Both ends speak lines of JSON: arguments one way, a value or an exception back.
-What comes back is built anew here, of Python's own types, so that no object of the other side takes part in a
-comparison. Numbers, strings, bytes, None, lists, tuples, sets, dicts and iterators of these can be sent; arguments are
-copies, which a function may change without any effect here.
+Loaded by the sandbox's own processes. Both ends exchange lines of JSON: arguments one way, a value or an exception
+back. Values are rebuilt here from Python's own types, so that no object of the other side takes part in a comparison.
+Numbers, strings, bytes, None, lists, tuples, sets, dicts and iterators of these can be sent. Arguments are copies: if
+the function changes them, nothing changes here.
 """
 
 import builtins
@@ -13,17 +13,25 @@ from collections.abc import Callable, Iterator
 from io import BufferedIOBase
 
 LONGEST_MESSAGE = 500
+CONSTRUCTORS: dict[str, Callable[[list[object]], object]] = {
+    "list": list,
+    "tuple": tuple,
+    "set": set,
+    "frozenset": frozenset,
+    "Iterator": iter,
+}
+"""Containers that can be sent, by the name under which `pack` sends them."""
 
 
 class ProgramError(Exception):
-    """What the other side raised or how it ended, as `type: message`."""
+    """The other side's exception as `type: message`, or how its process ended."""
 
 
 def pack(value: object) -> object:
-    """Plain data as JSON.
+    """Convert plain data to JSON values.
 
     Raises:
-        TypeError: it is something else.
+        TypeError: it is not plain data.
     """
     if value is None or isinstance(value, bool):
         return value
@@ -36,14 +44,14 @@ def pack(value: object) -> object:
         return {"complex": [value.real, value.imag]}
     if isinstance(value, dict):
         return {"dict": [[pack(key), pack(each)] for key, each in value.items()]}
-    for kind in (list, tuple, set, frozenset, Iterator):
-        if isinstance(value, kind):
-            return {kind.__name__: [pack(each) for each in value]}
-    raise TypeError(f"only plain data can be given or returned, and this is a {type(value).__name__}")
+    for container in (list, tuple, set, frozenset, Iterator):
+        if isinstance(value, container):
+            return {container.__name__: [pack(each) for each in value]}
+    raise TypeError(f"only plain data can be passed or returned, not a {type(value).__name__}")
 
 
 def unpack(value: object) -> object:
-    """What `pack` has packed; raises if it did not."""
+    """The inverse of `pack`; raises for anything that `pack` did not produce."""
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
@@ -53,20 +61,21 @@ def unpack(value: object) -> object:
         return complex(*content)
     if kind == "dict":
         return {unpack(key): unpack(each) for key, each in content}
-    constructors = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "Iterator": iter}
-    return constructors[kind]([unpack(each) for each in content])
+    return CONSTRUCTORS[kind]([unpack(each) for each in content])
 
 
 def serve(load: Callable[[], Callable[..., object] | None], requests: BufferedIOBase, answers: BufferedIOBase) -> None:
-    """Load a program and answer calls of its function until there are no more; on the side that is not trusted."""
+    """On the untrusted side: load a program and answer calls of its function until there are no more."""
     try:
         function = load()
-    except BaseException as error:  # SystemExit too: a program that leaves before its tests have run has not passed
+    except BaseException as error:  # SystemExit too: a program that exits before its tests have not passed
         _send(answers, {"error": _described(error)})
         return
     _send(answers, {"value": None})
     for line in requests:
         try:
+            if function is None:
+                raise NameError("the program does not define the function that its tests call")
             arguments, named = json.loads(line)
             result = function(*map(unpack, arguments), **{name: unpack(value) for name, value in named.items()})
             answer = {"value": pack(result)}
@@ -76,14 +85,14 @@ def serve(load: Callable[[], Callable[..., object] | None], requests: BufferedIO
 
 
 class Caller:
-    """The other side's function, on the side that judges it."""
+    """The untrusted side's function, as the tests call it."""
 
-    def __init__(self, process: int, requests: BufferedIOBase, answers: BufferedIOBase):
-        """`process` is the number of the other side's, a child of this one."""
+    def __init__(self, process: int, requests: BufferedIOBase, answers: BufferedIOBase) -> None:
+        """`process` is the process id of the untrusted side, a child of this process."""
         self._process, self._requests, self._answers = process, requests, answers
 
     def wait_until_loaded(self) -> None:
-        """Raise what loading the program has raised."""
+        """Wait until the program is loaded; raises the exception that loading raised."""
         self._receive()
 
     def __call__(self, *arguments: object, **named: object) -> object:
@@ -91,7 +100,7 @@ class Caller:
         try:
             _send(self._requests, call)
         except BrokenPipeError:
-            pass  # how it ended is in its status
+            pass  # its exit status says how it ended
         return self._receive()
 
     def _receive(self) -> object:

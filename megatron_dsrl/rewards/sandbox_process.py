@@ -1,19 +1,19 @@
-"""The sandbox's process: puts its guards up, runs the program, tells how it ended. Standard library only.
+"""The sandbox's process: restricts itself, runs the program and its tests, reports the result. Standard library only.
 
-Started by `sandbox.py` as a script. Settings come as JSON in the first argument; on standard input come two lines of
-JSON, the program, and the tests with the token. Program and tests have a process each: the program's is split off
-before the second line is read, and keeps neither standard input nor the pipe for the result. So it knows neither the
-tests nor the token, and of what it computes only plain data reaches the tests (`sandbox_call.py`).
+Started by `sandbox.py` as a script. Settings are JSON in the first argument; standard input has two lines of JSON, the
+program, and the tests with the token. Program and tests have separate processes: the program's is forked before the
+second line is read, and keeps neither standard input nor the result pipe. So it knows neither the tests nor the token,
+and only plain data gets from it to the tests (`sandbox_call.py`).
 
-Guards, from the outside to the inside:
+Restrictions, from the outside to the inside:
 
 1. resource limits (`setrlimit`) and death with the parent, always;
 2. user, network, process and IPC namespaces (`unshare`): no network at all, not even loopback; the tests' process is
-   the first of its namespace, so that with it everything ends that the program started;
+   the first of its namespace, so that everything the program started dies with it;
 3. Landlock: Python's own files can be read, the folder can be written, nothing else can be opened; no TCP. The
    program's process has a second layer of it, and so cannot trace the tests' process;
-4. only where 2 or 3 is not permitted: an audit hook in the program's interpreter, which refuses sockets, new processes,
-   foreign functions, and files outside the folder. It is weaker: code that breaks out of Python breaks out of it.
+4. only if 2 or 3 is not permitted: an audit hook in the program's interpreter, which refuses sockets, new processes,
+   foreign functions, and files outside the folder. It is weaker: code that escapes from Python escapes from it.
 """
 
 import ctypes
@@ -22,6 +22,7 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Callable
 
 sys.path.append(os.path.dirname(__file__))
 from sandbox_call import Caller, ProgramError, serve  # noqa: E402  (the script's folder is not on the path under -I)
@@ -53,9 +54,9 @@ class PathBeneath(ctypes.Structure):
 
 
 def main() -> None:
-    """Read the task, put up the outer guards, and end with the status of the tests' process."""
+    """Read the task, apply the outer restrictions, and exit with the status of the tests' process."""
     settings = json.loads(sys.argv[1])
-    with open(0, "rb", buffering=0, closefd=False) as stdin:  # what is buffered would be in the program's process too
+    with open(0, "rb", buffering=0, closefd=False) as stdin:  # a buffer would be inherited by the program's process
         program = json.loads(stdin.readline())["program"]
     sys.set_int_max_str_digits(0)
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -74,7 +75,7 @@ def main() -> None:
 
 
 def limit_resources(settings: dict) -> None:
-    """Limits that children inherit and nobody can raise again."""
+    """Set limits that children inherit and that cannot be raised again."""
     _limit(resource.RLIMIT_AS, settings["memory_bytes"])
     _limit(resource.RLIMIT_CPU, settings["cpu_seconds"])
     _limit(resource.RLIMIT_FSIZE, settings["file_bytes"])
@@ -83,13 +84,13 @@ def limit_resources(settings: dict) -> None:
 
 
 def enter_namespaces() -> bool:
-    """Leave the network and the other processes behind; False where the kernel does not permit it."""
+    """Isolate this process from the network and other processes; False if the kernel does not permit it."""
     apart = CLONE_NEWNET | CLONE_NEWPID | CLONE_NEWIPC
     return libc.unshare(CLONE_NEWUSER | apart) == 0 or libc.unshare(apart) == 0
 
 
 def restrict_files(folder: str) -> bool:
-    """Landlock; False where the kernel has none."""
+    """Apply Landlock; False if the kernel does not support it."""
     abi = libc.syscall(LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), 1)
     if abi < 1:
         return False
@@ -110,7 +111,7 @@ def restrict_files(folder: str) -> bool:
 
 
 def split(program: str, settings: dict, isolation: list) -> None:
-    """Split off the program's process, judge it in this one, and end this one."""
+    """Fork the program's process, judge it in this one, and exit."""
     requests_read, requests = os.pipe()
     answers, answers_write = os.pipe()
     child = os.fork()
@@ -126,7 +127,7 @@ def split(program: str, settings: dict, isolation: list) -> None:
 
 
 def run(program: str, settings: dict, isolation: list, requests: int, answers: int) -> None:
-    """Run the program, answer calls of its function, and end this process."""
+    """Run the program, answer calls of its function, and exit."""
     os.chdir(settings["folder"])
     if "landlock" in isolation:
         restrict_files(settings["folder"])
@@ -134,17 +135,18 @@ def run(program: str, settings: dict, isolation: list, requests: int, answers: i
         sys.addaudithook(refusals(settings["folder"]))
     leave = os._exit
 
-    def load():
-        namespace = {"__name__": "__main__"}
+    def load() -> Callable[..., object] | None:
+        namespace: dict[str, object] = {"__name__": "__main__"}
         exec(compile(program, "<program>", "exec"), namespace)
-        return namespace.get(settings["entry_point"])
+        function = namespace.get(settings["entry_point"])
+        return function if callable(function) else None
 
     serve(load, open(requests, "rb"), open(answers, "wb"))
     leave(0)
 
 
 def judge(candidate: Caller, settings: dict, isolation: list) -> None:
-    """Run the tests, say how that ended, and end this process. The token shows that the words are the sandbox's."""
+    """Run the tests, write the verdict, and exit. The token proves that the sandbox wrote it."""
     task = json.loads(sys.stdin.buffer.readline())
     result, token = settings["result"], task["token"]
     os.write(result, f"{token} isolation {' '.join(isolation)}\n".encode())
@@ -163,7 +165,7 @@ def judge(candidate: Caller, settings: dict, isolation: list) -> None:
     os._exit(0)
 
 
-def refusals(folder: str):
+def refusals(folder: str) -> Callable[[str, tuple[object, ...]], None]:
     """An audit hook that raises PermissionError."""
     refused = ("socket.", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.kill", "ctypes.")
     readable = tuple(os.path.realpath(path) + os.sep for path in {sys.prefix, sys.base_prefix, "/usr", "/lib"})
@@ -171,7 +173,7 @@ def refusals(folder: str):
     changing = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod",
                 "os.chown", "os.chdir", "shutil.")  # fmt: skip
 
-    def hook(event: str, arguments: tuple) -> None:
+    def hook(event: str, arguments: tuple[object, ...]) -> None:
         if event.startswith(refused):
             raise PermissionError(f"the sandbox refuses {event}")
         if event == "open" and isinstance(arguments[0], (str, bytes)):
@@ -181,15 +183,15 @@ def refusals(folder: str):
             if not path.startswith(writable) and (writes or not path.startswith(readable)):
                 raise PermissionError(f"the sandbox refuses to open {path}")
         elif event.startswith(changing):
-            for path in (item for item in arguments if isinstance(item, (str, bytes))):
-                if not os.path.realpath(os.fsdecode(path)).startswith(writable):
-                    raise PermissionError(f"the sandbox refuses {event} on {os.fsdecode(path)}")
+            for path in (os.fsdecode(item) for item in arguments if isinstance(item, (str, bytes))):
+                if not os.path.realpath(path).startswith(writable):
+                    raise PermissionError(f"the sandbox refuses {event} on {path}")
 
     return hook
 
 
 def end_orphans() -> None:
-    """Kill what the program has left running. In a namespace of its own there is nothing any more."""
+    """Kill processes that the program left running. With its own process namespace there are none."""
     children = f"/proc/self/task/{os.getpid()}/children"
     while os.path.exists(children) and (left := open(children).read().split()):
         for process in left:

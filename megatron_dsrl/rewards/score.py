@@ -1,31 +1,32 @@
-"""What a reward function returned or raised, as plain data that any process can read."""
+"""The result of a reward function, as plain data that any process can read."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import SupportsFloat, TypeGuard
 
 LARGEST_REWARD = 3.4028234663852886e38
-"""The largest float32, which advantages are computed in."""
+"""The largest float32, since advantages are computed in float32."""
 LONGEST_PROBLEM = 500
 """Characters."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """A finite reward, or what is wrong."""
+    """A finite reward, or the problem."""
 
     reward: float
     problem: str | None = None
 
 
 def score_of(judge: Callable[[], object]) -> Score:
-    """Call a reward function. Whatever it raises or returns, the result is a number or a text.
+    """Call a reward function, turning anything that it raises or returns into a number or a problem.
 
-    Any real scalar is a reward: Python's numbers, NumPy's scalars, tensors without dimensions.
+    Any real scalar is a reward: Python numbers, NumPy scalars, zero-dimensional tensors.
     """
     try:
         result = judge()
-    except BaseException as error:  # also SystemExit: a worker has nobody to leave it to
+    except BaseException as error:  # also SystemExit, which must not end the worker
         return Score(0.0, f"raised {_described(error)}")
     if _is_real_scalar(result):
         try:
@@ -37,7 +38,7 @@ def score_of(judge: Callable[[], object]) -> Score:
     return Score(0.0, f"returned {_described(result)}, which is not a finite number")
 
 
-def _is_real_scalar(value: object) -> bool:
+def _is_real_scalar(value: object) -> TypeGuard[SupportsFloat]:
     return hasattr(value, "__float__") and tuple(getattr(value, "shape", ())) == ()
 
 

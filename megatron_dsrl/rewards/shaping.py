@@ -1,4 +1,4 @@
-"""Parts of a reward that say nothing about the answer: its form and its length. For use in a `combination`."""
+"""Rewards for the form and the length of a response, independent of the answer. For use in a `combination`."""
 
 from megatron_dsrl.rewards.boxed import BOX, last_boxed
 from megatron_dsrl.rewards.response import THINK_END, THINK_START, after_thinking
@@ -9,7 +9,7 @@ def box_format(response: str, answer: str) -> float:
 
     Args:
         response: The model's text. Thinking may come first, once, from `<think>` to `</think>`.
-        answer: Not looked at.
+        answer: Ignored.
     """
     tags = response.count(THINK_START), response.count(THINK_END)
     thinking_is_well_formed = tags == (0, 0) or (tags == (1, 1) and response.lstrip().startswith(THINK_START))
@@ -20,17 +20,17 @@ def box_format(response: str, answer: str) -> float:
 def length_penalty(response: str, answer: str, free_characters: int, max_characters: int) -> float:
     """0 up to `free_characters`, then falling linearly to -1 at `max_characters` and beyond.
 
-    A verifier sees text, so lengths are in characters. DAPO's overlong reward shaping counts tokens and is no
-    part of the verifier.
+    A verifier sees text, so lengths are in characters. DAPO's overlong reward shaping counts tokens and is not part of
+    the verifier.
 
     Args:
         response: The model's text, thinking included.
-        answer: Not looked at.
-        free_characters: Length without penalty.
-        max_characters: Length of the full penalty.
+        answer: Ignored.
+        free_characters: Longest length without a penalty.
+        max_characters: Length from which the penalty is full.
 
     Raises:
-        ValueError: The second length is not above the first.
+        ValueError: `max_characters` is not above `free_characters`.
     """
     if max_characters <= free_characters:
         raise ValueError(f"max_characters = {max_characters} must be above free_characters = {free_characters}")

@@ -1,8 +1,8 @@
-r"""A short answer in words, as BIG-Bench Hard has them: what follows the last "the answer is" or "Answer:" in its line.
+r"""A short answer in words, as in BIG-Bench Hard: the text after the last "the answer is" or "Answer:" on its line.
 
-The form is that of BIG-Bench Hard's chain-of-thought prompts (arXiv 2210.09261). Departures: "Answer:" is a statement
-too, a box counts where there is no statement, case, surrounding quotes and `\text{}` do not matter, `(B)` may be `B` or
-with the text of the choice, and separators in lists of words do not matter.
+The form is that of BIG-Bench Hard's chain-of-thought prompts (arXiv 2210.09261). Differences: "Answer:" is a statement
+too, a box counts if there is no statement, case, surrounding quotes and `\text{}` are ignored, `(B)` may be written `B`
+or with the text of the choice, and separators in lists of words are ignored.
 """
 
 import re
@@ -33,7 +33,7 @@ def short_answer(response: str, answer: str) -> float:
 
 
 def stated_answer(response: str) -> str | None:
-    """What the last statement says, else the content of the last box; None without either."""
+    """The answer of the last statement, else the content of the last box; None without either."""
     text = after_thinking(response)
     statements = list(STATEMENT.finditer(text))
     stated = text[statements[-1].end() :].partition("\n")[0].strip() if statements else last_boxed(text)

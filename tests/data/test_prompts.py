@@ -128,7 +128,7 @@ def test_choices_are_shuffled_by_their_content_alone(tmp_path, tokenizer):
 
 def test_the_same_choice_twice_is_refused(tmp_path, tokenizer):
     choices = ChoicesConfig(correct_field="a", incorrect_fields=["b"])
-    with pytest.raises(UserError, match="row 0: data.choices: the same choice stands twice"):
+    with pytest.raises(UserError, match="row 0: data.choices: the same choice occurs twice"):
         load(tmp_path, tokenizer, [{"problem": "?", "a": "1", "b": "1"}], choices=choices)
 
 
@@ -181,7 +181,7 @@ def test_bad_rows_are_counted_and_the_first_ones_named(tmp_path, tokenizer, capl
         load(tmp_path, tokenizer, rows)
     prompts = load(tmp_path, tokenizer, rows, on_bad_row="drop")
     assert [prompt.index for prompt in prompts] == [0, 1]
-    assert "data: 7 of 9 rows cannot be used and are left out; row 2: it has no answer" in caplog.text
+    assert "data: dropped 7 of 9 rows, which cannot be used; row 2: it has no answer" in caplog.text
     with pytest.raises(UserError, match="1 of 1 rows"):
         load(tmp_path, tokenizer, rows[2:3], on_bad_row="drop")
 
@@ -195,7 +195,7 @@ def test_prompts_that_are_too_long_are_counted_and_the_configuration_says_what_t
     assert [prompt.index for prompt in dropped] == [0, 1]
     cut = load(tmp_path, tokenizer, rows, max_prompt_tokens=50)
     assert [len(prompt.token_ids) == 50 for prompt in cut] == [False, False, True]
-    assert "and are left out" in caplog.text and "and lose their beginning" in caplog.text
+    assert "and are dropped" in caplog.text and "and lose their beginning" in caplog.text
 
 
 class TestFromElsewhere:
@@ -243,8 +243,8 @@ class TestFromElsewhere:
     @pytest.mark.parametrize(
         ("messages", "message"),
         [
-            ("hello", "a list of chat turns is needed, not a str"),
-            ([], "a list of chat turns is needed, not a list"),
+            ("hello", "expected a non-empty list of chat turns, got .hello"),
+            ([], "expected a non-empty list of chat turns, got "),
             ([{"role": "human", "content": "?"}], "turn 0 needs a role"),
             ([{"role": "user", "content": None}], "turn 0 needs a role"),
             (
@@ -285,7 +285,7 @@ class TestFromElsewhere:
 
     def test_a_file_of_an_unknown_kind(self, tmp_path, tokenizer):
         (tmp_path / "rows.txt").write_text("?")
-        with pytest.raises(UserError, match="rows.txt is none of the known kinds: .jsonl, "):
+        with pytest.raises(UserError, match="rows.txt has an unknown suffix; use .jsonl, "):
             load_prompts(config(tmp_path / "rows.txt"), tokenizer)
 
 
@@ -296,7 +296,7 @@ class TestFromElsewhere:
         ("empty.jsonl", "", "holds no rows"),
         ("broken.jsonl", '{"problem": 1}\n{"problem"', "line 2 is not JSON"),
         ("list.jsonl", "[1]", "row 0 is a list"),
-        ("object.json", "{}", "holds a dict, and a list of rows is needed"),
+        ("object.json", "{}", "holds a dict, expected a list of rows"),
         ("broken.jsonl.gz", "not compressed", "cannot read .*broken.jsonl.gz"),
         ("none_*.json", None, "there is no file .*none_"),
         ("text.parquet", "not parquet", "cannot read .*text.parquet"),

@@ -75,8 +75,8 @@ def test_a_dead_server_and_a_reward_that_is_no_number_are_counted(address):
     ("options", "message"),
     [
         ({}, "missing a required argument: 'url'"),
-        ({"url": "ftp://x"}, "expected http://host:port/path, given 'ftp://x'"),
-        ({"url": "http://x", "retries": "2"}, "reward.options.retries: remote needs a int, given '2'"),
+        ({"url": "ftp://x"}, "expected http://host:port/path, got 'ftp://x'"),
+        ({"url": "http://x", "retries": "2"}, "reward.options.retries: remote needs a int, got '2'"),
         ({"url": "http://x", "timeout": 2}, "got an unexpected keyword argument 'timeout'"),
     ],
 )
