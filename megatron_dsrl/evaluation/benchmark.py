@@ -1,7 +1,7 @@
-"""Benchmarks as they are declared: one YAML file each, in `benchmarks/` or a user's own.
+"""Benchmarks, each declared in one YAML file in `benchmarks/` or in a custom one.
 
-A file holds the fields of `BenchmarkConfig`, and under `file` and `hub` those that depend on where the problems come
-from: a file below the data folder, or the hub. Adding a benchmark is writing such a file.
+A file has the fields of `BenchmarkConfig`, and under `file` and `hub` those that depend on the source of the problems:
+a file in the data folder, or the hub. To add a benchmark, write such a file.
 """
 
 from collections.abc import Mapping
@@ -20,14 +20,14 @@ PLACES = ("file", "hub")
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark with its name, which is that of its file."""
+    """A benchmark, named after its file."""
 
     name: str
     config: BenchmarkConfig
 
 
 def benchmark_names() -> list[str]:
-    """Of the benchmarks that come with the program."""
+    """Names of the built-in benchmarks."""
     return sorted(entry.name.removesuffix(".yaml") for entry in _folder().iterdir() if entry.name.endswith(".yaml"))
 
 
@@ -36,11 +36,11 @@ def load_benchmark(name: str, data_folder: Path | None, changes: Mapping[str, An
 
     Args:
         name: such as `math500` or `mine/geometry.yaml`.
-        data_folder: where its file is looked for; None takes the hub.
+        data_folder: folder with its problem file; None: use the hub.
         changes: fields to replace, such as `samples_per_prompt`.
 
     Raises:
-        UserError: there is no such benchmark, its file declares none, or its problems are not in the data folder.
+        UserError: there is no such benchmark, its file is invalid, or its problems are not in the data folder.
     """
     if name.endswith(".yaml"):
         path, text = name, _read(Path(name))
@@ -48,19 +48,19 @@ def load_benchmark(name: str, data_folder: Path | None, changes: Mapping[str, An
         path, text = f"{name}.yaml", (_folder() / f"{name}.yaml").read_text(encoding="utf-8")
     else:
         raise UserError(
-            f"--benchmarks: there is no benchmark `{name}`; take one of {', '.join(benchmark_names())}, or the path of "
-            "a .yaml file that declares one"
+            f"--benchmarks: there is no benchmark `{name}`; choose one of {', '.join(benchmark_names())}, or give the "
+            "path of a .yaml file that declares one"
         )
     data, lines = parse_yaml(text, path)
     if not isinstance(data, dict):
-        raise UserError(f"{path}: this is not a benchmark: expected `key: value` lines")
+        raise UserError(f"{path}: not a benchmark: expected `key: value` lines")
     place = "hub" if data_folder is None else "file"
     sections = {key: data.pop(key, None) for key in PLACES}
     if not isinstance(sections[place], dict):
-        hint = "; name a data folder (--data-folder)" if place == "hub" else "; leave out --data-folder to use the hub"
+        hint = "; set --data-folder" if place == "hub" else "; omit --data-folder to use the hub"
         raise UserError(f"{path}: the benchmark has no section `{place}`{hint}")
     merged = {**data, **sections[place], **(changes or {})}
-    # A field of `file` or `hub` is one of the benchmark; a change comes from the command line.
+    # Messages name the fields of `file` or `hub` like the benchmark's others, and changes as the command line.
     places = {keys[1:] if keys[:1] == (place,) else keys: f"{path}:{line}" for keys, line in lines.items()}
     places |= {(key,): "command line" for key in changes or {}}
     if data_folder is not None:

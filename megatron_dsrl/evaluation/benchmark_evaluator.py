@@ -1,4 +1,4 @@
-"""One benchmark through the engines: what is finished is read, the rest is sampled, judged and written down."""
+"""Evaluates one benchmark: reads finished samples from disk; samples, judges and saves the rest."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from megatron_dsrl.rollout.sample import Sample
 from megatron_dsrl.rollout.sampling import SamplingParameters
 
 SAMPLING_FIELDS = ("temperature", "top_p", "max_response_tokens", "limit")
-"""Of a benchmark, kept beside its figures."""
+"""Benchmark fields that are saved with its results."""
 
 
 def evaluate_benchmark(
@@ -31,15 +31,15 @@ def evaluate_benchmark(
     file: Path,
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Sample and judge what is not in the file yet; the figures of the whole, with the title and how it was sampled.
+    """Sample and judge what is not in the file yet; returns title, sampling fields and results of the whole benchmark.
 
     Args:
-        benchmark: which.
+        benchmark: the benchmark.
         prompts: all its problems.
-        sampler: where responses come from; None if the benchmark is finished.
+        sampler: source of responses; None if the benchmark is finished.
         stop_token_ids: tokens that end a response.
-        file: where the samples are kept.
-        settings: what besides the benchmark decides about the samples; an evaluation that continues must have the same.
+        file: sample file.
+        settings: everything else that determines the samples; must be the same when an evaluation continues.
 
     Raises:
         UserError: the file belongs to another evaluation.
@@ -66,7 +66,7 @@ def evaluate_benchmark(
 def missing_samples(
     benchmark: Benchmark, prompts: Sequence[Prompt], file: Path, settings: Mapping[str, Any]
 ) -> list[tuple[Prompt, int]]:
-    """The samples that are not in the file yet: problem and number of the sample.
+    """(problem, sample number) of the samples that are not in the file yet.
 
     Raises:
         UserError: the file belongs to another evaluation.
@@ -88,8 +88,8 @@ def _sample_file(
     for prompt in prompts:
         if prompt.index in problems and problems[prompt.index].prompt != prompt.text:
             raise UserError(
-                f"{file} holds another problem {prompt.index}: the benchmark's data or the chat template have changed. "
-                "Name another folder with --output, or remove the file."
+                f"{file} holds another problem {prompt.index}: the benchmark's data or the chat template has changed. "
+                "Choose another folder with --output, or delete the file."
             )
     return samples
 
@@ -118,11 +118,11 @@ def _sample(
 
 
 def _settings(benchmark: Benchmark) -> dict[str, Any]:
-    """What decides about the samples and their rewards. Where the file lies, and how many workers judge, does not."""
+    """Everything that determines samples and rewards; not the file's location or the number of reward workers."""
     settings = benchmark.config.model_dump(mode="json", exclude={"source", "title", "limit", "reward"})
     return {"name": benchmark.name, **settings, "reward": reward_settings(benchmark.config.reward)}
 
 
 def reward_settings(reward: RewardConfig) -> dict[str, Any]:
-    """What decides about rewards; how many workers judge, and their limits, does not."""
+    """Everything that determines rewards; not the number of workers or their limits."""
     return reward.model_dump(mode="json", include={"function", "options", "overlong"})

@@ -1,6 +1,6 @@
 """Evaluation of a model on benchmarks: `dsrl eval`.
 
-Every rank runs it. Each engine's ranks start it as in training; rank 0 samples from all engines, judges, and writes.
+Every rank runs it. Engines start as in training; rank 0 samples from all of them, judges and writes the results.
 """
 
 from collections.abc import Sequence
@@ -46,17 +46,17 @@ WEIGHT_FILE_BYTES = 5 * 10**9
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What a user asks for."""
+    """The arguments of `dsrl eval`."""
 
     model: str
     """HF folder, hub name, Megatron checkpoint, or run folder; see `evaluated_model`."""
     benchmarks: Sequence[str]
     """Names, or paths of YAML files."""
     output: Path | None = None
-    """Folder of the samples and results; an evaluation in it is continued. None: `<run folder>/evaluation/step_000050`
-    for a run's policy, `evaluations/<model>` for others."""
+    """Folder of samples and results; an evaluation in it is continued. None: `<run folder>/evaluation/step_000050` for
+    a run's policy, `evaluations/<model>` for other models."""
     data_folder: Path | None = None
-    """Where the benchmarks' files are; None takes the hub."""
+    """Folder of the benchmarks' problem files; None: use the hub."""
     changes: dict[str, Any] | None = None
     """Benchmark fields to replace."""
     overrides: Sequence[str] = ()
@@ -64,10 +64,10 @@ class EvaluationRequest:
 
 
 def requested_benchmarks(request: EvaluationRequest) -> list[Benchmark]:
-    """The benchmarks of a request, with its changes. Reads neither model nor problems.
+    """The benchmarks of a request, with its changes. Reads neither the model nor problems.
 
     Raises:
-        UserError: a name, a change or an override is wrong.
+        UserError: a name, a change or an override is invalid.
     """
     benchmarks = [load_benchmark(name, request.data_folder, request.changes) for name in request.benchmarks]
     _check_benchmarks(benchmarks)
@@ -79,11 +79,11 @@ def read_problems(folder: Path, benchmarks: Sequence[Benchmark]) -> dict[str, li
     """The prompts of every benchmark, by its name, from files or the hub.
 
     Args:
-        folder: with config.json and tokenizer of the model that is asked.
-        benchmarks: which.
+        folder: has config.json and tokenizer of the evaluated model.
+        benchmarks: the benchmarks.
 
     Raises:
-        UserError: problems cannot be had, or are too long for the model.
+        UserError: problems cannot be read, or are too long for the model.
     """
     architecture = read_architecture(folder)
     tokenizer = load_tokenizer(str(folder), architecture.vocab_size)
@@ -98,14 +98,14 @@ def evaluate(request: EvaluationRequest) -> None:
     """Evaluate, or continue an evaluation. All ranks call it; rank 0 prints the results.
 
     Raises:
-        UserError: something is missing or does not fit, or another process has the output folder in use; found before
-            the engines start.
+        UserError: an input is missing or invalid, or another process is using the output folder; raised before the
+            engines start.
     """
     benchmarks = requested_benchmarks(request)
     with process_group(), ExitStack() as resources:
         model = on_first(lambda: find_model(request.model))
         prompts: dict[str, list[Prompt]] = {}
-        # Only the first rank needs them, and the hub need not be asked by all at once.
+        # Only rank 0 needs the prompts, and the ranks should not query the hub concurrently.
         with waiting("reading tokenizer and problems"):
             on_first(lambda: prompts.update(read_problems(model.companions, benchmarks)))
         output = request.output or default_output(model)
@@ -139,7 +139,7 @@ def evaluate(request: EvaluationRequest) -> None:
             rollout.while_sampling(evaluate_all, recover=rollout.restart_engines)
         elif rank() == 0:
             evaluate_all()
-        barrier()  # the engines of other ranks stay until the last sample is there
+        barrier()  # the engines of other ranks must stay until the last sample is there
 
 
 def _provenance(
@@ -149,7 +149,7 @@ def _provenance(
     benchmarks: Sequence[Benchmark],
     prompts: dict[str, list[Prompt]],
 ) -> Details:
-    """What is recorded of an evaluation; `prompts` are there on rank 0."""
+    """What is recorded about an evaluation; `prompts` is filled on rank 0 only."""
     return {
         "after_step": lambda: model.step,
         "model": lambda: describe_model(request.model, folder),
@@ -160,7 +160,7 @@ def _provenance(
 def start_engines(
     config: BenchmarkRunConfig, output: Path, tokenizer: PreTrainedTokenizerBase, resources: ExitStack
 ) -> EngineRollout:
-    """Engines that are ready, with their logs in the output folder; closing them is left to `resources`."""
+    """Start engines and wait until they are ready. Logs go to the output folder; `resources` closes the engines."""
     decode = partial(tokenizer.decode, skip_special_tokens=True)
     rollout = EngineRollout(config, output, stop_token_ids(tokenizer), decode)
     resources.callback(rollout.close)
@@ -170,21 +170,21 @@ def start_engines(
 
 
 def default_output(model: EvaluatedModel) -> Path:
-    """Where results go that nobody has named a folder for. The report of a run looks for them in the run folder."""
+    """Default folder of the results. The report of a run looks for them in the run folder."""
     if model.run_folder is not None:
         return model.run_folder / EVALUATIONS_FOLDER / f"step_{model.step:06d}"
     return Path("evaluations") / model.folder.name
 
 
 def hf_folder(model: EvaluatedModel, output: Path) -> Path:
-    """The model's HF folder. A Megatron checkpoint is converted into the output folder once. Collective.
+    """The model's HF folder. A Megatron checkpoint is first converted into the output folder. Collective.
 
     Raises:
         UserError: the checkpoint cannot be converted.
     """
     if not model.is_megatron:
         return model.folder
-    # Another checkpoint, or the same folder trained further, must not be taken for this one.
+    # The fingerprint tells it from other checkpoints, and from the same folder after more training.
     converted = output / f"hf_model_{on_first(lambda: fingerprint(model.folder))[:12]}"
     if not on_first(converted.exists):
         options = ConversionOptions(dtype=None, verify=False, overwrite=False, expect=None)
@@ -215,8 +215,8 @@ def _say_what_is_matched_by_spelling(benchmark: Benchmark, prompts: Sequence[Pro
     if answers:
         shown = ", ".join(map(repr, answers[:3])) + (", ..." if len(answers) > 3 else "")
         print(
-            f"benchmark {benchmark.name}: {len(answers)} of {len(prompts)} gold answers can only be matched by their "
-            f"spelling: {shown}"
+            f"benchmark {benchmark.name}: {len(answers)} of {len(prompts)} gold answers can only be compared as "
+            f"strings: {shown}"
         )
 
 

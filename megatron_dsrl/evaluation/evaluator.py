@@ -1,7 +1,6 @@
-"""Evaluation during training: held-out sets through the training's own engines and verifier.
+"""Evaluation during training: held-out sets on the training's own engines, with its verifier.
 
-The policy is evaluated where it samples, in the engine, with the weights that it holds at that moment; nothing is
-loaded or copied for it.
+The policy is evaluated where it samples, in the engines and with their current weights; nothing is loaded or copied.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -19,8 +18,8 @@ from megatron_dsrl.rewards.registry import answer_of, check_options
 from megatron_dsrl.rollout.rollout import Generator
 
 EvaluationRecord = dict[str, int | float | str | None]
-"""step, set, the figures of `summarise`, and the ends of the accuracy's 95 % interval, confidence_low_95 and
-confidence_high_95. For k = samples_per_prompt above 1 also `pass@k`, and `majority@k` where answers can be compared."""
+"""step, set, the results of `summarise`, and the 95 % interval of the accuracy: confidence_low_95 and
+confidence_high_95. For k = samples_per_prompt above 1 also `pass@k`, and `majority@k` if answers can be compared."""
 
 
 @dataclass(frozen=True)
@@ -33,20 +32,20 @@ class Evaluation:
 
 
 class Evaluator:
-    """Evaluates all held-out sets of a run. Lives on rank 0, where the rollout side samples."""
+    """Evaluates all held-out sets of a run. On rank 0 only, where the rollout side samples."""
 
     def __init__(
         self, sets: Sequence[tuple[EvaluationSetConfig, Sequence[Prompt]]], rollout: Generator, verifier: str
     ):
         """
         Args:
-            sets: the held-out sets and their prompts, all loaded before anything heavy starts.
-            rollout: what samples and verifies; the length limit and stop tokens of training hold here too.
-            verifier: name of the run's, which judges where a set has none of its own.
+            sets: the held-out sets and their prompts.
+            rollout: samples and judges, with the length limit and stop tokens of training.
+            verifier: name of the run's verifier, for sets without their own.
 
         Raises:
-            UserError: for two sets of one name, for several greedy samples per prompt, and for a verifier that does not
-                exist or does not take its options.
+            UserError: two sets have the same name, several greedy samples per prompt are requested, or a verifier does
+                not exist or does not take its options.
         """
         _require_different_names([config.name for config, _ in sets])
         for position, (config, _) in enumerate(sets):
@@ -58,7 +57,7 @@ class Evaluator:
         self._verifier = verifier
 
     def evaluate(self, step: int, except_for: Collection[str] = ()) -> Iterator[Evaluation]:
-        """One per set under the engine's current weights, each as soon as it is there.
+        """Yield one evaluation per set under the engines' current weights, each as soon as it is finished.
 
         Args:
             step: labels the evaluations; 0 is before training.
@@ -72,7 +71,7 @@ class Evaluator:
         sampling = replace(
             self._rollout.training_sampling, temperature=config.temperature, return_routed_experts=False
         )
-        # Workers of a set's own verifier live as long as its evaluation: it comes rarely, and training needs the cores.
+        # Workers of a set's own verifier run only during its evaluation, which is rare; training needs the cores.
         with RewardPool(config.reward) if config.reward else nullcontext() as rewards:
             groups = self._rollout.generate(
                 prompts, config.samples_per_prompt, sampling, stream=f"evaluation {config.name}", rewards=rewards
@@ -90,9 +89,10 @@ class Evaluator:
 
 
 def check_different_samples(config: EvaluationSetConfig | BenchmarkConfig, section: str) -> None:
-    """
+    """Refuse several greedy samples of one prompt.
+
     Raises:
-        UserError: Several samples are to be drawn greedily.
+        UserError: temperature is 0 and samples_per_prompt above 1.
     """
     if config.temperature == 0 and config.samples_per_prompt > 1:
         raise UserError(

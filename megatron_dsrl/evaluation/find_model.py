@@ -1,8 +1,8 @@
-"""Which weights a user means by `dsrl eval MODEL` and `dsrl convert megatron-to-hf SOURCE`.
+"""Finds the weights named by the MODEL of `dsrl eval` and the SOURCE of `dsrl convert megatron-to-hf`.
 
-An HF folder, a hub name and a Megatron checkpoint of `dsrl convert` are what they are. A run (`runs/X`) means its
-newest policy, exported or in a checkpoint; `runs/X/hf/step_000050` and `runs/X/checkpoints/step_000050`, or the
-latter's `megatron` folder, mean that one. A run's checkpoints hold neither config.json nor tokenizer: both are those of
+An HF folder, a hub name and a Megatron checkpoint of `dsrl convert` stand for themselves. A run (`runs/X`) stands for
+its newest policy, exported or in a checkpoint; `runs/X/hf/step_000050` and `runs/X/checkpoints/step_000050`, or the
+latter's `megatron` folder, for that policy. A run's checkpoints have neither config.json nor tokenizer: both come from
 the model that the run trained.
 """
 
@@ -22,16 +22,16 @@ from megatron_dsrl.weights.megatron_checkpoint import is_megatron_checkpoint
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """Weights, and what belongs to them."""
+    """Weights with their configuration, tokenizer and origin."""
 
     folder: Path
     """HF folder or Megatron checkpoint."""
     companions: Path
-    """Folder of config.json and tokenizer; the same one except for a run's checkpoints."""
+    """Folder of config.json and tokenizer; the same folder except for a run's checkpoints."""
     run_folder: Path | None = None
-    """Of the run that trained them; None for all other models."""
+    """Folder of the run that trained them; None for other models."""
     step: int | None = None
-    """After which step of that run."""
+    """Step of that run after which they were saved."""
 
     @property
     def is_megatron(self) -> bool:
@@ -40,13 +40,10 @@ class EvaluatedModel:
 
 
 def find_model(name: str) -> EvaluatedModel:
-    """The weights that a user means.
-
-    Args:
-        name: folder or hub name.
+    """The weights that a folder or hub name stands for.
 
     Raises:
-        UserError: there are none, or they are not whole.
+        UserError: there are none, or they are incomplete.
     """
     folder = resolve_model_folder(name, "MODEL")
     if (folder / CONFIG_FILE).is_file():
@@ -58,14 +55,14 @@ def find_model(name: str) -> EvaluatedModel:
 
 
 def find_checkpoint(folder: Path, companions: Path | None = None) -> EvaluatedModel:
-    """The Megatron checkpoint that a user means. Whether it is one is for the reader to find out.
+    """The Megatron checkpoint that a folder stands for. Does not check that it is one.
 
     Args:
-        folder: of a Megatron checkpoint, of a run's checkpoint, or of a run, for its newest checkpoint.
-        companions: folder of config.json and tokenizer; None for the checkpoint's own, or the run's.
+        folder: a Megatron checkpoint, a run's checkpoint, or a run, for its newest checkpoint.
+        companions: folder of config.json and tokenizer; None: the checkpoint's own, or the run's.
 
     Raises:
-        UserError: there is none, or that of a run is not whole or not of the companions' model.
+        UserError: there is none, or a run's checkpoint is incomplete or does not match the companions' model.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
@@ -81,7 +78,7 @@ def find_checkpoint(folder: Path, companions: Path | None = None) -> EvaluatedMo
 
 
 def _checkpoint_of(folder: Path) -> Path | None:
-    """The run's checkpoint that a folder is, or whose policy it is; None for all others."""
+    """The run's checkpoint, for a checkpoint's folder or its `megatron` folder; None for other folders."""
     if (folder / STATE_FILE).is_file():
         return folder
     if not (folder.parent / STATE_FILE).is_file():
@@ -92,7 +89,7 @@ def _checkpoint_of(folder: Path) -> Path | None:
 
 
 def _newest_of_run(run_folder: Path) -> EvaluatedModel:
-    """An export is taken before a checkpoint of the same step: it needs no conversion."""
+    """A run's newest policy. An export is preferred to a checkpoint of the same step: it needs no conversion."""
     exports = _steps(run_folder, EXPORTS_FOLDER, "config.json")
     checkpoints = _steps(run_folder, CHECKPOINTS_FOLDER, STATE_FILE)
     found = [(step, places is exports, folder) for places in (exports, checkpoints) for step, folder in places]
@@ -111,7 +108,7 @@ def _steps(run_folder: Path, kind: str, complete: str) -> list[tuple[int, Path]]
 
 
 def _of_model_folder(folder: Path) -> EvaluatedModel:
-    """An HF folder, also one that a run exported, or a checkpoint of `dsrl convert`."""
+    """An HF folder, which a run may have exported, or a checkpoint of `dsrl convert`."""
     if not is_megatron_checkpoint(folder) and not any(folder.glob("*.safetensors")):
         raise UserError(
             f"{folder} holds no weights: it is not an HF model, a Megatron checkpoint or a run folder"
@@ -138,7 +135,7 @@ def _of_checkpoint(checkpoint: Path, companions: Path | None = None) -> Evaluate
 
 
 def _model_of_run(run_folder: Path, saved: SavedState) -> Path:
-    """The model that the run began with, or else an export, which has the same configuration and tokenizer."""
+    """The model that the run started from; if it is gone, an export, which has the same configuration and tokenizer."""
     path = saved.run.config["model"]["path"]
     try:
         return resolve_model_folder(path, f"{run_folder / CONFIG_FILE}: model.path")

@@ -12,7 +12,7 @@ def average_at_k(rewards: Sequence[Sequence[float]]) -> float:
     """Avg@k: the mean over problems of the mean reward of a problem's k samples.
 
     Args:
-        rewards: per problem the rewards of its samples; no part may be empty.
+        rewards: the rewards of each problem's samples; neither may be empty.
     """
     return fmean(fmean(samples) for samples in rewards)
 
@@ -20,8 +20,8 @@ def average_at_k(rewards: Sequence[Sequence[float]]) -> float:
 def standard_error(rewards: Sequence[Sequence[float]]) -> float | None:
     """Standard error of Avg@k over problems: std of the problems' means (unbiased) / sqrt(problems).
 
-    The problems are the sampling unit: k samples of one problem are not k independent problems. None for a single
-    problem, whose spread is unknown.
+    Problems are the sampling unit: k samples of one problem are not k independent problems. None for a single problem,
+    whose spread is unknown.
     """
     means = [fmean(samples) for samples in rewards]
     return stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
@@ -34,8 +34,8 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
     Args:
         num_samples: n, samples drawn for the problem.
-        num_correct: c, how many of them are right.
-        k: samples that a user would draw, at most n.
+        num_correct: c, number of right ones.
+        k: at most n.
 
     Raises:
         ValueError: unless 0 <= c <= n and 1 <= k <= n.
@@ -49,21 +49,20 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 
 def mean_pass_at_k(correct: Sequence[Sequence[bool]], k: int) -> float:
-    """Mean of `pass_at_k` over problems, from each problem's samples being right or wrong."""
+    """Mean of `pass_at_k` over problems. `correct`: for each problem, whether each sample is right."""
     return fmean(pass_at_k(len(samples), sum(samples), k) for samples in correct)
 
 
 def majority_right(answers: Sequence[str | None], right: Sequence[bool]) -> float:
     """Maj@k of one problem: the probability that the most frequent answer of its k samples is right.
 
-    Answers are votes by their spelling after normalisation; right and wrong ones are treated alike, so that an answer
-    that the verifier accepts in two spellings does not get the votes of both. Samples without an answer do not vote.
-    Between equally frequent answers a fair coin decides, whose expectation this is. A spelling is right if the verifier
-    accepted it.
+    Votes are normalised strings. Right and wrong ones are treated alike: an answer that the verifier accepts in two
+    spellings does not get the votes of both. Samples without an answer do not vote. Ties are broken by a fair coin,
+    whose expectation is returned. A spelling is right if the verifier accepted it.
 
     Args:
-        answers: one per sample, None for none.
-        right: the verifier's word on each sample.
+        answers: one per sample, None without an answer.
+        right: whether the verifier accepted each sample.
     """
     votes = Counter(answer for answer in answers if answer is not None)
     if not votes:
@@ -79,14 +78,14 @@ def bootstrap_interval(
 ) -> tuple[float, float] | None:
     """Percentile bootstrap interval of a mean over problems.
 
-    Problems are drawn with replacement, whole problems with all their samples: they are the sampling unit. None for a
-    single problem. Where all problems have the same value the interval has no width, however few they are.
+    Whole problems, the sampling unit, are drawn with replacement. None for a single problem. If all problems have the
+    same value the interval has no width, however few they are.
 
     Args:
         values: one per problem.
         confidence: covered probability.
-        resamples: draws.
-        seed: of the draws; the same values give the same interval.
+        resamples: number of bootstrap draws.
+        seed: seed of the draws; the same values give the same interval.
     """
     if len(values) < 2:
         return None

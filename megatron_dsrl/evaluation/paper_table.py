@@ -1,8 +1,8 @@
-"""The paper's results table, filled with what was evaluated here and empty where nothing was.
+"""The paper's results table with our own measurements; empty where nothing was measured.
 
-A cell is the mean over a method's evaluations (one per run), with half of Student's 95 % interval over runs where there
-are several. A difference between two methods is taken over the same problems; its interval is a paired bootstrap over
-problems, which says nothing of other seeds (`dsrl compare` tests over runs).
+A cell is the mean over a method's evaluations (one per run), with half of Student's 95 % interval over runs if there
+are several. Differences between two methods are over the same problems; their interval is a paired bootstrap over
+problems, which does not cover other seeds (`dsrl compare` tests over runs).
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,40 +24,40 @@ from megatron_dsrl.evaluation.results_file import EvaluationResults
 from megatron_dsrl.evaluation.sample_file import read_sample_file
 
 Evaluations = Mapping[str, Sequence[EvaluationResults]]
-"""Of every run, by method."""
+"""The evaluations of every run, by method."""
 
 
 def paper_table(evaluations: Evaluations, size: str) -> str:
-    """Markdown.
+    """The table in Markdown.
 
     Args:
-        evaluations: methods called as in the paper (`published.METHODS`) fill their row, others get one of their own.
-        size: model size whose published figures stand beside, such as `Qwen3-4B`.
+        evaluations: methods named as in the paper (`published.METHODS`) fill its rows, others get new rows.
+        size: model size whose published results are shown, such as `Qwen3-4B`.
 
     Raises:
         UserError: the paper has no such size, or a sample file is damaged.
     """
     if size not in AVERAGE_OF_SIX:
         raise UserError(f"--size: the paper reports {' and '.join(AVERAGE_OF_SIX)}, not {size}")
-    evaluations = {_as_in_the_paper(method): of_method for method, of_method in evaluations.items()}
+    evaluations = {_as_in_the_paper(method): runs for method, runs in evaluations.items()}
     methods = [*METHODS, *(method for method in evaluations if method not in METHODS)]
     others = {
         name: summary["title"]
-        for of_method in evaluations.values()
-        for results in of_method
+        for runs in evaluations.values()
+        for results in runs
         for name, summary in results.benchmarks.items()
         if name not in SIX_BENCHMARKS and name not in OUT_OF_DISTRIBUTION
     }
     parts = [
         f"# Results beside the paper's (arXiv 2604.14142), {size}",
         f"Percent; mathematics: Avg@{SAMPLES_ON_SIX}. The column *average, paper* and the row *paper* were published, "
-        "all else was measured here. An empty cell was not measured, or not published.",
+        "everything else was measured here. An empty cell was not measured, or not published.",
         _mathematics(evaluations, methods, size),
         "## Out of distribution",
         _accuracies(evaluations, methods, OUT_OF_DISTRIBUTION),
         "## DSRL over GRPO, in points",
         _differences(evaluations, size),
-        "A measured difference has its 95 % interval over problems, of paired bootstrap draws.",
+        "Intervals of measured differences are 95 % paired bootstrap intervals over problems.",
     ]
     if others:
         parts += ["## Other benchmarks", _accuracies(evaluations, list(evaluations), others)]
@@ -102,7 +102,7 @@ def _differences(evaluations: Evaluations, size: str) -> str:
 
 
 def _difference(evaluations: Evaluations, benchmark: str) -> str:
-    """DSRL minus GRPO, with its interval if both have their samples of the same problems."""
+    """DSRL minus GRPO, with an interval if both have samples of the same problems."""
     ours, theirs = (_values(evaluations, method, benchmark) for method in ("DSRL", "GRPO"))
     if not ours or not theirs:
         return ""
@@ -115,18 +115,20 @@ def _difference(evaluations: Evaluations, benchmark: str) -> str:
 
 
 def _difference_of_averages(evaluations: Evaluations) -> str:
-    averages = [
-        [average_of_six(results.benchmarks) for results in evaluations.get(method, ())] for method in ("DSRL", "GRPO")
-    ]
-    if not all(averages) or any(average is None for side in averages for average in side):
-        return ""
-    return f"{100 * (fmean(averages[0]) - fmean(averages[1])):+.1f}"
+    means = []
+    for method in ("DSRL", "GRPO"):
+        averages = [average_of_six(results.benchmarks) for results in evaluations.get(method, ())]
+        measured = [average for average in averages if average is not None]
+        if not measured or len(measured) < len(averages):
+            return ""
+        means.append(fmean(measured))
+    return f"{100 * (means[0] - means[1]):+.1f}"
 
 
-def _means_of_problems(of_method: Sequence[EvaluationResults], benchmark: str) -> dict[tuple[int, str], float]:
-    """Mean reward over all runs by problem (row number and gold answer); empty where samples are missing."""
+def _means_of_problems(runs: Sequence[EvaluationResults], benchmark: str) -> dict[tuple[int, str], float]:
+    """Mean reward over all runs by problem (row number and gold answer); empty if samples are missing."""
     rewards: dict[tuple[int, str], list[float]] = {}
-    for results in of_method:
+    for results in runs:
         file = results.folder / "samples" / f"{benchmark}.jsonl"
         if benchmark in results.benchmarks and not file.is_file():
             return {}
@@ -137,10 +139,10 @@ def _means_of_problems(of_method: Sequence[EvaluationResults], benchmark: str) -
 
 
 def _departures(evaluations: Evaluations) -> list[str]:
-    """What makes a measured figure another quantity than the paper's."""
+    """How measured results differ from the paper's in samples, temperature or problems."""
     notes = []
-    for method, of_method in evaluations.items():
-        for results in of_method:
+    for method, runs in evaluations.items():
+        for results in runs:
             for name, summary in results.benchmarks.items():
                 departures = []
                 if name in SIX_BENCHMARKS and summary["samples_per_prompt"] != SAMPLES_ON_SIX:
@@ -156,8 +158,8 @@ def _departures(evaluations: Evaluations) -> list[str]:
 
 def _values(evaluations: Evaluations, method: str, benchmark: str) -> list[float]:
     """Accuracy of every run that was evaluated on the benchmark."""
-    of_method = evaluations.get(method, ())
-    return [results.benchmarks[benchmark]["accuracy"] for results in of_method if benchmark in results.benchmarks]
+    runs = evaluations.get(method, ())
+    return [results.benchmarks[benchmark]["accuracy"] for results in runs if benchmark in results.benchmarks]
 
 
 def _cell(values: Sequence[float]) -> str:

@@ -1,4 +1,4 @@
-"""What an evaluation keeps of a problem: its samples, judged. No token ids and no log-probs."""
+"""A problem's judged samples as an evaluation saves them, without token ids or log-probs."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,28 +14,28 @@ class SampleResult:
 
     text: str
     tokens: int
-    """Of the response, its end token included."""
+    """Response tokens, including the end token."""
     truncated: bool
-    """It reached the length limit."""
+    """Whether it reached the length limit."""
     reward: float
     verdict: str
     """`ok`, or how the verifier failed; see `rewards.pool.Judgement`."""
 
     @property
     def right(self) -> bool:
-        """Full reward. Verifiers of answers give 1 or 0."""
+        """Whether it has the full reward; verifiers of answers return 1 or 0."""
         return self.reward >= 1.0
 
     @classmethod
     def of_sample(cls, sample: Sample) -> "SampleResult":
-        """What is kept of a sample."""
+        """Keep the fields that an evaluation saves."""
         tokens, truncated = len(sample.response_ids), sample.finish_reason == "length"
         return cls(sample.text, tokens, truncated, sample.reward, sample.verdict)
 
 
 @dataclass(frozen=True)
 class ProblemResult:
-    """One problem with all its samples, or with some that follow each other."""
+    """One problem with all its samples, or with consecutive ones."""
 
     index: int
     """Row number in its set."""
@@ -44,32 +44,32 @@ class ProblemResult:
     """Gold answer."""
     samples: tuple[SampleResult, ...]
     first: int = 0
-    """Number of the first of these samples among all of the problem."""
+    """Number of the first of these samples among all samples of the problem."""
     other_answers: tuple[str, ...] = ()
-    """Further gold answers, each of which is accepted as well."""
+    """Further gold answers; any of them is accepted."""
 
     @classmethod
     def of_group(cls, group: Group) -> "ProblemResult":
-        """What is kept of a group."""
+        """The result of a group."""
         samples = tuple(map(SampleResult.of_sample, group.samples))
         prompt = group.prompt
         return cls(prompt.index, prompt.text, prompt.answer, samples, other_answers=prompt.other_answers)
 
     @classmethod
     def of_sample(cls, prompt: Prompt, number: int, sample: Sample) -> "ProblemResult":
-        """What is kept of a problem's sample of this number."""
+        """The result of a single sample with this number."""
         samples = (SampleResult.of_sample(sample),)
         return cls(prompt.index, prompt.text, prompt.answer, samples, number, prompt.other_answers)
 
     @classmethod
     def of_record(cls, record: dict[str, Any]) -> "ProblemResult":
-        """The inverse of `as_record`. Raises KeyError or TypeError for anything else."""
+        """The inverse of `as_record`. Raises KeyError or TypeError for other records."""
         samples = tuple(SampleResult(**sample) for sample in record["samples"])
         return cls(**{**record, "samples": samples, "other_answers": tuple(record.get("other_answers", ()))})
 
     @property
     def numbers(self) -> range:
-        """Of the samples."""
+        """Numbers of the samples."""
         return range(self.first, self.first + len(self.samples))
 
     def as_record(self) -> dict[str, Any]:
@@ -88,6 +88,6 @@ def first_responses(problems: Sequence[ProblemResult], count: int) -> list[dict[
 
 
 def joined(parts: Sequence[ProblemResult]) -> ProblemResult:
-    """The parts of one problem as a whole, its samples in the order of their numbers."""
+    """Merge the parts of one problem, with its samples in the order of their numbers."""
     samples = {number: sample for part in parts for number, sample in zip(part.numbers, part.samples, strict=True)}
     return replace(parts[0], samples=tuple(samples[number] for number in sorted(samples)), first=0)

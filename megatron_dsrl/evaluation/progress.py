@@ -1,8 +1,8 @@
-"""How far an evaluation is, and how long it still takes."""
+"""Progress of an evaluation, with an estimate of the remaining time."""
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -16,7 +16,10 @@ LINE_SECONDS = 30.0
 class BenchmarkProgress:
     """Counts the samples and finished problems of one benchmark."""
 
-    def __init__(self, title: str, problems: int, done: int, to_sample: int, show) -> None:
+    def __init__(
+        self, title: str, problems: int, done: int, to_sample: int, show: Callable[[str, int], None]
+    ) -> None:
+        """`show` gets the progress line and the number of finished problems; see `benchmark_progress` for the rest."""
         self._title = title
         self._problems = problems
         self._done = done
@@ -26,7 +29,7 @@ class BenchmarkProgress:
         self._started = time.monotonic()
 
     def sampled(self, problem_is_done: bool) -> None:
-        """One more sample is judged and on disk, perhaps the last of its problem."""
+        """Count one more sample that is judged and on disk."""
         self._sampled += 1
         self._done += problem_is_done
         self._show(self._line(), self._done)
@@ -41,25 +44,22 @@ class BenchmarkProgress:
 
 @contextmanager
 def benchmark_progress(title: str, problems: int, done: int, to_sample: int) -> Iterator[BenchmarkProgress]:
-    """A bar on a terminal; elsewhere a line every half minute, so that a log stays readable.
+    """A bar on a terminal; elsewhere a line every half minute, to keep logs readable.
 
     Args:
-        title: of the benchmark.
-        problems: that it has.
-        done: those of them that have all their samples.
-        to_sample: samples that the others still need.
+        title: the benchmark's title.
+        problems: number of its problems.
+        done: number of problems that have all their samples.
+        to_sample: number of samples that are missing.
     """
     if sys.stdout.isatty():
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=Console(), transient=True) as bar:
             task = bar.add_task(title, total=problems, completed=done)
-            yield BenchmarkProgress(
-                title,
-                problems,
-                done,
-                to_sample,
-                lambda line, finished: bar.update(task, description=line, completed=finished),
-            )
+            def update(line: str, finished: int) -> None:
+                bar.update(task, description=line, completed=finished)
+
+            yield BenchmarkProgress(title, problems, done, to_sample, update)
         return
     last = time.monotonic()
 

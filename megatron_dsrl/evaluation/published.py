@@ -1,7 +1,7 @@
-"""What the paper reports (arXiv 2604.14142), for the tables beside one's own figures.
+"""The paper's results (arXiv 2604.14142), for comparison with your own.
 
-Averages of Avg@32 over the six mathematics benchmarks, in percent; nothing was measured here. Per benchmark the paper's
-figures are known only as differences.
+Averages of Avg@32 over the six mathematics benchmarks, in percent, as published. For single benchmarks only differences
+were published.
 """
 
 SIX_BENCHMARKS = {

@@ -1,7 +1,7 @@
-"""Judge the samples of a finished evaluation again, with another verifier: `dsrl rescore`.
+"""Judge the samples of a finished evaluation again with another verifier: `dsrl rescore`.
 
-Nothing is sampled. So the same samples can be scored as the paper's were (`hendrycks`) and as we think right
-(`math_verify`), side by side in one table.
+Nothing is sampled, so the same samples can be scored like the paper's (`hendrycks`) and with the verifier that we
+consider more correct (`math_verify`), side by side in one table.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,7 +22,7 @@ from megatron_dsrl.rewards.registry import answer_of
 
 
 def rescore(evaluation: Path, target: Path, reward: RewardConfig) -> Mapping[str, Any]:
-    """Write an evaluation with the same samples and the verdicts of another verifier.
+    """Write a second evaluation with the same samples and another verifier's rewards.
 
     Args:
         evaluation: output folder of `dsrl eval`.
@@ -30,14 +30,14 @@ def rescore(evaluation: Path, target: Path, reward: RewardConfig) -> Mapping[str
         reward: the verifier, its options and limits.
 
     Returns:
-        The figures by the benchmark's name, as `write_results` takes them.
+        The results by benchmark name, as `write_results` takes them.
 
     Raises:
         UserError: there is no evaluation, the target is in use, or the verifier does not exist.
     """
     results = read_results(evaluation)
     if target.exists() and any(target.iterdir()):
-        raise UserError(f"{target} is not empty; name another folder with --output")
+        raise UserError(f"{target} is not empty; choose another folder with --output")
     summaries = {}
     with RewardPool(reward) as pool:
         for name, before in results.benchmarks.items():
@@ -53,7 +53,7 @@ def rescore(evaluation: Path, target: Path, reward: RewardConfig) -> Mapping[str
 
 
 def judged_again(problems: Iterable[ProblemResult], pool: RewardPool) -> Iterable[ProblemResult]:
-    """The problems with the pool's verdicts on their samples."""
+    """Yield the problems with their samples judged by the pool's verifier."""
     waiting = [
         (problem, [pool.submit(sample.text, problem.answer, problem.other_answers) for sample in problem.samples])
         for problem in problems
@@ -68,6 +68,6 @@ def judged_again(problems: Iterable[ProblemResult], pool: RewardPool) -> Iterabl
 
 
 def _settings(source: Path, reward: RewardConfig) -> dict[str, Any]:
-    """What the first line of the new sample file says: as before, but for the verifier."""
+    """Settings for the new sample file: the old ones except for the verifier."""
     settings = read_settings(source)
     return {**settings, "benchmark": {**settings.get("benchmark", {}), "reward": reward_settings(reward)}}

@@ -16,13 +16,13 @@ from megatron_dsrl.evaluation.results_file import RESULTS_FILE, Summary, read_re
 
 
 def write_results(folder: Path, model: str, summaries: Mapping[str, Summary], step: int | None = None) -> None:
-    """Write all three. Other benchmarks that the folder has of the same model stay in them.
+    """Write all three files. Other benchmarks of the same model that the folder already has are kept.
 
     Args:
-        folder: where.
+        folder: output folder.
         model: folder or hub name.
-        summaries: `title` and the figures of `summarise_benchmark` by the benchmark's name.
-        step: of the run that trained the model, if it is one's.
+        summaries: `title` and the results of `summarise_benchmark`, by benchmark name.
+        step: step of the run that trained the model; None for other models.
     """
     summaries = {**_other_results(folder, model, step), **summaries}
     data = {"model": model, "step": step, "benchmarks": summaries, "average_of_six": average_of_six(summaries)}
@@ -38,25 +38,25 @@ def write_results(folder: Path, model: str, summaries: Mapping[str, Summary], st
 
 
 def _other_results(folder: Path, model: str, step: int | None) -> dict[str, Summary]:
-    """What an earlier evaluation into this folder has written of the model."""
+    """Results of the same model from earlier evaluations into this folder."""
     if not (folder / RESULTS_FILE).exists():
         return {}
     before = read_results(folder)
     if (before.model, before.step) != (model, step):
         return {}
-    # JSON has made strings of the keys of pass_at_k.
+    # JSON turned the keys of pass_at_k into strings.
     return {name: {**one, "pass_at_k": before.pass_at_k(name)} for name, one in before.benchmarks.items()}
 
 
 def average_of_six(summaries: Mapping[str, Summary]) -> float | None:
-    """Mean Avg@k of the paper's six mathematics benchmarks; None unless all six are there."""
+    """Mean Avg@k of the paper's six mathematics benchmarks; None unless all six were evaluated."""
     if not all(name in summaries for name in SIX_BENCHMARKS):
         return None
     return fmean(summaries[name]["accuracy"] for name in SIX_BENCHMARKS)
 
 
 def markdown(model: str, summaries: Mapping[str, Summary]) -> str:
-    """The tables for people; figures in percent."""
+    """The results as Markdown tables, in percent."""
     lines = [
         f"# {model}",
         "",

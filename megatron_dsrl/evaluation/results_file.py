@@ -1,4 +1,4 @@
-"""`results.json` of an evaluation, read back."""
+"""Reading `results.json` of evaluations."""
 
 import json
 from collections.abc import Mapping
@@ -10,36 +10,37 @@ from megatron_dsrl.common.errors import UserError
 
 RESULTS_FILE = "results.json"
 EVALUATIONS_FOLDER = "evaluation"
-"""In a run folder, for evaluations of the run's own policies."""
+"""Folder in a run folder for evaluations of the run's policies."""
 
 Summary = Mapping[str, Any]
-"""Title, settings and figures of one benchmark; see `results.write_results`."""
+"""Title, settings and results of one benchmark; see `results.write_results`."""
 
 _NEEDED = ("title", "accuracy", "problems", "samples_per_prompt", "pass_at_k")
 
 
 @dataclass(frozen=True)
 class EvaluationResults:
-    """What `dsrl eval` found."""
+    """The results of `dsrl eval`."""
 
     folder: Path
     model: str
-    """Folder or hub name of what was evaluated."""
+    """Folder or hub name of the evaluated model."""
     step: int | None
-    """Of the run that trained the model; None where that is unknown."""
+    """Step of the run that trained the model; None if unknown."""
     benchmarks: dict[str, Summary]
-    """By the benchmark's name."""
+    """Results by benchmark name."""
 
     def pass_at_k(self, benchmark: str) -> dict[int, float]:
-        """By K, ascending."""
+        """Pass@K by K, ascending."""
         values = self.benchmarks[benchmark]["pass_at_k"]
         return dict(sorted((int(k), value) for k, value in values.items()))
 
 
 def read_results(folder: Path) -> EvaluationResults:
-    """
+    """Read the results in an output folder of `dsrl eval`.
+
     Raises:
-        UserError: the folder holds no results of `dsrl eval`.
+        UserError: the folder has no results.
     """
     file = folder / RESULTS_FILE
     try:
@@ -50,7 +51,7 @@ def read_results(folder: Path) -> EvaluationResults:
             raise KeyError(missing[0])
         return EvaluationResults(folder, str(data["model"]), data.get("step"), benchmarks)
     except FileNotFoundError as error:
-        raise UserError(f"{folder} holds no {RESULTS_FILE}: give an output folder of `dsrl eval`") from error
+        raise UserError(f"{folder} has no {RESULTS_FILE}: give an output folder of `dsrl eval`") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} does not hold the results of `dsrl eval` ({error!r})") from error
 
@@ -59,7 +60,7 @@ def results_of_run(run_folder: Path) -> list[EvaluationResults]:
     """All evaluations in a run folder, by step; those of unknown steps first.
 
     Raises:
-        UserError: one of them is damaged.
+        UserError: a results file is damaged.
     """
     root = run_folder / EVALUATIONS_FOLDER
     folders = sorted({file.parent for pattern in ("", "*/") for file in root.glob(pattern + RESULTS_FILE)})
@@ -67,11 +68,11 @@ def results_of_run(run_folder: Path) -> list[EvaluationResults]:
 
 
 def newest_results(folder: Path) -> EvaluationResults:
-    """Of an output folder of `dsrl eval`; of a run folder the evaluation of its latest policy.
+    """The results in an output folder of `dsrl eval`, or those of the latest evaluated policy in a run folder.
 
     Raises:
         UserError: there are none, or they are damaged.
     """
-    if not (folder / RESULTS_FILE).is_file() and (of_run := results_of_run(folder)):
-        return of_run[-1]
+    if not (folder / RESULTS_FILE).is_file() and (evaluations := results_of_run(folder)):
+        return evaluations[-1]
     return read_results(folder)

@@ -1,11 +1,11 @@
-"""The samples of a benchmark on disk: one JSON line per finished sample, written at once.
+"""The samples of a benchmark on disk: one JSON line per finished sample, written immediately.
 
-The first line says what was evaluated and how. An evaluation that continues must be the same one. The others hold a
-problem with one sample, in the order in which samples were finished; a line may also hold several that follow each
-other, as files of earlier versions do.
+The first line has the evaluation's settings, which must be the same when it continues. Each other line has a problem
+with one sample, in the order in which they finished; a line may also have several consecutive samples, as in files of
+earlier versions.
 
-A line survives the death of every process. The disk is waited for once a second at most, since shared file systems take
-tens of milliseconds: only a machine that fails can lose that second.
+Written lines survive the death of all processes. fsync is called at most once a second, since it takes tens of
+milliseconds on shared file systems: only a machine failure can lose that second.
 """
 
 import json
@@ -23,14 +23,14 @@ SYNC_SECONDS = 1.0
 
 
 class SampleFile:
-    """Opened for appending. Use it as a context manager."""
+    """A sample file open for appending; a context manager."""
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]):
-        """Read what is there already, or begin the file.
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        """Read the existing file, or create it.
 
         Args:
-            path: the file; folders are made.
-            settings: everything that decides about the samples.
+            path: the file; folders are created.
+            settings: everything that determines the samples.
 
         Raises:
             UserError: the file was made with other settings, or is damaged.
@@ -43,26 +43,26 @@ class SampleFile:
         self._parts = _parts(records, path)
         self._stream = path.open("a" if records else "w", encoding="utf-8")
         self._synced = 0.0
-        if not records:  # nor is anything lost of an evaluation that ended before its first sample
+        if not records:  # a file with settings only is written again
             self._write(settings)
 
     @property
     def problems(self) -> dict[int, ProblemResult]:
-        """Problems, by row number, with the samples that there are."""
+        """Problems, by row number, with their samples so far."""
         return {index: joined(parts) for index, parts in self._parts.items()}
 
     def numbers(self, index: int) -> set[int]:
-        """Of the samples that there are of a problem."""
+        """Numbers of a problem's samples so far."""
         return {number for part in self._parts.get(index, ()) for number in part.numbers}
 
     def add(self, result: ProblemResult) -> None:
-        """Finished samples of a problem. They are in the file when this returns."""
+        """Append finished samples of a problem. They are in the file when this returns."""
         assert self.numbers(result.index).isdisjoint(result.numbers), f"problem {result.index}: sampled twice"
         self._parts.setdefault(result.index, []).append(result)
         self._write(result.as_record())
 
     def close(self) -> None:
-        """No more samples. All are on disk when this returns."""
+        """Close the file. All samples are on disk when this returns."""
         self._sync()
         self._stream.close()
 
@@ -87,7 +87,7 @@ def read_sample_file(path: Path) -> list[ProblemResult]:
     """The problems of a sample file, `<evaluation>/samples/<benchmark>.jsonl`, that have all their samples.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: there is no such file, or it is damaged.
     """
     if not path.is_file():
         raise UserError(f"{path} is neither a run folder nor a sample file of `dsrl eval`")
@@ -96,17 +96,17 @@ def read_sample_file(path: Path) -> list[ProblemResult]:
     problems = [joined(parts) for parts in _parts(records, path).values()]
     problems = [problem for problem in problems if len(problem.samples) >= samples_per_prompt]
     if not problems:
-        raise UserError(f"{path} holds no finished problem yet")
+        raise UserError(f"{path} has no finished problem yet")
     return problems
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """What the first line of a sample file says of the evaluation."""
+    """The evaluation's settings, from the first line of a sample file."""
     return (read_records(path) or [{}])[0]
 
 
 def _parts(records: list[dict[str, Any]], path: Path) -> dict[int, list[ProblemResult]]:
-    """What there is of every problem, by row number."""
+    """The saved parts of every problem, by row number."""
     parts: dict[int, list[ProblemResult]] = {}
     try:
         for part in map(ProblemResult.of_record, records):
@@ -121,5 +121,5 @@ def _check_settings(before: Mapping[str, Any], now: Mapping[str, Any], path: Pat
     if different:
         changes = "; ".join(f"{key}: {before.get(key)!r:.80} then, {now.get(key)!r:.80} now" for key in different)
         raise UserError(
-            f"{path} was made with other settings ({changes}). Name another folder with --output, or remove the file."
+            f"{path} was made with other settings ({changes}). Choose another folder with --output, or delete the file."
         )

@@ -1,4 +1,4 @@
-"""Figures of an evaluation: what a training run records of a held-out set, and the fuller ones of a benchmark."""
+"""Results of an evaluation: those that a training run records for a held-out set, and the full ones of a benchmark."""
 
 from collections.abc import Callable, Sequence
 from statistics import fmean, median
@@ -14,14 +14,14 @@ from megatron_dsrl.evaluation.metrics import (
 from megatron_dsrl.evaluation.problem_result import ProblemResult
 
 AnswerOf = Callable[[str], str | None]
-"""From a response to the answer that it gives, in one spelling."""
+"""Extracts a response's normalised answer; None without one."""
 
 
 def summarise(problems: Sequence[ProblemResult]) -> dict[str, Any]:
-    """Accuracy and lengths: the mean reward is Avg@k, its standard error is over problems.
+    """Accuracy and lengths. The accuracy is the mean reward, Avg@k; its standard error is over problems.
 
     Args:
-        problems: with equally many samples each; not empty.
+        problems: not empty, with the same number of samples each.
     """
     rewards = [[sample.reward for sample in problem.samples] for problem in problems]
     samples = [sample for problem in problems for sample in problem.samples]
@@ -36,12 +36,12 @@ def summarise(problems: Sequence[ProblemResult]) -> dict[str, Any]:
 
 
 def summarise_benchmark(problems: Sequence[ProblemResult], answer_of: AnswerOf | None) -> dict[str, Any]:
-    """`summarise`, with intervals, Pass@k, Maj@k, and what the verifier failed at.
+    """The results of `summarise`, plus intervals, Pass@k, Maj@k and verifier failures.
 
     Args:
-        problems: as there.
-        answer_of: cuts the answers out of responses for the vote; None where answers cannot be compared (code), and
-            Maj@k is then None.
+        problems: as in `summarise`.
+        answer_of: extracts the answers for the majority vote; None if answers cannot be compared (code), and Maj@k is
+            then None.
     """
     right = [[sample.right for sample in problem.samples] for problem in problems]
     samples = [sample for problem in problems for sample in problem.samples]
@@ -63,5 +63,5 @@ def summarise_benchmark(problems: Sequence[ProblemResult], answer_of: AnswerOf |
 
 
 def powers_of_two(largest: int) -> list[int]:
-    """1, 2, 4, ... and `largest` itself at the end."""
+    """1, 2, 4, ..., ending with `largest` itself."""
     return [*(2**i for i in range(largest.bit_length()) if 2**i < largest), largest]

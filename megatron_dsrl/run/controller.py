@@ -1,4 +1,4 @@
-"""Rank 0's part of a run beside sampling: show progress, record the steps, evaluate."""
+"""Rank 0's duties other than sampling: show progress, record steps, evaluate."""
 
 import time
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ from megatron_dsrl.run.step_record import (
 
 
 class Controller:
-    """Exists on rank 0 only; the other ranks learn what they need by broadcast."""
+    """Exists on rank 0 only; the other ranks get what they need by broadcast."""
 
     def __init__(
         self,
@@ -40,15 +40,7 @@ class Controller:
         tracker: Tracker,
         console: RunConsole,
     ):
-        """
-        Args:
-            config: the run.
-            recorder: keeps the rollouts; None keeps none.
-            rollout: where samples come from.
-            evaluator: evaluates the held-out sets.
-            tracker: writes records.
-            console: prints them.
-        """
+        """`recorder` saves the rollouts; None saves none."""
         self._config = config
         self._recorder = recorder
         self._rollout = rollout
@@ -58,12 +50,12 @@ class Controller:
 
     @contextmanager
     def show_progress(self, step: int, samples: int) -> Iterator[OnSamples]:
-        """Show how many of a step's samples have come back, while the context is open."""
+        """Context that shows how many of a step's samples have come back."""
         with self._console.generation(step, samples) as progress:
             yield progress.advance
 
     def keep(self, step: int, samples: StepSamples) -> None:
-        """Begin to write the rollout of a step to disk."""
+        """Begin to write the rollouts of a step to disk."""
         if self._recorder:
             self._recorder.record(step, samples.groups, samples.others)
 
@@ -92,7 +84,7 @@ class Controller:
         critic_metrics: dict[str, float],
         timer: SecondsPerPart,
     ) -> None:
-        """Write down and print a finished step."""
+        """Record and print a finished step."""
         config, responses = self._config, responses_of(samples.groups, step)
         record = {
             "step": step,

@@ -1,4 +1,4 @@
-"""Trainer and engine on the same devices: who has the memory when, and what every change takes.
+"""Trainer and engine on the same devices: which side owns device memory at each point of a step.
 
 | moment | trainer on the device | engine on the device |
 |---|---|---|
@@ -6,10 +6,10 @@
 | update | everything, and activations | nothing |
 | weight push | the policy's weights, and what `actor.offload` leaves there | weights |
 
-The order of the changes keeps the peak low: the engine lets go before the trainer comes back; the trainer's gradients
-and optimizer state go before the engine takes the memory of its weights, its weights once they were pushed, and only
-then does the KV cache come back. A checkpoint or an export is written from the device: before one the trainer stays
-until it is written, and the peak of that step is the engine's weights beside the whole trainer.
+The order of the switches keeps the peak low. The engine releases its memory before the trainer returns. The trainer's
+gradients and optimizer state leave before the engine takes back the memory of its weights; the trainer's weights leave
+once they were pushed, and only then does the KV cache return. Checkpoints and exports are written from the device: in a
+step with one, the trainer stays until it is written, and the peak is the engine's weights beside the whole trainer.
 """
 
 from collections.abc import Collection, Iterable
@@ -26,19 +26,12 @@ from megatron_dsrl.rollout.rollout import Rollout
 
 
 class SharedDevice:
-    """The device of this rank. Methods are collective over the ranks."""
+    """This rank's device. Methods are collective."""
 
     def __init__(
         self, config: RunConfig, actor: Actor, critic: Critic | None, rollout: Rollout, span: Span = nullcontext
     ):
-        """
-        Args:
-            config: the run.
-            actor: the policy.
-            critic: trained beside it.
-            rollout: the engines.
-            span: records the switches in the timeline.
-        """
+        """`span` records the switches in the timeline."""
         self._offloaded = config.actor.offload.parts
         self._bucket_bytes = config.engine.weight_bucket_megabytes * 2**20
         self._actor = actor
@@ -47,30 +40,30 @@ class SharedDevice:
         self._switches = MemorySwitches(span)
 
     def give_to_trainer(self) -> None:
-        """Before an update, or a checkpoint: the engine's memory is released, and the models are whole again."""
+        """Before an update or a checkpoint: release the engine's memory, and move the whole trainer to the device."""
         with self._switches.measure("engine_sleep"):
             self._rollout.release_memory()
         self._onload([(memory, MODEL_PARTS) for memory in self._memory])
 
     def push_weights(self, version: int, trainer_stays: bool = False) -> None:
-        """Give the engines the policy's weights; `give_to_engine` is to follow.
+        """Give the engines the policy's weights; `give_to_engine` must follow.
 
         Args:
-            version: of the weights.
-            trainer_stays: gradients and optimizer state are still needed on the device.
+            version: version of the weights.
+            trainer_stays: whether gradients and optimizer state are still needed on the device.
         """
         if not trainer_stays:
             policy, *others = self._memory
             without_weights = [part for part in self._offloaded if part != "parameters"]
             self._offload([(policy, without_weights), *((memory, self._offloaded) for memory in others)])
-        self._onload([(self._actor.memory, ["parameters"])])  # away when an engine has died while sampling
+        self._onload([(self._actor.memory, ["parameters"])])  # offloaded if an engine died while sampling
         current_platform().release_cached_memory()
         with self._switches.measure("load_weights"):
             self._rollout.resume_weights()
             self._rollout.load_weights(lambda: self._actor.hf_weights(self._bucket_bytes), version)
 
     def give_to_engine(self) -> None:
-        """Before sampling: what is to be offloaded goes, and the KV cache comes back."""
+        """Before sampling: offload the trainer as configured, and take the KV cache's memory back."""
         self._offload([(memory, self._offloaded) for memory in self._memory])
         current_platform().release_cached_memory()
         with self._switches.measure("engine_wake"):
@@ -82,7 +75,7 @@ class SharedDevice:
 
     @property
     def trainer_is_whole(self) -> bool:
-        """Whether all of the models is on the device."""
+        """Whether all parts of the models are on the device."""
         return not any(memory.away for memory in self._memory)
 
     def _offload(self, wanted: Iterable[tuple[ModelMemory, Collection[ModelPart]]]) -> None:

@@ -1,4 +1,4 @@
-"""The run folder: whether it belongs to this run, what is in it, and what is written into it at the start."""
+"""The run folder: check that it belongs to this run, and prepare it at the start."""
 
 import shutil
 from pathlib import Path
@@ -25,10 +25,10 @@ def check_run_folder(config: RunConfig, inputs: RunInputs) -> None:
     """Refuse to continue another run.
 
     Raises:
-        UserError: the folder holds a run that was started with another configuration.
+        UserError: the folder has a run that was started with another configuration.
     """
     file = inputs.run_folder / CONFIG_FILE
-    # A start that failed before its first step leaves nothing to continue; it must not stand in the way of another.
+    # A start that failed before its first step leaves nothing to continue, so it must not prevent another.
     has_checkpoints = (inputs.run_folder / CHECKPOINTS_FOLDER).exists()
     has_begun = has_checkpoints or bool(read_records(inputs.run_folder / METRICS_FILE))
     if file.exists() and has_begun:
@@ -37,13 +37,13 @@ def check_run_folder(config: RunConfig, inputs: RunInputs) -> None:
 
 
 def prepare_run_folder(config: RunConfig, run_folder: Path, step: int) -> None:
-    """Rank 0 makes the folder ready to continue after `step` (0: from the start) and keeps the configuration in it.
+    """Rank 0 prepares the folder to continue after `step` (0: from the start) and writes the configuration to it.
 
-    Exports of later steps are removed: the steps will be taken again. What a run without any checkpoint has recorded
-    is not continued but moved to `<run folder>/interrupted_<number>`.
+    Exports of later steps are deleted, since the steps will be repeated. Records of a run without any checkpoint are
+    moved to `<run folder>/interrupted_<number>`.
 
     Raises:
-        UserError: on every rank, when the folder cannot be written to.
+        UserError: on every rank, if the folder cannot be written to.
     """
 
     def prepare() -> None:

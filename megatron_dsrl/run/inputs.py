@@ -1,4 +1,4 @@
-"""What a run reads before it starts: model description, tokenizer, prompts."""
+"""The inputs of a run: model description, tokenizer, prompts."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,26 +17,26 @@ from megatron_dsrl.model.source import resolve_model_folder
 
 @dataclass(frozen=True)
 class RunInputs:
-    """Read on every rank; nothing heavy has started yet."""
+    """Inputs of a run, read on every rank before anything expensive starts."""
 
     run_folder: Path
     model_folder: Path
     model: dict[str, Any]
-    """Shapes and constants of the model, from its config.json."""
+    """Shapes and constants of the model from its config.json."""
     tokenizer: PreTrainedTokenizerBase
     prompts: list[Prompt]
     evaluation_sets: list[tuple[EvaluationSetConfig, list[Prompt]]]
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of a response, without special tokens."""
+        """Text of a response without special tokens."""
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
 
 def load_inputs(config: RunConfig) -> RunInputs:
-    """Read everything.
+    """Read all inputs.
 
     Raises:
-        UserError: something is missing or does not fit.
+        UserError: the model, its tokenizer or a prompt set is missing or invalid.
     """
     model_folder = resolve_model_folder(config.model.path, made_by=config.made_by)
     architecture = read_architecture(model_folder)

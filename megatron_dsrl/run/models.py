@@ -1,7 +1,7 @@
-"""The models of a run: the policy, and beside it the critic and the reference policy where some phase needs them.
+"""The models of a run: the policy, and the critic and the reference policy if a phase needs them.
 
-What a step asks of them before the policy's own update is here: the settings of its phase, the forward passes that its
-objectives need, and the critic's update. Every method is collective over the ranks.
+Everything that a step does with them: the phase's settings, the forward passes that its objectives need, and the
+updates of critic and policy. Every method is collective over the ranks.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ REFERENCE_FOLDER = "reference"
 
 @dataclass(frozen=True)
 class RunModels:
-    """This rank's parts of them."""
+    """This rank's shards of the models."""
 
     config: RunConfig
     actor: Actor
@@ -39,7 +39,7 @@ class RunModels:
     reference: ReferencePolicy | None
 
     def begin_step(self, step: int) -> None:
-        """Set up what the configuration says of this step, before its first pass. Doing it twice changes nothing."""
+        """Apply this step's optimizer settings and refresh the reference if due. Idempotent."""
         schedule, default = Schedule(self.config.phases), self.config.optimizer
         phase, begins = schedule.at(step), schedule.begins_phase(step)
         rate, clip = phase.optimizer.learning_rate, phase.optimizer.gradient_clip_norm
@@ -55,14 +55,14 @@ class RunModels:
     def make_passes(
         self, phase: PhaseConfig, experiences: Sequence[Experience], timer: SecondsPerPart
     ) -> list[Experience]:
-        """The experience of each objective with what the models say of it before the update."""
+        """Each objective's experience with the log-probs and values that it needs, computed before the update."""
         pairs = zip(phase.objectives.values(), experiences, strict=True)
         return [self._with_passes(objective, experience, timer) for objective, experience in pairs]
 
     def update_critic(
         self, phase: PhaseConfig, experiences: Sequence[Experience], timer: SecondsPerPart
     ) -> dict[str, float]:
-        """Let the critic learn from every objective that uses its values. Metrics by their full names."""
+        """Update the critic on every objective that uses its values. Returns metrics by full name."""
         metrics: dict[str, float] = {}
         for objective, experience in zip(phase.objectives.values(), experiences, strict=True):
             if required_passes(objective).values:
@@ -81,7 +81,7 @@ class RunModels:
     def update_policy(
         self, step: int, phase: PhaseConfig, experiences: Sequence[Experience], timer: SecondsPerPart
     ) -> UpdateMetrics | None:
-        """Take the step's optimizer steps; None if there is nothing to learn from, or the critic learns alone."""
+        """Take the step's optimizer steps; None if there is nothing to learn from, or only the critic is trained."""
         if self.critic and step <= self.config.critic.warmup_steps:
             return None
         actor = self.config.actor
@@ -93,7 +93,7 @@ class RunModels:
             return self.actor.update(objectives, actor.mini_batches_per_rollout, actor.epochs_per_rollout)
 
     def other_parts(self) -> dict[str, BeginWrite]:
-        """What a checkpoint holds beside the actor. A reference with the run's initial weights is read from there."""
+        """Checkpoint parts other than the actor. A reference with the initial weights is not saved, but read again."""
         parts: dict[str, BeginWrite] = {}
         if self.critic:
             parts[CRITIC_FOLDER] = self.critic.begin_save
@@ -102,10 +102,10 @@ class RunModels:
         return parts
 
     def load(self, checkpoint: Checkpoint, same_layout: bool) -> None:
-        """Continue from a checkpoint."""
+        """Restore the models from a checkpoint."""
         self.actor.load(checkpoint.weights_folder, same_layout)
         critic, reference = checkpoint.folder / CRITIC_FOLDER, checkpoint.folder / REFERENCE_FOLDER
-        if self.critic and critic.exists():  # else the run has been given more steps, and no phase needed it before
+        if self.critic and critic.exists():  # otherwise no phase needed it before the run got more steps
             self.critic.load(critic, same_layout)
         if self.reference and reference.exists():
             self.reference.load(reference)
@@ -129,10 +129,10 @@ class RunModels:
 
 
 def build_models(config: RunConfig, folder: Path) -> RunModels:
-    """Build the policy, and the models that the run's phases need beside it, as they are before the first step.
+    """Build the policy, and the other models that the run's phases need, as they are before the first step.
 
     Args:
-        config: the run.
+        config: the run's configuration.
         folder: local folder of `config.model.path`.
 
     Raises:
@@ -148,7 +148,7 @@ def build_models(config: RunConfig, folder: Path) -> RunModels:
 
 
 def reference_is_due(config: ReferenceConfig, step: int, begins_phase: bool) -> bool:
-    """Whether the reference takes over the policy's weights before this step."""
+    """Whether the reference gets the policy's weights before this step."""
     if config.refresh_at_phase_switch and begins_phase:
         return True
     return config.refresh_every_steps is not None and step > 1 and (step - 1) % config.refresh_every_steps == 0

@@ -1,13 +1,14 @@
-"""Requests to stop from outside: SIGTERM and SIGUSR1, as SLURM and torchrun send them before they end a job.
+"""Stop requests from outside: SIGTERM and SIGUSR1, which SLURM and torchrun send before they end a job.
 
-The first request ends generation or evaluation at once, lets a running update come to its end, and then a checkpoint
-is saved. A second one ends the process where it stands.
+The first request ends generation or evaluation at once, lets a running update finish, and then saves a checkpoint. A
+second one ends the process immediately.
 """
 
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
+from typing import Any
 
 PREEMPTED_STATUS = 75
 """Exit status of a run that was asked to stop and can be continued (EX_TEMPFAIL of sysexits.h)."""
@@ -18,7 +19,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 class StopRequested(KeyboardInterrupt):
     """Raised inside `StopSignal.interruptible` when the process is asked to stop.
 
-    A KeyboardInterrupt, because asyncio passes on that one even from its callbacks.
+    A KeyboardInterrupt, because asyncio propagates it even from its callbacks.
     """
 
 
@@ -30,12 +31,12 @@ class Preempted(SystemExit):
 
 
 class StopSignal:
-    """Notes requests to stop while it is entered. Main thread only."""
+    """Context that catches stop requests. Main thread only."""
 
     def __init__(self) -> None:
         self.requested = False
         self._interruptible = False
-        self._handlers_before: dict[int, object] = {}
+        self._handlers_before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
         for number in SIGNALS:
@@ -46,11 +47,11 @@ class StopSignal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._handlers_before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """A request ends the block with StopRequested; one that came before it does so at once."""
+        """A request, also an earlier one, ends the block with StopRequested."""
         self._interruptible = True
         try:
             if self.requested:
@@ -61,7 +62,7 @@ class StopSignal:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Inside an interruptible block: a request waits for the end of this part of it."""
+        """Part of an interruptible block that is not interrupted: requests take effect at its end."""
         interruptible, self._interruptible = self._interruptible, False
         try:
             yield

@@ -1,4 +1,4 @@
-"""Everything about a run that can be checked in a second, before Megatron or SGLang are even imported."""
+"""Everything about a run that can be checked in a second, before Megatron or SGLang is imported."""
 
 from pathlib import Path
 
@@ -13,13 +13,13 @@ from megatron_dsrl.model.source import find_config_json, is_hub_name, no_folder
 
 
 def preflight(config: RunConfig, world_size: int) -> RunFigures:
-    """Check the run's layout against its model and data, and give its figures.
+    """Check the run's layout against its model and data, and derive its figures.
 
-    Reads the model's config.json (of a hub model, only that file is read) and the size of a local prompt file.
+    Reads only the model's config.json and the size of a local prompt file.
 
     Raises:
         UserError: the model or a local prompt file is missing or unreadable, the architecture is not supported, or
-            the layout does not fit; see `derive`. Also as `check_models`.
+            the layout does not fit; see `derive` and `check_models`.
     """
     architecture = read_architecture(find_config_json(config.model.path, config.made_by).parent)
     figures = derive(config, world_size, architecture.shape, count_prompts(config.data, config.made_by))
@@ -28,11 +28,11 @@ def preflight(config: RunConfig, world_size: int) -> RunFigures:
 
 
 def check_models(config: RunConfig) -> None:
-    """Whether the phases use what the configuration says of a critic and a reference policy.
+    """Check that the phases use the configured critic and reference policy.
 
     Raises:
-        UserError: the critic is to warm up in a step that does not use it, its folder is missing, or there is no KL
-            term for the reference policy.
+        UserError: the critic's warm-up includes a step that does not use it, its folder is missing, or the reference
+            policy is to be refreshed but no phase has a KL term.
     """
     schedule, critic = Schedule(config.phases), config.critic
     steps = range(1, config.steps + 1)

@@ -13,21 +13,21 @@ EXPORTS_FOLDER = "hf"
 
 
 def exported_policy(run_folder: Path, step: int) -> Path:
-    """Where the policy after a step is exported."""
+    """Folder of the exported policy after a step."""
     return run_folder / EXPORTS_FOLDER / f"step_{step:06d}"
 
 
 def has_results(run_folder: Path, config: RunConfig, step: int) -> bool:
-    """Whether the export and all evaluations after the last step are there."""
+    """Whether the export and all evaluations after this step exist."""
     evaluated = {record["set"] for record in read_records(run_folder / EVALUATION_FILE) if record["step"] == step}
     return exported_policy(run_folder, step).exists() and all(s.name in evaluated for s in config.evaluation.sets)
 
 
 def finished_step(config: RunConfig) -> int | None:
-    """The last step of a run that is complete: recorded, saved, exported and evaluated. None if something is missing.
+    """The last step of a complete run: recorded, saved, exported and evaluated. None if something is missing.
 
     Raises:
-        UserError: the folder holds a complete run with another configuration.
+        UserError: the folder has a complete run with another configuration.
     """
     run_folder = Path(config.output_dir) / config.name
     file = run_folder / CONFIG_FILE

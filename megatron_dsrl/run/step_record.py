@@ -15,24 +15,24 @@ from megatron_dsrl.rollout.sample import Group
 
 
 def older_token_metrics(groups: Sequence[Group], weight_version: int) -> dict[str, float]:
-    """The share of tokens that older weights produced than those that are updated; empty where there are none."""
+    """Fraction of response tokens sampled by weights older than those being updated; empty if there are none."""
     samples = [sample for group in groups for sample in group.samples]
     older = sum(sample.tokens_before(weight_version) for sample in samples)
     return {"response/older_token_fraction": older / sum(len(s.response_ids) for s in samples)} if older else {}
 
 
 def update_metrics(update: UpdateMetrics | None, phase: PhaseConfig) -> dict[str, float]:
-    """The `policy/*`, `mismatch/*`, `pre_train/*` and `router/*` part of a step record, and `<name>/*` of additional
+    """The `policy/*`, `mismatch/*`, `pre_train/*` and `router/*` metrics of a step record, and `<name>/*` of additional
     objectives.
 
-    What describes the scored tokens (entropy, clipping, KL, what a loss reports) describes another distribution in
-    each space, so it has another name: `policy/entropy` is that of P(y|x), `pre_train/entropy` that of P(y). The
-    mismatch compares trainer and engine, only where both condition on the prompt; in the pre-train space the gap is
-    the one between log P(y) and log P(y|x), and the other mismatch metrics mean nothing. Loss, gradient norm and
-    learning rate are those of the step's update and keep their names; `scored_spaces` says where they change meaning.
+    Metrics of the scored tokens (entropy, clipping, KL, the loss's own) describe a different distribution in each
+    space, so they have different names: `policy/entropy` is that of P(y|x), `pre_train/entropy` that of P(y). Mismatch
+    metrics compare trainer and engine, which makes sense only if both condition on the prompt; in the pre-train space
+    only the gap is kept, which is the one between log P(y) and log P(y|x). Loss, gradient norm and learning rate belong
+    to the step's update and keep their names; `scored_spaces` tells where their meaning changes.
     """
     counts = {f"{name}/{count}": 0 for name in phase.objectives for count in ("kept_samples", "kept_tokens")}
-    if update is None:  # the filters dropped every sample, or the critic learns alone: no step was taken
+    if update is None:  # no step was taken: the filters dropped every sample, or only the critic was trained
         return counts
     metrics = counts | {"policy/grad_norm": update.grad_norm, "policy/learning_rate": update.learning_rate}
     if len(phase.objectives) > 1:
@@ -44,12 +44,12 @@ def update_metrics(update: UpdateMetrics | None, phase: PhaseConfig) -> dict[str
 
 
 def scored_spaces(phase: PhaseConfig) -> str:
-    """The `space` of a step record: `post_train`, `pre_train`, or with additional objectives both, joined by `+`."""
+    """The `space` of a step record: the spaces of all objectives, joined by `+`, such as `post_train+pre_train`."""
     return "+".join(dict.fromkeys(objective.space.name for objective in phase.objectives.values()))
 
 
 def _token_metrics(name: str, figures: dict[str, float], space: Space) -> dict[str, float]:
-    """An objective's figures of scored tokens under names that say which distribution they are of."""
+    """An objective's metrics of scored tokens, under names that tell the distribution that they describe."""
     mismatch, prefix = (*MISMATCH_MEANS, *MISMATCH_MAXIMA), "" if name == MAIN_OBJECTIVE else f"{name}/"
     if space.prompt_in_context:
         return {f"{prefix}mismatch/{key}" if key in mismatch else f"{name}/{key}": figures[key] for key in figures}
@@ -58,9 +58,9 @@ def _token_metrics(name: str, figures: dict[str, float], space: Space) -> dict[s
 
 
 def log_prob_gap_warning(record: Mapping[str, Any], limit: float) -> str | None:
-    """What to print where a step's record says that trainer and engine log-probs differ by more than `limit` nat.
+    """A warning if trainer and engine log-probs differ by more than `limit` nat, else None.
 
-    Only where both had the same weights and the prompt in context: not with tokens of older weights.
+    Only if both had the same weights and the prompt in context: not with tokens of older weights.
     """
     gap = record.get("mismatch/mean_log_prob_gap")
     if gap is None or gap <= limit or "response/older_token_fraction" in record:
@@ -72,7 +72,7 @@ def log_prob_gap_warning(record: Mapping[str, Any], limit: float) -> str | None:
 
 
 def memory_metrics() -> dict[str, float]:
-    """The `memory/*` part of a step record: the trainer process of rank 0 on its device, in GiB."""
+    """The `memory/*` metrics of a step record: device memory of rank 0's trainer process, in GiB."""
     statistics = current_platform().memory_statistics()
     return {
         "memory/trainer_gib": statistics.allocated_bytes / 2**30,

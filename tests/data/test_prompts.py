@@ -153,7 +153,7 @@ def test_compressed_csv_nested_and_several_files(tmp_path, tokenizer):
         ({"problem": "?", "answer": None}, {}, r"row 1: it has no answer: its field `answer` holds None"),
         ({"problem": " ", "answer": 1}, {}, r"row 1: it has no problem: its field `problem` holds ' '"),
         ({"problem": "?", "answer": [{"a": 1}]}, {}, r"row 1: .* field `answer` is a dict"),
-        ({"problem": "?", "answer": float("nan")}, {}, r"row 1: .* field `answer` is nan, and a text or a number"),
+        ({"problem": "?", "answer": float("nan")}, {}, r"row 1: .* field `answer` is nan, expected a string"),
         ({"problem": "?", "answer": [float("-inf")]}, {}, r"row 1: .* field `answer` is -inf"),
         ({"problem": "half \ud83d", "answer": 1}, {}, r"row 1: its problem holds half a character .*ud83d"),
         ({"problem": "?", "answer": "\udc00"}, {}, r"row 1: its field `answer` holds half a character"),
@@ -249,7 +249,7 @@ class TestFromElsewhere:
             ([{"role": "user", "content": None}], "turn 0 needs a role"),
             (
                 [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}],
-                "the last turn is the assistant's",
+                "the last turn must be the user's, not the assistant's",
             ),
         ],
     )

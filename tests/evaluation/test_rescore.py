@@ -43,5 +43,5 @@ def test_other_verdicts_on_the_same_samples(evaluation, tmp_path):
 
 
 def test_nothing_is_overwritten(evaluation):
-    with pytest.raises(UserError, match="is not empty; name another folder with --output"):
+    with pytest.raises(UserError, match="is not empty; choose another folder with --output"):
         rescore(evaluation, evaluation, RewardConfig(function="hendrycks"))

@@ -39,7 +39,7 @@ def test_samples_of_a_problem_come_in_any_order_and_are_read_in_that_of_their_nu
     with SampleFile(path, settings) as file:
         for index, number in [(0, 2), (1, 1), (0, 0)]:
             file.add(problem(index, number))
-    with pytest.raises(UserError, match="holds no finished problem yet"):
+    with pytest.raises(UserError, match="has no finished problem yet"):
         read_sample_file(path)
     with SampleFile(path, settings) as file:
         assert (file.numbers(0), file.numbers(1), file.numbers(2)) == ({0, 2}, {1}, set())
