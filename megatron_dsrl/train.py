@@ -1,10 +1,9 @@
 """The training loop.
 
-Every rank runs it. Rank 0 is also the controller: it samples, judges and records. What the other ranks need of that,
-one `Experience` per step, is broadcast; everything else is collective over the ranks.
+Every rank runs it. Rank 0 is also the controller: it samples, judges and records, and broadcasts the responses of each
+step. Everything else is collective over the ranks.
 
-A run that is started again continues from its newest checkpoint and does exactly what it would have done without the
-interruption.
+A run that is started again continues from its newest checkpoint, exactly as it would have without the interruption.
 """
 
 import socket
@@ -60,15 +59,15 @@ from megatron_dsrl.run.preemption import Preempted, StopRequested, StopSignal
 from megatron_dsrl.run.results import exported_policy
 
 ROLLOUT_FOLDER = "rollout"
-"""In checkpoints, beside the models: what the rollout side carries over to the next step."""
+"""Folder in checkpoints for what the rollout side carries over to the next step."""
 
 
 def train(config: RunConfig) -> None:
     """Run a training, or continue it from its newest checkpoint. All ranks call it.
 
     Raises:
-        UserError: the model, the data or the run folder is not what the configuration needs, or another process has
-            the run folder in use; found before anything heavy starts.
+        UserError: the model, the data or the run folder does not fit the configuration, or another process is using
+            the run folder; raised before anything expensive starts.
         Preempted: the process was asked to stop; the run's state is saved.
     """
     with ExitStack() as resources:
@@ -97,18 +96,18 @@ def train(config: RunConfig) -> None:
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What the steps of a run need. One per rank."""
+    """Everything that the steps of a run need. One per rank."""
 
     config: RunConfig
     inputs: RunInputs
     first_step: int
-    """1, or the one after the checkpoint's."""
+    """1, or the step after the checkpoint."""
     models: RunModels
     rollout: Rollout
     device: SharedDevice
-    """Of the models and the rollout's engines."""
+    """Shared by the models and the rollout's engines."""
     sampler: PromptSampler
-    """Rank 0 draws from it; the others follow after every step."""
+    """Rank 0 draws from it; the other ranks' state is synchronised every step."""
     checkpoints: CheckpointStore
     stop: StopSignal
     controller: Controller | None
@@ -118,7 +117,7 @@ class TrainingRun:
 
     @contextmanager
     def doing(self, step: int, part: str) -> Iterator[None]:
-        """Record a part of a step in the timeline, and show it on rank 0's terminal (sampling has a bar there)."""
+        """Record a part of a step in the timeline, and show it on rank 0's terminal (sampling has its own bar)."""
         shown = self.controller is not None and part != "generate"
         with self.timeline.span(part), self.console.doing(step, part.replace("_", " ")) if shown else nullcontext():
             yield
@@ -129,16 +128,16 @@ class TrainingRun:
 
 
 def run_steps(run: TrainingRun) -> None:
-    """Sample, judge, update, push the weights; again."""
+    """The loop: sample, judge, update, push the weights."""
     schedule = Schedule(run.config.phases)
     run.device.push_weights(version=run.first_step)
-    export_policy(run, run.first_step - 1)  # what an interruption came before, as the evaluation is
+    export_policy(run, run.first_step - 1)  # an interrupted run may have missed this export and the evaluation below
     run.device.give_to_engine()
     evaluate_policy(run, run.first_step - 1)
     write_card_of(run, run.first_step - 1)
     for step in range(run.first_step, run.config.steps + 1):
         run.checkpoints.poll()
-        if any(gather(run.stop.requested)):  # SLURM and torchrun may signal any of the ranks
+        if any(gather(run.stop.requested)):  # SLURM and torchrun may signal any rank
             stop_as_asked(run, step - 1, run.sampler.state_dict())
         phase = schedule.at(step)
         run.timeline.begin_step(step)
@@ -180,8 +179,9 @@ def run_steps(run: TrainingRun) -> None:
     run.checkpoints.finish()
     if run.controller is not None:
         run.console.message("\n".join(closing_lines(run.inputs.run_folder, run.config.steps)))
-    if any(gather(run.stop.requested)):  # every rank's engine serves rank 0 until its last evaluation is done
-        raise Preempted  # perhaps during the last evaluation
+    # Also a barrier: every rank's engine serves rank 0 until the last evaluation is done.
+    if any(gather(run.stop.requested)):
+        raise Preempted
 
 
 def start_run(
@@ -192,13 +192,13 @@ def start_run(
     console: RunConsole,
     resources: ExitStack,
 ) -> TrainingRun:
-    """Start the engines, build the models, restore the checkpoint. What must be closed is left to `resources`."""
+    """Start the engines, build the models, restore the checkpoint. `resources` closes what has to be closed."""
     step = checkpoint.state.step if checkpoint else 0
     prepare_run_folder(config, inputs.run_folder, step)
     record_run_start("train", config, inputs, step, console.message)
     trackers = resources.enter_context(
         Trackers(config.observability.trackers, inputs.run_folder, console.message)
-    )  # before the engines: what is on its way is waited for when they have ended
+    )  # entered before the engines start, so that pending records are waited for after they have stopped
     timeline = open_timeline(config, inputs.run_folder, resources)
     rollout = start_rollout(with_model_folder(config, inputs.model_folder), inputs, timeline)
     resources.callback(rollout.close)
@@ -236,7 +236,7 @@ def start_run(
 
 
 def start_rollout(config: RunConfig, inputs: RunInputs, timeline: Timeline | NoTimeline) -> Rollout:
-    """Begin to start the engines, or open the recording that is replayed. All ranks."""
+    """Start the engines without waiting for them, or open the recording to replay. All ranks."""
     stop_ids = tuple(stop_token_ids(inputs.tokenizer))
     if config.rollout.replay_from is not None:
         return ReplayRollout(config, inputs.prompts, stop_ids)
@@ -246,7 +246,7 @@ def start_rollout(config: RunConfig, inputs: RunInputs, timeline: Timeline | NoT
 def start_controller(
     config: RunConfig, inputs: RunInputs, rollout: Rollout, step: int, console: RunConsole, resources: ExitStack
 ) -> Controller:
-    """Rank 0: open the files of the run, which goes on after `step`. What must be closed is left to `resources`."""
+    """Rank 0: open the files of the run, which continues after `step`. `resources` closes them."""
     tracker = resources.enter_context(Tracker(inputs.run_folder, config.observability.tensorboard))
     tracker.truncate_after(step)
     evaluator = Evaluator(inputs.evaluation_sets, rollout, config.reward.function)
@@ -256,19 +256,19 @@ def start_controller(
 
 
 def open_timeline(config: RunConfig, run_folder: Path, resources: ExitStack) -> Timeline | NoTimeline:
-    """What this rank does is recorded until `resources` are closed, if the configuration says so."""
+    """This rank's timeline, recorded until `resources` are closed if `observability.trace` is set."""
     if not config.observability.trace:
         return NoTimeline()
     return resources.enter_context(Timeline(run_folder, dist.get_rank(), socket.gethostname()))
 
 
 def with_model_folder(config: RunConfig, folder: Path) -> RunConfig:
-    """The configuration with `model.path` resolved, so that the engines load the very folder that the trainer loads."""
+    """The configuration with `model.path` resolved, so that engines and trainer load the same folder."""
     return config.model_copy(update={"model": config.model.model_copy(update={"path": str(folder)})})
 
 
 def sample(run: TrainingRun, step: int) -> StepSamples | None:
-    """Rank 0: the judged rollout of the step, or None if the run was asked to stop. Other ranks: None."""
+    """Rank 0: the judged samples of the step, or None if the run was asked to stop. Other ranks: None."""
 
     def work() -> StepSamples | None:
         assert run.controller is not None
@@ -284,21 +284,21 @@ def sample(run: TrainingRun, step: int) -> StepSamples | None:
 
 
 def recover_engines(run: TrainingRun, version: int) -> None:
-    """In the middle of a batch: replace lost engines, and give them the weights that they had. All ranks."""
-    # a rank that left now would leave the others waiting
+    """Restart lost engines during a batch, with the weights that they had. All ranks."""
+    # if a rank stopped in here, the others would wait for it
     with run.stop.deferred(), run.timeline.span("recover_engines"):
         run.device.push_weights(version)
         run.device.give_to_engine()
 
 
 def begin_ahead(run: TrainingRun, step: int) -> None:
-    """Where samples are drawn ahead: let rank 0 begin with those of the next step."""
+    """With `rollout.sample_ahead`: on rank 0, begin to sample the next step."""
     if run.config.rollout.sample_ahead and run.controller and step < run.config.steps:
         run.rollout.begin_ahead(step + 1, run.draw, run.controller.show_progress)
 
 
 def finish_ahead(run: TrainingRun, step: int) -> bool:
-    """Wait for what `begin_ahead` began, before the engines get new weights; False if the run was asked to stop."""
+    """Wait for the sampling that `begin_ahead` began; False if the run was asked to stop."""
     if not run.config.rollout.sample_ahead or step == run.config.steps:
         return True
 
@@ -322,7 +322,7 @@ def record_step(
     critic_metrics: dict[str, float],
     timer: SecondsPerPart,
 ) -> None:
-    """Let rank 0 write down and print a finished step; all ranks learn of it if the disk takes no more."""
+    """Record and print a finished step on rank 0. An error, such as a full disk, is raised on all ranks."""
 
     def record() -> None:
         assert run.controller is not None and samples is not None
@@ -334,12 +334,12 @@ def record_step(
 def share_experiences(
     run: TrainingRun, step: int, samples: StepSamples | None, phase: PhaseConfig
 ) -> list[Experience] | None:
-    """Rank 0's groups in the space of each objective, on every rank; None if the run was asked to stop."""
+    """Broadcast rank 0's groups as one experience per objective; None if the run was asked to stop."""
     shared = broadcast(samples and (responses_of(samples.groups, step), run.sampler.state_dict()))
     if shared is None:
         return None
     responses, sampler_state = shared
-    run.sampler.load_state_dict(sampler_state)  # only rank 0 knows how many prompts the step has taken
+    run.sampler.load_state_dict(sampler_state)  # only rank 0 knows how many prompts the step drew
     responses = shape_rewards(responses, run.config.reward.overlong, run.config.rollout.max_response_tokens)
     return [
         build_experience(
@@ -350,7 +350,7 @@ def share_experiences(
 
 
 def export_policy(run: TrainingRun, step: int) -> None:
-    """Export the policy after this step if that is due and not done yet."""
+    """Export the policy after this step if due and not done yet."""
     if step > 0 and is_due(step, run.config.checkpoint.export_hf_every_steps, run.config.steps):
         target = exported_policy(run.inputs.run_folder, step)
         if not target.exists():
@@ -365,7 +365,7 @@ def write_card_of(run: TrainingRun, step: int) -> None:
 
 
 def evaluate_policy(run: TrainingRun, step: int) -> None:
-    """Evaluate what is due after this step (0: before training) and not done yet.
+    """Run the evaluations that are due after this step (0: before training) and not done yet.
 
     A request to stop ends the evaluation; the run then stops before its next step, and evaluates when it is continued.
     """
@@ -385,7 +385,7 @@ def evaluate(run: TrainingRun, step: int) -> None:
 
 
 def stop_as_asked(run: TrainingRun, step: int, sampler: SamplerState) -> NoReturn:
-    """Save what the last finished step left, and end. Before the first step there is nothing to save."""
+    """Save the state after the last finished step and stop. Before the first step there is nothing to save."""
     if step > 0:
         if not run.device.trainer_is_whole:
             run.device.give_to_trainer()
@@ -395,8 +395,8 @@ def stop_as_asked(run: TrainingRun, step: int, sampler: SamplerState) -> NoRetur
 
 
 def save_checkpoint(run: TrainingRun, step: int, sampler: SamplerState) -> None:
-    """Save a checkpoint of the state after `step`, at which the sampler stood as given."""
-    # a checkpoint says that nothing before it has to be done again
+    """Save a checkpoint of the state after `step`, with the given state of the sampler."""
+    # nothing before a checkpoint is repeated, so the rollouts must be on disk first
     on_first(lambda: run.controller and run.controller.flush_rollouts())
     state = RunState(
         step=step,
@@ -415,11 +415,11 @@ def save_checkpoint(run: TrainingRun, step: int, sampler: SamplerState) -> None:
 
 
 def is_due(step: int, every_steps: int | None, last_step: int) -> bool:
-    """Whether what happens every so many steps, and after the last one, happens after this step."""
+    """Whether something that happens every `every_steps` steps, and after the last one, is due after this step."""
     return step == last_step or (every_steps is not None and step % every_steps == 0)
 
 
 def announce(console: RunConsole, text: str) -> None:
-    """Print a line once for all ranks."""
+    """Print a line on rank 0."""
     if dist.get_rank() == 0:
         console.message(text)

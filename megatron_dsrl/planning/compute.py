@@ -1,9 +1,9 @@
 """Floating-point operations of a step, and an estimate of its seconds.
 
-Operations are counted: two per parameter and token in a matrix product, twice that again for the backward pass, and
-causal attention; the passes that a phase makes before its update (old log-probs, reference, values) and the critic's
-update count too. Every sample is taken to be kept. Seconds rest on two assumptions, which are arguments: which share of
-the peak training reaches (MFU), and which share of the memory bandwidth decoding reaches. Verification is left out.
+Operations counted: two per parameter and token in a matrix product, twice that for the backward pass, causal attention,
+the passes that a phase makes before its update (old log-probs, reference, values), and the critic's update. Every
+sample is assumed to be kept. Seconds depend on two assumptions, which are arguments: the share of the peak that
+training reaches (MFU), and the share of the memory bandwidth that decoding reaches. Verification is not included.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from megatron_dsrl.planning.parameters import active_per_token
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What cannot be computed from the configuration."""
+    """Quantities that cannot be computed from the configuration."""
 
     mean_response_tokens: int
     training_utilisation: float = 0.35
@@ -30,30 +30,30 @@ class Assumptions:
 
 
 def forward_flops(architecture: Architecture, context: int, scored: int) -> float:
-    """Of one sequence through the policy, forward only; the output layer sees only scored tokens.
+    """Operations of one sequence through the policy, forward only; the output layer computes only scored tokens.
 
     Args:
         architecture: the model.
-        context: tokens before the scored ones.
-        scored: scored tokens.
+        context: number of tokens before the scored ones.
+        scored: number of scored tokens.
     """
     return _layer_flops(architecture, context + scored) + _head_flops(architecture, scored)
 
 
 def training_flops(architecture: Architecture, context: int, scored: int, recompute: Recompute) -> float:
-    """Of one sequence through the policy, forward and backward.
+    """Operations of one sequence through the policy, forward and backward.
 
     Args:
         architecture: the model.
-        context: tokens before the scored ones.
-        scored: scored tokens.
-        recompute: what runs forward once more (`model.recompute`).
+        context: number of tokens before the scored ones.
+        scored: number of scored tokens.
+        recompute: `model.recompute`, the part of the forward pass that is repeated.
     """
     return _layer_training_flops(architecture, context + scored, recompute) + 3 * _head_flops(architecture, scored)
 
 
 def phase_flops(config: RunConfig, architecture: Architecture, phase: PhaseConfig, mean_response_tokens: int) -> float:
-    """Of one step of a phase over all GPUs: passes and updates, policy and critic."""
+    """Operations of one step of a phase over all GPUs: passes and updates of policy and critic."""
     recompute = config.model.recompute
     total = 0.0
     for objective in phase.objectives.values():
@@ -64,7 +64,7 @@ def phase_flops(config: RunConfig, architecture: Architecture, phase: PhaseConfi
         total += forwards * forward_flops(architecture, context, mean_response_tokens)
         update = training_flops(architecture, context, mean_response_tokens, recompute)
         total += update * config.actor.epochs_per_rollout
-        if needed.values:  # one forward pass, and the critic's own update; its head is nothing
+        if needed.values:  # one forward pass and the critic's update; its head is negligible
             tokens = context + mean_response_tokens
             total += _layer_flops(architecture, tokens)
             total += _layer_training_flops(architecture, tokens, recompute) * config.critic.epochs_per_rollout
@@ -91,7 +91,7 @@ def _head_flops(architecture: Architecture, scored: int) -> float:
 
 
 def training_seconds(flops: float, config: RunConfig, world_size: int, gpu: Gpu, assumptions: Assumptions) -> float:
-    """Of one step's update: operations over all GPUs, and the idle part of the pipeline."""
+    """Seconds of one step's update: operations over all GPUs, plus the idle part of the pipeline."""
     parallel = config.parallel
     stages = parallel.pipeline_parallel_size
     tokens = config.rollout.prompts_per_step * config.rollout.samples_per_prompt * (
@@ -111,12 +111,11 @@ def generation_seconds(
     engine: EngineMemory,
     assumptions: Assumptions,
 ) -> float:
-    """Of one rollout batch: every decoding step reads the weights and the cache of the running samples.
+    """Seconds of one rollout batch: every decoding step reads the weights and the cache of the running samples.
 
-    Servers elsewhere (`engine.urls`) are taken to have GPUs of the same kind.
+    External servers (`engine.urls`) are assumed to have GPUs of the same kind.
 
-    Samples beyond what the cache holds wait; the last ones run alone until the longest is done, which this estimate
-    leaves out.
+    Samples that do not fit into the cache wait. Not included: the tail, when the last samples run alone.
     """
     size = config.engine.tensor_parallel_size
     engines = len(config.engine.urls) or max(1, world_size // size)

@@ -1,4 +1,4 @@
-"""What GPUs can do: dense bfloat16 without sparsity, from their makers' data sheets."""
+"""Peak rates and memory of GPUs, from their makers' data sheets: dense bfloat16, without sparsity."""
 
 from dataclasses import dataclass
 
@@ -11,13 +11,13 @@ class Gpu:
 
     name: str
     memory_bytes: int
-    """What a process can allocate in all: up to 1 GiB below the total that nvidia-smi or rocm-smi shows."""
+    """Memory that a process can allocate: up to 1 GiB below the total that nvidia-smi or rocm-smi shows."""
     flops: float
     """Peak of dense bfloat16 matrix products with float32 accumulation, per second."""
     bytes_per_second: float
     """Memory bandwidth."""
     source: str
-    """Document of the peak and the bandwidth."""
+    """Source of the peak and the bandwidth."""
 
 
 def _gpu(name: str, gib: float, tflops: float, terabytes_per_second: float, source: str) -> Gpu:
@@ -50,19 +50,19 @@ GPUS = {
         _gpu("mi325x", 255, 1307, 6.0, "AMD Instinct MI325X data sheet"),
     )
 }
-"""By name. AMD's are there to plan with; the project runs on CPUs and CUDA."""
+"""GPUs by name. AMD's are for planning only; the project runs on CPUs and CUDA."""
 
 
 def find_gpu(
     name: str, gib: float | None = None, tflops: float | None = None, terabytes_per_second: float | None = None
 ) -> Gpu:
-    """A GPU of the table, or one that the user describes.
+    """A GPU from the table, or one that the user describes.
 
     Args:
-        name: one of `GPUS` in any case, or any name where the three figures are given.
-        gib: allocatable memory in GiB, in place of the table's.
-        tflops: peak of dense bfloat16 in 1e12 operations per second, in place of the table's.
-        terabytes_per_second: memory bandwidth in 1e12 bytes per second, in place of the table's.
+        name: one of `GPUS` in upper or lower case, or any name if all three figures are given.
+        gib: allocatable memory in GiB, instead of the table's.
+        tflops: peak of dense bfloat16 in 1e12 operations per second, instead of the table's.
+        terabytes_per_second: memory bandwidth in 1e12 bytes per second, instead of the table's.
 
     Raises:
         UserError: the name is unknown and a figure is missing.

@@ -1,4 +1,4 @@
-"""Which layouts fit some GPUs, and how many GPUs a run needs at least."""
+"""Layouts that fit a number of GPUs, and the smallest number of GPUs for a run."""
 
 from collections.abc import Iterator
 from typing import get_args
@@ -17,7 +17,7 @@ MOST_GPUS = 4096
 
 
 def layout_problems(config: RunConfig, architecture: Architecture, world_size: int) -> list[Problem]:
-    """Where processes, model and engines do not divide into the configured layout; empty for a valid one."""
+    """Why processes, model and engines cannot be divided as configured; empty for a valid layout."""
     return [
         *process_problems(config.parallel, world_size),
         *model_problems(config.parallel, architecture.shape),
@@ -28,10 +28,10 @@ def layout_problems(config: RunConfig, architecture: Architecture, world_size: i
 def suggest(
     config: RunConfig, architecture: Architecture, gpu: Gpu, world_size: int, assumptions: Assumptions, count: int
 ) -> list[Plan]:
-    """Layouts that fit, the fastest first by the estimate; among equals the one that splits the model least.
+    """Layouts that fit, fastest first by the estimate; equally fast ones by how little they split the model.
 
-    Each with as little recomputation as fits. Where only the engine takes too much, its `memory_fraction` is lowered.
-    Engines keep their tensor-parallel size where a layout with it fits.
+    Each has as little recomputation as fits. If only the engine takes too much, its `memory_fraction` is lowered.
+    Engines keep their tensor-parallel size if any layout with it fits.
     """
 
     def plan_of(candidate: RunConfig) -> Plan:
@@ -66,7 +66,7 @@ def fewest_gpus(
 
 
 def overrides_of(plan: Plan, config: RunConfig) -> list[str]:
-    """`key.path=value` for `dsrl train`, by which the plan's layout differs from the configured one."""
+    """Overrides (`key.path=value` for `dsrl train`) that turn the configured layout into the plan's."""
     sections = {"parallel": ParallelConfig.model_fields, "model": ("recompute",)}
     sections["engine"] = ("tensor_parallel_size", "memory_fraction")
     return [
@@ -84,7 +84,7 @@ def _yaml(value: bool | int | float | str | None) -> str:
 def _layouts(
     config: RunConfig, architecture: Architecture, world_size: int, engine_size: int
 ) -> Iterator[RunConfig]:
-    """Valid layouts within a node for tensor parallelism, with a sample for every data-parallel replica."""
+    """Valid layouts with tensor parallelism within a node and at least one sample per data-parallel replica."""
     samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     engine = config.engine.model_copy(update={"tensor_parallel_size": engine_size})
     for parallel in _parallel_sizes(config, architecture):
@@ -120,8 +120,8 @@ def _parallel_sizes(config: RunConfig, architecture: Architecture) -> Iterator[P
 
 
 def _uneven_ends(layers: int, stages: int) -> dict[str, int]:
-    """Layers of the first and the last stage where the stages cannot share the layers evenly: fewer than the others
-    have, as these two have embedding and head too. Empty where they can, or where nothing would be left for the two."""
+    """Layers of the first and last stage if the layers cannot be divided evenly: fewer than the others have, since
+    these two also have the embedding and the head. Empty if they can, or if nothing would be left for the two."""
     between = -(-layers // stages)
     left = layers - between * (stages - 2)
     if stages == 1 or layers % stages == 0 or left < 2:
@@ -130,7 +130,7 @@ def _uneven_ends(layers: int, stages: int) -> dict[str, int]:
 
 
 def _rounded(seconds: float) -> float:
-    """To two digits: finer differences are below what the estimate can tell."""
+    """Rounded to two digits, the precision of the estimate."""
     return float(f"{seconds:.2g}")
 
 

@@ -1,8 +1,8 @@
-"""How much memory each part of a run takes on a GPU: the policy, the critic, the engine.
+"""Memory of each part of a run on a GPU: the policy, the critic, the engine. fit.py combines them to peaks.
 
-Weights, gradients and optimizer state are exact. Activations count the tensors that the layers keep for the backward
-pass, which measurements of the local layers meet within 2 % (tests/planning/test_activations.py); not what an
-operation takes for itself while it runs. What of it lies there at the same time is in fit.py.
+Weights, gradients and optimizer state are exact. Activations are the tensors that the layers keep for the backward
+pass, within 2 % of measurements of the local layers (tests/planning/test_activations.py); temporary memory of single
+operations is not included.
 """
 
 from collections.abc import Collection
@@ -19,73 +19,73 @@ from megatron_dsrl.planning.parameters import (
 )
 
 LOSS_CHUNK_BYTES = 64 * 2**20
-"""An fp32 chunk of logits, of which there are two at a time; see actor/log_probs.py."""
+"""Size of an fp32 chunk of logits; there are two at a time (actor/log_probs.py)."""
 GRADIENT_BYTES = 4
-"""Gradients accumulate in fp32, whatever the parameters are."""
+"""Gradients accumulate in fp32, regardless of the parameters' dtype."""
 
 
 @dataclass(frozen=True)
 class TrainerMemory:
-    """Of a trained model, policy or critic, on one process, in bytes."""
+    """Memory of a trained model, policy or critic, on one process. Unit: bytes."""
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
-    """Kept for the backward pass of the micro-batches that are under way."""
+    """Activations kept for the backward passes of the micro-batches in flight."""
     recomputed: int
-    """What one layer computes again in its backward pass, with `model.recompute`."""
+    """Activations that one layer recomputes in its backward pass, with `model.recompute`."""
     logits: int
-    """Of one micro-batch with their gradient, or what the critic's value head takes, and the norm before them; last
-    stage only."""
+    """Logits of one micro-batch and their gradient, or the critic's value head, plus the norm before them; last stage
+    only."""
 
     @property
     def passing(self) -> int:
-        """What is there only during an update. The logits are gone when the first layer is computed again."""
+        """Peak of what exists only during an update. The logits are freed before the first layer is recomputed."""
         return self.activations + max(self.recomputed, self.logits)
 
     @property
     def resident(self) -> int:
-        """What stays through the whole step, if nothing of it is moved to the host."""
+        """Memory used throughout the step if nothing is offloaded."""
         return self.weights + self.gradients + self.optimizer
 
     def of_parts(self, parts: Collection[str]) -> int:
-        """Of the parts that `actor.offload` can move, by their names there."""
+        """Memory of these parts, named as in `actor.offload`."""
         sizes = {"parameters": self.weights, "gradients": self.gradients, "optimizer": self.optimizer}
         return sum(sizes[part] for part in parts)
 
 
 @dataclass(frozen=True)
 class EngineMemory:
-    """Of one GPU, in bytes."""
+    """An engine's memory on one GPU. Unit: bytes."""
 
     weights: int
     cache: int
-    """What `engine.memory_fraction` leaves for keys and values."""
+    """Memory that `engine.memory_fraction` leaves for keys and values."""
     cache_tokens: int
-    """Tokens that it holds, over the GPUs of the engine."""
+    """Tokens that fit into the cache, over the GPUs of the engine."""
     bytes_per_token: int
 
     @property
     def used(self) -> int:
-        """Weights, and the cache for the tokens that it holds."""
+        """Weights, and the cache of `cache_tokens` tokens."""
         return self.weights + self.cache_tokens * self.bytes_per_token
 
     @property
     def total(self) -> int:
-        """While sampling."""
+        """Weights and cache, as while sampling."""
         return self.weights + self.cache
 
 
 def policy_memory(config: RunConfig, architecture: Architecture, world_size: int, stage: int) -> TrainerMemory:
-    """The policy's, of every process of a pipeline stage."""
+    """The policy's memory on each process of a pipeline stage."""
     parameters = parameters_of_stage(architecture, config.parallel, stage)
     logits = _logits(config, architecture) if _is_last(config, stage) else 0
     return _trainer_memory(config, architecture, world_size, stage, parameters, logits)
 
 
 def critic_memory(config: RunConfig, architecture: Architecture, world_size: int, stage: int) -> TrainerMemory:
-    """The critic's, of every process of a pipeline stage. Its head takes the hidden states in fp32."""
+    """The critic's memory on each process of a pipeline stage. Its head takes the hidden states in fp32."""
     parameters = parameters_of_critic_stage(architecture, config.parallel, stage)
     head = 0
     if _is_last(config, stage):
@@ -118,14 +118,14 @@ def _trainer_memory(
         weights=parameters.total * element,
         gradients=parameters.total * GRADIENT_BYTES,
         optimizer=per_parameter * (parameters.dense // replicas + parameters.expert // expert_replicas),
-        activations=int(tokens * micro_batches_under_way(parallel, stage) * layers * kept),
+        activations=int(tokens * micro_batches_in_flight(parallel, stage) * layers * kept),
         recomputed=int(tokens * (layer_bytes_per_token(architecture, config) - kept)),
         logits=logits,
     )
 
 
 def engine_memory(config: RunConfig, architecture: Architecture, gpu_bytes: int) -> EngineMemory:
-    """Of every GPU that an engine shares; SGLang takes the engine's fraction of the whole memory."""
+    """The engine's memory on each of its GPUs; SGLang applies the memory fraction to the GPU's whole memory."""
     size = config.engine.tensor_parallel_size
     element = element_bytes(config)
     weights = parameters_of_model(architecture) * element // size
@@ -138,7 +138,7 @@ def engine_memory(config: RunConfig, architecture: Architecture, gpu_bytes: int)
 
 
 def largest_entry_bytes(config: RunConfig, architecture: Architecture) -> int:
-    """Of the largest Megatron parameter as a whole, which the weight push does not cut (weights/stream.py)."""
+    """Size of the largest whole Megatron parameter, which the weight push does not split (weights/stream.py)."""
     hidden, heads = architecture.hidden_size, architecture.num_attention_heads + 2 * architecture.num_key_value_heads
     inner = architecture.experts.moe_intermediate_size if architecture.experts else architecture.intermediate_size
     return element_bytes(config) * hidden * max(architecture.vocab_size, 2 * inner, heads * architecture.head_dim)
@@ -155,24 +155,24 @@ def routed_experts_bytes(config: RunConfig, architecture: Architecture) -> int:
 
 
 def cache_bytes_per_token(architecture: Architecture, element: int, engine_size: int) -> int:
-    """Keys and values of one token on one GPU of an engine; heads that cannot be split further are copied."""
+    """Keys and values of one token on one GPU of an engine; heads that cannot be split further are replicated."""
     heads = max(1, architecture.num_key_value_heads // engine_size)
     return 2 * architecture.num_hidden_layers * heads * architecture.head_dim * element
 
 
 def element_bytes(config: RunConfig) -> int:
-    """Of a parameter or an activation."""
+    """Bytes of a parameter or an activation."""
     return 2 if config.model.dtype == "bfloat16" else 4
 
 
 def largest_row(config: RunConfig) -> int:
-    """Tokens of the largest packed row on one process: the budget, or one sequence that exceeds it."""
+    """Tokens of the largest packed row on one process: the token budget, or a longer single sequence."""
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     return max(config.actor.max_tokens_per_micro_batch, longest) // config.parallel.context_parallel_size
 
 
 def layer_bytes_per_token(architecture: Architecture, config: RunConfig) -> float:
-    """What one local layer keeps of one token for the backward pass, without recomputation.
+    """Bytes per token that a local layer keeps for the backward pass without recomputation.
 
     (Transformer Engine's fused layers keep less.)
     """
@@ -180,14 +180,14 @@ def layer_bytes_per_token(architecture: Architecture, config: RunConfig) -> floa
     tensor, along_sequence = parallel.tensor_parallel_size, _split_along_sequence(config)
     head = architecture.head_dim
     queries, groups = architecture.num_attention_heads * head, architecture.num_key_value_heads * head
-    # For each of the two norms: its input, the normalised input and the result.
+    # For each of the two norms: input, normalised input and output.
     hidden = 6 * architecture.hidden_size / along_sequence
-    # Queries, keys and values as projected; queries and keys after their norms; and the result in the packed row.
+    # Queries, keys and values as projected; queries and keys after their norms; and the output in the packed row.
     attention = (4 * queries + 3 * groups) / tensor + _core_attention(architecture, config)
     attention += 4 * head  # sine and cosine of the rotation, for queries and for keys
     if experts := architecture.experts:
-        # For every expert of the token: its input, and gate, up and what activates them; then the weighted sum.
-        # Processes that split an expert have the same tokens.
+        # For each of the token's experts: its input, gate, up and their activations; then the weighted sum. Processes
+        # that split an expert have the same tokens.
         copies, inner_size = experts.num_experts_per_tok, experts.moe_intermediate_size
         inner = copies * (parallel.split_of_experts * architecture.hidden_size + 5 * inner_size) / tensor
         inner += architecture.hidden_size / along_sequence
@@ -197,10 +197,10 @@ def layer_bytes_per_token(architecture: Architecture, config: RunConfig) -> floa
 
 
 def kept_bytes_per_token(architecture: Architecture, config: RunConfig) -> float:
-    """What one local layer keeps of one token from its forward to its backward pass, by `model.recompute`.
+    """Bytes per token that a local layer keeps between forward and backward pass, depending on `model.recompute`.
 
-    `selective` saves copies only, since attention is fused: Transformer Engine makes none, and keeps as much with it as
-    without.
+    `selective` saves only copies, since attention is fused. Transformer Engine makes no copies, so `selective` saves
+    nothing there.
     """
     element, head = element_bytes(config), architecture.head_dim
     if config.model.recompute == "full":
@@ -213,11 +213,11 @@ def kept_bytes_per_token(architecture: Architecture, config: RunConfig) -> float
     return whole - element * (_core_attention(architecture, config) - given)
 
 
-def micro_batches_under_way(parallel: ParallelConfig, stage: int) -> float:
-    """Micro-batches, of all layers of a stage, that have been forward and not yet backward when there are most.
+def micro_batches_in_flight(parallel: ParallelConfig, stage: int) -> float:
+    """Maximum number of micro-batches whose activations, for all layers of a stage, are kept at the same time.
 
-    Under 1F1B (arXiv 2104.04473, section 2.2) one for every stage from here to the last; the interleaved schedule
-    counts in chunks of a stage's layers, and starts with more of them.
+    Under 1F1B (arXiv 2104.04473, section 2.2) it is the number of stages from this one to the last; the interleaved
+    schedule works on chunks of a stage's layers, and starts with more of them.
     """
     stages, chunks = parallel.pipeline_parallel_size, parallel.virtual_pipeline_stages
     later = stages - stage - 1
@@ -227,8 +227,8 @@ def micro_batches_under_way(parallel: ParallelConfig, stage: int) -> float:
 
 
 def _core_attention(architecture: Architecture, config: RunConfig) -> float:
-    """Elements per token that core attention keeps: what it gets and gives, in padded batches. Under context
-    parallelism it gets the keys and values of whole sequences."""
+    """Elements per token that core attention keeps: its inputs and outputs, in padded batches. Under context
+    parallelism its inputs are the keys and values of whole sequences."""
     heads = 2 * architecture.num_attention_heads
     heads += 2 * architecture.num_key_value_heads * config.parallel.context_parallel_size
     return heads * architecture.head_dim / config.parallel.tensor_parallel_size
@@ -239,13 +239,13 @@ def _split_along_sequence(config: RunConfig) -> int:
 
 
 def _final_norm(config: RunConfig, architecture: Architecture) -> int:
-    """Of a row: its input, the normalised input, the result; and the result where tokens are scored."""
+    """Memory of the final norm for a row: input, normalised input, output; and the output at scored tokens."""
     elements = 3 * architecture.hidden_size // _split_along_sequence(config) + architecture.hidden_size
     return largest_row(config) * elements * element_bytes(config)
 
 
 def _logits(config: RunConfig, architecture: Architecture) -> int:
-    """As if all tokens of the row were scored."""
+    """Memory of the logits if all tokens of the row are scored."""
     tensor, tokens = config.parallel.tensor_parallel_size, largest_row(config)
     width = architecture.padded_vocab_size(tensor) // tensor
     chunks = 2 * min(LOSS_CHUNK_BYTES, 4 * tokens * width)

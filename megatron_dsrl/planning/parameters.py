@@ -1,4 +1,4 @@
-"""How many parameters a process holds: exact, as Megatron builds the model."""
+"""Numbers of parameters per process, exactly as Megatron builds the model."""
 
 from dataclasses import dataclass, replace
 
@@ -8,21 +8,21 @@ from megatron_dsrl.model.architecture import Architecture
 
 @dataclass(frozen=True)
 class ProcessParameters:
-    """Parameters of one process. Experts have a data parallelism of their own."""
+    """Parameters of one process; experts are counted separately because they have their own data parallelism."""
 
     dense: int
     expert: int
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """All parameters."""
         return self.dense + self.expert
 
 
 def parameters_of_stage(architecture: Architecture, parallel: ParallelConfig, stage: int) -> ProcessParameters:
-    """Parameters of every process of a pipeline stage (counted from 0).
+    """Parameters of each process of a pipeline stage (counted from 0).
 
-    A tied head on another stage than the embedding is a copy of it, and counts.
+    A tied head on another stage than the embedding is a copy, and counts.
     """
     tensor, stages = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
     layers = parallel.layers_of_stages(architecture.num_hidden_layers)[stage]
@@ -42,9 +42,9 @@ def parameters_of_stage(architecture: Architecture, parallel: ParallelConfig, st
 
 
 def parameters_of_critic_stage(architecture: Architecture, parallel: ParallelConfig, stage: int) -> ProcessParameters:
-    """Parameters of every process of a pipeline stage of the critic: the policy's, with hidden -> 1 and a bias as head.
+    """Parameters of each process of a pipeline stage of the critic: the policy's, but a head of hidden -> 1 with bias.
 
-    Every tensor-parallel process holds the whole head.
+    Every tensor-parallel process has the whole head.
     """
     tensor, stages = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
     policy = parameters_of_stage(replace(architecture, tie_word_embeddings=False), parallel, stage)
@@ -60,7 +60,7 @@ def parameters_of_model(architecture: Architecture) -> int:
 
 
 def active_per_token(architecture: Architecture) -> int:
-    """Parameters in matrix products of the layers that one token passes, so without embedding and head."""
+    """Parameters of the layers' matrix products that one token passes through; without embedding and head."""
     per_layer = _attention_matrices(architecture)
     if experts := architecture.experts:
         per_layer += experts.num_experts * architecture.hidden_size  # router

@@ -1,4 +1,4 @@
-"""Does a run fit, and what does a step cost: `dsrl plan`. layouts.py looks for layouts that fit."""
+"""Whether a run fits, and what a step costs: `dsrl plan`. layouts.py searches for layouts that fit."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,51 +14,51 @@ from megatron_dsrl.planning.phases import phases_of
 
 @dataclass(frozen=True)
 class PhaseCost:
-    """One step of a phase."""
+    """Cost of one step of a phase."""
 
     name: str
     steps: int
-    """That the run spends in it."""
+    """Number of steps that the run spends in the phase."""
     flops: float
-    """Over all GPUs, all samples kept, at the mean response length."""
+    """Operations over all GPUs, if all samples are kept, at the mean response length."""
     seconds: float
-    """Of its passes and updates."""
+    """Seconds of passes and updates."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run on some GPUs."""
+    """A run on a number of GPUs."""
 
     config: RunConfig
     gpu: Gpu
     world_size: int
     memory: RunMemory
     phases: tuple[PhaseCost, ...]
-    """That the run comes to, in order."""
+    """Phases that the run reaches, in order."""
     generation_seconds: float
 
     @property
     def fits(self) -> bool:
-        """See `RunMemory`."""
+        """See `RunMemory.fits`."""
         return self.memory.fits
 
     @property
     def training_seconds(self) -> float:
-        """Of a step of the most expensive phase."""
+        """Update seconds of a step of the most expensive phase."""
         return max(phase.seconds for phase in self.phases)
 
     @property
     def step_seconds(self) -> float:
-        """Generation and update in the most expensive phase."""
+        """Seconds of a step of the most expensive phase."""
         return self._step(self.training_seconds)
 
     @property
     def run_seconds(self) -> float:
-        """Of all steps."""
+        """Seconds of all steps."""
         return sum(phase.steps * self._step(phase.seconds) for phase in self.phases)
 
     def _step(self, training_seconds: float) -> float:
-        """One after the other; with `rollout.sample_ahead` beside each other."""
+        """Generation and update one after the other, or concurrently with `rollout.sample_ahead`."""
         together = max if self.config.rollout.sample_ahead else sum
         return together((training_seconds, self.generation_seconds))
 
@@ -84,13 +84,13 @@ def make_plan(
 
 
 def largest_micro_batch(plan: Plan, architecture: Architecture) -> int | None:
-    """The largest token budget of a micro-batch with which an update fits, to 1,024 tokens; None if none does."""
+    """The largest token budget of a micro-batch with which an update fits, in steps of 1,024; None if none does."""
     return _largest(lambda tokens: _with_micro_batch(plan.config, tokens), plan, architecture)
 
 
 def largest_response(plan: Plan, architecture: Architecture) -> int | None:
-    """The longest response with which an update fits and the engine's cache holds one sequence, to 1,024 tokens; None
-    if none does."""
+    """The longest response with which an update fits and the engine's cache holds one sequence, in steps of 1,024
+    tokens; None if none does."""
 
     def changed(tokens: int) -> RunConfig:
         return plan.config.model_copy(

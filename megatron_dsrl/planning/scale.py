@@ -1,21 +1,20 @@
-"""Seconds of a step from one node to thousands of GPUs, on paper, and what stops growing with them first.
+"""Estimated seconds of a step from one node to thousands of GPUs, and the first part that stops scaling.
 
-The layout of one model stays as it is, and data parallelism takes up the further GPUs. Two courses are of interest: the
-batch grows with the GPUs (`with_batch_for`), where every part that is not constant is a limit to growth; and the batch
-stays, where everything should become shorter and what does not is the limit. No run of this size has been made: the
-constants below are named with where they come from.
+The layout of one model stays the same, and further GPUs are used for data parallelism. There are two cases. If the
+batch grows with the GPUs (`with_batch_for`), every part whose time grows limits scaling; if the batch stays the same,
+every part whose time does not shrink does. No run of this size has been made; the constants below name their sources.
 
-Parts of a step, one after the other (with `rollout.sample_ahead` generation beside update and gradients):
+Parts of a step, one after the other (with `rollout.sample_ahead`, generation runs beside update and gradients):
 
-- generation: what decoding takes (compute.py), or the longest response alone in its engine, or reading the answers on
-  rank 0, or judging them there, whichever takes longest, as they overlap;
-- sharing: rank 0 pickles the batch and sends it over gloo's tree, every rank unpickles the whole of it;
+- generation: the longest of four overlapping parts: decoding (compute.py), the longest response alone in its engine,
+  reading the answers on rank 0, and judging them there;
+- sharing: rank 0 pickles the batch and sends it over gloo's tree, every rank unpickles all of it;
 - update: operations over all GPUs (compute.py);
-- gradients: reduce-scatter of fp32 gradients and all-gather of bf16 parameters by rings over data parallelism, not
-  overlapped with anything;
-- weight push: every GPU receives the whole model and its engine takes it from there, all engines at the same time.
+- gradients: reduce-scatter of fp32 gradients and all-gather of bf16 parameters by rings over data parallelism, without
+  overlap;
+- weight push: every GPU receives the whole model and its engine copies it, all engines at the same time.
 
-Not in it: stragglers among the nodes, the network's own limits where many rings share it, start-up, saving.
+Not included: stragglers among the nodes, network contention between rings, start-up, checkpoints.
 """
 
 import math
@@ -32,7 +31,7 @@ from megatron_dsrl.planning.phases import phases_of
 
 MEASURED = "measured on one CPU core by tools/benchmark_controller.py"
 NOTICEABLE = 0.1
-"""Share of the first step by which a part must have grown to count as a limit."""
+"""A part counts as a limit when it has grown by this share of the first step."""
 
 
 def _constant(value: float, unit: str, source: str) -> float:
@@ -41,7 +40,7 @@ def _constant(value: float, unit: str, source: str) -> float:
 
 @dataclass(frozen=True)
 class Costs:
-    """Constants of the model; each field's metadata has its unit and its source."""
+    """Constants of the estimate; each field's metadata has its unit and source."""
 
     read_seconds: float = _constant(708e-9, "s per response token, rank 0", MEASURED)
     pickle_seconds: float = _constant(25e-9, "s per token, rank 0", MEASURED)
@@ -71,12 +70,12 @@ class Costs:
 
 @dataclass(frozen=True)
 class StepEstimate:
-    """A step on some GPUs, in seconds."""
+    """Estimate of a step on `world_size` GPUs; times in seconds."""
 
     world_size: int
     samples: int
     tokens: float
-    """Generated, over all GPUs."""
+    """Response tokens, over all GPUs."""
     decoding: float
     longest_response: float
     reading: float
@@ -91,18 +90,18 @@ class StepEstimate:
 
     @property
     def generation(self) -> float:
-        """The longest of what happens at the same time."""
+        """The longest of the overlapping parts."""
         return max(self.decoding, self.longest_response, self.reading, self.judging)
 
     @property
     def step(self) -> float:
-        """All parts."""
+        """The whole step."""
         together = max if self.samples_ahead else sum
         return together((self.generation, self.update + self.gradients)) + self.sharing + self.weight_push
 
     @property
     def tokens_per_gpu_second(self) -> float:
-        """Generated and trained on."""
+        """Tokens generated and trained on per GPU and second."""
         return self.tokens / self.step / self.world_size
 
 
@@ -116,7 +115,7 @@ PARTS = {
     "gradients": "gradient exchange",
     "weight_push": "weight push",
 }
-"""Fields of `StepEstimate` in words."""
+"""Fields of `StepEstimate` and their descriptions."""
 
 
 def estimate_step(
@@ -127,16 +126,7 @@ def estimate_step(
     assumptions: Assumptions,
     costs: Costs,
 ) -> StepEstimate:
-    """A step of the run's most expensive phase.
-
-    Args:
-        config: the run; its layout must be valid for the world size.
-        architecture: its model.
-        gpu: what it runs on.
-        world_size: number of GPUs.
-        assumptions: response length, and which shares of the GPU's peaks are reached.
-        costs: the other constants.
-    """
+    """Estimate a step of the run's most expensive phase. The run's layout must be valid for the world size."""
     samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     tokens = samples * assumptions.mean_response_tokens
     engine = engine_memory(config, architecture, gpu.memory_bytes)
@@ -163,7 +153,7 @@ def estimate_step(
 
 
 def _gradient_seconds(config: RunConfig, architecture: Architecture, world_size: int, costs: Costs) -> float:
-    """Of all optimizer steps of a rollout batch, on the fullest pipeline stage."""
+    """Gradient exchange of all optimizer steps of a rollout batch, on the fullest pipeline stage."""
     parallel = config.parallel
     replicas = world_size // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
     parameters = max(
@@ -177,24 +167,23 @@ def _gradient_seconds(config: RunConfig, architecture: Architecture, world_size:
 
 
 def with_batch_for(config: RunConfig, factor: int) -> RunConfig:
-    """The run with so many times its prompts in every step."""
+    """The run with `factor` times as many prompts per step."""
     prompts = config.rollout.prompts_per_step * factor
     return config.model_copy(update={"rollout": config.rollout.model_copy(update={"prompts_per_step": prompts})})
 
 
 def first_limit(estimates: Sequence[StepEstimate]) -> tuple[int, str] | None:
-    """Where something first stops scaling as the batch grows with the GPUs, and what (a key of `PARTS`).
+    """World size at which a part first stops scaling as the batch grows with the GPUs, and that part (key of `PARTS`).
 
-    It is the part that makes the step longer by the most, if that is at least a tenth of the first step. None if
-    nothing does.
+    It is the part that lengthens the step most, if by at least a tenth of the first step. None if there is none.
 
     Args:
-        estimates: by growing number of GPUs, the batch growing likewise.
+        estimates: ordered by number of GPUs, with the batch growing in proportion.
     """
     first = estimates[0]
     for estimate in estimates[1:]:
         growth = {part: getattr(estimate, part) - getattr(first, part) for part in PARTS}
-        for part in ("decoding", "longest_response", "reading", "judging"):  # only what exceeds the generation before
+        for part in ("decoding", "longest_response", "reading", "judging"):  # overlapping: only growth of the longest
             growth[part] = max(0.0, getattr(estimate, part) - first.generation)
         worst = max(growth, key=lambda part: growth[part])
         if growth[worst] > NOTICEABLE * first.step:

@@ -1,4 +1,4 @@
-"""A run from few to many GPUs as tables for people: `dsrl plan --scale`."""
+"""Tables of `dsrl plan --scale`: a run from few to many GPUs."""
 
 from collections.abc import Sequence
 from dataclasses import fields
@@ -25,10 +25,10 @@ def print_scale(
     assumptions: Assumptions,
     console: Console,
 ) -> None:
-    """Two tables, of a batch that grows with the GPUs and of one that stays; what breaks first; the constants.
+    """Print tables for a batch that grows with the GPUs and for a constant one, the first limit, and the constants.
 
     Raises:
-        UserError: a number of GPUs is not a multiple of the first one, or the layout does not divide it.
+        UserError: a number of GPUs is not a multiple of the first one, or does not fit the layout.
     """
     costs = Costs()
     growing, same = [], []
@@ -53,7 +53,7 @@ def print_scale(
 
 
 def _has_work(config: RunConfig, estimate: StepEstimate) -> bool:
-    """Every data-parallel replica has a sample in every optimizer step."""
+    """Whether every data-parallel replica has a sample in every optimizer step."""
     replicas = estimate.world_size // config.parallel.model_parallel_size
     return estimate.samples // config.actor.mini_batches_per_rollout >= replicas
 

@@ -1,6 +1,6 @@
-"""A plan as tables for people."""
+"""Tables of `dsrl plan`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -18,7 +18,7 @@ GIB = 2**30
 
 
 def print_plan(plan: Plan, architecture: Architecture, assumptions: Assumptions, console: Console) -> None:
-    """Memory, time, limits, and whether the run fits."""
+    """Print memory, time, limits, and whether the run fits."""
     console.print(_memory_table(plan))
     console.print(_time_table(plan, assumptions))
     micro_batch, response = largest_micro_batch(plan, architecture), largest_response(plan, architecture)
@@ -34,7 +34,7 @@ def print_plan(plan: Plan, architecture: Architecture, assumptions: Assumptions,
 
 
 def print_impossible_layout(problems: Sequence[Problem], gpus: int, console: Console) -> None:
-    """Why the configured layout cannot be had on this number of GPUs."""
+    """Print why the configured layout is not possible on this number of GPUs."""
     console.print(f"[bold]The configured layout is not possible on {_gpus(gpus)}:[/bold]", highlight=False)
     for fields, what in problems:
         console.print(f"- {fields}: {what}", highlight=False, markup=False)
@@ -43,13 +43,13 @@ def print_impossible_layout(problems: Sequence[Problem], gpus: int, console: Con
 def print_suggestions(
     config: RunConfig, plans: Sequence[Plan], gpus: int, needed_gpus: int | None, console: Console
 ) -> None:
-    """Layouts, the fastest first, and that one as overrides of `dsrl train`.
+    """Print layouts, the fastest first, and the overrides of `dsrl train` for the fastest.
 
     Args:
-        config: as it was given.
-        plans: of `layouts.suggest`.
-        gpus: that they are for.
-        needed_gpus: if there are no plans, the number of GPUs from which there are; None if unknown.
+        config: the configuration as given.
+        plans: the result of `layouts.suggest`.
+        gpus: number of GPUs that they are for.
+        needed_gpus: if there are no plans, the smallest number of GPUs with one; None if unknown.
         console: where to print.
     """
     if not plans:
@@ -57,14 +57,14 @@ def print_suggestions(
         return
     console.print(_suggestions_table(config, plans, gpus))
     if overrides := overrides_of(plans[0], config):
-        console.print("The first of them as overrides, to paste behind `dsrl train CONFIG.yaml`:")
+        console.print("The first of them as overrides, to paste after `dsrl train CONFIG.yaml`:")
         console.print(pasteable(overrides, console.width), highlight=False, markup=False, soft_wrap=True)
     else:
         console.print("The first of them is the configured one.")
 
 
 def _suggestions_table(config: RunConfig, plans: Sequence[Plan], gpus: int) -> Table:
-    """Columns that hold the same in every row, as in most runs, are left out: experts, the engine's own size."""
+    """Expert parallelism and the engine's size are left out if they are the default in every row."""
     columns = {
         "TP": [str(plan.config.parallel.tensor_parallel_size) for plan in plans],
         "PP": [_pipeline(plan.config.parallel) for plan in plans],
@@ -93,7 +93,7 @@ def _suggestions_table(config: RunConfig, plans: Sequence[Plan], gpus: int) -> T
 
 
 def pasteable(words: Sequence[str], width: int) -> str:
-    """Words of a command in lines that a shell joins, each indented."""
+    """Arguments of a command, wrapped to `width` into indented lines that the shell joins."""
     lines = [""]
     for word in words:
         if lines[-1] and len(lines[-1]) + len(word) + 7 > width:
@@ -113,7 +113,7 @@ def _gpus(count: int) -> str:
 
 
 def _pipeline(parallel: ParallelConfig) -> str:
-    """Its size, and how many layers the ends have where that is not what the others have."""
+    """The pipeline size, and the layers of the end stages if they differ from the others."""
     ends = (parallel.layers_in_first_stage, parallel.layers_in_last_stage)
     return f"{parallel.pipeline_parallel_size}" + (f", ends\n{ends[0]}, {ends[1]}" if any(ends) else "")
 
@@ -155,8 +155,8 @@ def _memory_table(plan: Plan) -> Table:
 
 
 def _stage_columns(stages: int) -> dict[str, slice]:
-    """Titles of the columns, and the pipeline stages of each: one by one, or where that would be too wide, the first,
-    the largest of those between, and the last."""
+    """Titles and pipeline stages of the columns: one per stage, or if that would be too wide, the first, the largest
+    of those between, and the last."""
     if stages == 1:
         return {"every GPU": slice(0, 1)}
     if stages <= 4:
@@ -166,8 +166,8 @@ def _stage_columns(stages: int) -> dict[str, slice]:
     return {"stage 0": slice(0, 1), between: slice(1, last), f"stage {last}": slice(last, stages)}
 
 
-def _add_host_rows(memory: RunMemory, row) -> None:
-    """What its process keeps in host memory."""
+def _add_host_rows(memory: RunMemory, row: Callable[..., None]) -> None:
+    """Add rows for host memory. `row` gets a title, and sizes as in `_memory_table`."""
     if any(memory.reference_on_host):
         row("on the host: reference policy", *memory.reference_on_host)
     if any(memory.offloaded_on_host):

@@ -1,8 +1,7 @@
-"""What a run that is about to start says about memory, on the machine that it starts on.
+"""Memory warnings at the start of a run, for the machine on which it starts.
 
-On GPUs every GPU is compared with the plan, and the host memory with what its processes keep there. On a CPU all
-processes and engines share the machine's memory; the programs themselves, about a gigabyte and a half per process and
-engine, come on top.
+On GPUs the plan is compared with the memory of each GPU, and of the host. On a CPU all processes and engines share the
+machine's memory; about 1.5 GB per process and engine for the programs themselves are not included.
 """
 
 import os
@@ -26,24 +25,24 @@ class Machine:
 
     platform: Literal["cpu", "cuda"]
     device_bytes: int
-    """Memory of one GPU; on CPU of the host."""
+    """Memory of one GPU; on CPU, of the host."""
     host_bytes: int
     processes: int
-    """Of the run on this host."""
+    """Number of the run's processes on this host."""
 
 
 def this_machine() -> Machine:
-    """Where this process runs. Under torchrun and SLURM, LOCAL_WORLD_SIZE says how many processes there are."""
+    """The machine of this process. Under torchrun and SLURM, LOCAL_WORLD_SIZE is the number of processes."""
     platform = current_platform()
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return Machine(platform.name, platform.memory_bytes, psutil.virtual_memory().total, processes)
 
 
 def memory_warnings(config: RunConfig, world_size: int, machine: Machine) -> list[str]:
-    """One sentence for every part that does not fit by the plan; empty if everything does.
+    """One message for each part that does not fit according to the plan; empty if everything fits.
 
     Raises:
-        UserError: as `read_architecture`.
+        UserError: see `read_architecture`.
     """
     architecture = read_architecture(find_config_json(config.model.path, config.made_by).parent)
     memory = run_memory(config, architecture, machine.device_bytes, world_size)

@@ -1,7 +1,4 @@
-"""What a step record says of the update, and of how old the sampled tokens were.
-
-Of the rollout, see `run/step_metrics.py`.
-"""
+"""Step-record metrics of the update, and of the age of the sampled tokens. Rollout metrics are in `step_metrics.py`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
