@@ -22,30 +22,30 @@ _DECIMALS = 6
 
 @dataclass(frozen=True)
 class ScoredResponse:
-    """A response and what the gradients say of it."""
+    """A response and the comparison of its gradients."""
 
     step: int
     problem: int
     number: int
-    """Of the sample within its group."""
+    """Number of the sample within its group."""
     reward: float
     comparison: GradientComparison
 
     @property
     def gaps(self) -> list[float]:
-        """Log-prob gap of every token that both spaces score: all, or all but the first where there is no BOS."""
+        """Log-prob gap of every token that both spaces score: all, or all but the first without a BOS token."""
         without = self.comparison.without_prompt.log_probs
         scored_in_both = self.comparison.with_prompt.log_probs[-len(without) :] if len(without) else without
         return (scored_in_both - without).tolist()
 
     @property
     def entropies(self) -> list[float]:
-        """Entropy given the prompt of the same tokens; nat."""
+        """Entropy of the same tokens given the prompt. Unit: nat."""
         gaps = len(self.comparison.without_prompt.log_probs)
         return self.comparison.with_prompt.entropy[-gaps:].tolist() if gaps else []
 
     def as_record(self) -> Record:
-        """Plain values for JSON, those of tokens rounded."""
+        """Plain values for JSON; values per token are rounded."""
         comparison, gaps = self.comparison, self.gaps
         return {
             "step": self.step,
@@ -67,11 +67,11 @@ class ScoredResponse:
 
 
 def summary(records: Sequence[Record]) -> Record:
-    """Figures over all responses, from their records; the paper's are in method: cosine mean, share of negative inner
-    products, mean gap.
+    """Statistics over all responses, from their records. The paper reports the mean cosine, the share of negative inner
+    products and the mean gap.
 
-    `mean_gap` is the mean over responses of each one's mean over tokens. Bins of tokens are `gap_by_position` and
-    `gap_by_entropy`.
+    `mean_gap` is the mean over responses of each response's mean over tokens. `gap_by_position` and `gap_by_entropy`
+    are bins of tokens.
     """
     cosines = [record["cosine"] for record in records if record["cosine"] is not None]
     gaps = [record for record in records if record["mean_gap"] is not None]
@@ -95,11 +95,11 @@ def gap_by_position(gaps: Sequence[Sequence[float]]) -> list[Record]:
     """Mean gap of the tokens at positions 1, 2-3, 4-7, 8-15, ... of their responses.
 
     Args:
-        gaps: per response, from its first scored token on.
+        gaps: gaps of each response, from its first scored token on.
     """
     bins: dict[int, list[float]] = {}
-    for of_response in gaps:
-        for position, gap in enumerate(of_response, start=1):
+    for response_gaps in gaps:
+        for position, gap in enumerate(response_gaps, start=1):
             bins.setdefault(position.bit_length() - 1, []).append(gap)
     return [
         {"first_position": 2**index, "last_position": 2 ** (index + 1) - 1, **_gap_figures(bins[index])}
@@ -108,8 +108,8 @@ def gap_by_position(gaps: Sequence[Sequence[float]]) -> list[Record]:
 
 
 def gap_by_entropy(gaps: Sequence[float], entropies: Sequence[float]) -> list[Record]:
-    """Mean gap of tokens by the tenth of all tokens that their entropy falls into, lowest first; of equal size, up to
-    one token. Fewer bins where there are fewer tokens."""
+    """Mean gap in ten bins of tokens by entropy, lowest first, whose sizes differ by at most one token. Fewer bins for
+    fewer than ten tokens."""
     order = np.argsort(np.asarray(entropies), kind="stable")
     bins = [part for part in np.array_split(order, ENTROPY_BINS) if len(part)]
     return [
@@ -133,7 +133,7 @@ def charts(records: Sequence[Record]) -> list[Chart]:
         drawn.append(
             line_chart(
                 "Cosine of the gradients by percentile of responses",
-                "Of grad log P(y) and grad log P(y|x).",
+                "Between grad log P(y) and grad log P(y|x).",
                 [Series("cosine", tuple(percentiles), values, 1)],
                 vertical=ValueAxis("cosine", at_least=-1.0, at_most=1.0),
                 horizontal=StepAxis("percentile", label="percentile of responses"),

@@ -1,4 +1,4 @@
-"""`dsrl analyse gradients`: from recorded responses and a model to records of their gradients. All ranks run it."""
+"""`dsrl analyse gradients`: compares the gradients of recorded responses under a model. All ranks run it."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -45,16 +45,15 @@ class TokenisedResponse:
 
 
 def gradient_settings(source: Path, model: str | None, overrides: Sequence[str]) -> GradientAnalysisConfig:
-    """What the source itself says (a run its model, temperature and BOS, a sample file its temperature), `model` in
-    place of its model, and the overrides on top.
+    """The source's settings (model, temperature and BOS of a run; temperature of a sample file), changed as requested.
 
     Args:
         source: run folder or sample file.
-        model: HF folder, hub name or Megatron checkpoint; None takes the model that the run started from.
+        model: HF folder, hub name or Megatron checkpoint; None: the model that the run started from.
         overrides: `key.path=value` of `GradientAnalysisConfig`.
 
     Raises:
-        UserError: no model is named, or the settings do not fit.
+        UserError: no model is named, or a setting is invalid.
     """
     data = _settings_of_run(source) if source.is_dir() else _settings_of_sample_file(source)
     if model is not None:
@@ -63,24 +62,24 @@ def gradient_settings(source: Path, model: str | None, overrides: Sequence[str])
     for override in overrides:
         apply_override(data, override, places)
     if "path" not in data.get("model", {}):
-        raise UserError(f"{source} does not say which model to look at: name one with --model")
+        raise UserError(f"{source} does not name a model: choose one with --model")
     return validated(GradientAnalysisConfig, data, places, "dsrl analyse gradients", "overrides")
 
 
 def analyse_gradients(
     source: Path, config: GradientAnalysisConfig, steps: Sequence[int] | None, limit: int, seed: int
 ) -> Iterator[ScoredResponse]:
-    """The chosen responses, one after the other as they are computed. Collective over the ranks.
+    """Yield the chosen responses with their comparison as they are computed. Collective over the ranks.
 
     Args:
         source: run folder or sample file.
         config: model, layout and scoring.
-        steps: of a run; None for the first recorded one, whose policy was the model that the run began with.
-        limit: responses to look at, drawn from all of the steps.
-        seed: of the draw.
+        steps: steps of a run; None: the first recorded one, which was sampled with the model that the run started from.
+        limit: number of responses, drawn from all of the steps.
+        seed: seed of the draw.
 
     Raises:
-        UserError: something is missing or does not fit.
+        UserError: the source or the model is missing, or they do not fit together.
     """
     folder = resolve_model_folder(config.model.path)
     architecture = read_architecture(folder)
@@ -105,33 +104,36 @@ def scoring_model(
     architecture: Architecture,
     responses: Sequence[TokenisedResponse],
 ) -> Iterator[ShardedModel]:
-    """The model over all ranks, for the length of a `with` block. Collective.
+    """Context with the model, sharded over all ranks. Collective.
 
     Args:
-        config: its layout and dtype.
-        folder: its weights.
-        architecture: of the folder.
-        responses: what it is to score.
+        config: layout and dtype of the model.
+        folder: folder of its weights.
+        architecture: its architecture.
+        responses: responses that it will score.
 
     Raises:
-        UserError: it does not take the responses, or the layout does not fit.
+        UserError: a response is too long for the model, or the layout does not fit.
     """
     _check_lengths(responses, architecture.max_position_embeddings)
-    # The distributed optimizer would shard gradients, and there is no optimizer here.
+    # The distributed optimizer would shard the gradients.
     parallel = config.parallel.model_copy(update={"distributed_optimizer": False})
     _check_replicas(parallel)
     with parallel_layout(parallel, seed=0):
         chunks = build_model(architecture, config.model, parallel)
         load_weights(chunks, weight_table(architecture), folder)
-        # A row of its own for every sequence: only one is scored at a time.
+        # Every sequence gets its own row: only one is scored at a time.
         yield ShardedModel(build_trainable(chunks, parallel), max_tokens_per_micro_batch=1)
 
 
 def choose_responses(
     source: Path, steps: Sequence[int] | None, limit: int, seed: int, tokenizer: PreTrainedTokenizerBase
 ) -> list[TokenisedResponse]:
-    """At most `limit` responses of the source. A run's have the engine's own token ids; a sample file has texts only,
-    which are tokenised again, the end of the turn added to those that were not cut off."""
+    """At most `limit` responses of the source.
+
+    Responses of a run have the engine's token ids. Those of a sample file are tokenised from text, with an
+    end-of-turn token unless they were truncated.
+    """
     if not source.is_dir():
         problems = read_sample_file(source)
         samples = [(problem, number) for problem in problems for number in range(len(problem.samples))]
@@ -167,7 +169,7 @@ def _settings_of_run(folder: Path) -> dict[str, Any]:
 
 
 def _settings_of_sample_file(path: Path) -> dict[str, Any]:
-    """The temperature of the evaluation; a greedy one is scored at 1."""
+    """The temperature of the evaluation; greedy samples are scored at temperature 1."""
     records = read_records(path)
     if not records:
         raise UserError(f"{path} is neither a run folder nor a sample file of `dsrl eval`")
@@ -178,10 +180,11 @@ def _settings_of_sample_file(path: Path) -> dict[str, Any]:
 def _check_lengths(responses: Sequence[TokenisedResponse], context_tokens: int) -> None:
     longest = max((len(r.prompt_ids) + len(r.response_ids) for r in responses), default=0)
     if longest == 0:
-        raise UserError("there are no responses with tokens to look at")
+        raise UserError("there are no responses with tokens to analyse")
     if longest > context_tokens:
         raise UserError(
-            f"a prompt and its response have {longest} tokens, the model takes {context_tokens}: is it another model?"
+            f"a prompt and its response have {longest} tokens, but the model takes {context_tokens}: choose the model "
+            "that sampled it"
         )
 
 
@@ -189,7 +192,7 @@ def _check_replicas(parallel: ParallelConfig) -> None:
     replicas, odd = divmod(world_size_from_environment(), parallel.model_parallel_size)
     if not odd and replicas > 1 and parallel.expert_parallel_size == 1:
         raise UserError(
-            f"{replicas} replicas of the model would all wait for one of them: split the model over the processes, for "
+            f"{replicas} replicas of the model, of which only one would work: split the model over the processes, for "
             "example with parallel.tensor_parallel_size, or start fewer"
         )
 

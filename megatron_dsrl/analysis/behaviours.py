@@ -1,7 +1,7 @@
-"""Four reasoning behaviours as a judge model sees them: subgoal setting, enumeration, verification, backtracking.
+"""Four reasoning behaviours, judged by a model: subgoal setting, enumeration, verification, backtracking.
 
-The behaviours are those that SimpleRL-Zoo (arXiv 2503.18892) counts with a judge; the wording of the question is our
-own, so figures compare between runs judged with the same question by the same judge, not with that paper's.
+The behaviours are those of SimpleRL-Zoo (arXiv 2503.18892), which also uses a judge. The question's wording is ours, so
+results are comparable between runs with the same question and judge, not with that paper.
 """
 
 import json
@@ -18,7 +18,7 @@ from megatron_dsrl.observability.records import Record
 BEHAVIOURS = ("subgoal_setting", "enumeration", "verification", "backtracking")
 SHARE = ValueAxis("share of responses", at_least=0.0, at_most=1.0)
 MAX_RESPONSE_CHARACTERS = 24_000
-"""Longer responses are shown to the judge without their middle."""
+"""The middle of longer responses is left out."""
 
 SYSTEM_PROMPT = """\
 You read solutions of problems that a language model wrote, and say which reasoning behaviours occur in them. You do \
@@ -53,13 +53,13 @@ _OBJECTS = re.compile(r"\{[^{}]*\}")
 
 
 def question(response: RecordedResponse) -> list[dict[str, str]]:
-    """The messages of the chat that asks about one response."""
+    """The chat messages that ask the judge about one response."""
     user = USER_PROMPT.format(prompt=response.prompt, response=_shortened(response.text))
     return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": user}]
 
 
 def parse_answer(text: str) -> dict[str, bool] | None:
-    """The judge's word on each behaviour: the last JSON object in its answer that has one for all four; else None."""
+    """The judge's verdict on each behaviour: the last JSON object in its answer that has all four; None without one."""
     for candidate in reversed(_OBJECTS.findall(text)):
         try:
             answer = json.loads(candidate)
@@ -71,10 +71,10 @@ def parse_answer(text: str) -> dict[str, bool] | None:
 
 
 def behaviours_by_step(verdicts: Sequence[Mapping[str, object]]) -> list[Record]:
-    """Per step: responses asked about, answers that could not be read, and of the others the share with each behaviour.
+    """Per step: number of responses, unreadable answers, and the share of the others with each behaviour.
 
     Args:
-        verdicts: records of the judge, with `step` and `behaviours` (None where the answer could not be read).
+        verdicts: the judge's records, with `step` and `behaviours` (None for an unreadable answer).
     """
     return [
         _shares(step, [verdict["behaviours"] for verdict in verdicts if verdict["step"] == step])
@@ -83,7 +83,7 @@ def behaviours_by_step(verdicts: Sequence[Mapping[str, object]]) -> list[Record]
 
 
 def summary(records: Sequence[Record]) -> Record:
-    """Over all steps: responses asked about, unreadable answers, and the shares at the first and the last step."""
+    """Over all steps: number of responses, unreadable answers, and the shares at the first and last step."""
     figures: Record = {
         "responses": sum(record["responses"] for record in records),
         "unreadable_answers": sum(record["unreadable_answers"] for record in records),

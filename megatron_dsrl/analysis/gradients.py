@@ -1,15 +1,16 @@
-"""Gradients of log P(y) and log P(y|x) of one response, compared: arXiv 2604.14142, the alignment of the two spaces.
+"""Comparison of the gradients of log P(y) and log P(y|x) of one response: the alignment of the two spaces in
+arXiv 2604.14142.
 
-For each response the model makes two passes forward and backward, over the scored sequence of either space. The first
-gradient is moved out of the gradient buffers into one copy, the second one stays in the buffers: two gradients exist,
-in fp32, never more, and no optimizer.
+For each response the model makes two forward and backward passes, over the scored sequence of each space. The first
+gradient is copied out of the gradient buffers, the second one stays there: at most two gradients exist, in fp32, and no
+optimizer.
 
-Inner products are over the whole model, every parameter once. Gradients are those that training would see, reduced by
-Megatron over all kinds of parallelism; what several ranks hold alike (norms under tensor parallelism, the embedding
-that the last pipeline stage shares, everything under context and data parallelism) is counted on one of them. Products
-are summed in fp64.
+Inner products are over the whole model, every parameter once. Gradients are those of training, reduced by Megatron over
+all kinds of parallelism; parameters that several ranks replicate (norms under tensor parallelism, the embedding shared
+with the last pipeline stage, everything under context and data parallelism) are counted on one of them. Products are
+summed in fp64.
 
-Data-parallel replicas take part, as expert parallelism needs them to, but do not share out the work.
+Data-parallel replicas take part, because expert parallelism needs them, but do not divide the work.
 """
 
 import math
@@ -32,22 +33,22 @@ from megatron_dsrl.algorithms.spaces import ScoredSequence
 from megatron_dsrl.common.collective import gather
 
 _PRODUCT_ELEMENTS = 2**22
-"""Elements that are turned into fp64 at a time."""
+"""Elements that are converted to fp64 at a time."""
 
 
 @dataclass(frozen=True)
 class TokenScores:
-    """What the model says of a sequence's scored tokens; on the CPU."""
+    """The model's scores of a sequence's scored tokens, on the CPU."""
 
     log_probs: Tensor
-    """[num_scored] float32."""
+    """[num_scored] float32. Unit: nat."""
     entropy: Tensor
-    """[num_scored] float32, of the distribution that each token is drawn from; nat."""
+    """[num_scored] float32, entropy of the distribution that each token is drawn from. Unit: nat."""
 
 
 @dataclass(frozen=True)
 class GradientComparison:
-    """Of one response, the same on every rank."""
+    """The two gradients of one response compared; the same on every rank."""
 
     without_prompt: TokenScores
     """In the pre-train space."""
@@ -60,20 +61,20 @@ class GradientComparison:
 
     @property
     def cosine(self) -> float | None:
-        """Of the angle between the two gradients; None where one of them is zero."""
+        """Cosine of the angle between the two gradients; None if one of them is zero."""
         product_of_norms = self.norm_without_prompt * self.norm_with_prompt
         return self.inner_product / product_of_norms if product_of_norms > 0 else None
 
 
 class LogProbGradients:
-    """A sharded model, and room for one gradient besides its own. Every method is collective over the ranks."""
+    """A sharded model, with memory for a second gradient. Every method is collective over the ranks."""
 
     def __init__(self, model: ShardedModel, vocab_size: int, temperature: float):
         """
         Args:
-            model: built without the distributed optimizer, whose gradients are sharded.
+            model: built without the distributed optimizer, which would shard gradients.
             vocab_size: rows of the HF embedding.
-            temperature: by which logits are divided.
+            temperature: divisor of the logits.
         """
         self._model = model
         self._vocab_size = vocab_size
@@ -82,7 +83,7 @@ class LogProbGradients:
         self._copies = [torch.empty_like(parameter.main_grad) for parameter in self._counted]
 
     def compare(self, without_prompt: ScoredSequence, with_prompt: ScoredSequence) -> GradientComparison:
-        """Both gradients of one response.
+        """Compare the two gradients of one response.
 
         Args:
             without_prompt: the response in the pre-train space.
@@ -111,7 +112,7 @@ class LogProbGradients:
         rows = self._model.pack_share([sequence])
         kept = self._model.accumulate_gradients([MicroBatch(row, partial(self._score, row)) for row in rows])
         tokens = next((tokens for tokens in kept if tokens is not None), None)
-        # Only the last pipeline stage scores, and only the replica that got the row; all others learn of it.
+        # Only the last pipeline stage of the replica that got the row has scores; it shares them with all ranks.
         return next(tokens for tokens in gather(tokens) if tokens is not None)
 
     def _score(self, row: PackedRow, logits: Tensor) -> tuple[Tensor, TokenScores | None]:
@@ -138,22 +139,22 @@ def scores_of_row(row: PackedRow, logits: Tensor, vocab_size: int, temperature: 
     """Log-probs and entropy of a row's scored tokens: [2, sum(num_scored)] float32.
 
     Args:
-        row: whose tokens are scored.
-        logits: [S, columns of this rank] at the positions that predict them.
+        row: the packed row.
+        logits: [S, columns of this rank] at the positions that predict the scored tokens.
         vocab_size: rows of the HF embedding.
-        temperature: by which logits are divided.
+        temperature: divisor of the logits.
     """
     shard = VocabularyShard.for_this_rank(logits.shape[-1], vocab_size)
     return row.assemble(torch.stack(log_probs_and_entropy(logits, row.targets, temperature, shard)))
 
 
 def _is_dense(parameter: nn.Parameter) -> bool:
-    """Whether it is no expert's. Megatron marks experts' parameters: they are reduced over groups of their own."""
+    """Whether the parameter does not belong to an expert. Megatron marks those: they are reduced over other groups."""
     return getattr(parameter, "allreduce", True)
 
 
 def _is_counted_here(parameter: nn.Parameter) -> bool:
-    """Whether this rank is the one, of those that hold the parameter (or part of it) alike, that counts it."""
+    """Whether this rank counts the parameter (or its shard), among the ranks that replicate it."""
     if not parameter.requires_grad or not param_is_not_shared(parameter):
         return False
     experts = parallel_state.get_expert_tensor_parallel_group()

@@ -1,7 +1,7 @@
-"""A judge model behind an OpenAI-compatible endpoint, such as one that SGLang serves: many questions, some at a time.
+"""Client of a judge model behind an OpenAI-compatible endpoint, such as SGLang's, with limited concurrency.
 
-A question is tried again after 1, 2, 4, ... seconds (or what `Retry-After` says) when the connection fails, the time is
-over, or the server answers with status 408, 409, 429 or 5xx. Any other refusal is final for that question.
+A question is retried after 1, 2, 4, ... seconds (or as `Retry-After` says) if the connection fails, the time limit
+expires, or the server answers with status 408, 409, 429 or 5xx. Any other refusal is final for that question.
 """
 
 import asyncio
@@ -23,43 +23,44 @@ _SHOWN_CHARACTERS = 200
 
 @dataclass(frozen=True)
 class JudgeEndpoint:
-    """Where the judge is, and the limits that its client keeps."""
+    """Address of the judge, and the client's limits."""
 
     url: str
     """Up to and including `/v1`."""
     model: str
-    """As the endpoint calls it."""
+    """Model name at the endpoint."""
     api_key: str | None = None
-    """Sent as bearer token."""
+    """Sent as a bearer token."""
     concurrency: int = 16
-    """Questions under way at a time."""
+    """Number of questions in flight."""
     timeout_seconds: float = 300.0
-    """Of one try."""
+    """Limit of one attempt."""
     retries: int = 5
-    """Further tries of a question after a failed one."""
+    """Further attempts after the first."""
     first_pause_seconds: float = 1.0
-    """Before the second try; doubled before each further one."""
+    """Pause before the second attempt; doubled before each further one."""
     max_tokens: int = 2048
-    """Of an answer."""
+    """Length limit of an answer."""
 
     def check(self) -> None:
-        """
+        """Validate the address.
+
         Raises:
-            UserError: the address is none of HTTP.
+            UserError: the URL is not an HTTP address.
         """
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"--url: expected an address such as http://127.0.0.1:30000/v1, given {self.url!r}")
+            raise UserError(f"--url: expected an address such as http://127.0.0.1:30000/v1, got {self.url!r}")
 
 
 class _Refused(Exception):
-    """A try failed for good."""
+    """An attempt failed, and retrying would not help."""
 
 
 class _Failed(Exception):
-    """A try failed; another one may not."""
+    """An attempt failed, but another may succeed."""
 
-    def __init__(self, message: str, pause_seconds: float | None = None):
+    def __init__(self, message: str, pause_seconds: float | None = None) -> None:
         super().__init__(message)
         self.pause_seconds = pause_seconds
 
@@ -72,15 +73,15 @@ def ask_all(
     """Ask every question at temperature 0.
 
     Args:
-        endpoint: whom.
+        endpoint: the judge.
         questions: chats by key.
-        on_answer: called with key and text of every answer as it comes.
+        on_answer: called with key and text of every answer as it arrives.
 
     Returns:
-        What the last try said, of each question that got no answer.
+        The last error of each question that got no answer.
 
     Raises:
-        UserError: the address is none of HTTP.
+        UserError: the URL is not an HTTP address.
     """
     endpoint.check()
     return asyncio.run(_ask_all(endpoint, questions, on_answer))
@@ -112,10 +113,11 @@ async def _ask_all(
 
 
 async def _ask(session: aiohttp.ClientSession, endpoint: JudgeEndpoint, messages: Messages) -> str:
-    """
+    """The answer to one question, with retries.
+
     Raises:
-        _Refused: no further try would help.
-        _Failed: the last try failed.
+        _Refused: retrying would not help.
+        _Failed: the last attempt failed.
     """
     for number in range(endpoint.retries):
         try:
@@ -151,7 +153,7 @@ async def _try(session: aiohttp.ClientSession, endpoint: JudgeEndpoint, messages
 
 
 def _content(data: Any) -> str:
-    """The text of the first choice; empty where the model gave none."""
+    """The text of the first choice; may be empty."""
     try:
         return data["choices"][0]["message"]["content"] or ""
     except (KeyError, IndexError, TypeError) as error:
@@ -159,11 +161,11 @@ def _content(data: Any) -> str:
 
 
 def _seconds(header: str | None) -> float | None:
-    """`Retry-After` as a number of seconds; its other form, a date, is not used."""
+    """`Retry-After` in seconds; None for a date, its other form."""
     return float(header) if header is not None and header.isdecimal() else None
 
 
 def first_failures(failures: Mapping[Hashable, str], count: int = 3) -> Sequence[str]:
-    """Different messages among the failures, most frequent first."""
+    """The most frequent messages among the failures."""
     messages = list(failures.values())
     return sorted(set(messages), key=lambda message: -messages.count(message))[:count]

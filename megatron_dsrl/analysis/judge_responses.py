@@ -1,7 +1,7 @@
-"""`dsrl analyse behaviours`: recorded responses judged one by one, every answer on disk as soon as it is there.
+"""`dsrl analyse behaviours`: recorded responses judged one by one, with every answer saved immediately.
 
-The first line of the file says who was asked what. The same command continues: only responses without an answer are
-asked about again. An answer that could not be read is an answer (temperature 0 would give it again); it is counted.
+The first line of the file has the judge and a digest of the question. The same command continues: only responses
+without an answer are judged again. An unreadable answer counts as an answer, since temperature 0 would repeat it.
 """
 
 import hashlib
@@ -19,19 +19,19 @@ from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.observability.records import Record, record_line, repair_records
 
 KEPT_CHARACTERS = 500
-"""Of an answer that could not be read."""
+"""Length to which unreadable answers are saved."""
 _KEY = ("step", "place")
 
 
 @dataclass(frozen=True)
 class Judgements:
-    """What came of it."""
+    """The result of `judge_responses`."""
 
     verdicts: list[Record]
-    """`step`, `place` (of the response within the step), `problem`, `sample`, `right` and `behaviours`, which is None
-    where the answer could not be read; those of earlier starts included."""
+    """`step`, `place` (of the response within the step), `problem`, `sample`, `right` and `behaviours` (None for an
+    unreadable answer), including those of earlier starts."""
     failures: dict[tuple[int, int], str]
-    """By step and place: why no answer came. They are asked about again at the next start."""
+    """By step and place: why there is no answer. These are judged again at the next start."""
 
 
 def judge_responses(
@@ -40,21 +40,21 @@ def judge_responses(
     file: Path,
     on_verdict: Callable[[], None] = lambda: None,
 ) -> Judgements:
-    """Judge what the file does not have yet.
+    """Judge the responses that are not in the file yet.
 
     Args:
         steps: steps with their chosen responses, each with its place within the step.
         endpoint: the judge.
-        file: of the verdicts; folders are made.
-        on_verdict: called once for every response that has a verdict, those of earlier starts too.
+        file: file of the verdicts; folders are created.
+        on_verdict: called once for every response with a verdict, including those of earlier starts.
 
     Raises:
         UserError: the file was made with another judge or question, or is damaged.
     """
     endpoint.check()
     file.parent.mkdir(parents=True, exist_ok=True)
-    responses = {(step, place): response for step, of_step in steps for place, response in of_step}
-    settings = {"model": endpoint.model, "question": _digest()}  # the same judge may be served elsewhere now
+    responses = {(step, place): response for step, chosen in steps for place, response in chosen}
+    settings = {"model": endpoint.model, "question": _digest()}  # not the URL: the same judge may move
     records = repair_records(file)
     done = _verdicts(records, settings, responses, file)
     with file.open("a", encoding="utf-8") as stream:
@@ -103,8 +103,8 @@ def _verdicts(
     if different:
         then, now = ({key: values.get(key) for key in different} for values in (records[0], settings))
         raise UserError(
-            f"{file} was made with another judge or question ({json.dumps(then)} then, {json.dumps(now)} now): name "
-            "another folder with --output, or remove the file"
+            f"{file} was made with another judge or question ({json.dumps(then)} then, {json.dumps(now)} now): choose "
+            "another folder with --output, or delete the file"
         )
     try:
         done = {(record["step"], record["place"]): record for record in records[1:]}
@@ -113,7 +113,7 @@ def _verdicts(
         what = f"a line is not a verdict (it has no {error})"
         raise UserError(f"{file}: {what}; delete the file to start over") from error
     if other:
-        raise UserError(f"{file} judges other responses (step {other[0][0]}); name another folder with --output")
+        raise UserError(f"{file} judges other responses (step {other[0][0]}); choose another folder with --output")
     return done
 
 

@@ -1,8 +1,8 @@
 """Response length and entropy over training.
 
-Two estimates of the entropy per token of the policy given the prompt: the trainer's, exact for every trained token, in
-steps of the post-train space (`policy/entropy`; a phase with a sample filter trains on some samples only); and the mean
-of -log P over all sampled tokens, from the engine's log-probs (see `observability.step_metrics.entropy_metrics`).
+Two estimates of the policy's entropy per token given the prompt: the trainer's, exact for every trained token, in steps
+of the post-train space (`policy/entropy`; with a sample filter, only some samples are trained on); and the mean of
+-log P over all sampled tokens, from the engine's log-probs (see `observability.step_metrics.entropy_metrics`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,12 +17,12 @@ from megatron_dsrl.rollout.sample import Group, Sample
 
 
 def lengths_of_step(step: int, groups: Sequence[Group], metrics: Mapping[int, Record]) -> Record:
-    """Lengths in tokens and entropies in nat; None where there is nothing to take the mean of.
+    """Lengths in tokens and entropies in nat; None for means over nothing.
 
     Args:
-        step: which.
-        groups: of that step.
-        metrics: step records of the run by step; may lack this one.
+        step: number of the step.
+        groups: groups of the step.
+        metrics: the run's step records by step; this step's may be missing.
     """
     samples = [sample for group in groups for sample in group.samples]
     log_probs = [log_prob for sample in samples for log_prob in sample.log_probs]
@@ -39,7 +39,7 @@ def lengths_of_step(step: int, groups: Sequence[Group], metrics: Mapping[int, Re
 
 
 def summary(records: Sequence[Record]) -> Record:
-    """The first and the last step's figures."""
+    """The values of the first and last step."""
     names = ("mean_tokens", "truncated_fraction", "sampled_entropy", "trained_entropy")
     first, last = records[0], records[-1]
     figures: Record = {"first_step": first["step"], "last_step": last["step"]}
@@ -49,7 +49,7 @@ def summary(records: Sequence[Record]) -> Record:
 
 
 def charts(records: Sequence[Record], phases: Sequence[PhaseSpan]) -> list[Chart]:
-    """Curves over the steps, which must ascend."""
+    """Curves over the steps; the records must be ordered by step."""
     series = partial(Series.of_records, records)
     return [
         line_chart(

@@ -1,4 +1,4 @@
-"""What an analysis leaves behind: records as JSON lines, a summary, a figure, and its charts for the report."""
+"""Output files of an analysis: records as JSON lines, a summary, a figure, and its charts for the report."""
 
 import json
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ from megatron_dsrl.charts.figure import write_figure
 from megatron_dsrl.observability.records import Record, replace_records
 
 FOLDER = "analysis"
-"""Within a run folder."""
+"""Name of the folder within a run folder."""
 CHARTS_SUFFIX = ".charts.json"
 
 
 def output_folder(source: Path, asked_for: Path | None) -> Path:
-    """Where results go. Unless a folder is asked for: `<run>/analysis`, or `<evaluation>/analysis/<benchmark>`."""
+    """Folder of the results: `asked_for`, or `<run>/analysis`, or `<evaluation>/analysis/<benchmark>`."""
     if asked_for is not None:
         return asked_for
     return source / FOLDER if source.is_dir() else source.parent.parent / FOLDER / source.stem
@@ -24,14 +24,14 @@ def output_folder(source: Path, asked_for: Path | None) -> Path:
 def write_analysis(
     folder: Path, name: str, records: Sequence[Record], summary: Record, charts: Sequence[Chart]
 ) -> None:
-    """Write `<name>.jsonl`, `<name>.json`, `<name>.svg` and `<name>.charts.json`; the folder is made."""
+    """Write `<name>.jsonl`, `<name>.json`, `<name>.svg` and `<name>.charts.json`; the folder is created."""
     folder.mkdir(parents=True, exist_ok=True)
     replace_records(folder / f"{name}.jsonl", list(records))
     write_summary(folder, name, summary, charts)
 
 
 def write_summary(folder: Path, name: str, summary: Record, charts: Sequence[Chart]) -> None:
-    """As `write_analysis`, where the records are on disk already."""
+    """Write everything but the records; see `write_analysis`."""
     (folder / f"{name}.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     if charts:
         write_figure(charts, folder / f"{name}.svg")
@@ -39,7 +39,7 @@ def write_summary(folder: Path, name: str, summary: Record, charts: Sequence[Cha
 
 
 def in_words(summary: Record) -> str:
-    """The summary for a terminal: a line per figure, and lists of records as tables."""
+    """The summary for a terminal: a line per value, and lists of records as tables."""
     lines = []
     for key, value in summary.items():
         if isinstance(value, list):

@@ -1,7 +1,7 @@
 """Pass@K curves of several evaluations in one figure: one chart per benchmark, one curve per label.
 
-The values are those of each evaluation's `results.json`, unbiased estimates that are means over problems. A label with
-several evaluations, one per run, has their mean and Student's 95 % interval over runs.
+The values are those of each evaluation's `results.json`: unbiased estimates, averaged over problems. For a label with
+several evaluations, one per run, they are the mean over runs with Student's 95 % interval.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from megatron_dsrl.evaluation.results_file import EvaluationResults
 from megatron_dsrl.observability.records import Record
 
 Evaluations = Mapping[str, Sequence[EvaluationResults]]
-"""By label."""
+"""The evaluations of each label, one per run."""
 
 
 def records(evaluations: Evaluations) -> list[Record]:
@@ -36,7 +36,7 @@ def records(evaluations: Evaluations) -> list[Record]:
 
 
 def table(evaluations: Evaluations) -> str:
-    """Markdown: a row per benchmark and label, Pass@K in percent; an empty cell where a K was not estimated."""
+    """Markdown with a row per benchmark and label, Pass@K in percent; a cell is empty if K was not estimated."""
     every_k = sorted({record["k"] for record in records(evaluations)})
     lines = [["benchmark", "evaluation", *(f"Pass@{k}" for k in every_k)], ["---"] * (2 + len(every_k))]
     for name, title in _titles(evaluations).items():
@@ -52,26 +52,26 @@ def charts(evaluations: Evaluations) -> list[Chart]:
         UserError: there are more labels than colours.
     """
     if len(evaluations) > SERIES_COLOURS:
-        raise UserError(f"one figure shows at most {SERIES_COLOURS} evaluations, given {len(evaluations)}")
+        raise UserError(f"one figure shows at most {SERIES_COLOURS} evaluations, got {len(evaluations)}")
     return [
         pass_at_k_chart(f"{title}: Pass@K", _curves(evaluations, name)) for name, title in _titles(evaluations).items()
     ]
 
 
 def _curves(evaluations: Evaluations, benchmark: str) -> dict[str, dict[int, Estimate]]:
-    """Of every label that was evaluated on the benchmark."""
-    runs = {
-        label: [results.pass_at_k(benchmark) for results in of_label if benchmark in results.benchmarks]
-        for label, of_label in evaluations.items()
+    """The curve of every label that was evaluated on the benchmark."""
+    curves = {
+        label: [results.pass_at_k(benchmark) for results in runs if benchmark in results.benchmarks]
+        for label, runs in evaluations.items()
     }
-    return {label: over_runs(of_label) for label, of_label in runs.items() if of_label}
+    return {label: over_runs(values) for label, values in curves.items() if values}
 
 
 def _titles(evaluations: Evaluations) -> dict[str, str]:
-    """Of all benchmarks, by name."""
+    """Titles of all benchmarks, by name."""
     return {
         name: summary["title"]
-        for of_label in evaluations.values()
-        for results in of_label
+        for runs in evaluations.values()
+        for results in runs
         for name, summary in results.benchmarks.items()
     }

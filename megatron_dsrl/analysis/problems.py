@@ -1,10 +1,9 @@
-"""Which problems a run solves, step by step, from its recorded rollouts. A problem is known by its row number.
+"""The problems that a run solves, step by step, from its recorded rollouts. Problems are identified by row number.
 
-At a visit a problem is *solved* when all its responses are right (reward at least 1), *unsolved* when all are wrong
-(reward at most 0), else *mixed*, as in `step_metrics`. The n-th visit of a problem is its epoch n, which is the
-sampler's epoch too unless groups were left out (dynamic sampling). A problem is *newly solved* at its first visit with
-a right response, *gained* when it has a right response and had none at the visit before, and *lost* the other way
-round.
+At a visit a problem is *solved* if all its responses are right (reward at least 1), *unsolved* if all are wrong (reward
+at most 0), else *mixed*, as in `step_metrics`. The n-th visit of a problem is its epoch n, which is also the sampler's
+epoch unless groups were dropped (dynamic sampling). A problem is *newly solved* at its first visit with a right
+response, *gained* if it has a right response and had none at the previous visit, and *lost* in the opposite case.
 """
 
 from collections.abc import Iterable, Sequence
@@ -37,13 +36,13 @@ class Visit:
     newly_solved: bool
     """It has a right response for the first time."""
     gained: bool
-    """It has a right response and had none at the visit before."""
+    """It has a right response and had none at the previous visit."""
     lost: bool
-    """It has no right response and had one at the visit before."""
+    """It has no right response and had one at the previous visit."""
 
 
 def visits(steps: Iterable[tuple[int, Sequence[Group]]]) -> list[Visit]:
-    """Every group of the steps, which must ascend, as a visit of its problem."""
+    """Every group of the steps as a visit of its problem; the steps must be in order."""
     seen: list[Visit] = []
     last: dict[int, Visit] = {}
     ever: set[int] = set()
@@ -69,13 +68,13 @@ def visits(steps: Iterable[tuple[int, Sequence[Group]]]) -> list[Visit]:
 
 
 def outcome_of(group: Group) -> Outcome:
-    """Of the responses of one group."""
+    """Outcome of the responses of one group."""
     rewards = [sample.reward for sample in group.samples]
     return "solved" if min(rewards) >= 1 else "unsolved" if max(rewards) <= 0 else "mixed"
 
 
 def by_step(all_visits: Sequence[Visit]) -> list[Record]:
-    """One record per step: outcomes of the step, and how all problems stand that were visited so far.
+    """One record per step: outcomes of the step, and the status of all problems visited so far.
 
     `now_*` counts every visited problem once, by its latest visit; `solved_at_least_once` counts those that ever had a
     right response.
@@ -84,12 +83,12 @@ def by_step(all_visits: Sequence[Visit]) -> list[Record]:
     latest: dict[int, Outcome] = {}
     ever: set[int] = set()
     for step in sorted({visit.step for visit in all_visits}):
-        of_step = [visit for visit in all_visits if visit.step == step]
-        latest |= {visit.problem: visit.outcome for visit in of_step}
-        ever |= {visit.problem for visit in of_step if visit.has_right}
+        visited = [visit for visit in all_visits if visit.step == step]
+        latest |= {visit.problem: visit.outcome for visit in visited}
+        ever |= {visit.problem for visit in visited if visit.has_right}
         now = list(latest.values())
         records.append(
-            {"step": step, **_counts(of_step)}
+            {"step": step, **_counts(visited)}
             | {"visited": len(now), "solved_at_least_once": len(ever)}
             | {f"now_{outcome}": now.count(outcome) for outcome in ("solved", "mixed", "unsolved")}
         )
@@ -103,7 +102,7 @@ def by_epoch(all_visits: Sequence[Visit]) -> list[Record]:
 
 
 def summary(all_visits: Sequence[Visit]) -> Record:
-    """How all visited problems stand at the end, and what every epoch brought."""
+    """The final status of all visited problems, and the counts of every epoch."""
     steps = by_step(all_visits)
     names = ("visited", "solved_at_least_once", "now_solved", "now_mixed", "now_unsolved")
     return {"steps": len(steps), **{name: steps[-1][name] for name in names}, "epochs": by_epoch(all_visits)}

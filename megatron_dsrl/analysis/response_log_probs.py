@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ResponseLogProbs:
-    """Of one response; nat."""
+    """Log-probs of one response's tokens. Unit: nat."""
 
     with_prompt: list[float]
     """One per token."""
     without_prompt: list[float | None]
-    """One per token; None for a first one that nothing stands before (`bos: none`)."""
+    """One per token; None for the first if it has no context (`bos: none`)."""

@@ -1,6 +1,6 @@
-"""The responses that analyses look at: a run's recorded rollouts, step after step, or a sample file of `dsrl eval`.
+"""The responses to analyse: a run's recorded rollouts, or a sample file of `dsrl eval`.
 
-Both are read one step at a time, since the rollouts of a single step can take hundreds of megabytes.
+Read one step at a time, since the rollouts of a single step can take hundreds of megabytes.
 """
 
 import random
@@ -22,27 +22,27 @@ class RecordedResponse:
     """One judged response."""
 
     step: int
-    """Of the run that sampled it; 0 for a sample file."""
+    """Step of the run that sampled it; 0 for a sample file."""
     problem: int
     """Row number of the prompt in its set."""
     number: int
-    """Of the sample within its group, from 0."""
+    """Number of the sample within its group, from 0."""
     prompt: str
     """The rendered chat prompt."""
     text: str
     """The response without special tokens."""
     reward: float
     tokens: int
-    """Of the response, its end token included."""
+    """Response tokens, including the end token."""
 
     @property
     def right(self) -> bool:
-        """Full reward, as `step_metrics` counts it."""
+        """Whether it has the full reward, as in `step_metrics`."""
         return self.reward >= 1
 
 
 def recorded_steps(run_folder: Path) -> list[int]:
-    """The steps whose rollouts a run has recorded, ascending.
+    """The steps whose rollouts a run has recorded, in order.
 
     Raises:
         UserError: there are none.
@@ -51,18 +51,18 @@ def recorded_steps(run_folder: Path) -> list[int]:
     steps = sorted(int(file.stem.removeprefix("step_")) for file in files)
     if not steps:
         raise UserError(
-            f"{run_folder} holds no recorded rollouts (rollouts/step_000001.jsonl ...): give the folder of a run with "
+            f"{run_folder} has no recorded rollouts (rollouts/step_000001.jsonl ...): give the folder of a run with "
             "observability.save_rollouts=true"
         )
     return steps
 
 
 def read_steps(run_folder: Path, steps: Sequence[int] | None = None) -> Iterator[tuple[int, list[Group]]]:
-    """Steps and their groups, ascending.
+    """Yield steps and their groups, in order.
 
     Args:
-        run_folder: of a run.
-        steps: which; None for all that are recorded.
+        run_folder: the run's folder.
+        steps: steps to read; None: all that are recorded.
 
     Raises:
         UserError: a step was not recorded, or nothing was.
@@ -76,7 +76,7 @@ def read_steps(run_folder: Path, steps: Sequence[int] | None = None) -> Iterator
 
 
 def responses_of_step(step: int, groups: Sequence[Group]) -> list[RecordedResponse]:
-    """All samples of a step's groups, in their order."""
+    """All samples of a step's groups, in order."""
     return [
         RecordedResponse(
             step,
@@ -93,11 +93,11 @@ def responses_of_step(step: int, groups: Sequence[Group]) -> list[RecordedRespon
 
 
 def read_responses(source: Path, steps: Sequence[int] | None = None) -> Iterator[tuple[int, list[RecordedResponse]]]:
-    """Steps and their responses, of a run folder or a sample file (whose only step is 0).
+    """Yield steps and their responses.
 
     Args:
-        source: which.
-        steps: of a run; None for all.
+        source: run folder, or sample file, whose only step is 0.
+        steps: steps of a run; None: all.
 
     Raises:
         UserError: the source is neither, or a step is missing.
@@ -114,7 +114,7 @@ def read_responses(source: Path, steps: Sequence[int] | None = None) -> Iterator
 
 
 def choose(items: Sequence[Item], limit: int | None, seed: int) -> list[Item]:
-    """At most `limit` of the items, drawn without replacement, in their order; the same seed draws the same."""
+    """At most `limit` items, drawn without replacement and kept in order; the same seed draws the same items."""
     if limit is None or limit >= len(items):
         return list(items)
     return [items[i] for i in sorted(random.Random(seed).sample(range(len(items)), limit))]

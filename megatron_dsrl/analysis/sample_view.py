@@ -1,6 +1,6 @@
-"""Recorded samples on a terminal: coloured there, plain text in a file or a pipe.
+"""Prints recorded samples: in colour on a terminal, as plain text to a file or a pipe.
 
-Responses are what a model made up. Control characters, with which text can take over a terminal, are shown as escapes.
+Responses are untrusted text. Control characters, which could manipulate the terminal, are shown as escapes.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from megatron_dsrl.analysis.response_log_probs import ResponseLogProbs
 from megatron_dsrl.rollout.sample import Group, Sample
 
 GAP_STYLES = ((1.0, "bold green"), (0.1, "green"), (-0.1, "dim"), (-1.0, "red"))
-"""From this gap on; nat. Below the last one it is bold red."""
+"""(lowest gap in nat, style); gaps below the last one are bold red."""
 
 
 def print_group(
@@ -23,13 +23,13 @@ def print_group(
     token_text: Callable[[int], str] | None,
     console: Console,
 ) -> None:
-    """A prompt and its samples.
+    """Print a prompt and its samples.
 
     Args:
-        group: which.
-        log_probs: of each sample in both spaces; None where they were not computed.
-        token_text: what a token id stands for; None leaves the tables of tokens out.
-        console: where to.
+        group: the group to print.
+        log_probs: log-probs of each sample in both spaces; None if they were not computed.
+        token_text: text of a token id; None omits the token tables.
+        console: where to print.
     """
     rewards = ", ".join(f"{sample.reward:g}" for sample in group.samples)
     title = f"prompt {group.prompt.index} | answer {visible(group.prompt.answer)} | rewards {rewards}"
@@ -45,7 +45,7 @@ def print_group(
 
 
 def header(number: int, sample: Sample, scores: ResponseLogProbs | None) -> str:
-    """A line of figures."""
+    """One line about a sample."""
     parts = [
         f"sample {number}",
         f"reward {sample.reward:g}" + ("" if sample.verdict == "ok" else f" (verifier: {sample.verdict})"),
@@ -80,7 +80,7 @@ def token_table(sample: Sample, scores: ResponseLogProbs | None, token_text: Cal
 
 
 def visible(text: str, keep_lines: bool = True) -> str:
-    """The text with control characters as escapes, but for line ends and tabs if those are to be kept."""
+    """The text with control characters escaped, except newlines and tabs if `keep_lines`."""
     kept = "\n\t" if keep_lines else ""
     return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
 

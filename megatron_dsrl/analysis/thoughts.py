@@ -1,9 +1,9 @@
 """Transition and reflection thoughts of a response, counted by word lists (those of SEAL, arXiv 2504.07986).
 
-A response is split into thoughts at blank lines. A thought *reflects* when it begins with "wait" or contains one of
-`REFLECTION_PHRASES`; else it is a *transition* when it begins with "alternatively" or contains one of
-`TRANSITION_PHRASES`. Upper and lower case are alike; phrases are found inside words too ("verify" in "verifying").
-The lists count words, not what they mean: "I will not verify this" reflects.
+A response is split into thoughts at blank lines. A thought is a *reflection* if it begins with "wait" or contains one
+of `REFLECTION_PHRASES`; else it is a *transition* if it begins with "alternatively" or contains one of
+`TRANSITION_PHRASES`. Case is ignored; phrases also match inside words ("verify" in "reverifying"). Only words count,
+not their meaning: "I will not verify this" is a reflection.
 """
 
 import re
@@ -45,16 +45,16 @@ _BLANK_LINES = re.compile(r"\n[^\S\n]*\n")
 
 @dataclass(frozen=True)
 class ThoughtCounts:
-    """Of one response."""
+    """Counts for one response."""
 
     thoughts: int
-    """All of them."""
+    """All thoughts, including reflections and transitions."""
     reflections: int
     transitions: int
 
 
 def split_thoughts(text: str) -> list[str]:
-    """The parts between blank lines, without surrounding white space; empty ones are left out."""
+    """The parts between blank lines, stripped; empty ones are dropped."""
     return [part.strip() for part in _BLANK_LINES.split(text) if part.strip()]
 
 
@@ -70,7 +70,7 @@ def count_thoughts(text: str) -> ThoughtCounts:
 
 
 def thoughts_of_step(step: int, responses: Sequence[RecordedResponse]) -> Record:
-    """Means per response of one step, and apart for right and other responses; None where there is none."""
+    """Means per response of one step, also for right and other responses separately; None without responses."""
     counts = [count_thoughts(response.text) for response in responses]
     right = [count for count, response in zip(counts, responses) if response.right]
     others = [count for count, response in zip(counts, responses) if not response.right]
@@ -88,8 +88,8 @@ def thoughts_of_step(step: int, responses: Sequence[RecordedResponse]) -> Record
 
 
 def summary(records: Sequence[Record]) -> Record:
-    """Means per response at the first and the last step, and the growth between them (the paper gives it after 20
-    steps), which is None where the first one is zero."""
+    """Means per response at the first and last step, and their ratio, the growth (the paper reports it after 20
+    steps); None if the first mean is zero."""
     first, last = records[0], records[-1]
     figures: Record = {"first_step": first["step"], "last_step": last["step"]}
     for kind in ("reflections", "transitions"):
@@ -99,7 +99,7 @@ def summary(records: Sequence[Record]) -> Record:
 
 
 def charts(records: Sequence[Record], phases: Sequence[PhaseSpan]) -> list[Chart]:
-    """Curves over the steps, which must ascend."""
+    """Curves over the steps; the records must be ordered by step."""
     series = partial(Series.of_records, records)
     explanation = "Mean number per response, counted by word lists."
     return [

@@ -1,6 +1,6 @@
-"""Token log-probs of recorded responses in both spaces, by the Megatron actor's scoring: a forward pass.
+"""Token log-probs of recorded responses in both spaces, computed by the Megatron actor in a forward pass.
 
-In the post-train space a response is scored given its prompt, log P(y|x); in the pre-train space without, log P(y).
+In the post-train space a response is scored given its prompt, log P(y|x); in the pre-train space without it, log P(y).
 """
 
 from collections.abc import Sequence
@@ -19,14 +19,14 @@ from megatron_dsrl.run.results import EXPORTS_FOLDER
 
 
 def both_spaces(config: GradientAnalysisConfig, responses: Sequence[TokenisedResponse]) -> list[ResponseLogProbs]:
-    """Log-probs under the model of the configuration, at its temperature. Collective over the ranks.
+    """Log-probs under the configured model and temperature. Collective over the ranks.
 
     Args:
         config: model, layout and scoring.
-        responses: with at least one token each.
+        responses: responses with at least one token each.
 
     Raises:
-        UserError: the model does not fit.
+        UserError: a response is too long for the model, or the layout does not fit.
     """
     folder = resolve_model_folder(config.model.path)
     architecture = read_architecture(folder)
@@ -45,14 +45,12 @@ def both_spaces(config: GradientAnalysisConfig, responses: Sequence[TokenisedRes
 
 
 def sampling_step(sample: Sample) -> int:
-    """After how many steps the policy had the weights that finished this sample; 0 is the model that the run began
-    with."""
+    """Number of steps after which the policy had the weights that finished this sample; 0: the run's initial model."""
     return max(sample.weight_version, 1) - 1
 
 
 def newest_export(run_folder: Path, step: int) -> tuple[Path | None, int]:
-    """The newest exported policy of a run after at most so many steps, and after how many; (None, 0) for none: then
-    it is the model that the run began with."""
+    """A run's newest exported policy up to this step, and its step; (None, 0) without one, for the initial model."""
     exports = {
         int(file.parent.name.removeprefix("step_")): file.parent
         for file in (run_folder / EXPORTS_FOLDER).glob("step_*/config.json")

@@ -1,4 +1,4 @@
-"""Arguments of `dsrl analyse`. Light: whatever needs torch is imported when the command runs."""
+"""Arguments of `dsrl analyse`. Imports that need torch happen only when the command runs."""
 
 import argparse
 import os
@@ -22,7 +22,7 @@ Command = Callable[[argparse.Namespace], int]
 
 
 def add_analyse(commands: Commands) -> None:
-    """Add the command to `dsrl`'s."""
+    """Add `dsrl analyse` to the commands."""
     kinds = add_group(
         commands,
         "analyse",
@@ -42,7 +42,7 @@ def add_analyse(commands: Commands) -> None:
 def _add_kind(
     kinds: Commands, name: str, command: Command, what: str
 ) -> argparse.ArgumentParser:
-    """One analysis of a source; `--steps` and `--output` are common to them."""
+    """Add an analysis with the arguments that all have in common."""
     parser = add_command(kinds, name, command, help=what, description=what[0].upper() + what[1:] + ".")
     accepted = "run folder" if name in ("problems", "lengths") else "run folder, or sample file of dsrl eval"
     parser.add_argument("source", metavar="RUN", type=Path, help=accepted)
@@ -65,7 +65,7 @@ def _add_gradients(kinds: Commands) -> None:
     add_overrides(parser, "set a field of the sections model and parallel, or temperature or bos")
     add_processes(parser)
     parser.add_argument(
-        "--model", metavar="MODEL", help="HF folder, hub name or Megatron checkpoint (default: what the run began with)"
+        "--model", metavar="MODEL", help="HF folder, hub name or Megatron checkpoint (default: the run's initial model)"
     )
     parser.add_argument("--responses", metavar="N", type=positive, default=400, help="how many (default: 400)")
     parser.add_argument("--seed", metavar="N", type=int, default=1, help="of their draw (default: 1)")
@@ -158,7 +158,7 @@ def _behaviours(options: argparse.Namespace) -> int:
     ]
     folder = output_folder(options.source, options.output)
     with Progress() as progress:
-        task = progress.add_task("judging", total=sum(len(of_step) for _, of_step in steps))
+        task = progress.add_task("judging", total=sum(len(chosen) for _, chosen in steps))
         result = judge_responses(steps, endpoint, folder / "behaviours.jsonl", lambda: progress.advance(task))
     if not result.verdicts:
         raise UserError(f"the judge answered nothing: {'; '.join(first_failures(result.failures))}")
@@ -226,7 +226,7 @@ def _pass_at_k(options: argparse.Namespace) -> int:
 def _finish(
     options: argparse.Namespace, name: str, records: Sequence[dict], summary: dict, charts: Sequence
 ) -> int:
-    """Write the results, and print the summary and where they are."""
+    """Write the results, and print the summary and their location."""
     from megatron_dsrl.analysis.outputs import in_words, output_folder, write_analysis
 
     folder = output_folder(options.source, options.output)
@@ -237,7 +237,7 @@ def _finish(
 
 
 def _phases(options: argparse.Namespace) -> Sequence:
-    """Of the run; a sample file has none."""
+    """The run's phases; a sample file has none."""
     from megatron_dsrl.observability.run_records import read_run
 
     return read_run(options.source).phases if options.source.is_dir() else []
@@ -255,4 +255,4 @@ def _numbers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected numbers such as 1,10,20, given {text}") from error
+        raise argparse.ArgumentTypeError(f"expected numbers such as 1,10,20, got {text}") from error

@@ -1,4 +1,4 @@
-"""Arguments of `dsrl eval` and `dsrl table`. Light: whatever needs torch is imported when the command runs."""
+"""Arguments of `dsrl eval`, `table` and `rescore`. Imports that need torch happen only when the command runs."""
 
 import argparse
 from pathlib import Path
@@ -15,11 +15,11 @@ CHANGES = {
     "max_tokens": "max_response_tokens",
     "limit": "limit",
 }
-"""Options and the benchmark fields that they replace."""
+"""Command-line options and the benchmark fields that they replace."""
 
 
 def add_eval(commands: Commands) -> None:
-    """Add the command to `dsrl`'s."""
+    """Add the command to the others."""
     parser = add_command(
         commands,
         "eval",
@@ -38,7 +38,7 @@ def add_eval(commands: Commands) -> None:
     add_overrides(
         parser, "set a field of the sections seed, model, engine and rollout, such as engine.tensor_parallel_size=2"
     )
-    parser.add_argument("--benchmarks", metavar="NAME,NAME", help="names (without any they are listed) or .yaml files")
+    parser.add_argument("--benchmarks", metavar="NAME,NAME", help="names (omit to list them) or .yaml files")
     parser.add_argument("--samples", metavar="K", type=int, help="responses per problem (default: the benchmark's)")
     parser.add_argument("--temperature", metavar="T", type=float, help="0 is greedy (default: the benchmark's)")
     parser.add_argument("--top-p", metavar="P", type=float, help="nucleus sampling (default: the benchmark's)")
@@ -51,7 +51,7 @@ def add_eval(commands: Commands) -> None:
         "--output",
         metavar="DIR",
         type=Path,
-        help="folder of samples and results (default: RUN/evaluation/step_... for a run's, else evaluations/<model>)",
+        help="folder of samples and results (default: RUN/evaluation/step_... for a run, else evaluations/<model>)",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="check names and settings, list the benchmarks, and stop"
@@ -60,7 +60,7 @@ def add_eval(commands: Commands) -> None:
 
 
 def add_table(commands: Commands) -> None:
-    """Add the command to `dsrl`'s."""
+    """Add the command to the others."""
     parser = add_command(
         commands,
         "table",
@@ -82,13 +82,13 @@ def add_table(commands: Commands) -> None:
 
 
 def add_rescore(commands: Commands) -> None:
-    """Add the command to `dsrl`'s."""
+    """Add the command to the others."""
     parser = add_command(
         commands,
         "rescore",
         _rescore,
-        help="judge the samples of an evaluation again, with another verifier",
-        description="Judge the samples that `dsrl eval` kept with another verifier, without sampling anything, and "
+        help="judge the samples of an evaluation again with another verifier",
+        description="Judge the samples that `dsrl eval` saved with another verifier, without sampling anything, and "
         "write a second evaluation with the results. `hendrycks` scores as the paper's released code does.",
         epilog="example: dsrl rescore evaluations/Qwen3-4B --verifier hendrycks --output evaluations/hendrycks",
     )
@@ -119,7 +119,7 @@ def _table(options: argparse.Namespace) -> int:
         if "=" not in text:
             raise UserError(f"`{text}`: expected METHOD=DIR,DIR")
         if method in evaluations:
-            raise UserError(f"`{text}`: {method} was named before")
+            raise UserError(f"`{text}`: {method} is named twice")
         evaluations[method] = [newest_results(folder) for folder in folders]
     table = paper_table(evaluations, options.size)
     if options.output:

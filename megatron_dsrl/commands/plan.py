@@ -1,4 +1,4 @@
-"""`dsrl plan`. Light: what needs torch or the model is imported when the command runs."""
+"""`dsrl plan`. Imports that need torch or the model happen only when the command runs."""
 
 import argparse
 
@@ -6,12 +6,12 @@ from megatron_dsrl.commands.arguments import Commands, add_command, add_config, 
 
 
 def add_plan(commands: Commands) -> None:
-    """Add the command to `dsrl`'s."""
+    """Add `dsrl plan` to the commands."""
     parser = add_command(
         commands,
         "plan",
         _plan,
-        help="say whether a configuration fits on some GPUs, what a step costs, and which layouts would do",
+        help="tell whether a configuration fits on a number of GPUs, what a step costs, and which layouts fit",
         description="Memory of every GPU in each phase, operations and estimated seconds of a step, the largest "
         "lengths that fit, and layouts to paste. Exit status 0 when the run fits, else 1. Needs no GPU, and no network "
         "for Qwen3's published sizes.",
@@ -21,10 +21,10 @@ def add_plan(commands: Commands) -> None:
     parser.add_argument("--gpus", metavar="N", type=positive, default=8, help="how many (default: 8)")
     _add_gpu(parser)
     parser.add_argument(
-        "--mean-response-tokens", metavar="N", type=positive, help="assumed; default: half of the response limit"
+        "--mean-response-tokens", metavar="N", type=positive, help="assumed mean length (default: half of the response limit)"
     )
     parser.add_argument(
-        "--training-utilisation", metavar="SHARE", type=float, default=0.35, help="of the peak; default: 0.35"
+        "--training-utilisation", metavar="SHARE", type=float, default=0.35, help="assumed share of the peak (default: 0.35)"
     )
     parser.add_argument(
         "--scale",
@@ -46,7 +46,7 @@ def _add_gpu(parser: argparse.ArgumentParser) -> None:
         ("--gpu-tflops", "N", "peak of dense bfloat16, in 1e12 operations per second"),
         ("--gpu-bandwidth", "TB/S", "memory bandwidth, in 1e12 bytes per second"),
     ):
-        parser.add_argument(option, metavar=metavar, type=positive_number, help=f"{what}, in place of the table's")
+        parser.add_argument(option, metavar=metavar, type=positive_number, help=f"{what}, instead of the table's")
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -75,7 +75,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _print_layouts(config, architecture, gpu, gpus: int, assumptions, console) -> bool:
-    """Plan of the configured layout where it divides, and layouts that fit; whether the configured one does."""
+    """Print the plan of the configured layout, if it is valid, and layouts that fit. Returns whether the plan fits."""
     from megatron_dsrl.config.summary import batch_lines
     from megatron_dsrl.planning.layouts import fewest_gpus, layout_problems, suggest
     from megatron_dsrl.planning.plan import make_plan

@@ -1,4 +1,4 @@
-"""`dsrl samples`. Light: whatever needs torch is imported when the command runs."""
+"""`dsrl samples`. Imports that need torch happen only when the command runs."""
 
 import argparse
 import os
@@ -19,7 +19,7 @@ DEFAULT_PROMPTS = 4
 
 
 def add_samples(commands: Commands) -> None:
-    """Add the command to `dsrl`'s."""
+    """Add `dsrl samples` to the commands."""
     parser = add_command(
         commands,
         "samples",
@@ -56,7 +56,7 @@ def _samples(options: argparse.Namespace) -> int:
     ((_, recorded),) = read_steps(options.run, [step])
     groups = _chosen(recorded, options.prompt, options.limit or DEFAULT_PROMPTS, step)
     scores = _log_probs(options, groups) if options.log_probs else {}
-    if _is_first():  # the other ranks only help to compute
+    if _is_first():  # the other ranks only take part in the computation
         token_text = _token_text(options) if options.tokens or options.log_probs else None
         console = Console(highlight=False)
         console.print(f"step {step}: {len(groups)} of {len(recorded)} prompts\n", style="bold")
@@ -76,7 +76,7 @@ def _chosen(groups: "Sequence[Group]", prompt: int | None, limit: int, step: int
 
 
 def _log_probs(options: argparse.Namespace, groups: "Sequence[Group]") -> "dict[int, ResponseLogProbs]":
-    """Of every sample with tokens, by its identity."""
+    """Log-probs of every sample with tokens, by its `id`."""
     with loading_megatron(sys.stderr):
         from megatron_dsrl.analysis.analyse_gradients import TokenisedResponse, gradient_settings
         from megatron_dsrl.analysis.token_log_probs import both_spaces
@@ -101,7 +101,7 @@ def _log_probs(options: argparse.Namespace, groups: "Sequence[Group]") -> "dict[
 
 
 def _model(options: argparse.Namespace, samples: "Sequence[Sample]") -> tuple[str | None, str]:
-    """What `--log-probs` computes with (None: what the run began with), and whose weights those are, in words."""
+    """The model for `--log-probs` (None: the run's initial model), and a description of its weights."""
     from megatron_dsrl.analysis.token_log_probs import newest_export, sampling_step
 
     if options.model is not None:

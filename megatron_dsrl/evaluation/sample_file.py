@@ -36,15 +36,15 @@ class SampleFile:
             UserError: the file was made with other settings, or is damaged.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        settings = json.loads(json.dumps(settings))
-        before, *records = repair_records(path) or [settings]
+        plain: dict[str, Any] = json.loads(json.dumps(settings))
+        before, *records = repair_records(path) or [plain]
         if records:
-            _check_settings(before, settings, path)
+            _check_settings(before, plain, path)
         self._parts = _parts(records, path)
         self._stream = path.open("a" if records else "w", encoding="utf-8")
         self._synced = 0.0
         if not records:  # a file with settings only is written again
-            self._write(settings)
+            self._write(plain)
 
     @property
     def problems(self) -> dict[int, ProblemResult]:

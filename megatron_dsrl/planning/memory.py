@@ -145,8 +145,8 @@ def largest_entry_bytes(config: RunConfig, architecture: Architecture) -> int:
 
 
 def routed_experts_bytes(config: RunConfig, architecture: Architecture) -> int:
-    """Of a step's samples of full length, as `rollout.routing_replay` keeps them: a byte per token, layer and choice,
-    in base64 (model/routed_experts.py). 0 without it."""
+    """Size of a step's routing records at full length, for `rollout.routing_replay`: a byte per token, layer and
+    choice, in base64 (model/routed_experts.py). 0 without routing replay."""
     if not (config.rollout.routing_replay and architecture.experts):
         return 0
     samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt

@@ -19,10 +19,10 @@ def closing_lines(run_folder: Path, steps: int) -> list[str]:
 def _accuracies(records: list[Record]) -> Iterator[str]:
     """A line per held-out set, from its first evaluation to its last."""
     for name in dict.fromkeys(record["set"] for record in records):
-        of_set = [record for record in records if record["set"] == name and record.get("accuracy") is not None]
-        if not of_set:
+        accuracies = [record for record in records if record["set"] == name and record.get("accuracy") is not None]
+        if not accuracies:
             continue
-        first, last = of_set[0], of_set[-1]
+        first, last = accuracies[0], accuracies[-1]
         if first["step"] == last["step"]:
             yield f"{name}: {last['accuracy']:.1%} after step {last['step']}"
         else:

@@ -311,7 +311,7 @@ def test_bad_source_is_named(tmp_path, tokenizer, name, content, message):
 
 def test_source_that_is_neither_file_nor_hub_name(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match="neither a .jsonl, .ndjson, .json, .csv, .tsv, .parquet file nor a data set"):
+    with pytest.raises(UserError, match="not a local .jsonl, .ndjson, .json, .csv, .tsv, .parquet file, and"):
         load_prompts(config(tmp_path / "no-such-folder"), tokenizer)
 
 
