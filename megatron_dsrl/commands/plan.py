@@ -21,10 +21,10 @@ def add_plan(commands: Commands) -> None:
     parser.add_argument("--gpus", metavar="N", type=positive, default=8, help="how many (default: 8)")
     _add_gpu(parser)
     parser.add_argument(
-        "--mean-response-tokens", metavar="N", type=positive, help="assumed mean length (default: half of the response limit)"
+        "--mean-response-tokens", metavar="N", type=positive, help="assumed (default: half of the response limit)"
     )
     parser.add_argument(
-        "--training-utilisation", metavar="SHARE", type=float, default=0.35, help="assumed share of the peak (default: 0.35)"
+        "--training-utilisation", metavar="SHARE", type=float, default=0.35, help="share of the peak (default: 0.35)"
     )
     parser.add_argument(
         "--scale",
