@@ -65,7 +65,7 @@ class Controller:
             self._recorder.flush()
 
     def evaluate(self, step: int) -> None:
-        """Evaluate the held-out sets after so many steps (0: before training), except for those recorded already."""
+        """Evaluate the held-out sets after this step (0: before training), except those already recorded."""
         started = time.perf_counter()
         for evaluation in self._evaluator.evaluate(step, except_for=self._tracker.evaluated_sets(step)):
             record = evaluation.record
