@@ -1,8 +1,8 @@
 """The rollout half of a run, without its trainer: `dsrl rollout`.
 
 Samples what the run's steps would sample if its weights never changed, and records it as a run does. With
-`rollout.replay_from` another run then trains on it without engines: each half can be looked at alone. The samples come
-from weight version 0, so that a replay takes their engine log-probs for the old ones.
+`rollout.replay_from` another run can then train on it without engines, so each half can be tested alone. The samples
+have weight version 0, so that a replay uses their engine log-probs as the old ones.
 """
 
 import time
@@ -28,11 +28,11 @@ from megatron_dsrl.run.step_metrics import rollout_metrics
 def sample_run(config: RunConfig) -> None:
     """Sample all steps of a run with the weights of its model folder. All ranks call it.
 
-    Steps that are on disk are left as they are.
+    Steps that are already on disk are skipped.
 
     Raises:
-        UserError: the model has no weights in Hugging Face's format, another process has the run folder in use, or
-            something else does not fit.
+        UserError: the model has no weights in Hugging Face format, another process is using the run folder, or an input
+            is missing or invalid.
     """
     inputs = load_inputs(config)
     if config.model.random_init or not any(inputs.model_folder.glob("*.safetensors")):
@@ -50,7 +50,7 @@ def sample_run(config: RunConfig) -> None:
 
 
 def missing_steps(config: RunConfig, inputs: RunInputs) -> list[int]:
-    """Steps whose samples are not on disk."""
+    """Steps whose samples are not on disk yet."""
     return [step for step in range(1, config.steps + 1) if not rollout_file(inputs.run_folder, step).exists()]
 
 
