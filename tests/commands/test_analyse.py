@@ -65,7 +65,7 @@ def test_thoughts_of_a_sample_file(tmp_path):
         (["thoughts", "{run}", "--steps", "2,9"], "has no rollouts of step 9; it has 3 steps from 1 to 3"),
         (["problems", "{folder}"], "has no recorded rollouts"),
         (["thoughts", "{folder}/nothing"], "is neither a run folder nor a sample file"),
-        (["pass-at-k", "{folder}"], "holds no results.json"),
+        (["pass-at-k", "{folder}"], "has no results.json"),
         (["behaviours", "{run}", "--url", "localhost", "--judge", "j"], "expected an address such as http://"),
         (["gradients", "{run}", "--model", "{folder}/nothing"], "there is no folder"),
         (["gradients", "{run}", "--model", "{folder}", "bos=im_end"], "bos: expected 'im_start'"),

@@ -47,7 +47,7 @@ def test_own_benchmark(folder, tokenizer):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"name": "math5000"}, "there is no benchmark `math5000`; take one of aime24, "),
+        ({"name": "math5000"}, "there is no benchmark `math5000`; choose one of aime24, "),
         ({"name": "nowhere.yaml"}, "cannot read nowhere.yaml"),
         ({"data_folder": None}, "has no section `hub`; set --data-folder"),
         ({"data_folder": "elsewhere"}, r"there is no sums/\*.jsonl in elsewhere"),

@@ -151,7 +151,7 @@ def test_nothing_is_requeued_after_success(run_script, stubs):
 def test_a_wrong_benchmark_ends_the_job_before_anything_is_fetched(run_script, stubs):
     really = f'[ "$work" != --dry-run ] || [[ "$*" != *benchmarks* ]] || {REALLY}'
     job = run_script(BENCHMARKS="math500,math50", ON_SRUN=really)
-    assert job.returncode == 2 and "there is no benchmark `math50`; take one of aime24" in job.stdout
+    assert job.returncode == 2 and "there is no benchmark `math50`; choose one of aime24" in job.stdout
     assert " fetch " not in (stubs / "srun.log").read_text()
 
 
