@@ -38,7 +38,7 @@ WHAT = (
     ("model.path: '{0}' is not a local folder, and", "model"),
     ("model.path: '{0}' is not a local folder, and", "tokenizer"),
     (
-        "data.source: '{0}' is not a local .jsonl, .json, .csv, .parquet file, and",
+        "data.source: '{0}' is not a local .jsonl, .ndjson, .json, .csv, .tsv, .parquet file, and",
         "data set (subset None, split 'train')",
     ),
 )
