@@ -124,7 +124,8 @@ def test_wandb_has_one_run_with_every_step_once(service, run):
     assert found["config"]["optimizer"]["learning_rate"] == 1e-3
     assert [phase["last_step"] for phase in found["config"]["phase_schedule"]] == [2, STEPS]
     assert found["config"]["provenance"]["command"]
-    (table,) = list(run.glob(f"wandb/*/files/media/table/**/*_{STEPS}_*.table.json"))
+    part = f"wandb/offline-run-*-{found['ids'][0]}"  # `latest-run` is a link to one of them
+    (table,) = run.glob(f"{part}/files/media/table/**/*_{STEPS}_*.table.json")
     assert json.loads(table.read_text())["columns"] == ["prompt", "response", "answer", "reward"]
 
 
