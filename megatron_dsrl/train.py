@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import torch.distributed as dist
 
@@ -211,7 +211,7 @@ def start_run(
     announce(console, f"trainer: {computed_by}")
     sampler = PromptSampler(len(inputs.prompts), config.seed)
     if checkpoint:
-        sampler.load_state_dict(checkpoint.state.sampler)
+        sampler.load_state_dict(cast(SamplerState, checkpoint.state.sampler))
         models.load(checkpoint, same_layout=checkpoint.state.layout == current_layout(config.parallel))
         announce(console, f"continuing after step {step} from {checkpoint.folder}")
     controller = start_controller(config, inputs, rollout, step, console, resources) if dist.get_rank() == 0 else None
@@ -310,7 +310,7 @@ def finish_ahead(run: TrainingRun, step: int) -> bool:
             return False
         return True
 
-    return broadcast(run.rollout.while_sampling(work, lambda: recover_engines(run, version=step)))
+    return bool(broadcast(run.rollout.while_sampling(work, lambda: recover_engines(run, version=step))))
 
 
 def record_step(
@@ -335,7 +335,9 @@ def share_experiences(
     run: TrainingRun, step: int, samples: StepSamples | None, phase: PhaseConfig
 ) -> list[Experience] | None:
     """Broadcast rank 0's groups as one experience per objective; None if the run was asked to stop."""
-    shared = broadcast(samples and (responses_of(samples.groups, step), run.sampler.state_dict()))
+    shared = broadcast(
+        None if samples is None else (responses_of(samples.groups, step), run.sampler.state_dict())
+    )
     if shared is None:
         return None
     responses, sampler_state = shared
@@ -396,8 +398,12 @@ def stop_as_asked(run: TrainingRun, step: int, sampler: SamplerState) -> NoRetur
 
 def save_checkpoint(run: TrainingRun, step: int, sampler: SamplerState) -> None:
     """Save a checkpoint of the state after `step`, with the given state of the sampler."""
-    # nothing before a checkpoint is repeated, so the rollouts must be on disk first
-    on_first(lambda: run.controller and run.controller.flush_rollouts())
+
+    def flush_rollouts() -> None:
+        assert run.controller is not None
+        run.controller.flush_rollouts()
+
+    on_first(flush_rollouts)  # nothing before a checkpoint is repeated, so the rollouts must be on disk first
     state = RunState(
         step=step,
         phase=Schedule(run.config.phases).at(step).name,

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import Any
 
 from megatron_dsrl.analysis.responses import RecordedResponse
 from megatron_dsrl.charts.chart_axes import ValueAxis
@@ -70,7 +71,7 @@ def parse_answer(text: str) -> dict[str, bool] | None:
     return None
 
 
-def behaviours_by_step(verdicts: Sequence[Mapping[str, object]]) -> list[Record]:
+def behaviours_by_step(verdicts: Sequence[Mapping[str, Any]]) -> list[Record]:
     """Per step: number of responses, unreadable answers, and the share of the others with each behaviour.
 
     Args:

@@ -7,7 +7,7 @@ expires, or the server answers with status 408, 409, 429 or 5xx. Any other refus
 import asyncio
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -15,6 +15,7 @@ import aiohttp
 from megatron_dsrl.common.errors import UserError
 
 Messages = list[dict[str, str]]
+Key = TypeVar("Key", bound=Hashable)
 
 _RETRIED_STATUSES = frozenset({408, 409, 429})
 _LONGEST_PAUSE_SECONDS = 60.0
@@ -67,9 +68,9 @@ class _Failed(Exception):
 
 def ask_all(
     endpoint: JudgeEndpoint,
-    questions: Mapping[Hashable, Messages],
-    on_answer: Callable[[Any, str], None],
-) -> dict[Hashable, str]:
+    questions: Mapping[Key, Messages],
+    on_answer: Callable[[Key, str], None],
+) -> dict[Key, str]:
     """Ask every question at temperature 0.
 
     Args:
@@ -89,10 +90,10 @@ def ask_all(
 
 async def _ask_all(
     endpoint: JudgeEndpoint,
-    questions: Mapping[Hashable, Messages],
-    on_answer: Callable[[Any, str], None],
-) -> dict[Hashable, str]:
-    failures: dict[Hashable, str] = {}
+    questions: Mapping[Key, Messages],
+    on_answer: Callable[[Key, str], None],
+) -> dict[Key, str]:
+    failures: dict[Key, str] = {}
     waiting = iter(questions.items())
     headers = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
     timeout = aiohttp.ClientTimeout(total=endpoint.timeout_seconds)
@@ -165,7 +166,7 @@ def _seconds(header: str | None) -> float | None:
     return float(header) if header is not None and header.isdecimal() else None
 
 
-def first_failures(failures: Mapping[Hashable, str], count: int = 3) -> Sequence[str]:
+def first_failures(failures: Mapping[Key, str], count: int = 3) -> Sequence[str]:
     """The most frequent messages among the failures."""
     messages = list(failures.values())
     return sorted(set(messages), key=lambda message: -messages.count(message))[:count]

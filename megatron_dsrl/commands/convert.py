@@ -2,10 +2,17 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_dsrl.commands.arguments import Commands, add_command, add_group, add_processes, positive, positive_number
 from megatron_dsrl.observability.waiting import say_on_first_rank
 from megatron_dsrl.run.loading import loading_megatron
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_dsrl.conversion.hf_to_megatron import ConversionOptions
+    from megatron_dsrl.evaluation.find_model import EvaluatedModel
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -157,7 +164,7 @@ def _megatron_to_hf(options: argparse.Namespace) -> int:
         convert_megatron_to_hf(
             source.folder, options.target, file_bytes, _conversion_options(options), source.companions
         )
-        if source.run_folder is not None and rank() == 0:
+        if source.run_folder is not None and source.step is not None and rank() == 0:
             write_card(options.target, source.run_folder, source.step, print)
     say_on_first_rank(f"written to {options.target}")
     return 0
@@ -174,7 +181,7 @@ def _verify(options: argparse.Namespace) -> int:
     return 0
 
 
-def _find_checkpoint(folder: Path, model: str | None):
+def _find_checkpoint(folder: Path, model: str | None) -> "EvaluatedModel":
     from megatron_dsrl.common.collective import on_first
     from megatron_dsrl.evaluation.find_model import find_checkpoint
     from megatron_dsrl.model.source import resolve_model_folder
@@ -182,7 +189,7 @@ def _find_checkpoint(folder: Path, model: str | None):
     return on_first(lambda: find_checkpoint(folder, resolve_model_folder(model, "--model") if model else None))
 
 
-def _conversion_options(options: argparse.Namespace):
+def _conversion_options(options: argparse.Namespace) -> "ConversionOptions":
     from megatron_dsrl.conversion.hf_to_megatron import ConversionOptions
 
     return ConversionOptions(
@@ -190,7 +197,7 @@ def _conversion_options(options: argparse.Namespace):
     )
 
 
-def _dtype(name: str | None):
+def _dtype(name: str | None) -> "torch.dtype | None":
     import torch
 
     return getattr(torch, name) if name else None

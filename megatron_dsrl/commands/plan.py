@@ -1,8 +1,17 @@
 """`dsrl plan`. Imports that need torch or the model happen only when the command runs."""
 
 import argparse
+from typing import TYPE_CHECKING
 
 from megatron_dsrl.commands.arguments import Commands, add_command, add_config, positive, positive_number
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from megatron_dsrl.config.run import RunConfig
+    from megatron_dsrl.model.architecture import Architecture
+    from megatron_dsrl.planning.compute import Assumptions
+    from megatron_dsrl.planning.gpus import Gpu
 
 
 def add_plan(commands: Commands) -> None:
@@ -74,7 +83,14 @@ def _plan(options: argparse.Namespace) -> int:
     return 0 if _print_layouts(config, architecture, gpu, options.gpus, assumptions, console) else 1
 
 
-def _print_layouts(config, architecture, gpu, gpus: int, assumptions, console) -> bool:
+def _print_layouts(
+    config: "RunConfig",
+    architecture: "Architecture",
+    gpu: "Gpu",
+    gpus: int,
+    assumptions: "Assumptions",
+    console: "Console",
+) -> bool:
     """Print the plan of the configured layout, if it is valid, and layouts that fit. Returns whether the plan fits."""
     from megatron_dsrl.config.summary import batch_lines
     from megatron_dsrl.planning.layouts import fewest_gpus, layout_problems, suggest
@@ -82,6 +98,7 @@ def _print_layouts(config, architecture, gpu, gpus: int, assumptions, console) -
     from megatron_dsrl.planning.tables import print_impossible_layout, print_plan, print_suggestions
     from megatron_dsrl.run.preflight import preflight
 
+    fits = False
     problems = layout_problems(config, architecture, gpus)
     if problems:
         print_impossible_layout(problems, gpus, console)
@@ -90,10 +107,11 @@ def _print_layouts(config, architecture, gpu, gpus: int, assumptions, console) -
         console.print(*batch_lines(config, figures), sep="\n", highlight=False)
         plan = make_plan(config, architecture, gpu, gpus, assumptions)
         print_plan(plan, architecture, assumptions, console)
+        fits = plan.fits
     suggestions = suggest(config, architecture, gpu, gpus, assumptions, count=5)
     needed = None if suggestions else fewest_gpus(config, architecture, gpu, gpus, assumptions)
     print_suggestions(config, suggestions, gpus, needed, console)
-    return not problems and plan.fits
+    return fits
 
 
 def _growing(text: str) -> list[int]:

@@ -108,10 +108,11 @@ def _model(options: argparse.Namespace, samples: "Sequence[Sample]") -> tuple[st
         return options.model, ""
     sampled_by = sampling_step(samples[0])
     export, step = newest_export(options.run, sampled_by)
+    model = None if export is None else str(export)
     words = f": the policy after step {step}" if step else ": what the run began with"
     if step == sampled_by:
-        return export and str(export), f"{words}, which sampled them"
-    return export and str(export), (
+        return model, f"{words}, which sampled them"
+    return model, (
         f"{words}; the one after step {sampled_by}, which sampled them, is not exported "
         "(checkpoint.export_hf_every_steps, or --model)"
     )
@@ -120,12 +121,12 @@ def _model(options: argparse.Namespace, samples: "Sequence[Sample]") -> tuple[st
 def _token_text(options: argparse.Namespace) -> Callable[[int], str]:
     with loading_megatron(sys.stderr):
         from megatron_dsrl.analysis.analyse_gradients import gradient_settings
-        from megatron_dsrl.data.tokenizer import load_tokenizer
+        from megatron_dsrl.data.tokenizer import decode, load_tokenizer
         from megatron_dsrl.model.source import resolve_model_folder
 
     config = gradient_settings(options.run, options.model, options.overrides)
     tokenizer = load_tokenizer(str(resolve_model_folder(config.model.path)))
-    return lambda token: tokenizer.decode([token])
+    return lambda token: decode(tokenizer, [token], skip_special_tokens=False)
 
 
 def _is_first() -> bool:

@@ -28,6 +28,7 @@ from megatron_dsrl.data.fields import (
 )
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.data.rows import read_rows
+from megatron_dsrl.data.tokenizer import decode
 from megatron_dsrl.rewards.boxed import last_boxed
 
 logger = logging.getLogger(__name__)
@@ -78,9 +79,11 @@ def render(problem: Problem, config: PromptSetConfig, tokenizer: PreTrainedToken
     turns = [{"role": "user", "content": problem}] if isinstance(problem, str) else problem
     if config.system_prompt is not None and turns[0]["role"] != "system":
         turns = [{"role": "system", "content": config.system_prompt}, *turns]
-    return tokenizer.apply_chat_template(
+    rendered = tokenizer.apply_chat_template(
         turns, tokenize=False, add_generation_prompt=True, enable_thinking=config.enable_thinking
     )
+    assert isinstance(rendered, str), "one chat without tokenisation gives one string"
+    return rendered
 
 
 def usable_tasks(rows: Sequence[Row], config: PromptSetConfig, section: str) -> list[Task]:
@@ -233,7 +236,8 @@ def _without_beginning(prompt: Prompt, limit: int, tokenizer: PreTrainedTokenize
     if len(prompt.token_ids) <= limit:
         return prompt
     ids = prompt.token_ids[-limit:]
-    return Prompt(prompt.index, tokenizer.decode(ids), ids, prompt.answer, prompt.other_answers)
+    text = decode(tokenizer, ids, skip_special_tokens=False)
+    return Prompt(prompt.index, text, ids, prompt.answer, prompt.other_answers)
 
 
 def _warn_once(text: str) -> None:

@@ -25,6 +25,7 @@ def read_rows(config: PromptSetConfig, section: str) -> list[Row]:
     Raises:
         UserError: the source is missing, unreadable or empty, or contains something other than rows.
     """
+    rows: Iterator[Row]
     files, folder = local_files(config.source), _path(config.source)
     if files is not None:
         if not files or not files[0].is_file():

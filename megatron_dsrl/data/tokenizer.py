@@ -1,5 +1,6 @@
 """Qwen3's tokenizer: loading and checking it, and the token ids that training needs."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -40,6 +41,13 @@ def load_tokenizer(path: str, vocab_size: int | None = None) -> PreTrainedTokeni
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Tokens that end a response: the end of the assistant's turn and the end of the text."""
     return _token_id(tokenizer, TURN_END), _token_id(tokenizer, END_OF_TEXT)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+    """Text of a token sequence."""
+    text = tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+    assert isinstance(text, str), "one sequence decodes to one string"
+    return text
 
 
 def context_token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ a file in the data folder, or the hub. To add a benchmark, write such a file.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -82,5 +83,5 @@ def _read(path: Path) -> str:
         raise UserError(f"--benchmarks: cannot read {path}: {error.strerror}") from error
 
 
-def _folder():
+def _folder() -> Traversable:
     return files("megatron_dsrl.evaluation") / "benchmarks"

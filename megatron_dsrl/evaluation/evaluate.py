@@ -25,7 +25,7 @@ from megatron_dsrl.conversion.hf_to_megatron import ConversionOptions
 from megatron_dsrl.conversion.megatron_to_hf import convert_megatron_to_hf
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.data.prompts import load_prompts
-from megatron_dsrl.data.tokenizer import load_tokenizer, stop_token_ids
+from megatron_dsrl.data.tokenizer import decode, load_tokenizer, stop_token_ids
 from megatron_dsrl.evaluation.benchmark import Benchmark, load_benchmark
 from megatron_dsrl.evaluation.benchmark_evaluator import evaluate_benchmark, missing_samples
 from megatron_dsrl.evaluation.evaluator import check_different_samples
@@ -161,8 +161,7 @@ def start_engines(
     config: BenchmarkRunConfig, output: Path, tokenizer: PreTrainedTokenizerBase, resources: ExitStack
 ) -> EngineRollout:
     """Start engines and wait until they are ready. Logs go to the output folder; `resources` closes the engines."""
-    decode = partial(tokenizer.decode, skip_special_tokens=True)
-    rollout = EngineRollout(config, output, stop_token_ids(tokenizer), decode)
+    rollout = EngineRollout(config, output, stop_token_ids(tokenizer), partial(decode, tokenizer))
     resources.callback(rollout.close)
     with awaiting_engines(config, output):
         rollout.wait_until_ready()

@@ -2,9 +2,9 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
-from megatron_dsrl.observability.timeline import Span
+from megatron_dsrl.observability.timeline import Span, no_span
 from megatron_dsrl.platform import current_platform
 
 GIB = 2**30
@@ -22,7 +22,7 @@ class MemorySwitches:
     ```
     """
 
-    def __init__(self, span: Span = nullcontext) -> None:
+    def __init__(self, span: Span = no_span) -> None:
         """`span` records every switch in the timeline."""
         self._span = span
         self._metrics: dict[str, float] = {}

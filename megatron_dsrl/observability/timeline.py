@@ -27,18 +27,23 @@ TRACE_FOLDER = "trace"
 logger = logging.getLogger(__name__)
 
 Span = Callable[[str], AbstractContextManager[None]]
-"""Of a name: what the block does."""
+"""Opens a context that records its block under this name."""
+
+
+def no_span(name: str) -> AbstractContextManager[None]:
+    """A `Span` that records nothing."""
+    return nullcontext()
 
 
 class NoTimeline:
-    """In the place of a `Timeline` where nothing is recorded."""
+    """Replaces a `Timeline` when nothing is recorded."""
 
     def begin_step(self, step: int) -> None:
         """See `Timeline`."""
 
     def span(self, name: str) -> AbstractContextManager[None]:
         """See `Timeline`."""
-        return nullcontext()
+        return no_span(name)
 
     def engine_call(self, call: EngineCall) -> None:
         """See `Timeline`."""

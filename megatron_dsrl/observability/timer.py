@@ -2,9 +2,9 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
-from megatron_dsrl.observability.timeline import Span
+from megatron_dsrl.observability.timeline import Span, no_span
 
 
 class SecondsPerPart:
@@ -18,7 +18,7 @@ class SecondsPerPart:
     ```
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter, span: Span = nullcontext) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter, span: Span = no_span) -> None:
         """
         Args:
             clock: returns seconds from any fixed origin and never runs backwards.

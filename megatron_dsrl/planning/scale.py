@@ -62,7 +62,7 @@ class Costs:
         300e9, "bytes/s per GPU", "assumed: two thirds of NVLink's 450 GB/s (H100 data sheet)"
     )
     hop_seconds: float = _constant(10e-6, "s per hop of a ring", "assumed")
-    gpus_per_node: int = _constant(8, "", "DGX H100 data sheet")
+    gpus_per_node: float = _constant(8, "", "DGX H100 data sheet")
     failures_per_gpu_hour: float = _constant(
         419 / (54 * 24 * 16384), "", "419 interruptions in 54 days on 16,384 H100 (arXiv 2407.21783, table 5)"
     )

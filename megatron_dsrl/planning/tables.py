@@ -65,7 +65,7 @@ def print_suggestions(
 
 def _suggestions_table(config: RunConfig, plans: Sequence[Plan], gpus: int) -> Table:
     """Expert parallelism and the engine's size are left out if they are the default in every row."""
-    columns = {
+    columns: dict[str, list[str]] = {
         "TP": [str(plan.config.parallel.tensor_parallel_size) for plan in plans],
         "PP": [_pipeline(plan.config.parallel) for plan in plans],
         "CP": [str(plan.config.parallel.context_parallel_size) for plan in plans],

@@ -39,6 +39,10 @@ _EXIT_UNKNOWN = 255  # what multiprocessing reports when the fork server is gone
 _LOGGED_AT_FIRST = 5
 
 
+Verdict = Literal["ok", "timeout", "error"]
+"""`timeout`: the time limit was exceeded. `error`: the function raised, died, or returned no finite number."""
+
+
 @dataclass(frozen=True)
 class Judgement:
     """What the verifier said about one response."""
@@ -46,8 +50,7 @@ class Judgement:
     reward: float
     """Finite; 0 unless the verdict is `ok`."""
 
-    verdict: Literal["ok", "timeout", "error"]
-    """`timeout`: the time limit was exceeded. `error`: the function raised, died, or returned no finite number."""
+    verdict: Verdict
 
 
 class RewardPool:

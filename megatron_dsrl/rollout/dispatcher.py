@@ -14,8 +14,9 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from megatron_dsrl.rewards.pool import RewardPool
+from megatron_dsrl.rewards.pool import RewardPool, Verdict
 from megatron_dsrl.rollout.batch import Batch, Call
 from megatron_dsrl.rollout.engine_call import EngineCall
 from megatron_dsrl.rollout.engine_choice import EngineChoice, Load
@@ -160,7 +161,7 @@ class Dispatcher:
         """Wait for the next event and handle it."""
         now = time.monotonic()
         wake = min([self._batch.deadline, *(c.not_before for c in self._batch.waiting if c.not_before > now)])
-        tasks = [*self._running, *self._judging, *self._monitors]
+        tasks: list[asyncio.Task[Any]] = [*self._running, *self._judging, *self._monitors]
         done, _ = await asyncio.wait(tasks, timeout=max(0.0, wake - now), return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             if task in self._running:
@@ -299,10 +300,10 @@ class Dispatcher:
                 self._report(running, problem)
                 self._engine_choice.end(engine, running.load)
                 self._batch.waiting.appendleft(running.call)
-        for task, monitored in list(self._monitors.items()):
+        for monitor, monitored in list(self._monitors.items()):
             if monitored == engine:
-                task.cancel()
-                del self._monitors[task]
+                monitor.cancel()
+                del self._monitors[monitor]
 
     # ---- the end
 
@@ -324,9 +325,9 @@ class Dispatcher:
                     else:
                         self._report(running, str(task.exception()))
         while self._judging:
-            done, _ = await asyncio.wait(self._judging, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                self._judged(task)
+            judged, _ = await asyncio.wait(self._judging, return_when=asyncio.FIRST_COMPLETED)
+            for judgement in judged:
+                self._judged(judgement)
 
     async def _stop(self) -> None:
         self._ended.set()
@@ -372,7 +373,7 @@ class Dispatcher:
         )
 
 
-def _sample(response: PartialResponse, text: str, reward: float, verdict: str, weight_version: int) -> Sample:
+def _sample(response: PartialResponse, text: str, reward: float, verdict: Verdict, weight_version: int) -> Sample:
     """Make a sample of a finished response. Its last token is older than `weight_version` only if it ended earlier."""
     assert response.finish_reason is not None
     versions = response.weight_versions or ((weight_version, 0),)

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import cast
 
 from megatron_dsrl.common.collective import broadcast, rank
 from megatron_dsrl.data.prompt import Prompt
@@ -149,9 +150,9 @@ class EngineRollout:
     def while_sampling(self, work: Callable[[], Value], recover: Callable[[], None]) -> Value | None:
         engines = self._running_engines()
         if rank() != 0:
-            done = False
+            done, from_rank_0 = False, cast(tuple[bool, dict[int, str]], None)
             while not done:
-                done, lost = broadcast(None)
+                done, lost = broadcast(from_rank_0)
                 engines.lose(lost)
                 if not done:
                     recover()

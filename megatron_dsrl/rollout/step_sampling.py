@@ -145,7 +145,7 @@ class Partial(StepSampling):
         with watch(step, samples_per_step(self._config.rollout)) as on_samples:
             batch = sample_until(self._config, self._engines, step, draw, accept, before, on_samples)
         self.carried = batch.left  # only now: an interrupted step starts over with what it had
-        metrics = {
+        metrics: dict[str, int | float] = {
             "partial_rollouts/continued_groups": len(before.finished) + len(before.unfinished) - batch.expired_groups,
             "partial_rollouts/expired_groups": batch.expired_groups,
             "partial_rollouts/left_groups": len(batch.left.finished) + len(batch.left.unfinished),

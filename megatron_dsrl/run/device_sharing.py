@@ -13,14 +13,13 @@ step with one, the trainer stays until it is written, and the peak is the engine
 """
 
 from collections.abc import Collection, Iterable
-from contextlib import nullcontext
 
 from megatron_dsrl.actor.actor import Actor
 from megatron_dsrl.actor.critic import Critic
 from megatron_dsrl.actor.offload import MODEL_PARTS, ModelMemory, ModelPart
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.observability.memory_switches import MemorySwitches
-from megatron_dsrl.observability.timeline import Span
+from megatron_dsrl.observability.timeline import Span, no_span
 from megatron_dsrl.platform import current_platform
 from megatron_dsrl.rollout.rollout import Rollout
 
@@ -29,7 +28,7 @@ class SharedDevice:
     """This rank's device. Methods are collective."""
 
     def __init__(
-        self, config: RunConfig, actor: Actor, critic: Critic | None, rollout: Rollout, span: Span = nullcontext
+        self, config: RunConfig, actor: Actor, critic: Critic | None, rollout: Rollout, span: Span = no_span
     ):
         """`span` records the switches in the timeline."""
         self._offloaded = config.actor.offload.parts

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_dsrl.config.run import EvaluationSetConfig, RunConfig
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.data.prompts import load_prompts
-from megatron_dsrl.data.tokenizer import load_tokenizer
+from megatron_dsrl.data.tokenizer import decode, load_tokenizer
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.source import resolve_model_folder
 
@@ -29,7 +29,7 @@ class RunInputs:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of a response without special tokens."""
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return decode(self.tokenizer, token_ids)
 
 
 def load_inputs(config: RunConfig) -> RunInputs:

@@ -28,7 +28,8 @@ def update_metrics(update: UpdateMetrics | None, phase: PhaseConfig) -> dict[str
     only the gap is kept, which is the one between log P(y) and log P(y|x). Loss, gradient norm and learning rate belong
     to the step's update and keep their names; `scored_spaces` tells where their meaning changes.
     """
-    counts = {f"{name}/{count}": 0 for name in phase.objectives for count in ("kept_samples", "kept_tokens")}
+    names = [f"{name}/{count}" for name in phase.objectives for count in ("kept_samples", "kept_tokens")]
+    counts: dict[str, float] = dict.fromkeys(names, 0)
     if update is None:  # no step was taken: the filters dropped every sample, or only the critic was trained
         return counts
     metrics = counts | {"policy/grad_norm": update.grad_norm, "policy/learning_rate": update.learning_rate}

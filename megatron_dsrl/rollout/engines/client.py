@@ -9,7 +9,7 @@ import resource
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import aiohttp
 import numpy as np
@@ -77,7 +77,7 @@ class EngineClient:
         self._timeout_seconds = timeout_seconds
         self._session: aiohttp.ClientSession | None = None
 
-    async def __aenter__(self) -> "EngineClient":
+    async def __aenter__(self) -> Self:
         # A connection per request: the server closes one that was idle for five seconds, just when it may be needed.
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         self._session = aiohttp.ClientSession(connector=connector, headers=engine_headers())

@@ -92,7 +92,7 @@ class ExternalEngines:
         Raises:
             UserError: On every rank: a server is lost too often or for too long, or does not hold what it was sent.
         """
-        outdated = list(self._links)
+        outdated, problems = list(self._links), ""
         for attempt in range(self._config.engine.max_restarts + 1):
             self.restart_lost()
             buckets = make_buckets()
@@ -100,10 +100,12 @@ class ExternalEngines:
             for _ in buckets:
                 pass
             outcome = broadcast(pushed)
+            assert outcome is not None, "rank 0 has pushed"
             if outcome.error is not None:
                 raise UserError(outcome.error)
             if not outcome.problems:
                 return
+            problems = "\n".join(outcome.problems.values())
             self._lost.update(outcome.problems)
             self._restarts += len(outcome.problems)
             outdated = [link for link in self._links if link.url in outcome.problems]
@@ -111,7 +113,7 @@ class ExternalEngines:
                 logger.warning("%s did not get weights (attempt %d): %s", url, attempt + 1, problem)
         raise UserError(
             f"engine.urls: weights still did not arrive after engine.max_restarts = {self._config.engine.max_restarts} "
-            "retries: " + "\n".join(outcome.problems.values())
+            f"retries: {problems}"
         )
 
     def release_memory(self, tags: Sequence[MemoryTag]) -> None:

@@ -185,7 +185,7 @@ class ServerLink:
                 [],
                 dist.Backend(group.backend),
                 dist.PrefixStore(group.name, store),
-                group_name=group.name,
+                group_name=group.name,  # type: ignore[arg-type]  # GroupName, a NewType of str
                 timeout=timedelta(seconds=self._timeout_seconds),
             )
             _world.pg_group_ranks[made] = {rank: rank for rank in range(group.size)}  # needed to destroy it

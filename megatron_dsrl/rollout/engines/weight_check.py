@@ -153,6 +153,7 @@ def check_weights(
     digests = answer if group is None else gather(answer, group)[0]
     if isinstance(digests, str):
         raise EngineError(digests)
+    assert digests is not None, "the first rank of a group knows its engine's URL"
     if len(digests) != size:
         return f"the engine returned digests of {len(digests)} ranks, but {size} ranks sent it weights"
     differences = sent.differences(digests[rank])
