@@ -84,7 +84,7 @@ def test_an_engine_that_ends_early_is_noticed_at_once_and_its_log_shown(make_ser
     server.start()
     group = server.process_id
 
-    with pytest.raises(UserError, match="(?s)ended with status 1.*engine_0.log:.*no_such_argument"):
+    with pytest.raises(UserError, match="(?s)exited with status 1.*engine_0.log:.*no_such_argument"):
         server.wait_until_ready()
 
     assert processes_of_group(group) == []
