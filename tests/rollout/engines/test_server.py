@@ -100,7 +100,7 @@ def test_a_scheduler_that_dies_while_it_starts_ends_the_wait(make_server):
 
     started[0].kill()
 
-    with pytest.raises(UserError, match="ended with status 1"):
+    with pytest.raises(UserError, match="exited with status 1"):
         server.wait_until_ready()
     assert processes_of_group(group) == []
 
@@ -137,7 +137,7 @@ def test_a_key_is_asked_for_a_bad_bucket_is_an_error_and_a_dead_engine_is_notice
     assert "update_weights_from_tensor" in problem
     assert list(buckets) == [], "other ranks wait until every rank has drawn the last bucket"
     assert wait_for(lambda: not processes_of_group(group), seconds=20)
-    with pytest.raises(UserError, match="(?s)ended with status.*engine_0.log"):
+    with pytest.raises(UserError, match="(?s)exited with status.*engine_0.log"):
         # A process counts as ended when the last of its threads has, a moment after the first.
         wait_for(lambda: server.check_alive(), seconds=20)
     server.stop()  # again, with nothing left to do
