@@ -5,9 +5,9 @@ file itself; of several the later one wins. Sections are merged key by key, the 
 `phases`) and single values replace. A choice by name with another name, `loss: {name: gspo}` over `{name: dual_clip,
 clip_high: 0.28}`, replaces the whole: the options belong to the other choice. A section in the place of a list changes
 the items at the positions that are its keys: `phases: {0: {until_step: 5}}`. Overrides come last:
-`rollout.temperature=0.7`, `phases.0.until_step=5`; the value is YAML, an empty one is null, and a section or list given
-as a value replaces the whole. Paths inside the configuration (`model.path`, `data.source`, `output_dir`) are left as
-they are, relative to the current directory of the process.
+`rollout.temperature=0.7`, `phases.0.until_step=5`; the value is YAML, an empty one is null, a template (`{{ x }}`) is
+taken as text, and a section or list given as a value replaces the whole. Paths inside the configuration (`model.path`,
+`data.source`, `output_dir`) are left as they are, relative to the current directory of the process.
 
 Every mistake ends in one UserError that lists each wrong field: its path, the file and line (or the override) that set
 it, what was wrong, and the value.
@@ -23,6 +23,8 @@ from megatron_dsrl.config.validate import validated
 from megatron_dsrl.config.yaml_text import KeyPath, format_yaml, parse_yaml
 
 INHERITS = "inherits"
+TEMPLATE_STARTS = ("{{", "{%", "{#")
+"""Beginnings of a Jinja template, which no YAML value of a configuration has."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -116,7 +118,7 @@ def apply_override(data: dict[str, Any], override: str, places: dict[KeyPath, st
     names = key.strip().split(".")
     if not equals or not all(names):
         raise UserError(f"override `{override}`: expected key.path=value, such as rollout.temperature=0.7")
-    value, _ = parse_yaml(text, f"override `{override}`")
+    value = _override_value(text, override)
     here: Any = data
     path: KeyPath = ()
     for name in names[:-1]:
@@ -130,6 +132,13 @@ def apply_override(data: dict[str, Any], override: str, places: dict[KeyPath, st
     for stale in [known for known in places if known[: len(path) + 1] == (*path, last)]:
         del places[stale]
     places[(*path, last)] = f"override `{override}`"
+
+
+def _override_value(text: str, override: str) -> Any:
+    if text.lstrip().startswith(TEMPLATE_STARTS):
+        return text.strip()
+    value, _ = parse_yaml(text, f"override `{override}`")
+    return value
 
 
 def _position(container: Any, name: str, override: str, path: KeyPath) -> str | int:

@@ -1,10 +1,13 @@
 """The generation side: SGLang engines and sampling."""
 
-from typing import Annotated, Literal
+import re
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from megatron_dsrl.config.section import Section
+
+_SERVER_URL = re.compile(r"https?://[^/\s?#]+")
 
 MAX_REPLAYED_EXPERTS = 256
 """Experts that `rollout.routing_replay` can name: one byte each."""
@@ -131,7 +134,7 @@ class RolloutConfig(Section):
 class EngineConfig(Section):
     """The SGLang server processes that share the trainer's devices, or servers elsewhere."""
 
-    urls: list[Annotated[str, Field(pattern=r"^https?://[^/\s]+$")]] = Field(default_factory=list)
+    urls: list[str] = Field(default_factory=list)
     """SGLang servers that were started by somebody else on other devices, as `http://host:port`; none: the run starts
     its own. Weights are broadcast to them from rank 0, over NCCL from GPUs and gloo from CPU. Their key (`--api-key`)
     is read from the environment variable DSRL_ENGINE_API_KEY."""
@@ -183,6 +186,14 @@ class EngineConfig(Section):
     @field_validator("urls")
     @classmethod
     def _name_every_server_once(cls, urls: list[str]) -> list[str]:
+        for url in urls:
+            if "@" in url:
+                raise ValueError(
+                    "expected http://host:port without a user name and password; an engine's key (--api-key) is read "
+                    "from the environment variable DSRL_ENGINE_API_KEY"
+                )
+            if not _SERVER_URL.fullmatch(url):
+                raise ValueError("expected http://host:port, without a path")
         if len(set(urls)) < len(urls):
             raise ValueError("names a server twice")
         return urls

@@ -1,6 +1,6 @@
 """The whole configuration tree of a run."""
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from megatron_dsrl.config.actor import ActorConfig, OptimizerConfig
 from megatron_dsrl.config.critic import CriticConfig, ReferenceConfig
@@ -10,6 +10,9 @@ from megatron_dsrl.config.phase import AnyPhase
 from megatron_dsrl.config.rollout import EngineConfig, RolloutConfig
 from megatron_dsrl.config.section import Section
 from megatron_dsrl.config.trackers import AnyTracker
+
+MAX_NAME_BYTES = 200
+"""File systems allow 255; the rest is for suffixes."""
 
 
 class EvaluationSetConfig(PromptSetConfig):
@@ -102,12 +105,12 @@ class RunConfig(Section):
     """One training run."""
 
     name: str
-    """Run name; also the last part of the run folder."""
+    """Run name; also the last part of the run folder, so it must be usable as a folder name."""
 
     output_dir: str = "runs"
     """The run folder is `<output_dir>/<name>`."""
 
-    seed: int = Field(default=1, ge=0)
+    seed: int = Field(default=1, ge=0, lt=2**31)
     """Seed of weights, prompt order and sampling."""
 
     steps: int = Field(ge=1)
@@ -132,3 +135,13 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     observability: ObservabilityConfig = Field(default_factory=ObservabilityConfig)
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_folder_name(cls, name: str) -> str:
+        if not name.strip(" .") or "/" in name or not name.isprintable() or len(name.encode()) > MAX_NAME_BYTES:
+            raise ValueError(
+                f"expected the name of one folder: at most {MAX_NAME_BYTES} bytes, without `/`, and not only dots or "
+                "spaces (output_dir says where the folder is)"
+            )
+        return name

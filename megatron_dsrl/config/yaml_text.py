@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 import yaml
+from yaml.reader import ReaderError
 
 from megatron_dsrl.common.errors import UserError
 
@@ -25,6 +26,10 @@ _FLOAT = re.compile(
     r"|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?"
     r"|\.(?:inf|Inf|INF|nan|NaN|NAN))$"
 )
+_TEMPLATE_WITHOUT_QUOTES = re.compile(r"(?:^|[:\-,\[{]\s)\s*(\{[{%#])")
+_QUOTES = "a template, such as {{ problem }}, needs quotes around it: '{{ problem }}'"
+MAX_VALUES = 100_000
+MAX_DEPTH = 50
 
 
 def _with_our_scalars(resolvers: dict[str, list]) -> dict[str, list]:
@@ -60,21 +65,30 @@ _Dumper.add_representer(str, _Dumper.represent_text)
 def parse_yaml(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
     """Parse one YAML document; `source` is its name in messages (a file, or an override).
 
-    Returns the data and the line (from 1) of every value by its key path. Raises UserError with the line for text
-    that is not YAML and for a repeated key.
+    Returns the data and the line (from 1) of every value by its key path.
+
+    Raises:
+        UserError: text that is not YAML, a repeated key, a key that is not a single value, or more than `MAX_VALUES`
+            values or `MAX_DEPTH` levels, aliases expanded. Names the line.
     """
-    loader = _Loader(text)
+    loader: _Loader | None = None
     try:
+        loader = _Loader(text)  # reads the first characters and may refuse them
         root = loader.get_single_node()
         lines: dict[KeyPath, int] = {}
         if root is None:
             return None, lines
         _note_lines(root, (), source, lines)
         return loader.construct_document(root), lines
-    except yaml.YAMLError as error:
-        raise UserError(f"{source}: not valid YAML: {_describe(error)}") from error
+    except UserError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number that Python does not read, such as 0x_
+        raise UserError(f"{source}: not valid YAML: {_describe(error, text)}") from error
+    except RecursionError as error:
+        raise UserError(f"{source}: not valid YAML: {_TOO_DEEP}") from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def format_yaml(data: Any) -> str:
@@ -82,15 +96,28 @@ def format_yaml(data: Any) -> str:
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
+_TOO_DEEP = f"sections and lists are nested more than {MAX_DEPTH} levels deep"
+
+
 def _note_lines(node: yaml.Node, path: KeyPath, source: str, lines: dict[KeyPath, int]) -> None:
     """Fill `lines` from the node tree; refuses repeated keys, which PyYAML would silently let win."""
-    lines[path] = node.start_mark.line + 1
+    line = lines[path] = node.start_mark.line + 1
+    if len(path) > MAX_DEPTH:  # also where an alias contains itself
+        raise UserError(f"{source}, line {line}: {_TOO_DEEP}; an alias (`*name`) may contain itself")
+    if len(lines) > MAX_VALUES:
+        raise UserError(
+            f"{source}, line {line}: more than {MAX_VALUES:,} values, with each alias (`*name`) counted as often as it "
+            "is used"
+        )
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                line = key.start_mark.line + 1
+                raise UserError(f"{source}, line {line}: {_dotted(path)}a key must be a single value; {_QUOTES}")
             if key.value in seen:
-                place = ".".join(map(str, (*path, key.value)))
-                raise UserError(f"{source}, line {key.start_mark.line + 1}: {place}: this key is given twice")
+                place = _dotted((*path, key.value))
+                raise UserError(f"{source}, line {key.start_mark.line + 1}: {place}this key is given twice")
             seen.add(key.value)
             here = (*path, int(key.value) if key.tag == _INT_TAG and key.value.isdecimal() else key.value)
             _note_lines(value, here, source, lines)
@@ -100,8 +127,20 @@ def _note_lines(node: yaml.Node, path: KeyPath, source: str, lines: dict[KeyPath
             _note_lines(value, (*path, position), source, lines)
 
 
-def _describe(error: yaml.YAMLError) -> str:
-    """One line for a PyYAML error, with its line number where it has one."""
-    mark = getattr(error, "problem_mark", None)
+def _dotted(path: KeyPath) -> str:
+    return ".".join(map(str, path)) + ": " if path else ""
+
+
+def _describe(error: Exception, text: str) -> str:
+    """One line for an error of PyYAML or of a number's conversion, with its line in the text where known."""
+    if isinstance(error, ReaderError):
+        line = text.count("\n", 0, error.position) + 1
+        return f"line {line}: it contains the character U+{ord(text[error.position]):04X}, which YAML does not allow"
     problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else problem
+    marks = [mark for name in ("problem_mark", "context_mark") if (mark := getattr(error, name, None))]
+    if not marks:
+        return problem
+    rows = text.splitlines()
+    near = (rows[mark.line] for mark in marks if mark.line < len(rows))
+    hint = f"; {_QUOTES}" if any(map(_TEMPLATE_WITHOUT_QUOTES.search, near)) else ""
+    return f"line {marks[0].line + 1}, column {marks[0].column + 1}: {problem}{hint}"

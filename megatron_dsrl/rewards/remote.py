@@ -57,9 +57,11 @@ def check_url(options: Mapping[str, Any]) -> None:
     """Validate the options of `remote`.
 
     Raises:
-        UserError: The URL is not an HTTP address.
+        UserError: The URL is not an HTTP address, or holds a user name, which would not be sent.
     """
     parts = urlsplit(options["url"])
+    if parts.username is not None:
+        raise UserError("reward.options.url: expected http://host:port/path, without a user name and password")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(f"reward.options.url: expected http://host:port/path, got {options['url']!r}")
 

@@ -78,6 +78,7 @@ def test_overrides_come_last_in_order_and_are_typed(small, write):
             "engine.extra_arguments.attention_backend=torch_native",
             "rollout.temperature=0.8",
             "data.answer_pattern='#### (.+)$'",
+            "data.problem_template={{ prompt[0].content }}",
         ],
     )
     assert config.rollout.temperature == 0.8
@@ -88,6 +89,7 @@ def test_overrides_come_last_in_order_and_are_typed(small, write):
     assert config.data.system_prompt is None
     assert config.engine.extra_arguments == {"attention_backend": "torch_native"}
     assert config.data.answer_pattern == "#### (.+)$"
+    assert config.data.problem_template == "{{ prompt[0].content }}"
 
 
 def test_dumped_config_loads_again_to_an_equal_one(small, write, tmp_path):
@@ -121,6 +123,14 @@ def test_dumped_config_loads_again_to_an_equal_one(small, write, tmp_path):
         ("engine.extra_arguments.a=[1]", "engine.extra_arguments.a: expected a text or a whole number or a number or "),
         ("data={}", "data.source: missing; it has no default (override `data={}`)"),
         ("phases=[]", "phases: List should have at least 1 item"),
+        ("name=.", "name: expected the name of one folder: at most 200 bytes, without `/`, and not only dots"),
+        ("name=..", "name: expected the name of one folder"),
+        ("name=../x", "name: expected the name of one folder"),
+        ("name=/elsewhere", "name: expected the name of one folder"),
+        ("name=' '", "name: expected the name of one folder"),
+        ("name=" + 300 * "x", "name: expected the name of one folder"),
+        ("seed=10000000000000000000000", "seed: expected less than 2147483648, given 10000000000000000000000"),
+        ("engine.urls=['http://user:secret@host:1']", "engine.urls: expected http://host:port without a user name"),
     ],
 )
 def test_a_wrong_value_names_field_value_and_place(small, write, override, message):

@@ -18,6 +18,11 @@ documents = st.recursive(
     max_leaves=8,
 )
 
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join(9 * ['*' + before])}]\n" for before, name in zip("abcdefgh", "bcdefghi")
+)
+"""Nine lists of nine items, each item an alias of the list before: 9**9 values in 400 characters."""
+
 
 @given(documents)
 @example({"\x85": "a\u2028 b"})  # Unicode line breaks
@@ -49,6 +54,15 @@ def test_every_value_has_its_line():
         ("a: {b: 1,\n  c: 2,\n  b: 3}", r"f\.yaml, line 3: a\.b: this key is given twice"),
         ("a: !!python/object:os.system x", r"f\.yaml: not valid YAML: line 1, .+"),
         ("a: 1\n---\nb: 2", r"f\.yaml: not valid YAML: line 2, .+"),
+        ("a: 1\nb: x\x07y", r"f\.yaml: not valid YAML: line 2: it contains the character U\+0007"),
+        ("a: 1\nb: {{ problem }}", r"f\.yaml, line 2: b: a key must be a single value; a template, .* needs quotes"),
+        ("a: {{ prompt[0].content }}", r"f\.yaml: not valid YAML: line 1, .*a template, .* needs quotes"),
+        ("a: {% if x %}y{% endif %}", r"f\.yaml: not valid YAML: line 1, .*a template, .* needs quotes"),
+        ("a: 0x_", r"f\.yaml: not valid YAML: invalid literal for int"),
+        ("a: &a [*a]", r"f\.yaml, line 1: .* an alias \(`\*name`\) may contain itself"),
+        ("a: " + 100 * "[" + 100 * "]", r"f\.yaml, line 1: .* nested more than 50 levels deep"),
+        ("a: " + 100_000 * "[", r"f\.yaml: not valid YAML: .* nested more than 50 levels deep"),
+        (BOMB, r"f\.yaml, line 1: more than 100,000 values, with each alias .* counted as often as it is used"),
     ],
 )
 def test_bad_text_names_the_line(text, message):

@@ -193,7 +193,12 @@ def test_a_server_that_refuses_the_key_is_named(key, rollout, server, folder, mo
 
 
 def test_urls_are_checked(folder):
-    for urls, problem in [(["localhost:3000"], "pattern"), (["http://a:1", "http://a:1"], "names a server twice")]:
+    for urls, problem in [
+        (["localhost:3000"], "expected http://host:port, without a path"),
+        (["http://a:1/v1"], "expected http://host:port, without a path"),
+        (["http://user:secret@a:1"], "without a user name and password"),
+        (["http://a:1", "http://a:1"], "names a server twice"),
+    ]:
         with pytest.raises(ValidationError, match=problem):
             tiny_run_config(folder, urls=urls)
 
