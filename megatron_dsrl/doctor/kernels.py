@@ -1,6 +1,6 @@
 """GPU software of `dsrl doctor`: fused kernels and SGLang's own, and whether they fit each other.
 
-Transformer Engine, apex and flash attention are optional, and on CPU they are neither needed nor used. On a GPU a
+Transformer Engine and apex are optional, and on CPU they are neither needed nor used. On a GPU a
 missing one is a note; one that does not fit the others is named with what happens then, as most of them fail late or
 are left out without a word. tools/image/requirements*.{in,txt} have the versions that go together, and why.
 """
@@ -19,7 +19,7 @@ Severity = Literal["ok", "note", "problem"]
 BUILT_FOR_SGLANG = ("torch", "sglang-kernel", "flashinfer-python", "transformers")
 """What sglang's own metadata fixes and cannot do without on a GPU."""
 NEWEST_FLASH_ATTENTION = "2.8.3"
-"""That Transformer Engine 2.20 takes."""
+"""Newest release of flash attention 2 that Transformer Engine 2.20 accepts."""
 COMPILE = "compile it as tools/image/install.sh does, or use the image"
 
 
@@ -56,7 +56,7 @@ def examine_kernels(
     """
     yield _transformer_engine(cuda, torch_cuda, installed)
     yield _apex(cuda)
-    yield _flash_attention(cuda, installed)
+    yield from _flash_attention(installed)
     yield from _what_a_run_takes(cuda, installed)
     yield from _sglang_kernels(cuda, installed)
     if cuda:
@@ -89,15 +89,18 @@ def _transformer_engine(cuda: bool, torch_cuda: str | None, installed: Callable[
     return Finding(topic, "ok", torch_part)
 
 
-def _flash_attention(cuda: bool, installed: Callable[[str], str | None]) -> Finding:
-    topic, found = "flash attention", installed("flash-attn")
-    if found and installed("transformer-engine-torch") and Version(found) > Version(NEWEST_FLASH_ATTENTION):
-        return Finding(
+def _flash_attention(installed: Callable[[str], str | None]) -> Iterator[Finding]:
+    """Transformer Engine attends to packed rows with cuDNN, and with this package on GPUs older than Hopper."""
+    topic, found = "flash attention 2", installed("flash-attn")
+    if found is None:
+        return
+    if installed("transformer-engine-torch") and Version(found) > Version(NEWEST_FLASH_ATTENTION):
+        yield Finding(
             topic, "note", f"{found}, newer than the {NEWEST_FLASH_ATTENTION} that Transformer Engine 2.20 takes",
-            f"it attends without it then, which is slower. Take flash-attn=={NEWEST_FLASH_ATTENTION} (2.8.3.post1 is "
-            f"newer): {COMPILE}",
+            "it is ignored, which only matters on an A100: the trainer uses local layers there",
         )  # fmt: skip
-    return _optional(topic, found, cuda, COMPILE)
+    else:
+        yield Finding(topic, "ok", found)
 
 
 def _flash_attention_4(installed: Callable[[str], str | None]) -> Iterator[Finding]:

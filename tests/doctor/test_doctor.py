@@ -116,7 +116,7 @@ def test_nvidia_apex_is_told_from_the_web_toolkit(tmp_path, monkeypatch, files, 
 
 GPU_IMAGE = {
     "transformer-engine": "2.20.2", "transformer-engine-torch": "2.20.2", "transformer-engine-cu13": "2.20.2",
-    "flash-attn": "2.8.3", "sglang": "0.5.23", "sglang-kernel": "0.4.10", "torch": "2.14.1+cu130",
+    "sglang": "0.5.23", "sglang-kernel": "0.4.10", "torch": "2.14.1+cu130",
     "transformers": "5.19.0", "flashinfer-python": "0.7.2",
 }  # fmt: skip
 
@@ -161,9 +161,8 @@ def test_it_says_what_a_run_computes_with(tmp_path, monkeypatch):
         ),
         (
             {"flash_attn": "2.8.3.post2"},
-            "flash attention", "note", "newer than the 2.8.3 that Transformer Engine", "it attends without it",
+            "flash attention 2", "note", "newer than the 2.8.3 that Transformer Engine", "only matters on an A100",
         ),
-        ({"flash_attn": None}, "flash attention", "note", "not installed; runs are slower", "install.sh"),
         ({"sglang_kernel": None}, "SGLang's kernels (sgl_kernel)", "problem", "not installed", "pip install"),
         (
             {"torch": "2.13.0+cu130"},

@@ -5,13 +5,14 @@ import json
 import re
 import shutil
 import subprocess
+from types import ModuleType
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from megatron_dsrl.doctor.doctor import ESSENTIAL_PACKAGES
-from megatron_dsrl.doctor.kernels import BUILT_FOR_SGLANG, NEWEST_FLASH_ATTENTION, exact_requirements
+from megatron_dsrl.doctor.kernels import BUILT_FOR_SGLANG, exact_requirements
 from tests.support.linters import complaints
 from tests.support.tiny_run import REPOSITORY
 
@@ -77,7 +78,6 @@ def test_the_versions_are_those_that_sglang_and_transformer_engine_ask_for():
     assert set(fixed) >= {"torch", "sglang-kernel", "transformers"}
     for name, version in fixed.items():
         assert exact(lock[name]) == version, name
-    assert exact(sources["flash-attn"]) == NEWEST_FLASH_ATTENTION
     engine = exact(sources["transformer-engine-torch"])
     assert exact(lock["transformer-engine"]) == exact(lock["transformer-engine-cu13"]) == engine
 
@@ -144,10 +144,40 @@ def test_the_definitions_scripts_are_clean(section):
     assert complaints("shellcheck", "-", text=f"{script}\n") == ""
 
 
+def image_script(name: str) -> ModuleType:
+    """A Python script of the image's folder, which is not a package."""
+    specification = importlib.util.spec_from_file_location(name, IMAGE / f"{name}.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_what_a_package_without_dependencies_declares_must_be_locked():
+    declared = ["onnx", "torch>=2.1", "nvidia_cudnn_frontend>=2", "tomli; python_version<'3.11'", "jax; extra=='jax'"]
+    locked = {"torch": "2.14.1", "nvidia-cudnn-frontend": "1.32.0"}
+    missing = image_script("check_pins").missing_requirements(map(Requirement, declared), locked)
+    assert missing == ["onnx", "nvidia_cudnn_frontend>=2"]
+
+
+def test_the_image_ends_with_an_import_of_all_that_computes(tmp_path, capsys, monkeypatch):
+    check_imports = image_script("check_imports")
+    assert {"megatron.core", "sglang", "sgl_kernel", "amp_C"} <= {
+        check.module for check in check_imports.CHECKS
+    } and "check_imports.py" in (IMAGE / "install.sh").read_text()
+    (tmp_path / "whole.py").write_text("USABLE = True")
+    (tmp_path / "broken.py").write_text("import a_package_that_is_missing")
+    (tmp_path / "left_out.py").write_text("USABLE = False")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    checks = [check_imports.Check(name, "assert module.USABLE") for name in ("whole", "broken", "left_out")]
+    assert check_imports.main(checks) == 1
+    shown = capsys.readouterr().out
+    assert "ok      whole" in shown
+    assert "failed  broken" in shown and "No module named 'a_package_that_is_missing'" in shown
+    assert "failed  left_out" in shown and "AssertionError" in shown
+    assert check_imports.main(checks[:1]) == 0
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("uv") is None, reason="needs uv and a package registry")
 def test_the_versions_are_on_the_registry_and_fit_together():
-    specification = importlib.util.spec_from_file_location("check_pins", IMAGE / "check_pins.py")
-    check_pins = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(check_pins)
-    assert check_pins.problems() == []
+    assert image_script("check_pins").problems() == []

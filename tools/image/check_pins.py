@@ -1,16 +1,24 @@
 #!/usr/bin/env python3
 """Whether the image's versions still are to be had and fit together, by the package registry; installs nothing.
 
-requirements.lock is resolved anew from requirements.in and pyproject.toml with its own versions as the only choice, by
-`uv` (which does not read pip's settings: UV_DEFAULT_INDEX names another registry), and the packages that
-are compiled in the image are looked up with pip. What comes from a git repository is not looked up.
+requirements.lock is resolved again from requirements.in and pyproject.toml with its own versions as the only choice, by
+`uv` (which does not read pip's settings: UV_DEFAULT_INDEX names another registry). The packages that are compiled in
+the image are looked up with pip, and what they declare must be in the lock, since they are installed without
+dependencies. What comes from a git repository is not looked up.
 """
 
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from email.parser import HeaderParser
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 FOLDER = Path(__file__).resolve().parent
 LIMIT_SECONDS = 300
@@ -41,6 +49,43 @@ def versions_on_the_registry(package: str) -> set[str]:
     return set(available.group(1).split(", ")) if available else set()
 
 
+def declared_requirements(package: str, version: str) -> list[Requirement]:
+    """`Requires-Dist` of a source package on the registry.
+
+    pip unpacks it and runs its set-up, which may fail here for want of a compiler; the metadata lies in it either way.
+
+    Raises:
+        RuntimeError: with what pip said, if it did not unpack the package.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        download = [sys.executable, "-m", "pip", "download", "--no-clean", "--no-deps", "--no-build-isolation"]
+        finished = subprocess.run(
+            [*download, "--no-binary", ":all:", "--dest", folder, f"{package}=={version}"],
+            env=os.environ | {"TMPDIR": folder}, capture_output=True, text=True, timeout=LIMIT_SECONDS,
+        )  # fmt: skip
+        files = list(Path(folder).glob("pip-*/*/PKG-INFO"))
+        if not files:
+            raise RuntimeError(f"{package}=={version}: {finished.stderr.strip()}")
+        metadata = HeaderParser().parsestr(files[0].read_text(encoding="utf-8"))
+    return [Requirement(line) for line in metadata.get_all("Requires-Dist") or ()]
+
+
+def missing_requirements(declared: Iterable[Requirement], locked: Mapping[str, str]) -> list[str]:
+    """What of `declared` the locked versions do not fulfil, as in the metadata; extras are not asked for.
+
+    Args:
+        declared: requirements of a package that is installed without dependencies.
+        locked: version by normalised package name.
+    """
+    missing = []
+    for requirement in declared:
+        version = locked.get(canonicalize_name(requirement.name))
+        applies = requirement.marker is None or requirement.marker.evaluate({"extra": "", "python_version": "3.12"})
+        if applies and (version is None or not requirement.specifier.contains(version, prereleases=True)):
+            missing.append(str(requirement))
+    return missing
+
+
 def problems() -> list[str]:
     """In words; empty if all is well."""
     found = []
@@ -52,6 +97,9 @@ def problems() -> list[str]:
     for name, wanted in pins("requirements-source.txt").items():
         if wanted not in versions_on_the_registry(name):
             found.append(f"{name}: {wanted} is not on the registry")
+            continue
+        for requirement in missing_requirements(declared_requirements(name, wanted), locked):
+            found.append(f"{name} is installed without dependencies and declares {requirement}: add it to the lock")
     return found
 
 

@@ -3,8 +3,8 @@
 #
 #   bash tools/image/install.sh system     Debian packages (as root)
 #   bash tools/image/install.sh wheels     a virtual environment in $DSRL_VENV with requirements.lock
-#   bash tools/image/install.sh compiled   flash attention, Transformer Engine's torch part, apex: an hour or more
-#   bash tools/image/install.sh project    this repository, editable, and `dsrl doctor`
+#   bash tools/image/install.sh compiled   Transformer Engine's torch part and apex: half an hour or more
+#   bash tools/image/install.sh project    this repository, editable, an import test, and `dsrl doctor`
 #
 # Variables: DSRL_VENV (/opt/dsrl), MAX_JOBS (8; each compiler takes up to 8 GB), CUDA_ARCHITECTURES (80;90;100).
 set -euo pipefail
@@ -38,23 +38,21 @@ install_compiled() {
     local nvidia
     nvidia="$("$venv/bin/python" -c 'import nvidia.cudnn; print(list(nvidia.__path__)[0])')"
     export CUDNN_PATH="$nvidia/cudnn" CPATH="$nvidia/cudnn/include:$nvidia/nccl/include${CPATH:+:$CPATH}"
-    # Each build reads the architectures from a variable of its own.
-    export FLASH_ATTN_CUDA_ARCHS="$architectures" FLASH_ATTENTION_FORCE_BUILD=TRUE
-    export NVTE_CUDA_ARCHS="$architectures" NVTE_FRAMEWORK=pytorch
+    # Each build reads the architectures from a variable of its own. Without FORCE_BUILD, Transformer Engine first looks
+    # for a compiled wheel among its GitHub releases.
+    export NVTE_CUDA_ARCHS="$architectures" NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE
     TORCH_CUDA_ARCH_LIST="$(sed -E 's/([0-9]+)([0-9])/\1.\2/g; s/;/ /g' <<<"$architectures")"
     export TORCH_CUDA_ARCH_LIST APEX_CPP_EXT=1 APEX_CUDA_EXT=1
     local name requirement
-    for name in flash-attn transformer-engine-torch apex; do
+    for name in transformer-engine-torch apex; do
         requirement="$(pin "$name" requirements-source.txt)"
         pip install --no-build-isolation --no-deps "$requirement"
     done
-    # flash-attn brings a stub of flash_attn/cute, the folder that flash-attn-4 lives in: put the real one back.
-    requirement="$(pin flash-attn-4 requirements.in)"
-    pip install --force-reinstall --no-deps "$requirement"
 }
 
 install_project() {
     pip install --no-deps --no-build-isolation -e "$here/../.."
+    "$venv/bin/python" "$here/check_imports.py"
     "$venv/bin/dsrl" doctor
 }
 
