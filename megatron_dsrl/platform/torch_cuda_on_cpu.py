@@ -22,6 +22,8 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
+_TENSOR_CUDA = torch.Tensor.cuda
+_TENSOR_TYPE = torch.Tensor.type
 _installed: list[TorchFunctionMode] = []  # the entered mode; makes the installation idempotent
 
 
@@ -44,17 +46,19 @@ class _CpuDeviceMode(TorchFunctionMode):
     """Turns CUDA devices in tensor calls into the CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.Tensor.cuda:
+        # Every call of a tensor function passes here: what nearly all of them need comes at little cost.
+        if func is _TENSOR_CUDA:
             # models/common/language_module: setup_embeddings_and_output_layer;
             # optimizer/distrib_optimizer.py: get_parameter_state_dp_zero
             return args[0]
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # optimizer/optimizer.py and distrib_optimizer.py distinguish parameters by type names such as
-            # 'torch.cuda.FloatTensor'; optimizer/clip_grads.py: clip_grad_by_total_norm_fp32
-            name = func(*args)
-            return name if name.startswith("torch.cuda.") else name.replace("torch.", "torch.cuda.", 1)
-        if _is_cuda(kwargs.get("device")):
+        if not kwargs:
+            if func is _TENSOR_TYPE and len(args) == 1:
+                # optimizer/optimizer.py and distrib_optimizer.py distinguish parameters by type names such as
+                # 'torch.cuda.FloatTensor'; optimizer/clip_grads.py: clip_grad_by_total_norm_fp32
+                name = func(*args)
+                return name if name.startswith("torch.cuda.") else name.replace("torch.", "torch.cuda.", 1)
+            return func(*args)
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
             # pipeline_parallel/schedules.py: token counts; optimizer/clip_grads.py: norms; optimizer/optimizer.py:
             # found-infinity and loss-scale tensors; utils.py: local_multi_tensor_l2_norm
             kwargs = {**kwargs, "device": _CPU}
