@@ -85,14 +85,18 @@ make_venv() {
     fi
 }
 
-# Arguments that both installers know.
+# Arguments that both installers know. Neither compiles the packages: it would take a minute, and Python compiles what it
+# imports.
 install() {
     if [[ "$installer" == uv ]]; then
         uv pip install --python "$venv/bin/python" "$@"
     else
-        "$venv/bin/python" -m pip install --disable-pip-version-check --no-input "$@"
+        "$venv/bin/python" -m pip install --disable-pip-version-check --no-input --no-compile "$@"
     fi
 }
+
+# For an environment that those who use it cannot write to. Some packages hold templates that are not Python: skipped.
+compile_packages() { "$venv/bin/python" -m compileall -q -j 0 "$venv/lib" || true; }
 
 # The option for an index that goes before the installer's settings.
 index_option() {

@@ -164,6 +164,7 @@ main() {
     echo "setting up $venv with $installer and Python $python (about 3 GB of disk, some minutes the first time)"
     is_ready || install_packages
     if [[ -n "$packages" ]]; then
+        step "compile the packages" compile_packages
         return
     fi
     is_ready || install_project
