@@ -74,6 +74,8 @@ def train(config: RunConfig) -> None:
         with waiting("reading tokenizer and prompts"):
             inputs = load_inputs(config)
         current_platform().record_collectives(inputs.run_folder / "collectives")
+        if config.engine.urls:
+            current_platform().prepare_weight_broadcast()
         initialize_parallel(config.parallel, config.seed)
         resources.callback(destroy_parallel)
         console = RunConsole(config.steps, config.observability.verbose)

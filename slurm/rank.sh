@@ -3,4 +3,6 @@
 # from the job. (In the place of torchrun: signals and exit statuses then pass between SLURM and the training directly.)
 export RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID" WORLD_SIZE="$SLURM_NTASKS"
 export LOCAL_WORLD_SIZE="$((SLURM_NTASKS / SLURM_NNODES))"
+# Megatron's, for overlapping collectives with matrix products; the driver reads it when it starts. SGLang sets its own.
+export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 exec "$@"

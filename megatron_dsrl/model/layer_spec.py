@@ -1,8 +1,8 @@
 """Choose the implementation of Megatron's layers: Transformer Engine or plain PyTorch."""
 
-from importlib.util import find_spec
 from typing import Literal
 
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -22,15 +22,11 @@ LayerImplementation = Literal["local", "transformer_engine"]
 
 
 def transformer_engine_is_usable() -> bool:
-    """Whether Transformer Engine for PyTorch is installed and a CUDA device is available.
+    """Whether Megatron could import Transformer Engine and the device has its attention for packed rows.
 
-    The `transformer_engine` package alone is not enough: on PyPI it is an empty metapackage.
+    An installed `transformer_engine` package says neither: on PyPI it is an empty metapackage.
     """
-    return (
-        current_platform().name == "cuda"
-        and find_spec("transformer_engine") is not None
-        and find_spec("transformer_engine_torch") is not None
-    )
+    return HAVE_TE and current_platform().attends_to_packed_rows
 
 
 def choose_layer_implementation(
@@ -49,8 +45,8 @@ def choose_layer_implementation(
     usable = transformer_engine_is_usable()
     if wanted == "transformer_engine" and not usable:
         raise UserError(
-            "model.layer_spec: transformer_engine needs a CUDA device and the transformer-engine[pytorch] package; "
-            "install it, or use auto or local"
+            "model.layer_spec: transformer_engine needs the transformer-engine[pytorch] package and a GPU of Hopper's "
+            "generation or newer (on an A100 also flash-attn); use auto or local"
         )
     if wanted == "transformer_engine":
         return "transformer_engine"

@@ -55,7 +55,8 @@ def output_at_rows(
         input=hidden,
         weight=output_layer.weight if output_weight is None else output_weight,
         bias=None,
-        gradient_accumulation_fusion=config.gradient_accumulation_fusion,
+        # apex's kernel is not made for a matrix product over zero rows.
+        gradient_accumulation_fusion=config.gradient_accumulation_fusion and len(hidden) > 0,
         allreduce_dgrad=False,
         sequence_parallel=False,
     )

@@ -71,6 +71,18 @@ class Platform(ABC):
         """
 
     @abstractmethod
+    def prepare_weight_broadcast(self) -> None:
+        """Give this process the collective settings of SGLang's processes, with which it is to form groups.
+
+        Call it before initialising torch.distributed. Existing environment variables are kept.
+        """
+
+    @property
+    @abstractmethod
+    def attends_to_packed_rows(self) -> bool:
+        """Whether Transformer Engine has an attention kernel for packed rows on this device."""
+
+    @abstractmethod
     def release_cached_memory(self) -> None:
         """Return memory that PyTorch caches but no tensor uses to the device, for the engine that shares it."""
 

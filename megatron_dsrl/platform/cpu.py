@@ -65,6 +65,13 @@ class CpuPlatform(Platform):
     def record_collectives(self, folder: Path) -> None:
         pass  # only NCCL has a watchdog; gloo's collectives raise an error that names the process
 
+    def prepare_weight_broadcast(self) -> None:
+        pass  # the settings are NCCL's
+
+    @property
+    def attends_to_packed_rows(self) -> bool:
+        return False  # Transformer Engine has no CPU kernels
+
     def release_cached_memory(self) -> None:
         pass  # PyTorch has no caching allocator on CPU
 

@@ -2,12 +2,14 @@
 
 import gc
 import os
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.platform.base import MemoryStatistics, Platform
 
 RECORDED_COLLECTIVES = 2000
@@ -31,6 +33,10 @@ def flight_recorder_variables(folder: Path) -> dict[str, str]:
     }
 
 
+WEIGHT_BROADCAST_VARIABLES = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
+"""What SGLang 0.5.23 sets in its processes unless they are set already. Both ends of a communicator must agree."""
+
+
 class CudaPlatform(Platform):
     """One NVIDIA GPU per process, chosen by torchrun's LOCAL_RANK."""
 
@@ -45,9 +51,14 @@ class CudaPlatform(Platform):
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
     def install(self) -> None:
-        # Megatron needs one hardware queue to overlap tensor-parallel collectives with matrix products in issue order.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        torch.cuda.set_device(self.device)
+        device, visible = self.device, torch.cuda.device_count()
+        if device.index >= visible:
+            raise UserError(
+                f"LOCAL_RANK is {device.index}, but this process sees only {visible} GPU(s): every process must see "
+                "all GPUs of its node. In SLURM ask for them per node (--gpus-per-node), without --gpus-per-task and "
+                "--gpu-bind; otherwise check CUDA_VISIBLE_DEVICES"
+            )
+        torch.cuda.set_device(device)
 
     def transformer_config_flags(self, transformer_engine: bool) -> dict[str, Any]:
         return {
@@ -81,10 +92,28 @@ class CudaPlatform(Platform):
         for name, value in flight_recorder_variables(folder).items():
             os.environ.setdefault(name, value)
 
+    def prepare_weight_broadcast(self) -> None:
+        for name, value in WEIGHT_BROADCAST_VARIABLES.items():
+            os.environ.setdefault(name, value)
+
+    @property
+    def attends_to_packed_rows(self) -> bool:
+        # cuDNN's attention takes packed rows from Hopper on; on older GPUs only flash attention 2 does.
+        return torch.cuda.get_device_capability(self.device) >= (9, 0) or _is_installed("flash-attn")
+
     def release_cached_memory(self) -> None:
         gc.collect()
+        torch.cuda.ipc_collect()  # buckets that the engine has released
         torch.cuda.empty_cache()
 
     def host_copy(self, tensor: torch.Tensor) -> torch.Tensor:
         host = torch.empty_like(tensor, device="cpu", pin_memory=True)
         return host.copy_(tensor.detach())
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True

@@ -142,6 +142,8 @@ def _cuda_server_arguments(config: EngineConfig) -> ServerArguments:
     return {
         "base_gpu_id": torch.cuda.current_device(),
         "enable_memory_saver": True,
+        # Graphs for prefill (SGLang's default, "breakable") would keep their memory while the engine is released.
+        "cuda_graph_backend_prefill": "disabled",
         "mem_fraction_static": config.memory_fraction,
     }
 

@@ -120,5 +120,5 @@ def test_trainable_model_accumulates_in_float32(tmp_path):
 
 def test_transformer_engine_is_refused_where_it_is_absent(tmp_path):
     make_tiny_qwen3(tmp_path, tied=True, vocab_size=101)
-    with pytest.raises(UserError, match="model.layer_spec: transformer_engine needs a CUDA device"):
+    with pytest.raises(UserError, match="model.layer_spec: transformer_engine needs the transformer-engine"):
         build(tmp_path, layer_spec="transformer_engine")

@@ -14,6 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.platform import cuda
 from megatron_dsrl.platform.cuda import CudaPlatform, flight_recorder_variables
 from tests.support.distributed import run_distributed
 
@@ -40,6 +42,31 @@ def test_collectives_are_recorded_in_the_run_folder_unless_the_user_said_otherwi
     assert (tmp_path / "collectives").is_dir()
     assert os.environ["TORCH_FR_DUMP_TEMP_FILE"] == str(tmp_path / "collectives" / "rank_")
     assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "0"
+
+
+def test_a_process_that_does_not_see_its_gpu_says_what_to_change(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="LOCAL_RANK is 3, but this process sees only 1 GPU.*--gpus-per-task"):
+        CudaPlatform().install()
+
+
+@pytest.mark.parametrize(
+    ("capability", "flash_attention", "attends"),
+    [((8, 0), False, False), ((8, 0), True, True), ((9, 0), False, True), ((10, 0), False, True)],
+)
+def test_packed_rows_need_hopper_or_flash_attention_2(monkeypatch, capability, flash_attention, attends):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(cuda, "_is_installed", lambda package: package == "flash-attn" and flash_attention)
+    assert CudaPlatform().attends_to_packed_rows == attends
+
+
+def test_memory_that_the_engine_has_released_is_collected_before_the_cache_is_emptied(monkeypatch):
+    calls: list[str] = []
+    for name in ("ipc_collect", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: calls.append(name))
+    CudaPlatform().release_cached_memory()
+    assert calls == ["ipc_collect", "empty_cache"]
 
 
 def leave_a_record(folder: Path) -> None:

@@ -215,14 +215,16 @@ def _claim_port(host: str, port: int | None) -> int:
 
 
 def _inherited_environment() -> dict[str, str]:
-    """This process's environment without torchrun's rendezvous variables, which SGLang's own process group would use,
-    and without the paths of the trainer's collective records, which the engine's ranks would overwrite."""
+    """This process's environment without variables that are meant for the trainer alone: torchrun's rendezvous, which
+    SGLang's own process group would use; the paths of collective records, which the engine's ranks would overwrite; and
+    PyTorch's allocator settings, since SGLang cannot release memory of expandable segments."""
     rendezvous = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
     records = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
+    allocator = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
     return {
         name: value
         for name, value in os.environ.items()
-        if name not in (*rendezvous, *records) and not name.startswith("TORCHELASTIC_")
+        if name not in (*rendezvous, *records, *allocator) and not name.startswith("TORCHELASTIC_")
     }
 
 
