@@ -25,7 +25,7 @@ from rich.table import Table
 
 from megatron_dsrl.doctor.device import driver_version, examine_cuda_compiler, examine_device
 from megatron_dsrl.doctor.kernels import Finding, examine_kernels, installed_version
-from megatron_dsrl.doctor.system import examine_c_library, examine_compiler
+from megatron_dsrl.doctor.system import examine_c_library, examine_compiler, examine_sandbox
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LOCK_FILES = ("tools/requirements-cpu.lock", "tools/requirements-cpu-no-deps.lock")
@@ -69,6 +69,7 @@ def examine() -> Examination:
         *(_devices(torch_cuda) if torch_is_there else ()),
         *examine_kernels(cuda, torch_cuda),
         examine_compiler(cuda),
+        examine_sandbox(),
         _processor(),
         _memory(),
         _shared_memory(Path("/dev/shm")),

@@ -1,4 +1,4 @@
-"""System of `dsrl doctor`: the C library that SGLang's wheels are built for, and a C compiler."""
+"""System of `dsrl doctor`: the C library that SGLang's wheels are built for, a C compiler, the sandbox."""
 
 import os
 import platform
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from packaging.version import Version
 
 from megatron_dsrl.doctor.kernels import Finding
+from megatron_dsrl.rewards.sandbox_isolation import ADVICE, missing_isolation
 
 OLDEST_GLIBC = "2.34"
 """SGLang's wheels are `manylinux_2_34` only; tools/setup_cpu.sh refuses older ones before it downloads anything."""
@@ -25,6 +26,15 @@ def examine_c_library(library: tuple[str, str] | None = None) -> Finding:
         return Finding("C library", "ok", found)
     advice = f"SGLang's wheels need glibc {OLDEST_GLIBC} or newer (Ubuntu 22.04, Debian 12, RHEL 9): use an image"
     return Finding("C library", "problem", found, advice)
+
+
+def examine_sandbox() -> Finding:
+    """Whether programs of the verifier `code` can be isolated here."""
+    problem = missing_isolation()
+    if problem is None:
+        return Finding("sandbox", "ok", "programs of the verifier `code` can be isolated")
+    advice = f"the verifier `code` refuses to run here, all else works. {ADVICE}"
+    return Finding("sandbox", "note", f"programs cannot be isolated: {problem}", advice)
 
 
 def examine_compiler(cuda: bool, environment: Mapping[str, str] = os.environ) -> Finding:

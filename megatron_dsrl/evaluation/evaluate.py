@@ -37,7 +37,7 @@ from megatron_dsrl.observability.waiting import waiting
 from megatron_dsrl.provenance.inputs import describe_model, describe_prompts
 from megatron_dsrl.provenance.start import Details, record_start
 from megatron_dsrl.publishing.card import refresh_card
-from megatron_dsrl.rewards.registry import matched_by_spelling
+from megatron_dsrl.rewards.registry import describe_verifiers, matched_by_spelling
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.engines.awaiting_engines import awaiting_engines
 
@@ -120,7 +120,11 @@ def evaluate(request: EvaluationRequest) -> None:
         )
         stops = stop_token_ids(tokenizer)
         if unfinished:
-            record_start(output, "eval", _provenance(request, model, folder, benchmarks, prompts), print)
+            verifiers = describe_verifiers(b.config.reward for b in benchmarks) if rank() == 0 else []
+            for line in verifiers:
+                print(line)
+            details = _provenance(request, model, folder, benchmarks, prompts)
+            record_start(output, "eval", {**details, "verifiers": lambda: verifiers}, print)
         rollout = start_engines(config, output, tokenizer, resources) if unfinished else None
 
         def evaluate_all() -> None:

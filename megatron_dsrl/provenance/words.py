@@ -26,6 +26,7 @@ def what_computed(start: Record) -> dict[str, str]:
         "Base model": _words(start, "model", _model),
         "Training data": _words(start, "data", _prompts),
         **{f"Problems of {name}": _prompts(one) for name, one in _mapping(start.get("evaluation_sets")).items()},
+        **({"Verifiers": "; ".join(start["verifiers"])} if start.get("verifiers") else {}),
         "Processes": str(start.get("world_size", NOT_RECORDED)),
         "Layout": _words(start, "layout", _layout),
         "Device": _words(start, "device", device_words),

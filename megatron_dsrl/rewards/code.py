@@ -13,12 +13,19 @@ import textwrap
 
 from megatron_dsrl.rewards.response import after_thinking
 from megatron_dsrl.rewards.sandbox import Limits, UnitTests, run_program
+from megatron_dsrl.rewards.sandbox_isolation import missing_isolation
 
 CODE_BLOCK = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 
 
 def code(
-    response: str, answer: str, wall_seconds: float = 5.0, cpu_seconds: int = 5, memory_megabytes: int = 1024
+    response: str,
+    answer: str,
+    wall_seconds: float = 5.0,
+    cpu_seconds: int = 5,
+    memory_megabytes: int = 1024,
+    folder_megabytes: int = 64,
+    allow_unsafe: bool = False,
 ) -> float:
     """1.0 when the program passes its tests within the limits, else 0.0.
 
@@ -28,9 +35,12 @@ def code(
         wall_seconds: Limit of wall-clock time. Must be below the pool's `reward.timeout_seconds`.
         cpu_seconds: Limit of processor time.
         memory_megabytes: Limit of address space.
+        folder_megabytes: Limit of the files that it writes, which are in memory too.
+        allow_unsafe: Where the kernel does not permit isolation, run the program all the same. It can then reach files
+            of the user and fill the disk.
 
     Raises:
-        ValueError: The gold answer is not such an object.
+        ValueError: The gold answer is not such an object, or the program cannot be isolated.
     """
     problem = _problem(answer)
     program = complete_program(response, problem["prompt"], problem["entry_point"])
@@ -41,8 +51,14 @@ def code(
         source=f"{problem['test']}\n\ncheck({problem['entry_point']})\n",
         preparation=_whole_prompt(problem["prompt"]),
     )
-    limits = Limits(wall_seconds=wall_seconds, cpu_seconds=cpu_seconds, memory_bytes=memory_megabytes * 2**20)
-    return float(run_program(program, limits, tests).passed)
+    limits = Limits(
+        wall_seconds=wall_seconds,
+        cpu_seconds=cpu_seconds,
+        memory_bytes=memory_megabytes * 2**20,
+        folder_bytes=folder_megabytes * 2**20,
+    )
+    isolated = not allow_unsafe or missing_isolation() is None
+    return float(run_program(program, limits, tests, isolated).passed)
 
 
 def complete_program(response: str, prompt: str, entry_point: str) -> str | None:
@@ -55,7 +71,7 @@ def complete_program(response: str, prompt: str, entry_point: str) -> str | None
     whole = [block for block in blocks if definition.search(block)]
     if whole:
         # The prompt's imports and definitions stay available; its stub of the function is redefined.
-        return f"{prompt}\n\n{textwrap.dedent(whole[-1])}"
+        return f"{_whole_prompt(prompt)}\n\n{textwrap.dedent(whole[-1])}"
     return prompt.rstrip(" ") + _as_body(blocks[-1])
 
 

@@ -7,7 +7,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.section import Section
-from megatron_dsrl.rewards.registry import check_options, reward_function
+from megatron_dsrl.rewards.registry import check_options, describe_verifier, reward_function
 
 
 class Part(Section):
@@ -56,3 +56,9 @@ def check_parts(options: Mapping[str, Any]) -> None:
         raise UserError("reward.options.parts: a combination needs at least one part")
     for number, part in enumerate(parts):
         check_options(part.function, part.options, f"reward.options.parts.{number}")
+
+
+def describe_parts(options: Mapping[str, Any]) -> str:
+    """What there is to say about the parts on this machine."""
+    descriptions = [describe_verifier(part.function, part.options) for part in PARTS.validate_python(options["parts"])]
+    return "; ".join(dict.fromkeys(filter(None, descriptions)))

@@ -12,6 +12,7 @@ from typing import Any, Protocol, get_type_hints
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.config.data import RewardConfig
 
 HERE = "megatron_dsrl.rewards"
 
@@ -29,6 +30,8 @@ class BuiltIn:
     function: str
     check: str | None = None
     """`f(options)` that raises UserError for invalid option values."""
+    describe: str | None = None
+    """`f(options)`: how this machine runs the verifier, for the line at a run's start and its record."""
     answer: str | None = None
     """`f(response)`: the response's normalised answer, for majority votes."""
     reads_gold: str | None = None
@@ -47,9 +50,17 @@ BUILT_IN: dict[str, BuiltIn] = {
         f"{HERE}.multiple_choice:multiple_choice", answer=f"{HERE}.multiple_choice:chosen_letter"
     ),
     "short_answer": BuiltIn(f"{HERE}.short_answer:short_answer", answer=f"{HERE}.short_answer:stated_answer"),
-    "code": BuiltIn(f"{HERE}.code:code"),
+    "code": BuiltIn(
+        f"{HERE}.code:code",
+        check=f"{HERE}.sandbox_isolation:check_isolation",
+        describe=f"{HERE}.sandbox_isolation:describe_isolation",
+    ),
     "remote": BuiltIn(f"{HERE}.remote:remote", check=f"{HERE}.remote:check_url"),
-    "combination": BuiltIn(f"{HERE}.combination:combination", check=f"{HERE}.combination:check_parts"),
+    "combination": BuiltIn(
+        f"{HERE}.combination:combination",
+        check=f"{HERE}.combination:check_parts",
+        describe=f"{HERE}.combination:describe_parts",
+    ),
     "box_format": BuiltIn(f"{HERE}.shaping:box_format"),
     "length_penalty": BuiltIn(f"{HERE}.shaping:length_penalty"),
 }
@@ -102,6 +113,18 @@ def check_options(name: str, options: Mapping[str, Any], section: str = "reward.
             _check_type(name, option, value, hints[option], section)
     if name in BUILT_IN and (check := BUILT_IN[name].check):
         _imported(check)(options)
+
+
+def describe_verifier(name: str, options: Mapping[str, Any]) -> str:
+    """How this machine runs the verifier; empty if there is nothing to say."""
+    path = BUILT_IN[name].describe if name in BUILT_IN else None
+    return _imported(path)(options) if path else ""
+
+
+def describe_verifiers(rewards: Iterable[RewardConfig | None]) -> list[str]:
+    """Lines on how this machine runs the verifiers, for a start's output and record; none for most verifiers."""
+    lines = (describe_verifier(reward.function, reward.options) for reward in rewards if reward is not None)
+    return list(dict.fromkeys(filter(None, lines)))
 
 
 def answer_of(name: str) -> Callable[[str], str | None] | None:

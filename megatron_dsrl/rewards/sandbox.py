@@ -1,19 +1,26 @@
 """Running untrusted programs.
 
-The program runs in a separate process, restricted by `sandbox_process.py`: limits of processor time, memory, file size
-and processes, an empty environment, and its own temporary folder. If the kernel permits it (for ordinary users it does
-on most Linux systems), the program also has no network, sees no other processes, and can open only Python's files and
-those of its folder. This module is the caller's side: it enforces the time limit, kills everything that the program
-started, and reads the verdict.
+The program runs in a separate process without privileges, under limits of processor time, memory and threads, with an
+empty environment. An isolated program finds a root file system of its own (`sandbox_namespaces.py`): Python's files,
+read-only, and one folder in memory with limited size. It has no network, sees no other processes, and makes only the
+system calls of `sandbox_filter.py`: it cannot start processes, so every limit holds for the program as a whole. What
+the kernel refuses to set up is an error, and the program is not started.
+
+Where programs cannot be isolated, a caller may run them unsafely: with the limits of one process, the same system
+calls, and Landlock where the kernel has it, in a temporary folder on disk.
+
+This module is the caller's side: it starts the sandbox, waits and reads the verdict. It uses the standard library only.
 
 The tests run in another process, which calls the program's function and gets plain data back: the program can neither
 read the tests or the verdict's token from memory, nor return an object that claims to be equal to everything. It can
 still return hard-coded answers to tests that it guesses, and a program without tests judges itself.
 """
 
+import base64
 import json
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,26 +28,37 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import psutil
+from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.rewards.sandbox_filter import system_call_filter
+from megatron_dsrl.rewards.sandbox_folder import temporary_folder
 
 CHILD = Path(__file__).with_name("sandbox_process.py")
+FOLDER = "/sandbox"  # sandbox_namespaces.FOLDER
+TIMED_OUT = 124  # sandbox_process.TIMED_OUT
 RESULT_BYTES = 4096
 END_SECONDS = 5.0
+"""The sandbox keeps the time itself; a caller that has waited this much longer kills it."""
+
+
+class NotIsolatedError(UserError):
+    """This machine does not permit isolation; the program was not started."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Resources that a program may use."""
+    """Resources that a program may use, all its threads together."""
 
     wall_seconds: float = 5.0
     cpu_seconds: int = 5
-    """Processor time of each process, in whole seconds because the kernel counts them so."""
+    """Processor time, in whole seconds because the kernel counts them so."""
     memory_bytes: int = 2**30
-    """Address space of each process."""
-    file_bytes: int = 2**24
-    """Size of each file."""
-    processes: int = 16
-    """Processes and threads. The kernel does not enforce it for root."""
+    """Address space."""
+    folder_bytes: int = 2**26
+    """Content of its folder, which is in memory too; unsafe: size of each file."""
+    folder_files: int = 4096
+    """Files and folders in its folder; unsafe: not limited."""
+    threads: int = 16
+    """Threads, the main one included; unsafe: not limited."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +69,6 @@ class Outcome:
     """It ran to its end without an exception, and so did its tests."""
     reason: str
     """Empty when it passed; else `timeout`, the exception, or `ended with status N`."""
-    isolation: tuple[str, ...]
-    """Kernel restrictions in force: `namespaces`, `landlock`. Empty if the program never started."""
 
 
 @dataclass(frozen=True)
@@ -68,70 +84,72 @@ class UnitTests:
     """Code that runs before, such as the problem's helpers that the tests use too."""
 
 
-def run_program(program: str, limits: Limits, tests: UnitTests = UnitTests("", "")) -> Outcome:
-    """Run Python source, with the standard library only, then its tests, and wait for them."""
-    token = secrets.token_hex(16)
+def run_program(program: str, limits: Limits, tests: UnitTests = UnitTests("", ""), isolated: bool = True) -> Outcome:
+    """Run Python source, with the standard library only, then its tests, and wait for them.
+
+    Args:
+        isolated: False runs the program unsafely (see above).
+
+    Raises:
+        NotIsolatedError: The kernel does not permit to isolate the program.
+        UserError: libseccomp is missing.
+    """
+    token, refused = secrets.token_hex(16), secrets.token_hex(16)
     judging = {"tests": tests.source, "preparation": tests.preparation, "token": token}
     task = f"{json.dumps({'program': program})}\n{json.dumps(judging)}\n"
+    settings = asdict(limits) | {
+        "entry_point": tests.entry_point,
+        "isolated": isolated,
+        "refused": refused,
+        "filter": base64.b64encode(system_call_filter()).decode(),
+        "mount_point": tempfile.gettempdir(),
+        "parent": os.getpid(),
+    }
+    if isolated:
+        result, status = _run_process(task, settings | {"folder": FOLDER}, limits.wall_seconds)
+    else:
+        with temporary_folder() as folder:
+            result, status = _run_process(task, settings | {"folder": folder}, limits.wall_seconds)
+    return _outcome(result, status, token, refused)
+
+
+def _run_process(task: str, settings: dict[str, object], wall_seconds: float) -> tuple[str, int]:
+    """What the sandbox wrote, and its exit status."""
     reading, writing = os.pipe()
-    with tempfile.TemporaryDirectory(prefix="dsrl-code-", ignore_cleanup_errors=True) as folder:
-        settings = json.dumps(asdict(limits) | {"folder": folder, "result": writing, "entry_point": tests.entry_point})
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", str(CHILD), settings],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            cwd=folder,
-            env={"PATH": os.defpath, "HOME": folder, "TMPDIR": folder, "LC_ALL": "C.UTF-8"},
-            pass_fds=[writing],
-            start_new_session=True,
-        )
-        os.close(writing)
+    with open(reading, "rb", buffering=0) as results:
+        settings |= {"result": writing, "deadline": time.monotonic() + wall_seconds}
+        folder = str(settings["folder"])
         try:
-            process.communicate(task.encode(), timeout=limits.wall_seconds)
-            reason = f"ended with status {process.returncode}"
-        except subprocess.TimeoutExpired:
-            reason = "timeout"
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-B", str(CHILD), json.dumps(settings)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                cwd="/",
+                env={"PATH": os.defpath, "HOME": folder, "TMPDIR": folder, "LC_ALL": "C.UTF-8"},
+                pass_fds=[writing],
+                start_new_session=True,
+            )
         finally:
-            _end(process)
-            os.set_blocking(reading, False)
-            result = _read(reading)
-            os.close(reading)
-    return _outcome(result, token, reason)
+            os.close(writing)
+        try:
+            process.communicate(task.encode(), timeout=wall_seconds + END_SECONDS)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            if isinstance(error, subprocess.TimeoutExpired):
+                return "", TIMED_OUT
+            raise
+        os.set_blocking(reading, False)
+        return (results.read(RESULT_BYTES) or b"").decode(errors="replace"), process.returncode
 
 
-def _outcome(result: str, token: str, reason: str) -> Outcome:
+def _outcome(result: str, status: int, token: str, refused: str) -> Outcome:
     """Read the verdict. Only lines with the token count, which the program does not know."""
-    isolation: tuple[str, ...] = ()
     for line in result.splitlines():
         mark, _, message = line.partition(" ")
-        if mark != token:
-            continue
-        if message.startswith("isolation"):
-            isolation = tuple(message.split()[1:])
-        else:
-            passed = message == "passed"
-            return Outcome(passed, "" if passed else message, isolation)
-    return Outcome(False, reason, isolation)
-
-
-def _read(descriptor: int) -> str:
-    try:
-        return os.read(descriptor, RESULT_BYTES).decode(errors="replace")
-    except BlockingIOError:
-        return ""
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Kill all remaining processes. Children first: the sandbox's process adopts their orphans while it lives."""
-    deadline = time.monotonic() + END_SECONDS
-    try:
-        family = psutil.Process(process.pid)
-        while (children := family.children(recursive=True)) and time.monotonic() < deadline:
-            for child in children:
-                child.kill()
-            psutil.wait_procs(children, timeout=0.05)
-    except psutil.NoSuchProcess:
-        pass  # it has exited, after killing its children
-    process.kill()
-    process.wait()
+        if mark == refused:
+            raise NotIsolatedError(f"the kernel does not permit to isolate a program: {message}")
+        if mark == token:
+            return Outcome(message == "passed", "" if message == "passed" else message)
+    return Outcome(False, "timeout" if status == TIMED_OUT else f"ended with status {status}")

@@ -13,6 +13,10 @@ from collections.abc import Callable, Iterator
 from io import BufferedIOBase
 
 LONGEST_MESSAGE = 500
+NOT_RAISED_AGAIN = (UnicodeError, StopIteration, StopAsyncIteration)
+"""Exceptions of the program that the tests get as ProgramError: the first takes more than a message, the others would
+silently end an iteration such as `all(map(function, cases))`."""
+
 CONSTRUCTORS: dict[str, Callable[[list[object]], object]] = {
     "list": list,
     "tuple": tuple,
@@ -113,7 +117,7 @@ class Caller:
             return unpack(answer["value"])
         name, message = answer["error"]
         kind = getattr(builtins, str(name), None)
-        if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, UnicodeError):
+        if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, NOT_RAISED_AGAIN):
             raise kind(message)  # tests may expect one
         raise ProgramError(f"{name}: {message}")
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dsrl.doctor.system import OLDEST_GLIBC, examine_c_library, examine_compiler
+from megatron_dsrl.doctor import system
+from megatron_dsrl.doctor.system import OLDEST_GLIBC, examine_c_library, examine_compiler, examine_sandbox
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -38,3 +39,11 @@ def test_the_compiler_is_named(tmp_path, name, variables):
     (tmp_path / name).chmod(0o755)
     finding = examine_compiler(True, {"PATH": str(tmp_path)} | variables)
     assert (finding.severity, finding.found) == ("ok", str(tmp_path / name))
+
+
+@pytest.mark.parametrize("problem", [None, "user namespace: Operation not permitted"])
+def test_whether_programs_can_be_isolated(problem: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(system, "missing_isolation", lambda: problem)
+    finding = examine_sandbox()
+    assert finding.severity == ("note" if problem else "ok")
+    assert (problem or "can be isolated") in finding.found

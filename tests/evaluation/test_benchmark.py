@@ -33,7 +33,8 @@ def test_the_papers_benchmarks_are_there_and_well_formed():
     for name in benchmark_names():
         benchmark = load_benchmark(name, data_folder=None)
         assert benchmark.name == name and "/" in benchmark.config.source
-        check_options(benchmark.config.reward.function, benchmark.config.reward.options)
+        if benchmark.config.reward.function != "code":  # which also asks whether this machine can isolate programs
+            check_options(benchmark.config.reward.function, benchmark.config.reward.options)
 
 
 def test_own_benchmark(folder, tokenizer):

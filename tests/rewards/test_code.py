@@ -5,6 +5,15 @@ import json
 import pytest
 
 from megatron_dsrl.rewards.code import code, complete_program
+from megatron_dsrl.rewards.sandbox_isolation import missing_isolation
+
+
+@pytest.fixture(autouse=True)
+def isolation() -> None:
+    """Skips tests where programs cannot be isolated."""
+    if problem := missing_isolation():
+        pytest.skip(problem)
+
 
 PROMPT = 'from typing import List\n\n\ndef double(numbers: List[int]) -> List[int]:\n    """Twice each."""\n'
 TEST = "def check(candidate):\n    assert candidate([1, 2]) == [2, 4]\n"
@@ -32,6 +41,17 @@ RIGHT = "    return [2 * n for n in numbers]\n"
 )
 def test_code(response, reward):
     assert code(response, ANSWER) == reward
+
+
+@pytest.mark.parametrize("stub", ["def double(numbers):\n", "def double(numbers):\n    # Twice each.\n", ""])
+@pytest.mark.parametrize(
+    "response",
+    [f"```\ndef double(numbers):\n{RIGHT}```", f"```python\nimport math\ndef double(numbers):\n{RIGHT}```"],
+)
+def test_a_stub_without_a_docstring_may_be_completed_or_repeated(stub: str, response: str) -> None:
+    answer = json.dumps({"prompt": stub, "entry_point": "double", "test": TEST})
+    assert code(response, answer) == 1.0
+    assert code(RIGHT, answer) == float(bool(stub))
 
 
 FIND_THE_JUDGE = """

@@ -1,22 +1,73 @@
 """What a program in the sandbox can do, and what ends it."""
 
+import builtins
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
 
 from megatron_dsrl.rewards.sandbox import Limits, Outcome, UnitTests, run_program
+from megatron_dsrl.rewards.sandbox_folder import NEW_SECONDS, PREFIX
+from megatron_dsrl.rewards.sandbox_isolation import check_isolation, describe_isolation, missing_isolation
 
-LIMITS = Limits(wall_seconds=10, cpu_seconds=5, memory_bytes=2**29, file_bytes=2**20)
+LIMITS = Limits(wall_seconds=20, cpu_seconds=5, memory_bytes=2**29, folder_bytes=2**20, folder_files=100, threads=4)
+REPOSITORY = Path(__file__).parents[2]
+ORDINARY_USER = 12345
+SYSTEM_PYTHON = "/usr/bin/python3"
 
 
-def run(program: str, **limits) -> Outcome:
+@pytest.fixture
+def isolation() -> None:
+    """Skips the test where programs cannot be isolated."""
+    if problem := missing_isolation():
+        pytest.skip(problem)
+
+
+def run(program: str, **limits: float) -> Outcome:
     return run_program(program, Limits(**{**LIMITS.__dict__, **limits}))
 
 
-def test_ordinary_programs_pass():
-    program = """
-import collections, dataclasses, decimal, functools, heapq, json, math, random, re, tempfile
+def run_as_ordinary_user(programs: list[str]) -> list[Outcome]:
+    """Outcomes of isolated programs that another user than root starts, with the system's own Python."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user; as an ordinary user, the other tests cover this")
+    if subprocess.run([SYSTEM_PYTHON, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"]).returncode:
+        pytest.skip(f"{SYSTEM_PYTHON} is missing or older than 3.11")
+    script = (
+        "import json, sys\n"
+        "from megatron_dsrl.rewards.sandbox import Limits, run_program\n"
+        "programs, limits = json.load(sys.stdin)\n"
+        "print(json.dumps([vars(run_program(program, Limits(**limits))) for program in programs]))\n"
+    )
+    finished = subprocess.run(
+        [SYSTEM_PYTHON, "-B", "-c", script],
+        input=json.dumps([programs, LIMITS.__dict__]),
+        env={"PYTHONPATH": str(REPOSITORY)},
+        cwd="/",
+        user=ORDINARY_USER,
+        group=ORDINARY_USER,
+        extra_groups=[],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    if finished.returncode and ("NotIsolatedError" in finished.stderr or "No module named" in finished.stderr):
+        pytest.skip(finished.stderr.strip().splitlines()[-1])
+    assert finished.returncode == 0, finished.stderr
+    return [Outcome(**outcome) for outcome in json.loads(finished.stdout)]
+
+
+ORDINARY_PROGRAM = """
+import asyncio, collections, concurrent.futures, dataclasses, decimal, functools, heapq, hashlib, json, math, os, random
+import re, shutil, tempfile, time
 @dataclasses.dataclass
 class Point:
     x: int
@@ -24,13 +75,27 @@ assert Point(3).x == 3 and __name__ == "__main__"
 with open("notes.txt", "w") as file:
     file.write("mine")
 assert open("notes.txt").read() == "mine"
+shutil.copy2("notes.txt", "copy.txt")
+shutil.move("copy.txt", "moved.txt")
+os.makedirs("a/b")
+shutil.rmtree("a")
 tempfile.mkdtemp()
+async def three():
+    await asyncio.sleep(0.01)
+    return 3
+assert asyncio.run(three()) == 3
+with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    assert list(pool.map(abs, [-1, 2])) == [1, 2]
+open("/dev/null", "w").write("x")
 """
-    outcome = run(program)
+
+
+def test_ordinary_programs_pass(isolation: None) -> None:
+    outcome = run(ORDINARY_PROGRAM)
     assert (outcome.passed, outcome.reason) == (True, "")
 
 
-def test_tests_get_plain_data_by_value():
+def test_tests_get_plain_data_by_value(isolation: None) -> None:
     program = """
 import collections
 def echo(value, *, times=1):
@@ -64,6 +129,11 @@ for kind, error in (("raise", "ValueError: no such thing"), ("object", "TypeErro
     assert (outcome.passed, outcome.reason) == (True, "")
 
 
+def test_a_program_cannot_end_the_tests_iteration(isolation: None) -> None:
+    outcome = run_program("def f(x):\n    raise StopIteration", LIMITS, UnitTests("f", "assert all(map(f, [1, 2]))"))
+    assert (outcome.passed, outcome.reason) == (False, "StopIteration: ")
+
+
 @pytest.mark.parametrize(
     ("program", "reason"),
     [
@@ -74,67 +144,318 @@ for kind, error in (("raise", "ValueError: no such thing"), ("object", "TypeErro
         ("bytearray(2**30)", "MemoryError"),
         ("open('big', 'wb').write(bytes(2**22))", "OSError"),
         ("[open('/dev/null') for _ in range(100)]", "OSError"),
-        ("import os; os.kill(os.getpid(), 11); os.abort()", "ended with status"),
-        ("import ctypes; ctypes.string_at(0)", ""),
+        ("import signal; signal.raise_signal(11)", "ended with status -11"),
+        ("import os; os.abort()", "ended with status -6"),
+        ("import ctypes; ctypes.string_at(0)", "ended with status -11"),
     ],
 )
-def test_programs_that_fail_or_take_too_much(program, reason):
+def test_programs_that_fail_or_take_too_much(isolation: None, program: str, reason: str) -> None:
     outcome = run(program)
     assert not outcome.passed
     assert reason in outcome.reason
 
 
-@pytest.mark.parametrize(
-    "program",
-    [
-        "import socket; socket.create_connection(('127.0.0.1', {port}), timeout=5)",
-        "import socket; socket.create_server(('127.0.0.1', 0))",
-        "open('/etc/passwd').read()",
-        "open({outside!r}, 'w')",
-        "import os; os.remove({outside!r})",
-        "import os; os.listdir({outside!r} + '/..')",
-    ],
-)
-def test_no_network_and_no_foreign_files(program, tmp_path):
-    import socket
+CALL = """
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+def call(name, *arguments):
+    if getattr(libc, name)(*arguments) < 0:
+        raise OSError(ctypes.get_errno(), name)
+"""
+ATTACKS = {
+    "connect": "import socket; socket.create_connection(('127.0.0.1', {port}), timeout=5)",
+    "listen": "import socket; socket.create_server(('127.0.0.1', 0))",
+    "connect to a Unix socket": "import socket; socket.socket(socket.AF_UNIX).connect({unix!r})",
+    "send to a Unix socket": """
+import socket
+a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+a.sendto(b'hello', {unix!r})""",
+    "read": "open('/etc/passwd').read()",
+    "write": "open({outside!r}, 'w')",
+    "write next to another folder": """
+import os
+os.open({outside!r}[1:], os.O_WRONLY, dir_fd=os.open('/', os.O_RDONLY))""",
+    "remove": "import os; os.remove({outside!r})",
+    "truncate": "import os; os.truncate({outside!r}, 0)",
+    "list": "import os; os.listdir({outside!r} + '/..')",
+    "look": "import os; os.stat({outside!r})",
+    "change permissions": "import os; os.chmod({outside!r}, 0o777)",
+    "change permissions of Python": "import os; os.chmod(os.__file__, os.stat(os.__file__).st_mode)",
+    "change times": "import os; os.utime({outside!r})",
+    "change attributes": "import os; os.setxattr({outside!r}, 'user.mine', b'1')",
+    "watch a folder": CALL + "call('inotify_add_watch', libc.inotify_init(), b'/sandbox', 0x100)",
+    "run a program": "import subprocess; subprocess.run(['/bin/true'])",
+    "fork unseen": CALL + "call('fork')",
+    "become a program unseen": CALL + "call('execv', b'/bin/true', (ctypes.c_char_p * 2)(b'true', None))",
+    "become a program": "import os; os.execv('/bin/true', ['true'])",
+    "fork": "import os; os.fork()",
+    "signal the tests": "import os; os.kill(1, 15)",
+    "stop its group": "import os, signal; os.kill(0, signal.SIGSTOP)",
+    "trace the tests": CALL + "call('ptrace', 16, 1, 0, 0)",
+    "read the tests' memory": "open('/proc/1/mem', 'rb')",
+    "slow down others": "import os; os.setpriority(os.PRIO_PROCESS, 1, 19)",
+    "open a process": "import os; os.pidfd_open(1)",
+    "limit others": "import resource; resource.prlimit(1, resource.RLIMIT_CPU, (1, 1))",
+    "get privileges": CALL + "call('unshare', 0x10000000)",
+    "mount": CALL + "call('mount', b'tmpfs', b'/sandbox', b'tmpfs', 0, None)",
+    "memory that is no mapping": "import os; os.memfd_create('m')",
+    "shared memory": CALL + "call('shmget', 0, 2**20, 0o1600)",
+    "io_uring": CALL + "call('syscall', 425, 8, ctypes.create_string_buffer(120))",
+    "keys": CALL + "call('syscall', 248, b'user', b'd', b'p', 1, -3)",
+    "become root": "import os; os.setuid(0); open('/usr/mine', 'w')",
+}  # fmt: skip
 
-    outside = tmp_path / "precious"
-    outside.write_text("kept")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        outcome = run(program.format(port=server.getsockname()[1], outside=str(outside)))
-        server.settimeout(0.2)
-        with pytest.raises(TimeoutError):
-            server.accept()
-    assert not outcome.passed and "Error" in outcome.reason
-    assert outside.read_text() == "kept"
+
+@pytest.fixture
+def outside() -> Iterator[dict[str, str | int]]:
+    """A file, a TCP port and a Unix socket that anybody may reach; checks that nobody has."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.socket(socket.AF_UNIX) as unix,
+    ):
+        os.chmod(folder, 0o755)
+        file, path = Path(folder, "precious"), f"{folder}/socket"
+        file.write_text("kept")
+        unix.bind(path)
+        unix.listen()
+        for each in (file, path):
+            os.chmod(each, 0o666)
+        before = file.stat()
+        yield {"outside": str(file), "port": server.getsockname()[1], "unix": path}
+        for listener in (server, unix):
+            listener.settimeout(0.1)
+            with pytest.raises(TimeoutError):
+                listener.accept()
+        after = file.stat()
+        assert (after.st_mode, after.st_mtime_ns, after.st_size) == (before.st_mode, before.st_mtime_ns, 4)
+        assert os.listxattr(file) == []
 
 
-def test_the_environment_is_empty(monkeypatch):
+def check_refused(outcome: Outcome) -> None:
+    """The program ended with an error of the operating system, and not because the attack was written wrongly."""
+    kind = getattr(builtins, outcome.reason.partition(":")[0], None)
+    assert isinstance(kind, type) and issubclass(kind, OSError), outcome
+
+
+@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS.keys())
+def test_nothing_outside_can_be_reached(isolation: None, attack: str, outside: dict) -> None:
+    check_refused(run(attack.format(**outside)))
+
+
+def test_programs_of_an_ordinary_user_cannot_reach_anything_either(outside: dict) -> None:
+    attacks = [attack.format(**outside) for attack in ATTACKS.values()]
+    *outcomes, good = run_as_ordinary_user([*attacks, ORDINARY_PROGRAM])
+    for outcome in outcomes:
+        check_refused(outcome)
+    assert (good.passed, good.reason) == (True, "")
+
+
+FILL_THE_DISK = """
+import os
+for number in range(50):
+    with open(f"file-{number}", "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, 2**16)
+"""
+MAKE_FILES = "for number in range(1000):\n    open(f'file-{number}', 'w').close()"
+TAKE_MEMORY_IN_THREADS = """
+import mmap, threading
+def take():
+    kept.append(mmap.mmap(-1, 2**27))
+kept, threads = [], [threading.Thread(target=take) for _ in range(3)]
+for thread in threads:
+    thread.start()
+    thread.join()
+kept += [mmap.mmap(-1, 2**27)]
+"""
+START_THREADS = """
+import threading, time
+for _ in range(8):
+    threading.Thread(target=time.sleep, args=(9,), daemon=True).start()
+"""
+WHOLE = {
+    "disk": (FILL_THE_DISK, "No space left on device"),
+    "number of files": (MAKE_FILES, "No space left on device"),
+    "memory": (TAKE_MEMORY_IN_THREADS, "Cannot allocate memory"),
+    "threads": (START_THREADS, "can't start new thread"),
+}
+
+
+@pytest.mark.parametrize(("program", "reason"), WHOLE.values(), ids=WHOLE.keys())
+def test_limits_hold_for_the_whole_program(isolation: None, program: str, reason: str) -> None:
+    assert reason in run(program).reason
+
+
+def test_limits_hold_for_programs_of_an_ordinary_user() -> None:
+    outcomes = run_as_ordinary_user([program for program, _ in WHOLE.values()])
+    for outcome, (_, reason) in zip(outcomes, WHOLE.values()):
+        assert reason in outcome.reason
+
+
+def test_the_environment_is_empty(isolation: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret")
     assert run("import os; assert 'HF_TOKEN' not in os.environ").passed
 
 
-@pytest.mark.parametrize("program", ["while True: pass", "import time; time.sleep(60)"])
-def test_time_is_limited(program):
+STOP_ITSELF = "import signal\nsignal.raise_signal(signal.SIGSTOP)"
+
+
+@pytest.mark.parametrize("program", ["while True: pass", "import time; time.sleep(60)", STOP_ITSELF])
+@pytest.mark.parametrize("isolated", [True, False])
+def test_time_is_limited(program: str, isolated: bool, request: pytest.FixtureRequest) -> None:
+    if isolated:
+        request.getfixturevalue("isolation")
     started = time.monotonic()
-    outcome = run(program, wall_seconds=1.0)
+    outcome = run_program(program, Limits(wall_seconds=1.0), isolated=isolated)
     assert (outcome.passed, outcome.reason) == (False, "timeout")
-    assert time.monotonic() - started < 8
+    assert time.monotonic() - started < 5  # less than when the caller has to end it
 
 
-@pytest.mark.parametrize("ending", ["", "time.sleep(60)"])
-def test_nothing_that_it_started_outlives_it(ending):
-    mark = f"dsrl-sandbox-test-{time.time_ns()}"
-    program = f"""
-import ctypes, os, sys, time
-for _ in range(3):
-    if os.fork() == 0:
-        os.setsid()
-        ctypes.CDLL(None).prctl(15, b"{mark[-15:]}", 0, 0, 0)
-        time.sleep(60)
-        os._exit(0)
-time.sleep(0.3)
-{ending}
+@pytest.mark.parametrize("isolated", [True, False])
+def test_nothing_is_left_when_the_caller_is_killed(
+    isolated: bool, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if isolated:
+        request.getfixturevalue("isolation")
+    script = (
+        "from megatron_dsrl.rewards.sandbox import Limits, run_program\n"
+        f"run_program('import time; time.sleep(60)', Limits(wall_seconds=60.0), isolated={isolated})\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TMPDIR": str(tmp_path)}
+    caller = psutil.Popen([sys.executable, "-c", script], env=environment)
+    family = _wait_for_family(caller, 3)
+    caller.kill()
+    caller.wait()
+    assert psutil.wait_procs(family, timeout=20)[1] == []
+    left = list(tmp_path.iterdir())
+    assert len(left) == (0 if isolated else 1)
+    for folder in left:
+        _make_old(folder)
+    run_in(tmp_path, "pass")
+    assert list(tmp_path.iterdir()) == []
+
+
+def _wait_for_family(process: psutil.Process, size: int) -> list[psutil.Process]:
+    deadline = time.monotonic() + 60
+    while len(family := process.children(recursive=True)) < size:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return family
+
+
+def _make_old(folder: Path) -> None:
+    then = time.time() - 2 * NEW_SECONDS
+    os.utime(folder, (then, then))
+
+
+def run_in(folder: Path, program: str) -> Outcome:
+    """Run a program unsafely with its temporary folder in `folder`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(folder))
+        return run_program(program, LIMITS, isolated=False)
+
+
+def test_folders_in_use_are_kept(tmp_path: Path) -> None:
+    import fcntl
+
+    mine = tmp_path / f"{PREFIX}mine"
+    mine.mkdir()
+    _make_old(mine)
+    descriptor = os.open(mine, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    assert run_in(tmp_path, "pass").passed
+    assert list(tmp_path.iterdir()) == [mine]
+    os.close(descriptor)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import os\nfor _ in range(1500):\n    os.mkdir('d')\n    os.chdir('d')",
+        "import os\nos.makedirs('closed/inner')\nos.chmod('closed/inner', 0)\nos.chmod('closed', 0)",
+    ],
+)
+def test_folders_of_any_depth_and_permissions_are_removed(program: str, tmp_path: Path) -> None:
+    assert run_in(tmp_path, program).passed
+    assert list(tmp_path.iterdir()) == []
+
+
+WITHOUT_NAMESPACES = """
+import ctypes, errno, sys
+seccomp = ctypes.CDLL("libseccomp.so.2")
+seccomp.seccomp_init.restype = ctypes.c_void_p
+context = ctypes.c_void_p(seccomp.seccomp_init(0x7FFF0000))
+for name in (b"unshare", b"mount"):
+    number = seccomp.seccomp_syscall_resolve_name(name)
+    assert seccomp.seccomp_rule_add_array(context, 0x00050000 | errno.EPERM, number, 0, None) == 0
+assert seccomp.seccomp_load(context) == 0
 """
-    run(program, wall_seconds=2.0)
-    assert [process.pid for process in psutil.process_iter(["name"]) if process.info["name"] == mark[-15:]] == []
+
+
+def without_namespaces(script: str) -> list[str]:
+    """Lines that a script prints where the kernel refuses namespaces, as in most containers."""
+    finished = subprocess.run(
+        [sys.executable, "-c", WITHOUT_NAMESPACES + script],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout.splitlines()
+
+
+def test_without_isolation_no_program_is_started(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    script = f"""
+import json
+from megatron_dsrl.rewards.code import code
+from megatron_dsrl.rewards.registry import check_options, describe_verifier
+answer = json.dumps({{"prompt": "", "entry_point": "f", "test": "def check(f): pass"}})
+program = "```python\\nopen({str(mark)!r}, 'w')\\ndef f(): pass\\n```"
+parts = {{"parts": [{{"function": "code"}}]}}
+for attempt in (lambda: code(program, answer), lambda: check_options("code", {{}}),
+                lambda: check_options("combination", parts)):
+    try:
+        print("not refused", attempt())
+    except ValueError as error:
+        print(error)
+print(describe_verifier("combination", parts))
+check_options("code", {{"allow_unsafe": True}})
+print(describe_verifier("code", {{"allow_unsafe": True}}))
+print(code(program.replace({str(mark)!r}, "here"), answer, allow_unsafe=True))
+"""
+    lines = without_namespaces(script)
+    why = "the kernel does not permit to isolate a program: [Errno 1] user namespace: Operation not permitted"
+    assert lines[0] == why
+    assert lines[1] == lines[2] and why in lines[1] and "allow_unsafe: true" in lines[1]
+    assert lines[3:] == [
+        f"code: programs are refused: {why}",
+        f"code: programs run UNSAFELY (allow_unsafe) and can reach your files: {why}",
+        "1.0",
+    ]
+    assert not mark.exists()
+
+
+def test_a_machine_that_isolates_says_so(isolation: None) -> None:
+    check_isolation({})
+    assert describe_isolation({}) == describe_isolation({"allow_unsafe": True}) == "code: programs are isolated"
+
+
+def test_unsafe_programs_have_no_sockets_and_no_processes() -> None:
+    for name in ("connect", "fork", "run a program", "stop its group", "signal the tests"):
+        outcome = run_program(ATTACKS[name].format(port=1), LIMITS, isolated=False)
+        assert "PermissionError" in outcome.reason
+
+
+def test_a_missing_libseccomp_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ctypes
+
+    from megatron_dsrl.rewards import sandbox_filter
+
+    def missing(name: str) -> None:
+        raise OSError("libseccomp.so.2: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    with pytest.raises(ValueError, match="the sandbox needs libseccomp"):
+        sandbox_filter.system_call_filter.__wrapped__()
