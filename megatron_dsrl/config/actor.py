@@ -8,23 +8,23 @@ from megatron_dsrl.config.section import Section
 
 
 class OffloadConfig(Section):
-    """What of the trainer's device memory is given to the engine while it samples, and taken back for the update.
+    """Which of the trainer's device memory the engine gets while it samples.
 
-    Policy and critic alike; the reference policy lies in host memory in any case. Each rank needs host memory for what
-    it moves. The sizes are per parameter of the rank's share of the model. Results do not change.
+    Applies to policy and critic; the reference policy is always in host memory. Each rank needs host memory for what it
+    moves. Sizes are per parameter of the rank's share of the model. Results do not change.
     """
 
     gradients: bool = False
-    """Gradient buffers, 4 bytes. Nothing is copied: an update begins with cleared gradients."""
+    """Gradient buffers, 4 bytes. Nothing is copied, because updates begin with zero gradients."""
 
     optimizer: bool = False
-    """Adam's moments, 8 bytes, and for bfloat16 the float32 weights, 4 bytes more; with the distributed optimizer
-    divided by the data-parallel size. Moved to the host before the weights are pushed."""
+    """Adam's moments, 8 bytes, and for bfloat16 the float32 weights, another 4 bytes; divided by the data-parallel
+    size with the distributed optimizer. Moved to the host before the weights are pushed."""
 
     parameters: bool = False
-    """The weights, 2 bytes in bfloat16 and 4 in float32. The policy's are moved after they were pushed, and before the
-    KV cache comes back. When an engine dies while sampling they return to the device, to be pushed to its successor:
-    `engine.memory_fraction` has to leave room for them even so."""
+    """The weights, 2 bytes in bfloat16 and 4 in float32. The policy's are moved after the push and before the KV
+    cache comes back. If an engine dies while sampling, they return to the device to be pushed to the restarted one,
+    so `engine.memory_fraction` must still leave room for them."""
 
     @property
     def parts(self) -> list[Literal["gradients", "optimizer", "parameters"]]:
@@ -36,10 +36,10 @@ class ActorConfig(Section):
     """How a rollout batch becomes forward and backward passes."""
 
     max_tokens_per_micro_batch: int = Field(default=16384, ge=1)
-    """Token budget of one packed micro-batch on one model replica. A longer single sequence gets one of its own."""
+    """Token budget of one packed micro-batch on one model replica. A longer sequence gets a micro-batch of its own."""
 
     mini_batches_per_rollout: int = Field(default=1, ge=1)
-    """Parts of a rollout batch with an optimizer step on each."""
+    """Number of parts a rollout batch is split into, with one optimizer step each."""
 
     epochs_per_rollout: int = Field(default=1, ge=1)
     """Passes over a rollout batch."""
@@ -60,7 +60,7 @@ class OptimizerConfig(Section):
     """Peak learning rate."""
 
     warmup_steps: int = Field(default=0, ge=0)
-    """Optimizer steps of linear warm-up to the peak; the first one already moves."""
+    """Optimizer steps of linear warm-up to the peak. The first step already has a nonzero learning rate."""
 
     decay: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after the warm-up: constant, or decaying to 0 at the end of the run."""
@@ -72,7 +72,7 @@ class OptimizerConfig(Section):
     """Adam's epsilon."""
 
     weight_decay: float = Field(default=0.01, ge=0)
-    """Decoupled weight decay. Norm weights and biases are exempt, as is Megatron's custom."""
+    """Decoupled weight decay. Norm weights and biases are exempt, as usual in Megatron."""
 
     gradient_clip_norm: float = Field(default=1.0, ge=0)
     """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""

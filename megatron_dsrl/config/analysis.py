@@ -15,7 +15,7 @@ class GradientAnalysisConfig(Section):
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
 
     temperature: float = Field(default=1.0, gt=0)
-    """By which logits are divided; a run's is that of its rollouts."""
+    """Divides the logits; for a run, the temperature of its rollouts."""
 
     bos: Literal["im_start", "none", "assistant"] = "im_start"
-    """What stands for the prompt in the pre-train space; see `algorithms.spaces.PreTrain`."""
+    """What replaces the prompt in pre-train space; see `algorithms.spaces.PreTrain`."""

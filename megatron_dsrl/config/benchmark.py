@@ -36,7 +36,7 @@ class BenchmarkConfig(PromptSetConfig):
 
 
 class PromptLimits(Section):
-    """What the engines must know of the prompts."""
+    """What the engines need to know about the prompts."""
 
     max_prompt_tokens: int
     """Longest prompt."""
@@ -52,7 +52,7 @@ class BenchmarkRunConfig(Section):
     data: PromptLimits = PromptLimits(max_prompt_tokens=1024)
     parallel: ParallelConfig = ParallelConfig(collective_timeout_seconds=2 * WEEK_SECONDS)
     rollout: RolloutConfig = RolloutConfig(step_timeout_seconds=float(WEEK_SECONDS))
-    """Here `step_timeout_seconds` limits one whole benchmark; how it is sampled is up to the benchmark."""
+    """Here `step_timeout_seconds` limits a whole benchmark; the benchmark sets the sampling parameters."""
 
     engine: EngineConfig = Field(default_factory=EngineConfig)
     reward: RewardConfig = Field(default_factory=RewardConfig)

@@ -25,8 +25,8 @@ from megatron_dsrl.config.fields import (
 from megatron_dsrl.config.registry import Options
 from megatron_dsrl.config.section import Section
 
-_SIMPLE = {int: "whole number", float: "number", str: "text", bool: "true or false", Any: "anything"}
-_PLURAL = {int: "whole numbers", float: "numbers", str: "texts", bool: "true or false"}
+_SIMPLE = {int: "integer", float: "number", str: "string", bool: "true or false", Any: "anything"}
+_PLURAL = {int: "integers", float: "numbers", str: "strings", bool: "true or false"}
 _LIMITS = {
     annotated_types.Ge: ("ge", "at least"),
     annotated_types.Gt: ("gt", "above"),

@@ -1,4 +1,4 @@
-"""Words for a configuration that does not validate: which field, what was wrong, what was given, what was meant.
+"""Words for a configuration that does not validate: which field, what was wrong, the value, what was meant.
 
 Pydantic's errors locate a value by a mixture of data keys and schema parts (the tag of a union's member, the type that
 was tried). `_walk` follows that mixture through the section classes, so that messages show the path a user wrote, and
@@ -18,10 +18,10 @@ from megatron_dsrl.config.section import Section
 from megatron_dsrl.config.yaml_text import KeyPath
 
 _TYPE_NAMES = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
+    "int_type": "an integer",
+    "int_from_float": "an integer",
     "float_type": "a number",
-    "string_type": "a text",
+    "string_type": "a string",
     "bool_type": "true or false",
     "list_type": "a list",
     "tuple_type": "a list",
@@ -66,7 +66,7 @@ def _given(path: KeyPath, what: str, data: Any) -> str:
     if what.startswith(("unknown key", "missing")):
         return ""
     value = _value_at(data, path)
-    return "" if isinstance(value, dict) and value else f", given {_shorten(value)}"
+    return "" if isinstance(value, dict) and value else f", got {_shorten(value)}"
 
 
 def in_brackets(path: KeyPath, places: Mapping[KeyPath, str]) -> str:

@@ -1,4 +1,4 @@
-"""The configurations that there are: a run's, and those beside it."""
+"""The kinds of configuration: a run's and the smaller ones."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,16 +20,16 @@ class Kind:
     where: str
     """Where it is written."""
     schema: Callable[[], dict[str, Any]]
-    """Makes the JSON schema of its files, or of its overrides together."""
+    """Returns the JSON schema of its files, or of all its overrides."""
 
 
 def _benchmark_file() -> dict[str, Any]:
-    """Fields that depend on where the problems come from stand under `file` and `hub`."""
+    """`file` and `hub` hold the fields that depend on where the problems come from."""
     schema = partial_schema(BenchmarkConfig)
     place = {"type": "object", "properties": schema["properties"], "additionalProperties": False}
     places = {
-        "file": {"description": "What holds where the problems are a file below the data folder.", **place},
-        "hub": {"description": "What holds where the problems come from the hub.", **place},
+        "file": {"description": "Settings for problems from a file in the data folder.", **place},
+        "hub": {"description": "Settings for problems from the hub.", **place},
     }
     return schema | {"properties": schema["properties"] | places, "anyOf": [{"required": [each]} for each in places]}
 
@@ -45,7 +45,7 @@ KINDS = {
         lambda: partial_schema(GradientAnalysisConfig),
     ),
 }
-"""By their names for `dsrl config --kind`."""
+"""By name, as in `dsrl config --kind`."""
 
 FILES = ("run", "sweep", "benchmark")
-"""Those that are files."""
+"""The kinds that are files."""

@@ -62,7 +62,7 @@ def _read_with_parents(path: Path, children: tuple[Path, ...]) -> tuple[dict[str
     parents = data.pop(INHERITS)
     parents = [parents] if isinstance(parents, str) else parents
     if not (isinstance(parents, list) and parents and all(isinstance(each, str) and each for each in parents)):
-        raise UserError(f"{path}: {INHERITS}: expected the path of a YAML file or a list of them, given {parents!r}")
+        raise UserError(f"{path}: {INHERITS}: expected the path of a YAML file or a list of them, got {parents!r}")
     merged: dict[str, Any] = {}
     merged_places: dict[KeyPath, str] = {}
     for parent in parents:

@@ -10,24 +10,24 @@ Recompute = Literal["none", "selective", "full"]
 
 
 class RouterConfig(Section):
-    """The routers of a mixture of experts. Their losses act while the policy is trained; nothing else has them."""
+    """The routers of a mixture of experts. Their losses apply to the policy only."""
 
     dtype: Literal["float32", "float64", "model"] = "float32"
-    """In which hidden states are multiplied by the router's weights; `model`: in the model's own, as SGLang and
-    Transformers do. The softmax over the products is computed in float32 in any case, and rounded to this dtype."""
+    """Dtype in which hidden states are multiplied by the router's weights; `model`: the model's own, as SGLang and
+    Transformers do. The softmax over the products is always computed in float32, then rounded to this dtype."""
 
     load_balancing: Literal["none", "aux_loss", "global_aux_loss"] = "none"
-    """Loss for using all experts alike, by Megatron's names: `aux_loss` looks at every micro-batch by itself,
+    """Loss for using all experts equally, by Megatron's names: `aux_loss` considers each micro-batch by itself,
     `global_aux_loss` compares with where all tokens of the optimizer step have gone so far, on all data-parallel
-    replicas. RL mostly keeps the router as pretraining has balanced it: `none`. (There is no `seq_aux_loss`: Megatron
-    would take a whole packed row for one sequence.)"""
+    replicas. RL mostly keeps the router as pretraining balanced it: `none`. (`seq_aux_loss` is not offered, because
+    Megatron would treat a whole packed row as one sequence.)"""
 
     load_balancing_coefficient: float | None = Field(default=None, ge=0)
-    """Factor on that loss, which is 1 for balanced experts, in every layer. 0 only measures it."""
+    """Factor on that loss in every layer; the loss is 1 for balanced experts. 0 only measures it."""
 
     z_loss_coefficient: float | None = Field(default=None, ge=0)
-    """Factor on the mean squared logsumexp of the router's logits, in every layer, which keeps them small. 0 only
-    measures it; null: neither."""
+    """Factor on the mean squared logsumexp of the router's logits in every layer, which keeps them small. 0 only
+    measures it; null turns it off."""
 
     @model_validator(mode="after")
     def _coefficient_goes_with_a_loss(self) -> "RouterConfig":
@@ -42,30 +42,30 @@ class ModelConfig(Section):
     """The policy: an HF checkpoint folder and the choices that the checkpoint leaves open."""
 
     path: str
-    """HF folder (config.json, tokenizer, optionally safetensors), folder made by `dsrl convert`, or hub name.
-    Weights missing: see `random_init`."""
+    """HF folder (config.json, tokenizer, optionally safetensors), folder made by `dsrl convert`, or hub name. For a
+    folder without weights see `random_init`."""
 
     random_init: bool = False
     """Ignore the folder's weights and start from random ones (normal, the folder's `initializer_range`)."""
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Parameter and activation dtype. Gradients are reduced, and master weights kept, in fp32 either way."""
+    """Parameter and activation dtype. Gradients are always reduced, and master weights kept, in fp32."""
 
     layer_spec: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Megatron layer implementation. `auto`: Transformer Engine where it is installed, CUDA is there and `dtype` is
-    bfloat16, else local."""
+    """Megatron layer implementation. `auto`: Transformer Engine if it is installed, CUDA is available and `dtype` is
+    bfloat16, otherwise local."""
 
     recompute: Recompute = "none"
-    """Activation recomputation in the backward pass: nothing, core attention only, or every layer. `selective` saves
-    the padded copies that local layers make for attention; attention is fused in any case and keeps no scores, so that
-    with Transformer Engine, which makes no copies, it saves next to nothing. `dsrl plan` shows each mode's memory."""
+    """Activation recomputation in the backward pass: nothing, core attention only, or every layer. Attention is
+    fused and stores no scores, so `selective` only frees the padded copies that local layers make for attention;
+    with Transformer Engine, which makes no copies, it frees next to nothing. `dsrl plan` shows each mode's memory."""
 
     router: RouterConfig = Field(default_factory=RouterConfig)
-    """For a mixture of experts: precision of its routers, and losses that they add."""
+    """For a mixture of experts: precision of its routers, and the losses they add."""
 
 
 class ParallelConfig(Section):
-    """The layout of one model over the processes; what is left over is data parallelism."""
+    """How one model is distributed over the processes. The remaining factor is data parallelism."""
 
     tensor_parallel_size: int = Field(default=1, ge=1)
     """Processes that split every weight matrix."""
@@ -74,22 +74,22 @@ class ParallelConfig(Section):
     """Processes that split the layers into consecutive stages."""
 
     virtual_pipeline_stages: int = Field(default=1, ge=1)
-    """Chunks of layers per pipeline stage (interleaved schedule): smaller pipeline bubbles for more communication. The
-    number of micro-batches is then a multiple of `pipeline_parallel_size`."""
+    """Chunks of layers per pipeline stage (interleaved schedule): smaller pipeline bubbles, more communication.
+    Rounds the number of micro-batches up to a multiple of `pipeline_parallel_size`."""
 
     layers_in_first_stage: int | None = Field(default=None, ge=1)
-    """Layers of the first pipeline stage, where it is not to have as many as the others: because the model's number of
-    layers does not divide by the stages, or to make room for the embedding. Those without a number share the rest."""
+    """Layers in the first pipeline stage, if it should differ from the others: because the layers do not divide
+    evenly, or to make room for the embedding. Stages without a number share the rest."""
 
     layers_in_last_stage: int | None = Field(default=None, ge=1)
-    """The same of the last stage, which has the output head."""
+    """The same for the last stage, which has the output head."""
 
     context_parallel_size: int = Field(default=1, ge=1)
     """Processes that split every sequence, for sequences too long for one. They share the weights' gradients and the
     distributed optimizer's shards as data-parallel processes do."""
 
     expert_parallel_size: int = Field(default=1, ge=1)
-    """Processes among which the experts of a mixture-of-experts model are dealt out, as whole experts."""
+    """Processes over which the experts of a mixture-of-experts model are distributed, as whole experts."""
 
     expert_tensor_parallel_size: int | None = Field(default=None, ge=1)
     """Processes that split every expert's matrices; as many as `tensor_parallel_size` unless set."""
@@ -101,8 +101,8 @@ class ParallelConfig(Section):
     """Shard the optimizer state over data and context parallelism (Megatron's DistributedOptimizer)."""
 
     collective_timeout_seconds: int = Field(default=4 * 3600, ge=1)
-    """Limit for any collective between processes. Must exceed the longest rollout and evaluation of a step together,
-    which the other ranks await."""
+    """Limit for any collective between processes. Must exceed a step's longest rollout plus evaluation, for which
+    the other ranks wait."""
 
     @property
     def model_parallel_size(self) -> int:

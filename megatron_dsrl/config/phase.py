@@ -49,16 +49,16 @@ class KLConfig(Section):
     the gradient of the KL divergence."""
 
     loss_coefficient: float = Field(default=0.0, ge=0)
-    """Factor of the KL estimate of every token, added to the token's loss."""
+    """Factor on each token's KL estimate, which is added to the token's loss."""
 
     loss_estimator: KLEstimator = "k3"
-    """Estimator in the loss; GRPO's is k3."""
+    """Estimator in the loss; GRPO uses k3."""
 
     reward_coefficient: float = Field(default=0.0, ge=0)
-    """Factor of the KL estimate of every token, taken off the reward at that token."""
+    """Factor on each token's KL estimate, which is subtracted from the reward at that token."""
 
     reward_estimator: KLEstimator = "k1"
-    """Estimator in the reward; PPO's and REINFORCE++'s is k1."""
+    """Estimator in the reward; PPO and REINFORCE++ use k1."""
 
     @model_validator(mode="after")
     def _has_an_effect(self) -> "KLConfig":
@@ -77,30 +77,30 @@ class ObjectiveConfig(Section):
     """How rewards become advantages."""
 
     filter: FilterOptions = Field(default_factory=partial(FILTERS.build, "all"))
-    """Samples that are updated: all, A < 0 (NSR), or A > 0 (PSR). It acts on the token mask and its denominator."""
+    """Samples used for the update: all, A < 0 (NSR), or A > 0 (PSR). Affects the token mask and its denominator."""
 
     drop_truncated: bool = False
-    """Leave responses that reached the length limit out of the update (DAPO's overlong filtering). They still count
-    where advantages compare samples."""
+    """Exclude responses that reached the length limit from the update (DAPO's overlong filtering). They still count
+    when advantages compare samples."""
 
     loss: LossOptions = Field(default_factory=partial(LOSSES.build, "dual_clip"))
     """Policy loss of a token."""
 
     aggregation: AggregationOptions = Field(default_factory=partial(AGGREGATIONS.build, "token_mean"))
-    """How token losses become one number."""
+    """How token losses are reduced to one number."""
 
     coefficient: float = Field(default=1.0, gt=0)
     """Factor on the loss."""
 
     importance_correction: ImportanceCorrectionOptions | None = None
-    """Weigh token losses by the ratio of trainer to engine probabilities, for engines that sample from a slightly
-    different policy than the trainer scores. Post-train space only; null: none."""
+    """Weight token losses by the ratio of trainer to engine probabilities, for engines that sample from a slightly
+    different policy than the trainer scores. Post-train space only; null: no correction."""
 
     kl: KLConfig | None = None
-    """KL divergence from the reference policy; null: none, and no reference is kept."""
+    """KL divergence from the reference policy; null: no KL term, and no reference is kept."""
 
     entropy_coefficient: float = Field(default=0.0, ge=0)
-    """Factor of the entropy of every token's distribution, taken off the token's loss."""
+    """Factor on the entropy of every token's distribution, which is subtracted from the token's loss."""
 
     @model_validator(mode="after")
     def _compares_like_with_like(self) -> "ObjectiveConfig":
@@ -113,43 +113,43 @@ class ObjectiveConfig(Section):
 
 
 class AdditionalObjectiveConfig(ObjectiveConfig):
-    """A further term of a phase's loss, on the same samples."""
+    """Another term of a phase's loss, on the same samples."""
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
-    """First part of the names of its metrics: small letters, digits and `_`."""
+    """Prefix of its metrics' names: lower-case letters, digits and `_`."""
 
 
 class PhaseOptimizerConfig(Section):
-    """What a phase changes about the optimizer."""
+    """Optimizer settings for a phase."""
 
     learning_rate: float | None = Field(default=None, gt=0)
-    """Peak learning rate during the phase; null: `optimizer.learning_rate`. Warm-up and decay scale it alike."""
+    """Peak learning rate during the phase; null: `optimizer.learning_rate`. Warm-up and decay scale it too."""
 
     gradient_clip_norm: float | None = Field(default=None, ge=0)
     """Gradient clipping during the phase, 0 for none; null: `optimizer.gradient_clip_norm`."""
 
     reset_state: bool = False
-    """Forget Adam's moments and step count when the phase begins. By default they are kept across phases."""
+    """Reset Adam's moments and step count when the phase begins. By default they are kept across phases."""
 
 
 class PhaseConfig(ObjectiveConfig):
-    """One phase: an objective, and until when it holds."""
+    """One phase: an objective, and the step it lasts until."""
 
     type: str | None = None
-    """Dotted path `package.module:Class` of your own phase: a subclass of PhaseConfig, whose fields the section then
-    has. null: PhaseConfig itself."""
+    """Dotted path `package.module:Class` of your own phase, a subclass of PhaseConfig; the section then has its
+    fields. null: PhaseConfig itself."""
 
     name: str
     """Shown in logs and plots."""
 
     until_step: int | None = Field(default=None, ge=1)
-    """Last step of the phase, inclusive, counted from 1; null (last phase only) is the end of training."""
+    """Last step of the phase, inclusive, counted from 1; null (last phase only): the end of training."""
 
     additional_objectives: list[AdditionalObjectiveConfig] = Field(default_factory=list)
-    """Further terms whose losses are added to the phase's own, each over its own samples and denominator."""
+    """Further losses added to the phase's own, each over its own samples and denominator."""
 
     optimizer: PhaseOptimizerConfig = Field(default_factory=PhaseOptimizerConfig)
-    """What the phase changes about the optimizer."""
+    """Optimizer settings for this phase."""
 
     @property
     def objectives(self) -> dict[str, ObjectiveConfig]:

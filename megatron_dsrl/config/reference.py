@@ -1,4 +1,4 @@
-"""The configuration reference in Markdown, made from the section classes: configs/README.md."""
+"""The configuration reference in Markdown, generated from the section classes: configs/README.md."""
 
 import inspect
 from collections.abc import Iterator
@@ -19,26 +19,25 @@ from megatron_dsrl.config.section import Section
 
 INTRODUCTION = """# Configuration reference
 
-Every field of every configuration file. This page is made from the classes in `megatron_dsrl/config/` by
-`python tools/write_config_reference.py`, and a test compares the two. On the command line, `dsrl config` says the same:
+Every field of every configuration file. `python tools/write_config_reference.py` generates this page from the classes
+in `megatron_dsrl/config/`, and a test compares the two. `dsrl config` gives the same information in the terminal:
 
 ```
 dsrl config rollout.top_p                # one field: type, default, limits, meaning
-dsrl config phases.loss                  # what can be chosen, with its options
-dsrl config --kind sweep                 # a sweep's file; also benchmark, eval and gradients
-dsrl config --schema                     # the JSON schema of a run's file
+dsrl config phases.loss                  # the choices and their options
+dsrl config --kind sweep                 # a sweep file; also benchmark, eval and gradients
+dsrl config --schema                     # the JSON schema of a run
 ```
 
-Files that begin with
+Editors with YAML support (VS Code with the Red Hat YAML extension, Neovim, Emacs, JetBrains) complete and check files
+as you type if they begin with
 
 ```yaml
 # yaml-language-server: $schema=schemas/run.json
 ```
 
-are completed and checked while you type in editors with YAML support (VS Code with the Red Hat YAML extension, Neovim,
-Emacs, JetBrains). The path is relative to the file; for files outside the repository, save the output of
-`dsrl config --schema`. [The README](../README.md#configuration) says how files inherit and how the command line
-overrides them.
+The path is relative to the file; for files outside the repository, save the output of `dsrl config --schema` and point
+to it. [The README](../README.md#configuration) explains inheritance and command-line overrides.
 """
 
 TITLES = {
@@ -59,7 +58,7 @@ def reference() -> str:
 
 
 class _Page:
-    """Each field is described once; where a section occurs again, it refers to the first place."""
+    """Each field is described once; later occurrences of a section link to the first."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -123,7 +122,7 @@ class _Page:
         if all(choice in self._first for choice in ((section, "name") for section in sections)):
             return
         self._first |= {(section, "name"): path for section in sections}
-        self.lines += [f"### `{path}`", "", "| name | what it is, and its options |", "|---|---|"]
+        self.lines += [f"### `{path}`", "", "| name | meaning and options |", "|---|---|"]
         for section in sections:
             options = [name for name in section.model_fields if name != "name"]
             texts = [documentation(section), *(self._option(section, name) for name in options)]
@@ -136,7 +135,7 @@ class _Page:
         return f"`{name}` ({type_of(field)}, {', '.join(filter(None, facts))}): {meaning_of(Place('', section, field))}"
 
     def _add_functions(self, path: str, function: FunctionName) -> None:
-        self.lines += [f"### `{path}`", "", f"| {function.kind} | what it gives, and its options |", "|---|---|"]
+        self.lines += [f"### `{path}`", "", f"| {function.kind} | meaning and options |", "|---|---|"]
         for name, built_in in function.functions().items():
             texts = [one_line_each(inspect.getdoc(built_in) or "").partition("\n\n")[0]]
             for option in options_of(built_in, given=2):

@@ -14,28 +14,28 @@ MAX_REPLAYED_EXPERTS = 256
 
 
 class DynamicSamplingConfig(Section):
-    """Sample until every group of the batch has rewards that differ (DAPO). The others are replaced one by one; with
-    `deterministic` in rounds, each of which asks for what is still missing."""
+    """Sample until every group of the batch has different rewards (DAPO). Other groups are replaced one by one; with
+    `deterministic`, in rounds that each request the missing number."""
 
     max_rounds: int = Field(default=10, ge=1)
-    """A step begins at most this many times `prompts_per_step` groups (times `oversampling`); with `deterministic`,
-    rounds of a step. It then goes on with the mixed groups that there are; how many are missing is a metric."""
+    """A step starts at most this many times `prompts_per_step` groups (times `oversampling`); with `deterministic`,
+    the number of rounds. After that it continues with the mixed groups it has; a metric counts the missing ones."""
 
     oversampling: float = Field(default=1.0, ge=1)
-    """Groups on their way per group that is still missing. Above 1 a step ends earlier: when it has enough, the surplus
-    is aborted and dropped. Since long responses are the last ones, they are then seen less often than the policy gives
-    them; `partial_rollouts` goes on with them instead. At 1 nothing is aborted. With `deterministic`, prompts that a
-    round asks for per missing group; nothing is aborted then either."""
+    """Groups in flight per missing group. Above 1 a step ends earlier: when it has enough groups, the surplus is
+    aborted and dropped. Long responses finish last, so they are then under-represented; `partial_rollouts` continues
+    them instead. At 1 nothing is aborted. With `deterministic`, the number of prompts a round requests per missing
+    group, and nothing is aborted either."""
 
 
 class PartialRolloutConfig(Section):
-    """End the generation of a step when it has its groups, and go on with the others in the next step."""
+    """End a step's generation when it has its groups, and continue the others in the next step."""
 
     oversampling: float = Field(default=1.5, gt=1)
-    """Groups on their way per group that the step still needs."""
+    """Groups in flight per group that the step still needs."""
 
     max_weight_versions: int = Field(default=3, ge=2)
-    """Weight versions that may have a part in a group. One that would need more is begun anew."""
+    """Maximum number of weight versions mixed in one group. A group that would need more is restarted."""
 
 
 class RolloutConfig(Section):
@@ -48,59 +48,59 @@ class RolloutConfig(Section):
     """Responses per prompt: the group size G."""
 
     max_response_tokens: int = Field(default=8192, ge=1)
-    """Length limit of a response; one that reaches it is marked truncated."""
+    """Length limit of a response; a response that reaches it is marked truncated."""
 
     temperature: float = Field(default=1.0, gt=0)
-    """Sampling temperature; the trainer divides its logits by the same."""
+    """Sampling temperature; the trainer also divides its logits by it."""
 
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Nucleus sampling; 1 is off. Below 1 the engine samples from another distribution than the trainer scores."""
+    """Nucleus sampling; 1 is off. Below 1 the engine samples from a different distribution than the trainer scores."""
 
     top_k: int = Field(default=-1, ge=-1)
     """Top-k sampling; -1 is off."""
 
     dynamic_sampling: DynamicSamplingConfig | None = None
-    """Replace groups that are all right or all wrong by further prompts; null: keep them."""
+    """Replace all-right and all-wrong groups with further prompts; null: keep them."""
 
     partial_rollouts: PartialRolloutConfig | None = None
-    """Do not wait for the longest responses: carry what is unfinished over to the next step. Older tokens keep the
-    log-probs that they were sampled with as their old log-probs. With `dynamic_sampling` only mixed groups count, and
-    its `oversampling` has no effect. null: a step waits for all its responses."""
+    """Do not wait for the longest responses but carry unfinished ones over to the next step. Older tokens keep the
+    log-probs they were sampled with as their old log-probs. With `dynamic_sampling` only mixed groups count, and its
+    `oversampling` has no effect. null: a step waits for all its responses."""
 
     sample_ahead: bool = False
-    """Sample the batch of the next step while this one is trained on, one step off-policy: its weights are one version
-    old, and the log-probs that it was sampled with are the old log-probs of the update. Needs engines on devices of
-    their own (`engine.urls`). Off: training and sampling take turns."""
+    """Sample the next step's batch while training on this one. The batch is one step off-policy: its weights are one
+    version old, and the log-probs it was sampled with are the old log-probs of the update. Needs engines on their
+    own devices (`engine.urls`). Off: training and sampling take turns."""
 
     deterministic: bool = False
-    """The same seed and weights give the same tokens and log-probs, bit for bit. Samples have seeds of their own in any
-    case; but what is computed together differs by rounding, which now and then decides a token. If true, the prompts
-    have fixed engines, each of which gets its part of the batch in one message and keeps no prefix cache, and rewards
-    are computed after generation. On CUDA it turns on SGLang's `enable_deterministic_inference`, without which CUDA
-    engines draw their random numbers without seeds."""
+    """The same seed and weights give the same tokens and log-probs, bit for bit. Each sample always has its own
+    seed, but requests that are batched differently differ by rounding, which occasionally changes a token. If true,
+    prompts are assigned to fixed engines, each engine gets its part of the batch in one message and keeps no prefix
+    cache, and rewards are computed after generation. On CUDA this turns on SGLang's
+    `enable_deterministic_inference`, without which CUDA engines ignore seeds."""
 
     routing_replay: bool = False
-    """For a mixture of experts: the trainer sends every token to the experts that the engine has sent it to (rollout
-    routing replay, R3, arXiv 2510.11370), so that rounding in a router does not make the two score with different
-    experts. In the post-train space, for the policy; in the pre-train space, whose context the engine never sees, and
-    for reference and critic, routers choose. Samples grow by layers x experts per token x 4/3 bytes per token."""
+    """For a mixture of experts: the trainer routes every token to the experts the engine used (rollout routing
+    replay, R3, arXiv 2510.11370), so that rounding in a router does not make the two score with different experts.
+    Applies to the policy in post-train space. In pre-train space, whose context the engine never sees, and for
+    reference and critic, the routers choose. Samples grow by layers x experts per token x 4/3 bytes per token."""
 
     step_timeout_seconds: float = Field(default=3600.0, gt=0)
-    """Limit for one whole rollout batch, with the prompts that dynamic sampling adds to it (with `deterministic`: for
+    """Limit for a whole rollout batch, including the prompts that dynamic sampling adds (with `deterministic`: for
     each of its rounds). The error names the prompts that were still running, and for how long."""
 
     request_timeout_seconds: float | None = Field(default=None, gt=0)
-    """Limit for one request to an engine, which is a prompt with all its samples; null: none but the batch's. A request
-    that takes longer has failed."""
+    """Limit for one request to an engine, which is a prompt with all its samples; null: only the batch's limit. A
+    request that takes longer counts as failed."""
 
     request_attempts: int = Field(default=3, ge=1)
-    """How often a request is made before its failure ends the run, where the engine itself is well. Further attempts
-    come after 1, 2, 4, ... seconds. What an engine was asked when it died is asked again without being counted."""
+    """Attempts for a request, as long as the engine itself is healthy, before its failure ends the run. Retries come
+    after 1, 2, 4, ... seconds. Requests that were running when their engine died are repeated without being counted."""
 
     replay_from: str | None = None
-    """Run folder whose saved rollouts are used in place of sampling (train-only runs, layout comparisons): what every
-    step was trained on, in the same order, however it was sampled. `dynamic_sampling` and `partial_rollouts` then have
-    no effect."""
+    """Run folder whose saved rollouts are used instead of sampling (train-only runs, layout comparisons). Every step
+    trains on the same samples in the same order, however they were sampled. `dynamic_sampling` and
+    `partial_rollouts` then have no effect."""
 
     @property
     def carries_over(self) -> bool:
@@ -132,31 +132,31 @@ class RolloutConfig(Section):
 
 
 class EngineConfig(Section):
-    """The SGLang server processes that share the trainer's devices, or servers elsewhere."""
+    """SGLang servers on the trainer's devices, or external ones."""
 
     urls: list[str] = Field(default_factory=list)
-    """SGLang servers that were started by somebody else on other devices, as `http://host:port`; none: the run starts
-    its own. Weights are broadcast to them from rank 0, over NCCL from GPUs and gloo from CPU. Their key (`--api-key`)
-    is read from the environment variable DSRL_ENGINE_API_KEY."""
+    """External SGLang servers on other devices, as `http://host:port`; none: the run starts its own. Rank 0
+    broadcasts the weights to them, over NCCL from GPUs and gloo from CPU. Their key (`--api-key`) is read from the
+    environment variable DSRL_ENGINE_API_KEY."""
 
     tensor_parallel_size: int = Field(default=1, ge=1)
     """Neighbouring ranks that share one SGLang server."""
 
     port: int | None = Field(default=None, ge=1024, le=65535)
-    """Port of the first server (the next ones count up); null picks free ports."""
+    """Port of the first server (the others count up from it); null picks free ports."""
 
     startup_timeout_seconds: float = Field(default=600.0, gt=0)
-    """Limit until a server answers its health check."""
+    """Limit for a server to answer its first health check."""
 
     health_check_seconds: float = Field(default=10.0, gt=0)
-    """Time between two health checks of an engine while samples are generated."""
+    """Time between two health checks of an engine during generation."""
 
     health_timeout_seconds: float = Field(default=60.0, gt=0)
-    """An engine that passes no health check for so long hangs: it is killed and restarted."""
+    """An engine that passes no health check for this long is considered hung: it is killed and restarted."""
 
     max_restarts: int = Field(default=5, ge=0)
-    """How often one engine that died or hung is restarted before the run ends with the last lines of its log. Counted
-    from the run's start or continuation."""
+    """How often an engine that died or hung is restarted before the run ends with the last lines of its log. Counted
+    since the run was started or resumed."""
 
     update_timeout_seconds: float = Field(default=300.0, gt=0)
     """Limit for one weight push, and for each release or resume of engine memory."""
@@ -174,14 +174,14 @@ class EngineConfig(Section):
     """Size of one flattened bucket of the weight push."""
 
     check_weights: Literal["never", "first", "always"] = "first"
-    """Compare digests of every weight in the engines with those of what was sent: after the first push to an engine,
-    after every push, or not. An engine that keeps its weights in another form (`quantization`) needs `never`."""
+    """When to compare digests of every weight in the engines with those of what was sent: after the first push to an
+    engine, after every push, or never. Engines that store weights in another form (`quantization`) need `never`."""
 
     max_outstanding_samples: int = Field(default=1024, ge=1)
-    """Samples that one engine runs or queues at a time; further prompts go to the engine that frees up first."""
+    """Samples that one engine runs or queues at a time. Further prompts go to the engine that frees up first."""
 
     extra_arguments: dict[str, str | int | float | bool] = Field(default_factory=dict)
-    """Further SGLang server arguments by their `ServerArgs` names, such as `attention_backend`."""
+    """Further SGLang server arguments, named as in `ServerArgs`, such as `attention_backend`."""
 
     @field_validator("urls")
     @classmethod

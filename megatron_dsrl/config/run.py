@@ -32,19 +32,19 @@ class EvaluationSetConfig(PromptSetConfig):
 
 
 class EvaluationConfig(Section):
-    """Evaluation during training, with the training's own engines and verifier."""
+    """Evaluation during training, with the same engines and verifier."""
 
     sets: list[EvaluationSetConfig] = Field(default_factory=list)
     """Held-out prompt sets."""
 
     every_steps: int | None = Field(default=None, ge=1)
-    """Evaluate after every so many steps; null: only before the first and after the last step."""
+    """Evaluate every n steps; null: only before the first and after the last step."""
 
     early_every_steps: int | None = Field(default=None, ge=1)
-    """The same up to `early_until_step`, where a policy changes fast; null: as `every_steps`."""
+    """The same up to `early_until_step`, while the policy changes fast; null: as `every_steps`."""
 
     early_until_step: int = Field(default=0, ge=0)
-    """Last step of the early frequency."""
+    """Last step that uses `early_every_steps`."""
 
     def interval_at(self, step: int) -> int | None:
         """How many steps lie between evaluations around this step."""
@@ -53,23 +53,23 @@ class EvaluationConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """What is kept on disk. A run that is started again continues from its newest checkpoint."""
+    """What is kept on disk. A restarted run resumes from its newest checkpoint."""
 
     save_every_steps: int | None = Field(default=None, ge=1)
-    """Save a checkpoint after every so many steps; null: only after the last one."""
+    """Save a checkpoint every n steps; null: only after the last one."""
 
     keep_last: int = Field(default=2, ge=1)
-    """Newest checkpoints to keep."""
+    """Number of newest checkpoints to keep."""
 
     keep_every_steps: int | None = Field(default=None, ge=1)
     """Checkpoints of steps divisible by this are never removed; null keeps only the newest."""
 
     asynchronous: bool = True
-    """Go on training while a checkpoint is being written: saving then blocks only until every rank has a copy of its
-    part in host memory. The checkpoint appears when it is complete, after the next sampling or step at the earliest."""
+    """Continue training while a checkpoint is being written: saving only blocks until every rank has copied its part
+    to host memory. The checkpoint appears when it is complete, after the next sampling or step at the earliest."""
 
     export_hf_every_steps: int | None = Field(default=None, ge=1)
-    """Write the policy as an HF folder after every so many steps; null: only after the last step."""
+    """Export the policy as an HF folder every n steps; null: only after the last step."""
 
 
 class ObservabilityConfig(Section):
@@ -83,16 +83,16 @@ class ObservabilityConfig(Section):
     `package.module:Class`, or `{name: wandb, project: mine}` with options."""
 
     evaluation_responses: int = Field(default=16, ge=0)
-    """Write this many responses of every evaluation to `<run folder>/evaluation_responses.jsonl`, one of each problem
-    from the first on; trackers show them as a table."""
+    """Number of responses of every evaluation to write to `<run folder>/evaluation_responses.jsonl`, one for each of
+    the first problems; trackers show them as a table."""
 
     save_rollouts: bool = True
     """Write every sample of every step to `<run folder>/rollouts` (needed for `rollout.replay_from`)."""
 
     trace: bool = True
-    """Write what every rank and engine does when to `<run folder>/trace`, for `dsrl trace`. On, because it costs
-    about a millisecond and 20 kB per step of 128 prompts, and a run that hangs or slows down is rarely one that was
-    started to be traced."""
+    """Record what every rank and engine does when in `<run folder>/trace`, for `dsrl trace`. On by default: it costs
+    about a millisecond and 20 kB per step of 128 prompts, and you rarely know beforehand which run will hang or slow
+    down."""
 
     verbose: bool = False
     """Print every figure of a step on the console, below its line; `dsrl train -v` sets it."""
@@ -117,8 +117,8 @@ class RunConfig(Section):
     """Rollout batches to train on."""
 
     made_by: dict[str, str] = Field(default_factory=dict)
-    """Commands that make files and folders which the run reads, by their path or a folder above: told to the user when
-    one is missing."""
+    """Commands that create input files and folders, keyed by their path or a parent folder; shown when one is
+    missing."""
 
     model: ModelConfig
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
@@ -131,7 +131,7 @@ class RunConfig(Section):
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     engine: EngineConfig = Field(default_factory=EngineConfig)
     phases: list[AnyPhase] = Field(min_length=1)
-    """Phases in order of their `until_step`."""
+    """The phases, in the order of their `until_step`."""
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     observability: ObservabilityConfig = Field(default_factory=ObservabilityConfig)

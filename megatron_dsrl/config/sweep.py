@@ -19,10 +19,10 @@ class SweepConfig(Section):
     """Runs to be made and compared."""
 
     output_dir: str
-    """Folder of all runs, the table and the figure."""
+    """Folder for all runs, the table and the figure."""
 
     seeds: list[int] = Field(min_length=1)
-    """Every method is run with each of them."""
+    """Every method is run with each seed."""
 
     baseline: str
     """The method that the others are compared with."""
@@ -31,4 +31,4 @@ class SweepConfig(Section):
     """`key.path=value` for every run."""
 
     runs: dict[str, SweepRunConfig] = Field(min_length=1)
-    """By the method's name, in the order of the table."""
+    """The methods by name, in the order of the table."""

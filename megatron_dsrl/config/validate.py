@@ -59,6 +59,6 @@ def _not_json(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
         for position, item in enumerate(value):
             yield from _not_json(item, (*path, position))
     elif isinstance(value, float) and not math.isfinite(value):
-        yield path, f"expected a finite number, given {value}"
+        yield path, f"expected a finite number, got {value}"
     elif not isinstance(value, str | int | float | None):
         yield path, f"cannot hold a {type(value).__name__}"

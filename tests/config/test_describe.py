@@ -17,12 +17,12 @@ from megatron_dsrl.config.sweep import SweepConfig
     ("key", "kind", "default", "limits"),
     [
         ("rollout.top_p", "number", "1.0", "above 0 and at most 1"),
-        ("steps", "whole number", None, "at least 1"),
-        ("rollout.replay_from", "text, or null", "null", ""),
+        ("steps", "integer", None, "at least 1"),
+        ("rollout.replay_from", "string, or null", "null", ""),
         ("optimizer.betas", "list of 2 numbers", "[0.9, 0.999]", ""),
         ("optimizer.decay", "one of constant, linear, cosine", "constant", ""),
         ("critic.value_clip", "number, or null", "0.2", "above 0"),
-        ("data.subset", "text or list of texts, or null", "null", ""),
+        ("data.subset", "string or list of strings, or null", "null", ""),
         ("phases", "list of sections", None, "not empty"),
         ("phases.0.filter", "a filter, or the dotted path of your own", "all", ""),
         ("phases.loss.gspo.clip_low", "number", "0.0003", "at least 0 and below 1"),
@@ -50,7 +50,7 @@ def test_an_option_is_found_in_every_choice_that_has_it():
 
 def test_a_key_of_a_mapping_is_any_name():
     [place] = find(SweepConfig, "runs.GRPO.overrides")
-    assert type_of(place.field) == "list of texts"
+    assert type_of(place.field) == "list of strings"
 
 
 @pytest.mark.parametrize(

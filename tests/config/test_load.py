@@ -44,7 +44,7 @@ def test_items_of_an_inherited_list_change_by_position(small, write):
     config = load_config(run)
     assert (config.phases[0].until_step, config.phases[0].coefficient, config.phases[0].name) == (4, 0.5, "warm-up")
     assert config.phases[1] == load_config(write("same.yaml", "inherits: base.yaml")).phases[1]
-    with pytest.raises(UserError, match=re.escape(f"coefficient: expected greater than 0, given -1 ({run}:5)")):
+    with pytest.raises(UserError, match=re.escape(f"coefficient: expected greater than 0, got -1 ({run}:5)")):
         load_config(write("run.yaml", run.read_text().replace("0.5", "-1")))
     for key in ("2", "name"):
         with pytest.raises(UserError, match=rf"other\.yaml: index '?{key}'? is out of range for the inherited list"):
@@ -108,19 +108,19 @@ def test_dumped_config_loads_again_to_an_equal_one(small, write, tmp_path):
         ("temperature=0.7", "temperature: unknown key; did you mean rollout.temperature?"),
         ("rollout.learning_rate=1", "rollout.learning_rate: unknown key; valid names are prompts_per_step, "),
         ("phases.1.space.bos=none", "phases.1.space.bos: unknown key; valid names are name (override"),
-        ("phases.0.space.name=pretrain", "phases.0.space.name: unknown name, given 'pretrain'; did you mean pre_tr"),
-        ("phases.0.advantage={}", "phases.0.advantage: needs a `name` that says which kind it is, given {}"),
-        ("phases.0.filter=negativ", "phases.0.filter: unknown name, given 'negativ'; did you mean negative?; valid na"),
-        ("phases.0.space=3", "phases.0.space: needs a `name` that says which kind it is, given 3"),
-        ("rollout.prompts_per_step='8'", "rollout.prompts_per_step: expected a whole number, given '8'"),
-        ("rollout.prompts_per_step=8.0", "rollout.prompts_per_step: expected a whole number, given 8.0"),
-        ("rollout.prompts_per_step=true", "rollout.prompts_per_step: expected a whole number, given True"),
-        ("rollout.top_p=1.5", "rollout.top_p: expected less than or equal to 1, given 1.5"),
-        ("optimizer.learning_rate=.inf", "optimizer.learning_rate: expected a finite number, given inf"),
-        ("observability.tensorboard=1", "observability.tensorboard: expected true or false, given 1"),
-        ("model=null", "model: expected a section (`key: value` lines), given None"),
-        ("parallel=3", "parallel: expected a section (`key: value` lines), given 3"),
-        ("engine.extra_arguments.a=[1]", "engine.extra_arguments.a: expected a text or a whole number or a number or "),
+        ("phases.0.space.name=pretrain", "phases.0.space.name: unknown name, got 'pretrain'; did you mean pre_tr"),
+        ("phases.0.advantage={}", "phases.0.advantage: needs a `name` that says which kind it is, got {}"),
+        ("phases.0.filter=negativ", "phases.0.filter: unknown name, got 'negativ'; did you mean negative?; valid na"),
+        ("phases.0.space=3", "phases.0.space: needs a `name` that says which kind it is, got 3"),
+        ("rollout.prompts_per_step='8'", "rollout.prompts_per_step: expected an integer, got '8'"),
+        ("rollout.prompts_per_step=8.0", "rollout.prompts_per_step: expected an integer, got 8.0"),
+        ("rollout.prompts_per_step=true", "rollout.prompts_per_step: expected an integer, got True"),
+        ("rollout.top_p=1.5", "rollout.top_p: expected less than or equal to 1, got 1.5"),
+        ("optimizer.learning_rate=.inf", "optimizer.learning_rate: expected a finite number, got inf"),
+        ("observability.tensorboard=1", "observability.tensorboard: expected true or false, got 1"),
+        ("model=null", "model: expected a section (`key: value` lines), got None"),
+        ("parallel=3", "parallel: expected a section (`key: value` lines), got 3"),
+        ("engine.extra_arguments.a=[1]", "engine.extra_arguments.a: expected a string or an integer or a number or "),
         ("data={}", "data.source: missing; it has no default (override `data={}`)"),
         ("phases=[]", "phases: List should have at least 1 item"),
         ("name=.", "name: expected the name of one folder: at most 200 bytes, without `/`, and not only dots"),
@@ -129,7 +129,7 @@ def test_dumped_config_loads_again_to_an_equal_one(small, write, tmp_path):
         ("name=/elsewhere", "name: expected the name of one folder"),
         ("name=' '", "name: expected the name of one folder"),
         ("name=" + 300 * "x", "name: expected the name of one folder"),
-        ("seed=10000000000000000000000", "seed: expected less than 2147483648, given 10000000000000000000000"),
+        ("seed=10000000000000000000000", "seed: expected less than 2147483648, got 10000000000000000000000"),
         ("engine.urls=['http://user:secret@host:1']", "engine.urls: expected http://host:port without a user name"),
     ],
 )
@@ -150,8 +150,8 @@ def test_all_problems_are_listed_with_the_file_and_line_that_set_them(small, wri
     assert problems[0] == f"{run}: 3 problems in the configuration"
     assert sorted(problems[1:]) == [
         f"  rollout.temprature: unknown key; did you mean temperature? ({run}:4)",
-        f"  seed: expected greater than or equal to 0, given -1 ({run}:2)",
-        f"  steps: expected greater than or equal to 1, given 0 ({base}:2)",
+        f"  seed: expected greater than or equal to 0, got -1 ({run}:2)",
+        f"  steps: expected greater than or equal to 1, got 0 ({base}:2)",
     ]
 
 

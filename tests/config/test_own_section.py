@@ -68,7 +68,7 @@ def test_every_step_counts_in_the_figures(own):
     ("override", "message"),
     [
         ("phases.0.evry=3", "phases.0.evry: unknown key; did you mean every?"),
-        ("phases.0.every=0", "phases.0.every: expected greater than or equal to 1, given 0"),
+        ("phases.0.every=0", "phases.0.every: expected greater than or equal to 1, got 0"),
         (
             "phases.0.also={space: {name: post_train}, advantage: {name: fixed, lef: 0}}",
             "phases.0.also.advantage.lef: unknown key",
@@ -76,9 +76,9 @@ def test_every_step_counts_in_the_figures(own):
         ("phases.0.type=no.such:Phase", "phases.0.type: cannot import `no.such`"),
         (
             "phases.0.type=own_phases:Another",
-            "phases.0.type: `own_phases` has no phase `Another`, which must be a subclass of PhaseConfig, given",
+            "phases.0.type: `own_phases` has no phase `Another`, which must be a subclass of PhaseConfig, got",
         ),
-        ("phases.0.type=3", "phases.0.type: expected a text, given 3"),
+        ("phases.0.type=3", "phases.0.type: expected a string, got 3"),
         ("phases.0.type=null", "phases.0.every: unknown key"),
     ],
 )

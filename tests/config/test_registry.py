@@ -59,9 +59,9 @@ def test_ones_own_class_by_dotted_path(small, write, tmp_path, monkeypatch):
     [
         (
             "phases.1.advantage.name=group_men",
-            "phases.1.advantage.name: unknown name, given 'group_men'; did you mean group_mean?; valid names are ",
+            "phases.1.advantage.name: unknown name, got 'group_men'; did you mean group_mean?; valid names are ",
         ),
-        ("phases.1.advantage=nothing_like_it", "phases.1.advantage: unknown name, given 'nothing_like_it'; valid "),
+        ("phases.1.advantage=nothing_like_it", "phases.1.advantage: unknown name, got 'nothing_like_it'; valid "),
         ("phases.1.advantage.epsilon=1", "phases.1.advantage.epsilon: unknown key; did you mean eps?"),
         ("phases.1.loss={name: dual_clip, clip_low: -1}", "phases.1.loss.clip_low: expected greater than or equal "),
         ("phases.1.loss={clip_low: 0.1}", "phases.1.loss: needs a `name` that says which kind it is"),

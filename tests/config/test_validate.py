@@ -34,7 +34,7 @@ from megatron_dsrl.config.validate import validated
             GradientAnalysisConfig,
             {"model": {"path": "m"}, "bos": "im_strat"},
             ("bos",),
-            "bos: expected 'im_start', 'none' or 'assistant', given 'im_strat'; did you mean im_start? (line 7)",
+            "bos: expected 'im_start', 'none' or 'assistant', got 'im_strat'; did you mean im_start? (line 7)",
         ),
     ],
 )

@@ -52,7 +52,7 @@ def test_own_benchmark(folder, tokenizer):
         ({"name": "nowhere.yaml"}, "cannot read nowhere.yaml"),
         ({"data_folder": None}, "has no section `hub`; set --data-folder"),
         ({"data_folder": "elsewhere"}, r"there is no sums/\*.jsonl in elsewhere"),
-        ({"changes": {"temperature": -1.0}}, r"expected greater than or equal to 0, given -1.0 \(command line"),
+        ({"changes": {"temperature": -1.0}}, r"expected greater than or equal to 0, got -1.0 \(command line"),
         ({"changes": {"tempratur": 1.0}}, r"tempratur: unknown key; did you mean temperature\? \(command line\)"),
     ],
 )

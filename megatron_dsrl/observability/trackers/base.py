@@ -79,7 +79,7 @@ class TrackerOptions(Options):
     """What pip installs for it; None: `package`."""
 
     finish_seconds: float = Field(default=60.0, gt=0)
-    """How long the end of a run waits for what is still on its way. `dsrl upload` sends what is missing then."""
+    """How long the end of a run waits for data that is still being sent. `dsrl upload` sends the rest."""
 
     @abstractmethod
     def open(self, run: TrackedRun) -> TrackerRun:

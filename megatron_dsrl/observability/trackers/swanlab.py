@@ -38,8 +38,8 @@ class SwanlabTracker(TrackerOptions):
     """Tags of the run."""
 
     mode: Literal["online", "local", "offline"] | None = None
-    """`local` and `offline` write to `<run folder>/swanlog` only, a part per start of the run. null: SWANLAB_MODE, else
-    online."""
+    """`local` and `offline` only write to `<run folder>/swanlog`, one part per start of the run. null: SWANLAB_MODE,
+    else online."""
 
     def open(self, run: TrackedRun) -> TrackerRun:
         """Runs are identified by their id; SwanLab continues one that it knows when it is online."""

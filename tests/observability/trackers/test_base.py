@@ -26,7 +26,7 @@ def test_names_options_and_dotted_paths(tmp_path):
 @pytest.mark.parametrize(
     ("trackers", "message"),
     [
-        ("[wanbd]", r"observability\.trackers\.0: unknown name, given 'wanbd'; did you mean wandb\?"),
+        ("[wanbd]", r"observability\.trackers\.0: unknown name, got 'wanbd'; did you mean wandb\?"),
         ("[trackio, {name: wandb, projekt: a}]", r"trackers\.1\.projekt: unknown key; did you mean project\?"),
         ("[{name: wandb, mode: of}]", r"observability\.trackers\.0\.mode: expected 'online' or 'offline'"),
     ],
