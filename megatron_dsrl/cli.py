@@ -1,8 +1,7 @@
 """The `dsrl` command.
 
-A mistake that a user can fix ends in one message on stderr and status 2; Ctrl-C in status 130, SIGTERM in 143; a
-defect keeps its traceback and ends in status 1. Each command imports what it needs when it runs, so that `--help`,
-`--dry-run` and `doctor` stay light.
+User errors print one message to stderr and exit with status 2, Ctrl-C with 130, SIGTERM with 143; bugs show a traceback
+and exit with 1. Each command imports what it needs when it runs, so that `--help`, `--dry-run` and `doctor` stay light.
 """
 
 import argparse
@@ -59,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """Here, or with `--processes` in as many processes of the same command. A dry run has only one."""
+    """Run in this process, or with `--processes` start that many of the same command. A dry run needs only one."""
     if getattr(options, "processes", None) is not None and not getattr(options, "dry_run", False):
         from megatron_dsrl.run.launch import launch, others_started
 
@@ -74,14 +73,14 @@ def _exit_on_sigterm(signal_number: int, frame: FrameType | None) -> None:
 
 
 def _print_error(message: str) -> None:
-    """Every rank meets a wrong configuration, but only rank 0 says so; `commands/train.py` names other ranks."""
+    """Every rank hits a wrong configuration, but only rank 0 reports it; `commands/train.py` names other ranks."""
     if launched_rank() == 0:
         print(f"dsrl: {message}", file=sys.stderr, flush=True)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options, rest = _parser().parse_known_args(arguments)
-    # argparse gives up on `config --dry-run key=value`: positionals after an option are left over.
+    # argparse cannot parse `config --dry-run key=value`: it leaves over positionals that follow an option.
     overrides = [word for word in rest if "=" in word and not word.startswith("-")]
     unknown = [word for word in rest if word not in overrides]
     if unknown or (overrides and not hasattr(options, "overrides")):

@@ -150,7 +150,7 @@ def test_samples_are_shown_with_their_token_log_probs_in_both_spaces(config, run
     prompt = read_groups(rollout_file(run, 1))[0].prompt
     result = dsrl("samples", str(run), "--step", "1", "--prompt", str(prompt.index), "--log-probs")
     assert result.returncode == 0, result.stderr
-    assert "what the run began with, which sampled them" in result.stdout and "\x1b" not in result.stdout
+    assert "the run's initial model, which sampled them" in result.stdout and "\x1b" not in result.stdout
     sample = read_groups(rollout_file(run, 1))[0].samples[0]
     lines = result.stdout.splitlines()
     table = next(number for number, line in enumerate(lines, start=1) if line.startswith("token  "))

@@ -1,4 +1,4 @@
-"""Arguments of `dsrl analyse`. Imports that need torch happen only when the command runs."""
+"""`dsrl analyse`. torch is only imported when the command runs."""
 
 import argparse
 import os
@@ -22,7 +22,7 @@ Command = Callable[[argparse.Namespace], int]
 
 
 def add_analyse(commands: Commands) -> None:
-    """Add `dsrl analyse` to the commands."""
+    """Register the command."""
     kinds = add_group(
         commands,
         "analyse",
@@ -32,8 +32,8 @@ def add_analyse(commands: Commands) -> None:
         description="Each analysis writes KIND.jsonl, KIND.json and KIND.svg into RUN/analysis and prints its summary.",
     )
     _add_gradients(kinds)
-    _add_kind(kinds, "thoughts", _thoughts, "reflection and transition thoughts per response, by word lists")
-    _add_kind(kinds, "problems", _problems, "problems solved, unsolved, newly solved and solved at least once")
+    _add_kind(kinds, "thoughts", _thoughts, "reflection and transition thoughts per response, counted with word lists")
+    _add_kind(kinds, "problems", _problems, "problems solved, unsolved, newly solved, and solved at least once")
     _add_kind(kinds, "lengths", _lengths, "response length and entropy over training")
     _add_behaviours(kinds)
     _add_pass_at_k(kinds)
@@ -42,15 +42,15 @@ def add_analyse(commands: Commands) -> None:
 def _add_kind(
     kinds: Commands, name: str, command: Command, what: str
 ) -> argparse.ArgumentParser:
-    """Add an analysis with the arguments that all have in common."""
+    """Add an analysis with the arguments that all of them share."""
     parser = add_command(kinds, name, command, help=what, description=what[0].upper() + what[1:] + ".")
-    accepted = "run folder" if name in ("problems", "lengths") else "run folder, or sample file of dsrl eval"
+    accepted = "run folder" if name in ("problems", "lengths") else "run folder, or a sample file of dsrl eval"
     parser.add_argument("source", metavar="RUN", type=Path, help=accepted)
     default = "the first one" if name == "gradients" else "all"
     parser.add_argument(
-        "--steps", metavar="N,N", type=_numbers, help=f"only these recorded steps of the run (default: {default})"
+        "--steps", metavar="N,N", type=_numbers, help=f"recorded steps to analyse (default: {default})"
     )
-    parser.add_argument("--output", metavar="DIR", type=Path, help="where results go (default: RUN/analysis)")
+    parser.add_argument("--output", metavar="DIR", type=Path, help="output folder (default: RUN/analysis)")
     return parser
 
 
@@ -62,13 +62,13 @@ def _add_gradients(kinds: Commands) -> None:
         "inner product and cosine of the gradients of log P(y) and log P(y|x), and the log-prob gap",
     )
     parser.epilog = "split the model: dsrl analyse gradients RUN --processes 2 parallel.tensor_parallel_size=2"
-    add_overrides(parser, "set a field of the sections model and parallel, or temperature or bos")
+    add_overrides(parser, "set a field of the sections `model` and `parallel`, or `temperature` or `bos`")
     add_processes(parser)
     parser.add_argument(
         "--model", metavar="MODEL", help="HF folder, hub name or Megatron checkpoint (default: the run's initial model)"
     )
     parser.add_argument("--responses", metavar="N", type=positive, default=400, help="how many (default: 400)")
-    parser.add_argument("--seed", metavar="N", type=int, default=1, help="of their draw (default: 1)")
+    parser.add_argument("--seed", metavar="N", type=int, default=1, help="seed for choosing the responses (default: 1)")
 
 
 def _add_behaviours(kinds: Commands) -> None:
@@ -76,21 +76,21 @@ def _add_behaviours(kinds: Commands) -> None:
         kinds,
         "behaviours",
         _behaviours,
-        "subgoal setting, enumeration, verification and backtracking, by a judge model; an interrupted one continues",
+        "subgoal setting, enumeration, verification and backtracking, found by a judge model; resumes if interrupted",
     )
     parser.add_argument(
         "--url", metavar="URL", required=True, help="OpenAI-compatible endpoint, such as http://127.0.0.1:30000/v1"
     )
-    parser.add_argument("--judge", metavar="NAME", required=True, help="the judge model, as the endpoint calls it")
+    parser.add_argument("--judge", metavar="NAME", required=True, help="name of the judge model at the endpoint")
     parser.add_argument(
-        "--responses", metavar="N", type=positive, default=64, help="how many of each step (default: 64)"
+        "--responses", metavar="N", type=positive, default=64, help="responses per step (default: 64)"
     )
-    parser.add_argument("--seed", metavar="N", type=int, default=1, help="of their draw (default: 1)")
+    parser.add_argument("--seed", metavar="N", type=int, default=1, help="seed for choosing the responses (default: 1)")
     parser.add_argument(
-        "--concurrency", metavar="N", type=positive, default=16, help="questions at a time (default: 16)"
+        "--concurrency", metavar="N", type=positive, default=16, help="concurrent requests (default: 16)"
     )
     parser.add_argument(
-        "--api-key-variable", metavar="NAME", help="environment variable with the endpoint's key (default: no key)"
+        "--api-key-variable", metavar="NAME", help="environment variable with the endpoint's API key (default: no key)"
     )
 
 
@@ -100,15 +100,15 @@ def _add_pass_at_k(kinds: Commands) -> None:
         "pass-at-k",
         _pass_at_k,
         help="Pass@K curves of several evaluations in one figure",
-        description="Write pass_at_k.svg, pass_at_k.md and pass_at_k.jsonl of several evaluations.",
+        description="Compare several evaluations in pass_at_k.svg, pass_at_k.md and pass_at_k.jsonl.",
     )
     parser.add_argument(
         "evaluations",
         metavar="LABEL=DIR,DIR",
         nargs="+",
-        help="run folders or output folders of dsrl eval, one per run, with a label; or one DIR",
+        help="a label, and one run folder or output folder of dsrl eval per run; or just one DIR",
     )
-    parser.add_argument("--output", metavar="DIR", type=Path, default=Path(), help="where files go (default: .)")
+    parser.add_argument("--output", metavar="DIR", type=Path, default=Path(), help="output folder (default: .)")
 
 
 def _thoughts(options: argparse.Namespace) -> int:
@@ -161,14 +161,14 @@ def _behaviours(options: argparse.Namespace) -> int:
         task = progress.add_task("judging", total=sum(len(chosen) for _, chosen in steps))
         result = judge_responses(steps, endpoint, folder / "behaviours.jsonl", lambda: progress.advance(task))
     if not result.verdicts:
-        raise UserError(f"the judge answered nothing: {'; '.join(first_failures(result.failures))}")
+        raise UserError(f"the judge answered none of the questions: {'; '.join(first_failures(result.failures))}")
     records = behaviours.behaviours_by_step(result.verdicts)
     summary = behaviours.summary(records) | {"questions_without_answer": len(result.failures), "steps": records}
     write_summary(folder, "behaviours", summary, behaviours.charts(records, _phases(options)))
     print(in_words(summary))
     if result.failures:
         print(*first_failures(result.failures), sep="\n", file=sys.stderr)
-        print("start the same command again to ask them once more", file=sys.stderr)
+        print("run the same command again to retry these questions", file=sys.stderr)
     return 1 if result.failures else 0
 
 

@@ -1,4 +1,4 @@
-"""What several commands share: how a command is added, its common arguments, and kinds of values."""
+"""Shared by the commands: registration, common arguments, argument types."""
 
 import argparse
 import math
@@ -12,7 +12,7 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
-"""What the tab key completes for an argument: as `shtab.FILE`, which is not imported for every command."""
+"""Tab completion of file arguments. Equals `shtab.FILE`, but without importing shtab for every command."""
 
 
 def add_command(
@@ -24,10 +24,10 @@ def add_command(
     """Add a command.
 
     Args:
-        commands: `dsrl`'s, or those of a group.
-        name: of the command.
-        run: runs it and returns the exit status.
-        texts: `help`, `description` and `epilog`, as argparse takes them.
+        commands: the commands of `dsrl` or of a group.
+        name: what the user types.
+        run: runs the command and returns the exit status.
+        texts: `help`, `description` and `epilog` for argparse.
     """
     parser = commands.add_parser(name, **texts)
     parser.set_defaults(command=run, parser=parser)
@@ -37,12 +37,12 @@ def add_command(
 def add_group(
     commands: Commands, name: str, title: str, metavar: str, **texts: Any
 ) -> Commands:
-    """Add a command that has commands of its own; alone, it prints its help."""
+    """Add a command with subcommands. Without a subcommand it prints its help."""
     return subcommands(commands.add_parser(name, **texts), title, metavar)
 
 
 def subcommands(parser: argparse.ArgumentParser, title: str, metavar: str) -> Commands:
-    """The commands of a parser, which prints its help where none is given."""
+    """Give a parser subcommands. Without one it prints its help."""
     parser.set_defaults(command=_print_help, parser=parser)
     return parser.add_subparsers(title=title, metavar=metavar)
 
@@ -53,25 +53,25 @@ def _print_help(options: argparse.Namespace) -> int:
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    """A run's configuration file and overrides."""
+    """Add a run's configuration file and overrides."""
     config = parser.add_argument("config", metavar="CONFIG.yaml", type=Path, help="configuration file")
     config.complete = FILES  # type: ignore[attr-defined]
-    add_overrides(parser, "set a field, after the file; the value is YAML, list positions are numbers")
+    add_overrides(parser, "override a field of the file; values are YAML, list positions are numbers")
 
 
 def add_overrides(parser: argparse.ArgumentParser, meaning: str) -> None:
-    """`key.path=value`, any number of them."""
+    """Add any number of `key.path=value` arguments."""
     parser.add_argument("overrides", metavar="KEY.PATH=VALUE", nargs="*", help=meaning)
 
 
 def add_processes(parser: argparse.ArgumentParser, more: str = "") -> None:
-    """How many processes share the work, for a command that torchrun and srun can start as well."""
+    """Add `--processes`, for commands that torchrun and srun can also start."""
     parser.add_argument(
         "--processes",
         "--gpus",
         metavar="N",
         type=positive,
-        help=f"start N processes on this machine, one per GPU{more}; for several machines use srun or torchrun",
+        help=f"run N processes on this machine, one per GPU{more}; for several machines use srun or torchrun",
     )
 
 
@@ -101,6 +101,6 @@ def positive_number(text: str) -> float:
 
 
 def labelled_folders(text: str) -> tuple[str, list[Path]]:
-    """`LABEL=FOLDER,FOLDER`, or `FOLDER`, whose name is its label."""
+    """Parse `LABEL=FOLDER,FOLDER`, or `FOLDER`, whose name becomes the label."""
     label, equals, folders = text.partition("=")
     return (label, [Path(folder) for folder in folders.split(",")]) if equals else (Path(text).name, [Path(text)])

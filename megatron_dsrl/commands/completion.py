@@ -8,16 +8,16 @@ from megatron_dsrl.common.errors import UserError
 
 
 def add_completion(commands: Commands, program: argparse.ArgumentParser) -> None:
-    """Add the command; `program` is the parser of all of `dsrl`, whose words are completed."""
+    """Register the command. `program` is the parser of `dsrl` itself."""
     parser = add_command(
         commands,
         "completion",
         partial(_completion, program),
-        help="print a script by which a shell completes commands and options",
-        description="Print a script by which a shell completes commands and options at the tab key.",
+        help="print a shell completion script",
+        description="Print a script that makes the shell complete commands and options.",
         epilog="example: dsrl completion bash > ~/.local/share/bash-completion/completions/dsrl",
     )
-    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="which shell")
+    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="your shell")
 
 
 def _completion(program: argparse.ArgumentParser, options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""`dsrl config`. Light: what the command needs is imported when it runs."""
+"""`dsrl config`. Heavy modules are imported when it runs."""
 
 import argparse
 
@@ -8,25 +8,25 @@ KIND_NAMES = ("run", "sweep", "benchmark", "eval", "gradients")
 
 
 def add_config_command(commands: Commands) -> None:
-    """Add the command to `dsrl`'s."""
+    """Register the command."""
     parser = add_command(
         commands,
         "config",
         _config,
-        help="explain the configuration: fields, types, defaults, choices",
+        help="explain fields of the configuration: types, defaults, choices",
         description="Explain a field or a section of the configuration: type, default, limits, choices and meaning. "
-        "Without a key: the top level.",
+        "Without a key, show the top level.",
         epilog="example: dsrl config rollout.top_p; dsrl config phases.loss; dsrl config phases.loss.gspo",
     )
-    parser.add_argument("key", metavar="KEY", nargs="?", help="dotted path; positions in lists may be left out")
+    parser.add_argument("key", metavar="KEY", nargs="?", help="dotted path; you may leave out positions in lists")
     parser.add_argument(
         "--kind",
         choices=KIND_NAMES,
         default="run",
-        help="which configuration: a run's (default), a sweep's, a benchmark's, or the overrides of `dsrl eval` or of "
+        help="what is configured: a run (default), a sweep, a benchmark, or the overrides of `dsrl eval` or "
         "`dsrl analyse gradients`",
     )
-    parser.add_argument("--schema", action="store_true", help="print the JSON schema instead, for editors")
+    parser.add_argument("--schema", action="store_true", help="print the JSON schema, for editors")
 
 
 def _config(options: argparse.Namespace) -> int:

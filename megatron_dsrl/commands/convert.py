@@ -1,4 +1,4 @@
-"""Arguments of `dsrl convert`. Light: whatever needs torch is imported when a command runs."""
+"""`dsrl convert`. torch is only imported when the command runs."""
 
 import argparse
 from pathlib import Path
@@ -18,7 +18,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_convert(commands: Commands) -> None:
-    """Add the command to `dsrl`'s."""
+    """Register the command."""
     directions = add_group(
         commands,
         "convert",
@@ -38,11 +38,11 @@ def _add_hf_to_megatron(directions: Commands) -> None:
         "hf-to-megatron",
         _hf_to_megatron,
         help="HF folder or hub name to Megatron distributed checkpoint",
-        description="Convert an HF model to a Megatron distributed checkpoint. Any layout can load it; the sizes given "
-        "here are those that its chunks are cut for.",
+        description="Convert an HF model to a Megatron distributed checkpoint. Any layout can load it; the sizes below "
+        "only set how it is split into chunks.",
     )
     parser.add_argument("source", metavar="SOURCE", help="HF folder or hub name, such as Qwen/Qwen3-8B")
-    parser.add_argument("target", metavar="TARGET", type=Path, help="folder to be made")
+    parser.add_argument("target", metavar="TARGET", type=Path, help="output folder")
     for option, what in (
         ("--tensor-parallel-size", "tensor-parallel size"),
         ("--pipeline-parallel-size", "pipeline stages"),
@@ -54,7 +54,7 @@ def _add_hf_to_megatron(directions: Commands) -> None:
         "--expert-tensor-parallel-size",
         metavar="N",
         type=positive,
-        help="tensor-parallel size of experts (default: that of everything else)",
+        help="tensor-parallel size of experts (default: as --tensor-parallel-size)",
     )
     _add_common(parser)
 
@@ -65,15 +65,15 @@ def _add_megatron_to_hf(directions: Commands) -> None:
         "megatron-to-hf",
         _megatron_to_hf,
         help="Megatron distributed checkpoint to HF folder",
-        description="Convert a Megatron distributed checkpoint, written at any layout, to an HF folder.",
+        description="Convert a Megatron distributed checkpoint of any layout to an HF folder.",
     )
     parser.add_argument(
         "source",
         metavar="SOURCE",
         type=Path,
-        help="checkpoint folder, a run's (RUN/checkpoints/step_...) included; a run's folder means its newest one",
+        help="checkpoint folder, such as RUN/checkpoints/step_...; a run folder means its newest checkpoint",
     )
-    parser.add_argument("target", metavar="TARGET", type=Path, help="folder to be made")
+    parser.add_argument("target", metavar="TARGET", type=Path, help="output folder")
     parser.add_argument(
         "--file-gigabytes",
         metavar="GB",
@@ -89,29 +89,29 @@ def _add_model(parser: argparse.ArgumentParser, checkpoint: str) -> None:
     parser.add_argument(
         "--model",
         metavar="MODEL",
-        help=f"HF folder or hub name that config.json and tokenizer of {checkpoint} are taken from (default: "
-        f"{checkpoint} itself; for a run's checkpoint, the model that the run trains)",
+        help=f"HF folder or hub name to take config.json and tokenizer from (default: {checkpoint} itself; "
+        "for a run's checkpoint, the model that the run trains)",
     )
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtype", choices=DTYPES, help="of the written weights (default: as the source)")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the written weights (default: as the source)")
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="read back what was written and compare it to the source before it is published: every tensor, and the "
+        help="read the result back before it appears at TARGET, and compare every tensor with the source, and the "
         "logits of both models if they fit in memory",
     )
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace TARGET if it exists, at the very end; only an empty folder, or one of a model and nothing else",
+        help="replace an existing TARGET at the very end, if it is empty or contains nothing but a model",
     )
     parser.add_argument(
         "--expect",
         metavar="PATH",
         type=Path,
-        help="HF folder, or YAML of a run, whose model SOURCE must be: sizes, RoPE base, norm epsilon, tied embeddings",
+        help="HF folder or run YAML that SOURCE must match: sizes, RoPE base, norm epsilon, tied embeddings",
     )
     add_processes(parser)
 
@@ -123,12 +123,12 @@ def _add_verify(directions: Commands) -> None:
         _verify,
         help="compare an HF folder and a Megatron checkpoint",
         description="Compare every tensor of an HF folder and a Megatron checkpoint made from it, and the logits of "
-        "both models if they fit in memory. Exit status 2 and the names of what differs if they are not equal.",
+        "both models if they fit in memory. If they differ, print the names and exit with status 2.",
     )
     parser.add_argument("hf", metavar="HF", type=Path, help="HF folder")
-    parser.add_argument("megatron", metavar="MEGATRON", type=Path, help="checkpoint folder, or a run's folder")
+    parser.add_argument("megatron", metavar="MEGATRON", type=Path, help="checkpoint folder or run folder")
     _add_model(parser, "MEGATRON")
-    parser.add_argument("--dtype", choices=DTYPES, help="that the weights were converted to (default: unchanged)")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype that the weights were converted to (default: unchanged)")
     add_processes(parser)
 
 

@@ -6,14 +6,14 @@ from megatron_dsrl.commands.arguments import Commands, add_command
 
 
 def add_doctor(commands: Commands) -> None:
-    """Add the command to `dsrl`\'s."""
+    """Register the command."""
     parser = add_command(
         commands,
         "doctor",
         _doctor,
-        help="say what is installed, what is missing, and what to do about it",
-        description="Say what is installed, which devices and kernels there are, what is missing, and what to do. Exit "
-        "status 0 when a CPU or a GPU run is possible, else 1.",
+        help="check the installation and say how to fix problems",
+        description="List installed packages, devices and kernels, what is missing and how to fix it. Exit with status "
+        "0  if a CPU or GPU run is possible, otherwise 1.",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 

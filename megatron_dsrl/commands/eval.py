@@ -1,4 +1,4 @@
-"""Arguments of `dsrl eval`, `table` and `rescore`. Imports that need torch happen only when the command runs."""
+"""`dsrl eval`, `table` and `rescore`. torch is only imported when a command runs."""
 
 import argparse
 from pathlib import Path
@@ -15,43 +15,43 @@ CHANGES = {
     "max_tokens": "max_response_tokens",
     "limit": "limit",
 }
-"""Command-line options and the benchmark fields that they replace."""
+"""Command-line options and the benchmark fields they override."""
 
 
 def add_eval(commands: Commands) -> None:
-    """Add the command to the others."""
+    """Register the command."""
     parser = add_command(
         commands,
         "eval",
         _eval,
         help="evaluate a model on benchmarks",
-        description="Sample a model on benchmarks with the training's engines, judge, and write results.json, "
-        "results.md and pass_at_k.svg. Every finished sample is on disk at once: the same command continues an "
-        "interrupted evaluation.",
+        description="Sample a model on benchmarks with the same engines as training, score the samples, and write "
+        "results.json, results.md and pass_at_k.svg. Every finished sample is on disk at once, and the same command "
+        "resumes an interrupted evaluation.",
         epilog="example: dsrl eval Qwen/Qwen3-4B --benchmarks math500,aime24 --samples 32",
     )
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="HF folder, hub name, Megatron checkpoint, a run's folder (its newest policy) or one of its checkpoints",
+        help="HF folder, hub name, Megatron checkpoint, run folder (its newest policy) or checkpoint of a run",
     )
     add_overrides(
-        parser, "set a field of the sections seed, model, engine and rollout, such as engine.tensor_parallel_size=2"
+        parser, "override `seed` or a field of `model`, `engine` or `rollout`, such as engine.tensor_parallel_size=2"
     )
     parser.add_argument("--benchmarks", metavar="NAME,NAME", help="names (omit to list them) or .yaml files")
     parser.add_argument("--samples", metavar="K", type=int, help="responses per problem (default: the benchmark's)")
     parser.add_argument("--temperature", metavar="T", type=float, help="0 is greedy (default: the benchmark's)")
     parser.add_argument("--top-p", metavar="P", type=float, help="nucleus sampling (default: the benchmark's)")
-    parser.add_argument("--max-tokens", metavar="N", type=int, help="longest response (default: the benchmark's)")
-    parser.add_argument("--limit", metavar="N", type=int, help="only the first problems of each benchmark")
+    parser.add_argument("--max-tokens", metavar="N", type=int, help="response length limit (default: the benchmark's)")
+    parser.add_argument("--limit", metavar="N", type=int, help="only the first N problems of each benchmark")
     parser.add_argument(
-        "--data-folder", metavar="DIR", type=Path, help="where the benchmarks' files are (default: the hub)"
+        "--data-folder", metavar="DIR", type=Path, help="folder with the benchmarks' files (default: use the hub)"
     )
     parser.add_argument(
         "--output",
         metavar="DIR",
         type=Path,
-        help="folder of samples and results (default: RUN/evaluation/step_... for a run, else evaluations/<model>)",
+        help="output folder (default: RUN/evaluation/step_... for a run, else evaluations/<model>)",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="check names and settings, list the benchmarks, and stop"
@@ -60,36 +60,36 @@ def add_eval(commands: Commands) -> None:
 
 
 def add_table(commands: Commands) -> None:
-    """Add the command to the others."""
+    """Register the command."""
     parser = add_command(
         commands,
         "table",
         _table,
-        help="the paper's results table, filled with evaluations",
-        description="Print the paper's results table in Markdown, filled with what `dsrl eval` found and beside what "
-        "the paper reports; what was not measured stays empty. Methods of the paper are called base, GRPO, PPO, "
-        "REINFORCE++, RLOO, Dr.GRPO, DAPO, NSR-RL warm-up and DSRL.",
+        help="print the paper's results table, filled with your evaluations",
+        description="Print the paper's results table in Markdown, with results of `dsrl eval` beside the published "
+        "ones; cells without a measurement stay empty. The paper's methods are called base, GRPO, PPO, REINFORCE++, "
+        "RLOO, Dr.GRPO, DAPO, NSR-RL warm-up and DSRL.",
         epilog="example: dsrl table base=evaluations/Qwen3-4B GRPO=runs/grpo1,runs/grpo2 DSRL=runs/dsrl1,runs/dsrl2",
     )
     parser.add_argument(
         "evaluations",
         metavar="METHOD=DIR,DIR",
         nargs="*",
-        help="a method and its evaluations: run folders (the latest policy's counts) or output folders of dsrl eval",
+        help="a method and its evaluations: run folders (latest policy) or output folders of dsrl eval",
     )
     parser.add_argument("--size", metavar="NAME", default="Qwen3-4B", help="Qwen3-4B (default) or Qwen3-8B")
-    parser.add_argument("--output", metavar="FILE", type=Path, help="write the table to this file as well")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="also write the table to this file")
 
 
 def add_rescore(commands: Commands) -> None:
-    """Add the command to the others."""
+    """Register the command."""
     parser = add_command(
         commands,
         "rescore",
         _rescore,
-        help="judge the samples of an evaluation again with another verifier",
-        description="Judge the samples that `dsrl eval` saved with another verifier, without sampling anything, and "
-        "write a second evaluation with the results. `hendrycks` scores as the paper's released code does.",
+        help="score the samples of an evaluation again with another verifier",
+        description="Score the samples that `dsrl eval` saved with another verifier, without sampling again, and write "
+        "the results as a second evaluation. `hendrycks` scores as the paper's released code does.",
         epilog="example: dsrl rescore evaluations/Qwen3-4B --verifier hendrycks --output evaluations/hendrycks",
     )
     parser.add_argument("evaluation", metavar="DIR", type=Path, help="output folder of dsrl eval")

@@ -8,14 +8,14 @@ from megatron_dsrl.run.loading import loading_megatron
 
 
 def add_fetch(commands: Commands) -> None:
-    """Add the command to `dsrl`\'s."""
+    """Register the command."""
     parser = add_command(
         commands,
         "fetch",
         _fetch,
-        help="have the hub's part of a run in its cache",
-        description="Read the model, tokenizer and prompts of a run, and benchmarks, in one process. What comes from "
-        "the hub is in its cache (HF_HOME) afterwards, for all ranks and for machines without a network.",
+        help="download what a run needs from the hub",
+        description="Load a run's model, tokenizer and prompts, and benchmarks, in one process. Afterwards everything "
+        "from the hub is in its cache (HF_HOME), for all ranks and for machines without a network.",
         epilog="example: dsrl fetch configs/dsrl_qwen3_8b.yaml --benchmarks math500,aime24",
     )
     add_config(parser)

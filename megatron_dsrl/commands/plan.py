@@ -1,4 +1,4 @@
-"""`dsrl plan`. Imports that need torch or the model happen only when the command runs."""
+"""`dsrl plan`. Heavy modules are only imported when the command runs."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -15,31 +15,31 @@ if TYPE_CHECKING:
 
 
 def add_plan(commands: Commands) -> None:
-    """Add `dsrl plan` to the commands."""
+    """Register the command."""
     parser = add_command(
         commands,
         "plan",
         _plan,
-        help="tell whether a configuration fits on a number of GPUs, what a step costs, and which layouts fit",
-        description="Memory of every GPU in each phase, operations and estimated seconds of a step, the largest "
-        "lengths that fit, and layouts to paste. Exit status 0 when the run fits, else 1. Needs no GPU, and no network "
-        "for Qwen3's published sizes.",
+        help="predict memory and time of a run, and list the layouts that fit",
+        description="Predict the memory of every GPU in each phase, operations and seconds of a step, the largest "
+        "lengths that fit, and layouts to paste. Exits with status 0 if the run fits, otherwise 1. Needs no GPU, and "
+        "no  network for Qwen3's published sizes.",
         epilog="example: dsrl plan configs/dsrl_qwen3_8b.yaml --gpu h100 --gpus 8",
     )
     add_config(parser)
-    parser.add_argument("--gpus", metavar="N", type=positive, default=8, help="how many (default: 8)")
+    parser.add_argument("--gpus", metavar="N", type=positive, default=8, help="number of GPUs (default: 8)")
     _add_gpu(parser)
     parser.add_argument(
-        "--mean-response-tokens", metavar="N", type=positive, help="assumed (default: half of the response limit)"
+        "--mean-response-tokens", metavar="N", type=positive, help="assumed mean (default: half of the response limit)"
     )
     parser.add_argument(
-        "--training-utilisation", metavar="SHARE", type=float, default=0.35, help="share of the peak (default: 0.35)"
+        "--training-utilisation", metavar="SHARE", type=float, default=0.35, help="share of peak FLOP/s (default: 0.35)"
     )
     parser.add_argument(
         "--scale",
         metavar="N,N,...",
         type=_growing,
-        help="instead, a step's seconds on these numbers of GPUs, such as 8,64,512,4096, and what breaks first",
+        help="instead, model a step on these numbers of GPUs, such as 8,64,512,4096, and say what breaks first",
     )
 
 
@@ -51,11 +51,11 @@ def _add_gpu(parser: argparse.ArgumentParser) -> None:
         help="a100, h100, h20, b200, rtx-4090, mi300x... (default: h100; a wrong name lists them all)",
     )
     for option, metavar, what in (
-        ("--gpu-memory", "GIB", "memory that a process can allocate"),
-        ("--gpu-tflops", "N", "peak of dense bfloat16, in 1e12 operations per second"),
+        ("--gpu-memory", "GIB", "memory a process can allocate"),
+        ("--gpu-tflops", "N", "dense bfloat16 peak, in 1e12 operations per second"),
         ("--gpu-bandwidth", "TB/S", "memory bandwidth, in 1e12 bytes per second"),
     ):
-        parser.add_argument(option, metavar=metavar, type=positive_number, help=f"{what}, instead of the table's")
+        parser.add_argument(option, metavar=metavar, type=positive_number, help=f"{what} (default: built-in value)")
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -91,7 +91,7 @@ def _print_layouts(
     assumptions: "Assumptions",
     console: "Console",
 ) -> bool:
-    """Print the plan of the configured layout, if it is valid, and layouts that fit. Returns whether the plan fits."""
+    """Print the plan of the configured layout, if it is valid, and layouts that fit. Return whether the plan fits."""
     from megatron_dsrl.config.summary import batch_lines
     from megatron_dsrl.planning.layouts import fewest_gpus, layout_problems, suggest
     from megatron_dsrl.planning.plan import make_plan
@@ -117,5 +117,5 @@ def _print_layouts(
 def _growing(text: str) -> list[int]:
     values = [positive(word) for word in text.split(",")]
     if values != sorted(set(values)):
-        raise argparse.ArgumentTypeError(f"expected growing numbers such as 8,64,512, got {text}")
+        raise argparse.ArgumentTypeError(f"expected increasing numbers such as 8,64,512, got {text}")
     return values

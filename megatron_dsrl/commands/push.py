@@ -1,4 +1,4 @@
-"""Arguments of `dsrl push`. Light: what the command needs is imported when it runs."""
+"""`dsrl push`. Heavy modules are only imported when the command runs."""
 
 import argparse
 
@@ -6,26 +6,26 @@ from megatron_dsrl.commands.arguments import Commands, add_command
 
 
 def add_push(commands: Commands) -> None:
-    """Add the command to `dsrl`'s."""
+    """Register the command."""
     parser = add_command(
         commands,
         "push",
         _push,
         help="upload an exported policy with its model card to the Hugging Face hub",
-        description="Upload the newest policy that a run has exported, with a model card of its method, data, "
-        "configuration and evaluations. Needs a token that may write: HF_TOKEN, or `hf auth login`.",
+        description="Upload the newest policy that a run has exported, with a model card describing its method, data, "
+        "configuration and evaluations. Needs a token with write access: HF_TOKEN, or `hf auth login`.",
         epilog="example: dsrl push runs/tiny_dsrl someone/tiny-dsrl --dry-run",
     )
     parser.add_argument("run", metavar="RUN", help="run folder, one of its exports, or an HF folder with a README.md")
-    parser.add_argument("repository", metavar="OWNER/NAME", help="of the model on the hub; made if it is not there")
-    parser.add_argument("--private", action="store_true", help="only you, or the owner's members, can see it")
+    parser.add_argument("repository", metavar="OWNER/NAME", help="model repository on the hub; created if necessary")
+    parser.add_argument("--private", action="store_true", help="visible only to you, or to the organisation's members")
     parser.add_argument(
         "--base-model",
         metavar="OWNER/NAME",
-        help="what the run began with, for the card (default: as model.path says, where that comes from the hub)",
+        help="base model named on the card (default: model.path, if it comes from the hub)",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the files and the model card, and upload nothing"
+        "--dry-run", action="store_true", help="print the files and the model card without uploading"
     )
 
 

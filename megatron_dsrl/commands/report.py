@@ -8,19 +8,19 @@ from megatron_dsrl.common.errors import UserError
 
 
 def add_report(commands: Commands) -> None:
-    """Add the command to `dsrl`\'s."""
+    """Register the command."""
     parser = add_command(
         commands,
         "report",
         _report,
-        help="write the HTML report of a run, or of several side by side",
-        description="Write one self-contained HTML page with plots, also while a run is still going: RUN/report.html, "
-        "or for several runs a comparison, comparison.html in the first folder.",
+        help="write an HTML report of one run, or compare several",
+        description="Write one self-contained HTML page with charts to RUN/report.html, even while the run is still "
+        "going. For several runs, write a comparison to comparison.html in the first folder.",
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folder, such as runs/tiny_dsrl")
     parser.add_argument("--output", metavar="FILE", type=Path, help="write the page to this file instead")
     parser.add_argument(
-        "--figure", metavar="FILE", type=Path, help="write the learning curve as an SVG file, in place of the page"
+        "--figure", metavar="FILE", type=Path, help="write the learning curve as an SVG file instead of the page"
     )
 
 
@@ -33,5 +33,5 @@ def _report(options: argparse.Namespace) -> int:
     elif len(options.runs) == 1 and options.output is None:
         print(write_learning_curve(options.runs[0], options.figure))
     else:
-        raise UserError("--figure draws one run: give one RUN and no --output. `dsrl compare` draws several runs")
+        raise UserError("--figure draws one run: pass one RUN and no --output, or use `dsrl compare` for several runs")
     return 0

@@ -8,14 +8,14 @@ from megatron_dsrl.run.loading import loading_megatron
 
 
 def add_rollout(commands: Commands) -> None:
-    """Add the command to `dsrl`\'s."""
+    """Register the command."""
     parser = add_command(
         commands,
         "rollout",
         _rollout,
-        help="sample what a run would sample, without training",
-        description="Sample the steps of a run with the weights of its model folder, without a trainer. A run with "
-        "rollout.replay_from trains on the result without engines.",
+        help="sample the steps of a run, without training",
+        description="Sample the steps of a run with its initial weights, without a trainer. A run with "
+        "rollout.replay_from can train on the result without engines.",
         epilog="example: dsrl rollout configs/tiny_dsrl.yaml name=sampled steps=2",
     )
     add_config(parser)

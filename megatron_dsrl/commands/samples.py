@@ -1,4 +1,4 @@
-"""`dsrl samples`. Imports that need torch happen only when the command runs."""
+"""`dsrl samples`. torch is only imported when the command runs."""
 
 import argparse
 import os
@@ -19,31 +19,31 @@ DEFAULT_PROMPTS = 4
 
 
 def add_samples(commands: Commands) -> None:
-    """Add `dsrl samples` to the commands."""
+    """Register the command."""
     parser = add_command(
         commands,
         "samples",
         _samples,
         help="read a run's recorded samples, with their token log-probs in both spaces",
-        description="Print recorded samples: prompt, responses, rewards, why they ended, and the engine's log-probs.",
+        description="Print recorded samples: prompts, responses, rewards, why they ended, and the engine's log-probs.",
         epilog="split the model: dsrl samples RUN --log-probs --processes 2 parallel.tensor_parallel_size=2",
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="run folder, such as runs/tiny_dsrl")
-    parser.add_argument("--step", metavar="N", type=positive, help="which step (default: the last recorded one)")
-    parser.add_argument("--prompt", metavar="N", type=int, help="only this prompt, by its row in the prompt set")
+    parser.add_argument("--step", metavar="N", type=positive, help="step to print (default: the last recorded one)")
+    parser.add_argument("--prompt", metavar="N", type=int, help="print only this prompt, by its row in the prompt set")
     parser.add_argument(
-        "--limit", metavar="N", type=positive, help=f"how many prompts without --prompt (default: {DEFAULT_PROMPTS})"
+        "--limit", metavar="N", type=positive, help=f"prompts to print without --prompt (default: {DEFAULT_PROMPTS})"
     )
-    parser.add_argument("--tokens", action="store_true", help="a table of the tokens with the engine's log-probs")
+    parser.add_argument("--tokens", action="store_true", help="add a table of tokens with the engine's log-probs")
     parser.add_argument(
         "--log-probs",
         action="store_true",
-        help="the same with log P(y|x) and log P(y) by the Megatron actor, under the policy that sampled or the newest "
-        "exported one before it",
+        help="the same, plus log P(y|x) and log P(y) from the Megatron actor, under the policy that sampled the "
+        "responses,  or else the newest export before it",
     )
-    parser.add_argument("--model", metavar="MODEL", help="with --log-probs: under this model instead")
-    add_overrides(parser, "with --log-probs: set a field of the sections model and parallel, or temperature or bos")
-    add_processes(parser, ", which share the model of --log-probs")
+    parser.add_argument("--model", metavar="MODEL", help="with --log-probs: use this model instead")
+    add_overrides(parser, "with --log-probs: set a field of `model` or `parallel`, or `temperature` or `bos`")
+    add_processes(parser, ", to split the model for --log-probs")
 
 
 def _samples(options: argparse.Namespace) -> int:
@@ -109,7 +109,7 @@ def _model(options: argparse.Namespace, samples: "Sequence[Sample]") -> tuple[st
     sampled_by = sampling_step(samples[0])
     export, step = newest_export(options.run, sampled_by)
     model = None if export is None else str(export)
-    words = f": the policy after step {step}" if step else ": what the run began with"
+    words = f": the policy after step {step}" if step else ": the run's initial model"
     if step == sampled_by:
         return model, f"{words}, which sampled them"
     return model, (

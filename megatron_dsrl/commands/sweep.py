@@ -7,18 +7,18 @@ from megatron_dsrl.commands.arguments import Commands, add_command, positive
 
 
 def add_sweep(commands: Commands) -> None:
-    """Add the command to `dsrl`\'s."""
+    """Register the command."""
     parser = add_command(
         commands,
         "sweep",
         _sweep,
-        help="train several configurations with several seeds, and compare them",
-        description="Train what a sweep file lists and write the comparison into its folder. Finished runs are kept, "
-        "interrupted ones continue: start the same command again after an interruption.",
+        help="train several configurations with several seeds and compare them",
+        description="Train all runs in a sweep file and write the comparison to its output folder. After an "
+        "interruption run the same command again: finished runs are kept and interrupted ones resume.",
     )
-    parser.add_argument("sweep", metavar="SWEEP.yaml", type=Path, help="sweep file, see `dsrl config --kind sweep`")
+    parser.add_argument("sweep", metavar="SWEEP.yaml", type=Path, help="sweep file; see `dsrl config --kind sweep`")
     parser.add_argument(
-        "--parallel-runs", metavar="N", type=positive, default=1, help="runs at a time (default: 1)"
+        "--parallel-runs", metavar="N", type=positive, default=1, help="number of runs to train at a time (default: 1)"
     )
 
 

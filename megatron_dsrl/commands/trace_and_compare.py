@@ -1,4 +1,4 @@
-"""Arguments of `dsrl trace`, `dsrl compare` and `dsrl upload`. Light: a command imports what it needs when it runs."""
+"""`dsrl trace`, `compare` and `upload`. Heavy modules are only imported when a command runs."""
 
 import argparse
 from pathlib import Path
@@ -8,57 +8,57 @@ from megatron_dsrl.common.errors import UserError
 
 
 def add_trace(commands: Commands) -> None:
-    """Add the command to `dsrl`'s."""
+    """Register the command."""
     parser = add_command(
         commands,
         "trace",
         _trace,
-        help="what every rank and engine of a run did when: a file for ui.perfetto.dev, and a summary",
-        description="Join the timelines of all ranks and engines into one file, which ui.perfetto.dev and "
-        "chrome://tracing open, and print a summary. Also while the run is still going, or after it was killed.",
+        help="write a timeline of all ranks and engines for ui.perfetto.dev, and print a summary",
+        description="Join the timelines of all ranks and engines into one file for ui.perfetto.dev or "
+        "chrome://tracing, and print a summary. Works while the run is still going and after it was killed.",
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="run folder, such as runs/tiny_dsrl")
-    parser.add_argument("--output", metavar="FILE", type=Path, help="of the trace (default: RUN/trace/trace.json)")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="output file (default: RUN/trace/trace.json)")
 
 
 def add_compare(commands: Commands) -> None:
-    """Add the command to `dsrl`'s."""
+    """Register the command."""
     parser = add_command(
         commands,
         "compare",
         _compare,
-        help="table and learning curves of methods with several runs each",
+        help="compare methods with several runs each in a table and learning curves",
         description="Write comparison.md (held-out results with 95 % intervals over runs, and tests against the "
         "baseline) and comparison.svg (learning curves).",
     )
     parser.add_argument(
-        "methods", metavar="LABEL=RUN,RUN", nargs="+", help="a method and its run folders, one per seed; or one RUN"
+        "methods", metavar="LABEL=RUN,RUN", nargs="+", help="a method and its run folders, one per seed; or a RUN"
     )
-    parser.add_argument("--baseline", metavar="LABEL", help="compare with this method (default: the first)")
+    parser.add_argument("--baseline", metavar="LABEL", help="method to compare the others with (default: the first)")
     parser.add_argument(
         "--output",
         metavar="FOLDER",
         type=Path,
         default=Path("runs/comparison"),
-        help="where the files go (default: runs/comparison)",
+        help="output folder (default: runs/comparison)",
     )
 
 
 def add_upload(commands: Commands) -> None:
-    """Add the command to `dsrl`'s."""
+    """Register the command."""
     parser = add_command(
         commands,
         "upload",
         _upload,
-        help="send a run folder to experiment trackers, as for compute nodes without a network",
+        help="send a run folder to experiment trackers, for example after running without a network",
         description="Send the steps, evaluations and responses of a run folder to W&B, MLflow, SwanLab, Trackio or a "
-        "tracker of your own. Sends only what the tracker does not have yet, so that it can be repeated while the run "
-        "goes on.",
+        "tracker of your own. Only sends what the tracker does not have yet, so you can repeat it while the run is "
+        "going.",
         epilog="example: dsrl upload runs/tiny_dsrl --to mlflow tracking_uri=http://127.0.0.1:5000",
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="run folder, such as runs/tiny_dsrl")
     parser.add_argument(
-        "overrides", metavar="OPTION=VALUE", nargs="*", help="option of the tracker, such as project=mine"
+        "overrides", metavar="OPTION=VALUE", nargs="*", help="set an option of the tracker, such as project=mine"
     )
     parser.add_argument(
         "--to",

@@ -1,4 +1,4 @@
-"""`dsrl train`. Light: Megatron is imported when a run starts."""
+"""`dsrl train`. Megatron is only imported when a run starts."""
 
 import argparse
 import os
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
 
 
 def add_train(commands: Commands) -> None:
-    """Add the command to `dsrl`\'s."""
+    """Register the command."""
     parser = add_command(
         commands,
         "train",
         _train,
-        help="train as a configuration file says",
-        description="Train as a configuration file says. The same command continues an interrupted run.",
+        help="train a model as configured in a YAML file",
+        description="Train a model as configured in a YAML file. The same command resumes an interrupted run.",
         epilog="example: dsrl train configs/tiny_dsrl.yaml rollout.temperature=0.7 phases.0.until_step=5 --dry-run",
     )
     add_config(parser)
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="check everything that can be checked beforehand, print the resolved configuration and what it amounts "
-        "to, and start nothing",
+        help="check everything that can be checked beforehand, and print the resolved configuration and what it "
+        "amounts to, without starting anything",
     )
-    add_processes(parser, " (with --dry-run: check for N)")
-    parser.add_argument("-v", "--verbose", action="store_true", help="print every figure of a step, not the main ones")
+    add_processes(parser, " (with --dry-run: check for N processes)")
+    parser.add_argument("-v", "--verbose", action="store_true", help="print all metrics of every step")
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -70,7 +70,7 @@ def _train(options: argparse.Namespace) -> int:
     try:
         train(config)
     except UserError as error:
-        # Only this rank may have met it, so it must not be lost.
+        # Only this rank may have hit the error, so it must not be lost.
         if launched_rank() != 0:
             print(f"dsrl: rank {launched_rank()}: {error}", file=sys.stderr, flush=True)
         raise
@@ -78,7 +78,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _is_complete(config: "RunConfig") -> bool:
-    """Whether there is nothing left to do, which rank 0 then says. Every rank finds out by itself."""
+    """Whether the run is already complete; rank 0 then says so. Each rank finds out by itself."""
     from megatron_dsrl.run.results import finished_step
 
     step = finished_step(config)
