@@ -9,8 +9,8 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.log
 #
-# Conversion alone, on a node without GPUs, before the jobs that need it are submitted: the model of a configuration to
-# a Megatron checkpoint in $MEGATRON_FOLDER, where they look for it.
+# Only the conversion, on a node without GPUs: converts a configuration's model to a Megatron checkpoint in
+# $MEGATRON_FOLDER, where the jobs that you submit afterwards find it.
 #
 #   CONFIG=configs/dsrl_qwen3_30b_a3b.yaml sbatch slurm/convert.sh
 

@@ -12,8 +12,8 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.log
 #
-# DSRL on the mixture of experts Qwen3-30B-A3B, on two nodes: `sbatch slurm/dsrl_30b_a3b.sh`. Everything but the
-# configuration is as in dsrl_8b.sh.
+# DSRL on the mixture of experts Qwen3-30B-A3B, on two nodes: `sbatch slurm/dsrl_30b_a3b.sh`. Only the
+# configuration differs from dsrl_8b.sh.
 
 DSRL_ROOT="${DSRL_ROOT:-$SLURM_SUBMIT_DIR}"
 CONFIG="${CONFIG:-configs/dsrl_qwen3_30b_a3b.yaml}"

@@ -12,7 +12,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.log
 #
-# DSRL on Qwen3-4B: `sbatch slurm/dsrl_4b.sh`. Everything but the configuration is as in dsrl_8b.sh.
+# DSRL on Qwen3-4B: `sbatch slurm/dsrl_4b.sh`. Only the configuration differs from dsrl_8b.sh.
 
 DSRL_ROOT="${DSRL_ROOT:-$SLURM_SUBMIT_DIR}"
 CONFIG="${CONFIG:-configs/dsrl_qwen3_4b.yaml}"

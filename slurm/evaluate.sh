@@ -12,12 +12,12 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.log
 #
-# Evaluation alone, one engine per GPU. It requeues itself three minutes before the time limit and at preemption, and
-# continues: finished samples are kept and not sampled again.
+# Only the evaluation, with one engine per GPU. It requeues itself three minutes before the time limit and at preemption,
+# and resumes: finished samples are kept.
 #
 #   RUN_NAME=dsrl_qwen3_8b sbatch slurm/evaluate.sh                          the newest export of a run
-#   POLICY=Qwen/Qwen3-8B RUN_NAME=base_8b sbatch slurm/evaluate.sh           a model of its own, into $OUTPUT_DIR/base_8b
-#   BENCHMARKS=gpqa_diamond,mmlu_pro SAMPLES= ... sbatch slurm/evaluate.sh   others, with their own number of samples
+#   POLICY=Qwen/Qwen3-8B RUN_NAME=base_8b sbatch slurm/evaluate.sh           another model, into $OUTPUT_DIR/base_8b
+#   BENCHMARKS=gpqa_diamond,mmlu_pro SAMPLES= ... sbatch slurm/evaluate.sh   other benchmarks, with their default number of samples
 
 DSRL_ROOT="${DSRL_ROOT:-$SLURM_SUBMIT_DIR}"
 STEPS="${STEPS:-check_environment evaluate}"

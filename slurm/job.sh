@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# What every job does, in order (STEPS): environment check, configuration check, model and data from the hub, HF ->
-# Megatron conversion, training, evaluation, report. The job scripts set their variables and source this file. Whatever
-# is done already is skipped, so that a job that was requeued, or submitted again, continues where the last one stopped.
+# The steps of every job, in order (STEPS): check the environment, check the configuration, download model and data,
+# convert HF -> Megatron, train, evaluate, write the report. The job scripts set their variables and source this file.
+# Steps that are already done are skipped, so a job that is requeued or submitted again continues where it stopped.
 #
-# How training and evaluation end, and what the job makes of it:
+# Exit statuses of training and evaluation, and what the job does then:
 #   0      done
 #   2      a mistake in the configuration: the job fails with the message
-#   75     asked to stop (preemption, time limit), state saved: the job requeues itself
-#   138    ended by USR1: an evaluation, whose finished samples are on disk always, or anything that was still starting;
+#   75     stopped on request (preemption, time limit) with its state saved: the job requeues itself
+#   138    ended by USR1: an evaluation, whose finished samples are always on disk, or anything that was still starting;
 #          the job requeues itself
-#   other  a crash (a node, an engine, out of memory): requeued while it gets further, and at most MAX_CRASHES times in
-#          a row without a new checkpoint or sample. 143, ended by TERM, is one of them: srun ends the ranks that are
-#          left by TERM when one has crashed, and reports the highest status.
-# The steps of a single process are repeated if they are ended by USR1 or TERM; when they fail, the job does.
+#   other  a crash (a node, an engine, out of memory): the job requeues itself while it makes progress, and at most
+#          MAX_CRASHES times in a row without a new checkpoint or sample. This includes 143 (TERM): when one rank
+#          crashes, srun ends the others with TERM and reports the highest status.
+# Single-process steps are repeated if USR1 or TERM ends them; if they fail, the job fails.
 #
 # Variables (dsrl_8b.sh explains them): DSRL_ROOT, CONFIG, RUN_NAME, OUTPUT_DIR, MEGATRON_FOLDER, OVERRIDES, BENCHMARKS,
 # SAMPLES, EVALUATION_OVERRIDES, VENV, CONTAINER, MAX_ATTEMPTS, POLICY, STEPS.
@@ -25,7 +25,7 @@ PREEMPTED_STATUS=75
 USR1_STATUS=138
 TERM_STATUS=143
 dsrl=(python -m megatron_dsrl.cli)
-# From SLURM 22.05 on srun does not inherit --cpus-per-task: in some releases a rank would have a single CPU without this.
+# Since SLURM 22.05 srun does not inherit --cpus-per-task: in some releases a rank would get a single CPU without this.
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 
 attempt="${SLURM_RESTART_COUNT:-0}"
@@ -43,26 +43,26 @@ cd "$DSRL_ROOT"
 mkdir -p "$run_folder/slurm"
 exec > >(tee -a "$run_folder/slurm/job_${SLURM_JOB_ID}_attempt_${attempt}.log") 2>&1
 
-# On stderr: the output of some commands is read.
+# To stderr, because the output of some commands is parsed.
 say() { echo "== $(date '+%F %T') $*" >&2; }
 
-# One process on the first node, inside the container if there is one. Being asked to stop is no failure of it.
+# One process on the first node, inside the container if there is one. A request to stop does not count as a failure.
 run_once() {
     local status=0
     srun --nodes=1 --ntasks=1 --kill-on-bad-exit=1 "${container[@]}" "$@" || status=$?
     case "$status" in
-        "$USR1_STATUS" | "$TERM_STATUS") say "stopped as asked, before this step was done"; requeue "$status" ;;
+        "$USR1_STATUS" | "$TERM_STATUS") say "stopped on request before this step was done"; requeue "$status" ;;
     esac
     return "$status"
 }
 
-# One process per GPU over the whole job; the exit status is the highest of theirs.
+# One process per GPU across the whole job; returns the highest exit status.
 run_on_all_ranks() {
     srun --kill-on-bad-exit=1 "${container[@]}" bash "$DSRL_ROOT/slurm/rank.sh" "$@"
 }
 
-# Work on all ranks that continues where it stopped. Returns when it is done; requeues or ends the job if it is not.
-#   resumable NAME PROGRESS COMMAND...    PROGRESS is a function that prints how far the work is
+# Run resumable work on all ranks. Returns when it is done; otherwise requeues or ends the job.
+#   resumable NAME PROGRESS COMMAND...    PROGRESS is a function that prints how far the work has come
 resumable() {
     local name="$1" progress="$2" before status=0 crashes=0 crashes_file="$run_folder/slurm/${1}_crashes"
     shift 2
@@ -71,7 +71,7 @@ resumable() {
     case "$status" in
         0) rm -f "$crashes_file" ;;
         "$USER_ERROR_STATUS") say "the configuration must be fixed"; exit "$status" ;;
-        "$PREEMPTED_STATUS") say "$name stopped as asked; the state is saved"; requeue "$status" ;;
+        "$PREEMPTED_STATUS") say "$name stopped on request; the state is saved"; requeue "$status" ;;
         "$USR1_STATUS") say "$name ended by USR1; what is on disk is kept"; requeue "$status" ;;
         *)
             [ "$("$progress")" != "$before" ] || crashes="$(cat "$crashes_file" 2>/dev/null || echo 0)"
@@ -91,16 +91,16 @@ requeue() {
     fi
     say "requeueing"
     scontrol requeue "$SLURM_JOB_ID"
-    sleep 120 # SLURM ends this script while it waits
+    sleep 120 # SLURM ends this script in the meantime
     exit "$1"
 }
 
-# The newest step_... in a folder, nothing if there is none.
+# Print the newest step_... in a folder, or nothing.
 newest_step() { { find "$1" -maxdepth 1 -name 'step_*' 2>/dev/null || true; } | sort | tail -1; }
 
 check_environment() {
     if [ -n "$VENV" ] && [ ! -x "$VENV/bin/python" ]; then
-        say "there is no Python environment in $VENV; VENV names another one, VENV= with a CONTAINER none"
+        say "there is no Python environment in $VENV; set VENV to another folder, or VENV= with a CONTAINER"
         exit "$USER_ERROR_STATUS"
     fi
     [ -z "$VENV" ] || export PATH="$VENV/bin:$PATH"
@@ -111,21 +111,21 @@ check_environment() {
     run_once "${dsrl[@]}" doctor
 }
 
-# A mistake ends the job here with its message, before anything was fetched or converted.
+# A mistake ends the job here with its message, before anything is downloaded or converted.
 check_configuration() {
     run_once "${dsrl[@]}" train "$CONFIG" "${overrides[@]}" --dry-run --processes "$SLURM_NTASKS" >/dev/null
     [ -n "$BENCHMARKS" ] || return 0
     run_once "${dsrl[@]}" eval "${POLICY:-the policy}" "${evaluation_options[@]}" --dry-run
 }
 
-# Model, prompts and benchmarks, by one process: all ranks would ask the hub at the same time. They read its cache
-# afterwards.
+# Download model, prompts and benchmarks in one process, so that the ranks do not query the hub concurrently. They read
+# its cache afterwards.
 fetch_inputs() {
-    say "reading model, prompts and benchmarks (waiting for the hub, should they not be here)"
+    say "loading model, prompts and benchmarks (from the hub, if they are not in its cache)"
     run_once "${dsrl[@]}" fetch "$CONFIG" "${overrides[@]}" --benchmarks "$BENCHMARKS"
 }
 
-# The model path of the configuration with the overrides, which may name another one.
+# Print the configured model path; the overrides may change it.
 configured_model() {
     run_once python -c 'import sys; from megatron_dsrl.config.load import load_config
 print(load_config(sys.argv[1], sys.argv[2:]).model.path)' "$CONFIG" "${overrides[@]}"
@@ -137,7 +137,7 @@ convert_checkpoint() {
     model="$(configured_model)"
     target="$MEGATRON_FOLDER/$(basename "$model")"
     mkdir -p "$MEGATRON_FOLDER"
-    say "converted model: $target (waiting, should another job be making it)"
+    say "converted model: $target (waits if another job is making it)"
     (
         flock 9
         [ -e "$target" ] || run_once "${dsrl[@]}" convert hf-to-megatron "$model" "$target"
@@ -170,9 +170,9 @@ evaluate() {
         "${dsrl[@]}" eval "$policy" "${evaluation_options[@]}" --output "$run_folder/evaluation"
 }
 
-# SIGTERM and SIGUSR1 are for what runs, which gets them as well; this script goes on to requeue.
+# SIGTERM and SIGUSR1 also reach the running command, which handles them; this script continues and requeues.
 trap 'say "line $LINENO failed with status $?"' ERR
-trap 'say "asked to stop"' TERM USR1
+trap 'say "received a request to stop"' TERM USR1
 
 report() {
     run_once "${dsrl[@]}" report "$run_folder"

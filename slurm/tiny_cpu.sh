@@ -10,8 +10,8 @@
 #SBATCH --output=slurm-%x-%j.log
 #
 # The tiny run of examples/tiny_dsrl on CPU nodes, to try out a cluster: `sbatch slurm/tiny_cpu.sh`, or one run per seed,
-# `sbatch --array=1-3 slurm/tiny_cpu.sh`. Everything but the configuration is as in dsrl_8b.sh. Before it, once:
-# `bash examples/tiny_dsrl/run.sh`, which makes the environment and the base model.
+# `sbatch --array=1-3 slurm/tiny_cpu.sh`. Only the configuration differs from dsrl_8b.sh. First run
+# `bash examples/tiny_dsrl/run.sh` once, which makes the environment and the base model.
 
 DSRL_ROOT="${DSRL_ROOT:-$SLURM_SUBMIT_DIR}"
 CONFIG="${CONFIG:-configs/tiny_dsrl.yaml}"

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""For how long saving a checkpoint keeps the training waiting, synchronous beside asynchronous.
+"""How long saving a checkpoint blocks training: synchronous and asynchronous saves compared.
 
-Trains a random Qwen3 of about the wanted size with Megatron in float32 and saves checkpoints of it: weights and both
-moments of Adam. Steps without a save come first; then saves of both kinds in turn, with steps going on beside the
-asynchronous ones. The scratch folder is removed. With torchrun, several ranks take part.
+Trains a random Qwen3 of about the requested size with Megatron in float32 and saves checkpoints of it: weights and both
+Adam moments. It first times steps without a save, then alternates between both kinds of saves, with steps running
+during the asynchronous ones. The scratch folder is removed. Use torchrun for several ranks.
 """
 
 import argparse
@@ -46,18 +46,18 @@ PHASE = PhaseConfig(name="GRPO", space=PostTrain(), advantage=GroupStandardised(
 
 @dataclass
 class Seconds:
-    """Of one kind of save, one value per save."""
+    """Measurements of one kind of save, one value per save."""
 
     blocked: list[float] = field(default_factory=list)
-    """In which no step could be taken: `save`, and publishing."""
+    """Time during which no step could run: `save` and publishing."""
     published: list[float] = field(default_factory=list)
-    """From the beginning of the save until the checkpoint was there."""
+    """From the start of the save until the checkpoint appeared."""
     steps_beside: list[float] = field(default_factory=list)
-    """Of the training steps taken while it was being written."""
+    """Duration of the training steps during the save."""
 
 
 def write_model_folder(folder: Path, megabytes: float) -> None:
-    """config.json of a Qwen3 whose float32 weights are about this large."""
+    """Write config.json of a Qwen3 whose float32 weights have about this size."""
     layers = max(1, round((megabytes * 1e6 / 4 - VOCABULARY * HIDDEN) / PARAMETERS_PER_LAYER))
     architecture = {
         "architectures": ["Qwen3ForCausalLM"],
@@ -80,7 +80,7 @@ def write_model_folder(folder: Path, megabytes: float) -> None:
 
 
 def make_config(model: Path, parallel: ParallelConfig) -> RunConfig:
-    """As much of a run as an actor needs."""
+    """The parts of a run that an actor needs."""
     return RunConfig(
         name="benchmark",
         steps=1000,
@@ -108,7 +108,7 @@ def make_objectives() -> Sequence[Objective]:
 
 
 def timed(action: Callable[[], object]) -> float:
-    """Seconds of an action, on the slowest rank."""
+    """Duration of an action in seconds, on the slowest rank."""
     dist.barrier()
     begin = time.perf_counter()
     action()
@@ -118,7 +118,7 @@ def timed(action: Callable[[], object]) -> float:
 def measure(
     store: CheckpointStore, actor: Actor, step: Callable[[], object], state: RunState, seconds: Seconds
 ) -> None:
-    """One save; training goes on until the checkpoint is published."""
+    """Measure one save; training continues until the checkpoint is published."""
     begin = time.perf_counter()
     blocked = timed(lambda: store.save(state, actor.begin_save))
     for _ in range(MAX_STEPS_BESIDE):
@@ -131,7 +131,8 @@ def measure(
 
 
 def run(folder: Path, megabytes: float, saves: int, parallel: ParallelConfig) -> tuple[int, float, dict[str, Seconds]]:
-    """Bytes of a checkpoint, seconds of an undisturbed step, and what was measured. Collective."""
+    """Return the checkpoint's size in bytes, the duration of an undisturbed step in seconds, and the measurements.
+    Collective."""
     if rank() == 0:
         write_model_folder(folder / "model", megabytes)
     dist.barrier()

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""What a rollout batch costs outside of engines and models, per response token.
+"""Cost of a rollout batch outside engines and models, per response token.
 
-Rank 0 reads the engines' answers and pickles the batch; it is sent to every rank over gloo, unpickled there and made
+Rank 0 parses the engines' answers and pickles the batch; gloo sends it to every rank, where it is unpickled and turned
 into an `Experience`.
 
-The seconds of rank 0 grow with the batch and not with the number of GPUs that share it: they are constants of
-megatron_dsrl/planning/scale.py, which says where they become too much.
+Rank 0's time grows with the batch, however many GPUs share it. The results are constants in
+megatron_dsrl/planning/scale.py, which predicts where this becomes the bottleneck.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def random_answers(samples: int, tokens: int) -> list[str]:
 
 
 def read_answers(answers: list[str]) -> list[Response]:
-    """As the rollout client reads them, in the form that is shared with the other ranks."""
+    """Parse answers like the rollout client, into the form that is shared with the other ranks."""
     client = EngineClient("http://nowhere", timeout_seconds=1)
     completions = [client._completion(json.loads(answer)) for answer in answers]
     prompt = tuple(range(PROMPT_TOKENS))
@@ -57,7 +57,7 @@ def read_answers(answers: list[str]) -> list[Response]:
 
 
 def best_of(repetitions: int, work: Callable[[], object]) -> float:
-    """Seconds of the quickest repetition: what other programs do meanwhile only adds to it."""
+    """Duration of the fastest repetition in seconds; other programs can only make it longer."""
     return min(_seconds(work) for _ in range(repetitions))
 
 
@@ -68,7 +68,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def broadcast_repeatedly(rank: int, file: str, size: int, repetitions: int, result: str) -> None:
-    """Send bytes from process 0 to process 1; process 0 writes the seconds of the quickest time."""
+    """Send bytes from process 0 to process 1; process 0 writes the fastest time in seconds."""
     store = dist.FileStore(file, 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
     payload = torch.zeros(size, dtype=torch.uint8)
@@ -85,7 +85,7 @@ def broadcast_repeatedly(rank: int, file: str, size: int, repetitions: int, resu
 
 
 def transport_seconds(size: int, repetitions: int) -> float:
-    """Of bytes between two processes of this machine over gloo."""
+    """Time to send bytes between two processes on this machine over gloo."""
     with TemporaryDirectory(prefix="controller-benchmark-") as folder:
         file, result = f"{folder}/store", f"{folder}/seconds"
         torch.multiprocessing.spawn(broadcast_repeatedly, args=(file, size, repetitions, result), nprocs=2)

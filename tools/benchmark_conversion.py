@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Conversion speed and peak memory, both ways, beside plain copying and Transformers' load + save.
 
-Makes a random Qwen3 of about the wanted size in a scratch folder, runs every measurement in a process of its own, and
-prints a table. Everything is written to the disk (fsync) before a clock stops, copying included; what is read is in the
-page cache for all of them. The scratch folder is removed.
+Creates a random Qwen3 of about the requested size in a scratch folder, runs each measurement in its own process, and
+prints a table. All output is fsynced before the clock stops, including the plain copy; all input is in the page cache.
+The scratch folder is removed.
 """
 
 import argparse
@@ -53,17 +53,17 @@ class Measurement:
     name: str
     seconds: float
     start_seconds: float
-    """What starting Python and importing takes of it, measured with a process that does only that."""
+    """The part spent on starting Python and importing, measured with a process that does only that."""
     peak_bytes: int
-    """Largest resident memory of any one process."""
+    """Largest resident memory of a single process."""
     start_bytes: int
-    """The same of the process that only starts."""
+    """The same for the process that only starts."""
 
 
 def make_model(folder: Path, gigabytes: float, seed: int = 0) -> int:
-    """Write a random bfloat16 Qwen3 of about this size, streamed, in files of 1 GB; returns its bytes.
+    """Write a random bfloat16 Qwen3 of about this size, streamed, in 1 GB files; return its size in bytes.
 
-    Width and vocabulary are those of Qwen3-0.6B, with untied embeddings; the size is reached by the number of layers.
+    Width and vocabulary are those of Qwen3-0.6B, with untied embeddings; the number of layers determines the size.
     """
     config = {
         "architectures": ["Qwen3ForCausalLM"],
@@ -98,7 +98,7 @@ def make_model(folder: Path, gigabytes: float, seed: int = 0) -> int:
 
 
 def measure(name: str, command: Sequence[str], empty: Sequence[str]) -> Measurement:
-    """Run a command and its empty counterpart, each as a process of its own."""
+    """Run a command and its empty counterpart, each in its own process."""
     start_seconds, start_bytes = _run(empty)
     seconds, peak = _run(command)
     return Measurement(name, seconds, start_seconds, peak, start_bytes)
@@ -123,13 +123,13 @@ def _run(command: Sequence[str]) -> tuple[float, int]:
 
 
 def torchrun(processes: int, command: Sequence[str]) -> list[str]:
-    """The same `python -m ...` or `python -c ...` in several processes."""
+    """Command that runs `python -m ...` or `python -c ...` in several processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return [*launcher, "--no-python", *command]
 
 
 def run_all(scratch: Path, processes: int) -> list[Measurement]:
-    """All measurements; every output is removed as soon as it is not needed any more."""
+    """Run all measurements. Outputs are removed as soon as they are no longer needed."""
     source = scratch / "hf"
     python = [sys.executable, "-c"]
     empty_convert = [*python, "import megatron_dsrl.conversion.hf_to_megatron, megatron_dsrl.conversion.megatron_to_hf"]
@@ -162,7 +162,7 @@ def run_all(scratch: Path, processes: int) -> list[Measurement]:
 
 
 def print_table(measurements: Sequence[Measurement], model_bytes: int, largest_bytes: int) -> None:
-    """Speeds over the model's bytes, with and without the start of the program."""
+    """Print speeds relative to the model's size, with and without program start-up."""
     console = Console(width=110)
     console.print(
         f"Qwen3, random, bfloat16: {model_bytes / 1e9:.2f} GB, largest tensor {largest_bytes / 1e9:.2f} GB; "

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Log-probs and entropy of a large vocabulary: memory and time of the actor's way beside the naive one.
+"""Log-probs and entropy over a large vocabulary: memory and time of the actor's and the naive implementation.
 
-Naive is what one writes first: the output layer on all tokens, `log_softmax` of the logits in float32, and what is
-needed picked out. The actor applies the output layer to the tokens that predict a response token only, and its
-log-prob function never holds more than one float32 chunk of the logits. Every way runs in a process of its own, forward
-and backward to the hidden states and to the output layer's weight; all give the same values to rounding, which is
-checked. Peak memory is above the inputs; seconds are the process's own on CPU, and of the clock on a GPU.
+The naive implementation applies the output layer to all tokens, takes `log_softmax` of the float32 logits, and picks
+out the values it needs. The actor applies the output layer only to tokens that predict a response token, and never
+holds more than one float32 chunk of the logits. Each implementation runs in its own process, forward and backward to
+the hidden states and the output layer's weight; the script checks that the values agree up to rounding. Peak memory
+excludes the inputs; seconds are process time on CPU and wall-clock time on a GPU.
 """
 
 import argparse
@@ -31,14 +31,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Batch:
-    """What all ways start from."""
+    """Inputs shared by all implementations."""
 
     hidden: Tensor
     """[tokens, hidden size]."""
     weight: Tensor
     """[vocabulary, hidden size]."""
     rows: Tensor
-    """[responses] int64, the tokens that predict one."""
+    """[responses] int64, the tokens that predict a response token."""
     targets: Tensor
     """[responses] int64."""
 
@@ -48,7 +48,7 @@ class Batch:
 
 
 def naive(logits: Tensor, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Both by `log_softmax` of all rows; the entropy without gradient."""
+    """Log-probs and entropy by `log_softmax` of all rows; the entropy has no gradient."""
     distribution = torch.log_softmax(logits.float(), dim=-1)
     with torch.no_grad():
         entropy = -(distribution.exp() * distribution).sum(-1)
@@ -81,7 +81,7 @@ WAYS: dict[str, Callable[[Batch], tuple[Tensor, Tensor]]] = {
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of the fastest repetition, peak bytes above the inputs, and numbers to compare the ways by."""
+    """Fastest repetition in seconds, peak bytes without the inputs, and values for the comparison."""
     platform = current_platform()
     generator = torch.Generator().manual_seed(0)
 
@@ -135,7 +135,7 @@ def main() -> None:
 
 
 def print_table(results: dict[str, dict[str, Any]], options: argparse.Namespace) -> None:
-    """Ratios are to the first way."""
+    """Print a table; ratios are relative to the first row."""
     first = next(iter(results.values()))
     table = Table("", "peak GB", "ratio", "seconds", "ratio", box=None)
     for name, result in results.items():

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Seconds and bytes to keep the rollouts of a step: orjson (what runs use) beside `json` and gzip, on the same samples.
+"""Time and size of recording a step's rollouts: orjson (which runs use), `json` and gzip, on the same samples.
 
-The last column is how long another thread of the process is kept from running at a time, at worst.
+The last column is the longest time for which another thread of the process was blocked.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from megatron_dsrl.rollout.sample import Group, Sample
 
 
 def random_groups(prompts: int, samples: int, tokens: int) -> list[Group]:
-    """Groups as large as those of a real step."""
+    """Random groups of the size of a real step's."""
     chance = random.Random(0)
 
     def sample() -> Sample:
@@ -40,7 +40,7 @@ def random_groups(prompts: int, samples: int, tokens: int) -> list[Group]:
 
 
 def measure(write: Callable[[], object]) -> tuple[float, float]:
-    """Seconds of a writing thread, and the longest time for which it kept this thread from running."""
+    """Duration of a writing thread in seconds, and the longest time for which it blocked this thread."""
     thread = threading.Thread(target=write)
     longest, pause = 0.0, 0.001
     begin = last = time.perf_counter()
@@ -60,7 +60,7 @@ def with_json(file: Path, groups: Sequence[Group]) -> None:
 
 
 def with_gzip(file: Path, groups: Sequence[Group]) -> None:
-    """Compressed at the fastest level."""
+    """gzip at the fastest compression level."""
     with gzip.open(file, "wb", compresslevel=1) as stream:
         for group in groups:
             stream.write(orjson.dumps(group) + b"\n")

@@ -1,11 +1,10 @@
 #!/usr/bin/env python3
-"""Seconds of giving an SGLang engine the trainer's weights: in flattened buckets, beside writing them to disk and
-having the engine load them from there.
+"""Time to transfer the trainer's weights to an SGLang engine: in flattened buckets, and through the disk.
 
-For every size, a random Qwen3 is sharded over the processes with Megatron and engines are started as in a run. Then
-the ways take turns: the push with buckets of every asked size; and an export as safetensors (written through to the
-disk) that every engine loads by `/update_weights_from_disk`, most likely from the page cache. With torchrun, several
-ranks take part; their medians are printed.
+For every model size, a random Qwen3 is sharded over the processes with Megatron and engines are started as in a run.
+Each round then times the push with every bucket size, and an fsynced safetensors export that every engine loads with
+`/update_weights_from_disk`, most likely from the page cache. Use torchrun for several ranks. The table shows medians
+over the rounds.
 """
 
 import argparse
@@ -45,7 +44,7 @@ WRITE, LOAD = "disk: write", "disk: load"
 
 
 def write_model_folder(folder: Path, megabytes: float, hidden: int, dtype: str) -> None:
-    """config.json of a Qwen3 of this width whose weights are about this large."""
+    """Write config.json of a Qwen3 of this width whose weights have about this size."""
     parameters = megabytes * 1e6 / DTYPES[dtype].itemsize
     architecture = {
         "architectures": ["Qwen3ForCausalLM"],
@@ -68,7 +67,7 @@ def write_model_folder(folder: Path, megabytes: float, hidden: int, dtype: str) 
 
 
 def make_config(model: Path, parallel: ParallelConfig, engine_size: int, dtype: str) -> RunConfig:
-    """As much of a run as engines and a model need."""
+    """The parts of a run that engines and a model need."""
     return RunConfig(
         name="benchmark",
         steps=1,
@@ -87,7 +86,7 @@ def make_config(model: Path, parallel: ParallelConfig, engine_size: int, dtype: 
 
 
 def seconds_of(action: Callable[[], object]) -> float:
-    """Of the slowest rank."""
+    """Duration of an action in seconds, on the slowest rank."""
     dist.barrier()
     begin = time.perf_counter()
     action()
@@ -95,7 +94,7 @@ def seconds_of(action: Callable[[], object]) -> float:
 
 
 def load_from_disk(url: str, folder: Path) -> None:
-    """Have an engine read a folder; raises where it cannot."""
+    """Make an engine load a folder; raise if it cannot."""
     request = urllib.request.Request(
         f"{url}/update_weights_from_disk",
         json.dumps({"model_path": str(folder), "load_format": "auto"}).encode(),
@@ -106,7 +105,7 @@ def load_from_disk(url: str, folder: Path) -> None:
 
 
 def measure(folder: Path, config: RunConfig, bucket_megabytes: Sequence[int], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every way, one value per round. Collective. The first round, which warms up, is left out."""
+    """Seconds of each method, one value per round without the first, which warms up. Collective."""
     model_folder = Path(config.model.path)
     architecture, dtype = read_architecture(model_folder), DTYPES[config.model.dtype]
     table = weight_table(architecture)
@@ -140,7 +139,7 @@ def measure(folder: Path, config: RunConfig, bucket_megabytes: Sequence[int], ro
 
 
 def print_table(megabytes: float, seconds: dict[str, list[float]]) -> None:
-    """Medians; throughput is the weights' bytes per second, and the ratio that to the disk's two parts together."""
+    """Print medians; the ratio compares with writing plus loading through the disk."""
     medians = {way: statistics.median(values) for way, values in seconds.items()}
     disk = medians.pop(WRITE) + medians.pop(LOAD)
     table = Table(f"{megabytes:.0f} MB", "seconds", "GB/s", "disk / this", box=None, title_justify="left")

@@ -1,13 +1,12 @@
 #!/usr/bin/env python3
-"""Every check and benchmark that one GPU can do, with random weights, and a Markdown record of them.
+"""Run every check and benchmark that fits on one GPU, with random weights, and write a Markdown record.
 
     python -m tools.gpu_record --size 1.7b --output gpu_record.md
 
-A real run of a few steps (engine, trainer, weight push, offload) gives the speeds, and its memory stands beside what
-`dsrl plan` says of it; then come `dsrl doctor`, the tests marked `gpu` and the benchmarks in tools/. Each part is a
-process of its own with a time limit; one that fails is in the record with the end of what it said, and the exit status
-is 1. `--size tiny` runs the same on a CPU, which tries out the script and says nothing about GPUs: the record then
-begins with that.
+A real run of a few steps (engine, trainer, weight push, offload) gives the speeds, and its memory is shown beside the
+prediction of `dsrl plan`. Then come `dsrl doctor`, the tests marked `gpu` and the benchmarks in tools/. Each part runs
+in its own process with a time limit. If a part fails, the record contains the end of its output, and the exit status is
+1. `--size tiny` tries out the script on a CPU; the record then says that its numbers are not about GPUs.
 """
 
 import argparse
@@ -43,7 +42,7 @@ from megatron_dsrl.rollout.recording import read_groups, rollout_file
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
 STEPS = 4
-"""The first warms up and is left out."""
+"""The first step warms up and is not counted."""
 PACKAGES = (
     "torch", "megatron-core", "sglang", "sglang-kernel", "transformer-engine-torch", "flash-attn", "transformers",
 )  # fmt: skip
@@ -97,13 +96,13 @@ BENCHMARKS = {
 
 
 def checksum_parity(response: str, answer: str) -> float:
-    """A reward that differs between the responses of one prompt, whatever random weights say."""
+    """A reward that differs between the responses to one prompt, whatever a random model generates."""
     return float(zlib.crc32(response.encode()) % 2)
 
 
 def write_run(folder: Path, size: Size, on_gpu: bool, port: int) -> Path:
-    """Model folder without weights, prompts and configuration, with an engine on this port; returns the configuration's
-    file."""
+    """Write a model folder without weights, prompts, and a configuration with an engine on this port; return the
+    configuration file."""
     model = folder / "model"
     build_tokenizer().save_pretrained(model)
     architecture = {
@@ -142,14 +141,14 @@ def write_run(folder: Path, size: Size, on_gpu: bool, port: int) -> Path:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a part came to."""
+    """Result of one part."""
 
     command: str
     status: int
-    """Of its process; 124 when it ran into its limit."""
+    """Exit status of its process; 124 if it hit its time limit."""
     seconds: float
     output: str
-    """What it printed; after a failure also to stderr."""
+    """Its stdout; after a failure also its stderr."""
 
 
 def run_part(command: Sequence[str], limit_seconds: float) -> Outcome:
@@ -167,7 +166,7 @@ def run_part(command: Sequence[str], limit_seconds: float) -> Outcome:
 
 
 class AskedInThread:
-    """Asks for something in a thread, again and again, as long as the body of the `with` runs."""
+    """Polls in a thread while the body of the `with` runs."""
 
     def __init__(self) -> None:
         self._ended = threading.Event()
@@ -186,7 +185,7 @@ class AskedInThread:
 
 
 class DeviceMemory(AskedInThread):
-    """The most memory of a GPU that all its processes had at a time, as nvidia-smi says."""
+    """Peak GPU memory of all processes together, according to nvidia-smi."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,7 +193,7 @@ class DeviceMemory(AskedInThread):
 
     @property
     def shown(self) -> dict[str, str]:
-        """Empty where nvidia-smi does not answer."""
+        """Empty if nvidia-smi does not answer."""
         name = "device, peak memory of all processes, GiB"
         return {name: f"{self.peak_mebibytes / 1024:.2f}"} if self.peak_mebibytes else {}
 
@@ -209,7 +208,7 @@ class DeviceMemory(AskedInThread):
 
 
 class EngineSettings(AskedInThread):
-    """What the engine of a run that is going on says of itself: asked for until it answers."""
+    """The settings that the engine of a running run reports. Polls until it answers."""
 
     def __init__(self, port: int):
         super().__init__()
@@ -218,7 +217,7 @@ class EngineSettings(AskedInThread):
 
     @property
     def shown(self) -> dict[str, str]:
-        """The settings that speed depends on, as they came out of SGLang's own choices."""
+        """The settings that affect speed, as chosen by SGLang."""
         settings = {f"engine, {key}": str(self.answer[key]) for key in ENGINE_SETTINGS if key in self.answer}
         for passes, graphs in (self.answer.get("cuda_graph_config") or {}).items():
             settings[f"engine, CUDA graphs, {passes}"] = f"{graphs['backend']}, batches up to {graphs['max_bs']}"
@@ -234,14 +233,14 @@ class EngineSettings(AskedInThread):
 
 
 def free_port() -> int:
-    """On loopback, for now."""
+    """A port that is free on loopback right now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
 
 
 def speeds(run_folder: Path, architecture: Architecture, weight_bytes: int, gpu: Gpu | None) -> dict[str, str]:
-    """Figures of a run, medians over all steps but the first.
+    """Metrics of a run, medians over all steps but the first.
 
     Args:
         run_folder: of the run.
@@ -281,7 +280,7 @@ def speeds(run_folder: Path, architecture: Architecture, weight_bytes: int, gpu:
 
 
 def planned_memory(run: Path, model: Path, gpu: Gpu | None) -> dict[str, str]:
-    """What `dsrl plan` says of the run's peaks, to be compared with what was measured; nothing for an unknown GPU."""
+    """Memory peaks predicted by `dsrl plan`, for comparison with the measured ones; empty for an unknown GPU."""
     if gpu is None:
         return {}
     memory = run_memory(load_config(run, []), read_architecture(model), gpu.memory_bytes, world_size=1)
@@ -296,7 +295,7 @@ def _keys(records: Sequence[Record], beginning: str, end: str = "") -> list[str]
 
 
 def _work_of_step(run_folder: Path, step: int, architecture: Architecture) -> tuple[int, float]:
-    """Tokens that the trainer saw, and its operations."""
+    """Number of tokens that the trainer processed, and its floating-point operations."""
     pairs = [
         (len(group.prompt.token_ids), len(sample.response_ids))
         for group in read_groups(rollout_file(run_folder, step))
@@ -317,7 +316,7 @@ def known_gpu(names: Sequence[str]) -> Gpu | None:
 
 
 def header(size: str, devices: DeviceInventory) -> list[str]:
-    """What was measured, on what, with what."""
+    """Heading: device, commit, size and package versions."""
     commit = _git("rev-parse", "HEAD") or "unknown"
     changed = " with changes that are not committed" if _git("status", "--porcelain", "--untracked-files=no") else ""
     lines = ["# Record of one device", ""]

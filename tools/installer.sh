@@ -1,9 +1,9 @@
 # shellcheck shell=bash
 # Sourced by setup_cpu.sh: the Python and the installer (uv or pip) of the CPU environment in $venv.
 #
-# uv is taken where it is installed and finds Python 3.12, which it fetches if there is no Python that fits. pip is taken
-# where DSRL_PYTHON or the existing environment is Python 3.11 (megatron-core declares 3.12, and uv does not overlook
-# that), and where pip's settings name a package index, which uv does not read.
+# uv is used if it is installed and finds Python 3.12, which it downloads if no suitable Python exists. pip is used if
+# DSRL_PYTHON or the existing environment is Python 3.11 (megatron-core declares 3.12, and uv enforces that), or if pip is
+# configured with a package index, because uv does not read pip's configuration.
 
 fits() {
     "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null
@@ -11,7 +11,7 @@ fits() {
 
 is_python_311() { [[ "$("$1" -c 'import sys; print(*sys.version_info[:2])' 2>/dev/null)" == "3 11" ]]; }
 
-# The global files and the user's that pip reads; PIP_CONFIG_FILE=/dev/null means none.
+# The global and user configuration files of pip; PIP_CONFIG_FILE=/dev/null means none.
 pip_configuration_files() {
     if [[ "${PIP_CONFIG_FILE:-}" == /dev/null ]]; then
         return
@@ -60,7 +60,7 @@ choose_installer() {
     fi
     if [[ "$installer" == uv ]]; then
         if is_python_311 "${DSRL_PYTHON:-}"; then
-            echo "uv cannot install megatron-core on Python 3.11: take 3.12, or DSRL_INSTALLER=pip" >&2
+            echo "uv cannot install megatron-core on Python 3.11: use 3.12, or DSRL_INSTALLER=pip" >&2
             return 1
         fi
         python="${DSRL_PYTHON:-3.12}"
@@ -70,8 +70,8 @@ choose_installer() {
         return 1
     fi
     if ! python="$(find_python)"; then
-        echo "no Python 3.11 or 3.12 with the venv module found; install one, or name it:" \
-            "DSRL_PYTHON=/path/to/python; or install uv, which fetches one" >&2
+        echo "no Python 3.11 or 3.12 with the venv module found; install one, set" \
+            "DSRL_PYTHON=/path/to/python, or install uv, which downloads one" >&2
         return 1
     fi
 }
@@ -85,8 +85,8 @@ make_venv() {
     fi
 }
 
-# Arguments that both installers know. Neither compiles the packages: it would take a minute, and Python compiles what it
-# imports.
+# Takes arguments that both installers understand. They do not compile the packages: that would take a minute, and Python
+# compiles what it imports.
 install() {
     if [[ "$installer" == uv ]]; then
         uv pip install --python "$venv/bin/python" "$@"
@@ -95,16 +95,16 @@ install() {
     fi
 }
 
-# For an environment that those who use it cannot write to. Some packages hold templates that are not Python: skipped.
+# For an environment that its users cannot write to. Some packages contain templates that are not Python; they are skipped.
 compile_packages() { "$venv/bin/python" -m compileall -q -j 0 "$venv/lib" || true; }
 
-# The option for an index that goes before the installer's settings.
+# The option for an index that takes precedence over the installer's settings.
 index_option() {
     if [[ "$installer" == uv ]]; then echo --index; else echo --index-url; fi
 }
 
-# offers NAME VERSION [INDEX]: whether an index has this very version for this Python and machine; downloads nothing.
-# Without INDEX by the installer's own settings. An INDEX that does not answer counts soon as one that lacks it.
+# offers NAME VERSION [INDEX]: whether an index has exactly this version for this Python and machine; downloads nothing.
+# Without INDEX the installer's settings apply. An INDEX that does not answer quickly counts as one that lacks it.
 offers() {
     local name="$1" version="$2" index=() quickly=()
     if [[ -n "${3:-}" ]]; then

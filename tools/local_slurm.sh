@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# A real SLURM of one node on this machine, for trying out and testing the jobs of slurm/. Needs root, and Debian's or
-# Ubuntu's packages, which `install` fetches:
+# A real single-node SLURM on this machine, for trying out and testing the jobs in slurm/. Needs root, and packages of
+# Debian or Ubuntu, which `install` downloads:
 #
 #   bash tools/local_slurm.sh install          slurmctld, slurmd, munge
 #   bash tools/local_slurm.sh start [FOLDER]   daemons with state, logs and slurm.conf in FOLDER (/tmp/local_slurm)
 #   bash tools/local_slurm.sh stop [FOLDER]    cancels the jobs and stops the daemons
 #
-# After `start`: export SLURM_CONF=FOLDER/slurm.conf, then sbatch, squeue, scontrol as on a cluster. Without accounting
-# and cgroups; the jobs of a real cluster differ in what the site adds. The partition `gpu` has 16 nodes of 8 GPUs that do
-# not exist: `sbatch --test-only --partition=gpu` says where a job would run.
+# After `start`: export SLURM_CONF=FOLDER/slurm.conf, then use sbatch, squeue and scontrol as on a cluster. There is no
+# accounting and there are no cgroups; real clusters also have site-specific settings. The partition `gpu` has 16
+# imaginary nodes with 8 GPUs: `sbatch --test-only --partition=gpu` says where a job would run.
 set -euo pipefail
 
 command="${1:-}"

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
 # Create the CPU environment of this repository in .venv: everything that training, evaluation and the tests need.
 #
-#   bash tools/setup_cpu.sh            create or update; instant when nothing changed since the last time
+#   bash tools/setup_cpu.sh            create or update; instant if nothing has changed since the last time
 #   bash tools/setup_cpu.sh --dev      with pytest and the linters
-#   bash tools/setup_cpu.sh --packages only what comes from a package index: a layer of an image
-#   bash tools/setup_cpu.sh --check    only say whether it is up to date (exit status 0) or not (1); also after --dev
+#   bash tools/setup_cpu.sh --packages only packages from an index, as a layer of an image
+#   bash tools/setup_cpu.sh --check    only check whether it is up to date (exit status 0) or not (1); also after --dev
 #
-# Variables, none of which is needed:
-#   DSRL_VENV         another folder than .venv
+# Optional variables:
+#   DSRL_VENV         the folder (default: .venv)
 #   DSRL_PYTHON       the Python to use, 3.11 or 3.12 (default: the first of python3.11, python3.12, python3 that fits)
 #   DSRL_INSTALLER    uv or pip (default: see tools/installer.sh)
-#   DSRL_TORCH_INDEX  where torch's CPU build is looked for (default: PyTorch's own index, the first address below)
+#   DSRL_TORCH_INDEX  where to look for torch's CPU build (default: PyTorch's own index, the first address below)
 #
-# An interrupted run can simply be started again: finished steps are kept, and the stamp that marks the environment as
-# complete is written last.
+# After an interruption just run it again: finished steps are kept, and the stamp that marks the environment as complete
+# is written last.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -27,7 +27,7 @@ stamp_dev="$venv/dsrl-setup-dev.sha256"
 # shellcheck source=tools/installer.sh
 source "$root/tools/installer.sh"
 
-# The environment is a function of these files and of where the checkout lies (it is installed in editable mode).
+# The environment depends on these files and on the location of the checkout (it is installed in editable mode).
 wanted_stamp() {
     { cat "$lock" "$lock_no_deps" "$root/pyproject.toml"; echo "$root"; } | sha256sum | cut -d ' ' -f 1
 }
@@ -40,7 +40,7 @@ is_ready() { has_stamp "$stamp" "$(wanted_stamp)"; }
 
 is_ready_dev() { has_stamp "$stamp_dev" "$(wanted_stamp_dev)"; }
 
-# SGLang's wheels are built for Linux with glibc 2.34; no other step would say so before several hundred megabytes.
+# SGLang's wheels need Linux with glibc 2.34; without this check you would only find out after several hundred megabytes.
 check_system() {
     local system libc image
     image="Use the CPU image instead: see \"Environments\" in README.md."
@@ -60,7 +60,7 @@ check_system() {
     fi
 }
 
-# Print what is done, do it, print how long it took. The output of a failing step is shown.
+# Print a title, run the step, print how long it took. If the step fails, show its output.
 step() {
     local title="$1" started=$SECONDS log
     shift
@@ -77,7 +77,7 @@ step() {
     printf ' %4d s\n' $((SECONDS - started))
 }
 
-# Public version of the installed torch; empty if there is none.
+# Print the public version of the installed torch, or nothing.
 installed_torch() {
     "$venv/bin/python" - <<'PYTHON'
 from importlib.metadata import PackageNotFoundError, version
@@ -88,8 +88,8 @@ except PackageNotFoundError:
 PYTHON
 }
 
-# The CPU build is called `+cpu`: asking for that name downloads nothing where it is not to be had. PyPI has only the
-# build for CUDA, which computes the same on a CPU.
+# The CPU build is called `+cpu`: asking for that name downloads nothing if it is not available. PyPI only has the CUDA
+# build, which also runs on a CPU.
 install_torch() {
     local wanted
     wanted="$(sed -n 's/^torch==//p' "$lock")"
@@ -107,7 +107,7 @@ install_torch() {
     fi
 }
 
-# megatron-core declares Python 3.12, and so does this repository, but both run on 3.11: only pip can be told.
+# megatron-core and this repository declare Python 3.12 but also run on 3.11; only pip has an option for that.
 on_any_python() {
     if [[ "$installer" == pip ]]; then
         install --ignore-requires-python "$@"
@@ -161,7 +161,7 @@ main() {
     fi
     check_system || exit 1
     choose_installer || exit 1
-    echo "setting up $venv with $installer and Python $python (about 3 GB of disk, some minutes the first time)"
+    echo "setting up $venv with $installer and Python $python (about 3 GB of disk, a few minutes the first time)"
     is_ready || install_packages
     if [[ -n "$packages" ]]; then
         step "compile the packages" compile_packages

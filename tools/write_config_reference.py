@@ -1,4 +1,4 @@
-"""Write what is made from the configuration's classes: configs/README.md and the JSON schemas in configs/schemas.
+"""Generate configs/README.md and the JSON schemas in configs/schemas from the configuration classes.
 
     python tools/write_config_reference.py
 
@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def generated() -> dict[Path, str]:
-    """The text of every file that is made."""
+    """The generated files and their text."""
     configs = REPOSITORY / "configs"
     schemas = {configs / "schemas" / f"{kind}.json": as_text(KINDS[kind].schema()) for kind in FILES}
     return {configs / "README.md": reference(), **schemas}

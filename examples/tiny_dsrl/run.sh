@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The main job: from a fresh clone to a finished DSRL run with its report, on a CPU.
+# From a fresh clone to a finished DSRL run with its report, on a CPU.
 #
 #   bash examples/tiny_dsrl/run.sh                     the run of configs/tiny_dsrl.yaml
 #   DSRL_RUN_FOLDER=runs/seed2 bash examples/tiny_dsrl/run.sh seed=2     another run with overrides
 #
-# The run folder is runs/tiny_dsrl; DSRL_RUN_FOLDER names another. A run that was interrupted goes on, a finished one is
-# left as it is.
+# The run folder is runs/tiny_dsrl, or DSRL_RUN_FOLDER if you set it. An interrupted run resumes; a finished one is left
+# as it is.
 #
 # 1. the environment (.venv; instant once it exists)    2. the tiny base model (cached; instant once it exists)
 # 3. DSRL training with evaluation before and after     4. the HTML report

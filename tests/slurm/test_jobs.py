@@ -153,7 +153,7 @@ def test_a_preempted_job_saves_requeues_itself_and_continues(slurm, tmp_path):
     job.signal(signal.SIGUSR1)
     assert job.ended() == {"COMPLETED"}, job.log()
     assert job.steps() == [1, 2, 3, 4]
-    assert "stopped as asked; the state is saved" in job.log() and "attempt 1, on" in job.log()
+    assert "stopped on request; the state is saved" in job.log() and "attempt 1, on" in job.log()
     assert (job.runs / "tiny" / "report.html").exists() and (job.runs / "megatron" / "model").is_dir()
 
 
@@ -204,7 +204,7 @@ def test_a_preempted_conversion_is_repeated(slurm, tmp_path):
     wait_until(lambda: any(map(is_conversion, psutil.process_iter())) or job.is_over(), job.log)
     job.signal(signal.SIGUSR1)
     assert job.ended() == {"COMPLETED"}, job.log()
-    assert "stopped as asked, before this step was done" in job.log() and "attempt 1, on" in job.log()
+    assert "stopped on request before this step was done" in job.log() and "attempt 1, on" in job.log()
     assert (job.runs / "megatron" / "model").is_dir()
 
 

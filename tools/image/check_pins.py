@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Whether the image's versions still are to be had and fit together, by the package registry; installs nothing.
+"""Check with the package registry that the image's pinned versions are available and compatible; installs nothing.
 
 requirements.lock is resolved again from requirements.in and pyproject.toml with its own versions as the only choice, by
 `uv` (which does not read pip's settings: UV_DEFAULT_INDEX names another registry). The packages that are compiled in
@@ -32,7 +32,7 @@ def pins(file: str) -> dict[str, str]:
 
 
 def resolve_anew() -> str:
-    """What uv makes of the requirements with the lock's versions as the only choice.
+    """Resolve the requirements with uv, constrained to the lock's versions.
 
     Raises:
         RuntimeError: with uv's explanation, if they do not fit together or are not to be had.
@@ -87,7 +87,7 @@ def missing_requirements(declared: Iterable[Requirement], locked: Mapping[str, s
 
 
 def problems() -> list[str]:
-    """In words; empty if all is well."""
+    """Descriptions of all problems; empty if there are none."""
     found = []
     resolved = dict(line.split("==") for line in resolve_anew().splitlines() if "==" in line)
     locked = pins("requirements.lock")
