@@ -31,7 +31,7 @@ def pins(file: str) -> dict[str, str]:
     return dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
 
 
-def resolve_anew() -> str:
+def resolve() -> str:
     """Resolve the requirements with uv, constrained to the lock's versions.
 
     Raises:
@@ -89,7 +89,7 @@ def missing_requirements(declared: Iterable[Requirement], locked: Mapping[str, s
 def problems() -> list[str]:
     """Descriptions of all problems; empty if there are none."""
     found = []
-    resolved = dict(line.split("==") for line in resolve_anew().splitlines() if "==" in line)
+    resolved = dict(line.split("==") for line in resolve().splitlines() if "==" in line)
     locked = pins("requirements.lock")
     for name in sorted(locked.keys() | resolved.keys()):
         if locked.get(name) != resolved.get(name):
