@@ -294,7 +294,7 @@ def recover_engines(run: TrainingRun, version: int) -> None:
 
 
 def begin_ahead(run: TrainingRun, step: int) -> None:
-    """With `rollout.sample_ahead`: on rank 0, begin to sample the next step."""
+    """With `rollout.sample_ahead`, start sampling the next step on rank 0."""
     if run.config.rollout.sample_ahead and run.controller and step < run.config.steps:
         run.rollout.begin_ahead(step + 1, run.draw, run.controller.show_progress)
 

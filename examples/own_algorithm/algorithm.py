@@ -36,7 +36,7 @@ class SimplePolicyOptimization(LossOptions):
     """
 
     eps: float = Field(default=0.2, gt=0)
-    """How far the ratio may move before it is pulled back."""
+    """How far the ratio may move before it is clipped."""
 
     def token_losses(self, tokens: ScoredTokens) -> TokenLosses:
         ratio = probability_ratio(tokens.log_probs - tokens.old_log_probs)

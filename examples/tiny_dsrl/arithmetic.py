@@ -42,7 +42,7 @@ class Problem:
 
     @property
     def text(self) -> str:
-        """What the user asks, such as `4+9-5=?`."""
+        """The user's question, such as `4+9-5=?`."""
         return f"{write_terms(self.terms)}=?"
 
     @property
@@ -102,28 +102,28 @@ class Noise:
     """How often a written solution goes wrong. Every rate is a probability."""
 
     hasty: float
-    """Of a solution: the writer does two operations at once while there are two or more."""
+    """Probability that the writer does two operations at once while two or more are left."""
 
     forgotten_operation: float
-    """Of two operations done at once: the second one is forgotten."""
+    """Probability that the second of two operations done at once is forgotten."""
 
     merged_step: float
-    """Of two operations done at once, both of them: the result is wrong."""
+    """Probability that the result is wrong when two operations are done at once."""
 
     carry: float
-    """Of one operation that crosses a ten: the carry or borrow is forgotten."""
+    """Probability that the carry or borrow is forgotten in an operation that crosses a ten."""
 
     step: float
-    """Of one operation in which no carry was forgotten: one of STEP_MISTAKES happens."""
+    """Probability of one of STEP_MISTAKES in an operation in which no carry was forgotten."""
 
     rambling: float
-    """Of a solution: the last line is repeated two to five times."""
+    """Probability that the last line of a solution is repeated two to five times."""
 
     unboxed: float
-    """Of a solution: the box is left out."""
+    """Probability that a solution has no box."""
 
     wrong_box: float
-    """Of a boxed solution: the box holds another number than the last line."""
+    """Probability that the box of a boxed solution differs from the last line."""
 
 
 NO_NOISE = Noise(
@@ -131,7 +131,7 @@ NO_NOISE = Noise(
 )
 
 STEP_MISTAKES = ("off_by_one", "swapped_digits", "wrong_sign", "miscopied_term", "dropped_term")
-"""What can happen to one operation; the last two need a term that is still to come, the second two digits."""
+"""Mistakes in one operation. The last two need a later term, the second needs two digits."""
 
 
 @dataclass(frozen=True)

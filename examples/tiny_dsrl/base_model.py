@@ -96,7 +96,7 @@ def train_base(model: Path, output: Path, settings: Settings) -> None:
 
 
 def training_config(model: Path, settings: Settings) -> RunConfig:
-    """What the actor needs to know; nothing is sampled, so data and phases are only formally there."""
+    """The settings that the actor needs. Nothing is sampled, so data and phases are placeholders."""
     return RunConfig(
         name="tiny_base",
         seed=settings.seed,

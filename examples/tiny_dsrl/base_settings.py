@@ -1,4 +1,4 @@
-"""What decides how the tiny base model is made, and whether it is made already. Light: nothing here needs torch."""
+"""Settings of the tiny base model, and whether it exists already. Does not import torch."""
 
 import hashlib
 import json
@@ -69,7 +69,7 @@ class Settings:
     correct_part: float = 0.8
     """Part of the steps, the first ones, that see only correct solutions to questions."""
     unprompted: float = 0.2
-    """Of a document of the later steps: it has no question."""
+    """Probability that a document of the later steps has no question."""
     noise: Noise = Noise(
         hasty=0.6,
         forgotten_operation=0.64,

@@ -38,7 +38,7 @@ WIDE = Frame(720, 330)
 
 @dataclass(frozen=True)
 class StepAxis:
-    """What the horizontal axis counts."""
+    """Meaning of the horizontal axis."""
 
     name: str = "step"
     """In words before a number."""
@@ -54,7 +54,7 @@ class StepAxis:
 
 @dataclass(frozen=True)
 class ValueAxis:
-    """What the vertical axis measures, and which part of it is shown: the values, `include`, and not beyond a limit."""
+    """Meaning of the vertical axis and the part shown: the values and `include`, within the limits."""
 
     name: str = ""
     """Beside the axis, with the unit."""
@@ -111,12 +111,12 @@ class Axes:
     frame: Frame
 
     def x(self, step: float) -> float:
-        """Where a step lies."""
+        """Position of a step."""
         share = (self.horizontal.scaled(step) - self.first) / (self.last - self.first)
         return self.frame.left + share * (self.frame.right_edge - self.frame.left)
 
     def y(self, value: float) -> float:
-        """Where a value lies; at the edge for one beyond the axis."""
+        """Position of a value; at the edge if it is beyond the axis."""
         share = (min(max(self.vertical.scaled(value), self.low), self.high) - self.low) / (self.high - self.low)
         return self.frame.bottom_edge - share * (self.frame.bottom_edge - self.frame.top)
 

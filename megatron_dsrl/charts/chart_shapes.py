@@ -99,7 +99,7 @@ def _drawn(axes: Axes, points: Sequence[tuple[int, float]]) -> list[str]:
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The same picture with fewer points: of all in one unit of width the first, highest, lowest and last."""
+    """Reduce the points without changing the picture: keep the first, highest, lowest and last per unit of width."""
     columns: dict[int, list[tuple[float, float]]] = {}
     for point in points:
         columns.setdefault(int(point[0]), []).append(point)

@@ -21,7 +21,7 @@ class Series:
     values: tuple[float | None, ...]
     """One per step; None leaves a hole in the curve."""
     colour: int
-    """From 1; the number of a `series-N` class."""
+    """Counted from 1; the number of the CSS class `series-N`."""
     errors: tuple[float | None, ...] | None = None
     """Half the length of the error bar at every step; None for no bars."""
     breaks: tuple[int, ...] = ()
@@ -29,7 +29,7 @@ class Series:
 
     @classmethod
     def of_records(cls, records: Sequence[Record], name: str, key: str, colour: int) -> "Series":
-        """What records of ascending steps say under a key."""
+        """Values of a key in records with ascending steps."""
         return cls(name, tuple(record["step"] for record in records), tuple(record[key] for record in records), colour)
 
     def known(self) -> list[tuple[int, float, float | None]]:
@@ -57,7 +57,7 @@ class PhaseSpan:
     first_step: int
     last_step: int
     colour: int
-    """From 1; the number of a `phase-N` class."""
+    """Counted from 1; the number of the CSS class `phase-N`."""
 
 
 @dataclass(frozen=True)

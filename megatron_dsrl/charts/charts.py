@@ -110,7 +110,7 @@ _Points = Mapping[int, tuple[float, float | None]]
 
 
 def _data(source: ChartSource, axes: Axes, known: Sequence[_Points]) -> dict[str, Any]:
-    """What the page's script needs to show values, to smooth curves and to write them as CSV."""
+    """Data for the page's script to show values, smooth curves and save them as CSV."""
     frame, horizontal, vertical, steps = axes.frame, axes.horizontal, axes.vertical, source.all_steps()
     consecutive = len(steps) == steps[-1] - steps[0] + 1
     return {

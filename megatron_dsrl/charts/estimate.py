@@ -30,6 +30,6 @@ class Estimate:
         return quantile * stdev(self.values) / math.sqrt(count)
 
     def in_percent(self) -> str:
-        """For people."""
+        """Print the result as text."""
         spread = "" if self.half_width is None else f" ± {100 * self.half_width:.1f}"
         return f"{100 * self.mean:.1f}{spread}"

@@ -1,4 +1,4 @@
-"""What a configuration amounts to on a given number of processes, in figures for people.
+"""Human-readable figures of a configuration on a given number of processes.
 
 Pure functions of the configuration, the world size, the model's sizes and the number of training prompts. Token counts
 are upper bounds: every prompt at `data.max_prompt_tokens`, every response at `rollout.max_response_tokens`.
@@ -130,7 +130,8 @@ def _longest_sequence(config: RunConfig, space: Options) -> int:
 
 
 def _micro_batches(config: RunConfig, samples: int, length: int) -> int:
-    """Of one replica's samples of this length; context parallelism pads each, the interleaved schedule their number."""
+    """Tokens for one replica's samples of this length. Context parallelism pads each sample; the interleaved
+    schedule pads their number."""
     parallel = config.parallel
     multiple = 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1
     padded = _ceil_divide(length, multiple) * multiple

@@ -1,4 +1,4 @@
-"""The configuration's fields in words, from the classes themselves: for `dsrl config` and the reference page."""
+"""Descriptions of the configuration's fields, derived from the classes, for `dsrl config` and the reference page."""
 
 import difflib
 import inspect
@@ -51,7 +51,7 @@ class Place:
 
 
 def find(root: type[Section], path: str) -> list[Place]:
-    """What a dotted path names. Positions in lists may be left out; an option may belong to several choices.
+    """Find what a dotted path names. Positions in lists may be left out; an option may belong to several choices.
 
     Args:
         root: the class of the whole configuration.
@@ -118,7 +118,7 @@ def field_paths(section: type[Section], prefix: str = "") -> list[str]:
 
 
 def type_of(field: FieldInfo) -> str:
-    """What a field may hold, in words."""
+    """Description of the values a field accepts."""
     registry, function = registry_of(field), function_of(field)
     if registry is not None:
         kind = f"{_article(registry.kind)}, or the dotted path of your own"
@@ -168,7 +168,7 @@ def default_of(field: FieldInfo) -> str | None:
 
 
 def limits_of(field: FieldInfo) -> str:
-    """What a value must satisfy besides its type, in words; empty where nothing."""
+    """Description of a value's limits besides its type; empty if there are none."""
     metadata = list(field.metadata)
     for part in get_args(field.annotation):  # of `Annotated[int, Field(ge=1)] | None` too
         metadata += getattr(part, "__metadata__", ())
@@ -185,7 +185,7 @@ def limits_of(field: FieldInfo) -> str:
 
 
 def meaning_of(place: Place) -> str:
-    """What the field or section is for."""
+    """Purpose of the field or section."""
     if place.field is not None and place.field.description:
         return one_line_each(place.field.description)
     return documentation(place.sections[0]) if place.sections else ""

@@ -115,7 +115,7 @@ def _walk(root: type[Section], location: tuple[str | int, ...], data: Any) -> tu
 def _describe(
     detail: Mapping[str, Any], path: KeyPath, owner: type[Section] | None, root: type[Section]
 ) -> tuple[str, str]:
-    """What is wrong in words, and a hint at what was meant; the caller puts the value between them."""
+    """Description of the mistake, and a hint at what was meant; the caller puts the value between them."""
     context = detail.get("ctx", {})
     match detail["type"]:
         case "extra_forbidden":

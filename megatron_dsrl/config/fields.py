@@ -1,4 +1,4 @@
-"""What the fields of sections may hold, read off their annotations."""
+"""The values that fields of sections accept, derived from their annotations."""
 
 import types
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -50,7 +50,7 @@ def choices_of(field: FieldInfo) -> Registry | None:
 
 
 def function_of(field: FieldInfo) -> FunctionName | None:
-    """What the function is that a field names."""
+    """The kind of function that a field names."""
     return _metadata_of(field, FunctionName)
 
 

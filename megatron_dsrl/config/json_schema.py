@@ -21,7 +21,7 @@ PARTIAL = "Partial"
 
 
 class _ConfigJsonSchema(GenerateJsonSchema):
-    """With the defaults that are made by a function, and without titles of fields."""
+    """The schema with defaults from factories and without field titles."""
 
     def get_default_value(self, schema: core_schema.WithDefaultSchema) -> Any:
         factory = schema.get("default_factory")

@@ -158,10 +158,10 @@ def engine_problems(tensor_parallel_size: int, world_size: int, shape: ModelShap
 
 
 def indivisible(what: str, size: int, parts: int) -> str:
-    """That a size of the model does not divide, and what would."""
+    """A message that a model size is not divisible, with the divisors that would work."""
     return f"the model's {size} {what} cannot be split {parts} ways; choose a divisor of {size}"
 
 
 def processes(count: int) -> str:
-    """A number of processes, in words."""
+    """A number of processes with its noun."""
     return "1 process" if count == 1 else f"{count} processes"

@@ -29,7 +29,7 @@ from megatron_dsrl.config.section import Section
 
 
 class OwnSection:
-    """In a field's `Annotated`: the section may name one's own subclass."""
+    """In a field's `Annotated`: the section may name a custom subclass."""
 
     def __init__(self, kind: str, base: type[Section]) -> None:
         """

@@ -157,7 +157,8 @@ class PhaseConfig(ObjectiveConfig):
         return {MAIN_OBJECTIVE: self, **{objective.name: objective for objective in self.additional_objectives}}
 
     def at(self, step: int) -> "PhaseConfig":
-        """The phase as it holds at a step. One's own may give another one for every step, and always the same for it.
+        """The phase as it applies to a step. Custom phases may return a different one for each step, but always the
+        same for the same step.
 
         Args:
             step: of the run, counted from 1; one of the phase's own.
@@ -173,4 +174,4 @@ class PhaseConfig(ObjectiveConfig):
 
 
 AnyPhase = Annotated[PhaseConfig, OwnSection("phase", PhaseConfig)]
-"""A phase, or one of one's own by the dotted path in its `type`."""
+"""A phase, or a custom one named by the dotted path in its `type`."""

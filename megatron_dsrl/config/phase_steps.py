@@ -1,4 +1,4 @@
-"""The phases of a run laid out over its steps, one's own as they are at every step."""
+"""The phases of a run at each of its steps; custom phases may change at every step."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

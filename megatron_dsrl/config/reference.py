@@ -157,7 +157,7 @@ def _definer(section: type[Section], name: str) -> type[Section]:
 
 
 def _anchor(heading: str) -> str:
-    """As GitHub makes it."""
+    """The anchor that GitHub generates."""
     return heading.lower().replace(" ", "-").replace(".", "")
 
 

@@ -51,7 +51,7 @@ Class = TypeVar("Class", bound=type[Options])
 
 
 class Registry:
-    """What can be chosen for fields of one kind. An instance in a field's `Annotated` makes it such a field."""
+    """The choices for fields of one kind. Put an instance into a field's `Annotated` to use it."""
 
     def __init__(self, kind: str, modules: Sequence[str]) -> None:
         """

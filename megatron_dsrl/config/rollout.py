@@ -109,7 +109,7 @@ class RolloutConfig(Section):
 
     @property
     def oversampling(self) -> float:
-        """Groups on their way per group that a step still needs, where it ends when it has enough."""
+        """Groups in flight per group that a step still needs, if the step ends once it has enough."""
         section = self.partial_rollouts or self.dynamic_sampling
         return section.oversampling if section else 1.0
 

@@ -1,4 +1,4 @@
-"""What in a run's configuration does not fit together, the processes, the model or the prompts."""
+"""Conflicts in a run's configuration, or with the processes, the model or the prompts."""
 
 from collections.abc import Iterator, Sequence
 
@@ -56,7 +56,7 @@ def _phase_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def _objective_problems(config: RunConfig, phases: Sequence[PhaseSteps]) -> list[Problem]:
-    """What an advantage or a loss cannot work with, as their classes say; once for all steps of a phase."""
+    """Problems that the classes of advantages and losses report, once for all steps of a phase."""
     problems = (
         problem
         for position, phase in enumerate(phases)

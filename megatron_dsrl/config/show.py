@@ -1,4 +1,4 @@
-"""What `dsrl config` prints: a field or a section, for a terminal of any width."""
+"""Output of `dsrl config`: a field or a section, for a terminal of any width."""
 
 import inspect
 import textwrap

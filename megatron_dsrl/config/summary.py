@@ -20,7 +20,7 @@ def print_dry_run(config: RunConfig, figures: RunFigures, console: Console) -> N
 
 
 def batch_lines(config: RunConfig, figures: RunFigures) -> list[str]:
-    """What the batch sizes mean, in words, for the start of a run."""
+    """Lines that explain the batch sizes at the start of a run."""
     actor, parallel = config.actor, config.parallel
     per_phase = ", ".join(
         f"{phase.full_length_micro_batches} ({phase.name})" for phase in figures.phases if phase.steps

@@ -46,7 +46,7 @@ class Task:
     index: int
     problem: Problem
     answers: tuple[str, ...]
-    """At least one; any of them is accepted."""
+    """Accepted answers, at least one."""
 
 
 def load_prompts(config: PromptSetConfig, tokenizer: PreTrainedTokenizerBase, section: str = "data") -> list[Prompt]:

@@ -1,4 +1,4 @@
-"""Device of `dsrl doctor`: the GPUs that torch sees; if it sees none, why, in words; and the compiler for them."""
+"""Device section of `dsrl doctor`: the GPUs that torch sees or why it sees none, and the compiler."""
 
 import os
 import re
@@ -10,12 +10,12 @@ from pathlib import Path
 from megatron_dsrl.doctor.kernels import Finding
 
 OLDEST_DRIVERS = {11: 450, 12: 525, 13: 580}
-"""That run programs of a major version of CUDA (NVIDIA's CUDA Compatibility guide, minor version compatibility)."""
+"""Minimum driver for each major CUDA version (NVIDIA's CUDA Compatibility guide, minor version compatibility)."""
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
 def driver_version(file: Path = DRIVER_FILE) -> str | None:
-    """Of the NVIDIA driver that the kernel has loaded, such as `580.95.05`; None if it has none."""
+    """Version of the loaded NVIDIA driver, such as `580.95.05`; None if there is none."""
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
     found = re.search(r"^NVRM version: .*?  (\d[\d.]+) ", text, re.MULTILINE)
     return found.group(1) if found else None

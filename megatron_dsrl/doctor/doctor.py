@@ -1,4 +1,4 @@
-"""What is installed, which device and kernels there are, what is missing, and what to do about it: `dsrl doctor`.
+"""Check what is installed, which device and kernels are available, what is missing and how to fix it: `dsrl doctor`.
 
 Every check gives a Finding. `ok` is fine, `note` is worth knowing (a run works without it), `problem` prevents every
 run. Packages are looked up by their metadata, not imported: importing SGLang takes many seconds, and a broken CUDA
@@ -78,7 +78,7 @@ def examine() -> Examination:
 
 
 def pinned_environment(torch: str | None, torch_cuda: str | None) -> tuple[str, tuple[str, ...]]:
-    """What this environment is, in words, and its lock files: the one that pins the installed torch.
+    """Description of this environment and its lock files, found by the installed torch's pin.
 
     Whether torch is built for CUDA does not tell: the CPU environment may have such a build too (tools/setup_cpu.sh),
     and the image stays the image on a machine without a GPU, where checkpoints are converted.
@@ -121,7 +121,7 @@ def print_for_people(examination: Examination, console: Console | None = None) -
 
 
 def print_as_json(examination: Examination) -> None:
-    """The same as one JSON object on stdout."""
+    """Print the result as one JSON object on stdout."""
     findings = [dataclasses.asdict(finding) for finding in examination.findings]
     print(json.dumps({"can_run": examination.can_run, "findings": findings}, indent=2))
 

@@ -17,7 +17,7 @@ from packaging.version import Version
 
 Severity = Literal["ok", "note", "problem"]
 BUILT_FOR_SGLANG = ("torch", "sglang-kernel", "flashinfer-python", "transformers")
-"""What sglang's own metadata fixes and cannot do without on a GPU."""
+"""Packages that sglang's metadata pins and requires on a GPU."""
 NEWEST_FLASH_ATTENTION = "2.8.3"
 """Newest release of flash attention 2 that Transformer Engine 2.20 accepts."""
 COMPILE = "compile it as tools/image/install.sh does, or use the image"
@@ -28,16 +28,16 @@ class Finding:
     """One thing that was looked at."""
 
     topic: str
-    """What was looked at, such as `torch` or `shared memory`."""
+    """The subject of the check, such as `torch` or `shared memory`."""
     severity: Severity
     found: str
-    """What is there, in words."""
+    """Description of what was found."""
     advice: str = ""
     """What to do about it; empty when nothing needs doing."""
 
 
 def installed_version(name: str) -> str | None:
-    """Of a package of this environment, by its metadata; None where it is not installed."""
+    """Version of an installed package, from its metadata; None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:

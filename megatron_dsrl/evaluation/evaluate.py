@@ -153,7 +153,7 @@ def _provenance(
     benchmarks: Sequence[Benchmark],
     prompts: dict[str, list[Prompt]],
 ) -> Details:
-    """What is recorded about an evaluation; `prompts` is filled on rank 0 only."""
+    """Record of an evaluation; `prompts` is only filled on rank 0."""
     return {
         "after_step": lambda: model.step,
         "model": lambda: describe_model(request.model, folder),

@@ -24,7 +24,7 @@ confidence_high_95. For k = samples_per_prompt above 1 also `pass@k`, and `major
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the evaluation of one set found."""
+    """Result of evaluating one set."""
 
     record: EvaluationRecord
     problems: list[ProblemResult]

@@ -1,4 +1,4 @@
-"""What a run prints: one line per step and per evaluation, and what it is doing meanwhile.
+"""Console output of a run: one line per step and per evaluation, and progress in between.
 
 On a terminal lines are coloured, fit its width, and a progress bar or a spinner shows what a step is doing; in a file
 or a pipe they are plain text of any width, so that a log stays readable. All figures of a step are in metrics.jsonl,

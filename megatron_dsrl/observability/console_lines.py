@@ -1,4 +1,4 @@
-"""Step and evaluation records in words that fit one line of a terminal.
+"""Step and evaluation records as text that fits one line of a terminal.
 
 What the words mean is explained in examples/run_folder/README.md ("The console").
 """
@@ -48,7 +48,7 @@ def details(record: Record, everything: bool) -> list[str]:
 
 
 def evaluation_parts(record: Record) -> list[Part]:
-    """What was evaluated and the result first."""
+    """Parts of an evaluation's line, the set and its result first."""
     accuracy = _formatted(record, "{:.1%} ± {:.1%}", "accuracy", "standard_error") or "accuracy unknown"
     parts = [
         (f"evaluation after step {record['step']}: {record['set']} {accuracy}", 0),
@@ -60,7 +60,7 @@ def evaluation_parts(record: Record) -> list[Part]:
 
 
 def evaluation_details(record: Record) -> str:
-    """What the accuracy is a mean of."""
+    """The scores averaged for accuracy."""
     return _formatted(record, "{} problems x {} samples", "problems", "samples_per_prompt")
 
 
@@ -73,7 +73,7 @@ def fitting(parts: Sequence[Part], width: int) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words of at most two units: `42 s`, `3 min 20 s`, `5 h 12 min`, `2 d 3 h`."""
+    """A duration in at most two units: `42 s`, `3 min 20 s`, `5 h 12 min`, `2 d 3 h`."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"
@@ -113,7 +113,7 @@ def _truncated(record: Record, key: str) -> str:
 
 
 def _gap(record: Record) -> str:
-    """To one digit: it is of interest whether it is rounding."""
+    """One digit is enough to see whether it is rounding."""
     gap = record.get("mismatch/mean_log_prob_gap")
     if gap is None:
         return ""

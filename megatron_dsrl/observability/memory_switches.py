@@ -48,7 +48,7 @@ class MemorySwitches:
         self._add(f"memory/{name}_moved_gib", moved_bytes / GIB)
 
     def metrics(self) -> dict[str, float]:
-        """Of all switches since the last call."""
+        """Metrics of all switches since the last call."""
         metrics, self._metrics = self._metrics, {}
         return metrics
 

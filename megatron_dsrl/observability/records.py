@@ -68,7 +68,7 @@ def read_records(path: Path) -> list[Record]:
 
 
 def repair_records(path: Path) -> list[Record]:
-    """`read_records`, and mends the end of the file, so that the next line can be appended."""
+    """Like `read_records`, but also repairs the end of the file so that the next line can be appended."""
     if not path.exists():
         return []
     records, complete_bytes = _parse_records(path)

@@ -16,7 +16,7 @@ from megatron_dsrl.observability.records import CONFIG_FILE, EVALUATION_FILE, ME
 PRE_TRAIN = "pre_train"
 """The `space` of a step record that updates log P(y) alone."""
 PRE_TRAIN_COLOURS, OTHER_COLOURS = (1, 5), (2, 3, 4, 6)
-"""Of phases: warm ones where log P(y) is updated, cool ones elsewhere, so that the space shows."""
+"""Colours of phases: warm where log P(y) is updated, cool elsewhere, so that the space is visible."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What every rank and every engine did when, as it happens: `<run folder>/trace/rank_00000.jsonl`.
+"""Live timeline of every rank and engine: `<run folder>/trace/rank_00000.jsonl`.
 
 A rank writes one line when it enters a span and one when it leaves it, so that the file of a killed or hanging run says
 where each rank was. Rank 0 also writes the calls to the engines, each when it ends. `dsrl trace` joins the files of all
@@ -50,7 +50,7 @@ class NoTimeline:
 
 
 def trace_file(run_folder: Path, rank: int) -> Path:
-    """What a rank has written."""
+    """Timeline of one rank."""
     return run_folder / TRACE_FOLDER / f"rank_{rank:05d}.jsonl"
 
 
@@ -91,7 +91,7 @@ class Timeline:
             self._stream = None
 
     def begin_step(self, step: int) -> None:
-        """What follows belongs to this step, until the next one begins."""
+        """Assign the following events to this step, until the next one begins."""
         self._write({"event": "step", "step": step, "time": self._time(time.monotonic())})
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""What rank 0 writes down while a run goes: metrics.jsonl, evaluation.jsonl with some responses, and TensorBoard.
+"""Records that rank 0 writes during a run: metrics.jsonl, evaluation.jsonl with some responses, and TensorBoard.
 
 The JSON-lines files are the record of truth (the report reads nothing else of the numbers); TensorBoard is a view, and
 so are the experiment trackers, which follow the files (`trackers/`).
@@ -160,7 +160,7 @@ class _RecordFile:
         self._file.close()
 
     def _open(self) -> FileIO:
-        """Without a buffer, which a failed write would leave behind for `close`."""
+        """Unbuffered, because a failed write would leave data in the buffer for `close`."""
         return self._path.open("ab", buffering=0)
 
 

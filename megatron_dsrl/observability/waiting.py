@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 REMINDER_SECONDS = 30.0
 SHORT_SECONDS = 2.0
-"""What takes less needs no line at its end."""
+"""Shorter work does not get a line at its end."""
 
 
 def say_on_first_rank(text: str) -> None:

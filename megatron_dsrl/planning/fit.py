@@ -75,7 +75,7 @@ class RunMemory:
 
     @property
     def offloaded_on_host(self) -> tuple[int, ...]:
-        """By stage: copies of the parts that move to the host. Gradients are dropped, not copied."""
+        """Host copies of the offloaded parts, by stage. Gradients are dropped, not copied."""
         kept = [part for part in self.config.actor.offload.parts if part != "gradients"]
         return tuple(sum(memory.of_parts(kept) for memory in stage) for stage in self._models)
 

@@ -1,4 +1,4 @@
-"""Which phases a run comes to, and which models they need beside the policy."""
+"""The phases that a run reaches, and the models they need in addition to the policy."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class OtherModels:
 
 
 def phases_of(config: RunConfig) -> Iterator[tuple[PhaseConfig, int]]:
-    """Every phase that the run comes to, and its number of steps."""
+    """Every phase that the run reaches, and its number of steps."""
     done = 0
     for phase in config.phases:
         last = config.steps if phase.until_step is None else min(phase.until_step, config.steps)
@@ -27,7 +27,7 @@ def phases_of(config: RunConfig) -> Iterator[tuple[PhaseConfig, int]]:
 
 
 def other_models(config: RunConfig) -> OtherModels:
-    """What `run_models.build_models` builds beside the policy."""
+    """The models that `run_models.build_models` builds in addition to the policy."""
     passes = [phase_passes(phase) for phase, _ in phases_of(config)]
     return OtherModels(
         critic=any(needed.values for needed in passes), reference=any(needed.reference_log_probs for needed in passes)

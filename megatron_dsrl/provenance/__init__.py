@@ -1,1 +1,1 @@
-"""What produced a run: code, packages, machine, model and data, one record per start."""
+"""Provenance of a run: code, packages, machine, model and data, one record per start."""

@@ -87,7 +87,7 @@ def _content(path: Path) -> bytes:
 
 
 def _git(folder: Path, *arguments: str) -> bytes:
-    """What a git command prints.
+    """Output of a git command.
 
     Raises:
         _GitFailed: git is not installed, refuses the folder, or takes too long.

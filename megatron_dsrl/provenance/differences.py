@@ -1,4 +1,4 @@
-"""Where the starts of a run, or several runs, were produced by different things."""
+"""Differences in provenance between the starts of a run, or between runs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,7 +62,7 @@ def compare_runs(runs: Sequence[Sequence[Record]]) -> list[ComparedFact]:
 
 
 def changes_between_starts(starts: Sequence[Record]) -> list[ChangedFact]:
-    """What a run's start did not have in common with the one before it, in order.
+    """Differences between a run's start and the previous one, in order.
 
     Args:
         starts: of the run, those that count.

@@ -1,4 +1,4 @@
-"""What a run reads, told apart by hashes: base model, prompts, held-out sets.
+"""Hashes of a run's inputs: base model, prompts, held-out sets.
 
 Small files are hashed whole. Of a large model the fingerprint is taken, which reads a few megabytes per file: a start
 must not wait for 16 GB to be read. Every entry says by its null hashes which files were not read whole.
@@ -17,7 +17,7 @@ from megatron_dsrl.data.rows import local_files
 MODEL_BYTES_READ = 2**28
 """A model folder's files are hashed whole, the smallest first, until this many bytes have been read."""
 DATA_BYTES_READ = 2**30
-"""The same of the files of a prompt set."""
+"""The same for the files of a prompt set."""
 
 FileHashes = dict[str, dict[str, Any]]
 """`bytes` and `sha256` (None where the file was not read) by file name."""

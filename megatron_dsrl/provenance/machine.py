@@ -1,4 +1,4 @@
-"""On what a run computes: Python, packages, devices, and the job that a scheduler runs it in."""
+"""What a run computes on: Python, packages, devices, and the scheduler's job."""
 
 import os
 import platform
@@ -16,7 +16,8 @@ PACKAGES = (
     *("megatron-dsrl", "numpy", "triton", "transformer-engine-torch", "flash-attn", "flash-attn-4", "apex"),
     *("sglang-kernel", "flashinfer-python", "nvidia-nccl-cu12", "nvidia-nccl-cu13", "nvidia-cudnn-cu13", "torchvision"),
 )
-"""What `dsrl doctor` lists, and the libraries that compute on a GPU. Those that are not installed are left out."""
+"""The packages that `dsrl doctor` lists, and the libraries that compute on a GPU. Packages that are not installed
+are left out."""
 PROCESSORS = Path("/proc/cpuinfo")
 SLURM_NAMES = (
     *("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_PARTITION", "SLURM_JOB_NODELIST", "SLURM_JOB_NUM_NODES"),
@@ -30,7 +31,7 @@ def python_version() -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """Of those of `PACKAGES` that are installed, by their metadata; nothing is imported."""
+    """Versions of the installed packages in `PACKAGES`, from their metadata, without importing them."""
     versions = {name: installed_version(name) for name in PACKAGES}
     return {name: version for name, version in versions.items() if version is not None}
 
@@ -59,7 +60,7 @@ def processor_name(file: Path) -> str:
 
 
 def slurm_job(environment: Mapping[str, str]) -> dict[str, str] | None:
-    """Of the SLURM job that this process belongs to: id, name, array task, restart count, nodes; None outside one."""
+    """The SLURM job of this process: id, name, array task, restart count, nodes; None outside SLURM."""
     if "SLURM_JOB_ID" not in environment:
         return None
     return {name.removeprefix("SLURM_").lower(): environment[name] for name in SLURM_NAMES if name in environment}

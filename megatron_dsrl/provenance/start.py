@@ -93,7 +93,8 @@ def record_start(folder: Path, command: str, details: Details, report: Callable[
 
 
 def _code() -> dict[str, Any]:
-    """Of this program, and of the current folder where that is another checkout: custom rewards lie there."""
+    """Commit of this program, and of the current folder if that is another checkout, for example one with custom
+    rewards."""
     program, here = code_of_package(PACKAGE_FOLDER, "megatron-dsrl"), code_of_checkout(Path.cwd())
     is_another = here.commit is not None and here != program
     return {**asdict(program), "working_folder": asdict(here) if is_another else None}

@@ -1,4 +1,4 @@
-"""What a recorded start says, in words: what may change results, and where and how it ran."""
+"""A recorded start as text: what may affect results, and where and how it ran."""
 
 import shlex
 from collections.abc import Callable, Mapping
@@ -7,7 +7,7 @@ from typing import Any
 from megatron_dsrl.observability.records import Record
 
 SHOWN_DIGITS = 12
-"""Of hashes; enough to tell them apart."""
+"""Digits of hashes to show, enough to tell them apart."""
 NOT_RECORDED = "not recorded"
 SHORT_NAMES = {
     "tensor_parallel_size": "TP",

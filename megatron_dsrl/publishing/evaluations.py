@@ -31,7 +31,7 @@ class CardEvaluation:
 
 
 def evaluations_of(run_folder: Path, step: int) -> list[CardEvaluation]:
-    """What was measured of the policy after a step: benchmarks of `dsrl eval`, then held-out sets of the training.
+    """Evaluations of the policy after a step: benchmarks of `dsrl eval`, then held-out sets from training.
 
     Raises:
         UserError: a file is damaged.
@@ -98,7 +98,7 @@ def _benchmarks(run_folder: Path, step: int) -> list[CardEvaluation]:
 
 
 def _hub_name(benchmark: str) -> str:
-    """Where one of the program's benchmarks comes from; the name of any other."""
+    """Hub name of a built-in benchmark; any other name unchanged."""
     try:
         return load_benchmark(benchmark, None).config.source
     except UserError:

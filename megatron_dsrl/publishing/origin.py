@@ -36,7 +36,7 @@ def base_model_name(path: str) -> str | None:
 
 
 def license_of(folder: Path) -> dict[str, str]:
-    """What the card of a model says of its license, in the hub's fields; empty where it says nothing."""
+    """License fields of a model card; empty if it has none."""
     try:
         text = (folder / "README.md").read_text(encoding="utf-8")
         fields = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else {}
@@ -46,7 +46,7 @@ def license_of(folder: Path) -> dict[str, str]:
 
 
 def without_private_places(value: Any) -> Any:
-    """The same, with the last part of absolute paths only, and without addresses of servers.
+    """The same, but with absolute paths shortened to their last part, and without server addresses.
 
     Args:
         value: a configuration, or part of one.

@@ -13,13 +13,13 @@ from megatron_dsrl.publishing.card import CARD_FILE, is_generated, model_card
 from megatron_dsrl.weights.companions import COMPANIONS
 
 BESIDE_CARD = ("config.json", "*.safetensors", "*.safetensors.index.json", *COMPANIONS, "LICENSE*")
-"""What an HF folder consists of beside its card. All else stays here, as `provenance.jsonl` does: it tells folders
-and hosts."""
+"""The files of an HF folder to upload with the card. Others stay local, such as `provenance.jsonl`, which contains
+folder and host names."""
 
 
 @dataclass(frozen=True)
 class Upload:
-    """What goes where."""
+    """What to upload, and where."""
 
     folder: Path
     files: list[Path]
@@ -111,7 +111,7 @@ def check_repository(repository: str) -> None:
 
 
 def describe_files(files: Sequence[Path]) -> str:
-    """How many, and how large together."""
+    """Number and total size."""
     return f"{len(files)} files, {sum(file.stat().st_size for file in files) / 1e9:.2f} GB"
 
 

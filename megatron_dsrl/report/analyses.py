@@ -1,4 +1,4 @@
-"""What `dsrl analyse` has left in a run folder, whatever its kind: summaries as figures and tables, and charts."""
+"""Results of `dsrl analyse` in a run folder: summaries as figures and tables, and charts."""
 
 import json
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class ShownAnalysis:
 
 
 def read_analyses(run_folder: Path) -> list[ShownAnalysis]:
-    """Those of the run's rollouts, then those of its evaluations' samples.
+    """Analyses of the run's rollouts, then of its evaluations' samples.
 
     Raises:
         UserError: a file is damaged.

@@ -168,7 +168,7 @@ def _test(one: Sequence[RunRecords], other: Sequence[RunRecords], name: str) -> 
 
 
 def _axis(runs: Mapping[str, Sequence[RunRecords]], name: str) -> ValueAxis:
-    """The same for all charts, so that they can be compared: up to the tenth above the highest accuracy."""
+    """One scale for all charts, so that they can be compared: up to the next tenth above the highest accuracy."""
     accuracies = [
         record["accuracy"] or 0.0
         for of_method in runs.values()

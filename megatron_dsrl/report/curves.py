@@ -141,7 +141,7 @@ SPACES = {
     "pre_train": ("log P(y)", 2),
     "post_train+pre_train": ("log P(y|x) and log P(y)", 4),
 }
-"""What a phase updates and the colour of its curves, by the `space` of its step records."""
+"""Label and curve colour of a phase, by the `space` of its step records."""
 OF_THE_UPDATE = ("loss", "total_loss", "grad_norm")
 """Last parts of keys whose values are comparable within a phase only."""
 

@@ -1,4 +1,4 @@
-"""What `dsrl eval` found, as tables and Pass@K curves."""
+"""Results of `dsrl eval`, as tables and Pass@K curves."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,11 +11,11 @@ from megatron_dsrl.evaluation.results_file import EvaluationResults, Summary
 from megatron_dsrl.report.parts import Table
 
 Evaluations = Mapping[str, EvaluationResults]
-"""By the name that the page gives them."""
+"""Keyed by the name shown on the page."""
 
 
 def named_by_step(evaluations: Sequence[EvaluationResults]) -> dict[str, EvaluationResults]:
-    """Those of one run, by their steps; by their models where a step is unknown or was evaluated twice."""
+    """Evaluations of one run by step, or by model if a step is unknown or was evaluated twice."""
     steps = [results.step for results in evaluations]
     return {
         results.model if results.step is None or steps.count(results.step) > 1 else f"step {results.step}": results
@@ -94,7 +94,7 @@ def _row(policy: str, summary: Summary, pass_at_k: Mapping[int, float]) -> tuple
 
 
 def _titles(evaluations: Evaluations) -> dict[str, str]:
-    """Of all benchmarks, by name."""
+    """All benchmarks by name."""
     return {name: one["title"] for results in evaluations.values() for name, one in results.benchmarks.items()}
 
 

@@ -11,14 +11,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 MAX_MESSAGES = 20
-"""Of each log, the last ones."""
+"""Number of last messages shown per log."""
 LAST_LINES = 30
 READ_BYTES = 2 * 1024 * 1024
-"""Of each log, from its end."""
+"""Bytes read from the end of each log."""
 MAX_LINE_CHARACTERS = 300
 MAX_MESSAGE_LINES = 40
 MAX_LOGS = 8
-"""Of each folder, the ones that were written last."""
+"""Number of logs shown per folder, the most recently written ones."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ _HARMLESS = {
     "limits and resources at start and shutdown": r"Fail to set RLIMIT_NOFILE|leaked semaphore objects",
     "progress of loading weights": r"loading (?:safetensors checkpoint )?shards:",
 }
-"""What a message is about, and what it says."""
+"""Topic and text of a message."""
 
 _TERMINAL_CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _TRACEBACK = "Traceback (most recent call last):"
@@ -75,7 +75,7 @@ class LogView:
     alarms: tuple[str, ...]
     """Warnings and errors, the last `MAX_MESSAGES`; a traceback is one."""
     alarm_count: int
-    """Of all in the part that was read."""
+    """Number of warnings and errors in the part that was read."""
     end: str
     """The last lines, where not every line of such a log is a warning."""
     harmless: dict[str, int]
@@ -137,7 +137,7 @@ def messages(lines: Sequence[str]) -> list[list[str]]:
 
 
 def _harmless(message: Sequence[str]) -> str | None:
-    """What a message is about that nobody has to act on; None for any other."""
+    """Topic of a message that needs no action; None for other messages."""
     text = "\n".join(message)
     return next((about for about, pattern in _HARMLESS.items() if re.search(pattern, text, re.IGNORECASE)), None)
 

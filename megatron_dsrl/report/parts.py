@@ -1,4 +1,4 @@
-"""What pages are made of, beside charts."""
+"""Building blocks of pages, besides charts."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells in words; the first cell of a row is its name."""
+    """Rows of text cells; the first cell of a row is its name."""
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]

@@ -1,4 +1,4 @@
-"""What produced a run, for the page: every start, the last one in full, and what changed in between."""
+"""Provenance of a run for the page: every start, the last one in full, and what changed in between."""
 
 from dataclasses import dataclass
 
@@ -27,7 +27,7 @@ class ShownProvenance:
 
     starts: Table
     changes: Table | None
-    """What is not the same in all starts that the run's steps come from; None where everything is."""
+    """Differences between the starts that produced the run's steps; None if there are none."""
     last: list[tuple[str, str]]
     """Everything that the last start says, by name."""
 
@@ -66,7 +66,7 @@ def shown_provenance(run: RunRecords) -> ShownProvenance | None:
 
 
 def compared_provenance(runs: list[RunRecords]) -> list[ComparedFact]:
-    """What produced each of several runs; empty where none says."""
+    """Provenance of several runs; empty if none has a record."""
     starts = [starts_that_count(run.folder, _last_step(run)) for run in runs]
     return compare_runs(starts) if any(starts) else []
 

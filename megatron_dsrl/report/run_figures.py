@@ -1,4 +1,4 @@
-"""What a run has come to, in a few figures with their names."""
+"""Key results of a run, with their names."""
 
 import math
 from typing import Any
@@ -11,7 +11,7 @@ from megatron_dsrl.report.parts import Figure
 
 
 def run_state(run: RunRecords) -> str:
-    """Whether the run is complete, in words."""
+    """Text that says whether the run is complete."""
     if not run.steps:
         return "No training step has been recorded yet."
     done = run.steps[-1]["step"]

@@ -1,4 +1,4 @@
-"""Several runs beside each other in one table: what they have come to, and where their configurations differ."""
+"""Several runs in one table: their results, and where their configurations differ."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""Where the time of a run went: mean seconds per step of every part, by phase, and its share of the whole."""
+"""Time spent per part: mean seconds per step by phase, and the share of the total."""
 
 from collections.abc import Sequence
 from statistics import fmean

@@ -75,7 +75,7 @@ class RecordedCall:
 
 @dataclass(frozen=True)
 class RankTimeline:
-    """What one rank has written, in the order of time."""
+    """Events of one rank, in order of time."""
 
     rank: int
     host: str
@@ -102,7 +102,7 @@ def read_timelines(run_folder: Path) -> list[RankTimeline]:
 
 
 def timeline_of(records: Sequence[Record]) -> RankTimeline:
-    """Of the lines of one rank's file, which may come from several processes: one for every start of the run."""
+    """Timeline of one rank, from its file, which has one part for every start of the run."""
     first = records[0]
     lives = list(_lives(records))
     return RankTimeline(
@@ -115,7 +115,7 @@ def timeline_of(records: Sequence[Record]) -> RankTimeline:
 
 
 def _lives(records: Sequence[Record]) -> Iterator[list[Record]]:
-    """What each process has written."""
+    """Timelines of all processes."""
     starts = [i for i, record in enumerate(records) if record["event"] == "start"]
     for first, behind in zip(starts, [*starts[1:], len(records)], strict=True):
         yield list(records[first:behind])

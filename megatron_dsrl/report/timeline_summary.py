@@ -1,4 +1,4 @@
-"""What only the timeline can say in figures: how busy every engine was, and where ranks are that came no further.
+"""Summary of the timeline: how busy every engine was, and where unfinished ranks are.
 
 Seconds per part of a step are in `metrics.jsonl` (`seconds/*`) and in the report's time table.
 """
@@ -27,7 +27,7 @@ class EngineFigures:
     busy_while_sampling: float
     """Share of the seconds of rank 0's `generate` with a call under way."""
     busy: float
-    """The same of all seconds of the steps."""
+    """The same for the total time of the steps."""
     mean_calls: float
     """Calls under way at a time, while it was busy."""
 

@@ -22,7 +22,7 @@ STEPS_TRACK = 0
 FIRST_ENGINE = 1_000_000
 """Process number of engine 0; ranks have their own."""
 SHOWN_REQUESTS = 10
-"""Of each engine, the longest ones of the run."""
+"""The longest requests of the run, by engine."""
 FIRST_REQUEST_TRACK = 1
 FAILED_TRACK = FIRST_REQUEST_TRACK + SHOWN_REQUESTS
 IN_FLIGHT = "requests in flight"

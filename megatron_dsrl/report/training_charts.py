@@ -34,7 +34,7 @@ def run_charts(run: RunRecords) -> list[tuple[str, list[Chart | str]]]:
 
 
 def comparison_charts(runs: Sequence[RunRecords]) -> list[tuple[str, list[Chart | str]]]:
-    """The same sections with one curve per run, which has the same colour in all charts."""
+    """The same sections with one curve per run, in the same colour in all charts."""
     return [
         ("Learning", [*_accuracy_of_runs(runs), _compare(runs, REWARD), _compare(runs, MIXED_GROUPS)]),
         ("Policy", [_compare(runs, curves) for curves in HEALTH]),
@@ -154,7 +154,7 @@ def step_parts(records: Sequence[Record]) -> list[str]:
 
 
 def other_charts(run: RunRecords) -> list[Chart]:
-    """One chart for every recorded figure that has no place in `run_charts`, by its name in the records."""
+    """One chart for every recorded metric that is not in `run_charts`, titled by its name in the records."""
     shown = {key for curves in (REWARD, *HEALTH, *COST, STEP_SECONDS) for _, key, _ in curves.keys}
     shown |= {"step", "weight_version", *(key for _, key, _ in GROUP_KEYS), *step_parts(run.steps)}
     figures = sorted({key for record in run.steps for key, value in record.items() if _is_number(value)} - shown)

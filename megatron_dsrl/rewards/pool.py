@@ -45,7 +45,7 @@ Verdict = Literal["ok", "timeout", "error"]
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the verifier said about one response."""
+    """The verifier's result for one response."""
 
     reward: float
     """Finite; 0 unless the verdict is `ok`."""

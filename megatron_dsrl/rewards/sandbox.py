@@ -63,7 +63,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a program ended."""
+    """Result of running a program."""
 
     passed: bool
     """It ran to its end without an exception, and so did its tests."""

@@ -13,7 +13,7 @@ from megatron_dsrl.rollout.unfinished import UnfinishedGroup
 
 
 class Feed(Protocol):
-    """Where the groups of a batch come from, and when there are enough."""
+    """Source of a batch's groups; decides when there are enough."""
 
     def take(self, in_flight: int) -> list[UnfinishedGroup]:
         """Groups to begin or to continue, given the number of groups in flight."""
@@ -90,7 +90,7 @@ class Call:
     engine: int | None = None
     """The only engine that may take it; None leaves the choice to `EngineChoice`."""
     attempts: int = 0
-    """How often it has failed."""
+    """Number of failures so far."""
     not_before: float = 0.0
     """Earliest time to send it, on the monotonic clock: a failed call backs off."""
 

@@ -1,4 +1,4 @@
-"""What a step leaves to the next one.
+"""State that a step passes to the next one.
 
 Partial rollouts: responses aborted when a step has enough groups (`sample_until.py`) keep their tokens, and the next
 step continues them under its own weights before it begins new prompts. So no step waits for the longest responses.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class EngineCall:
-    """What was requested from an engine, when, and with what outcome."""
+    """A request to an engine, with its time and outcome."""
 
     engine: int
     """Engine number."""

@@ -47,7 +47,7 @@ class ReplayRollout:
             raise UserError("rollout.replay_from starts no engines, so evaluation.sets must be empty")
 
     def sample_step(self, step: int, draw: Draw, watch: Watch) -> StepSamples:
-        """What the recorded run trained on in this step.
+        """The samples that the recorded run trained on in this step.
 
         Raises:
             UserError: The recording does not fit this run; see `replayed_groups`.

@@ -55,7 +55,7 @@ class Rollout(Generator, Protocol):
 
     @property
     def carried(self) -> CarryOver:
-        """What the last step left for the next one; saved in checkpoints. Rank 0 only."""
+        """State from the last step for the next one; saved in checkpoints. Rank 0 only."""
 
     def take_over(self, carried: CarryOver) -> None:
         """Restore `carried` from a checkpoint. Rank 0 only."""
@@ -70,7 +70,7 @@ class Rollout(Generator, Protocol):
         """
 
     def begin_ahead(self, step: int, draw: Draw, watch: Watch) -> None:
-        """With `rollout.sample_ahead`, begin to sample this step in the background. Rank 0 only.
+        """With `rollout.sample_ahead`, start sampling this step in the background. Rank 0 only.
 
         Until `finish_ahead`, the engines must not be used otherwise.
         """

@@ -25,7 +25,7 @@ class SampledUntil:
     """The result of a batch that ends when it has enough groups."""
 
     accepted: list[Group]
-    """In the order in which they were begun; fewer than the step takes if its limit was reached first."""
+    """In the order in which they were started; fewer than the step takes if its limit was reached first."""
     rejected: list[Group]
     left: CarryOver
     """Groups that the step does not need: accepted beyond its number, or aborted."""

@@ -76,7 +76,7 @@ class StepSampling(ABC):
         self._config = config
         self._engines = engines
         self.carried = CarryOver()
-        """What the last step left for the next one. Saved in checkpoints; set when a run continues."""
+        """State from the last step for the next one. Saved in checkpoints; set when a run resumes."""
 
     @abstractmethod
     def sample(self, step: int, draw: Draw, watch: Watch) -> StepSamples:

@@ -1,4 +1,4 @@
-"""What a finished run says: what it has reached, where it is, and what to do next."""
+"""Closing lines of a finished run: its results, its folder, and what to do next."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +7,7 @@ from megatron_dsrl.observability.records import EVALUATION_FILE, Record, read_re
 
 
 def closing_lines(run_folder: Path, steps: int) -> list[str]:
-    """For a run whose last step is `steps`; accuracies are those of its evaluation.jsonl."""
+    """Closing lines for a run whose last step is `steps`, with the accuracies in its evaluation.jsonl."""
     return [
         f"{run_folder} is complete: {steps} steps",
         *_accuracies(read_records(run_folder / EVALUATION_FILE)),

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder, and whether it is complete. Light: a finished run is recognised before Megatron
+"""Results in a run's folder, and whether the run is complete. Light: a finished run is recognised before Megatron
 and Transformers are loaded."""
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a rollout batch says about the policy: the `reward/*`, `response/*` and `throughput/*` keys of a step record.
+"""Metrics of a rollout batch: the `reward/*`, `response/*` and `throughput/*` keys of a step record.
 
 Pure functions of the sampled groups. A sample is *right* when its reward is at least 1 and *wrong* when it is at most
 0, so that verifiers with partial credit fit: a group of half-right samples is neither solved nor unsolved but mixed.

@@ -65,7 +65,7 @@ def test_tensorboard_shows_the_configuration(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_fills_up(tmp_path: Path) -> None:
-    """The error names the file; the records before survive, and the run goes on behind them when there is space."""
+    """The error names the file; the records before survive, and the run continues behind them when there is space."""
     with Tracker(tmp_path, tensorboard=False) as tracker:
         tracker.log_step(small_record(1))
         size = (tmp_path / "metrics.jsonl").stat().st_size

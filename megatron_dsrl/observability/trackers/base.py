@@ -1,4 +1,4 @@
-"""What an experiment tracker is: options in the configuration, and a run at the tracking service.
+"""Interface of an experiment tracker: options in the configuration, and a run at the tracking service.
 
 A tracker of your own is a subclass of `TrackerOptions`, named in the configuration by its dotted path:
 
@@ -24,7 +24,7 @@ from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.registry import Options
 
 Status = Literal["finished", "failed", "interrupted", "running"]
-"""How a run ended. `interrupted` will be continued (preempted, killed); `running` has not ended."""
+"""How a run ended. An `interrupted` run (preempted, killed) will be resumed; a `running` one has not ended."""
 
 RESPONSE_COLUMNS = ("prompt", "response", "answer", "reward")
 """Columns of the table of responses."""
@@ -67,7 +67,7 @@ class TrackerRun(ABC):
 
     @abstractmethod
     def finish(self, status: Status) -> None:
-        """Send what is still on its way and close the run, which may be continued later."""
+        """Send what is still pending and close the run, which may be resumed later."""
 
 
 class TrackerOptions(Options):
@@ -76,14 +76,14 @@ class TrackerOptions(Options):
     package: ClassVar[str | None] = None
     """Importable name of the package that the tracker needs."""
     requirement: ClassVar[str | None] = None
-    """What pip installs for it; None: `package`."""
+    """Name of the package for pip; None: `package`."""
 
     finish_seconds: float = Field(default=60.0, gt=0)
     """How long the end of a run waits for data that is still being sent. `dsrl upload` sends the rest."""
 
     @abstractmethod
     def open(self, run: TrackedRun) -> TrackerRun:
-        """Begin the run at the service, or continue the one that was begun with the same `run.id`."""
+        """Start the run at the service, or resume the one that was started with the same `run.id`."""
 
     def destination(self) -> dict[str, Any]:
         """The options that decide which run at which service receives the records. What was sent is remembered for

@@ -26,13 +26,13 @@ class InUse(Exception):
 
 @dataclass
 class Sent:
-    """What has been sent."""
+    """What was sent so far."""
 
     run_id: str = field(default_factory=lambda: secrets.token_hex(4))
     last_step: int = 0
     """The last step whose record was sent."""
     evaluations: dict[str, int] = field(default_factory=dict)
-    """By set: the last step whose evaluation was sent."""
+    """Last step whose evaluation was sent, by set."""
 
 
 class Cursor:
@@ -61,7 +61,7 @@ class Cursor:
 
     @property
     def file(self) -> Path:
-        """Where it is kept."""
+        """File that holds this state."""
         return self._stem.with_suffix(".json")
 
     def save(self) -> None:
@@ -91,7 +91,7 @@ class Cursor:
 
 
 def log_file(run_folder: Path, options: TrackerOptions) -> Path:
-    """Where the output of a tracker's process goes."""
+    """Log file of a tracker's process."""
     return run_folder / TRACKERS_FOLDER / f"{_file_name(options.name, options.destination())}.log"
 
 

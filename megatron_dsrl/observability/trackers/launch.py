@@ -64,7 +64,7 @@ class _TrackerProcess:
         try:
             self._process = self._start()
         except OSError as error:
-            report(f"warning: tracker {options.name} could not be started ({error}); the run goes on without it")
+            report(f"warning: tracker {options.name} could not be started ({error}); the run continues without it")
             return
         self._reader = threading.Thread(target=self._pass_on_messages, daemon=True)
         self._reader.start()
@@ -126,5 +126,6 @@ class _TrackerProcess:
         if not self._ending:
             log = log_file(self._folder, self._options)
             self._report(
-                f"warning: tracker {self._options.name} ended unexpectedly (status {code}); the run goes on, see {log}"
+                f"warning: tracker {self._options.name} ended unexpectedly (status {code}); "
+                f"the run continues, see {log}"
             )

@@ -92,7 +92,7 @@ class Training:
         """
         self.process = os.getppid()
         self.ended: Status | None = None
-        """How it has ended; None while it runs. One that is gone without a word was interrupted."""
+        """How it ended; None while it runs. A process that disappeared without a message was interrupted."""
         self._stream = stream
         self._has_ended = threading.Event()
         self._limit = threading.Timer(finish_seconds, os._exit, [1])
@@ -138,7 +138,7 @@ class Messages:
     def failed(self, error: Exception) -> None:
         """The tracker has raised; the traceback goes to the log."""
         traceback.print_exception(error, file=sys.stderr)
-        text = f"warning: tracker {self._name} failed ({reason(error)}); the run goes on, see {self._log}"
+        text = f"warning: tracker {self._name} failed ({reason(error)}); the run continues, see {self._log}"
         self._once("failed", text)
 
     def everything_is_sent(self) -> None:
@@ -150,7 +150,7 @@ class Messages:
     def slow_calls_reported(self) -> Iterator[None]:
         """Report when the block takes unusually long."""
         problem = f"has not answered for {SLOW_CALL_SECONDS:g} s"
-        text = f"warning: tracker {self._name} {problem}; the run goes on, see {self._log}"
+        text = f"warning: tracker {self._name} {problem}; the run continues, see {self._log}"
         timer = threading.Timer(SLOW_CALL_SECONDS, lambda: self._once("failed", text))
         timer.daemon = True
         timer.start()

@@ -48,7 +48,7 @@ class Sender:
 
     @property
     def url(self) -> str | None:
-        """Where people look at the run; None before it is open."""
+        """Web address of the run; None before it is open."""
         return self._run.url if self._run else None
 
     @property
@@ -119,7 +119,7 @@ class Sender:
 
 
 def run_config(run_folder: Path) -> dict[str, Any]:
-    """What a tracker shows as the configuration of a run; see `TrackedRun.config`."""
+    """The configuration that a tracker shows for a run; see `TrackedRun.config`."""
     file = run_folder / CONFIG_FILE
     config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
     config["phase_schedule"] = phase_schedule(config)

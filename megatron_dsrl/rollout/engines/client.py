@@ -45,7 +45,7 @@ class SampleRequest:
 
 @dataclass(frozen=True)
 class Completion:
-    """What the engine returned for one request."""
+    """The engine's result for one request."""
 
     response_ids: tuple[int, ...]
     """New tokens, including the stop token."""

@@ -1,4 +1,5 @@
-"""What a rollout needs from its inference engines. Another engine than SGLang, or other ways to run it, implement this.
+"""Interface of inference engines for a rollout. To add an engine other than SGLang, or another way to run it, implement
+this.
 
 `EngineGroup` starts SGLang servers on the trainer's devices; `ExternalEngines` uses servers that are already running.
 """

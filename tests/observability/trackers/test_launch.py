@@ -118,8 +118,8 @@ def test_a_training_that_is_killed(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("trouble", "said"),
     [
-        ("open_fails", "failed (ConnectionError: no route to the tracker); the run goes on, see "),
-        ("crashes", "ended unexpectedly (status 7); the run goes on, see "),
+        ("open_fails", "failed (ConnectionError: no route to the tracker); the run continues, see "),
+        ("crashes", "ended unexpectedly (status 7); the run continues, see "),
     ],
 )
 def test_a_tracker_that_fails_is_reported_once_and_the_run_goes_on(folder, tmp_path, trouble, said) -> None:
@@ -154,7 +154,7 @@ def test_a_call_that_failed_is_repeated_without_loss(folder: Path, tmp_path: Pat
     url, failed, sent = train(folder, [tracker_at(file, trouble="second_step_fails_once")], range(1, 5))
     assert [call["step"] for call in calls(file, "log")] == [1, 2, 2, 3, 4, 4]
     assert url.endswith(": http://tracker/run")
-    assert "failed (TimeoutError: the tracker is busy); the run goes on, see" in failed
+    assert "failed (TimeoutError: the tracker is busy); the run continues, see" in failed
     assert sent.endswith("has received everything in the end")
 
 
@@ -165,7 +165,7 @@ def test_slow_calls_are_reported_once(tmp_path: Path, monkeypatch, capsys) -> No
         with messages.slow_calls_reported():
             time.sleep(0.3)
     (line,) = capsys.readouterr().out.splitlines()
-    assert "has not answered for 0.01 s; the run goes on, see" in line
+    assert "has not answered for 0.01 s; the run continues, see" in line
 
 
 def test_other_ranks_have_no_trackers(folder: Path, tmp_path: Path) -> None:
