@@ -162,7 +162,7 @@ def test_world_size_comes_from_torchrun(folder):
         (["report", "nowhere"], "nowhere"),
         (["doctor", "a=b"], "unrecognized arguments: a=b"),
         (["trian"], "invalid choice: 'trian'"),
-        ([], "    doctor    say what is installed"),
+        ([], "    doctor    check the installation"),
         (["analyse"], "usage: dsrl analyse [-h] KIND ..."),
     ],
 )

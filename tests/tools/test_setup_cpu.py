@@ -159,7 +159,7 @@ def test_uv_fetches_a_python_where_none_fits(checkout, tmp_path):
     ("variables", "complaint"),
     [
         ({"DSRL_INSTALLER": "conda"}, "DSRL_INSTALLER=conda: must be uv or pip"),
-        ({"DSRL_INSTALLER": "uv", "DSRL_PYTHON": "python3.11"}, "take 3.12, or DSRL_INSTALLER=pip"),
+        ({"DSRL_INSTALLER": "uv", "DSRL_PYTHON": "python3.11"}, "use 3.12, or DSRL_INSTALLER=pip"),
     ],
 )
 def test_an_installer_that_does_not_fit_is_refused(checkout, tmp_path, variables, complaint):
