@@ -8,7 +8,7 @@ training reaches (MFU), and the share of the memory bandwidth that decoding reac
 
 from dataclasses import dataclass
 
-from megatron_dsrl.algorithms.passes import required_passes
+from megatron_dsrl.algorithms.advantage_estimation import required_passes
 from megatron_dsrl.config.model import Recompute
 from megatron_dsrl.config.phase import PhaseConfig
 from megatron_dsrl.config.run import RunConfig

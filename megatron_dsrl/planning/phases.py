@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_dsrl.algorithms.passes import phase_passes
+from megatron_dsrl.algorithms.advantage_estimation import phase_passes
 from megatron_dsrl.config.phase import PhaseConfig
 from megatron_dsrl.config.run import RunConfig
 

@@ -13,11 +13,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.model.source import is_hub_name
+from megatron_dsrl.observability.records import CONFIG_FILE
 from megatron_dsrl.provenance.differences import ALWAYS_SHOWN, starts_that_count
 from megatron_dsrl.provenance.words import what_computed
 from megatron_dsrl.publishing.evaluations import evaluations_of, model_index
 from megatron_dsrl.publishing.origin import base_model_name, license_of, without_private_places
-from megatron_dsrl.run.results import CONFIG_FILE, exported_policy
+from megatron_dsrl.run.results import exported_policy
 
 CARD_FILE = "README.md"
 GENERATED = "<!-- Written by megatron-dsrl. Remove this line to keep your own text. -->"

@@ -1,0 +1,179 @@
+"""Start a training run, or continue it from its newest checkpoint: read the inputs, start engines, build models."""
+
+import socket
+from contextlib import ExitStack
+from pathlib import Path
+from typing import cast
+
+import torch.distributed as dist
+
+from megatron_dsrl.algorithms.schedule import Schedule
+from megatron_dsrl.checkpoint.compatibility import check_same_model, check_same_optimizer
+from megatron_dsrl.checkpoint.state import current_layout
+from megatron_dsrl.checkpoint.store import Checkpoint, CheckpointStore
+from megatron_dsrl.common.folder_lock import locked
+from megatron_dsrl.common.waiting import waiting
+from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.data.sampler import PromptSampler, SamplerState
+from megatron_dsrl.data.tokenizer import stop_token_ids
+from megatron_dsrl.evaluation.evaluator import Evaluator
+from megatron_dsrl.model.parallel import destroy_parallel, initialize_parallel
+from megatron_dsrl.observability.console import RunConsole
+from megatron_dsrl.observability.timeline import NoTimeline, Timeline
+from megatron_dsrl.observability.tracker import Tracker
+from megatron_dsrl.observability.trackers.launch import Trackers
+from megatron_dsrl.platform import current_platform
+from megatron_dsrl.rollout.carry_over import CarryOver
+from megatron_dsrl.rollout.engine_rollout import EngineRollout
+from megatron_dsrl.rollout.engines.awaiting_engines import awaiting_engines
+from megatron_dsrl.rollout.recording import RolloutRecorder
+from megatron_dsrl.rollout.replay import ReplayRollout
+from megatron_dsrl.rollout.rollout import Rollout
+from megatron_dsrl.run.controller import Controller
+from megatron_dsrl.run.device_sharing import SharedDevice
+from megatron_dsrl.run.folder import check_run_folder, prepare_run_folder
+from megatron_dsrl.run.inputs import RunInputs, load_inputs
+from megatron_dsrl.run.models import RunModels, build_models
+from megatron_dsrl.run.preemption import StopSignal
+from megatron_dsrl.run.provenance import record_run_start
+from megatron_dsrl.run.saving import ROLLOUT_FOLDER
+from megatron_dsrl.run.training_run import TrainingRun
+
+
+def start_run(config: RunConfig, resources: ExitStack) -> TrainingRun:
+    """Everything up to the first step. All ranks call it; `resources` closes what has to be closed.
+
+    Raises:
+        UserError: the model, the data or the run folder does not fit the configuration, or another process is using
+            the run folder; raised before anything expensive starts.
+    """
+    with waiting("reading tokenizer and prompts"):
+        inputs = load_inputs(config)
+    current_platform().record_collectives(inputs.run_folder / "collectives")
+    if config.engine.urls:
+        current_platform().prepare_weight_broadcast()
+    initialize_parallel(config.parallel, config.seed)
+    resources.callback(destroy_parallel)
+    console = RunConsole(config.steps, config.observability.verbose)
+    resources.enter_context(locked(inputs.run_folder, console.message))
+    checkpoints, checkpoint = open_checkpoints(config, inputs, console, resources)
+    step = checkpoint.state.step if checkpoint else 0
+    prepare_run_folder(config, inputs.run_folder, step)
+    record_run_start("train", config, inputs, step, console.message)
+    trackers = resources.enter_context(
+        Trackers(config.observability.trackers, inputs.run_folder, console.message)
+    )  # entered before the engines start, so that pending records are waited for after they have stopped
+    timeline = open_timeline(config, inputs.run_folder, resources)
+    rollout = start_rollout(with_model_folder(config, inputs.model_folder), inputs, timeline, resources)
+    models = start_models(config, inputs, timeline, console)
+    sampler = PromptSampler(len(inputs.prompts), config.seed)
+    if checkpoint:
+        restore(checkpoint, config, models, sampler)
+        announce(console, f"continuing after step {step} from {checkpoint.folder}")
+    controller = start_controller(config, inputs, rollout, step, console, resources) if dist.get_rank() == 0 else None
+    if controller:
+        trackers.start()
+    if controller and checkpoint and config.rollout.carries_over:
+        rollout.take_over(CarryOver.read_from(checkpoint.folder / ROLLOUT_FOLDER))
+    return TrainingRun(
+        config=config,
+        inputs=inputs,
+        schedule=Schedule(config.phases),
+        first_step=step + 1,
+        models=models,
+        rollout=rollout,
+        device=SharedDevice(config, models.actor, models.critic, rollout, timeline.span),
+        sampler=sampler,
+        checkpoints=checkpoints,
+        stop=resources.enter_context(StopSignal()),
+        controller=controller,
+        timeline=timeline,
+        console=console,
+    )
+
+
+def open_checkpoints(
+    config: RunConfig, inputs: RunInputs, console: RunConsole, resources: ExitStack
+) -> tuple[CheckpointStore, Checkpoint | None]:
+    """The run's checkpoints, and the newest of them, which the run continues from.
+
+    Raises:
+        UserError: the run folder or the checkpoint does not fit the configuration.
+    """
+    checkpoints = CheckpointStore(
+        inputs.run_folder / "checkpoints",
+        config.checkpoint.keep_last,
+        config.checkpoint.keep_every_steps,
+        report=console.message,
+        asynchronous=config.checkpoint.asynchronous,
+    )
+    resources.callback(checkpoints.close)
+    check_run_folder(config, inputs)
+    checkpoint = checkpoints.newest()
+    if checkpoint:
+        check_same_model(checkpoint.state.model, inputs.model, str(checkpoint.folder))
+        check_same_optimizer(checkpoint.state.layout, config.parallel, str(checkpoint.folder))
+    return checkpoints, checkpoint
+
+
+def start_rollout(
+    config: RunConfig, inputs: RunInputs, timeline: Timeline | NoTimeline, resources: ExitStack
+) -> Rollout:
+    """Start the engines and lend their memory to the models that are built next, or open the recording to replay."""
+    stop_ids = tuple(stop_token_ids(inputs.tokenizer))
+    if config.rollout.replay_from is not None:
+        rollout: Rollout = ReplayRollout(config, inputs.prompts, stop_ids)
+    else:
+        rollout = EngineRollout(config, inputs.run_folder, stop_ids, inputs.decode, timeline.engine_call)
+    resources.callback(rollout.close)
+    with timeline.span("start_engines"), awaiting_engines(config, inputs.run_folder):
+        rollout.wait_until_ready()
+    rollout.release_memory()
+    return rollout
+
+
+def start_models(
+    config: RunConfig, inputs: RunInputs, timeline: Timeline | NoTimeline, console: RunConsole
+) -> RunModels:
+    """Build the models, and say which implementations compute them."""
+    with timeline.span("build_models"), waiting("building the model"):
+        models = build_models(config, inputs.model_folder)
+    computed_by = ", ".join(f"{part} {name}" for part, name in models.actor.implementations.items())
+    announce(console, f"trainer: {computed_by}")
+    return models
+
+
+def restore(checkpoint: Checkpoint, config: RunConfig, models: RunModels, sampler: PromptSampler) -> None:
+    """Put models and sampler into the checkpoint's state."""
+    sampler.load_state_dict(cast(SamplerState, checkpoint.state.sampler))
+    models.load(checkpoint, same_layout=checkpoint.state.layout == current_layout(config.parallel))
+
+
+def start_controller(
+    config: RunConfig, inputs: RunInputs, rollout: Rollout, step: int, console: RunConsole, resources: ExitStack
+) -> Controller:
+    """Rank 0: open the files of the run, which continues after `step`. `resources` closes them."""
+    tracker = resources.enter_context(Tracker(inputs.run_folder, config.observability.tensorboard))
+    tracker.truncate_after(step)
+    evaluator = Evaluator(inputs.evaluation_sets, rollout, config.reward.function)
+    save_rollouts = config.observability.save_rollouts
+    recorder = resources.enter_context(RolloutRecorder(inputs.run_folder)) if save_rollouts else None
+    return Controller(config, recorder, rollout, evaluator, tracker, console)
+
+
+def open_timeline(config: RunConfig, run_folder: Path, resources: ExitStack) -> Timeline | NoTimeline:
+    """This rank's timeline, recorded until `resources` are closed if `observability.trace` is set."""
+    if not config.observability.trace:
+        return NoTimeline()
+    return resources.enter_context(Timeline(run_folder, dist.get_rank(), socket.gethostname()))
+
+
+def with_model_folder(config: RunConfig, folder: Path) -> RunConfig:
+    """The configuration with `model.path` resolved, so that engines and trainer load the same folder."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": str(folder)})})
+
+
+def announce(console: RunConsole, text: str) -> None:
+    """Print a line on rank 0."""
+    if dist.get_rank() == 0:
+        console.message(text)
