@@ -19,6 +19,8 @@ ServerArguments = dict[str, str | int | float | bool]
 """SGLang `ServerArgs` fields by name."""
 
 
+EXTERNAL_MODELS = "SGLANG_EXTERNAL_MODEL_PACKAGE"
+
 EXPECTED_WARNINGS = (
     "resource_tracker",  # "leaked semaphore": `EngineServer.stop` kills the engine, and the tracker cleans up
     "Only CUDA",  # this one and the next: from importing SGLang, about kernels that the model does not use
@@ -58,6 +60,8 @@ def engine_environment(tensor_parallel_size: int) -> dict[str, str]:
         # Operations are tiny: more threads than free cores make decoding several times slower.
         "OMP_NUM_THREADS": "1",
         "TORCH_COMPILE_DISABLE": "1",  # compiling does not pay off for small models
+        # SGLang imports its own 250 models first, unless it finds the model in such a package.
+        EXTERNAL_MODELS: os.environ.get(EXTERNAL_MODELS, "megatron_dsrl.platform.engine_models"),
     }
     if tensor_parallel_size > 1:
         environment["SGLANG_CPU_OMP_THREADS_BIND"] = _cores_for_ranks(tensor_parallel_size)
@@ -77,9 +81,10 @@ def weight_broadcast_backend() -> Literal["nccl", "gloo"]:
 def prepare_engine_process() -> None:
     """Run first in each engine process, before importing SGLang."""
     if not torch.cuda.is_available():
-        from megatron_dsrl.platform.sglang_cpu import absent_packages
+        from megatron_dsrl.platform.sglang_cpu import absent_packages, no_compilation
 
         absent_packages.install()
+        no_compilation.install()
 
 
 def prepare_engine_launch() -> None:

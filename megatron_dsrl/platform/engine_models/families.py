@@ -1,0 +1,7 @@
+"""SGLang's models of the supported families (model/families.py), under the name by which it finds a module's models."""
+
+from sglang.srt.models.qwen2 import Qwen2ForCausalLM
+from sglang.srt.models.qwen3 import Qwen3ForCausalLM
+from sglang.srt.models.qwen3_moe import Qwen3MoeForCausalLM
+
+EntryClass = [Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM]
