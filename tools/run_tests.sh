@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up the CPU environment if necessary and run the tests. Arguments go to pytest:
-#   bash tools/run_tests.sh                        all tests except slow and GPU ones
-#   bash tools/run_tests.sh tests/config -k load   a selection
+#   bash tools/run_tests.sh                        all tests except slow and GPU ones, on up to 4 cores
+#   bash tools/run_tests.sh tests/config -k load   a selection, on one core (-n 2: on two)
 #   bash tools/run_tests.sh -m slow                only the slow ones
 set -euo pipefail
 
@@ -12,4 +12,7 @@ cd "$root"
 export CUDA_VISIBLE_DEVICES=''
 # More threads than cores make SGLang's decoding several times slower, and the tests are small anyway.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+if [[ $# -eq 0 ]]; then
+    set -- -n logical --maxprocesses 4
+fi
 exec "${DSRL_VENV:-$root/.venv}/bin/python" -m pytest --durations=10 "$@"

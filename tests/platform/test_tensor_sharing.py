@@ -13,10 +13,9 @@ from megatron_dsrl.platform.engine import tensor_sharing
 
 caught = []
 signal.signal(signal.SIGUSR1, lambda number, frame: caught.append(number))
-before = {process.pid for process in psutil.process_iter() if process.name() == "torch_shm_manager"}
 with tensor_sharing():
     first = torch.zeros(4).share_memory_()
-managers = [p for p in psutil.process_iter() if p.name() == "torch_shm_manager" and p.pid not in before]
+managers = [process for process in psutil.Process().children() if process.name() == "torch_shm_manager"]
 assert len(managers) == 1, managers
 for pid in (managers[0].pid, os.getpid()):
     os.kill(pid, signal.SIGUSR1)
