@@ -86,7 +86,7 @@ def run_script(tmp_path, stubs) -> RunScript:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=60,
+            timeout=240,
         )
 
     return run
