@@ -13,7 +13,7 @@ from types import FrameType
 
 from megatron_dsrl import __version__
 from megatron_dsrl.commands.analyse import add_analyse
-from megatron_dsrl.commands.arguments import subcommands
+from megatron_dsrl.commands.arguments import files_and_overrides, subcommands
 from megatron_dsrl.commands.completion import add_completion
 from megatron_dsrl.commands.config import add_config_command
 from megatron_dsrl.commands.convert import add_convert
@@ -81,12 +81,15 @@ def _print_error(message: str) -> None:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options, rest = _parser().parse_known_args(arguments)
     # argparse cannot parse `config --dry-run key=value`: it leaves over positionals that follow an option.
-    overrides = [word for word in rest if "=" in word and not word.startswith("-")]
-    unknown = [word for word in rest if word not in overrides]
-    if unknown or (overrides and not hasattr(options, "overrides")):
-        options.parser.error(f"unrecognized arguments: {' '.join(unknown or overrides)}")
-    if overrides:
-        options.overrides = [*options.overrides, *overrides]
+    takes_files = hasattr(options, "config") and hasattr(options, "overrides")
+    words = [word for word in rest if not word.startswith("-") and ("=" in word or takes_files)]
+    unknown = [word for word in rest if word not in words]
+    if unknown or (words and not hasattr(options, "overrides")):
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown or words)}")
+    if takes_files:
+        options.config, options.overrides = files_and_overrides([*options.config, *options.overrides, *words])
+    elif words:
+        options.overrides = [*options.overrides, *words]
     return options
 
 

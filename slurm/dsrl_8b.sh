@@ -18,14 +18,16 @@
 #   sbatch --array=1-3 slurm/dsrl_8b.sh                              three seeds
 #   sbatch --nodes=2 slurm/dsrl_8b.sh                                two nodes: twice the data parallelism
 #   CONFIG=configs/grpo_qwen3_8b.yaml sbatch slurm/dsrl_8b.sh        the GRPO baseline
+#   CONFIG="configs/sizes/qwen3_8b.yaml configs/methods/rloo.yaml" sbatch slurm/dsrl_8b.sh   any other method
 #
 # It runs every step that is not done yet (see slurm/job.sh), saves its state 15 minutes before the time limit and at
 # preemption, requeues itself and resumes, also during the evaluation. Set account and partition on the command line or
 # with SBATCH_ACCOUNT and SBATCH_PARTITION.
 
 DSRL_ROOT="${DSRL_ROOT:-$SLURM_SUBMIT_DIR}"                    # this repository
-CONFIG="${CONFIG:-configs/dsrl_qwen3_8b.yaml}"                 # the run
-RUN_NAME="${RUN_NAME:-$(basename "$CONFIG" .yaml)}"            # its folder is $OUTPUT_DIR/$RUN_NAME
+CONFIG="${CONFIG:-configs/dsrl_qwen3_8b.yaml}"                 # the run: one file, or several separated by spaces
+# shellcheck disable=SC2086 # CONFIG is words
+RUN_NAME="${RUN_NAME:-$(basename -a -s .yaml $CONFIG | paste -sd_)}" # its folder is $OUTPUT_DIR/$RUN_NAME
 OUTPUT_DIR="${OUTPUT_DIR:-$DSRL_ROOT/runs}"                    # on a file system that all nodes share
 MEGATRON_FOLDER="${MEGATRON_FOLDER-$OUTPUT_DIR/megatron}"      # converted models; empty: do not convert
 OVERRIDES="${OVERRIDES:-}"                                     # more key.path=value, separated by spaces

@@ -30,7 +30,7 @@ export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 
 attempt="${SLURM_RESTART_COUNT:-0}"
 # shellcheck disable=SC2153  # the job scripts set the upper-case ones
-read -ra overrides <<<"$OVERRIDES" && read -ra container <<<"$CONTAINER" &&
+read -ra configs <<<"$CONFIG" && read -ra overrides <<<"$OVERRIDES" && read -ra container <<<"$CONTAINER" &&
     read -ra evaluation_options <<<"$EVALUATION_OVERRIDES"
 evaluation_options+=(--benchmarks "$BENCHMARKS" ${SAMPLES:+--samples "$SAMPLES"})
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then # a job array is one run per seed
@@ -113,7 +113,7 @@ check_environment() {
 
 # A mistake ends the job here with its message, before anything is downloaded or converted.
 check_configuration() {
-    run_once "${dsrl[@]}" train "$CONFIG" "${overrides[@]}" --dry-run --processes "$SLURM_NTASKS" >/dev/null
+    run_once "${dsrl[@]}" train "${configs[@]}" "${overrides[@]}" --dry-run --processes "$SLURM_NTASKS" >/dev/null
     [ -n "$BENCHMARKS" ] || return 0
     run_once "${dsrl[@]}" eval "${POLICY:-the policy}" "${evaluation_options[@]}" --dry-run
 }
@@ -122,13 +122,15 @@ check_configuration() {
 # its cache afterwards.
 fetch_inputs() {
     say "loading model, prompts and benchmarks (from the hub, if they are not in its cache)"
-    run_once "${dsrl[@]}" fetch "$CONFIG" "${overrides[@]}" --benchmarks "$BENCHMARKS"
+    run_once "${dsrl[@]}" fetch "${configs[@]}" "${overrides[@]}" --benchmarks "$BENCHMARKS"
 }
 
 # Print the configured model path; the overrides may change it.
 configured_model() {
-    run_once python -c 'import sys; from megatron_dsrl.config.load import load_config
-print(load_config(sys.argv[1], sys.argv[2:]).model.path)' "$CONFIG" "${overrides[@]}"
+    run_once python -c 'import sys
+from megatron_dsrl.commands.arguments import files_and_overrides
+from megatron_dsrl.config.load import load_config
+print(load_config(*files_and_overrides(sys.argv[1:])).model.path)' "${configs[@]}" "${overrides[@]}"
 }
 
 convert_checkpoint() {
@@ -152,7 +154,7 @@ train() {
     before="$(newest_checkpoint)"
     say "training $CONFIG ${overrides[*]}${before:+, continuing from $before}"
     resumable training newest_checkpoint \
-        "${dsrl[@]}" train "$CONFIG" "name=$RUN_NAME" "output_dir=$OUTPUT_DIR" "${overrides[@]}"
+        "${dsrl[@]}" train "${configs[@]}" "name=$RUN_NAME" "output_dir=$OUTPUT_DIR" "${overrides[@]}"
 }
 
 sampled_bytes() { { cat "$run_folder"/evaluation/samples/*.jsonl 2>/dev/null || true; } | wc -c; }

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dsrl import __version__
-from megatron_dsrl.cli import main
+from megatron_dsrl.cli import _parse, main
 from megatron_dsrl.config.load import dump_config, load_config
 from megatron_dsrl.config.yaml_text import format_yaml
 from megatron_dsrl.run.results import finished_step
@@ -148,6 +148,13 @@ def test_world_size_comes_from_torchrun(folder):
     result = dsrl(folder, "train", "run.yaml", "--dry-run", "parallel.tensor_parallel_size=2", WORLD_SIZE="3")
     assert result.returncode == 2
     assert "3 processes cannot be divided by that" in result.stderr
+
+
+def test_files_and_overrides_come_in_any_order_around_options():
+    words = ["train", "lr=1/size.yaml", "seed=2", "--dry-run", "runs/lr=1/method.yaml", "data.source=a/b.jsonl"]
+    options = _parse(words)
+    assert options.config == ["lr=1/size.yaml", "runs/lr=1/method.yaml"] and options.dry_run
+    assert options.overrides == ["seed=2", "data.source=a/b.jsonl"]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@
 import sys
 from collections.abc import Sequence
 
+from megatron_dsrl.commands.arguments import files_and_overrides
 from megatron_dsrl.config.load import load_config
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.rewards.registry import check_options, reward_function
@@ -33,7 +34,7 @@ def preview(config: RunConfig, count: int = 2) -> list[str]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    print(*preview(load_config(arguments[0], arguments[1:])), sep="\n")
+    print(*preview(load_config(*files_and_overrides(arguments))), sep="\n")
 
 
 if __name__ == "__main__":

@@ -12,14 +12,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from examples.tiny_dsrl.arithmetic import (
-    NO_NOISE,
-    Noise,
-    Problem,
-    different_problems,
-    draw_problems,
-    write_solution,
-)
+from examples.tiny_dsrl.arithmetic import NO_NOISE, Noise, Problem, different_problems, draw_problems, write_solution
 from examples.tiny_dsrl.base_settings import MADE_FROM, VOCAB_SIZE, Settings, fingerprint
 from examples.tiny_dsrl.tokenizer import build_tokenizer
 from megatron_dsrl.actor.build import build_actor
@@ -28,7 +21,6 @@ from megatron_dsrl.algorithms.experience import Experience
 from megatron_dsrl.algorithms.losses import supervised_loss
 from megatron_dsrl.algorithms.objective import Objective
 from megatron_dsrl.algorithms.spaces import PostTrain, PreTrain, ScoredSequence
-from megatron_dsrl.common.waiting import say_on_first_rank
 from megatron_dsrl.config.actor import ActorConfig, OptimizerConfig
 from megatron_dsrl.config.data import PromptSetConfig
 from megatron_dsrl.config.model import ModelConfig
@@ -36,6 +28,7 @@ from megatron_dsrl.config.phase import PhaseConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.data.prompts import render
 from megatron_dsrl.data.tokenizer import context_token_ids, load_tokenizer
+from megatron_dsrl.observability.waiting import say_on_first_rank
 
 
 def make(output: Path, settings: Settings) -> None:

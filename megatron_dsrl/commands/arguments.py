@@ -3,7 +3,7 @@
 import argparse
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -53,10 +53,19 @@ def _print_help(options: argparse.Namespace) -> int:
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    """Add a run's configuration file and overrides."""
-    config = parser.add_argument("config", metavar="CONFIG.yaml", type=Path, help="configuration file")
+    """Add a run's configuration files and overrides. Both are words of `config` until `files_and_overrides` tells them
+    apart."""
+    config = parser.add_argument(
+        "config", metavar="CONFIG.yaml", nargs="+", help="configuration file; of several, the later wins"
+    )
     config.complete = FILES  # type: ignore[attr-defined]
-    add_overrides(parser, "override a field of the file; values are YAML, list positions are numbers")
+    add_overrides(parser, "override a field of the files; values are YAML, list positions are numbers")
+
+
+def files_and_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Tell configuration files from `key.path=value`. The first word is a file; keys have no slash."""
+    overrides = [word for word in words[1:] if "=" in word and "/" not in word.partition("=")[0]]
+    return [*words[:1], *(word for word in words[1:] if word not in overrides)], overrides
 
 
 def add_overrides(parser: argparse.ArgumentParser, meaning: str) -> None:

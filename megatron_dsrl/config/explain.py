@@ -11,8 +11,8 @@ from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
 
+from megatron_dsrl.config.custom_section import CustomSection
 from megatron_dsrl.config.fields import is_section, members, registry_of, tags
-from megatron_dsrl.config.own_section import OwnSection
 from megatron_dsrl.config.registry import Registry
 from megatron_dsrl.config.section import Section
 from megatron_dsrl.config.yaml_text import KeyPath
@@ -37,7 +37,6 @@ def explain_validation_error(
     """One line per wrong field, in the order of the sections.
 
     Args:
-        error: what pydantic found.
         root: the class that `data` was validated by.
         data: plain data, as read from YAML.
         places: where the value of a key path was set; a path that it lacks takes the place of its nearest parent.
@@ -79,7 +78,7 @@ def _walk(root: type[Section], location: tuple[str | int, ...], data: Any) -> tu
     """The data path of a pydantic location, and the section class that holds its last key (None inside a dict).
 
     `data` decides where a section's class is chosen by name (`config/registry.py`) or by `type`
-    (`config/own_section.py`).
+    (`config/custom_section.py`).
     """
     path: KeyPath = ()
     owner: type[Section] | None = root
@@ -99,17 +98,23 @@ def _walk(root: type[Section], location: tuple[str | int, ...], data: Any) -> tu
                 annotation = registry.options_class(_value_at(data, path))
             else:
                 annotation = field.annotation if field else Any
-        elif containers := [member for member in alternatives if get_origin(member) in (list, tuple, dict)]:
+        elif containers := [member for member in alternatives if _has_key(member, part)]:
             owner = None if get_origin(containers[0]) is dict else owner
             path = (*path, part)
             annotation = get_args(containers[0])[-1]
             for item in getattr(annotation, "__metadata__", ()):
-                if isinstance(item, OwnSection):
+                if isinstance(item, CustomSection):
                     annotation = item.section_class(_value_at(data, path))
                 elif isinstance(item, Registry):
                     annotation = item.options_class(_value_at(data, path))
         # Otherwise the part names the member of a union of plain types that was tried: no key of the data.
     return path, owner
+
+
+def _has_key(annotation: Any, part: str | int) -> bool:
+    """Whether the part can be a key or position of a value of this type."""
+    origin = get_origin(annotation)
+    return origin is dict or (origin in (list, tuple) and isinstance(part, int))
 
 
 def _describe(
@@ -177,7 +182,8 @@ def _all_field_paths(section: type[Section], prefix: str) -> Iterator[str]:
 
 def _value_at(data: Any, path: KeyPath) -> Any:
     for part in path:
-        data = data[part] if isinstance(data, dict | list) else None
+        is_item = isinstance(data, list) and isinstance(part, int)
+        data = data[part] if is_item or isinstance(data, dict) else None
     return data
 
 

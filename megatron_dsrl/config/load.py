@@ -1,19 +1,24 @@
 """From YAML files and command-line overrides to a RunConfig, and back.
 
-A file may name a parent, `inherits: ../base.yaml`, or several, `inherits: [size.yaml, method.yaml]`, relative to the
-file itself; of several the later one wins. Sections are merged key by key, the nearer file winning; lists (such as
-`phases`) and single values replace. A choice by name with another name, `loss: {name: gspo}` over `{name: dual_clip,
-clip_high: 0.28}`, replaces the whole: the options belong to the other choice. A section in the place of a list changes
-the items at the positions that are its keys: `phases: {0: {until_step: 5}}`. Overrides come last:
-`rollout.temperature=0.7`, `phases.0.until_step=5`; the value is YAML, an empty one is null, a template (`{{ x }}`) is
-taken as text, and a section or list given as a value replaces the whole. Paths inside the configuration (`model.path`,
-`data.source`, `output_dir`) are left as they are, relative to the current directory of the process.
+A run may be several files, `dsrl train size.yaml method.yaml`: the later one wins, and the run is named after them,
+`size_method`, unless one of them sets `name`. A file may name a parent, `inherits: ../base.yaml`, or several,
+`inherits: [size.yaml, method.yaml]`, relative to the file itself; again the later one wins. A parent that several
+files share is read once, where it comes first, so that it does not undo what was laid over it.
+
+Sections are merged key by key, the nearer file winning; lists (such as `phases`) and single values replace. A choice by
+name with another name, `loss: {name: gspo}` over `{name: dual_clip, clip_high: 0.28}`, replaces the whole: the options
+belong to the other choice. A section in the place of a list changes the items at the positions that are its keys:
+`phases: {0: {until_step: 5}}`. Overrides come last: `rollout.temperature=0.7`, `phases.0.until_step=5`; the value is
+YAML, an empty one is null, a template (`{{ x }}`) is taken as text, and a section or list given as a value replaces the
+whole. Paths inside the configuration (`model.path`, `data.source`, `output_dir`) are left as they are, relative to the
+current directory of the process.
 
 Every mistake ends in one UserError that lists each wrong field: its path, the file and line (or the override) that set
 it, what was wrong, and the value.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +32,22 @@ TEMPLATE_STARTS = ("{{", "{%", "{#")
 """Beginnings of a Jinja template, which no YAML value of a configuration has."""
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file with its parents, apply `key.path=value` overrides in order, and validate.
+def load_config(files: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, or several, with their parents, apply `key.path=value` overrides in order, and validate.
 
     Raises UserError for a missing or unreadable file, bad YAML, a cycle of parents, a malformed override, and every
     unknown, missing or ill-typed field.
     """
-    data, places = _read_with_parents(Path(path), ())
+    paths = [Path(file) for file in ([files] if isinstance(files, str | Path) else files)]
+    merged = _Merged()
+    for path in paths:
+        merged.lay(path)
     for override in overrides:
-        apply_override(data, override, places)
-    return validated(RunConfig, data, places, str(path))
+        apply_override(merged.data, override, merged.places)
+    if len(paths) > 1 and "name" not in merged.data:
+        merged.data["name"] = "_".join(path.stem for path in paths)
+        merged.places[("name",)] = "made of the files' names"
+    return validated(RunConfig, merged.data, merged.places, ", ".join(map(str, paths)))
 
 
 def format_config(config: RunConfig) -> str:
@@ -49,28 +60,40 @@ def dump_config(config: RunConfig, path: str | Path) -> None:
     Path(path).write_text(format_config(config), encoding="utf-8")
 
 
-def _read_with_parents(path: Path, children: tuple[Path, ...]) -> tuple[dict[str, Any], dict[KeyPath, str]]:
-    """Merged data of a file and its parents, and the place (`file:line`) that set each value."""
-    resolved = path.resolve()
-    if resolved in children:
-        chain = " -> ".join(str(link) for link in (*children, resolved))
-        raise UserError(f"{children[-1]}: `{INHERITS}` goes in a circle: {chain}. Remove one of the links.")
-    data, lines = _read_file(path, children)
-    places = {key_path: f"{path}:{line}" for key_path, line in lines.items()}
+@dataclass
+class _Merged:
+    """Files laid on each other."""
+
+    data: dict[str, Any] = field(default_factory=dict)
+    places: dict[KeyPath, str] = field(default_factory=dict)
+    """The place (`file:line`) that set each value."""
+    parents: set[Path] = field(default_factory=set)
+    """Resolved paths of the parents among the files."""
+
+    def lay(self, path: Path, children: tuple[Path, ...] = ()) -> None:
+        """Lay a file on the ones before, after those of its parents that are not there yet."""
+        resolved = path.resolve()
+        if resolved in children:
+            chain = " -> ".join(str(link) for link in (*children, resolved))
+            raise UserError(f"{children[-1]}: `{INHERITS}` goes in a circle: {chain}. Remove one of the links.")
+        data, lines = _read_file(path, children)
+        for parent in _parents(data, path):
+            if parent.resolve() not in self.parents:
+                self.lay(parent, (*children, resolved))
+                self.parents.add(parent.resolve())
+        _merge(self.data, data, str(path))
+        self.places |= {key_path: f"{path}:{line}" for key_path, line in lines.items()}
+
+
+def _parents(data: dict[str, Any], path: Path) -> list[Path]:
+    """Take the names of its parents out of a file's data."""
     if INHERITS not in data:
-        return data, places
-    parents = data.pop(INHERITS)
-    parents = [parents] if isinstance(parents, str) else parents
+        return []
+    given = data.pop(INHERITS)
+    parents = [given] if isinstance(given, str) else given
     if not (isinstance(parents, list) and parents and all(isinstance(each, str) and each for each in parents)):
-        raise UserError(f"{path}: {INHERITS}: expected the path of a YAML file or a list of them, got {parents!r}")
-    merged: dict[str, Any] = {}
-    merged_places: dict[KeyPath, str] = {}
-    for parent in parents:
-        parent_data, parent_places = _read_with_parents(path.parent / parent, (*children, resolved))
-        _merge(merged, parent_data, str(path))
-        merged_places |= parent_places
-    _merge(merged, data, str(path))
-    return merged, merged_places | places
+        raise UserError(f"{path}: {INHERITS}: expected the path of a YAML file or a list of them, got {given!r}")
+    return [path.parent / parent for parent in parents]
 
 
 def _read_file(path: Path, children: tuple[Path, ...]) -> tuple[dict[str, Any], dict[KeyPath, int]]:

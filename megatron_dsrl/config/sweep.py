@@ -1,5 +1,7 @@
 """A sweep: the same few overrides and several seeds over several configurations."""
 
+from typing import Annotated
+
 from pydantic import Field
 
 from megatron_dsrl.config.section import Section
@@ -8,8 +10,8 @@ from megatron_dsrl.config.section import Section
 class SweepRunConfig(Section):
     """One method of a sweep."""
 
-    config: str
-    """Its configuration file, relative to the sweep's file."""
+    config: str | Annotated[list[str], Field(min_length=1)]
+    """Its configuration file, or several of which the later wins, relative to the sweep's file."""
 
     overrides: list[str] = Field(default_factory=list)
     """`key.path=value`, after the sweep's own."""

@@ -6,9 +6,10 @@ import pytest
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.load import dump_config, load_config
+from megatron_dsrl.config.phase import PhaseConfig
 
 
-def test_defaults_and_types(small, write):
+def test_defaults_and_types(small, write) -> None:
     config = load_config(write("run.yaml", small))
     assert config.seed == 1 and config.output_dir == "runs"
     assert config.optimizer.betas == (0.9, 0.999)
@@ -16,7 +17,7 @@ def test_defaults_and_types(small, write):
     assert config.phases[1].until_step is None
 
 
-def test_nearer_file_wins_key_by_key_and_lists_replace(small, write):
+def test_nearer_file_wins_key_by_key_and_lists_replace(small, write) -> None:
     write("common/base.yaml", small | {"optimizer": {"learning_rate": 1e-4, "betas": [0.8, 0.9]}})
     write("middle.yaml", {"inherits": "common/base.yaml", "optimizer": {"learning_rate": 1e-5}})
     last = write("run.yaml", {"inherits": "middle.yaml", "name": "mine", "phases": small["phases"][1:]})
@@ -28,7 +29,7 @@ def test_nearer_file_wins_key_by_key_and_lists_replace(small, write):
     assert config.rollout.prompts_per_step == 8
 
 
-def test_of_several_parents_the_later_wins(small, write):
+def test_of_several_parents_the_later_wins(small, write) -> None:
     write("size.yaml", small | {"optimizer": {"learning_rate": 1e-4, "eps": 1e-6}})
     write("method.yaml", {"optimizer": {"learning_rate": 1e-5}, "phases": small["phases"][1:]})
     config = load_config(write("run.yaml", {"inherits": ["size.yaml", "method.yaml"], "name": "both"}))
@@ -38,7 +39,35 @@ def test_of_several_parents_the_later_wins(small, write):
     assert reversed_order.optimizer.learning_rate == 1e-4 and len(reversed_order.phases) == 2
 
 
-def test_items_of_an_inherited_list_change_by_position(small, write):
+def test_of_several_files_the_later_wins_and_messages_name_the_right_one(small, write) -> None:
+    unnamed = {key: value for key, value in small.items() if key != "name"}
+    size = write("size.yaml", unnamed | {"optimizer": {"learning_rate": 1e-4, "eps": 1e-6}})
+    method = write("method.yaml", {"optimizer": {"learning_rate": 1e-5}, "phases": small["phases"][1:]})
+    config = load_config([size, method], ["optimizer.eps=1e-7"])
+    assert (config.name, config.optimizer.learning_rate, config.optimizer.eps) == ("size_method", 1e-5, 1e-7)
+    assert load_config([size, method], ["name=mine"]).name == "mine"
+    wrong = write("wrong.yaml", "seed: -1\nrollout:\n  temprature: 1\n")
+    with pytest.raises(UserError) as problem:
+        load_config([size, wrong])
+    lines = str(problem.value).splitlines()
+    assert lines[0] == f"{size}, {wrong}: 2 problems in the configuration"
+    assert any(f"temprature: unknown key; did you mean temperature? ({wrong}:3)" in line for line in lines)
+    long = write("a" * 150 + ".yaml", {})
+    with pytest.raises(UserError, match=r"name: .*\(made of the files' names\)"):
+        load_config([size, long, long])
+
+
+def test_a_parent_that_several_files_share_does_not_undo_the_earlier_ones(small, write) -> None:
+    write("base.yaml", small)
+    size = write("size.yaml", "inherits: base.yaml\noptimizer: {learning_rate: 1.0e-4}\n")
+    method = write("method.yaml", "inherits: base.yaml\nrollout: {temperature: 0.5}\n")
+    both = write("both.yaml", "inherits: [size.yaml, method.yaml]\n")
+    for files in ([size, method], [both], [size, both]):
+        config = load_config(files)
+        assert (config.optimizer.learning_rate, config.rollout.temperature) == (1e-4, 0.5), files
+
+
+def test_items_of_an_inherited_list_change_by_position(small, write) -> None:
     write("base.yaml", small)
     run = write("run.yaml", "inherits: base.yaml\nphases:\n  0:\n    until_step: 4\n    coefficient: 0.5\n")
     config = load_config(run)
@@ -51,11 +80,11 @@ def test_items_of_an_inherited_list_change_by_position(small, write):
             load_config(write("other.yaml", f"inherits: base.yaml\nphases: {{{key}: {{until_step: 4}}}}"))
 
 
-def test_a_choice_with_another_name_does_not_inherit_options(small, write):
+def test_a_choice_with_another_name_does_not_inherit_options(small, write) -> None:
     phase = small["phases"][1] | {"loss": {"name": "dual_clip", "clip_low": 0.1, "clip_high": 0.28}}
     write("base.yaml", small | {"phases": [{**phase, "space": {"name": "pre_train", "bos": "none"}}]})
 
-    def phase_with(changes):
+    def phase_with(changes: str) -> PhaseConfig:
         return load_config(write("run.yaml", f"inherits: base.yaml\nphases: {{0: {{{changes}}}}}")).phases[0]
 
     changed = phase_with("name: mine, loss: {name: gspo, clip_low: 0.001}, space: {name: post_train}")
@@ -65,7 +94,7 @@ def test_a_choice_with_another_name_does_not_inherit_options(small, write):
     assert (same.clip_low, same.clip_high) == (0.2, 0.28)
 
 
-def test_overrides_come_last_in_order_and_are_typed(small, write):
+def test_overrides_come_last_in_order_and_are_typed(small, write) -> None:
     config = load_config(
         write("run.yaml", small),
         [
@@ -92,7 +121,7 @@ def test_overrides_come_last_in_order_and_are_typed(small, write):
     assert config.data.problem_template == "{{ prompt[0].content }}"
 
 
-def test_dumped_config_loads_again_to_an_equal_one(small, write, tmp_path):
+def test_dumped_config_loads_again_to_an_equal_one(small, write, tmp_path) -> None:
     config = load_config(
         write("run.yaml", small),
         ["optimizer.eps=1e-15", "engine.extra_arguments={a: '1e-5', b: 1e-5, c: 1, d: true, e: '2024-01-31'}"],
@@ -133,7 +162,7 @@ def test_dumped_config_loads_again_to_an_equal_one(small, write, tmp_path):
         ("engine.urls=['http://user:secret@host:1']", "engine.urls: expected http://host:port without a user name"),
     ],
 )
-def test_a_wrong_value_names_field_value_and_place(small, write, override, message):
+def test_a_wrong_value_names_field_value_and_place(small, write, override, message) -> None:
     path = write("run.yaml", small)
     with pytest.raises(UserError, match=re.escape(message)) as raised:
         load_config(path, [override])
@@ -141,7 +170,7 @@ def test_a_wrong_value_names_field_value_and_place(small, write, override, messa
     assert f"(override `{override}`)" in str(raised.value)
 
 
-def test_all_problems_are_listed_with_the_file_and_line_that_set_them(small, write):
+def test_all_problems_are_listed_with_the_file_and_line_that_set_them(small, write) -> None:
     base = write("base.yaml", {"name": "x", "steps": 0, **{key: small[key] for key in ("model", "data", "phases")}})
     run = write("run.yaml", "inherits: base.yaml\nseed: -1\nrollout:\n  temprature: 1\n")
     with pytest.raises(UserError) as raised:
@@ -168,12 +197,12 @@ def test_all_problems_are_listed_with_the_file_and_line_that_set_them(small, wri
         ("inherits=a.yaml", "inherits: unknown key"),
     ],
 )
-def test_malformed_overrides(small, write, override, message):
+def test_malformed_overrides(small, write, override, message) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         load_config(write("run.yaml", small), [override])
 
 
-def test_missing_and_unreadable_files(write, tmp_path):
+def test_missing_and_unreadable_files(write, tmp_path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.yaml: no such configuration file$"):
         load_config(tmp_path / "nowhere.yaml")
     child = write("child.yaml", "inherits: nowhere.yaml")
@@ -191,7 +220,7 @@ def test_missing_and_unreadable_files(write, tmp_path):
         load_config(write("empty.yaml", ""))
 
 
-def test_a_circle_of_parents_is_refused(write):
+def test_a_circle_of_parents_is_refused(write) -> None:
     write("a.yaml", "inherits: b.yaml")
     with pytest.raises(UserError, match=r"`inherits` goes in a circle: .*b\.yaml -> .*a\.yaml -> .*b\.yaml"):
         load_config(write("b.yaml", "inherits: a.yaml"))

@@ -17,7 +17,7 @@ from megatron_dsrl.data.sampler import PromptSampler
 from megatron_dsrl.data.tokenizer import load_tokenizer
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.rollout.recording import rollout_file, write_groups
-from megatron_dsrl.rollout.sample import Group, Sample
+from megatron_dsrl.rollout.sample import Sample, SampleGroup
 from tests.support.distributed import run_distributed
 from tests.support.tiny_run import write_tiny_run
 
@@ -88,7 +88,7 @@ def record_rollouts(folder: Path, config: RunConfig) -> None:
     for step in range(1, STEPS + 1):
         size = config.rollout.samples_per_prompt
         groups = [
-            Group(prompts[i], tuple(sample(float(rng.random() < share)) for _ in range(size)))
+            SampleGroup(prompts[i], tuple(sample(float(rng.random() < share)) for _ in range(size)))
             for i, share in zip(sampler.next(config.rollout.prompts_per_step), [0.0, 1.0, *[0.5] * 99])
         ]
         write_groups(rollout_file(folder / "recorded", step), groups)
@@ -113,7 +113,7 @@ def records(tmp_path_factory) -> dict[str, list[dict]]:
 
 
 @pytest.mark.parametrize("name", [*NAMES, *OPTIONS])
-def test_it_trains(records, name):
+def test_it_trains(records, name) -> None:
     assert [record["step"] for record in records[name]] == [1, 2]
     for record in records[name]:
         assert record["policy/grad_norm"] > 0
@@ -121,7 +121,7 @@ def test_it_trains(records, name):
         assert in_pre_train_space != ("mismatch/kl_k3" in record)
 
 
-def test_the_filters_show_in_what_is_kept(records):
+def test_the_filters_show_in_what_is_kept(records) -> None:
     everything = records["grpo"][0]["policy/kept_samples"]
     negative, positive = (records[name][0]["policy/kept_samples"] for name in ("nsr_rl", "psr_rl"))
     assert negative + positive == everything == 32
@@ -129,7 +129,7 @@ def test_the_filters_show_in_what_is_kept(records):
     assert records["dsrl_negative_one"][0]["policy/kept_samples"] == negative
 
 
-def test_the_switch_shows_in_the_space(records):
+def test_the_switch_shows_in_the_space(records) -> None:
     first, second = records["dsrl"]
     assert (first["phase"], second["phase"]) == ("NSR-PreRL", "GRPO")
     assert (first["space"], second["space"]) == ("pre_train", "post_train")
@@ -137,7 +137,7 @@ def test_the_switch_shows_in_the_space(records):
     assert "pre_train/entropy" in first and "policy/entropy" not in first and "policy/entropy" in second
 
 
-def test_an_additional_objective_reports_under_its_own_name(records):
+def test_an_additional_objective_reports_under_its_own_name(records) -> None:
     first = records["joint_losses"][0]
     alone = records["nsr_prerl_only"][0]
     assert first["nsr_prerl/loss"] == pytest.approx(alone["policy/loss"], rel=1e-5)
@@ -146,13 +146,13 @@ def test_an_additional_objective_reports_under_its_own_name(records):
     assert first["policy/total_loss"] == pytest.approx(first["policy/loss"] + first["nsr_prerl/loss"], rel=1e-5)
 
 
-def test_a_phase_of_ones_own_is_another_one_at_every_step(records):
+def test_a_phase_of_ones_own_is_another_one_at_every_step(records) -> None:
     first, second = records["own phase"]
     assert first["policy/total_loss"] == pytest.approx(first["policy/loss"] + first["fading/loss"])
     assert not any(key.startswith("fading/") or key == "policy/total_loss" for key in second)
 
 
-def test_what_overlong_shaping_takes_off_shows_beside_the_verifiers_score(records):
+def test_what_overlong_shaping_takes_off_shows_beside_the_verifiers_score(records) -> None:
     for record in records["overlong shaping"]:
         assert 0 < record["reward/overlong_fraction"] < 1
         taken_off = record["reward/mean"] - record["reward/shaped_mean"]
@@ -160,14 +160,14 @@ def test_what_overlong_shaping_takes_off_shows_beside_the_verifiers_score(record
     assert "reward/shaped_mean" not in records["grpo"][0]
 
 
-def test_kl_terms_compare_with_the_first_weights(records):
+def test_kl_terms_compare_with_the_first_weights(records) -> None:
     first, second = (record["policy/reference_kl"] for record in records["KL in the reward"])
     assert abs(first) < 1e-6 < second
 
 
-def test_a_correction_reports_its_fraction(records):
+def test_a_correction_reports_its_fraction(records) -> None:
     assert 0 < records["with everything"][0]["policy/importance_masked_fraction"] < 1
 
 
-def test_ppo_trains_its_critic(records):
+def test_ppo_trains_its_critic(records) -> None:
     assert all(any(key.startswith("critic/") for key in record) for record in records["ppo"])

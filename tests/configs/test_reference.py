@@ -2,6 +2,7 @@
 
 import json
 import os
+from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator
@@ -31,20 +32,20 @@ def schemas() -> dict[str, Draft202012Validator]:
     return validators
 
 
-def as_json(text: str):
+def as_json(text: str) -> Any:
     """As editors see it: keys are strings."""
     data, _ = parse_yaml(text, "test")
     return json.loads(json.dumps(data))
 
 
 @pytest.mark.parametrize("file", generated(), ids=lambda file: file.name)
-def test_the_files_are_those_of_the_classes(file):
+def test_the_files_are_those_of_the_classes(file) -> None:
     message = f"{file} is out of date: run python tools/write_config_reference.py"
     assert file.read_text(encoding="utf-8") == generated()[file], message
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_every_configuration_fits_its_schema_and_names_it(kind, schemas):
+def test_every_configuration_fits_its_schema_and_names_it(kind, schemas) -> None:
     assert len(YAML_FILES[kind]) > 1
     for file in YAML_FILES[kind]:
         text = file.read_text(encoding="utf-8")
@@ -67,7 +68,7 @@ def test_every_configuration_fits_its_schema_and_names_it(kind, schemas):
         "evaluation: {sets: {0: {limit: 10}}}",
     ],
 )
-def test_what_a_run_file_may_say_is_accepted(text, schemas):
+def test_what_a_run_file_may_say_is_accepted(text, schemas) -> None:
     assert [error.message for error in schemas["run"].iter_errors(as_json(text))] == []
 
 
@@ -96,11 +97,11 @@ def test_what_a_run_file_may_say_is_accepted(text, schemas):
         ("gradients", "bos: im_strat"),
     ],
 )
-def test_a_wrong_key_or_choice_is_refused(kind, text, schemas):
+def test_a_wrong_key_or_choice_is_refused(kind, text, schemas) -> None:
     assert not schemas[kind].is_valid(as_json(text))
 
 
-def test_the_schema_explains_fields_and_choices(schemas):
+def test_the_schema_explains_fields_and_choices(schemas) -> None:
     schema = schemas["run"].schema
     loss = schema["$defs"]["PhaseConfig"]["properties"]["loss"]
     assert loss["description"] == "Policy loss of a token."
@@ -111,7 +112,7 @@ def test_the_schema_explains_fields_and_choices(schemas):
     assert gspo["properties"]["clip_high"]["description"] == "The ratio is clipped above at 1 + clip_high."
 
 
-def test_every_choice_says_where_it_comes_from():
+def test_every_choice_says_where_it_comes_from() -> None:
     """Or is plain: a name that says all."""
     page = (REPOSITORY / "configs" / "README.md").read_text(encoding="utf-8")
     choices = page.partition("### `phases.space`")[2].partition("### `phases.kl`")[0]

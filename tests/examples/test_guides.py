@@ -65,9 +65,9 @@ def test_commands_are_accepted(document, capsys):
             options = _parse(arguments)
         except SystemExit:
             pytest.fail(f"{command.line}\n{capsys.readouterr().err}")
-        config = getattr(options, "config", None)
-        if config is not None and (REPOSITORY / config).exists():
-            load_config(REPOSITORY / config, options.overrides)
+        files = [REPOSITORY / file for file in getattr(options, "config", [])]
+        if files and all(file.exists() for file in files):
+            load_config(files, options.overrides)
 
 
 @pytest.mark.parametrize("line", RUN_HERE)

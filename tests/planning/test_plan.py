@@ -88,7 +88,7 @@ def test_no_layout_is_suggested_where_none_fits():
 
 
 def test_the_command_says_what_fits_and_what_would(model, capsys):
-    ppo = str(REPOSITORY / "configs" / "qwen3_8b" / "ppo.yaml")
+    ppo = str(REPOSITORY / "configs" / "ppo_qwen3_8b.yaml")
     too_large = ["parallel.tensor_parallel_size=4", "engine.memory_fraction=0.6"]
     assert main(["plan", ppo, model, "--gpu", "h100", "--gpus", "8", *too_large]) == 1
     shown = capsys.readouterr().out
@@ -145,7 +145,7 @@ def test_a_gpu_of_the_table_and_one_described_by_its_figures():
     "arguments",
     [
         "configs/dsrl_qwen3_30b_a3b.yaml --gpus 16",
-        "configs/qwen3_8b/ppo.yaml parallel.pipeline_parallel_size=8 parallel.layers_in_first_stage=3 "
+        "configs/ppo_qwen3_8b.yaml parallel.pipeline_parallel_size=8 parallel.layers_in_first_stage=3 "
         "parallel.layers_in_last_stage=3 --gpus 32",
         "configs/dsrl_qwen3_8b.yaml --scale 8,64,512,4096",
     ],

@@ -38,6 +38,14 @@ def test_every_method_runs_with_every_seed_round_by_round(tmp_path):
     ]
 
 
+def test_a_run_of_several_files_trains_on_all_of_them(tmp_path):
+    file = write_sweep(tmp_path, runs={"GRPO": {"config": ["size.yaml", "method.yaml"]}})
+    run = runs_of(load_sweep(file), tmp_path)[0]
+    assert run.arguments[:3] == [str(tmp_path / "size.yaml"), str(tmp_path / "method.yaml"), "steps=2"]
+    with pytest.raises(UserError, match=r"runs\.GRPO\.config: "):
+        load_sweep(write_sweep(tmp_path, runs={"GRPO": {"config": []}}))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
