@@ -77,8 +77,8 @@ class ValueAxis:
         """Lower and upper end, scaled, for the values to show (error bars included)."""
         if self.is_log:
             decades = [self.scaled(value) for value in values if value > 0] or [0.0]
-            low = math.floor(min(decades))
-            return low, max(low + 1, math.ceil(max(decades)))
+            lowest = math.floor(min(decades))
+            return lowest, max(lowest + 1, math.ceil(max(decades)))
         low, high = self._limited(min((*values, *self.include))), self._limited(max((*values, *self.include)))
         rounded = ticks(low, high if high > low else low + 1.0)
         return self._limited(rounded[0]), self._limited(rounded[-1])

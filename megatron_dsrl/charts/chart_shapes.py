@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from markupsafe import escape
 
 from megatron_dsrl.charts.chart_axes import Axes
-from megatron_dsrl.charts.chart_source import Series, number
-from megatron_dsrl.observability.run_records import PhaseSpan
+from megatron_dsrl.charts.chart_source import PhaseSpan, Series, number
 
 CHARACTER = 6.8
 """Width of a character at the charts' font size of 11, generously."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.layout import ModelShape, processes
+from megatron_dsrl.config.phase import Space
 from megatron_dsrl.config.phase_steps import PhaseSteps, phases_by_steps
-from megatron_dsrl.config.registry import Options
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.config.run_problems import run_problems
 
@@ -67,7 +67,6 @@ def derive(config: RunConfig, world_size: int, shape: ModelShape | None, prompts
     """Check a run's layout and give its figures.
 
     Args:
-        config: the run.
         world_size: number of processes (one per GPU).
         shape: the model's sizes; None leaves out the checks that need them.
         prompts: number of training prompts where known.
@@ -112,7 +111,7 @@ def _phase_figures(config: RunConfig, phase: PhaseSteps, data_parallel_size: int
     samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     replica_samples = _ceil_divide(samples // config.actor.mini_batches_per_rollout, data_parallel_size)
     spaces = [[objective.space for objective in form.objectives.values()] for form in phase.forms]
-    lengths = [[_longest_sequence(config, space) for space in of_form] for of_form in spaces]
+    lengths = [[_longest_sequence(config, space) for space in form_spaces] for form_spaces in spaces]
     return PhaseFigures(
         name=phase.name,
         space=" + ".join(space.name for space in spaces[0]),
@@ -120,12 +119,12 @@ def _phase_figures(config: RunConfig, phase: PhaseSteps, data_parallel_size: int
         last_step=phase.last_step,
         max_tokens_per_step=samples * max(map(sum, lengths)),
         full_length_micro_batches=max(
-            sum(_micro_batches(config, replica_samples, length) for length in of_form) for of_form in lengths
+            sum(_micro_batches(config, replica_samples, length) for length in form_lengths) for form_lengths in lengths
         ),
     )
 
 
-def _longest_sequence(config: RunConfig, space: Options) -> int:
+def _longest_sequence(config: RunConfig, space: Space) -> int:
     return space.max_context_tokens(config.data.max_prompt_tokens) + config.rollout.max_response_tokens
 
 

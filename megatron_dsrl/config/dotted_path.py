@@ -1,18 +1,20 @@
-"""One's own classes by their dotted paths `package.module:Class`."""
+"""Custom classes by their dotted paths `package.module:Class`."""
 
 import importlib
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from megatron_dsrl.config.section import Section
 
+SectionClass = TypeVar("SectionClass", bound=Section)
+
 PATTERN = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 """A dotted path, for JSON schemas."""
 
 
-def class_at(path: str, kind: str, base: type[Section], key: str = "name") -> type[Section]:
+def class_at(path: str, kind: str, base: type[SectionClass], key: str = "name") -> type[SectionClass]:
     """Import the class.
 
     Args:

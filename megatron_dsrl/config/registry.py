@@ -47,7 +47,7 @@ class Options(Section):
         return described
 
 
-Class = TypeVar("Class", bound=type[Options])
+OptionsClass = TypeVar("OptionsClass", bound=Options)
 
 
 class Registry:
@@ -63,7 +63,7 @@ class Registry:
         self._modules = tuple(modules)
         self._classes: dict[str, type[Options]] = {}
 
-    def register(self, options_class: Class) -> Class:
+    def register(self, options_class: type[OptionsClass]) -> type[OptionsClass]:
         """Decorator: make the class available under the default of its `name`."""
         name = options_class.model_fields["name"].default
         assert name and name not in self._classes, f"{self.kind} {name!r} is registered twice, or has no name"
@@ -105,7 +105,7 @@ class Registry:
         names = self.names()
         if ":" in name:
             base = self._classes[names[0]].__base__
-            assert base is not None
+            assert base is not None and issubclass(base, Options)
             return class_at(name, self.kind, base)
         if name not in names:
             context = {"discriminator": "'name'", "tag": name, "expected_tags": ", ".join(map(repr, names))}
@@ -141,9 +141,10 @@ def _as_mapping(value: Any) -> dict[str, Any]:
 
 
 def _error(kind: str, value: Any, context: dict[str, Any] | None = None) -> ValidationError:
-    return ValidationError.from_exception_data(
-        "options", [InitErrorDetails(type=kind, input=value, **({"ctx": context} if context else {}))]
-    )
+    details = InitErrorDetails(type=kind, input=value)
+    if context:
+        details["ctx"] = context
+    return ValidationError.from_exception_data("options", [details])
 
 
 def _dump(options: Options, info: SerializationInfo) -> dict[str, Any]:

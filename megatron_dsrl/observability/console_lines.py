@@ -104,8 +104,10 @@ def _short_seconds(record: Record, key: str) -> str:
 
 def _mixed(record: Record) -> str:
     """Groups that teach something, of all."""
-    counts = [record.get(f"reward/{kind}_groups") for kind in ("solved", "mixed", "unsolved")]
-    return "" if None in counts else f"mixed {counts[1]}/{sum(counts)}"
+    keys = [f"reward/{kind}_groups" for kind in ("solved", "mixed", "unsolved")]
+    if any(record.get(key) is None for key in keys):
+        return ""
+    return f"mixed {record[keys[1]]}/{sum(record[key] for key in keys)}"
 
 
 def _truncated(record: Record, key: str) -> str:

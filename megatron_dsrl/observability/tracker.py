@@ -5,6 +5,7 @@ so are the experiment trackers, which follow the files (`trackers/`).
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -104,10 +105,14 @@ class Tracker:
     ) -> None:
         self.close()
 
+    def _writing(self) -> AbstractContextManager[None]:
+        assert self._tensorboard_folder is not None
+        return writing(self._tensorboard_folder, WHAT_IS_SAFE)
+
     def _open_writer(self, purge_step: int | None) -> SummaryWriter | None:
         if self._tensorboard_folder is None:
             return None
-        with writing(self._tensorboard_folder, WHAT_IS_SAFE):
+        with self._writing():
             writer = SummaryWriter(str(self._tensorboard_folder), purge_step=purge_step)
             if self._config_file.is_file():
                 text = self._config_file.read_text(encoding="utf-8")
@@ -117,13 +122,13 @@ class Tracker:
     def _close_writer(self) -> None:
         writer, self._writer = self._writer, None
         if writer is not None:
-            with writing(self._tensorboard_folder, WHAT_IS_SAFE):
+            with self._writing():
                 writer.close()
 
     def _add_scalars(self, record: Record) -> None:
         if self._writer is None:
             return
-        with writing(self._tensorboard_folder, WHAT_IS_SAFE):
+        with self._writing():
             for key, value in shown_metrics(record).items():
                 self._writer.add_scalar(key, value, record["step"])
             self._writer.flush()

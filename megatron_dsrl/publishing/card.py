@@ -13,12 +13,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.model.source import is_hub_name
-from megatron_dsrl.observability.records import CONFIG_FILE
 from megatron_dsrl.provenance.differences import ALWAYS_SHOWN, starts_that_count
 from megatron_dsrl.provenance.words import what_computed
 from megatron_dsrl.publishing.evaluations import evaluations_of, model_index
 from megatron_dsrl.publishing.origin import base_model_name, license_of, without_private_places
-from megatron_dsrl.run.results import exported_policy
+from megatron_dsrl.run.results import CONFIG_FILE, exported_policy
 
 CARD_FILE = "README.md"
 GENERATED = "<!-- Written by megatron-dsrl. Remove this line to keep your own text. -->"
@@ -138,7 +137,7 @@ def _metadata(
     from huggingface_hub import ModelCardData
 
     source = str(config.get("data", {}).get("source", ""))
-    folder = Path(config["model"]["path"]).expanduser()
+    license_fields: dict[str, Any] = {**license_of(Path(config["model"]["path"]).expanduser())}
     data = ModelCardData(
         base_model=base_model,
         datasets=[source] if is_hub_name(source) else None,
@@ -147,7 +146,7 @@ def _metadata(
         tags=["reinforcement-learning", "megatron-dsrl", *([f"arxiv:{PAPER}"] if in_pre_train_space else [])],
         model_name=name if evaluations else None,
         eval_results=model_index(evaluations) or None,
-        **license_of(folder),
+        **license_fields,
     )
     return data.to_yaml()
 

@@ -25,11 +25,13 @@ class RunsTable:
 def runs_table(runs: Sequence[RunRecords]) -> RunsTable:
     """The table of runs that have different names."""
     columns = [_figures(run) for run in runs]
-    rows, same = [], []
+    rows: list[tuple[str, str, list[Figure | None]]] = []
+    same: list[Figure] = []
     for label in dict.fromkeys(label for column in columns for label in column):
         cells = [column.get(label) for column in columns]
-        if len(set(cells)) == 1:
-            same.append(cells[0])
+        first = cells[0]
+        if first is not None and set(cells) == {first}:
+            same.append(first)
         else:
             rows.append(_row(label, cells))
     return RunsTable(tuple(run.name for run in runs), rows, configuration_differences(runs), same)

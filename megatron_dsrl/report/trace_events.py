@@ -144,4 +144,6 @@ def _name(what: str, process: int, track: int, name: str) -> TraceEvent:
 
 
 def _beginnings(timeline: RankTimeline) -> list[float]:
-    return [one.when.start for one in (*timeline.steps, *timeline.spans, *timeline.calls)]
+    steps, spans, calls = timeline.steps, timeline.spans, timeline.calls
+    intervals = [step.when for step in steps] + [span.when for span in spans] + [call.when for call in calls]
+    return [interval.start for interval in intervals]

@@ -13,7 +13,7 @@ from megatron_dsrl.observability.tracker import Tracker
 from megatron_dsrl.planning.compute import training_flops
 from megatron_dsrl.planning.gpus import GPUS
 from megatron_dsrl.rollout.recording import rollout_file, write_groups
-from megatron_dsrl.rollout.sample import Group, Sample
+from megatron_dsrl.rollout.sample import Sample, SampleGroup
 from tests.planning.test_parameters import qwen3_8b
 from tests.support.tiny_run import REPOSITORY
 from tools.gpu_record import (
@@ -30,12 +30,13 @@ from tools.gpu_record import (
 )
 
 
-def write_steps(folder, seconds_of_training):
+def write_steps(folder, seconds_of_training) -> None:
     """Steps in which two responses of 30 tokens to a prompt of 10 are trained on."""
     sample = Sample(tuple(range(30)), (-1.0,) * 30, "text", "length", 1, 1.0)
     with Tracker(folder, tensorboard=False) as tracker:
         for step, seconds in enumerate(seconds_of_training, start=1):
-            write_groups(rollout_file(folder, step), [Group(Prompt(0, "", tuple(range(10)), ""), (sample, sample))])
+            prompt = Prompt(0, "", tuple(range(10)), "")
+            write_groups(rollout_file(folder, step), [SampleGroup(prompt, (sample, sample))])
             tracker.log_step({
                 "step": step, "seconds/train": seconds, "seconds/step": 9.0,
                 "memory/load_weights_seconds": 2.0, "memory/offload_seconds": 0.5, "memory/offload_moved_gib": 4.0,
@@ -45,7 +46,7 @@ def write_steps(folder, seconds_of_training):
             })  # fmt: skip
 
 
-def test_figures_are_medians_without_the_first_step(tmp_path):
+def test_figures_are_medians_without_the_first_step(tmp_path) -> None:
     write_steps(tmp_path, [100.0, 4.5, 2.5, 3.5])  # half a second of which the actor waits for the device
     figures = speeds(tmp_path, qwen3_8b(), weight_bytes=16 * 10**9, gpu=GPUS["h100"])
     assert figures["actor, tokens/s (of prompts and responses)"] == f"{80 / 3:,.0f}"
@@ -61,14 +62,14 @@ def test_figures_are_medians_without_the_first_step(tmp_path):
     assert speeds(tmp_path, qwen3_8b(), 1, gpu=None)["actor, MFU"] == "no peak known"
 
 
-def test_an_engines_own_settings_are_asked_for_while_it_runs():
+def test_an_engines_own_settings_are_asked_for_while_it_runs() -> None:
     answer = {
         "attention_backend": "fa3", "disable_cuda_graph": False, "dtype": "bfloat16", "max_total_num_tokens": 12345,
         "cuda_graph_config": {"decode": {"backend": "full", "max_bs": 256}}, "api_key": "secret",
     }  # fmt: skip
 
     class Engine(BaseHTTPRequestHandler):
-        def do_GET(self):
+        def do_GET(self) -> None:
             self.send_response(200 if self.path == "/server_info" else 404)
             self.end_headers()
             self.wfile.write(json.dumps(answer).encode())
@@ -84,7 +85,7 @@ def test_an_engines_own_settings_are_asked_for_while_it_runs():
 
 
 @pytest.mark.parametrize("size", [name for name in SIZES if name != "tiny"])
-def test_every_size_fits_the_gpu_that_it_is_for_and_the_plan_is_in_the_record(size, tmp_path):
+def test_every_size_fits_the_gpu_that_it_is_for_and_the_plan_is_in_the_record(size, tmp_path) -> None:
     run = write_run(tmp_path, SIZES[size], on_gpu=True, port=3000)
     planned = planned_memory(run, tmp_path / "model", GPUS["h100"])
     peaks = {name: float(value) for name, value in planned.items() if name.startswith("device, ")}
@@ -95,7 +96,7 @@ def test_every_size_fits_the_gpu_that_it_is_for_and_the_plan_is_in_the_record(si
     assert planned_memory(run, tmp_path / "model", None) == {}
 
 
-def test_the_memory_of_a_device_is_the_most_that_was_in_use(tmp_path, monkeypatch):
+def test_the_memory_of_a_device_is_the_most_that_was_in_use(tmp_path, monkeypatch) -> None:
     answers = tmp_path / "nvidia-smi"
     answers.write_text(f"#!/bin/sh\ntest -e {tmp_path}/later && echo 1024 || echo 2048\n: > {tmp_path}/later\n")
     answers.chmod(0o755)
@@ -109,14 +110,14 @@ def test_the_memory_of_a_device_is_the_most_that_was_in_use(tmp_path, monkeypatc
     assert none.shown == {}
 
 
-def test_devices_are_known_by_the_names_that_cuda_gives_them():
+def test_devices_are_known_by_the_names_that_cuda_gives_them() -> None:
     assert known_gpu(["NVIDIA H100 80GB HBM3"]) is GPUS["h100"]
     assert known_gpu(["NVIDIA A100-SXM4-80GB"]) is GPUS["a100"]
     assert known_gpu(["NVIDIA H200"]) is GPUS["h200"]
     assert known_gpu([]) is None and known_gpu(["NVIDIA GeForce RTX 4090"]) is None
 
 
-def test_a_part_that_fails_or_hangs_is_in_the_record_with_what_it_said():
+def test_a_part_that_fails_or_hangs_is_in_the_record_with_what_it_said() -> None:
     failed = run_part(["-c", "import sys; print('so far'); sys.exit('no such kernel')"], limit_seconds=30)
     assert failed.status == 1
     shown = "\n".join(part_lines("A check", failed, last_lines=5))
@@ -126,7 +127,7 @@ def test_a_part_that_fails_or_hangs_is_in_the_record_with_what_it_said():
 
 
 @pytest.mark.slow
-def test_the_whole_script_runs_on_a_cpu_and_says_so(tmp_path):
+def test_the_whole_script_runs_on_a_cpu_and_says_so(tmp_path) -> None:
     record = tmp_path / "record.md"
     command = [sys.executable, "-m", "tools.gpu_record", "--size", "tiny", "--output", str(record)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)

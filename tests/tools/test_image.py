@@ -33,7 +33,7 @@ def exact(requirement: Requirement) -> str | None:
     return specifiers[0].version if len(specifiers) == 1 and specifiers[0].operator == "==" else None
 
 
-def test_both_recipes_start_from_one_pinned_image_and_take_the_same_steps():
+def test_both_recipes_start_from_one_pinned_image_and_take_the_same_steps() -> None:
     dockerfile, definition = (IMAGE / "Dockerfile").read_text(), (IMAGE / "apptainer.def").read_text()
     (base,) = re.findall(r"^FROM (\S+)$", dockerfile, re.MULTILINE)
     assert re.findall(r"^From: (\S+)$", definition, re.MULTILINE) == [base]
@@ -42,14 +42,14 @@ def test_both_recipes_start_from_one_pinned_image_and_take_the_same_steps():
     assert f"for step in {' '.join(STEPS)}; do" in definition
 
 
-def test_the_base_is_the_cuda_release_that_torch_brings():
+def test_the_base_is_the_cuda_release_that_torch_brings() -> None:
     (base,) = re.findall(r"^FROM nvidia/cuda:([\d.]+)-", (IMAGE / "Dockerfile").read_text(), re.MULTILINE)
     toolkit = exact(requirements("requirements.lock")["cuda-toolkit"])
     assert toolkit.startswith(base)
 
 
 @pytest.mark.skipif(not (REPOSITORY / ".git").exists(), reason="not a checkout")
-def test_all_recipes_copy_all_that_is_tracked():
+def test_all_recipes_copy_all_that_is_tracked() -> None:
     """But for dotfiles, and what a copy of a folder brings along."""
     tracked = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout
     names = {line.partition("/")[0] for line in tracked.splitlines() if not line.startswith(".")}
@@ -59,7 +59,7 @@ def test_all_recipes_copy_all_that_is_tracked():
     assert set(re.findall(r"^    (\S+) /opt/megatron-dsrl/", (IMAGE / "apptainer.def").read_text(), re.M)) == names
 
 
-def test_every_pin_is_locked_or_compiled_and_nothing_is_left_open():
+def test_every_pin_is_locked_or_compiled_and_nothing_is_left_open() -> None:
     lock, listed = requirements("requirements.lock"), requirements("requirements.in")
     assert all(exact(requirement) for requirement in lock.values())
     for name, requirement in listed.items():
@@ -72,7 +72,7 @@ def test_every_pin_is_locked_or_compiled_and_nothing_is_left_open():
     assert {canonicalize_name(name) for name in ESSENTIAL_PACKAGES} <= lock.keys()
 
 
-def test_the_versions_are_those_that_sglang_and_transformer_engine_ask_for():
+def test_the_versions_are_those_that_sglang_and_transformer_engine_ask_for() -> None:
     lock, sources = requirements("requirements.lock"), requirements("requirements-source.txt")
     fixed = exact_requirements("sglang", BUILT_FOR_SGLANG)
     assert set(fixed) >= {"torch", "sglang-kernel", "transformers"}
@@ -82,12 +82,12 @@ def test_the_versions_are_those_that_sglang_and_transformer_engine_ask_for():
     assert exact(lock["transformer-engine"]) == exact(lock["transformer-engine-cu13"]) == engine
 
 
-def test_hadolint_has_nothing_to_say():
+def test_hadolint_has_nothing_to_say() -> None:
     assert complaints("hadolint", "tools/image/Dockerfile", "tools/image/cpu.Dockerfile") == ""
     assert "DL3008" in complaints("hadolint", "-", text="FROM debian:13\nRUN apt-get install gcc\n")
 
 
-def test_the_cpu_image_is_what_the_set_up_makes_on_a_python_and_a_glibc_that_it_takes():
+def test_the_cpu_image_is_what_the_set_up_makes_on_a_python_and_a_glibc_that_it_takes() -> None:
     recipe = (IMAGE / "cpu.Dockerfile").read_text()
     assert re.findall(r"^FROM (\S+)$", recipe, re.MULTILINE) == ["python:3.12.13-slim-bookworm"]  # glibc 2.36
     steps = re.findall(r"^RUN bash (\S+)(.*)$", recipe, re.MULTILINE)
@@ -97,7 +97,7 @@ def test_the_cpu_image_is_what_the_set_up_makes_on_a_python_and_a_glibc_that_it_
         assert re.search(rf"^COPY .*\b{needed}\b", before_the_packages, re.MULTILINE), needed
 
 
-def test_the_dev_container_is_the_cpu_image_with_what_the_tests_need():
+def test_the_dev_container_is_the_cpu_image_with_what_the_tests_need() -> None:
     file = REPOSITORY / ".devcontainer" / "devcontainer.json"
     container = json.loads(file.read_text())
     assert (file.parent / container["build"]["dockerfile"]).resolve() == IMAGE / "cpu.Dockerfile"
@@ -127,7 +127,7 @@ def apptainer_definition() -> tuple[dict[str, str], dict[str, list[str]]]:
     return header, sections
 
 
-def test_apptainer_knows_every_part_of_the_definition():
+def test_apptainer_knows_every_part_of_the_definition() -> None:
     header, sections = apptainer_definition()
     assert header.keys() == {"bootstrap", "from"} and header["bootstrap"] == "docker"
     assert {"files", "post"} <= sections.keys() <= APPTAINER_SECTIONS
@@ -137,7 +137,7 @@ def test_apptainer_knows_every_part_of_the_definition():
 
 
 @pytest.mark.parametrize("section", ["post", "environment", "test", "runscript"])
-def test_the_definitions_scripts_are_clean(section):
+def test_the_definitions_scripts_are_clean(section) -> None:
     """Apptainer runs %post by `/bin/sh -ex`, and writes the others behind the line `#!/bin/sh`."""
     first = "#!/bin/sh -ex" if section == "post" else "#!/bin/sh"
     script = "\n".join([first, *apptainer_definition()[1][section]])
@@ -152,14 +152,14 @@ def image_script(name: str) -> ModuleType:
     return module
 
 
-def test_what_a_package_without_dependencies_declares_must_be_locked():
+def test_what_a_package_without_dependencies_declares_must_be_locked() -> None:
     declared = ["onnx", "torch>=2.1", "nvidia_cudnn_frontend>=2", "tomli; python_version<'3.11'", "jax; extra=='jax'"]
     locked = {"torch": "2.14.1", "nvidia-cudnn-frontend": "1.32.0"}
     missing = image_script("check_pins").missing_requirements(map(Requirement, declared), locked)
     assert missing == ["onnx", "nvidia_cudnn_frontend>=2"]
 
 
-def test_the_image_ends_with_an_import_of_all_that_computes(tmp_path, capsys, monkeypatch):
+def test_the_image_ends_with_an_import_of_all_that_computes(tmp_path, capsys, monkeypatch) -> None:
     check_imports = image_script("check_imports")
     assert {"megatron.core", "sglang", "sgl_kernel", "amp_C"} <= {
         check.module for check in check_imports.CHECKS
@@ -179,5 +179,5 @@ def test_the_image_ends_with_an_import_of_all_that_computes(tmp_path, capsys, mo
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("uv") is None, reason="needs uv and a package registry")
-def test_the_versions_are_on_the_registry_and_fit_together():
+def test_the_versions_are_on_the_registry_and_fit_together() -> None:
     assert image_script("check_pins").problems() == []

@@ -35,7 +35,7 @@ def unexplained(said: str) -> list[str]:
     return left
 
 
-def test_only_what_is_explained_disagrees():
+def test_only_what_is_explained_disagrees() -> None:
     check = [Path(sys.executable).with_name("uv"), "pip", "check", "--python", sys.executable]
     said = subprocess.run(check, capture_output=True, text=True, timeout=120).stderr
     other_python = OTHER_PYTHON.findall(said)
@@ -45,14 +45,14 @@ def test_only_what_is_explained_disagrees():
     assert set(other_python) == (DECLARES_PYTHON_312 if sys.version_info < (3, 12) else set())
 
 
-def test_nothing_is_explained_that_is_installed():
+def test_nothing_is_explained_that_is_installed() -> None:
     installed = {canonicalize_name(distribution.name) for distribution in distributions()}
     without = [canonicalize_name(name) for name in explained("without")]
     assert len(without) > 30 and len(set(without)) == len(without)
     assert not set(without) & installed
 
 
-def test_a_missing_or_other_package_is_found():
+def test_a_missing_or_other_package_is_found() -> None:
     said = """The package `sglang` requires `fastapi`, but it's not installed
 The package `torch` requires `triton==3.7.1 ; sys_platform == 'linux'`, but `3.9.0` is installed
 The package `sglang` requires `torch==2.15.0`, but `2.13.0` is installed

@@ -39,7 +39,7 @@ def set_up(checkout: Path, *arguments: str, **variables: str) -> subprocess.Comp
     )
 
 
-def test_a_repeated_set_up_does_nothing(checkout):
+def test_a_repeated_set_up_does_nothing(checkout) -> None:
     before = sorted(checkout.rglob("*"))
     for arguments in ([], ["--dev"], ["--check"], ["--dev", "--check"]):
         result = set_up(checkout, *arguments)
@@ -49,25 +49,25 @@ def test_a_repeated_set_up_does_nothing(checkout):
 
 
 @pytest.mark.parametrize("name", INPUTS)
-def test_a_changed_input_asks_for_set_up(checkout, name):
+def test_a_changed_input_asks_for_set_up(checkout, name) -> None:
     with (checkout / name).open("a") as file:
         file.write("# changed\n")
     assert set_up(checkout, "--check").returncode == 1
 
 
-def test_a_changed_linter_concerns_only_those_who_test(checkout):
+def test_a_changed_linter_concerns_only_those_who_test(checkout) -> None:
     (checkout / DEV_LOCK).write_text("pytest==1.0\n")
     assert set_up(checkout, "--check").returncode == 0
     assert set_up(checkout, "--check", "--dev").returncode == 1
 
 
 @pytest.mark.parametrize("missing", ["dsrl-setup.sha256", "bin/python"])
-def test_an_unfinished_environment_asks_for_set_up(checkout, missing):
+def test_an_unfinished_environment_asks_for_set_up(checkout, missing) -> None:
     (checkout / ".venv" / missing).unlink()
     assert set_up(checkout, "--check").returncode == 1
 
 
-def test_a_python_that_does_not_fit_is_refused(checkout):
+def test_a_python_that_does_not_fit_is_refused(checkout) -> None:
     (checkout / ".venv" / "dsrl-setup.sha256").unlink()
     result = set_up(checkout, DSRL_PYTHON="/no/such/python")
     assert result.returncode == 1
@@ -90,7 +90,9 @@ def program(folder: Path, name: str, script: str) -> None:
         ("uname", "test $1 = -s && echo Linux || echo ppc64le", "this is Linux ppc64le"),
     ],
 )
-def test_a_system_without_wheels_is_refused_before_anything_is_installed(checkout, tmp_path, name, script, complaint):
+def test_a_system_without_wheels_is_refused_before_anything_is_installed(
+    checkout: Path, tmp_path: Path, name: str, script: str, complaint: str
+) -> None:
     shutil.rmtree(checkout / ".venv")
     program(tmp_path / "bin", name, script)
     result = set_up(checkout, PATH=f"{tmp_path / 'bin'}:/usr/bin:/bin")
@@ -99,7 +101,7 @@ def test_a_system_without_wheels_is_refused_before_anything_is_installed(checkou
 
 
 @pytest.mark.parametrize("library", ["glibc 2.34", "glibc 2.41", "glibc 3.0"])
-def test_newer_systems_are_taken(checkout, tmp_path, library):
+def test_newer_systems_are_taken(checkout, tmp_path, library) -> None:
     program(tmp_path / "bin", "getconf", f"echo {library}")
     program(tmp_path / "bin", "uname", "test $1 = -s && echo Linux || echo aarch64")
     assert sourced(checkout, "check_system", PATH=f"{tmp_path / 'bin'}:/usr/bin:/bin").returncode == 0
@@ -128,7 +130,7 @@ def sourced(checkout: Path, commands: str, **variables: str) -> subprocess.Compl
         ({"DSRL_INSTALLER": "pip"}, "pip python3.11"),
     ],
 )
-def test_uv_is_taken_unless_it_cannot_do_the_work(checkout, tmp_path, variables, chosen, uv="exit 0"):
+def test_uv_is_taken_unless_it_cannot_do_the_work(checkout, tmp_path, variables, chosen, uv="exit 0") -> None:
     folder = tmp_path / "bin"
     program(folder, "uv", uv)
     for minor in (11, 12):
@@ -145,12 +147,12 @@ def test_uv_is_taken_unless_it_cannot_do_the_work(checkout, tmp_path, variables,
     assert result.stdout == chosen.format(bin=folder) + "\n", result.stderr
 
 
-def test_uv_does_not_fetch_a_python_where_one_is_there(checkout, tmp_path):
+def test_uv_does_not_fetch_a_python_where_one_is_there(checkout, tmp_path) -> None:
     """Not every cluster's network lets it."""
     test_uv_is_taken_unless_it_cannot_do_the_work(checkout, tmp_path, {}, "pip python3.11", uv="exit 1")
 
 
-def test_uv_fetches_a_python_where_none_fits(checkout, tmp_path):
+def test_uv_fetches_a_python_where_none_fits(checkout, tmp_path) -> None:
     wrong = {"DSRL_PYTHON": "{bin}/none"}
     test_uv_is_taken_unless_it_cannot_do_the_work(checkout, tmp_path, wrong, "uv {bin}/none", uv="exit 1")
 
@@ -162,12 +164,12 @@ def test_uv_fetches_a_python_where_none_fits(checkout, tmp_path):
         ({"DSRL_INSTALLER": "uv", "DSRL_PYTHON": "python3.11"}, "use 3.12, or DSRL_INSTALLER=pip"),
     ],
 )
-def test_an_installer_that_does_not_fit_is_refused(checkout, tmp_path, variables, complaint):
+def test_an_installer_that_does_not_fit_is_refused(checkout, tmp_path, variables, complaint) -> None:
     program(tmp_path / "bin", "python3.11", "case $2 in *print*) echo 3 11 ;; esac")
     result = sourced(checkout, "choose_installer", PATH=f"{tmp_path / 'bin'}:/usr/bin:/bin", **variables)
     assert result.returncode == 1 and complaint in result.stderr
 
 
-def test_an_option_that_there_is_not_is_refused(checkout):
+def test_an_option_that_there_is_not_is_refused(checkout) -> None:
     result = set_up(checkout, "--devel")
     assert result.returncode == 2 and "unknown option --devel" in result.stderr

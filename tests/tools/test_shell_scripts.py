@@ -22,16 +22,16 @@ def is_for_a_shell(first_line: bytes) -> bool:
 
 
 @pytest.mark.parametrize("script", scripts())
-def test_shellcheck_has_nothing_to_say(script):
+def test_shellcheck_has_nothing_to_say(script) -> None:
     assert complaints("shellcheck", "--external-sources", script) == ""
 
 
 @pytest.mark.skipif(not (REPOSITORY / ".git").exists(), reason="not a checkout")
-def test_no_script_is_left_out():
+def test_no_script_is_left_out() -> None:
     search = ["git", "grep", "-lE", "^#!.*sh$"]
     found = subprocess.run(search, cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout
     assert set(found.split()) <= set(scripts())
 
 
-def test_a_variable_that_is_not_quoted_is_found():
+def test_a_variable_that_is_not_quoted_is_found() -> None:
     assert "SC2086" in complaints("shellcheck", "-", text="#!/bin/sh\nls $1\n")

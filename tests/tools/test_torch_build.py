@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -65,7 +65,7 @@ def empty_environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(params=["pip", "uv"])
-def install_torch(request, indices, empty_environment):
+def install_torch(request, indices, empty_environment) -> Iterator[Callable[..., tuple[str, str]]]:
     """Runs the set-up's step in an environment without torch; returns what it printed and the installed version."""
 
     def run(cpu_index: str, **settings: str) -> tuple[str, str]:
@@ -90,19 +90,19 @@ def install_torch(request, indices, empty_environment):
         shutil.rmtree(folder)
 
 
-def test_the_cpu_build_comes_from_pytorchs_index_without_any_setting(install_torch, indices):
+def test_the_cpu_build_comes_from_pytorchs_index_without_any_setting(install_torch, indices) -> None:
     printed, installed = install_torch(indices.address("cpu"))
     assert installed == f"{VERSION}+cpu"
     assert "CUDA" not in printed and not [path for path in indices.asked if path.startswith("/pypi/torch/torch-")]
 
 
-def test_the_users_own_index_of_the_cpu_build_is_enough(install_torch, indices):
+def test_the_users_own_index_of_the_cpu_build_is_enough(install_torch, indices) -> None:
     unreachable = "http://127.0.0.1:9/nothing-listens-here"
     printed, installed = install_torch(unreachable, PIP_EXTRA_INDEX_URL=indices.address("cpu"))
     assert installed == f"{VERSION}+cpu" and "CUDA" not in printed
 
 
-def test_the_build_for_cuda_is_taken_and_said_where_there_is_no_other_and_kept(install_torch, indices):
+def test_the_build_for_cuda_is_taken_and_said_where_there_is_no_other_and_kept(install_torch, indices) -> None:
     nowhere = "http://127.0.0.1:9/nothing-listens-here"
     printed, installed = install_torch(nowhere)
     assert installed == VERSION

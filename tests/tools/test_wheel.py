@@ -12,7 +12,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.mark.skipif(not (REPOSITORY / ".git").exists(), reason="not a checkout")
-def test_the_wheel_has_every_file_of_the_package(tmp_path):
+def test_the_wheel_has_every_file_of_the_package(tmp_path) -> None:
     listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "megatron_dsrl"]
     files = subprocess.run(listing, cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout.split()
     for name in [*files, "pyproject.toml", "README.md", "LICENSE"]:
