@@ -42,7 +42,7 @@ class Actor:
         vocab_size: int,
         temperature: float,
         router: RouterConfig,
-    ):
+    ) -> None:
         """Use `build_actor` to create one.
 
         Args:
@@ -77,9 +77,8 @@ class Actor:
     def update(self, objectives: Sequence[Objective], mini_batches: int = 1, epochs: int = 1) -> UpdateMetrics | None:
         """Take `mini_batches * epochs` optimizer steps: in each epoch, one on each consecutive part of the experience.
 
-        With more than one step, those after the first are off-policy, so the log-probs of the policy before the update
-        are computed first unless the experience has them. With one step they equal the current ones, and this pass is
-        skipped.
+        With more than one step, those after the first are off-policy and need the log-probs of the policy before the
+        update (`with_old_log_probs`). With one step these equal the current ones.
 
         Args:
             objectives: terms of the loss, with the global batch, the same on every rank. Every optimizer step uses its
@@ -93,8 +92,8 @@ class Actor:
         Raises:
             FloatingPointError: the loss or the gradient norm is not finite.
         """
-        if mini_batches * epochs > 1:
-            objectives = [self.with_old_log_probs(objective) for objective in objectives]
+        experiences = [objective.experience for objective in objectives if len(objective.experience) > 0]
+        assert mini_batches * epochs == 1 or all(each.old_log_probs is not None for each in experiences)
         steps = []
         for _ in range(epochs):
             for parts in zip(*(objective.mini_batches(mini_batches) for objective in objectives)):

@@ -18,7 +18,7 @@ from megatron_dsrl.actor.trainable_model import TrainableModel, require_finite
 from megatron_dsrl.algorithms.experience import Experience, PerToken, concatenate_tokens
 from megatron_dsrl.algorithms.value_loss import value_loss, value_statistics
 from megatron_dsrl.checkpoint.megatron_writer import CheckpointWrite
-from megatron_dsrl.config.critic import CriticConfig
+from megatron_dsrl.config.actor import CriticConfig
 from megatron_dsrl.weights.stream import stream_hf_weights
 from megatron_dsrl.weights.table import WeightTable
 
@@ -26,7 +26,7 @@ from megatron_dsrl.weights.table import WeightTable
 class Critic:
     """A sharded value model with its optimizer."""
 
-    def __init__(self, model: TrainableModel, table: WeightTable, config: CriticConfig):
+    def __init__(self, model: TrainableModel, table: WeightTable, config: CriticConfig) -> None:
         """Use `build_critic` to create one.
 
         Args:

@@ -30,7 +30,7 @@ WITHOUT_CONTENT: tuple[ModelPart, ...] = ("gradients",)
 class ModelMemory:
     """Device memory of a model's parts on this rank. Not collective."""
 
-    def __init__(self, list_tensors: Callable[[], Mapping[ModelPart, Iterable[Tensor]]]):
+    def __init__(self, list_tensors: Callable[[], Mapping[ModelPart, Iterable[Tensor]]]) -> None:
         """
         Args:
             list_tensors: returns the tensors of each part; called before memory is freed. Memory shared by two parts

@@ -127,7 +127,6 @@ def pack(
         sequences: the whole batch.
         indices: sequences to pack.
         split: how processes share the row.
-        device: device of the tensors.
         routed_experts: experts of the whole batch; None lets the routers choose.
     """
     chosen = [sequences[i] for i in indices]

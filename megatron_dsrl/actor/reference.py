@@ -25,7 +25,7 @@ from megatron_dsrl.platform import current_platform
 class ReferencePolicy:
     """Earlier weights of an actor. One object per rank; methods are collective unless they say otherwise."""
 
-    def __init__(self, actor: Actor):
+    def __init__(self, actor: Actor) -> None:
         """Copy the actor's current weights. Not collective."""
         self._actor = actor
         self._parameters = [parameter for chunk in actor.chunks for parameter in chunk.parameters()]

@@ -33,7 +33,6 @@ def begin_save(
 
     Args:
         chunks: this stage's model chunks.
-        optimizer: optimizer of these chunks.
         scheduler: learning-rate schedule of the optimizer.
         copy: copy the state, so that training may continue before it is written.
     """

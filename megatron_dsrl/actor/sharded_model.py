@@ -22,7 +22,7 @@ from megatron_dsrl.common.collective import gather
 class ShardedModel:
     """This rank's part of a model, wrapped for data parallelism."""
 
-    def __init__(self, chunks: list[DistributedDataParallel], max_tokens_per_micro_batch: int):
+    def __init__(self, chunks: list[DistributedDataParallel], max_tokens_per_micro_batch: int) -> None:
         """
         Args:
             chunks: this pipeline stage's model chunks, weights loaded.

@@ -35,11 +35,10 @@ class TrainableModel(ShardedModel):
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
         max_tokens_per_micro_batch: int,
-    ):
+    ) -> None:
         """
         Args:
             chunks: this pipeline stage's model chunks, weights loaded.
-            optimizer: optimizer of these chunks.
             scheduler: learning-rate schedule of the optimizer.
             max_tokens_per_micro_batch: token budget of a packed row.
         """

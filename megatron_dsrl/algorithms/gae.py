@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from megatron_dsrl.algorithms.advantages import AdvantageEstimate, AdvantageOptions, whiten
-from megatron_dsrl.algorithms.experience import Experience, ModelPasses
-from megatron_dsrl.config.choices import ADVANTAGES
+from megatron_dsrl.algorithms.experience import Experience
+from megatron_dsrl.algorithms.schedule import ModelPasses
+from megatron_dsrl.config.phase import ADVANTAGES
 
 
 @ADVANTAGES.register

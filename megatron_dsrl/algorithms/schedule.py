@@ -1,19 +1,26 @@
-"""Which phase is active at a step.
+"""Which phase is active at a step, and which model passes its objectives need before advantages can be computed.
 
 Steps count from 1 and `until_step` is inclusive: a warm-up with `until_step: S` covers steps 1..S, as in the paper's
 indicator I[s > S]. (The authors' released code switches one step earlier; use S - 1 to match it.)
+
+The training loop runs the passes on the experience and fills the fields of the same names. (It also computes the old
+log-probs of what is trained on, for the loss ratio and the importance correction, if the update has more than one step;
+with one step they are the current ones.)
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from megatron_dsrl.config.phase import PhaseConfig
+from megatron_dsrl.config.phase import ObjectiveConfig, PhaseConfig
+from megatron_dsrl.config.phase_steps import phases_by_steps
+from megatron_dsrl.config.run import RunConfig
 
 
 class Schedule:
     """Consecutive phases, each up to its last step."""
 
-    def __init__(self, phases: Sequence[PhaseConfig]):
+    def __init__(self, phases: Sequence[PhaseConfig]) -> None:
         """Raises ValueError unless `until_step` increases and only the last phase is open-ended."""
         ends = [phase.until_step for phase in phases]
         bounds = [math.inf if end is None else end for end in ends]
@@ -39,3 +46,52 @@ class Schedule:
             if phase.until_step is None or step <= phase.until_step:
                 return phase
         raise ValueError(f"no phase covers step {step}: the last one ends at {self._phases[-1].until_step}")
+
+
+@dataclass(frozen=True)
+class ModelPasses:
+    """The fields of `Experience` that need a model pass."""
+
+    old_log_probs: bool = False
+    """Log-probs under the policy before the update."""
+    reference_log_probs: bool = False
+    """Log-probs under the reference policy."""
+    values: bool = False
+    """Values of the critic."""
+
+    def __or__(self, other: "ModelPasses") -> "ModelPasses":
+        """The union of both."""
+        return ModelPasses(
+            self.old_log_probs or other.old_log_probs,
+            self.reference_log_probs or other.reference_log_probs,
+            self.values or other.values,
+        )
+
+
+def required_passes(objective: ObjectiveConfig) -> ModelPasses:
+    """Fields that an objective's experience needs before `with_advantages`."""
+    penalised = objective.kl is not None and objective.kl.reward_coefficient > 0
+    kl_passes = ModelPasses(old_log_probs=penalised, reference_log_probs=objective.kl is not None)
+    return kl_passes | objective.advantage.needs
+
+
+def run_passes(config: RunConfig) -> ModelPasses:
+    """The union of what the phases need at the run's steps. `values` takes a critic, `reference_log_probs` a reference
+    policy.
+
+    Raises:
+        UserError: as `phases_by_steps`.
+    """
+    needed = ModelPasses()
+    for phase in phases_by_steps(config):
+        for form in phase.forms if phase.steps else ():
+            needed |= phase_passes(form)
+    return needed
+
+
+def phase_passes(phase: PhaseConfig) -> ModelPasses:
+    """The union of what a phase's objectives need."""
+    needed = ModelPasses()
+    for objective in phase.objectives.values():
+        needed |= required_passes(objective)
+    return needed

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from megatron_dsrl.config.choices import SPACES
+from megatron_dsrl.config.phase import SPACES
 from megatron_dsrl.config.registry import Options
 
 
@@ -50,7 +50,7 @@ class ScoredSequence:
 
 
 class Space(Options):
-    """Base class of spaces: fields are options, `sequence` decides what is scored given which context."""
+    """Base class of spaces: fields are options, `context` decides what a response is scored given."""
 
     prompt_in_context: ClassVar[bool]
     """Whether scored tokens are conditioned on the prompt, as in the engine. Only then are their log-probs comparable
@@ -74,6 +74,16 @@ class Space(Options):
         return max_prompt_tokens
 
     @abstractmethod
+    def context(self, prompt_ids: Sequence[int], context_ids: Sequence[int]) -> Sequence[int]:
+        """Token ids that precede the response.
+
+        Args:
+            context_ids: token ids of `context_text`.
+
+        Raises:
+            ValueError: the prompt is empty, and the space needs it.
+        """
+
     def sequence(
         self,
         prompt_ids: Sequence[int],
@@ -81,7 +91,10 @@ class Space(Options):
         context_ids: Sequence[int] = (),
         scored: Sequence[bool] | None = None,
     ) -> ScoredSequence:
-        """The scored sequence of a response.
+        """The scored sequence of a response: its context, then the response.
+
+        Without any context, nothing predicts the first response token, so it is unscored context; a one-token response
+        then has nothing to score.
 
         Args:
             response_ids: at least one token.
@@ -91,6 +104,12 @@ class Space(Options):
         Raises:
             ValueError: a part that the space needs is empty.
         """
+        if not response_ids:
+            raise ValueError("a scored sequence needs at least one response token")
+        context = self.context(prompt_ids, context_ids)
+        unscored = 0 if context else 1
+        mask = None if scored is None else tuple(scored[unscored:])
+        return ScoredSequence((*context, *response_ids), len(context) + unscored, mask)
 
 
 @SPACES.register
@@ -100,16 +119,10 @@ class PostTrain(Space):
     name: Literal["post_train"] = "post_train"
     prompt_in_context: ClassVar[bool] = True
 
-    def sequence(
-        self,
-        prompt_ids: Sequence[int],
-        response_ids: Sequence[int],
-        context_ids: Sequence[int] = (),
-        scored: Sequence[bool] | None = None,
-    ) -> ScoredSequence:
-        if not prompt_ids or not response_ids:
-            raise ValueError("a scored sequence needs at least one prompt token and one response token")
-        return ScoredSequence((*prompt_ids, *response_ids), len(prompt_ids), None if scored is None else tuple(scored))
+    def context(self, prompt_ids: Sequence[int], context_ids: Sequence[int]) -> Sequence[int]:
+        if not prompt_ids:
+            raise ValueError("the post-train space needs at least one prompt token")
+        return prompt_ids
 
 
 @SPACES.register
@@ -132,20 +145,8 @@ class PreTrain(Space):
     def max_context_tokens(self, max_prompt_tokens: int) -> int:
         return LONGEST_BOS
 
-    def sequence(
-        self,
-        prompt_ids: Sequence[int],
-        response_ids: Sequence[int],
-        context_ids: Sequence[int] = (),
-        scored: Sequence[bool] | None = None,
-    ) -> ScoredSequence:
-        """Without a BOS, nothing predicts the first response token, so it is unscored context; a one-token response
-        then has nothing to score."""
-        if not response_ids:
-            raise ValueError("a scored sequence needs at least one response token")
-        unscored = 0 if context_ids else 1
-        mask = None if scored is None else tuple(scored[unscored:])
-        return ScoredSequence((*context_ids, *response_ids), len(context_ids) + unscored, mask)
+    def context(self, prompt_ids: Sequence[int], context_ids: Sequence[int]) -> Sequence[int]:
+        return context_ids
 
 
 LONGEST_BOS = 3

@@ -20,12 +20,17 @@ class PhaseSteps:
     forms: tuple[PhaseConfig, ...]
     """The phase at its steps, at least one: what `PhaseConfig.at` gives, the same one once."""
 
+    @property
+    def steps(self) -> int:
+        """Steps that the run spends in the phase."""
+        return max(0, self.last_step - self.first_step + 1)
+
 
 def phases_by_steps(config: RunConfig) -> Iterator[PhaseSteps]:
     """Every phase of the run, in order.
 
     Raises:
-        UserError: a phase of one's own fails at one of its steps, or gives something else than a phase.
+        UserError: a custom phase fails at one of its steps, or gives something else than a phase.
     """
     first = 1
     for position, phase in enumerate(config.phases):

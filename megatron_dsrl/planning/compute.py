@@ -8,7 +8,7 @@ training reaches (MFU), and the share of the memory bandwidth that decoding reac
 
 from dataclasses import dataclass
 
-from megatron_dsrl.algorithms.advantage_estimation import required_passes
+from megatron_dsrl.algorithms.schedule import required_passes
 from megatron_dsrl.config.model import Recompute
 from megatron_dsrl.config.phase import PhaseConfig
 from megatron_dsrl.config.run import RunConfig
@@ -33,7 +33,6 @@ def forward_flops(architecture: Architecture, context: int, scored: int) -> floa
     """Operations of one sequence through the policy, forward only; the output layer computes only scored tokens.
 
     Args:
-        architecture: the model.
         context: number of tokens before the scored ones.
         scored: number of scored tokens.
     """
@@ -44,7 +43,6 @@ def training_flops(architecture: Architecture, context: int, scored: int, recomp
     """Operations of one sequence through the policy, forward and backward.
 
     Args:
-        architecture: the model.
         context: number of tokens before the scored ones.
         scored: number of scored tokens.
         recompute: `model.recompute`, the part of the forward pass that is repeated.

@@ -17,6 +17,7 @@ Not counted: the CUDA context, memory that the allocator cannot reuse, and NCCL'
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from megatron_dsrl.algorithms.schedule import run_passes
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import Architecture
 from megatron_dsrl.planning.memory import (
@@ -28,7 +29,6 @@ from megatron_dsrl.planning.memory import (
     policy_memory,
     routed_experts_bytes,
 )
-from megatron_dsrl.planning.phases import other_models
 
 RESERVE_BYTES = 3 * 2**30
 ENGINE_WORK_BYTES = 3 * 2**30
@@ -171,9 +171,9 @@ class RunMemory:
 def run_memory(config: RunConfig, architecture: Architecture, capacity: int, world_size: int) -> RunMemory:
     """Memory of a run whose layout is valid; `capacity` is the memory of a GPU in bytes."""
     stages = range(config.parallel.pipeline_parallel_size)
-    others = other_models(config)
+    needed = run_passes(config)
     policy = tuple(policy_memory(config, architecture, world_size, stage) for stage in stages)
-    critic = tuple(critic_memory(config, architecture, world_size, stage) for stage in stages) if others.critic else ()
+    critic = tuple(critic_memory(config, architecture, world_size, stage) for stage in stages) if needed.values else ()
     copied = [policy, critic] if config.checkpoint.asynchronous else []
     return RunMemory(
         config=config,
@@ -182,7 +182,7 @@ def run_memory(config: RunConfig, architecture: Architecture, capacity: int, wor
         critic=critic,
         engine=engine_memory(config, architecture, capacity),
         largest_entry=largest_entry_bytes(config, architecture),
-        reference_on_host=tuple(stage.weights if others.reference else 0 for stage in policy),
+        reference_on_host=tuple(stage.weights if needed.reference_log_probs else 0 for stage in policy),
         checkpoint_on_host=tuple(
             sum(model[stage].weights + model[stage].optimizer for model in copied if model) for stage in stages
         ),

@@ -3,18 +3,17 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron_dsrl.config.phase import PhaseConfig
+from megatron_dsrl.config.phase_steps import PhaseSteps, phases_by_steps
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import Architecture
 from megatron_dsrl.planning.compute import Assumptions, generation_seconds, phase_flops, training_seconds
 from megatron_dsrl.planning.fit import RunMemory, run_memory
 from megatron_dsrl.planning.gpus import Gpu
-from megatron_dsrl.planning.phases import phases_of
 
 
 @dataclass(frozen=True)
 class PhaseCost:
-    """Cost of one step of a phase."""
+    """Cost of one step of a phase; of the most expensive one, where a custom phase changes from step to step."""
 
     name: str
     steps: int
@@ -69,16 +68,16 @@ def make_plan(
     """Memory and time of a run whose layout is valid; see `layouts.layout_problems`."""
     memory = run_memory(config, architecture, gpu.memory_bytes, world_size)
 
-    def cost(phase: PhaseConfig, steps: int) -> PhaseCost:
-        flops = phase_flops(config, architecture, phase, assumptions.mean_response_tokens)
-        return PhaseCost(phase.name, steps, flops, training_seconds(flops, config, world_size, gpu, assumptions))
+    def cost(phase: PhaseSteps) -> PhaseCost:
+        flops = max(phase_flops(config, architecture, form, assumptions.mean_response_tokens) for form in phase.forms)
+        return PhaseCost(phase.name, phase.steps, flops, training_seconds(flops, config, world_size, gpu, assumptions))
 
     return Plan(
         config=config,
         gpu=gpu,
         world_size=world_size,
         memory=memory,
-        phases=tuple(cost(phase, steps) for phase, steps in phases_of(config)),
+        phases=tuple(cost(phase) for phase in phases_by_steps(config) if phase.steps),
         generation_seconds=generation_seconds(architecture, config, world_size, gpu, memory.engine, assumptions),
     )
 

@@ -21,13 +21,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from megatron_dsrl.config.phase_steps import phases_by_steps
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import Architecture
 from megatron_dsrl.planning.compute import Assumptions, generation_seconds, phase_flops, training_seconds
 from megatron_dsrl.planning.gpus import Gpu
 from megatron_dsrl.planning.memory import element_bytes, engine_memory
 from megatron_dsrl.planning.parameters import parameters_of_model, parameters_of_stage
-from megatron_dsrl.planning.phases import phases_of
 
 MEASURED = "measured on one CPU core by tools/benchmark_controller.py"
 NOTICEABLE = 0.1
@@ -130,7 +130,8 @@ def estimate_step(
     samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     tokens = samples * assumptions.mean_response_tokens
     engine = engine_memory(config, architecture, gpu.memory_bytes)
-    flops = max(phase_flops(config, architecture, p, assumptions.mean_response_tokens) for p, _ in phases_of(config))
+    forms = [form for phase in phases_by_steps(config) if phase.steps for form in phase.forms]
+    flops = max(phase_flops(config, architecture, form, assumptions.mean_response_tokens) for form in forms)
     decoding_step = engine.weights / (gpu.bytes_per_second * assumptions.bandwidth_utilisation)
     rounds = math.ceil(math.log2(world_size)) if world_size > 1 else 0
     model_bytes = parameters_of_model(architecture) * element_bytes(config)

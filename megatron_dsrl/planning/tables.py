@@ -50,7 +50,6 @@ def print_suggestions(
         plans: the result of `layouts.suggest`.
         gpus: number of GPUs that they are for.
         needed_gpus: if there are no plans, the smallest number of GPUs with one; None if unknown.
-        console: where to print.
     """
     if not plans:
         console.print(f"No layout fits {_gpus(gpus)}: {_more_gpus(needed_gpus)}", highlight=False)

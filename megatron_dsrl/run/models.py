@@ -13,13 +13,12 @@ from megatron_dsrl.actor.build import build_actor, build_critic
 from megatron_dsrl.actor.critic import Critic
 from megatron_dsrl.actor.reference import ReferencePolicy
 from megatron_dsrl.actor.statistics import UpdateMetrics
-from megatron_dsrl.algorithms.advantage_estimation import estimate_advantages, phase_passes, required_passes
-from megatron_dsrl.algorithms.experience import Experience
+from megatron_dsrl.algorithms.experience import Experience, estimate_advantages
 from megatron_dsrl.algorithms.objective import build_objectives
-from megatron_dsrl.algorithms.schedule import Schedule
+from megatron_dsrl.algorithms.schedule import Schedule, phase_passes, required_passes
 from megatron_dsrl.checkpoint.store import BeginWrite, Checkpoint
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.config.critic import ReferenceConfig
+from megatron_dsrl.config.actor import ReferenceConfig
 from megatron_dsrl.config.phase import ObjectiveConfig, PhaseConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.observability.timer import SecondsPerPart
@@ -132,7 +131,6 @@ def build_models(config: RunConfig, folder: Path) -> RunModels:
     """Build the policy, and the other models that the run's phases need, as they are before the first step.
 
     Args:
-        config: the run's configuration.
         folder: local folder of `config.model.path`.
 
     Raises:

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from megatron_dsrl.algorithms.advantage_estimation import phase_passes
-from megatron_dsrl.algorithms.schedule import Schedule
+from megatron_dsrl.algorithms.schedule import Schedule, phase_passes
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.derived import RunFigures, derive
 from megatron_dsrl.config.prompt_count import count_prompts

@@ -26,12 +26,11 @@ from megatron_dsrl.algorithms.spaces import PostTrain, PreTrain
 from megatron_dsrl.config.actor import ActorConfig, OptimizerConfig
 from megatron_dsrl.config.data import PromptSetConfig
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig
-from megatron_dsrl.config.phase import (
-    PhaseConfig,
-)
+from megatron_dsrl.config.phase import PhaseConfig
 from megatron_dsrl.config.rollout import RolloutConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
+from tests.support.plain_torch import adamw
 from tests.support.tiny_model import make_tiny_qwen3
 
 BOS = [3]
@@ -175,10 +174,7 @@ def test_an_update_equals_transformers_and_adamw(model, phase, batch):
     folder, expected = model[0], copy.deepcopy(model[1])
     loss, grad_norm = reference(expected, phase, batch)
     torch.nn.utils.clip_grad_norm_(expected.parameters(), OPTIMIZER.gradient_clip_norm)
-    matrices = [p for p in expected.parameters() if p.ndim > 1]
-    vectors = [p for p in expected.parameters() if p.ndim == 1]  # Megatron exempts them from weight decay
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    torch.optim.AdamW(groups, OPTIMIZER.learning_rate, OPTIMIZER.betas, OPTIMIZER.eps, OPTIMIZER.weight_decay).step()
+    adamw(expected, OPTIMIZER).step()
 
     with one_process(folder) as actor:
         update = actor.update([objective_of(phase, batch=batch)])

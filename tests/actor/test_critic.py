@@ -20,13 +20,13 @@ from megatron_dsrl.actor.critic import Critic
 from megatron_dsrl.algorithms.experience import Experience, Response, build_experience
 from megatron_dsrl.algorithms.spaces import PostTrain
 from megatron_dsrl.cli import main
-from megatron_dsrl.config.actor import ActorConfig, OptimizerConfig
-from megatron_dsrl.config.critic import CriticConfig
+from megatron_dsrl.config.actor import ActorConfig, CriticConfig, OptimizerConfig
 from megatron_dsrl.config.data import PromptSetConfig
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig, RouterConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from tests.support.distributed import run_distributed
+from tests.support.plain_torch import adamw
 from tests.support.tiny_model import make_tiny_qwen3, make_tiny_qwen3_moe
 
 OPTIMIZER = OptimizerConfig(
@@ -249,15 +249,7 @@ def reference_updates(model: PreTrainedModel, count: int) -> tuple[list[dict], l
     Adam moves float32 weights, which the model takes over in its own dtype after every step.
     """
     master = copy.deepcopy(model).float()
-    matrices = [p for p in master.parameters() if p.ndim > 1]
-    vectors = [p for p in master.parameters() if p.ndim == 1]  # Megatron exempts them from weight decay
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
-        OPTIMIZER.learning_rate,
-        OPTIMIZER.betas,
-        OPTIMIZER.eps,
-        OPTIMIZER.weight_decay,
-    )
+    optimizer = adamw(master, OPTIMIZER)
     with torch.no_grad():
         before = reference_values(model, experience())
     batch = with_returns(experience(), tuple(before))

@@ -20,23 +20,12 @@ from megatron_dsrl.algorithms.advantages import GroupMean, GroupStandardised
 from megatron_dsrl.algorithms.aggregations import SequenceMean, TokenSum
 from megatron_dsrl.algorithms.experience import Experience, PerToken, build_experience
 from megatron_dsrl.algorithms.importance import Masked, Truncated
-from megatron_dsrl.algorithms.losses import (
-    CISPO,
-    GSPO,
-    PolicyGradient,
-    ScoredTokens,
-    TokenLosses,
-    supervised_loss,
-)
+from megatron_dsrl.algorithms.losses import CISPO, GSPO, PolicyGradient, ScoredTokens, TokenLosses, supervised_loss
 from megatron_dsrl.algorithms.objective import Objective, build_objectives
 from megatron_dsrl.algorithms.spaces import PostTrain, PreTrain
 from megatron_dsrl.config.actor import ActorConfig, OptimizerConfig
 from megatron_dsrl.config.model import ParallelConfig
-from megatron_dsrl.config.phase import (
-    AdditionalObjectiveConfig,
-    KLConfig,
-    PhaseConfig,
-)
+from megatron_dsrl.config.phase import AdditionalObjectiveConfig, KLConfig, PhaseConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from tests.actor.test_actor import BOS, GRPO, NSR_PRERL, objective_of, responses, run_config, with_unscored_tokens
@@ -243,6 +232,8 @@ def run_cases(folder: Path, cases: Mapping[str, Case]) -> dict[str, dict]:
             result = {"log_probs": torch.cat(actor.log_probs(objective_in(case, GRPO).experience)).numpy()}
             result["weights"], result["updates"] = [weights_of(actor)], []
             for step, mini_batches in objectives(case, actor):
+                if mini_batches > 1:
+                    step = [actor.with_old_log_probs(objective) for objective in step]
                 result["updates"].append(actor.update(step, mini_batches).flat())
                 result["weights"].append(weights_of(actor))
             results[name] = result

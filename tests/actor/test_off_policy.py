@@ -27,13 +27,10 @@ from megatron_dsrl.algorithms.objective import build_objectives
 from megatron_dsrl.algorithms.spaces import PostTrain, PreTrain
 from megatron_dsrl.config.actor import ActorConfig, OptimizerConfig
 from megatron_dsrl.config.model import ParallelConfig
-from megatron_dsrl.config.phase import (
-    AdditionalObjectiveConfig,
-    KLConfig,
-    PhaseConfig,
-)
+from megatron_dsrl.config.phase import AdditionalObjectiveConfig, KLConfig, PhaseConfig
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from tests.actor.test_actor import BOS, TEMPERATURE, run_config
+from tests.support.plain_torch import adamw
 from tests.support.tiny_model import make_tiny_qwen3
 
 MINI_BATCHES, EPOCHS = 2, 2
@@ -183,15 +180,7 @@ def score(model: Qwen3ForCausalLM, s: Sequence) -> tuple[Tensor, Tensor]:
 
 def reference_update(model: Qwen3ForCausalLM, terms: list[Term]) -> list[float]:
     """Train the model in place; the loss of every optimizer step."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim == 1]  # Megatron exempts them from weight decay
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
-        OPTIMIZER.learning_rate,
-        OPTIMIZER.betas,
-        OPTIMIZER.eps,
-        OPTIMIZER.weight_decay,
-    )
+    optimizer = adamw(model, OPTIMIZER)
     with torch.no_grad():
         terms = [replace(t, sequences=[replace(s, old=score(model, s)[0]) for s in t.sequences]) for t in terms]
     losses = []
@@ -242,7 +231,8 @@ def check(model, config: PhaseConfig, terms: list[Term]) -> dict[str, float]:
     run = run_config(folder, parallel, actor_config).model_copy(update={"optimizer": OPTIMIZER})
     with parallel_layout(parallel, seed=1):
         actor = build_actor(run, folder)
-        update = actor.update(build_objectives(config, experiences, LENGTH_LIMIT), MINI_BATCHES, EPOCHS)
+        objectives = [actor.with_old_log_probs(each) for each in build_objectives(config, experiences, LENGTH_LIMIT)]
+        update = actor.update(objectives, MINI_BATCHES, EPOCHS)
         weights = {name: w.numpy() for bucket in actor.hf_weights(bucket_bytes=10_000) for name, w in bucket}
 
     assert update.loss == pytest.approx(sum(losses) / len(losses), rel=1e-4, abs=1e-6)

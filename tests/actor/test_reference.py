@@ -21,6 +21,7 @@ from megatron_dsrl.config.phase import KLConfig, PhaseConfig
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from tests.actor.test_actor import GRPO, OPTIMIZER, TEMPERATURE, objective_of, run_config
 from tests.support.distributed import run_distributed
+from tests.support.plain_torch import adamw
 from tests.support.tiny_model import make_tiny_qwen3
 
 COEFFICIENT = 0.5
@@ -83,15 +84,7 @@ def transformers_steps(model: Qwen3ForCausalLM) -> list[dict]:
     experience = objective_of(GRPO).experience
     advantages = torch.cat(experience.advantages)
     policy = copy.deepcopy(model)
-    matrices = [p for p in policy.parameters() if p.ndim > 1]
-    vectors = [p for p in policy.parameters() if p.ndim == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
-        OPTIMIZER.learning_rate,
-        OPTIMIZER.betas,
-        OPTIMIZER.eps,
-        OPTIMIZER.weight_decay,
-    )
+    optimizer = adamw(policy, OPTIMIZER)
     with torch.no_grad():
         of_reference = log_probs(model, experience)
     steps = []

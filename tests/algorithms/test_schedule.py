@@ -5,9 +5,7 @@ import pytest
 from megatron_dsrl.algorithms.advantages import GroupMean, GroupStandardised
 from megatron_dsrl.algorithms.schedule import Schedule
 from megatron_dsrl.algorithms.spaces import PostTrain, PreTrain
-from megatron_dsrl.config.phase import (
-    PhaseConfig,
-)
+from megatron_dsrl.config.phase import PhaseConfig
 
 
 def phase(name, until_step):

@@ -9,8 +9,7 @@ import torch
 from megatron_dsrl.algorithms.advantages import GroupMean
 from megatron_dsrl.algorithms.experience import Response, build_experience
 from megatron_dsrl.algorithms.spaces import PostTrain, PreTrain, ScoredSequence, Space
-from megatron_dsrl.config.choices import SPACES
-from megatron_dsrl.config.phase import PhaseConfig
+from megatron_dsrl.config.phase import SPACES, PhaseConfig
 
 PROMPT, RESPONSE, BOS = (1, 2, 3), (10, 11, 12, 13), (7,)
 
@@ -22,14 +21,8 @@ class PromptEnd(Space):
     prompt_in_context: ClassVar[bool] = False
     metrics_prefix: ClassVar[str] = "prompt_end"
 
-    def sequence(
-        self,
-        prompt_ids: Sequence[int],
-        response_ids: Sequence[int],
-        context_ids: Sequence[int] = (),
-        scored: Sequence[bool] | None = None,
-    ) -> ScoredSequence:
-        return PostTrain().sequence(prompt_ids[-self.kept_tokens :], response_ids, scored=scored)
+    def context(self, prompt_ids: Sequence[int], context_ids: Sequence[int]) -> Sequence[int]:
+        return prompt_ids[-self.kept_tokens :]
 
 
 def scored_tokens(sequence: ScoredSequence) -> list[int]:
@@ -72,7 +65,7 @@ def test_marks_of_older_weights_follow_the_mask():
 
 
 def test_empty_parts_are_refused():
-    with pytest.raises(ValueError, match="at least one prompt token and one response token"):
+    with pytest.raises(ValueError, match="at least one prompt token"):
         PostTrain().sequence((), RESPONSE)
     with pytest.raises(ValueError, match="at least one response token"):
         PreTrain().sequence(PROMPT, ())

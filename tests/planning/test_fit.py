@@ -5,9 +5,10 @@ import pytest
 from megatron_dsrl.cli import main
 from megatron_dsrl.config.load import load_config
 from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.planning.compute import Assumptions
 from megatron_dsrl.planning.fit import ENGINE_WORK_BYTES, RESERVE_BYTES, run_memory
 from megatron_dsrl.planning.gpus import find_gpu
-from megatron_dsrl.planning.phases import OtherModels, other_models
+from megatron_dsrl.planning.plan import make_plan
 from megatron_dsrl.planning.warnings import Machine, memory_warnings
 from tests.planning.test_memory import paper_run
 from tests.planning.test_parameters import published, qwen3_8b, qwen3_30b_a3b
@@ -19,15 +20,34 @@ GPU_BYTES = 80 * 10**9
 def ppo(*overrides: str) -> RunConfig:
     """The paper's run with a critic, in the layout of the runs without one."""
     whole = ["parallel.tensor_parallel_size=4", "engine.memory_fraction=0.6", *overrides]
-    return load_config(REPOSITORY / "configs" / "qwen3_8b" / "ppo.yaml", whole)
+    return load_config(REPOSITORY / "configs" / "ppo_qwen3_8b.yaml", whole)
 
 
 def test_models_beside_the_policy_are_counted_only_if_a_phase_of_the_run_needs_them():
-    assert other_models(paper_run()) == OtherModels(critic=False, reference=False)
-    assert other_models(ppo()) == OtherModels(critic=True, reference=False)
     kl = "phases.1.kl={loss_coefficient: 0.1}"
-    assert other_models(paper_run(kl)) == OtherModels(critic=False, reference=True)
-    assert other_models(paper_run(kl, "steps=20")) == OtherModels(critic=False, reference=False), "only the warm-up"
+    only_the_warm_up = paper_run(kl, "steps=20")
+    for config, critic, reference in (
+        (paper_run(), False, False),
+        (ppo(), True, False),
+        (paper_run(kl), False, True),
+        (only_the_warm_up, False, False),
+    ):
+        memory = run_memory(config, qwen3_8b(), GPU_BYTES, world_size=8)
+        assert (bool(memory.critic), any(memory.reference_on_host)) == (critic, reference)
+
+
+def test_models_that_only_a_custom_phase_brings_in_are_counted():
+    """The phase itself needs none of them: `at` adds an objective that does, at its first steps."""
+    custom = [
+        "phases.0.type=examples.own_algorithm.phase:FadingPhase",
+        "phases.0.fading_steps=1",
+        "phases.0.fading={name: fading, space: {name: post_train}, advantage: gae, kl: {loss_coefficient: 0.1}}",
+    ]
+    memory = run_memory(paper_run(*custom), qwen3_8b(), GPU_BYTES, world_size=8)
+    assert memory.critic and any(memory.reference_on_host)
+    plain = make_plan(paper_run(), qwen3_8b(), find_gpu("h100"), 8, Assumptions(mean_response_tokens=1024))
+    fading = make_plan(paper_run(*custom), qwen3_8b(), find_gpu("h100"), 8, Assumptions(mean_response_tokens=1024))
+    assert fading.phases[0].flops > 2 * plain.phases[0].flops and fading.phases[1].flops == plain.phases[1].flops
 
 
 QWEN3_4B = published("Qwen3ForCausalLM", 2560, 36, 32, 8, intermediate_size=9728, tie_word_embeddings=True)
@@ -38,11 +58,12 @@ SIZES = {"qwen3_4b": (QWEN3_4B, 8), "qwen3_8b": (qwen3_8b(), 8), "qwen3_30b_a3b"
 def test_every_run_of_a_size_fits_on_its_nodes_of_80_gb(size):
     architecture, gpus = SIZES[size]
     folder = REPOSITORY / "configs"
-    files = [*folder.glob(f"*_{size}.yaml"), *folder.glob(f"{size}/*.yaml")]
-    assert len(files) >= 2
-    for file in files:
-        memory = run_memory(load_config(file, []), architecture, find_gpu("h100").memory_bytes, gpus)
-        assert memory.fits, (file.name, memory.problems)
+    singles = [[file] for file in folder.glob(f"*_{size}.yaml")]
+    pairs = [[folder / "sizes" / f"{size}.yaml", method] for method in folder.glob("methods/*.yaml")]
+    assert len(singles) >= 2 and len(pairs) > 20
+    for files in [*singles, *(pair for pair in pairs if pair[1].stem != "ppo")]:
+        memory = run_memory(load_config(files), architecture, find_gpu("h100").memory_bytes, gpus)
+        assert memory.fits, (files, memory.problems)
 
 
 def test_peaks_by_hand():
