@@ -21,10 +21,10 @@ from rich.table import Table
 
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rollout.recording import write_groups
-from megatron_dsrl.rollout.sample import Group, Sample
+from megatron_dsrl.rollout.sample import Sample, SampleGroup
 
 
-def random_groups(prompts: int, samples: int, tokens: int) -> list[Group]:
+def random_groups(prompts: int, samples: int, tokens: int) -> list[SampleGroup]:
     """Random groups of the size of a real step's."""
     chance = random.Random(0)
 
@@ -35,7 +35,8 @@ def random_groups(prompts: int, samples: int, tokens: int) -> list[Group]:
 
     prompt_ids = tuple(range(200))
     return [
-        Group(Prompt(i, "Solve it.", prompt_ids, "2"), tuple(sample() for _ in range(samples))) for i in range(prompts)
+        SampleGroup(Prompt(i, "Solve it.", prompt_ids, "2"), tuple(sample() for _ in range(samples)))
+        for i in range(prompts)
     ]
 
 
@@ -52,14 +53,14 @@ def measure(write: Callable[[], object]) -> tuple[float, float]:
     return last - begin, longest
 
 
-def with_json(file: Path, groups: Sequence[Group]) -> None:
+def with_json(file: Path, groups: Sequence[SampleGroup]) -> None:
     """The standard library's encoder."""
     with open(file, "w", encoding="utf-8") as stream:
         for group in groups:
             stream.write(json.dumps(asdict(group), ensure_ascii=False) + "\n")
 
 
-def with_gzip(file: Path, groups: Sequence[Group]) -> None:
+def with_gzip(file: Path, groups: Sequence[SampleGroup]) -> None:
     """gzip at the fastest compression level."""
     with gzip.open(file, "wb", compresslevel=1) as stream:
         for group in groups:
@@ -69,9 +70,9 @@ def with_gzip(file: Path, groups: Sequence[Group]) -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--prompts", type=int, default=128, help="groups per step (default: 128)")
-    parser.add_argument("--samples", type=int, default=8, help="samples per group (default: 8)")
-    parser.add_argument("--tokens", type=int, default=8192, help="tokens per sample (default: 8192)")
+    parser.add_argument("--prompts", type=int, default=128, help="groups of the step (default: 128)")
+    parser.add_argument("--samples", type=int, default=8, help="samples of a group (default: 8)")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens of a sample (default: 8192)")
     options = parser.parse_args()
     groups = random_groups(options.prompts, options.samples, options.tokens)
     table = Table("", "seconds", "MB", "others wait (ms)", box=None)

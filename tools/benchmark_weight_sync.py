@@ -14,12 +14,13 @@ import statistics
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from megatron_dsrl.algorithms.spaces import PostTrain
 from megatron_dsrl.common.collective import broadcast, gather, rank, together, world_size
@@ -79,7 +80,7 @@ def make_config(model: Path, parallel: ParallelConfig, engine_size: int, dtype: 
             tensor_parallel_size=engine_size,
             max_total_tokens=4096,
             update_timeout_seconds=TIMEOUT_SECONDS,
-            check_weights="first",  # verify that the timed weights arrive
+            check_weights="first",  # what is timed arrives
         ),
         phases=[PhaseConfig(name="GRPO", space=PostTrain(), advantage={"name": "group_standardised"})],
     )
@@ -124,7 +125,7 @@ def measure(folder: Path, config: RunConfig, bucket_megabytes: Sequence[int], ro
             measured = {}
             for megabytes in bucket_megabytes:
 
-                def stream(megabytes: int = megabytes):
+                def stream(megabytes: int = megabytes) -> Iterator[list[tuple[str, Tensor]]]:
                     return stream_hf_weights(chunks, table, megabytes * 2**20, dtype)
 
                 measured[f"push, {megabytes} MiB buckets"] = seconds_of(lambda: engines.load(stream, turn))
@@ -154,12 +155,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--megabytes", type=float, nargs="+", default=[100, 400], help="sizes of the weights")
     parser.add_argument("--bucket-megabytes", type=int, nargs="+", default=[16, 64, 256], help="sizes of the buckets")
-    parser.add_argument("--hidden-size", type=int, default=512, help="of the model; layers make up the size")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: 5)")
+    parser.add_argument("--hidden-size", type=int, default=512, help="of the model; the rest is layers")
+    parser.add_argument("--rounds", type=int, default=5, help="timed turns of each way (default: 5)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
-    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="of the trainer; use with torchrun")
-    parser.add_argument("--engine-tensor-parallel-size", type=int, default=1, help="use with torchrun")
-    parser.add_argument("--scratch", type=Path, help="folder on the disk to measure (default: a temporary one)")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="of the trainer, under torchrun")
+    parser.add_argument("--engine-tensor-parallel-size", type=int, default=1, help="under torchrun")
+    parser.add_argument("--scratch", type=Path, help="folder on the disk to be measured (default: the temporary one)")
     options = parser.parse_args()
     silence_expected_warnings()
     parallel = ParallelConfig(tensor_parallel_size=options.tensor_parallel_size)

@@ -210,7 +210,7 @@ class DeviceMemory(AskedInThread):
 class EngineSettings(AskedInThread):
     """The settings that the engine of a running run reports. Polls until it answers."""
 
-    def __init__(self, port: int):
+    def __init__(self, port: int) -> None:
         super().__init__()
         self.answer: dict[str, Any] = {}
         self._url = f"http://127.0.0.1:{port}/server_info"

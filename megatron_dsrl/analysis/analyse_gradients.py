@@ -14,9 +14,8 @@ from megatron_dsrl.analysis.alignment import ScoredResponse
 from megatron_dsrl.analysis.gradients import LogProbGradients
 from megatron_dsrl.analysis.responses import choose, read_steps, recorded_steps
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.config.analysis import GradientAnalysisConfig
 from megatron_dsrl.config.load import apply_override
-from megatron_dsrl.config.model import ParallelConfig
+from megatron_dsrl.config.model import GradientAnalysisConfig, ParallelConfig
 from megatron_dsrl.config.validate import validated
 from megatron_dsrl.config.yaml_text import KeyPath
 from megatron_dsrl.data.tokenizer import TURN_END, context_token_ids, load_tokenizer
@@ -109,7 +108,6 @@ def scoring_model(
     Args:
         config: layout and dtype of the model.
         folder: folder of its weights.
-        architecture: its architecture.
         responses: responses that it will score.
 
     Raises:

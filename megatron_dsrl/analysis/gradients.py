@@ -69,7 +69,7 @@ class GradientComparison:
 class LogProbGradients:
     """A sharded model, with memory for a second gradient. Every method is collective over the ranks."""
 
-    def __init__(self, model: ShardedModel, vocab_size: int, temperature: float):
+    def __init__(self, model: ShardedModel, vocab_size: int, temperature: float) -> None:
         """
         Args:
             model: built without the distributed optimizer, which would shard gradients.

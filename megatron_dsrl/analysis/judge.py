@@ -74,7 +74,6 @@ def ask_all(
     """Ask every question at temperature 0.
 
     Args:
-        endpoint: the judge.
         questions: chats by key.
         on_answer: called with key and text of every answer as it arrives.
 

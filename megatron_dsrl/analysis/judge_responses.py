@@ -44,7 +44,6 @@ def judge_responses(
 
     Args:
         steps: steps with their chosen responses, each with its place within the step.
-        endpoint: the judge.
         file: file of the verdicts; folders are created.
         on_verdict: called once for every response with a verdict, including those of earlier starts.
 

@@ -10,19 +10,16 @@ from functools import partial
 from statistics import fmean
 
 from megatron_dsrl.charts.chart_axes import ValueAxis
-from megatron_dsrl.charts.chart_source import Series
+from megatron_dsrl.charts.chart_source import PhaseSpan, Series
 from megatron_dsrl.charts.charts import Chart, line_chart
 from megatron_dsrl.observability.records import Record
-from megatron_dsrl.observability.run_records import PhaseSpan
-from megatron_dsrl.rollout.sample import Group, Sample
+from megatron_dsrl.rollout.sample import Sample, SampleGroup
 
 
-def lengths_of_step(step: int, groups: Sequence[Group], metrics: Mapping[int, Record]) -> Record:
+def lengths_of_step(step: int, groups: Sequence[SampleGroup], metrics: Mapping[int, Record]) -> Record:
     """Lengths in tokens and entropies in nat; None for means over nothing.
 
     Args:
-        step: number of the step.
-        groups: groups of the step.
         metrics: the run's step records by step; this step's may be missing.
     """
     samples = [sample for group in groups for sample in group.samples]

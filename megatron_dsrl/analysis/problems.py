@@ -12,11 +12,10 @@ from functools import partial
 from typing import Literal
 
 from megatron_dsrl.charts.chart_axes import ValueAxis
-from megatron_dsrl.charts.chart_source import Series
+from megatron_dsrl.charts.chart_source import PhaseSpan, Series
 from megatron_dsrl.charts.charts import Chart, line_chart, stacked_chart
 from megatron_dsrl.observability.records import Record
-from megatron_dsrl.observability.run_records import PhaseSpan
-from megatron_dsrl.rollout.sample import Group
+from megatron_dsrl.rollout.sample import SampleGroup
 
 Outcome = Literal["solved", "mixed", "unsolved"]
 
@@ -42,7 +41,7 @@ class Visit:
     """It has no right response and had one at the previous visit."""
 
 
-def visits(steps: Iterable[tuple[int, Sequence[Group]]]) -> list[Visit]:
+def visits(steps: Iterable[tuple[int, Sequence[SampleGroup]]]) -> list[Visit]:
     """Every group of the steps as a visit of its problem; the steps must be in order."""
     seen: list[Visit] = []
     last: dict[int, Visit] = {}
@@ -68,7 +67,7 @@ def visits(steps: Iterable[tuple[int, Sequence[Group]]]) -> list[Visit]:
     return seen
 
 
-def outcome_of(group: Group) -> Outcome:
+def outcome_of(group: SampleGroup) -> Outcome:
     """Outcome of the responses of one group."""
     rewards = [sample.reward for sample in group.samples]
     return "solved" if min(rewards) >= 1 else "unsolved" if max(rewards) <= 0 else "mixed"

@@ -12,7 +12,7 @@ from typing import TypeVar
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.evaluation.sample_file import read_sample_file
 from megatron_dsrl.rollout.recording import read_groups
-from megatron_dsrl.rollout.sample import Group
+from megatron_dsrl.rollout.sample import SampleGroup
 
 Item = TypeVar("Item")
 
@@ -57,11 +57,10 @@ def recorded_steps(run_folder: Path) -> list[int]:
     return steps
 
 
-def read_steps(run_folder: Path, steps: Sequence[int] | None = None) -> Iterator[tuple[int, list[Group]]]:
+def read_steps(run_folder: Path, steps: Sequence[int] | None = None) -> Iterator[tuple[int, list[SampleGroup]]]:
     """Yield steps and their groups, in order.
 
     Args:
-        run_folder: the run's folder.
         steps: steps to read; None: all that are recorded.
 
     Raises:
@@ -75,7 +74,7 @@ def read_steps(run_folder: Path, steps: Sequence[int] | None = None) -> Iterator
         yield step, read_groups(run_folder / "rollouts" / f"step_{step:06d}.jsonl")
 
 
-def responses_of_step(step: int, groups: Sequence[Group]) -> list[RecordedResponse]:
+def responses_of_step(step: int, groups: Sequence[SampleGroup]) -> list[RecordedResponse]:
     """All samples of a step's groups, in order."""
     return [
         RecordedResponse(

@@ -11,14 +11,14 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_dsrl.analysis.response_log_probs import ResponseLogProbs
-from megatron_dsrl.rollout.sample import Group, Sample
+from megatron_dsrl.rollout.sample import Sample, SampleGroup
 
 GAP_STYLES = ((1.0, "bold green"), (0.1, "green"), (-0.1, "dim"), (-1.0, "red"))
 """(lowest gap in nat, style); gaps below the last one are bold red."""
 
 
 def print_group(
-    group: Group,
+    group: SampleGroup,
     log_probs: Sequence[ResponseLogProbs | None],
     token_text: Callable[[int], str] | None,
     console: Console,
@@ -26,10 +26,8 @@ def print_group(
     """Print a prompt and its samples.
 
     Args:
-        group: the group to print.
         log_probs: log-probs of each sample in both spaces; None if they were not computed.
         token_text: text of a token id; None omits the token tables.
-        console: where to print.
     """
     rewards = ", ".join(f"{sample.reward:g}" for sample in group.samples)
     title = f"prompt {group.prompt.index} | answer {visible(group.prompt.answer)} | rewards {rewards}"

@@ -10,12 +10,12 @@ from megatron_dsrl.algorithms.spaces import PostTrain, PreTrain
 from megatron_dsrl.analysis.analyse_gradients import TokenisedResponse, scoring_model
 from megatron_dsrl.analysis.gradients import scores_of_row
 from megatron_dsrl.analysis.response_log_probs import ResponseLogProbs
-from megatron_dsrl.config.analysis import GradientAnalysisConfig
+from megatron_dsrl.config.model import GradientAnalysisConfig
 from megatron_dsrl.data.tokenizer import context_token_ids, load_tokenizer
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.source import resolve_model_folder
-from megatron_dsrl.observability.records import EXPORTS_FOLDER
 from megatron_dsrl.rollout.sample import Sample
+from megatron_dsrl.run.results import EXPORTS_FOLDER
 
 
 def both_spaces(config: GradientAnalysisConfig, responses: Sequence[TokenisedResponse]) -> list[ResponseLogProbs]:

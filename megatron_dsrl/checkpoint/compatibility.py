@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_dsrl.checkpoint.state import Layout
+from megatron_dsrl.checkpoint.state import ProcessLayout
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.config.run import RunConfig
@@ -71,7 +71,7 @@ def check_same_model(before: dict[str, Any], model: dict[str, Any], where: str) 
         raise UserError(f"{where} belongs to another model than model.path: " + "; ".join(changed))
 
 
-def check_same_optimizer(before: Layout, parallel: ParallelConfig, where: str) -> None:
+def check_same_optimizer(before: ProcessLayout, parallel: ParallelConfig, where: str) -> None:
     """Check that the optimizer state of a checkpoint can be loaded.
 
     Megatron stores the state in different formats for its two kinds of optimizer, and with and without expert

@@ -29,7 +29,7 @@ _Bucket = tuple[str, str, tuple[list, list]]
 class CheckpointWrite:
     """This rank's part of a checkpoint, ready to be written; see `begin_checkpoint`."""
 
-    def __init__(self, request: AsyncRequest, results: queue.Queue, copy: bool):
+    def __init__(self, request: AsyncRequest, results: queue.Queue, copy: bool) -> None:
         self._finalize = request.finalize_fns
         self._results = results
         self._buckets: list[_Bucket] = []

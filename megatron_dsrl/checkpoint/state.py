@@ -15,7 +15,7 @@ FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
-class Layout:
+class ProcessLayout:
     """The parallel layout a checkpoint was written in. Random states can be restored only in the same layout."""
 
     world_size: int
@@ -30,9 +30,9 @@ class Layout:
     expert_tensor_parallel_size: int | None = None
 
 
-def current_layout(parallel: ParallelConfig) -> Layout:
+def current_layout(parallel: ParallelConfig) -> ProcessLayout:
     """The layout of the current run."""
-    return Layout(
+    return ProcessLayout(
         world_size=dist.get_world_size(),
         tensor_parallel_size=parallel.tensor_parallel_size,
         pipeline_parallel_size=parallel.pipeline_parallel_size,
@@ -56,7 +56,7 @@ class RunState:
     """Name of its phase."""
     sampler: dict[str, Any]
     """The prompt sampler's state."""
-    layout: Layout
+    layout: ProcessLayout
     model: dict[str, Any]
     """Shapes and constants of the model, to detect a checkpoint of another model."""
     config: dict[str, Any]
@@ -94,7 +94,7 @@ class SavedState:
                 raise ValueError("the checksum does not match the content")
             run = content["run"]
             return cls(
-                run=RunState(**run | {"layout": Layout(**run["layout"])}),
+                run=RunState(**run | {"layout": ProcessLayout(**run["layout"])}),
                 files={name: (size, checksum) for name, (size, checksum) in content["files"].items()},
             )
         except (KeyError, TypeError, AttributeError) as error:

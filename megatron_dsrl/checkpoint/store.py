@@ -88,7 +88,7 @@ class CheckpointStore:
         keep_every_steps: int | None,
         report: Callable[[str], None],
         asynchronous: bool = False,
-    ):
+    ) -> None:
         """
         Args:
             root: folder of the checkpoints, shared by all ranks; need not exist yet.
@@ -255,7 +255,7 @@ class CheckpointStore:
 class _Save:
     """A save in flight: this rank's thread and its result."""
 
-    def __init__(self, state: RunState, partial: Path, writes: Sequence[WeightsWrite]):
+    def __init__(self, state: RunState, partial: Path, writes: Sequence[WeightsWrite]) -> None:
         self.state = state
         self.partial = partial
         self.problem: str | None = None

@@ -13,7 +13,7 @@ from megatron_dsrl.run.loading import loading_megatron
 
 if TYPE_CHECKING:
     from megatron_dsrl.analysis.response_log_probs import ResponseLogProbs
-    from megatron_dsrl.rollout.sample import Group, Sample
+    from megatron_dsrl.rollout.sample import Sample, SampleGroup
 
 DEFAULT_PROMPTS = 4
 
@@ -65,7 +65,7 @@ def _samples(options: argparse.Namespace) -> int:
     return 0
 
 
-def _chosen(groups: "Sequence[Group]", prompt: int | None, limit: int, step: int) -> "list[Group]":
+def _chosen(groups: "Sequence[SampleGroup]", prompt: int | None, limit: int, step: int) -> "list[SampleGroup]":
     if prompt is None:
         return list(groups[:limit])
     chosen = [group for group in groups if group.prompt.index == prompt]
@@ -75,7 +75,7 @@ def _chosen(groups: "Sequence[Group]", prompt: int | None, limit: int, step: int
     return chosen
 
 
-def _log_probs(options: argparse.Namespace, groups: "Sequence[Group]") -> "dict[int, ResponseLogProbs]":
+def _log_probs(options: argparse.Namespace, groups: "Sequence[SampleGroup]") -> "dict[int, ResponseLogProbs]":
     """Log-probs of every sample with tokens, by its `id`."""
     with loading_megatron(sys.stderr):
         from megatron_dsrl.analysis.analyse_gradients import TokenisedResponse, gradient_settings

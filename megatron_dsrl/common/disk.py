@@ -1,9 +1,11 @@
-"""Error messages for failed writes: a full, read-only or broken disk."""
+"""Files that are replaced whole, and error messages for failed writes: a full, read-only or broken disk."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from megatron_dsrl.common.errors import UserError
 
@@ -48,3 +50,28 @@ def writing(path: Path, what_is_safe: str = NOTHING_PUBLISHED) -> Iterator[None]
             f"{path} could not be written{free_space(path.parent)}: {cause}. {what_is_safe}; free space or fix the "
             "permissions, then run the command again"
         ) from error
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[BinaryIO]:
+    """Write a file that appears complete or not at all, in the place of the one there: a crash leaves the old content.
+
+    Yields:
+        The new file, which is flushed to disk and takes its name at the end of the block.
+    """
+    partial = file.with_name(file.name + ".partial")
+    try:
+        with open(partial, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, file)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def replace_text(file: Path, text: str) -> None:
+    """As `replacing`, with a text in UTF-8."""
+    with replacing(file) as stream:
+        stream.write(text.encode())

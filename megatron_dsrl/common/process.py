@@ -1,8 +1,12 @@
-"""Child processes that cannot outlive their parent (Linux)."""
+"""Child processes that cannot outlive their parent (Linux), and daemon threads that do not delay its exit."""
 
 import ctypes
 import os
 import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -42,3 +46,23 @@ def die_with_parent(parent: int) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+Value = TypeVar("Value")
+
+
+def in_background(work: Callable[[], Value]) -> "Future[Value]":
+    """Start `work` in a daemon thread. Signal handlers still run while the future is awaited.
+
+    Unlike the threads of a ThreadPoolExecutor, a daemon thread does not delay the exit of a process asked to stop.
+    """
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    future: Future[Value] = Future()
+    threading.Thread(target=run, daemon=True).start()
+    return future

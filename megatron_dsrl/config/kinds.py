@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_dsrl.config.analysis import GradientAnalysisConfig
 from megatron_dsrl.config.benchmark import BenchmarkConfig, BenchmarkRunConfig
 from megatron_dsrl.config.json_schema import inheriting_schema, partial_schema, section_schema
+from megatron_dsrl.config.model import GradientAnalysisConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.config.section import Section
 from megatron_dsrl.config.sweep import SweepConfig

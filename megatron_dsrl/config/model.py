@@ -126,3 +126,16 @@ class ParallelConfig(Section):
     def expert_model_parallel_size(self) -> int:
         """Processes that hold one copy of all experts together."""
         return self.split_of_experts * self.expert_parallel_size * self.pipeline_parallel_size
+
+
+class GradientAnalysisConfig(Section):
+    """Settings of `dsrl analyse gradients`; those of a run are taken from its own configuration."""
+
+    model: ModelConfig
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides the logits; for a run, the temperature of its rollouts."""
+
+    bos: Literal["im_start", "none", "assistant"] = "im_start"
+    """What replaces the prompt in pre-train space; see `algorithms.spaces.PreTrain`."""

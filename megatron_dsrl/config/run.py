@@ -2,8 +2,7 @@
 
 from pydantic import Field, field_validator
 
-from megatron_dsrl.config.actor import ActorConfig, OptimizerConfig
-from megatron_dsrl.config.critic import CriticConfig, ReferenceConfig
+from megatron_dsrl.config.actor import ActorConfig, CriticConfig, OptimizerConfig, ReferenceConfig
 from megatron_dsrl.config.data import PromptSetConfig, RewardConfig
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig
 from megatron_dsrl.config.phase import AnyPhase

@@ -17,7 +17,6 @@ def run_problems(
     """Every field, or fields, that do not fit, and what to do.
 
     Args:
-        config: the run.
         phases: its phases by steps.
         world_size: number of processes.
         shape: the model's sizes; None leaves out the checks that need them.

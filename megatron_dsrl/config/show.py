@@ -6,14 +6,7 @@ import textwrap
 from rich.console import Console
 from rich.text import Text
 
-from megatron_dsrl.config.describe import (
-    Place,
-    default_of,
-    documentation,
-    limits_of,
-    meaning_of,
-    type_of,
-)
+from megatron_dsrl.config.describe import Place, default_of, documentation, limits_of, meaning_of, type_of
 from megatron_dsrl.config.fields import function_of, tags
 from megatron_dsrl.config.function_name import options_of
 from megatron_dsrl.config.section import Section

@@ -57,7 +57,7 @@ class ChunkWriter:
     Creating it, writing, or leaving it raises UserError if the disk is full or fails.
     """
 
-    def __init__(self, folder: Path, rank: int):
+    def __init__(self, folder: Path, rank: int) -> None:
         self.written: list[WrittenChunk] = []
         self._folder = folder
         self._rank = rank

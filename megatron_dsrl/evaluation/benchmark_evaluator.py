@@ -16,8 +16,7 @@ from megatron_dsrl.evaluation.summary import summarise_benchmark
 from megatron_dsrl.rewards.pool import RewardPool
 from megatron_dsrl.rewards.registry import answer_of
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
-from megatron_dsrl.rollout.sample import Sample
-from megatron_dsrl.rollout.sampling import SamplingParameters
+from megatron_dsrl.rollout.sample import Sample, SamplingParameters
 
 SAMPLING_FIELDS = ("temperature", "top_p", "max_response_tokens", "limit")
 """Benchmark fields that are saved with its results."""
@@ -34,11 +33,9 @@ def evaluate_benchmark(
     """Sample and judge what is not in the file yet; returns title, sampling fields and results of the whole benchmark.
 
     Args:
-        benchmark: the benchmark.
         prompts: all its problems.
         sampler: source of responses; None if the benchmark is finished.
         stop_token_ids: tokens that end a response.
-        file: sample file.
         settings: everything else that determines the samples; must be the same when an evaluation continues.
 
     Raises:

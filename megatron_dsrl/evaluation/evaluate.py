@@ -16,7 +16,6 @@ from megatron_dsrl.common.collective import barrier, on_first, rank
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.fingerprint import fingerprint
 from megatron_dsrl.common.folder_lock import locked
-from megatron_dsrl.common.waiting import waiting
 from megatron_dsrl.config.benchmark import BenchmarkRunConfig
 from megatron_dsrl.config.load import apply_override
 from megatron_dsrl.config.validate import validated
@@ -33,9 +32,11 @@ from megatron_dsrl.evaluation.find_model import EvaluatedModel, find_model
 from megatron_dsrl.evaluation.results import markdown, write_results
 from megatron_dsrl.evaluation.results_file import EVALUATIONS_FOLDER
 from megatron_dsrl.model.architecture import read_architecture
-from megatron_dsrl.model.process_group import process_group
+from megatron_dsrl.model.parallel import process_group
+from megatron_dsrl.observability.waiting import waiting
 from megatron_dsrl.provenance.inputs import describe_model, describe_prompts
 from megatron_dsrl.provenance.start import Details, record_start
+from megatron_dsrl.publishing.card import refresh_card
 from megatron_dsrl.rewards.registry import describe_verifiers, matched_by_spelling
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.engines.awaiting_engines import awaiting_engines
@@ -79,7 +80,6 @@ def read_problems(folder: Path, benchmarks: Sequence[Benchmark]) -> dict[str, li
 
     Args:
         folder: has config.json and tokenizer of the evaluated model.
-        benchmarks: the benchmarks.
 
     Raises:
         UserError: problems cannot be read, or are too long for the model.
@@ -93,11 +93,8 @@ def read_problems(folder: Path, benchmarks: Sequence[Benchmark]) -> dict[str, li
     return prompts
 
 
-def evaluate(request: EvaluationRequest) -> EvaluatedModel:
+def evaluate(request: EvaluationRequest) -> None:
     """Evaluate, or continue an evaluation. All ranks call it; rank 0 prints the results.
-
-    Returns:
-        The model that the request names.
 
     Raises:
         UserError: an input is missing or invalid, or another process is using the output folder; raised before the
@@ -136,6 +133,8 @@ def evaluate(request: EvaluationRequest) -> EvaluatedModel:
                     benchmark, prompts[benchmark.name], rollout, stops, files[benchmark.name], settings
                 )
                 write_results(output, str(model.folder), summaries, model.step)
+            if model.run_folder is not None and model.step is not None:
+                refresh_card(model.run_folder, model.step, print)
             print(markdown(str(model.folder), summaries))
             print(f"written to {output}")
 
@@ -144,7 +143,6 @@ def evaluate(request: EvaluationRequest) -> EvaluatedModel:
         elif rank() == 0:
             evaluate_all()
         barrier()  # the engines of other ranks must stay until the last sample is there
-    return model
 
 
 def _provenance(

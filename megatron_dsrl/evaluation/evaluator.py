@@ -36,7 +36,7 @@ class Evaluator:
 
     def __init__(
         self, sets: Sequence[tuple[EvaluationSetConfig, Sequence[Prompt]]], rollout: Generator, verifier: str
-    ):
+    ) -> None:
         """
         Args:
             sets: the held-out sets and their prompts.

@@ -15,7 +15,8 @@ from megatron_dsrl.checkpoint.store import STATE_FILE, WEIGHTS_FOLDER
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.source import resolve_model_folder
-from megatron_dsrl.observability.records import CHECKPOINTS_FOLDER, CONFIG_FILE, EXPORTS_FOLDER
+from megatron_dsrl.observability.records import CONFIG_FILE
+from megatron_dsrl.run.results import CHECKPOINTS_FOLDER, EXPORTS_FOLDER
 from megatron_dsrl.weights.megatron_checkpoint import is_megatron_checkpoint
 
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from megatron_dsrl.data.prompt import Prompt
-from megatron_dsrl.rollout.sample import Group, Sample
+from megatron_dsrl.rollout.sample import Sample, SampleGroup
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ProblemResult:
     """Further gold answers; any of them is accepted."""
 
     @classmethod
-    def of_group(cls, group: Group) -> "ProblemResult":
+    def of_group(cls, group: SampleGroup) -> "ProblemResult":
         """The result of a group."""
         samples = tuple(map(SampleResult.of_sample, group.samples))
         prompt = group.prompt

@@ -1,7 +1,6 @@
 """The outputs of an evaluation: `results.json`, `results.md` and `pass_at_k.svg`."""
 
 import json
-import os
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
@@ -10,6 +9,7 @@ from statistics import fmean
 from megatron_dsrl.charts.chart_source import SERIES_COLOURS
 from megatron_dsrl.charts.figure import write_figure
 from megatron_dsrl.charts.pass_at_k_chart import over_runs, pass_at_k_chart
+from megatron_dsrl.common.disk import replace_text
 from megatron_dsrl.evaluation.benchmark import benchmark_names
 from megatron_dsrl.evaluation.published import AVERAGE_OF_SIX, DSRL_OVER_GRPO, SIX_BENCHMARKS
 from megatron_dsrl.evaluation.results_file import RESULTS_FILE, Summary, read_results
@@ -26,8 +26,8 @@ def write_results(folder: Path, model: str, summaries: Mapping[str, Summary], st
     """
     summaries = {**_other_results(folder, model, step), **summaries}
     data = {"model": model, "step": step, "benchmarks": summaries, "average_of_six": average_of_six(summaries)}
-    _replace(folder / RESULTS_FILE, json.dumps(data, indent=2) + "\n")
-    _replace(folder / "results.md", markdown(model, summaries))
+    replace_text(folder / RESULTS_FILE, json.dumps(data, indent=2) + "\n")
+    replace_text(folder / "results.md", markdown(model, summaries))
     curves = {one["title"]: over_runs([one["pass_at_k"]]) for one in summaries.values() if len(one["pass_at_k"]) > 1}
     charts = [
         pass_at_k_chart("Pass@K", dict(islice(curves.items(), first, first + SERIES_COLOURS)))
@@ -126,9 +126,3 @@ def _percent(share: float | None) -> str:
 
 def _interval(interval: tuple[float, float] | None) -> str:
     return "" if interval is None else f"{_percent(interval[0])} to {_percent(interval[1])}"
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

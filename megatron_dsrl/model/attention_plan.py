@@ -20,7 +20,7 @@ SHORTEST_IN_BATCH = 0.75
 
 
 @dataclass(frozen=True)
-class Batch:
+class PaddedBatch:
     """Pieces of a row as a batch, right-padded to the longest."""
 
     firsts: tuple[int, ...]
@@ -50,7 +50,7 @@ class SlotMap:
 class PackedPlan:
     """A packed row on one rank."""
 
-    batches: tuple[Batch, ...]
+    batches: tuple[PaddedBatch, ...]
     slots: SlotMap
 
 
@@ -108,7 +108,7 @@ def plan_context_parallel(lengths: tuple[int, ...], size: int, rank: int, device
     )
 
 
-def _batches_of_similar_length(lengths: Sequence[int]) -> list[Batch]:
+def _batches_of_similar_length(lengths: Sequence[int]) -> list[PaddedBatch]:
     firsts = [0]
     for length in lengths:
         firsts.append(firsts[-1] + length)
@@ -118,16 +118,16 @@ def _batches_of_similar_length(lengths: Sequence[int]) -> list[Batch]:
         if not members or lengths[i] < SHORTEST_IN_BATCH * lengths[members[-1][0]]:
             members.append([])
         members[-1].append(i)
-    return [Batch(tuple(firsts[i] for i in batch), tuple(lengths[i] for i in batch)) for batch in members]
+    return [PaddedBatch(tuple(firsts[i] for i in batch), tuple(lengths[i] for i in batch)) for batch in members]
 
 
-def _held_chunk(batch: Batch, size: int, order: int) -> Batch:
+def _held_chunk(batch: PaddedBatch, size: int, order: int) -> PaddedBatch:
     """Position of a rank's first (0) or second (1) chunk of every sequence of a batch."""
     chunk = tuple(length // (2 * size) for length in batch.lengths)
-    return Batch(tuple(first // size + order * c for first, c in zip(batch.firsts, chunk)), chunk)
+    return PaddedBatch(tuple(first // size + order * c for first, c in zip(batch.firsts, chunk)), chunk)
 
 
-def _query_chunks(batch: Batch, size: int, number: int, device: torch.device) -> QueryChunks:
+def _query_chunks(batch: PaddedBatch, size: int, number: int, device: torch.device) -> QueryChunks:
     count, longest = batch.shape
     slots = longest // (2 * size)
     num_keys = (number + 1) * slots
@@ -139,7 +139,7 @@ def _query_chunks(batch: Batch, size: int, number: int, device: torch.device) ->
     return QueryChunks((count, slots), num_keys, mask)
 
 
-def _slot_map(batches: Sequence[Batch], num_rows: int, device: torch.device) -> SlotMap:
+def _slot_map(batches: Sequence[PaddedBatch], num_rows: int, device: torch.device) -> SlotMap:
     rows, real = [], []
     for batch in batches:
         offsets = torch.arange(batch.shape[1])

@@ -14,6 +14,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
+from torch import nn
 
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig, RouterConfig
 from megatron_dsrl.model.architecture import Architecture, Experts, check_model_layout
@@ -149,6 +150,6 @@ def build_trainable(chunks: list[MegatronModule], parallel: ParallelConfig) -> l
     return [DistributedDataParallel(config=config, ddp_config=ddp_config, module=chunk) for chunk in chunks]
 
 
-def bare_model(chunk: MegatronModule) -> GPTModel:
+def bare_model(chunk: nn.Module) -> GPTModel:
     """The GPTModel inside the wrappers for bfloat16 and data parallelism."""
     return unwrap_model(chunk)

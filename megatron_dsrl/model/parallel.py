@@ -90,3 +90,23 @@ def parallel_layout(parallel: ParallelConfig, seed: int) -> Iterator[None]:
         yield
     finally:
         destroy_model_parallel()
+
+
+SAMPLING_LIMIT = timedelta(days=14)
+"""Limit for waiting on rank 0, which may sample for a long time."""
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Select each process's device and, if there are several processes, join a gloo group until the end of the
+    block."""
+    several = world_size_from_environment() > 1 and not dist.is_initialized()
+    if several:
+        dist.init_process_group("gloo", timeout=SAMPLING_LIMIT)
+    if current_platform().name == "cuda":
+        current_platform().install()
+    try:
+        yield
+    finally:
+        if several:
+            dist.destroy_process_group()

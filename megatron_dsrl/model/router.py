@@ -38,7 +38,7 @@ from megatron_dsrl.config.model import RouterConfig
 class RouterLosses:
     """Losses and metrics of this rank's routers in one optimizer step."""
 
-    def __init__(self, config: RouterConfig, num_tokens: int, device: torch.device):
+    def __init__(self, config: RouterConfig, num_tokens: int, device: torch.device) -> None:
         """
         Args:
             config: which losses, and their coefficients.
@@ -63,7 +63,6 @@ class RouterLosses:
         """This rank's contribution of one layer and micro-batch to the step's loss, weighted, float32 scalar.
 
         Args:
-            router: the layer's router.
             logits: [tokens, experts].
             routing_map: [tokens, experts] bool, the experts each token is sent to.
             is_token: [tokens] bool, False for padding.

@@ -47,7 +47,6 @@ class RunConsole:
     def __init__(self, total_steps: int, verbose: bool = False, stream: TextIO | None = None) -> None:
         """
         Args:
-            total_steps: of the run.
             verbose: print every figure of a step.
             stream: standard output by default; whether it is a terminal decides about width, colours and progress bars.
         """

@@ -12,16 +12,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from megatron_dsrl.common.disk import replace_text
 from megatron_dsrl.common.errors import UserError
 
-CHECKPOINTS_FOLDER = "checkpoints"
-EXPORTS_FOLDER = "hf"
-"""Folders in a run's folder: a `step_000001` for every checkpoint and exported policy."""
-
 CONFIG_FILE = "config.yaml"
-PROVENANCE_FILE = "provenance.jsonl"
-"""One record for every start of a command in the folder."""
-
 METRICS_FILE = "metrics.jsonl"
 EVALUATION_FILE = "evaluation.jsonl"
 RESPONSES_FILE = "evaluation_responses.jsonl"
@@ -92,9 +86,7 @@ def repair_records(path: Path) -> list[Record]:
 
 def replace_records(path: Path, records: list[Record]) -> None:
     """Replace the whole file atomically: a crash leaves either the old content or the new one."""
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text("".join(record_line(record) for record in records), encoding="utf-8")
-    os.replace(temporary, path)
+    replace_text(path, "".join(record_line(record) for record in records))
 
 
 def record_line(record: Record) -> str:
@@ -125,12 +117,3 @@ def _parse_line(line: bytes) -> Record | None:
     except ValueError:  # also what undecodable bytes raise
         return None
     return value if isinstance(value, dict) else None
-
-
-def read_starts(folder: Path) -> list[Record]:
-    """All recorded starts of a command in a folder, oldest first; none for a folder of an earlier version.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    return read_records(folder / PROVENANCE_FILE)

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import TextIO
 
 from megatron_dsrl.observability.records import repair_records
-from megatron_dsrl.rollout.engine_call import EngineCall
+from megatron_dsrl.rollout.progress import EngineCall
 
 TRACE_FOLDER = "trace"
 """Within a run folder."""
@@ -64,7 +64,6 @@ class Timeline:
         """
         Args:
             run_folder: an existing one.
-            rank: of this process.
             host: name of its node.
         """
         self._epoch = time.time() - time.monotonic()

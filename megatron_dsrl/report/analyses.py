@@ -42,8 +42,8 @@ def read_analyses(run_folder: Path) -> list[ShownAnalysis]:
     """
     found = [_read(file, "") for file in _summaries(run_folder / FOLDER)]
     for folder in sorted((run_folder / EVALUATIONS_FOLDER).glob(f"**/{FOLDER}/*/")):
-        of = f" on {folder.name} ({folder.parent.parent.name})"
-        found += [_read(file, of) for file in _summaries(folder)]
+        source = f" on {folder.name} ({folder.parent.parent.name})"
+        found += [_read(file, source) for file in _summaries(folder)]
     return found
 
 
@@ -54,7 +54,7 @@ def _summaries(folder: Path) -> list[Path]:
     return sorted(files, key=lambda file: (order.index(file.stem) if file.stem in TITLES else len(order), file.stem))
 
 
-def _read(file: Path, of: str) -> ShownAnalysis:
+def _read(file: Path, source: str) -> ShownAnalysis:
     try:
         summary = dict(json.loads(file.read_text(encoding="utf-8")))
         tables = [(_words(key), _table(value)) for key, value in summary.items() if isinstance(value, list) and value]
@@ -63,7 +63,7 @@ def _read(file: Path, of: str) -> ShownAnalysis:
         raise UserError(f"{file} is not the summary of an analysis ({error!r}); {advice}") from error
     charts = file.with_name(file.stem + CHARTS_SUFFIX)
     return ShownAnalysis(
-        title=TITLES.get(file.stem, _words(file.stem)) + of,
+        title=TITLES.get(file.stem, _words(file.stem)) + source,
         figures=_figures({key: value for key, value in summary.items() if not isinstance(value, list)}),
         tables=tables,
         charts=read_charts(charts) if charts.is_file() else [],

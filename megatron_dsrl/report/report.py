@@ -5,7 +5,6 @@ forbids everything else. It is made from the run folder alone, so it also works 
 crash; what is missing is said in words.
 """
 
-import os
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, Template
 
 from megatron_dsrl.charts.chart_source import number
+from megatron_dsrl.common.disk import replace_text
 from megatron_dsrl.evaluation.results_file import results_of_run
 from megatron_dsrl.observability.run_records import RunRecords, read_run
 from megatron_dsrl.report.analyses import read_analyses
@@ -22,8 +22,7 @@ from megatron_dsrl.report.provenance import compared_provenance, shown_provenanc
 from megatron_dsrl.report.run_figures import accuracy_figures, run_figures, run_state
 from megatron_dsrl.report.runs_table import runs_table
 from megatron_dsrl.report.sampled_responses import shown_steps
-from megatron_dsrl.report.time_table import time_table
-from megatron_dsrl.report.training_charts import comparison_charts, other_charts, run_charts
+from megatron_dsrl.report.training_charts import comparison_charts, other_charts, run_charts, time_table
 
 
 def write_report(run_folder: Path, *others: Path, output: Path | None = None) -> Path:
@@ -35,9 +34,7 @@ def write_report(run_folder: Path, *others: Path, output: Path | None = None) ->
     runs = _distinct_names([read_run(folder) for folder in (run_folder, *others)])
     page = _run_page(runs[0]) if len(runs) == 1 else _comparison_page(runs)
     path = output or run_folder / ("report.html" if len(runs) == 1 else "comparison.html")
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    replace_text(path, page)
     return path
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dsrl.rollout.recording import read_groups, rollout_file
-from megatron_dsrl.rollout.sample import Group, Sample
+from megatron_dsrl.rollout.sample import Sample, SampleGroup
 from megatron_dsrl.run.step_metrics import reward_metrics
 
 GROUPS_PER_STEP = 3
@@ -59,7 +59,7 @@ def shown_steps(run_folder: Path, steps: Sequence[int]) -> list[ShownStep]:
     return [ShownStep(step, _shown_groups(rollout_file(run_folder, step))) for step in chosen]
 
 
-def choose_groups(groups: Sequence[Group], count: int) -> list[Group]:
+def choose_groups(groups: Sequence[SampleGroup], count: int) -> list[SampleGroup]:
     """The first mixed, the first unsolved and the first solved group, then further ones in order, `count` in all."""
     first_of_kind = {group_kind(group): group for group in reversed(groups)}
     chosen = [first_of_kind[kind] for kind in ("mixed", "unsolved", "solved") if kind in first_of_kind]
@@ -67,7 +67,7 @@ def choose_groups(groups: Sequence[Group], count: int) -> list[Group]:
     return chosen[:count]
 
 
-def group_kind(group: Group) -> str:
+def group_kind(group: SampleGroup) -> str:
     """`solved`, `mixed` or `unsolved`, as the step metrics count them."""
     metrics = reward_metrics([group])
     return next(kind for kind in ("solved", "mixed", "unsolved") if metrics[f"reward/{kind}_groups"])
@@ -77,7 +77,7 @@ def _shown_groups(file: Path) -> list[ShownGroup]:
     return [_shown_group(group) for group in choose_groups(read_groups(file), GROUPS_PER_STEP)]
 
 
-def _shown_group(group: Group) -> ShownGroup:
+def _shown_group(group: SampleGroup) -> ShownGroup:
     return ShownGroup(
         kind=group_kind(group),
         prompt=shortened(group.prompt.text),

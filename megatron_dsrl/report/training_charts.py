@@ -1,12 +1,13 @@
 """The charts of a training that the report shows, for one run and for several."""
 
 from collections.abc import Sequence
+from statistics import fmean
 
 from megatron_dsrl.charts.chart_axes import ValueAxis
-from megatron_dsrl.charts.chart_source import SERIES_COLOURS, Series, phase_changes
+from megatron_dsrl.charts.chart_source import SERIES_COLOURS, PhaseSpan, Series, phase_changes
 from megatron_dsrl.charts.charts import Chart, line_chart, stacked_chart
 from megatron_dsrl.observability.records import Record
-from megatron_dsrl.observability.run_records import PhaseSpan, RunRecords
+from megatron_dsrl.observability.run_records import RunRecords
 from megatron_dsrl.report.curves import (
     COST,
     GROUP_KEYS,
@@ -20,6 +21,7 @@ from megatron_dsrl.report.curves import (
     STEP_SECONDS,
     Curves,
 )
+from megatron_dsrl.report.parts import Table
 
 PERCENT = ValueAxis("accuracy, %", at_least=0.0, at_most=100.0)
 
@@ -99,7 +101,7 @@ def _run_chart(run: RunRecords, curves: Curves) -> Chart | str:
 
 def _by_space(run: RunRecords, name: str, key: str, colour: int) -> list[Series]:
     """A curve per space that the run trained in, which begins again with every phase."""
-    spaces = [record.get("space") for record in run.steps]
+    spaces = [str(record.get("space")) for record in run.steps]
     breaks = phase_changes(run.phases)
     if len(set(spaces)) == 1:
         return [Series(name, run.step_numbers, run.column(key), colour, breaks=breaks)]
@@ -188,3 +190,39 @@ def _seconds_chart(run: RunRecords) -> Chart | str:
     series.append(Series("other", run.step_numbers, rest, SERIES_COLOURS))
     explanation = "Wall time of a step by what it was spent on."
     return stacked_chart("Seconds per part", explanation, series, run.phases, STEP_SECONDS.axis)
+
+
+WHOLE = "seconds/step"
+
+
+def time_table(run: RunRecords) -> Table | None:
+    """A row per part, the rest as `other`; None when no step has its time."""
+    steps = [record for record in run.steps if record.get(WHOLE) is not None]
+    if not steps:
+        return None
+    phases = list(dict.fromkeys(record["phase"] for record in steps))
+    by_phase = [[record for record in steps if record["phase"] == phase] for phase in phases]
+    parts = step_parts(steps)
+    header = ("seconds per step", *phases, *(("all steps",) if len(phases) > 1 else ()), "share")
+    columns = [*by_phase, *([steps] if len(phases) > 1 else [])]
+    whole = sum(record[WHOLE] for record in steps)
+    rows = []
+    for part in (*parts, "other", WHOLE):
+        share = sum(_seconds(record, part, parts) for record in steps) / whole
+        rows.append((_name(part), *(_mean(column, part, parts) for column in columns), f"{100 * share:.0f} %"))
+    return Table(header, tuple(rows))
+
+
+def _mean(records: Sequence[Record], part: str, parts: Sequence[str]) -> str:
+    return f"{fmean(_seconds(record, part, parts) for record in records):.2f}"
+
+
+def _seconds(record: Record, part: str, parts: Sequence[str]) -> float:
+    """A part that a step did not have took none of its time."""
+    if part == "other":
+        return max(0.0, record[WHOLE] - sum(record.get(each) or 0.0 for each in parts))
+    return record.get(part) or 0.0
+
+
+def _name(part: str) -> str:
+    return "the whole step" if part == WHOLE else part.removeprefix("seconds/").replace("_", " ")

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_dsrl.rollout.progress import OnSamples
-from megatron_dsrl.rollout.sample import Group
-from megatron_dsrl.rollout.sampling import SamplingParameters
+from megatron_dsrl.rollout.sample import SampleGroup, SamplingParameters
 from megatron_dsrl.rollout.unfinished import UnfinishedGroup
 
 
@@ -18,7 +17,7 @@ class Feed(Protocol):
     def take(self, in_flight: int) -> list[UnfinishedGroup]:
         """Groups to begin or to continue, given the number of groups in flight."""
 
-    def judged(self, group: Group) -> None:
+    def judged(self, group: SampleGroup) -> None:
         """Called with every group that is finished."""
 
     def is_enough(self) -> bool:
@@ -35,7 +34,7 @@ class WholeFeed:
         groups, self._groups = self._groups, []
         return groups
 
-    def judged(self, group: Group) -> None:
+    def judged(self, group: SampleGroup) -> None:
         pass
 
     def is_enough(self) -> bool:
@@ -53,7 +52,7 @@ class BatchSampler(Protocol):
     def training_sampling(self) -> SamplingParameters:
         """Sampling parameters of training."""
 
-    def sample_batch(self, feed: Feed, sampling: SamplingParameters, on_samples: OnSamples) -> "Batch":
+    def sample_batch(self, feed: Feed, sampling: SamplingParameters, on_samples: OnSamples) -> "RolloutBatch":
         """Sample and judge the feed's groups until it has enough, with the run's verifier."""
 
 
@@ -95,13 +94,13 @@ class Call:
     """Earliest time to send it, on the monotonic clock: a failed call backs off."""
 
 
-class Batch:
+class RolloutBatch:
     """The groups of a batch. A group's position is its place in the order in which the feed gave them."""
 
     def __init__(self, request: BatchRequest, num_engines: int) -> None:
         self.request = request
         self.groups: list[UnfinishedGroup] = []
-        self.finished: dict[int, Group] = {}
+        self.finished: dict[int, SampleGroup] = {}
         """Judged groups by position."""
         self.waiting: deque[Call] = deque()
         """Calls to make; failed ones come first."""
@@ -110,7 +109,7 @@ class Batch:
         self._num_engines = num_engines
 
     @property
-    def finished_groups(self) -> list[Group]:
+    def finished_groups(self) -> list[SampleGroup]:
         """Judged groups, by position."""
         return [self.finished[position] for position in sorted(self.finished)]
 

@@ -18,7 +18,7 @@ import orjson
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rollout.recording import group_of_record, prompt_of_record
-from megatron_dsrl.rollout.sample import Group
+from megatron_dsrl.rollout.sample import SampleGroup
 from megatron_dsrl.rollout.unfinished import PartialResponse, UnfinishedGroup
 
 CARRY_OVER_FILE = "carried_over.jsonl"
@@ -28,7 +28,7 @@ CARRY_OVER_FILE = "carried_over.jsonl"
 class CarryOver:
     """Groups that were sampled, fully or in part, but not trained on yet."""
 
-    finished: tuple[Group, ...] = ()
+    finished: tuple[SampleGroup, ...] = ()
     """Judged groups: more than their step needed, or sampled ahead."""
     unfinished: tuple[UnfinishedGroup, ...] = ()
 
@@ -119,7 +119,7 @@ def restart_expired(
     return CarryOver(finished, (*unfinished, *restarted)), len(expired)
 
 
-def _oldest_version(group: Group) -> int:
+def _oldest_version(group: SampleGroup) -> int:
     return min(sample.oldest_version for sample in group.samples)
 
 

@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_dsrl.rewards.pool import RewardPool, Verdict
-from megatron_dsrl.rollout.batch import Batch, Call
-from megatron_dsrl.rollout.engine_call import EngineCall
+from megatron_dsrl.rollout.batch import Call, RolloutBatch
 from megatron_dsrl.rollout.engine_choice import EngineChoice, Load
 from megatron_dsrl.rollout.engines.client import BadRequestError, Completion, EngineClient, EngineError
-from megatron_dsrl.rollout.progress import OnCall, OnGroup, OnSamples
-from megatron_dsrl.rollout.sample import Group, Sample
+from megatron_dsrl.rollout.progress import EngineCall, OnCall, OnGroup, OnSamples
+from megatron_dsrl.rollout.sample import Sample, SampleGroup
 from megatron_dsrl.rollout.unfinished import PartialResponse, UnfinishedGroup
 
 Decode = Callable[[Sequence[int]], str]
@@ -62,7 +61,7 @@ class Dispatcher:
 
     def __init__(
         self,
-        batch: Batch,
+        batch: RolloutBatch,
         clients: Sequence[EngineClient],
         lost: dict[int, str],
         rewards: RewardPool,
@@ -93,7 +92,7 @@ class Dispatcher:
             len(clients), self._request.max_outstanding_samples, self._request.sampling.max_response_tokens, set(lost)
         )
         self._running: dict[asyncio.Task[list[Completion]], Running] = {}
-        self._judging: dict[asyncio.Task[Group], int] = {}
+        self._judging: dict[asyncio.Task[SampleGroup], int] = {}
         self._monitors: dict[asyncio.Task[str], int] = {}
         self._ended = asyncio.Event()
 
@@ -219,7 +218,7 @@ class Dispatcher:
 
     # ---- verification
 
-    async def _judge(self, group: UnfinishedGroup) -> Group:
+    async def _judge(self, group: UnfinishedGroup) -> SampleGroup:
         texts = [self._decode(response.response_ids) for response in group.responses]
         prompt = group.prompt
         judgements = [self._rewards.submit(text, prompt.answer, prompt.other_answers) for text in texts]
@@ -235,9 +234,9 @@ class Dispatcher:
                     "reward.timeout_seconds"
                 ) from error
             samples.append(_sample(response, text, judged.reward, judged.verdict, self._request.weight_version))
-        return Group(group.prompt, tuple(samples))
+        return SampleGroup(group.prompt, tuple(samples))
 
-    def _judged(self, task: asyncio.Task[Group]) -> None:
+    def _judged(self, task: asyncio.Task[SampleGroup]) -> None:
         group = task.result()
         position = self._judging.pop(task)
         self._batch.finished[position] = group

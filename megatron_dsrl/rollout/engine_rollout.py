@@ -15,7 +15,7 @@ from megatron_dsrl.common.collective import broadcast, rank
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.platform.engine import can_release_engine_memory
 from megatron_dsrl.rewards.pool import RewardPool
-from megatron_dsrl.rollout.batch import Batch, BatchRequest, Feed, WholeFeed
+from megatron_dsrl.rollout.batch import BatchRequest, Feed, RolloutBatch, WholeFeed
 from megatron_dsrl.rollout.carry_over import CarryOver
 from megatron_dsrl.rollout.dispatcher import Decode, Dispatcher, EnginesLostError
 from megatron_dsrl.rollout.engines.client import connect
@@ -26,8 +26,7 @@ from megatron_dsrl.rollout.engines.settings import RolloutSettings
 from megatron_dsrl.rollout.engines.weight_push import Bucket
 from megatron_dsrl.rollout.progress import OnCall, OnGroup, OnSamples, ignore
 from megatron_dsrl.rollout.rollout import Value
-from megatron_dsrl.rollout.sample import Group, Sample
-from megatron_dsrl.rollout.sampling import SamplingParameters
+from megatron_dsrl.rollout.sample import Sample, SampleGroup, SamplingParameters
 from megatron_dsrl.rollout.seeds import sample_seed, seeds_of_batch
 from megatron_dsrl.rollout.step_sampling import Draw, StepSamples, Watch, step_sampling
 from megatron_dsrl.rollout.unfinished import UnfinishedGroup
@@ -100,7 +99,7 @@ class EngineRollout:
     def finish_ahead(self) -> None:
         self._steps.finish_ahead()
 
-    def sample_batch(self, feed: Feed, sampling: SamplingParameters, on_samples: OnSamples) -> Batch:
+    def sample_batch(self, feed: Feed, sampling: SamplingParameters, on_samples: OnSamples) -> RolloutBatch:
         assert self._rewards is not None, "only rank 0 samples"
         return self._run(feed, sampling, self._rewards, on_samples, ignore)
 
@@ -113,7 +112,7 @@ class EngineRollout:
         *,
         rewards: RewardPool | None = None,
         on_samples: OnSamples = ignore,
-    ) -> list[Group]:
+    ) -> list[SampleGroup]:
         assert self._rewards is not None, "only rank 0 samples"
         seeds = seeds_of_batch(self._config.seed, stream, prompts, samples_per_prompt)
         feed = WholeFeed([UnfinishedGroup.new(*pair) for pair in zip(prompts, seeds, strict=True)])
@@ -142,7 +141,7 @@ class EngineRollout:
         seeds = [sample_seed(self._config.seed, stream, prompt.index, number) for prompt, number in wanted]
         feed = WholeFeed([UnfinishedGroup.new(prompt, [seed]) for (prompt, _), seed in zip(wanted, seeds, strict=True)])
 
-        def hand_over(position: int, group: Group) -> None:
+        def hand_over(position: int, group: SampleGroup) -> None:
             on_sample(*wanted[position], *group.samples)
 
         self._run(feed, sampling, rewards or self._rewards, ignore, hand_over)
@@ -199,11 +198,11 @@ class EngineRollout:
 
     def _run(
         self, feed: Feed, sampling: SamplingParameters, rewards: RewardPool, on_samples: OnSamples, on_group: OnGroup
-    ) -> Batch:
+    ) -> RolloutBatch:
         """Sample a batch to completion, restarting engines as needed."""
         assert self._urls, "wait_until_ready() comes first"
         assert self._weight_version != UNSET_WEIGHT_VERSION, "load_weights() comes first: the model folder has none"
-        batch = Batch(self._request(feed, sampling), len(self._urls))
+        batch = RolloutBatch(self._request(feed, sampling), len(self._urls))
         in_main_thread = threading.current_thread() is threading.main_thread()
         recover = self._recover if in_main_thread else None  # collective; the main thread may be in another collective
         while True:
@@ -239,7 +238,9 @@ class EngineRollout:
             health_timeout_seconds=engine.health_timeout_seconds,
         )
 
-    async def _dispatch(self, batch: Batch, rewards: RewardPool, on_samples: OnSamples, on_group: OnGroup) -> None:
+    async def _dispatch(
+        self, batch: RolloutBatch, rewards: RewardPool, on_samples: OnSamples, on_group: OnGroup
+    ) -> None:
         async with connect(self._urls, self._config.engine.update_timeout_seconds) as clients:
             dispatcher = Dispatcher(
                 batch, clients, self._lost, rewards, self._decode, on_samples, on_group, self._on_call

@@ -7,7 +7,6 @@ Encoding holds Python's interpreter lock, so doing it in a thread slows concurre
 of the time of `json` over `dataclasses.asdict`; tools/benchmark_recording.py compares them.
 """
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -16,9 +15,10 @@ from typing import Any
 
 import orjson
 
+from megatron_dsrl.common.disk import replacing
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.data.prompt import Prompt
-from megatron_dsrl.rollout.sample import Group, Sample
+from megatron_dsrl.rollout.sample import Sample, SampleGroup
 
 
 def rollout_file(run_folder: Path, step: int) -> Path:
@@ -26,7 +26,7 @@ def rollout_file(run_folder: Path, step: int) -> Path:
     return run_folder / "rollouts" / f"step_{step:06d}.jsonl"
 
 
-def write_groups(file: Path, groups: Sequence[Group], others: Sequence[Group] = ()) -> None:
+def write_groups(file: Path, groups: Sequence[SampleGroup], others: Sequence[SampleGroup] = ()) -> None:
     """Write all groups of a step; the file appears complete or not at all.
 
     Args:
@@ -35,15 +35,11 @@ def write_groups(file: Path, groups: Sequence[Group], others: Sequence[Group] = 
         others: groups that were sampled but not trained on.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
-    with open(partial, "wb") as stream:
+    with replacing(file) as stream:
         for in_batch, part in ((True, groups), (False, others)):
             for group in part:
                 line = {"prompt": group.prompt, "samples": group.samples, "in_batch": in_batch}
                 stream.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, file)
 
 
 class RolloutRecorder:
@@ -57,7 +53,7 @@ class RolloutRecorder:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollouts")
         self._in_flight: Future[None] | None = None
 
-    def record(self, step: int, groups: Sequence[Group], others: Sequence[Group] = ()) -> None:
+    def record(self, step: int, groups: Sequence[SampleGroup], others: Sequence[SampleGroup] = ()) -> None:
         """Begin to write the rollouts of a step, as `write_groups` does, after waiting for the previous step's.
 
         Raises:
@@ -86,7 +82,7 @@ class RolloutRecorder:
         if error is None:
             self.flush()
 
-    def _write(self, step: int, groups: Sequence[Group], others: Sequence[Group]) -> None:
+    def _write(self, step: int, groups: Sequence[SampleGroup], others: Sequence[SampleGroup]) -> None:
         file = rollout_file(self._run_folder, step)
         try:
             write_groups(file, groups, others)
@@ -97,7 +93,7 @@ class RolloutRecorder:
             ) from error
 
 
-def read_groups(file: Path) -> list[Group]:
+def read_groups(file: Path) -> list[SampleGroup]:
     """All groups that were sampled for a step.
 
     Raises:
@@ -106,7 +102,7 @@ def read_groups(file: Path) -> list[Group]:
     return [group for group, _ in _read(file)]
 
 
-def read_batch(file: Path) -> tuple[list[Group], list[Group]]:
+def read_batch(file: Path) -> tuple[list[SampleGroup], list[SampleGroup]]:
     """The groups that were trained on, in their order, and the others; lines without `in_batch` were trained on.
 
     Raises:
@@ -116,7 +112,7 @@ def read_batch(file: Path) -> tuple[list[Group], list[Group]]:
     return [group for group, in_batch in groups if in_batch], [group for group, in_batch in groups if not in_batch]
 
 
-def _read(file: Path) -> list[tuple[Group, bool]]:
+def _read(file: Path) -> list[tuple[SampleGroup, bool]]:
     try:
         with open(file, "rb") as stream:
             lines = list(stream)
@@ -132,9 +128,9 @@ def _read(file: Path) -> list[tuple[Group, bool]]:
     return groups
 
 
-def group_of_record(record: dict[str, Any]) -> Group:
+def group_of_record(record: dict[str, Any]) -> SampleGroup:
     """A group from its decoded JSON."""
-    return Group(
+    return SampleGroup(
         prompt=prompt_of_record(record["prompt"]),
         samples=tuple(_sample(sample) for sample in record["samples"]),
     )

@@ -18,8 +18,7 @@ from megatron_dsrl.rollout.carry_over import CarryOver
 from megatron_dsrl.rollout.engines.weight_push import Bucket
 from megatron_dsrl.rollout.recording import read_batch, rollout_file
 from megatron_dsrl.rollout.rollout import Value
-from megatron_dsrl.rollout.sample import Group, count_tokens
-from megatron_dsrl.rollout.sampling import SamplingParameters
+from megatron_dsrl.rollout.sample import SampleGroup, SamplingParameters, count_tokens
 from megatron_dsrl.rollout.step_sampling import Draw, StepSamples, Watch
 
 
@@ -62,7 +61,7 @@ class ReplayRollout:
     def training_sampling(self) -> SamplingParameters:
         return self._sampling
 
-    def generate(self, *request: object, **options: object) -> list[Group]:
+    def generate(self, *request: object, **options: object) -> list[SampleGroup]:
         raise UserError("rollout.replay_from starts no engines: nothing can be sampled")
 
     @property
@@ -101,7 +100,7 @@ class ReplayRollout:
 
 def replayed_groups(
     run_folder: Path, step: int, prompts: Sequence[Prompt], config: RolloutConfig
-) -> tuple[list[Group], list[Group]]:
+) -> tuple[list[SampleGroup], list[SampleGroup]]:
     """The recorded batch of a step, which must fit this run, and the groups that were not trained on.
 
     Args:
@@ -138,7 +137,9 @@ def replayed_groups(
     return groups, others
 
 
-def _check_size(file: Path, groups: Sequence[Group], others: Sequence[Group], config: RolloutConfig) -> None:
+def _check_size(
+    file: Path, groups: Sequence[SampleGroup], others: Sequence[SampleGroup], config: RolloutConfig
+) -> None:
     """Check the numbers of groups and samples. Dynamic sampling may have found fewer groups than a step takes."""
     if len(groups) > config.prompts_per_step or (len(groups) < config.prompts_per_step and not others):
         raise UserError(
@@ -153,5 +154,5 @@ def _check_size(file: Path, groups: Sequence[Group], others: Sequence[Group], co
             )
 
 
-def _without_experts(group: Group) -> Group:
+def _without_experts(group: SampleGroup) -> SampleGroup:
     return replace(group, samples=tuple(replace(sample, routed_experts=None) for sample in group.samples))

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 from megatron_dsrl.algorithms.experience import Response
-from megatron_dsrl.rollout.sample import Group
+from megatron_dsrl.rollout.sample import SampleGroup
 
 
-def responses_of(groups: Sequence[Group], weight_version: int) -> list[Response]:
+def responses_of(groups: Sequence[SampleGroup], weight_version: int) -> list[Response]:
     """Samples as the algorithms take them.
 
     Args:

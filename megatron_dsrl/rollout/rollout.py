@@ -11,8 +11,7 @@ from megatron_dsrl.rewards.pool import RewardPool
 from megatron_dsrl.rollout.carry_over import CarryOver
 from megatron_dsrl.rollout.engines.weight_push import Bucket
 from megatron_dsrl.rollout.progress import OnSamples, ignore
-from megatron_dsrl.rollout.sample import Group
-from megatron_dsrl.rollout.sampling import SamplingParameters
+from megatron_dsrl.rollout.sample import SampleGroup, SamplingParameters
 from megatron_dsrl.rollout.step_sampling import Draw, StepSamples, Watch
 
 Value = TypeVar("Value")
@@ -34,11 +33,10 @@ class Generator(Protocol):
         *,
         rewards: RewardPool | None = None,
         on_samples: OnSamples = ignore,
-    ) -> list[Group]:
+    ) -> list[SampleGroup]:
         """One judged group per prompt, in the order of the prompts. Rank 0 only.
 
         Args:
-            prompts: prompts to sample from.
             samples_per_prompt: responses to each prompt.
             sampling: sampling parameters.
             stream: names the random numbers; see `rollout/seeds.py`.

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_dsrl.data.prompt import Prompt
-from megatron_dsrl.rollout.batch import Batch, BatchSampler
+from megatron_dsrl.rollout.batch import BatchSampler, RolloutBatch
 from megatron_dsrl.rollout.carry_over import CarryOver, restart_expired
 from megatron_dsrl.rollout.engines.settings import RolloutSettings
 from megatron_dsrl.rollout.progress import OnSamples, ignore
-from megatron_dsrl.rollout.sample import Group
+from megatron_dsrl.rollout.sample import SampleGroup
 from megatron_dsrl.rollout.seeds import seeds_of_batch, stream_of_round
 from megatron_dsrl.rollout.unfinished import UnfinishedGroup
 
@@ -24,9 +24,9 @@ from megatron_dsrl.rollout.unfinished import UnfinishedGroup
 class SampledUntil:
     """The result of a batch that ends when it has enough groups."""
 
-    accepted: list[Group]
+    accepted: list[SampleGroup]
     """In the order in which they were started; fewer than the step takes if its limit was reached first."""
-    rejected: list[Group]
+    rejected: list[SampleGroup]
     left: CarryOver
     """Groups that the step does not need: accepted beyond its number, or aborted."""
     expired_groups: int
@@ -40,7 +40,7 @@ def sample_until(
     engines: BatchSampler,
     step: int,
     draw: Callable[[int], Sequence[Prompt]],
-    accept: Callable[[Group], bool],
+    accept: Callable[[SampleGroup], bool],
     carried: CarryOver,
     on_samples: OnSamples = ignore,
 ) -> SampledUntil:
@@ -78,7 +78,7 @@ class UntilEnough:
     def __init__(
         self,
         wanted: int,
-        accept: Callable[[Group], bool],
+        accept: Callable[[SampleGroup], bool],
         begin: Callable[[int], list[UnfinishedGroup]],
         oversampling: float,
         max_begun: int,
@@ -101,8 +101,8 @@ class UntilEnough:
         self._carried = carried
         self._to_continue = list(carried.unfinished)
         self._begun = 0
-        self._accepted: list[Group] = []
-        self._rejected: list[Group] = []
+        self._accepted: list[SampleGroup] = []
+        self._rejected: list[SampleGroup] = []
         for group in carried.finished:
             self.judged(group)
 
@@ -116,13 +116,13 @@ class UntilEnough:
             groups += self._begin(count)
         return groups
 
-    def judged(self, group: Group) -> None:
+    def judged(self, group: SampleGroup) -> None:
         (self._accepted if self._accept(group) else self._rejected).append(group)
 
     def is_enough(self) -> bool:
         return len(self._accepted) >= self._wanted
 
-    def outcome(self, batch: Batch, expired_groups: int) -> SampledUntil:
+    def outcome(self, batch: RolloutBatch, expired_groups: int) -> SampledUntil:
         """The result of the finished batch.
 
         Args:

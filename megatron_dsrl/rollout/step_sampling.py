@@ -23,7 +23,7 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
-from megatron_dsrl.common.background import in_background
+from megatron_dsrl.common.process import in_background
 from megatron_dsrl.config.rollout import RolloutConfig
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.data.sampler import RepeatableDraw
@@ -32,7 +32,7 @@ from megatron_dsrl.rollout.carry_over import CarryOver
 from megatron_dsrl.rollout.dispatcher import EnginesLostError
 from megatron_dsrl.rollout.engines.settings import RolloutSettings
 from megatron_dsrl.rollout.progress import OnSamples, ignore
-from megatron_dsrl.rollout.sample import Group, count_tokens
+from megatron_dsrl.rollout.sample import SampleGroup, count_tokens
 from megatron_dsrl.rollout.sample_until import sample_until
 from megatron_dsrl.rollout.seeds import seeds_of_batch, stream_of_round
 from megatron_dsrl.rollout.unfinished import UnfinishedGroup
@@ -52,9 +52,9 @@ def unwatched(step: int, samples: int) -> AbstractContextManager[OnSamples]:
 class StepSamples:
     """The rollout of a step."""
 
-    groups: list[Group]
+    groups: list[SampleGroup]
     """The groups to train on."""
-    others: list[Group] = field(default_factory=list)
+    others: list[SampleGroup] = field(default_factory=list)
     """Completed groups that are not trained on (dynamic sampling and partial rollouts only)."""
     metrics: dict[str, int | float] = field(default_factory=dict)
     """The `dynamic_sampling/*` or `partial_rollouts/*` metrics of the step record."""
@@ -64,7 +64,7 @@ class StepSamples:
     """Wall time of sampling, including overlapping verification."""
 
     @property
-    def sampled(self) -> list[Group]:
+    def sampled(self) -> list[SampleGroup]:
         """All completed groups."""
         return self.groups + self.others
 
@@ -111,8 +111,8 @@ class MixedRounds(StepSampling):
         wanted, dynamic = self._config.rollout.prompts_per_step, self._config.rollout.dynamic_sampling
         assert dynamic is not None
         started = time.perf_counter()
-        groups: list[Group] = []
-        others: list[Group] = []
+        groups: list[SampleGroup] = []
+        others: list[SampleGroup] = []
         for number in range(dynamic.max_rounds):
             prompts = draw(math.ceil((wanted - len(groups)) * dynamic.oversampling))
             for group in sample_round(self._config, self._engines, step, number, prompts, watch):
@@ -213,7 +213,7 @@ def sample_round(
     number: int,
     prompts: Sequence[Prompt],
     watch: Watch = unwatched,
-) -> list[Group]:
+) -> list[SampleGroup]:
     """Sample one batch of a step and wait for all of it.
 
     Args:
@@ -221,7 +221,6 @@ def sample_round(
         engines: where the batch is sampled.
         step: counted from 1.
         number: of the batch within the step, from 0.
-        prompts: prompts to sample from.
         watch: shows progress.
 
     Returns:
@@ -239,12 +238,14 @@ def samples_per_step(config: RolloutConfig) -> int:
     return config.prompts_per_step * config.samples_per_prompt
 
 
-def is_mixed(group: Group) -> bool:
+def is_mixed(group: SampleGroup) -> bool:
     """Whether the samples of a group have different rewards."""
     return len({sample.reward for sample in group.samples}) > 1
 
 
-def dynamic_sampling_metrics(kept: Sequence[Group], others: Sequence[Group], wanted: int) -> dict[str, int | float]:
+def dynamic_sampling_metrics(
+    kept: Sequence[SampleGroup], others: Sequence[SampleGroup], wanted: int
+) -> dict[str, int | float]:
     """The `dynamic_sampling/*` metrics that `MixedRounds` and `UntilMixed` have in common.
 
     Args:

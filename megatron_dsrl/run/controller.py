@@ -39,7 +39,7 @@ class Controller:
         evaluator: Evaluator,
         tracker: Tracker,
         console: RunConsole,
-    ):
+    ) -> None:
         """`recorder` saves the rollouts; None saves none."""
         self._config = config
         self._recorder = recorder

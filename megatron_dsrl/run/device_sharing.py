@@ -29,7 +29,7 @@ class SharedDevice:
 
     def __init__(
         self, config: RunConfig, actor: Actor, critic: Critic | None, rollout: Rollout, span: Span = no_span
-    ):
+    ) -> None:
         """`span` records the switches in the timeline."""
         self._offloaded = config.actor.offload.parts
         self._bucket_bytes = config.engine.weight_bucket_megabytes * 2**20

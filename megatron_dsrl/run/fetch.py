@@ -17,7 +17,6 @@ def fetch(config: RunConfig, benchmarks: Sequence[str]) -> str:
     """Models, tokenizer, prompts and problems.
 
     Args:
-        config: of the run.
         benchmarks: names, or paths of YAML files.
 
     Returns:

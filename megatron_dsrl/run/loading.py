@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-from megatron_dsrl.common.waiting import waiting
+from megatron_dsrl.observability.waiting import waiting
 
 
 @contextmanager

@@ -7,11 +7,11 @@ Pure functions of the sampled groups. A sample is *right* when its reward is at 
 from collections.abc import Sequence
 from statistics import fmean
 
-from megatron_dsrl.rollout.sample import Group, Sample
+from megatron_dsrl.rollout.sample import Sample, SampleGroup
 
 
 def rollout_metrics(
-    groups: Sequence[Group], generated_tokens: int, generate_seconds: float
+    groups: Sequence[SampleGroup], generated_tokens: int, generate_seconds: float
 ) -> dict[str, int | float]:
     """All metrics of this module for one step's groups, which must not be empty.
 
@@ -29,7 +29,7 @@ def rollout_metrics(
     )
 
 
-def reward_metrics(groups: Sequence[Group]) -> dict[str, int | float]:
+def reward_metrics(groups: Sequence[SampleGroup]) -> dict[str, int | float]:
     """Mean reward over all samples, and how many groups are solved (all right), unsolved (all wrong) or mixed."""
     rewards = [[sample.reward for sample in group.samples] for group in groups]
     solved = sum(all(reward >= 1 for reward in group) for group in rewards)

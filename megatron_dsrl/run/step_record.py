@@ -8,10 +8,10 @@ from megatron_dsrl.algorithms.mismatch import MISMATCH_MAXIMA, MISMATCH_MEANS
 from megatron_dsrl.algorithms.spaces import Space
 from megatron_dsrl.config.phase import MAIN_OBJECTIVE, PhaseConfig
 from megatron_dsrl.platform import current_platform
-from megatron_dsrl.rollout.sample import Group
+from megatron_dsrl.rollout.sample import SampleGroup
 
 
-def older_token_metrics(groups: Sequence[Group], weight_version: int) -> dict[str, float]:
+def older_token_metrics(groups: Sequence[SampleGroup], weight_version: int) -> dict[str, float]:
     """Fraction of response tokens sampled by weights older than those being updated; empty if there are none."""
     samples = [sample for group in groups for sample in group.samples]
     older = sum(sample.tokens_before(weight_version) for sample in samples)

@@ -19,7 +19,7 @@ COMPUTED = "rotary_emb.inv_freq"
 class HfCheckpoint:
     """Names, shapes, dtypes and tensors of an HF folder's weights."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path) -> None:
         """Locate the weight files.
 
         Raises:

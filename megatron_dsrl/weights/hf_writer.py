@@ -65,7 +65,7 @@ class HfWriter:
     or fails.
     """
 
-    def __init__(self, files: HfFiles):
+    def __init__(self, files: HfFiles) -> None:
         self._folder = files.folder
         self._places = files.places
         names = {file for file, _ in files.places.values()}

@@ -15,7 +15,7 @@ from torch import Tensor
 Shape = tuple[int, ...]
 
 
-class Layout(ABC):
+class TensorLayout(ABC):
     """Mapping between HF tensors and a Megatron parameter."""
 
     @abstractmethod
@@ -33,7 +33,7 @@ class Layout(ABC):
 
 
 @dataclass(frozen=True)
-class Replicated(Layout):
+class Replicated(TensorLayout):
     """The same tensor on every rank, such as norm weights."""
 
     def shard(self, hf: Sequence[Tensor], rank: int, size: int) -> Tensor:
@@ -47,7 +47,7 @@ class Replicated(Layout):
 
 
 @dataclass(frozen=True)
-class Split(Layout):
+class Split(TensorLayout):
     """Equal consecutive parts along a dimension, such as row-parallel weights along 1."""
 
     dim: int
@@ -63,7 +63,7 @@ class Split(Layout):
 
 
 @dataclass(frozen=True)
-class GateAndUp(Layout):
+class GateAndUp(TensorLayout):
     """SwiGLU's two matrices: every shard holds its part of the gate, then its part of up."""
 
     def shard(self, hf: Sequence[Tensor], rank: int, size: int) -> Tensor:
@@ -79,7 +79,7 @@ class GateAndUp(Layout):
 
 
 @dataclass(frozen=True)
-class GroupedQkv(Layout):
+class GroupedQkv(TensorLayout):
     """Query, key and value interleaved by query group: a group's query heads, its key head, its value head.
 
     Ranks hold whole groups, so a rank's attention needs nothing from other ranks.
@@ -100,7 +100,7 @@ class GroupedQkv(Layout):
 
 
 @dataclass(frozen=True)
-class Vocabulary(Layout):
+class Vocabulary(TensorLayout):
     """Rows of the vocabulary in equal consecutive parts, padded with zero rows to a multiple of the number of ranks.
 
     A zero row gives the logit 0, not minus infinity, so a softmax over the vocabulary must mask the padding.

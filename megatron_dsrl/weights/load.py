@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.model.architecture import read_architecture
+from megatron_dsrl.model.build import bare_model
 from megatron_dsrl.weights.checkpoint_record import check_record
 from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint
 from megatron_dsrl.weights.megatron_checkpoint import (
@@ -19,7 +20,7 @@ from megatron_dsrl.weights.megatron_checkpoint import (
     is_megatron_checkpoint,
     refuse,
 )
-from megatron_dsrl.weights.table import TableEntry, WeightTable, bind, unwrap
+from megatron_dsrl.weights.table import TableEntry, WeightTable, bind
 
 
 def load_weights(chunks: Sequence[nn.Module], table: WeightTable, folder: Path) -> None:
@@ -44,7 +45,7 @@ def load_megatron_weights(chunks: Sequence[nn.Module], table: WeightTable, folde
     if (folder / "config.json").exists():  # a run's checkpoint has neither that nor a record
         check_record(folder, read_architecture(folder))
     check_megatron_checkpoint(MegatronCheckpoint(folder), table)
-    models = [unwrap(chunk) for chunk in chunks]
+    models = [bare_model(chunk) for chunk in chunks]
     wanted = {f"model{i}": _sharded_parameters(model) for i, model in enumerate(models)}
     loaded = dist_checkpointing.load(wanted, str(folder))
     for i, model in enumerate(models):

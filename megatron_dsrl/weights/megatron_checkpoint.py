@@ -48,7 +48,7 @@ class _Chunk:
 class _FileView(io.RawIOBase):
     """A section of a file as a file object, which `torch.load` reads directly into the tensor."""
 
-    def __init__(self, file: io.FileIO, start: int, length: int):
+    def __init__(self, file: io.FileIO, start: int, length: int) -> None:
         self._file, self._start, self._length, self._position = file, start, length, 0
 
     def readable(self) -> bool:
@@ -79,7 +79,7 @@ class _FileView(io.RawIOBase):
 class MegatronCheckpoint:
     """Names, shapes, dtypes and tensors of a distributed checkpoint."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path) -> None:
         """Read the metadata, not the tensors.
 
         Raises:

@@ -7,15 +7,13 @@ Megatron's distributed checkpoints.
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 from megatron.core import parallel_state
 from torch import nn
 
-from megatron_dsrl.weights.layouts import Layout, Shape
-
-if TYPE_CHECKING:
-    from megatron.core.models.gpt import GPTModel
+from megatron_dsrl.model.build import bare_model
+from megatron_dsrl.weights.layouts import Shape, TensorLayout
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"(\.local_experts\.|\.experts\.linear_fc[12]\.weight)(\d+)")
@@ -38,7 +36,7 @@ class TensorRule:
     megatron: tuple[str, ...]
     """Names of the parameter, with `{layer}` and `{expert}`: in local and in Transformer Engine layers, or of several
     parameters that hold the same tensor."""
-    layout: Layout
+    layout: TensorLayout
     initial: Literal["normal", "ones", "zeros"] = "normal"
     """Random initialisation of the parameter."""
     stored_as: str = ""
@@ -125,7 +123,7 @@ def bind(chunks: Sequence[nn.Module], table: WeightTable) -> dict[TableEntry, li
     first_expert *= parallel_state.get_expert_model_parallel_rank()
     bound: dict[TableEntry, list[nn.Parameter]] = {}
     for chunk in chunks:
-        model = unwrap(chunk)
+        model = bare_model(chunk)
         for name, parameter in model.named_parameters():
             in_layer, in_expert = _LAYER.match(name), _EXPERT.search(name)
             layer = model.decoder.layers[int(in_layer[1])].layer_number - 1 if in_layer else None
@@ -134,11 +132,3 @@ def bind(chunks: Sequence[nn.Module], table: WeightTable) -> dict[TableEntry, li
             assert pattern in rules, f"the weight table has no rule for the Megatron parameter {name}"
             bound.setdefault(TableEntry(rules[pattern], layer, expert), []).append(parameter)
     return bound
-
-
-def unwrap(chunk: nn.Module) -> "GPTModel":
-    """The GPTModel inside the wrappers for low precision and data parallelism."""
-    model: Any = chunk
-    while hasattr(model, "module"):
-        model = model.module
-    return model

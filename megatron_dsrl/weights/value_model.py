@@ -50,7 +50,7 @@ def load_value_model(chunks: Sequence[nn.Module], architecture: Architecture, fo
 class _ByHfName:
     """Reads a Megatron checkpoint by HF name. Caches the last entry, since its tensors are requested consecutively."""
 
-    def __init__(self, checkpoint: MegatronCheckpoint, table: WeightTable):
+    def __init__(self, checkpoint: MegatronCheckpoint, table: WeightTable) -> None:
         self._checkpoint = checkpoint
         self._entries = {tensor.name: entry for entry in table.entries() for tensor in entry.hf}
         self._last: tuple[TableEntry, tuple[Tensor, ...]] | None = None

@@ -1,12 +1,12 @@
 """Response lengths and the two entropies of a step, by hand."""
 
 from megatron_dsrl.analysis.lengths import lengths_of_step, summary
-from megatron_dsrl.rollout.sample import Group
+from megatron_dsrl.rollout.sample import SampleGroup
 from tests.observability.synthetic_run import make_group, make_sample
 
 
-def group_of(*samples) -> Group:
-    return Group(make_group([]).prompt, samples)
+def group_of(*samples) -> SampleGroup:
+    return SampleGroup(make_group([]).prompt, samples)
 
 
 def test_a_step():

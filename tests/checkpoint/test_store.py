@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dsrl.checkpoint.compatibility import check_same_model, check_same_optimizer, check_same_run
-from megatron_dsrl.checkpoint.state import Layout, RunState
+from megatron_dsrl.checkpoint.state import ProcessLayout, RunState
 from megatron_dsrl.checkpoint.store import CheckpointStore
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.model import ParallelConfig
@@ -29,7 +29,7 @@ from tests.support.disk import files_of_at_most
 from tests.support.distributed import run_distributed, start_one_process
 from tests.support.engine import tiny_run_config
 
-LAYOUT = Layout(world_size=1, tensor_parallel_size=1, pipeline_parallel_size=1, distributed_optimizer=False)
+LAYOUT = ProcessLayout(world_size=1, tensor_parallel_size=1, pipeline_parallel_size=1, distributed_optimizer=False)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,7 +10,7 @@ from megatron_dsrl.analysis.response_log_probs import ResponseLogProbs
 from megatron_dsrl.analysis.sample_view import print_group
 from megatron_dsrl.cli import main
 from megatron_dsrl.rollout.recording import read_groups, rollout_file, write_groups
-from megatron_dsrl.rollout.sample import Group
+from megatron_dsrl.rollout.sample import SampleGroup
 from tests.observability.synthetic_run import make_group, make_sample, write_run
 
 TAKES_THE_TERMINAL = "\x1b]0;owned\x07 [red]right[/red] \\boxed{2}"
@@ -23,7 +23,7 @@ def run(tmp_path_factory) -> Path:
     return folder
 
 
-def printed(group: Group, terminal: bool, **arguments) -> str:
+def printed(group: SampleGroup, terminal: bool, **arguments) -> str:
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=terminal, width=100, highlight=False)
     print_group(group, **({"log_probs": [None] * len(group.samples), "token_text": None} | arguments), console=console)
@@ -59,7 +59,7 @@ def test_what_was_not_recorded_is_named(run, capsys, arguments, message):
 
 
 def test_a_response_cannot_take_over_the_terminal(tmp_path):
-    group = Group(make_group([]).prompt, (make_sample(1.0, text=TAKES_THE_TERMINAL),))
+    group = SampleGroup(make_group([]).prompt, (make_sample(1.0, text=TAKES_THE_TERMINAL),))
     write_groups(rollout_file(tmp_path, 1), [group])
     out = printed(read_groups(rollout_file(tmp_path, 1))[0], terminal=True)
     assert "\\x1b]0;owned\\x07 [red]right[/red] \\boxed{2}" in out

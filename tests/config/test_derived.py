@@ -15,7 +15,7 @@ from megatron_dsrl.config.summary import batch_lines
 SHAPE = ModelShape(layers=6, attention_heads=8, key_value_groups=4, feed_forward_size=96, context_tokens=512)
 
 
-def test_figures_of_a_worked_example(small, write):
+def test_figures_of_a_worked_example(small, write) -> None:
     overrides = ["parallel.tensor_parallel_size=2", "engine.tensor_parallel_size=4", "actor.mini_batches_per_rollout=2"]
     figures = derive(load_config(write("run.yaml", small), overrides), world_size=8, shape=SHAPE, prompts=32)
     assert (figures.model_parallel_size, figures.data_parallel_size, figures.engines) == (2, 4, 2)
@@ -31,7 +31,7 @@ def test_figures_of_a_worked_example(small, write):
     assert (warm_up.max_tokens_per_step, grpo.max_tokens_per_step) == (32 * 63, 32 * 160)
 
 
-def test_micro_batches_hold_whole_sequences(small, write):
+def test_micro_batches_hold_whole_sequences(small, write) -> None:
     """32 samples of 160 tokens, 6 to a budget of 1000 (not 6.25): 6 micro-batches; one each below 160 tokens."""
     path = write("run.yaml", small)
     assert derive(load_config(path), 1, SHAPE).phases[1].full_length_micro_batches == 6
@@ -40,7 +40,7 @@ def test_micro_batches_hold_whole_sequences(small, write):
     assert derive(tight, 4, SHAPE).phases[1].full_length_micro_batches == 8
 
 
-def test_micro_batches_of_split_sequences_and_pipelines(small, write):
+def test_micro_batches_of_split_sequences_and_pipelines(small, write) -> None:
     """Context parallelism pads 160 tokens to 162 (a multiple of 6); interleaving needs a multiple of 4 of them."""
     path = write("run.yaml", small)
     context = load_config(path, ["parallel.context_parallel_size=3", "actor.max_tokens_per_micro_batch=960"])
@@ -50,7 +50,7 @@ def test_micro_batches_of_split_sequences_and_pipelines(small, write):
     assert derive(load_config(path, virtual), 4, shape).phases[1].full_length_micro_batches == 8  # not 6
 
 
-def test_batch_sizes_in_words(small, write):
+def test_batch_sizes_in_words(small, write) -> None:
     overrides = ["actor.mini_batches_per_rollout=2", "parallel.context_parallel_size=2"]
     config = load_config(write("run.yaml", small), overrides)
     assert batch_lines(config, derive(config, world_size=4, shape=SHAPE)) == [
@@ -60,7 +60,7 @@ def test_batch_sizes_in_words(small, write):
     ]
 
 
-def test_every_objective_of_a_phase_is_a_pass_of_its_own(small, write):
+def test_every_objective_of_a_phase_is_a_pass_of_its_own(small, write) -> None:
     joint = "[{name: nsr, space: {name: pre_train}, advantage: fixed, filter: negative}]"
     config = load_config(write("run.yaml", small), [f"phases.1.additional_objectives={joint}"])
     phase = derive(config, 1, SHAPE).phases[1]
@@ -69,13 +69,13 @@ def test_every_objective_of_a_phase_is_a_pass_of_its_own(small, write):
     assert (phase.max_tokens_per_step, phase.full_length_micro_batches) == (32 * (160 + 63), 6 + 3)
 
 
-def test_one_sample_per_prompt_is_enough_where_nothing_is_compared(small, write):
+def test_one_sample_per_prompt_is_enough_where_nothing_is_compared(small, write) -> None:
     small["phases"] = [{"name": "REINFORCE++", "space": {"name": "post_train"}, "advantage": "reinforce_pp"}]
     config = load_config(write("run.yaml", small), ["rollout.samples_per_prompt=1"])
     assert derive(config, 1, SHAPE).samples_per_step == 8
 
 
-def test_a_phase_that_the_run_ends_before_has_no_steps(small, write):
+def test_a_phase_that_the_run_ends_before_has_no_steps(small, write) -> None:
     figures = derive(load_config(write("run.yaml", small), ["steps=2"]), 1, SHAPE)
     assert [phase.steps for phase in figures.phases] == [2, 0]
     assert figures.epochs is None
@@ -126,13 +126,13 @@ def test_a_phase_that_the_run_ends_before_has_no_steps(small, write):
         ),
     ],
 )
-def test_a_layout_that_does_not_fit_is_refused(small, write, overrides, world_size, fields, words):
+def test_a_layout_that_does_not_fit_is_refused(small, write, overrides, world_size, fields, words) -> None:
     config = load_config(write("run.yaml", small), overrides)
     with pytest.raises(UserError, match=f"(?m)^  .*{re.escape(fields)}.*: .*{re.escape(words)}"):
         derive(config, world_size, SHAPE, prompts=32)
 
 
-def test_limits_themselves_are_allowed(small, write):
+def test_limits_themselves_are_allowed(small, write) -> None:
     overrides = ["rollout.max_response_tokens=412", "engine.max_context_tokens=512", "engine.max_total_tokens=512"]
     assert derive(load_config(write("run.yaml", small), overrides), 1, SHAPE, prompts=8).longest_sequence == 512
     # SGLang copies key/value heads for more processes than heads.
@@ -140,13 +140,13 @@ def test_limits_themselves_are_allowed(small, write):
     assert derive(engine, 8, SHAPE).engines == 1
 
 
-def test_all_problems_are_listed_at_once(small, write):
+def test_all_problems_are_listed_at_once(small, write) -> None:
     config = load_config(write("run.yaml", small), ["rollout.top_k=0", "phases.0.until_step=null"])
     with pytest.raises(UserError, match="^run `small` on 1 process: 2 problems\n"):
         derive(config, 1, SHAPE)
 
 
-def test_prompts_are_counted_in_local_files(small, write, tmp_path):
+def test_prompts_are_counted_in_local_files(small, write, tmp_path) -> None:
     import pyarrow
     import pyarrow.parquet
 
@@ -155,7 +155,7 @@ def test_prompts_are_counted_in_local_files(small, write, tmp_path):
     write("b.json", f"[{row}, {row}]")
     pyarrow.parquet.write_table(pyarrow.table({"problem": ["a"] * 5}), tmp_path / "c.parquet")
 
-    def count(source, *overrides):
+    def count(source: object, *overrides: str) -> int | None:
         return count_prompts(load_config(write("run.yaml", small), [f"data.source={source}", *overrides]).data)
 
     assert count(tmp_path / "a.jsonl") == 3

@@ -31,13 +31,13 @@ from megatron_dsrl.config.sweep import SweepConfig
         ("reward.function", "name of a verifier, or the dotted path of your own", "boxed", ""),
     ],
 )
-def test_type_default_and_limits(key, kind, default, limits):
+def test_type_default_and_limits(key, kind, default, limits) -> None:
     [place] = find(RunConfig, key)
     assert (type_of(place.field), default_of(place.field), limits_of(place.field)) == (kind, default, limits)
     assert meaning_of(place)
 
 
-def test_an_option_is_found_in_every_choice_that_has_it():
+def test_an_option_is_found_in_every_choice_that_has_it() -> None:
     found = find(RunConfig, "phases.loss.clip_high")
     assert [place.path for place in found] == [
         "phases.loss.dual_clip.clip_high",
@@ -48,7 +48,7 @@ def test_an_option_is_found_in_every_choice_that_has_it():
     assert default_of(place.field) == "0.0004"
 
 
-def test_a_key_of_a_mapping_is_any_name():
+def test_a_key_of_a_mapping_is_any_name() -> None:
     [place] = find(SweepConfig, "runs.GRPO.overrides")
     assert type_of(place.field) == "list of strings"
 
@@ -63,12 +63,12 @@ def test_a_key_of_a_mapping_is_any_name():
         ("steps.x", "there is no `x`; it is a single value"),
     ],
 )
-def test_an_unknown_key_gets_the_nearest_one(key, message):
+def test_an_unknown_key_gets_the_nearest_one(key, message) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         find(RunConfig, key)
 
 
-def test_the_command_fits_80_columns(monkeypatch, capsys):
+def test_the_command_fits_80_columns(monkeypatch, capsys) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     for key in ("", "rollout", "phases", "phases.loss", "reward.function", "rollout.partial_rollouts"):
         assert main(["config", *filter(None, [key])]) == 0
@@ -80,7 +80,7 @@ def test_the_command_fits_80_columns(monkeypatch, capsys):
     assert any(line.startswith("      1.0 when the program passes its tests") for line in lines)
 
 
-def test_every_kind_can_be_asked_for(capsys):
+def test_every_kind_can_be_asked_for(capsys) -> None:
     assert tuple(KINDS) == KIND_NAMES
     for kind in KIND_NAMES:
         assert main(["config", "--kind", kind]) == 0

@@ -36,7 +36,7 @@ EXPERTS = ModelShape(6, 8, 4, 96, 512, experts=6, expert_feed_forward_size=10)
         ({"tensor_parallel_size": 2}, EXPERTS, "sequence_parallel: must be true where a model with experts"),
     ],
 )
-def test_a_layout_that_does_not_fit_8_processes_is_refused(sizes, shape, message):
+def test_a_layout_that_does_not_fit_8_processes_is_refused(sizes, shape, message) -> None:
     parallel = ParallelConfig(**sizes)
     with pytest.raises(UserError, match=message):
         refuse([*process_problems(parallel, 8), *model_problems(parallel, shape)])
@@ -53,7 +53,7 @@ def test_a_layout_that_does_not_fit_8_processes_is_refused(sizes, shape, message
           "expert_tensor_parallel_size": 1}, EXPERTS),
     ],
 )  # fmt: skip
-def test_a_layout_that_fits_passes(sizes, shape):
+def test_a_layout_that_fits_passes(sizes, shape) -> None:
     parallel = ParallelConfig(**sizes)
     refuse([*process_problems(parallel, 8), *model_problems(parallel, shape)])
 
@@ -68,11 +68,11 @@ def test_a_layout_that_fits_passes(sizes, shape):
         ({}, [94]),
     ],
 )
-def test_94_layers_are_dealt_out_to_stages(sizes, stages):
+def test_94_layers_are_dealt_out_to_stages(sizes, stages) -> None:
     assert ParallelConfig(**sizes).layers_of_stages(94) == stages
 
 
-def test_engines_keep_copies_of_key_value_heads_in_whole_numbers():
+def test_engines_keep_copies_of_key_value_heads_in_whole_numbers() -> None:
     assert not list(engine_problems(8, 8, DENSE))
     assert [what for _, what in engine_problems(6, 8, DENSE)] == [
         "8 processes cannot be divided into engines of 6; choose a divisor of the number of processes",

@@ -14,6 +14,6 @@ from megatron_dsrl.config.load import load_config
         ("load_balancing=seq_aux_loss", "expected 'none', 'aux_loss' or 'global_aux_loss', got 'seq_aux_loss'"),
     ],
 )
-def test_losses_of_routers_and_their_coefficients_go_together(small, write, override, message):
+def test_losses_of_routers_and_their_coefficients_go_together(small, write, override, message) -> None:
     with pytest.raises(UserError, match=f"model.router.*: .*{message}"):
         load_config(write("run.yaml", small), [f"model.router.{override}"])

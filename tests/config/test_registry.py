@@ -7,8 +7,8 @@ import pytest
 from megatron_dsrl.algorithms.advantages import GroupStandardised
 from megatron_dsrl.algorithms.filters import Negative
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.config.choices import ADVANTAGES, AGGREGATIONS, FILTERS, IMPORTANCE_CORRECTIONS, LOSSES
 from megatron_dsrl.config.load import dump_config, load_config
+from megatron_dsrl.config.phase import ADVANTAGES, AGGREGATIONS, FILTERS, IMPORTANCE_CORRECTIONS, LOSSES
 
 OWN_MODULE = """
 from megatron_dsrl.algorithms.advantages import AdvantageEstimate, AdvantageOptions
@@ -21,7 +21,7 @@ class Halved(AdvantageOptions):
 """
 
 
-def test_built_in_names():
+def test_built_in_names() -> None:
     assert {"group_mean", "group_standardised", "leave_one_out", "fixed", "reinforce_pp"} <= set(ADVANTAGES.names())
     assert FILTERS.names() == ["all", "negative", "positive"]
     assert {"dual_clip", "policy_gradient", "gspo", "cispo", "supervised"} <= set(LOSSES.names())
@@ -29,7 +29,7 @@ def test_built_in_names():
     assert IMPORTANCE_CORRECTIONS.names() == ["truncated", "masked"]
 
 
-def test_a_bare_name_is_short_for_a_section_and_options_are_kept(small, write, tmp_path):
+def test_a_bare_name_is_short_for_a_section_and_options_are_kept(small, write, tmp_path) -> None:
     config = load_config(
         write("run.yaml", small),
         ["phases.1.advantage={name: group_standardised, eps: 1e-3}", "phases.1.filter=negative"],
@@ -41,7 +41,7 @@ def test_a_bare_name_is_short_for_a_section_and_options_are_kept(small, write, t
     assert "eps: 0.001" in (tmp_path / "resolved.yaml").read_text()
 
 
-def test_ones_own_class_by_dotted_path(small, write, tmp_path, monkeypatch):
+def test_ones_own_class_by_dotted_path(small, write, tmp_path, monkeypatch) -> None:
     (tmp_path / "own_advantage.py").write_text(OWN_MODULE)
     monkeypatch.syspath_prepend(tmp_path)
     own = "phases.1.advantage={name: 'own_advantage:Halved', pair: [0.25, 1.0]}"
@@ -84,6 +84,6 @@ def test_ones_own_class_by_dotted_path(small, write, tmp_path, monkeypatch):
         ("phases.1.kl={}", "phases.1.kl: set loss_coefficient or reward_coefficient above 0, or the section to null"),
     ],
 )
-def test_mistakes_name_the_place_and_what_was_meant(small, write, override, message):
+def test_mistakes_name_the_place_and_what_was_meant(small, write, override, message) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         load_config(write("run.yaml", small), [override])

@@ -3,8 +3,8 @@
 import pytest
 
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.config.analysis import GradientAnalysisConfig
 from megatron_dsrl.config.benchmark import BenchmarkRunConfig
+from megatron_dsrl.config.model import GradientAnalysisConfig
 from megatron_dsrl.config.sweep import SweepConfig
 from megatron_dsrl.config.validate import validated
 
@@ -38,12 +38,12 @@ from megatron_dsrl.config.validate import validated
         ),
     ],
 )
-def test_every_section_says_what_was_meant(section, data, path, message):
+def test_every_section_says_what_was_meant(section, data, path, message) -> None:
     with pytest.raises(UserError) as refused:
         validated(section, data, {path: "line 7"}, "here.yaml", "settings")
     assert str(refused.value) == f"here.yaml: 1 problem in the settings\n  {message}"
 
 
-def test_what_is_right_becomes_the_section():
+def test_what_is_right_becomes_the_section() -> None:
     settings = validated(GradientAnalysisConfig, {"model": {"path": "m"}, "temperature": 2}, {}, "here.yaml")
     assert (settings.model.path, settings.temperature) == ("m", 2.0)

@@ -26,7 +26,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 
 @given(documents)
 @example({"\x85": "a\u2028 b"})  # Unicode line breaks
-def test_what_is_written_reads_back_equal(document):
+def test_what_is_written_reads_back_equal(document) -> None:
     data, _ = parse_yaml(format_yaml(document), "test")
     assert data == document and repr(data) == repr(document)  # repr tells 1 from 1.0 and True
 
@@ -35,12 +35,12 @@ def test_what_is_written_reads_back_equal(document):
     ("text", "value"),
     [("1e-6", 1e-6), ("1E5", 1e5), ("-2.5e+3", -2500.0), (".5", 0.5), ("1_000", 1000), ("2024-01-31", "2024-01-31")],
 )
-def test_scalars_that_yaml_1_1_reads_otherwise(text, value):
+def test_scalars_that_yaml_1_1_reads_otherwise(text, value) -> None:
     data, _ = parse_yaml(text, "test")
     assert data == value and type(data) is type(value)
 
 
-def test_every_value_has_its_line():
+def test_every_value_has_its_line() -> None:
     _, lines = parse_yaml("a: 1\nb:\n  c:\n  - x\n  - d: 2\n", "test")
     assert lines[("a",)] == 1
     assert lines[("b", "c", 1, "d")] == 5
@@ -65,6 +65,6 @@ def test_every_value_has_its_line():
         (BOMB, r"f\.yaml, line 1: more than 100,000 values, with each alias .* counted as often as it is used"),
     ],
 )
-def test_bad_text_names_the_line(text, message):
+def test_bad_text_names_the_line(text, message) -> None:
     with pytest.raises(UserError, match=message):
         parse_yaml(text, "f.yaml")

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from megatron_dsrl.cli import main
 from megatron_dsrl.commands.convert import DTYPES
 from megatron_dsrl.common.fingerprint import fingerprint
-from megatron_dsrl.observability.records import read_starts
+from megatron_dsrl.provenance.records import read_starts
 from megatron_dsrl.weights.megatron_checkpoint import MegatronCheckpoint
 from tests.support.disk import files_of_at_most
 from tests.support.families import FAMILIES

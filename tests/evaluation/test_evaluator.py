@@ -11,9 +11,8 @@ from megatron_dsrl.config.run import EvaluationConfig, EvaluationSetConfig
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.evaluation.evaluator import Evaluator
 from megatron_dsrl.evaluation.problem_result import first_responses
-from megatron_dsrl.rollout.sample import Group, Sample
-from megatron_dsrl.rollout.sampling import SamplingParameters
-from megatron_dsrl.run.training_run import is_due
+from megatron_dsrl.rollout.sample import Sample, SampleGroup, SamplingParameters
+from megatron_dsrl.train import is_due
 
 
 def sample(reward, num_tokens, finish_reason="stop", text=""):
@@ -33,14 +32,14 @@ class RecordedRollout:
         self.asked.append(
             (len(prompts), samples_per_prompt, sampling.temperature, sampling.max_response_tokens, stream)
         )
-        groups = [Group(prompt, self.samples_by_answer[prompt.answer]) for prompt in prompts]
+        groups = [SampleGroup(prompt, self.samples_by_answer[prompt.answer]) for prompt in prompts]
         return [judged(group, rewards) for group in groups] if rewards else groups
 
 
 def judged(group, rewards):
     """As the engines' side does it."""
     judgements = [rewards.submit(sample.text, group.prompt.answer).result() for sample in group.samples]
-    return Group(group.prompt, tuple(replace(s, reward=j.reward) for s, j in zip(group.samples, judgements)))
+    return SampleGroup(group.prompt, tuple(replace(s, reward=j.reward) for s, j in zip(group.samples, judgements)))
 
 
 PROMPTS = [Prompt(index=n, text=f"{n}+0=?", token_ids=(5, n), answer=str(n)) for n in (1, 2)]

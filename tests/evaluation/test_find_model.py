@@ -9,7 +9,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from megatron_dsrl.checkpoint.state import Layout, RunState, SavedState
+from megatron_dsrl.checkpoint.state import ProcessLayout, RunState, SavedState
 from megatron_dsrl.cli import main
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.fingerprint import fingerprint
@@ -37,7 +37,7 @@ def run(tmp_path) -> Path:
     for name in ("config.json", "generation_config.json", "megatron_dsrl.json"):  # a training does not write them
         (checkpoint / "megatron" / name).unlink(missing_ok=True)
     config = {"model": {"path": str(model)}}
-    state = RunState(3, "GRPO", {}, Layout(1, 1, 1, False), asdict(read_architecture(model)), config)
+    state = RunState(3, "GRPO", {}, ProcessLayout(1, 1, 1, False), asdict(read_architecture(model)), config)
     files = {str(f.relative_to(checkpoint)): (f.stat().st_size, 0) for f in checkpoint.rglob("*") if f.is_file()}
     SavedState(state, files).write(checkpoint / "state.json")
     (run / "config.yaml").write_text(yaml.safe_dump(config))

@@ -5,10 +5,11 @@ import random
 from pathlib import Path
 
 from megatron_dsrl.data.prompt import Prompt
-from megatron_dsrl.observability.records import PROVENANCE_FILE, Record, record_line
+from megatron_dsrl.observability.records import Record, record_line
 from megatron_dsrl.observability.tracker import Tracker
+from megatron_dsrl.provenance.records import PROVENANCE_FILE
 from megatron_dsrl.rollout.recording import rollout_file, write_groups
-from megatron_dsrl.rollout.sample import Group, Sample, count_tokens
+from megatron_dsrl.rollout.sample import Sample, SampleGroup, count_tokens
 from megatron_dsrl.run.step_metrics import rollout_metrics
 
 HOSTILE_TEXT = "</pre><script>document.title='owned'</script><img src=x onerror=alert(1)> \\boxed{7} & \"quoted\""
@@ -68,14 +69,14 @@ def make_sample(reward: float, tokens: int = 3, text: str = "so \\boxed{1}", **c
     return Sample(**(fields | changes))
 
 
-def make_group(rewards: list[float], index: int = 0, **changes: object) -> Group:
+def make_group(rewards: list[float], index: int = 0, **changes: object) -> SampleGroup:
     """One prompt with a sample per reward."""
     text = f"<|im_start|>user\nWhat is {index} + {index}?<|im_end|>\n<|im_start|>assistant\n"
     prompt = Prompt(index=index, text=text, token_ids=tuple(range(20)), answer=str(2 * index))
-    return Group(prompt=prompt, samples=tuple(make_sample(reward, **changes) for reward in rewards))
+    return SampleGroup(prompt=prompt, samples=tuple(make_sample(reward, **changes) for reward in rewards))
 
 
-def sampled_groups(random_source: random.Random, accuracy: float, step: int) -> list[Group]:
+def sampled_groups(random_source: random.Random, accuracy: float, step: int) -> list[SampleGroup]:
     """Eight prompts of different difficulty with four samples each; the very first response is hostile."""
     groups = []
     for index in range(8):
@@ -96,11 +97,11 @@ def sampled_groups(random_source: random.Random, accuracy: float, step: int) -> 
                     weight_version=step - 1,
                 )
             )
-        groups.append(Group(prompt=prompt, samples=tuple(samples)))
+        groups.append(SampleGroup(prompt=prompt, samples=tuple(samples)))
     return groups
 
 
-def step_record(groups: list[Group], step: int, warmup: int, random_source: random.Random) -> Record:
+def step_record(groups: list[SampleGroup], step: int, warmup: int, random_source: random.Random) -> Record:
     """A complete step record; the figures of training are plausible, those of the rollout are the groups' own."""
     pre_train = step <= warmup
     entropy = 0.5 + 0.3 * math.exp(-step / 20) + 0.02 * random_source.random()

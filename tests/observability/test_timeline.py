@@ -15,7 +15,7 @@ from megatron_dsrl.observability.timeline import Timeline, trace_file
 from megatron_dsrl.report.timeline_records import Interval, Windows, read_timelines, timeline_of
 from megatron_dsrl.report.timeline_summary import engines_of, overlap, print_summary
 from megatron_dsrl.report.trace_events import FIRST_ENGINE, events_of, write_trace
-from megatron_dsrl.rollout.engine_call import EngineCall
+from megatron_dsrl.rollout.progress import EngineCall
 
 DIES_WHILE_TRAINING = """
 import os, signal, sys

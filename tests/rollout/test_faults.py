@@ -19,15 +19,14 @@ from transformers import Qwen3ForCausalLM
 
 from megatron_dsrl.platform.engine import engine_environment
 from megatron_dsrl.rewards.pool import RewardPool
-from megatron_dsrl.rollout.batch import Batch, BatchRequest, WholeFeed
+from megatron_dsrl.rollout.batch import BatchRequest, RolloutBatch, WholeFeed
 from megatron_dsrl.rollout.dispatcher import Dispatcher
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.engines.client import EngineError, connect
 from megatron_dsrl.rollout.engines.engine_group import server_arguments
 from megatron_dsrl.rollout.engines.server import EngineServer
 from megatron_dsrl.rollout.progress import ignore
-from megatron_dsrl.rollout.sample import Group
-from megatron_dsrl.rollout.sampling import SamplingParameters
+from megatron_dsrl.rollout.sample import SampleGroup, SamplingParameters
 from megatron_dsrl.rollout.seeds import seeds_of_batch
 from megatron_dsrl.rollout.unfinished import UnfinishedGroup
 from tests.support.engine import STOP_TOKEN_ID, decode_as_numbers, numbered_prompts, tiny_run_config
@@ -75,12 +74,12 @@ def policy(tiny_model_folder) -> Qwen3ForCausalLM:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(rollout, policy) -> list[Group]:
+def undisturbed(rollout, policy) -> list[SampleGroup]:
     rollout.load_weights(lambda: [list(policy.named_parameters())], 1)
     return sample(rollout, policy)
 
 
-def sample(rollout: EngineRollout, policy: Qwen3ForCausalLM) -> list[Group]:
+def sample(rollout: EngineRollout, policy: Qwen3ForCausalLM) -> list[SampleGroup]:
     """The batch of all tests, as the training loop samples it."""
     sampling = replace(rollout.training_sampling, max_response_tokens=RESPONSE_TOKENS, stop_token_ids=())
     version = rollout.weight_version
@@ -93,7 +92,7 @@ def sample(rollout: EngineRollout, policy: Qwen3ForCausalLM) -> list[Group]:
     return groups
 
 
-def assert_same(groups: list[Group], expected: list[Group]) -> None:
+def assert_same(groups: list[SampleGroup], expected: list[SampleGroup]) -> None:
     """Prompts, tokens, log-probs and rewards, none lost or doubled. (Versions: some tests push once more.)"""
     for group, other in zip(groups, expected, strict=True):
         assert group.prompt == other.prompt
@@ -232,7 +231,7 @@ def test_another_engine_takes_over(config, tmp_path):
         assert all(len(sample.response_ids) == RESPONSE_TOKENS for sample in (*group.samples, *other.samples))
 
 
-def dispatch(config, servers: list[EngineServer], rewards: RewardPool) -> tuple[list[Group], dict[int, str]]:
+def dispatch(config, servers: list[EngineServer], rewards: RewardPool) -> tuple[list[SampleGroup], dict[int, str]]:
     """The batch of all tests over several engines; its groups, and the engines that were lost."""
     seeds = seeds_of_batch(1, "test", PROMPTS, SAMPLES)
     request = BatchRequest(
@@ -247,7 +246,7 @@ def dispatch(config, servers: list[EngineServer], rewards: RewardPool) -> tuple[
         health_check_seconds=0.5,
         health_timeout_seconds=HEALTH_TIMEOUT_SECONDS,
     )
-    batch, lost, judged = Batch(request, len(servers)), {}, []
+    batch, lost, judged = RolloutBatch(request, len(servers)), {}, []
 
     async def run() -> None:
         async with connect([server.url for server in servers], 30.0) as clients:

@@ -10,7 +10,7 @@ from megatron_dsrl.config.rollout import RolloutConfig
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rollout.recording import RolloutRecorder, read_batch, read_groups, rollout_file, write_groups
 from megatron_dsrl.rollout.replay import replayed_groups
-from megatron_dsrl.rollout.sample import Group, Sample
+from megatron_dsrl.rollout.sample import Sample, SampleGroup
 
 PROMPTS = [Prompt(index, f"what is\u2028 {index}?\n", (1, 2, index), str(index), ("other",)) for index in range(3)]
 
@@ -20,10 +20,10 @@ def config(prompts: int = 3, samples: int = 2, **settings: object) -> RolloutCon
 
 
 @pytest.fixture
-def saved(tmp_path: Path) -> tuple[Path, list[Group]]:
+def saved(tmp_path: Path) -> tuple[Path, list[SampleGroup]]:
     sample = Sample((4, 5), (-0.1, -1.2345678901234567e-7), 'é\u2028 "\\boxed{1}"', "length", 3, 0.25, "timeout")
     other = replace(sample, finish_reason="stop", verdict="ok", scored=(True, False))
-    groups = [Group(prompt, (sample, other)) for prompt in PROMPTS]
+    groups = [SampleGroup(prompt, (sample, other)) for prompt in PROMPTS]
     write_groups(rollout_file(tmp_path, 12), groups)
     return tmp_path, groups
 
@@ -79,7 +79,7 @@ def test_replay_refuses_what_does_not_fit(saved, step, prompts, changes, message
 
 def test_experts_are_replayed_where_they_are_wanted(tmp_path):
     sample = Sample((4, 5), (-0.1, -0.2), "text", "stop", 3, 1.0, routed_experts="AAEB")
-    group = Group(PROMPTS[0], (sample, replace(sample, routed_experts="AQEA")))
+    group = SampleGroup(PROMPTS[0], (sample, replace(sample, routed_experts="AQEA")))
     write_groups(rollout_file(tmp_path, 1), [group], [replace(group, samples=(sample, sample))])
     assert replayed_groups(tmp_path, 1, PROMPTS, config(routing_replay=True))[0] == [group]
     (without,), (other,) = replayed_groups(tmp_path, 1, PROMPTS, config())

@@ -12,7 +12,7 @@ from megatron_dsrl.rollout import dispatcher
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.engines.client import EngineClient, EngineError
 from megatron_dsrl.rollout.progress import ignore
-from megatron_dsrl.rollout.sample import Group
+from megatron_dsrl.rollout.sample import SampleGroup
 from tests.support.engine import numbered_prompts
 from tests.support.failing_proxy import FailingProxy, Failure
 
@@ -37,7 +37,7 @@ class Behind:
         tokens: int = RESPONSE_TOKENS,
         meanwhile: Callable[[FailingProxy], None] = ignore,
         **settings: float,
-    ) -> tuple[list[Group], FailingProxy, int]:
+    ) -> tuple[list[SampleGroup], FailingProxy, int]:
         """The groups, what the proxy has seen, and how many calls were made again."""
         section = self.rollout._config.rollout.model_copy(update=settings)
         config = self.rollout._config.model_copy(update={"rollout": section})
@@ -63,7 +63,7 @@ def at_once(monkeypatch) -> None:
     monkeypatch.setattr(dispatcher, "FIRST_BACK_OFF_SECONDS", 0.01)
 
 
-def tokens_of(groups: list[Group]) -> list[tuple[int, ...]]:
+def tokens_of(groups: list[SampleGroup]) -> list[tuple[int, ...]]:
     return [sample.response_ids for group in groups for sample in group.samples]
 
 

@@ -10,12 +10,11 @@ import pytest
 
 from megatron_dsrl.config.rollout import DynamicSamplingConfig, RolloutConfig
 from megatron_dsrl.config.run import RunConfig
-from megatron_dsrl.rollout.batch import Batch, BatchRequest, Feed
+from megatron_dsrl.rollout.batch import BatchRequest, Feed, RolloutBatch
 from megatron_dsrl.rollout.carry_over import CarryOver
 from megatron_dsrl.rollout.dispatcher import EnginesLostError
 from megatron_dsrl.rollout.progress import OnSamples
-from megatron_dsrl.rollout.sample import Group
-from megatron_dsrl.rollout.sampling import SamplingParameters
+from megatron_dsrl.rollout.sample import SampleGroup, SamplingParameters
 from megatron_dsrl.rollout.step_sampling import (
     Ahead,
     Draw,
@@ -46,11 +45,11 @@ class ScriptedEngine:
         self.asked: list[int] = []
         """Groups that were begun together."""
 
-    def sample_batch(self, feed: Feed, sampling: SamplingParameters, on_samples: OnSamples) -> Batch:
+    def sample_batch(self, feed: Feed, sampling: SamplingParameters, on_samples: OnSamples) -> RolloutBatch:
         if self.failures:
             self.failures -= 1
             raise EnginesLostError("gone")
-        batch = Batch(BatchRequest(feed, sampling, 1, False, 1, 60.0, None, 1, 1.0, 1.0), num_engines=1)
+        batch = RolloutBatch(BatchRequest(feed, sampling, 1, False, 1, 60.0, None, 1, 1.0, 1.0), num_engines=1)
         for position in count():
             begun = len(batch.groups)
             batch.top_up()
@@ -78,7 +77,7 @@ def draw() -> Draw:
     return lambda number: [next(prompts) for _ in range(number)]
 
 
-def rows(groups: list[Group]) -> list[int]:
+def rows(groups: list[SampleGroup]) -> list[int]:
     return [group.prompt.index for group in groups]
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_dsrl.rollout.sample import Group
+from megatron_dsrl.rollout.sample import SampleGroup
 from megatron_dsrl.run.step_metrics import rollout_metrics
 from tests.observability.synthetic_run import make_group, make_sample
 
@@ -10,11 +10,11 @@ from tests.observability.synthetic_run import make_group, make_sample
 def test_four_groups_worked_by_hand() -> None:
     solved = make_group([1.0, 1.0], tokens=4)
     unsolved = make_group([0.0, 0.0], tokens=10, finish_reason="length")
-    mixed = Group(
+    mixed = SampleGroup(
         prompt=solved.prompt,
         samples=(make_sample(1.0, tokens=2), make_sample(0.0, tokens=3, verdict="timeout")),
     )
-    partial_credit = Group(
+    partial_credit = SampleGroup(
         prompt=solved.prompt,
         samples=(make_sample(0.5, tokens=1), make_sample(0.5, tokens=6, verdict="error")),
     )
@@ -40,6 +40,6 @@ def test_four_groups_worked_by_hand() -> None:
 def test_conditional_entropy_is_a_mean_over_tokens_of_all_samples() -> None:
     right = make_sample(1.0, tokens=1, log_probs=(-3.0,))
     wrong = make_sample(0.0, tokens=3, log_probs=(-1.0, -0.5, -0.5))
-    group = Group(make_group([]).prompt, (right, wrong))
+    group = SampleGroup(make_group([]).prompt, (right, wrong))
     metrics = rollout_metrics([group], generated_tokens=4, generate_seconds=1.0)
     assert metrics["response/conditional_entropy"] == pytest.approx((3 + 1 + 0.5 + 0.5) / 4)

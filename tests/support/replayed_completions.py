@@ -7,12 +7,11 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rewards.pool import RewardPool
-from megatron_dsrl.rollout.batch import Batch, BatchRequest, WholeFeed
+from megatron_dsrl.rollout.batch import BatchRequest, RolloutBatch, WholeFeed
 from megatron_dsrl.rollout.dispatcher import Dispatcher
 from megatron_dsrl.rollout.engines.client import Completion, SampleRequest
 from megatron_dsrl.rollout.progress import ignore
-from megatron_dsrl.rollout.sample import Group, Sample
-from megatron_dsrl.rollout.sampling import SamplingParameters
+from megatron_dsrl.rollout.sample import Sample, SampleGroup, SamplingParameters
 from megatron_dsrl.rollout.seeds import sample_seed
 from megatron_dsrl.rollout.unfinished import UnfinishedGroup
 
@@ -72,12 +71,12 @@ class ReplayingSampler:
             health_check_seconds=10.0,
             health_timeout_seconds=60.0,
         )
-        batch, clients = Batch(request, 1), [ReplayedCompletions(texts, self._tokenizer)]
+        batch, clients = RolloutBatch(request, 1), [ReplayedCompletions(texts, self._tokenizer)]
 
         def decode(ids: Sequence[int]) -> str:
             return self._tokenizer.decode(ids, skip_special_tokens=True)
 
-        def hand_over(position: int, group: Group) -> None:
+        def hand_over(position: int, group: SampleGroup) -> None:
             on_sample(*wanted[position], *group.samples)
 
         asyncio.run(Dispatcher(batch, clients, {}, rewards, decode, ignore, hand_over, ignore).run())

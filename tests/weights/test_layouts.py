@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_dsrl.weights.layouts import GateAndUp, GroupedQkv, Layout, Replicated, Split, Vocabulary
+from megatron_dsrl.weights.layouts import GateAndUp, GroupedQkv, Replicated, Split, TensorLayout, Vocabulary
 
 
 def rows(*numbers: int) -> torch.Tensor:
@@ -39,7 +39,7 @@ def test_merging_the_shards_gives_the_hf_tensors_back(size: int, seed: int, voca
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
-    cases: list[tuple[Layout, tuple[torch.Tensor, ...]]] = [
+    cases: list[tuple[TensorLayout, tuple[torch.Tensor, ...]]] = [
         (Replicated(), (random(7),)),
         (Split(0), (random(8, 3),)),
         (Split(1), (random(3, 8),)),

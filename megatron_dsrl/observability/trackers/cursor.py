@@ -7,13 +7,13 @@ it has. Steps that a resumed run takes again are not sent a second time.
 import fcntl
 import hashlib
 import json
-import os
 import re
 import secrets
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from megatron_dsrl.common.disk import replace_text
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.observability.trackers.base import TrackerOptions
 
@@ -66,9 +66,7 @@ class Cursor:
 
     def save(self) -> None:
         """Write it; a crash leaves either the old content or the new one."""
-        temporary = self._stem.with_suffix(".json.new")
-        temporary.write_text(json.dumps({**asdict(self.sent), "destination": self._destination}) + "\n")
-        os.replace(temporary, self.file)
+        replace_text(self.file, json.dumps({**asdict(self.sent), "destination": self._destination}) + "\n")
 
     def close(self) -> None:
         """Let other processes open it."""

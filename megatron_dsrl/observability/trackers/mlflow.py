@@ -9,13 +9,7 @@ from time import time as clock
 from typing import Any, ClassVar, Literal
 
 from megatron_dsrl.config.trackers import TRACKERS
-from megatron_dsrl.observability.trackers.base import (
-    RESPONSE_COLUMNS,
-    Status,
-    TrackedRun,
-    TrackerOptions,
-    TrackerRun,
-)
+from megatron_dsrl.observability.trackers.base import RESPONSE_COLUMNS, Status, TrackedRun, TrackerOptions, TrackerRun
 
 DEFAULT_EXPERIMENT = "megatron-dsrl"
 ID_TAG = "dsrl.run_id"

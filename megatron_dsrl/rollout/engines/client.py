@@ -16,7 +16,7 @@ import numpy as np
 
 from megatron_dsrl.model.routed_experts import encode_routed_experts
 from megatron_dsrl.rollout.engines.credentials import engine_headers
-from megatron_dsrl.rollout.sampling import SamplingParameters
+from megatron_dsrl.rollout.sample import SamplingParameters
 
 MemoryTag = Literal["weights", "kv_cache"]
 VersionSpans = tuple[tuple[int, int], ...]

@@ -28,7 +28,7 @@ from megatron_dsrl.rollout.engines.server import EngineServer
 from megatron_dsrl.rollout.engines.weight_broadcast import ServerLink, broadcast_weights
 from megatron_dsrl.rollout.engines.weight_push import Bucket
 from megatron_dsrl.rollout.recording import read_groups, rollout_file
-from megatron_dsrl.rollout.sampling import SamplingParameters
+from megatron_dsrl.rollout.sample import SamplingParameters
 from tests.support.compare_runs import records
 from tests.support.engine import (
     STOP_TOKEN_ID,

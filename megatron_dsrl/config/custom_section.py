@@ -1,6 +1,6 @@
-"""Sections that may be of your own class.
+"""Sections that may be of a custom class.
 
-    phases: list[Annotated[PhaseConfig, OwnSection("phase", PhaseConfig)]]
+    phases: list[Annotated[PhaseConfig, CustomSection("phase", PhaseConfig)]]
 
 is a list of PhaseConfig sections, each of which may name a subclass by the dotted path in its `type`:
 
@@ -28,7 +28,7 @@ from megatron_dsrl.config.dotted_path import PATTERN, class_at
 from megatron_dsrl.config.section import Section
 
 
-class OwnSection:
+class CustomSection:
     """In a field's `Annotated`: the section may name a custom subclass."""
 
     def __init__(self, kind: str, base: type[Section]) -> None:

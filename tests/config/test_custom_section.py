@@ -1,6 +1,7 @@
 """A phase of one's own class: loaded, written out, explained, and asked at every step."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -36,7 +37,7 @@ class Another:
 
 
 @pytest.fixture
-def own(small, write, tmp_path, monkeypatch):
+def own(small, write, tmp_path, monkeypatch) -> Path:
     """Configuration file whose warm-up is of one's own class."""
     (tmp_path / "own_phases.py").write_text(OWN_MODULE)
     monkeypatch.syspath_prepend(tmp_path)
@@ -44,7 +45,7 @@ def own(small, write, tmp_path, monkeypatch):
     return write("run.yaml", small)
 
 
-def test_its_fields_are_read_and_written_like_any_other(own, tmp_path):
+def test_its_fields_are_read_and_written_like_any_other(own, tmp_path) -> None:
     config = load_config(own)
     warm_up, grpo = config.phases
     assert type(warm_up).__name__ == "Turns" and warm_up.span == (0.5, 1.0)
@@ -56,7 +57,7 @@ def test_its_fields_are_read_and_written_like_any_other(own, tmp_path):
         check_same_run(config.model_dump(mode="json"), load_config(own, ["phases.0.every=3"]), "here")
 
 
-def test_every_step_counts_in_the_figures(own):
+def test_every_step_counts_in_the_figures(own) -> None:
     """Of the two steps the second is in the post-train space, where prompts are trained on too: 160 tokens, not 63."""
     assert derive(load_config(own), 1, None).phases[0].max_tokens_per_step == 32 * 160
     assert derive(load_config(own, ["phases.0.every=3"]), 1, None).phases[0].max_tokens_per_step == 32 * 63
@@ -82,7 +83,7 @@ def test_every_step_counts_in_the_figures(own):
         ("phases.0.type=null", "phases.0.every: unknown key"),
     ],
 )
-def test_mistakes_name_the_place_and_what_was_meant(own, override, message):
+def test_mistakes_name_the_place_and_what_was_meant(own, override, message) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         load_config(own, [override])
 
@@ -95,7 +96,7 @@ def test_mistakes_name_the_place_and_what_was_meant(own, override, message):
         ("rollout.samples_per_prompt=1", "phases.0, rollout.samples_per_prompt: the advantage `group_mean` compares"),
     ],
 )
-def test_what_it_does_at_some_step_is_known_before_the_start(own, override, message):
+def test_what_it_does_at_some_step_is_known_before_the_start(own, override, message) -> None:
     until = "phases.0.until_step=" + ("2" if "samples" in override else "5")
     with pytest.raises(UserError, match=re.escape(message)):
         derive(load_config(own, [until, override]), 1, None)
