@@ -20,6 +20,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_dsrl.actor.optimizer import chained_optimizers, own_step_counts
 from megatron_dsrl.checkpoint.megatron_writer import CheckpointWrite, begin_checkpoint
 from megatron_dsrl.model.build import bare_model
+from megatron_dsrl.weights.untrusted_checkpoint import only_plain_objects
 
 
 def begin_save(
@@ -60,7 +61,8 @@ def load_state(
     state = _model_and_optimizer(chunks, optimizer, is_loading=True)
     if same_layout:
         state["random_states"] = _random_states()
-    loaded = dist_checkpointing.load(state, str(folder))
+    with only_plain_objects(folder):
+        loaded = dist_checkpointing.load(state, str(folder))
     for name, chunk in _named(chunks):
         bare_model(chunk).load_state_dict(loaded[name])
     if any(isinstance(part.optimizer, torch.optim.AdamW) for part in chained_optimizers(optimizer)):
@@ -80,7 +82,8 @@ def begin_save_weights(folder: Path, chunks: Sequence[torch.nn.Module]) -> Check
 
 def load_saved_weights(folder: Path, chunks: Sequence[torch.nn.Module]) -> None:
     """Load what `begin_save_weights` wrote, under this or another layout, into the chunks. Collective."""
-    loaded = dist_checkpointing.load(_model(chunks), str(folder))
+    with only_plain_objects(folder):
+        loaded = dist_checkpointing.load(_model(chunks), str(folder))
     for name, chunk in _named(chunks):
         bare_model(chunk).load_state_dict(loaded[name])
 

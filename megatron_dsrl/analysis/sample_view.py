@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_dsrl.analysis.response_log_probs import ResponseLogProbs
+from megatron_dsrl.common.visible_text import visible
 from megatron_dsrl.rollout.sample import Sample, SampleGroup
 
 GAP_STYLES = ((1.0, "bold green"), (0.1, "green"), (-0.1, "dim"), (-1.0, "red"))
@@ -75,12 +76,6 @@ def token_table(sample: Sample, scores: ResponseLogProbs | None, token_text: Cal
             style = "" if gap is None else _gap_style(gap)
         table.add_row(Text(visible(token_text(token), keep_lines=False)), *cells, style=style)
     return table
-
-
-def visible(text: str, keep_lines: bool = True) -> str:
-    """The text with control characters escaped, except newlines and tabs if `keep_lines`."""
-    kept = "\n\t" if keep_lines else ""
-    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
 
 
 def _gap_style(gap: float) -> str:

@@ -61,7 +61,7 @@ def shown_metrics(record: Record) -> dict[str, int | float]:
 def read_records(path: Path) -> list[Record]:
     """All complete records of a file, oldest first; a missing file has none. A half-written last line is left out.
 
-    Raises UserError for a broken line that is not the last one.
+    Raises UserError for a broken line that is not the last one, and for NaN, infinities and numbers beyond a float.
     """
     if not path.exists():
         return []
@@ -100,7 +100,10 @@ def _parse_records(path: Path) -> tuple[list[Record], int]:
     complete_bytes = 0
     lines = path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
-        record = _parse_line(line)
+        try:
+            record = _parse_line(line)
+        except _NumberError as error:
+            raise UserError(f"{path}, line {number}: {error} cannot be read. Put null in its place.") from error
         if record is None and line.strip():
             if number < len(lines):
                 raise UserError(f"{path}, line {number}: not a JSON object. Remove the line or restore the file.")
@@ -111,9 +114,30 @@ def _parse_records(path: Path) -> tuple[list[Record], int]:
     return records, complete_bytes
 
 
+class _NumberError(Exception):
+    """A number that JSON does not have or that no float can hold."""
+
+
+def _refuse(text: str) -> float:
+    raise _NumberError(f"the number {text[:20]}{'...' * (len(text) > 20)}")
+
+
+def _float(text: str) -> float:
+    return value if math.isfinite(value := float(text)) else _refuse(text)
+
+
+def _int(text: str) -> int | float:
+    return int(text) if math.isfinite(float(text)) else _refuse(text)
+
+
 def _parse_line(line: bytes) -> Record | None:
+    """The object of a line; None if it is not one.
+
+    Raises:
+        _NumberError: it is an object, but with such a number.
+    """
     try:
-        value = json.loads(line)
+        value = json.loads(line, parse_float=_float, parse_int=_int, parse_constant=_refuse)
     except ValueError:  # also what undecodable bytes raise
         return None
     return value if isinstance(value, dict) else None

@@ -13,6 +13,7 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, Te
 
 from megatron_dsrl.charts.chart_source import number
 from megatron_dsrl.common.disk import replace_text
+from megatron_dsrl.common.visible_text import visible
 from megatron_dsrl.evaluation.results_file import results_of_run
 from megatron_dsrl.observability.run_records import RunRecords, read_run
 from megatron_dsrl.report.analyses import read_analyses
@@ -83,12 +84,18 @@ def _template(name: str) -> Template:
     environment = Environment(
         loader=ChoiceLoader([PackageLoader(f"megatron_dsrl.{room}") for room in ("report", "charts")]),
         autoescape=True,
+        finalize=_without_control_characters,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters["number"] = number
     return environment.get_template(name)
+
+
+def _without_control_characters(value: object) -> object:
+    """What a template prints: texts of a model must not change how the page looks, or what a copy of it does."""
+    return visible(value) if type(value) is str else value  # Markup is made of such texts
 
 
 def _now() -> str:

@@ -21,6 +21,7 @@ from megatron_dsrl.weights.megatron_checkpoint import (
     refuse,
 )
 from megatron_dsrl.weights.table import TableEntry, WeightTable, bind
+from megatron_dsrl.weights.untrusted_checkpoint import only_plain_objects
 
 
 def load_weights(chunks: Sequence[nn.Module], table: WeightTable, folder: Path) -> None:
@@ -47,7 +48,8 @@ def load_megatron_weights(chunks: Sequence[nn.Module], table: WeightTable, folde
     check_megatron_checkpoint(MegatronCheckpoint(folder), table)
     models = [bare_model(chunk) for chunk in chunks]
     wanted = {f"model{i}": _sharded_parameters(model) for i, model in enumerate(models)}
-    loaded = dist_checkpointing.load(wanted, str(folder))
+    with only_plain_objects(folder):
+        loaded = dist_checkpointing.load(wanted, str(folder))
     for i, model in enumerate(models):
         result = model.load_state_dict(loaded[f"model{i}"], strict=False)
         missing = [name for name in result.missing_keys if not name.endswith("_extra_state")]

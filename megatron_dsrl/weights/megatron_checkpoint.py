@@ -18,12 +18,12 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import torch
 from megatron.core.dist_checkpointing.core import check_is_distributed_checkpoint
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.weights.layouts import Shape, Vocabulary
 from megatron_dsrl.weights.table import TableEntry, TensorRule, WeightTable
+from megatron_dsrl.weights.untrusted_checkpoint import read_metadata
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -88,10 +88,7 @@ class MegatronCheckpoint:
         if not is_megatron_checkpoint(folder):
             raise UserError(f"{folder} is not a Megatron distributed checkpoint (metadata.json is missing or invalid)")
         self.folder = folder
-        try:
-            metadata = FileSystemReader(folder).read_metadata()
-        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
-            raise UserError(f"{folder / '.metadata'} cannot be read: {error}") from error
+        metadata = read_metadata(folder)
         self._tensors: dict[str, TensorStorageMetadata] = {
             name: stored
             for name, stored in metadata.state_dict_metadata.items()

@@ -12,7 +12,11 @@ from megatron_dsrl.rollout.recording import rollout_file, write_groups
 from megatron_dsrl.rollout.sample import Sample, SampleGroup, count_tokens
 from megatron_dsrl.run.step_metrics import rollout_metrics
 
-HOSTILE_TEXT = "</pre><script>document.title='owned'</script><img src=x onerror=alert(1)> \\boxed{7} & \"quoted\""
+CONTROL_CHARACTERS = "\x00\x1b\u202e"
+HOSTILE_TEXT = (
+    "</pre><script>document.title='owned'</script><img src=x onerror=alert(1)> \\boxed{7} & \"quoted\""
+    + CONTROL_CHARACTERS
+)
 
 CONFIG = """\
 name: {name}

@@ -152,3 +152,12 @@ def test_a_step_is_never_recorded_twice(tmp_path: Path) -> None:
         tracker.log_step(small_record(1))
         with pytest.raises(AssertionError, match="step 1 after step 1"):
             tracker.log_step(small_record(1))
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e400", "1" + "0" * 400, "1" + "0" * 5000])
+@pytest.mark.parametrize("after", ["", '\n{"step": 2}\n'])
+def test_a_number_that_no_float_can_hold_is_named(tmp_path: Path, number: str, after: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1, "reward/mean": {number}}}' + after)
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 1: the number [-\w.]{,24} cannot be read\. Put null"):
+        read_records(path)

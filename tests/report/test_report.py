@@ -12,6 +12,7 @@ import pytest
 from megatron_dsrl.charts.chart_source import number
 from megatron_dsrl.cli import main
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.common.visible_text import visible
 from megatron_dsrl.evaluation.problem_result import ProblemResult
 from megatron_dsrl.evaluation.results import write_results
 from megatron_dsrl.evaluation.sample_file import SampleFile
@@ -19,6 +20,7 @@ from megatron_dsrl.evaluation.summary import summarise_benchmark
 from megatron_dsrl.observability.records import read_records
 from megatron_dsrl.report.report import write_report
 from tests.observability.synthetic_run import (
+    CONTROL_CHARACTERS,
     HOSTILE_TEXT,
     evaluation_record,
     make_group,
@@ -217,7 +219,8 @@ def test_the_page_needs_nothing_else(page: Page) -> None:
 
 
 def test_hostile_text_of_a_response_is_only_text(page: Page) -> None:
-    assert HOSTILE_TEXT in page.texts
+    assert visible(HOSTILE_TEXT) in page.texts
+    assert r"\x00\x1b\u202e" in page.source and not set(CONTROL_CHARACTERS) & set(page.source)
     assert [tag for tag, _ in page.elements].count("script") == 1  # the page's own
     assert "img" not in [tag for tag, _ in page.elements]
 
