@@ -138,7 +138,7 @@ def test_every_rank_has_the_cores_that_the_job_asked_for(run_script, stubs):
 
 def test_a_missing_environment_is_named_before_anything_is_run(run_script, stubs):
     job = run_script(VENV="/no/such/environment")
-    assert job.returncode == 2 and "there is no Python environment in /no/such/environment; VENV names" in job.stdout
+    assert job.returncode == 2 and "there is no Python environment in /no/such/environment; set VENV to" in job.stdout
     assert not (stubs / "srun.log").exists()
 
 
