@@ -26,6 +26,8 @@ class ModelShape:
     """Inner size of the MLP; of a mixture of experts it is not used."""
     context_tokens: int
     """Longest sequence that the positions were made for."""
+    yarn_context_tokens: int = 0
+    """Longest sequence that its YaRN scaling was made for; 0 without YaRN."""
     experts: int = 0
     """Experts of every layer; 0 for a dense model."""
     expert_feed_forward_size: int = 0

@@ -154,6 +154,7 @@ def _length_problems(config: RunConfig, shape: ModelShape | None) -> Iterator[Pr
         ("engine.max_total_tokens", engine.max_total_tokens),
         ("model.path (max_position_embeddings of its config.json)", shape.context_tokens if shape else None),
     ]
+    extension = _possible_extension(shape)
     sets: list[tuple[str, PromptSetConfig]] = [("data", config.data)]
     sets += [(f"evaluation.sets.{position}", prompts) for position, prompts in enumerate(config.evaluation.sets)]
     for section, prompts in sets:
@@ -163,10 +164,21 @@ def _length_problems(config: RunConfig, shape: ModelShape | None) -> Iterator[Pr
                 yield (
                     f"{section}.max_prompt_tokens, rollout.max_response_tokens",
                     f"{prompts.max_prompt_tokens} + {config.rollout.max_response_tokens} = {longest} tokens do not fit "
-                    f"into {limit}, the limit of {limiting_field}; lower the lengths or raise the limit",
+                    f"into {limit}, the limit of {limiting_field}; lower the lengths or raise the limit{extension}",
                 )
     if shape and engine.max_context_tokens and engine.max_context_tokens > shape.context_tokens:
         yield (
             "engine.max_context_tokens",
-            f"{engine.max_context_tokens} is beyond the model's own {shape.context_tokens}; lower it or use null",
+            f"{engine.max_context_tokens} is beyond the model's own {shape.context_tokens}; lower it or use null"
+            f"{extension}",
         )
+
+
+def _possible_extension(shape: ModelShape | None) -> str:
+    """What else to do where a model's YaRN reaches further than its config.json says."""
+    if shape is None or shape.yarn_context_tokens <= shape.context_tokens:
+        return ""
+    return (
+        f". The YaRN scaling in config.json reaches {shape.yarn_context_tokens} tokens: set max_position_embeddings to "
+        "that"
+    )

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.common.git_lfs import lfs_advice
 from megatron_dsrl.config.layout import ModelShape, model_problems, refuse
 from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.model.families import FAMILIES, Family
+from megatron_dsrl.model.rope import Yarn, read_rope
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Architecture:
     initializer_range: float
     experts: Experts | None = None
     """None for a dense model."""
+    yarn: Yarn | None = None
+    """None for plain RoPE."""
 
     @property
     def shape(self) -> ModelShape:
@@ -52,6 +56,7 @@ class Architecture:
             key_value_groups=self.num_key_value_heads,
             feed_forward_size=self.intermediate_size,
             context_tokens=self.max_position_embeddings,
+            yarn_context_tokens=self.yarn.context_tokens if self.yarn else 0,
             experts=self.experts.num_experts if self.experts else 0,
             expert_feed_forward_size=self.experts.moe_intermediate_size if self.experts else 0,
         )
@@ -66,7 +71,7 @@ def read_architecture(folder: Path) -> Architecture:
 
     Raises:
         UserError: the file is missing or not JSON, the architecture is not supported, a field is missing or has the
-            wrong type, or an unsupported feature is requested (RoPE scaling, sliding window, biases).
+            wrong type, or an unsupported feature is requested (RoPE scaling other than YaRN, sliding window, biases).
     """
     path = folder / "config.json"
     config = _read_json(path)
@@ -74,6 +79,13 @@ def read_architecture(folder: Path) -> Architecture:
     _refuse_unsupported_features(config, path)
     if family.has_experts:
         _refuse_dense_layers_among_experts(config, path)
+    theta, yarn = read_rope(config, path)
+    context_tokens = _integer(config, "max_position_embeddings", path)
+    if yarn is not None and context_tokens > yarn.context_tokens:  # SGLang has no angles beyond
+        raise UserError(
+            f"{path}: max_position_embeddings is {context_tokens}, but YaRN's factor {yarn.factor:g} x "
+            f"original_max_position_embeddings reaches {yarn.context_tokens}; lower the former or raise the factor"
+        )
     hidden_size, heads = _integer(config, "hidden_size", path), _integer(config, "num_attention_heads", path)
     return Architecture(
         family=family,
@@ -84,12 +96,13 @@ def read_architecture(folder: Path) -> Architecture:
         num_attention_heads=heads,
         num_key_value_heads=_integer(config, "num_key_value_heads", path, default=heads),
         head_dim=_integer(config, "head_dim", path, default=family.default_head_dim or hidden_size // heads),
-        max_position_embeddings=_integer(config, "max_position_embeddings", path),
+        max_position_embeddings=context_tokens,
         rms_norm_eps=_number(config, "rms_norm_eps", path, default=1e-6),
-        rope_theta=_rope_theta(config, path),
+        rope_theta=theta,
         tie_word_embeddings=_flag(config, "tie_word_embeddings", path),
         initializer_range=_number(config, "initializer_range", path, default=0.02),
         experts=_experts(config, path) if family.has_experts else None,
+        yarn=yarn,
     )
 
 
@@ -108,7 +121,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path.parent} is not an HF model folder: it has no config.json") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+        raise UserError(f"{path} cannot be read: {lfs_advice(path) or error}") from error
     if not isinstance(config, dict):
         raise UserError(f"{path} does not hold a JSON object")
     return config
@@ -154,23 +167,6 @@ def _flag(config: dict[str, Any], field: str, path: Path) -> bool:
     if not isinstance(value, bool):
         raise UserError(f"{path}: {field} must be true or false, not {value!r}")
     return value
-
-
-def _rope_theta(config: dict[str, Any], path: Path) -> float:
-    """The RoPE base: `rope_theta` up to Transformers 4, `rope_parameters.rope_theta` since version 5."""
-    parameters: dict[str, Any] = {}
-    for field in ("rope_parameters", "rope_scaling"):  # Transformers reads both, and the second one wins
-        section = config.get(field) or {}
-        if not isinstance(section, dict):
-            raise UserError(f"{path}: {field} must be an object, not {section!r}")
-        parameters |= section
-        kind = section.get("rope_type", section.get("type", "default"))
-        if kind != "default":
-            raise UserError(f"{path}: {field} asks for RoPE scaling of type {kind!r}; only plain RoPE is supported")
-    theta = parameters.get("rope_theta", config.get("rope_theta"))
-    if not isinstance(theta, int | float) or isinstance(theta, bool) or theta <= 0:
-        raise UserError(f"{path}: neither rope_parameters.rope_theta nor rope_theta holds a positive number")
-    return float(theta)
 
 
 def _refuse_unsupported_features(config: dict[str, Any], path: Path) -> None:

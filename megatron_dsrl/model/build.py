@@ -1,7 +1,7 @@
 """Build a decoder of a supported family (model/families.py) as a Megatron-core GPTModel.
 
 In Megatron's terms: RMSNorm before attention and feed-forward, grouped query attention, RMSNorm on each head's query
-and key if the family has it, rotary embeddings on the whole head, SwiGLU or SwiGLU experts, no dropout.
+and key if the family has it, rotary embeddings on the whole head (plain or YaRN), SwiGLU or SwiGLU experts, no dropout.
 """
 
 from typing import Any
@@ -19,6 +19,7 @@ from torch import nn
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig, RouterConfig
 from megatron_dsrl.model.architecture import Architecture, Experts, check_model_layout
 from megatron_dsrl.model.layer_spec import LayerImplementation, choose_layer_implementation, decoder_layers
+from megatron_dsrl.model.rope import Yarn
 from megatron_dsrl.platform import current_platform
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -38,7 +39,9 @@ def transformer_config(architecture: Architecture, model: ModelConfig, parallel:
     dtype, virtual_stages = DTYPES[model.dtype], parallel.virtual_pipeline_stages
     implementation = choose_layer_implementation(model.layer_spec, model.dtype)
     platform_flags = current_platform().transformer_config_flags(implementation == "transformer_engine")
-    return TransformerConfig(
+    if architecture.yarn is not None:
+        platform_flags |= {"apply_rope_fusion": False}  # Transformer Engine's kernel has no attention factor
+    config = TransformerConfig(
         num_layers=architecture.num_hidden_layers,
         hidden_size=architecture.hidden_size,
         ffn_hidden_size=architecture.intermediate_size,
@@ -75,6 +78,24 @@ def transformer_config(architecture: Architecture, model: ModelConfig, parallel:
         **RECOMPUTE[model.recompute],
         **platform_flags | (INTERLEAVED if virtual_stages > 1 else {}),
     )
+    for name, value in _yarn_attributes(architecture.yarn).items():
+        setattr(config, name, value)
+    return config
+
+
+def _yarn_attributes(yarn: Yarn | None) -> dict[str, Any]:
+    """What Megatron reads from its configuration for YaRN, though the class does not declare it."""
+    if yarn is None:
+        return {}
+    return {
+        "yarn_rotary_scaling_factor": yarn.factor,
+        "yarn_original_max_position_embeddings": yarn.original_max_position_embeddings,
+        "yarn_beta_fast": yarn.beta_fast,
+        "yarn_beta_slow": yarn.beta_slow,
+        "yarn_mscale": None,  # then it has Yarn.attention_factor
+        "yarn_mscale_all_dim": None,
+        "yarn_correction_range_round_to_int": True,
+    }
 
 
 def _expert_fields(
@@ -125,7 +146,7 @@ def build_model(architecture: Architecture, model: ModelConfig, parallel: Parall
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
             parallel_output=True,
             share_embeddings_and_output_weights=architecture.tie_word_embeddings,
-            position_embedding_type="rope",
+            position_embedding_type="yarn" if architecture.yarn else "rope",
             rotary_base=architecture.rope_theta,
             vp_stage=stage,
         ).to(current_platform().device)

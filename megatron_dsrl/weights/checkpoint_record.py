@@ -5,15 +5,19 @@ error and produce gibberish. Therefore the architecture is recorded when a check
 """
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_dsrl.common.checksum import changed_file
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.model.architecture import Architecture
 
 RECORD_FILE = "megatron_dsrl.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+CHECKED_FILES = (".metadata", "common.pt", "metadata.json")
+"""The files of a checkpoint whose checksums are recorded. The weight files hold checksums of their own."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class CheckpointRecord:
     """The layout the chunks were cut for."""
     source: str
     """Folder or hub name the checkpoint was converted from."""
+    files: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Size in bytes and CRC-32 of `CHECKED_FILES`, by name; empty in version 1."""
     format_version: int = FORMAT_VERSION
 
     def write(self, folder: Path) -> None:
@@ -40,6 +46,7 @@ def architecture_fields(architecture: Architecture) -> dict[str, Any]:
     fields = asdict(architecture)
     fields["family"] = architecture.family.hf_name
     fields |= fields.pop("experts") or {}
+    fields |= {f"yarn_{name}": value for name, value in (fields.pop("yarn") or {}).items()}
     del fields["initializer_range"]
     return fields
 
@@ -67,11 +74,15 @@ def read_record(folder: Path) -> CheckpointRecord | None:
 def check_record(folder: Path, architecture: Architecture) -> None:
     """Check an architecture, such as that of the current config.json, against a checkpoint's record, if it has one.
 
+    Also compares the checkpoint's index files with their recorded checksums.
+
     Raises:
-        UserError: names every field that differs.
+        UserError: names every field that differs, or a damaged file.
     """
     record = read_record(folder)
     if record is not None:
+        if (problem := changed_file(folder, record.files, record.files)) is not None:
+            raise UserError(f"{folder} is damaged: {problem}. Convert or copy it again")
         refuse_drift(record.architecture, architecture_fields(architecture), f"{folder / RECORD_FILE}", "config.json")
 
 

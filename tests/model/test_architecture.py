@@ -33,32 +33,19 @@ QWEN3_8B = {  # the published config.json, Transformers 4 style
 }
 
 
-PLAIN = {"rope_type": "default", "rope_theta": 1e6}
-
 
 def write(folder: Path, **changes) -> Path:
     (folder / "config.json").write_text(json.dumps(QWEN3_8B | changes))
     return folder
 
 
-def test_old_and_new_place_of_the_rope_base(tmp_path):
-    assert read_architecture(write(tmp_path)).rope_theta == 1e6
-    new = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e6}, "rope_theta": None}
-    assert read_architecture(write(tmp_path, **new)).rope_theta == 5e6
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"architectures": ["LlamaForCausalLM"]}, "names LlamaForCausalLM; supported are Qwen3ForCausalLM, Qwen3Moe"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling asks for RoPE scaling of type 'yarn'"),
-        ({"rope_scaling": {"type": "yarn"}, "rope_parameters": PLAIN}, "rope_scaling asks for RoPE scaling"),
-        ({"rope_parameters": {"rope_type": "yarn"}, "rope_scaling": PLAIN}, "rope_parameters asks for RoPE scaling"),
-        ({"rope_parameters": "plain"}, "rope_parameters must be an object, not 'plain'"),
         ({"rms_norm_eps": None}, "rms_norm_eps must be a positive number, not None"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false, not 'false'"),
         ({"architectures": "LlamaForCausalLM"}, "names LlamaForCausalLM; supported are"),
-        ({"rope_theta": None}, "neither rope_parameters.rope_theta nor rope_theta"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"attention_bias": True}, "attention_bias"),
         ({"num_key_value_heads": 0}, "num_key_value_heads must be a positive integer, not 0"),

@@ -16,6 +16,7 @@ def _make(function: str, folder: Path, **options: Any) -> Any:
 FAMILIES: Mapping[str, Callable[..., Any]] = {
     "Qwen3 tied": partial(_make, "make_tiny_qwen3", tied=True),
     "Qwen3 untied": partial(_make, "make_tiny_qwen3", tied=False),
+    "Qwen3 YaRN": partial(_make, "make_tiny_qwen3_yarn", tied=True),
     "Qwen3-MoE": partial(_make, "make_tiny_qwen3_moe"),
     "Qwen2.5": partial(_make, "make_tiny_qwen2"),
 }

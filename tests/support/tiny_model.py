@@ -1,6 +1,7 @@
 """Tiny models as HF folders: real architectures, random weights, no tokenizer."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,6 +26,8 @@ SIZES = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     "rms_norm_eps": 1e-6,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 128}
+"""128 tokens extended to the 512 of `SIZES`."""
 HEAD_DIM = 32
 """Of both Qwen3 families; unlike hidden size / heads = 16."""
 
@@ -38,6 +41,7 @@ def make_tiny_qwen3(
     dtype: torch.dtype = torch.float32,
     max_shard_size: str = "1GB",
     head_dim: int = HEAD_DIM,
+    rope: dict[str, Any] | None = None,
 ) -> Qwen3ForCausalLM:
     """Write a dense Qwen3 with `save_pretrained` and return it.
 
@@ -52,9 +56,16 @@ def make_tiny_qwen3(
         dtype: of the weights.
         max_shard_size: size of one weight file, as `save_pretrained` takes it.
         head_dim: attention kernels on GPUs are made for 64, 128 and 256.
+        rope: `rope_parameters` of config.json; None: plain.
     """
-    config = Qwen3Config(**SIZES, vocab_size=vocab_size, head_dim=head_dim, tie_word_embeddings=tied)
+    sizes = SIZES if rope is None else SIZES | {"rope_parameters": rope}
+    config = Qwen3Config(**sizes, vocab_size=vocab_size, head_dim=head_dim, tie_word_embeddings=tied)
     return _write(Qwen3ForCausalLM, config, folder, seed, dtype, max_shard_size)
+
+
+def make_tiny_qwen3_yarn(folder: Path, **options: Any) -> Qwen3ForCausalLM:
+    """A dense Qwen3 whose context YaRN extends from 128 to 512 tokens; options of `make_tiny_qwen3`."""
+    return make_tiny_qwen3(folder, rope=YARN, **options)
 
 
 def make_tiny_qwen3_moe(

@@ -34,7 +34,7 @@ from megatron_dsrl.weights.table import WeightTable
 from megatron_dsrl.weights.tables import weight_table
 from tests.support.disk import files_of_at_most
 from tests.support.distributed import run_distributed
-from tests.support.tiny_model import make_tiny_qwen3
+from tests.support.tiny_model import YARN, make_tiny_qwen3
 
 VOCAB_SIZE = 101  # odd: the vocabulary is padded at a tensor-parallel size of 2
 LAYOUTS = {
@@ -44,7 +44,8 @@ LAYOUTS = {
     "PP2-uneven": {"pipeline_parallel_size": 2, "layers_in_first_stage": 1},
     "DP2": {},
 }
-CASES = [f"{layout} {'tied' if tied else 'untied'}" for layout, tied in product(LAYOUTS, (True, False))]
+MODELS = {"tied": {"tied": True}, "untied": {"tied": False}, "YaRN": {"tied": True, "rope": YARN}}
+CASES = [f"{layout} {model}" for layout, model in product(LAYOUTS, MODELS) if model != "YaRN" or layout == "TP2+SP"]
 MICRO_BATCHES = [[13, 24, 11, 12], [7, 20, 9]]
 """Lengths of the sequences of two packed micro-batches."""
 
@@ -79,17 +80,13 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def measured(folder) -> dict[str, list[dict]]:
     """Results of both processes by case."""
-    for tied in (True, False):
-        model = make_tiny_qwen3(folder / _name(tied), tied=tied, vocab_size=VOCAB_SIZE)
-        (folder / _name(tied) / "tokenizer.json").write_text("{}")
+    for name, options in MODELS.items():
+        model = make_tiny_qwen3(folder / name, vocab_size=VOCAB_SIZE, **options)
+        (folder / name / "tokenizer.json").write_text("{}")
         for padded_vocab_size in (101, 102):
-            torch.save(reference(model, padded_vocab_size), folder / f"{_name(tied)}-{padded_vocab_size}.pt")
+            torch.save(reference(model, padded_vocab_size), folder / f"{name}-{padded_vocab_size}.pt")
     per_rank = run_distributed(measure_all_layouts, 2, folder, timeout_seconds=150)
     return {case: [rank[case] for rank in per_rank] for case in CASES}
-
-
-def _name(tied: bool) -> str:
-    return "tied" if tied else "untied"
 
 
 # ---- what runs in the two processes
@@ -97,11 +94,11 @@ def _name(tied: bool) -> str:
 
 def measure_all_layouts(folder: Path) -> dict[str, dict]:
     results = {}
-    for layout, tied in product(LAYOUTS, (True, False)):
+    for case in CASES:
+        layout, name = case.split(" ")
         parallel = ParallelConfig(collective_timeout_seconds=60, **LAYOUTS[layout])
         with parallel_layout(parallel, seed=1):
-            case = f"{layout} {_name(tied)}"
-            results[case] = measure(folder, _name(tied), parallel, folder / f"export {case}")
+            results[case] = measure(folder, name, parallel, folder / f"export {case}")
     destroy_parallel()
     return results
 
@@ -236,7 +233,7 @@ def test_logits_equal_transformers(measured, case):
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_equal_transformers(measured, case):
     for rank in measured[case]:
-        assert len(rank["gradient_errors"]) == (46 if case.endswith(" tied") else 47)
+        assert len(rank["gradient_errors"]) == (47 if case.endswith(" untied") else 46)
         assert max(rank["gradient_errors"].values()) <= 1e-5, rank["gradient_errors"]
 
 
@@ -244,7 +241,8 @@ def test_gradients_equal_transformers(measured, case):
 def test_weights_come_out_bit_identical_in_the_same_order_on_every_rank(measured, case):
     first, second = measured[case]
     assert first["round_trip_exact"] and second["round_trip_exact"]
-    assert first["order"] == second["order"] == measured["DP2" + case[case.index(" ") :]][0]["order"]
+    like = "DP2 untied" if case.endswith(" untied") else "DP2 tied"
+    assert first["order"] == second["order"] == measured[like][0]["order"]
 
 
 def test_buckets_keep_their_size_unless_one_entry_exceeds_it(measured):
@@ -253,11 +251,11 @@ def test_buckets_keep_their_size_unless_one_entry_exceeds_it(measured):
     assert all(size <= 40_000 or size == 65_536 for size in sizes) and len(sizes) > 8
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_random_weights_do_not_depend_on_the_layout(measured, tied):
-    digests = {rank["random_digest"] for layout in LAYOUTS for rank in measured[f"{layout} {_name(tied)}"]}
+@pytest.mark.parametrize("name", ["tied", "untied"])
+def test_random_weights_do_not_depend_on_the_layout(measured, name):
+    digests = {rank["random_digest"] for layout in LAYOUTS for rank in measured[f"{layout} {name}"]}
     assert len(digests) == 1
-    assert measured[f"TP2 {_name(tied)}"][0]["random_deviation"] == pytest.approx(0.02, rel=0.05)
+    assert measured[f"TP2 {name}"][0]["random_deviation"] == pytest.approx(0.02, rel=0.05)
 
 
 @pytest.mark.parametrize("case", CASES)

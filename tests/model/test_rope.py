@@ -1,0 +1,69 @@
+"""RoPE in config.json: the base, YaRN, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+from transformers import Qwen3Config
+from transformers.modeling_rope_utils import _compute_yarn_parameters
+
+from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.model.rope import Yarn, read_rope
+
+PATH = Path("config.json")
+PLAIN = {"rope_type": "default", "rope_theta": 1e6}
+CARD = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+"""As Qwen3's model cards give it."""
+
+
+def test_the_base_stands_beside_the_sections_or_in_them():
+    assert read_rope({"rope_theta": 1e6, "rope_scaling": None}, PATH) == (1e6, None)
+    assert read_rope({"rope_theta": 1e4, "rope_parameters": PLAIN}, PATH) == (1e6, None)
+    assert read_rope({"rope_parameters": PLAIN, "rope_scaling": PLAIN}, PATH) == (1e6, None)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"rope_theta": 1e6, "rope_scaling": CARD},
+        {"rope_parameters": CARD | {"rope_theta": 1e6, "attention_factor": None}},
+        {"rope_parameters": CARD | {"rope_theta": 1e6, "attention_factor": 1.1386294361119891, "truncate": True}},
+        {"rope_theta": 1e6, "rope_scaling": {"type": "yarn", "factor": 4}, "max_position_embeddings": 32768},
+    ],
+)
+def test_yarn_is_read_from_either_section(config):
+    assert read_rope(config, PATH) == (1e6, Yarn(4.0, 32768))
+    assert Yarn(4.0, 32768).context_tokens == 131072
+
+
+@pytest.mark.parametrize("factor", [1.0, 4.0, 32.0])
+def test_the_attention_factor_is_that_of_transformers(factor):
+    config = Qwen3Config(rope_parameters=CARD | {"rope_theta": 1e6, "factor": factor})
+    assert Yarn(factor, 32768).attention_factor == pytest.approx(_compute_yarn_parameters(config)[1], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"rope_parameters": PLAIN, "rope_scaling": CARD}, "rope_scaling and rope_parameters both stand there and dif"),
+        ({"rope_parameters": CARD, "rope_scaling": PLAIN}, "rope_scaling and rope_parameters both stand there and dif"),
+        ({"rope_theta": 1e6, "rope_scaling": {"type": "linear"}}, "RoPE scaling of type 'linear' is not supported"),
+        ({"rope_theta": 1e6, "rope_scaling": {"rope_type": "yarn"}}, "factor must be a number at least 1, not None"),
+        ({"rope_theta": 1e6, "rope_scaling": CARD | {"factor": "4"}}, "factor must be a number at least 1, not '4'"),
+        ({"rope_theta": 1e6, "rope_scaling": CARD | {"factor": 0.5}}, "factor must be a number at least 1, not 0.5"),
+        ({"rope_theta": 1e6, "rope_scaling": CARD | {"beta_fast": True}}, "YaRN's beta_fast must be a number above 0"),
+        (
+            {"rope_theta": 1e6, "rope_scaling": CARD | {"original_max_position_embeddings": 1.5}},
+            "original_max_position_embeddings must be a positive integer, not 1.5",
+        ),
+        ({"rope_theta": 1e6, "rope_scaling": CARD | {"attention_factor": 2.0}}, "YaRN's attention_factor=2.0 is not"),
+        ({"rope_theta": 1e6, "rope_scaling": CARD | {"mscale": 1.0}}, "YaRN's mscale=1.0 is not supported"),
+        ({"rope_theta": 1e6, "rope_scaling": CARD | {"truncate": False}}, "YaRN's truncate=False is not supported"),
+        ({"rope_theta": 1e6, "rope_scaling": CARD | {"extrapolation_factor": 2}}, "YaRN's extrapolation_factor=2 is"),
+        ({"rope_parameters": PLAIN | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is not supported"),
+        ({"rope_parameters": "plain"}, "rope_parameters must be an object, not 'plain'"),
+        ({"rope_theta": None}, "neither rope_parameters.rope_theta nor rope_theta"),
+    ],
+)
+def test_what_the_three_libraries_do_not_read_alike_is_refused(config, message):
+    with pytest.raises(UserError, match=message):
+        read_rope(config, PATH)
