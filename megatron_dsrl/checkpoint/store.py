@@ -17,7 +17,6 @@ import os
 import re
 import shutil
 import threading
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dsrl.checkpoint.state import RunState, SavedState
+from megatron_dsrl.common.checksum import Checksums, changed_file, checksums
 from megatron_dsrl.common.collective import broadcast, first_problem, gather, my_share
 from megatron_dsrl.common.disk import free_space
 from megatron_dsrl.common.errors import UserError
@@ -35,13 +35,8 @@ STATE_FILE = "state.json"
 WEIGHTS_FOLDER = "megatron"
 _PARTIAL_PREFIX = ".partial_"
 _NAME = re.compile(r"step_(\d+)")
-_READ_BYTES = 16 * 2**20
 _CLOSE_SECONDS = 60
 """Time limit for a thread that is still writing when a failed run ends."""
-
-Checksums = dict[str, tuple[int, int]]
-"""Size in bytes and CRC-32 by path relative to the checkpoint."""
-
 
 BeginWrite = Callable[[Path, bool], "WeightsWrite"]
 """Collective; takes an empty folder, and whether to copy the state because training continues before it is written."""
@@ -161,8 +156,8 @@ class CheckpointStore:
         if save is None:
             return
         try:
-            checksums = save.complete()
-            _on_rank_0(lambda: self._publish(save.partial, SavedState(run=save.state, files=checksums)))
+            files = save.complete()
+            _on_rank_0(lambda: self._publish(save.partial, SavedState(run=save.state, files=files)))
         except OSError as error:
             raise self._failure(save.state.step, save.partial, error) from error
         self._good_step = save.state.step
@@ -215,17 +210,7 @@ class CheckpointStore:
             saved = SavedState.read(folder / STATE_FILE)
         except (OSError, ValueError) as error:
             return first_problem(f"{STATE_FILE}: {error}"), None
-        names = sorted(saved.files)
-        problem = None
-        for name in my_share(names):
-            try:
-                found = _size_and_checksum(folder / name)
-            except OSError as error:
-                problem = f"{name}: {error.strerror}"
-                break
-            if found != saved.files[name]:
-                problem = f"{name} has changed (size and CRC-32 are {found}, expected {saved.files[name]})"
-                break
+        problem = changed_file(folder, saved.files, my_share(sorted(saved.files)))
         return first_problem(problem), saved.run
 
     def _publish(self, partial: Path, saved: SavedState) -> None:
@@ -292,13 +277,13 @@ class _Save:
             except OSError as error:
                 problem = str(error)
             _raise_together(problem)
-        checksums = {name: entry for share in gather(self._checksums) for name, entry in share.items()}
+        files = {name: entry for share in gather(self._checksums) for name, entry in share.items()}
         names = broadcast(sorted(str(x.relative_to(self.partial)) for x in self.partial.rglob("*") if x.is_file()))
-        return checksums | _checksums_together(self.partial, [name for name in names if name not in checksums])
+        return files | _checksums_together(self.partial, [name for name in names if name not in files])
 
     def _write_and_checksum(self) -> None:
         try:
-            self._checksums = _checksums(self.partial, [file for write in self._writes for file in write.write()])
+            self._checksums = checksums(self.partial, [file for write in self._writes for file in write.write()])
         except OSError as error:
             self.problem = str(error)
         except BaseException as error:  # raised in the main thread
@@ -311,28 +296,15 @@ def _make_empty(partial: Path, names: Iterable[str]) -> None:
         (partial / name).mkdir(parents=True)
 
 
-def _checksums(folder: Path, files: Iterable[Path]) -> Checksums:
-    return {str(file.relative_to(folder)): _size_and_checksum(file) for file in files}
-
-
 def _checksums_together(folder: Path, names: Sequence[str]) -> Checksums:
     """Checksums of these files; each rank reads a share. Collective."""
     problem, mine = None, {}
     try:
-        mine = _checksums(folder, [folder / name for name in my_share(names)])
+        mine = checksums(folder, [folder / name for name in my_share(names)])
     except OSError as error:
         problem = str(error)
     _raise_together(problem)
     return {name: entry for share in gather(mine) for name, entry in share.items()}
-
-
-def _size_and_checksum(file: Path) -> tuple[int, int]:
-    size = checksum = 0
-    with open(file, "rb") as stream:
-        while part := stream.read(_READ_BYTES):
-            size += len(part)
-            checksum = zlib.crc32(part, checksum)
-    return size, checksum
 
 
 def _flush_to_disk(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,10 +40,14 @@ def writing(path: Path, what_is_safe: str = NOTHING_PUBLISHED) -> Iterator[None]
 
     Raises:
         UserError: instead of OSError, and of the RuntimeError of torch.save.
+        KeyboardInterrupt, SystemExit: Ctrl-C or a signal ended the write. torch.save turns them into a RuntimeError.
     """
+    handled_before = sys.exception()
     try:
         yield
     except (OSError, RuntimeError) as error:
+        if (interrupt := _interrupt_behind(error, handled_before)) is not None:
+            raise interrupt from None
         cause = as_os_error(error)
         if not isinstance(cause, OSError):
             raise
@@ -75,3 +80,13 @@ def replace_text(file: Path, text: str) -> None:
     """As `replacing`, with a text in UTF-8."""
     with replacing(file) as stream:
         stream.write(text.encode())
+
+
+def _interrupt_behind(error: BaseException, handled_before: BaseException | None) -> BaseException | None:
+    """The interrupt that was being raised when `error` replaced it; None if there is none."""
+    cause = error.__context__
+    while cause is not None and cause is not handled_before:
+        if isinstance(cause, KeyboardInterrupt | SystemExit):
+            return cause
+        cause = cause.__context__
+    return None

@@ -8,11 +8,14 @@ from typing import Any
 import torch
 
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.common.git_lfs import lfs_advice
 from megatron_dsrl.config.load import load_config
 from megatron_dsrl.model.architecture import Architecture, read_architecture
 from megatron_dsrl.model.source import resolve_model_folder
+from megatron_dsrl.observability.records import CONFIG_FILE
 from megatron_dsrl.weights.checkpoint_record import architecture_fields, refuse_drift
 from megatron_dsrl.weights.hf_checkpoint import torch_dtype_name
+from megatron_dsrl.weights.megatron_checkpoint import MEGATRON_LM_TRACKER, is_megatron_checkpoint
 
 
 def common_dtype(dtypes: Mapping[str, torch.dtype], folder: Path) -> torch.dtype:
@@ -65,7 +68,7 @@ def check_tokenizer(folder: Path, architecture: Architecture) -> None:
             token, number = max(ids.items(), key=lambda item: item[1], default=("", -1))
             too_large = number >= architecture.vocab_size
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} cannot be read: {error!r}") from error
+            raise UserError(f"{path} cannot be read: {lfs_advice(path) or repr(error)}") from error
         if too_large:
             raise UserError(
                 f"{path} has token ids up to {number} ({token!r}), but vocab_size in config.json is "
@@ -115,4 +118,20 @@ def needed_for_conversion(source: Path, companions: Path, expected: Path | None)
 
 
 def _expected_folder(expected: Path) -> Path:
-    return expected if expected.is_dir() else resolve_model_folder(load_config(expected, []).model.path)
+    if expected.is_dir():
+        return expected
+    return resolve_model_folder(load_config(expected, []).model.path, f"--expect {expected}: model.path")
+
+
+def check_is_hf(folder: Path) -> None:
+    """Refuse a source in another format, by its name, before its files are looked for.
+
+    Raises:
+        UserError: it is a Megatron checkpoint, or a run's folder.
+    """
+    if (folder / CONFIG_FILE).is_file():
+        raise UserError(
+            f"{folder} is a run's folder; to convert its newest checkpoint, use `dsrl convert megatron-to-hf`"
+        )
+    if is_megatron_checkpoint(folder) or (folder / MEGATRON_LM_TRACKER).is_file():
+        raise UserError(f"{folder} is a Megatron checkpoint, not an HF folder; use `dsrl convert megatron-to-hf`")

@@ -8,7 +8,7 @@ first. Tests load the result with Megatron in several layouts.
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -90,7 +90,8 @@ class ChunkWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with writing(self._folder), ExitStack() as files:
+        # After an error, a failure to write the rest is of no interest and must not replace it.
+        with writing(self._folder) if error is None else suppress(Exception), ExitStack() as files:
             for file in self._files:
                 files.callback(file.close)  # writes what is left in the buffer
             self._flush.finish()

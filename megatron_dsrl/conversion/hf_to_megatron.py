@@ -1,14 +1,22 @@
 """HF folder -> Megatron distributed checkpoint."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
 import torch
 
+from megatron_dsrl.common.checksum import checksums
 from megatron_dsrl.common.collective import on_first, rank, together
 from megatron_dsrl.common.disk import writing
-from megatron_dsrl.conversion.checks import check_expected, check_tokenizer, common_dtype, needed_for_conversion
+from megatron_dsrl.conversion.cast import Cast, warn
+from megatron_dsrl.conversion.checks import (
+    check_expected,
+    check_is_hf,
+    check_tokenizer,
+    common_dtype,
+    needed_for_conversion,
+)
 from megatron_dsrl.conversion.distributed_checkpoint_writer import (
     ChunkWriter,
     WrittenChunk,
@@ -22,7 +30,7 @@ from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.source import resolve_model_folder
 from megatron_dsrl.provenance.inputs import describe_model
 from megatron_dsrl.provenance.start import record_start
-from megatron_dsrl.weights.checkpoint_record import CheckpointRecord, architecture_fields
+from megatron_dsrl.weights.checkpoint_record import CHECKED_FILES, CheckpointRecord, architecture_fields
 from megatron_dsrl.weights.companions import copy_companions
 from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint, torch_dtype_name
 from megatron_dsrl.weights.load import check_checkpoint
@@ -61,6 +69,7 @@ def convert_hf_to_megatron(source: str, target: Path, layout: CheckpointLayout, 
             a difference. The target is then absent or unchanged.
     """
     folder = on_first(lambda: resolve_model_folder(source, "SOURCE"))
+    check_is_hf(folder)
     architecture = read_architecture(folder)
     layout.check(architecture)
     check_expected(architecture, folder, options.expect)
@@ -71,11 +80,13 @@ def convert_hf_to_megatron(source: str, target: Path, layout: CheckpointLayout, 
     dtype = options.dtype or common_dtype(dtypes, folder)
     needed = needed_for_conversion(folder, folder, options.expect)
     with new_folder(target, options.overwrite, needed) as partial:
-        written = together(lambda: _write_chunks(checkpoint, table, layout, dtype, partial))
+        shares = together(lambda: _write_chunks(checkpoint, table, layout, dtype, partial))
+        warn([cast for _, cast in shares], dtype)
+        written = list(chain.from_iterable(chunks for chunks, _ in shares))
         record = CheckpointRecord(
             architecture_fields(architecture), torch_dtype_name(dtype), layout.as_record(), source
         )
-        on_first(lambda: _complete(partial, folder, table, dtype, record, list(chain.from_iterable(written))))
+        on_first(lambda: _complete(partial, folder, table, dtype, record, written))
         record_start(partial, "convert", {"source": lambda: describe_model(source, folder)}, print)
         if options.verify:
             verify(hf_folder=folder, megatron_folder=partial, source="hf", dtype=dtype)
@@ -83,16 +94,17 @@ def convert_hf_to_megatron(source: str, target: Path, layout: CheckpointLayout, 
 
 def _write_chunks(
     checkpoint: HfCheckpoint, table: WeightTable, layout: CheckpointLayout, dtype: torch.dtype, folder: Path
-) -> list[WrittenChunk]:
+) -> tuple[list[WrittenChunk], Cast]:
     """Write this process's share of the weights."""
+    cast = Cast(dtype)
     with ChunkWriter(folder, rank()) as writer:
         for entry in with_progress(my_entries(table), dtype, "HF -> Megatron"):
-            parts = [checkpoint.read(tensor.name).to(dtype) for tensor in entry.hf]
+            parts = [cast(tensor.name, checkpoint.read(tensor.name)) for tensor in entry.hf]
             whole = entry.rule.layout.shard(parts, rank=0, size=1)
             del parts
             for offsets, chunk in cut_into_chunks(entry, whole, layout):
                 writer.write(entry.rule.checkpoint_name, offsets, chunk)
-    return writer.written
+    return writer.written, cast
 
 
 def _complete(
@@ -107,4 +119,5 @@ def _complete(
     write_metadata(partial, table, dtype, written)
     copy_companions(source, partial, dtype)
     with writing(partial):
-        record.write(partial)
+        files = checksums(partial, [partial / name for name in CHECKED_FILES])
+        replace(record, files=files).write(partial)

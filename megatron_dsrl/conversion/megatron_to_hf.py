@@ -6,6 +6,7 @@ import torch
 
 from megatron_dsrl.common.collective import on_first, together
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.conversion.cast import Cast, warn
 from megatron_dsrl.conversion.checks import (
     check_expected,
     check_tokenizer,
@@ -59,16 +60,19 @@ def convert_megatron_to_hf(
     needed = needed_for_conversion(source, companions, options.expect)
     with new_folder(target, options.overwrite, needed) as partial:
         files = on_first(lambda: create_hf_files(partial, table.hf_shapes(), dtype, file_bytes))
-        together(lambda: _write_tensors(checkpoint, table, dtype, files))
+        casts = together(lambda: _write_tensors(checkpoint, table, dtype, files))
+        warn(casts, dtype)
         on_first(lambda: copy_companions(companions, partial, dtype))
         record_start(partial, "convert", {"source": lambda: describe_model(str(source), source)}, print)
         if options.verify:
             verify(hf_folder=partial, megatron_folder=source, source="megatron", dtype=dtype, companions=companions)
 
 
-def _write_tensors(checkpoint: MegatronCheckpoint, table: WeightTable, dtype: torch.dtype, files: HfFiles) -> None:
+def _write_tensors(checkpoint: MegatronCheckpoint, table: WeightTable, dtype: torch.dtype, files: HfFiles) -> Cast:
     """Write this process's share of the weights."""
+    cast = Cast(dtype)
     with HfWriter(files) as writer:
         for entry in with_progress(my_entries(table), dtype, "Megatron -> HF"):
             for tensor, value in zip(entry.hf, checkpoint.read(entry)):
-                writer.write(tensor.name, value.to(dtype))
+                writer.write(tensor.name, cast(tensor.name, value))
+    return cast

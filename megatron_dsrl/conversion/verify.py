@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_dsrl.common.collective import rank, together
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.conversion.cast import Cast, not_finite_message, overflow_message
 from megatron_dsrl.conversion.checks import read_companion_architecture
 from megatron_dsrl.conversion.logits import compare_logits
 from megatron_dsrl.conversion.work import my_entries, with_progress
@@ -44,7 +45,7 @@ def verify(
         companions: folder with the config.json of the Megatron side; None means `megatron_folder`.
 
     Raises:
-        UserError: names the differences.
+        UserError: names the differences, or the values that the dtype cannot hold.
     """
     companions = companions or megatron_folder
     architecture = read_architecture(hf_folder)
@@ -67,7 +68,13 @@ def verify(
         raise UserError(_report(differences, hf_folder, megatron_folder))
     console = Console(quiet=rank() != 0)
     tensors, nbytes = sum(part.tensors for part in parts), sum(part.nbytes for part in parts)
+    casts = [part.cast for part in parts]
+    if (lost := overflow_message(casts, dtype)) is not None:
+        raise UserError(f"verification failed: {lost}")
     console.print(f"verified {tensors} tensors ({nbytes / 1e9:.2f} GB): names, shapes, dtypes and SHA-256 are equal")
+    if (not_finite := not_finite_message(casts)) is not None:
+        console.print(f"logits not compared: {not_finite}")
+        return
     compare_logits(hf_folder, megatron_folder, architecture, console)
 
 
@@ -78,6 +85,7 @@ class _Comparison:
     tensors: int
     nbytes: int
     differences: list[str]
+    cast: Cast
 
 
 def _compare_share(
@@ -87,12 +95,12 @@ def _compare_share(
     source: Literal["hf", "megatron"],
     dtype: torch.dtype | None,
 ) -> _Comparison:
-    tensors, nbytes, differences = 0, 0, []
+    tensors, nbytes, differences, cast = 0, 0, [], Cast(dtype)
     for entry in with_progress(my_entries(table), dtype or torch.bfloat16, "comparing"):
-        for name, wanted, found in _both_sides(entry, hf, megatron, source, dtype):
+        for name, wanted, found in _both_sides(entry, hf, megatron, source, cast):
             tensors, nbytes = tensors + 1, nbytes + wanted.nbytes
             differences += _differences(name, wanted, found)
-    return _Comparison(tensors, nbytes, differences)
+    return _Comparison(tensors, nbytes, differences, cast)
 
 
 def _both_sides(
@@ -100,7 +108,7 @@ def _both_sides(
     hf: HfCheckpoint,
     megatron: MegatronCheckpoint,
     source: Literal["hf", "megatron"],
-    dtype: torch.dtype | None,
+    cast: Cast,
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(name, expected tensor converted from the source, tensor found on the other side)."""
     try:
@@ -110,7 +118,7 @@ def _both_sides(
     for tensor, megatron_side in zip(entry.hf, from_megatron):
         hf_side = hf.read(tensor.name)
         wanted, found = (hf_side, megatron_side) if source == "hf" else (megatron_side, hf_side)
-        yield tensor.name, wanted.to(dtype or wanted.dtype), found
+        yield tensor.name, cast(tensor.name, wanted), found
 
 
 def _differences(name: str, wanted: Tensor, found: Tensor) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron_dsrl.checkpoint.compatibility import check_same_model
 from megatron_dsrl.checkpoint.state import SavedState
 from megatron_dsrl.checkpoint.store import STATE_FILE, WEIGHTS_FOLDER
+from megatron_dsrl.common.checksum import changed_file
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.source import resolve_model_folder
@@ -124,14 +125,24 @@ def _of_checkpoint(checkpoint: Path, companions: Path | None = None) -> Evaluate
         saved = SavedState.read(checkpoint / STATE_FILE)
     except (OSError, ValueError) as error:
         raise UserError(f"{checkpoint / STATE_FILE} cannot be read: {error}") from error
-    for name, (size, _) in saved.files.items():
-        file = checkpoint / name
-        if name.startswith(f"{WEIGHTS_FOLDER}/") and (not file.is_file() or file.stat().st_size != size):
-            raise UserError(f"{checkpoint} is damaged: {name} is not the file of {size:,} bytes that was written")
+    _check_files(checkpoint, saved)
     run_folder = checkpoint.parent.parent
     companions = companions or _model_of_run(run_folder, saved)
     check_same_model(saved.run.model, asdict(read_architecture(companions)), str(checkpoint))
     return EvaluatedModel(checkpoint / WEIGHTS_FOLDER, companions, run_folder, saved.run.step)
+
+
+def _check_files(checkpoint: Path, saved: SavedState) -> None:
+    """Compare the policy's files with what was written: sizes of weight files, whose tensors are compared with their
+    CRC-32 when they are read (weights/megatron_checkpoint.py), and size and CRC-32 of the others."""
+    policy = {name: entry for name, entry in saved.files.items() if name.startswith(f"{WEIGHTS_FOLDER}/")}
+    for name, (size, _) in policy.items():
+        file = checkpoint / name
+        if not file.is_file() or file.stat().st_size != size:
+            raise UserError(f"{checkpoint} is damaged: {name} is not the file of {size:,} bytes that was written")
+    index_files = [name for name in policy if not name.endswith(".distcp")]
+    if (problem := changed_file(checkpoint, policy, index_files)) is not None:
+        raise UserError(f"{checkpoint} is damaged: {problem}")
 
 
 def _model_of_run(run_folder: Path, saved: SavedState) -> Path:

@@ -17,11 +17,9 @@ from megatron_dsrl.provenance.differences import ALWAYS_SHOWN, starts_that_count
 from megatron_dsrl.provenance.words import what_computed
 from megatron_dsrl.publishing.evaluations import evaluations_of, model_index
 from megatron_dsrl.publishing.origin import base_model_name, license_of, without_private_places
+from megatron_dsrl.publishing.own_card import CARD_FILE, GENERATED, has_mark
 from megatron_dsrl.run.results import CONFIG_FILE, exported_policy
 
-CARD_FILE = "README.md"
-GENERATED = "<!-- Written by megatron-dsrl. Remove this line to keep your own text. -->"
-"""A card without this line is its author's, and never replaced."""
 PAPER = "2604.14142"
 SPACES = {"pre_train": "log P(y)", "post_train": "log P(y\\|x)"}
 LEFT_OUT = ("output_dir", "checkpoint", "observability")
@@ -55,7 +53,7 @@ def refresh_card(run_folder: Path, step: int, report: Callable[[str], None]) -> 
 def is_generated(folder: Path) -> bool:
     """Whether the folder's card is this program's, or there is none."""
     card = folder / CARD_FILE
-    return not card.exists() or GENERATED in card.read_text(encoding="utf-8", errors="replace")
+    return not card.exists() or has_mark(card)
 
 
 def model_card(run_folder: Path, step: int, base_model: str | None = None) -> str:

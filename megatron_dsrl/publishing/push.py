@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 
 from megatron_dsrl.common.errors import UserError
@@ -41,9 +40,7 @@ def prepare_upload(name: str, base_model: str | None) -> Upload:
         UserError: there is no exported policy, or it has no card.
     """
     model = _exported_model(name)
-    files = sorted(
-        file for file in model.folder.iterdir() if file.is_file() and any(fnmatch(file.name, p) for p in BESIDE_CARD)
-    )
+    files = sorted({file for pattern in BESIDE_CARD for file in model.folder.glob(pattern) if file.is_file()})
     if model.run_folder is not None and is_generated(model.folder):
         card = model_card(model.run_folder, model.step or 0, base_model)
     elif (model.folder / CARD_FILE).is_file():
@@ -87,7 +84,7 @@ def push(upload: Upload, repository: str, private: bool, report: Callable[[str],
         visibility = "private" if is_private else "public"
         report(f"uploading {describe_files(upload.files)} and the card to {address} ({visibility})")
         (upload.folder / CARD_FILE).write_text(upload.card, encoding="utf-8")
-        names = [CARD_FILE, *(file.name for file in upload.files)]
+        names = [CARD_FILE, *(str(file.relative_to(upload.folder)) for file in upload.files)]
         api.upload_folder(
             repo_id=repository, folder_path=upload.folder, allow_patterns=names, commit_message=upload.message
         )

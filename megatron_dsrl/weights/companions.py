@@ -11,12 +11,16 @@ from megatron_dsrl.weights.hf_checkpoint import torch_dtype_name
 
 COMPANIONS = (
     "generation_config.json",
-    "tokenizer*",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "chat_template*",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
 )
 """Files copied unchanged. config.json is copied too, with the dtype of the new weights."""
 
@@ -35,5 +39,12 @@ def copy_companions(source: Path, folder: Path, dtype: torch.dtype) -> None:
         (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     for path in {path for pattern in COMPANIONS for path in source.glob(pattern)}:
         if path.is_file():
-            with writing(folder / path.name):
-                shutil.copyfile(path, folder / path.name)
+            copy = folder / path.relative_to(source)
+            with writing(copy):
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, copy)
+
+
+def is_template_folder(path: Path) -> bool:
+    """Whether it is the folder of further chat templates that Transformers writes, with nothing else in it."""
+    return path.name == "additional_chat_templates" and all(file.suffix == ".jinja" for file in path.iterdir())

@@ -16,6 +16,10 @@ COMPUTED = "rotary_emb.inv_freq"
 """Buffers saved by old versions of Transformers; they are computed from the configuration."""
 
 
+class NoWeights(UserError):
+    """A folder has no weight files."""
+
+
 class HfCheckpoint:
     """Names, shapes, dtypes and tensors of an HF folder's weights."""
 
@@ -79,10 +83,7 @@ class HfCheckpoint:
     def _read_single(self) -> dict[str, Path]:
         path = self.folder / SINGLE_FILE
         if not path.exists():
-            raise UserError(
-                f"{self.folder} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE}. Point model.path at a folder "
-                "that does, or set model.random_init=true"
-            )
+            raise NoWeights(_no_weights(self.folder))
         return dict.fromkeys((name for name in self._header(path) if not name.endswith(COMPUTED)), path)
 
     def _refuse_two_sets(self) -> None:
@@ -105,6 +106,15 @@ class HfCheckpoint:
             if not path.exists():
                 raise UserError(f"{path} is missing, though {INDEX_FILE} names it")
         return placed
+
+
+def _no_weights(folder: Path) -> str:
+    if any(folder.glob("pytorch_model*.bin")):
+        return (
+            f"{folder} holds its weights in pytorch_model.bin, which is not read because such files can run code. Save "
+            "them as safetensors: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(another folder)"
+        )
+    return f"{folder} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE}"
 
 
 def torch_dtype_name(dtype: torch.dtype) -> str:

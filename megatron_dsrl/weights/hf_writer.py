@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -86,7 +87,8 @@ class HfWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            with writing(self._folder):
+            # After an error, a failure to write the rest is of no interest and must not replace it.
+            with writing(self._folder) if error is None else suppress(Exception):
                 self._flush.finish()
                 for descriptor in self._descriptors.values() if error is None else ():
                     os.fsync(descriptor)

@@ -9,11 +9,12 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
+from megatron_dsrl.common.collective import rank, together, world_size
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.build import bare_model
 from megatron_dsrl.weights.checkpoint_record import check_record
-from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint
+from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint, NoWeights
 from megatron_dsrl.weights.megatron_checkpoint import (
     MegatronCheckpoint,
     check_megatron_checkpoint,
@@ -22,6 +23,9 @@ from megatron_dsrl.weights.megatron_checkpoint import (
 )
 from megatron_dsrl.weights.table import TableEntry, WeightTable, bind
 from megatron_dsrl.weights.untrusted_checkpoint import only_plain_objects
+
+FUSED_EXPERTS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
+"""Ends of the names that Transformers 5 gives experts in memory."""
 
 
 def load_weights(chunks: Sequence[nn.Module], table: WeightTable, folder: Path) -> None:
@@ -45,7 +49,9 @@ def load_megatron_weights(chunks: Sequence[nn.Module], table: WeightTable, folde
     """
     if (folder / "config.json").exists():  # a run's checkpoint has neither that nor a record
         check_record(folder, read_architecture(folder))
-    check_megatron_checkpoint(MegatronCheckpoint(folder), table)
+    checkpoint = MegatronCheckpoint(folder)
+    check_megatron_checkpoint(checkpoint, table)
+    together(lambda: checkpoint.check_chunks(rank(), world_size()))
     models = [bare_model(chunk) for chunk in chunks]
     wanted = {f"model{i}": _sharded_parameters(model) for i, model in enumerate(models)}
     with only_plain_objects(folder):
@@ -76,7 +82,10 @@ def load_hf_weights(chunks: Sequence[nn.Module], table: WeightTable, folder: Pat
         UserError: weights are missing or damaged, a tensor is missing, unexpected or of the wrong shape, or a tied head
             differs from the embedding.
     """
-    checkpoint = HfCheckpoint(folder)
+    try:
+        checkpoint = HfCheckpoint(folder)
+    except NoWeights as error:
+        raise UserError(f"{error}. A run can also start from random weights: model.random_init=true") from error
     check_checkpoint(checkpoint, table)
     fill(chunks, table, checkpoint.read)
 
@@ -88,6 +97,13 @@ def check_checkpoint(checkpoint: HfCheckpoint, table: WeightTable) -> None:
         UserError: names the first few differences.
     """
     expected, names = table.hf_shapes(), checkpoint.names()
+    fused = next((name for name in sorted(names) if name.endswith(FUSED_EXPERTS)), None)
+    if fused is not None and fused not in expected:
+        raise UserError(
+            f"{checkpoint.folder}: {fused} holds all experts of a layer in one tensor; only the hub's form, with one "
+            "tensor per expert, is read. Transformers writes that: AutoModelForCausalLM.from_pretrained(folder)"
+            ".save_pretrained(another folder)"
+        )
     refuse([name for name in expected if name not in names], "missing tensors", checkpoint.folder)
     surplus = [name for name in sorted(names) if name not in expected and name not in table.copies]
     refuse(

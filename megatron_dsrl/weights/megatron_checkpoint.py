@@ -4,16 +4,19 @@ A checkpoint holds each parameter as one tensor stacked over layers and experts,
 numbers: `decoder.layers.mlp.linear_fc1.weight` is [layers, 2 x feed-forward, hidden]; an expert's weight starts with
 [layers, experts]. It is stored in chunks of at most one layer (and expert), cut for the layout that wrote it;
 `.metadata` gives the location of each chunk. Names and shapes are those of Megatron-core 0.19, the file format is that
-of torch.distributed.checkpoint.
+of torch.distributed.checkpoint. A chunk is what torch.save wrote, a ZIP archive with a CRC-32 of every part; torch.load
+ignores these, so they are checked here.
 """
 
 import io
 import os
 import pickle
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from megatron.core.dist_checkpointing.core import check_is_distributed_checkpoint
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 PARTS_OF_THE_MODEL = ("embedding.", "decoder.", "output_layer.")
+MEGATRON_LM_TRACKER = "latest_checkpointed_iteration.txt"
+"""File in the folder above Megatron-LM's checkpoints."""
 LARGEST_PADDING = 1024
 """Limit on padding rows of a vocabulary; Megatron-LM pads to a multiple of 128 x tensor-parallel size."""
 
@@ -86,7 +91,7 @@ class MegatronCheckpoint:
             UserError: it is not a distributed checkpoint, its metadata cannot be read, or a file is missing.
         """
         if not is_megatron_checkpoint(folder):
-            raise UserError(f"{folder} is not a Megatron distributed checkpoint (metadata.json is missing or invalid)")
+            raise UserError(_what_it_is_instead(folder))
         self.folder = folder
         metadata = read_metadata(folder)
         self._tensors: dict[str, TensorStorageMetadata] = {
@@ -130,14 +135,32 @@ class MegatronCheckpoint:
             raise UserError(f"{self.folder}: a part of {name} at {list(leading)} is missing")
         return entry.rule.layout.merge([whole])
 
+    def check_chunks(self, number: int, processes: int) -> None:
+        """Read this process's share of the chunks and compare them with their CRC-32. Not collective.
+
+        Args:
+            number: of this process, from 0.
+            processes: that share the work.
+
+        Raises:
+            UserError: a chunk is damaged.
+        """
+        whole = [(name, chunk) for name in sorted(self._tensors) for chunk in self._chunks.get((name, ()), ())]
+        for name, chunk in whole[number::processes]:
+            self._read_chunk(name, chunk, self._tensors[name].properties.dtype)
+
     def _read_chunk(self, name: str, chunk: _Chunk, dtype: torch.dtype) -> Tensor:
         path = self.folder / chunk.file
         try:
             with path.open("rb", buffering=0) as file:
-                view = _FileView(file, chunk.position, chunk.length)
-                part = torch.load(cast(IO[bytes], view), map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            raise UserError(f"{path}: the chunk of {name} at {list(chunk.offsets)} cannot be read: {error}") from error
+                view = cast(IO[bytes], _FileView(file, chunk.position, chunk.length))
+                part = torch.load(view, map_location="cpu", weights_only=True)
+                _check_checksums(view, part)
+        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, BadZipFile) as error:
+            raise UserError(
+                f"{path} is damaged: the chunk of {name} at {list(chunk.offsets)} cannot be read: {error}. Convert or "
+                "copy the checkpoint again"
+            ) from error
         if part.dtype != dtype or tuple(part.shape) != chunk.sizes:
             raise UserError(f"{path}: the chunk of {name} at {list(chunk.offsets)} does not match .metadata")
         return part
@@ -156,6 +179,41 @@ class MegatronCheckpoint:
                     if chunk.sizes[:count] == (1,) * count:
                         located.setdefault((name, chunk.offsets[:count]), []).append(chunk)
         return located
+
+
+def _what_it_is_instead(folder: Path) -> str:
+    """The message for a folder that is not a distributed checkpoint."""
+    iterations = sorted(path.name for path in folder.glob("iter_*") if is_megatron_checkpoint(path))
+    if (folder / MEGATRON_LM_TRACKER).is_file() and iterations:
+        return f"{folder} holds Megatron-LM's checkpoints by iteration; name one of them, such as {iterations[-1]}"
+    if any(folder.glob("mp_rank_*")) or any(folder.glob("iter_*/mp_rank_*")):
+        return (
+            f"{folder} is a checkpoint in Megatron-LM's older format `torch`; only `torch_dist` is read. Megatron-LM "
+            "converts it with --ckpt-convert-format torch_dist"
+        )
+    if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+        return f"{folder} is an HF folder, not a Megatron checkpoint; `dsrl convert hf-to-megatron` converts it"
+    return f"{folder} is not a Megatron distributed checkpoint (metadata.json is missing or invalid)"
+
+
+def _check_checksums(file: IO[bytes], loaded: Tensor) -> None:
+    """Compare what was loaded from a file of torch.save with the checksums in it.
+
+    Raises:
+        BadZipFile: they differ, or the file's directory is damaged.
+    """
+    with ZipFile(file) as archive:
+        for part in archive.infolist():
+            if part.CRC == 0:  # `torch.serialization.set_crc32_options(False)`
+                continue
+            if not part.filename.endswith("/data/0"):
+                archive.read(part)  # compares
+            elif zlib.crc32(_stored_bytes(loaded)) != part.CRC:
+                raise BadZipFile("its CRC-32 differs from the one that was stored with it")
+
+
+def _stored_bytes(tensor: Tensor) -> memoryview:
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy().data
 
 
 def is_megatron_checkpoint(folder: Path) -> bool:

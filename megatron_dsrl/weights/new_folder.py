@@ -4,8 +4,9 @@
     .model.partial-abcd         becomes `model`
     .model.partial-abcd.old     the previous `model`, during the replacement
 
-A killed process loses its lock; the next one with the same target removes its leftovers. If the target is a symbolic
-link, the folder it points to is replaced and the link stays.
+A killed process loses its lock; the next one with the same target removes its leftovers. While a process holds its
+lock, others with the same target are refused. If the target is a symbolic link, the folder it points to is replaced and
+the link stays.
 """
 
 import fcntl
@@ -20,16 +21,16 @@ from pathlib import Path
 from megatron_dsrl.common.collective import barrier, on_first, rank
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.provenance.records import PROVENANCE_FILE
+from megatron_dsrl.publishing.own_card import CARD_FILE, has_mark
 from megatron_dsrl.weights.checkpoint_record import RECORD_FILE
-from megatron_dsrl.weights.companions import COMPANIONS
+from megatron_dsrl.weights.companions import COMPANIONS, is_template_folder
 from megatron_dsrl.weights.megatron_checkpoint import is_megatron_checkpoint
 
 MODEL_FILES = (
-    *("config.json", "*.safetensors", "*.safetensors.index.json", *COMPANIONS),
-    *("metadata.json", ".metadata", "common.pt", "*.distcp", RECORD_FILE),
-    *("README.md", "LICENSE*", ".gitattributes", PROVENANCE_FILE),
+    *("config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json", *COMPANIONS),
+    *("metadata.json", ".metadata", "common.pt", "__*.distcp", RECORD_FILE, PROVENANCE_FILE),
 )
-"""The files of HF folders and Megatron checkpoints, and files that usually come with a model from the hub."""
+"""The files that a conversion or an export writes. Anything else may be somebody's work and is not deleted."""
 NAMES_SHOWN = 3
 
 
@@ -51,8 +52,8 @@ def new_folder(target: Path, overwrite: bool = False, needed: Sequence[Path] = (
         The hidden folder, the same on every process.
 
     Raises:
-        UserError: the target exists and may not be replaced, overlaps with `needed`, or its parent is not writable.
-            Raised on every process.
+        UserError: the target exists and may not be replaced, overlaps with `needed`, is being written by another
+            process, or its parent is not writable. Raised on every process.
     """
     target = Path(os.path.realpath(target))
     lock: _Lock | None = None
@@ -131,7 +132,7 @@ def _refuse_to_replace(target: Path, overwrite: bool) -> None:
     if not overwrite:
         raise FileExistsError("it exists already; remove it or choose another folder")
     entries = sorted(target.iterdir())
-    surplus = [x.name for x in entries if x.is_dir() or not any(x.match(pattern) for pattern in MODEL_FILES)]
+    surplus = [entry.name for entry in entries if not _is_of_a_model(entry)]
     if surplus:
         shown = ", ".join(surplus[:NAMES_SHOWN]) + (", ..." if len(surplus) > NAMES_SHOWN else "")
         raise FileExistsError(f"it holds more than a model ({shown}) and is not replaced; choose another folder")
@@ -141,6 +142,14 @@ def _refuse_to_replace(target: Path, overwrite: bool) -> None:
             "it holds neither an HF model (config.json and safetensors) nor a converted checkpoint (config.json and "
             "metadata.json) and is not replaced; remove it or choose another folder"
         )
+
+
+def _is_of_a_model(entry: Path) -> bool:
+    if entry.is_dir():
+        return is_template_folder(entry)
+    if entry.name == CARD_FILE:
+        return has_mark(entry)
+    return any(entry.match(pattern) for pattern in MODEL_FILES)
 
 
 def _publish(partial: Path, target: Path, overwrite: bool) -> None:
@@ -168,11 +177,30 @@ def _remove_leftovers(lock: _Lock, target: Path) -> None:
 
 
 def _remove_what_killed_processes_left(target: Path) -> None:
+    """Also refuses a target that a living process is writing."""
     for file in _siblings(target):
         with suppress(OSError):  # the file is gone, or the file system has no locks to tell whether its owner runs
             lock = _take(file, os.O_RDWR)
             if lock is not None:
                 _remove_leftovers(lock, target)
+                continue
+        if file.exists() and _is_locked(file):
+            raise FileExistsError(
+                f"another process is writing to it ({file.name} is locked); wait for that one, or choose another folder"
+            )
+
+
+def _is_locked(file: Path) -> bool:
+    """Whether another process holds the lock; False if the file system has no locks."""
+    with suppress(OSError):
+        descriptor = os.open(file, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+    return False
 
 
 def _siblings(target: Path) -> list[Path]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.common.git_lfs import lfs_advice
 from megatron_dsrl.weights.layouts import Shape
 
 _DTYPES = {
@@ -73,7 +74,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         start = _LENGTH_BYTES + length
         tensors = {name: _stored(entry, start) for name, entry in header.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read as safetensors: {error}") from error
+        raise UserError(f"{path} cannot be read as safetensors: {lfs_advice(path) or error}") from error
     end = max((tensor.offset + tensor.nbytes for tensor in tensors.values()), default=start)
     if size < end:
         raise UserError(

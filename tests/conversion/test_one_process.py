@@ -2,6 +2,7 @@
 
 import glob
 import json
+import re
 import shutil
 import signal
 import time
@@ -17,13 +18,19 @@ from transformers import AutoModelForCausalLM
 
 from megatron_dsrl.cli import main
 from megatron_dsrl.commands.convert import DTYPES
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.fingerprint import fingerprint
+from megatron_dsrl.conversion.logits import _megatron_logits
+from megatron_dsrl.conversion.work import conversion_processes
+from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.provenance.records import read_starts
+from megatron_dsrl.publishing.own_card import GENERATED
 from megatron_dsrl.weights.megatron_checkpoint import MegatronCheckpoint
+from megatron_dsrl.weights.tables import weight_table
 from tests.support.disk import files_of_at_most
 from tests.support.families import FAMILIES
 from tests.support.forked import ForkedProcess
-from tests.support.tiny_model import make_tiny_qwen3
+from tests.support.tiny_model import YARN, make_tiny_qwen3
 from tests.support.tiny_run import processes_left_behind, start_dsrl
 
 QUERY = "model.layers.1.self_attn.q_proj.weight"
@@ -59,7 +66,10 @@ def test_round_trip_is_bit_identical(tmp_path, family, tensor_parallel_size):
     source, megatron, back = tmp_path / "hf", tmp_path / "megatron", tmp_path / "back"
     FAMILIES[family](source, vocab_size=VOCAB_SIZE, dtype=torch.bfloat16, max_shard_size="100KB")
     assert len(list(source.glob("*.safetensors"))) > 2
-    for name in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+    companions = ("tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+    companions += ("additional_chat_templates/tools.jinja",)
+    (source / "additional_chat_templates").mkdir()
+    for name in companions:
         (source / name).write_text('{"from": "the source"}')
 
     assert convert("hf-to-megatron", source, megatron, "--tensor-parallel-size", tensor_parallel_size) == 0
@@ -68,12 +78,14 @@ def test_round_trip_is_bit_identical(tmp_path, family, tensor_parallel_size):
     assert_identical(tensors_of(back), tensors_of(source))
     assert len(list(back.glob("model-*-of-*.safetensors"))) > 2
     for folder in (megatron, back):
-        for name in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        for name in companions:
             assert (folder / name).read_text() == '{"from": "the source"}'
     for folder, made_from in ((megatron, source), (back, megatron)):
         (start,) = read_starts(folder)
         assert start["command"] == "convert" and start["source"]["fingerprint"] == fingerprint(made_from)
+        assert json.loads((folder / "config.json").read_text()) == json.loads((source / "config.json").read_text())
     assert AutoModelForCausalLM.from_pretrained(back, dtype="auto").dtype == torch.bfloat16
+    assert convert("hf-to-megatron", source, megatron, "--overwrite") == 0  # all of it is a model's
     assert hidden(tmp_path) == []
 
 
@@ -110,6 +122,39 @@ def test_dtype_choice_and_verification(tmp_path, capsys, dtype):
     assert "verified 46 tensors" in printed and "verified logits of 3 prompts, 72 tokens" in printed
 
 
+@pytest.fixture
+def with_large_value_and_nan(tmp_path: Path) -> Path:
+    """A model with two weights beyond float16, in two tensors, and one that is NaN."""
+    make_tiny_qwen3(tmp_path / "hf", tied=False, vocab_size=VOCAB_SIZE)
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[QUERY][0, 0] = 1e6
+        tensors[QUERY][0, 1] = torch.nan
+        tensors["model.norm.weight"][3] = -1e5
+
+    change_weights(tmp_path / "hf", change)
+    return tmp_path
+
+
+LOST = f"2 values (1 in {QUERY}, 1 in model.norm.weight) beyond the range of float16 (largest number 65504) became inf"
+NOT_A_NUMBER = f"the source has NaN or infinite values: 1 value (1 in {QUERY})"
+
+
+def test_values_that_a_dtype_cannot_hold_are_counted_and_named(with_large_value_and_nan, capsys):
+    home = with_large_value_and_nan
+    assert convert("hf-to-megatron", home / "hf", home / "half", "--dtype", "float16") == 0
+    printed = capsys.readouterr().out
+    assert f"warning: {LOST}" in printed and f"warning: {NOT_A_NUMBER}" in printed
+    assert convert("verify", home / "hf", home / "half", "--dtype", "float16") == 2
+    assert f"verification failed: {LOST}" in capsys.readouterr().err
+
+    assert convert("hf-to-megatron", home / "hf", home / "same", "--verify") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"logits not compared: {NOT_A_NUMBER}" in printed and "beyond" not in printed
+    assert convert("megatron-to-hf", home / "same", home / "back", "--dtype", "float16") == 0
+    assert f"warning: {LOST}" in capsys.readouterr().out
+
+
 # ---- verification
 
 
@@ -121,13 +166,17 @@ def converted(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def flip_a_bit(file: Path, tensor: Tensor) -> None:
+    """In the middle of a tensor of the file."""
+    content = bytearray(file.read_bytes())
+    content[content.index(tensor.numpy().tobytes()) + 1001] ^= 1
+    file.write_bytes(content)
+
+
 def test_verify_names_the_tensor_with_a_flipped_bit(converted, capsys):
     assert convert("verify", converted / "hf", converted / "megatron") == 0
-    weights = tensors_of(converted / "hf")["model.layers.2.mlp.down_proj.weight"].numpy().tobytes()
-    shard = converted / "megatron" / "__0_0.distcp"
-    content = bytearray(shard.read_bytes())
-    content[content.index(weights) + 1001] ^= 1
-    shard.write_bytes(content)
+    weights = tensors_of(converted / "hf")["model.layers.2.mlp.down_proj.weight"]
+    flip_a_bit(converted / "hf" / "model.safetensors", weights)
 
     capsys.readouterr()
     assert convert("verify", converted / "hf", converted / "megatron") == 2
@@ -143,11 +192,51 @@ def test_verify_names_another_models_tensors(converted, capsys):
     assert "47 tensors differ" in message and "model.embed_tokens.weight" in message and "and 37 more" in message
 
 
+def test_a_flipped_bit_in_a_checkpoint_is_found_without_its_source(converted, capsys):
+    """By everything that reads the weights; the layout of two chunks per tensor is read by another path."""
+    target = converted / "megatron"
+    convert("hf-to-megatron", converted / "hf", target, "--overwrite", "--tensor-parallel-size", 2)
+    weights = tensors_of(converted / "hf")["model.layers.2.mlp.down_proj.weight"]
+    flip_a_bit(target / "__0_0.distcp", weights[:, :64].contiguous())
+
+    capsys.readouterr()
+    damaged = "__0_0.distcp is damaged: the chunk of decoder.layers.mlp.linear_fc2.weight at [2, 0, 0] cannot be read: "
+    damaged += "its CRC-32 differs from the one that was stored with it"
+    assert convert("megatron-to-hf", target, converted / "back") == 2
+    assert damaged in capsys.readouterr().err
+    assert convert("verify", converted / "hf", target) == 2
+    assert damaged in capsys.readouterr().err
+    with conversion_processes(), pytest.raises(UserError, match=re.escape(damaged)):
+        _megatron_logits(target, architecture := read_architecture(target), weight_table(architecture), [[1, 2]])
+
+
+@pytest.mark.parametrize("name", [".metadata", "common.pt", "metadata.json"])
+def test_a_changed_index_file_is_found(converted, capsys, name):
+    file = converted / "megatron" / name
+    file.write_bytes(file.read_bytes() + b" ")
+    assert convert("megatron-to-hf", converted / "megatron", converted / "back") == 2
+    assert f"megatron is damaged: {name} has changed (size and CRC-32 are" in capsys.readouterr().err
+
+
+def test_checkpoints_written_without_checksums_are_read(converted):
+    """torch.save can leave them out, and records of version 1 list no files."""
+    torch.serialization.set_crc32_options(False)
+    try:
+        assert convert("hf-to-megatron", converted / "hf", converted / "without") == 0
+    finally:
+        torch.serialization.set_crc32_options(True)
+    record = json.loads((converted / "without" / "megatron_dsrl.json").read_text())
+    del record["files"]
+    (converted / "without" / "megatron_dsrl.json").write_text(json.dumps(record | {"format_version": 1}))
+    assert convert("megatron-to-hf", converted / "without", converted / "back") == 0
+    assert_identical(tensors_of(converted / "back"), tensors_of(converted / "hf"))
+
+
 def test_damaged_shard(converted, capsys):
     shard = converted / "megatron" / "__0_0.distcp"
     shard.write_bytes(shard.read_bytes()[:100_000])
     assert convert("megatron-to-hf", converted / "megatron", converted / "back") == 2
-    assert "__0_0.distcp: the chunk of decoder.layers" in capsys.readouterr().err
+    assert "__0_0.distcp is damaged: the chunk of decoder.layers" in capsys.readouterr().err
     assert not (converted / "back").exists() and hidden(converted) == []
 
 
@@ -184,6 +273,7 @@ OVERWRITING = {
     "what is expected": ("home/expected", "it is {home}/expected, which the conversion reads"),
     "something else": ("letters", "it holds more than a model (a.txt, b.txt, c.txt, ...) and is not replaced"),
     "a model and something else": ("mixed", "it holds more than a model (thesis.txt) and is not replaced"),
+    "a model and notes on it": ("noted", "it holds more than a model (README.md, tokenizer_notes.txt) and is not repl"),
     "half a model": ("half", "it holds neither an HF model (config.json and safetensors) nor a converted checkpoint"),
     "a run's checkpoint": ("run", "nor a converted checkpoint (config.json and metadata.json) and is not replaced"),
 }
@@ -194,13 +284,14 @@ def test_overwriting_deletes_nothing_but_a_model(tmp_path, capsys, case):
     name, message = OVERWRITING[case]
     home = tmp_path / "home"
     make_tiny_qwen3(home / "hf", tied=True, vocab_size=VOCAB_SIZE)
-    for folder in (home / "expected", tmp_path / "mixed", tmp_path / "half"):
+    for folder in (home / "expected", *(tmp_path / name for name in ("mixed", "noted", "half"))):
         shutil.copytree(home / "hf", folder)
     (tmp_path / "half" / "model.safetensors").unlink()
     assert convert("hf-to-megatron", home / "hf", tmp_path / "run") == 0
     (tmp_path / "run" / "config.json").unlink()
     (tmp_path / "letters").mkdir()
-    for file in ("home/thesis.txt", "mixed/thesis.txt", *(f"letters/{x}.txt" for x in "abcd")):
+    notes = ("noted/README.md", "noted/tokenizer_notes.txt")
+    for file in ("home/thesis.txt", "mixed/thesis.txt", *notes, *(f"letters/{x}.txt" for x in "abcd")):
         (tmp_path / file).write_text("years of work")
     (tmp_path / "link_to_source").symlink_to(home / "hf")
     before = everything_under(tmp_path)
@@ -210,6 +301,11 @@ def test_overwriting_deletes_nothing_but_a_model(tmp_path, capsys, case):
     error = capsys.readouterr().err
     assert "cannot write the model to" in error and message.format(home=home) in error
     assert everything_under(tmp_path) == before and hidden(tmp_path) == hidden(home) == []
+
+
+def test_the_card_of_a_former_conversion_is_replaced_with_it(converted):
+    (converted / "megatron" / "README.md").write_text(f"# A policy\n{GENERATED}\n")
+    assert convert("hf-to-megatron", converted / "hf", converted / "megatron", "--overwrite") == 0
 
 
 def test_a_linked_target_is_replaced_where_it_lies(converted):
@@ -274,8 +370,10 @@ def test_an_interrupted_conversion_leaves_nothing(large, tmp_path, number, statu
     assert list((tmp_path / "out").iterdir()) == [] and processes_left_behind() == []
 
 
-def test_what_a_killed_conversion_left_is_removed_by_the_next_one_but_not_that_of_a_running_one(large, tmp_path):
-    """`kill -9` of one, a stopped one beside it, and a third that comes through."""
+def test_what_a_killed_conversion_left_is_removed_by_the_next_one_but_not_that_of_a_running_one(
+    large, tmp_path, capsys
+):
+    """`kill -9` of one, then one that is stopped, beside which a third is refused before it does any work."""
     target = tmp_path / "out" / "megatron"
     with conversion_that_writes(large, target) as process:
         process.kill()
@@ -288,8 +386,11 @@ def test_what_a_killed_conversion_left_is_removed_by_the_next_one_but_not_that_o
         running.send_signal(signal.SIGSTOP)
         of_the_running_one = hidden(target.parent)
         assert len(of_the_running_one) == 2 and not set(left) & set(of_the_running_one)
-        assert convert("hf-to-megatron", large, target) == 0
+        assert convert("hf-to-megatron", large, target) == 2
+        assert "another process is writing to it (.megatron.partial-" in capsys.readouterr().err
         assert sorted(hidden(target.parent)) == sorted(of_the_running_one)
+    assert convert("hf-to-megatron", large, target) == 0
+    assert hidden(target.parent) == []
     assert convert("megatron-to-hf", target, tmp_path / "back") == 0
     assert_identical(tensors_of(tmp_path / "back"), tensors_of(large))
 
@@ -392,9 +493,77 @@ def test_bad_sources_are_refused_and_nothing_is_written(tmp_path, capsys, case):
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+def only_pickled(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 16000000000\n"
+
+OTHER_SOURCES = {
+    "pickled weights": ("hf-to-megatron", only_pickled, "holds its weights in pytorch_model.bin, which is not read"),
+    "pointers of Git LFS": (
+        "hf-to-megatron",
+        lambda folder: (folder / "model.safetensors").write_text(LFS_POINTER),
+        "model.safetensors cannot be read as safetensors: it is a Git LFS pointer, not the file itself",
+    ),
+    "a tokenizer that is a pointer": (
+        "hf-to-megatron",
+        lambda folder: (folder / "tokenizer.json").write_text(LFS_POINTER),
+        "tokenizer.json cannot be read: it is a Git LFS pointer, not the file itself; install Git LFS and run `git lfs",
+    ),
+    "no weights": (
+        "hf-to-megatron",
+        lambda folder: (folder / "model.safetensors").unlink(),
+        "hf holds no weights: neither model.safetensors nor model.safetensors.index.json\n",
+    ),
+    "a run": (
+        "hf-to-megatron",
+        lambda folder: (folder / "config.yaml").touch(),
+        "is a run's folder; to convert its newest checkpoint, use `dsrl convert megatron-to-hf`",
+    ),
+    "the other direction": ("megatron-to-hf", lambda folder: None, "is an HF folder, not a Megatron checkpoint; `dsrl"),
+    "Megatron-LM's checkpoints": (
+        "megatron-to-hf",
+        lambda folder: (
+            shutil.copytree(folder.parent / "megatron", folder / "iter_0000010"),
+            (folder / "latest_checkpointed_iteration.txt").write_text("10"),
+        ),
+        "holds Megatron-LM's checkpoints by iteration; name one of them, such as iter_0000010",
+    ),
+    "Megatron-LM's older format": (
+        "megatron-to-hf",
+        lambda folder: (folder / "mp_rank_00").mkdir(),
+        "is a checkpoint in Megatron-LM's older format `torch`; only `torch_dist` is read",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_SOURCES)
+def test_other_sources_are_named_with_what_to_do(converted, capsys, case):
+    direction, change, message = OTHER_SOURCES[case]
+    change(converted / "hf")
+    assert convert(direction, converted / "hf", converted / "target") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_megatron_checkpoint_is_not_converted_to_one(converted, capsys):
+    assert convert("hf-to-megatron", converted / "megatron", converted / "target") == 2
+    assert "is a Megatron checkpoint, not an HF folder; use `dsrl convert megatron-to-hf`" in capsys.readouterr().err
+
+
+def test_experts_in_one_tensor_are_refused_by_name(tmp_path, capsys):
+    FAMILIES["Qwen3-MoE"](tmp_path / "hf", vocab_size=VOCAB_SIZE)
+    fused = "model.layers.0.mlp.experts.gate_up_proj"
+    change_weights(tmp_path / "hf", lambda tensors: tensors.update({fused: torch.zeros(4, 96, 64)}))
+    assert convert("hf-to-megatron", tmp_path / "hf", tmp_path / "target") == 2
+    assert f"{fused} holds all experts of a layer in one tensor" in capsys.readouterr().err
+
+
 DRIFTS = {
     "RoPE base": ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_theta is 10000.0"),
-    "RoPE scaling": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "RoPE scaling of type 'yarn'"),
+    "RoPE scaling": ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e6}}, "RoPE scaling of type 'linear'"),
+    "YaRN": ({"rope_parameters": YARN}, "yarn_factor is 4.0"),
     "tied embeddings": ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
     "head dimension": ({"head_dim": 64}, "head_dim is 64"),
     "norm epsilon": ({"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05"),

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from megatron_dsrl.checkpoint.state import ProcessLayout, RunState, SavedState
 from megatron_dsrl.cli import main
+from megatron_dsrl.common.checksum import checksums
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.fingerprint import fingerprint
 from megatron_dsrl.conversion.hf_to_megatron import ConversionOptions, convert_hf_to_megatron
@@ -38,8 +39,8 @@ def run(tmp_path) -> Path:
         (checkpoint / "megatron" / name).unlink(missing_ok=True)
     config = {"model": {"path": str(model)}}
     state = RunState(3, "GRPO", {}, ProcessLayout(1, 1, 1, False), asdict(read_architecture(model)), config)
-    files = {str(f.relative_to(checkpoint)): (f.stat().st_size, 0) for f in checkpoint.rglob("*") if f.is_file()}
-    SavedState(state, files).write(checkpoint / "state.json")
+    files = [file for file in checkpoint.rglob("*") if file.is_file()]
+    SavedState(state, checksums(checkpoint, files)).write(checkpoint / "state.json")
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     return run
 
