@@ -85,19 +85,22 @@ def _section(config: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
 
 
 def _yarn(section: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> Yarn:
-    values = {name: value for name, value in section.items() if name in _YARN_FIELDS and value is not None}
     # As Transformers: a field outside the section wins, and the default is the whole context length.
-    original = config.get("original_max_position_embeddings") or values.get(
-        "original_max_position_embeddings", config.get("max_position_embeddings")
+    original = (
+        config.get("original_max_position_embeddings")
+        or section.get("original_max_position_embeddings")
+        or config.get("max_position_embeddings")
     )
-    for name, value in (values | {"factor": values.get("factor")}).items():
-        if not _is_number(value) or value < (1 if name == "factor" else 0):
-            least = "at least 1" if name == "factor" else "above 0"
-            raise UserError(f"{path}: YaRN's {name} must be a number {least}, not {value!r}")
     if not isinstance(original, int) or isinstance(original, bool) or original < 1:
         raise UserError(f"{path}: original_max_position_embeddings must be a positive integer, not {original!r}")
-    numbers = {name: float(value) for name, value in values.items()}
-    yarn = Yarn(**numbers | {"original_max_position_embeddings": original})
+    yarn = Yarn(
+        factor=_number(section, "factor", None, path),
+        original_max_position_embeddings=original,
+        beta_fast=_number(section, "beta_fast", Yarn.beta_fast, path),
+        beta_slow=_number(section, "beta_slow", Yarn.beta_slow, path),
+    )
+    if yarn.factor < 1:
+        raise UserError(f"{path}: YaRN's factor must be at least 1, not {yarn.factor}")
     _refuse_other_fields(section, yarn, path)
     return yarn
 
@@ -112,6 +115,13 @@ def _refuse_other_fields(section: Mapping[str, Any], yarn: Yarn, path: Path) -> 
                 f"{path}: YaRN's {name}={value!r} is not supported, because Transformers, SGLang and Megatron-core do "
                 f"not read it alike; only {', '.join(sorted(_YARN_FIELDS))} are"
             )
+
+
+def _number(section: Mapping[str, Any], name: str, default: float | None, path: Path) -> float:
+    value = default if section.get(name) is None else section[name]
+    if not _is_number(value) or value <= 0:
+        raise UserError(f"{path}: YaRN's {name} must be a positive number, not {value!r}")
+    return float(value)
 
 
 def _is_number(value: Any) -> bool:
