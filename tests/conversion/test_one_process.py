@@ -594,6 +594,9 @@ def test_the_model_of_a_run_may_be_what_is_expected(converted, capsys):
         run.write_text(f"inherits: {tiny}\nname: {name}\nmodel:\n  path: {converted / name}\n")
         assert convert("hf-to-megatron", converted / "hf", converted / f"to {name}", "--expect", run) == status
     assert "rms_norm_eps is 1e-06" in capsys.readouterr().err
+    shutil.rmtree(converted / "other")
+    assert convert("hf-to-megatron", converted / "hf", converted / "x", "--expect", run) == 2
+    assert f"--expect {run}: model.path: there is no folder {converted / 'other'}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
