@@ -44,7 +44,9 @@ LAYOUTS = {
     "PP2-uneven": {"pipeline_parallel_size": 2, "layers_in_first_stage": 1},
     "DP2": {},
 }
-MODELS = {"tied": {"tied": True}, "untied": {"tied": False}, "YaRN": {"tied": True, "rope": YARN}}
+EXTENDED = {**YARN, "factor": 64.0, "original_max_position_embeddings": 8}
+"""Most sequences are longer than the original context."""
+MODELS = {"tied": {"tied": True}, "untied": {"tied": False}, "YaRN": {"tied": True, "rope": EXTENDED}}
 CASES = [f"{layout} {model}" for layout, model in product(LAYOUTS, MODELS) if model != "YaRN" or layout == "TP2+SP"]
 MICRO_BATCHES = [[13, 24, 11, 12], [7, 20, 9]]
 """Lengths of the sequences of two packed micro-batches."""
