@@ -47,7 +47,7 @@ def test_the_attention_factor_is_that_of_transformers(factor):
         ({"rope_parameters": PLAIN, "rope_scaling": CARD}, "rope_scaling and rope_parameters both stand there and dif"),
         ({"rope_parameters": CARD, "rope_scaling": PLAIN}, "rope_scaling and rope_parameters both stand there and dif"),
         ({"rope_theta": 1e6, "rope_scaling": {"type": "linear"}}, "RoPE scaling of type 'linear' is not supported"),
-        ({"rope_theta": 1e6, "rope_scaling": {"rope_type": "yarn"}}, "factor must be a positive number, not None"),
+        ({"rope_theta": 1e6, "rope_scaling": CARD | {"factor": None}}, "factor must be a positive number, not None"),
         ({"rope_theta": 1e6, "rope_scaling": CARD | {"factor": "4"}}, "factor must be a positive number, not '4'"),
         ({"rope_theta": 1e6, "rope_scaling": CARD | {"factor": 0.5}}, "factor must be at least 1, not 0.5"),
         ({"rope_theta": 1e6, "rope_scaling": CARD | {"beta_fast": True}}, "YaRN's beta_fast must be a positive number"),
