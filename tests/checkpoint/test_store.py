@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -68,6 +69,34 @@ class FewFiles:
     def finish(self) -> None:
         torch.save({"weight": torch.arange(1000)}, io := BytesIO())
         (self._folder / "common.pt").write_bytes(io.getvalue())
+
+
+class OneLargeFile(FewFiles):
+    """A file that is read in many pieces."""
+
+    def write(self) -> list[Path]:
+        shard = self._folder / "__0_0.distcp"
+        with open(shard, "wb") as stream:
+            stream.truncate(40 * 2**20)
+        return [shard]
+
+
+def growth_by_a_large_file(root: Path) -> int:
+    """Bytes that a process keeps after an asynchronous save of a large file."""
+    dist.init_process_group("gloo")
+    store, used = Store(root, asynchronous=True), []
+    for step, part in enumerate((FewFiles, OneLargeFile), start=1):
+        store.save(state(step), part)
+        store.finish()
+        used.append(psutil.Process().memory_full_info().uss)
+    dist.destroy_process_group()
+    return used[1] - used[0]
+
+
+def test_a_save_leaves_no_memory_behind(tmp_path):
+    """Each asynchronous save has a thread of its own, and what a thread's heap has held once stays in the process."""
+    (growth,) = run_distributed(growth_by_a_large_file, 1, tmp_path)
+    assert growth < 8 * 2**20
 
 
 def saved(root: Path, *steps: int, **options) -> Store:
