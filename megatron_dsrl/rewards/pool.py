@@ -12,15 +12,12 @@ Workers do not import torch.
 import logging
 import os
 import resource
-import signal
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cache, partial
-from multiprocessing import forkserver, resource_tracker
-from multiprocessing.context import ForkServerContext, ForkServerProcess
 from types import TracebackType
 from typing import Any, Literal
 
@@ -28,14 +25,14 @@ from pebble import ProcessExpired, ProcessPool
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.process import die_with_parent
+from megatron_dsrl.common.temporary_folder import require_short_temporary_folder
 from megatron_dsrl.config.data import RewardConfig
 from megatron_dsrl.rewards.registry import RewardFunction, built_in_modules, check_options, reward_function
 from megatron_dsrl.rewards.score import Score, score_of
+from megatron_dsrl.rewards.workers import WorkerContext, end_of_worker, may_be_innocent, start_fork_server
 
 logger = logging.getLogger(__name__)
 
-_SIGNALS_TO_STOP = {signal.SIGUSR1, signal.SIGTERM}
-_EXIT_UNKNOWN = 255  # what multiprocessing reports when the fork server is gone
 _LOGGED_AT_FIRST = 5
 
 
@@ -59,8 +56,10 @@ class RewardPool:
     def __init__(self, config: RewardConfig) -> None:
         """
         Raises:
-            UserError: The reward function does not exist or does not take the options. No process was started.
+            UserError: The reward function does not exist or does not take the options, or the name of the temporary
+                folder is too long for sockets. No process was started.
         """
+        require_short_temporary_folder()
         check_options(config.function, config.options)
         self._config = config
         self._lock = threading.Lock()
@@ -68,6 +67,7 @@ class RewardPool:
         """Consecutive failures since the last success, not counting timeouts."""
         self._logged = 0
         self._last_problem = ""
+        self._context = WorkerContext()
         self._pool = self._new_pool()
 
     def submit(self, response: str, answer: str, other_answers: Sequence[str] = ()) -> "Future[Judgement]":
@@ -105,6 +105,7 @@ class RewardPool:
 
     def close(self) -> None:
         """Stop all workers and drop unfinished work. May be called again."""
+        self._context.close()
         self._pool.stop()
         self._pool.join()
 
@@ -119,9 +120,9 @@ class RewardPool:
     def _new_pool(self) -> ProcessPool:
         # Workers are forked from a small clean process: a replacement takes milliseconds, and inherits nothing from the
         # trainer (torch, its threads, its devices).
-        context = _WorkerContext()
+        context = self._context
         context.set_forkserver_preload([__name__, *built_in_modules(self._config.function)])
-        _start_fork_server()
+        start_fork_server()
         return ProcessPool(
             max_workers=self._config.workers,
             initializer=_start_worker,
@@ -147,7 +148,7 @@ class RewardPool:
             self._log(f"exceeded reward.timeout_seconds = {self._config.timeout_seconds:g}", response)
             return Judgement(0.0, "timeout")
         if error is not None or task.cancelled():
-            problem = f"died: {error!r}" if isinstance(error, ProcessExpired) else f"was lost: {error!r}"
+            problem = end_of_worker(error) if isinstance(error, ProcessExpired) else f"was lost: {error!r}"
         else:
             score = task.result()
             if score.problem is None:
@@ -168,43 +169,9 @@ class RewardPool:
 
 
 def _may_be_innocent(task: "Future[Score]") -> bool:
-    """Whether something other than the response may have killed the worker."""
+    """Whether something other than the response may be the reason for a lost worker."""
     error = None if task.cancelled() else task.exception()
-    if isinstance(error, ProcessExpired):
-        return error.exitcode is None or error.exitcode < 0 or error.exitcode == _EXIT_UNKNOWN
-    return isinstance(error, BrokenProcessPool)
-
-
-class _WorkerProcess(ForkServerProcess):
-    """A worker; it has SIGTERM blocked."""
-
-    def start(self) -> None:
-        """Start the worker, and the fork server if it has died since the last one."""
-        _start_fork_server()
-        super().start()
-
-    def terminate(self) -> None:
-        """Called by the pool to end the worker."""
-        self.kill()
-
-
-class _WorkerContext(ForkServerContext):
-    Process = _WorkerProcess
-
-
-def _start_fork_server() -> None:
-    """Start the fork server unless it is running, with stop signals blocked for it and the workers.
-
-    SLURM may send them to all processes of a job. The trainer decides when to stop and needs its workers until then;
-    and a pool whose fork server is gone can neither be used nor closed.
-    """
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS_TO_STOP)
-    try:
-        resource_tracker.ensure_running()  # ignores SIGTERM itself, but unblocks it in this process
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS_TO_STOP)
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return may_be_innocent(error) if isinstance(error, ProcessExpired) else isinstance(error, BrokenProcessPool)
 
 
 def _start_worker(function: str, memory_megabytes: int) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from megatron_dsrl.algorithms.schedule import Schedule, phase_passes
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.common.temporary_folder import require_short_temporary_folder
 from megatron_dsrl.config.derived import RunFigures, derive
 from megatron_dsrl.config.prompt_count import count_prompts
 from megatron_dsrl.config.run import RunConfig
@@ -17,9 +18,10 @@ def preflight(config: RunConfig, world_size: int) -> RunFigures:
     Reads only the model's config.json and the size of a local prompt file.
 
     Raises:
-        UserError: the model or a local prompt file is missing or unreadable, the architecture is not supported, or
-            the layout does not fit; see `derive` and `check_models`.
+        UserError: the model or a local prompt file is missing or unreadable, the architecture is not supported, the
+            layout does not fit (see `derive` and `check_models`), or the temporary folder's name is too long.
     """
+    require_short_temporary_folder()
     architecture = read_architecture(find_config_json(config.model.path, config.made_by).parent)
     figures = derive(config, world_size, architecture.shape, count_prompts(config.data, config.made_by))
     check_models(config)

@@ -67,7 +67,7 @@ def test_signals_to_all_processes_of_a_job_leave_a_pool_that_judges_and_can_be_c
         processes = [child for child in children if "multiprocessing.forkserver" in str(child.cmdline())]
         assert len(processes) >= 2  # the fork server and workers
         for process in processes:
-            for number in (signal.SIGUSR1, signal.SIGTERM):
+            for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP):
                 process.send_signal(number)
         assert pool.submit("even", "").result(timeout=60) == Judgement(1.0, "ok")
 
@@ -77,6 +77,7 @@ def test_signals_to_all_processes_of_a_job_leave_a_pool_that_judges_and_can_be_c
     [
         ("unpicklable", Judgement(0.0, "error")),
         ("exit", Judgement(0.0, "error")),
+        ("exit with 0", Judgement(0.0, "error")),
         ("stop", Judgement(0.0, "error")),
         ("dict", Judgement(0.0, "error")),
         ("array", Judgement(0.0, "error")),
@@ -125,6 +126,16 @@ def test_the_death_of_the_fork_server_changes_no_reward(idle):
         time.sleep(0.5)
         judged += [pool.submit("even", "") for _ in range(2)]
         assert [future.result(timeout=60) for future in judged] == [Judgement(1.0, "ok")] * len(judged)
+
+
+def test_a_worker_that_is_stopped_while_it_has_nothing_to_do_is_continued():
+    """It takes no response, so no time limit would begin."""
+    before = set(psutil.Process().children(recursive=True))
+    with RewardPool(RewardConfig(function=f"{FUNCTIONS}:even_length", workers=1)) as pool:
+        assert pool.submit("even", "").result(timeout=60) == Judgement(1.0, "ok")
+        started = set(psutil.Process().children(recursive=True)) - before
+        max(started, key=psutil.Process.create_time).suspend()
+        assert pool.submit("even", "").result(timeout=30) == Judgement(1.0, "ok")
 
 
 BOMBS = ["9^{9^{9}}", "1000000!", "(" * 5000 + "1" + ")" * 5000, r"\frac{1}{" * 500 + "2" + "}" * 500]

@@ -74,6 +74,8 @@ def strange(response: str, answer: str) -> object:
         raise Unpicklable("429", response=1)
     if response == "exit":
         raise SystemExit(3)
+    if response == "exit with 0":
+        os._exit(0)
     if response == "stop":
         raise StopIteration
     outcomes = {

@@ -1,0 +1,35 @@
+"""Whether the temporary folder's name is short enough for the sockets that are made in it."""
+
+import os
+import tempfile
+
+from megatron_dsrl.common.errors import UserError
+
+LONGEST_SOCKET_PATH = 107
+"""Bytes; `sun_path` of Linux has 108, with the final zero."""
+LONGEST_NAME = "/torch-shm-dir-xxxxxx/manager.sock"
+"""Of torch's shared memory; those of multiprocessing and SGLang are shorter."""
+
+
+def temporary_folder_problem() -> str | None:
+    """What is wrong with the name of the temporary folder, and what to do; None if nothing is."""
+    folder = tempfile.gettempdir()
+    limit = LONGEST_SOCKET_PATH - len(LONGEST_NAME)
+    length = len(os.fsencode(folder))
+    if length <= limit:
+        return None
+    return (
+        f"TMPDIR: {folder} has {length} bytes, but at most {limit} leave room for the names of the sockets that reward "
+        "workers and engines need; set it to a shorter local folder, such as /tmp"
+    )
+
+
+def require_short_temporary_folder() -> None:
+    """Refuse a temporary folder in which no sockets can be made.
+
+    Raises:
+        UserError: its name is too long.
+    """
+    problem = temporary_folder_problem()
+    if problem is not None:
+        raise UserError(problem)
