@@ -50,7 +50,7 @@ def _train(options: argparse.Namespace) -> int:
     from megatron_dsrl.observability.trackers.base import check_packages
 
     check_packages(config.observability.trackers)
-    from megatron_dsrl.config.summary import batch_lines, print_dry_run
+    from megatron_dsrl.config.summary import batch_lines, print_dry_run, sampling_warnings
 
     if options.dry_run:
         from rich.console import Console
@@ -58,7 +58,8 @@ def _train(options: argparse.Namespace) -> int:
         if launched_rank() == 0:
             print_dry_run(config, figures, Console())
         return 0
-    for line in (f"run folder: {Path(config.output_dir) / config.name}", *batch_lines(config, figures)):
+    run_folder = Path(config.output_dir) / config.name
+    for line in (f"run folder: {run_folder}", *batch_lines(config, figures), *sampling_warnings(config)):
         say_on_first_rank(line)
     with loading_megatron():
         from megatron_dsrl.planning.warnings import memory_warnings, this_machine

@@ -1,6 +1,8 @@
 """The whole configuration tree of a run."""
 
-from pydantic import Field, field_validator
+from typing import Any
+
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from megatron_dsrl.config.actor import ActorConfig, CriticConfig, OptimizerConfig, ReferenceConfig
 from megatron_dsrl.config.data import PromptSetConfig, RewardConfig
@@ -14,8 +16,20 @@ MAX_NAME_BYTES = 200
 """File systems allow 255; the rest is for suffixes."""
 
 
+def _require_nothing(schema: dict[str, Any]) -> None:
+    """For editors: `benchmark` may give what is required otherwise."""
+    schema.pop("required", None)
+
+
 class EvaluationSetConfig(PromptSetConfig):
-    """A held-out prompt set and how often it is sampled."""
+    """A held-out prompt set and how it is sampled. Training's sampling parameters do not apply here."""
+
+    model_config = ConfigDict(json_schema_extra=_require_nothing)
+
+    benchmark: str | None = None
+    """A benchmark of `dsrl eval`, by its name or the path of its `.yaml` file, whose fields this set takes over: the
+    source of the problems (from the hub), how they are asked, judged and sampled. Fields given beside it win; `name` is
+    the benchmark's by default."""
 
     name: str
     """Shown in logs, plots and tables."""
@@ -26,8 +40,28 @@ class EvaluationSetConfig(PromptSetConfig):
     temperature: float = Field(default=0.0, ge=0)
     """0 is greedy decoding."""
 
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus sampling; 1 is off. `rollout.top_p` does not matter here."""
+
+    top_k: int = Field(default=-1, ge=-1)
+    """Top-k sampling; -1 is off. `rollout.top_k` does not matter here."""
+
+    max_response_tokens: int | None = Field(default=None, ge=1)
+    """Length limit of a response; null: `rollout.max_response_tokens`."""
+
     reward: RewardConfig | None = None
     """Verifier of this set; null: the run's."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_over_benchmark(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(data.get("benchmark"), str):
+            return data
+        from megatron_dsrl.evaluation.benchmark import load_benchmark
+
+        benchmark = load_benchmark(data["benchmark"], data_folder=None, section="benchmark")
+        fields = benchmark.config.model_dump(mode="json", exclude={"title"})
+        return {"name": benchmark.name, **fields, **data}
 
 
 class EvaluationConfig(Section):

@@ -155,15 +155,18 @@ def _length_problems(config: RunConfig, shape: ModelShape | None) -> Iterator[Pr
         ("model.path (max_position_embeddings of its config.json)", shape.context_tokens if shape else None),
     ]
     extension = _possible_extension(shape)
-    sets: list[tuple[str, PromptSetConfig]] = [("data", config.data)]
-    sets += [(f"evaluation.sets.{position}", prompts) for position, prompts in enumerate(config.evaluation.sets)]
-    for section, prompts in sets:
-        longest = prompts.max_prompt_tokens + config.rollout.max_response_tokens
+    training = ("rollout.max_response_tokens", config.rollout.max_response_tokens)
+    sets: list[tuple[str, PromptSetConfig, tuple[str, int]]] = [("data", config.data, training)]
+    for position, prompts in enumerate(config.evaluation.sets):
+        section, own = f"evaluation.sets.{position}", prompts.max_response_tokens
+        sets.append((section, prompts, training if own is None else (f"{section}.max_response_tokens", own)))
+    for section, prompts, (response_field, response_tokens) in sets:
+        longest = prompts.max_prompt_tokens + response_tokens
         for limiting_field, limit in limits:
             if limit is not None and longest > limit:
                 yield (
-                    f"{section}.max_prompt_tokens, rollout.max_response_tokens",
-                    f"{prompts.max_prompt_tokens} + {config.rollout.max_response_tokens} = {longest} tokens do not fit "
+                    f"{section}.max_prompt_tokens, {response_field}",
+                    f"{prompts.max_prompt_tokens} + {response_tokens} = {longest} tokens do not fit "
                     f"into {limit}, the limit of {limiting_field}; lower the lengths or raise the limit{extension}",
                 )
     if shape and engine.max_context_tokens and engine.max_context_tokens > shape.context_tokens:

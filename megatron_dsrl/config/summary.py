@@ -17,6 +17,8 @@ def print_dry_run(config: RunConfig, figures: RunFigures, console: Console) -> N
     console.rule("derived figures")
     console.print(_figures_table(config, figures))
     console.print(_phases_table(figures))
+    for warning in sampling_warnings(config):
+        console.print(warning, markup=False, highlight=False)
 
 
 def batch_lines(config: RunConfig, figures: RunFigures) -> list[str]:
@@ -41,6 +43,20 @@ def batch_lines(config: RunConfig, figures: RunFigures) -> list[str]:
         f"layout: {processes(figures.world_size)}{layout}",
         f"micro-batches of up to {figures.max_tokens_per_micro_batch:,} tokens; per optimizer step, at full length: "
         f"{per_phase}",
+    ]
+
+
+def sampling_warnings(config: RunConfig) -> list[str]:
+    """Why the samples do not come from the policy that the trainer scores, if they do not."""
+    rollout = config.rollout
+    cuts = [f"rollout.top_p={rollout.top_p:g}"] if rollout.top_p < 1 else []
+    cuts += [f"rollout.top_k={rollout.top_k}"] if rollout.top_k > 0 else []
+    if not cuts:
+        return []
+    return [
+        f"warning: {' and '.join(cuts)}: the engine never samples the tokens that this cuts off, but the trainer "
+        "scores with the whole distribution. Updates are off-policy by as much, and no metric shows it: the engine's "
+        "log-probs are those of the whole distribution too. For on-policy training set top_p to 1 and top_k to -1"
     ]
 
 

@@ -32,24 +32,30 @@ def benchmark_names() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in _folder().iterdir() if entry.name.endswith(".yaml"))
 
 
-def load_benchmark(name: str, data_folder: Path | None, changes: Mapping[str, Any] | None = None) -> Benchmark:
+def load_benchmark(
+    name: str,
+    data_folder: Path | None,
+    changes: Mapping[str, Any] | None = None,
+    section: str = "--benchmarks",
+) -> Benchmark:
     """A benchmark by name, or by the path of its YAML file.
 
     Args:
         name: such as `math500` or `mine/geometry.yaml`.
         data_folder: folder with its problem file; None: use the hub.
         changes: fields to replace, such as `samples_per_prompt`.
+        section: where the name was given, for messages.
 
     Raises:
         UserError: there is no such benchmark, its file is invalid, or its problems are not in the data folder.
     """
     if name.endswith(".yaml"):
-        path, text = name, _read(Path(name))
+        path, text = name, _read(Path(name), section)
     elif name in benchmark_names():
         path, text = f"{name}.yaml", (_folder() / f"{name}.yaml").read_text(encoding="utf-8")
     else:
         raise UserError(
-            f"--benchmarks: there is no benchmark `{name}`; choose one of {', '.join(benchmark_names())}, or give the "
+            f"{section}: there is no benchmark `{name}`; choose one of {', '.join(benchmark_names())}, or give the "
             "path of a .yaml file that declares one"
         )
     data, lines = parse_yaml(text, path)
@@ -76,11 +82,11 @@ def _in_folder(data_folder: Path, source: str, path: str) -> str:
     return str(file)
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, section: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--benchmarks: cannot read {path}: {error.strerror}") from error
+        raise UserError(f"{section}: cannot read {path}: {error.strerror}") from error
 
 
 def _folder() -> Traversable:

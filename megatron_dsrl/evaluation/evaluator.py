@@ -5,7 +5,7 @@ The policy is evaluated where it samples, in the engines and with their current 
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.benchmark import BenchmarkConfig
@@ -16,6 +16,7 @@ from megatron_dsrl.evaluation.summary import summarise, summarise_benchmark
 from megatron_dsrl.rewards.pool import RewardPool
 from megatron_dsrl.rewards.registry import answer_of, check_options
 from megatron_dsrl.rollout.rollout import Generator
+from megatron_dsrl.rollout.sampling import SamplingParameters
 
 EvaluationRecord = dict[str, int | float | str | None]
 """step, set, the results of `summarise`, and the 95 % interval of the accuracy: confidence_low_95 and
@@ -40,7 +41,7 @@ class Evaluator:
         """
         Args:
             sets: the held-out sets and their prompts.
-            rollout: samples and judges, with the length limit and stop tokens of training.
+            rollout: samples and judges, with the stop tokens of training; its length limit is for sets without one.
             verifier: name of the run's verifier, for sets without their own.
 
         Raises:
@@ -68,8 +69,13 @@ class Evaluator:
                 yield self._evaluate_set(config, prompts, step)
 
     def _evaluate_set(self, config: EvaluationSetConfig, prompts: Sequence[Prompt], step: int) -> Evaluation:
-        sampling = replace(
-            self._rollout.training_sampling, temperature=config.temperature, return_routed_experts=False
+        training = self._rollout.training_sampling
+        sampling = SamplingParameters(
+            max_response_tokens=config.max_response_tokens or training.max_response_tokens,
+            stop_token_ids=training.stop_token_ids,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
         )
         # Workers of a set's own verifier run only during its evaluation, which is rare; training needs the cores.
         with RewardPool(config.reward) if config.reward else nullcontext() as rewards:

@@ -57,7 +57,7 @@ def test_a_key_of_a_mapping_is_any_name() -> None:
     ("key", "message"),
     [
         ("rollout.temprature", "rollout.temprature: there is no `temprature`; did you mean temperature?"),
-        ("top_p", "did you mean rollout.top_p?"),
+        ("top_p", "did you mean rollout.top_p or evaluation.sets.top_p?"),
         ("tempratur", "did you mean rollout.temperature?"),
         ("phases.loss.gpso", "did you mean gspo?"),
         ("steps.x", "there is no `x`; it is a single value"),

@@ -9,6 +9,7 @@ from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.load import load_config
 from megatron_dsrl.config.run import EvaluationConfig, EvaluationSetConfig
 from megatron_dsrl.data.prompt import Prompt
+from megatron_dsrl.evaluation.benchmark import load_benchmark
 from megatron_dsrl.evaluation.evaluator import Evaluator
 from megatron_dsrl.evaluation.problem_result import first_responses
 from megatron_dsrl.rollout.sample import Sample, SampleGroup, SamplingParameters
@@ -27,8 +28,10 @@ class RecordedRollout:
     def __init__(self, samples_by_answer):
         self.samples_by_answer = samples_by_answer
         self.asked = []
+        self.sampled = []
 
     def generate(self, prompts, samples_per_prompt, sampling, stream, *, rewards=None):
+        self.sampled.append(sampling)
         self.asked.append(
             (len(prompts), samples_per_prompt, sampling.temperature, sampling.max_response_tokens, stream)
         )
@@ -117,3 +120,40 @@ def test_early_and_late_frequency():
         *range(5, 101, 5), 125, 150, 175,
     ]  # fmt: skip
     assert EvaluationConfig(every_steps=10, early_until_step=50).interval_at(20) == 10
+
+
+def test_a_set_is_sampled_as_it_says_and_not_as_training_is():
+    rollout = RecordedRollout({"1": (sample(1.0, 3),), "2": (sample(1.0, 3),)})
+    rollout.training_sampling = SamplingParameters(
+        64, stop_token_ids=(2, 0), temperature=0.8, top_p=0.7, top_k=5, return_routed_experts=True
+    )
+    sets = [
+        (evaluation_set("plain"), PROMPTS),
+        (evaluation_set("own", temperature=0.6, top_p=0.95, top_k=20, max_response_tokens=500), PROMPTS),
+    ]
+    list(Evaluator(sets, rollout, "boxed").evaluate(step=1))
+    assert rollout.sampled == [
+        SamplingParameters(64, (2, 0), temperature=0.0, top_p=1.0, top_k=-1),
+        SamplingParameters(500, (2, 0), temperature=0.6, top_p=0.95, top_k=20),
+    ]
+
+
+def test_a_benchmark_is_taken_over_by_its_name_and_fields_beside_it_win():
+    (held_out,) = EvaluationConfig.model_validate_json(
+        '{"sets": [{"benchmark": "aime24", "samples_per_prompt": 4, "top_p": 0.95}]}'
+    ).sets
+    benchmark = load_benchmark("aime24", None).config
+    assert (held_out.name, held_out.samples_per_prompt, held_out.top_p) == ("aime24", 4, 0.95)
+    taken = ("source", "split", "temperature", "max_response_tokens", "reward", "system_prompt")
+    assert {field: getattr(held_out, field) for field in taken} == {field: getattr(benchmark, field) for field in taken}
+    again = EvaluationConfig.model_validate_json(EvaluationConfig(sets=[held_out]).model_dump_json())
+    assert again.sets == [held_out], "a run's saved configuration is the same"
+
+
+def test_an_unknown_benchmark_of_a_set_is_named(tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        "name: x\nsteps: 1\nmodel: {path: m}\ndata: {source: s.jsonl}\nphases: []\n"
+        "evaluation: {sets: [{benchmark: aime1924}]}\n"
+    )
+    with pytest.raises(UserError, match="evaluation.sets.0.*there is no benchmark `aime1924`; choose one of aime24, "):
+        load_config(tmp_path / "run.yaml", [])

@@ -1,6 +1,7 @@
 """The checks of a run against its model and data."""
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.load import load_config
 from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.config.summary import sampling_warnings
 from megatron_dsrl.config.yaml_text import format_yaml
 from megatron_dsrl.run.preflight import preflight
 
@@ -99,3 +101,27 @@ def test_published_sizes_need_neither_a_network_nor_the_model(config, tmp_path, 
     monkeypatch.setattr("megatron_dsrl.model.source._fetch_config_json", lambda name: pytest.fail("asked the hub"))
     figures = preflight(load_config(tmp_path / "run.yaml", ["model.path=Qwen/Qwen3-30B-A3B"]), 1)
     assert figures.samples_per_step == 16
+
+
+def test_a_temporary_folder_whose_name_is_too_long_for_sockets_is_named(config, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/" + "x" * 73)
+    with pytest.raises(UserError, match="TMPDIR: /xxx.* has 74 bytes, but at most 73 .*; set it to a shorter"):
+        preflight(config, 1)
+    monkeypatch.setattr(tempfile, "tempdir", "/" + "x" * 72)
+    preflight(config, 1)
+
+
+def test_cut_distributions_are_named_before_the_start(config):
+    assert sampling_warnings(config) == []
+    rollout = config.rollout.model_copy(update={"top_p": 0.7, "top_k": 20})
+    (warning,) = sampling_warnings(config.model_copy(update={"rollout": rollout}))
+    assert "rollout.top_p=0.7 and rollout.top_k=20" in warning and "off-policy" in warning
+
+
+def test_a_held_out_set_has_its_own_length_limit(config):
+    own = {"name": "long", "source": config.data.source, "max_prompt_tokens": 100, "max_response_tokens": 200}
+    evaluation = config.evaluation.model_validate({"sets": [own]})
+    with pytest.raises(
+        UserError, match=r"evaluation.sets.0.max_prompt_tokens, evaluation.sets.0.max_response_tokens.*100 \+ 200 = 300"
+    ):
+        preflight(config.model_copy(update={"evaluation": evaluation}), 1)
