@@ -1,7 +1,8 @@
 """The `dsrl` command.
 
-User errors print one message to stderr and exit with status 2, Ctrl-C with 130, SIGTERM with 143; bugs show a traceback
-and exit with 1. Each command imports what it needs when it runs, so that `--help`, `--dry-run` and `doctor` stay light.
+User errors print one message to stderr and exit with status 2, Ctrl-C with 130, SIGTERM with 143, SIGHUP (a closed
+terminal) with 129; bugs show a traceback and exit with 1. Each command imports what it needs when it runs, so that
+`--help`, `--dry-run` and `doctor` stay light.
 """
 
 import argparse
@@ -29,11 +30,11 @@ from megatron_dsrl.commands.sweep import add_sweep
 from megatron_dsrl.commands.trace_and_compare import add_compare, add_trace, add_upload
 from megatron_dsrl.commands.train import add_train
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.common.process import end_with_launcher, launched_rank
+from megatron_dsrl.common.process import end_with_launcher, launched_rank, leave_terminal
 
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130
-TERMINATED_STATUS = 143
+SIGNALS_TO_END = (signal.SIGTERM, signal.SIGHUP)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.path.insert(0, os.getcwd())
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parse(arguments)
-    previous_handler = signal.signal(signal.SIGTERM, _exit_on_sigterm)
+    # nohup ignores SIGHUP, so that the command outlives its terminal
+    ends = [number for number in SIGNALS_TO_END if signal.getsignal(number) != signal.SIG_IGN]
+    previous_handlers = {number: signal.signal(number, _exit_on_signal) for number in ends}
     try:
         return _run(options, arguments)
     except UserError as error:
@@ -54,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _print_error("interrupted")
         return INTERRUPTED_STATUS
     finally:
-        signal.signal(signal.SIGTERM, previous_handler)
+        for number, handler in previous_handlers.items():
+            signal.signal(number, handler)
 
 
 def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
@@ -67,9 +71,11 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     return options.command(options)
 
 
-def _exit_on_sigterm(signal_number: int, frame: FrameType | None) -> None:
-    # SLURM and torchrun end a job this way. As an exception it unwinds the stack, so that engines are shut down.
-    raise SystemExit(TERMINATED_STATUS)
+def _exit_on_signal(number: int, frame: FrameType | None) -> None:
+    # SLURM and torchrun end a job by SIGTERM. As an exception it unwinds the stack, so that engines are shut down.
+    if number == signal.SIGHUP:
+        leave_terminal()
+    raise SystemExit(128 + number)
 
 
 def _print_error(message: str) -> None:

@@ -1,12 +1,9 @@
-"""Child processes that cannot outlive their parent (Linux), and daemon threads that do not delay its exit."""
+"""Processes and what they depend on: a parent that may end, a terminal that may be closed (Linux)."""
 
 import ctypes
 import os
 import signal
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future
-from typing import TypeVar
+import stat
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -48,21 +45,13 @@ def die_with_parent(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-Value = TypeVar("Value")
+def leave_terminal() -> None:
+    """Write nowhere from now on if standard output or error is a terminal, which may have been closed (SIGHUP).
 
-
-def in_background(work: Callable[[], Value]) -> "Future[Value]":
-    """Start `work` in a daemon thread. Signal handlers still run while the future is awaited.
-
-    Unlike the threads of a ThreadPoolExecutor, a daemon thread does not delay the exit of a process asked to stop.
+    Writing to a closed terminal is an error, which would end the orderly stop of this process.
     """
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    future: Future[Value] = Future()
-    threading.Thread(target=run, daemon=True).start()
-    return future
+    for descriptor in (1, 2):
+        if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)

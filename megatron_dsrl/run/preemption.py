@@ -1,4 +1,5 @@
-"""Stop requests from outside: SIGTERM and SIGUSR1, which SLURM and torchrun send before they end a job.
+"""Stop requests from outside: SIGTERM and SIGUSR1, which SLURM and torchrun send before they end a job, and SIGHUP,
+which comes when the terminal is closed.
 
 The first request ends generation or evaluation at once, lets a running update finish, and then saves a checkpoint. A
 second one ends the process immediately.
@@ -10,10 +11,12 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
+from megatron_dsrl.common.process import leave_terminal
+
 PREEMPTED_STATUS = 75
 """Exit status of a run that was asked to stop and can be continued (EX_TEMPFAIL of sysexits.h)."""
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StopRequested(KeyboardInterrupt):
@@ -40,7 +43,8 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         for number in SIGNALS:
-            self._handlers_before[number] = signal.signal(number, self._note)
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup: to run on after the terminal is closed
+                self._handlers_before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(
@@ -72,6 +76,8 @@ class StopSignal:
             raise StopRequested
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            leave_terminal()
         if self.requested:
             raise SystemExit(128 + number)
         self.requested = True

@@ -1,0 +1,63 @@
+"""Requests to stop, and a terminal that is closed."""
+
+import os
+import pty
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.support.tiny_run import REPOSITORY
+
+TRAINS = """
+import pathlib, sys, time
+from megatron_dsrl.run.preemption import Preempted, StopRequested, StopSignal
+folder = pathlib.Path(sys.argv[1])
+with StopSignal() as stop:
+    try:
+        with stop.interruptible():
+            (folder / "started").touch()
+            time.sleep(float(sys.argv[2]))
+    except StopRequested:
+        print("saving", flush=True)  # to a terminal that is gone
+        print("saving", file=sys.stderr, flush=True)
+        (folder / "saved").touch()
+        raise Preempted
+"""
+
+
+TERMINAL = """
+import fcntl, signal, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
+"""
+IGNORES = "signal.signal(signal.SIGHUP, signal.SIG_IGN)"
+
+
+def start_in_terminal(folder: Path, seconds: float, first: str = "") -> tuple["subprocess.Popen[bytes]", int]:
+    """The process, whose terminal is closed by closing the descriptor."""
+    master, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", TERMINAL + first + TRAINS, str(folder), str(seconds)],
+        stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True, cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    os.close(terminal)
+    deadline = time.monotonic() + 60
+    while not (folder / "started").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return process, master
+
+
+def test_a_run_whose_terminal_is_closed_saves_its_state(tmp_path):
+    process, master = start_in_terminal(tmp_path, 60.0)
+    os.close(master)
+    assert process.wait(60) == 75
+    assert (tmp_path / "saved").exists()
+
+
+def test_under_nohup_it_goes_on(tmp_path):
+    process, master = start_in_terminal(tmp_path, 1.0, IGNORES)
+    os.close(master)
+    assert process.wait(60) == 0
+    assert not (tmp_path / "saved").exists()
