@@ -33,6 +33,7 @@ from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.build import DTYPES, build_model
 from megatron_dsrl.model.parallel import destroy_parallel, initialize_parallel
 from megatron_dsrl.platform import silence_expected_warnings
+from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.engine_group import EngineGroup
 from megatron_dsrl.weights.export import export_hf_folder
 from megatron_dsrl.weights.random_init import fill_with_random_weights
@@ -94,12 +95,12 @@ def seconds_of(action: Callable[[], object]) -> float:
     return max(gather(time.perf_counter() - begin))
 
 
-def load_from_disk(url: str, folder: Path) -> None:
+def load_from_disk(engine: EngineAddress, folder: Path) -> None:
     """Make an engine load a folder; raise if it cannot."""
     request = urllib.request.Request(
-        f"{url}/update_weights_from_disk",
+        f"{engine.url}/update_weights_from_disk",
         json.dumps({"model_path": str(folder), "load_format": "auto"}).encode(),
-        {"Content-Type": "application/json"},
+        {"Content-Type": "application/json"} | engine.headers,
     )
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=TIMEOUT_SECONDS) as answer:
         assert json.load(answer)["success"]
@@ -119,8 +120,9 @@ def measure(folder: Path, config: RunConfig, bucket_megabytes: Sequence[int], ro
     seconds: dict[str, list[float]] = {}
     try:
         engines.start()
-        urls = engines.wait_until_ready()
-        mine = [url for owner, url in enumerate(urls) if owner * config.engine.tensor_parallel_size == rank()]
+        engines.wait_until_ready()
+        size = config.engine.tensor_parallel_size
+        mine = [address for owner, address in enumerate(engines.addresses) if owner * size == rank()]
         for turn in range(rounds + 1):
             measured = {}
             for megabytes in bucket_megabytes:
@@ -131,7 +133,7 @@ def measure(folder: Path, config: RunConfig, bucket_megabytes: Sequence[int], ro
                 measured[f"push, {megabytes} MiB buckets"] = seconds_of(lambda: engines.load(stream, turn))
             target = folder / f"export_{turn}"
             measured[WRITE] = seconds_of(lambda: export_hf_folder(chunks, table, model_folder, target, dtype))
-            measured[LOAD] = seconds_of(lambda: together(lambda: [load_from_disk(url, target) for url in mine]))
+            measured[LOAD] = seconds_of(lambda: together(lambda: [load_from_disk(engine, target) for engine in mine]))
             for way, value in measured.items() if turn else ():
                 seconds.setdefault(way, []).append(value)
     finally:

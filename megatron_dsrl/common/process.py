@@ -1,9 +1,14 @@
-"""Processes and what they depend on: a parent that may end, a terminal that may be closed (Linux)."""
+"""Processes (Linux): children that cannot outlive their parent, daemon threads that do not delay its exit, and a terminal
+that may be closed."""
 
 import ctypes
 import os
 import signal
 import stat
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -43,6 +48,26 @@ def die_with_parent(parent: int) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+Value = TypeVar("Value")
+
+
+def in_background(work: Callable[[], Value]) -> "Future[Value]":
+    """Start `work` in a daemon thread. Signal handlers still run while the future is awaited.
+
+    Unlike the threads of a ThreadPoolExecutor, a daemon thread does not delay the exit of a process asked to stop.
+    """
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    future: Future[Value] = Future()
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def leave_terminal() -> None:

@@ -25,7 +25,13 @@ from rich.table import Table
 
 from megatron_dsrl.doctor.device import driver_version, examine_cuda_compiler, examine_device
 from megatron_dsrl.doctor.kernels import Finding, examine_kernels, installed_version
-from megatron_dsrl.doctor.system import examine_c_library, examine_compiler, examine_sandbox
+from megatron_dsrl.doctor.system import (
+    examine_c_library,
+    examine_compiler,
+    examine_open_files,
+    examine_sandbox,
+    examine_temporary_folder,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LOCK_FILES = ("tools/requirements-cpu.lock", "tools/requirements-cpu-no-deps.lock")
@@ -73,6 +79,8 @@ def examine() -> Examination:
         _processor(),
         _memory(),
         _shared_memory(Path("/dev/shm")),
+        examine_temporary_folder(),
+        examine_open_files(),
         _ports(),
     ))  # fmt: skip
 

@@ -1,17 +1,23 @@
-"""System of `dsrl doctor`: the C library that SGLang's wheels are built for, a C compiler, the sandbox."""
+"""System of `dsrl doctor`: the C library that SGLang's wheels are built for, a C compiler, the sandbox, the temporary
+folder and the limit of open files."""
 
 import os
 import platform
+import resource
 import shutil
+import tempfile
 from collections.abc import Mapping
 
 from packaging.version import Version
 
+from megatron_dsrl.common.temporary_folder import temporary_folder_problem
 from megatron_dsrl.doctor.kernels import Finding
 from megatron_dsrl.rewards.sandbox_isolation import ADVICE, missing_isolation
 
 OLDEST_GLIBC = "2.34"
 """SGLang's wheels are `manylinux_2_34` only; tools/setup_cpu.sh refuses older ones before it downloads anything."""
+FEWEST_OPEN_FILES = 4096
+"""A run has some hundred files open, and a connection per request to an engine."""
 
 
 def examine_c_library(library: tuple[str, str] | None = None) -> Finding:
@@ -51,3 +57,20 @@ def examine_compiler(cuda: bool, environment: Mapping[str, str] = os.environ) ->
     if not cuda:
         return Finding("C compiler", "ok", "none found; not used on CPU")
     return Finding("C compiler", "problem", "none found", "install gcc: Triton needs it for its kernels on the GPU")
+
+
+def examine_temporary_folder() -> Finding:
+    """Whether sockets can be made in the temporary folder."""
+    problem = temporary_folder_problem()
+    if problem is None:
+        return Finding("temporary folder", "ok", tempfile.gettempdir())
+    return Finding("temporary folder", "problem", "its name is too long", problem)
+
+
+def examine_open_files() -> Finding:
+    """Whether thousands of requests can be in flight."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if hard == resource.RLIM_INFINITY or hard >= FEWEST_OPEN_FILES:
+        return Finding("open files", "ok", "no limit" if hard == resource.RLIM_INFINITY else f"at most {hard:,}")
+    advice = "requests to the engines wait for each other: raise the limit (`ulimit -Hn`, limits.conf or LimitNOFILE)"
+    return Finding("open files", "note", f"at most {hard:,} (hard limit)", advice)

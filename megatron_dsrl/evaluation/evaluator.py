@@ -16,7 +16,7 @@ from megatron_dsrl.evaluation.summary import summarise, summarise_benchmark
 from megatron_dsrl.rewards.pool import RewardPool
 from megatron_dsrl.rewards.registry import answer_of, check_options
 from megatron_dsrl.rollout.rollout import Generator
-from megatron_dsrl.rollout.sampling import SamplingParameters
+from megatron_dsrl.rollout.sample import SamplingParameters
 
 EvaluationRecord = dict[str, int | float | str | None]
 """step, set, the results of `summarise`, and the 95 % interval of the accuracy: confidence_low_95 and

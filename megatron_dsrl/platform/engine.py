@@ -5,15 +5,19 @@ Only engine processes import SGLang: importing it patches Transformers, which mu
 
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+import torch.distributed
 import torch.multiprocessing
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.rollout import EngineConfig
+
+LOOPBACK = "127.0.0.1"
 
 ServerArguments = dict[str, str | int | float | bool]
 """SGLang `ServerArgs` fields by name."""
@@ -73,6 +77,11 @@ def can_release_engine_memory() -> bool:
     return torch.cuda.is_available()
 
 
+def weights_through_shared_memory() -> bool:
+    """Whether weights go to the engines through files in /dev/shm."""
+    return not torch.cuda.is_available()
+
+
 def weight_broadcast_backend() -> Literal["nccl", "gloo"]:
     """Backend for broadcasting weights to servers on other devices."""
     return "nccl" if torch.cuda.is_available() else "gloo"
@@ -87,12 +96,27 @@ def prepare_engine_process() -> None:
         no_compilation.install()
 
 
-def prepare_engine_launch() -> None:
-    """Run in an engine's server process before it launches its other processes."""
+def prepare_engine_launch() -> torch.distributed.TCPStore:
+    """Run in an engine's server process before it launches its other processes.
+
+    Returns:
+        The store in which the engine's ranks meet; keep it as long as the server runs. Rank 0 of the engine would open
+        it on all network interfaces, for everybody. This one listens on loopback, and torchrun's variable tells the
+        ranks that it is there.
+    """
     if not torch.cuda.is_available():
         from megatron_dsrl.platform.sglang_cpu import forked_processes
 
         forked_processes.register()
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+        listener.bind((LOOPBACK, 0))
+        port = listener.getsockname()[1]
+        store = torch.distributed.TCPStore(
+            LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
+    os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"tcp://{LOOPBACK}:{port}"
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    return store
 
 
 def run_scheduler_process(*args: Any, **kwargs: Any) -> Any:
@@ -135,7 +159,7 @@ def tensor_sharing() -> Iterator[None]:
     """
     before = torch.multiprocessing.get_sharing_strategy()
     torch.multiprocessing.set_sharing_strategy("file_system")
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP})
     try:
         yield
     finally:

@@ -20,6 +20,7 @@ from megatron_dsrl.rewards.pool import RewardPool, Verdict
 from megatron_dsrl.rollout.batch import Call, RolloutBatch
 from megatron_dsrl.rollout.engine_choice import EngineChoice, Load
 from megatron_dsrl.rollout.engines.client import BadRequestError, Completion, EngineClient, EngineError
+from megatron_dsrl.rollout.open_files import TooManyOpenFilesError, requests_at_a_time, warn_of_few_requests
 from megatron_dsrl.rollout.progress import EngineCall, OnCall, OnGroup, OnSamples
 from megatron_dsrl.rollout.sample import Sample, SampleGroup
 from megatron_dsrl.rollout.unfinished import PartialResponse, UnfinishedGroup
@@ -28,6 +29,8 @@ Decode = Callable[[Sequence[int]], str]
 """Token ids to text without special tokens."""
 
 STRAGGLERS_IN_ERROR = 8
+CALLS_WITHOUT_FILES = 10
+"""Calls in a row that may find no file descriptor while none is in flight before that is an error."""
 FIRST_BACK_OFF_SECONDS = 1.0
 """Pause before the second attempt; doubled for each further one."""
 ABORT_AGAIN_SECONDS = 1.0
@@ -95,11 +98,17 @@ class Dispatcher:
         self._judging: dict[asyncio.Task[SampleGroup], int] = {}
         self._monitors: dict[asyncio.Task[str], int] = {}
         self._ended = asyncio.Event()
+        self._max_calls = requests_at_a_time()
+        self._is_held_back = False
+        """Whether calls have waited for file descriptors."""
+        self._calls_without_files = 0
+        """Calls that found no file descriptor since the last that did."""
 
     async def run(self) -> None:
         """Sample the batch.
 
         Raises:
+            TooManyOpenFilesError: There is no file descriptor for a single call.
             EnginesLostError: The batch can continue once engines have been restarted.
             StaleWeightsError: A sample does not have the requested weight version.
             EngineError: An engine rejected a request, or the batch took longer than its limit; the message names the
@@ -135,6 +144,11 @@ class Dispatcher:
             load = self._engine_choice.load_of([self._batch.groups[position] for position in call.positions])
             engine = self._engine_choice.choose(load) if call.engine is None else call.engine
             if engine is None:
+                return
+            if len(self._running) >= self._max_calls:
+                if not self._is_held_back:
+                    warn_of_few_requests(self._max_calls)
+                self._is_held_back = True
                 return
             self._batch.waiting.remove(call)
             self._engine_choice.begin(engine, load)
@@ -180,10 +194,15 @@ class Dispatcher:
         except BadRequestError as error:
             self._report(running, str(error))
             raise
+        except TooManyOpenFilesError as error:
+            self._report(running, str(error))
+            self._wait_for_files(running, error)
+            return
         except EngineError as error:
             self._report(running, str(error))
             await self._failed(running, error)
             return
+        self._calls_without_files = 0
         self._take(running, completions)
         unfinished = tuple(p for p in running.call.positions if not self._batch.groups[p].is_complete)
         if unfinished:  # the engine aborted without being asked
@@ -258,6 +277,8 @@ class Dispatcher:
                 except EngineError as error:
                     if time.monotonic() - healthy > self._request.health_timeout_seconds:
                         return f"{error}; it has passed no health check for engine.health_timeout_seconds"
+                except TooManyOpenFilesError:  # says nothing about the engine
+                    healthy = time.monotonic()
         return ""
 
     async def _failed(self, running: Running, error: EngineError) -> None:
@@ -270,8 +291,19 @@ class Dispatcher:
         except EngineError:
             self._batch.waiting.appendleft(running.call)
             self._lose(running.engine, str(error))
+        except TooManyOpenFilesError as files_error:
+            self._wait_for_files(running, files_error)
         else:
             self._retry(running, error)
+
+    def _wait_for_files(self, running: Running, error: TooManyOpenFilesError) -> None:
+        """Queue a call again that got no file descriptor, and have fewer in flight. The engine is not to blame."""
+        self._calls_without_files += 1
+        if not self._running and self._calls_without_files >= CALLS_WITHOUT_FILES:
+            raise error
+        self._max_calls = max(1, min(self._max_calls, len(self._running)))
+        running.call.not_before = time.monotonic() + FIRST_BACK_OFF_SECONDS
+        self._batch.waiting.appendleft(running.call)
 
     def _retry(self, running: Running, error: EngineError) -> None:
         """Queue the call again after a pause, for any engine that may take it."""
@@ -315,6 +347,8 @@ class Dispatcher:
                     await self._clients[engine].abort_all()
                 except EngineError as error:
                     self._lose(engine, str(error))
+                except TooManyOpenFilesError:
+                    pass  # the next round may find one
             if self._running:
                 done, _ = await asyncio.wait(self._running, timeout=ABORT_AGAIN_SECONDS)
                 for task in done:

@@ -18,12 +18,14 @@ from megatron_dsrl.rewards.pool import RewardPool
 from megatron_dsrl.rollout.batch import BatchRequest, Feed, RolloutBatch, WholeFeed
 from megatron_dsrl.rollout.carry_over import CarryOver
 from megatron_dsrl.rollout.dispatcher import Decode, Dispatcher, EnginesLostError
+from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.client import connect
 from megatron_dsrl.rollout.engines.engine_group import UNSET_WEIGHT_VERSION, EngineGroup, initial_weight_version
 from megatron_dsrl.rollout.engines.engine_protocol import Engines
 from megatron_dsrl.rollout.engines.external_engines import ExternalEngines
 from megatron_dsrl.rollout.engines.settings import RolloutSettings
 from megatron_dsrl.rollout.engines.weight_push import Bucket
+from megatron_dsrl.rollout.open_files import requests_at_a_time
 from megatron_dsrl.rollout.progress import OnCall, OnGroup, OnSamples, ignore
 from megatron_dsrl.rollout.rollout import Value
 from megatron_dsrl.rollout.sample import Sample, SampleGroup, SamplingParameters
@@ -55,11 +57,12 @@ class EngineRollout:
         self._on_call = on_call
         self._training_sampling = SamplingParameters.for_training(config.rollout, stop_token_ids)
         self._weight_version = initial_weight_version(config)
-        self._urls: list[str] = []
         self._lost: dict[int, str] = {}
         """Why an engine is lost, by its number, as found by rank 0."""
         self._recover: Callable[[], None] | None = None
         self._retries = 0
+        if rank() == 0:
+            requests_at_a_time()  # a limit that is far too low is an error before anything is started
         self._rewards = RewardPool(config.reward) if rank() == 0 else None
         self._steps = step_sampling(config, self)
         self._engines: Engines | None = None
@@ -80,8 +83,13 @@ class EngineRollout:
         """Sampling parameters of training; evaluation changes them with `dataclasses.replace`."""
         return self._training_sampling
 
+    @property
+    def engine_addresses(self) -> list[EngineAddress]:
+        """Addresses of the engines that are ready, by engine number."""
+        return self._running_engines().addresses
+
     def wait_until_ready(self) -> None:
-        self._urls = self._running_engines().wait_until_ready()
+        self._running_engines().wait_until_ready()
 
     @property
     def carried(self) -> CarryOver:
@@ -200,9 +208,9 @@ class EngineRollout:
         self, feed: Feed, sampling: SamplingParameters, rewards: RewardPool, on_samples: OnSamples, on_group: OnGroup
     ) -> RolloutBatch:
         """Sample a batch to completion, restarting engines as needed."""
-        assert self._urls, "wait_until_ready() comes first"
+        assert self.engine_addresses, "wait_until_ready() comes first"
         assert self._weight_version != UNSET_WEIGHT_VERSION, "load_weights() comes first: the model folder has none"
-        batch = RolloutBatch(self._request(feed, sampling), len(self._urls))
+        batch = RolloutBatch(self._request(feed, sampling), len(self.engine_addresses))
         in_main_thread = threading.current_thread() is threading.main_thread()
         recover = self._recover if in_main_thread else None  # collective; the main thread may be in another collective
         while True:
@@ -241,7 +249,7 @@ class EngineRollout:
     async def _dispatch(
         self, batch: RolloutBatch, rewards: RewardPool, on_samples: OnSamples, on_group: OnGroup
     ) -> None:
-        async with connect(self._urls, self._config.engine.update_timeout_seconds) as clients:
+        async with connect(self.engine_addresses, self._config.engine.update_timeout_seconds) as clients:
             dispatcher = Dispatcher(
                 batch, clients, self._lost, rewards, self._decode, on_samples, on_group, self._on_call
             )

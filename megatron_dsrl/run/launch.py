@@ -8,15 +8,15 @@ saving does not end those that still are at it.
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from types import FrameType
 
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.common.held_port import HeldPort
 from megatron_dsrl.common.process import LAUNCHER_VARIABLE
 from megatron_dsrl.run.preemption import PREEMPTED_STATUS
 
@@ -51,16 +51,17 @@ def launch(command: Sequence[str], count: int) -> int:
     Returns:
         The exit status: that of the first process that failed, else 75 if any ended so, else 0 or that of a signal.
     """
+    port = HeldPort("127.0.0.1", None)  # kept for rank 0, which opens it seconds later
     shared = {
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(port.number),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),  # as under torchrun
         LAUNCHER_VARIABLE: str(os.getpid()),
     }
     ranks: list[subprocess.Popen[bytes]] = []
-    with _passing_on(ranks) as received:
+    with closing(port), _passing_on(ranks) as received:
         for rank in range(count):
             if received:
                 break
@@ -114,7 +115,11 @@ def _passing_on(ranks: Sequence["subprocess.Popen[bytes]"]) -> Iterator[set[int]
         received.add(number)
         _send(ranks, number)
 
-    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
+    before = {
+        number: signal.signal(number, pass_on)
+        for number in PASSED_ON
+        if signal.getsignal(number) != signal.SIG_IGN  # nohup: for the ranks as well
+    }
     try:
         yield received
     finally:
@@ -130,9 +135,3 @@ def _send(ranks: Sequence["subprocess.Popen[bytes]"], number: int) -> None:
 
 def _as_exit_status(returncode: int) -> int:
     return returncode if returncode >= 0 else 128 - returncode
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]

@@ -1,11 +1,21 @@
 """What `dsrl doctor` says of the C library and the compiler."""
 
+import resource
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from megatron_dsrl.doctor import system
-from megatron_dsrl.doctor.system import OLDEST_GLIBC, examine_c_library, examine_compiler, examine_sandbox
+from megatron_dsrl.doctor.system import (
+    FEWEST_OPEN_FILES,
+    OLDEST_GLIBC,
+    examine_c_library,
+    examine_compiler,
+    examine_open_files,
+    examine_sandbox,
+    examine_temporary_folder,
+)
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -47,3 +57,17 @@ def test_whether_programs_can_be_isolated(problem: str | None, monkeypatch: pyte
     finding = examine_sandbox()
     assert finding.severity == ("note" if problem else "ok")
     assert (problem or "can be isolated") in finding.found
+
+
+@pytest.mark.parametrize(("length", "severity"), [(73, "ok"), (74, "problem")])
+def test_sockets_need_a_short_temporary_folder(monkeypatch, length, severity):
+    monkeypatch.setattr(tempfile, "tempdir", "/" + "x" * (length - 1))
+    assert examine_temporary_folder().severity == severity
+
+
+@pytest.mark.parametrize(
+    ("hard", "severity"), [(FEWEST_OPEN_FILES, "ok"), (resource.RLIM_INFINITY, "ok"), (1024, "note")]
+)
+def test_few_open_files_are_worth_knowing(monkeypatch, hard, severity):
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (256, hard))
+    assert examine_open_files().severity == severity

@@ -249,7 +249,7 @@ def dispatch(config, servers: list[EngineServer], rewards: RewardPool) -> tuple[
     batch, lost, judged = RolloutBatch(request, len(servers)), {}, []
 
     async def run() -> None:
-        async with connect([server.url for server in servers], 30.0) as clients:
+        async with connect([server.address for server in servers], 30.0) as clients:
             dispatcher = Dispatcher(
                 batch, clients, lost, rewards, decode_as_numbers, lambda count: None, judged.append, ignore
             )

@@ -53,7 +53,7 @@ def test_weights_arrive_bit_for_bit_though_every_bucket_is_overwritten(rollout, 
                 tensor.zero_()
 
     for version in (1, 2):
-        weights_checker(rollout._urls[0], "reset_tensors")
+        weights_checker(rollout.engine_addresses[0], "reset_tensors")
         rollout.load_weights(buckets, version)
 
 
@@ -65,6 +65,6 @@ def test_after_sleep_and_wake_they_arrive_again(rollout, named):
 
 
 def test_a_missing_tensor_is_found(rollout, named):
-    weights_checker(rollout._urls[0], "reset_tensors")
+    weights_checker(rollout.engine_addresses[0], "reset_tensors")
     with pytest.raises(UserError, match="does not hold the weights that the trainer sent"):
         rollout.load_weights(lambda: [named[:-1]], 4)

@@ -25,7 +25,7 @@ class Behind:
 
     def __init__(self, rollout: EngineRollout, monkeypatch: pytest.MonkeyPatch) -> None:
         self.rollout = rollout
-        self.engine_url = rollout._urls[0]
+        self.engine = rollout.engine_addresses[0]
         self.ended: list = []
         self._monkeypatch = monkeypatch
         monkeypatch.setattr(rollout, "_on_call", self.ended.append)
@@ -44,8 +44,8 @@ class Behind:
         self._monkeypatch.setattr(self.rollout, "_config", config)
         before = self.rollout.fault_metrics()["engine/retries"]
         sampling = replace(self.rollout.training_sampling, max_response_tokens=tokens, stop_token_ids=())
-        with FailingProxy(self.engine_url, *failures) as proxy:
-            self._monkeypatch.setattr(self.rollout, "_urls", [proxy.url])
+        with FailingProxy(self.engine.url, *failures) as proxy:
+            self._monkeypatch.setattr(self.rollout._engines, "_addresses", [replace(self.engine, url=proxy.url)])
             threading.Thread(target=meanwhile, args=(proxy,)).start()
             groups = self.rollout.generate(PROMPTS[:prompts], SAMPLES, sampling, "test")
         return groups, proxy, self.rollout.fault_metrics()["engine/retries"] - before
@@ -129,7 +129,7 @@ def test_what_the_engine_aborts_itself_goes_on_where_it_stopped(behind, at_once)
     behind.ended.clear()
 
     async def abort_once(proxy: FailingProxy) -> None:
-        async with EngineClient(behind.engine_url, 30.0) as client:
+        async with EngineClient(behind.engine, 30.0) as client:
             while len(proxy.calls) < 2 and not proxy.is_closed:
                 await asyncio.sleep(0.3)
                 if len(proxy.calls) == 1:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.data.prompt import Prompt
+from megatron_dsrl.rollout.engines.address import EngineAddress
 
 STOP_TOKEN_ID = 7
 
@@ -64,10 +65,12 @@ def transformers_log_probs(
     return log_probs.gather(1, torch.tensor(response_ids)[:, None])[:, 0]
 
 
-def weights_checker(url: str, action: str) -> dict[str, Any]:
+def weights_checker(engine: EngineAddress, action: str) -> dict[str, Any]:
     """SGLang's own tool: `checksum` of every tensor, or `reset_tensors` to random numbers."""
     request = urllib.request.Request(
-        f"{url}/weights_checker", json.dumps({"action": action}).encode(), {"Content-Type": "application/json"}
+        f"{engine.url}/weights_checker",
+        json.dumps({"action": action}).encode(),
+        {"Content-Type": "application/json"} | engine.headers,
     )
     with urllib.request.urlopen(request, timeout=60) as response:
         return json.load(response)

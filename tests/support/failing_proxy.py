@@ -80,6 +80,7 @@ class FailingProxy:
 
     def _pass_on(self, handler: BaseHTTPRequestHandler, body: bytes | None) -> None:
         headers = {"Content-Type": handler.headers.get("Content-Type", "application/json")}
+        headers["Authorization"] = handler.headers.get("Authorization", "")
         request = urllib.request.Request(self._engine_url + handler.path, body, headers)
         try:
             with urllib.request.urlopen(request, timeout=LIMIT_SECONDS) as answer:

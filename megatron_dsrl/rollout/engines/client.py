@@ -5,7 +5,8 @@ here; so is `update_weights_from_tensor` outside a weight update.
 """
 
 import base64
-import resource
+import errno
+import math
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -15,7 +16,8 @@ import aiohttp
 import numpy as np
 
 from megatron_dsrl.model.routed_experts import encode_routed_experts
-from megatron_dsrl.rollout.engines.credentials import engine_headers
+from megatron_dsrl.rollout.engines.address import EngineAddress
+from megatron_dsrl.rollout.open_files import TooManyOpenFilesError
 from megatron_dsrl.rollout.sample import SamplingParameters
 
 MemoryTag = Literal["weights", "kv_cache"]
@@ -65,22 +67,23 @@ class Completion:
 
 
 class EngineClient:
-    """Calls to the server at `url`. An asynchronous context manager that holds the connections."""
+    """Calls to one server. An asynchronous context manager that holds the connections."""
 
-    def __init__(self, url: str, timeout_seconds: float) -> None:
+    def __init__(self, address: EngineAddress, timeout_seconds: float) -> None:
         """
         Args:
-            url: `http://host:port`.
+            address: Where the server is, and its key.
             timeout_seconds: Limit of every call except `generate`, whose caller limits the whole batch.
         """
-        self.url = url
+        self.url = address.url
+        self._headers = address.headers
         self._timeout_seconds = timeout_seconds
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
         # A connection per request: the server closes one that was idle for five seconds, just when it may be needed.
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
-        self._session = aiohttp.ClientSession(connector=connector, headers=engine_headers())
+        self._session = aiohttp.ClientSession(connector=connector, headers=self._headers)
         return self
 
     async def __aexit__(self, *exception: object) -> None:
@@ -102,7 +105,8 @@ class EngineClient:
 
         Raises:
             BadRequestError: The engine refused the request itself, such as one that is too long.
-            EngineError: The engine is busy or gone.
+            EngineError: The engine is busy or gone, or returned a log-prob that is not a finite number.
+            TooManyOpenFilesError: This process has no descriptor for the connection.
         """
         body = {
             "input_ids": [list(request.token_ids) for request in requests],
@@ -207,6 +211,8 @@ class EngineClient:
         except TimeoutError as error:
             raise EngineError(f"engine {self.url} did not answer {path} within {limit:g} s") from error
         except aiohttp.ClientError as error:
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                raise TooManyOpenFilesError(error) from error
             raise EngineError(
                 f"engine {self.url} is gone: {path} failed with {error!r}; its log is in the run folder under engines/"
             ) from error
@@ -219,6 +225,13 @@ class EngineClient:
         response_ids = tuple(answer["output_ids"])
         log_probs = tuple(entry[0] for entry in meta.get("output_token_logprobs", ()))  # absent if it never began
         assert len(log_probs) == len(response_ids), f"{len(log_probs)} log-probs for {len(response_ids)} tokens"
+        for position, log_prob in enumerate(log_probs):
+            if log_prob is None or not math.isfinite(log_prob):  # JSON has no NaN: SGLang writes null
+                raise EngineError(
+                    f"engine {self.url}: the log-prob of token {position} of a response is {log_prob}, not a finite "
+                    "number, so its logits are not either: the weights have diverged, or the model overflows in "
+                    "model.dtype or with the engine's kernels (engine.extra_arguments)"
+                )
         return Completion(
             response_ids=response_ids,
             log_probs=log_probs,
@@ -247,10 +260,9 @@ class EngineClient:
 
 
 @asynccontextmanager
-async def connect(urls: Sequence[str], timeout_seconds: float) -> AsyncIterator[list[EngineClient]]:
+async def connect(addresses: Sequence[EngineAddress], timeout_seconds: float) -> AsyncIterator[list[EngineClient]]:
     """Clients of several engines, closed together."""
-    _allow_many_connections()
-    clients = [EngineClient(url, timeout_seconds) for url in urls]
+    clients = [EngineClient(address, timeout_seconds) for address in addresses]
     for client in clients:
         await client.__aenter__()
     try:
@@ -258,10 +270,3 @@ async def connect(urls: Sequence[str], timeout_seconds: float) -> AsyncIterator[
     finally:
         for client in clients:
             await client.__aexit__()
-
-
-def _allow_many_connections() -> None:
-    """Raise the limit of open files, usually 1,024: thousands of requests can be in flight, each with a connection."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

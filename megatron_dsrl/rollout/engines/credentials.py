@@ -1,4 +1,4 @@
-"""The key of SGLang servers (`--api-key`): external servers, and the run's own where they listen beyond loopback."""
+"""Keys of SGLang servers (`--api-key`)."""
 
 import os
 import secrets
@@ -6,15 +6,19 @@ import secrets
 from megatron_dsrl.common.collective import broadcast
 
 API_KEY_VARIABLE = "DSRL_ENGINE_API_KEY"
-"""Environment variable with the key. Not a configuration field, since configurations are copied into run folders."""
+"""Environment variable with the key of external servers (`engine.urls`), and in a server's own process with its key.
+Not a configuration field, since configurations are copied into run folders."""
 
 
-def agree_on_key() -> None:
-    """Give all ranks rank 0's key, or a new random one if it has none; engines inherit it. All ranks call it."""
-    os.environ[API_KEY_VARIABLE] = broadcast(os.environ.get(API_KEY_VARIABLE) or secrets.token_hex(32))
+def draw_key() -> str:
+    """A random key for the engines that this run starts, the same on all ranks. All ranks call it.
+
+    Without it, every program on the machine could change an engine's weights, and a run could take the engine of
+    another run for its own.
+    """
+    return broadcast(secrets.token_hex(32))
 
 
-def engine_headers() -> dict[str, str]:
-    """HTTP headers of every call to an engine."""
-    key = os.environ.get(API_KEY_VARIABLE)
-    return {"Authorization": f"Bearer {key}"} if key else {}
+def external_key() -> str | None:
+    """The key of external servers, if the environment has one."""
+    return os.environ.get(API_KEY_VARIABLE) or None

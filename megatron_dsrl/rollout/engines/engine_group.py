@@ -5,7 +5,6 @@ restarts it. The other engines are not disturbed.
 """
 
 import asyncio
-import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
@@ -17,18 +16,25 @@ import torch.distributed
 from megatron_dsrl.common.collective import gather, rank, world_size
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.layout import engine_problems, refuse
-from megatron_dsrl.platform.engine import ServerArguments, engine_environment, engine_server_arguments
+from megatron_dsrl.platform.engine import (
+    LOOPBACK,
+    ServerArguments,
+    engine_environment,
+    engine_server_arguments,
+    weights_through_shared_memory,
+)
+from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.client import EngineClient, EngineError, MemoryTag
-from megatron_dsrl.rollout.engines.credentials import agree_on_key
+from megatron_dsrl.rollout.engines.credentials import draw_key
 from megatron_dsrl.rollout.engines.local_address import address_towards
 from megatron_dsrl.rollout.engines.server import EngineServer
 from megatron_dsrl.rollout.engines.settings import RolloutSettings
+from megatron_dsrl.rollout.engines.shared_memory import check_shared_memory
+from megatron_dsrl.rollout.engines.supervised_server import SupervisedServer
 from megatron_dsrl.rollout.engines.weight_check import WeightCheck
 from megatron_dsrl.rollout.engines.weight_push import Bucket, push_weights
 
-logger = logging.getLogger(__name__)
-
-LOOPBACK = "127.0.0.1"
+LOOPBACK_INTERFACE = "lo"
 
 DISK_WEIGHT_VERSION = 0
 """Version of the weights that an engine loads from the model folder; the first push makes it 1."""
@@ -46,6 +52,7 @@ class EngineGroup:
         Raises:
             UserError: The world cannot be divided into engines, or settings contradict each other.
         """
+        self._all_settings = config
         self._config = config.engine
         size = config.engine.tensor_parallel_size
         self._world = world_size()
@@ -53,9 +60,8 @@ class EngineGroup:
         self._engine = engine = rank() // size
         self._problem: str | None = None
         """Why this group's engine is lost; the same on all its ranks, except for problems that only the owner sees."""
-        self._restarts = 0
-        """Restarts of this group's engine; counted on its owner."""
         self._all_restarts = 0
+        self._addresses: list[EngineAddress] = []
         self._released: set[MemoryTag] = set()
         """Memory that the engine has given back."""
         self._owns_server = rank() % size == 0
@@ -67,26 +73,34 @@ class EngineGroup:
             groups = [new_gloo_group(range(first, first + size), timeout) for first in range(0, self._world, size)]
             self._group = groups[engine]
         self._check = WeightCheck(config, self._group)
-        host = self._host()
-        if host != LOOPBACK:
-            agree_on_key()
+        host, environment = self._host(), engine_environment(size)
+        if host == LOOPBACK:
+            environment.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK_INTERFACE)
+        key = draw_key()  # collective, so before anything that only one rank may refuse
         self._server = EngineServer(
             arguments=server_arguments(config, engine) if self._owns_server else {},
-            environment=engine_environment(size),
+            environment=environment,
             log_file=run_folder / "engines" / f"engine_{engine}.log",
             startup_timeout_seconds=config.engine.startup_timeout_seconds,
             host=host,
             port=None if config.engine.port is None else config.engine.port + engine,
+            key=key,
         )
+        self._supervised = SupervisedServer(self._server, engine, config.engine.max_restarts)
 
     def start(self) -> None:
         """See `Engines.start`."""
-        self._together(self._server.start)
+        self._together(self._start_server)
 
-    def wait_until_ready(self) -> list[str]:
+    @property
+    def addresses(self) -> list[EngineAddress]:
+        """See `Engines.addresses`."""
+        return self._addresses
+
+    def wait_until_ready(self) -> None:
         """See `Engines.wait_until_ready`."""
-        self._together(self._server.wait_until_ready)
-        return [url for url in self._from_all(self._own_url()) if url is not None]
+        self._together(self._supervised.wait_until_ready)
+        self._share_state()
 
     def lose(self, problems: Mapping[int, str]) -> None:
         """See `Engines.lose`."""
@@ -94,16 +108,16 @@ class EngineGroup:
             self._problem = problems[self._engine]
 
     def restart_lost(self) -> None:
-        """Restart lost engines at the same URLs, with the weights of the model folder.
+        """Restart lost engines, with the weights of the model folder.
 
         Raises:
             EngineError: On every rank, when an engine was restarted too often; with the end of its log.
         """
         if self._owns_server and self._problem is None and self._server.has_ended():
             self._problem = f"the engine at {self._server.url} has exited"
-        self._together(lambda: self._restart() if self._problem is not None else None, EngineError)
+        self._together(lambda: self._restart(self._problem) if self._problem is not None else None)
         self._problem = None
-        self._all_restarts = sum(self._from_all(self._restarts))
+        self._share_state()
 
     def load(self, make_buckets: Callable[[], Iterable[Bucket]], version: int) -> None:
         """See `Engines.load`, and `push_weights` for the transport."""
@@ -145,34 +159,24 @@ class EngineGroup:
 
     def _push(self, buckets: Iterable[Bucket], version: int) -> str | None:
         """Push weights to this group's engine and compare them if due; returns the differences, or None."""
-        url, timeout = self._own_url(), self._config.update_timeout_seconds
-        self._problem = push_weights(self._check.watch(buckets), version, url, self._group, timeout)
+        engine, timeout = self._own_address(), self._config.update_timeout_seconds
+        self._problem = push_weights(self._check.watch(buckets), version, engine, self._group, timeout)
         try:
-            return None if self._problem is not None else self._check.mismatch(url)
+            return None if self._problem is not None else self._check.mismatch(engine)
         except EngineError as error:
             self._problem = str(error)
             return None
 
-    def _restart(self) -> None:
+    def _start_server(self) -> None:
+        if weights_through_shared_memory():
+            check_shared_memory(self._all_settings, int(os.environ.get("LOCAL_WORLD_SIZE", self._world)))
+        self._server.start()
+
+    def _restart(self, problem: str) -> None:
         """On the engine's owner: stop the server and start a new one."""
-        problem = self._problem
         self._check.repeat()
-        while self._restarts < self._config.max_restarts:
-            self._restarts += 1
-            count = f"{self._restarts} of engine.max_restarts = {self._config.max_restarts}"
-            logger.warning("restarting engine %d (restart %s): %s", self._engine, count, problem)
-            self._server.stop()
-            self._released.clear()
-            try:
-                self._server.start()
-                self._server.wait_until_ready()
-                return
-            except UserError as error:
-                problem = str(error)
-        raise EngineError(  # not a UserError: the job may succeed when started again, perhaps on another node
-            f"engine {self._engine} was lost again after engine.max_restarts = {self._config.max_restarts} "
-            f"restarts: {problem}\n{self._server.log_tail()}"
-        )
+        self._released.clear()
+        self._supervised.restart(problem)
 
     def _change_memory(self, tags: Sequence[MemoryTag], released_before: bool) -> None:
         concerned = [tag for tag in tags if (tag in self._released) == released_before]
@@ -185,24 +189,37 @@ class EngineGroup:
         self.barrier()
 
     async def _call_memory(self, tags: Sequence[MemoryTag], release: bool) -> None:
-        async with EngineClient(self._server.url, self._config.update_timeout_seconds) as client:
+        async with EngineClient(self._server.address, self._config.update_timeout_seconds) as client:
             await (client.release_memory(tags) if release else client.resume_memory(tags))
 
-    def _own_url(self) -> str | None:
-        return self._server.url if self._owns_server else None
+    def _share_state(self) -> None:
+        """Tell all ranks every engine's address, which changes if it lost its port, and the number of restarts."""
+        state = self._from_all((self._own_address(), self._supervised.restarts))
+        self._addresses = [address for address, _ in state if address is not None]
+        self._all_restarts = sum(restarts for _, restarts in state)
 
-    def _together(self, action: Callable[[], None], kind: type[Exception] = UserError) -> None:
-        """Run `action` on server owners; if it fails on any, raise on all ranks with all messages."""
-        error: str | None = None
+    def _own_address(self) -> EngineAddress | None:
+        return self._server.address if self._owns_server else None
+
+    def _together(self, action: Callable[[], None]) -> None:
+        """Run `action` on server owners; if it fails on any, raise on all ranks with all messages.
+
+        Raises:
+            UserError: A message tells the user what to fix.
+            EngineError: No message does.
+        """
+        failure: UserError | EngineError | None = None
         if self._owns_server:
             try:
                 action()
-            except (UserError, EngineError) as failure:
-                error = str(failure)
-        messages = [message for message in self._from_all(error) if message is not None]
-        if messages:
+            except (UserError, EngineError) as error:
+                failure = error
+        outcome = None if failure is None else (isinstance(failure, UserError), str(failure))
+        failures = [each for each in self._from_all(outcome) if each is not None]
+        if failures:
             self.close()
-            raise kind("\n".join(messages))
+            kind = UserError if any(to_fix for to_fix, _ in failures) else EngineError
+            raise kind("\n".join(message for _, message in failures))
 
     def _from_all(self, value: Any) -> list[Any]:
         return gather(value, self._everyone)

@@ -7,6 +7,7 @@ this.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
+from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.client import MemoryTag
 from megatron_dsrl.rollout.engines.weight_push import Bucket
 
@@ -21,11 +22,16 @@ class Engines(Protocol):
             UserError: On every rank, when any engine cannot be started.
         """
 
-    def wait_until_ready(self) -> list[str]:
-        """Block until all engines answer; returns their URLs, by engine number.
+    @property
+    def addresses(self) -> list[EngineAddress]:
+        """Addresses of the engines, by engine number, the same on every rank; empty before they are ready."""
+
+    def wait_until_ready(self) -> None:
+        """Block until all engines answer.
 
         Raises:
-            UserError: On every rank, when any engine is not ready within `engine.startup_timeout_seconds`.
+            UserError: On every rank, when any engine exits with a message, or an external one is not ready in time.
+            EngineError: On every rank, when any engine was killed or late `engine.max_restarts` times too often.
         """
 
     def lose(self, problems: Mapping[int, str]) -> None:
@@ -35,7 +41,7 @@ class Engines(Protocol):
         """
 
     def restart_lost(self) -> None:
-        """Restart lost engines at the same URLs, or wait for their owner to. `load` must follow before sampling.
+        """Restart lost engines, or wait for their owner to. `load` must follow before sampling.
 
         Raises:
             EngineError: On every rank, when an engine was restarted too often.

@@ -16,8 +16,9 @@ from megatron_dsrl.common.collective import broadcast, rank
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.source import resolve_model_folder
+from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.client import EngineError, MemoryTag
-from megatron_dsrl.rollout.engines.credentials import API_KEY_VARIABLE
+from megatron_dsrl.rollout.engines.credentials import API_KEY_VARIABLE, external_key
 from megatron_dsrl.rollout.engines.settings import RolloutSettings
 from megatron_dsrl.rollout.engines.tensor_layout import EngineLayout
 from megatron_dsrl.rollout.engines.weight_broadcast import ServerLink, broadcast_weights
@@ -53,7 +54,10 @@ class ExternalEngines:
         self._config = config
         self._initial_version = initial_version
         timeout = config.engine.update_timeout_seconds
-        self._links = [ServerLink(url.rstrip("/"), timeout) for url in config.engine.urls] if rank() == 0 else []
+        key = external_key()
+        self.addresses = [EngineAddress(url.rstrip("/"), key) for url in config.engine.urls]
+        """See `Engines.addresses`."""
+        self._links = [ServerLink(address, timeout) for address in self.addresses] if rank() == 0 else []
         self._unchecked = {link.url for link in self._links} if config.engine.check_weights != "never" else set()
         self._lost: dict[str, str] = {}
         self._restarts = 0
@@ -61,12 +65,11 @@ class ExternalEngines:
     def start(self) -> None:
         """Nothing to start: the servers are running already."""
 
-    def wait_until_ready(self) -> list[str]:
+    def wait_until_ready(self) -> None:
         """See `Engines.wait_until_ready`."""
         error = broadcast(asyncio.run(self._wait_for(self._links, set_version=True)) if rank() == 0 else None)
         if error is not None:
             raise UserError(error)
-        return [url.rstrip("/") for url in self._config.engine.urls]
 
     def lose(self, problems: Mapping[int, str]) -> None:
         """See `Engines.lose`; also leaves the servers' broadcast groups."""
@@ -201,7 +204,7 @@ class ExternalEngines:
 
     async def _problem_of(self, link: ServerLink, set_version: bool) -> str | None:
         try:
-            async with WeightClient(link.url, self._config.engine.update_timeout_seconds) as client:
+            async with WeightClient(link.address, self._config.engine.update_timeout_seconds) as client:
                 await client.tensor_parallel_size()
                 if set_version:
                     await client.set_weight_version(self._initial_version)

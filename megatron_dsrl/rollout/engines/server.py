@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,12 +14,19 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 import megatron_dsrl
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.common.held_port import PORT_LOST_STATUS, HeldPort
 from megatron_dsrl.platform.engine import ServerArguments
-from megatron_dsrl.rollout.engines.credentials import engine_headers
+from megatron_dsrl.rollout.engines.address import EngineAddress
+from megatron_dsrl.rollout.engines.client import EngineError
+from megatron_dsrl.rollout.engines.credentials import API_KEY_VARIABLE
+from megatron_dsrl.rollout.engines.server_resources import (
+    end_processes,
+    inherited_environment,
+    processes_of,
+    shared_memory_files,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +34,11 @@ LOG_LINES_IN_ERROR = 15
 TROUBLESHOOTING = "see examples/troubleshooting: engines"
 POLL_SECONDS = 0.2
 CALL_SECONDS = 5.0
-STOP_GRACE_SECONDS = 2.0
 SERVER_PROCESS = "megatron_dsrl.rollout.engines.server_process"
+
+
+class EngineStartError(EngineError):
+    """The server was killed, was late or lost its port: the next start may succeed."""
 
 
 class EngineServer:
@@ -47,6 +56,7 @@ class EngineServer:
         startup_timeout_seconds: float,
         host: str = "127.0.0.1",
         port: int | None = None,
+        key: str | None = None,
     ) -> None:
         """
         Args:
@@ -56,6 +66,7 @@ class EngineServer:
             startup_timeout_seconds: Limit of `wait_until_ready`.
             host: Address to listen on.
             port: Port to listen on; None takes a free one.
+            key: What every caller must know; None: the server answers everybody.
         """
         self._arguments = arguments
         self._environment = environment
@@ -63,15 +74,24 @@ class EngineServer:
         self._startup_timeout_seconds = startup_timeout_seconds
         self._host = host
         self._port = port
+        self._key = key
+        self._held: HeldPort | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._shared_memory: set[Path] = set()
+        """Files in /dev/shm that the server made."""
         self._started_at = 0.0
 
     @property
     def url(self) -> str:
         """`http://host:port` of the started server."""
-        assert self._port is not None, "the server has no port before start()"
-        return f"http://{self._host}:{self._port}"
+        assert self._held is not None, "the server has no port before start()"
+        return f"http://{self._host}:{self._held.number}"
+
+    @property
+    def address(self) -> EngineAddress:
+        """Where the started server is reached, and its key."""
+        return EngineAddress(self.url, self._key)
 
     @property
     def process_id(self) -> int | None:
@@ -88,14 +108,17 @@ class EngineServer:
         """
         assert threading.current_thread() is threading.main_thread()
         assert self._process is None, "the server was started before"
-        self._port = _claim_port(self._host, self._port)
+        self._held = self._held or HeldPort(self._host, self._port)
         self._log_file.parent.mkdir(parents=True, exist_ok=True)
-        arguments: dict[str, Any] = {**self._arguments, "host": self._host, "port": self._port}
+        arguments: dict[str, Any] = {**self._arguments, "host": self._host, "port": self._held.number}
         package_root = str(Path(megatron_dsrl.__file__).resolve().parents[1])
         search_path = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
         # SGLang leaves its sockets in the temporary folder; its name is short because socket paths are limited.
         self._scratch = tempfile.TemporaryDirectory(prefix="dsrl-", ignore_cleanup_errors=True)
-        environment = {**_inherited_environment(), "TMPDIR": self._scratch.name, **self._environment}
+        environment = {**inherited_environment(), "TMPDIR": self._scratch.name, **self._environment}
+        environment.pop(API_KEY_VARIABLE, None)
+        if self._key is not None:  # not an argument, which every user of the machine could read
+            environment[API_KEY_VARIABLE] = self._key
         with open(self._log_file, "ab") as log:  # keep the log of an earlier start of the run
             self._process = subprocess.Popen(
                 [sys.executable, "-m", SERVER_PROCESS, json.dumps([os.getpid(), arguments])],
@@ -108,24 +131,36 @@ class EngineServer:
         self._started_at = time.monotonic()
         atexit.register(self.stop)
 
-    def wait_until_ready(self) -> None:
-        """Block until the server answers.
+    def restart(self) -> None:
+        """Kill the server, if it is running, and start it again on the same port unless it lost that.
 
         Raises:
-            UserError: It exited, or did not answer within the limit and was stopped; the message has the last lines of
-                its log.
+            UserError: The port is in use.
+        """
+        self._end()
+        self.start()
+
+    def wait_until_ready(self) -> None:
+        """Block until this server, and not another one on its port, answers.
+
+        Raises:
+            UserError: It exited by itself; the message has the last lines of its log.
+            EngineStartError: It was killed by a signal, another process has its port, or it did not answer within the
+                limit. It was stopped.
         """
         deadline = self._started_at + self._startup_timeout_seconds
-        while not self._answers():
+        while not self._is_ready():
             self.check_alive()
             if time.monotonic() > deadline:
-                self.stop()
-                raise UserError(
+                self._end()
+                raise EngineStartError(
                     f"the SGLang server at {self.url} was not ready within engine.startup_timeout_seconds = "
                     f"{self._startup_timeout_seconds:g}; raise the limit, or fix what its log shows "
                     f"({TROUBLESHOOTING}).\n{self.log_tail()}"
                 )
             time.sleep(POLL_SECONDS)
+        assert self._process is not None
+        self._shared_memory |= shared_memory_files(self._process.pid)
         self._freeze_garbage_collection()
 
     def has_ended(self) -> bool:
@@ -136,47 +171,79 @@ class EngineServer:
         """Raise if the server process has exited.
 
         Raises:
-            UserError: It has; the message has the last lines of its log.
+            UserError: It exited by itself; the message has the last lines of its log.
+            EngineStartError: It was killed by a signal, or could not open its port.
         """
         assert self._process is not None, "the server was not started"
         status = self._process.poll()
-        if status is not None:
-            self.stop()
-            raise UserError(
-                f"the SGLang server at {self.url} exited with status {status}; fix what its log shows "
-                f"({TROUBLESHOOTING}).\n{self.log_tail()}"
+        if status is None:
+            return
+        if status == PORT_LOST_STATUS:
+            self._lose_port()
+        self._end()
+        number = -status if status < 0 else status - 128
+        if number in set(signal.Signals):
+            raise EngineStartError(
+                f"the SGLang server at {self.url} was killed by {_signal(number)}.\n{self.log_tail()}"
             )
+        raise UserError(
+            f"the SGLang server at {self.url} exited with status {status}; fix what its log shows "
+            f"({TROUBLESHOOTING}).\n{self.log_tail()}"
+        )
 
     def stop(self) -> None:
-        """Kill the server and all its processes. May be called again."""
-        process, self._process = self._process, None
-        if process is None:
-            return
-        atexit.unregister(self.stop)
-        # Not SIGTERM: an engine has nothing to save, and SGLang takes up to five seconds to react by killing its
-        # processes. They die with the server; multiprocessing's resource tracker then cleans up and exits by itself.
-        spawned = _descendants(process.pid)
-        process.kill()
-        process.wait()
-        deadline = time.monotonic() + STOP_GRACE_SECONDS
-        while any(map(_is_alive, spawned)) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        _kill_group(process.pid)
-        assert self._scratch is not None
-        self._scratch.cleanup()
+        """Kill the server and all its processes, and give up its port. May be called again."""
+        self._end()
+        if self._held is not None:
+            self._held.close()
+            self._held = None
 
     def log_tail(self) -> str:
         """The end of the server's output, for an error message."""
         lines = self._log_file.read_text(errors="replace").splitlines()[-LOG_LINES_IN_ERROR:]
         return "\n".join([f"Last lines of {self._log_file}:", *lines])
 
-    def _answers(self) -> bool:
+    def _end(self) -> None:
+        """Kill the server and remove what it left behind; keep the port."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        atexit.unregister(self.stop)
+        self._shared_memory |= shared_memory_files(process.pid)
+        end_processes(process)
+        for file in self._shared_memory:
+            file.unlink(missing_ok=True)
+        self._shared_memory.clear()
+        assert self._scratch is not None
+        self._scratch.cleanup()
+
+    def _is_ready(self) -> bool:
+        """Whether the server answers.
+
+        Raises:
+            EngineStartError: Another process listens on its port.
+        """
+        assert self._held is not None and self._process is not None
+        if not self._held.is_open():
+            return False
+        if not self._held.is_open_by(processes_of(self._process.pid)):
+            self._lose_port()
         try:
             # SGLang opens its port only after the schedulers have loaded the model.
             self._call("GET", "/model_info")
         except OSError:
             return False
         return True
+
+    def _lose_port(self) -> None:
+        """Stop the server, whose port another process has taken.
+
+        Raises:
+            EngineStartError: Always.
+        """
+        url = self.url
+        self.stop()
+        raise EngineStartError(f"another program listens at {url}, the address of the SGLang server")
 
     def _freeze_garbage_collection(self) -> None:
         """Exclude all objects that exist once the model is loaded from garbage collections, which pause sampling."""
@@ -192,58 +259,12 @@ class EngineServer:
             OSError: No answer in time, or a status other than 200.
         """
         without_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        request = urllib.request.Request(self.url + path, method=method, headers=engine_headers())
+        request = urllib.request.Request(self.url + path, method=method, headers=self.address.headers)
         without_proxy.open(request, timeout=CALL_SECONDS).close()
 
 
-def _claim_port(host: str, port: int | None) -> int:
-    """`port`, or any free port if it is None.
-
-    Raises:
-        UserError: The port is in use.
-    """
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does: ignores TIME_WAIT
-        try:
-            probe.bind((host, port or 0))
-        except OSError as error:
-            raise UserError(
-                f"engine.port: port {port} on {host} cannot be used ({error.strerror}); set another port, or null for "
-                "any free one"
-            ) from error
-        return probe.getsockname()[1]
-
-
-def _inherited_environment() -> dict[str, str]:
-    """This process's environment without variables that are meant for the trainer alone: torchrun's rendezvous, which
-    SGLang's own process group would use; the paths of collective records, which the engine's ranks would overwrite; and
-    PyTorch's allocator settings, since SGLang cannot release memory of expandable segments."""
-    rendezvous = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
-    records = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
-    allocator = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if name not in (*rendezvous, *records, *allocator) and not name.startswith("TORCHELASTIC_")
-    }
-
-
-def _descendants(process_id: int) -> list[psutil.Process]:
-    try:
-        return psutil.Process(process_id).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
-
-
-def _is_alive(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _kill_group(group: int) -> None:
-    try:
-        os.killpg(group, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+def _signal(number: int) -> str:
+    """The name of a signal that ended a process, and what usually sends it."""
+    if number == signal.SIGKILL:
+        return "SIGKILL, as the kernel does when memory runs out (`dmesg -T | grep -i oom` shows it)"
+    return signal.Signals(number).name

@@ -6,8 +6,10 @@ SGLang's scheduler and detokenizer processes die with it.
 
 import json
 import os
+import re
 import sys
 import traceback
+from typing import NoReturn
 
 from megatron_dsrl.common.process import die_with_parent
 
@@ -32,6 +34,7 @@ def tie_to_parent() -> None:
 if __name__ in ("__main__", "__mp_main__"):
     tie_to_parent()
 
+from megatron_dsrl.common.held_port import PORT_LOST_STATUS  # noqa: E402
 from megatron_dsrl.platform.engine import (  # noqa: E402
     prepare_engine_launch,
     prepare_engine_process,
@@ -52,18 +55,32 @@ def main() -> None:
     arguments = json.loads(sys.argv[1])[1]
     if API_KEY_VARIABLE in os.environ:  # not passed as an argument, which every user of the machine could read
         arguments = {"api_key": os.environ[API_KEY_VARIABLE]} | arguments
-    prepare_engine_launch()
+    rendezvous = prepare_engine_launch()
     try:
         launch_server(
             ServerArgs(**arguments),
             run_scheduler_process_func=run_scheduler_process,
             execute_warmup_func=skip_warmup,
         )
-    except Exception:
-        # A normal exit would wait for SGLang's other processes, which do not end when a scheduler has died.
+    except SystemExit:  # how uvicorn ends when it cannot open the port, after a line in the log
+        exit_now(PORT_LOST_STATUS)
+    except Exception as error:
         traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
+        exit_now(exit_status(error))
+    del rendezvous  # the store is needed until the server has ended
+
+
+def exit_status(error: Exception) -> int:
+    """128 and the number of the signal that killed a scheduler while it started, as SGLang reports it; otherwise 1."""
+    killed = re.search(r"scheduler died during initialization \(exit code: -(\d+)\)", str(error))
+    return 128 + int(killed[1]) if killed else 1
+
+
+def exit_now(status: int) -> NoReturn:
+    """Exit without waiting for SGLang's other processes, which do not end when the server has failed."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from torch.distributed.distributed_c10d import _abort_process_group, _new_proces
 
 from megatron_dsrl.common.process import in_background
 from megatron_dsrl.platform.engine import weight_broadcast_backend
+from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.client import EngineError
 from megatron_dsrl.rollout.engines.local_address import address_towards
 from megatron_dsrl.rollout.engines.weight_client import BroadcastGroup, WeightClient
@@ -39,13 +40,14 @@ LEAVE_SECONDS = 10.0
 class ServerLink:
     """Rank 0's connection for sending weights to one server. Exists on rank 0 only, so methods are not collective."""
 
-    def __init__(self, url: str, timeout_seconds: float) -> None:
+    def __init__(self, address: EngineAddress, timeout_seconds: float) -> None:
         """
         Args:
-            url: `http://host:port`.
+            address: where the server is, and its key.
             timeout_seconds: limit of every call and every broadcast.
         """
-        self.url = url
+        self.url = address.url
+        self.address = address
         self.size = 0
         """Ranks of the server; known once it is connected."""
         self._timeout_seconds = timeout_seconds
@@ -146,7 +148,7 @@ class ServerLink:
         name, self._group_name = self._group_name, ""
         self.disconnect()
         if name:
-            async with WeightClient(self.url, min(LEAVE_SECONDS, self._timeout_seconds)) as client:
+            async with WeightClient(self.address, min(LEAVE_SECONDS, self._timeout_seconds)) as client:
                 await client.leave(name)
 
     def disconnect(self) -> None:
@@ -160,7 +162,7 @@ class ServerLink:
             threading.Thread(target=_destroy_after, args=(group, self._broadcast), daemon=True).start()
 
     def _client(self) -> WeightClient:
-        return WeightClient(self.url, self._timeout_seconds)
+        return WeightClient(self.address, self._timeout_seconds)
 
     def _host_towards_server(self) -> str:
         address = urlsplit(self.url)

@@ -20,6 +20,7 @@ from megatron_dsrl.common.collective import gather
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.source import resolve_model_folder
 from megatron_dsrl.platform.weight_digest import weight_digest
+from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.client import EngineError
 from megatron_dsrl.rollout.engines.settings import RolloutSettings
 from megatron_dsrl.rollout.engines.tensor_layout import EngineLayout
@@ -103,11 +104,11 @@ class WeightCheck:
         self._sent = SentWeights(EngineLayout(architecture, rank, size))
         return self._sent.watch(buckets)
 
-    def mismatch(self, engine_url: str | None) -> str | None:
+    def mismatch(self, engine: EngineAddress | None) -> str | None:
         """Compare after a successful push, if due. All ranks of the engine's group call it together.
 
         Args:
-            engine_url: the engine; None on all but the first rank of the group.
+            engine: the engine; None on all but the first rank of the group.
 
         Returns:
             None, or a message that names the tensors, the same on every rank of the group.
@@ -118,11 +119,13 @@ class WeightCheck:
         if self._sent is None:
             return None
         sent, self._sent = self._sent, None
-        problem = check_weights(sent, engine_url, self._group, self._config.engine.update_timeout_seconds)
+        problem = check_weights(sent, engine, self._group, self._config.engine.update_timeout_seconds)
         if problem is None:
             self._due = self._config.engine.check_weights == "always"
             return None
-        url = engine_url if self._group is None else gather(engine_url, self._group)[0]
+        url = engine.url if engine is not None else None
+        if self._group is not None:
+            url = gather(url, self._group)[0]
         assert url is not None, "the first rank of a group knows its engine's URL"
         return mismatch_message(url, problem)
 
@@ -132,13 +135,13 @@ class WeightCheck:
 
 
 def check_weights(
-    sent: SentWeights, engine_url: str | None, group: ProcessGroup | None, timeout_seconds: float
+    sent: SentWeights, engine: EngineAddress | None, group: ProcessGroup | None, timeout_seconds: float
 ) -> str | None:
     """Compare every rank of the engine with what was sent. All ranks of the engine's group call it together.
 
     Args:
         sent: what the engine rank with this rank's number in the group must hold.
-        engine_url: the engine; None on all but the first rank of the group.
+        engine: the engine; None on all but the first rank of the group.
         group: Gloo group of the ranks that share the engine; None for a single rank.
         timeout_seconds: limit of the engine's answer.
 
@@ -149,7 +152,7 @@ def check_weights(
         EngineError: on every rank of the group, if the engine refused or is gone.
     """
     rank, size = (0, 1) if group is None else (group.rank(), group.size())
-    answer = None if engine_url is None else asyncio.run(_engine_digests(engine_url, timeout_seconds))
+    answer = None if engine is None else asyncio.run(_engine_digests(engine, timeout_seconds))
     digests = answer if group is None else gather(answer, group)[0]
     if isinstance(digests, str):
         raise EngineError(digests)
@@ -179,9 +182,9 @@ def mismatch_message(engine_url: str, problem: str) -> str:
     )
 
 
-async def _engine_digests(url: str, timeout_seconds: float) -> list[dict[str, str]] | str:
+async def _engine_digests(engine: EngineAddress, timeout_seconds: float) -> list[dict[str, str]] | str:
     """The digests of every rank of the engine, or the error message."""
-    async with WeightClient(url, timeout_seconds) as client:
+    async with WeightClient(engine, timeout_seconds) as client:
         try:
             return await client.weight_digests()
         except EngineError as error:

@@ -19,6 +19,7 @@ import torch.multiprocessing  # noqa: F401  (teaches ForkingPickler to share ten
 
 from megatron_dsrl.common.collective import first_problem, gather
 from megatron_dsrl.platform.engine import tensor_sharing
+from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.client import EngineClient, EngineError, connect
 
 Bucket = list[tuple[str, torch.Tensor]]
@@ -31,7 +32,7 @@ ALIGNMENT_BYTES = 16
 def push_weights(
     buckets: Iterable[Bucket],
     version: int,
-    engine_url: str | None,
+    engine: EngineAddress | None,
     group: torch.distributed.ProcessGroup | None,
     timeout_seconds: float,
 ) -> str | None:
@@ -44,7 +45,7 @@ def push_weights(
         buckets: Non-empty lists of (HF name, full tensor), the same on every rank of the group. Tensors of a bucket
             may be overwritten when the next bucket is taken.
         version: The new weight version.
-        engine_url: The engine; None on all but the first rank of the group.
+        engine: The engine; None on all but the first rank of the group.
         group: Gloo group of the ranks that share the engine; None for a single rank.
         timeout_seconds: Limit of each call.
 
@@ -52,18 +53,18 @@ def push_weights(
         None, or why the engine does not have the weights: it refused a call or is gone, and was not called again. The
         same on every rank of the group.
     """
-    engine, memory = _GroupsEngine(engine_url, group, timeout_seconds), BucketMemory()
-    engine.call(lambda client: client.begin_weight_update())
+    receiver, memory = _GroupsEngine(engine, group, timeout_seconds), BucketMemory()
+    receiver.call(lambda client: client.begin_weight_update())
     for bucket in buckets:
-        if engine.problem is not None:
+        if receiver.problem is not None:
             continue
         flattened = flatten(bucket, memory)
         payloads = _gather(serialise(flattened), group)
-        engine.call(lambda client: client.update_weights(payloads))
+        receiver.call(lambda client: client.update_weights(payloads))
         del flattened  # not before the engine has confirmed
-    engine.call(lambda client: client.end_weight_update())
-    engine.call(lambda client: client.set_weight_version(version))
-    return engine.problem
+    receiver.call(lambda client: client.end_weight_update())
+    receiver.call(lambda client: client.set_weight_version(version))
+    return receiver.problem
 
 
 class BucketMemory:
@@ -127,9 +128,11 @@ def _gather(payload: str, group: torch.distributed.ProcessGroup | None) -> list[
 class _GroupsEngine:
     """The engine as all ranks of its group see it. After the first failed call it keeps the problem and makes none."""
 
-    def __init__(self, url: str | None, group: torch.distributed.ProcessGroup | None, timeout_seconds: float) -> None:
+    def __init__(
+        self, address: EngineAddress | None, group: torch.distributed.ProcessGroup | None, timeout_seconds: float
+    ) -> None:
         self.problem: str | None = None
-        self._url = url
+        self._address = address
         self._group = group
         self._timeout_seconds = timeout_seconds
 
@@ -137,11 +140,11 @@ class _GroupsEngine:
         """Run `call(client)` on the rank that owns the engine. All ranks of the group wait for it."""
         if self.problem is not None:
             return
-        problem = None if self._url is None else asyncio.run(self._call(self._url, call))
+        problem = None if self._address is None else asyncio.run(self._call(self._address, call))
         self.problem = problem if self._group is None else first_problem(problem, self._group)
 
-    async def _call(self, url: str, call: Callable[[EngineClient], Awaitable[None]]) -> str | None:
-        async with connect([url], self._timeout_seconds) as clients:
+    async def _call(self, address: EngineAddress, call: Callable[[EngineClient], Awaitable[None]]) -> str | None:
+        async with connect([address], self._timeout_seconds) as clients:
             try:
                 await call(clients[0])
             except EngineError as error:

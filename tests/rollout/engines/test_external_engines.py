@@ -54,8 +54,8 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def server(folder) -> Iterator[EngineServer]:
     """As its owner starts it: with other weights than the run's, and a key."""
-    arguments = server_arguments(tiny_run_config(folder), 0) | {"load_format": "dummy", "api_key": KEY}
-    server = EngineServer(arguments, engine_environment(1), folder.parent / "server.log", startup_timeout_seconds=120.0)
+    arguments = server_arguments(tiny_run_config(folder), 0) | {"load_format": "dummy"}
+    server = EngineServer(arguments, engine_environment(1), folder.parent / "server.log", 120.0, key=KEY)
     server.start()
     yield server
     server.stop()
@@ -125,7 +125,7 @@ def test_a_server_that_hangs_gets_the_weights_when_it_goes_on(server, folder, mo
 def test_what_an_earlier_run_has_left_is_ended(rollout, server, folder):
     async def begin_and_push() -> Completion:
         request = SampleRequest(tuple(range(20)), seed=0, max_new_tokens=450)
-        async with EngineClient(server.url, timeout_seconds=60.0) as client:
+        async with EngineClient(server.address, timeout_seconds=60.0) as client:
             left = asyncio.create_task(client.generate([request], SamplingParameters(450, stop_token_ids=())))
             await asyncio.sleep(0.3)
             opened = asyncio.create_task(client.begin_weight_update())  # waits for the request
@@ -140,7 +140,7 @@ def test_what_an_earlier_run_has_left_is_ended(rollout, server, folder):
 
 def test_a_refusal_ends_the_broadcast(server, folder, monkeypatch):
     monkeypatch.setenv(API_KEY_VARIABLE, KEY)
-    link = ServerLink(server.url, timeout_seconds=60.0)
+    link = ServerLink(server.address, timeout_seconds=60.0)
 
     async def push_under_another_name() -> dict[str, str]:
         await link.connect()
@@ -170,7 +170,7 @@ class BlockingGroup:
 
 def test_a_broadcast_that_waits_for_the_server_keeps_nobody_from_telling_it(server, folder, monkeypatch):
     monkeypatch.setenv(API_KEY_VARIABLE, KEY)
-    link = ServerLink(server.url, timeout_seconds=10.0)
+    link = ServerLink(server.address, timeout_seconds=10.0)
 
     async def push_over_a_blocking_group() -> dict[str, str]:
         await link.connect()
@@ -208,8 +208,8 @@ def test_urls_are_checked(folder):
 def test_two_processes_train_with_a_server_elsewhere(ranks, tmp_path, monkeypatch):
     config = write_tiny_run(tmp_path)
     servers_own = tiny_run_config(tmp_path / "model", tensor_parallel_size=ranks)
-    arguments = server_arguments(servers_own, 0) | {"load_format": "dummy", "api_key": KEY}
-    server = EngineServer(arguments, engine_environment(ranks), tmp_path / "server.log", startup_timeout_seconds=120.0)
+    arguments = server_arguments(servers_own, 0) | {"load_format": "dummy"}
+    server = EngineServer(arguments, engine_environment(ranks), tmp_path / "server.log", 120.0, key=KEY)
     server.start()
     monkeypatch.setenv(API_KEY_VARIABLE, KEY)
     try:
@@ -283,11 +283,11 @@ def test_a_server_that_its_owner_restarts_gets_the_weights(folder, tmp_path):
     try:
         engines.wait_until_ready()
         engines.load(lambda: buckets_of(folder), version=1)
-        before = weights_checker(first.url, "checksum")["per_engine_checksum"]
+        before = weights_checker(first.address, "checksum")["per_engine_checksum"]
         first.stop()
         second = start_server()
         engines.load(lambda: buckets_of(folder), version=2)
-        assert weights_checker(second.url, "checksum")["per_engine_checksum"] == before
+        assert weights_checker(second.address, "checksum")["per_engine_checksum"] == before
         assert engines.restarts >= 1
     finally:
         engines.close()

@@ -20,11 +20,14 @@ import torch
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.platform.engine import engine_environment
 from megatron_dsrl.rollout.engines.client import EngineError
-from megatron_dsrl.rollout.engines.credentials import API_KEY_VARIABLE, agree_on_key
 from megatron_dsrl.rollout.engines.engine_group import server_arguments
-from megatron_dsrl.rollout.engines.server import EngineServer
+from megatron_dsrl.rollout.engines.server import EngineServer, EngineStartError
+from megatron_dsrl.rollout.engines.server_resources import shared_memory_files
+from megatron_dsrl.rollout.engines.supervised_server import SupervisedServer
 from megatron_dsrl.rollout.engines.weight_push import push_weights
 from tests.support.engine import processes_of_group, tiny_run_config
+
+KEY = "key-of-the-test"
 
 
 @pytest.fixture
@@ -39,6 +42,7 @@ def make_server(tiny_model_folder: Path, tmp_path: Path):
             log_file=tmp_path / "engines" / "engine_0.log",
             startup_timeout_seconds=startup_timeout_seconds,
             port=port,
+            key=KEY,
         )
         servers.append(server)
         return server
@@ -73,7 +77,7 @@ def test_an_engine_that_is_never_ready_is_stopped(make_server):
     server.start()
     group = server.process_id
 
-    with pytest.raises(UserError, match="not ready within engine.startup_timeout_seconds = 1"):
+    with pytest.raises(EngineStartError, match="not ready within engine.startup_timeout_seconds = 1"):
         server.wait_until_ready()
 
     assert processes_of_group(group) == []
@@ -100,7 +104,7 @@ def test_a_scheduler_that_dies_while_it_starts_ends_the_wait(make_server):
 
     started[0].kill()
 
-    with pytest.raises(UserError, match="exited with status 1"):
+    with pytest.raises(EngineStartError, match="was killed by SIGKILL, as the kernel does when memory runs out"):
         server.wait_until_ready()
     assert processes_of_group(group) == []
 
@@ -116,10 +120,7 @@ def schedulers_of(group: int) -> list[psutil.Process]:
 
 
 @pytest.mark.slow
-def test_a_key_is_asked_for_a_bad_bucket_is_an_error_and_a_dead_engine_is_noticed(make_server, monkeypatch, tmp_path):
-    monkeypatch.delenv(API_KEY_VARIABLE, raising=False)
-    monkeypatch.setattr(os, "environ", os.environ.copy())  # what agree_on_key does ends with the test
-    agree_on_key()
+def test_a_key_is_asked_for_a_bad_bucket_is_an_error_and_a_dead_engine_is_noticed(make_server, tmp_path):
     server = make_server(log_level="debug")
     server.start()
     group = server.process_id
@@ -129,18 +130,121 @@ def test_a_key_is_asked_for_a_bad_bucket_is_an_error_and_a_dead_engine_is_notice
     assert len(processes_of_group(group)) >= 3  # server, scheduler, detokenizer
     with pytest.raises(urllib.error.HTTPError, match="401"):
         urllib.request.urlopen(f"{server.url}/model_info")
-    assert os.environ[API_KEY_VARIABLE] not in " ".join(psutil.Process(group).cmdline())
+    assert KEY not in " ".join(psutil.Process(group).cmdline())
+    assert listening_beyond_loopback(group) == []
+    shared_memory = shared_memory_files(group)
+    assert shared_memory
     buckets = iter([[("model.norm.weight", torch.zeros(3))]] + 3 * [[("model.norm.weight", torch.zeros(64))]])
 
-    problem = push_weights(buckets, 1, server.url, group=None, timeout_seconds=20.0)
+    problem = push_weights(buckets, 1, server.address, group=None, timeout_seconds=20.0)
 
     assert "update_weights_from_tensor" in problem
     assert list(buckets) == [], "other ranks wait until every rank has drawn the last bucket"
     assert wait_for(lambda: not processes_of_group(group), seconds=20)
-    with pytest.raises(UserError, match="(?s)exited with status.*engine_0.log"):
+    with pytest.raises((UserError, EngineStartError), match="(?s)(exited with status|was killed).*engine_0.log"):
         # A process counts as ended when the last of its threads has, a moment after the first.
         wait_for(lambda: server.check_alive(), seconds=20)
     server.stop()  # again, with nothing left to do
+    assert not any(file.exists() for file in shared_memory)
+
+
+def listening_beyond_loopback(group: int) -> list[str]:
+    """Addresses other than loopback on which a process of the group listens."""
+    connections = [each for process in processes_of_group(group) for each in process.net_connections(kind="tcp")]
+    return [
+        f"{each.laddr.ip}:{each.laddr.port}"
+        for each in connections
+        if each.status == psutil.CONN_LISTEN and not each.laddr.ip.startswith("127.")
+    ]
+
+
+SLEEPER = [sys.executable, "-c", "import time; time.sleep(60)"]
+
+
+@pytest.fixture
+def without_sglang(monkeypatch) -> None:
+    """The server's process only sleeps: what matters is what happens before SGLang has opened its port."""
+    start = subprocess.Popen
+    monkeypatch.setattr(
+        "megatron_dsrl.rollout.engines.server.subprocess.Popen", lambda command, **options: start(SLEEPER, **options)
+    )
+
+
+def test_a_port_that_another_program_has_taken_meanwhile_is_noticed_at_once(make_server, without_sglang):
+    """Whoever answers there, even with the right answers, is not taken for the engine."""
+    server = make_server()
+    server.start()
+    port = int(server.url.rpartition(":")[2])
+    with socket.create_server(("127.0.0.1", port), backlog=8):
+        with pytest.raises(EngineStartError, match=f"another program listens at http://127.0.0.1:{port}"):
+            server.wait_until_ready()
+    assert server.process_id is None
+
+
+def test_a_lost_port_is_replaced_and_a_killed_server_is_started_again(make_server, without_sglang, monkeypatch):
+    server = make_server()
+    waits: list[str] = []
+
+    def first_two_starts_fail() -> None:
+        waits.append(server.url)
+        if len(waits) == 1:
+            with socket.create_server(("127.0.0.1", int(server.url.rpartition(":")[2]))):
+                EngineServer.wait_until_ready(server)
+        elif len(waits) == 2:
+            os.kill(server.process_id, signal.SIGKILL)
+            EngineServer.wait_until_ready(server)
+
+    monkeypatch.setattr(server, "wait_until_ready", first_two_starts_fail)
+    monkeypatch.setattr("megatron_dsrl.rollout.engines.supervised_server.time.sleep", lambda seconds: None)
+    supervised = SupervisedServer(server, engine=0, max_restarts=5)
+    server.start()
+
+    supervised.wait_until_ready()
+
+    assert supervised.restarts == 2
+    assert waits[0] != waits[1] == waits[2]
+
+
+def test_a_server_that_is_killed_again_and_again_is_not_a_mistake_of_the_user(make_server, without_sglang, monkeypatch):
+    server = make_server()
+    start = server.start
+
+    def start_and_kill() -> None:
+        start()
+        os.kill(server.process_id, signal.SIGKILL)
+
+    monkeypatch.setattr(server, "start", start_and_kill)
+    monkeypatch.setattr("megatron_dsrl.rollout.engines.supervised_server.time.sleep", lambda seconds: None)
+    server.start()
+
+    with pytest.raises(EngineError, match="(?s)engine.max_restarts = 2 restarts: .*killed by SIGKILL.*memory") as error:
+        SupervisedServer(server, engine=0, max_restarts=2).wait_until_ready()
+    assert not isinstance(error.value, UserError)
+
+
+def test_two_runs_with_the_same_fixed_port_do_not_race_for_it(make_server, without_sglang):
+    """Neither server listens yet, but the second run is told at once."""
+    first = make_server()
+    first.start()
+    port = int(first.url.rpartition(":")[2])
+    second = make_server(port=port)
+
+    with pytest.raises(UserError, match=f"engine.port: port {port} .*another run or program has it"):
+        second.start()
+    first.stop()
+    second.start()
+
+
+@pytest.mark.slow
+def test_an_engine_that_loses_its_port_while_it_loads_ends_and_the_other_one_is_not_used(make_server):
+    """The port is taken by a program that SO_REUSEADDR lets in, and given up again before anybody looks."""
+    server = make_server()
+    server.start()
+    port = int(server.url.rpartition(":")[2])
+    with socket.create_server(("127.0.0.1", port)):
+        assert wait_for(server.has_ended, seconds=150)  # uvicorn cannot listen
+    with pytest.raises(EngineStartError, match=f"another program listens at http://127.0.0.1:{port}"):
+        server.check_alive()
 
 
 OWNER = """
@@ -185,7 +289,7 @@ def test_refused_weights_are_an_error(engine_rollout):
     from megatron_dsrl.rollout.engines.weight_push import BucketMemory, flatten, serialise
 
     async def update_without_begin() -> None:
-        async with EngineClient(engine_rollout._urls[0], timeout_seconds=20.0) as client:
+        async with EngineClient(engine_rollout.engine_addresses[0], timeout_seconds=20.0) as client:
             bucket = flatten([("model.norm.weight", torch.ones(64))], BucketMemory())
             await client.update_weights([serialise(bucket)])
 

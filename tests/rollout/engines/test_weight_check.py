@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
+from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.client import EngineError
 from megatron_dsrl.rollout.engines.tensor_layout import EngineLayout
 from megatron_dsrl.rollout.engines.weight_check import SentWeights, WeightCheck, check_weights
@@ -31,11 +32,11 @@ def buckets_of_three(weights: dict[str, torch.Tensor]) -> Iterator[Bucket]:
 
 def push_and_check(rollout: EngineRollout, folder: Path, buckets: Iterator[Bucket], pushed=lambda bucket: bucket):
     """Push what `pushed` makes of every bucket; what `check_weights` says when it expects the buckets themselves."""
-    (url,) = rollout._urls
+    (engine,) = rollout.engine_addresses
     sent = SentWeights(EngineLayout(read_architecture(folder), rank=0, size=1))
     changed = (pushed(bucket) for bucket in sent.watch(buckets))
-    assert push_weights(changed, rollout.weight_version, url, group=None, timeout_seconds=TIMEOUT_SECONDS) is None
-    return check_weights(sent, url, group=None, timeout_seconds=TIMEOUT_SECONDS)
+    assert push_weights(changed, rollout.weight_version, engine, group=None, timeout_seconds=TIMEOUT_SECONDS) is None
+    return check_weights(sent, engine, group=None, timeout_seconds=TIMEOUT_SECONDS)
 
 
 @pytest.fixture(scope="module")
@@ -95,20 +96,20 @@ def test_an_engine_that_is_gone_is_an_error_of_its_own(tiny_model_folder):
     sent = SentWeights(EngineLayout(read_architecture(tiny_model_folder), rank=0, size=1))
 
     with pytest.raises(EngineError, match="is gone"):
-        check_weights(sent, "http://127.0.0.1:9", group=None, timeout_seconds=5.0)
+        check_weights(sent, EngineAddress("http://127.0.0.1:9"), group=None, timeout_seconds=5.0)
 
 
 def test_the_first_push_of_a_run_is_compared_and_again_that_to_a_new_engine(
     engine_rollout, tiny_model_folder, weights
 ):
-    (url,) = engine_rollout._urls
+    (engine,) = engine_rollout.engine_addresses
     check = WeightCheck(tiny_run_config(tiny_model_folder), group=None)
     incomplete = {name: tensor for name, tensor in weights.items() if name != "model.norm.weight"}
 
     def push(weights: dict[str, torch.Tensor]) -> str | None:
         buckets = check.watch(buckets_of_three(weights))
-        assert push_weights(buckets, engine_rollout.weight_version, url, None, TIMEOUT_SECONDS) is None
-        return check.mismatch(url)
+        assert push_weights(buckets, engine_rollout.weight_version, engine, None, TIMEOUT_SECONDS) is None
+        return check.mismatch(engine)
 
     assert push(weights) is None
     assert push(incomplete) is None, "a second push is not compared"

@@ -18,8 +18,8 @@ from tests.support.engine import STOP_TOKEN_ID, decode_as_numbers, tiny_run_conf
 
 def checksums(rollout: EngineRollout) -> dict[str, str]:
     """By SGLang's own names of the weights."""
-    (url,) = rollout._urls
-    (rank,) = weights_checker(url, "checksum")["ranks"]
+    (engine,) = rollout.engine_addresses
+    (rank,) = weights_checker(engine, "checksum")["ranks"]
     return rank["checksums"]
 
 
@@ -36,11 +36,11 @@ def push(rollout: EngineRollout, named: list[tuple[str, torch.Tensor]]) -> dict[
 def assert_that_a_push_replaces_everything(rollout: EngineRollout, folder: Path) -> None:
     named = list(load_file(folder / "model.safetensors").items())
     pushed = push(rollout, named)
-    weights_checker(rollout._urls[0], "reset_tensors")
+    weights_checker(rollout.engine_addresses[0], "reset_tensors")
     assert different(pushed, checksums(rollout)) == set(pushed), "the check can see every weight"
     assert different(pushed, push(rollout, named)) == set()
 
-    weights_checker(rollout._urls[0], "reset_tensors")
+    weights_checker(rollout.engine_addresses[0], "reset_tensors")
     assert len(different(pushed, push(rollout, named[:-1]))) == 1, "the check sees a single missing tensor"
     push(rollout, named)
 

@@ -46,9 +46,9 @@ def push_from_every_layout(folder: Path, run_folder: Path, engine_size: int) -> 
                 if engines is None:
                     engines = EngineGroup(config, run_folder)
                     engines.start()
-                    urls = engines.wait_until_ready()
+                    engines.wait_until_ready()
                 stream = streams_of(folder, ParallelConfig(**LAYOUTS[layout]))
-                make_engines_random(engines, urls)
+                make_engines_random(engines)
                 engines.load(stream, number)
                 arrived.append(layout)
                 if number == len(LAYOUTS):
@@ -71,10 +71,10 @@ def streams_of(folder: Path, parallel: ParallelConfig):
     return lambda: stream_hf_weights(chunks, table, BUCKET_BYTES, torch.float32)
 
 
-def make_engines_random(engines: EngineGroup, urls: list[str]) -> None:
+def make_engines_random(engines: EngineGroup) -> None:
     if rank() == 0:
-        for url in urls:
-            weights_checker(url, "reset_tensors")
+        for address in engines.addresses:
+            weights_checker(address, "reset_tensors")
     engines.barrier()
 
 

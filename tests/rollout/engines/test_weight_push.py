@@ -19,7 +19,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.uint8]
 
 def test_the_next_bucket_is_taken_only_when_the_engine_has_confirmed_the_one_before(engine_rollout):
     """The engine is stopped while it has a bucket to copy: nothing may be overwritten until it goes on."""
-    (url,) = engine_rollout._urls
+    (engine,) = engine_rollout.engine_addresses
     group = engine_rollout._engines._server.process_id
     weight = torch.ones(64)
     waited = []
@@ -34,7 +34,7 @@ def test_the_next_bucket_is_taken_only_when_the_engine_has_confirmed_the_one_bef
         go_on.join()
 
     version = engine_rollout.weight_version
-    assert push_weights(buckets(), version, url, group=None, timeout_seconds=60.0) is None
+    assert push_weights(buckets(), version, engine, group=None, timeout_seconds=60.0) is None
     assert waited[0] >= STOPPED_SECONDS
 
 

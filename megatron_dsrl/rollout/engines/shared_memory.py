@@ -1,0 +1,38 @@
+"""Whether /dev/shm is large enough for the weight push of a CPU run, which goes through it."""
+
+import shutil
+from pathlib import Path
+
+from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.model.architecture import read_architecture
+from megatron_dsrl.model.source import resolve_model_folder
+from megatron_dsrl.planning.parameters import parameters_of_model
+from megatron_dsrl.rollout.engines.settings import RolloutSettings
+
+FOLDER = Path("/dev/shm")
+BYTES_PER_PARAMETER = {"float32": 4, "bfloat16": 2}
+
+
+def check_shared_memory(config: RolloutSettings, ranks: int, folder: Path = FOLDER) -> None:
+    """Compare the free space with what the buckets of all ranks take at a time.
+
+    Args:
+        config: The model and the size of a bucket.
+        ranks: Processes of this machine that push weights.
+        folder: Where shared memory is.
+
+    Raises:
+        UserError: There is too little.
+    """
+    architecture = read_architecture(resolve_model_folder(config.model.path))
+    size = BYTES_PER_PARAMETER[config.model.dtype]
+    largest_tensor = size * architecture.vocab_size * architecture.hidden_size
+    largest_bucket = max(config.engine.weight_bucket_megabytes * 2**20, largest_tensor)
+    bucket = min(size * parameters_of_model(architecture), largest_bucket)
+    free = shutil.disk_usage(folder).free
+    if free < ranks * bucket:
+        raise UserError(
+            f"engine.weight_bucket_megabytes: on a CPU, weights go to the engines through {folder}, in buckets of up "
+            f"to {bucket / 2**20:.1f} MiB for each of {ranks} process(es), but it has {free / 2**20:.1f} MiB free; "
+            "lower the bucket size, remove old files there, or enlarge it (docker run --shm-size=16g)"
+        )

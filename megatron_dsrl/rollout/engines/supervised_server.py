@@ -1,0 +1,72 @@
+"""An SGLang server that is started again when it is lost, a limited number of times."""
+
+import logging
+import time
+
+from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.rollout.engines.client import EngineError
+from megatron_dsrl.rollout.engines.server import EngineServer, EngineStartError
+
+logger = logging.getLogger(__name__)
+
+LONGEST_PAUSE_SECONDS = 30.0
+
+
+class SupervisedServer:
+    """Counts the starts of one engine and pauses between them."""
+
+    def __init__(self, server: EngineServer, engine: int, max_restarts: int) -> None:
+        """
+        Args:
+            server: Not started yet.
+            engine: Its number, for messages.
+            max_restarts: How often it is started again before an error.
+        """
+        self.server = server
+        self.restarts = 0
+        self._engine = engine
+        self._max_restarts = max_restarts
+
+    def wait_until_ready(self) -> None:
+        """Block until the server answers, starting it again if it was killed, is late or has lost its port.
+
+        Raises:
+            UserError: It exited by itself, or its port is in use.
+            EngineError: It was started too often; with the end of its log.
+        """
+        try:
+            self.server.wait_until_ready()
+        except EngineStartError as error:
+            self._start_again(str(error), (EngineStartError,))
+
+    def restart(self, problem: str) -> None:
+        """Stop the server, which was in use, and start a new one.
+
+        Args:
+            problem: Why it is lost.
+
+        Raises:
+            EngineError: It was started too often; with the end of its log. Not a UserError: the job may succeed when
+                started again, perhaps on another node.
+        """
+        self._start_again(problem, (EngineStartError, UserError))
+
+    def _start_again(self, problem: str, temporary: tuple[type[Exception], ...]) -> None:
+        pause = 0.0
+        while self.restarts < self._max_restarts:
+            self.restarts += 1
+            count = f"{self.restarts} of engine.max_restarts = {self._max_restarts}"
+            logger.warning("restarting engine %d (restart %s): %s", self._engine, count, problem)
+            time.sleep(pause)  # what is short, such as memory, may be there again by then
+            pause = min(2 * pause + 1, LONGEST_PAUSE_SECONDS)
+            try:
+                self.server.restart()
+                self.server.wait_until_ready()
+                return
+            except temporary as error:
+                problem = str(error)
+        self.server.stop()
+        raise EngineError(
+            f"engine {self._engine} was lost again after engine.max_restarts = {self._max_restarts} restarts: "
+            f"{problem}\n{self.server.log_tail()}"
+        )
