@@ -1,5 +1,5 @@
-"""Processes (Linux): children that cannot outlive their parent, daemon threads that do not delay its exit, and a terminal
-that may be closed."""
+"""Processes (Linux): children that cannot outlive their parent, daemon threads that do not delay its exit, and a
+terminal that may be closed."""
 
 import ctypes
 import os
