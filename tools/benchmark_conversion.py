@@ -187,7 +187,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the model (default: 2)")
-    parser.add_argument("--processes", type=int, default=2, help="also measure with so many processes (default: 2)")
+    parser.add_argument("--processes", type=int, default=2, help="also measure with this many processes (default: 2)")
     parser.add_argument("--scratch", type=Path, help="folder on the disk to be measured (default: the temporary one)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="conversion-benchmark-", dir=options.scratch) as folder:

@@ -53,7 +53,7 @@ ENGINE_SETTINGS = (
     "disable_cuda_graph", "dtype", "kv_cache_dtype", "max_total_num_tokens",
     "max_running_requests", "mem_fraction_static", "chunked_prefill_size",
 )  # fmt: skip
-"""Of SGLang's /server_info."""
+"""Fields of SGLang's /server_info."""
 
 
 @dataclass(frozen=True)
@@ -290,7 +290,7 @@ def planned_memory(run: Path, model: Path, gpu: Gpu | None) -> dict[str, str]:
 
 
 def _keys(records: Sequence[Record], beginning: str, end: str = "") -> list[str]:
-    """Of any of the records, sorted."""
+    """Keys of any of the records, sorted."""
     return sorted({key for record in records for key in record if key.startswith(beginning) and key.endswith(end)})
 
 

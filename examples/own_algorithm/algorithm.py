@@ -1,4 +1,4 @@
-"""An advantage, a loss and a filter of one's own.
+"""A custom advantage, loss and filter.
 
 Each is a class whose fields are its options in the configuration and whose one method computes. `run.yaml` names them
 by their dotted paths.
@@ -46,7 +46,7 @@ class SimplePolicyOptimization(LossOptions):
 
 
 class NotTooLong(FilterOptions):
-    """Keep samples of at most so many scored tokens."""
+    """Keep samples with at most `max_tokens` scored tokens."""
 
     max_tokens: int = Field(ge=1)
     """The longest that is kept."""

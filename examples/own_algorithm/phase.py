@@ -1,4 +1,4 @@
-"""A phase of one's own: one that is another phase at every step.
+"""A custom phase, whose settings change at every step.
 
 It is a section of the configuration like every phase, with fields beside theirs, and is named by the dotted path in its
 `type`. What the training loop asks it for is `at(step)`.

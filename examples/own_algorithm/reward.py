@@ -1,4 +1,4 @@
-"""A reward of one's own. It lives in a file without torch, because reward workers do without it."""
+"""A custom reward. It has its own file, because reward workers do not load torch."""
 
 from megatron_dsrl.rewards.boxed import boxed
 

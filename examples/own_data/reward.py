@@ -1,4 +1,4 @@
-"""A reward of one's own: part of the credit for a number close to the right one.
+"""A custom reward: part of the credit for a number close to the right one.
 
 It lives in a file without torch, because reward workers do without it.
 """

@@ -135,7 +135,7 @@ class Actor:
         self._model.reset_optimizer()
 
     def with_old_log_probs(self, objective: Objective) -> Objective:
-        """The objective with old log-probs: those it has, or else those under the current weights."""
+        """The objective with old log-probs: its own if it has them, otherwise those under the current weights."""
         experience = objective.experience
         if experience.old_log_probs is not None or len(experience) == 0:
             return objective

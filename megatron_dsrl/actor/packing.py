@@ -47,7 +47,7 @@ class RoutedExperts:
     """The experts of a batch's tokens, and the sizes of the model they belong to."""
 
     encoded: Sequence[str]
-    """For each sequence, the experts of all tokens but the last; see `algorithms.routed_experts`."""
+    """For each sequence, the experts of all tokens but the last; see `model.routed_experts`."""
     layers: int
     """Layers of the whole model."""
     experts_per_token: int

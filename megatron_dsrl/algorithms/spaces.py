@@ -20,7 +20,7 @@ from megatron_dsrl.config.registry import Options
 
 @dataclass(frozen=True)
 class ScoredSequence:
-    """Token ids, some of which are scored, each given all tokens before it."""
+    """Token ids and which of them are scored, each given all tokens before it."""
 
     token_ids: tuple[int, ...]
     num_context: int

@@ -21,19 +21,19 @@ class Frame:
 
     @property
     def right_edge(self) -> int:
-        """Of the plotting area."""
+        """Right edge of the plotting area."""
         return self.width - self.right
 
     @property
     def bottom_edge(self) -> int:
-        """Of the plotting area."""
+        """Bottom edge of the plotting area."""
         return self.height - self.bottom
 
 
 SMALL = Frame(400, 230)
 """One of many charts on a page."""
 WIDE = Frame(720, 330)
-"""A picture by itself."""
+"""A figure alone in its file."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ class ValueAxis:
 
 
 STEPS = StepAxis()
-"""Of a run."""
+"""The steps of a run."""
 VALUES = ValueAxis()
-"""Whatever a chart shows, from zero."""
+"""Any values, from zero."""
 
 
 @dataclass(frozen=True)

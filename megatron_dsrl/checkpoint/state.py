@@ -31,7 +31,7 @@ class ProcessLayout:
 
 
 def current_layout(parallel: ParallelConfig) -> ProcessLayout:
-    """The layout of the current run."""
+    """The layout of this process group under these settings."""
     return ProcessLayout(
         world_size=dist.get_world_size(),
         tensor_parallel_size=parallel.tensor_parallel_size,

@@ -43,7 +43,7 @@ BeginWrite = Callable[[Path, bool], "WeightsWrite"]
 
 
 class WeightsWrite(Protocol):
-    """A part of a checkpoint, ready to be written; see `platform.checkpoint_writer.CheckpointWrite`."""
+    """A part of a checkpoint, ready to be written; see `megatron_writer.CheckpointWrite`."""
 
     def write(self) -> Sequence[Path]:
         """Write this rank's files and return their paths. Not collective; runs in a thread.

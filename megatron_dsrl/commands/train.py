@@ -79,7 +79,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _is_complete(config: "RunConfig") -> bool:
-    """Whether the run is already complete; rank 0 then says so. Each rank finds out by itself."""
+    """Whether the run is already complete; rank 0 then says so. Not collective: every rank reads the run folder."""
     from megatron_dsrl.run.results import finished_step
 
     step = finished_step(config)

@@ -8,7 +8,7 @@ from megatron_dsrl.common.errors import UserError
 LONGEST_SOCKET_PATH = 107
 """Bytes; `sun_path` of Linux has 108, with the final zero."""
 LONGEST_NAME = "/torch-shm-dir-xxxxxx/manager.sock"
-"""Of torch's shared memory; those of multiprocessing and SGLang are shorter."""
+"""The name that torch's shared memory uses; those of multiprocessing and SGLang are shorter."""
 
 
 def temporary_folder_problem() -> str | None:

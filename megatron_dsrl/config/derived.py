@@ -20,7 +20,7 @@ class PhaseFigures:
 
     name: str
     space: str
-    """Of each objective at the phase's first step."""
+    """Spaces of all objectives at the phase's first step."""
     first_step: int
     """Counted from 1."""
     last_step: int

@@ -46,7 +46,7 @@ class Place:
 
     @property
     def sections(self) -> list[type[Section]]:
-        """What is below: the section; those that the field may hold."""
+        """The sections below: the section itself, or those that the field may hold."""
         return [self.section] if self.field is None else sections_of(self.field)
 
 

@@ -21,7 +21,7 @@ def class_at(path: str, kind: str, base: type[SectionClass], key: str = "name") 
         path: `package.module:Class`.
         kind: what it is, for messages.
         base: what it must be a subclass of.
-        key: of the path in the section that names it, for messages.
+        key: name of the field that holds the path, for messages.
 
     Raises:
         ValidationError: there is no such module or class, or it is something else.

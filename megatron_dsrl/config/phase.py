@@ -2,8 +2,8 @@
 
 DSRL is two phases in a list: NSR-PreRL, then GRPO. What `space`, `advantage`, `filter`, `loss`, `aggregation` and
 `importance_correction` can be is registered in `megatron_dsrl/algorithms`; each is a name with options beside it, or
-the dotted path of one's own class. A phase as a whole may be of one's own class too, with fields of its own and another
-phase at every step (examples/own_algorithm).
+the dotted path of your own class. A whole phase may be a class of yours too, with its own fields and different settings
+at every step (examples/own_algorithm).
 """
 
 from functools import partial
@@ -161,7 +161,7 @@ class PhaseConfig(ObjectiveConfig):
         same for the same step.
 
         Args:
-            step: of the run, counted from 1; one of the phase's own.
+            step: a step of the run, counted from 1, at which this phase is active.
         """
         return self
 

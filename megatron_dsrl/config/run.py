@@ -17,7 +17,7 @@ MAX_NAME_BYTES = 200
 
 
 def _require_nothing(schema: dict[str, Any]) -> None:
-    """For editors: `benchmark` may give what is required otherwise."""
+    """Tell editors that no field is required: `benchmark` may provide the required ones."""
     schema.pop("required", None)
 
 

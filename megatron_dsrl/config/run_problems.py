@@ -178,7 +178,7 @@ def _length_problems(config: RunConfig, shape: ModelShape | None) -> Iterator[Pr
 
 
 def _possible_extension(shape: ModelShape | None) -> str:
-    """What else to do where a model's YaRN reaches further than its config.json says."""
+    """Further advice if a model's YaRN scaling reaches further than its max_position_embeddings; else empty."""
     if shape is None or shape.yarn_context_tokens <= shape.context_tokens:
         return ""
     return (

@@ -24,10 +24,10 @@ def driver_version(file: Path = DRIVER_FILE) -> str | None:
 def examine_device(
     names: Sequence[str], torch_cuda: str | None, driver: str | None, environment: Mapping[str, str]
 ) -> Finding:
-    """What a run would compute on. A SLURM job that was given GPUs must not go on without them.
+    """The device that a run would compute on. In a SLURM job that was given GPUs, finding none is a problem.
 
     Args:
-        names: of the CUDA devices that torch sees.
+        names: names of the CUDA devices that torch sees.
         torch_cuda: CUDA version that torch was built for; None for the CPU build.
         driver: version of the loaded NVIDIA driver; None if there is none.
         environment: variables of the process.

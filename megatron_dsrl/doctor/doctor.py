@@ -154,7 +154,7 @@ def _packages(pins: dict[str, str], environment: str) -> Iterator[Finding]:
 
 
 def _torchvision() -> Iterator[Finding]:
-    """Not needed, but Transformers imports it where it is installed, and fails where it does not fit torch."""
+    """Not needed, but if it is installed, Transformers imports it, and fails if it does not fit torch."""
     installed = installed_version("torchvision")
     if installed is None:
         return

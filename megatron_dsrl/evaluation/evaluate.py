@@ -49,7 +49,7 @@ class EvaluationRequest:
     """The arguments of `dsrl eval`."""
 
     model: str
-    """HF folder, hub name, Megatron checkpoint, or run folder; see `evaluated_model`."""
+    """HF folder, hub name, Megatron checkpoint, or run folder; see `find_model`."""
     benchmarks: Sequence[str]
     """Names, or paths of YAML files."""
     output: Path | None = None

@@ -1,9 +1,9 @@
 """Finds the weights named by the MODEL of `dsrl eval` and the SOURCE of `dsrl convert megatron-to-hf`.
 
-An HF folder, a hub name and a Megatron checkpoint of `dsrl convert` stand for themselves. A run (`runs/X`) stands for
-its newest policy, exported or in a checkpoint; `runs/X/hf/step_000050` and `runs/X/checkpoints/step_000050`, or the
-latter's `megatron` folder, for that policy. A run's checkpoints have neither config.json nor tokenizer: both come from
-the model that the run trained.
+A name may be an HF folder, a hub name or a Megatron checkpoint of `dsrl convert`. A run folder (`runs/X`) means its
+newest policy, exported or in a checkpoint; `runs/X/hf/step_000050`, `runs/X/checkpoints/step_000050` and the latter's
+`megatron` folder mean the policy after that step. A run's checkpoints have neither config.json nor tokenizer:
+both come from the model that the run trained.
 """
 
 from dataclasses import asdict, dataclass
@@ -41,7 +41,7 @@ class EvaluatedModel:
 
 
 def find_model(name: str) -> EvaluatedModel:
-    """The weights that a folder or hub name stands for.
+    """The weights that a folder or hub name refers to.
 
     Raises:
         UserError: there are none, or they are incomplete.
@@ -56,7 +56,7 @@ def find_model(name: str) -> EvaluatedModel:
 
 
 def find_checkpoint(folder: Path, companions: Path | None = None) -> EvaluatedModel:
-    """The Megatron checkpoint that a folder stands for. Does not check that it is one.
+    """The Megatron checkpoint that a folder refers to. Does not check that it is one.
 
     Args:
         folder: a Megatron checkpoint, a run's checkpoint, or a run, for its newest checkpoint.

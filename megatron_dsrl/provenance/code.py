@@ -39,8 +39,8 @@ def code_of_package(folder: Path, name: str) -> CodeState:
     """The state of the checkout that a package is imported from, or the commit that it was installed from.
 
     Args:
-        folder: of the package, such as `<checkout>/megatron_dsrl`.
-        name: of its distribution, such as `megatron-dsrl`.
+        folder: folder of the package, such as `<checkout>/megatron_dsrl`.
+        name: name of its distribution, such as `megatron-dsrl`.
     """
     try:
         # An installed package may lie in the checkout of something else, which does not track it.

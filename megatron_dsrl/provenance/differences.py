@@ -65,7 +65,7 @@ def changes_between_starts(starts: Sequence[Record]) -> list[ChangedFact]:
     """Differences between a run's start and the previous one, in order.
 
     Args:
-        starts: of the run, those that count.
+        starts: the run's starts that count, oldest first.
     """
     changes = []
     for one, other in zip(starts, starts[1:]):

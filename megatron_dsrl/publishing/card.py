@@ -33,8 +33,8 @@ def write_card(folder: Path, run_folder: Path, step: int, report: Callable[[str]
 
     Args:
         folder: HF folder of the policy.
-        run_folder: of the run that trained it.
-        step: after which it was exported.
+        run_folder: folder of the run that trained it.
+        step: the step after which it was exported.
         report: called with a warning if there can be no card: no run ends for it.
     """
     try:
@@ -60,8 +60,8 @@ def model_card(run_folder: Path, step: int, base_model: str | None = None) -> st
     """The card's text: metadata for the hub, then Markdown.
 
     Args:
-        run_folder: of the run.
-        step: after which the policy was exported.
+        run_folder: folder of the run.
+        step: the step after which the policy was exported.
         base_model: the hub's name of the model that the run began with; None finds it where it can be known.
 
     Raises:

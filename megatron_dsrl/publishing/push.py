@@ -26,11 +26,11 @@ class Upload:
     card: str
     """Text of README.md, which may not be on disk yet."""
     message: str
-    """Of the commit."""
+    """Message of the commit."""
 
 
 def prepare_upload(name: str, base_model: str | None) -> Upload:
-    """What `dsrl push` would upload; changes nothing, and asks nobody.
+    """Collect what `dsrl push` would upload. Changes nothing and needs no network.
 
     Args:
         name: folder of a run (its newest policy), of one of its exports, or any HF folder with a card.

@@ -86,7 +86,7 @@ class RankTimeline:
 
 
 def read_timelines(run_folder: Path) -> list[RankTimeline]:
-    """Of all ranks.
+    """Read the timelines of all ranks.
 
     Raises:
         UserError: there is nothing, or a file is damaged.

@@ -70,7 +70,7 @@ def events_of(timeline: RankTimeline, origin: float) -> Iterator[TraceEvent]:
 
 
 def rows(intervals: Sequence[Interval]) -> list[int]:
-    """For each interval the first row in which nothing else is drawn at that time. Ascending by their starts."""
+    """For each interval, in order of start, the first row that is free at that time."""
     free_from: list[float] = []
     chosen = []
     for interval in intervals:

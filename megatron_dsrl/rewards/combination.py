@@ -59,6 +59,6 @@ def check_parts(options: Mapping[str, Any]) -> None:
 
 
 def describe_parts(options: Mapping[str, Any]) -> str:
-    """What there is to say about the parts on this machine."""
+    """How this machine runs the parts; empty if there is nothing to say."""
     descriptions = [describe_verifier(part.function, part.options) for part in PARTS.validate_python(options["parts"])]
     return "; ".join(dict.fromkeys(filter(None, descriptions)))

@@ -1,4 +1,4 @@
-"""Samples as the algorithms take them: kept apart, so that code that only reads samples does not load PyTorch."""
+"""Samples in the form that the algorithms take. A separate file, so that reading samples does not load PyTorch."""
 
 from collections.abc import Sequence
 
@@ -7,11 +7,11 @@ from megatron_dsrl.rollout.sample import SampleGroup
 
 
 def responses_of(groups: Sequence[SampleGroup], weight_version: int) -> list[Response]:
-    """Samples as the algorithms take them.
+    """The samples of all groups, in order, in the form that the algorithms take.
 
     Args:
-        groups: of a step.
-        weight_version: of the weights that they are to update; tokens of earlier ones are marked as older.
+        groups: the groups of a step.
+        weight_version: version of the weights that they update; tokens of earlier versions are marked as older.
     """
     return [
         Response(

@@ -39,10 +39,10 @@ class Sample:
 
     routed_experts: str | None = None
     """Experts that every token of prompt and response except the last was sent to, in every layer; see
-    `algorithms.routed_experts`. None unless requested."""
+    `model.routed_experts`. None unless requested."""
 
     scored: tuple[bool, ...] | None = None
-    """Which response tokens the policy wrote itself, and are scored; None: all of them."""
+    """Which response tokens the policy generated and are scored; None means all."""
 
     @property
     def oldest_version(self) -> int:

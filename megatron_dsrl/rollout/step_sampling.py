@@ -220,7 +220,7 @@ def sample_round(
         config: has the number of samples per prompt and the run's seed.
         engines: where the batch is sampled.
         step: counted from 1.
-        number: of the batch within the step, from 0.
+        number: number of the batch within the step, from 0.
         watch: shows progress.
 
     Returns:

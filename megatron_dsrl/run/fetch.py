@@ -1,7 +1,7 @@
-"""Read once, in one process, what a run and the evaluation of its policy read: `dsrl fetch`.
+"""Download, in one process, all that a run and the evaluation of its policy read: `dsrl fetch`.
 
-What comes from the hub is in its cache afterwards. There all ranks find it, which would otherwise ask the hub at the
-same time, and machines without a network, should they share the cache.
+Afterwards it is in the hub's cache. The ranks find it there instead of all asking the hub at once, and so do machines
+without a network that share the cache.
 """
 
 from collections.abc import Sequence
@@ -14,16 +14,16 @@ from megatron_dsrl.run.inputs import load_inputs
 
 
 def fetch(config: RunConfig, benchmarks: Sequence[str]) -> str:
-    """Models, tokenizer, prompts and problems.
+    """Read models, tokenizer, prompts and problems, which downloads those that are missing.
 
     Args:
-        benchmarks: names, or paths of YAML files.
+        benchmarks: names of benchmarks, or paths of their YAML files.
 
     Returns:
-        What there is now, in one line.
+        One line that says what was read.
 
     Raises:
-        UserError: something cannot be had, or does not fit.
+        UserError: something cannot be downloaded or read, or does not fit the configuration.
     """
     chosen = [load_benchmark(name, data_folder=None) for name in benchmarks]
     inputs = load_inputs(config)

@@ -1,9 +1,9 @@
 """Start a command as several processes on this machine: `dsrl train CONFIG.yaml --processes 8`.
 
-Each process gets the environment variables by which torch.distributed finds its place, as from torchrun or
-`slurm/rank.sh`. Unlike torchrun, whose own status is 1 whatever ended a rank, the launcher ends as its processes do:
-with 2 for a mistake of the user, 75 when the run was asked to stop and has saved its state. A rank that is done with
-saving does not end those that still are at it.
+Each process gets the environment variables that torch.distributed reads, as from torchrun or `slurm/rank.sh`. Unlike
+torchrun, which exits with 1 however a rank ended, the launcher exits as its processes do: with 2 after a user's error,
+with 75 when the run was asked to stop and has saved its state. A rank that has saved its part and exited does not end
+the others, which may still be saving.
 """
 
 import os
@@ -23,19 +23,19 @@ from megatron_dsrl.run.preemption import PREEMPTED_STATUS
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 POLL_SECONDS = 0.1
 SAME_ERROR_SECONDS = 5.0
-"""After a failure, for the other ranks to meet the same error and say so: rank 0 prints it."""
+"""After a failure, time for the other ranks to hit the same error, which rank 0 prints."""
 STOP_SECONDS = 30.0
-"""Then, from SIGTERM to SIGKILL; as torchrun's `--shutdown-timeout`."""
+"""Time from SIGTERM to SIGKILL, the same as torchrun's `--shutdown-timeout`."""
 
 
 def others_started(processes: int) -> bool:
-    """Whether this process is one of that many already.
+    """Whether this process is already one of `processes` started processes.
 
     Args:
         processes: value of `--processes`.
 
     Raises:
-        UserError: torchrun or srun started another number.
+        UserError: torchrun or srun started a different number.
     """
     started = os.environ.get("WORLD_SIZE")
     if started is not None and int(started) != processes:
@@ -66,7 +66,7 @@ def launch(command: Sequence[str], count: int) -> int:
             if received:
                 break
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            # In a session of its own, so that Ctrl-C in a terminal reaches it once, from here.
+            # A session for each, so that Ctrl-C in a terminal reaches it once, from here.
             environment = os.environ | shared | place
             ranks.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True))
         return _wait(ranks, received)
@@ -74,7 +74,7 @@ def launch(command: Sequence[str], count: int) -> int:
 
 def _wait(ranks: Sequence["subprocess.Popen[bytes]"], received: set[int]) -> int:
     ended: dict[int, int] = {}
-    deadlines: list[tuple[float, int]] = []  # when the remaining ranks get which signal
+    deadlines: list[tuple[float, int]] = []  # (time, signal) for the remaining ranks
     failed: int | None = None
     while len(ended) < len(ranks):
         for rank, process in enumerate(ranks):
@@ -84,7 +84,7 @@ def _wait(ranks: Sequence["subprocess.Popen[bytes]"], received: set[int]) -> int
             now = time.monotonic()
             if status in (0, PREEMPTED_STATUS):
                 continue
-            if status - 128 in received:  # all have got the signal, but one may hang in a collective
+            if status - 128 in received:  # all got the signal, but one may hang in a collective
                 deadlines = deadlines or [(now + STOP_SECONDS, signal.SIGKILL)]
             elif failed is None:
                 failed = rank
@@ -100,7 +100,7 @@ def _wait(ranks: Sequence["subprocess.Popen[bytes]"], received: set[int]) -> int
 
 
 def _report(rank: int, status: int) -> None:
-    """A user's mistake (2) was printed by the rank itself."""
+    """Print how a rank ended, except after a user's error (2), which the rank has printed itself."""
     if status != 2:
         how = f"was ended by {signal.Signals(status - 128).name}" if status > 128 else f"ended with status {status}"
         print(f"dsrl: rank {rank} {how}; the others are stopped", file=sys.stderr, flush=True)
@@ -108,7 +108,7 @@ def _report(rank: int, status: int) -> None:
 
 @contextmanager
 def _passing_on(ranks: Sequence["subprocess.Popen[bytes]"]) -> Iterator[set[int]]:
-    """Pass signals on to the processes; yields the numbers of those that came. At the end nothing is left running."""
+    """Pass signals on to the processes; yields those received so far. At the end, kill what still runs."""
     received: set[int] = set()
 
     def pass_on(number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""Loading PyTorch, Transformers and Megatron, which takes seconds: say so, and keep their known warnings back."""
+"""Announce the loading of PyTorch, Transformers and Megatron, which takes seconds, and hide their known warnings."""
 
 import os
 import sys
@@ -11,10 +11,10 @@ from megatron_dsrl.observability.waiting import waiting
 
 @contextmanager
 def loading_megatron(stream: TextIO | None = None) -> Iterator[None]:
-    """For the block in which a command imports them.
+    """Context for the block in which a command imports them.
 
     Args:
-        stream: where rank 0 says so; standard output by default, stderr for commands whose output is data.
+        stream: where rank 0 prints; standard output by default, stderr for commands whose output is data.
     """
 
     def say(text: str) -> None:

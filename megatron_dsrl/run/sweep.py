@@ -1,7 +1,7 @@
 """Run several configurations with several seeds and compare them: `dsrl sweep`.
 
-Each run is a `dsrl train` process of its own with its own log. Runs that are finished are not made again, an
-interrupted one continues from its checkpoint, and one that fails does not stop the others.
+Each run is a separate `dsrl train` process with its own log. Finished runs are skipped, an interrupted one continues
+from its checkpoint, and one that fails does not stop the others.
 """
 
 import os
@@ -35,7 +35,7 @@ class SweepRun:
 
     @property
     def arguments(self) -> list[str]:
-        """Of `dsrl train`."""
+        """Arguments of `dsrl train`."""
         return [*map(str, self.configs), *self.settings]
 
     @property
@@ -67,7 +67,7 @@ def runs_of(sweep: SweepConfig, folder: Path) -> list[SweepRun]:
     """Every method with every seed, seed by seed, so that an interrupted sweep has whole rounds to compare.
 
     Args:
-        folder: of its file.
+        folder: folder of the sweep's file; configuration paths are relative to it.
     """
     return [
         SweepRun(
@@ -83,7 +83,7 @@ def runs_of(sweep: SweepConfig, folder: Path) -> list[SweepRun]:
 
 
 def run_sweep(path: Path, processes: int) -> int:
-    """Make what is missing, `processes` runs at a time, then compare everything that is there.
+    """Run everything that is not finished, `processes` runs at a time, then compare all runs that have results.
 
     Returns:
         The exit status: 0, or 1 if a run failed.

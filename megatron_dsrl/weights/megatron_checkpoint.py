@@ -139,8 +139,8 @@ class MegatronCheckpoint:
         """Read this process's share of the chunks and compare them with their CRC-32. Not collective.
 
         Args:
-            number: of this process, from 0.
-            processes: that share the work.
+            number: number of this process, from 0.
+            processes: how many processes share the work.
 
         Raises:
             UserError: a chunk is damaged.

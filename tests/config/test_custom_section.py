@@ -1,4 +1,4 @@
-"""A phase of one's own class: loaded, written out, explained, and asked at every step."""
+"""A custom phase class: loaded, written out, explained, and asked at every step."""
 
 import re
 from pathlib import Path
@@ -38,7 +38,7 @@ class Another:
 
 @pytest.fixture
 def own(small, write, tmp_path, monkeypatch) -> Path:
-    """Configuration file whose warm-up is of one's own class."""
+    """Configuration file whose warm-up is a custom class."""
     (tmp_path / "own_phases.py").write_text(OWN_MODULE)
     monkeypatch.syspath_prepend(tmp_path)
     small["phases"][0] |= {"type": "own_phases:Turns", "every": 2, "span": [0.5, 1]}

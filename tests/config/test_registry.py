@@ -1,4 +1,4 @@
-"""Choices by name: built-in ones, one's own by dotted path, and what is said about mistakes."""
+"""Choices by name: built-in ones, custom ones by dotted path, and the messages for mistakes."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Benchmarks by declaration: those that come with the program, and one's own."""
+"""Benchmarks by declaration: built-in ones and custom ones."""
 
 import json
 

@@ -53,7 +53,7 @@ STANDS_FOR = {
     r"URL --judge NAME": "{judge} --judge default --responses 2",
     r"--gpus 8": "--gpus 2",
 }
-"""What is written in the place of a name that stands for something, or of a number of GPUs."""
+"""Replacements for placeholders and for numbers of GPUs."""
 
 FEW_SAMPLES = "--limit 2 --max-tokens 16 engine.max_total_tokens=8192 model.dtype=float32"
 SHORTER = {
@@ -74,7 +74,7 @@ SHORTER = {
     r"tensorboard": "--inspect",
     r"test_layouts": "-k uneven",
 }
-"""Arguments behind a command that make it small, or give it a place of its own."""
+"""Arguments added to a command to make it small, or to give it its own folder."""
 
 COPIES = ("a", "b", "c", "d", "grpo_qwen3_8b", "dsrl_qwen3_8b") + tuple(
     f"{method}_qwen3_8b_seed{seed}" for method in ("grpo", "dsrl") for seed in (1, 2)
@@ -149,7 +149,7 @@ def put_data_set(folder: Path, subset: str, split: str, rows: Path) -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, data_folder) -> Path:
-    """The benchmarks' files, with made-up questions where the real ones may not be had."""
+    """The benchmarks' files, with made-up questions where the real ones may not be downloaded."""
     folder = tmp_path_factory.mktemp("data")
     for part in data_folder.iterdir():
         (folder / part.name).symlink_to(part)

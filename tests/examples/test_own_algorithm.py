@@ -1,4 +1,4 @@
-"""The example of an algorithm of one's own: what its parts compute, and that its configuration means them."""
+"""The example of a custom algorithm: what its parts compute, and that its configuration uses them."""
 
 import math
 from pathlib import Path

@@ -35,7 +35,7 @@ def resolve() -> str:
     """Resolve the requirements with uv, constrained to the lock's versions.
 
     Raises:
-        RuntimeError: with uv's explanation, if they do not fit together or are not to be had.
+        RuntimeError: with uv's explanation, if they do not fit together or cannot be found.
     """
     inputs = [str(FOLDER.parents[1] / "pyproject.toml"), str(FOLDER / "requirements.in")]
     constraints = ["--constraints", str(FOLDER / "requirements.lock")]

@@ -56,7 +56,7 @@ class TrackerRun(ABC):
         """Send the numbers of a step, or of an evaluation after it. Steps never go back.
 
         Args:
-            step: of the training; 0 is before it.
+            step: training step; 0 is before the first.
             metrics: numbers by name.
             time: when they were recorded, in seconds since 1970; None where the record does not say.
         """

@@ -28,7 +28,7 @@ class Trackers:
         """
         Args:
             trackers: where to send the run.
-            run_folder: of the run.
+            run_folder: folder of the run.
             report: called with a line for the user, from other threads as well.
         """
         self._trackers = trackers
