@@ -23,11 +23,11 @@ class HeldPort:
     def __init__(self, host: str, port: int | None) -> None:
         """
         Args:
-            host: Address to listen on.
-            port: The port; None takes a free one.
+            host: address to listen on.
+            port: the port; None takes a free one.
 
         Raises:
-            UserError: The port is in use.
+            UserError: the port is in use.
         """
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         self._claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -56,7 +56,7 @@ class RewardPool:
     def __init__(self, config: RewardConfig) -> None:
         """
         Raises:
-            UserError: The reward function does not exist or does not take the options, or the name of the temporary
+            UserError: the reward function does not exist or does not take the options, or the name of the temporary
                 folder is too long for sockets. No process was started.
         """
         require_short_temporary_folder()
@@ -74,12 +74,12 @@ class RewardPool:
         """Judge one response; returns at once. The future never raises.
 
         Args:
-            response: The model's text.
-            answer: The gold answer.
-            other_answers: Further gold answers; the highest reward counts.
+            response: the model's text.
+            answer: the gold answer.
+            other_answers: further gold answers; the highest reward counts.
 
         Raises:
-            UserError: The verifier has failed on `reward.max_consecutive_errors` responses in a row.
+            UserError: the verifier has failed on `reward.max_consecutive_errors` responses in a row.
         """
         limit = self._config.max_consecutive_errors
         if limit is not None and self._failures >= limit:

@@ -70,7 +70,7 @@ def reward_function(name: str) -> RewardFunction:
     """The function of a built-in name, or of a dotted path `package.module:function`.
 
     Raises:
-        UserError: There is no such name, module or function.
+        UserError: there is no such name, module or function.
     """
     if name in BUILT_IN:
         return _imported(BUILT_IN[name].function)
@@ -97,7 +97,7 @@ def check_options(name: str, options: Mapping[str, Any], section: str = "reward.
     """Check the options of a reward function against its signature and its type hints, if it has them.
 
     Raises:
-        UserError: There is no such function, or an option is unknown, missing, of the wrong type or has an invalid
+        UserError: there is no such function, or an option is unknown, missing, of the wrong type or has an invalid
             value.
     """
     function = reward_function(name)

@@ -91,7 +91,7 @@ def run_program(program: str, limits: Limits, tests: UnitTests = UnitTests("", "
         isolated: False runs the program unsafely (see above).
 
     Raises:
-        NotIsolatedError: The kernel does not permit to isolate the program.
+        NotIsolatedError: the kernel does not permit isolating the program.
         UserError: libseccomp is missing.
     """
     token, refused = secrets.token_hex(16), secrets.token_hex(16)
@@ -149,7 +149,7 @@ def _outcome(result: str, status: int, token: str, refused: str) -> Outcome:
     for line in result.splitlines():
         mark, _, message = line.partition(" ")
         if mark == refused:
-            raise NotIsolatedError(f"the kernel does not permit to isolate a program: {message}")
+            raise NotIsolatedError(f"the kernel does not permit isolating a program: {message}")
         if mark == token:
             return Outcome(message == "passed", "" if message == "passed" else message)
     return Outcome(False, "timeout" if status == TIMED_OUT else f"ended with status {status}")

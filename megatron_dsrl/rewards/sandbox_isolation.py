@@ -54,7 +54,7 @@ def check_isolation(options: Mapping[str, Any]) -> None:
     """Refuse options of `code` that this machine cannot keep.
 
     Raises:
-        UserError: Programs cannot be isolated here, and the options do not allow to run them unsafely.
+        UserError: programs cannot be isolated here, and the options do not allow to run them unsafely.
     """
     problem = missing_isolation()
     if problem is not None and not options.get("allow_unsafe"):

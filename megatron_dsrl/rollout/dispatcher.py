@@ -108,10 +108,10 @@ class Dispatcher:
         """Sample the batch.
 
         Raises:
-            TooManyOpenFilesError: There is no file descriptor for a single call.
-            EnginesLostError: The batch can continue once engines have been restarted.
-            StaleWeightsError: A sample does not have the requested weight version.
-            EngineError: An engine rejected a request, or the batch took longer than its limit; the message names the
+            TooManyOpenFilesError: there is no file descriptor for a single call.
+            EnginesLostError: the batch can continue once engines have been restarted.
+            StaleWeightsError: a sample does not have the requested weight version.
+            EngineError: an engine rejected a request, or the batch took longer than its limit; the message names the
                 prompts.
         """
         self._monitors = {

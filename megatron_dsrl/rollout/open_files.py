@@ -24,12 +24,12 @@ class TooManyOpenFilesError(UserError):
 
 
 def requests_at_a_time() -> int:
-    """How many requests this process can have in flight beside the files that it has open.
+    """Number of requests that this process can have in flight, given the files that it has open.
 
     The limit is first raised as far as the process may: the usual 1,024 is meant for programs that use `select`.
 
     Raises:
-        UserError: There is room for hardly any.
+        UserError: the limit leaves room for too few requests.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:

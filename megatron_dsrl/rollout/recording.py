@@ -97,7 +97,7 @@ def read_groups(file: Path) -> list[SampleGroup]:
     """All groups that were sampled for a step.
 
     Raises:
-        UserError: The file is missing, or a line is not a group.
+        UserError: the file is missing, or a line is not a group.
     """
     return [group for group, _ in _read(file)]
 
@@ -106,7 +106,7 @@ def read_batch(file: Path) -> tuple[list[SampleGroup], list[SampleGroup]]:
     """The groups that were trained on, in their order, and the others; lines without `in_batch` were trained on.
 
     Raises:
-        UserError: As `read_groups`.
+        UserError: as `read_groups`.
     """
     groups = _read(file)
     return [group for group, in_batch in groups if in_batch], [group for group, in_batch in groups if not in_batch]

@@ -33,7 +33,7 @@ class ReplayRollout:
             stop_token_ids: tokens that end a response.
 
         Raises:
-            UserError: The folder has no recorded rollouts, or the configuration asks for evaluation.
+            UserError: the folder has no recorded rollouts, or the configuration asks for evaluation.
         """
         assert config.rollout.replay_from is not None
         self._run_folder = Path(config.rollout.replay_from)
@@ -49,7 +49,7 @@ class ReplayRollout:
         """The samples that the recorded run trained on in this step.
 
         Raises:
-            UserError: The recording does not fit this run; see `replayed_groups`.
+            UserError: the recording does not fit this run; see `replayed_groups`.
         """
         started = time.perf_counter()
         draw(self._config.prompts_per_step)  # so that a run continued without the recording draws the next batch
@@ -110,7 +110,7 @@ def replayed_groups(
         config: this run's.
 
     Raises:
-        UserError: The file is missing; has more groups, other prompts or another number of samples than this run; or
+        UserError: the file is missing; has more groups, other prompts or another number of samples than this run; or
             lacks the experts that `routing_replay` needs.
     """
     file = rollout_file(run_folder, step)

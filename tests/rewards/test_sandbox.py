@@ -426,7 +426,7 @@ print(describe_verifier("code", {{"allow_unsafe": True}}))
 print(code(program.replace({str(mark)!r}, "here"), answer, allow_unsafe=True))
 """
     lines = without_namespaces(script)
-    why = "the kernel does not permit to isolate a program: [Errno 1] user namespace: Operation not permitted"
+    why = "the kernel does not permit isolating a program: [Errno 1] user namespace: Operation not permitted"
     assert lines[0] == why
     assert lines[1] == lines[2] and why in lines[1] and "allow_unsafe: true" in lines[1]
     assert lines[3:] == [

@@ -106,6 +106,10 @@ def engine_process(rollout: EngineRollout) -> int:
     return process
 
 
+def restarts(rollout: EngineRollout) -> int:
+    return rollout.fault_metrics()["engine/restarts"]
+
+
 def schedulers(server: int) -> list[psutil.Process]:
     return [p for p in psutil.Process(server).children(recursive=True) if "scheduler" in " ".join(p.cmdline())]
 
@@ -150,60 +154,58 @@ def soon(disturb: Callable[[int], None], server: int) -> Iterator[None]:
         pytest.param(kill_scheduler, marks=pytest.mark.slow),
     ],
 )
-def test_while_it_generates(disturb, rollout, policy, undisturbed):
-    restarts = rollout._engines.restarts
+def test_it_is_lost_while_it_generates(disturb, rollout, policy, undisturbed):
+    before = restarts(rollout)
     with soon(disturb, engine_process(rollout)):
         assert_same(sample(rollout, policy), undisturbed)
-    assert rollout._engines.restarts == restarts + 1
+    assert restarts(rollout) == before + 1
 
 
 @pytest.mark.slow
-def test_while_it_is_idle_and_while_it_takes_weights(rollout, policy, undisturbed):
+def test_it_dies_while_idle_and_again_while_it_takes_weights(rollout, policy, undisturbed):
     """As during a training step, and in the middle of the push after it."""
-    restarts = rollout._engines.restarts
+    before = restarts(rollout)
     kill(engine_process(rollout))
 
     def buckets_with_a_kill():
         named = list(policy.named_parameters())
         yield named[:4]
-        if rollout._engines.restarts == restarts + 1:
+        if restarts(rollout) == before + 1:
             kill(engine_process(rollout))
         yield named[4:]
 
     rollout.load_weights(buckets_with_a_kill, rollout.weight_version + 1)
 
-    assert rollout._engines.restarts == restarts + 2
+    assert restarts(rollout) == before + 2
     assert_same(sample(rollout, policy), undisturbed)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("disturb", [stop_scheduler, stop_server])
 def test_it_hangs_while_it_takes_weights(disturb, rollout, policy, undisturbed, caplog):
-    """For `engine.update_timeout_seconds`; then there is a new one, which gets all of them."""
-    restarts = rollout._engines.restarts
+    """After `engine.update_timeout_seconds` it is replaced, and the new one gets all weights."""
+    before = restarts(rollout)
 
     def buckets_with_a_hang():
         named = list(policy.named_parameters())
         yield named[:4]
-        if rollout._engines.restarts == restarts:
+        if restarts(rollout) == before:
             disturb(engine_process(rollout))
         yield named[4:]
 
     rollout.load_weights(buckets_with_a_hang, rollout.weight_version + 1)
 
-    assert rollout._engines.restarts == restarts + 1
+    assert restarts(rollout) == before + 1
     limit = rollout._config.engine.update_timeout_seconds
     assert f"did not answer /update_weights_from_tensor within {limit:g} s" in caplog.text
     assert_same(sample(rollout, policy), undisturbed)
 
 
 def test_an_engine_that_keeps_dying_ends_the_run_with_its_log(rollout, policy, undisturbed, monkeypatch):
-    limited = rollout._engines._config.model_copy(update={"max_restarts": rollout._engines.restarts})
-    with monkeypatch.context() as patch:
-        patch.setattr(rollout._engines, "_config", limited)
-        kill(engine_process(rollout))
-        with pytest.raises(EngineError, match="(?s)after engine.max_restarts = .*Last lines of .*engine_0.log"):
-            rollout.load_weights(lambda: [list(policy.named_parameters())], 9)
+    monkeypatch.setattr(rollout._engines._supervised, "_max_restarts", restarts(rollout))
+    kill(engine_process(rollout))
+    with pytest.raises(EngineError, match="(?s)after engine.max_restarts = .*Last lines of .*engine_0.log"):
+        rollout.load_weights(lambda: [list(policy.named_parameters())], 9)
 
 
 @pytest.mark.slow
