@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from megatron_dsrl.charts.chart_source import SERIES_COLOURS
 from megatron_dsrl.charts.charts import Chart
-from megatron_dsrl.charts.estimate import Estimate
+from megatron_dsrl.charts.estimate import Estimate, in_percent
 from megatron_dsrl.charts.pass_at_k_chart import over_runs, pass_at_k_chart
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.evaluation.results_file import EvaluationResults
@@ -41,7 +41,7 @@ def table(evaluations: Evaluations) -> str:
     lines = [["benchmark", "evaluation", *(f"Pass@{k}" for k in every_k)], ["---"] * (2 + len(every_k))]
     for name, title in _titles(evaluations).items():
         for label, curve in _curves(evaluations, name).items():
-            lines.append([title, label, *(curve[k].in_percent() if k in curve else "" for k in every_k)])
+            lines.append([title, label, *(in_percent(curve[k].values) if k in curve else "" for k in every_k)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 

@@ -1,6 +1,7 @@
-"""A figure over several runs: its mean, and how far it is known."""
+"""A figure over several runs: its mean and confidence interval."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
@@ -17,7 +18,7 @@ class Estimate:
 
     @property
     def mean(self) -> float:
-        """Over the runs."""
+        """Mean over the runs."""
         return fmean(self.values)
 
     @property
@@ -29,7 +30,11 @@ class Estimate:
         quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))
         return quantile * stdev(self.values) / math.sqrt(count)
 
-    def in_percent(self) -> str:
-        """Print the result as text."""
-        spread = "" if self.half_width is None else f" ± {100 * self.half_width:.1f}"
-        return f"{100 * self.mean:.1f}{spread}"
+
+def in_percent(values: Sequence[float]) -> str:
+    """The mean in percent with half of its interval, such as `71.3 ± 1.2`; empty without values."""
+    if not values:
+        return ""
+    estimate = Estimate(tuple(values))
+    spread = "" if estimate.half_width is None else f" ± {100 * estimate.half_width:.1f}"
+    return f"{100 * estimate.mean:.1f}{spread}"

@@ -1,10 +1,10 @@
 """Functions that a configuration names: built-in ones by a name, others by a dotted path `package.module:function`."""
 
-import importlib
 import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import Any
 
 from pydantic import GetJsonSchemaHandler
@@ -40,11 +40,11 @@ class FunctionName:
 
     def names(self) -> list[str]:
         """The built-in names."""
-        return list(_imported(self._table))
+        return list(resolve_name(self._table))
 
     def functions(self) -> dict[str, Callable[..., Any]]:
         """The built-in functions by their names."""
-        return {name: _imported(entry.function) for name, entry in _imported(self._table).items()}
+        return {name: resolve_name(entry.function) for name, entry in resolve_name(self._table).items()}
 
     def __get_pydantic_json_schema__(
         self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
@@ -70,8 +70,3 @@ def _argument_meanings(docstring: str) -> dict[str, str]:
     arguments = re.split(r"\n\n|\n\w+:\n", arguments)[0]
     entries = re.findall(r"^    (\w+): (.*(?:\n     .*)*)", arguments, re.M)
     return {name: " ".join(meaning.split()) for name, meaning in entries}
-
-
-def _imported(path: str) -> Any:
-    module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)

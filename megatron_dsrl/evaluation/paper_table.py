@@ -8,7 +8,7 @@ problems, which does not cover other seeds (`dsrl compare` tests over runs).
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from megatron_dsrl.charts.estimate import Estimate
+from megatron_dsrl.charts.estimate import in_percent
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.evaluation.metrics import bootstrap_interval
 from megatron_dsrl.evaluation.published import (
@@ -78,15 +78,15 @@ def _mathematics(evaluations: Evaluations, methods: Sequence[str], size: str) ->
         published = AVERAGE_OF_SIX[size].get(method)
         rows.append([
             method,
-            *(_cell(_values(evaluations, method, name)) for name in SIX_BENCHMARKS),
-            _cell([average for average in averages if average is not None]),
+            *(in_percent(_values(evaluations, method, name)) for name in SIX_BENCHMARKS),
+            in_percent([average for average in averages if average is not None]),
             "" if published is None else f"{published:.2f}",
         ])
     return _markdown([header, *rows])
 
 
 def _accuracies(evaluations: Evaluations, methods: Sequence[str], benchmarks: Mapping[str, str]) -> str:
-    rows = [[method, *(_cell(_values(evaluations, method, name)) for name in benchmarks)] for method in methods]
+    rows = [[method, *(in_percent(_values(evaluations, method, name)) for name in benchmarks)] for method in methods]
     return _markdown([["method", *benchmarks.values()], *rows])
 
 
@@ -160,10 +160,6 @@ def _values(evaluations: Evaluations, method: str, benchmark: str) -> list[float
     """Accuracy of every run that was evaluated on the benchmark."""
     runs = evaluations.get(method, ())
     return [results.benchmarks[benchmark]["accuracy"] for results in runs if benchmark in results.benchmarks]
-
-
-def _cell(values: Sequence[float]) -> str:
-    return Estimate(tuple(values)).in_percent() if values else ""
 
 
 def _markdown(lines: Sequence[Sequence[str]]) -> str:

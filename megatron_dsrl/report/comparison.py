@@ -14,7 +14,7 @@ from scipy import stats
 from megatron_dsrl.charts.chart_axes import ValueAxis
 from megatron_dsrl.charts.chart_source import Series
 from megatron_dsrl.charts.charts import Chart, line_chart
-from megatron_dsrl.charts.estimate import Estimate
+from megatron_dsrl.charts.estimate import Estimate, in_percent
 from megatron_dsrl.charts.figure import write_figure
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.observability.run_records import RunRecords, read_run, with_common_colours
@@ -57,14 +57,14 @@ def comparison_table(runs: Mapping[str, Sequence[RunRecords]], baseline: str) ->
     titles = [f"{metric} on {name}, %" for name, metric in columns]
     tests = [f"p against {baseline}" if len(sets) == 1 else f"p against {baseline} on {name}" for name in sets]
     header = ["method", "runs", *titles, *tests, "response tokens"]
-    before = [_cell(_first_values(runs, *column)) for column in columns]
+    before = [in_percent(_first_values(runs, *column)) for column in columns]
     rows = [["before training", "", *before, *([""] * len(sets)), ""]]
     for method, of_method in runs.items():
         lengths = [run.steps[-1]["response/mean_tokens"] for run in of_method if run.steps]
         rows.append([
             method,
             str(len(of_method)),
-            *(_cell(_last_values(of_method, *column)) for column in columns),
+            *(in_percent(_last_values(of_method, *column)) for column in columns),
             *("" if method == baseline else _test(of_method, runs[baseline], name) for name in sets),
             f"{fmean(lengths):.1f}" if lengths else "",
         ])
@@ -156,10 +156,6 @@ def _first_values(runs: Mapping[str, Sequence[RunRecords]], name: str, metric: s
 def _last_values(runs: Sequence[RunRecords], name: str, metric: str) -> list[float]:
     values = [run.evaluations[name][-1].get(metric) for run in runs if name in run.evaluations]
     return [value for value in values if value is not None]
-
-
-def _cell(values: Sequence[float]) -> str:
-    return Estimate(tuple(values)).in_percent() if values else ""
 
 
 def _test(one: Sequence[RunRecords], other: Sequence[RunRecords], name: str) -> str:

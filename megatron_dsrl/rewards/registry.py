@@ -7,6 +7,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import Any, Protocol, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -73,7 +74,7 @@ def reward_function(name: str) -> RewardFunction:
         UserError: there is no such name, module or function.
     """
     if name in BUILT_IN:
-        return _imported(BUILT_IN[name].function)
+        return resolve_name(BUILT_IN[name].function)
     module_name, separator, function_name = name.partition(":")
     if not separator or not module_name or not function_name:
         raise UserError(
@@ -112,13 +113,13 @@ def check_options(name: str, options: Mapping[str, Any], section: str = "reward.
         if option in hints and hints[option] in (str, int, float, bool):
             _check_type(name, option, value, hints[option], section)
     if name in BUILT_IN and (check := BUILT_IN[name].check):
-        _imported(check)(options)
+        resolve_name(check)(options)
 
 
 def describe_verifier(name: str, options: Mapping[str, Any]) -> str:
     """How this machine runs the verifier; empty if there is nothing to say."""
     path = BUILT_IN[name].describe if name in BUILT_IN else None
-    return _imported(path)(options) if path else ""
+    return resolve_name(path)(options) if path else ""
 
 
 def describe_verifiers(rewards: Iterable[RewardConfig | None]) -> list[str]:
@@ -130,13 +131,13 @@ def describe_verifiers(rewards: Iterable[RewardConfig | None]) -> list[str]:
 def answer_of(name: str) -> Callable[[str], str | None] | None:
     """The function that extracts the answer from a response for this verifier; None if it has none."""
     path = BUILT_IN[name].answer if name in BUILT_IN else None
-    return _imported(path) if path else None
+    return resolve_name(path) if path else None
 
 
 def matched_by_spelling(name: str, answers: Iterable[str]) -> list[str]:
     """Gold answers that this verifier, which normally compares values, can only compare as strings."""
     path = BUILT_IN[name].reads_gold if name in BUILT_IN else None
-    return [answer for answer in answers if not _imported(path)(answer)] if path else []
+    return [answer for answer in answers if not resolve_name(path)(answer)] if path else []
 
 
 def built_in_modules(name: str) -> list[str]:
@@ -149,8 +150,3 @@ def _check_type(name: str, option: str, value: Any, kind: type, section: str) ->
         TypeAdapter(kind, config=ConfigDict(strict=True)).validate_python(value)
     except ValidationError as error:
         raise UserError(f"{section}.{option}: {name} needs a {kind.__name__}, got {value!r}") from error
-
-
-def _imported(path: str) -> Callable[..., Any]:
-    module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)
