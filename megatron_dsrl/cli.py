@@ -1,8 +1,8 @@
 """The `dsrl` command.
 
 User errors print one message to stderr and exit with status 2, Ctrl-C with 130, SIGTERM with 143, SIGHUP (a closed
-terminal) with 129; bugs show a traceback and exit with 1. Each command imports what it needs when it runs, so that
-`--help`, `--dry-run` and `doctor` stay light.
+terminal) with 129. An engine that is lost for good ends in one message and status 1; bugs show a traceback and exit
+with 1. Each command imports what it needs when it runs, so that `--help`, `--dry-run` and `doctor` stay light.
 """
 
 import argparse
@@ -29,9 +29,10 @@ from megatron_dsrl.commands.samples import add_samples
 from megatron_dsrl.commands.sweep import add_sweep
 from megatron_dsrl.commands.trace_and_compare import add_compare, add_trace, add_upload
 from megatron_dsrl.commands.train import add_train
-from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.common.errors import MachineError, UserError
 from megatron_dsrl.common.process import end_with_launcher, launched_rank, leave_terminal
 
+MACHINE_ERROR_STATUS = 1
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130
 SIGNALS_TO_END = (signal.SIGTERM, signal.SIGHUP)
@@ -53,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         _print_error(str(error))
         return USER_ERROR_STATUS
+    except MachineError as error:
+        _print_error(str(error))
+        return MACHINE_ERROR_STATUS
     except KeyboardInterrupt:
         _print_error("interrupted")
         return INTERRUPTED_STATUS

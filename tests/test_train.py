@@ -291,15 +291,24 @@ def test_an_analysis_and_the_report_of_a_run(run):
         (["data.answer_field=solution"], "answer_field"),
         (["rollout.temprature=1"], "temperature"),
         (["reward.function=absent"], "reward.function"),
-        (["engine.startup_timeout_seconds=0.5", "name=slow"], "engine.startup_timeout_seconds"),
     ],
-    ids=["no model", "no data", "no answers", "unknown key", "unknown reward", "engine not ready"],
+    ids=["no model", "no data", "no answers", "unknown key", "unknown reward"],
 )
 def test_bad_input_ends_in_one_message_and_leaves_no_process(config, overrides, message):
     result = dsrl("train", str(config), "name=bad", *overrides)
     assert result.returncode == 2
     assert message in result.stderr and result.stderr.startswith("dsrl: ")
     assert "Traceback" not in result.stderr
+    assert processes_left_behind() == []
+
+
+def test_an_engine_that_is_late_again_and_again_is_not_a_mistake_of_the_user(config):
+    """A job may try once more, perhaps on another node; the message is one, and nothing is left running."""
+    late = ["engine.startup_timeout_seconds=0.5", "engine.max_restarts=1"]
+    result = dsrl("train", str(config), "name=slow", *late)
+    assert result.returncode == 1
+    assert "after engine.max_restarts = 1 restarts: the SGLang server at" in result.stderr
+    assert "Traceback" not in result.stderr and result.stderr.count("Last lines of") <= 3
     assert processes_left_behind() == []
 
 

@@ -1,9 +1,16 @@
-"""The one exception type for mistakes that a user can fix."""
+"""Exceptions that end a command with one message: mistakes that a user can fix, and failures of the machine."""
 
 
 class UserError(ValueError):
     """Bad input: a message that names the field or file and says what to do.
 
-    `dsrl` prints it as a single message without a traceback and exits with status 2. Any other exception is a bug or a
-    machine failure and keeps its traceback.
+    `dsrl` prints it as a single message without a traceback and exits with status 2. Any other exception but
+    MachineError is a bug or a crash and keeps its traceback.
+    """
+
+
+class MachineError(RuntimeError):
+    """A failure of the machine that may be gone at the next start.
+
+    `dsrl` prints it as a single message without a traceback and exits with status 1, after which SLURM jobs try again.
     """

@@ -157,9 +157,9 @@ def _length_problems(config: RunConfig, shape: ModelShape | None) -> Iterator[Pr
     extension = _possible_extension(shape)
     training = ("rollout.max_response_tokens", config.rollout.max_response_tokens)
     sets: list[tuple[str, PromptSetConfig, tuple[str, int]]] = [("data", config.data, training)]
-    for position, prompts in enumerate(config.evaluation.sets):
-        section, own = f"evaluation.sets.{position}", prompts.max_response_tokens
-        sets.append((section, prompts, training if own is None else (f"{section}.max_response_tokens", own)))
+    for position, held_out in enumerate(config.evaluation.sets):
+        section, own = f"evaluation.sets.{position}", held_out.max_response_tokens
+        sets.append((section, held_out, training if own is None else (f"{section}.max_response_tokens", own)))
     for section, prompts, (response_field, response_tokens) in sets:
         longest = prompts.max_prompt_tokens + response_tokens
         for limiting_field, limit in limits:

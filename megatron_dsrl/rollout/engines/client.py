@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 import aiohttp
 import numpy as np
 
+from megatron_dsrl.common.errors import MachineError
 from megatron_dsrl.model.routed_experts import encode_routed_experts
 from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.open_files import TooManyOpenFilesError
@@ -27,6 +28,10 @@ VersionSpans = tuple[tuple[int, int], ...]
 
 class EngineError(RuntimeError):
     """An engine refused a call, answered something unusable, or is gone."""
+
+
+class LostEngineError(EngineError, MachineError):
+    """An engine was lost more often than `engine.max_restarts` allows."""
 
 
 class BadRequestError(EngineError):

@@ -24,7 +24,7 @@ from megatron_dsrl.platform.engine import (
     weights_through_shared_memory,
 )
 from megatron_dsrl.rollout.engines.address import EngineAddress
-from megatron_dsrl.rollout.engines.client import EngineClient, EngineError, MemoryTag
+from megatron_dsrl.rollout.engines.client import EngineClient, EngineError, LostEngineError, MemoryTag
 from megatron_dsrl.rollout.engines.credentials import draw_key
 from megatron_dsrl.rollout.engines.local_address import address_towards
 from megatron_dsrl.rollout.engines.server import EngineServer
@@ -206,7 +206,7 @@ class EngineGroup:
 
         Raises:
             UserError: A message tells the user what to fix.
-            EngineError: No message does.
+            LostEngineError: No message does.
         """
         failure: UserError | EngineError | None = None
         if self._owns_server:
@@ -218,7 +218,7 @@ class EngineGroup:
         failures = [each for each in self._from_all(outcome) if each is not None]
         if failures:
             self.close()
-            kind = UserError if any(to_fix for to_fix, _ in failures) else EngineError
+            kind = UserError if any(to_fix for to_fix, _ in failures) else LostEngineError
             raise kind("\n".join(message for _, message in failures))
 
     def _from_all(self, value: Any) -> list[Any]:

@@ -4,7 +4,7 @@ import logging
 import time
 
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.rollout.engines.client import EngineError
+from megatron_dsrl.rollout.engines.client import LostEngineError
 from megatron_dsrl.rollout.engines.server import EngineServer, EngineStartError
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class SupervisedServer:
 
         Raises:
             UserError: It exited by itself, or its port is in use.
-            EngineError: It was started too often; with the end of its log.
+            LostEngineError: It was started too often; with the end of its log.
         """
         try:
             self.server.wait_until_ready()
@@ -46,8 +46,8 @@ class SupervisedServer:
             problem: Why it is lost.
 
         Raises:
-            EngineError: It was started too often; with the end of its log. Not a UserError: the job may succeed when
-                started again, perhaps on another node.
+            LostEngineError: It was started too often; with the end of its log. Not a UserError: the job may succeed
+                when started again, perhaps on another node.
         """
         self._start_again(problem, (EngineStartError, UserError))
 
@@ -66,7 +66,8 @@ class SupervisedServer:
             except temporary as error:
                 problem = str(error)
         self.server.stop()
-        raise EngineError(
+        tail = "" if "Last lines of" in problem else f"\n{self.server.log_tail()}"
+        raise LostEngineError(
             f"engine {self._engine} was lost again after engine.max_restarts = {self._max_restarts} restarts: "
-            f"{problem}\n{self.server.log_tail()}"
+            f"{problem}{tail}"
         )
