@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable
 from megatron_dsrl.actor.actor import Actor
 from megatron_dsrl.actor.critic import Critic
 from megatron_dsrl.actor.offload import MODEL_PARTS, ModelMemory, ModelPart
-from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.config.actor import OffloadConfig
 from megatron_dsrl.observability.memory_switches import MemorySwitches
 from megatron_dsrl.observability.timeline import Span, no_span
 from megatron_dsrl.platform import current_platform
@@ -28,11 +28,22 @@ class SharedDevice:
     """This rank's device. Methods are collective."""
 
     def __init__(
-        self, config: RunConfig, actor: Actor, critic: Critic | None, rollout: Rollout, span: Span = no_span
+        self,
+        offload: OffloadConfig,
+        bucket_bytes: int,
+        actor: Actor,
+        critic: Critic | None,
+        rollout: Rollout,
+        span: Span = no_span,
     ) -> None:
-        """`span` records the switches in the timeline."""
-        self._offloaded = config.actor.offload.parts
-        self._bucket_bytes = config.engine.weight_bucket_megabytes * 2**20
+        """
+        Args:
+            offload: what leaves the device while the engine samples.
+            bucket_bytes: maximum size of a bucket of the weight push.
+            span: records the switches in the timeline.
+        """
+        self._offloaded = offload.parts
+        self._bucket_bytes = bucket_bytes
         self._actor = actor
         self._memory = [actor.memory] + ([critic.memory] if critic else [])
         self._rollout = rollout

@@ -4,7 +4,7 @@ and Transformers are loaded."""
 from pathlib import Path
 
 from megatron_dsrl.checkpoint.compatibility import check_same_run
-from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.config.run import EvaluationConfig, RunConfig
 from megatron_dsrl.config.yaml_text import parse_yaml
 from megatron_dsrl.observability.records import CONFIG_FILE, EVALUATION_FILE, METRICS_FILE, read_records
 
@@ -17,10 +17,10 @@ def exported_policy(run_folder: Path, step: int) -> Path:
     return run_folder / EXPORTS_FOLDER / f"step_{step:06d}"
 
 
-def has_results(run_folder: Path, config: RunConfig, step: int) -> bool:
+def has_results(run_folder: Path, evaluation: EvaluationConfig, step: int) -> bool:
     """Whether the export and all evaluations after this step exist."""
     evaluated = {record["set"] for record in read_records(run_folder / EVALUATION_FILE) if record["step"] == step}
-    return exported_policy(run_folder, step).exists() and all(s.name in evaluated for s in config.evaluation.sets)
+    return exported_policy(run_folder, step).exists() and all(s.name in evaluated for s in evaluation.sets)
 
 
 def finished_step(config: RunConfig) -> int | None:
@@ -33,7 +33,7 @@ def finished_step(config: RunConfig) -> int | None:
     file = run_folder / CONFIG_FILE
     step = max((record["step"] for record in read_records(run_folder / METRICS_FILE)), default=0)
     is_saved = (run_folder / CHECKPOINTS_FOLDER / f"step_{step:06d}").exists()
-    if step < config.steps or not file.exists() or not is_saved or not has_results(run_folder, config, step):
+    if step < config.steps or not file.exists() or not is_saved or not has_results(run_folder, config.evaluation, step):
         return None
     before, _ = parse_yaml(file.read_text(encoding="utf-8"), str(file))
     check_same_run(before, config, str(run_folder))

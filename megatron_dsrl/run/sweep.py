@@ -139,7 +139,7 @@ def _train(run: SweepRun) -> int:
 def _is_finished(run: SweepRun) -> bool:
     config = load_config(run.configs, run.settings)
     done = max((record["step"] for record in read_records(run.folder / METRICS_FILE)), default=0)
-    return done >= config.steps and has_results(run.folder, config, config.steps)
+    return done >= config.steps and has_results(run.folder, config.evaluation, config.steps)
 
 
 def _log_of(run: SweepRun) -> Path:

@@ -8,16 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_dsrl.config.load import load_config
+from megatron_dsrl.config.actor import OffloadConfig
 from megatron_dsrl.run.device_sharing import SharedDevice
-from tests.support.tiny_run import REPOSITORY
 
 EVERYTHING = ("gradients", "optimizer", "parameters")
 WAKE = ["resume weights", "load weights of version 7", "resume KV cache"]
 
 
 class RecordedMemory:
-    """Of one model: notes what is moved, and knows what is away."""
+    """Memory of one model: notes what is moved, and knows what is away."""
 
     def __init__(self, model: str, calls: list[str]):
         self.model, self.calls = model, calls
@@ -66,18 +65,16 @@ class Recorded:
     def __init__(self, offloaded: Collection[str], with_critic: bool = False):
         self._calls: list[str] = []
         policy, critic = (RecordedMemory(model, self._calls) for model in ("policy", "critic"))
-        config = load_config(
-            REPOSITORY / "configs" / "tiny_dsrl.yaml", [f"actor.offload.{part}=true" for part in offloaded]
-        )
         self.device = SharedDevice(
-            config,
+            OffloadConfig(**dict.fromkeys(offloaded, True)),
+            2**20,
             SimpleNamespace(memory=policy),
             SimpleNamespace(memory=critic) if with_critic else None,
             RecordedRollout(policy, self._calls),
         )
 
     def calls(self) -> list[str]:
-        """Since the last time."""
+        """Calls since the last time."""
         calls, self._calls[:] = list(self._calls), []
         return calls
 
