@@ -101,7 +101,7 @@ def run_steps(run: TrainingRun) -> None:
             run.checkpoints.poll()
             run.device.give_to_trainer()
             run.models.begin_step(step)
-        experiences = run.models.make_passes(phase, experiences, timer)
+        experiences = run.models.add_log_probs_and_values(phase, experiences, timer)
         critic_metrics = run.models.update_critic(phase, experiences, timer)
         update = run.models.update_policy(step, phase, experiences, timer)
         saves = is_due(step, run.config.checkpoint.save_every_steps, run.config.steps)

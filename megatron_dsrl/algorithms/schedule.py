@@ -75,7 +75,7 @@ def required_passes(objective: ObjectiveConfig) -> ModelPasses:
     return kl_passes | objective.advantage.needs
 
 
-def run_passes(config: RunConfig) -> ModelPasses:
+def passes_of_run(config: RunConfig) -> ModelPasses:
     """The union of what the phases need at the run's steps. `values` takes a critic, `reference_log_probs` a reference
     policy.
 
@@ -85,11 +85,11 @@ def run_passes(config: RunConfig) -> ModelPasses:
     needed = ModelPasses()
     for phase in phases_by_steps(config):
         for form in phase.forms if phase.steps else ():
-            needed |= phase_passes(form)
+            needed |= passes_of_phase(form)
     return needed
 
 
-def phase_passes(phase: PhaseConfig) -> ModelPasses:
+def passes_of_phase(phase: PhaseConfig) -> ModelPasses:
     """The union of what a phase's objectives need."""
     needed = ModelPasses()
     for objective in phase.objectives.values():

@@ -17,7 +17,7 @@ Not counted: the CUDA context, memory that the allocator cannot reuse, and NCCL'
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from megatron_dsrl.algorithms.schedule import run_passes
+from megatron_dsrl.algorithms.schedule import passes_of_run
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import Architecture
 from megatron_dsrl.planning.memory import (
@@ -171,7 +171,7 @@ class RunMemory:
 def run_memory(config: RunConfig, architecture: Architecture, capacity: int, world_size: int) -> RunMemory:
     """Memory of a run whose layout is valid; `capacity` is the memory of a GPU in bytes."""
     stages = range(config.parallel.pipeline_parallel_size)
-    needed = run_passes(config)
+    needed = passes_of_run(config)
     policy = tuple(policy_memory(config, architecture, world_size, stage) for stage in stages)
     critic = tuple(critic_memory(config, architecture, world_size, stage) for stage in stages) if needed.values else ()
     copied = [policy, critic] if config.checkpoint.asynchronous else []

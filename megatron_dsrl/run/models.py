@@ -15,7 +15,7 @@ from megatron_dsrl.actor.reference import ReferencePolicy
 from megatron_dsrl.actor.statistics import UpdateMetrics
 from megatron_dsrl.algorithms.experience import Experience, estimate_advantages
 from megatron_dsrl.algorithms.objective import build_objectives
-from megatron_dsrl.algorithms.schedule import Schedule, phase_passes, required_passes
+from megatron_dsrl.algorithms.schedule import Schedule, passes_of_phase, required_passes
 from megatron_dsrl.checkpoint.store import BeginWrite, Checkpoint
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.actor import ReferenceConfig
@@ -51,12 +51,12 @@ class RunModels:
         if self.reference and reference_is_due(self.config.reference, step, begins):
             self.reference.refresh()
 
-    def make_passes(
+    def add_log_probs_and_values(
         self, phase: PhaseConfig, experiences: Sequence[Experience], timer: SecondsPerPart
     ) -> list[Experience]:
         """Each objective's experience with the log-probs and values that it needs, computed before the update."""
         pairs = zip(phase.objectives.values(), experiences, strict=True)
-        return [self._with_passes(objective, experience, timer) for objective, experience in pairs]
+        return [self._with_log_probs_and_values(objective, experience, timer) for objective, experience in pairs]
 
     def update_critic(
         self, phase: PhaseConfig, experiences: Sequence[Experience], timer: SecondsPerPart
@@ -109,7 +109,7 @@ class RunModels:
         if self.reference and reference.exists():
             self.reference.load(reference)
 
-    def _with_passes(
+    def _with_log_probs_and_values(
         self, objective: ObjectiveConfig, experience: Experience, timer: SecondsPerPart
     ) -> Experience:
         needed = required_passes(objective)
@@ -137,7 +137,7 @@ def build_models(config: RunConfig, folder: Path) -> RunModels:
         UserError: as `build_actor` and `build_critic`.
     """
     schedule = Schedule(config.phases)
-    passes = [phase_passes(schedule.at(step)) for step in range(1, config.steps + 1)]
+    passes = [passes_of_phase(schedule.at(step)) for step in range(1, config.steps + 1)]
     actor = build_actor(config, folder)
     steps_with_values = sum(needed.values for needed in passes)
     critic = build_critic(config, folder, steps_with_values) if steps_with_values else None

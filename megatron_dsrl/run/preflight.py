@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron_dsrl.algorithms.schedule import Schedule, phase_passes
+from megatron_dsrl.algorithms.schedule import Schedule, passes_of_phase
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.temporary_folder import require_short_temporary_folder
 from megatron_dsrl.config.derived import RunFigures, derive
@@ -38,7 +38,7 @@ def check_models(config: RunConfig) -> None:
     schedule, critic = Schedule(config.phases), config.critic
     steps = range(1, config.steps + 1)
     for step in range(1, critic.warmup_steps + 1):
-        if step > config.steps or not phase_passes(schedule.at(step)).values:
+        if step > config.steps or not passes_of_phase(schedule.at(step)).values:
             raise UserError(
                 f"critic.warmup_steps: is {critic.warmup_steps}, but no critic learns in step {step}; choose an "
                 "advantage that needs values for its phase (gae), or set it to 0"
@@ -46,5 +46,5 @@ def check_models(config: RunConfig) -> None:
     if critic.path is not None and not is_hub_name(critic.path) and not Path(critic.path).expanduser().is_dir():
         raise no_folder("critic.path", critic.path)
     refreshed = config.reference.refresh_at_phase_switch or config.reference.refresh_every_steps is not None
-    if refreshed and not any(phase_passes(schedule.at(step)).reference_log_probs for step in steps):
+    if refreshed and not any(passes_of_phase(schedule.at(step)).reference_log_probs for step in steps):
         raise UserError("reference: no phase has a `kl` section, so there is no reference policy to refresh")
