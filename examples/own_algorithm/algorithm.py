@@ -35,6 +35,8 @@ class SimplePolicyOptimization(LossOptions):
     Its slope is that of the policy gradient at rho = 1 and turns round at rho = 1 + eps for A > 0, 1 - eps for A < 0.
     """
 
+    vanishes_without_advantage = True
+
     eps: float = Field(default=0.2, gt=0)
     """How far the ratio may move before it is clipped."""
 

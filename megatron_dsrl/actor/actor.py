@@ -1,5 +1,6 @@
 """The policy under training: one object per rank; all methods are collective over the ranks."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +32,9 @@ ScoreResult = tuple[str, TokenStatistics]
 class Actor:
     """A sharded decoder with its optimizer: scores sequences and takes optimizer steps on them.
 
-    Every rank passes the same global batch and trains on its data-parallel share of it.
+    Every rank passes the same global batch and trains on its data-parallel share of it. Samples without a gradient
+    (`Objective.samples_with_gradient`) count in the loss's denominator but are not computed, so the metrics of tokens,
+    such as their entropy, describe the other samples.
     """
 
     def __init__(
@@ -50,7 +53,8 @@ class Actor:
             folder: HF folder the model was loaded from; exports copy its config.json and tokenizer.
             vocab_size: rows of the HF embedding; Megatron's padding rows are not scored.
             temperature: sampling temperature; logits are divided by it.
-            router: router losses of a mixture of experts, added in every optimizer step.
+            router: router losses of a mixture of experts, added in every optimizer step. They are over all tokens, so
+                with them every sample is computed.
         """
         self._model = model
         self._table = table
@@ -135,11 +139,15 @@ class Actor:
         self._model.reset_optimizer()
 
     def with_old_log_probs(self, objective: Objective) -> Objective:
-        """The objective with old log-probs: its own if it has them, otherwise those under the current weights."""
+        """The objective with old log-probs: its own if it has them, otherwise those under the current weights, and NaN for
+        samples that the update does not compute."""
         experience = objective.experience
         if experience.old_log_probs is not None or len(experience) == 0:
             return objective
-        return replace(objective, experience=replace(experience, old_log_probs=self.log_probs(experience)))
+        old, computed = [torch.full((count,), math.nan) for count in experience.num_scored], self._computed(objective)
+        for i, values in zip(computed, self.log_probs(experience.select(computed)), strict=True):
+            old[i] = values
+        return replace(objective, experience=replace(experience, old_log_probs=tuple(old)))
 
     def _optimizer_step(self, objectives: Sequence[Objective]) -> UpdateMetrics:
         micro_batches = [micro_batch for objective in objectives for micro_batch in self._micro_batches(objective)]
@@ -147,16 +155,22 @@ class Actor:
         num_tokens = sum(len(sequence.token_ids) for sequence in sequences)
         with adding_router_losses(self._model.chunks, self._router, num_tokens) as router_losses:
             kept = self._model.accumulate_gradients(micro_batches)
-        metrics = share_with_all_stages(_objective_metrics(objectives, kept) if kept else None)
+        metrics = share_with_all_stages(self._objective_metrics(objectives, kept) if kept else None)
         require_finite("loss", sum(objective.loss for objective in metrics.values()))
         grad_norm, learning_rate = self._model.take_step()
         return UpdateMetrics(grad_norm, learning_rate, metrics, router_losses.metrics(self._model.config.num_layers))
 
+    def _computed(self, objective: Objective) -> list[int]:
+        """Indices of an objective's samples that an optimizer step computes."""
+        return list(range(len(objective.experience))) if self._router.has_losses else objective.samples_with_gradient
+
     def _micro_batches(self, objective: Objective) -> list[MicroBatch[ScoreResult]]:
-        """This rank's share of an objective."""
+        """This rank's share of the computed samples of an objective, with their weights in the whole of it."""
+        weights = objective.aggregation(objective.experience.num_scored) * objective.coefficient
+        computed = self._computed(objective)
+        objective = replace(objective, experience=objective.experience.select(computed))
         num_scored = objective.experience.num_scored
-        weights = objective.aggregation(num_scored) * objective.coefficient
-        token_weights = tuple(weight.expand(count) for weight, count in zip(weights, num_scored))
+        token_weights = tuple(weight.expand(count) for weight, count in zip(weights[computed], num_scored))
         rows = self._model.pack_share(objective.experience.sequences, objective.experience.routed_experts)
         return [self._micro_batch(objective, token_weights, row) for row in rows]
 
@@ -200,13 +214,15 @@ class Actor:
         log_probs, entropy = row.assemble(torch.stack(values))
         return log_probs, entropy if entropy_gradient else entropy.detach()
 
-
-def _objective_metrics(objectives: Sequence[Objective], kept: Sequence[ScoreResult]) -> dict[str, ObjectiveMetrics]:
-    """Metrics by objective over all data-parallel replicas. Collective over the last pipeline stage."""
-    return {
-        objective.name: ObjectiveMetrics.from_step(
-            TokenStatistics.add_up([part for name, part in kept if name == objective.name]).over_replicas(),
-            kept_samples=len(objective.experience),
-        )
-        for objective in objectives
-    }
+    def _objective_metrics(
+        self, objectives: Sequence[Objective], kept: Sequence[ScoreResult]
+    ) -> dict[str, ObjectiveMetrics]:
+        """Metrics by objective over all data-parallel replicas. Collective over the last pipeline stage."""
+        return {
+            objective.name: ObjectiveMetrics.from_step(
+                TokenStatistics.add_up([part for name, part in kept if name == objective.name]).over_replicas(),
+                objective.experience.num_scored,
+                computed_samples=len(self._computed(objective)),
+            )
+            for objective in objectives
+        }

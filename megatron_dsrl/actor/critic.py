@@ -96,7 +96,8 @@ class Critic:
         metrics = None
         if kept:
             statistics = TokenStatistics.add_up(kept).over_replicas()
-            metrics = {"critic": ObjectiveMetrics.from_step(statistics, kept_samples=len(experience))}
+            update = ObjectiveMetrics.from_step(statistics, experience.num_scored, computed_samples=len(experience))
+            metrics = {"critic": update}
         metrics = share_with_all_stages(metrics)
         require_finite("value loss", metrics["critic"].loss)
         grad_norm, learning_rate = self._model.take_step()

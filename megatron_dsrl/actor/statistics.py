@@ -61,43 +61,66 @@ class ObjectiveMetrics:
 
     loss: float
     kept_samples: int
+    """Samples in the loss and its denominator."""
     kept_tokens: int
+    """Their scored tokens."""
+    skipped_samples: int
+    """Kept samples that were not computed because they have no gradient."""
+    computed_tokens: int
+    """Scored tokens of the kept samples that were computed."""
     means: dict[str, float]
-    """Means over the objective's scored tokens, by name."""
+    """Means over the computed tokens, by name; undefined if there are none."""
     maxima: dict[str, float]
 
     @classmethod
-    def from_step(cls, statistics: TokenStatistics, kept_samples: int) -> "ObjectiveMetrics":
-        """Metrics of one optimizer step from statistics over all replicas."""
+    def from_step(
+        cls, statistics: TokenStatistics, num_scored: Sequence[int], computed_samples: int
+    ) -> "ObjectiveMetrics":
+        """Metrics of one optimizer step.
+
+        Args:
+            statistics: of the computed samples, over all replicas.
+            num_scored: scored tokens of every kept sample, computed or not.
+            computed_samples: how many of them were computed.
+        """
         tokens = statistics.num_tokens
         sums = {name: value.item() for name, value in statistics.sums.items()}
         return cls(
             loss=sums.pop("loss"),
-            kept_samples=kept_samples,
-            kept_tokens=tokens,
+            kept_samples=len(num_scored),
+            kept_tokens=sum(num_scored),
+            skipped_samples=len(num_scored) - computed_samples,
+            computed_tokens=tokens,
             means={name: value / max(tokens, 1) for name, value in sums.items()},
             maxima={name: value.item() for name, value in statistics.maxima.items()},
         )
 
     def totals(self) -> dict[str, float]:
         """Metrics of the objective as a whole, by name."""
-        return {"loss": self.loss, "kept_samples": self.kept_samples, "kept_tokens": self.kept_tokens}
+        return {
+            "loss": self.loss,
+            "kept_samples": self.kept_samples,
+            "kept_tokens": self.kept_tokens,
+            "skipped_fraction": self.skipped_samples / self.kept_samples,
+        }
 
     def token_metrics(self) -> dict[str, float]:
-        """Metrics of its scored tokens, by name."""
-        return self.means | self.maxima
+        """Metrics of its computed tokens, by name; none if there is no such token."""
+        return self.means | self.maxima if self.computed_tokens else {}
 
     @classmethod
     def merge(cls, steps: Sequence["ObjectiveMetrics"]) -> "ObjectiveMetrics":
         """Combine several optimizer steps: counts are summed, maxima kept, means weighted by tokens; the loss is the
         plain mean over steps."""
-        tokens = sum(step.kept_tokens for step in steps)
+        tokens = sum(step.computed_tokens for step in steps)
         return cls(
             loss=sum(step.loss for step in steps) / len(steps),
             kept_samples=sum(step.kept_samples for step in steps),
-            kept_tokens=tokens,
+            kept_tokens=sum(step.kept_tokens for step in steps),
+            skipped_samples=sum(step.skipped_samples for step in steps),
+            computed_tokens=tokens,
             means={
-                name: sum(step.means[name] * step.kept_tokens for step in steps) / max(tokens, 1)
+                name: sum(step.means[name] * step.computed_tokens for step in steps) / max(tokens, 1)
                 for name in steps[0].means
             },
             maxima={name: max(step.maxima[name] for step in steps) for name in steps[0].maxima},

@@ -63,7 +63,8 @@ class TokenLosses:
     """[num_tokens] float32, differentiable."""
 
     metrics: dict[str, Tensor] = field(default_factory=dict)
-    """[num_tokens] by name; the step reports their means over tokens. Names must be the same for every batch."""
+    """[num_tokens] by name; the step reports their means over the tokens it computed. Names must be the same for every
+    batch."""
 
 
 PolicyLoss = Callable[[ScoredTokens], TokenLosses]
@@ -75,6 +76,10 @@ class LossOptions(Options):
     on_policy_only: ClassVar[bool] = False
     """Whether it is only valid for samples from the policy that takes the step."""
 
+    vanishes_without_advantage: ClassVar[bool] = False
+    """Whether loss and gradient of a sample are zero if its advantage is zero at every token. The update then leaves
+    such samples out of its forward and backward passes."""
+
     @abstractmethod
     def token_losses(self, tokens: ScoredTokens) -> TokenLosses:
         """The loss of each token."""
@@ -85,6 +90,7 @@ class DualClip(LossOptions):
     """PPO's clipped surrogate (arXiv 1707.06347), with the dual clip for negative advantages (arXiv 1912.09729)."""
 
     name: Literal["dual_clip"] = "dual_clip"
+    vanishes_without_advantage: ClassVar[bool] = True
 
     clip_low: float = Field(default=0.2, ge=0, lt=1)
     """The ratio is clipped below at 1 - clip_low."""
@@ -108,6 +114,7 @@ class PolicyGradient(LossOptions):
 
     name: Literal["policy_gradient"] = "policy_gradient"
     on_policy_only: ClassVar[bool] = True
+    vanishes_without_advantage: ClassVar[bool] = True
 
     def token_losses(self, tokens: ScoredTokens) -> TokenLosses:
         return TokenLosses(-tokens.advantages * tokens.log_probs)
@@ -122,6 +129,7 @@ class GSPO(LossOptions):
     """
 
     name: Literal["gspo"] = "gspo"
+    vanishes_without_advantage: ClassVar[bool] = True
 
     clip_low: float = Field(default=3e-4, ge=0, lt=1)
     """The ratio is clipped below at 1 - clip_low."""
@@ -144,6 +152,7 @@ class CISPO(LossOptions):
     """
 
     name: Literal["cispo"] = "cispo"
+    vanishes_without_advantage: ClassVar[bool] = True
 
     clip_low: float = Field(default=1.0, ge=0, le=1)
     """The weight is clipped below at 1 - clip_low; 1 means no lower bound."""

@@ -35,6 +35,16 @@ class Objective:
     """Prefix of its metrics."""
     needs_entropy_gradient: bool = False
     """Whether the loss differentiates through the entropy."""
+    needs_every_sample: bool = True
+    """Whether samples have a gradient even if their advantage is zero at every token."""
+
+    @property
+    def samples_with_gradient(self) -> list[int]:
+        """Indices of the samples that can have a gradient."""
+        if self.needs_every_sample:
+            return list(range(len(self.experience)))
+        assert self.experience.advantages is not None, "with_advantages comes first"
+        return [i for i, advantages in enumerate(self.experience.advantages) if advantages.any()]
 
     def mini_batches(self, count: int) -> list["Objective"]:
         """The objective on each of `count` consecutive parts of its experience."""
@@ -59,9 +69,17 @@ def build_objectives(
             aggregation=partial(objective.aggregation.weights, max_response_tokens=max_response_tokens),
             name=name,
             needs_entropy_gradient=objective.entropy_coefficient > 0,
+            needs_every_sample=needs_every_sample(objective),
         )
         for (name, objective), experience in zip(phase.objectives.items(), experiences, strict=True)
     ]
+
+
+def needs_every_sample(objective: ObjectiveConfig) -> bool:
+    """Whether the loss of a sample can have a gradient if its advantage is zero at every token: from the policy loss,
+    the KL term or the entropy bonus. An importance correction only scales the policy loss."""
+    with_kl_loss = objective.kl is not None and objective.kl.loss_coefficient > 0
+    return with_kl_loss or objective.entropy_coefficient > 0 or not objective.loss.vanishes_without_advantage
 
 
 def token_losses(objective: ObjectiveConfig, tokens: ScoredTokens) -> TokenLosses:

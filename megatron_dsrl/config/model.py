@@ -29,6 +29,11 @@ class RouterConfig(Section):
     """Factor on the mean squared logsumexp of the router's logits in every layer, which keeps them small. 0 only
     measures it; null turns it off."""
 
+    @property
+    def has_losses(self) -> bool:
+        """Whether a loss is added or measured."""
+        return self.load_balancing_coefficient is not None or self.z_loss_coefficient is not None
+
     @model_validator(mode="after")
     def _coefficient_goes_with_a_loss(self) -> "RouterConfig":
         if self.load_balancing == "none" and self.load_balancing_coefficient is not None:

@@ -19,6 +19,7 @@ from transformers import Qwen3ForCausalLM
 from megatron_dsrl.actor.actor import Actor
 from megatron_dsrl.actor.build import build_actor
 from megatron_dsrl.algorithms.advantages import GroupMean, GroupStandardised
+from megatron_dsrl.algorithms.aggregations import SequenceMean, TokenMean, TokenSum
 from megatron_dsrl.algorithms.experience import Response, build_experience
 from megatron_dsrl.algorithms.losses import PolicyLoss
 from megatron_dsrl.algorithms.objective import Objective, build_objectives
@@ -187,6 +188,48 @@ def test_an_update_equals_transformers_and_adamw(model, phase, batch):
         torch.testing.assert_close(weight, expected.state_dict()[name], rtol=0, atol=1.2e-7, msg=name)
         moved = max(moved, (weight - model[1].state_dict()[name]).abs().max().item())
     assert moved > 1e-4
+
+
+@pytest.mark.parametrize("mini_batches", [1, 3], ids=["one step", "2 epochs of 3, one of them without a gradient"])
+@pytest.mark.parametrize(
+    "aggregation", [TokenMean(), SequenceMean(), TokenSum()], ids=lambda aggregation: aggregation.name
+)
+def test_samples_without_a_gradient_change_nothing_and_are_not_computed(model, aggregation, mini_batches):
+    """Three of the six groups are all right or all wrong. They count in the denominators."""
+    phase = GRPO.model_copy(update={"aggregation": aggregation})
+    updates, weights = [], []
+    for needs_every_sample in (True, False):
+        with one_process(model[0]) as actor:
+            objective = replace(objective_of(phase), needs_every_sample=needs_every_sample)
+            epochs = 1 if mini_batches == 1 else 2
+            updates.append(actor.update([objective], mini_batches, epochs))
+            weights.append(weights_of(actor))
+    computed, skipped = updates
+    assert skipped.loss == pytest.approx(computed.loss, rel=1e-5, abs=1e-8)
+    assert skipped.grad_norm == pytest.approx(computed.grad_norm, rel=1e-5)
+    for name, weight in weights[1].items():
+        torch.testing.assert_close(weight, weights[0][name], rtol=0, atol=1.2e-7 * mini_batches, msg=name)
+    whole, left = computed.objectives["policy"], skipped.objectives["policy"]
+    assert (left.kept_samples, left.kept_tokens) == (whole.kept_samples, whole.kept_tokens)
+    assert (whole.totals()["skipped_fraction"], left.totals()["skipped_fraction"]) == (0, 0.5)
+    assert whole.computed_tokens == whole.kept_tokens > left.computed_tokens > 0
+
+
+def test_a_step_without_any_gradient_is_one_with_a_gradient_of_zero(model):
+    """Bit for bit: moments and weights decay, and the norm is zero."""
+    results = []
+    for needs_every_sample in (True, False):
+        with one_process(model[0]) as actor:
+            actor.update([objective_of(GRPO)])
+            before = weights_of(actor)
+            objective = objective_of(GRPO)
+            uniform = replace(objective, experience=objective.experience.select(range(8)))
+            update = actor.update([replace(uniform, needs_every_sample=needs_every_sample)])
+            assert (update.loss, update.grad_norm) == (0, 0)
+            results.append(weights_of(actor))
+    assert update.objectives["policy"].totals()["skipped_fraction"] == 1 and "policy/entropy" not in update.flat()
+    assert all(torch.equal(weight, results[0][name]) for name, weight in results[1].items())
+    assert any(not torch.equal(weight, before[name]) for name, weight in results[1].items())
 
 
 def test_pre_train_space_does_not_depend_on_the_prompt(model):

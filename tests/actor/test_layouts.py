@@ -190,6 +190,17 @@ def other_methods(case: Case, actor: Actor, order: list[int] | None) -> list[Obj
     return build_objectives(OTHER_METHODS, experiences, max_response_tokens=20)
 
 
+def one_sample_with_a_gradient(objective: Objective) -> Objective:
+    """The same one in every order."""
+    experience = objective.experience
+    assert experience.advantages is not None
+    chosen = max(objective.samples_with_gradient, key=lambda i: experience.sequences[i].token_ids)
+    advantages = tuple(
+        values if i == chosen else torch.zeros_like(values) for i, values in enumerate(experience.advantages)
+    )
+    return replace(objective, experience=replace(experience, advantages=advantages), name="one_sample")
+
+
 def with_noise(experience: Experience, log_probs: PerToken, seed: int) -> PerToken:
     """That depends on the sequence and not on its place in the batch."""
     generators = [torch.Generator().manual_seed(1000 * sum(s.token_ids) + seed) for s in experience.sequences]
@@ -201,17 +212,20 @@ def with_noise(experience: Experience, log_probs: PerToken, seed: int) -> PerTok
 
 def objectives(case: Case, actor: Actor) -> Iterator[tuple[list[Objective], int]]:
     """What is updated one after the other, and in how many mini-batches: both phases of DSRL, two objectives at once,
-    off-policy steps, and every other method."""
+    every other method, off-policy steps, and batches that leave some or all data-parallel ranks nothing to compute."""
     order = list(range(24))[::-1] if case.reverse_samples else None
     negative = len(objective_of(NSR_PRERL).experience)
     pre_train = objective_of(NSR_PRERL, order=order and list(range(negative))[::-1])
     post_train = objective_in(case, GRPO, order)
-    sequences = replace(post_train, loss=sequence_loss, needs_entropy_gradient=True, name="sequences")
+    needs_all = {"needs_entropy_gradient": True, "needs_every_sample": True}
+    sequences = replace(post_train, loss=sequence_loss, **needs_all, name="sequences")
     supervised = replace(pre_train, loss=supervised_loss, coefficient=0.5, name="supervised")
     yield from [([pre_train], 1), ([post_train], 1), ([sequences, supervised], 1)]
     yield other_methods(case, actor, order), 1
+    yield [one_sample_with_a_gradient(post_train)], 1
     if not case.reverse_samples:
         yield [sequences], 3
+        yield [post_train], 3  # the samples of the first mini-batch have no gradient
 
 
 def configuration(case: Case, folder: Path) -> RunConfig:

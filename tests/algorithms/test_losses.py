@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_dsrl.algorithms.aggregations import SequenceMean
 from megatron_dsrl.algorithms.losses import CISPO, GSPO, DualClip, LossOptions, PolicyGradient, Supervised
+from megatron_dsrl.config.phase import LOSSES
 from tests.support.experiences import scored_tokens
 
 DUAL_CLIP = DualClip(clip_low=0.2, clip_high=0.3, dual_clip=3.0)
@@ -36,6 +37,19 @@ def test_dual_clip_by_hand(ratio, advantage, loss, clipped):
     assert result.metrics["clip_fraction"].item() is clipped
     result.losses.sum().backward()
     assert (log_probs.grad.item() == 0) is clipped
+
+
+@pytest.mark.parametrize("loss_class", LOSSES.classes(), ids=lambda loss_class: loss_class.__name__)
+def test_what_vanishes_without_advantage(loss_class):
+    """Value and gradient of a sequence, whatever its ratios and those of its neighbour."""
+    old = float64(-9.0, -1.0, -0.1, -2.0, -1.0)
+    log_probs = float64(-0.5, -1.0, -4.0, -1.9, -1.5, differentiable=True)
+    advantages = float64(0.0, 0.0, 0.0, 1.0, 1.0)
+    losses = loss_class().token_losses(scored_tokens(log_probs, old, advantages, num_scored=[3, 2])).losses
+    losses.sum().backward()
+    vanishes = not losses[:3].any() and not log_probs.grad[:3].any()
+    assert loss_class.vanishes_without_advantage is vanishes
+    assert losses[3:].all() and log_probs.grad[3:].any()
 
 
 def test_without_the_dual_clip_the_loss_of_a_negative_advantage_has_no_ceiling():

@@ -10,7 +10,7 @@ from megatron_dsrl.algorithms.aggregations import TokenSum
 from megatron_dsrl.algorithms.experience import Response, build_experience, with_advantages
 from megatron_dsrl.algorithms.filters import Negative
 from megatron_dsrl.algorithms.importance import Truncated
-from megatron_dsrl.algorithms.losses import PolicyGradient, ScoredTokens
+from megatron_dsrl.algorithms.losses import GSPO, PolicyGradient, ScoredTokens, Supervised
 from megatron_dsrl.algorithms.objective import build_objectives, token_losses, with_behaviour_log_probs
 from megatron_dsrl.algorithms.schedule import ModelPasses, required_passes
 from megatron_dsrl.algorithms.spaces import PostTrain, PreTrain
@@ -131,6 +131,27 @@ def test_the_loss_of_a_token_adds_up():
     assert entropy.grad.item() == pytest.approx(-0.01)
     assert result.metrics["reference_kl"].item() == pytest.approx(difference**2 / 2)
     assert result.metrics["importance_truncated_fraction"].item() is False
+
+
+@pytest.mark.parametrize(
+    ("changes", "needed"),
+    [
+        ({}, [2, 3]),
+        ({"loss": GSPO(), "importance_correction": Truncated()}, [2, 3]),
+        ({"kl": KLConfig(reward_coefficient=0.1)}, [2, 3]),
+        ({"kl": KLConfig(loss_coefficient=0.1)}, [0, 1, 2, 3]),
+        ({"entropy_coefficient": 0.01}, [0, 1, 2, 3]),
+        ({"loss": Supervised()}, [0, 1, 2, 3]),
+    ],
+    ids=["clip", "importance", "KL in the reward", "KL in the loss", "entropy bonus", "supervised"],
+)
+def test_samples_of_uniform_groups_have_a_gradient_only_where_another_term_gives_them_one(changes, needed):
+    phase = PhaseConfig(name="one", space=POST_TRAIN, advantage=GroupMean(), **changes)
+    experience = experience_of([1.0, 1.0, 1.0, 0.0], [0, 0, 1, 1], [2, 3, 2, 3])
+    same = tuple(torch.full((count,), -1.0) for count in experience.num_scored)
+    experience = replace(experience, old_log_probs=same, reference_log_probs=same)
+    (objective,) = build_objectives(phase, [experience], max_response_tokens=10)
+    assert objective.samples_with_gradient == needed
 
 
 def test_an_entropy_bonus_asks_for_the_entropy_gradient():

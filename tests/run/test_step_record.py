@@ -20,7 +20,8 @@ PHASE = PhaseConfig.model_validate(
 def kept(loss: float) -> ObjectiveMetrics:
     means = {**dict.fromkeys(MISMATCH_MEANS, 0.5), "entropy": 0.75}
     maxima = dict.fromkeys(MISMATCH_MAXIMA, 2.0)
-    return ObjectiveMetrics(loss, kept_samples=3, kept_tokens=30, means=means, maxima=maxima)
+    counts = {"kept_samples": 3, "kept_tokens": 30, "skipped_samples": 1, "computed_tokens": 20}
+    return ObjectiveMetrics(loss, **counts, means=means, maxima=maxima)
 
 
 def test_an_objective_that_keeps_no_sample_says_so_beside_one_that_does():
@@ -51,7 +52,8 @@ def test_figures_of_tokens_are_named_after_the_distribution_they_describe():
     record = update_metrics(UpdateMetrics(1.0, 1e-3, {"policy": kept(0.5)}), pre_train)
     assert record["pre_train/entropy"] == 0.75 and record["pre_train/mean_log_prob_gap"] == 0.5
     assert {name for name in record if name.startswith("policy/")} == {
-        "policy/loss", "policy/grad_norm", "policy/learning_rate", "policy/kept_samples", "policy/kept_tokens"
+        "policy/loss", "policy/grad_norm", "policy/learning_rate",
+        "policy/kept_samples", "policy/kept_tokens", "policy/skipped_fraction",
     }  # fmt: skip
     assert scored_spaces(pre_train) == "pre_train"
 
@@ -59,6 +61,19 @@ def test_figures_of_tokens_are_named_after_the_distribution_they_describe():
     assert record["policy/entropy"] == record["nsr_prerl/pre_train/entropy"] == 0.75
     assert "nsr_prerl/entropy" not in record and "pre_train/entropy" not in record
     assert scored_spaces(PHASE) == "post_train+pre_train"
+
+
+def test_what_was_not_computed_has_no_metrics_of_tokens():
+    nothing = ObjectiveMetrics(
+        0.0, 4, 30, skipped_samples=4, computed_tokens=0, means={"entropy": 0.0}, maxima={"max_ratio": 0.0}
+    )
+    record = update_metrics(UpdateMetrics(1.0, 1e-3, {"policy": nothing}), PHASE)
+    assert record["policy/skipped_fraction"] == 1 and record["policy/kept_tokens"] == 30
+    assert not {"policy/entropy", "mismatch/max_ratio"} & record.keys()
+
+    both = ObjectiveMetrics.merge([nothing, kept(0.5)])
+    assert both.totals() == {"loss": 0.25, "kept_samples": 7, "kept_tokens": 60, "skipped_fraction": 5 / 7}
+    assert both.means["entropy"] == 0.75, "that of the tokens that were computed"
 
 
 def test_a_large_gap_between_trainer_and_engine_warns():
