@@ -2,10 +2,11 @@
 """Log-probs and entropy over a large vocabulary: memory and time of the actor's and the naive implementation.
 
 The naive implementation applies the output layer to all tokens, takes `log_softmax` of the float32 logits, and picks
-out the values it needs. The actor applies the output layer only to tokens that predict a response token, and never
-holds more than one float32 chunk of the logits. Each implementation runs in its own process, forward and backward to
-the hidden states and the output layer's weight; the script checks that the values agree up to rounding. Peak memory
-excludes the inputs; seconds are process time on CPU and wall-clock time on a GPU.
+out the values it needs. The actor applies the output layer only to tokens that predict a response token, in blocks of
+the vocabulary, and keeps the logits for the backward pass up to a limit (`actor.kept_logits_megabytes`). Each
+implementation runs in its own process, forward and backward to the hidden states and the output layer's weight; the
+script checks that the values agree up to rounding. Peak memory excludes the inputs; seconds are process time on CPU and
+wall-clock time on a GPU.
 """
 
 import argparse
@@ -23,7 +24,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from megatron_dsrl.actor.log_probs import VocabularyShard, log_probs_and_entropy
+from megatron_dsrl.actor.log_probs import LogProbOptions, VocabularyShard, log_probs_and_entropy
+from megatron_dsrl.model.output_rows import FactoredLogits
 from megatron_dsrl.platform import current_platform
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -42,9 +44,9 @@ class Batch:
     targets: Tensor
     """[responses] int64."""
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The output layer."""
-        return (hidden * hidden.shape[1] ** -0.5) @ self.weight.T
+    def scaled(self) -> Tensor:
+        """Hidden states whose logits are of the order of 1."""
+        return self.hidden * self.hidden.shape[1] ** -0.5
 
 
 def naive(logits: Tensor, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,27 +58,27 @@ def naive(logits: Tensor, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
 
 
 def naive_on_all_tokens(batch: Batch) -> tuple[Tensor, Tensor]:
-    return naive(batch.logits(batch.hidden), batch.rows, batch.targets)
+    return naive(batch.scaled() @ batch.weight.T, batch.rows, batch.targets)
 
 
 def naive_on_responses(batch: Batch) -> tuple[Tensor, Tensor]:
     everything = torch.arange(len(batch.rows), device=batch.rows.device)
-    return naive(batch.logits(batch.hidden[batch.rows]), everything, batch.targets)
+    return naive(batch.scaled()[batch.rows] @ batch.weight.T, everything, batch.targets)
 
 
-def fused_on_responses(batch: Batch, entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:
+def in_blocks(batch: Batch, kept_bytes: int, entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:
     shard = VocabularyShard(first=0, num_valid=len(batch.weight), group=None)
-    return log_probs_and_entropy(
-        batch.logits(batch.hidden[batch.rows]), batch.targets, temperature=1.0, shard=shard,
-        entropy_gradient=entropy_gradient,
-    )  # fmt: skip
+    options = LogProbOptions(shard, entropy_gradient=entropy_gradient, kept_bytes=kept_bytes)
+    logits = FactoredLogits(batch.scaled()[batch.rows], batch.weight, fused_gradient=False)
+    return log_probs_and_entropy(logits, batch.targets, options)
 
 
 WAYS: dict[str, Callable[[Batch], tuple[Tensor, Tensor]]] = {
     "naive, all tokens": naive_on_all_tokens,
     "naive, response tokens": naive_on_responses,
-    "the actor": fused_on_responses,
-    "the actor, with the entropy's gradient": partial(fused_on_responses, entropy_gradient=True),
+    "the actor, all logits kept": partial(in_blocks, kept_bytes=2**40),
+    "the actor, none kept": partial(in_blocks, kept_bytes=0),
+    "the actor, none kept, with the entropy's gradient": partial(in_blocks, kept_bytes=0, entropy_gradient=True),
 }
 
 

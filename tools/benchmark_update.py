@@ -1,19 +1,25 @@
 #!/usr/bin/env python3
-"""What skipping the old-log-prob pass saves.
+"""What an update costs, and what it leaves out.
 
-With one optimizer step per rollout the old log-probs are the current ones: the actor takes them from the update's own
-forward pass, and a test shows that the result is the same bit for bit. This measures the pass that is left out beside
-the update, on a random Qwen3 and random samples, in one process.
+Two things are not computed. Samples of groups that are all right or all wrong have no gradient, and the update skips
+them; here it is measured beside one that computes every sample, for several shares of such groups. And with one
+optimizer step per rollout the old log-probs are the current ones, so the pass that would compute them is skipped. A
+random Qwen3 and random samples, in one process.
 """
 
 import argparse
 import json
+import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from megatron_dsrl.actor.actor import Actor
 from megatron_dsrl.actor.build import build_actor
@@ -31,6 +37,7 @@ from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from megatron_dsrl.platform import current_platform, silence_expected_warnings
 
 GRPO = PhaseConfig(name="GRPO", space=PostTrain(), advantage=GroupStandardised())
+GROUP_SIZE = 8
 
 
 def write_model(folder: Path, options: argparse.Namespace) -> None:
@@ -54,31 +61,34 @@ def write_model(folder: Path, options: argparse.Namespace) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def random_responses(options: argparse.Namespace) -> list[Response]:
-    """Groups of 8 with random rewards."""
+def random_responses(options: argparse.Namespace, uniform_share: float) -> list[Response]:
+    """Groups of 8: this share of them all wrong, the others half right."""
     generator = torch.Generator().manual_seed(0)
 
     def tokens(length: int) -> list[int]:
         return torch.randint(options.vocabulary, (length,), generator=generator).tolist()
 
-    prompts = [tokens(options.prompt_tokens) for _ in range(-(-options.samples // 8))]
-    rewards = torch.randint(2, (options.samples,), generator=generator).tolist()
-    length = options.response_tokens
+    groups, length = options.groups, options.response_tokens
+    prompts = [tokens(options.prompt_tokens) for _ in range(groups)]
+    uniform = round(uniform_share * groups)
     return [
-        Response(prompts[i // 8], tokens(length), [-5.0] * length, float(reward), i // 8)
-        for i, reward in enumerate(rewards)
+        Response(prompts[group], tokens(length), [-5.0] * length, float(group >= uniform and sample % 2), group)
+        for group in range(groups)
+        for sample in range(GROUP_SIZE)
     ]
 
 
-def fastest(work: Callable[[], object], repetitions: int) -> float:
-    """Seconds: the process's own on CPU, which others share, and of the clock on a GPU."""
+def seconds_of(works: Sequence[Callable[[], object]], repetitions: int) -> list[float]:
+    """Shortest time of each, measured in turns. The process's own seconds on CPU, which others share, and those of the
+    clock on a GPU."""
     clock = time.perf_counter if current_platform().name == "cuda" else time.process_time
-    seconds = []
+    shortest = [math.inf] * len(works)
     for _ in range(repetitions):
-        started = clock()
-        work()
-        seconds.append(clock() - started)
-    return min(seconds)
+        for i, work in enumerate(works):
+            started = clock()
+            work()
+            shortest[i] = min(shortest[i], clock() - started)
+    return shortest
 
 
 def main() -> None:
@@ -86,9 +96,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--groups", type=int, default=4, help=f"of {GROUP_SIZE} samples")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--response-tokens", type=int, default=192)
+    parser.add_argument("--uniform-shares", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1])
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--repetitions", type=int, default=3)
     options = parser.parse_args()
@@ -110,13 +121,29 @@ def main() -> None:
 
 
 def report(actor: Actor, options: argparse.Namespace) -> None:
-    experience = build_experience(random_responses(options), GRPO.space)
-    objectives = build_objectives(GRPO, [experience], max_response_tokens=options.response_tokens)
-    update = fastest(lambda: actor.update(objectives), options.repetitions)
-    skipped = fastest(lambda: actor.log_probs(experience), options.repetitions)
-    print(f"{options.samples} samples of {options.prompt_tokens} + {options.response_tokens} tokens, 1 thread(s)")
-    print(f"update                       {update:6.2f} s")
-    print(f"old-log-prob pass, skipped   {skipped:6.2f} s: {skipped / (skipped + update):.0%} of both")
+    """Measure and print the table."""
+    table = Table("uniform groups", "update, s", "of every sample, s", "ratio", "old log-probs, s", box=None)
+    for share in options.uniform_shares:
+        experience = build_experience(random_responses(options, share), GRPO.space)
+        objectives = build_objectives(GRPO, [experience], max_response_tokens=options.response_tokens)
+        every_sample = [replace(objective, needs_every_sample=True) for objective in objectives]
+        update, whole, old_log_probs = seconds_of(
+            [
+                partial(actor.update, objectives),
+                partial(actor.update, every_sample),
+                partial(actor.log_probs, experience),
+            ],
+            options.repetitions,
+        )
+        seconds = (f"{update:.2f}", f"{whole:.2f}", f"{update / whole:.2f}", f"{old_log_probs:.2f}")
+        table.add_row(f"{share:.0%}", *seconds)
+    console = Console()
+    samples = options.groups * GROUP_SIZE
+    console.print(
+        f"{samples} samples of {options.prompt_tokens} + {options.response_tokens} tokens, {options.dtype}; "
+        f"{torch.get_num_threads()} thread(s), device {current_platform().name}"
+    )
+    console.print(table)
 
 
 if __name__ == "__main__":

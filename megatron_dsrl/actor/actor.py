@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_dsrl.actor.forward_backward import MicroBatch
-from megatron_dsrl.actor.log_probs import VocabularyShard, log_probs_and_entropy
+from megatron_dsrl.actor.log_probs import LogProbOptions, VocabularyShard, log_probs_and_entropy
 from megatron_dsrl.actor.offload import ModelMemory
 from megatron_dsrl.actor.packing import PackedRow
 from megatron_dsrl.actor.statistics import ObjectiveMetrics, TokenStatistics, UpdateMetrics, share_with_all_stages
@@ -20,6 +20,7 @@ from megatron_dsrl.algorithms.mismatch import mismatch_metrics
 from megatron_dsrl.algorithms.objective import Objective
 from megatron_dsrl.checkpoint.megatron_writer import CheckpointWrite
 from megatron_dsrl.config.model import RouterConfig
+from megatron_dsrl.model.output_rows import FactoredLogits
 from megatron_dsrl.model.router import adding_router_losses
 from megatron_dsrl.weights.export import export_hf_folder
 from megatron_dsrl.weights.stream import stream_hf_weights
@@ -45,6 +46,7 @@ class Actor:
         vocab_size: int,
         temperature: float,
         router: RouterConfig,
+        kept_logits_bytes: int,
     ) -> None:
         """Use `build_actor` to create one.
 
@@ -55,6 +57,7 @@ class Actor:
             temperature: sampling temperature; logits are divided by it.
             router: router losses of a mixture of experts, added in every optimizer step. They are over all tokens, so
                 with them every sample is computed.
+            kept_logits_bytes: logits of a micro-batch that are kept for its backward pass; see `LogProbOptions`.
         """
         self._model = model
         self._table = table
@@ -62,6 +65,7 @@ class Actor:
         self._vocab_size = vocab_size
         self._temperature = temperature
         self._router = router
+        self._kept_logits_bytes = kept_logits_bytes
 
     @property
     def chunks(self) -> Sequence[torch.nn.Module]:
@@ -183,7 +187,7 @@ class Actor:
         def row_tokens(values: PerToken) -> Tensor:
             return concatenate_tokens(values, row.indices, device)
 
-        def score(logits: Tensor) -> tuple[Tensor, ScoreResult]:
+        def score(logits: FactoredLogits) -> tuple[Tensor, ScoreResult]:
             log_probs, entropy = self._log_probs_and_entropy(row, logits, objective.needs_entropy_gradient)
             old, reference = experience.old_log_probs, experience.reference_log_probs
             older = experience.from_older_weights
@@ -206,12 +210,12 @@ class Actor:
         return MicroBatch(row, score)
 
     def _log_probs_and_entropy(
-        self, row: PackedRow, logits: Tensor, entropy_gradient: bool = False
+        self, row: PackedRow, logits: FactoredLogits, entropy_gradient: bool = False
     ) -> tuple[Tensor, Tensor]:
         """[sum(num_scored)] each, for all scored tokens of a row, from this rank's logits [S, vocabulary shard]."""
-        shard = VocabularyShard.for_this_rank(logits.shape[-1], self._vocab_size)
-        values = log_probs_and_entropy(logits, row.targets, self._temperature, shard, entropy_gradient)
-        log_probs, entropy = row.assemble(torch.stack(values))
+        shard = VocabularyShard.for_this_rank(len(logits.weight), self._vocab_size)
+        options = LogProbOptions(shard, self._temperature, entropy_gradient, self._kept_logits_bytes)
+        log_probs, entropy = row.assemble(torch.stack(log_probs_and_entropy(logits, row.targets, options)))
         return log_probs, entropy if entropy_gradient else entropy.detach()
 
     def _objective_metrics(

@@ -47,6 +47,7 @@ def build_actor(config: RunConfig, folder: Path) -> Actor:
         vocab_size=architecture.vocab_size,
         temperature=config.rollout.temperature,
         router=config.model.router,
+        kept_logits_bytes=config.actor.kept_logits_megabytes * 2**20,
     )
 
 

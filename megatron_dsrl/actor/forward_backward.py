@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from megatron.core.distributed import finalize_model_grads
@@ -26,10 +26,10 @@ class MicroBatch(Generic[Result]):
     """A packed row, and the function that scores the model's output for it."""
 
     row: PackedRow
-    score: Callable[[Tensor], tuple[Tensor, Result]]
-    """Called on the last pipeline stage with the output [S, ...] at the row's predicting positions; returns the loss
-    (scalar, summed into the total) and a result to keep. Under context parallelism every rank returns the loss of the
-    whole row; see `PackedRow.assemble`."""
+    score: Callable[[Any], tuple[Tensor, Result]]
+    """Called on the last pipeline stage with the output at the row's predicting positions, `FactoredLogits` of a policy
+    and [S, 1] of a value model; returns the loss (scalar, summed into the total) and a result to keep. Under context
+    parallelism every rank returns the loss of the whole row; see `PackedRow.assemble`."""
 
 
 def run_schedule(
@@ -55,7 +55,7 @@ def run_schedule(
 
     def forward_step(
         iterator: Iterator[MicroBatch[Result]], chunk: MegatronModule
-    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Result]]]:
+    ) -> tuple[Any, Callable[[Any], tuple[Tensor, Tensor, Result]]]:
         micro_batch = next(iterator)
         row = micro_batch.row
         output = chunk(
@@ -66,16 +66,13 @@ def run_schedule(
             padding_mask=_padding_mask(row, chunk),
             output_processor=output_at_rows,
             output_processor_context=row.predicting_positions,
-            **options,
         )
         return output, partial(compute_loss, micro_batch)
 
-    def compute_loss(micro_batch: MicroBatch[Result], output: Tensor) -> tuple[Tensor, Tensor, Result]:
+    def compute_loss(micro_batch: MicroBatch[Result], output: Any) -> tuple[Tensor, Tensor, Result]:
         loss, kept = micro_batch.score(output)
         return loss, torch.zeros([], dtype=torch.int, device=loss.device), kept
 
-    # Megatron's bfloat16 wrapper would convert all logits to fp32 at once; `score` converts them chunk by chunk.
-    options = {"fp32_output": False} if chunks[0].config.bf16 else {}
     iterators = [iter(micro_batches) for _ in chunks]
     interleaved = len(chunks) > 1
     return get_forward_backward_func()(

@@ -1,14 +1,19 @@
-"""Log-probs and entropy over a vocabulary that is sharded across tensor-parallel ranks.
+"""Output layer, log-probs and entropy over a vocabulary that is sharded across tensor-parallel ranks.
 
-The logits keep their dtype and are converted to fp32 in chunks of tokens, forward and backward, so an fp32 copy of all
-logits never exists; the softmax is recomputed in the backward pass instead of being stored. Megatron pads the
-vocabulary for divisibility; padded columns are excluded. (Megatron-core's vocab-parallel cross entropy keeps an fp32
-softmax of all tokens and includes the padding.)
+With a vocabulary of 150,000 the logits of all tokens are the largest tensor of an update. Here they never exist as a
+whole: the output layer is applied to blocks of the vocabulary, whose softmax statistics are combined while the blocks
+pass (the online softmax of arXiv 1805.02867). Peak memory therefore does not depend on the number of tokens. The
+backward pass needs the logits again. Up to a limit they are kept, beyond it a block is computed a second time. A block
+of the weight's gradient is written once, so accumulating into a main gradient costs no more than without blocks.
+
+Logits keep the parameters' dtype; softmax and gradients are computed from an fp32 copy of one block at a time. Megatron
+pads the vocabulary for divisibility; padded columns are excluded.
 
 With p = softmax(z / T) and H = -sum_k p_k log p_k, the gradients with respect to the logits are
 d log p_y / d z_j = (1[j = y] - p_j) / T and d H / d z_j = -p_j (log p_j + H) / T.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +22,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-_CHUNK_BYTES = 64 * 1024 * 1024
-"""Size of one fp32 chunk of logits."""
+from megatron_dsrl.model.output_rows import FactoredLogits
+
+BLOCK_BYTES = 32 * 1024 * 1024
+"""Size of one block of logits in fp32."""
 
 
 @dataclass(frozen=True)
@@ -48,128 +55,213 @@ class VocabularyShard:
         )
 
 
-def log_probs_and_entropy(
-    logits: Tensor, targets: Tensor, temperature: float, shard: VocabularyShard, entropy_gradient: bool = False
-) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class LogProbOptions:
+    """How log-probs are computed from hidden states."""
+
+    shard: VocabularyShard
+    temperature: float = 1.0
+    """Logits are divided by it."""
+    entropy_gradient: bool = False
+    """Make the entropy differentiable. Otherwise the backward pass stores and computes nothing for it."""
+    kept_bytes: int = 0
+    """Logits that are kept for the backward pass; those beyond are computed again."""
+    block_bytes: int = BLOCK_BYTES
+    """Size of a block of logits in fp32; a block has at least one column."""
+
+
+def log_probs_and_entropy(logits: FactoredLogits, targets: Tensor, options: LogProbOptions) -> tuple[Tensor, Tensor]:
     """log_softmax(logits / temperature) at the targets, and the entropy of that distribution.
 
     Args:
-        logits: [num_tokens, columns on this rank], any float dtype, differentiable.
+        logits: [num_tokens, columns on this rank], differentiable.
         targets: [num_tokens] int64 token ids.
-        shard: the columns of the vocabulary on this rank.
-        entropy_gradient: make the entropy differentiable. Otherwise the backward pass stores and computes nothing for
-            it.
+        options: vocabulary, temperature, and what the backward pass needs.
 
     Returns:
         log-probs [num_tokens] float32, differentiable; entropy [num_tokens] float32 in nats, differentiable on request.
         Both are the same on all tensor-parallel ranks, and so must be the gradients passed back.
     """
-    return _LogProbs.apply(logits, targets, temperature, shard, entropy_gradient)
+    kept_bytes = options.kept_bytes if torch.is_grad_enabled() else 0
+    return _LogProbs.apply(logits.hidden, logits.weight, targets, options, kept_bytes, logits.fused_gradient)
 
 
 class _LogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, temperature: float, shard: VocabularyShard, entropy_gradient: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        options: LogProbOptions,
+        kept_bytes: int,
+        fused_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
-        log_probs = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
-        entropy = torch.empty_like(log_probs)
-        log_normaliser = torch.empty_like(log_probs)
-        for chunk in _chunks(*logits.shape):
-            scaled = _scaled(logits[chunk], temperature, shard)
-            maximum = _all_reduce(scaled.amax(-1) if shard.num_valid else _lowest(scaled), dist.ReduceOp.MAX, shard)
-            shifted = scaled.sub_(maximum[:, None])
-            exponentials = shifted.exp()
-            columns, is_mine = _local_columns(targets[chunk], shard)
-            sums = torch.stack(
-                [exponentials.sum(-1), exponentials.mul_(shifted).sum(-1), _pick(shifted, columns, is_mine)]
-            )
-            normaliser, weighted, at_target = _all_reduce(sums, dist.ReduceOp.SUM, shard)
-            log_normaliser[chunk] = maximum + normaliser.log()
-            log_probs[chunk] = at_target - normaliser.log()
-            entropy[chunk] = normaliser.log() - weighted / normaliser
-        ctx.save_for_backward(logits, targets, log_normaliser, entropy if entropy_gradient else None)
-        ctx.temperature, ctx.shard = temperature, shard
-        if not entropy_gradient:
+        statistics, kept = _Statistics.of_no_columns(len(hidden), hidden.device), []
+        for block in _blocks(len(hidden), options):
+            logits = hidden @ weight[block].t()
+            if (kept_bytes := kept_bytes - logits.nbytes) >= 0:
+                kept.append(logits)
+            statistics.add(_scaled(logits, options), targets - options.shard.first - block.start)
+        log_normaliser, log_probs, entropy = statistics.over_ranks(options.shard)
+        ctx.save_for_backward(
+            hidden, weight, targets, log_normaliser, entropy if options.entropy_gradient else None, *kept
+        )
+        ctx.options = options
+        # Not saved as a tensor: it is changed in place while other layers still wait for their backward passes.
+        ctx.main_grad = weight.main_grad if fused_gradient and hasattr(weight, "main_grad") else None
+        if not options.entropy_gradient:
             ctx.mark_non_differentiable(entropy)
         return log_probs, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad_log_probs: Tensor, grad_entropy: Tensor) -> tuple[Tensor, None, None, None, None]:
-        logits, targets, log_normaliser, entropy = ctx.saved_tensors
-        shard = ctx.shard
-        grad_logits = torch.empty_like(logits)
-        grad_logits[:, shard.num_valid :] = 0
-        for chunk in _chunks(*logits.shape):
-            chunk_entropy = None if entropy is None else (entropy[chunk], grad_entropy[chunk] / ctx.temperature)
-            grad_logits[chunk, : shard.num_valid] = _chunk_gradient(
-                _scaled(logits[chunk], ctx.temperature, shard).sub_(log_normaliser[chunk][:, None]),
-                targets[chunk],
-                (grad_log_probs[chunk] / ctx.temperature)[:, None],
-                chunk_entropy,
-                shard,
-            )
-        return grad_logits, None, None, None, None
+    def backward(ctx: Any, grad_log_probs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, log_normaliser, entropy, *kept = ctx.saved_tensors
+        shard, temperature = ctx.options.shard, ctx.options.temperature
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
+        weight_gradient = _WeightGradient.of(weight, ctx.main_grad) if ctx.needs_input_grad[1] else None
+        upstream = (grad_log_probs / temperature)[:, None]
+        entropy_terms = None if entropy is None else (entropy[:, None], (grad_entropy / temperature)[:, None])
+        for number, block in enumerate(_blocks(len(hidden), ctx.options)):
+            logits = kept[number] if number < len(kept) else hidden @ weight[block].t()
+            grad_logits = _block_gradient(
+                _scaled(logits, ctx.options).sub_(log_normaliser[:, None]),
+                targets - shard.first - block.start,
+                upstream,
+                entropy_terms,
+            ).to(hidden.dtype)
+            if hidden.dtype == torch.float32:
+                grad_hidden.addmm_(grad_logits, weight[block])
+            else:
+                grad_hidden += grad_logits @ weight[block]
+            if weight_gradient is not None:
+                weight_gradient.write(block, grad_logits, hidden)
+        grad_weight = None if weight_gradient is None else weight_gradient.for_autograd(shard.num_valid)
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None
 
 
-def _chunk_gradient(
-    log_softmax: Tensor,
-    targets: Tensor,
-    upstream: Tensor,
-    entropy: tuple[Tensor, Tensor] | None,
-    shard: VocabularyShard,
+@dataclass
+class _Statistics:
+    """Softmax statistics of the columns so far; [num_tokens] fp32 each."""
+
+    maximum: Tensor
+    normaliser: Tensor
+    """Sum of exp(z - maximum)."""
+    weighted: Tensor
+    """Sum of exp(z - maximum) (z - maximum)."""
+    at_target: Tensor
+    """z at the target; 0 unless a column so far is the target."""
+    has_target: Tensor
+    """[num_tokens] bool: whether one is."""
+
+    @classmethod
+    def of_no_columns(cls, num_tokens: int, device: torch.device) -> "_Statistics":
+        zeros = torch.zeros(4, num_tokens, device=device)
+        # The lowest finite number: with -inf, 0 times a difference of maxima would not be 0.
+        zeros[0] = torch.finfo(torch.float32).min
+        return cls(*zeros, has_target=torch.zeros(num_tokens, dtype=torch.bool, device=device))
+
+    def add(self, scaled: Tensor, columns: Tensor) -> None:
+        """Add a block of columns.
+
+        Args:
+            scaled: [num_tokens, columns] fp32, overwritten.
+            columns: [num_tokens] int64, column of the target in this block; outside its bounds elsewhere.
+        """
+        is_here = (columns >= 0) & (columns < scaled.shape[1])
+        at_target = scaled.gather(1, torch.where(is_here, columns, 0)[:, None])[:, 0]
+        self.at_target = torch.where(is_here, at_target, self.at_target)
+        self.has_target |= is_here
+        self._move_to(torch.maximum(self.maximum, scaled.amax(-1)))
+        shifted = scaled.sub_(self.maximum[:, None])
+        exponentials = shifted.exp()
+        self.normaliser += exponentials.sum(-1)
+        self.weighted += exponentials.mul_(shifted).sum(-1)
+
+    def over_ranks(self, shard: VocabularyShard) -> tuple[Tensor, Tensor, Tensor]:
+        """log of the sum of exp(z), log-prob of the target, and entropy. Collective over the shard's group."""
+        if shard.group is not None:
+            maximum = self.maximum.clone()
+            dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=shard.group)
+            self._move_to(maximum)
+        at_target = torch.where(self.has_target, self.at_target - self.maximum, 0.0)
+        sums = torch.stack([self.normaliser, self.weighted, at_target])
+        if shard.group is not None:
+            dist.all_reduce(sums, group=shard.group)
+        normaliser, weighted, at_target = sums
+        logarithm = normaliser.log()
+        return self.maximum + logarithm, at_target - logarithm, logarithm - weighted / normaliser
+
+    def _move_to(self, maximum: Tensor) -> None:
+        """Express the sums relative to a maximum that is at least the present one."""
+        difference = self.maximum - maximum
+        factor = difference.exp()
+        self.weighted = factor * (self.weighted + difference * self.normaliser)
+        self.normaliser, self.maximum = factor * self.normaliser, maximum
+
+
+@dataclass
+class _WeightGradient:
+    """Gradient of this rank's output layer, written block by block."""
+
+    target: Tensor
+    """[columns, hidden]: a new tensor for autograd, or Megatron's fp32 main gradient."""
+    weight: Tensor
+    is_main_gradient: bool
+
+    @classmethod
+    def of(cls, weight: Tensor, main_grad: Tensor | None) -> "_WeightGradient":
+        return cls(torch.empty_like(weight) if main_grad is None else main_grad, weight, main_grad is not None)
+
+    def write(self, block: slice, grad_logits: Tensor, hidden: Tensor) -> None:
+        """Set, or in the main gradient add, the rows of a block."""
+        if self.is_main_gradient:
+            import fused_weight_gradient_mlp_cuda  # from apex, only with gradient accumulation fusion
+
+            fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(hidden, grad_logits, self.target[block])
+        else:
+            torch.mm(grad_logits.t(), hidden, out=self.target[block])
+
+    def for_autograd(self, num_valid: int) -> Tensor:
+        """The gradient that autograd gets: zero if it is in the main gradient already (Megatron's convention)."""
+        if self.is_main_gradient:
+            self.weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]  # Megatron's mark
+            return torch.zeros_like(self.weight)
+        self.target[num_valid:] = 0
+        return self.target
+
+
+def _block_gradient(
+    log_softmax: Tensor, columns: Tensor, upstream: Tensor, entropy: tuple[Tensor, Tensor] | None
 ) -> Tensor:
-    """Gradient with respect to the logits, in the memory of `log_softmax`. A separate function, so that the temporaries
-    of a chunk are freed before the next one.
+    """Gradient with respect to a block of logits, in the memory of `log_softmax`. A separate function, so that the
+    temporaries of a block are freed before the next one.
 
     Args:
-        log_softmax: [n, num_valid] fp32.
-        targets: [n] int64.
+        log_softmax: [n, columns] fp32.
+        columns: [n] int64, column of the target in this block; outside its bounds elsewhere.
         upstream: [n, 1], the gradient with respect to the log-probs, divided by the temperature.
-        entropy: [n] each: the entropy, and the gradient with respect to it divided by the temperature; None without an
-            entropy gradient.
+        entropy: [n, 1] each: the entropy, and the gradient with respect to it divided by the temperature; None without
+            an entropy gradient.
     """
+    is_here = ((columns >= 0) & (columns < log_softmax.shape[1]))[:, None]
     if entropy is None:
         gradient = log_softmax.exp_().mul_(-upstream)
     else:
         softmax = log_softmax.exp()
-        value, entropy_upstream = (x[:, None] for x in entropy)
+        value, entropy_upstream = entropy
         # -p (upstream + entropy_upstream (log p + H))
         gradient = log_softmax.add_(value).mul_(entropy_upstream).add_(upstream).mul_(softmax.neg_())
-    columns, is_mine = _local_columns(targets, shard)
-    if shard.num_valid:
-        gradient.scatter_add_(1, columns[:, None], upstream * is_mine[:, None])
-    return gradient
+    return gradient.scatter_add_(1, torch.where(is_here, columns[:, None], 0), upstream * is_here)
 
 
-def _chunks(num_tokens: int, width: int) -> list[slice]:
-    tokens = max(1, _CHUNK_BYTES // (4 * max(1, width)))
-    return [slice(start, start + tokens) for start in range(0, num_tokens, tokens)]
+def _blocks(num_tokens: int, options: LogProbOptions) -> Iterator[slice]:
+    """The columns of this rank that are real tokens, in blocks."""
+    columns, num_valid = max(1, options.block_bytes // (4 * max(1, num_tokens))), options.shard.num_valid
+    for start in range(0, num_valid, columns):
+        yield slice(start, min(start + columns, num_valid))
 
 
-def _scaled(logits: Tensor, temperature: float, shard: VocabularyShard) -> Tensor:
-    """New fp32 tensor [len(logits), num_valid]: the logits without padding, divided by the temperature."""
-    return logits[:, : shard.num_valid].to(torch.float32, copy=True).div_(temperature)
-
-
-def _local_columns(targets: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
-    """Column of each target on this rank (0 if another rank holds it), and whether this rank holds it."""
-    columns = targets - shard.first
-    is_mine = (columns >= 0) & (columns < shard.num_valid)
-    return torch.where(is_mine, columns, 0), is_mine
-
-
-def _pick(shifted: Tensor, columns: Tensor, is_mine: Tensor) -> Tensor:
-    if shifted.shape[1] == 0:
-        return torch.zeros(shifted.shape[0], dtype=shifted.dtype, device=shifted.device)
-    return torch.where(is_mine, shifted.gather(1, columns[:, None])[:, 0], 0.0)
-
-
-def _lowest(scaled: Tensor) -> Tensor:
-    return torch.full((scaled.shape[0],), torch.finfo(torch.float32).min, device=scaled.device)
-
-
-def _all_reduce(values: Tensor, operation: dist.ReduceOp.RedOpType, shard: VocabularyShard) -> Tensor:
-    if shard.group is not None:
-        dist.all_reduce(values, op=operation, group=shard.group)
-    return values
+def _scaled(logits: Tensor, options: LogProbOptions) -> Tensor:
+    """New fp32 tensor of the same shape: logits divided by the temperature."""
+    return logits.to(torch.float32, copy=True).div_(options.temperature)

@@ -4,6 +4,7 @@ Every method is collective over the ranks.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -71,15 +72,16 @@ class ShardedModel:
     def score_tokens(
         self,
         sequences: Sequence[ScoredSequence],
-        score: Callable[[PackedRow, Tensor], Tensor],
+        score: Callable[[PackedRow, Any], Tensor],
         routed_experts: Sequence[str] | None = None,
     ) -> PerToken:
         """Compute one number per scored token with a forward pass over the whole batch.
 
         Args:
             sequences: the batch, the same on every rank.
-            score: maps a packed row and the model's output [S, ...] at its predicting positions to [sum(num_scored)]
-                float32, the same on all ranks that hold shards of that row or output (see `PackedRow.assemble`).
+            score: maps a packed row and the model's output at its predicting positions (see `MicroBatch.score`) to
+                [sum(num_scored)] float32, the same on all ranks that hold shards of that row or output (see
+                `PackedRow.assemble`).
             routed_experts: experts of each sequence; see `Experience.routed_experts`.
 
         Returns:
@@ -112,11 +114,11 @@ def _sequence_cost(config: TransformerConfig) -> SequenceCost:
 
 
 def _per_sequence(
-    row: PackedRow, score: Callable[[PackedRow, Tensor], Tensor]
-) -> Callable[[Tensor], tuple[Tensor, list[tuple[int, Tensor]]]]:
+    row: PackedRow, score: Callable[[PackedRow, Any], Tensor]
+) -> Callable[[Any], tuple[Tensor, list[tuple[int, Tensor]]]]:
     """Wrap `score` to keep a list of (index of the sequence, its scores)."""
 
-    def split(output: Tensor) -> tuple[Tensor, list[tuple[int, Tensor]]]:
+    def split(output: Any) -> tuple[Tensor, list[tuple[int, Tensor]]]:
         scores = score(row, output)
         parts = scores.cpu().split(row.num_scored)
         return scores.sum(), [(i, part.clone()) for i, part in zip(row.indices, parts)]

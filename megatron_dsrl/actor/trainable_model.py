@@ -5,6 +5,7 @@ Every method is collective over the ranks.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -63,7 +64,7 @@ class TrainableModel(ShardedModel):
     def score_tokens(
         self,
         sequences: Sequence[ScoredSequence],
-        score: Callable[[PackedRow, Tensor], Tensor],
+        score: Callable[[PackedRow, Any], Tensor],
         routed_experts: Sequence[str] | None = None,
     ) -> PerToken:
         """As `ShardedModel.score_tokens`."""

@@ -26,11 +26,12 @@ from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor, nn
 
 from megatron_dsrl.actor.forward_backward import MicroBatch
-from megatron_dsrl.actor.log_probs import VocabularyShard, log_probs_and_entropy
+from megatron_dsrl.actor.log_probs import LogProbOptions, VocabularyShard, log_probs_and_entropy
 from megatron_dsrl.actor.packing import PackedRow
 from megatron_dsrl.actor.sharded_model import ShardedModel
 from megatron_dsrl.algorithms.spaces import ScoredSequence
 from megatron_dsrl.common.collective import gather
+from megatron_dsrl.model.output_rows import FactoredLogits
 
 _PRODUCT_ELEMENTS = 2**22
 """Elements that are converted to fp64 at a time."""
@@ -115,7 +116,7 @@ class LogProbGradients:
         # Only the last pipeline stage of the replica that got the row has scores; it shares them with all ranks.
         return next(tokens for tokens in gather(tokens) if tokens is not None)
 
-    def _score(self, row: PackedRow, logits: Tensor) -> tuple[Tensor, TokenScores | None]:
+    def _score(self, row: PackedRow, logits: FactoredLogits) -> tuple[Tensor, TokenScores | None]:
         log_probs, entropy = scores_of_row(row, logits, self._vocab_size, self._temperature)
         tokens = TokenScores(log_probs.detach().cpu(), entropy.detach().cpu()) if row.indices else None
         return log_probs.sum(), tokens
@@ -135,7 +136,7 @@ class LogProbGradients:
         return inner_product, square_of_first, square_of_second
 
 
-def scores_of_row(row: PackedRow, logits: Tensor, vocab_size: int, temperature: float) -> Tensor:
+def scores_of_row(row: PackedRow, logits: FactoredLogits, vocab_size: int, temperature: float) -> Tensor:
     """Log-probs and entropy of a row's scored tokens: [2, sum(num_scored)] float32.
 
     Args:
@@ -144,8 +145,8 @@ def scores_of_row(row: PackedRow, logits: Tensor, vocab_size: int, temperature: 
         vocab_size: rows of the HF embedding.
         temperature: divisor of the logits.
     """
-    shard = VocabularyShard.for_this_rank(logits.shape[-1], vocab_size)
-    return row.assemble(torch.stack(log_probs_and_entropy(logits, row.targets, temperature, shard)))
+    options = LogProbOptions(VocabularyShard.for_this_rank(len(logits.weight), vocab_size), temperature)
+    return row.assemble(torch.stack(log_probs_and_entropy(logits, row.targets, options)))
 
 
 def _is_dense(parameter: nn.Parameter) -> bool:

@@ -38,6 +38,11 @@ class ActorConfig(Section):
     max_tokens_per_micro_batch: int = Field(default=16384, ge=1)
     """Token budget of one packed micro-batch on one model replica. A longer sequence gets a micro-batch of its own."""
 
+    kept_logits_megabytes: int = Field(default=1024, ge=0)
+    """Logits of a micro-batch that each process of the last pipeline stage keeps from the forward to the backward pass,
+    at most. The backward pass computes the others a second time, which makes their share of the output layer about a
+    third slower. Results do not change."""
+
     mini_batches_per_rollout: int = Field(default=1, ge=1)
     """Number of parts a rollout batch is split into, with one optimizer step each."""
 

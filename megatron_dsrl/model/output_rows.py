@@ -1,10 +1,10 @@
-"""Apply the output layer to selected rows only.
+"""The output layer at selected rows only.
 
-Only positions that predict a scored token need logits, not prompts and padding. With a vocabulary of 150,000 the logits
-are the largest tensor of a step, so rows are selected before computing them. Pass the function to Megatron's GPTModel
-as `output_processor`.
+Only positions that predict a scored token need an output, not prompts and padding, so their rows are selected first.
+Pass `output_at_rows` to Megatron's GPTModel as `output_processor`.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,9 +13,21 @@ from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
-from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class FactoredLogits:
+    """Logits of n tokens, hidden @ weight^T, which are too large to exist as a whole; see `actor/log_probs.py`."""
+
+    hidden: Tensor
+    """[n, hidden size], the same on all tensor-parallel ranks. The gradient passed back is that of this rank's columns;
+    it is summed over the ranks here."""
+    weight: Tensor
+    """[columns of this rank, hidden size]."""
+    fused_gradient: bool
+    """Whether the gradient of the weight goes into its main gradient (Megatron's `gradient_accumulation_fusion`)."""
 
 
 def output_at_rows(
@@ -26,7 +38,7 @@ def output_at_rows(
     context: Tensor,
     config: TransformerConfig,
     **_: Any,
-) -> Tensor:
+) -> FactoredLogits | Tensor:
     """Outputs of the output layer at the selected rows.
 
     Args:
@@ -37,7 +49,7 @@ def output_at_rows(
         context: [n] int64, the selected rows out of t.
 
     Returns:
-        [n, output size of this rank].
+        The factors of the logits of a vocabulary-parallel layer; [n, output size] of another one.
     """
     is_split = isinstance(output_layer, ColumnParallelLinear)
     hidden = hidden_states.squeeze(1)
@@ -50,13 +62,6 @@ def output_at_rows(
         hidden = copy_to_tensor_model_parallel_region(hidden) if is_split else hidden
     if not is_split:
         return output_layer(hidden)[0]
-    # As ColumnParallelLinear, without gathering the sequence.
-    return linear_with_grad_accumulation_and_async_allreduce(
-        input=hidden,
-        weight=output_layer.weight if output_weight is None else output_weight,
-        bias=None,
-        # apex's kernel is not made for a matrix product over zero rows.
-        gradient_accumulation_fusion=config.gradient_accumulation_fusion and len(hidden) > 0,
-        allreduce_dgrad=False,
-        sequence_parallel=False,
-    )
+    weight = output_layer.weight if output_weight is None else output_weight
+    # apex's kernel is not made for a matrix product over zero rows.
+    return FactoredLogits(hidden, weight, config.gradient_accumulation_fusion and len(hidden) > 0)

@@ -18,8 +18,8 @@ from megatron_dsrl.planning.parameters import (
     parameters_of_stage,
 )
 
-LOSS_CHUNK_BYTES = 64 * 2**20
-"""Size of an fp32 chunk of logits; there are two at a time (actor/log_probs.py)."""
+LOGITS_BLOCK_BYTES = 32 * 2**20
+"""Size of an fp32 block of logits; there are two at a time (actor/log_probs.py)."""
 GRADIENT_BYTES = 4
 """Gradients accumulate in fp32, regardless of the parameters' dtype."""
 
@@ -36,8 +36,8 @@ class TrainerMemory:
     recomputed: int
     """Activations that one layer recomputes in its backward pass, with `model.recompute`."""
     logits: int
-    """Logits of one micro-batch and their gradient, or the critic's value head, plus the norm before them; last stage
-    only."""
+    """Kept logits of a micro-batch and the blocks in work, or the critic's value head, plus the norm before them; last
+    stage only."""
 
     @property
     def passing(self) -> int:
@@ -246,7 +246,9 @@ def _final_norm(config: RunConfig, architecture: Architecture) -> int:
 
 def _logits(config: RunConfig, architecture: Architecture) -> int:
     """Memory of the logits if all tokens of the row are scored."""
-    tensor, tokens = config.parallel.tensor_parallel_size, largest_row(config)
+    tensor, tokens, element = config.parallel.tensor_parallel_size, largest_row(config), element_bytes(config)
     width = architecture.padded_vocab_size(tensor) // tensor
-    chunks = 2 * min(LOSS_CHUNK_BYTES, 4 * tokens * width)
-    return 2 * tokens * width * element_bytes(config) + chunks + _final_norm(config, architecture)
+    whole, block = tokens * width, tokens * min(width, max(1, LOGITS_BLOCK_BYTES // (4 * tokens)))
+    kept = min(whole, config.actor.kept_logits_megabytes * 2**20 // (element * block) * block)
+    computed_again = block if kept < whole else 0
+    return element * (kept + computed_again) + 2 * 4 * block + _final_norm(config, architecture)

@@ -81,17 +81,18 @@ class Case:
     reverse_samples: bool = False
     dtype: str = "float32"
     layer_spec: str = "auto"
+    kept_logits_megabytes: int = 0
     given_experts: bool = False
     """Routing replay in the post-train space."""
 
 
 ONE_PROCESS = {
-    "1 process": Case(max_tokens=10_000),
+    "1 process": Case(max_tokens=10_000, kept_logits_megabytes=1024),
     "1 process, a sequence per micro-batch": Case(max_tokens=1),
     "1 process, samples reversed": Case(reverse_samples=True),
     "1 process, selective recomputation": Case(recompute="selective"),
     "1 process, full recomputation": Case(recompute="full"),
-    "MoE: 1 process": Case("MoE", max_tokens=10_000),
+    "MoE: 1 process": Case("MoE", max_tokens=10_000, kept_logits_megabytes=1024),
     "MoE: 1 process, full recomputation": Case("MoE", recompute="full"),
     "MoE, routing replay: 1 process": Case("MoE", max_tokens=10_000, given_experts=True),
 }
@@ -230,7 +231,10 @@ def objectives(case: Case, actor: Actor) -> Iterator[tuple[list[Objective], int]
 
 def configuration(case: Case, folder: Path) -> RunConfig:
     parallel = ParallelConfig(collective_timeout_seconds=60, **case.parallel)
-    config = run_config(folder / case.model, parallel, ActorConfig(max_tokens_per_micro_batch=case.max_tokens))
+    actor = ActorConfig(
+        max_tokens_per_micro_batch=case.max_tokens, kept_logits_megabytes=case.kept_logits_megabytes
+    )
+    config = run_config(folder / case.model, parallel, actor)
     changes = {"recompute": case.recompute, "dtype": case.dtype, "layer_spec": case.layer_spec}
     model = config.model.model_copy(update=changes)
     return config.model_copy(update={"model": model, "optimizer": OPTIMIZER})

@@ -1,102 +1,165 @@
-"""Vocab-parallel log-probs and entropy against torch's log_softmax in float64, values and gradients of both."""
+"""Log-probs and entropy in blocks of the vocabulary against torch's log_softmax of all logits in float64: values, and
+the gradients of hidden states and output layer."""
+
+import sys
+from dataclasses import replace
+from itertools import accumulate
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_dsrl.actor import log_probs as module
-from megatron_dsrl.actor.log_probs import VocabularyShard, log_probs_and_entropy
+from megatron_dsrl.actor.log_probs import LogProbOptions, VocabularyShard, log_probs_and_entropy
 from megatron_dsrl.config.model import ParallelConfig
+from megatron_dsrl.model.output_rows import FactoredLogits
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from tests.support.distributed import run_distributed
 
-TOKENS, VOCAB, PADDED = 37, 50, 56
-WHOLE = VocabularyShard(first=0, num_valid=VOCAB, group=None)
+TOKENS, HIDDEN, VOCAB, PADDED = 37, 24, 50, 56
+WHOLE = LogProbOptions(VocabularyShard(first=0, num_valid=VOCAB, group=None), temperature=0.7, entropy_gradient=True)
+TEN_COLUMNS = 4 * TOKENS * 10
+"""Block size; the last block is smaller."""
 
 
-def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Logits [tokens, padded vocabulary], targets, and the gradients that come back for log-probs and entropy."""
+def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states, weight of the padded output layer, targets, and the gradients [2, tokens] that come back for
+    log-probs and entropy."""
     generator = torch.Generator().manual_seed(0)
-    logits = 5 * torch.randn(TOKENS, PADDED, generator=generator)
+    hidden = torch.randn(TOKENS, HIDDEN, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(PADDED, HIDDEN, generator=generator).to(dtype).requires_grad_()
     targets = torch.randint(VOCAB, (TOKENS,), generator=generator)
-    return logits, targets, *torch.randn(2, TOKENS, generator=generator)
+    return hidden, weight, targets, torch.randn(2, TOKENS, generator=generator)
 
 
-def naive(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    distribution = torch.log_softmax(logits[:, :VOCAB].double() / temperature, dim=-1)
-    entropy = -(distribution.exp() * distribution).sum(-1)
-    return distribution.gather(1, targets[:, None])[:, 0], entropy
+def in_blocks(options: LogProbOptions, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Log-probs, entropy, and the gradients of hidden states and weight."""
+    hidden, weight, targets, upstream = inputs(dtype)
+    values = log_probs_and_entropy(FactoredLogits(hidden, weight, fused_gradient=False), targets, options)
+    assert values[1].requires_grad == options.entropy_gradient
+    total = sum((x * g).sum() for x, g in zip(values, upstream) if x.requires_grad)
+    return [*(x.detach() for x in values), *torch.autograd.grad(total, [hidden, weight])]
 
 
-def expected(temperature: float, entropy_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs, entropy, and the gradient by the logits."""
-    logits, targets, of_log_probs, of_entropy = inputs()
-    logits.requires_grad_()
-    log_probs, entropy = naive(logits, targets, temperature)
-    total = (log_probs * of_log_probs).sum() + (entropy * of_entropy).sum() * entropy_gradient
-    return log_probs.detach(), entropy.detach(), torch.autograd.grad(total, logits)[0]
+def naive(options: LogProbOptions, vocab: int = VOCAB) -> list[Tensor]:
+    """The same from all logits, in float64."""
+    hidden, weight, targets, upstream = inputs()
+    logits = hidden.double() @ weight[:vocab].double().t()
+    targets = targets.clamp(max=vocab - 1)
+    distribution = torch.log_softmax(logits / options.temperature, dim=-1)
+    values = [distribution.gather(1, targets[:, None])[:, 0], -(distribution.exp() * distribution).sum(-1)]
+    total = (values[0] * upstream[0]).sum() + (values[1] * upstream[1]).sum() * options.entropy_gradient
+    return [*(x.detach() for x in values), *torch.autograd.grad(total, [hidden, weight])]
+
+
+def assert_close(actual: list[Any], expected: list[Tensor]) -> None:
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(torch.as_tensor(ours).double(), theirs.double(), rtol=1e-6, atol=5e-6)
 
 
 @pytest.mark.parametrize("entropy_gradient", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("chunk_bytes", [1, 4 * PADDED * 10, 1 << 20])
-def test_values_and_gradient_equal_the_naive_computation(monkeypatch, temperature, chunk_bytes, entropy_gradient):
-    monkeypatch.setattr(module, "_CHUNK_BYTES", chunk_bytes)
-    logits, targets, of_log_probs, of_entropy = inputs()
-    logits.requires_grad_()
-    log_probs, entropy = log_probs_and_entropy(logits, targets, temperature, WHOLE, entropy_gradient)
-    assert entropy.requires_grad == entropy_gradient
-    total = (log_probs * of_log_probs).sum() + ((entropy * of_entropy).sum() if entropy_gradient else 0)
-    (gradient,) = torch.autograd.grad(total, logits)
-
-    values = (log_probs, entropy, gradient)
-    for ours, theirs in zip(values, expected(temperature, entropy_gradient)):
-        torch.testing.assert_close(ours.double(), theirs.double(), rtol=0, atol=5e-6)
-    assert gradient[:, VOCAB:].abs().max() == 0, "padded columns must not be trained"
+@pytest.mark.parametrize("block_bytes", [1, TEN_COLUMNS, 1 << 20], ids=["columns", "blocks", "one block"])
+def test_values_and_gradients_equal_the_naive_computation(block_bytes, temperature, entropy_gradient):
+    options = replace(WHOLE, temperature=temperature, entropy_gradient=entropy_gradient, block_bytes=block_bytes)
+    result = in_blocks(options)
+    assert_close(result, naive(options))
+    assert result[-1][VOCAB:].abs().max() == 0, "padded columns must not be trained"
 
 
-def half_a_vocabulary(temperature: float) -> list[list]:
-    """This rank's log-probs, entropy and gradient, with the gradients of both."""
+@pytest.mark.parametrize("kept_bytes", [TEN_COLUMNS, 10 * TEN_COLUMNS], ids=["one block", "all"])
+def test_keeping_logits_changes_nothing(kept_bytes):
+    """Bit for bit: a block is computed again as it was."""
+    options = replace(WHOLE, block_bytes=TEN_COLUMNS)
+    for again, kept in zip(in_blocks(options), in_blocks(replace(options, kept_bytes=kept_bytes))):
+        assert torch.equal(again, kept)
+
+
+def test_blocks_lose_no_precision_in_bfloat16():
+    """Gradients are summed over blocks in float32: no further from exact ones than with all logits at once."""
+    in_one, in_several = (in_blocks(replace(WHOLE, block_bytes=size), torch.bfloat16) for size in (2**20, TEN_COLUMNS))
+    for blocks, at_once, exact in zip(in_several, in_one, naive(WHOLE)):
+        assert (blocks.double() - exact).norm() < 1.2 * (at_once.double() - exact).norm() + 1e-6
+
+
+def half_a_vocabulary(vocab: int) -> list[list]:
+    """This rank's log-probs, entropy, and gradients of hidden states and of its half of the output layer."""
     parallel = ParallelConfig(tensor_parallel_size=2, collective_timeout_seconds=60)
     with parallel_layout(parallel, seed=1):
-        from megatron.core import parallel_state
-
-        width, rank = PADDED // 2, parallel_state.get_tensor_model_parallel_rank()
-        group = parallel_state.get_tensor_model_parallel_group()
-        shard = VocabularyShard(width * rank, min(VOCAB - width * rank, width), group)
-        logits, targets, of_log_probs, of_entropy = inputs()
-        mine = logits[:, shard.first : shard.first + width].clone().requires_grad_()
-        log_probs, entropy = log_probs_and_entropy(mine, targets, temperature, shard, entropy_gradient=True)
-        ((log_probs * of_log_probs).sum() + (entropy * of_entropy).sum()).backward()
-        result = [log_probs.tolist(), entropy.tolist(), mine.grad.tolist()]
+        width = PADDED // 2
+        shard = VocabularyShard.for_this_rank(width, vocab)
+        options = replace(WHOLE, shard=shard, block_bytes=TEN_COLUMNS)
+        hidden, weight, targets, upstream = inputs()
+        mine = weight[shard.first : shard.first + width].detach().requires_grad_()
+        logits = FactoredLogits(hidden, mine, fused_gradient=False)
+        values = log_probs_and_entropy(logits, targets.clamp(max=vocab - 1), options)
+        (torch.stack(values) * upstream).sum().backward()
+        result = [x.tolist() for x in (*values, hidden.grad, mine.grad)]
     destroy_parallel()
     return result
 
 
-def test_two_halves_of_the_vocabulary_are_the_whole():
-    """The second half holds the padding."""
-    log_probs, entropy, gradient = expected(0.7, entropy_gradient=True)
-    ranks = run_distributed(half_a_vocabulary, 2, 0.7)
-    for rank in ranks:
-        torch.testing.assert_close(torch.tensor(rank[0]).double(), log_probs, rtol=0, atol=5e-6)
-        torch.testing.assert_close(torch.tensor(rank[1]).double(), entropy, rtol=0, atol=5e-6)
-    halves = torch.cat([torch.tensor(rank[2]) for rank in ranks], 1)
-    torch.testing.assert_close(halves, gradient, rtol=0, atol=5e-6)
+@pytest.mark.parametrize("vocab", [VOCAB, 20], ids=["padding in the second half", "a half of nothing but padding"])
+def test_two_halves_of_the_vocabulary_are_the_whole(vocab):
+    expected = naive(WHOLE, vocab)
+    first, second = run_distributed(half_a_vocabulary, 2, vocab)
+    hidden = torch.tensor(first[2]) + torch.tensor(second[2])  # as the output layer's all-reduce does
+    for log_probs, entropy, _, _ in (first, second):
+        assert_close([log_probs, entropy, hidden, first[3] + second[3]], expected)
+
+
+def peak_bytes(num_tokens: int, kept_bytes: int) -> int:
+    """Peak of what is allocated forward and backward, above the inputs."""
+    hidden, weight = torch.randn(num_tokens, 4, requires_grad=True), torch.randn(8192, 4, requires_grad=True)
+    targets, shard = torch.zeros(num_tokens, dtype=torch.int64), VocabularyShard(0, 8192, None)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        options = LogProbOptions(shard, kept_bytes=kept_bytes, block_bytes=2**20)
+        log_probs, _ = log_probs_and_entropy(FactoredLogits(hidden, weight, False), targets, options)
+        log_probs.sum().backward()
+    changes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(changes))
+
+
+def test_memory_does_not_grow_with_the_logits():
+    """256 tokens have 8 MB of logits, 2,048 have 64 MB."""
+    few, many = peak_bytes(256, kept_bytes=0), peak_bytes(2048, kept_bytes=0)
+    assert many < 1.3 * few < 6 * 2**20
+    kept = 16 * 2**20
+    assert kept < peak_bytes(2048, kept) < kept + 1.1 * many
+
+
+def test_with_gradient_accumulation_fusion_the_weights_gradient_is_added_to_the_main_gradient(monkeypatch):
+    """Apex's kernel, which needs CUDA, is replaced by what it computes."""
+
+    def accumulate_gradient(hidden: Tensor, grad_logits: Tensor, main_grad: Tensor) -> None:
+        main_grad += grad_logits.t() @ hidden
+
+    kernels = SimpleNamespace(wgrad_gemm_accum_fp32=accumulate_gradient)
+    monkeypatch.setitem(sys.modules, "fused_weight_gradient_mlp_cuda", kernels)
+    options = replace(WHOLE, block_bytes=TEN_COLUMNS)
+    hidden, weight, targets, upstream = inputs()
+    weight.main_grad, weight.grad_added_to_main_grad = torch.ones(PADDED, HIDDEN), False
+    values = log_probs_and_entropy(FactoredLogits(hidden, weight, fused_gradient=True), targets, options)
+    (torch.stack(values) * upstream).sum().backward()
+    assert_close([*(x.detach() for x in values), hidden.grad, weight.main_grad - 1], naive(options))
+    assert weight.grad_added_to_main_grad and weight.grad.abs().max() == 0, "or it would be added twice"
 
 
 def test_nothing_of_the_entropy_is_kept_unless_its_gradient_is_asked_for():
-    logits, targets, _, _ = inputs()
-    logits.requires_grad_()
     kept = []
     for entropy_gradient in (False, True):
-        log_probs, _ = log_probs_and_entropy(logits, targets, 1.0, WHOLE, entropy_gradient)
+        hidden, weight, targets, _ = inputs()
+        options = replace(WHOLE, entropy_gradient=entropy_gradient)
+        log_probs, _ = log_probs_and_entropy(FactoredLogits(hidden, weight, False), targets, options)
         kept.append([x.shape for x in log_probs.grad_fn.saved_tensors if x is not None])
     assert kept[1] == [*kept[0], torch.Size([TOKENS])]
 
 
-def test_no_tokens_give_no_values():
-    logits = torch.zeros(0, PADDED, requires_grad=True)
-    log_probs, entropy = log_probs_and_entropy(logits, torch.zeros(0, dtype=torch.int64), 1.0, WHOLE)
+def test_no_tokens_give_no_values_and_a_gradient_of_zero():
+    hidden, weight, targets, _ = inputs()
+    none = FactoredLogits(hidden[:0], weight, fused_gradient=False)
+    log_probs, entropy = log_probs_and_entropy(none, targets[:0], replace(WHOLE, kept_bytes=1))
     assert log_probs.shape == entropy.shape == (0,)
-    log_probs.sum().backward()
-    assert logits.grad.shape == (0, PADDED)
+    (log_probs.sum() + entropy.sum()).backward()
+    assert weight.grad.abs().max() == 0 and hidden.grad.abs().max() == 0

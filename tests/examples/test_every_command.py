@@ -68,7 +68,7 @@ SHORTER = {
     r"benchmark_recording": "--prompts 4 --tokens 128",
     r"benchmark_weight_sync": "--megabytes 10 --rounds 1",
     r"benchmark_log_probs": "--tokens 64 --vocabulary 1024",
-    r"benchmark_on_policy": "--samples 4 --repetitions 1",
+    r"benchmark_update": "--groups 2 --uniform-shares 0.5 --repetitions 1",
     r"benchmark_controller": "--samples 16 --tokens 128 --repetitions 1",
     r"gpu_record": "--size tiny",
     r"tensorboard": "--inspect",
