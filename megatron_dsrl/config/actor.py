@@ -43,6 +43,11 @@ class ActorConfig(Section):
     at most. The backward pass computes the others a second time, which makes their share of the output layer about a
     third slower. Results do not change."""
 
+    cpu_threads: int | None = Field(default=None, ge=1)
+    """Threads of the trainer on a CPU, of each rank. null: the rank's cores, but only one for every 0.3 million
+    parameters of the model, and no more than OMP_NUM_THREADS. Results are repeatable with the same number of
+    threads."""
+
     mini_batches_per_rollout: int = Field(default=1, ge=1)
     """Number of parts a rollout batch is split into, with one optimizer step each."""
 

@@ -54,7 +54,8 @@ class ModelConfig(Section):
     """Ignore the folder's weights and start from random ones (normal, the folder's `initializer_range`)."""
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Parameter and activation dtype. Gradients are always reduced, and master weights kept, in fp32."""
+    """Parameter and activation dtype of trainer and engine. Gradients are always reduced, and master weights kept, in
+    fp32. On a CPU, bfloat16 pays off for larger models if the CPU has instructions for it; `dsrl doctor` says so."""
 
     layer_spec: Literal["auto", "local", "transformer_engine"] = "auto"
     """Megatron layer implementation. `auto`: Transformer Engine if it is installed, CUDA is available and `dtype` is

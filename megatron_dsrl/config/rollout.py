@@ -142,6 +142,10 @@ class EngineConfig(Section):
     tensor_parallel_size: int = Field(default=1, ge=1)
     """Neighbouring ranks that share one SGLang server."""
 
+    cpu_threads: int | None = Field(default=None, ge=1)
+    """Threads of each of the engine's processes on a CPU, which sleep while the trainer works. null: the rank's cores,
+    but only one for every 20 million parameters of the model, and no more than OMP_NUM_THREADS."""
+
     port: int | None = Field(default=None, ge=1024, le=65535)
     """Port of the first server (the others count up from it); null picks free ports."""
 

@@ -23,6 +23,7 @@ from packaging.utils import canonicalize_name
 from rich.console import Console
 from rich.table import Table
 
+from megatron_dsrl.common.cpu_threads import has_bfloat16
 from megatron_dsrl.doctor.device import driver_version, examine_cuda_compiler, examine_device
 from megatron_dsrl.doctor.kernels import Finding, examine_kernels, installed_version
 from megatron_dsrl.doctor.system import (
@@ -190,7 +191,8 @@ def _devices(torch_cuda: str | None) -> Iterator[Finding]:
 
 def _processor() -> Finding:
     usable, total = len(os.sched_getaffinity(0)), os.cpu_count()
-    return Finding("CPU cores", "ok", f"{usable} usable of {total}")
+    bfloat16 = "with" if has_bfloat16() else "without"
+    return Finding("CPU cores", "ok", f"{usable} usable of {total}, {bfloat16} bfloat16 instructions")
 
 
 def _memory() -> Finding:

@@ -53,16 +53,20 @@ def engine_server_arguments(config: EngineConfig, deterministic: bool) -> Server
     return _cpu_server_arguments(config) | ({"disable_radix_cache": True} if deterministic else {})
 
 
-def engine_environment(tensor_parallel_size: int) -> dict[str, str]:
-    """Environment variables of the server process, in addition to those it inherits."""
+def engine_environment(tensor_parallel_size: int, cpu_threads: int = 1) -> dict[str, str]:
+    """Environment variables of the server process, in addition to those it inherits.
+
+    Args:
+        tensor_parallel_size: processes that compute.
+        cpu_threads: threads of each of them on a CPU; see `common/cpu_threads.py`.
+    """
     inherited_filters = [os.environ["PYTHONWARNINGS"]] if os.environ.get("PYTHONWARNINGS") else []
     warning_filters = {"PYTHONWARNINGS": ",".join([*inherited_filters, *map("ignore:{}".format, EXPECTED_WARNINGS)])}
     if torch.cuda.is_available():
         return warning_filters
     environment = warning_filters | {
         "SGLANG_USE_CPU_ENGINE": "1",
-        # Operations are tiny: more threads than free cores make decoding several times slower.
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": str(cpu_threads),
         "TORCH_COMPILE_DISABLE": "1",  # compiling does not pay off for small models
         # SGLang imports its own 250 models first, unless it finds the model in such a package.
         EXTERNAL_MODELS: os.environ.get(EXTERNAL_MODELS, "megatron_dsrl.platform.engine_models"),

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from types import FrameType
 
+from megatron_dsrl.common.cpu_threads import usable_cores
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.held_port import HeldPort
 from megatron_dsrl.common.process import LAUNCHER_VARIABLE
@@ -57,7 +58,8 @@ def launch(command: Sequence[str], count: int) -> int:
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port.number),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),  # as under torchrun
+        # torchrun would set 1.
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, usable_cores() // count))),
         LAUNCHER_VARIABLE: str(os.getpid()),
     }
     ranks: list[subprocess.Popen[bytes]] = []

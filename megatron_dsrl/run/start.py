@@ -34,6 +34,7 @@ from megatron_dsrl.run.folder import prepare_run_folder
 from megatron_dsrl.run.inputs import RunInputs
 from megatron_dsrl.run.models import RunModels, build_models
 from megatron_dsrl.run.preemption import StopSignal
+from megatron_dsrl.run.threads import use_cpu_threads
 
 ROLLOUT_FOLDER = "rollout"
 """Folder in checkpoints for what the rollout side carries over to the next step."""
@@ -93,6 +94,8 @@ def start_run(
     with timeline.span("start_engines"), awaiting_engines(config, inputs.run_folder):
         rollout.wait_until_ready()
     rollout.release_memory()
+    for line in use_cpu_threads(config, inputs.model_folder):
+        announce(console, line)
     with timeline.span("build_models"), waiting("building the model"):
         models = build_models(config, inputs.model_folder)
     computed_by = ", ".join(f"{part} {name}" for part, name in models.actor.implementations.items())

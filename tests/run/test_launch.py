@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_dsrl.common.cpu_threads import usable_cores
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.run import launch as launching
 from megatron_dsrl.run.launch import launch, others_started
@@ -33,7 +34,9 @@ while True:
 """
 
 
-def test_ranks_meet_and_get_their_places(tmp_path):
+def test_ranks_meet_and_get_their_places(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    threads = max(1, usable_cores() // 2)
     program = """
 import os, pathlib, sys
 import torch, torch.distributed as dist
@@ -44,7 +47,7 @@ line = f"{total.item()} {os.environ['LOCAL_RANK']} {os.environ['LOCAL_WORLD_SIZE
 pathlib.Path(sys.argv[1], os.environ["RANK"]).write_text(line)
 """
     assert launch([sys.executable, "-c", program, str(tmp_path)], 2) == 0
-    assert [(tmp_path / rank).read_text() for rank in "01"] == ["3 0 2 1", "3 1 2 1"]
+    assert [(tmp_path / rank).read_text() for rank in "01"] == [f"3 0 2 {threads}", f"3 1 2 {threads}"]
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,12 @@ from typing import Any
 import torch.distributed
 
 from megatron_dsrl.common.collective import gather, rank, world_size
+from megatron_dsrl.common.cpu_threads import cpu_threads
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.layout import engine_problems, refuse
+from megatron_dsrl.model.architecture import read_architecture
+from megatron_dsrl.model.source import resolve_model_folder
+from megatron_dsrl.planning.parameters import parameters_of_model
 from megatron_dsrl.platform.engine import (
     LOOPBACK,
     ServerArguments,
@@ -73,7 +77,7 @@ class EngineGroup:
             groups = [new_gloo_group(range(first, first + size), timeout) for first in range(0, self._world, size)]
             self._group = groups[engine]
         self._check = WeightCheck(config, self._group)
-        host, environment = self._host(), engine_environment(size)
+        host, environment = self._host(), engine_environment(size, engine_threads(config))
         if host == LOOPBACK:
             environment.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK_INTERFACE)
         key = draw_key()  # collective, so before anything that only one rank may refuse
@@ -263,6 +267,12 @@ def server_arguments(config: RolloutSettings, engine: int) -> ServerArguments:
     if config.engine.max_total_tokens is not None:
         arguments["max_total_tokens"] = config.engine.max_total_tokens
     return arguments | config.engine.extra_arguments
+
+
+def engine_threads(config: RolloutSettings) -> int:
+    """Threads of each of an engine's processes on a CPU."""
+    parameters = parameters_of_model(read_architecture(resolve_model_folder(config.model.path)))
+    return cpu_threads(parameters, engine=config.engine.cpu_threads).engine
 
 
 def initial_weight_version(config: RolloutSettings) -> int:
