@@ -18,7 +18,7 @@ bash tools/setup_cpu.sh
 export PATH="${DSRL_VENV:-$root/.venv}/bin:$PATH"
 # The CPU environment lacks SGLang's kernels for GPUs.
 export CUDA_VISIBLE_DEVICES=''
-# One thread each: trainer and engine share the cores, and more threads slow SGLang's decoding several times.
+# One thread, so that the figures of the tutorial can be repeated: the number of threads changes rounding.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 echo "== base model"
