@@ -35,7 +35,7 @@ QWEN3 = {
     "rope_theta": 1000000,
 }
 MODELS = {
-    "Qwen/Qwen3-4B": QWEN3 | {"hidden_size": 2560, "intermediate_size": 9728},
+    "Qwen/Qwen3-4B": QWEN3 | {"hidden_size": 2560, "intermediate_size": 9728, "tie_word_embeddings": True},
     "Qwen/Qwen3-8B": QWEN3 | {"hidden_size": 4096, "intermediate_size": 12288},
     "Qwen/Qwen3-30B-A3B": QWEN3
     | {
