@@ -248,8 +248,8 @@ def test_skipping_the_old_log_probs_of_an_on_policy_step_changes_nothing(model, 
         with one_process(model[0]) as actor:
             objective = objective_of(phase)
             if with_pass:
-                old = actor.log_probs(objective.experience)
-                objective = replace(objective, experience=replace(objective.experience, old_log_probs=old))
+                objective = actor.with_old_log_probs(objective)
+                assert objective.experience.old_log_probs is not None
             results.append((actor.update([objective]).flat(), weights_of(actor)))
     (skipped, weights), (computed, same_weights) = results
     assert skipped == computed
