@@ -318,8 +318,8 @@ def errors_of(result: dict, one: dict) -> Errors:
         assert numbers.keys() == expected.keys()
         for name, value in expected.items():
             kind = name if name in ("loss", "grad_norm") else "metrics"
-            # A loss near zero is a difference of large terms, whose rounding is theirs.
-            scale = max(abs(value), 1e-2 if "loss" in name else 1e-6)
+            # A loss near zero is a difference of terms of about 1, whose rounding is theirs.
+            scale = max(abs(value), 0.1 if "loss" in name else 1e-6)
             relative[kind] = max(relative.get(kind, 0.0), abs(numbers[name] - value) / scale)
     parameters = 0.0
     for before, expected, actual in zip(one["weights"], one["weights"][1:], result["weights"][1:]):

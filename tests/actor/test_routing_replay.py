@@ -65,7 +65,7 @@ def reference_log_probs(model: Qwen3MoeForCausalLM, experience: Experience, expe
 
 def test_log_probs_loss_and_gradient_are_those_of_the_given_experts(model):
     folder, transformers_model = model
-    objective = replace(objective_of(GRPO), loss=supervised_loss, needs_entropy_gradient=False)
+    objective = replace(objective_of(GRPO), loss=supervised_loss, needs_every_sample=True)
     experts = random_experts(objective.experience.sequences, LAYERS, EXPERTS, EXPERTS_PER_TOKEN)
     experience = replace(objective.experience, routed_experts=experts)
     with one_process(folder) as actor:
