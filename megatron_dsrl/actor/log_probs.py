@@ -103,6 +103,7 @@ class _LogProbs(torch.autograd.Function):
             if (kept_bytes := kept_bytes - logits.nbytes) >= 0:
                 kept.append(logits)
             statistics.add(_scaled(logits, options), targets - options.shard.first - block.start)
+            del logits  # before the next block takes memory
         log_normaliser, log_probs, entropy = statistics.over_ranks(options.shard)
         ctx.save_for_backward(
             hidden, weight, targets, log_normaliser, entropy if options.entropy_gradient else None, *kept
@@ -136,6 +137,7 @@ class _LogProbs(torch.autograd.Function):
                 grad_hidden += grad_logits @ weight[block]
             if weight_gradient is not None:
                 weight_gradient.write(block, grad_logits, hidden)
+            del logits, grad_logits
         grad_weight = None if weight_gradient is None else weight_gradient.for_autograd(shard.num_valid)
         return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None
 

@@ -119,6 +119,10 @@ def build_case(folder: Path, case: Case) -> tuple[list[torch.nn.Module], PackedR
     return chunks, pack([ScoredSequence(tokens, 1)] * 2, [0, 1], split, torch.device("cpu"))
 
 
+def sum_of_logits(logits: FactoredLogits) -> tuple[torch.Tensor, None]:
+    return (logits.hidden @ logits.weight.t()).sum(), None
+
+
 def saved_and_planned(folder: Path, cases: Mapping[str, Case]) -> dict[str, tuple[int, int]]:
     """Of this process, in bytes: the most that autograd held during all micro-batches, and what the plan counts."""
     folder = folder / os.environ["RANK"]
@@ -129,7 +133,7 @@ def saved_and_planned(folder: Path, cases: Mapping[str, Case]) -> dict[str, tupl
             chunks, row = build_case(folder, case)
             saved = SavedTensors({p.untyped_storage().data_ptr() for chunk in chunks for p in chunk.parameters()})
             with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda held: held.tensor):
-                run_schedule(chunks, [MicroBatch(row, lambda output: (output.hidden.sum(), None))] * case.micro_batches)
+                run_schedule(chunks, [MicroBatch(row, sum_of_logits)] * case.micro_batches)
             assert saved.now == 0, "the backward passes let go of everything"
             stage = parallel_state.get_pipeline_model_parallel_rank()
             architecture = write_model(folder, LAYERS, case.experts, case.vocabulary)
