@@ -202,7 +202,7 @@ def test_samples_without_a_gradient_change_nothing_and_are_not_computed(model, a
         with one_process(model[0]) as actor:
             objective = replace(objective_of(phase), needs_every_sample=needs_every_sample)
             epochs = 1 if mini_batches == 1 else 2
-            updates.append(actor.update([objective], mini_batches, epochs))
+            updates.append(actor.update([actor.with_old_log_probs(objective)], mini_batches, epochs))
             weights.append(weights_of(actor))
     computed, skipped = updates
     assert skipped.loss == pytest.approx(computed.loss, rel=1e-5, abs=1e-8)
