@@ -143,8 +143,8 @@ class Actor:
         self._model.reset_optimizer()
 
     def with_old_log_probs(self, objective: Objective) -> Objective:
-        """The objective with old log-probs: its own if it has them, otherwise those under the current weights, and NaN for
-        samples that the update does not compute."""
+        """The objective with old log-probs: its own if it has them, otherwise those under the current weights, with NaN
+        for samples that the update does not compute."""
         experience = objective.experience
         if experience.old_log_probs is not None or len(experience) == 0:
             return objective
