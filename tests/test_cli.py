@@ -1,4 +1,4 @@
-"""The `dsrl` command: exit statuses, messages, and the dry run. Run as a user would, in processes of its own."""
+"""The `dsrl` command: exit statuses, messages, and the dry run. Run as a user would, in separate processes."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A run that is interrupted and started again ends as the run that never was: bit for bit, whatever interrupted it."""
+"""A run that is interrupted and started again ends bit for bit as an uninterrupted one, for every kind of interrupt."""
 
 import random
 import shutil
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.timeout(1800)  # many starts; each is some 15 seconds o
 
 STEPS = 6
 TORCHRUN_FAILED = 1
-"""Exit status of torchrun, whatever that of its processes is."""
+"""Exit status of torchrun for any failure of its processes."""
 OPTIONS = (
     f"steps={STEPS}",
     "phases.0.until_step=2",

@@ -167,7 +167,7 @@ def test_samples_are_shown_with_their_token_log_probs_in_both_spaces(config, run
 
 @torch.no_grad()
 def log_probs_of(model: PreTrainedModel, token_ids: tuple[int, ...]) -> list[float]:
-    """Of every token but the first, given those before it."""
+    """Log-prob of every token but the first, given those before it."""
     logits = model(torch.tensor([token_ids])).logits[0, :-1]
     return logits.log_softmax(-1).gather(1, torch.tensor(token_ids[1:])[:, None])[:, 0].tolist()
 

@@ -120,7 +120,7 @@ def test_dynamic_sampling_trains_on_mixed_groups_only_and_every_rank_follows(run
 
 @pytest.mark.slow
 def test_the_recorded_run_can_be_trained_on_again_bit_for_bit(run):
-    """Without engines, and whatever `dynamic_sampling` says."""
+    """It starts no engines and ignores `dynamic_sampling`."""
     config = run.parent.parent / "config.yaml"
     replay = ["name=replayed", f"rollout.replay_from={run}", "evaluation.sets=[]"]
     result = dsrl("train", str(config), *SETTINGS, *replay, processes=2)

@@ -96,7 +96,7 @@ BENCHMARKS = {
 
 
 def checksum_parity(response: str, answer: str) -> float:
-    """A reward that differs between the responses to one prompt, whatever a random model generates."""
+    """A reward that differs between the responses to one prompt, even those of a random model."""
     return float(zlib.crc32(response.encode()) % 2)
 
 

@@ -59,7 +59,7 @@ def writing(path: Path, what_is_safe: str = NOTHING_PUBLISHED) -> Iterator[None]
 
 @contextmanager
 def replacing(file: Path) -> Iterator[BinaryIO]:
-    """Write a file that appears complete or not at all, in the place of the one there: a crash leaves the old content.
+    """Write a file that replaces an existing one whole or not at all: a crash leaves the old content.
 
     Yields:
         The new file, which is flushed to disk and takes its name at the end of the block.
@@ -77,7 +77,7 @@ def replacing(file: Path) -> Iterator[BinaryIO]:
 
 
 def replace_text(file: Path, text: str) -> None:
-    """As `replacing`, with a text in UTF-8."""
+    """Write a text in UTF-8, as `replacing` does."""
     with replacing(file) as stream:
         stream.write(text.encode())
 

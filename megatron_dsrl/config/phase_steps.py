@@ -30,7 +30,7 @@ def phases_by_steps(config: RunConfig) -> Iterator[PhaseSteps]:
     """Every phase of the run, in order.
 
     Raises:
-        UserError: a custom phase fails at one of its steps, or gives something else than a phase.
+        UserError: a custom phase fails at one of its steps, or returns something other than a phase.
     """
     first = 1
     for position, phase in enumerate(config.phases):

@@ -95,7 +95,7 @@ class RunConsole:
             self._below([evaluation_details(record)])
 
     def message(self, text: str) -> None:
-        """Print a text of its own between the other lines."""
+        """Print a text between the other lines."""
         self._console.print(Text(text), soft_wrap=not self._console.is_terminal)
 
     @property

@@ -34,7 +34,7 @@ def waiting(
     say: Callable[[str], None] = say_on_first_rank,
     reminder_seconds: float = REMINDER_SECONDS,
 ) -> Iterator[None]:
-    """Announce a block of work, say every half minute that it still goes on, and at its end how long it took.
+    """Announce a block of work, report every half minute that it is still running, and at its end how long it took.
 
     ```
     starting 1 engine (usually 15 s) ...

@@ -25,7 +25,7 @@ SPACES = {"pre_train": "log P(y)", "post_train": "log P(y\\|x)"}
 LEFT_OUT = ("output_dir", "checkpoint", "observability")
 """Sections of the configuration that say nothing of the model."""
 MADE_BY = ("Commit", "Base model", "Training data", "Device", "Processes", "Layout", "Python", *ALWAYS_SHOWN)
-"""Facts of the run's starts that a card tells."""
+"""Facts of the run's starts that a card shows."""
 
 
 def write_card(folder: Path, run_folder: Path, step: int, report: Callable[[str], None]) -> None:
@@ -35,7 +35,7 @@ def write_card(folder: Path, run_folder: Path, step: int, report: Callable[[str]
         folder: HF folder of the policy.
         run_folder: folder of the run that trained it.
         step: the step after which it was exported.
-        report: called with a warning if there can be no card: no run ends for it.
+        report: called with a warning if the card cannot be written; the run continues.
     """
     try:
         if is_generated(folder):

@@ -1,6 +1,6 @@
 """Warnings and errors in the logs of a run folder: of the engines and of the SLURM job's attempts.
 
-What every healthy run says, and nobody has to act on, is counted and left out.
+Messages that every healthy run prints and that need no action are counted and left out.
 """
 
 import re
@@ -65,7 +65,7 @@ _CHAINED = ("The above exception was the direct cause", "During handling of the 
 
 @dataclass(frozen=True)
 class LogView:
-    """What a reader needs of one log."""
+    """The part of a log that the report shows."""
 
     name: str
     """Its path in the run folder."""

@@ -30,7 +30,7 @@ class WorkerProcess(ForkServerProcess):
 
     @property
     def exitcode(self) -> int | None:
-        """The pool takes an end with status 0 for one that it asked for, and would wait for the answer in vain."""
+        """The exit status, with 0 replaced: the pool takes 0 for a requested exit and would wait forever for the answer."""
         code = super().exitcode
         return EXITED_WITH_0 if code == 0 else code
 
@@ -73,7 +73,7 @@ def _go_on(process_id: int) -> bool:
 
 
 def end_of_worker(error: ProcessExpired) -> str:
-    """How a worker ended that should have gone on."""
+    """How a worker ended unexpectedly."""
     code = error.exitcode
     if code is None or code == EXIT_UNKNOWN:
         return "died; its exit status is unknown"
@@ -90,8 +90,8 @@ def may_be_innocent(error: ProcessExpired) -> bool:
 def start_fork_server() -> None:
     """Start the fork server unless it is running, with stop signals blocked for it and the workers.
 
-    SLURM may send them to all processes of a job, and a closing terminal to all of its own. The trainer decides when to
-    stop and needs its workers until then; and a pool whose fork server is gone can neither be used nor closed.
+    SLURM may send them to all processes of a job, and a closing terminal to all of its processes. The trainer decides
+    when to stop and needs its workers until then; a pool whose fork server is gone can neither be used nor closed.
     """
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_TO_STOP)
     try:

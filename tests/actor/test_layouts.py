@@ -307,9 +307,9 @@ class Errors:
     loss: float
     grad_norm: float
     metrics: float
-    """Of every other number that an update reports."""
+    """Largest difference of the other numbers that an update reports."""
     parameters: float
-    """Of what the updates changed, in norm: |w - w'| / |w' - w before|, over all weights."""
+    """Difference in norm relative to the change by the updates: |w - w'| / |w' - w before|, over all weights."""
 
 
 def errors_of(result: dict, one: dict) -> Errors:

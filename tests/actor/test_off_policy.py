@@ -148,7 +148,7 @@ def responses() -> list[Response]:
 
 
 def reference_log_probs(response: Response) -> Tensor:
-    """Of a reference policy that exists only as numbers."""
+    """Log-probs of a made-up reference policy."""
     return torch.tensor(response.engine_log_probs) - 0.1 * torch.arange(len(response.response_ids))
 
 

@@ -1,6 +1,6 @@
 """Memory that a model gives up between updates: nothing touches it meanwhile, and everything comes back bit for bit.
 
-While it is away the tensors have no memory at all, so that whatever touched them would end the process.
+While it is away the tensors have no memory at all, so touching them would end the process.
 """
 
 from collections.abc import Mapping

@@ -34,7 +34,7 @@ from tests.support.tiny_model import make_tiny_qwen3_moe
 
 BALANCING, Z = 0.5, 0.1
 EXPERTS, CHOSEN = 4, 2
-"""Of the tiny model."""
+"""Experts per layer of the tiny model, and experts per token."""
 OPTIMIZER = OptimizerConfig(learning_rate=1e-30, gradient_clip_norm=0)  # the weights stay, the gradients can be read
 SEQUENCE_PARALLEL = {"tensor_parallel_size": 2, "sequence_parallel": True}
 WHOLE_EXPERTS = {"expert_parallel_size": 2, "expert_tensor_parallel_size": 1}
@@ -103,7 +103,7 @@ FOUR_PROCESSES = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of an optimizer step."""
+    """Results of an optimizer step."""
 
     gradients: dict[str, np.ndarray]
     """By the names of HF checkpoints."""

@@ -51,7 +51,7 @@ def forced(model: Qwen3MoeForCausalLM, experts: Tensor) -> Iterator[None]:
 
 
 def reference_log_probs(model: Qwen3MoeForCausalLM, experience: Experience, experts: Sequence[str]) -> list[Tensor]:
-    """Of the scored tokens of every sequence, sequence by sequence, with the experts forced."""
+    """Log-probs of each sequence's scored tokens, with the experts forced."""
     result = []
     for sequence, text in zip(experience.sequences, experts):
         given = decode_routed_experts(text, LAYERS, EXPERTS_PER_TOKEN)

@@ -29,7 +29,7 @@ LAYOUTS = {
 ALONE = {
     name: ParallelConfig(distributed_optimizer=parallel.distributed_optimizer)
     for name, parallel in LAYOUTS.items()
-    if parallel.expert_parallel_size == 1  # else the optimizer is two, which Megatron stores in a form of its own
+    if parallel.expert_parallel_size == 1  # else the optimizer is two, which Megatron stores in another form
 }
 STILL_TWO = {
     name: ParallelConfig(

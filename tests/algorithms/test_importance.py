@@ -11,7 +11,7 @@ from megatron_dsrl.algorithms.importance import Masked, Truncated
 from tests.support.experiences import scored_tokens
 
 RATIOS = [1.5, 3.0, 0.4, 1.0]
-"""Of trainer to engine, of two sequences of two tokens: their products are 4.5 and 0.4."""
+"""Trainer to engine, for two sequences of two tokens; the products are 4.5 and 0.4."""
 
 
 def tokens_with(ratios, lengths):

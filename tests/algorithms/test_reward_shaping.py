@@ -23,7 +23,7 @@ def test_shaping_adds_to_the_verified_reward():
 
 
 def test_metrics_tell_the_shaped_mean_and_how_many_were_punished():
-    """Of lengths 6, 8 and 9 the last two reach into the buffer of 4 before 10: rewards 1, 1 - 1/4 and 0 - 3/8."""
+    """Lengths 8 and 9 (not 6) reach into the buffer of 4 before 10: rewards 1, 1 - 1/4 and 0 - 3/8."""
     lengths = [(6, 1.0), (8, 1.0), (9, 0.0)]
     responses = [Response((1,), (2,) * length, (-1.0,) * length, reward, 0) for length, reward in lengths]
     metrics = shaping_metrics(responses, OverlongConfig(buffer_tokens=4, penalty=0.5), max_response_tokens=10)

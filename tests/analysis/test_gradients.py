@@ -44,7 +44,7 @@ TWO = {
 
 @dataclass(frozen=True)
 class Expected:
-    """Of one response; arrays, since tensors do not outlive the process that sends them."""
+    """Expected gradients of one response; arrays, since tensors do not outlive the process that sends them."""
 
     numbers: np.ndarray
     """[3] float64: inner product, norm without the prompt, norm with it."""

@@ -1,4 +1,4 @@
-"""Checkpoint folders: whole or absent, validated, pruned; the last good one survives whatever goes wrong.
+"""Checkpoint folders: whole or absent, validated, pruned; the last good one survives every failure.
 
 The actor's part is made of a few files here; `tests/test_resume.py` has the real one.
 """
@@ -94,7 +94,7 @@ def growth_by_a_large_file(root: Path) -> int:
 
 
 def test_a_save_leaves_no_memory_behind(tmp_path):
-    """Each asynchronous save has a thread of its own, and what a thread's heap has held once stays in the process."""
+    """Each asynchronous save has its own thread, and the memory of a thread's heap stays with the process."""
     (growth,) = run_distributed(growth_by_a_large_file, 1, tmp_path)
     assert growth < 8 * 2**20
 

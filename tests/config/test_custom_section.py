@@ -58,7 +58,7 @@ def test_its_fields_are_read_and_written_like_any_other(own, tmp_path) -> None:
 
 
 def test_every_step_counts_in_the_figures(own) -> None:
-    """Of the two steps the second is in the post-train space, where prompts are trained on too: 160 tokens, not 63."""
+    """The second of the two steps is in the post-train space, which includes the prompts: 160 tokens, not 63."""
     assert derive(load_config(own), 1, None).phases[0].max_tokens_per_step == 32 * 160
     assert derive(load_config(own, ["phases.0.every=3"]), 1, None).phases[0].max_tokens_per_step == 32 * 63
     also = "phases.0.also={space: {name: post_train}, advantage: group_mean}"

@@ -342,13 +342,13 @@ def large(tmp_path_factory) -> Path:
 
 
 def files_being_written(target: Path) -> set[str]:
-    """Of unfinished conversions to this folder. Unlike Path.glob, glob.glob bears folders that vanish meanwhile."""
+    """Files of unfinished conversions to this folder. Unlike Path.glob, glob.glob tolerates vanishing folders."""
     return set(glob.glob(str(target.parent / PARTIAL_FILES)))
 
 
 @contextmanager
 def conversion_that_writes(source: Path, target: Path) -> Iterator[ForkedProcess]:
-    """`dsrl convert` in a process of its own, as soon as it has written the beginning of a file."""
+    """`dsrl convert` in a separate process, as soon as it has written the beginning of a file."""
     before = files_being_written(target)
     process = start_dsrl("convert", "hf-to-megatron", str(source), str(target))
     try:

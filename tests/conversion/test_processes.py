@@ -118,7 +118,7 @@ def measure(folder: Path, target: Path, family: str, written: tuple, read: tuple
 
 
 def loads_into_virtual_stages(folder: Path, target: Path) -> dict[str, bool]:
-    """Of every HF tensor that this process has in its two chunks, whether it is the source's."""
+    """For every HF tensor in this process's two chunks, whether it equals the source's."""
     layout = CheckpointLayout(pipeline_parallel_size=2, virtual_pipeline_parallel_size=2)
     convert_hf_to_megatron(str(folder / "Qwen3 untied"), target, layout, ConversionOptions())
     parallel = ParallelConfig(collective_timeout_seconds=60, virtual_pipeline_stages=2, **PP2)

@@ -13,7 +13,7 @@ from megatron_dsrl.evaluation.summary import summarise_benchmark
 
 
 def evaluation(folder: Path, right: dict[str, list[int]], samples: int = 32, **settings) -> Path:
-    """An evaluation in which so many samples of each problem are right, by benchmark."""
+    """An evaluation with the given number of right samples for each problem, by benchmark."""
     summaries = {}
     for name, counts in right.items():
         problems = [

@@ -1,4 +1,4 @@
-"""Every command in the documents is run: here, in a fresh copy of the repository with an environment of its own.
+"""Every command in the documents is run: here, in a fresh copy of the repository with its own environment.
 
 The commands of a document are run one after the other by bash, as written but for what makes them small (`SHORTER`),
 for names that stand for something (`STANDS_FOR`), and for models and data of the hub, in whose place are folders. Those
@@ -160,7 +160,7 @@ def data(tmp_path_factory, data_folder) -> Path:
 
 @pytest.fixture
 def judge_url(request, tmp_path) -> Iterator[str]:
-    """Of a server that is there only for a document that asks one."""
+    """URL of a judge's server, started only for a document that needs one."""
     if not any("{judge}" in as_run(command) for command in run_here(request.getfixturevalue("document"))):
         yield ""
         return
@@ -196,7 +196,7 @@ def run(folder: Path, script: str) -> str:
 
 
 def constant_words(line: str) -> list[str]:
-    """Of a line of output without numbers, which are another run's; frames and spaces have the width of these."""
+    """Words of an output line if it has no numbers, which differ between runs, as do frames and spaces around them."""
     return [] if re.search(r"\d", line) or line == "..." else re.findall(r"[^\s|─-╿]+", line)
 
 

@@ -65,7 +65,7 @@ def test_logits_equal_transformers(tmp_path, family):
 
 
 def test_yarn_equals_transformers_beyond_the_original_context(tmp_path):
-    """Up to position 400 of a model pre-trained for 128, with bounds of its own between the frequencies; packed rows
+    """Up to position 400 of a model pre-trained for 128, with its own bounds between the frequencies; packed rows
     select their angles in another way than dense ones."""
     rope = {**YARN, "rope_theta": 1e4, "beta_fast": 8.0, "beta_slow": 2.0}
     reference = make_tiny_qwen3(tmp_path, tied=True, vocab_size=101, rope=rope)

@@ -74,7 +74,7 @@ def attend_with_two_processes(folder: Path) -> dict[str, Any]:
 
 
 def reached_by_the_second_sequence(folder: Path) -> list[int]:
-    """Of this rank's tokens, the ones on whose embedding the logits of the second of three sequences depend."""
+    """This rank's tokens on whose embedding the logits of the second of three sequences depend."""
     architecture, lengths = read_architecture(folder), [12, 8, 16]
     model = ModelConfig(path=str(folder), dtype="float32")
     (chunk,) = build_model(architecture, model, ParallelConfig(context_parallel_size=2))

@@ -124,7 +124,7 @@ def sum_of_logits(logits: FactoredLogits) -> tuple[torch.Tensor, None]:
 
 
 def saved_and_planned(folder: Path, cases: Mapping[str, Case]) -> dict[str, tuple[int, int]]:
-    """Of this process, in bytes: the most that autograd held during all micro-batches, and what the plan counts."""
+    """Bytes in this process: the most that autograd held during all micro-batches, and what the plan counts."""
     folder = folder / os.environ["RANK"]
     world_size = int(os.environ["WORLD_SIZE"])
     results = {}
@@ -144,8 +144,8 @@ def saved_and_planned(folder: Path, cases: Mapping[str, Case]) -> dict[str, tupl
 
 
 def logits_allocated_and_planned(folder: Path, vocabulary: int, kept_megabytes: int) -> tuple[int, int]:
-    """Of this process, in bytes, over logits, log-probs and entropy, forward and backward: the most that was allocated
-    at a time, and what the plan counts."""
+    """Bytes in this process for logits, log-probs and entropy, forward and backward: the peak, and what the plan
+    counts."""
     case = Case(TENSOR, vocabulary=vocabulary)
     config = configuration(case, f"actor.kept_logits_megabytes={kept_megabytes}")
     with parallel_layout(ParallelConfig(**case.parallel), seed=1):

@@ -135,7 +135,7 @@ def test_every_rank_holds_what_the_plan_says(measured):
 
 
 def test_gradients_and_optimizer_are_what_megatron_allocates(measured, folders):
-    """Of policy and critic on two data-parallel processes. Megatron pads its gradient buffers and shards a little."""
+    """Policy and critic on two data-parallel processes. Megatron pads its gradient buffers and shards a little."""
     architecture = read_architecture(folders["untied"])
     for _, (with_shards, without_shards) in measured:
         for sharded, sizes in ((True, with_shards), (False, without_shards)):
@@ -148,7 +148,7 @@ def test_gradients_and_optimizer_are_what_megatron_allocates(measured, folders):
 
 
 def test_published_sizes():
-    """The names of the models: 8.2B and 30.5B parameters, 3.3B of them active (of which the layers have 2.7B)."""
+    """The names of the models: 8.2B and 30.5B parameters, 3.3B of them active (2.7B of these in the layers)."""
     assert parameters_of_model(qwen3_8b()) == 8_190_735_360
     moe = qwen3_30b_a3b()
     assert parameters_of_model(moe) == 30_532_122_624

@@ -70,7 +70,7 @@ def test_memory_that_the_engine_has_released_is_collected_before_the_cache_is_em
 
 
 def leave_a_record(folder: Path) -> None:
-    """Of two all-reduces, in the second of which rank 1 takes no part."""
+    """Record two all-reduces; rank 1 does not take part in the second."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=3))
     rank = dist.get_rank()
     dist.all_reduce(torch.ones(3))

@@ -17,7 +17,7 @@ from tests.observability.synthetic_run import make_group, start_record, write_ru
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """12 steps of which 4 in pre-train space, from a hub model; AMC23 evaluated after step 12."""
+    """12 steps, 4 of them in pre-train space, from a hub model; AMC23 evaluated after step 12."""
     folder = tmp_path / "tiny"
     write_run(folder, steps=12)
     write_starts(folder, start_record())

@@ -139,7 +139,7 @@ LOGS = {
 
 
 def write_evaluation(folder: Path, right: list[int], step: int) -> None:
-    """What `dsrl eval` leaves behind of problems with 4 samples each, of which so many are right."""
+    """Write the results of `dsrl eval`: problems with 4 samples each, and the number of right ones for each."""
     groups = [make_group([1.0] * count + [0.0] * (4 - count), index) for index, count in enumerate(right)]
     problems = [ProblemResult.of_group(group) for group in groups]
     with SampleFile(folder / "samples" / "amc23.jsonl", {}) as samples:

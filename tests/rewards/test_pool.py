@@ -1,4 +1,4 @@
-"""The reward pool survives whatever a verifier does."""
+"""The reward pool survives everything that a verifier may do."""
 
 import logging
 import signal

@@ -44,7 +44,7 @@ def test_a_response_counts_with_what_is_still_expected_of_it():
     assert one.expected_response_tokens == 30
     assert one.load_of([begun]) == Load(1, 30 + 20)
     longer = Completion((5,) * 50, (0.0,) * 50, "abort", ())
-    assert one.load_of([begun.extended([longer])]) == Load(1, 30 + 1), "one that is longer than most goes on somehow"
+    assert one.load_of([begun.extended([longer])]) == Load(1, 30 + 1), "at least one more token"
 
 
 def test_the_engine_with_the_fewest_outstanding_tokens_gets_the_next_group():

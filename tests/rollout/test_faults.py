@@ -124,12 +124,12 @@ def kill_scheduler(server: int) -> None:
 
 
 def stop_server(server: int) -> None:
-    """It hangs: nobody answers any more, though its scheduler goes on."""
+    """The server hangs and answers nothing; its scheduler keeps running."""
     os.kill(server, signal.SIGSTOP)
 
 
 def stop_scheduler(server: int) -> None:
-    """It hangs: the server in front of it goes on answering."""
+    """The scheduler hangs; the server in front of it still answers."""
     for process in schedulers(server):
         process.send_signal(signal.SIGSTOP)
 
@@ -210,7 +210,7 @@ def test_an_engine_that_keeps_dying_ends_the_run_with_its_log(rollout, policy, u
 
 @pytest.mark.slow
 def test_another_engine_takes_over(config, tmp_path):
-    """Two engines, of which one dies while both generate: nobody waits for its restart."""
+    """One of two engines dies while both generate: the batch does not wait for its restart."""
     servers = [
         EngineServer(server_arguments(config, number), engine_environment(1), tmp_path / f"{number}.log", 300.0)
         for number in range(2)

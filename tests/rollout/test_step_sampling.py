@@ -43,7 +43,7 @@ class ScriptedEngine:
         self._rewards = rewards
         self.failures = failures
         self.asked: list[int] = []
-        """Groups that were begun together."""
+        """Numbers of groups that were started together."""
 
     def sample_batch(self, feed: Feed, sampling: SamplingParameters, on_samples: OnSamples) -> RolloutBatch:
         if self.failures:

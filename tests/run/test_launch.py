@@ -117,7 +117,7 @@ def test_a_training_of_two_processes_saves_its_state_and_ends_with_75(tmp_path):
 
 
 def start(folder: Path, status: int) -> "subprocess.Popen[bytes]":
-    """A launcher in a process of its own, with two ranks that wait and end with this status when they are signalled."""
+    """A launcher in a separate process, with two ranks that wait and end with this status when they are signalled."""
     (folder / "rank.py").write_text(WAITS)
     program = "import sys; from megatron_dsrl.run.launch import launch; sys.exit(launch(sys.argv[1:], 2))"
     rank = [sys.executable, str(folder / "rank.py"), str(folder), str(status)]

@@ -36,7 +36,7 @@ def assert_same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
 
 
 def checkpoint_tensors(run: Path, step: int) -> dict[str, torch.Tensor]:
-    """Every tensor of all models of a checkpoint, optimizers included, whatever the layout that wrote it."""
+    """Every tensor of all models of a checkpoint, optimizers included, independent of the layout that wrote it."""
     tensors: dict[str, torch.Tensor] = {}
     for folder in (run / "checkpoints" / f"step_{step:06d}").glob("*/"):
         if not (folder / ".metadata").exists():

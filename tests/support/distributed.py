@@ -44,7 +44,7 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
 
 
 def start_one_process(function: Callable[..., Any], *args: Any) -> ForkedProcess:
-    """Start `function(*args)` in a process that is a torch.distributed world of its own, to be killed by the caller."""
+    """Start `function(*args)` in a process that is a separate torch.distributed world, to be killed by the caller."""
     return _start_rank(0, 1, _free_port(), Path(os.devnull), function, args)
 
 

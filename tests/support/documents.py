@@ -124,7 +124,7 @@ def fields_named(document: Path) -> list[str]:
 
 
 def _without_first_column(table: re.Match[str]) -> str:
-    """Of a table that begins with keys of another program."""
+    """The table without its first column, which has the keys of another program."""
     return re.sub(r"^\| [^|]*", "", table[0], flags=re.M)
 
 

@@ -13,7 +13,7 @@ from megatron_dsrl.algorithms.spaces import ScoredSequence
 def experience_of(
     rewards: Sequence[float], groups: Sequence[int], lengths: Sequence[int], penalties: Sequence[Tensor] | None = None
 ) -> Experience:
-    """An experience in the post-train space with so many scored tokens per sequence, behind a prompt of one token."""
+    """An experience in the post-train space with this many scored tokens per sequence, after a prompt of one token."""
     return Experience(
         sequences=tuple(ScoredSequence(tuple(range(length + 1)), 1) for length in lengths),
         rewards=torch.tensor(rewards),

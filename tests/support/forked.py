@@ -67,7 +67,7 @@ def fork(
     output: int = 1,
     errors: int = 2,
 ) -> ForkedProcess:
-    """Call `function(*arguments)` in a new process, which leads a session of its own and dies with this process.
+    """Call `function(*arguments)` in a new process, which leads its own session and dies with this process.
 
     Args:
         function: importable. The process ends with status 0, or with that of a `SystemExit`, or with 1 after an error.

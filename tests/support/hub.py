@@ -22,7 +22,7 @@ class StandInHub:
     files: dict[str, dict[str, bytes]] = field(default_factory=dict)
     """Content by name in a repository; large files, as in Git LFS, by their SHA-256."""
     messages: list[str] = field(default_factory=list)
-    """Of the commits."""
+    """Messages of the commits."""
     requests: list[str] = field(default_factory=list)
     blobs: dict[str, bytes] = field(default_factory=dict)
 

@@ -29,7 +29,7 @@ SIZES = {
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 128}
 """128 tokens extended to the 512 of `SIZES`."""
 HEAD_DIM = 32
-"""Of both Qwen3 families; unlike hidden size / heads = 16."""
+"""Head dimension of both Qwen3 families; not hidden size / heads, which is 16."""
 
 
 def make_tiny_qwen3(

@@ -1,4 +1,4 @@
-"""SGLang servers that the run has not started: one that a process of its own has, with a key, as its owner would."""
+"""External SGLang servers: a real one in a separate process, with a key, started as its owner would."""
 
 import asyncio
 import os
