@@ -14,6 +14,7 @@ from megatron_dsrl.analysis.alignment import ScoredResponse
 from megatron_dsrl.analysis.gradients import LogProbGradients
 from megatron_dsrl.analysis.responses import choose, read_steps, recorded_steps
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.common.process import launched_world_size
 from megatron_dsrl.config.load import apply_override
 from megatron_dsrl.config.model import GradientAnalysisConfig, ParallelConfig
 from megatron_dsrl.config.validate import validated
@@ -23,7 +24,7 @@ from megatron_dsrl.evaluation.problem_result import ProblemResult, SampleResult
 from megatron_dsrl.evaluation.sample_file import read_sample_file
 from megatron_dsrl.model.architecture import Architecture, read_architecture
 from megatron_dsrl.model.build import build_model, build_trainable
-from megatron_dsrl.model.parallel import parallel_layout, world_size_from_environment
+from megatron_dsrl.model.parallel import parallel_layout
 from megatron_dsrl.model.source import resolve_model_folder
 from megatron_dsrl.observability.records import read_records
 from megatron_dsrl.observability.run_records import read_run
@@ -187,7 +188,7 @@ def _check_lengths(responses: Sequence[TokenisedResponse], context_tokens: int) 
 
 
 def _check_replicas(parallel: ParallelConfig) -> None:
-    replicas, odd = divmod(world_size_from_environment(), parallel.model_parallel_size)
+    replicas, odd = divmod(launched_world_size(), parallel.model_parallel_size)
     if not odd and replicas > 1 and parallel.expert_parallel_size == 1:
         raise UserError(
             f"{replicas} replicas of the model, of which only one would work: split the model over the processes, for "

@@ -1,9 +1,9 @@
 """`dsrl rollout`."""
 
 import argparse
-import os
 
 from megatron_dsrl.commands.arguments import Commands, add_command, add_config, add_processes
+from megatron_dsrl.common.process import launched_world_size
 from megatron_dsrl.run.loading import loading_megatron
 
 
@@ -27,7 +27,7 @@ def _rollout(options: argparse.Namespace) -> int:
     from megatron_dsrl.run.preflight import preflight
 
     config = load_config(options.config, options.overrides)
-    preflight(config, int(os.environ.get("WORLD_SIZE", "1")))
+    preflight(config, launched_world_size())
     with loading_megatron():
         from megatron_dsrl.run.rollout_only import sample_run
 

@@ -1,7 +1,6 @@
 """`dsrl samples`. torch is only imported when the command runs."""
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from megatron_dsrl.commands.arguments import Commands, add_command, add_overrides, add_processes, positive
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.common.process import launched_rank
 from megatron_dsrl.run.loading import loading_megatron
 
 if TYPE_CHECKING:
@@ -130,4 +130,4 @@ def _token_text(options: argparse.Namespace) -> Callable[[int], str]:
 
 
 def _is_first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+    return launched_rank() == 0

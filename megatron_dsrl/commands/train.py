@@ -1,14 +1,13 @@
 """`dsrl train`. Megatron is only imported when a run starts."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_dsrl.commands.arguments import Commands, add_command, add_config, add_processes
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.common.process import launched_rank
+from megatron_dsrl.common.process import launched_rank, launched_world_size
 from megatron_dsrl.observability.waiting import say_on_first_rank
 from megatron_dsrl.run.loading import loading_megatron
 
@@ -41,7 +40,7 @@ def _train(options: argparse.Namespace) -> int:
     from megatron_dsrl.config.load import load_config
     from megatron_dsrl.run.preflight import preflight
 
-    world_size = options.processes or int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = options.processes or launched_world_size()
     verbose = ["observability.verbose=true"] if options.verbose else []
     config = load_config(options.config, [*options.overrides, *verbose])
     if not options.dry_run and _is_complete(config):

@@ -12,7 +12,6 @@ from typing import TypeVar
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
-
 LAUNCHER_VARIABLE = "DSRL_LAUNCHER"
 """Environment variable of the processes that `launch` starts: the process id of the launcher."""
 
@@ -20,6 +19,11 @@ LAUNCHER_VARIABLE = "DSRL_LAUNCHER"
 def launched_rank() -> int:
     """Rank that torchrun, srun or `--processes` gave this process; 0 without them. Needs no torch.distributed."""
     return int(os.environ.get("RANK", "0"))
+
+
+def launched_world_size() -> int:
+    """Number of processes that torchrun, srun or `--processes` started; 1 without them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def end_with_launcher() -> None:
@@ -71,7 +75,7 @@ def in_background(work: Callable[[], Value]) -> "Future[Value]":
 
 
 def leave_terminal() -> None:
-    """Write nowhere from now on if standard output or error is a terminal, which may have been closed (SIGHUP).
+    """Redirect standard output and error to /dev/null if they are a terminal, which may have been closed (SIGHUP).
 
     Writing to a closed terminal is an error, which would end the orderly stop of this process.
     """

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megatron_dsrl.common.collective import rank, world_size
-from megatron_dsrl.model.parallel import world_size_from_environment
+from megatron_dsrl.common.process import launched_world_size
 from megatron_dsrl.weights.table import TableEntry, WeightTable
 
 
@@ -16,7 +16,7 @@ from megatron_dsrl.weights.table import TableEntry, WeightTable
 def conversion_processes() -> Iterator[None]:
     """Join the processes that torchrun started in one group during the block; a single process needs none."""
     was_running = dist.is_initialized()
-    if world_size_from_environment() > 1 and not was_running:
+    if launched_world_size() > 1 and not was_running:
         dist.init_process_group("gloo")
     try:
         yield

@@ -6,7 +6,6 @@ handled as configured and reported.
 """
 
 import logging
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.common.process import launched_rank
 from megatron_dsrl.config.data import PromptSetConfig
 from megatron_dsrl.data.fields import (
     BadRowError,
@@ -242,5 +242,5 @@ def _without_beginning(prompt: Prompt, limit: int, tokenizer: PreTrainedTokenize
 
 def _warn_once(text: str) -> None:
     """Log on rank 0 only. Prompts are read before torch.distributed is initialised."""
-    if os.environ.get("RANK", "0") == "0":
+    if launched_rank() == 0:
         logger.warning(text)

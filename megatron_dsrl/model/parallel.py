@@ -9,14 +9,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
+from megatron_dsrl.common.process import launched_world_size
 from megatron_dsrl.config.layout import process_problems, refuse
 from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.platform import current_platform
-
-
-def world_size_from_environment() -> int:
-    """Number of processes started by torchrun; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def initialize_parallel(parallel: ParallelConfig, seed: int) -> None:
@@ -28,7 +24,7 @@ def initialize_parallel(parallel: ParallelConfig, seed: int) -> None:
         UserError: the layout does not match the number of processes; see `config.layout.process_problems`.
     """
     platform = current_platform()
-    world_size = dist.get_world_size() if dist.is_initialized() else world_size_from_environment()
+    world_size = dist.get_world_size() if dist.is_initialized() else launched_world_size()
     refuse(process_problems(parallel, world_size))
     platform.install()
     virtual_stages = parallel.virtual_pipeline_stages
@@ -100,7 +96,7 @@ SAMPLING_LIMIT = timedelta(days=14)
 def process_group() -> Iterator[None]:
     """Select each process's device and, if there are several processes, join a gloo group until the end of the
     block."""
-    several = world_size_from_environment() > 1 and not dist.is_initialized()
+    several = launched_world_size() > 1 and not dist.is_initialized()
     if several:
         dist.init_process_group("gloo", timeout=SAMPLING_LIMIT)
     if current_platform().name == "cuda":

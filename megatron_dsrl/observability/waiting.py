@@ -1,6 +1,5 @@
-"""Say what is waited for, so that no command is silent for long without a reason."""
+"""Announce long work, so that no command is silent for long without saying why."""
 
-import os
 import shutil
 import sys
 import textwrap
@@ -8,6 +7,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from megatron_dsrl.common.process import launched_rank
 
 REMINDER_SECONDS = 30.0
 SHORT_SECONDS = 2.0
@@ -19,7 +20,7 @@ def say_on_first_rank(text: str) -> None:
 
     On a terminal it breaks between words.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if launched_rank() != 0:
         return
     if sys.stdout.isatty():
         width = shutil.get_terminal_size().columns
@@ -42,10 +43,10 @@ def waiting(
     ```
 
     Args:
-        what: is done, such as `starting 1 engine`.
+        what: the work, such as `starting 1 engine`.
         hint: how long it usually takes, or where to look.
         say: prints one line; called from another thread as well.
-        reminder_seconds: between reminders.
+        reminder_seconds: time between reminders.
     """
     say(f"{what} ({hint}) ..." if hint else f"{what} ...")
     started, done = time.monotonic(), threading.Event()

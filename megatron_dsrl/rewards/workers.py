@@ -30,7 +30,7 @@ class WorkerProcess(ForkServerProcess):
 
     @property
     def exitcode(self) -> int | None:
-        """The exit status, with 0 replaced: the pool takes 0 for a requested exit and would wait forever for the answer."""
+        """The exit status, with 0 replaced: the pool takes 0 for a requested exit and would wait for the answer."""
         code = super().exitcode
         return EXITED_WITH_0 if code == 0 else code
 

@@ -1,11 +1,11 @@
 """Announce the loading of PyTorch, Transformers and Megatron, which takes seconds, and hide their known warnings."""
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+from megatron_dsrl.common.process import launched_rank
 from megatron_dsrl.observability.waiting import waiting
 
 
@@ -18,7 +18,7 @@ def loading_megatron(stream: TextIO | None = None) -> Iterator[None]:
     """
 
     def say(text: str) -> None:
-        if os.environ.get("RANK", "0") == "0":
+        if launched_rank() == 0:
             print(text, file=stream or sys.stdout, flush=True)
 
     with waiting("loading PyTorch and Megatron", say=say):
