@@ -79,7 +79,7 @@ class ObjectiveMetrics:
         """Metrics of one optimizer step.
 
         Args:
-            statistics: of the computed samples, over all replicas.
+            statistics: statistics of the computed samples, over all replicas.
             num_scored: scored tokens of every kept sample, computed or not.
             computed_samples: how many of them were computed.
         """

@@ -26,7 +26,7 @@ class CpuThreads:
 
     trainer: int
     engine: int
-    """Of each of the engine's processes."""
+    """Threads of each of the engine's processes."""
     cores: int
     """Cores of this rank; OMP_NUM_THREADS is an upper limit."""
 
@@ -44,11 +44,11 @@ def cpu_threads(
     """Choose the threads of a rank.
 
     Args:
-        parameters: of the whole model.
-        trainer: as configured; None chooses by cores and model size.
-        engine: the same.
-        cores: of this machine; None asks it.
-        environment: LOCAL_WORLD_SIZE ranks share the cores; OMP_NUM_THREADS limits what is chosen.
+        parameters: number of parameters of the whole model.
+        trainer: configured threads of the trainer; None chooses by cores and model size.
+        engine: configured threads of the engine; None as for the trainer.
+        cores: cores of this machine; None counts them.
+        environment: variables of the process: LOCAL_WORLD_SIZE ranks share the cores; OMP_NUM_THREADS limits what is chosen.
     """
     cores = usable_cores() if cores is None else cores
     own = max(1, cores // int(environment.get("LOCAL_WORLD_SIZE", "1")))

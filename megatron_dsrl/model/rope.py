@@ -47,7 +47,7 @@ def read_rope(config: Mapping[str, Any], path: Path) -> tuple[float, Yarn | None
 
     Args:
         config: content of config.json.
-        path: of config.json, for messages.
+        path: path of config.json, for messages.
 
     Raises:
         UserError: a field has a wrong value, asks for another kind of scaling, or contradicts another field.

@@ -49,7 +49,7 @@ def write_trace(timelines: Sequence[RankTimeline], target: Path) -> None:
 def events_of(timeline: RankTimeline, origin: float) -> Iterator[TraceEvent]:
     """
     Args:
-        timeline: of one rank.
+        timeline: the timeline of one rank.
         origin: the moment 0 of the trace, in seconds since 1970.
     """
     rank = timeline.rank

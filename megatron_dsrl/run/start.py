@@ -102,14 +102,11 @@ def start_run(
     announce(console, f"trainer: {computed_by}")
     sampler = PromptSampler(len(inputs.prompts), config.seed)
     if checkpoint:
-        sampler.load_state_dict(cast(SamplerState, checkpoint.state.sampler))
-        models.load(checkpoint, same_layout=checkpoint.state.layout == current_layout(config.parallel))
+        restore(checkpoint, config, sampler, models, rollout)
         announce(console, f"continuing after step {step} from {checkpoint.folder}")
     controller = start_controller(config, inputs, rollout, step, console, resources) if dist.get_rank() == 0 else None
     if controller:
         trackers.start()
-    if controller and checkpoint and config.rollout.carries_over:
-        rollout.take_over(CarryOver.read_from(checkpoint.folder / ROLLOUT_FOLDER))
     return TrainingRun(
         config=config,
         inputs=inputs,
@@ -131,6 +128,16 @@ def start_run(
         timeline=timeline,
         console=console,
     )
+
+
+def restore(
+    checkpoint: Checkpoint, config: RunConfig, sampler: PromptSampler, models: RunModels, rollout: Rollout
+) -> None:
+    """Restore prompt sampler, models and carried-over samples from a checkpoint. All ranks."""
+    sampler.load_state_dict(cast(SamplerState, checkpoint.state.sampler))
+    models.load(checkpoint, same_layout=checkpoint.state.layout == current_layout(config.parallel))
+    if config.rollout.carries_over and dist.get_rank() == 0:
+        rollout.take_over(CarryOver.read_from(checkpoint.folder / ROLLOUT_FOLDER))
 
 
 def start_rollout(config: RunConfig, inputs: RunInputs, timeline: Timeline | NoTimeline) -> Rollout:
