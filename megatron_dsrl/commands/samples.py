@@ -39,7 +39,7 @@ def add_samples(commands: Commands) -> None:
         "--log-probs",
         action="store_true",
         help="the same, plus log P(y|x) and log P(y) from the Megatron actor, under the policy that sampled the "
-        "responses,  or else the newest export before it",
+        "responses, or the newest export before it",
     )
     parser.add_argument("--model", metavar="MODEL", help="with --log-probs: use this model instead")
     add_overrides(parser, "with --log-probs: set a field of `model` or `parallel`, or `temperature` or `bos`")

@@ -48,7 +48,7 @@ def cpu_threads(
         trainer: configured threads of the trainer; None chooses by cores and model size.
         engine: configured threads of the engine; None as for the trainer.
         cores: cores of this machine; None counts them.
-        environment: variables of the process: LOCAL_WORLD_SIZE ranks share the cores; OMP_NUM_THREADS limits what is chosen.
+        environment: LOCAL_WORLD_SIZE is the number of ranks that share the cores, OMP_NUM_THREADS an upper limit.
     """
     cores = usable_cores() if cores is None else cores
     own = max(1, cores // int(environment.get("LOCAL_WORLD_SIZE", "1")))

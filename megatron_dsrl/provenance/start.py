@@ -1,7 +1,7 @@
 """`provenance.jsonl`: one record for every start of a command in a folder, written before its work begins.
 
-The record is for people who ask later. Whatever cannot be found out is named in it, and a record that cannot be written
-is a warning: neither ends a run.
+The record tells later what produced the results. It names what could not be determined; if it cannot be written, the
+run prints a warning and continues.
 """
 
 import json

@@ -47,7 +47,7 @@ def where_it_ran(start: Record) -> dict[str, str]:
 
 
 def start_time(start: Record) -> str:
-    """Such as `2026-03-01 12:00 UTC`."""
+    """Time of a start, such as `2026-03-01 12:00 UTC`."""
     return start.get("utc", NOT_RECORDED).replace("T", " ")[:16] + (" UTC" if "utc" in start else "")
 
 
@@ -57,7 +57,7 @@ def commit_words(start: Record) -> str:
 
 
 def device_words(device: Mapping[str, Any]) -> str:
-    """Such as `8 × NVIDIA H100 80GB HBM3, CUDA 13.0, driver 580.95.05` or `CPU, AMD EPYC`."""
+    """Device in words, such as `8 × NVIDIA H100 80GB HBM3, CUDA 13.0, driver 580.95.05` or `CPU, AMD EPYC`."""
     names = device.get("names") or []
     if not names:
         return f"CPU, {device.get('processor')}"
@@ -84,7 +84,7 @@ def _words(start: Record, key: str, describe: Callable[[Any], str]) -> str:
 
 
 def _mapping(value: Any) -> dict[str, Any]:
-    """The value, or nothing where it could not be found out."""
+    """The value, or an empty mapping if it could not be determined."""
     return value if isinstance(value, dict) and "unknown" not in value else {}
 
 

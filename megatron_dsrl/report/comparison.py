@@ -116,7 +116,7 @@ def learning_curves(runs: Mapping[str, Sequence[RunRecords]], baseline: str) -> 
 
 
 def _curve(method: str, runs: Sequence[RunRecords], name: str, colour: int) -> Series:
-    """Over the steps that all runs have evaluated."""
+    """Mean accuracy and interval at the steps that all runs have evaluated."""
     by_run = [{record["step"]: record["accuracy"] for record in run.evaluations.get(name, [])} for run in runs]
     steps = sorted(set.intersection(*map(set, by_run)))
     estimates = [Estimate(tuple(run[step] for run in by_run)) for step in steps]

@@ -8,7 +8,7 @@ A tracker of your own is a subclass of `TrackerOptions`, named in the configurat
         def open(self, run: TrackedRun) -> TrackerRun:
             return PrintedRun(self.prefix)
 
-Trackers run in a process of their own (`process.py`), so they may block, raise and crash: the training goes on.
+Each tracker runs in a separate process (`process.py`), so it may block, raise or crash without stopping the training.
 """
 
 from abc import ABC, abstractmethod

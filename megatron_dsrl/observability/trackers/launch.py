@@ -15,13 +15,13 @@ from megatron_dsrl.observability.trackers.cursor import log_file
 
 PROCESS_MODULE = "megatron_dsrl.observability.trackers.process"
 INTERRUPTED_SECONDS = 5.0
-"""How long a training that was interrupted or failed waits; the trackers' processes outlive it."""
+"""Time limit of the wait after an interrupted or failed training; the trackers' processes outlive it."""
 
 
 class Trackers:
     """A context manager around a training on rank 0; ranks that do not call `start` have no trackers.
 
-    Enter it before what must be closed first: at its end it waits for what is on its way to the trackers, with a limit.
+    Enter it before resources that must be closed first: on exit it waits, with a limit, for records still to be sent.
     """
 
     def __init__(self, trackers: Sequence[TrackerOptions], run_folder: Path, report: Callable[[str], None]) -> None:
@@ -37,7 +37,10 @@ class Trackers:
         self._processes: list[_TrackerProcess] = []
 
     def start(self) -> None:
-        """Begin to send; later records are found in the run folder. What is to be forgotten of it must be removed."""
+        """Start to send the records in the run folder, and later ones as they are written.
+
+        Records of steps that will be repeated must be gone by now.
+        """
         self._processes += [_TrackerProcess(options, self._folder, self._report) for options in self._trackers]
 
     def __enter__(self) -> Self:

@@ -26,10 +26,10 @@ from megatron_dsrl.observability.trackers.sender import Sender
 
 POLL_SECONDS = 1.0
 RETRY_SECONDS = 30.0
-"""Before the next attempt after one that failed."""
+"""Time before the next attempt after one that failed."""
 ATTEMPTS_AT_THE_END = 2
 EXIT_SECONDS = 5.0
-"""For what packages do when the interpreter ends, after everything was sent."""
+"""Time for what packages do when the interpreter ends, after everything was sent."""
 SLOW_CALL_SECONDS = 120.0
 """A tracker that has not answered for this long is reported."""
 
@@ -44,7 +44,7 @@ class Following:
         self._messages = messages
         self._sender: Sender | None = None
         self._in_use = False
-        """Another process is sending to the same destination: that of a training that was killed a moment ago."""
+        """Whether another process is sending to the same destination: that of a training killed a moment ago."""
 
     def run(self) -> bool:
         """Whether everything was sent. The training's watch ends this process where a tracker does not answer."""
