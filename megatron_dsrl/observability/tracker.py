@@ -33,12 +33,12 @@ WHAT_IS_SAFE = "The records and checkpoints of the steps before are untouched"
 class Tracker:
     """Writes step and evaluation records of one run; every record is on disk when the call returns.
 
-    Opening an existing run folder repairs a half-written last line and continues behind the last record. To resume
+    Opening an existing run folder repairs a half-written last line and continues after the last record. To resume
     from a checkpoint, call `truncate_after` with the checkpoint's step first. Only rank 0 has a tracker.
     """
 
     def __init__(self, run_folder: Path, tensorboard: bool = True) -> None:
-        """Open the files in `run_folder`, which is created where it is missing.
+        """Open the files in `run_folder`, which is created if missing.
 
         Raises UserError when a file of the folder is damaged other than by a half-written last line. All methods raise
         it when the disk takes no more; a line that is then half-written is removed when the folder is opened again.
@@ -67,7 +67,7 @@ class Tracker:
     def log_evaluation(self, record: Record, responses: Sequence[Record] = ()) -> None:
         """Record the evaluation of one set with some of its responses; step 0 is before training.
 
-        The set's name is `record["set"]`. Who finds the evaluation on disk finds its responses as well.
+        The set's name is `record["set"]`. The responses are written first, so an evaluation on disk always has them.
         """
         record = plain_record(record)
         if responses:
@@ -82,7 +82,7 @@ class Tracker:
     def truncate_after(self, step: int) -> None:
         """Forget every step and evaluation record after `step`, as when a run resumes from the checkpoint of `step`.
 
-        TensorBoard is told to hide its own later scalars. -1 forgets everything.
+        TensorBoard hides its later scalars. -1 forgets everything.
         """
         self._metrics.truncate_after(step)
         self._evaluations.truncate_after(step)

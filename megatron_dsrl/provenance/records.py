@@ -20,11 +20,11 @@ def read_starts(folder: Path) -> list[Record]:
 def steps_of_starts(starts: Sequence[Record], last_step: int) -> list[tuple[int, int] | None]:
     """First and last step of each start that a run consists of; None for a start none of whose steps is left.
 
-    A start that continues after a checkpoint takes the place of all steps behind it.
+    A start that continues from a checkpoint replaces all steps after it.
 
     Args:
-        starts: as recorded.
-        last_step: that the run has recorded.
+        starts: the recorded starts.
+        last_step: last step that the run has recorded.
     """
     spans: list[tuple[int, int] | None] = []
     end = last_step

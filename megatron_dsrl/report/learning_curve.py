@@ -11,7 +11,7 @@ from megatron_dsrl.observability.run_records import RunRecords, read_run
 from megatron_dsrl.report.training_charts import accuracy_series
 
 REWARD_COLOUR = SERIES_COLOURS
-"""The grey one: the reward stands behind the accuracy."""
+"""Grey, because the reward is secondary to the accuracy."""
 SHARE = ValueAxis("accuracy", at_least=0.0, at_most=1.0)
 
 

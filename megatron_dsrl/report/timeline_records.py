@@ -115,21 +115,21 @@ def timeline_of(records: Sequence[Record]) -> RankTimeline:
 
 
 def _lives(records: Sequence[Record]) -> Iterator[list[Record]]:
-    """Timelines of all processes."""
+    """The records of each process that the run has had on this rank: one per start."""
     starts = [i for i, record in enumerate(records) if record["event"] == "start"]
-    for first, behind in zip(starts, [*starts[1:], len(records)], strict=True):
-        yield list(records[first:behind])
+    for first, end in zip(starts, [*starts[1:], len(records)], strict=True):
+        yield list(records[first:end])
 
 
 def _end(life: Sequence[Record]) -> float:
-    """The last that is known of a process."""
+    """Time of the last record of a process."""
     return max(record["time"] for record in life)
 
 
 def _steps(life: Sequence[Record]) -> list[RecordedStep]:
-    begun = [record for record in life if record["event"] == "step"]
-    moments = [*(record["time"] for record in begun), _end(life)]
-    return [RecordedStep(record["step"], Interval(*edges)) for record, edges in zip(begun, pairwise(moments))]
+    steps = [record for record in life if record["event"] == "step"]
+    moments = [*(record["time"] for record in steps), _end(life)]
+    return [RecordedStep(record["step"], Interval(*edges)) for record, edges in zip(steps, pairwise(moments))]
 
 
 def _spans(life: Sequence[Record]) -> Iterator[RecordedSpan]:
