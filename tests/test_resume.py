@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_dsrl.provenance.records import read_starts, steps_of_starts
+from megatron_dsrl.observability.records import read_starts
+from megatron_dsrl.provenance.differences import steps_of_starts
 from megatron_dsrl.run.preemption import PREEMPTED_STATUS
 from tests.support.compare_runs import assert_same_run, records
 from tests.support.disk import fill_disk, small_disk

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausal
 
 from examples.tiny_dsrl.tokenizer import VOCAB_SIZE
 from megatron_dsrl.model.routed_experts import decode_routed_experts
-from megatron_dsrl.provenance.records import read_starts
+from megatron_dsrl.observability.records import read_starts
 from megatron_dsrl.rollout.recording import read_batch, read_groups, rollout_file
 from megatron_dsrl.rollout.step_sampling import is_mixed
 from tests.support import recording_tracker

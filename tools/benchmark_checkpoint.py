@@ -176,11 +176,11 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--megabytes", type=float, default=200, help="float32 weights; the checkpoint is 3 times as large"
+        "--megabytes", type=float, default=200, help="size of the float32 weights; the checkpoint is 3 times as large"
     )
     parser.add_argument("--saves", type=int, default=3, help="saves of each kind (default: 3)")
-    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="under torchrun")
-    parser.add_argument("--scratch", type=Path, help="folder on the disk to be measured (default: the temporary one)")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="use with torchrun")
+    parser.add_argument("--scratch", type=Path, help="folder on the disk to measure (default: a temporary one)")
     options = parser.parse_args()
     silence_expected_warnings()
     parallel = ParallelConfig(tensor_parallel_size=options.tensor_parallel_size)

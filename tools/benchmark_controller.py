@@ -72,7 +72,7 @@ def broadcast_repeatedly(rank: int, file: str, size: int, repetitions: int, resu
     store = dist.FileStore(file, 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
     payload = torch.zeros(size, dtype=torch.uint8)
-    dist.broadcast(payload, src=0)  # connections are made by the first one
+    dist.broadcast(payload, src=0)  # the first one opens the connections
 
     def send() -> None:
         dist.broadcast(payload, src=0)
@@ -95,9 +95,9 @@ def transport_seconds(size: int, repetitions: int) -> float:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--samples", type=int, default=256, help="samples of the batch (default: 256)")
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens of a response (default: 4096)")
-    parser.add_argument("--repetitions", type=int, default=3, help="the quickest counts (default: 3)")
+    parser.add_argument("--samples", type=int, default=256, help="samples per batch (default: 256)")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens per response (default: 4096)")
+    parser.add_argument("--repetitions", type=int, default=3, help="repetitions; the fastest counts (default: 3)")
     options = parser.parse_args()
     answers = random_answers(options.samples, options.tokens)
     responses = read_answers(answers)

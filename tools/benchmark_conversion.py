@@ -91,7 +91,7 @@ def make_model(folder: Path, gigabytes: float, seed: int = 0) -> int:
     with HfWriter(create_hf_files(folder, shapes, torch.bfloat16, 10**9)) as writer:
         for index, (name, shape) in enumerate(shapes.items()):
             count = torch.Size(shape).numel()
-            # One draw, shifted for every tensor: no two are equal, and the model is made as fast as the disk is.
+            # One draw, shifted for every tensor: no two tensors are equal, and generation is as fast as the disk.
             values = noise.roll(index + 1).repeat(-(-count // len(noise)))[:count].view(shape)
             writer.write(name, values)
     return sum(torch.Size(shape).numel() * 2 for shape in shapes.values())
@@ -107,7 +107,7 @@ def measure(name: str, command: Sequence[str], empty: Sequence[str]) -> Measurem
 def _run(command: Sequence[str]) -> tuple[float, int]:
     """Wall-clock seconds, and peak resident bytes of the largest of the processes."""
     with tempfile.NamedTemporaryFile("r", suffix=".peak") as peak_file:
-        # A shell of its own per measurement: RUSAGE_CHILDREN is then of this command alone.
+        # Each measurement has its own wrapper process, so that RUSAGE_CHILDREN covers this command alone.
         wrapper = (
             "import resource, subprocess, sys; code = subprocess.call(sys.argv[2:], stdout=subprocess.DEVNULL); "
             "open(sys.argv[1], 'w').write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)); sys.exit(code)"
@@ -186,9 +186,9 @@ def print_table(measurements: Sequence[Measurement], model_bytes: int, largest_b
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the model (default: 2)")
+    parser.add_argument("--gigabytes", type=float, default=2.0, help="model size (default: 2)")
     parser.add_argument("--processes", type=int, default=2, help="also measure with this many processes (default: 2)")
-    parser.add_argument("--scratch", type=Path, help="folder on the disk to be measured (default: the temporary one)")
+    parser.add_argument("--scratch", type=Path, help="folder on the disk to measure (default: a temporary one)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="conversion-benchmark-", dir=options.scratch) as folder:
         model_bytes = make_model(Path(folder) / "hf", options.gigabytes)

@@ -97,7 +97,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         rows=torch.arange(options.tokens - responses, options.tokens, device=platform.device),
         targets=torch.randint(options.vocabulary, (responses,), generator=generator).to(platform.device),
     )
-    # On a shared CPU only a process's own seconds are its own.
+    # On a shared CPU, process time excludes the time that other programs take.
     clock = time.perf_counter if platform.name == "cuda" else time.process_time
     seconds, before = [], platform.memory_statistics()
     for _ in range(options.repetitions):
@@ -118,8 +118,8 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=1024, help="of a packed row")
-    parser.add_argument("--response-share", type=float, default=0.5, help="of the tokens, those that are scored")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens per packed row")
+    parser.add_argument("--response-share", type=float, default=0.5, help="share of the tokens that are scored")
     parser.add_argument("--vocabulary", type=int, default=151936)
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")

@@ -70,9 +70,9 @@ def with_gzip(file: Path, groups: Sequence[SampleGroup]) -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--prompts", type=int, default=128, help="groups of the step (default: 128)")
-    parser.add_argument("--samples", type=int, default=8, help="samples of a group (default: 8)")
-    parser.add_argument("--tokens", type=int, default=8192, help="tokens of a sample (default: 8192)")
+    parser.add_argument("--prompts", type=int, default=128, help="groups per step (default: 128)")
+    parser.add_argument("--samples", type=int, default=8, help="samples per group (default: 8)")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens per sample (default: 8192)")
     options = parser.parse_args()
     groups = random_groups(options.prompts, options.samples, options.tokens)
     table = Table("", "seconds", "MB", "others wait (ms)", box=None)

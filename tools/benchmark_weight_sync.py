@@ -81,7 +81,7 @@ def make_config(model: Path, parallel: ParallelConfig, engine_size: int, dtype: 
             tensor_parallel_size=engine_size,
             max_total_tokens=4096,
             update_timeout_seconds=TIMEOUT_SECONDS,
-            check_weights="first",  # what is timed arrives
+            check_weights="first",  # verify that the timed weights arrive
         ),
         phases=[PhaseConfig(name="GRPO", space=PostTrain(), advantage={"name": "group_standardised"})],
     )
@@ -157,12 +157,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--megabytes", type=float, nargs="+", default=[100, 400], help="sizes of the weights")
     parser.add_argument("--bucket-megabytes", type=int, nargs="+", default=[16, 64, 256], help="sizes of the buckets")
-    parser.add_argument("--hidden-size", type=int, default=512, help="of the model; the rest is layers")
-    parser.add_argument("--rounds", type=int, default=5, help="timed turns of each way (default: 5)")
+    parser.add_argument("--hidden-size", type=int, default=512, help="of the model; layers make up the size")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: 5)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
-    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="of the trainer, under torchrun")
-    parser.add_argument("--engine-tensor-parallel-size", type=int, default=1, help="under torchrun")
-    parser.add_argument("--scratch", type=Path, help="folder on the disk to be measured (default: the temporary one)")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="of the trainer; use with torchrun")
+    parser.add_argument("--engine-tensor-parallel-size", type=int, default=1, help="use with torchrun")
+    parser.add_argument("--scratch", type=Path, help="folder on the disk to measure (default: a temporary one)")
     options = parser.parse_args()
     silence_expected_warnings()
     parallel = ParallelConfig(tensor_parallel_size=options.tensor_parallel_size)

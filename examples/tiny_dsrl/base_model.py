@@ -21,6 +21,7 @@ from megatron_dsrl.algorithms.experience import Experience
 from megatron_dsrl.algorithms.losses import supervised_loss
 from megatron_dsrl.algorithms.objective import Objective
 from megatron_dsrl.algorithms.spaces import PostTrain, PreTrain, ScoredSequence
+from megatron_dsrl.common.waiting import say_on_first_rank
 from megatron_dsrl.config.actor import ActorConfig, OptimizerConfig
 from megatron_dsrl.config.data import PromptSetConfig
 from megatron_dsrl.config.model import ModelConfig
@@ -28,7 +29,6 @@ from megatron_dsrl.config.phase import PhaseConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.data.prompts import render
 from megatron_dsrl.data.tokenizer import context_token_ids, load_tokenizer
-from megatron_dsrl.observability.waiting import say_on_first_rank
 
 
 def make(output: Path, settings: Settings) -> None:

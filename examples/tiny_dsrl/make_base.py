@@ -20,7 +20,7 @@ from pathlib import Path
 
 from examples.tiny_dsrl.base_settings import MODELS, Settings, is_made
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.observability.waiting import say_on_first_rank
+from megatron_dsrl.common.waiting import say_on_first_rank
 from megatron_dsrl.run.loading import loading_megatron
 
 

@@ -14,9 +14,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from megatron_dsrl.algorithms.experience import Experience, PerToken
-from megatron_dsrl.algorithms.schedule import ModelPasses
-from megatron_dsrl.config.phase import ADVANTAGES
+from megatron_dsrl.algorithms.experience import Experience, ModelPasses, PerToken
+from megatron_dsrl.config.choices import ADVANTAGES
 from megatron_dsrl.config.registry import Options
 
 

@@ -1,8 +1,7 @@
-"""Turn scored responses into training data: sequences in a space, then advantages, then the sample filter.
+"""Scored responses as training data: sequences in a space, with their rewards and what model passes add to them.
 
 `build_experience` maps every sample of a rollout batch into a space. Model passes may then add what an algorithm needs
-(old or reference log-probs, values; see `schedule.required_passes`). `with_advantages` turns rewards into per-token
-advantages and drops the samples that the filter rejects.
+(old or reference log-probs, values; see `schedule.required_passes`), and `advantage_estimation.py` the advantages.
 """
 
 from collections.abc import Sequence
@@ -12,9 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dsrl.algorithms.divergence import kl_estimate
 from megatron_dsrl.algorithms.spaces import ScoredSequence, Space
-from megatron_dsrl.config.phase import KLConfig, ObjectiveConfig
 
 PerToken = tuple[Tensor, ...]
 """One [num_scored] float32 CPU tensor per sequence, aligned with its scored tokens."""
@@ -39,6 +36,26 @@ class Response:
     """Experts that the engine routed prompt and response tokens to; see `model.routed_experts`."""
     scored: Sequence[bool] | None = None
     """[len(response_ids)] which tokens the policy generated and are scored; None means all."""
+
+
+@dataclass(frozen=True)
+class ModelPasses:
+    """The fields of `Experience` that need a model pass."""
+
+    old_log_probs: bool = False
+    """Log-probs under the policy before the update."""
+    reference_log_probs: bool = False
+    """Log-probs under the reference policy."""
+    values: bool = False
+    """Values of the critic."""
+
+    def __or__(self, other: "ModelPasses") -> "ModelPasses":
+        """The union of both."""
+        return ModelPasses(
+            self.old_log_probs or other.old_log_probs,
+            self.reference_log_probs or other.reference_log_probs,
+            self.values or other.values,
+        )
 
 
 @dataclass(frozen=True)
@@ -156,39 +173,6 @@ def build_experience(responses: Sequence[Response], space: Space, context_ids: S
         truncated=torch.tensor([response.truncated for response in responses], dtype=torch.bool),
         from_older_weights=_marks_of_older_tokens(responses, sequences),
         routed_experts=_routed_experts(responses) if space.prompt_in_context else None,
-    )
-
-
-def with_advantages(experience: Experience, objective: ObjectiveConfig) -> Experience:
-    """Compute advantages over all samples, then keep those that pass the filter and have a scored token.
-
-    A dropped sample would have a zero token mask and contribute nothing to the loss or its denominator, so it is left
-    out instead of being computed and multiplied by zero.
-
-    Args:
-        experience: a whole rollout batch, with the results of the passes in `required_passes(objective)`.
-    """
-    experience = estimate_advantages(experience, objective)
-    keep = objective.filter.keep(experience) & (torch.tensor(experience.num_scored) > 0)
-    if objective.drop_truncated:
-        keep &= ~experience.truncated
-    return experience.select(keep.nonzero().flatten().tolist())
-
-
-def estimate_advantages(experience: Experience, objective: ObjectiveConfig) -> Experience:
-    """Add advantages, and returns if there is a critic, for all samples. Unlike `with_advantages`, drops nothing."""
-    if objective.kl is not None and objective.kl.reward_coefficient > 0:
-        experience = replace(experience, penalties=kl_penalties(experience, objective.kl))
-    estimate = objective.advantage.estimate(experience)
-    return replace(experience, advantages=estimate.advantages, returns=estimate.returns)
-
-
-def kl_penalties(experience: Experience, config: KLConfig) -> PerToken:
-    """KL divergence from the reference at each token, estimated before the update, times `reward_coefficient`."""
-    assert experience.old_log_probs is not None and experience.reference_log_probs is not None, "see required_passes"
-    return tuple(
-        config.reward_coefficient * kl_estimate(old, reference, config.reward_estimator)
-        for old, reference in zip(experience.old_log_probs, experience.reference_log_probs)
     )
 
 

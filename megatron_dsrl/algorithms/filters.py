@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_dsrl.algorithms.experience import Experience
-from megatron_dsrl.config.phase import FILTERS
+from megatron_dsrl.config.choices import FILTERS
 from megatron_dsrl.config.registry import Options
 
 

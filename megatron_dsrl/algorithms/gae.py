@@ -19,9 +19,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from megatron_dsrl.algorithms.advantages import AdvantageEstimate, AdvantageOptions, whiten
-from megatron_dsrl.algorithms.experience import Experience
-from megatron_dsrl.algorithms.schedule import ModelPasses
-from megatron_dsrl.config.phase import ADVANTAGES
+from megatron_dsrl.algorithms.experience import Experience, ModelPasses
+from megatron_dsrl.config.choices import ADVANTAGES
 
 
 @ADVANTAGES.register

@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from megatron_dsrl.algorithms.losses import ScoredTokens, probability_ratio
-from megatron_dsrl.config.phase import IMPORTANCE_CORRECTIONS
+from megatron_dsrl.config.choices import IMPORTANCE_CORRECTIONS
 from megatron_dsrl.config.registry import Options
 
 Level = Literal["token", "sequence"]

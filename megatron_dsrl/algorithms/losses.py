@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from megatron_dsrl.config.phase import LOSSES
+from megatron_dsrl.config.choices import LOSSES
 from megatron_dsrl.config.registry import Options
 
 _LARGEST_LOG_RATIO = 20.0

@@ -11,9 +11,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from megatron_dsrl.algorithms.advantage_estimation import with_advantages
 from megatron_dsrl.algorithms.aggregations import token_mean_weights
 from megatron_dsrl.algorithms.divergence import kl_loss
-from megatron_dsrl.algorithms.experience import Experience, with_advantages
+from megatron_dsrl.algorithms.experience import Experience
 from megatron_dsrl.algorithms.losses import PolicyLoss, ScoredTokens, TokenLosses
 from megatron_dsrl.config.phase import ObjectiveConfig, PhaseConfig
 

@@ -10,8 +10,8 @@ with one step they are the current ones.)
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from megatron_dsrl.algorithms.experience import ModelPasses
 from megatron_dsrl.config.phase import ObjectiveConfig, PhaseConfig
 from megatron_dsrl.config.phase_steps import phases_by_steps
 from megatron_dsrl.config.run import RunConfig
@@ -46,26 +46,6 @@ class Schedule:
             if phase.until_step is None or step <= phase.until_step:
                 return phase
         raise ValueError(f"no phase covers step {step}: the last one ends at {self._phases[-1].until_step}")
-
-
-@dataclass(frozen=True)
-class ModelPasses:
-    """The fields of `Experience` that need a model pass."""
-
-    old_log_probs: bool = False
-    """Log-probs under the policy before the update."""
-    reference_log_probs: bool = False
-    """Log-probs under the reference policy."""
-    values: bool = False
-    """Values of the critic."""
-
-    def __or__(self, other: "ModelPasses") -> "ModelPasses":
-        """The union of both."""
-        return ModelPasses(
-            self.old_log_probs or other.old_log_probs,
-            self.reference_log_probs or other.reference_log_probs,
-            self.values or other.values,
-        )
 
 
 def required_passes(objective: ObjectiveConfig) -> ModelPasses:

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from megatron_dsrl.config.phase import SPACES
+from megatron_dsrl.config.choices import SPACES
 from megatron_dsrl.config.registry import Options
 
 

@@ -12,9 +12,10 @@ from typing import Any
 
 from megatron_dsrl.analysis.responses import RecordedResponse
 from megatron_dsrl.charts.chart_axes import ValueAxis
-from megatron_dsrl.charts.chart_source import PhaseSpan, Series
+from megatron_dsrl.charts.chart_source import Series
 from megatron_dsrl.charts.charts import Chart, line_chart
 from megatron_dsrl.observability.records import Record
+from megatron_dsrl.observability.run_records import PhaseSpan
 
 BEHAVIOURS = ("subgoal_setting", "enumeration", "verification", "backtracking")
 SHARE = ValueAxis("share of responses", at_least=0.0, at_most=1.0)

@@ -10,9 +10,10 @@ from functools import partial
 from statistics import fmean
 
 from megatron_dsrl.charts.chart_axes import ValueAxis
-from megatron_dsrl.charts.chart_source import PhaseSpan, Series
+from megatron_dsrl.charts.chart_source import Series
 from megatron_dsrl.charts.charts import Chart, line_chart
 from megatron_dsrl.observability.records import Record
+from megatron_dsrl.observability.run_records import PhaseSpan
 from megatron_dsrl.rollout.sample import Sample, SampleGroup
 
 

@@ -12,9 +12,10 @@ from functools import partial
 from typing import Literal
 
 from megatron_dsrl.charts.chart_axes import ValueAxis
-from megatron_dsrl.charts.chart_source import PhaseSpan, Series
+from megatron_dsrl.charts.chart_source import Series
 from megatron_dsrl.charts.charts import Chart, line_chart, stacked_chart
 from megatron_dsrl.observability.records import Record
+from megatron_dsrl.observability.run_records import PhaseSpan
 from megatron_dsrl.rollout.sample import SampleGroup
 
 Outcome = Literal["solved", "mixed", "unsolved"]

@@ -14,8 +14,8 @@ from megatron_dsrl.config.model import GradientAnalysisConfig
 from megatron_dsrl.data.tokenizer import context_token_ids, load_tokenizer
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.source import resolve_model_folder
+from megatron_dsrl.observability.records import EXPORTS_FOLDER
 from megatron_dsrl.rollout.sample import Sample
-from megatron_dsrl.run.results import EXPORTS_FOLDER
 
 
 def both_spaces(config: GradientAnalysisConfig, responses: Sequence[TokenisedResponse]) -> list[ResponseLogProbs]:

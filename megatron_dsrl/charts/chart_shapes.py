@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from markupsafe import escape
 
 from megatron_dsrl.charts.chart_axes import Axes
-from megatron_dsrl.charts.chart_source import PhaseSpan, Series, number
+from megatron_dsrl.charts.chart_source import Series, number
+from megatron_dsrl.observability.run_records import PhaseSpan
 
 CHARACTER = 6.8
 """Width of a character at the charts' font size of 11, generously."""

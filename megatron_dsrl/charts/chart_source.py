@@ -7,6 +7,7 @@ from typing import Literal
 
 from megatron_dsrl.charts.chart_axes import STEPS, VALUES, StepAxis, ValueAxis
 from megatron_dsrl.observability.records import Record
+from megatron_dsrl.observability.run_records import PhaseSpan
 
 SERIES_COLOURS = 6
 
@@ -47,17 +48,6 @@ class Series:
             if value is not None:
                 pieces[-1].append((step, value))
         return [piece for piece in pieces if piece]
-
-
-@dataclass(frozen=True)
-class PhaseSpan:
-    """Consecutive steps of one phase."""
-
-    name: str
-    first_step: int
-    last_step: int
-    colour: int
-    """Counted from 1; the number of the CSS class `phase-N`."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from markupsafe import Markup, escape
 
 from megatron_dsrl.charts.chart_axes import SMALL, STEPS, VALUES, Axes, Frame, StepAxis, ValueAxis, fitting_axes
 from megatron_dsrl.charts.chart_shapes import area, cursor, curve, grid, phase_bands
-from megatron_dsrl.charts.chart_source import ChartSource, PhaseSpan, Series, number
+from megatron_dsrl.charts.chart_source import ChartSource, Series, number
+from megatron_dsrl.observability.run_records import PhaseSpan
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_dsrl.commands.arguments import Commands, add_command, add_group, add_processes, positive, positive_number
-from megatron_dsrl.observability.waiting import say_on_first_rank
+from megatron_dsrl.common.waiting import say_on_first_rank
 from megatron_dsrl.run.loading import loading_megatron
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_dsrl.commands.arguments import Commands, add_command, add_overrides, add_processes, labelled_folders
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.common.process import launched_rank
 from megatron_dsrl.run.loading import loading_megatron
 
 CHANGES = {
@@ -134,6 +135,7 @@ def _eval(options: argparse.Namespace) -> int:
         raise UserError(f"--benchmarks: name some of {', '.join(benchmark_names())}")
     with loading_megatron():
         from megatron_dsrl.evaluation.evaluate import EvaluationRequest, evaluate, requested_benchmarks
+        from megatron_dsrl.publishing.card import refresh_card
 
     changes: dict[str, Any] = {
         field: getattr(options, option) for option, field in CHANGES.items() if getattr(options, option) is not None
@@ -150,6 +152,8 @@ def _eval(options: argparse.Namespace) -> int:
         for benchmark in requested_benchmarks(request):
             config = benchmark.config
             print(f"{benchmark.name}: {config.samples_per_prompt} samples per problem of {config.source}")
-    else:
-        evaluate(request)
+        return 0
+    model = evaluate(request)
+    if launched_rank() == 0 and model.run_folder is not None and model.step is not None:
+        refresh_card(model.run_folder, model.step, print)
     return 0

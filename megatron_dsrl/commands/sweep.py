@@ -1,6 +1,7 @@
 """`dsrl sweep`."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from megatron_dsrl.commands.arguments import Commands, add_command, positive
@@ -23,6 +24,16 @@ def add_sweep(commands: Commands) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from megatron_dsrl.run.sweep import run_sweep
+    from megatron_dsrl.report.comparison import FIGURE_FILE, TABLE_FILE, write_comparison
+    from megatron_dsrl.run.sweep import load_sweep, run_sweep, runs_of, with_results
 
-    return run_sweep(options.sweep, options.parallel_runs)
+    sweep = load_sweep(options.sweep)
+    runs = runs_of(sweep, options.sweep.parent)
+    failed = run_sweep(runs, options.parallel_runs)
+    by_method, folder = with_results(runs), Path(sweep.output_dir)
+    if sweep.baseline in by_method:
+        print(write_comparison(by_method, sweep.baseline, folder))
+        print(f"written to {folder / TABLE_FILE} and {folder / FIGURE_FILE}")
+    for run in failed:
+        print(f"failed: {run.method}, seed {run.seed}: see {run.log}", file=sys.stderr)
+    return 1 if failed else 0

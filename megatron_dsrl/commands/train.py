@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from megatron_dsrl.commands.arguments import Commands, add_command, add_config, add_processes
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.process import launched_rank, launched_world_size
-from megatron_dsrl.observability.waiting import say_on_first_rank
+from megatron_dsrl.common.waiting import say_on_first_rank
 from megatron_dsrl.run.loading import loading_megatron
 
 if TYPE_CHECKING:

@@ -11,16 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from megatron_dsrl.config.choices import ADVANTAGES, AGGREGATIONS, FILTERS, IMPORTANCE_CORRECTIONS, LOSSES, SPACES
 from megatron_dsrl.config.custom_section import CustomSection
-from megatron_dsrl.config.registry import Options, Registry
+from megatron_dsrl.config.registry import Options
 from megatron_dsrl.config.section import Section
-
-SPACES = Registry("space", ["megatron_dsrl.algorithms.spaces"])
-ADVANTAGES = Registry("advantage", ["megatron_dsrl.algorithms.advantages", "megatron_dsrl.algorithms.gae"])
-FILTERS = Registry("filter", ["megatron_dsrl.algorithms.filters"])
-LOSSES = Registry("loss", ["megatron_dsrl.algorithms.losses"])
-AGGREGATIONS = Registry("aggregation", ["megatron_dsrl.algorithms.aggregations"])
-IMPORTANCE_CORRECTIONS = Registry("importance correction", ["megatron_dsrl.algorithms.importance"])
 
 if TYPE_CHECKING:
     from megatron_dsrl.algorithms.advantages import AdvantageOptions

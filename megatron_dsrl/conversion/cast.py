@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_dsrl.observability.waiting import say_on_first_rank
+from megatron_dsrl.common.waiting import say_on_first_rank
 from megatron_dsrl.weights.hf_checkpoint import torch_dtype_name
 
 NAMES_SHOWN = 3

@@ -16,6 +16,7 @@ from megatron_dsrl.common.collective import barrier, on_first, rank
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.fingerprint import fingerprint
 from megatron_dsrl.common.folder_lock import locked
+from megatron_dsrl.common.waiting import waiting
 from megatron_dsrl.config.benchmark import BenchmarkRunConfig
 from megatron_dsrl.config.load import apply_override
 from megatron_dsrl.config.validate import validated
@@ -33,10 +34,8 @@ from megatron_dsrl.evaluation.results import markdown, write_results
 from megatron_dsrl.evaluation.results_file import EVALUATIONS_FOLDER
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.parallel import process_group
-from megatron_dsrl.observability.waiting import waiting
 from megatron_dsrl.provenance.inputs import describe_model, describe_prompts
 from megatron_dsrl.provenance.start import Details, record_start
-from megatron_dsrl.publishing.card import refresh_card
 from megatron_dsrl.rewards.registry import describe_verifiers, matched_by_spelling
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.engines.awaiting_engines import awaiting_engines
@@ -93,8 +92,11 @@ def read_problems(folder: Path, benchmarks: Sequence[Benchmark]) -> dict[str, li
     return prompts
 
 
-def evaluate(request: EvaluationRequest) -> None:
+def evaluate(request: EvaluationRequest) -> EvaluatedModel:
     """Evaluate, or continue an evaluation. All ranks call it; rank 0 prints the results.
+
+    Returns:
+        The model that the request names.
 
     Raises:
         UserError: an input is missing or invalid, or another process is using the output folder; raised before the
@@ -133,8 +135,6 @@ def evaluate(request: EvaluationRequest) -> None:
                     benchmark, prompts[benchmark.name], rollout, stops, files[benchmark.name], settings
                 )
                 write_results(output, str(model.folder), summaries, model.step)
-            if model.run_folder is not None and model.step is not None:
-                refresh_card(model.run_folder, model.step, print)
             print(markdown(str(model.folder), summaries))
             print(f"written to {output}")
 
@@ -143,6 +143,7 @@ def evaluate(request: EvaluationRequest) -> None:
         elif rank() == 0:
             evaluate_all()
         barrier()  # the engines of other ranks must stay until the last sample is there
+    return model
 
 
 def _provenance(

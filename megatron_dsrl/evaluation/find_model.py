@@ -16,8 +16,7 @@ from megatron_dsrl.common.checksum import changed_file
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.source import resolve_model_folder
-from megatron_dsrl.observability.records import CONFIG_FILE
-from megatron_dsrl.run.results import CHECKPOINTS_FOLDER, EXPORTS_FOLDER
+from megatron_dsrl.observability.records import CHECKPOINTS_FOLDER, CONFIG_FILE, EXPORTS_FOLDER
 from megatron_dsrl.weights.megatron_checkpoint import is_megatron_checkpoint
 
 

@@ -15,7 +15,14 @@ from typing import Any
 from megatron_dsrl.common.disk import replace_text
 from megatron_dsrl.common.errors import UserError
 
+CHECKPOINTS_FOLDER = "checkpoints"
+EXPORTS_FOLDER = "hf"
+"""Folders in a run's folder: a `step_000001` for every checkpoint and exported policy."""
+
 CONFIG_FILE = "config.yaml"
+PROVENANCE_FILE = "provenance.jsonl"
+"""One record for every start of a command in the folder."""
+
 METRICS_FILE = "metrics.jsonl"
 EVALUATION_FILE = "evaluation.jsonl"
 RESPONSES_FILE = "evaluation_responses.jsonl"
@@ -141,3 +148,12 @@ def _parse_line(line: bytes) -> Record | None:
     except ValueError:  # also what undecodable bytes raise
         return None
     return value if isinstance(value, dict) else None
+
+
+def read_starts(folder: Path) -> list[Record]:
+    """All recorded starts of a folder, oldest first; none for a folder of an earlier version.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    return read_records(folder / PROVENANCE_FILE)

@@ -9,7 +9,6 @@ from typing import Any
 
 import yaml
 
-from megatron_dsrl.charts.chart_source import PhaseSpan
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.observability.records import CONFIG_FILE, EVALUATION_FILE, METRICS_FILE, Record, read_records
 
@@ -17,6 +16,17 @@ PRE_TRAIN = "pre_train"
 """The `space` of a step record that updates log P(y) alone."""
 PRE_TRAIN_COLOURS, OTHER_COLOURS = (1, 5), (2, 3, 4, 6)
 """Colours of phases: warm where log P(y) is updated, cool elsewhere, so that the space is visible."""
+
+
+@dataclass(frozen=True)
+class PhaseSpan:
+    """Consecutive steps of one phase."""
+
+    name: str
+    first_step: int
+    last_step: int
+    colour: int
+    """Counted from 1; the number of the CSS class `phase-N`."""
 
 
 @dataclass(frozen=True)

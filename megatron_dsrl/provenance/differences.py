@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_dsrl.observability.records import Record
-from megatron_dsrl.provenance.records import read_starts, steps_of_starts
+from megatron_dsrl.observability.records import Record, read_starts
 from megatron_dsrl.provenance.words import NOT_RECORDED, what_computed
 
 ALWAYS_SHOWN = ("Package torch", "Package megatron-core", "Package sglang", "Package transformers")
@@ -83,3 +82,21 @@ def _over_starts(starts: Sequence[dict[str, str]], name: str) -> str:
     values = [facts.get(name, NOT_RECORDED) for facts in starts] or [NOT_RECORDED]
     changed = [value for index, value in enumerate(values) if index == 0 or value != values[index - 1]]
     return ", then ".join(changed)
+
+
+def steps_of_starts(starts: Sequence[Record], last_step: int) -> list[tuple[int, int] | None]:
+    """First and last step of each start that a run consists of; None for a start none of whose steps is left.
+
+    A start that continues from a checkpoint replaces all steps after it.
+
+    Args:
+        starts: the recorded starts.
+        last_step: last step that the run has recorded.
+    """
+    spans: list[tuple[int, int] | None] = []
+    end = last_step
+    for start in reversed(starts):
+        after = start.get("after_step") or 0
+        spans.append((after + 1, end) if after < end else None)
+        end = min(end, after)
+    return spans[::-1]

@@ -16,49 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dsrl.common.collective import gather, rank, world_size
-from megatron_dsrl.config.run import RunConfig
-from megatron_dsrl.observability.records import repair_records
+from megatron_dsrl.observability.records import PROVENANCE_FILE, repair_records
 from megatron_dsrl.provenance.code import code_of_checkout, code_of_package
-from megatron_dsrl.provenance.inputs import describe_model, describe_prompts
 from megatron_dsrl.provenance.machine import devices, package_versions, python_version, slurm_job
-from megatron_dsrl.provenance.records import PROVENANCE_FILE
-from megatron_dsrl.rewards.registry import describe_verifiers
-from megatron_dsrl.run.inputs import RunInputs
 
 PACKAGE_FOLDER = Path(__file__).resolve().parent.parent
 
 Details = Mapping[str, Callable[[], Any]]
 """Further entries of a record by name, found out when the record is made. Values are JSON."""
-
-
-def record_run_start(
-    command: str, config: RunConfig, inputs: RunInputs, after_step: int, report: Callable[[str], None]
-) -> None:
-    """Record a start of `dsrl train` or `dsrl rollout` in the run folder, and report how verifiers run. Collective.
-
-    Args:
-        command: `train` or `rollout`.
-        inputs: what the run has read.
-        after_step: the checkpoint's step that the run continues after; 0 from the beginning.
-        report: called on rank 0 with a line on a verifier that depends on the machine, and with a warning if there can
-            be no record.
-    """
-    rewards = [config.reward, *(evaluation_set.reward for evaluation_set in config.evaluation.sets)]
-    verifiers = describe_verifiers(rewards) if rank() == 0 else []
-    for line in verifiers:
-        report(line)
-    details: Details = {
-        "after_step": lambda: after_step,
-        "layout": lambda: config.parallel.model_dump(mode="json"),
-        "engine_tensor_parallel_size": lambda: config.engine.tensor_parallel_size,
-        "model": lambda: describe_model(config.model.path, inputs.model_folder),
-        "data": lambda: describe_prompts(config.data, inputs.prompts),
-        "evaluation_sets": lambda: {
-            one.name: describe_prompts(one, prompts) for one, prompts in inputs.evaluation_sets
-        },
-        "verifiers": lambda: verifiers,
-    }
-    record_start(inputs.run_folder, command, details, report)
 
 
 def record_start(folder: Path, command: str, details: Details, report: Callable[[str], None]) -> None:

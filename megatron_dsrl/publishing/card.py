@@ -12,13 +12,14 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.common.generated_card import CARD_FILE, GENERATED, has_mark
 from megatron_dsrl.model.source import is_hub_name
+from megatron_dsrl.observability.records import CONFIG_FILE
 from megatron_dsrl.provenance.differences import ALWAYS_SHOWN, starts_that_count
 from megatron_dsrl.provenance.words import what_computed
 from megatron_dsrl.publishing.evaluations import evaluations_of, model_index
 from megatron_dsrl.publishing.origin import base_model_name, license_of, without_private_places
-from megatron_dsrl.publishing.own_card import CARD_FILE, GENERATED, has_mark
-from megatron_dsrl.run.results import CONFIG_FILE, exported_policy
+from megatron_dsrl.run.results import exported_policy
 
 PAPER = "2604.14142"
 SPACES = {"pre_train": "log P(y)", "post_train": "log P(y\\|x)"}

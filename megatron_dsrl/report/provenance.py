@@ -2,9 +2,15 @@
 
 from dataclasses import dataclass
 
+from megatron_dsrl.observability.records import read_starts
 from megatron_dsrl.observability.run_records import RunRecords
-from megatron_dsrl.provenance.differences import ComparedFact, changes_between_starts, compare_runs, starts_that_count
-from megatron_dsrl.provenance.records import read_starts, steps_of_starts
+from megatron_dsrl.provenance.differences import (
+    ComparedFact,
+    changes_between_starts,
+    compare_runs,
+    starts_that_count,
+    steps_of_starts,
+)
 from megatron_dsrl.provenance.words import (
     commit_words,
     device_words,

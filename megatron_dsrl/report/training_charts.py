@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from megatron_dsrl.charts.chart_axes import ValueAxis
-from megatron_dsrl.charts.chart_source import SERIES_COLOURS, PhaseSpan, Series, phase_changes
+from megatron_dsrl.charts.chart_source import SERIES_COLOURS, Series, phase_changes
 from megatron_dsrl.charts.charts import Chart, line_chart, stacked_chart
 from megatron_dsrl.observability.records import Record
-from megatron_dsrl.observability.run_records import RunRecords
+from megatron_dsrl.observability.run_records import PhaseSpan, RunRecords
 from megatron_dsrl.report.curves import (
     COST,
     GROUP_KEYS,

@@ -9,10 +9,17 @@ from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.load import dump_config
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.config.yaml_text import parse_yaml
-from megatron_dsrl.observability.records import CONFIG_FILE, EVALUATION_FILE, METRICS_FILE, RESPONSES_FILE, read_records
+from megatron_dsrl.observability.records import (
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    EVALUATION_FILE,
+    EXPORTS_FOLDER,
+    METRICS_FILE,
+    RESPONSES_FILE,
+    read_records,
+)
 from megatron_dsrl.observability.timeline import TRACE_FOLDER
 from megatron_dsrl.run.inputs import RunInputs
-from megatron_dsrl.run.results import CHECKPOINTS_FOLDER, EXPORTS_FOLDER
 
 
 def check_run_folder(config: RunConfig, inputs: RunInputs) -> None:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import TextIO
 
 from megatron_dsrl.common.process import launched_rank
-from megatron_dsrl.observability.waiting import waiting
+from megatron_dsrl.common.waiting import waiting
 
 
 @contextmanager

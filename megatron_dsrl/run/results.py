@@ -6,10 +6,14 @@ from pathlib import Path
 from megatron_dsrl.checkpoint.compatibility import check_same_run
 from megatron_dsrl.config.run import EvaluationConfig, RunConfig
 from megatron_dsrl.config.yaml_text import parse_yaml
-from megatron_dsrl.observability.records import CONFIG_FILE, EVALUATION_FILE, METRICS_FILE, read_records
-
-CHECKPOINTS_FOLDER = "checkpoints"
-EXPORTS_FOLDER = "hf"
+from megatron_dsrl.observability.records import (
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    EVALUATION_FILE,
+    EXPORTS_FOLDER,
+    METRICS_FILE,
+    read_records,
+)
 
 
 def exported_policy(run_folder: Path, step: int) -> Path:

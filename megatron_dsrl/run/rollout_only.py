@@ -15,13 +15,13 @@ from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.data.sampler import PromptSampler
 from megatron_dsrl.data.tokenizer import stop_token_ids
 from megatron_dsrl.model.parallel import process_group
-from megatron_dsrl.provenance.start import record_run_start
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.engines.awaiting_engines import awaiting_engines
 from megatron_dsrl.rollout.recording import rollout_file, write_groups
 from megatron_dsrl.rollout.sample import count_tokens
 from megatron_dsrl.rollout.step_sampling import sample_round
 from megatron_dsrl.run.inputs import RunInputs, load_inputs
+from megatron_dsrl.run.provenance import record_run_start
 from megatron_dsrl.run.step_metrics import rollout_metrics
 
 

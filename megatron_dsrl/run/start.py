@@ -1,27 +1,29 @@
-"""Start a run: its engines, models, restored state, and the files that rank 0 writes."""
+"""Start a training run, or continue it from its newest checkpoint: read the inputs, start engines, build models."""
 
 import socket
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
 from typing import cast
 
 import torch.distributed as dist
 
+from megatron_dsrl.algorithms.schedule import Schedule
+from megatron_dsrl.checkpoint.compatibility import check_same_model, check_same_optimizer
 from megatron_dsrl.checkpoint.state import current_layout
 from megatron_dsrl.checkpoint.store import Checkpoint, CheckpointStore
+from megatron_dsrl.common.folder_lock import locked
+from megatron_dsrl.common.waiting import waiting
 from megatron_dsrl.config.run import RunConfig
-from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.data.sampler import PromptSampler, SamplerState
 from megatron_dsrl.data.tokenizer import stop_token_ids
 from megatron_dsrl.evaluation.evaluator import Evaluator
+from megatron_dsrl.model.parallel import destroy_parallel, initialize_parallel
 from megatron_dsrl.observability.console import RunConsole
+from megatron_dsrl.observability.records import CHECKPOINTS_FOLDER
 from megatron_dsrl.observability.timeline import NoTimeline, Timeline
 from megatron_dsrl.observability.tracker import Tracker
 from megatron_dsrl.observability.trackers.launch import Trackers
-from megatron_dsrl.observability.waiting import waiting
-from megatron_dsrl.provenance.start import record_run_start
+from megatron_dsrl.platform import current_platform
 from megatron_dsrl.rollout.carry_over import CarryOver
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.engines.awaiting_engines import awaiting_engines
@@ -30,58 +32,33 @@ from megatron_dsrl.rollout.replay import ReplayRollout
 from megatron_dsrl.rollout.rollout import Rollout
 from megatron_dsrl.run.controller import Controller
 from megatron_dsrl.run.device_sharing import SharedDevice
-from megatron_dsrl.run.folder import prepare_run_folder
-from megatron_dsrl.run.inputs import RunInputs
+from megatron_dsrl.run.folder import check_run_folder, prepare_run_folder
+from megatron_dsrl.run.inputs import RunInputs, load_inputs
 from megatron_dsrl.run.models import RunModels, build_models
 from megatron_dsrl.run.preemption import StopSignal
+from megatron_dsrl.run.provenance import record_run_start
+from megatron_dsrl.run.saving import ROLLOUT_FOLDER
 from megatron_dsrl.run.threads import use_cpu_threads
-
-ROLLOUT_FOLDER = "rollout"
-"""Folder in checkpoints for what the rollout side carries over to the next step."""
+from megatron_dsrl.run.training_run import TrainingRun
 
 
-@dataclass(frozen=True)
-class TrainingRun:
-    """Everything that the steps of a run need. One per rank."""
+def start_run(config: RunConfig, resources: ExitStack) -> TrainingRun:
+    """Everything up to the first step. All ranks call it; `resources` closes what has to be closed.
 
-    config: RunConfig
-    inputs: RunInputs
-    first_step: int
-    """1, or the step after the checkpoint."""
-    models: RunModels
-    rollout: Rollout
-    device: SharedDevice
-    """Shared by the models and the rollout's engines."""
-    sampler: PromptSampler
-    """Rank 0 draws from it; the other ranks' state is synchronised every step."""
-    checkpoints: CheckpointStore
-    stop: StopSignal
-    controller: Controller | None
-    """Rank 0 only."""
-    timeline: Timeline | NoTimeline
-    console: RunConsole
-
-    @contextmanager
-    def doing(self, step: int, part: str) -> Iterator[None]:
-        """Record a part of a step in the timeline, and show it on rank 0's terminal (sampling has its own bar)."""
-        shown = self.controller is not None and part != "generate"
-        with self.timeline.span(part), self.console.doing(step, part.replace("_", " ")) if shown else nullcontext():
-            yield
-
-    def draw(self, count: int) -> list[Prompt]:
-        """The next prompts to train on. Rank 0 only."""
-        return [self.inputs.prompts[i] for i in self.sampler.next(count)]
-
-
-def start_run(
-    config: RunConfig,
-    inputs: RunInputs,
-    checkpoints: CheckpointStore,
-    checkpoint: Checkpoint | None,
-    console: RunConsole,
-    resources: ExitStack,
-) -> TrainingRun:
-    """Start the engines, build the models, restore the checkpoint. `resources` closes what has to be closed."""
+    Raises:
+        UserError: the model, the data or the run folder does not fit the configuration, or another process is using
+            the run folder; raised before anything expensive starts.
+    """
+    with waiting("reading tokenizer and prompts"):
+        inputs = load_inputs(config)
+    current_platform().record_collectives(inputs.run_folder / "collectives")
+    if config.engine.urls:
+        current_platform().prepare_weight_broadcast()
+    initialize_parallel(config.parallel, config.seed)
+    resources.callback(destroy_parallel)
+    console = RunConsole(config.steps, config.observability.verbose)
+    resources.enter_context(locked(inputs.run_folder, console.message))
+    checkpoints, checkpoint = open_checkpoints(config, inputs, console, resources)
     step = checkpoint.state.step if checkpoint else 0
     prepare_run_folder(config, inputs.run_folder, step)
     record_run_start("train", config, inputs, step, console.message)
@@ -89,17 +66,8 @@ def start_run(
         Trackers(config.observability.trackers, inputs.run_folder, console.message)
     )  # entered before the engines start, so that pending records are waited for after they have stopped
     timeline = open_timeline(config, inputs.run_folder, resources)
-    rollout = start_rollout(with_model_folder(config, inputs.model_folder), inputs, timeline)
-    resources.callback(rollout.close)
-    with timeline.span("start_engines"), awaiting_engines(config, inputs.run_folder):
-        rollout.wait_until_ready()
-    rollout.release_memory()
-    for line in use_cpu_threads(config, inputs.model_folder):
-        announce(console, line)
-    with timeline.span("build_models"), waiting("building the model"):
-        models = build_models(config, inputs.model_folder)
-    computed_by = ", ".join(f"{part} {name}" for part, name in models.actor.implementations.items())
-    announce(console, f"trainer: {computed_by}")
+    rollout = start_rollout(with_model_folder(config, inputs.model_folder), inputs, timeline, resources)
+    models = start_models(config, inputs, timeline, console)
     sampler = PromptSampler(len(inputs.prompts), config.seed)
     if checkpoint:
         restore(checkpoint, config, sampler, models, rollout)
@@ -110,6 +78,7 @@ def start_run(
     return TrainingRun(
         config=config,
         inputs=inputs,
+        schedule=Schedule(config.phases),
         first_step=step + 1,
         models=models,
         rollout=rollout,
@@ -130,6 +99,59 @@ def start_run(
     )
 
 
+def open_checkpoints(
+    config: RunConfig, inputs: RunInputs, console: RunConsole, resources: ExitStack
+) -> tuple[CheckpointStore, Checkpoint | None]:
+    """The run's checkpoints, and the newest of them, which the run continues from.
+
+    Raises:
+        UserError: the run folder or the checkpoint does not fit the configuration.
+    """
+    checkpoints = CheckpointStore(
+        inputs.run_folder / CHECKPOINTS_FOLDER,
+        config.checkpoint.keep_last,
+        config.checkpoint.keep_every_steps,
+        report=console.message,
+        asynchronous=config.checkpoint.asynchronous,
+    )
+    resources.callback(checkpoints.close)
+    check_run_folder(config, inputs)
+    checkpoint = checkpoints.newest()
+    if checkpoint:
+        check_same_model(checkpoint.state.model, inputs.model, str(checkpoint.folder))
+        check_same_optimizer(checkpoint.state.layout, config.parallel, str(checkpoint.folder))
+    return checkpoints, checkpoint
+
+
+def start_rollout(
+    config: RunConfig, inputs: RunInputs, timeline: Timeline | NoTimeline, resources: ExitStack
+) -> Rollout:
+    """Start the engines and lend their memory to the models that are built next, or open the recording to replay."""
+    stop_ids = tuple(stop_token_ids(inputs.tokenizer))
+    if config.rollout.replay_from is not None:
+        rollout: Rollout = ReplayRollout(config, inputs.prompts, stop_ids)
+    else:
+        rollout = EngineRollout(config, inputs.run_folder, stop_ids, inputs.decode, timeline.engine_call)
+    resources.callback(rollout.close)
+    with timeline.span("start_engines"), awaiting_engines(config, inputs.run_folder):
+        rollout.wait_until_ready()
+    rollout.release_memory()
+    return rollout
+
+
+def start_models(
+    config: RunConfig, inputs: RunInputs, timeline: Timeline | NoTimeline, console: RunConsole
+) -> RunModels:
+    """Build the models, and say which implementations compute them on how many threads."""
+    for line in use_cpu_threads(config, inputs.model_folder):
+        announce(console, line)
+    with timeline.span("build_models"), waiting("building the model"):
+        models = build_models(config, inputs.model_folder)
+    computed_by = ", ".join(f"{part} {name}" for part, name in models.actor.implementations.items())
+    announce(console, f"trainer: {computed_by}")
+    return models
+
+
 def restore(
     checkpoint: Checkpoint, config: RunConfig, sampler: PromptSampler, models: RunModels, rollout: Rollout
 ) -> None:
@@ -138,14 +160,6 @@ def restore(
     models.load(checkpoint, same_layout=checkpoint.state.layout == current_layout(config.parallel))
     if config.rollout.carries_over and dist.get_rank() == 0:
         rollout.take_over(CarryOver.read_from(checkpoint.folder / ROLLOUT_FOLDER))
-
-
-def start_rollout(config: RunConfig, inputs: RunInputs, timeline: Timeline | NoTimeline) -> Rollout:
-    """Start the engines without waiting for them, or open the recording to replay. All ranks."""
-    stop_ids = tuple(stop_token_ids(inputs.tokenizer))
-    if config.rollout.replay_from is not None:
-        return ReplayRollout(config, inputs.prompts, stop_ids)
-    return EngineRollout(config, inputs.run_folder, stop_ids, inputs.decode, timeline.engine_call)
 
 
 def start_controller(

@@ -19,7 +19,6 @@ from megatron_dsrl.config.validate import validated
 from megatron_dsrl.config.yaml_text import parse_yaml
 from megatron_dsrl.observability.console_lines import duration
 from megatron_dsrl.observability.records import METRICS_FILE, read_records
-from megatron_dsrl.report.comparison import FIGURE_FILE, TABLE_FILE, write_comparison
 from megatron_dsrl.run.results import has_results
 
 
@@ -32,6 +31,11 @@ class SweepRun:
     configs: tuple[Path, ...]
     folder: Path
     overrides: tuple[str, ...]
+
+    @property
+    def log(self) -> Path:
+        """What its process printed."""
+        return self.folder.with_name(f"{self.folder.name}.log")
 
     @property
     def arguments(self) -> list[str]:
@@ -82,43 +86,33 @@ def runs_of(sweep: SweepConfig, folder: Path) -> list[SweepRun]:
     ]
 
 
-def run_sweep(path: Path, processes: int) -> int:
-    """Run everything that is not finished, `processes` runs at a time, then compare all runs that have results.
+def run_sweep(runs: Sequence[SweepRun], processes: int) -> list[SweepRun]:
+    """Run everything that is not finished, `processes` runs at a time.
 
     Returns:
-        The exit status: 0, or 1 if a run failed.
+        The runs that failed.
 
     Raises:
-        UserError: the sweep or one of its configurations is wrong; nothing has been started.
+        UserError: one of the configurations is wrong; nothing has been started.
     """
-    sweep = load_sweep(path)
-    runs = runs_of(sweep, path.parent)
     missing = [run for run in runs if not _is_finished(run)]
     print(f"{len(runs) - len(missing)} of {len(runs)} runs are finished", flush=True)
     with ThreadPoolExecutor(processes) as pool:
-        failed = [run for run, status in zip(missing, pool.map(_train, missing)) if status != 0]
-    compare_sweep(sweep, runs)
-    for run in failed:
-        print(f"failed: {run.method}, seed {run.seed}: see {_log_of(run)}", file=sys.stderr)
-    return 1 if failed else 0
+        return [run for run, status in zip(missing, pool.map(_train, missing)) if status != 0]
 
 
-def compare_sweep(sweep: SweepConfig, runs: Sequence[SweepRun]) -> None:
-    """Write table and figure of the runs that have results."""
-    by_method = {
-        method: [run.folder for run in runs if run.method == method and (run.folder / METRICS_FILE).exists()]
-        for method in sweep.runs
-    }
-    by_method = {method: folders for method, folders in by_method.items() if folders}
-    if sweep.baseline in by_method:
-        folder = Path(sweep.output_dir)
-        print(write_comparison(by_method, sweep.baseline, folder))
-        print(f"written to {folder / TABLE_FILE} and {folder / FIGURE_FILE}")
+def with_results(runs: Sequence[SweepRun]) -> dict[str, list[Path]]:
+    """Folders of the runs that have results, by method."""
+    by_method: dict[str, list[Path]] = {}
+    for run in runs:
+        if (run.folder / METRICS_FILE).exists():
+            by_method.setdefault(run.method, []).append(run.folder)
+    return by_method
 
 
 def _train(run: SweepRun) -> int:
-    _log_of(run).parent.mkdir(parents=True, exist_ok=True)
-    with open(_log_of(run), "a", encoding="utf-8") as log:
+    run.log.parent.mkdir(parents=True, exist_ok=True)
+    with open(run.log, "a", encoding="utf-8") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "megatron_dsrl.cli", "train", *run.arguments],
             stdout=log,
@@ -140,10 +134,6 @@ def _is_finished(run: SweepRun) -> bool:
     config = load_config(run.configs, run.settings)
     done = max((record["step"] for record in read_records(run.folder / METRICS_FILE)), default=0)
     return done >= config.steps and has_results(run.folder, config.evaluation, config.steps)
-
-
-def _log_of(run: SweepRun) -> Path:
-    return run.folder.with_name(f"{run.folder.name}.log")
 
 
 def _as_folder_name(method: str) -> str:

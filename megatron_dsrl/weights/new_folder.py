@@ -20,8 +20,8 @@ from pathlib import Path
 
 from megatron_dsrl.common.collective import barrier, on_first, rank
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.provenance.records import PROVENANCE_FILE
-from megatron_dsrl.publishing.own_card import CARD_FILE, has_mark
+from megatron_dsrl.common.generated_card import CARD_FILE, has_mark
+from megatron_dsrl.observability.records import PROVENANCE_FILE
 from megatron_dsrl.weights.checkpoint_record import RECORD_FILE
 from megatron_dsrl.weights.companions import COMPANIONS, is_template_folder
 from megatron_dsrl.weights.megatron_checkpoint import is_megatron_checkpoint

@@ -9,7 +9,8 @@ import torch
 from megatron_dsrl.algorithms.advantages import GroupMean
 from megatron_dsrl.algorithms.experience import Response, build_experience
 from megatron_dsrl.algorithms.spaces import PostTrain, PreTrain, ScoredSequence, Space
-from megatron_dsrl.config.phase import SPACES, PhaseConfig
+from megatron_dsrl.config.choices import SPACES
+from megatron_dsrl.config.phase import PhaseConfig
 
 PROMPT, RESPONSE, BOS = (1, 2, 3), (10, 11, 12, 13), (7,)
 

@@ -7,8 +7,8 @@ import pytest
 from megatron_dsrl.algorithms.advantages import GroupStandardised
 from megatron_dsrl.algorithms.filters import Negative
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.config.choices import ADVANTAGES, AGGREGATIONS, FILTERS, IMPORTANCE_CORRECTIONS, LOSSES
 from megatron_dsrl.config.load import dump_config, load_config
-from megatron_dsrl.config.phase import ADVANTAGES, AGGREGATIONS, FILTERS, IMPORTANCE_CORRECTIONS, LOSSES
 
 OWN_MODULE = """
 from megatron_dsrl.algorithms.advantages import AdvantageEstimate, AdvantageOptions

@@ -20,11 +20,11 @@ from megatron_dsrl.cli import main
 from megatron_dsrl.commands.convert import DTYPES
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.fingerprint import fingerprint
+from megatron_dsrl.common.generated_card import GENERATED
 from megatron_dsrl.conversion.logits import _megatron_logits
 from megatron_dsrl.conversion.work import conversion_processes
 from megatron_dsrl.model.architecture import read_architecture
-from megatron_dsrl.provenance.records import read_starts
-from megatron_dsrl.publishing.own_card import GENERATED
+from megatron_dsrl.observability.records import read_starts
 from megatron_dsrl.weights.megatron_checkpoint import MegatronCheckpoint
 from megatron_dsrl.weights.tables import weight_table
 from tests.support.disk import files_of_at_most

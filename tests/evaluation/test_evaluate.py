@@ -13,7 +13,7 @@ from megatron_dsrl.common import folder_lock
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.evaluation.evaluate import EvaluationRequest, evaluate
 from megatron_dsrl.evaluation.sample_file import read_sample_file
-from megatron_dsrl.provenance.records import read_starts
+from megatron_dsrl.observability.records import read_starts
 from tests.support.tiny_run import dsrl, processes_left_behind, start_dsrl, write_tiny_run
 
 BENCHMARK = """

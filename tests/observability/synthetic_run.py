@@ -5,9 +5,8 @@ import random
 from pathlib import Path
 
 from megatron_dsrl.data.prompt import Prompt
-from megatron_dsrl.observability.records import Record, record_line
+from megatron_dsrl.observability.records import PROVENANCE_FILE, Record, record_line
 from megatron_dsrl.observability.tracker import Tracker
-from megatron_dsrl.provenance.records import PROVENANCE_FILE
 from megatron_dsrl.rollout.recording import rollout_file, write_groups
 from megatron_dsrl.rollout.sample import Sample, SampleGroup, count_tokens
 from megatron_dsrl.run.step_metrics import rollout_metrics

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.observability.records import PROVENANCE_FILE, read_starts
+from megatron_dsrl.provenance.differences import steps_of_starts
 from megatron_dsrl.provenance.machine import processor_name, slurm_job
-from megatron_dsrl.provenance.records import PROVENANCE_FILE, read_starts, steps_of_starts
 from megatron_dsrl.provenance.start import record_start
 
 

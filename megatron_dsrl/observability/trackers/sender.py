@@ -7,11 +7,10 @@ from typing import Any, Self
 
 import yaml
 
-from megatron_dsrl.observability.records import CONFIG_FILE, Record, shown_metrics
+from megatron_dsrl.observability.records import CONFIG_FILE, Record, read_starts, shown_metrics
 from megatron_dsrl.observability.trackers.base import RESPONSE_COLUMNS, Status, TrackedRun, TrackerOptions, TrackerRun
 from megatron_dsrl.observability.trackers.cursor import Cursor
 from megatron_dsrl.observability.trackers.new_records import NewRecord, NewRecords
-from megatron_dsrl.provenance.records import read_starts
 
 
 class Sender:

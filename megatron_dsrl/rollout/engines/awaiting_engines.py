@@ -4,7 +4,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from megatron_dsrl.common.collective import world_size
-from megatron_dsrl.observability.waiting import waiting
+from megatron_dsrl.common.waiting import waiting
 from megatron_dsrl.platform import current_platform
 from megatron_dsrl.rollout.engines.settings import RolloutSettings
 

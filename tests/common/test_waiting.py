@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from megatron_dsrl.observability import waiting as module
-from megatron_dsrl.observability.waiting import waiting
+from megatron_dsrl.common import waiting as module
+from megatron_dsrl.common.waiting import waiting
 
 
 def test_a_long_wait_is_announced_remembered_and_closed(monkeypatch) -> None:
