@@ -158,10 +158,11 @@ class _Statistics:
 
     @classmethod
     def of_no_columns(cls, num_tokens: int, device: torch.device) -> "_Statistics":
-        zeros = torch.zeros(4, num_tokens, device=device)
         # The lowest finite number: with -inf, 0 times a difference of maxima would not be 0.
-        zeros[0] = torch.finfo(torch.float32).min
-        return cls(*zeros, has_target=torch.zeros(num_tokens, dtype=torch.bool, device=device))
+        maximum = torch.full((num_tokens,), torch.finfo(torch.float32).min, device=device)
+        normaliser, weighted, at_target = torch.zeros(3, num_tokens, device=device)
+        has_target = torch.zeros(num_tokens, dtype=torch.bool, device=device)
+        return cls(maximum, normaliser, weighted, at_target, has_target)
 
     def add(self, scaled: Tensor, columns: Tensor) -> None:
         """Add a block of columns.

@@ -63,5 +63,6 @@ def output_at_rows(
     if not is_split:
         return output_layer(hidden)[0]
     weight = output_layer.weight if output_weight is None else output_weight
+    assert isinstance(weight, Tensor)
     # apex's kernel is not made for a matrix product over zero rows.
     return FactoredLogits(hidden, weight, config.gradient_accumulation_fusion and len(hidden) > 0)
