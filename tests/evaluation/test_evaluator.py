@@ -13,7 +13,7 @@ from megatron_dsrl.evaluation.benchmark import load_benchmark
 from megatron_dsrl.evaluation.evaluator import Evaluator
 from megatron_dsrl.evaluation.problem_result import first_responses
 from megatron_dsrl.rollout.sample import Sample, SampleGroup, SamplingParameters
-from megatron_dsrl.train import is_due
+from megatron_dsrl.run.training_run import is_due
 
 
 def sample(reward, num_tokens, finish_reason="stop", text=""):
