@@ -1,14 +1,13 @@
-"""A run that is interrupted and started again ends bit for bit as an uninterrupted one, for every kind of interrupt."""
+"""A run that is interrupted and started again ends bit for bit as an uninterrupted one, for every kind of interrupt.
 
-import random
+Random faults at random moments: tests/tools/test_fault_soak.py.
+"""
+
 import shutil
 import signal
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pytest
 
 from megatron_dsrl.observability.records import read_starts
@@ -147,61 +146,6 @@ def test_a_disk_without_room_for_the_record_of_a_step_ends_all_ranks_with_the_me
             assert training.ended() == TORCHRUN_FAILED
         message = f"{metrics} could not be written (0 MiB are free there): [Errno 28] No space left on device"
         assert f"dsrl: {message}" in training.output and f"dsrl: rank 1: {message}" in training.output
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2))
-def test_soak_kill_9_of_trainer_or_engine_at_random_moments(config, undisturbed, seed):
-    """Several kills while the run starts, or within a second after it has sampled a further step."""
-    chance = random.Random(seed)
-    run = config.parent / "runs" / f"soak-{seed}"
-    arguments = (str(config), f"name={run.name}", *OPTIONS)
-    for _ in range(5):
-        step = newest_checkpoint(run) + 1
-        remove_rollouts(run, step)
-        with running_training(*arguments, run=run) as training:
-            if chance.random() < 0.7:
-                training.wait_until(lambda: training.has_rollouts(step))  # noqa: B023
-                time.sleep(chance.uniform(0, 1))
-            else:
-                time.sleep(chance.uniform(0, 15))
-            engines = training.engine_processes()
-            if engines and chance.random() < 0.5:
-                kill_one(chance.choice(engines))
-            else:
-                training.process.kill()
-            assert training.ended() in (0, 1, 2, -signal.SIGKILL), training.output
-    complete_run(config, run.name)
-    assert_same_run(run, undisturbed, STEPS)
-
-
-@pytest.mark.slow
-def test_soak_kill_9_of_any_process_of_two_ranks(config):
-    """torchrun, a rank, an engine's process, a verifier's worker, whichever chance picks. What nothing depends on, and
-    what is replaced, lets the run go on."""
-    chance = random.Random(0)
-    layout = "parallel.distributed_optimizer=true"
-    whole = complete_run(config, "two ranks", layout, processes=2)
-    run = config.parent / "runs" / "two ranks, soak"
-    arguments = (str(config), f"name={run.name}", *OPTIONS, layout)
-    for _ in range(6):
-        step = newest_checkpoint(run) + 1
-        if step > STEPS:
-            break
-        remove_rollouts(run, step)
-        with running_training(*arguments, run=run, processes=2) as training:
-            training.wait_until(lambda: training.has_rollouts(step))  # noqa: B023
-            time.sleep(chance.uniform(0, 1))
-            if candidates := training.all_processes():
-                kill_one(chance.choice(candidates))
-            assert training.ended() in (0, TORCHRUN_FAILED, -signal.SIGKILL), training.output
-    complete_run(config, run.name, layout, processes=2)
-    assert_same_run(run, whole, STEPS)
-
-
-def kill_one(process: psutil.Process) -> None:
-    with suppress(psutil.NoSuchProcess):  # it may have ended in this moment
-        process.kill()
 
 
 @pytest.mark.slow

@@ -71,6 +71,7 @@ SHORTER = {
     r"benchmark_update": "--groups 2 --uniform-shares 0.5 --repetitions 1",
     r"benchmark_controller": "--samples 16 --tokens 128 --repetitions 1",
     r"gpu_record": "--size tiny",
+    r"tools.fault_soak": "--steps 3 --faults 1",
     r"tensorboard": "--inspect",
     r"test_layouts": "-k uneven",
 }

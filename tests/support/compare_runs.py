@@ -13,26 +13,56 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from megatron_dsrl.rollout.recording import read_groups, rollout_file
 
-NOT_COMPARED = ("seconds", "throughput/", "memory/", "time", "engine/")
-"""Beginnings of the names of what depends on the clock, the machine and what befell it."""
+NOT_COMPARED = {
+    "seconds": "depends on the clock",
+    "throughput/": "depends on the clock",
+    "time": "is the clock",
+    "memory/": "depends on how long the process has lived and what else it did",
+    "engine/": "counts restarts of engines and repeated requests, which is what the interruption was",
+}
+"""Beginnings of names in records that are not compared, and why."""
 
 
 def assert_same_run(run: Path, other: Path, steps: int) -> None:
     """Policy, optimizer, rollouts, metrics and evaluations after the same number of steps."""
-    assert_same_tensors(load_file(_exported(run, steps)), load_file(_exported(other, steps)))
-    assert_same_tensors(checkpoint_tensors(run, steps), checkpoint_tensors(other, steps))
+    assert differences(run, other, steps) == []
+
+
+def differences(run: Path, other: Path, steps: int) -> list[str]:
+    """What differs after the same number of steps: policy, optimizer, rollouts, metrics, evaluations."""
+    exported = _different_tensors(load_file(_exported(run, steps)), load_file(_exported(other, steps)))
+    saved = _different_tensors(checkpoint_tensors(run, steps), checkpoint_tensors(other, steps))
+    found = [f"exported policy: {name}" for name in exported] + [f"checkpoint: {name}" for name in saved]
     for step in range(1, steps + 1):
-        same = read_groups(rollout_file(run, step)) == read_groups(rollout_file(other, step))
-        assert same, f"rollouts of step {step}"
+        if read_groups(rollout_file(run, step)) != read_groups(rollout_file(other, step)):
+            found.append(f"rollouts of step {step}")
     for file in ("metrics.jsonl", "evaluation.jsonl"):
-        assert reproducible(records(run, file)) == reproducible(records(other, file)), file
-    assert [record["step"] for record in records(run, "metrics.jsonl")] == list(range(1, steps + 1))
+        found += different_records(file, records(run, file), records(other, file))
+    if [record["step"] for record in records(run)] != list(range(1, steps + 1)):
+        found.append(f"metrics.jsonl: steps 1 to {steps}, each once, are expected in {run}")
+    return found
+
+
+def different_records(file: str, ones: list[dict], others: list[dict]) -> list[str]:
+    """Fields that differ, apart from those in `NOT_COMPARED`."""
+    if len(ones) != len(others):
+        return [f"{file}: {len(ones)} and {len(others)} records"]
+    return [
+        f"{file}, step {one.get('step')}: {name} is {one.get(name)!r} and {other.get(name)!r}"
+        for one, other in zip(reproducible(ones), reproducible(others))
+        for name in sorted(one.keys() | other.keys())
+        if one.get(name) != other.get(name)
+    ]
 
 
 def assert_same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys() and one
-    different = [name for name in one if not torch.equal(one[name], other[name])]
-    assert not different, different
+    assert one and _different_tensors(one, other) == []
+
+
+def _different_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
+    """Names of tensors that differ in a bit, or that only one of them has."""
+    names = sorted(one.keys() | other.keys())
+    return [name for name in names if name not in one or name not in other or not torch.equal(one[name], other[name])]
 
 
 def checkpoint_tensors(run: Path, step: int) -> dict[str, torch.Tensor]:
@@ -52,7 +82,7 @@ def checkpoint_tensors(run: Path, step: int) -> dict[str, torch.Tensor]:
 
 def reproducible(records: list[dict]) -> list[dict]:
     """The records without what depends on the clock and the machine."""
-    return [{name: x for name, x in record.items() if not name.startswith(NOT_COMPARED)} for record in records]
+    return [{name: x for name, x in record.items() if not name.startswith(tuple(NOT_COMPARED))} for record in records]
 
 
 def records(run: Path, file: str = "metrics.jsonl") -> list[dict]:

@@ -52,13 +52,6 @@ class RunningTraining:
             return []
         return [p for child in children if _is_engine(child) for p in (child, *child.children(recursive=True))]
 
-    def all_processes(self) -> list[psutil.Process]:
-        """The started one and all that it started; none when it has ended."""
-        try:
-            return [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return []
-
     def ended(self) -> int:
         """Wait for the end; the exit status. Nothing that it started may be left."""
         status = self.process.wait(LIMIT_SECONDS)

@@ -1,0 +1,120 @@
+"""The fault run: a seed chooses the faults, differences are found, and disturbed runs end as an undisturbed one."""
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.compare_runs import different_records
+from tests.support.tiny_run import REPOSITORY
+from tools.fault_soak.__main__ import main
+from tools.fault_soak.fault import all_faults
+from tools.fault_soak.file_faults import damage
+from tools.fault_soak.processes import launcher, process_tree, ranks
+from tools.fault_soak.schedule import choose_faults
+
+KINDS = all_faults()
+STEPS = 8
+
+
+def test_a_seed_chooses_the_faults():
+    assert choose_faults(3, STEPS, 5, KINDS) == choose_faults(3, STEPS, 5, KINDS)
+    assert choose_faults(3, STEPS, 5, KINDS) != choose_faults(4, STEPS, 5, KINDS)
+
+
+def test_every_fault_comes_at_one_of_its_moments_and_leaves_a_step_to_come():
+    plans = [choose_faults(seed, STEPS, STEPS - 1, KINDS) for seed in range(20)]
+    for plan in plans:
+        assert [planned.step for planned in plan] == list(range(1, STEPS))
+        assert all(planned.moment in KINDS[planned.name].moments for planned in plan)
+    assert {planned.name for plan in plans for planned in plan} == set(KINDS)
+
+
+def test_seeds_that_follow_each_other_take_turns_through_the_kinds():
+    seeds = -(-len(KINDS) // 7)
+    assert {planned.name for seed in range(seeds) for planned in choose_faults(seed, STEPS, 7, KINDS)} == set(KINDS)
+
+
+def test_more_faults_than_steps_share_steps():
+    steps = [planned.step for planned in choose_faults(0, 3, 10, KINDS)]
+    assert len(steps) == 10 and steps == sorted(steps) and set(steps) == {1, 2}
+
+
+def test_records_differ_in_what_the_machine_does_not_decide():
+    record = {"step": 1, "policy/loss": 0.25, "seconds/step": 3.0, "time": 5.0, "engine/restarts": 0}
+    assert different_records("metrics.jsonl", [record], [record | {"seconds/step": 9.0, "engine/restarts": 2}]) == []
+    assert different_records("metrics.jsonl", [record], [record | {"policy/loss": 0.5}]) == [
+        "metrics.jsonl, step 1: policy/loss is 0.25 and 0.5"
+    ]
+    assert different_records("metrics.jsonl", [record], [record | {"router/loss": 0.5}]) == [
+        "metrics.jsonl, step 1: router/loss is None and 0.5"
+    ]
+    assert different_records("metrics.jsonl", [record], []) == ["metrics.jsonl: 1 and 0 records"]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_damage_changes_one_file(tmp_path, seed):
+    (tmp_path / "megatron").mkdir()
+    before = {tmp_path / "state.json": b"state", tmp_path / "megatron" / "weights": b"weights"}
+    for file, content in before.items():
+        file.write_bytes(content)
+    damage(tmp_path, random.Random(seed))
+    assert sum(not file.exists() or file.read_bytes() != content for file, content in before.items()) == 1
+
+
+def test_processes_are_found_below_their_launcher_only():
+    """Two ranks of one launcher, in their order, and nothing of another launcher."""
+    rank = f"{sys.executable} -c 'import time; time.sleep(60)'"
+    command = ["bash", "-c", f"RANK=1 {rank} & RANK=0 {rank} & wait"]
+    first, other = (subprocess.Popen(command, start_new_session=True) for _ in range(2))
+    try:
+        deadline = time.monotonic() + 30
+        while len(ranks(process_tree(first.pid))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        tree = process_tree(first.pid)
+        assert [process.environ()["RANK"] for process in ranks(tree)] == ["0", "1"]
+        assert [process.pid for process in launcher(tree)] == [first.pid]
+        assert not set(tree) & set(process_tree(other.pid))
+    finally:
+        for process in (first, other):
+            for child in psutil.Process(process.pid).children():
+                child.kill()
+            process.kill()
+            process.wait()
+    assert process_tree(first.pid) == []
+
+
+def test_an_unknown_fault_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--only", "kill_engine,no_such_fault"])
+    assert "there is no fault no_such_fault; the faults are damage_all_checkpoints, " in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Shared, so that both seeds are compared with one undisturbed run."""
+    return tmp_path_factory.mktemp("soak")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("seed", range(2))
+def test_a_disturbed_run_of_two_ranks_ends_as_the_undisturbed_one(folder, seed):
+    command = [sys.executable, "-m", "tools.fault_soak", "--seed", str(seed), "--processes", "2", "--steps", "7"]
+    result = subprocess.run(
+        [*command, "--folder", str(folder)],
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=7000,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"seed {seed}: 6 faults, and the same run bit for bit" in result.stdout
+    shutil.rmtree(folder / "runs" / f"seed_{seed}")

@@ -1,0 +1,93 @@
+"""The trainer's processes: killed, stopped, asked to stop. The same command continues from the newest checkpoint."""
+
+import signal
+
+import psutil
+
+from tools.fault_soak.fault import FAILED, IN_A_STEP, INTERRUPTED, KILLED, PREEMPTED, TERMINATED, Moment, register
+from tools.fault_soak.process_faults import Kill, Pause, ProcessFault, Starve, Stop
+from tools.fault_soak.processes import launcher, ranks
+from tools.fault_soak.training import Training
+
+ANY_TIME = (Moment.START, *IN_A_STEP)
+
+
+@register("kill_rank")
+class KillRank(Kill):
+    """Another rank may fail first, in the collective that the killed one has left."""
+
+    role = staticmethod(ranks)
+    moments = ANY_TIME
+    statuses = frozenset({KILLED, FAILED})
+
+
+@register("kill_launcher")
+class KillLauncher(Kill):
+    role = staticmethod(launcher)
+    moments = ANY_TIME
+    statuses = frozenset({KILLED})
+
+
+@register("kill_checkpoint_writer")
+class KillCheckpointWriter(Kill):
+    """The writer is a thread of every rank: one of the ranks is killed while there is an incomplete checkpoint."""
+
+    role = staticmethod(ranks)
+    moments = (Moment.SAVE,)
+    statuses = frozenset({KILLED, FAILED})
+
+    def apply(self, training: Training) -> str | None:
+        return super().apply(training) if training.partial_checkpoints() else None
+
+
+@register("stop_rank")
+class StopRank(Stop):
+    """Ends the run after `parallel.collective_timeout_seconds`, in the collective that waits for it."""
+
+    role = staticmethod(ranks)
+    statuses = frozenset({FAILED, KILLED})
+    takes_minutes = True
+
+
+@register("pause_rank")
+class PauseRank(Pause):
+    role = staticmethod(ranks)
+
+
+@register("starve_rank")
+class StarveRank(Starve):
+    role = staticmethod(ranks)
+
+
+@register("terminate")
+class Terminate(ProcessFault):
+    """SIGTERM, as SLURM sends it; 143 before there is anything to save."""
+
+    role = staticmethod(launcher)
+    moments = ANY_TIME
+    statuses = frozenset({PREEMPTED, TERMINATED})
+
+    def disturb(self, process: psutil.Process) -> None:
+        process.send_signal(signal.SIGTERM)
+
+
+@register("terminate_one_rank")
+class TerminateOneRank(ProcessFault):
+    """SIGUSR1 to any rank stops them all."""
+
+    role = staticmethod(ranks)
+    statuses = frozenset({PREEMPTED})
+
+    def disturb(self, process: psutil.Process) -> None:
+        process.send_signal(signal.SIGUSR1)
+
+
+@register("interrupt")
+class Interrupt(ProcessFault):
+    """Ctrl-C."""
+
+    role = staticmethod(launcher)
+    statuses = frozenset({INTERRUPTED})
+
+    def disturb(self, process: psutil.Process) -> None:
+        process.send_signal(signal.SIGINT)
