@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
 
 from tests.support.compare_runs import differences
 from tests.support.tiny_run import write_tiny_run
@@ -39,6 +40,8 @@ OPTIONS = (
     "reward.timeout_seconds=60",  # else a paused worker counts as a verifier that hangs, and its response scores 0
     "parallel.collective_timeout_seconds=300",
 )
+SHOWN = 20
+"""Differences that are printed: after the first, everything differs."""
 SEVERAL_PROCESSES = ("parallel.distributed_optimizer=true",)
 
 
@@ -47,17 +50,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     adopt_orphans()
+    disable_progress_bar()
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     folder = Path(options.folder or tempfile.mkdtemp(prefix="fault_soak_")).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    problems = [f"{folder} is kept"]
+    problems: list[str] = []
     try:
         problems = _soak(options, folder, console)
+    except KeyboardInterrupt:
+        console.print("interrupted; nothing is left running")
+        return 130
     finally:
         if options.folder is None and not problems:
             shutil.rmtree(folder, ignore_errors=True)
-        elif problems:
-            console.print(f"logs, records and checkpoints: {folder}", soft_wrap=True)
+    if problems:
+        console.print(f"logs, records and checkpoints: {folder}", soft_wrap=True)
     return 1 if problems else 0
 
 
@@ -122,7 +129,8 @@ def _round(
 
 
 def _reported(console: Console, problems: list[str], *hints: str) -> list[str]:
-    for line in (*problems, *hints) if problems else ():
+    more = [f"and {len(problems) - SHOWN} more differences"] if len(problems) > SHOWN else []
+    for line in (*problems[:SHOWN], *more, *hints) if problems else ():
         console.print(line, soft_wrap=True, markup=False)
     return problems
 

@@ -24,7 +24,7 @@ class Moment(StrEnum):
 
 IN_A_STEP = (Moment.GENERATE, Moment.TRAIN, Moment.PUSH_WEIGHTS, Moment.SAVE)
 
-FAILED, USER_ERROR, PREEMPTED, INTERRUPTED, KILLED, TERMINATED = 1, 2, 75, 130, 137, 143
+FAILED, USER_ERROR, PREEMPTED, HUNG_UP, INTERRUPTED, KILLED, TERMINATED = 1, 2, 75, 129, 130, 137, 143
 """Exit statuses of examples/troubleshooting; 137 is the shell's for SIGKILL."""
 
 

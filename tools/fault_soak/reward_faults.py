@@ -1,11 +1,8 @@
-"""Reward workers and their fork server. Whatever a signal killed is replaced, and its response is judged once more.
-
-A worker is never stopped for good: after `reward.timeout_seconds` its response scores 0, as that of a verifier that
-hangs. That is as documented, and another result than the undisturbed run's.
-"""
+"""Reward workers and their fork server. A killed one is replaced, its response is judged once more; the pool continues
+stopped workers by itself."""
 
 from tools.fault_soak.fault import Moment, register
-from tools.fault_soak.process_faults import Kill, Pause, Starve
+from tools.fault_soak.process_faults import Kill, Pause, Starve, Stop
 from tools.fault_soak.processes import reward_fork_servers, reward_workers
 
 
@@ -14,10 +11,9 @@ class KillRewardWorker(Kill):
     role = staticmethod(reward_workers)
 
 
-@register("pause_reward_worker")
-class PauseRewardWorker(Pause):
+@register("stop_reward_worker")
+class StopRewardWorker(Stop):
     role = staticmethod(reward_workers)
-    moments = (Moment.GENERATE,)
 
 
 @register("starve_reward_worker")

@@ -4,7 +4,17 @@ import signal
 
 import psutil
 
-from tools.fault_soak.fault import FAILED, IN_A_STEP, INTERRUPTED, KILLED, PREEMPTED, TERMINATED, Moment, register
+from tools.fault_soak.fault import (
+    FAILED,
+    HUNG_UP,
+    IN_A_STEP,
+    INTERRUPTED,
+    KILLED,
+    PREEMPTED,
+    TERMINATED,
+    Moment,
+    register,
+)
 from tools.fault_soak.process_faults import Kill, Pause, ProcessFault, Starve, Stop
 from tools.fault_soak.processes import launcher, ranks
 from tools.fault_soak.training import Training
@@ -69,6 +79,18 @@ class Terminate(ProcessFault):
 
     def disturb(self, process: psutil.Process) -> None:
         process.send_signal(signal.SIGTERM)
+
+
+@register("hang_up")
+class HangUp(ProcessFault):
+    """SIGHUP, as from a terminal that is closed."""
+
+    role = staticmethod(launcher)
+    moments = ANY_TIME
+    statuses = frozenset({PREEMPTED, HUNG_UP})
+
+    def disturb(self, process: psutil.Process) -> None:
+        process.send_signal(signal.SIGHUP)
 
 
 @register("terminate_one_rank")
