@@ -49,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tool; returns its exit status."""
     options = _parse(arguments)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell; the run would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     adopt_orphans()
     disable_progress_bar()
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)

@@ -35,6 +35,8 @@ class Fault(ABC):
     moments: ClassVar[tuple[Moment, ...]] = IN_A_STEP
     statuses: ClassVar[frozenset[int]] = frozenset()
     """Exit statuses with which the run may end; none: it must continue."""
+    must_end: ClassVar[bool] = False
+    """Whether the run must end: its continuing would be a fault that did nothing, or a request that was ignored."""
     takes_minutes: ClassVar[bool] = False
     """Only injected when named with `--only`."""
 

@@ -35,12 +35,11 @@ class FaultOfFiles(Fault):
     moments = IN_A_STEP
 
     def apply(self, training: Training) -> str | None:
-        if len(training.checkpoints()) < self.needs_checkpoints:
+        if len(training.checkpoints()) < self.needs_checkpoints or training.status() is not None:
             return None
         for process in training.processes(launcher):
             process.kill()
-        training.wait_for_end(STOP_SECONDS)
-        return self.change(training)
+        return self.change(training) if training.wait_for_end(STOP_SECONDS) == KILLED else None
 
     def change(self, training: Training) -> str:
         """Change the files of the stopped run; returns which."""

@@ -58,6 +58,9 @@ class Soak:
             if self._reach(planned) and self._inject(planned):
                 self._await_next_step(self.injections[-1])
         self._go_on_until(lambda: False)
+        for injection in self.injections:
+            if injection.fault.must_end and injection.seconds_to_next_step is not None and not injection.restarts:
+                raise SoakFailure(f"{injection.planned.name} ({injection.target}) did not end the run")
 
     def _reach(self, planned: PlannedFault) -> bool:
         """Wait for the moment of a fault; False if the training ends before."""

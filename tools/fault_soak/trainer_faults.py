@@ -29,6 +29,7 @@ class KillRank(Kill):
     role = staticmethod(ranks)
     moments = ANY_TIME
     statuses = frozenset({KILLED, FAILED})
+    must_end = True
 
 
 @register("kill_launcher")
@@ -36,6 +37,7 @@ class KillLauncher(Kill):
     role = staticmethod(launcher)
     moments = ANY_TIME
     statuses = frozenset({KILLED})
+    must_end = True
 
 
 @register("kill_checkpoint_writer")
@@ -45,6 +47,7 @@ class KillCheckpointWriter(Kill):
     role = staticmethod(ranks)
     moments = (Moment.SAVE,)
     statuses = frozenset({KILLED, FAILED})
+    must_end = True
 
     def apply(self, training: Training) -> str | None:
         return super().apply(training) if training.partial_checkpoints() else None
@@ -56,6 +59,7 @@ class StopRank(Stop):
 
     role = staticmethod(ranks)
     statuses = frozenset({FAILED, KILLED})
+    must_end = True
     takes_minutes = True
 
 
@@ -76,6 +80,7 @@ class Terminate(ProcessFault):
     role = staticmethod(launcher)
     moments = ANY_TIME
     statuses = frozenset({PREEMPTED, TERMINATED})
+    must_end = True
 
     def disturb(self, process: psutil.Process) -> None:
         process.send_signal(signal.SIGTERM)
@@ -88,6 +93,7 @@ class HangUp(ProcessFault):
     role = staticmethod(launcher)
     moments = ANY_TIME
     statuses = frozenset({PREEMPTED, HUNG_UP})
+    must_end = True
 
     def disturb(self, process: psutil.Process) -> None:
         process.send_signal(signal.SIGHUP)
@@ -99,6 +105,7 @@ class TerminateOneRank(ProcessFault):
 
     role = staticmethod(ranks)
     statuses = frozenset({PREEMPTED})
+    must_end = True
 
     def disturb(self, process: psutil.Process) -> None:
         process.send_signal(signal.SIGUSR1)
@@ -110,6 +117,7 @@ class Interrupt(ProcessFault):
 
     role = staticmethod(launcher)
     statuses = frozenset({INTERRUPTED})
+    must_end = True
 
     def disturb(self, process: psutil.Process) -> None:
         process.send_signal(signal.SIGINT)
