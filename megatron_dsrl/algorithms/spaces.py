@@ -133,7 +133,8 @@ class PreTrain(Space):
 
     bos: Literal["im_start", "none", "assistant"] = "im_start"
     """`im_start`: the token `<|im_start|>`. `none`: no BOS; the first response token is unscored context.
-    `assistant`: the tokens of `<|im_start|>assistant\\n`."""
+    `assistant`: the tokens of `<|im_start|>assistant\\n`. For tokenizers without `<|im_start|>`, `im_start` is their
+    own BOS, and `assistant` is what their chat template puts before a response."""
 
     prompt_in_context: ClassVar[bool] = False
     metrics_prefix: ClassVar[str] = "pre_train"
@@ -150,4 +151,5 @@ class PreTrain(Space):
 
 
 LONGEST_BOS = 3
-"""Number of tokens of the longest BOS, `<|im_start|>assistant\\n`."""
+"""Number of tokens of the longest BOS, `<|im_start|>assistant\\n`. Plans do not read the tokenizer: the counterpart in
+Llama 3 has four."""

@@ -19,7 +19,7 @@ from megatron_dsrl.config.load import apply_override
 from megatron_dsrl.config.model import GradientAnalysisConfig, ParallelConfig
 from megatron_dsrl.config.validate import validated
 from megatron_dsrl.config.yaml_text import KeyPath
-from megatron_dsrl.data.tokenizer import TURN_END, context_token_ids, load_tokenizer
+from megatron_dsrl.data.tokenizer import context_token_ids, load_tokenizer, turn_end
 from megatron_dsrl.evaluation.problem_result import ProblemResult, SampleResult
 from megatron_dsrl.evaluation.sample_file import read_sample_file
 from megatron_dsrl.model.architecture import Architecture, read_architecture
@@ -152,7 +152,7 @@ def choose_responses(
 
 def _tokenised(problem: ProblemResult, number: int, tokenizer: PreTrainedTokenizerBase) -> TokenisedResponse:
     sample: SampleResult = problem.samples[number]
-    text = sample.text if sample.truncated else sample.text + TURN_END
+    text = sample.text if sample.truncated else sample.text + turn_end(tokenizer)
     prompt_ids, response_ids = (tokenizer.encode(part, add_special_tokens=False) for part in (problem.prompt, text))
     return TokenisedResponse(0, problem.index, number, sample.reward, tuple(prompt_ids), tuple(response_ids))
 

@@ -1,5 +1,10 @@
-"""Qwen3's tokenizer: loading and checking it, and the token ids that training needs."""
+"""Chat models' tokenizers: loading and checking them, and the token ids that training needs.
 
+Tokenizers in Qwen's format (ChatML: Qwen, SmolLM2) share the three special tokens below. Others, such as Llama 3's,
+have their own BOS, and their stop tokens are those that the tokenizer and generation_config.json name.
+"""
+
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,10 +17,12 @@ from megatron_dsrl.model.source import is_hub_name, no_folder
 END_OF_TEXT = "<|endoftext|>"
 TURN_START = "<|im_start|>"
 TURN_END = "<|im_end|>"
+CHATML = (END_OF_TEXT, TURN_START, TURN_END)
+ASSISTANT_START = TURN_START + "assistant\n"
 
 
 def load_tokenizer(path: str, vocab_size: int | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of an HF folder or hub name and check that it fits Qwen3.
+    """Load the tokenizer of an HF folder or hub name and check that it has what training needs.
 
     Args:
         path: folder with tokenizer files, or a hub name (`model.path`).
@@ -23,8 +30,8 @@ def load_tokenizer(path: str, vocab_size: int | None = None) -> PreTrainedTokeni
             have more rows than the tokenizer has tokens (Qwen3 does), but not fewer.
 
     Raises:
-        UserError: there is no such folder or tokenizer, a special token of Qwen3 or the chat template is missing, or
-            the tokenizer has ids outside the model's vocabulary.
+        UserError: there is no such folder or tokenizer, a special token or the chat template is missing, or the
+            tokenizer has ids outside the model's vocabulary.
     """
     tokenizer = _from_folder(path) if Path(path).is_dir() else _from_hub(path)
     _require_special_tokens(tokenizer, path)
@@ -38,9 +45,24 @@ def load_tokenizer(path: str, vocab_size: int | None = None) -> PreTrainedTokeni
     return tokenizer
 
 
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Tokens that end a response: the end of the assistant's turn and the end of the text."""
-    return _token_id(tokenizer, TURN_END), _token_id(tokenizer, END_OF_TEXT)
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_folder: Path) -> tuple[int, ...]:
+    """Tokens that end a response: the end of the assistant's turn and the end of the text.
+
+    In ChatML these are `<|im_end|>` and `<|endoftext|>`. Otherwise they are the tokenizer's EOS and the `eos_token_id`
+    of generation_config.json in `model_folder`, of which Llama 3 has several.
+
+    Raises:
+        UserError: generation_config.json cannot be read.
+    """
+    vocabulary = tokenizer.get_vocab()
+    if TURN_START in vocabulary:
+        return vocabulary[TURN_END], vocabulary[END_OF_TEXT]
+    return tuple(dict.fromkeys([tokenizer.eos_token_id, *_generation_stop_ids(model_folder)]))
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Text of the token that ends the assistant's turn."""
+    return TURN_END if TURN_START in tokenizer.get_vocab() else str(tokenizer.eos_token)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -51,8 +73,46 @@ def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], skip_sp
 
 
 def context_token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """Token ids of the text that replaces the prompt in a space; see `algorithms.spaces.Space.context_text`."""
+    """Token ids of the text that replaces the prompt in a space; see `algorithms.spaces.Space.context_text`.
+
+    For tokenizers without `<|im_start|>`, `<|im_start|>` stands for their BOS, and `<|im_start|>assistant\\n` for what
+    their chat template puts before a response.
+
+    Raises:
+        UserError: the text needs a chat template that puts something before a response, or contains `<|im_start|>` in
+            another place.
+    """
+    if TURN_START in text and TURN_START not in tokenizer.get_vocab():
+        text = _own_text(tokenizer, text)
     return tuple(tokenizer.encode(text, add_special_tokens=False)) if text else ()
+
+
+def _own_text(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """What stands for a ChatML text in a tokenizer of another format."""
+    if text == TURN_START:
+        return str(tokenizer.bos_token)
+    if text != ASSISTANT_START:
+        raise UserError(f"the context {text!r} needs <|im_start|>, which this model's tokenizer does not have")
+    turns = [{"role": "user", "content": "x"}]
+    asked, opened = (
+        str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation_prompt))
+        for generation_prompt in (False, True)
+    )
+    if opened == asked or not opened.startswith(asked):
+        raise UserError("bos: this model's chat template puts nothing before a response; use im_start or none")
+    return opened.removeprefix(asked)
+
+
+def _generation_stop_ids(model_folder: Path) -> list[int]:
+    path = model_folder / "generation_config.json"
+    if not path.exists():
+        return []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    ids = found if isinstance(found, list) else [found]
+    return [token for token in ids if isinstance(token, int)]
 
 
 def _from_folder(folder: str) -> PreTrainedTokenizerBase:
@@ -61,7 +121,7 @@ def _from_folder(folder: str) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"model.path: cannot load a tokenizer from {folder}: {error}\n"
-            "The folder needs Qwen3's tokenizer.json and tokenizer_config.json."
+            "The folder needs the model's tokenizer.json and tokenizer_config.json."
         ) from error
 
 
@@ -74,17 +134,24 @@ def _from_hub(name: str) -> PreTrainedTokenizerBase:
 
 def _require_special_tokens(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
     vocabulary = tokenizer.get_vocab()
-    missing = [token for token in (END_OF_TEXT, TURN_START, TURN_END) if token not in vocabulary]
+    chatml = any(token in vocabulary for token in (TURN_START, TURN_END))
+    needed = CHATML if chatml else (tokenizer.bos_token, tokenizer.eos_token)
+    missing = [token for token in needed if token not in vocabulary]
+    if missing and not chatml:
+        raise UserError(
+            f"model.path: the tokenizer in {path} has neither Qwen's <|im_start|> and <|im_end|> nor its own bos_token "
+            "and eos_token. Use the tokenizer that came with the chat model."
+        )
     if missing:
         raise UserError(
-            f"model.path: the tokenizer in {path} is not Qwen3's: it has no token {', '.join(missing)}. "
-            "Use the tokenizer that came with the Qwen3 checkpoint."
+            f"model.path: the tokenizer in {path} has no token {', '.join(missing)}, which belongs to Qwen's chat "
+            "format. Use the tokenizer that came with the chat model."
         )
-    split = [token for token in (END_OF_TEXT, TURN_START, TURN_END) if tokenizer.encode(token) != [vocabulary[token]]]
+    split = [token for token in needed if tokenizer.encode(token, add_special_tokens=False) != [vocabulary[token]]]
     if split:
         raise UserError(
             f"model.path: the tokenizer in {path} does not read {', '.join(split)} as one token. "
-            "Declare it as a special token in tokenizer_config.json, as Qwen3 does."
+            "Declare it as a special token in tokenizer_config.json."
         )
 
 
@@ -95,9 +162,3 @@ def _require_fitting_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: 
             f"model.path: the tokenizer in {path} has token ids up to {largest} ({token!r}), but the model has only "
             f"{vocab_size} embedding rows (vocab_size in its config.json). Use the model's own tokenizer."
         )
-
-
-def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
-    token_id = tokenizer.get_vocab().get(token)
-    assert token_id is not None, f"load_tokenizer refuses tokenizers without {token}"
-    return token_id

@@ -119,14 +119,14 @@ def evaluate(request: EvaluationRequest) -> EvaluatedModel:
         unfinished = on_first(
             lambda: [b.name for b in benchmarks if missing_samples(b, prompts[b.name], files[b.name], settings)]
         )
-        stops = stop_token_ids(tokenizer)
+        stops = stop_token_ids(tokenizer, folder)
         if unfinished:
             verifiers = describe_verifiers(b.config.reward for b in benchmarks) if rank() == 0 else []
             for line in verifiers:
                 print(line)
             details = _provenance(request, model, folder, benchmarks, prompts)
             record_start(output, "eval", {**details, "verifiers": lambda: verifiers}, print)
-        rollout = start_engines(config, output, tokenizer, resources) if unfinished else None
+        rollout = start_engines(config, output, tokenizer, stops, resources) if unfinished else None
 
         def evaluate_all() -> None:
             summaries = {}
@@ -162,10 +162,14 @@ def _provenance(
 
 
 def start_engines(
-    config: BenchmarkRunConfig, output: Path, tokenizer: PreTrainedTokenizerBase, resources: ExitStack
+    config: BenchmarkRunConfig,
+    output: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    stops: tuple[int, ...],
+    resources: ExitStack,
 ) -> EngineRollout:
     """Start engines and wait until they are ready. Logs go to the output folder; `resources` closes the engines."""
-    rollout = EngineRollout(config, output, stop_token_ids(tokenizer), partial(decode, tokenizer))
+    rollout = EngineRollout(config, output, stops, partial(decode, tokenizer))
     resources.callback(rollout.close)
     with awaiting_engines(config, output):
         rollout.wait_until_ready()

@@ -10,7 +10,7 @@ from megatron_dsrl.common.git_lfs import lfs_advice
 from megatron_dsrl.config.layout import ModelShape, model_problems, refuse
 from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.model.families import FAMILIES, Family
-from megatron_dsrl.model.rope import Yarn, read_rope
+from megatron_dsrl.model.rope import RopeScaling, Yarn, read_rope
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Architecture:
     initializer_range: float
     experts: Experts | None = None
     """None for a dense model."""
-    yarn: Yarn | None = None
+    rope_scaling: RopeScaling | None = None
     """None for plain RoPE."""
 
     @property
@@ -56,7 +56,7 @@ class Architecture:
             key_value_groups=self.num_key_value_heads,
             feed_forward_size=self.intermediate_size,
             context_tokens=self.max_position_embeddings,
-            yarn_context_tokens=self.yarn.context_tokens if self.yarn else 0,
+            yarn_context_tokens=self.rope_scaling.context_tokens if isinstance(self.rope_scaling, Yarn) else 0,
             experts=self.experts.num_experts if self.experts else 0,
             expert_feed_forward_size=self.experts.moe_intermediate_size if self.experts else 0,
         )
@@ -71,7 +71,7 @@ def read_architecture(folder: Path) -> Architecture:
 
     Raises:
         UserError: the file is missing or not JSON, the architecture is not supported, a field is missing or has the
-            wrong type, or an unsupported feature is requested (RoPE scaling other than YaRN, sliding window, biases).
+            wrong type, or an unsupported feature is requested (other RoPE scaling or biases, sliding window).
     """
     path = folder / "config.json"
     config = _read_json(path)
@@ -79,12 +79,12 @@ def read_architecture(folder: Path) -> Architecture:
     _refuse_unsupported_features(config, path)
     if family.has_experts:
         _refuse_dense_layers_among_experts(config, path)
-    theta, yarn = read_rope(config, path)
+    theta, scaling = read_rope(config, path, family.default_rope_theta)
     context_tokens = _integer(config, "max_position_embeddings", path)
-    if yarn is not None and context_tokens > yarn.context_tokens:  # SGLang has no angles beyond
+    if isinstance(scaling, Yarn) and context_tokens > scaling.context_tokens:  # SGLang has no angles beyond
         raise UserError(
-            f"{path}: max_position_embeddings is {context_tokens}, but YaRN's factor {yarn.factor:g} x "
-            f"original_max_position_embeddings reaches {yarn.context_tokens}; lower the former or raise the factor"
+            f"{path}: max_position_embeddings is {context_tokens}, but YaRN's factor {scaling.factor:g} x "
+            f"original_max_position_embeddings reaches {scaling.context_tokens}; lower the former or raise the factor"
         )
     hidden_size, heads = _integer(config, "hidden_size", path), _integer(config, "num_attention_heads", path)
     return Architecture(
@@ -102,7 +102,7 @@ def read_architecture(folder: Path) -> Architecture:
         tie_word_embeddings=_flag(config, "tie_word_embeddings", path),
         initializer_range=_number(config, "initializer_range", path, default=0.02),
         experts=_experts(config, path) if family.has_experts else None,
-        yarn=yarn,
+        rope_scaling=scaling,
     )
 
 
@@ -172,8 +172,9 @@ def _flag(config: dict[str, Any], field: str, path: Path) -> bool:
 def _refuse_unsupported_features(config: dict[str, Any], path: Path) -> None:
     if config.get("hidden_act", "silu") != "silu":
         raise UserError(f"{path}: hidden_act {config['hidden_act']!r} is not supported; only 'silu' is")
-    if config.get("attention_bias"):
-        raise UserError(f"{path}: attention_bias is not supported; published Qwen3 models have none")
+    for name in ("attention_bias", "mlp_bias"):
+        if config.get(name):
+            raise UserError(f"{path}: {name} is not supported; published Qwen3 and Llama models have none")
     if config.get("use_sliding_window"):
         raise UserError(f"{path}: use_sliding_window is not supported")
     if config.get("attention_dropout"):

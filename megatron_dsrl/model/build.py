@@ -1,9 +1,11 @@
 """Build a decoder of a supported family (model/families.py) as a Megatron-core GPTModel.
 
 In Megatron's terms: RMSNorm before attention and feed-forward, grouped query attention, RMSNorm on each head's query
-and key if the family has it, rotary embeddings on the whole head (plain or YaRN), SwiGLU or SwiGLU experts, no dropout.
+and key if the family has it, rotary embeddings on the whole head (plain, YaRN or Llama 3's), SwiGLU or SwiGLU
+experts, no dropout.
 """
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from torch import nn
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig, RouterConfig
 from megatron_dsrl.model.architecture import Architecture, Experts, check_model_layout
 from megatron_dsrl.model.layer_spec import LayerImplementation, choose_layer_implementation, decoder_layers
-from megatron_dsrl.model.rope import Yarn
+from megatron_dsrl.model.rope import Llama3Scaling, RopeScaling, Yarn
 from megatron_dsrl.platform import current_platform
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -39,7 +41,7 @@ def transformer_config(architecture: Architecture, model: ModelConfig, parallel:
     dtype, virtual_stages = DTYPES[model.dtype], parallel.virtual_pipeline_stages
     implementation = choose_layer_implementation(model.layer_spec, model.dtype)
     platform_flags = current_platform().transformer_config_flags(implementation == "transformer_engine")
-    if architecture.yarn is not None:
+    if isinstance(architecture.rope_scaling, Yarn):
         platform_flags |= {"apply_rope_fusion": False}  # Transformer Engine's kernel has no attention factor
     config = TransformerConfig(
         num_layers=architecture.num_hidden_layers,
@@ -78,14 +80,14 @@ def transformer_config(architecture: Architecture, model: ModelConfig, parallel:
         **RECOMPUTE[model.recompute],
         **platform_flags | (INTERLEAVED if virtual_stages > 1 else {}),
     )
-    for name, value in _yarn_attributes(architecture.yarn).items():
+    for name, value in _yarn_attributes(architecture.rope_scaling).items():
         setattr(config, name, value)
     return config
 
 
-def _yarn_attributes(yarn: Yarn | None) -> dict[str, Any]:
+def _yarn_attributes(yarn: RopeScaling | None) -> dict[str, Any]:
     """What Megatron reads from its configuration for YaRN, though the class does not declare it."""
-    if yarn is None:
+    if not isinstance(yarn, Yarn):
         return {}
     return {
         "yarn_rotary_scaling_factor": yarn.factor,
@@ -146,12 +148,21 @@ def build_model(architecture: Architecture, model: ModelConfig, parallel: Parall
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
             parallel_output=True,
             share_embeddings_and_output_weights=architecture.tie_word_embeddings,
-            position_embedding_type="yarn" if architecture.yarn else "rope",
+            position_embedding_type="yarn" if isinstance(architecture.rope_scaling, Yarn) else "rope",
             rotary_base=architecture.rope_theta,
             vp_stage=stage,
         ).to(current_platform().device)
+        if isinstance(architecture.rope_scaling, Llama3Scaling):
+            _scale_frequencies(chunk, architecture.rope_scaling)
         chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
     return chunks
+
+
+def _scale_frequencies(model: GPTModel, scaling: Llama3Scaling) -> None:
+    """Scale the frequencies by Megatron's own function. GPTModel passes it only the factor, and leaves the other three
+    at Llama 3.1's values."""
+    rope = model.rotary_pos_emb
+    rope.inv_freq = rope._apply_scaling(rope.inv_freq, **asdict(scaling))
 
 
 def build_trainable(chunks: list[MegatronModule], parallel: ParallelConfig) -> list[DistributedDataParallel]:

@@ -22,6 +22,8 @@ class Family:
     """A mixture of experts as feed-forward in every layer."""
     default_head_dim: int | None = None
     """Default if config.json gives none; None means hidden size / heads."""
+    default_rope_theta: float | None = None
+    """Default if config.json gives none; None means that it must."""
 
 
 FAMILIES = {
@@ -30,5 +32,7 @@ FAMILIES = {
         Family("Qwen3ForCausalLM", qk_layernorm=True, qkv_bias=False, default_head_dim=128),
         Family("Qwen3MoeForCausalLM", qk_layernorm=True, qkv_bias=False, has_experts=True, default_head_dim=128),
         Family("Qwen2ForCausalLM", qk_layernorm=False, qkv_bias=True),  # also the name of Qwen2.5
+        # Llama 2 and 3, and others with their layers, such as SmolLM2. Llama 2's config.json may lack the RoPE base.
+        Family("LlamaForCausalLM", qk_layernorm=False, qkv_bias=False, default_rope_theta=1e4),
     )
 }

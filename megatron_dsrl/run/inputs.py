@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_dsrl.config.run import EvaluationSetConfig, RunConfig
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.data.prompts import load_prompts
-from megatron_dsrl.data.tokenizer import decode, load_tokenizer
+from megatron_dsrl.data.tokenizer import context_token_ids, decode, load_tokenizer, stop_token_ids
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.source import resolve_model_folder
 
@@ -24,6 +24,8 @@ class RunInputs:
     model: dict[str, Any]
     """Shapes and constants of the model from its config.json."""
     tokenizer: PreTrainedTokenizerBase
+    stop_token_ids: tuple[int, ...]
+    """Tokens that end a response."""
     prompts: list[Prompt]
     evaluation_sets: list[tuple[EvaluationSetConfig, list[Prompt]]]
 
@@ -36,16 +38,21 @@ def load_inputs(config: RunConfig) -> RunInputs:
     """Read all inputs.
 
     Raises:
-        UserError: the model, its tokenizer or a prompt set is missing or invalid.
+        UserError: the model, its tokenizer or a prompt set is missing or invalid, or the tokenizer cannot make the
+            context of a space.
     """
     model_folder = resolve_model_folder(config.model.path, made_by=config.made_by)
     architecture = read_architecture(model_folder)
     tokenizer = load_tokenizer(str(model_folder), architecture.vocab_size)
+    for phase in config.phases:
+        for objective in phase.objectives.values():
+            context_token_ids(tokenizer, objective.space.context_text)
     return RunInputs(
         run_folder=Path(config.output_dir) / config.name,
         model_folder=model_folder,
         model=asdict(architecture),
         tokenizer=tokenizer,
+        stop_token_ids=stop_token_ids(tokenizer, model_folder),
         prompts=load_prompts(config.data, tokenizer),
         evaluation_sets=[
             (evaluation_set, load_prompts(evaluation_set, tokenizer, section=f"evaluation.sets.{i}"))

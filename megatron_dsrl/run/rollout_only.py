@@ -13,7 +13,6 @@ from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.folder_lock import locked
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.data.sampler import PromptSampler
-from megatron_dsrl.data.tokenizer import stop_token_ids
 from megatron_dsrl.model.parallel import process_group
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.engines.awaiting_engines import awaiting_engines
@@ -42,7 +41,7 @@ def sample_run(config: RunConfig) -> None:
         if not on_first(lambda: missing_steps(config, inputs)):
             return
         record_run_start("rollout", config, inputs, 0, print)
-        rollout = EngineRollout(config, inputs.run_folder, tuple(stop_token_ids(inputs.tokenizer)), inputs.decode)
+        rollout = EngineRollout(config, inputs.run_folder, inputs.stop_token_ids, inputs.decode)
         resources.callback(rollout.close)
         with awaiting_engines(config, inputs.run_folder):
             rollout.wait_until_ready()

@@ -15,7 +15,6 @@ from megatron_dsrl.common.folder_lock import locked
 from megatron_dsrl.common.waiting import waiting
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.data.sampler import PromptSampler, SamplerState
-from megatron_dsrl.data.tokenizer import stop_token_ids
 from megatron_dsrl.evaluation.evaluator import Evaluator
 from megatron_dsrl.model.parallel import destroy_parallel, initialize_parallel
 from megatron_dsrl.observability.console import RunConsole
@@ -127,11 +126,12 @@ def start_rollout(
     config: RunConfig, inputs: RunInputs, timeline: Timeline | NoTimeline, resources: ExitStack
 ) -> Rollout:
     """Start the engines and lend their memory to the models that are built next, or open the recording to replay."""
-    stop_ids = tuple(stop_token_ids(inputs.tokenizer))
     if config.rollout.replay_from is not None:
-        rollout: Rollout = ReplayRollout(config, inputs.prompts, stop_ids)
+        rollout: Rollout = ReplayRollout(config, inputs.prompts, inputs.stop_token_ids)
     else:
-        rollout = EngineRollout(config, inputs.run_folder, stop_ids, inputs.decode, timeline.engine_call)
+        rollout = EngineRollout(
+            config, inputs.run_folder, inputs.stop_token_ids, inputs.decode, timeline.engine_call
+        )
     resources.callback(rollout.close)
     with timeline.span("start_engines"), awaiting_engines(config, inputs.run_folder):
         rollout.wait_until_ready()

@@ -46,7 +46,8 @@ def architecture_fields(architecture: Architecture) -> dict[str, Any]:
     fields = asdict(architecture)
     fields["family"] = architecture.family.hf_name
     fields |= fields.pop("experts") or {}
-    fields |= {f"yarn_{name}": value for name, value in (fields.pop("yarn") or {}).items()}
+    kind = getattr(architecture.rope_scaling, "rope_type", "")
+    fields |= {f"{kind}_{name}": value for name, value in (fields.pop("rope_scaling") or {}).items()}
     del fields["initializer_range"]
     return fields
 

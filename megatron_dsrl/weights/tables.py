@@ -41,10 +41,21 @@ def qwen2_layer(a: Architecture) -> tuple[TensorRule, ...]:
     )
 
 
+def llama_layer(a: Architecture) -> tuple[TensorRule, ...]:
+    """Llama: neither biases nor norms on queries and keys."""
+    return (
+        rules.attention_norm(a),
+        rules.query_key_value(a),
+        rules.attention_output(a),
+        *rules.feed_forward(a),
+    )
+
+
 LAYERS: Mapping[str, Callable[[Architecture], tuple[TensorRule, ...]]] = {
     "Qwen3ForCausalLM": qwen3_layer,
     "Qwen3MoeForCausalLM": qwen3_moe_layer,
     "Qwen2ForCausalLM": qwen2_layer,
+    "LlamaForCausalLM": llama_layer,
 }
 
 

@@ -30,7 +30,7 @@ from megatron_dsrl.weights.tables import weight_table
 from tests.support.disk import files_of_at_most
 from tests.support.families import FAMILIES
 from tests.support.forked import ForkedProcess
-from tests.support.tiny_model import YARN, make_tiny_qwen3
+from tests.support.tiny_model import LLAMA3, YARN, make_tiny_qwen3
 from tests.support.tiny_run import processes_left_behind, start_dsrl
 
 QUERY = "model.layers.1.self_attn.q_proj.weight"
@@ -436,8 +436,8 @@ def truncate(folder: Path) -> None:
 
 REFUSALS = {
     "unsupported architecture": (
-        lambda folder: change_config(folder, architectures=["LlamaForCausalLM"]),
-        "names LlamaForCausalLM; supported are Qwen3ForCausalLM, Qwen3MoeForCausalLM, Qwen2ForCausalLM",
+        lambda folder: change_config(folder, architectures=["MistralForCausalLM"]),
+        "names MistralForCausalLM; supported are Qwen3ForCausalLM, Qwen3MoeForCausalLM, Qwen2ForCausalLM",
     ),
     "missing tensor": (
         lambda folder: change_weights(folder, lambda tensors: tensors.pop(QUERY)),
@@ -564,6 +564,7 @@ DRIFTS = {
     "RoPE base": ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_theta is 10000.0"),
     "RoPE scaling": ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e6}}, "RoPE scaling of type 'linear'"),
     "YaRN": ({"rope_parameters": YARN}, "yarn_factor is 4.0"),
+    "Llama 3": ({"rope_parameters": LLAMA3}, "llama3_factor is 8.0"),
     "tied embeddings": ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
     "head dimension": ({"head_dim": 64}, "head_dim is 64"),
     "norm epsilon": ({"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05"),

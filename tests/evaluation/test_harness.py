@@ -86,9 +86,9 @@ def replay(name: str, tokenizer, data_folder: Path, folder: Path, limit: int | N
         row = rows[prompt.index]
         return gold_response(name, row, prompt.answer), corrupted_response(name, row, answers, prompt.index)
 
-    file = folder / "samples.jsonl"
+    file, stops = folder / "samples.jsonl", stop_token_ids(tokenizer, folder)
     summary = evaluate_benchmark(
-        benchmark, prompts, ReplayingSampler(responses, tokenizer), stop_token_ids(tokenizer), file, {"model": "replay"}
+        benchmark, prompts, ReplayingSampler(responses, tokenizer), stops, file, {"model": "replay"}
     )
     problems = sorted(read_sample_file(file), key=lambda problem: problem.index)
     return [[sample.reward for sample in problem.samples] for problem in problems], summary

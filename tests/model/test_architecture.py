@@ -42,12 +42,13 @@ def write(folder: Path, **changes) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["LlamaForCausalLM"]}, "names LlamaForCausalLM; supported are Qwen3ForCausalLM, Qwen3Moe"),
+        ({"architectures": ["MistralForCausalLM"]}, "names MistralForCausalLM; supported are Qwen3ForCausalLM, Qwen3"),
         ({"rms_norm_eps": None}, "rms_norm_eps must be a positive number, not None"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false, not 'false'"),
-        ({"architectures": "LlamaForCausalLM"}, "names LlamaForCausalLM; supported are"),
+        ({"architectures": "MistralForCausalLM"}, "names MistralForCausalLM; supported are"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"attention_bias": True}, "attention_bias"),
+        ({"architectures": ["LlamaForCausalLM"], "mlp_bias": True}, "mlp_bias is not supported"),
         ({"num_key_value_heads": 0}, "num_key_value_heads must be a positive integer, not 0"),
     ],
 )
@@ -61,6 +62,8 @@ def test_defaults_are_those_of_transformers(tmp_path):
     assert (bare.num_key_value_heads, bare.head_dim) == (32, 128)
     qwen2 = {"architectures": ["Qwen2ForCausalLM"], "head_dim": None, "hidden_size": 2048}
     assert read_architecture(write(tmp_path, **qwen2)).head_dim == 64
+    llama = read_architecture(write(tmp_path, **qwen2 | {"architectures": ["LlamaForCausalLM"]}))
+    assert (llama.head_dim, llama.rope_theta) == (64, 1e6)
 
 
 def test_a_byte_order_mark_is_skipped(tmp_path):

@@ -17,7 +17,7 @@ from megatron_dsrl.model.parallel import destroy_parallel, initialize_parallel
 from megatron_dsrl.weights.load import load_hf_weights
 from megatron_dsrl.weights.tables import weight_table
 from tests.support.families import FAMILIES
-from tests.support.tiny_model import YARN, make_tiny_qwen3
+from tests.support.tiny_model import LLAMA3, YARN, make_tiny_llama, make_tiny_qwen3
 
 PARALLEL = ParallelConfig(collective_timeout_seconds=60)
 LENGTHS = [13, 24, 11, 12, 1, 24]
@@ -64,19 +64,27 @@ def test_logits_equal_transformers(tmp_path, family):
     torch.testing.assert_close(model(row, None, None, packed_seq_params=packed(LENGTHS)), expected, rtol=0, atol=1e-5)
 
 
-def test_yarn_equals_transformers_beyond_the_original_context(tmp_path):
-    """Up to position 400 of a model pre-trained for 128, with its own bounds between the frequencies; packed rows
+SCALED = {
+    "YaRN": (make_tiny_qwen3, {**YARN, "rope_theta": 1e4, "beta_fast": 8.0, "beta_slow": 2.0}),
+    "Llama 3": (make_tiny_llama, {**LLAMA3, "factor": 6.0, "low_freq_factor": 0.5, "high_freq_factor": 8.0}),
+}
+
+
+@pytest.mark.parametrize("scaling", SCALED)
+def test_scaled_rope_equals_transformers_beyond_the_original_context(tmp_path, scaling):
+    """Up to position 400 of a model pre-trained for 128 or 64, with unusual bounds between the frequencies; packed rows
     select their angles in another way than dense ones."""
-    rope = {**YARN, "rope_theta": 1e4, "beta_fast": 8.0, "beta_slow": 2.0}
-    reference = make_tiny_qwen3(tmp_path, tied=True, vocab_size=101, rope=rope)
+    make, rope = SCALED[scaling]
+    reference = make(tmp_path, tied=True, vocab_size=101, rope=rope)
     model, rows, lengths = build(tmp_path), token_ids(2, 400), [150, 300, 20]
     torch.testing.assert_close(model(rows, None, None), reference(rows).logits, rtol=0, atol=1e-5)
     row = token_ids(1, sum(lengths))
     expected = torch.cat([reference(sequence).logits for sequence in row.split(lengths, 1)], 1)
     torch.testing.assert_close(model(row, None, None, packed_seq_params=packed(lengths)), expected, rtol=0, atol=1e-5)
 
-    plain = make_tiny_qwen3(tmp_path / "plain", tied=True, vocab_size=101)
-    assert (plain(rows).logits - reference(rows).logits).abs().max() > 0.1  # YaRN matters to this model
+    plain_rope = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+    plain = make(tmp_path / "plain", tied=True, vocab_size=101, rope=plain_rope)
+    assert (plain(rows).logits - reference(rows).logits).abs().max() > 0.1  # the scaling matters to this model
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])

@@ -27,7 +27,7 @@ from megatron_dsrl.planning.parameters import (
     parameters_of_stage,
 )
 from tests.support.distributed import run_distributed
-from tests.support.tiny_model import make_tiny_qwen2, make_tiny_qwen3, make_tiny_qwen3_moe
+from tests.support.tiny_model import make_tiny_llama, make_tiny_qwen2, make_tiny_qwen3, make_tiny_qwen3_moe
 from tests.support.tiny_run import REPOSITORY
 
 LAYOUTS = {
@@ -116,8 +116,9 @@ def folders(tmp_path_factory) -> dict:
     make_tiny_qwen3(folder / "tied", tied=True, vocab_size=127)
     make_tiny_qwen3(folder / "untied", tied=False, vocab_size=127)
     make_tiny_qwen2(folder / "biases")
+    make_tiny_llama(folder / "llama", tied=True)
     make_tiny_qwen3_moe(folder / "experts")
-    return {name: folder / name for name in ("tied", "untied", "biases", "experts")}
+    return {name: folder / name for name in ("tied", "untied", "biases", "llama", "experts")}
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +129,7 @@ def measured(folders) -> list[tuple[dict, list]]:
 
 def test_every_rank_holds_what_the_plan_says(measured):
     ranks = [counts for counts, _ in measured]
-    assert len(ranks[0]) == 2 * (4 * 4 + 2)
+    assert len(ranks[0]) == 2 * (5 * 4 + 2)
     for counts in ranks:
         for key, (held, planned) in counts.items():
             assert held == planned, key

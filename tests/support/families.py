@@ -19,5 +19,7 @@ FAMILIES: Mapping[str, Callable[..., Any]] = {
     "Qwen3 YaRN": partial(_make, "make_tiny_qwen3_yarn", tied=True),
     "Qwen3-MoE": partial(_make, "make_tiny_qwen3_moe"),
     "Qwen2.5": partial(_make, "make_tiny_qwen2"),
+    "Llama untied": partial(_make, "make_tiny_llama", tied=False),
+    "Llama 3": partial(_make, "make_tiny_llama3"),
 }
 """Each takes a folder, and `vocab_size`, `dtype`, `max_shard_size` and `seed` by name; returns Transformers' model."""

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -28,6 +30,15 @@ SIZES = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 128}
 """128 tokens extended to the 512 of `SIZES`."""
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+"""64 tokens extended to 512. Of 8 frequencies, as in heads of dimension 16, 1 stays, 2 are interpolated, 5 divided."""
 HEAD_DIM = 32
 """Head dimension of both Qwen3 families; not hidden size / heads, which is 16."""
 
@@ -103,6 +114,27 @@ def make_tiny_qwen2(
     """A Qwen2.5: biases on queries, keys and values, no norms on them, tied, heads of dimension 16."""
     config = Qwen2Config(**SIZES, vocab_size=vocab_size, tie_word_embeddings=True, use_sliding_window=False)
     return _write(Qwen2ForCausalLM, config, folder, seed, dtype, max_shard_size)
+
+
+def make_tiny_llama(
+    folder: Path,
+    *,
+    tied: bool,
+    vocab_size: int = 128,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "1GB",
+    rope: dict[str, Any] | None = None,
+) -> LlamaForCausalLM:
+    """A Llama: no biases, no norms on queries and keys, heads of dimension 16; options as `make_tiny_qwen3`."""
+    sizes = SIZES if rope is None else SIZES | {"rope_parameters": rope}
+    config = LlamaConfig(**sizes, vocab_size=vocab_size, tie_word_embeddings=tied)
+    return _write(LlamaForCausalLM, config, folder, seed, dtype, max_shard_size)
+
+
+def make_tiny_llama3(folder: Path, **options: Any) -> LlamaForCausalLM:
+    """A tied Llama whose context is extended from 64 to 512 tokens as in Llama 3.2; options of `make_tiny_llama`."""
+    return make_tiny_llama(folder, tied=True, rope=LLAMA3, **options)
 
 
 def _write(

@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.weights.table import TableEntry, WeightTable
@@ -27,6 +27,7 @@ QWEN2_ATTENTION = {
     "self_attention.linear_qkv.weight",
     "self_attention.linear_qkv.bias",
 }
+LLAMA_ATTENTION = QWEN2_ATTENTION - {"self_attention.linear_qkv.bias"}
 FEED_FORWARD = {"mlp.linear_fc1.layer_norm_weight", "mlp.linear_fc1.weight", "mlp.linear_fc2.weight"}
 GROUPED_EXPERTS = {
     "pre_mlp_layernorm.weight",
@@ -39,6 +40,7 @@ TRANSFORMER_ENGINE_LAYERS = {
     "Qwen3 untied": QWEN3_ATTENTION | FEED_FORWARD,
     "Qwen3-MoE": QWEN3_ATTENTION | GROUPED_EXPERTS,
     "Qwen2.5": QWEN2_ATTENTION | FEED_FORWARD,
+    "Llama untied": LLAMA_ATTENTION | FEED_FORWARD,
 }
 
 # Layers, hidden size, feed-forward size, heads, key/value heads, tied embeddings, and of experts their inner size: what
@@ -57,17 +59,25 @@ QWEN25 = {  # with the vocabulary last
     "0.5B": (24, 896, 4864, 14, 2, True, 151_936),
     "7B": (28, 3584, 18944, 28, 4, False, 152_064),
 }
+LLAMA = {  # also with the vocabulary last
+    "Llama-3.1-8B": (32, 4096, 14336, 32, 8, False, 128_256),
+    "Llama-3.2-1B": (16, 2048, 8192, 32, 8, True, 128_256),
+    "SmolLM2-135M": (30, 576, 1536, 9, 3, True, 49_152),
+}
 SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 PARAMETERS = {  # in billions, as the model cards have them
     "Qwen3-0.6B": 0.6, "Qwen3-1.7B": 1.7, "Qwen3-4B": 4.0, "Qwen3-8B": 8.2, "Qwen3-14B": 14.8, "Qwen3-32B": 32.8,
     "Qwen3-30B-A3B": 30.5, "Qwen3-235B-A22B": 235, "Qwen2.5-0.5B": 0.49, "Qwen2.5-7B": 7.61,
+    "Llama-3.1-8B": 8.03, "Llama-3.2-1B": 1.24, "SmolLM2-135M": 0.135,
 }  # fmt: skip
 
 
 def published_config(name: str) -> PretrainedConfig:
     family, _, size = name.partition("-")
-    *sizes, tied, last = (QWEN3 if family == "Qwen3" else QWEN25)[size]
+    *sizes, tied, last = LLAMA[name] if name in LLAMA else (QWEN3 if family == "Qwen3" else QWEN25)[size]
     common = dict(zip(SIZES, sizes, strict=True)) | {"tie_word_embeddings": tied}
+    if name in LLAMA:
+        return LlamaConfig(**common, vocab_size=last, architectures=["LlamaForCausalLM"])
     if family == "Qwen2.5":
         return Qwen2Config(**common, vocab_size=last, architectures=["Qwen2ForCausalLM"])
     common |= {"vocab_size": 151_936, "head_dim": 128}

@@ -52,8 +52,13 @@ def test_a_push_replaces_every_weight(engine_rollout, tiny_model_folder):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
-    [partial(tiny_model.make_tiny_qwen3, tied=False), tiny_model.make_tiny_qwen3_moe, tiny_model.make_tiny_qwen2],
-    ids=["untied Qwen3", "Qwen3-MoE", "Qwen2.5"],
+    [
+        partial(tiny_model.make_tiny_qwen3, tied=False),
+        tiny_model.make_tiny_qwen3_moe,
+        tiny_model.make_tiny_qwen2,
+        partial(tiny_model.make_tiny_llama, tied=False),
+    ],
+    ids=["untied Qwen3", "Qwen3-MoE", "Qwen2.5", "untied Llama"],
 )
 def test_a_push_replaces_every_weight_of_other_families(make, tmp_path):
     make(tmp_path / "model")
