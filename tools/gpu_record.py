@@ -284,7 +284,8 @@ def planned_memory(run: Path, model: Path, gpu: Gpu | None) -> dict[str, str]:
     if gpu is None:
         return {}
     memory = run_memory(load_config(run, []), read_architecture(model), gpu.memory_bytes, world_size=1)
-    figures = {"trainer, planned peak, GiB": f"{(memory.peak_update - RESERVE_BYTES) / GIB:.2f}"}
+    trainer = memory.peak_update - memory.engine_released - RESERVE_BYTES
+    figures = {"trainer, planned peak, GiB": f"{trainer / GIB:.2f}"}
     peaks = {f"device, planned peak of {what}, GiB": f"{peak / GIB:.2f}" for what, peak in memory.peaks.items()}
     return figures | peaks
 

@@ -3,7 +3,8 @@
 A step has three phases on every GPU; the engine's memory is released while the models are updated:
 
 - generation: weights, gradients and optimizer state of policy and critic; the engine's weights, cache and work space;
-- update: the same of policy and critic, and the activations of the model that is being updated;
+- update: the same of policy and critic, and the activations of the model that is being updated; what a released engine
+  keeps;
 - switch: weights go to the engine in buckets; the engine has its weights, but not yet its cache.
 
 With `engine.urls` the engines are on other devices, and only the update counts.
@@ -24,16 +25,21 @@ from megatron_dsrl.planning.memory import (
     EngineMemory,
     TrainerMemory,
     critic_memory,
+    element_bytes,
     engine_memory,
     largest_entry_bytes,
     policy_memory,
     routed_experts_bytes,
 )
 
-RESERVE_BYTES = 3 * 2**30
-ENGINE_WORK_BYTES = 3 * 2**30
-"""Assumed memory of the engine besides weights and cache while it samples: CUDA graphs, attention work space,
-activations of a chunk of prompts. By default SGLang reserves 10 GiB or more of an 80 GB GPU for them."""
+# None of these three has been measured; they are meant to be too large rather than too small.
+RESERVE_BYTES = 4 * 2**30
+ENGINE_WORK_BYTES = 5 * 2**30
+"""Assumed memory of the engine besides weights and cache while it samples: its CUDA context, CUDA graphs, attention
+work space, activations of a chunk of prompts. By default SGLang reserves 10 GiB or more of an 80 GB GPU for them."""
+ENGINE_RELEASED_BYTES = 3 * 2**30
+"""Assumed memory that the engine keeps after it has released weights and cache: its CUDA context, CUDA graphs, and
+buffers."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,9 @@ class RunMemory:
     checkpoint_on_host: tuple[int, ...]
     """By pipeline stage: upper bound of the weights and optimizer state that a process copies for an asynchronous
     checkpoint. (With data parallelism it is less, since replicas share the writing.)"""
+    gathered_on_host: tuple[int, ...]
+    """By pipeline stage: upper bound of what a process gathers for a checkpoint from the other shards of the
+    distributed optimizer, synchronous or not; 0 without other shards."""
     routed_experts_on_host: int
     """With `rollout.routing_replay`: upper bound of the experts of a step's tokens, which every process has."""
 
@@ -82,8 +91,14 @@ class RunMemory:
     @property
     def on_host(self) -> int:
         """Host memory of the process that needs the most."""
-        by_stage = zip(self.reference_on_host, self.checkpoint_on_host, self.offloaded_on_host)
+        checkpoint = zip(self.checkpoint_on_host, self.gathered_on_host)
+        by_stage = zip(self.reference_on_host, map(sum, checkpoint), self.offloaded_on_host)
         return max(map(sum, by_stage)) + self.routed_experts_on_host
+
+    @property
+    def pinned_on_host(self) -> int:
+        """The part of it that is page-locked on GPUs, where PyTorch rounds every block up to a power of two."""
+        return max(map(sum, zip(self.reference_on_host, self.offloaded_on_host)))
 
     @property
     def engines_elsewhere(self) -> bool:
@@ -94,7 +109,12 @@ class RunMemory:
     def peak_update(self) -> int:
         """Peak of the fullest GPU while policy or critic is updated."""
         needed = (sum(one.resident for one in stage) + max(one.passing for one in stage) for stage in self._models)
-        return max(needed) + RESERVE_BYTES
+        return max(needed) + self.engine_released + RESERVE_BYTES
+
+    @property
+    def engine_released(self) -> int:
+        """What the engine keeps on the trainer's GPUs while it is released."""
+        return 0 if self.engines_elsewhere else ENGINE_RELEASED_BYTES
 
     @property
     def sync_buckets(self) -> int:
@@ -106,7 +126,8 @@ class RunMemory:
     @property
     def peak_switch(self) -> int:
         """Peak of the fullest GPU while weights are pushed, in a step with a checkpoint."""
-        return self.resident_without(()) + self.engine.weights + self.sync_buckets + RESERVE_BYTES
+        engine = self.engine.weights + self.engine_released
+        return self.resident_without(()) + engine + self.sync_buckets + RESERVE_BYTES
 
     @property
     def peak_generation(self) -> int:
@@ -186,8 +207,23 @@ def run_memory(config: RunConfig, architecture: Architecture, capacity: int, wor
         checkpoint_on_host=tuple(
             sum(model[stage].weights + model[stage].optimizer for model in copied if model) for stage in stages
         ),
+        gathered_on_host=tuple(
+            sum(_gathered_bytes(model[stage], config, world_size) for model in (policy, critic) if model)
+            for stage in stages
+        ),
         routed_experts_on_host=routed_experts_bytes(config, architecture),
     )
+
+
+def _gathered_bytes(memory: TrainerMemory, config: RunConfig, world_size: int) -> int:
+    """Host memory of Megatron's `get_parameter_state_dp_zero`: float32 weights and both moments of all parameters, this
+    process's shard of them, and one of the three twice while it is received."""
+    parallel = config.parallel
+    shards = world_size // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
+    if not parallel.distributed_optimizer or shards == 1:
+        return 0
+    parameters = memory.weights // element_bytes(config)
+    return 4 * parameters * (3 + 2) + 12 * parameters // shards
 
 
 def _gib(size: int) -> str:

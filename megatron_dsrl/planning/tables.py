@@ -10,7 +10,7 @@ from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import Architecture
 from megatron_dsrl.planning.compute import Assumptions
-from megatron_dsrl.planning.fit import ENGINE_WORK_BYTES, RESERVE_BYTES, RunMemory
+from megatron_dsrl.planning.fit import ENGINE_RELEASED_BYTES, ENGINE_WORK_BYTES, RESERVE_BYTES, RunMemory
 from megatron_dsrl.planning.layouts import overrides_of
 from megatron_dsrl.planning.plan import Plan, largest_micro_batch, largest_response
 
@@ -143,6 +143,7 @@ def _memory_table(plan: Plan) -> Table:
         row("engine weights", engine.weights)
         row(f"engine cache ({engine.cache_tokens:,} tokens)", engine.cache)
         row("engine work space, assumed", ENGINE_WORK_BYTES)
+        row("engine while released, assumed", ENGINE_RELEASED_BYTES)
         row("weight push: buckets", memory.sync_buckets)
     row("reserve (context, allocator, NCCL)", RESERVE_BYTES)
     for name, peak in memory.peaks.items():
@@ -173,6 +174,8 @@ def _add_host_rows(memory: RunMemory, row: Callable[..., None]) -> None:
         row("on the host: what actor.offload moves", *memory.offloaded_on_host)
     if any(memory.checkpoint_on_host):
         row("on the host: checkpoint copy, at most", *memory.checkpoint_on_host)
+    if any(memory.gathered_on_host):
+        row("on the host: checkpoint, gathered", *memory.gathered_on_host)
     if memory.routed_experts_on_host:
         row("on the host: routing replay, at most", memory.routed_experts_on_host)
 

@@ -54,14 +54,14 @@ def memory_warnings(config: RunConfig, world_size: int, machine: Machine) -> lis
 
 
 def _host_problems(memory: RunMemory, machine: Machine) -> list[str]:
-    total = machine.processes * memory.on_host
+    total = machine.processes * (memory.on_host + memory.pinned_on_host)  # which may be up to twice as large
     if total <= machine.host_bytes:
         return []
     return [
         "reference policy, offloaded parts, replayed experts and "
-        f"checkpoint copies of {machine.processes} process(es) take "
+        f"checkpoint copies of {machine.processes} process(es) take up to "
         f"{_gib(total)} of the {_gib(machine.host_bytes)} of this host; set checkpoint.asynchronous=false, or "
-        "parallel.distributed_optimizer=true"
+        "offload less (actor.offload)"
     ]
 
 

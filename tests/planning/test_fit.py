@@ -6,7 +6,7 @@ from megatron_dsrl.cli import main
 from megatron_dsrl.config.load import load_config
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.planning.compute import Assumptions
-from megatron_dsrl.planning.fit import ENGINE_WORK_BYTES, RESERVE_BYTES, run_memory
+from megatron_dsrl.planning.fit import ENGINE_RELEASED_BYTES, ENGINE_WORK_BYTES, RESERVE_BYTES, run_memory
 from megatron_dsrl.planning.gpus import find_gpu
 from megatron_dsrl.planning.plan import make_plan
 from megatron_dsrl.planning.warnings import Machine, memory_warnings
@@ -19,8 +19,8 @@ GPU_BYTES = 80 * 10**9
 
 def ppo(*overrides: str) -> RunConfig:
     """The paper's run with a critic, in the layout of the runs without one."""
-    whole = ["parallel.tensor_parallel_size=4", "engine.memory_fraction=0.6", *overrides]
-    return load_config(REPOSITORY / "configs" / "ppo_qwen3_8b.yaml", whole)
+    whole = ["parallel.tensor_parallel_size=4", "engine.memory_fraction=0.6", "actor.offload.gradients=false"]
+    return load_config(REPOSITORY / "configs" / "ppo_qwen3_8b.yaml", [*whole, *overrides])
 
 
 def test_models_beside_the_policy_are_counted_only_if_a_phase_of_the_run_needs_them():
@@ -73,9 +73,10 @@ def test_peaks_by_hand():
     (policy,), (critic,) = memory.policy, memory.critic
     assert critic.weights == policy.weights - 2 * (151_936 // 4 * 4096 - 4096 - 1)
     both = policy.resident + critic.resident
-    assert memory.peak_update == both + policy.activations + policy.logits + RESERVE_BYTES
+    assert memory.peak_update == both + policy.activations + policy.logits + ENGINE_RELEASED_BYTES + RESERVE_BYTES
     embedding = 2 * 151_936 * 4096  # travels whole, more than a bucket of 512 MiB; four times where it is gathered
-    assert memory.peak_switch == both + memory.engine.weights + 4 * embedding + RESERVE_BYTES
+    engine = memory.engine.weights + ENGINE_RELEASED_BYTES
+    assert memory.peak_switch == both + engine + 4 * embedding + RESERVE_BYTES
     assert memory.peak_generation == both + int(0.6 * GPU_BYTES) + ENGINE_WORK_BYTES + RESERVE_BYTES
     assert not memory.fits
     largest = memory.largest_memory_fraction
@@ -103,6 +104,10 @@ def test_reference_and_checkpoint_lie_on_the_host():
     (policy,) = memory.policy
     assert memory.reference_on_host == (policy.weights,)
     assert memory.checkpoint_on_host == (policy.weights + policy.optimizer,)
+    parameters = policy.weights // 2
+    whole, shard, received = 3 * 4 * parameters, 3 * 4 * parameters // 2, 2 * 4 * parameters  # DP 2
+    assert memory.gathered_on_host == (whole + shard + received,)
+    assert memory.on_host == policy.weights + sum(memory.checkpoint_on_host) + sum(memory.gathered_on_host)
     synchronous = run_memory(paper_run("checkpoint.asynchronous=false"), qwen3_8b(), GPU_BYTES, world_size=8)
     assert synchronous.reference_on_host == synchronous.checkpoint_on_host == (0,)
 
@@ -115,7 +120,7 @@ def test_a_run_on_gpus_warns_of_what_does_not_fit_and_says_what_helps(model):
     assert "generation takes" in generation and "lower engine.memory_fraction" in generation
     small_host = Machine("cuda", GPU_BYTES, host_bytes=10**11, processes=8)
     (host,) = memory_warnings(paper_run(model), 8, small_host)
-    assert "checkpoint copies of 8 process(es) take" in host and "set checkpoint.asynchronous=false" in host
+    assert "checkpoint copies of 8 process(es) take up to" in host and "set checkpoint.asynchronous=false" in host
 
 
 def test_a_run_on_a_cpu_is_compared_with_the_memory_of_the_machine(model):
@@ -145,6 +150,7 @@ def test_replayed_experts_lie_on_the_host_of_every_process():
     config = load_config(REPOSITORY / "configs" / "dsrl_qwen3_30b_a3b.yaml", ["rollout.routing_replay=true"])
     memory = run_memory(config, qwen3_30b_a3b(), GPU_BYTES, world_size=16)
     assert memory.routed_experts_on_host == 1024 * 9216 * 48 * 8 * 4 // 3
-    assert memory.on_host == memory.routed_experts_on_host + memory.checkpoint_on_host[0]
+    checkpoint = memory.checkpoint_on_host[0] + memory.gathered_on_host[0]
+    assert memory.on_host == memory.routed_experts_on_host + checkpoint
     without = load_config(REPOSITORY / "configs" / "dsrl_qwen3_30b_a3b.yaml", [])
     assert run_memory(without, qwen3_30b_a3b(), GPU_BYTES, world_size=16).routed_experts_on_host == 0

@@ -93,7 +93,7 @@ def test_the_command_says_what_fits_and_what_would(model, capsys):
     assert main(["plan", ppo, model, "--gpu", "h100", "--gpus", "8", *too_large]) == 1
     shown = capsys.readouterr().out
     assert "critic: optimizer" in shown and "This run does not fit." in shown
-    assert "largest engine.memory_fraction that fits: 0.36" in shown
+    assert "largest engine.memory_fraction that fits: 0.51" in shown
     assert main(["plan", ppo, model, "--gpu", "h100", "--gpus", "8"]) == 0
 
 
