@@ -86,6 +86,11 @@ def weights_through_shared_memory() -> bool:
     return not torch.cuda.is_available()
 
 
+def compiles_kernels() -> bool:
+    """Whether a started engine compiles kernels during its first requests, which takes up to minutes."""
+    return torch.cuda.is_available()
+
+
 def weight_broadcast_backend() -> Literal["nccl", "gloo"]:
     """Backend for broadcasting weights to servers on other devices."""
     return "nccl" if torch.cuda.is_available() else "gloo"

@@ -23,6 +23,7 @@ from megatron_dsrl.planning.parameters import parameters_of_model
 from megatron_dsrl.platform.engine import (
     LOOPBACK,
     ServerArguments,
+    compiles_kernels,
     engine_environment,
     engine_server_arguments,
     weights_through_shared_memory,
@@ -35,6 +36,7 @@ from megatron_dsrl.rollout.engines.server import EngineServer
 from megatron_dsrl.rollout.engines.settings import RolloutSettings
 from megatron_dsrl.rollout.engines.shared_memory import check_shared_memory
 from megatron_dsrl.rollout.engines.supervised_server import SupervisedServer
+from megatron_dsrl.rollout.engines.warm_up import warm_up
 from megatron_dsrl.rollout.engines.weight_check import WeightCheck
 from megatron_dsrl.rollout.engines.weight_push import Bucket, push_weights
 
@@ -89,6 +91,7 @@ class EngineGroup:
             host=host,
             port=None if config.engine.port is None else config.engine.port + engine,
             key=key,
+            warm_up=self._warm_up if compiles_kernels() else None,
         )
         self._supervised = SupervisedServer(self._server, engine, config.engine.max_restarts)
 
@@ -105,6 +108,10 @@ class EngineGroup:
         """See `Engines.wait_until_ready`."""
         self._together(self._supervised.wait_until_ready)
         self._share_state()
+
+    def _warm_up(self, seconds: float) -> None:
+        """On the engine's owner, each time it has started."""
+        asyncio.run(warm_up(self._server.address, self._all_settings.rollout.routing_replay, seconds))
 
     def lose(self, problems: Mapping[int, str]) -> None:
         """See `Engines.lose`."""

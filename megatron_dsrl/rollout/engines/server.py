@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ class EngineServer:
         host: str = "127.0.0.1",
         port: int | None = None,
         key: str | None = None,
+        warm_up: Callable[[float], None] | None = None,
     ) -> None:
         """
         Args:
@@ -67,6 +69,8 @@ class EngineServer:
             host: Address to listen on.
             port: Port to listen on; None takes a free one.
             key: What every caller must know; None: the server answers everybody.
+            warm_up: Called when the server answers, with the seconds that are left of the limit, before it counts as
+                ready. Raises EngineError if the server fails it.
         """
         self._arguments = arguments
         self._environment = environment
@@ -75,6 +79,7 @@ class EngineServer:
         self._host = host
         self._port = port
         self._key = key
+        self._warm_up = warm_up
         self._held: HeldPort | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
@@ -145,8 +150,8 @@ class EngineServer:
 
         Raises:
             UserError: It exited by itself; the message has the last lines of its log.
-            EngineStartError: It was killed by a signal, another process has its port, or it did not answer within the
-                limit. It was stopped.
+            EngineStartError: It was killed by a signal, another process has its port, it did not answer within the
+                limit, or it failed its warm-up. It was stopped.
         """
         deadline = self._started_at + self._startup_timeout_seconds
         while not self._is_ready():
@@ -159,6 +164,12 @@ class EngineServer:
                     f"({TROUBLESHOOTING}).\n{self.log_tail()}"
                 )
             time.sleep(POLL_SECONDS)
+        if self._warm_up is not None:
+            try:
+                self._warm_up(max(CALL_SECONDS, deadline - time.monotonic()))
+            except EngineError as error:
+                self._end()
+                raise EngineStartError(f"the SGLang server at {self.url} failed its first requests: {error}") from error
         assert self._process is not None
         self._shared_memory |= shared_memory_files(self._process.pid)
         self._freeze_garbage_collection()
