@@ -22,6 +22,7 @@ torch_index="${DSRL_TORCH_INDEX:-https://download.pytorch.org/whl/cpu}"
 lock="$root/tools/requirements-cpu.lock"
 lock_no_deps="$root/tools/requirements-cpu-no-deps.lock"
 lock_dev="$root/tools/requirements-dev.lock"
+lock_transformer_engine="$root/tools/requirements-transformer-engine.lock"
 stamp="$venv/dsrl-setup.sha256"
 stamp_dev="$venv/dsrl-setup-dev.sha256"
 # shellcheck source=tools/installer.sh
@@ -32,7 +33,7 @@ wanted_stamp() {
     { cat "$lock" "$lock_no_deps" "$root/pyproject.toml"; echo "$root"; } | sha256sum | cut -d ' ' -f 1
 }
 
-wanted_stamp_dev() { sha256sum <"$lock_dev" | cut -d ' ' -f 1; }
+wanted_stamp_dev() { cat "$lock_dev" "$lock_transformer_engine" | sha256sum | cut -d ' ' -f 1; }
 
 has_stamp() { [[ -x "$venv/bin/python" && -f "$1" && "$(cat "$1")" == "$2" ]]; }
 
@@ -136,6 +137,8 @@ install_project() {
 install_dev() {
     rm -f "$stamp_dev"
     step "install requirements-dev.lock" install -r "$lock_dev"
+    step "install requirements-transformer-engine.lock" \
+        install --no-deps --upgrade --target "$venv/transformer-engine" -r "$lock_transformer_engine"
     wanted_stamp_dev >"$stamp_dev"
 }
 

@@ -20,6 +20,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_dsrl.actor.optimizer import chained_optimizers, own_step_counts
 from megatron_dsrl.checkpoint.megatron_writer import CheckpointWrite, begin_checkpoint
 from megatron_dsrl.model.build import bare_model
+from megatron_dsrl.weights.load import is_extra_state
 from megatron_dsrl.weights.untrusted_checkpoint import only_plain_objects
 
 
@@ -63,10 +64,8 @@ def load_state(
         state["random_states"] = _random_states()
     with only_plain_objects(folder):
         loaded = dist_checkpointing.load(state, str(folder))
-    for name, chunk in _named(chunks):
-        bare_model(chunk).load_state_dict(loaded[name])
-    if any(isinstance(part.optimizer, torch.optim.AdamW) for part in chained_optimizers(optimizer)):
-        _add_missing_step_counts(loaded["optimizer"])
+    _fill(chunks, loaded)
+    _complete(loaded["optimizer"], chained_optimizers(optimizer)[0].optimizer)
     optimizer.load_state_dict(loaded["optimizer"])
     own_step_counts(optimizer)
     scheduler.num_steps = loaded["scheduler_steps"]
@@ -84,8 +83,7 @@ def load_saved_weights(folder: Path, chunks: Sequence[torch.nn.Module]) -> None:
     """Load what `begin_save_weights` wrote, under this or another layout, into the chunks. Collective."""
     with only_plain_objects(folder):
         loaded = dist_checkpointing.load(_model(chunks), str(folder))
-    for name, chunk in _named(chunks):
-        bare_model(chunk).load_state_dict(loaded[name])
+    _fill(chunks, loaded)
 
 
 def _model_and_optimizer(
@@ -97,8 +95,21 @@ def _model_and_optimizer(
 
 
 def _model(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
-    metadata = _layout_metadata()
-    return {name: bare_model(chunk).sharded_state_dict(metadata=metadata) for name, chunk in _named(chunks)}
+    """Sharded state of the chunks, without the layers' extra state: it is empty except in low-precision formats, and
+    local and Transformer Engine's layers have it in different places."""
+    metadata, model = _layout_metadata(), {}
+    for name, chunk in _named(chunks):
+        state = bare_model(chunk).sharded_state_dict(metadata=metadata)
+        model[name] = {key: value for key, value in state.items() if not is_extra_state(key)}
+    return model
+
+
+def _fill(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
+    """Load the state of `_model` into the chunks."""
+    for name, chunk in _named(chunks):
+        result = bare_model(chunk).load_state_dict(loaded[name], strict=False)
+        missing = [key for key in result.missing_keys if not is_extra_state(key)]
+        assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
 
 
 def _layout_metadata() -> dict[str, Any]:
@@ -122,15 +133,34 @@ def _named(chunks: Sequence[torch.nn.Module]) -> list[tuple[str, torch.nn.Module
     return [(f"model{i}", chunk) for i, chunk in enumerate(chunks)]
 
 
-def _add_missing_step_counts(state: dict[str, Any]) -> None:
-    """Megatron omits the parameters' common step count from a checkpoint while it is 0, but torch's AdamW requires
-    it."""
-    if "param_groups" in state and "state" in state:
-        state["state"].setdefault("common_step", torch.zeros(()))
+def _complete(state: dict[str, Any], adam: torch.optim.Optimizer) -> None:
+    """Add what another implementation of Adam left out of a loaded state, in place.
+
+    Fused implementations have settings of their own in the parameter groups, and count steps there. torch's AdamW
+    counts them by parameter, which Megatron stores once for all parameters, and not at all while the count is 0.
+
+    Args:
+        state: optimizer state, or such states by name.
+        adam: the implementation that will load it.
+    """
+    if "param_groups" not in state:
+        for part in state.values():
+            if isinstance(part, dict):
+                _complete(part, adam)
         return
-    for part in state.values():
-        if isinstance(part, dict):
-            _add_missing_step_counts(part)
+    groups = state["param_groups"]
+    for group in groups:
+        for name, value in adam.defaults.items():
+            group.setdefault(name, value)
+    if "state" not in state:
+        return  # of the distributed optimizer, whose groups have the count in any case
+    if isinstance(adam, torch.optim.AdamW):
+        count = max((float(group["step"]) for group in groups if "step" in group), default=0.0)
+        state["state"].setdefault("common_step", torch.tensor(count))
+    elif "common_step" in state["state"]:
+        count = int(state["state"].pop("common_step"))
+        for group in groups:
+            group.setdefault("step", count)
 
 
 def _random_states() -> ShardedObject:

@@ -58,7 +58,7 @@ def load_megatron_weights(chunks: Sequence[nn.Module], table: WeightTable, folde
         loaded = dist_checkpointing.load(wanted, str(folder))
     for i, model in enumerate(models):
         result = model.load_state_dict(loaded[f"model{i}"], strict=False)
-        missing = [name for name in result.missing_keys if not name.endswith("_extra_state")]
+        missing = [name for name in result.missing_keys if not is_extra_state(name)]
         assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
 
 
@@ -69,7 +69,13 @@ def _sharded_parameters(model: GPTModel) -> dict[str, Any]:
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
     state = model.sharded_state_dict(metadata=metadata)
-    return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+    return {name: value for name, value in state.items() if not is_extra_state(name)}
+
+
+def is_extra_state(name: str) -> bool:
+    """Whether an entry of a model's state is a layer's extra state: `..._extra_state`, in Transformer Engine's experts
+    also with a number after it."""
+    return "_extra_state" in name
 
 
 def load_hf_weights(chunks: Sequence[nn.Module], table: WeightTable, folder: Path) -> None:

@@ -56,11 +56,11 @@ def weights_of(actor) -> dict[str, np.ndarray]:
     return {name: tensor.numpy() for bucket in actor.hf_weights(bucket_bytes=10**6) for name, tensor in bucket}
 
 
-def without_and_with_a_stop(folder: Path) -> dict[str, dict]:
-    """Two steps, save, two steps; and again from the checkpoint, in every layout. It is written only after the last
-    step: what it holds must be a copy of its own."""
+def without_and_with_a_stop(folder: Path, layouts: dict[str, ParallelConfig]) -> dict[str, dict]:
+    """Two steps, save, two steps; and again from the checkpoint, in each of these layouts. It is written only after the
+    last step: what it holds must be a copy of its own."""
     results: dict[str, dict] = {}
-    for name, parallel in LAYOUTS.items():
+    for name, parallel in layouts.items():
         target, model = folder / name, model_of(name, folder)
         target.mkdir(exist_ok=True)
         with parallel_layout(parallel, seed=1):
@@ -103,7 +103,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(folder) -> dict[str, dict]:
-    return run_distributed(without_and_with_a_stop, 2, folder, timeout_seconds=240)[0]
+    return run_distributed(without_and_with_a_stop, 2, folder, LAYOUTS, timeout_seconds=240)[0]
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,20 @@ from typing import Any
 from tests.support.forked import ForkedProcess, fork
 
 
-def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 120) -> list:
+def run_distributed(
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_seconds: float = 120,
+    prepare: str | None = None,
+) -> list:
     """Call `function(*args)` in `world_size` new processes, with torchrun's environment variables set.
 
     Args:
         function: importable (defined at the top of a module); it starts and ends torch.distributed itself.
         args: picklable arguments.
         timeout_seconds: limit for all processes together.
+        prepare: see `tests.support.forked.fork`.
 
     Returns:
         Each process's result in rank order; results must be picklable (tensors: use `.tolist()` or save them).
@@ -35,7 +42,7 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
         outcomes = [Path(folder, str(rank)) for rank in range(world_size)]
         try:
             for rank, outcome in enumerate(outcomes):
-                processes.append(_start_rank(rank, world_size, port, outcome, function, args))
+                processes.append(_start_rank(rank, world_size, port, outcome, function, args, prepare))
             return _collect(processes, outcomes, time.monotonic() + timeout_seconds)
         finally:
             for process in processes:
@@ -49,7 +56,13 @@ def start_one_process(function: Callable[..., Any], *args: Any) -> ForkedProcess
 
 
 def _start_rank(
-    rank: int, world_size: int, port: int, outcome: Path, function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    port: int,
+    outcome: Path,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    prepare: str | None = None,
 ) -> ForkedProcess:
     torchrun = {
         "RANK": str(rank),
@@ -59,7 +72,7 @@ def _start_rank(
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }
-    return fork(_run_rank, outcome, function, args, environment=os.environ | torchrun)
+    return fork(_run_rank, outcome, function, args, environment=os.environ | torchrun, prepare=prepare)
 
 
 def _run_rank(outcome: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:

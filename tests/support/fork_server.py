@@ -37,13 +37,20 @@ STREAMS = 3
 Task = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
-def main(stream: socket.socket, parent: int) -> None:
+def main(stream: socket.socket, parent: int, prepare: str | None = None) -> None:
     """Fork a process for every request on the stream until its other end is closed.
 
     A request is one byte with the file descriptors of the process's standard streams, of a file with its task, and of
     the pipe for its exit status; the answer is the process id in 4 bytes.
+
+    Args:
+        stream: connected to `tests.support.forked`.
+        parent: id of that process.
+        prepare: name of a module whose `install()` is called first.
     """
     die_with_parent(parent)
+    if prepare is not None:
+        importlib.import_module(prepare).install()
     _import_everything()
     task = _serve(stream)
     if task is not None:
@@ -141,4 +148,4 @@ def _report_exit(process: int, process_id: int, tell_status: Connection) -> None
 
 
 if __name__ == "__main__":
-    main(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]))
+    main(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]), *sys.argv[3:])

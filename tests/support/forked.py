@@ -1,4 +1,5 @@
-"""Processes that have Megatron imported when they start: forks of one server process for the whole test session.
+"""Processes that have Megatron imported when they start: forks of one server process for the whole test session, or
+of one more for each way of preparing it.
 
 The imports take some eight seconds of CPU time, a fork takes milliseconds. Where a test is about how a program starts,
 it starts an interpreter of its own instead.
@@ -66,6 +67,7 @@ def fork(
     folder: Path | None = None,
     output: int = 1,
     errors: int = 2,
+    prepare: str | None = None,
 ) -> ForkedProcess:
     """Call `function(*arguments)` in a new process, which leads its own session and dies with this process.
 
@@ -76,8 +78,9 @@ def fork(
         folder: working folder; default: this process's.
         output: file descriptor that becomes standard output.
         errors: file descriptor that becomes standard error.
+        prepare: name of a module whose `install()` has run in the process before anything else was imported.
     """
-    server = _server()
+    server = _server(prepare)
     receive_status, send_status = Pipe(duplex=False)
     with tempfile.TemporaryFile() as task, open(os.devnull) as nothing:
         pickle.dump((dict(environment or os.environ), str(folder or Path.cwd()), sys.path), task)
@@ -93,9 +96,7 @@ def fork(
 
 def forked_processes() -> list[psutil.Process]:
     """Processes that still run of those that `fork` has started, and of those that these have started."""
-    if _server.cache_info().currsize == 0:
-        return []
-    found = psutil.Process(_server().process.pid).children(recursive=True)
+    found = [child for server in _servers for child in psutil.Process(server.process.pid).children(recursive=True)]
     return [process for process in found if _runs(process)]
 
 
@@ -104,11 +105,17 @@ class _Server(NamedTuple):
     stream: socket.socket
 
 
+_servers: list[_Server] = []
+
+
 @cache
-def _server() -> _Server:
+def _server(prepare: str | None) -> _Server:
     ours, servers = socket.socketpair()
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.support.fork_server", str(servers.fileno()), str(os.getpid())],
+        [
+            *(sys.executable, "-m", "tests.support.fork_server", str(servers.fileno()), str(os.getpid())),
+            *([prepare] if prepare else []),
+        ],
         cwd=REPOSITORY,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *sys.path])},
         pass_fds=[servers.fileno()],
@@ -121,7 +128,9 @@ def _server() -> _Server:
         process.wait()
 
     atexit.register(stop)
-    return _Server(process, ours)
+    server = _Server(process, ours)
+    _servers.append(server)
+    return server
 
 
 def _runs(process: psutil.Process) -> bool:

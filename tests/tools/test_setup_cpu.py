@@ -11,18 +11,19 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 SCRIPTS = ["tools/setup_cpu.sh", "tools/installer.sh"]
 DEV_LOCK = "tools/requirements-dev.lock"
+DEV_LOCKS = [DEV_LOCK, "tools/requirements-transformer-engine.lock"]
 INPUTS = ["tools/requirements-cpu.lock", "tools/requirements-cpu-no-deps.lock", "pyproject.toml"]
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A copy of what the set-up reads, with a `.venv` that is marked as complete."""
-    for name in [*SCRIPTS, *INPUTS, DEV_LOCK]:
+    for name in [*SCRIPTS, *INPUTS, *DEV_LOCKS]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(REPOSITORY / name, tmp_path / name)
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "python").symlink_to(sys.executable)
-    dev = hashlib.sha256((tmp_path / DEV_LOCK).read_bytes()).hexdigest()
+    dev = hashlib.sha256(b"".join((tmp_path / name).read_bytes() for name in DEV_LOCKS)).hexdigest()
     (tmp_path / ".venv" / "dsrl-setup-dev.sha256").write_text(dev + "\n")
     content = b"".join((tmp_path / name).read_bytes() for name in INPUTS) + f"{tmp_path}\n".encode()
     (tmp_path / ".venv" / "dsrl-setup.sha256").write_text(hashlib.sha256(content).hexdigest() + "\n")

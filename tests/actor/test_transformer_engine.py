@@ -1,0 +1,147 @@
+"""Transformer Engine's layers against local ones and against Transformers, without a GPU.
+
+What runs is Transformer Engine's own Python over PyTorch versions of its compiled kernels
+(tests/support/transformer_engine_on_cpu): the same tables as for local layers, in float32. What cannot be seen here is
+in the kernels themselves: their rounding, speed and memory.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen3MoeForCausalLM
+
+from megatron_dsrl.config.model import ParallelConfig
+from tests.actor import test_layouts, test_offload, test_router, test_saved_state
+from tests.actor.test_layouts import Case, errors_of, same_on_every_rank
+from tests.support.distributed import run_distributed
+from tests.support.tiny_model import make_tiny_qwen3, make_tiny_qwen3_moe
+from tests.support.transformer_engine_on_cpu import needs_transformer_engine
+
+pytestmark = needs_transformer_engine
+
+ENGINE = "tests.support.transformer_engine_on_cpu"
+"""Prepares processes in which `auto` means Transformer Engine."""
+REFERENCES = {name: case for name, case in test_layouts.ONE_PROCESS.items() if name.endswith("1 process")}
+ONE_PROCESS = {
+    "1 process": test_layouts.ONE_PROCESS["1 process"],
+    "1 process, full recomputation": Case(recompute="full"),
+    "MoE: 1 process": test_layouts.ONE_PROCESS["MoE: 1 process"],
+    "MoE, routing replay: 1 process": test_layouts.ONE_PROCESS["MoE, routing replay: 1 process"],
+}
+TWO_PROCESSES = {name: case for name, case in test_layouts.TWO_PROCESSES.items() if not name.endswith("again")}
+HALF = {
+    "local layers": Case(dtype="bfloat16", layer_spec="local", max_tokens=10_000),
+    "Transformer Engine": Case(dtype="bfloat16", max_tokens=10_000),
+}
+CHECKPOINTS = {
+    "one process": ParallelConfig(),
+    "distributed optimizer": ParallelConfig(distributed_optimizer=True),
+    "experts, in one process": ParallelConfig(),
+}
+ROUTER = {"an objective per micro-batch": test_router.Case(), "full recomputation": test_router.Case(recompute="full")}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    make_tiny_qwen3(folder / "dense", tied=True, vocab_size=127)
+    make_tiny_qwen3_moe(folder / "MoE", vocab_size=127)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def local(folder) -> dict[str, dict]:
+    """Local layers and PyTorch's AdamW, in processes without Transformer Engine."""
+    return run_distributed(test_layouts.run_cases, 1, folder, REFERENCES, timeout_seconds=300)[0]
+
+
+def check(case: Case, result: dict, local: dict[str, dict]) -> None:
+    alike = ("MoE, routing replay" if case.given_experts else "MoE") + ": 1 process"
+    expected = local[alike if case.model == "MoE" else "1 process"]
+    for name, weight in expected["weights"][0].items():
+        assert np.array_equal(result["weights"][0][name], weight), f"{name}: loaded and streamed, it is the same"
+    np.testing.assert_allclose(result["log_probs"], expected["log_probs"], rtol=0, atol=1e-5)
+    errors = errors_of(result, expected)
+    assert max(errors.loss, errors.grad_norm, errors.parameters) < 2e-5, errors
+    assert errors.metrics < 1e-4, errors
+
+
+@pytest.fixture(scope="module")
+def one_process(folder) -> dict[str, dict]:
+    cases = ONE_PROCESS | {f"bfloat16, {name}": case for name, case in HALF.items()}
+    return run_distributed(test_layouts.run_cases, 1, folder, cases, timeout_seconds=300, prepare=ENGINE)[0]
+
+
+@pytest.mark.parametrize("name", ONE_PROCESS)
+def test_updates_are_those_of_local_layers(local, one_process, name):
+    check(ONE_PROCESS[name], one_process[name], local)
+
+
+def test_bfloat16_stays_close_to_local_layers(one_process):
+    """Within 2 %: they round at other places."""
+    ours, theirs = (one_process[f"bfloat16, {name}"]["updates"] for name in HALF)
+    for one, other in zip(ours[:2], theirs[:2], strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=0.02)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=0.02)
+
+
+def test_checkpoints_are_interchangeable_with_those_of_local_layers(folder, tmp_path):
+    """Each resumes bit for bit from its own checkpoint, and the other continues from it within rounding."""
+    stop, go_on = test_saved_state.without_and_with_a_stop, test_saved_state.continue_in_another_layout
+    for number, (writer, reader) in enumerate(((None, ENGINE), (ENGINE, None))):
+        models = tmp_path / str(number)
+        models.mkdir()
+        (models / "dense").symlink_to(folder / "dense")
+        (models / "experts").symlink_to(folder / "MoE")
+        (written,) = run_distributed(stop, 1, models, CHECKPOINTS, prepare=writer)
+        (continued,) = run_distributed(go_on, 1, models, CHECKPOINTS, prepare=reader)
+        for name, result in written.items():
+            assert result["resumed steps"] == result["steps"]
+            resumed = result["resumed weights"]
+            assert all(np.array_equal(resumed[key], weight) for key, weight in result["weights"].items())
+            for one, other in zip(result["steps"], continued[name]["steps"], strict=True):
+                assert other == pytest.approx(one, rel=1e-5, abs=1e-9)
+            for key, weight in result["weights"].items():
+                np.testing.assert_allclose(continued[name]["weights"][key], weight, rtol=0, atol=2.5e-7, err_msg=key)
+
+
+def test_offloading_changes_nothing(folder):
+    distributed = Case(parallel=test_offload.DISTRIBUTED)
+    cases = {"bfloat16": Case(dtype="bfloat16"), "float32, distributed optimizer": distributed}
+    (results,) = run_distributed(test_offload.run_cases, 1, folder, cases, timeout_seconds=200, prepare=ENGINE)
+    assert results.keys() == {*cases, "critic"}
+    for without, with_offloads in results.values():
+        test_offload.check(without, with_offloads)
+
+
+def test_router_losses_are_those_of_transformers(folder, tmp_path):
+    (outcomes,) = run_distributed(test_router.run_cases, 1, folder / "MoE", ROUTER, prepare=ENGINE)
+    model = Qwen3MoeForCausalLM.from_pretrained(folder / "MoE", dtype=torch.float32)
+    expected = test_router.reference(model, test_router.Case(), tmp_path)
+    for outcome in outcomes.values():
+        test_router.check(outcome, expected)
+
+
+@pytest.fixture(scope="module")
+def two_processes(folder) -> dict[str, dict]:
+    ranks = run_distributed(test_layouts.run_cases, 2, folder, TWO_PROCESSES, timeout_seconds=800, prepare=ENGINE)
+    return same_on_every_rank(ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", TWO_PROCESSES)
+def test_two_processes(local, two_processes, name):
+    check(TWO_PROCESSES[name], two_processes[name], local)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_four_processes(folder, local):
+    name = "CP 2 x TP 2 with sequence parallelism"
+    cases = {name: replace(test_layouts.FOUR_PROCESSES[name])}
+    ranks = run_distributed(test_layouts.run_cases, 4, folder, cases, timeout_seconds=800, prepare=ENGINE)
+    check(cases[name], same_on_every_rank(ranks)[name], local)
