@@ -109,6 +109,8 @@ class Soak:
         """Wait until a step is recorded, however often the command must be started for it."""
 
         def recorded() -> bool:
+            if injection.fault.must_end and not injection.restarts:
+                return False  # the next fault must not come before a request to stop has taken effect
             return self._training.recorded_after(injection.time) is not None
 
         self._go_on_until(recorded)
