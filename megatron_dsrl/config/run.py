@@ -6,6 +6,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from megatron_dsrl.config.actor import ActorConfig, CriticConfig, OptimizerConfig, ReferenceConfig
 from megatron_dsrl.config.data import PromptSetConfig, RewardConfig
+from megatron_dsrl.config.load_benchmark import load_benchmark
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig
 from megatron_dsrl.config.phase import AnyPhase
 from megatron_dsrl.config.rollout import EngineConfig, RolloutConfig
@@ -57,8 +58,6 @@ class EvaluationSetConfig(PromptSetConfig):
     def _take_over_benchmark(cls, data: Any) -> Any:
         if not isinstance(data, dict) or not isinstance(data.get("benchmark"), str):
             return data
-        from megatron_dsrl.evaluation.benchmark import load_benchmark
-
         benchmark = load_benchmark(data["benchmark"], data_folder=None, section="benchmark")
         fields = benchmark.config.model_dump(mode="json", exclude={"title"})
         return {"name": benchmark.name, **fields, **data}

@@ -7,8 +7,8 @@ from typing import Any
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.data import RewardConfig
+from megatron_dsrl.config.load_benchmark import Benchmark
 from megatron_dsrl.data.prompt import Prompt
-from megatron_dsrl.evaluation.benchmark import Benchmark
 from megatron_dsrl.evaluation.problem_result import ProblemResult
 from megatron_dsrl.evaluation.progress import benchmark_progress
 from megatron_dsrl.evaluation.sample_file import SampleFile

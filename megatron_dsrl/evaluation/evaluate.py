@@ -19,6 +19,7 @@ from megatron_dsrl.common.folder_lock import locked
 from megatron_dsrl.common.waiting import waiting
 from megatron_dsrl.config.benchmark import BenchmarkRunConfig
 from megatron_dsrl.config.load import apply_override
+from megatron_dsrl.config.load_benchmark import Benchmark, load_benchmark
 from megatron_dsrl.config.validate import validated
 from megatron_dsrl.config.yaml_text import KeyPath
 from megatron_dsrl.conversion.hf_to_megatron import ConversionOptions
@@ -26,7 +27,6 @@ from megatron_dsrl.conversion.megatron_to_hf import convert_megatron_to_hf
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.data.prompts import load_prompts
 from megatron_dsrl.data.tokenizer import decode, load_tokenizer, stop_token_ids
-from megatron_dsrl.evaluation.benchmark import Benchmark, load_benchmark
 from megatron_dsrl.evaluation.benchmark_evaluator import evaluate_benchmark, missing_samples
 from megatron_dsrl.evaluation.evaluator import check_different_samples
 from megatron_dsrl.evaluation.find_model import EvaluatedModel, find_model

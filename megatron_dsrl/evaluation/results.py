@@ -10,7 +10,7 @@ from megatron_dsrl.charts.chart_source import SERIES_COLOURS
 from megatron_dsrl.charts.figure import write_figure
 from megatron_dsrl.charts.pass_at_k_chart import over_runs, pass_at_k_chart
 from megatron_dsrl.common.disk import replace_text
-from megatron_dsrl.evaluation.benchmark import benchmark_names
+from megatron_dsrl.config.load_benchmark import benchmark_names
 from megatron_dsrl.evaluation.published import AVERAGE_OF_SIX, DSRL_OVER_GRPO, SIX_BENCHMARKS
 from megatron_dsrl.evaluation.results_file import RESULTS_FILE, Summary, read_results
 

@@ -7,9 +7,9 @@ import pytest
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.load import load_config
+from megatron_dsrl.config.load_benchmark import load_benchmark
 from megatron_dsrl.config.run import EvaluationConfig, EvaluationSetConfig
 from megatron_dsrl.data.prompt import Prompt
-from megatron_dsrl.evaluation.benchmark import load_benchmark
 from megatron_dsrl.evaluation.evaluator import Evaluator
 from megatron_dsrl.evaluation.problem_result import first_responses
 from megatron_dsrl.rollout.sample import Sample, SampleGroup, SamplingParameters

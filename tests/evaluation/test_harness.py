@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_dsrl.config.load_benchmark import load_benchmark
 from megatron_dsrl.data.prompts import load_prompts
 from megatron_dsrl.data.rows import read_rows
 from megatron_dsrl.data.tokenizer import load_tokenizer, stop_token_ids
-from megatron_dsrl.evaluation.benchmark import load_benchmark
 from megatron_dsrl.evaluation.benchmark_evaluator import evaluate_benchmark
 from megatron_dsrl.evaluation.sample_file import read_sample_file
 from megatron_dsrl.rewards.boxed import normalise

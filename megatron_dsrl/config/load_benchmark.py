@@ -1,4 +1,4 @@
-"""Benchmarks, each declared in one YAML file in `benchmarks/` or in a custom one.
+"""Benchmarks, each declared in one YAML file in `megatron_dsrl/evaluation/benchmarks/` or in a custom one.
 
 A file has the fields of `BenchmarkConfig`, and under `file` and `hub` those that depend on the source of the problems:
 a file in the data folder, or the hub. To add a benchmark, write such a file.

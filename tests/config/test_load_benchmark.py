@@ -5,8 +5,8 @@ import json
 import pytest
 
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.config.load_benchmark import benchmark_names, load_benchmark
 from megatron_dsrl.data.prompts import load_prompts
-from megatron_dsrl.evaluation.benchmark import benchmark_names, load_benchmark
 from megatron_dsrl.rewards.registry import check_options
 
 OWN = """
