@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 from megatron_dsrl.common.errors import UserError
 
@@ -166,7 +166,7 @@ def _check(scaling: RopeScaling, section: Mapping[str, Any], defaults: Mapping[s
 
 
 def _number(section: Mapping[str, Any], name: str, default: float | None, path: Path) -> float:
-    value = default if section.get(name) is None else section[name]
+    value: Any = default if section.get(name) is None else section[name]
     if not _is_number(value) or value <= 0:
         raise UserError(f"{path}: RoPE scaling: {name} must be a positive number, not {value!r}")
     return float(value)
@@ -176,5 +176,5 @@ def _equal(value: Any, default: float) -> bool:
     return type(value) is type(default) and math.isclose(value, default, abs_tol=1e-6)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from examples.tiny_dsrl.tokenizer import build_tokenizer
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.load_benchmark import benchmark_names, load_benchmark
 from megatron_dsrl.data.prompts import load_prompts
@@ -37,11 +38,11 @@ def test_the_papers_benchmarks_are_there_and_well_formed():
             check_options(benchmark.config.reward.function, benchmark.config.reward.options)
 
 
-def test_own_benchmark(folder, tokenizer):
+def test_own_benchmark(folder):
     benchmark = load_benchmark(str(folder / "sums.yaml"), folder / "data", {"temperature": 0.5})
     assert (benchmark.name, benchmark.config.title, benchmark.config.samples_per_prompt) == ("sums", "Sums", 4)
     assert benchmark.config.temperature == 0.5
-    [prompt] = load_prompts(benchmark.config, tokenizer)
+    [prompt] = load_prompts(benchmark.config, build_tokenizer())
     assert prompt.answer == "2"
 
 

@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import socket
 import tempfile
 import time
 import traceback
@@ -11,6 +10,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
+from megatron_dsrl.common.held_port import HeldPort
 from tests.support.forked import ForkedProcess, fork
 
 
@@ -36,23 +36,24 @@ def run_distributed(
         AssertionError: with the traceback of the first process that failed, or when the time is over. No process is
             left behind in any case.
     """
-    port = _free_port()
+    port = HeldPort("127.0.0.1", None)
     processes: list[ForkedProcess] = []
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         outcomes = [Path(folder, str(rank)) for rank in range(world_size)]
         try:
             for rank, outcome in enumerate(outcomes):
-                processes.append(_start_rank(rank, world_size, port, outcome, function, args, prepare))
+                processes.append(_start_rank(rank, world_size, port.number, outcome, function, args, prepare))
             return _collect(processes, outcomes, time.monotonic() + timeout_seconds)
         finally:
             for process in processes:
                 process.kill()
                 process.wait()
+            port.close()
 
 
 def start_one_process(function: Callable[..., Any], *args: Any) -> ForkedProcess:
     """Start `function(*args)` in a process that is a separate torch.distributed world, to be killed by the caller."""
-    return _start_rank(0, 1, _free_port(), Path(os.devnull), function, args)
+    return _start_rank(0, 1, HeldPort("127.0.0.1", None).number, Path(os.devnull), function, args)
 
 
 def _start_rank(
@@ -97,9 +98,3 @@ def _collect(processes: list[ForkedProcess], outcomes: list[Path], deadline: flo
             assert kind == "result", f"process {rank} failed:\n{value}"
             results[rank] = value
     return [results[rank] for rank in range(len(processes))]
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
