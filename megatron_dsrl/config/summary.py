@@ -1,11 +1,14 @@
 """The dry run's output: the resolved configuration and what it amounts to, as tables for people."""
 
+import math
+
 from rich.console import Console
 from rich.table import Table
 
 from megatron_dsrl.config.derived import RunFigures
 from megatron_dsrl.config.layout import processes
 from megatron_dsrl.config.load import format_config
+from megatron_dsrl.config.rollout import RolloutConfig
 from megatron_dsrl.config.run import RunConfig
 
 
@@ -55,9 +58,17 @@ def sampling_warnings(config: RunConfig) -> list[str]:
         return []
     return [
         f"warning: {' and '.join(cuts)}: the engine never samples the tokens that this cuts off, but the trainer "
-        "scores with the whole distribution. Updates are off-policy by as much, and no metric shows it: the engine's "
-        "log-probs are those of the whole distribution too. For on-policy training set top_p to 1 and top_k to -1"
+        f"scores with the whole distribution. Updates are off-policy{_how_far(rollout)}, and no metric shows it: the "
+        "engine's log-probs are those of the whole distribution too. For on-policy training set top_p to 1 and top_k "
+        "to -1"
     ]
+
+
+def _how_far(rollout: RolloutConfig) -> str:
+    """Nucleus sampling keeps at least the mass top_p, so no token becomes more likely than by 1 / top_p."""
+    if rollout.top_p == 1 or rollout.top_k > 0:
+        return ""
+    return f" (sampled tokens were up to {1 / rollout.top_p:.2f} times as likely, {-math.log(rollout.top_p):.2f} nat)"
 
 
 def _counted(count: int, one: str, several: str) -> str:

@@ -115,7 +115,9 @@ def test_cut_distributions_are_named_before_the_start(config):
     assert sampling_warnings(config) == []
     rollout = config.rollout.model_copy(update={"top_p": 0.7, "top_k": 20})
     (warning,) = sampling_warnings(config.model_copy(update={"rollout": rollout}))
-    assert "rollout.top_p=0.7 and rollout.top_k=20" in warning and "off-policy" in warning
+    assert "rollout.top_p=0.7 and rollout.top_k=20" in warning and "off-policy, and no metric" in warning
+    (warning,) = sampling_warnings(config.model_copy(update={"rollout": rollout.model_copy(update={"top_k": -1})}))
+    assert "off-policy (sampled tokens were up to 1.43 times as likely, 0.36 nat)" in warning
 
 
 def test_a_held_out_set_has_its_own_length_limit(config):
