@@ -91,6 +91,14 @@ def compiles_kernels() -> bool:
     return torch.cuda.is_available()
 
 
+def feed_forward_multiple() -> int:
+    """Multiple to which SGLang pads the inner sizes of feed-forward layers and experts on every rank of an engine.
+
+    Source: `adjust_config_with_unaligned_cpu_tp` in sglang/srt/configs/update_config.py.
+    """
+    return 1 if torch.cuda.is_available() else 32
+
+
 def weight_broadcast_backend() -> Literal["nccl", "gloo"]:
     """Backend for broadcasting weights to servers on other devices."""
     return "nccl" if torch.cuda.is_available() else "gloo"

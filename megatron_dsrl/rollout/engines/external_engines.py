@@ -16,6 +16,7 @@ from megatron_dsrl.common.collective import broadcast, rank
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.source import resolve_model_folder
+from megatron_dsrl.platform.engine import feed_forward_multiple
 from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.client import EngineError, MemoryTag
 from megatron_dsrl.rollout.engines.credentials import API_KEY_VARIABLE, external_key
@@ -162,7 +163,7 @@ class ExternalEngines:
     def _nothing_sent(self, size: int) -> list[SentWeights]:
         """An empty record for each rank of a server of this size."""
         architecture = read_architecture(resolve_model_folder(self._config.model.path))
-        return [SentWeights(EngineLayout(architecture, rank, size)) for rank in range(size)]
+        return [SentWeights(EngineLayout(architecture, rank, size, feed_forward_multiple())) for rank in range(size)]
 
     async def _mismatch(
         self, link: ServerLink, expected: Sequence[SentWeights], problems: dict[str, str]

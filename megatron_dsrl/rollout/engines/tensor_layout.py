@@ -3,7 +3,8 @@
 It fuses what one matrix product can compute: queries, keys and values; gate and up; all experts of a layer. Matrices
 are split by output rows, those after a nonlinearity by input columns. A key-value head is replicated on several ranks
 if there are more ranks than heads (on CPU, SGLang pads the heads in that case, which is not done here). The vocabulary
-is padded with zeros. Norms and the experts' router are on every rank.
+and, on CPU, the inner sizes of feed-forward layers are padded with zeros. Norms and the experts' router are on every
+rank.
 """
 
 import re
@@ -41,6 +42,9 @@ class EngineLayout:
     """Tensor-parallel rank within the engine."""
     size: int
     """The engine's tensor-parallel size."""
+    feed_forward_multiple: int = 1
+    """Inner sizes of feed-forward layers and experts are padded to a multiple of this on every rank; see
+    `platform.engine.feed_forward_multiple`."""
 
     def place(self, name: str) -> Place:
         """Where the HF tensor of this name is stored in the engine; the same on every rank."""
@@ -62,14 +66,22 @@ class EngineLayout:
         if name in ("model.embed_tokens.weight", "lm_head.weight"):
             return self._vocabulary_shard(tensor)
         matrix = name.rsplit(".", 2)[-2]
-        if matrix in ("q_proj", "gate_proj", "up_proj"):
+        if matrix in ("gate_proj", "up_proj"):
+            return self._pad_feed_forward(tensor, dim=0).chunk(self.size, dim=0)[self.rank]
+        if matrix == "q_proj":
             return tensor.chunk(self.size, dim=0)[self.rank]
         if matrix in ("k_proj", "v_proj"):
             heads = tensor.chunk(min(self.size, self.architecture.num_key_value_heads), dim=0)
             return heads[self.rank * len(heads) // self.size]
-        if matrix in ("o_proj", "down_proj"):
+        if matrix == "down_proj":
+            return self._pad_feed_forward(tensor, dim=1).chunk(self.size, dim=1)[self.rank]
+        if matrix == "o_proj":
             return tensor.chunk(self.size, dim=1)[self.rank]
         return tensor
+
+    def _pad_feed_forward(self, tensor: Tensor, dim: int) -> Tensor:
+        missing = _padded(tensor.shape[dim], self.size * self.feed_forward_multiple) - tensor.shape[dim]
+        return torch.nn.functional.pad(tensor, (0, 0, 0, missing) if dim == 0 else (0, missing))
 
     def _vocabulary_shard(self, tensor: Tensor) -> Tensor:
         multiple = VOCABULARY_MULTIPLE

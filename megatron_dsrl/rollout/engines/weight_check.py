@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 from megatron_dsrl.common.collective import gather
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.source import resolve_model_folder
+from megatron_dsrl.platform.engine import feed_forward_multiple
 from megatron_dsrl.platform.weight_digest import weight_digest
 from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.client import EngineError
@@ -101,7 +102,7 @@ class WeightCheck:
             return buckets
         rank, size = (0, 1) if self._group is None else (self._group.rank(), self._group.size())
         architecture = read_architecture(resolve_model_folder(self._config.model.path))
-        self._sent = SentWeights(EngineLayout(architecture, rank, size))
+        self._sent = SentWeights(EngineLayout(architecture, rank, size, feed_forward_multiple()))
         return self._sent.watch(buckets)
 
     def mismatch(self, engine: EngineAddress | None) -> str | None:

@@ -126,3 +126,15 @@ def test_neighbouring_ranks_share_a_key_value_head_where_there_are_more_ranks(ti
     shards = [EngineLayout(architecture, rank, 4).shard("layers.0.self_attn.k_proj.bias", keys) for rank in range(4)]
 
     assert [shard[0].item() for shard in shards] == [0, 0, 32, 32] and {len(shard) for shard in shards} == {32}
+
+
+def test_inner_sizes_are_padded_with_zeros_to_whole_blocks_on_every_rank(tiny_model_folder):
+    layouts = [EngineLayout(read_architecture(tiny_model_folder), rank, 2, feed_forward_multiple=32) for rank in (0, 1)]
+    up, down = torch.ones(48, 8), torch.ones(8, 48)  # 48 becomes 64: 32 on each rank
+
+    rows = [layout.shard("layers.0.mlp.experts.3.up_proj.weight", up) for layout in layouts]
+    columns = [layout.shard("layers.0.mlp.down_proj.weight", down) for layout in layouts]
+
+    assert [tuple(part.shape) for part in rows + columns] == [(32, 8), (32, 8), (8, 32), (8, 32)]
+    assert torch.equal(torch.cat(rows)[:48], up) and not torch.cat(rows)[48:].any()
+    assert torch.equal(torch.cat(columns, dim=1)[:, :48], down) and not torch.cat(columns, dim=1)[:, 48:].any()
