@@ -250,11 +250,12 @@ def dispatch(config, servers: list[EngineServer], rewards: RewardPool) -> tuple[
     )
     batch, lost, judged = RolloutBatch(request, len(servers)), {}, []
 
+    def on_group(position: int, group: SampleGroup) -> None:
+        judged.append(group)
+
     async def run() -> None:
         async with connect([server.address for server in servers], 30.0) as clients:
-            dispatcher = Dispatcher(
-                batch, clients, lost, rewards, decode_as_numbers, lambda count: None, judged.append, ignore
-            )
+            dispatcher = Dispatcher(batch, clients, lost, rewards, decode_as_numbers, ignore, on_group, ignore)
             await dispatcher.run()
 
     asyncio.run(run())
