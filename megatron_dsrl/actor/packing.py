@@ -110,6 +110,10 @@ class PackedRow:
             return values
         return assemble(values, self.places, sum(self.num_scored), parallel_state.get_context_parallel_group())
 
+SHORTEST_ROW = 2
+"""Tokens in an empty row. Transformer Engine refuses a row of one token on a rank with one key-value head, because the
+strides of queries, keys and values then do not tell how they lie in memory."""
+
 
 def pack(
     sequences: Sequence[ScoredSequence],
@@ -131,7 +135,7 @@ def pack(
     """
     chosen = [sequences[i] for i in indices]
     lengths = [split.padded(len(sequence.token_ids)) for sequence in chosen]
-    filling = -sum(lengths) % split.row_multiple if lengths else split.row_multiple
+    filling = -sum(lengths) % split.row_multiple if lengths else max(split.row_multiple, SHORTEST_ROW)
     lengths += [filling] if filling else []
     starts = [0]
     for length in lengths:
