@@ -25,7 +25,9 @@ def add_push(commands: Commands) -> None:
         help="base model named on the card (default: model.path, if it comes from the hub)",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the files and the model card without uploading"
+        "--dry-run",
+        action="store_true",
+        help="upload nothing; write the files and the model card to the folder `upload` within the policy's folder",
     )
 
 
@@ -33,14 +35,15 @@ def _push(options: argparse.Namespace) -> int:
     from megatron_dsrl.platform import silence_expected_warnings
 
     silence_expected_warnings()
-    from megatron_dsrl.publishing.push import check_repository, describe_files, prepare_upload, push
+    from megatron_dsrl.publishing.push import check_repository, describe_files, prepare_upload, push, write_upload
 
     check_repository(options.repository)
     upload = prepare_upload(options.run, options.base_model)
     if options.dry_run:
         print(f"would upload {describe_files(upload.files)} and the card of {upload.folder} to {options.repository}:")
         print(*(f"  {file.name}  {file.stat().st_size:,} bytes" for file in upload.files), sep="\n")
-        print(f"and this README.md:\n\n{upload.card}", end="")
+        print(f"and this README.md:\n\n{upload.card}")
+        print(f"written to {write_upload(upload)}")
         return 0
     print(push(upload, options.repository, options.private, print))
     return 0

@@ -1,5 +1,7 @@
 """`dsrl push`: an exported policy with its model card, to the hub."""
 
+import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +16,8 @@ from megatron_dsrl.weights.companions import COMPANIONS
 BESIDE_CARD = ("config.json", "*.safetensors", "*.safetensors.index.json", *COMPANIONS, "LICENSE*")
 """The files of an HF folder to upload with the card. Others stay local, such as `provenance.jsonl`, which contains
 folder and host names."""
+DRY_RUN_FOLDER = "upload"
+"""Where `--dry-run` writes, within the folder of the policy. `BESIDE_CARD` does not match it."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,40 @@ def push(upload: Upload, repository: str, private: bool, report: Callable[[str],
             repo_id=repository, folder_path=upload.folder, allow_patterns=names, commit_message=upload.message
         )
     return str(address)
+
+
+def write_upload(upload: Upload) -> Path:
+    """Write what `push` would upload, and nothing else, to `DRY_RUN_FOLDER` within the folder of the policy.
+
+    Files are hard links where the file system supports them, and otherwise copies. An earlier dry run is overwritten.
+
+    Returns:
+        The folder written.
+
+    Raises:
+        UserError: the folder holds other files or cannot be written.
+    """
+    folder = upload.folder / DRY_RUN_FOLDER
+    try:
+        folder.mkdir(exist_ok=True)
+        others = {file.name for file in folder.iterdir()} - {CARD_FILE, *(file.name for file in upload.files)}
+        if others:
+            raise UserError(f"{folder} has files that do not belong to the upload ({min(others)}); remove the folder")
+        for file in upload.files:
+            _link_or_copy(file, folder / file.name)
+        (folder / CARD_FILE).unlink(missing_ok=True)
+        (folder / CARD_FILE).write_text(upload.card, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--dry-run: {folder} cannot be written: {error}") from error
+    return folder
+
+
+def _link_or_copy(file: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)
+    try:
+        os.link(file.resolve(), target)
+    except OSError:
+        shutil.copyfile(file, target)
 
 
 def check_repository(repository: str) -> None:

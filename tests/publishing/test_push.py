@@ -82,21 +82,36 @@ def test_a_hub_that_cannot_be_reached(run: Path, tmp_path: Path) -> None:
     assert f"dsrl: me/tiny could not be uploaded: {NOBODY} cannot be reached from here" in ended.stderr
 
 
-def test_a_dry_run_shows_files_and_card_and_changes_nothing(run: Path, capsys) -> None:
+def test_a_dry_run_writes_the_folder_to_upload_and_changes_nothing_else(run: Path, capsys) -> None:
     command = ["push", str(run), "me/tiny", "--base-model", "Qwen/Qwen3-8B", "--dry-run"]
     assert main(command) == 0
     shown = capsys.readouterr().out
     assert f"would upload 3 files, 0.00 GB and the card of {run}/hf/step_000004 to me/tiny:" in shown
     assert "  model.safetensors  31 bytes" in shown and "notes.txt" not in shown and "provenance.jsonl" not in shown
     assert "base_model: Qwen/Qwen3-8B" in shown and "# tiny, step 4" in shown
-    assert not (run / "hf" / "step_000004" / "README.md").exists()
+    policy = run / "hf" / "step_000004"
+    assert not (policy / "README.md").exists()
+    written = {file.name: file.read_text() for file in (policy / "upload").iterdir()}
+    assert written.pop("README.md").startswith("---\nbase_model: Qwen/Qwen3-8B\n")
+    assert written == {name: f"{name} of the policy" for name in FILES}
+    assert shown.endswith(f"written to {policy}/upload\n")
+    assert main(command) == 0, "a second dry run replaces the first"
+
+
+def test_a_dry_run_keeps_a_folder_of_other_files(run: Path, capsys) -> None:
+    mine = run / "hf" / "step_000004" / "upload" / "mine.txt"
+    mine.parent.mkdir()
+    mine.touch()
+    assert main(["push", str(run), "me/tiny", "--dry-run"]) == 2
+    assert "has files that do not belong to the upload (mine.txt); remove the folder" in capsys.readouterr().err
+    assert mine.exists()
 
 
 def test_ones_own_card_is_uploaded_as_it_is(run: Path, capsys) -> None:
     card = run / "hf" / "step_000004" / "README.md"
     card.write_text("# My own words\n")
     assert main(["push", str(run), "me/tiny", "--dry-run"]) == 0
-    assert capsys.readouterr().out.endswith("and this README.md:\n\n# My own words\n")
+    assert "and this README.md:\n\n# My own words\n" in capsys.readouterr().out
     assert main(["push", str(run), "me/tiny", "--base-model", "Qwen/Qwen3-8B", "--dry-run"]) == 2
     assert "README.md stays as it is; set base_model there" in capsys.readouterr().err
 
