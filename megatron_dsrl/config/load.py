@@ -3,7 +3,8 @@
 A run may be several files, `dsrl train size.yaml method.yaml`: the later one wins, and the run is named after them,
 `size_method`, unless one of them sets `name`. A file may name a parent, `inherits: ../base.yaml`, or several,
 `inherits: [size.yaml, method.yaml]`, relative to the file itself; again the later one wins. A parent that several
-files share is read once, where it comes first, so that it does not undo what was laid over it.
+files share, or that is itself one of the earlier files, is read once, where it comes first, so that it does not undo
+what was laid over it.
 
 Sections are merged key by key, the nearer file winning; lists (such as `phases`) and single values replace. A choice by
 name with another name, `loss: {name: gspo}` over `{name: dual_clip, clip_high: 0.28}`, replaces the whole: the options
@@ -67,8 +68,8 @@ class _Merged:
     data: dict[str, Any] = field(default_factory=dict)
     places: dict[KeyPath, str] = field(default_factory=dict)
     """The place (`file:line`) that set each value."""
-    parents: set[Path] = field(default_factory=set)
-    """Resolved paths of the parents among the files."""
+    files: set[Path] = field(default_factory=set)
+    """Resolved paths of the files."""
 
     def lay(self, path: Path, children: tuple[Path, ...] = ()) -> None:
         """Lay a file on the ones before, after those of its parents that are not there yet."""
@@ -78,11 +79,11 @@ class _Merged:
             raise UserError(f"{children[-1]}: `{INHERITS}` goes in a circle: {chain}. Remove one of the links.")
         data, lines = _read_file(path, children)
         for parent in _parents(data, path):
-            if parent.resolve() not in self.parents:
+            if parent.resolve() not in self.files:
                 self.lay(parent, (*children, resolved))
-                self.parents.add(parent.resolve())
         _merge(self.data, data, str(path))
         self.places |= {key_path: f"{path}:{line}" for key_path, line in lines.items()}
+        self.files.add(resolved)
 
 
 def _parents(data: dict[str, Any], path: Path) -> list[Path]:

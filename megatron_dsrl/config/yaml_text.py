@@ -65,7 +65,8 @@ _Dumper.add_representer(str, _Dumper.represent_text)
 def parse_yaml(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
     """Parse one YAML document; `source` is its name in messages (a file, or an override).
 
-    Returns the data and the line (from 1) of every value by its key path.
+    Returns the data and the line (from 1) of every value by its key path. Aliases are copies: changing one place does
+    not change the others.
 
     Raises:
         UserError: text that is not YAML, a repeated key, a key that is not a single value, or more than `MAX_VALUES`
@@ -79,7 +80,7 @@ def parse_yaml(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
         if root is None:
             return None, lines
         _note_lines(root, (), source, lines)
-        return loader.construct_document(root), lines
+        return _without_sharing(loader.construct_document(root)), lines
     except UserError:
         raise
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a number that Python does not read, such as 0x_
@@ -97,6 +98,13 @@ def format_yaml(data: Any) -> str:
 
 
 _TOO_DEEP = f"sections and lists are nested more than {MAX_DEPTH} levels deep"
+
+
+def _without_sharing(data: Any) -> Any:
+    """A copy in which no section or list stands in two places, as PyYAML leaves them for aliases."""
+    if isinstance(data, dict):
+        return {key: _without_sharing(value) for key, value in data.items()}
+    return [_without_sharing(item) for item in data] if isinstance(data, list) else data
 
 
 def _note_lines(node: yaml.Node, path: KeyPath, source: str, lines: dict[KeyPath, int]) -> None:

@@ -80,7 +80,8 @@ def read_rope(
     theta = section.get("rope_theta", config.get("rope_theta", default_theta))
     if not _is_number(theta) or theta <= 0:
         raise UserError(f"{path}: neither rope_parameters.rope_theta nor rope_theta holds a positive number")
-    if section.get("partial_rotary_factor", 1.0) != 1.0:
+    # As in Transformers, a factor outside the section counts as well.
+    if section.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1.0):
         raise UserError(f"{path}: partial_rotary_factor is not supported; only embeddings of the whole head are")
     kind = str(section.get("rope_type", section.get("type", "default")))
     if kind == "default":

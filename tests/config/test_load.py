@@ -58,11 +58,13 @@ def test_of_several_files_the_later_wins_and_messages_name_the_right_one(small, 
 
 
 def test_a_parent_that_several_files_share_does_not_undo_the_earlier_ones(small, write) -> None:
-    write("base.yaml", small)
+    small["rollout"]["temperature"] = 1.0
+    base = write("base.yaml", small | {"optimizer": {"learning_rate": 1e-6}})
     size = write("size.yaml", "inherits: base.yaml\noptimizer: {learning_rate: 1.0e-4}\n")
+    rate = write("rate.yaml", "optimizer: {learning_rate: 1.0e-4}\n")
     method = write("method.yaml", "inherits: base.yaml\nrollout: {temperature: 0.5}\n")
     both = write("both.yaml", "inherits: [size.yaml, method.yaml]\n")
-    for files in ([size, method], [both], [size, both]):
+    for files in ([size, method], [both], [size, both], [base, rate, method]):
         config = load_config(files)
         assert (config.optimizer.learning_rate, config.rollout.temperature) == (1e-4, 0.5), files
 

@@ -68,3 +68,10 @@ def test_every_value_has_its_line() -> None:
 def test_bad_text_names_the_line(text, message) -> None:
     with pytest.raises(UserError, match=message):
         parse_yaml(text, "f.yaml")
+
+
+def test_an_alias_is_a_copy() -> None:
+    data, _ = parse_yaml("phases: [&first {space: {name: pre_train}, sizes: [1]}, *first]", "f.yaml")
+    data["phases"][0]["space"]["name"] = "post_train"
+    data["phases"][0]["sizes"].append(2)
+    assert data["phases"][1] == {"space": {"name": "pre_train"}, "sizes": [1]}

@@ -85,6 +85,7 @@ def test_the_attention_factor_is_that_of_transformers(factor):
             "original_max_position_embeddings must be a positive integer, not None",
         ),
         ({"rope_parameters": PLAIN | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is not supported"),
+        ({"rope_theta": 1e6, "partial_rotary_factor": 0.5}, "partial_rotary_factor is not supported"),
         ({"rope_parameters": "plain"}, "rope_parameters must be an object, not 'plain'"),
         ({"rope_theta": None}, "neither rope_parameters.rope_theta nor rope_theta"),
     ],
