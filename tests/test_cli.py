@@ -162,8 +162,8 @@ def test_files_and_overrides_come_in_any_order_around_options():
     [
         (["train", "nowhere.yaml"], "dsrl: nowhere.yaml: no such configuration file\n"),
         (["train", "run.yaml", "rollout.temprature=1"], "rollout.temprature: unknown key; did you mean temperature?"),
-        (["train", "run.yaml", "model.path=nowhere/at/all"], "model.path: there is no folder nowhere/at/all"),
-        (["train", "run.yaml", "data.source=nowhere.jsonl"], "data.source: there is no file nowhere.jsonl"),
+        (["train", "run.yaml", "model.path=nowhere/at/all"], "model.path: no such folder: nowhere/at/all"),
+        (["train", "run.yaml", "data.source=nowhere.jsonl"], "data.source: no such file: nowhere.jsonl"),
         (["train", "run.yaml", "--dry-run", "--processes", "0"], "expected a positive integer, got 0"),
         (["train", "run.yaml", "--dryrun"], "unrecognized arguments: --dryrun"),
         (["report", "nowhere"], "nowhere"),

@@ -95,7 +95,7 @@ class Actor:
             epochs: number of passes over the experience.
 
         Returns:
-            Metrics, the same on every rank; None if there was no sequence to train on and no step was taken.
+            Metrics, the same on every rank; None if no sequence had to be trained on and no step was taken.
 
         Raises:
             FloatingPointError: the loss or the gradient norm is not finite.

@@ -54,7 +54,7 @@ class Critic:
                 learns from every sample.
 
         Returns:
-            Metrics by name, without a prefix, the same on every rank; empty if there is no scored token.
+            Metrics by name, without a prefix, the same on every rank; empty if no token is scored.
 
         Raises:
             FloatingPointError: the loss or the gradient norm is not finite.

@@ -17,7 +17,7 @@ class TokenStatistics:
     sums: dict[str, Tensor]
     """float64 scalar by name."""
     maxima: dict[str, Tensor]
-    """float64 scalar by name; 0 if there is no token, so only for non-negative quantities."""
+    """float64 scalar by name; 0 without tokens, so only for non-negative quantities."""
 
     @classmethod
     def from_tokens(cls, loss: Tensor, means: Mapping[str, Tensor], maxima: Mapping[str, Tensor]) -> "TokenStatistics":
@@ -105,7 +105,7 @@ class ObjectiveMetrics:
         }
 
     def token_metrics(self) -> dict[str, float]:
-        """Metrics of its computed tokens, by name; none if there is no such token."""
+        """Metrics of its computed tokens, by name; empty without computed tokens."""
         return self.means | self.maxima if self.computed_tokens else {}
 
     @classmethod

@@ -30,7 +30,7 @@ def shape_rewards(
 def shaping_metrics(
     responses: Sequence[Response], overlong: OverlongConfig | None, max_response_tokens: int
 ) -> dict[str, float]:
-    """Metrics of `shape_rewards` over a step's responses, at least one; empty if there is no penalty.
+    """Metrics of `shape_rewards` over a step's responses, at least one; empty without a penalty.
 
     Returns:
         `reward/shaped_mean`: mean of the shaped rewards. `reward/overlong_fraction`: fraction of penalised responses.

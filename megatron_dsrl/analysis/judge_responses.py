@@ -31,7 +31,7 @@ class Judgements:
     """`step`, `place` (of the response within the step), `problem`, `sample`, `right` and `behaviours` (None for an
     unreadable answer), including those of earlier starts."""
     failures: dict[tuple[int, int], str]
-    """Why there is no answer, by step and place. These responses are judged again at the next start."""
+    """Why the judge gave no answer, by step and place. These responses are judged again at the next start."""
 
 
 def judge_responses(

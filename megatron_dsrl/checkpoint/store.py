@@ -177,10 +177,10 @@ class CheckpointStore:
         )
 
     def newest(self) -> Checkpoint | None:
-        """The newest undamaged checkpoint; None if there are no checkpoints. Damaged ones are reported.
+        """The newest undamaged checkpoint; None without checkpoints. Damaged ones are reported.
 
         Raises:
-            UserError: there are checkpoints and all are damaged. Raised on every rank.
+            UserError: all checkpoints are damaged. Raised on every rank.
         """
         folders = broadcast([folder for _, folder in reversed(self._published())])
         for folder in folders:

@@ -35,13 +35,13 @@ class CustomSection:
         """
         Args:
             kind: what the section describes, for messages.
-            base: its class where no other is named; has a field `type`.
+            base: its class if no other is named; has a field `type`.
         """
         self._kind = kind
         self._base = base
 
     def section_class(self, value: Any) -> type[Section]:
-        """The class that checks a value; the base where it names none that there is."""
+        """The class that checks a value; the base if the class it names cannot be used."""
         try:
             return self._named(value)
         except ValidationError:
@@ -55,7 +55,7 @@ class CustomSection:
         named = self._named(value)
         if named is self._base:
             return validate(value)
-        if info.mode == "json":  # where a list may stand for a tuple
+        if info.mode == "json":  # where tuples are written as lists
             return named.model_validate_json(json.dumps(value))
         return named.model_validate(value)
 

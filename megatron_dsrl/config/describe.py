@@ -58,7 +58,7 @@ def find(root: type[Section], path: str) -> list[Place]:
         path: such as `rollout.top_p`, `phases.0.loss`, `phases.loss.gspo` or `phases.loss.clip_high`.
 
     Raises:
-        UserError: there is no such key; names the nearest one.
+        UserError: the key does not exist; names the nearest one.
     """
     places = [Place("", root)]
     for part in path.split("."):

@@ -24,7 +24,7 @@ def class_at(path: str, kind: str, base: type[SectionClass], key: str = "name") 
         key: name of the field that holds the path, for messages.
 
     Raises:
-        ValidationError: there is no such module or class, or it is not a subclass of `base`.
+        ValidationError: the module or class does not exist, or the class is not a subclass of `base`.
     """
     module_name, _, class_name = path.partition(":")
     try:

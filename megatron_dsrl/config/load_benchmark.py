@@ -47,7 +47,7 @@ def load_benchmark(
         section: where the name was given, for messages.
 
     Raises:
-        UserError: there is no such benchmark, its file is invalid, or its problems are not in the data folder.
+        UserError: the benchmark does not exist, its file is invalid, or its problems are not in the data folder.
     """
     if name.endswith(".yaml"):
         path, text = name, _read(Path(name), section)
@@ -55,7 +55,7 @@ def load_benchmark(
         path, text = f"{name}.yaml", (_folder() / f"{name}.yaml").read_text(encoding="utf-8")
     else:
         raise UserError(
-            f"{section}: there is no benchmark `{name}`; choose one of {', '.join(benchmark_names())}, or give the "
+            f"{section}: unknown benchmark `{name}`; choose one of {', '.join(benchmark_names())}, or give the "
             "path of a .yaml file that declares one"
         )
     data, lines = parse_yaml(text, path)
@@ -78,7 +78,7 @@ def load_benchmark(
 def _in_folder(data_folder: Path, source: str, path: str) -> str:
     file = data_folder / source
     if not any(file.parent.glob(file.name)):
-        raise UserError(f"{path}: there is no {source} in {data_folder} (--data-folder); put it there, or use the hub")
+        raise UserError(f"{path}: {source} is not in {data_folder} (--data-folder); put it there, or use the hub")
     return str(file)
 
 

@@ -21,7 +21,7 @@ def count_prompts(data: PromptSetConfig, made_by: Mapping[str, str] = {}) -> int
         return None
     if not path.is_file():
         advice = how_to_make(data.source, made_by) or "make it first, or correct the path"
-        raise UserError(f"data.source: there is no file {data.source}; {advice}")
+        raise UserError(f"data.source: no such file: {data.source}; {advice}")
     try:
         rows = _count_rows(path)
     except (OSError, ValueError) as error:

@@ -81,7 +81,7 @@ class Registry:
         return [self._classes[name] for name in self.names()]
 
     def options_class(self, value: Any) -> type[Options] | None:
-        """The class that a value names; None where there is no such class."""
+        """The class that a value names; None if it names none."""
         try:
             return self._named(_as_mapping(value).get("name"), value)
         except ValidationError:

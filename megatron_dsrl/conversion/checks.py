@@ -43,7 +43,7 @@ def read_companion_architecture(checkpoint: Path, companions: Path) -> Architect
     """The architecture of a Megatron checkpoint, from the config.json that belongs to it.
 
     Raises:
-        UserError: there is no config.json, or it is refused; see `read_architecture`.
+        UserError: config.json is missing or refused; see `read_architecture`.
     """
     if companions == checkpoint and not (checkpoint / "config.json").exists():
         raise UserError(

@@ -46,7 +46,7 @@ def convert_megatron_to_hf(
             recorded one, or verification found a difference. The target is then absent or unchanged.
     """
     if not source.is_dir():
-        raise UserError(f"there is no folder {source}")
+        raise UserError(f"no such folder: {source}")
     checkpoint, companions = MegatronCheckpoint(source), companions or source
     architecture = read_companion_architecture(source, companions)
     check_record(source, architecture)

@@ -42,7 +42,7 @@ def field_reader(field: str, setting: str) -> FieldReader:
             value = _step(value, part)
             if value is _MISSING:
                 fields = ", ".join(f"`{name}`" for name in row) or "none"
-                raise BadRowError(f"{setting}: there is no field `{field}`; the fields are {fields}")
+                raise BadRowError(f"{setting}: the row has no field `{field}`; the fields are {fields}")
         return value
 
     return read

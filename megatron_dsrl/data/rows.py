@@ -29,7 +29,7 @@ def read_rows(config: PromptSetConfig, section: str) -> list[Row]:
     files, folder = local_files(config.source), _path(config.source)
     if files is not None:
         if not files or not files[0].is_file():
-            raise UserError(f"{section}.source: there is no file {config.source}; create it, or correct the path")
+            raise UserError(f"{section}.source: no such file: {config.source}; create it, or correct the path")
         rows = (row for file in files for row in _read_local(file, config.rows_field, section))
     elif folder.is_file():
         raise UserError(f"{section}.source: {config.source} has an unknown suffix; use {', '.join(LOCAL_SUFFIXES)}")

@@ -30,7 +30,7 @@ def load_tokenizer(path: str, vocab_size: int | None = None) -> PreTrainedTokeni
             have more rows than the tokenizer has tokens (Qwen3 does), but not fewer.
 
     Raises:
-        UserError: there is no such folder or tokenizer, a special token or the chat template is missing, or the
+        UserError: the folder or tokenizer does not exist, a special token or the chat template is missing, or the
             tokenizer has ids outside the model's vocabulary.
     """
     tokenizer = _from_folder(path) if Path(path).is_dir() else _from_hub(path)
@@ -75,8 +75,8 @@ def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], skip_sp
 def context_token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
     """Token ids of the text that replaces the prompt in a space; see `algorithms.spaces.Space.context_text`.
 
-    For tokenizers without `<|im_start|>`, `<|im_start|>` stands for their BOS, and `<|im_start|>assistant\\n` for what
-    their chat template puts before a response.
+    For tokenizers without `<|im_start|>`, `<|im_start|>` is replaced by their BOS, and `<|im_start|>assistant\\n` by
+    what their chat template puts before a response.
 
     Raises:
         UserError: the text needs a chat template that puts something before a response, or contains `<|im_start|>` in
@@ -88,7 +88,7 @@ def context_token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[in
 
 
 def _own_text(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """What stands for a ChatML text in a tokenizer of another format."""
+    """The equivalent of a ChatML text for a tokenizer of another format."""
     if text == TURN_START:
         return str(tokenizer.bos_token)
     if text != ASSISTANT_START:

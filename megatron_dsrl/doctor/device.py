@@ -73,7 +73,7 @@ def examine_cuda_compiler(torch_cuda: str, environment: Mapping[str, str] = os.e
     nvcc = Path(home, "bin", "nvcc") if home else Path(on_path or "/usr/local/cuda/bin/nvcc")
     toolkit = f"let CUDA_HOME name the folder of a toolkit of CUDA {torch_cuda}"
     if not os.access(nvcc, os.X_OK):
-        return Finding(topic, "note", f"there is no {nvcc}", f"SGLang compiles kernels with it: {toolkit}")
+        return Finding(topic, "note", f"{nvcc} not found", f"SGLang compiles kernels with it: {toolkit}")
     release = _release(nvcc)
     if release is None:
         return Finding(topic, "note", f"{nvcc} does not say its version", toolkit)

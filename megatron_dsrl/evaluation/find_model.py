@@ -65,7 +65,7 @@ def find_checkpoint(folder: Path, companions: Path | None = None) -> EvaluatedMo
         UserError: there is none, or a run's checkpoint is incomplete or does not match the companions' model.
     """
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}")
+        raise UserError(f"no such folder: {folder}")
     if (folder / CONFIG_FILE).is_file():
         checkpoints = _steps(folder, CHECKPOINTS_FOLDER, STATE_FILE)
         if not checkpoints:

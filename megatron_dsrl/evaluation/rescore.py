@@ -33,7 +33,7 @@ def rescore(evaluation: Path, target: Path, reward: RewardConfig) -> Mapping[str
         The results by benchmark name, as `write_results` takes them.
 
     Raises:
-        UserError: there is no evaluation, the target is in use, or the verifier does not exist.
+        UserError: the evaluation does not exist, the target is in use, or the verifier does not exist.
     """
     results = read_results(evaluation)
     if target.exists() and any(target.iterdir()):

@@ -87,7 +87,7 @@ def read_sample_file(path: Path) -> list[ProblemResult]:
     """The problems of a sample file, `<evaluation>/samples/<benchmark>.jsonl`, that have all their samples.
 
     Raises:
-        UserError: there is no such file, or it is damaged.
+        UserError: the file does not exist or is damaged.
     """
     if not path.is_file():
         raise UserError(f"{path} is neither a run folder nor a sample file of `dsrl eval`")

@@ -34,7 +34,7 @@ def no_folder(field: str, path: str, made_by: Mapping[str, str] = {}) -> UserErr
         made_by: see `RunConfig.made_by`.
     """
     advice = how_to_make(path, made_by) or "make or download the model first, or correct the path"
-    return UserError(f"{field}: there is no folder {path}; {advice}")
+    return UserError(f"{field}: no such folder: {path}; {advice}")
 
 
 def resolve_model_folder(path: str, field: str = "model.path", made_by: Mapping[str, str] = {}) -> Path:

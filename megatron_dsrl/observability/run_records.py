@@ -119,7 +119,7 @@ def _phase_spans(steps: Sequence[Record], colours: Mapping[str, int]) -> list[Ph
 
 def _check_run_folder(folder: Path) -> None:
     if not folder.is_dir():
-        raise UserError(f"There is no folder {folder}. Give the folder of a run, <output_dir>/<name>.")
+        raise UserError(f"No such folder: {folder}. Give the folder of a run, <output_dir>/<name>.")
     if _looks_like_run(folder):
         return
     runs = sorted(child.name for child in folder.iterdir() if child.is_dir() and _looks_like_run(child))

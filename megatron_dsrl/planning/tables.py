@@ -48,8 +48,8 @@ def print_suggestions(
     Args:
         config: the configuration as given.
         plans: the result of `layouts.suggest`.
-        gpus: number of GPUs that they are for.
-        needed_gpus: if there are no plans, the smallest number of GPUs with one; None if unknown.
+        gpus: number of GPUs the plans are for.
+        needed_gpus: without plans, the smallest number of GPUs that has one; None if unknown.
     """
     if not plans:
         console.print(f"No layout fits {_gpus(gpus)}: {_more_gpus(needed_gpus)}", highlight=False)

@@ -26,9 +26,9 @@ class CodeState:
     dirty: bool | None = None
     """Whether tracked files differ from the commit or untracked ones, other than ignored ones, are there."""
     diff_sha256: str | None = None
-    """Over `git diff HEAD` and the untracked files; None where nothing differs. Equal diffs have equal hashes."""
+    """Over `git diff HEAD` and the untracked files; None if nothing differs. Equal diffs have equal hashes."""
     reason: str | None = None
-    """Why there is no commit."""
+    """Why the commit is unknown."""
 
 
 class _GitFailed(Exception):

@@ -41,7 +41,7 @@ def prepare_upload(name: str, base_model: str | None) -> Upload:
         base_model: the hub's name of the model that the run began with; None finds it where it can be known.
 
     Raises:
-        UserError: there is no exported policy, or it has no card.
+        UserError: no policy has been exported, or it has no card.
     """
     model = _exported_model(name)
     files = sorted({file for pattern in BESIDE_CARD for file in model.folder.glob(pattern) if file.is_file()})
@@ -58,25 +58,25 @@ def prepare_upload(name: str, base_model: str | None) -> Upload:
 
 
 def push(upload: Upload, repository: str, private: bool, report: Callable[[str], None]) -> str:
-    """Make the repository if need be and upload everything in one commit.
+    """Create the repository if necessary and upload everything in one commit.
 
     Args:
         upload: what `prepare_upload` has found. The card is written into its folder.
         repository: `OWNER/NAME`.
-        private: only with this a new repository is private; an existing public one is then refused.
+        private: make a new repository private, and refuse an existing public one.
         report: called with a line before the upload begins.
 
     Returns:
         Address of the model on the hub.
 
     Raises:
-        UserError: there is no token, the hub refuses, cannot be reached, or the repository is public.
+        UserError: the token is missing, the hub refuses, cannot be reached, or the repository is public.
     """
     from huggingface_hub import HfApi, get_token
 
     if get_token() is None:
         raise UserError(
-            "there is no token for the hub: set HF_TOKEN to one that may write (its settings, Access Tokens), or run "
+            "no token for the hub: set HF_TOKEN to one that may write (its settings, Access Tokens), or run "
             "`hf auth login`"
         )
     api = HfApi()
@@ -152,7 +152,7 @@ def describe_files(files: Sequence[Path]) -> str:
 
 def _exported_model(name: str) -> EvaluatedModel:
     if not Path(name).is_dir():
-        raise UserError(f"there is no folder {name}: name a run, one of its exports (RUN/hf/step_...) or an HF folder")
+        raise UserError(f"no such folder: {name}; name a run, one of its exports (RUN/hf/step_...) or an HF folder")
     model = find_model(name)
     if model.is_megatron:
         raise UserError(

@@ -27,7 +27,7 @@ PERCENT = ValueAxis("accuracy, %", at_least=0.0, at_most=100.0)
 
 
 def run_charts(run: RunRecords) -> list[tuple[str, list[Chart | str]]]:
-    """Headed sections of charts; a sentence stands for a chart that has no data. Needs at least one step."""
+    """Headed sections of charts; a chart without data is replaced by a sentence. Needs at least one step."""
     return [
         ("Learning", [_accuracy_of_run(run), _run_chart(run, REWARD), _groups_chart(run)]),
         ("Policy", [_run_chart(run, curves) for curves in HEALTH]),

@@ -71,7 +71,7 @@ def reward_function(name: str) -> RewardFunction:
     """The function of a built-in name, or of a dotted path `package.module:function`.
 
     Raises:
-        UserError: there is no such name, module or function.
+        UserError: the name, module or function does not exist.
     """
     if name in BUILT_IN:
         return resolve_name(BUILT_IN[name].function)
@@ -98,7 +98,7 @@ def check_options(name: str, options: Mapping[str, Any], section: str = "reward.
     """Check the options of a reward function against its signature and its type hints, if it has them.
 
     Raises:
-        UserError: there is no such function, or an option is unknown, missing, of the wrong type or has an invalid
+        UserError: the function does not exist, or an option is unknown, missing, of the wrong type or has an invalid
             value.
     """
     function = reward_function(name)

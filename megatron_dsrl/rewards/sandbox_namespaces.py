@@ -1,8 +1,8 @@
-"""Namespaces and a root file system of their own for the sandbox's processes. Standard library only.
+"""Separate namespaces and a separate root file system for the sandbox's processes. Standard library only.
 
 The new root holds Python's files, `/usr` and a few devices, read-only, and one folder of limited size in memory. No
-other path exists, and so no file, metadata or Unix socket outside can be reached. There is no network, not even
-loopback, and no other process can be seen.
+other path exists, so no file, metadata or Unix socket outside can be reached. The network is unavailable, even
+loopback, and other processes are invisible.
 """
 
 import ctypes

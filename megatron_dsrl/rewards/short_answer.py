@@ -1,8 +1,8 @@
 r"""A short answer in words, as in BIG-Bench Hard: the text after the last "the answer is" or "Answer:" on its line.
 
 The form is that of BIG-Bench Hard's chain-of-thought prompts (arXiv 2210.09261). Differences: "Answer:" is a statement
-too, a box counts if there is no statement, case, surrounding quotes and `\text{}` are ignored, `(B)` may be written `B`
-or with the text of the choice, and separators in lists of words are ignored.
+too, a box counts if the answer is not stated, case, surrounding quotes and `\text{}` are ignored, `(B)` may be written
+`B` or with the text of the choice, and separators in lists of words are ignored.
 """
 
 import re

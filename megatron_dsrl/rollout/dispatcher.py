@@ -80,7 +80,7 @@ class Dispatcher:
             lost: why an engine must not be used, by engine number. Engines lost during the batch are added.
             rewards: judges responses.
             decode: turns response tokens into text.
-            on_samples: see `progress.OnSamples`; likewise `on_group` and `on_call`.
+            on_samples: see `progress.OnSamples`; `on_group` and `on_call` too.
         """
         self._batch = batch
         self._request = batch.request
@@ -108,7 +108,7 @@ class Dispatcher:
         """Sample the batch.
 
         Raises:
-            TooManyOpenFilesError: there is no file descriptor for a single call.
+            TooManyOpenFilesError: not even a single call can get a file descriptor.
             EnginesLostError: the batch can continue once engines have been restarted.
             StaleWeightsError: a sample does not have the requested weight version.
             EngineError: an engine rejected a request, or the batch took longer than its limit; the message names the

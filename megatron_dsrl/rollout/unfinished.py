@@ -15,7 +15,7 @@ from megatron_dsrl.rollout.engines.client import Completion, SampleRequest, Vers
 
 @dataclass(frozen=True)
 class PartialResponse:
-    """One response as far as it has been sampled."""
+    """The part of one response that has been sampled so far."""
 
     seed: int
     response_ids: tuple[int, ...] = ()

@@ -67,7 +67,7 @@ def test_thoughts_of_a_sample_file(tmp_path):
         (["thoughts", "{folder}/nothing"], "is neither a run folder nor a sample file"),
         (["pass-at-k", "{folder}"], "has no results.json"),
         (["behaviours", "{run}", "--url", "localhost", "--judge", "j"], "expected an address such as http://"),
-        (["gradients", "{run}", "--model", "{folder}/nothing"], "there is no folder"),
+        (["gradients", "{run}", "--model", "{folder}/nothing"], "no such folder:"),
         (["gradients", "{run}", "--model", "{folder}", "bos=im_end"], "bos: expected 'im_start'"),
     ],
 )

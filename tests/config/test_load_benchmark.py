@@ -49,10 +49,10 @@ def test_own_benchmark(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"name": "math5000"}, "there is no benchmark `math5000`; choose one of aime24, "),
+        ({"name": "math5000"}, "unknown benchmark `math5000`; choose one of aime24, "),
         ({"name": "nowhere.yaml"}, "cannot read nowhere.yaml"),
         ({"data_folder": None}, "has no section `hub`; set --data-folder"),
-        ({"data_folder": "elsewhere"}, r"there is no sums/\*.jsonl in elsewhere"),
+        ({"data_folder": "elsewhere"}, r"sums/\*.jsonl is not in elsewhere"),
         ({"changes": {"temperature": -1.0}}, r"expected greater than or equal to 0, got -1.0 \(command line"),
         ({"changes": {"tempratur": 1.0}}, r"tempratur: unknown key; did you mean temperature\? \(command line\)"),
     ],

@@ -148,8 +148,8 @@ def test_compressed_csv_nested_and_several_files(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("row", "fields", "message"),
     [
-        ({"question": "?", "answer": 1}, {}, r"row 1: data\.problem_field: there is no field `problem`; .*`quest"),
-        ({"problem": "?", "gold": 1}, {}, r"row 1: data\.answer_field: there is no field `answer`; .*, `gold`"),
+        ({"question": "?", "answer": 1}, {}, r"row 1: data\.problem_field: the row has no field `problem`; .*`quest"),
+        ({"problem": "?", "gold": 1}, {}, r"row 1: data\.answer_field: the row has no field `answer`; .*, `gold`"),
         ({"problem": "?", "answer": None}, {}, r"row 1: it has no answer: its field `answer` holds None"),
         ({"problem": " ", "answer": 1}, {}, r"row 1: it has no problem: its field `problem` holds ' '"),
         ({"problem": "?", "answer": [{"a": 1}]}, {}, r"row 1: .* field `answer` is a dict"),
@@ -292,13 +292,13 @@ class TestFromElsewhere:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("missing.jsonl", None, "there is no file .*missing.jsonl"),
+        ("missing.jsonl", None, "no such file: .*missing.jsonl"),
         ("empty.jsonl", "", "holds no rows"),
         ("broken.jsonl", '{"problem": 1}\n{"problem"', "line 2 is not JSON"),
         ("list.jsonl", "[1]", "row 0 is a list"),
         ("object.json", "{}", "holds a dict, expected a list of rows"),
         ("broken.jsonl.gz", "not compressed", "cannot read .*broken.jsonl.gz"),
-        ("none_*.json", None, "there is no file .*none_"),
+        ("none_*.json", None, "no such file: .*none_"),
         ("text.parquet", "not parquet", "cannot read .*text.parquet"),
     ],
 )

@@ -77,7 +77,7 @@ def test_vocabulary_beyond_the_models(tokenizer_folder):
 
 
 def test_missing_folder():
-    with pytest.raises(UserError, match="there is no folder ./no/such/model"):
+    with pytest.raises(UserError, match="no such folder: ./no/such/model"):
         load_tokenizer("./no/such/model")
 
 

@@ -155,5 +155,5 @@ def test_an_unknown_benchmark_of_a_set_is_named(tmp_path):
         "name: x\nsteps: 1\nmodel: {path: m}\ndata: {source: s.jsonl}\nphases: []\n"
         "evaluation: {sets: [{benchmark: aime1924}]}\n"
     )
-    with pytest.raises(UserError, match="evaluation.sets.0.*there is no benchmark `aime1924`; choose one of aime24, "):
+    with pytest.raises(UserError, match="evaluation.sets.0.*unknown benchmark `aime1924`; choose one of aime24, "):
         load_config(tmp_path / "run.yaml", [])

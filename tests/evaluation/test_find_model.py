@@ -122,7 +122,7 @@ def test_a_checkpoint_without_a_configuration_is_converted_with_that_of_its_mode
     [
         ("runs/new", "has no checkpoint"),
         ("runs/tiny/checkpoints/step_000003/critic", "is not the policy of its checkpoint"),
-        ("nowhere/at_all", "there is no folder"),
+        ("nowhere/at_all", "no such folder:"),
     ],
 )
 def test_no_checkpoint(run, tmp_path, name, message):
@@ -139,7 +139,7 @@ def test_no_checkpoint(run, tmp_path, name, message):
         ("runs/tiny/checkpoints", "holds the policies of several steps: name one of them, or"),
         ("runs/tiny/checkpoints/step_000003/critic", "is not the policy of its checkpoint: that is .*/megatron"),
         ("runs", "holds no weights: it is not .* or a run folder"),
-        ("runs/tiny/checkpoints/step_000004", "there is no folder"),
+        ("runs/tiny/checkpoints/step_000004", "no such folder:"),
         ("runs/new", "has neither an exported policy"),
     ],
 )

@@ -75,7 +75,7 @@ def test_a_byte_order_mark_is_skipped(tmp_path):
 def test_folders_that_are_no_models(tmp_path):
     with pytest.raises(UserError, match="no config.json"):
         read_architecture(tmp_path)
-    with pytest.raises(UserError, match="model.path: there is no folder"):
+    with pytest.raises(UserError, match="model.path: no such folder:"):
         resolve_model_folder(str(tmp_path / "absent"))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):

@@ -66,7 +66,7 @@ def test_policy_and_card_arrive_and_nothing_else(run: Path, tmp_path: Path) -> N
     messages = [line for line in ended.stderr.splitlines() if line.startswith("dsrl: ")]
     assert messages[0].startswith(f"dsrl: --private: {hub.url}/me/public exists and is public")
     assert messages[1].startswith("dsrl: me/other could not be uploaded: the token may not write there")
-    assert messages[2].startswith("dsrl: there is no token for the hub: set HF_TOKEN")
+    assert messages[2].startswith("dsrl: no token for the hub: set HF_TOKEN")
     assert hub.private == {"me/tiny": True, "me/public": False}
     assert hub.messages == ["Policy after step 4, by megatron-dsrl"] * 2, "nothing is uploaded where it is refused"
     for repository in ("me/tiny", "me/public"):
@@ -121,7 +121,7 @@ def test_what_cannot_be_pushed(run: Path, tmp_path: Path, capsys) -> None:
     for name in FILES:
         (tmp_path / "plain" / name).touch()
     for arguments, message in (
-        ([str(tmp_path / "gone"), "me/tiny"], "there is no folder"),
+        ([str(tmp_path / "gone"), "me/tiny"], "no such folder:"),
         ([str(run), "tiny"], "`tiny`: name the owner too, as in OWNER/NAME"),
         ([str(run), "me/tiny!"], "`me/tiny!` is not a name that the hub takes"),
         ([str(tmp_path / "plain"), "me/tiny"], "has no model card: write README.md there"),

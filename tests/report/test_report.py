@@ -365,7 +365,7 @@ def test_runs_side_by_side(run_folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_no_run_is_the_users_error(run_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="There is no folder"):
+    with pytest.raises(UserError, match="No such folder:"):
         write_report(tmp_path / "nowhere")
     with pytest.raises(UserError, match="It contains the runs tiny"):
         write_report(run_folder.parent)

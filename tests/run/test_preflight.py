@@ -54,7 +54,7 @@ def test_a_missing_model_folder_is_not_looked_up_on_the_hub(config, tmp_path, mo
     (tmp_path / "runs").mkdir()
     monkeypatch.chdir(tmp_path)
     for path in ("./base", "/no/such/base", "a/b/c", "base", "runs/base"):
-        with pytest.raises(UserError, match=f"^model.path: there is no folder {path}; make or download"):
+        with pytest.raises(UserError, match=f"^model.path: no such folder: {path}; make or download"):
             preflight(load_config("run.yaml", [f"model.path={path}"]), 1)
 
 
@@ -73,7 +73,7 @@ def test_a_damaged_or_foreign_model_folder_names_its_file(config, tmp_path, cont
     [
         (["critic.warmup_steps=1"], "critic.warmup_steps: is 1, but no critic learns in step 1"),
         (["phases.0.advantage={name: gae}", "critic.warmup_steps=9"], "no critic learns in step 5"),
-        (["phases.0.advantage={name: gae}", "critic.path=./absent"], "critic.path: there is no folder ./absent"),
+        (["phases.0.advantage={name: gae}", "critic.path=./absent"], "critic.path: no such folder: ./absent"),
         (["reference.refresh_every_steps=2"], "reference: no phase has a `kl` section"),
     ],
 )
@@ -90,7 +90,7 @@ def test_what_is_missing_and_can_be_made_is_named_with_its_command(config, tmp_p
     made_by = "made_by={.cache/task: bash make.sh}"
     for override in ("model.path=.cache/task/base", "data.source=.cache/task/train.jsonl"):
         field, _, path = override.partition("=")
-        with pytest.raises(UserError, match=rf"{field}: there is no (folder|file) {path}; `bash make.sh` makes it"):
+        with pytest.raises(UserError, match=rf"{field}: no such (folder|file): {path}; `bash make.sh` makes it"):
             preflight(load_config("run.yaml", [made_by, override]), 1)
     with pytest.raises(UserError, match="make or download the model first"):
         preflight(load_config("run.yaml", [made_by, "model.path=./other"]), 1)

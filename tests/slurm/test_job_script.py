@@ -151,7 +151,7 @@ def test_nothing_is_requeued_after_success(run_script, stubs):
 def test_a_wrong_benchmark_ends_the_job_before_anything_is_fetched(run_script, stubs):
     really = f'[ "$work" != --dry-run ] || [[ "$*" != *benchmarks* ]] || {REALLY}'
     job = run_script(BENCHMARKS="math500,math50", ON_SRUN=really)
-    assert job.returncode == 2 and "there is no benchmark `math50`; choose one of aime24" in job.stdout
+    assert job.returncode == 2 and "unknown benchmark `math50`; choose one of aime24" in job.stdout
     assert " fetch " not in (stubs / "srun.log").read_text()
 
 
@@ -165,7 +165,7 @@ def test_benchmarks_are_read_before_the_training(run_script, tmp_path):
     really = f'[ "$work" != fetch ] || {REALLY}'
     job = run_script(CONFIG=config, BENCHMARKS=str(sums), ON_SRUN=really)
     assert job.returncode == 2 and "Traceback" not in job.stdout
-    assert "there is no file problems.jsonl" in job.stdout and "training" not in job.stdout
+    assert "no such file: problems.jsonl" in job.stdout and "training" not in job.stdout
     sums.write_text(sums.read_text().replace("problems.jsonl", str(tmp_path / "prompts.jsonl")))
     job = run_script(CONFIG=config, BENCHMARKS=str(sums), ON_SRUN=really)
     assert job.returncode == 0 and "; 40 prompts, 8 held-out, 40 sums" in job.stdout

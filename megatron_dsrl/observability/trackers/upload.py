@@ -26,7 +26,7 @@ def chosen_trackers(run_folder: Path, names: Sequence[str], overrides: Sequence[
         overrides: `option=value`, for all of them.
 
     Raises:
-        UserError: there is no run, tracker or option of this kind, none is named, or a package is not installed.
+        UserError: the run, a tracker or an option does not exist, no tracker is named, or a package is not installed.
     """
     configured = read_run(run_folder).config.get("observability", {}).get("trackers", [])
     of_run = {tracker["name"]: tracker for tracker in configured}

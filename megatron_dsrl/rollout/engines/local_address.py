@@ -10,7 +10,7 @@ def address_towards(host: str, port: int = ANY_PORT) -> str:
     """The local address from which this machine reaches `host`.
 
     Raises:
-        OSError: `host` cannot be resolved or there is no route to it.
+        OSError: `host` cannot be resolved or reached.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, port))  # sets the route; a datagram socket sends nothing
