@@ -1,7 +1,7 @@
 """The `dsrl` command.
 
 User errors print one message to stderr and exit with status 2, Ctrl-C with 130, SIGTERM with 143, SIGHUP (a closed
-terminal) with 129. An engine that is lost for good ends in one message and status 1; bugs show a traceback and exit
+terminal) with 129. An engine lost after all its restarts gives one message and status 1; bugs show a traceback and exit
 with 1. Each command imports what it needs when it runs, so that `--help`, `--dry-run` and `doctor` stay light.
 """
 

@@ -136,7 +136,7 @@ def _named(chunks: Sequence[torch.nn.Module]) -> list[tuple[str, torch.nn.Module
 def _complete(state: dict[str, Any], adam: torch.optim.Optimizer) -> None:
     """Add what another implementation of Adam left out of a loaded state, in place.
 
-    Fused implementations have settings of their own in the parameter groups, and count steps there. torch's AdamW
+    Fused implementations have their own settings in the parameter groups, and count steps there. torch's AdamW
     counts them by parameter, which Megatron stores once for all parameters, and not at all while the count is 0.
 
     Args:

@@ -2,7 +2,7 @@
 
 An engine opens its port only after it has loaded the model, which takes minutes on a GPU. Until then, and between its
 end and its restart, the run holds the port with a socket that is bound but does not listen. The kernel gives a held
-port to nobody who asks for a free one, and the engine can still bind it, because both use SO_REUSEADDR.
+port to no process that asks for a free one, but the engine can still bind it, because both use SO_REUSEADDR.
 """
 
 import socket

@@ -8,7 +8,7 @@ what was laid over it.
 
 Sections are merged key by key, the nearer file winning; lists (such as `phases`) and single values replace. A choice by
 name with another name, `loss: {name: gspo}` over `{name: dual_clip, clip_high: 0.28}`, replaces the whole: the options
-belong to the other choice. A section in the place of a list changes the items at the positions that are its keys:
+belong to the other choice. A section in place of a list changes the items at the positions that are its keys:
 `phases: {0: {until_step: 5}}`. Overrides come last: `rollout.temperature=0.7`, `phases.0.until_step=5`; the value is
 YAML, an empty one is null, a template (`{{ x }}`) is taken as text, and a section or list given as a value replaces the
 whole. Paths inside the configuration (`model.path`, `data.source`, `output_dir`) are left as they are, relative to the

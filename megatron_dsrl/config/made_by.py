@@ -12,7 +12,7 @@ def how_to_make(path: str, made_by: Mapping[str, str]) -> str | None:
         made_by: `RunConfig.made_by`.
 
     Returns:
-        None where no command is known.
+        None if no command is known.
     """
     places = [Path(path), *Path(path).parents]
     command = next((command for place, command in made_by.items() if Path(place) in places), None)

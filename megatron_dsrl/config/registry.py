@@ -1,4 +1,4 @@
-"""Choices by name that bring options of their own: advantages, losses, aggregations, filters, importance corrections.
+"""Named choices with their own options: advantages, losses, aggregations, filters, importance corrections.
 
 What can be chosen is an options class. Built-in ones are registered under the value of their `name`:
 

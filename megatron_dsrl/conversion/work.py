@@ -44,7 +44,7 @@ def my_entries(table: WeightTable) -> list[TableEntry]:
 
 
 def with_progress(entries: Sequence[TableEntry], dtype: torch.dtype, title: str) -> Iterator[TableEntry]:
-    """Yield the entries with a progress bar on rank 0, which shows the bytes of its own share."""
+    """Yield the entries with a progress bar on rank 0, which shows the bytes of its share."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, TimeRemainingColumn(), disable=rank() != 0) as progress:
         total = sum(map(entry_elements, entries)) * dtype.itemsize

@@ -93,7 +93,7 @@ def pinned_environment(torch: str | None, torch_cuda: str | None) -> tuple[str, 
     and the image stays the image on a machine without a GPU, where checkpoints are converted.
 
     Args:
-        torch: installed version; None where there is none.
+        torch: installed version; None if it is not installed.
         torch_cuda: CUDA version that torch was built for; None for the CPU build.
     """
     pinned = read_pins(REPOSITORY / name for name in LOCK_FILES).get("torch")

@@ -1,4 +1,4 @@
-"""The paper's results table with our own measurements; empty where nothing was measured.
+"""The paper's results table with our own measurements; cells without a measurement are empty.
 
 A cell is the mean over a method's evaluations (one per run), with half of Student's 95 % interval over runs if there
 are several. Differences between two methods are over the same problems; their interval is a paired bootstrap over

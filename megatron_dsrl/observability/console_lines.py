@@ -27,7 +27,7 @@ def step_parts(record: Record, time_left: str) -> list[Part]:
 
 
 def details(record: Record, everything: bool) -> list[str]:
-    """Lines below a step's: failures of the verifier where there are any, and if asked for, all other figures."""
+    """Lines below a step's: failures of the verifier, if any, and all other figures on request."""
     lines = [_failures(record, kind) for kind in ("timeouts", "errors")]
     if everything:
         groups = _formatted(

@@ -1,7 +1,7 @@
 """JSON-lines files that survive a crash: one flat JSON object per line, appended and flushed line by line.
 
 A process that dies while it writes can leave a half-written last line. Opening for append repairs that line; reading
-(a report of a run that is still going) skips it. A broken line anywhere else is damage that nobody should paper over,
+(a report of a run that is still going) skips it. A broken line anywhere else is damage that must not be hidden,
 so it is an error that names the file and the line.
 """
 

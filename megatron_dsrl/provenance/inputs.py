@@ -64,7 +64,7 @@ def describe_prompts(config: PromptSetConfig, prompts: Sequence[Prompt]) -> dict
 
 
 def hash_files(files: Sequence[Path], bytes_read: int) -> FileHashes:
-    """Hash files whole, the smallest first, as long as they are `bytes_read` together at most."""
+    """Hash files whole, the smallest first, up to `bytes_read` in total."""
     found: FileHashes = {}
     for size, file in sorted((file.stat().st_size, file) for file in files):
         bytes_read -= size

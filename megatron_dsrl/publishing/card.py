@@ -46,7 +46,7 @@ def write_card(folder: Path, run_folder: Path, step: int, report: Callable[[str]
 
 
 def refresh_card(run_folder: Path, step: int, report: Callable[[str], None]) -> None:
-    """Bring the card of an exported policy up to date with its evaluations; nothing if it was not exported."""
+    """Update the card of an exported policy with its evaluations; nothing if it was not exported."""
     if exported_policy(run_folder, step).is_dir():
         write_card(exported_policy(run_folder, step), run_folder, step, report)
 

@@ -75,7 +75,7 @@ def comparison_table(runs: Mapping[str, Sequence[RunRecords]], baseline: str) ->
 
 
 def provenance_table(runs: Mapping[str, Sequence[RunRecords]]) -> str:
-    """Markdown: what produced the runs of every method, with differences marked; empty where no run says."""
+    """Markdown: what produced the runs of every method, with differences marked; empty if no run has recorded it."""
     starts = {
         method: [starts_that_count(run.folder, run.steps[-1]["step"] if run.steps else 0) for run in of_method]
         for method, of_method in runs.items()

@@ -56,7 +56,7 @@ def paper_table(evaluations: Evaluations) -> Table | None:
 
 
 def pass_at_k_charts(evaluations: Evaluations) -> list[Chart]:
-    """A chart per benchmark with a curve per evaluation: the latest, where there are more than colours."""
+    """A chart per benchmark with a curve per evaluation: the latest ones if there are more than colours."""
     latest = dict(list(evaluations.items())[-SERIES_COLOURS:])
     curves = {
         benchmark: {

@@ -30,7 +30,7 @@ def write_learning_curve(run_folder: Path, path: Path) -> Path:
 def learning_curve(run: RunRecords) -> Chart:
     """Accuracy on every held-out set with its standard error, and the mean reward of each step's samples.
 
-    Rewards beyond 0 to 1 are left out where there is an accuracy, with which they would share the axis.
+    Rewards beyond 0 to 1 are left out if there is an accuracy, which shares the axis.
     """
     accuracies = [
         accuracy_series(f"accuracy on {name}", records, index % (SERIES_COLOURS - 1) + 1)

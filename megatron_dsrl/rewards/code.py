@@ -36,7 +36,7 @@ def code(
         cpu_seconds: Limit of processor time.
         memory_megabytes: Limit of address space.
         folder_megabytes: Limit of the files that it writes, which are in memory too.
-        allow_unsafe: Where the kernel does not permit isolation, run the program all the same. It can then reach files
+        allow_unsafe: If the kernel does not permit isolation, run the program anyway. It can then reach files
             of the user and fill the disk.
 
     Raises:

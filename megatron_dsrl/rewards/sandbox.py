@@ -1,7 +1,7 @@
 """Running untrusted programs.
 
 The program runs in a separate process without privileges, under limits of processor time, memory and threads, with an
-empty environment. An isolated program finds a root file system of its own (`sandbox_namespaces.py`): Python's files,
+empty environment. An isolated program has its own root file system (`sandbox_namespaces.py`): Python's files,
 read-only, and one folder in memory with limited size. It has no network, sees no other processes, and makes only the
 system calls of `sandbox_filter.py`: it cannot start processes, so every limit holds for the program as a whole. What
 the kernel refuses to set up is an error, and the program is not started.

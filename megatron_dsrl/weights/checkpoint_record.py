@@ -17,7 +17,7 @@ from megatron_dsrl.model.architecture import Architecture
 RECORD_FILE = "megatron_dsrl.json"
 FORMAT_VERSION = 2
 CHECKED_FILES = (".metadata", "common.pt", "metadata.json")
-"""The files of a checkpoint whose checksums are recorded. The weight files hold checksums of their own."""
+"""The files of a checkpoint whose checksums are recorded. The weight files contain their own checksums."""
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class MlflowTracker(TrackerOptions):
 
     def open(self, run: TrackedRun) -> TrackerRun:
         """Runs are identified by the tag `dsrl.run_id`, since MLflow chooses the ids of its runs itself."""
-        # The attempts are repeated here; MLflow's own ones take minutes in which nobody learns that it fails.
+        # The attempts are repeated here; MLflow's own retries take minutes without reporting a failure.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         from mlflow import MlflowClient
 

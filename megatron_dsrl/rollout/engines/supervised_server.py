@@ -57,7 +57,7 @@ class SupervisedServer:
             self.restarts += 1
             count = f"{self.restarts} of engine.max_restarts = {self._max_restarts}"
             logger.warning("restarting engine %d (restart %s): %s", self._engine, count, problem)
-            time.sleep(pause)  # what is short, such as memory, may be there again by then
+            time.sleep(pause)  # by then, what ran out (such as memory) may be available again
             pause = min(2 * pause + 1, LONGEST_PAUSE_SECONDS)
             try:
                 self.server.restart()
