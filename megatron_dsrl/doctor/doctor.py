@@ -104,7 +104,7 @@ def pinned_environment(torch: str | None, torch_cuda: str | None) -> tuple[str, 
 
 
 def read_pins(lock_files: Iterable[Path]) -> dict[str, str]:
-    """Pinned version by normalised package name; empty outside a checkout, which has the lock files."""
+    """Pinned version by normalised package name; empty outside a checkout, since only a checkout has the lock files."""
     lines = [line for file in lock_files if file.is_file() for line in file.read_text(encoding="utf-8").splitlines()]
     requirements = [Requirement(line) for line in lines if line.strip() and not line.startswith("#")]
     return {

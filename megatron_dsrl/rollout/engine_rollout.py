@@ -134,7 +134,7 @@ class EngineRollout:
         on_sample: Callable[[Prompt, int, Sample], None],
         rewards: RewardPool | None = None,
     ) -> None:
-        """Draw single samples, none of which waits for others of its prompt; the same samples as `generate`. Rank 0 only.
+        """Draw single samples that do not wait for others of their prompt; the same samples as `generate`. Rank 0 only.
 
         Each goes to the engine with the fewest outstanding tokens. Engines keep prompts in their caches.
 

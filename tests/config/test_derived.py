@@ -165,6 +165,7 @@ def test_prompts_are_counted_in_local_files(small, write, tmp_path) -> None:
     assert count("openai/gsm8k") is None
     write("empty.jsonl", "\n")
     write("bad.parquet", "no parquet")
-    for name, message in [("nowhere.jsonl", "no such file"), ("empty.jsonl", "no rows"), ("bad.parquet", "cannot read")]:
+    mistakes = [("nowhere.jsonl", "no such file"), ("empty.jsonl", "no rows"), ("bad.parquet", "cannot read")]
+    for name, message in mistakes:
         with pytest.raises(UserError, match=f"data.source: .*{message}"):
             count(tmp_path / name)
