@@ -7,11 +7,12 @@ expires, or the server answers with status 408, 409, 429 or 5xx. Any other refus
 import asyncio
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
 
+from megatron_dsrl.common.chat_completion import completion_text
 from megatron_dsrl.common.errors import UserError
 
 Messages = list[dict[str, str]]
@@ -149,15 +150,10 @@ async def _try(session: aiohttp.ClientSession, endpoint: JudgeEndpoint, messages
         raise _Failed(f"{type(error).__name__}: {error}") from error
     except ValueError as error:
         raise _Failed(f"the endpoint did not answer in JSON: {text[:_SHOWN_CHARACTERS]}") from error
-    return _content(data)
-
-
-def _content(data: Any) -> str:
-    """The text of the first choice; may be empty."""
     try:
-        return data["choices"][0]["message"]["content"] or ""
-    except (KeyError, IndexError, TypeError) as error:
-        raise _Refused(f"the endpoint's answer is not a chat completion: {str(data)[:_SHOWN_CHARACTERS]}") from error
+        return completion_text(data)
+    except ValueError as error:
+        raise _Refused(str(error)) from error
 
 
 def _seconds(header: str | None) -> float | None:

@@ -13,6 +13,9 @@ from pydantic_core import core_schema
 
 from megatron_dsrl.config.dotted_path import PATTERN
 
+GIVEN = ("response", "answer", "prompt")
+"""Arguments that every caller passes; the others are options."""
+
 
 @dataclass(frozen=True)
 class FunctionOption:
@@ -53,15 +56,14 @@ class FunctionName:
         return described | {"anyOf": [{"enum": self.names()}, {"pattern": PATTERN}]}
 
 
-def options_of(function: Callable[..., Any], given: int) -> list[FunctionOption]:
+def options_of(function: Callable[..., Any]) -> list[FunctionOption]:
     """What a configuration may set of a function, with the meaning from the `Args:` of its docstring.
 
     Args:
         function: with a docstring in Google's style.
-        given: its first arguments, which are not options.
     """
     meanings = _argument_meanings(inspect.getdoc(function) or "")
-    parameters = list(inspect.signature(function).parameters.values())[given:]
+    parameters = [each for each in inspect.signature(function).parameters.values() if each.name not in GIVEN]
     return [FunctionOption(each.name, each.default, meanings.get(each.name, "")) for each in parameters]
 
 
@@ -69,4 +71,4 @@ def _argument_meanings(docstring: str) -> dict[str, str]:
     _, _, arguments = docstring.partition("\nArgs:\n")
     arguments = re.split(r"\n\n|\n\w+:\n", arguments)[0]
     entries = re.findall(r"^    (\w+): (.*(?:\n     .*)*)", arguments, re.M)
-    return {name: " ".join(meaning.split()) for name, meaning in entries}
+    return {name: meaning[:1].upper() + " ".join(meaning[1:].split()) for name, meaning in entries}

@@ -138,7 +138,7 @@ class _Page:
         self.lines += [f"### `{path}`", "", f"| {function.kind} | meaning and options |", "|---|---|"]
         for name, built_in in function.functions().items():
             texts = [one_line_each(inspect.getdoc(built_in) or "").partition("\n\n")[0]]
-            for option in options_of(built_in, given=2):
+            for option in options_of(built_in):
                 required = option.default is inspect.Parameter.empty
                 texts.append(f"`{option.name}` ({'required' if required else f'default `{option.default}`'}): "
                              f"{option.meaning}")  # fmt: skip

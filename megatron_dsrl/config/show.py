@@ -31,7 +31,7 @@ def show(place: Place, console: Console) -> None:
         console.print("\nbuilt in", style="bold")
         for name, built_in in function.functions().items():
             _entry(console, name, "", _first_paragraph(inspect.getdoc(built_in) or ""))
-            for option in options_of(built_in, given=2):
+            for option in options_of(built_in):
                 required = option.default is inspect.Parameter.empty
                 default = "required" if required else f"default {option.default}"
                 _indented(console, f"{option.name}: {default}. {option.meaning}", 8)

@@ -5,6 +5,7 @@ consider more correct (`math_verify`), side by side in one table.
 """
 
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from megatron_dsrl.evaluation.results import write_results
 from megatron_dsrl.evaluation.results_file import read_results
 from megatron_dsrl.evaluation.sample_file import SampleFile, read_sample_file, read_settings
 from megatron_dsrl.evaluation.summary import summarise_benchmark
-from megatron_dsrl.rewards.pool import RewardPool
+from megatron_dsrl.rewards.pool import Judgement, RewardPool
 from megatron_dsrl.rewards.registry import answer_of
 
 
@@ -54,10 +55,13 @@ def rescore(evaluation: Path, target: Path, reward: RewardConfig) -> Mapping[str
 
 def judged_again(problems: Iterable[ProblemResult], pool: RewardPool) -> Iterable[ProblemResult]:
     """Yield the problems with their samples judged by the pool's verifier."""
-    waiting = [
-        (problem, [pool.submit(sample.text, problem.answer, problem.other_answers) for sample in problem.samples])
-        for problem in problems
-    ]
+
+
+    def submit(problem: ProblemResult) -> "list[Future[Judgement]]":
+        texts = (sample.text for sample in problem.samples)
+        return [pool.submit(text, problem.answer, problem.other_answers, problem.prompt) for text in texts]
+
+    waiting = [(problem, submit(problem)) for problem in problems]
     for problem, futures in waiting:
         judgements = [future.result() for future in futures]
         samples = [

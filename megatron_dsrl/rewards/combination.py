@@ -7,7 +7,13 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.section import Section
-from megatron_dsrl.rewards.registry import check_options, describe_verifier, reward_function
+from megatron_dsrl.rewards.registry import (
+    check_options,
+    describe_verifier,
+    longest_seconds,
+    reward_function,
+    takes_prompt,
+)
 
 
 class Part(Section):
@@ -26,25 +32,29 @@ class Part(Section):
 PARTS = TypeAdapter(list[Part])
 
 
-def combination(response: str, answer: str, parts: Sequence[Mapping[str, Any]]) -> float:
+def combination(response: str, answer: str, parts: Sequence[Mapping[str, Any]], prompt: str = "") -> float:
     """Sum of weight x reward over the parts. If a part fails, so does the whole.
 
     Args:
-        response: The model's text.
-        answer: The gold answer.
+        response: the model's text.
+        answer: the gold answer.
         parts: `{function, weight, options}` of each term.
+        prompt: the rendered prompt, for the parts that read it.
     """
-    return sum(
-        part.weight * reward_function(part.function)(response, answer, **part.options)
-        for part in PARTS.validate_python(list(parts))
-    )
+
+    def reward(part: Part) -> float:
+        function = reward_function(part.function)
+        context = {"prompt": prompt} if takes_prompt(function) else {}
+        return function(response, answer, **context | part.options)
+
+    return sum(part.weight * reward(part) for part in PARTS.validate_python(list(parts)))
 
 
 def check_parts(options: Mapping[str, Any]) -> None:
     """Validate the options of `combination`.
 
     Raises:
-        UserError: A part is malformed, its function does not exist or does not take its options.
+        UserError: a part is malformed, its function does not exist or does not take its options.
     """
     try:
         parts = PARTS.validate_python(options["parts"])
@@ -56,6 +66,11 @@ def check_parts(options: Mapping[str, Any]) -> None:
         raise UserError("reward.options.parts: a combination needs at least one part")
     for number, part in enumerate(parts):
         check_options(part.function, part.options, f"reward.options.parts.{number}")
+
+
+def longest_seconds_of_parts(options: Mapping[str, Any]) -> float:
+    """How long the parts with limits of their own may take together, in seconds."""
+    return sum(longest_seconds(part.function, part.options) for part in PARTS.validate_python(options["parts"]))
 
 
 def describe_parts(options: Mapping[str, Any]) -> str:

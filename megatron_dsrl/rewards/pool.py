@@ -27,7 +27,14 @@ from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.process import die_with_parent
 from megatron_dsrl.common.temporary_folder import require_short_temporary_folder
 from megatron_dsrl.config.data import RewardConfig
-from megatron_dsrl.rewards.registry import RewardFunction, built_in_modules, check_options, reward_function
+from megatron_dsrl.rewards.registry import (
+    RewardFunction,
+    built_in_modules,
+    check_options,
+    longest_seconds,
+    reward_function,
+    takes_prompt,
+)
 from megatron_dsrl.rewards.score import Score, score_of
 from megatron_dsrl.rewards.workers import WorkerContext, end_of_worker, may_be_innocent, start_fork_server
 
@@ -56,11 +63,13 @@ class RewardPool:
     def __init__(self, config: RewardConfig) -> None:
         """
         Raises:
-            UserError: the reward function does not exist or does not take the options, or the name of the temporary
-                folder is too long for sockets. No process was started.
+            UserError: the reward function does not exist, does not take the options or may take longer than
+                `reward.timeout_seconds`, or the name of the temporary folder is too long for sockets. No process was
+                started.
         """
         require_short_temporary_folder()
         check_options(config.function, config.options)
+        _check_time_limit(config)
         self._config = config
         self._lock = threading.Lock()
         self._failures = 0
@@ -70,13 +79,16 @@ class RewardPool:
         self._context = WorkerContext()
         self._pool = self._new_pool()
 
-    def submit(self, response: str, answer: str, other_answers: Sequence[str] = ()) -> "Future[Judgement]":
+    def submit(
+        self, response: str, answer: str, other_answers: Sequence[str] = (), prompt: str = ""
+    ) -> "Future[Judgement]":
         """Judge one response; returns at once. The future never raises.
 
         Args:
             response: the model's text.
             answer: the gold answer.
             other_answers: further gold answers; the highest reward counts.
+            prompt: the rendered prompt, for verifiers that read it.
 
         Raises:
             UserError: the verifier has failed on `reward.max_consecutive_errors` responses in a row.
@@ -93,14 +105,14 @@ class RewardPool:
         def judge_again(first: "Future[Score]") -> None:
             if _may_be_innocent(first):
                 logger.warning("reward %s: its worker was lost; calling it once more", self._config.function)
-                self._schedule(response, answers, settle)
+                self._schedule(response, answers, prompt, settle)
             else:
                 settle(first)
 
         def settle(task: "Future[Score]") -> None:
             judgement.set_result(self._judgement(task, response))
 
-        self._schedule(response, answers, judge_again)
+        self._schedule(response, answers, prompt, judge_again)
         return judgement
 
     def close(self) -> None:
@@ -130,9 +142,10 @@ class RewardPool:
             context=context,
         )
 
-    def _schedule(self, response: str, answers: tuple[str, ...], done: Callable[["Future[Score]"], None]) -> None:
-        options = tuple(sorted(self._config.options.items()))
-        arguments = (self._config.function, options, response, answers)
+    def _schedule(
+        self, response: str, answers: tuple[str, ...], prompt: str, done: Callable[["Future[Score]"], None]
+    ) -> None:
+        arguments = (self._config.function, self._config.options, response, answers, prompt)
         with self._lock:
             try:
                 task = self._pool.schedule(_call, args=arguments, timeout=self._config.timeout_seconds)
@@ -174,6 +187,15 @@ def _may_be_innocent(task: "Future[Score]") -> bool:
     return may_be_innocent(error) if isinstance(error, ProcessExpired) else isinstance(error, BrokenProcessPool)
 
 
+def _check_time_limit(config: RewardConfig) -> None:
+    seconds = longest_seconds(config.function, config.options)
+    if seconds >= config.timeout_seconds:
+        raise UserError(
+            f"reward.timeout_seconds = {config.timeout_seconds:g} would end {config.function} before its own limit of "
+            f"{seconds:g} s (total_seconds in its options); raise the first or lower the second"
+        )
+
+
 def _start_worker(function: str, memory_megabytes: int) -> None:
     die_with_parent(os.getppid())
     _worker_function(function)  # its imports must not count against the first response's time limit
@@ -186,8 +208,9 @@ def _worker_function(name: str) -> RewardFunction:
     return reward_function(name)
 
 
-def _call(name: str, options: tuple[tuple[str, Any], ...], response: str, answers: tuple[str, ...]) -> Score:
+def _call(name: str, options: dict[str, Any], response: str, answers: tuple[str, ...], prompt: str) -> Score:
     """The best score over the answers; a problem only if every answer has one."""
     function = _worker_function(name)
-    scores = [score_of(partial(function, response, answer, **dict(options))) for answer in answers]
+    context = {"prompt": prompt} if takes_prompt(function) else {}
+    scores = [score_of(partial(function, response, answer, **context | options)) for answer in answers]
     return max(scores, key=lambda score: (score.problem is None, score.reward))

@@ -19,7 +19,10 @@ HERE = "megatron_dsrl.rewards"
 
 
 class RewardFunction(Protocol):
-    """Judges one response. It may raise or take too long: the reward pool handles both."""
+    """Judges one response. It may raise or take too long: the reward pool handles both.
+
+    A function with a parameter `prompt` is also given the rendered prompt.
+    """
 
     def __call__(self, response: str, answer: str, **options: object) -> float: ...
 
@@ -35,6 +38,8 @@ class BuiltIn:
     """`f(options)`: how this machine runs the verifier, for the line at a run's start and its record."""
     answer: str | None = None
     """`f(response)`: the response's normalised answer, for majority votes."""
+    longest_seconds: str | None = None
+    """`f(options)`: how long it may take, in seconds, where that can exceed the default `reward.timeout_seconds`."""
     reads_gold: str | None = None
     """`f(answer)`: whether the verifier can compare this gold answer by value, and not only as a string."""
 
@@ -57,9 +62,16 @@ BUILT_IN: dict[str, BuiltIn] = {
         describe=f"{HERE}.sandbox_isolation:describe_isolation",
     ),
     "remote": BuiltIn(f"{HERE}.remote:remote", check=f"{HERE}.remote:check_url"),
+    "judge": BuiltIn(
+        f"{HERE}.judge:judge",
+        check=f"{HERE}.judge:check_judge",
+        describe=f"{HERE}.judge:describe_judge",
+        longest_seconds=f"{HERE}.judge:judge_seconds",
+    ),
     "combination": BuiltIn(
         f"{HERE}.combination:combination",
         check=f"{HERE}.combination:check_parts",
+        longest_seconds=f"{HERE}.combination:longest_seconds_of_parts",
         describe=f"{HERE}.combination:describe_parts",
     ),
     "box_format": BuiltIn(f"{HERE}.shaping:box_format"),
@@ -114,6 +126,20 @@ def check_options(name: str, options: Mapping[str, Any], section: str = "reward.
             _check_type(name, option, value, hints[option], section)
     if name in BUILT_IN and (check := BUILT_IN[name].check):
         resolve_name(check)(options)
+
+
+def takes_prompt(function: RewardFunction) -> bool:
+    """Whether the function has a parameter `prompt`."""
+    try:
+        return "prompt" in inspect.signature(function).parameters
+    except ValueError:  # a callable without a signature
+        return False
+
+
+def longest_seconds(name: str, options: Mapping[str, Any]) -> float:
+    """How long a verifier with limits of its own may take for a response; 0 if it has none."""
+    path = BUILT_IN[name].longest_seconds if name in BUILT_IN else None
+    return float(resolve_name(path)(options)) if path else 0.0
 
 
 def describe_verifier(name: str, options: Mapping[str, Any]) -> str:

@@ -240,7 +240,7 @@ class Dispatcher:
     async def _judge(self, group: UnfinishedGroup) -> SampleGroup:
         texts = [self._decode(response.response_ids) for response in group.responses]
         prompt = group.prompt
-        judgements = [self._rewards.submit(text, prompt.answer, prompt.other_answers) for text in texts]
+        judgements = [self._rewards.submit(text, prompt.answer, prompt.other_answers, prompt.text) for text in texts]
         samples = []
         for response, text, judgement in zip(group.responses, texts, judgements, strict=True):
             try:
