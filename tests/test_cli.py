@@ -60,7 +60,7 @@ def dsrl(folder: Path, *arguments: str, **variables: str) -> subprocess.Complete
     )
 
 
-def test_dry_run_prints_configuration_and_figures_and_starts_nothing(folder):
+def test_dry_run_prints_configuration_and_figures_and_starts_nothing(folder) -> None:
     # An option between positionals, and an override after it.
     result = dsrl(folder, "train", "run.yaml", "seed=7", "--dry-run", "rollout.temperature=0.5", "--gpus", "2")
     assert result.returncode == 0 and result.stderr == ""
@@ -73,7 +73,7 @@ def test_dry_run_prints_configuration_and_figures_and_starts_nothing(folder):
     assert {path.name for path in folder.iterdir()} == {"model", "train.jsonl", "run.yaml"}
 
 
-def test_dry_run_imports_nothing_heavy(folder):
+def test_dry_run_imports_nothing_heavy(folder) -> None:
     program = (
         "import sys; from megatron_dsrl.cli import main; status = main(['train', 'run.yaml', '--dry-run']);"
         "print(status, sorted({'sglang', 'megatron', 'transformers'} & set(sys.modules)), file=sys.stderr)"
@@ -93,7 +93,7 @@ def finish(folder: Path) -> None:
     (run / "metrics.jsonl").write_text('{"step": 4}\n')
 
 
-def test_a_finished_run_is_complete_at_once(folder):
+def test_a_finished_run_is_complete_at_once(folder) -> None:
     """Before anything heavy is loaded; a run with another configuration in the same folder is refused as early."""
     finish(folder)
     program = (
@@ -113,7 +113,7 @@ def test_a_finished_run_is_complete_at_once(folder):
 
 
 @pytest.mark.parametrize("missing", ["checkpoints/step_000004", "hf/step_000004", "metrics.jsonl", "config.yaml"])
-def test_a_run_that_lacks_something_is_not_complete(folder, missing, monkeypatch):
+def test_a_run_that_lacks_something_is_not_complete(folder, missing, monkeypatch) -> None:
     monkeypatch.chdir(folder)
     finish(folder)
     config, path = load_config("run.yaml"), folder / "runs" / "small" / missing
@@ -122,14 +122,14 @@ def test_a_run_that_lacks_something_is_not_complete(folder, missing, monkeypatch
     assert finished_step(config) is None
 
 
-def test_processes_are_started_and_give_the_commands_status(folder):
+def test_processes_are_started_and_give_the_commands_status(folder) -> None:
     """Both meet the same mistake; only rank 0 says so."""
     result = dsrl(folder, "train", "run.yaml", "--processes", "2", "parallel.pipeline_parallel_size=3")
     assert result.returncode == 2
     assert result.stderr.count("2 processes cannot be divided by that") == 1
 
 
-def test_modules_of_the_current_folder_are_found(folder):
+def test_modules_of_the_current_folder_are_found(folder) -> None:
     """By the installed command, whose own folder Python would search in its place."""
     (folder / "own_loss.py").write_text("")
     program = "import sys; sys.path.remove(''); from megatron_dsrl.cli import main; sys.exit(main())"
@@ -139,18 +139,18 @@ def test_modules_of_the_current_folder_are_found(folder):
     assert "`own_loss` has no loss `Halved`" in result.stderr
 
 
-def test_version(folder):
+def test_version(folder) -> None:
     result = dsrl(folder, "--version")
     assert (result.returncode, result.stdout) == (0, f"megatron-dsrl {__version__}\n")
 
 
-def test_world_size_comes_from_torchrun(folder):
+def test_world_size_comes_from_torchrun(folder) -> None:
     result = dsrl(folder, "train", "run.yaml", "--dry-run", "parallel.tensor_parallel_size=2", WORLD_SIZE="3")
     assert result.returncode == 2
     assert "3 processes cannot be divided by that" in result.stderr
 
 
-def test_files_and_overrides_come_in_any_order_around_options():
+def test_files_and_overrides_come_in_any_order_around_options() -> None:
     words = ["train", "lr=1/size.yaml", "seed=2", "--dry-run", "runs/lr=1/method.yaml", "data.source=a/b.jsonl"]
     options = _parse(words)
     assert options.config == ["lr=1/size.yaml", "runs/lr=1/method.yaml"] and options.dry_run
@@ -173,14 +173,14 @@ def test_files_and_overrides_come_in_any_order_around_options():
         (["analyse"], "usage: dsrl analyse [-h] KIND ..."),
     ],
 )
-def test_a_users_mistake_is_one_message_and_status_2(folder, arguments, message):
+def test_a_users_mistake_is_one_message_and_status_2(folder, arguments, message) -> None:
     result = dsrl(folder, *arguments)
     assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr and result.stdout == ""
 
 
-def test_only_rank_0_speaks_of_a_wrong_configuration(folder):
+def test_only_rank_0_speaks_of_a_wrong_configuration(folder) -> None:
     result = dsrl(folder, "train", "nowhere.yaml", RANK="1", WORLD_SIZE="2")
     assert result.returncode == 2
     assert result.stdout == "" and result.stderr == ""
@@ -205,7 +205,7 @@ sys.exit(main(["train", "run.yaml"]))
 @pytest.mark.parametrize(
     ("rank", "stderr"), [("0", "dsrl: data.source: no rows\n"), ("3", "dsrl: rank 3: data.source: no rows\n")]
 )
-def test_a_users_mistake_found_during_the_run_is_told_by_every_rank(folder, rank, stderr):
+def test_a_users_mistake_found_during_the_run_is_told_by_every_rank(folder, rank, stderr) -> None:
     body = (
         "from megatron_dsrl.common.errors import UserError\n"
         "def train(config): raise UserError('data.source: no rows')"
@@ -217,7 +217,7 @@ def test_a_users_mistake_found_during_the_run_is_told_by_every_rank(folder, rank
     assert (result.returncode, result.stderr) == (2, stderr)
 
 
-def test_a_defect_keeps_its_traceback(folder):
+def test_a_defect_keeps_its_traceback(folder) -> None:
     command = in_place_of_train(folder, "def train(config): return config.no_such_section")
     result = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=60)
     assert result.returncode == 1
@@ -225,7 +225,7 @@ def test_a_defect_keeps_its_traceback(folder):
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_an_interrupted_run_cleans_up_and_says_so_by_its_status(folder, sent, status):
+def test_an_interrupted_run_cleans_up_and_says_so_by_its_status(folder, sent, status) -> None:
     if signal.getsignal(sent) == signal.SIG_IGN:
         pytest.skip("ignored here, as SIGHUP is under nohup, and so by what is started")
     body = """
@@ -256,13 +256,13 @@ def train(config):
     assert "Traceback" not in stderr
 
 
-def test_help_names_the_commands(folder):
+def test_help_names_the_commands(folder) -> None:
     result = dsrl(folder, "--help")
     assert result.returncode == 0
     assert all(command in result.stdout for command in ("train", "report", "doctor"))
 
 
-def test_a_shell_completes_commands_and_options(folder, capsys):
+def test_a_shell_completes_commands_and_options(folder, capsys) -> None:
     """By a real bash, with the function of the script."""
     pytest.importorskip("shtab")
     assert main(["completion", "bash"]) == 0

@@ -74,7 +74,7 @@ def remove_rollouts(run: Path, step: int) -> None:
     (run / "rollouts" / f"step_{step:06d}.jsonl").unlink(missing_ok=True)
 
 
-def test_stops_kills_and_a_dead_engine_change_nothing(config, undisturbed):
+def test_stops_kills_and_a_dead_engine_change_nothing(config, undisturbed) -> None:
     """SIGTERM while sampling, SIGUSR1 while updating, the death of an engine during an update and while it samples, and
     `kill -9` of the trainer: one run, whose trainer is in host memory while the engine samples."""
     run = config.parent / "runs" / "disturbed"
@@ -118,7 +118,7 @@ def test_stops_kills_and_a_dead_engine_change_nothing(config, undisturbed):
 
 
 @pytest.mark.slow
-def test_a_second_start_in_the_run_folder_is_refused_and_changes_nothing(config, undisturbed):
+def test_a_second_start_in_the_run_folder_is_refused_and_changes_nothing(config, undisturbed) -> None:
     """On two ranks, while the first one trains; it then goes on as if nothing had been."""
     run = config.parent / "runs" / "twice"
     with running_training(str(config), "name=twice", *OPTIONS, run=run) as training:
@@ -133,7 +133,7 @@ def test_a_second_start_in_the_run_folder_is_refused_and_changes_nothing(config,
 
 
 @pytest.mark.slow
-def test_a_disk_without_room_for_the_record_of_a_step_ends_all_ranks_with_the_message(config, tmp_path):
+def test_a_disk_without_room_for_the_record_of_a_step_ends_all_ranks_with_the_message(config, tmp_path) -> None:
     disk = tmp_path / "disk"
     run = disk / "full"
     only_records = "observability={save_rollouts: false, trace: false, tensorboard: false}"
@@ -150,7 +150,7 @@ def test_a_disk_without_room_for_the_record_of_a_step_ends_all_ranks_with_the_me
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["parallel.tensor_parallel_size=2", "parallel.distributed_optimizer=true"])
-def test_two_processes_resume_exactly(config, layout):
+def test_two_processes_resume_exactly(config, layout) -> None:
     """One model over two processes, and two models side by side; an engine for each process."""
     name = layout.split("=")[0].split(".")[1]
     whole = complete_run(config, name, layout, processes=2)
@@ -160,7 +160,7 @@ def test_two_processes_resume_exactly(config, layout):
 
 
 @pytest.mark.slow
-def test_two_processes_that_are_asked_to_stop_continue_exactly(config, undisturbed):
+def test_two_processes_that_are_asked_to_stop_continue_exactly(config, undisturbed) -> None:
     """SIGTERM to torchrun, then SIGUSR1 to one rank that is not the controller. On saved samples, without engines."""
     options = ("parallel.tensor_parallel_size=2", f"rollout.replay_from={undisturbed}", "evaluation.sets=[]")
     whole = complete_run(config, "replayed", *options, processes=2)
@@ -187,7 +187,7 @@ def test_two_processes_that_are_asked_to_stop_continue_exactly(config, undisturb
 
 
 @pytest.mark.slow
-def test_another_layout_continues_with_the_same_loss(config, undisturbed):
+def test_another_layout_continues_with_the_same_loss(config, undisturbed) -> None:
     """On the same samples: with other matrix shapes log-probs differ by rounding, now and then a token with them."""
     resumed = cut_after(undisturbed, 2, "two processes")
     layout = ("parallel.tensor_parallel_size=2", f"rollout.replay_from={undisturbed}", "evaluation.sets=[]")

@@ -41,7 +41,7 @@ def run(config) -> Path:
     return config.parent / "runs" / "tiny"
 
 
-def test_a_run_goes_through_both_phases_and_leaves_everything_behind(run):
+def test_a_run_goes_through_both_phases_and_leaves_everything_behind(run) -> None:
     first, second = records(run)
     assert (first["phase"], second["phase"]) == ("NSR-PreRL", "GRPO")
     assert (first["space"], second["space"]) == ("pre_train", "post_train")
@@ -58,7 +58,7 @@ def test_a_run_goes_through_both_phases_and_leaves_everything_behind(run):
     assert "| NSR-PreRL | 1 |" in card.text and "| GRPO | 2 |" in card.text
 
 
-def test_a_run_says_what_produced_it(config, run):
+def test_a_run_says_what_produced_it(config, run) -> None:
     (start,) = read_starts(run)
     assert (start["command"], start["after_step"], start["world_size"]) == ("train", 0, 1)
     assert start["command_line"][-3:] == ["train", str(config), OFFLOAD]
@@ -72,12 +72,12 @@ def test_a_run_says_what_produced_it(config, run):
     assert all(start["time"] < one < time.time() for one in times)
 
 
-def test_the_engine_log_of_a_healthy_run_shows_no_traceback_and_no_warning_of_python(run):
+def test_the_engine_log_of_a_healthy_run_shows_no_traceback_and_no_warning_of_python(run) -> None:
     log = (run / "engines" / "engine_0.log").read_text()
     assert log and not re.search(r"Traceback|freeze_gc|leaked|Warning:", log), log
 
 
-def test_every_sample_is_on_disk_with_the_weights_that_it_came_from(run):
+def test_every_sample_is_on_disk_with_the_weights_that_it_came_from(run) -> None:
     for step in (1, 2):
         groups = read_groups(rollout_file(run, step))
         assert len(groups) == 8
@@ -89,7 +89,7 @@ def test_every_sample_is_on_disk_with_the_weights_that_it_came_from(run):
                 assert sample.reward == float(len(sample.text) % 2 == 0)
 
 
-def test_every_switch_of_device_memory_is_recorded(run):
+def test_every_switch_of_device_memory_is_recorded(run) -> None:
     first, second = records(run)
     parameters = sum(tensor.numel() for tensor in load_file(run / "hf" / "step_000002" / "model.safetensors").values())
     all_of_it = 16 * parameters / 2**30  # in float32 4 bytes for weights, 4 for gradients, 8 for Adam's moments
@@ -102,7 +102,7 @@ def test_every_switch_of_device_memory_is_recorded(run):
     assert "memory/offload_seconds" not in second  # a checkpoint and an export follow the last step
 
 
-def test_the_timeline_has_every_part_of_every_step_and_every_call(run):
+def test_the_timeline_has_every_part_of_every_step_and_every_call(run) -> None:
     trace = assert_traced(run, ranks=1)
     switches = {event["name"] for event in trace if event.get("cat") == "part" and event["args"] == {}}
     assert {"engine_sleep", "onload", "offload", "engine_wake", "export", "save_checkpoint", "evaluate"} <= switches
@@ -146,7 +146,7 @@ def assert_traced(run: Path, ranks: int) -> list[dict]:
     return trace
 
 
-def test_samples_are_shown_with_their_token_log_probs_in_both_spaces(config, run):
+def test_samples_are_shown_with_their_token_log_probs_in_both_spaces(config, run) -> None:
     prompt = read_groups(rollout_file(run, 1))[0].prompt
     result = dsrl("samples", str(run), "--step", "1", "--prompt", str(prompt.index), "--log-probs")
     assert result.returncode == 0, result.stderr
@@ -172,12 +172,12 @@ def log_probs_of(model: PreTrainedModel, token_ids: tuple[int, ...]) -> list[flo
     return logits.log_softmax(-1).gather(1, torch.tensor(token_ids[1:])[:, None])[:, 0].tolist()
 
 
-def test_engine_and_trainer_agree_on_log_probs_after_a_weight_push(run):
+def test_engine_and_trainer_agree_on_log_probs_after_a_weight_push(run) -> None:
     # step 2 samples with weights that were pushed after step 1, and the trainer scores them with its own
     assert records(run)[1]["mismatch/max_log_prob_gap"] < 1e-4
 
 
-def test_the_sampled_conditional_entropy_estimates_that_of_the_trainer(run):
+def test_the_sampled_conditional_entropy_estimates_that_of_the_trainer(run) -> None:
     step = records(run)[1]  # trains in the post-train space on every sample, so both are means over the same tokens
     samples = [sample for group in read_groups(rollout_file(run, 2)) for sample in group.samples]
     log_probs = torch.tensor([log_prob for sample in samples for log_prob in sample.log_probs])
@@ -187,7 +187,7 @@ def test_the_sampled_conditional_entropy_estimates_that_of_the_trainer(run):
 
 
 @pytest.mark.slow
-def test_partial_rollouts_carry_groups_over_steps_and_over_an_interruption(config):
+def test_partial_rollouts_carry_groups_over_steps_and_over_an_interruption(config) -> None:
     """Every step begins with what was left, and takes mixed groups only; no prompt is lost or trained on twice. Each of
     40 is drawn once. On what it recorded, the run is repeated bit for bit."""
     partial = ["rollout.partial_rollouts={oversampling: 2.0}", "rollout.dynamic_sampling={max_rounds: 4}"]
@@ -217,7 +217,7 @@ def test_partial_rollouts_carry_groups_over_steps_and_over_an_interruption(confi
 
 
 @pytest.mark.slow
-def test_both_halves_alone(config):
+def test_both_halves_alone(config) -> None:
     """Samples without a trainer, and a training on them without engines."""
     sampled = dsrl("rollout", str(config), "name=sampled")
     assert sampled.returncode == 0, sampled.stderr
@@ -244,7 +244,7 @@ def test_both_halves_alone(config):
         "parallel={context_parallel_size: 2, distributed_optimizer: true}",
     ],
 )
-def test_two_processes_give_the_same_steps_as_one(config, run, layout):
+def test_two_processes_give_the_same_steps_as_one(config, run, layout) -> None:
     name = layout.split("=")[0]
     result = dsrl(
         "train", str(config), f"name={name}", layout, f"rollout.replay_from={run}", "evaluation.sets=[]", processes=2
@@ -256,7 +256,7 @@ def test_two_processes_give_the_same_steps_as_one(config, run, layout):
     assert_evaluated_alike(run.parent / name)
 
 
-def test_the_checkpoint_is_evaluated_as_the_policy_that_was_exported(run):
+def test_the_checkpoint_is_evaluated_as_the_policy_that_was_exported(run) -> None:
     assert_evaluated_alike(run)
 
 
@@ -268,7 +268,7 @@ def assert_evaluated_alike(run: Path) -> None:
     assert fingerprint(hf_folder(checkpoint, run / "evaluation")) == fingerprint(exported.folder)
 
 
-def test_an_analysis_and_the_report_of_a_run(run):
+def test_an_analysis_and_the_report_of_a_run(run) -> None:
     """Gradients under the run's own model, as the command computes them; the report has them."""
     analysed = dsrl("analyse", "gradients", str(run), "--responses", "3")
     assert analysed.returncode == 0, analysed.stderr
@@ -294,7 +294,7 @@ def test_an_analysis_and_the_report_of_a_run(run):
     ],
     ids=["no model", "no data", "no answers", "unknown key", "unknown reward"],
 )
-def test_bad_input_ends_in_one_message_and_leaves_no_process(config, overrides, message):
+def test_bad_input_ends_in_one_message_and_leaves_no_process(config, overrides, message) -> None:
     result = dsrl("train", str(config), "name=bad", *overrides)
     assert result.returncode == 2
     assert message in result.stderr and result.stderr.startswith("dsrl: ")
@@ -302,7 +302,7 @@ def test_bad_input_ends_in_one_message_and_leaves_no_process(config, overrides, 
     assert processes_left_behind() == []
 
 
-def test_an_engine_that_is_late_again_and_again_is_not_a_mistake_of_the_user(config):
+def test_an_engine_that_is_late_again_and_again_is_not_a_mistake_of_the_user(config) -> None:
     """A job may try once more, perhaps on another node; the message is one, and nothing is left running."""
     late = ["engine.startup_timeout_seconds=0.5", "engine.max_restarts=1"]
     result = dsrl("train", str(config), "name=slow", *late)
@@ -313,7 +313,7 @@ def test_an_engine_that_is_late_again_and_again_is_not_a_mistake_of_the_user(con
 
 
 @pytest.mark.slow
-def test_an_empty_data_set_a_wrong_tokenizer_and_a_taken_port_end_in_one_message(config, tmp_path):
+def test_an_empty_data_set_a_wrong_tokenizer_and_a_taken_port_end_in_one_message(config, tmp_path) -> None:
     empty = tmp_path / "empty.jsonl"
     empty.touch()
     wrong = tmp_path / "wrong_tokenizer"

@@ -61,19 +61,19 @@ def run(tmp_path_factory) -> Path:
     return config.parent / "runs" / "tiny"
 
 
-def test_one_record_says_what_produced_the_run_on_both_processes(run):
+def test_one_record_says_what_produced_the_run_on_both_processes(run) -> None:
     (start,) = read_starts(run)
     assert start["world_size"] == 2 and start["layout"]["expert_parallel_size"] == 2 and len(start["hosts"]) == 1
 
 
-def test_only_rank_0_has_trackers(run):
+def test_only_rank_0_has_trackers(run) -> None:
     calls = recording_tracker.calls(run.parent.parent / "calls.jsonl")
     assert [call["call"] for call in calls] == ["open", "log", "log", "finish"]
     assert [call["metrics"]["reward/mean"] for call in calls[1:3]] == [r["reward/mean"] for r in records(run)]
     assert calls[0]["config"]["rollout"]["routing_replay"] is True and calls[-1]["status"] == "finished"
 
 
-def test_engine_and_trainer_agree_with_the_same_experts(run):
+def test_engine_and_trainer_agree_with_the_same_experts(run) -> None:
     first, second = records(run)
     assert (first["phase"], second["phase"]) == ("NSR-PreRL", "GRPO")
     assert first["policy/grad_norm"] > 0 and second["policy/grad_norm"] > 0
@@ -81,14 +81,14 @@ def test_engine_and_trainer_agree_with_the_same_experts(run):
     assert second["mismatch/max_log_prob_gap"] < 1e-4
 
 
-def test_every_step_says_how_balanced_the_experts_were(run):
+def test_every_step_says_how_balanced_the_experts_were(run) -> None:
     for record in records(run):
         assert 1 < record["router/load_balancing_loss"] < EXPERTS / EXPERTS_PER_TOKEN
         assert "router/z_loss" not in record
 
 
 @torch.no_grad()
-def test_the_experts_are_those_that_transformers_chooses(run):
+def test_the_experts_are_those_that_transformers_chooses(run) -> None:
     """The samples of step 1 come from the weights that the run began with."""
     model = AutoModelForCausalLM.from_pretrained(run.parent.parent / "model").eval()
     same = total = 0
@@ -104,7 +104,7 @@ def test_the_experts_are_those_that_transformers_chooses(run):
     assert same / total > 0.999, "only rounding may turn a choice"
 
 
-def test_dynamic_sampling_trains_on_mixed_groups_only_and_every_rank_follows(run):
+def test_dynamic_sampling_trains_on_mixed_groups_only_and_every_rank_follows(run) -> None:
     sampled_in_all = 0
     for record in records(run):
         groups, others = read_batch(rollout_file(run, record["step"]))
@@ -119,7 +119,7 @@ def test_dynamic_sampling_trains_on_mixed_groups_only_and_every_rank_follows(run
 
 
 @pytest.mark.slow
-def test_the_recorded_run_can_be_trained_on_again_bit_for_bit(run):
+def test_the_recorded_run_can_be_trained_on_again_bit_for_bit(run) -> None:
     """It starts no engines and ignores `dynamic_sampling`."""
     config = run.parent.parent / "config.yaml"
     replay = ["name=replayed", f"rollout.replay_from={run}", "evaluation.sets=[]"]
@@ -133,5 +133,5 @@ def test_the_recorded_run_can_be_trained_on_again_bit_for_bit(run):
         assert read_batch(rollout_file(run, step)) == read_batch(rollout_file(replayed, step))
 
 
-def test_the_timeline_has_both_ranks_and_both_engines(run):
+def test_the_timeline_has_both_ranks_and_both_engines(run) -> None:
     assert_traced(run, ranks=2)

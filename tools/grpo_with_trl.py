@@ -19,7 +19,7 @@ from trl import GRPOConfig, GRPOTrainer
 class RecordSteps(TrainerCallback):
     """Appends a line when a step has ended."""
 
-    def __init__(self, records: Path):
+    def __init__(self, records: Path) -> None:
         self._records = records
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:

@@ -15,7 +15,7 @@ NAMES_SHOWN = 3
 class Cast:
     """Casts tensors and counts values that are not finite."""
 
-    def __init__(self, dtype: torch.dtype | None):
+    def __init__(self, dtype: torch.dtype | None) -> None:
         """
         Args:
             dtype: to cast to; None leaves tensors as they are.

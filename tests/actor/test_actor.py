@@ -170,7 +170,7 @@ def reference(model: Qwen3ForCausalLM, phase: PhaseConfig, batch: list[Response]
 
 @pytest.mark.parametrize("batch", [responses(), with_unscored_tokens(responses())], ids=["all scored", "masked"])
 @pytest.mark.parametrize("phase", [NSR_PRERL, GRPO], ids=lambda phase: phase.name)
-def test_an_update_equals_transformers_and_adamw(model, phase, batch):
+def test_an_update_equals_transformers_and_adamw(model, phase, batch) -> None:
     """Loss, gradient norm, and every gradient element, seen through one step of a smooth Adam."""
     folder, expected = model[0], copy.deepcopy(model[1])
     loss, grad_norm = reference(expected, phase, batch)
@@ -194,7 +194,7 @@ def test_an_update_equals_transformers_and_adamw(model, phase, batch):
 @pytest.mark.parametrize(
     "aggregation", [TokenMean(), SequenceMean(), TokenSum()], ids=lambda aggregation: aggregation.name
 )
-def test_samples_without_a_gradient_change_nothing_and_are_not_computed(model, aggregation, mini_batches):
+def test_samples_without_a_gradient_change_nothing_and_are_not_computed(model, aggregation, mini_batches) -> None:
     """Three of the six groups are all right or all wrong. They count in the denominators."""
     phase = GRPO.model_copy(update={"aggregation": aggregation})
     updates, weights = [], []
@@ -215,7 +215,7 @@ def test_samples_without_a_gradient_change_nothing_and_are_not_computed(model, a
     assert whole.computed_tokens == whole.kept_tokens > left.computed_tokens > 0
 
 
-def test_a_step_without_any_gradient_is_one_with_a_gradient_of_zero(model):
+def test_a_step_without_any_gradient_is_one_with_a_gradient_of_zero(model) -> None:
     """Bit for bit: moments and weights decay, and the norm is zero."""
     results = []
     for needs_every_sample in (True, False):
@@ -232,7 +232,7 @@ def test_a_step_without_any_gradient_is_one_with_a_gradient_of_zero(model):
     assert any(not torch.equal(weight, before[name]) for name, weight in results[1].items())
 
 
-def test_pre_train_space_does_not_depend_on_the_prompt(model):
+def test_pre_train_space_does_not_depend_on_the_prompt(model) -> None:
     updates = []
     for prompt_seed in (0, 99):
         with one_process(model[0]) as actor:
@@ -241,7 +241,7 @@ def test_pre_train_space_does_not_depend_on_the_prompt(model):
 
 
 @pytest.mark.parametrize("phase", [NSR_PRERL, GRPO], ids=lambda phase: phase.name)
-def test_skipping_the_old_log_probs_of_an_on_policy_step_changes_nothing(model, phase):
+def test_skipping_the_old_log_probs_of_an_on_policy_step_changes_nothing(model, phase) -> None:
     """Bit for bit: the pass would compute the very log-probs that the update computes, and all ratios are 1."""
     results = []
     for with_pass in (False, True):
@@ -257,7 +257,7 @@ def test_skipping_the_old_log_probs_of_an_on_policy_step_changes_nothing(model, 
 
 
 @pytest.mark.parametrize("phase", [NSR_PRERL, GRPO], ids=lambda phase: phase.name)
-def test_bfloat16_stays_close_to_a_bfloat16_transformers_model(model, phase):
+def test_bfloat16_stays_close_to_a_bfloat16_transformers_model(model, phase) -> None:
     """Within 2 %. Norms and softmax round at other places; bfloat16 has 8 bits, one rounding being 0.4 %."""
     folder, expected = model[0], copy.deepcopy(model[1]).to(torch.bfloat16)
     loss, grad_norm = reference(expected, phase)
@@ -268,7 +268,7 @@ def test_bfloat16_stays_close_to_a_bfloat16_transformers_model(model, phase):
     assert update.grad_norm == pytest.approx(grad_norm, rel=0.02)
 
 
-def test_steps_below_the_resolution_of_bfloat16_add_up_in_the_master_weights(model):
+def test_steps_below_the_resolution_of_bfloat16_add_up_in_the_master_weights(model) -> None:
     """A norm weight near 1 has neighbours at a distance of 0.0039 to 0.0078; steps of 0.001 reach the next one."""
     small_steps = {"learning_rate": 1e-3, "eps": 1e-12, "gradient_clip_norm": 0.0, "weight_decay": 0.0}
     with one_process(model[0], dtype="bfloat16", **small_steps) as actor:
@@ -281,7 +281,7 @@ def test_steps_below_the_resolution_of_bfloat16_add_up_in_the_master_weights(mod
     assert moved[-1] > 0.6, "but the master weights have moved on"
 
 
-def test_a_mask_of_ones_changes_nothing(model):
+def test_a_mask_of_ones_changes_nothing(model) -> None:
     """Bit for bit."""
     batch, results = responses(), []
     for scored in (batch, [replace(r, scored=(True,) * len(r.response_ids)) for r in batch]):
@@ -293,7 +293,7 @@ def test_a_mask_of_ones_changes_nothing(model):
     assert all(torch.equal(weight, same_weights[name]) for name, weight in weights.items())
 
 
-def test_an_update_is_repeatable_bit_for_bit(model):
+def test_an_update_is_repeatable_bit_for_bit(model) -> None:
     results = []
     for _ in range(2):
         with one_process(model[0]) as actor:

@@ -281,7 +281,7 @@ def reference_updates(model: PreTrainedModel, count: int) -> tuple[list[dict], l
 
 
 @pytest.mark.parametrize("name", TOKEN_CLASSIFIERS)
-def test_values_and_updates_equal_transformers_and_adamw(results, models, tmp_path, name):
+def test_values_and_updates_equal_transformers_and_adamw(results, models, tmp_path, name) -> None:
     model = trained_critic(models, name)
     initial = weights_on_disk(model, tmp_path / "before")
     metrics, before = reference_updates(model, count=2)
@@ -298,7 +298,7 @@ def test_values_and_updates_equal_transformers_and_adamw(results, models, tmp_pa
 
 
 @pytest.mark.parametrize("name", [name for name, case in TWO_PROCESSES.items() if case.dtype == "float32"])
-def test_every_layout_gives_the_same_values_and_updates(results, name):
+def test_every_layout_gives_the_same_values_and_updates(results, name) -> None:
     expected = results["MoE: one process" if TWO_PROCESSES[name].model == "MoE" else "one process"]
     actual = results[name]
     np.testing.assert_allclose(actual["values"], expected["values"], rtol=0, atol=1e-5)
@@ -316,7 +316,7 @@ def bfloat16_reference(models) -> dict[str, tuple[list[dict], torch.Tensor]]:
 
 
 @pytest.mark.parametrize("name", [name for name in (ONE_PROCESS | TWO_PROCESSES) if "bfloat16" in name])
-def test_bfloat16_stays_close_to_transformers_in_bfloat16(results, bfloat16_reference, name):
+def test_bfloat16_stays_close_to_transformers_in_bfloat16(results, bfloat16_reference, name) -> None:
     """Within 4 %, of the largest for values. One rounding is 0.4 %, and may choose another expert."""
     metrics, before = bfloat16_reference["MoE" if "MoE" in name else "dense"]
     np.testing.assert_allclose(results[name]["values"], before, rtol=0, atol=0.04 * before.abs().max().item())
@@ -324,7 +324,7 @@ def test_bfloat16_stays_close_to_transformers_in_bfloat16(results, bfloat16_refe
         assert {key: update[key] for key in expected} == pytest.approx(expected, rel=0.04)
 
 
-def test_from_a_policy_it_starts_with_its_trunk_and_with_values_of_zero(models, one_process):
+def test_from_a_policy_it_starts_with_its_trunk_and_with_values_of_zero(models, one_process) -> None:
     """From an HF folder, and from the same policy converted to a Megatron checkpoint."""
     for largest_value, weights in one_process[1]:
         assert largest_value == 0.0
@@ -335,6 +335,6 @@ def test_from_a_policy_it_starts_with_its_trunk_and_with_values_of_zero(models, 
         assert all(np.array_equal(weight, trunk[name]) for name, weight in weights.items())
 
 
-def test_a_resumed_critic_is_bitwise_the_uninterrupted_one(two_processes):
+def test_a_resumed_critic_is_bitwise_the_uninterrupted_one(two_processes) -> None:
     same = two_processes[1]
     assert len(same) == 4 and all(same.values()), same

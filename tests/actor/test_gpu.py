@@ -55,7 +55,7 @@ def one_gpu(model) -> dict[str, dict]:
     return run_distributed(run_cases, 1, model[0], cases, timeout_seconds=280)[0]
 
 
-def test_local_layers_equal_transformers(model, one_gpu):
+def test_local_layers_equal_transformers(model, one_gpu) -> None:
     """The first update, in float32; Transformers computes on the CPU. CUDA adds up in another order."""
     loss, grad_norm = reference(model[1], NSR_PRERL)
     update = one_gpu["local"]["updates"][0]
@@ -79,14 +79,14 @@ def offload_once(folder: Path) -> dict[str, int | bool]:
     return {"moved": moved, "freed": freed, "back": back, "same": bool(same)}
 
 
-def test_offloading_frees_device_memory_and_changes_nothing(model, one_gpu):
+def test_offloading_frees_device_memory_and_changes_nothing(model, one_gpu) -> None:
     (result,) = run_distributed(offload_once, 1, model[0])
     assert result["same"] and result["back"] == result["moved"]
     assert result["freed"] >= result["moved"] >= 18 * 205_568  # 4 bytes of gradients, 12 of optimizer, 2
 
 
 @pytest.mark.skipif(not transformer_engine_is_usable(), reason="needs Transformer Engine")
-def test_transformer_engine_stays_close_to_local_layers(one_gpu):
+def test_transformer_engine_stays_close_to_local_layers(one_gpu) -> None:
     """Both in bfloat16, within 2 %: fused kernels round at other places."""
     ours, theirs = one_gpu["local, bfloat16"], one_gpu["Transformer Engine"]
     for one, other in zip(ours["updates"][:2], theirs["updates"][:2]):
@@ -95,7 +95,7 @@ def test_transformer_engine_stays_close_to_local_layers(one_gpu):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_two_gpus_equal_one(model, one_gpu):
+def test_two_gpus_equal_one(model, one_gpu) -> None:
     """Local layers in float32, over NCCL."""
     cases = {name: Case(layer_spec="local", parallel=parallel) for name, parallel in NCCL.items()}
     results = same_on_every_rank(run_distributed(run_cases, 2, model[0], cases, timeout_seconds=280))
@@ -108,7 +108,7 @@ def test_two_gpus_equal_one(model, one_gpu):
     torch.cuda.device_count() < 2 or not transformer_engine_is_usable(),
     reason="needs two CUDA devices and Transformer Engine",
 )
-def test_transformer_engine_splits_packed_sequences_as_we_do(model, one_gpu):
+def test_transformer_engine_splits_packed_sequences_as_we_do(model, one_gpu) -> None:
     """Its context parallelism takes our packing: bfloat16, within 2 % of one GPU."""
     case = Case(layer_spec="transformer_engine", dtype="bfloat16", parallel={"context_parallel_size": 2})
     results = same_on_every_rank(run_distributed(run_cases, 2, model[0], {"CP 2": case}, timeout_seconds=280))

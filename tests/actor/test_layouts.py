@@ -344,17 +344,17 @@ def check(name: str, case: Case, results: dict[str, dict], one_process: dict[str
 
 
 @pytest.mark.parametrize("name", [name for name in ONE_PROCESS if not name.endswith("1 process")])
-def test_micro_batches_order_and_recomputation(one_process, name):
+def test_micro_batches_order_and_recomputation(one_process, name) -> None:
     check(name, ONE_PROCESS[name], one_process, one_process)
 
 
 @pytest.mark.parametrize("name", [name for name in TWO_PROCESSES if not name.endswith("again")])
-def test_two_processes(one_process, two_processes, name):
+def test_two_processes(one_process, two_processes, name) -> None:
     check(name, TWO_PROCESSES[name], two_processes, one_process)
 
 
 @pytest.mark.parametrize("name", ["TP 2", "DP 2"])
-def test_two_processes_repeat_bit_for_bit(two_processes, name):
+def test_two_processes_repeat_bit_for_bit(two_processes, name) -> None:
     first, again = two_processes[name], two_processes[f"{name}, again"]
     assert first["updates"] == again["updates"]
     for weights, same in zip(first["weights"], again["weights"]):
@@ -363,18 +363,18 @@ def test_two_processes_repeat_bit_for_bit(two_processes, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MORE_OF_TWO_PROCESSES)
-def test_more_of_two_processes(one_process, more_of_two_processes, name):
+def test_more_of_two_processes(one_process, more_of_two_processes, name) -> None:
     check(name, MORE_OF_TWO_PROCESSES[name], more_of_two_processes, one_process)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", FOUR_PROCESSES)
-def test_four_processes(one_process, four_processes, name):
+def test_four_processes(one_process, four_processes, name) -> None:
     check(name, FOUR_PROCESSES[name], four_processes, one_process)
 
 
-def test_the_guide_has_every_layout():
+def test_the_guide_has_every_layout() -> None:
     guide = (REPOSITORY / "examples" / "parallelism" / "README.md").read_text()
     shown = [row.split(" | ")[0].removeprefix("| ") for row in guide.splitlines() if row.count("e-0") == 4]
     compared = [name for name in ONE_PROCESS if not name.endswith("1 process")]

@@ -61,7 +61,7 @@ def assert_close(actual: list[Any], expected: list[Tensor]) -> None:
 @pytest.mark.parametrize("entropy_gradient", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("block_bytes", [1, TEN_COLUMNS, 1 << 20], ids=["columns", "blocks", "one block"])
-def test_values_and_gradients_equal_the_naive_computation(block_bytes, temperature, entropy_gradient):
+def test_values_and_gradients_equal_the_naive_computation(block_bytes, temperature, entropy_gradient) -> None:
     options = replace(WHOLE, temperature=temperature, entropy_gradient=entropy_gradient, block_bytes=block_bytes)
     result = in_blocks(options)
     assert_close(result, naive(options))
@@ -69,14 +69,14 @@ def test_values_and_gradients_equal_the_naive_computation(block_bytes, temperatu
 
 
 @pytest.mark.parametrize("kept_bytes", [TEN_COLUMNS, 10 * TEN_COLUMNS], ids=["one block", "all"])
-def test_keeping_logits_changes_nothing(kept_bytes):
+def test_keeping_logits_changes_nothing(kept_bytes) -> None:
     """Bit for bit: a block is computed again as it was."""
     options = replace(WHOLE, block_bytes=TEN_COLUMNS)
     for again, kept in zip(in_blocks(options), in_blocks(replace(options, kept_bytes=kept_bytes))):
         assert torch.equal(again, kept)
 
 
-def test_blocks_lose_no_precision_in_bfloat16():
+def test_blocks_lose_no_precision_in_bfloat16() -> None:
     """Gradients are summed over blocks in float32: no further from exact ones than with all logits at once."""
     in_one, in_several = (in_blocks(replace(WHOLE, block_bytes=size), torch.bfloat16) for size in (2**20, TEN_COLUMNS))
     for blocks, at_once, exact in zip(in_several, in_one, naive(WHOLE)):
@@ -101,7 +101,7 @@ def half_a_vocabulary(vocab: int) -> list[list]:
 
 
 @pytest.mark.parametrize("vocab", [VOCAB, 20], ids=["padding in the second half", "a half of nothing but padding"])
-def test_two_halves_of_the_vocabulary_are_the_whole(vocab):
+def test_two_halves_of_the_vocabulary_are_the_whole(vocab) -> None:
     expected = naive(WHOLE, vocab)
     first, second = run_distributed(half_a_vocabulary, 2, vocab)
     hidden = torch.tensor(first[2]) + torch.tensor(second[2])  # as the output layer's all-reduce does
@@ -121,7 +121,7 @@ def peak_bytes(num_tokens: int, kept_bytes: int) -> int:
     return max(accumulate(changes))
 
 
-def test_memory_does_not_grow_with_the_logits():
+def test_memory_does_not_grow_with_the_logits() -> None:
     """256 tokens have 8 MB of logits, 2,048 have 64 MB."""
     few, many = peak_bytes(256, kept_bytes=0), peak_bytes(2048, kept_bytes=0)
     assert many < 1.3 * few < 6 * 2**20
@@ -129,7 +129,7 @@ def test_memory_does_not_grow_with_the_logits():
     assert kept < peak_bytes(2048, kept) < kept + 1.1 * many
 
 
-def test_with_gradient_accumulation_fusion_the_weights_gradient_is_added_to_the_main_gradient(monkeypatch):
+def test_with_gradient_accumulation_fusion_the_weights_gradient_is_added_to_the_main_gradient(monkeypatch) -> None:
     """Apex's kernel, which needs CUDA, is replaced by what it computes."""
 
     def accumulate_gradient(hidden: Tensor, grad_logits: Tensor, main_grad: Tensor) -> None:
@@ -146,7 +146,7 @@ def test_with_gradient_accumulation_fusion_the_weights_gradient_is_added_to_the_
     assert weight.grad_added_to_main_grad and weight.grad.abs().max() == 0, "or it would be added twice"
 
 
-def test_nothing_of_the_entropy_is_kept_unless_its_gradient_is_asked_for():
+def test_nothing_of_the_entropy_is_kept_unless_its_gradient_is_asked_for() -> None:
     kept = []
     for entropy_gradient in (False, True):
         hidden, weight, targets, _ = inputs()
@@ -156,7 +156,7 @@ def test_nothing_of_the_entropy_is_kept_unless_its_gradient_is_asked_for():
     assert kept[1] == [*kept[0], torch.Size([TOKENS])]
 
 
-def test_no_tokens_give_no_values_and_a_gradient_of_zero():
+def test_no_tokens_give_no_values_and_a_gradient_of_zero() -> None:
     hidden, weight, targets, _ = inputs()
     none = FactoredLogits(hidden[:0], weight, fused_gradient=False)
     log_probs, entropy = log_probs_and_entropy(none, targets[:0], replace(WHOLE, kept_bytes=1))

@@ -1,6 +1,7 @@
 """The invariants of the micro-batch plan, as its docstring states them."""
 
 import math
+from collections.abc import Callable, Sequence
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,12 +15,12 @@ COSTS = st.builds(SequenceCost, st.floats(1, 1e4), st.floats(0, 1e3))
 ROUNDING = 1 + 1e-9
 
 
-def cost_of(micro_batch, lengths, cost):
+def cost_of(micro_batch: Sequence[int], lengths: Sequence[int], cost: Callable[[int], float]) -> float:
     return sum(cost(lengths[i]) for i in micro_batch)
 
 
 @given(lengths=LENGTHS, ranks=RANKS, max_tokens=st.integers(1, 800), cost=COSTS, multiple_of=st.integers(1, 4))
-def test_every_sequence_once_within_the_budget_and_equal_counts(lengths, ranks, max_tokens, cost, multiple_of):
+def test_every_sequence_once_within_the_budget_and_equal_counts(lengths, ranks, max_tokens, cost, multiple_of) -> None:
     plan = plan_micro_batches(lengths, ranks, max_tokens, cost, multiple_of)
 
     micro_batches = [micro_batch for rank in plan for micro_batch in rank]
@@ -36,7 +37,7 @@ def test_every_sequence_once_within_the_budget_and_equal_counts(lengths, ranks, 
 @given(lengths=LENGTHS.filter(bool), ranks=RANKS, multiple_of=st.integers(1, 4), cost=COSTS)
 def test_without_a_binding_budget_no_micro_batch_exceeds_the_mean_by_more_than_a_sequence(
     lengths, ranks, multiple_of, cost
-):
+) -> None:
     plan = plan_micro_batches(lengths, ranks, sum(lengths), cost, multiple_of)
     costs = [cost_of(micro_batch, lengths, cost) for rank in plan for micro_batch in rank]
     assert len(costs) == ranks * multiple_of, "as few as possible"
@@ -44,7 +45,7 @@ def test_without_a_binding_budget_no_micro_batch_exceeds_the_mean_by_more_than_a
 
 
 @given(lengths=LENGTHS, ranks=RANKS, max_tokens=st.integers(1, 800), cost=COSTS)
-def test_ranks_differ_in_all_by_no_more_than_they_do_in_one_micro_batch(lengths, ranks, max_tokens, cost):
+def test_ranks_differ_in_all_by_no_more_than_they_do_in_one_micro_batch(lengths, ranks, max_tokens, cost) -> None:
     plan = plan_micro_batches(lengths, ranks, max_tokens, cost)
     costs = [[cost_of(micro_batch, lengths, cost) for micro_batch in rank] for rank in plan]
     totals = [sum(rank) for rank in costs]
@@ -53,26 +54,26 @@ def test_ranks_differ_in_all_by_no_more_than_they_do_in_one_micro_batch(lengths,
 
 
 @given(lengths=LENGTHS, ranks=RANKS, max_tokens=st.integers(1, 800))
-def test_micro_batches_of_a_number_are_neighbours_in_cost_and_the_costliest_come_first(lengths, ranks, max_tokens):
+def test_micro_batches_of_a_number_are_neighbours_in_cost_the_costliest_first(lengths, ranks, max_tokens) -> None:
     plan = plan_micro_batches(lengths, ranks, max_tokens, COST)
     turns = [[cost_of(micro_batch, lengths, COST) for micro_batch in turn] for turn in zip(*plan)]
     for earlier, later in zip(turns, turns[1:]):
         assert min(earlier) >= max(later)
 
 
-def test_equal_sequences_are_spread_evenly():
+def test_equal_sequences_are_spread_evenly() -> None:
     plan = plan_micro_batches([10] * 16, data_parallel_size=2, max_tokens=40, cost=COST)
     assert [[len(micro_batch) for micro_batch in rank] for rank in plan] == [[4, 4], [4, 4]]
 
 
-def test_one_long_sequence_stands_against_many_short_ones_of_the_same_cost():
+def test_one_long_sequence_stands_against_many_short_ones_of_the_same_cost() -> None:
     """Attention counts: 1,000 tokens of one sequence cost more than 500 of five, and about as much as 5 x 200."""
     cost = SequenceCost(per_token=96.0, per_token_and_length=1.0)
     plan = plan_micro_batches([1000, *[100] * 5], data_parallel_size=2, max_tokens=10_000, cost=cost)
     assert sorted(sorted(rank[0]) for rank in plan) == [[0], [1, 2, 3, 4, 5]]
 
 
-def test_cost_of_a_layer_of_qwen3_8b():
+def test_cost_of_a_layer_of_qwen3_8b() -> None:
     """192,937,984 weights in the matrices of a layer (head size 128, 8 key/value heads, 12,288 inner channels), and
     4,096 channels of attention: 2 FLOPs per weight; 4 per channel and pair of tokens, half of the pairs masked."""
     cost = SequenceCost.for_layer(4096, 32, 8, 128, 12288)

@@ -8,6 +8,7 @@ off-policy.
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -203,7 +204,7 @@ def reference_update(model: Qwen3ForCausalLM, terms: list[Term]) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tmp_path_factory) -> tuple[Path, Qwen3ForCausalLM]:
     folder = tmp_path_factory.mktemp("model")
     return folder, make_tiny_qwen3(folder, tied=True, vocab_size=127)
 
@@ -246,13 +247,13 @@ def check(model, config: PhaseConfig, terms: list[Term]) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_two_epochs_of_two_mini_batches_equal_the_reference(model, name):
+def test_two_epochs_of_two_mini_batches_equal_the_reference(model, name) -> None:
     config, loss, weight = METHODS[name]
     metrics = check(model, config, [Term(sequences(pre_train=False), loss, weight)])
     assert 0 < metrics["policy/clip_fraction"] < 1, "the steps must be large enough for the clip to matter"
 
 
-def test_two_objectives_in_two_spaces_equal_the_reference(model):
+def test_two_objectives_in_two_spaces_equal_the_reference(model) -> None:
     terms = [
         Term(sequences(pre_train=False), ppo, token_mean),
         Term(sequences(pre_train=True), policy_gradient, token_mean, coefficient=0.3),

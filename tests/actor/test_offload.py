@@ -137,13 +137,13 @@ def check(without: dict, with_offloads: dict) -> None:
 
 
 @pytest.mark.parametrize("name", [*ONE_PROCESS, "critic"])
-def test_updates_with_offloads_between_them_are_those_without(one_process, name):
+def test_updates_with_offloads_between_them_are_those_without(one_process, name) -> None:
     check(*one_process[0][name])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*TWO_PROCESSES, "critic"])
-def test_in_two_processes_too(two_processes, name):
+def test_in_two_processes_too(two_processes, name) -> None:
     check(*two_processes[name])
 
 
@@ -154,7 +154,7 @@ def test_in_two_processes_too(two_processes, name):
         ("bfloat16", (4, 12, 2)),  # and here float32 copies
     ],
 )
-def test_every_byte_is_given_up_and_taken_back(one_process, name, bytes_per_parameter):
+def test_every_byte_is_given_up_and_taken_back(one_process, name, bytes_per_parameter) -> None:
     without, with_offloads = one_process[0][name]
     parameters = sum(weight.size for weight in without["weights"].values())
     padding = 64 * 64 * 4 * 16  # of the vocabulary, and Adam's step counts
@@ -164,5 +164,5 @@ def test_every_byte_is_given_up_and_taken_back(one_process, name, bytes_per_para
     assert weights_back == weights and rest_back == gradients + optimizer
 
 
-def test_nothing_works_on_half_a_model(one_process):
+def test_nothing_works_on_half_a_model(one_process) -> None:
     assert one_process[1] == ["update", "log_probs", "reset", "save"]

@@ -62,17 +62,17 @@ def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
     return all(np.array_equal(weight, other[name]) for name, weight in one.items())
 
 
-def test_other_settings_are_those_of_an_optimizer_that_was_built_with_them(outcomes):
+def test_other_settings_are_those_of_an_optimizer_that_was_built_with_them(outcomes) -> None:
     assert outcomes["configured"][0] == outcomes["built"][0]
     assert same(outcomes["configured"][1], outcomes["built"][1])
 
 
-def test_warm_up_goes_on_when_settings_change(outcomes):
+def test_warm_up_goes_on_when_settings_change(outcomes) -> None:
     rates = [update["learning_rate"] for update in outcomes["configured later"][0]]
     assert rates == pytest.approx([1e-2 / 4, RATE * 2 / 4])
 
 
-def test_a_reset_before_the_first_step_changes_nothing_and_later_on_it_forgets(outcomes):
+def test_a_reset_before_the_first_step_changes_nothing_and_later_on_it_forgets(outcomes) -> None:
     assert same(outcomes["reset"][1], outcomes["built"][1])
     assert outcomes["reset later"][0] == outcomes["built"][0], "the gradients of the second step are the same"
     assert not same(outcomes["reset later"][1], outcomes["built"][1])

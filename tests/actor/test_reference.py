@@ -101,7 +101,7 @@ def transformers_steps(model: Qwen3ForCausalLM) -> list[dict]:
     return steps
 
 
-def test_kl_of_a_policy_to_itself_is_zero_and_gradients_equal_transformers_after_a_step(model):
+def test_kl_of_a_policy_to_itself_is_zero_and_gradients_equal_transformers_after_a_step(model) -> None:
     (result,) = run_distributed(kl_steps, 1, model[0])
     first, second = transformers_steps(model[1])
     assert result["first"]["policy/reference_kl"] == 0.0
@@ -152,6 +152,6 @@ def refresh_and_resume(folder: Path, target: Path) -> dict[str, dict[str, bool]]
     return same
 
 
-def test_the_policy_is_untouched_and_a_refreshed_reference_resumes_bit_for_bit(model, tmp_path):
+def test_the_policy_is_untouched_and_a_refreshed_reference_resumes_bit_for_bit(model, tmp_path) -> None:
     for rank in run_distributed(refresh_and_resume, 2, model[0], tmp_path, timeout_seconds=240):
         assert rank == {name: dict.fromkeys(("untouched", "itself", "kept", "resumed"), True) for name in LAYOUTS}

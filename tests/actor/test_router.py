@@ -252,7 +252,7 @@ def four_processes(folder) -> list[dict[str, Outcome]]:
     return run_distributed(run_cases, 4, folder, FOUR_PROCESSES, timeout_seconds=400)
 
 
-def test_the_balancing_loss_is_megatrons():
+def test_the_balancing_loss_is_megatrons() -> None:
     """Transformers' counts an expert per token as a whole dispatch, so that its loss is larger by their number."""
     logits = torch.randn(50, EXPERTS, generator=torch.Generator().manual_seed(1))
     dispatches = dispatches_of(logits)
@@ -263,14 +263,14 @@ def test_the_balancing_loss_is_megatrons():
 
 
 @pytest.mark.parametrize("name", ONE_PROCESS)
-def test_a_step_equals_transformers(folder, expected, name):
+def test_a_step_equals_transformers(folder, expected, name) -> None:
     case = ONE_PROCESS[name]
     with actor_of(case, folder) as actor:
         check(step_of(actor), expected[case.load_balancing, case.a_sequence_per_row])
 
 
 @pytest.mark.parametrize("name", TWO_PROCESSES)
-def test_a_step_of_two_processes_equals_transformers(expected, two_processes, name):
+def test_a_step_of_two_processes_equals_transformers(expected, two_processes, name) -> None:
     case = TWO_PROCESSES[name]
     for rank in two_processes:
         check(rank[name], expected[case.load_balancing, case.a_sequence_per_row])
@@ -278,13 +278,13 @@ def test_a_step_of_two_processes_equals_transformers(expected, two_processes, na
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FOUR_PROCESSES)
-def test_a_step_of_four_processes_equals_transformers(expected, four_processes, name):
+def test_a_step_of_four_processes_equals_transformers(expected, four_processes, name) -> None:
     case = FOUR_PROCESSES[name]
     for rank in four_processes:
         check(rank[name], expected[case.load_balancing, case.a_sequence_per_row])
 
 
-def test_what_is_balanced_depends_on_micro_batches(expected):
+def test_what_is_balanced_depends_on_micro_batches(expected) -> None:
     """And the losses are large enough here for all these tests to see them."""
     values = [outcome.balancing for outcome in expected.values()]
     assert min(abs(a - b) for a in values for b in values if a is not b) > 1e-3
@@ -293,7 +293,7 @@ def test_what_is_balanced_depends_on_micro_batches(expected):
 
 
 @pytest.mark.parametrize("load_balancing", ["aux_loss", "global_aux_loss"])
-def test_nothing_is_left_for_the_next_step_or_for_scoring(folder, load_balancing):
+def test_nothing_is_left_for_the_next_step_or_for_scoring(folder, load_balancing) -> None:
     """Bit for bit: the weights stay, so two steps do the same, and log-probs are those of an actor without losses."""
     experience = objective_of(GRPO).experience
     with actor_of(Case("none"), folder) as actor:
@@ -307,7 +307,7 @@ def test_nothing_is_left_for_the_next_step_or_for_scoring(folder, load_balancing
     assert all(np.array_equal(gradient, second.gradients[name]) for name, gradient in first.gradients.items())
 
 
-def test_a_router_that_knows_no_difference_has_a_loss_of_one(folder):
+def test_a_router_that_knows_no_difference_has_a_loss_of_one(folder) -> None:
     with actor_of(Case(), folder) as actor, torch.no_grad():
         for router in routers_of(actor):
             router.weight.zero_()
@@ -316,7 +316,7 @@ def test_a_router_that_knows_no_difference_has_a_loss_of_one(folder):
     assert metrics == pytest.approx({"load_balancing_loss": 1.0, "z_loss": math.log(EXPERTS) ** 2}, rel=1e-6)
 
 
-def test_what_is_balanced_is_where_tokens_go(folder):
+def test_what_is_balanced_is_where_tokens_go(folder) -> None:
     """Under routing replay not where their routers would send them: here every token goes to experts 0 and 1."""
     objective, layers = objectives()[0], 4
     lengths = [len(sequence.token_ids) for sequence in objective.experience.sequences]
@@ -337,7 +337,7 @@ def test_what_is_balanced_is_where_tokens_go(folder):
 
 
 @pytest.mark.parametrize("router_dtype", ["float32", "float64", "model"])
-def test_dtype_of_the_router(folder, router_dtype):
+def test_dtype_of_the_router(folder, router_dtype) -> None:
     """In a bfloat16 model: that of the weights of the experts, and so of the product that they come from."""
     seen = set()
     with actor_of(Case(dtype="bfloat16", router_dtype=router_dtype), folder) as actor:

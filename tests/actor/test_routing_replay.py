@@ -4,7 +4,7 @@ That this holds in every layout is shown in test_layouts.py; that engines name t
 tests/test_train_two_processes.py.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -35,8 +35,8 @@ def model(tmp_path_factory) -> tuple:
 def forced(model: Qwen3MoeForCausalLM, experts: Tensor) -> Iterator[None]:
     """Inside, the tokens of one sequence go to these experts, [tokens, layers, experts per token]."""
 
-    def force(layer: int):
-        def hook(router, arguments, output):
+    def force(layer: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        def hook(router, arguments, output) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             logits = output[0]
             chosen = experts[:, layer].long()
             weights = logits.float().softmax(-1).gather(1, chosen)
@@ -63,7 +63,7 @@ def reference_log_probs(model: Qwen3MoeForCausalLM, experience: Experience, expe
     return result
 
 
-def test_log_probs_loss_and_gradient_are_those_of_the_given_experts(model):
+def test_log_probs_loss_and_gradient_are_those_of_the_given_experts(model) -> None:
     folder, transformers_model = model
     objective = replace(objective_of(GRPO), loss=supervised_loss, needs_every_sample=True)
     experts = random_experts(objective.experience.sequences, LAYERS, EXPERTS, EXPERTS_PER_TOKEN)
@@ -86,7 +86,7 @@ def test_log_probs_loss_and_gradient_are_those_of_the_given_experts(model):
     assert all(layer.mlp.gate.weight.grad.norm() > 0 for layer in transformers_model.model.layers)
 
 
-def test_experts_of_another_model_are_refused(model):
+def test_experts_of_another_model_are_refused(model) -> None:
     folder, _ = model
     experience = objective_of(GRPO).experience
     with one_process(folder) as actor:
@@ -96,7 +96,7 @@ def test_experts_of_another_model_are_refused(model):
                 actor.log_probs(replace(experience, routed_experts=random_experts(experience.sequences, **shape)))
 
 
-def test_only_the_post_train_space_takes_the_engine_s_experts():
+def test_only_the_post_train_space_takes_the_engine_s_experts() -> None:
     batch = [
         replace(response, routed_experts=encode_routed_experts(torch.zeros(1).numpy())) for response in responses()
     ]

@@ -114,7 +114,7 @@ def continued(folder, results) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_resumed_run_is_bitwise_the_uninterrupted_one(results, layout):
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(results, layout) -> None:
     result = results[layout]
     assert result["resumed steps"] == result["steps"]
     for name, weight in result["weights"].items():
@@ -122,7 +122,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(results, layout):
 
 
 @pytest.mark.parametrize("source", LAYOUTS)
-def test_another_layout_continues_within_rounding(results, continued, source):
+def test_another_layout_continues_within_rounding(results, continued, source) -> None:
     for one, other in zip(results[source]["steps"], continued[source]["steps"], strict=True):
         assert other == pytest.approx(one, rel=1e-5, abs=1e-9)
     for name, weight in results[source]["weights"].items():

@@ -76,11 +76,11 @@ def one_process(folder) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("name", ONE_PROCESS)
-def test_updates_are_those_of_local_layers(local, one_process, name):
+def test_updates_are_those_of_local_layers(local, one_process, name) -> None:
     check(ONE_PROCESS[name], one_process[name], local)
 
 
-def test_bfloat16_stays_close_to_local_layers(one_process):
+def test_bfloat16_stays_close_to_local_layers(one_process) -> None:
     """Within 2 %: they round at other places."""
     ours, theirs = (one_process[f"bfloat16, {name}"]["updates"] for name in HALF)
     for one, other in zip(ours[:2], theirs[:2], strict=True):
@@ -88,7 +88,7 @@ def test_bfloat16_stays_close_to_local_layers(one_process):
         assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=0.02)
 
 
-def test_checkpoints_are_interchangeable_with_those_of_local_layers(folder, tmp_path):
+def test_checkpoints_are_interchangeable_with_those_of_local_layers(folder, tmp_path) -> None:
     """Each resumes bit for bit from its own checkpoint, and the other continues from it within rounding."""
     stop, go_on = test_saved_state.without_and_with_a_stop, test_saved_state.continue_in_another_layout
     for number, (writer, reader) in enumerate(((None, ENGINE), (ENGINE, None))):
@@ -108,7 +108,7 @@ def test_checkpoints_are_interchangeable_with_those_of_local_layers(folder, tmp_
                 np.testing.assert_allclose(continued[name]["weights"][key], weight, rtol=0, atol=2.5e-7, err_msg=key)
 
 
-def test_offloading_changes_nothing(folder):
+def test_offloading_changes_nothing(folder) -> None:
     distributed = Case(parallel=test_offload.DISTRIBUTED)
     cases = {"bfloat16": Case(dtype="bfloat16"), "float32, distributed optimizer": distributed}
     (results,) = run_distributed(test_offload.run_cases, 1, folder, cases, timeout_seconds=200, prepare=ENGINE)
@@ -117,7 +117,7 @@ def test_offloading_changes_nothing(folder):
         test_offload.check(without, with_offloads)
 
 
-def test_router_losses_are_those_of_transformers(folder, tmp_path):
+def test_router_losses_are_those_of_transformers(folder, tmp_path) -> None:
     (outcomes,) = run_distributed(test_router.run_cases, 1, folder / "MoE", ROUTER, prepare=ENGINE)
     model = Qwen3MoeForCausalLM.from_pretrained(folder / "MoE", dtype=torch.float32)
     expected = test_router.reference(model, test_router.Case(), tmp_path)
@@ -134,13 +134,13 @@ def two_processes(folder) -> dict[str, dict]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", TWO_PROCESSES)
-def test_two_processes(local, two_processes, name):
+def test_two_processes(local, two_processes, name) -> None:
     check(TWO_PROCESSES[name], two_processes[name], local)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_four_processes(folder, local):
+def test_four_processes(folder, local) -> None:
     name = "CP 2 x TP 2 with sequence parallelism"
     cases = {name: replace(test_layouts.FOUR_PROCESSES[name])}
     ranks = run_distributed(test_layouts.run_cases, 4, folder, cases, timeout_seconds=800, prepare=ENGINE)

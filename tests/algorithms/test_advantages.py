@@ -26,7 +26,7 @@ REWARDS = [1.0, 0.0, 0.0, 0.0, 1.0, 1.0]
 GROUPS = [0, 0, 0, 0, 1, 1]
 
 
-def per_sample(advantage, rewards=REWARDS, groups=GROUPS):
+def per_sample(advantage, rewards=REWARDS, groups=GROUPS) -> list[float]:
     """The advantage of each sample; all its tokens must have the same."""
     estimate = advantage.estimate(experience_of(rewards, groups, lengths=[1 + i % 3 for i in range(len(rewards))]))
     assert all(len(tokens.unique()) == 1 for tokens in estimate.advantages)
@@ -49,29 +49,29 @@ def per_sample(advantage, rewards=REWARDS, groups=GROUPS):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_by_hand(advantage, expected):
+def test_by_hand(advantage, expected) -> None:
     assert per_sample(advantage) == pytest.approx(expected, rel=1e-5)
 
 
-def test_fixed_weighs_wrong_samples_of_all_wrong_groups_too():
+def test_fixed_weighs_wrong_samples_of_all_wrong_groups_too() -> None:
     assert per_sample(Fixed(), [0.0, 0.0], [0, 0]) == [-1, -1]
     assert per_sample(GroupMean(), [0.0, 0.0], [0, 0]) == [0, 0]
 
 
 @pytest.mark.parametrize("advantage", [GroupMean(), GroupStandardised(), LeaveOneOut()], ids=lambda a: a.name)
-def test_a_sample_without_others_has_no_advantage(advantage):
+def test_a_sample_without_others_has_no_advantage(advantage) -> None:
     assert per_sample(advantage, [1.0, 0.5], [0, 1]) == [0, 0]
     assert advantage.compares_samples
 
 
-def test_reinforce_pp_standardises_over_the_tokens_of_the_batch():
+def test_reinforce_pp_standardises_over_the_tokens_of_the_batch() -> None:
     """Rewards 1 and 0 over 1 and 3 tokens: mean 1/4 and unbiased variance (9/16 + 3/16) / 3 = 1/4 over tokens."""
     estimate = ReinforcePlusPlus().estimate(experience_of([1.0, 0.0], [0, 1], lengths=[1, 3]))
     expected = [torch.tensor([1.5]), torch.tensor([-0.5, -0.5, -0.5])]
     torch.testing.assert_close(list(estimate.advantages), expected, rtol=1e-6, atol=0)
 
 
-def test_reinforce_pp_sums_the_penalties_still_to_come():
+def test_reinforce_pp_sums_the_penalties_still_to_come() -> None:
     """Penalties 1, 2, 4 and reward 10: to go 3, 4, 6 -> mean 13/3, then standardised."""
     experience = experience_of([10.0], [0], lengths=[3], penalties=[torch.tensor([1.0, 2.0, 4.0])])
     assert [r.tolist() for r in rewards_to_go(experience.token_rewards)] == [[3, 4, 6]]
@@ -80,7 +80,7 @@ def test_reinforce_pp_sums_the_penalties_still_to_come():
     assert ReinforcePlusPlus().estimate(experience).advantages[0].tolist() == pytest.approx(expected, rel=1e-6)
 
 
-def test_reinforce_pp_baseline_centres_in_the_group_and_standardises_over_tokens():
+def test_reinforce_pp_baseline_centres_in_the_group_and_standardises_over_tokens() -> None:
     """A published formula over padded tensors, as Transformers-based trainers write it, on ragged groups."""
     rewards, groups, lengths = [1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0], [0, 0, 0, 1, 1, 1, 1], [2, 5, 1, 3, 3, 4, 2]
     mask = torch.arange(5)[None, :] < torch.tensor(lengths)[:, None]
@@ -94,7 +94,7 @@ def test_reinforce_pp_baseline_centres_in_the_group_and_standardises_over_tokens
         torch.testing.assert_close(actual, row[:length], rtol=1e-5, atol=1e-6)
 
 
-def test_the_penalties_of_its_tokens_count_against_a_sample():
+def test_the_penalties_of_its_tokens_count_against_a_sample() -> None:
     """Rewards 1 and 0, penalties of 0.5 in all and none: worth 0.5 and 0."""
     penalties = [torch.tensor([0.2, 0.3]), torch.tensor([0.0])]
     experience = experience_of([1.0, 0.0], [0, 0], lengths=[2, 1], penalties=penalties)
@@ -103,7 +103,7 @@ def test_the_penalties_of_its_tokens_count_against_a_sample():
 
 
 @st.composite
-def batches(draw):
+def batches(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
     groups = draw(st.lists(st.integers(0, 4), min_size=1, max_size=24).map(sorted))
     numbered = torch.tensor([sorted(set(groups)).index(g) for g in groups])
     rewards = draw(st.lists(st.floats(-2, 2, width=32), min_size=len(groups), max_size=len(groups)))
@@ -111,7 +111,7 @@ def batches(draw):
 
 
 @given(batch=batches())
-def test_group_advantages_equal_their_formulas_group_by_group(batch):
+def test_group_advantages_equal_their_formulas_group_by_group(batch) -> None:
     """The formulas of GRPO, Dr.GRPO and RLOO over plain lists of each group."""
     rewards, groups = batch
     for group in groups.unique():
@@ -128,14 +128,14 @@ def test_group_advantages_equal_their_formulas_group_by_group(batch):
 
 
 @given(batch=batches(), shift=st.floats(-3, 3))
-def test_a_shift_of_all_rewards_changes_nothing(batch, shift):
+def test_a_shift_of_all_rewards_changes_nothing(batch, shift) -> None:
     rewards, groups = batch
     for advantage in (group_mean_advantage, leave_one_out_advantage):
         torch.testing.assert_close(advantage(rewards + shift, groups), advantage(rewards, groups))
 
 
 @given(batch=batches(), scale=st.floats(0.1, 10))
-def test_standardising_takes_the_scale_of_rewards_out(batch, scale):
+def test_standardising_takes_the_scale_of_rewards_out(batch, scale) -> None:
     rewards, groups = batch
     rewards = rewards.round(decimals=3)  # a deviation near eps would show it
     one, other = (group_standardised_advantage(r, groups, eps=1e-12) for r in (rewards, rewards * scale))
@@ -143,7 +143,7 @@ def test_standardising_takes_the_scale_of_rewards_out(batch, scale):
 
 
 @given(batch=batches())
-def test_leave_one_out_is_the_centred_reward_times_g_over_g_minus_1(batch):
+def test_leave_one_out_is_the_centred_reward_times_g_over_g_minus_1(batch) -> None:
     rewards, groups = batch
     sizes = torch.bincount(groups)[groups].double()
     expected = group_mean_advantage(rewards, groups) * torch.where(sizes > 1, sizes / (sizes - 1), 1)
@@ -151,7 +151,7 @@ def test_leave_one_out_is_the_centred_reward_times_g_over_g_minus_1(batch):
 
 
 @given(reward=st.floats(-10, 10), size=st.integers(1, 16))
-def test_uniform_groups_have_exactly_no_advantage(reward, size):
+def test_uniform_groups_have_exactly_no_advantage(reward, size) -> None:
     rewards, groups = torch.full((size,), reward), torch.zeros(size, dtype=torch.int64)
     for advantage in (group_mean_advantage, group_standardised_advantage, leave_one_out_advantage):
         assert advantage(rewards, groups).abs().max() == 0

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_dsrl.algorithms.aggregations import SequenceMean, TokenMean, TokenSum
+from megatron_dsrl.algorithms.aggregations import AggregationOptions, SequenceMean, TokenMean, TokenSum
 
 LENGTHS = [3, 1, 4]
 
@@ -19,7 +19,7 @@ LENGTHS = [3, 1, 4]
         (TokenSum(constant=5), [1 / 15] * 3),
     ],
 )
-def test_by_hand(aggregation, expected):
+def test_by_hand(aggregation, expected) -> None:
     weights = aggregation.weights(LENGTHS, max_response_tokens=10)
     assert weights.dtype == torch.float32
     assert weights.tolist() == pytest.approx(expected)
@@ -27,10 +27,10 @@ def test_by_hand(aggregation, expected):
 
 
 @given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=10), seed=st.integers(0, 9))
-def test_the_weighted_sum_is_the_promised_mean(lengths, seed):
+def test_the_weighted_sum_is_the_promised_mean(lengths, seed) -> None:
     losses = [torch.randn(n, generator=torch.Generator().manual_seed(seed + n)) for n in lengths]
 
-    def total(aggregation):
+    def total(aggregation: AggregationOptions) -> float:
         weights = aggregation.weights(lengths, max_response_tokens=64)
         return sum(weight * loss.sum() for weight, loss in zip(weights, losses)).item()
 
@@ -40,7 +40,7 @@ def test_the_weighted_sum_is_the_promised_mean(lengths, seed):
 
 
 @given(length=st.integers(1, 64), count=st.integers(1, 16))
-def test_for_equal_lengths_all_agree_up_to_the_constant(length, count):
+def test_for_equal_lengths_all_agree_up_to_the_constant(length, count) -> None:
     token, sequence, summed = (a.weights([length] * count, 64) for a in (TokenMean(), SequenceMean(), TokenSum()))
     torch.testing.assert_close(token, sequence)
     torch.testing.assert_close(summed * 64 / length, token)

@@ -30,7 +30,7 @@ def definition(rewards: Tensor, values: Tensor, discount: float, trace_decay: fl
     )
 
 
-def test_an_example_by_hand():
+def test_an_example_by_hand() -> None:
     """Two responses of three and one tokens, rewarded at their ends; gamma 0.5, lambda 0.5."""
     rewards = [torch.tensor([0.0, 0.0, 1.0]), torch.tensor([0.0])]
     values = [torch.tensor([0.5, 1.0, 0.5]), torch.tensor([2.0])]
@@ -44,7 +44,7 @@ def test_an_example_by_hand():
 
 
 @given(sequences, factors, factors)
-def test_equals_its_definition(batch, discount, trace_decay):
+def test_equals_its_definition(batch, discount, trace_decay) -> None:
     rewards = [torch.tensor([r for r, _ in sequence], dtype=torch.float64) for sequence in batch]
     values = [torch.tensor([v for _, v in sequence], dtype=torch.float64) for sequence in batch]
     advantages, returns = generalized_advantages(rewards, values, discount, trace_decay)
@@ -56,7 +56,7 @@ def test_equals_its_definition(batch, discount, trace_decay):
 
 
 @given(sequences)
-def test_undiscounted_with_lambda_one_the_return_is_the_sum_of_what_follows_whatever_the_critic_says(batch):
+def test_undiscounted_with_lambda_one_the_return_is_the_sum_of_what_follows_whatever_the_critic_says(batch) -> None:
     rewards = [torch.tensor([r for r, _ in sequence], dtype=torch.float64) for sequence in batch]
     values = [torch.tensor([v for _, v in sequence], dtype=torch.float64) for sequence in batch]
     _, returns = generalized_advantages(rewards, values, discount=1.0, trace_decay=1.0)
@@ -64,7 +64,7 @@ def test_undiscounted_with_lambda_one_the_return_is_the_sum_of_what_follows_what
         torch.testing.assert_close(of_critic, reward.flip(0).cumsum(0).flip(0), rtol=0, atol=1e-12)
 
 
-def test_whitening_is_over_all_tokens_of_the_batch():
+def test_whitening_is_over_all_tokens_of_the_batch() -> None:
     batch = [torch.tensor([1.0, 2.0]), torch.tensor([6.0])]
     whitened = whiten(batch, eps=0.0)
     # mean 3, deviations -2, -1, 3, unbiased variance 14 / 2
@@ -74,11 +74,11 @@ def test_whitening_is_over_all_tokens_of_the_batch():
 
 
 @pytest.mark.parametrize("batch", [[], [torch.tensor([3.0])], [torch.tensor([2.0, 2.0]), torch.tensor([2.0])]])
-def test_without_variance_whitening_gives_zeros(batch):
+def test_without_variance_whitening_gives_zeros(batch) -> None:
     assert all(torch.equal(sequence, torch.zeros_like(sequence)) for sequence in whiten(batch))
 
 
-def test_as_the_advantage_of_a_phase_rewards_come_at_the_end_and_penalties_at_every_token():
+def test_as_the_advantage_of_a_phase_rewards_come_at_the_end_and_penalties_at_every_token() -> None:
     """gamma = lambda = 1, reward 1 at the end, a KL penalty of 0.5 (lp - lp_ref) at every token."""
     objective = ObjectiveConfig(
         space=PostTrain(),

@@ -8,13 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_dsrl.algorithms.importance import Masked, Truncated
+from megatron_dsrl.algorithms.losses import ScoredTokens
 from tests.support.experiences import scored_tokens
 
 RATIOS = [1.5, 3.0, 0.4, 1.0]
 """Trainer to engine, for two sequences of two tokens; the products are 4.5 and 0.4."""
 
 
-def tokens_with(ratios, lengths):
+def tokens_with(ratios: list[float], lengths: list[int]) -> ScoredTokens:
     engine = torch.zeros(len(ratios))
     trainer = torch.tensor([math.log(ratio) for ratio in ratios])
     return scored_tokens(trainer, trainer, torch.ones(len(ratios)), lengths, engine_log_probs=engine)
@@ -30,7 +31,7 @@ def tokens_with(ratios, lengths):
     ],
     ids=["truncated tokens", "truncated sequences", "masked tokens", "masked sequences"],
 )
-def test_by_hand(correction, weights, affected):
+def test_by_hand(correction, weights, affected) -> None:
     actual, metrics = correction.correct(tokens_with(RATIOS, [2, 2]))
     assert actual.tolist() == pytest.approx(weights, rel=1e-6)
     fraction = metrics[f"importance_{correction.name}_fraction"]
@@ -41,13 +42,13 @@ def test_by_hand(correction, weights, affected):
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("kind", [Truncated, Masked])
 @given(log_probs=st.lists(st.floats(-20, 0), min_size=1, max_size=12))
-def test_equal_log_probs_change_nothing(kind, level, log_probs):
+def test_equal_log_probs_change_nothing(kind, level, log_probs) -> None:
     values = torch.tensor(log_probs)
     weights, _ = kind(level=level).correct(scored_tokens(values, values, torch.ones_like(values)))
     assert weights.tolist() == [1.0] * len(log_probs)
 
 
-def test_the_weights_carry_no_gradient_and_stay_finite():
+def test_the_weights_carry_no_gradient_and_stay_finite() -> None:
     """On-policy the log-probs before the update are the differentiable ones."""
     log_probs = torch.tensor([0.0, -1.0], requires_grad=True)
     tokens = scored_tokens(log_probs, log_probs, torch.ones(2), engine_log_probs=torch.tensor([-1e4, 0.0]))

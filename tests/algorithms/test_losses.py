@@ -30,7 +30,7 @@ def float64(*values: float, differentiable: bool = False) -> torch.Tensor:
         (4.0, -2.0, 6.0, True),  # dual clip: at most -A c = 6
     ],
 )
-def test_dual_clip_by_hand(ratio, advantage, loss, clipped):
+def test_dual_clip_by_hand(ratio, advantage, loss, clipped) -> None:
     log_probs = float64(math.log(ratio) - 1.0, differentiable=True)
     result = DUAL_CLIP.token_losses(scored_tokens(log_probs, float64(-1.0), float64(advantage)))
     assert result.losses.item() == pytest.approx(loss, rel=1e-12)
@@ -40,7 +40,7 @@ def test_dual_clip_by_hand(ratio, advantage, loss, clipped):
 
 
 @pytest.mark.parametrize("loss_class", LOSSES.classes(), ids=lambda loss_class: loss_class.__name__)
-def test_what_vanishes_without_advantage(loss_class):
+def test_what_vanishes_without_advantage(loss_class) -> None:
     """Value and gradient of a sequence, whatever its ratios and those of its neighbour."""
     old = float64(-9.0, -1.0, -0.1, -2.0, -1.0)
     log_probs = float64(-0.5, -1.0, -4.0, -1.9, -1.5, differentiable=True)
@@ -52,13 +52,13 @@ def test_what_vanishes_without_advantage(loss_class):
     assert losses[3:].all() and log_probs.grad[3:].any()
 
 
-def test_without_the_dual_clip_the_loss_of_a_negative_advantage_has_no_ceiling():
+def test_without_the_dual_clip_the_loss_of_a_negative_advantage_has_no_ceiling() -> None:
     tokens = scored_tokens(float64(math.log(40.0)), float64(0.0), float64(-2.0))
     assert DualClip(dual_clip=None).token_losses(tokens).losses.item() == pytest.approx(80)
 
 
 @pytest.mark.parametrize("ratio", [0.5, 1.0, 3.0, 7.0])
-def test_cispo_by_hand(ratio):
+def test_cispo_by_hand(ratio) -> None:
     """The weight min(ratio, 5) is a constant: l = -w A log pi, and no token loses its gradient."""
     log_probs = float64(math.log(ratio) - 1.0, differentiable=True)
     result = CISPO().token_losses(scored_tokens(log_probs, float64(-1.0), float64(-2.0)))
@@ -69,13 +69,13 @@ def test_cispo_by_hand(ratio):
     assert result.metrics["clip_fraction"].item() is (ratio > 5)
 
 
-def test_cispo_with_a_lower_bound():
+def test_cispo_with_a_lower_bound() -> None:
     log_probs = float64(math.log(0.1) - 1.0, differentiable=True)
     CISPO(clip_low=0.5).token_losses(scored_tokens(log_probs, float64(-1.0), float64(1.0))).losses.sum().backward()
     assert log_probs.grad.item() == pytest.approx(-0.5)
 
 
-def gspo_objective(log_probs, old_log_probs, advantages, lengths, low, high):
+def gspo_objective(log_probs, old_log_probs, advantages, lengths, low, high) -> torch.Tensor:
     """The objective of arXiv 2507.18071 sample by sample, with a differentiable sequence ratio; to be maximised."""
     terms = []
     for lp, old, advantage in zip(log_probs.split(lengths), old_log_probs.split(lengths), advantages):
@@ -84,7 +84,7 @@ def gspo_objective(log_probs, old_log_probs, advantages, lengths, low, high):
     return torch.stack(terms).mean()
 
 
-def test_gspo_equals_its_objective_and_gradient():
+def test_gspo_equals_its_objective_and_gradient() -> None:
     """With the mean over sequences; of each clipping case one sequence."""
     lengths = [3, 1, 4, 2]
     old = float64(-1.0, -2.0, -0.5, -1.5, -0.3, -0.7, -1.1, -0.9, -2.0, -1.0)
@@ -108,7 +108,7 @@ def test_gspo_equals_its_objective_and_gradient():
 
 
 @given(values=st.lists(st.tuples(*[st.floats(-3, 0)] * 2, st.floats(-2, 2)), min_size=1, max_size=8))
-def test_gspo_equals_grpo_for_responses_of_one_token(values):
+def test_gspo_equals_grpo_for_responses_of_one_token(values) -> None:
     log_probs, old, advantages = (float64(*column) for column in zip(*values))
     log_probs.requires_grad_()
     results = []
@@ -119,7 +119,7 @@ def test_gspo_equals_grpo_for_responses_of_one_token(values):
 
 
 @pytest.mark.parametrize("loss", [DUAL_CLIP, GSPO(), CISPO(), PolicyGradient()], ids=lambda loss: loss.name)
-def test_on_policy_every_loss_has_the_policy_gradient(loss):
+def test_on_policy_every_loss_has_the_policy_gradient(loss) -> None:
     log_probs = float64(-0.5, -1.5, -0.2, differentiable=True)
     advantages = float64(0.7, 0.7, -0.2)
     loss.token_losses(scored_tokens(log_probs, log_probs.detach(), advantages, [2, 1])).losses.sum().backward()
@@ -127,7 +127,7 @@ def test_on_policy_every_loss_has_the_policy_gradient(loss):
 
 
 @pytest.mark.parametrize("loss", [DUAL_CLIP, PolicyGradient(), Supervised()], ids=lambda loss: loss.name)
-def test_gradients_are_those_of_the_values(loss: LossOptions):
+def test_gradients_are_those_of_the_values(loss: LossOptions) -> None:
     """By finite differences. GSPO and CISPO are left out: their gradients are not those of their values, by design."""
     generator = torch.Generator().manual_seed(0)
     old, advantages = torch.randn(2, 40, generator=generator, dtype=torch.float64)
@@ -137,7 +137,7 @@ def test_gradients_are_those_of_the_values(loss: LossOptions):
 
 @pytest.mark.parametrize("loss", [DUAL_CLIP, GSPO(), CISPO()], ids=lambda loss: loss.name)
 @pytest.mark.parametrize("log_ratio", [-1000.0, 1000.0])
-def test_an_exploding_ratio_stays_finite(loss, log_ratio):
+def test_an_exploding_ratio_stays_finite(loss, log_ratio) -> None:
     log_probs = float64(log_ratio, differentiable=True)
     losses = loss.token_losses(scored_tokens(log_probs, float64(0.0), float64(-1.0))).losses
     losses.sum().backward()
@@ -145,13 +145,13 @@ def test_an_exploding_ratio_stays_finite(loss, log_ratio):
 
 
 @pytest.mark.parametrize("loss", [DUAL_CLIP, GSPO(), CISPO(), PolicyGradient()], ids=lambda loss: loss.name)
-def test_samples_without_advantage_have_no_gradient(loss):
+def test_samples_without_advantage_have_no_gradient(loss) -> None:
     log_probs = float64(-0.5, -1.5, differentiable=True)
     loss.token_losses(scored_tokens(log_probs, float64(-0.7, -1.1), float64(0.0, 0.0))).losses.sum().backward()
     assert log_probs.grad.abs().max() == 0
 
 
-def test_no_sequence_at_all_is_no_loss():
+def test_no_sequence_at_all_is_no_loss() -> None:
     """A rank whose micro-batch is empty takes part all the same."""
     nothing = float64(differentiable=True)
     for loss in (DUAL_CLIP, GSPO(), CISPO()):

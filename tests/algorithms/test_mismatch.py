@@ -8,7 +8,7 @@ import torch
 from megatron_dsrl.algorithms.mismatch import mismatch_metrics
 
 
-def test_by_hand():
+def test_by_hand() -> None:
     """Ratios trainer / engine of 1, 4 and 0.8."""
     log_ratios = [0.0, math.log(4), math.log(0.8)]
     engine = torch.tensor([-2.0, -3.0, -1.0])

@@ -1,5 +1,6 @@
 """From a phase and a rollout batch to the terms of the loss."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -21,14 +22,14 @@ from tests.support.experiences import experience_of, scored_tokens
 POST_TRAIN, PRE_TRAIN = PostTrain(), PreTrain()
 
 
-def responses(*rewards_and_lengths, truncated=()):
+def responses(*rewards_and_lengths: tuple[float, int], truncated: Sequence[int] = ()) -> list[Response]:
     return [
         Response((1, 2), (3,) * length, (-1.0,) * length, reward, 0, truncated=position in truncated)
         for position, (reward, length) in enumerate(rewards_and_lengths)
     ]
 
 
-def test_two_objectives_on_the_same_samples_each_with_its_own_denominator():
+def test_two_objectives_on_the_same_samples_each_with_its_own_denominator() -> None:
     """GRPO without std on all samples, and NSR-PreRL on the wrong ones with a coefficient."""
     phase = PhaseConfig(
         name="both",
@@ -52,27 +53,27 @@ def test_two_objectives_on_the_same_samples_each_with_its_own_denominator():
     assert nsr.aggregation([2]).tolist() == [1 / 2]
 
 
-def test_the_constant_of_the_token_sum_is_the_length_limit():
+def test_the_constant_of_the_token_sum_is_the_length_limit() -> None:
     phase = PhaseConfig(name="dr_grpo", space=POST_TRAIN, advantage=GroupMean(), aggregation=TokenSum())
     batch = responses((1.0, 3), (0.0, 2))
     (objective,) = build_objectives(phase, [build_experience(batch, POST_TRAIN, ())], max_response_tokens=10)
     assert objective.aggregation([3, 2]).tolist() == pytest.approx([1 / 20] * 2)
 
 
-def test_truncated_samples_are_compared_with_but_not_updated():
+def test_truncated_samples_are_compared_with_but_not_updated() -> None:
     config = ObjectiveConfig(space=POST_TRAIN, advantage=GroupMean(), drop_truncated=True)
     batch = responses((1.0, 3), (0.0, 4), truncated={1})
     experience = with_advantages(build_experience(batch, POST_TRAIN, ()), config)
     assert experience.num_scored == [3] and experience.advantages[0].tolist() == [0.5] * 3
 
 
-def test_the_filter_judges_a_sample_by_the_sum_of_its_tokens():
+def test_the_filter_judges_a_sample_by_the_sum_of_its_tokens() -> None:
     config = ObjectiveConfig(space=POST_TRAIN, advantage=ReinforcePlusPlus(), filter=Negative())
     experience = with_advantages(build_experience(responses((1.0, 1), (0.0, 3)), POST_TRAIN, ()), config)
     assert experience.num_scored == [3]
 
 
-def test_nothing_kept_is_an_empty_experience():
+def test_nothing_kept_is_an_empty_experience() -> None:
     config = ObjectiveConfig(space=POST_TRAIN, advantage=GroupMean(), filter=Negative())
     assert len(with_advantages(build_experience(responses((1.0, 1), (1.0, 3)), POST_TRAIN, ()), config)) == 0
     assert len(with_advantages(build_experience([], POST_TRAIN, ()), config)) == 0
@@ -86,11 +87,11 @@ def test_nothing_kept_is_an_empty_experience():
         (KLConfig(reward_coefficient=0.1), ModelPasses(old_log_probs=True, reference_log_probs=True)),
     ],
 )
-def test_passes_that_kl_terms_need(kl, passes):
+def test_passes_that_kl_terms_need(kl, passes) -> None:
     assert required_passes(ObjectiveConfig(space=POST_TRAIN, advantage=GroupMean(), kl=kl)) == passes
 
 
-def test_kl_in_the_reward_is_taken_off_token_by_token():
+def test_kl_in_the_reward_is_taken_off_token_by_token() -> None:
     """Log-ratios 0.5, -0.5 and 1 at a coefficient of 0.2: penalties 0.1, -0.1 and 0.2; the reward comes last."""
     experience = replace(
         experience_of([1.0, 0.0], [0, 0], lengths=[2, 1]),
@@ -104,7 +105,7 @@ def test_kl_in_the_reward_is_taken_off_token_by_token():
     assert [a[0].item() for a in result.advantages] == pytest.approx([0.6, -0.6])
 
 
-def test_the_loss_of_a_token_adds_up():
+def test_the_loss_of_a_token_adds_up() -> None:
     """w (-A lp) + beta KL - alpha H on one token, with the gradient of each part."""
     config = ObjectiveConfig(
         space=POST_TRAIN,
@@ -146,7 +147,7 @@ def test_the_loss_of_a_token_adds_up():
     ],
     ids=["clip", "importance", "KL in the reward", "KL in the loss", "entropy bonus", "supervised"],
 )
-def test_samples_of_uniform_groups_have_a_gradient_only_where_another_term_gives_them_one(changes, needed):
+def test_samples_of_uniform_groups_have_a_gradient_only_where_another_term_gives_them_one(changes, needed) -> None:
     phase = PhaseConfig(name="one", space=POST_TRAIN, advantage=GroupMean(), **changes)
     experience = experience_of([1.0, 1.0, 1.0, 0.0], [0, 0, 1, 1], [2, 3, 2, 3])
     same = tuple(torch.full((count,), -1.0) for count in experience.num_scored)
@@ -155,7 +156,7 @@ def test_samples_of_uniform_groups_have_a_gradient_only_where_another_term_gives
     assert objective.samples_with_gradient == needed
 
 
-def test_an_entropy_bonus_asks_for_the_entropy_gradient():
+def test_an_entropy_bonus_asks_for_the_entropy_gradient() -> None:
     phase = PhaseConfig(name="bonus", space=POST_TRAIN, advantage=GroupMean(), entropy_coefficient=0.01)
     experience = build_experience(responses((1.0, 3), (0.0, 2)), POST_TRAIN, ())
     without = phase.model_copy(update={"entropy_coefficient": 0.0})
@@ -173,7 +174,7 @@ def test_an_entropy_bonus_asks_for_the_entropy_gradient():
     ],
     ids=["the engine's", "an importance correction has them", "the pre-train space has no other"],
 )
-def test_old_log_probs_of_tokens_from_older_weights(changes, old_of_older_tokens):
+def test_old_log_probs_of_tokens_from_older_weights(changes, old_of_older_tokens) -> None:
     """Log-probs: the engine's -2, the trainer's before the update -1. The first two tokens are older."""
     batch = [Response([1, 2], [3, 4, 5], [-2.0] * 3, reward, group=0, older_tokens=2) for reward in (0.0, 1.0)]
     objective = ObjectiveConfig(**{"space": POST_TRAIN, "advantage": GroupMean(), **changes})

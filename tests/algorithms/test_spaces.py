@@ -39,7 +39,7 @@ def scored_tokens(sequence: ScoredSequence) -> list[int]:
         (PromptEnd(kept_tokens=2), (), (2, 3, *RESPONSE), [10, 11, 12, 13]),
     ],
 )
-def test_every_response_token_is_scored_that_has_a_context(space, context, token_ids, scored):
+def test_every_response_token_is_scored_that_has_a_context(space, context, token_ids, scored) -> None:
     sequence = space.sequence(PROMPT, RESPONSE, context)
     assert (sequence.token_ids, scored_tokens(sequence)) == (token_ids, scored)
     assert sequence.num_scored == len(scored)
@@ -49,7 +49,7 @@ def test_every_response_token_is_scored_that_has_a_context(space, context, token
     ("space", "context", "scored"),
     [(PostTrain(), (), [10, 13]), (PreTrain(), BOS, [10, 13]), (PreTrain(bos="none"), (), [13])],
 )
-def test_any_subset_of_the_response_can_be_scored(space, context, scored):
+def test_any_subset_of_the_response_can_be_scored(space, context, scored) -> None:
     """Tokens of a tool stay in the context and are not scored."""
     response = Response(PROMPT, RESPONSE, (-1.0, -2.0, -3.0, -4.0), 1.0, 0, scored=(True, False, False, True))
     experience = build_experience([response], space, context)
@@ -59,20 +59,20 @@ def test_any_subset_of_the_response_can_be_scored(space, context, scored):
     torch.testing.assert_close(experience.engine_log_probs[0], torch.tensor([engine[token] for token in scored]))
 
 
-def test_marks_of_older_weights_follow_the_mask():
+def test_marks_of_older_weights_follow_the_mask() -> None:
     response = Response(PROMPT, RESPONSE, (-1.0,) * 4, 1.0, 0, older_tokens=3, scored=(True, False, True, True))
     experience = build_experience([response], PostTrain())
     assert [marks.tolist() for marks in experience.from_older_weights] == [[1.0, 1.0, 0.0]]
 
 
-def test_empty_parts_are_refused():
+def test_empty_parts_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one prompt token"):
         PostTrain().sequence((), RESPONSE)
     with pytest.raises(ValueError, match="at least one response token"):
         PreTrain().sequence(PROMPT, ())
 
 
-def test_a_custom_space_is_named_by_its_dotted_path():
+def test_a_custom_space_is_named_by_its_dotted_path() -> None:
     path = "tests.algorithms.test_spaces:PromptEnd"
     phase = PhaseConfig(name="p", space={"name": path, "kept_tokens": 2}, advantage=GroupMean())
     assert phase.space.kept_tokens == 2 and phase.model_dump()["space"] == {"name": path, "kept_tokens": 2}

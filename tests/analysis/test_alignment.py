@@ -15,7 +15,7 @@ def response(inner_product: float, without: list[float], given_prompt: list[floa
     return ScoredResponse(step=1, problem=4, number=0, reward=1.0, comparison=comparison)
 
 
-def test_a_record():
+def test_a_record() -> None:
     record = response(4.0, [-3.0, -1.0], [-1.0, -1.5]).as_record()
 
     assert record["cosine"] == 0.4
@@ -24,7 +24,7 @@ def test_a_record():
     assert (record["mean_gap"], record["mean_absolute_gap"]) == (0.75, 1.25)
 
 
-def test_without_a_bos_the_first_token_is_left_out():
+def test_without_a_bos_the_first_token_is_left_out() -> None:
     record = response(1.0, [-3.0], [-9.0, -1.0]).as_record()
 
     assert record["gaps"] == [2.0]
@@ -33,7 +33,7 @@ def test_without_a_bos_the_first_token_is_left_out():
     assert response(1.0, [], [-9.0]).as_record()["mean_gap"] is None
 
 
-def test_the_summary_counts_responses_and_bins_tokens():
+def test_the_summary_counts_responses_and_bins_tokens() -> None:
     records = [response(4.0, [-3.0, -1.0], [-1.0, -1.5]).as_record(), response(-1.0, [-2.0], [-1.75]).as_record()]
 
     figures = summary(records)
@@ -45,7 +45,7 @@ def test_the_summary_counts_responses_and_bins_tokens():
     assert len(charts(records)) == 3
 
 
-def test_positions_double_from_bin_to_bin():
+def test_positions_double_from_bin_to_bin() -> None:
     bins = gap_by_position([[1.0, 2.0, 4.0, 8.0], [3.0]])
 
     assert [(one["first_position"], one["last_position"], one["mean_gap"]) for one in bins] == [
@@ -55,7 +55,7 @@ def test_positions_double_from_bin_to_bin():
     ]
 
 
-def test_tenths_by_entropy_have_equal_sizes():
+def test_tenths_by_entropy_have_equal_sizes() -> None:
     entropies = [float(i) for i in range(20)][::-1]
     bins = gap_by_entropy([-entropy for entropy in entropies], entropies)
 

@@ -122,7 +122,7 @@ def found(models) -> list[dict[str, list[Expected]]]:
 
 
 @pytest.mark.parametrize("case", [*ONE, *TWO])
-def test_a_layout_gives_what_autograd_gives(models, found, case):
+def test_a_layout_gives_what_autograd_gives(models, found, case) -> None:
     model = (ONE | TWO)[case][0]
     for rank in found:
         for result, expected in zip(rank[case], models[1][model], strict=True):
@@ -131,7 +131,7 @@ def test_a_layout_gives_what_autograd_gives(models, found, case):
             np.testing.assert_allclose(result.entropy, expected.entropy, rtol=TOLERANCE)
 
 
-def test_the_two_gradients_differ_and_the_prompt_matters(models):
+def test_the_two_gradients_differ_and_the_prompt_matters(models) -> None:
     """So that a comparison of a gradient with itself would be noticed."""
     for expected in models[1]["dense"]:
         inner_product, norm_without, norm_with = expected.numbers.tolist()

@@ -14,7 +14,7 @@ from tests.support.judge import judge
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_command_asks_a_server_of_sglang(tmp_path, capsys):
+def test_the_command_asks_a_server_of_sglang(tmp_path, capsys) -> None:
     run = tmp_path / "run"
     write_run(run, steps=2, warmup=1)
 

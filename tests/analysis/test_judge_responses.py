@@ -5,6 +5,7 @@ This tests the client: questions, limits, retries, files. No model judges here, 
 
 import json
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -27,7 +28,7 @@ class Endpoint(BaseHTTPRequestHandler):
     lock = threading.Lock()
     under_way = most_under_way = 0
 
-    def do_POST(self):
+    def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         solution = asked["messages"][1]["content"].split("<solution>\n")[1].split("\n</solution>")[0]
         with self.lock:
@@ -55,12 +56,12 @@ class Endpoint(BaseHTTPRequestHandler):
             text = f"Here you are: {json.dumps({name: name in solution for name in BEHAVIOURS})}"
         self.wfile.write(json.dumps({"choices": [{"message": {"content": text}}]}).encode())
 
-    def log_message(self, *arguments):
+    def log_message(self, *arguments) -> None:
         pass
 
 
 @pytest.fixture
-def endpoint():
+def endpoint() -> Iterator[JudgeEndpoint]:
     Endpoint.requests, Endpoint.tries = [], {}
     Endpoint.under_way = Endpoint.most_under_way = 0
     server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
@@ -76,7 +77,7 @@ def steps_of(*texts: str, step: int = 1) -> list:
     return [(step, list(enumerate(responses)))]
 
 
-def test_every_response_is_asked_about_as_the_endpoint_expects(endpoint, tmp_path):
+def test_every_response_is_asked_about_as_the_endpoint_expects(endpoint, tmp_path) -> None:
     texts = ["verification only", *(f"backtracking and enumeration {i}" for i in range(8))]
 
     result = judge_responses(steps_of(*texts), endpoint, tmp_path / "new" / "behaviours.jsonl")
@@ -91,7 +92,7 @@ def test_every_response_is_asked_about_as_the_endpoint_expects(endpoint, tmp_pat
     assert Endpoint.most_under_way == endpoint.concurrency
 
 
-def test_passing_failures_are_tried_again_and_final_ones_are_not(endpoint, tmp_path):
+def test_passing_failures_are_tried_again_and_final_ones_are_not(endpoint, tmp_path) -> None:
     texts = ["busy", "dropped", "down", "refused"]
 
     result = judge_responses(steps_of(*texts), endpoint, tmp_path / "behaviours.jsonl")
@@ -101,7 +102,7 @@ def test_passing_failures_are_tried_again_and_final_ones_are_not(endpoint, tmp_p
     assert result.failures[1, 2].startswith("status 503") and result.failures[1, 3].startswith("status 400")
 
 
-def test_nobody_listens(tmp_path):
+def test_nobody_listens(tmp_path) -> None:
     nobody = JudgeEndpoint("http://127.0.0.1:9/v1", "judge-1", retries=1, first_pause_seconds=0.01)
 
     result = judge_responses(steps_of("a"), nobody, tmp_path / "behaviours.jsonl")
@@ -109,7 +110,7 @@ def test_nobody_listens(tmp_path):
     assert result.verdicts == [] and "ClientConnectorError" in result.failures[1, 0]
 
 
-def test_a_second_start_asks_only_what_has_no_answer(endpoint, tmp_path):
+def test_a_second_start_asks_only_what_has_no_answer(endpoint, tmp_path) -> None:
     file = tmp_path / "behaviours.jsonl"
     judge_responses(steps_of("busy", "chatty", "refused"), endpoint, file)
     with file.open("a") as stream:
@@ -124,7 +125,7 @@ def test_a_second_start_asks_only_what_has_no_answer(endpoint, tmp_path):
     assert len(file.read_text().splitlines()) == 1 + 3
 
 
-def test_another_judge_or_other_responses_do_not_continue(endpoint, tmp_path):
+def test_another_judge_or_other_responses_do_not_continue(endpoint, tmp_path) -> None:
     file = tmp_path / "behaviours.jsonl"
     judge_responses(steps_of("a"), endpoint, file)
 
@@ -136,7 +137,7 @@ def test_another_judge_or_other_responses_do_not_continue(endpoint, tmp_path):
         judge_responses(steps_of("a"), JudgeEndpoint("localhost:30000", "judge-1"), file)
 
 
-def test_unreadable_answers_are_kept_and_counted(endpoint, tmp_path):
+def test_unreadable_answers_are_kept_and_counted(endpoint, tmp_path) -> None:
     result = judge_responses(steps_of("chatty", "verification", "plain"), endpoint, tmp_path / "behaviours.jsonl")
 
     assert result.verdicts[0]["answer"] == "I would rather tell a story."
@@ -164,11 +165,11 @@ def test_unreadable_answers_are_kept_and_counted(endpoint, tmp_path):
         (json.dumps(NONE | {"backtracking": "yes"}), None),
     ],
 )
-def test_reading_an_answer(answer, behaviours):
+def test_reading_an_answer(answer, behaviours) -> None:
     assert parse_answer(answer) == (None if behaviours is None else NONE | behaviours)
 
 
-def test_a_long_response_is_shown_without_its_middle():
+def test_a_long_response_is_shown_without_its_middle() -> None:
     response = RecordedResponse(1, 0, 0, "1+1=?", "a" * 20_000 + "b" * 20_000, 0.0, 9)
 
     shown = question(response)[1]["content"]

@@ -9,7 +9,7 @@ def group_of(*samples) -> SampleGroup:
     return SampleGroup(make_group([]).prompt, samples)
 
 
-def test_a_step():
+def test_a_step() -> None:
     right = make_sample(1.0, tokens=2, log_probs=(-1.0, -3.0))
     wrong = make_sample(0.0, tokens=4, log_probs=(-0.5,) * 4, finish_reason="length")
 
@@ -27,7 +27,7 @@ def test_a_step():
     }
 
 
-def test_what_is_missing_is_none():
+def test_what_is_missing_is_none() -> None:
     record = lengths_of_step(1, [group_of(make_sample(1.0, tokens=0, log_probs=()))], {})
 
     assert record["mean_tokens_of_others"] is record["sampled_entropy"] is record["trained_entropy"] is None

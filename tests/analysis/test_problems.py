@@ -10,7 +10,7 @@ STEPS = [
 ]
 
 
-def test_every_visit_knows_what_was_before():
+def test_every_visit_knows_what_was_before() -> None:
     seen = visits(STEPS)
 
     assert [(v.step, v.problem, v.epoch, v.outcome) for v in seen] == [
@@ -26,7 +26,7 @@ def test_every_visit_knows_what_was_before():
     assert [(v.step, v.problem) for v in seen if v.lost] == [(2, 7)]
 
 
-def test_steps_count_every_visited_problem_once_by_its_latest_visit():
+def test_steps_count_every_visited_problem_once_by_its_latest_visit() -> None:
     names = ("step", "visited", "solved_at_least_once", "now_solved", "now_mixed", "now_unsolved", "newly_solved")
 
     assert [tuple(record[name] for name in names) for record in by_step(visits(STEPS))] == [
@@ -36,7 +36,7 @@ def test_steps_count_every_visited_problem_once_by_its_latest_visit():
     ]
 
 
-def test_epochs_and_summary():
+def test_epochs_and_summary() -> None:
     epochs = by_epoch(visits(STEPS))
 
     names = ("epoch", "problems", "solved", "mixed", "unsolved", "newly_solved", "gained", "lost")
@@ -48,7 +48,7 @@ def test_epochs_and_summary():
     assert summary(visits(STEPS))["epochs"] == epochs
 
 
-def test_partial_credit_is_neither_right_nor_unsolved():
+def test_partial_credit_is_neither_right_nor_unsolved() -> None:
     (visit,) = visits([(1, [make_group([0.5, 0.0], index=1)])])
 
     assert (visit.outcome, visit.has_right, visit.newly_solved) == ("mixed", False, False)

@@ -6,7 +6,7 @@ from megatron_dsrl.analysis.responses import RecordedResponse
 from megatron_dsrl.analysis.thoughts import ThoughtCounts, count_thoughts, split_thoughts, summary, thoughts_of_step
 
 
-def test_thoughts_are_the_parts_between_blank_lines():
+def test_thoughts_are_the_parts_between_blank_lines() -> None:
     text = "First.\nstill first\n\nSecond.\n \t\n\n\nThird.\n\n"
 
     assert split_thoughts(text) == ["First.\nstill first", "Second.", "Third."]
@@ -43,19 +43,19 @@ def test_thoughts_are_the_parts_between_blank_lines():
         ("Alternatively, let me check another way.", "reflection"),  # reflection comes first
     ],
 )
-def test_the_kind_of_a_thought(thought, kind):
+def test_the_kind_of_a_thought(thought, kind) -> None:
     expected = ThoughtCounts(1, reflections=int(kind == "reflection"), transitions=int(kind == "transition"))
 
     assert count_thoughts(thought) == expected
 
 
-def test_a_response_counted_by_hand():
+def test_a_response_counted_by_hand() -> None:
     text = "The sum is 12.\n\nWait, that seems right.\n\nAnother way: halves.\n\nLet me check: verify.\n\nSo 12."
 
     assert count_thoughts(text) == ThoughtCounts(5, reflections=2, transitions=1)
 
 
-def test_means_of_a_step_and_growth_over_steps():
+def test_means_of_a_step_and_growth_over_steps() -> None:
     reflects, moves_on, plain = "Wait.\n\nHold on.", "Alternatively, halves.", "So 12."
 
     def step(number: int, *texts: tuple[str, float]) -> dict:

@@ -5,7 +5,7 @@ import pytest
 from megatron_dsrl.charts.estimate import Estimate, in_percent
 
 
-def test_the_interval_is_students_t_over_runs():
+def test_the_interval_is_students_t_over_runs() -> None:
     # mean 0.60, standard deviation 0.05, t(0.975, 2 degrees of freedom) = 4.30265: 4.30265 * 0.05 / sqrt(3)
     estimate = Estimate((0.55, 0.60, 0.65))
     assert estimate.mean == pytest.approx(0.60)

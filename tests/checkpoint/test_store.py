@@ -93,7 +93,7 @@ def growth_by_a_large_file(root: Path) -> int:
     return used[1] - used[0]
 
 
-def test_a_save_leaves_no_memory_behind(tmp_path):
+def test_a_save_leaves_no_memory_behind(tmp_path) -> None:
     """Each asynchronous save has its own thread, and the memory of a thread's heap stays with the process."""
     (growth,) = run_distributed(growth_by_a_large_file, 1, tmp_path)
     assert growth < 8 * 2**20
@@ -110,7 +110,7 @@ def names(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir())
 
 
-def test_the_newest_checkpoint_comes_back_as_it_was_saved(tmp_path):
+def test_the_newest_checkpoint_comes_back_as_it_was_saved(tmp_path) -> None:
     assert Store(tmp_path / "absent").newest() is None
     saved(tmp_path, 1, 2)
     newest = Store(tmp_path).newest()
@@ -119,7 +119,7 @@ def test_the_newest_checkpoint_comes_back_as_it_was_saved(tmp_path):
     assert torch.equal(torch.load(newest.weights_folder / "common.pt")["weight"], torch.arange(1000))
 
 
-def test_other_models_lie_beside_the_actor_and_are_validated_with_it(tmp_path):
+def test_other_models_lie_beside_the_actor_and_are_validated_with_it(tmp_path) -> None:
     store = saved(tmp_path, 1)
     store.save(state(2), FewFiles, {"critic": FewFiles})
     damaged = tmp_path / "step_000002" / "critic" / "__0_0.distcp"
@@ -133,7 +133,7 @@ def test_other_models_lie_beside_the_actor_and_are_validated_with_it(tmp_path):
     ("keep_last", "keep_every_steps", "kept"),
     [(1, None, [6]), (3, None, [4, 5, 6]), (1, 2, [2, 4, 6]), (2, 4, [4, 5, 6])],
 )
-def test_old_checkpoints_are_removed(tmp_path, keep_last, keep_every_steps, kept):
+def test_old_checkpoints_are_removed(tmp_path, keep_last, keep_every_steps, kept) -> None:
     saved(tmp_path, *range(1, 7), keep_last=keep_last, keep_every_steps=keep_every_steps)
     assert names(tmp_path) == [f"step_{step:06d}" for step in kept]
 
@@ -164,7 +164,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, damage):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, damage) -> None:
     saved(tmp_path, 1, 2, 3, keep_last=3)
     spoil, problem = DAMAGES[damage]
     spoil(tmp_path / "step_000003")
@@ -179,7 +179,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, dam
     assert Store(tmp_path).newest().state.step == 3
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_silently_start_again(tmp_path):
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_silently_start_again(tmp_path) -> None:
     assert Store(tmp_path).newest() is None
     saved(tmp_path, 1, 2)
     for folder in tmp_path.iterdir():
@@ -190,7 +190,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_silently_start_again(t
     assert len(store.reports) == 2
 
 
-def test_a_new_checkpoint_outlives_damaged_later_ones(tmp_path):
+def test_a_new_checkpoint_outlives_damaged_later_ones(tmp_path) -> None:
     saved(tmp_path, 1, 8, 9, keep_last=3)
     for step in (8, 9):
         flip_a_byte(tmp_path / f"step_{step:06d}")
@@ -216,7 +216,7 @@ def save_and_never_end(root: Path) -> None:
     time.sleep(600)
 
 
-def test_kill_9_during_a_save_in_the_background_leaves_the_checkpoint_before_it(tmp_path):
+def test_kill_9_during_a_save_in_the_background_leaves_the_checkpoint_before_it(tmp_path) -> None:
     process = start_one_process(save_and_never_end, tmp_path)
     try:
         deadline = time.monotonic() + 60
@@ -259,7 +259,7 @@ def poll_until(store: Store, what: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
-def test_a_save_in_the_background_is_published_when_it_is_complete(tmp_path, held):
+def test_a_save_in_the_background_is_published_when_it_is_complete(tmp_path, held) -> None:
     store = saved(tmp_path, 1, asynchronous=True)
     store.finish()
     store.save(state(2), held)
@@ -270,7 +270,7 @@ def test_a_save_in_the_background_is_published_when_it_is_complete(tmp_path, hel
     assert Store(tmp_path).newest().state == state(2) and names(tmp_path) == ["step_000001", "step_000002"]
 
 
-def test_the_next_save_waits_for_the_one_in_flight(tmp_path, held):
+def test_the_next_save_waits_for_the_one_in_flight(tmp_path, held) -> None:
     store = Store(tmp_path, asynchronous=True)
     store.save(state(1), held)
     threading.Timer(0.2, held.go.set).start()
@@ -281,7 +281,7 @@ def test_the_next_save_waits_for_the_one_in_flight(tmp_path, held):
     store.save(state(2), must_not_be_called)  # as a request to stop does, before the next step
 
 
-def test_a_failure_in_the_background_surfaces_at_the_next_boundary(tmp_path):
+def test_a_failure_in_the_background_surfaces_at_the_next_boundary(tmp_path) -> None:
     store = saved(tmp_path, 1, asynchronous=True)
     store.finish()
     with files_of_at_most(2000):
@@ -294,7 +294,7 @@ def test_a_failure_in_the_background_surfaces_at_the_next_boundary(tmp_path):
     assert Store(tmp_path).newest().state.step == 3
 
 
-def test_a_defect_in_the_background_keeps_its_traceback(tmp_path):
+def test_a_defect_in_the_background_keeps_its_traceback(tmp_path) -> None:
     class Defect(FewFiles):
         def write(self) -> list[Path]:
             raise ZeroDivisionError("a defect")
@@ -309,7 +309,7 @@ def must_not_be_called(folder: Path, copy: bool) -> FewFiles:
     raise AssertionError
 
 
-def test_the_checkpoint_that_a_run_continues_from_is_not_written_again(tmp_path):
+def test_the_checkpoint_that_a_run_continues_from_is_not_written_again(tmp_path) -> None:
     saved(tmp_path, 1)
     store = Store(tmp_path)
     store.newest()
@@ -318,7 +318,7 @@ def test_the_checkpoint_that_a_run_continues_from_is_not_written_again(tmp_path)
 
 
 @pytest.mark.parametrize("size", [200, 2000, 10_000], ids=["all files", "torch.save", "shard"])
-def test_a_disk_that_fills_up(tmp_path, size):
+def test_a_disk_that_fills_up(tmp_path, size) -> None:
     store = saved(tmp_path, 1)
     with files_of_at_most(size), pytest.raises(UserError, match="step 2 could not be written .* MiB are free"):
         store.save(state(2), FewFiles)
@@ -328,7 +328,7 @@ def test_a_disk_that_fills_up(tmp_path, size):
     assert Store(tmp_path).newest().state.step == 2
 
 
-def test_a_place_that_cannot_be_written_to(tmp_path):
+def test_a_place_that_cannot_be_written_to(tmp_path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="step 1 could not be written to .*Not a directory"):
         saved(tmp_path / "file", 1)
@@ -353,7 +353,7 @@ def without_roots_privileges() -> Iterator[None]:
         assert libc.capset(header, before) == 0
 
 
-def test_a_read_only_folder(tmp_path):
+def test_a_read_only_folder(tmp_path) -> None:
     saved(tmp_path, 1)
     tmp_path.chmod(0o500)
     try:
@@ -400,7 +400,7 @@ def save_an_actor_onto_a_full_disk(model: Path, root: Path, full_on: list[int], 
     [([0], True), pytest.param([1], False, marks=pytest.mark.slow)],
     ids=["rank 0", "rank 1"],
 )
-def test_megatron_on_a_full_disk_of_one_rank_ends_all_ranks(tiny_model_folder, tmp_path, full_on, asynchronous):
+def test_megatron_on_a_full_disk_of_one_rank_ends_all_ranks(tiny_model_folder, tmp_path, full_on, asynchronous) -> None:
     results = run_distributed(save_an_actor_onto_a_full_disk, 2, tiny_model_folder, tmp_path, full_on, asynchronous)
     for failures in results:
         assert len(failures) == 1 + asynchronous
@@ -410,21 +410,21 @@ def test_megatron_on_a_full_disk_of_one_rank_ends_all_ranks(tiny_model_folder, t
     assert names(tmp_path) == ["step_000001"]
 
 
-def test_a_checkpoint_of_another_model_is_refused():
+def test_a_checkpoint_of_another_model_is_refused() -> None:
     before = {"layers": 4, "rope": {"base": 10_000}}
     check_same_model(before, before, "there")
     with pytest.raises(UserError, match="layers is 4 there and 5 here; rope.base is 10000 there and 1000000 here"):
         check_same_model(before, {"layers": 5, "rope": {"base": 1_000_000}}, "there")
 
 
-def test_the_other_kind_of_optimizer_is_refused():
+def test_the_other_kind_of_optimizer_is_refused() -> None:
     with pytest.raises(UserError, match="written with parallel.distributed_optimizer=false"):
         check_same_optimizer(LAYOUT, ParallelConfig(distributed_optimizer=True), "there")
     with pytest.raises(UserError, match="expert_parallel_size=1; continue with 1"):
         check_same_optimizer(LAYOUT, ParallelConfig(expert_parallel_size=2), "there")
 
 
-def test_another_configuration_is_refused_but_not_another_layout(tmp_path):
+def test_another_configuration_is_refused_but_not_another_layout(tmp_path) -> None:
     config = tiny_run_config(tmp_path)
     before = json.loads(json.dumps(config.model_dump(mode="json")))
     check_same_run(before, config.model_copy(update={"parallel": ParallelConfig(tensor_parallel_size=2)}), "there")

@@ -28,7 +28,7 @@ def records(file: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("kind", ["thoughts", "problems", "lengths"])
-def test_a_run_is_analysed_into_its_folder(run, capsys, kind):
+def test_a_run_is_analysed_into_its_folder(run, capsys, kind) -> None:
     assert main(["analyse", kind, str(run)]) == 0
 
     assert [record["step"] for record in records(run / "analysis" / f"{kind}.jsonl")] == [1, 2, 3]
@@ -39,7 +39,7 @@ def test_a_run_is_analysed_into_its_folder(run, capsys, kind):
     assert f"analysis/{kind}.jsonl" in capsys.readouterr().out
 
 
-def test_what_is_written_is_of_the_recorded_samples(run, tmp_path):
+def test_what_is_written_is_of_the_recorded_samples(run, tmp_path) -> None:
     main(["analyse", "lengths", str(run), "--steps", "2", "--output", str(tmp_path)])
 
     (record,) = records(tmp_path / "lengths.jsonl")
@@ -47,7 +47,7 @@ def test_what_is_written_is_of_the_recorded_samples(run, tmp_path):
     assert record["mean_tokens"] == pytest.approx(sum(tokens) / len(tokens))
 
 
-def test_thoughts_of_a_sample_file(tmp_path):
+def test_thoughts_of_a_sample_file(tmp_path) -> None:
     group = make_group([1.0, 0.0], index=3, text="Wait.\n\nSo 6.")
     file = tmp_path / "samples" / "math.jsonl"
     with SampleFile(file, {"benchmark": {"temperature": 1.0}}) as samples:
@@ -71,7 +71,7 @@ def test_thoughts_of_a_sample_file(tmp_path):
         (["gradients", "{run}", "--model", "{folder}", "bos=im_end"], "bos: expected 'im_start'"),
     ],
 )
-def test_mistakes_end_in_one_message(run, tmp_path, capsys, arguments, message):
+def test_mistakes_end_in_one_message(run, tmp_path, capsys, arguments, message) -> None:
     filled = [argument.format(run=run, folder=tmp_path) for argument in arguments]
 
     assert main(["analyse", *filled]) == 2
@@ -87,7 +87,7 @@ def evaluation(folder: Path, right: list[int], step: int | None = None) -> Path:
     return folder
 
 
-def test_pass_at_k_of_two_evaluations_in_one_figure(tmp_path, capsys):
+def test_pass_at_k_of_two_evaluations_in_one_figure(tmp_path, capsys) -> None:
     grpo, dsrl = evaluation(tmp_path / "grpo", [4, 0]), evaluation(tmp_path / "dsrl", [2, 1])
 
     output = tmp_path / "figure"
@@ -104,7 +104,7 @@ def test_pass_at_k_of_two_evaluations_in_one_figure(tmp_path, capsys):
     assert main(["analyse", "pass-at-k", str(grpo), str(grpo), "--output", str(output)]) == 2
 
 
-def test_a_label_with_several_runs_has_their_mean_and_interval(tmp_path):
+def test_a_label_with_several_runs_has_their_mean_and_interval(tmp_path) -> None:
     runs = [evaluation(tmp_path / name, right) for name, right in (("a", [4, 0]), ("b", [4, 1]))]
     assert main(["analyse", "pass-at-k", f"GRPO={runs[0]},{runs[1]}", "--output", str(tmp_path)]) == 0
 
@@ -116,7 +116,7 @@ def test_a_label_with_several_runs_has_their_mean_and_interval(tmp_path):
     assert {bar.get("d").split(" ", 1)[1] for bar in bars} == {"194.0V22.0"}, "wider than 0 to 1, and cut off there"
 
 
-def test_a_run_stands_for_the_evaluation_of_its_latest_policy(tmp_path, capsys):
+def test_a_run_stands_for_the_evaluation_of_its_latest_policy(tmp_path, capsys) -> None:
     for step, right in ((10, [0]), (2, [4])):
         evaluation(tmp_path / "run" / "evaluation" / f"step_{step:06d}", right, step)
     assert main(["analyse", "pass-at-k", str(tmp_path / "run"), "--output", str(tmp_path)]) == 0

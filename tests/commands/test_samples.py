@@ -30,7 +30,7 @@ def printed(group: SampleGroup, terminal: bool, **arguments) -> str:
     return stream.getvalue()
 
 
-def test_a_prompt_of_a_step_is_printed_with_all_its_samples(run, capsys):
+def test_a_prompt_of_a_step_is_printed_with_all_its_samples(run, capsys) -> None:
     assert main(["samples", str(run), "--step", "2", "--prompt", "3"]) == 0
     out = capsys.readouterr().out
     (group,) = [group for group in read_groups(rollout_file(run, 2)) if group.prompt.index == 3]
@@ -44,7 +44,7 @@ def test_a_prompt_of_a_step_is_printed_with_all_its_samples(run, capsys):
     assert "\x1b" not in out  # it is no terminal
 
 
-def test_the_last_step_and_a_few_prompts_without_being_asked(run, capsys):
+def test_the_last_step_and_a_few_prompts_without_being_asked(run, capsys) -> None:
     assert main(["samples", str(run)]) == 0
     assert "step 3: 4 of 8 prompts" in capsys.readouterr().out
 
@@ -53,12 +53,12 @@ def test_the_last_step_and_a_few_prompts_without_being_asked(run, capsys):
     ("arguments", "message"),
     [(["--step", "9"], "3 steps from 1 to 3"), (["--step", "2", "--prompt", "77"], "0, 1, 2, 3, 4, 5, 6, 7")],
 )
-def test_what_was_not_recorded_is_named(run, capsys, arguments, message):
+def test_what_was_not_recorded_is_named(run, capsys, arguments, message) -> None:
     assert main(["samples", str(run), *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_response_cannot_take_over_the_terminal(tmp_path):
+def test_a_response_cannot_take_over_the_terminal(tmp_path) -> None:
     group = SampleGroup(make_group([]).prompt, (make_sample(1.0, text=TAKES_THE_TERMINAL),))
     write_groups(rollout_file(tmp_path, 1), [group])
     out = printed(read_groups(rollout_file(tmp_path, 1))[0], terminal=True)
@@ -66,7 +66,7 @@ def test_a_response_cannot_take_over_the_terminal(tmp_path):
     assert "\x1b]" not in out and "\x1b[1;32m" in out  # colours are ours only
 
 
-def test_tokens_in_both_spaces_and_a_first_token_that_nothing_stands_before():
+def test_tokens_in_both_spaces_and_a_first_token_that_nothing_stands_before() -> None:
     group = make_group([0.0], verdict="timeout", finish_reason="length")
     scores = ResponseLogProbs(with_prompt=[-0.5, -2.0, -0.25], without_prompt=[None, -3.0, -0.125])
     out = printed(group, terminal=False, log_probs=[scores], token_text=lambda token: f"t{token}\n")

@@ -22,18 +22,18 @@ TINY, SMALL, BILLIONS = 800_000, 135_000_000, 8_000_000_000
         (TINY, 64, {"OMP_NUM_THREADS": "8"}, 2, 1),
     ],
 )
-def test_threads_follow_cores_and_model_size(parameters, cores, environment, trainer, engine):
+def test_threads_follow_cores_and_model_size(parameters, cores, environment, trainer, engine) -> None:
     threads = cpu_threads(parameters, cores=cores, environment=environment)
     assert (threads.trainer, threads.engine) == (trainer, engine)
 
 
-def test_what_is_configured_holds():
+def test_what_is_configured_holds() -> None:
     threads = cpu_threads(TINY, trainer=6, engine=3, cores=2, environment={"OMP_NUM_THREADS": "1"})
     assert (threads.trainer, threads.engine) == (6, 3)
 
 
 @pytest.mark.parametrize(("quota", "most"), [("max 100000", None), ("150000 100000", 1), ("50000 100000", 1)])
-def test_a_containers_limit_counts(tmp_path, quota, most):
+def test_a_containers_limit_counts(tmp_path, quota, most) -> None:
     (tmp_path / "cpu.max").write_text(quota)
     unlimited = usable_cores(tmp_path / "none")
     assert usable_cores(tmp_path / "cpu.max") == (unlimited if most is None else most) >= 1
@@ -49,6 +49,6 @@ def test_a_containers_limit_counts(tmp_path, quota, most):
         ("model name\t: bf16 in a name", False),
     ],
 )
-def test_bfloat16_in_hardware(tmp_path, line, has):
+def test_bfloat16_in_hardware(tmp_path, line, has) -> None:
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n\nprocessor\t: 1\n{line}\n")
     assert has_bfloat16(tmp_path / "cpuinfo") is has

@@ -24,14 +24,14 @@ class Interrupted(io.BytesIO):
 
 
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt(), SystemExit(143)], ids=["Ctrl-C", "SIGTERM"])
-def test_an_interrupt_in_the_middle_of_a_tensor_is_not_a_full_disk(tmp_path, interrupt):
+def test_an_interrupt_in_the_middle_of_a_tensor_is_not_a_full_disk(tmp_path, interrupt) -> None:
     """torch.save raises a RuntimeError in its place."""
     with pytest.raises(type(interrupt)) as raised, writing(tmp_path / "weights"):
         torch.save(torch.zeros(1000), Interrupted(interrupt))
     assert raised.value is interrupt
 
 
-def test_a_full_disk_after_an_interrupt_that_was_handled_is_still_a_full_disk(tmp_path):
+def test_a_full_disk_after_an_interrupt_that_was_handled_is_still_a_full_disk(tmp_path) -> None:
     file = tmp_path / "weights"
     try:
         raise KeyboardInterrupt

@@ -56,7 +56,7 @@ def refusal(folder: Path) -> str:
     return str(refused.value)
 
 
-def test_a_second_command_is_refused_on_every_rank_until_the_first_is_killed(folder, holder):
+def test_a_second_command_is_refused_on_every_rank_until_the_first_is_killed(folder, holder) -> None:
     first, second = run_distributed(refusal, 2, folder)
     assert f"{folder} is in use by process {holder.pid} on {socket.gethostname()}, and two commands would" in first
     assert second == first
@@ -70,7 +70,7 @@ def test_a_second_command_is_refused_on_every_rank_until_the_first_is_killed(fol
         """The one before has ended in order."""
 
 
-def test_a_process_that_is_about_to_end_is_waited_for(folder, holder):
+def test_a_process_that_is_about_to_end_is_waited_for(folder, holder) -> None:
     reports: list[str] = []
     threading.Timer(0.5, holder.kill).start()
     with locked(folder, reports.append):
@@ -79,7 +79,7 @@ def test_a_process_that_is_about_to_end_is_waited_for(folder, holder):
         ]
 
 
-def test_a_host_that_may_be_gone_is_waited_for_longer(folder, holder, monkeypatch):
+def test_a_host_that_may_be_gone_is_waited_for_longer(folder, holder, monkeypatch) -> None:
     (folder / LOCK_FILE).write_text("process 7 on elsewhere")
     monkeypatch.setattr(folder_lock, "WAIT_SECONDS", 0.0)
     reports: list[str] = []
@@ -88,7 +88,7 @@ def test_a_host_that_may_be_gone_is_waited_for_longer(folder, holder, monkeypatc
         assert reports == [f"{folder} is in use by process 7 on elsewhere; waiting up to 120 s for it to exit"]
 
 
-def test_a_file_system_without_locks_is_said_and_a_folder_that_cannot_be_made_is_an_error(folder, monkeypatch):
+def test_a_file_system_without_locks_is_said_and_a_folder_that_cannot_be_made_is_an_error(folder, monkeypatch) -> None:
     def no_locks(file: object, operation: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 

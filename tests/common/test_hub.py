@@ -82,14 +82,14 @@ def messages(endpoint: str, cache: os.PathLike, *names: str, **variables: str) -
     return ended.stdout.removeprefix("-> ").rstrip().split("\n-> ")
 
 
-def test_a_hub_that_cannot_be_reached(tmp_path):
+def test_a_hub_that_cannot_be_reached(tmp_path) -> None:
     told = messages(NOBODY, tmp_path, "org/some")
     why = f"{NOBODY} cannot be reached and the hub's cache does not have it: download it on a machine with a network"
     expected = [f"{what.format('org/some')} {why}" for what, _ in WHAT]
     assert [message[: len(beginning)] for message, beginning in zip(told, expected, strict=True)] == expected
 
 
-def test_what_is_gated_and_what_the_hub_does_not_know(refusing_hub, tmp_path):
+def test_what_is_gated_and_what_the_hub_does_not_know(refusing_hub, tmp_path) -> None:
     gated, unknown = "is gated: request access on its page, and set HF_TOKEN", "that you can read: check the name"
     expected = [f"{what.format('org/gated')} the hub's {kind} {gated}" for what, kind in WHAT]
     expected += [f"{what.format('org/none')} the hub has no such {kind} {unknown}" for what, kind in WHAT]
@@ -98,7 +98,7 @@ def test_what_is_gated_and_what_the_hub_does_not_know(refusing_hub, tmp_path):
 
 
 @pytest.mark.slow
-def test_without_a_network_by_intention(tmp_path):
+def test_without_a_network_by_intention(tmp_path) -> None:
     told = messages(NOBODY, tmp_path, "org/some", HF_HUB_OFFLINE="1")
     assert len(told) == len(WHAT)
     assert all("HF_HUB_OFFLINE is set and the hub's cache does not have it: " in line for line in told)

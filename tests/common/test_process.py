@@ -18,7 +18,7 @@ time.sleep(60)
 """
 
 
-def test_ranks_end_with_a_killed_torchrun(tmp_path: Path):
+def test_ranks_end_with_a_killed_torchrun(tmp_path: Path) -> None:
     (tmp_path / "rank.py").write_text(RANK)
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     torchrun = subprocess.Popen([*launcher(2), str(tmp_path / "rank.py"), str(tmp_path)], env=environment)

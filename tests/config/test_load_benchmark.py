@@ -1,6 +1,7 @@
 """Benchmarks by declaration: built-in ones and custom ones."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -19,14 +20,14 @@ file: {source: sums/*.jsonl, problem_field: sum}
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path: Path) -> Path:
     (tmp_path / "sums.yaml").write_text(OWN)
     (tmp_path / "data" / "sums").mkdir(parents=True)
     (tmp_path / "data" / "sums" / "easy.jsonl").write_text(json.dumps({"sum": "1+1", "answer": 2}) + "\n")
     return tmp_path
 
 
-def test_the_papers_benchmarks_are_there_and_well_formed():
+def test_the_papers_benchmarks_are_there_and_well_formed() -> None:
     assert benchmark_names() == [
         "aime24", "aime25", "amc23", "bbh", "gpqa_diamond", "humaneval", "math500", "minerva", "mmlu_pro",
         "olympiadbench",
@@ -38,7 +39,7 @@ def test_the_papers_benchmarks_are_there_and_well_formed():
             check_options(benchmark.config.reward.function, benchmark.config.reward.options)
 
 
-def test_own_benchmark(folder):
+def test_own_benchmark(folder) -> None:
     benchmark = load_benchmark(str(folder / "sums.yaml"), folder / "data", {"temperature": 0.5})
     assert (benchmark.name, benchmark.config.title, benchmark.config.samples_per_prompt) == ("sums", "Sums", 4)
     assert benchmark.config.temperature == 0.5
@@ -57,7 +58,7 @@ def test_own_benchmark(folder):
         ({"changes": {"tempratur": 1.0}}, r"tempratur: unknown key; did you mean temperature\? \(command line\)"),
     ],
 )
-def test_mistakes(folder, change, message):
+def test_mistakes(folder, change, message) -> None:
     from pathlib import Path
 
     arguments = {"name": str(folder / "sums.yaml"), "data_folder": folder / "data", **change}

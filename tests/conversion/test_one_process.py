@@ -61,7 +61,7 @@ def hidden(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tensor_parallel_size", [1, 2])
-def test_round_trip_is_bit_identical(tmp_path, family, tensor_parallel_size):
+def test_round_trip_is_bit_identical(tmp_path, family, tensor_parallel_size) -> None:
     """From several bfloat16 files, over chunks for a layout, back into several files."""
     source, megatron, back = tmp_path / "hf", tmp_path / "megatron", tmp_path / "back"
     FAMILIES[family](source, vocab_size=VOCAB_SIZE, dtype=torch.bfloat16, max_shard_size="100KB")
@@ -89,7 +89,7 @@ def test_round_trip_is_bit_identical(tmp_path, family, tensor_parallel_size):
     assert hidden(tmp_path) == []
 
 
-def test_chunks_are_those_of_the_layout(tmp_path):
+def test_chunks_are_those_of_the_layout(tmp_path) -> None:
     """At tensor-parallel size 2 the row-parallel matrix is cut along its input, gate and up into two pieces each."""
     make_tiny_qwen3(tmp_path / "hf", tied=False, vocab_size=VOCAB_SIZE)
     assert convert("hf-to-megatron", tmp_path / "hf", tmp_path / "megatron", "--tensor-parallel-size", 2) == 0
@@ -111,7 +111,7 @@ def test_chunks_are_those_of_the_layout(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dtype_choice_and_verification(tmp_path, capsys, dtype):
+def test_dtype_choice_and_verification(tmp_path, capsys, dtype) -> None:
     make_tiny_qwen3(tmp_path / "hf", tied=True, vocab_size=VOCAB_SIZE)
     options = ["--dtype", dtype, "--verify"]
     assert convert("hf-to-megatron", tmp_path / "hf", tmp_path / "megatron", *options[:2]) == 0
@@ -140,7 +140,7 @@ LOST = f"2 values (1 in {QUERY}, 1 in model.norm.weight) beyond the range of flo
 NOT_A_NUMBER = f"the source has NaN or infinite values: 1 value (1 in {QUERY})"
 
 
-def test_values_that_a_dtype_cannot_hold_are_counted_and_named(with_large_value_and_nan, capsys):
+def test_values_that_a_dtype_cannot_hold_are_counted_and_named(with_large_value_and_nan, capsys) -> None:
     home = with_large_value_and_nan
     assert convert("hf-to-megatron", home / "hf", home / "half", "--dtype", "float16") == 0
     printed = capsys.readouterr().out
@@ -173,7 +173,7 @@ def flip_a_bit(file: Path, tensor: Tensor) -> None:
     file.write_bytes(content)
 
 
-def test_verify_names_the_tensor_with_a_flipped_bit(converted, capsys):
+def test_verify_names_the_tensor_with_a_flipped_bit(converted, capsys) -> None:
     assert convert("verify", converted / "hf", converted / "megatron") == 0
     weights = tensors_of(converted / "hf")["model.layers.2.mlp.down_proj.weight"]
     flip_a_bit(converted / "hf" / "model.safetensors", weights)
@@ -185,14 +185,14 @@ def test_verify_names_the_tensor_with_a_flipped_bit(converted, capsys):
     assert "model.layers.2.mlp.down_proj.weight: SHA-256" in message and "1 of 8192 elements" in message
 
 
-def test_verify_names_another_models_tensors(converted, capsys):
+def test_verify_names_another_models_tensors(converted, capsys) -> None:
     make_tiny_qwen3(converted / "other", tied=False, vocab_size=VOCAB_SIZE, seed=1)
     assert convert("verify", converted / "other", converted / "megatron") == 2
     message = capsys.readouterr().err
     assert "47 tensors differ" in message and "model.embed_tokens.weight" in message and "and 37 more" in message
 
 
-def test_a_flipped_bit_in_a_checkpoint_is_found_without_its_source(converted, capsys):
+def test_a_flipped_bit_in_a_checkpoint_is_found_without_its_source(converted, capsys) -> None:
     """By everything that reads the weights; the layout of two chunks per tensor is read by another path."""
     target = converted / "megatron"
     convert("hf-to-megatron", converted / "hf", target, "--overwrite", "--tensor-parallel-size", 2)
@@ -211,14 +211,14 @@ def test_a_flipped_bit_in_a_checkpoint_is_found_without_its_source(converted, ca
 
 
 @pytest.mark.parametrize("name", [".metadata", "common.pt", "metadata.json"])
-def test_a_changed_index_file_is_found(converted, capsys, name):
+def test_a_changed_index_file_is_found(converted, capsys, name) -> None:
     file = converted / "megatron" / name
     file.write_bytes(file.read_bytes() + b" ")
     assert convert("megatron-to-hf", converted / "megatron", converted / "back") == 2
     assert f"megatron is damaged: {name} has changed (size and CRC-32 are" in capsys.readouterr().err
 
 
-def test_checkpoints_written_without_checksums_are_read(converted):
+def test_checkpoints_written_without_checksums_are_read(converted) -> None:
     """torch.save can leave them out, and records of version 1 list no files."""
     torch.serialization.set_crc32_options(False)
     try:
@@ -232,7 +232,7 @@ def test_checkpoints_written_without_checksums_are_read(converted):
     assert_identical(tensors_of(converted / "back"), tensors_of(converted / "hf"))
 
 
-def test_damaged_shard(converted, capsys):
+def test_damaged_shard(converted, capsys) -> None:
     shard = converted / "megatron" / "__0_0.distcp"
     shard.write_bytes(shard.read_bytes()[:100_000])
     assert convert("megatron-to-hf", converted / "megatron", converted / "back") == 2
@@ -243,7 +243,7 @@ def test_damaged_shard(converted, capsys):
 # ---- complete or absent
 
 
-def test_an_existing_target_is_replaced_only_when_told_and_only_by_a_complete_one(converted, capsys):
+def test_an_existing_target_is_replaced_only_when_told_and_only_by_a_complete_one(converted, capsys) -> None:
     before = (converted / "megatron" / ".metadata").read_bytes()
     assert convert("hf-to-megatron", converted / "hf", converted / "megatron") == 2
     assert "exists already" in capsys.readouterr().err
@@ -280,7 +280,7 @@ OVERWRITING = {
 
 
 @pytest.mark.parametrize("case", OVERWRITING)
-def test_overwriting_deletes_nothing_but_a_model(tmp_path, capsys, case):
+def test_overwriting_deletes_nothing_but_a_model(tmp_path, capsys, case) -> None:
     name, message = OVERWRITING[case]
     home = tmp_path / "home"
     make_tiny_qwen3(home / "hf", tied=True, vocab_size=VOCAB_SIZE)
@@ -303,12 +303,12 @@ def test_overwriting_deletes_nothing_but_a_model(tmp_path, capsys, case):
     assert everything_under(tmp_path) == before and hidden(tmp_path) == hidden(home) == []
 
 
-def test_the_card_of_a_former_conversion_is_replaced_with_it(converted):
+def test_the_card_of_a_former_conversion_is_replaced_with_it(converted) -> None:
     (converted / "megatron" / "README.md").write_text(f"# A policy\n{GENERATED}\n")
     assert convert("hf-to-megatron", converted / "hf", converted / "megatron", "--overwrite") == 0
 
 
-def test_a_linked_target_is_replaced_where_it_lies(converted):
+def test_a_linked_target_is_replaced_where_it_lies(converted) -> None:
     """An empty folder counts as replaceable; the link stays a link."""
     (converted / "disk").mkdir()
     (converted / "link").symlink_to(converted / "disk")
@@ -319,7 +319,7 @@ def test_a_linked_target_is_replaced_where_it_lies(converted):
 
 
 @pytest.mark.parametrize("size", [50, 20_000])
-def test_a_disk_that_fills_up(converted, capsys, size):
+def test_a_disk_that_fills_up(converted, capsys, size) -> None:
     """Both ways, from the first byte and in the middle: the file is named, the former target is as it was."""
     for direction, source, target in (("hf-to-megatron", "hf", "megatron"), ("megatron-to-hf", "megatron", "hf")):
         before = everything_under(converted)
@@ -363,7 +363,7 @@ def conversion_that_writes(source: Path, target: Path) -> Iterator[ForkedProcess
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_an_interrupted_conversion_leaves_nothing(large, tmp_path, number, status):
+def test_an_interrupted_conversion_leaves_nothing(large, tmp_path, number, status) -> None:
     with conversion_that_writes(large, tmp_path / "out" / "megatron") as process:
         process.send_signal(number)
         assert process.wait(timeout=60) == status
@@ -372,7 +372,7 @@ def test_an_interrupted_conversion_leaves_nothing(large, tmp_path, number, statu
 
 def test_what_a_killed_conversion_left_is_removed_by_the_next_one_but_not_that_of_a_running_one(
     large, tmp_path, capsys
-):
+) -> None:
     """`kill -9` of one, then one that is stopped, beside which a third is refused before it does any work."""
     target = tmp_path / "out" / "megatron"
     with conversion_that_writes(large, target) as process:
@@ -395,7 +395,7 @@ def test_what_a_killed_conversion_left_is_removed_by_the_next_one_but_not_that_o
     assert_identical(tensors_of(tmp_path / "back"), tensors_of(large))
 
 
-def test_a_conversion_that_was_killed_between_two_renames_has_not_lost_the_former_target(converted):
+def test_a_conversion_that_was_killed_between_two_renames_has_not_lost_the_former_target(converted) -> None:
     """The former target had stepped aside, the new one was not there yet."""
     target, partial = converted / "megatron", converted / ".megatron.partial-0123"
     (converted / ".megatron.partial-0123.lock").touch()
@@ -412,7 +412,7 @@ def test_a_conversion_that_was_killed_between_two_renames_has_not_lost_the_forme
 
 
 @pytest.mark.parametrize("size", ["0", "-1", "nan", "inf", "much"])
-def test_a_file_size_is_a_number_above_0(tmp_path, capsys, size):
+def test_a_file_size_is_a_number_above_0(tmp_path, capsys, size) -> None:
     with pytest.raises(SystemExit):
         convert("megatron-to-hf", tmp_path, tmp_path / "back", f"--file-gigabytes={size}")
     assert f"expected a number above 0, got {size}" in capsys.readouterr().err
@@ -484,7 +484,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_bad_sources_are_refused_and_nothing_is_written(tmp_path, capsys, case):
+def test_bad_sources_are_refused_and_nothing_is_written(tmp_path, capsys, case) -> None:
     damage, message = REFUSALS[case]
     make_tiny_qwen3(tmp_path / "hf", tied=False, vocab_size=VOCAB_SIZE)
     damage(tmp_path / "hf")
@@ -540,19 +540,19 @@ OTHER_SOURCES = {
 
 
 @pytest.mark.parametrize("case", OTHER_SOURCES)
-def test_other_sources_are_named_with_what_to_do(converted, capsys, case):
+def test_other_sources_are_named_with_what_to_do(converted, capsys, case) -> None:
     direction, change, message = OTHER_SOURCES[case]
     change(converted / "hf")
     assert convert(direction, converted / "hf", converted / "target") == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_megatron_checkpoint_is_not_converted_to_one(converted, capsys):
+def test_a_megatron_checkpoint_is_not_converted_to_one(converted, capsys) -> None:
     assert convert("hf-to-megatron", converted / "megatron", converted / "target") == 2
     assert "is a Megatron checkpoint, not an HF folder; use `dsrl convert megatron-to-hf`" in capsys.readouterr().err
 
 
-def test_experts_in_one_tensor_are_refused_by_name(tmp_path, capsys):
+def test_experts_in_one_tensor_are_refused_by_name(tmp_path, capsys) -> None:
     FAMILIES["Qwen3-MoE"](tmp_path / "hf", vocab_size=VOCAB_SIZE)
     fused = "model.layers.0.mlp.experts.gate_up_proj"
     change_weights(tmp_path / "hf", lambda tensors: tensors.update({fused: torch.zeros(4, 96, 64)}))
@@ -573,7 +573,7 @@ DRIFTS = {
 
 
 @pytest.mark.parametrize("case", DRIFTS)
-def test_a_changed_configuration_is_refused(converted, capsys, case):
+def test_a_changed_configuration_is_refused(converted, capsys, case) -> None:
     """In the checkpoint's folder itself, and against `--expect`."""
     changes, message = DRIFTS[case]
     change_config(converted / "megatron", **changes)
@@ -585,7 +585,7 @@ def test_a_changed_configuration_is_refused(converted, capsys, case):
     assert message.split(" is ")[0] in capsys.readouterr().err
 
 
-def test_the_model_of_a_run_may_be_what_is_expected(converted, capsys):
+def test_the_model_of_a_run_may_be_what_is_expected(converted, capsys) -> None:
     """`--expect` with the YAML of a run, whose `model.path` has another norm epsilon."""
     make_tiny_qwen3(converted / "other", tied=False, vocab_size=VOCAB_SIZE)
     change_config(converted / "other", rms_norm_eps=1e-5)
@@ -610,12 +610,12 @@ def test_the_model_of_a_run_may_be_what_is_expected(converted, capsys):
         (["--expert-parallel-size", 2], "the model has no experts"),
     ],
 )
-def test_layouts_that_do_not_fit_the_model(converted, capsys, options, message):
+def test_layouts_that_do_not_fit_the_model(converted, capsys, options, message) -> None:
     assert convert("hf-to-megatron", converted / "hf", converted / "x", *options) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_pipeline_may_have_uneven_stages(converted):
+def test_a_pipeline_may_have_uneven_stages(converted) -> None:
     """Which stage has how many layers is not in a checkpoint."""
     assert convert("hf-to-megatron", converted / "hf", converted / "x", "--pipeline-parallel-size", 3) == 0
     assert (converted / "x" / "__0_0.distcp").read_bytes() == (converted / "megatron" / "__0_0.distcp").read_bytes()

@@ -194,14 +194,14 @@ def described(case: tuple) -> str:
 
 
 @pytest.mark.parametrize("case", CASES, ids=described)
-def test_a_checkpoint_loads_at_another_layout(measured, case):
+def test_a_checkpoint_loads_at_another_layout(measured, case) -> None:
     results = [rank[case] for rank in measured]
     assert all(result["bit_identical"] for result in results)
     errors = [result["logits_error"] for result in results if result["logits_error"] is not None]
     assert errors and max(errors) <= 1e-5
 
 
-def test_a_checkpoint_loads_into_virtual_pipeline_stages(measured):
+def test_a_checkpoint_loads_into_virtual_pipeline_stages(measured) -> None:
     """Two chunks of one layer each on each of two stages: the first stage has layers 0 and 2, the second 1 and 3."""
     first, second = (rank["virtual stages"] for rank in measured)
     layers = [{int(name.split(".")[2]) for name in part if name.startswith("model.layers")} for part in (first, second)]
@@ -209,26 +209,26 @@ def test_a_checkpoint_loads_into_virtual_pipeline_stages(measured):
     assert all(first.values()) and all(second.values()) and len(first) + len(second) == 47
 
 
-def test_both_processes_write_their_share(measured, folder):
+def test_both_processes_write_their_share(measured, folder) -> None:
     assert measured[0][CASES[0]]["files"] == ["__0_0.distcp", "__1_0.distcp"]
     sizes = [path.stat().st_size for path in (folder / "two 0").glob("*.distcp")]
     assert max(sizes) < 1.3 * min(sizes)
 
 
-def test_both_processes_write_one_hf_folder(measured, folder):
+def test_both_processes_write_one_hf_folder(measured, folder) -> None:
     back = {name: x for path in (folder / "back").glob("*.safetensors") for name, x in load_file(path).items()}
     source = folder / CASES[0][0]
     expected = {name: x for path in source.glob("*.safetensors") for name, x in load_file(path).items()}
     assert back.keys() == expected.keys() and all(torch.equal(back[name], expected[name]) for name in expected)
 
 
-def test_what_one_process_meets_all_of_them_report_and_nothing_is_left(measured, folder):
+def test_what_one_process_meets_all_of_them_report_and_nothing_is_left(measured, folder) -> None:
     assert [rank["refusal"] for rank in measured] == ["the disk was taken out"] * 2
     assert not (folder / "bad").exists() and not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
 @pytest.mark.slow
-def test_four_processes(folder):
+def test_four_processes(folder) -> None:
     """Tensor and pipeline parallelism together, and experts over pipeline stages."""
     measured = run_distributed(measure_four_processes, 4, folder, timeout_seconds=200)
     for family in FOUR_PROCESSES:

@@ -2,38 +2,42 @@
 
 import gzip
 import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.data import ChoicesConfig, PromptSetConfig
 from megatron_dsrl.data.fields import clean_answer
+from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.data.prompts import load_prompts
 
 ROWS = [{"problem": "1+2=?", "answer": 3}, {"problem": "9-4=?", "answer": " 5 "}]
 
 
-def write(path, rows):
+def write(path: Path, rows: Sequence[Any]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 
-def config(source, **fields):
+def config(source: str | Path, **fields: Any) -> PromptSetConfig:
     return PromptSetConfig(source=str(source), system_prompt=None, **fields)
 
 
-def load(tmp_path, tokenizer, rows, **fields):
+def load(tmp_path: Path, tokenizer, rows: Sequence[Any], **fields: Any) -> list[Prompt]:
     return load_prompts(config(write(tmp_path / "rows.jsonl", rows), **fields), tokenizer)
 
 
-def test_rows_become_chat_prompts_that_open_the_assistants_turn(tmp_path, tokenizer):
+def test_rows_become_chat_prompts_that_open_the_assistants_turn(tmp_path, tokenizer) -> None:
     first, second = load(tmp_path, tokenizer, ROWS)
     assert first.text == "<|im_start|>user\n1+2=?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     assert tokenizer.decode(first.token_ids) == first.text
     assert (first.index, first.answer, second.index, second.answer) == (0, "3", 1, "5")
 
 
-def test_system_prompt_and_thinking_reach_the_template(tmp_path, tokenizer):
+def test_system_prompt_and_thinking_reach_the_template(tmp_path, tokenizer) -> None:
     source = write(tmp_path / "rows.jsonl", ROWS[:1])
     [prompt] = load_prompts(PromptSetConfig(source=source, enable_thinking=True), tokenizer)
     assert prompt.text == (
@@ -42,14 +46,14 @@ def test_system_prompt_and_thinking_reach_the_template(tmp_path, tokenizer):
     )
 
 
-def test_long_prompt_keeps_its_end(tmp_path, tokenizer):
+def test_long_prompt_keeps_its_end(tmp_path, tokenizer) -> None:
     [whole] = load(tmp_path, tokenizer, ROWS[:1])
     [cut] = load(tmp_path, tokenizer, ROWS[:1], max_prompt_tokens=9)
     assert cut.token_ids == whole.token_ids[-9:]
     assert cut.text == tokenizer.decode(cut.token_ids)
 
 
-def test_jsonl_json_and_parquet_hold_the_same_set(tmp_path, tokenizer):
+def test_jsonl_json_and_parquet_hold_the_same_set(tmp_path, tokenizer) -> None:
     import pyarrow
     import pyarrow.parquet
 
@@ -62,11 +66,11 @@ def test_jsonl_json_and_parquet_hold_the_same_set(tmp_path, tokenizer):
     assert [prompt.answer for prompt in loaded[0]] == ["3", "5"]
 
 
-def test_limit_takes_the_first_rows(tmp_path, tokenizer):
+def test_limit_takes_the_first_rows(tmp_path, tokenizer) -> None:
     assert [prompt.index for prompt in load(tmp_path, tokenizer, ROWS, limit=1)] == [0]
 
 
-def test_answer_pattern_cuts_the_answer_out(tmp_path, tokenizer):
+def test_answer_pattern_cuts_the_answer_out(tmp_path, tokenizer) -> None:
     rows = [{"question": "1+2=?", "answer": "One and two.\n#### 3"}]
     [prompt] = load(tmp_path, tokenizer, rows, problem_field="question", answer_pattern="#### (.+)$")
     assert prompt.answer == "3"
@@ -88,17 +92,17 @@ def test_answer_pattern_cuts_the_answer_out(tmp_path, tokenizer):
         ([], None),
     ],
 )
-def test_clean_answer(value, answer):
+def test_clean_answer(value, answer) -> None:
     assert clean_answer(value) == answer
 
 
-def test_answer_in_the_last_box_of_a_solution(tmp_path, tokenizer):
+def test_answer_in_the_last_box_of_a_solution(tmp_path, tokenizer) -> None:
     rows = [{"problem": "?", "solution": r"First \boxed{1}, at last $\boxed{\frac{1}{2}}$."}]
     [prompt] = load(tmp_path, tokenizer, rows, answer_field="solution", answer_in_box=True)
     assert prompt.answer == r"\frac{1}{2}"
 
 
-def test_templates_make_problem_and_answer_out_of_fields(tmp_path, tokenizer):
+def test_templates_make_problem_and_answer_out_of_fields(tmp_path, tokenizer) -> None:
     rows = [{"question": "Which?", "options": ["one", "two"], "answer": "B", "test": 'assert "<" == 1'}]
     [prompt] = load(
         tmp_path,
@@ -111,7 +115,7 @@ def test_templates_make_problem_and_answer_out_of_fields(tmp_path, tokenizer):
     assert json.loads(prompt.answer) == {"letter": "B", "test": 'assert "<" == 1'}
 
 
-def test_choices_are_shuffled_by_their_content_alone(tmp_path, tokenizer):
+def test_choices_are_shuffled_by_their_content_alone(tmp_path, tokenizer) -> None:
     rows = [{"Question": f"{n}?", "Right": f"r{n}", "Wrong 1": f"x{n}", "Wrong 2": f"y{n}"} for n in range(40)]
     settings = {
         "choices": ChoicesConfig(correct_field="Right", incorrect_fields=["Wrong 1", "Wrong 2"]),
@@ -126,13 +130,13 @@ def test_choices_are_shuffled_by_their_content_alone(tmp_path, tokenizer):
     assert [(prompt.text, prompt.answer) for prompt in moved] == [(prompt.text, prompt.answer) for prompt in prompts]
 
 
-def test_the_same_choice_twice_is_refused(tmp_path, tokenizer):
+def test_the_same_choice_twice_is_refused(tmp_path, tokenizer) -> None:
     choices = ChoicesConfig(correct_field="a", incorrect_fields=["b"])
     with pytest.raises(UserError, match="row 0: data.choices: the same choice occurs twice"):
         load(tmp_path, tokenizer, [{"problem": "?", "a": "1", "b": "1"}], choices=choices)
 
 
-def test_compressed_csv_nested_and_several_files(tmp_path, tokenizer):
+def test_compressed_csv_nested_and_several_files(tmp_path, tokenizer) -> None:
     lines = "".join(json.dumps(row) + "\n" for row in ROWS)
     with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
         file.write(lines)
@@ -170,12 +174,12 @@ def test_compressed_csv_nested_and_several_files(tmp_path, tokenizer):
         ({"problem": "?", "answer": "4"}, {"answer_pattern": "4"}, r"answer_pattern: '4' has no group"),
     ],
 )
-def test_bad_row_is_named(tmp_path, tokenizer, row, fields, message):
+def test_bad_row_is_named(tmp_path, tokenizer, row, fields, message) -> None:
     with pytest.raises(UserError, match=message):
         load(tmp_path, tokenizer, [{"problem": "1+2=?", "answer": 3}, row], **fields)
 
 
-def test_bad_rows_are_counted_and_the_first_ones_named(tmp_path, tokenizer, caplog):
+def test_bad_rows_are_counted_and_the_first_ones_named(tmp_path, tokenizer, caplog) -> None:
     rows = [*ROWS, *({"problem": "?", "answer": None} for _ in range(7))]
     with pytest.raises(UserError, match=r"(?s)7 of 9 rows of .*on_bad_row=drop.*row 2: .*row 6: .*and 2 more"):
         load(tmp_path, tokenizer, rows)
@@ -186,7 +190,7 @@ def test_bad_rows_are_counted_and_the_first_ones_named(tmp_path, tokenizer, capl
         load(tmp_path, tokenizer, rows[2:3], on_bad_row="drop")
 
 
-def test_prompts_that_are_too_long_are_counted_and_the_configuration_says_what_to_do(tmp_path, tokenizer, caplog):
+def test_prompts_that_are_too_long_are_counted_and_dropped_or_refused(tmp_path, tokenizer, caplog) -> None:
     rows = [*ROWS, {"problem": "1" * 100, "answer": 1}]
     found = r"1 of 3 prompts are longer than data.max_prompt_tokens = 50 \(the longest has 1\d\d, row 2 is the first"
     with pytest.raises(UserError, match=found):
@@ -207,14 +211,14 @@ class TestFromElsewhere:
         "reward_model": {"style": "rule", "ground_truth": "3"},
     }
 
-    def test_a_chat_with_its_own_system_turn(self, tmp_path, tokenizer):
+    def test_a_chat_with_its_own_system_turn(self, tmp_path, tokenizer) -> None:
         fields = {"messages_field": "prompt", "answer_field": "reward_model.ground_truth"}
         source = write(tmp_path / "rows.jsonl", [self.VERL])
         [prompt] = load_prompts(PromptSetConfig(source=source, **fields), tokenizer)
         assert prompt.text.startswith("<|im_start|>system\nThink.<|im_end|>\n<|im_start|>user\n1+2=?<|im_end|>")
         assert prompt.text.count("system") == 1 and prompt.answer == "3"
 
-    def test_several_turns_with_the_configurations_system_turn(self, tmp_path, tokenizer):
+    def test_several_turns_with_the_configurations_system_turn(self, tmp_path, tokenizer) -> None:
         turns = [("user", "1+2=?"), ("assistant", "3"), ("user", "and 4 more?")]
         messages = [{"role": role, "content": content} for role, content in turns]
         source = write(tmp_path / "rows.jsonl", [{"messages": messages, "answer": 7}])
@@ -223,17 +227,17 @@ class TestFromElsewhere:
         order = [prompt.text.index(part) for part in ("Add.", "1+2=?", "3<|im_end|>", "and 4 more?")]
         assert order == sorted(order)
 
-    def test_objects_in_json_texts(self, tmp_path, tokenizer):
+    def test_objects_in_json_texts(self, tmp_path, tokenizer) -> None:
         row = {"prompt": json.dumps(self.VERL["prompt"]), "reward_model": json.dumps(self.VERL["reward_model"])}
         fields = {"problem_field": "prompt.-1.content", "answer_field": "reward_model.ground_truth"}
         [prompt] = load(tmp_path, tokenizer, [row], **fields)
         assert "user\n1+2=?<|im_end|>" in prompt.text and prompt.answer == "3"
 
-    def test_a_field_with_a_dot_in_its_name_comes_before_a_path(self, tmp_path, tokenizer):
+    def test_a_field_with_a_dot_in_its_name_comes_before_a_path(self, tmp_path, tokenizer) -> None:
         [prompt] = load(tmp_path, tokenizer, [{"problem": "?", "a.b": 1, "a": {"b": 2}}], answer_field="a.b")
         assert prompt.answer == "1"
 
-    def test_a_list_of_accepted_answers(self, tmp_path, tokenizer):
+    def test_a_list_of_accepted_answers(self, tmp_path, tokenizer) -> None:
         row = {"problem": "?", "answer": ["0.5", "1/2", 2.0]}
         [together] = load(tmp_path, tokenizer, [row])
         [each] = load(tmp_path, tokenizer, [row], answer_list="any")
@@ -253,11 +257,11 @@ class TestFromElsewhere:
             ),
         ],
     )
-    def test_a_chat_that_is_none(self, tmp_path, tokenizer, messages, message):
+    def test_a_chat_that_is_none(self, tmp_path, tokenizer, messages, message) -> None:
         with pytest.raises(UserError, match=message):
             load(tmp_path, tokenizer, [{"chat": messages, "answer": 1}], messages_field="chat")
 
-    def test_marks_suffixes_and_lines_of_other_programs(self, tmp_path, tokenizer):
+    def test_marks_suffixes_and_lines_of_other_programs(self, tmp_path, tokenizer) -> None:
         lines = "".join(json.dumps(row) + "\n" for row in ROWS)
         files = {
             "excel.csv": "\ufeffproblem,answer\n1+2=?,3\n9-4=?,5\n",
@@ -272,7 +276,7 @@ class TestFromElsewhere:
             prompts = load_prompts(config(f"file://{tmp_path / name}"), tokenizer)
             assert [prompt.answer for prompt in prompts] == ["3", "5"], name
 
-    def test_folders_of_save_to_disk(self, tmp_path, tokenizer):
+    def test_folders_of_save_to_disk(self, tmp_path, tokenizer) -> None:
         import datasets
 
         rows = datasets.Dataset.from_list([{"problem": "1+2=?", "answer": "3"}])
@@ -283,7 +287,7 @@ class TestFromElsewhere:
         with pytest.raises(UserError, match="data.split: .* has no split 'test'; its splits are train"):
             load_prompts(config(tmp_path / "splits", split="test"), tokenizer)
 
-    def test_a_file_of_an_unknown_kind(self, tmp_path, tokenizer):
+    def test_a_file_of_an_unknown_kind(self, tmp_path, tokenizer) -> None:
         (tmp_path / "rows.txt").write_text("?")
         with pytest.raises(UserError, match="rows.txt has an unknown suffix; use .jsonl, "):
             load_prompts(config(tmp_path / "rows.txt"), tokenizer)
@@ -302,20 +306,20 @@ class TestFromElsewhere:
         ("text.parquet", "not parquet", "cannot read .*text.parquet"),
     ],
 )
-def test_bad_source_is_named(tmp_path, tokenizer, name, content, message):
+def test_bad_source_is_named(tmp_path, tokenizer, name, content, message) -> None:
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=rf"^evaluation\.sets\.0\.source: .*{message}"):
         load_prompts(config(tmp_path / name), tokenizer, section="evaluation.sets.0")
 
 
-def test_source_that_is_neither_file_nor_hub_name(tmp_path, tokenizer, monkeypatch):
+def test_source_that_is_neither_file_nor_hub_name(tmp_path, tokenizer, monkeypatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="not a local .jsonl, .ndjson, .json, .csv, .tsv, .parquet file, and"):
         load_prompts(config(tmp_path / "no-such-folder"), tokenizer)
 
 
-def test_tokenizer_without_chat_template(tmp_path):
+def test_tokenizer_without_chat_template(tmp_path) -> None:
     from examples.tiny_dsrl.tokenizer import build_tokenizer
 
     bare = build_tokenizer()
@@ -325,7 +329,7 @@ def test_tokenizer_without_chat_template(tmp_path):
 
 
 @pytest.mark.needs_data
-def test_gsm8k_with_the_real_qwen3_tokenizer(shared_data):
+def test_gsm8k_with_the_real_qwen3_tokenizer(shared_data) -> None:
     from megatron_dsrl.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(shared_data / "qwen3-tokenizer"))

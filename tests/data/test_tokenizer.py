@@ -13,7 +13,7 @@ from megatron_dsrl.data.tokenizer import context_token_ids, load_tokenizer, stop
 from tests.support.llama_tokenizer import build_llama_tokenizer
 
 
-def save_words(folder, words, **arguments):
+def save_words(folder, words, **arguments) -> str:
     """A tokenizer that knows these words only."""
     bare = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
     PreTrainedTokenizerFast(tokenizer_object=bare, **arguments).save_pretrained(folder)
@@ -24,7 +24,7 @@ def bos_ids(tokenizer: PreTrainedTokenizerBase, bos: str) -> tuple[int, ...]:
     return context_token_ids(tokenizer, PreTrain(bos=bos).context_text)
 
 
-def test_stop_and_bos_ids(tokenizer_folder):
+def test_stop_and_bos_ids(tokenizer_folder) -> None:
     tokenizer = load_tokenizer(str(tokenizer_folder), vocab_size=128)
     im_start, im_end, end_of_text = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
     assert stop_token_ids(tokenizer, tokenizer_folder) == (im_end, end_of_text)
@@ -35,14 +35,14 @@ def test_stop_and_bos_ids(tokenizer_folder):
 
 
 @pytest.mark.needs_data
-def test_ids_of_the_real_qwen3(shared_data):
+def test_ids_of_the_real_qwen3(shared_data) -> None:
     tokenizer = load_tokenizer(str(shared_data / "qwen3-tokenizer"), vocab_size=151936)
     assert stop_token_ids(tokenizer, shared_data / "qwen3-tokenizer") == (151645, 151643)
     assert bos_ids(tokenizer, "im_start") == (151644,)
     assert bos_ids(tokenizer, "assistant") == (151644, 77091, 198)
 
 
-def test_a_tokenizer_of_another_format_has_its_own_bos_and_stop_tokens(tmp_path):
+def test_a_tokenizer_of_another_format_has_its_own_bos_and_stop_tokens(tmp_path) -> None:
     """Llama 3's special tokens: EOS ends a turn, and generation_config.json names further stop tokens."""
     build_llama_tokenizer().save_pretrained(tmp_path)
     tokenizer = load_tokenizer(str(tmp_path), vocab_size=128)
@@ -64,41 +64,41 @@ def test_a_tokenizer_of_another_format_has_its_own_bos_and_stop_tokens(tmp_path)
         stop_token_ids(tokenizer, tmp_path)
 
 
-def test_a_chat_template_that_puts_nothing_before_a_response():
+def test_a_chat_template_that_puts_nothing_before_a_response() -> None:
     """As Llama 2's."""
     tokenizer = build_llama_tokenizer("{% for message in messages %}{{ message.content }}{% endfor %}")
     with pytest.raises(UserError, match="chat template puts nothing before a response; use im_start or none"):
         bos_ids(tokenizer, "assistant")
 
 
-def test_vocabulary_beyond_the_models(tokenizer_folder):
+def test_vocabulary_beyond_the_models(tokenizer_folder) -> None:
     with pytest.raises(UserError, match="ids up to 109 .* only 109 embedding rows"):
         load_tokenizer(str(tokenizer_folder), vocab_size=109)
 
 
-def test_missing_folder():
+def test_missing_folder() -> None:
     with pytest.raises(UserError, match="no such folder: ./no/such/model"):
         load_tokenizer("./no/such/model")
 
 
-def test_folder_without_tokenizer(tmp_path):
+def test_folder_without_tokenizer(tmp_path) -> None:
     with pytest.raises(UserError, match="cannot load a tokenizer from"):
         load_tokenizer(str(tmp_path))
 
 
-def test_tokenizer_of_another_model(tmp_path):
+def test_tokenizer_of_another_model(tmp_path) -> None:
     folder = save_words(tmp_path, ["<s>", "</s>", "hello"], chat_template="{{ messages }}")
     with pytest.raises(UserError, match=r"neither Qwen's <\|im_start\|> and <\|im_end\|> nor its own bos_token"):
         load_tokenizer(folder)
 
 
-def test_a_part_of_qwens_special_tokens(tmp_path):
+def test_a_part_of_qwens_special_tokens(tmp_path) -> None:
     folder = save_words(tmp_path, ["<unk>", "<|im_end|>", "<|endoftext|>"], chat_template="{{ messages }}")
     with pytest.raises(UserError, match=r"has no token <\|im_start\|>, which belongs to Qwen's chat format"):
         load_tokenizer(folder)
 
 
-def test_special_tokens_that_are_plain_words(tmp_path):
+def test_special_tokens_that_are_plain_words(tmp_path) -> None:
     words = ["<unk>", "<", "|", "im_start", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "a<|im_end|>"]
     from tokenizers.pre_tokenizers import Punctuation
 
@@ -109,7 +109,7 @@ def test_special_tokens_that_are_plain_words(tmp_path):
         load_tokenizer(str(tmp_path))
 
 
-def test_missing_chat_template(tokenizer_folder):
+def test_missing_chat_template(tokenizer_folder) -> None:
     (tokenizer_folder / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match="has no chat template"):
         load_tokenizer(str(tokenizer_folder))

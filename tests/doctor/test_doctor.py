@@ -27,7 +27,7 @@ def by_topic(examination: Examination) -> dict[str, Finding]:
     return {finding.topic: finding for finding in examination.findings}
 
 
-def test_this_environment_can_run_and_has_the_pinned_versions():
+def test_this_environment_can_run_and_has_the_pinned_versions() -> None:
     examination = examine()
     assert examination.can_run
     findings = by_topic(examination)
@@ -38,7 +38,7 @@ def test_this_environment_can_run_and_has_the_pinned_versions():
     assert findings["local ports"].severity == "ok"
 
 
-def test_the_lock_pins_every_essential_package_once():
+def test_the_lock_pins_every_essential_package_once() -> None:
     lines = [
         line
         for name in LOCK_FILES
@@ -70,7 +70,7 @@ def run_doctor(*arguments: str, path: Path | None = None, isolated: bool = False
         (None, None, LOCK_FILES),
     ],
 )
-def test_the_environment_is_told_by_its_torch(torch, torch_cuda, files):
+def test_the_environment_is_told_by_its_torch(torch, torch_cuda, files) -> None:
     pins = {
         name: read_pins(REPOSITORY / file for file in files)["torch"]
         for name, files in (("cpu", LOCK_FILES), ("image", (IMAGE_LOCK_FILE,)))
@@ -79,14 +79,14 @@ def test_the_environment_is_told_by_its_torch(torch, torch_cuda, files):
     assert chosen == files and words.startswith("CPU" if files == LOCK_FILES else "GPU")
 
 
-def test_json_says_the_same():
+def test_json_says_the_same() -> None:
     result = run_doctor("--json")
     report = json.loads(result.stdout)
     assert result.returncode == 0 and report["can_run"] is True
     assert {"topic", "severity", "found", "advice"} == set(report["findings"][0])
 
 
-def test_without_the_packages_no_run_is_possible_and_the_remedy_is_named():
+def test_without_the_packages_no_run_is_possible_and_the_remedy_is_named() -> None:
     result = run_doctor(isolated=True)
     assert result.returncode == 1
     assert "problem: sglang: run `bash tools/setup_cpu.sh`" in result.stdout
@@ -103,7 +103,7 @@ def test_without_the_packages_no_run_is_possible_and_the_remedy_is_named():
         ([], "not installed", ""),
     ],
 )
-def test_nvidia_apex_is_told_from_the_web_toolkit(tmp_path, monkeypatch, files, found, advice):
+def test_nvidia_apex_is_told_from_the_web_toolkit(tmp_path, monkeypatch, files, found, advice) -> None:
     for name in files:
         file = tmp_path / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -127,13 +127,13 @@ def on_a_gpu(**changed: str | None) -> dict[str, Finding]:
     return {finding.topic: finding for finding in examine_kernels(True, "13.0", packages.get)}
 
 
-def test_the_images_packages_fit_each_other():
+def test_the_images_packages_fit_each_other() -> None:
     findings = on_a_gpu()
     assert findings.pop("NVIDIA apex").severity == "note", "not installed on this machine"
     assert {finding.severity for finding in findings.values()} == {"ok"}, findings
 
 
-def test_it_says_what_a_run_computes_with(tmp_path, monkeypatch):
+def test_it_says_what_a_run_computes_with(tmp_path, monkeypatch) -> None:
     layers, optimizer = "layers by model.layer_spec=auto", "optimizer by Megatron's choice"
     here, image, bare = by_topic(examine()), on_a_gpu(), on_a_gpu(transformer_engine_torch=None)
     assert here[layers].found.startswith("local: PyTorch's") and here[optimizer].found == "PyTorch's AdamW"
@@ -172,13 +172,13 @@ def test_it_says_what_a_run_computes_with(tmp_path, monkeypatch):
         ({"flash_attn_4": "4.0.0b36"}, "flash attention 4 (SGLang's)", "note", "not its own", "--force-reinstall"),
     ],
 )  # fmt: skip
-def test_pieces_that_do_not_fit_on_a_gpu_are_explained(changed, topic, severity, found, advice):
+def test_pieces_that_do_not_fit_on_a_gpu_are_explained(changed, topic, severity, found, advice) -> None:
     finding = on_a_gpu(**changed)[topic]
     assert finding.severity == severity
     assert found in finding.found and advice in finding.advice
 
 
-def test_the_driver_is_read_from_the_kernel(tmp_path):
+def test_the_driver_is_read_from_the_kernel(tmp_path) -> None:
     file = tmp_path / "version"
     assert driver_version(file) is None
     for module in ("NVIDIA UNIX x86_64 Kernel Module", "NVIDIA UNIX Open Kernel Module for x86_64"):
@@ -198,19 +198,19 @@ def test_the_driver_is_read_from_the_kernel(tmp_path):
         ("13.0", "580.95.05", {"SLURM_GPUS_ON_NODE": "8"}, "problem", "but sees no device", "docker run --gpus all"),
     ],
 )
-def test_it_says_why_torch_sees_no_gpu(torch_cuda, driver, variables, severity, found, advice):
+def test_it_says_why_torch_sees_no_gpu(torch_cuda, driver, variables, severity, found, advice) -> None:
     finding = examine_device((), torch_cuda, driver, variables)
     assert finding.severity == severity
     assert found in finding.found and advice in finding.advice
 
 
-def test_the_gpus_are_named():
+def test_the_gpus_are_named() -> None:
     finding = examine_device(("NVIDIA H100", "NVIDIA H100"), "13.0", "580.95.05", {"SLURM_GPUS_ON_NODE": "2"})
     assert (finding.severity, finding.advice) == ("ok", "")
     assert finding.found == "2 CUDA device(s): NVIDIA H100; CUDA 13.0, driver 580.95.05"
 
 
-def test_a_cuda_compiler_that_is_missing_or_of_another_cuda_is_named(tmp_path):
+def test_a_cuda_compiler_that_is_missing_or_of_another_cuda_is_named(tmp_path) -> None:
     toolkit = {"CUDA_HOME": str(tmp_path)}
     assert "CUDA_HOME" in examine_cuda_compiler("13.0", toolkit).advice
     nvcc = tmp_path / "bin" / "nvcc"

@@ -24,27 +24,27 @@ REPOSITORY = Path(__file__).parents[2]
     ("library", "severity"),
     [(("glibc", "2.34"), "ok"), (("glibc", "2.41"), "ok"), (("glibc", "2.28"), "problem"), (("", ""), "problem")],
 )
-def test_sglangs_wheels_need_a_recent_glibc(library, severity):
+def test_sglangs_wheels_need_a_recent_glibc(library, severity) -> None:
     finding = examine_c_library(library)
     assert finding.severity == severity
     assert finding.found == " ".join(library).strip() or finding.found == "not glibc"
     assert ("2.34 or newer" in finding.advice) == (severity == "problem")
 
 
-def test_the_set_up_refuses_what_the_doctor_calls_a_problem():
+def test_the_set_up_refuses_what_the_doctor_calls_a_problem() -> None:
     script = (REPOSITORY / "tools" / "setup_cpu.sh").read_text()
     assert f"needs glibc {OLDEST_GLIBC} or newer" in script
 
 
 @pytest.mark.parametrize(("cuda", "severity"), [(False, "ok"), (True, "problem")])
-def test_a_compiler_is_needed_on_a_gpu_only(tmp_path, cuda, severity):
+def test_a_compiler_is_needed_on_a_gpu_only(tmp_path, cuda, severity) -> None:
     finding = examine_compiler(cuda, {"PATH": str(tmp_path)})
     assert (finding.severity, finding.found.partition(";")[0]) == (severity, "none found")
     assert ("install gcc" in finding.advice) == cuda
 
 
 @pytest.mark.parametrize(("name", "variables"), [("gcc", {}), ("cc", {}), ("clang", {"CC": "clang"})])
-def test_the_compiler_is_named(tmp_path, name, variables):
+def test_the_compiler_is_named(tmp_path, name, variables) -> None:
     (tmp_path / name).write_text("")
     (tmp_path / name).chmod(0o755)
     finding = examine_compiler(True, {"PATH": str(tmp_path)} | variables)
@@ -60,7 +60,7 @@ def test_whether_programs_can_be_isolated(problem: str | None, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(("length", "severity"), [(73, "ok"), (74, "problem")])
-def test_sockets_need_a_short_temporary_folder(monkeypatch, length, severity):
+def test_sockets_need_a_short_temporary_folder(monkeypatch, length, severity) -> None:
     monkeypatch.setattr(tempfile, "tempdir", "/" + "x" * (length - 1))
     assert examine_temporary_folder().severity == severity
 
@@ -68,6 +68,6 @@ def test_sockets_need_a_short_temporary_folder(monkeypatch, length, severity):
 @pytest.mark.parametrize(
     ("hard", "severity"), [(FEWEST_OPEN_FILES, "ok"), (resource.RLIM_INFINITY, "ok"), (1024, "note")]
 )
-def test_few_open_files_are_worth_knowing(monkeypatch, hard, severity):
+def test_few_open_files_are_worth_knowing(monkeypatch, hard, severity) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (256, hard))
     assert examine_open_files().severity == severity

@@ -51,7 +51,7 @@ def stop_within_a_problem(process, file) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_an_evaluation_of_a_megatron_checkpoint_is_killed_continued_and_reported(tmp_path, capsys, monkeypatch):
+def test_an_evaluation_of_a_megatron_checkpoint_is_killed_continued_and_reported(tmp_path, capsys, monkeypatch) -> None:
     write_tiny_run(tmp_path)
     (tmp_path / "amc23.yaml").write_text(BENCHMARK)
     converted = dsrl("convert", "hf-to-megatron", str(tmp_path / "model"), str(tmp_path / "megatron"))

@@ -16,7 +16,7 @@ from megatron_dsrl.rollout.sample import Sample, SampleGroup, SamplingParameters
 from megatron_dsrl.run.training_run import is_due
 
 
-def sample(reward, num_tokens, finish_reason="stop", text=""):
+def sample(reward, num_tokens, finish_reason="stop", text="") -> Sample:
     return Sample((7,) * num_tokens, (-0.5,) * num_tokens, text, finish_reason, weight_version=1, reward=reward)
 
 
@@ -25,12 +25,12 @@ class RecordedRollout:
 
     training_sampling = SamplingParameters(max_response_tokens=64, stop_token_ids=(2, 0), temperature=1.0)
 
-    def __init__(self, samples_by_answer):
+    def __init__(self, samples_by_answer) -> None:
         self.samples_by_answer = samples_by_answer
         self.asked = []
         self.sampled = []
 
-    def generate(self, prompts, samples_per_prompt, sampling, stream, *, rewards=None):
+    def generate(self, prompts, samples_per_prompt, sampling, stream, *, rewards=None) -> list[SampleGroup]:
         self.sampled.append(sampling)
         self.asked.append(
             (len(prompts), samples_per_prompt, sampling.temperature, sampling.max_response_tokens, stream)
@@ -39,7 +39,7 @@ class RecordedRollout:
         return [judged(group, rewards) for group in groups] if rewards else groups
 
 
-def judged(group, rewards):
+def judged(group: SampleGroup, rewards) -> SampleGroup:
     """As the engines' side does it."""
     judgements = [rewards.submit(sample.text, group.prompt.answer).result() for sample in group.samples]
     return SampleGroup(group.prompt, tuple(replace(s, reward=j.reward) for s, j in zip(group.samples, judgements)))
@@ -48,11 +48,11 @@ def judged(group, rewards):
 PROMPTS = [Prompt(index=n, text=f"{n}+0=?", token_ids=(5, n), answer=str(n)) for n in (1, 2)]
 
 
-def evaluation_set(name, **fields):
+def evaluation_set(name: str, **fields) -> EvaluationSetConfig:
     return EvaluationSetConfig(name=name, source="held_out.jsonl", **fields)
 
 
-def test_record_of_each_set():
+def test_record_of_each_set() -> None:
     rollout = RecordedRollout(
         {
             "1": (sample(1.0, 10, text=r"\boxed{1}"), sample(0.0, 64, "length", r"\boxed{9}")),
@@ -82,7 +82,7 @@ def test_record_of_each_set():
     assert (short["set"], short["accuracy"], short["standard_error"], short["problems"]) == ("short", 0.5, None, 1)
 
 
-def test_a_set_has_a_verifier_of_its_own():
+def test_a_set_has_a_verifier_of_its_own() -> None:
     right, other = (replace(sample(0.0, 5), text=text) for text in ("The answer is (B).", r"\boxed{A}"))
     prompts = [Prompt(index=0, text="?", token_ids=(5,), answer="B")]
     choices = evaluation_set(
@@ -102,18 +102,18 @@ def test_a_set_has_a_verifier_of_its_own():
         Evaluator([(wrong, prompts)], RecordedRollout({}), "boxed")
 
 
-def test_greedy_with_several_samples_is_refused():
+def test_greedy_with_several_samples_is_refused() -> None:
     with pytest.raises(UserError, match=r"evaluation\.sets\.0: temperature 0 is greedy decoding, so 4"):
         Evaluator([(evaluation_set("held_out", samples_per_prompt=4), PROMPTS)], RecordedRollout({}), "boxed")
 
 
-def test_two_sets_of_one_name_are_refused():
+def test_two_sets_of_one_name_are_refused() -> None:
     one = (evaluation_set("held_out"), PROMPTS)
     with pytest.raises(UserError, match="the name held_out is used more than once"):
         Evaluator([one, one], RecordedRollout({}), "boxed")
 
 
-def test_early_and_late_frequency():
+def test_early_and_late_frequency() -> None:
     """The paper's, as its configurations have it: every 5 steps up to 100, then every 25."""
     config = load_config(Path(__file__).parents[2] / "configs" / "dsrl_qwen3_8b.yaml").evaluation
     assert [step for step in range(1, 200) if is_due(step, config.interval_at(step), last_step=348)] == [
@@ -122,7 +122,7 @@ def test_early_and_late_frequency():
     assert EvaluationConfig(every_steps=10, early_until_step=50).interval_at(20) == 10
 
 
-def test_a_set_is_sampled_as_it_says_and_not_as_training_is():
+def test_a_set_is_sampled_as_it_says_and_not_as_training_is() -> None:
     rollout = RecordedRollout({"1": (sample(1.0, 3),), "2": (sample(1.0, 3),)})
     rollout.training_sampling = SamplingParameters(
         64, stop_token_ids=(2, 0), temperature=0.8, top_p=0.7, top_k=5, return_routed_experts=True
@@ -138,7 +138,7 @@ def test_a_set_is_sampled_as_it_says_and_not_as_training_is():
     ]
 
 
-def test_a_benchmark_is_taken_over_by_its_name_and_fields_beside_it_win():
+def test_a_benchmark_is_taken_over_by_its_name_and_fields_beside_it_win() -> None:
     (held_out,) = EvaluationConfig.model_validate_json(
         '{"sets": [{"benchmark": "aime24", "samples_per_prompt": 4, "top_p": 0.95}]}'
     ).sets
@@ -150,7 +150,7 @@ def test_a_benchmark_is_taken_over_by_its_name_and_fields_beside_it_win():
     assert again.sets == [held_out], "a run's saved configuration is the same"
 
 
-def test_an_unknown_benchmark_of_a_set_is_named(tmp_path):
+def test_an_unknown_benchmark_of_a_set_is_named(tmp_path) -> None:
     (tmp_path / "run.yaml").write_text(
         "name: x\nsteps: 1\nmodel: {path: m}\ndata: {source: s.jsonl}\nphases: []\n"
         "evaluation: {sets: [{benchmark: aime1924}]}\n"

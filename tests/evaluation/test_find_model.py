@@ -45,7 +45,7 @@ def run(tmp_path) -> Path:
     return run
 
 
-def test_a_runs_folder_means_its_newest_policy(run, tmp_path):
+def test_a_runs_folder_means_its_newest_policy(run, tmp_path) -> None:
     checkpoint = run / "checkpoints" / "step_000003"
     newest = find_model(str(run))
     assert (newest.folder, newest.companions) == (checkpoint / "megatron", tmp_path / "model")
@@ -57,12 +57,12 @@ def test_a_runs_folder_means_its_newest_policy(run, tmp_path):
     assert find_model(str(run)).folder == run / "hf" / "step_000003"
 
 
-def test_a_checkpoint_is_not_pushed(run, capsys):
+def test_a_checkpoint_is_not_pushed(run, capsys) -> None:
     assert main(["push", str(run), "me/tiny", "--dry-run"]) == 2
     assert "is a Megatron checkpoint, and the hub's libraries load HF folders" in capsys.readouterr().err
 
 
-def test_an_export_belongs_to_its_run_and_other_models_to_none(run, tmp_path):
+def test_an_export_belongs_to_its_run_and_other_models_to_none(run, tmp_path) -> None:
     export = find_model(str(run / "hf" / "step_000002"))
     assert (export.run_folder, export.step, export.is_megatron) == (run, 2, False)
     model = find_model(str(tmp_path / "model"))
@@ -71,7 +71,7 @@ def test_an_export_belongs_to_its_run_and_other_models_to_none(run, tmp_path):
     assert fingerprint(export.folder) != fingerprint(model.folder)
 
 
-def test_an_export_stands_in_for_a_model_that_has_moved(run, tmp_path):
+def test_an_export_stands_in_for_a_model_that_has_moved(run, tmp_path) -> None:
     (tmp_path / "model").rename(tmp_path / "moved")
     assert find_model(str(run)).companions == run / "hf" / "step_000002"
 
@@ -80,7 +80,7 @@ def tensors_of(folder: Path) -> dict[str, list]:
     return {name: x.tolist() for name, x in load_file(folder / "model.safetensors").items()}
 
 
-def test_checkpoints_of_a_run_are_converted_and_verified(run, tmp_path, capsys):
+def test_checkpoints_of_a_run_are_converted_and_verified(run, tmp_path, capsys) -> None:
     """By their own folder, that of the weights in them, or the run's; an export is none."""
     checkpoint = run / "checkpoints" / "step_000003"
     (run / "config.yaml").write_text(CONFIG.format(name="tiny", steps=9, warmup=2, learning_rate=1e-3))
@@ -99,7 +99,7 @@ def test_checkpoints_of_a_run_are_converted_and_verified(run, tmp_path, capsys):
     assert "46 tensors differ" in capsys.readouterr().err
 
 
-def test_a_checkpoint_without_a_configuration_is_converted_with_that_of_its_model(run, tmp_path, capsys):
+def test_a_checkpoint_without_a_configuration_is_converted_with_that_of_its_model(run, tmp_path, capsys) -> None:
     """As Megatron itself writes them. The run's model may have moved as well."""
     foreign, moved = tmp_path / "foreign", tmp_path / "moved"
     shutil.copytree(run / "checkpoints" / "step_000003" / "megatron", foreign)
@@ -125,7 +125,7 @@ def test_a_checkpoint_without_a_configuration_is_converted_with_that_of_its_mode
         ("nowhere/at_all", "no such folder:"),
     ],
 )
-def test_no_checkpoint(run, tmp_path, name, message):
+def test_no_checkpoint(run, tmp_path, name, message) -> None:
     (run / "checkpoints" / "step_000003" / "critic").mkdir()
     (tmp_path / "runs" / "new").mkdir()
     (tmp_path / "runs" / "new" / "config.yaml").touch()
@@ -143,7 +143,7 @@ def test_no_checkpoint(run, tmp_path, name, message):
         ("runs/new", "has neither an exported policy"),
     ],
 )
-def test_mistakes(run, tmp_path, name, message):
+def test_mistakes(run, tmp_path, name, message) -> None:
     (run / "checkpoints" / "step_000003" / "critic").mkdir()
     (tmp_path / "runs" / "new").mkdir()
     (tmp_path / "runs" / "new" / "config.yaml").touch()
@@ -151,7 +151,7 @@ def test_mistakes(run, tmp_path, name, message):
         find_model(str(tmp_path / name))
 
 
-def test_a_damaged_checkpoint_is_refused(run, tmp_path):
+def test_a_damaged_checkpoint_is_refused(run, tmp_path) -> None:
     file = next((run / "checkpoints" / "step_000003" / "megatron").glob("*.distcp"))
     content = file.read_bytes()
     file.write_bytes(content[:-1])

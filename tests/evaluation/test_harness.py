@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import PreTrainedTokenizerBase
 
 from megatron_dsrl.config.load_benchmark import load_benchmark
 from megatron_dsrl.data.prompts import load_prompts
@@ -67,7 +68,7 @@ def corrupted_response(name: str, row: dict, answers: list[str], index: int) -> 
 
 
 @pytest.fixture(scope="module")
-def qwen3_tokenizer(data_folder):
+def qwen3_tokenizer(data_folder: Path) -> PreTrainedTokenizerBase:
     return load_tokenizer(str(data_folder / "qwen3-tokenizer"))
 
 
@@ -82,7 +83,7 @@ def replay(name: str, tokenizer, data_folder: Path, folder: Path, limit: int | N
     prompts = load_prompts(benchmark.config, tokenizer, name)
     answers = [prompt.answer for prompt in prompts]
 
-    def responses(prompt):
+    def responses(prompt) -> tuple[str, str]:
         row = rows[prompt.index]
         return gold_response(name, row, prompt.answer), corrupted_response(name, row, answers, prompt.index)
 
@@ -107,7 +108,7 @@ def check(name: str, tokenizer, data_folder: Path, folder: Path, limit: int | No
 
 @pytest.mark.needs_data
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_first_problems(name, qwen3_tokenizer, data_folder, tmp_path):
+def test_first_problems(name, qwen3_tokenizer, data_folder, tmp_path) -> None:
     check(name, qwen3_tokenizer, data_folder, tmp_path, limit=6)
 
 
@@ -115,5 +116,5 @@ def test_first_problems(name, qwen3_tokenizer, data_folder, tmp_path):
 @pytest.mark.needs_data
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_all_problems(name, qwen3_tokenizer, data_folder, tmp_path):
+def test_all_problems(name, qwen3_tokenizer, data_folder, tmp_path) -> None:
     check(name, qwen3_tokenizer, data_folder, tmp_path, limit=None)

@@ -16,19 +16,19 @@ from megatron_dsrl.evaluation.metrics import (
 )
 
 
-def test_hand_worked_average_and_standard_error():
+def test_hand_worked_average_and_standard_error() -> None:
     rewards = [[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 0, 0]]  # means 0.5, 1, 0, 0.25
     assert average_at_k(rewards) == pytest.approx(0.4375, abs=1e-15)
     # squared deviations 0.00390625 + 0.31640625 + 0.19140625 + 0.03515625 = 0.546875; / 3 / 4 -> square root
     assert standard_error(rewards) == pytest.approx(0.21347814, abs=1e-8)
 
 
-def test_single_problem_has_no_standard_error():
+def test_single_problem_has_no_standard_error() -> None:
     assert standard_error([[1, 0, 1]]) is None
 
 
 @pytest.mark.parametrize("n", range(1, 8))
-def test_pass_at_k_equals_the_share_of_all_draws_with_a_right_sample(n):
+def test_pass_at_k_equals_the_share_of_all_draws_with_a_right_sample(n) -> None:
     for correct in range(n + 1):
         samples = [True] * correct + [False] * (n - correct)
         for k in range(1, n + 1):
@@ -37,18 +37,18 @@ def test_pass_at_k_equals_the_share_of_all_draws_with_a_right_sample(n):
             assert pass_at_k(n, correct, k) == pytest.approx(float(share), abs=1e-14)
 
 
-def test_pass_at_k_stays_exact_where_binomials_overflow():
+def test_pass_at_k_stays_exact_where_binomials_overflow() -> None:
     # One right among n: it is in a draw of k with probability k / n.
     assert pass_at_k(20_000, 1, 5_000) == pytest.approx(0.25, rel=1e-9)
 
 
 @pytest.mark.parametrize(("n", "c", "k"), [(4, 5, 1), (4, -1, 1), (4, 2, 5), (4, 2, 0)])
-def test_pass_at_k_outside_its_domain(n, c, k):
+def test_pass_at_k_outside_its_domain(n, c, k) -> None:
     with pytest.raises(ValueError, match="not defined"):
         pass_at_k(n, c, k)
 
 
-def test_mean_over_problems():
+def test_mean_over_problems() -> None:
     assert mean_pass_at_k([[True, False], [False, False]], 1) == 0.25
     assert mean_pass_at_k([[True, False], [False, False]], 2) == 0.5
 
@@ -66,11 +66,11 @@ def test_mean_over_problems():
         (["1/2", "0.5", "3", "3"], [True, True, False, False], 0.0),  # two spellings are two answers, right or not
     ],
 )
-def test_majority(answers, right, value):
+def test_majority(answers, right, value) -> None:
     assert majority_right(answers, right) == pytest.approx(value)
 
 
-def test_bootstrap_interval_of_a_proportion_is_the_normal_one_for_many_problems():
+def test_bootstrap_interval_of_a_proportion_is_the_normal_one_for_many_problems() -> None:
     values = [1.0] * 120 + [0.0] * 280
     low, high = bootstrap_interval(values)
     half = 1.96 * (0.3 * 0.7 / 400) ** 0.5
@@ -78,13 +78,13 @@ def test_bootstrap_interval_of_a_proportion_is_the_normal_one_for_many_problems(
     assert bootstrap_interval(values) == (low, high)  # the same every time
 
 
-def test_bootstrap_interval_covers_the_mean_as_often_as_it_says():
+def test_bootstrap_interval_covers_the_mean_as_often_as_it_says() -> None:
     generator = np.random.default_rng(1)
     intervals = [bootstrap_interval(generator.binomial(8, 0.4, 60) / 8, resamples=500) for _ in range(300)]
     covered = sum(low <= 0.4 <= high for low, high in intervals) / 300
     assert 0.90 <= covered <= 0.985
 
 
-def test_bootstrap_needs_two_problems():
+def test_bootstrap_needs_two_problems() -> None:
     assert bootstrap_interval([1.0]) is None
     assert bootstrap_interval([1.0, 1.0]) == (1.0, 1.0)

@@ -52,7 +52,7 @@ def printed(capsys, *arguments: str) -> dict[str, dict[str, dict[str, str]]]:
     return tables(capsys.readouterr().out)
 
 
-def test_without_evaluations_only_the_published_figures_stand_there(capsys):
+def test_without_evaluations_only_the_published_figures_stand_there(capsys) -> None:
     found = printed(capsys, "--size", "Qwen3-8B")
     results = found["Results beside the paper's (arXiv 2604.14142), Qwen3-8B"]
     assert list(results) == [
@@ -65,7 +65,7 @@ def test_without_evaluations_only_the_published_figures_stand_there(capsys):
     assert (differences["paper"]["HumanEval"], differences["paper"]["average of six"]) == ("+2.44", "+1.47")
 
 
-def test_measured_cells_are_filled_and_the_average_waits_for_all_six(tmp_path, capsys):
+def test_measured_cells_are_filled_and_the_average_waits_for_all_six(tmp_path, capsys) -> None:
     five = {name: [16, 16] for name in SIX_BENCHMARKS if name != "minerva"}
     base = evaluation(tmp_path / "base", five | {"bbh": [8, 8]})
     dsrl = evaluation(tmp_path / "dsrl", five | {"minerva": [32, 0], "math500": [32, 24]})
@@ -79,7 +79,7 @@ def test_measured_cells_are_filled_and_the_average_waits_for_all_six(tmp_path, c
     assert "Not as in the paper" not in (tmp_path / "table.md").read_text()
 
 
-def test_several_runs_and_the_paired_difference(tmp_path, capsys):
+def test_several_runs_and_the_paired_difference(tmp_path, capsys) -> None:
     # GRPO 50 and 62.5 %: mean 56.25, deviation 8.839, t(0.975, 1) = 12.706: 12.706 * 8.839 / sqrt(2) = 79.4
     grpo = [evaluation(tmp_path / f"grpo{i}", {"amc23": right}) for i, right in enumerate([[32, 0], [32, 8]])]
     dsrl = evaluation(tmp_path / "run" / "evaluation" / "step_000002", {"amc23": [32, 12]})
@@ -93,7 +93,7 @@ def test_several_runs_and_the_paired_difference(tmp_path, capsys):
     assert found["DSRL over GRPO, in points"]["measured"]["AMC23"] == "+12.5"
 
 
-def test_what_departs_from_the_paper_is_said_and_other_benchmarks_are_not_lost(tmp_path, capsys):
+def test_what_departs_from_the_paper_is_said_and_other_benchmarks_are_not_lost(tmp_path, capsys) -> None:
     mine = evaluation(tmp_path / "mine", {"amc23": [4], "sums": [8]}, samples=8, temperature=0.6, limit=1)
     assert main(["table", f"mine={mine}"]) == 0
     text = capsys.readouterr().out
@@ -109,6 +109,6 @@ def test_what_departs_from_the_paper_is_said_and_other_benchmarks_are_not_lost(t
         (["base={folder}"], "has no results.json: give an output folder of `dsrl eval`"),
     ],
 )
-def test_mistakes(tmp_path, capsys, arguments, message):
+def test_mistakes(tmp_path, capsys, arguments, message) -> None:
     assert main(["table", *(argument.format(folder=tmp_path) for argument in arguments)]) == 2
     assert message in capsys.readouterr().err

@@ -30,7 +30,7 @@ def evaluation(tmp_path: Path) -> Path:
     return tmp_path / "ours"
 
 
-def test_other_verdicts_on_the_same_samples(evaluation, tmp_path):
+def test_other_verdicts_on_the_same_samples(evaluation, tmp_path) -> None:
     theirs = tmp_path / "theirs"
     rescore(evaluation, theirs, RewardConfig(function="hendrycks", workers=1))
 
@@ -42,6 +42,6 @@ def test_other_verdicts_on_the_same_samples(evaluation, tmp_path):
     assert read_settings(theirs / "samples" / "sums.jsonl")["benchmark"]["reward"]["function"] == "hendrycks"
 
 
-def test_nothing_is_overwritten(evaluation):
+def test_nothing_is_overwritten(evaluation) -> None:
     with pytest.raises(UserError, match="is not empty; choose another folder with --output"):
         rescore(evaluation, evaluation, RewardConfig(function="hendrycks"))

@@ -26,7 +26,7 @@ PROBLEMS = [
 ]
 
 
-def test_figures_against_values_worked_by_hand():
+def test_figures_against_values_worked_by_hand() -> None:
     summary = summarise_benchmark(PROBLEMS, boxed_answer)
     assert summary["accuracy"] == pytest.approx((0.5 + 0.25 + 0) / 3)
     # Pass@2: 1 - C(2,2)/C(4,2) = 5/6; 1 - C(3,2)/C(4,2) = 1/2; 0
@@ -39,15 +39,15 @@ def test_figures_against_values_worked_by_hand():
     assert low == 0.0 and high == 0.5  # three problems: all draws of the worst, or of the best, are likely enough
 
 
-def test_answers_that_cannot_be_compared_have_no_majority():
+def test_answers_that_cannot_be_compared_have_no_majority() -> None:
     assert summarise_benchmark(PROBLEMS, None)["majority_at_k"] is None
 
 
-def test_powers_of_two():
+def test_powers_of_two() -> None:
     assert [powers_of_two(k) for k in (1, 2, 6, 32)] == [[1], [1, 2], [1, 2, 4, 6], [1, 2, 4, 8, 16, 32]]
 
 
-def test_files(tmp_path):
+def test_files(tmp_path) -> None:
     summary = {"title": "Sums", **summarise_benchmark(PROBLEMS, boxed_answer)}
     write_results(tmp_path, "models/mine", {"sums": summary})
     written = json.loads((tmp_path / "results.json").read_text())
@@ -59,7 +59,7 @@ def test_files(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "results.md", "pass_at_k.svg"}
 
 
-def test_a_second_evaluation_of_the_same_model_adds_to_the_first(tmp_path):
+def test_a_second_evaluation_of_the_same_model_adds_to_the_first(tmp_path) -> None:
     summary = {"title": "Sums", **summarise_benchmark(PROBLEMS, boxed_answer)}
     write_results(tmp_path, "mine", {"sums": summary}, step=5)
     write_results(tmp_path, "mine", {"products": summary | {"title": "Products"}}, step=5)
@@ -68,7 +68,7 @@ def test_a_second_evaluation_of_the_same_model_adds_to_the_first(tmp_path):
     assert list(read_results(tmp_path).benchmarks) == ["sums"], "those were another policy"
 
 
-def test_the_average_stands_beside_the_papers_only_when_all_six_are_there():
+def test_the_average_stands_beside_the_papers_only_when_all_six_are_there() -> None:
     summary = {"title": "T", **summarise_benchmark(PROBLEMS, boxed_answer)}
     six = {name: summary for name in SIX_BENCHMARKS}
     assert "| Qwen3-4B | 41.26 | 55.79 | 54.38 | 57.54 | 25.00 |" in markdown("mine", six)

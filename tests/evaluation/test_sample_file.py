@@ -21,7 +21,7 @@ def problem(index: int, first: int = 0) -> ProblemResult:
     return ProblemResult(index, prompt="1+1", answer="2", samples=(sample(7 + first),), first=first)
 
 
-def test_what_was_added_is_there_before_the_file_is_closed(tmp_path):
+def test_what_was_added_is_there_before_the_file_is_closed(tmp_path) -> None:
     path = tmp_path / "samples" / "sums.jsonl"
     first = SampleFile(path, SETTINGS)
     first.add(problem(3))
@@ -33,7 +33,7 @@ def test_what_was_added_is_there_before_the_file_is_closed(tmp_path):
         assert third.problems == {3: problem(3), 1: problem(1)}
 
 
-def test_samples_of_a_problem_come_in_any_order_and_are_read_in_that_of_their_numbers(tmp_path):
+def test_samples_of_a_problem_come_in_any_order_and_are_read_in_that_of_their_numbers(tmp_path) -> None:
     path = tmp_path / "sums.jsonl"
     settings = {"benchmark": {"samples_per_prompt": 3}}
     with SampleFile(path, settings) as file:
@@ -47,7 +47,7 @@ def test_samples_of_a_problem_come_in_any_order_and_are_read_in_that_of_their_nu
     assert [[s.tokens for s in p.samples] for p in read_sample_file(path)] == [[7, 8, 9]]
 
 
-def test_a_file_of_an_earlier_version_has_all_samples_of_a_problem_in_one_line(tmp_path):
+def test_a_file_of_an_earlier_version_has_all_samples_of_a_problem_in_one_line(tmp_path) -> None:
     path = tmp_path / "sums.jsonl"
     line = {"index": 4, "prompt": "1+1", "answer": "2", "samples": [asdict(sample(7)), asdict(sample(8))]}
     path.write_text(json.dumps({"benchmark": {"samples_per_prompt": 2}}) + "\n" + json.dumps(line) + "\n")
@@ -56,7 +56,7 @@ def test_a_file_of_an_earlier_version_has_all_samples_of_a_problem_in_one_line(t
         assert file.numbers(4) == {0, 1}
 
 
-def test_a_half_written_sample_is_drawn_again(tmp_path):
+def test_a_half_written_sample_is_drawn_again(tmp_path) -> None:
     path = tmp_path / "sums.jsonl"
     with SampleFile(path, SETTINGS) as file:
         file.add(problem(0))
@@ -69,7 +69,7 @@ def test_a_half_written_sample_is_drawn_again(tmp_path):
         assert list(file.problems) == [0, 1]
 
 
-def test_other_settings_are_refused_and_named(tmp_path):
+def test_other_settings_are_refused_and_named(tmp_path) -> None:
     path = tmp_path / "sums.jsonl"
     with SampleFile(path, SETTINGS) as file:
         file.add(problem(0))
@@ -79,7 +79,7 @@ def test_other_settings_are_refused_and_named(tmp_path):
         SampleFile(path, {**SETTINGS, "seed": 2})
 
 
-def test_an_evaluation_that_ended_before_its_first_sample_decides_nothing(tmp_path):
+def test_an_evaluation_that_ended_before_its_first_sample_decides_nothing(tmp_path) -> None:
     path = tmp_path / "sums.jsonl"
     SampleFile(path, SETTINGS).close()
     with SampleFile(path, SETTINGS | {"seed": 2}) as file:
@@ -87,7 +87,7 @@ def test_an_evaluation_that_ended_before_its_first_sample_decides_nothing(tmp_pa
     assert json.loads(path.read_text().splitlines()[0])["seed"] == 2
 
 
-def test_something_else_is_refused(tmp_path):
+def test_something_else_is_refused(tmp_path) -> None:
     path = tmp_path / "sums.jsonl"
     path.write_text('{"model": "abc", "benchmark": {"temperature": 1.0}}\n{"index": 1}\n')
     with pytest.raises(UserError, match="a line is not a valid sample"):

@@ -93,7 +93,7 @@ def run_here(document: Path) -> list[Command]:
     ]
 
 
-def test_no_exception_is_left_over():
+def test_no_exception_is_left_over() -> None:
     lines = [command.line for document in DOCUMENTS for command in commands(document)]
     assert [each for each in NOT_HERE if not any(re.search(each, line) for line in lines)] == []
     lines = [command.line for document in DOCUMENTS for command in run_here(document)]
@@ -207,7 +207,7 @@ def constant_words(line: str) -> list[str]:
 @pytest.mark.needs_data
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("document", [document for document in DOCUMENTS if run_here(document)], ids=name)
-def test_commands_run_and_print_the_lines_that_are_shown(document, checkout, data, judge_url):
+def test_commands_run_and_print_the_lines_that_are_shown(document, checkout, data, judge_url) -> None:
     for command in run_here(document):
         printed = run(checkout, as_run(command).replace("{data}", str(data)).replace("{judge}", judge_url))
         lines = [constant_words(line) for line in printed.splitlines()]
@@ -217,7 +217,7 @@ def test_commands_run_and_print_the_lines_that_are_shown(document, checkout, dat
 @pytest.mark.slow
 @pytest.mark.needs_data
 @pytest.mark.timeout(3600)
-def test_the_first_command_of_the_readme_teaches_the_tiny_model(checkout):
+def test_the_first_command_of_the_readme_teaches_the_tiny_model(checkout) -> None:
     lines = (checkout / "runs" / "tiny_dsrl" / "evaluation.jsonl").read_text().splitlines()
     accuracy = {record["step"]: record["accuracy"] for record in map(json.loads, lines)}
     assert accuracy[50] > accuracy[0] + 0.3

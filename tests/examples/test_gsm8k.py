@@ -21,7 +21,7 @@ DATA = Path(os.environ.get("DSRL_TEST_DATA", ROOT.parent / "shared" / "data"))
 
 @pytest.mark.needs_data
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"no data folder {DATA}; set DSRL_TEST_DATA")
-def test_model_folder_and_prompts_fit_the_shipped_configuration(tmp_path):
+def test_model_folder_and_prompts_fit_the_shipped_configuration(tmp_path) -> None:
     make_random_model(str(DATA / "qwen3-tokenizer"), tmp_path / "model")
     architecture = read_architecture(tmp_path / "model")
     tokenizer = load_tokenizer(str(tmp_path / "model"), architecture.vocab_size)
@@ -36,7 +36,7 @@ def test_model_folder_and_prompts_fit_the_shipped_configuration(tmp_path):
     assert 0.3 < sum(mostly_ascii(response, "") for response in responses) / 200 < 0.7
 
 
-def test_tokenizer_of_another_model_is_refused(tmp_path):
+def test_tokenizer_of_another_model_is_refused(tmp_path) -> None:
     tokenizer = build_tokenizer()
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path / "tokenizer")
@@ -45,6 +45,6 @@ def test_tokenizer_of_another_model_is_refused(tmp_path):
     assert not (tmp_path / "model").exists()
 
 
-def test_mostly_ascii():
+def test_mostly_ascii() -> None:
     assert mostly_ascii("72 clips", "") == 1.0
     assert mostly_ascii("七十二", "") == mostly_ascii("", "") == 0.0

@@ -56,7 +56,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name)
-def test_commands_are_accepted(document, capsys):
+def test_commands_are_accepted(document, capsys) -> None:
     """By the command line, and the overrides by the configuration that they are for."""
     for command in commands(document):
         if (arguments := command.dsrl_arguments()) is None:
@@ -71,7 +71,7 @@ def test_commands_are_accepted(document, capsys):
 
 
 @pytest.mark.parametrize("line", RUN_HERE)
-def test_plans_and_dry_runs_run_and_print_what_is_shown(line, folder, monkeypatch, capsys):
+def test_plans_and_dry_runs_run_and_print_what_is_shown(line, folder, monkeypatch, capsys) -> None:
     """Where a document shows output, its lines stand in the program's in this order; `...` leaves some out."""
     monkeypatch.chdir(folder)
     monkeypatch.setenv("COLUMNS", "112")
@@ -87,12 +87,12 @@ def test_plans_and_dry_runs_run_and_print_what_is_shown(line, folder, monkeypatc
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name)
-def test_what_a_document_names_exists(document):
+def test_what_a_document_names_exists(document) -> None:
     assert [str(file) for file in files_named(document) if not file.exists()] == []
     assert [path for path in fields_named(document) if not is_field(path)] == []
 
 
-def test_job_scripts_and_their_variables():
+def test_job_scripts_and_their_variables() -> None:
     """Every script that is submitted exists, and takes every variable that a document sets or explains."""
     known = (REPOSITORY / "slurm" / "dsrl_8b.sh").read_text()
     for document in DOCUMENTS:
@@ -107,7 +107,7 @@ def test_job_scripts_and_their_variables():
     assert re.findall(r"^\| `([a-z_]+)` \|", reproduction, re.M)[: len(steps)] == steps
 
 
-def test_every_number_of_the_paper_is_in_its_field():
+def test_every_number_of_the_paper_is_in_its_field() -> None:
     text = (EXAMPLES / "reproduction" / "README.md").read_text()
     rows = re.findall(r"^\|[^|]*\| `([a-z_0-9.]+)` \| `([^`]+)` \|$", text, re.M)
     resolved = load_config(REPOSITORY / "configs" / "dsrl_qwen3_8b.yaml").model_dump(mode="json")
@@ -121,7 +121,7 @@ def test_every_number_of_the_paper_is_in_its_field():
     assert grpo.phases[0].loss.clip_high == 0.28
 
 
-def test_every_key_of_verl_has_a_field_that_takes_the_values_named():
+def test_every_key_of_verl_has_a_field_that_takes_the_values_named() -> None:
     text = (EXAMPLES / "reproduction" / "README.md").read_text()
     section = text.partition("## From verl's keys to ours")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| `[^|]*`(?: of a row)? \| ([^|]*) \| ([^|]*)\|$", section, re.M)
@@ -135,13 +135,13 @@ def test_every_key_of_verl_has_a_field_that_takes_the_values_named():
         load_config(base, [kl, f"{field.strip('`')}={value}"])
 
 
-def test_error_messages_are_the_programs():
+def test_error_messages_are_the_programs() -> None:
     quoted = messages_quoted(EXAMPLES / "troubleshooting" / "README.md")
     assert len(quoted) > 20
     assert [message for message in quoted if not is_message(message)] == []
 
 
-def test_own_data_as_the_model_sees_it(folder):
+def test_own_data_as_the_model_sees_it(folder) -> None:
     """The preview runs as written and prints what the document shows; the benchmark loads."""
     (command,) = [
         command

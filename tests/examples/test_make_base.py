@@ -1,5 +1,6 @@
 """Making the tiny base: the corpus as configured, the same result every time, complete or absent."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -20,17 +21,17 @@ SMALL = Settings(steps=2, documents_per_step=4, train_problems=20, held_out_prob
 
 
 @pytest.fixture(scope="module", autouse=True)
-def end_processes():
+def end_processes() -> Iterator[None]:
     yield
     destroy_parallel()
 
 
-def make_small(output, settings=SMALL):
+def make_small(output, settings=SMALL) -> None:
     with parallel_layout(ParallelConfig(), settings.seed):
         make(output, settings)
 
 
-def test_corpus_is_correct_first_then_noisy_and_partly_unprompted():
+def test_corpus_is_correct_first_then_noisy_and_partly_unprompted() -> None:
     tokenizer = build_tokenizer()
     settings = Settings(
         steps=20, documents_per_step=32, correct_part=0.5, unprompted=0.5, noise=replace(NO_NOISE, wrong_box=1.0)
@@ -50,7 +51,7 @@ def test_corpus_is_correct_first_then_noisy_and_partly_unprompted():
     assert unprompted / 320 == pytest.approx(0.5, abs=0.12)  # of the 10 noisy steps of 32 documents
 
 
-def test_made_folder_is_complete_and_the_same_every_time(tmp_path):
+def test_made_folder_is_complete_and_the_same_every_time(tmp_path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     make_small(first)
     make_small(second)
@@ -65,7 +66,7 @@ def test_made_folder_is_complete_and_the_same_every_time(tmp_path):
     assert (len(train), len(held_out)) == (20, 10) and not train & held_out
 
 
-def test_other_settings_make_it_anew(tmp_path):
+def test_other_settings_make_it_anew(tmp_path) -> None:
     output = tmp_path / "tiny"
     assert not is_made(output, SMALL)
     make_small(output)
@@ -75,7 +76,7 @@ def test_other_settings_make_it_anew(tmp_path):
     assert len((output / "train.jsonl").read_text().splitlines()) == 5
 
 
-def test_foreign_folder_is_left_alone(tmp_path):
+def test_foreign_folder_is_left_alone(tmp_path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="was not made by this program"):
         is_made(tmp_path, SMALL)

@@ -20,7 +20,7 @@ from tests.support.experiences import experience_of, scored_tokens
 RUN = Path(__file__).parents[2] / "examples" / "own_algorithm" / "run.yaml"
 
 
-def test_harder_problems_count_more():
+def test_harder_problems_count_more() -> None:
     """Means 1/4 and 3/4: factors 1 + 3/4 and 1 + 1/4."""
     experience = experience_of([1.0, 0, 0, 0, 1, 1, 1, 0], [0] * 4 + [1] * 4, lengths=[1] * 8)
     advantages = [tokens.item() for tokens in HarderProblems().estimate(experience).advantages]
@@ -28,7 +28,7 @@ def test_harder_problems_count_more():
 
 
 @pytest.mark.parametrize(("ratio", "slope"), [(1.0, -2.0), (1.1, -1.0), (1.2, 0.0), (1.4, 2.0)])
-def test_the_slope_of_the_parabola_turns_round_at_eps(ratio, slope):
+def test_the_slope_of_the_parabola_turns_round_at_eps(ratio, slope) -> None:
     """With A = 2 and eps = 0.2, dl/d rho = -A + |A| (rho - 1) / eps."""
     log_probs = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
     tokens = scored_tokens(log_probs, torch.zeros(1, dtype=torch.float64), torch.tensor([2.0]))
@@ -36,7 +36,7 @@ def test_the_slope_of_the_parabola_turns_round_at_eps(ratio, slope):
     assert log_probs.grad.item() / ratio == pytest.approx(slope, abs=1e-6)
 
 
-def test_one_objective_fades_away():
+def test_one_objective_fades_away() -> None:
     """In four steps from 0.01: the phase is another one at each, and begins once."""
     phases = load_config(RUN, ["phases.0.fading_steps=4", "phases.0.until_step=6", "steps=6"]).phases
     schedule = Schedule(phases)
@@ -47,13 +47,13 @@ def test_one_objective_fades_away():
     assert not any(schedule.begins_phase(step) for step in range(1, 7))
 
 
-def test_the_reward():
+def test_the_reward() -> None:
     assert right_in_few_lines("1+1\n=2\n\\boxed{2}", "2") == 1.0
     assert right_in_few_lines("1\n" * 6 + "\\boxed{2}", "2") == pytest.approx(0.8)
     assert right_in_few_lines("\\boxed{3}", "2") == 0.0
 
 
-def test_the_configuration_means_them():
+def test_the_configuration_means_them() -> None:
     config = load_config(RUN)
     (phase,) = config.phases
     assert phase.advantage == HarderProblems(name=phase.advantage.name, weight=2.0)

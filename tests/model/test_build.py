@@ -54,7 +54,7 @@ def packed(lengths: list[int]) -> PackedSeqParams:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_equal_transformers(tmp_path, family):
+def test_logits_equal_transformers(tmp_path, family) -> None:
     reference = FAMILIES[family](tmp_path, vocab_size=101)
     model, rows = build(tmp_path), token_ids(3, 40)
     torch.testing.assert_close(model(rows, None, None), reference(rows).logits, rtol=0, atol=1e-5)
@@ -71,7 +71,7 @@ SCALED = {
 
 
 @pytest.mark.parametrize("scaling", SCALED)
-def test_scaled_rope_equals_transformers_beyond_the_original_context(tmp_path, scaling):
+def test_scaled_rope_equals_transformers_beyond_the_original_context(tmp_path, scaling) -> None:
     """Up to position 400 of a model pre-trained for 128 or 64, with unusual bounds between the frequencies; packed rows
     select their angles in another way than dense ones."""
     make, rope = SCALED[scaling]
@@ -88,7 +88,7 @@ def test_scaled_rope_equals_transformers_beyond_the_original_context(tmp_path, s
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_gradients_of_a_packed_row_equal_transformers(tmp_path, recompute):
+def test_gradients_of_a_packed_row_equal_transformers(tmp_path, recompute) -> None:
     """With and without recomputation; every token has another weight, so that none can stand in for another."""
     reference = make_tiny_qwen3(tmp_path, tied=False, vocab_size=101)
     model, row = build(tmp_path, recompute=recompute), token_ids(1, sum(LENGTHS))
@@ -108,7 +108,7 @@ def test_gradients_of_a_packed_row_equal_transformers(tmp_path, recompute):
         assert error < 1e-5
 
 
-def test_no_sequence_of_a_packed_row_sees_another(tmp_path):
+def test_no_sequence_of_a_packed_row_sees_another(tmp_path) -> None:
     """The gradient of one sequence's logits by the others' hidden states is exactly zero, and by its own is not."""
     make_tiny_qwen3(tmp_path, tied=False, vocab_size=101)
     model, row = build(tmp_path), token_ids(1, sum(LENGTHS))
@@ -126,7 +126,7 @@ def test_no_sequence_of_a_packed_row_sees_another(tmp_path):
     assert reached.nonzero().flatten().tolist() == list(range(start, end))
 
 
-def test_bfloat16_stays_close_to_a_bfloat16_transformers_model(tmp_path):
+def test_bfloat16_stays_close_to_a_bfloat16_transformers_model(tmp_path) -> None:
     reference = make_tiny_qwen3(tmp_path, tied=True, vocab_size=101, dtype=torch.bfloat16)
     rows = token_ids(2, 30)
     logits = build(tmp_path, dtype="bfloat16")(rows, None, None)
@@ -135,13 +135,13 @@ def test_bfloat16_stays_close_to_a_bfloat16_transformers_model(tmp_path):
     torch.testing.assert_close(logits.float(), reference(rows).logits.float(), rtol=0, atol=0.1)
 
 
-def test_trainable_model_accumulates_in_float32(tmp_path):
+def test_trainable_model_accumulates_in_float32(tmp_path) -> None:
     make_tiny_qwen3(tmp_path, tied=True, vocab_size=101)
     chunks = build_trainable([build(tmp_path, dtype="bfloat16")], PARALLEL)
     assert all(parameter.main_grad.dtype == torch.float32 for parameter in chunks[0].parameters())
 
 
-def test_transformer_engine_is_refused_where_it_is_absent(tmp_path):
+def test_transformer_engine_is_refused_where_it_is_absent(tmp_path) -> None:
     make_tiny_qwen3(tmp_path, tied=True, vocab_size=101)
     with pytest.raises(UserError, match="model.layer_spec: transformer_engine needs the transformer-engine"):
         build(tmp_path, layer_spec="transformer_engine")

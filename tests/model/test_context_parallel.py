@@ -109,7 +109,7 @@ def ranks(tmp_path_factory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", LENGTHS)
-def test_packed_rows(ranks, name):
+def test_packed_rows(ranks, name) -> None:
     """Output and gradients of queries, keys and values are those of one process, for every token of both ranks."""
     lengths, reference = LENGTHS[name], random_qkv(sum(LENGTHS[name]))
     pieces = zip(*(x.split(lengths) for x in reference))
@@ -125,25 +125,25 @@ def test_packed_rows(ranks, name):
     assert sorted(seen) == list(range(sum(lengths)))
 
 
-def test_dense_batch(ranks):
+def test_dense_batch(ranks) -> None:
     expected = torch.stack([attention_written_out(*random_qkv(8, seed=seed)) for seed in (1, 2)], 1)
     for rank in ranks:
         rows, output = (torch.tensor(x) for x in rank["dense"])
         torch.testing.assert_close(output, expected[rows], rtol=0, atol=1e-5)
 
 
-def test_no_sequence_of_a_packed_row_sees_another(ranks):
+def test_no_sequence_of_a_packed_row_sees_another(ranks) -> None:
     """The gradient by the other sequences' embeddings is exactly zero on both ranks; by its own tokens it is not."""
     assert sorted(ranks[0]["reached"] + ranks[1]["reached"]) == list(range(12, 20))
 
 
-def test_assembled_values_are_whole_everywhere_and_their_gradient_counts_once(ranks):
+def test_assembled_values_are_whole_everywhere_and_their_gradient_counts_once(ranks) -> None:
     """Both ranks square the whole; each part's gradient is that of one square, not of two."""
     for rank, gradient in zip(ranks, ([[2.0], [6.0]], [[4.0], [8.0]])):
         assert rank["assembled"] == [[[2.0, 1.0], [4.0, 3.0]], gradient]
 
 
-def test_the_split_is_causally_balanced():
+def test_the_split_is_causally_balanced() -> None:
     """Two sequences over two ranks: the outer chunks of each on the first, the inner ones on the second."""
     assert zigzag_rows([8, 4], 2, 0).tolist() == [0, 1, 6, 7, 8, 11]
     assert zigzag_rows([8, 4], 2, 1).tolist() == [2, 3, 4, 5, 9, 10]

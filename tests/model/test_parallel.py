@@ -18,7 +18,7 @@ def threads_during_and_after(layouts: list[ParallelConfig]) -> list[tuple[int, i
     return counts
 
 
-def test_a_layout_takes_its_threads_with_it():
+def test_a_layout_takes_its_threads_with_it() -> None:
     """Every process group of gloo has some, which wake up a hundred times a second."""
     layouts = [ParallelConfig(tensor_parallel_size=2), ParallelConfig(pipeline_parallel_size=2)]
     for rank in run_distributed(threads_during_and_after, 2, 2 * layouts):

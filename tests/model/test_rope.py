@@ -23,7 +23,7 @@ LLAMA31 = {
 """As in Llama 3.1's config.json."""
 
 
-def test_the_base_stands_beside_the_sections_or_in_them():
+def test_the_base_stands_beside_the_sections_or_in_them() -> None:
     assert read_rope({"rope_theta": 1e6, "rope_scaling": None}, PATH) == (1e6, None)
     assert read_rope({"rope_theta": 1e4, "rope_parameters": PLAIN}, PATH) == (1e6, None)
     assert read_rope({"rope_parameters": PLAIN, "rope_scaling": PLAIN}, PATH) == (1e6, None)
@@ -38,23 +38,23 @@ def test_the_base_stands_beside_the_sections_or_in_them():
         {"rope_theta": 1e6, "rope_scaling": {"type": "yarn", "factor": 4}, "max_position_embeddings": 32768},
     ],
 )
-def test_yarn_is_read_from_either_section(config):
+def test_yarn_is_read_from_either_section(config) -> None:
     assert read_rope(config, PATH) == (1e6, Yarn(4.0, 32768))
     assert Yarn(4.0, 32768).context_tokens == 131072
 
 
-def test_the_scaling_of_llama_3():
+def test_the_scaling_of_llama_3() -> None:
     assert read_rope({"rope_theta": 5e5, "rope_scaling": LLAMA31}, PATH) == (5e5, Llama3Scaling(8.0, 1.0, 4.0, 8192))
 
 
-def test_a_family_may_have_a_default_base():
+def test_a_family_may_have_a_default_base() -> None:
     """Llama 2's config.json has none."""
     assert read_rope({"rope_scaling": None}, PATH, default_theta=1e4) == (1e4, None)
     assert read_rope({"rope_theta": 5e5}, PATH, default_theta=1e4) == (5e5, None)
 
 
 @pytest.mark.parametrize("factor", [1.0, 4.0, 32.0])
-def test_the_attention_factor_is_that_of_transformers(factor):
+def test_the_attention_factor_is_that_of_transformers(factor) -> None:
     config = Qwen3Config(rope_parameters=CARD | {"rope_theta": 1e6, "factor": factor})
     assert Yarn(factor, 32768).attention_factor == pytest.approx(_compute_yarn_parameters(config)[1], rel=1e-12)
 
@@ -90,6 +90,6 @@ def test_the_attention_factor_is_that_of_transformers(factor):
         ({"rope_theta": None}, "neither rope_parameters.rope_theta nor rope_theta"),
     ],
 )
-def test_what_the_three_libraries_do_not_read_alike_is_refused(config, message):
+def test_what_the_three_libraries_do_not_read_alike_is_refused(config, message) -> None:
     with pytest.raises(UserError, match=message):
         read_rope(config, PATH)

@@ -30,7 +30,7 @@ with Timeline(Path(sys.argv[1]), rank=0, host="node") as timeline:
 """
 
 
-def test_a_killed_run_keeps_what_it_had_and_a_continued_one_adds_to_it(tmp_path):
+def test_a_killed_run_keeps_what_it_had_and_a_continued_one_adds_to_it(tmp_path) -> None:
     killed = subprocess.run([sys.executable, "-c", DIES_WHILE_TRAINING, str(tmp_path)], timeout=60)
     assert killed.returncode == -signal.SIGKILL
     with trace_file(tmp_path, 0).open("a") as file:
@@ -54,7 +54,7 @@ def test_a_killed_run_keeps_what_it_had_and_a_continued_one_adds_to_it(tmp_path)
     assert all(span.when.end >= span.when.start for span in timeline.spans)
 
 
-def test_times_are_those_of_the_clock_on_the_wall(tmp_path):
+def test_times_are_those_of_the_clock_on_the_wall(tmp_path) -> None:
     before = time.time()
     with Timeline(tmp_path, rank=3, host="node") as timeline, timeline.span("train"):
         timeline.engine_call(EngineCall(0, (7,), 10, 1, "done", time.monotonic() - 1, time.monotonic()))
@@ -78,7 +78,7 @@ def lines(rank: int, *events: tuple) -> list[dict]:
     return records
 
 
-def test_engines_are_busy_while_any_call_is_under_way():
+def test_engines_are_busy_while_any_call_is_under_way() -> None:
     timeline = timeline_of(
         lines(
             0,
@@ -99,11 +99,11 @@ def test_engines_are_busy_while_any_call_is_under_way():
     assert (second.calls, second.failed_calls, second.busy_while_sampling) == (1, 1, 0.25)
 
 
-def test_overlaps_count_once():
+def test_overlaps_count_once() -> None:
     assert overlap([Interval(0, 3), Interval(2, 5), Interval(8, 9)], [Interval(1, 4), Interval(4.5, 8.5)]) == 4.0
 
 
-def test_moments_are_found_in_windows_that_touch_or_have_gaps():
+def test_moments_are_found_in_windows_that_touch_or_have_gaps() -> None:
     windows = Windows([Interval(5, 6), Interval(1, 2), Interval(2, 3)])
     assert [moment for moment in (0.5, 1, 2.5, 3, 3.5, 4.9, 5, 6, 6.1) if windows.hold(moment)] == [1, 2.5, 3, 5, 6]
     assert not Windows([]).hold(0)
@@ -115,13 +115,13 @@ def engine_events(*calls: tuple) -> list[dict]:
     return [event for event in events_of(timeline, origin=0.0) if event["pid"] == FIRST_ENGINE]
 
 
-def test_requests_of_an_engine_are_a_counter_over_time():
+def test_requests_of_an_engine_are_a_counter_over_time() -> None:
     events = engine_events((0, {"seconds": 5}), (1, {"seconds": 1}), (2, {"seconds": 7}), (3, {"seconds": 1}))
     counter = [(event["ts"] / 1e6, event["args"]["requests"]) for event in events if event["ph"] == "C"]
     assert counter == [(0, 1), (1, 2), (3, 3), (4, 2), (5, 1), (9, 0)]  # at 2 s one ends and one begins
 
 
-def test_only_the_longest_requests_have_tracks_and_none_overlap_in_one():
+def test_only_the_longest_requests_have_tracks_and_none_overlap_in_one() -> None:
     requests = [(0.1 * number, {"seconds": 1 + number % 50, "prompts": [number]}) for number in range(400)]
     slices = [event for event in engine_events(*requests) if event["ph"] == "X"]
     assert len(slices) == 10 and {event["dur"] for event in slices} == {49_000_000, 50_000_000}
@@ -131,13 +131,13 @@ def test_only_the_longest_requests_have_tracks_and_none_overlap_in_one():
     assert slices[0]["args"] | {"prompts": ""} == {"prompts": "", "tokens": 10, "attempt": 1, "outcome": "done"}
 
 
-def test_failed_requests_are_marked_where_they_ended():
+def test_failed_requests_are_marked_where_they_ended() -> None:
     events = engine_events((0, {}), (1, {"prompts": [5], "outcome": "connection refused"}), (1, {"outcome": "aborted"}))
     (mark,) = [event for event in events if event["ph"] == "i"]
     assert (mark["name"], mark["ts"], mark["args"]["outcome"]) == ("prompt 5", 3_000_000, "connection refused")
 
 
-def test_the_trace_is_json_with_its_first_event_at_0(tmp_path):
+def test_the_trace_is_json_with_its_first_event_at_0(tmp_path) -> None:
     timelines = [timeline_of(lines(rank, (10 + rank, "step", 1), (12, "step", 2), (13, "step", 3))) for rank in (0, 1)]
     write_trace(timelines, tmp_path / "trace.json")
     trace = json.loads((tmp_path / "trace.json").read_text())
@@ -147,7 +147,7 @@ def test_the_trace_is_json_with_its_first_event_at_0(tmp_path):
     assert trace["otherData"]["started"] == "1970-01-01T00:00:10+00:00"
 
 
-def test_the_summary_names_ranks_that_did_not_finish(capsys):
+def test_the_summary_names_ranks_that_did_not_finish(capsys) -> None:
     timeline = timeline_of(
         lines(1, (0, "begin", "build_models"), (9, "end", "build_models"), (9, "step", 4), (9, "begin", "train"),
               (10, "begin", "onload"))  # fmt: skip
@@ -158,7 +158,7 @@ def test_the_summary_names_ranks_that_did_not_finish(capsys):
     assert "rank 1 did not finish train, train > onload" in printed
 
 
-def test_a_timeline_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):
+def test_a_timeline_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog) -> None:
     (tmp_path / "trace").write_text("in the way")
     with Timeline(tmp_path, rank=0, host="node") as timeline, timeline.span("train"):
         pass

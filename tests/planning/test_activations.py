@@ -63,7 +63,7 @@ OTHER_LAYOUTS = {
 class SavedTensors:
     """Bytes of the storages that autograd holds for the backward pass, each counted once, without parameters."""
 
-    def __init__(self, parameters: set[int]):
+    def __init__(self, parameters: set[int]) -> None:
         self.parameters = parameters
         self.holders: Counter[int] = Counter()
         self.now = self.peak = 0
@@ -75,13 +75,13 @@ class SavedTensors:
 class Held:
     """A saved tensor, for as long as its node of the graph lives."""
 
-    def __init__(self, saved: SavedTensors, tensor: torch.Tensor):
+    def __init__(self, saved: SavedTensors, tensor: torch.Tensor) -> None:
         self.saved, self.tensor = saved, tensor
         storage = tensor.untyped_storage()
         self.pointer, self.size = storage.data_ptr(), storage.nbytes()
         self._hold(+1)
 
-    def __del__(self):
+    def __del__(self) -> None:
         self._hold(-1)
 
     def _hold(self, change: int) -> None:
@@ -168,14 +168,14 @@ def in_the_papers_layout(folder: Path) -> tuple[dict[str, tuple[int, int]], list
     return saved_and_planned(folder, AS_IN_THE_PAPERS_RUN), logits
 
 
-def test_activations_on_one_process_are_what_autograd_keeps(tmp_path):
+def test_activations_on_one_process_are_what_autograd_keeps(tmp_path) -> None:
     """Within 1 %: softmax statistics, indices of padded batches and the router's small tensors are not counted."""
     (results,) = run_distributed(saved_and_planned, 1, tmp_path, ONE_PROCESS)
     for name, (saved, planned) in results.items():
         assert saved == pytest.approx(planned, rel=0.01), name
 
 
-def test_activations_and_logits_in_the_layout_of_the_papers_run(tmp_path):
+def test_activations_and_logits_in_the_layout_of_the_papers_run(tmp_path) -> None:
     """Tensor and sequence parallelism with selective recomputation, on two processes: within 1 %."""
     for results, logits in run_distributed(in_the_papers_layout, 2, tmp_path):
         for name, (saved, planned) in results.items():
@@ -185,7 +185,7 @@ def test_activations_and_logits_in_the_layout_of_the_papers_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_activations_in_other_layouts(tmp_path):
+def test_activations_in_other_layouts(tmp_path) -> None:
     """Within 2 % too, the micro-batches under way of each pipeline stage included; 5 % where a process has whole
     experts, of which the plan says that they get equally many tokens."""
     for rank, results in enumerate(run_distributed(saved_and_planned, 2, tmp_path, OTHER_LAYOUTS, timeout_seconds=300)):

@@ -23,7 +23,7 @@ def ppo(*overrides: str) -> RunConfig:
     return load_config(REPOSITORY / "configs" / "ppo_qwen3_8b.yaml", [*whole, *overrides])
 
 
-def test_models_beside_the_policy_are_counted_only_if_a_phase_of_the_run_needs_them():
+def test_models_beside_the_policy_are_counted_only_if_a_phase_of_the_run_needs_them() -> None:
     kl = "phases.1.kl={loss_coefficient: 0.1}"
     only_the_warm_up = paper_run(kl, "steps=20")
     for config, critic, reference in (
@@ -36,7 +36,7 @@ def test_models_beside_the_policy_are_counted_only_if_a_phase_of_the_run_needs_t
         assert (bool(memory.critic), any(memory.reference_on_host)) == (critic, reference)
 
 
-def test_models_that_only_a_custom_phase_brings_in_are_counted():
+def test_models_that_only_a_custom_phase_brings_in_are_counted() -> None:
     """The phase itself needs none of them: `at` adds an objective that does, at its first steps."""
     custom = [
         "phases.0.type=examples.own_algorithm.phase:FadingPhase",
@@ -55,7 +55,7 @@ SIZES = {"qwen3_4b": (QWEN3_4B, 8), "qwen3_8b": (qwen3_8b(), 8), "qwen3_30b_a3b"
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_every_run_of_a_size_fits_on_its_nodes_of_80_gb(size):
+def test_every_run_of_a_size_fits_on_its_nodes_of_80_gb(size) -> None:
     architecture, gpus = SIZES[size]
     folder = REPOSITORY / "configs"
     singles = [[file] for file in folder.glob(f"*_{size}.yaml")]
@@ -66,7 +66,7 @@ def test_every_run_of_a_size_fits_on_its_nodes_of_80_gb(size):
         assert memory.fits, (files, memory.problems)
 
 
-def test_peaks_by_hand():
+def test_peaks_by_hand() -> None:
     """A critic's weights stay on the GPU in every phase; its activations are there while it is updated, not beside the
     policy's."""
     memory = run_memory(ppo(), qwen3_8b(), GPU_BYTES, world_size=8)
@@ -85,7 +85,7 @@ def test_peaks_by_hand():
         assert (peak <= GPU_BYTES) == fits
 
 
-def test_what_is_offloaded_is_on_the_host_while_the_engine_samples():
+def test_what_is_offloaded_is_on_the_host_while_the_engine_samples() -> None:
     """During the update, and the switch of a step with a checkpoint, all of it is on the GPU."""
     everything = [f"actor.offload.{part}=true" for part in ("gradients", "optimizer", "parameters")]
     stays = run_memory(ppo(), qwen3_8b(), GPU_BYTES, world_size=8)
@@ -98,7 +98,7 @@ def test_what_is_offloaded_is_on_the_host_while_the_engine_samples():
     assert moves.offloaded_on_host == (weights + optimizer,) and stays.offloaded_on_host == (0,)
 
 
-def test_reference_and_checkpoint_lie_on_the_host():
+def test_reference_and_checkpoint_lie_on_the_host() -> None:
     with_reference = paper_run("phases.1.kl={loss_coefficient: 0.1}")
     memory = run_memory(with_reference, qwen3_8b(), GPU_BYTES, world_size=8)
     (policy,) = memory.policy
@@ -112,7 +112,7 @@ def test_reference_and_checkpoint_lie_on_the_host():
     assert synchronous.reference_on_host == synchronous.checkpoint_on_host == (0,)
 
 
-def test_a_run_on_gpus_warns_of_what_does_not_fit_and_says_what_helps(model):
+def test_a_run_on_gpus_warns_of_what_does_not_fit_and_says_what_helps(model) -> None:
     node = Machine("cuda", GPU_BYTES, host_bytes=2 * 10**12, processes=8)
     assert memory_warnings(paper_run(model), 8, node) == []
     (update, generation) = memory_warnings(ppo(model), 8, node)
@@ -123,7 +123,7 @@ def test_a_run_on_gpus_warns_of_what_does_not_fit_and_says_what_helps(model):
     assert "checkpoint copies of 8 process(es) take up to" in host and "set checkpoint.asynchronous=false" in host
 
 
-def test_a_run_on_a_cpu_is_compared_with_the_memory_of_the_machine(model):
+def test_a_run_on_a_cpu_is_compared_with_the_memory_of_the_machine(model) -> None:
     settings = [model, "model.dtype=float32", "engine.max_total_tokens=32768", "parallel.tensor_parallel_size=1"]
     settings += ["parallel.sequence_parallel=false"]
     laptop, server = (Machine("cpu", size, size, processes=1) for size in (16 * 2**30, 2**41))
@@ -132,7 +132,7 @@ def test_a_run_on_a_cpu_is_compared_with_the_memory_of_the_machine(model):
     assert memory_warnings(paper_run(*settings), 1, server) == []
 
 
-def test_engines_elsewhere_take_no_memory_here(model, capsys):
+def test_engines_elsewhere_take_no_memory_here(model, capsys) -> None:
     """Only the update counts, and whether their cache holds a sequence is not known."""
     elsewhere = ["engine.urls=[http://other:30000]", "engine.memory_fraction=0.9"]
     memory = run_memory(paper_run(*elsewhere), qwen3_8b(), GPU_BYTES, world_size=8)
@@ -145,7 +145,7 @@ def test_engines_elsewhere_take_no_memory_here(model, capsys):
     assert "engine cache" not in shown and "peak of generation" not in shown
 
 
-def test_replayed_experts_lie_on_the_host_of_every_process():
+def test_replayed_experts_lie_on_the_host_of_every_process() -> None:
     """1,024 samples of 9,216 tokens, 48 layers with 8 choices of 4/3 bytes."""
     config = load_config(REPOSITORY / "configs" / "dsrl_qwen3_30b_a3b.yaml", ["rollout.routing_replay=true"])
     memory = run_memory(config, qwen3_30b_a3b(), GPU_BYTES, world_size=16)

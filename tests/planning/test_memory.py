@@ -31,7 +31,7 @@ def paper_run(*overrides: str) -> RunConfig:
     return load_config(REPOSITORY / "configs" / "dsrl_qwen3_8b.yaml", overrides)
 
 
-def test_weights_gradients_and_optimizer_by_hand():
+def test_weights_gradients_and_optimizer_by_hand() -> None:
     """8.19e9 parameters in bfloat16, split over 4 processes; the optimizer's 12 bytes over 2 replicas as well."""
     split = ("parallel.tensor_parallel_size=4", "parallel.distributed_optimizer=true")
     memory = policy_memory(paper_run(*split), qwen3_8b(), world_size=8, stage=0)
@@ -41,7 +41,7 @@ def test_weights_gradients_and_optimizer_by_hand():
     assert memory.optimizer == 12 * (memory.weights // 2) // 2
 
 
-def test_the_engines_cache_by_hand():
+def test_the_engines_cache_by_hand() -> None:
     """60 % of 80e9 bytes without the weights; a token takes 2 x 36 layers x 8 heads x 128 x 2 bytes."""
     memory = engine_memory(paper_run("engine.memory_fraction=0.6"), qwen3_8b(), gpu_bytes=80 * 10**9)
     assert memory.weights == 2 * 8_190_735_360

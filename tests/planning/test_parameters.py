@@ -127,7 +127,7 @@ def measured(folders) -> list[tuple[dict, list]]:
     return run_distributed(measure, 2, folders, LAYOUTS)
 
 
-def test_every_rank_holds_what_the_plan_says(measured):
+def test_every_rank_holds_what_the_plan_says(measured) -> None:
     ranks = [counts for counts, _ in measured]
     assert len(ranks[0]) == 2 * (5 * 4 + 2)
     for counts in ranks:
@@ -135,7 +135,7 @@ def test_every_rank_holds_what_the_plan_says(measured):
             assert held == planned, key
 
 
-def test_gradients_and_optimizer_are_what_megatron_allocates(measured, folders):
+def test_gradients_and_optimizer_are_what_megatron_allocates(measured, folders) -> None:
     """Policy and critic on two data-parallel processes. Megatron pads its gradient buffers and shards a little."""
     architecture = read_architecture(folders["untied"])
     for _, (with_shards, without_shards) in measured:
@@ -148,7 +148,7 @@ def test_gradients_and_optimizer_are_what_megatron_allocates(measured, folders):
                 assert optimizer == (pytest.approx(memory.optimizer, rel=0.02) if sharded else memory.optimizer)
 
 
-def test_published_sizes():
+def test_published_sizes() -> None:
     """The names of the models: 8.2B and 30.5B parameters, 3.3B of them active (2.7B of these in the layers)."""
     assert parameters_of_model(qwen3_8b()) == 8_190_735_360
     moe = qwen3_30b_a3b()
@@ -164,7 +164,7 @@ def test_published_sizes():
         ("32B", 32.8, 31.2), ("30B-A3B", 30.5, 29.9), ("235B-A22B", 235, 234),
     ],
 )  # fmt: skip
-def test_shipped_sizes_have_the_parameters_that_their_pages_name(name, parameters, without_embeddings):
+def test_shipped_sizes_have_the_parameters_that_their_pages_name(name, parameters, without_embeddings) -> None:
     """In billions, from "Model Overview" of https://huggingface.co/Qwen/Qwen3-<name>."""
     architecture = read_architecture(PUBLISHED / "Qwen" / f"Qwen3-{name}")
     total = parameters_of_model(architecture)
@@ -174,7 +174,7 @@ def test_shipped_sizes_have_the_parameters_that_their_pages_name(name, parameter
         assert round(counted / 1e9, digits) == named
 
 
-def test_all_shipped_sizes_are_checked():
+def test_all_shipped_sizes_are_checked() -> None:
     assert len(list(PUBLISHED.glob("*/*/config.json"))) == 8
 
 

@@ -10,7 +10,7 @@ from megatron_dsrl.config.load import load_config
 from megatron_dsrl.planning.compute import Assumptions, training_flops
 from megatron_dsrl.planning.gpus import find_gpu
 from megatron_dsrl.planning.layouts import fewest_gpus, layout_problems, overrides_of, suggest
-from megatron_dsrl.planning.plan import largest_micro_batch, largest_response, make_plan
+from megatron_dsrl.planning.plan import Plan, largest_micro_batch, largest_response, make_plan
 from megatron_dsrl.planning.scale import Costs, estimate_step
 from tests.planning.test_memory import paper_run
 from tests.planning.test_parameters import published, qwen3_8b, qwen3_30b_a3b
@@ -19,11 +19,11 @@ from tests.support.tiny_run import REPOSITORY
 ASSUMED = Assumptions(mean_response_tokens=4096)
 
 
-def plan_of(*overrides: str, gpu: str = "h100", world_size: int = 8):
+def plan_of(*overrides: str, gpu: str = "h100", world_size: int = 8) -> Plan:
     return make_plan(paper_run(*overrides), qwen3_8b(), find_gpu(gpu), world_size, ASSUMED)
 
 
-def test_operations_of_a_sequence_by_hand():
+def test_operations_of_a_sequence_by_hand() -> None:
     """6 per parameter of the layers and token, the head for scored tokens only, and causal attention."""
     layers, head, attention = 36 * (80 * 128 * 4096 + 3 * 4096 * 12288), 4096 * 151_936, 36 * 32 * 128
     tokens, scored = 5120, 4096
@@ -32,13 +32,13 @@ def test_operations_of_a_sequence_by_hand():
     assert counted == pytest.approx(expected, rel=1e-9)
 
 
-def test_the_papers_run_fits_on_one_node_of_h100_but_not_of_40_gib():
+def test_the_papers_run_fits_on_one_node_of_h100_but_not_of_40_gib() -> None:
     assert plan_of().fits
     assert not plan_of(gpu="a100-40").fits
 
 
 @pytest.mark.parametrize("limit", [largest_micro_batch, largest_response])
-def test_the_largest_length_fits_and_the_next_one_does_not(limit):
+def test_the_largest_length_fits_and_the_next_one_does_not(limit) -> None:
     field = {
         largest_micro_batch: "actor.max_tokens_per_micro_batch",
         largest_response: "rollout.max_response_tokens",
@@ -49,7 +49,7 @@ def test_the_largest_length_fits_and_the_next_one_does_not(limit):
     assert not plan_of(unlimited, f"{field}={largest + 1024}").fits
 
 
-def test_suggestions_are_valid_fit_and_come_fastest_first():
+def test_suggestions_are_valid_fit_and_come_fastest_first() -> None:
     config = paper_run("model.path=unused")
     plans = suggest(config, qwen3_30b_a3b(), find_gpu("h200"), 16, ASSUMED, count=5)
     assert len(plans) == 5
@@ -58,7 +58,7 @@ def test_suggestions_are_valid_fit_and_come_fastest_first():
     assert plans[0].step_seconds <= min(plan.step_seconds for plan in plans) * 1.06, "equal but for rounding"
 
 
-def test_layers_that_do_not_divide_go_to_uneven_stages():
+def test_layers_that_do_not_divide_go_to_uneven_stages() -> None:
     """Qwen3-235B-A22B has 94: four stages of 23, 24, 24 and 23."""
     large = published(
         "Qwen3MoeForCausalLM", 4096, 94, 64, 4,
@@ -72,7 +72,7 @@ def test_layers_that_do_not_divide_go_to_uneven_stages():
     assert not any(layout_problems(plan.config, large, 64) for plan in plans)
 
 
-def test_a_step_that_samples_ahead_takes_as_long_as_the_longer_of_its_parts():
+def test_a_step_that_samples_ahead_takes_as_long_as_the_longer_of_its_parts() -> None:
     servers = "engine.urls=[" + ", ".join(f"'http://host:{port}'" for port in range(3000, 3008)) + "]"
     in_turns, ahead = plan_of(servers), plan_of(servers, "rollout.sample_ahead=true")
     assert in_turns.step_seconds == in_turns.generation_seconds + in_turns.training_seconds
@@ -83,11 +83,11 @@ def test_a_step_that_samples_ahead_takes_as_long_as_the_longer_of_its_parts():
     assert step.step == pytest.approx(alone.step - min(alone.generation, alone.update + alone.gradients))
 
 
-def test_no_layout_is_suggested_where_none_fits():
+def test_no_layout_is_suggested_where_none_fits() -> None:
     assert suggest(paper_run(), qwen3_30b_a3b(), find_gpu("a100-40"), 2, ASSUMED, count=5) == []
 
 
-def test_the_command_says_what_fits_and_what_would(model, capsys):
+def test_the_command_says_what_fits_and_what_would(model, capsys) -> None:
     ppo = str(REPOSITORY / "configs" / "ppo_qwen3_8b.yaml")
     too_large = ["parallel.tensor_parallel_size=4", "engine.memory_fraction=0.6"]
     assert main(["plan", ppo, model, "--gpu", "h100", "--gpus", "8", *too_large]) == 1
@@ -97,7 +97,7 @@ def test_the_command_says_what_fits_and_what_would(model, capsys):
     assert main(["plan", ppo, model, "--gpu", "h100", "--gpus", "8"]) == 0
 
 
-def test_the_command_scales_a_run_and_refuses_numbers_that_do_not_fit(model, capsys):
+def test_the_command_scales_a_run_and_refuses_numbers_that_do_not_fit(model, capsys) -> None:
     run = str(REPOSITORY / "configs" / "dsrl_qwen3_8b.yaml")
     assert main(["plan", run, model, "--scale", "8,4096"]) == 0
     assert "Breaks first as the batch grows: rank 0 reading the engines' answers, at 4,096 GPUs." in " ".join(
@@ -107,7 +107,7 @@ def test_the_command_scales_a_run_and_refuses_numbers_that_do_not_fit(model, cap
     assert "--scale: 12 GPUs cannot be divided" in capsys.readouterr().err
 
 
-def test_what_is_suggested_can_be_pasted(capsys):
+def test_what_is_suggested_can_be_pasted(capsys) -> None:
     """The overrides make the configuration that the plan is for, engines included, and it then fits."""
     file, engines = REPOSITORY / "configs" / "dsrl_qwen3_8b.yaml", "engine.tensor_parallel_size=4"
     config = load_config(file, [engines])
@@ -126,14 +126,14 @@ def test_what_is_suggested_can_be_pasted(capsys):
     assert main([*arguments, *words]) == 0
 
 
-def test_how_many_gpus_would_do():
+def test_how_many_gpus_would_do() -> None:
     config = paper_run()
     assert suggest(config, qwen3_8b(), find_gpu("h100"), 2, ASSUMED, count=1) == []
     assert fewest_gpus(config, qwen3_8b(), find_gpu("h100"), 2, ASSUMED) == 4
     assert suggest(config, qwen3_8b(), find_gpu("h100"), 4, ASSUMED, count=1) != []
 
 
-def test_a_gpu_of_the_table_and_one_described_by_its_figures():
+def test_a_gpu_of_the_table_and_one_described_by_its_figures() -> None:
     assert find_gpu("H20").flops == 148e12
     assert find_gpu("mine", gib=96, tflops=500, terabytes_per_second=3.2).memory_bytes == 96 * 2**30
     assert find_gpu("h100", gib=60).flops == find_gpu("h100").flops
@@ -150,7 +150,7 @@ def test_a_gpu_of_the_table_and_one_described_by_its_figures():
         "configs/dsrl_qwen3_8b.yaml --scale 8,64,512,4096",
     ],
 )
-def test_no_table_is_cut_in_80_columns(arguments, monkeypatch, capsys):
+def test_no_table_is_cut_in_80_columns(arguments, monkeypatch, capsys) -> None:
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setenv("COLUMNS", "80")
     main(["plan", *arguments.split()])

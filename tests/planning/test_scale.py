@@ -31,7 +31,7 @@ def estimate(world_size: int, factor: int = 1) -> StepEstimate:
     return estimate_step(config, qwen3_8b(), find_gpu("h100"), world_size, ASSUMED, COSTS)
 
 
-def test_every_part_by_hand_on_64_gpus():
+def test_every_part_by_hand_on_64_gpus() -> None:
     """TP 4, so 16 replicas; 8 x 1,024 samples of 4,000 tokens; 16 verifiers; 6 rounds of a tree over 64 ranks."""
     step = estimate(64, factor=8)
     tokens = 8192 * 4000
@@ -49,19 +49,19 @@ def test_every_part_by_hand_on_64_gpus():
     assert step.step == pytest.approx(step.generation + step.sharing + step.update + step.gradients + step.weight_push)
 
 
-def test_gradients_stay_within_a_node_of_eight():
+def test_gradients_stay_within_a_node_of_eight() -> None:
     """Two replicas of TP 4, so half of 6 bytes per parameter of a rank, over NVLink."""
     assert estimate(8).gradients == pytest.approx(6 * 8_190_735_360 / 4 / 2 / 4e11 + 2e-5, rel=1e-3)
 
 
-def test_growing_with_the_gpus_leaves_compute_as_it_is_and_a_fixed_batch_divides_it():
+def test_growing_with_the_gpus_leaves_compute_as_it_is_and_a_fixed_batch_divides_it() -> None:
     small, growing, fixed = estimate(8), estimate(512, factor=64), estimate(512)
     assert growing.decoding == pytest.approx(small.decoding) and growing.update == pytest.approx(small.update)
     assert fixed.update == pytest.approx(small.update / 64)
     assert fixed.generation == fixed.longest_response, "nothing makes one response faster"
 
 
-def test_the_first_limit_is_the_part_that_lengthens_the_step_most():
+def test_the_first_limit_is_the_part_that_lengthens_the_step_most() -> None:
     assert first_limit([estimate(8), estimate(16, factor=2)]) is None
     world_size, part = first_limit([estimate(8), estimate(16, 2), estimate(4096, 512), estimate(8192, 1024)])
     assert (world_size, part) == (4096, "reading")
@@ -69,13 +69,13 @@ def test_the_first_limit_is_the_part_that_lengthens_the_step_most():
     assert first_limit([estimate(8), slow]) == (4096, "weight_push")
 
 
-def test_reading_counts_only_beyond_the_generation_that_hides_it():
+def test_reading_counts_only_beyond_the_generation_that_hides_it() -> None:
     first = estimate(8)
     hidden = replace(first, world_size=64, reading=0.99 * first.generation)
     assert first_limit([first, hidden]) is None
 
 
-def test_every_constant_says_where_it_comes_from():
+def test_every_constant_says_where_it_comes_from() -> None:
     for constant in fields(Costs):
         source = constant.metadata["source"]
         assert any(word in source for word in ("measured", "assumed", "reported", "data sheet", "arXiv")), constant.name

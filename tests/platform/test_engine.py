@@ -8,7 +8,7 @@ from megatron_dsrl.platform import engine_models
 from megatron_dsrl.platform.sglang_cpu.no_compilation import uncompiled
 
 
-def test_engines_find_every_supported_family_without_importing_all_models():
+def test_engines_find_every_supported_family_without_importing_all_models() -> None:
     """By its name: SGLang is imported by engines only."""
     (module,) = (file for file in Path(engine_models.__path__[0]).glob("*.py") if file.stem != "__init__")
     (listed,) = (node.value for node in ast.parse(module.read_text()).body if isinstance(node, ast.Assign))
@@ -16,5 +16,5 @@ def test_engines_find_every_supported_family_without_importing_all_models():
     assert {ast.unparse(model) for model in listed.elts} == set(FAMILIES)
 
 
-def test_functions_stay_as_they_are_however_they_are_marked_for_compilation():
+def test_functions_stay_as_they_are_however_they_are_marked_for_compilation() -> None:
     assert uncompiled(len) is uncompiled(len, dynamic=True) is uncompiled(fullgraph=True)(len) is len

@@ -65,13 +65,13 @@ def fields_in(tree: ast.AST) -> dict[str, ast.AnnAssign]:
     return {node.target.id: node for node in found if isinstance(node.target, ast.Name)}
 
 
-def test_the_installed_release_is_the_images():
+def test_the_installed_release_is_the_images() -> None:
     pins = (REPOSITORY / "tools" / "image" / "requirements.lock").read_text().splitlines()
     assert f"sglang=={version('sglang')}" in pins
 
 
 @pytest.mark.parametrize("place", READ)
-def test_what_was_read_has_not_changed(place):
+def test_what_was_read_has_not_changed(place) -> None:
     digest = hashlib.sha256(ast.unparse(source(place)).encode()).hexdigest()[:16]
     assert digest == READ[place], f"{place} has changed: read it, adapt the CUDA side, and write down its new digest"
 
@@ -82,7 +82,7 @@ def on_cuda(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
 
-def test_every_server_argument_on_cuda_is_a_field(on_cuda):
+def test_every_server_argument_on_cuda_is_a_field(on_cuda) -> None:
     config = load_config(REPOSITORY / "configs" / "dsrl_qwen3_8b.yaml", ["rollout.deterministic=true"])
     arguments = server_arguments(config, engine=0)
     assert arguments["enable_memory_saver"] and arguments["enable_deterministic_inference"]
@@ -94,7 +94,7 @@ def test_every_server_argument_on_cuda_is_a_field(on_cuda):
     assert repr(arguments["cuda_graph_backend_prefill"]) in backends
 
 
-def test_trainer_and_external_engines_agree_on_nccls_settings():
+def test_trainer_and_external_engines_agree_on_nccls_settings() -> None:
     """SGLang sets these unless they are set, from flags that are off by default."""
     assigned = {}
     for node in ast.walk(source(SET_ENVIRONMENT)):
@@ -123,7 +123,7 @@ class CudaTensor:
         return reductions.rebuild_cuda_tensor, tuple(arguments.values())
 
 
-def test_a_bucket_on_cuda_can_be_unpickled():
+def test_a_bucket_on_cuda_can_be_unpickled() -> None:
     """Every global of its pickle is on the list, and the device is where SGLang's patch of torch looks for it."""
     bucket = flatten([("weight", torch.zeros(3, dtype=torch.bfloat16))], BucketMemory())
     stream = io.BytesIO()
@@ -145,7 +145,7 @@ def test_a_bucket_on_cuda_can_be_unpickled():
     assert list(inspect.signature(reductions.rebuild_cuda_tensor).parameters)[place] == "storage_device"
 
 
-def test_memory_is_released_by_these_names_and_only_from_an_idle_engine():
+def test_memory_is_released_by_these_names_and_only_from_an_idle_engine() -> None:
     names = {
         node.targets[0].id: ast.literal_eval(node.value)
         for node in parsed("constants.py").body

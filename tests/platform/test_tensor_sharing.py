@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 
-def test_slurm_may_signal_every_process_of_a_job_while_weights_are_shared():
+def test_slurm_may_signal_every_process_of_a_job_while_weights_are_shared() -> None:
     """`scancel --signal` reaches torch's shared-memory manager too; without it the next push would end the run."""
     program = """
 import os, signal, time

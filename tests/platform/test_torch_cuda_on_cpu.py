@@ -17,7 +17,7 @@ def installed() -> None:
     current_platform().install()
 
 
-def test_installing_twice_changes_nothing():
+def test_installing_twice_changes_nothing() -> None:
     answers = torch.cuda.current_device, torch.cuda.manual_seed, torch.overrides._get_current_function_mode_stack()
     current_platform().install()
     assert answers == (
@@ -27,7 +27,7 @@ def test_installing_twice_changes_nothing():
     )
 
 
-def test_tensors_for_cuda_are_made_on_cpu():
+def test_tensors_for_cuda_are_made_on_cpu() -> None:
     made = [
         torch.zeros(2, device="cuda"),
         torch.tensor([0.0, 0.0], device=torch.device("cuda", 0)),
@@ -37,13 +37,13 @@ def test_tensors_for_cuda_are_made_on_cpu():
     assert all(tensor.device.type == "cpu" and tensor.tolist() == [0, 0] for tensor in made)
 
 
-def test_parameters_have_the_type_names_that_megatron_looks_for():
+def test_parameters_have_the_type_names_that_megatron_looks_for() -> None:
     assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
     assert torch.zeros(1, dtype=torch.bfloat16).type() == "torch.cuda.BFloat16Tensor"
     assert torch.zeros(1).type(torch.int64).dtype == torch.int64
 
 
-def test_megatrons_random_states_are_streams_of_the_cpu_generator():
+def test_megatrons_random_states_are_streams_of_the_cpu_generator() -> None:
     """A fork continues its own stream and leaves the outer one where it was."""
     tracker = CudaRNGStatesTracker()
     tracker.add("dropout", 7)
@@ -60,7 +60,7 @@ def test_megatrons_random_states_are_streams_of_the_cpu_generator():
     assert torch.equal(torch.cat(drawn), outer)
 
 
-def test_memory_statistics_follow_an_allocation():
+def test_memory_statistics_follow_an_allocation() -> None:
     platform = current_platform()
     before = platform.memory_statistics()
     held = torch.ones(2**25)  # 128 MiB of float32
@@ -69,7 +69,7 @@ def test_memory_statistics_follow_an_allocation():
     assert after.peak_bytes >= after.allocated_bytes * 0.9
 
 
-def test_the_recent_peak_counts_anew_and_the_overall_one_stays():
+def test_the_recent_peak_counts_anew_and_the_overall_one_stays() -> None:
     platform = current_platform()
     size = torch.ones(2**26).nbytes  # 256 MiB, gone at once
     before = platform.memory_statistics()
@@ -96,7 +96,7 @@ def parts_of_unequal_length() -> list[list[float]]:
     return results
 
 
-def test_collectives_of_unequal_parts():
+def test_collectives_of_unequal_parts() -> None:
     """Gloo has none; Megatron needs them where experts are split and dealt out at the same time."""
     first, second = run_distributed(parts_of_unequal_length, 2)
     assert first[0] == second[0] == [0.0, 10.0, 11.0, 12.0]

@@ -45,7 +45,7 @@ def kernels_digests() -> list[int]:
 
 
 @pytest.mark.parametrize("tiles_at_a_time", [512, 1])
-def test_the_word_digest_is_that_of_sglangs_kernel(tiles_at_a_time, kernels_digests, monkeypatch):
+def test_the_word_digest_is_that_of_sglangs_kernel(tiles_at_a_time, kernels_digests, monkeypatch) -> None:
     monkeypatch.setattr(weight_digest, "TILES_AT_A_TIME", tiles_at_a_time)
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator) for size in SIZES]
@@ -53,7 +53,7 @@ def test_the_word_digest_is_that_of_sglangs_kernel(tiles_at_a_time, kernels_dige
     assert [weight_digest.word_digest(tensor) for tensor in tensors] == kernels_digests
 
 
-def test_a_tensor_may_lie_anywhere_in_a_bucket():
+def test_a_tensor_may_lie_anywhere_in_a_bucket() -> None:
     tensor = torch.randint(0, 256, (1000,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     bucket = torch.cat([torch.zeros(3, dtype=torch.uint8), tensor])
 
@@ -62,7 +62,7 @@ def test_a_tensor_may_lie_anywhere_in_a_bucket():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_cuda_the_digest_is_the_word_digest():
+def test_on_cuda_the_digest_is_the_word_digest() -> None:
     tensor = torch.randn(1000, 33, dtype=torch.bfloat16)
 
     expected = weight_digest.word_digest(tensor.view(torch.uint8).flatten())

@@ -25,13 +25,13 @@ def methods(tmp_path) -> dict[str, list[Path]]:
     return folders
 
 
-def test_welchs_p_value():
+def test_welchs_p_value() -> None:
     # t = 0.1 / sqrt(2 * 0.0025 / 3) = 2.44949 with 4 degrees of freedom: p = 0.07048
     assert welch_p_value((0.55, 0.60, 0.65), (0.65, 0.70, 0.75)) == pytest.approx(0.07048, abs=1e-5)
     assert welch_p_value((0.5,), (0.6, 0.7)) is None and welch_p_value((0.5, 0.5), (0.6, 0.6)) is None
 
 
-def test_table_and_figure_of_several_runs_per_method(methods, tmp_path):
+def test_table_and_figure_of_several_runs_per_method(methods, tmp_path) -> None:
     table = write_comparison(methods, "GRPO", tmp_path)
     assert (tmp_path / "comparison.md").read_text() == table
     cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:5]]
@@ -47,7 +47,7 @@ def test_table_and_figure_of_several_runs_per_method(methods, tmp_path):
     assert lines == ["series-6", "series-6", "series-1"], "the baseline has one colour in all charts"
 
 
-def test_the_command_says_where_it_has_written(methods, tmp_path, monkeypatch, capsys):
+def test_the_command_says_where_it_has_written(methods, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     named = [f"{method}={','.join(path.name for path in folders)}" for method, folders in methods.items()]
     assert main(["compare", *named]) == 0
@@ -57,7 +57,7 @@ def test_the_command_says_where_it_has_written(methods, tmp_path, monkeypatch, c
     assert [path.name for path in tmp_path.glob("comparison*")] == [], "nothing beside the user's own files"
 
 
-def test_what_produced_the_runs_is_beside_their_results(methods, tmp_path):
+def test_what_produced_the_runs_is_beside_their_results(methods, tmp_path) -> None:
     assert "produced by" not in write_comparison(methods, "GRPO", tmp_path)
     for folder in (*methods["GRPO"], *methods["DSRL"][:2]):
         write_starts(folder, start_record())
@@ -71,7 +71,7 @@ def test_what_produced_the_runs_is_beside_their_results(methods, tmp_path):
     assert "| **Commit (differs)** | cccccccccccc | not recorded; cccccccccccc |" in table
 
 
-def test_every_set_has_its_own_test(methods, tmp_path):
+def test_every_set_has_its_own_test(methods, tmp_path) -> None:
     for gain, folder in zip((0.0, 0.1, 0.2) * 2, (*methods["GRPO"], *methods["DSRL"]), strict=True):
         with open(folder / "evaluation.jsonl", "a") as stream:
             stream.write(json.dumps({"set": "other", "step": 6, "accuracy": 0.5 + gain}) + "\n")
@@ -83,7 +83,7 @@ def test_every_set_has_its_own_test(methods, tmp_path):
     assert [dsrl[number] for number in tests] == ["0.07", "1"]
 
 
-def test_runs_without_evaluations_are_refused(methods, tmp_path):
+def test_runs_without_evaluations_are_refused(methods, tmp_path) -> None:
     for folder in methods["GRPO"]:
         (folder / "evaluation.jsonl").unlink()
     with pytest.raises(UserError, match="no evaluations"):

@@ -25,7 +25,7 @@ from megatron_dsrl.rewards.boxed import boxed, last_boxed, normalise
         (r"\boxedtext{5}", None),
     ],
 )
-def test_last_boxed(text, content):
+def test_last_boxed(text, content) -> None:
     assert last_boxed(text) == content
 
 
@@ -66,7 +66,7 @@ def test_last_boxed(text, content):
         ("000", "0"),
     ],
 )
-def test_spellings_of_the_same_answer(one, other):
+def test_spellings_of_the_same_answer(one, other) -> None:
     assert normalise(one) == normalise(other)
 
 
@@ -84,7 +84,7 @@ def test_spellings_of_the_same_answer(one, other):
         ("7.01", "7"),
     ],
 )
-def test_different_answers_stay_different(one, other):
+def test_different_answers_stay_different(one, other) -> None:
     assert normalise(one) != normalise(other)
 
 
@@ -104,12 +104,12 @@ def test_different_answers_stay_different(one, other):
         (r"<think>I try \boxed{6}", "6", 0.0),
     ],
 )
-def test_boxed(response, answer, reward):
+def test_boxed(response, answer, reward) -> None:
     assert boxed(response, answer) == reward
 
 
 @pytest.mark.needs_data
-def test_gold_solutions_of_math500_are_right(data_folder):
+def test_gold_solutions_of_math500_are_right(data_folder) -> None:
     with open(data_folder / "benchmarks" / "math500.jsonl", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
 
@@ -120,10 +120,10 @@ def test_gold_solutions_of_math500_are_right(data_folder):
 
 
 @pytest.mark.parametrize(("given", "answer"), [("32, 349", "32349"), ("10100", "10, 100"), (r"1,\ 234", "1234")])
-def test_a_list_is_not_a_number(given, answer):
+def test_a_list_is_not_a_number(given, answer) -> None:
     assert boxed(rf"\boxed{{{given}}}", answer) == 0.0
 
 
-def test_a_list_in_another_spelling_is_the_same_list():
+def test_a_list_in_another_spelling_is_the_same_list() -> None:
     assert boxed(r"\boxed{10, 100}", "10,100") == 1.0
     assert normalise("1, 234") == "1,234" and normalise(r"1,\!234") == normalise("1,234") == "1234"

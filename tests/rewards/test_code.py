@@ -39,7 +39,7 @@ RIGHT = "    return [2 * n for n in numbers]\n"
         ("", 0.0),
     ],
 )
-def test_code(response, reward):
+def test_code(response, reward) -> None:
     assert code(response, ANSWER) == reward
 
 
@@ -101,11 +101,11 @@ def double(numbers):
 
 
 @pytest.mark.parametrize("program", [FIND_THE_JUDGE, READ_THE_TESTS, EQUAL_TO_EVERYTHING, CHANGED_BUILTINS])
-def test_a_program_that_tampers_with_its_tests_does_not_pass(program):
+def test_a_program_that_tampers_with_its_tests_does_not_pass(program) -> None:
     assert code(f"```python\n{program}```", ANSWER) == 0.0
 
 
-def test_a_helper_of_the_prompt_stays_available():
+def test_a_helper_of_the_prompt_stays_available() -> None:
     prompt = 'def helper(x):\n    return x + 1\n\n\ndef f(x):\n    """Two more."""\n'
     program = complete_program("```python\ndef f(x):\n    return helper(helper(x))\n```", prompt, "f")
     scope = {}
@@ -117,6 +117,6 @@ def test_a_helper_of_the_prompt_stays_available():
     assert code("```python\ndef f(x):\n    return helper(x)\n```", answer) == 0.0
 
 
-def test_a_gold_answer_of_another_form_is_an_error():
+def test_a_gold_answer_of_another_form_is_an_error() -> None:
     with pytest.raises(ValueError, match="must be a JSON object with prompt, entry_point and test"):
         code("x", "42")

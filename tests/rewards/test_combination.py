@@ -14,7 +14,7 @@ PARTS = [
 ]
 
 
-def test_sum_of_parts_in_the_pool():
+def test_sum_of_parts_in_the_pool() -> None:
     with RewardPool(RewardConfig(function="combination", options={"parts": PARTS}, workers=1)) as pool:
         responses = [r"It is \boxed{6}", "It is six", r"\boxed{5}, no, \boxed{6}" + " " * 6, "x" * 100]
         futures = [pool.submit(response, "6") for response in responses]
@@ -24,7 +24,7 @@ def test_sum_of_parts_in_the_pool():
     assert [judgement.reward for judgement in rewards] == pytest.approx([1.1, 0.0, 1 - 0.5 * 10 / 20, -0.5])
 
 
-def test_a_failing_part_fails_the_whole():
+def test_a_failing_part_fails_the_whole() -> None:
     parts = [{"function": "boxed"}, {"function": "tests.support.reward_functions:misbehaving"}]
     with RewardPool(RewardConfig(function="combination", options={"parts": parts}, workers=1)) as pool:
         assert pool.submit("raise", "6").result(timeout=30) == Judgement(0.0, "error")
@@ -40,7 +40,7 @@ def test_a_failing_part_fails_the_whole():
         ([{"function": "boxed"}, {"function": "boxed", "options": {"x": 1}}], r"options\.parts\.1: boxed does not"),
     ],
 )
-def test_ill_formed_parts_are_named_before_anything_starts(parts, message):
+def test_ill_formed_parts_are_named_before_anything_starts(parts, message) -> None:
     with pytest.raises(UserError, match=message):
         RewardPool(RewardConfig(function="combination", options={"parts": parts}))
 
@@ -58,10 +58,10 @@ def test_ill_formed_parts_are_named_before_anything_starts(parts, message):
         (r"<think>a</think><think>b</think> \boxed{6}", 0.0),
     ],
 )
-def test_box_format(response, reward):
+def test_box_format(response, reward) -> None:
     assert box_format(response, "whatever") == reward
 
 
-def test_length_penalty_falls_in_a_straight_line():
+def test_length_penalty_falls_in_a_straight_line() -> None:
     penalties = [length_penalty("x" * length, "", 10, 20) for length in (0, 10, 15, 20, 500)]
     assert penalties == [0.0, 0.0, -0.5, -1.0, -1.0]

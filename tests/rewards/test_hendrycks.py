@@ -45,15 +45,15 @@ from megatron_dsrl.rewards.hendrycks import hendrycks, hendrycks_answer, last_bo
         (r"\boxed{1\text{ a}\text{ b}}", "1", 0.0),
     ],
 )
-def test_reward(response, answer, reward):
+def test_reward(response, answer, reward) -> None:
     assert hendrycks(response, answer) == reward
 
 
-def test_last_box_counts_all_braces():
+def test_last_box_counts_all_braces() -> None:
     assert last_box(r"\boxed{\frac{1}{2}} and") == r"\frac{1}{2}"
     assert last_box(r"\boxed{\{1\}}") == r"\{1\}"
 
 
-def test_answers_for_a_vote():
+def test_answers_for_a_vote() -> None:
     assert hendrycks_answer(r"\boxed{1/2}") == hendrycks_answer(r"\boxed{\tfrac12}") == r"\frac{1}{2}"
     assert hendrycks_answer("nothing") is None

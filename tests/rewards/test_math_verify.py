@@ -51,7 +51,7 @@ from megatron_dsrl.rewards.registry import matched_by_spelling
         (r"\frac{12}{2}=6", "6"),
     ],
 )
-def test_equal_answers(given, answer):
+def test_equal_answers(given, answer) -> None:
     assert math_verify(rf"So it is \boxed{{{given}}}.", answer) == 1.0
 
 
@@ -87,18 +87,18 @@ def test_equal_answers(given, answer):
         (r"\boxed{I_1}", "I_2"),
     ],
 )
-def test_wrong_and_dishonest_answers(response, answer):
+def test_wrong_and_dishonest_answers(response, answer) -> None:
     assert math_verify(response, answer) == 0.0
 
 
-def test_gold_interval_accepts_what_an_inequality_says_only_one_way_round():
+def test_gold_interval_accepts_what_an_inequality_says_only_one_way_round() -> None:
     """The asymmetry of math-verify, written down: the gold answer decides about the form."""
     assert math_verify(r"\boxed{(1,2)}", "1<x<2") == 1.0
     assert math_verify(r"\boxed{1<x<2}", "(1,2)") == 0.0
 
 
 @pytest.mark.needs_data
-def test_gold_solutions_of_math500_are_right_and_those_of_the_next_problem_wrong(data_folder):
+def test_gold_solutions_of_math500_are_right_and_those_of_the_next_problem_wrong(data_folder) -> None:
     with open(data_folder / "benchmarks" / "math500.jsonl", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines][:20]
     with RewardPool(RewardConfig(function="math_verify")) as pool:
@@ -109,7 +109,7 @@ def test_gold_solutions_of_math500_are_right_and_those_of_the_next_problem_wrong
 
 
 @pytest.mark.needs_data
-def test_every_gold_answer_of_the_six_benchmarks_that_a_person_can_read_is_parsed(data_folder):
+def test_every_gold_answer_of_the_six_benchmarks_that_a_person_can_read_is_parsed(data_folder) -> None:
     """All but one: OlympiadBench has lost the sign of `t \\in (0,4]`."""
     unparsed = []
     for name in ("math500", "aime24", "aime25", "amc23", "minerva_math", "olympiadbench"):

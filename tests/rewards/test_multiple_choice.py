@@ -35,7 +35,7 @@ from megatron_dsrl.rewards.multiple_choice import chosen_letter, multiple_choice
         ("<think>The answer is (A)</think> The answer is (B).", "B"),
     ],
 )
-def test_choice(response, choice):
+def test_choice(response, choice) -> None:
     assert chosen_letter(response) == choice
 
 
@@ -63,17 +63,17 @@ def test_choice(response, choice):
         "<think>The answer is (C)",
     ],
 )
-def test_no_choice_or_several(response):
+def test_no_choice_or_several(response) -> None:
     assert chosen_letter(response) is None
 
 
-def test_reward():
+def test_reward() -> None:
     assert multiple_choice("The answer is (C).", "C") == 1.0
     assert multiple_choice("The answer is (C).", "(B)") == 0.0
     assert multiple_choice("The answer is (C).", "C", require_box=True) == 0.0
     assert multiple_choice(r"\boxed{J}", "J", require_box=True) == 1.0
 
 
-def test_a_gold_answer_that_is_no_letter_is_an_error():
+def test_a_gold_answer_that_is_no_letter_is_an_error() -> None:
     with pytest.raises(ValueError, match="must be one letter, not '7'"):
         multiple_choice("The answer is (C).", "7")

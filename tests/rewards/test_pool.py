@@ -21,7 +21,7 @@ def judge(config: RewardConfig, *responses: str) -> list[Judgement]:
         return [future.result(timeout=30) for future in futures]
 
 
-def test_an_endless_verifier_is_killed_and_the_others_are_judged():
+def test_an_endless_verifier_is_killed_and_the_others_are_judged() -> None:
     config = RewardConfig(function=f"{FUNCTIONS}:endless", workers=1, timeout_seconds=1.0)
     start = time.monotonic()
 
@@ -31,7 +31,7 @@ def test_an_endless_verifier_is_killed_and_the_others_are_judged():
     assert time.monotonic() - start < 10
 
 
-def test_a_misbehaving_verifier_scores_zero_and_is_counted_and_logged(caplog):
+def test_a_misbehaving_verifier_scores_zero_and_is_counted_and_logged(caplog) -> None:
     config = RewardConfig(function=f"{FUNCTIONS}:misbehaving", options={"weight": 0.5}, workers=2)
     responses = ["raise", "nan", "none", "text", "die", "true", "weight", "fine"]
 
@@ -47,19 +47,19 @@ def test_a_misbehaving_verifier_scores_zero_and_is_counted_and_logged(caplog):
     assert "KeyError" in caplog.text and "died" in caplog.text
 
 
-def test_any_of_several_answers_is_accepted():
+def test_any_of_several_answers_is_accepted() -> None:
     with RewardPool(RewardConfig(function="boxed", workers=1)) as pool:
         assert pool.submit(r"\boxed{1/2}", "0.7", ["0.5", "3"]).result(timeout=30) == Judgement(1.0, "ok")
         assert pool.submit(r"\boxed{1/2}", "0.7", ["3"]).result(timeout=30) == Judgement(0.0, "ok")
 
 
-def test_the_response_of_a_killed_worker_is_judged_again(tmp_path):
+def test_the_response_of_a_killed_worker_is_judged_again(tmp_path) -> None:
     with RewardPool(RewardConfig(function=f"{FUNCTIONS}:killed_once", workers=2)) as pool:
         assert pool.submit("fine", str(tmp_path / "killed")).result(timeout=60) == Judgement(1.0, "ok")
     assert (tmp_path / "killed").exists()
 
 
-def test_signals_to_all_processes_of_a_job_leave_a_pool_that_judges_and_can_be_closed():
+def test_signals_to_all_processes_of_a_job_leave_a_pool_that_judges_and_can_be_closed() -> None:
     """As SLURM sends them before it ends a job; when to stop is up to the trainer alone."""
     with RewardPool(RewardConfig(function=f"{FUNCTIONS}:even_length", workers=2)) as pool:
         assert pool.submit("even", "").result(timeout=60) == Judgement(1.0, "ok")
@@ -89,7 +89,7 @@ def test_signals_to_all_processes_of_a_job_leave_a_pool_that_judges_and_can_be_c
         ("bool", Judgement(1.0, "ok")),
     ],
 )
-def test_whatever_crosses_the_border_of_the_process_the_others_are_judged(strange_pool, response, judgement):
+def test_whatever_crosses_the_border_of_the_process_the_others_are_judged(strange_pool, response, judgement) -> None:
     """Exceptions and results that cannot be pickled, or not be read again; any real scalar is a reward."""
     first, strange, last = [strange_pool.submit(text, "") for text in ("fine", response, "fine")]
     assert strange.result(timeout=30) == judgement
@@ -102,7 +102,7 @@ def strange_pool() -> Iterator[RewardPool]:
         yield pool
 
 
-def test_a_verifier_that_fails_on_everything_is_an_error_that_says_why(caplog):
+def test_a_verifier_that_fails_on_everything_is_an_error_that_says_why(caplog) -> None:
     config = RewardConfig(function=f"{FUNCTIONS}:strange", workers=1, max_consecutive_errors=16)
     with RewardPool(config) as pool, caplog.at_level(logging.WARNING, logger="megatron_dsrl.rewards.pool"):
         for _ in range(16):
@@ -113,7 +113,7 @@ def test_a_verifier_that_fails_on_everything_is_an_error_that_says_why(caplog):
 
 
 @pytest.mark.parametrize("idle", [True, False], ids=["idle", "judging"])
-def test_the_death_of_the_fork_server_changes_no_reward(idle):
+def test_the_death_of_the_fork_server_changes_no_reward(idle) -> None:
     with RewardPool(RewardConfig(function=f"{FUNCTIONS}:{'even_length' if idle else 'slow'}", workers=2)) as pool:
         if idle:
             assert pool.submit("even", "").result(timeout=60) == Judgement(1.0, "ok")
@@ -128,7 +128,7 @@ def test_the_death_of_the_fork_server_changes_no_reward(idle):
         assert [future.result(timeout=60) for future in judged] == [Judgement(1.0, "ok")] * len(judged)
 
 
-def test_a_worker_that_is_stopped_while_it_has_nothing_to_do_is_continued():
+def test_a_worker_that_is_stopped_while_it_has_nothing_to_do_is_continued() -> None:
     """It takes no response, so no time limit would begin."""
     before = set(psutil.Process().children(recursive=True))
     with RewardPool(RewardConfig(function=f"{FUNCTIONS}:even_length", workers=1)) as pool:
@@ -141,7 +141,7 @@ def test_a_worker_that_is_stopped_while_it_has_nothing_to_do_is_continued():
 BOMBS = ["9^{9^{9}}", "1000000!", "(" * 5000 + "1" + ")" * 5000, r"\frac{1}{" * 500 + "2" + "}" * 500]
 
 
-def test_bombs_for_the_verifier_cost_their_limit_and_what_comes_after_them_is_judged():
+def test_bombs_for_the_verifier_cost_their_limit_and_what_comes_after_them_is_judged() -> None:
     config = RewardConfig(function="math_verify", workers=2, timeout_seconds=1.5)
     start = time.monotonic()
 
@@ -155,12 +155,12 @@ def test_bombs_for_the_verifier_cost_their_limit_and_what_comes_after_them_is_ju
     assert time.monotonic() - start < 60
 
 
-def test_a_verifier_that_takes_too_much_memory_fails_alone():
+def test_a_verifier_that_takes_too_much_memory_fails_alone() -> None:
     config = RewardConfig(function=f"{FUNCTIONS}:hungry", workers=1, memory_megabytes=512)
     assert judge(config, "hungry", "fine") == [Judgement(0.0, "error"), Judgement(1.0, "ok")]
 
 
-def test_workers_do_not_import_torch():
+def test_workers_do_not_import_torch() -> None:
     assert judge(RewardConfig(function=f"{FUNCTIONS}:has_torch"), "any") == [Judgement(0.0, "ok")]
 
 
@@ -172,6 +172,6 @@ def test_workers_do_not_import_torch():
         (f"{FUNCTIONS}:nothing", "has no function 'nothing'"),
     ],
 )
-def test_an_unknown_function_is_named_before_anything_starts(function, message):
+def test_an_unknown_function_is_named_before_anything_starts(function, message) -> None:
     with pytest.raises(UserError, match=message):
         RewardPool(RewardConfig(function=function))

@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -18,7 +19,7 @@ class Judge(BaseHTTPRequestHandler):
 
     tries: dict[str, int] = {}
 
-    def do_POST(self):
+    def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         number = self.tries[self.path] = self.tries.get(self.path, 0) + 1
         if self.path == "/hangs":
@@ -30,12 +31,12 @@ class Judge(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, *arguments):
+    def log_message(self, *arguments) -> None:
         pass
 
 
 @pytest.fixture(scope="module")
-def address():
+def address() -> Iterator[str]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -43,7 +44,7 @@ def address():
     server.server_close()
 
 
-def test_reward_and_retry(address):
+def test_reward_and_retry(address) -> None:
     assert remote("abc", "de", f"{address}/") == 5.0
     assert remote("abc", "de", f"{address}/busy") == 5.0
     assert Judge.tries["/busy"] == 2
@@ -59,12 +60,12 @@ def test_reward_and_retry(address):
         ("/text", "answered without a number in `reward`"),
     ],
 )
-def test_failures(address, path, message):
+def test_failures(address, path, message) -> None:
     with pytest.raises(RuntimeError, match=message):
         remote("abc", "de", f"{address}{path}", try_timeout_seconds=0.3, retries=1)
 
 
-def test_a_dead_server_and_a_reward_that_is_no_number_are_counted(address):
+def test_a_dead_server_and_a_reward_that_is_no_number_are_counted(address) -> None:
     for path in ("http://127.0.0.1:9/", f"{address}/nan"):
         config = RewardConfig(function="remote", options={"url": path, "retries": 0}, workers=1)
         with RewardPool(config) as pool:
@@ -80,6 +81,6 @@ def test_a_dead_server_and_a_reward_that_is_no_number_are_counted(address):
         ({"url": "http://x", "timeout": 2}, "got an unexpected keyword argument 'timeout'"),
     ],
 )
-def test_options_are_checked_before_anything_starts(options, message):
+def test_options_are_checked_before_anything_starts(options, message) -> None:
     with pytest.raises(UserError, match=message):
         RewardPool(RewardConfig(function="remote", options=options))

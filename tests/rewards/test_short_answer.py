@@ -35,5 +35,5 @@ from megatron_dsrl.rewards.short_answer import short_answer
         ("So the answer is", "no", 0.0),
     ],
 )
-def test_short_answer(response, answer, reward):
+def test_short_answer(response, answer, reward) -> None:
     assert short_answer(response, answer) == reward

@@ -17,7 +17,7 @@ def tokens(groups) -> list:
 
 
 @pytest.mark.parametrize("changes", [{}, {"top_p": 0.8, "top_k": 20}], ids=["whole distribution", "top-k and top-p"])
-def test_a_sample_depends_on_its_seed_alone(engine_rollout, changes):
+def test_a_sample_depends_on_its_seed_alone(engine_rollout, changes) -> None:
     """The same tokens alone and among others. (Rounding could decide otherwise; with these weights it does not.)"""
     if engine_rollout.weight_version < 0:
         pytest.skip("no weights")
@@ -30,7 +30,7 @@ def test_a_sample_depends_on_its_seed_alone(engine_rollout, changes):
     assert set(tokens(other_step)).isdisjoint(tokens(together))
 
 
-def test_samples_drawn_one_by_one_are_those_of_the_groups(engine_rollout):
+def test_samples_drawn_one_by_one_are_those_of_the_groups(engine_rollout) -> None:
     """Also where few files may be open: every sample on its way is a connection."""
     if engine_rollout.weight_version < 0:
         pytest.skip("no weights")
@@ -70,7 +70,7 @@ def sample_in_a_new_engine(model_folder, run_folder, *, after_other_batches: boo
 
 
 @pytest.mark.slow
-def test_a_batch_is_bitwise_the_same_in_another_process_after_other_batches(tiny_model_folder, tmp_path):
+def test_a_batch_is_bitwise_the_same_in_another_process_after_other_batches(tiny_model_folder, tmp_path) -> None:
     first = sample_in_a_new_engine(tiny_model_folder, tmp_path / "one", after_other_batches=False)
     second = sample_in_a_new_engine(tiny_model_folder, tmp_path / "other", after_other_batches=True)
     assert first == second  # tokens and log-probs

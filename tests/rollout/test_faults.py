@@ -17,6 +17,7 @@ import pytest
 import torch
 from transformers import Qwen3ForCausalLM
 
+from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.platform.engine import engine_environment
 from megatron_dsrl.rewards.pool import RewardPool
 from megatron_dsrl.rollout.batch import BatchRequest, RolloutBatch, WholeFeed
@@ -25,6 +26,7 @@ from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.engines.client import EngineError, connect
 from megatron_dsrl.rollout.engines.engine_group import server_arguments
 from megatron_dsrl.rollout.engines.server import EngineServer
+from megatron_dsrl.rollout.engines.weight_push import Bucket
 from megatron_dsrl.rollout.progress import ignore
 from megatron_dsrl.rollout.sample import SampleGroup, SamplingParameters
 from megatron_dsrl.rollout.seeds import seeds_of_batch
@@ -40,7 +42,7 @@ HEALTH_TIMEOUT_SECONDS = 4.0
 
 
 @pytest.fixture(scope="module")
-def config(tiny_model_folder: Path):
+def config(tiny_model_folder: Path) -> RunConfig:
     config = tiny_run_config(
         tiny_model_folder,
         health_check_seconds=0.5,
@@ -154,7 +156,7 @@ def soon(disturb: Callable[[int], None], server: int) -> Iterator[None]:
         pytest.param(kill_scheduler, marks=pytest.mark.slow),
     ],
 )
-def test_it_is_lost_while_it_generates(disturb, rollout, policy, undisturbed):
+def test_it_is_lost_while_it_generates(disturb, rollout, policy, undisturbed) -> None:
     before = restarts(rollout)
     with soon(disturb, engine_process(rollout)):
         assert_same(sample(rollout, policy), undisturbed)
@@ -162,12 +164,12 @@ def test_it_is_lost_while_it_generates(disturb, rollout, policy, undisturbed):
 
 
 @pytest.mark.slow
-def test_it_dies_while_idle_and_again_while_it_takes_weights(rollout, policy, undisturbed):
+def test_it_dies_while_idle_and_again_while_it_takes_weights(rollout, policy, undisturbed) -> None:
     """As during a training step, and in the middle of the push after it."""
     before = restarts(rollout)
     kill(engine_process(rollout))
 
-    def buckets_with_a_kill():
+    def buckets_with_a_kill() -> Iterator[Bucket]:
         named = list(policy.named_parameters())
         yield named[:4]
         if restarts(rollout) == before + 1:
@@ -182,11 +184,11 @@ def test_it_dies_while_idle_and_again_while_it_takes_weights(rollout, policy, un
 
 @pytest.mark.slow
 @pytest.mark.parametrize("disturb", [stop_scheduler, stop_server])
-def test_it_hangs_while_it_takes_weights(disturb, rollout, policy, undisturbed, caplog):
+def test_it_hangs_while_it_takes_weights(disturb, rollout, policy, undisturbed, caplog) -> None:
     """After `engine.update_timeout_seconds` it is replaced, and the new one gets all weights."""
     before = restarts(rollout)
 
-    def buckets_with_a_hang():
+    def buckets_with_a_hang() -> Iterator[Bucket]:
         named = list(policy.named_parameters())
         yield named[:4]
         if restarts(rollout) == before:
@@ -201,7 +203,7 @@ def test_it_hangs_while_it_takes_weights(disturb, rollout, policy, undisturbed, 
     assert_same(sample(rollout, policy), undisturbed)
 
 
-def test_an_engine_that_keeps_dying_ends_the_run_with_its_log(rollout, policy, undisturbed, monkeypatch):
+def test_an_engine_that_keeps_dying_ends_the_run_with_its_log(rollout, policy, undisturbed, monkeypatch) -> None:
     monkeypatch.setattr(rollout._engines._supervised, "_max_restarts", restarts(rollout))
     kill(engine_process(rollout))
     with pytest.raises(EngineError, match="(?s)after engine.max_restarts = .*Last lines of .*engine_0.log"):
@@ -209,7 +211,7 @@ def test_an_engine_that_keeps_dying_ends_the_run_with_its_log(rollout, policy, u
 
 
 @pytest.mark.slow
-def test_another_engine_takes_over(config, tmp_path):
+def test_another_engine_takes_over(config, tmp_path) -> None:
     """One of two engines dies while both generate: the batch does not wait for its restart."""
     servers = [
         EngineServer(server_arguments(config, number), engine_environment(1), tmp_path / f"{number}.log", 300.0)

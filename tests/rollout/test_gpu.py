@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
+from megatron_dsrl.rollout.engines.weight_push import Bucket
 from tests.support.engine import STOP_TOKEN_ID, decode_as_numbers, tiny_run_config, weights_checker
 from tests.support.tiny_model import make_tiny_qwen3
 
@@ -44,8 +45,8 @@ def rollout(folder, tmp_path_factory) -> Iterator[EngineRollout]:
         rollout.close()
 
 
-def test_weights_arrive_bit_for_bit_though_every_bucket_is_overwritten(rollout, named):
-    def buckets():
+def test_weights_arrive_bit_for_bit_though_every_bucket_is_overwritten(rollout, named) -> None:
+    def buckets() -> Iterator[Bucket]:
         for start in range(0, len(named), 5):
             bucket = [(name, tensor.clone()) for name, tensor in named[start : start + 5]]
             yield bucket
@@ -57,14 +58,14 @@ def test_weights_arrive_bit_for_bit_though_every_bucket_is_overwritten(rollout, 
         rollout.load_weights(buckets, version)
 
 
-def test_after_sleep_and_wake_they_arrive_again(rollout, named):
+def test_after_sleep_and_wake_they_arrive_again(rollout, named) -> None:
     rollout.release_memory()
     rollout.resume_weights()
     rollout.load_weights(lambda: [named[:9], named[9:]], 3)
     rollout.resume_kv_cache()
 
 
-def test_a_missing_tensor_is_found(rollout, named):
+def test_a_missing_tensor_is_found(rollout, named) -> None:
     weights_checker(rollout.engine_addresses[0], "reset_tensors")
     with pytest.raises(UserError, match="does not hold the weights that the trainer sent"):
         rollout.load_weights(lambda: [named[:-1]], 4)

@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -37,7 +38,7 @@ class Engine:
         self.files = files
         self.in_flight = self.most_in_flight = 0
 
-    async def generate(self, requests, sampling, timeout_seconds):
+    async def generate(self, requests, sampling, timeout_seconds) -> list[Completion]:
         if self.in_flight >= self.files:
             raise TooManyOpenFilesError(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
         self.in_flight += 1
@@ -46,7 +47,7 @@ class Engine:
         self.in_flight -= 1
         return [ANSWER for _ in requests]
 
-    async def check_health(self, timeout_seconds):
+    async def check_health(self, timeout_seconds) -> None:
         raise TooManyOpenFilesError(OSError(errno.ENFILE, os.strerror(errno.ENFILE)))
 
 
@@ -74,7 +75,7 @@ def sample(engine: Engine, prompts: int) -> tuple[RolloutBatch, dict[int, str]]:
     return batch, lost
 
 
-def test_requests_wait_for_file_descriptors(monkeypatch, caplog):
+def test_requests_wait_for_file_descriptors(monkeypatch, caplog) -> None:
     monkeypatch.setattr("megatron_dsrl.rollout.dispatcher.requests_at_a_time", lambda: 3)
     engine = Engine(files=100)
     with caplog.at_level(logging.WARNING, logger="megatron_dsrl.rollout.open_files"):
@@ -83,14 +84,14 @@ def test_requests_wait_for_file_descriptors(monkeypatch, caplog):
     assert caplog.text.count("lets only 3 requests run at a time; raise it") == 1
 
 
-def test_a_request_without_a_descriptor_is_made_again_and_costs_no_attempt_and_no_engine(monkeypatch):
+def test_a_request_without_a_descriptor_is_made_again_and_costs_no_attempt_and_no_engine(monkeypatch) -> None:
     monkeypatch.setattr("megatron_dsrl.rollout.dispatcher.FIRST_BACK_OFF_SECONDS", 0.01)
     engine = Engine(files=4)
     batch, lost = sample(engine, prompts=20)
     assert (len(batch.finished_groups), lost, batch.retries, engine.most_in_flight) == (20, {}, 0, 4)
 
 
-def test_no_descriptor_at_all_is_an_error_that_names_the_limit(monkeypatch):
+def test_no_descriptor_at_all_is_an_error_that_names_the_limit(monkeypatch) -> None:
     monkeypatch.setattr("megatron_dsrl.rollout.dispatcher.FIRST_BACK_OFF_SECONDS", 0.01)
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     with pytest.raises(UserError, match=f"Too many open files: the limit of open files is {soft}.*ulimit -n"):
@@ -122,7 +123,7 @@ asyncio.run(ask())
 """
 
 
-def test_a_real_limit_is_recognised_before_the_start_and_in_a_call():
+def test_a_real_limit_is_recognised_before_the_start_and_in_a_call() -> None:
     program = subprocess.run(
         ["prlimit", "--nofile=64:64", sys.executable, "-c", LIMITED],
         cwd=REPOSITORY, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=120,
@@ -132,7 +133,7 @@ def test_a_real_limit_is_recognised_before_the_start_and_in_a_call():
     assert during.startswith("Too many open files: the limit of open files is 64 for this process; raise it")
 
 
-def test_the_limit_is_raised_as_far_as_it_may_be(monkeypatch):
+def test_the_limit_is_raised_as_far_as_it_may_be(monkeypatch) -> None:
     limits = [(1024, 4096)]
     monkeypatch.setattr(open_files.resource, "getrlimit", lambda kind: limits[-1])
     monkeypatch.setattr(open_files.resource, "setrlimit", lambda kind, both: limits.append(both))
@@ -151,10 +152,10 @@ def answer_with(log_prob: object) -> dict:
 
 
 @pytest.mark.parametrize("log_prob", [None, float("nan"), float("-inf")])
-def test_a_log_prob_that_is_not_a_number_is_an_error_that_says_so(log_prob, monkeypatch):
+def test_a_log_prob_that_is_not_a_number_is_an_error_that_says_so(log_prob, monkeypatch) -> None:
     client = EngineClient(EngineAddress("http://engine"), 5.0)
 
-    async def request(*arguments):
+    async def request(*arguments) -> list[dict[str, Any]]:
         return [answer_with(log_prob)]
 
     monkeypatch.setattr(client, "_request", request)

@@ -9,6 +9,7 @@ from transformers import Qwen3ForCausalLM
 
 from megatron_dsrl.config.rollout import PartialRolloutConfig
 from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rollout.carry_over import CarryOver, CarryOverWrite, restart_expired
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.engines.client import Completion
@@ -54,10 +55,10 @@ def load_policy(rollout: EngineRollout, folder, seed: int) -> Qwen3ForCausalLM:
     return model
 
 
-def test_two_steps(rollout, config, tiny_model_folder, tmp_path):
+def test_two_steps(rollout, config, tiny_model_folder, tmp_path) -> None:
     waiting = list(PROMPTS)
 
-    def draw(count: int):
+    def draw(count: int) -> list[Prompt]:
         return [waiting.pop(0) for _ in range(count)]
 
     policies = {rollout.weight_version + 1: load_policy(rollout, tiny_model_folder, seed=1)}
@@ -107,7 +108,7 @@ def assert_log_probs_of_their_versions(policies: dict[int, Qwen3ForCausalLM], pr
     torch.testing.assert_close(torch.tensor(sample.log_probs), torch.cat(expected), atol=1e-4, rtol=0)
 
 
-def test_only_accepted_groups_count_and_new_prompts_replace_the_others(rollout, config, tiny_model_folder):
+def test_only_accepted_groups_count_and_new_prompts_replace_the_others(rollout, config, tiny_model_folder) -> None:
     load_policy(rollout, tiny_model_folder, seed=3)
     waiting = list(PROMPTS)
 
@@ -125,7 +126,7 @@ def test_only_accepted_groups_count_and_new_prompts_replace_the_others(rollout, 
     assert {group.prompt.index % 2 for group in batch.rejected} <= {1}
 
 
-def test_a_continued_response_has_the_experts_of_its_last_request(tmp_path):
+def test_a_continued_response_has_the_experts_of_its_last_request(tmp_path) -> None:
     """Which went through all of it; what a response had when it was cut is not kept."""
     ended = Completion((1, 2), (-0.1, -0.2), "stop", ((1, 2),), routed_experts="of the first")
     cut = Completion((3,), (-0.3,), "abort", ((1, 1),), routed_experts="of the one that was cut")
@@ -140,7 +141,7 @@ def test_a_continued_response_has_the_experts_of_its_last_request(tmp_path):
     assert group.responses[1].response_ids == (3, 4, 2)
 
 
-def test_groups_that_are_too_old_are_restarted():
+def test_groups_that_are_too_old_are_restarted() -> None:
     def group(number: int, *versions: int) -> UnfinishedGroup:
         spans = tuple((version, 2) for version in versions)
         tokens = 2 * len(versions)

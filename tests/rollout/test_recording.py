@@ -28,20 +28,20 @@ def saved(tmp_path: Path) -> tuple[Path, list[SampleGroup]]:
     return tmp_path, groups
 
 
-def test_reading_gives_back_what_was_written(saved):
+def test_reading_gives_back_what_was_written(saved) -> None:
     folder, groups = saved
 
     assert read_groups(folder / "rollouts" / "step_000012.jsonl") == groups
     assert [file.name for file in (folder / "rollouts").iterdir()] == ["step_000012.jsonl"]
 
 
-def test_replay_of_the_same_batch(saved):
+def test_replay_of_the_same_batch(saved) -> None:
     folder, groups = saved
 
     assert replayed_groups(folder, 12, PROMPTS[::-1], config()) == (groups, [])
 
 
-def test_replay_takes_what_was_trained_on_however_it_was_sampled(saved):
+def test_replay_takes_what_was_trained_on_however_it_was_sampled(saved) -> None:
     """The other groups of dynamic sampling are there for those who look at the samples."""
     folder, groups = saved
     write_groups(rollout_file(folder, 1), [groups[2], groups[0]], [groups[1]])
@@ -51,7 +51,7 @@ def test_replay_takes_what_was_trained_on_however_it_was_sampled(saved):
     assert replayed_groups(folder, 1, PROMPTS, config(**settings)) == ([groups[2], groups[0]], [groups[1]])
 
 
-def test_all_groups_of_an_older_recording_were_trained_on(saved):
+def test_all_groups_of_an_older_recording_were_trained_on(saved) -> None:
     folder, groups = saved
     file = rollout_file(folder, 12)
     older = file.read_text(encoding="utf-8").replace(',"in_batch":true}\n', "}\n")
@@ -72,12 +72,12 @@ def test_all_groups_of_an_older_recording_were_trained_on(saved):
         (12, [*PROMPTS[:2], replace(PROMPTS[2], token_ids=(1,))], {}, "prompt 2, which this run has in another form"),
     ],
 )
-def test_replay_refuses_what_does_not_fit(saved, step, prompts, changes, message):
+def test_replay_refuses_what_does_not_fit(saved, step, prompts, changes, message) -> None:
     with pytest.raises(UserError, match=message):
         replayed_groups(saved[0], step, prompts, config(**changes))
 
 
-def test_experts_are_replayed_where_they_are_wanted(tmp_path):
+def test_experts_are_replayed_where_they_are_wanted(tmp_path) -> None:
     sample = Sample((4, 5), (-0.1, -0.2), "text", "stop", 3, 1.0, routed_experts="AAEB")
     group = SampleGroup(PROMPTS[0], (sample, replace(sample, routed_experts="AQEA")))
     write_groups(rollout_file(tmp_path, 1), [group], [replace(group, samples=(sample, sample))])
@@ -91,7 +91,7 @@ def test_experts_are_replayed_where_they_are_wanted(tmp_path):
         replayed_groups(tmp_path, 2, PROMPTS, config(routing_replay=True))
 
 
-def test_a_damaged_file_is_named_with_its_line(saved):
+def test_a_damaged_file_is_named_with_its_line(saved) -> None:
     file = rollout_file(saved[0], 12)
     file.write_text(file.read_text(encoding="utf-8") + '{"prompt": {}}\n', encoding="utf-8")
 
@@ -99,7 +99,7 @@ def test_a_damaged_file_is_named_with_its_line(saved):
         read_groups(file)
 
 
-def test_the_recorder_writes_every_step_and_waits_when_asked(saved):
+def test_the_recorder_writes_every_step_and_waits_when_asked(saved) -> None:
     folder, groups = saved
 
     with RolloutRecorder(folder) as recorder:
@@ -112,7 +112,7 @@ def test_the_recorder_writes_every_step_and_waits_when_asked(saved):
     assert read_groups(rollout_file(folder, 4)) == groups[:1]
 
 
-def test_what_was_recorded_before_a_failure_of_the_run_is_on_disk(saved):
+def test_what_was_recorded_before_a_failure_of_the_run_is_on_disk(saved) -> None:
     folder, groups = saved
 
     with pytest.raises(ZeroDivisionError), RolloutRecorder(folder) as recorder:
@@ -122,7 +122,7 @@ def test_what_was_recorded_before_a_failure_of_the_run_is_on_disk(saved):
 
 
 @pytest.mark.parametrize("surfaces_in", ["record", "flush", "end"])
-def test_what_cannot_be_written_surfaces_at_the_next_step(saved, tmp_path, surfaces_in):
+def test_what_cannot_be_written_surfaces_at_the_next_step(saved, tmp_path, surfaces_in) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "rollouts").touch()
     recorder = RolloutRecorder(tmp_path / "full")

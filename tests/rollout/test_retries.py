@@ -67,7 +67,7 @@ def tokens_of(groups: list[SampleGroup]) -> list[tuple[int, ...]]:
     return [sample.response_ids for group in groups for sample in group.samples]
 
 
-def test_a_request_that_fails_is_made_again_after_a_while_and_then_a_longer_one(behind):
+def test_a_request_that_fails_is_made_again_after_a_while_and_then_a_longer_one(behind) -> None:
     undisturbed, proxy, retries = behind.sample()
     assert (len(proxy.calls), retries) == (1, 0)
     assert len(proxy.calls[0].body["input_ids"]) == SAMPLES, "the samples of a prompt go together"
@@ -83,27 +83,27 @@ def test_a_request_that_fails_is_made_again_after_a_while_and_then_a_longer_one(
     assert "status 500, out of order" in behind.ended[0].outcome and behind.ended[2].outcome == "done"
 
 
-def test_a_request_that_keeps_failing_ends_with_its_prompt_and_attempts(behind, at_once):
+def test_a_request_that_keeps_failing_ends_with_its_prompt_and_attempts(behind, at_once) -> None:
     message = "(?s)status 500, out of order.*last attempt for prompt 100 .*attempts = 2.*otherwise healthy"
     with pytest.raises(EngineError, match=message):
         behind.sample(*["status 500"] * 5, request_attempts=2)
     assert [call.attempt for call in behind.ended] == [1, 2]
 
 
-def test_a_request_that_the_engine_refuses_for_good_is_not_made_again(behind, at_once):
+def test_a_request_that_the_engine_refuses_for_good_is_not_made_again(behind, at_once) -> None:
     with pytest.raises(EngineError, match="status 400, not like this"):
         behind.sample(*["status 400"] * 5, request_attempts=5)
     assert len(behind.ended) == 1
 
 
-def test_other_prompts_do_not_wait_for_the_one_that_fails(behind, at_once):
+def test_other_prompts_do_not_wait_for_the_one_that_fails(behind, at_once) -> None:
     groups, proxy, retries = behind.sample("status 500", prompts=2)
     assert [group.prompt for group in groups] == PROMPTS
     assert (len(proxy.calls), retries) == (3, 1)
     assert [call.outcome for call in behind.ended].count("done") == 2
 
 
-def test_a_connection_that_is_cut_and_an_answer_that_takes_too_long(behind, at_once):
+def test_a_connection_that_is_cut_and_an_answer_that_takes_too_long(behind, at_once) -> None:
     undisturbed, _, _ = behind.sample()
     behind.ended.clear()
 
@@ -115,7 +115,7 @@ def test_a_connection_that_is_cut_and_an_answer_that_takes_too_long(behind, at_o
     assert "did not answer /generate within 3 s" in late and done == "done"
 
 
-def test_the_step_limit_names_the_unfinished_prompts(behind):
+def test_the_step_limit_names_the_unfinished_prompts(behind) -> None:
     late = [rf"prompt {prompt.index} on http\S+ for \d+ s" for prompt in PROMPTS]
     message = r"step_timeout_seconds = 0\.5; not finished \(prompts by index\): " + ", ".join(late) + "$"
     with pytest.raises(EngineError, match=message):
@@ -123,7 +123,7 @@ def test_the_step_limit_names_the_unfinished_prompts(behind):
     assert [call.outcome for call in behind.ended] == ["cancelled", "cancelled"]
 
 
-def test_what_the_engine_aborts_itself_goes_on_where_it_stopped(behind, at_once):
+def test_what_the_engine_aborts_itself_goes_on_where_it_stopped(behind, at_once) -> None:
     """Long enough to be in the middle of it."""
     undisturbed, _, _ = behind.sample(tokens=400)
     behind.ended.clear()

@@ -1,5 +1,6 @@
 """The rollout side over a real SGLang engine."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import Qwen3ForCausalLM
 from megatron_dsrl.rollout.dispatcher import StaleWeightsError
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.engines.client import EngineError
+from megatron_dsrl.rollout.engines.weight_push import Bucket
 from megatron_dsrl.rollout.step_sampling import unwatched
 from tests.support.engine import STOP_TOKEN_ID, numbered_prompts, transformers_log_probs
 
@@ -30,7 +32,7 @@ def perturb(model: Qwen3ForCausalLM, seed: int) -> None:
             parameter.add_(0.05 * torch.randn_like(parameter))
 
 
-def buckets_of_two(model: Qwen3ForCausalLM):
+def buckets_of_two(model: Qwen3ForCausalLM) -> Iterator[Bucket]:
     """Buckets whose tensors are overwritten when the next bucket is taken, as a trainer's reused buffer would be."""
     named = list(model.named_parameters())
     for first in range(0, len(named), 2):
@@ -41,7 +43,7 @@ def buckets_of_two(model: Qwen3ForCausalLM):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_log_probs_equal_transformers(engine_rollout, policy, temperature):
+def test_log_probs_equal_transformers(engine_rollout, policy, temperature) -> None:
     prompts = numbered_prompts(5)
     sampling = replace(engine_rollout.training_sampling, temperature=temperature)
 
@@ -55,7 +57,7 @@ def test_log_probs_equal_transformers(engine_rollout, policy, temperature):
             torch.testing.assert_close(torch.tensor(sample.log_probs), reference, atol=LOG_PROB_TOLERANCE, rtol=0)
 
 
-def test_greedy_tokens_equal_transformers(engine_rollout, policy):
+def test_greedy_tokens_equal_transformers(engine_rollout, policy) -> None:
     prompts = numbered_prompts(4)
     greedy = replace(engine_rollout.training_sampling, temperature=0.0, stop_token_ids=())
 
@@ -69,7 +71,7 @@ def test_greedy_tokens_equal_transformers(engine_rollout, policy):
         assert list(group.samples[0].response_ids) == expected.tolist()
 
 
-def test_responses_end_at_the_stop_token_or_are_marked_truncated(engine_rollout, policy):
+def test_responses_end_at_the_stop_token_or_are_marked_truncated(engine_rollout, policy) -> None:
     with torch.no_grad():  # a tied row that every hidden state likes makes the stop token frequent
         policy.get_input_embeddings().weight[STOP_TOKEN_ID] *= 4
     engine_rollout.load_weights(lambda: [list(policy.named_parameters())], engine_rollout.weight_version + 1)
@@ -89,7 +91,7 @@ def test_responses_end_at_the_stop_token_or_are_marked_truncated(engine_rollout,
             assert len(sample.response_ids) == engine_rollout.training_sampling.max_response_tokens
 
 
-def test_pushed_weights_replace_the_policy_and_its_version(engine_rollout, policy):
+def test_pushed_weights_replace_the_policy_and_its_version(engine_rollout, policy) -> None:
     prompts = numbered_prompts(4)
     before = engine_rollout.generate(prompts, 2, engine_rollout.training_sampling, "test")  # fills the prefix cache
     perturb(policy, seed=3)
@@ -109,14 +111,14 @@ def test_pushed_weights_replace_the_policy_and_its_version(engine_rollout, polic
     assert moved.abs().max() > 100 * LOG_PROB_TOLERANCE  # the comparison above can tell the two policies apart
 
 
-def test_samples_of_other_weights_are_refused(engine_rollout, policy, monkeypatch):
+def test_samples_of_other_weights_are_refused(engine_rollout, policy, monkeypatch) -> None:
     monkeypatch.setattr(engine_rollout, "_weight_version", engine_rollout.weight_version + 5)
 
     with pytest.raises(StaleWeightsError, match="a sample of prompt 100 was generated with weight version"):
         engine_rollout.generate(numbered_prompts(1), 2, engine_rollout.training_sampling, "test")
 
 
-def test_rewards_and_text_come_with_every_sample(engine_rollout, policy):
+def test_rewards_and_text_come_with_every_sample(engine_rollout, policy) -> None:
     prompts = numbered_prompts(engine_rollout._config.rollout.prompts_per_step)
     samples = engine_rollout.sample_step(1, lambda count: prompts[:count], unwatched)
     assert [group.prompt for group in samples.groups] == prompts and samples.others == []
@@ -127,7 +129,7 @@ def test_rewards_and_text_come_with_every_sample(engine_rollout, policy):
             assert (sample.reward, sample.verdict) == (len(sample.response_ids), "ok")
 
 
-def test_a_prompt_that_does_not_fit_is_an_error(engine_rollout, policy):
+def test_a_prompt_that_does_not_fit_is_an_error(engine_rollout, policy) -> None:
     too_long = replace(numbered_prompts(1)[0], token_ids=(5,) * 600)
 
     with pytest.raises(EngineError, match="refused /generate"):

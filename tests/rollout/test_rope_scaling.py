@@ -39,7 +39,7 @@ def model_with(rope_type: str) -> PreTrainedModel:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rope_type", ["yarn", "llama3"])
-def test_engine_and_trainer_agree(tmp_path: Path, rope_type: str):
+def test_engine_and_trainer_agree(tmp_path: Path, rope_type: str) -> None:
     """In the second step, after a weight push; the first one trains in the pre-train space, which engines never see.
     The Llama has a tokenizer without `<|im_start|>`, and its own BOS in that space."""
     config = write_tiny_run(tmp_path, model_with(rope_type))

@@ -8,6 +8,7 @@ import pytest
 
 from megatron_dsrl.config.rollout import DynamicSamplingConfig
 from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rollout.carry_over import CarryOver
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.progress import EngineCall
@@ -47,7 +48,7 @@ def settings(folder: Path, **limits: float) -> RunConfig:
     return config.model_copy(update={"rollout": section})
 
 
-def test_the_surplus_is_aborted_as_soon_as_there_are_enough(rollout, tiny_model_folder, calls, monkeypatch):
+def test_the_surplus_is_aborted_as_soon_as_there_are_enough(rollout, tiny_model_folder, calls, monkeypatch) -> None:
     config = settings(tiny_model_folder, oversampling=6.0)
     sampling = replace(rollout.training_sampling, max_response_tokens=400)
     monkeypatch.setattr(rollout, "_training_sampling", sampling)
@@ -70,11 +71,11 @@ def test_the_surplus_is_aborted_as_soon_as_there_are_enough(rollout, tiny_model_
     assert batch.generated_tokens == sum(call.tokens for call in calls)
 
 
-def test_without_oversampling_every_group_is_replaced_and_nothing_is_aborted(rollout, tiny_model_folder, calls):
+def test_without_oversampling_every_group_is_replaced_and_nothing_is_aborted(rollout, tiny_model_folder, calls) -> None:
     config = settings(tiny_model_folder)
     asked = []
 
-    def draw(count: int):
+    def draw(count: int) -> list[Prompt]:
         asked.append(count)
         begun = sum(asked)
         return PROMPTS[begun - count : begun]
@@ -89,7 +90,7 @@ def test_without_oversampling_every_group_is_replaced_and_nothing_is_aborted(rol
     assert {call.outcome for call in calls} == {"done"}
 
 
-def test_the_groups_of_a_step_are_limited(rollout, tiny_model_folder, calls):
+def test_the_groups_of_a_step_are_limited(rollout, tiny_model_folder, calls) -> None:
     config = settings(tiny_model_folder, max_rounds=2)
     waiting: Iterator = iter(PROMPTS)
 
@@ -106,7 +107,7 @@ def test_the_groups_of_a_step_are_limited(rollout, tiny_model_folder, calls):
     assert len(calls) == 2 * WANTED and batch.left == CarryOver()
 
 
-def test_a_prompt_that_comes_again_in_a_step_gets_other_samples(rollout, tiny_model_folder):
+def test_a_prompt_that_comes_again_in_a_step_gets_other_samples(rollout, tiny_model_folder) -> None:
     config = settings(tiny_model_folder)
     batch = sample_until(config, rollout, 4, lambda n: PROMPTS[:1] * n, lambda group: True, CarryOver())
     again = sample_until(config, rollout, 4, lambda n: PROMPTS[:1] * n, lambda group: True, CarryOver())

@@ -92,11 +92,11 @@ def rows(groups: list[SampleGroup]) -> list[int]:
         ({"sample_ahead": True}, Ahead),
     ],
 )
-def test_the_configuration_chooses_the_mode(section, mode):
+def test_the_configuration_chooses_the_mode(section, mode) -> None:
     assert type(step_sampling(settings(2, **section), ScriptedEngine([]))) is mode
 
 
-def test_a_whole_batch_is_begun_at_once_and_all_of_it_is_trained_on(draw):
+def test_a_whole_batch_is_begun_at_once_and_all_of_it_is_trained_on(draw) -> None:
     engine = ScriptedEngine([RIGHT, MIXED, WRONG])
     shown = []
 
@@ -111,7 +111,7 @@ def test_a_whole_batch_is_begun_at_once_and_all_of_it_is_trained_on(draw):
     assert samples.generated_tokens == sum(len(each.response_ids) for group in samples.groups for each in group.samples)
 
 
-def test_every_round_asks_for_what_is_missing_until_all_groups_are_mixed(draw):
+def test_every_round_asks_for_what_is_missing_until_all_groups_are_mixed(draw) -> None:
     engine = ScriptedEngine([RIGHT, MIXED, WRONG, WRONG, MIXED, MIXED])
     samples = mixed_rounds(3, engine).sample(1, draw, unwatched)
     assert engine.asked == [3, 2, 1]
@@ -124,7 +124,7 @@ def test_every_round_asks_for_what_is_missing_until_all_groups_are_mixed(draw):
     }
 
 
-def test_oversampling_takes_fewer_rounds_and_leaves_a_surplus(draw):
+def test_oversampling_takes_fewer_rounds_and_leaves_a_surplus(draw) -> None:
     engine = ScriptedEngine([MIXED, WRONG, MIXED, MIXED])
     samples = mixed_rounds(2, engine, oversampling=1.6).sample(1, draw, unwatched)
     assert engine.asked == [4]
@@ -132,7 +132,7 @@ def test_oversampling_takes_fewer_rounds_and_leaves_a_surplus(draw):
     assert samples.metrics["dynamic_sampling/surplus_groups"] == 1
 
 
-def test_the_rounds_are_limited_and_what_is_missing_is_counted(draw):
+def test_the_rounds_are_limited_and_what_is_missing_is_counted(draw) -> None:
     engine = ScriptedEngine([WRONG, MIXED, WRONG])
     samples = mixed_rounds(2, engine, max_rounds=2).sample(1, draw, unwatched)
     assert engine.asked == [2, 1] and rows(samples.groups) == [1]
@@ -143,7 +143,7 @@ def mixed_rounds(wanted: int, engine: ScriptedEngine, **limits: float) -> MixedR
     return MixedRounds(settings(wanted, deterministic=True, dynamic_sampling=DynamicSamplingConfig(**limits)), engine)
 
 
-def test_a_uniform_group_is_replaced_as_soon_as_it_is_judged(draw):
+def test_a_uniform_group_is_replaced_as_soon_as_it_is_judged(draw) -> None:
     engine = ScriptedEngine([WRONG, MIXED, RIGHT, MIXED])
     samples = UntilMixed(settings(2, dynamic_sampling=DynamicSamplingConfig()), engine).sample(1, draw, unwatched)
     assert engine.asked == [2, 1, 1]
@@ -156,7 +156,7 @@ def test_a_uniform_group_is_replaced_as_soon_as_it_is_judged(draw):
     }
 
 
-def test_one_by_one_the_groups_of_a_step_are_limited_too(draw):
+def test_one_by_one_the_groups_of_a_step_are_limited_too(draw) -> None:
     engine = ScriptedEngine([WRONG, MIXED, WRONG, WRONG])
     dynamic = DynamicSamplingConfig(max_rounds=2)
     samples = UntilMixed(settings(2, dynamic_sampling=dynamic), engine).sample(1, draw, unwatched)
@@ -164,7 +164,7 @@ def test_one_by_one_the_groups_of_a_step_are_limited_too(draw):
     assert samples.metrics["dynamic_sampling/missing_groups"] == 1
 
 
-def test_partial_rollouts_continue_what_the_step_before_left(draw):
+def test_partial_rollouts_continue_what_the_step_before_left(draw) -> None:
     engine = ScriptedEngine([RIGHT] * 8)
     mode = Partial(settings(2, partial_rollouts={"oversampling": 2.0}), engine)
     first = mode.sample(1, draw, unwatched)
@@ -179,7 +179,7 @@ def test_partial_rollouts_continue_what_the_step_before_left(draw):
 class TestAhead:
     """Sampling in the background gives what sampling in the step itself gives."""
 
-    def test_what_was_sampled_ahead_is_the_next_step(self, draw):
+    def test_what_was_sampled_ahead_is_the_next_step(self, draw) -> None:
         engine = ScriptedEngine([RIGHT] * 8)
         mode = step_sampling(settings(2, sample_ahead=True), engine)
         first = mode.sample(1, draw, unwatched)
@@ -189,13 +189,13 @@ class TestAhead:
         assert rows(mode.sample(2, draw, unwatched).groups) == [2, 3]
         assert mode.carried == CarryOver() and len(engine.asked) == 2
 
-    def test_a_continued_run_takes_over_what_its_checkpoint_has(self, draw):
+    def test_a_continued_run_takes_over_what_its_checkpoint_has(self, draw) -> None:
         engine = ScriptedEngine([])
         mode = step_sampling(settings(2, sample_ahead=True), engine)
         mode.carried = CarryOver(finished=(make_group([1.0, 0.0], index=40),))
         assert rows(mode.sample(5, draw, unwatched).groups) == [40] and engine.asked == []
 
-    def test_after_a_loss_of_engines_the_same_prompts_are_sampled_again(self, draw):
+    def test_after_a_loss_of_engines_the_same_prompts_are_sampled_again(self, draw) -> None:
         engine = ScriptedEngine([RIGHT] * 4)
         mode = step_sampling(settings(2, sample_ahead=True), engine)
         engine.failures = 1
@@ -204,6 +204,6 @@ class TestAhead:
         assert rows(mode.sample(1, draw, unwatched).groups) == [0, 1]
 
 
-def test_all_completed_groups_of_a_step():
+def test_all_completed_groups_of_a_step() -> None:
     kept, other = make_group([1.0, 0.0], index=0), make_group([0.0, 0.0], index=1)
     assert StepSamples([kept], [other]).sampled == [kept, other]

@@ -18,7 +18,7 @@ WAKE = ["resume weights", "load weights of version 7", "resume KV cache"]
 class RecordedMemory:
     """Memory of one model: notes what is moved, and knows what is away."""
 
-    def __init__(self, model: str, calls: list[str]):
+    def __init__(self, model: str, calls: list[str]) -> None:
         self.model, self.calls = model, calls
         self.away: list[str] = []
 
@@ -42,7 +42,7 @@ class RecordedMemory:
 class RecordedRollout:
     """Notes the calls that reach the engines, and that the policy's weights are on the device while they are read."""
 
-    def __init__(self, policy: RecordedMemory, calls: list[str]):
+    def __init__(self, policy: RecordedMemory, calls: list[str]) -> None:
         self.policy, self.calls = policy, calls
 
     def release_memory(self) -> None:
@@ -62,7 +62,7 @@ class RecordedRollout:
 class Recorded:
     """A shared device whose collaborators note what it asks of them."""
 
-    def __init__(self, offloaded: Collection[str], with_critic: bool = False):
+    def __init__(self, offloaded: Collection[str], with_critic: bool = False) -> None:
         self._calls: list[str] = []
         policy, critic = (RecordedMemory(model, self._calls) for model in ("policy", "critic"))
         self.device = SharedDevice(
@@ -105,7 +105,7 @@ class Recorded:
         return self.calls()
 
 
-def test_without_offload_only_the_engine_moves():
+def test_without_offload_only_the_engine_moves() -> None:
     recorded = Recorded(offloaded=())
     assert recorded.start() == WAKE
     assert recorded.step() == ["release engine", *WAKE]
@@ -113,7 +113,7 @@ def test_without_offload_only_the_engine_moves():
     assert recorded.recover() == WAKE
 
 
-def test_with_offload_the_weights_stay_until_the_engine_has_them_and_the_cache_comes_last():
+def test_with_offload_the_weights_stay_until_the_engine_has_them_and_the_cache_comes_last() -> None:
     recorded = Recorded(EVERYTHING)
     give_way = [
         "offload policy: gradients optimizer",
@@ -128,7 +128,7 @@ def test_with_offload_the_weights_stay_until_the_engine_has_them_and_the_cache_c
     assert recorded.step() == [*whole_again, *give_way], "every step alike"
 
 
-def test_before_a_checkpoint_the_trainer_stays_until_it_is_written():
+def test_before_a_checkpoint_the_trainer_stays_until_it_is_written() -> None:
     recorded = Recorded(EVERYTHING)
     recorded.start()
     assert recorded.step_with_checkpoint() == [
@@ -141,7 +141,7 @@ def test_before_a_checkpoint_the_trainer_stays_until_it_is_written():
     ]
 
 
-def test_a_lost_engine_gets_the_weights_back_alone():
+def test_a_lost_engine_gets_the_weights_back_alone() -> None:
     recorded = Recorded(EVERYTHING)
     recorded.start()
     assert recorded.recover() == [
@@ -153,7 +153,7 @@ def test_a_lost_engine_gets_the_weights_back_alone():
     ]
 
 
-def test_of_the_critic_all_that_is_offloaded_goes_before_the_weights_are_pushed():
+def test_of_the_critic_all_that_is_offloaded_goes_before_the_weights_are_pushed() -> None:
     recorded = Recorded(EVERYTHING, with_critic=True)
     give_way = [
         "offload policy: gradients optimizer",
@@ -169,7 +169,7 @@ def test_of_the_critic_all_that_is_offloaded_goes_before_the_weights_are_pushed(
 
 
 @pytest.mark.parametrize("part", EVERYTHING)
-def test_a_part_alone(part):
+def test_a_part_alone(part) -> None:
     """Gradients and optimizer state go before the push, weights after it."""
     recorded = Recorded([part])
     offload, push = f"offload policy: {part}", WAKE[:2]

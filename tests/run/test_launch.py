@@ -34,7 +34,7 @@ while True:
 """
 
 
-def test_ranks_meet_and_get_their_places(tmp_path, monkeypatch):
+def test_ranks_meet_and_get_their_places(tmp_path, monkeypatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     threads = max(1, usable_cores() // 2)
     program = """
@@ -60,12 +60,12 @@ pathlib.Path(sys.argv[1], os.environ["RANK"]).write_text(line)
         ([0, 3], 3, "dsrl: rank 1 ended with status 3; the others are stopped\n"),
     ],
 )
-def test_it_ends_as_the_processes_do(statuses, status, said, capsys):
+def test_it_ends_as_the_processes_do(statuses, status, said, capsys) -> None:
     assert launch([sys.executable, "-c", STATUSES.format(statuses=statuses)], len(statuses)) == status
     assert capsys.readouterr().err == said
 
 
-def test_the_others_are_stopped_when_one_fails(tmp_path, monkeypatch, capsys):
+def test_the_others_are_stopped_when_one_fails(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(launching, "SAME_ERROR_SECONDS", 0.5)
     monkeypatch.setattr(launching, "STOP_SECONDS", 0.5)
     program = """
@@ -84,14 +84,14 @@ time.sleep(60)
 @pytest.mark.parametrize(
     ("sent", "status"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGTERM, 143), (signal.SIGINT, 130)]
 )
-def test_signals_reach_every_rank_once_and_none_is_cut_short(tmp_path, sent, status):
+def test_signals_reach_every_rank_once_and_none_is_cut_short(tmp_path, sent, status) -> None:
     process = start(tmp_path, status)
     process.send_signal(sent)
     assert process.wait(30) == status
     assert [(tmp_path / f"stopped_{rank}").read_text() for rank in range(2)] == [str(int(sent))] * 2
 
 
-def test_ranks_end_with_a_killed_launcher(tmp_path):
+def test_ranks_end_with_a_killed_launcher(tmp_path) -> None:
     process = start(tmp_path, 0)
     ranks = [int((tmp_path / f"started_{rank}").read_text()) for rank in range(2)]
     process.kill()
@@ -101,7 +101,7 @@ def test_ranks_end_with_a_killed_launcher(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_training_of_two_processes_saves_its_state_and_ends_with_75(tmp_path):
+def test_a_training_of_two_processes_saves_its_state_and_ends_with_75(tmp_path) -> None:
     config = write_tiny_run(tmp_path)
     run = tmp_path / "runs" / "tiny"
     command = [sys.executable, "-m", "megatron_dsrl.cli", "train", str(config), "--processes", "2", "steps=500"]
@@ -134,14 +134,14 @@ def wait_until(what, seconds: float = 60) -> None:
 
 
 @pytest.mark.parametrize(("world_size", "started"), [(None, False), ("2", True)])
-def test_a_rank_does_not_start_others(world_size, started, monkeypatch):
+def test_a_rank_does_not_start_others(world_size, started, monkeypatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     if world_size:
         monkeypatch.setenv("WORLD_SIZE", world_size)
     assert others_started(2) is started
 
 
-def test_another_number_than_torchruns_is_refused(monkeypatch):
+def test_another_number_than_torchruns_is_refused(monkeypatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UserError, match="--processes 2: torchrun or srun has started 4"):
         others_started(2)

@@ -82,7 +82,7 @@ def dual_space(folder) -> Path:
     return complete_run(folder, "dual_space", **DUAL_SPACE)
 
 
-def test_what_a_step_says_of_critic_and_reference(dual_space):
+def test_what_a_step_says_of_critic_and_reference(dual_space) -> None:
     steps = records(dual_space, "metrics.jsonl")
     for step in steps[:2]:
         assert not any(name.startswith("critic/") for name in step)
@@ -98,7 +98,7 @@ def test_what_a_step_says_of_critic_and_reference(dual_space):
     assert 0 < kl[0] < kl[1] and 0 < kl[2] < kl[1]
 
 
-def test_the_optimizer_starts_anew_at_the_switch_and_only_there(dual_space):
+def test_the_optimizer_starts_anew_at_the_switch_and_only_there(dual_space) -> None:
     """Two optimizer steps on every rollout batch; the count begins at 0 in step 3."""
 
     def count(step: int) -> float:
@@ -115,7 +115,7 @@ def test_the_optimizer_starts_anew_at_the_switch_and_only_there(dual_space):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 3, 4])
-def test_resumes_exactly_at_the_switch_right_after_it_and_at_a_refresh(folder, dual_space, step):
+def test_resumes_exactly_at_the_switch_right_after_it_and_at_a_refresh(folder, dual_space, step) -> None:
     """At 2 the critic has not taken its first step, and reset and refresh are due; at 3 they are past."""
     reference = dual_space / "checkpoints" / f"step_{step:06d}" / "reference"
     assert reference.exists() == (step > 2), "the initial weights need no copy"
@@ -146,12 +146,12 @@ def continue_into_ppo(folder: Path) -> list[bool]:
     return has_critic
 
 
-def test_a_run_that_is_given_more_steps_may_need_a_critic_that_no_checkpoint_has_yet(folder):
+def test_a_run_that_is_given_more_steps_may_need_a_critic_that_no_checkpoint_has_yet(folder) -> None:
     assert run_distributed(continue_into_ppo, 1, folder) == [[False, True]]
 
 
 @pytest.mark.slow
-def test_ppo_in_two_processes_after_a_warm_up_of_the_critic(folder):
+def test_ppo_in_two_processes_after_a_warm_up_of_the_critic(folder) -> None:
     """In the warm-up the policy stays as it is; what is saved then has an optimizer that has never stepped."""
     critic = CRITIC | {"warmup_steps": 2}
     ppo = {"phases": [{name: value for name, value in PPO.items() if name != "kl"}], "critic": critic}

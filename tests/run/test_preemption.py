@@ -49,14 +49,14 @@ def start_in_terminal(folder: Path, seconds: float, first: str = "") -> tuple["s
     return process, master
 
 
-def test_a_run_whose_terminal_is_closed_saves_its_state(tmp_path):
+def test_a_run_whose_terminal_is_closed_saves_its_state(tmp_path) -> None:
     process, master = start_in_terminal(tmp_path, 60.0)
     os.close(master)
     assert process.wait(60) == 75
     assert (tmp_path / "saved").exists()
 
 
-def test_under_nohup_it_goes_on(tmp_path):
+def test_under_nohup_it_goes_on(tmp_path) -> None:
     process, master = start_in_terminal(tmp_path, 1.0, IGNORES)
     os.close(master)
     assert process.wait(60) == 0

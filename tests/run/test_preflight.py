@@ -44,13 +44,13 @@ def config(tmp_path: Path) -> RunConfig:
     return load_config(tmp_path / "run.yaml")
 
 
-def test_figures_use_the_prompt_file_and_checks_use_the_model(config, tmp_path):
+def test_figures_use_the_prompt_file_and_checks_use_the_model(config, tmp_path) -> None:
     assert preflight(config, 1).epochs == 2.0
     with pytest.raises(UserError, match="model's 2 layers cannot be split 4 ways"):
         preflight(load_config(tmp_path / "run.yaml", ["parallel.pipeline_parallel_size=4"]), 4)
 
 
-def test_a_missing_model_folder_is_not_looked_up_on_the_hub(config, tmp_path, monkeypatch):
+def test_a_missing_model_folder_is_not_looked_up_on_the_hub(config, tmp_path, monkeypatch) -> None:
     (tmp_path / "runs").mkdir()
     monkeypatch.chdir(tmp_path)
     for path in ("./base", "/no/such/base", "a/b/c", "base", "runs/base"):
@@ -59,7 +59,7 @@ def test_a_missing_model_folder_is_not_looked_up_on_the_hub(config, tmp_path, mo
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"architectures": ["LlamaForCausalLM"]}'])
-def test_a_damaged_or_foreign_model_folder_names_its_file(config, tmp_path, content):
+def test_a_damaged_or_foreign_model_folder_names_its_file(config, tmp_path, content) -> None:
     file = tmp_path / "model" / "config.json"
     file.unlink()
     if content:
@@ -77,7 +77,7 @@ def test_a_damaged_or_foreign_model_folder_names_its_file(config, tmp_path, cont
         (["reference.refresh_every_steps=2"], "reference: no phase has a `kl` section"),
     ],
 )
-def test_critic_and_reference_must_be_of_use(config, tmp_path, overrides, message):
+def test_critic_and_reference_must_be_of_use(config, tmp_path, overrides, message) -> None:
     used = ["phases.0.advantage={name: gae}", "phases.0.kl={loss_coefficient: 0.1}"]
     settings = ["critic.warmup_steps=4", "reference.refresh_every_steps=2"]
     preflight(load_config(tmp_path / "run.yaml", used + settings), 1)
@@ -85,7 +85,7 @@ def test_critic_and_reference_must_be_of_use(config, tmp_path, overrides, messag
         preflight(load_config(tmp_path / "run.yaml", overrides), 1)
 
 
-def test_what_is_missing_and_can_be_made_is_named_with_its_command(config, tmp_path, monkeypatch):
+def test_what_is_missing_and_can_be_made_is_named_with_its_command(config, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     made_by = "made_by={.cache/task: bash make.sh}"
     for override in ("model.path=.cache/task/base", "data.source=.cache/task/train.jsonl"):
@@ -96,14 +96,14 @@ def test_what_is_missing_and_can_be_made_is_named_with_its_command(config, tmp_p
         preflight(load_config("run.yaml", [made_by, "model.path=./other"]), 1)
 
 
-def test_published_sizes_need_neither_a_network_nor_the_model(config, tmp_path, monkeypatch):
+def test_published_sizes_need_neither_a_network_nor_the_model(config, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("megatron_dsrl.model.source._fetch_config_json", lambda name: pytest.fail("asked the hub"))
     figures = preflight(load_config(tmp_path / "run.yaml", ["model.path=Qwen/Qwen3-30B-A3B"]), 1)
     assert figures.samples_per_step == 16
 
 
-def test_a_temporary_folder_whose_name_is_too_long_for_sockets_is_named(config, monkeypatch):
+def test_a_temporary_folder_whose_name_is_too_long_for_sockets_is_named(config, monkeypatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", "/" + "x" * 73)
     with pytest.raises(UserError, match="TMPDIR: /xxx.* has 74 bytes, but at most 73 .*; set it to a shorter"):
         preflight(config, 1)
@@ -111,7 +111,7 @@ def test_a_temporary_folder_whose_name_is_too_long_for_sockets_is_named(config, 
     preflight(config, 1)
 
 
-def test_cut_distributions_are_named_before_the_start(config):
+def test_cut_distributions_are_named_before_the_start(config) -> None:
     assert sampling_warnings(config) == []
     rollout = config.rollout.model_copy(update={"top_p": 0.7, "top_k": 20})
     (warning,) = sampling_warnings(config.model_copy(update={"rollout": rollout}))
@@ -120,7 +120,7 @@ def test_cut_distributions_are_named_before_the_start(config):
     assert "off-policy (sampled tokens were up to 1.43 times as likely, 0.36 nat)" in warning
 
 
-def test_a_held_out_set_has_its_own_length_limit(config):
+def test_a_held_out_set_has_its_own_length_limit(config) -> None:
     own = {"name": "long", "source": config.data.source, "max_prompt_tokens": 100, "max_response_tokens": 200}
     evaluation = config.evaluation.model_validate({"sets": [own]})
     with pytest.raises(

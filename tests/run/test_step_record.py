@@ -24,7 +24,7 @@ def kept(loss: float) -> ObjectiveMetrics:
     return ObjectiveMetrics(loss, **counts, means=means, maxima=maxima)
 
 
-def test_an_objective_that_keeps_no_sample_says_so_beside_one_that_does():
+def test_an_objective_that_keeps_no_sample_says_so_beside_one_that_does() -> None:
     update = UpdateMetrics(1.0, 1e-3, {"nsr_prerl": kept(0.25)}, router={"load_balancing_loss": 1.5})
     record = update_metrics(update, PHASE)
     assert record["router/load_balancing_loss"] == 1.5
@@ -33,12 +33,12 @@ def test_an_objective_that_keeps_no_sample_says_so_beside_one_that_does():
     assert record["nsr_prerl/pre_train/mean_log_prob_gap"] == 0.5
 
 
-def test_without_an_update_no_objective_has_kept_anything():
+def test_without_an_update_no_objective_has_kept_anything() -> None:
     record = update_metrics(None, PHASE)
     assert record == {f"{name}/kept_{what}": 0 for name in ("policy", "nsr_prerl") for what in ("samples", "tokens")}
 
 
-def test_the_mismatch_with_the_engine_is_that_of_the_post_train_space():
+def test_the_mismatch_with_the_engine_is_that_of_the_post_train_space() -> None:
     record = update_metrics(UpdateMetrics(1.0, 1e-3, {"policy": kept(0.5), "nsr_prerl": kept(0.25)}), PHASE)
     assert record["policy/total_loss"] == 0.75 and record["policy/grad_norm"] == 1.0
     assert {name for name in record if name.startswith("mismatch/")} == {
@@ -47,7 +47,7 @@ def test_the_mismatch_with_the_engine_is_that_of_the_post_train_space():
     assert [name for name in record if "nsr_prerl/mismatch" in name or "policy/kl" in name] == []
 
 
-def test_figures_of_tokens_are_named_after_the_distribution_they_describe():
+def test_figures_of_tokens_are_named_after_the_distribution_they_describe() -> None:
     pre_train = PhaseConfig.model_validate(NSR_PRERL)
     record = update_metrics(UpdateMetrics(1.0, 1e-3, {"policy": kept(0.5)}), pre_train)
     assert record["pre_train/entropy"] == 0.75 and record["pre_train/mean_log_prob_gap"] == 0.5
@@ -63,7 +63,7 @@ def test_figures_of_tokens_are_named_after_the_distribution_they_describe():
     assert scored_spaces(PHASE) == "post_train+pre_train"
 
 
-def test_what_was_not_computed_has_no_metrics_of_tokens():
+def test_what_was_not_computed_has_no_metrics_of_tokens() -> None:
     nothing = ObjectiveMetrics(
         0.0, 4, 30, skipped_samples=4, computed_tokens=0, means={"entropy": 0.0}, maxima={"max_ratio": 0.0}
     )
@@ -76,7 +76,7 @@ def test_what_was_not_computed_has_no_metrics_of_tokens():
     assert both.means["entropy"] == 0.75, "that of the tokens that were computed"
 
 
-def test_a_large_gap_between_trainer_and_engine_warns():
+def test_a_large_gap_between_trainer_and_engine_warns() -> None:
     gap = {"mismatch/mean_log_prob_gap": 0.2}
     assert "differ by 0.2 nat on average, above observability.max_log_prob_gap=0.1" in log_prob_gap_warning(gap, 0.1)
     assert log_prob_gap_warning(gap, 0.3) is None

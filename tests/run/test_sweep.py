@@ -1,5 +1,7 @@
 """`dsrl sweep`: what its file may say, and a real sweep that is started twice."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -8,7 +10,7 @@ from megatron_dsrl.run.sweep import load_sweep, runs_of
 from tests.support.tiny_run import dsrl, write_tiny_run
 
 
-def write_sweep(folder, **changes):
+def write_sweep(folder: Path, **changes) -> Path:
     sweep = {
         "output_dir": str(folder / "sweep"),
         "seeds": [1, 2],
@@ -24,7 +26,7 @@ def write_sweep(folder, **changes):
     return file
 
 
-def test_every_method_runs_with_every_seed_round_by_round(tmp_path):
+def test_every_method_runs_with_every_seed_round_by_round(tmp_path) -> None:
     sweep = load_sweep(write_sweep(tmp_path))
     runs = runs_of(sweep, tmp_path)
     assert [run.folder.name for run in runs] == ["GRPO_seed1", "DSRL_seed1", "GRPO_seed2", "DSRL_seed2"]
@@ -38,7 +40,7 @@ def test_every_method_runs_with_every_seed_round_by_round(tmp_path):
     ]
 
 
-def test_a_run_of_several_files_trains_on_all_of_them(tmp_path):
+def test_a_run_of_several_files_trains_on_all_of_them(tmp_path) -> None:
     file = write_sweep(tmp_path, runs={"GRPO": {"config": ["size.yaml", "method.yaml"]}})
     run = runs_of(load_sweep(file), tmp_path)[0]
     assert run.arguments[:3] == [str(tmp_path / "size.yaml"), str(tmp_path / "method.yaml"), "steps=2"]
@@ -55,13 +57,13 @@ def test_a_run_of_several_files_trains_on_all_of_them(tmp_path):
         ({"baseline": "PPO"}, "`PPO` is not one of the runs GRPO, DSRL"),
     ],
 )
-def test_a_wrong_sweep_is_refused_with_the_field(tmp_path, changes, message):
+def test_a_wrong_sweep_is_refused_with_the_field(tmp_path, changes, message) -> None:
     with pytest.raises(UserError, match=message):
         load_sweep(write_sweep(tmp_path, **changes))
 
 
 @pytest.mark.slow
-def test_a_sweep_trains_compares_and_does_nothing_the_second_time(tmp_path):
+def test_a_sweep_trains_compares_and_does_nothing_the_second_time(tmp_path) -> None:
     write_tiny_run(tmp_path)
     sweep = write_sweep(tmp_path, seeds=[1])
     first = dsrl("sweep", str(sweep))

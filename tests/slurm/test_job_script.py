@@ -63,7 +63,9 @@ def stubs(tmp_path) -> Path:
 def run_script(tmp_path, stubs) -> RunScript:
     """Run a script of slurm/; `statuses` are those with which `dsrl eval` and others end, 0 if they are not named."""
 
-    def run(script: str = "dsrl_8b.sh", statuses: dict[str, int] | None = None, **variables: str):
+    def run(
+        script: str = "dsrl_8b.sh", statuses: dict[str, int] | None = None, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
         for work, status in (statuses or {}).items():
             (stubs / f"status_of_{work}").write_text(str(status))
         environment = os.environ | {
@@ -99,7 +101,7 @@ def requeued(stubs: Path) -> int:
 
 
 @pytest.mark.parametrize("work, status", [("eval", 138), ("eval", 75), ("train", 75), ("train", 138), ("report", 143)])
-def test_what_was_asked_to_stop_is_requeued_and_no_crash(run_script, stubs, tmp_path, work, status):
+def test_what_was_asked_to_stop_is_requeued_and_no_crash(run_script, stubs, tmp_path, work, status) -> None:
     for attempt in range(4):  # more than crashes are allowed
         assert run_script(statuses={work: status}, SLURM_RESTART_COUNT=str(attempt)).returncode == status
         assert requeued(stubs) == attempt + 1
@@ -109,14 +111,14 @@ def test_what_was_asked_to_stop_is_requeued_and_no_crash(run_script, stubs, tmp_
 
 @pytest.mark.parametrize("work, name", [("train", "training"), ("eval", "evaluation")])
 @pytest.mark.parametrize("status", [1, 137, 143])  # srun gives 143 as well when one rank has crashed
-def test_three_crashes_in_a_row_without_progress_end_the_job(run_script, stubs, work, name, status):
+def test_three_crashes_in_a_row_without_progress_end_the_job(run_script, stubs, work, name, status) -> None:
     outputs = [run_script(statuses={work: status}).stdout for _ in range(3)]
     for number, output in enumerate(outputs, start=1):
         assert f"{name} ended with status {status}, crash {number} of 3 without a new checkpoint or sample" in output
     assert requeued(stubs) == 2
 
 
-def test_an_evaluation_that_gets_further_may_crash_again(run_script, stubs, tmp_path):
+def test_an_evaluation_that_gets_further_may_crash_again(run_script, stubs, tmp_path) -> None:
     samples = tmp_path / "runs" / "run" / "evaluation" / "samples"
     further = f'[ "$work" != eval ] || {{ mkdir -p {samples}; echo a line >>{samples}/sums.jsonl; }}'
     for _ in range(5):
@@ -124,31 +126,31 @@ def test_an_evaluation_that_gets_further_may_crash_again(run_script, stubs, tmp_
     assert requeued(stubs) == 5
 
 
-def test_a_mistake_is_not_requeued(run_script, stubs):
+def test_a_mistake_is_not_requeued(run_script, stubs) -> None:
     assert run_script("evaluate.sh", {"eval": 2}).returncode == 2
     assert requeued(stubs) == 0
 
 
-def test_every_rank_has_the_cores_that_the_job_asked_for(run_script, stubs):
+def test_every_rank_has_the_cores_that_the_job_asked_for(run_script, stubs) -> None:
     note = 'echo "${work:-other} $SRUN_CPUS_PER_TASK" >>"$STUBS/cores"'
     assert run_script(SLURM_CPUS_PER_TASK="12", ON_SRUN=note).returncode == 0
     steps = dict(line.split() for line in (stubs / "cores").read_text().splitlines())
     assert {"doctor", "train", "eval"} <= steps.keys() and set(steps.values()) == {"12"}
 
 
-def test_a_missing_environment_is_named_before_anything_is_run(run_script, stubs):
+def test_a_missing_environment_is_named_before_anything_is_run(run_script, stubs) -> None:
     job = run_script(VENV="/no/such/environment")
     assert job.returncode == 2 and "there is no Python environment in /no/such/environment; set VENV to" in job.stdout
     assert not (stubs / "srun.log").exists()
 
 
-def test_nothing_is_requeued_after_success(run_script, stubs):
+def test_nothing_is_requeued_after_success(run_script, stubs) -> None:
     done = run_script()
     assert done.returncode == 0 and "done:" in done.stdout
     assert requeued(stubs) == 0
 
 
-def test_a_wrong_benchmark_ends_the_job_before_anything_is_fetched(run_script, stubs):
+def test_a_wrong_benchmark_ends_the_job_before_anything_is_fetched(run_script, stubs) -> None:
     really = f'[ "$work" != --dry-run ] || [[ "$*" != *benchmarks* ]] || {REALLY}'
     job = run_script(BENCHMARKS="math500,math50", ON_SRUN=really)
     assert job.returncode == 2 and "unknown benchmark `math50`; choose one of aime24" in job.stdout
@@ -156,7 +158,7 @@ def test_a_wrong_benchmark_ends_the_job_before_anything_is_fetched(run_script, s
 
 
 @pytest.mark.slow
-def test_benchmarks_are_read_before_the_training(run_script, tmp_path):
+def test_benchmarks_are_read_before_the_training(run_script, tmp_path) -> None:
     sums = tmp_path / "sums.yaml"
     sums.write_text(
         "title: Sums\nreward: {function: boxed}\nmax_response_tokens: 64\nhub: {source: problems.jsonl}\n"
@@ -172,7 +174,7 @@ def test_benchmarks_are_read_before_the_training(run_script, tmp_path):
 
 
 @pytest.mark.parametrize("line", SUBMISSIONS)
-def test_submissions_in_the_documents_do_what_they_say(line, stubs, tmp_path):
+def test_submissions_in_the_documents_do_what_they_say(line, stubs, tmp_path) -> None:
     """As written, by an `sbatch` that runs the script at once, in the place of every task of an array."""
     (tmp_path / "dsrl_qwen3_8b" / "hf" / "step_000348").mkdir(parents=True)  # what one of them evaluates
     environment = os.environ | {

@@ -147,7 +147,7 @@ def wait_until(what: Callable[[], bool], log: Callable[[], str]) -> None:
         time.sleep(0.2)
 
 
-def test_a_preempted_job_saves_requeues_itself_and_continues(slurm, tmp_path):
+def test_a_preempted_job_saves_requeues_itself_and_continues(slurm, tmp_path) -> None:
     job = Job(slurm, tmp_path)
     job.wait_for_checkpoint(1)
     job.signal(signal.SIGUSR1)
@@ -157,7 +157,7 @@ def test_a_preempted_job_saves_requeues_itself_and_continues(slurm, tmp_path):
     assert (job.runs / "tiny" / "report.html").exists() and (job.runs / "megatron" / "model").is_dir()
 
 
-def test_a_crashed_rank_is_requeued_and_continues(slurm, tmp_path):
+def test_a_crashed_rank_is_requeued_and_continues(slurm, tmp_path) -> None:
     job = Job(slurm, tmp_path, "--ntasks-per-node=2", "--cpus-per-task=1")
     job.wait_for_checkpoint(1)
     assert job.kill_rank(1)
@@ -166,7 +166,7 @@ def test_a_crashed_rank_is_requeued_and_continues(slurm, tmp_path):
     assert "crash 1 of 3 without a new checkpoint" in job.log()
 
 
-def test_a_rank_that_always_dies_ends_the_job_after_three_crashes(slurm, tmp_path):
+def test_a_rank_that_always_dies_ends_the_job_after_three_crashes(slurm, tmp_path) -> None:
     job = Job(slurm, tmp_path, "--ntasks-per-node=2", "--cpus-per-task=1", STEPS="check_environment train")
 
     def killed_to_the_end() -> bool:
@@ -178,7 +178,7 @@ def test_a_rank_that_always_dies_ends_the_job_after_three_crashes(slurm, tmp_pat
     assert job.log().count("requeueing") == 2 and "crash 3 of 3 without a new checkpoint" in job.log()
 
 
-def test_the_last_attempt_does_not_requeue(slurm, tmp_path):
+def test_the_last_attempt_does_not_requeue(slurm, tmp_path) -> None:
     job = Job(slurm, tmp_path, MAX_ATTEMPTS="1")
     job.wait_for_checkpoint(1)
     job.signal(signal.SIGUSR1)
@@ -188,7 +188,7 @@ def test_the_last_attempt_does_not_requeue(slurm, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_preempted_evaluation_keeps_its_samples_and_continues(slurm, tmp_path, benchmark, number):
+def test_a_preempted_evaluation_keeps_its_samples_and_continues(slurm, tmp_path, benchmark, number) -> None:
     job = Job(slurm, tmp_path, *ONE_RANK_WITHOUT_GPUS, script="evaluate.sh", **benchmark)
     before = job.wait_for_samples()
     job.signal(number)
@@ -199,7 +199,7 @@ def test_a_preempted_evaluation_keeps_its_samples_and_continues(slurm, tmp_path,
     assert results["benchmarks"]["sums"]["problems"] == 40
 
 
-def test_a_preempted_conversion_is_repeated(slurm, tmp_path):
+def test_a_preempted_conversion_is_repeated(slurm, tmp_path) -> None:
     job = Job(slurm, tmp_path, "--cpus-per-task=1", script="convert.sh")
     wait_until(lambda: any(map(is_conversion, psutil.process_iter())) or job.is_over(), job.log)
     job.signal(signal.SIGUSR1)
@@ -208,13 +208,13 @@ def test_a_preempted_conversion_is_repeated(slurm, tmp_path):
     assert (job.runs / "megatron" / "model").is_dir()
 
 
-def test_a_mistake_in_the_configuration_fails_the_job_with_its_message(slurm, tmp_path):
+def test_a_mistake_in_the_configuration_fails_the_job_with_its_message(slurm, tmp_path) -> None:
     job = Job(slurm, tmp_path, overrides="rollout.temperature=-1")
     assert job.ended() == {"FAILED"}
     assert "rollout.temperature" in job.log() and "requeueing" not in job.log()
 
 
-def test_an_array_is_one_run_per_seed(slurm, tmp_path):
+def test_an_array_is_one_run_per_seed(slurm, tmp_path) -> None:
     job = Job(slurm, tmp_path, "--array=5-6", overrides="steps=1")
     assert job.ended() == {"COMPLETED"}, job.log("tiny_seed5") + job.log("tiny_seed6")
     for seed in (5, 6):
@@ -222,7 +222,7 @@ def test_an_array_is_one_run_per_seed(slurm, tmp_path):
         assert f"seed: {seed}\n" in (job.runs / f"tiny_seed{seed}" / "config.yaml").read_text()
 
 
-def test_conversion_and_evaluation_are_jobs_of_their_own(slurm, tmp_path):
+def test_conversion_and_evaluation_are_jobs_of_their_own(slurm, tmp_path) -> None:
     conversion = Job(slurm, tmp_path, "--cpus-per-task=1", script="convert.sh")
     assert conversion.ended() == {"COMPLETED"}, conversion.log()
     assert (conversion.runs / "megatron" / "model").is_dir()
@@ -238,7 +238,7 @@ def test_conversion_and_evaluation_are_jobs_of_their_own(slurm, tmp_path):
 
 
 @pytest.mark.parametrize("line", SUBMISSIONS)
-def test_submissions_in_the_documents_ask_for_what_a_cluster_has(slurm, line):
+def test_submissions_in_the_documents_ask_for_what_a_cluster_has(slurm, line) -> None:
     """Nodes of 8 GPUs, which are made up here: SLURM says where the job would run, and does not run it."""
     tried = subprocess.run(
         ["bash", "-c", line.replace("sbatch ", "sbatch --test-only --partition=gpu ")],

@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def records(run: Path, file: str = "metrics.jsonl") -> list[dict]:
     return [json.loads(line) for line in (run / file).read_text().splitlines()]
 
 
-def _tensors(path: str, content: Any):
+def _tensors(path: str, content: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(content, io.BytesIO):
         content.seek(0)
         content = torch.load(content, weights_only=False)

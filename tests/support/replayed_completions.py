@@ -21,7 +21,7 @@ TIMEOUT_SECONDS = 3000.0
 class ReplayedCompletions:
     """Answers like an engine, with the text that belongs to a sample's seed."""
 
-    def __init__(self, texts: dict[int, str], tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, texts: dict[int, str], tokenizer: PreTrainedTokenizerBase) -> None:
         self._texts = texts
         self._tokenizer = tokenizer
 
@@ -42,7 +42,7 @@ class ReplayedCompletions:
 class ReplayingSampler:
     """Samples from prepared responses, through the real dispatcher and the real reward pool."""
 
-    def __init__(self, responses: Callable[[Prompt], Sequence[str]], tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, responses: Callable[[Prompt], Sequence[str]], tokenizer: PreTrainedTokenizerBase) -> None:
         """`responses` gives every sample of a prompt."""
         self._responses = responses
         self._tokenizer = tokenizer

@@ -19,7 +19,7 @@ def say_where_it_is() -> None:
     sys.exit(7)
 
 
-def test_environment_folder_output_and_session_are_those_asked_for(tmp_path: Path):
+def test_environment_folder_output_and_session_are_those_asked_for(tmp_path: Path) -> None:
     with open(tmp_path / "output", "w") as output:
         environment = {"ONLY_HERE": "1", "TMPDIR": str(tmp_path)}
         process = fork(say_where_it_is, environment=environment, folder=tmp_path, output=output.fileno())
@@ -31,7 +31,7 @@ def sleep_with_a_child() -> None:
     subprocess.run(["sleep", "600"])
 
 
-def test_a_killed_process_has_the_status_of_its_signal_and_is_listed_while_it_runs():
+def test_a_killed_process_has_the_status_of_its_signal_and_is_listed_while_it_runs() -> None:
     process = fork(sleep_with_a_child)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(0.1)
@@ -51,7 +51,7 @@ def rank_and_rendezvous() -> list[str]:
     return [os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "FROM_THE_TEST")]
 
 
-def test_results_come_in_the_order_of_ranks(monkeypatch: pytest.MonkeyPatch):
+def test_results_come_in_the_order_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FROM_THE_TEST", "yes")
     assert run_distributed(rank_and_rendezvous, 2) == [[rank, "2", "127.0.0.1", "yes"] for rank in "01"]
 
@@ -72,13 +72,13 @@ def fail_on_rank_1(how: str) -> None:
         ("sleep", 1, r"processes \[0, 1\] did not finish in time"),
     ],
 )
-def test_a_failure_of_one_rank_is_reported_and_ends_all(how: str, seconds: float, message: str):
+def test_a_failure_of_one_rank_is_reported_and_ends_all(how: str, seconds: float, message: str) -> None:
     with pytest.raises(AssertionError, match=message):
         run_distributed(fail_on_rank_1, 2, how, timeout_seconds=seconds)
     assert forked_processes() == []
 
 
-def test_processes_share_nothing():
+def test_processes_share_nothing() -> None:
     """Nothing that one leaves in memory is there for the next."""
     first, second = (run_distributed(leave_a_module, 1)[0] for _ in range(2))
     assert first == second

@@ -24,12 +24,12 @@ KINDS = all_faults()
 STEPS = 8
 
 
-def test_a_seed_chooses_the_faults():
+def test_a_seed_chooses_the_faults() -> None:
     assert choose_faults(3, STEPS, 5, KINDS) == choose_faults(3, STEPS, 5, KINDS)
     assert choose_faults(3, STEPS, 5, KINDS) != choose_faults(4, STEPS, 5, KINDS)
 
 
-def test_every_fault_comes_at_one_of_its_moments_and_leaves_a_step_to_come():
+def test_every_fault_comes_at_one_of_its_moments_and_leaves_a_step_to_come() -> None:
     plans = [choose_faults(seed, STEPS, STEPS - 1, KINDS) for seed in range(20)]
     for plan in plans:
         assert [planned.step for planned in plan] == list(range(1, STEPS))
@@ -37,17 +37,17 @@ def test_every_fault_comes_at_one_of_its_moments_and_leaves_a_step_to_come():
     assert {planned.name for plan in plans for planned in plan} == set(KINDS)
 
 
-def test_seeds_that_follow_each_other_take_turns_through_the_kinds():
+def test_seeds_that_follow_each_other_take_turns_through_the_kinds() -> None:
     seeds = -(-len(KINDS) // 7)
     assert {planned.name for seed in range(seeds) for planned in choose_faults(seed, STEPS, 7, KINDS)} == set(KINDS)
 
 
-def test_more_faults_than_steps_share_steps():
+def test_more_faults_than_steps_share_steps() -> None:
     steps = [planned.step for planned in choose_faults(0, 3, 10, KINDS)]
     assert len(steps) == 10 and steps == sorted(steps) and set(steps) == {1, 2}
 
 
-def test_records_differ_in_what_the_machine_does_not_decide():
+def test_records_differ_in_what_the_machine_does_not_decide() -> None:
     record = {"step": 1, "policy/loss": 0.25, "seconds/step": 3.0, "time": 5.0, "engine/restarts": 0}
     assert different_records("metrics.jsonl", [record], [record | {"seconds/step": 9.0, "engine/restarts": 2}]) == []
     assert different_records("metrics.jsonl", [record], [record | {"policy/loss": 0.5}]) == [
@@ -60,7 +60,7 @@ def test_records_differ_in_what_the_machine_does_not_decide():
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_damage_changes_one_file(tmp_path, seed):
+def test_damage_changes_one_file(tmp_path, seed) -> None:
     (tmp_path / "megatron").mkdir()
     before = {tmp_path / "state.json": b"state", tmp_path / "megatron" / "weights": b"weights"}
     for file, content in before.items():
@@ -69,7 +69,7 @@ def test_damage_changes_one_file(tmp_path, seed):
     assert sum(not file.exists() or file.read_bytes() != content for file, content in before.items()) == 1
 
 
-def test_processes_are_found_below_their_launcher_only():
+def test_processes_are_found_below_their_launcher_only() -> None:
     """Two ranks of one launcher, in their order, and nothing of another launcher."""
     rank = f"{sys.executable} -c 'import time; time.sleep(60)'"
     command = ["bash", "-c", f"RANK=1 {rank} & RANK=0 {rank} & wait"]
@@ -91,7 +91,7 @@ def test_processes_are_found_below_their_launcher_only():
     assert process_tree(first.pid) == []
 
 
-def test_an_unknown_fault_is_refused(capsys):
+def test_an_unknown_fault_is_refused(capsys) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["--only", "kill_engine,no_such_fault"])
     assert "there is no fault no_such_fault; the faults are damage_all_checkpoints, " in capsys.readouterr().err
@@ -106,7 +106,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("seed", (0, 2))
-def test_a_disturbed_run_of_two_ranks_ends_as_the_undisturbed_one(folder, seed):
+def test_a_disturbed_run_of_two_ranks_ends_as_the_undisturbed_one(folder, seed) -> None:
     command = [sys.executable, "-m", "tools.fault_soak", "--seed", str(seed), "--processes", "2", "--steps", "6"]
     result = subprocess.run(
         [*command, "--folder", str(folder)],

@@ -12,7 +12,7 @@ def rows(*numbers: int) -> torch.Tensor:
     return torch.tensor(numbers, dtype=torch.float32)[:, None]
 
 
-def test_query_key_value_are_interleaved_by_group():
+def test_query_key_value_are_interleaved_by_group() -> None:
     """Two groups of two query heads, head dimension 1: each rank holds q, q, k, v of its group."""
     layout = GroupedQkv(groups=2, heads_per_group=2, head_dim=1)
     hf = rows(1, 2, 3, 4), rows(10, 20), rows(100, 200)
@@ -21,19 +21,19 @@ def test_query_key_value_are_interleaved_by_group():
     assert layout.shard(hf, rank=0, size=1).flatten().tolist() == [1, 2, 10, 100, 3, 4, 20, 200]
 
 
-def test_every_shard_holds_its_gate_then_its_up():
+def test_every_shard_holds_its_gate_then_its_up() -> None:
     hf = rows(1, 2), rows(10, 20)
     assert GateAndUp().shard(hf, rank=1, size=2).flatten().tolist() == [2, 20]
 
 
-def test_vocabulary_is_padded_with_zero_rows_also_over_a_whole_rank():
+def test_vocabulary_is_padded_with_zero_rows_also_over_a_whole_rank() -> None:
     hf = (rows(1, 2, 3, 4, 5),)
     shards = [Vocabulary(5).shard(hf, rank, 4).flatten().tolist() for rank in range(4)]
     assert shards == [[1, 2], [3, 4], [5, 0], [0, 0]]
 
 
 @given(size=st.sampled_from([1, 2, 4]), seed=st.integers(0, 1000), vocab_size=st.integers(1, 17))
-def test_merging_the_shards_gives_the_hf_tensors_back(size: int, seed: int, vocab_size: int):
+def test_merging_the_shards_gives_the_hf_tensors_back(size: int, seed: int, vocab_size: int) -> None:
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> torch.Tensor:

@@ -38,45 +38,45 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_missing_tensor(folder):
+def test_missing_tensor(folder) -> None:
     rewrite(folder, lambda tensors: tensors.pop(QUERY))
     with pytest.raises(UserError, match=f"missing tensors: {QUERY}"):
         check(folder)
 
 
-def test_surplus_tensor(folder):
+def test_surplus_tensor(folder) -> None:
     rewrite(folder, lambda tensors: tensors.update({"model.layers.1.self_attn.q_proj.bias": torch.zeros(128)}))
     with pytest.raises(UserError, match=r"does not have: .*q_proj.bias \(in model.safetensors\)"):
         check(folder)
 
 
-def test_wrong_shape(folder):
+def test_wrong_shape(folder) -> None:
     rewrite(folder, lambda tensors: tensors.update({QUERY: tensors[QUERY][:64].clone()}))
     with pytest.raises(UserError, match=rf"{QUERY} \(in model.safetensors\) is \[64, 64\].* asks for \[128, 64\]"):
         check(folder)
 
 
-def test_vocabulary_other_than_in_the_config(folder):
+def test_vocabulary_other_than_in_the_config(folder) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 130}))
     with pytest.raises(UserError, match=r"model.embed_tokens.weight .* is \[128, 64\], .* asks for \[130, 64\]"):
         check(folder)
 
 
-def test_no_weights_at_all(folder):
+def test_no_weights_at_all(folder) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="holds no weights: neither .*index.json$"):
         check(folder)
 
 
-def test_truncated_file(folder):
+def test_truncated_file(folder) -> None:
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="model.safetensors cannot be read"):
         check(folder)
 
 
-def test_sharded_checkpoint_with_a_missing_file(tmp_path):
+def test_sharded_checkpoint_with_a_missing_file(tmp_path) -> None:
     make_tiny_qwen3(tmp_path, tied=True, max_shard_size="200KB")
     check(tmp_path)
     last = sorted(tmp_path.glob("model-*.safetensors"))[-1]
@@ -85,7 +85,7 @@ def test_sharded_checkpoint_with_a_missing_file(tmp_path):
         check(tmp_path)
 
 
-def test_tied_checkpoint_may_hold_a_copy_of_the_head_but_no_other_head(tmp_path, monkeypatch):
+def test_tied_checkpoint_may_hold_a_copy_of_the_head_but_no_other_head(tmp_path, monkeypatch) -> None:
     """Transformers uses a head that differs, even where the configuration ties it."""
     monkeypatch.setattr(safetensors_file, "PIECE_ELEMENTS", 1000)
     make_tiny_qwen3(tmp_path, tied=True)

@@ -96,13 +96,13 @@ def measure_all_layouts(folder: Path) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_logits_equal_transformers(measured, layout):
+def test_logits_equal_transformers(measured, layout) -> None:
     errors = [rank[layout]["logits_error"] for rank in measured if rank[layout]["logits_error"] is not None]
     assert errors and max(errors) <= 1e-5
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradients_equal_transformers(measured, layout):
+def test_gradients_equal_transformers(measured, layout) -> None:
     """Router included: the weights of the experts carry its gradient."""
     for rank in measured:
         errors = rank[layout]["gradient_errors"]
@@ -111,7 +111,7 @@ def test_gradients_equal_transformers(measured, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_weights_come_out_bit_identical_in_the_same_order_on_every_rank(measured, layout):
+def test_weights_come_out_bit_identical_in_the_same_order_on_every_rank(measured, layout) -> None:
     first, second = (rank[layout] for rank in measured)
     assert first["round_trip_exact"] and second["round_trip_exact"]
     assert first["order"] == second["order"] == measured[0]["PP2"]["order"]

@@ -227,41 +227,41 @@ def refusal(action) -> str:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_logits_equal_transformers(measured, case):
+def test_logits_equal_transformers(measured, case) -> None:
     errors = [rank["logits_error"] for rank in measured[case] if rank["logits_error"] is not None]
     assert errors and max(errors) <= 1e-5
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_equal_transformers(measured, case):
+def test_gradients_equal_transformers(measured, case) -> None:
     for rank in measured[case]:
         assert len(rank["gradient_errors"]) == (47 if case.endswith(" untied") else 46)
         assert max(rank["gradient_errors"].values()) <= 1e-5, rank["gradient_errors"]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_weights_come_out_bit_identical_in_the_same_order_on_every_rank(measured, case):
+def test_weights_come_out_bit_identical_in_the_same_order_on_every_rank(measured, case) -> None:
     first, second = measured[case]
     assert first["round_trip_exact"] and second["round_trip_exact"]
     like = "DP2 untied" if case.endswith(" untied") else "DP2 tied"
     assert first["order"] == second["order"] == measured[like][0]["order"]
 
 
-def test_buckets_keep_their_size_unless_one_entry_exceeds_it(measured):
+def test_buckets_keep_their_size_unless_one_entry_exceeds_it(measured) -> None:
     """Gate and up together are 65,536 bytes, QKV likewise; everything else fits 40,000."""
     sizes = measured["PP2 untied"][0]["bucket_bytes"]
     assert all(size <= 40_000 or size == 65_536 for size in sizes) and len(sizes) > 8
 
 
 @pytest.mark.parametrize("name", ["tied", "untied"])
-def test_random_weights_do_not_depend_on_the_layout(measured, name):
+def test_random_weights_do_not_depend_on_the_layout(measured, name) -> None:
     digests = {rank["random_digest"] for layout in LAYOUTS for rank in measured[f"{layout} {name}"]}
     assert len(digests) == 1
     assert measured[f"TP2 {name}"][0]["random_deviation"] == pytest.approx(0.02, rel=0.05)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_exported_folders_are_the_source_in_bfloat16(measured, folder, case):
+def test_exported_folders_are_the_source_in_bfloat16(measured, folder, case) -> None:
     exported, source = folder / f"export {case}", folder / case.split(" ")[1]
     assert (exported / "tokenizer.json").read_text() == "{}"
     assert len(list(exported.glob("model-*.safetensors"))) > 2
@@ -274,12 +274,12 @@ def test_exported_folders_are_the_source_in_bfloat16(measured, folder, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_an_existing_target_is_refused_on_every_rank(measured, case):
+def test_an_existing_target_is_refused_on_every_rank(measured, case) -> None:
     for rank in measured[case]:
         assert "exists already; remove it or choose another folder" in rank["second_export"]
 
 
-def test_an_export_to_a_full_disk_fails_on_all_ranks(measured, folder):
+def test_an_export_to_a_full_disk_fails_on_all_ranks(measured, folder) -> None:
     """Only rank 0 writes; the others take part in the stream to its end, and learn of it."""
     for case, (first, second) in measured.items():
         assert "could not be written (" in first["full_disk"] and first["full_disk"] == second["full_disk"], case

@@ -103,7 +103,7 @@ def shapes_in_files(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_hf_names_and_shapes_of_published_sizes_are_those_of_transformers(tmp_path, name):
+def test_hf_names_and_shapes_of_published_sizes_are_those_of_transformers(tmp_path, name) -> None:
     config = published_config(name)
     config.save_pretrained(tmp_path)
     with torch.device("meta"):
@@ -114,7 +114,7 @@ def test_hf_names_and_shapes_of_published_sizes_are_those_of_transformers(tmp_pa
 
 
 @pytest.mark.parametrize("family", TRANSFORMER_ENGINE_LAYERS)
-def test_every_parameter_of_a_transformer_engine_layer_has_a_rule(tmp_path, family):
+def test_every_parameter_of_a_transformer_engine_layer_has_a_rule(tmp_path, family) -> None:
     FAMILIES[family](tmp_path)
     table = weight_table(read_architecture(tmp_path))
     prefix = "decoder.layers.{layer}."
@@ -122,7 +122,7 @@ def test_every_parameter_of_a_transformer_engine_layer_has_a_rule(tmp_path, fami
     assert last_names == TRANSFORMER_ENGINE_LAYERS[family]
 
 
-def test_fused_norms_are_the_hf_norms_before_the_same_matrix(tmp_path):
+def test_fused_norms_are_the_hf_norms_before_the_same_matrix(tmp_path) -> None:
     make_tiny_qwen3(tmp_path, tied=False)
     table = weight_table(read_architecture(tmp_path))
 
@@ -138,7 +138,7 @@ def test_fused_norms_are_the_hf_norms_before_the_same_matrix(tmp_path):
     ]
 
 
-def test_entries_come_in_the_order_of_the_model(tmp_path):
+def test_entries_come_in_the_order_of_the_model(tmp_path) -> None:
     make_tiny_qwen3(tmp_path, tied=False)
     table: WeightTable = weight_table(read_architecture(tmp_path))
     names = [tensor.name for entry in table.entries() for tensor in entry.hf]

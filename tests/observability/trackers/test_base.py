@@ -14,7 +14,7 @@ from tests.support.tiny_run import REPOSITORY
 TINY = REPOSITORY / "configs" / "tiny_dsrl.yaml"
 
 
-def test_names_options_and_dotted_paths(tmp_path):
+def test_names_options_and_dotted_paths(tmp_path) -> None:
     trackers = f"[{{name: wandb}}, {{name: mlflow, experiment: sums}}, {{name: '{PATH}', file: calls}}]"
     config = load_config(TINY, [f"observability.trackers={trackers}", "observability.trackers.0.mode=offline"])
     assert config.observability.trackers[0] == WandbTracker(mode="offline")
@@ -31,19 +31,19 @@ def test_names_options_and_dotted_paths(tmp_path):
         ("[{name: wandb, mode: of}]", r"observability\.trackers\.0\.mode: expected 'online' or 'offline'"),
     ],
 )
-def test_mistakes_are_named_by_their_place(trackers, message):
+def test_mistakes_are_named_by_their_place(trackers, message) -> None:
     with pytest.raises(UserError, match=message):
         load_config(TINY, [f"observability.trackers={trackers}"])
 
 
-def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch):
+def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch) -> None:
     monkeypatch.setattr(base, "find_spec", lambda name: None)
     chosen = [TRACKERS.build({"name": PATH, "file": "calls"}), TRACKERS.build("mlflow")]
     with pytest.raises(UserError, match=r"observability\.trackers: mlflow needs .* not .*: pip install mlflow-skinny"):
         base.check_packages(chosen)
 
 
-def test_destinations_are_where_the_records_go(monkeypatch):
+def test_destinations_are_where_the_records_go(monkeypatch) -> None:
     """Not how they get there, nor whether a default is written out."""
     for variable in ("WANDB_PROJECT", "WANDB_MODE", "WANDB_ENTITY", "WANDB_BASE_URL"):
         monkeypatch.delenv(variable, raising=False)
@@ -53,7 +53,7 @@ def test_destinations_are_where_the_records_go(monkeypatch):
     assert WandbTracker().destination() == WandbTracker(project="mine").destination()
 
 
-def test_mlflow_takes_names_and_parameters_of_its_own_form():
+def test_mlflow_takes_names_and_parameters_of_its_own_form() -> None:
     assert allowed_name("evaluation/held-out/pass@8") == "evaluation/held-out/pass_at_8"
     config = {"data": {"columns": ["a", "b"], "system_prompt": None}, "phases": [{"name": "grpo"}], "empty": {}}
     assert dict(flat(config)) == {

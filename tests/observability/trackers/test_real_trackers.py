@@ -113,7 +113,7 @@ def run(service, tmp_path_factory) -> Path:
     return folder
 
 
-def test_wandb_has_one_run_with_every_step_once(service, run):
+def test_wandb_has_one_run_with_every_step_once(service, run) -> None:
     found = json.loads(service.run("-m", "tests.support.read_wandb", str(run)))
     assert len(found["ids"]) == 2 and len(set(found["ids"])) == 1
     steps = [row["step"] for row in found["history"] if "reward/mean" in row]
@@ -129,7 +129,7 @@ def test_wandb_has_one_run_with_every_step_once(service, run):
     assert json.loads(table.read_text())["columns"] == ["prompt", "response", "answer", "reward"]
 
 
-def test_mlflow_has_one_run_with_every_step_once(service, run):
+def test_mlflow_has_one_run_with_every_step_once(service, run) -> None:
     (experiment,) = [
         each for each in service.mlflow("experiments/search", {"max_results": 10})["experiments"]
         if each["name"] == "megatron-dsrl"
@@ -147,7 +147,7 @@ def test_mlflow_has_one_run_with_every_step_once(service, run):
     assert [Path(table["path"]).name for table in tables] == [f"responses_step_{step:06d}.json" for step in (0, STEPS)]
 
 
-def test_trackio_has_one_run_with_every_step_once(service, run):
+def test_trackio_has_one_run_with_every_step_once(service, run) -> None:
     listed = json.loads(service.run("-m", "trackio.cli", "list", "runs", "--project", "megatron-dsrl", "--json"))
     (name,) = listed["runs"]
     metric = ["get", "metric", "--project", "megatron-dsrl", "--run", name, "--metric", "reward/mean", "--json"]
@@ -155,7 +155,7 @@ def test_trackio_has_one_run_with_every_step_once(service, run):
     assert [value["step"] for value in values] == list(range(1, STEPS + 1))
 
 
-def test_swanlab_has_the_parts_of_one_run(service, run):
+def test_swanlab_has_the_parts_of_one_run(service, run) -> None:
     """Which `swanlab sync` joins."""
     parts = sorted((run / "swanlog").glob("run-*"))
     ids = {part.name.rpartition("-")[2] for part in parts}
@@ -164,7 +164,7 @@ def test_swanlab_has_the_parts_of_one_run(service, run):
     assert len(tables) == 2  # of step 0 and of the last one
 
 
-def test_upload_of_a_finished_run_sends_everything_once(service, run):
+def test_upload_of_a_finished_run_sends_everything_once(service, run) -> None:
     upload = ["-m", "megatron_dsrl.cli", "upload", str(run)]
     targets = [["wandb", "project=replayed"], ["mlflow", "experiment=replayed"], ["trackio", "project=replayed"]]
     for name, option in targets:

@@ -78,7 +78,7 @@ def buckets_of(folder: Path) -> list[Bucket]:
     return [named[start : start + 5] for start in range(0, len(named), 5)]
 
 
-def test_samples_come_from_the_broadcast_weights(rollout, folder):
+def test_samples_come_from_the_broadcast_weights(rollout, folder) -> None:
     policy = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     rollout.load_weights(lambda: buckets_of(folder), version=1)
@@ -91,7 +91,7 @@ def test_samples_come_from_the_broadcast_weights(rollout, folder):
     assert sum(len(group.samples) for group in groups) == 6
 
 
-def test_a_tensor_that_does_not_arrive_ends_the_run(rollout, folder):
+def test_a_tensor_that_does_not_arrive_ends_the_run(rollout, folder) -> None:
     lost = "model.layers.1.mlp.down_proj.weight"
     incomplete = [[pair for pair in bucket if pair[0] != lost] for bucket in buckets_of(folder)]
 
@@ -100,7 +100,7 @@ def test_a_tensor_that_does_not_arrive_ends_the_run(rollout, folder):
     rollout.load_weights(lambda: buckets_of(folder), version=2)  # the server itself is none the worse for it
 
 
-def test_a_server_that_hangs_gets_the_weights_when_it_goes_on(server, folder, monkeypatch):
+def test_a_server_that_hangs_gets_the_weights_when_it_goes_on(server, folder, monkeypatch) -> None:
     monkeypatch.setenv(API_KEY_VARIABLE, KEY)
     engines = ExternalEngines(tiny_run_config(folder, urls=[server.url], update_timeout_seconds=2.0), initial_version=0)
     gathered = []
@@ -122,7 +122,7 @@ def test_a_server_that_hangs_gets_the_weights_when_it_goes_on(server, folder, mo
     assert len(gathered) > 1 and engines.restarts == len(gathered) - 1, "drawn to the end also where nobody listens"
 
 
-def test_what_an_earlier_run_has_left_is_ended(rollout, server, folder):
+def test_what_an_earlier_run_has_left_is_ended(rollout, server, folder) -> None:
     async def begin_and_push() -> Completion:
         request = SampleRequest(tuple(range(20)), seed=0, max_new_tokens=450)
         async with EngineClient(server.address, timeout_seconds=60.0) as client:
@@ -138,7 +138,7 @@ def test_what_an_earlier_run_has_left_is_ended(rollout, server, folder):
     assert completion.finish_reason == "abort" and len(completion.response_ids) < 450
 
 
-def test_a_refusal_ends_the_broadcast(server, folder, monkeypatch):
+def test_a_refusal_ends_the_broadcast(server, folder, monkeypatch) -> None:
     monkeypatch.setenv(API_KEY_VARIABLE, KEY)
     link = ServerLink(server.address, timeout_seconds=60.0)
 
@@ -168,7 +168,7 @@ class BlockingGroup:
         return work
 
 
-def test_a_broadcast_that_waits_for_the_server_keeps_nobody_from_telling_it(server, folder, monkeypatch):
+def test_a_broadcast_that_waits_for_the_server_keeps_nobody_from_telling_it(server, folder, monkeypatch) -> None:
     monkeypatch.setenv(API_KEY_VARIABLE, KEY)
     link = ServerLink(server.address, timeout_seconds=10.0)
 
@@ -184,7 +184,7 @@ def test_a_broadcast_that_waits_for_the_server_keeps_nobody_from_telling_it(serv
 
 
 @pytest.mark.parametrize("key", ["wrong", ""])
-def test_a_server_that_refuses_the_key_is_named(key, rollout, server, folder, monkeypatch):
+def test_a_server_that_refuses_the_key_is_named(key, rollout, server, folder, monkeypatch) -> None:
     monkeypatch.setenv(API_KEY_VARIABLE, key)
     config = tiny_run_config(folder, urls=[server.url], startup_timeout_seconds=0.1)
 
@@ -192,7 +192,7 @@ def test_a_server_that_refuses_the_key_is_named(key, rollout, server, folder, mo
         ExternalEngines(config, initial_version=0).wait_until_ready()
 
 
-def test_urls_are_checked(folder):
+def test_urls_are_checked(folder) -> None:
     for urls, problem in [
         (["localhost:3000"], "expected http://host:port, without a path"),
         (["http://a:1/v1"], "expected http://host:port, without a path"),
@@ -205,7 +205,7 @@ def test_urls_are_checked(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_two_processes_train_with_a_server_elsewhere(ranks, tmp_path, monkeypatch):
+def test_two_processes_train_with_a_server_elsewhere(ranks, tmp_path, monkeypatch) -> None:
     config = write_tiny_run(tmp_path)
     servers_own = tiny_run_config(tmp_path / "model", tensor_parallel_size=ranks)
     arguments = server_arguments(servers_own, 0) | {"load_format": "dummy"}
@@ -228,7 +228,7 @@ def test_two_processes_train_with_a_server_elsewhere(ranks, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_samples_are_drawn_ahead_and_a_run_that_goes_on_has_them(tmp_path):
+def test_samples_are_drawn_ahead_and_a_run_that_goes_on_has_them(tmp_path) -> None:
     """Steps after the first train on samples of the weights before; so does the first one after an interruption."""
     config = write_tiny_run(tmp_path)
     server = EngineServer(
@@ -266,7 +266,7 @@ def test_samples_are_drawn_ahead_and_a_run_that_goes_on_has_them(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_server_that_its_owner_restarts_gets_the_weights(folder, tmp_path):
+def test_a_server_that_its_owner_restarts_gets_the_weights(folder, tmp_path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -31,7 +31,7 @@ KEY = "key-of-the-test"
 
 
 @pytest.fixture
-def make_server(tiny_model_folder: Path, tmp_path: Path):
+def make_server(tiny_model_folder: Path, tmp_path: Path) -> Iterator[Callable[..., EngineServer]]:
     servers: list[EngineServer] = []
 
     def make(startup_timeout_seconds: float = 120.0, port: int | None = None, **extra_arguments) -> EngineServer:
@@ -59,7 +59,7 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
     return condition()
 
 
-def test_a_port_in_use_is_named_before_anything_starts(make_server):
+def test_a_port_in_use_is_named_before_anything_starts(make_server) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -72,7 +72,7 @@ def test_a_port_in_use_is_named_before_anything_starts(make_server):
     assert server.process_id is None
 
 
-def test_an_engine_that_is_never_ready_is_stopped(make_server):
+def test_an_engine_that_is_never_ready_is_stopped(make_server) -> None:
     server = make_server(startup_timeout_seconds=1.0)
     server.start()
     group = server.process_id
@@ -83,7 +83,7 @@ def test_an_engine_that_is_never_ready_is_stopped(make_server):
     assert processes_of_group(group) == []
 
 
-def test_an_engine_that_ends_early_is_noticed_at_once_and_its_log_shown(make_server):
+def test_an_engine_that_ends_early_is_noticed_at_once_and_its_log_shown(make_server) -> None:
     server = make_server(no_such_argument=1)
     server.start()
     group = server.process_id
@@ -95,7 +95,7 @@ def test_an_engine_that_ends_early_is_noticed_at_once_and_its_log_shown(make_ser
 
 
 @pytest.mark.slow
-def test_a_scheduler_that_dies_while_it_starts_ends_the_wait(make_server):
+def test_a_scheduler_that_dies_while_it_starts_ends_the_wait(make_server) -> None:
     server = make_server()
     server.start()
     group = server.process_id
@@ -120,7 +120,7 @@ def schedulers_of(group: int) -> list[psutil.Process]:
 
 
 @pytest.mark.slow
-def test_a_key_is_asked_for_a_bad_bucket_is_an_error_and_a_dead_engine_is_noticed(make_server, tmp_path):
+def test_a_key_is_asked_for_a_bad_bucket_is_an_error_and_a_dead_engine_is_noticed(make_server, tmp_path) -> None:
     server = make_server(log_level="debug")
     server.start()
     group = server.process_id
@@ -170,7 +170,7 @@ def without_sglang(monkeypatch) -> None:
     )
 
 
-def test_a_port_that_another_program_has_taken_meanwhile_is_noticed_at_once(make_server, without_sglang):
+def test_a_port_that_another_program_has_taken_meanwhile_is_noticed_at_once(make_server, without_sglang) -> None:
     """Whoever answers there, even with the right answers, is not taken for the engine."""
     server = make_server()
     server.start()
@@ -181,7 +181,7 @@ def test_a_port_that_another_program_has_taken_meanwhile_is_noticed_at_once(make
     assert server.process_id is None
 
 
-def test_a_lost_port_is_replaced_and_a_killed_server_is_started_again(make_server, without_sglang, monkeypatch):
+def test_a_lost_port_is_replaced_and_a_killed_server_is_started_again(make_server, without_sglang, monkeypatch) -> None:
     server = make_server()
     waits: list[str] = []
 
@@ -205,7 +205,9 @@ def test_a_lost_port_is_replaced_and_a_killed_server_is_started_again(make_serve
     assert waits[0] != waits[1] == waits[2]
 
 
-def test_a_server_that_is_killed_again_and_again_is_not_a_mistake_of_the_user(make_server, without_sglang, monkeypatch):
+def test_a_server_that_is_killed_again_and_again_is_not_a_users_mistake(
+    make_server, without_sglang, monkeypatch
+) -> None:
     server = make_server()
     start = server.start
 
@@ -222,7 +224,7 @@ def test_a_server_that_is_killed_again_and_again_is_not_a_mistake_of_the_user(ma
     assert not isinstance(error.value, UserError)
 
 
-def test_two_runs_with_the_same_fixed_port_do_not_race_for_it(make_server, without_sglang):
+def test_two_runs_with_the_same_fixed_port_do_not_race_for_it(make_server, without_sglang) -> None:
     """Neither server listens yet, but the second run is told at once."""
     first = make_server()
     first.start()
@@ -236,7 +238,7 @@ def test_two_runs_with_the_same_fixed_port_do_not_race_for_it(make_server, witho
 
 
 @pytest.mark.slow
-def test_an_engine_that_loses_its_port_while_it_loads_ends_and_the_other_one_is_not_used(make_server):
+def test_an_engine_that_loses_its_port_while_it_loads_ends_and_the_other_one_is_not_used(make_server) -> None:
     """The port is taken by a program that SO_REUSEADDR lets in, and given up again before anybody looks."""
     server = make_server()
     server.start()
@@ -265,7 +267,7 @@ time.sleep(120)
 
 
 @pytest.mark.slow
-def test_the_engine_dies_with_a_killed_owner(tiny_model_folder, tmp_path):
+def test_the_engine_dies_with_a_killed_owner(tiny_model_folder, tmp_path) -> None:
     owner = subprocess.Popen(
         [sys.executable, "-c", OWNER, str(tiny_model_folder), str(tmp_path / "engine.log")],
         stdout=subprocess.PIPE,
@@ -284,7 +286,7 @@ def test_the_engine_dies_with_a_killed_owner(tiny_model_folder, tmp_path):
         owner.wait()
 
 
-def test_refused_weights_are_an_error(engine_rollout):
+def test_refused_weights_are_an_error(engine_rollout) -> None:
     from megatron_dsrl.rollout.engines.client import EngineClient
     from megatron_dsrl.rollout.engines.weight_push import BucketMemory, flatten, serialise
 

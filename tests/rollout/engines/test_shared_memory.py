@@ -11,7 +11,7 @@ from megatron_dsrl.rollout.engines.shared_memory import check_shared_memory
 from tests.support.engine import tiny_run_config
 
 
-def test_shared_memory_must_hold_a_bucket_of_every_rank(tiny_model_folder, monkeypatch):
+def test_shared_memory_must_hold_a_bucket_of_every_rank(tiny_model_folder, monkeypatch) -> None:
     config = tiny_run_config(tiny_model_folder)
     size = sum(file.stat().st_size for file in tiny_model_folder.glob("*.safetensors"))  # float32, in one bucket
 

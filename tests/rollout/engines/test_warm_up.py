@@ -13,20 +13,20 @@ from megatron_dsrl.rollout.engines.warm_up import kinds_of_requests, warm_up
 from tests.support.engine import processes_of_group, tiny_run_config
 
 
-def test_an_engine_samples_in_every_way_and_one_that_is_gone_is_an_error(engine_rollout):
+def test_an_engine_samples_in_every_way_and_one_that_is_gone_is_an_error(engine_rollout) -> None:
     (address,) = engine_rollout.engine_addresses
     asyncio.run(warm_up(address, return_routed_experts=False, timeout_seconds=60.0))
     with pytest.raises(EngineError, match="is gone"):
         asyncio.run(warm_up(EngineAddress("http://127.0.0.1:9"), return_routed_experts=False, timeout_seconds=60.0))
 
 
-def test_the_kinds_differ_in_what_the_sampler_computes():
+def test_the_kinds_differ_in_what_the_sampler_computes() -> None:
     plain, greedy, filtered = kinds_of_requests(return_routed_experts=True)
     assert plain.temperature == 1 and greedy.temperature == 0 and filtered.top_p < 1 < filtered.top_k
     assert all(kind.return_routed_experts for kind in (plain, greedy, filtered))
 
 
-def test_a_new_engine_is_ready_once_it_is_warm(tiny_model_folder, tmp_path):
+def test_a_new_engine_is_ready_once_it_is_warm(tiny_model_folder, tmp_path) -> None:
     """And one that does not get warm in time is stopped; it may be started again."""
     seconds_left = []
 

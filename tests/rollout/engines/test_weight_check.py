@@ -30,7 +30,9 @@ def buckets_of_three(weights: dict[str, torch.Tensor]) -> Iterator[Bucket]:
             tensor.zero_()
 
 
-def push_and_check(rollout: EngineRollout, folder: Path, buckets: Iterator[Bucket], pushed=lambda bucket: bucket):
+def push_and_check(
+    rollout: EngineRollout, folder: Path, buckets: Iterator[Bucket], pushed=lambda bucket: bucket
+) -> str | None:
     """Push what `pushed` makes of every bucket; what `check_weights` says when it expects the buckets themselves."""
     (engine,) = rollout.engine_addresses
     sent = SentWeights(EngineLayout(read_architecture(folder), rank=0, size=1))
@@ -40,15 +42,15 @@ def push_and_check(rollout: EngineRollout, folder: Path, buckets: Iterator[Bucke
 
 
 @pytest.fixture(scope="module")
-def weights(tiny_model_folder):
+def weights(tiny_model_folder: Path) -> dict[str, torch.Tensor]:
     return load_file(tiny_model_folder / "model.safetensors")
 
 
-def test_an_engine_with_the_sent_weights_passes(engine_rollout, tiny_model_folder, weights):
+def test_an_engine_with_the_sent_weights_passes(engine_rollout, tiny_model_folder, weights) -> None:
     assert push_and_check(engine_rollout, tiny_model_folder, buckets_of_three(weights)) is None
 
 
-def test_tensors_that_arrive_changed_are_named(engine_rollout, tiny_model_folder, weights):
+def test_tensors_that_arrive_changed_are_named(engine_rollout, tiny_model_folder, weights) -> None:
     def spoil(bucket: Bucket) -> Bucket:
         """The smallest change of a single number in one tensor, and another one left out."""
         spoiled = []
@@ -70,7 +72,7 @@ def test_tensors_that_arrive_changed_are_named(engine_rollout, tiny_model_folder
     ]
 
 
-def test_tensors_that_nobody_sent_are_named(engine_rollout, tiny_model_folder, weights):
+def test_tensors_that_nobody_sent_are_named(engine_rollout, tiny_model_folder, weights) -> None:
     incomplete = {name: tensor for name, tensor in weights.items() if "layers.0.mlp.up_proj" not in name}
 
     problem = push_and_check(engine_rollout, tiny_model_folder, buckets_of_three(incomplete))
@@ -80,7 +82,7 @@ def test_tensors_that_nobody_sent_are_named(engine_rollout, tiny_model_folder, w
     )
 
 
-def test_tensors_that_the_engine_does_not_have_are_named(engine_rollout, tiny_model_folder, weights):
+def test_tensors_that_the_engine_does_not_have_are_named(engine_rollout, tiny_model_folder, weights) -> None:
     surplus = weights | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(128), "model.norm.bias": torch.zeros(64)}
 
     problem = push_and_check(engine_rollout, tiny_model_folder, buckets_of_three(surplus))
@@ -92,7 +94,7 @@ def test_tensors_that_the_engine_does_not_have_are_named(engine_rollout, tiny_mo
     ]
 
 
-def test_an_engine_that_is_gone_is_an_error_of_its_own(tiny_model_folder):
+def test_an_engine_that_is_gone_is_an_error_of_its_own(tiny_model_folder) -> None:
     sent = SentWeights(EngineLayout(read_architecture(tiny_model_folder), rank=0, size=1))
 
     with pytest.raises(EngineError, match="is gone"):
@@ -101,7 +103,7 @@ def test_an_engine_that_is_gone_is_an_error_of_its_own(tiny_model_folder):
 
 def test_the_first_push_of_a_run_is_compared_and_again_that_to_a_new_engine(
     engine_rollout, tiny_model_folder, weights
-):
+) -> None:
     (engine,) = engine_rollout.engine_addresses
     check = WeightCheck(tiny_run_config(tiny_model_folder), group=None)
     incomplete = {name: tensor for name, tensor in weights.items() if name != "model.norm.weight"}
@@ -119,7 +121,7 @@ def test_the_first_push_of_a_run_is_compared_and_again_that_to_a_new_engine(
     assert push(weights) is None and push(incomplete) is None
 
 
-def test_neighbouring_ranks_share_a_key_value_head_where_there_are_more_ranks(tiny_model_folder):
+def test_neighbouring_ranks_share_a_key_value_head_where_there_are_more_ranks(tiny_model_folder) -> None:
     architecture = read_architecture(tiny_model_folder)  # two key-value heads of dimension 32
     keys = torch.arange(64)
 
@@ -128,7 +130,7 @@ def test_neighbouring_ranks_share_a_key_value_head_where_there_are_more_ranks(ti
     assert [shard[0].item() for shard in shards] == [0, 0, 32, 32] and {len(shard) for shard in shards} == {32}
 
 
-def test_inner_sizes_are_padded_with_zeros_to_whole_blocks_on_every_rank(tiny_model_folder):
+def test_inner_sizes_are_padded_with_zeros_to_whole_blocks_on_every_rank(tiny_model_folder) -> None:
     layouts = [EngineLayout(read_architecture(tiny_model_folder), rank, 2, feed_forward_multiple=32) for rank in (0, 1)]
     up, down = torch.ones(48, 8), torch.ones(8, 48)  # 48 becomes 64: 32 on each rank
 

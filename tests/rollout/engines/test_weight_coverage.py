@@ -45,7 +45,7 @@ def assert_that_a_push_replaces_everything(rollout: EngineRollout, folder: Path)
     push(rollout, named)
 
 
-def test_a_push_replaces_every_weight(engine_rollout, tiny_model_folder):
+def test_a_push_replaces_every_weight(engine_rollout, tiny_model_folder) -> None:
     assert_that_a_push_replaces_everything(engine_rollout, tiny_model_folder)
 
 
@@ -60,7 +60,7 @@ def test_a_push_replaces_every_weight(engine_rollout, tiny_model_folder):
     ],
     ids=["untied Qwen3", "Qwen3-MoE", "Qwen2.5", "untied Llama"],
 )
-def test_a_push_replaces_every_weight_of_other_families(make, tmp_path):
+def test_a_push_replaces_every_weight_of_other_families(make, tmp_path) -> None:
     make(tmp_path / "model")
     rollout = EngineRollout(tiny_run_config(tmp_path / "model"), tmp_path, (STOP_TOKEN_ID,), decode_as_numbers)
     try:

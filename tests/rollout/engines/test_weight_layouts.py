@@ -4,6 +4,7 @@ Two processes hold Megatron models in one layout after the other and push to the
 random in between. SGLang's digests of every tensor on every engine rank must be those of the sent ones.
 """
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.build import build_model
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from megatron_dsrl.rollout.engines.engine_group import EngineGroup
+from megatron_dsrl.rollout.engines.weight_push import Bucket
 from megatron_dsrl.weights.load import load_hf_weights
 from megatron_dsrl.weights.stream import stream_hf_weights
 from megatron_dsrl.weights.tables import weight_table
@@ -62,7 +64,7 @@ def push_from_every_layout(folder: Path, run_folder: Path, engine_size: int) -> 
     return arrived
 
 
-def streams_of(folder: Path, parallel: ParallelConfig):
+def streams_of(folder: Path, parallel: ParallelConfig) -> Callable[[], Iterator[Bucket]]:
     """Makes streams of a Megatron model with the folder's weights."""
     architecture = read_architecture(folder)
     table = weight_table(architecture)
@@ -85,7 +87,7 @@ def spoil(bucket: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine_size", [1, 2], ids=["two engines", "one engine of two ranks"])
-def test_weights_arrive_from_every_layout(engine_size, tmp_path):
+def test_weights_arrive_from_every_layout(engine_size, tmp_path) -> None:
     folder = tmp_path / "model"
     make_tiny_qwen3(folder, tied=False, vocab_size=101)  # the vocabulary is padded, otherwise in either
 

@@ -17,7 +17,7 @@ STOPPED_SECONDS = 1.0
 DTYPES = [torch.float32, torch.bfloat16, torch.uint8]
 
 
-def test_the_next_bucket_is_taken_only_when_the_engine_has_confirmed_the_one_before(engine_rollout):
+def test_the_next_bucket_is_taken_only_when_the_engine_has_confirmed_the_one_before(engine_rollout) -> None:
     """The engine is stopped while it has a bucket to copy: nothing may be overwritten until it goes on."""
     (engine,) = engine_rollout.engine_addresses
     group = engine_rollout._engines._server.process_id
@@ -39,7 +39,7 @@ def test_the_next_bucket_is_taken_only_when_the_engine_has_confirmed_the_one_bef
 
 
 @given(st.lists(st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 4), max_size=3)), min_size=1, max_size=6))
-def test_a_flattened_bucket_holds_every_tensor_bit_for_bit(kinds):
+def test_a_flattened_bucket_holds_every_tensor_bit_for_bit(kinds) -> None:
     generator = torch.Generator().manual_seed(0)
     bucket = [
         (str(number), torch.randint(0, 100, shape, generator=generator).to(dtype))
@@ -57,6 +57,6 @@ def test_a_flattened_bucket_holds_every_tensor_bit_for_bit(kinds):
         assert torch.equal(copy, tensor)
 
 
-def test_a_bucket_is_never_empty():
+def test_a_bucket_is_never_empty() -> None:
     with pytest.raises(AssertionError):
         flatten([], BucketMemory())
