@@ -4,6 +4,7 @@ Numbers are read digit by digit. Pieces that the task writes all the time are on
 """
 
 import string
+from collections.abc import Sequence
 
 from tokenizers import AddedToken, Regex, Tokenizer
 from tokenizers.decoders import Fuse
@@ -36,13 +37,18 @@ CHAT_TEMPLATE = """\
 """
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer; `save_pretrained` writes a folder that `AutoTokenizer` loads."""
+def build_tokenizer(pieces: Sequence[str] = PIECES, vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
+    """The tokenizer; `save_pretrained` writes a folder that `AutoTokenizer` loads.
+
+    Args:
+        pieces: strings that are one token each.
+        vocab_size: embedding rows of the model; at least the number of tokens.
+    """
     characters = ["\n", *(chr(code) for code in range(32, 127))]
-    tokens = [*SPECIAL_TOKENS, *THINK_TOKENS, *PIECES, *characters, UNKNOWN]
-    assert len(tokens) <= VOCAB_SIZE and len(set(tokens)) == len(tokens)
+    tokens = [*SPECIAL_TOKENS, *THINK_TOKENS, *pieces, *characters, UNKNOWN]
+    assert len(tokens) <= vocab_size and len(set(tokens)) == len(tokens)
     tokenizer = Tokenizer(WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=UNKNOWN))
-    longest_first = sorted(PIECES, key=len, reverse=True)
+    longest_first = sorted(pieces, key=len, reverse=True)
     pattern = "|".join([*map(_escape, longest_first), r"[\s\S]"])
     tokenizer.pre_tokenizer = Split(Regex(pattern), behavior="isolated")
     tokenizer.decoder = Fuse()

@@ -20,7 +20,8 @@ from megatron_dsrl.rollout.sample import SamplingParameters
 
 EvaluationRecord = dict[str, int | float | str | None]
 """step, set, the results of `summarise`, and the 95 % interval of the accuracy: confidence_low_95 and
-confidence_high_95. For k = samples_per_prompt above 1 also `pass@k`, and `majority@k` if answers can be compared."""
+confidence_high_95. For n = samples_per_prompt above 1 also `pass@k` for k = 2, 4, 8, ..., n, and `majority@n` if
+answers can be compared."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Evaluator:
         record = {"step": step, "set": config.name, **summarise(problems)}
         record |= {"confidence_low_95": low, "confidence_high_95": high}
         if (count := config.samples_per_prompt) > 1:
-            record[f"pass@{count}"] = figures["pass_at_k"][count]
+            record |= {f"pass@{k}": value for k, value in figures["pass_at_k"].items() if k > 1}
             if figures["majority_at_k"] is not None:
                 record[f"majority@{count}"] = figures["majority_at_k"]
         return Evaluation(record, problems)

@@ -137,9 +137,12 @@ def _set_names(runs: Mapping[str, Sequence[RunRecords]]) -> list[str]:
 
 
 def _metrics(runs: Mapping[str, Sequence[RunRecords]], name: str) -> list[str]:
-    """`accuracy`, and what else evaluations record that compares: pass@k and majority@k."""
+    """`accuracy`, and pass@k and majority@k of all samples."""
     records = [run.evaluations[name][-1] for of_method in runs.values() for run in of_method if name in run.evaluations]
-    return ["accuracy", *sorted({key for record in records for key in record if "@" in key})]
+    of_all_samples = {
+        key for record in records for key in record if key.endswith(f"@{record.get('samples_per_prompt')}")
+    }
+    return ["accuracy", *sorted(of_all_samples)]
 
 
 def _first_values(runs: Mapping[str, Sequence[RunRecords]], name: str, metric: str) -> list[float]:

@@ -38,6 +38,7 @@ NOT_HERE = {
     r"^python tools/image/check_pins.py": "tests/tools/test_image.py runs it, where there is uv",
     r"^pytest -m gpu": "needs a GPU",
     r"smollm2": "downloads a model",
+    r"examples[/.]laboratory": "hours; tests/examples/test_laboratory.py runs all of it at a small size",
     r"^torchfrtrace": "tests/platform/test_cuda.py runs it",
     r"launch_server|engine.urls": "of several machines; tests/rollout/engines/test_external_engines.py has one",
 }

@@ -43,7 +43,11 @@ case "$work $*" in
 esac
 """
 """The model's name is asked for, and a training leaves a policy."""
-SUBMISSIONS = sorted({c.line for document in DOCUMENTS for c in commands(document) if "sbatch" in c.words})
+SUBMISSIONS = sorted(
+    c.line
+    for c in {c.line: c for document in DOCUMENTS for c in commands(document)}.values()
+    if "sbatch" in c.words and "examples/laboratory/run.sh" not in c.words  # which trains without srun
+)
 
 RunScript = Callable[..., subprocess.CompletedProcess[str]]
 

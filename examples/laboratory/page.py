@@ -1,0 +1,187 @@
+"""Make the page of the results, `results/README.md` and its figures, from the collected files alone.
+
+    python -m examples.laboratory.page
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from examples.laboratory import claims
+from examples.laboratory.collect import RESULTS
+from examples.laboratory.figures import accuracies_by_warmup, gap_charts, over_warmup_chart, write_comparison_figures
+from examples.laboratory.results_data import (
+    Result,
+    SweepResults,
+    base_accuracy,
+    final_accuracy,
+    final_pass_at,
+    read_results,
+    steps_mean,
+)
+from megatron_dsrl.charts.estimate import Estimate
+from megatron_dsrl.charts.figure import write_figure
+
+BASE = "paper_like"
+LAST_TEN = (31, 40)
+INTRODUCTION = """\
+# Results of the laboratory
+
+Made by `python -m examples.laboratory.page` from the files in this folder; do not edit. [The guide](../README.md) says
+what was run, [the protocol](../protocol.md) what was fixed before.
+"""
+
+
+def main() -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (default: this one's)")
+    folder = parser.parse_args().results
+    write_page(folder)
+    print(f"written to {folder / 'README.md'}")
+    return 0
+
+
+def write_page(folder: Path) -> None:
+    """Write `README.md` and the figures into the folder of the results. Parts without results say so."""
+    base_file = folder / f"base_{BASE}.json"
+    base = json.loads(base_file.read_text(encoding="utf-8")) if base_file.exists() else None
+    comparison = read_results(folder / "comparison.jsonl")
+    parts = [
+        INTRODUCTION,
+        *_base_part(base, folder),
+        *_learning_rate_part(read_results(folder / "learning_rate.jsonl")),
+        *_comparison_part(comparison, folder),
+        *_claims_part(comparison, read_results(folder / "warmup_lengths.jsonl"), base),
+        *_warmup_part(read_results(folder / "warmup_lengths.jsonl"), folder),
+        *_map_part(read_results(folder / "map.jsonl"), folder),
+    ]
+    (folder / "README.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def _base_part(base: dict[str, Any] | None, folder: Path) -> list[str]:
+    if base is None:
+        return ["## The base\n\nNot measured yet.\n"]
+    rows = [[condition, "yes" if met else "**no**"] for condition, met in base["conditions"].items()]
+    figures = [
+        ["Avg@1", f"{100 * base['accuracy']:.1f} %"],
+        ["Pass@32", f"{100 * base['pass@32']:.1f} %"],
+        ["thoughts per response", f"{base['thoughts']:.3f}"],
+        ["tokens per response", f"{base['mean_tokens']:.1f}"],
+        ["responses that search", f"{100 * base['searching_responses']:.1f} %"],
+        ["accuracy of those that search", f"{100 * base['accuracy_of_searching']:.1f} %"],
+        ["accuracy of the others", f"{100 * base['accuracy_of_others']:.1f} %"],
+    ]
+    if gradients := base.get("gradients"):
+        share = f"{100 * gradients['only_the_prompt']:.1f} %"
+        figures.append(["tokens that the prompt makes more likely by over 1 nat", share])
+        write_figure(gap_charts(gradients), folder / "gaps.svg")
+    picture = ["![log-prob gap between the spaces](gaps.svg)\n"] if gradients else []
+    return ["## The base\n", table(["condition", "met"], rows), table(["property", "value"], figures), *picture]
+
+
+def _learning_rate_part(results: SweepResults) -> list[str]:
+    rows = []
+    for method in results.methods:
+        accuracies = [100 * run.mean_of_steps("accuracy", *LAST_TEN) for run in results.of(method)]
+        rows.append([method, str(len(accuracies)), _estimate(accuracies)])
+    title = "## Learning rate of GRPO\n\nAccuracy on the sampled training problems of steps 31 to 40.\n"
+    return [title, table(["learning rate", "runs", "accuracy, %"], rows) if rows else "Not run yet.\n"]
+
+
+def _comparison_part(results: SweepResults, folder: Path) -> list[str]:
+    if not results.results:
+        return ["## Comparison\n\nNot run yet.\n"]
+    rows = [["before training", "", _percent(results.of(results.methods[0]), base_accuracy), "", "", ""]]
+    rows += [_method_row(results, method) for method in results.methods]
+    header = ["method", "seeds", "accuracy, %", f"minus {claims.GRPO}, points", "Pass@64, %", "tokens"]
+    pictures = [f"![{title}]({file})\n" for title, file in write_comparison_figures(results, folder)]
+    note = (
+        "± is half of Student's 95 % interval over seeds. Differences are paired by seed: mean, 95 % bootstrap "
+        "interval over seeds (too narrow for few seeds), and Student's t interval.\n\n"
+        f"Commits of the runs: {', '.join(results.commits)}.\n"
+    )
+    return ["## Comparison\n", table(header, rows), note, *pictures]
+
+
+def _method_row(results: SweepResults, method: str) -> list[str]:
+    runs = results.of(method)
+    has_pairs = method != claims.GRPO and {run.seed for run in runs} & {run.seed for run in results.of(claims.GRPO)}
+    difference = claims.describe(claims.final_difference(results, method, claims.GRPO)) if has_pairs else ""
+    return [
+        method,
+        str(len(runs)),
+        _percent(runs, final_accuracy),
+        difference,
+        _percent(runs, final_pass_at(64)),
+        _percent(runs, steps_mean("response/mean_tokens", *claims.LAST)),
+    ]
+
+
+def _claims_part(comparison: SweepResults, lengths: SweepResults, base: dict[str, Any] | None) -> list[str]:
+    findings = [
+        *(claims.judge(claim, comparison) for claim in claims.CLAIMS),
+        *claims.judge_gradients(base.get("gradients") if base else None),
+        claims.judge(claims.WARMUP_CLAIM, lengths),
+    ]
+    rows = [
+        [str(one.number), one.paper, one.figure, one.found, str(one.runs), f"**{one.verdict}**"] for one in findings
+    ]
+    header = ["#", "the paper says", "figure", "found", "n", "verdict"]
+    return ["## The paper's claims\n", table(header, rows)]
+
+
+def _warmup_part(results: SweepResults, folder: Path) -> list[str]:
+    if not results.results:
+        return ["## Warm-up lengths\n\nNot run yet.\n"]
+    cells = accuracies_by_warmup(results, lambda method: ("DSRL", int(method)))
+    write_figure([over_warmup_chart("Warm-up length, of 60 steps", cells)], folder / "warmup_lengths.svg")
+    rows = [
+        [method, str(len(results.of(method))), _percent(results.of(method), final_accuracy)]
+        for method in results.methods
+    ]
+    picture = "![accuracy over warm-up length](warmup_lengths.svg)\n"
+    return ["## Warm-up lengths\n", table(["warm-up steps", "seeds", "accuracy, %"], rows), picture]
+
+
+def _map_part(results: SweepResults, folder: Path) -> list[str]:
+    if not results.results:
+        return ["## The map\n\nNot run yet.\n"]
+    cells = accuracies_by_warmup(results, _cell_and_length)
+    write_figure([over_warmup_chart("Mistakes x restating x warm-up", cells)], folder / "map.svg")
+    lengths = sorted({length for of_cell in cells.values() for length in of_cell})
+    rows = [[cell, *(_cell_words(of_cell.get(length, [])) for length in lengths)] for cell, of_cell in cells.items()]
+    header = ["cell", *(f"warm-up {length}, accuracy, %" for length in lengths)]
+    return ["## The map\n", table(header, rows), "![the map](map.svg)\n"]
+
+
+def _cell_and_length(method: str) -> tuple[str, int]:
+    cell, _, length = method.rpartition(", ")
+    return cell, int(length)
+
+
+def _cell_words(values: Sequence[float]) -> str:
+    return f"{_estimate(values)} (n = {len(values)})" if values else "-"
+
+
+def _percent(runs: Sequence[Result], figure: Any) -> str:
+    return _estimate([figure(run) for run in runs])
+
+
+def _estimate(values: Sequence[float]) -> str:
+    estimate = Estimate(tuple(values))
+    half = estimate.half_width
+    return f"{estimate.mean:.1f}" + ("" if half is None else f" ± {half:.1f}")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
