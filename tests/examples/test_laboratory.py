@@ -52,7 +52,7 @@ def thoughts(written: list[tuple[Problem, str]]) -> float:
     return sum(count.reflections + count.transitions for count in counts) / len(counts)
 
 
-def test_patient_documents_search_and_are_right_hasty_ones_mostly_stop_at_the_first_attempt():
+def test_patient_documents_search_and_are_right_hasty_ones_mostly_stop_at_the_first_attempt() -> None:
     patient, hasty = responses(Family(), True), responses(Family(), False)
     assert accuracy(patient) > 0.9 and thoughts(patient) > 1.5
     assert 0.2 < accuracy(hasty) < 0.4 and 0 < thoughts(hasty) < 0.3
@@ -60,7 +60,7 @@ def test_patient_documents_search_and_are_right_hasty_ones_mostly_stop_at_the_fi
     assert accuracy(searching) > accuracy(hasty) + 0.1
 
 
-def test_a_verdict_and_a_check_tell_the_truth():
+def test_a_verdict_and_a_check_tell_the_truth() -> None:
     for problem, text in responses(Family(visible=1.0, search=1.0, checks=1.0), False, 200):
         parts = text.split("\n\n")
         for attempt, check in zip(parts[0:-1:2], parts[1:-1:2]):
@@ -82,12 +82,12 @@ def test_a_verdict_and_a_check_tell_the_truth():
         ({"insight": 0.5}, lambda text: text.count(" Yes.")),
     ],
 )
-def test_every_dial_of_the_responses_turns(change, more):
+def test_every_dial_of_the_responses_turns(change, more) -> None:
     before, after = (sum(more(text) for _, text in responses(Family(**one), False, 500)) for one in ({}, change))
     assert after > 1.2 * before
 
 
-def test_the_tokenizer_reads_every_response_without_unknown_characters():
+def test_the_tokenizer_reads_every_response_without_unknown_characters() -> None:
     from examples.tiny_dsrl.tokenizer import UNKNOWN, build_tokenizer
 
     tokenizer = build_tokenizer(PIECES, VOCAB_SIZE)
@@ -99,7 +99,7 @@ def test_the_tokenizer_reads_every_response_without_unknown_characters():
     assert len(tokenizer.encode("Let me check: 7 is not 4.", add_special_tokens=False)) == 5
 
 
-def test_a_problem_is_in_one_split_however_its_numbers_are_ordered():
+def test_a_problem_is_in_one_split_however_its_numbers_are_ordered() -> None:
     problem = Problem((2, 7, 5), 4)
     assert parse_problem(f"<|im_start|>user\n{problem.text}<|im_end|>") == problem
     assert parse_problem("2+7") is None
@@ -107,7 +107,7 @@ def test_a_problem_is_in_one_split_however_its_numbers_are_ordered():
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_every_base_has_enough_problems(base):
+def test_every_base_has_enough_problems(base) -> None:
     settings = BASES[base]
     for split, wanted in (("train", settings.train_problems), ("held_out", settings.held_out_problems)):
         found = different_problems(split, settings.family.numbers, wanted, random.Random(1))
@@ -120,14 +120,14 @@ def test_every_base_has_enough_problems(base):
     ("box", "reward"),
     [("2+7-5", 1.0), ("7-5+2", 1.0), ("2+7+5", 0.0), ("2+2", 0.0), ("4", 0.0), ("2+7-5=4", 0.0), ("7-(5-2)", 0.0)],
 )
-def test_the_verifier_evaluates_the_boxed_expression(box, reward):
+def test_the_verifier_evaluates_the_boxed_expression(box, reward) -> None:
     assert reaches_target(f"So 1+1=2\n\n\\boxed{{{box}}}", "Make 4 from 2, 7, 5.") == reward
     assert reaches_target(box, "Make 4 from 2, 7, 5.") == 0.0
     with pytest.raises(ValueError, match="expected a question"):
         reaches_target(box, "4")
 
 
-def test_behaviours_are_found_by_rule():
+def test_behaviours_are_found_by_rule() -> None:
     searching = "2+7=9\n9+5=14 No.\n\nWait, go back. 2+7=9\n9-5=4 Yes.\n\n\\boxed{2+7-5}"
     none = dict.fromkeys(("subgoal_setting", "enumeration", "verification", "backtracking"), False)
     assert behaviours_of("2+7=9\n9+5=14 No.\n\n\\boxed{2+7+5}") == none
@@ -137,7 +137,7 @@ def test_behaviours_are_found_by_rule():
     assert behaviours_of(checked) == none | {"verification": True, "subgoal_setting": True}
 
 
-def test_differences_are_paired_by_seed():
+def test_differences_are_paired_by_seed() -> None:
     found = paired({1: 5.0, 2: 6.0, 3: 9.0}, {3: 6.0, 1: 4.0, 7: 0.0})
     assert found.values == (1.0, 3.0) and found.mean == 2.0
     low, high = found.student
@@ -147,7 +147,7 @@ def test_differences_are_paired_by_seed():
         paired({1: 1.0}, {2: 1.0})
 
 
-def test_power_is_the_level_without_a_difference_and_matches_a_simulation_with_one():
+def test_power_is_the_level_without_a_difference_and_matches_a_simulation_with_one() -> None:
     import numpy as np
     from scipy import stats
 
@@ -161,11 +161,11 @@ def test_power_is_the_level_without_a_difference_and_matches_a_simulation_with_o
     ("interval", "expected"),
     [((1, 2), "agree"), ((-2, -1), "disagree"), ((-1, 1), "cannot tell"), (None, "cannot tell")],
 )
-def test_a_verdict_needs_the_whole_interval(interval, expected):
+def test_a_verdict_needs_the_whole_interval(interval, expected) -> None:
     assert verdict(interval, low=0) == expected
 
 
-def test_the_conditions_of_a_base():
+def test_the_conditions_of_a_base() -> None:
     def answers(problem: int, right: int, text: str) -> list[RecordedResponse]:
         return [RecordedResponse(0, problem, i, "", text, float(i < right), 20) for i in range(32)]
 
@@ -176,14 +176,14 @@ def test_the_conditions_of_a_base():
 
 
 @pytest.mark.parametrize("part", ["0/2", "3/2", "2", "a/b"])
-def test_a_wrong_part_of_a_sweep_is_refused(part, capsys):
+def test_a_wrong_part_of_a_sweep_is_refused(part, capsys) -> None:
     with pytest.raises(SystemExit):
         main(["sweep", "examples/laboratory/comparison.yaml", "--part", part])
     assert "expected K/N with K from 1 to N, such as 2/8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", SWEEPS)
-def test_every_run_of_every_sweep_is_a_valid_configuration(name):
+def test_every_run_of_every_sweep_is_a_valid_configuration(name) -> None:
     file = LABORATORY / f"{name}.yaml"
     made = {f".cache/laboratory/{base}/base" for base in BASES}
     for run in runs_of(load_sweep(file), file.parent):
@@ -217,7 +217,7 @@ def made_up_run(method: str, seed: int, accuracy: float) -> dict:
     }
 
 
-def test_the_page_judges_the_claims_from_the_collected_files(tmp_path):
+def test_the_page_judges_the_claims_from_the_collected_files(tmp_path) -> None:
     methods = {"GRPO": 0.4, "DSRL": 0.5, "NSR-PreRL only": 0.1}
     runs = [made_up_run(name, seed, mean + 0.01 * seed) for name, mean in methods.items() for seed in (1, 2, 3)]
     replace_records(tmp_path / "comparison.jsonl", runs)
@@ -237,7 +237,7 @@ def test_the_page_judges_the_claims_from_the_collected_files(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_whole_pipeline_at_a_small_size(tmp_path, monkeypatch):
+def test_the_whole_pipeline_at_a_small_size(tmp_path, monkeypatch) -> None:
     """Base, two methods, collection and page: a tenth of the comparison's steps and samples."""
     from examples.laboratory.make_base import make
 
