@@ -31,7 +31,7 @@ make_base() {
     python -m examples.laboratory.make_base "$1"
     [ ! -e "$folder/measured" ] || return 0
     dsrl eval "$folder/base" --benchmarks "$here/held_out.yaml" --data-folder "$folder" --output "$folder/evaluation" \
-        engine.max_total_tokens=32768 engine.max_context_tokens=256 model.dtype=float32
+        engine.max_total_tokens=32768 model.dtype=float32
     dsrl analyse gradients "$folder/evaluation/samples/held_out.jsonl" --model "$folder/base" \
         --output "$folder/evaluation" model.dtype=float32 temperature=1.0 > "$folder/gradients.log"
     python -m examples.laboratory.base_properties "$1" && touch "$folder/measured"

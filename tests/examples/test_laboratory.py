@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from examples.laboratory.paired import PairedDifference, paired, power_of_paired
 from examples.laboratory.results_data import read_results
 from examples.laboratory.settings import BASES, PIECES, VOCAB_SIZE
 from examples.laboratory.task import (
+    NO,
     Family,
     Problem,
     different_problems,
@@ -34,10 +36,10 @@ from megatron_dsrl.run.sweep import load_sweep, runs_of
 from tests.support.tiny_run import dsrl
 
 LABORATORY = Path("examples/laboratory")
-SWEEPS = ("learning_rate", "comparison", "warmup_lengths", "map")
+SWEEPS = ("learning_rate", "comparison", "warmup_lengths", "map", "remedies")
 
 
-def responses(family: Family, patient: bool, count: int = 2000) -> list[tuple[Problem, str]]:
+def written_by(family: Family, patient: bool, count: int = 2000) -> list[tuple[Problem, str]]:
     rng = random.Random(1)
     problems = draw_problems("corpus", family.numbers, rng)
     return [(problem, write_response(problem, family, patient, rng)) for _, problem in zip(range(count), problems)]
@@ -53,7 +55,7 @@ def thoughts(written: list[tuple[Problem, str]]) -> float:
 
 
 def test_patient_documents_search_and_are_right_hasty_ones_mostly_stop_at_the_first_attempt() -> None:
-    patient, hasty = responses(Family(), True), responses(Family(), False)
+    patient, hasty = written_by(Family(), True), written_by(Family(), False)
     assert accuracy(patient) > 0.9 and thoughts(patient) > 1.5
     assert 0.2 < accuracy(hasty) < 0.4 and 0 < thoughts(hasty) < 0.3
     searching = [one for one in hasty if thoughts([one]) > 0]
@@ -61,7 +63,7 @@ def test_patient_documents_search_and_are_right_hasty_ones_mostly_stop_at_the_fi
 
 
 def test_a_verdict_and_a_check_tell_the_truth() -> None:
-    for problem, text in responses(Family(visible=1.0, search=1.0, checks=1.0), False, 200):
+    for problem, text in written_by(Family(visible=1.0, search=1.0, checks=1.0), False, 200):
         parts = text.split("\n\n")
         for attempt, check in zip(parts[0:-1:2], parts[1:-1:2]):
             reached = int(attempt.split()[-2].rpartition("=")[2])
@@ -83,7 +85,7 @@ def test_a_verdict_and_a_check_tell_the_truth() -> None:
     ],
 )
 def test_every_dial_of_the_responses_turns(change, more) -> None:
-    before, after = (sum(more(text) for _, text in responses(Family(**one), False, 500)) for one in ({}, change))
+    before, after = (sum(more(text) for _, text in written_by(Family(**one), False, 500)) for one in ({}, change))
     assert after > 1.2 * before
 
 
@@ -91,7 +93,7 @@ def test_the_tokenizer_reads_every_response_without_unknown_characters() -> None
     from examples.tiny_dsrl.tokenizer import UNKNOWN, build_tokenizer
 
     tokenizer = build_tokenizer(PIECES, VOCAB_SIZE)
-    for problem, text in responses(Family(restates_problem=True, search=0.5), False, 50):
+    for problem, text in written_by(Family(restates_problem=True, search=0.5), False, 50):
         for one in (problem.text, text):
             ids = tokenizer.encode(one, add_special_tokens=False)
             assert tokenizer.decode(ids) == one and UNKNOWN not in one
@@ -173,6 +175,25 @@ def test_the_conditions_of_a_base() -> None:
     assert all(good["conditions"].values()) and good["pass@32"] == 1.0
     bad = properties_of(answers(0, 32, "Wait, go back. 2+7=9") + answers(1, 0, "2+7=9"))
     assert [met for met in bad["conditions"].values()] == [False, False, False, True]
+
+
+def test_the_remedy_keeps_wrong_responses_that_say_so() -> None:
+    from examples.laboratory.remedies import WrongAndSaysSo
+    from examples.tiny_dsrl.tokenizer import build_tokenizer
+    from megatron_dsrl.algorithms.advantages import GroupMean
+    from megatron_dsrl.algorithms.experience import Response, build_experience
+    from megatron_dsrl.algorithms.spaces import PostTrain
+
+    said = build_tokenizer(PIECES, VOCAB_SIZE).convert_tokens_to_ids(NO)
+    sweep = yaml.safe_load((LABORATORY / "remedies.yaml").read_text())
+    assert f"token_id: {said}" in sweep["runs"]["DSRL, only mistakes that can be seen"]["overrides"][1]
+    prompt = (said, 90)
+    answers = [((91, said), 0.0), ((91, 92), 0.0), ((said, 92), 1.0)]
+    responses = [Response(prompt, ids, (0.0, 0.0), reward, 0) for ids, reward in answers]
+    experience = build_experience(responses, PostTrain())
+    estimate = GroupMean().estimate(experience)
+    kept = WrongAndSaysSo(name="custom", token_id=said).keep(replace(experience, advantages=estimate.advantages))
+    assert kept.tolist() == [True, False, False]
 
 
 @pytest.mark.parametrize("part", ["0/2", "3/2", "2", "a/b"])
