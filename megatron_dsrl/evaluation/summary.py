@@ -58,6 +58,7 @@ def summarise_benchmark(problems: Sequence[ProblemResult], answer_of: AnswerOf |
         "majority_confidence_interval_95": None if majority is None else bootstrap_interval(majority),
         "median_tokens": median(sample.tokens for sample in samples),
         "verifier_timeouts": sum(sample.verdict == "timeout" for sample in samples),
+        "verifier_fallbacks": sum(sample.verdict == "fallback" for sample in samples),
         "verifier_errors": sum(sample.verdict == "error" for sample in samples),
     }
 

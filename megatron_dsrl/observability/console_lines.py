@@ -28,7 +28,7 @@ def step_parts(record: Record, time_left: str) -> list[Part]:
 
 def details(record: Record, everything: bool) -> list[str]:
     """Lines below a step's: failures of the verifier, if any, and all other figures on request."""
-    lines = [_failures(record, kind) for kind in ("timeouts", "errors")]
+    lines = [_fallbacks(record), *(_failures(record, kind) for kind in ("timeouts", "errors"))]
     if everything:
         groups = _formatted(
             record,
@@ -130,6 +130,11 @@ def _seconds(record: Record) -> str:
         if key.startswith("seconds/") and key != "seconds/step" and value is not None
     ]
     return f"seconds: {', '.join(parts)}" if parts else ""
+
+
+def _fallbacks(record: Record) -> str:
+    count = record.get("reward/verifier_fallbacks")
+    return f"{count} rewards by the fallback of the verifier, which gave none" if count else ""
 
 
 def _failures(record: Record, kind: str) -> str:

@@ -14,6 +14,7 @@ from megatron_dsrl.rewards.registry import (
     reward_function,
     takes_prompt,
 )
+from megatron_dsrl.rewards.score import FallbackReward
 
 
 class Part(Section):
@@ -47,7 +48,10 @@ def combination(response: str, answer: str, parts: Sequence[Mapping[str, Any]], 
         context = {"prompt": prompt} if takes_prompt(function) else {}
         return function(response, answer, **context | part.options)
 
-    return sum(part.weight * reward(part) for part in PARTS.validate_python(list(parts)))
+    rewards = [(part.weight, reward(part)) for part in PARTS.validate_python(list(parts))]
+    total = sum(weight * value for weight, value in rewards)
+    fallbacks = [value.why for _, value in rewards if isinstance(value, FallbackReward)]
+    return FallbackReward(total, fallbacks[0]) if fallbacks else total
 
 
 def check_parts(options: Mapping[str, Any]) -> None:

@@ -7,7 +7,6 @@ without one the sample counts as an error.
 
 import hashlib
 import json
-import logging
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -19,8 +18,7 @@ from megatron_dsrl.common.chat_completion import completion_text
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.rewards.http_request import Attempts, post_json, require_http_address
 from megatron_dsrl.rewards.registry import check_options, reward_function
-
-logger = logging.getLogger(__name__)
+from megatron_dsrl.rewards.score import FallbackReward
 
 QUESTION = """Judge whether a response solves a problem. Its final answer must agree with the reference answer, in any \
 form. A response without a final answer is wrong.
@@ -103,8 +101,8 @@ def judge(
     except (RuntimeError, ValueError) as failure:
         if not fallback:
             raise RuntimeError(f"the judge gave no verdict: {failure}") from failure
-        logger.warning("reward judge: %s decides, because the judge gave no verdict: %s", fallback, failure)
-        return float(reward_function(fallback)(response, answer, **(fallback_options or {})))
+        reward = reward_function(fallback)(response, answer, **(fallback_options or {}))
+        return FallbackReward(reward, f"the judge gave no verdict: {failure}")
 
 
 def check_judge(options: Mapping[str, Any]) -> None:

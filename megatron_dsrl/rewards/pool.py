@@ -19,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cache, partial
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
 
@@ -35,7 +35,7 @@ from megatron_dsrl.rewards.registry import (
     reward_function,
     takes_prompt,
 )
-from megatron_dsrl.rewards.score import Score, score_of
+from megatron_dsrl.rewards.score import Score, Verdict, score_of
 from megatron_dsrl.rewards.workers import WorkerContext, end_of_worker, may_be_innocent, start_fork_server
 
 logger = logging.getLogger(__name__)
@@ -43,16 +43,12 @@ logger = logging.getLogger(__name__)
 _LOGGED_AT_FIRST = 5
 
 
-Verdict = Literal["ok", "timeout", "error"]
-"""`timeout`: the time limit was exceeded. `error`: the function raised, died, or returned no finite number."""
-
-
 @dataclass(frozen=True)
 class Judgement:
     """The verifier's result for one response."""
 
     reward: float
-    """Finite; 0 unless the verdict is `ok`."""
+    """Finite; 0 for the verdicts `timeout` and `error`."""
 
     verdict: Verdict
 
@@ -166,7 +162,10 @@ class RewardPool:
             score = task.result()
             if score.problem is None:
                 self._failures = 0
-                return Judgement(score.reward, "ok")
+                if score.why_fallback is None:
+                    return Judgement(score.reward, "ok")
+                self._log(f"left it to its fallback, because {score.why_fallback}", response)
+                return Judgement(score.reward, "fallback")
             problem = score.problem
         self._failures += 1
         self._last_problem = problem

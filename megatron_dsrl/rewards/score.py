@@ -3,12 +3,31 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import SupportsFloat, TypeGuard
+from typing import Literal, SupportsFloat, TypeGuard
 
 LARGEST_REWARD = 3.4028234663852886e38
 """The largest float32, since advantages are computed in float32."""
 LONGEST_PROBLEM = 500
 """Characters."""
+
+Verdict = Literal["ok", "fallback", "timeout", "error"]
+"""`fallback`: another verifier decided (`judge`). `timeout`: the time limit was exceeded. `error`: the function raised,
+died, or returned no finite number."""
+
+
+class FallbackReward(float):
+    """A reward by another verifier, because the one that the configuration names gave none."""
+
+    why: str
+
+    def __new__(cls, reward: float, why: str) -> "FallbackReward":
+        """
+        Args:
+            why: what went wrong, as a clause.
+        """
+        self = super().__new__(cls, reward)
+        self.why = why
+        return self
 
 
 @dataclass(frozen=True)
@@ -17,6 +36,8 @@ class Score:
 
     reward: float
     problem: str | None = None
+    why_fallback: str | None = None
+    """For a `FallbackReward`."""
 
 
 def score_of(judge: Callable[[], object]) -> Score:
@@ -34,7 +55,7 @@ def score_of(judge: Callable[[], object]) -> Score:
         except Exception as error:
             return Score(0.0, f"returned a {type(result).__name__} that is not a number: {_described(error)}")
         if math.isfinite(reward) and abs(reward) <= LARGEST_REWARD:
-            return Score(reward)
+            return Score(reward, why_fallback=result.why if isinstance(result, FallbackReward) else None)
     return Score(0.0, f"returned {_described(result)}, which is not a finite number")
 
 

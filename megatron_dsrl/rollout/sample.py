@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from megatron_dsrl.config.rollout import RolloutConfig
 from megatron_dsrl.data.prompt import Prompt
+from megatron_dsrl.rewards.score import Verdict
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Sample:
     reward: float
     """The verifier's score."""
 
-    verdict: Literal["ok", "timeout", "error"] = "ok"
-    """Whether the verifier succeeded; `timeout` and `error` score 0 and are counted."""
+    verdict: Verdict = "ok"
+    """Whether the verifier succeeded; `timeout` and `error` score 0. All but `ok` are counted."""
 
     older_versions: tuple[tuple[int, int], ...] = ()
     """(weight version, number of tokens) of the beginning that earlier weights produced, oldest first; only for a

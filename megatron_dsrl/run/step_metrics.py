@@ -46,6 +46,7 @@ def verifier_metrics(samples: Sequence[Sample]) -> dict[str, int]:
     """Samples whose verifier ran out of time or failed; they score 0 without having been judged."""
     return {
         "reward/verifier_timeouts": sum(sample.verdict == "timeout" for sample in samples),
+        "reward/verifier_fallbacks": sum(sample.verdict == "fallback" for sample in samples),
         "reward/verifier_errors": sum(sample.verdict == "error" for sample in samples),
     }
 

@@ -110,7 +110,7 @@ def test_in_the_pool_and_in_a_combination(url: str) -> None:
     with RewardPool(config) as pool:
         responses = [r"It is \boxed{6}", "It is 6", r"\boxed{5}"]
         rewards = [pool.submit(response, "6", prompt=PROMPT).result(timeout=30) for response in responses]
-    assert rewards == [Judgement(1.5, "ok"), Judgement(1.0, "ok"), Judgement(0.0, "ok")]
+    assert rewards == [Judgement(1.5, "fallback"), Judgement(1.0, "fallback"), Judgement(0.0, "fallback")]
     assert all("What is 2+" in request["messages"][0]["content"] for request in Endpoint.asked)
 
 

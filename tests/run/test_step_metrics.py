@@ -27,6 +27,7 @@ def test_four_groups_worked_by_hand() -> None:
         "reward/unsolved_groups": 1,
         "reward/mixed_groups": 2,  # half-right samples are neither right nor wrong
         "reward/verifier_timeouts": 1,
+        "reward/verifier_fallbacks": 0,
         "reward/verifier_errors": 1,
         "response/mean_tokens": pytest.approx(40 / 8),  # 2 x 4 + 2 x 10 + 2 + 3 + 1 + 6
         "response/max_tokens": 10,
