@@ -46,7 +46,7 @@ exec > >(tee -a "$run_folder/slurm/job_${SLURM_JOB_ID}_attempt_${attempt}.log") 
 # To stderr, because the output of some commands is parsed.
 say() { echo "== $(date '+%F %T') $*" >&2; }
 
-# One process on the first node, inside the container if there is one. A request to stop does not count as a failure.
+# One process on the first node, inside the container if one is set. A request to stop does not count as a failure.
 run_once() {
     local status=0
     srun --nodes=1 --ntasks=1 --kill-on-bad-exit=1 "${container[@]}" "$@" || status=$?
@@ -100,7 +100,7 @@ newest_step() { { find "$1" -maxdepth 1 -name 'step_*' 2>/dev/null || true; } | 
 
 check_environment() {
     if [ -n "$VENV" ] && [ ! -x "$VENV/bin/python" ]; then
-        say "there is no Python environment in $VENV; set VENV to another folder, or VENV= with a CONTAINER"
+        say "no Python environment in $VENV; set VENV to another folder, or VENV= with a CONTAINER"
         exit "$USER_ERROR_STATUS"
     fi
     [ -z "$VENV" ] || export PATH="$VENV/bin:$PATH"
@@ -164,7 +164,7 @@ evaluate() {
     local policy
     policy="${POLICY:-$(newest_step "$run_folder/hf")}"
     if [ -z "$policy" ]; then
-        say "there is no policy in $run_folder/hf to evaluate; train first, or set POLICY to a folder or hub name"
+        say "no policy to evaluate in $run_folder/hf; train first, or set POLICY to a folder or hub name"
         exit "$USER_ERROR_STATUS"
     fi
     say "evaluating $policy on $BENCHMARKS"

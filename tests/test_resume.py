@@ -64,7 +64,7 @@ def cut_after(run: Path, step: int, name: str) -> Path:
 
 
 def newest_checkpoint(run: Path) -> int:
-    """Step of the newest one; 0 when there is none."""
+    """Step of the newest one; 0 before the first one."""
     folders = (run / "checkpoints").glob("step_*")
     return max((int(folder.name.removeprefix("step_")) for folder in folders), default=0)
 

@@ -1,4 +1,4 @@
-"""`dsrl train` over two processes, with all that concerns more than one: a mixture of experts, of which each has half,
+"""`dsrl train` over two processes, with all that concerns more than one: a mixture of experts, half of them on each,
 with routing replay and a balancing loss; dynamic sampling, which every rank follows; a timeline of two ranks and two
 engines.
 """

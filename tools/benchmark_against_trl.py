@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Seconds per GRPO step beside TRL's `GRPOTrainer`, on a CPU: same model, prompts, batch, reward and optimizer.
 
-    python -m venv ~/trl && ~/trl/bin/pip install trl==1.16.0   # TRL needs an environment of its own
+    python -m venv ~/trl && ~/trl/bin/pip install trl==1.16.0   # TRL needs its own environment
     python tools/benchmark_against_trl.py --trl-python ~/trl/bin/python --task tiny
     python tools/benchmark_against_trl.py --trl-python ~/trl/bin/python --task random
 

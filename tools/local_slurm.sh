@@ -6,8 +6,8 @@
 #   bash tools/local_slurm.sh start [FOLDER]   daemons with state, logs and slurm.conf in FOLDER (/tmp/local_slurm)
 #   bash tools/local_slurm.sh stop [FOLDER]    cancels the jobs and stops the daemons
 #
-# After `start`: export SLURM_CONF=FOLDER/slurm.conf, then use sbatch, squeue and scontrol as on a cluster. There is no
-# accounting and there are no cgroups; real clusters also have site-specific settings. The partition `gpu` has 16
+# After `start`: export SLURM_CONF=FOLDER/slurm.conf, then use sbatch, squeue and scontrol as on a cluster. It has no
+# accounting and no cgroups; real clusters also have site-specific settings. The partition `gpu` has 16
 # imaginary nodes with 8 GPUs: `sbatch --test-only --partition=gpu` says where a job would run.
 set -euo pipefail
 

@@ -2,7 +2,7 @@
 
     python -m examples.gsm8k.make_random_model TOKENIZER [--output .cache/gsm8k/random_qwen3]
 
-TOKENIZER is a folder with Qwen3's tokenizer files, or a hub name such as Qwen/Qwen3-8B, of which only the tokenizer is
+TOKENIZER is a folder with Qwen3's tokenizer files, or a hub name such as Qwen/Qwen3-8B: only its tokenizer is
 downloaded.
 """
 

@@ -30,7 +30,7 @@ class HarderProblems(AdvantageOptions):
 
 
 class SimplePolicyOptimization(LossOptions):
-    """l = -(rho A - |A| (rho - 1)^2 / (2 eps)): a parabola in the place of the clip (arXiv 2401.16025).
+    """l = -(rho A - |A| (rho - 1)^2 / (2 eps)): a parabola instead of the clip (arXiv 2401.16025).
 
     Its slope is that of the policy gradient at rho = 1 and turns round at rho = 1 + eps for A > 0, 1 - eps for A < 0.
     """

@@ -71,7 +71,7 @@ class RoutedExperts:
 
 @dataclass(frozen=True)
 class PackedRow:
-    """A packed row of T tokens on this rank, S of which predict a scored token. Tensors are on the model's device.
+    """A packed row of T tokens on this rank; S of them predict a scored token. Tensors are on the model's device.
 
     Without context parallelism T and S count the whole row, with it this rank's part.
     """

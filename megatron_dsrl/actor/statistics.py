@@ -69,7 +69,7 @@ class ObjectiveMetrics:
     computed_tokens: int
     """Scored tokens of the kept samples that were computed."""
     means: dict[str, float]
-    """Means over the computed tokens, by name; undefined if there are none."""
+    """Means over the computed tokens, by name; undefined without computed tokens."""
     maxima: dict[str, float]
 
     @classmethod

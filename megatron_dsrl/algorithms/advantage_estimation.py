@@ -26,7 +26,7 @@ def with_advantages(experience: Experience, objective: ObjectiveConfig) -> Exper
 
 
 def estimate_advantages(experience: Experience, objective: ObjectiveConfig) -> Experience:
-    """Add advantages, and returns if there is a critic, for all samples. Unlike `with_advantages`, drops nothing."""
+    """Add advantages, and returns with a critic, for all samples. Unlike `with_advantages`, drops nothing."""
     if objective.kl is not None and objective.kl.reward_coefficient > 0:
         experience = replace(experience, penalties=kl_penalties(experience, objective.kl))
     estimate = objective.advantage.estimate(experience)

@@ -13,7 +13,7 @@ from megatron_dsrl.config.data import OverlongConfig
 def shape_rewards(
     responses: Sequence[Response], overlong: OverlongConfig | None, max_response_tokens: int
 ) -> list[Response]:
-    """Add the overlong penalty to the rewards, if there is one."""
+    """Add the overlong penalty, if configured, to the rewards."""
     if overlong is None:
         return list(responses)
     return [

@@ -179,7 +179,7 @@ def _settings_of_sample_file(path: Path) -> dict[str, Any]:
 def _check_lengths(responses: Sequence[TokenisedResponse], context_tokens: int) -> None:
     longest = max((len(r.prompt_ids) + len(r.response_ids) for r in responses), default=0)
     if longest == 0:
-        raise UserError("there are no responses with tokens to analyse")
+        raise UserError("no response has tokens to analyse")
     if longest > context_tokens:
         raise UserError(
             f"a prompt and its response have {longest} tokens, but the model takes {context_tokens}: choose the model "
@@ -191,7 +191,7 @@ def _check_replicas(parallel: ParallelConfig) -> None:
     replicas, odd = divmod(launched_world_size(), parallel.model_parallel_size)
     if not odd and replicas > 1 and parallel.expert_parallel_size == 1:
         raise UserError(
-            f"{replicas} replicas of the model, of which only one would work: split the model over the processes, for "
+            f"{replicas} replicas of the model, but only one would work: split the model over the processes, for "
             "example with parallel.tensor_parallel_size, or start fewer"
         )
 

@@ -45,7 +45,7 @@ def recorded_steps(run_folder: Path) -> list[int]:
     """The steps whose rollouts a run has recorded, in order.
 
     Raises:
-        UserError: there are none.
+        UserError: the run has not recorded any rollouts.
     """
     files = run_folder.glob("rollouts/step_*.jsonl")
     steps = sorted(int(file.stem.removeprefix("step_")) for file in files)

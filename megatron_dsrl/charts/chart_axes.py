@@ -143,7 +143,7 @@ class Axes:
 def fitting_axes(
     horizontal: StepAxis, vertical: ValueAxis, steps: Sequence[int], values: Sequence[float], frame: Frame
 ) -> Axes:
-    """Axes that hold the steps, of which there is at least one, and the values."""
+    """Axes that hold the steps (at least one) and the values."""
     margin = 0.5 if steps[0] == steps[-1] else 0.0
     first, last = horizontal.scaled(steps[0]) - margin, horizontal.scaled(steps[-1]) + margin
     return Axes(first, last, *vertical.ends(values), horizontal, vertical, frame)

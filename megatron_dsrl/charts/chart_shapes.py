@@ -59,7 +59,7 @@ def grid(axes: Axes) -> list[str]:
 
 
 def curve(axes: Axes, series: Series) -> list[str]:
-    """A line between holes and breaks, dots where there are few points, and error bars."""
+    """A line between holes and breaks, dots for short series, and error bars."""
     shapes, known = [], series.known()
     for step, value, error in known if series.errors else ():
         if error:

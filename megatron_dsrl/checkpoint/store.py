@@ -5,8 +5,8 @@
     <run folder>/checkpoints/step_000050/critic/...     and of the run's other models
 
 A checkpoint is written into a hidden folder and renamed when complete, so a folder with a checkpoint's name is a whole
-checkpoint; `state.json` tells whether it is still undamaged. There is no `latest` file that could point to nothing: the
-newest checkpoint is the one with the highest step that passes validation.
+checkpoint; `state.json` tells whether it is still undamaged. No `latest` file is needed, which could point to
+nothing: the newest checkpoint is the one with the highest step that passes validation.
 
 An asynchronous save returns when every rank has copied its part. A thread on each rank then writes and checksums files
 without communication; the collective parts, planning and publishing, run in the main thread, so that they cannot

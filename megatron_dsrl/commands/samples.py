@@ -85,10 +85,10 @@ def _log_probs(options: argparse.Namespace, groups: "Sequence[SampleGroup]") -> 
     samples = [(group, sample) for group in groups for sample in group.samples if sample.response_ids]
     if not samples:
         return {}
-    model, whose = _model(options, [sample for _, sample in samples])
+    model, remark = _model(options, [sample for _, sample in samples])
     config = gradient_settings(options.run, model, options.overrides)
     if _is_first():
-        print(f"token log-probs under {config.model.path}{whose}", flush=True)
+        print(f"token log-probs under {config.model.path}{remark}", flush=True)
     responses = [
         TokenisedResponse(0, group.prompt.index, 0, sample.reward, group.prompt.token_ids, sample.response_ids)
         for group, sample in samples

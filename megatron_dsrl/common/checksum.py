@@ -36,7 +36,7 @@ def size_and_checksum(file: Path) -> tuple[int, int]:
 
 
 def changed_file(folder: Path, expected: Mapping[str, tuple[int, int]], names: Iterable[str]) -> str | None:
-    """The first of these files that is missing or has changed, in words; None if there is none."""
+    """The first of these files that is missing or has changed, in words; None if all are intact."""
     for name in names:
         try:
             found = size_and_checksum(folder / name)

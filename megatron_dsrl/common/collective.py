@@ -59,7 +59,7 @@ def my_share(items: Sequence[Value]) -> Sequence[Value]:
 
 
 def first_problem(problem: str | None, group: dist.ProcessGroup | None = None) -> str | None:
-    """The message of the lowest rank that has one, on every process; None if there is none."""
+    """The message of the lowest rank that has one, on every process; None if no rank has one."""
     return next((each for each in gather(problem, group) if each is not None), None)
 
 

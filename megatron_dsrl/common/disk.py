@@ -83,7 +83,7 @@ def replace_text(file: Path, text: str) -> None:
 
 
 def _interrupt_behind(error: BaseException, handled_before: BaseException | None) -> BaseException | None:
-    """The interrupt that was being raised when `error` replaced it; None if there is none."""
+    """The interrupt that was being raised when `error` replaced it; None if it replaced none."""
     cause = error.__context__
     while cause is not None and cause is not handled_before:
         if isinstance(cause, KeyboardInterrupt | SystemExit):

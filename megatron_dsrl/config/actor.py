@@ -36,7 +36,7 @@ class ActorConfig(Section):
     """How a rollout batch becomes forward and backward passes."""
 
     max_tokens_per_micro_batch: int = Field(default=16384, ge=1)
-    """Token budget of one packed micro-batch on one model replica. A longer sequence gets a micro-batch of its own."""
+    """Token budget of one packed micro-batch on one model replica. A longer sequence gets its own micro-batch."""
 
     kept_logits_megabytes: int = Field(default=1024, ge=0)
     """Logits of a micro-batch that each process of the last pipeline stage keeps from the forward to the backward pass,
@@ -91,7 +91,7 @@ class OptimizerConfig(Section):
 class CriticConfig(Section):
     """A value model of the policy's architecture and layout, for phases whose advantages need values (PPO).
 
-    Only built if there is such a phase; it then takes as much memory as the policy and its optimizer.
+    Only built if a phase needs it; it then takes as much memory as the policy and its optimizer.
     """
 
     path: str | None = None

@@ -64,7 +64,7 @@ def find(root: type[Section], path: str) -> list[Place]:
     for part in path.split("."):
         below = [found for place in places for found in _below(place, part)]
         if not below:
-            raise UserError(f"{path}: there is no `{part}`{_suggestion(part, places, root)}")
+            raise UserError(f"{path}: unknown key `{part}`{_suggestion(part, places, root)}")
         places = below
     return places
 
@@ -168,7 +168,7 @@ def default_of(field: FieldInfo) -> str | None:
 
 
 def limits_of(field: FieldInfo) -> str:
-    """Description of a value's limits besides its type; empty if there are none."""
+    """Description of a value's limits apart from its type; empty if it has none."""
     metadata = list(field.metadata)
     for part in get_args(field.annotation):  # of `Annotated[int, Field(ge=1)] | None` too
         metadata += getattr(part, "__metadata__", ())

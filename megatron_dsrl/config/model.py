@@ -17,7 +17,7 @@ class RouterConfig(Section):
     Transformers do. The softmax over the products is always computed in float32, then rounded to this dtype."""
 
     load_balancing: Literal["none", "aux_loss", "global_aux_loss"] = "none"
-    """Loss for using all experts equally, by Megatron's names: `aux_loss` considers each micro-batch by itself,
+    """Loss for using all experts equally, by Megatron's names: `aux_loss` considers each micro-batch separately,
     `global_aux_loss` compares with where all tokens of the optimizer step have gone so far, on all data-parallel
     replicas. RL mostly keeps the router as pretraining balanced it: `none`. (`seq_aux_loss` is not offered, because
     Megatron would treat a whole packed row as one sequence.)"""

@@ -219,7 +219,7 @@ def _compile(pattern: str | None, section: str) -> re.Pattern[str] | None:
 
 
 def _reader(template: str | None, field: str, what: str, section: str) -> FieldReader:
-    """A reader for the template if there is one, else for the field."""
+    """A reader for the template if it is set, else for the field."""
     if template is None:
         return field_reader(field, f"{section}.{what}_field")
     return template_reader(template, f"{section}.{what}_template")

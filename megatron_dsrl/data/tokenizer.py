@@ -38,7 +38,7 @@ def load_tokenizer(path: str, vocab_size: int | None = None) -> PreTrainedTokeni
     if not tokenizer.chat_template:
         raise UserError(
             f"model.path: the tokenizer in {path} has no chat template, so problems cannot be rendered as prompts. "
-            "Take the tokenizer_config.json (and chat_template.jinja, if there is one) of a chat model."
+            "Take the tokenizer_config.json (and chat_template.jinja, if it has one) of a chat model."
         )
     if vocab_size is not None:
         _require_fitting_vocabulary(tokenizer, vocab_size, path)
@@ -48,8 +48,8 @@ def load_tokenizer(path: str, vocab_size: int | None = None) -> PreTrainedTokeni
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_folder: Path) -> tuple[int, ...]:
     """Tokens that end a response: the end of the assistant's turn and the end of the text.
 
-    In ChatML these are `<|im_end|>` and `<|endoftext|>`. Otherwise they are the tokenizer's EOS and the `eos_token_id`
-    of generation_config.json in `model_folder`, of which Llama 3 has several.
+    In ChatML these are `<|im_end|>` and `<|endoftext|>`. Otherwise they are the tokenizer's EOS and all values of
+    `eos_token_id` in generation_config.json in `model_folder`; Llama 3 has several.
 
     Raises:
         UserError: generation_config.json cannot be read.

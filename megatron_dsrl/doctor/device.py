@@ -15,7 +15,7 @@ DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
 def driver_version(file: Path = DRIVER_FILE) -> str | None:
-    """Version of the loaded NVIDIA driver, such as `580.95.05`; None if there is none."""
+    """Version of the loaded NVIDIA driver, such as `580.95.05`; None if no driver is loaded."""
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
     found = re.search(r"^NVRM version: .*?  (\d[\d.]+) ", text, re.MULTILINE)
     return found.group(1) if found else None
@@ -29,7 +29,7 @@ def examine_device(
     Args:
         names: names of the CUDA devices that torch sees.
         torch_cuda: CUDA version that torch was built for; None for the CPU build.
-        driver: version of the loaded NVIDIA driver; None if there is none.
+        driver: version of the loaded NVIDIA driver; None if no driver is loaded.
         environment: variables of the process.
     """
     if names:

@@ -43,7 +43,7 @@ def find_model(name: str) -> EvaluatedModel:
     """The weights that a folder or hub name refers to.
 
     Raises:
-        UserError: there are none, or they are incomplete.
+        UserError: the weights are missing or incomplete.
     """
     folder = resolve_model_folder(name, "MODEL")
     if (folder / CONFIG_FILE).is_file():
@@ -62,7 +62,7 @@ def find_checkpoint(folder: Path, companions: Path | None = None) -> EvaluatedMo
         companions: folder of config.json and tokenizer; None: the checkpoint's own, or the run's.
 
     Raises:
-        UserError: there is none, or a run's checkpoint is incomplete or does not match the companions' model.
+        UserError: the checkpoint is missing, or a run's checkpoint is incomplete or does not fit the companions' model.
     """
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder}")

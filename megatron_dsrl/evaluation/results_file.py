@@ -71,7 +71,7 @@ def newest_results(folder: Path) -> EvaluationResults:
     """The results in an output folder of `dsrl eval`, or those of the latest evaluated policy in a run folder.
 
     Raises:
-        UserError: there are none, or they are damaged.
+        UserError: the results are missing or damaged.
     """
     if not (folder / RESULTS_FILE).is_file() and (evaluations := results_of_run(folder)):
         return evaluations[-1]

@@ -58,7 +58,7 @@ def destroy_model_parallel() -> None:
     """Undo Megatron's part of `initialize_parallel`, so that the same processes can initialise another layout.
 
     Megatron forgets its groups and leaves them to torch.distributed, which keeps their connections and threads: more
-    than 60 threads per layout on CPU, a third of which wake up a hundred times a second.
+    than 60 threads per layout on CPU; a third of them wake up a hundred times a second.
     """
     for group in parallel_state._global_process_group_list or ():
         if group is not None:
@@ -94,7 +94,7 @@ SAMPLING_LIMIT = timedelta(days=14)
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Select each process's device and, if there are several processes, join a gloo group until the end of the
+    """Select each process's device and, with several processes, join a gloo group until the end of the
     block."""
     several = launched_world_size() > 1 and not dist.is_initialized()
     if several:

@@ -117,7 +117,7 @@ class Router(TopKRouter):
 
         Args:
             logits: [s, b, experts].
-            padding_mask: [s, b] bool, True for padding; required if there are losses.
+            padding_mask: [s, b] bool, True for padding; required if the router has losses.
         """
         weights, routing_map = super().routing(logits, padding_mask)
         # Full recomputation routes twice, first without gradients; only the second pass counts.

@@ -5,7 +5,7 @@ where each rank was. Rank 0 also writes the calls to the engines, each when it e
 ranks (report/trace_events.py).
 
 Times are seconds since 1970 of the node's clock, so that ranks and nodes align as well as their clocks do. Within a
-process they are that clock at its start plus a clock that nobody sets, and never run backwards.
+process they are that clock at its start plus a monotonic clock, and never run backwards.
 """
 
 import json

@@ -54,7 +54,7 @@ class Tracker:
 
     @property
     def last_step(self) -> int:
-        """Step of the last step record; 0 when there is none."""
+        """Step of the last step record; 0 before the first one."""
         return self._metrics.last_step
 
     def log_step(self, record: Record) -> None:

@@ -176,7 +176,7 @@ def with_batch_for(config: RunConfig, factor: int) -> RunConfig:
 def first_limit(estimates: Sequence[StepEstimate]) -> tuple[int, str] | None:
     """World size at which a part first stops scaling as the batch grows with the GPUs, and that part (key of `PARTS`).
 
-    It is the part that lengthens the step most, if by at least a tenth of the first step. None if there is none.
+    It is the part that lengthens the step most, if by at least a tenth of the first step. None if no part does.
 
     Args:
         estimates: ordered by number of GPUs, with the batch growing in proportion.

@@ -52,7 +52,7 @@ def refresh_card(run_folder: Path, step: int, report: Callable[[str], None]) -> 
 
 
 def is_generated(folder: Path) -> bool:
-    """Whether the folder's card is this program's, or there is none."""
+    """Whether this program wrote the folder's card, or the folder has none."""
     card = folder / CARD_FILE
     return not card.exists() or has_mark(card)
 

@@ -184,7 +184,7 @@ def _explain(error: Exception, endpoint: str) -> str:
         return "the token may not write there: it must have the right to write, and its account belong to the owner"
     if kinds_of_causes(error) & {"ConnectionError", "TransportError", "OfflineModeIsEnabled"}:
         return (
-            f"{endpoint} cannot be reached from here, or HF_HUB_OFFLINE is set; copy the folder to where there is a "
-            "network and push it from there (HF_ENDPOINT is the address of another hub)"
+            f"{endpoint} cannot be reached from here, or HF_HUB_OFFLINE is set; copy the folder to a machine "
+            "with a network and push it from there (HF_ENDPOINT is the address of another hub)"
         )
     return f"{type(error).__name__}: {error}"

@@ -30,7 +30,7 @@ def write_learning_curve(run_folder: Path, path: Path) -> Path:
 def learning_curve(run: RunRecords) -> Chart:
     """Accuracy on every held-out set with its standard error, and the mean reward of each step's samples.
 
-    Rewards beyond 0 to 1 are left out if there is an accuracy, which shares the axis.
+    With accuracies on the axis, rewards beyond 0 to 1 are left out.
     """
     accuracies = [
         accuracy_series(f"accuracy on {name}", records, index % (SERIES_COLOURS - 1) + 1)
@@ -42,6 +42,6 @@ def learning_curve(run: RunRecords) -> Chart:
     if known and (is_share or not accuracies):
         rewards = [Series("reward of the samples", run.step_numbers, run.column("reward/mean"), REWARD_COLOUR)]
     if not accuracies and not rewards:
-        raise UserError(f"{run.folder} has no evaluation and no reward yet, so there is no curve to draw")
+        raise UserError(f"{run.folder} has no evaluation and no reward yet, so no curve can be drawn")
     axis = SHARE if is_share or accuracies else ValueAxis("reward")
     return draw(ChartSource("lines", run.name, "", (*accuracies, *rewards), tuple(run.phases), axis), WIDE)

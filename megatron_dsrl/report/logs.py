@@ -24,7 +24,8 @@ MAX_LOGS = 8
 @dataclass(frozen=True)
 class _Folder:
     name: str
-    whose: str
+    source: str
+    """The program that writes its logs."""
     alarm: re.Pattern[str] | None
     """Matches warnings and errors; None where every message is one."""
 
@@ -69,7 +70,8 @@ class LogView:
 
     name: str
     """Its path in the run folder."""
-    whose: str
+    source: str
+    """The program that wrote it."""
     written: str
     """Date and time in UTC."""
     alarms: tuple[str, ...]
@@ -107,7 +109,7 @@ def _view(file: Path, folder: _Folder) -> LogView:
     written = datetime.fromtimestamp(file.stat().st_mtime, UTC)
     return LogView(
         f"{folder.name}/{file.name}",
-        folder.whose,
+        folder.source,
         f"{written:%Y-%m-%d %H:%M} UTC",
         tuple("\n".join(message[-MAX_MESSAGE_LINES:]) for message in alarms[-MAX_MESSAGES:]),
         len(alarms),

@@ -1,4 +1,4 @@
-"""Building blocks of pages, besides charts."""
+"""Building blocks of pages other than charts."""
 
 from dataclasses import dataclass
 

@@ -28,7 +28,7 @@ class ShownProvenance:
 
     starts: Table
     changes: Table | None
-    """Differences between the starts that produced the run's steps; None if there are none."""
+    """Differences between the starts that produced the run's steps; None if they agree."""
     last: list[tuple[str, str]]
     """Everything that the last start says, by name."""
 

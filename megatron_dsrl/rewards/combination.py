@@ -73,11 +73,11 @@ def check_parts(options: Mapping[str, Any]) -> None:
 
 
 def longest_seconds_of_parts(options: Mapping[str, Any]) -> float:
-    """How long the parts with limits of their own may take together, in seconds."""
+    """How long the parts with their own limits may take together, in seconds."""
     return sum(longest_seconds(part.function, part.options) for part in PARTS.validate_python(options["parts"]))
 
 
 def describe_parts(options: Mapping[str, Any]) -> str:
-    """How this machine runs the parts; empty if there is nothing to say."""
+    """How this machine runs the parts; empty for parts without such a note."""
     descriptions = [describe_verifier(part.function, part.options) for part in PARTS.validate_python(options["parts"])]
     return "; ".join(dict.fromkeys(filter(None, descriptions)))

@@ -80,7 +80,7 @@ def judge(
         fallback_options: its options.
 
     Raises:
-        RuntimeError: the judge gave no verdict, and there is no fallback.
+        RuntimeError: the judge gave no verdict and no fallback is set.
     """
     text = _fill(question, prompt=prompt, answer=answer, response=response[-max_response_characters:])
     request = {

@@ -1,6 +1,6 @@
 r"""Mathematical equality of the last box and the gold answer, with the math-verify package.
 
-math-verify by itself rewards more than right answers: it accepts unboxed numbers, joins several boxes into one set, and
+math-verify alone rewards more than right answers: it accepts unboxed numbers, joins several boxes into one set, and
 drops the base of a number and the left side of an equation. It also cannot parse many gold answers. Here
 
 - the last box is extracted as in `boxed`, and only its content is parsed, as one box;

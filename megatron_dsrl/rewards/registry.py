@@ -137,13 +137,13 @@ def takes_prompt(function: RewardFunction) -> bool:
 
 
 def longest_seconds(name: str, options: Mapping[str, Any]) -> float:
-    """How long a verifier with limits of its own may take for a response; 0 if it has none."""
+    """How long a verifier with its own limits may take for a response; 0 if it has none."""
     path = BUILT_IN[name].longest_seconds if name in BUILT_IN else None
     return float(resolve_name(path)(options)) if path else 0.0
 
 
 def describe_verifier(name: str, options: Mapping[str, Any]) -> str:
-    """How this machine runs the verifier; empty if there is nothing to say."""
+    """How this machine runs the verifier; empty for verifiers without such a note."""
     path = BUILT_IN[name].describe if name in BUILT_IN else None
     return resolve_name(path)(options) if path else ""
 

@@ -69,7 +69,7 @@ def unpack(value: object) -> object:
 
 
 def serve(load: Callable[[], Callable[..., object] | None], requests: BufferedIOBase, answers: BufferedIOBase) -> None:
-    """On the untrusted side: load a program and answer calls of its function until there are no more."""
+    """On the untrusted side: load a program and answer calls of its function until the caller closes the connection."""
     try:
         function = load()
     except BaseException as error:  # SystemExit too: a program that exits before its tests have not passed

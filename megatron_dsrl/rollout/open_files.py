@@ -38,7 +38,7 @@ def requests_at_a_time() -> int:
     free = hard - is_open - RESERVED
     if hard != resource.RLIM_INFINITY and free < FEWEST_REQUESTS:
         raise UserError(
-            f"the limit of open files (`ulimit -n`) is {hard}, of which {is_open} are in use and {RESERVED} are "
+            f"the limit of open files (`ulimit -n`) is {hard}; {is_open} are in use and {RESERVED} are "
             f"reserved: no room for requests to the engines. Raise it to {is_open + RESERVED + 1024} or more"
         )
     return 2**31 if hard == resource.RLIM_INFINITY else free

@@ -189,7 +189,7 @@ class Ahead(StepSampling):
         self._running = None
 
     def sample(self, step: int, draw: Draw, watch: Watch) -> StepSamples:
-        """The samples that are ready; if there are none, as in the first step of a start, sample now."""
+        """The samples that are ready; in the first step of a start none are, so sample now."""
         samples, self._ready = self._ready or self._mode.sample(step, draw, watch), None
         return samples
 

@@ -81,7 +81,7 @@ class RunModels:
     def update_policy(
         self, step: int, phase: PhaseConfig, experiences: Sequence[Experience], timer: SecondsPerPart
     ) -> UpdateMetrics | None:
-        """Take the step's optimizer steps; None if there is nothing to learn from, or only the critic is trained."""
+        """Take the step's optimizer steps; None if no sample is left to learn from, or only the critic is trained."""
         if self.critic and step <= self.config.critic.warmup_steps:
             return None
         actor = self.config.actor

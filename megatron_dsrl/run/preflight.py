@@ -47,4 +47,4 @@ def check_models(config: RunConfig) -> None:
         raise no_folder("critic.path", critic.path)
     refreshed = config.reference.refresh_at_phase_switch or config.reference.refresh_every_steps is not None
     if refreshed and not any(passes_of_phase(schedule.at(step)).reference_log_probs for step in steps):
-        raise UserError("reference: no phase has a `kl` section, so there is no reference policy to refresh")
+        raise UserError("reference: no phase has a `kl` section, so the run has no reference policy to refresh")

@@ -72,7 +72,7 @@ def entropy_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     the weights that produced them.
 
     The alternative is the exact entropy, which needs another forward pass wherever a phase scores log P(y). It would
-    cost as much as a third of the update to remove an error that is small already: a step's standard error is about
+    cost a third of the update to remove an error that is already small: a step's standard error is about
     the standard deviation of -log P (around 1 nat) over the square root of the number of tokens, 0.001 for a million.
     In the post-train space the trainer has the exact entropy of the computed tokens anyway, as `policy/entropy`.
     """

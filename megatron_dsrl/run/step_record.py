@@ -12,7 +12,7 @@ from megatron_dsrl.rollout.sample import SampleGroup
 
 
 def older_token_metrics(groups: Sequence[SampleGroup], weight_version: int) -> dict[str, float]:
-    """Fraction of response tokens sampled by weights older than those being updated; empty if there are none."""
+    """Fraction of response tokens sampled by weights older than those being updated; empty without response tokens."""
     samples = [sample for group in groups for sample in group.samples]
     older = sum(sample.tokens_before(weight_version) for sample in samples)
     return {"response/older_token_fraction": older / sum(len(s.response_ids) for s in samples)} if older else {}

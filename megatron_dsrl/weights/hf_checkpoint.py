@@ -27,7 +27,7 @@ class HfCheckpoint:
         """Locate the weight files.
 
         Raises:
-            UserError: there are none, the index is damaged, or it names a file that is not there.
+            UserError: weight files are missing, or the index is damaged or names a missing file.
         """
         self.folder = folder
         self._headers: dict[Path, dict[str, StoredTensor]] = {}

@@ -32,7 +32,7 @@ class HfFiles:
 def create_hf_files(
     folder: Path, shapes: Mapping[str, Shape], dtype: torch.dtype, file_bytes: int = FILE_BYTES
 ) -> HfFiles:
-    """Create the files without content, and the index if there is more than one file. Call it in one process.
+    """Create the files without content, and the index for more than one file. Call it in one process.
 
     Args:
         folder: an existing, empty folder.

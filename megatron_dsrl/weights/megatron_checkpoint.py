@@ -271,7 +271,7 @@ def _fits(shape: Shape, expected: Shape, may_be_padded: bool) -> bool:
 
 
 def refuse(problems: list[str], kind: str, folder: Path) -> None:
-    """Raise UserError if there are problems; the message names the first few."""
+    """Raise UserError for any problems; the message names the first few."""
     if problems:
         shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
         raise UserError(f"{folder}: {kind}: {shown}")

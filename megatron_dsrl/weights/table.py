@@ -24,7 +24,7 @@ class HfTensor:
     """A tensor of the HF checkpoint."""
 
     name: str
-    """Contains `{layer}` and `{expert}` if there is one per layer or expert."""
+    """Contains `{layer}` and `{expert}` for tensors that each layer or expert has."""
     shape: Shape
 
 

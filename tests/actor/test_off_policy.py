@@ -1,7 +1,7 @@
 """Several epochs and mini-batches per rollout against a plain implementation in Transformers and torch.optim.
 
 The reference below is one process, one sequence at a time, with every formula written out where it is used: PPO's loop
-as a textbook has it. Weights must be equal after two epochs of two mini-batches, the last three steps of which are
+as a textbook has it. Weights must be equal after two epochs of two mini-batches, where the last three steps are
 off-policy.
 """
 

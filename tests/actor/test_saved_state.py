@@ -58,7 +58,7 @@ def weights_of(actor) -> dict[str, np.ndarray]:
 
 def without_and_with_a_stop(folder: Path, layouts: dict[str, ParallelConfig]) -> dict[str, dict]:
     """Two steps, save, two steps; and again from the checkpoint, in each of these layouts. It is written only after the
-    last step: what it holds must be a copy of its own."""
+    last step: what it holds must be a copy."""
     results: dict[str, dict] = {}
     for name, parallel in layouts.items():
         target, model = folder / name, model_of(name, folder)

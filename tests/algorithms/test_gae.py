@@ -56,7 +56,7 @@ def test_equals_its_definition(batch, discount, trace_decay) -> None:
 
 
 @given(sequences)
-def test_undiscounted_with_lambda_one_the_return_is_the_sum_of_what_follows_whatever_the_critic_says(batch) -> None:
+def test_undiscounted_with_lambda_one_the_return_is_the_sum_of_what_follows_for_any_critic(batch) -> None:
     rewards = [torch.tensor([r for r, _ in sequence], dtype=torch.float64) for sequence in batch]
     values = [torch.tensor([v for _, v in sequence], dtype=torch.float64) for sequence in batch]
     _, returns = generalized_advantages(rewards, values, discount=1.0, trace_decay=1.0)

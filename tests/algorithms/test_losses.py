@@ -41,7 +41,7 @@ def test_dual_clip_by_hand(ratio, advantage, loss, clipped) -> None:
 
 @pytest.mark.parametrize("loss_class", LOSSES.classes(), ids=lambda loss_class: loss_class.__name__)
 def test_what_vanishes_without_advantage(loss_class) -> None:
-    """Value and gradient of a sequence, whatever its ratios and those of its neighbour."""
+    """Value and gradient of a sequence, independent of its ratios and its neighbour's."""
     old = float64(-9.0, -1.0, -0.1, -2.0, -1.0)
     log_probs = float64(-0.5, -1.0, -4.0, -1.9, -1.5, differentiable=True)
     advantages = float64(0.0, 0.0, 0.0, 1.0, 1.0)
@@ -152,7 +152,7 @@ def test_samples_without_advantage_have_no_gradient(loss) -> None:
 
 
 def test_no_sequence_at_all_is_no_loss() -> None:
-    """A rank whose micro-batch is empty takes part all the same."""
+    """A rank with an empty micro-batch still takes part."""
     nothing = float64(differentiable=True)
     for loss in (DUAL_CLIP, GSPO(), CISPO()):
         assert loss.token_losses(scored_tokens(nothing, nothing.detach(), nothing.detach(), [0])).losses.shape == (0,)

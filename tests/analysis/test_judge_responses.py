@@ -102,10 +102,10 @@ def test_passing_failures_are_tried_again_and_final_ones_are_not(endpoint, tmp_p
     assert result.failures[1, 2].startswith("status 503") and result.failures[1, 3].startswith("status 400")
 
 
-def test_nobody_listens(tmp_path) -> None:
-    nobody = JudgeEndpoint("http://127.0.0.1:9/v1", "judge-1", retries=1, first_pause_seconds=0.01)
+def test_an_endpoint_that_does_not_listen(tmp_path) -> None:
+    endpoint = JudgeEndpoint("http://127.0.0.1:9/v1", "judge-1", retries=1, first_pause_seconds=0.01)
 
-    result = judge_responses(steps_of("a"), nobody, tmp_path / "behaviours.jsonl")
+    result = judge_responses(steps_of("a"), endpoint, tmp_path / "behaviours.jsonl")
 
     assert result.verdicts == [] and "ClientConnectorError" in result.failures[1, 0]
 

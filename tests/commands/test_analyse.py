@@ -79,7 +79,7 @@ def test_mistakes_end_in_one_message(run, tmp_path, capsys, arguments, message) 
 
 
 def evaluation(folder: Path, right: list[int], step: int | None = None) -> Path:
-    """An evaluation of problems with 4 samples each, of which so many are right."""
+    """An evaluation of problems with 4 samples each; `right` of them are correct."""
     groups = [make_group([1.0] * count + [0.0] * (4 - count), index) for index, count in enumerate(right)]
     figures = summarise_benchmark([ProblemResult.of_group(group) for group in groups], answer_of=None)
     folder.mkdir(parents=True)

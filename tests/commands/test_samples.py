@@ -41,7 +41,7 @@ def test_a_prompt_of_a_step_is_printed_with_all_its_samples(run, capsys) -> None
         assert line in out
         assert sample.text in out
     assert "engine log P(y|x) -0.500 per token" in out
-    assert "\x1b" not in out  # it is no terminal
+    assert "\x1b" not in out  # the output is not a terminal
 
 
 def test_the_last_step_and_a_few_prompts_without_being_asked(run, capsys) -> None:

@@ -1,4 +1,4 @@
-"""What the hub does not give, asked by its real clients: nobody listens at its address, or a server refuses."""
+"""What the hub does not give, asked by its real clients: its address does not answer, or a server refuses."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.tiny_run import REPOSITORY
 
-NOBODY = "http://127.0.0.1:9"
+CLOSED_ADDRESS = "http://127.0.0.1:9"
 ASK_FOR_EVERYTHING = """
 import sys, time
 time.sleep = lambda seconds: None  # the clients wait between their attempts
@@ -83,8 +83,11 @@ def messages(endpoint: str, cache: os.PathLike, *names: str, **variables: str) -
 
 
 def test_a_hub_that_cannot_be_reached(tmp_path) -> None:
-    told = messages(NOBODY, tmp_path, "org/some")
-    why = f"{NOBODY} cannot be reached and the hub's cache does not have it: download it on a machine with a network"
+    told = messages(CLOSED_ADDRESS, tmp_path, "org/some")
+    why = (
+        f"{CLOSED_ADDRESS} cannot be reached and the hub's cache does not have it: "
+        "download it on a machine with a network"
+    )
     expected = [f"{what.format('org/some')} {why}" for what, _ in WHAT]
     assert [message[: len(beginning)] for message, beginning in zip(told, expected, strict=True)] == expected
 
@@ -99,6 +102,6 @@ def test_what_is_gated_and_what_the_hub_does_not_know(refusing_hub, tmp_path) ->
 
 @pytest.mark.slow
 def test_without_a_network_by_intention(tmp_path) -> None:
-    told = messages(NOBODY, tmp_path, "org/some", HF_HUB_OFFLINE="1")
+    told = messages(CLOSED_ADDRESS, tmp_path, "org/some", HF_HUB_OFFLINE="1")
     assert len(told) == len(WHAT)
     assert all("HF_HUB_OFFLINE is set and the hub's cache does not have it: " in line for line in told)

@@ -56,11 +56,11 @@ def test_a_key_of_a_mapping_is_any_name() -> None:
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        ("rollout.temprature", "rollout.temprature: there is no `temprature`; did you mean temperature?"),
+        ("rollout.temprature", "rollout.temprature: unknown key `temprature`; did you mean temperature?"),
         ("top_p", "did you mean rollout.top_p or evaluation.sets.top_p?"),
         ("tempratur", "did you mean rollout.temperature?"),
         ("phases.loss.gpso", "did you mean gspo?"),
-        ("steps.x", "there is no `x`; it is a single value"),
+        ("steps.x", "unknown key `x`; it is a single value"),
     ],
 )
 def test_an_unknown_key_gets_the_nearest_one(key, message) -> None:

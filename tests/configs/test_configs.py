@@ -75,7 +75,7 @@ MADE_BY_EXAMPLES = {
         "mlp_only_layers": [],
     },
 }
-"""In the place of what is not `SMALL` among the models that examples make."""
+"""Replaces what is not `SMALL` in the models that examples make."""
 
 PROCESSES = {"Qwen/Qwen3-4B": 8, "Qwen/Qwen3-8B": 8, "Qwen/Qwen3-30B-A3B": 16}
 

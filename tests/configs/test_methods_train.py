@@ -51,7 +51,7 @@ STEPS = 2
 
 
 def runs(folder: Path) -> dict[str, RunConfig]:
-    """By name, each with one step in the first phase where there are two."""
+    """By name, each with one step in the first of two phases."""
     base = write_tiny_run(folder)
     configs = {}
     for name, (method, overrides) in ({name: (name, []) for name in NAMES} | OPTIONS).items():

@@ -1,4 +1,4 @@
-"""Which weights a name means: a run's newest policy, its exports and checkpoints, and what is no model."""
+"""Which weights a name means: a run's newest policy, its exports and checkpoints, and what is not a model."""
 
 import json
 import shutil

@@ -60,7 +60,7 @@ def test_mean_over_problems() -> None:
         (["6", "5", "5"], [True, False, False], 0.0),
         (["6", "5"], [True, False], 0.5),  # a coin decides
         (["6", "5", "4"], [True, False, False], 1 / 3),
-        ([None, None, "6"], [False, False, True], 1.0),  # no answer is no vote
+        ([None, None, "6"], [False, False, True], 1.0),  # a missing answer does not vote
         ([None, None], [False, False], 0.0),
         (["1/2", "0.5", "3", "3", "3"], [True, True, False, False, False], 0.0),
         (["1/2", "0.5", "3", "3"], [True, True, False, False], 0.0),  # two spellings are two answers, right or not

@@ -15,7 +15,7 @@ from megatron_dsrl.evaluation.summary import summarise_benchmark
 from megatron_dsrl.rewards.boxed import boxed_answer
 
 TEXTS = [r"\boxed{1,234}", r"\boxed{1234}"]
-"""Equal numbers in two spellings, one of which only `math_verify` takes for the answer."""
+"""Equal numbers in two spellings; only `math_verify` takes the second for the answer."""
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Every command in the documents is run: here, in a fresh copy of the repository with its own environment.
 
 The commands of a document are run one after the other by bash, as written but for what makes them small (`SHORTER`),
-for names that stand for something (`STANDS_FOR`), and for models and data of the hub, in whose place are folders. Those
+for placeholder names (`STANDS_FOR`), and for models and data of the hub, which are replaced by folders. Those
 that take a second (plans, dry runs) are run by test_guides.py, which compares their output. `NOT_HERE` has what is run
 elsewhere, or cannot be run without a GPU, Docker or several machines.
 """
@@ -35,7 +35,7 @@ NOT_HERE = {
     r"\bsbatch ": "tests/slurm/test_job_script.py runs the script that every such line submits",
     r"^bash tools/local_slurm.sh|^pytest -m slow tests/slurm": "tests/slurm/test_jobs.py uses what it installs",
     r"^docker |^apptainer |^enroot |install.sh wheels": "the images; tests/tools/test_image.py lints them",
-    r"^python tools/image/check_pins.py": "tests/tools/test_image.py runs it, where there is uv",
+    r"^python tools/image/check_pins.py": "tests/tools/test_image.py runs it, where uv is installed",
     r"^pytest -m gpu": "needs a GPU",
     r"smollm2": "downloads a model",
     r"examples[/.]laboratory": "hours; tests/examples/test_laboratory.py runs all of it at a small size",
@@ -126,7 +126,7 @@ def checkout(tmp_path_factory, data_folder) -> Path:
 
 
 def put_stand_ins_of_the_hub(folder: Path, data: Path) -> None:
-    """In the place of names on the hub: small random models with Qwen3's tokenizer, GSM8K."""
+    """Replacements for names on the hub: small random models with Qwen3's tokenizer, GSM8K."""
     tokenizer = AutoTokenizer.from_pretrained(data / "qwen3-tokenizer")
     torch.manual_seed(0)
     for model in MODELS:

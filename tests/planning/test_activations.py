@@ -187,7 +187,7 @@ def test_activations_and_logits_in_the_layout_of_the_papers_run(tmp_path) -> Non
 @pytest.mark.slow
 def test_activations_in_other_layouts(tmp_path) -> None:
     """Within 2 % too, the micro-batches under way of each pipeline stage included; 5 % where a process has whole
-    experts, of which the plan says that they get equally many tokens."""
+    experts: the plan assumes that all get equally many tokens."""
     for rank, results in enumerate(run_distributed(saved_and_planned, 2, tmp_path, OTHER_LAYOUTS, timeout_seconds=300)):
         for name, (saved, planned) in results.items():
             rel = 0.05 if "whole experts" in name else 0.02

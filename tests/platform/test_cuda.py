@@ -21,7 +21,7 @@ from tests.support.distributed import run_distributed
 
 
 def test_tensors_on_devices_travel_over_nccl_and_python_objects_over_gloo() -> None:
-    """PyTorch takes the CPU's backend for objects where there is one."""
+    """PyTorch takes the CPU's backend for objects if the group has one."""
     backends = dist.distributed_c10d.BackendConfig(dist.Backend(CudaPlatform.distributed_backend))
     assert backends.get_device_backend_map() == {"cpu": "gloo", "cuda": "nccl"}
 

@@ -37,7 +37,7 @@ def test_a_clean_checkout_is_its_commit(checkout: Path) -> None:
     assert code_of_checkout(checkout / "package") == expected
 
 
-def test_every_change_has_a_hash_of_its_own_whatever_the_users_settings(checkout: Path) -> None:
+def test_every_change_has_its_own_hash_under_any_git_settings(checkout: Path) -> None:
     """Changed, staged, new; the same change has the same hash again."""
     source = checkout / "package" / "__init__.py"
     source.write_text("VALUE = 2\n")

@@ -1,4 +1,4 @@
-"""`dsrl push` by the hub's real clients, against a stand-in of the hub, nobody, and a hub that refuses."""
+"""`dsrl push` by the hub's real clients, against a stand-in for the hub, a closed port, and a hub that refuses."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from tests.observability.synthetic_run import start_record, write_run, write_sta
 from tests.support.hub import READ_ONLY_TOKEN, stand_in_hub
 from tests.support.tiny_run import REPOSITORY
 
-NOBODY = "http://127.0.0.1:9"
+CLOSED_ADDRESS = "http://127.0.0.1:9"
 PUSH = """
 import os, sys, time
 time.sleep = lambda seconds: None  # the clients wait between their attempts
@@ -77,9 +77,9 @@ def test_policy_and_card_arrive_and_nothing_else(run: Path, tmp_path: Path) -> N
 
 
 def test_a_hub_that_cannot_be_reached(run: Path, tmp_path: Path) -> None:
-    ended = pushed(NOBODY, tmp_path, f"token=hf_write {run} me/tiny")
+    ended = pushed(CLOSED_ADDRESS, tmp_path, f"token=hf_write {run} me/tiny")
     assert ended.stdout == "-> status 2\n", ended.stderr
-    assert f"dsrl: me/tiny could not be uploaded: {NOBODY} cannot be reached from here" in ended.stderr
+    assert f"dsrl: me/tiny could not be uploaded: {CLOSED_ADDRESS} cannot be reached from here" in ended.stderr
 
 
 def test_a_dry_run_writes_the_folder_to_upload_and_changes_nothing_else(run: Path, capsys) -> None:

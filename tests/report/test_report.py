@@ -276,7 +276,7 @@ def test_where_the_time_went(page: Page, run_folder: Path) -> None:
     assert ["the whole step", "100 %"] in [[row[0], row[-1]] for row in page.rows() if row]
 
 
-def test_whatever_else_was_recorded_has_a_chart(page: Page, run_folder: Path) -> None:
+def test_other_recorded_figures_have_charts_too(page: Page, run_folder: Path) -> None:
     recorded = {key for record in read_records(run_folder / "metrics.jsonl") for key in record}
     charts = page.charts()
     assert charts["mismatch/kl_k3"]["series"] == [["none"] * 4 + ["1e-12"] * 8]

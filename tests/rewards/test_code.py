@@ -1,4 +1,4 @@
-"""Which program a response stands for, and whether it passes."""
+"""Which program is taken from a response, and whether it passes."""
 
 import json
 

@@ -89,7 +89,7 @@ def test_signals_to_all_processes_of_a_job_leave_a_pool_that_judges_and_can_be_c
         ("bool", Judgement(1.0, "ok")),
     ],
 )
-def test_whatever_crosses_the_border_of_the_process_the_others_are_judged(strange_pool, response, judgement) -> None:
+def test_every_kind_of_result_leaves_the_others_judged(strange_pool, response, judgement) -> None:
     """Exceptions and results that cannot be pickled, or not be read again; any real scalar is a reward."""
     first, strange, last = [strange_pool.submit(text, "") for text in ("fine", response, "fine")]
     assert strange.result(timeout=30) == judgement

@@ -198,7 +198,7 @@ os.open({outside!r}[1:], os.O_WRONLY, dir_fd=os.open('/', os.O_RDONLY))""",
     "limit others": "import resource; resource.prlimit(1, resource.RLIMIT_CPU, (1, 1))",
     "get privileges": CALL + "call('unshare', 0x10000000)",
     "mount": CALL + "call('mount', b'tmpfs', b'/sandbox', b'tmpfs', 0, None)",
-    "memory that is no mapping": "import os; os.memfd_create('m')",
+    "memory that is not a mapping": "import os; os.memfd_create('m')",
     "shared memory": CALL + "call('shmget', 0, 2**20, 0o1600)",
     "io_uring": CALL + "call('syscall', 425, 8, ctypes.create_string_buffer(120))",
     "keys": CALL + "call('syscall', 248, b'user', b'd', b'p', 1, -3)",
@@ -208,7 +208,7 @@ os.open({outside!r}[1:], os.O_WRONLY, dir_fd=os.open('/', os.O_RDONLY))""",
 
 @pytest.fixture
 def outside() -> Iterator[dict[str, str | int]]:
-    """A file, a TCP port and a Unix socket that anybody may reach; checks that nobody has."""
+    """A file, a TCP port and a Unix socket open to everyone; checks that they were not touched."""
     with (
         tempfile.TemporaryDirectory() as folder,
         socket.create_server(("127.0.0.1", 0)) as server,

@@ -129,7 +129,7 @@ def test_a_real_limit_is_recognised_before_the_start_and_in_a_call() -> None:
         cwd=REPOSITORY, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     before, during = program.stdout.splitlines()
-    assert before.startswith("the limit of open files (`ulimit -n`) is 64, of which")
+    assert before.startswith("the limit of open files (`ulimit -n`) is 64; ")
     assert during.startswith("Too many open files: the limit of open files is 64 for this process; raise it")
 
 

@@ -32,7 +32,7 @@ def rollout(engine_rollout: EngineRollout, monkeypatch: pytest.MonkeyPatch) -> E
 
 @pytest.fixture
 def config(tiny_model_folder: Path) -> RunConfig:
-    """Wants 4 groups and has 24 on their way."""
+    """Wants 4 groups and keeps 24 in flight."""
     config = tiny_run_config(tiny_model_folder)
     section = config.rollout.model_copy(
         update={

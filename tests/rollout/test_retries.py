@@ -59,7 +59,7 @@ def behind(engine_rollout: EngineRollout, monkeypatch) -> Iterator[Behind]:
 
 @pytest.fixture
 def at_once(monkeypatch) -> None:
-    """Nobody waits between two attempts."""
+    """Attempts follow each other without a pause."""
     monkeypatch.setattr(dispatcher, "FIRST_BACK_OFF_SECONDS", 0.01)
 
 

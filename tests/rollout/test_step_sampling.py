@@ -173,7 +173,7 @@ def test_partial_rollouts_continue_what_the_step_before_left(draw) -> None:
 
     second = mode.sample(2, draw, unwatched)
     assert rows(second.groups) == [2, 3] and second.metrics["partial_rollouts/continued_groups"] == 2
-    assert engine.asked == [4, 2 + 2], "what was left, and as many new ones as keep four on their way"
+    assert engine.asked == [4, 2 + 2], "what was left, and enough new ones to keep four in flight"
 
 
 class TestAhead:

@@ -80,5 +80,5 @@ def test_a_large_gap_between_trainer_and_engine_warns() -> None:
     gap = {"mismatch/mean_log_prob_gap": 0.2}
     assert "differ by 0.2 nat on average, above observability.max_log_prob_gap=0.1" in log_prob_gap_warning(gap, 0.1)
     assert log_prob_gap_warning(gap, 0.3) is None
-    assert log_prob_gap_warning({"pre_train/mean_log_prob_gap": 0.2}, 0.1) is None, "P(y) is no engine's"
+    assert log_prob_gap_warning({"pre_train/mean_log_prob_gap": 0.2}, 0.1) is None, "no engine computes P(y)"
     assert log_prob_gap_warning(gap | {"response/older_token_fraction": 0.5}, 0.1) is None, "weights differed"

@@ -54,7 +54,7 @@ RunScript = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def stubs(tmp_path) -> Path:
-    """Folder of the commands that job.sh finds in the place of SLURM's."""
+    """Folder of the commands that job.sh finds instead of SLURM's."""
     folder = tmp_path / "stubs"
     folder.mkdir()
     for name, text in {"srun": SRUN, "scontrol": SCONTROL, "sbatch": SBATCH, "sleep": "#!/bin/sh\n"}.items():
@@ -144,7 +144,7 @@ def test_every_rank_has_the_cores_that_the_job_asked_for(run_script, stubs) -> N
 
 def test_a_missing_environment_is_named_before_anything_is_run(run_script, stubs) -> None:
     job = run_script(VENV="/no/such/environment")
-    assert job.returncode == 2 and "there is no Python environment in /no/such/environment; set VENV to" in job.stdout
+    assert job.returncode == 2 and "no Python environment in /no/such/environment; set VENV to" in job.stdout
     assert not (stubs / "srun.log").exists()
 
 
@@ -179,7 +179,7 @@ def test_benchmarks_are_read_before_the_training(run_script, tmp_path) -> None:
 
 @pytest.mark.parametrize("line", SUBMISSIONS)
 def test_submissions_in_the_documents_do_what_they_say(line, stubs, tmp_path) -> None:
-    """As written, by an `sbatch` that runs the script at once, in the place of every task of an array."""
+    """As written, by an `sbatch` that runs the script at once, as every task of an array would."""
     (tmp_path / "dsrl_qwen3_8b" / "hf" / "step_000348").mkdir(parents=True)  # what one of them evaluates
     environment = os.environ | {
         "PATH": f"{stubs}:{os.environ['PATH']}",

@@ -27,7 +27,7 @@ def evaluate(page: Path, script: str, folder: Path, width: int = 1200, dark: boo
         page: HTML file. A copy with the script at its end is shown in a frame.
         script: JavaScript that ends in `return {...}`; `errors` is a list of what the console would show.
         folder: for the copies and the browser's profile.
-        width: of the frame, in pixels; a window by itself cannot be narrow.
+        width: of the frame, in pixels; a real window cannot be narrow.
         dark: whether the reader prefers dark colours.
     """
     watch = """<script>

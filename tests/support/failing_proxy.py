@@ -58,7 +58,7 @@ class FailingProxy:
 
     @property
     def is_closed(self) -> bool:
-        """Nobody asks any more."""
+        """The client has closed the connection."""
         return self._closed.is_set()
 
     def _post(self, handler: BaseHTTPRequestHandler, body: bytes) -> None:

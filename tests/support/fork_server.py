@@ -93,7 +93,7 @@ def _import_everything() -> None:
 
 
 def _serve(stream: socket.socket) -> Task | None:
-    """Returns in every forked process with its task, and without one when there are no more requests."""
+    """Returns in every forked process with its task, and without one after the last request."""
     exits: dict[int, tuple[int, Connection]] = {}  # by the file descriptor of the process: its id, and whom to tell
     with selectors.DefaultSelector() as events:
         events.register(stream, selectors.EVENT_READ)
@@ -142,7 +142,7 @@ def _begin(streams: list[int], task_file: int) -> Task:
 def _report_exit(process: int, process_id: int, tell_status: Connection) -> None:
     os.close(process)
     _, status = os.waitpid(process_id, 0)
-    with suppress(OSError):  # nobody may want to know any more
+    with suppress(OSError):  # the client may have closed the connection
         tell_status.send(os.waitstatus_to_exitcode(status))
     tell_status.close()
 

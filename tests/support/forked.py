@@ -2,7 +2,7 @@
 of one more for each way of preparing it.
 
 The imports take some eight seconds of CPU time, a fork takes milliseconds. Where a test is about how a program starts,
-it starts an interpreter of its own instead.
+it starts a separate interpreter instead.
 """
 
 import atexit

@@ -19,7 +19,7 @@ def complaints(linter: str, *arguments: str, text: str | None = None) -> str:
         linter: its name; it lies beside the Python that runs the tests. Where it has no wheel (shellcheck on aarch64),
             the one on PATH is taken, and without one the test is skipped.
         arguments: options and files.
-        text: standard input, which the argument `-` stands for.
+        text: standard input, read for the argument `-`.
     """
     program = shutil.which(linter, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if program is None and platform.machine() != "x86_64":

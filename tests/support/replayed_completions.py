@@ -1,4 +1,4 @@
-"""Prepared responses in the place of an engine: everything behind it is the real thing. No model is asked."""
+"""Prepared responses instead of an engine's; everything else is real. No model is asked."""
 
 import asyncio
 from collections.abc import Callable, Sequence

@@ -29,7 +29,7 @@ def misbehaving(response: str, answer: str, weight: float = 1.0) -> object:
 
 
 def killed_once(response: str, answer: str) -> float:
-    """Its worker gets `kill -9`, which is no fault of the response; `answer` is a file that remembers it."""
+    """Its worker gets `kill -9`, which is not the response's fault; `answer` is a file that remembers it."""
     if not os.path.exists(answer):
         open(answer, "w").close()
         os.kill(os.getpid(), signal.SIGKILL)

@@ -71,7 +71,7 @@ def running_training(*arguments: str, run: Path, processes: int = 1) -> Iterator
     Args:
         arguments: configuration file and overrides.
         run: its run folder.
-        processes: under torchrun where there are several.
+        processes: more than one run under torchrun.
     """
     output = run.parent / f"{run.name}.output"
     with open(output, "a") as stream:

@@ -60,7 +60,7 @@ def make_tiny_qwen3(
     that a wrongly placed tensor shows.
 
     Args:
-        folder: where; made if need be.
+        folder: created if missing.
         tied: input embedding and output head are one tensor.
         vocab_size: rows of the embedding.
         seed: of the weights.

@@ -73,7 +73,7 @@ SECONDS_TO_END = 10.0
 
 
 def dsrl(*arguments: str, processes: int = 1, timeout_seconds: float = 240) -> subprocess.CompletedProcess[str]:
-    """Run the `dsrl` command, under torchrun where there are several processes.
+    """Run the `dsrl` command, under torchrun for several processes.
 
     Raises:
         subprocess.TimeoutExpired: it was killed after that many seconds.
@@ -95,7 +95,7 @@ def start_dsrl(*arguments: str, processes: int = 1, output: int = 1, errors: int
 
     Args:
         arguments: of the command.
-        processes: where there are several, they are forks of one that runs torchrun's agent.
+        processes: several are forks of one process that runs torchrun's agent.
         output: file descriptor of its standard output.
         errors: file descriptor of its standard error.
     """
@@ -134,7 +134,7 @@ def run_under_torchrun(processes: int, *program: str) -> None:
 
 
 def launcher(processes: int) -> list[str]:
-    """The beginning of a `python -m ...` command; torchrun where there are several processes."""
+    """The beginning of a `python -m ...` command; torchrun for several processes."""
     if processes == 1:
         return [sys.executable]
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]

@@ -94,7 +94,7 @@ def test_processes_are_found_below_their_launcher_only() -> None:
 def test_an_unknown_fault_is_refused(capsys) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["--only", "kill_engine,no_such_fault"])
-    assert "there is no fault no_such_fault; the faults are damage_all_checkpoints, " in capsys.readouterr().err
+    assert "unknown fault no_such_fault; the faults are damage_all_checkpoints, " in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,7 @@ def write_steps(folder, seconds_of_training) -> None:
 
 
 def test_figures_are_medians_without_the_first_step(tmp_path) -> None:
-    write_steps(tmp_path, [100.0, 4.5, 2.5, 3.5])  # half a second of which the actor waits for the device
+    write_steps(tmp_path, [100.0, 4.5, 2.5, 3.5])  # the actor waits half a second of it for the device
     figures = speeds(tmp_path, qwen3_8b(), weight_bytes=16 * 10**9, gpu=GPUS["h100"])
     assert figures["actor, tokens/s (of prompts and responses)"] == f"{80 / 3:,.0f}"
     flops = 2 * training_flops(qwen3_8b(), 10, 30, recompute="none") / 3

@@ -248,7 +248,7 @@ def test_weights_come_out_bit_identical_in_the_same_order_on_every_rank(measured
 
 
 def test_buckets_keep_their_size_unless_one_entry_exceeds_it(measured) -> None:
-    """Gate and up together are 65,536 bytes, QKV likewise; everything else fits 40,000."""
+    """Gate and up together are 65,536 bytes, and so is QKV; everything else fits 40,000."""
     sizes = measured["PP2 untied"][0]["bucket_bytes"]
     assert all(size <= 40_000 or size == 65_536 for size in sizes) and len(sizes) > 8
 

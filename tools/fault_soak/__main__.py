@@ -147,13 +147,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--minutes", type=float, default=0, help="go on with the next seeds for so long (default: one seed)"
     )
     parser.add_argument("--only", metavar="KIND,...", help=f"of: {_described(all_faults())}")
-    parser.add_argument("--folder", help="for both runs; kept (default: a temporary one, kept if there are problems)")
+    parser.add_argument("--folder", help="for both runs; kept (default: a temporary one, kept if problems are found)")
     parser.add_argument(
         "--limit-seconds", type=float, default=900, help="for every wait; longer is a hang (default: 900)"
     )
     options = parser.parse_args(arguments)
     if options.steps < 2:
-        parser.error("--steps: at least 2, so that there is a step after a fault")
+        parser.error("--steps: at least 2, so that a step follows the fault")
     options.faults = options.steps - 1 if options.faults is None else options.faults
     options.kinds = _chosen(options.only, parser)
     return options
@@ -165,7 +165,7 @@ def _chosen(only: str | None, parser: argparse.ArgumentParser) -> dict[str, type
         return {name: kind for name, kind in kinds.items() if not kind.takes_minutes}
     names = only.split(",")
     if unknown := [name for name in names if name not in kinds]:
-        parser.error(f"--only: there is no fault {', '.join(unknown)}; the faults are {', '.join(kinds)}")
+        parser.error(f"--only: unknown fault {', '.join(unknown)}; the faults are {', '.join(kinds)}")
     return {name: kinds[name] for name in names}
 
 

@@ -49,7 +49,7 @@ class Fault(ABC):
 
     @abstractmethod
     def apply(self, training: Training) -> str | None:
-        """Disturb the running training; returns what was hit, or None if there is nothing to hit (yet)."""
+        """Disturb the running training; returns what was hit, or None if the target does not exist (yet)."""
 
     def before_restart(self, training: Training, status: int) -> None:  # noqa: B027
         """Called after the run has ended with this status, before the same command is started again."""

@@ -48,7 +48,7 @@ class FaultOfFiles(Fault):
 
 @register("remove_export")
 class RemoveExport(FaultOfFiles):
-    """The newest checkpoint's, if there is one yet: the run exports that policy before it continues."""
+    """The newest checkpoint's, once one exists: the run exports that policy before it continues."""
 
     def change(self, training: Training) -> str:
         self.export = training.folder / "hf" / training.checkpoints()[-1].name

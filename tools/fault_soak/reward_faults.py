@@ -1,5 +1,5 @@
 """Reward workers and their fork server. A killed one is replaced, its response is judged once more; the pool continues
-stopped workers by itself."""
+stopped workers without help."""
 
 from tools.fault_soak.fault import Moment, register
 from tools.fault_soak.process_faults import Kill, Pause, Starve, Stop

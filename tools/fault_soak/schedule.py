@@ -32,7 +32,7 @@ def choose_faults(seed: int, steps: int, count: int, kinds: Mapping[str, type[Fa
     Args:
         seed: of the moments, delays and targets, and where in the order of kinds to begin.
         steps: of the run; at least 2.
-        count: number of faults. They happen in different steps if there are enough.
+        count: number of faults. They happen in different steps if the run has enough.
         kinds: to choose from.
     """
     order = random.Random(0).sample(sorted(kinds), len(kinds))

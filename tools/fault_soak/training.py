@@ -108,9 +108,10 @@ class Training:
         return status
 
     def wait_until(self, what: Callable[[], bool], seconds: float, name: str) -> None:
-        """
+        """Wait until `what` is true; `name` describes it in the message.
+
         Raises:
-            SoakFailure: it has not come true within so many seconds.
+            SoakFailure: it has not come true within `seconds`.
         """
         deadline = time.monotonic() + seconds
         while not what():

@@ -48,7 +48,7 @@ CHECKS = (
 
 
 def driver_stub(folder: Path) -> dict[str, str]:
-    """Environment variables with which `DRIVER` is found: none where there is a driver, else the toolkit's stub.
+    """Environment variables with which `DRIVER` is found: none with a driver, else the toolkit's stub.
 
     Args:
         folder: receives a link to the stub, whose file name lacks the version.

@@ -87,7 +87,7 @@ def missing_requirements(declared: Iterable[Requirement], locked: Mapping[str, s
 
 
 def problems() -> list[str]:
-    """Descriptions of all problems; empty if there are none."""
+    """Descriptions of all problems; empty if all is well."""
     found = []
     resolved = dict(line.split("==") for line in resolve().splitlines() if "==" in line)
     locked = pins("requirements.lock")

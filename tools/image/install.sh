@@ -38,7 +38,7 @@ install_compiled() {
     local nvidia
     nvidia="$("$venv/bin/python" -c 'import nvidia.cudnn; print(list(nvidia.__path__)[0])')"
     export CUDNN_PATH="$nvidia/cudnn" CPATH="$nvidia/cudnn/include:$nvidia/nccl/include${CPATH:+:$CPATH}"
-    # Each build reads the architectures from a variable of its own. Without FORCE_BUILD, Transformer Engine first looks
+    # Each build reads the architectures from its own variable. Without FORCE_BUILD, Transformer Engine first looks
     # for a compiled wheel among its GitHub releases.
     export NVTE_CUDA_ARCHS="$architectures" NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE
     TORCH_CUDA_ARCH_LIST="$(sed -E 's/([0-9]+)([0-9])/\1.\2/g; s/;/ /g' <<<"$architectures")"

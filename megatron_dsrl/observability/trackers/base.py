@@ -1,6 +1,6 @@
 """Interface of an experiment tracker: options in the configuration, and a run at the tracking service.
 
-A tracker of your own is a subclass of `TrackerOptions`, named in the configuration by its dotted path:
+Your own tracker is a subclass of `TrackerOptions`, named in the configuration by its dotted path:
 
     class Printed(TrackerOptions):
         prefix: str = ""

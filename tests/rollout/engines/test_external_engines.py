@@ -47,7 +47,7 @@ KEY = "key-of-the-test"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("external") / "model"
-    make_tiny_qwen3(folder, tied=False, vocab_size=101)  # the sizes of some tensors are no multiples of 16 bytes
+    make_tiny_qwen3(folder, tied=False, vocab_size=101)  # the sizes of some tensors are not multiples of 16 bytes
     return folder
 
 
@@ -119,7 +119,7 @@ def test_a_server_that_hangs_gets_the_weights_when_it_goes_on(server, folder, mo
         engines.load(stream, version=3)
     finally:
         engines.close()
-    assert len(gathered) > 1 and engines.restarts == len(gathered) - 1, "drawn to the end also where nobody listens"
+    assert len(gathered) > 1 and engines.restarts == len(gathered) - 1, "drawn to the end even without a listener"
 
 
 def test_what_an_earlier_run_has_left_is_ended(rollout, server, folder) -> None:
@@ -223,7 +223,7 @@ def test_two_processes_train_with_a_server_elsewhere(ranks, tmp_path, monkeypatc
     run = tmp_path / "runs" / "tiny"
     assert [record["step"] for record in records(run)] == [1, 2]
     assert records(run)[1]["mismatch/max_log_prob_gap"] < 1e-4  # step 1 trains in the pre-train space
-    assert not (run / "engines").exists(), "the run has started none of its own"
+    assert not (run / "engines").exists(), "the run has not started its own engines"
     assert KEY not in "".join(path.read_text() for path in run.glob("*.yaml")), "the key is not written down"
 
 

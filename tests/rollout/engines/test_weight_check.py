@@ -72,7 +72,7 @@ def test_tensors_that_arrive_changed_are_named(engine_rollout, tiny_model_folder
     ]
 
 
-def test_tensors_that_nobody_sent_are_named(engine_rollout, tiny_model_folder, weights) -> None:
+def test_tensors_that_were_not_sent_are_named(engine_rollout, tiny_model_folder, weights) -> None:
     incomplete = {name: tensor for name, tensor in weights.items() if "layers.0.mlp.up_proj" not in name}
 
     problem = push_and_check(engine_rollout, tiny_model_folder, buckets_of_three(incomplete))

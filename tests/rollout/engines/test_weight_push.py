@@ -1,4 +1,4 @@
-"""Buckets on their way to a real engine."""
+"""Pushing buckets to a real engine."""
 
 import os
 import signal

@@ -2,7 +2,7 @@
 
 What a cluster executes between Megatron and the kernels runs here: layers, parameter names, attention backends, ring
 attention, gradient accumulation into `main_grad`, FusedAdam, `_extra_state`. It needs the packages of
-tools/requirements-transformer-engine.lock in a folder of their own, where nothing else finds them: an installed
+tools/requirements-transformer-engine.lock in a separate folder, where nothing else finds them: an installed
 `transformer_engine` without its compiled parts would break every import of Megatron.
 """
 
@@ -42,7 +42,7 @@ needs_transformer_engine = pytest.mark.skipif(
 def install() -> None:
     """Make Transformer Engine importable, and have the CPU platform use it. Call it before anything imports Megatron.
 
-    For a process of its own, since Megatron decides at its import whether there is Transformer Engine.
+    Needs its own process, since Megatron looks for Transformer Engine when it is imported.
     """
     assert "megatron" not in sys.modules, "Megatron was imported without Transformer Engine"
     from tests.support.transformer_engine_on_cpu.extension import NAME, make_extension
@@ -68,7 +68,7 @@ def install() -> None:
 
 
 def _replace_torch_cuda_functions() -> None:
-    """What Transformer Engine asks of the device, a Hopper, and of its streams, of which there are none."""
+    """What Transformer Engine asks of the device, a Hopper, and of its streams, which a CPU does not have."""
     torch.cuda.get_device_properties = lambda device=None: HOPPER  # type: ignore[assignment, return-value]
     torch.cuda.get_device_capability = lambda device=None: (HOPPER.major, HOPPER.minor)
     torch.cuda.is_available = lambda: _called_by_transformer_engine(depth=2)

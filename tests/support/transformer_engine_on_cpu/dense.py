@@ -105,7 +105,7 @@ def te_general_grouped_gemm(
     """`generic_gemm` of every pair, without biases.
 
     Args:
-        out: one tensor per pair, or with `single_output` one for all, of which each pair gets `splits` rows.
+        out: one tensor per pair, or with `single_output` one for all, with `splits` rows for each pair.
     """
     assert all(each.numel() == 0 for each in bias), "experts have no biases"
     parts = out[0].split(list(splits or [])) if single_output else out

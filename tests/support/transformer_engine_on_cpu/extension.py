@@ -1,4 +1,4 @@
-"""The compiled module `transformer_engine_torch`, as far as a dense or mixture-of-experts Qwen3 needs it.
+"""The compiled module `transformer_engine_torch`, limited to what a dense or mixture-of-experts Qwen3 needs.
 
 Enumerations have the members of the real ones (csrc/extensions/pybind.cpp and common/util/pybind_helper.h of the source
 package). A kernel that has no PyTorch version here can be imported, but raises when it is called.
