@@ -31,7 +31,7 @@ from megatron_dsrl.checkpoint.state import RunState, current_layout
 from megatron_dsrl.checkpoint.store import CheckpointStore
 from megatron_dsrl.common.collective import broadcast, gather, rank, world_size
 from megatron_dsrl.config.actor import ActorConfig
-from megatron_dsrl.config.data import PromptSetConfig
+from megatron_dsrl.config.data import DataConfig
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig
 from megatron_dsrl.config.phase import PhaseConfig
 from megatron_dsrl.config.run import RunConfig
@@ -87,7 +87,7 @@ def make_config(model: Path, parallel: ParallelConfig) -> RunConfig:
         model=ModelConfig(path=str(model), dtype="float32", random_init=True),
         parallel=parallel,
         actor=ActorConfig(max_tokens_per_micro_batch=1024),
-        data=PromptSetConfig(source="unused"),
+        data=DataConfig(source="unused"),
         phases=[PHASE],
     )
 

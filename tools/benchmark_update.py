@@ -28,7 +28,7 @@ from megatron_dsrl.algorithms.experience import Response, build_experience
 from megatron_dsrl.algorithms.objective import build_objectives
 from megatron_dsrl.algorithms.spaces import PostTrain
 from megatron_dsrl.config.actor import ActorConfig
-from megatron_dsrl.config.data import PromptSetConfig
+from megatron_dsrl.config.data import DataConfig
 from megatron_dsrl.config.model import ModelConfig
 from megatron_dsrl.config.phase import PhaseConfig
 from megatron_dsrl.config.run import RunConfig
@@ -112,7 +112,7 @@ def main() -> None:
             steps=1,
             model=ModelConfig(path=name, dtype=options.dtype, random_init=True),
             actor=ActorConfig(max_tokens_per_micro_batch=2048),
-            data=PromptSetConfig(source="unused"),
+            data=DataConfig(source="unused"),
             phases=[GRPO],
         )
         with parallel_layout(config.parallel, seed=1):

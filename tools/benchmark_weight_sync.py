@@ -24,7 +24,7 @@ from torch import Tensor
 
 from megatron_dsrl.algorithms.spaces import PostTrain
 from megatron_dsrl.common.collective import broadcast, gather, rank, together, world_size
-from megatron_dsrl.config.data import PromptSetConfig
+from megatron_dsrl.config.data import DataConfig
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig
 from megatron_dsrl.config.phase import PhaseConfig
 from megatron_dsrl.config.rollout import EngineConfig
@@ -75,7 +75,7 @@ def make_config(model: Path, parallel: ParallelConfig, engine_size: int, dtype: 
         steps=1,
         model=ModelConfig(path=str(model), dtype=dtype, random_init=True),
         parallel=parallel,
-        data=PromptSetConfig(source="unused", max_prompt_tokens=64),
+        data=DataConfig(source="unused", max_prompt_tokens=64),
         rollout={"max_response_tokens": 64},
         engine=EngineConfig(
             tensor_parallel_size=engine_size,

@@ -23,7 +23,7 @@ from megatron_dsrl.algorithms.objective import Objective
 from megatron_dsrl.algorithms.spaces import PostTrain, PreTrain, ScoredSequence
 from megatron_dsrl.common.waiting import say_on_first_rank
 from megatron_dsrl.config.actor import ActorConfig, OptimizerConfig
-from megatron_dsrl.config.data import PromptSetConfig
+from megatron_dsrl.config.data import DataConfig
 from megatron_dsrl.config.model import ModelConfig
 from megatron_dsrl.config.phase import PhaseConfig
 from megatron_dsrl.config.run import RunConfig
@@ -99,7 +99,7 @@ def training_config(model: Path, settings: Settings) -> RunConfig:
         optimizer=OptimizerConfig(
             learning_rate=settings.learning_rate, warmup_steps=20, decay="linear", betas=(0.9, 0.98)
         ),
-        data=PromptSetConfig(source="unused"),
+        data=DataConfig(source="unused"),
         phases=[PhaseConfig(name="unused", space=PostTrain(), advantage=GroupMean())],
     )
 
@@ -125,7 +125,7 @@ def document(
     response = tokenizer.encode(text, add_special_tokens=False)
     if unprompted:
         return PreTrain().sequence((), response, context_token_ids(tokenizer, PreTrain().context_text))
-    prompt = render(problem.text, PromptSetConfig(source="unused", system_prompt=None), tokenizer)
+    prompt = render(problem.text, DataConfig(source="unused", system_prompt=None), tokenizer)
     return PostTrain().sequence(tokenizer.encode(prompt, add_special_tokens=False), response)
 
 

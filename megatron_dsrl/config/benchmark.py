@@ -41,6 +41,11 @@ class PromptLimits(Section):
     max_prompt_tokens: int
     """Longest prompt."""
 
+    @property
+    def set_rewards(self) -> dict[str, RewardConfig]:
+        """A benchmark is not a mixture."""
+        return {}
+
 
 class BenchmarkRunConfig(Section):
     """The engines of `dsrl eval`: the sections of a training run that have a meaning there."""

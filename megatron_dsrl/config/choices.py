@@ -1,7 +1,8 @@
-"""The choices that an algorithm is made of, and where the built-in ones are defined."""
+"""The choices that a run is made of, and where the built-in ones are defined."""
 
 from megatron_dsrl.config.registry import Registry
 
+SAMPLERS = Registry("prompt sampler", ["megatron_dsrl.data.samplers"])
 SPACES = Registry("space", ["megatron_dsrl.algorithms.spaces"])
 ADVANTAGES = Registry("advantage", ["megatron_dsrl.algorithms.advantages", "megatron_dsrl.algorithms.gae"])
 FILTERS = Registry("filter", ["megatron_dsrl.algorithms.filters"])

@@ -1,11 +1,19 @@
 """Prompt sets and rewards."""
 
-from typing import Annotated, Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from megatron_dsrl.config.choices import SAMPLERS
 from megatron_dsrl.config.function_name import FunctionName
+from megatron_dsrl.config.registry import Options
 from megatron_dsrl.config.section import Section
+
+if TYPE_CHECKING:
+    from megatron_dsrl.data.samplers import SamplerOptions
+else:  # imported only when a choice is validated
+    SamplerOptions = Annotated[Options, SAMPLERS]
 
 
 class ChoicesConfig(Section):
@@ -128,3 +136,82 @@ class RewardConfig(Section):
     max_consecutive_errors: int | None = Field(default=256, ge=1)
     """End the run if the verifier raises, dies or does not return a number on this many responses in a row, because
     then the function is broken. Time-outs do not count. null: no limit."""
+
+
+class TrainingSetConfig(PromptSetConfig):
+    """A prompt set to train on."""
+
+    name: str = Field(default="main", pattern=r"^[a-z][a-z0-9_]*$")
+    """Name in a mixture, for its metrics (`sets/<name>/...`): lower-case letters, digits and `_`."""
+
+    weight: float = Field(default=1.0, gt=0)
+    """Share of a mixture, relative to the other sets' weights."""
+
+    pass_rates_from: str | None = None
+    """Folder of a run with recorded rollouts of these prompts, such as one of `dsrl rollout`: the share of right
+    responses to each prompt there is its pass rate. null: pass rates are unknown."""
+
+    min_pass_rate: float = Field(default=0.0, ge=0, le=1)
+    """Drop prompts with a lower pass rate; above 0, also prompts without a known one."""
+
+    max_pass_rate: float = Field(default=1.0, ge=0, le=1)
+    """Drop prompts with a higher pass rate; below 1, also prompts without a known one."""
+
+    @property
+    def filters_by_pass_rate(self) -> bool:
+        """Whether some pass rates are excluded."""
+        return self.min_pass_rate > 0 or self.max_pass_rate < 1
+
+    @model_validator(mode="after")
+    def _pass_rates_are_known(self) -> "TrainingSetConfig":
+        if self.min_pass_rate > self.max_pass_rate:
+            raise ValueError("min_pass_rate is greater than max_pass_rate; no prompt would be left")
+        if self.filters_by_pass_rate and self.pass_rates_from is None:
+            raise ValueError("min_pass_rate and max_pass_rate need pass_rates_from, the folder of a recorded run")
+        return self
+
+
+class MixedSetConfig(TrainingSetConfig):
+    """A further prompt set of a mixture."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    """Name for its metrics (`sets/<name>/...`): lower-case letters, digits and `_`."""
+
+    reward: RewardConfig | None = None
+    """Verifier of this set; null: the run's. Workers and their memory are the run's."""
+
+
+class DataConfig(TrainingSetConfig):
+    """The prompts to train on: one set, or a mixture of several."""
+
+    mixed_with: list[MixedSetConfig] = Field(default_factory=list)
+    """Further sets. Every batch contains prompts of all sets in proportion to their weights; each set has its own
+    epochs."""
+
+    sampler: SamplerOptions = Field(default_factory=partial(SAMPLERS.build, "shuffled"))
+    """Order of the prompts of a set."""
+
+    @property
+    def sets(self) -> list[TrainingSetConfig]:
+        """All sets, the first one first."""
+        return [self, *self.mixed_with]
+
+    @property
+    def set_rewards(self) -> dict[str, RewardConfig]:
+        """Verifiers of the sets that have their own, by the set's name."""
+        return {one.name: one.reward for one in self.mixed_with if one.reward is not None}
+
+    @model_validator(mode="after")
+    def _sets_fit_together(self) -> "DataConfig":
+        names = [one.name for one in self.sets]
+        if len(set(names)) < len(names):
+            raise ValueError(f"mixed_with: the sets' names must differ, got {', '.join(names)}; the first is data.name")
+        for position, one in enumerate(self.mixed_with):
+            if one.max_prompt_tokens > self.max_prompt_tokens:
+                raise ValueError(
+                    f"mixed_with.{position}.max_prompt_tokens: {one.max_prompt_tokens} is more than the first set's "
+                    f"{self.max_prompt_tokens}, which the engines are made for; raise data.max_prompt_tokens"
+                )
+            if one.reward is not None and one.reward.overlong is not None:
+                raise ValueError(f"mixed_with.{position}.reward.overlong: all sets have the penalty of reward.overlong")
+        return self

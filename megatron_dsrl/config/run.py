@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from megatron_dsrl.config.actor import ActorConfig, CriticConfig, OptimizerConfig, ReferenceConfig
-from megatron_dsrl.config.data import PromptSetConfig, RewardConfig
+from megatron_dsrl.config.data import DataConfig, PromptSetConfig, RewardConfig
 from megatron_dsrl.config.load_benchmark import load_benchmark
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig
 from megatron_dsrl.config.phase import AnyPhase
@@ -158,7 +158,7 @@ class RunConfig(Section):
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     critic: CriticConfig = Field(default_factory=CriticConfig)
     reference: ReferenceConfig = Field(default_factory=ReferenceConfig)
-    data: PromptSetConfig
+    data: DataConfig
     reward: RewardConfig = Field(default_factory=RewardConfig)
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     engine: EngineConfig = Field(default_factory=EngineConfig)

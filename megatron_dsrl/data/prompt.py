@@ -8,7 +8,7 @@ class Prompt:
     """A problem that is ready to be sampled from."""
 
     index: int
-    """Row number in its prompt set."""
+    """Row number in its prompt set. In a mixture, rows are counted on from set to set, so that no two are equal."""
 
     text: str
     """The rendered chat prompt, for display."""
@@ -21,3 +21,9 @@ class Prompt:
 
     other_answers: tuple[str, ...] = ()
     """Further gold answers; any of them is accepted."""
+
+    prompt_set: str = ""
+    """Name of its set in a mixture; empty if the run has only one."""
+
+    pass_rate: float | None = None
+    """Share of right responses in earlier recorded rollouts (`data.pass_rates_from`); None if unknown."""

@@ -1,12 +1,21 @@
 """Which prompts come next: shuffled epochs, deterministic and resumable."""
 
 import random
-from collections.abc import Callable, Sequence
-from typing import Generic, TypedDict, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Generic, TypedDict, TypeVar
 
 from megatron_dsrl.common.errors import UserError
 
 Item = TypeVar("Item")
+
+
+Reorder = Callable[[int, list[int]], list[int]]
+"""reorder(epoch, shuffled) returns the same indices in the order of this epoch, counted from 0."""
+
+
+def as_shuffled(epoch: int, shuffled: list[int]) -> list[int]:
+    """The shuffled order itself."""
+    return shuffled
 
 
 class SamplerState(TypedDict):
@@ -25,11 +34,21 @@ class PromptSampler:
     such a batch can contain an index twice. The order of an epoch depends only on the seed and the epoch's number.
     """
 
-    def __init__(self, num_prompts: int, seed: int) -> None:
+    def __init__(self, num_prompts: int, seed: int, reorder: Reorder = as_shuffled) -> None:
+        """
+        Args:
+            num_prompts: number of prompts in the set.
+            seed: seed of the shuffles.
+            reorder: makes the order of an epoch from its shuffled indices.
+
+        Raises:
+            UserError: the set is empty.
+        """
         if num_prompts < 1:
             raise UserError(f"data: a prompt set needs at least one prompt, this one has {num_prompts}")
         self._num_prompts = num_prompts
         self._seed = seed
+        self._reorder = reorder
         self._start_epoch(0)
 
     def next(self, count: int) -> list[int]:
@@ -43,14 +62,24 @@ class PromptSampler:
             indices += taken
         return indices
 
+    @property
+    def num_drawn(self) -> int:
+        """Number of prompts drawn since the first epoch began."""
+        return self._epoch * self._num_prompts + self._position
+
     def state_dict(self) -> SamplerState:
         """The current position in the sequence."""
         return SamplerState(
             num_prompts=self._num_prompts, seed=self._seed, epoch=self._epoch, position=self._position
         )
 
-    def load_state_dict(self, state: SamplerState) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`. Raises UserError if it belongs to another prompt set or seed."""
+        if "sets" in state:
+            raise UserError(
+                f"data.mixed_with: the checkpoint was written with {len(state['sets'])} prompt sets, this run has one; "
+                "a run can only be resumed with the sets that it was started with"
+            )
         for name, saved, here in (
             ("num_prompts", state["num_prompts"], self._num_prompts),
             ("seed", state["seed"], self._seed),
@@ -66,8 +95,10 @@ class PromptSampler:
     def _start_epoch(self, epoch: int) -> None:
         self._epoch = epoch
         self._position = 0
-        self._order = list(range(self._num_prompts))
-        random.Random(f"{self._seed}/{epoch}").shuffle(self._order)
+        shuffled = list(range(self._num_prompts))
+        random.Random(f"{self._seed}/{epoch}").shuffle(shuffled)
+        self._order = self._reorder(epoch, shuffled)
+        assert sorted(self._order) == list(range(self._num_prompts)), "an epoch has every prompt once"
 
 
 class RepeatableDraw(Generic[Item]):

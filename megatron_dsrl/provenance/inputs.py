@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dsrl.common.fingerprint import fingerprint
-from megatron_dsrl.config.data import PromptSetConfig
+from megatron_dsrl.config.data import DataConfig, PromptSetConfig
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.data.rows import local_files
 
@@ -61,6 +61,14 @@ def describe_prompts(config: PromptSetConfig, prompts: Sequence[Prompt]) -> dict
         "prompts": len(prompts),
         "prompts_sha256": _hash_prompts(prompts),
     }
+
+
+def describe_training_sets(config: DataConfig, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """The training prompts of a run: as `describe_prompts`, with the further sets of a mixture in `mixed_with`."""
+    if not config.mixed_with:
+        return describe_prompts(config, prompts)
+    first, *others = (describe_prompts(one, [p for p in prompts if p.prompt_set == one.name]) for one in config.sets)
+    return {**first, "mixed_with": others}
 
 
 def hash_files(files: Sequence[Path], bytes_read: int) -> FileHashes:

@@ -13,7 +13,8 @@ import logging
 import os
 import resource
 import threading
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -56,27 +57,33 @@ class Judgement:
 class RewardPool:
     """Judges responses in parallel. Close it, or use it as a context manager."""
 
-    def __init__(self, config: RewardConfig) -> None:
+    def __init__(self, config: RewardConfig, set_rewards: Mapping[str, RewardConfig] | None = None) -> None:
         """
+        Args:
+            config: the run's verifier, and the number of workers and their memory for all verifiers.
+            set_rewards: verifiers of prompt sets that have their own, by the set's name.
+
         Raises:
-            UserError: the reward function does not exist, does not take the options or may take longer than
+            UserError: a reward function does not exist, does not take the options or may take longer than
                 `reward.timeout_seconds`, or the name of the temporary folder is too long for sockets. No process was
                 started.
         """
         require_short_temporary_folder()
-        check_options(config.function, config.options)
-        _check_time_limit(config)
         self._config = config
+        self._set_rewards = dict(set_rewards or {})
+        for one in (config, *self._set_rewards.values()):
+            check_options(one.function, one.options)
+            _check_time_limit(one)
         self._lock = threading.Lock()
-        self._failures = 0
-        """Consecutive failures since the last success, not counting timeouts."""
+        self._failures: Counter[str] = Counter()
+        """Consecutive failures of each function since its last success, not counting timeouts."""
         self._logged = 0
         self._last_problem = ""
         self._context = WorkerContext()
         self._pool = self._new_pool()
 
     def submit(
-        self, response: str, answer: str, other_answers: Sequence[str] = (), prompt: str = ""
+        self, response: str, answer: str, other_answers: Sequence[str] = (), prompt: str = "", prompt_set: str = ""
     ) -> "Future[Judgement]":
         """Judge one response; returns at once. The future never raises.
 
@@ -85,30 +92,32 @@ class RewardPool:
             answer: the gold answer.
             other_answers: further gold answers; the highest reward counts.
             prompt: the rendered prompt, for verifiers that read it.
+            prompt_set: name of the prompt's set, which may have its own verifier.
 
         Raises:
             UserError: the verifier has failed on `reward.max_consecutive_errors` responses in a row.
         """
-        limit = self._config.max_consecutive_errors
-        if limit is not None and self._failures >= limit:
+        reward = self._set_rewards.get(prompt_set, self._config)
+        limit, failures = reward.max_consecutive_errors, self._failures[reward.function]
+        if limit is not None and failures >= limit:
             raise UserError(
-                f"reward.function: {self._config.function} has failed on {self._failures} responses in a row, the last "
+                f"reward.function: {reward.function} has failed on {failures} responses in a row, the last "
                 f"time with: {self._last_problem}. Fix it, or raise reward.max_consecutive_errors (null: no limit)"
             )
         judgement: Future[Judgement] = Future()
-        answers = (answer, *other_answers)
+        arguments = (reward.function, reward.options, response, (answer, *other_answers), prompt)
 
         def judge_again(first: "Future[Score]") -> None:
             if _may_be_innocent(first):
-                logger.warning("reward %s: its worker was lost; calling it once more", self._config.function)
-                self._schedule(response, answers, prompt, settle)
+                logger.warning("reward %s: its worker was lost; calling it once more", reward.function)
+                self._schedule(reward, arguments, settle)
             else:
                 settle(first)
 
         def settle(task: "Future[Score]") -> None:
-            judgement.set_result(self._judgement(task, response))
+            judgement.set_result(self._judgement(reward, task, response))
 
-        self._schedule(response, answers, prompt, judge_again)
+        self._schedule(reward, arguments, judge_again)
         return judgement
 
     def close(self) -> None:
@@ -129,55 +138,55 @@ class RewardPool:
         # Workers are forked from a small clean process: a replacement takes milliseconds, and inherits nothing from the
         # trainer (torch, its threads, its devices).
         context = self._context
-        context.set_forkserver_preload([__name__, *built_in_modules(self._config.function)])
+        functions = [self._config.function, *(one.function for one in self._set_rewards.values())]
+        context.set_forkserver_preload([__name__, *(module for name in functions for module in built_in_modules(name))])
         start_fork_server()
         return ProcessPool(
             max_workers=self._config.workers,
             initializer=_start_worker,
-            initargs=(self._config.function, self._config.memory_megabytes),
+            initargs=(functions, self._config.memory_megabytes),
             context=context,
         )
 
     def _schedule(
-        self, response: str, answers: tuple[str, ...], prompt: str, done: Callable[["Future[Score]"], None]
+        self, reward: RewardConfig, arguments: tuple[Any, ...], done: Callable[["Future[Score]"], None]
     ) -> None:
-        arguments = (self._config.function, self._config.options, response, answers, prompt)
         with self._lock:
             try:
-                task = self._pool.schedule(_call, args=arguments, timeout=self._config.timeout_seconds)
+                task = self._pool.schedule(_call, args=arguments, timeout=reward.timeout_seconds)
             except RuntimeError:  # the pool has broken since
-                logger.warning("reward %s: all workers were lost; replacing them", self._config.function)
+                logger.warning("reward %s: all workers were lost; replacing them", reward.function)
                 self._pool = self._new_pool()
-                task = self._pool.schedule(_call, args=arguments, timeout=self._config.timeout_seconds)
+                task = self._pool.schedule(_call, args=arguments, timeout=reward.timeout_seconds)
         task.add_done_callback(done)
 
-    def _judgement(self, task: "Future[Score]", response: str) -> Judgement:
+    def _judgement(self, reward: RewardConfig, task: "Future[Score]", response: str) -> Judgement:
         error = None if task.cancelled() else task.exception()
         if isinstance(error, TimeoutError):
-            self._log(f"exceeded reward.timeout_seconds = {self._config.timeout_seconds:g}", response)
+            self._log(reward, f"exceeded reward.timeout_seconds = {reward.timeout_seconds:g}", response)
             return Judgement(0.0, "timeout")
         if error is not None or task.cancelled():
             problem = end_of_worker(error) if isinstance(error, ProcessExpired) else f"was lost: {error!r}"
         else:
             score = task.result()
             if score.problem is None:
-                self._failures = 0
+                self._failures[reward.function] = 0
                 if score.why_fallback is None:
                     return Judgement(score.reward, "ok")
-                self._log(f"left it to its fallback, because {score.why_fallback}", response)
+                self._log(reward, f"left it to its fallback, because {score.why_fallback}", response)
                 return Judgement(score.reward, "fallback")
             problem = score.problem
-        self._failures += 1
+        self._failures[reward.function] += 1
         self._last_problem = problem
-        self._log(problem, response)
+        self._log(reward, problem, response)
         return Judgement(0.0, "error")
 
-    def _log(self, problem: str, response: str) -> None:
+    def _log(self, reward: RewardConfig, problem: str, response: str) -> None:
         """Log the first few failures, then ever fewer: a batch has thousands of responses."""
         self._logged += 1
         if self._logged <= _LOGGED_AT_FIRST or self._logged.bit_count() == 1:
             count = f" (failure {self._logged})" if self._logged > _LOGGED_AT_FIRST else ""
-            logger.warning("reward %s%s %s on %r", self._config.function, count, problem, response[-200:])
+            logger.warning("reward %s%s %s on %r", reward.function, count, problem, response[-200:])
 
 
 def _may_be_innocent(task: "Future[Score]") -> bool:
@@ -195,9 +204,10 @@ def _check_time_limit(config: RewardConfig) -> None:
         )
 
 
-def _start_worker(function: str, memory_megabytes: int) -> None:
+def _start_worker(functions: Sequence[str], memory_megabytes: int) -> None:
     die_with_parent(os.getppid())
-    _worker_function(function)  # its imports must not count against the first response's time limit
+    for function in functions:  # their imports must not count against the first response's time limit
+        _worker_function(function)
     limit = memory_megabytes * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 

@@ -240,7 +240,8 @@ class Dispatcher:
     async def _judge(self, group: UnfinishedGroup) -> SampleGroup:
         texts = [self._decode(response.response_ids) for response in group.responses]
         prompt = group.prompt
-        judgements = [self._rewards.submit(text, prompt.answer, prompt.other_answers, prompt.text) for text in texts]
+        about = (prompt.answer, prompt.other_answers, prompt.text, prompt.prompt_set)
+        judgements = [self._rewards.submit(text, *about) for text in texts]
         samples = []
         for response, text, judgement in zip(group.responses, texts, judgements, strict=True):
             try:

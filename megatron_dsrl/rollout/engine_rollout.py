@@ -63,7 +63,7 @@ class EngineRollout:
         self._retries = 0
         if rank() == 0:
             requests_at_a_time()  # a limit that is far too low is an error before anything is started
-        self._rewards = RewardPool(config.reward) if rank() == 0 else None
+        self._rewards = RewardPool(config.reward, config.data.set_rewards) if rank() == 0 else None
         self._steps = step_sampling(config, self)
         self._engines: Engines | None = None
         try:

@@ -7,12 +7,15 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from megatron_dsrl.config.data import DataConfig, TrainingSetConfig
 from megatron_dsrl.config.run import EvaluationSetConfig, RunConfig
+from megatron_dsrl.data.mixture import in_mixture
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.data.prompts import load_prompts
 from megatron_dsrl.data.tokenizer import context_token_ids, decode, load_tokenizer, stop_token_ids
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.source import resolve_model_folder
+from megatron_dsrl.rollout.pass_rates import read_pass_rates, with_pass_rates, within_pass_rates
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,26 @@ class RunInputs:
         return decode(self.tokenizer, token_ids)
 
 
+def load_training_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """The prompts of all training sets, one set after the other, with pass rates where they are configured.
+
+    Raises:
+        UserError: a prompt set or a recorded run is missing or invalid, or a filter leaves no prompt.
+    """
+    sections = ["data", *(f"data.mixed_with.{position}" for position in range(len(config.mixed_with)))]
+    return in_mixture([(one.name, _load_set(one, tokenizer, section)) for one, section in zip(config.sets, sections)])
+
+
+def _load_set(config: TrainingSetConfig, tokenizer: PreTrainedTokenizerBase, section: str) -> list[Prompt]:
+    prompts = load_prompts(config, tokenizer, section)
+    if config.pass_rates_from is None:
+        return prompts
+    prompts = with_pass_rates(prompts, read_pass_rates(Path(config.pass_rates_from), f"{section}.pass_rates_from"))
+    if not config.filters_by_pass_rate:
+        return prompts
+    return within_pass_rates(prompts, config.min_pass_rate, config.max_pass_rate, f"{section}.min_pass_rate")
+
+
 def load_inputs(config: RunConfig) -> RunInputs:
     """Read all inputs.
 
@@ -53,7 +76,7 @@ def load_inputs(config: RunConfig) -> RunInputs:
         model=asdict(architecture),
         tokenizer=tokenizer,
         stop_token_ids=stop_token_ids(tokenizer, model_folder),
-        prompts=load_prompts(config.data, tokenizer),
+        prompts=load_training_prompts(config.data, tokenizer),
         evaluation_sets=[
             (evaluation_set, load_prompts(evaluation_set, tokenizer, section=f"evaluation.sets.{i}"))
             for i, evaluation_set in enumerate(config.evaluation.sets)

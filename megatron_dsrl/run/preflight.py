@@ -6,7 +6,7 @@ from megatron_dsrl.algorithms.schedule import Schedule, passes_of_phase
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.temporary_folder import require_short_temporary_folder
 from megatron_dsrl.config.derived import RunFigures, derive
-from megatron_dsrl.config.prompt_count import count_prompts
+from megatron_dsrl.config.prompt_count import count_training_prompts
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.source import find_config_json, is_hub_name, no_folder
@@ -23,7 +23,7 @@ def preflight(config: RunConfig, world_size: int) -> RunFigures:
     """
     require_short_temporary_folder()
     architecture = read_architecture(find_config_json(config.model.path, config.made_by).parent)
-    figures = derive(config, world_size, architecture.shape, count_prompts(config.data, config.made_by))
+    figures = derive(config, world_size, architecture.shape, count_training_prompts(config.data, config.made_by))
     check_models(config)
     return figures
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from megatron_dsrl.common.collective import rank
 from megatron_dsrl.config.run import RunConfig
-from megatron_dsrl.provenance.inputs import describe_model, describe_prompts
+from megatron_dsrl.provenance.inputs import describe_model, describe_prompts, describe_training_sets
 from megatron_dsrl.provenance.start import Details, record_start
 from megatron_dsrl.rewards.registry import describe_verifiers
 from megatron_dsrl.run.inputs import RunInputs
@@ -22,7 +22,8 @@ def record_run_start(
         report: called on rank 0 with a line on a verifier that depends on the machine, and with a warning if there can
             be no record.
     """
-    rewards = [config.reward, *(evaluation_set.reward for evaluation_set in config.evaluation.sets)]
+    held_out = (evaluation_set.reward for evaluation_set in config.evaluation.sets)
+    rewards = [config.reward, *config.data.set_rewards.values(), *held_out]
     verifiers = describe_verifiers(rewards) if rank() == 0 else []
     for line in verifiers:
         report(line)
@@ -31,7 +32,7 @@ def record_run_start(
         "layout": lambda: config.parallel.model_dump(mode="json"),
         "engine_tensor_parallel_size": lambda: config.engine.tensor_parallel_size,
         "model": lambda: describe_model(config.model.path, inputs.model_folder),
-        "data": lambda: describe_prompts(config.data, inputs.prompts),
+        "data": lambda: describe_training_sets(config.data, inputs.prompts),
         "evaluation_sets": lambda: {
             one.name: describe_prompts(one, prompts) for one, prompts in inputs.evaluation_sets
         },

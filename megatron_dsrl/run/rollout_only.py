@@ -12,7 +12,7 @@ from megatron_dsrl.common.collective import on_first, rank
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.folder_lock import locked
 from megatron_dsrl.config.run import RunConfig
-from megatron_dsrl.data.sampler import PromptSampler
+from megatron_dsrl.data.mixture import build_sampler
 from megatron_dsrl.model.parallel import process_group
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.engines.awaiting_engines import awaiting_engines
@@ -56,7 +56,7 @@ def missing_steps(config: RunConfig, inputs: RunInputs) -> list[int]:
 def sample_steps(config: RunConfig, inputs: RunInputs, rollout: EngineRollout) -> None:
     """Rank 0: one batch per step, each on disk before the next begins."""
     assert rank() == 0
-    sampler, missing = PromptSampler(len(inputs.prompts), config.seed), missing_steps(config, inputs)
+    sampler, missing = build_sampler(config.data, inputs.prompts, config.seed), missing_steps(config, inputs)
     for step in range(1, config.steps + 1):
         prompts = [inputs.prompts[i] for i in sampler.next(config.rollout.prompts_per_step)]
         file = rollout_file(inputs.run_folder, step)

@@ -4,6 +4,7 @@ from typing import NoReturn
 
 from megatron_dsrl.checkpoint.state import RunState, current_layout
 from megatron_dsrl.common.collective import gather, on_first
+from megatron_dsrl.data.mixture import MixtureState
 from megatron_dsrl.data.sampler import SamplerState
 from megatron_dsrl.rollout.carry_over import CarryOverWrite
 from megatron_dsrl.run.preemption import Preempted
@@ -14,7 +15,7 @@ ROLLOUT_FOLDER = "rollout"
 """Folder in checkpoints for what the rollout side carries over to the next step."""
 
 
-def save_checkpoint(run: TrainingRun, step: int, sampler: SamplerState) -> None:
+def save_checkpoint(run: TrainingRun, step: int, sampler: SamplerState | MixtureState) -> None:
     """Save a checkpoint of the state after `step`, with the given state of the sampler."""
 
     def flush_rollouts() -> None:
@@ -52,7 +53,7 @@ def stop_if_requested(run: TrainingRun, step: int) -> None:
         save_and_stop(run, step, run.sampler.state_dict())
 
 
-def save_and_stop(run: TrainingRun, step: int, sampler: SamplerState) -> NoReturn:
+def save_and_stop(run: TrainingRun, step: int, sampler: SamplerState | MixtureState) -> NoReturn:
     """Save the state after the last finished step and stop. Before the first step there is nothing to save.
 
     Raises:

@@ -3,7 +3,7 @@
 import socket
 from contextlib import ExitStack
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch.distributed as dist
 
@@ -14,7 +14,7 @@ from megatron_dsrl.checkpoint.store import Checkpoint, CheckpointStore
 from megatron_dsrl.common.folder_lock import locked
 from megatron_dsrl.common.waiting import waiting
 from megatron_dsrl.config.run import RunConfig
-from megatron_dsrl.data.sampler import PromptSampler, SamplerState
+from megatron_dsrl.data.mixture import Sampler, build_sampler
 from megatron_dsrl.evaluation.evaluator import Evaluator
 from megatron_dsrl.model.parallel import destroy_parallel, initialize_parallel
 from megatron_dsrl.observability.console import RunConsole
@@ -67,7 +67,7 @@ def start_run(config: RunConfig, resources: ExitStack) -> TrainingRun:
     timeline = open_timeline(config, inputs.run_folder, resources)
     rollout = start_rollout(with_model_folder(config, inputs.model_folder), inputs, timeline, resources)
     models = start_models(config, inputs, timeline, console)
-    sampler = PromptSampler(len(inputs.prompts), config.seed)
+    sampler = build_sampler(config.data, inputs.prompts, config.seed)
     if checkpoint:
         restore(checkpoint, config, sampler, models, rollout)
         announce(console, f"continuing after step {step} from {checkpoint.folder}")
@@ -153,10 +153,10 @@ def start_models(
 
 
 def restore(
-    checkpoint: Checkpoint, config: RunConfig, sampler: PromptSampler, models: RunModels, rollout: Rollout
+    checkpoint: Checkpoint, config: RunConfig, sampler: Sampler, models: RunModels, rollout: Rollout
 ) -> None:
     """Restore prompt sampler, models and carried-over samples from a checkpoint. All ranks."""
-    sampler.load_state_dict(cast(SamplerState, checkpoint.state.sampler))
+    sampler.load_state_dict(cast(Any, checkpoint.state.sampler))
     models.load(checkpoint, same_layout=checkpoint.state.layout == current_layout(config.parallel))
     if config.rollout.carries_over and dist.get_rank() == 0:
         rollout.take_over(CarryOver.read_from(checkpoint.folder / ROLLOUT_FOLDER))

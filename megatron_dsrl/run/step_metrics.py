@@ -22,6 +22,7 @@ def rollout_metrics(
     assert samples, "a step without samples"
     return (
         reward_metrics(groups)
+        | set_metrics(groups)
         | verifier_metrics(samples)
         | response_metrics(samples)
         | entropy_metrics(samples)
@@ -40,6 +41,21 @@ def reward_metrics(groups: Sequence[SampleGroup]) -> dict[str, int | float]:
         "reward/unsolved_groups": unsolved,
         "reward/mixed_groups": len(groups) - solved - unsolved,
     }
+
+
+def set_metrics(groups: Sequence[SampleGroup]) -> dict[str, int | float]:
+    """Groups, mean reward, mixed groups and mean response length of each set of a mixture, as `sets/<name>/...`."""
+    metrics: dict[str, int | float] = {}
+    for name in sorted({group.prompt.prompt_set for group in groups} - {""}):
+        members = [group for group in groups if group.prompt.prompt_set == name]
+        rewards = reward_metrics(members)
+        metrics |= {
+            f"sets/{name}/groups": len(members),
+            f"sets/{name}/reward": rewards["reward/mean"],
+            f"sets/{name}/mixed_groups": rewards["reward/mixed_groups"],
+            f"sets/{name}/mean_tokens": _mean([len(one.response_ids) for group in members for one in group.samples]),
+        }
+    return metrics
 
 
 def verifier_metrics(samples: Sequence[Sample]) -> dict[str, int]:

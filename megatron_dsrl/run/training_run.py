@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from megatron_dsrl.algorithms.schedule import Schedule
 from megatron_dsrl.checkpoint.store import CheckpointStore
 from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.data.mixture import Sampler
 from megatron_dsrl.data.prompt import Prompt
-from megatron_dsrl.data.sampler import PromptSampler
 from megatron_dsrl.observability.console import RunConsole
 from megatron_dsrl.observability.timeline import NoTimeline, Timeline
 from megatron_dsrl.rollout.rollout import Rollout
@@ -32,7 +32,7 @@ class TrainingRun:
     rollout: Rollout
     device: SharedDevice
     """Shared by the models and the rollout's engines."""
-    sampler: PromptSampler
+    sampler: Sampler
     """Rank 0 draws from it; the other ranks' state is synchronised every step."""
     checkpoints: CheckpointStore
     stop: StopSignal

@@ -25,7 +25,7 @@ from megatron_dsrl.algorithms.losses import PolicyLoss
 from megatron_dsrl.algorithms.objective import Objective, build_objectives
 from megatron_dsrl.algorithms.spaces import PostTrain, PreTrain
 from megatron_dsrl.config.actor import ActorConfig, OptimizerConfig
-from megatron_dsrl.config.data import PromptSetConfig
+from megatron_dsrl.config.data import DataConfig
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig
 from megatron_dsrl.config.phase import PhaseConfig
 from megatron_dsrl.config.rollout import RolloutConfig
@@ -99,7 +99,7 @@ def run_config(folder: Path, parallel: ParallelConfig, actor: ActorConfig) -> Ru
         parallel=parallel,
         actor=actor,
         optimizer=OPTIMIZER,
-        data=PromptSetConfig(source="unused"),
+        data=DataConfig(source="unused"),
         rollout=RolloutConfig(temperature=TEMPERATURE),
         phases=[NSR_PRERL, GRPO],
     )

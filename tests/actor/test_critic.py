@@ -21,7 +21,7 @@ from megatron_dsrl.algorithms.experience import Experience, Response, build_expe
 from megatron_dsrl.algorithms.spaces import PostTrain
 from megatron_dsrl.cli import main
 from megatron_dsrl.config.actor import ActorConfig, CriticConfig, OptimizerConfig
-from megatron_dsrl.config.data import PromptSetConfig
+from megatron_dsrl.config.data import DataConfig
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig, RouterConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
@@ -89,7 +89,7 @@ def run_config(folder: Path, parallel: ParallelConfig, path: str | None, dtype: 
             epochs_per_rollout=EPOCHS,
             optimizer=OPTIMIZER,
         ),
-        data=PromptSetConfig(source="unused"),
+        data=DataConfig(source="unused"),
         phases=[{"name": "grpo", "space": {"name": "post_train"}, "advantage": {"name": "group_standardised"}}],
     )
 

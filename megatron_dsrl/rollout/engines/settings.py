@@ -8,10 +8,13 @@ from megatron_dsrl.config.rollout import EngineConfig, RolloutConfig
 
 
 class PromptSettings(Protocol):
-    """What engines need to know about the prompts."""
+    """What engines and verifiers need to know about the prompts."""
 
     @property
     def max_prompt_tokens(self) -> int: ...
+
+    @property
+    def set_rewards(self) -> dict[str, RewardConfig]: ...
 
 
 class RolloutSettings(Protocol):
