@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from examples.laboratory.behaviours import shares
 from megatron_dsrl.analysis.problems import by_step, visits
@@ -21,7 +22,7 @@ from megatron_dsrl.provenance.words import commit_words
 from megatron_dsrl.run.sweep import SweepRun, load_sweep, runs_of
 
 RESULTS = Path(__file__).parent / "results"
-DECIMALS = 5
+DECIMALS = 4
 OF_A_STEP = ("seconds/step", "pre_train/mean_log_prob_gap", "response/mean_tokens", "response/truncated_fraction")
 """Step metrics that are kept."""
 
@@ -70,8 +71,14 @@ def record_of(sweep_run: SweepRun) -> Record | None:
         "commit": "; ".join({commit_words(start): None for start in starts_that_count(run.folder, run.total_steps)}),
         "phases": [[phase.name, phase.first_step, phase.last_step] for phase in run.phases],
         "evaluations": [_rounded(record) for record in evaluations],
-        "steps": _step_records(run),
+        "steps": as_columns(_step_records(run)),
     }
+
+
+def as_columns(records: Sequence[Record]) -> dict[str, list[Any]]:
+    """Values by key, in the order of the records, None where one lacks the key: a third of the size as text."""
+    keys = dict.fromkeys(key for record in records for key in record)
+    return {key: [record.get(key) for record in records] for key in keys}
 
 
 def _step_records(run: RunRecords) -> list[Record]:

@@ -5,9 +5,11 @@
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from examples.laboratory import claims
@@ -22,11 +24,26 @@ from examples.laboratory.results_data import (
     read_results,
     steps_mean,
 )
+from megatron_dsrl.analysis.behaviours import BEHAVIOURS
 from megatron_dsrl.charts.estimate import Estimate
 from megatron_dsrl.charts.figure import write_figure
 
 BASE = "paper_like"
 LAST_TEN = (31, 40)
+WINDOWS = (claims.EARLY, claims.AFTER_20, claims.LAST)
+IN_WINDOWS = (("transitions", "transitions"), ("reflections", "reflections"))
+AT_END = (
+    *((name.replace("_", " "), name) for name in BEHAVIOURS),
+    ("solved of 16", "solved"),
+    ("unsolved of 16", "unsolved"),
+    ("truncated", "response/truncated_fraction"),
+)
+"""Title and key of step figures that the tables show."""
+END_NOTE = """\
+Means over runs, lowest and highest in brackets; per response, or problems per step. The second table is over steps 38
+to 40: the share of responses with each behaviour, the problems whose eight responses are all right or all wrong, and
+the share of responses cut at the length limit.
+"""
 INTRODUCTION = """\
 # Results of the laboratory
 
@@ -94,17 +111,37 @@ def _learning_rate_part(results: SweepResults) -> list[str]:
 
 def _comparison_part(results: SweepResults, folder: Path) -> list[str]:
     if not results.results:
-        return ["## Comparison\n\nNot run yet.\n"]
+        return ["## Comparison\n\nNot run yet: `bash examples/laboratory/run.sh bases comparison`.\n"]
     rows = [["before training", "", _percent(results.of(results.methods[0]), base_accuracy), "", "", ""]]
     rows += [_method_row(results, method) for method in results.methods]
     header = ["method", "seeds", "accuracy, %", f"minus {claims.GRPO}, points", "Pass@64, %", "tokens"]
     pictures = [f"![{title}]({file})\n" for title, file in write_comparison_figures(results, folder)]
+    windows = [[method, *_windows(results.of(method))] for method in results.methods]
+    in_windows = ["method", *(f"{name}, steps {first}-{last}" for name, _ in IN_WINDOWS for first, last in WINDOWS)]
+    at_end = [[method, *_at_end(results.of(method))] for method in results.methods]
+    end_header = ["method", *(name for name, _ in AT_END)]
     note = (
         "± is half of Student's 95 % interval over seeds. Differences are paired by seed: mean, 95 % bootstrap "
         "interval over seeds (too narrow for few seeds), and Student's t interval.\n\n"
         f"Commits of the runs: {', '.join(results.commits)}.\n"
     )
-    return ["## Comparison\n", table(header, rows), note, *pictures]
+    tables = [table(header, rows), note, table(in_windows, windows), table(end_header, at_end)]
+    return ["## Comparison\n", *tables, END_NOTE, *pictures]
+
+
+def _windows(runs: Sequence[Result]) -> list[str]:
+    return [_short([run.mean_of_steps(key, *window) for run in runs]) for _, key in IN_WINDOWS for window in WINDOWS]
+
+
+def _at_end(runs: Sequence[Result]) -> list[str]:
+    return [_short([run.mean_of_steps(key, *claims.LAST) for run in runs]) for _, key in AT_END]
+
+
+def _short(values: Sequence[float]) -> str:
+    """Mean over runs, with the lowest and the highest; `-` if the runs are too short for it."""
+    if not all(map(math.isfinite, values)):
+        return "-"
+    return f"{fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def _method_row(results: SweepResults, method: str) -> list[str]:
@@ -136,7 +173,7 @@ def _claims_part(comparison: SweepResults, lengths: SweepResults, base: dict[str
 
 def _warmup_part(results: SweepResults, folder: Path) -> list[str]:
     if not results.results:
-        return ["## Warm-up lengths\n\nNot run yet.\n"]
+        return ["## Warm-up lengths\n\nNot run yet: `bash examples/laboratory/run.sh bases warmup_lengths`.\n"]
     cells = accuracies_by_warmup(results, lambda method: ("DSRL", int(method)))
     write_figure([over_warmup_chart("Warm-up length, of 60 steps", cells)], folder / "warmup_lengths.svg")
     rows = [
@@ -149,7 +186,7 @@ def _warmup_part(results: SweepResults, folder: Path) -> list[str]:
 
 def _map_part(results: SweepResults, folder: Path) -> list[str]:
     if not results.results:
-        return ["## The map\n\nNot run yet.\n"]
+        return ["## The map\n\nNot run yet: `bash examples/laboratory/run.sh bases map`.\n"]
     cells = accuracies_by_warmup(results, _cell_and_length)
     write_figure([over_warmup_chart("Mistakes x restating x warm-up", cells)], folder / "map.svg")
     lengths = sorted({length for of_cell in cells.values() for length in of_cell})
@@ -172,6 +209,8 @@ def _percent(runs: Sequence[Result], figure: Any) -> str:
 
 
 def _estimate(values: Sequence[float]) -> str:
+    if not all(map(math.isfinite, values)):
+        return "-"
     estimate = Estimate(tuple(values))
     half = estimate.half_width
     return f"{estimate.mean:.1f}" + ("" if half is None else f" ± {half:.1f}")

@@ -1,5 +1,6 @@
 """The collected runs of a sweep, and figures by method and seed. Reads only `results/`; no run folders."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +36,9 @@ class Result:
         return self.evaluations[-1]
 
     def mean_of_steps(self, key: str, first: int, last: int) -> float:
-        """Mean of a step figure over the steps first..last."""
-        return fmean(record[key] for record in self.steps if first <= record["step"] <= last)
+        """Mean of a step figure over the steps first..last; not a number if the run is shorter."""
+        values = [record[key] for record in self.steps if first <= record["step"] <= last]
+        return fmean(values) if values else math.nan
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,8 @@ def base_accuracy(result: Result) -> float:
 
 
 def final_pass_at(k: int) -> Callable[[Result], float]:
-    """Held-out Pass@k after the last step, in percent."""
-    return lambda result: 100 * (result.after[f"pass@{k}"] if k > 1 else result.after["accuracy"])
+    """Held-out Pass@k after the last step, in percent; not a number if fewer samples were taken."""
+    return lambda result: 100 * (result.after.get(f"pass@{k}", math.nan) if k > 1 else result.after["accuracy"])
 
 
 def steps_mean(key: str, first: int, last: int) -> Callable[[Result], float]:
@@ -114,11 +116,12 @@ def pass_at_budgets(results: Sequence[Result]) -> list[int]:
 
 
 def _result(record: Mapping) -> Result:
+    columns = record["steps"]
     return Result(
         record["method"],
         record["seed"],
         record["commit"],
         tuple((name, first, last) for name, first, last in record["phases"]),
         tuple(record["evaluations"]),
-        tuple(record["steps"]),
+        tuple(dict(zip(columns, row)) for row in zip(*columns.values())),
     )

@@ -11,7 +11,7 @@ import yaml
 from examples.laboratory import claims
 from examples.laboratory.base_properties import properties_of
 from examples.laboratory.behaviours import behaviours_of
-from examples.laboratory.collect import collect
+from examples.laboratory.collect import as_columns, collect
 from examples.laboratory.page import write_page
 from examples.laboratory.paired import PairedDifference, paired, power_of_paired_test, verdict
 from examples.laboratory.results_data import read_results
@@ -222,6 +222,7 @@ def made_up_run(method: str, seed: int, accuracy: float) -> dict:
             "reflections": 0.1 * step,
             "transitions": 0.2,
             "response/mean_tokens": 30.0,
+            "response/truncated_fraction": 0.0,
             "solved": 1,
             "unsolved": 2,
             **dict.fromkeys(("subgoal_setting", "enumeration", "verification", "backtracking"), 0.1),
@@ -234,7 +235,8 @@ def made_up_run(method: str, seed: int, accuracy: float) -> dict:
     ]
     phases = [[method, 1, 40]]
     return {
-        "method": method, "seed": seed, "commit": "abc", "phases": phases, "evaluations": evaluations, "steps": steps
+        "method": method, "seed": seed, "commit": "abc", "phases": phases, "evaluations": evaluations,
+        "steps": as_columns(steps),
     }
 
 
@@ -254,7 +256,7 @@ def test_the_page_judges_the_claims_from_the_collected_files(tmp_path) -> None:
     assert verdicts[5] == "agree"
     assert verdicts[7] == "agree"
     assert (tmp_path / "warm-ups_over_steps.svg").exists()
-    assert "## The map\n\nNot run yet." in page
+    assert "## The map\n\nNot run yet: `bash examples/laboratory/run.sh bases map`." in page
 
 
 @pytest.mark.slow
@@ -290,7 +292,9 @@ def test_the_whole_pipeline_at_a_small_size(tmp_path, monkeypatch) -> None:
         assert done.returncode == 0, done.stderr
     records = collect(file, tmp_path / "results")
     assert [record["method"] for record in records] == ["GRPO", "DSRL"]
-    assert [len(record["steps"]) for record in records] == [4, 4]
+    assert [record["steps"]["step"] for record in records] == [[1, 2, 3, 4]] * 2
     assert records[1]["phases"] == [["NSR-PreRL", 1, 2], ["GRPO", 3, 4]]
     assert json.dumps(collect(file, tmp_path / "results")) == json.dumps(records)
-    assert all(0 <= one["accuracy"] <= 1 for record in records for one in record["steps"])
+    assert all(0 <= accuracy <= 1 for record in records for accuracy in record["steps"]["accuracy"])
+    write_page(tmp_path / "results")
+    assert "| DSRL | 1 |" in (tmp_path / "results" / "README.md").read_text()
