@@ -141,7 +141,8 @@ def _short(values: Sequence[float]) -> str:
     """Mean over runs, with the lowest and the highest; `-` if the runs are too short for it."""
     if not all(map(math.isfinite, values)):
         return "-"
-    return f"{fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+    spread = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
+    return f"{fmean(values):.2f}{spread}"
 
 
 def _method_row(results: SweepResults, method: str) -> list[str]:
