@@ -72,14 +72,24 @@ SECONDS_TO_END = 10.0
 """How long a process may outlive the command that started it."""
 
 
-def dsrl(*arguments: str, processes: int = 1, timeout_seconds: float = 240) -> subprocess.CompletedProcess[str]:
+def dsrl(
+    *arguments: str, processes: int = 1, timeout_seconds: float = 240, prepare: str | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run the `dsrl` command, under torchrun for several processes.
+
+    Args:
+        arguments: of the command.
+        processes: see `start_dsrl`.
+        timeout_seconds: limit of the command.
+        prepare: see `tests.support.forked.fork`.
 
     Raises:
         subprocess.TimeoutExpired: it was killed after that many seconds.
     """
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
-        process = start_dsrl(*arguments, processes=processes, output=output.fileno(), errors=errors.fileno())
+        process = start_dsrl(
+            *arguments, processes=processes, output=output.fileno(), errors=errors.fileno(), prepare=prepare
+        )
         try:
             status = process.wait(timeout_seconds)
         finally:
@@ -90,7 +100,9 @@ def dsrl(*arguments: str, processes: int = 1, timeout_seconds: float = 240) -> s
         return subprocess.CompletedProcess(["dsrl", *arguments], status, output.read(), errors.read())
 
 
-def start_dsrl(*arguments: str, processes: int = 1, output: int = 1, errors: int = 2) -> ForkedProcess:
+def start_dsrl(
+    *arguments: str, processes: int = 1, output: int = 1, errors: int = 2, prepare: str | None = None
+) -> ForkedProcess:
     """Start the `dsrl` command as a fork of a process that has imported Megatron.
 
     Args:
@@ -98,6 +110,7 @@ def start_dsrl(*arguments: str, processes: int = 1, output: int = 1, errors: int
         processes: several are forks of one process that runs torchrun's agent.
         output: file descriptor of its standard output.
         errors: file descriptor of its standard error.
+        prepare: see `tests.support.forked.fork`.
     """
     program = ("megatron_dsrl.cli", *arguments)
     return fork(
@@ -106,6 +119,7 @@ def start_dsrl(*arguments: str, processes: int = 1, output: int = 1, errors: int
         folder=REPOSITORY,
         output=output,
         errors=errors,
+        prepare=prepare,
     )
 
 
