@@ -62,10 +62,12 @@ def _train(options: argparse.Namespace) -> int:
         say_on_first_rank(line)
     with loading_megatron():
         from megatron_dsrl.planning.warnings import memory_warnings, this_machine
+        from megatron_dsrl.platform.engine import allocator_warning
         from megatron_dsrl.train import train
 
     if launched_rank() == 0:
-        for warning in memory_warnings(config, world_size, this_machine()):
+        allocator = None if config.engine.urls else allocator_warning()
+        for warning in [*memory_warnings(config, world_size, this_machine()), *filter(None, [allocator])]:
             say_on_first_rank(warning)
     try:
         train(config)

@@ -15,6 +15,8 @@ from typing import Literal
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from megatron_dsrl.doctor.imports import import_problem
+
 Severity = Literal["ok", "note", "problem"]
 BUILT_FOR_SGLANG = ("torch", "sglang-kernel", "flashinfer-python", "transformers")
 """Packages that sglang's metadata pins and requires on a GPU."""
@@ -45,7 +47,10 @@ def installed_version(name: str) -> str | None:
 
 
 def examine_kernels(
-    cuda: bool, torch_cuda: str | None, installed: Callable[[str], str | None] = installed_version
+    cuda: bool,
+    torch_cuda: str | None,
+    installed: Callable[[str], str | None] = installed_version,
+    import_problem: Callable[[str], str | None] = import_problem,
 ) -> Iterator[Finding]:
     """Look at every piece.
 
@@ -53,8 +58,9 @@ def examine_kernels(
         cuda: whether there is a CUDA device.
         torch_cuda: CUDA version that torch was built for; None for the CPU build.
         installed: version of a package; None where it is not installed.
+        import_problem: why a module cannot be imported; None where it can.
     """
-    yield _transformer_engine(cuda, torch_cuda, installed)
+    yield _transformer_engine(cuda, torch_cuda, installed, import_problem)
     yield _apex(cuda)
     yield from _flash_attention(installed)
     yield from _what_a_run_takes(cuda, installed)
@@ -64,29 +70,53 @@ def examine_kernels(
         yield from _flash_attention_4(installed)
 
 
-def _transformer_engine(cuda: bool, torch_cuda: str | None, installed: Callable[[str], str | None]) -> Finding:
-    """The package of that name on PyPI alone is an empty meta package: core and torch part are others."""
-    topic = "Transformer Engine"
-    torch_part = installed("transformer-engine-torch")
-    meta = installed("transformer-engine")
-    if torch_part is None:
-        if meta and cuda:
-            return Finding(topic, "note", f"{meta}, without its torch part: not used; runs are slower", COMPILE)
+def _transformer_engine(
+    cuda: bool,
+    torch_cuda: str | None,
+    installed: Callable[[str], str | None],
+    import_problem: Callable[[str], str | None],
+) -> Finding:
+    """Whether its parts fit each other, and whether it can be imported."""
+    topic, torch_part = "Transformer Engine", installed("transformer-engine-torch")
+    found = torch_part or installed("transformer-engine")
+    if found is None:
         return _optional(topic, None, cuda, COMPILE)
+    misfit = _transformer_engine_misfit(cuda, torch_cuda, installed)
+    if misfit is not None:
+        return Finding(topic, "problem", *misfit)
+    problem = import_problem("transformer_engine.pytorch")
+    if problem is not None:
+        reason = problem.splitlines()[-1]
+        if torch_part is None:
+            found = f"{found}, without its torch part"
+        return Finding(
+            topic, "problem", f"{found}, cannot be imported: {reason}",
+            f"Megatron imports it and fails with it: {COMPILE}, or remove its packages (pip list | grep transformer)",
+        )  # fmt: skip
+    return Finding(topic, "ok", found)
+
+
+def _transformer_engine_misfit(
+    cuda: bool, torch_cuda: str | None, installed: Callable[[str], str | None]
+) -> tuple[str, str] | None:
+    """What is wrong between its core, its torch part and torch, and what to do; None if nothing is."""
+    torch_part = installed("transformer-engine-torch")
+    if not cuda or torch_part is None:
+        return None
     major = (torch_cuda or "").partition(".")[0]
     core = {number: installed(f"transformer-engine-cu{number}") for number in ("12", "13")}
-    if cuda and core.get(major) is None and any(core.values()):
-        other = next(number for number, found in core.items() if found)
-        return Finding(
-            topic, "problem", f"{torch_part}, but its core is for CUDA {other} and torch for CUDA {torch_cuda}",
+    if core.get(major) is None and any(core.values()):
+        other = next(number for number, version in core.items() if version)
+        return (
+            f"{torch_part}, but its core is for CUDA {other} and torch for CUDA {torch_cuda}",
             f"its kernels will not load: pip install transformer-engine-cu{major}=={torch_part}",
-        )  # fmt: skip
-    if cuda and core.get(major) not in (None, torch_part):
-        return Finding(
-            topic, "problem", f"core {core[major]}, torch part {torch_part}",
+        )
+    if core.get(major) not in (None, torch_part):
+        return (
+            f"core {core[major]}, torch part {torch_part}",
             f"both must be of one release: pip install transformer-engine-cu{major}=={torch_part}",
-        )  # fmt: skip
-    return Finding(topic, "ok", torch_part)
+        )
+    return None
 
 
 def _flash_attention(installed: Callable[[str], str | None]) -> Iterator[Finding]:

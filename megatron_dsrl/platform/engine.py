@@ -6,7 +6,7 @@ Only engine processes import SGLang: importing it patches Transformers, which mu
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -22,6 +22,9 @@ LOOPBACK = "127.0.0.1"
 ServerArguments = dict[str, str | int | float | bool]
 """SGLang `ServerArgs` fields by name."""
 
+
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Settings of PyTorch's allocator; the second is the older name, which PyTorch 2.14 still reads."""
 
 EXTERNAL_MODELS = "SGLANG_EXTERNAL_MODEL_PACKAGE"
 
@@ -79,6 +82,28 @@ def engine_environment(tensor_parallel_size: int, cpu_threads: int = 1) -> dict[
 def can_release_engine_memory() -> bool:
     """Whether the engine can release its memory for the training step and restore it."""
     return torch.cuda.is_available()
+
+
+def allocator_warning(variables: Mapping[str, str] = os.environ) -> str | None:
+    """What the user should know if PyTorch's allocator settings do not go with engines on the trainer's GPUs.
+
+    torch_memory_saver 0.0.10 cannot release memory of expandable segments and ends the engine, so engines do not
+    inherit the setting (`server_resources.inherited_environment`). The trainer keeps it. PyTorch 2.14 then shares
+    memory with another process by `pidfd_getfd`, which needs the right to trace that process.
+    """
+    names = [name for name in ALLOCATOR_VARIABLES if _expands_segments(variables.get(name, ""))]
+    if not names or not torch.cuda.is_available():
+        return None
+    return (
+        f"warning: {names[0]} sets expandable_segments:True. It applies to the trainer only: torch_memory_saver could "
+        "not release the memory of an engine that has it. The trainer then needs pidfd_getfd to share weights with "
+        "the engine, which many containers forbid: if the first weight push fails, unset it"
+    )
+
+
+def _expands_segments(settings: str) -> bool:
+    pairs = [pair.partition(":") for pair in settings.split(",")]
+    return any(key.strip() == "expandable_segments" and value.strip().lower() == "true" for key, _, value in pairs)
 
 
 def weights_through_shared_memory() -> bool:

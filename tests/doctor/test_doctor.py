@@ -124,7 +124,8 @@ GPU_IMAGE = {
 def on_a_gpu(**changed: str | None) -> dict[str, Finding]:
     """Findings about the image's packages on a CUDA machine, with some of them changed (underscores for dashes)."""
     packages = GPU_IMAGE | {name.replace("_", "-"): version for name, version in changed.items()}
-    return {finding.topic: finding for finding in examine_kernels(True, "13.0", packages.get)}
+    findings = examine_kernels(True, "13.0", packages.get, import_problem=lambda module: None)
+    return {finding.topic: finding for finding in findings}
 
 
 def test_the_images_packages_fit_each_other() -> None:
@@ -149,7 +150,6 @@ def test_it_says_what_a_run_computes_with(tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("changed", "topic", "severity", "found", "advice"),
     [
-        ({"transformer_engine_torch": None}, "Transformer Engine", "note", "without its torch part", "install.sh"),
         (
             {"transformer_engine_cu13": None, "transformer_engine_cu12": "2.20.2"},
             "Transformer Engine", "problem", "its core is for CUDA 12 and torch for CUDA 13.0",
@@ -176,6 +176,31 @@ def test_pieces_that_do_not_fit_on_a_gpu_are_explained(changed, topic, severity,
     finding = on_a_gpu(**changed)[topic]
     assert finding.severity == severity
     assert found in finding.found and advice in finding.advice
+
+
+BROKEN = {
+    "raise ImportError('libtransformer_engine.so: undefined symbol: cublasLt')": "undefined symbol: cublasLt",
+    "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)": "SIGSEGV",
+}
+
+
+@pytest.mark.parametrize("code", BROKEN)
+@pytest.mark.parametrize("torch_part", ["2.20.2", None])
+def test_a_transformer_engine_that_cannot_be_imported_is_a_line_and_not_a_crash(
+    tmp_path, monkeypatch, code, torch_part
+) -> None:
+    package = tmp_path / "transformer_engine" / "pytorch"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").touch()
+    (package / "__init__.py").write_text(code)
+    (tmp_path / "torch.py").touch()  # its import takes seconds
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    packages = GPU_IMAGE | {"transformer-engine-torch": torch_part}
+    finding = next(examine_kernels(True, "13.0", packages.get))
+    assert (finding.topic, finding.severity) == ("Transformer Engine", "problem")
+    assert f"cannot be imported: {'its import was ended by ' if 'SIG' in BROKEN[code] else ''}" in finding.found
+    assert BROKEN[code] in finding.found and ("without its torch part" in finding.found) == (torch_part is None)
+    assert "Megatron imports it and fails with it" in finding.advice
 
 
 def test_the_driver_is_read_from_the_kernel(tmp_path) -> None:

@@ -3,8 +3,12 @@
 import ast
 from pathlib import Path
 
+import pytest
+import torch
+
 from megatron_dsrl.model.families import FAMILIES
 from megatron_dsrl.platform import engine_models
+from megatron_dsrl.platform.engine import allocator_warning
 from megatron_dsrl.platform.sglang_cpu.no_compilation import uncompiled
 
 
@@ -18,3 +22,21 @@ def test_engines_find_every_supported_family_without_importing_all_models() -> N
 
 def test_functions_stay_as_they_are_however_they_are_marked_for_compilation() -> None:
     assert uncompiled(len) is uncompiled(len, dynamic=True) is uncompiled(fullgraph=True)(len) is len
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({}, None),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}, None),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512, expandable_segments:True"}, "PYTORCH_CUDA_ALLOC_CONF"),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, "PYTORCH_ALLOC_CONF"),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, None),
+    ],
+)
+def test_expandable_segments_beside_engines_on_the_same_gpus_are_warned_of(monkeypatch, variables, named) -> None:
+    assert allocator_warning(variables) is None, "they have no effect on CPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    warning = allocator_warning(variables)
+    assert (warning is None) == (named is None)
+    assert warning is None or warning.startswith(f"warning: {named} sets expandable_segments:True")

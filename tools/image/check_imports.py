@@ -10,14 +10,14 @@ enough for an import.
 
 import ctypes
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-LIMIT_SECONDS = 600
+from megatron_dsrl.doctor.imports import import_problem
+
 DRIVER = "libcuda.so.1"
 
 
@@ -63,31 +63,13 @@ def driver_stub(folder: Path) -> dict[str, str]:
     return {}
 
 
-def failure(check: Check, variables: dict[str, str]) -> str | None:
-    """The end of the traceback, or None if the module is usable.
-
-    Args:
-        check: what to import.
-        variables: added to the environment.
-    """
-    code = f"import importlib, torch; module = importlib.import_module({check.module!r}); {check.then}"
-    try:
-        finished = subprocess.run(
-            [sys.executable, "-c", code],
-            capture_output=True, text=True, timeout=LIMIT_SECONDS, env=os.environ | variables, check=False,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return f"not imported within {LIMIT_SECONDS} s"
-    return None if finished.returncode == 0 else "\n".join(finished.stderr.strip().splitlines()[-8:])
-
-
 def main(checks: Sequence[Check] = CHECKS) -> int:
     """Print a line per module; returns the exit status."""
     failures = 0
     with tempfile.TemporaryDirectory() as folder:
         variables = driver_stub(Path(folder))
         for check in checks:
-            problem = failure(check, variables)
+            problem = import_problem(check.module, check.then, variables)
             print(f"{'ok' if problem is None else 'failed':8}{check.module}", flush=True)
             if problem is not None:
                 failures += 1

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import psutil
 
+from megatron_dsrl.platform.engine import ALLOCATOR_VARIABLES
+
 STOP_GRACE_SECONDS = 2.0
 SHARED_MEMORY = re.compile(r"/dev/shm/(?:sglang_loads_|sgl_shm_)\S+")
 """Names of SGLang's own files. Others, such as the weights that the trainer shares, are not the server's to remove."""
@@ -20,11 +22,10 @@ def inherited_environment() -> dict[str, str]:
     PyTorch's allocator settings, since SGLang cannot release memory of expandable segments."""
     rendezvous = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
     records = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
-    allocator = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
     return {
         name: value
         for name, value in os.environ.items()
-        if name not in (*rendezvous, *records, *allocator) and not name.startswith("TORCHELASTIC_")
+        if name not in (*rendezvous, *records, *ALLOCATOR_VARIABLES) and not name.startswith("TORCHELASTIC_")
     }
 
 
