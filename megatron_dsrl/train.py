@@ -38,7 +38,8 @@ def train(config: RunConfig) -> None:
         for step in range(run.first_step, config.steps + 1):
             run.checkpoints.poll()
             stop_if_requested(run, step - 1)
-            train_step(run, step)
+            with run.profiler.step(step):
+                train_step(run, step)
             evaluate_policy(run, step)
             refresh_model_card(run, step)
         finish(run)

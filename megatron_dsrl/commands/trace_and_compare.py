@@ -73,6 +73,7 @@ def add_upload(commands: Commands) -> None:
 def _trace(options: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from megatron_dsrl.observability.profile_files import profile_files
     from megatron_dsrl.observability.timeline import TRACE_FOLDER
     from megatron_dsrl.report.timeline_records import read_timelines
     from megatron_dsrl.report.timeline_summary import print_summary
@@ -80,8 +81,12 @@ def _trace(options: argparse.Namespace) -> int:
 
     timelines = read_timelines(options.run)
     target = options.output or options.run / TRACE_FOLDER / "trace.json"
-    write_trace(timelines, target)
+    profiles = profile_files(options.run)
+    write_trace(timelines, target, profiles)
     print_summary(timelines, Console())
+    if profiles:
+        steps = ", ".join(map(str, sorted({profile.step for profile in profiles})))
+        print(f"with {len(profiles)} profile(s) of torch.profiler: step {steps}")
     print(f"written to {target}: open it in https://ui.perfetto.dev")
     return 0
 

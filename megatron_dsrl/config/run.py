@@ -1,6 +1,6 @@
 """The whole configuration tree of a run."""
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -125,6 +125,15 @@ class ObservabilityConfig(Section):
     """Record what every rank and engine does when in `<run folder>/trace`, for `dsrl trace`. On by default: it costs
     about a millisecond and 20 kB per step of 128 prompts, and you rarely know beforehand which run will hang or slow
     down."""
+
+    profile_steps: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
+    """Steps to profile on every rank, such as `[3, 4]`; a step takes longer meanwhile. The first step is not typical:
+    it allocates memory and compiles kernels."""
+
+    profile_with: Literal["torch", "nsight"] = "torch"
+    """`torch`: torch.profiler, whose events `dsrl trace` adds to the timeline. `nsight`: start and stop Nsight
+    Systems' capture around each profiled step, for `nsys profile --trace=cuda,nvtx --capture-range=cudaProfilerApi
+    --capture-range-end=repeat dsrl train ...`. CUDA only."""
 
     verbose: bool = False
     """Print every figure of a step on the console, below its line; `dsrl train -v` sets it."""

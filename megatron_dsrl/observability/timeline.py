@@ -60,12 +60,15 @@ class Timeline:
     A file that cannot be written ends the recording with a warning, not the run.
     """
 
-    def __init__(self, run_folder: Path, rank: int, host: str) -> None:
+    def __init__(self, run_folder: Path, rank: int, host: str, annotate: Span = no_span) -> None:
         """
         Args:
             run_folder: an existing one.
+            rank: number of this process.
             host: name of its node.
+            annotate: opens a range of the device's own profiler around every span.
         """
+        self._annotate = annotate
         self._epoch = time.time() - time.monotonic()
         self._file = trace_file(run_folder, rank)
         self._stream: TextIO | None = None
@@ -99,7 +102,8 @@ class Timeline:
         what = {"name": name, "thread": threading.current_thread().name}
         self._write({"event": "begin", **what, "time": self._time(time.monotonic())})
         try:
-            yield
+            with self._annotate(name):
+                yield
         finally:
             self._write({"event": "end", **what, "time": self._time(time.monotonic())})
 

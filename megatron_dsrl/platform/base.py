@@ -1,6 +1,7 @@
 """The interface between the device and the rest of the program."""
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -76,6 +77,10 @@ class Platform(ABC):
 
         Call it before initialising torch.distributed. Existing environment variables are kept.
         """
+
+    @abstractmethod
+    def annotation(self, name: str) -> AbstractContextManager[None]:
+        """A named range of this thread for the device's own profiler (NVTX on NVIDIA GPUs)."""
 
     @property
     @abstractmethod

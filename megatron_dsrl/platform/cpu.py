@@ -2,7 +2,7 @@
 
 import re
 import resource
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,9 @@ class CpuPlatform(Platform):
 
     def prepare_weight_broadcast(self) -> None:
         pass  # the settings are NCCL's
+
+    def annotation(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext()
 
     @property
     def attends_to_packed_rows(self) -> bool:

@@ -2,6 +2,7 @@
 
 import gc
 import os
+from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -95,6 +96,9 @@ class CudaPlatform(Platform):
     def prepare_weight_broadcast(self) -> None:
         for name, value in WEIGHT_BROADCAST_VARIABLES.items():
             os.environ.setdefault(name, value)
+
+    def annotation(self, name: str) -> AbstractContextManager[None]:
+        return torch.cuda.nvtx.range(name)
 
     @property
     def attends_to_packed_rows(self) -> bool:

@@ -13,9 +13,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from heapq import nlargest
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from megatron_dsrl.observability.profile_files import ProfileFile
+from megatron_dsrl.report.profile_events import profile_events
 from megatron_dsrl.report.timeline_records import Interval, RankTimeline, RecordedCall, RecordedSpan
 
 STEPS_TRACK = 0
@@ -32,17 +35,26 @@ TraceEvent = dict[str, Any]
 encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
-def write_trace(timelines: Sequence[RankTimeline], target: Path) -> None:
-    """Write one file of all ranks and engines, an event per line."""
+def write_trace(timelines: Sequence[RankTimeline], target: Path, profiles: Sequence[ProfileFile] = ()) -> None:
+    """Write one file of all ranks and engines, an event per line.
+
+    Args:
+        timelines: of all ranks.
+        target: file to write.
+        profiles: steps that torch.profiler recorded; their events are added.
+
+    Raises:
+        UserError: a profile is damaged.
+    """
     origin = min(moment for timeline in timelines for moment in _beginnings(timeline))
     head = {"displayTimeUnit": "ms", "otherData": {"started": datetime.fromtimestamp(origin, UTC).isoformat()}}
     with target.open("w", encoding="utf-8") as file:
         file.write(encode(head)[:-1] + ',"traceEvents":[')
         separator = "\n"
-        for timeline in timelines:
-            for event in events_of(timeline, origin):
-                file.write(separator + encode(event))
-                separator = ",\n"
+        events = [events_of(timeline, origin) for timeline in timelines]
+        for event in chain(*events, *(profile_events(profile, origin) for profile in profiles)):
+            file.write(separator + encode(event))
+            separator = ",\n"
         file.write("\n]}\n")
 
 

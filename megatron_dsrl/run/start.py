@@ -18,6 +18,7 @@ from megatron_dsrl.data.mixture import Sampler, build_sampler
 from megatron_dsrl.evaluation.evaluator import Evaluator
 from megatron_dsrl.model.parallel import destroy_parallel, initialize_parallel
 from megatron_dsrl.observability.console import RunConsole
+from megatron_dsrl.observability.profiler import StepProfiler
 from megatron_dsrl.observability.records import CHECKPOINTS_FOLDER
 from megatron_dsrl.observability.timeline import NoTimeline, Timeline
 from megatron_dsrl.observability.tracker import Tracker
@@ -65,6 +66,7 @@ def start_run(config: RunConfig, resources: ExitStack) -> TrainingRun:
         Trackers(config.observability.trackers, inputs.run_folder, console.message)
     )  # entered before the engines start, so that pending records are waited for after they have stopped
     timeline = open_timeline(config, inputs.run_folder, resources)
+    profiler = step_profiler(config, inputs.run_folder, console)
     rollout = start_rollout(with_model_folder(config, inputs.model_folder), inputs, timeline, resources)
     models = start_models(config, inputs, timeline, console)
     sampler = build_sampler(config.data, inputs.prompts, config.seed)
@@ -94,6 +96,7 @@ def start_run(config: RunConfig, resources: ExitStack) -> TrainingRun:
         stop=resources.enter_context(StopSignal()),
         controller=controller,
         timeline=timeline,
+        profiler=profiler,
         console=console,
     )
 
@@ -178,7 +181,20 @@ def open_timeline(config: RunConfig, run_folder: Path, resources: ExitStack) -> 
     """This rank's timeline, recorded until `resources` are closed if `observability.trace` is set."""
     if not config.observability.trace:
         return NoTimeline()
-    return resources.enter_context(Timeline(run_folder, dist.get_rank(), socket.gethostname()))
+    timeline = Timeline(run_folder, dist.get_rank(), socket.gethostname(), current_platform().annotation)
+    return resources.enter_context(timeline)
+
+
+def step_profiler(config: RunConfig, run_folder: Path, console: RunConsole) -> StepProfiler:
+    """This rank's profiler of `observability.profile_steps`.
+
+    Raises:
+        UserError: as `StepProfiler`.
+    """
+    chosen = config.observability
+    return StepProfiler(
+        chosen.profile_steps, run_folder, dist.get_rank(), chosen.profile_with == "nsight", console.message
+    )
 
 
 def with_model_folder(config: RunConfig, folder: Path) -> RunConfig:

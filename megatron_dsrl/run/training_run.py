@@ -10,6 +10,7 @@ from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.data.mixture import Sampler
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.observability.console import RunConsole
+from megatron_dsrl.observability.profiler import StepProfiler
 from megatron_dsrl.observability.timeline import NoTimeline, Timeline
 from megatron_dsrl.rollout.rollout import Rollout
 from megatron_dsrl.run.controller import Controller
@@ -39,6 +40,7 @@ class TrainingRun:
     controller: Controller | None
     """Rank 0 only."""
     timeline: Timeline | NoTimeline
+    profiler: StepProfiler
     console: RunConsole
 
     @contextmanager
