@@ -177,6 +177,23 @@ def test_the_image_ends_with_an_import_of_all_that_computes(tmp_path, capsys, mo
     assert check_imports.main(checks[:1]) == 0
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_sources_that_do_not_fit_torch_are_named(tmp_path, capsys, monkeypatch) -> None:
+    """As those of Transformer Engine's torch part are checked; flash attention 2.8.3 fails like the second one."""
+    (tmp_path / "common_headers").mkdir()
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "fits.cpp").write_text("#include <c10/core/ScalarType.h>\nc10::ScalarType type();\n")
+    (tmp_path / "csrc" / "fails.cpp").write_text("#include <c10/core/ScalarType.h>\nc10::NoSuchType type();\n")
+    check_sources = image_script("check_sources")
+    monkeypatch.setattr("sys.argv", ["check_sources.py", str(tmp_path)])
+    assert check_sources.main() == 1
+    shown = capsys.readouterr().out
+    assert "ok      csrc/fits.cpp" in shown and "failed  csrc/fails.cpp" in shown and "NoSuchType" in shown
+    monkeypatch.setattr("sys.argv", ["check_sources.py", str(tmp_path / "csrc")])
+    with pytest.raises(SystemExit, match="neither apex's repository nor"):
+        check_sources.main()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("uv") is None, reason="needs uv and a package registry")
 def test_the_versions_are_on_the_registry_and_fit_together() -> None:
