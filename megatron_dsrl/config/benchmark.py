@@ -1,6 +1,6 @@
 """Benchmarks, and how `dsrl eval` runs them."""
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from megatron_dsrl.config.data import PromptSetConfig, RewardConfig
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig
@@ -61,3 +61,10 @@ class BenchmarkRunConfig(Section):
 
     engine: EngineConfig = Field(default_factory=EngineConfig)
     reward: RewardConfig = Field(default_factory=RewardConfig)
+
+    @field_validator("engine")
+    @classmethod
+    def _starts_from_the_weights_on_disk(cls, engine: EngineConfig) -> EngineConfig:
+        if engine.quantization is not None:
+            raise ValueError("quantization is for training, whose weight push quantises; leave it out")
+        return engine

@@ -32,6 +32,8 @@ class ModelShape:
     """Experts of every layer; 0 for a dense model."""
     expert_feed_forward_size: int = 0
     """Inner size of one expert."""
+    key_value_size: int = 0
+    """Width of all key heads together; that of all value heads is the same."""
 
 
 def refuse(problems: Iterable[Problem]) -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.config.engine_numerics import with_correction
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.config.validate import validated
 from megatron_dsrl.config.yaml_text import KeyPath, format_yaml, parse_yaml
@@ -48,7 +49,7 @@ def load_config(files: str | Path | Sequence[str | Path], overrides: Sequence[st
     if len(paths) > 1 and "name" not in merged.data:
         merged.data["name"] = "_".join(path.stem for path in paths)
         merged.places[("name",)] = "made of the files' names"
-    return validated(RunConfig, merged.data, merged.places, ", ".join(map(str, paths)))
+    return validated(RunConfig, with_correction(merged.data), merged.places, ", ".join(map(str, paths)))
 
 
 def format_config(config: RunConfig) -> str:

@@ -174,12 +174,19 @@ class EngineConfig(Section):
     max_context_tokens: int | None = Field(default=None, ge=1)
     """Longest prompt plus response; null takes the model's own limit."""
 
+    quantization: Literal["fp8"] | None = None
+    """`fp8`: the engine computes the projections of every layer in FP8 (e4m3, a scale for each block of 128 x 128),
+    which halves their memory; the trainer stays in `model.dtype` and quantises at each push. Objectives in post-train
+    space then have an importance correction by default; watch `mismatch/*` and `policy/importance_*`. Needs an NVIDIA
+    GPU of compute capability 8.9 or higher. External servers (`urls`) must be started for it. null: `model.dtype`."""
+
     weight_bucket_megabytes: int = Field(default=512, ge=1)
     """Size of one flattened bucket of the weight push."""
 
     check_weights: Literal["never", "first", "always"] = "first"
     """When to compare digests of every weight in the engines with those of what was sent: after the first push to an
-    engine, after every push, or never. Engines that store weights in another form (`quantization`) need `never`."""
+    engine, after every push, or never. Engines that store weights in another form by `extra_arguments` need `never`;
+    those with `quantization` do not."""
 
     max_outstanding_samples: int = Field(default=1024, ge=1)
     """Samples that one engine runs or queues at a time. Further prompts go to the engine that frees up first."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from megatron_dsrl.config.data import PromptSetConfig
+from megatron_dsrl.config.engine_numerics import numerics_problems
 from megatron_dsrl.config.layout import ModelShape, Problem, engine_problems, model_problems, process_problems
 from megatron_dsrl.config.model import RouterConfig
 from megatron_dsrl.config.phase import ObjectiveConfig
@@ -30,6 +31,7 @@ def run_problems(
         *_batch_problems(config, world_size, prompts),
         *_time_problems(config),
         *_routing_problems(config, shape),
+        *numerics_problems(config.engine, config.rollout, config.model.dtype, shape),
         *_length_problems(config, shape),
         *(model_problems(config.parallel, shape) if shape else ()),
     ]

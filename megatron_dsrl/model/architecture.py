@@ -59,6 +59,7 @@ class Architecture:
             yarn_context_tokens=self.rope_scaling.context_tokens if isinstance(self.rope_scaling, Yarn) else 0,
             experts=self.experts.num_experts if self.experts else 0,
             expert_feed_forward_size=self.experts.moe_intermediate_size if self.experts else 0,
+            key_value_size=self.num_key_value_heads * self.head_dim,
         )
 
     def padded_vocab_size(self, tensor_parallel_size: int) -> int:

@@ -8,6 +8,7 @@ operations is not included.
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from megatron_dsrl.config.engine_numerics import FP8_BLOCK
 from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import Architecture
@@ -15,6 +16,7 @@ from megatron_dsrl.planning.parameters import (
     ProcessParameters,
     parameters_of_critic_stage,
     parameters_of_model,
+    parameters_of_projections,
     parameters_of_stage,
 )
 
@@ -128,13 +130,23 @@ def engine_memory(config: RunConfig, architecture: Architecture, gpu_bytes: int)
     """The engine's memory on each of its GPUs; SGLang applies the memory fraction to the GPU's whole memory."""
     size = config.engine.tensor_parallel_size
     element = element_bytes(config)
-    weights = parameters_of_model(architecture) * element // size
+    weights = engine_weight_bytes(config, architecture) // size
     cache = max(0, int(config.engine.memory_fraction * gpu_bytes) - weights)
     per_token = cache_bytes_per_token(architecture, element, size)
     tokens = cache // per_token
     if config.engine.max_total_tokens is not None:
         tokens = min(tokens, config.engine.max_total_tokens)
     return EngineMemory(weights, cache, tokens, per_token)
+
+
+def engine_weight_bytes(config: RunConfig, architecture: Architecture) -> int:
+    """Size of all weights of an engine: with `engine.quantization`, a byte for each weight of a projection, and four
+    for the scale of each block of them."""
+    element, parameters = element_bytes(config), parameters_of_model(architecture)
+    if config.engine.quantization is None:
+        return parameters * element
+    projections = parameters_of_projections(architecture)
+    return (parameters - projections) * element + projections + 4 * projections // FP8_BLOCK**2
 
 
 def largest_entry_bytes(config: RunConfig, architecture: Architecture) -> int:

@@ -59,6 +59,17 @@ def parameters_of_model(architecture: Architecture) -> int:
     return parameters_of_stage(architecture, ParallelConfig(), 0).total
 
 
+def parameters_of_projections(architecture: Architecture) -> int:
+    """Weights of attention's and feed-forward layers' matrices in the whole model, all experts among them; without
+    embedding, head and routers."""
+    if experts := architecture.experts:
+        inner = experts.num_experts * experts.moe_intermediate_size
+    else:
+        inner = architecture.intermediate_size
+    per_layer = _attention_matrices(architecture) + 3 * architecture.hidden_size * inner
+    return architecture.num_hidden_layers * per_layer
+
+
 def active_per_token(architecture: Architecture) -> int:
     """Parameters of the layers' matrix products that one token passes through; without embedding and head."""
     per_layer = _attention_matrices(architecture)

@@ -48,7 +48,8 @@ def engine_server_arguments(config: EngineConfig, deterministic: bool) -> Server
         deterministic: the same requests in the same message must give bitwise identical results.
 
     Raises:
-        UserError: `engine.max_total_tokens` is missing on CPU, where SGLang would take nearly all memory.
+        UserError: on CPU, `engine.max_total_tokens` is missing, without which SGLang would take nearly all memory, or
+            `engine.quantization` is set.
     """
     if torch.cuda.is_available():
         return _cuda_server_arguments(config) | ({"enable_deterministic_inference": True} if deterministic else {})
@@ -220,6 +221,11 @@ def _cuda_server_arguments(config: EngineConfig) -> ServerArguments:
 
 
 def _cpu_server_arguments(config: EngineConfig) -> ServerArguments:
+    if config.quantization is not None:
+        raise UserError(
+            f"engine.quantization={config.quantization} needs an NVIDIA GPU: SGLang has no FP8 kernels for this CPU; "
+            "set it to null"
+        )
     if config.max_total_tokens is None:
         raise UserError(
             "engine.max_total_tokens must be set on a machine without CUDA: it is the KV-cache capacity in tokens "

@@ -9,6 +9,7 @@ from megatron_dsrl.config.load import load_config
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import Architecture, read_architecture
 from megatron_dsrl.planning.memory import engine_memory, policy_memory
+from megatron_dsrl.planning.parameters import active_per_token, parameters_of_projections
 from tests.planning.test_parameters import qwen3_8b
 from tests.support.tiny_run import REPOSITORY
 
@@ -46,3 +47,10 @@ def test_the_engines_cache_by_hand() -> None:
     memory = engine_memory(paper_run("engine.memory_fraction=0.6"), qwen3_8b(), gpu_bytes=80 * 10**9)
     assert memory.weights == 2 * 8_190_735_360
     assert memory.cache_tokens == (48 * 10**9 - memory.weights) // 147_456
+
+
+def test_an_fp8_engine_has_a_byte_per_weight_of_its_projections_and_a_scale_per_block() -> None:
+    memory = engine_memory(paper_run("engine.quantization=fp8"), qwen3_8b(), gpu_bytes=80 * 10**9)
+    projections = 36 * (4096 * 128 * (2 * 32 + 2 * 8) + 3 * 4096 * 12288)
+    assert parameters_of_projections(qwen3_8b()) == active_per_token(qwen3_8b()) == projections
+    assert memory.weights == 2 * (8_190_735_360 - projections) + projections + 4 * projections // 128**2

@@ -21,10 +21,14 @@ import pytest
 import torch
 from torch.multiprocessing import reductions
 
+from megatron_dsrl.config.engine_numerics import FP8_BLOCK
 from megatron_dsrl.config.load import load_config
+from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.platform.cuda import WEIGHT_BROADCAST_VARIABLES
 from megatron_dsrl.rollout.engines.engine_group import server_arguments
+from megatron_dsrl.rollout.engines.quantised_push import FP8_CHECKPOINT, fp8_server_arguments
 from megatron_dsrl.rollout.engines.weight_push import BucketMemory, flatten
+from megatron_dsrl.weights.fp8 import dequantise_blocks, quantise_blocks
 from tests.support.tiny_run import REPOSITORY
 
 SGLANG = Path(find_spec("sglang").submodule_search_locations[0], "srt")
@@ -32,6 +36,7 @@ SET_ENVIRONMENT = "entrypoints/engine.py:_set_envs_and_config"
 RELEASE = "managers/scheduler_components/weight_updater.py:SchedulerWeightUpdaterManager.release_memory_occupation"
 RESUME = "managers/scheduler_components/weight_updater.py:SchedulerWeightUpdaterManager.resume_memory_occupation"
 UNPICKLER = "utils/common.py:SafeUnpickler"
+SPECULATION = "engines/ngram_speculation.yaml"
 READ = {
     SET_ENVIRONMENT: "bdd194bca472af6b",
     RELEASE: "20963e2e63a90ab3",
@@ -40,6 +45,15 @@ READ = {
     "utils/patch_torch.py:_rebuild_cuda_tensor_modified": "6a7aab17c3d0ff47",
     "weight_sync/tensor_bucket.py:FlattenedTensorBucket": "d39e127d064bd479",
     "mem_cache/kv_cache_configurator.py:_profile_available_bytes": "b4514d2a80e9d4a3",
+    "layers/quantization/fp8.py:Fp8LinearMethod.create_fp8_weight_": "2cc124fe6c5d5dff",
+    "layers/quantization/fp8.py:Fp8LinearMethod.validate_block_quant_shapes": "43e3a10a28ccf1e2",
+    "layers/quantization/fp8.py:Fp8LinearMethod.process_weights_after_loading_block_quant": "1b0d5b91d0fa853a",
+    "models/qwen3_moe.py:Qwen3MoeSparseMoeBlock.__init__": "0502f097c8b096a9",
+    "utils/weight_checker.py:WeightChecker._compute_checksum": "0587ebdaeb0c1daa",
+    "utils/weight_checker.py:_build_quantized_set": "501f3e35ef4a80aa",
+    "utils/weight_checker.py:_build_check_entries": "5b1cd5b04b76586a",
+    "utils/weight_checker_comparator.py:Fp8BlockComparable": "7e77d092dd767ac5",
+    "arg_groups/speculative_hook.py:_handle_ngram": "2431f92a0caed426",
     "utils/torch_memory_saver_adapter.py:_TorchMemorySaverAdapterReal": "ec96dc2332ec235a",
 }
 """First digits of the SHA-256 of a function's or class's code, without comments and layout."""
@@ -85,6 +99,7 @@ def on_cuda(monkeypatch) -> None:
 def test_every_server_argument_on_cuda_is_a_field(on_cuda) -> None:
     config = load_config(REPOSITORY / "configs" / "dsrl_qwen3_8b.yaml", ["rollout.deterministic=true"])
     arguments = server_arguments(config, engine=0)
+    arguments |= fp8_server_arguments() | speculation().engine.extra_arguments
     assert arguments["enable_memory_saver"] and arguments["enable_deterministic_inference"]
     fields: dict[str, ast.AnnAssign] = {}
     for file in (SGLANG / "arg_groups" / "fields").glob("*.py"):
@@ -92,6 +107,11 @@ def test_every_server_argument_on_cuda_is_a_field(on_cuda) -> None:
     assert arguments.keys() <= fields.keys()
     backends = ast.unparse(fields["cuda_graph_backend_prefill"].annotation)
     assert repr(arguments["cuda_graph_backend_prefill"]) in backends
+
+
+def speculation() -> RunConfig:
+    """A run with the shipped configuration of speculative decoding."""
+    return load_config([REPOSITORY / "configs" / name for name in ("dsrl_qwen3_8b.yaml", SPECULATION)])
 
 
 def test_trainer_and_external_engines_agree_on_nccls_settings() -> None:
@@ -123,9 +143,10 @@ class CudaTensor:
         return reductions.rebuild_cuda_tensor, tuple(arguments.values())
 
 
-def test_a_bucket_on_cuda_can_be_unpickled() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.float32])
+def test_a_bucket_on_cuda_can_be_unpickled(dtype: torch.dtype) -> None:
     """Every global of its pickle is on the list, and the device is where SGLang's patch of torch looks for it."""
-    bucket = flatten([("weight", torch.zeros(3, dtype=torch.bfloat16))], BucketMemory())
+    bucket = flatten([("weight", torch.zeros(3, dtype=dtype))], BucketMemory())
     stream = io.BytesIO()
     pickle.Pickler(stream, protocol=2).dump({**bucket, "flattened_tensor": CudaTensor()})
     operations = pickletools.genops(stream.getvalue())
@@ -143,6 +164,37 @@ def test_a_bucket_on_cuda_can_be_unpickled() -> None:
         if isinstance(node, ast.Assign) and node.targets[0].id == "_REDUCE_TENSOR_ARG_DEVICE_INDEX"
     ]
     assert list(inspect.signature(reductions.rebuild_cuda_tensor).parameters)[place] == "storage_device"
+
+
+def test_fp8_weights_have_the_names_types_and_shapes_that_are_pushed() -> None:
+    """In layers of a checkpoint whose configuration is the one that the engine is given."""
+    text = ast.unparse(source("layers/quantization/fp8.py:Fp8LinearMethod.create_fp8_weight_"))
+    assert "torch.float8_e4m3fn if is_checkpoint_fp8_serialized" in text
+    assert "layer.register_parameter('weight_scale_inv', scale)" in text
+    assert "(output_size_per_partition + block_n - 1) // block_n" in text
+    assert "scale_dtype = torch.uint8 if use_mxfp8 else torch.float32" in text
+    read = ast.unparse(source("layers/quantization/fp8.py:Fp8Config.from_config"))
+    for name in FP8_CHECKPOINT.keys() - {"fmt"}:
+        assert f"'{name}'" in read, name
+    override = ast.unparse(source("utils/hf_transformers/config.py:get_config"))
+    assert "for key, value in model_override_args.items()" in override
+
+
+def test_a_quantised_weights_digest_is_taken_of_the_same_matrix_as_here() -> None:
+    names = {"torch": torch, "List": list}
+    exec(ast.unparse(source("layers/quantization/fp8_utils.py:block_quant_dequant")), names)
+    weight = torch.randn(300, 200, generator=torch.Generator().manual_seed(0))
+    values, scales = quantise_blocks(weight)
+    theirs = names["block_quant_dequant"](values, scales, [FP8_BLOCK, FP8_BLOCK], torch.bfloat16)
+    assert torch.equal(dequantise_blocks(values, scales), theirs)
+    comparable = source("utils/weight_checker_comparator.py:ComparableWeight.dequantize")
+    assert "dtype: torch.dtype=torch.bfloat16" in ast.unparse(comparable)
+
+
+def test_speculation_with_ngrams_gives_log_probs_of_the_target() -> None:
+    worker = ast.unparse(parsed("speculative/ngram_worker.py"))
+    assert "if batch.return_logprob" in worker and "compute_spec_logprobs(" in worker
+    assert "'cpu'" in ast.unparse(source("arg_groups/speculative_hook.py:_handle_ngram"))
 
 
 def test_memory_is_released_by_these_names_and_only_from_an_idle_engine() -> None:

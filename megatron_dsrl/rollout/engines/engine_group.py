@@ -32,6 +32,7 @@ from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.client import EngineClient, EngineError, LostEngineError, MemoryTag
 from megatron_dsrl.rollout.engines.credentials import draw_key
 from megatron_dsrl.rollout.engines.local_address import address_towards
+from megatron_dsrl.rollout.engines.quantised_push import fp8_server_arguments, quantised_buckets
 from megatron_dsrl.rollout.engines.server import EngineServer
 from megatron_dsrl.rollout.engines.settings import RolloutSettings
 from megatron_dsrl.rollout.engines.shared_memory import check_shared_memory
@@ -171,7 +172,9 @@ class EngineGroup:
     def _push(self, buckets: Iterable[Bucket], version: int) -> str | None:
         """Push weights to this group's engine and compare them if due; returns the differences, or None."""
         engine, timeout = self._own_address(), self._config.update_timeout_seconds
-        self._problem = push_weights(self._check.watch(buckets), version, engine, self._group, timeout)
+        watched = self._check.watch(buckets)
+        sent = quantised_buckets(watched) if self._config.quantization else watched
+        self._problem = push_weights(sent, version, engine, self._group, timeout)
         try:
             return None if self._problem is not None else self._check.mismatch(engine)
         except EngineError as error:
@@ -267,6 +270,8 @@ def server_arguments(config: RolloutSettings, engine: int) -> ServerArguments:
         "log_level": "warning",
         **engine_server_arguments(config.engine, config.rollout.deterministic),
     }
+    if config.engine.quantization:
+        arguments |= fp8_server_arguments()
     if config.rollout.routing_replay:
         arguments["enable_return_routed_experts"] = True
     if config.engine.max_context_tokens is not None:
@@ -288,8 +293,11 @@ def initial_weight_version(config: RolloutSettings) -> int:
 
 
 def starts_with_weights(config: RolloutSettings) -> bool:
-    """Whether SGLang can load weights from the model folder: not from a Megatron checkpoint, nor with random_init."""
+    """Whether SGLang can load weights from the model folder: not from a Megatron checkpoint, nor with random_init, nor
+    if it stores them in another form."""
     folder = Path(config.model.path)
+    if config.engine.quantization:
+        return False
     return not config.model.random_init and (not folder.is_dir() or any(folder.glob("*.safetensors")))
 
 

@@ -20,6 +20,7 @@ from megatron_dsrl.platform.engine import feed_forward_multiple
 from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.client import EngineError, MemoryTag
 from megatron_dsrl.rollout.engines.credentials import API_KEY_VARIABLE, external_key
+from megatron_dsrl.rollout.engines.quantised_push import quantised_buckets
 from megatron_dsrl.rollout.engines.settings import RolloutSettings
 from megatron_dsrl.rollout.engines.tensor_layout import EngineLayout
 from megatron_dsrl.rollout.engines.weight_broadcast import ServerLink, broadcast_weights
@@ -153,6 +154,8 @@ class ExternalEngines:
         expected = {size: self._nothing_sent(size) for size in {link.size for link in due}}
         for sent in chain.from_iterable(expected.values()):
             buckets = sent.watch(buckets)
+        if self._config.engine.quantization:
+            buckets = quantised_buckets(buckets)
         problems |= await broadcast_weights(ready, buckets, version)
         mismatches = []
         for link in due:
@@ -163,7 +166,8 @@ class ExternalEngines:
     def _nothing_sent(self, size: int) -> list[SentWeights]:
         """An empty record for each rank of a server of this size."""
         architecture = read_architecture(resolve_model_folder(self._config.model.path))
-        return [SentWeights(EngineLayout(architecture, rank, size, feed_forward_multiple())) for rank in range(size)]
+        layouts = [EngineLayout(architecture, rank, size, feed_forward_multiple()) for rank in range(size)]
+        return [SentWeights(layout, self._config.engine.quantization is not None) for layout in layouts]
 
     async def _mismatch(
         self, link: ServerLink, expected: Sequence[SentWeights], problems: dict[str, str]

@@ -5,8 +5,9 @@ SGLang's `/weights_checker` digests its own. This finds errors that a push alone
 ignored, misplaced or converted, and memory that was overwritten too early. It needs neither engine memory nor a second
 push.
 
-An engine that stores its weights in another form (quantised, or experts split or reordered for a kernel) cannot be
-compared like this: its digests always differ.
+An engine with `engine.quantization` digests what its FP8 weights stand for (quantised_push.py). One that stores its
+weights in another form by `engine.extra_arguments`, or whose kernels split or reorder experts, cannot be compared like
+this: its digests always differ.
 """
 
 import asyncio
@@ -23,6 +24,7 @@ from megatron_dsrl.platform.engine import feed_forward_multiple
 from megatron_dsrl.platform.weight_digest import weight_digest
 from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.client import EngineError
+from megatron_dsrl.rollout.engines.quantised_push import as_the_engine_compares
 from megatron_dsrl.rollout.engines.settings import RolloutSettings
 from megatron_dsrl.rollout.engines.tensor_layout import EngineLayout
 from megatron_dsrl.rollout.engines.weight_client import WeightClient
@@ -34,8 +36,14 @@ NAMES_IN_MESSAGE = 8
 class SentWeights:
     """Digests of the sent weights, as one rank of the engine must hold them."""
 
-    def __init__(self, layout: EngineLayout) -> None:
+    def __init__(self, layout: EngineLayout, quantised: bool = False) -> None:
+        """
+        Args:
+            layout: of this rank of the engine.
+            quantised: whether the engine stores what is sent in FP8.
+        """
         self._layout = layout
+        self._quantised = quantised
         self._incomplete: dict[str, dict[int, Tensor]] = {}
         self._digests: dict[str, str] = {}
         self._hf_names: dict[str, list[str]] = {}
@@ -44,7 +52,8 @@ class SentWeights:
         """Yield the same buckets, digesting each first. A tensor that is sent again replaces the earlier one."""
         for bucket in buckets:
             for name, tensor in bucket:
-                self._add(name, tensor.detach())
+                stored = as_the_engine_compares(name, tensor.detach()) if self._quantised else tensor.detach()
+                self._add(name, stored)
             yield bucket
 
     def differences(self, engine: Mapping[str, str]) -> list[str]:
@@ -102,7 +111,8 @@ class WeightCheck:
             return buckets
         rank, size = (0, 1) if self._group is None else (self._group.rank(), self._group.size())
         architecture = read_architecture(resolve_model_folder(self._config.model.path))
-        self._sent = SentWeights(EngineLayout(architecture, rank, size, feed_forward_multiple()))
+        layout = EngineLayout(architecture, rank, size, feed_forward_multiple())
+        self._sent = SentWeights(layout, self._config.engine.quantization is not None)
         return self._sent.watch(buckets)
 
     def mismatch(self, engine: EngineAddress | None) -> str | None:

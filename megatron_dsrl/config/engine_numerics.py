@@ -1,0 +1,99 @@
+"""Runs whose engines compute with other numbers than the trainer: FP8 weights, or speculative decoding.
+
+Their samples come from a slightly different policy than the trainer scores, so objectives in post-train space correct
+for it unless they say otherwise.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from megatron_dsrl.config.layout import ModelShape, Problem
+from megatron_dsrl.config.rollout import EngineConfig, RolloutConfig
+
+SPECULATION = "speculative_algorithm"
+"""SGLang's server argument."""
+FP8_BLOCK = 128
+SET_BY_QUANTIZATION = ("quantization", "json_model_override_args", "load_format")
+"""Server arguments that `engine.quantization` sets, or that contradict it."""
+CORRECTION = {"name": "truncated"}
+
+
+def with_correction(data: Any) -> Any:
+    """A run's plain data with an importance correction in every objective in post-train space that names none, if
+    its engines compute with other numbers. Data of a wrong kind is left to the validation."""
+    if not isinstance(data, Mapping) or not _differs(data.get("engine")):
+        return data
+    phases = data.get("phases")
+    if not isinstance(phases, Sequence) or isinstance(phases, str):
+        return data
+    return {**data, "phases": [_corrected_phase(phase) for phase in phases]}
+
+
+def numerics_problems(
+    engine: EngineConfig, rollout: RolloutConfig, dtype: str, shape: ModelShape | None
+) -> Iterator[Problem]:
+    """What does not go with an engine that computes with other numbers.
+
+    Args:
+        engine: the run's engines.
+        rollout: how they sample.
+        dtype: `model.dtype`.
+        shape: the model's sizes; None leaves out the checks that need them.
+    """
+    if SPECULATION in engine.extra_arguments and rollout.deterministic:
+        yield (
+            f"engine.extra_arguments.{SPECULATION}, rollout.deterministic",
+            "speculative decoding draws its random numbers without the samples' seeds; turn one of them off",
+        )
+    if engine.quantization is None:
+        return
+    if rollout.deterministic:
+        yield (
+            "engine.quantization, rollout.deterministic",
+            "SGLang's FP8 products depend on what else is in the batch; turn one of them off",
+        )
+    if dtype != "bfloat16":
+        yield "engine.quantization, model.dtype", "SGLang's FP8 layers take bfloat16 activations; set bfloat16"
+    for name in SET_BY_QUANTIZATION:
+        if name in engine.extra_arguments:
+            yield f"engine.quantization, engine.extra_arguments.{name}", "the first sets this argument; leave it out"
+    yield from _shape_problems(engine.tensor_parallel_size, shape)
+
+
+def _shape_problems(engine_size: int, shape: ModelShape | None) -> Iterator[Problem]:
+    """SGLang refuses blocks that lie on two ranks, or in two of the matrices that it fuses."""
+    if shape is None:
+        return
+    inner = shape.expert_feed_forward_size if shape.experts else shape.feed_forward_size
+    for what, size in (("inner size", inner), ("size of all keys", shape.key_value_size)):
+        if size % (FP8_BLOCK * engine_size):
+            yield (
+                "engine.quantization, engine.tensor_parallel_size",
+                f"the model's {what} is {size}, which {engine_size} rank(s) cannot divide into blocks of {FP8_BLOCK}; "
+                "lower the second, or leave out the first",
+            )
+
+
+def _differs(engine: Any) -> bool:
+    if not isinstance(engine, Mapping):
+        return False
+    extra = engine.get("extra_arguments")
+    arguments = extra if isinstance(extra, Mapping) else {}
+    return engine.get("quantization") is not None or SPECULATION in arguments or "quantization" in arguments
+
+
+def _corrected_phase(phase: Any) -> Any:
+    if not isinstance(phase, Mapping):
+        return phase
+    additional = phase.get("additional_objectives")
+    if isinstance(additional, Sequence) and not isinstance(additional, str):
+        phase = {**phase, "additional_objectives": [_corrected(objective) for objective in additional]}
+    return _corrected(phase)
+
+
+def _corrected(objective: Any) -> Any:
+    if not isinstance(objective, Mapping) or "importance_correction" in objective:
+        return objective
+    space = objective.get("space")
+    name = space.get("name") if isinstance(space, Mapping) else space
+    return {**objective, "importance_correction": CORRECTION} if name == "post_train" else objective
