@@ -5,7 +5,6 @@ puts them on the clock of the timeline (report/profile_events.py). With Nsight S
 profiled steps are the range that `nsys profile --capture-range=cudaProfilerApi` captures.
 """
 
-import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,7 +52,6 @@ class StepProfiler:
             with torch.cuda.profiler.profile():
                 yield
         else:
-            os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # errors only
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
             with torch.profiler.profile(activities=activities) as profiler:
                 yield

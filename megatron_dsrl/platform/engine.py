@@ -15,6 +15,7 @@ import torch.distributed
 import torch.multiprocessing
 
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.config.engine_numerics import SPECULATION
 from megatron_dsrl.config.rollout import EngineConfig
 
 LOOPBACK = "127.0.0.1"
@@ -49,7 +50,7 @@ def engine_server_arguments(config: EngineConfig, deterministic: bool) -> Server
 
     Raises:
         UserError: on CPU, `engine.max_total_tokens` is missing, without which SGLang would take nearly all memory, or
-            `engine.quantization` is set.
+            `engine.quantization` or speculative decoding is set.
     """
     if torch.cuda.is_available():
         return _cuda_server_arguments(config) | ({"enable_deterministic_inference": True} if deterministic else {})
@@ -225,6 +226,11 @@ def _cpu_server_arguments(config: EngineConfig) -> ServerArguments:
         raise UserError(
             f"engine.quantization={config.quantization} needs an NVIDIA GPU: SGLang has no FP8 kernels for this CPU; "
             "set it to null"
+        )
+    if SPECULATION in config.extra_arguments:
+        raise UserError(
+            f"engine.extra_arguments.{SPECULATION} needs an NVIDIA GPU: SGLang's CPU path moves its cache by kernels "
+            "that are missing here (sgl_kernel); leave it out"
         )
     if config.max_total_tokens is None:
         raise UserError(

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.config.rollout import EngineConfig
 from megatron_dsrl.model.families import FAMILIES
 from megatron_dsrl.platform import engine_models
-from megatron_dsrl.platform.engine import allocator_warning
+from megatron_dsrl.platform.engine import allocator_warning, engine_server_arguments
 from megatron_dsrl.platform.sglang_cpu.no_compilation import uncompiled
 
 
@@ -40,3 +42,15 @@ def test_expandable_segments_beside_engines_on_the_same_gpus_are_warned_of(monke
     warning = allocator_warning(variables)
     assert (warning is None) == (named is None)
     assert warning is None or warning.startswith(f"warning: {named} sets expandable_segments:True")
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"quantization": "fp8"}, "engine.quantization=fp8 needs an NVIDIA GPU"),
+        ({"extra_arguments": {"speculative_algorithm": "NGRAM"}}, "speculative_algorithm needs an NVIDIA GPU"),
+    ],
+)
+def test_what_sglang_cannot_do_on_a_cpu_is_refused_before_an_engine_starts(settings: dict, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        engine_server_arguments(EngineConfig(max_total_tokens=1024, **settings), deterministic=False)
