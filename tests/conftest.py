@@ -53,6 +53,16 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def rewards() -> Iterator:
+    """The pool that judges the samples of `engine_rollout` when a test dispatches a batch itself."""
+    from megatron_dsrl.rewards.pool import RewardPool
+    from tests.support.engine import tiny_run_config
+
+    with RewardPool(tiny_run_config(Path("unused")).reward) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
 def engine_rollout(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
     """The rollout side over one real SGLang engine, started once for all tests. Weights: as the last test left them.
 

@@ -110,23 +110,23 @@ def make_objectives() -> Sequence[Objective]:
 def timed(action: Callable[[], object]) -> float:
     """Duration of an action in seconds, on the slowest rank."""
     dist.barrier()
-    begin = time.perf_counter()
+    started = time.perf_counter()
     action()
-    return max(gather(time.perf_counter() - begin))
+    return max(gather(time.perf_counter() - started))
 
 
 def measure(
     store: CheckpointStore, actor: Actor, step: Callable[[], object], state: RunState, seconds: Seconds
 ) -> None:
     """Measure one save; training continues until the checkpoint is published."""
-    begin = time.perf_counter()
-    blocked = timed(lambda: store.save(state, actor.begin_save))
+    started = time.perf_counter()
+    blocked = timed(lambda: store.save(state, actor.start_save))
     for _ in range(MAX_STEPS_BESIDE):
         if not store.is_saving():
             break
         seconds.steps_beside.append(timed(step))
         blocked += timed(store.poll)
-    seconds.published.append(time.perf_counter() - begin)
+    seconds.published.append(time.perf_counter() - started)
     seconds.blocked.append(blocked + timed(store.finish))
 
 

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from megatron_dsrl.algorithms.experience import Response, build_experience
 from megatron_dsrl.algorithms.spaces import PostTrain
-from megatron_dsrl.rollout.engines.client import EngineClient
+from megatron_dsrl.rollout.engines.generation import read_completion
 
 VOCABULARY = 151_936
 PROMPT_TOKENS = 200
@@ -50,8 +50,7 @@ def random_answers(samples: int, tokens: int) -> list[str]:
 
 def read_answers(answers: list[str]) -> list[Response]:
     """Parse answers like the rollout client, into the form that is shared with the other ranks."""
-    client = EngineClient("http://nowhere", timeout_seconds=1)
-    completions = [client._completion(json.loads(answer)) for answer in answers]
+    completions = [read_completion(json.loads(answer)) for answer in answers]
     prompt = tuple(range(PROMPT_TOKENS))
     return [Response(prompt, done.response_ids, done.log_probs, 1.0, group) for group, done in enumerate(completions)]
 
@@ -62,9 +61,9 @@ def best_of(repetitions: int, work: Callable[[], object]) -> float:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    begin = time.perf_counter()
+    started = time.perf_counter()
     work()
-    return time.perf_counter() - begin
+    return time.perf_counter() - started
 
 
 def broadcast_repeatedly(rank: int, file: str, size: int, repetitions: int, result: str) -> None:

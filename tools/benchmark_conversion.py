@@ -112,11 +112,11 @@ def _run(command: Sequence[str]) -> tuple[float, int]:
             "import resource, subprocess, sys; code = subprocess.call(sys.argv[2:], stdout=subprocess.DEVNULL); "
             "open(sys.argv[1], 'w').write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)); sys.exit(code)"
         )
-        begin = time.perf_counter()
+        started = time.perf_counter()
         result = subprocess.run(
             [sys.executable, "-c", wrapper, peak_file.name, *command], stderr=subprocess.PIPE, text=True
         )
-        seconds = time.perf_counter() - begin
+        seconds = time.perf_counter() - started
         if result.returncode:
             raise SystemExit(f"{' '.join(command)} failed:\n{result.stderr}")
         return seconds, int(peak_file.read()) * 1024

@@ -44,13 +44,13 @@ def measure(write: Callable[[], object]) -> tuple[float, float]:
     """Duration of a writing thread in seconds, and the longest time for which it blocked this thread."""
     thread = threading.Thread(target=write)
     longest, pause = 0.0, 0.001
-    begin = last = time.perf_counter()
+    started = last = time.perf_counter()
     thread.start()
     while thread.is_alive():
         time.sleep(pause)
         now = time.perf_counter()
         longest, last = max(longest, now - last - pause), now
-    return last - begin, longest
+    return last - started, longest
 
 
 def with_json(file: Path, groups: Sequence[SampleGroup]) -> None:

@@ -90,9 +90,9 @@ def make_config(model: Path, parallel: ParallelConfig, engine_size: int, dtype: 
 def seconds_of(action: Callable[[], object]) -> float:
     """Duration of an action in seconds, on the slowest rank."""
     dist.barrier()
-    begin = time.perf_counter()
+    started = time.perf_counter()
     action()
-    return max(gather(time.perf_counter() - begin))
+    return max(gather(time.perf_counter() - started))
 
 
 def load_from_disk(engine: EngineAddress, folder: Path) -> None:

@@ -153,7 +153,7 @@ class Outcome:
 
 def run_part(command: Sequence[str], limit_seconds: float) -> Outcome:
     """Run a command from the repository, and never raise."""
-    begin = time.perf_counter()
+    started = time.perf_counter()
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     try:
         done = subprocess.run(
@@ -162,7 +162,7 @@ def run_part(command: Sequence[str], limit_seconds: float) -> Outcome:
         status, output = done.returncode, done.stdout + (done.stderr if done.returncode else "")
     except subprocess.TimeoutExpired as error:
         status, output = 124, f"{(error.stdout or b'').decode(errors='replace')}\nstopped after {limit_seconds:g} s"
-    return Outcome(" ".join(command), status, time.perf_counter() - begin, output)
+    return Outcome(" ".join(command), status, time.perf_counter() - started, output)
 
 
 class AskedInThread:

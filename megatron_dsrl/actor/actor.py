@@ -126,9 +126,9 @@ class Actor:
         """Write the current weights as an HF folder; see `export_hf_folder`."""
         export_hf_folder(self._model.chunks, self._table, self._folder, target, self._model.config.params_dtype)
 
-    def begin_save(self, folder: Path, copy: bool) -> CheckpointWrite:
-        """Prepare to write weights, optimizer, schedule and random states; see `saved_state.begin_save`."""
-        return self._model.begin_save(folder, copy)
+    def start_save(self, folder: Path, copy: bool) -> CheckpointWrite:
+        """Prepare to write weights, optimizer, schedule and random states; see `saved_state.start_save`."""
+        return self._model.start_save(folder, copy)
 
     def load(self, folder: Path, same_layout: bool) -> None:
         """Restore a saved state; see `load_state`."""

@@ -82,9 +82,9 @@ class Critic:
         """The weights as a Transformers token classifier with one label; see `stream_hf_weights`."""
         return stream_hf_weights(self._model.chunks, self._table, bucket_bytes, self._model.config.params_dtype)
 
-    def begin_save(self, folder: Path, copy: bool) -> CheckpointWrite:
-        """Prepare to write weights, optimizer, schedule and random states; see `saved_state.begin_save`."""
-        return self._model.begin_save(folder, copy)
+    def start_save(self, folder: Path, copy: bool) -> CheckpointWrite:
+        """Prepare to write weights, optimizer, schedule and random states; see `saved_state.start_save`."""
+        return self._model.start_save(folder, copy)
 
     def load(self, folder: Path, same_layout: bool) -> None:
         """Restore a saved state; see `load_state`."""

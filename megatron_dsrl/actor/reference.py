@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from megatron_dsrl.actor.actor import Actor
-from megatron_dsrl.actor.saved_state import begin_save_weights, load_saved_weights
+from megatron_dsrl.actor.saved_state import load_saved_weights, start_save_weights
 from megatron_dsrl.algorithms.experience import Experience, PerToken
 from megatron_dsrl.checkpoint.megatron_writer import CheckpointWrite
 from megatron_dsrl.platform import current_platform
@@ -45,10 +45,10 @@ class ReferencePolicy:
             kept.copy_(parameter)
         self.is_initial = False
 
-    def begin_save(self, folder: Path, copy: bool) -> CheckpointWrite:
+    def start_save(self, folder: Path, copy: bool) -> CheckpointWrite:
         """Prepare to write the weights into an existing, empty folder. They are copied in any case."""
         with self._swapped_in():
-            return begin_save_weights(folder, self._actor.chunks)
+            return start_save_weights(folder, self._actor.chunks)
 
     def load(self, folder: Path) -> None:
         """Load saved weights, written under this or another layout."""

@@ -18,13 +18,13 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_dsrl.actor.optimizer import chained_optimizers, own_step_counts
-from megatron_dsrl.checkpoint.megatron_writer import CheckpointWrite, begin_checkpoint
+from megatron_dsrl.checkpoint.megatron_writer import CheckpointWrite, start_checkpoint
 from megatron_dsrl.model.build import bare_model
 from megatron_dsrl.weights.load import is_extra_state
 from megatron_dsrl.weights.untrusted_checkpoint import only_plain_objects
 
 
-def begin_save(
+def start_save(
     folder: Path,
     chunks: Sequence[torch.nn.Module],
     optimizer: MegatronOptimizer,
@@ -41,7 +41,7 @@ def begin_save(
     state = _model_and_optimizer(chunks, optimizer, is_loading=False)
     state["scheduler_steps"] = scheduler.num_steps
     state["random_states"] = _random_states()
-    return begin_checkpoint(state, folder, _sharding_metadata(), copy)
+    return start_checkpoint(state, folder, _sharding_metadata(), copy)
 
 
 def load_state(
@@ -51,7 +51,7 @@ def load_state(
     scheduler: OptimizerParamScheduler,
     same_layout: bool,
 ) -> None:
-    """Load what `begin_save` wrote, under this or another layout. Collective.
+    """Load what `start_save` wrote, under this or another layout. Collective.
 
     Args:
         chunks: model chunks to fill.
@@ -74,13 +74,13 @@ def load_state(
         _restore_random_states(loaded["random_states"])
 
 
-def begin_save_weights(folder: Path, chunks: Sequence[torch.nn.Module]) -> CheckpointWrite:
+def start_save_weights(folder: Path, chunks: Sequence[torch.nn.Module]) -> CheckpointWrite:
     """Prepare to write a copy of the weights alone into an existing, empty folder. Collective."""
-    return begin_checkpoint(_model(chunks), folder, _sharding_metadata(), copy=True)
+    return start_checkpoint(_model(chunks), folder, _sharding_metadata(), copy=True)
 
 
 def load_saved_weights(folder: Path, chunks: Sequence[torch.nn.Module]) -> None:
-    """Load what `begin_save_weights` wrote, under this or another layout, into the chunks. Collective."""
+    """Load what `start_save_weights` wrote, under this or another layout, into the chunks. Collective."""
     with only_plain_objects(folder):
         loaded = dist_checkpointing.load(_model(chunks), str(folder))
     _fill(chunks, loaded)

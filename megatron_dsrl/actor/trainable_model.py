@@ -17,7 +17,7 @@ from megatron_dsrl.actor.forward_backward import MicroBatch, Result
 from megatron_dsrl.actor.offload import ModelMemory, ModelPart
 from megatron_dsrl.actor.optimizer import apply_settings, chained_optimizers, forget_state
 from megatron_dsrl.actor.packing import PackedRow
-from megatron_dsrl.actor.saved_state import begin_save, load_state
+from megatron_dsrl.actor.saved_state import load_state, start_save
 from megatron_dsrl.actor.sharded_model import ShardedModel
 from megatron_dsrl.algorithms.experience import PerToken
 from megatron_dsrl.algorithms.spaces import ScoredSequence
@@ -99,10 +99,10 @@ class TrainableModel(ShardedModel):
         assert not self.memory.away, AWAY
         forget_state(self._optimizer)
 
-    def begin_save(self, folder: Path, copy: bool) -> CheckpointWrite:
-        """Prepare to write weights, optimizer, schedule and random states; see `saved_state.begin_save`."""
+    def start_save(self, folder: Path, copy: bool) -> CheckpointWrite:
+        """Prepare to write weights, optimizer, schedule and random states; see `saved_state.start_save`."""
         assert not self.memory.away, AWAY
-        return begin_save(folder, self.chunks, self._optimizer, self._scheduler, copy)
+        return start_save(folder, self.chunks, self._optimizer, self._scheduler, copy)
 
     def load(self, folder: Path, same_layout: bool) -> None:
         """Restore a saved state; see `load_state`."""

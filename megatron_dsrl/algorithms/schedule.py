@@ -36,7 +36,7 @@ class Schedule:
         """
         return self._phase(step).at(step)
 
-    def begins_phase(self, step: int) -> bool:
+    def starts_phase(self, step: int) -> bool:
         """Whether a step is the first of a phase other than the first phase."""
         return step > 1 and self._phase(step) is not self._phase(step - 1)
 

@@ -4,8 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_dsrl.charts.chart_file import write_charts
-from megatron_dsrl.charts.charts import Chart
+from megatron_dsrl.charts.charts import Chart, write_charts
 from megatron_dsrl.charts.figure import write_figure
 from megatron_dsrl.observability.records import Record, replace_records
 

@@ -4,18 +4,28 @@ Responses are untrusted text. Control characters, which could manipulate the ter
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megatron_dsrl.analysis.response_log_probs import ResponseLogProbs
 from megatron_dsrl.common.visible_text import visible
 from megatron_dsrl.rollout.sample import Sample, SampleGroup
 
 GAP_STYLES = ((1.0, "bold green"), (0.1, "green"), (-0.1, "dim"), (-1.0, "red"))
 """(lowest gap in nat, style); gaps below the last one are bold red."""
+
+
+@dataclass(frozen=True)
+class ResponseLogProbs:
+    """Log-probs of one response's tokens. Unit: nat."""
+
+    with_prompt: list[float]
+    """One per token."""
+    without_prompt: list[float | None]
+    """One per token; None for the first if it has no context (`bos: none`)."""
 
 
 def print_group(

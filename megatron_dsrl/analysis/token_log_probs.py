@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_dsrl.algorithms.spaces import PostTrain, PreTrain
 from megatron_dsrl.analysis.analyse_gradients import TokenisedResponse, scoring_model
 from megatron_dsrl.analysis.gradients import scores_of_row
-from megatron_dsrl.analysis.response_log_probs import ResponseLogProbs
+from megatron_dsrl.analysis.sample_view import ResponseLogProbs
 from megatron_dsrl.config.model import GradientAnalysisConfig
 from megatron_dsrl.data.tokenizer import context_token_ids, load_tokenizer
 from megatron_dsrl.model.architecture import read_architecture

@@ -9,14 +9,19 @@ repository would have two systems and a larger page in place of these few hundre
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup, escape
+from pydantic import TypeAdapter, ValidationError
 
 from megatron_dsrl.charts.chart_axes import SMALL, STEPS, VALUES, Axes, Frame, StepAxis, ValueAxis, fitting_axes
 from megatron_dsrl.charts.chart_shapes import area, cursor, curve, grid, phase_bands
 from megatron_dsrl.charts.chart_source import ChartSource, Series, number
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.observability.run_records import PhaseSpan
+
+_SOURCES = TypeAdapter(list[ChartSource])
 
 
 @dataclass(frozen=True)
@@ -139,3 +144,21 @@ def _series_data(series: Series, points: _Points, steps: Sequence[int]) -> dict[
 
 def _six_digits(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.6g}")
+
+
+def write_charts(charts: Sequence[Chart], path: Path) -> None:
+    """Write what charts show as JSON, to be drawn again by a page that may look otherwise."""
+    path.write_bytes(_SOURCES.dump_json([chart.source for chart in charts]) + b"\n")
+
+
+def read_charts(path: Path) -> list[Chart]:
+    """The charts of a file that `write_charts` wrote.
+
+    Raises:
+        UserError: the file holds no charts.
+    """
+    try:
+        return [draw(source) for source in _SOURCES.validate_json(path.read_bytes())]
+    except ValidationError as error:
+        problem = error.errors()[0]["msg"]
+        raise UserError(f"{path} does not hold charts: {problem}. Delete it, or run the analysis again") from error

@@ -27,7 +27,7 @@ _Bucket = tuple[str, str, tuple[list, list]]
 
 
 class CheckpointWrite:
-    """This rank's part of a checkpoint, ready to be written; see `begin_checkpoint`."""
+    """This rank's part of a checkpoint, ready to be written; see `start_checkpoint`."""
 
     def __init__(self, request: AsyncRequest, results: queue.Queue, copy: bool) -> None:
         self._finalize = request.finalize_fns
@@ -74,7 +74,7 @@ class CheckpointWrite:
                 finalize()
 
 
-def begin_checkpoint(state: dict[str, Any], folder: Path, metadata: dict[str, Any], copy: bool) -> CheckpointWrite:
+def start_checkpoint(state: dict[str, Any], folder: Path, metadata: dict[str, Any], copy: bool) -> CheckpointWrite:
     """Plan the checkpoint of a sharded state. Collective.
 
     Args:

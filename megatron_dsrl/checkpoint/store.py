@@ -1,76 +1,24 @@
-"""Checkpoint folders of a run: published atomically, validated before use, pruned.
+"""The checkpoints of one run: save, continue from the newest, keep a few.
 
-    <run folder>/checkpoints/step_000050/state.json     `RunState`, and size and CRC-32 of each other file
-    <run folder>/checkpoints/step_000050/megatron/...   Megatron's distributed checkpoint of the actor
-    <run folder>/checkpoints/step_000050/critic/...     and of the run's other models
-
-A checkpoint is written into a hidden folder and renamed when complete, so a folder with a checkpoint's name is a whole
-checkpoint; `state.json` tells whether it is still undamaged. No `latest` file is needed, which could point to
-nothing: the newest checkpoint is the one with the highest step that passes validation.
-
-An asynchronous save returns when every rank has copied its part. A thread on each rank then writes and checksums files
-without communication; the collective parts, planning and publishing, run in the main thread, so that they cannot
-interleave with the collectives of training.
+An asynchronous save returns when every rank has copied its part; it is published by a later call, in the main thread.
 """
 
-import os
-import re
 import shutil
-import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
 
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_dsrl.checkpoint.folders import WEIGHTS_FOLDER, Checkpoint, make_partial, partial_folder, prune, publish
+from megatron_dsrl.checkpoint.load import newest_checkpoint
+from megatron_dsrl.checkpoint.save import Save, StartWrite, on_rank_0
 from megatron_dsrl.checkpoint.state import RunState, SavedState
-from megatron_dsrl.common.checksum import Checksums, changed_file, checksums
-from megatron_dsrl.common.collective import broadcast, first_problem, gather, my_share
+from megatron_dsrl.common.collective import gather
 from megatron_dsrl.common.disk import free_space
 from megatron_dsrl.common.errors import UserError
 
-STATE_FILE = "state.json"
-WEIGHTS_FOLDER = "megatron"
-_PARTIAL_PREFIX = ".partial_"
-_NAME = re.compile(r"step_(\d+)")
 _CLOSE_SECONDS = 60
 """Time limit for a thread that is still writing when a failed run ends."""
-
-BeginWrite = Callable[[Path, bool], "WeightsWrite"]
-"""Collective; takes an empty folder, and whether to copy the state because training continues before it is written."""
-
-
-class WeightsWrite(Protocol):
-    """A part of a checkpoint, ready to be written; see `megatron_writer.CheckpointWrite`."""
-
-    def write(self) -> Sequence[Path]:
-        """Write this rank's files and return their paths. Not collective; runs in a thread.
-
-        Raises:
-            OSError: they cannot be written.
-        """
-
-    def finish(self) -> None:
-        """Collective, after all ranks have written.
-
-        Raises:
-            OSError: this rank could not write; it still took part in all collectives.
-        """
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A validated checkpoint."""
-
-    folder: Path
-    state: RunState
-
-    @property
-    def weights_folder(self) -> Path:
-        """Folder of the actor's distributed checkpoint."""
-        return self.folder / WEIGHTS_FOLDER
 
 
 class CheckpointStore:
@@ -99,17 +47,17 @@ class CheckpointStore:
         self._asynchronous = asynchronous
         self._good_step: int | None = None
         """Step of the newest checkpoint known to be good."""
-        self._in_flight: _Save | None = None
+        self._in_flight: Save | None = None
 
-    def save(self, state: RunState, begin_write: BeginWrite, others: Mapping[str, BeginWrite] | None = None) -> None:
-        """Publish a checkpoint and remove old ones; if asynchronous, only begin to.
+    def save(self, state: RunState, start_write: StartWrite, others: Mapping[str, StartWrite] | None = None) -> None:
+        """Publish a checkpoint and remove old ones; if asynchronous, only start to.
 
         Waits for a save in flight. Replaces a damaged checkpoint of the same step. Does nothing if this step's
         checkpoint is known to be good: the state is the same, and the only good checkpoint must never be missing.
 
         Args:
             state: everything but the models; the same on every rank.
-            begin_write: prepares the actor's part.
+            start_write: prepares the actor's part.
             others: prepare the parts of other models, by folder name; the same names on every rank.
 
         Raises:
@@ -119,14 +67,14 @@ class CheckpointStore:
         self.finish()
         if state.step == self._good_step:
             return
-        partial = self._root / f"{_PARTIAL_PREFIX}step_{state.step:06d}"
-        parts = {WEIGHTS_FOLDER: begin_write, **(others or {})}
+        partial = partial_folder(self._root, state.step)
+        parts = {WEIGHTS_FOLDER: start_write, **(others or {})}
         try:
-            _on_rank_0(lambda: _make_empty(partial, parts))
-            writes = [begin(partial / name, self._asynchronous) for name, begin in parts.items()]
+            on_rank_0(lambda: make_partial(self._root, state.step, parts))
+            writes = [start(partial / name, self._asynchronous) for name, start in parts.items()]
         except OSError as error:
             raise self._failure(state.step, partial, error) from error
-        self._in_flight = _Save(state, partial, writes)
+        self._in_flight = Save(state, partial, writes)
         if not self._asynchronous:
             self.finish()
 
@@ -157,7 +105,7 @@ class CheckpointStore:
             return
         try:
             files = save.complete()
-            _on_rank_0(lambda: self._publish(save.partial, SavedState(run=save.state, files=files)))
+            on_rank_0(lambda: self._publish(SavedState(run=save.state, files=files)))
         except OSError as error:
             raise self._failure(save.state.step, save.partial, error) from error
         self._good_step = save.state.step
@@ -182,151 +130,12 @@ class CheckpointStore:
         Raises:
             UserError: all checkpoints are damaged. Raised on every rank.
         """
-        folders = broadcast([folder for _, folder in reversed(self._published())])
-        for folder in folders:
-            problem, state = self._validate(folder)
-            if problem is None:
-                assert state is not None
-                self._good_step = state.step
-                return Checkpoint(folder, state)
-            if dist.get_rank() == 0:
-                self._report(f"checkpoint {folder} is damaged and ignored: {problem}")
-        if folders:
-            raise UserError(
-                f"all checkpoints in {self._root} are damaged; remove the folder to start over from the first step"
-            )
-        return None
+        newest = newest_checkpoint(self._root, self._report)
+        if newest is not None:
+            self._good_step = newest.state.step
+        return newest
 
-    def _published(self) -> list[tuple[int, Path]]:
-        """(step, folder) of all checkpoints this rank sees, oldest first."""
-        if not self._root.is_dir():
-            return []
-        named = [(_NAME.fullmatch(folder.name), folder) for folder in self._root.iterdir()]
-        return sorted((int(match[1]), folder) for match, folder in named if match)
-
-    def _validate(self, folder: Path) -> tuple[str | None, RunState | None]:
-        """The problem with a checkpoint, if any, and its state, if readable. Ranks share the reading."""
-        try:
-            saved = SavedState.read(folder / STATE_FILE)
-        except (OSError, ValueError) as error:
-            return first_problem(f"{STATE_FILE}: {error}"), None
-        problem = changed_file(folder, saved.files, my_share(sorted(saved.files)))
-        return first_problem(problem), saved.run
-
-    def _publish(self, partial: Path, saved: SavedState) -> None:
-        """Complete and rename the folder. Called on rank 0."""
-        saved.write(partial / STATE_FILE)
-        for folder in filter(Path.is_dir, partial.iterdir()):
-            _flush_to_disk(folder)
-        _flush_to_disk(partial)
-        target = self._root / f"step_{saved.run.step:06d}"
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
-        _flush_to_disk(self._root)
-        self._prune(saved.run.step)
-
-    def _prune(self, newest_step: int) -> None:
-        """Remove old checkpoints. Later ones than the one just published are damaged ones that `newest` skipped; they
-        do not count."""
-        published = [(step, folder) for step, folder in self._published() if step <= newest_step]
-        for step, folder in published[: -self._keep_last]:
-            if not (self._keep_every_steps and step % self._keep_every_steps == 0):
-                shutil.rmtree(folder)
-        for abandoned in self._root.glob(f"{_PARTIAL_PREFIX}*"):  # left by a process killed while writing
-            shutil.rmtree(abandoned)
-
-
-class _Save:
-    """A save in flight: this rank's thread and its result."""
-
-    def __init__(self, state: RunState, partial: Path, writes: Sequence[WeightsWrite]) -> None:
-        self.state = state
-        self.partial = partial
-        self.problem: str | None = None
-        """Error message if this rank's files could not be written."""
-        self._writes = writes
-        self._defect: BaseException | None = None
-        self._checksums: Checksums = {}
-        # A daemon thread is not joined at exit, so that a second request to stop ends the process at once.
-        self._thread = threading.Thread(target=self._write_and_checksum, name="checkpoint", daemon=True)
-        self._thread.start()
-
-    def is_written(self) -> bool:
-        return not self._thread.is_alive()
-
-    def wait(self, seconds: float | None = None) -> None:
-        self._thread.join(seconds)
-
-    def complete(self) -> Checksums:
-        """Wait for the thread, write the checkpoint's metadata, and gather the checksums. Collective.
-
-        Raises:
-            OSError: the files of some rank could not be written.
-        """
-        self.wait()
-        if self._defect is not None:
-            raise self._defect
-        _raise_together(self.problem)
-        for write in self._writes:
-            problem = None
-            try:
-                write.finish()
-            except CheckpointException as error:  # a BaseException; all ranks raise it, rank 0 knows the cause
-                problem = "; ".join(str(cause) for cause, _ in error.failures.values()) or str(error)
-            except OSError as error:
-                problem = str(error)
-            _raise_together(problem)
-        files = {name: entry for share in gather(self._checksums) for name, entry in share.items()}
-        names = broadcast(sorted(str(x.relative_to(self.partial)) for x in self.partial.rglob("*") if x.is_file()))
-        return files | _checksums_together(self.partial, [name for name in names if name not in files])
-
-    def _write_and_checksum(self) -> None:
-        try:
-            self._checksums = checksums(self.partial, [file for write in self._writes for file in write.write()])
-        except OSError as error:
-            self.problem = str(error)
-        except BaseException as error:  # raised in the main thread
-            self._defect = error
-
-
-def _make_empty(partial: Path, names: Iterable[str]) -> None:
-    shutil.rmtree(partial, ignore_errors=True)
-    for name in names:
-        (partial / name).mkdir(parents=True)
-
-
-def _checksums_together(folder: Path, names: Sequence[str]) -> Checksums:
-    """Checksums of these files; each rank reads a share. Collective."""
-    problem, mine = None, {}
-    try:
-        mine = checksums(folder, [folder / name for name in my_share(names)])
-    except OSError as error:
-        problem = str(error)
-    _raise_together(problem)
-    return {name: entry for share in gather(mine) for name, entry in share.items()}
-
-
-def _flush_to_disk(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _on_rank_0(action: Callable[[], None]) -> None:
-    """Run `action` on rank 0; its OSError is raised on all ranks."""
-    problem: str | None = None
-    try:
-        if dist.get_rank() == 0:
-            action()
-    except OSError as error:
-        problem = str(error)
-    _raise_together(problem)
-
-
-def _raise_together(problem: str | None) -> None:
-    """Raise OSError on all ranks if one of them has a problem."""
-    if (problem := first_problem(problem)) is not None:
-        raise OSError(problem)
+    def _publish(self, saved: SavedState) -> None:
+        """Give a complete checkpoint its name and remove old ones. On rank 0."""
+        publish(self._root, saved)
+        prune(self._root, saved.run.step, self._keep_last, self._keep_every_steps)

@@ -12,7 +12,7 @@ from megatron_dsrl.common.process import launched_rank
 from megatron_dsrl.run.loading import loading_megatron
 
 if TYPE_CHECKING:
-    from megatron_dsrl.analysis.response_log_probs import ResponseLogProbs
+    from megatron_dsrl.analysis.sample_view import ResponseLogProbs
     from megatron_dsrl.rollout.sample import Sample, SampleGroup
 
 DEFAULT_PROMPTS = 4

@@ -86,7 +86,7 @@ def _is_complete(config: "RunConfig") -> bool:
     step = finished_step(config)
     if step is None:
         return False
-    from megatron_dsrl.run.closing import closing_lines
+    from megatron_dsrl.run.results import closing_lines
 
     if launched_rank() == 0:
         print(*closing_lines(Path(config.output_dir) / config.name, step), sep="\n")

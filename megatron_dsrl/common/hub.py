@@ -3,12 +3,15 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 from megatron_dsrl.common.errors import UserError
 
 REACH_SECONDS = 5.0
 """Time limit for the hub to answer; its own clients would retry for half a minute."""
 
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""Start of what `git clone` leaves in place of large files if Git LFS is not installed."""
 _FETCH_ELSEWHERE = (
     "download it on a machine with a network and name its folder or file here, or copy the cache (HF_HOME); "
     "HF_ENDPOINT selects another hub"
@@ -68,3 +71,15 @@ def kinds_of_causes(error: BaseException) -> set[str]:
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
     return {kind.__name__ for cause in causes for kind in type(cause).__mro__}
+
+
+def lfs_advice(file: Path) -> str | None:
+    """What to do about a file that is only a pointer; None if it is not one."""
+    try:
+        with file.open("rb") as stream:
+            is_pointer = stream.read(len(_LFS_POINTER)) == _LFS_POINTER
+    except OSError:
+        return None
+    if not is_pointer:
+        return None
+    return f"it is a Git LFS pointer, not the file itself; install Git LFS and run `git lfs pull` in {file.parent}"

@@ -5,13 +5,13 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from megatron_dsrl.config.actor import ActorConfig, CriticConfig, OptimizerConfig, ReferenceConfig
+from megatron_dsrl.config.choices import AnyTracker
 from megatron_dsrl.config.data import DataConfig, PromptSetConfig, RewardConfig
 from megatron_dsrl.config.load_benchmark import load_benchmark
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig
 from megatron_dsrl.config.phase import AnyPhase
 from megatron_dsrl.config.rollout import EngineConfig, RolloutConfig
 from megatron_dsrl.config.section import Section
-from megatron_dsrl.config.trackers import AnyTracker
 
 MAX_NAME_BYTES = 200
 """File systems allow 255; the rest is for suffixes."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.common.git_lfs import lfs_advice
+from megatron_dsrl.common.hub import lfs_advice
 from megatron_dsrl.config.load import load_config
 from megatron_dsrl.model.architecture import Architecture, read_architecture
 from megatron_dsrl.model.source import resolve_model_folder

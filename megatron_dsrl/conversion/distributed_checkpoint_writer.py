@@ -30,9 +30,10 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_dsrl.common.disk import writing
 from megatron_dsrl.conversion.layout import CheckpointLayout
+from megatron_dsrl.weights.checkpoint_shapes import checkpoint_shape
 from megatron_dsrl.weights.disk_flush import DiskFlush
 from megatron_dsrl.weights.layouts import Shape
-from megatron_dsrl.weights.megatron_checkpoint import checkpoint_shape, leading_index
+from megatron_dsrl.weights.megatron_checkpoint import leading_index
 from megatron_dsrl.weights.table import TableEntry, WeightTable
 
 FILE_BYTES = 4 * 2**30

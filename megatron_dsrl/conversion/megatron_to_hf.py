@@ -20,9 +20,10 @@ from megatron_dsrl.conversion.work import my_entries, with_progress
 from megatron_dsrl.provenance.inputs import describe_model
 from megatron_dsrl.provenance.start import record_start
 from megatron_dsrl.weights.checkpoint_record import check_record
+from megatron_dsrl.weights.checkpoint_shapes import check_megatron_checkpoint
 from megatron_dsrl.weights.companions import copy_companions
 from megatron_dsrl.weights.hf_writer import HfFiles, HfWriter, create_hf_files
-from megatron_dsrl.weights.megatron_checkpoint import MegatronCheckpoint, check_megatron_checkpoint
+from megatron_dsrl.weights.megatron_checkpoint import MegatronCheckpoint
 from megatron_dsrl.weights.new_folder import new_folder
 from megatron_dsrl.weights.table import WeightTable
 from megatron_dsrl.weights.tables import weight_table

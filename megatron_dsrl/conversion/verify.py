@@ -18,9 +18,10 @@ from megatron_dsrl.conversion.logits import compare_logits
 from megatron_dsrl.conversion.work import my_entries, with_progress
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.weights.checkpoint_record import architecture_fields, check_record, refuse_drift
+from megatron_dsrl.weights.checkpoint_shapes import check_megatron_checkpoint
 from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint, torch_dtype_name
 from megatron_dsrl.weights.load import check_checkpoint
-from megatron_dsrl.weights.megatron_checkpoint import MegatronCheckpoint, check_megatron_checkpoint
+from megatron_dsrl.weights.megatron_checkpoint import MegatronCheckpoint
 from megatron_dsrl.weights.table import TableEntry, WeightTable
 from megatron_dsrl.weights.tables import weight_table
 

@@ -38,7 +38,7 @@ from megatron_dsrl.provenance.inputs import describe_model, describe_prompts
 from megatron_dsrl.provenance.start import Details, record_start
 from megatron_dsrl.rewards.registry import describe_verifiers, matched_by_spelling
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
-from megatron_dsrl.rollout.engines.awaiting_engines import awaiting_engines
+from megatron_dsrl.rollout.engines.run_engines import awaiting_engines
 
 WEIGHT_FILE_BYTES = 5 * 10**9
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.common.git_lfs import lfs_advice
+from megatron_dsrl.common.hub import lfs_advice
 from megatron_dsrl.config.layout import ModelShape, model_problems, refuse
 from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.model.families import FAMILIES, Family

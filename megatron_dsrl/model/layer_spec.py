@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -13,10 +14,23 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.model.attention import CoreAttention, PackedSelfAttention
-from megatron_dsrl.model.norm import RMSNorm
 from megatron_dsrl.model.router import Router
 from megatron_dsrl.model.routing_replay import RoutedTransformerLayer
 from megatron_dsrl.platform import current_platform
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """PyTorch's RMSNorm, usable under sequence parallelism.
+
+    Megatron's norm for local layers, WrappedTorchNorm, does not support sequence parallelism. All it lacks is the
+    attribute on the weight that makes `finalize_model_grads` sum its gradient over tensor-parallel ranks, each of which
+    normalises a different part of the sequence.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # Megatron's convention
+
 
 LayerImplementation = Literal["local", "transformer_engine"]
 

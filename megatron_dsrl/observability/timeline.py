@@ -38,7 +38,7 @@ def no_span(name: str) -> AbstractContextManager[None]:
 class NoTimeline:
     """Replaces a `Timeline` when nothing is recorded."""
 
-    def begin_step(self, step: int) -> None:
+    def start_step(self, step: int) -> None:
         """See `Timeline`."""
 
     def span(self, name: str) -> AbstractContextManager[None]:
@@ -92,7 +92,7 @@ class Timeline:
             self._stream.close()
             self._stream = None
 
-    def begin_step(self, step: int) -> None:
+    def start_step(self, step: int) -> None:
         """Assign the following events to this step, until the next one begins."""
         self._write({"event": "step", "step": step, "time": self._time(time.monotonic())})
 

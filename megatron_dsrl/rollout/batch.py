@@ -2,43 +2,23 @@
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from megatron_dsrl.rollout.engines.errors import EngineError
+from megatron_dsrl.rollout.engines.generation import Completion, SampleRequest
+from megatron_dsrl.rollout.feed import Feed
 from megatron_dsrl.rollout.progress import OnSamples
 from megatron_dsrl.rollout.sample import SampleGroup, SamplingParameters
 from megatron_dsrl.rollout.unfinished import UnfinishedGroup
 
-
-class Feed(Protocol):
-    """Source of a batch's groups; decides when there are enough."""
-
-    def take(self, in_flight: int) -> list[UnfinishedGroup]:
-        """Groups to begin or to continue, given the number of groups in flight."""
-
-    def judged(self, group: SampleGroup) -> None:
-        """Called with every group that is finished."""
-
-    def is_enough(self) -> bool:
-        """Whether the groups still in flight should be aborted."""
+FIRST_BACK_OFF_SECONDS = 1.0
+"""Pause before the second attempt; doubled for each further one."""
 
 
-class WholeFeed:
-    """Gives all groups at once and needs all of them."""
-
-    def __init__(self, groups: Sequence[UnfinishedGroup]) -> None:
-        self._groups = list(groups)
-
-    def take(self, in_flight: int) -> list[UnfinishedGroup]:
-        groups, self._groups = self._groups, []
-        return groups
-
-    def judged(self, group: SampleGroup) -> None:
-        pass
-
-    def is_enough(self) -> bool:
-        return False
+class StaleWeightsError(EngineError):
+    """A sample was generated with weights other than the current ones."""
 
 
 class BatchSampler(Protocol):
@@ -118,6 +98,10 @@ class RolloutBatch:
         """Groups that are not judged yet, by position."""
         return [group for position, group in enumerate(self.groups) if position not in self.finished]
 
+    def prompt_indices(self, call: Call) -> tuple[int, ...]:
+        """The row numbers of a call's prompts, as users know them."""
+        return tuple(self.groups[position].prompt.index for position in call.positions)
+
     def top_up(self) -> None:
         """Take more groups from the feed."""
         first = len(self.groups)
@@ -130,3 +114,62 @@ class RolloutBatch:
             ]
         else:
             self.waiting += [Call((position,)) for position in added]
+
+    def requests(self, call: Call) -> list[SampleRequest]:
+        """What a call asks the engine for: one request per unfinished response."""
+        limit = self.request.sampling.max_response_tokens
+        return [request for position in call.positions for request in self.groups[position].requests(limit)]
+
+    def split(self, call: Call, completions: Sequence[Completion]) -> Iterator[tuple[int, list[Completion]]]:
+        """The answers to `requests`, by the position of their group."""
+        answers = iter(completions)
+        for position in call.positions:
+            yield position, [next(answers) for _ in range(self.groups[position].num_unfinished)]
+
+    def extend(self, position: int, completions: Sequence[Completion]) -> UnfinishedGroup:
+        """Add an engine's answers to the group at this position; returns the group.
+
+        Raises:
+            StaleWeightsError: a sample does not have the requested weight version.
+        """
+        group, current = self.groups[position], self.request.weight_version
+        for completion in completions:
+            versions = {version for version, _ in completion.weight_versions}
+            if versions - {current} or (completion.response_ids and not versions):
+                raise StaleWeightsError(
+                    f"a sample of prompt {group.prompt.index} was generated with weight version {sorted(versions)}, "
+                    f"the current one is {current}"
+                )
+        self.groups[position] = group.extended(completions)
+        return self.groups[position]
+
+    def is_answered(self, call: Call) -> bool:
+        """Whether all groups of a call are complete."""
+        return all(self.groups[position].is_complete for position in call.positions)
+
+    def finish(self, position: int, group: SampleGroup) -> None:
+        """Keep a judged group."""
+        self.finished[position] = group
+        self.request.feed.judged(group)
+
+    def put_back(self, call: Call, pause_seconds: float = 0.0) -> None:
+        """Queue a call again, before all others, without counting an attempt."""
+        call.not_before = time.monotonic() + pause_seconds
+        self.waiting.appendleft(call)
+
+    def retry(self, call: Call, error: EngineError) -> None:
+        """Queue a failed call again after a pause, for any engine that may take it.
+
+        Raises:
+            EngineError: that was its last attempt; the message names the prompts.
+        """
+        call.attempts += 1
+        if call.attempts >= self.request.call_attempts:
+            prompts = ", ".join(map(str, self.prompt_indices(call)))
+            raise EngineError(
+                f"{error}\nThat was the last attempt for prompt {prompts} (rollout.request_attempts = "
+                f"{call.attempts}); the engine is otherwise healthy"
+            )
+        self.retries += 1
+        call.positions = tuple(p for p in call.positions if not self.groups[p].is_complete)
+        self.put_back(call, FIRST_BACK_OFF_SECONDS * 2 ** (call.attempts - 1))

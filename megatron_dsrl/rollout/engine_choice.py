@@ -5,7 +5,8 @@ every unfinished response. The expected length is the mean of the batch's finish
 there are any.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Container
+from dataclasses import dataclass
 
 from megatron_dsrl.rollout.unfinished import UnfinishedGroup
 
@@ -26,8 +27,8 @@ class EngineChoice:
     max_outstanding_samples: int
     """Samples that one engine holds at a time. An idle engine takes any call."""
     max_response_tokens: int
-    lost: set[int] = field(default_factory=set)
-    """Engines that must not be chosen."""
+    lost: Container[int] = ()
+    """Engines that must not be chosen; the caller may add to it."""
 
     def __post_init__(self) -> None:
         self._samples = [0] * self.num_engines
@@ -62,12 +63,12 @@ class EngineChoice:
         ]
         return min(free, key=self._tokens.__getitem__, default=None)
 
-    def begin(self, engine: int, load: Load) -> None:
+    def start(self, engine: int, load: Load) -> None:
         """Record that a call with this load was sent to the engine."""
         self._samples[engine] += load.samples
         self._tokens[engine] += load.tokens
 
-    def end(self, engine: int, load: Load) -> None:
+    def finish(self, engine: int, load: Load) -> None:
         """Record that the call has ended, successfully or not."""
         self._samples[engine] -= load.samples
         self._tokens[engine] -= load.tokens

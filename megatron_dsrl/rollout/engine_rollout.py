@@ -15,30 +15,25 @@ from megatron_dsrl.common.collective import broadcast, rank
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.platform.engine import can_release_engine_memory
 from megatron_dsrl.rewards.pool import RewardPool
-from megatron_dsrl.rollout.batch import BatchRequest, Feed, RolloutBatch, WholeFeed
+from megatron_dsrl.rollout.batch import BatchRequest, RolloutBatch
 from megatron_dsrl.rollout.carry_over import CarryOver
-from megatron_dsrl.rollout.dispatcher import Decode, Dispatcher, EnginesLostError
+from megatron_dsrl.rollout.dispatcher import Dispatcher, EnginesLostError
 from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.client import connect
-from megatron_dsrl.rollout.engines.engine_group import UNSET_WEIGHT_VERSION, EngineGroup, initial_weight_version
 from megatron_dsrl.rollout.engines.engine_protocol import Engines
-from megatron_dsrl.rollout.engines.external_engines import ExternalEngines
+from megatron_dsrl.rollout.engines.run_engines import make_engines
+from megatron_dsrl.rollout.engines.server_arguments import UNSET_WEIGHT_VERSION, initial_weight_version
 from megatron_dsrl.rollout.engines.settings import RolloutSettings
 from megatron_dsrl.rollout.engines.weight_push import Bucket
+from megatron_dsrl.rollout.feed import Feed, WholeFeed
+from megatron_dsrl.rollout.judging import Decode, GroupJudge
 from megatron_dsrl.rollout.open_files import requests_at_a_time
-from megatron_dsrl.rollout.progress import OnCall, OnGroup, OnSamples, ignore
+from megatron_dsrl.rollout.progress import BatchProgress, OnCall, OnSamples, ignore
 from megatron_dsrl.rollout.rollout import Value
 from megatron_dsrl.rollout.sample import Sample, SampleGroup, SamplingParameters
 from megatron_dsrl.rollout.seeds import sample_seed, seeds_of_batch
 from megatron_dsrl.rollout.step_sampling import Draw, StepSamples, Watch, step_sampling
 from megatron_dsrl.rollout.unfinished import UnfinishedGroup
-
-
-def make_engines(config: RolloutSettings, run_folder: Path) -> Engines:
-    """Engines on the trainer's devices, or those of `engine.urls`. Every rank."""
-    if config.engine.urls:
-        return ExternalEngines(config, initial_weight_version(config))
-    return EngineGroup(config, run_folder)
 
 
 class EngineRollout:
@@ -101,15 +96,15 @@ class EngineRollout:
     def sample_step(self, step: int, draw: Draw, watch: Watch) -> StepSamples:
         return self._steps.sample(step, draw, watch)
 
-    def begin_ahead(self, step: int, draw: Draw, watch: Watch) -> None:
-        self._steps.begin_ahead(step, draw, watch)
+    def start_ahead(self, step: int, draw: Draw, watch: Watch) -> None:
+        self._steps.start_ahead(step, draw, watch)
 
     def finish_ahead(self) -> None:
         self._steps.finish_ahead()
 
     def sample_batch(self, feed: Feed, sampling: SamplingParameters, on_samples: OnSamples) -> RolloutBatch:
         assert self._rewards is not None, "only rank 0 samples"
-        return self._run(feed, sampling, self._rewards, on_samples, ignore)
+        return self._run(feed, sampling, self._rewards, BatchProgress(on_samples, on_call=self._on_call))
 
     def generate(
         self,
@@ -124,7 +119,8 @@ class EngineRollout:
         assert self._rewards is not None, "only rank 0 samples"
         seeds = seeds_of_batch(self._config.seed, stream, prompts, samples_per_prompt)
         feed = WholeFeed([UnfinishedGroup.new(*pair) for pair in zip(prompts, seeds, strict=True)])
-        return self._run(feed, sampling, rewards or self._rewards, on_samples, ignore).finished_groups
+        progress = BatchProgress(on_samples, on_call=self._on_call)
+        return self._run(feed, sampling, rewards or self._rewards, progress).finished_groups
 
     def generate_samples(
         self,
@@ -152,7 +148,8 @@ class EngineRollout:
         def hand_over(position: int, group: SampleGroup) -> None:
             on_sample(*wanted[position], *group.samples)
 
-        self._run(feed, sampling, rewards or self._rewards, ignore, hand_over)
+        progress = BatchProgress(on_group=hand_over, on_call=self._on_call)
+        self._run(feed, sampling, rewards or self._rewards, progress)
 
     def while_sampling(self, work: Callable[[], Value], recover: Callable[[], None]) -> Value | None:
         engines = self._running_engines()
@@ -205,7 +202,7 @@ class EngineRollout:
             self._rewards.close()
 
     def _run(
-        self, feed: Feed, sampling: SamplingParameters, rewards: RewardPool, on_samples: OnSamples, on_group: OnGroup
+        self, feed: Feed, sampling: SamplingParameters, rewards: RewardPool, progress: BatchProgress
     ) -> RolloutBatch:
         """Sample a batch to completion, restarting engines as needed."""
         assert self.engine_addresses, "wait_until_ready() comes first"
@@ -215,7 +212,7 @@ class EngineRollout:
         recover = self._recover if in_main_thread else None  # collective; the main thread may be in another collective
         while True:
             try:
-                asyncio.run(self._dispatch(batch, rewards, on_samples, on_group))
+                asyncio.run(self._dispatch(batch, GroupJudge(rewards, self._decode), progress))
                 return batch
             except EnginesLostError:
                 if recover is None:
@@ -246,14 +243,9 @@ class EngineRollout:
             health_timeout_seconds=engine.health_timeout_seconds,
         )
 
-    async def _dispatch(
-        self, batch: RolloutBatch, rewards: RewardPool, on_samples: OnSamples, on_group: OnGroup
-    ) -> None:
+    async def _dispatch(self, batch: RolloutBatch, judge: GroupJudge, progress: BatchProgress) -> None:
         async with connect(self.engine_addresses, self._config.engine.update_timeout_seconds) as clients:
-            dispatcher = Dispatcher(
-                batch, clients, self._lost, rewards, self._decode, on_samples, on_group, self._on_call
-            )
-            await dispatcher.run()
+            await Dispatcher(batch, clients, self._lost, judge, progress).run()
 
     def _running_engines(self) -> Engines:
         assert self._engines is not None, "the rollout is closed"

@@ -11,6 +11,8 @@ logger = logging.getLogger(__name__)
 RESERVED = 64
 """Descriptors kept for everything but requests: checkpoints, logs, new reward workers, health checks, weight pushes."""
 FEWEST_REQUESTS = 16
+REQUESTS_WITHOUT_FILES = 10
+"""Requests in a row that may find no file descriptor while none is in flight before that is an error."""
 
 
 class TooManyOpenFilesError(UserError):
@@ -44,11 +46,44 @@ def requests_at_a_time() -> int:
     return 2**31 if hard == resource.RLIM_INFINITY else free
 
 
-def warn_of_few_requests(limit: int) -> None:
-    """Say that requests wait for file descriptors and not for engines."""
-    logger.warning(
-        "the limit of open files (`ulimit -n` = %d) lets only %d requests run at a time; raise it so that engines do "
-        "not wait",
-        resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-        limit,
-    )
+class RequestLimit:
+    """How many requests may be in flight: what the limit of open files allows, and fewer once one found no descriptor.
+
+    Raises:
+        UserError: the limit leaves room for too few requests.
+    """
+
+    def __init__(self) -> None:
+        self._most = requests_at_a_time()
+        self._has_warned = False
+        self._failures = 0
+        """Requests that found no file descriptor since the last that did."""
+
+    def is_reached(self, in_flight: int) -> bool:
+        """Whether further requests must wait. Warns the first time that they must."""
+        if in_flight < self._most:
+            return False
+        if not self._has_warned:
+            logger.warning(
+                "the limit of open files (`ulimit -n` = %d) lets only %d requests run at a time; raise it so that "
+                "engines do not wait",
+                resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+                self._most,
+            )
+        self._has_warned = True
+        return True
+
+    def request_answered(self) -> None:
+        """Note that a request found a file descriptor."""
+        self._failures = 0
+
+    def request_failed(self, in_flight: int, error: TooManyOpenFilesError) -> None:
+        """Note that a request found no file descriptor; from now on no more than `in_flight` run at a time.
+
+        Raises:
+            TooManyOpenFilesError: not even a single request has found one for a while.
+        """
+        self._failures += 1
+        if not in_flight and self._failures >= REQUESTS_WITHOUT_FILES:
+            raise error
+        self._most = max(1, min(self._most, in_flight))

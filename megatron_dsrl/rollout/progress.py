@@ -35,3 +35,12 @@ OnCall = Callable[[EngineCall], None]
 
 def ignore(*progress: object) -> None:
     """A callback that does nothing."""
+
+
+@dataclass(frozen=True)
+class BatchProgress:
+    """Who is told what happens while a batch is sampled."""
+
+    on_samples: OnSamples = ignore
+    on_group: OnGroup = ignore
+    on_call: OnCall = ignore

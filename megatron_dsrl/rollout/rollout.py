@@ -67,14 +67,14 @@ class Rollout(Generator, Protocol):
             watch: reports progress.
         """
 
-    def begin_ahead(self, step: int, draw: Draw, watch: Watch) -> None:
+    def start_ahead(self, step: int, draw: Draw, watch: Watch) -> None:
         """With `rollout.sample_ahead`, start sampling this step in the background. Rank 0 only.
 
         Until `finish_ahead`, the engines must not be used otherwise.
         """
 
     def finish_ahead(self) -> None:
-        """Wait for the sampling that `begin_ahead` began. Rank 0 only."""
+        """Wait for the sampling that `start_ahead` started. Rank 0 only."""
 
     def while_sampling(self, work: Callable[[], Value], recover: Callable[[], None]) -> Value | None:
         """Run work that samples on rank 0, while the other ranks stand by to restart lost engines. All ranks.

@@ -44,7 +44,7 @@ def sample_until(
     carried: CarryOver,
     on_samples: OnSamples = ignore,
 ) -> SampledUntil:
-    """Continue what the previous step left, begin new prompts, and stop once `prompts_per_step` groups are accepted.
+    """Continue what the previous step left, start new prompts, and stop once `prompts_per_step` groups are accepted.
 
     Args:
         config: number of groups, how many at a time, and limits.
@@ -61,14 +61,14 @@ def sample_until(
     def seeds(prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
         return seeds_of_batch(config.seed, stream_of_round(step, 0), prompts, section.samples_per_prompt, seen)
 
-    def begin(number: int) -> list[UnfinishedGroup]:
+    def start(number: int) -> list[UnfinishedGroup]:
         prompts = draw(number)
         return [UnfinishedGroup.new(*pair) for pair in zip(prompts, seeds(prompts), strict=True)]
 
     versions = section.partial_rollouts.max_weight_versions if section.partial_rollouts else 1
     carried, expired = restart_expired(carried, engines.weight_version, versions, seeds)
-    max_begun = math.ceil(section.prompts_per_step * section.oversampling) * (dynamic.max_rounds if dynamic else 1)
-    feed = UntilEnough(section.prompts_per_step, accept, begin, section.oversampling, max_begun, carried)
+    max_started = math.ceil(section.prompts_per_step * section.oversampling) * (dynamic.max_rounds if dynamic else 1)
+    feed = UntilEnough(section.prompts_per_step, accept, start, section.oversampling, max_started, carried)
     return feed.outcome(engines.sample_batch(feed, engines.training_sampling, on_samples), expired)
 
 
@@ -79,28 +79,28 @@ class UntilEnough:
         self,
         wanted: int,
         accept: Callable[[SampleGroup], bool],
-        begin: Callable[[int], list[UnfinishedGroup]],
+        start: Callable[[int], list[UnfinishedGroup]],
         oversampling: float,
-        max_begun: int,
+        max_started: int,
         carried: CarryOver,
     ) -> None:
         """
         Args:
             wanted: number of accepted groups to stop at.
             accept: whether a group counts.
-            begin: begin(n) returns n groups with the next prompts.
+            start: start(n) returns n groups with the next prompts.
             oversampling: groups in flight per group that is still missing.
-            max_begun: limit of new groups; the batch then ends with fewer than wanted.
+            max_started: limit of new groups; the batch then ends with fewer than wanted.
             carried: what the previous step left.
         """
         self._wanted = wanted
         self._accept = accept
-        self._begin = begin
+        self._start = start
         self._oversampling = oversampling
-        self._max_begun = max_begun
+        self._max_started = max_started
         self._carried = carried
         self._to_continue = list(carried.unfinished)
-        self._begun = 0
+        self._started = 0
         self._accepted: list[SampleGroup] = []
         self._rejected: list[SampleGroup] = []
         for group in carried.finished:
@@ -110,10 +110,10 @@ class UntilEnough:
         """Carried-over groups first, then as many new ones as keep enough in flight."""
         groups, self._to_continue = self._to_continue, []
         missing = math.ceil((self._wanted - len(self._accepted)) * self._oversampling) - in_flight - len(groups)
-        count = min(missing, self._max_begun - self._begun)
+        count = min(missing, self._max_started - self._started)
         if count > 0:
-            self._begun += count
-            groups += self._begin(count)
+            self._started += count
+            groups += self._start(count)
         return groups
 
     def judged(self, group: SampleGroup) -> None:

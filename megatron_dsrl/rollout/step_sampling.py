@@ -27,10 +27,11 @@ from megatron_dsrl.common.process import in_background
 from megatron_dsrl.config.rollout import RolloutConfig
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.data.sampler import RepeatableDraw
-from megatron_dsrl.rollout.batch import BatchSampler, WholeFeed
+from megatron_dsrl.rollout.batch import BatchSampler
 from megatron_dsrl.rollout.carry_over import CarryOver
 from megatron_dsrl.rollout.dispatcher import EnginesLostError
 from megatron_dsrl.rollout.engines.settings import RolloutSettings
+from megatron_dsrl.rollout.feed import WholeFeed
 from megatron_dsrl.rollout.progress import OnSamples, ignore
 from megatron_dsrl.rollout.sample import SampleGroup, count_tokens
 from megatron_dsrl.rollout.sample_until import sample_until
@@ -82,7 +83,7 @@ class StepSampling(ABC):
     def sample(self, step: int, draw: Draw, watch: Watch) -> StepSamples:
         """The judged groups of a step, counted from 1."""
 
-    def begin_ahead(self, step: int, draw: Draw, watch: Watch) -> None:
+    def start_ahead(self, step: int, draw: Draw, watch: Watch) -> None:
         """Begin to sample for this step in the background; only `Ahead` supports it.
 
         Until `finish_ahead`, the engines must not be used otherwise.
@@ -90,7 +91,7 @@ class StepSampling(ABC):
         raise NotImplementedError("only with rollout.sample_ahead")
 
     def finish_ahead(self) -> None:
-        """Wait for the sampling that `begin_ahead` began."""
+        """Wait for the sampling that `start_ahead` started."""
         raise NotImplementedError("only with rollout.sample_ahead")
 
 
@@ -175,7 +176,7 @@ class Ahead(StepSampling):
     def carried(self, carried: CarryOver) -> None:
         self._ready = StepSamples(list(carried.finished)) if carried.finished else None
 
-    def begin_ahead(self, step: int, draw: Draw, watch: Watch) -> None:
+    def start_ahead(self, step: int, draw: Draw, watch: Watch) -> None:
         repeatable = RepeatableDraw(draw)
         self._work = lambda: self._mode.sample(step, repeatable.from_the_start(), watch)
         self._running = in_background(self._work)

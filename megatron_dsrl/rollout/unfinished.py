@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_dsrl.data.prompt import Prompt
-from megatron_dsrl.rollout.engines.client import Completion, SampleRequest, VersionSpans
+from megatron_dsrl.rollout.engines.generation import Completion, SampleRequest, VersionSpans
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from megatron_dsrl.algorithms.advantage_estimation import estimate_advantages
 from megatron_dsrl.algorithms.experience import Experience
 from megatron_dsrl.algorithms.objective import build_objectives
 from megatron_dsrl.algorithms.schedule import Schedule, passes_of_phase, required_passes
-from megatron_dsrl.checkpoint.store import BeginWrite, Checkpoint
+from megatron_dsrl.checkpoint.folders import Checkpoint
+from megatron_dsrl.checkpoint.save import StartWrite
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.actor import ReferenceConfig
 from megatron_dsrl.config.phase import ObjectiveConfig, PhaseConfig
@@ -38,18 +39,18 @@ class RunModels:
     critic: Critic | None
     reference: ReferencePolicy | None
 
-    def begin_step(self, step: int) -> None:
+    def start_step(self, step: int) -> None:
         """Apply this step's optimizer settings and refresh the reference if due. Idempotent."""
         schedule, default = Schedule(self.config.phases), self.config.optimizer
-        phase, begins = schedule.at(step), schedule.begins_phase(step)
+        phase, starts = schedule.at(step), schedule.starts_phase(step)
         rate, clip = phase.optimizer.learning_rate, phase.optimizer.gradient_clip_norm
         self.actor.configure_optimizer(
             learning_rate=default.learning_rate if rate is None else rate,
             gradient_clip_norm=default.gradient_clip_norm if clip is None else clip,
         )
-        if begins and phase.optimizer.reset_state:
+        if starts and phase.optimizer.reset_state:
             self.actor.reset_optimizer()
-        if self.reference and reference_is_due(self.config.reference, step, begins):
+        if self.reference and reference_is_due(self.config.reference, step, starts):
             self.reference.refresh()
 
     def add_log_probs_and_values(
@@ -92,13 +93,13 @@ class RunModels:
         with timer.part("train"):
             return self.actor.update(objectives, actor.mini_batches_per_rollout, actor.epochs_per_rollout)
 
-    def other_parts(self) -> dict[str, BeginWrite]:
+    def other_parts(self) -> dict[str, StartWrite]:
         """Checkpoint parts other than the actor. A reference with the initial weights is not saved, but read again."""
-        parts: dict[str, BeginWrite] = {}
+        parts: dict[str, StartWrite] = {}
         if self.critic:
-            parts[CRITIC_FOLDER] = self.critic.begin_save
+            parts[CRITIC_FOLDER] = self.critic.start_save
         if self.reference and not self.reference.is_initial:
-            parts[REFERENCE_FOLDER] = self.reference.begin_save
+            parts[REFERENCE_FOLDER] = self.reference.start_save
         return parts
 
     def load(self, checkpoint: Checkpoint, same_layout: bool) -> None:
@@ -146,8 +147,8 @@ def build_models(config: RunConfig, folder: Path) -> RunModels:
     return RunModels(config, actor, critic, reference)
 
 
-def reference_is_due(config: ReferenceConfig, step: int, begins_phase: bool) -> bool:
+def reference_is_due(config: ReferenceConfig, step: int, starts_phase: bool) -> bool:
     """Whether the reference gets the policy's weights before this step."""
-    if config.refresh_at_phase_switch and begins_phase:
+    if config.refresh_at_phase_switch and starts_phase:
         return True
     return config.refresh_every_steps is not None and step > 1 and (step - 1) % config.refresh_every_steps == 0

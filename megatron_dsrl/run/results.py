@@ -1,6 +1,7 @@
-"""Results in a run's folder, and whether the run is complete. Light: a finished run is recognised before Megatron
-and Transformers are loaded."""
+"""Results in a run's folder: whether the run is complete, and what is said of it then. Light: a finished run is
+recognised before Megatron and Transformers are loaded."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_dsrl.checkpoint.compatibility import check_same_run
@@ -12,6 +13,7 @@ from megatron_dsrl.observability.records import (
     EVALUATION_FILE,
     EXPORTS_FOLDER,
     METRICS_FILE,
+    Record,
     read_records,
 )
 
@@ -42,3 +44,27 @@ def finished_step(config: RunConfig) -> int | None:
     before, _ = parse_yaml(file.read_text(encoding="utf-8"), str(file))
     check_same_run(before, config, str(run_folder))
     return step
+
+
+def closing_lines(run_folder: Path, steps: int) -> list[str]:
+    """Closing lines for a run whose last step is `steps`, with the accuracies in its evaluation.jsonl."""
+    return [
+        f"{run_folder} is complete: {steps} steps",
+        *_accuracies(read_records(run_folder / EVALUATION_FILE)),
+        f"next: dsrl report {run_folder}    one HTML page: curves, seconds, samples",
+        f"      dsrl samples {run_folder}   responses to read",
+    ]
+
+
+def _accuracies(records: list[Record]) -> Iterator[str]:
+    """A line per held-out set, from its first evaluation to its last."""
+    for name in dict.fromkeys(record["set"] for record in records):
+        accuracies = [record for record in records if record["set"] == name and record.get("accuracy") is not None]
+        if not accuracies:
+            continue
+        first, last = accuracies[0], accuracies[-1]
+        if first["step"] == last["step"]:
+            yield f"{name}: {last['accuracy']:.1%} after step {last['step']}"
+        else:
+            before, after = (f"{record['accuracy']:.1%} (step {record['step']})" for record in (first, last))
+            yield f"{name}: {before} -> {after}"

@@ -15,7 +15,7 @@ from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.data.mixture import build_sampler
 from megatron_dsrl.model.parallel import process_group
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
-from megatron_dsrl.rollout.engines.awaiting_engines import awaiting_engines
+from megatron_dsrl.rollout.engines.run_engines import awaiting_engines
 from megatron_dsrl.rollout.recording import rollout_file, write_groups
 from megatron_dsrl.rollout.sample import count_tokens
 from megatron_dsrl.rollout.step_sampling import sample_round

@@ -1,67 +1,108 @@
 """What a run leaves on disk: checkpoints and exported policies."""
 
-from typing import NoReturn
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
 
+from megatron_dsrl.algorithms.schedule import Schedule
 from megatron_dsrl.checkpoint.state import RunState, current_layout
+from megatron_dsrl.checkpoint.store import CheckpointStore
 from megatron_dsrl.common.collective import gather, on_first
+from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.data.mixture import MixtureState
 from megatron_dsrl.data.sampler import SamplerState
+from megatron_dsrl.observability.timeline import NoTimeline, Timeline
 from megatron_dsrl.rollout.carry_over import CarryOverWrite
-from megatron_dsrl.run.preemption import Preempted
+from megatron_dsrl.rollout.rollout import Rollout
+from megatron_dsrl.run.controller import Controller
+from megatron_dsrl.run.device_sharing import SharedDevice
+from megatron_dsrl.run.models import RunModels
+from megatron_dsrl.run.preemption import Preempted, StopSignal
 from megatron_dsrl.run.results import exported_policy
-from megatron_dsrl.run.training_run import TrainingRun
 
 ROLLOUT_FOLDER = "rollout"
 """Folder in checkpoints for what the rollout side carries over to the next step."""
 
 
-def save_checkpoint(run: TrainingRun, step: int, sampler: SamplerState | MixtureState) -> None:
-    """Save a checkpoint of the state after `step`, with the given state of the sampler."""
+@dataclass(frozen=True)
+class Saving:
+    """Saves, exports, and stops a run whose state is saved. Methods are collective."""
 
-    def flush_rollouts() -> None:
-        assert run.controller is not None
-        run.controller.flush_rollouts()
+    config: RunConfig
+    """Is part of every checkpoint."""
+    model: dict[str, Any]
+    """The model's description in every checkpoint."""
+    run_folder: Path
+    models: RunModels
+    device: SharedDevice
+    rollout: Rollout
+    checkpoints: CheckpointStore
+    stop: StopSignal
+    controller: Controller | None
+    """Rank 0 only."""
+    timeline: Timeline | NoTimeline
 
-    on_first(flush_rollouts)  # nothing before a checkpoint is repeated, so the rollouts must be on disk first
-    state = RunState(
-        step=step,
-        phase=run.schedule.at(step).name,
-        sampler=dict(sampler),
-        layout=current_layout(run.config.parallel),
-        model=run.inputs.model,
-        config=run.config.model_dump(mode="json"),
-    )
-    others = run.models.other_parts()
-    if run.config.rollout.carries_over:
-        carried = run.rollout.carried if run.controller else None
-        others[ROLLOUT_FOLDER] = lambda folder, copy: CarryOverWrite(carried, folder)
-    with run.timeline.span("save_checkpoint"):
-        run.checkpoints.save(state, run.models.actor.begin_save, others)
+    def publish_if_written(self) -> None:
+        """Publish a checkpoint that is written in the background, if all ranks have written it."""
+        self.checkpoints.poll()
 
+    def save(self, step: int, sampler: SamplerState | MixtureState) -> None:
+        """Save a checkpoint of the state after `step`, with the given state of the sampler."""
 
-def export_policy(run: TrainingRun, step: int) -> None:
-    """Export the policy after this step if due and not done yet."""
-    target = exported_policy(run.inputs.run_folder, step)
-    if run.exports_after(step) and not target.exists():
-        with run.timeline.span("export"):
-            run.models.actor.export_hf(target)
+        def flush_rollouts() -> None:
+            assert self.controller is not None
+            self.controller.flush_rollouts()
 
+        on_first(flush_rollouts)  # nothing before a checkpoint is repeated, so the rollouts must be on disk first
+        state = RunState(
+            step=step,
+            phase=Schedule(self.config.phases).at(step).name,
+            sampler=dict(sampler),
+            layout=current_layout(self.config.parallel),
+            model=self.model,
+            config=self.config.model_dump(mode="json"),
+        )
+        others = self.models.other_parts()
+        if self.config.rollout.carries_over:
+            carried = self.rollout.carried if self.controller else None
+            others[ROLLOUT_FOLDER] = lambda folder, copy: CarryOverWrite(carried, folder)
+        with self.timeline.span("save_checkpoint"):
+            self.checkpoints.save(state, self.models.actor.start_save, others)
 
-def stop_if_requested(run: TrainingRun, step: int) -> None:
-    """Save and stop if any rank was asked to; SLURM and torchrun may signal any of them."""
-    if any(gather(run.stop.requested)):
-        save_and_stop(run, step, run.sampler.state_dict())
+    def export(self, step: int) -> None:
+        """Export the policy after this step, unless it was exported before."""
+        target = exported_policy(self.run_folder, step)
+        if not target.exists():
+            with self.timeline.span("export"):
+                self.models.actor.export_hf(target)
 
+    def stop_if_requested(self, step: int, sampler: SamplerState | MixtureState) -> None:
+        """Save and stop if any rank was asked to; SLURM and torchrun may signal any of them."""
+        if any(gather(self.stop.requested)):
+            self.save_and_stop(step, sampler)
 
-def save_and_stop(run: TrainingRun, step: int, sampler: SamplerState | MixtureState) -> NoReturn:
-    """Save the state after the last finished step and stop. Before the first step there is nothing to save.
+    def save_and_stop(self, step: int, sampler: SamplerState | MixtureState) -> NoReturn:
+        """Save the state after the last finished step and stop. Before the first step there is nothing to save.
 
-    Raises:
-        Preempted: always.
-    """
-    if step > 0:
-        if not run.device.trainer_is_whole:
-            run.device.give_to_trainer()
-        save_checkpoint(run, step, sampler)
-        run.checkpoints.finish()
-    raise Preempted
+        Raises:
+            Preempted: always.
+        """
+        if step > 0:
+            if not self.device.trainer_is_whole:
+                self.device.give_to_trainer()
+            self.save(step, sampler)
+            self.checkpoints.finish()
+        raise Preempted
+
+    def finish(self) -> None:
+        """Wait for the last checkpoint."""
+        self.checkpoints.finish()
+
+    def raise_if_stopped(self) -> None:
+        """Also a barrier.
+
+        Raises:
+            Preempted: a rank was asked to stop during the last step.
+        """
+        if any(gather(self.stop.requested)):
+            raise Preempted

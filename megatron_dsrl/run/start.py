@@ -9,12 +9,13 @@ import torch.distributed as dist
 
 from megatron_dsrl.algorithms.schedule import Schedule
 from megatron_dsrl.checkpoint.compatibility import check_same_model, check_same_optimizer
+from megatron_dsrl.checkpoint.folders import Checkpoint
 from megatron_dsrl.checkpoint.state import current_layout
-from megatron_dsrl.checkpoint.store import Checkpoint, CheckpointStore
+from megatron_dsrl.checkpoint.store import CheckpointStore
 from megatron_dsrl.common.folder_lock import locked
 from megatron_dsrl.common.waiting import waiting
-from megatron_dsrl.config.run import RunConfig
-from megatron_dsrl.data.mixture import Sampler, build_sampler
+from megatron_dsrl.config.run import ObservabilityConfig, RunConfig
+from megatron_dsrl.data.mixture import build_sampler
 from megatron_dsrl.evaluation.evaluator import Evaluator
 from megatron_dsrl.model.parallel import destroy_parallel, initialize_parallel
 from megatron_dsrl.observability.console import RunConsole
@@ -26,18 +27,22 @@ from megatron_dsrl.observability.trackers.launch import Trackers
 from megatron_dsrl.platform import current_platform
 from megatron_dsrl.rollout.carry_over import CarryOver
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
-from megatron_dsrl.rollout.engines.awaiting_engines import awaiting_engines
+from megatron_dsrl.rollout.engines.run_engines import awaiting_engines
 from megatron_dsrl.rollout.recording import RolloutRecorder
 from megatron_dsrl.rollout.replay import ReplayRollout
 from megatron_dsrl.rollout.rollout import Rollout
 from megatron_dsrl.run.controller import Controller
 from megatron_dsrl.run.device_sharing import SharedDevice
+from megatron_dsrl.run.due import Due
+from megatron_dsrl.run.experiences import ExperienceBuilder
 from megatron_dsrl.run.folder import check_run_folder, prepare_run_folder
 from megatron_dsrl.run.inputs import RunInputs, load_inputs
 from megatron_dsrl.run.models import RunModels, build_models
 from megatron_dsrl.run.preemption import StopSignal
 from megatron_dsrl.run.provenance import record_run_start
-from megatron_dsrl.run.saving import ROLLOUT_FOLDER
+from megatron_dsrl.run.reporting import Reporting
+from megatron_dsrl.run.sampling import Sampling
+from megatron_dsrl.run.saving import ROLLOUT_FOLDER, Saving
 from megatron_dsrl.run.threads import use_cpu_threads
 from megatron_dsrl.run.training_run import TrainingRun
 
@@ -65,40 +70,39 @@ def start_run(config: RunConfig, resources: ExitStack) -> TrainingRun:
     trackers = resources.enter_context(
         Trackers(config.observability.trackers, inputs.run_folder, console.message)
     )  # entered before the engines start, so that pending records are waited for after they have stopped
-    timeline = open_timeline(config, inputs.run_folder, resources)
-    profiler = step_profiler(config, inputs.run_folder, console)
+    timeline = open_timeline(config.observability.trace, inputs.run_folder, resources)
+    profiler = step_profiler(config.observability, inputs.run_folder, console)
     rollout = start_rollout(with_model_folder(config, inputs.model_folder), inputs, timeline, resources)
     models = start_models(config, inputs, timeline, console)
     sampler = build_sampler(config.data, inputs.prompts, config.seed)
     if checkpoint:
-        restore(checkpoint, config, sampler, models, rollout)
+        same_layout = checkpoint.state.layout == current_layout(config.parallel)
+        sampler.load_state_dict(cast(Any, checkpoint.state.sampler))
+        models.load(checkpoint, same_layout)
+        if config.rollout.carries_over and dist.get_rank() == 0:
+            rollout.take_over(CarryOver.read_from(checkpoint.folder / ROLLOUT_FOLDER))
         announce(console, f"continuing after step {step} from {checkpoint.folder}")
     controller = start_controller(config, inputs, rollout, step, console, resources) if dist.get_rank() == 0 else None
     if controller:
         trackers.start()
+    stop = resources.enter_context(StopSignal())
+    device = share_device(config, models, rollout, timeline)
     return TrainingRun(
-        config=config,
-        inputs=inputs,
+        steps=range(step + 1, config.steps + 1),
         schedule=Schedule(config.phases),
-        first_step=step + 1,
-        models=models,
-        rollout=rollout,
-        device=SharedDevice(
-            config.actor.offload,
-            config.engine.weight_bucket_megabytes * 2**20,
-            models.actor,
-            models.critic,
-            rollout,
-            timeline.span,
+        due=Due(config.checkpoint, config.evaluation, config.steps),
+        sampling=Sampling(
+            rollout, device, inputs.prompts, sampler, stop, controller, timeline,
+            last_step_ahead=config.steps if config.rollout.sample_ahead else 0,
         ),
-        sampler=sampler,
-        checkpoints=checkpoints,
-        stop=resources.enter_context(StopSignal()),
-        controller=controller,
-        timeline=timeline,
-        profiler=profiler,
-        console=console,
-    )
+        experiences=ExperienceBuilder(inputs.tokenizer, config.reward.overlong, config.rollout.max_response_tokens),
+        models=models,
+        device=device,
+        saving=Saving(
+            config, inputs.model, inputs.run_folder, models, device, rollout, checkpoints, stop, controller, timeline
+        ),
+        reporting=Reporting(inputs.run_folder, controller, timeline, profiler, console),
+    )  # fmt: skip
 
 
 def open_checkpoints(
@@ -155,14 +159,12 @@ def start_models(
     return models
 
 
-def restore(
-    checkpoint: Checkpoint, config: RunConfig, sampler: Sampler, models: RunModels, rollout: Rollout
-) -> None:
-    """Restore prompt sampler, models and carried-over samples from a checkpoint. All ranks."""
-    sampler.load_state_dict(cast(Any, checkpoint.state.sampler))
-    models.load(checkpoint, same_layout=checkpoint.state.layout == current_layout(config.parallel))
-    if config.rollout.carries_over and dist.get_rank() == 0:
-        rollout.take_over(CarryOver.read_from(checkpoint.folder / ROLLOUT_FOLDER))
+def share_device(
+    config: RunConfig, models: RunModels, rollout: Rollout, timeline: Timeline | NoTimeline
+) -> SharedDevice:
+    """The device that the models and the rollout's engines share."""
+    bucket_bytes = config.engine.weight_bucket_megabytes * 2**20
+    return SharedDevice(config.actor.offload, bucket_bytes, models.actor, models.critic, rollout, timeline.span)
 
 
 def start_controller(
@@ -177,21 +179,20 @@ def start_controller(
     return Controller(config, recorder, rollout, evaluator, tracker, console)
 
 
-def open_timeline(config: RunConfig, run_folder: Path, resources: ExitStack) -> Timeline | NoTimeline:
-    """This rank's timeline, recorded until `resources` are closed if `observability.trace` is set."""
-    if not config.observability.trace:
+def open_timeline(is_recorded: bool, run_folder: Path, resources: ExitStack) -> Timeline | NoTimeline:
+    """This rank's timeline, recorded until `resources` are closed if at all."""
+    if not is_recorded:
         return NoTimeline()
     timeline = Timeline(run_folder, dist.get_rank(), socket.gethostname(), current_platform().annotation)
     return resources.enter_context(timeline)
 
 
-def step_profiler(config: RunConfig, run_folder: Path, console: RunConsole) -> StepProfiler:
+def step_profiler(chosen: ObservabilityConfig, run_folder: Path, console: RunConsole) -> StepProfiler:
     """This rank's profiler of `observability.profile_steps`.
 
     Raises:
         UserError: as `StepProfiler`.
     """
-    chosen = config.observability
     return StepProfiler(
         chosen.profile_steps, run_folder, dist.get_rank(), chosen.profile_with == "nsight", console.message
     )

@@ -14,13 +14,9 @@ from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.build import bare_model
 from megatron_dsrl.weights.checkpoint_record import check_record
+from megatron_dsrl.weights.checkpoint_shapes import check_megatron_checkpoint, refuse
 from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint, NoWeights
-from megatron_dsrl.weights.megatron_checkpoint import (
-    MegatronCheckpoint,
-    check_megatron_checkpoint,
-    is_megatron_checkpoint,
-    refuse,
-)
+from megatron_dsrl.weights.megatron_checkpoint import MegatronCheckpoint, is_megatron_checkpoint
 from megatron_dsrl.weights.table import TableEntry, WeightTable, bind
 from megatron_dsrl.weights.untrusted_checkpoint import only_plain_objects
 

@@ -58,7 +58,7 @@ def new_folder(target: Path, overwrite: bool = False, needed: Sequence[Path] = (
     target = Path(os.path.realpath(target))
     lock: _Lock | None = None
 
-    def begin() -> Path:
+    def start() -> Path:
         nonlocal lock
         try:
             _refuse_what_is_needed(target, needed)
@@ -76,7 +76,7 @@ def new_folder(target: Path, overwrite: bool = False, needed: Sequence[Path] = (
             raise UserError(f"cannot write the model to {target}: {error}") from error
 
     try:
-        partial = on_first(begin)
+        partial = on_first(start)
         yield partial
         barrier()  # everyone has written everything
         on_first(publish)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.common.git_lfs import lfs_advice
+from megatron_dsrl.common.hub import lfs_advice
 from megatron_dsrl.weights.layouts import Shape
 
 _DTYPES = {

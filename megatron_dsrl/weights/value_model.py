@@ -8,13 +8,10 @@ from torch import Tensor, nn
 
 from megatron_dsrl.model.architecture import Architecture
 from megatron_dsrl.weights.checkpoint_record import check_record
+from megatron_dsrl.weights.checkpoint_shapes import check_megatron_checkpoint
 from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint
 from megatron_dsrl.weights.load import check_checkpoint, fill
-from megatron_dsrl.weights.megatron_checkpoint import (
-    MegatronCheckpoint,
-    check_megatron_checkpoint,
-    is_megatron_checkpoint,
-)
+from megatron_dsrl.weights.megatron_checkpoint import MegatronCheckpoint, is_megatron_checkpoint
 from megatron_dsrl.weights.table import TableEntry, WeightTable
 from megatron_dsrl.weights.tables import value_model_table, weight_table
 

@@ -158,7 +158,7 @@ def stop_and_continue(models: Path, target: Path) -> dict[str, bool]:
                 batch = with_returns(experience(), critic.values(experience()))
                 for _ in range(updates):
                     critic.update(batch)
-                write = critic.begin_save(checkpoint, copy=False)
+                write = critic.start_save(checkpoint, copy=False)
                 write.write()
                 write.finish()
                 expected = (critic.update(batch), weights_of(critic))

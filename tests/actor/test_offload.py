@@ -101,7 +101,7 @@ def in_one_process(folder: Path) -> tuple[dict[str, list[dict]], list[str]]:
             "update": lambda: actor.update([objective_of(GRPO)]),
             "log_probs": lambda: actor.log_probs(objective_of(GRPO).experience),
             "reset": actor.reset_optimizer,
-            "save": lambda: actor.begin_save(folder, copy=True),
+            "save": lambda: actor.start_save(folder, copy=True),
         }
         for name, attempt in attempts.items():
             with pytest.raises(AssertionError, match="in host memory"):

@@ -134,7 +134,7 @@ def refresh_and_resume(folder: Path, target: Path) -> dict[str, dict[str, bool]]
             reference.refresh()
             actor.update([objective_with_reference(KL, reference)])
             models = {"actor": actor, "reference": reference}
-            writes = [model.begin_save(checkpoint / part, True) for part, model in models.items()]
+            writes = [model.start_save(checkpoint / part, True) for part, model in models.items()]
             untouched &= reference.is_initial is False
             expected = actor.update([objective_with_reference(KL, reference)]).flat(), parameters_of(actor)
             for write in writes:

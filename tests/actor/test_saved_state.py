@@ -66,7 +66,7 @@ def without_and_with_a_stop(folder: Path, layouts: dict[str, ParallelConfig]) ->
         with parallel_layout(parallel, seed=1):
             actor = build_actor(run_config(model, parallel, ACTOR), model)
             take_steps(actor, [NSR_PRERL, NSR_PRERL])
-            save = actor.begin_save(target, copy=True)
+            save = actor.start_save(target, copy=True)
             steps = take_steps(actor, [GRPO, GRPO])
             save.write()
             save.finish()

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from megatron_dsrl.charts.chart_file import read_charts
+from megatron_dsrl.charts.charts import read_charts
 from megatron_dsrl.cli import main
 from megatron_dsrl.evaluation.problem_result import ProblemResult
 from megatron_dsrl.evaluation.results import write_results

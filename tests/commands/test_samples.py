@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from megatron_dsrl.analysis.response_log_probs import ResponseLogProbs
-from megatron_dsrl.analysis.sample_view import print_group
+from megatron_dsrl.analysis.sample_view import ResponseLogProbs, print_group
 from megatron_dsrl.cli import main
 from megatron_dsrl.rollout.recording import read_groups, rollout_file, write_groups
 from megatron_dsrl.rollout.sample import SampleGroup

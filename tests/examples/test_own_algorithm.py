@@ -44,7 +44,7 @@ def test_one_objective_fades_away() -> None:
     coefficients = [objectives["nsr_prerl"].coefficient for objectives in terms[:4]]
     assert coefficients == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
     assert [set(objectives) for objectives in terms[4:]] == [{"policy"}, {"policy"}]
-    assert not any(schedule.begins_phase(step) for step in range(1, 7))
+    assert not any(schedule.starts_phase(step) for step in range(1, 7))
 
 
 def test_the_reward() -> None:

@@ -22,7 +22,7 @@ import os, signal, sys
 from pathlib import Path
 from megatron_dsrl.observability.timeline import Timeline
 with Timeline(Path(sys.argv[1]), rank=0, host="node") as timeline:
-    timeline.begin_step(1)
+    timeline.start_step(1)
     with timeline.span("generate"):
         pass
     with timeline.span("train"), timeline.span("onload"):
@@ -36,7 +36,7 @@ def test_a_killed_run_keeps_what_it_had_and_a_continued_one_adds_to_it(tmp_path)
     with trace_file(tmp_path, 0).open("a") as file:
         file.write('{"event": "be')  # in the middle of a line
     with Timeline(tmp_path, rank=0, host="node") as timeline:
-        timeline.begin_step(1)
+        timeline.start_step(1)
         with timeline.span("generate"):
             pass
         with timeline.span("train"):

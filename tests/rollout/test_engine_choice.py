@@ -2,7 +2,7 @@
 
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rollout.engine_choice import EngineChoice, Load
-from megatron_dsrl.rollout.engines.client import Completion
+from megatron_dsrl.rollout.engines.generation import Completion
 from megatron_dsrl.rollout.unfinished import UnfinishedGroup
 
 LIMIT = 100
@@ -14,7 +14,7 @@ def group(prompt_tokens: int, samples: int = 4) -> UnfinishedGroup:
 
 
 def engine_choice(engines: int = 2, max_outstanding_samples: int = 1000) -> EngineChoice:
-    return EngineChoice(engines, max_outstanding_samples, LIMIT)
+    return EngineChoice(engines, max_outstanding_samples, LIMIT, set())
 
 
 def send(to: EngineChoice, *loads: Load) -> list[int | None]:
@@ -23,7 +23,7 @@ def send(to: EngineChoice, *loads: Load) -> list[int | None]:
     for load in loads:
         engine = to.choose(load)
         if engine is not None:
-            to.begin(engine, load)
+            to.start(engine, load)
         engines.append(engine)
     return engines
 
@@ -51,7 +51,7 @@ def test_the_engine_with_the_fewest_outstanding_tokens_gets_the_next_group() -> 
     loads = [Load(4, tokens) for tokens in (500, 100, 100, 200, 300)]
     one = engine_choice(engines=2)
     assert send(one, *loads) == [0, 1, 1, 1, 1]  # 0 has 500; 1 has 0, 100, 200, 400
-    one.end(0, loads[0])
+    one.finish(0, loads[0])
     assert send(one, Load(4, 50)) == [0]
 
 
@@ -64,7 +64,7 @@ def test_a_group_waits_for_an_engine_that_has_room_for_all_of_it() -> None:
     one = engine_choice(engines=2, max_outstanding_samples=6)
     first, second = Load(4, 400), Load(4, 300)
     assert send(one, first, second, Load(4, 100), Load(2, 100)) == [0, 1, None, 1]
-    one.end(0, first)
+    one.finish(0, first)
     assert send(one, Load(4, 100)) == [0]
 
 

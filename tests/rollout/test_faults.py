@@ -3,7 +3,6 @@
 Sampling is deterministic here, so that a batch that is asked for again must come back with the same bits.
 """
 
-import asyncio
 import os
 import signal
 import threading
@@ -20,18 +19,26 @@ from transformers import Qwen3ForCausalLM
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.platform.engine import engine_environment
 from megatron_dsrl.rewards.pool import RewardPool
-from megatron_dsrl.rollout.batch import BatchRequest, RolloutBatch, WholeFeed
-from megatron_dsrl.rollout.dispatcher import Dispatcher
+from megatron_dsrl.rollout.batch import RolloutBatch
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
-from megatron_dsrl.rollout.engines.client import EngineError, connect
-from megatron_dsrl.rollout.engines.engine_group import server_arguments
+from megatron_dsrl.rollout.engines.errors import EngineError
 from megatron_dsrl.rollout.engines.server import EngineServer
+from megatron_dsrl.rollout.engines.server_arguments import server_arguments
+from megatron_dsrl.rollout.engines.supervised_server import SupervisedServer
 from megatron_dsrl.rollout.engines.weight_push import Bucket
-from megatron_dsrl.rollout.progress import ignore
+from megatron_dsrl.rollout.progress import BatchProgress
 from megatron_dsrl.rollout.sample import SampleGroup, SamplingParameters
 from megatron_dsrl.rollout.seeds import seeds_of_batch
 from megatron_dsrl.rollout.unfinished import UnfinishedGroup
-from tests.support.engine import STOP_TOKEN_ID, decode_as_numbers, numbered_prompts, tiny_run_config
+from tests.support.engine import (
+    STOP_TOKEN_ID,
+    batch_request,
+    decode_as_numbers,
+    dispatch,
+    numbered_prompts,
+    server_process,
+    tiny_run_config,
+)
 
 PROMPTS = [replace(prompt, token_ids=prompt.token_ids[:20]) for prompt in numbered_prompts(16)]
 SAMPLES = 4
@@ -103,9 +110,7 @@ def assert_same(groups: list[SampleGroup], expected: list[SampleGroup]) -> None:
 
 
 def engine_process(rollout: EngineRollout) -> int:
-    process = rollout._engines._server.process_id
-    assert process is not None
-    return process
+    return server_process(rollout.engine_addresses[0])
 
 
 def restarts(rollout: EngineRollout) -> int:
@@ -184,7 +189,7 @@ def test_it_dies_while_idle_and_again_while_it_takes_weights(rollout, policy, un
 
 @pytest.mark.slow
 @pytest.mark.parametrize("disturb", [stop_scheduler, stop_server])
-def test_it_hangs_while_it_takes_weights(disturb, rollout, policy, undisturbed, caplog) -> None:
+def test_it_hangs_while_it_takes_weights(disturb, config, rollout, policy, undisturbed, caplog) -> None:
     """After `engine.update_timeout_seconds` it is replaced, and the new one gets all weights."""
     before = restarts(rollout)
 
@@ -198,13 +203,13 @@ def test_it_hangs_while_it_takes_weights(disturb, rollout, policy, undisturbed, 
     rollout.load_weights(buckets_with_a_hang, rollout.weight_version + 1)
 
     assert restarts(rollout) == before + 1
-    limit = rollout._config.engine.update_timeout_seconds
+    limit = config.engine.update_timeout_seconds
     assert f"did not answer /update_weights_from_tensor within {limit:g} s" in caplog.text
     assert_same(sample(rollout, policy), undisturbed)
 
 
 def test_an_engine_that_keeps_dying_ends_the_run_with_its_log(rollout, policy, undisturbed, monkeypatch) -> None:
-    monkeypatch.setattr(rollout._engines._supervised, "_max_restarts", restarts(rollout))
+    monkeypatch.setattr(SupervisedServer, "may_restart", lambda self: False)
     kill(engine_process(rollout))
     with pytest.raises(EngineError, match="(?s)after engine.max_restarts = .*Last lines of .*engine_0.log"):
         rollout.load_weights(lambda: [list(policy.named_parameters())], 9)
@@ -224,9 +229,9 @@ def test_another_engine_takes_over(config, tmp_path) -> None:
         rewards = resources.enter_context(RewardPool(config.reward))
         for server in servers:
             server.wait_until_ready()
-        quiet, quiet_lost = dispatch(config, servers, rewards)
+        quiet, quiet_lost = sample_on(servers, rewards)
         with soon(kill, servers[1].process_id):
-            disturbed, lost = dispatch(config, servers, rewards)
+            disturbed, lost = sample_on(servers, rewards)
 
     assert (list(quiet_lost), list(lost)) == ([], [1])
     for group, other, prompt in zip(disturbed, quiet, PROMPTS, strict=True):
@@ -235,31 +240,15 @@ def test_another_engine_takes_over(config, tmp_path) -> None:
         assert all(len(sample.response_ids) == RESPONSE_TOKENS for sample in (*group.samples, *other.samples))
 
 
-def dispatch(config, servers: list[EngineServer], rewards: RewardPool) -> tuple[list[SampleGroup], dict[int, str]]:
+def sample_on(servers: list[EngineServer], rewards: RewardPool) -> tuple[list[SampleGroup], dict[int, str]]:
     """The batch of all tests over several engines; its groups, and the engines that were lost."""
     seeds = seeds_of_batch(1, "test", PROMPTS, SAMPLES)
-    request = BatchRequest(
-        feed=WholeFeed([UnfinishedGroup.new(*pair) for pair in zip(PROMPTS, seeds, strict=True)]),
-        sampling=SamplingParameters(RESPONSE_TOKENS, stop_token_ids=()),
-        weight_version=0,
-        deterministic=False,
-        max_outstanding_samples=64,
-        timeout_seconds=100.0,
-        call_timeout_seconds=None,
-        call_attempts=1,
-        health_check_seconds=0.5,
-        health_timeout_seconds=HEALTH_TIMEOUT_SECONDS,
-    )
-    batch, lost, judged = RolloutBatch(request, len(servers)), {}, []
-
-    def on_group(position: int, group: SampleGroup) -> None:
-        judged.append(group)
-
-    async def run() -> None:
-        async with connect([server.address for server in servers], 30.0) as clients:
-            dispatcher = Dispatcher(batch, clients, lost, rewards, decode_as_numbers, ignore, on_group, ignore)
-            await dispatcher.run()
-
-    asyncio.run(run())
+    groups = [UnfinishedGroup.new(*pair) for pair in zip(PROMPTS, seeds, strict=True)]
+    sampling = SamplingParameters(RESPONSE_TOKENS, stop_token_ids=())
+    checks = {"health_check_seconds": 0.5, "health_timeout_seconds": HEALTH_TIMEOUT_SECONDS}
+    batch = RolloutBatch(batch_request(groups, sampling, timeout_seconds=100.0, **checks), len(servers))
+    judged: list[SampleGroup] = []
+    progress = BatchProgress(on_group=lambda position, group: judged.append(group))
+    lost = dispatch(batch, [server.address for server in servers], rewards, progress)
     assert sorted(group.prompt.index for group in judged) == [prompt.index for prompt in PROMPTS], "each is judged once"
     return batch.finished_groups, lost

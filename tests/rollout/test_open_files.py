@@ -7,7 +7,6 @@ import os
 import resource
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 
@@ -15,15 +14,16 @@ from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.data import RewardConfig
 from megatron_dsrl.rewards.pool import RewardPool
 from megatron_dsrl.rollout import open_files
-from megatron_dsrl.rollout.batch import BatchRequest, RolloutBatch, WholeFeed
+from megatron_dsrl.rollout.batch import RolloutBatch
 from megatron_dsrl.rollout.dispatcher import Dispatcher
-from megatron_dsrl.rollout.engines.address import EngineAddress
-from megatron_dsrl.rollout.engines.client import BadRequestError, Completion, EngineClient, EngineError, SampleRequest
+from megatron_dsrl.rollout.engines.errors import BadRequestError, EngineError
+from megatron_dsrl.rollout.engines.generation import Completion, read_completion
+from megatron_dsrl.rollout.judging import GroupJudge
 from megatron_dsrl.rollout.open_files import TooManyOpenFilesError
-from megatron_dsrl.rollout.progress import ignore
+from megatron_dsrl.rollout.progress import BatchProgress
 from megatron_dsrl.rollout.sample import SamplingParameters
 from megatron_dsrl.rollout.unfinished import UnfinishedGroup
-from tests.support.engine import decode_as_numbers, numbered_prompts
+from tests.support.engine import batch_request, decode_as_numbers, numbered_prompts
 from tests.support.tiny_run import REPOSITORY
 
 ANSWER = Completion((5, 7), (-0.5, -0.5), "stop", ((1, 2),))
@@ -53,30 +53,22 @@ class Engine:
 
 def sample(engine: Engine, prompts: int) -> tuple[RolloutBatch, dict[int, str]]:
     groups = [UnfinishedGroup.new(prompt, [number]) for number, prompt in enumerate(numbered_prompts(prompts))]
-    request = BatchRequest(
-        feed=WholeFeed(groups),
-        sampling=SamplingParameters(8, stop_token_ids=(7,)),
-        weight_version=1,
-        deterministic=False,
-        max_outstanding_samples=64,
-        timeout_seconds=60.0,
-        call_timeout_seconds=None,
-        call_attempts=1,
-        health_check_seconds=0.01,
-        health_timeout_seconds=0.02,
-    )
+    sampling = SamplingParameters(8, stop_token_ids=(7,))
+    checks = {"health_check_seconds": 0.01, "health_timeout_seconds": 0.02}
+    request = batch_request(groups, sampling, weight_version=1, **checks)
     batch, lost = RolloutBatch(request, 1), {}
     with RewardPool(RewardConfig(function="tests.support.reward_functions:response_length", workers=1)) as rewards:
 
         async def run() -> None:
-            await Dispatcher(batch, [engine], lost, rewards, decode_as_numbers, ignore, ignore, ignore).run()
+            judge = GroupJudge(rewards, decode_as_numbers)
+            await Dispatcher(batch, [engine], lost, judge, BatchProgress()).run()
 
         asyncio.run(run())
     return batch, lost
 
 
 def test_requests_wait_for_file_descriptors(monkeypatch, caplog) -> None:
-    monkeypatch.setattr("megatron_dsrl.rollout.dispatcher.requests_at_a_time", lambda: 3)
+    monkeypatch.setattr("megatron_dsrl.rollout.open_files.requests_at_a_time", lambda: 3)
     engine = Engine(files=100)
     with caplog.at_level(logging.WARNING, logger="megatron_dsrl.rollout.open_files"):
         batch, lost = sample(engine, prompts=20)
@@ -152,14 +144,7 @@ def answer_with(log_prob: object) -> dict:
 
 
 @pytest.mark.parametrize("log_prob", [None, float("nan"), float("-inf")])
-def test_a_log_prob_that_is_not_a_number_is_an_error_that_says_so(log_prob, monkeypatch) -> None:
-    client = EngineClient(EngineAddress("http://engine"), 5.0)
-
-    async def request(*arguments) -> list[dict[str, Any]]:
-        return [answer_with(log_prob)]
-
-    monkeypatch.setattr(client, "_request", request)
-    requests = [SampleRequest((1, 2), seed=0, max_new_tokens=8)]
+def test_a_log_prob_that_is_not_a_number_is_an_error_that_says_so(log_prob) -> None:
     with pytest.raises(EngineError, match="the log-prob of token 1 of a response is .*, not a finite number") as error:
-        asyncio.run(client.generate(requests, SamplingParameters(8, stop_token_ids=(7,)), 5.0))
+        read_completion(answer_with(log_prob))
     assert not isinstance(error.value, BadRequestError), "another attempt may succeed"

@@ -12,7 +12,7 @@ from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rollout.carry_over import CarryOver, CarryOverWrite, restart_expired
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
-from megatron_dsrl.rollout.engines.client import Completion
+from megatron_dsrl.rollout.engines.generation import Completion
 from megatron_dsrl.rollout.sample import Sample
 from megatron_dsrl.rollout.sample_until import sample_until
 from megatron_dsrl.rollout.unfinished import PartialResponse, UnfinishedGroup

@@ -2,18 +2,22 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
-from megatron_dsrl.rollout import dispatcher
+from megatron_dsrl.rewards.pool import RewardPool
+from megatron_dsrl.rollout.batch import RolloutBatch
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
-from megatron_dsrl.rollout.engines.client import EngineClient, EngineError
-from megatron_dsrl.rollout.progress import ignore
-from megatron_dsrl.rollout.sample import SampleGroup
-from tests.support.engine import numbered_prompts
+from megatron_dsrl.rollout.engines.client import EngineClient
+from megatron_dsrl.rollout.engines.errors import EngineError
+from megatron_dsrl.rollout.progress import BatchProgress, EngineCall, ignore
+from megatron_dsrl.rollout.sample import SampleGroup, SamplingParameters
+from megatron_dsrl.rollout.seeds import seeds_of_batch
+from megatron_dsrl.rollout.unfinished import UnfinishedGroup
+from tests.support.engine import batch_request, dispatch, numbered_prompts
 from tests.support.failing_proxy import FailingProxy, Failure
 
 SAMPLES, RESPONSE_TOKENS = 2, 24
@@ -23,12 +27,11 @@ PROMPTS = numbered_prompts(2)
 class Behind:
     """The shared engine, which is asked through a proxy."""
 
-    def __init__(self, rollout: EngineRollout, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.rollout = rollout
+    def __init__(self, rollout: EngineRollout, rewards: RewardPool) -> None:
         self.engine = rollout.engine_addresses[0]
-        self.ended: list = []
-        self._monkeypatch = monkeypatch
-        monkeypatch.setattr(rollout, "_on_call", self.ended.append)
+        self.ended: list[EngineCall] = []
+        self._weight_version = rollout.weight_version
+        self._rewards = rewards
 
     def sample(
         self,
@@ -38,29 +41,33 @@ class Behind:
         meanwhile: Callable[[FailingProxy], None] = ignore,
         **settings: float,
     ) -> tuple[list[SampleGroup], FailingProxy, int]:
-        """The groups, what the proxy has seen, and how many calls were made again."""
-        section = self.rollout._config.rollout.model_copy(update=settings)
-        config = self.rollout._config.model_copy(update={"rollout": section})
-        self._monkeypatch.setattr(self.rollout, "_config", config)
-        before = self.rollout.fault_metrics()["engine/retries"]
-        sampling = replace(self.rollout.training_sampling, max_response_tokens=tokens, stop_token_ids=())
+        """The groups, what the proxy has seen, and how many calls were made again.
+
+        Keyword arguments are fields of `BatchRequest`.
+        """
+        chosen = PROMPTS[:prompts]
+        seeds = seeds_of_batch(1, "test", chosen, SAMPLES)
+        groups = [UnfinishedGroup.new(*pair) for pair in zip(chosen, seeds, strict=True)]
+        sampling = SamplingParameters(tokens, stop_token_ids=())
+        settings = {"weight_version": self._weight_version, "call_attempts": 3} | settings
+        batch = RolloutBatch(batch_request(groups, sampling, **settings), 1)
         with FailingProxy(self.engine.url, *failures) as proxy:
-            self._monkeypatch.setattr(self.rollout._engines, "_addresses", [replace(self.engine, url=proxy.url)])
             threading.Thread(target=meanwhile, args=(proxy,)).start()
-            groups = self.rollout.generate(PROMPTS[:prompts], SAMPLES, sampling, "test")
-        return groups, proxy, self.rollout.fault_metrics()["engine/retries"] - before
+            engines, progress = [replace(self.engine, url=proxy.url)], BatchProgress(on_call=self.ended.append)
+            lost = dispatch(batch, engines, self._rewards, progress)
+        assert not lost, "the engine was well"
+        return batch.finished_groups, proxy, batch.retries
 
 
 @pytest.fixture
-def behind(engine_rollout: EngineRollout, monkeypatch) -> Iterator[Behind]:
-    yield Behind(engine_rollout, monkeypatch)
-    assert not engine_rollout._lost, "the engine was well"
+def behind(engine_rollout: EngineRollout, rewards: RewardPool) -> Behind:
+    return Behind(engine_rollout, rewards)
 
 
 @pytest.fixture
 def at_once(monkeypatch) -> None:
     """Attempts follow each other without a pause."""
-    monkeypatch.setattr(dispatcher, "FIRST_BACK_OFF_SECONDS", 0.01)
+    monkeypatch.setattr("megatron_dsrl.rollout.batch.FIRST_BACK_OFF_SECONDS", 0.01)
 
 
 def tokens_of(groups: list[SampleGroup]) -> list[tuple[int, ...]]:
@@ -73,7 +80,7 @@ def test_a_request_that_fails_is_made_again_after_a_while_and_then_a_longer_one(
     assert len(proxy.calls[0].body["input_ids"]) == SAMPLES, "the samples of a prompt go together"
     behind.ended.clear()
 
-    groups, proxy, retries = behind.sample("status 500", "status 500", request_attempts=3)
+    groups, proxy, retries = behind.sample("status 500", "status 500", call_attempts=3)
 
     assert tokens_of(groups) == tokens_of(undisturbed)
     assert [call.body for call in proxy.calls] == [proxy.calls[0].body] * 3 and retries == 2
@@ -86,13 +93,13 @@ def test_a_request_that_fails_is_made_again_after_a_while_and_then_a_longer_one(
 def test_a_request_that_keeps_failing_ends_with_its_prompt_and_attempts(behind, at_once) -> None:
     message = "(?s)status 500, out of order.*last attempt for prompt 100 .*attempts = 2.*otherwise healthy"
     with pytest.raises(EngineError, match=message):
-        behind.sample(*["status 500"] * 5, request_attempts=2)
+        behind.sample(*["status 500"] * 5, call_attempts=2)
     assert [call.attempt for call in behind.ended] == [1, 2]
 
 
 def test_a_request_that_the_engine_refuses_for_good_is_not_made_again(behind, at_once) -> None:
     with pytest.raises(EngineError, match="status 400, not like this"):
-        behind.sample(*["status 400"] * 5, request_attempts=5)
+        behind.sample(*["status 400"] * 5, call_attempts=5)
     assert len(behind.ended) == 1
 
 
@@ -107,7 +114,7 @@ def test_a_connection_that_is_cut_and_an_answer_that_takes_too_long(behind, at_o
     undisturbed, _, _ = behind.sample()
     behind.ended.clear()
 
-    groups, _, retries = behind.sample("connection cut", "no answer", request_timeout_seconds=3.0, request_attempts=3)
+    groups, _, retries = behind.sample("connection cut", "no answer", call_timeout_seconds=3.0, call_attempts=3)
 
     assert tokens_of(groups) == tokens_of(undisturbed) and retries == 2
     cut, late, done = (call.outcome for call in behind.ended)
@@ -119,7 +126,7 @@ def test_the_step_limit_names_the_unfinished_prompts(behind) -> None:
     late = [rf"prompt {prompt.index} on http\S+ for \d+ s" for prompt in PROMPTS]
     message = r"step_timeout_seconds = 0\.5; not finished \(prompts by index\): " + ", ".join(late) + "$"
     with pytest.raises(EngineError, match=message):
-        behind.sample("no answer", "no answer", prompts=2, step_timeout_seconds=0.5)
+        behind.sample("no answer", "no answer", prompts=2, timeout_seconds=0.5)
     assert [call.outcome for call in behind.ended] == ["cancelled", "cancelled"]
 
 
@@ -148,3 +155,17 @@ def test_what_the_engine_aborts_itself_goes_on_where_it_stopped(behind, at_once)
         ("aborted", sum(kept)),
         ("done", SAMPLES * 400 - sum(kept)),
     ]
+
+
+def test_the_run_counts_the_requests_that_were_made_again(engine_rollout, at_once) -> None:
+    sampling = replace(engine_rollout.training_sampling, max_response_tokens=400, stop_token_ids=())
+    before = engine_rollout.fault_metrics()["engine/retries"]
+
+    async def abort() -> None:
+        async with EngineClient(engine_rollout.engine_addresses[0], 30.0) as client:
+            await client.abort_all()
+
+    threading.Timer(0.3, lambda: asyncio.run(abort())).start()
+    engine_rollout.generate(PROMPTS[:1], SAMPLES, sampling, "test")
+
+    assert engine_rollout.fault_metrics()["engine/retries"] == before + 1

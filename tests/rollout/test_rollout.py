@@ -7,12 +7,14 @@ import pytest
 import torch
 from transformers import Qwen3ForCausalLM
 
-from megatron_dsrl.rollout.dispatcher import StaleWeightsError
+from megatron_dsrl.rollout.batch import RolloutBatch, StaleWeightsError
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
-from megatron_dsrl.rollout.engines.client import EngineError
+from megatron_dsrl.rollout.engines.errors import EngineError
 from megatron_dsrl.rollout.engines.weight_push import Bucket
+from megatron_dsrl.rollout.progress import BatchProgress
 from megatron_dsrl.rollout.step_sampling import unwatched
-from tests.support.engine import STOP_TOKEN_ID, numbered_prompts, transformers_log_probs
+from megatron_dsrl.rollout.unfinished import UnfinishedGroup
+from tests.support.engine import STOP_TOKEN_ID, batch_request, dispatch, numbered_prompts, transformers_log_probs
 
 LOG_PROB_TOLERANCE = 1e-4
 
@@ -111,15 +113,17 @@ def test_pushed_weights_replace_the_policy_and_its_version(engine_rollout, polic
     assert moved.abs().max() > 100 * LOG_PROB_TOLERANCE  # the comparison above can tell the two policies apart
 
 
-def test_samples_of_other_weights_are_refused(engine_rollout, policy, monkeypatch) -> None:
-    monkeypatch.setattr(engine_rollout, "_weight_version", engine_rollout.weight_version + 5)
+def test_samples_of_other_weights_are_refused(engine_rollout, rewards, policy) -> None:
+    groups = [UnfinishedGroup.new(prompt, [1, 2]) for prompt in numbered_prompts(1)]
+    version = engine_rollout.weight_version + 5
+    batch = RolloutBatch(batch_request(groups, engine_rollout.training_sampling, weight_version=version), 1)
 
     with pytest.raises(StaleWeightsError, match="a sample of prompt 100 was generated with weight version"):
-        engine_rollout.generate(numbered_prompts(1), 2, engine_rollout.training_sampling, "test")
+        dispatch(batch, engine_rollout.engine_addresses, rewards, BatchProgress())
 
 
 def test_rewards_and_text_come_with_every_sample(engine_rollout, policy) -> None:
-    prompts = numbered_prompts(engine_rollout._config.rollout.prompts_per_step)
+    prompts = numbered_prompts(4)
     samples = engine_rollout.sample_step(1, lambda count: prompts[:count], unwatched)
     assert [group.prompt for group in samples.groups] == prompts and samples.others == []
     for group in samples.groups:

@@ -10,9 +10,10 @@ import pytest
 
 from megatron_dsrl.config.rollout import DynamicSamplingConfig, RolloutConfig
 from megatron_dsrl.config.run import RunConfig
-from megatron_dsrl.rollout.batch import BatchRequest, Feed, RolloutBatch
+from megatron_dsrl.rollout.batch import BatchRequest, RolloutBatch
 from megatron_dsrl.rollout.carry_over import CarryOver
 from megatron_dsrl.rollout.dispatcher import EnginesLostError
+from megatron_dsrl.rollout.feed import Feed
 from megatron_dsrl.rollout.progress import OnSamples
 from megatron_dsrl.rollout.sample import SampleGroup, SamplingParameters
 from megatron_dsrl.rollout.step_sampling import (
@@ -183,7 +184,7 @@ class TestAhead:
         engine = ScriptedEngine([RIGHT] * 8)
         mode = step_sampling(settings(2, sample_ahead=True), engine)
         first = mode.sample(1, draw, unwatched)
-        mode.begin_ahead(2, draw, unwatched)
+        mode.start_ahead(2, draw, unwatched)
         mode.finish_ahead()
         assert rows(first.groups) == [0, 1] and rows(list(mode.carried.finished)) == [2, 3]
         assert rows(mode.sample(2, draw, unwatched).groups) == [2, 3]
@@ -199,7 +200,7 @@ class TestAhead:
         engine = ScriptedEngine([RIGHT] * 4)
         mode = step_sampling(settings(2, sample_ahead=True), engine)
         engine.failures = 1
-        mode.begin_ahead(1, draw, unwatched)
+        mode.start_ahead(1, draw, unwatched)
         mode.finish_ahead()
         assert rows(mode.sample(1, draw, unwatched).groups) == [0, 1]
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_dsrl.checkpoint.folders import Checkpoint
 from megatron_dsrl.checkpoint.state import RunState, current_layout
-from megatron_dsrl.checkpoint.store import Checkpoint
 from megatron_dsrl.config.load import load_config
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from megatron_dsrl.run.models import build_models
@@ -136,7 +136,7 @@ def continue_into_ppo(folder: Path) -> list[bool]:
         for steps in (run.steps, STEPS):
             models = build_models(run.model_copy(update={"steps": steps}), model)
             if steps == run.steps:
-                write = models.actor.begin_save(saved.weights_folder, copy=False)
+                write = models.actor.start_save(saved.weights_folder, copy=False)
                 write.write()
                 write.finish()
                 assert models.other_parts() == {}

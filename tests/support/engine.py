@@ -1,11 +1,13 @@
 """What tests of the rollout side have in common."""
 
+import asyncio
 import json
 import os
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 import torch
@@ -13,7 +15,17 @@ from transformers import PreTrainedModel
 
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.data.prompt import Prompt
+from megatron_dsrl.rewards.pool import RewardPool
+from megatron_dsrl.rollout.batch import BatchRequest, RolloutBatch
+from megatron_dsrl.rollout.dispatcher import Dispatcher
 from megatron_dsrl.rollout.engines.address import EngineAddress
+from megatron_dsrl.rollout.engines.client import connect
+from megatron_dsrl.rollout.engines.server import SERVER_PROCESS
+from megatron_dsrl.rollout.feed import WholeFeed
+from megatron_dsrl.rollout.judging import GroupJudge
+from megatron_dsrl.rollout.progress import BatchProgress
+from megatron_dsrl.rollout.sample import SamplingParameters
+from megatron_dsrl.rollout.unfinished import UnfinishedGroup
 
 STOP_TOKEN_ID = 7
 
@@ -50,6 +62,35 @@ def numbered_prompts(count: int) -> list[Prompt]:
     ]
 
 
+def batch_request(groups: Sequence[UnfinishedGroup], sampling: SamplingParameters, **settings: Any) -> BatchRequest:
+    """A request for all of these groups, without a second attempt; keyword arguments are fields of `BatchRequest`."""
+    default: dict[str, Any] = {
+        "weight_version": 0,
+        "deterministic": False,
+        "max_outstanding_samples": 64,
+        "timeout_seconds": 60.0,
+        "call_timeout_seconds": None,
+        "call_attempts": 1,
+        "health_check_seconds": 10.0,
+        "health_timeout_seconds": 60.0,
+    }
+    return BatchRequest(feed=WholeFeed(groups), sampling=sampling, **default | settings)
+
+
+def dispatch(
+    batch: RolloutBatch, engines: Sequence[EngineAddress], rewards: RewardPool, progress: BatchProgress
+) -> dict[int, str]:
+    """Sample a batch on these engines; returns why engines were lost, by number."""
+    lost: dict[int, str] = {}
+
+    async def run() -> None:
+        async with connect(engines, 30.0) as clients:
+            await Dispatcher(batch, clients, lost, GroupJudge(rewards, decode_as_numbers), progress).run()
+
+    asyncio.run(run())
+    return lost
+
+
 def decode_as_numbers(token_ids: Sequence[int]) -> str:
     """Token ids as text, in place of a tokenizer."""
     return " ".join(map(str, token_ids))
@@ -74,6 +115,17 @@ def weights_checker(engine: EngineAddress, action: str) -> dict[str, Any]:
     )
     with urllib.request.urlopen(request, timeout=60) as response:
         return json.load(response)
+
+
+def server_process(engine: EngineAddress) -> int:
+    """Process id of an SGLang server that this process has started."""
+    port = f'"port": {urlsplit(engine.url).port}'
+    (found,) = (
+        process.pid
+        for process in psutil.Process().children()
+        if SERVER_PROCESS in process.cmdline() and port in process.cmdline()[-1]
+    )
+    return found
 
 
 def processes_of_group(group: int) -> list[psutil.Process]:

@@ -8,8 +8,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from examples.tiny_dsrl.tokenizer import VOCAB_SIZE, build_tokenizer
 from megatron_dsrl.platform.engine import engine_environment
-from megatron_dsrl.rollout.engines.engine_group import server_arguments
 from megatron_dsrl.rollout.engines.server import EngineServer
+from megatron_dsrl.rollout.engines.server_arguments import server_arguments
 from tests.support.engine import tiny_run_config
 from tests.support.tiny_model import HEAD_DIM, SIZES
 

@@ -7,13 +7,15 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rewards.pool import RewardPool
-from megatron_dsrl.rollout.batch import BatchRequest, RolloutBatch, WholeFeed
+from megatron_dsrl.rollout.batch import RolloutBatch
 from megatron_dsrl.rollout.dispatcher import Dispatcher
-from megatron_dsrl.rollout.engines.client import Completion, SampleRequest
-from megatron_dsrl.rollout.progress import ignore
+from megatron_dsrl.rollout.engines.generation import Completion, SampleRequest
+from megatron_dsrl.rollout.judging import GroupJudge
+from megatron_dsrl.rollout.progress import BatchProgress
 from megatron_dsrl.rollout.sample import Sample, SampleGroup, SamplingParameters
 from megatron_dsrl.rollout.seeds import sample_seed
 from megatron_dsrl.rollout.unfinished import UnfinishedGroup
+from tests.support.engine import batch_request
 
 TIMEOUT_SECONDS = 3000.0
 
@@ -58,19 +60,8 @@ class ReplayingSampler:
         seeds = [sample_seed(0, stream, prompt.index, number) for prompt, number in wanted]
         responses = {prompt.index: self._responses(prompt) for prompt, _ in wanted}
         texts = {seed: responses[prompt.index][number] for (prompt, number), seed in zip(wanted, seeds, strict=True)}
-        prompts = [prompt for prompt, _ in wanted]
-        request = BatchRequest(
-            feed=WholeFeed([UnfinishedGroup.new(prompt, [seed]) for prompt, seed in zip(prompts, seeds, strict=True)]),
-            sampling=sampling,
-            weight_version=0,
-            deterministic=False,
-            max_outstanding_samples=64,
-            timeout_seconds=TIMEOUT_SECONDS,
-            call_timeout_seconds=None,
-            call_attempts=1,
-            health_check_seconds=10.0,
-            health_timeout_seconds=60.0,
-        )
+        groups = [UnfinishedGroup.new(prompt, [seed]) for (prompt, _), seed in zip(wanted, seeds, strict=True)]
+        request = batch_request(groups, sampling, timeout_seconds=TIMEOUT_SECONDS)
         batch, clients = RolloutBatch(request, 1), [ReplayedCompletions(texts, self._tokenizer)]
 
         def decode(ids: Sequence[int]) -> str:
@@ -79,4 +70,5 @@ class ReplayingSampler:
         def hand_over(position: int, group: SampleGroup) -> None:
             on_sample(*wanted[position], *group.samples)
 
-        asyncio.run(Dispatcher(batch, clients, {}, rewards, decode, ignore, hand_over, ignore).run())
+        progress = BatchProgress(on_group=hand_over)
+        asyncio.run(Dispatcher(batch, clients, {}, GroupJudge(rewards, decode), progress).run())

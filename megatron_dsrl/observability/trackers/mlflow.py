@@ -8,7 +8,7 @@ from itertools import islice
 from time import time as clock
 from typing import Any, ClassVar, Literal
 
-from megatron_dsrl.config.trackers import TRACKERS
+from megatron_dsrl.config.choices import TRACKERS
 from megatron_dsrl.observability.trackers.base import RESPONSE_COLUMNS, Status, TrackedRun, TrackerOptions, TrackerRun
 
 DEFAULT_EXPERIMENT = "megatron-dsrl"

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from megatron_dsrl.config.trackers import TRACKERS
+from megatron_dsrl.config.choices import TRACKERS
 from megatron_dsrl.observability.trackers.base import Status, TrackerOptions, reason
 from megatron_dsrl.observability.trackers.cursor import InUse, log_file
 from megatron_dsrl.observability.trackers.sender import Sender

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-from megatron_dsrl.config.trackers import TRACKERS
+from megatron_dsrl.config.choices import TRACKERS
 from megatron_dsrl.observability.trackers.base import RESPONSE_COLUMNS, Status, TrackedRun, TrackerOptions, TrackerRun
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.config.choices import TRACKERS
 from megatron_dsrl.config.load import apply_override
-from megatron_dsrl.config.trackers import TRACKERS
 from megatron_dsrl.observability.run_records import read_run
 from megatron_dsrl.observability.trackers.base import TrackerOptions, check_packages, reason
 from megatron_dsrl.observability.trackers.cursor import InUse

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from megatron_dsrl.config.trackers import TRACKERS
+from megatron_dsrl.config.choices import TRACKERS
 from megatron_dsrl.observability.trackers.base import RESPONSE_COLUMNS, Status, TrackedRun, TrackerOptions, TrackerRun
 
 DEFAULT_PROJECT = "megatron-dsrl"

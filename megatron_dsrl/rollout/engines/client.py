@@ -4,73 +4,20 @@ Unlike SGLang 0.5.23's own client, which ignores `success: false` in the answer 
 here; so is `update_weights_from_tensor` outside a weight update.
 """
 
-import base64
 import errno
-import math
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 import aiohttp
-import numpy as np
 
-from megatron_dsrl.common.errors import MachineError
-from megatron_dsrl.model.routed_experts import encode_routed_experts
 from megatron_dsrl.rollout.engines.address import EngineAddress
+from megatron_dsrl.rollout.engines.errors import BadRequestError, EngineError
+from megatron_dsrl.rollout.engines.generation import Completion, SampleRequest, generate_body, read_completions
 from megatron_dsrl.rollout.open_files import TooManyOpenFilesError
 from megatron_dsrl.rollout.sample import SamplingParameters
 
 MemoryTag = Literal["weights", "kv_cache"]
-VersionSpans = tuple[tuple[int, int], ...]
-"""(weight version, number of tokens that it produced), oldest first."""
-
-
-class EngineError(RuntimeError):
-    """An engine refused a call, answered something unusable, or is gone."""
-
-
-class LostEngineError(EngineError, MachineError):
-    """An engine was lost more often than `engine.max_restarts` allows."""
-
-
-class BadRequestError(EngineError):
-    """The engine will never accept this request; retrying does not help."""
-
-
-@dataclass(frozen=True)
-class SampleRequest:
-    """A request for one response."""
-
-    token_ids: tuple[int, ...]
-    """The prompt and the response tokens so far."""
-    seed: int
-    """Seed of the response's random numbers, in 0..2^63 - 1."""
-    max_new_tokens: int
-    """The response ends after at most this many further tokens."""
-
-
-@dataclass(frozen=True)
-class Completion:
-    """The engine's result for one request."""
-
-    response_ids: tuple[int, ...]
-    """New tokens, including the stop token."""
-
-    log_probs: tuple[float, ...]
-    """Log-prob of every new token. Unit: nat."""
-
-    finish_reason: Literal["stop", "length", "abort"]
-    """`length`: the response reached the limit. `abort`: `abort_all` ended it, perhaps before its first token."""
-
-    weight_versions: VersionSpans
-    """Versions of the weights that produced the tokens; several if weights changed during the request."""
-
-    routed_experts: str | None = None
-    """The experts chosen for every token of request and response except the last, which went through no layer. None
-    unless requested."""
-
-
 class EngineClient:
     """Calls to one server. An asynchronous context manager that holds the connections."""
 
@@ -113,27 +60,11 @@ class EngineClient:
             EngineError: The engine is busy or gone, or returned a log-prob that is not a finite number.
             TooManyOpenFilesError: This process has no descriptor for the connection.
         """
-        body = {
-            "input_ids": [list(request.token_ids) for request in requests],
-            "sampling_params": [
-                sampling.as_engine_request(request.max_new_tokens) | {"sampling_seed": request.seed}
-                for request in requests
-            ],
-            "return_logprob": True,
-            "return_routed_experts": sampling.return_routed_experts,
-        }
-        answers = await self._request("POST", "/generate", body, timeout_seconds)
-        if not isinstance(answers, list) or len(answers) != len(requests):
-            raise EngineError(
-                f"engine {self.url}: /generate did not answer with {len(requests)} samples: {answers!r:.500}"
-            )
-        completions = [self._completion(answer) for answer in answers]
-        if not sampling.return_routed_experts:
-            return completions
-        return [
-            replace(completion, routed_experts=self._routed_experts(request, completion, answer))
-            for request, completion, answer in zip(requests, completions, answers)
-        ]
+        answers = await self._request("POST", "/generate", generate_body(requests, sampling), timeout_seconds)
+        try:
+            return read_completions(answers, requests, sampling)
+        except EngineError as error:
+            raise type(error)(f"engine {self.url}: {error}") from error
 
     async def abort_all(self) -> None:
         """End all running requests now; they return the tokens sampled so far."""
@@ -221,48 +152,6 @@ class EngineClient:
             raise EngineError(
                 f"engine {self.url} is gone: {path} failed with {error!r}; its log is in the run folder under engines/"
             ) from error
-
-    def _completion(self, answer: dict[str, Any]) -> Completion:
-        meta = answer["meta_info"]
-        reason = meta["finish_reason"]
-        if reason["type"] not in ("stop", "length", "abort"):
-            raise EngineError(f"engine {self.url} ended a sample with {reason!r:.500}")
-        response_ids = tuple(answer["output_ids"])
-        log_probs = tuple(entry[0] for entry in meta.get("output_token_logprobs", ()))  # absent if it never began
-        assert len(log_probs) == len(response_ids), f"{len(log_probs)} log-probs for {len(response_ids)} tokens"
-        for position, log_prob in enumerate(log_probs):
-            if log_prob is None or not math.isfinite(log_prob):  # JSON has no NaN: SGLang writes null
-                raise EngineError(
-                    f"engine {self.url}: the log-prob of token {position} of a response is {log_prob}, not a finite "
-                    "number, so its logits are not either: the weights have diverged, or the model overflows in "
-                    "model.dtype or with the engine's kernels (engine.extra_arguments)"
-                )
-        return Completion(
-            response_ids=response_ids,
-            log_probs=log_probs,
-            finish_reason=reason["type"],
-            weight_versions=tuple(
-                (int(span["version"]), span["end"] - span["start"])
-                for span in meta.get("weight_versions", ())
-                if span["end"] > span["start"]
-            ),
-        )
-
-    def _routed_experts(self, request: SampleRequest, completion: Completion, answer: dict[str, Any]) -> str | None:
-        if not completion.response_ids:
-            return None
-        answered = answer["meta_info"].get("routed_experts")
-        if answered is None:
-            raise BadRequestError(
-                f"engine {self.url} does not return the experts it chose, which rollout.routing_replay needs; start "
-                "it with --enable-return-routed-experts, or turn routing_replay off"
-            )
-        experts = np.frombuffer(base64.b64decode(answered), dtype=np.int32)
-        tokens = len(request.token_ids) + len(completion.response_ids) - 1
-        if not experts.size or experts.size % tokens:
-            raise EngineError(f"engine {self.url} returned {experts.size} expert choices for {tokens} tokens")
-        return encode_routed_experts(experts)
-
 
 @asynccontextmanager
 async def connect(addresses: Sequence[EngineAddress], timeout_seconds: float) -> AsyncIterator[list[EngineClient]]:

@@ -17,9 +17,9 @@ from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.source import resolve_model_folder
 from megatron_dsrl.platform.engine import feed_forward_multiple
-from megatron_dsrl.rollout.engines.address import EngineAddress
-from megatron_dsrl.rollout.engines.client import EngineError, MemoryTag
-from megatron_dsrl.rollout.engines.credentials import API_KEY_VARIABLE, external_key
+from megatron_dsrl.rollout.engines.address import API_KEY_VARIABLE, EngineAddress, external_key
+from megatron_dsrl.rollout.engines.client import MemoryTag
+from megatron_dsrl.rollout.engines.errors import EngineError
 from megatron_dsrl.rollout.engines.quantised_push import quantised_buckets
 from megatron_dsrl.rollout.engines.settings import RolloutSettings
 from megatron_dsrl.rollout.engines.tensor_layout import EngineLayout

@@ -19,9 +19,8 @@ import megatron_dsrl
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.held_port import PORT_LOST_STATUS, HeldPort
 from megatron_dsrl.platform.engine import ServerArguments
-from megatron_dsrl.rollout.engines.address import EngineAddress
-from megatron_dsrl.rollout.engines.client import EngineError
-from megatron_dsrl.rollout.engines.credentials import API_KEY_VARIABLE
+from megatron_dsrl.rollout.engines.address import API_KEY_VARIABLE, EngineAddress
+from megatron_dsrl.rollout.engines.errors import EngineError, EngineStartError
 from megatron_dsrl.rollout.engines.server_resources import (
     end_processes,
     inherited_environment,
@@ -36,10 +35,6 @@ TROUBLESHOOTING = "see examples/troubleshooting: engines"
 POLL_SECONDS = 0.2
 CALL_SECONDS = 5.0
 SERVER_PROCESS = "megatron_dsrl.rollout.engines.server_process"
-
-
-class EngineStartError(EngineError):
-    """The server was killed, was late or lost its port: the next start may succeed."""
 
 
 class EngineServer:

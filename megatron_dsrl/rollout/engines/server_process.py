@@ -50,7 +50,7 @@ def main() -> None:
     from sglang.srt.entrypoints.http_server import launch_server
     from sglang.srt.server_args import ServerArgs
 
-    from megatron_dsrl.rollout.engines.credentials import API_KEY_VARIABLE
+    from megatron_dsrl.rollout.engines.address import API_KEY_VARIABLE
 
     arguments = json.loads(sys.argv[1])[1]
     if API_KEY_VARIABLE in os.environ:  # not passed as an argument, which every user of the machine could read

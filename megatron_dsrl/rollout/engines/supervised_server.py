@@ -4,8 +4,8 @@ import logging
 import time
 
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.rollout.engines.client import LostEngineError
-from megatron_dsrl.rollout.engines.server import EngineServer, EngineStartError
+from megatron_dsrl.rollout.engines.errors import EngineStartError, LostEngineError
+from megatron_dsrl.rollout.engines.server import EngineServer
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +51,13 @@ class SupervisedServer:
         """
         self._start_again(problem, (EngineStartError, UserError))
 
+    def may_restart(self) -> bool:
+        """Whether `engine.max_restarts` allows another start."""
+        return self.restarts < self._max_restarts
+
     def _start_again(self, problem: str, temporary: tuple[type[Exception], ...]) -> None:
         pause = 0.0
-        while self.restarts < self._max_restarts:
+        while self.may_restart():
             self.restarts += 1
             count = f"{self.restarts} of engine.max_restarts = {self._max_restarts}"
             logger.warning("restarting engine %d (restart %s): %s", self._engine, count, problem)

@@ -7,7 +7,8 @@ nothing meanwhile, and during sampling that would count as a hang.
 from dataclasses import replace
 
 from megatron_dsrl.rollout.engines.address import EngineAddress
-from megatron_dsrl.rollout.engines.client import EngineClient, SampleRequest
+from megatron_dsrl.rollout.engines.client import EngineClient
+from megatron_dsrl.rollout.engines.generation import SampleRequest
 from megatron_dsrl.rollout.sample import SamplingParameters
 
 REQUESTS = 4

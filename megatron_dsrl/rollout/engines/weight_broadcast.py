@@ -5,31 +5,31 @@ all groups at the same time. One group for all servers would send less from rank
 the others.
 
 A server joins a broadcast only after an HTTP call has announced it, so each bucket is a concurrent call and broadcast.
-Both have a time limit, and a server that refuses the call ends its broadcast. torch.distributed runs in threads: NCCL
-connects at a group's first broadcast, and that call returns only when the server takes part.
+Both have a time limit, and a server that refuses the call ends its broadcast.
 """
 
 import asyncio
 import secrets
-import socket
-import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _abort_process_group, _new_process_group_helper, _world
 
-from megatron_dsrl.common.process import in_background
 from megatron_dsrl.platform.engine import weight_broadcast_backend
-from megatron_dsrl.rollout.engines.address import EngineAddress
-from megatron_dsrl.rollout.engines.client import EngineError
-from megatron_dsrl.rollout.engines.local_address import address_towards
-from megatron_dsrl.rollout.engines.weight_client import BroadcastGroup, WeightClient
+from megatron_dsrl.rollout.engines.address import EngineAddress, address_towards
+from megatron_dsrl.rollout.engines.broadcast_group import (
+    BroadcastGroup,
+    join_as_sender,
+    leave_group,
+    open_store,
+    start_broadcast,
+)
+from megatron_dsrl.rollout.engines.errors import EngineError
+from megatron_dsrl.rollout.engines.weight_client import WeightClient
 from megatron_dsrl.rollout.engines.weight_push import Bucket, BucketMemory, flatten
 
 POLL_SECONDS = 0.001
@@ -57,6 +57,11 @@ class ServerLink:
         """The last broadcast, which may still be waiting for the server to join."""
 
     @property
+    def group_name(self) -> str:
+        """Name of the group with the server's ranks; empty without one."""
+        return self._group_name
+
+    @property
     def is_connected(self) -> bool:
         """Whether there is a group with the server's ranks. They may have died since."""
         return self._group is not None
@@ -70,17 +75,7 @@ class ServerLink:
         with suppress(EngineError):  # a new server at this URL does not know the old group
             await self.leave()
         host = self._host_towards_server()
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
-            listener.bind((host, 0))
-            port = listener.getsockname()[1]
-            store = dist.TCPStore(
-                host,
-                port,
-                is_master=True,
-                timeout=timedelta(seconds=self._timeout_seconds),
-                wait_for_workers=False,
-                master_listen_fd=listener.detach(),
-            )
+        store, port = open_store(host, self._timeout_seconds)
         async with self._client() as client:
             # Clean up after an earlier run, or this one before it lost the server: requests, an open update.
             await client.abort_all()
@@ -89,14 +84,15 @@ class ServerLink:
             self.size = await client.tensor_parallel_size()
             name = f"dsrl-{secrets.token_hex(8)}"
             group = BroadcastGroup(name, host, port, 1 + self.size, weight_broadcast_backend())
-            joined, made = asyncio.create_task(client.join(group)), self._make_group(store, group)
+            joined = asyncio.create_task(client.join(group))
+            made = join_as_sender(store, group, self._timeout_seconds)
             await self._both(joined, made.done)
         try:
             self._group, self._group_name = made.result(), name
         except RuntimeError as error:
             raise EngineError(f"engine {self.url}: no group for weights: {error}") from error
 
-    async def begin(self) -> None:
+    async def start(self) -> None:
         """Open a weight update."""
         async with self._client() as client:
             await client.begin_weight_update()
@@ -118,11 +114,7 @@ class ServerLink:
                     [entry.shape for entry in entries],
                 )
             )
-            group, options = self._group, dist.BroadcastOptions()
-            options.rootRank = 0
-            self._broadcast = broadcast = in_background(
-                lambda: group.broadcast([flattened["flattened_tensor"]], options)
-            )
+            self._broadcast = broadcast = start_broadcast(self._group, flattened["flattened_tensor"])
             try:
                 await self._both(answer, lambda: broadcast.done() and broadcast.result().is_completed())
                 broadcast.result().wait()
@@ -154,12 +146,8 @@ class ServerLink:
     def disconnect(self) -> None:
         """Leave the group on this side."""
         group, self._group = self._group, None
-        if group is None:
-            return
-        if self._broadcast is None or _has_ended(self._broadcast):
-            dist.destroy_process_group(group)
-        else:
-            threading.Thread(target=_destroy_after, args=(group, self._broadcast), daemon=True).start()
+        if group is not None:
+            leave_group(group, self._broadcast)
 
     def _client(self) -> WeightClient:
         return WeightClient(self.address, self._timeout_seconds)
@@ -172,29 +160,6 @@ class ServerLink:
         except OSError as error:
             raise EngineError(f"engine {self.url} cannot be reached: {error}") from error
 
-    def _make_group(self, store: dist.Store, group: BroadcastGroup) -> "Future[dist.ProcessGroup]":
-        """Create the group in a thread, as rank 0.
-
-        The future holds the group; it fails with RuntimeError if the server does not join in time.
-        """
-
-        def make() -> dist.ProcessGroup:
-            # SGLang calls this function too, so both sides agree on the keys of the rendezvous. The public new_group
-            # can only make groups of the trainer's own processes.
-            made, _ = _new_process_group_helper(
-                group.size,
-                0,
-                [],
-                dist.Backend(group.backend),
-                dist.PrefixStore(group.name, store),
-                group_name=group.name,  # type: ignore[arg-type]  # GroupName, a NewType of str
-                timeout=timedelta(seconds=self._timeout_seconds),
-            )
-            _world.pg_group_ranks[made] = {rank: rank for rank in range(group.size)}  # needed to destroy it
-            return made
-
-        return in_background(make)
-
     async def _both(self, answer: "asyncio.Task[None]", is_done: Callable[[], bool]) -> None:
         """Wait for both the server's answer and the local operation; a refusal by the server ends the wait."""
         deadline = time.monotonic() + self._timeout_seconds
@@ -206,24 +171,6 @@ class ServerLink:
                 raise EngineError(f"engine {self.url}: no weights were exchanged within {self._timeout_seconds:g} s")
             await asyncio.sleep(POLL_SECONDS)
         answer.result()
-
-
-def _has_ended(broadcast: "Future[dist.Work]") -> bool:
-    return broadcast.done() and (broadcast.exception() is not None or broadcast.result().is_completed())
-
-
-def _destroy_after(group: dist.ProcessGroup, broadcast: "Future[dist.Work]") -> None:
-    """Destroy a group once its last broadcast has ended, at the latest when its time limit expires.
-
-    Destroying it earlier would also wait, and block all Python threads meanwhile. NCCL's watchdog would kill this
-    process at the time limit, so an NCCL group is aborted, which ends the broadcast at once.
-    """
-    while not _has_ended(broadcast):
-        if broadcast.done() and weight_broadcast_backend() == "nccl":
-            _abort_process_group(group)
-            return
-        time.sleep(0.1)
-    dist.destroy_process_group(group)
 
 
 async def broadcast_weights(links: Sequence[ServerLink], buckets: Iterable[Bucket], version: int) -> dict[str, str]:
@@ -252,7 +199,7 @@ async def broadcast_weights(links: Sequence[ServerLink], buckets: Iterable[Bucke
 
         await asyncio.gather(*(note_problem(link) for link in links if link.url not in problems))
 
-    await every(lambda link: link.begin())
+    await every(lambda link: link.start())
     for bucket in buckets:
         if len(problems) < len(links):
             assert len({tensor.dtype for _, tensor in bucket}) == 1, "SGLang needs aligned tensors without gaps"

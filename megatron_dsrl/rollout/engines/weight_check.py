@@ -23,7 +23,7 @@ from megatron_dsrl.model.source import resolve_model_folder
 from megatron_dsrl.platform.engine import feed_forward_multiple
 from megatron_dsrl.platform.weight_digest import weight_digest
 from megatron_dsrl.rollout.engines.address import EngineAddress
-from megatron_dsrl.rollout.engines.client import EngineError
+from megatron_dsrl.rollout.engines.errors import EngineError
 from megatron_dsrl.rollout.engines.quantised_push import as_the_engine_compares
 from megatron_dsrl.rollout.engines.settings import RolloutSettings
 from megatron_dsrl.rollout.engines.tensor_layout import EngineLayout

@@ -1,22 +1,10 @@
 """HTTP calls for an SGLang server's weights that a push from the same device does not need: broadcasts and digests."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from megatron_dsrl.rollout.engines.client import EngineClient, EngineError
-
-
-@dataclass(frozen=True)
-class BroadcastGroup:
-    """A torch.distributed group of one sender, rank 0, and the ranks of a server after it."""
-
-    name: str
-    host: str
-    """Address of the sender's store, the meeting point of the group."""
-    port: int
-    size: int
-    backend: str
-    """gloo or nccl."""
+from megatron_dsrl.rollout.engines.broadcast_group import BroadcastGroup
+from megatron_dsrl.rollout.engines.client import EngineClient
+from megatron_dsrl.rollout.engines.errors import EngineError
 
 
 class WeightClient(EngineClient):

@@ -20,7 +20,8 @@ import torch.multiprocessing  # noqa: F401  (teaches ForkingPickler to share ten
 from megatron_dsrl.common.collective import first_problem, gather
 from megatron_dsrl.platform.engine import tensor_sharing
 from megatron_dsrl.rollout.engines.address import EngineAddress
-from megatron_dsrl.rollout.engines.client import EngineClient, EngineError, connect
+from megatron_dsrl.rollout.engines.client import EngineClient, connect
+from megatron_dsrl.rollout.engines.errors import EngineError
 
 Bucket = list[tuple[str, torch.Tensor]]
 """Full, HF-named tensors."""

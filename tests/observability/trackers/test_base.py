@@ -3,8 +3,8 @@
 import pytest
 
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.config.choices import TRACKERS
 from megatron_dsrl.config.load import dump_config, load_config
-from megatron_dsrl.config.trackers import TRACKERS
 from megatron_dsrl.observability.trackers import base
 from megatron_dsrl.observability.trackers.mlflow import allowed_name, flat
 from megatron_dsrl.observability.trackers.wandb import WandbTracker

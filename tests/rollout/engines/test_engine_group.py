@@ -11,7 +11,7 @@ import torch
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
-from megatron_dsrl.rollout.engines.engine_group import server_arguments
+from megatron_dsrl.rollout.engines.server_arguments import server_arguments
 from tests.support.engine import STOP_TOKEN_ID, decode_as_numbers, tiny_run_config
 
 

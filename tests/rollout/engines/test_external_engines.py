@@ -20,12 +20,14 @@ from transformers import Qwen3ForCausalLM
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.platform.engine import engine_environment
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
-from megatron_dsrl.rollout.engines.client import Completion, EngineClient, SampleRequest
-from megatron_dsrl.rollout.engines.credentials import API_KEY_VARIABLE
-from megatron_dsrl.rollout.engines.engine_group import server_arguments
+from megatron_dsrl.rollout.engines.address import API_KEY_VARIABLE
+from megatron_dsrl.rollout.engines.client import EngineClient
 from megatron_dsrl.rollout.engines.external_engines import ExternalEngines
+from megatron_dsrl.rollout.engines.generation import Completion, SampleRequest
 from megatron_dsrl.rollout.engines.server import EngineServer
+from megatron_dsrl.rollout.engines.server_arguments import server_arguments
 from megatron_dsrl.rollout.engines.weight_broadcast import ServerLink, broadcast_weights
+from megatron_dsrl.rollout.engines.weight_client import WeightClient
 from megatron_dsrl.rollout.engines.weight_push import Bucket
 from megatron_dsrl.rollout.recording import read_groups, rollout_file
 from megatron_dsrl.rollout.sample import SamplingParameters
@@ -142,41 +144,37 @@ def test_a_refusal_ends_the_broadcast(server, folder, monkeypatch) -> None:
     monkeypatch.setenv(API_KEY_VARIABLE, KEY)
     link = ServerLink(server.address, timeout_seconds=60.0)
 
-    async def push_under_another_name() -> dict[str, str]:
+    async def push_to_a_server_that_has_left() -> dict[str, str]:
         await link.connect()
-        link._group_name = "unknown"
+        async with WeightClient(server.address, 60.0) as client:
+            await client.leave(link.group_name)
         return await broadcast_weights([link], buckets_of(folder), version=4)
 
     begin = time.monotonic()
-    problems = asyncio.run(push_under_another_name())
+    problems = asyncio.run(push_to_a_server_that_has_left())
 
-    assert "Group unknown not in" in problems[server.url]
+    assert " not in" in problems[server.url] and "Group dsrl-" in problems[server.url]
     assert time.monotonic() - begin < 30.0, "not the time limit of the broadcast"
     assert not link.is_connected
 
 
-class BlockingGroup:
-    """A group whose broadcasts return when the server takes part, as the first one over NCCL does."""
+def test_a_broadcast_that_waits_for_the_server_keeps_nobody_from_telling_it(server, folder, monkeypatch) -> None:
+    broadcast = dist.ProcessGroup.broadcast
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = group
-
-    def broadcast(self, tensors: list[torch.Tensor], options: dist.BroadcastOptions) -> dist.Work:
-        work = self._group.broadcast(tensors, options)
+    def blocking(group: dist.ProcessGroup, tensors: list[torch.Tensor], options: dist.BroadcastOptions) -> dist.Work:
+        """Returns when the server takes part, as the first broadcast over NCCL does."""
+        work = broadcast(group, tensors, options)
         while not work.is_completed():
             time.sleep(0.001)
         return work
 
-
-def test_a_broadcast_that_waits_for_the_server_keeps_nobody_from_telling_it(server, folder, monkeypatch) -> None:
+    monkeypatch.setattr(dist.ProcessGroup, "broadcast", blocking)
     monkeypatch.setenv(API_KEY_VARIABLE, KEY)
     link = ServerLink(server.address, timeout_seconds=10.0)
 
     async def push_over_a_blocking_group() -> dict[str, str]:
         await link.connect()
-        group, link._group = link._group, BlockingGroup(link._group)
         problems = await broadcast_weights([link], buckets_of(folder), version=6)
-        link._group = group
         await link.leave()
         return problems
 

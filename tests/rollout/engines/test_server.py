@@ -19,9 +19,9 @@ import torch
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.platform.engine import engine_environment
-from megatron_dsrl.rollout.engines.client import EngineError
-from megatron_dsrl.rollout.engines.engine_group import server_arguments
-from megatron_dsrl.rollout.engines.server import EngineServer, EngineStartError
+from megatron_dsrl.rollout.engines.errors import EngineError, EngineStartError
+from megatron_dsrl.rollout.engines.server import EngineServer
+from megatron_dsrl.rollout.engines.server_arguments import server_arguments
 from megatron_dsrl.rollout.engines.server_resources import shared_memory_files
 from megatron_dsrl.rollout.engines.supervised_server import SupervisedServer
 from megatron_dsrl.rollout.engines.weight_push import push_weights

@@ -6,9 +6,9 @@ import pytest
 
 from megatron_dsrl.platform.engine import engine_environment
 from megatron_dsrl.rollout.engines.address import EngineAddress
-from megatron_dsrl.rollout.engines.client import EngineError
-from megatron_dsrl.rollout.engines.engine_group import server_arguments
-from megatron_dsrl.rollout.engines.server import EngineServer, EngineStartError
+from megatron_dsrl.rollout.engines.errors import EngineError, EngineStartError
+from megatron_dsrl.rollout.engines.server import EngineServer
+from megatron_dsrl.rollout.engines.server_arguments import server_arguments
 from megatron_dsrl.rollout.engines.warm_up import kinds_of_requests, warm_up
 from tests.support.engine import processes_of_group, tiny_run_config
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.engines.address import EngineAddress
-from megatron_dsrl.rollout.engines.client import EngineError
+from megatron_dsrl.rollout.engines.errors import EngineError
 from megatron_dsrl.rollout.engines.tensor_layout import EngineLayout
 from megatron_dsrl.rollout.engines.weight_check import SentWeights, WeightCheck, check_weights
 from megatron_dsrl.rollout.engines.weight_push import Bucket, push_weights

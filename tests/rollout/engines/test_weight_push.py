@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_dsrl.rollout.engines.weight_push import ALIGNMENT_BYTES, Bucket, BucketMemory, flatten, push_weights
+from tests.support.engine import server_process
 
 STOPPED_SECONDS = 1.0
 DTYPES = [torch.float32, torch.bfloat16, torch.uint8]
@@ -20,7 +21,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.uint8]
 def test_the_next_bucket_is_taken_only_when_the_engine_has_confirmed_the_one_before(engine_rollout) -> None:
     """The engine is stopped while it has a bucket to copy: nothing may be overwritten until it goes on."""
     (engine,) = engine_rollout.engine_addresses
-    group = engine_rollout._engines._server.process_id
+    group = server_process(engine)
     weight = torch.ones(64)
     waited = []
 

@@ -1,4 +1,4 @@
-"""Tell the user what a command waits for while its engines start."""
+"""The engines of a run: those that it starts, or those of `engine.urls`."""
 
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -6,11 +6,22 @@ from pathlib import Path
 from megatron_dsrl.common.collective import world_size
 from megatron_dsrl.common.waiting import waiting
 from megatron_dsrl.platform import current_platform
+from megatron_dsrl.rollout.engines.engine_group import EngineGroup
+from megatron_dsrl.rollout.engines.engine_protocol import Engines
+from megatron_dsrl.rollout.engines.external_engines import ExternalEngines
+from megatron_dsrl.rollout.engines.server_arguments import initial_weight_version
 from megatron_dsrl.rollout.engines.settings import RolloutSettings
 
 
+def make_engines(config: RolloutSettings, run_folder: Path) -> Engines:
+    """Engines on the trainer's devices, or those of `engine.urls`. Every rank."""
+    if config.engine.urls:
+        return ExternalEngines(config, initial_weight_version(config))
+    return EngineGroup(config, run_folder)
+
+
 def awaiting_engines(config: RolloutSettings, run_folder: Path) -> AbstractContextManager[None]:
-    """Context for the block that waits for the engines. Every rank enters it; rank 0 prints."""
+    """Context for the block that waits for the engines: rank 0 tells the user. Every rank enters it."""
     if config.rollout.replay_from is not None:
         return waiting("no engine is started: samples are replayed", config.rollout.replay_from)
     limit = f"limit {config.engine.startup_timeout_seconds:g} s"

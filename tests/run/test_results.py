@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from megatron_dsrl.run.closing import closing_lines
+from megatron_dsrl.run.results import closing_lines
 
 
 def test_accuracy_before_and_after_the_folder_and_the_next_commands(tmp_path: Path) -> None:

@@ -1,0 +1,112 @@
+"""The calls that engines are working on: which engine gets the next one, and how many run at a time.
+
+Each prompt goes, with all its samples, to the engine with the fewest outstanding tokens, so that the samples share the
+prompt's cache. In deterministic sampling nothing may depend on timing: each call names its engine.
+"""
+
+import asyncio
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from megatron_dsrl.rollout.batch import Call, RolloutBatch
+from megatron_dsrl.rollout.engine_choice import EngineChoice, Load
+from megatron_dsrl.rollout.engines.client import EngineClient
+from megatron_dsrl.rollout.engines.generation import Completion
+from megatron_dsrl.rollout.open_files import RequestLimit
+from megatron_dsrl.rollout.progress import EngineCall, OnCall
+
+CallTask = asyncio.Task[list[Completion]]
+
+
+@dataclass(frozen=True)
+class RunningCall:
+    """A call that an engine is working on."""
+
+    call: Call
+    engine: int
+    load: Load
+    started: float
+    """On the monotonic clock."""
+
+
+class EngineCalls:
+    """Sends the batch's waiting calls and keeps account of those that run."""
+
+    def __init__(
+        self, batch: RolloutBatch, clients: Sequence[EngineClient], lost: Collection[int], on_call: OnCall
+    ) -> None:
+        """
+        Args:
+            clients: one per engine.
+            lost: engines that must not be used; the caller adds to it.
+            on_call: called with every call that has ended.
+        """
+        self.running: dict[CallTask, RunningCall] = {}
+        self.limit = RequestLimit()
+        self._batch = batch
+        self._clients = clients
+        self._lost = lost
+        self._on_call = on_call
+        request = batch.request
+        self._choice = EngineChoice(
+            len(clients), request.max_outstanding_samples, request.sampling.max_response_tokens, lost
+        )
+
+    def has_engine(self, call: Call) -> bool:
+        """Whether a living engine can take the call."""
+        if call.engine is not None:
+            return call.engine not in self._lost
+        return len(self._lost) < len(self._clients)
+
+    def send_due(self) -> None:
+        """Send the calls that are due, as long as engines have room."""
+        now = time.monotonic()
+        for call in list(self._batch.waiting):
+            if call.not_before > now or not self.has_engine(call):
+                continue
+            load = self._choice.load_of([self._batch.groups[position] for position in call.positions])
+            engine = self._choice.choose(load) if call.engine is None else call.engine
+            if engine is None or self.limit.is_reached(len(self.running)):
+                return
+            self._batch.waiting.remove(call)
+            self._choice.start(engine, load)
+            request = self._batch.request
+            answer = self._clients[engine].generate(
+                self._batch.requests(call), request.sampling, request.call_timeout_seconds
+            )
+            self.running[asyncio.create_task(answer)] = RunningCall(call, engine, load, now)
+
+    def finish(self, task: CallTask) -> RunningCall:
+        """Remove a call that has ended from those that run."""
+        running = self.running.pop(task)
+        self._choice.finish(running.engine, running.load)
+        return running
+
+    def learn(self, completions: Sequence[Completion]) -> None:
+        """Note the lengths of finished responses, from which the load of later calls is estimated."""
+        for completion in completions:
+            if completion.finish_reason != "abort":
+                self._choice.learn(len(completion.response_ids))
+
+    def drop(self, engine: int, problem: str) -> None:
+        """Cancel the calls of an engine that is lost and put them back for the others."""
+        for task, running in list(self.running.items()):
+            if running.engine == engine:
+                task.cancel()
+                self.finish(task)
+                self.report(running, problem)
+                self._batch.put_back(running.call)
+
+    async def cancel(self) -> None:
+        """Cancel all calls. This closes their connections, which makes SGLang abort the requests."""
+        for task, running in self.running.items():
+            self.report(running, "cancelled")
+            task.cancel()
+        await asyncio.gather(*self.running, return_exceptions=True)
+
+    def report(self, running: RunningCall, outcome: str, tokens: int = 0) -> None:
+        """Tell the observer about a call that has ended."""
+        call = running.call
+        prompts, attempt, ended = self._batch.prompt_indices(call), call.attempts + 1, time.monotonic()
+        self._on_call(EngineCall(running.engine, prompts, tokens, attempt, outcome, running.started, ended))
