@@ -254,7 +254,7 @@ import sys, time
 from pathlib import Path
 from tests.support.engine import tiny_run_config
 from megatron_dsrl.platform.engine import engine_environment
-from megatron_dsrl.rollout.engines.engine_group import server_arguments
+from megatron_dsrl.rollout.engines.server_arguments import server_arguments
 from megatron_dsrl.rollout.engines.server import EngineServer
 
 server = EngineServer(
