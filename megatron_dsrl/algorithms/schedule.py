@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from megatron_dsrl.algorithms.experience import ModelPasses
 from megatron_dsrl.config.phase import ObjectiveConfig, PhaseConfig
 from megatron_dsrl.config.phase_steps import phases_by_steps
-from megatron_dsrl.config.run import RunConfig
 
 
 class Schedule:
@@ -55,15 +54,15 @@ def required_passes(objective: ObjectiveConfig) -> ModelPasses:
     return kl_passes | objective.advantage.needs
 
 
-def passes_of_run(config: RunConfig) -> ModelPasses:
-    """The union of what the phases need at the run's steps. `values` takes a critic, `reference_log_probs` a reference
+def passes_of_run(phases: Sequence[PhaseConfig], steps: int) -> ModelPasses:
+    """The union of what the phases need at a run's steps. `values` takes a critic, `reference_log_probs` a reference
     policy.
 
     Raises:
         UserError: as `phases_by_steps`.
     """
     needed = ModelPasses()
-    for phase in phases_by_steps(config):
+    for phase in phases_by_steps(phases, steps):
         for form in phase.forms if phase.steps else ():
             needed |= passes_of_phase(form)
     return needed

@@ -58,7 +58,7 @@ def _train(options: argparse.Namespace) -> int:
             print_dry_run(config, figures, Console())
         return 0
     run_folder = Path(config.output_dir) / config.name
-    for line in (f"run folder: {run_folder}", *batch_lines(config, figures), *sampling_warnings(config)):
+    for line in (f"run folder: {run_folder}", *batch_lines(config, figures), *sampling_warnings(config.rollout)):
         say_on_first_rank(line)
     with loading_megatron():
         from megatron_dsrl.planning.warnings import memory_warnings, this_machine

@@ -74,7 +74,7 @@ def derive(config: RunConfig, world_size: int, shape: ModelShape | None, prompts
     Raises:
         UserError: lists every field that does not fit, and what to do.
     """
-    phases = list(phases_by_steps(config))
+    phases = list(phases_by_steps(config.phases, config.steps))
     problems = run_problems(config, phases, world_size, shape, prompts)
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"

@@ -1,11 +1,10 @@
 """The phases of a run at each of its steps; custom phases may change at every step."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.phase import PhaseConfig
-from megatron_dsrl.config.run import RunConfig
 
 
 @dataclass(frozen=True)
@@ -26,15 +25,15 @@ class PhaseSteps:
         return max(0, self.last_step - self.first_step + 1)
 
 
-def phases_by_steps(config: RunConfig) -> Iterator[PhaseSteps]:
-    """Every phase of the run, in order.
+def phases_by_steps(phases: Sequence[PhaseConfig], steps: int) -> Iterator[PhaseSteps]:
+    """Every phase of a run with this many steps, in order.
 
     Raises:
         UserError: a custom phase fails at one of its steps, or returns something other than a phase.
     """
     first = 1
-    for position, phase in enumerate(config.phases):
-        last = config.steps if phase.until_step is None else min(phase.until_step, config.steps)
+    for position, phase in enumerate(phases):
+        last = steps if phase.until_step is None else min(phase.until_step, steps)
         forms = [_at(phase, step, position) for step in range(first, max(first, last) + 1)]
         yield PhaseSteps(phase.name, first, last, tuple({id(form): form for form in forms}.values()))
         first = max(first, last + 1)

@@ -6,7 +6,7 @@ from megatron_dsrl.config.data import PromptSetConfig
 from megatron_dsrl.config.engine_numerics import numerics_problems
 from megatron_dsrl.config.layout import ModelShape, Problem, engine_problems, model_problems, process_problems
 from megatron_dsrl.config.model import RouterConfig
-from megatron_dsrl.config.phase import ObjectiveConfig
+from megatron_dsrl.config.phase import ObjectiveConfig, PhaseConfig
 from megatron_dsrl.config.phase_steps import PhaseSteps
 from megatron_dsrl.config.rollout import MAX_REPLAYED_EXPERTS
 from megatron_dsrl.config.run import RunConfig
@@ -26,7 +26,7 @@ def run_problems(
     return [
         *process_problems(config.parallel, world_size),
         *engine_problems(config.engine.tensor_parallel_size, world_size, shape),
-        *_phase_problems(config),
+        *_phase_problems(config.phases, config.steps),
         *_objective_problems(config, phases),
         *_batch_problems(config, world_size, prompts),
         *_time_problems(config),
@@ -37,21 +37,21 @@ def run_problems(
     ]
 
 
-def _phase_problems(config: RunConfig) -> Iterator[Problem]:
+def _phase_problems(phases: Sequence[PhaseConfig], steps: int) -> Iterator[Problem]:
     previous = 0
-    for position, phase in enumerate(config.phases):
+    for position, phase in enumerate(phases):
         field = f"phases.{position}.until_step"
-        is_last = position == len(config.phases) - 1
+        is_last = position == len(phases) - 1
         if phase.until_step is None:
             if not is_last:
                 yield field, f"phase `{phase.name}` has no end, but only the last phase may go on until the end"
             continue
         if phase.until_step <= previous:
             yield field, f"{phase.until_step} is not after the phase before it, which lasts until step {previous}"
-        if is_last and phase.until_step < config.steps:
+        if is_last and phase.until_step < steps:
             yield (
                 field,
-                f"no phase covers steps {phase.until_step + 1} to {config.steps}; use null, or lower `steps`",
+                f"no phase covers steps {phase.until_step + 1} to {steps}; use null, or lower `steps`",
             )
         previous = max(previous, phase.until_step)
 
@@ -114,6 +114,8 @@ def _batch_problems(config: RunConfig, world_size: int, prompts: int | None) -> 
             "engines that share the trainer's devices cannot sample while it trains; start servers elsewhere and name "
             "them in engine.urls, or turn sample_ahead off",
         )
+    if rollout.replay_from is not None and config.evaluation.sets:
+        yield "rollout.replay_from, evaluation.sets", "a replay starts no engines, so it cannot evaluate; use no sets"
     if rollout.top_k == 0:
         yield "rollout.top_k", "0 would leave no token to sample; use -1 to turn top-k off"
 

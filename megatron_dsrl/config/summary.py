@@ -20,7 +20,7 @@ def print_dry_run(config: RunConfig, figures: RunFigures, console: Console) -> N
     console.rule("derived figures")
     console.print(_figures_table(config, figures))
     console.print(_phases_table(figures))
-    for warning in sampling_warnings(config):
+    for warning in sampling_warnings(config.rollout):
         console.print(warning, markup=False, highlight=False)
 
 
@@ -49,9 +49,8 @@ def batch_lines(config: RunConfig, figures: RunFigures) -> list[str]:
     ]
 
 
-def sampling_warnings(config: RunConfig) -> list[str]:
+def sampling_warnings(rollout: RolloutConfig) -> list[str]:
     """Why the samples do not come from the policy that the trainer scores, if they do not."""
-    rollout = config.rollout
     cuts = [f"rollout.top_p={rollout.top_p:g}"] if rollout.top_p < 1 else []
     cuts += [f"rollout.top_k={rollout.top_k}"] if rollout.top_k > 0 else []
     if not cuts:

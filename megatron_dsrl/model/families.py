@@ -1,8 +1,7 @@
 """The supported HF architectures and their distinguishing features.
 
 They share everything else: RMSNorm before attention and feed-forward, grouped query attention with rotary embeddings on
-the whole head, SwiGLU, no other biases, no dropout. To add another architecture of this kind, add an entry here and a
-table in weights/tables.py.
+the whole head, SwiGLU, no other biases, no dropout. To add another architecture of this kind, add an entry here.
 """
 
 from dataclasses import dataclass

@@ -120,7 +120,7 @@ def generation_seconds(
     samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt / engines
     mean_context = config.data.max_prompt_tokens + assumptions.mean_response_tokens / 2
     running = max(1.0, min(samples, engine.cache_tokens / mean_context))
-    element = element_bytes(config)
+    element = element_bytes(config.model)
     cache = running * mean_context * cache_bytes_per_token(architecture, element, size)
     reading = (engine.weights + cache) / (gpu.bytes_per_second * assumptions.bandwidth_utilisation)
     per_token = 2 * active_per_token(architecture) + _head_flops(architecture, scored=1)

@@ -192,7 +192,7 @@ class RunMemory:
 def run_memory(config: RunConfig, architecture: Architecture, capacity: int, world_size: int) -> RunMemory:
     """Memory of a run whose layout is valid; `capacity` is the memory of a GPU in bytes."""
     stages = range(config.parallel.pipeline_parallel_size)
-    needed = passes_of_run(config)
+    needed = passes_of_run(config.phases, config.steps)
     policy = tuple(policy_memory(config, architecture, world_size, stage) for stage in stages)
     critic = tuple(critic_memory(config, architecture, world_size, stage) for stage in stages) if needed.values else ()
     copied = [policy, critic] if config.checkpoint.asynchronous else []
@@ -222,7 +222,7 @@ def _gathered_bytes(memory: TrainerMemory, config: RunConfig, world_size: int) -
     shards = world_size // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
     if not parallel.distributed_optimizer or shards == 1:
         return 0
-    parameters = memory.weights // element_bytes(config)
+    parameters = memory.weights // element_bytes(config.model)
     return 4 * parameters * (3 + 2) + 12 * parameters // shards
 
 

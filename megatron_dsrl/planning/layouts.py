@@ -5,6 +5,7 @@ from typing import get_args
 
 from megatron_dsrl.config.layout import Problem, engine_problems, model_problems, process_problems
 from megatron_dsrl.config.model import ParallelConfig, Recompute
+from megatron_dsrl.config.rollout import EngineConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import Architecture
 from megatron_dsrl.planning.compute import Assumptions
@@ -47,10 +48,10 @@ def suggest(
         plans = (plan_of(layout.model_copy(update={"model": model})) for model in modes)
         return next((plan for plan in plans if plan.fits), None)
 
-    for size in _engine_sizes(config, architecture, world_size):
+    for size in _engine_sizes(config.engine, architecture, world_size):
         plans = map(with_least_recomputation, _layouts(config, architecture, world_size, size))
         if fitting := [plan for plan in plans if plan is not None]:
-            return sorted(fitting, key=lambda plan: (_rounded(plan.step_seconds), _splitting(plan.config)))[:count]
+            return sorted(fitting, key=_seconds_and_splitting)[:count]
     return []
 
 
@@ -87,7 +88,7 @@ def _layouts(
     """Valid layouts with tensor parallelism within a node and at least one sample per data-parallel replica."""
     samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     engine = config.engine.model_copy(update={"tensor_parallel_size": engine_size})
-    for parallel in _parallel_sizes(config, architecture):
+    for parallel in _parallel_sizes(config.parallel, architecture):
         candidate = config.model_copy(update={"parallel": parallel, "engine": engine})
         replicas = world_size // parallel.model_parallel_size
         has_work = samples // config.actor.mini_batches_per_rollout >= replicas
@@ -95,13 +96,13 @@ def _layouts(
             yield candidate
 
 
-def _engine_sizes(config: RunConfig, architecture: Architecture, world_size: int) -> list[int]:
-    configured = config.engine.tensor_parallel_size
+def _engine_sizes(engine: EngineConfig, architecture: Architecture, world_size: int) -> list[int]:
+    configured = engine.tensor_parallel_size
     sizes = [configured, *(size for size in SIZES[:4] if size != configured)]
     return [size for size in sizes if not list(engine_problems(size, world_size, architecture.shape))]
 
 
-def _parallel_sizes(config: RunConfig, architecture: Architecture) -> Iterator[ParallelConfig]:
+def _parallel_sizes(configured: ParallelConfig, architecture: Architecture) -> Iterator[ParallelConfig]:
     for tensor in SIZES[:4]:
         for pipeline in SIZES:
             for context in SIZES[:4]:
@@ -115,7 +116,7 @@ def _parallel_sizes(config: RunConfig, architecture: Architecture) -> Iterator[P
                         expert_tensor_parallel_size=1 if expert > 1 else None,
                         sequence_parallel=tensor > 1,
                         distributed_optimizer=True,
-                        collective_timeout_seconds=config.parallel.collective_timeout_seconds,
+                        collective_timeout_seconds=configured.collective_timeout_seconds,
                     )
 
 
@@ -134,9 +135,11 @@ def _rounded(seconds: float) -> float:
     return float(f"{seconds:.2g}")
 
 
-def _splitting(config: RunConfig) -> tuple[int, int, int, int]:
-    parallel = config.parallel
+def _seconds_and_splitting(plan: Plan) -> tuple[float, ...]:
+    """Order of layouts: the faster first, of equally fast ones the one that splits the model less."""
+    parallel = plan.config.parallel
     return (
+        _rounded(plan.step_seconds),
         parallel.model_parallel_size,
         parallel.pipeline_parallel_size,
         parallel.context_parallel_size,

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from megatron_dsrl.config.engine_numerics import FP8_BLOCK
-from megatron_dsrl.config.model import ParallelConfig
+from megatron_dsrl.config.model import ModelConfig, ParallelConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import Architecture
 from megatron_dsrl.planning.parameters import (
@@ -82,7 +82,7 @@ class EngineMemory:
 def policy_memory(config: RunConfig, architecture: Architecture, world_size: int, stage: int) -> TrainerMemory:
     """The policy's memory on each process of a pipeline stage."""
     parameters = parameters_of_stage(architecture, config.parallel, stage)
-    logits = _logits(config, architecture) if _is_last(config, stage) else 0
+    logits = _logits(config, architecture) if _is_last(config.parallel, stage) else 0
     return _trainer_memory(config, architecture, world_size, stage, parameters, logits)
 
 
@@ -90,13 +90,13 @@ def critic_memory(config: RunConfig, architecture: Architecture, world_size: int
     """The critic's memory on each process of a pipeline stage. Its head takes the hidden states in fp32."""
     parameters = parameters_of_critic_stage(architecture, config.parallel, stage)
     head = 0
-    if _is_last(config, stage):
+    if _is_last(config.parallel, stage):
         head = 2 * 4 * architecture.hidden_size * largest_row(config) + _final_norm(config, architecture)
     return _trainer_memory(config, architecture, world_size, stage, parameters, head)
 
 
-def _is_last(config: RunConfig, stage: int) -> bool:
-    return stage == config.parallel.pipeline_parallel_size - 1
+def _is_last(parallel: ParallelConfig, stage: int) -> bool:
+    return stage == parallel.pipeline_parallel_size - 1
 
 
 def _trainer_memory(
@@ -108,7 +108,7 @@ def _trainer_memory(
     logits: int,
 ) -> TrainerMemory:
     parallel = config.parallel
-    element = element_bytes(config)
+    element = element_bytes(config.model)
     per_parameter = 12 if element == 2 else 8  # Adam's two moments, and a master copy where parameters are bfloat16
     replicas = expert_replicas = 1
     if parallel.distributed_optimizer:
@@ -129,7 +129,7 @@ def _trainer_memory(
 def engine_memory(config: RunConfig, architecture: Architecture, gpu_bytes: int) -> EngineMemory:
     """The engine's memory on each of its GPUs; SGLang applies the memory fraction to the GPU's whole memory."""
     size = config.engine.tensor_parallel_size
-    element = element_bytes(config)
+    element = element_bytes(config.model)
     weights = engine_weight_bytes(config, architecture) // size
     cache = max(0, int(config.engine.memory_fraction * gpu_bytes) - weights)
     per_token = cache_bytes_per_token(architecture, element, size)
@@ -142,7 +142,7 @@ def engine_memory(config: RunConfig, architecture: Architecture, gpu_bytes: int)
 def engine_weight_bytes(config: RunConfig, architecture: Architecture) -> int:
     """Size of all weights of an engine: with `engine.quantization`, a byte for each weight of a projection, and four
     for the scale of each block of them."""
-    element, parameters = element_bytes(config), parameters_of_model(architecture)
+    element, parameters = element_bytes(config.model), parameters_of_model(architecture)
     if config.engine.quantization is None:
         return parameters * element
     projections = parameters_of_projections(architecture)
@@ -153,7 +153,7 @@ def largest_entry_bytes(config: RunConfig, architecture: Architecture) -> int:
     """Size of the largest whole Megatron parameter, which the weight push does not split (weights/stream.py)."""
     hidden, heads = architecture.hidden_size, architecture.num_attention_heads + 2 * architecture.num_key_value_heads
     inner = architecture.experts.moe_intermediate_size if architecture.experts else architecture.intermediate_size
-    return element_bytes(config) * hidden * max(architecture.vocab_size, 2 * inner, heads * architecture.head_dim)
+    return element_bytes(config.model) * hidden * max(architecture.vocab_size, 2 * inner, heads * architecture.head_dim)
 
 
 def routed_experts_bytes(config: RunConfig, architecture: Architecture) -> int:
@@ -172,9 +172,9 @@ def cache_bytes_per_token(architecture: Architecture, element: int, engine_size:
     return 2 * architecture.num_hidden_layers * heads * architecture.head_dim * element
 
 
-def element_bytes(config: RunConfig) -> int:
+def element_bytes(model: ModelConfig) -> int:
     """Bytes of a parameter or an activation."""
-    return 2 if config.model.dtype == "bfloat16" else 4
+    return 2 if model.dtype == "bfloat16" else 4
 
 
 def largest_row(config: RunConfig) -> int:
@@ -189,13 +189,13 @@ def layer_bytes_per_token(architecture: Architecture, config: RunConfig) -> floa
     (Transformer Engine's fused layers keep less.)
     """
     parallel = config.parallel
-    tensor, along_sequence = parallel.tensor_parallel_size, _split_along_sequence(config)
+    tensor, along_sequence = parallel.tensor_parallel_size, _split_along_sequence(config.parallel)
     head = architecture.head_dim
     queries, groups = architecture.num_attention_heads * head, architecture.num_key_value_heads * head
     # For each of the two norms: input, normalised input and output.
     hidden = 6 * architecture.hidden_size / along_sequence
     # Queries, keys and values as projected; queries and keys after their norms; and the output in the packed row.
-    attention = (4 * queries + 3 * groups) / tensor + _core_attention(architecture, config)
+    attention = (4 * queries + 3 * groups) / tensor + _core_attention(architecture, config.parallel)
     attention += 4 * head  # sine and cosine of the rotation, for queries and for keys
     if experts := architecture.experts:
         # For each of the token's experts: its input, gate, up and their activations; then the weighted sum. Processes
@@ -205,7 +205,7 @@ def layer_bytes_per_token(architecture: Architecture, config: RunConfig) -> floa
         inner += architecture.hidden_size / along_sequence
     else:
         inner = 5 * architecture.intermediate_size / tensor
-    return element_bytes(config) * (hidden + attention + inner)
+    return element_bytes(config.model) * (hidden + attention + inner)
 
 
 def kept_bytes_per_token(architecture: Architecture, config: RunConfig) -> float:
@@ -214,15 +214,15 @@ def kept_bytes_per_token(architecture: Architecture, config: RunConfig) -> float
     `selective` saves only copies, since attention is fused. Transformer Engine makes no copies, so `selective` saves
     nothing there.
     """
-    element, head = element_bytes(config), architecture.head_dim
+    element, head = element_bytes(config.model), architecture.head_dim
     if config.model.recompute == "full":
-        return element * architecture.hidden_size / _split_along_sequence(config)
+        return element * architecture.hidden_size / _split_along_sequence(config.parallel)
     whole = layer_bytes_per_token(architecture, config)
     if config.model.recompute == "none":
         return whole
     rotated = (architecture.num_attention_heads + architecture.num_key_value_heads) * head
     given = rotated / config.parallel.tensor_parallel_size  # values are kept as projected in any case
-    return whole - element * (_core_attention(architecture, config) - given)
+    return whole - element * (_core_attention(architecture, config.parallel) - given)
 
 
 def micro_batches_in_flight(parallel: ParallelConfig, stage: int) -> float:
@@ -238,27 +238,27 @@ def micro_batches_in_flight(parallel: ParallelConfig, stage: int) -> float:
     return ((chunks - 1) * stages + 2 * later + 1) / chunks
 
 
-def _core_attention(architecture: Architecture, config: RunConfig) -> float:
+def _core_attention(architecture: Architecture, parallel: ParallelConfig) -> float:
     """Elements per token that core attention keeps: its inputs and outputs, in padded batches. Under context
     parallelism its inputs are the keys and values of whole sequences."""
     heads = 2 * architecture.num_attention_heads
-    heads += 2 * architecture.num_key_value_heads * config.parallel.context_parallel_size
-    return heads * architecture.head_dim / config.parallel.tensor_parallel_size
+    heads += 2 * architecture.num_key_value_heads * parallel.context_parallel_size
+    return heads * architecture.head_dim / parallel.tensor_parallel_size
 
 
-def _split_along_sequence(config: RunConfig) -> int:
-    return config.parallel.tensor_parallel_size if config.parallel.sequence_parallel else 1
+def _split_along_sequence(parallel: ParallelConfig) -> int:
+    return parallel.tensor_parallel_size if parallel.sequence_parallel else 1
 
 
 def _final_norm(config: RunConfig, architecture: Architecture) -> int:
     """Memory of the final norm for a row: input, normalised input, output; and the output at scored tokens."""
-    elements = 3 * architecture.hidden_size // _split_along_sequence(config) + architecture.hidden_size
-    return largest_row(config) * elements * element_bytes(config)
+    elements = 3 * architecture.hidden_size // _split_along_sequence(config.parallel) + architecture.hidden_size
+    return largest_row(config) * elements * element_bytes(config.model)
 
 
 def _logits(config: RunConfig, architecture: Architecture) -> int:
     """Memory of the logits if all tokens of the row are scored."""
-    tensor, tokens, element = config.parallel.tensor_parallel_size, largest_row(config), element_bytes(config)
+    tensor, tokens, element = config.parallel.tensor_parallel_size, largest_row(config), element_bytes(config.model)
     width = architecture.padded_vocab_size(tensor) // tensor
     whole, block = tokens * width, tokens * min(width, max(1, LOGITS_BLOCK_BYTES // (4 * tokens)))
     kept = min(whole, config.actor.kept_logits_megabytes * 2**20 // (element * block) * block)

@@ -77,7 +77,7 @@ def make_plan(
         gpu=gpu,
         world_size=world_size,
         memory=memory,
-        phases=tuple(cost(phase) for phase in phases_by_steps(config) if phase.steps),
+        phases=tuple(cost(phase) for phase in phases_by_steps(config.phases, config.steps) if phase.steps),
         generation_seconds=generation_seconds(architecture, config, world_size, gpu, memory.engine, assumptions),
     )
 

@@ -130,11 +130,11 @@ def estimate_step(
     samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     tokens = samples * assumptions.mean_response_tokens
     engine = engine_memory(config, architecture, gpu.memory_bytes)
-    forms = [form for phase in phases_by_steps(config) if phase.steps for form in phase.forms]
+    forms = [form for phase in phases_by_steps(config.phases, config.steps) if phase.steps for form in phase.forms]
     flops = max(phase_flops(config, architecture, form, assumptions.mean_response_tokens) for form in forms)
     decoding_step = engine.weights / (gpu.bytes_per_second * assumptions.bandwidth_utilisation)
     rounds = math.ceil(math.log2(world_size)) if world_size > 1 else 0
-    model_bytes = parameters_of_model(architecture) * element_bytes(config)
+    model_bytes = parameters_of_model(architecture) * element_bytes(config.model)
     return StepEstimate(
         world_size=world_size,
         samples=samples,
@@ -162,7 +162,7 @@ def _gradient_seconds(config: RunConfig, architecture: Architecture, world_size:
     )
     within_node = world_size <= costs.gpus_per_node
     bandwidth = costs.node_bytes_per_second if within_node else costs.network_bytes_per_second
-    sent = (4 + element_bytes(config)) * parameters * (replicas - 1) / replicas
+    sent = (4 + element_bytes(config.model)) * parameters * (replicas - 1) / replicas
     hops = 2 * (replicas - 1)
     return config.actor.optimizer_steps_per_rollout * (sent / bandwidth + hops * costs.hop_seconds)
 

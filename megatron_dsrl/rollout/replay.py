@@ -12,7 +12,6 @@ from pathlib import Path
 from megatron_dsrl.common.collective import rank
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.rollout import RolloutConfig
-from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rollout.carry_over import CarryOver
 from megatron_dsrl.rollout.engines.weight_push import Bucket
@@ -25,25 +24,23 @@ from megatron_dsrl.rollout.step_sampling import Draw, StepSamples, Watch
 class ReplayRollout:
     """The rollout side of a run that trains on the recorded samples of another run: no engines, no verifier."""
 
-    def __init__(self, config: RunConfig, prompts: Sequence[Prompt], stop_token_ids: tuple[int, ...]) -> None:
+    def __init__(self, config: RolloutConfig, prompts: Sequence[Prompt], stop_token_ids: tuple[int, ...]) -> None:
         """
         Args:
-            config: this run's; `rollout.replay_from` is the recorded run's folder.
+            config: this run's; `replay_from` is the recorded run's folder.
             prompts: all prompts that this run may train on.
             stop_token_ids: tokens that end a response.
 
         Raises:
-            UserError: the folder has no recorded rollouts, or the configuration asks for evaluation.
+            UserError: the folder has no recorded rollouts.
         """
-        assert config.rollout.replay_from is not None
-        self._run_folder = Path(config.rollout.replay_from)
-        self._config = config.rollout
+        assert config.replay_from is not None
+        self._run_folder = Path(config.replay_from)
+        self._config = config
         self._prompts = prompts
-        self._sampling = SamplingParameters.for_training(config.rollout, stop_token_ids)
+        self._sampling = SamplingParameters.for_training(config, stop_token_ids)
         if not (self._run_folder / "rollouts").is_dir():
             raise UserError(f"rollout.replay_from: {self._run_folder} has no folder `rollouts`")
-        if config.evaluation.sets:
-            raise UserError("rollout.replay_from starts no engines, so evaluation.sets must be empty")
 
     def sample_step(self, step: int, draw: Draw, watch: Watch) -> StepSamples:
         """The samples that the recorded run trained on in this step.

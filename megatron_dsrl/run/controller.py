@@ -6,8 +6,9 @@ from contextlib import contextmanager
 
 from megatron_dsrl.actor.statistics import UpdateMetrics
 from megatron_dsrl.algorithms.reward_shaping import shaping_metrics
+from megatron_dsrl.config.data import OverlongConfig
 from megatron_dsrl.config.phase import PhaseConfig
-from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.config.run import ObservabilityConfig
 from megatron_dsrl.evaluation.evaluator import Evaluator
 from megatron_dsrl.evaluation.problem_result import first_responses
 from megatron_dsrl.observability.console import RunConsole
@@ -33,15 +34,24 @@ class Controller:
 
     def __init__(
         self,
-        config: RunConfig,
+        observability: ObservabilityConfig,
+        overlong: OverlongConfig | None,
+        max_response_tokens: int,
         recorder: RolloutRecorder | None,
         rollout: Rollout,
         evaluator: Evaluator,
         tracker: Tracker,
         console: RunConsole,
     ) -> None:
-        """`recorder` saves the rollouts; None saves none."""
-        self._config = config
+        """
+        Args:
+            overlong: penalty of overlong responses, for its metrics; None: no penalty.
+            max_response_tokens: length limit of responses.
+            recorder: saves the rollouts; None saves none.
+        """
+        self._observability = observability
+        self._overlong = overlong
+        self._max_response_tokens = max_response_tokens
         self._recorder = recorder
         self._rollout = rollout
         self._evaluator = evaluator
@@ -71,7 +81,7 @@ class Controller:
             record = evaluation.record
             record["seconds"], started = time.perf_counter() - started, time.perf_counter()
             record["time"] = time.time()
-            shown = first_responses(evaluation.problems, self._config.observability.evaluation_responses)
+            shown = first_responses(evaluation.problems, self._observability.evaluation_responses)
             self._tracker.log_evaluation(record, shown)
             self._console.evaluation(record)
 
@@ -85,7 +95,7 @@ class Controller:
         timer: SecondsPerPart,
     ) -> None:
         """Record and print a finished step."""
-        config, responses = self._config, responses_of(samples.groups, step)
+        responses = responses_of(samples.groups, step)
         record = {
             "step": step,
             "phase": phase.name,
@@ -95,7 +105,7 @@ class Controller:
             **samples.metrics,
             **rollout_metrics(samples.sampled, samples.generated_tokens, samples.seconds),
             **older_token_metrics(samples.groups, step),
-            **shaping_metrics(responses, config.reward.overlong, config.rollout.max_response_tokens),
+            **shaping_metrics(responses, self._overlong, self._max_response_tokens),
             **update_metrics(update, phase),
             **critic_metrics,
             **self._rollout.fault_metrics(),
@@ -104,5 +114,5 @@ class Controller:
         }
         self._tracker.log_step(record)
         self._console.step(record)
-        if warning := log_prob_gap_warning(record, config.observability.max_log_prob_gap):
+        if warning := log_prob_gap_warning(record, self._observability.max_log_prob_gap):
             self._console.message(warning)

@@ -7,6 +7,7 @@ have weight version 0, so that a replay uses their engine log-probs as the old o
 
 import time
 from contextlib import ExitStack
+from pathlib import Path
 
 from megatron_dsrl.common.collective import on_first, rank
 from megatron_dsrl.common.errors import UserError
@@ -38,7 +39,7 @@ def sample_run(config: RunConfig) -> None:
         raise UserError(f"model.path: {inputs.model_folder} has no safetensors files for the engines to read")
     with process_group(), ExitStack() as resources:
         resources.enter_context(locked(inputs.run_folder, print))
-        if not on_first(lambda: missing_steps(config, inputs)):
+        if not on_first(lambda: missing_steps(inputs.run_folder, config.steps)):
             return
         record_run_start("rollout", config, inputs, 0, print)
         rollout = EngineRollout(config, inputs.run_folder, inputs.stop_token_ids, inputs.decode)
@@ -48,15 +49,16 @@ def sample_run(config: RunConfig) -> None:
         rollout.while_sampling(lambda: sample_steps(config, inputs, rollout), recover=rollout.restart_engines)
 
 
-def missing_steps(config: RunConfig, inputs: RunInputs) -> list[int]:
+def missing_steps(run_folder: Path, steps: int) -> list[int]:
     """Steps whose samples are not on disk yet."""
-    return [step for step in range(1, config.steps + 1) if not rollout_file(inputs.run_folder, step).exists()]
+    return [step for step in range(1, steps + 1) if not rollout_file(run_folder, step).exists()]
 
 
 def sample_steps(config: RunConfig, inputs: RunInputs, rollout: EngineRollout) -> None:
     """Rank 0: one batch per step, each on disk before the next begins."""
     assert rank() == 0
-    sampler, missing = build_sampler(config.data, inputs.prompts, config.seed), missing_steps(config, inputs)
+    sampler = build_sampler(config.data, inputs.prompts, config.seed)
+    missing = missing_steps(inputs.run_folder, config.steps)
     for step in range(1, config.steps + 1):
         prompts = [inputs.prompts[i] for i in sampler.next(config.rollout.prompts_per_step)]
         file = rollout_file(inputs.run_folder, step)

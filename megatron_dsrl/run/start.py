@@ -134,7 +134,7 @@ def start_rollout(
 ) -> Rollout:
     """Start the engines and lend their memory to the models that are built next, or open the recording to replay."""
     if config.rollout.replay_from is not None:
-        rollout: Rollout = ReplayRollout(config, inputs.prompts, inputs.stop_token_ids)
+        rollout: Rollout = ReplayRollout(config.rollout, inputs.prompts, inputs.stop_token_ids)
     else:
         rollout = EngineRollout(
             config, inputs.run_folder, inputs.stop_token_ids, inputs.decode, timeline.engine_call
@@ -176,7 +176,10 @@ def start_controller(
     evaluator = Evaluator(inputs.evaluation_sets, rollout, config.reward.function)
     save_rollouts = config.observability.save_rollouts
     recorder = resources.enter_context(RolloutRecorder(inputs.run_folder)) if save_rollouts else None
-    return Controller(config, recorder, rollout, evaluator, tracker, console)
+    return Controller(
+        config.observability, config.reward.overlong, config.rollout.max_response_tokens,
+        recorder, rollout, evaluator, tracker, console,
+    )  # fmt: skip
 
 
 def open_timeline(is_recorded: bool, run_folder: Path, resources: ExitStack) -> Timeline | NoTimeline:

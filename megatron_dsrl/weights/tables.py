@@ -1,6 +1,5 @@
-"""The weight tables of the supported HF architectures, in the order of the model's computation."""
+"""The weight table of a model of any supported family, in the order of its computation."""
 
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from megatron_dsrl.model.architecture import Architecture
@@ -8,60 +7,22 @@ from megatron_dsrl.weights import decoder_rules as rules
 from megatron_dsrl.weights.table import TensorRule, WeightTable
 
 
-def qwen3_layer(a: Architecture) -> tuple[TensorRule, ...]:
-    """Dense Qwen3: norms on queries and keys."""
+def layer_rules(a: Architecture) -> tuple[TensorRule, ...]:
+    """The tensors of every layer, as the family's features say."""
+    family = a.family
     return (
         rules.attention_norm(a),
         rules.query_key_value(a),
-        *rules.query_key_norms(a),
+        *((rules.query_key_value_bias(a),) if family.qkv_bias else ()),
+        *(rules.query_key_norms(a) if family.qk_layernorm else ()),
         rules.attention_output(a),
-        *rules.feed_forward(a),
+        *(rules.experts(a) if family.has_experts else rules.feed_forward(a)),
     )
-
-
-def qwen3_moe_layer(a: Architecture) -> tuple[TensorRule, ...]:
-    """Qwen3-MoE: attention as in Qwen3, with experts."""
-    return (
-        rules.attention_norm(a),
-        rules.query_key_value(a),
-        *rules.query_key_norms(a),
-        rules.attention_output(a),
-        *rules.experts(a),
-    )
-
-
-def qwen2_layer(a: Architecture) -> tuple[TensorRule, ...]:
-    """Qwen2 and Qwen2.5: biases on queries, keys and values, and no norms on them."""
-    return (
-        rules.attention_norm(a),
-        rules.query_key_value(a),
-        rules.query_key_value_bias(a),
-        rules.attention_output(a),
-        *rules.feed_forward(a),
-    )
-
-
-def llama_layer(a: Architecture) -> tuple[TensorRule, ...]:
-    """Llama: neither biases nor norms on queries and keys."""
-    return (
-        rules.attention_norm(a),
-        rules.query_key_value(a),
-        rules.attention_output(a),
-        *rules.feed_forward(a),
-    )
-
-
-LAYERS: Mapping[str, Callable[[Architecture], tuple[TensorRule, ...]]] = {
-    "Qwen3ForCausalLM": qwen3_layer,
-    "Qwen3MoeForCausalLM": qwen3_moe_layer,
-    "Qwen2ForCausalLM": qwen2_layer,
-    "LlamaForCausalLM": llama_layer,
-}
 
 
 def weight_table(architecture: Architecture) -> WeightTable:
     """The two-way table of a model."""
-    layer = LAYERS[architecture.family.hf_name](architecture)
+    layer = layer_rules(architecture)
     return WeightTable(
         (rules.embedding(architecture), *layer, rules.final_norm(architecture), *rules.head(architecture)),
         num_layers=architecture.num_hidden_layers,

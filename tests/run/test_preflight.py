@@ -112,12 +112,22 @@ def test_a_temporary_folder_whose_name_is_too_long_for_sockets_is_named(config, 
 
 
 def test_cut_distributions_are_named_before_the_start(config) -> None:
-    assert sampling_warnings(config) == []
+    assert sampling_warnings(config.rollout) == []
     rollout = config.rollout.model_copy(update={"top_p": 0.7, "top_k": 20})
-    (warning,) = sampling_warnings(config.model_copy(update={"rollout": rollout}))
+    (warning,) = sampling_warnings(rollout)
     assert "rollout.top_p=0.7 and rollout.top_k=20" in warning and "off-policy, and no metric" in warning
-    (warning,) = sampling_warnings(config.model_copy(update={"rollout": rollout.model_copy(update={"top_k": -1})}))
+    (warning,) = sampling_warnings(rollout.model_copy(update={"top_k": -1}))
     assert "off-policy (sampled tokens were up to 1.43 times as likely, 0.36 nat)" in warning
+
+
+def test_a_replay_cannot_evaluate(config) -> None:
+    rollout = config.rollout.model_copy(update={"replay_from": "runs/recorded"})
+    held_out = {"name": "held-out", "source": config.data.source, "max_prompt_tokens": 64}
+    evaluation = config.evaluation.model_validate({"sets": [held_out]})
+    replay = config.model_copy(update={"rollout": rollout, "evaluation": evaluation})
+    with pytest.raises(UserError, match="rollout.replay_from, evaluation.sets: a replay starts no engines"):
+        preflight(replay, 1)
+    preflight(replay.model_copy(update={"evaluation": config.evaluation.model_validate({"sets": []})}), 1)
 
 
 def test_a_held_out_set_has_its_own_length_limit(config) -> None:
