@@ -62,7 +62,6 @@ def plan_micro_batches(
         lengths: tokens of each sequence.
         data_parallel_size: number of model replicas.
         max_tokens: token budget of a micro-batch.
-        cost: compute cost of a sequence.
         multiple_of: the number of micro-batches per rank is a multiple of this: the pipeline-parallel size for the
             interleaved schedule, else 1.
     """

@@ -20,7 +20,6 @@ def build_optimizer(
 
     Args:
         chunks: this pipeline stage's model chunks, wrapped for data parallelism.
-        dtype: parameter dtype.
         distributed: shard the optimizer state over data-parallel ranks.
     """
     optimizer = get_megatron_optimizer(
@@ -82,7 +81,6 @@ def apply_settings(
     """Change the peak learning rate and the clipping from the next step on; warm-up and decay continue where they are.
 
     Args:
-        scheduler: the scheduler of `optimizer`.
         learning_rate: the new peak.
         gradient_clip_norm: 0 for none.
     """

@@ -128,8 +128,6 @@ def pack(
     consists of the filler only.
 
     Args:
-        sequences: the whole batch.
-        indices: sequences to pack.
         split: how processes share the row.
         routed_experts: experts of the whole batch; None lets the routers choose.
     """

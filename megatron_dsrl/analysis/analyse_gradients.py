@@ -76,7 +76,6 @@ def analyse_gradients(
         config: model, layout and scoring.
         steps: steps of a run; None: the first recorded one, which was sampled with the model that the run started from.
         limit: number of responses, drawn from all of the steps.
-        seed: seed of the draw.
 
     Raises:
         UserError: the source or the model is missing, or they do not fit together.

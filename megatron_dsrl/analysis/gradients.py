@@ -140,7 +140,6 @@ def scores_of_row(row: PackedRow, logits: FactoredLogits, vocab_size: int, tempe
     """Log-probs and entropy of a row's scored tokens: [2, sum(num_scored)] float32.
 
     Args:
-        row: the packed row.
         logits: [S, columns of this rank] at the positions that predict the scored tokens.
         vocab_size: rows of the HF embedding.
         temperature: divisor of the logits.

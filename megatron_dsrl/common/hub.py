@@ -37,7 +37,6 @@ def asking_hub(field: str, name: str, kind: str = "model", local: str = "folder"
 
     Args:
         field: configuration field or command-line argument, for the message.
-        name: name on the hub.
         kind: kind of hub repository.
         local: what `name` could have been on this machine, for the message.
 

@@ -25,7 +25,6 @@ def validated(
     """Check plain data, as read from YAML, against a section's class.
 
     Args:
-        section: its class.
         data: the section's keys and values.
         places: where the value of a key path was set, such as `run.yaml:3`.
         source: the file or command that the data comes from, for the message.

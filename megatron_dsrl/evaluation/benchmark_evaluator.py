@@ -33,7 +33,6 @@ def evaluate_benchmark(
     """Sample and judge what is not in the file yet; returns title, sampling fields and results of the whole benchmark.
 
     Args:
-        prompts: all its problems.
         sampler: source of responses; None if the benchmark is finished.
         stop_token_ids: tokens that end a response.
         settings: everything else that determines the samples; must be the same when an evaluation continues.

@@ -47,7 +47,6 @@ def benchmark_progress(title: str, problems: int, done: int, to_sample: int) -> 
     """A bar on a terminal; elsewhere a line every half minute, to keep logs readable.
 
     Args:
-        problems: number of its problems.
         done: number of problems that have all their samples.
         to_sample: number of samples that are missing.
     """

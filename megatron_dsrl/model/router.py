@@ -43,7 +43,6 @@ class RouterLosses:
         Args:
             config: which losses, and their coefficients.
             num_tokens: tokens of the optimizer step over all micro-batches and data-parallel replicas, without padding.
-            device: device of the model.
         """
         coefficients = {"load_balancing_loss": config.load_balancing_coefficient, "z_loss": config.z_loss_coefficient}
         self._coefficients = {name: value for name, value in coefficients.items() if value is not None}

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.hub import asking_hub, can_reach_hub
-from megatron_dsrl.config.made_by import how_to_make
 
 PUBLISHED = Path(__file__).parent / "published"
 """`<owner>/<name>/config.json`."""
@@ -89,3 +88,18 @@ def _fetch_config_json(name: str) -> Path:
 
     with asking_hub("model.path", name):
         return Path(hf_hub_download(name, "config.json", etag_timeout=10, local_files_only=not can_reach_hub()))
+
+
+def how_to_make(path: str, made_by: Mapping[str, str]) -> str | None:
+    """What to tell the user of a missing path, such as "`bash examples/tiny_dsrl/run.sh` makes it".
+
+    Args:
+        path: file or folder that is missing.
+        made_by: `RunConfig.made_by`.
+
+    Returns:
+        None if no command is known.
+    """
+    places = [Path(path), *Path(path).parents]
+    command = next((command for place, command in made_by.items() if Path(place) in places), None)
+    return command and f"`{command}` makes it"

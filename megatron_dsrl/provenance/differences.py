@@ -90,7 +90,6 @@ def steps_of_starts(starts: Sequence[Record], last_step: int) -> list[tuple[int,
     A start that continues from a checkpoint replaces all steps after it.
 
     Args:
-        starts: the recorded starts.
         last_step: last step that the run has recorded.
     """
     spans: list[tuple[int, int] | None] = []

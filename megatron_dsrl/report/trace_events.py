@@ -61,7 +61,6 @@ def write_trace(timelines: Sequence[RankTimeline], target: Path, profiles: Seque
 def events_of(timeline: RankTimeline, origin: float) -> Iterator[TraceEvent]:
     """
     Args:
-        timeline: the timeline of one rank.
         origin: the moment 0 of the trace, in seconds since 1970.
     """
     rank = timeline.rank

@@ -38,7 +38,6 @@ def combination(response: str, answer: str, parts: Sequence[Mapping[str, Any]], 
 
     Args:
         response: the model's text.
-        answer: the gold answer.
         parts: `{function, weight, options}` of each term.
         prompt: the rendered prompt, for the parts that read it.
     """

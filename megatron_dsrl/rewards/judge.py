@@ -62,7 +62,6 @@ def judge(
 
     Args:
         response: the model's text.
-        answer: the gold answer.
         url: the judge's address, up to and including `/v1`.
         model: the judge's name at the endpoint.
         prompt: the rendered prompt; its special tokens are removed before the judge sees it.

@@ -89,7 +89,6 @@ class RewardPool:
 
         Args:
             response: the model's text.
-            answer: the gold answer.
             other_answers: further gold answers; the highest reward counts.
             prompt: the rendered prompt, for verifiers that read it.
             prompt_set: name of the prompt's set, which may have its own verifier.

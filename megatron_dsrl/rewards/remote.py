@@ -19,7 +19,6 @@ def remote(
 
     Args:
         response: the model's text.
-        answer: the gold answer.
         url: `http://` or `https://` address.
         try_timeout_seconds: limit of one attempt.
         retries: further attempts after the first.

@@ -22,7 +22,6 @@ def short_answer(response: str, answer: str) -> float:
 
     Args:
         response: The model's text.
-        answer: The gold answer.
     """
     given = stated_answer(response)
     if given is None:

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from megatron_dsrl.rollout.engines.errors import EngineError
 from megatron_dsrl.rollout.engines.generation import Completion, SampleRequest
+from megatron_dsrl.rollout.engines.settings import RolloutSettings
 from megatron_dsrl.rollout.feed import Feed
 from megatron_dsrl.rollout.progress import OnSamples
 from megatron_dsrl.rollout.sample import SampleGroup, SamplingParameters
@@ -59,6 +60,25 @@ class BatchRequest:
     """Time between two health checks of an engine."""
     health_timeout_seconds: float
     """An engine that has passed no check for this long counts as lost."""
+
+    @classmethod
+    def for_run(
+        cls, settings: RolloutSettings, feed: Feed, sampling: SamplingParameters, weight_version: int
+    ) -> "BatchRequest":
+        """A request with the limits of the `rollout` and `engine` sections."""
+        rollout, engine = settings.rollout, settings.engine
+        return cls(
+            feed=feed,
+            sampling=sampling,
+            weight_version=weight_version,
+            deterministic=rollout.deterministic,
+            max_outstanding_samples=engine.max_outstanding_samples,
+            timeout_seconds=rollout.step_timeout_seconds,
+            call_timeout_seconds=rollout.request_timeout_seconds,
+            call_attempts=rollout.request_attempts,
+            health_check_seconds=engine.health_check_seconds,
+            health_timeout_seconds=engine.health_timeout_seconds,
+        )
 
 
 @dataclass

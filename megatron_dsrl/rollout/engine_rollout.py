@@ -136,7 +136,6 @@ class EngineRollout:
 
         Args:
             wanted: (prompt, sample number) pairs; those of one prompt should be adjacent.
-            sampling: sampling parameters.
             stream: names the random numbers; see `rollout/seeds.py`.
             on_sample: gets every sample, with its prompt and number, as soon as it is judged.
             rewards: used instead of the run's verifier.
@@ -207,7 +206,8 @@ class EngineRollout:
         """Sample a batch to completion, restarting engines as needed."""
         assert self.engine_addresses, "wait_until_ready() comes first"
         assert self._weight_version != UNSET_WEIGHT_VERSION, "load_weights() comes first: the model folder has none"
-        batch = RolloutBatch(self._request(feed, sampling), len(self.engine_addresses))
+        request = BatchRequest.for_run(self._config, feed, sampling, self._weight_version)
+        batch = RolloutBatch(request, len(self.engine_addresses))
         in_main_thread = threading.current_thread() is threading.main_thread()
         recover = self._recover if in_main_thread else None  # collective; the main thread may be in another collective
         while True:
@@ -226,22 +226,6 @@ class EngineRollout:
             finally:
                 self._retries += batch.retries
                 batch.retries = 0
-
-    def _request(self, feed: Feed, sampling: SamplingParameters) -> BatchRequest:
-        """A request with the configured limits and the current weight version."""
-        config, engine = self._config.rollout, self._config.engine
-        return BatchRequest(
-            feed=feed,
-            sampling=sampling,
-            weight_version=self._weight_version,
-            deterministic=config.deterministic,
-            max_outstanding_samples=engine.max_outstanding_samples,
-            timeout_seconds=config.step_timeout_seconds,
-            call_timeout_seconds=config.request_timeout_seconds,
-            call_attempts=config.request_attempts,
-            health_check_seconds=engine.health_check_seconds,
-            health_timeout_seconds=engine.health_timeout_seconds,
-        )
 
     async def _dispatch(self, batch: RolloutBatch, judge: GroupJudge, progress: BatchProgress) -> None:
         async with connect(self.engine_addresses, self._config.engine.update_timeout_seconds) as clients:

@@ -10,7 +10,6 @@ def responses_of(groups: Sequence[SampleGroup], weight_version: int) -> list[Res
     """The samples of all groups, in order, in the form that the algorithms take.
 
     Args:
-        groups: the groups of a step.
         weight_version: version of the weights that they update; tokens of earlier versions are marked as older.
     """
     return [

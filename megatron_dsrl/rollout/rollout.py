@@ -37,8 +37,6 @@ class Generator(Protocol):
         """One judged group per prompt, in the order of the prompts. Rank 0 only.
 
         Args:
-            samples_per_prompt: responses to each prompt.
-            sampling: sampling parameters.
             stream: names the random numbers; see `rollout/seeds.py`.
             rewards: used instead of the run's verifier.
             on_samples: called with the number of samples that have just come back.

@@ -19,7 +19,6 @@ def sample_seed(run_seed: int, stream: str, prompt: int, sample: int) -> int:
     """Seed of one sample, in 0..2^63 - 1: the first 63 bits of BLAKE2b over `<run seed>/<stream>/<prompt>/<sample>`.
 
     Args:
-        run_seed: the run's seed.
         stream: what the batch is for.
         prompt: index of the prompt in its set.
         sample: number of the sample of this prompt, from 0.
@@ -34,10 +33,8 @@ def seeds_of_batch(
     """Seeds of every prompt's samples. If a prompt occurs again, its sample numbers continue.
 
     Args:
-        run_seed: the run's seed.
         stream: what the batch is for.
         prompts: the batch's prompts.
-        samples_per_prompt: responses to each prompt.
         seen: how often each prompt (by index) has occurred in the stream so far, for streams whose prompts come in
             several calls; updated in place.
     """

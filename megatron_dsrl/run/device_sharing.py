@@ -59,7 +59,6 @@ class SharedDevice:
         """Give the engines the policy's weights; `give_to_engine` must follow.
 
         Args:
-            version: version of the weights.
             trainer_stays: whether gradients and optimizer state are still needed on the device.
         """
         if not trainer_stays:

@@ -37,7 +37,6 @@ def create_hf_files(
     Args:
         folder: an existing, empty folder.
         shapes: shapes of all tensors, in file order.
-        dtype: dtype of all tensors.
         file_bytes: maximum size of a file; a single tensor may exceed it.
 
     Raises:

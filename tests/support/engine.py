@@ -20,7 +20,7 @@ from megatron_dsrl.rollout.batch import BatchRequest, RolloutBatch
 from megatron_dsrl.rollout.dispatcher import Dispatcher
 from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.client import connect
-from megatron_dsrl.rollout.engines.server import SERVER_PROCESS
+from megatron_dsrl.rollout.engines.server_resources import SERVER_PROCESS
 from megatron_dsrl.rollout.feed import WholeFeed
 from megatron_dsrl.rollout.judging import GroupJudge
 from megatron_dsrl.rollout.progress import BatchProgress

@@ -51,7 +51,6 @@ class EngineClient:
         SGLang's scheduler gets all requests in one message, so that it forms the same batches every time.
 
         Args:
-            requests: What to sample.
             sampling: How to sample; the length limit is each request's own.
             timeout_seconds: Limit of the whole call; None: no limit.
 

@@ -1,12 +1,9 @@
 """One SGLang server as a supervised subprocess."""
 
 import atexit
-import json
 import logging
-import os
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -15,17 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import megatron_dsrl
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.held_port import PORT_LOST_STATUS, HeldPort
 from megatron_dsrl.platform.engine import ServerArguments
-from megatron_dsrl.rollout.engines.address import API_KEY_VARIABLE, EngineAddress
+from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.errors import EngineError, EngineStartError
 from megatron_dsrl.rollout.engines.server_resources import (
     end_processes,
-    inherited_environment,
     processes_of,
     shared_memory_files,
+    start_process,
 )
 
 logger = logging.getLogger(__name__)
@@ -34,7 +30,6 @@ LOG_LINES_IN_ERROR = 15
 TROUBLESHOOTING = "see examples/troubleshooting: engines"
 POLL_SECONDS = 0.2
 CALL_SECONDS = 5.0
-SERVER_PROCESS = "megatron_dsrl.rollout.engines.server_process"
 
 
 class EngineServer:
@@ -111,23 +106,10 @@ class EngineServer:
         self._held = self._held or HeldPort(self._host, self._port)
         self._log_file.parent.mkdir(parents=True, exist_ok=True)
         arguments: dict[str, Any] = {**self._arguments, "host": self._host, "port": self._held.number}
-        package_root = str(Path(megatron_dsrl.__file__).resolve().parents[1])
-        search_path = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
         # SGLang leaves its sockets in the temporary folder; its name is short because socket paths are limited.
         self._scratch = tempfile.TemporaryDirectory(prefix="dsrl-", ignore_cleanup_errors=True)
-        environment = {**inherited_environment(), "TMPDIR": self._scratch.name, **self._environment}
-        environment.pop(API_KEY_VARIABLE, None)
-        if self._key is not None:  # not an argument, which every user of the machine could read
-            environment[API_KEY_VARIABLE] = self._key
-        with open(self._log_file, "ab") as log:  # keep the log of an earlier start of the run
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", SERVER_PROCESS, json.dumps([os.getpid(), arguments])],
-                env=environment | {"PYTHONPATH": os.pathsep.join(search_path)},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        environment = {"TMPDIR": self._scratch.name, **self._environment}
+        self._process = start_process(arguments, environment, self._key, self._log_file)
         self._started_at = time.monotonic()
         atexit.register(self.stop)
 

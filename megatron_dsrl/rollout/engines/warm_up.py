@@ -26,7 +26,6 @@ async def warm_up(address: EngineAddress, return_routed_experts: bool, timeout_s
     """Sample a few tokens in every way in which training and evaluation may sample.
 
     Args:
-        address: the engine.
         return_routed_experts: whether the run's requests ask for the experts of every token.
         timeout_seconds: limit of each kind of request.
 

@@ -179,7 +179,6 @@ async def broadcast_weights(links: Sequence[ServerLink], buckets: Iterable[Bucke
     All buckets are consumed even if servers fail. No bucket is taken before all servers have confirmed the last.
 
     Args:
-        links: connected servers.
         buckets: non-empty lists of (HF name, full tensor), each of one dtype.
         version: the new weight version.
 
