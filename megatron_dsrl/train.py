@@ -9,6 +9,7 @@ A run that is started again continues from its newest checkpoint, exactly as it 
 from contextlib import ExitStack
 
 from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.publishing.card import refresh_card
 from megatron_dsrl.run.start import start_run
 from megatron_dsrl.run.training_run import TrainingRun
 
@@ -96,7 +97,8 @@ def evaluate(run: TrainingRun, step: int) -> None:
     """Evaluate the policy after this step (0: before training) if that is due, and complete its model card."""
     if run.due.evaluate(step):
         run.sampling.evaluate(step)
-    run.reporting.refresh_model_card(step)
+    if run.reporting.controller is not None:  # rank 0
+        refresh_card(run.reporting.run_folder, step, print)
 
 
 def finish(run: TrainingRun, last_step: int) -> None:

@@ -13,7 +13,6 @@ from megatron_dsrl.observability.console import RunConsole
 from megatron_dsrl.observability.profiler import StepProfiler
 from megatron_dsrl.observability.timeline import NoTimeline, Timeline
 from megatron_dsrl.observability.timer import SecondsPerPart
-from megatron_dsrl.publishing.card import refresh_card
 from megatron_dsrl.rollout.step_sampling import StepSamples
 from megatron_dsrl.run.controller import Controller
 from megatron_dsrl.run.results import closing_lines
@@ -60,11 +59,6 @@ class Reporting:
             self.controller.record(step, phase, samples, update, metrics, timer)
 
         on_first(record)
-
-    def refresh_model_card(self, step: int) -> None:
-        """Rank 0: the model card of the policy after this step, if it was exported, with its evaluation."""
-        if self.controller is not None:
-            refresh_card(self.run_folder, step, print)
 
     def finish(self, last_step: int) -> None:
         """Rank 0: say where the results are."""
