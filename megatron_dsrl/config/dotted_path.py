@@ -1,4 +1,4 @@
-"""Custom classes by their dotted paths `package.module:Class`."""
+"""Classes and functions of your own by their dotted paths `package.module:name`."""
 
 import importlib
 from typing import Any, TypeVar
@@ -14,6 +14,22 @@ PATTERN = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 """A dotted path, for JSON schemas."""
 
 
+def object_at(path: str) -> Any:
+    """Import what a dotted path `package.module:name` names; None if the module has nothing of this name.
+
+    Raises:
+        ValueError: the module cannot be imported.
+    """
+    module_name, _, name = path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, ValueError) as error:
+        raise ValueError(
+            f"cannot import `{module_name}` ({error}); run where it is found, or add its folder to PYTHONPATH"
+        ) from error
+    return getattr(module, name, None)
+
+
 def class_at(path: str, kind: str, base: type[SectionClass], key: str = "name") -> type[SectionClass]:
     """Import the class.
 
@@ -26,14 +42,12 @@ def class_at(path: str, kind: str, base: type[SectionClass], key: str = "name") 
     Raises:
         ValidationError: the module or class does not exist, or the class is not a subclass of `base`.
     """
-    module_name, _, class_name = path.partition(":")
     try:
-        module = importlib.import_module(module_name)
-    except (ImportError, ValueError) as error:
-        message = f"cannot import `{module_name}` ({error}); run where it is found, or add its folder to PYTHONPATH"
-        raise _wrong_path(message, path, key) from error
-    found = getattr(module, class_name, None)
+        found = object_at(path)
+    except ValueError as error:
+        raise _wrong_path(str(error), path, key) from error
     if not (isinstance(found, type) and issubclass(found, base)):
+        module_name, _, class_name = path.partition(":")
         message = f"`{module_name}` has no {kind} `{class_name}`, which must be a subclass of {base.__name__}"
         raise _wrong_path(message, path, key)
     return found

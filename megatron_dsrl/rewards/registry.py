@@ -3,7 +3,6 @@
 Verifiers are imported on demand: math-verify imports sympy, which the trainer does not need.
 """
 
-import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.data import RewardConfig
+from megatron_dsrl.config.dotted_path import object_at
 
 HERE = "megatron_dsrl.rewards"
 
@@ -94,15 +94,11 @@ def reward_function(name: str) -> RewardFunction:
             "`package.module:function`"
         )
     try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(
-            f"reward.function: cannot import {module_name!r} ({error}); run where the module can be found, or add its "
-            "folder to PYTHONPATH"
-        ) from error
-    function = getattr(module, function_name, None)
+        function = object_at(name)
+    except ValueError as error:
+        raise UserError(f"reward.function: {error}") from error
     if not callable(function):
-        raise UserError(f"reward.function: module {module_name!r} has no function {function_name!r}")
+        raise UserError(f"reward.function: `{module_name}` has no function `{function_name}`")
     return function
 
 

@@ -84,7 +84,7 @@ class StepSampling(ABC):
         """The judged groups of a step, counted from 1."""
 
     def start_ahead(self, step: int, draw: Draw, watch: Watch) -> None:
-        """Begin to sample for this step in the background; only `Ahead` supports it.
+        """Start sampling for this step in the background; only `Ahead` supports it.
 
         Until `finish_ahead`, the engines must not be used otherwise.
         """
@@ -96,7 +96,7 @@ class StepSampling(ABC):
 
 
 class WholeBatch(StepSampling):
-    """Begins all groups of the step at once."""
+    """Starts all groups of the step at once."""
 
     def sample(self, step: int, draw: Draw, watch: Watch) -> StepSamples:
         started = time.perf_counter()

@@ -65,7 +65,7 @@ class Controller:
             yield progress.advance
 
     def keep(self, step: int, samples: StepSamples) -> None:
-        """Begin to write the rollouts of a step to disk."""
+        """Start to write the rollouts of a step to disk."""
         if self._recorder:
             self._recorder.record(step, samples.groups, samples.others)
 

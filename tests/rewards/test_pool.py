@@ -168,8 +168,8 @@ def test_workers_do_not_import_torch() -> None:
     ("function", "message"),
     [
         ("boxd", r"reward.function: unknown verifier 'boxd'; use one of box_format, boxed, .* or a path"),
-        ("no_such_package.rewards:f", "reward.function: cannot import 'no_such_package.rewards'"),
-        (f"{FUNCTIONS}:nothing", "has no function 'nothing'"),
+        ("no_such_package.rewards:f", "reward.function: cannot import `no_such_package.rewards`"),
+        (f"{FUNCTIONS}:nothing", "has no function `nothing`"),
     ],
 )
 def test_an_unknown_function_is_named_before_anything_starts(function, message) -> None:
