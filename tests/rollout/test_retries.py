@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ from megatron_dsrl.rollout.batch import RolloutBatch
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.engines.client import EngineClient
 from megatron_dsrl.rollout.engines.errors import EngineError
+from megatron_dsrl.rollout.engines.generation import Completion
 from megatron_dsrl.rollout.progress import BatchProgress, EngineCall, ignore
 from megatron_dsrl.rollout.sample import SampleGroup, SamplingParameters
 from megatron_dsrl.rollout.seeds import seeds_of_batch
@@ -157,15 +159,15 @@ def test_what_the_engine_aborts_itself_goes_on_where_it_stopped(behind, at_once)
     ]
 
 
-def test_the_run_counts_the_requests_that_were_made_again(engine_rollout, at_once) -> None:
-    sampling = replace(engine_rollout.training_sampling, max_response_tokens=400, stop_token_ids=())
+def test_the_run_counts_the_requests_that_were_made_again(engine_rollout, at_once, monkeypatch) -> None:
+    generate, failures = EngineClient.generate, [EngineError("out of order")]
+
+    async def fails_once(client: EngineClient, *arguments: Any) -> list[Completion]:
+        if failures:
+            raise failures.pop()
+        return await generate(client, *arguments)
+
+    monkeypatch.setattr(EngineClient, "generate", fails_once)
     before = engine_rollout.fault_metrics()["engine/retries"]
-
-    async def abort() -> None:
-        async with EngineClient(engine_rollout.engine_addresses[0], 30.0) as client:
-            await client.abort_all()
-
-    threading.Timer(0.3, lambda: asyncio.run(abort())).start()
-    engine_rollout.generate(PROMPTS[:1], SAMPLES, sampling, "test")
-
+    engine_rollout.generate(PROMPTS[:1], SAMPLES, engine_rollout.training_sampling, "test")
     assert engine_rollout.fault_metrics()["engine/retries"] == before + 1
