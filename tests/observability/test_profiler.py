@@ -27,7 +27,7 @@ def two_profiled_ranks(folder: Path) -> list[str]:
         profiler = StepProfiler([2, 3, 9], folder, rank, nsight=False, report=reported.append)
         with Timeline(folder, rank, "node") as timeline:
             for step in (1, 2, 3):
-                timeline.begin_step(step)
+                timeline.start_step(step)
                 with profiler.step(step), timeline.span("train"):
                     torch.ones(50, 50) @ torch.ones(50, 50)
     return reported
