@@ -21,10 +21,10 @@ from megatron_dsrl.rollout.dispatcher import Dispatcher, EnginesLostError
 from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.client import connect
 from megatron_dsrl.rollout.engines.engine_protocol import Engines
+from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
 from megatron_dsrl.rollout.engines.run_engines import make_engines
 from megatron_dsrl.rollout.engines.server_arguments import UNSET_WEIGHT_VERSION, initial_weight_version
 from megatron_dsrl.rollout.engines.settings import RolloutSettings
-from megatron_dsrl.rollout.engines.weight_push import Bucket
 from megatron_dsrl.rollout.feed import Feed, WholeFeed
 from megatron_dsrl.rollout.judging import Decode, GroupJudge
 from megatron_dsrl.rollout.open_files import requests_at_a_time

@@ -14,7 +14,7 @@ from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.rollout import RolloutConfig
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rollout.carry_over import CarryOver
-from megatron_dsrl.rollout.engines.weight_push import Bucket
+from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
 from megatron_dsrl.rollout.recording import read_batch, rollout_file
 from megatron_dsrl.rollout.rollout import Value
 from megatron_dsrl.rollout.sample import SampleGroup, SamplingParameters, count_tokens

@@ -1,34 +1,27 @@
-"""The record of a GPU: its figures from a run folder, and the whole script on the CPU."""
+"""What the two GPU tools share: figures of a run, watchers, commands with limits, the record."""
 
 import json
-import subprocess
-import sys
+import os
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
-import pytest
+import psutil
+from rich.console import Console
 
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.observability.tracker import Tracker
 from megatron_dsrl.planning.compute import training_flops
-from megatron_dsrl.planning.fit import ENGINE_RELEASED_BYTES, RESERVE_BYTES
 from megatron_dsrl.planning.gpus import GPUS
 from megatron_dsrl.rollout.recording import rollout_file, write_groups
 from megatron_dsrl.rollout.sample import Sample, SampleGroup
 from tests.planning.test_parameters import qwen3_8b
-from tests.support.tiny_run import REPOSITORY
-from tools.gpu_record import (
-    SIZES,
-    DeviceMemory,
-    EngineSettings,
-    free_port,
-    known_gpu,
-    part_lines,
-    planned_memory,
-    run_part,
-    speeds,
-    write_run,
-)
+from tools.gpu_record.attention_backend import attention_backends, is_log_line
+from tools.gpu_record.machine import describe_machine, known_gpu
+from tools.gpu_record.processes import LIMIT_STATUS, run_python
+from tools.gpu_record.record import Record, Result, print_tables
+from tools.gpu_record.run_figures import speeds
+from tools.gpu_record.watch import DeviceMemory, EngineSettings, free_ports
 
 
 def write_steps(folder, seconds_of_training) -> None:
@@ -61,6 +54,8 @@ def test_figures_are_medians_without_the_first_step(tmp_path) -> None:
     assert figures["log-prob gap, trainer - engine, mean"] == "1.00e-02"
     assert figures["part of the step: step, s"] == "9"
     assert speeds(tmp_path, qwen3_8b(), 1, gpu=None)["actor, MFU"] == "no peak known"
+    on_two = speeds(tmp_path, qwen3_8b(), 1, gpu=GPUS["h100"], gpus=2)
+    assert on_two["actor, MFU"] == f"{flops / 2 / 989e12:.1%} of 989 TFLOP/s"
 
 
 def test_an_engines_own_settings_are_asked_for_while_it_runs() -> None:
@@ -75,27 +70,14 @@ def test_an_engines_own_settings_are_asked_for_while_it_runs() -> None:
             self.end_headers()
             self.wfile.write(json.dumps(answer).encode())
 
-    port = free_port()
+    port = free_ports(1)
     with EngineSettings(port) as settings, HTTPServer(("127.0.0.1", port), Engine) as server:
         server.timeout = 20
         server.handle_request()
-    assert settings.shown == {
+    assert settings.figures == {
         "engine, attention_backend": "fa3", "engine, disable_cuda_graph": "False", "engine, dtype": "bfloat16",
         "engine, max_total_num_tokens": "12345", "engine, CUDA graphs, decode": "full, batches up to 256",
     }  # fmt: skip
-
-
-@pytest.mark.parametrize("size", [name for name in SIZES if name != "tiny"])
-def test_every_size_fits_the_gpu_that_it_is_for_and_the_plan_is_in_the_record(size, tmp_path) -> None:
-    run = write_run(tmp_path, SIZES[size], on_gpu=True, port=3000)
-    planned = planned_memory(run, tmp_path / "model", GPUS["h100"])
-    peaks = {name: float(value) for name, value in planned.items() if name.startswith("device, ")}
-    assert len(peaks) == 3 and max(peaks.values()) < 70
-    others = (RESERVE_BYTES + ENGINE_RELEASED_BYTES) / 2**30
-    assert float(planned["trainer, planned peak, GiB"]) == pytest.approx(
-        peaks["device, planned peak of an update, GiB"] - others, abs=0.01
-    )
-    assert planned_memory(run, tmp_path / "model", None) == {}
 
 
 def test_the_memory_of_a_device_is_the_most_that_was_in_use(tmp_path, monkeypatch) -> None:
@@ -105,38 +87,101 @@ def test_the_memory_of_a_device_is_the_most_that_was_in_use(tmp_path, monkeypatc
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     with DeviceMemory() as device:
         time.sleep(1.5)
-    assert device.shown == {"device, peak memory of all processes, GiB": "2.00"}
+    assert device.figures == {"device, peak memory of all processes, GiB": "2.00"}
     monkeypatch.setenv("PATH", "/nowhere")
     with DeviceMemory() as none:
         pass
-    assert none.shown == {}
+    assert none.figures == {}
 
 
 def test_devices_are_known_by_the_names_that_cuda_gives_them() -> None:
     assert known_gpu(["NVIDIA H100 80GB HBM3"]) is GPUS["h100"]
+    assert known_gpu(["NVIDIA H100 PCIe"]) is GPUS["h100-pcie"]
     assert known_gpu(["NVIDIA A100-SXM4-80GB"]) is GPUS["a100"]
+    assert known_gpu(["NVIDIA A100-SXM4-40GB"]) is GPUS["a100-40"]
     assert known_gpu(["NVIDIA H200"]) is GPUS["h200"]
-    assert known_gpu([]) is None and known_gpu(["NVIDIA GeForce RTX 4090"]) is None
+    assert known_gpu(["NVIDIA GeForce RTX 4090"]) is GPUS["rtx-4090"]
+    assert known_gpu([]) is None and known_gpu(["NVIDIA TITAN V"]) is None
+    assert known_gpu(["NVIDIA H200 MIG 1g.18gb"]) is None
 
 
-def test_a_part_that_fails_or_hangs_is_in_the_record_with_what_it_said() -> None:
-    failed = run_part(["-c", "import sys; print('so far'); sys.exit('no such kernel')"], limit_seconds=30)
-    assert failed.status == 1
-    shown = "\n".join(part_lines("A check", failed, last_lines=5))
-    assert "FAILED with status 1" in shown and "so far" in shown and "no such kernel" in shown
-    hung = run_part(["-u", "-c", "print('begun'); import time; time.sleep(60)"], limit_seconds=2)
-    assert hung.status == 124 and "begun" in hung.output and "stopped after 2 s" in hung.output
+def test_the_attention_that_transformer_engine_chose_is_a_figure() -> None:
+    logged = "[INFO     | DotProductAttention]: Running with FusedAttention backend (sub-backend 1)"
+    lines = [logged, "step 1: Running with care", logged]
+    assert attention_backends(lines) == {
+        "trainer, attention of Transformer Engine": "FusedAttention backend (sub-backend 1)"
+    }
+    assert [is_log_line(line) for line in lines] == [True, False, True]
+    assert attention_backends(lines[1:2]) == {}
 
 
-@pytest.mark.slow
-def test_the_whole_script_runs_on_a_cpu_and_says_so(tmp_path) -> None:
-    record = tmp_path / "record.md"
-    command = [sys.executable, "-m", "tools.gpu_record", "--size", "tiny", "--output", str(record)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, record.read_text() if record.exists() else done.stderr
-    text = record.read_text()
-    assert "says nothing about GPUs" in text and "| actor, MFU | no peak known |" in text
-    assert text.count(": passed, ") == 6, text
-    assert "optimizer torch.AdamW" in text and "| engine, attention_backend | torch_native |" in text
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    assert commit.stdout.strip() in text
+def test_a_commit_from_the_command_line_counts_where_there_is_no_checkout(monkeypatch) -> None:
+    assert len(describe_machine("abc")["commit"].split()[0]) == 40
+    monkeypatch.setattr("tools.gpu_record.machine.ROOT", Path("/nowhere"))
+    assert describe_machine("abc")["commit"] == "abc, as given on the command line"
+    assert describe_machine()["commit"].startswith("unknown: ")
+
+
+def test_output_and_exit_status_of_a_command_are_kept(tmp_path) -> None:
+    shown: list[str] = []
+    program = "import sys; print('so far'); sys.exit('no such kernel')"
+    failed = run_python(["-c", program], tmp_path / "a" / "log", limit_seconds=30, show=shown.append)
+    assert failed.last_lines(5) == shown == ["so far", "no such kernel"]
+    assert failed.status == 1 and failed.problem is not None and failed.problem.startswith("exit status 1 after")
+    assert run_python(["-c", "pass"], tmp_path / "log", limit_seconds=30).problem is None
+    killed = run_python(["-c", "import os; os.kill(os.getpid(), 9)"], tmp_path / "log", limit_seconds=30)
+    assert killed.problem is not None and killed.problem.startswith("ended by SIGKILL")
+
+
+def test_a_command_that_hangs_is_ended_with_all_that_it_started_and_says_where_it_hung(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("tools.gpu_record.processes.SECONDS_FOR_STACKS", 1.0)
+    child = "def waits_in_vain():\n  import time; time.sleep(600)\nwaits_in_vain()"
+    program = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {child!r}]); print(p.pid); p.wait()"
+    hung = run_python(["-c", program], tmp_path / "log", limit_seconds=3)
+    output = hung.last_lines(1000)
+    assert hung.status == LIMIT_STATUS and hung.problem is not None and "time limit" in hung.problem
+    assert any("in waits_in_vain" in line for line in output)
+    assert not psutil.pid_exists(int(output[0])) or psutil.Process(int(output[0])).status() == psutil.STATUS_ZOMBIE
+
+
+WITH_FIGURES = Result(
+    "one", "proves one", "passed", 3.0, figures={"speed": "7"}, output=["done"], command="python one"
+)
+
+
+def record_of(folder: Path, **machine: str) -> Record:
+    return Record("A record", folder, {"commit": "c0ffee", "device": "CPU", **machine}, on_cpu=True)
+
+
+def test_a_record_is_saved_after_every_result(tmp_path) -> None:
+    record = record_of(tmp_path)
+    record.add(WITH_FIGURES)
+    record.add(Result("two", "proves two", "failed", reason="exit status 1"))
+    record.add(Result("one", "proves one", "skipped", reason="needs 2 GPUs"))
+    text = record.markdown_file.read_text()
+    assert "says nothing about GPUs" in text and "- commit: c0ffee" in text
+    assert [line for line in text.splitlines() if line.startswith(("| one", "| two"))] == [
+        "| one | skipped | 0 | needs 2 GPUs |", "| two | failed | 0 | exit status 1 |",
+    ]  # fmt: skip
+    saved = json.loads((tmp_path / "record.json").read_text())
+    assert [result["status"] for result in saved["results"]] == ["skipped", "failed"]
+    assert [result.name for result in record.failed] == ["two"]
+
+
+def test_figures_and_output_are_in_the_record_and_in_the_tables(tmp_path) -> None:
+    record = record_of(tmp_path)
+    record.add(WITH_FIGURES)
+    text = record.markdown_file.read_text()
+    assert "| speed | 7 |" in text and "\ndone\n" in text and "`python one`" in text
+    console = Console(width=100, file=open(os.devnull, "w"), record=True)
+    print_tables(record, console)
+    printed = console.export_text()
+    assert "passed" in printed and "speed" in printed
+
+
+def test_earlier_results_are_taken_only_from_the_same_commit_and_device(tmp_path) -> None:
+    record_of(tmp_path).add(Result("one", "proves one", "passed"))
+    same, other = record_of(tmp_path, time="later"), record_of(tmp_path, commit="another")
+    same.take_earlier_results()
+    other.take_earlier_results()
+    assert [result.name for result in same.results] == ["one"] and other.results == []

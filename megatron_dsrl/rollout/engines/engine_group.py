@@ -20,6 +20,7 @@ from megatron_dsrl.platform.engine import LOOPBACK, compiles_kernels, engine_env
 from megatron_dsrl.rollout.engines.address import EngineAddress, address_towards, draw_key
 from megatron_dsrl.rollout.engines.client import EngineClient, MemoryTag
 from megatron_dsrl.rollout.engines.errors import EngineError, LostEngineError
+from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
 from megatron_dsrl.rollout.engines.quantised_push import quantised_buckets
 from megatron_dsrl.rollout.engines.server import EngineServer
 from megatron_dsrl.rollout.engines.server_arguments import engine_threads, server_arguments
@@ -28,7 +29,7 @@ from megatron_dsrl.rollout.engines.shared_memory import check_shared_memory
 from megatron_dsrl.rollout.engines.supervised_server import SupervisedServer
 from megatron_dsrl.rollout.engines.warm_up import warm_up
 from megatron_dsrl.rollout.engines.weight_check import WeightCheck
-from megatron_dsrl.rollout.engines.weight_push import Bucket, push_weights
+from megatron_dsrl.rollout.engines.weight_push import push_weights
 
 LOOPBACK_INTERFACE = "lo"
 

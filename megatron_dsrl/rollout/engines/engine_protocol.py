@@ -9,7 +9,7 @@ from typing import Protocol
 
 from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.client import MemoryTag
-from megatron_dsrl.rollout.engines.weight_push import Bucket
+from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
 
 
 class Engines(Protocol):

@@ -20,13 +20,13 @@ from megatron_dsrl.platform.engine import feed_forward_multiple
 from megatron_dsrl.rollout.engines.address import API_KEY_VARIABLE, EngineAddress, external_key
 from megatron_dsrl.rollout.engines.client import MemoryTag
 from megatron_dsrl.rollout.engines.errors import EngineError
+from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
 from megatron_dsrl.rollout.engines.quantised_push import quantised_buckets
 from megatron_dsrl.rollout.engines.settings import RolloutSettings
 from megatron_dsrl.rollout.engines.tensor_layout import EngineLayout
 from megatron_dsrl.rollout.engines.weight_broadcast import ServerLink, broadcast_weights
 from megatron_dsrl.rollout.engines.weight_check import SentWeights, lines_of_ranks, mismatch_message
 from megatron_dsrl.rollout.engines.weight_client import WeightClient
-from megatron_dsrl.rollout.engines.weight_push import Bucket
 
 logger = logging.getLogger(__name__)
 

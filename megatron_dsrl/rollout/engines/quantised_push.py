@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor
 
 from megatron_dsrl.config.engine_numerics import FP8_BLOCK
-from megatron_dsrl.rollout.engines.weight_push import Bucket
+from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
 from megatron_dsrl.weights.fp8 import dequantise_blocks, quantise_blocks
 
 PROJECTION = re.compile(r"model\.layers\.\d+\..*\.(q|k|v|o|gate|up|down)_proj\.weight")

@@ -29,8 +29,8 @@ from megatron_dsrl.rollout.engines.broadcast_group import (
     start_broadcast,
 )
 from megatron_dsrl.rollout.engines.errors import EngineError
+from megatron_dsrl.rollout.engines.flattened_bucket import Bucket, BucketMemory, flatten
 from megatron_dsrl.rollout.engines.weight_client import WeightClient
-from megatron_dsrl.rollout.engines.weight_push import Bucket, BucketMemory, flatten
 
 POLL_SECONDS = 0.001
 LEAVE_SECONDS = 10.0

@@ -24,11 +24,11 @@ from megatron_dsrl.platform.engine import feed_forward_multiple
 from megatron_dsrl.platform.weight_digest import weight_digest
 from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.errors import EngineError
+from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
 from megatron_dsrl.rollout.engines.quantised_push import as_the_engine_compares
 from megatron_dsrl.rollout.engines.settings import RolloutSettings
 from megatron_dsrl.rollout.engines.tensor_layout import EngineLayout
 from megatron_dsrl.rollout.engines.weight_client import WeightClient
-from megatron_dsrl.rollout.engines.weight_push import Bucket
 
 NAMES_IN_MESSAGE = 8
 

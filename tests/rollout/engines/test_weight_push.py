@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_dsrl.rollout.engines.weight_push import ALIGNMENT_BYTES, Bucket, BucketMemory, flatten, push_weights
+from megatron_dsrl.rollout.engines.flattened_bucket import ALIGNMENT_BYTES, Bucket, BucketMemory, flatten
+from megatron_dsrl.rollout.engines.weight_push import push_weights
 from tests.support.engine import server_process
 
 STOPPED_SECONDS = 1.0

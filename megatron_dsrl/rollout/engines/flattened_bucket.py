@@ -1,0 +1,74 @@
+"""A bucket of weights as one byte tensor and a table of the tensors in it: SGLang's `flattened_bucket` load format.
+
+The format is reimplemented here because importing SGLang patches Transformers in the trainer's process.
+"""
+
+import base64
+import io
+from multiprocessing.reduction import ForkingPickler
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.multiprocessing  # noqa: F401  (teaches ForkingPickler to share tensors)
+
+from megatron_dsrl.platform.engine import tensor_sharing
+
+Bucket = list[tuple[str, torch.Tensor]]
+"""Full, HF-named tensors."""
+
+ALIGNMENT_BYTES = 16
+"""Alignment of tensors in a bucket, so that it may mix dtypes."""
+
+
+class BucketMemory:
+    """Memory of a bucket until the engine has copied it; one bucket at a time.
+
+    On CPU all buckets use the same shared memory, because new pages cost more than the copies. On CUDA every bucket
+    gets its own memory: PyTorch does not reuse shared memory until the other process has released it and its copies
+    are done.
+    """
+
+    def __init__(self) -> None:
+        self._shared = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, num_bytes: int, device: torch.device) -> torch.Tensor:
+        """Uninitialised bytes, [num_bytes] uint8. The engine must have confirmed the previous bucket."""
+        if device.type != "cpu":
+            return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        if len(self._shared) < num_bytes:
+            with tensor_sharing():
+                self._shared = torch.empty(num_bytes, dtype=torch.uint8).share_memory_()
+        return self._shared[:num_bytes]
+
+
+def flatten(bucket: Bucket, memory: BucketMemory, alignment_bytes: int = ALIGNMENT_BYTES) -> dict[str, Any]:
+    """One byte tensor that holds all tensors of the bucket, and the table of their offsets.
+
+    Args:
+        bucket: at least one tensor.
+        memory: provides the byte tensor.
+        alignment_bytes: every tensor starts at a multiple of this.
+    """
+    assert bucket, "a bucket holds at least one tensor"
+    table, offset = [], 0
+    for name, tensor in bucket:
+        size = tensor.numel() * tensor.element_size()
+        table.append(
+            SimpleNamespace(
+                name=name, shape=tensor.shape, dtype=tensor.dtype, start_idx=offset, end_idx=offset + size, numel=size
+            )
+        )
+        offset += -(-size // alignment_bytes) * alignment_bytes
+    flattened = memory.take(offset, bucket[0][1].device)
+    for entry, (_, tensor) in zip(table, bucket, strict=True):
+        flattened[entry.start_idx : entry.end_idx].view(tensor.dtype).copy_(tensor.detach().reshape(-1))
+    return {"flattened_tensor": flattened, "metadata": table}
+
+
+def serialise(flattened: dict[str, Any]) -> str:
+    """Base64 of a pickle with a handle to the tensor's memory. It can be opened once."""
+    stream = io.BytesIO()
+    with tensor_sharing():
+        ForkingPickler(stream).dump(flattened)
+    return base64.b64encode(stream.getvalue()).decode("ascii")

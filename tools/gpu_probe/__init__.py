@@ -1,0 +1,1 @@
+"""Measurements for a machine with one GPU that has PyTorch, but perhaps neither SGLang nor Transformer Engine."""
