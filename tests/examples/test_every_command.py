@@ -39,6 +39,7 @@ NOT_HERE = {
     r"^pytest -m gpu|tools.first_gpu_run(?! --(dry-run|list))|tools.gpu_probe(?! --dry-run)": "needs a GPU",
     r"smollm2": "downloads a model",
     r"examples[/.]laboratory": "hours; tests/examples/test_laboratory.py runs all of it at a small size",
+    r"gpu_probe_packages": "what tools/gpu_probe/requirements.txt needs; tests/tools/test_gpu_probe.py does without the rest",
     r"^torchfrtrace": "tests/platform/test_cuda.py runs it",
     r"launch_server|engine.urls": "of several machines; tests/rollout/engines/test_external_engines.py has one",
 }
@@ -74,6 +75,7 @@ SHORTER = {
     r"benchmark_update": "--groups 2 --uniform-shares 0.5 --repetitions 1",
     r"benchmark_controller": "--samples 16 --tokens 128 --repetitions 1",
     r"tools.first_gpu_run --dry-run": "--only doctor,one_gpu_tiny",
+    r"tools.gpu_probe --dry-run": "--only trainer_0.6b",
     r"tools.fault_soak": "--steps 3 --faults 1",
     r"tensorboard": "--inspect",
     r"test_layouts": "-k uneven",

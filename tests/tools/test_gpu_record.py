@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -13,6 +15,7 @@ from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.observability.tracker import Tracker
 from megatron_dsrl.planning.compute import training_flops
 from megatron_dsrl.planning.gpus import GPUS
+from megatron_dsrl.rollout.engines.credentials import API_KEY_VARIABLE
 from megatron_dsrl.rollout.recording import rollout_file, write_groups
 from megatron_dsrl.rollout.sample import Sample, SampleGroup
 from tests.planning.test_parameters import qwen3_8b
@@ -21,7 +24,7 @@ from tools.gpu_record.machine import describe_machine, known_gpu
 from tools.gpu_record.processes import LIMIT_STATUS, run_python
 from tools.gpu_record.record import Record, Result, print_tables
 from tools.gpu_record.run_figures import speeds
-from tools.gpu_record.watch import DeviceMemory, EngineSettings, free_ports
+from tools.gpu_record.watch import ENGINE, DeviceMemory, EngineSettings, free_ports
 
 
 def write_steps(folder, seconds_of_training) -> None:
@@ -66,14 +69,21 @@ def test_an_engines_own_settings_are_asked_for_while_it_runs() -> None:
 
     class Engine(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response(200 if self.path == "/server_info" else 404)
+            may = self.headers["Authorization"] == "Bearer the-key-of-the-run"
+            self.send_response(200 if self.path == "/server_info" and may else 401)
             self.end_headers()
             self.wfile.write(json.dumps(answer).encode())
 
     port = free_ports(1)
-    with EngineSettings(port) as settings, HTTPServer(("127.0.0.1", port), Engine) as server:
-        server.timeout = 20
-        server.handle_request()
+    environment = os.environ | {API_KEY_VARIABLE: "the-key-of-the-run"}
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", ENGINE], env=environment)
+    try:
+        with EngineSettings(port) as settings, HTTPServer(("127.0.0.1", port), Engine) as server:
+            server.timeout = 20
+            server.handle_request()
+    finally:
+        process.kill()
+        process.wait()
     assert settings.figures == {
         "engine, attention_backend": "fa3", "engine, disable_cuda_graph": "False", "engine, dtype": "bfloat16",
         "engine, max_total_num_tokens": "12345", "engine, CUDA graphs, decode": "full, batches up to 256",

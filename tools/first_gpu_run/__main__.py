@@ -56,20 +56,20 @@ def _run(stages: Sequence[Stage], gpus: int, options: argparse.Namespace, consol
     try:
         failed = run_stages(stages, record, gpus, _variables(options.dry_run), console)
     except KeyboardInterrupt:
-        console.print(f"interrupted; nothing is left running. Record so far: {record.markdown_file}")
+        console.print(f"interrupted; nothing is left running. Record so far: {options.output}/record.md")
         return 130
     console.rule("record", align="left")
     print_tables(record, console)
     if options.dry_run:
         console.print(ON_CPU, style="bold")
     if failed is None:
-        console.print(f"\nNo stage failed. The record, with figures for others to compare: {record.markdown_file}")
+        console.print(f"\nNo stage failed. The record, with figures for others to compare: {options.output}/record.md")
         return 0
     bundle = write_bundle(record.folder, failed.name)
     for line in (
         f"\nStopped at {failed.name}: {failed.reason}. It was to prove: {failed.purpose}.",
-        f"Its output: {record.folder / failed.name / 'output.log'}",
-        f"For a bug report attach {bundle}",
+        f"Its output: {options.output}/{failed.name}/output.log",
+        f"For a bug report attach {options.output}/{bundle.name}",
         "(record, logs, configuration, provenance, environment, packages, flight recorder). Tokens, keys and passwords",
         "were removed from it; host names and paths were not, so look through it first.",
         "After a fix continue with: python -m tools.first_gpu_run "

@@ -81,13 +81,17 @@ def _shortened(stage: Stage) -> tuple[str, ...]:
 def _result(
     stage: Stage, outcome: Outcome, files: RunFiles | None = None, watched: dict[str, str] | None = None
 ) -> Result:
-    """The result of a stage, with the figures of its run."""
-    figures: dict[str, str] = {}
+    """The result of a stage, with the figures of its run.
+
+    Args:
+        watched: figures from its course, which a failed stage has too.
+    """
+    figures = dict(watched or {})
     if outcome.problem is None and files is not None:
         try:
-            figures = _figures(files, outcome) | (watched or {})
+            figures = _figures(files, outcome) | figures
         except Exception as error:  # the run went well; what cannot be read must not stop the stages after it
-            figures = {"figures are incomplete": f"{type(error).__name__}: {error}"}
+            figures["figures are incomplete"] = f"{type(error).__name__}: {error}"
     lines = LAST_LINES if outcome.problem else stage.shown_lines
     return Result(
         stage.name,

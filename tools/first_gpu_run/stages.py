@@ -54,7 +54,7 @@ ENVIRONMENT = (
         arguments=("-m", "megatron_dsrl.cli", "doctor"), shown_lines=60,
     ),
     Stage(
-        "gpu_tests", "kernels, offloading and weight push are right on a small model: the tests marked `gpu`", 1, 40,
+        "gpu_tests", "kernels, offloading and weight push are right (tests marked `gpu`)", 1, 40,
         arguments=("-m", "pytest", "-m", "gpu", "-q", "-rs", "-p", "no:cacheprovider", *GPU_TESTS), shown_lines=15,
     ),
 )  # fmt: skip
@@ -66,7 +66,7 @@ RUNS = (
         ),
     ),
     Stage(
-        "one_gpu_0.6b", "a model of real shape trains in bfloat16; first speeds, and memory beside the plan", 1, 40,
+        "one_gpu_0.6b", "Qwen3-0.6B trains in bfloat16; speeds, and memory beside the plan", 1, 40,
         training=Training(SMALL, 4, METHOD, ONE_GPU),
     ),
     Stage(
@@ -76,7 +76,7 @@ RUNS = (
         }),
     ),
     Stage(
-        "two_gpus_replicated", "NCCL: data parallelism, distributed optimizer, one engine over both GPUs", 2, 40,
+        "two_gpus_replicated", "NCCL: data parallelism, distributed optimizer; an engine of two GPUs", 2, 40,
         training=Training(SMALL, 3, METHOD, TWO_GPUS | {
             "parallel.distributed_optimizer": "true", "engine.tensor_parallel_size": "2",
         }),
@@ -98,9 +98,9 @@ BENCHMARKS = tuple(
     )
     for name, proves, arguments in (
         ("log_probs", "time and memory of log-probs over the whole vocabulary", "--hidden-size 2048"),
-        ("update", "what an update saves by leaving out samples without a gradient",
+        ("update", "what leaving out samples without a gradient saves",
          "--layers 8 --hidden-size 2048 --vocabulary 151936 --response-tokens 1024 --dtype bfloat16"),
-        ("weight_sync", "GB/s of the weight push by bucket size, beside the way through the disk",
+        ("weight_sync", "GB/s of the weight push by bucket size, and through the disk",
          "--megabytes 1000 4000 --hidden-size 2048 --bucket-megabytes 64 256 1024"),
         ("checkpoint", "seconds of a checkpoint", "--megabytes 2000 --saves 2"),
     )
@@ -128,7 +128,7 @@ def _memory_stage(fraction: str, gpus: int) -> Stage:
     name = "8B on eight GPUs" if training.model == LARGE else "0.6B on one GPU"
     return Stage(
         f"memory_{fraction}",
-        f"engine.memory_fraction {fraction} fits, through wake and sleep ({name})",
+        f"engine.memory_fraction {fraction} fits ({name})",
         largest.gpus,
         largest.limit_minutes,
         training=Training(training.model, 2, training.configuration, overrides, training.own_batch),

@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print_tables(record, console)
     if on_cpu:
         console.print(ON_CPU, style="bold")
-    console.print(f"record: {record.markdown_file}")
+    console.print(f"record: {options.output}/record.md")
     return 1 if record.failed else 0
 
 

@@ -5,8 +5,14 @@ import socket
 import subprocess
 import threading
 import urllib.request
+from contextlib import suppress
 from typing import Any, Self
 
+import psutil
+
+from megatron_dsrl.rollout.engines.credentials import API_KEY_VARIABLE
+
+ENGINE = "megatron_dsrl.rollout.engines.server_process"
 ENGINE_SETTINGS = (
     "attention_backend", "prefill_attention_backend", "decode_attention_backend", "sampling_backend",
     "disable_cuda_graph", "dtype", "kv_cache_dtype", "max_total_num_tokens",
@@ -75,11 +81,22 @@ class EngineSettings(Watcher):
 
     def _poll(self) -> None:
         while not self.answer and not self._ended.wait(0.5):
+            key = _engine_key()
+            headers = {"Authorization": f"Bearer {key}"} if key else {}
             try:
-                with urllib.request.urlopen(self._url, timeout=5) as reply:
+                with urllib.request.urlopen(urllib.request.Request(self._url, headers=headers), timeout=5) as reply:
                     self.answer = json.load(reply)
             except (OSError, ValueError):
                 pass  # not there yet
+
+
+def _engine_key() -> str | None:
+    """The key of a run's engines, from the environment of one that this process has started, directly or not."""
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if ENGINE in process.cmdline():
+                return process.environ().get(API_KEY_VARIABLE)
+    return None
 
 
 def free_ports(count: int) -> int:
