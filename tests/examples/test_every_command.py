@@ -39,7 +39,7 @@ NOT_HERE = {
     r"^pytest -m gpu|tools.first_gpu_run(?! --(dry-run|list))|tools.gpu_probe(?! --dry-run)": "needs a GPU",
     r"smollm2": "downloads a model",
     r"examples[/.]laboratory": "hours; tests/examples/test_laboratory.py runs all of it at a small size",
-    r"gpu_probe_packages": "what tools/gpu_probe/requirements.txt needs; tests/tools/test_gpu_probe.py does without the rest",
+    r"gpu_probe_packages": "tests/tools/test_gpu_probe.py runs it with these packages only",
     r"^torchfrtrace": "tests/platform/test_cuda.py runs it",
     r"launch_server|engine.urls": "of several machines; tests/rollout/engines/test_external_engines.py has one",
 }
