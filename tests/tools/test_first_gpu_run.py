@@ -157,7 +157,7 @@ def test_a_failure_says_what_to_attach_and_how_to_go_on(tmp_path, monkeypatch, c
 def test_an_unknown_stage_and_a_machine_without_gpus_are_refused(capsys) -> None:
     with pytest.raises(SystemExit) as refused:
         main(["--dry-run", "--only", "doctor,nine_gpus"])
-    assert refused.value.code == 2 and "no stage nine_gpus; the stages are doctor, " in capsys.readouterr().err
+    assert refused.value.code == 2 and "unknown stage nine_gpus; the stages are doctor, " in capsys.readouterr().err
 
 
 @pytest.mark.slow

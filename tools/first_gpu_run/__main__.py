@@ -96,7 +96,7 @@ def _chosen(stages: Sequence[Stage], options: argparse.Namespace) -> list[Stage]
     names = [stage.name for stage in stages]
     wanted = options.only.split(",") if options.only else [options.from_stage] if options.from_stage else []
     if unknown := [name for name in wanted if name not in names]:
-        print(f"there is no stage {', '.join(unknown)}; the stages are {', '.join(names)}", file=sys.stderr)
+        print(f"unknown stage {', '.join(unknown)}; the stages are {', '.join(names)}", file=sys.stderr)
         sys.exit(2)
     if options.only:
         return [stage for stage in stages if stage.name in wanted]

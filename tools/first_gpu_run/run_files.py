@@ -17,7 +17,7 @@ ON_CPU = {
     "model.dtype": "float32",
 }  # fmt: skip
 PROCESSES_ON_CPU = 4
-"""The eight-GPU stages of a dry run have so many processes, split in two by tensor parallelism."""
+"""Processes of the eight-GPU stages in a dry run, split in two by tensor parallelism."""
 
 
 @dataclass(frozen=True)

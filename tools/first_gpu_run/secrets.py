@@ -25,7 +25,7 @@ SHOWN_VARIABLES = re.compile(
     r"|MASTER|LOCAL|GROUP|ROLE|XDG_CACHE|APPTAINER|SINGULARITY|ENROOT)_"
     r"|(PATH|PYTHONPATH|PYTHONWARNINGS|TMPDIR|HOSTNAME|VIRTUAL_ENV|RANK|WORLD_SIZE|SHELL|LANG|LC_ALL)$"
 )
-"""Variables whose values help to understand a failure. Of all others only the names are shown."""
+"""Variables that help to understand a failure. Only the names of the others are shown."""
 
 
 def environment_lines(environment: Mapping[str, str]) -> list[str]:

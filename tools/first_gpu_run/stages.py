@@ -18,7 +18,7 @@ class Training:
     """A `dsrl train` with random weights. Step 1 is NSR-PreRL, the others are GRPO."""
 
     model: str
-    """`TINY`, or a published model whose architecture is used."""
+    """`TINY`, or the published model that gives the architecture."""
     steps: int
     configuration: str
     """The configuration file that the stage's own settings are laid on."""

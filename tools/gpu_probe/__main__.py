@@ -5,8 +5,8 @@
 
 Needs PyTorch and the packages in tools/gpu_probe/requirements.txt; installs and downloads nothing. Every part is a
 process with a time limit. One that fails is in the record with its output, and the next one runs. The record is saved
-after every part, so an interrupted call keeps what it has. Exit status: 0 if no part failed, 1 if one did, 2 if
-there is no GPU or a name is unknown.
+after every part, so an interrupted call keeps what it has. Exit status: 0 if no part failed, 1 if one did, 2 without
+a GPU, or if a name is unknown.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def _chosen(parts: Sequence["Part"], only: str | None) -> Sequence["Part"]:
         return parts
     names = [part.name for part in parts]
     if unknown := [name for name in only.split(",") if name not in names]:
-        print(f"there is no part {', '.join(unknown)}; the parts are {', '.join(names)}", file=sys.stderr)
+        print(f"unknown part {', '.join(unknown)}; the parts are {', '.join(names)}", file=sys.stderr)
         sys.exit(2)
     return [part for part in parts if part.name in only.split(",")]
 

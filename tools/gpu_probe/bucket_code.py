@@ -28,7 +28,7 @@ class BucketCode:
 
 
 def choose_bucket_code() -> BucketCode:
-    """SGLang's unpickler and bucket; without its dependencies, only its bucket, whose file stands alone; without
+    """SGLang's unpickler and bucket; without its dependencies, only its bucket, in a file that stands alone; without
     SGLang's files, the project's reading of its format."""
     try:
         from megatron_dsrl.platform.engine import prepare_engine_process

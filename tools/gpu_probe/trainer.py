@@ -19,7 +19,7 @@ from megatron_dsrl.algorithms.experience import Experience, Response, build_expe
 from megatron_dsrl.algorithms.objective import build_objectives
 from megatron_dsrl.algorithms.spaces import PostTrain
 from megatron_dsrl.config.actor import ActorConfig
-from megatron_dsrl.config.data import PromptSetConfig
+from megatron_dsrl.config.data import DataConfig
 from megatron_dsrl.config.model import ModelConfig
 from megatron_dsrl.config.phase import PhaseConfig
 from megatron_dsrl.config.rollout import RolloutConfig
@@ -117,7 +117,7 @@ def _config(folder: Path, options: argparse.Namespace, tokens_per_micro_batch: i
             path=str(folder), dtype=options.dtype, random_init=True, layer_spec=options.layer_spec, recompute="none"
         ),
         actor=ActorConfig(max_tokens_per_micro_batch=tokens_per_micro_batch),
-        data=PromptSetConfig(source="unused", max_prompt_tokens=PROMPT_TOKENS),
+        data=DataConfig(source="unused", max_prompt_tokens=PROMPT_TOKENS),
         rollout=RolloutConfig(
             prompts_per_step=options.groups,
             samples_per_prompt=GROUP_SIZE,

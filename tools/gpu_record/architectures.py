@@ -14,8 +14,8 @@ TINY_ARCHITECTURE = {
     "head_dim": 128, "max_position_embeddings": 8192, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
     "tie_word_embeddings": True, "initializer_range": 0.02,
 }  # fmt: skip
-"""Like the published models, it has a head size for which there are GPU kernels, and more token ids than the tokenizer
-of examples/tiny_dsrl has tokens."""
+"""Like the published models, it has a head size that GPU kernels support, and more token ids than the tokenizer of
+examples/tiny_dsrl has tokens."""
 
 
 def write_architecture(folder: Path, model: str) -> None:

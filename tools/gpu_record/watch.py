@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import psutil
 
-from megatron_dsrl.rollout.engines.credentials import API_KEY_VARIABLE
+from megatron_dsrl.rollout.engines.address import API_KEY_VARIABLE
 
 ENGINE = "megatron_dsrl.rollout.engines.server_process"
 ENGINE_SETTINGS = (
