@@ -5,6 +5,8 @@ import signal
 import socket
 import time
 from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +29,7 @@ file: {source: prompts.jsonl}
 """
 ENGINE = ["engine.max_total_tokens=8192", "engine.max_outstanding_samples=16", "model.dtype=float32"]
 LIMIT_SECONDS = 240
+pytestmark = pytest.mark.timeout(600)
 
 
 def finished_samples(file) -> list[str]:
@@ -50,70 +53,110 @@ def stop_within_a_problem(process, file) -> None:
         process.send_signal(signal.SIGSTOP)
 
 
-@pytest.mark.timeout(600)
-def test_an_evaluation_of_a_megatron_checkpoint_is_killed_continued_and_reported(tmp_path, capsys, monkeypatch) -> None:
-    write_tiny_run(tmp_path)
-    (tmp_path / "amc23.yaml").write_text(BENCHMARK)
-    converted = dsrl("convert", "hf-to-megatron", str(tmp_path / "model"), str(tmp_path / "megatron"))
+@dataclass(frozen=True)
+class Continued:
+    """An evaluation that was refused a second process, killed within a problem, and continued to its end."""
+
+    request: EvaluationRequest
+    process_id: int
+    refusal: str
+    """What a second evaluation was told while the first one ran."""
+    left_behind: list[str]
+    """Processes that outlived the killed one."""
+    lines_before: list[str]
+    """Of the sample file when the first one was killed."""
+    printed: str
+    """By the one that continued."""
+
+    @property
+    def file(self) -> Path:
+        return self.request.output / "samples" / "amc23.jsonl"
+
+    def results(self) -> dict:
+        return json.loads((self.request.output / "results.json").read_text())["benchmarks"]["amc23"]
+
+    def changed(self, **fields: object) -> EvaluationRequest:
+        return replace(self.request, **fields)
+
+
+@pytest.fixture(scope="module")
+def continued(tmp_path_factory) -> Continued:
+    """Of a Megatron checkpoint, by the command."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    write_tiny_run(folder)
+    (folder / "amc23.yaml").write_text(BENCHMARK)
+    converted = dsrl("convert", "hf-to-megatron", str(folder / "model"), str(folder / "megatron"))
     assert converted.returncode == 0, converted.stderr
-    output = tmp_path / "evaluation"
-    command = ["eval", str(tmp_path / "megatron"), "--benchmarks", str(tmp_path / "amc23.yaml")]
-    command += ["--data-folder", str(tmp_path), "--output", str(output), *ENGINE]
-    file = output / "samples" / "amc23.jsonl"
+    model, benchmarks, output = str(folder / "megatron"), [str(folder / "amc23.yaml")], folder / "evaluation"
+    command = ["eval", model, "--benchmarks", *benchmarks, "--data-folder", str(folder), "--output", str(output)]
     request = EvaluationRequest(
-        model=str(tmp_path / "megatron"),
-        benchmarks=[str(tmp_path / "amc23.yaml")],
-        output=output,
-        data_folder=tmp_path,
-        overrides=ENGINE,
+        model=model, benchmarks=benchmarks, output=output, data_folder=folder, overrides=ENGINE
     )
 
-    process = start_dsrl(*command)
+    process = start_dsrl(*command, *ENGINE)
+    file = output / "samples" / "amc23.jsonl"
     stop_within_a_problem(process, file)
-    monkeypatch.setattr(folder_lock, "WAIT_SECONDS", 0.0)
-    with pytest.raises(UserError, match=f"{output} is in use by process {process.pid} on {socket.gethostname()}"):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as refusal:
+        patch.setattr(folder_lock, "WAIT_SECONDS", 0.0)
         evaluate(request)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    before = finished_samples(file)
-    assert len(before) < 320 and has_a_begun_problem(file)
-    assert processes_left_behind() == []
+    left_behind, lines_before = processes_left_behind(), finished_samples(file)
+    assert len(lines_before) < 320 and has_a_begun_problem(file)
 
-    continued = dsrl(*command, timeout_seconds=LIMIT_SECONDS)
+    continued = dsrl(*command, *ENGINE, timeout_seconds=LIMIT_SECONDS)
     assert continued.returncode == 0, continued.stderr
-    lines = finished_samples(file)
-    assert lines[: len(before)] == before  # nothing is sampled twice
+    return Continued(request, process.pid, str(refusal.value), left_behind, lines_before, continued.stdout)
+
+
+def test_a_running_evaluation_is_the_only_one_and_leaves_no_process(continued) -> None:
+    used_by = f"{continued.request.output} is in use by process {continued.process_id} on {socket.gethostname()}"
+    assert used_by in continued.refusal and continued.left_behind == []
+
+
+def test_a_killed_evaluation_continues_without_sampling_anything_twice(continued) -> None:
+    lines = finished_samples(continued.file)
+    assert lines[: len(continued.lines_before)] == continued.lines_before
     numbers = sorted((sample["index"], sample["first"]) for sample in map(json.loads, lines))
     assert numbers == [(index, number) for index in range(40) for number in range(8)]
-    problems = read_sample_file(file)
+    problems = read_sample_file(continued.file)
     for problem in problems:
         assert [s.reward for s in problem.samples] == [float(len(s.text) % 2 == 0) for s in problem.samples]
         assert len({s.text for s in problem.samples}) > 1  # each has its own random numbers
-    results = json.loads((output / "results.json").read_text())["benchmarks"]["amc23"]
     rewards = [sample.reward for problem in problems for sample in problem.samples]
-    assert results["accuracy"] == pytest.approx(sum(rewards) / 320)
-    assert "| Sums | 40 | 8 |" in continued.stdout
+    assert continued.results()["accuracy"] == pytest.approx(sum(rewards) / 320)
+    assert "| Sums | 40 | 8 |" in continued.printed
 
-    # It fills its cell of the paper's table, which says what is not as in the paper.
-    assert main(["table", f"base={output}"]) == 0
+
+def test_an_evaluation_fills_its_cell_of_the_papers_table_which_names_the_difference(continued, capsys) -> None:
+    assert main(["table", f"base={continued.request.output}"]) == 0
     table = capsys.readouterr().out
-    assert f"| base |  | {100 * results['accuracy']:.1f} |  |" in table
-    assert f"- base, Sums ({output}): 8 samples per problem" in table
+    assert f"| base |  | {100 * continued.results()['accuracy']:.1f} |  |" in table
+    assert f"- base, Sums ({continued.request.output}): 8 samples per problem" in table
 
-    # A finished evaluation is only reported, without engines: in this process, which could not start one unnoticed.
+
+def test_a_finished_evaluation_is_only_reported_without_engines(continued, capsys) -> None:
+    """In this process, which could not start an engine unnoticed."""
+    output = continued.request.output
     starts = read_starts(output)
     assert [start["command"] for start in starts] == ["eval", "eval"], "the killed one and the one that continued"
     assert starts[0]["model"]["fingerprint"] == starts[1]["model"]["fingerprint"]
     assert starts[0]["evaluation_sets"]["amc23"]["prompts"] == 40
-    logs = (output / "engines").stat().st_mtime_ns, (output / "engines" / "engine_0.log").stat().st_mtime_ns
-    evaluate(request)
+    logs = [(output / "engines").stat().st_mtime_ns, (output / "engines" / "engine_0.log").stat().st_mtime_ns]
+    evaluate(continued.request)
     assert "| Sums | 40 | 8 |" in capsys.readouterr().out
     assert read_starts(output) == starts
-    assert logs == ((output / "engines").stat().st_mtime_ns, (output / "engines" / "engine_0.log").stat().st_mtime_ns)
+    assert logs == [(output / "engines").stat().st_mtime_ns, (output / "engines" / "engine_0.log").stat().st_mtime_ns]
 
-    with pytest.raises(UserError, match="was made with other settings .*seed: 1 then, 2 now"):
-        evaluate(EvaluationRequest(**{**request.__dict__, "overrides": [*ENGINE, "seed=2"]}))
-    with pytest.raises(UserError, match="max_response_tokens = 4096 do not fit into the model's 256"):
-        evaluate(EvaluationRequest(**{**request.__dict__, "changes": {"max_response_tokens": 4096}}))
-    with pytest.raises(UserError, match="temperature 0 is greedy decoding, so 8"):
-        evaluate(EvaluationRequest(**{**request.__dict__, "changes": {"temperature": 0.0}}))
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"overrides": [*ENGINE, "seed=2"]}, "was made with other settings .*seed: 1 then, 2 now"),
+        ({"changes": {"max_response_tokens": 4096}}, "max_response_tokens = 4096 do not fit into the model's 256"),
+        ({"changes": {"temperature": 0.0}}, "temperature 0 is greedy decoding, so 8"),
+    ],
+)
+def test_other_settings_are_refused(continued, fields, message) -> None:
+    with pytest.raises(UserError, match=message):
+        evaluate(continued.changed(**fields))
