@@ -153,6 +153,7 @@ def started(all_runs: Sequence[Run]) -> Iterator[None]:
 
 
 def main() -> None:
+    """Command line: trains with both, as often as there are thread counts, and prints one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trl-python", required=True, help="Python of an environment with TRL")
     parser.add_argument("--task", choices=TASKS, default="tiny")

@@ -58,15 +58,18 @@ def naive(logits: Tensor, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
 
 
 def naive_on_all_tokens(batch: Batch) -> tuple[Tensor, Tensor]:
+    """The logits of all tokens, then `naive`: what a plain training loop does."""
     return naive(batch.scaled() @ batch.weight.T, batch.rows, batch.targets)
 
 
 def naive_on_responses(batch: Batch) -> tuple[Tensor, Tensor]:
+    """`naive` on the logits of the scored tokens only."""
     everything = torch.arange(len(batch.rows), device=batch.rows.device)
     return naive(batch.scaled()[batch.rows] @ batch.weight.T, everything, batch.targets)
 
 
 def in_blocks(batch: Batch, kept_bytes: int, entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:
+    """The actor's own function, which keeps at most `kept_bytes` of logits for the backward pass."""
     shard = VocabularyShard(first=0, num_valid=len(batch.weight), group=None)
     options = LogProbOptions(shard, entropy_gradient=entropy_gradient, kept_bytes=kept_bytes)
     logits = FactoredLogits(batch.scaled()[batch.rows], batch.weight, fused_gradient=False)
@@ -117,6 +120,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Command line: measures every way in a separate process and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1024, help="tokens per packed row")
     parser.add_argument("--response-share", type=float, default=0.5, help="share of the tokens that are scored")

@@ -29,6 +29,7 @@ class RecordSteps(TrainerCallback):
 
 
 def main(settings: dict[str, Any]) -> None:
+    """Train with TRL and write the seconds of every step; `settings` are those of `benchmark_against_trl.py`."""
     score = getattr(importlib.import_module("benchmark_rewards"), settings["reward"])
 
     def reward(completions: list[str], answer: list[str], **_: Any) -> list[float]:

@@ -22,6 +22,7 @@ def generated() -> dict[Path, str]:
 
 
 def main() -> None:
+    """Write all generated files and print their paths."""
     for file, text in generated().items():
         file.parent.mkdir(exist_ok=True)
         file.write_text(text, encoding="utf-8")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import transformers
 
-from megatron_dsrl.common.errors import UserError
+from examples.writing_command import run_writing
 from megatron_dsrl.data.tokenizer import load_tokenizer
 
 ARCHITECTURE = {
@@ -56,13 +56,7 @@ def main() -> int:
     parser.add_argument("tokenizer", help="folder with Qwen3's tokenizer files, or a hub name")
     parser.add_argument("--output", type=Path, default=Path(".cache/gsm8k/random_qwen3"), help="folder to write")
     arguments = parser.parse_args()
-    try:
-        make_random_model(arguments.tokenizer, arguments.output)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(f"wrote {arguments.output}")
-    return 0
+    return run_writing(lambda: make_random_model(arguments.tokenizer, arguments.output), arguments.output)
 
 
 if __name__ == "__main__":

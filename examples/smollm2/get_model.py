@@ -11,6 +11,7 @@ import importlib.metadata
 import sys
 from pathlib import Path
 
+from examples.writing_command import run_writing
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.platform.engine import prepare_engine_process
 
@@ -59,13 +60,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(".cache/smollm2/model"), help="folder to write")
     arguments = parser.parse_args()
-    try:
-        write_model(gguf_file(), arguments.output)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(f"wrote {arguments.output}")
-    return 0
+    return run_writing(lambda: write_model(gguf_file(), arguments.output), arguments.output)
 
 
 if __name__ == "__main__":

@@ -188,6 +188,7 @@ class Actor:
             return concatenate_tokens(values, row.indices, device)
 
         def score(logits: FactoredLogits) -> tuple[Tensor, ScoreResult]:
+            """The objective's loss of one packed row, and its statistics, from the model's output."""
             log_probs, entropy = self._log_probs_and_entropy(row, logits, objective.needs_entropy_gradient)
             old, reference = experience.old_log_probs, experience.reference_log_probs
             older = experience.from_older_weights

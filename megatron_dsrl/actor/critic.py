@@ -111,6 +111,7 @@ class Critic:
         num_tokens = sum(experience.num_scored)
 
         def score(output: Tensor) -> tuple[Tensor, TokenStatistics]:
+            """The value loss of one packed row, over all tokens of the step, and its statistics."""
             result = value_loss(_values(row, output), old_values, returns, self._config.value_clip)
             loss = result.losses.sum() / num_tokens
             return loss, TokenStatistics.from_tokens(loss, result.metrics, {})

@@ -56,6 +56,9 @@ def run_schedule(
     def forward_step(
         iterator: Iterator[MicroBatch[Result]], chunk: MegatronModule
     ) -> tuple[Any, Callable[[Any], tuple[Tensor, Tensor, Result]]]:
+        """Run the next micro-batch through a model chunk, as Megatron's schedules call it.
+
+        Returns the output and the function that turns it into loss, token count and result."""
         micro_batch = next(iterator)
         row = micro_batch.row
         output = chunk(

@@ -97,6 +97,10 @@ class _LogProbs(torch.autograd.Function):
         kept_bytes: int,
         fused_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
+        """Streams over blocks of the vocabulary; keeps the logits of the first blocks, up to `kept_bytes`.
+
+        Returns log-probs and entropy, [num_tokens] float32 each.
+        """
         statistics, kept = _Statistics.of_no_columns(len(hidden), hidden.device), []
         for block in _blocks(len(hidden), options):
             logits = hidden @ weight[block].t()
@@ -117,6 +121,7 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_log_probs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of `hidden` and `weight`, from kept or recomputed logits; see `log_probs_and_entropy`."""
         hidden, weight, targets, log_normaliser, entropy, *kept = ctx.saved_tensors
         shard, temperature = ctx.options.shard, ctx.options.temperature
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
@@ -158,6 +163,7 @@ class _Statistics:
 
     @classmethod
     def of_no_columns(cls, num_tokens: int, device: torch.device) -> "_Statistics":
+        """The state before the first block."""
         # The lowest finite number: with -inf, 0 times a difference of maxima would not be 0.
         maximum = torch.full((num_tokens,), torch.finfo(torch.float32).min, device=device)
         normaliser, weighted, at_target = torch.zeros(3, num_tokens, device=device)
@@ -214,6 +220,7 @@ class _WeightGradient:
 
     @classmethod
     def of(cls, weight: Tensor, main_grad: Tensor | None) -> "_WeightGradient":
+        """The gradient of a weight [columns, hidden]; added to `main_grad` unless that is None."""
         return cls(torch.empty_like(weight) if main_grad is None else main_grad, weight, main_grad is not None)
 
     def write(self, block: slice, grad_logits: Tensor, hidden: Tensor) -> None:

@@ -102,17 +102,20 @@ def _failures_postponed() -> Iterator[None]:
     """
     failures: list[OSError] = []
 
-    def noting(write: Callable[..., None]) -> Callable[..., None]:
-        def write_or_note(*arguments: Any) -> None:
+    def postponing(write: Callable[..., None]) -> Callable[..., None]:
+        """The function with its OSErrors appended to `failures` instead of raised."""
+
+        def write_or_postpone(*arguments: Any) -> None:
+            """An OSError is kept for later."""
             try:
                 write(*arguments)
             except OSError as error:
                 failures.append(error)
 
-        return write_or_note
+        return write_or_postpone
 
     write_metadata, write_config = FileSystemWriterAsync.finish, serialization.save_config
-    FileSystemWriterAsync.finish, serialization.save_config = noting(write_metadata), noting(write_config)
+    FileSystemWriterAsync.finish, serialization.save_config = postponing(write_metadata), postponing(write_config)
     try:
         yield
     finally:

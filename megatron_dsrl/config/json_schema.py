@@ -24,6 +24,7 @@ class _ConfigJsonSchema(GenerateJsonSchema):
     """The schema with defaults from factories and without field titles."""
 
     def get_default_value(self, schema: core_schema.WithDefaultSchema) -> Any:
+        """The default in JSON; defaults from factories included, sections excluded."""
         factory = schema.get("default_factory")
         default = super().get_default_value(schema) if factory is None else factory()  # type: ignore[call-arg]
         if isinstance(default, Options):

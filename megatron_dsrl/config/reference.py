@@ -66,6 +66,7 @@ class _Page:
         """Class that defines a field, and the field's name: the heading of its table."""
 
     def add_kind(self, title: str, kind: Kind) -> None:
+        """Add the chapter of one kind of file."""
         self.lines += [f"## {title}", "", f"{kind.where[0].upper()}{kind.where[1:]}.", ""]
         self._add_section(kind.section, "", title)
 

@@ -51,9 +51,11 @@ class _Dumper(yaml.SafeDumper):
     yaml_implicit_resolvers = _with_our_scalars(yaml.SafeDumper.yaml_implicit_resolvers)
 
     def ignore_aliases(self, data: Any) -> bool:
+        """Equal values are written out each time."""
         return True
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
+        """A string, in double quotes if it has Unicode line breaks."""
         # PyYAML's single quotes turn Unicode line breaks into spaces; double quotes escape them.
         style = '"' if _UNICODE_LINE_BREAK.search(text) else None
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)

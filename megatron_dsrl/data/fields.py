@@ -35,6 +35,7 @@ def field_reader(field: str, setting: str) -> FieldReader:
     """
 
     def read(row: Row) -> Any:
+        """The field of that name, else the value at the path. Raises BadRowError if neither exists."""
         if field in row:
             return row[field]
         value: Any = row

@@ -129,6 +129,7 @@ def evaluate(request: EvaluationRequest) -> EvaluatedModel:
         rollout = start_engines(config, output, tokenizer, stops, resources) if unfinished else None
 
         def evaluate_all() -> None:
+            """Evaluate the benchmarks in turn; results.json is rewritten after each."""
             summaries = {}
             for benchmark in benchmarks:
                 summaries[benchmark.name] = evaluate_benchmark(

@@ -96,12 +96,12 @@ def _row(summary: Summary) -> str:
         summary["title"],
         summary["problems"],
         k,
-        _percent(summary["accuracy"]),
+        percent(summary["accuracy"]),
         _interval(summary["confidence_interval_95"]),
-        _percent(summary["pass_at_k"][k]),
-        _percent(summary["majority_at_k"]),
+        percent(summary["pass_at_k"][k]),
+        percent(summary["majority_at_k"]),
         f"{summary['mean_tokens']:.0f}",
-        f"{_percent(summary['truncated_fraction'])} %",
+        f"{percent(summary['truncated_fraction'])} %",
         failures,
     ]
     return "| " + " | ".join(map(str, cells)) + " |"
@@ -120,9 +120,10 @@ def _differences() -> list[str]:
     ]
 
 
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
+    """A share from 0 to 1 in percent with one decimal, without the sign; empty for None."""
     return "" if share is None else f"{100 * share:.1f}"
 
 
 def _interval(interval: tuple[float, float] | None) -> str:
-    return "" if interval is None else f"{_percent(interval[0])} to {_percent(interval[1])}"
+    return "" if interval is None else f"{percent(interval[0])} to {percent(interval[1])}"

@@ -146,11 +146,13 @@ class _TakeRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, take: Tensor, give: Tensor, untaken: Tensor | None) -> Tensor:
+        """`x[take]`; [rows of `take`, ...], dtype of `x`."""
         ctx.save_for_backward(give, untaken)
         return x.index_select(0, take)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        """`gradient[give]`, with zeros in the untaken rows."""
         give, untaken = ctx.saved_tensors
         gradient = gradient.index_select(0, give)
         if untaken is not None:

@@ -57,6 +57,7 @@ def assemble(local: Tensor, places: Tensor, total: int, group: dist.ProcessGroup
 class _Assemble(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor, places: Tensor, total: int, group: dist.ProcessGroup | None) -> Tensor:
+        """All-reduce of the parts, each at its places."""
         ctx.save_for_backward(places)
         whole = local.new_zeros(*local.shape[:-1], total).index_copy_(-1, places, local)
         if group is not None:
@@ -65,5 +66,6 @@ class _Assemble(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        """This rank's part of its own gradient, without communication."""
         (places,) = ctx.saved_tensors
         return gradient.index_select(-1, places), None, None, None

@@ -10,9 +10,10 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, TypeGuard
+from typing import Any, ClassVar
 
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.common.numbers import is_number
 
 SECTIONS = ("rope_parameters", "rope_scaling")
 _EVERY_FIELD = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
@@ -78,7 +79,7 @@ def read_rope(
     """
     section = _section(config, path)
     theta = section.get("rope_theta", config.get("rope_theta", default_theta))
-    if not _is_number(theta) or theta <= 0:
+    if not is_number(theta) or theta <= 0:
         raise UserError(f"{path}: neither rope_parameters.rope_theta nor rope_theta holds a positive number")
     # As in Transformers, a factor outside the section counts as well.
     if section.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1.0):
@@ -168,14 +169,10 @@ def _check(scaling: RopeScaling, section: Mapping[str, Any], defaults: Mapping[s
 
 def _number(section: Mapping[str, Any], name: str, default: float | None, path: Path) -> float:
     value: Any = default if section.get(name) is None else section[name]
-    if not _is_number(value) or value <= 0:
+    if not is_number(value) or value <= 0:
         raise UserError(f"{path}: RoPE scaling: {name} must be a positive number, not {value!r}")
     return float(value)
 
 
 def _equal(value: Any, default: float) -> bool:
     return type(value) is type(default) and math.isclose(value, default, abs_tol=1e-6)
-
-
-def _is_number(value: Any) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)

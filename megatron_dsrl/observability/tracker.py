@@ -144,6 +144,7 @@ class _RecordFile:
             self._file = self._open()
 
     def append(self, record: Record) -> None:
+        """Write one record. Raises UserError, with the file's name, if the disk refuses it."""
         line = record_line(record).encode()
         with writing(self._path, WHAT_IS_SAFE):
             while line:
@@ -151,9 +152,11 @@ class _RecordFile:
         self.last_step = max(record["step"], self.last_step)
 
     def read(self) -> list[Record]:
+        """All records, in the order of the file."""
         return read_records(self._path)
 
     def truncate_after(self, step: int) -> None:
+        """Drop the records after `step`; the file is replaced atomically."""
         self._file.close()
         kept = [record for record in repair_records(self._path) if record["step"] <= step]
         with writing(self._path, WHAT_IS_SAFE):
@@ -162,6 +165,7 @@ class _RecordFile:
         self.last_step = _last_step(kept)
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
     def _open(self) -> FileIO:

@@ -172,7 +172,7 @@ class RunMemory:
             "split the model further (section parallel)",
         }
         too_large = [
-            f"{what} takes {_gib(peak)} of the {_gib(self.capacity)} of a GPU; {advice[what]}"
+            f"{what} takes {gib(peak)} of the {gib(self.capacity)} of a GPU; {advice[what]}"
             for what, peak in self.peaks.items()
             if peak > self.capacity
         ]
@@ -226,5 +226,6 @@ def _gathered_bytes(memory: TrainerMemory, config: RunConfig, world_size: int) -
     return 4 * parameters * (3 + 2) + 12 * parameters // shards
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
+    """A size in bytes as text, such as `1.5 GiB`."""
     return f"{size / 2**30:.1f} GiB"

@@ -35,7 +35,8 @@ def suggest(
     Engines keep their tensor-parallel size if any layout with it fits.
     """
 
-    def plan_of(candidate: RunConfig) -> Plan:
+    def plan_with_fitting_engine(candidate: RunConfig) -> Plan:
+        """The candidate's plan, with a lower `engine.memory_fraction` if only that makes it fit."""
         plan = make_plan(candidate, architecture, gpu, world_size, assumptions)
         fraction = plan.memory.largest_memory_fraction
         if plan.fits or not 0 < fraction < candidate.engine.memory_fraction:
@@ -45,7 +46,7 @@ def suggest(
 
     def with_least_recomputation(layout: RunConfig) -> Plan | None:
         modes = (layout.model.model_copy(update={"recompute": mode}) for mode in get_args(Recompute))
-        plans = (plan_of(layout.model_copy(update={"model": model})) for model in modes)
+        plans = (plan_with_fitting_engine(layout.model_copy(update={"model": model})) for model in modes)
         return next((plan for plan in plans if plan.fits), None)
 
     for size in _engine_sizes(config.engine, architecture, world_size):

@@ -13,7 +13,7 @@ import psutil
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.source import find_config_json
-from megatron_dsrl.planning.fit import RunMemory, run_memory
+from megatron_dsrl.planning.fit import RunMemory, gib, run_memory
 from megatron_dsrl.platform import current_platform
 
 ADVICE = "it starts anyway; see examples/troubleshooting: out of memory"
@@ -60,7 +60,7 @@ def _host_problems(memory: RunMemory, machine: Machine) -> list[str]:
     return [
         "reference policy, offloaded parts, replayed experts and "
         f"checkpoint copies of {machine.processes} process(es) take up to "
-        f"{_gib(total)} of the {_gib(machine.host_bytes)} of this host; set checkpoint.asynchronous=false, or "
+        f"{gib(total)} of the {gib(machine.host_bytes)} of this host; set checkpoint.asynchronous=false, or "
         "offload less (actor.offload)"
     ]
 
@@ -74,10 +74,6 @@ def _cpu_problems(memory: RunMemory, machine: Machine) -> list[str]:
     if total <= machine.host_bytes:
         return []
     return [
-        f"{machine.processes} process(es) with their engines take {_gib(total)} of the {_gib(machine.host_bytes)} of "
+        f"{machine.processes} process(es) with their engines take {gib(total)} of the {gib(machine.host_bytes)} of "
         "this machine; lower actor.max_tokens_per_micro_batch or engine.max_total_tokens, or take a smaller model"
     ]
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"

@@ -45,6 +45,7 @@ class CpuPlatform(Platform):
         }
 
     def memory_statistics(self) -> MemoryStatistics:
+        """Resident memory of the process: weights, activations and everything else."""
         resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
         recent_peak = _recent_peak_bytes()
         return MemoryStatistics(
@@ -54,12 +55,14 @@ class CpuPlatform(Platform):
         )
 
     def restart_peak_memory(self) -> None:
+        """Has no effect in containers that do not permit writing to `/proc/self/clear_refs`."""
         self._earlier_peak = max(self._earlier_peak, _recent_peak_bytes())
         with suppress(OSError):  # some containers do not permit it; the recent peak is then that of the process
             Path("/proc/self/clear_refs").write_text("5")
 
     @property
     def memory_bytes(self) -> int:
+        """Memory of the whole machine, which all processes and engines share."""
         return psutil.virtual_memory().total
 
     def record_collectives(self, folder: Path) -> None:

@@ -52,6 +52,7 @@ class CudaPlatform(Platform):
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
     def install(self) -> None:
+        """Choose the GPU. Raises UserError if the process sees too few."""
         device, visible = self.device, torch.cuda.device_count()
         if device.index >= visible:
             raise UserError(
@@ -89,6 +90,7 @@ class CudaPlatform(Platform):
         return torch.cuda.get_device_properties(self.device).total_memory
 
     def record_collectives(self, folder: Path) -> None:
+        """NCCL's flight recorder; variables that the user has set win."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, value in flight_recorder_variables(folder).items():
             os.environ.setdefault(name, value)
@@ -106,11 +108,13 @@ class CudaPlatform(Platform):
         return torch.cuda.get_device_capability(self.device) >= (9, 0) or _is_installed("flash-attn")
 
     def release_cached_memory(self) -> None:
+        """Also frees buckets that were shared with an engine by CUDA IPC."""
         gc.collect()
         torch.cuda.ipc_collect()  # buckets that the engine has released
         torch.cuda.empty_cache()
 
     def host_copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """In pinned memory, so that the copy back runs asynchronously."""
         host = torch.empty_like(tensor, device="cpu", pin_memory=True)
         return host.copy_(tensor.detach())
 

@@ -6,7 +6,7 @@ from megatron_dsrl.charts.chart_source import SERIES_COLOURS
 from megatron_dsrl.charts.charts import Chart
 from megatron_dsrl.charts.pass_at_k_chart import over_runs, pass_at_k_chart
 from megatron_dsrl.evaluation.published import AVERAGE_OF_SIX, OUT_OF_DISTRIBUTION, SIX_BENCHMARKS
-from megatron_dsrl.evaluation.results import average_of_six
+from megatron_dsrl.evaluation.results import average_of_six, percent
 from megatron_dsrl.evaluation.results_file import EvaluationResults, Summary
 from megatron_dsrl.report.parts import Table
 
@@ -83,12 +83,12 @@ def _row(policy: str, summary: Summary, pass_at_k: Mapping[int, float]) -> tuple
         policy,
         str(summary["problems"]),
         str(k),
-        _percent(summary["accuracy"]),
-        f"{_percent(interval[0])} to {_percent(interval[1])}" if interval else "",
-        _percent(pass_at_k.get(k)),
-        _percent(summary.get("majority_at_k")),
+        percent(summary["accuracy"]),
+        f"{percent(interval[0])} to {percent(interval[1])}" if interval else "",
+        percent(pass_at_k.get(k)),
+        percent(summary.get("majority_at_k")),
         f"{summary['mean_tokens']:.0f}",
-        f"{_percent(summary['truncated_fraction'])} %",
+        f"{percent(summary['truncated_fraction'])} %",
         str(failures),
     )
 
@@ -96,7 +96,3 @@ def _row(policy: str, summary: Summary, pass_at_k: Mapping[int, float]) -> tuple
 def _titles(evaluations: Evaluations) -> dict[str, str]:
     """All benchmarks by name."""
     return {name: one["title"] for results in evaluations.values() for name, one in results.benchmarks.items()}
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.1f}"

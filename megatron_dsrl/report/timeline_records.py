@@ -20,6 +20,7 @@ class Interval:
 
     @property
     def seconds(self) -> float:
+        """Length of the interval."""
         return self.end - self.start
 
 

@@ -6,6 +6,7 @@ from statistics import fmean
 from megatron_dsrl.charts.chart_axes import ValueAxis
 from megatron_dsrl.charts.chart_source import SERIES_COLOURS, Series, phase_changes
 from megatron_dsrl.charts.charts import Chart, line_chart, stacked_chart
+from megatron_dsrl.common.numbers import is_number
 from megatron_dsrl.observability.records import Record
 from megatron_dsrl.observability.run_records import PhaseSpan, RunRecords
 from megatron_dsrl.report.curves import (
@@ -159,17 +160,13 @@ def other_charts(run: RunRecords) -> list[Chart]:
     """One chart for every recorded metric that is not in `run_charts`, titled by its name in the records."""
     shown = {key for curves in (REWARD, *HEALTH, *COST, STEP_SECONDS) for _, key, _ in curves.keys}
     shown |= {"step", "weight_version", *(key for _, key, _ in GROUP_KEYS), *step_parts(run.steps)}
-    figures = sorted({key for record in run.steps for key, value in record.items() if _is_number(value)} - shown)
+    figures = sorted({key for record in run.steps for key, value in record.items() if is_number(value)} - shown)
     return [line_chart(key, "", [_other_series(run, key)], run.phases) for key in figures]
 
 
 def _other_series(run: RunRecords, key: str) -> Series:
     breaks = phase_changes(run.phases) if key.rsplit("/")[-1] in OF_THE_UPDATE else ()
     return Series("value", run.step_numbers, run.column(key), 1, breaks=breaks)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _seconds_chart(run: RunRecords) -> Chart | str:

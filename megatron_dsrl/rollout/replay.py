@@ -56,22 +56,27 @@ class ReplayRollout:
 
     @property
     def training_sampling(self) -> SamplingParameters:
+        """Sampling parameters of this run's configuration; the recorded samples may have been drawn with others."""
         return self._sampling
 
     def generate(self, *request: object, **options: object) -> list[SampleGroup]:
+        """Always raises UserError: without engines, only recorded samples are available."""
         raise UserError("rollout.replay_from starts no engines: nothing can be sampled")
 
     @property
     def carried(self) -> CarryOver:
+        """Empty: the recorded steps are complete."""
         return CarryOver()
 
     def take_over(self, carried: CarryOver) -> None:
         """Nothing to do: carried-over groups are part of the recorded steps."""
 
     def while_sampling(self, work: Callable[[], Value], recover: Callable[[], None]) -> Value | None:
+        """The result of `work` on rank 0, None on others; `recover` is never needed."""
         return work() if rank() == 0 else None
 
     def fault_metrics(self) -> dict[str, int]:
+        """Empty: no engine can fail."""
         return {}
 
     # ---- no-ops without engines

@@ -117,9 +117,11 @@ class UntilEnough:
         return groups
 
     def judged(self, group: SampleGroup) -> None:
+        """Sort a finished group into accepted or rejected."""
         (self._accepted if self._accept(group) else self._rejected).append(group)
 
     def is_enough(self) -> bool:
+        """Whether the wanted number of groups has been accepted."""
         return len(self._accepted) >= self._wanted
 
     def outcome(self, batch: RolloutBatch, expired_groups: int) -> SampledUntil:

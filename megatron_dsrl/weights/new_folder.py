@@ -94,10 +94,12 @@ class _Lock:
 
     @property
     def partial(self) -> Path:
+        """The folder that is being written."""
         return self.file.with_name(self.file.name.removesuffix(".lock"))
 
     @property
     def old(self) -> Path:
+        """The former target, while it is replaced."""
         return _old(self.partial)
 
 

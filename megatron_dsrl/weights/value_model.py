@@ -53,6 +53,7 @@ class _ByHfName:
         self._last: tuple[TableEntry, tuple[Tensor, ...]] | None = None
 
     def read(self, name: str) -> Tensor:
+        """A whole tensor in the checkpoint's dtype, in the shape of its HF name."""
         entry = self._entries[name]
         if self._last is None or self._last[0] != entry:
             self._last = entry, self._checkpoint.read(entry)

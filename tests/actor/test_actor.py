@@ -30,9 +30,10 @@ from megatron_dsrl.config.model import ModelConfig, ParallelConfig
 from megatron_dsrl.config.phase import PhaseConfig
 from megatron_dsrl.config.rollout import RolloutConfig
 from megatron_dsrl.config.run import RunConfig
-from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
+from megatron_dsrl.model.parallel import parallel_layout
 from tests.support.plain_torch import adamw
-from tests.support.tiny_model import make_tiny_qwen3
+
+pytestmark = pytest.mark.usefixtures("torch_distributed")
 
 BOS = [3]
 TEMPERATURE = 0.8
@@ -103,20 +104,6 @@ def run_config(folder: Path, parallel: ParallelConfig, actor: ActorConfig) -> Ru
         rollout=RolloutConfig(temperature=TEMPERATURE),
         phases=[NSR_PRERL, GRPO],
     )
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> tuple[Path, Qwen3ForCausalLM]:
-    folder = tmp_path_factory.mktemp("model")
-    # 127 tokens: the vocabulary is padded under tensor parallelism, and the padding must not count
-    return folder, make_tiny_qwen3(folder, tied=True, vocab_size=127)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def torch_distributed() -> Iterator[None]:
-    """It stays up between the tests' layouts of one process."""
-    yield
-    destroy_parallel()
 
 
 @contextmanager

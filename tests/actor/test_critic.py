@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, Qwen3ForTokenClassification, Qwen3MoeForTokenClassification
 
 from megatron_dsrl.actor.build import build_critic
-from megatron_dsrl.actor.critic import Critic
 from megatron_dsrl.algorithms.experience import Experience, Response, build_experience
 from megatron_dsrl.algorithms.spaces import PostTrain
 from megatron_dsrl.cli import main
@@ -25,6 +24,7 @@ from megatron_dsrl.config.data import DataConfig
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig, RouterConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
+from tests.support.actors import weights_of
 from tests.support.distributed import run_distributed
 from tests.support.plain_torch import adamw
 from tests.support.tiny_model import make_tiny_qwen3, make_tiny_qwen3_moe
@@ -111,11 +111,6 @@ def with_returns(batch: Experience, values: tuple[torch.Tensor, ...]) -> Experie
     generator = torch.Generator().manual_seed(2)
     returns = tuple(value + 0.3 * torch.randn(value.shape, generator=generator) for value in values)
     return replace(batch, values=values, returns=returns)
-
-
-def weights_of(critic: Critic) -> dict[str, np.ndarray]:
-    buckets = critic.hf_weights(bucket_bytes=10_000)
-    return {name: tensor.float().numpy() for bucket in buckets for name, tensor in bucket}
 
 
 def run_cases(models: Path, cases: Mapping[str, Case]) -> dict[str, dict]:

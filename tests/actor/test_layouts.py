@@ -29,9 +29,9 @@ from megatron_dsrl.config.phase import AdditionalObjectiveConfig, KLConfig, Phas
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from tests.actor.test_actor import BOS, GRPO, NSR_PRERL, objective_of, responses, run_config, with_unscored_tokens
+from tests.support.actors import weights_of
 from tests.support.distributed import run_distributed
 from tests.support.random_experts import random_experts
-from tests.support.tiny_model import make_tiny_qwen3, make_tiny_qwen3_moe
 from tests.support.tiny_run import REPOSITORY
 
 OPTIMIZER = OptimizerConfig(
@@ -257,20 +257,6 @@ def run_cases(folder: Path, cases: Mapping[str, Case]) -> dict[str, dict]:
             results[name] = result
     destroy_parallel()
     return results
-
-
-def weights_of(actor: Any) -> dict[str, np.ndarray]:
-    buckets = actor.hf_weights(bucket_bytes=10**5)
-    return {name: weight.float().cpu().numpy() for bucket in buckets for name, weight in bucket}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    # 127 tokens: the vocabulary is padded under tensor parallelism, and the padding must not count
-    make_tiny_qwen3(folder / "dense", tied=True, vocab_size=127)
-    make_tiny_qwen3_moe(folder / "MoE", vocab_size=127)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,8 @@ off-policy.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,10 +28,11 @@ from megatron_dsrl.algorithms.spaces import PostTrain, PreTrain
 from megatron_dsrl.config.actor import ActorConfig, OptimizerConfig
 from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.config.phase import AdditionalObjectiveConfig, KLConfig, PhaseConfig
-from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
+from megatron_dsrl.model.parallel import parallel_layout
 from tests.actor.test_actor import BOS, TEMPERATURE, run_config
 from tests.support.plain_torch import adamw
-from tests.support.tiny_model import make_tiny_qwen3
+
+pytestmark = pytest.mark.usefixtures("torch_distributed")
 
 MINI_BATCHES, EPOCHS = 2, 2
 LENGTH_LIMIT = 20
@@ -201,18 +201,6 @@ def reference_update(model: Qwen3ForCausalLM, terms: list[Term]) -> list[float]:
             optimizer.step()
             losses.append(loss.item())
     return losses
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> tuple[Path, Qwen3ForCausalLM]:
-    folder = tmp_path_factory.mktemp("model")
-    return folder, make_tiny_qwen3(folder, tied=True, vocab_size=127)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def torch_distributed() -> Iterator[None]:
-    yield
-    destroy_parallel()
 
 
 def check(model, config: PhaseConfig, terms: list[Term]) -> dict[str, float]:

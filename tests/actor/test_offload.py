@@ -17,10 +17,9 @@ from megatron_dsrl.actor.reference import ReferencePolicy
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from tests.actor.test_actor import GRPO, NSR_PRERL, objective_of
 from tests.actor.test_critic import experience, with_returns
-from tests.actor.test_critic import weights_of as weights_of_critic
-from tests.actor.test_layouts import Case, configuration, weights_of
+from tests.actor.test_layouts import Case, configuration
+from tests.support.actors import weights_of
 from tests.support.distributed import run_distributed
-from tests.support.tiny_model import make_tiny_qwen3, make_tiny_qwen3_moe
 
 DISTRIBUTED = {"distributed_optimizer": True}
 ONE_PROCESS = {
@@ -77,7 +76,7 @@ def critic_steps(case: Case, folder: Path, offloads: bool) -> dict:
             if offloads:
                 moved = go_away_and_come_back(critic)
             updates.append(critic.update(batch))
-        return {"updates": updates, "weights": weights_of_critic(critic), "reference": [], "moved": moved}
+        return {"updates": updates, "weights": weights_of(critic), "reference": [], "moved": moved}
 
 
 def run_cases(folder: Path, cases: Mapping[str, Case]) -> dict[str, list[dict]]:
@@ -108,14 +107,6 @@ def in_one_process(folder: Path) -> tuple[dict[str, list[dict]], list[str]]:
                 attempt()
             refused.append(name)
     return run_cases(folder, ONE_PROCESS), refused
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    make_tiny_qwen3(folder / "dense", tied=True, vocab_size=127)
-    make_tiny_qwen3_moe(folder / "MoE", vocab_size=127)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -5,22 +5,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_dsrl.actor.actor import Actor
 from megatron_dsrl.actor.build import build_actor
 from megatron_dsrl.config.actor import ActorConfig, OptimizerConfig
 from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from tests.actor.test_actor import GRPO, objective_of, run_config
+from tests.support.actors import weights_of
 from tests.support.distributed import run_distributed
 from tests.support.tiny_model import make_tiny_qwen3
 
 RATE, CLIP = 2e-3, 0.01
 FIRST = OptimizerConfig(learning_rate=1e-2, gradient_clip_norm=0.5, warmup_steps=3, eps=1e-3)
 SECOND = FIRST.model_copy(update={"learning_rate": RATE, "gradient_clip_norm": CLIP})
-
-
-def weights_of(actor: Actor) -> dict[str, np.ndarray]:
-    return {name: tensor.numpy() for bucket in actor.hf_weights(10_000) for name, tensor in bucket}
 
 
 def steps_of_actors(folder: Path) -> dict[str, tuple[list[dict], dict[str, np.ndarray]]]:

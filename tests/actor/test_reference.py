@@ -4,7 +4,6 @@ import copy
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,9 +19,9 @@ from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.config.phase import KLConfig, PhaseConfig
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from tests.actor.test_actor import GRPO, OPTIMIZER, TEMPERATURE, objective_of, run_config
+from tests.support.actors import weights_of
 from tests.support.distributed import run_distributed
 from tests.support.plain_torch import adamw
-from tests.support.tiny_model import make_tiny_qwen3
 
 COEFFICIENT = 0.5
 KL = GRPO.model_copy(update={"kl": KLConfig(loss_coefficient=COEFFICIENT, loss_estimator="k3")})
@@ -48,10 +47,6 @@ def all_equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def weights_of(actor: Actor) -> dict[str, np.ndarray]:
-    return {name: tensor.float().numpy() for bucket in actor.hf_weights(10_000) for name, tensor in bucket}
-
-
 def kl_steps(folder: Path) -> dict:
     """In one process: a plain step, then one with a KL term against the initial weights."""
     with parallel_layout(ParallelConfig(), seed=1):
@@ -62,12 +57,6 @@ def kl_steps(folder: Path) -> dict:
         result = {"first": first, "second": second, "weights": weights_of(actor)}
     destroy_parallel()
     return result
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> tuple[Path, Qwen3ForCausalLM]:
-    folder = tmp_path_factory.mktemp("model")
-    return folder, make_tiny_qwen3(folder, tied=True, vocab_size=127)
 
 
 def log_probs(model: Qwen3ForCausalLM, experience: Experience) -> torch.Tensor:

@@ -32,6 +32,8 @@ from tests.actor.test_actor import GRPO, NSR_PRERL, TEMPERATURE, objective_of, r
 from tests.support.distributed import run_distributed
 from tests.support.tiny_model import make_tiny_qwen3_moe
 
+pytestmark = pytest.mark.usefixtures("torch_distributed")
+
 BALANCING, Z = 0.5, 0.1
 EXPERTS, CHOSEN = 4, 2
 """Experts per layer of the tiny model, and experts per token."""
@@ -226,13 +228,6 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def model(folder) -> Qwen3MoeForCausalLM:
     return Qwen3MoeForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def torch_distributed() -> Iterator[None]:
-    """It stays up between the tests' layouts of one process."""
-    yield
-    destroy_parallel()
 
 
 @pytest.fixture(scope="module")

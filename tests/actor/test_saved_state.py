@@ -11,6 +11,7 @@ from megatron_dsrl.config.actor import ActorConfig
 from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from tests.actor.test_actor import GRPO, NSR_PRERL, objective_of, run_config
+from tests.support.actors import weights_of
 from tests.support.distributed import run_distributed
 from tests.support.tiny_model import make_tiny_qwen3, make_tiny_qwen3_moe
 
@@ -50,10 +51,6 @@ def model_of(layout: str, models: Path) -> Path:
 
 def take_steps(actor, phases) -> list[dict]:
     return [actor.update([objective_of(phase)]).flat() for phase in phases]
-
-
-def weights_of(actor) -> dict[str, np.ndarray]:
-    return {name: tensor.numpy() for bucket in actor.hf_weights(bucket_bytes=10**6) for name, tensor in bucket}
 
 
 def without_and_with_a_stop(folder: Path, layouts: dict[str, ParallelConfig]) -> dict[str, dict]:

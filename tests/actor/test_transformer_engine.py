@@ -6,7 +6,6 @@ in the kernels themselves: their rounding, speed and memory.
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from megatron_dsrl.config.model import ParallelConfig
 from tests.actor import test_layouts, test_offload, test_router, test_saved_state
 from tests.actor.test_layouts import Case, errors_of, same_on_every_rank
 from tests.support.distributed import run_distributed
-from tests.support.tiny_model import make_tiny_qwen3, make_tiny_qwen3_moe
 from tests.support.transformer_engine_on_cpu import needs_transformer_engine
 
 pytestmark = needs_transformer_engine
@@ -42,14 +40,6 @@ CHECKPOINTS = {
     "experts, in one process": ParallelConfig(),
 }
 ROUTER = {"an objective per micro-batch": test_router.Case(), "full recomputation": test_router.Case(recompute="full")}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    make_tiny_qwen3(folder / "dense", tied=True, vocab_size=127)
-    make_tiny_qwen3_moe(folder / "MoE", vocab_size=127)
-    return folder
 
 
 @pytest.fixture(scope="module")

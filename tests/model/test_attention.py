@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -14,7 +15,10 @@ from megatron_dsrl.model.attention import CoreAttention
 HEADS, GROUPS, HEAD_DIM = 4, 2, 8
 
 
-def core_attention() -> CoreAttention:
+def core_attention(
+    context_parallel_size: int = 1, groups: ProcessGroupCollection | None = None
+) -> CoreAttention:
+    """Causal self-attention of `HEADS` heads in `GROUPS` groups, of dimension `HEAD_DIM`."""
     config = TransformerConfig(
         num_layers=1,
         hidden_size=HEADS * HEAD_DIM,
@@ -22,9 +26,10 @@ def core_attention() -> CoreAttention:
         num_query_groups=GROUPS,
         kv_channels=HEAD_DIM,
         attention_dropout=0.0,
+        context_parallel_size=context_parallel_size,
         use_cpu_initialization=True,
     )
-    return CoreAttention(config, layer_number=1, attn_mask_type=AttnMaskType.causal, attention_type="self")
+    return CoreAttention(config, 1, AttnMaskType.causal, "self", pg_collection=groups)
 
 
 def attention_written_out(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

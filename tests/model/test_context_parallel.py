@@ -9,19 +9,16 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig
 from megatron_dsrl.model.architecture import read_architecture
-from megatron_dsrl.model.attention import CoreAttention
 from megatron_dsrl.model.build import build_model
 from megatron_dsrl.model.context_parallel import assemble, zigzag_rows
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from megatron_dsrl.weights.load import load_hf_weights
 from megatron_dsrl.weights.tables import weight_table
-from tests.model.test_attention import GROUPS, HEAD_DIM, HEADS, attention_written_out, random_qkv
+from tests.model.test_attention import HEAD_DIM, HEADS, attention_written_out, core_attention, random_qkv
 from tests.support.distributed import run_distributed
 from tests.support.tiny_model import make_tiny_qwen3
 
@@ -33,26 +30,12 @@ LENGTHS = {
 }
 
 
-def core_attention() -> CoreAttention:
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=HEADS * HEAD_DIM,
-        num_attention_heads=HEADS,
-        num_query_groups=GROUPS,
-        kv_channels=HEAD_DIM,
-        attention_dropout=0.0,
-        context_parallel_size=2,
-        use_cpu_initialization=True,
-    )
-    groups = ProcessGroupCollection(cp=parallel_state.get_context_parallel_group())
-    return CoreAttention(config, 1, AttnMaskType.causal, "self", pg_collection=groups)
-
-
 def attend_with_two_processes(folder: Path) -> dict[str, Any]:
     """This rank's rows, output, and gradients of sum(output * weights), for every row of LENGTHS and a dense batch."""
     results = {}
     with parallel_layout(ParallelConfig(context_parallel_size=2, collective_timeout_seconds=60), seed=1):
-        attention, rank = core_attention(), dist.get_rank()
+        groups = ProcessGroupCollection(cp=parallel_state.get_context_parallel_group())
+        attention, rank = core_attention(context_parallel_size=2, groups=groups), dist.get_rank()
         for name, lengths in LENGTHS.items():
             rows = zigzag_rows(lengths, 2, rank)
             local = [x.detach()[rows].requires_grad_() for x in random_qkv(sum(lengths))]

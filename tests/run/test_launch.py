@@ -15,6 +15,7 @@ from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.run import launch as launching
 from megatron_dsrl.run.launch import launch, others_started
 from tests.support.tiny_run import REPOSITORY, write_tiny_run
+from tests.support.waiting import wait_until
 
 STATUSES = "import os, sys; sys.exit(dict(enumerate({statuses})).get(int(os.environ['RANK'])))"
 WAITS = """
@@ -96,7 +97,7 @@ def test_ranks_end_with_a_killed_launcher(tmp_path) -> None:
     ranks = [int((tmp_path / f"started_{rank}").read_text()) for rank in range(2)]
     process.kill()
     process.wait(30)
-    wait_until(lambda: not any(map(psutil.pid_exists, ranks)))
+    wait_until(lambda: not any(map(psutil.pid_exists, ranks)), 60)
 
 
 @pytest.mark.slow
@@ -122,15 +123,9 @@ def start(folder: Path, status: int) -> "subprocess.Popen[bytes]":
     program = "import sys; from megatron_dsrl.run.launch import launch; sys.exit(launch(sys.argv[1:], 2))"
     rank = [sys.executable, str(folder / "rank.py"), str(folder), str(status)]
     process = subprocess.Popen([sys.executable, "-c", program, *rank], env=os.environ | {"PYTHONPATH": str(REPOSITORY)})
-    wait_until(lambda: all(file.exists() and file.read_text() for file in (folder / "started_0", folder / "started_1")))
+    files = [folder / "started_0", folder / "started_1"]
+    wait_until(lambda: all(file.exists() and file.read_text() for file in files), 60)
     return process
-
-
-def wait_until(what, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(("world_size", "started"), [(None, False), ("2", True)])

@@ -9,8 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import pytest
 
 from tests.slurm.test_job_script import SUBMISSIONS
 from tests.support.tiny_run import MARK, REPOSITORY, write_tiny_run
+from tests.support.waiting import wait_until
 
 LIMIT_SECONDS = 600.0
 ONE_RANK_WITHOUT_GPUS = ("--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=2")
@@ -112,7 +112,7 @@ class Job:
 
     def ended(self) -> set[str]:
         """Wait for the end; the states then."""
-        wait_until(self.is_over, self.log)
+        wait_until(self.is_over, LIMIT_SECONDS, self.log, pause_seconds=0.2)
         return self.states()
 
     def samples(self) -> list[str]:
@@ -121,13 +121,13 @@ class Job:
         return file.read_bytes().decode().split("\n")[1:-1] if file.exists() else []
 
     def wait_for_samples(self) -> list[str]:
-        wait_until(lambda: bool(self.samples()) or self.is_over(), self.log)
+        wait_until(lambda: bool(self.samples()) or self.is_over(), LIMIT_SECONDS, self.log, pause_seconds=0.2)
         assert self.samples(), self.log()
         return self.samples()
 
     def wait_for_checkpoint(self, step: int) -> None:
         folder = self.runs / "tiny" / "checkpoints" / f"step_{step:06d}"
-        wait_until(lambda: folder.exists() or self.is_over(), self.log)
+        wait_until(lambda: folder.exists() or self.is_over(), LIMIT_SECONDS, self.log, pause_seconds=0.2)
         assert folder.exists(), self.log()
 
     def log(self, run: str = "tiny") -> str:
@@ -138,13 +138,6 @@ class Job:
         """Steps with a record."""
         lines = (self.runs / run / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line)["step"] for line in lines]
-
-
-def wait_until(what: Callable[[], bool], log: Callable[[], str]) -> None:
-    deadline = time.monotonic() + LIMIT_SECONDS
-    while not what():
-        assert time.monotonic() < deadline, log()
-        time.sleep(0.2)
 
 
 def test_a_preempted_job_saves_requeues_itself_and_continues(slurm, tmp_path) -> None:
@@ -173,7 +166,7 @@ def test_a_rank_that_always_dies_ends_the_job_after_three_crashes(slurm, tmp_pat
         job.kill_rank(1)
         return job.is_over()
 
-    wait_until(killed_to_the_end, job.log)
+    wait_until(killed_to_the_end, LIMIT_SECONDS, job.log, pause_seconds=0.2)
     assert job.states() == {"FAILED"}
     assert job.log().count("requeueing") == 2 and "crash 3 of 3 without a new checkpoint" in job.log()
 
@@ -201,7 +194,8 @@ def test_a_preempted_evaluation_keeps_its_samples_and_continues(slurm, tmp_path,
 
 def test_a_preempted_conversion_is_repeated(slurm, tmp_path) -> None:
     job = Job(slurm, tmp_path, "--cpus-per-task=1", script="convert.sh")
-    wait_until(lambda: any(map(is_conversion, psutil.process_iter())) or job.is_over(), job.log)
+    is_running = lambda: any(map(is_conversion, psutil.process_iter())) or job.is_over()  # noqa: E731
+    wait_until(is_running, LIMIT_SECONDS, job.log, pause_seconds=0.2)
     job.signal(signal.SIGUSR1)
     assert job.ended() == {"COMPLETED"}, job.log()
     assert "stopped on request before this step was done" in job.log() and "attempt 1, on" in job.log()

@@ -1,7 +1,7 @@
 """Tiny models as HF folders: real architectures, random weights, no tokenizer."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import nn
@@ -43,16 +43,25 @@ HEAD_DIM = 32
 """Head dimension of both Qwen3 families; not hidden size / heads, which is 16."""
 
 
+class WeightOptions(TypedDict, total=False):
+    """Options of all tiny models."""
+
+    seed: int
+    """Of the weights; 0 by default."""
+    dtype: torch.dtype
+    """Of the weights; float32 by default."""
+    max_shard_size: str
+    """Size of one weight file, as `save_pretrained` takes it; 1GB by default."""
+
+
 def make_tiny_qwen3(
     folder: Path,
     *,
     tied: bool,
     vocab_size: int = 128,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-    max_shard_size: str = "1GB",
     head_dim: int = HEAD_DIM,
     rope: dict[str, Any] | None = None,
+    **options: Unpack[WeightOptions],
 ) -> Qwen3ForCausalLM:
     """Write a dense Qwen3 with `save_pretrained` and return it.
 
@@ -63,15 +72,13 @@ def make_tiny_qwen3(
         folder: created if missing.
         tied: input embedding and output head are one tensor.
         vocab_size: rows of the embedding.
-        seed: of the weights.
-        dtype: of the weights.
-        max_shard_size: size of one weight file, as `save_pretrained` takes it.
         head_dim: attention kernels on GPUs are made for 64, 128 and 256.
         rope: `rope_parameters` of config.json; None: plain.
+        options: see `WeightOptions`.
     """
     sizes = SIZES if rope is None else SIZES | {"rope_parameters": rope}
     config = Qwen3Config(**sizes, vocab_size=vocab_size, head_dim=head_dim, tie_word_embeddings=tied)
-    return _write(Qwen3ForCausalLM, config, folder, seed, dtype, max_shard_size)
+    return _write(Qwen3ForCausalLM, config, folder, **options)
 
 
 def make_tiny_qwen3_yarn(folder: Path, **options: Any) -> Qwen3ForCausalLM:
@@ -80,12 +87,7 @@ def make_tiny_qwen3_yarn(folder: Path, **options: Any) -> Qwen3ForCausalLM:
 
 
 def make_tiny_qwen3_moe(
-    folder: Path,
-    *,
-    vocab_size: int = 128,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-    max_shard_size: str = "1GB",
+    folder: Path, *, vocab_size: int = 128, **options: Unpack[WeightOptions]
 ) -> Qwen3MoeForCausalLM:
     """A Qwen3-MoE: as the dense one, untied, with 4 experts of inner size 48 in every layer, 2 of them per token."""
     config = Qwen3MoeConfig(
@@ -100,20 +102,13 @@ def make_tiny_qwen3_moe(
         decoder_sparse_step=1,
         mlp_only_layers=[],
     )
-    return _write(Qwen3MoeForCausalLM, config, folder, seed, dtype, max_shard_size)
+    return _write(Qwen3MoeForCausalLM, config, folder, **options)
 
 
-def make_tiny_qwen2(
-    folder: Path,
-    *,
-    vocab_size: int = 128,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-    max_shard_size: str = "1GB",
-) -> Qwen2ForCausalLM:
+def make_tiny_qwen2(folder: Path, *, vocab_size: int = 128, **options: Unpack[WeightOptions]) -> Qwen2ForCausalLM:
     """A Qwen2.5: biases on queries, keys and values, no norms on them, tied, heads of dimension 16."""
     config = Qwen2Config(**SIZES, vocab_size=vocab_size, tie_word_embeddings=True, use_sliding_window=False)
-    return _write(Qwen2ForCausalLM, config, folder, seed, dtype, max_shard_size)
+    return _write(Qwen2ForCausalLM, config, folder, **options)
 
 
 def make_tiny_llama(
@@ -121,15 +116,13 @@ def make_tiny_llama(
     *,
     tied: bool,
     vocab_size: int = 128,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-    max_shard_size: str = "1GB",
     rope: dict[str, Any] | None = None,
+    **options: Unpack[WeightOptions],
 ) -> LlamaForCausalLM:
     """A Llama: no biases, no norms on queries and keys, heads of dimension 16; options as `make_tiny_qwen3`."""
     sizes = SIZES if rope is None else SIZES | {"rope_parameters": rope}
     config = LlamaConfig(**sizes, vocab_size=vocab_size, tie_word_embeddings=tied)
-    return _write(LlamaForCausalLM, config, folder, seed, dtype, max_shard_size)
+    return _write(LlamaForCausalLM, config, folder, **options)
 
 
 def make_tiny_llama3(folder: Path, **options: Any) -> LlamaForCausalLM:
@@ -141,9 +134,9 @@ def _write(
     model_class: type[PreTrainedModel],
     config: PretrainedConfig,
     folder: Path,
-    seed: int,
-    dtype: torch.dtype,
-    max_shard_size: str,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "1GB",
 ) -> PreTrainedModel:
     model = model_class(config)
     _fill(model, seed)

@@ -17,10 +17,10 @@ from pathlib import Path
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
+from megatron_dsrl.rewards.sandbox_kernel import adopt_orphans
 from tests.support.compare_runs import differences
 from tests.support.tiny_run import write_tiny_run
 from tools.fault_soak.fault import Fault, all_faults
-from tools.fault_soak.processes import adopt_orphans
 from tools.fault_soak.report import print_faults
 from tools.fault_soak.schedule import choose_faults
 from tools.fault_soak.soak import Soak

@@ -10,11 +10,15 @@ from tools.fault_soak.processes import detokenizers, engines, schedulers
 
 @register("kill_engine")
 class KillEngine(Kill):
+    """The server; its other processes are removed with it."""
+
     role = staticmethod(engines)
 
 
 @register("kill_starting_engine")
 class KillStartingEngine(Kill):
+    """Before it has answered once, which the command does not retry."""
+
     role = staticmethod(engines)
     moments = (Moment.START,)
     statuses = frozenset({USER_ERROR})
@@ -22,11 +26,15 @@ class KillStartingEngine(Kill):
 
 @register("kill_scheduler")
 class KillScheduler(Kill):
+    """The process that holds the model; its server ends itself."""
+
     role = staticmethod(schedulers)
 
 
 @register("kill_detokenizer")
 class KillDetokenizer(Kill):
+    """The process that turns tokens into text; its server ends itself."""
+
     role = staticmethod(detokenizers)
 
 
@@ -47,16 +55,22 @@ class StopScheduler(Stop):
 
 @register("stop_detokenizer")
 class StopDetokenizer(Stop):
+    """Requests are accepted and sampled, but their answers do not come back."""
+
     role = staticmethod(detokenizers)
 
 
 @register("starve_engine")
 class StarveEngine(Starve):
+    """A slow server: late answers, late health checks."""
+
     role = staticmethod(engines)
     moments = (Moment.GENERATE, Moment.PUSH_WEIGHTS)
 
 
 @register("starve_scheduler")
 class StarveScheduler(Starve):
+    """A slow model: late answers, while the server itself is healthy."""
+
     role = staticmethod(schedulers)
     moments = (Moment.GENERATE, Moment.PUSH_WEIGHTS)

@@ -19,8 +19,10 @@ class ProcessFault(Fault):
     """Does something to one process with a certain task."""
 
     role: ClassVar[Role]
+    """Which processes; one of them is drawn."""
 
     def apply(self, training: Training) -> str | None:
+        """Draw one of the role's processes and disturb it; None if none is running."""
         candidates = training.processes(type(self).role)
         if not candidates:
             return None
@@ -32,21 +34,29 @@ class ProcessFault(Fault):
         return f"{number + 1} of {len(candidates)}, process {candidates[number].pid}"
 
     def disturb(self, process: psutil.Process) -> None:
+        """Do it; psutil.NoSuchProcess from a process that has ended meanwhile counts as nothing hit."""
         raise NotImplementedError
 
 
-class Kill(ProcessFault):
+class SendSignal(ProcessFault):
+    """Sends `number` to the process."""
+
+    number: ClassVar[signal.Signals]
+
+    def disturb(self, process: psutil.Process) -> None:
+        process.send_signal(type(self).number)
+
+
+class Kill(SendSignal):
     """kill -9."""
 
-    def disturb(self, process: psutil.Process) -> None:
-        process.kill()
+    number = signal.SIGKILL
 
 
-class Stop(ProcessFault):
+class Stop(SendSignal):
     """SIGSTOP, for good: the process hangs."""
 
-    def disturb(self, process: psutil.Process) -> None:
-        process.send_signal(signal.SIGSTOP)
+    number = signal.SIGSTOP
 
 
 class Pause(ProcessFault):

@@ -1,6 +1,5 @@
 """The processes of a run by what they do, found below the run's own launcher and nowhere else."""
 
-import ctypes
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -10,14 +9,6 @@ import psutil
 
 ENGINE = "megatron_dsrl.rollout.engines.server_process"
 FORK_SERVER = "multiprocessing.forkserver"
-PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
-
-
-def adopt_orphans() -> None:
-    """Have processes whose parent has ended become children of this one, so that all that a run started is found."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_CHILD_SUBREAPER, 1) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")
 
 
 def process_tree(root: int) -> list[psutil.Process]:
@@ -31,6 +22,7 @@ def process_tree(root: int) -> list[psutil.Process]:
 
 
 def launcher(tree: Sequence[psutil.Process]) -> list[psutil.Process]:
+    """The process of the command itself, in a list; empty after its end."""
     return list(tree[:1])
 
 
@@ -47,18 +39,22 @@ def engines(tree: Sequence[psutil.Process]) -> list[psutil.Process]:
 
 
 def schedulers(tree: Sequence[psutil.Process]) -> list[psutil.Process]:
+    """SGLang's processes that hold the model, one per engine rank."""
     return [process for process in _children(tree, engines(tree)) if "scheduler" in _command(process)]
 
 
 def detokenizers(tree: Sequence[psutil.Process]) -> list[psutil.Process]:
+    """SGLang's processes that turn tokens into text."""
     return [process for process in _children(tree, engines(tree)) if "detokenizer" in _command(process)]
 
 
 def reward_fork_servers(tree: Sequence[psutil.Process]) -> list[psutil.Process]:
+    """The processes that reward workers are forked from."""
     return [process for process in _children(tree, ranks(tree)) if FORK_SERVER in _command(process)]
 
 
 def reward_workers(tree: Sequence[psutil.Process]) -> list[psutil.Process]:
+    """The processes that run the verifier."""
     return _children(tree, reward_fork_servers(tree))
 
 

@@ -8,16 +8,22 @@ from tools.fault_soak.processes import reward_fork_servers, reward_workers
 
 @register("kill_reward_worker")
 class KillRewardWorker(Kill):
+    """As the kernel does when memory runs out."""
+
     role = staticmethod(reward_workers)
 
 
 @register("stop_reward_worker")
 class StopRewardWorker(Stop):
+    """Its response is counted as a timeout after `reward.timeout_seconds`."""
+
     role = staticmethod(reward_workers)
 
 
 @register("starve_reward_worker")
 class StarveRewardWorker(Starve):
+    """A slow verdict, within or beyond the time limit."""
+
     role = staticmethod(reward_workers)
     moments = (Moment.GENERATE,)
 
@@ -31,4 +37,6 @@ class KillRewardForkServer(Kill):
 
 @register("pause_reward_fork_server")
 class PauseRewardForkServer(Pause):
+    """New workers wait until it continues."""
+
     role = staticmethod(reward_fork_servers)

@@ -2,8 +2,6 @@
 
 import signal
 
-import psutil
-
 from tools.fault_soak.fault import (
     FAILED,
     HUNG_UP,
@@ -15,7 +13,7 @@ from tools.fault_soak.fault import (
     Moment,
     register,
 )
-from tools.fault_soak.process_faults import Kill, Pause, ProcessFault, Starve, Stop
+from tools.fault_soak.process_faults import Kill, Pause, SendSignal, Starve, Stop
 from tools.fault_soak.processes import launcher, ranks
 from tools.fault_soak.training import Training
 
@@ -34,6 +32,8 @@ class KillRank(Kill):
 
 @register("kill_launcher")
 class KillLauncher(Kill):
+    """The launcher's death ends the ranks with it."""
+
     role = staticmethod(launcher)
     moments = ANY_TIME
     statuses = frozenset({KILLED})
@@ -65,59 +65,55 @@ class StopRank(Stop):
 
 @register("pause_rank")
 class PauseRank(Pause):
+    """The other ranks wait for it in their next collective."""
+
     role = staticmethod(ranks)
 
 
 @register("starve_rank")
 class StarveRank(Starve):
+    """A slow rank slows down all of them and changes nothing else."""
+
     role = staticmethod(ranks)
 
 
 @register("terminate")
-class Terminate(ProcessFault):
+class Terminate(SendSignal):
     """SIGTERM, as SLURM sends it; 143 before there is anything to save."""
 
     role = staticmethod(launcher)
     moments = ANY_TIME
     statuses = frozenset({PREEMPTED, TERMINATED})
     must_end = True
-
-    def disturb(self, process: psutil.Process) -> None:
-        process.send_signal(signal.SIGTERM)
+    number = signal.SIGTERM
 
 
 @register("hang_up")
-class HangUp(ProcessFault):
+class HangUp(SendSignal):
     """SIGHUP, as from a terminal that is closed."""
 
     role = staticmethod(launcher)
     moments = ANY_TIME
     statuses = frozenset({PREEMPTED, HUNG_UP})
     must_end = True
-
-    def disturb(self, process: psutil.Process) -> None:
-        process.send_signal(signal.SIGHUP)
+    number = signal.SIGHUP
 
 
 @register("terminate_one_rank")
-class TerminateOneRank(ProcessFault):
+class TerminateOneRank(SendSignal):
     """SIGUSR1 to any rank stops them all."""
 
     role = staticmethod(ranks)
     statuses = frozenset({PREEMPTED})
     must_end = True
-
-    def disturb(self, process: psutil.Process) -> None:
-        process.send_signal(signal.SIGUSR1)
+    number = signal.SIGUSR1
 
 
 @register("interrupt")
-class Interrupt(ProcessFault):
+class Interrupt(SendSignal):
     """Ctrl-C."""
 
     role = staticmethod(launcher)
     statuses = frozenset({INTERRUPTED})
     must_end = True
-
-    def disturb(self, process: psutil.Process) -> None:
-        process.send_signal(signal.SIGINT)
+    number = signal.SIGINT

@@ -78,6 +78,7 @@ class Training:
 
     @property
     def process_id(self) -> int:
+        """Id of the command that was started last."""
         return self._running().pid
 
     def status(self) -> int | None:
@@ -159,6 +160,7 @@ class Training:
             return stream.read().decode(errors="replace")
 
     def tail(self) -> str:
+        """The last 30 lines that the command has printed since its last start."""
         return "\n".join(self.output().splitlines()[-30:])
 
     def _running(self) -> "subprocess.Popen[bytes]":

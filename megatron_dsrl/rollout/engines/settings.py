@@ -11,7 +11,8 @@ class PromptSettings(Protocol):
     """What engines and verifiers need to know about the prompts."""
 
     @property
-    def max_prompt_tokens(self) -> int: ...
+    def max_prompt_tokens(self) -> int:
+        """Length of the longest prompt, in tokens."""
 
     @property
     def set_rewards(self) -> dict[str, RewardConfig]: ...
@@ -21,22 +22,29 @@ class RolloutSettings(Protocol):
     """The sections of `RunConfig` and `BenchmarkRunConfig` that determine engines and samples."""
 
     @property
-    def seed(self) -> int: ...
+    def seed(self) -> int:
+        """Seed of all samples; see `rollout/seeds.py`."""
 
     @property
-    def model(self) -> ModelConfig: ...
+    def model(self) -> ModelConfig:
+        """The model that engines load."""
 
     @property
-    def data(self) -> PromptSettings: ...
+    def data(self) -> PromptSettings:
+        """Limits of the prompts."""
 
     @property
-    def parallel(self) -> ParallelConfig: ...
+    def parallel(self) -> ParallelConfig:
+        """The trainer's layout, which shares its GPUs with the engines."""
 
     @property
-    def rollout(self) -> RolloutConfig: ...
+    def rollout(self) -> RolloutConfig:
+        """How samples are drawn."""
 
     @property
-    def engine(self) -> EngineConfig: ...
+    def engine(self) -> EngineConfig:
+        """How engines are started and watched."""
 
     @property
-    def reward(self) -> RewardConfig: ...
+    def reward(self) -> RewardConfig:
+        """The verifier of the samples."""

@@ -1,5 +1,7 @@
 """Transformer Engine's fused rotary embedding for packed rows in PyTorch."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,41 +20,15 @@ def fused_rope_forward(
     cu_seqlens: Tensor | None,
     cp_size: int,
     cp_rank: int,
+    direction: int = 1,
 ) -> Tensor:
     """Rotate the heads of [t, heads, d] packed tokens.
 
     Args:
         freqs: [longest sequence, 1, 1, d] angles in float32.
         cu_seqlens: [sequences + 1] boundaries of the whole sequences; this rank has 1 / `cp_size` of each.
+        direction: -1 rotates back. Transformer Engine's function does not have it.
     """
-    return _rotate(t, freqs, start_positions, tensor_format, interleaved, cu_seqlens, cp_size, cp_rank, 1)
-
-
-def fused_rope_backward(
-    grad: Tensor,
-    freqs: Tensor,
-    start_positions: Tensor | None,
-    tensor_format: int,
-    interleaved: bool,
-    cu_seqlens: Tensor | None,
-    cp_size: int,
-    cp_rank: int,
-) -> Tensor:
-    """Gradient of `fused_rope_forward`: the rotation back."""
-    return _rotate(grad, freqs, start_positions, tensor_format, interleaved, cu_seqlens, cp_size, cp_rank, -1)
-
-
-def _rotate(
-    t: Tensor,
-    freqs: Tensor,
-    start_positions: Tensor | None,
-    tensor_format: int,
-    interleaved: bool,
-    cu_seqlens: Tensor | None,
-    cp_size: int,
-    cp_rank: int,
-    direction: int,
-) -> Tensor:
     assert int(tensor_format) == THD and cu_seqlens is not None and start_positions is None and not interleaved
     assert freqs.dtype == torch.float32 and freqs.shape[-1] == t.shape[-1]
     lengths = (cu_seqlens.diff() // cp_size).tolist()
@@ -61,6 +37,11 @@ def _rotate(
     angles = freqs[places, 0] * direction
     first, second = t.float().chunk(2, dim=-1)
     return (t.float() * angles.cos() + torch.cat([-second, first], dim=-1) * angles.sin()).to(t.dtype)
+
+
+def fused_rope_backward(grad: Tensor, *arguments: Any) -> Tensor:
+    """Gradient of `fused_rope_forward`, whose arguments follow the tensor: the rotation back."""
+    return fused_rope_forward(grad, *arguments, direction=-1)
 
 
 def _positions(length: int, cp_size: int, cp_rank: int) -> Tensor:
