@@ -52,7 +52,7 @@ class Task:
     response_tokens: int
     learning_rate: float
     trl_micro_batch: int
-    """Samples per micro-batch of TRL, which has no token budget: a guess that fits a batch of this task."""
+    """Samples per forward and backward pass of TRL, which has no token budget. Not tuned; `--trl-micro-batch` tries others."""
     overrides: dict[str, Any]
     """Of the tiny task's configuration."""
     samples_per_prompt: int = 8

@@ -15,7 +15,7 @@ def pass_at_k_chart(title: str, curves: Mapping[str, Mapping[int, Estimate]]) ->
     """One curve per name, at most `SERIES_COLOURS`; error bars where it is a mean over several runs.
 
     Args:
-        curves: Pass@K by K ascending, by name.
+        curves: pass@K by K ascending, by name.
     """
     series = [_series(name, by_k, colour) for colour, (name, by_k) in enumerate(curves.items(), start=1)]
     explanation = "Unbiased estimate, mean over problems."

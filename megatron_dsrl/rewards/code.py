@@ -30,17 +30,17 @@ def code(
     """1.0 when the program passes its tests within the limits, else 0.0.
 
     Args:
-        response: The model's text.
+        response: the model's text.
         answer: JSON object with the strings `prompt`, `entry_point` and `test`.
-        wall_seconds: Limit of wall-clock time. Must be below the pool's `reward.timeout_seconds`.
-        cpu_seconds: Limit of processor time.
-        memory_megabytes: Limit of address space.
-        folder_megabytes: Limit of the files that it writes, which are in memory too.
-        allow_unsafe: If the kernel does not permit isolation, run the program anyway. It can then reach files
+        wall_seconds: limit of wall-clock time. Must be below the pool's `reward.timeout_seconds`.
+        cpu_seconds: limit of processor time.
+        memory_megabytes: limit of address space.
+        folder_megabytes: limit of the files that it writes, which are in memory too.
+        allow_unsafe: if the kernel does not permit isolation, run the program anyway. It can then reach files
             of the user and fill the disk.
 
     Raises:
-        ValueError: The gold answer is not such an object, or the program cannot be isolated.
+        ValueError: the gold answer is not such an object, or the program cannot be isolated.
     """
     problem = _problem(answer)
     program = complete_program(response, problem["prompt"], problem["entry_point"])

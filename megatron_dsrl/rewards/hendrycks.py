@@ -23,8 +23,8 @@ def hendrycks(response: str, answer: str) -> float:
     """1.0 when the last box of the response equals the answer after normalisation, else 0.0.
 
     Args:
-        response: The model's text.
-        answer: The gold answer, without a box.
+        response: the model's text.
+        answer: the gold answer, without a box.
     """
     given = last_box(response)
     if given is None:

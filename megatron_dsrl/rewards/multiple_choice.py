@@ -29,12 +29,12 @@ def multiple_choice(response: str, answer: str, require_box: bool = False) -> fl
     """1.0 when the chosen letter is the answer, else 0.0.
 
     Args:
-        response: The model's text.
-        answer: The right letter, such as `C` or `(C)`.
-        require_box: Whether only a letter in a box counts.
+        response: the model's text.
+        answer: the right letter, such as `C` or `(C)`.
+        require_box: whether only a letter in a box counts.
 
     Raises:
-        ValueError: The gold answer is not a letter.
+        ValueError: the gold answer is not a letter.
     """
     gold = letter(answer)
     if gold is None:

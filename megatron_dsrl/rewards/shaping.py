@@ -8,8 +8,8 @@ def box_format(response: str, answer: str) -> float:
     """1.0 when the response has exactly one box, closed and not empty, and no stray thinking tags, else 0.0.
 
     Args:
-        response: The model's text. Thinking may come first, once, from `<think>` to `</think>`.
-        answer: Ignored.
+        response: the model's text. Thinking may come first, once, from `<think>` to `</think>`.
+        answer: ignored.
     """
     tags = response.count(THINK_START), response.count(THINK_END)
     thinking_is_well_formed = tags == (0, 0) or (tags == (1, 1) and response.lstrip().startswith(THINK_START))
@@ -24,10 +24,10 @@ def length_penalty(response: str, answer: str, free_characters: int, max_charact
     the verifier.
 
     Args:
-        response: The model's text, thinking included.
-        answer: Ignored.
-        free_characters: Longest length without a penalty.
-        max_characters: Length from which the penalty is full.
+        response: the model's text, thinking included.
+        answer: ignored.
+        free_characters: longest length without a penalty.
+        max_characters: length from which the penalty is full.
 
     Raises:
         ValueError: `max_characters` is not above `free_characters`.

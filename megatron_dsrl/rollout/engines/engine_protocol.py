@@ -19,7 +19,7 @@ class Engines(Protocol):
         """Start the engines and return without waiting for them.
 
         Raises:
-            UserError: On every rank, when any engine cannot be started.
+            UserError: on every rank, when any engine cannot be started.
         """
 
     @property
@@ -30,8 +30,8 @@ class Engines(Protocol):
         """Block until all engines answer.
 
         Raises:
-            UserError: On every rank, when any engine exits with a message, or an external one is not ready in time.
-            EngineError: On every rank, when any engine was killed or late `engine.max_restarts` times too often.
+            UserError: on every rank, when any engine exits with a message, or an external one is not ready in time.
+            EngineError: on every rank, when any engine was killed or late `engine.max_restarts` times too often.
         """
 
     def lose(self, problems: Mapping[int, str]) -> None:
@@ -44,20 +44,20 @@ class Engines(Protocol):
         """Restart lost engines, or wait for their owner to. `load` must follow before sampling.
 
         Raises:
-            EngineError: On every rank, when an engine was restarted too often.
-            UserError: On every rank, when an external engine does not come back in time.
+            EngineError: on every rank, when an engine was restarted too often.
+            UserError: on every rank, when an external engine does not come back in time.
         """
 
     def load(self, make_buckets: Callable[[], Iterable[Bucket]], version: int) -> None:
         """Replace the weights of all engines. Engines that are lost, before or meanwhile, are restarted first.
 
         Args:
-            make_buckets: Gathers the weights again each time it is called; collective over all ranks.
-            version: The new weight version.
+            make_buckets: gathers the weights again each time it is called; collective over all ranks.
+            version: the new weight version.
 
         Raises:
-            EngineError: On every rank, as `restart_lost`.
-            UserError: On every rank, when an engine does not hold what it was sent (see `engine.check_weights`).
+            EngineError: on every rank, as `restart_lost`.
+            UserError: on every rank, when an engine does not hold what it was sent (see `engine.check_weights`).
         """
 
     def release_memory(self, tags: Sequence[MemoryTag]) -> None:

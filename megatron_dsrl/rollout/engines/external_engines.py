@@ -85,7 +85,7 @@ class ExternalEngines:
         """Wait until lost servers, restarted by their owner, answer again.
 
         Raises:
-            UserError: On every rank, when one does not answer within `engine.startup_timeout_seconds`.
+            UserError: on every rank, when one does not answer within `engine.startup_timeout_seconds`.
         """
         error = broadcast(asyncio.run(self._wait_for_lost()) if rank() == 0 else None)
         if error is not None:
@@ -95,7 +95,7 @@ class ExternalEngines:
         """See `Engines.load`. Servers lost meanwhile are waited for, and get the weights too.
 
         Raises:
-            UserError: On every rank: a server is lost too often or for too long, or does not hold what it was sent.
+            UserError: on every rank: a server is lost too often or for too long, or does not hold what it was sent.
         """
         outdated, problems = list(self._links), ""
         for attempt in range(self._config.engine.max_restarts + 1):

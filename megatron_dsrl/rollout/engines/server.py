@@ -53,13 +53,13 @@ class EngineServer:
         """
         Args:
             arguments: SGLang `ServerArgs` fields without host and port.
-            environment: Variables added to this process's environment.
-            log_file: Receives the server's output; its folder is created.
-            startup_timeout_seconds: Limit of `wait_until_ready`.
-            host: Address to listen on.
-            port: Port to listen on; None takes a free one.
-            key: What every caller must know; None: the server answers everybody.
-            warm_up: Called when the server answers, with the seconds that are left of the limit, before it counts as
+            environment: variables added to this process's environment.
+            log_file: receives the server's output; its folder is created.
+            startup_timeout_seconds: limit of `wait_until_ready`.
+            host: address to listen on.
+            port: port to listen on; None takes a free one.
+            key: what every caller must know; None: the server answers everybody.
+            warm_up: called when the server answers, with the seconds that are left of the limit, before it counts as
                 ready. Raises EngineError if the server fails it.
         """
         self._arguments = arguments
@@ -99,7 +99,7 @@ class EngineServer:
         Main thread only: the subprocess ends when the thread that started it does.
 
         Raises:
-            UserError: The port is in use.
+            UserError: the port is in use.
         """
         assert threading.current_thread() is threading.main_thread()
         assert self._process is None, "the server was started before"
@@ -117,7 +117,7 @@ class EngineServer:
         """Kill the server, if it is running, and start it again on the same port unless it lost that.
 
         Raises:
-            UserError: The port is in use.
+            UserError: the port is in use.
         """
         self._end()
         self.start()
@@ -126,8 +126,8 @@ class EngineServer:
         """Block until this server, and not another one on its port, answers.
 
         Raises:
-            UserError: It exited by itself; the message has the last lines of its log.
-            EngineStartError: It was killed by a signal, another process has its port, it did not answer within the
+            UserError: it exited by itself; the message has the last lines of its log.
+            EngineStartError: it was killed by a signal, another process has its port, it did not answer within the
                 limit, or it failed its warm-up. It was stopped.
         """
         deadline = self._started_at + self._startup_timeout_seconds
@@ -159,8 +159,8 @@ class EngineServer:
         """Raise if the server process has exited.
 
         Raises:
-            UserError: It exited by itself; the message has the last lines of its log.
-            EngineStartError: It was killed by a signal, or could not open its port.
+            UserError: it exited by itself; the message has the last lines of its log.
+            EngineStartError: it was killed by a signal, or could not open its port.
         """
         assert self._process is not None, "the server was not started"
         status = self._process.poll()
@@ -209,7 +209,7 @@ class EngineServer:
         """Whether the server answers.
 
         Raises:
-            EngineStartError: Another process listens on its port.
+            EngineStartError: another process listens on its port.
         """
         assert self._held is not None and self._process is not None
         if not self._held.is_open():
@@ -227,7 +227,7 @@ class EngineServer:
         """Stop the server, whose port another process has taken.
 
         Raises:
-            EngineStartError: Always.
+            EngineStartError: always.
         """
         url = self.url
         self.stop()
@@ -244,7 +244,7 @@ class EngineServer:
         """Call the server and ignore its answer.
 
         Raises:
-            OSError: No answer in time, or a status other than 200.
+            OSError: no answer in time, or a status other than 200.
         """
         without_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         request = urllib.request.Request(self.url + path, method=method, headers=self.address.headers)

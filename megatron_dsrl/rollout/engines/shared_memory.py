@@ -17,12 +17,12 @@ def check_shared_memory(config: RolloutSettings, ranks: int, folder: Path = FOLD
     """Compare the free space with what the buckets of all ranks take at a time.
 
     Args:
-        config: The model and the size of a bucket.
-        ranks: Processes of this machine that push weights.
-        folder: Where shared memory is.
+        config: the model and the size of a bucket.
+        ranks: processes of this machine that push weights.
+        folder: where shared memory is.
 
     Raises:
-        UserError: There is too little.
+        UserError: the folder has less free space than that.
     """
     architecture = read_architecture(resolve_model_folder(config.model.path))
     size = BYTES_PER_PARAMETER[config.model.dtype]

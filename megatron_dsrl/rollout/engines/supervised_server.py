@@ -18,9 +18,9 @@ class SupervisedServer:
     def __init__(self, server: EngineServer, engine: int, max_restarts: int) -> None:
         """
         Args:
-            server: Not started yet.
-            engine: Its number, for messages.
-            max_restarts: How often it is started again before an error.
+            server: not started yet.
+            engine: its number, for messages.
+            max_restarts: how often it is started again before an error.
         """
         self.server = server
         self.restarts = 0
@@ -31,8 +31,8 @@ class SupervisedServer:
         """Block until the server answers, starting it again if it was killed, is late or has lost its port.
 
         Raises:
-            UserError: It exited by itself, or its port is in use.
-            LostEngineError: It was started too often; with the end of its log.
+            UserError: it exited by itself, or its port is in use.
+            LostEngineError: it was started too often; with the end of its log.
         """
         try:
             self.server.wait_until_ready()
@@ -43,10 +43,10 @@ class SupervisedServer:
         """Stop the server, which was in use, and start a new one.
 
         Args:
-            problem: Why it is lost.
+            problem: why it is lost.
 
         Raises:
-            LostEngineError: It was started too often; with the end of its log. Not a UserError: the job may succeed
+            LostEngineError: it was started too often; with the end of its log. Not a UserError: the job may succeed
                 when started again, perhaps on another node.
         """
         self._start_again(problem, (EngineStartError, UserError))

@@ -97,7 +97,7 @@ class WeightCheck:
         """
         Args:
             config: only `model.path` and the engine section are used.
-            group: Gloo group of the ranks that share the engine; None for a single rank.
+            group: gloo group of the ranks that share the engine; None for a single rank.
         """
         self._config = config
         self._group = group
@@ -153,7 +153,7 @@ def check_weights(
     Args:
         sent: what the engine rank with this rank's number in the group must hold.
         engine: the engine; None on all but the first rank of the group.
-        group: Gloo group of the ranks that share the engine; None for a single rank.
+        group: gloo group of the ranks that share the engine; None for a single rank.
         timeout_seconds: limit of the engine's answer.
 
     Returns:

@@ -28,12 +28,12 @@ def push_weights(
     the engine fails, because ranks of other engines take part in gathering them.
 
     Args:
-        buckets: Non-empty lists of (HF name, full tensor), the same on every rank of the group. Tensors of a bucket
+        buckets: non-empty lists of (HF name, full tensor), the same on every rank of the group. Tensors of a bucket
             may be overwritten when the next bucket is taken.
-        version: The new weight version.
-        engine: The engine; None on all but the first rank of the group.
-        group: Gloo group of the ranks that share the engine; None for a single rank.
-        timeout_seconds: Limit of each call.
+        version: the new weight version.
+        engine: the engine; None on all but the first rank of the group.
+        group: gloo group of the ranks that share the engine; None for a single rank.
+        timeout_seconds: limit of each call.
 
     Returns:
         None, or why the engine does not have the weights: it refused a call or is gone, and was not called again. The
