@@ -52,7 +52,7 @@ class Task:
     response_tokens: int
     learning_rate: float
     trl_micro_batch: int
-    """Samples per forward and backward pass of TRL, which has no token budget. Not tuned; `--trl-micro-batch` tries others."""
+    """Samples per forward and backward pass of TRL; not tuned, `--trl-micro-batch` tries other sizes."""
     overrides: dict[str, Any]
     """Of the tiny task's configuration."""
     samples_per_prompt: int = 8
