@@ -5,30 +5,19 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from megatron_dsrl.rewards.sandbox import Limits, Outcome, UnitTests, run_program
-from megatron_dsrl.rewards.sandbox_folder import NEW_SECONDS, PREFIX
-from megatron_dsrl.rewards.sandbox_isolation import check_isolation, describe_isolation, missing_isolation
+from tests.support.sandbox_limits import LIMITS
+from tests.support.tiny_run import REPOSITORY
 
-LIMITS = Limits(wall_seconds=20, cpu_seconds=5, memory_bytes=2**29, folder_bytes=2**20, folder_files=100, threads=4)
-REPOSITORY = Path(__file__).parents[2]
 ORDINARY_USER = 12345
 SYSTEM_PYTHON = "/usr/bin/python3"
-
-
-@pytest.fixture
-def isolation() -> None:
-    """Skips the test where programs cannot be isolated."""
-    if problem := missing_isolation():
-        pytest.skip(problem)
 
 
 def run(program: str, **limits: float) -> Outcome:
@@ -311,151 +300,7 @@ def test_time_is_limited(program: str, isolated: bool, request: pytest.FixtureRe
     assert time.monotonic() - started < 5  # less than when the caller has to end it
 
 
-@pytest.mark.parametrize("isolated", [True, False])
-def test_nothing_is_left_when_the_caller_is_killed(
-    isolated: bool, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    if isolated:
-        request.getfixturevalue("isolation")
-    script = (
-        "from megatron_dsrl.rewards.sandbox import Limits, run_program\n"
-        f"run_program('import time; time.sleep(60)', Limits(wall_seconds=60.0), isolated={isolated})\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TMPDIR": str(tmp_path)}
-    caller = psutil.Popen([sys.executable, "-c", script], env=environment)
-    family = _wait_for_family(caller, 3)
-    caller.kill()
-    caller.wait()
-    assert psutil.wait_procs(family, timeout=20)[1] == []
-    left = list(tmp_path.iterdir())
-    assert len(left) == (0 if isolated else 1)
-    for folder in left:
-        _make_old(folder)
-    run_in(tmp_path, "pass")
-    assert list(tmp_path.iterdir()) == []
-
-
-def _wait_for_family(process: psutil.Process, size: int) -> list[psutil.Process]:
-    deadline = time.monotonic() + 60
-    while len(family := process.children(recursive=True)) < size:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return family
-
-
-def _make_old(folder: Path) -> None:
-    then = time.time() - 2 * NEW_SECONDS
-    os.utime(folder, (then, then))
-
-
-def run_in(folder: Path, program: str) -> Outcome:
-    """Run a program unsafely with its temporary folder in `folder`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tempfile, "tempdir", str(folder))
-        return run_program(program, LIMITS, isolated=False)
-
-
-def test_folders_in_use_are_kept(tmp_path: Path) -> None:
-    import fcntl
-
-    mine = tmp_path / f"{PREFIX}mine"
-    mine.mkdir()
-    _make_old(mine)
-    descriptor = os.open(mine, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    assert run_in(tmp_path, "pass").passed
-    assert list(tmp_path.iterdir()) == [mine]
-    os.close(descriptor)
-
-
-@pytest.mark.parametrize(
-    "program",
-    [
-        "import os\nfor _ in range(1500):\n    os.mkdir('d')\n    os.chdir('d')",
-        "import os\nos.makedirs('closed/inner')\nos.chmod('closed/inner', 0)\nos.chmod('closed', 0)",
-    ],
-)
-def test_folders_of_any_depth_and_permissions_are_removed(program: str, tmp_path: Path) -> None:
-    assert run_in(tmp_path, program).passed
-    assert list(tmp_path.iterdir()) == []
-
-
-WITHOUT_NAMESPACES = """
-import ctypes, errno, sys
-seccomp = ctypes.CDLL("libseccomp.so.2")
-seccomp.seccomp_init.restype = ctypes.c_void_p
-context = ctypes.c_void_p(seccomp.seccomp_init(0x7FFF0000))
-for name in (b"unshare", b"mount"):
-    number = seccomp.seccomp_syscall_resolve_name(name)
-    assert seccomp.seccomp_rule_add_array(context, 0x00050000 | errno.EPERM, number, 0, None) == 0
-assert seccomp.seccomp_load(context) == 0
-"""
-
-
-def without_namespaces(script: str) -> list[str]:
-    """Lines that a script prints where the kernel refuses namespaces, as in most containers."""
-    finished = subprocess.run(
-        [sys.executable, "-c", WITHOUT_NAMESPACES + script],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout.splitlines()
-
-
-def test_without_isolation_no_program_is_started(tmp_path: Path) -> None:
-    mark = tmp_path / "mark"
-    script = f"""
-import json
-from megatron_dsrl.rewards.code import code
-from megatron_dsrl.rewards.registry import check_options, describe_verifier
-answer = json.dumps({{"prompt": "", "entry_point": "f", "test": "def check(f): pass"}})
-program = "```python\\nopen({str(mark)!r}, 'w')\\ndef f(): pass\\n```"
-parts = {{"parts": [{{"function": "code"}}]}}
-for attempt in (lambda: code(program, answer), lambda: check_options("code", {{}}),
-                lambda: check_options("combination", parts)):
-    try:
-        print("not refused", attempt())
-    except ValueError as error:
-        print(error)
-print(describe_verifier("combination", parts))
-check_options("code", {{"allow_unsafe": True}})
-print(describe_verifier("code", {{"allow_unsafe": True}}))
-print(code(program.replace({str(mark)!r}, "here"), answer, allow_unsafe=True))
-"""
-    lines = without_namespaces(script)
-    why = "the kernel does not permit isolating a program: [Errno 1] user namespace: Operation not permitted"
-    assert lines[0] == why
-    assert lines[1] == lines[2] and why in lines[1] and "allow_unsafe: true" in lines[1]
-    assert lines[3:] == [
-        f"code: programs are refused: {why}",
-        f"code: programs run UNSAFELY (allow_unsafe) and can reach your files: {why}",
-        "1.0",
-    ]
-    assert not mark.exists()
-
-
-def test_a_machine_that_isolates_says_so(isolation: None) -> None:
-    check_isolation({})
-    assert describe_isolation({}) == describe_isolation({"allow_unsafe": True}) == "code: programs are isolated"
-
-
 def test_unsafe_programs_have_no_sockets_and_no_processes() -> None:
     for name in ("connect", "fork", "run a program", "stop its group", "signal the tests"):
         outcome = run_program(ATTACKS[name].format(port=1), LIMITS, isolated=False)
         assert "PermissionError" in outcome.reason
-
-
-def test_a_missing_libseccomp_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    import ctypes
-
-    from megatron_dsrl.rewards import sandbox_filter
-
-    def missing(name: str) -> None:
-        raise OSError("libseccomp.so.2: cannot open shared object file")
-
-    monkeypatch.setattr(ctypes, "CDLL", missing)
-    with pytest.raises(ValueError, match="the sandbox needs libseccomp"):
-        sandbox_filter.system_call_filter.__wrapped__()
