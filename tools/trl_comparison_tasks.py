@@ -1,4 +1,4 @@
-"""What `benchmark_against_trl.py` trains on: the tiny task, or a random model whose task a policy learns quickly."""
+"""What `benchmark_against_trl.py` trains on: the tiny task, or a random model on a task that it learns quickly."""
 
 import json
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """A custom advantage, loss and filter.
 
-Each is a class whose fields are its options in the configuration and whose one method computes. `run.yaml` names them
-by their dotted paths.
+Each is a class: its fields are the options in the configuration, its one method computes. `run.yaml` names them by
+their dotted paths.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""A custom phase, whose settings change at every step.
+"""A custom phase with settings that change at every step.
 
 It is a section of the configuration like every phase, with fields beside theirs, and is named by the dotted path in its
 `type`. What the training loop asks it for is `at(step)`.
@@ -10,7 +10,7 @@ from megatron_dsrl.config.phase import AdditionalObjectiveConfig, PhaseConfig
 
 
 class FadingPhase(PhaseConfig):
-    """A phase beside whose objective another one fades away: DSRL's switch from one space to the other, made gradual.
+    """A phase with a second objective that fades away: DSRL's switch from one space to the other, made gradual.
 
     The coefficient of `fading` falls linearly: whole at step 1, zero from step `fading_steps + 1` of the run on.
     """

@@ -57,7 +57,7 @@ def build_critic(config: RunConfig, folder: Path, steps: int) -> Critic:
     `initialize_parallel` must have run.
 
     Args:
-        folder: local folder of `config.model.path`, whose config.json gives the architecture. The weights come from
+        folder: local folder of `config.model.path`; its config.json gives the architecture. The weights come from
             `config.critic.path` if set, else from this folder; they are random under `model.random_init`.
         steps: number of steps of the run in which the critic is trained.
 

@@ -1,7 +1,7 @@
 """Output layer, log-probs and entropy over a vocabulary that is sharded across tensor-parallel ranks.
 
 With a vocabulary of 150,000 the logits of all tokens are the largest tensor of an update. Here they never exist as a
-whole: the output layer is applied to blocks of the vocabulary, whose softmax statistics are combined while the blocks
+whole: the output layer is applied to blocks of the vocabulary, and their softmax statistics are combined while they
 pass (the online softmax of arXiv 1805.02867). Peak memory therefore does not depend on the number of tokens. The
 backward pass needs the logits again. Up to a limit they are kept, beyond it a block is computed a second time. A block
 of the weight's gradient is written once, so accumulating into a main gradient costs no more than without blocks.

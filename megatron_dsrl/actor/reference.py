@@ -34,7 +34,7 @@ class ReferencePolicy:
         """Whether the weights are still those it was created with."""
 
     def log_probs(self, experience: Experience) -> PerToken:
-        """As `Actor.log_probs`, under the reference policy, whose routers choose their own experts."""
+        """As `Actor.log_probs`, under the reference policy; its routers choose their own experts."""
         with self._swapped_in():
             return self._actor.log_probs(replace(experience, routed_experts=None))
 

@@ -153,7 +153,7 @@ def _complete(state: dict[str, Any], adam: torch.optim.Optimizer) -> None:
         for name, value in adam.defaults.items():
             group.setdefault(name, value)
     if "state" not in state:
-        return  # of the distributed optimizer, whose groups have the count in any case
+        return  # the distributed optimizer's, with the count in its groups in any case
     if isinstance(adam, torch.optim.AdamW):
         count = max((float(group["step"]) for group in groups if "step" in group), default=0.0)
         state["state"].setdefault("common_step", torch.tensor(count))

@@ -10,12 +10,12 @@ With the log-ratio d = log pi(y_t) - log ref(y_t) of a token that was sampled fr
 *gradients* matter, and unbiased values do not imply unbiased gradients, since the sampling distribution depends on the
 parameters too:
 
-- Differentiating k1 directly gives grad log pi, whose expectation is 0: no constraint at all. `kl_loss` therefore
+- Differentiating k1 directly gives grad log pi. Its expectation is 0: no constraint at all. `kl_loss` therefore
   gives k1 the score-function gradient d * grad log pi, the unbiased gradient of KL(pi || ref) of this token's
   distribution. (The token's effect on the divergence of later tokens is ignored, as is usual in the loss; the reward
   includes it.)
 - The gradient of k2 is the same d * grad log pi: unbiased.
-- The gradient of k3 is (1 - exp(-d)) * grad log pi, whose expectation is the gradient of KL(ref || pi), the other
+- The gradient of k3 is (1 - exp(-d)) * grad log pi. Its expectation is the gradient of KL(ref || pi), the other
   direction; the two agree to first order in d. GRPO (arXiv 2402.03300) uses it, and so does `kl_loss`.
 
 All of this holds on-policy. After the first of several steps on the same samples, the samples come from an older

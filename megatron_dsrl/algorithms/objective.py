@@ -1,6 +1,6 @@
 """An objective: experience, token loss, aggregation, and a coefficient.
 
-A phase has one or more objectives, whose losses are summed (each over its own denominator). `build_objectives` creates
+A phase has one or more objectives. Their losses are summed (each over its own denominator). `build_objectives` creates
 them from the phase's configuration.
 """
 

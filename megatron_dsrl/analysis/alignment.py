@@ -108,8 +108,8 @@ def gap_by_position(gaps: Sequence[Sequence[float]]) -> list[Record]:
 
 
 def gap_by_entropy(gaps: Sequence[float], entropies: Sequence[float]) -> list[Record]:
-    """Mean gap in ten bins of tokens by entropy, lowest first, whose sizes differ by at most one token. Fewer bins for
-    fewer than ten tokens."""
+    """Mean gap in ten bins of tokens by entropy, lowest first. Bins differ by at most one token; fewer bins for fewer
+    than ten tokens."""
     order = np.argsort(np.asarray(entropies), kind="stable")
     bins = [part for part in np.array_split(order, ENTROPY_BINS) if len(part)]
     return [

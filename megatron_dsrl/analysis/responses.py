@@ -95,7 +95,7 @@ def read_responses(source: Path, steps: Sequence[int] | None = None) -> Iterator
     """Yield steps and their responses.
 
     Args:
-        source: run folder, or sample file, whose only step is 0.
+        source: run folder, or sample file (its only step is 0).
         steps: steps of a run; None: all.
 
     Raises:

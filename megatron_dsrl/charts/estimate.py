@@ -23,7 +23,7 @@ class Estimate:
 
     @property
     def half_width(self) -> float | None:
-        """Half of the 95 % interval; None for a single run, whose spread is unknown."""
+        """Half of the 95 % interval; None for a single run, which has no spread."""
         count = len(self.values)
         if count < 2:
             return None

@@ -1,4 +1,4 @@
-"""Pass@K over the budget K, whose doubling is a constant distance."""
+"""Pass@K over the budget K on a logarithmic axis."""
 
 from collections.abc import Mapping, Sequence
 

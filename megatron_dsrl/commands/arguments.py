@@ -110,6 +110,6 @@ def positive_number(text: str) -> float:
 
 
 def labelled_folders(text: str) -> tuple[str, list[Path]]:
-    """Parse `LABEL=FOLDER,FOLDER`, or `FOLDER`, whose name becomes the label."""
+    """Parse `LABEL=FOLDER,FOLDER`, or `FOLDER`; its name then becomes the label."""
     label, equals, folders = text.partition("=")
     return (label, [Path(folder) for folder in folders.split(",")]) if equals else (Path(text).name, [Path(text)])

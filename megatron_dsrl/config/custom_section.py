@@ -69,7 +69,7 @@ class CustomSection:
     def __get_pydantic_json_schema__(
         self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        """The section, or one with a dotted path in its `type`, whose further fields are those of that class."""
+        """The section, or one with a dotted path in its `type` and the fields of that class."""
         base = handler(schema)
         described = handler.resolve_ref_schema(base)
         path = {key: value for key, value in described["properties"]["type"].items() if key != "anyOf"}

@@ -72,7 +72,7 @@ def process_problems(parallel: ParallelConfig, world_size: int) -> Iterator[Prob
     if parallel.virtual_pipeline_stages > 1 and parallel.pipeline_parallel_size == 1:
         yield (
             "parallel.virtual_pipeline_stages",
-            "needs parallel.pipeline_parallel_size of at least 2, whose stages it cuts; set it to 1",
+            "cuts pipeline stages, so it needs parallel.pipeline_parallel_size of at least 2; set it to 1",
         )
     if parallel.pipeline_parallel_size == 1:
         for field in ("layers_in_first_stage", "layers_in_last_stage"):

@@ -82,8 +82,8 @@ class RolloutConfig(Section):
     routing_replay: bool = False
     """For a mixture of experts: the trainer routes every token to the experts the engine used (rollout routing
     replay, R3, arXiv 2510.11370), so that rounding in a router does not make the two score with different experts.
-    Applies to the policy in post-train space. In pre-train space, whose context the engine never sees, and for
-    reference and critic, the routers choose. Samples grow by layers x experts per token x 4/3 bytes per token."""
+    Applies to the policy in post-train space. The routers choose for reference and critic, and in pre-train space,
+    because the engine never sees its context. Samples grow by layers x experts per token x 4/3 bytes per token."""
 
     step_timeout_seconds: float = Field(default=3600.0, gt=0)
     """Limit for a whole rollout batch, including the prompts that dynamic sampling adds (with `deterministic`: for

@@ -28,7 +28,7 @@ class EvaluationSetConfig(PromptSetConfig):
     model_config = ConfigDict(json_schema_extra=_require_nothing)
 
     benchmark: str | None = None
-    """A benchmark of `dsrl eval`, by its name or the path of its `.yaml` file, whose fields this set takes over: the
+    """A benchmark of `dsrl eval`, by its name or the path of its `.yaml` file. This set takes over its fields: the
     source of the problems (from the hub), how they are asked, judged and sampled. Fields given beside it win; `name` is
     the benchmark's by default."""
 

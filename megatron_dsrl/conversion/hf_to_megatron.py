@@ -50,7 +50,7 @@ class ConversionOptions:
     overwrite: bool = False
     """Replace an existing target, once the new one is complete."""
     expect: Path | None = None
-    """HF folder or run YAML whose model the source must be."""
+    """The source must be the model of this HF folder or run YAML."""
 
 
 def convert_hf_to_megatron(source: str, target: Path, layout: CheckpointLayout, options: ConversionOptions) -> None:

@@ -132,8 +132,10 @@ def _of_checkpoint(checkpoint: Path, companions: Path | None = None) -> Evaluate
 
 
 def _check_files(checkpoint: Path, saved: SavedState) -> None:
-    """Compare the policy's files with what was written: sizes of weight files, whose tensors are compared with their
-    CRC-32 when they are read (weights/megatron_checkpoint.py), and size and CRC-32 of the others."""
+    """Compare the policy's files with what was written: the sizes of weight files, size and CRC-32 of the others.
+
+    Tensors in weight files have their own CRC-32, compared when they are read (weights/megatron_checkpoint.py).
+    """
     policy = {name: entry for name, entry in saved.files.items() if name.startswith(f"{WEIGHTS_FOLDER}/")}
     for name, (size, _) in policy.items():
         file = checkpoint / name

@@ -21,7 +21,7 @@ def standard_error(rewards: Sequence[Sequence[float]]) -> float | None:
     """Standard error of Avg@k over problems: std of the problems' means (unbiased) / sqrt(problems).
 
     Problems are the sampling unit: k samples of one problem are not k independent problems. None for a single problem,
-    whose spread is unknown.
+    which has no spread.
     """
     means = [fmean(samples) for samples in rewards]
     return stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None
@@ -57,8 +57,8 @@ def majority_right(answers: Sequence[str | None], right: Sequence[bool]) -> floa
     """Maj@k of one problem: the probability that the most frequent answer of its k samples is right.
 
     Votes are normalised strings. Right and wrong ones are treated alike: an answer that the verifier accepts in two
-    spellings does not get the votes of both. Samples without an answer do not vote. Ties are broken by a fair coin,
-    whose expectation is returned. A spelling is right if the verifier accepted it.
+    spellings does not get the votes of both. Samples without an answer do not vote. Ties are broken by a fair coin;
+    its expectation is returned. A spelling is right if the verifier accepted it.
 
     Args:
         answers: one per sample, None without an answer.

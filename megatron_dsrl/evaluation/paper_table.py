@@ -32,7 +32,7 @@ def paper_table(evaluations: Evaluations, size: str) -> str:
 
     Args:
         evaluations: methods named as in the paper (`published.METHODS`) fill its rows, others get new rows.
-        size: model size whose published results are shown, such as `Qwen3-4B`.
+        size: model size of the published results to show, such as `Qwen3-4B`.
 
     Raises:
         UserError: the paper has no such size, or a sample file is damaged.

@@ -85,7 +85,7 @@ def _over_starts(starts: Sequence[dict[str, str]], name: str) -> str:
 
 
 def steps_of_starts(starts: Sequence[Record], last_step: int) -> list[tuple[int, int] | None]:
-    """First and last step of each start that a run consists of; None for a start none of whose steps is left.
+    """First and last step of each start that a run consists of; None for a start without remaining steps.
 
     A start that continues from a checkpoint replaces all steps after it.
 

@@ -3,8 +3,8 @@
 Method: the usual string comparison for the MATH data set (Hendrycks et al., arXiv 2103.03874): both answers are
 normalised and compared as strings; nothing is evaluated. Differences from the usual one: escaped braces are ignored
 when looking for the end of a box, single-token exponents lose their braces, thousands lose their commas, integers lose
-leading zeros and a zero fraction, a box inside the thinking does not count, and a response whose last box is not closed
-has no answer.
+leading zeros and a zero fraction, a box inside the thinking does not count, and a response with an
+unclosed last box has no answer.
 """
 
 import re

@@ -93,7 +93,7 @@ def system_call_filter() -> bytes:
             _add(library, context, ALLOW, name)
         for name, arguments in RESTRICTED:
             _add(library, context, ALLOW, name, arguments)
-        _add(library, context, FAIL | errno.ENOSYS, "clone3")  # then glibc uses clone, whose flags can be looked at
+        _add(library, context, FAIL | errno.ENOSYS, "clone3")  # then glibc uses clone; a filter can read its flags
         for name in EXTENDED_ATTRIBUTES.split():
             _add(library, context, FAIL | errno.ENOTSUP, name)  # `shutil.copy2` then goes without them
         with open(os.memfd_create("filter"), "w+b") as file:

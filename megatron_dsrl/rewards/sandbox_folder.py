@@ -42,7 +42,7 @@ def _remove_stale(folder: Path) -> None:
 
 
 def _remove(folder: str) -> None:
-    """Remove a folder of any depth, whose folders may be unreadable."""
+    """Remove a folder of any depth, even with unreadable folders in it."""
     for command in (["rm", "-rf", folder], ["chmod", "-R", "u+rwX", folder], ["rm", "-rf", folder]):
         subprocess.run(command, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         if not os.path.exists(folder):

@@ -91,7 +91,7 @@ def start_fork_server() -> None:
     """Start the fork server unless it is running, with stop signals blocked for it and the workers.
 
     SLURM may send them to all processes of a job, and a closing terminal to all of its processes. The trainer decides
-    when to stop and needs its workers until then; a pool whose fork server is gone can neither be used nor closed.
+    when to stop and needs its workers until then; a pool without its fork server can neither be used nor closed.
     """
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_TO_STOP)
     try:

@@ -41,7 +41,7 @@ def export_hf_folder(
     """
 
     def write_stream() -> None:
-        """Only rank 0 writes. If it fails, it still finishes the stream, whose collectives the other ranks wait in."""
+        """Only rank 0 writes. If it fails, it still finishes the stream, since other ranks wait in its collectives."""
         buckets = stream_hf_weights(chunks, table, BUCKET_BYTES, dtype)
         try:
             if rank() == 0:

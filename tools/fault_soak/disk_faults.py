@@ -1,6 +1,6 @@
 """A disk without room, for one rank: the kernel refuses to let its files grow beyond a limit (RLIMIT_FSIZE).
 
-Unlike a small file system this needs no root, and spares the disk of the machine. The error is EFBIG in place of
+Unlike a small file system this needs no root, and spares the disk of the machine. The error is EFBIG instead of
 ENOSPC; both are OSErrors, in every call that writes. tests/test_resume.py has a file system that fills up.
 """
 
@@ -16,8 +16,8 @@ KIBIBYTES = (0, 16)
 
 @register("fill_disk")
 class FillDisk(ProcessFault):
-    """The run ends with the name of the file, and can be continued once there is room. Ranks other than 0 write
-    checkpoints only; a run whose remaining files are small enough goes on."""
+    """The run ends with the name of the file, and can be continued once the disk has room. Ranks other than 0 write
+    checkpoints only; a run with small enough remaining files continues."""
 
     role = staticmethod(ranks)
     statuses = frozenset({USER_ERROR})

@@ -64,10 +64,10 @@ Role = Callable[[Sequence[psutil.Process]], list[psutil.Process]]
 
 
 def reap(except_for: int) -> list[psutil.Process]:
-    """Collect processes that have ended and whose parent has too; returns this process's living descendants.
+    """Collect ended processes that have lost their parent; returns this process's living descendants.
 
     Args:
-        except_for: a child that somebody else waits for.
+        except_for: a child that another caller waits for.
     """
     living = []
     for process in psutil.Process().children(recursive=True):

@@ -51,7 +51,7 @@ def driver_stub(folder: Path) -> dict[str, str]:
     """Environment variables with which `DRIVER` is found: none with a driver, else the toolkit's stub.
 
     Args:
-        folder: receives a link to the stub, whose file name lacks the version.
+        folder: receives a link to the stub under the versioned name, which the stub lacks.
     """
     try:
         ctypes.CDLL(DRIVER)

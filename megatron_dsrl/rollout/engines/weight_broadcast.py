@@ -34,7 +34,7 @@ from megatron_dsrl.rollout.engines.weight_client import WeightClient
 
 POLL_SECONDS = 0.001
 LEAVE_SECONDS = 10.0
-"""Limit for dissolving a group, whose server may be gone."""
+"""Limit for dissolving a group; its server may be gone."""
 
 
 class ServerLink:
