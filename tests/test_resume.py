@@ -3,7 +3,6 @@
 Random faults at random moments: tests/tools/test_fault_soak.py.
 """
 
-import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from megatron_dsrl.run.preemption import PREEMPTED_STATUS
 from tests.support.compare_runs import assert_same_run, records
 from tests.support.disk import fill_disk, small_disk
 from tests.support.running import RunningTraining, running_training
-from tests.support.tiny_run import dsrl, processes_left_behind, write_tiny_run
+from tests.support.tiny_run import copy_until, dsrl, processes_left_behind, write_tiny_run
 
 pytestmark = pytest.mark.timeout(1800)  # many starts; each is some 15 seconds on a quiet machine
 
@@ -54,12 +53,8 @@ def complete_run(config: Path, name: str, *options: str, processes: int = 1) -> 
 
 def cut_after(run: Path, step: int, name: str) -> Path:
     """A copy of a run as if it had been killed while it wrote the checkpoint after `step`."""
-    copy = run.parent / name
-    shutil.copytree(run, copy)
-    for later in range(step + 1, STEPS + 1):
-        shutil.rmtree(copy / "checkpoints" / f"step_{later:06d}")
+    copy = copy_until(run, step, name)
     (copy / "checkpoints" / f".partial_step_{step + 1:06d}" / "megatron").mkdir(parents=True)
-    shutil.rmtree(copy / "hf")
     return copy
 
 

@@ -6,7 +6,7 @@ This tests the client: questions, limits, retries, files. No model judges here, 
 import json
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from megatron_dsrl.analysis.judge import JudgeEndpoint
 from megatron_dsrl.analysis.judge_responses import judge_responses
 from megatron_dsrl.analysis.responses import RecordedResponse
 from megatron_dsrl.common.errors import UserError
+from tests.support.http_server import serving
 
 NONE = dict.fromkeys(BEHAVIOURS, False)
 
@@ -64,12 +65,9 @@ class Endpoint(BaseHTTPRequestHandler):
 def endpoint() -> Iterator[JudgeEndpoint]:
     Endpoint.requests, Endpoint.tries = [], {}
     Endpoint.under_way = Endpoint.most_under_way = 0
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}/v1"
-    yield JudgeEndpoint(url, "judge-1", api_key="secret", concurrency=3, retries=2, first_pause_seconds=0.01)
-    server.shutdown()
-    server.server_close()
+    with serving(Endpoint) as address:
+        url = f"{address}/v1"
+        yield JudgeEndpoint(url, "judge-1", api_key="secret", concurrency=3, retries=2, first_pause_seconds=0.01)
 
 
 def steps_of(*texts: str, step: int = 1) -> list:

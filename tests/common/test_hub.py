@@ -3,12 +3,12 @@
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 
+from tests.support.http_server import serving
 from tests.support.tiny_run import REPOSITORY
 
 CLOSED_ADDRESS = "http://127.0.0.1:9"
@@ -64,11 +64,8 @@ class RefusingHub(BaseHTTPRequestHandler):
 @pytest.fixture
 def refusing_hub() -> Iterator[str]:
     """Its address."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), RefusingHub)
-    threading.Thread(target=server.serve_forever, args=(0.05,)).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
+    with serving(RefusingHub) as address:
+        yield address
 
 
 def messages(endpoint: str, cache: os.PathLike, *names: str, **variables: str) -> list[str]:

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_dsrl.common.errors import UserError
@@ -17,6 +16,7 @@ from megatron_dsrl.model.parallel import destroy_parallel, initialize_parallel
 from megatron_dsrl.weights.load import load_hf_weights
 from megatron_dsrl.weights.tables import weight_table
 from tests.support.families import FAMILIES
+from tests.support.packed import packed
 from tests.support.tiny_model import LLAMA3, YARN, make_tiny_llama, make_tiny_qwen3
 
 PARALLEL = ParallelConfig(collective_timeout_seconds=60)
@@ -40,17 +40,6 @@ def build(folder: Path, **model: str) -> torch.nn.Module:
 
 def token_ids(*shape: int) -> Tensor:
     return torch.randint(0, 101, shape, generator=torch.Generator().manual_seed(5))
-
-
-def packed(lengths: list[int]) -> PackedSeqParams:
-    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=bounds,
-        cu_seqlens_kv=bounds,
-        max_seqlen_q=max(lengths),
-        max_seqlen_kv=max(lengths),
-    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

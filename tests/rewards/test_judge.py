@@ -2,10 +2,9 @@
 
 import json
 import re
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.data import RewardConfig
 from megatron_dsrl.rewards.judge import judge
 from megatron_dsrl.rewards.pool import Judgement, RewardPool
+from tests.support.http_server import serving
 
 PROMPT = "<|im_start|>user\nWhat is 2+{answer}?<|im_end|>\n<|im_start|>assistant\n"
 
@@ -45,11 +45,8 @@ class Endpoint(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
-    server.server_close()
+    with serving(Endpoint) as address:
+        yield f"{address}/v1"
 
 
 @pytest.fixture(autouse=True)

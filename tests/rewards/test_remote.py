@@ -1,10 +1,9 @@
 """The remote reward against a real HTTP server that fails in all the usual ways."""
 
 import json
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 
@@ -12,6 +11,7 @@ from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.data import RewardConfig
 from megatron_dsrl.rewards.pool import Judgement, RewardPool
 from megatron_dsrl.rewards.remote import remote
+from tests.support.http_server import serving
 
 
 class Judge(BaseHTTPRequestHandler):
@@ -37,11 +37,8 @@ class Judge(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with serving(Judge) as address:
+        yield address
 
 
 def test_reward_and_retry(address) -> None:

@@ -1,6 +1,5 @@
 """Runs whose phases need a critic and a reference policy, with the real engines; and that they resume exactly."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from megatron_dsrl.run.models import build_models
 from tests.support.compare_runs import assert_same_run, checkpoint_tensors, records
 from tests.support.distributed import run_distributed
-from tests.support.tiny_run import dsrl, write_tiny_run
+from tests.support.tiny_run import copy_until, dsrl, write_tiny_run
 
 pytestmark = pytest.mark.timeout(1800)  # many starts; each is some 15 seconds on a quiet machine
 
@@ -59,15 +58,6 @@ def complete_run(folder: Path, name: str, *, processes: int = 1, **sections: Any
     result = dsrl("train", str(file), processes=processes, timeout_seconds=400)
     assert result.returncode == 0, result.stderr
     return folder / "runs" / name
-
-
-def cut_after(run: Path, step: int, name: str) -> None:
-    """A copy of a run as if it had ended after `step`."""
-    copy = run.parent / name
-    shutil.copytree(run, copy)
-    for later in range(step + 1, STEPS + 1):
-        shutil.rmtree(copy / "checkpoints" / f"step_{later:06d}")
-    shutil.rmtree(copy / "hf")
 
 
 DUAL_SPACE = {
@@ -119,7 +109,7 @@ def test_resumes_exactly_at_the_switch_right_after_it_and_at_a_refresh(folder, d
     """At 2 the critic has not taken its first step, and reset and refresh are due; at 3 they are past."""
     reference = dual_space / "checkpoints" / f"step_{step:06d}" / "reference"
     assert reference.exists() == (step > 2), "the initial weights need no copy"
-    cut_after(dual_space, step, f"resumed_{step}")
+    copy_until(dual_space, step, f"resumed_{step}")
     assert_same_run(complete_run(folder, f"resumed_{step}", **DUAL_SPACE), dual_space, STEPS)
 
 
@@ -159,7 +149,7 @@ def test_ppo_in_two_processes_after_a_warm_up_of_the_critic(folder) -> None:
     steps = records(whole, "metrics.jsonl")
     assert ["policy/grad_norm" in step for step in steps] == [False, False, True, True, True]
     assert all(step["critic/grad_norm"] > 0 for step in steps)
-    cut_after(whole, 1, "warm_up_resumed")
+    copy_until(whole, 1, "warm_up_resumed")
     assert_same_run(complete_run(folder, "warm_up_resumed", **ppo), whole, STEPS)
 
     replay = {**ppo, "evaluation": {"sets": []}}

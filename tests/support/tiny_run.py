@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -191,3 +192,14 @@ def _model() -> Qwen3ForCausalLM:
         tie_word_embeddings=True,
     )
     return Qwen3ForCausalLM(config)
+
+
+def copy_until(run: Path, step: int, name: str) -> Path:
+    """A copy of a run beside it, as if it had ended after `step`: without later checkpoints and without exports."""
+    copy = run.parent / name
+    shutil.copytree(run, copy)
+    for checkpoint in (copy / "checkpoints").glob("step_*"):
+        if int(checkpoint.name.removeprefix("step_")) > step:
+            shutil.rmtree(checkpoint)
+    shutil.rmtree(copy / "hf")
+    return copy

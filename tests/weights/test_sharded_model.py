@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -34,6 +33,7 @@ from megatron_dsrl.weights.table import WeightTable
 from megatron_dsrl.weights.tables import weight_table
 from tests.support.disk import files_of_at_most
 from tests.support.distributed import run_distributed
+from tests.support.packed import packed
 from tests.support.tiny_model import YARN, make_tiny_qwen3
 
 VOCAB_SIZE = 101  # odd: the vocabulary is padded at a tensor-parallel size of 2
@@ -183,11 +183,6 @@ def run_schedule(forward_step, chunks: list[nn.Module], **arguments) -> None:
         micro_batch_size=1,
         **arguments,
     )
-
-
-def packed(lengths: list[int]) -> PackedSeqParams:
-    bounds, longest = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), max(lengths)
-    return PackedSeqParams("thd", bounds, bounds, max_seqlen_q=longest, max_seqlen_kv=longest)
 
 
 def gather(logits: Tensor) -> Tensor:
