@@ -120,7 +120,7 @@ def corpus(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Iterator[l
 def document(
     problem: Problem, noise: Noise, unprompted: bool, tokenizer: PreTrainedTokenizerBase, rng: random.Random
 ) -> ScoredSequence:
-    """A solution behind its question, or one without a question; only the solution is scored."""
+    """A solution after its question, or one without a question; only the solution is scored."""
     text = write_solution(problem, noise, rng).text + tokenizer.eos_token
     response = tokenizer.encode(text, add_special_tokens=False)
     if unprompted:

@@ -1,4 +1,4 @@
-"""Axes of a chart: where values lie in the drawing, and which round numbers are written beside it."""
+"""Axes of a chart: the positions of values in the drawing, and which round numbers are written beside it."""
 
 import math
 from collections.abc import Sequence

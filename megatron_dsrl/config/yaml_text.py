@@ -1,8 +1,8 @@
 """YAML text to plain data and back, without the surprises of YAML 1.1.
 
 PyYAML's safe loader, with three differences: `1e-6` is a float (YAML 1.2's rule; YAML 1.1 wants `1.0e-6`), dates stay
-strings, and a key that is given twice is an error. `parse_yaml` also says on which line every value stands, so that an
-error about a value can name its place. `format_yaml` writes text that `parse_yaml` reads back to equal data.
+strings, and a repeated key is an error. `parse_yaml` also gives the line of every value, for messages. `format_yaml`
+writes text that `parse_yaml` reads back to equal data.
 """
 
 import re
@@ -103,7 +103,7 @@ _TOO_DEEP = f"sections and lists are nested more than {MAX_DEPTH} levels deep"
 
 
 def _without_sharing(data: Any) -> Any:
-    """A copy in which no section or list stands in two places, as PyYAML leaves them for aliases."""
+    """A copy without the sections and lists that PyYAML shares between the places of an alias."""
     if isinstance(data, dict):
         return {key: _without_sharing(value) for key, value in data.items()}
     return [_without_sharing(item) for item in data] if isinstance(data, list) else data

@@ -145,7 +145,7 @@ def prepare_engine_launch() -> torch.distributed.TCPStore:
 
     Returns:
         The store in which the engine's ranks meet; keep it as long as the server runs. Rank 0 of the engine would open
-        it on all network interfaces, for everybody. This one listens on loopback, and torchrun's variable tells the
+        it on all network interfaces, to every host. This one listens on loopback, and torchrun's variable tells the
         ranks that it is there.
     """
     if not torch.cuda.is_available():

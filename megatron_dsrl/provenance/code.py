@@ -43,7 +43,7 @@ def code_of_package(folder: Path, name: str) -> CodeState:
         name: name of its distribution, such as `megatron-dsrl`.
     """
     try:
-        # An installed package may lie in the checkout of something else, which does not track it.
+        # An installed package may be inside another project's checkout, which does not track it.
         _git(folder, "ls-files", "--error-unmatch", "__init__.py")
     except _GitFailed as failure:
         commit = _installed_commit(name)
@@ -52,7 +52,7 @@ def code_of_package(folder: Path, name: str) -> CodeState:
 
 
 def code_of_checkout(folder: Path) -> CodeState:
-    """The state of the checkout that a folder lies in."""
+    """The state of the checkout that contains a folder."""
     try:
         top = Path(os.fsdecode(_git(folder, "rev-parse", "--show-toplevel").rstrip(b"\n")))
         commit = _git(top, "rev-parse", "HEAD").decode().strip()

@@ -28,7 +28,7 @@ def describe_model(path: str, folder: Path) -> dict[str, Any]:
 
     Args:
         path: as the configuration or the command line names it.
-        folder: where it lies: HF folder, hub snapshot or Megatron checkpoint.
+        folder: its HF folder, hub snapshot or Megatron checkpoint.
 
     Returns:
         `path`, `folder`, `hub_commit` (None for a folder that is not a hub snapshot), `fingerprint` (see

@@ -30,7 +30,7 @@ MADE_BY = ("Commit", "Base model", "Training data", "Device", "Processes", "Layo
 
 
 def write_card(folder: Path, run_folder: Path, step: int, report: Callable[[str], None]) -> None:
-    """Write the card of the policy after a step into its HF folder, unless somebody has written another one there.
+    """Write the card of the policy after a step into its HF folder, unless the user has put another one there.
 
     Args:
         folder: HF folder of the policy.

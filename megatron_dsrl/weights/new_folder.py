@@ -30,7 +30,7 @@ MODEL_FILES = (
     *("config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json", *COMPANIONS),
     *("metadata.json", ".metadata", "common.pt", "__*.distcp", RECORD_FILE, PROVENANCE_FILE),
 )
-"""The files that a conversion or an export writes. Anything else may be somebody's work and is not deleted."""
+"""The files that a conversion or an export writes. Anything else may be a user's work and is not deleted."""
 NAMES_SHOWN = 3
 
 

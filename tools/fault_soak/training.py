@@ -112,7 +112,7 @@ class Training:
         """Wait until `what` is true; `name` describes it in the message.
 
         Raises:
-            SoakFailure: it has not come true within `seconds`.
+            SoakFailure: it is still false after `seconds`.
         """
         deadline = time.monotonic() + seconds
         while not what():

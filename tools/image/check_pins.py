@@ -52,7 +52,7 @@ def versions_on_the_registry(package: str) -> set[str]:
 def declared_requirements(package: str, version: str) -> list[Requirement]:
     """`Requires-Dist` of a source package on the registry.
 
-    pip unpacks it and runs its set-up, which may fail here for want of a compiler; the metadata lies in it either way.
+    pip unpacks it and runs its set-up, which may fail here without a compiler; the archive has the metadata either way.
 
     Raises:
         RuntimeError: with what pip said, if it did not unpack the package.

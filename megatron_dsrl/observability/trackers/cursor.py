@@ -1,6 +1,6 @@
 """What a tracker has received of a run, kept in the run folder: `trackers/<name>-<destination>.json`.
 
-A run that is started again, and every `dsrl upload`, continue the same run at the service behind the last record that
+A run that is started again, and every `dsrl upload`, continue the same run at the service after the last record that
 it has. Steps that a resumed run takes again are not sent a second time.
 """
 

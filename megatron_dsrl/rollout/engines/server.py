@@ -58,7 +58,7 @@ class EngineServer:
             startup_timeout_seconds: limit of `wait_until_ready`.
             host: address to listen on.
             port: port to listen on; None takes a free one.
-            key: what every caller must know; None: the server answers everybody.
+            key: what every caller must know; None: the server answers every caller.
             warm_up: called when the server answers, with the seconds that are left of the limit, before it counts as
                 ready. Raises EngineError if the server fails it.
         """
