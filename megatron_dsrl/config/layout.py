@@ -72,7 +72,7 @@ def process_problems(parallel: ParallelConfig, world_size: int) -> Iterator[Prob
     if parallel.virtual_pipeline_stages > 1 and parallel.pipeline_parallel_size == 1:
         yield (
             "parallel.virtual_pipeline_stages",
-            "cuts pipeline stages, so it needs parallel.pipeline_parallel_size of at least 2; set it to 1",
+            "needs parallel.pipeline_parallel_size of at least 2, since it cuts pipeline stages; set it to 1",
         )
     if parallel.pipeline_parallel_size == 1:
         for field in ("layers_in_first_stage", "layers_in_last_stage"):
