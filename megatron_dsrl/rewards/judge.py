@@ -82,12 +82,8 @@ def judge(
         RuntimeError: the judge gave no verdict and no fallback is set.
     """
     text = _fill(question, prompt=prompt, answer=answer, response=response[-max_response_characters:])
-    request = {
-        "model": model,
-        "messages": [{"role": "user", "content": text}],
-        "temperature": 0.0,
-        "max_tokens": max_tokens,
-    }
+    message = {"role": "user", "content": text}
+    request = {"model": model, "messages": [message], "temperature": 0.0, "max_tokens": max_tokens}
     headers = {"Authorization": f"Bearer {os.environ[api_key_variable]}"} if api_key_variable else {}
     attempts = Attempts(try_timeout_seconds, retries, total_seconds, headers)
 
