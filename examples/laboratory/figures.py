@@ -15,7 +15,7 @@ from megatron_dsrl.charts.figure import write_figure
 from megatron_dsrl.observability.records import Record
 
 SMOOTHED_STEPS = 5
-"""Curves over steps are means over so many steps, because one step has only 128 responses."""
+"""Number of steps that a point of a curve is the mean of, because one step has only 128 responses."""
 PERCENT = ValueAxis("%", at_least=0.0, at_most=100.0)
 SHARE = ValueAxis("share of responses", at_least=0.0, at_most=1.0)
 GROUPS = {

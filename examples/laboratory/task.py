@@ -80,7 +80,7 @@ class Family(Section):
     """Probability that a hasty document has no prompt."""
 
     attempts: int = Field(default=6, ge=1)
-    """A writer gives up after so many attempts."""
+    """Number of attempts after which a writer gives up."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def different_problems(split: Split, count: int, wanted: int, rng: random.Random
     """`wanted` different problems of one split; the order of the numbers counts.
 
     Raises:
-        ValueError: the family does not have so many.
+        ValueError: the family has fewer.
     """
     chosen: dict[Problem, None] = {}
     for problem in itertools.islice(draw_problems(split, count, rng), DRAWS * wanted):

@@ -1,4 +1,4 @@
-"""Classes and functions of your own by their dotted paths `package.module:name`."""
+"""Custom classes and functions by their dotted paths `package.module:name`."""
 
 import importlib
 from typing import Any, TypeVar

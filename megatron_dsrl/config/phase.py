@@ -2,7 +2,7 @@
 
 DSRL is two phases in a list: NSR-PreRL, then GRPO. What `space`, `advantage`, `filter`, `loss`, `aggregation` and
 `importance_correction` can be is registered in `megatron_dsrl/algorithms`; each is a name with options beside it, or
-the dotted path of your own class. A whole phase may be a class of yours too, with its own fields and different settings
+the dotted path of your own class. A whole phase may be a custom class too, with its own fields and different settings
 at every step (examples/own_algorithm).
 """
 

@@ -80,7 +80,7 @@ class MixtureSampler:
 
 
 def in_mixture(sets: Sequence[tuple[str, Sequence[Prompt]]]) -> list[Prompt]:
-    """The prompts of all sets, one after the other, with the set's name and an index of their own.
+    """The prompts of all sets, one after the other, with the set's name and their index in the mixture.
 
     Args:
         sets: name and prompts of each set. A single set is returned as it is.

@@ -2,8 +2,8 @@
 
 Every check gives a Finding. `ok` is fine, `note` is worth knowing (a run works without it), `problem` prevents every
 run. Packages are looked up by their metadata, not imported: importing SGLang takes many seconds, and a broken CUDA
-extension must not end the examination. Transformer Engine, whose failures would end every run, is imported in a process
-of its own.
+extension must not end the examination. Transformer Engine, whose failures would end every run, is imported in a
+separate process.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Whether a module can be imported, tried in a process of its own.
+"""Whether a module can be imported, tried in a separate process.
 
 Metadata cannot tell whether a compiled extension loads: it may miss a symbol, which is an error of the import, or crash
 the interpreter.

@@ -31,7 +31,7 @@ class StepProfiler:
             report: gets a line for each profile that could not be written.
 
         Raises:
-            UserError: Nsight Systems is to capture, but CUDA is missing.
+            UserError: nsight Systems is to capture, but CUDA is missing.
         """
         if nsight and steps and not torch.cuda.is_available():
             raise UserError(

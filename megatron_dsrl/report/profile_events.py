@@ -1,7 +1,7 @@
 """Events of torch.profiler for the trace of a run, on the clock of its timeline.
 
 The profiler numbers processes by the system's ids and GPUs by their index, which may be those of ranks. Here they are
-processes of their own, named after the rank. Ids of flows (from a call to its kernel) get the rank and step in front,
+separate processes, named after the rank. Ids of flows (from a call to its kernel) get the rank and step in front,
 because every profile counts its own.
 
 Source of the format: `baseTimeNanoseconds` is a moment since 1970; a time of an event is in microseconds after it

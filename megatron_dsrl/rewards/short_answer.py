@@ -21,7 +21,7 @@ def short_answer(response: str, answer: str) -> float:
     """1.0 when the stated answer is the gold answer, else 0.0.
 
     Args:
-        response: The model's text.
+        response: the model's text.
     """
     given = stated_answer(response)
     if given is None:

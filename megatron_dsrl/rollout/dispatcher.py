@@ -1,7 +1,7 @@
 """Samples one batch of prompts on all engines, verifying finished groups while others are still being generated.
 
 `EngineCalls` sends the calls, `GroupJudge` judges complete groups, `EngineHealth` watches the engines, and the
-`RolloutBatch` holds what has been sampled. The dispatcher waits for whatever happens next and reacts to it.
+`RolloutBatch` holds what has been sampled. The dispatcher waits for the next event and reacts to it.
 
 Faults. A failed call to a healthy engine is retried after a pause. An engine that is gone, or has passed no health
 check for too long, is lost: its calls go to the others at once. When no living engine can take the remaining calls,

@@ -84,25 +84,32 @@ class EngineRollout:
         return self._running_engines().addresses
 
     def wait_until_ready(self) -> None:
+        """Block until every engine answers. All ranks. Raises as `Engines.wait_until_ready`."""
         self._running_engines().wait_until_ready()
 
     @property
     def carried(self) -> CarryOver:
+        """State that the sampling mode passes from the last step to the next. Rank 0 only."""
         return self._steps.carried
 
     def take_over(self, carried: CarryOver) -> None:
+        """Restore `carried` from a checkpoint. Rank 0 only."""
         self._steps.carried = carried
 
     def sample_step(self, step: int, draw: Draw, watch: Watch) -> StepSamples:
+        """The judged groups of a training step, in the configured mode; see `step_sampling`. Rank 0 only."""
         return self._steps.sample(step, draw, watch)
 
     def start_ahead(self, step: int, draw: Draw, watch: Watch) -> None:
+        """Start sampling this step in the background, with `rollout.sample_ahead` only. Rank 0 only."""
         self._steps.start_ahead(step, draw, watch)
 
     def finish_ahead(self) -> None:
+        """Wait for `start_ahead`. If engines were lost, samples again in this thread. Rank 0 only."""
         self._steps.finish_ahead()
 
     def sample_batch(self, feed: Feed, sampling: SamplingParameters, on_samples: OnSamples) -> RolloutBatch:
+        """Sample what a feed asks for, judged by the run's verifier. Rank 0 only."""
         assert self._rewards is not None, "only rank 0 samples"
         return self._run(feed, sampling, self._rewards, BatchProgress(on_samples, on_call=self._on_call))
 
@@ -116,6 +123,14 @@ class EngineRollout:
         rewards: RewardPool | None = None,
         on_samples: OnSamples = ignore,
     ) -> list[SampleGroup]:
+        """One judged group per prompt, in the order of the prompts; see `Generator.generate`. Rank 0 only.
+
+        Lost engines are restarted on the way if `while_sampling` runs the call.
+
+        Raises:
+            EnginesLostError: engines were lost, and this is not the main thread or not within `while_sampling`.
+            EngineError: as `Dispatcher.run`.
+        """
         assert self._rewards is not None, "only rank 0 samples"
         seeds = seeds_of_batch(self._config.seed, stream, prompts, samples_per_prompt)
         feed = WholeFeed([UnfinishedGroup.new(*pair) for pair in zip(prompts, seeds, strict=True)])
@@ -151,6 +166,7 @@ class EngineRollout:
         self._run(feed, sampling, rewards or self._rewards, progress)
 
     def while_sampling(self, work: Callable[[], Value], recover: Callable[[], None]) -> Value | None:
+        """Run `work` on rank 0; the others wait for it and restart engines with it. See `Rollout.while_sampling`."""
         engines = self._running_engines()
         if rank() != 0:
             done, from_rank_0 = False, cast(tuple[bool, dict[int, str]], None)
@@ -170,9 +186,11 @@ class EngineRollout:
         return result
 
     def restart_engines(self) -> None:
+        """Restart lost engines, with the weights of the model folder. All ranks."""
         self._running_engines().restart_lost()
 
     def load_weights(self, make_buckets: Callable[[], Iterable[Bucket]], version: int) -> None:
+        """Give all engines new weights under this version; lost ones are restarted first. All ranks."""
         engines = self._running_engines()
         engines.lose(broadcast(self._lost))
         self._lost.clear()
@@ -180,21 +198,26 @@ class EngineRollout:
         self._weight_version = version
 
     def fault_metrics(self) -> dict[str, int]:
+        """`engine/restarts` and `engine/retries`, counted since the run was started."""
         return {"engine/restarts": self._running_engines().restarts, "engine/retries": self._retries}
 
     def release_memory(self) -> None:
+        """Free the device memory of weights and KV cache, where the platform can. All ranks."""
         if can_release_engine_memory():
             self._running_engines().release_memory(["weights", "kv_cache"])
 
     def resume_weights(self) -> None:
+        """Take the weights' memory back, with undefined content until `load_weights`. All ranks."""
         if can_release_engine_memory():
             self._running_engines().resume_memory(["weights"])
 
     def resume_kv_cache(self) -> None:
+        """Take the KV cache's memory back. All ranks."""
         if can_release_engine_memory():
             self._running_engines().resume_memory(["kv_cache"])
 
     def close(self) -> None:
+        """End the engines and the verifier's processes. Can be called after a failed start."""
         if self._engines is not None:
             self._engines.close()
         if self._rewards is not None:

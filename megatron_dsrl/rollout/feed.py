@@ -27,11 +27,13 @@ class WholeFeed:
         self._groups = list(groups)
 
     def take(self, in_flight: int) -> list[UnfinishedGroup]:
+        """All groups at the first call, none after it."""
         groups, self._groups = self._groups, []
         return groups
 
     def judged(self, group: SampleGroup) -> None:
-        pass
+        """Nothing depends on the outcome of a group."""
 
     def is_enough(self) -> bool:
+        """Never: every group is sampled to its end."""
         return False

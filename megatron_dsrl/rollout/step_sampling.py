@@ -177,11 +177,13 @@ class Ahead(StepSampling):
         self._ready = StepSamples(list(carried.finished)) if carried.finished else None
 
     def start_ahead(self, step: int, draw: Draw, watch: Watch) -> None:
+        """Sample in a background thread; the prompts are drawn only once, even if `finish_ahead` samples again."""
         repeatable = RepeatableDraw(draw)
         self._work = lambda: self._mode.sample(step, repeatable.from_the_start(), watch)
         self._running = in_background(self._work)
 
     def finish_ahead(self) -> None:
+        """Wait for the samples. If engines were lost meanwhile, sample again in this thread, which can restart them."""
         assert self._running is not None and self._work is not None
         try:
             self._ready = self._running.result()

@@ -193,7 +193,7 @@ def test_analyses_of_the_run_and_of_an_evaluation_are_there(page: Page, run_fold
     assert ["1", "8"] in [row[:2] for row in page.rows()], "8 problems in epoch 1"
 
 
-def test_logs_show_what_somebody_may_have_to_act_on(page: Page) -> None:
+def test_logs_show_warnings_and_errors(page: Page) -> None:
     (engine,) = [text for text in page.texts if "scheduler died" in text]
     assert engine.split("\n") == [
         "[2026-01-01 10:00:02] scheduler died",

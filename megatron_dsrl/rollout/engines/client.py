@@ -24,8 +24,8 @@ class EngineClient:
     def __init__(self, address: EngineAddress, timeout_seconds: float) -> None:
         """
         Args:
-            address: Where the server is, and its key.
-            timeout_seconds: Limit of every call except `generate`, whose caller limits the whole batch.
+            address: where the server is, and its key.
+            timeout_seconds: limit of every call except `generate`, whose caller limits the whole batch.
         """
         self.url = address.url
         self._headers = address.headers
@@ -51,13 +51,13 @@ class EngineClient:
         SGLang's scheduler gets all requests in one message, so that it forms the same batches every time.
 
         Args:
-            sampling: How to sample; the length limit is each request's own.
-            timeout_seconds: Limit of the whole call; None: no limit.
+            sampling: how to sample; the length limit is each request's own.
+            timeout_seconds: limit of the whole call; None: no limit.
 
         Raises:
-            BadRequestError: The engine refused the request itself, such as one that is too long.
-            EngineError: The engine is busy or gone, or returned a log-prob that is not a finite number.
-            TooManyOpenFilesError: This process has no descriptor for the connection.
+            BadRequestError: the engine refused the request itself, such as one that is too long.
+            EngineError: the engine is busy or gone, or returned a log-prob that is not a finite number.
+            TooManyOpenFilesError: this process has no descriptor for the connection.
         """
         answers = await self._request("POST", "/generate", generate_body(requests, sampling), timeout_seconds)
         try:
@@ -73,7 +73,7 @@ class EngineClient:
         """Check that the scheduler makes progress; an idle one has to sample a token.
 
         Raises:
-            EngineError: No progress within the limit.
+            EngineError: no progress within the limit.
         """
         await self._request("GET", "/health", None, timeout_seconds)
 

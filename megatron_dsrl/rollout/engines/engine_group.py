@@ -41,7 +41,7 @@ class EngineGroup:
         """Group the ranks. Starts nothing.
 
         Raises:
-            UserError: The world cannot be divided into engines, or settings contradict each other.
+            UserError: the world cannot be divided into engines, or settings contradict each other.
         """
         self._all_settings = config
         self._config = config.engine
@@ -107,7 +107,7 @@ class EngineGroup:
         """Restart lost engines, with the weights of the model folder.
 
         Raises:
-            EngineError: On every rank, when an engine was restarted too often; with the end of its log.
+            EngineError: on every rank, when an engine was restarted too often; with the end of its log.
         """
         if self._owns_server and self._problem is None and self._server.has_ended():
             self._problem = f"the engine at {self._server.url} has exited"
@@ -204,7 +204,7 @@ class EngineGroup:
 
         Raises:
             UserError: A message tells the user what to fix.
-            LostEngineError: No message does.
+            LostEngineError: no message does.
         """
         failure: UserError | EngineError | None = None
         if self._owns_server:

@@ -15,7 +15,8 @@ class PromptSettings(Protocol):
         """Length of the longest prompt, in tokens."""
 
     @property
-    def set_rewards(self) -> dict[str, RewardConfig]: ...
+    def set_rewards(self) -> dict[str, RewardConfig]:
+        """Verifiers of the prompt sets that have their own, by set; see `DataConfig.set_rewards`."""
 
 
 class RolloutSettings(Protocol):

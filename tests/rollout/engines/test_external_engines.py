@@ -158,7 +158,7 @@ def test_a_refusal_ends_the_broadcast(server, folder, monkeypatch) -> None:
     assert not link.is_connected
 
 
-def test_a_broadcast_that_waits_for_the_server_keeps_nobody_from_telling_it(server, folder, monkeypatch) -> None:
+def test_a_broadcast_that_waits_for_the_server_does_not_block_other_calls(server, folder, monkeypatch) -> None:
     broadcast = dist.ProcessGroup.broadcast
 
     def blocking(group: dist.ProcessGroup, tensors: list[torch.Tensor], options: dist.BroadcastOptions) -> dist.Work:

@@ -1,7 +1,7 @@
 """A push replaces every element of every weight that the engine holds.
 
 SGLang ignores names that it does not know. An engine that kept a part of older weights would sample from a policy that
-nobody has, so every weight is overwritten with random numbers, and must be what it was after the next push.
+the trainer never had, so every weight is overwritten with random numbers, and must be what it was after the next push.
 """
 
 from functools import partial
