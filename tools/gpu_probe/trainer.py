@@ -56,6 +56,7 @@ class Work:
 
     @property
     def samples(self) -> int:
+        """Number of responses."""
         return len(self.experience)
 
     @property
