@@ -30,6 +30,7 @@ from megatron_dsrl.charts.figure import write_figure
 
 BASE = "paper_like"
 LAST_TEN = (31, 40)
+REGISTERED_SEEDS = 5
 WINDOWS = (claims.EARLY, claims.AFTER_20, claims.LAST)
 IN_WINDOWS = (("transitions", "transitions"), ("reflections", "reflections"))
 AT_END = (
@@ -123,7 +124,8 @@ def _comparison_part(results: SweepResults, folder: Path) -> list[str]:
     note = (
         "± is half of Student's 95 % interval over seeds. Differences are paired by seed: mean, 95 % bootstrap "
         "interval over seeds (too narrow for few seeds), and Student's t interval.\n\n"
-        f"Commits of the runs: {', '.join(results.commits)}.\n"
+        f"The protocol registers {REGISTERED_SEEDS} seeds; with fewer, a verdict is preliminary, with one seed "
+        f"none is possible. Commits of the runs: {', '.join(results.commits)}.\n"
     )
     tables = [table(header, rows), note, table(in_windows, windows), table(end_header, at_end)]
     return ["## Comparison\n", *tables, END_NOTE, *pictures]

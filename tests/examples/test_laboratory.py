@@ -207,7 +207,8 @@ def test_a_wrong_part_of_a_sweep_is_refused(part, capsys) -> None:
 def test_every_run_of_every_sweep_is_a_valid_configuration(name) -> None:
     file = LABORATORY / f"{name}.yaml"
     made = {f".cache/laboratory/{base}/base" for base in BASES}
-    for run in runs_of(load_sweep(file), file.parent):
+    sweep = load_sweep(file)
+    for run in runs_of(sweep, file.parent)[: len(sweep.runs)]:  # of one seed
         config = load_config(run.configs, run.settings)
         assert config.model.path in made
         assert Path(config.data.source).parent == Path(config.model.path).parent
