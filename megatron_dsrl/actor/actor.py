@@ -23,6 +23,7 @@ from megatron_dsrl.config.model import RouterConfig
 from megatron_dsrl.model.output_rows import FactoredLogits
 from megatron_dsrl.model.router import adding_router_losses
 from megatron_dsrl.weights.export import export_hf_folder
+from megatron_dsrl.weights.load import load_weights
 from megatron_dsrl.weights.stream import stream_hf_weights
 from megatron_dsrl.weights.table import WeightTable
 
@@ -109,6 +110,17 @@ class Actor:
                 if parts_with_sequences:
                     steps.append(self._optimizer_step(parts_with_sequences))
         return UpdateMetrics.merge(steps) if steps else None
+
+    def load_model(self, folder: Path) -> None:
+        """Fill the parameters, but not the optimizer's master weights, from a model of the same architecture.
+
+        Args:
+            folder: HF folder or Megatron distributed checkpoint.
+
+        Raises:
+            UserError: the weights are damaged or do not match.
+        """
+        load_weights(self._model.chunks, self._table, folder)
 
     def log_probs(self, experience: Experience) -> PerToken:
         """Log-probs of the scored tokens of each sequence under the current weights, the same on every rank."""

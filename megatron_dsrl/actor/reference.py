@@ -33,6 +33,19 @@ class ReferencePolicy:
         self.is_initial = True
         """Whether the weights are still those it was created with."""
 
+    def load_model(self, folder: Path) -> None:
+        """Take the weights of another model with the policy's architecture. They count as the initial ones: checkpoints
+        do not contain them.
+
+        Args:
+            folder: HF folder or Megatron distributed checkpoint.
+
+        Raises:
+            UserError: the weights are damaged or do not match.
+        """
+        with self._swapped_in():
+            self._actor.load_model(folder)
+
     def log_probs(self, experience: Experience) -> PerToken:
         """As `Actor.log_probs`, under the reference policy; its routers choose their own experts."""
         with self._swapped_in():

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megatron_dsrl.config.section import Section
 
@@ -121,13 +121,35 @@ class CriticConfig(Section):
 
 
 class ReferenceConfig(Section):
-    """The policy that KL terms compare with; initially the run's initial weights.
+    """The policy that KL terms compare with and that `distillation` learns from; initially the run's initial weights.
 
     Its weights are kept in host memory, and only if a phase needs them.
     """
+
+    path: str | None = None
+    """Folder or hub name of other initial weights for a model of the policy's architecture, such as a teacher's; null:
+    the run's initial weights."""
+
+    url: str | None = None
+    """Address of an SGLang server (`http://host:port`) whose model is the reference. It may be of any size and
+    architecture, but must have the policy's tokenizer. Its API key, if it has one, is in the environment variable
+    `DSRL_ENGINE_API_KEY`. null: no server."""
+
+    timeout_seconds: float = Field(default=300.0, gt=0)
+    """Limit for one sequence at the server, further attempts included."""
+
+    concurrency: int = Field(default=32, ge=1)
+    """Number of sequences at the server at a time."""
 
     refresh_at_phase_switch: bool = False
     """Copy the policy's weights before the first step of every phase but the first."""
 
     refresh_every_steps: int | None = Field(default=None, ge=1)
     """Copy the policy's weights every n steps; null: never."""
+
+    @model_validator(mode="after")
+    def _comes_from_one_place(self) -> "ReferenceConfig":
+        refreshed = self.refresh_at_phase_switch or self.refresh_every_steps is not None
+        if self.url is not None and (self.path is not None or refreshed):
+            raise ValueError("the model at `url` keeps its weights; leave out path and the refresh_ fields")
+        return self

@@ -23,7 +23,9 @@ from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.actor import ReferenceConfig
 from megatron_dsrl.config.phase import ObjectiveConfig, PhaseConfig
 from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.model.source import resolve_model_folder
 from megatron_dsrl.observability.timer import SecondsPerPart
+from megatron_dsrl.rollout.served_reference import ServedReference
 
 CRITIC_FOLDER = "critic"
 REFERENCE_FOLDER = "reference"
@@ -37,7 +39,7 @@ class RunModels:
     config: RunConfig
     actor: Actor
     critic: Critic | None
-    reference: ReferencePolicy | None
+    reference: ReferencePolicy | ServedReference | None
 
     def start_step(self, step: int) -> None:
         """Apply this step's optimizer settings and refresh the reference if due. Idempotent."""
@@ -143,8 +145,22 @@ def build_models(config: RunConfig, folder: Path) -> RunModels:
     actor = build_actor(config, folder)
     steps_with_values = sum(needed.values for needed in passes)
     critic = build_critic(config, folder, steps_with_values) if steps_with_values else None
-    reference = ReferencePolicy(actor) if any(needed.reference_log_probs for needed in passes) else None
+    reference = build_reference(config.reference, actor) if any(each.reference_log_probs for each in passes) else None
     return RunModels(config, actor, critic, reference)
+
+
+def build_reference(config: ReferenceConfig, actor: Actor) -> ReferencePolicy | ServedReference:
+    """The reference policy with its initial weights.
+
+    Raises:
+        UserError: its folder is missing or does not match the policy.
+    """
+    if config.url is not None:
+        return ServedReference(config)
+    reference = ReferencePolicy(actor)
+    if config.path is not None:
+        reference.load_model(resolve_model_folder(config.path, field="reference.path"))
+    return reference
 
 
 def reference_is_due(config: ReferenceConfig, step: int, starts_phase: bool) -> bool:

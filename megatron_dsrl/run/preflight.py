@@ -48,11 +48,29 @@ def check_models(config: RunConfig) -> None:
                 f"critic.warmup_steps: is {critic.warmup_steps}, but no critic learns in step {step}; choose an "
                 "advantage that needs values for its phase (gae), or set it to 0"
             )
-    if critic.path is not None and not is_hub_name(critic.path) and not Path(critic.path).expanduser().is_dir():
-        raise no_folder("critic.path", critic.path)
-    refreshed = config.reference.refresh_at_phase_switch or config.reference.refresh_every_steps is not None
-    if refreshed and not any(passes_of_phase(schedule.at(step)).reference_log_probs for step in steps):
-        raise UserError("reference: no phase has a `kl` section, so the run has no reference policy to refresh")
+    require_model("critic.path", critic.path)
+    reference = config.reference
+    configured = reference.model_dump(exclude_defaults=True)
+    if configured and not any(passes_of_phase(schedule.at(step)).reference_log_probs for step in steps):
+        raise UserError(
+            "reference: no phase has a `kl` section or the advantage `distillation`, so the run has no reference "
+            f"policy; leave out {', '.join(configured)}"
+        )
+    require_model("reference.path", reference.path)
+    if reference.url is not None and config.rollout.temperature != 1:
+        raise UserError(
+            f"reference.url: a server's log-probs are at temperature 1, but rollout.temperature is "
+            f"{config.rollout.temperature:g}; set it to 1"
+        )
+
+
+def require_model(field: str, path: str | None) -> None:
+    """
+    Raises:
+        UserError: the path of a further model is neither a folder nor a hub name.
+    """
+    if path is not None and not is_hub_name(path) and not Path(path).expanduser().is_dir():
+        raise no_folder(field, path)
 
 
 def count_prompts(data: PromptSetConfig, made_by: Mapping[str, str] = {}, section: str = "data") -> int | None:

@@ -74,7 +74,12 @@ def test_a_damaged_or_foreign_model_folder_names_its_file(config, tmp_path, cont
         (["critic.warmup_steps=1"], "critic.warmup_steps: is 1, but no critic learns in step 1"),
         (["phases.0.advantage={name: gae}", "critic.warmup_steps=9"], "no critic learns in step 5"),
         (["phases.0.advantage={name: gae}", "critic.path=./absent"], "critic.path: no such folder: ./absent"),
-        (["reference.refresh_every_steps=2"], "reference: no phase has a `kl` section"),
+        (["reference.refresh_every_steps=2"], "reference: no phase has a `kl` section.* leave out refresh_every"),
+        (["phases.0.advantage=distillation", "reference.path=./absent"], "reference.path: no such folder: ./absent"),
+        (
+            ["phases.0.advantage=distillation", "reference.url=http://127.0.0.1:1", "rollout.temperature=0.5"],
+            "a server's log-probs are at temperature 1, but rollout.temperature is 0.5",
+        ),
     ],
 )
 def test_critic_and_reference_must_be_of_use(config, tmp_path, overrides, message) -> None:
