@@ -21,8 +21,7 @@ from megatron_dsrl.checkpoint.megatron_writer import CheckpointWrite
 from megatron_dsrl.common.collective import on_first
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.actor import ReferenceConfig
-from megatron_dsrl.rollout.engines.address import EngineAddress
-from megatron_dsrl.rollout.engines.credentials import external_key
+from megatron_dsrl.rollout.engines.address import EngineAddress, external_key
 
 PAUSE_SECONDS = 1.0
 

@@ -144,3 +144,28 @@ def refresh_and_resume(folder: Path, target: Path) -> dict[str, dict[str, bool]]
 def test_the_policy_is_untouched_and_a_refreshed_reference_resumes_bit_for_bit(model, tmp_path) -> None:
     for rank in run_distributed(refresh_and_resume, 2, model[0], tmp_path, timeout_seconds=240):
         assert rank == {name: dict.fromkeys(("untouched", "itself", "kept", "resumed"), True) for name in LAYOUTS}
+
+
+def teacher_of_its_own(folder: Path, teacher_folder: Path) -> dict[str, bool]:
+    """In two tensor-parallel processes in bf16: a reference with another model's weights, beside that model's actor."""
+    parallel = ParallelConfig(tensor_parallel_size=2)
+    config = run_config(folder, parallel, ACTOR)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
+    experience = objective_of(GRPO).experience
+    with parallel_layout(parallel, seed=1):
+        actor = build_actor(config, folder)
+        before = parameters_of(actor)
+        reference = ReferencePolicy(actor)
+        reference.load_model(teacher_folder)
+        of_reference = reference.log_probs(experience)
+        untouched = reference.is_initial and all_equal(before, parameters_of(actor))
+        other = not all_equal(of_reference, actor.log_probs(experience))
+        of_teacher = build_actor(config, teacher_folder).log_probs(experience)
+    destroy_parallel()
+    return {"untouched": untouched, "other": other, "equal": all_equal(of_reference, of_teacher)}
+
+
+def test_a_reference_with_another_models_weights_scores_as_that_model(model, tmp_path) -> None:
+    make_tiny_qwen3(tmp_path, tied=True, vocab_size=127, seed=2)
+    for rank in run_distributed(teacher_of_its_own, 2, model[0], tmp_path):
+        assert rank == {"untouched": True, "other": True, "equal": True}

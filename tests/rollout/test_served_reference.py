@@ -7,13 +7,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from megatron_dsrl.rollout.engines.credentials import API_KEY_VARIABLE
 
 from megatron_dsrl.algorithms.experience import Experience, Response, build_experience
 from megatron_dsrl.algorithms.spaces import PostTrain
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.actor import ReferenceConfig
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
+from megatron_dsrl.rollout.engines.address import API_KEY_VARIABLE
 from megatron_dsrl.rollout.sample import SampleGroup
 from megatron_dsrl.rollout.served_reference import ServedReference
 from tests.support.engine import numbered_prompts
