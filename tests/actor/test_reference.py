@@ -22,6 +22,7 @@ from tests.actor.test_actor import GRPO, OPTIMIZER, TEMPERATURE, objective_of, r
 from tests.support.actors import weights_of
 from tests.support.distributed import run_distributed
 from tests.support.plain_torch import adamw
+from tests.support.tiny_model import make_tiny_qwen3
 
 COEFFICIENT = 0.5
 KL = GRPO.model_copy(update={"kl": KLConfig(loss_coefficient=COEFFICIENT, loss_estimator="k3")})
