@@ -94,7 +94,7 @@ def test_the_experts_are_those_that_transformers_chooses(run) -> None:
     same = total = 0
     for group in read_groups(rollout_file(run, 1)):
         for sample in group.samples:
-            tokens = torch.tensor([group.prompt.token_ids + sample.response_ids])
+            tokens = torch.tensor([[*group.prompt.token_ids, *sample.response_ids]])
             recorded = decode_routed_experts(sample.routed_experts, LAYERS, EXPERTS_PER_TOKEN)
             assert len(recorded) == tokens.shape[1] - 1
             logits = torch.stack(model(tokens, output_router_logits=True).router_logits, dim=1)[:-1]

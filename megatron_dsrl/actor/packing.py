@@ -169,7 +169,7 @@ def _whole_row(sequences: Sequence[ScoredSequence], starts: Sequence[int]) -> tu
     scored = 0
     for start, sequence in zip(starts, sequences):
         end = start + len(sequence.token_ids)
-        token_ids[start:end] = torch.tensor(sequence.token_ids)
+        token_ids[start:end] = sequence.token_tensor
         is_padding[start:end] = False
         predicted[start + sequence.scored_positions - 1] = torch.arange(scored, scored + sequence.num_scored)
         scored += sequence.num_scored
@@ -177,4 +177,4 @@ def _whole_row(sequences: Sequence[ScoredSequence], starts: Sequence[int]) -> tu
 
 
 def _scored_tokens(sequence: ScoredSequence) -> Tensor:
-    return torch.tensor(sequence.token_ids, dtype=torch.int64)[sequence.scored_positions]
+    return sequence.token_tensor[sequence.scored_positions]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_dsrl.algorithms.spaces import ScoredSequence, Space
+from megatron_dsrl.common.compact import float_array
 
 PerToken = tuple[Tensor, ...]
 """One [num_scored] float32 CPU tensor per sequence, aligned with its scored tokens."""
@@ -205,4 +206,5 @@ def _scored_log_probs(response: Response, sequence: ScoredSequence) -> Tensor:
         raise ValueError(
             f"{len(response.response_ids)} response tokens but {len(response.engine_log_probs)} engine log-probs"
         )
-    return sequence.select_scored(torch.tensor(response.engine_log_probs, dtype=torch.float32))
+    log_probs = torch.frombuffer(float_array(response.engine_log_probs), dtype=torch.float32)
+    return sequence.select_scored(log_probs)  # a copy

@@ -14,6 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from megatron_dsrl.common.compact import int_array
 from megatron_dsrl.config.choices import SPACES
 from megatron_dsrl.config.registry import Options
 
@@ -22,13 +23,15 @@ from megatron_dsrl.config.registry import Options
 class ScoredSequence:
     """Token ids and which of them are scored, each given all tokens before it."""
 
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int]
+    """Stored as a compact array."""
     num_context: int
     """Number of leading context tokens; at least 1, since a token is scored given those before it."""
     mask: tuple[bool, ...] | None = None
     """[len(token_ids) - num_context] which of the other tokens are scored; None means all."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "token_ids", int_array(self.token_ids))
         assert self.num_context >= 1, "a token is scored given those before it"
         assert self.mask is None or len(self.mask) == len(self.token_ids) - self.num_context
 
@@ -36,6 +39,11 @@ class ScoredSequence:
     def num_scored(self) -> int:
         """Number of scored tokens."""
         return len(self.token_ids) - self.num_context if self.mask is None else sum(self.mask)
+
+    @property
+    def token_tensor(self) -> Tensor:
+        """[len(token_ids)] int64, a copy."""
+        return torch.frombuffer(self.token_ids, dtype=torch.int32).long()
 
     @property
     def scored_positions(self) -> Tensor:
@@ -109,7 +117,8 @@ class Space(Options):
         context = self.context(prompt_ids, context_ids)
         unscored = 0 if context else 1
         mask = None if scored is None else tuple(scored[unscored:])
-        return ScoredSequence((*context, *response_ids), len(context) + unscored, mask)
+        token_ids = int_array(context) + int_array(response_ids)
+        return ScoredSequence(token_ids, len(context) + unscored, mask)
 
 
 @SPACES.register

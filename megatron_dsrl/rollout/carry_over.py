@@ -9,7 +9,7 @@ have more is restarted with other random numbers.
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import orjson
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.data.prompt import Prompt
-from megatron_dsrl.rollout.recording import group_of_record, prompt_of_record
+from megatron_dsrl.rollout.recording import as_json_line, group_of_record, prompt_of_record
 from megatron_dsrl.rollout.sample import SampleGroup
 from megatron_dsrl.rollout.unfinished import PartialResponse, UnfinishedGroup
 
@@ -43,7 +43,7 @@ class CarryOver:
         with open(file, "wb") as stream:
             for kind, groups in (("finished", self.finished), ("unfinished", self.unfinished)):
                 for group in groups:
-                    stream.write(orjson.dumps({"kind": kind, "group": asdict(group)}, option=orjson.OPT_APPEND_NEWLINE))
+                    stream.write(as_json_line({"kind": kind, "group": group}))
             stream.flush()
             os.fsync(stream.fileno())
 
@@ -129,8 +129,8 @@ def _unfinished_group(record: dict[str, Any]) -> UnfinishedGroup:
         responses=tuple(
             PartialResponse(
                 seed=response["seed"],
-                response_ids=tuple(response["response_ids"]),
-                log_probs=tuple(response["log_probs"]),
+                response_ids=response["response_ids"],
+                log_probs=response["log_probs"],
                 weight_versions=tuple(map(tuple, response["weight_versions"])),
                 finish_reason=response["finish_reason"],
                 routed_experts=response.get("routed_experts"),

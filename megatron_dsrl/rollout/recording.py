@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import orjson
 
 from megatron_dsrl.common.disk import replacing
@@ -39,7 +40,12 @@ def write_groups(file: Path, groups: Sequence[SampleGroup], others: Sequence[Sam
         for in_batch, part in ((True, groups), (False, others)):
             for group in part:
                 line = {"prompt": group.prompt, "samples": group.samples, "in_batch": in_batch}
-                stream.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+                stream.write(as_json_line(line))
+
+
+def as_json_line(record: dict[str, Any]) -> bytes:
+    """A line with dataclasses and compact arrays as JSON. Floats have as few digits as identify their float32."""
+    return orjson.dumps(record, default=np.asarray, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY)
 
 
 class RolloutRecorder:
@@ -144,9 +150,7 @@ def prompt_of_record(record: dict[str, Any]) -> Prompt:
 def _sample(record: dict[str, Any]) -> Sample:
     older = tuple(map(tuple, record.get("older_versions", ())))
     scored = record.get("scored") and tuple(record["scored"])
-    return Sample(
-        **_with_tuples(record, "response_ids", "log_probs") | {"older_versions": older, "scored": scored}
-    )
+    return Sample(**record | {"older_versions": older, "scored": scored})
 
 
 def _with_tuples(record: dict[str, Any], *fields: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megatron_dsrl.common.compact import float_array, int_array
 from megatron_dsrl.config.rollout import RolloutConfig
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rewards.score import Verdict
@@ -13,11 +14,13 @@ from megatron_dsrl.rewards.score import Verdict
 class Sample:
     """One response, as sampled. Token ids are the engine's; text is never tokenised again."""
 
-    response_ids: tuple[int, ...]
-    """Response tokens, including the end-of-turn token if the engine emitted it."""
+    response_ids: Sequence[int]
+    """Response tokens, including the end-of-turn token if the engine emitted it. Stored as a compact array, like the
+    log-probs."""
 
-    log_probs: tuple[float, ...]
-    """Engine log-prob of every response token given the full prompt, at the sampling temperature. Unit: nat."""
+    log_probs: Sequence[float]
+    """Engine log-prob of every response token given the full prompt, at the sampling temperature; float32. Unit:
+    nat."""
 
     text: str
     """Decoded response without special tokens."""
@@ -44,6 +47,10 @@ class Sample:
 
     scored: tuple[bool, ...] | None = None
     """Which response tokens the policy generated and are scored; None means all."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "response_ids", int_array(self.response_ids))
+        object.__setattr__(self, "log_probs", float_array(self.log_probs))
 
     @property
     def oldest_version(self) -> int:

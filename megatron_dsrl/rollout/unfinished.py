@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from megatron_dsrl.common.compact import float_array, int_array
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rollout.engines.generation import Completion, SampleRequest, VersionSpans
 
@@ -18,9 +19,10 @@ class PartialResponse:
     """The part of one response that has been sampled so far."""
 
     seed: int
-    response_ids: tuple[int, ...] = ()
-    log_probs: tuple[float, ...] = ()
-    """Log-prob of every token, from the engine that produced it. Unit: nat."""
+    response_ids: Sequence[int] = ()
+    """Stored as a compact array, like the log-probs."""
+    log_probs: Sequence[float] = ()
+    """Log-prob of every token, float32, from the engine that produced it. Unit: nat."""
     weight_versions: VersionSpans = ()
     finish_reason: Literal["stop", "length"] | None = None
     """None: still to be continued."""
@@ -28,12 +30,16 @@ class PartialResponse:
     """As in `Sample`, from the last request, which recomputed prompt and earlier tokens: choices made by older weights
     are not kept."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "response_ids", int_array(self.response_ids))
+        object.__setattr__(self, "log_probs", float_array(self.log_probs))
+
     def extended(self, completion: Completion) -> "PartialResponse":
         """The response with the tokens of one more request."""
         return PartialResponse(
             seed=self.seed,
-            response_ids=self.response_ids + completion.response_ids,
-            log_probs=self.log_probs + completion.log_probs,
+            response_ids=int_array(self.response_ids) + int_array(completion.response_ids),
+            log_probs=float_array(self.log_probs) + float_array(completion.log_probs),
             weight_versions=merge_spans(self.weight_versions + completion.weight_versions),
             finish_reason=None if completion.finish_reason == "abort" else completion.finish_reason,
             routed_experts=None if completion.finish_reason == "abort" else completion.routed_experts,
@@ -77,7 +83,7 @@ class UnfinishedGroup:
         """One request per response that has not ended."""
         return [
             SampleRequest(
-                token_ids=self.prompt.token_ids + response.response_ids,
+                token_ids=(*self.prompt.token_ids, *response.response_ids),
                 seed=response.seed,
                 max_new_tokens=max_response_tokens - len(response.response_ids),
             )

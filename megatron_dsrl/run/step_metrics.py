@@ -5,7 +5,8 @@ Pure functions of the sampled groups. A sample is *right* when its reward is at 
 """
 
 from collections.abc import Sequence
-from statistics import fmean
+
+import numpy as np
 
 from megatron_dsrl.rollout.sample import Sample, SampleGroup
 
@@ -92,8 +93,9 @@ def entropy_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     the standard deviation of -log P (around 1 nat) over the square root of the number of tokens, 0.001 for a million.
     In the post-train space the trainer has the exact entropy of the computed tokens anyway, as `policy/entropy`.
     """
-    log_probs = [log_prob for sample in samples for log_prob in sample.log_probs]
-    return {"response/conditional_entropy": -fmean(log_probs)} if log_probs else {}
+    tokens = sum(len(sample.log_probs) for sample in samples)
+    total = sum(float(np.asarray(sample.log_probs).sum(dtype=np.float64)) for sample in samples)
+    return {"response/conditional_entropy": -total / tokens} if tokens else {}
 
 
 def throughput_metrics(tokens: int, seconds: float) -> dict[str, int | float]:

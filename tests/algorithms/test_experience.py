@@ -37,21 +37,21 @@ def phase(space, kind="all") -> PhaseConfig:
 
 def test_post_train_space_scores_the_response_behind_the_prompt() -> None:
     experience = experience_in(phase(PostTrain()))
-    assert experience.sequences[0].token_ids == (1, 2, 3, 10, 11, 12)
+    assert list(experience.sequences[0].token_ids) == [1, 2, 3, 10, 11, 12]
     assert [s.num_scored for s in experience.sequences] == [3, 2, 1, 2, 2, 2]
     assert [a.unique().tolist() for a in experience.advantages] == [[0.75], [-0.25], [-0.25], [-0.25], [0.0], [0.0]]
 
 
 def test_pre_train_space_puts_bos_in_the_place_of_the_prompt() -> None:
     experience = experience_in(phase(PreTrain()))
-    assert experience.sequences[0].token_ids == (7, 10, 11, 12)
+    assert list(experience.sequences[0].token_ids) == [7, 10, 11, 12]
     assert [s.num_scored for s in experience.sequences] == [3, 2, 1, 2, 2, 2]
     torch.testing.assert_close(experience.engine_log_probs[0], torch.tensor([-1.0, -1.1, -1.2]))
 
 
 def test_without_bos_the_first_token_is_context_and_a_lone_token_drops_out() -> None:
     experience = experience_in(phase(PreTrain(bos="none")), [])
-    assert experience.sequences[0].token_ids == (10, 11, 12)
+    assert list(experience.sequences[0].token_ids) == [10, 11, 12]
     assert [s.num_scored for s in experience.sequences] == [2, 1, 1, 1, 1]
     torch.testing.assert_close(experience.engine_log_probs[0], torch.tensor([-1.1, -1.2]))
 
@@ -59,7 +59,7 @@ def test_without_bos_the_first_token_is_context_and_a_lone_token_drops_out() -> 
 @pytest.mark.parametrize(("kind", "kept"), [("negative", [(20, 21), (30,), (40, 41)]), ("positive", [(10, 11, 12)])])
 def test_filters_keep_one_sign_and_drop_uniform_groups(kind, kept) -> None:
     experience = experience_in(phase(PreTrain(), kind))
-    assert [s.token_ids[1:] for s in experience.sequences] == kept
+    assert [tuple(s.token_ids[1:]) for s in experience.sequences] == kept
 
 
 def test_pre_train_experience_does_not_depend_on_the_prompt() -> None:

@@ -41,7 +41,7 @@ def scored_tokens(sequence: ScoredSequence) -> list[int]:
 )
 def test_every_response_token_is_scored_that_has_a_context(space, context, token_ids, scored) -> None:
     sequence = space.sequence(PROMPT, RESPONSE, context)
-    assert (sequence.token_ids, scored_tokens(sequence)) == (token_ids, scored)
+    assert (tuple(sequence.token_ids), scored_tokens(sequence)) == (token_ids, scored)
     assert sequence.num_scored == len(scored)
 
 
@@ -76,5 +76,5 @@ def test_a_custom_space_is_named_by_its_dotted_path() -> None:
     path = "tests.algorithms.test_spaces:PromptEnd"
     phase = PhaseConfig(name="p", space={"name": path, "kept_tokens": 2}, advantage=GroupMean())
     assert phase.space.kept_tokens == 2 and phase.model_dump()["space"] == {"name": path, "kept_tokens": 2}
-    assert phase.space.sequence(PROMPT, RESPONSE).token_ids == (2, 3, *RESPONSE)
+    assert list(phase.space.sequence(PROMPT, RESPONSE).token_ids) == [2, 3, *RESPONSE]
     assert SPACES.names() == ["post_train", "pre_train"]

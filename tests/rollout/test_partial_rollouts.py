@@ -138,7 +138,7 @@ def test_a_continued_response_has_the_experts_of_its_last_request(tmp_path) -> N
     rest = Completion((4, 2), (-0.4, -0.5), "stop", ((2, 2),), routed_experts="of both parts")
     group = group.extended([rest])
     assert [response.routed_experts for response in group.responses] == ["of the first", "of both parts"]
-    assert group.responses[1].response_ids == (3, 4, 2)
+    assert list(group.responses[1].response_ids) == [3, 4, 2]
 
 
 def test_groups_that_are_too_old_are_restarted() -> None:

@@ -5,15 +5,17 @@ here; so is `update_weights_from_tensor` outside a weight update.
 """
 
 import errno
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Literal, Self
 
 import aiohttp
+import orjson
 
 from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.errors import BadRequestError, EngineError
 from megatron_dsrl.rollout.engines.generation import Completion, SampleRequest, generate_body, read_completions
+from megatron_dsrl.rollout.engines.packed_answers import MEDIA_TYPE, read_json, unpack
 from megatron_dsrl.rollout.open_files import TooManyOpenFilesError
 from megatron_dsrl.rollout.sample import SamplingParameters
 
@@ -59,9 +61,13 @@ class EngineClient:
             EngineError: the engine is busy or gone, or returned a log-prob that is not a finite number.
             TooManyOpenFilesError: this process has no descriptor for the connection.
         """
-        answers = await self._request("POST", "/generate", generate_body(requests, sampling), timeout_seconds)
+        body, accept = generate_body(requests, sampling), {"Accept": MEDIA_TYPE}
+        answer = await self._request("POST", "/generate", body, timeout_seconds, accept)
         try:
+            answers = unpack(answer) if isinstance(answer, bytes) else read_json(answer)
             return read_completions(answers, requests, sampling)
+        except ValueError as error:
+            raise EngineError(f"engine {self.url}: /generate did not answer with samples: {error}") from error
         except EngineError as error:
             raise type(error)(f"engine {self.url}: {error}") from error
 
@@ -128,21 +134,30 @@ class EngineClient:
         """POST within the client's own limit."""
         return await self._request("POST", path, body, self._timeout_seconds)
 
-    async def _request(self, method: str, path: str, body: dict[str, Any] | None, limit: float | None) -> Any:
-        """The decoded answer. `limit` is in seconds; None: no limit."""
+    async def _request(
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None,
+        limit: float | None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Any:
+        """The decoded answer; bytes if it is packed. `limit` is in seconds; None: no limit."""
         assert self._session is not None, "EngineClient is used outside `async with`"
         try:
             async with self._session.request(
-                method, self.url + path, json=body, timeout=aiohttp.ClientTimeout(total=limit)
+                method, self.url + path, json=body, headers=headers, timeout=aiohttp.ClientTimeout(total=limit)
             ) as response:
                 if response.status != 200:
                     kind = BadRequestError if 400 <= response.status < 500 else EngineError
                     raise kind(
                         f"engine {self.url} refused {path}: status {response.status}, {await response.text():.2000}"
                     )
+                if response.content_type == MEDIA_TYPE:
+                    return await response.read()
                 if response.content_type != "application/json":
                     return await response.text()
-                return await response.json()
+                return orjson.loads(await response.read())  # twice as fast as the standard library
         except TimeoutError as error:
             raise EngineError(f"engine {self.url} did not answer {path} within {limit:g} s") from error
         except aiohttp.ClientError as error:

@@ -1,15 +1,16 @@
 """SGLang's `/generate`: what is asked, and what the answer means."""
 
 import base64
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
+from megatron_dsrl.common.compact import float_array, int_array
 from megatron_dsrl.model.routed_experts import encode_routed_experts
 from megatron_dsrl.rollout.engines.errors import BadRequestError, EngineError
+from megatron_dsrl.rollout.engines.packed_answers import Answer
 from megatron_dsrl.rollout.sample import SamplingParameters
 
 VersionSpans = tuple[tuple[int, int], ...]
@@ -32,11 +33,11 @@ class SampleRequest:
 class Completion:
     """The engine's result for one request."""
 
-    response_ids: tuple[int, ...]
-    """New tokens, including the stop token."""
+    response_ids: Sequence[int]
+    """New tokens, including the stop token. Stored as a compact array, like the log-probs."""
 
-    log_probs: tuple[float, ...]
-    """Log-prob of every new token. Unit: nat."""
+    log_probs: Sequence[float]
+    """Log-prob of every new token, float32. Unit: nat."""
 
     finish_reason: Literal["stop", "length", "abort"]
     """`length`: the response reached the limit. `abort`: `abort_all` ended it, perhaps before its first token."""
@@ -47,6 +48,10 @@ class Completion:
     routed_experts: str | None = None
     """The experts chosen for every token of request and response except the last, which went through no layer. None
     unless requested."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "response_ids", int_array(self.response_ids))
+        object.__setattr__(self, "log_probs", float_array(self.log_probs))
 
 
 def generate_body(requests: Sequence[SampleRequest], sampling: SamplingParameters) -> dict[str, Any]:
@@ -63,16 +68,16 @@ def generate_body(requests: Sequence[SampleRequest], sampling: SamplingParameter
 
 
 def read_completions(
-    answers: Any, requests: Sequence[SampleRequest], sampling: SamplingParameters
+    answers: Sequence[Answer], requests: Sequence[SampleRequest], sampling: SamplingParameters
 ) -> list[Completion]:
-    """The decoded JSON answer to `generate_body` as one completion per request.
+    """The answer to `generate_body` as one completion per request.
 
     Raises:
         EngineError: the answer is unusable, or a log-prob is not a finite number.
         BadRequestError: the experts were asked for, and the engine does not return them.
     """
-    if not isinstance(answers, list) or len(answers) != len(requests):
-        raise EngineError(f"/generate did not answer with {len(requests)} samples: {answers!r:.500}")
+    if len(answers) != len(requests):
+        raise EngineError(f"/generate answered with {len(answers)} samples to {len(requests)} requests")
     completions = [read_completion(answer) for answer in answers]
     if not sampling.return_routed_experts:
         return completions
@@ -82,42 +87,41 @@ def read_completions(
     ]
 
 
-def read_completion(answer: dict[str, Any]) -> Completion:
+def read_completion(answer: Answer) -> Completion:
     """One response of `/generate`, without its experts.
 
     Raises:
         EngineError: it ended in an unknown way, or a log-prob is not a finite number.
     """
-    meta = answer["meta_info"]
-    reason = meta["finish_reason"]
+    reason = answer.meta["finish_reason"]
     if reason["type"] not in ("stop", "length", "abort"):
         raise EngineError(f"it ended a sample with {reason!r:.500}")
-    response_ids = tuple(answer["output_ids"])
-    log_probs = tuple(entry[0] for entry in meta.get("output_token_logprobs", ()))  # absent if it never began
-    assert len(log_probs) == len(response_ids), f"{len(log_probs)} log-probs for {len(response_ids)} tokens"
-    for position, log_prob in enumerate(log_probs):
-        if log_prob is None or not math.isfinite(log_prob):  # JSON has no NaN: SGLang writes null
-            raise EngineError(
-                f"the log-prob of token {position} of a response is {log_prob}, not a finite number, so its logits "
-                "are not either: the weights have diverged, or the model overflows in model.dtype or with the "
-                "engine's kernels (engine.extra_arguments)"
-            )
+    tokens = len(answer.response_ids)
+    assert len(answer.log_probs) == tokens, f"{len(answer.log_probs)} log-probs for {tokens} tokens"
+    finite = np.isfinite(np.asarray(answer.log_probs))
+    if not finite.all():
+        position = int(finite.argmin())
+        raise EngineError(
+            f"the log-prob of token {position} of a response is {answer.log_probs[position]}, not a finite number, so "
+            "its logits are not either: the weights have diverged, or the model overflows in model.dtype or with the "
+            "engine's kernels (engine.extra_arguments)"
+        )
     return Completion(
-        response_ids=response_ids,
-        log_probs=log_probs,
+        response_ids=answer.response_ids,
+        log_probs=answer.log_probs,
         finish_reason=reason["type"],
         weight_versions=tuple(
             (int(span["version"]), span["end"] - span["start"])
-            for span in meta.get("weight_versions", ())
+            for span in answer.meta.get("weight_versions", ())
             if span["end"] > span["start"]
         ),
     )
 
 
-def _routed_experts(request: SampleRequest, completion: Completion, answer: dict[str, Any]) -> str | None:
+def _routed_experts(request: SampleRequest, completion: Completion, answer: Answer) -> str | None:
     if not completion.response_ids:
         return None
-    answered = answer["meta_info"].get("routed_experts")
+    answered = answer.meta.get("routed_experts")
     if answered is None:
         raise BadRequestError(
             "it does not return the experts it chose, which rollout.routing_replay needs; start it with "

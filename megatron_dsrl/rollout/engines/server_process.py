@@ -50,12 +50,14 @@ def main() -> None:
     from sglang.srt.entrypoints.http_server import launch_server
     from sglang.srt.server_args import ServerArgs
 
+    from megatron_dsrl.rollout.engines import packed_route
     from megatron_dsrl.rollout.engines.address import API_KEY_VARIABLE
 
     arguments = json.loads(sys.argv[1])[1]
     if API_KEY_VARIABLE in os.environ:  # not passed as an argument, which every user of the machine could read
         arguments = {"api_key": os.environ[API_KEY_VARIABLE]} | arguments
     rendezvous = prepare_engine_launch()
+    packed_route.register()
     try:
         launch_server(
             ServerArgs(**arguments),
