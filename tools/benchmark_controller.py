@@ -33,7 +33,7 @@ from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_dsrl.algorithms.experience import Response, build_experience
+from megatron_dsrl.algorithms.experience import Experience, Response, build_experience
 from megatron_dsrl.algorithms.spaces import PostTrain
 from megatron_dsrl.config.data import RewardConfig
 from megatron_dsrl.data.tokenizer import decode
@@ -112,8 +112,13 @@ def engine(answers: list[dict[str, Any]], packs: bool) -> Iterator[EngineAddress
         process.join()
 
 
-async def receive(address: EngineAddress, prompts: int) -> list[Completion]:
+def receive(address: EngineAddress, prompts: int) -> list[Completion]:
     """The samples of a batch, as the rollout receives them: a call per prompt, several at a time."""
+    return asyncio.run(call_all(address, prompts))
+
+
+async def call_all(address: EngineAddress, prompts: int) -> list[Completion]:
+    """The answers to a call per prompt."""
     requests = [SampleRequest(tuple(range(PROMPT_TOKENS)), seed, PAPER_TOKENS) for seed in range(SAMPLES_PER_PROMPT)]
     places = asyncio.Semaphore(CALLS_AT_A_TIME)
     async with EngineClient(address, timeout_seconds=600.0) as client:
@@ -126,25 +131,37 @@ async def receive(address: EngineAddress, prompts: int) -> list[Completion]:
     return [completion for completions in calls for completion in completions]
 
 
+def decode_all(tokenizer: PreTrainedTokenizerFast, completions: list[Completion]) -> list[str]:
+    """The responses' texts."""
+    return [decode(tokenizer, completion.response_ids) for completion in completions]
+
+
 def judge(texts: list[str]) -> list[float]:
     """Rewards of the responses, in the order of submission."""
     with RewardPool(RewardConfig(function="boxed", workers=1)) as pool:
         return [judgement.result().reward for judgement in [pool.submit(text, "2") for text in texts]]
 
 
-def make_responses(completions: list[Completion]) -> list[Response]:
-    """What is shared with the other ranks."""
+def pickle_batch(completions: list[Completion]) -> bytes:
+    """What rank 0 shares with the other ranks."""
     prompt = tuple(range(PROMPT_TOKENS))
-    return [
-        Response(prompt, done.response_ids, done.log_probs, 1.0, number // SAMPLES_PER_PROMPT)
-        for number, done in enumerate(completions)
-    ]
+    return pickle.dumps(
+        [
+            Response(prompt, done.response_ids, done.log_probs, 1.0, number // SAMPLES_PER_PROMPT)
+            for number, done in enumerate(completions)
+        ]
+    )
 
 
-def timed(work: Callable[[], Result]) -> tuple[Result, float]:
-    """The result, and the processor time of this process in seconds."""
+def unpickle_batch(pickled: bytes) -> Experience:
+    """What every rank makes of it."""
+    return build_experience(pickle.loads(pickled), PostTrain(name="post_train"))
+
+
+def timed(work: Callable[..., Result], *arguments: Any) -> tuple[Result, float]:
+    """The result of `work(*arguments)`, and the processor time of this process in seconds."""
     begin = time.process_time()
-    result = work()
+    result = work(*arguments)
     return result, time.process_time() - begin
 
 
@@ -177,19 +194,15 @@ def measure(prompts: int, tokens: int, tokenizer: PreTrainedTokenizerFast) -> tu
     """Seconds of every part for a batch, and the bytes that are shared."""
     answers, seconds = answer_of_a_call(tokens, len(tokenizer)), {}
     with engine(answers, packs=False) as address:
-        _, seconds["rank 0: JSON answers of other servers received (engine.urls)"] = timed(
-            lambda: asyncio.run(receive(address, prompts))
-        )
+        _, seconds["rank 0: JSON of other servers received (engine.urls)"] = timed(receive, address, prompts)
     with engine(answers, packs=True) as address:
-        completions, seconds["rank 0: answers received"] = timed(lambda: asyncio.run(receive(address, prompts)))
-    texts, seconds["rank 0: decoded"] = timed(lambda: [decode(tokenizer, done.response_ids) for done in completions])
-    _, seconds["rank 0: handed to the verifier and back"] = timed(lambda: judge(texts))
+        completions, seconds["rank 0: answers received"] = timed(receive, address, prompts)
+    texts, seconds["rank 0: decoded"] = timed(decode_all, tokenizer, completions)
+    _, seconds["rank 0: handed to the verifier and back"] = timed(judge, texts)
     del texts
-    pickled, seconds["rank 0: pickled"] = timed(lambda: pickle.dumps(make_responses(completions)))
+    pickled, seconds["rank 0: pickled"] = timed(pickle_batch, completions)
     del completions
-    _, seconds["every rank: unpickled, made an experience"] = timed(
-        lambda: build_experience(pickle.loads(pickled), PostTrain(name="post_train"))
-    )
+    _, seconds["every rank: unpickled, made an experience"] = timed(unpickle_batch, pickled)
     seconds["sent to another process"] = transport_seconds(len(pickled))
     return seconds, len(pickled)
 
@@ -197,7 +210,7 @@ def measure(prompts: int, tokens: int, tokenizer: PreTrainedTokenizerFast) -> tu
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16], help="times the paper's 128 x 8 responses")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16], help="times the paper's 1,024 responses")
     parser.add_argument("--tokens", type=int, default=PAPER_TOKENS, help="tokens per response (default: 8192)")
     options = parser.parse_args()
     tokenizer = make_tokenizer()

@@ -48,7 +48,7 @@ def test_packed_answers_take_eight_bytes_per_token() -> None:
 def test_a_log_prob_that_is_not_finite_is_an_error(bad: float | None) -> None:
     answers = [answer([5, 6], [-0.5, bad])]
     for read in (unpack(pack(answers)), read_json(answers)):
-        with pytest.raises(EngineError, match="log-prob of token 1 of a response is (nan|-inf), not a finite number") as error:
+        with pytest.raises(EngineError, match="log-prob of token 1 of a response is .*, not a finite number") as error:
             read_completions(read, REQUESTS[:1], SAMPLING)
         assert not isinstance(error.value, BadRequestError), "another attempt may succeed"
 
