@@ -10,12 +10,16 @@ from contextlib import ExitStack
 
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.publishing.card import refresh_card
+from megatron_dsrl.rollout.engines.starting_server import StartingServer
 from megatron_dsrl.run.start import start_run
 from megatron_dsrl.run.training_run import TrainingRun
 
 
-def train(config: RunConfig) -> None:
+def train(config: RunConfig, starting: StartingServer | None = None) -> None:
     """Run a training, or continue it from its newest checkpoint. All ranks call it.
+
+    Args:
+        starting: process that becomes this rank's engine; None: a new one, if this rank owns an engine.
 
     Raises:
         UserError: the model, the data or the run folder does not fit the configuration, or another process is using
@@ -23,7 +27,7 @@ def train(config: RunConfig) -> None:
         Preempted: the process was asked to stop; the run's state is saved.
     """
     with ExitStack() as resources:
-        run = start_run(config, resources)
+        run = start_run(config, resources, starting)
         start(run)
         for step in run.steps:
             run.saving.publish_if_written()

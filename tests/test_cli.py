@@ -76,7 +76,7 @@ def test_dry_run_prints_configuration_and_figures_and_starts_nothing(folder) -> 
 def test_dry_run_imports_nothing_heavy(folder) -> None:
     program = (
         "import sys; from megatron_dsrl.cli import main; status = main(['train', 'run.yaml', '--dry-run']);"
-        "print(status, sorted({'sglang', 'megatron', 'transformers'} & set(sys.modules)), file=sys.stderr)"
+        "print(status, sorted({'sglang', 'megatron', 'transformers', 'torch'} & set(sys.modules)), file=sys.stderr)"
     )
     result = subprocess.run(
         [sys.executable, "-c", program], cwd=folder, env=environment(), capture_output=True, text=True, timeout=60
@@ -208,7 +208,7 @@ sys.exit(main(["train", "run.yaml"]))
 def test_a_users_mistake_found_during_the_run_is_told_by_every_rank(folder, rank, stderr) -> None:
     body = (
         "from megatron_dsrl.common.errors import UserError\n"
-        "def train(config): raise UserError('data.source: no rows')"
+        "def train(config, starting): raise UserError('data.source: no rows')"
     )
     command = in_place_of_train(folder, body)
     result = subprocess.run(
@@ -218,7 +218,7 @@ def test_a_users_mistake_found_during_the_run_is_told_by_every_rank(folder, rank
 
 
 def test_a_defect_keeps_its_traceback(folder) -> None:
-    command = in_place_of_train(folder, "def train(config): return config.no_such_section")
+    command = in_place_of_train(folder, "def train(config, starting): return config.no_such_section")
     result = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=60)
     assert result.returncode == 1
     assert "Traceback" in result.stderr and "no_such_section" in result.stderr
@@ -230,7 +230,7 @@ def test_an_interrupted_run_cleans_up_and_says_so_by_its_status(folder, sent, st
         pytest.skip("ignored here, as SIGHUP is under nohup, and so by what is started")
     body = """
 import time
-def train(config):
+def train(config, starting):
     try:
         print("started", flush=True)
         time.sleep(30)

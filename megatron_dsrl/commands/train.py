@@ -38,13 +38,14 @@ def add_train(commands: Commands) -> None:
 
 def _train(options: argparse.Namespace) -> int:
     from megatron_dsrl.config.load import load_config
-    from megatron_dsrl.run.preflight import preflight
 
     world_size = options.processes or launched_world_size()
     verbose = ["observability.verbose=true"] if options.verbose else []
     config = load_config(options.config, [*options.overrides, *verbose])
     if not options.dry_run and _is_complete(config):
         return 0
+    from megatron_dsrl.run.preflight import preflight
+
     figures = preflight(config, world_size)
     from megatron_dsrl.observability.trackers.base import check_packages
 
@@ -60,22 +61,25 @@ def _train(options: argparse.Namespace) -> int:
     run_folder = Path(config.output_dir) / config.name
     for line in (f"run folder: {run_folder}", *batch_lines(config, figures), *sampling_warnings(config.rollout)):
         say_on_first_rank(line)
-    with loading_megatron():
-        from megatron_dsrl.planning.warnings import memory_warnings, this_machine
-        from megatron_dsrl.platform.engine import allocator_warning
-        from megatron_dsrl.train import train
+    from megatron_dsrl.rollout.engines.starting_server import starting_server
 
-    if launched_rank() == 0:
-        allocator = None if config.engine.urls else allocator_warning()
-        for warning in [*memory_warnings(config, world_size, this_machine()), *filter(None, [allocator])]:
-            say_on_first_rank(warning)
-    try:
-        train(config)
-    except UserError as error:
-        # Only this rank may have hit the error, so it must not be lost.
-        if launched_rank() != 0:
-            print(f"dsrl: rank {launched_rank()}: {error}", file=sys.stderr, flush=True)
-        raise
+    with starting_server(config) as starting:  # imports SGLang while this process imports Megatron
+        with loading_megatron():
+            from megatron_dsrl.planning.warnings import memory_warnings, this_machine
+            from megatron_dsrl.platform.engine import allocator_warning
+            from megatron_dsrl.train import train
+
+        if launched_rank() == 0:
+            allocator = None if config.engine.urls else allocator_warning()
+            for warning in [*memory_warnings(config, world_size, this_machine()), *filter(None, [allocator])]:
+                say_on_first_rank(warning)
+        try:
+            train(config, starting)
+        except UserError as error:
+            # Only this rank may have hit the error, so it must not be lost.
+            if launched_rank() != 0:
+                print(f"dsrl: rank {launched_rank()}: {error}", file=sys.stderr, flush=True)
+            raise
     return 0
 
 

@@ -25,6 +25,7 @@ from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
 from megatron_dsrl.rollout.engines.run_engines import make_engines
 from megatron_dsrl.rollout.engines.server_arguments import UNSET_WEIGHT_VERSION, initial_weight_version
 from megatron_dsrl.rollout.engines.settings import RolloutSettings
+from megatron_dsrl.rollout.engines.starting_server import StartingServer
 from megatron_dsrl.rollout.feed import Feed, WholeFeed
 from megatron_dsrl.rollout.judging import Decode, GroupJudge
 from megatron_dsrl.rollout.open_files import requests_at_a_time
@@ -46,7 +47,9 @@ class EngineRollout:
         stop_token_ids: tuple[int, ...],
         decode: Decode,
         on_call: OnCall = ignore,
+        starting: StartingServer | None = None,
     ) -> None:
+        """Start the engines; `starting` is the process that becomes this rank's server, None starts a new one."""
         self._config = config
         self._decode = decode
         self._on_call = on_call
@@ -62,7 +65,7 @@ class EngineRollout:
         self._steps = step_sampling(config, self)
         self._engines: Engines | None = None
         try:
-            self._engines = make_engines(config, run_folder)
+            self._engines = make_engines(config, run_folder, starting)
             self._engines.start()
         except BaseException:
             self.close()

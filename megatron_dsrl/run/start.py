@@ -14,6 +14,7 @@ from megatron_dsrl.checkpoint.state import current_layout
 from megatron_dsrl.checkpoint.store import CheckpointStore
 from megatron_dsrl.common.folder_lock import locked
 from megatron_dsrl.common.waiting import waiting
+from megatron_dsrl.config.rollout import EngineConfig
 from megatron_dsrl.config.run import ObservabilityConfig, RunConfig
 from megatron_dsrl.data.mixture import build_sampler
 from megatron_dsrl.evaluation.evaluator import Evaluator
@@ -25,9 +26,11 @@ from megatron_dsrl.observability.timeline import NoTimeline, Timeline
 from megatron_dsrl.observability.tracker import Tracker
 from megatron_dsrl.observability.trackers.launch import Trackers
 from megatron_dsrl.platform import current_platform
+from megatron_dsrl.platform.engine import can_release_engine_memory
 from megatron_dsrl.rollout.carry_over import CarryOver
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.engines.run_engines import awaiting_engines
+from megatron_dsrl.rollout.engines.starting_server import StartingServer
 from megatron_dsrl.rollout.recording import RolloutRecorder
 from megatron_dsrl.rollout.replay import ReplayRollout
 from megatron_dsrl.rollout.rollout import Rollout
@@ -47,8 +50,11 @@ from megatron_dsrl.run.threads import use_cpu_threads
 from megatron_dsrl.run.training_run import TrainingRun
 
 
-def start_run(config: RunConfig, resources: ExitStack) -> TrainingRun:
+def start_run(config: RunConfig, resources: ExitStack, starting: StartingServer | None) -> TrainingRun:
     """Everything up to the first step. All ranks call it; `resources` closes what has to be closed.
+
+    Args:
+        starting: process that becomes this rank's engine; None: a new one, if this rank owns an engine.
 
     Raises:
         UserError: the model, the data or the run folder does not fit the configuration, or another process is using
@@ -72,8 +78,7 @@ def start_run(config: RunConfig, resources: ExitStack) -> TrainingRun:
     )  # entered before the engines start, so that pending records are waited for after they have stopped
     timeline = open_timeline(config.observability.trace, inputs.run_folder, resources)
     profiler = step_profiler(config.observability, inputs.run_folder, console)
-    rollout = start_rollout(with_model_folder(config, inputs.model_folder), inputs, timeline, resources)
-    models = start_models(config, inputs, timeline, console)
+    rollout, models = start_rollout_and_models(config, inputs, timeline, console, resources, starting)
     sampler = build_sampler(config.data, inputs.prompts, config.seed)
     if checkpoint:
         same_layout = checkpoint.state.layout == current_layout(config.parallel)
@@ -129,21 +134,55 @@ def open_checkpoints(
     return checkpoints, checkpoint
 
 
+def start_rollout_and_models(
+    config: RunConfig,
+    inputs: RunInputs,
+    timeline: Timeline | NoTimeline,
+    console: RunConsole,
+    resources: ExitStack,
+    starting: StartingServer | None,
+) -> tuple[Rollout, RunModels]:
+    """Start the engines, build the models meanwhile if they do not share devices, and wait for the engines."""
+    rollout = start_rollout(with_model_folder(config, inputs.model_folder), inputs, timeline, resources, starting)
+    if engines_share_devices(config.engine):
+        wait_for_engines(config, inputs, rollout, timeline)
+        return rollout, start_models(config, inputs, timeline, console)
+    models = start_models(config, inputs, timeline, console)
+    wait_for_engines(config, inputs, rollout, timeline)
+    return rollout, models
+
+
 def start_rollout(
-    config: RunConfig, inputs: RunInputs, timeline: Timeline | NoTimeline, resources: ExitStack
+    config: RunConfig,
+    inputs: RunInputs,
+    timeline: Timeline | NoTimeline,
+    resources: ExitStack,
+    starting: StartingServer | None,
 ) -> Rollout:
-    """Start the engines and lend their memory to the models that are built next, or open the recording to replay."""
+    """Start the engines without waiting for them, or open the recording to replay."""
     if config.rollout.replay_from is not None:
         rollout: Rollout = ReplayRollout(config.rollout, inputs.prompts, inputs.stop_token_ids)
     else:
         rollout = EngineRollout(
-            config, inputs.run_folder, inputs.stop_token_ids, inputs.decode, timeline.engine_call
+            config, inputs.run_folder, inputs.stop_token_ids, inputs.decode, timeline.engine_call, starting
         )
     resources.callback(rollout.close)
+    return rollout
+
+
+def engines_share_devices(engine: EngineConfig) -> bool:
+    """Whether the models can be built only once the engines have started and released their memory: an engine on the
+    trainer's GPU takes a share of what is free."""
+    return can_release_engine_memory() and not engine.urls
+
+
+def wait_for_engines(
+    config: RunConfig, inputs: RunInputs, rollout: Rollout, timeline: Timeline | NoTimeline
+) -> None:
+    """Wait for the engines and lend their memory to the models."""
     with timeline.span("start_engines"), awaiting_engines(config, inputs.run_folder):
         rollout.wait_until_ready()
     rollout.release_memory()
-    return rollout
 
 
 def start_models(

@@ -20,7 +20,7 @@ from megatron_dsrl.rollout.batch import BatchRequest, RolloutBatch
 from megatron_dsrl.rollout.dispatcher import Dispatcher
 from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.client import connect
-from megatron_dsrl.rollout.engines.server_resources import SERVER_PROCESS
+from megatron_dsrl.rollout.engines.starting_server import SERVER_PROCESS
 from megatron_dsrl.rollout.feed import WholeFeed
 from megatron_dsrl.rollout.judging import GroupJudge
 from megatron_dsrl.rollout.progress import BatchProgress
@@ -119,11 +119,12 @@ def weights_checker(engine: EngineAddress, action: str) -> dict[str, Any]:
 
 def server_process(engine: EngineAddress) -> int:
     """Process id of an SGLang server that this process has started."""
-    port = f'"port": {urlsplit(engine.url).port}'
+    port = urlsplit(engine.url).port
     (found,) = (
         process.pid
         for process in psutil.Process().children()
-        if SERVER_PROCESS in process.cmdline() and port in process.cmdline()[-1]
+        if SERVER_PROCESS in process.cmdline()
+        and any(each.status == psutil.CONN_LISTEN and each.laddr.port == port for each in process.net_connections())
     )
     return found
 

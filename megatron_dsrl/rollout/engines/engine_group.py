@@ -26,6 +26,7 @@ from megatron_dsrl.rollout.engines.server import EngineServer
 from megatron_dsrl.rollout.engines.server_arguments import engine_threads, server_arguments
 from megatron_dsrl.rollout.engines.settings import RolloutSettings
 from megatron_dsrl.rollout.engines.shared_memory import check_shared_memory
+from megatron_dsrl.rollout.engines.starting_server import StartingServer
 from megatron_dsrl.rollout.engines.supervised_server import SupervisedServer
 from megatron_dsrl.rollout.engines.warm_up import warm_up
 from megatron_dsrl.rollout.engines.weight_check import WeightCheck
@@ -37,8 +38,13 @@ LOOPBACK_INTERFACE = "lo"
 class EngineGroup:
     """SGLang servers on the trainer's devices; implements `Engines`. Each rank's object handles its group's engine."""
 
-    def __init__(self, config: RolloutSettings, run_folder: Path) -> None:
+    def __init__(
+        self, config: RolloutSettings, run_folder: Path, starting: StartingServer | None = None
+    ) -> None:
         """Group the ranks. Starts nothing.
+
+        Args:
+            starting: process that becomes this rank's server; None: a new one.
 
         Raises:
             UserError: the world cannot be divided into engines, or settings contradict each other.
@@ -77,6 +83,7 @@ class EngineGroup:
             port=None if config.engine.port is None else config.engine.port + engine,
             key=key,
             warm_up=self._warm_up if compiles_kernels() else None,
+            starting=starting,
         )
         self._supervised = SupervisedServer(self._server, engine, config.engine.max_restarts)
 

@@ -11,13 +11,18 @@ from megatron_dsrl.rollout.engines.engine_protocol import Engines
 from megatron_dsrl.rollout.engines.external_engines import ExternalEngines
 from megatron_dsrl.rollout.engines.server_arguments import initial_weight_version
 from megatron_dsrl.rollout.engines.settings import RolloutSettings
+from megatron_dsrl.rollout.engines.starting_server import StartingServer
 
 
-def make_engines(config: RolloutSettings, run_folder: Path) -> Engines:
-    """Engines on the trainer's devices, or those of `engine.urls`. Every rank."""
+def make_engines(config: RolloutSettings, run_folder: Path, starting: StartingServer | None = None) -> Engines:
+    """Engines on the trainer's devices, or those of `engine.urls`. Every rank.
+
+    Args:
+        starting: process that becomes this rank's server; None: a new one.
+    """
     if config.engine.urls:
         return ExternalEngines(config, initial_weight_version(config))
-    return EngineGroup(config, run_folder)
+    return EngineGroup(config, run_folder, starting)
 
 
 def awaiting_engines(config: RolloutSettings, run_folder: Path) -> AbstractContextManager[None]:

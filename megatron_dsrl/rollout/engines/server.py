@@ -3,8 +3,6 @@
 import atexit
 import logging
 import signal
-import subprocess
-import tempfile
 import threading
 import time
 import urllib.request
@@ -17,12 +15,8 @@ from megatron_dsrl.common.held_port import PORT_LOST_STATUS, HeldPort
 from megatron_dsrl.platform.engine import ServerArguments
 from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.errors import EngineError, EngineStartError
-from megatron_dsrl.rollout.engines.server_resources import (
-    end_processes,
-    processes_of,
-    shared_memory_files,
-    start_process,
-)
+from megatron_dsrl.rollout.engines.server_resources import end_processes, processes_of, shared_memory_files
+from megatron_dsrl.rollout.engines.starting_server import StartingServer
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +43,7 @@ class EngineServer:
         port: int | None = None,
         key: str | None = None,
         warm_up: Callable[[float], None] | None = None,
+        starting: StartingServer | None = None,
     ) -> None:
         """
         Args:
@@ -61,6 +56,7 @@ class EngineServer:
             key: what every caller must know; None: the server answers every caller.
             warm_up: called when the server answers, with the seconds that are left of the limit, before it counts as
                 ready. Raises EngineError if the server fails it.
+            starting: Process that becomes the server at its first start; None: a new one.
         """
         self._arguments = arguments
         self._environment = environment
@@ -70,9 +66,9 @@ class EngineServer:
         self._port = port
         self._key = key
         self._warm_up = warm_up
+        self._starting = starting
         self._held: HeldPort | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._running: StartingServer | None = None
         self._shared_memory: set[Path] = set()
         """Files in /dev/shm that the server made."""
         self._started_at = 0.0
@@ -91,7 +87,7 @@ class EngineServer:
     @property
     def process_id(self) -> int | None:
         """Process and process-group id of the server; None before start() and after stop()."""
-        return None if self._process is None else self._process.pid
+        return None if self._running is None else self._running.process.pid
 
     def start(self) -> None:
         """Start the subprocess and return at once.
@@ -102,14 +98,13 @@ class EngineServer:
             UserError: the port is in use.
         """
         assert threading.current_thread() is threading.main_thread()
-        assert self._process is None, "the server was started before"
+        assert self._running is None, "the server was started before"
         self._held = self._held or HeldPort(self._host, self._port)
         self._log_file.parent.mkdir(parents=True, exist_ok=True)
         arguments: dict[str, Any] = {**self._arguments, "host": self._host, "port": self._held.number}
-        # SGLang leaves its sockets in the temporary folder; its name is short because socket paths are limited.
-        self._scratch = tempfile.TemporaryDirectory(prefix="dsrl-", ignore_cleanup_errors=True)
-        environment = {"TMPDIR": self._scratch.name, **self._environment}
-        self._process = start_process(arguments, environment, self._key, self._log_file)
+        self._running = self._starting or StartingServer(self._environment)
+        self._starting = None
+        self._running.serve(arguments, self._environment, self._key, self._log_file)
         self._started_at = time.monotonic()
         atexit.register(self.stop)
 
@@ -147,13 +142,13 @@ class EngineServer:
             except EngineError as error:
                 self._end()
                 raise EngineStartError(f"the SGLang server at {self.url} failed its first requests: {error}") from error
-        assert self._process is not None
-        self._shared_memory |= shared_memory_files(self._process.pid)
+        assert self._running is not None
+        self._shared_memory |= shared_memory_files(self._running.process.pid)
         self._freeze_garbage_collection()
 
     def has_ended(self) -> bool:
         """Whether the server process was started and has exited without being stopped."""
-        return self._process is not None and self._process.poll() is not None
+        return self._running is not None and self._running.process.poll() is not None
 
     def check_alive(self) -> None:
         """Raise if the server process has exited.
@@ -162,8 +157,8 @@ class EngineServer:
             UserError: it exited by itself; the message has the last lines of its log.
             EngineStartError: it was killed by a signal, or could not open its port.
         """
-        assert self._process is not None, "the server was not started"
-        status = self._process.poll()
+        assert self._running is not None, "the server was not started"
+        status = self._running.process.poll()
         if status is None:
             return
         if status == PORT_LOST_STATUS:
@@ -193,17 +188,17 @@ class EngineServer:
 
     def _end(self) -> None:
         """Kill the server and remove what it left behind; keep the port."""
-        process, self._process = self._process, None
-        if process is None:
+        ended, self._running = self._running, None
+        if ended is None:
             return
         atexit.unregister(self.stop)
-        self._shared_memory |= shared_memory_files(process.pid)
-        end_processes(process)
+        self._shared_memory |= shared_memory_files(ended.process.pid)
+        end_processes(ended.process)
+        ended.save_output(self._log_file)
         for file in self._shared_memory:
             file.unlink(missing_ok=True)
         self._shared_memory.clear()
-        assert self._scratch is not None
-        self._scratch.cleanup()
+        ended.scratch.cleanup()
 
     def _is_ready(self) -> bool:
         """Whether the server answers.
@@ -211,10 +206,10 @@ class EngineServer:
         Raises:
             EngineStartError: another process listens on its port.
         """
-        assert self._held is not None and self._process is not None
+        assert self._held is not None and self._running is not None
         if not self._held.is_open():
             return False
-        if not self._held.is_open_by(processes_of(self._process.pid)):
+        if not self._held.is_open_by(processes_of(self._running.process.pid)):
             self._lose_port()
         try:
             # SGLang opens its port only after the schedulers have loaded the model.

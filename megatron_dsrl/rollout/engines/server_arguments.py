@@ -5,7 +5,7 @@ from pathlib import Path
 from megatron_dsrl.common.cpu_threads import cpu_threads
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.model.architecture import read_architecture
-from megatron_dsrl.model.source import resolve_model_folder
+from megatron_dsrl.model.source import find_config_json
 from megatron_dsrl.planning.parameters import parameters_of_model
 from megatron_dsrl.platform.engine import ServerArguments, engine_server_arguments
 from megatron_dsrl.rollout.engines.quantised_push import fp8_server_arguments
@@ -56,7 +56,7 @@ def server_arguments(config: RolloutSettings, engine: int) -> ServerArguments:
 
 def engine_threads(config: RolloutSettings) -> int:
     """Threads of each of an engine's processes on a CPU."""
-    parameters = parameters_of_model(read_architecture(resolve_model_folder(config.model.path)))
+    parameters = parameters_of_model(read_architecture(find_config_json(config.model.path).parent))
     return cpu_threads(parameters, engine=config.engine.cpu_threads).engine
 
 

@@ -1,7 +1,8 @@
-"""Entry point of an engine's subprocess: `python -m megatron_dsrl.rollout.engines.server_process <JSON>`.
+"""Entry point of an engine's subprocess: `python -m megatron_dsrl.rollout.engines.server_process PARENT`.
 
-The JSON is a list of the parent's process id and SGLang's `ServerArgs` fields. The process dies with its parent, and
-SGLang's scheduler and detokenizer processes die with it.
+PARENT is the process id of the trainer. The process imports SGLang and then waits for a line on standard input: a JSON
+object with SGLang's `ServerArgs` fields, further environment variables and the log file; see `starting_server.py`. It
+dies with its parent, and SGLang's scheduler and detokenizer processes die with it.
 """
 
 import json
@@ -9,7 +10,7 @@ import os
 import re
 import sys
 import traceback
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megatron_dsrl.common.process import die_with_parent
 
@@ -21,7 +22,7 @@ def tie_to_parent() -> None:
     between would leave them behind.
     """
     if __name__ == "__main__":
-        die_with_parent(json.loads(sys.argv[1])[0])
+        die_with_parent(int(sys.argv[1]))
         return
     server = os.getppid()
     if os.getpgid(server) != os.getpgrp():  # the server, which leads our process group, has already exited
@@ -53,8 +54,10 @@ def main() -> None:
     from megatron_dsrl.rollout.engines import packed_route
     from megatron_dsrl.rollout.engines.address import API_KEY_VARIABLE
 
-    arguments = json.loads(sys.argv[1])[1]
-    if API_KEY_VARIABLE in os.environ:  # not passed as an argument, which every user of the machine could read
+    order = read_order()
+    os.environ.update(order["environment"])
+    arguments = order["arguments"]
+    if API_KEY_VARIABLE in os.environ:
         arguments = {"api_key": os.environ[API_KEY_VARIABLE]} | arguments
     rendezvous = prepare_engine_launch()
     packed_route.register()
@@ -70,6 +73,21 @@ def main() -> None:
         traceback.print_exc()
         exit_now(exit_status(error))
     del rendezvous  # the store is needed until the server has ended
+
+
+def read_order() -> dict[str, Any]:
+    """Wait for the parent's line, then write to the log file. Exits if the parent does not need this server."""
+    line = sys.stdin.buffer.readline()
+    if not line:
+        exit_now(0)
+    order: dict[str, Any] = json.loads(line)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    log = os.open(order["log_file"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for source, target in ((nothing, 0), (log, 1), (log, 2)):
+        os.dup2(source, target)
+    return order
 
 
 def exit_status(error: Exception) -> int:

@@ -1,54 +1,19 @@
-"""The processes of an SGLang server: how they are started and ended, and what they leave behind."""
+"""The processes of an SGLang server: what they inherit, how they are ended, and what they leave behind."""
 
-import json
 import os
 import re
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
 
-import megatron_dsrl
-from megatron_dsrl.platform.engine import ALLOCATOR_VARIABLES, ServerArguments
-from megatron_dsrl.rollout.engines.address import API_KEY_VARIABLE
+from megatron_dsrl.platform.engine import ALLOCATOR_VARIABLES
 
-SERVER_PROCESS = "megatron_dsrl.rollout.engines.server_process"
-"""Module that runs as the server."""
 STOP_GRACE_SECONDS = 2.0
 SHARED_MEMORY = re.compile(r"/dev/shm/(?:sglang_loads_|sgl_shm_)\S+")
 """Names of SGLang's own files. Others, such as the weights that the trainer shares, are not the server's to remove."""
-
-
-def start_process(
-    arguments: ServerArguments, environment: Mapping[str, str], key: str | None, log_file: Path
-) -> "subprocess.Popen[bytes]":
-    """Start a server in its own session and process group. It ends with the thread that starts it.
-
-    Args:
-        arguments: SGLang's `ServerArgs` fields.
-        environment: variables added to those of this process that are meant for the server too.
-        key: what every caller must know; None: the server answers everybody.
-        log_file: its output is appended.
-    """
-    variables = {**inherited_environment(), **environment}
-    variables.pop(API_KEY_VARIABLE, None)
-    if key is not None:  # not an argument, which every user of the machine could read
-        variables[API_KEY_VARIABLE] = key
-    package_root = str(Path(megatron_dsrl.__file__).resolve().parents[1])
-    search_path = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    with open(log_file, "ab") as log:  # keep the log of an earlier start of the run
-        return subprocess.Popen(
-            [sys.executable, "-m", SERVER_PROCESS, json.dumps([os.getpid(), arguments])],
-            env=variables | {"PYTHONPATH": os.pathsep.join(search_path)},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
 
 
 def inherited_environment() -> dict[str, str]:
