@@ -18,12 +18,11 @@ from megatron_dsrl.data.tokenizer import load_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HOURS = 3600.0
-RANDOM_WORDS = 32_000
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_end|>", "<|im_start|>")
 RANDOM_MODEL = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
-    "vocab_size": RANDOM_WORDS,
+    "vocab_size": 32_000,
     "hidden_size": 768,
     "intermediate_size": 2304,
     "num_hidden_layers": 12,
@@ -74,21 +73,23 @@ TASKS = {
 }
 
 
-def write_random_task(folder: Path) -> dict[str, Any]:
-    """Write a model with weights and problems; returns overrides of the configuration."""
+def write_random_task(folder: Path, architecture: dict[str, Any] = RANDOM_MODEL) -> dict[str, Any]:
+    """Write a model with random weights and problems; returns overrides of the configuration."""
     torch.manual_seed(0)
     model = folder / "random_qwen3"
-    Qwen3ForCausalLM(Qwen3Config(**RANDOM_MODEL)).save_pretrained(model)
-    _write_tokenizer(model)
-    rows = [{"problem": " ".join(f"w{(7 * i + j) % 1000}" for j in range(16)), "answer": "even"} for i in range(512)]
+    Qwen3ForCausalLM(Qwen3Config(**architecture)).save_pretrained(model)
+    words = architecture["vocab_size"] - len(SPECIAL_TOKENS)
+    _write_tokenizer(model, words)
+    used = min(words, 1000)
+    rows = [{"problem": " ".join(f"w{(7 * i + j) % used}" for j in range(16)), "answer": "even"} for i in range(512)]
     problems = folder / "random_problems.jsonl"
     problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {"model": {"path": str(model)}, "data": {"source": str(problems)}}
 
 
-def _write_tokenizer(folder: Path) -> None:
-    """A tokenizer of words `w0`, `w1`, ..., with Qwen3's special tokens."""
-    words = [*SPECIAL_TOKENS, *(f"w{i}" for i in range(RANDOM_WORDS - len(SPECIAL_TOKENS)))]
+def _write_tokenizer(folder: Path, count: int) -> None:
+    """A tokenizer of the words `w0`, `w1`, ..., with Qwen3's special tokens."""
+    words = [*SPECIAL_TOKENS, *(f"w{i}" for i in range(count))]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=SPECIAL_TOKENS[0]))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
