@@ -17,6 +17,7 @@ show that both do the same work; sampling differs, so the curves are similar and
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -142,7 +143,8 @@ def runs(options: argparse.Namespace, folder: Path, config_file: Path, problems:
 
 @contextmanager
 def started(all_runs: Sequence[Run]) -> Iterator[None]:
-    """Start them one after the other, and end them all."""
+    """Start them one after the other, and end them all, also after SIGTERM."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         for run in all_runs:
             run.start()

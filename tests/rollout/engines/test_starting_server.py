@@ -1,0 +1,39 @@
+"""A server process that is started before its arguments are known."""
+
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.rollout.engines.server import EngineServer
+from megatron_dsrl.rollout.engines.starting_server import StartingServer, starting_server
+from tests.support.engine import tiny_run_config
+
+
+def test_a_process_that_never_serves_is_ended(tiny_model_folder) -> None:
+    """As when the run folder turns out to belong to another run."""
+    with pytest.raises(UserError), starting_server(tiny_run_config(tiny_model_folder)) as server:
+        assert server is not None and server.process.poll() is None
+        raise UserError("the run folder holds another run")
+    assert not psutil.pid_exists(server.process.pid) and not Path(server.scratch.name).exists()
+
+
+@pytest.mark.parametrize("engine", [{"urls": ["http://127.0.0.1:30000"]}, {"tensor_parallel_size": 2}])
+def test_only_owners_of_an_engine_start_one(tiny_model_folder, monkeypatch, engine) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with starting_server(tiny_run_config(tiny_model_folder, **engine)) as server:
+        assert server is None
+
+
+def test_what_it_wrote_before_it_served_is_in_the_log(tmp_path) -> None:
+    """Here Python itself does not start; usually it is an import that fails."""
+    starting = StartingServer({"PYTHONHOME": "/nowhere"})
+    log = tmp_path / "engines" / "engine_0.log"
+    server = EngineServer({}, {}, log, startup_timeout_seconds=30.0, starting=starting)
+    server.start()
+    with pytest.raises(UserError, match="exited with status 1(.|\n)*No module named 'encodings'"):
+        server.wait_until_ready()
+    assert "/nowhere" in log.read_text()
+    server.stop()
