@@ -40,6 +40,10 @@ class Platform(ABC):
         """The device of this process."""
 
     @abstractmethod
+    def prepare_imports(self) -> None:
+        """Call it before importing Megatron for the first time; it only saves time."""
+
+    @abstractmethod
     def install(self) -> None:
         """Make Megatron usable in this process. Idempotent; call it before building a model."""
 

@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 import torch
 
+from megatron_dsrl.platform import no_compilation
 from megatron_dsrl.platform.base import MemoryStatistics, Platform
 
 
@@ -24,6 +25,9 @@ class CpuPlatform(Platform):
     @property
     def device(self) -> torch.device:
         return torch.device("cpu")
+
+    def prepare_imports(self) -> None:
+        no_compilation.install()  # nothing is compiled on a CPU
 
     def install(self) -> None:
         # Imported here so that callers that only need the platform's name do not have to import Megatron.

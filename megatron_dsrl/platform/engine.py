@@ -134,7 +134,8 @@ def weight_broadcast_backend() -> Literal["nccl", "gloo"]:
 def prepare_engine_process() -> None:
     """Run first in each engine process, before importing SGLang."""
     if not torch.cuda.is_available():
-        from megatron_dsrl.platform.sglang_cpu import absent_packages, no_compilation
+        from megatron_dsrl.platform import no_compilation
+        from megatron_dsrl.platform.sglang_cpu import absent_packages
 
         absent_packages.install()
         no_compilation.install()

@@ -22,7 +22,8 @@ def loading_megatron(stream: TextIO | None = None) -> Iterator[None]:
             print(text, file=stream or sys.stdout, flush=True)
 
     with waiting("loading PyTorch and Megatron", say=say):
-        from megatron_dsrl.platform import silence_expected_warnings
+        from megatron_dsrl.platform import current_platform, silence_expected_warnings
 
         silence_expected_warnings()
+        current_platform().prepare_imports()
         yield

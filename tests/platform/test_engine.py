@@ -11,7 +11,7 @@ from megatron_dsrl.config.rollout import EngineConfig
 from megatron_dsrl.model.families import FAMILIES
 from megatron_dsrl.platform import engine_models
 from megatron_dsrl.platform.engine import allocator_warning, engine_server_arguments
-from megatron_dsrl.platform.sglang_cpu.no_compilation import uncompiled
+from megatron_dsrl.platform.no_compilation import uncompiled
 
 
 def test_engines_find_every_supported_family_without_importing_all_models() -> None:

@@ -1,7 +1,7 @@
-"""Let `torch.compile` return functions as they are: engines on CPU do not compile (`TORCH_COMPILE_DISABLE`).
+"""Let `torch.compile` return functions as they are: on a CPU neither trainer nor engines compile.
 
-SGLang decorates functions with it when it is imported, and the decorator alone imports PyTorch's compiler: a tenth of
-the time of an engine's start.
+SGLang and Megatron decorate functions with it when they are imported, and the decorator alone imports PyTorch's
+compiler: a tenth of the time of either import.
 """
 
 from collections.abc import Callable
@@ -17,5 +17,5 @@ def uncompiled(function: Callable | None = None, **options: Any) -> Callable:
 
 
 def install() -> None:
-    """Idempotent. Call it before importing `sglang`."""
+    """Idempotent. Call it before importing `sglang` or `megatron`."""
     torch.compile = uncompiled  # type: ignore[assignment]
