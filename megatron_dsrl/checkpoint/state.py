@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from megatron_dsrl.config.model import ParallelConfig
 
 FORMAT_VERSION = 1
@@ -30,10 +32,8 @@ class ProcessLayout:
 
 def current_layout(parallel: ParallelConfig) -> ProcessLayout:
     """The layout of this process group under these settings."""
-    from megatron_dsrl.common.collective import world_size  # a finished run is recognised without importing PyTorch
-
     return ProcessLayout(
-        world_size=world_size(),
+        world_size=dist.get_world_size(),
         tensor_parallel_size=parallel.tensor_parallel_size,
         pipeline_parallel_size=parallel.pipeline_parallel_size,
         distributed_optimizer=parallel.distributed_optimizer,

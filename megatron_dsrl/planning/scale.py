@@ -42,7 +42,8 @@ def _constant(value: float, unit: str, source: str) -> float:
 class Costs:
     """Constants of the estimate; each field's metadata has its unit and source."""
 
-    read_seconds: float = _constant(708e-9, "s per response token, rank 0", MEASURED)
+    read_seconds: float = _constant(708e-9, "s per response token, rank 0: received, decoded, to the verifier", MEASURED)
+    read_json_seconds: float = _constant(708e-9, "s per response token, rank 0, with engine.urls", MEASURED)
     pickle_seconds: float = _constant(25e-9, "s per token, rank 0", MEASURED)
     unpickle_seconds: float = _constant(154e-9, "s per token, every rank", MEASURED)
     shared_bytes: float = _constant(13.1, "bytes per token", MEASURED)
@@ -141,7 +142,7 @@ def estimate_step(
         tokens=tokens,
         decoding=generation_seconds(architecture, config, world_size, gpu, engine, assumptions),
         longest_response=config.rollout.max_response_tokens * decoding_step,
-        reading=tokens * costs.read_seconds,
+        reading=tokens * (costs.read_json_seconds if config.engine.urls else costs.read_seconds),
         judging=samples * costs.verify_seconds / config.reward.workers,
         sharing=tokens * (costs.pickle_seconds + costs.unpickle_seconds)
         + rounds * tokens * costs.shared_bytes / costs.gloo_bytes_per_second,

@@ -74,7 +74,7 @@ SHORTER = {
     r"benchmark_weight_sync": "--megabytes 10 --rounds 1",
     r"benchmark_log_probs": "--tokens 64 --vocabulary 1024",
     r"benchmark_update": "--groups 2 --uniform-shares 0.5 --repetitions 1",
-    r"benchmark_controller": "--samples 16 --tokens 128 --repetitions 1",
+    r"benchmark_controller": "--batches 1 --tokens 16",
     r"tools.first_gpu_run --dry-run": "--only doctor,one_gpu_tiny",
     r"tools.gpu_probe --dry-run": "--only trainer_0.6b",
     r"tools.fault_soak": "--steps 3 --faults 1",

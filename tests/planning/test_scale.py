@@ -13,6 +13,7 @@ from tests.planning.test_parameters import qwen3_8b
 ASSUMED = Assumptions(mean_response_tokens=4000)
 COSTS = Costs(
     read_seconds=1e-6,
+    read_json_seconds=3e-6,
     pickle_seconds=2e-8,
     unpickle_seconds=8e-8,
     shared_bytes=10.0,
@@ -29,6 +30,13 @@ COSTS = Costs(
 def estimate(world_size: int, factor: int = 1) -> StepEstimate:
     config = with_batch_for(paper_run(), factor)
     return estimate_step(config, qwen3_8b(), find_gpu("h100"), world_size, ASSUMED, COSTS)
+
+
+def test_other_servers_answer_in_json_which_takes_longer_to_read() -> None:
+    config = paper_run()
+    external = config.model_copy(update={"engine": config.engine.model_copy(update={"urls": ["http://gpu:30000"]})})
+    step = estimate_step(external, qwen3_8b(), find_gpu("h100"), 8, ASSUMED, COSTS)
+    assert step.reading == pytest.approx(1024 * 4000 * 3e-6)
 
 
 def test_every_part_by_hand_on_64_gpus() -> None:
