@@ -42,7 +42,7 @@ def _constant(value: float, unit: str, source: str) -> float:
 class Costs:
     """Constants of the estimate; each field's metadata has its unit and source."""
 
-    read_seconds: float = _constant(708e-9, "s per response token, rank 0: received, decoded, to the verifier", MEASURED)
+    read_seconds: float = _constant(708e-9, "s per response token, rank 0; decoding included", MEASURED)
     read_json_seconds: float = _constant(708e-9, "s per response token, rank 0, with engine.urls", MEASURED)
     pickle_seconds: float = _constant(25e-9, "s per token, rank 0", MEASURED)
     unpickle_seconds: float = _constant(154e-9, "s per token, every rank", MEASURED)

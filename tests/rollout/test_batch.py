@@ -43,7 +43,7 @@ def test_answers_go_to_the_responses_that_asked(batch) -> None:
     assert request.token_ids == (*batch.groups[0].prompt.token_ids, 6) and request.max_new_tokens == 7
     add(batch, call, answer(7))
     assert batch.is_answered(call)
-    assert [response.response_ids for response in batch.groups[0].responses] == [(5, 7), (6, 7)]
+    assert [list(response.response_ids) for response in batch.groups[0].responses] == [[5, 7], [6, 7]]
 
 
 def test_tokens_of_other_weights_are_refused(batch) -> None:
