@@ -69,6 +69,7 @@ class StartingServer:
         # Not arguments of the process, which every user of the machine could read.
         variables = {**environment, **({} if key is None else {API_KEY_VARIABLE: key})}
         order = {"arguments": arguments, "environment": variables, "log_file": str(log_file.resolve())}
+        log_file.touch()
         assert self.process.stdin is not None
         try:
             with self.process.stdin as stream:

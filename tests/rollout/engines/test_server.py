@@ -166,7 +166,8 @@ def without_sglang(monkeypatch) -> None:
     """The server's process only sleeps: what matters is what happens before SGLang has opened its port."""
     start = subprocess.Popen
     monkeypatch.setattr(
-        "megatron_dsrl.rollout.engines.server.subprocess.Popen", lambda command, **options: start(SLEEPER, **options)
+        "megatron_dsrl.rollout.engines.starting_server.subprocess.Popen",
+        lambda command, **options: start(SLEEPER, **options),
     )
 
 
