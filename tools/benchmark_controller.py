@@ -214,19 +214,17 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=PAPER_TOKENS, help="tokens per response (default: 8192)")
     options = parser.parse_args()
     tokenizer = make_tokenizer()
-    table = Table("", *(f"{batch}x: s" for batch in options.batches), "ns per token", box=None)
-    columns, size, responses = [], 0, 0
-    for batch in options.batches:
-        responses = batch * PAPER_PROMPTS * SAMPLES_PER_PROMPT
-        seconds, size = measure(batch * PAPER_PROMPTS, options.tokens, tokenizer)
-        columns.append(seconds)
-    for part in columns[0]:
-        per_token = columns[-1][part] / (responses * options.tokens) * 1e9
-        table.add_row(part, *(f"{column[part]:.2f}" for column in columns), f"{per_token:.0f}")
     console = Console(width=120)
-    console.print(f"1x: 1,024 responses of {options.tokens:,} tokens")
-    console.print(table)
-    console.print(f"{size / (responses * options.tokens):.1f} bytes per token are sent to every rank")
+    for batch in options.batches:
+        seconds, size = measure(batch * PAPER_PROMPTS, options.tokens, tokenizer)
+        responses = batch * PAPER_PROMPTS * SAMPLES_PER_PROMPT
+        table = Table("", "seconds", "ns per token", box=None)
+        for part, part_seconds in seconds.items():
+            per_token = part_seconds / (responses * options.tokens) * 1e9
+            table.add_row(part, f"{part_seconds:.2f}", f"{per_token:.0f}")
+        console.print(f"{batch}x: {responses:,} responses of {options.tokens:,} tokens")
+        console.print(table)
+        console.print(f"{size / (responses * options.tokens):.1f} bytes per token are sent to every rank")
 
 
 if __name__ == "__main__":
