@@ -76,14 +76,18 @@ def test_an_engines_own_settings_are_asked_for_while_it_runs() -> None:
 
     port = free_ports(1)
     environment = os.environ | {API_KEY_VARIABLE: "the-key-of-the-run"}
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", ENGINE], env=environment)
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)", ENGINE]
+    process = subprocess.Popen([*sleep, json.dumps([1, {"model_path": "m", "port": port}])], env=environment)
+    other_environment = os.environ | {API_KEY_VARIABLE: "the-key-of-another"}
+    another = subprocess.Popen([*sleep, json.dumps([1, {"port": port + 1}])], env=other_environment)
     try:
         with EngineSettings(port) as settings, HTTPServer(("127.0.0.1", port), Engine) as server:
             server.timeout = 20
             server.handle_request()
     finally:
-        process.kill()
-        process.wait()
+        for each in (process, another):
+            each.kill()
+            each.wait()
     assert settings.figures == {
         "engine, attention_backend": "fa3", "engine, disable_cuda_graph": "False", "engine, dtype": "bfloat16",
         "engine, max_total_num_tokens": "12345", "engine, CUDA graphs, decode": "full, batches up to 256",

@@ -1,6 +1,7 @@
 """What can only be seen while a run is under way: the memory of the devices, and the settings of an engine."""
 
 import json
+import re
 import socket
 import subprocess
 import threading
@@ -69,6 +70,7 @@ class EngineSettings(Watcher):
     def __init__(self, port: int) -> None:
         super().__init__()
         self.answer: dict[str, Any] = {}
+        self._port = port
         self._url = f"http://127.0.0.1:{port}/server_info"
 
     @property
@@ -81,7 +83,7 @@ class EngineSettings(Watcher):
 
     def _poll(self) -> None:
         while not self.answer and not self._ended.wait(0.5):
-            key = _engine_key()
+            key = _engine_key(self._port)
             headers = {"Authorization": f"Bearer {key}"} if key else {}
             try:
                 with urllib.request.urlopen(urllib.request.Request(self._url, headers=headers), timeout=5) as reply:
@@ -90,11 +92,13 @@ class EngineSettings(Watcher):
                 pass  # not there yet
 
 
-def _engine_key() -> str | None:
-    """The key of a run's engines, from the environment of one that this process has started, directly or not."""
+def _engine_key(port: int) -> str | None:
+    """The key of the engine on a port, from its environment: this process has started it, directly or not."""
+    on_port = re.compile(rf'"port": ?{port}\b')
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
-            if ENGINE in process.cmdline():
+            command = process.cmdline()
+            if ENGINE in command and on_port.search(command[-1]):
                 return process.environ().get(API_KEY_VARIABLE)
     return None
 
