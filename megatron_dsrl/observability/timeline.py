@@ -18,8 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
+from megatron_dsrl.observability.engine_call import EngineCall
 from megatron_dsrl.observability.records import repair_records
-from megatron_dsrl.rollout.progress import EngineCall
 
 TRACE_FOLDER = "trace"
 """Within a run folder."""

@@ -9,12 +9,13 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from megatron_dsrl.observability.engine_call import EngineCall
 from megatron_dsrl.rollout.batch import Call, RolloutBatch
 from megatron_dsrl.rollout.engine_choice import EngineChoice, Load
 from megatron_dsrl.rollout.engines.client import EngineClient
 from megatron_dsrl.rollout.engines.generation import Completion
 from megatron_dsrl.rollout.open_files import RequestLimit
-from megatron_dsrl.rollout.progress import EngineCall, OnCall
+from megatron_dsrl.rollout.progress import OnCall
 
 CallTask = asyncio.Task[list[Completion]]
 

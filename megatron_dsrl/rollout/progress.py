@@ -1,29 +1,10 @@
-"""Progress while a batch is sampled: the calls to engines, and callbacks that report them."""
+"""Callbacks that report progress while a batch is sampled."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from megatron_dsrl.observability.engine_call import EngineCall
 from megatron_dsrl.rollout.sample import SampleGroup
-
-
-@dataclass(frozen=True)
-class EngineCall:
-    """A request to an engine, with its time and outcome."""
-
-    engine: int
-    """Engine number."""
-    prompts: tuple[int, ...]
-    """Row numbers of the prompts in their set."""
-    tokens: int
-    """Response tokens returned."""
-    attempt: int
-    """Counted from 1."""
-    outcome: str
-    """`done`, `aborted`, `cancelled`, or the error."""
-    started: float
-    """On the monotonic clock, in seconds."""
-    ended: float
-
 
 OnSamples = Callable[[int], None]
 """Called with the number of samples that have just come back."""

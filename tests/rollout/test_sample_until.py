@@ -9,9 +9,9 @@ import pytest
 from megatron_dsrl.config.rollout import DynamicSamplingConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.data.prompt import Prompt
+from megatron_dsrl.observability.engine_call import EngineCall
 from megatron_dsrl.rollout.carry_over import CarryOver
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
-from megatron_dsrl.rollout.progress import EngineCall
 from megatron_dsrl.rollout.sample_until import sample_until
 from tests.support.engine import numbered_prompts, tiny_run_config
 
