@@ -16,14 +16,14 @@ from megatron_dsrl.algorithms.objective import Objective
 from megatron_dsrl.algorithms.spaces import PostTrain, PreTrain, ScoredSequence
 from megatron_dsrl.common.waiting import say_on_first_rank
 from megatron_dsrl.config.actor import ActorConfig, OptimizerConfig
-from megatron_dsrl.config.data import PromptSetConfig
+from megatron_dsrl.config.data import DataConfig
 from megatron_dsrl.config.model import ModelConfig
 from megatron_dsrl.config.phase import PhaseConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.data.prompts import render
 from megatron_dsrl.data.tokenizer import context_token_ids, load_tokenizer
 
-PROMPTS = PromptSetConfig(source="unused", system_prompt=None)
+PROMPTS = DataConfig(source="unused", system_prompt=None)
 """How a question becomes a chat prompt, as in RL."""
 
 
