@@ -2,8 +2,9 @@
 
 Post-train space (standard RL) scores log P(y|x): the sequence is prompt + response. Pre-train space (PreRL,
 arXiv 2604.14142) scores log P(y): the sequence is BOS + response, without any prompt token, and positions restart at 0
-because a scored sequence always starts at position 0. The samples are the same; only what is updated differs. All later
-code (packing, log-probs, losses) is shared by all spaces.
+because a scored sequence always starts at position 0. In a response of several turns (`rollout.generate`) only the
+prompt goes; tool results and the like stay as unscored context (examples/own_generation). The samples are the same;
+only what is updated differs. All later code (packing, log-probs, losses) is shared by all spaces.
 """
 
 from abc import abstractmethod
@@ -55,6 +56,11 @@ class ScoredSequence:
     def select_scored(self, values: Tensor) -> Tensor:
         """[num_scored]: select the scored tokens from `values`, which has one value per response token."""
         return values[self.scored_positions - len(self.token_ids) + len(values)]
+
+    def spread_scored(self, values: Sequence[float], num_tokens: int) -> list[float | None]:
+        """The reverse of `select_scored`: one entry for each of `num_tokens` response tokens, None for unscored ones."""
+        by_position = dict(zip(self.scored_positions.tolist(), values, strict=True))
+        return [by_position.get(position) for position in range(len(self.token_ids) - num_tokens, len(self.token_ids))]
 
 
 class Space(Options):

@@ -42,6 +42,8 @@ class TokenisedResponse:
     reward: float
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
+    scored: tuple[bool, ...] | None = None
+    """Which response tokens are the policy's; None means all."""
 
 
 def gradient_settings(source: Path, model: str | None, overrides: Sequence[str]) -> GradientAnalysisConfig:
@@ -90,8 +92,8 @@ def analyse_gradients(
         gradients = LogProbGradients(model, architecture.vocab_size, config.temperature)
         for response in responses:
             comparison = gradients.compare(
-                pre_train.sequence((), response.response_ids, bos_ids),
-                post_train.sequence(response.prompt_ids, response.response_ids),
+                pre_train.sequence((), response.response_ids, bos_ids, response.scored),
+                post_train.sequence(response.prompt_ids, response.response_ids, scored=response.scored),
             )
             yield ScoredResponse(response.step, response.problem, response.number, response.reward, comparison)
 
@@ -139,7 +141,13 @@ def choose_responses(
         return [response for response in chosen if response.response_ids]
     chosen = [
         TokenisedResponse(
-            step, group.prompt.index, number, sample.reward, group.prompt.token_ids, sample.response_ids
+            step,
+            group.prompt.index,
+            number,
+            sample.reward,
+            group.prompt.token_ids,
+            sample.response_ids,
+            sample.scored,
         )
         for step, groups in read_steps(source, steps or recorded_steps(source)[:1])
         for group in groups

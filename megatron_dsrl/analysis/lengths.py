@@ -24,7 +24,7 @@ def lengths_of_step(step: int, groups: Sequence[SampleGroup], metrics: Mapping[i
         metrics: the run's step records by step; this step's may be missing.
     """
     samples = [sample for group in groups for sample in group.samples]
-    log_probs = [log_prob for sample in samples for log_prob in sample.log_probs]
+    log_probs = [log_prob for sample in samples for log_prob in sample.policy_log_probs]
     return {
         "step": step,
         "responses": len(samples),

@@ -22,10 +22,10 @@ GAP_STYLES = ((1.0, "bold green"), (0.1, "green"), (-0.1, "dim"), (-1.0, "red"))
 class ResponseLogProbs:
     """Log-probs of one response's tokens. Unit: nat."""
 
-    with_prompt: list[float]
-    """One per token."""
+    with_prompt: list[float | None]
+    """One per token; None for those that are not the policy's."""
     without_prompt: list[float | None]
-    """One per token; None for the first if it has no context (`bos: none`)."""
+    """The same; None also for the first if it has no context (`bos: none`)."""
 
 
 def print_group(
@@ -62,11 +62,11 @@ def header(number: int, sample: Sample, scores: ResponseLogProbs | None) -> str:
         f"weight version {sample.weight_version}",
     ]
     if sample.response_ids:
-        parts.append(f"engine log P(y|x) {fmean(sample.log_probs):.3f} per token")
+        parts.append(f"engine log P(y|x) {fmean(sample.policy_log_probs):.3f} per token")
     if scores is not None:
-        scored = [value for value in scores.without_prompt if value is not None]
-        parts.append(f"trainer log P(y|x) {fmean(scores.with_prompt):.3f}")
-        parts += [f"log P(y) {fmean(scored):.3f}"] if scored else []
+        for name, values in (("trainer log P(y|x)", scores.with_prompt), ("log P(y)", scores.without_prompt)):
+            scored = [value for value in values if value is not None]
+            parts += [f"{name} {fmean(scored):.3f}"] if scored else []
     return " | ".join(parts)
 
 
@@ -78,11 +78,12 @@ def token_table(sample: Sample, scores: ResponseLogProbs | None, token_text: Cal
     for heading in headings:
         table.add_column(heading, justify="right")
     for position, (token, engine) in enumerate(zip(sample.response_ids, sample.log_probs, strict=True)):
-        cells, style = [f"{engine:.3f}"], ""
+        is_scored = sample.scored is None or sample.scored[position]
+        cells, style = [f"{engine:.3f}" if is_scored else ""], ""
         if scores is not None:
             given, alone = scores.with_prompt[position], scores.without_prompt[position]
-            gap = None if alone is None else given - alone
-            cells += [f"{given:.3f}", *("" if value is None else f"{value:.3f}" for value in (alone, gap))]
+            gap = None if given is None or alone is None else given - alone
+            cells += ["" if value is None else f"{value:.3f}" for value in (given, alone, gap)]
             style = "" if gap is None else _gap_style(gap)
         table.add_row(Text(visible(token_text(token), keep_lines=False)), *cells, style=style)
     return table

@@ -32,16 +32,18 @@ def both_spaces(config: GradientAnalysisConfig, responses: Sequence[TokenisedRes
     architecture = read_architecture(folder)
     pre_train, post_train = PreTrain(bos=config.bos), PostTrain()
     bos_ids = context_token_ids(load_tokenizer(str(folder), architecture.vocab_size), pre_train.context_text)
-    sequences = [post_train.sequence(one.prompt_ids, one.response_ids) for one in responses]
-    sequences += [pre_train.sequence((), one.response_ids, bos_ids) for one in responses]
+    sequences = [post_train.sequence(one.prompt_ids, one.response_ids, scored=one.scored) for one in responses]
+    sequences += [pre_train.sequence((), one.response_ids, bos_ids, one.scored) for one in responses]
     with scoring_model(config, folder, architecture, responses) as model:
         scores = model.score_tokens(
             sequences, lambda row, logits: scores_of_row(row, logits, architecture.vocab_size, config.temperature)[0]
         )
-    pairs = zip(scores[: len(responses)], scores[len(responses) :], strict=True)
-    return [
-        ResponseLogProbs(given.tolist(), [None] * (len(given) - len(alone)) + alone.tolist()) for given, alone in pairs
+    lengths = [len(one.response_ids) for one in responses]
+    values = [
+        sequence.spread_scored(score.tolist(), length)
+        for sequence, score, length in zip(sequences, scores, lengths * 2, strict=True)
     ]
+    return [ResponseLogProbs(*pair) for pair in zip(values[: len(responses)], values[len(responses) :], strict=True)]
 
 
 def sampling_step(sample: Sample) -> int:

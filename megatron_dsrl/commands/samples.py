@@ -90,7 +90,9 @@ def _log_probs(options: argparse.Namespace, groups: "Sequence[SampleGroup]") -> 
     if _is_first():
         print(f"token log-probs under {config.model.path}{remark}", flush=True)
     responses = [
-        TokenisedResponse(0, group.prompt.index, 0, sample.reward, group.prompt.token_ids, sample.response_ids)
+        TokenisedResponse(
+            0, group.prompt.index, 0, sample.reward, group.prompt.token_ids, sample.response_ids, sample.scored
+        )
         for group, sample in samples
     ]
     try:

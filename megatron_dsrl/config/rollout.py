@@ -1,10 +1,11 @@
 """The generation side: SGLang engines and sampling."""
 
 import re
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from megatron_dsrl.config.dotted_path import PATTERN
 from megatron_dsrl.config.section import Section
 
 _SERVER_URL = re.compile(r"https?://[^/\s?#]+")
@@ -72,6 +73,15 @@ class RolloutConfig(Section):
     version old, and the log-probs it was sampled with are the old log-probs of the update. Needs engines on their
     own devices (`engine.urls`). Off: training and sampling take turns."""
 
+    generate: str | None = Field(default=None, pattern=PATTERN)
+    """Function that writes each response together with the model, by its dotted path `package.module:function`:
+    `async def generate(response, **options)`. Tokens that it inserts (tool results, turns of an environment) count
+    towards `max_response_tokens` and are not scored. Evaluations use it too. See examples/own_generation;
+    `megatron_dsrl.rollout.tool_chat:calculator_chat` is ready-made. null: the engine alone writes responses."""
+
+    generate_options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of `generate`."""
+
     deterministic: bool = False
     """The same seed and weights give the same tokens and log-probs, bit for bit. Each sample always has its own
     seed, but requests that are batched differently differ by rounding, which occasionally changes a token. If true,
@@ -90,8 +100,8 @@ class RolloutConfig(Section):
     each of its rounds). The error names the prompts that were still running, and for how long."""
 
     request_timeout_seconds: float | None = Field(default=None, gt=0)
-    """Limit for one request to an engine, which is a prompt with all its samples; null: only the batch's limit. A
-    request that takes longer counts as failed."""
+    """Limit for one request to an engine, which is a prompt with all its samples, or with `generate` one turn of a
+    sample; null: only the batch's limit. A request that takes longer counts as failed."""
 
     request_attempts: int = Field(default=3, ge=1)
     """Attempts for a request, as long as the engine itself is healthy, before its failure ends the run. Retries come
@@ -128,6 +138,22 @@ class RolloutConfig(Section):
     def _samples_ahead_whole_batches(self) -> "RolloutConfig":
         if self.sample_ahead and (self.partial_rollouts or self.replay_from):
             raise ValueError("sample_ahead does not go with partial_rollouts or replay_from; turn one of them off")
+        return self
+
+    @model_validator(mode="after")
+    def _generates_whole_responses(self) -> "RolloutConfig":
+        if self.generate is None:
+            if self.generate_options:
+                raise ValueError("generate_options are for the function in generate, which is not set")
+            return self
+        if self.partial_rollouts:
+            raise ValueError("generate: a function cannot continue a response in the next step; unset partial_rollouts")
+        if self.routing_replay:
+            raise ValueError("generate: the experts of inserted tokens are unknown; set routing_replay to false")
+        if self.deterministic:
+            raise ValueError(
+                "generate: which turns an engine batches together depends on timing; set deterministic to false"
+            )
         return self
 
 

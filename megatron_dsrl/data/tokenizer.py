@@ -72,6 +72,11 @@ def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], skip_sp
     return text
 
 
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text. Special tokens in it are recognised, and none are added."""
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
 def context_token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
     """Token ids of the text that replaces the prompt in a space; see `algorithms.spaces.Space.context_text`.
 

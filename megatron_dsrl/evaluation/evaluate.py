@@ -26,7 +26,7 @@ from megatron_dsrl.conversion.hf_to_megatron import ConversionOptions
 from megatron_dsrl.conversion.megatron_to_hf import convert_megatron_to_hf
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.data.prompts import load_prompts
-from megatron_dsrl.data.tokenizer import decode, load_tokenizer, stop_token_ids
+from megatron_dsrl.data.tokenizer import decode, encode, load_tokenizer, stop_token_ids
 from megatron_dsrl.evaluation.benchmark_evaluator import evaluate_benchmark, missing_samples
 from megatron_dsrl.evaluation.evaluator import check_different_samples
 from megatron_dsrl.evaluation.find_model import EvaluatedModel, find_model
@@ -170,7 +170,9 @@ def start_engines(
     resources: ExitStack,
 ) -> EngineRollout:
     """Start engines and wait until they are ready. Logs go to the output folder; `resources` closes the engines."""
-    rollout = EngineRollout(config, output, stops, partial(decode, tokenizer))
+    rollout = EngineRollout(
+        config, output, stops, partial(decode, tokenizer), encode=partial(encode, tokenizer)
+    )
     resources.callback(rollout.close)
     with awaiting_engines(config, output):
         rollout.wait_until_ready()

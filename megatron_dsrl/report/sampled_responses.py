@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from megatron_dsrl.rollout.recording import read_groups, rollout_file
 from megatron_dsrl.rollout.sample import Sample, SampleGroup
@@ -91,14 +92,14 @@ def _shown_group(group: SampleGroup) -> ShownGroup:
 
 
 def _shown_sample(sample: Sample) -> ShownSample:
-    tokens = len(sample.response_ids)
+    tokens, log_probs = len(sample.response_ids), sample.policy_log_probs
     return ShownSample(
         text=shortened(sample.text),
         reward=sample.reward,
         tokens=tokens,
         finish_reason=sample.finish_reason,
         verdict=sample.verdict,
-        mean_log_prob=sum(sample.log_probs) / tokens if tokens else None,
+        mean_log_prob=fmean(log_probs) if log_probs else None,
     )
 
 

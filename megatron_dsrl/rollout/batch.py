@@ -2,10 +2,12 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+from megatron_dsrl.rollout.custom_generation import CustomGeneration
+from megatron_dsrl.rollout.engines.client import EngineClient
 from megatron_dsrl.rollout.engines.errors import EngineError
 from megatron_dsrl.rollout.engines.generation import Completion, SampleRequest
 from megatron_dsrl.rollout.engines.settings import RolloutSettings
@@ -60,10 +62,17 @@ class BatchRequest:
     """Time between two health checks of an engine."""
     health_timeout_seconds: float
     """An engine that has passed no check for this long counts as lost."""
+    generation: CustomGeneration | None = None
+    """Writes the responses together with the engine; None: the engine alone writes them."""
 
     @classmethod
     def for_run(
-        cls, settings: RolloutSettings, feed: Feed, sampling: SamplingParameters, weight_version: int
+        cls,
+        settings: RolloutSettings,
+        feed: Feed,
+        sampling: SamplingParameters,
+        weight_version: int,
+        generation: CustomGeneration | None,
     ) -> "BatchRequest":
         """A request with the limits of the `rollout` and `engine` sections."""
         rollout, engine = settings.rollout, settings.engine
@@ -78,6 +87,7 @@ class BatchRequest:
             call_attempts=rollout.request_attempts,
             health_check_seconds=engine.health_check_seconds,
             health_timeout_seconds=engine.health_timeout_seconds,
+            generation=generation,
         )
 
 
@@ -139,6 +149,21 @@ class RolloutBatch:
         """What a call asks the engine for: one request per unfinished response."""
         limit = self.request.sampling.max_response_tokens
         return [request for position in call.positions for request in self.groups[position].requests(limit)]
+
+    def ask(self, call: Call, client: EngineClient) -> Coroutine[Any, Any, list[Completion]]:
+        """Get the answers to `requests` from an engine, or from the engine and a function."""
+        request, requests = self.request, self.requests(call)
+        if request.generation is None:
+            return client.generate(requests, request.sampling, request.call_timeout_seconds)
+        groups = [self.groups[position] for position in call.positions]
+        prompts = [group.prompt for group in groups for _ in range(group.num_unfinished)]
+        return request.generation.complete(client, prompts, requests, request.sampling, request.call_timeout_seconds)
+
+    def connections(self, call: Call) -> int:
+        """HTTP requests that run at the same time for a call."""
+        if self.request.generation is None:
+            return 1
+        return sum(self.groups[position].num_unfinished for position in call.positions)
 
     def split(self, call: Call, completions: Sequence[Completion]) -> Iterator[tuple[int, list[Completion]]]:
         """The answers to `requests`, by the position of their group."""

@@ -164,7 +164,7 @@ class Dispatcher:
 
     def _wait_for_files(self, running: RunningCall, error: TooManyOpenFilesError) -> None:
         """Queue a call again that got no file descriptor, and have fewer in flight. The engine is not to blame."""
-        self._calls.limit.request_failed(len(self._calls.running), error)
+        self._calls.limit.request_failed(self._calls.connections, error)
         self._batch.put_back(running.call, FIRST_BACK_OFF_SECONDS)
 
     def _lose(self, engine: int, problem: str) -> None:

@@ -29,6 +29,8 @@ class RunningCall:
     load: Load
     started: float
     """On the monotonic clock."""
+    connections: int
+    """HTTP requests that it may have at a time."""
 
 
 class EngineCalls:
@@ -44,6 +46,8 @@ class EngineCalls:
             on_call: called with every call that has ended.
         """
         self.running: dict[CallTask, RunningCall] = {}
+        self.connections = 0
+        """HTTP requests in flight."""
         self.limit = RequestLimit()
         self._batch = batch
         self._clients = clients
@@ -68,19 +72,18 @@ class EngineCalls:
                 continue
             load = self._choice.load_of([self._batch.groups[position] for position in call.positions])
             engine = self._choice.choose(load) if call.engine is None else call.engine
-            if engine is None or self.limit.is_reached(len(self.running)):
+            if engine is None or self.limit.is_reached(self.connections):
                 return
             self._batch.waiting.remove(call)
             self._choice.start(engine, load)
-            request = self._batch.request
-            answer = self._clients[engine].generate(
-                self._batch.requests(call), request.sampling, request.call_timeout_seconds
-            )
-            self.running[asyncio.create_task(answer)] = RunningCall(call, engine, load, now)
+            running = RunningCall(call, engine, load, now, self._batch.connections(call))
+            self.connections += running.connections
+            self.running[asyncio.create_task(self._batch.ask(call, self._clients[engine]))] = running
 
     def finish(self, task: CallTask) -> RunningCall:
         """Remove a call that has ended from those that run."""
         running = self.running.pop(task)
+        self.connections -= running.connections
         self._choice.finish(running.engine, running.load)
         return running
 

@@ -17,6 +17,7 @@ from megatron_dsrl.platform.engine import can_release_engine_memory
 from megatron_dsrl.rewards.pool import RewardPool
 from megatron_dsrl.rollout.batch import BatchRequest, RolloutBatch
 from megatron_dsrl.rollout.carry_over import CarryOver
+from megatron_dsrl.rollout.custom_generation import custom_generation
 from megatron_dsrl.rollout.dispatcher import Dispatcher, EnginesLostError
 from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.client import connect
@@ -27,7 +28,8 @@ from megatron_dsrl.rollout.engines.server_arguments import UNSET_WEIGHT_VERSION,
 from megatron_dsrl.rollout.engines.settings import RolloutSettings
 from megatron_dsrl.rollout.engines.starting_server import StartingServer
 from megatron_dsrl.rollout.feed import Feed, WholeFeed
-from megatron_dsrl.rollout.judging import Decode, GroupJudge
+from megatron_dsrl.rollout.growing_response import Decode, Encode
+from megatron_dsrl.rollout.judging import GroupJudge
 from megatron_dsrl.rollout.open_files import requests_at_a_time
 from megatron_dsrl.rollout.progress import BatchProgress, OnCall, OnSamples, ignore
 from megatron_dsrl.rollout.rollout import Value
@@ -48,8 +50,20 @@ class EngineRollout:
         decode: Decode,
         on_call: OnCall = ignore,
         starting: StartingServer | None = None,
+        encode: Encode | None = None,
     ) -> None:
-        """Start the engines; `starting` is the process that becomes this rank's server, None starts a new one."""
+        """Start the engines.
+
+        Args:
+            decode: the tokenizer.
+            on_call: called with every call to an engine that has ended.
+            starting: the process that becomes this rank's server; None starts a new one.
+            encode: the tokenizer; needed with `rollout.generate`.
+
+        Raises:
+            UserError: `rollout.generate` or a verifier does not exist or does not take its options.
+        """
+        self._generation = custom_generation(config.rollout, encode, decode)
         self._config = config
         self._decode = decode
         self._on_call = on_call
@@ -232,7 +246,7 @@ class EngineRollout:
         """Sample a batch to completion, restarting engines as needed."""
         assert self.engine_addresses, "wait_until_ready() comes first"
         assert self._weight_version != UNSET_WEIGHT_VERSION, "load_weights() comes first: the model folder has none"
-        request = BatchRequest.for_run(self._config, feed, sampling, self._weight_version)
+        request = BatchRequest.for_run(self._config, feed, sampling, self._weight_version, self._generation)
         batch = RolloutBatch(request, len(self.engine_addresses))
         in_main_thread = threading.current_thread() is threading.main_thread()
         recover = self._recover if in_main_thread else None  # collective; the main thread may be in another collective

@@ -2,17 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_dsrl.rewards.pool import RewardPool, Verdict
 from megatron_dsrl.rollout.batch import RolloutBatch
 from megatron_dsrl.rollout.engines.errors import EngineError
+from megatron_dsrl.rollout.growing_response import Decode
 from megatron_dsrl.rollout.sample import Sample, SampleGroup
 from megatron_dsrl.rollout.unfinished import PartialResponse, UnfinishedGroup
-
-Decode = Callable[[Sequence[int]], str]
-"""Token ids to text without special tokens."""
 
 
 @dataclass(frozen=True)
@@ -61,4 +58,5 @@ def _sample(response: PartialResponse, text: str, reward: float, verdict: Verdic
         verdict=verdict,
         older_versions=versions[:-1],
         routed_experts=response.routed_experts,
+        scored=response.scored,
     )

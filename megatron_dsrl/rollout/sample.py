@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any, Literal
 
 from megatron_dsrl.common.compact import float_array, int_array
@@ -19,8 +20,8 @@ class Sample:
     log-probs."""
 
     log_probs: Sequence[float]
-    """Engine log-prob of every response token given the full prompt, at the sampling temperature; float32. Unit:
-    nat."""
+    """Engine log-prob of every response token given the full prompt, at the sampling temperature; float32. 0 for tokens
+    that are not the policy's. Unit: nat."""
 
     text: str
     """Decoded response without special tokens."""
@@ -53,6 +54,11 @@ class Sample:
         object.__setattr__(self, "log_probs", float_array(self.log_probs))
 
     @property
+    def policy_log_probs(self) -> Sequence[float]:
+        """Log-probs of the tokens that the policy generated. Unit: nat."""
+        return self.log_probs if self.scored is None else float_array(compress(self.log_probs, self.scored))
+
+    @property
     def oldest_version(self) -> int:
         """Version of the weights that produced its first token."""
         return self.older_versions[0][0] if self.older_versions else self.weight_version
@@ -73,8 +79,8 @@ class SampleGroup:
 
 
 def count_tokens(groups: Sequence[SampleGroup]) -> int:
-    """Response tokens of all samples."""
-    return sum(len(sample.response_ids) for group in groups for sample in group.samples)
+    """Response tokens of all samples that the policy generated."""
+    return sum(len(sample.policy_log_probs) for group in groups for sample in group.samples)
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,18 @@ def seeds_of_batch(
     return seeds
 
 
+def turn_seed(seed: int, turn: int) -> int:
+    """Seed of a turn in a response with several (`rollout.generate`), in 0..2^63 - 1. The first has the sample's seed.
+
+    Args:
+        seed: the sample's.
+        turn: number of the turn, from 0.
+    """
+    if turn == 0:
+        return seed
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{turn}".encode(), digest_size=8).digest(), "big") >> 1
+
+
 def stream_of_round(step: int, number: int) -> str:
     """Stream name of a step's batch; `number` counts the step's batches from 0."""
     return f"step {step} round {number}" if number else f"step {step}"

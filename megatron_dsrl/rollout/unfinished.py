@@ -29,6 +29,8 @@ class PartialResponse:
     routed_experts: str | None = None
     """As in `Sample`, from the last request, which recomputed prompt and earlier tokens: choices made by older weights
     are not kept."""
+    scored: tuple[bool, ...] | None = None
+    """As in `Sample`. Only a whole response from `rollout.generate` has one: it is never continued."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "response_ids", int_array(self.response_ids))
@@ -43,6 +45,7 @@ class PartialResponse:
             weight_versions=merge_spans(self.weight_versions + completion.weight_versions),
             finish_reason=None if completion.finish_reason == "abort" else completion.finish_reason,
             routed_experts=None if completion.finish_reason == "abort" else completion.routed_experts,
+            scored=completion.scored,
         )
 
 

@@ -12,7 +12,7 @@ from megatron_dsrl.config.run import EvaluationSetConfig, RunConfig
 from megatron_dsrl.data.mixture import in_mixture
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.data.prompts import load_prompts
-from megatron_dsrl.data.tokenizer import context_token_ids, decode, load_tokenizer, stop_token_ids
+from megatron_dsrl.data.tokenizer import context_token_ids, decode, encode, load_tokenizer, stop_token_ids
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.source import resolve_model_folder
 from megatron_dsrl.rollout.pass_rates import read_pass_rates, with_pass_rates, within_pass_rates
@@ -35,6 +35,10 @@ class RunInputs:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of a response without special tokens."""
         return decode(self.tokenizer, token_ids)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text; special tokens in it are recognised, and none are added."""
+        return encode(self.tokenizer, text)
 
 
 def load_training_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:

@@ -164,7 +164,13 @@ def start_rollout(
         rollout: Rollout = ReplayRollout(config.rollout, inputs.prompts, inputs.stop_token_ids)
     else:
         rollout = EngineRollout(
-            config, inputs.run_folder, inputs.stop_token_ids, inputs.decode, timeline.engine_call, starting
+            config,
+            inputs.run_folder,
+            inputs.stop_token_ids,
+            inputs.decode,
+            timeline.engine_call,
+            starting,
+            inputs.encode,
         )
     resources.callback(rollout.close)
     return rollout

@@ -59,6 +59,15 @@ def test_any_subset_of_the_response_can_be_scored(space, context, scored) -> Non
     torch.testing.assert_close(experience.engine_log_probs[0], torch.tensor([engine[token] for token in scored]))
 
 
+@pytest.mark.parametrize("bos", ["none", "im_start"])
+def test_values_of_scored_tokens_go_back_to_their_places(bos) -> None:
+    """Without BOS nothing predicts the first token, so it is not scored."""
+    sequence = PreTrain(bos=bos).sequence((), (7, 8, 9, 10), (5,) * (bos != "none"), (True, False, True, True))
+    values = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    first = None if bos == "none" else 1.0
+    assert sequence.spread_scored(sequence.select_scored(values).tolist(), 4) == [first, None, 3.0, 4.0]
+
+
 def test_marks_of_older_weights_follow_the_mask() -> None:
     response = Response(PROMPT, RESPONSE, (-1.0,) * 4, 1.0, 0, older_tokens=3, scored=(True, False, True, True))
     experience = build_experience([response], PostTrain())

@@ -1,6 +1,7 @@
 """`dsrl samples` on a run folder as it lies on disk; with token log-probs it is tested in tests/test_train.py."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,13 @@ def test_tokens_in_both_spaces_and_a_first_token_that_nothing_stands_before() ->
         ["t1\\n", "-0.500", "-2.000", "-3.000", "1.000"],
         ["t2\\n", "-0.500", "-0.250", "-0.125", "-0.125"],
     ]
+
+
+def test_tokens_that_are_not_the_models_have_no_log_probs() -> None:
+    sample = replace(make_sample(1.0, tokens=3), log_probs=(-1.0, 0.0, -2.0), scored=(True, False, True))
+    group = SampleGroup(make_group([]).prompt, (sample,))
+    scores = ResponseLogProbs(with_prompt=[-1.5, None, -2.5], without_prompt=[-4.0, None, -3.0])
+    out = printed(group, terminal=False, log_probs=[scores], token_text=lambda token: f"t{token}|")
+    assert "engine log P(y|x) -1.500 per token | trainer log P(y|x) -2.000 | log P(y) -3.500" in out
+    rows = [line.split() for line in out.splitlines() if line.startswith("t") and "|" in line.split()[0]]
+    assert [len(row) for row in rows] == [5, 1, 5]

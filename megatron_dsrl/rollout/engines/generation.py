@@ -49,6 +49,10 @@ class Completion:
     """The experts chosen for every token of request and response except the last, which went through no layer. None
     unless requested."""
 
+    scored: tuple[bool, ...] | None = None
+    """Which tokens the model wrote, in a response that a function has written with it (`rollout.generate`). None means
+    all."""
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "response_ids", int_array(self.response_ids))
         object.__setattr__(self, "log_probs", float_array(self.log_probs))

@@ -1,0 +1,116 @@
+"""Custom generation: a function of the user's writes each response together with the model (`rollout.generate`)."""
+
+import asyncio
+import inspect
+import traceback
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.config.dotted_path import object_at
+from megatron_dsrl.config.rollout import RolloutConfig
+from megatron_dsrl.data.prompt import Prompt
+from megatron_dsrl.rollout.engines.client import EngineClient
+from megatron_dsrl.rollout.engines.generation import Completion, SampleRequest
+from megatron_dsrl.rollout.growing_response import AbortedError, Decode, Encode, GrowingResponse
+from megatron_dsrl.rollout.sample import SamplingParameters
+
+GenerateFunction = Callable[..., Awaitable[None]]
+"""`async def generate(response: GrowingResponse, **options) -> None` writes one response."""
+
+
+@dataclass(frozen=True)
+class CustomGeneration:
+    """The function, its options and the tokenizer."""
+
+    path: str
+    """The function's dotted path, for messages."""
+    function: GenerateFunction
+    options: dict[str, Any]
+    encode: Encode
+    decode: Decode
+
+    async def complete(
+        self,
+        client: EngineClient,
+        prompts: Sequence[Prompt],
+        requests: Sequence[SampleRequest],
+        sampling: SamplingParameters,
+        turn_timeout_seconds: float | None,
+    ) -> list[Completion]:
+        """One response per request, in the same order. All are written at the same time.
+
+        Args:
+            client: the engine for all of them.
+            prompts: the prompt of each request.
+            requests: have the seeds.
+            sampling: how to sample.
+            turn_timeout_seconds: limit of each call to the engine.
+
+        Raises:
+            EngineError, TooManyOpenFilesError: as from the engine; none of the responses is used.
+            UserError: the function failed, or wrote a response that cannot be used.
+        """
+        responses = [
+            GrowingResponse(prompt, request.seed, client, sampling, self.encode, self.decode, turn_timeout_seconds)
+            for prompt, request in zip(prompts, requests, strict=True)
+        ]
+        tasks = [asyncio.create_task(self._write(response)) for response in responses]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _write(self, response: GrowingResponse) -> Completion:
+        try:
+            await self.function(response, **self.options)
+            completion = response.as_completion() if response.failure is None else None
+        except Exception as error:
+            if response.failure is None:
+                raise self._failed(response, error) from error
+            completion = None
+        if isinstance(response.failure, AbortedError):  # it starts again, if at all
+            return Completion((), (), "abort", ())
+        if response.failure is not None:
+            raise response.failure
+        assert completion is not None
+        return completion
+
+    def _failed(self, response: GrowingResponse, error: Exception) -> UserError:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        return UserError(
+            f"rollout.generate: {self.path} failed for prompt {response.prompt.index}: {type(error).__name__}: {error} "
+            f"({last.filename}, line {last.lineno})"
+        )
+
+
+def custom_generation(config: RolloutConfig, encode: Encode | None, decode: Decode) -> CustomGeneration | None:
+    """The configured function; None if responses come from the engine alone.
+
+    Args:
+        encode: the tokenizer; needed by a function.
+
+    Raises:
+        UserError: the function does not exist, is not asynchronous, or does not take these options.
+    """
+    if config.generate is None:
+        return None
+    assert encode is not None, "a function needs the tokenizer"
+    path = config.generate
+    try:
+        function = object_at(path)
+    except ValueError as error:
+        raise UserError(f"rollout.generate: {error}") from error
+    if not inspect.iscoroutinefunction(function):
+        module, _, name = path.partition(":")
+        raise UserError(
+            f"rollout.generate: `{module}` has no function `{name}` that begins with `async def`"
+        )
+    try:
+        inspect.signature(function).bind(None, **config.generate_options)
+    except TypeError as error:
+        raise UserError(f"rollout.generate_options: {path} does not take these options: {error}") from error
+    return CustomGeneration(path, function, config.generate_options, encode, decode)

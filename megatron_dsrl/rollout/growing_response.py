@@ -1,0 +1,186 @@
+"""A response that a function writes together with the model: turns of the model, and tokens from elsewhere.
+
+The model continues what stands there, so every one of its tokens is drawn given the prompt and all tokens before it,
+which is what the trainer scores it given. Tokens from elsewhere are context for those after them and are not scored.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from megatron_dsrl.data.prompt import Prompt
+from megatron_dsrl.rollout.engines.client import EngineClient
+from megatron_dsrl.rollout.engines.generation import Completion, SampleRequest, VersionSpans
+from megatron_dsrl.rollout.sample import SamplingParameters
+from megatron_dsrl.rollout.seeds import turn_seed
+
+Encode = Callable[[str], Sequence[int]]
+"""Text to token ids. Special tokens in the text are recognised, and none are added."""
+Decode = Callable[[Sequence[int]], str]
+"""Token ids to text without special tokens."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What the model has written in one go."""
+
+    token_ids: tuple[int, ...]
+    """Its tokens, including the stop token if there is one."""
+    finish_reason: Literal["stop", "length"]
+    """`stop`: the last token is a stop token. `length`: the limit of the turn or of the response was reached."""
+
+
+class AbortedError(Exception):
+    """The engine ended a turn before its time; the sample starts again."""
+
+
+class GrowingResponse:
+    """One response while it is being written."""
+
+    def __init__(
+        self,
+        prompt: Prompt,
+        seed: int,
+        client: EngineClient,
+        sampling: SamplingParameters,
+        encode: Encode,
+        decode: Decode,
+        turn_timeout_seconds: float | None = None,
+    ) -> None:
+        """
+        Args:
+            seed: the sample's; every turn derives its own from it.
+            client: the engine that writes all turns.
+            sampling: how to sample; `max_response_tokens` limits the model's and all other tokens together.
+            turn_timeout_seconds: limit of each turn; None: no limit.
+        """
+        self.prompt = prompt
+        self.sampling = sampling
+        self.encode = encode
+        self.decode = decode
+        self.is_truncated = False
+        """Whether the response counts as cut off. Set when the length limit is reached; a function may set it too."""
+        self.failure: Exception | None = None
+        """Why the engine did not write a turn. The sample has failed then, whatever the function makes of it."""
+        self._seed = seed
+        self._client = client
+        self._turn_timeout_seconds = turn_timeout_seconds
+        self._turns = 0
+        self._limit = sampling.max_response_tokens
+        """Tokens of a full response; fewer once an insertion did not fit."""
+        self._token_ids: tuple[int, ...] = ()
+        self._log_probs: tuple[float, ...] = ()
+        self._scored: tuple[bool, ...] = ()
+        self._versions: VersionSpans = ()
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """All tokens so far."""
+        return self._token_ids
+
+    @property
+    def text(self) -> str:
+        """The response so far, without special tokens: what the verifier will see."""
+        return self.decode(self._token_ids)
+
+    @property
+    def remaining_tokens(self) -> int:
+        """Tokens that still fit into the response."""
+        return self._limit - len(self._token_ids)
+
+    async def sample(self, max_new_tokens: int | None = None, stop_token_ids: Sequence[int] = ()) -> Turn:
+        """Have the model continue the response.
+
+        Args:
+            max_new_tokens: limit of this turn; None: only the response's limit.
+            stop_token_ids: tokens that end the turn, besides those that end every response.
+
+        Returns:
+            The turn; without any token and with `length` if the response is full.
+
+        Raises:
+            EngineError: the engine failed. The sample is then repeated elsewhere; do not catch this.
+            ValueError: the response was changed while the model was writing.
+        """
+        limit = min(self.remaining_tokens, self.remaining_tokens if max_new_tokens is None else max_new_tokens)
+        if limit <= 0:
+            self.is_truncated = self.is_truncated or self.remaining_tokens <= 0
+            return Turn((), "length")
+        before = self._token_ids
+        request = SampleRequest(self.prompt.token_ids + before, turn_seed(self._seed, self._turns), limit)
+        self._turns += 1
+        completion = await self._ask(request, stop_token_ids)
+        if self._token_ids != before:
+            raise ValueError("the response was changed while the model was writing; await one turn before the next")
+        self._add(completion.response_ids, completion.log_probs, is_scored=True)
+        self._versions += completion.weight_versions
+        if completion.finish_reason == "stop":
+            return Turn(completion.response_ids, "stop")
+        self.is_truncated = self.is_truncated or self.remaining_tokens <= 0
+        return Turn(completion.response_ids, "length")
+
+    def insert(self, tokens: str | Sequence[int]) -> bool:
+        """Append tokens that are not the model's, such as a tool's result or a turn of the environment.
+
+        They are appended whole or not at all. If they do not fit, the response is full and counts as truncated.
+
+        Args:
+            tokens: token ids, or text. Text from untrusted sources should be free of special tokens.
+
+        Returns:
+            Whether they fit.
+        """
+        ids = tuple(self.encode(tokens) if isinstance(tokens, str) else tokens)
+        if len(ids) > self.remaining_tokens:
+            self.is_truncated, self._limit = True, len(self._token_ids)
+            return False
+        self._add(ids, (0.0,) * len(ids), is_scored=False)
+        return True
+
+    def keep(self, count: int) -> None:
+        """Drop all but the first `count` tokens of the response.
+
+        What is dropped must be decided by what is kept (cut after the first complete tool call). If it depends on what
+        is dropped (cut what looks wrong), the kept tokens no longer follow the policy's distribution.
+        """
+        if count < len(self._token_ids):
+            self.is_truncated, self._limit = False, self.sampling.max_response_tokens
+        self._token_ids, self._log_probs = self._token_ids[:count], self._log_probs[:count]
+        self._scored = self._scored[:count]
+
+    def as_completion(self) -> Completion:
+        """The finished response in the form of an engine's answer.
+
+        Raises:
+            ValueError: no token is the model's.
+        """
+        if not any(self._scored):
+            raise ValueError("none of the response's tokens are the model's; nothing can be trained on")
+        versions = {version for version, _ in self._versions}
+        one_version = len(versions) == 1
+        return Completion(
+            response_ids=self._token_ids,
+            log_probs=self._log_probs,
+            finish_reason="length" if self.is_truncated else "stop",
+            # Tokens from elsewhere count with the weights that read them. Several versions are for the batch to refuse.
+            weight_versions=((*versions, len(self._token_ids)),) if one_version else self._versions,
+            scored=None if all(self._scored) else self._scored,
+        )
+
+    async def _ask(self, request: SampleRequest, stop_token_ids: Sequence[int]) -> Completion:
+        """One turn from the engine; whatever prevents it is kept as `failure`."""
+        stops = tuple(dict.fromkeys((*self.sampling.stop_token_ids, *stop_token_ids)))
+        sampling = replace(self.sampling, stop_token_ids=stops)
+        try:
+            (completion,) = await self._client.generate([request], sampling, self._turn_timeout_seconds)
+            if completion.finish_reason == "abort":
+                raise AbortedError("the engine aborted a turn")
+        except Exception as error:
+            self.failure = error
+            raise
+        return completion
+
+    def _add(self, ids: Sequence[int], log_probs: Sequence[float], is_scored: bool) -> None:
+        self._token_ids += tuple(ids)
+        self._log_probs += tuple(log_probs)
+        self._scored += (is_scored,) * len(ids)
