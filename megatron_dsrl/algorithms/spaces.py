@@ -58,7 +58,7 @@ class ScoredSequence:
         return values[self.scored_positions - len(self.token_ids) + len(values)]
 
     def spread_scored(self, values: Sequence[float], num_tokens: int) -> list[float | None]:
-        """The reverse of `select_scored`: one entry for each of `num_tokens` response tokens, None for unscored ones."""
+        """The reverse of `select_scored`: one entry per response token (`num_tokens` of them), None if unscored."""
         by_position = dict(zip(self.scored_positions.tolist(), values, strict=True))
         return [by_position.get(position) for position in range(len(self.token_ids) - num_tokens, len(self.token_ids))]
 

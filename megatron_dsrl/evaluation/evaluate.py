@@ -114,7 +114,9 @@ def evaluate(request: EvaluationRequest) -> EvaluatedModel:
         folder = hf_folder(model, output)
         tokenizer = load_tokenizer(str(folder), read_architecture(folder).vocab_size)
         config = _config(folder, request.overrides, benchmarks)
-        settings = {"model": fingerprint(folder), "dtype": config.model.dtype, "seed": config.seed}
+        settings: dict[str, Any] = {"model": fingerprint(folder), "dtype": config.model.dtype, "seed": config.seed}
+        if config.rollout.generate is not None:
+            settings["generate"] = {config.rollout.generate: config.rollout.generate_options}
         files = {b.name: output / "samples" / f"{b.name}.jsonl" for b in benchmarks}
         unfinished = on_first(
             lambda: [b.name for b in benchmarks if missing_samples(b, prompts[b.name], files[b.name], settings)]

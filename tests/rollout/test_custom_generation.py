@@ -77,7 +77,7 @@ def generation(function: Callable[..., Any], **options: Any) -> CustomGeneration
 
 
 def two_turns(request: SampleRequest) -> Answer:
-    """First 10 and a call, then 20, the prompt's sample number, and the end."""
+    """10 and a call; after the result 20, 21 and the end."""
     if len(request.token_ids) == len(PROMPT.token_ids):
         return (10, ASK, 99)
     return (20, 21, END)

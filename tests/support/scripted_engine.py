@@ -1,4 +1,4 @@
-"""An engine that writes what it is told, turn by turn, in the place of `EngineClient`. No model is asked."""
+"""An engine that writes what it is told, turn by turn, in place of `EngineClient`. No model is asked."""
 
 import asyncio
 from collections.abc import Callable, Sequence
