@@ -18,7 +18,7 @@ import orjson
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rollout.recording import as_json_line, group_of_record, prompt_of_record
-from megatron_dsrl.rollout.sample import SampleGroup
+from megatron_dsrl.rollout.sample import SampleGroup, count_tokens
 from megatron_dsrl.rollout.unfinished import PartialResponse, UnfinishedGroup
 
 CARRY_OVER_FILE = "carried_over.jsonl"
@@ -35,8 +35,7 @@ class CarryOver:
     @property
     def num_tokens(self) -> int:
         """Response tokens sampled so far, which will not be sampled again."""
-        finished = sum(len(sample.response_ids) for group in self.finished for sample in group.samples)
-        return finished + sum(group.num_tokens for group in self.unfinished)
+        return count_tokens(self.finished) + sum(group.num_tokens for group in self.unfinished)
 
     def write(self, file: Path) -> None:
         """One JSON line per group, flushed to disk."""

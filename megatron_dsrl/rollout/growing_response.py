@@ -115,9 +115,9 @@ class GrowingResponse:
         self._add(completion.response_ids, completion.log_probs, is_scored=True)
         self._versions += completion.weight_versions
         if completion.finish_reason == "stop":
-            return Turn(completion.response_ids, "stop")
+            return Turn(tuple(completion.response_ids), "stop")
         self.is_truncated = self.is_truncated or self.remaining_tokens <= 0
-        return Turn(completion.response_ids, "length")
+        return Turn(tuple(completion.response_ids), "length")
 
     def insert(self, tokens: str | Sequence[int]) -> bool:
         """Append tokens that are not the model's, such as a tool's result or a turn of the environment.

@@ -74,7 +74,7 @@ class UnfinishedGroup:
     @property
     def num_tokens(self) -> int:
         """Response tokens sampled so far."""
-        return sum(len(response.response_ids) for response in self.responses)
+        return sum(sum(one.scored) if one.scored else len(one.response_ids) for one in self.responses)
 
     @property
     def oldest_version(self) -> int | None:

@@ -138,7 +138,7 @@ def test_all_tokens_count_towards_the_limit(rewards, tokens, response) -> None:
     """A result that does not fit is left out."""
     group, _ = sample(rewards, ask_once, ScriptedEngine(two_turns), tokens=tokens)
     cut = group.samples[0]
-    assert cut.response_ids == response and cut.finish_reason == "length"
+    assert tuple(cut.response_ids) == response and cut.finish_reason == "length"
 
 
 @pytest.mark.parametrize("function", [ask_once, swallows_errors])
@@ -279,7 +279,7 @@ def test_log_probs_over_several_turns_equal_transformers(
     for group in batch.finished_groups:
         for one in group.samples:
             assert one.scored == scored and one.finish_reason == "length"
-            assert one.response_ids[5:8] == (50, 51, 52) and one.response_ids[13] == 60
+            assert tuple(one.response_ids[5:8]) == (50, 51, 52) and one.response_ids[13] == 60
             reference = transformers_log_probs(model, group.prompt.token_ids, one.response_ids, 1.0)
             expected = torch.where(torch.tensor(scored), reference, 0.0)
             torch.testing.assert_close(torch.tensor(one.log_probs), expected, atol=1e-4, rtol=0)
