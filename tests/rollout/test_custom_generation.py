@@ -218,7 +218,7 @@ def test_what_the_trainer_scores_in_both_spaces(rewards, tmp_path: Path) -> None
     for space, context in ((PostTrain(), PROMPT.token_ids), (PreTrain(), (5,))):
         experience = build_experience(responses_of([recorded], 0), space, (5,))
         (sequence, _) = experience.sequences
-        assert sequence.token_ids == (*context, *group.samples[0].response_ids)
+        assert list(sequence.token_ids) == [*context, *group.samples[0].response_ids]
         assert (sequence.scored_positions - len(context)).tolist() == [0, 1, 4, 5, 6]
         assert experience.engine_log_probs[0].tolist() == [-0.5, -0.25, -0.5, -0.25, -0.125]
     assert entropy_metrics(group.samples) == {"response/conditional_entropy": pytest.approx(1.625 / 5)}
