@@ -2,8 +2,9 @@
 """Conversion speed and peak memory, both ways, beside plain copying and Transformers' load + save.
 
 Creates a random Qwen3 of about the requested size in a scratch folder, runs each measurement in its own process, and
-prints a table. All output is fsynced before the clock stops, including the plain copy; all input is in the page cache.
-The scratch folder is removed.
+prints a table: wall-clock speed, CPU seconds (which other programs on the machine hardly change), and peak memory. A
+dash stands for a speed that start-up hides, as for a small model. All output is fsynced before the clock stops,
+including the plain copy; all input is in the page cache. The scratch folder is removed.
 """
 
 import argparse
@@ -54,6 +55,8 @@ class Measurement:
     seconds: float
     start_seconds: float
     """The part spent on starting Python and importing, measured with a process that does only that."""
+    cpu_seconds: float
+    """User and system time of all its processes, without that of starting."""
     peak_bytes: int
     """Largest resident memory of a single process."""
     start_bytes: int
@@ -99,18 +102,19 @@ def make_model(folder: Path, gigabytes: float, seed: int = 0) -> int:
 
 def measure(name: str, command: Sequence[str], empty: Sequence[str]) -> Measurement:
     """Run a command and its empty counterpart, each in its own process."""
-    start_seconds, start_bytes = _run(empty)
-    seconds, peak = _run(command)
-    return Measurement(name, seconds, start_seconds, peak, start_bytes)
+    start_seconds, start_cpu, start_bytes = _run(empty)
+    seconds, cpu, peak = _run(command)
+    return Measurement(name, seconds, start_seconds, max(cpu - start_cpu, 0.0), peak, start_bytes)
 
 
-def _run(command: Sequence[str]) -> tuple[float, int]:
-    """Wall-clock seconds, and peak resident bytes of the largest of the processes."""
+def _run(command: Sequence[str]) -> tuple[float, float, int]:
+    """Wall-clock seconds, CPU seconds of all processes, and peak resident bytes of the largest."""
     with tempfile.NamedTemporaryFile("r", suffix=".peak") as peak_file:
         # Each measurement has its own wrapper process, so that RUSAGE_CHILDREN covers this command alone.
         wrapper = (
             "import resource, subprocess, sys; code = subprocess.call(sys.argv[2:], stdout=subprocess.DEVNULL); "
-            "open(sys.argv[1], 'w').write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)); sys.exit(code)"
+            "used = resource.getrusage(resource.RUSAGE_CHILDREN); "
+            "open(sys.argv[1], 'w').write(f'{used.ru_utime + used.ru_stime} {used.ru_maxrss}'); sys.exit(code)"
         )
         started = time.perf_counter()
         result = subprocess.run(
@@ -119,7 +123,8 @@ def _run(command: Sequence[str]) -> tuple[float, int]:
         seconds = time.perf_counter() - started
         if result.returncode:
             raise SystemExit(f"{' '.join(command)} failed:\n{result.stderr}")
-        return seconds, int(peak_file.read()) * 1024
+        cpu, kibibytes = peak_file.read().split()
+        return seconds, float(cpu), int(kibibytes) * 1024
 
 
 def torchrun(processes: int, command: Sequence[str]) -> list[str]:
@@ -168,19 +173,26 @@ def print_table(measurements: Sequence[Measurement], model_bytes: int, largest_b
         f"Qwen3, random, bfloat16: {model_bytes / 1e9:.2f} GB, largest tensor {largest_bytes / 1e9:.2f} GB; "
         f"{os.cpu_count()} cores"
     )
-    table = Table("", "seconds", "start-up", "GB/s after it", "peak GB", "start-up", "above it", box=None)
+    columns = ("", "seconds", "start-up", "GB/s after it", "CPU s after it", "peak GB", "start-up", "above it")
+    table = Table(*columns, box=None)
     for row in measurements:
-        work = max(row.seconds - row.start_seconds, 1e-3)
         table.add_row(
             row.name,
             f"{row.seconds:.1f}",
             f"{row.start_seconds:.1f}",
-            f"{model_bytes / 1e9 / work:.2f}",
+            _speed(row, model_bytes),
+            f"{row.cpu_seconds:.1f}",
             f"{row.peak_bytes / 1e9:.2f}",
             f"{row.start_bytes / 1e9:.2f}",
             f"{(row.peak_bytes - row.start_bytes) / 1e9:.2f}",
         )
     console.print(table)
+
+
+def _speed(row: Measurement, model_bytes: int) -> str:
+    """GB/s without start-up; a dash if it took less than a quarter of the start-up, which varies by about that much."""
+    work = row.seconds - row.start_seconds
+    return f"{model_bytes / 1e9 / work:.2f}" if work > row.start_seconds / 4 else "-"
 
 
 def main() -> None:

@@ -2,9 +2,9 @@
 """Time to transfer the trainer's weights to an SGLang engine: in flattened buckets, and through the disk.
 
 For every model size, a random Qwen3 is sharded over the processes with Megatron and engines are started as in a run.
-Each round then times the push with every bucket size, and an fsynced safetensors export that every engine loads with
-`/update_weights_from_disk`, most likely from the page cache. Use torchrun for several ranks. The table shows medians
-over the rounds.
+The first push, after which digests of all weights are compared, is timed alone. Each round then times the push with
+every bucket size, and an fsynced safetensors export that every engine loads with `/update_weights_from_disk`, most
+likely from the page cache. Use torchrun for several ranks. The table shows medians over the rounds.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
@@ -43,6 +44,7 @@ from megatron_dsrl.weights.tables import weight_table
 VOCABULARY, HEAD = 32_000, 64
 TIMEOUT_SECONDS = 600.0
 WRITE, LOAD = "disk: write", "disk: load"
+CHECKED = "first push, digests compared"
 
 
 def write_model_folder(folder: Path, megabytes: float, hidden: int, dtype: str) -> None:
@@ -130,7 +132,9 @@ def measure(folder: Path, config: RunConfig, bucket_megabytes: Sequence[int], ro
                 def stream(megabytes: int = megabytes) -> Iterator[list[tuple[str, Tensor]]]:
                     return stream_hf_weights(chunks, table, megabytes * 2**20, dtype)
 
-                measured[f"push, {megabytes} MiB buckets"] = seconds_of(lambda: engines.load(stream, turn))
+                taken = seconds_of(lambda: engines.load(stream, turn))
+                seconds.setdefault(CHECKED, [taken])
+                measured[f"push, {megabytes} MiB buckets"] = taken
             target = folder / f"export_{turn}"
             measured[WRITE] = seconds_of(lambda: export_hf_folder(chunks, table, model_folder, target, dtype))
             measured[LOAD] = seconds_of(lambda: together(lambda: [load_from_disk(engine, target) for engine in mine]))
@@ -149,7 +153,21 @@ def print_table(megabytes: float, seconds: dict[str, list[float]]) -> None:
     parts = f"disk: write {statistics.median(seconds[WRITE]):.2f} + load {statistics.median(seconds[LOAD]):.2f}"
     for way, value in {**medians, parts: disk}.items():
         table.add_row(way, f"{value:.2f}", f"{megabytes / 1e3 / value:.2f}", f"{disk / value:.1f}")
+    table.add_row("one copy in CPU memory", *memory_copy(megabytes))
     Console(width=100).print(table)
+
+
+def memory_copy(megabytes: float) -> tuple[str, str]:
+    """Seconds and GB/s of copying as many bytes within this process, in pieces of at most 256 MB."""
+    source = torch.ones(int(min(megabytes, 256) * 1e6), dtype=torch.uint8)
+    target = source.clone()
+    times = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        target.copy_(source)
+        times.append(time.perf_counter() - begin)
+    speed = len(source) / 1e9 / min(times)
+    return f"{megabytes / 1e3 / speed:.2f}", f"{speed:.2f}"
 
 
 def main() -> None:

@@ -34,6 +34,7 @@ from megatron_dsrl.weights.checkpoint_shapes import checkpoint_shape
 from megatron_dsrl.weights.disk_flush import DiskFlush
 from megatron_dsrl.weights.layouts import Shape
 from megatron_dsrl.weights.megatron_checkpoint import leading_index
+from megatron_dsrl.weights.reused_memory import with_own_storage
 from megatron_dsrl.weights.table import TableEntry, WeightTable
 
 FILE_BYTES = 4 * 2**30
@@ -72,10 +73,8 @@ class ChunkWriter:
             self._files.append(self._next_file())
         file = self._files[-1]
         position = file.tell()
-        if chunk.untyped_storage().nbytes() != chunk.nbytes:
-            chunk = chunk.clone(memory_format=torch.contiguous_format)  # torch.save saves the whole storage of a view
         with writing(Path(file.name)):
-            torch.save(chunk, file)
+            torch.save(with_own_storage(chunk), file)
             length = file.tell() - position
             self._flush.wrote(file.fileno(), length)
         self.written.append(WrittenChunk(name, offsets, tuple(chunk.shape), Path(file.name).name, position, length))

@@ -35,6 +35,7 @@ from megatron_dsrl.weights.companions import copy_companions
 from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint, torch_dtype_name
 from megatron_dsrl.weights.load import check_checkpoint
 from megatron_dsrl.weights.new_folder import new_folder
+from megatron_dsrl.weights.reused_memory import ReusedMemory
 from megatron_dsrl.weights.table import WeightTable
 from megatron_dsrl.weights.tables import weight_table
 
@@ -96,10 +97,11 @@ def _write_chunks(
     checkpoint: HfCheckpoint, table: WeightTable, layout: CheckpointLayout, dtype: torch.dtype, folder: Path
 ) -> tuple[list[WrittenChunk], Cast]:
     """Write this process's share of the weights."""
-    cast = Cast(dtype)
+    cast, memory = Cast(dtype), ReusedMemory()
     with ChunkWriter(folder, rank()) as writer:
         for entry in with_progress(my_entries(table), dtype, "HF -> Megatron"):
-            parts = [cast(tensor.name, checkpoint.read(tensor.name)) for tensor in entry.hf]
+            memory.free()
+            parts = [cast(tensor.name, checkpoint.read(tensor.name, memory)) for tensor in entry.hf]
             whole = entry.rule.layout.shard(parts, rank=0, size=1)
             del parts
             for offsets, chunk in cut_into_chunks(entry, whole, layout):

@@ -25,6 +25,7 @@ from megatron_dsrl.weights.companions import copy_companions
 from megatron_dsrl.weights.hf_writer import HfFiles, HfWriter, create_hf_files
 from megatron_dsrl.weights.megatron_checkpoint import MegatronCheckpoint
 from megatron_dsrl.weights.new_folder import new_folder
+from megatron_dsrl.weights.reused_memory import ReusedMemory
 from megatron_dsrl.weights.table import WeightTable
 from megatron_dsrl.weights.tables import weight_table
 
@@ -71,9 +72,10 @@ def convert_megatron_to_hf(
 
 def _write_tensors(checkpoint: MegatronCheckpoint, table: WeightTable, dtype: torch.dtype, files: HfFiles) -> Cast:
     """Write this process's share of the weights."""
-    cast = Cast(dtype)
+    cast, memory = Cast(dtype), ReusedMemory()
     with HfWriter(files) as writer:
         for entry in with_progress(my_entries(table), dtype, "Megatron -> HF"):
-            for tensor, value in zip(entry.hf, checkpoint.read(entry)):
+            memory.free()
+            for tensor, value in zip(entry.hf, checkpoint.read(entry, memory)):
                 writer.write(tensor.name, cast(tensor.name, value))
     return cast

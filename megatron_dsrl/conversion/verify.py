@@ -22,6 +22,7 @@ from megatron_dsrl.weights.checkpoint_shapes import check_megatron_checkpoint
 from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint, torch_dtype_name
 from megatron_dsrl.weights.load import check_checkpoint
 from megatron_dsrl.weights.megatron_checkpoint import MegatronCheckpoint
+from megatron_dsrl.weights.reused_memory import ReusedMemory
 from megatron_dsrl.weights.table import TableEntry, WeightTable
 from megatron_dsrl.weights.tables import weight_table
 
@@ -96,9 +97,10 @@ def _compare_share(
     source: Literal["hf", "megatron"],
     dtype: torch.dtype | None,
 ) -> _Comparison:
-    tensors, nbytes, differences, cast = 0, 0, [], Cast(dtype)
+    tensors, nbytes, differences, cast, memory = 0, 0, [], Cast(dtype), ReusedMemory()
     for entry in with_progress(my_entries(table), dtype or torch.bfloat16, "comparing"):
-        for name, wanted, found in _both_sides(entry, hf, megatron, source, cast):
+        memory.free()
+        for name, wanted, found in _both_sides(entry, hf, megatron, source, cast, memory):
             tensors, nbytes = tensors + 1, nbytes + wanted.nbytes
             differences += _differences(name, wanted, found)
     return _Comparison(tensors, nbytes, differences, cast)
@@ -110,14 +112,15 @@ def _both_sides(
     megatron: MegatronCheckpoint,
     source: Literal["hf", "megatron"],
     cast: Cast,
+    memory: ReusedMemory,
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(name, expected tensor converted from the source, tensor found on the other side)."""
     try:
-        from_megatron = megatron.read(entry)
+        from_megatron = megatron.read(entry, memory)
     except UserError as error:
         raise UserError(f"verification failed: {error}") from error
     for tensor, megatron_side in zip(entry.hf, from_megatron):
-        hf_side = hf.read(tensor.name)
+        hf_side = hf.read(tensor.name, memory)
         wanted, found = (hf_side, megatron_side) if source == "hf" else (megatron_side, hf_side)
         yield tensor.name, cast(tensor.name, wanted), found
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.weights.layouts import Shape
+from megatron_dsrl.weights.reused_memory import ReusedMemory
 from megatron_dsrl.weights.safetensors_file import StoredTensor, read_header, read_pieces, read_tensor
 
 SINGLE_FILE = "model.safetensors"
@@ -54,9 +55,9 @@ class HfCheckpoint:
         """Dtypes of all tensors; raises like `shapes`."""
         return {name: self._stored(name).dtype for name in self._files}
 
-    def read(self, name: str) -> Tensor:
-        """A copy of one tensor, on CPU, in the file's dtype."""
-        return read_tensor(self._files[name], self._stored(name))
+    def read(self, name: str, memory: ReusedMemory | None = None) -> Tensor:
+        """A copy of one tensor, on CPU, in the file's dtype; in `memory` if given, otherwise in its own."""
+        return read_tensor(self._files[name], self._stored(name), memory or ReusedMemory())
 
     def are_equal(self, one: str, other: str) -> bool:
         """Whether two tensors have the same shape and values, like `torch.equal`. Reads them piece by piece."""

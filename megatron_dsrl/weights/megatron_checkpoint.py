@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.weights.layouts import Shape
+from megatron_dsrl.weights.reused_memory import ReusedMemory
 from megatron_dsrl.weights.stored_chunk import Chunk, read_chunk
 from megatron_dsrl.weights.table import TableEntry
 from megatron_dsrl.weights.untrusted_checkpoint import read_metadata
@@ -46,6 +47,7 @@ class MegatronCheckpoint:
             if isinstance(stored, TensorStorageMetadata) and name.startswith(PARTS_OF_THE_MODEL)
         }
         self._chunks = self._locate_chunks(metadata.storage_data)
+        self._part_memory = ReusedMemory()
 
     def shapes(self) -> dict[str, Shape]:
         """Shapes of the stacked tensors, by checkpoint name."""
@@ -55,22 +57,23 @@ class MegatronCheckpoint:
         """Dtypes of the stacked tensors, by checkpoint name."""
         return {name: stored.properties.dtype for name, stored in self._tensors.items()}
 
-    def read(self, entry: TableEntry) -> tuple[Tensor, ...]:
-        """The HF tensors of a table entry, in the checkpoint's dtype.
+    def read(self, entry: TableEntry, memory: ReusedMemory | None = None) -> tuple[Tensor, ...]:
+        """The HF tensors of a table entry, in the checkpoint's dtype; in `memory` if given, otherwise in their own.
 
         Raises:
             UserError: a chunk is damaged, or a part of the tensor is missing.
         """
         name, leading = entry.rule.checkpoint_name, leading_index(entry)
         stored = self._tensors[name]
-        shape, dtype = tuple(stored.size[len(leading) :]), stored.properties.dtype
+        shape, dtype, memory = tuple(stored.size[len(leading) :]), stored.properties.dtype, memory or ReusedMemory()
         chunks = self._chunks.get((name, leading), ())
         if len(chunks) == 1 and chunks[0].sizes[len(leading) :] == shape:
-            return entry.rule.layout.merge([read_chunk(self.folder, name, chunks[0], dtype).view(shape)])
-        whole = torch.empty(shape, dtype=dtype)
+            return entry.rule.layout.merge([read_chunk(self.folder, name, chunks[0], dtype, memory).view(shape)])
+        whole = memory.take(shape, dtype)
         filled = 0
         for chunk in chunks:
-            part = read_chunk(self.folder, name, chunk, dtype)
+            self._part_memory.free()
+            part = read_chunk(self.folder, name, chunk, dtype, self._part_memory)
             place = tuple(
                 slice(offset, offset + size)
                 for offset, size in zip(chunk.offsets[len(leading) :], chunk.sizes[len(leading) :])
@@ -93,7 +96,8 @@ class MegatronCheckpoint:
         """
         whole = [(name, chunk) for name in sorted(self._tensors) for chunk in self._chunks.get((name, ()), ())]
         for name, chunk in whole[number::processes]:
-            read_chunk(self.folder, name, chunk, self._tensors[name].properties.dtype)
+            self._part_memory.free()
+            read_chunk(self.folder, name, chunk, self._tensors[name].properties.dtype, self._part_memory)
 
     def _locate_chunks(self, storage: Mapping[MetadataIndex, Any]) -> dict[tuple[str, Shape], list[Chunk]]:
         """Chunks by name and leading indices. A chunk is listed under each prefix of up to two indices, since rules

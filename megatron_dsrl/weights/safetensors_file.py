@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.hub import lfs_advice
 from megatron_dsrl.weights.layouts import Shape
+from megatron_dsrl.weights.reused_memory import ReusedMemory
 
 _DTYPES = {
     "F64": torch.float64,
@@ -92,25 +93,28 @@ def _stored(entry: Mapping, start: int) -> StoredTensor:
     return tensor
 
 
-def read_tensor(path: Path, stored: StoredTensor) -> Tensor:
-    """A copy of one tensor."""
-    return _read_elements(path, stored, 0, math.prod(stored.shape)).view(stored.shape)
+def read_tensor(path: Path, stored: StoredTensor, memory: ReusedMemory) -> Tensor:
+    """A copy of one tensor, in `memory`."""
+    tensor = memory.take(stored.shape, stored.dtype)
+    _read_elements(path, stored, 0, tensor.view(-1))
+    return tensor
 
 
 def read_pieces(path: Path, stored: StoredTensor) -> Iterator[Tensor]:
     """One tensor, flat, in pieces of `PIECE_ELEMENTS`."""
     elements = math.prod(stored.shape)
     for start in range(0, elements, PIECE_ELEMENTS):
-        yield _read_elements(path, stored, start, min(start + PIECE_ELEMENTS, elements))
+        piece = torch.empty(min(PIECE_ELEMENTS, elements - start), dtype=stored.dtype)
+        _read_elements(path, stored, start, piece)
+        yield piece
 
 
-def _read_elements(path: Path, stored: StoredTensor, start: int, stop: int) -> Tensor:
-    tensor = torch.empty(stop - start, dtype=stored.dtype)
-    if stop > start:
+def _read_elements(path: Path, stored: StoredTensor, start: int, flat: Tensor) -> None:
+    """Fill a one-dimensional tensor with the elements from `start` on."""
+    if len(flat):
         with path.open("rb", buffering=0) as file:
             file.seek(stored.offset + start * stored.dtype.itemsize)
-            _read_into(file, tensor.view(torch.uint8).numpy().data, path)
-    return tensor
+            _read_into(file, flat.view(torch.uint8).numpy().data, path)
 
 
 def _read_into(file: FileIO, view: memoryview, path: Path) -> None:

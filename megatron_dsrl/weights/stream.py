@@ -3,8 +3,8 @@
 All ranks take part and receive every tensor, in the same order under every layout. A bucket is filled by one pipeline
 stage or, if it contains experts, by the ranks that hold these. Their shards are gathered over tensor parallelism as one
 flat tensor; the merged tensors are broadcast as one flat tensor to the other expert-parallel ranks and the other
-stages. About two buckets per rank are in memory at a time; with tensor parallelism four, including the shards of a
-bucket.
+stages. A model that is not split is not copied: its buckets are mostly views of the parameters. Otherwise about two
+buckets per rank are in memory at a time; with tensor parallelism four, including the shards of a bucket.
 """
 
 import math
@@ -62,8 +62,8 @@ def stream_hf_weights(
 ) -> Iterator[list[tuple[str, Tensor]]]:
     """Yield all HF tensors of the model, bucket by bucket. Collective over the ranks of a model replica.
 
-    Every rank must exhaust the generator. Buckets are copies of the parameters and are freed when the caller drops
-    them.
+    Every rank must exhaust the generator. Tensors may be views of the parameters: copy what you keep, and do not write
+    to them.
 
     Args:
         chunks: GPTModel chunks of this pipeline stage, wrapped or not.
@@ -76,13 +76,19 @@ def stream_hf_weights(
     bound = bind(chunks, table)
     device = next(parameter for parameters in bound.values() for parameter in parameters).device
     for bucket in plan_buckets(table, _owners(bound, table), bucket_bytes, dtype):
-        shapes = [tensor.shape for entry in bucket.entries for tensor in entry.hf]
+        tensors = [tensor for entry in bucket.entries for tensor in entry.hf]
+        names, shapes = [tensor.name for tensor in tensors], [tensor.shape for tensor in tensors]
+        merged: list[Tensor] = []
         if _holds(bucket.owner):
-            flat = _gather_bucket([(entry, bound[entry][0]) for entry in bucket.entries], dtype)
+            merged = _gather_bucket([(entry, bound[entry][0]) for entry in bucket.entries], dtype)
+        if not _is_broadcast(bucket.owner):
+            yield list(zip(names, merged, strict=True))
+            continue
+        if merged:
+            flat = torch.cat([tensor.flatten() for tensor in merged])
         else:
             flat = torch.empty(sum(map(math.prod, shapes)), dtype=dtype, device=device)
         _broadcast_from(bucket.owner, flat)
-        names = [tensor.name for entry in bucket.entries for tensor in entry.hf]
         parts = flat.split([math.prod(shape) for shape in shapes])
         yield [(name, part.view(shape)) for name, part, shape in zip(names, parts, shapes)]
 
@@ -110,8 +116,8 @@ def _holds(owner: Owner) -> bool:
     return owner.stage == parallel_state.get_pipeline_model_parallel_rank() and owner.expert_rank in expert_ranks
 
 
-def _gather_bucket(held: Sequence[tuple[TableEntry, nn.Parameter]], dtype: torch.dtype) -> Tensor:
-    """All HF tensors of a bucket that this rank holds a part of, flattened and concatenated. Always a copy."""
+def _gather_bucket(held: Sequence[tuple[TableEntry, nn.Parameter]], dtype: torch.dtype) -> list[Tensor]:
+    """All HF tensors of a bucket that this rank holds a part of; views of the parameters where they can be."""
     are_experts = held[0][0].rule.per_expert  # the same for all entries of a bucket
     group = (
         parallel_state.get_expert_tensor_parallel_group()
@@ -128,7 +134,13 @@ def _gather_bucket(held: Sequence[tuple[TableEntry, nn.Parameter]], dtype: torch
     merged: list[Tensor] = []
     for (entry, parameter), shards in zip(held, zip(*rank_shards)):
         merged += entry.rule.layout.merge([shard.view(parameter.shape) for shard in shards])
-    return torch.cat([tensor.flatten() for tensor in merged])
+    return merged
+
+
+def _is_broadcast(owner: Owner) -> bool:
+    """Whether ranks other than the owners need the bucket; the same on every rank."""
+    experts = parallel_state.get_expert_model_parallel_world_size() if owner.expert_rank is not None else 1
+    return experts * parallel_state.get_pipeline_model_parallel_world_size() > 1
 
 
 def _broadcast_from(owner: Owner, flat: Tensor) -> None:

@@ -20,7 +20,7 @@ from megatron_dsrl.platform.engine import LOOPBACK, compiles_kernels, engine_env
 from megatron_dsrl.rollout.engines.address import EngineAddress, address_towards, draw_key
 from megatron_dsrl.rollout.engines.client import EngineClient, MemoryTag
 from megatron_dsrl.rollout.engines.errors import EngineError, LostEngineError
-from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
+from megatron_dsrl.rollout.engines.flattened_bucket import Bucket, BucketMemory
 from megatron_dsrl.rollout.engines.quantised_push import quantised_buckets
 from megatron_dsrl.rollout.engines.server import EngineServer
 from megatron_dsrl.rollout.engines.server_arguments import engine_threads, server_arguments
@@ -70,6 +70,7 @@ class EngineGroup:
             groups = [new_gloo_group(range(first, first + size), timeout) for first in range(0, self._world, size)]
             self._group = groups[engine]
         self._check = WeightCheck(config, self._group)
+        self._memory = BucketMemory()
         host, environment = self._host(), engine_environment(size, engine_threads(config))
         if host == LOOPBACK:
             environment.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK_INTERFACE)
@@ -165,7 +166,7 @@ class EngineGroup:
         engine, timeout = self._own_address(), self._config.update_timeout_seconds
         watched = self._check.watch(buckets)
         sent = quantised_buckets(watched) if self._config.quantization else watched
-        self._problem = push_weights(sent, version, engine, self._group, timeout)
+        self._problem = push_weights(sent, version, engine, self._group, timeout, self._memory)
         try:
             return None if self._problem is not None else self._check.mismatch(engine)
         except EngineError as error:

@@ -24,9 +24,9 @@ ALIGNMENT_BYTES = 16
 class BucketMemory:
     """Memory of a bucket until the engine has copied it; one bucket at a time.
 
-    On CPU all buckets use the same shared memory, because new pages cost more than the copies. On CUDA every bucket
-    gets its own memory: PyTorch does not reuse shared memory until the other process has released it and its copies
-    are done.
+    On CPU all buckets use the same shared memory, because new pages cost more than the copies; this object keeps it, as
+    large as the largest bucket so far. On CUDA every bucket gets its own memory: PyTorch does not reuse shared memory
+    until the other process has released it and its copies are done.
     """
 
     def __init__(self) -> None:
@@ -51,18 +51,24 @@ def flatten(bucket: Bucket, memory: BucketMemory, alignment_bytes: int = ALIGNME
         alignment_bytes: every tensor starts at a multiple of this.
     """
     assert bucket, "a bucket holds at least one tensor"
-    table, offset = [], 0
+    table, offset, padded = [], 0, []
     for name, tensor in bucket:
-        size = tensor.numel() * tensor.element_size()
+        size = tensor.nbytes
         table.append(
             SimpleNamespace(
                 name=name, shape=tensor.shape, dtype=tensor.dtype, start_idx=offset, end_idx=offset + size, numel=size
             )
         )
-        offset += -(-size // alignment_bytes) * alignment_bytes
+        padded.append(-(-size // alignment_bytes) * alignment_bytes)
+        offset += padded[-1]
     flattened = memory.take(offset, bucket[0][1].device)
-    for entry, (_, tensor) in zip(table, bucket, strict=True):
-        flattened[entry.start_idx : entry.end_idx].view(tensor.dtype).copy_(tensor.detach().reshape(-1))
+    tensors = [tensor.detach() for _, tensor in bucket]
+    dtype = tensors[0].dtype
+    if any(tensor.dtype != dtype for tensor in tensors):
+        tensors, dtype = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors], torch.uint8
+    places = flattened.view(dtype).split([size // dtype.itemsize for size in padded])
+    views = [place[: tensor.numel()].view(tensor.shape) for place, tensor in zip(places, tensors, strict=True)]
+    torch._foreach_copy_(views, tensors)  # on CUDA one kernel for many tensors
     return {"flattened_tensor": flattened, "metadata": table}
 
 
