@@ -29,8 +29,8 @@ def test_the_next_bucket_is_taken_only_when_the_engine_has_confirmed_the_one_bef
     def buckets() -> Iterator[Bucket]:
         os.killpg(group, signal.SIGSTOP)
         go_on = threading.Timer(STOPPED_SECONDS, os.killpg, [group, signal.SIGCONT])
+        begin = time.monotonic()  # before the timer, whose thread may take a moment to start
         go_on.start()
-        begin = time.monotonic()
         yield [("model.norm.weight", weight)]
         waited.append(time.monotonic() - begin)
         go_on.join()
