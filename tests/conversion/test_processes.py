@@ -26,6 +26,7 @@ from megatron_dsrl.model.build import build_model
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint
 from megatron_dsrl.weights.load import load_weights
+from megatron_dsrl.weights.reused_memory import ReusedMemory
 from megatron_dsrl.weights.stream import stream_hf_weights
 from megatron_dsrl.weights.table import bind
 from megatron_dsrl.weights.tables import weight_table
@@ -140,10 +141,10 @@ def refused_by_one_process(folder: Path) -> str:
     """A file is damaged in the middle of the conversion, where only the process that reads it notices."""
     read = HfCheckpoint.read
 
-    def fail_on_second_process(self: HfCheckpoint, name: str) -> Tensor:
+    def fail_on_second_process(self: HfCheckpoint, name: str, memory: ReusedMemory) -> Tensor:
         if dist.get_rank() == 1:
             raise UserError("the disk was taken out")
-        return read(self, name)
+        return read(self, name, memory)
 
     HfCheckpoint.read = fail_on_second_process
     try:
