@@ -23,7 +23,7 @@ def read(file: Path, start: int, length: int, memory: ReusedMemory) -> torch.Ten
 
 
 @pytest.mark.parametrize("name", TENSORS)
-def test_a_tensor_is_read_from_the_middle_of_a_file_over_an_earlier_one(name, tmp_path):
+def test_a_tensor_is_read_from_the_middle_of_a_file_over_an_earlier_one(name, tmp_path) -> None:
     tensor, memory = TENSORS[name], ReusedMemory()
     memory.take((1000,), torch.float32).fill_(7.0)
     for saved in (tensor, with_own_storage(tensor)):
@@ -37,7 +37,7 @@ def test_a_tensor_is_read_from_the_middle_of_a_file_over_an_earlier_one(name, tm
         assert found.dtype == tensor.dtype and torch.equal(found, tensor)
 
 
-def test_every_changed_byte_of_the_values_is_noticed(tmp_path):
+def test_every_changed_byte_of_the_values_is_noticed(tmp_path) -> None:
     file = tmp_path / "file"
     torch.save(TENSORS["bfloat16"], file)
     whole = file.read_bytes()
@@ -50,20 +50,20 @@ def test_every_changed_byte_of_the_values_is_noticed(tmp_path):
 
 
 @pytest.mark.parametrize("content", [{"a": 1}, [torch.ones(2), torch.ones(3)]])
-def test_anything_but_one_tensor_is_refused(content, tmp_path):
+def test_anything_but_one_tensor_is_refused(content, tmp_path) -> None:
     torch.save(content, tmp_path / "file")
     with pytest.raises(Exception, match="instead of"):
         read(tmp_path / "file", 0, (tmp_path / "file").stat().st_size, ReusedMemory())
 
 
-def test_a_view_is_saved_without_what_surrounds_it_and_without_a_copy():
+def test_a_view_is_saved_without_what_surrounds_it_and_without_a_copy() -> None:
     whole = torch.arange(100.0).view(10, 10)
     part = with_own_storage(whole[2:4])
     assert torch.equal(part, whole[2:4])
     assert part.untyped_storage().nbytes() == 20 * 4 and part.data_ptr() == whole[2:4].data_ptr()
 
 
-def test_memory_is_used_again_only_after_it_was_freed():
+def test_memory_is_used_again_only_after_it_was_freed() -> None:
     memory = ReusedMemory()
     one, two = memory.take((4,), torch.float32), memory.take((2, 3), torch.bfloat16)
     assert one.data_ptr() != two.data_ptr()
