@@ -42,11 +42,11 @@ def _constant(value: float, unit: str, source: str) -> float:
 class Costs:
     """Constants of the estimate; each field's metadata has its unit and source."""
 
-    read_seconds: float = _constant(708e-9, "s per response token, rank 0; decoding included", MEASURED)
-    read_json_seconds: float = _constant(708e-9, "s per response token, rank 0, with engine.urls", MEASURED)
-    pickle_seconds: float = _constant(25e-9, "s per token, rank 0", MEASURED)
-    unpickle_seconds: float = _constant(154e-9, "s per token, every rank", MEASURED)
-    shared_bytes: float = _constant(13.1, "bytes per token", MEASURED)
+    read_seconds: float = _constant(335e-9, "s per response token, rank 0; decoding included", MEASURED)
+    read_json_seconds: float = _constant(734e-9, "s per response token, rank 0, with engine.urls", MEASURED)
+    pickle_seconds: float = _constant(7e-9, "s per token, rank 0", MEASURED)
+    unpickle_seconds: float = _constant(17e-9, "s per token, every rank", MEASURED)
+    shared_bytes: float = _constant(8.0, "bytes per token", MEASURED)
     gloo_bytes_per_second: float = _constant(
         2.35e9, "bytes/s", "measured between two processes of one machine; assumed between nodes too"
     )

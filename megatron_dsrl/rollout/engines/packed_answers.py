@@ -9,6 +9,7 @@ Layout: the length of the head (8 bytes, little-endian); the head, a JSON list w
 float32, NaN for a missing one.
 """
 
+import gc
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class Answer:
     log_probs: "array[float]"
     """NaN where the engine has none."""
     meta: dict[str, Any]
-    """SGLang's `meta_info`; from packed answers only the entries `KEPT`."""
+    """The entries `KEPT` of SGLang's `meta_info`."""
 
 
 def pack(answers: Sequence[dict[str, Any]]) -> bytes:
@@ -47,7 +48,7 @@ def pack(answers: Sequence[dict[str, Any]]) -> bytes:
     all_log_probs = [np.array(_log_probs(answer), dtype=np.float32) for answer in answers]
     head = orjson.dumps(
         [
-            {name: answer["meta_info"][name] for name in KEPT if name in answer["meta_info"]} | {"tokens": len(ids)}
+            _kept(answer["meta_info"]) | {"tokens": len(ids)}
             for answer, ids in zip(answers, all_ids)
         ]
     )
@@ -77,19 +78,35 @@ def unpack(content: bytes) -> list[Answer]:
     return answers
 
 
-def read_json(answers: Any) -> list[Answer]:
-    """The answers of a server that does not pack them, from decoded JSON.
+def read_json(content: bytes) -> list[Answer]:
+    """The answers of a server that does not pack them.
 
     Raises:
-        ValueError: an entry is missing or has another type.
+        ValueError: the content is not JSON, or an entry is missing or has another type.
     """
+    # JSON has a list per token; collecting garbage meanwhile visits all of them again and again, which takes most of
+    # the time. None are left when the collector is switched on again.
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return _answers_of_json(orjson.loads(content))
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _answers_of_json(answers: Any) -> list[Answer]:
     try:
         return [
-            Answer(int_array(answer["output_ids"]), float_array(_log_probs(answer)), answer["meta_info"])
+            Answer(int_array(answer["output_ids"]), float_array(_log_probs(answer)), _kept(answer["meta_info"]))
             for answer in answers
         ]
     except (TypeError, KeyError) as error:
         raise ValueError(repr(error)) from error
+
+
+def _kept(meta: dict[str, Any]) -> dict[str, Any]:
+    return {name: meta[name] for name in KEPT if name in meta}
 
 
 def _log_probs(answer: dict[str, Any]) -> list[float]:

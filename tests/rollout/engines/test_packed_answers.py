@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import orjson
 import pytest
 
 from megatron_dsrl.rollout.engines.errors import BadRequestError, EngineError
@@ -30,7 +31,7 @@ ANSWERS = [answer([5, 151_935, 7], [-0.1, -20.5, 0.0]), NEVER_BEGAN, answer([9],
 
 def test_packed_answers_are_the_samples_of_the_json() -> None:
     packed = read_completions(unpack(pack(ANSWERS)), REQUESTS, SAMPLING)
-    plain = read_completions(read_json(ANSWERS), REQUESTS, SAMPLING)
+    plain = read_completions(read_json(orjson.dumps(ANSWERS)), REQUESTS, SAMPLING)
 
     assert packed == plain
     assert [list(completion.response_ids) for completion in packed] == [[5, 151_935, 7], [], [9]]
@@ -47,7 +48,7 @@ def test_packed_answers_take_eight_bytes_per_token() -> None:
 @pytest.mark.parametrize("bad", [None, math.nan, -math.inf])
 def test_a_log_prob_that_is_not_finite_is_an_error(bad: float | None) -> None:
     answers = [answer([5, 6], [-0.5, bad])]
-    for read in (unpack(pack(answers)), read_json(answers)):
+    for read in (unpack(pack(answers)), read_json(orjson.dumps(answers))):
         with pytest.raises(EngineError, match="log-prob of token 1 of a response is .*, not a finite number") as error:
             read_completions(read, REQUESTS[:1], SAMPLING)
         assert not isinstance(error.value, BadRequestError), "another attempt may succeed"
@@ -57,6 +58,6 @@ def test_answers_that_are_not_samples_are_refused() -> None:
     with pytest.raises(ValueError, match="bytes for 4 tokens"):
         unpack(pack(ANSWERS)[:-1])
     with pytest.raises(ValueError, match="meta_info"):
-        read_json([{"output_ids": []}])
+        read_json(b'[{"output_ids": []}]')
     with pytest.raises(EngineError, match="2 samples to 3 requests"):
-        read_completions(read_json(ANSWERS[:2]), REQUESTS, SAMPLING)
+        read_completions(read_json(orjson.dumps(ANSWERS[:2])), REQUESTS, SAMPLING)
