@@ -40,8 +40,8 @@ class TokenisedResponse:
     problem: int
     number: int
     reward: float
-    prompt_ids: tuple[int, ...]
-    response_ids: tuple[int, ...]
+    prompt_ids: Sequence[int]
+    response_ids: Sequence[int]
     scored: tuple[bool, ...] | None = None
     """Which response tokens are the policy's; None means all."""
 

@@ -157,13 +157,13 @@ class GrowingResponse:
         if not any(self._scored):
             raise ValueError("none of the response's tokens are the model's; nothing can be trained on")
         versions = {version for version, _ in self._versions}
-        one_version = len(versions) == 1
+        # Tokens from elsewhere count with the weights that read them. Several versions are for the batch to refuse.
+        spans = ((versions.pop(), len(self._token_ids)),) if len(versions) == 1 else self._versions
         return Completion(
             response_ids=self._token_ids,
             log_probs=self._log_probs,
             finish_reason="length" if self.is_truncated else "stop",
-            # Tokens from elsewhere count with the weights that read them. Several versions are for the batch to refuse.
-            weight_versions=((*versions, len(self._token_ids)),) if one_version else self._versions,
+            weight_versions=spans,
             scored=None if all(self._scored) else self._scored,
         )
 

@@ -57,7 +57,7 @@ class ServedReference:
         """Not possible; the configuration refuses it."""
         raise AssertionError("a served reference keeps its weights")
 
-    def begin_save(self, folder: Path, copy: bool) -> CheckpointWrite:
+    def start_save(self, folder: Path, copy: bool) -> CheckpointWrite:
         """Not needed: `is_initial` is always true."""
         raise AssertionError("a served reference is not saved")
 
