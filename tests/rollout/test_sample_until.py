@@ -112,6 +112,6 @@ def test_a_prompt_that_comes_again_in_a_step_gets_other_samples(rollout, tiny_mo
     batch = sample_until(config, rollout, 4, lambda n: PROMPTS[:1] * n, lambda group: True, CarryOver())
     again = sample_until(config, rollout, 4, lambda n: PROMPTS[:1] * n, lambda group: True, CarryOver())
 
-    responses = [sample.response_ids for group in batch.accepted for sample in group.samples]
+    responses = [tuple(sample.response_ids) for group in batch.accepted for sample in group.samples]
     assert len(set(responses)) == WANTED * SAMPLES
-    assert responses == [sample.response_ids for group in again.accepted for sample in group.samples]
+    assert responses == [tuple(sample.response_ids) for group in again.accepted for sample in group.samples]

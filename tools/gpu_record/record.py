@@ -44,10 +44,12 @@ class Record:
 
     @property
     def markdown_file(self) -> Path:
+        """The record as a page; the other file holds the same as JSON."""
         return self.folder / "record.md"
 
     @property
     def failed(self) -> list[Result]:
+        """Results of parts that ended with an error."""
         return [result for result in self.results if result.status == "failed"]
 
     def add(self, result: Result) -> None:
