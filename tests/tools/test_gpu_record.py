@@ -2,10 +2,7 @@
 
 import json
 import os
-import subprocess
-import sys
 import time
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import psutil
@@ -15,16 +12,17 @@ from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.observability.tracker import Tracker
 from megatron_dsrl.planning.compute import training_flops
 from megatron_dsrl.planning.gpus import GPUS
-from megatron_dsrl.rollout.engines.address import API_KEY_VARIABLE
+from megatron_dsrl.rollout.engines.chosen_settings import write_settings
 from megatron_dsrl.rollout.recording import rollout_file, write_groups
 from megatron_dsrl.rollout.sample import Sample, SampleGroup
 from tests.planning.test_parameters import qwen3_8b
 from tools.gpu_record.attention_backend import attention_backends, is_log_line
+from tools.gpu_record.device_memory import DeviceMemory
+from tools.gpu_record.engine_settings import engine_settings
 from tools.gpu_record.machine import describe_machine, known_gpu
 from tools.gpu_record.processes import LIMIT_STATUS, run_python
 from tools.gpu_record.record import Record, Result, print_tables
 from tools.gpu_record.run_figures import speeds
-from tools.gpu_record.watch import ENGINE, DeviceMemory, EngineSettings, free_ports
 
 
 def write_steps(folder, seconds_of_training) -> None:
@@ -61,36 +59,17 @@ def test_figures_are_medians_without_the_first_step(tmp_path) -> None:
     assert on_two["actor, MFU"] == f"{flops / 2 / 989e12:.1%} of 989 TFLOP/s"
 
 
-def test_an_engines_own_settings_are_asked_for_while_it_runs() -> None:
+def test_the_settings_that_sglang_chose_are_figures(tmp_path) -> None:
     answer = {
-        "attention_backend": "fa3", "disable_cuda_graph": False, "dtype": "bfloat16", "max_total_num_tokens": 12345,
+        "attention_backend": "fa3", "dtype": "bfloat16", "max_total_num_tokens": 12345,
         "cuda_graph_config": {"decode": {"backend": "full", "max_bs": 256}}, "api_key": "secret",
     }  # fmt: skip
-
-    class Engine(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            may = self.headers["Authorization"] == "Bearer the-key-of-the-run"
-            self.send_response(200 if self.path == "/server_info" and may else 401)
-            self.end_headers()
-            self.wfile.write(json.dumps(answer).encode())
-
-    port = free_ports(1)
-    environment = os.environ | {API_KEY_VARIABLE: "the-key-of-the-run"}
-    sleep = [sys.executable, "-c", "import time; time.sleep(60)", ENGINE]
-    process = subprocess.Popen([*sleep, json.dumps([1, {"model_path": "m", "port": port}])], env=environment)
-    other_environment = os.environ | {API_KEY_VARIABLE: "the-key-of-another"}
-    another = subprocess.Popen([*sleep, json.dumps([1, {"port": port + 1}])], env=other_environment)
-    try:
-        with EngineSettings(port) as settings, HTTPServer(("127.0.0.1", port), Engine) as server:
-            server.timeout = 20
-            server.handle_request()
-    finally:
-        for each in (process, another):
-            each.kill()
-            each.wait()
-    assert settings.figures == {
-        "engine, attention_backend": "fa3", "engine, disable_cuda_graph": "False", "engine, dtype": "bfloat16",
-        "engine, max_total_num_tokens": "12345", "engine, CUDA graphs, decode": "full, batches up to 256",
+    assert engine_settings(tmp_path) == {}
+    (tmp_path / "engines").mkdir()
+    write_settings(json.dumps(answer).encode(), tmp_path / "engines" / "engine_0.log")
+    assert engine_settings(tmp_path) == {
+        "engine, attention_backend": "fa3", "engine, dtype": "bfloat16", "engine, max_total_num_tokens": "12345",
+        "engine, CUDA graphs, decode": "full, batches up to 256",
     }  # fmt: skip
 
 

@@ -9,7 +9,6 @@ from examples.tiny_dsrl.tokenizer import build_tokenizer
 from megatron_dsrl.config.yaml_text import format_yaml
 from tools.first_gpu_run.stages import FIRST_STEP_IS_PRERL, Stage, Training
 from tools.gpu_record.architectures import TINY, write_architecture
-from tools.gpu_record.watch import free_ports
 
 ON_CPU = {
     "rollout.prompts_per_step": "8", "rollout.samples_per_prompt": "4", "rollout.max_response_tokens": "24",
@@ -29,8 +28,6 @@ class RunFiles:
     processes: int
     run_folder: Path
     model_folder: Path
-    port: int
-    """Of the first engine."""
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -51,9 +48,8 @@ def write_run(folder: Path, stage: Stage, dry_run: bool) -> RunFiles:
     problems = [{"problem": f"{number}+{number}=?", "answer": str(2 * number)} for number in range(256)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
     processes = min(max(stage.gpus, 1), PROCESSES_ON_CPU) if dry_run else stage.gpus
-    port = free_ports(processes)
     own = folder / "run.yaml"
-    own.write_text(format_yaml(_settings(folder, training, stage.limit_minutes, port)))
+    own.write_text(format_yaml(_settings(folder, training, stage.limit_minutes)))
     overrides = FIRST_STEP_IS_PRERL | dict(training.overrides)
     if dry_run:
         overrides |= ON_CPU | ({"parallel.tensor_parallel_size": "2"} if stage.gpus > PROCESSES_ON_CPU else {})
@@ -63,11 +59,10 @@ def write_run(folder: Path, stage: Stage, dry_run: bool) -> RunFiles:
         processes=processes,
         run_folder=folder / "run",
         model_folder=model,
-        port=port,
     )
 
 
-def _settings(folder: Path, training: Training, limit_minutes: float, port: int) -> dict[str, Any]:
+def _settings(folder: Path, training: Training, limit_minutes: float) -> dict[str, Any]:
     # A collective that hangs must end before the stage does, because NCCL's flight recorder is written then; and the
     # sampling of a step, for which collectives wait, before that.
     collective_seconds = round(limit_minutes * 60 * 0.7)
@@ -88,7 +83,6 @@ def _settings(folder: Path, training: Training, limit_minutes: float, port: int)
             "max_prompt_tokens": 64,
         },
         "reward": {"function": "tools.first_gpu_run.reward:checksum_parity", "workers": 1},
-        "engine": {"port": port},
         "rollout": rollout,
         "actor": actor,
         "parallel": {"collective_timeout_seconds": collective_seconds},

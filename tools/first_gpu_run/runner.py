@@ -13,12 +13,13 @@ from megatron_dsrl.planning.parameters import parameters_of_model
 from tools.first_gpu_run.run_files import RunFiles, write_run
 from tools.first_gpu_run.stages import BENCHMARKS_ON_CPU, Stage
 from tools.gpu_record.attention_backend import attention_backends, is_log_line
+from tools.gpu_record.device_memory import DeviceMemory
+from tools.gpu_record.engine_settings import engine_settings
 from tools.gpu_record.machine import ROOT, this_gpu
 from tools.gpu_record.planned import planned_memory
 from tools.gpu_record.processes import Outcome, run_python
 from tools.gpu_record.record import Record, Result
 from tools.gpu_record.run_figures import speeds
-from tools.gpu_record.watch import DeviceMemory, EngineSettings
 
 LAST_LINES = 40
 """Lines of a failed stage's output that belong in the record."""
@@ -67,9 +68,9 @@ def _run_stage(stage: Stage, record: Record, variables: dict[str, str], show: Ca
     files = write_run(folder, stage, dry_run=record.on_cpu)
     if (problem := _planned_problem(files)) is not None:
         return Result(stage.name, stage.proves, "skipped", reason=f"does not fit according to `dsrl plan`: {problem}")
-    with EngineSettings(files.port) as engine, DeviceMemory() as memory:
+    with DeviceMemory() as memory:
         outcome = run_python(files.arguments, folder / "output.log", stage.limit_minutes * 60, variables, show)
-    return _result(stage, outcome, files, engine.figures | memory.figures)
+    return _result(stage, outcome, files, engine_settings(files.run_folder) | memory.figures)
 
 
 def _shortened(stage: Stage) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.held_port import PORT_LOST_STATUS, HeldPort
 from megatron_dsrl.platform.engine import ServerArguments
 from megatron_dsrl.rollout.engines.address import EngineAddress
+from megatron_dsrl.rollout.engines.chosen_settings import write_settings
 from megatron_dsrl.rollout.engines.errors import EngineError, EngineStartError
 from megatron_dsrl.rollout.engines.server_resources import end_processes, processes_of, shared_memory_files
 from megatron_dsrl.rollout.engines.starting_server import StartingServer
@@ -145,6 +146,7 @@ class EngineServer:
         assert self._running is not None
         self._shared_memory |= shared_memory_files(self._running.process.pid)
         self._freeze_garbage_collection()
+        self._record_settings()
 
     def has_ended(self) -> bool:
         """Whether the server process was started and has exited without being stopped."""
@@ -235,15 +237,23 @@ class EngineServer:
         except OSError as error:
             logger.warning("engine %s: garbage collection may pause sampling, /freeze_gc failed: %s", self.url, error)
 
-    def _call(self, method: str, path: str) -> None:
-        """Call the server and ignore its answer.
+    def _record_settings(self) -> None:
+        """Write the settings that SGLang chose, such as its attention backend, to a file beside the log."""
+        try:
+            write_settings(self._call("GET", "/server_info"), self._log_file)
+        except (OSError, ValueError) as error:
+            logger.warning("engine %s: its settings are not recorded: %s", self.url, error)
+
+    def _call(self, method: str, path: str) -> bytes:
+        """Call the server; returns the body of its answer.
 
         Raises:
             OSError: no answer in time, or a status other than 200.
         """
         without_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         request = urllib.request.Request(self.url + path, method=method, headers=self.address.headers)
-        without_proxy.open(request, timeout=CALL_SECONDS).close()
+        with without_proxy.open(request, timeout=CALL_SECONDS) as answer:
+            return answer.read()
 
 
 def _signal(number: int) -> str:
