@@ -11,6 +11,8 @@ import hashlib
 import torch
 from torch import Tensor
 
+from megatron_dsrl.common.tensor_bytes import bytes_of
+
 TILE_WORDS = 8192
 TILES_AT_A_TIME = 512
 """16 MiB of words; the temporaries take a few times that."""
@@ -28,7 +30,7 @@ def weight_digest(tensor: Tensor) -> str:
 
 def byte_digest(flat: Tensor) -> int:
     """The first 64 bits of the SHA-256 of a byte tensor on CPU."""
-    return int.from_bytes(hashlib.sha256(flat.numpy().data).digest()[:8], "big")
+    return int.from_bytes(hashlib.sha256(bytes_of(flat)).digest()[:8], "big")
 
 
 @torch.inference_mode()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.hub import lfs_advice
+from megatron_dsrl.common.tensor_bytes import bytes_of
 from megatron_dsrl.weights.layouts import Shape
 from megatron_dsrl.weights.reused_memory import ReusedMemory
 
@@ -153,7 +154,8 @@ def create_file(path: Path, tensors: Mapping[str, tuple[torch.dtype, Shape]]) ->
 def write_tensor(file_descriptor: int, stored: StoredTensor, tensor: Tensor) -> None:
     """Write a CPU tensor to its location in a file made by `create_file`."""
     assert tensor.dtype == stored.dtype and tuple(tensor.shape) == stored.shape
-    view = tensor.contiguous().flatten().view(torch.uint8).numpy().data if stored.nbytes else b""
+    contiguous = tensor.contiguous()
+    view = bytes_of(contiguous)
     done = 0
     while done < len(view):
         done += os.pwrite(file_descriptor, view[done:], stored.offset + done)

@@ -1,0 +1,20 @@
+"""The memory of a CPU tensor as bytes."""
+
+import ctypes
+
+from torch import Tensor
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The tensor's memory, without a copy; valid while the tensor is.
+
+    `Tensor.numpy` would do the same, but it forbids for ever that the tensor's storage is resized, which offloading a
+    model's parts does.
+
+    Args:
+        tensor: contiguous, on the CPU.
+    """
+    assert tensor.is_contiguous() and tensor.device.type == "cpu"
+    if tensor.nbytes == 0:
+        return memoryview(b"")
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
