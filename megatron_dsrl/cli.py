@@ -26,6 +26,7 @@ from megatron_dsrl.commands.push import add_push
 from megatron_dsrl.commands.report import add_report
 from megatron_dsrl.commands.rollout import add_rollout
 from megatron_dsrl.commands.samples import add_samples
+from megatron_dsrl.commands.sft import add_sft
 from megatron_dsrl.commands.sweep import add_sweep
 from megatron_dsrl.commands.trace_and_compare import add_compare, add_trace, add_upload
 from megatron_dsrl.commands.train import add_train
@@ -111,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"megatron-dsrl {__version__}")
     commands = subcommands(parser, "commands", "COMMAND")
     add_train(commands)
+    add_sft(commands)
     add_config_command(commands)
     add_fetch(commands)
     add_convert(commands)

@@ -100,7 +100,7 @@ def save(run: TrainingRun, step: int) -> None:
 def evaluate(run: TrainingRun, step: int) -> None:
     """Evaluate the policy after this step (0: before training) if that is due, and complete its model card."""
     if run.due.evaluate(step):
-        run.sampling.evaluate(step)
+        run.evaluate(step)
     if run.reporting.controller is not None:  # rank 0
         refresh_card(run.reporting.run_folder, step, print)
 

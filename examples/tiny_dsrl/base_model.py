@@ -12,7 +12,15 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from examples.tiny_dsrl.arithmetic import NO_NOISE, Noise, Problem, different_problems, draw_problems, write_solution
+from examples.tiny_dsrl.arithmetic import (
+    NO_NOISE,
+    Noise,
+    Problem,
+    different_problems,
+    draw_problems,
+    gold_solution,
+    write_solution,
+)
 from examples.tiny_dsrl.base_settings import MADE_FROM, VOCAB_SIZE, Settings, fingerprint
 from examples.tiny_dsrl.tokenizer import build_tokenizer
 from megatron_dsrl.actor.build import build_actor
@@ -60,8 +68,13 @@ def write_problems(folder: Path, settings: Settings) -> None:
     counts = {"train": settings.train_problems, "held_out": settings.held_out_problems}
     for split, count in counts.items():
         problems = different_problems(split, count, random.Random(f"{settings.seed} {split}"))
-        rows = [json.dumps({"problem": problem.text, "answer": problem.answer}) + "\n" for problem in problems]
-        (folder / f"{split}.jsonl").write_text("".join(rows), encoding="utf-8")
+        lines = [json.dumps(as_row(problem)) + "\n" for problem in problems]
+        (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def as_row(problem: Problem) -> dict[str, str]:
+    """A problem as a line of a file. `dsrl sft` can learn the solution; RL only sees the answer."""
+    return {"problem": problem.text, "answer": problem.answer, "solution": gold_solution(problem)}
 
 
 def write_model_folder(folder: Path, architecture: Mapping[str, Any]) -> None:

@@ -4,9 +4,9 @@
     torchrun --nproc-per-node 2 -m examples.tiny_dsrl.make_base --model experts
 
 (or `python -m ...` in one process) makes a dense model or a mixture of experts. The output folder then holds
-`train.jsonl` and `held_out.jsonl` (problem, answer) and the HF folder `base/`. It is complete or absent, and it is made
-only once: `made_from` names the settings and the source files that it was made from, and as long as they are the same
-nothing is done.
+`train.jsonl` and `held_out.jsonl` (problem, answer, solution) and the HF folder `base/`. It is complete or absent, and
+it is made only once: `made_from` names the settings and the source files that it was made from, and as long as they are
+the same nothing is done.
 
 The base is trained on correct solutions first, so that it learns to calculate, and then on noisy ones, so that it
 errs. Some of the noisy documents have no question: they open with <|im_start|> and hold a solution. A language model

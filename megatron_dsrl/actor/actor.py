@@ -203,12 +203,12 @@ class Actor:
             """The objective's loss of one packed row, and its statistics, from the model's output."""
             log_probs, entropy = self._log_probs_and_entropy(row, logits, objective.needs_entropy_gradient)
             old, reference = experience.old_log_probs, experience.reference_log_probs
-            older = experience.from_older_weights
+            engine, older = experience.engine_log_probs, experience.from_older_weights
             tokens = ScoredTokens(
                 log_probs=log_probs,
                 entropy=entropy,
                 old_log_probs=log_probs.detach() if old is None else row_tokens(old),
-                engine_log_probs=row_tokens(experience.engine_log_probs),
+                engine_log_probs=None if engine is None else row_tokens(engine),
                 reference_log_probs=None if reference is None else row_tokens(reference),
                 advantages=row_tokens(advantages),
                 num_scored=row.num_scored,
@@ -216,8 +216,11 @@ class Actor:
             )
             result = objective.loss(tokens)
             loss = (result.losses * row_tokens(weights)).sum()
-            means, maxima = mismatch_metrics(tokens.old_log_probs, tokens.engine_log_probs)
-            means |= {"entropy": entropy, **result.metrics}
+            means: dict[str, Tensor] = {"entropy": entropy, **result.metrics}
+            maxima: dict[str, Tensor] = {}
+            if tokens.engine_log_probs is not None:
+                mismatch, maxima = mismatch_metrics(tokens.old_log_probs, tokens.engine_log_probs)
+                means |= mismatch
             return loss, (objective.name, TokenStatistics.from_tokens(loss, means, maxima))
 
         return MicroBatch(row, score)

@@ -25,7 +25,8 @@ class Response:
     prompt_ids: Sequence[int]
     response_ids: Sequence[int]
     engine_log_probs: Sequence[float]
-    """[len(response_ids)] log-probs that the engine sampled with, given the full prompt."""
+    """[len(response_ids)] log-probs that the engine sampled with, given the full prompt. Empty for a response that no
+    engine sampled."""
     reward: float
     group: int
     """Number of the prompt within the rollout batch, from 0."""
@@ -68,8 +69,8 @@ class Experience:
     """[num_sequences] float32."""
     groups: Tensor
     """[num_sequences] int64: index of the prompt within the rollout batch."""
-    engine_log_probs: PerToken
-    """Log-probs under the policy that sampled, given the full prompt."""
+    engine_log_probs: PerToken | None
+    """Log-probs under the policy that sampled, given the full prompt. None if no engine sampled."""
     prompt_in_context: bool
     """Whether scored tokens are conditioned on the prompt, as in the engine (post-train space)."""
     truncated: Tensor
@@ -156,7 +157,7 @@ def build_experience(responses: Sequence[Response], space: Space, context_ids: S
 
     Raises:
         ValueError: rewards are not finite, the number of log-probs differs from the number of response tokens, or only
-            some responses have routed experts.
+            some responses have engine log-probs or routed experts.
     """
     rewards = torch.tensor([response.reward for response in responses], dtype=torch.float32)
     if not torch.isfinite(rewards).all():
@@ -169,7 +170,7 @@ def build_experience(responses: Sequence[Response], space: Space, context_ids: S
         sequences=sequences,
         rewards=rewards,
         groups=torch.tensor([response.group for response in responses], dtype=torch.int64),
-        engine_log_probs=tuple(map(_scored_log_probs, responses, sequences)),
+        engine_log_probs=_engine_log_probs(responses, sequences),
         prompt_in_context=space.prompt_in_context,
         truncated=torch.tensor([response.truncated for response in responses], dtype=torch.bool),
         from_older_weights=_marks_of_older_tokens(responses, sequences),
@@ -198,6 +199,12 @@ def _marks_of_older_tokens(responses: Sequence[Response], sequences: Sequence[Sc
         sequence.select_scored((torch.arange(len(response.response_ids)) < response.older_tokens).float())
         for response, sequence in zip(responses, sequences, strict=True)
     )
+
+
+def _engine_log_probs(responses: Sequence[Response], sequences: Sequence[ScoredSequence]) -> PerToken | None:
+    if responses and not any(len(response.engine_log_probs) for response in responses):
+        return None
+    return tuple(map(_scored_log_probs, responses, sequences))
 
 
 def _scored_log_probs(response: Response, sequence: ScoredSequence) -> Tensor:

@@ -30,8 +30,8 @@ class ScoredTokens:
     """Entropy of its next-token distribution in nats; differentiable if the objective needs it."""
     old_log_probs: Tensor
     """Under the policy before the update, on the same scored sequence."""
-    engine_log_probs: Tensor
-    """Under the policy that sampled."""
+    engine_log_probs: Tensor | None
+    """Under the policy that sampled. None if no engine sampled."""
     reference_log_probs: Tensor | None
     """Under the reference policy, on the same scored sequence."""
     advantages: Tensor
@@ -168,7 +168,8 @@ class CISPO(LossOptions):
 
 @LOSSES.register
 class Supervised(LossOptions):
-    """Negative log-likelihood, ignoring advantages; with `filter: positive`, fine-tuning on the right samples."""
+    """Negative log-likelihood, ignoring advantages: fine-tuning on the responses of a data set (`dsrl sft`), or with
+    `filter: positive` on the right samples."""
 
     name: Literal["supervised"] = "supervised"
 

@@ -119,5 +119,6 @@ def with_behaviour_log_probs(objective: ObjectiveConfig, tokens: ScoredTokens) -
         return tokens
     if not objective.space.prompt_in_context:
         return tokens
+    assert tokens.engine_log_probs is not None, "older weights have sampled"
     older = tokens.from_older_weights.bool()
     return replace(tokens, old_log_probs=torch.where(older, tokens.engine_log_probs, tokens.old_log_probs))

@@ -1,4 +1,4 @@
-"""`dsrl train`. Megatron is only imported when a run starts."""
+"""`dsrl train`, and what `dsrl sft` has in common with it. Megatron is only imported when a run starts."""
 
 import argparse
 import sys
@@ -25,6 +25,11 @@ def add_train(commands: Commands) -> None:
         description="Train a model as configured in a YAML file. The same command resumes an interrupted run.",
         epilog="example: dsrl train configs/tiny_dsrl.yaml rollout.temperature=0.7 phases.0.until_step=5 --dry-run",
     )
+    add_run(parser)
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of a command that trains."""
     add_config(parser)
     parser.add_argument(
         "--dry-run",
@@ -39,9 +44,24 @@ def add_train(commands: Commands) -> None:
 def _train(options: argparse.Namespace) -> int:
     from megatron_dsrl.config.load import load_config
 
+    return run_training(load_config(options.config, overrides_of(options)), options)
+
+
+def overrides_of(options: argparse.Namespace) -> list[str]:
+    """The configuration overrides among the arguments of `add_run`."""
+    return [*options.overrides, *(["observability.verbose=true"] if options.verbose else [])]
+
+
+def run_training(config: "RunConfig", options: argparse.Namespace) -> int:
+    """Run or continue a training, or check it only (`--dry-run`). Returns the exit status.
+
+    Args:
+        options: of `add_run`.
+
+    Raises:
+        UserError: something does not fit; see `preflight` and `train`.
+    """
     world_size = options.processes or launched_world_size()
-    verbose = ["observability.verbose=true"] if options.verbose else []
-    config = load_config(options.config, [*options.overrides, *verbose])
     if not options.dry_run and _is_complete(config):
         return 0
     from megatron_dsrl.run.preflight import preflight

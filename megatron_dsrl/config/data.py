@@ -49,11 +49,23 @@ class PromptSetConfig(Section):
 
     messages_field: str | None = None
     """Row field with a chat instead of a problem: a list of objects with `role` and `content`, the user's turn last.
-    A system turn in it replaces `system_prompt`."""
+    A system turn in it replaces `system_prompt`. With `rollout.source: dataset` the assistant's turn comes last: it is
+    the response."""
 
     answer_field: str = "answer"
     """Row field with the gold answer: a text, a number, or a list of them. A dotted path reaches into objects and
     lists: `reward_model.ground_truth`."""
+
+    response_field: str = "response"
+    """Row field with the response to learn, for `rollout.source: dataset`. The end of the assistant's turn is appended.
+    With `messages_field`, the chat's last turn is the response instead."""
+
+    response_template: str | None = None
+    """Jinja template that builds the response from the row's fields, instead of `response_field`."""
+
+    on_long_response: Literal["error", "drop", "truncate"] = "error"
+    """What to do with responses of a data set longer than the limit (`rollout.max_response_tokens`): refuse the run,
+    drop the rows, or cut the responses off, without an end of turn. Their number is printed."""
 
     answer_list: Literal["all", "any"] = "all"
     """What a list in `answer_field` means. `all`: its items together are the answer. `any`: each item is an accepted

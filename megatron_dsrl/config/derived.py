@@ -45,7 +45,7 @@ class RunFigures:
     data_parallel_size: int
     """Copies of the model that train side by side."""
     engines: int
-    """SGLang servers."""
+    """SGLang servers; 0 if nothing is sampled."""
     prompts_per_step: int
     samples_per_step: int
     optimizer_steps_per_rollout: int
@@ -92,19 +92,25 @@ def _figures(config: RunConfig, phases: list[PhaseSteps], world_size: int, promp
         world_size=world_size,
         model_parallel_size=config.parallel.model_parallel_size,
         data_parallel_size=data_parallel_size,
-        engines=len(config.engine.urls) or world_size // config.engine.tensor_parallel_size,
+        engines=_engines(config, world_size),
         prompts_per_step=rollout.prompts_per_step,
         samples_per_step=samples,
         optimizer_steps_per_rollout=updates,
         samples_per_optimizer_step=samples // config.actor.mini_batches_per_rollout,
         optimizer_steps=config.steps * updates,
-        max_generated_tokens_per_step=samples * rollout.max_response_tokens,
+        max_generated_tokens_per_step=samples * rollout.max_response_tokens if rollout.needs_engines else 0,
         max_tokens_per_micro_batch=config.actor.max_tokens_per_micro_batch,
         longest_sequence=config.data.max_prompt_tokens + rollout.max_response_tokens,
         phases=tuple(_phase_figures(config, phase, data_parallel_size) for phase in phases),
         prompts=prompts,
         epochs=None if prompts is None else config.steps * rollout.prompts_per_step / prompts,
     )
+
+
+def _engines(config: RunConfig, world_size: int) -> int:
+    if not config.rollout.needs_engines:
+        return 0
+    return len(config.engine.urls) or world_size // config.engine.tensor_parallel_size
 
 
 def _phase_figures(config: RunConfig, phase: PhaseSteps, data_parallel_size: int) -> PhaseFigures:

@@ -107,10 +107,19 @@ class RolloutConfig(Section):
     """Attempts for a request, as long as the engine itself is healthy, before its failure ends the run. Retries come
     after 1, 2, 4, ... seconds. Requests that were running when their engine died are repeated without being counted."""
 
+    source: Literal["engine", "dataset"] = "engine"
+    """Where responses come from. `engine`: the policy samples them. `dataset`: the rows of `data` hold them
+    (`data.response_field`), and no engine is started; `dsrl sft` sets it."""
+
     replay_from: str | None = None
     """Run folder whose saved rollouts are used instead of sampling (train-only runs, layout comparisons). Every step
     trains on the same samples in the same order, however they were sampled. `dynamic_sampling` and
     `partial_rollouts` then have no effect."""
+
+    @property
+    def needs_engines(self) -> bool:
+        """Whether the policy samples, instead of training on responses that exist already."""
+        return self.source == "engine" and self.replay_from is None
 
     @property
     def carries_over(self) -> bool:
@@ -132,6 +141,13 @@ class RolloutConfig(Section):
     def _is_repeatable_if_it_says_so(self) -> "RolloutConfig":
         if self.deterministic and self.partial_rollouts:
             raise ValueError("deterministic: which responses partial_rollouts cuts is decided by time; set one to null")
+        return self
+
+    @model_validator(mode="after")
+    def _takes_a_data_set_as_it_is(self) -> "RolloutConfig":
+        sampling = ("replay_from", "dynamic_sampling", "partial_rollouts", "sample_ahead", "routing_replay")
+        if self.source == "dataset" and (given := [name for name in sampling if getattr(self, name)]):
+            raise ValueError(f"source: dataset does not go with {', '.join(given)}; leave it out")
         return self
 
     @model_validator(mode="after")

@@ -64,7 +64,8 @@ class EvaluationSetConfig(PromptSetConfig):
 
 
 class EvaluationConfig(Section):
-    """Evaluation during training, with the same engines and verifier."""
+    """Evaluation during training, with the same engines and verifier. With `rollout.source: dataset` the sets have
+    responses, too, and what is evaluated is their loss: the mean negative log-likelihood per token."""
 
     sets: list[EvaluationSetConfig] = Field(default_factory=list)
     """Held-out prompt sets."""
@@ -119,7 +120,8 @@ class ObservabilityConfig(Section):
     the first problems; trackers show them as a table."""
 
     save_rollouts: bool = True
-    """Write every sample of every step to `<run folder>/rollouts` (needed for `rollout.replay_from`)."""
+    """Write every sample of every step to `<run folder>/rollouts` (needed for `rollout.replay_from`). The responses of
+    a data set (`rollout.source`) are not written."""
 
     trace: bool = True
     """Record what every rank and engine does when in `<run folder>/trace`, for `dsrl trace`. On by default: it costs

@@ -23,9 +23,11 @@ def run_problems(
         shape: the model's sizes; None leaves out the checks that need them.
         prompts: number of training prompts where known.
     """
+    needs_engines = config.rollout.needs_engines
     return [
         *process_problems(config.parallel, world_size),
-        *engine_problems(config.engine.tensor_parallel_size, world_size, shape),
+        *(engine_problems(config.engine.tensor_parallel_size, world_size, shape) if needs_engines else ()),
+        *(() if config.rollout.source == "engine" else _dataset_problems(config, phases)),
         *_phase_problems(config.phases, config.steps),
         *_objective_problems(config, phases),
         *_batch_problems(config, world_size, prompts),
@@ -87,6 +89,34 @@ def _problems_of(objective: ObjectiveConfig, where: str, config: RunConfig) -> I
             f"the loss `{loss.name}` is for one optimizer step per rollout batch, this run takes "
             f"{config.actor.optimizer_steps_per_rollout}; choose a loss with a ratio (dual_clip), or one step",
         )
+
+
+def _dataset_problems(config: RunConfig, phases: Sequence[PhaseSteps]) -> Iterator[Problem]:
+    """A data set has one response per prompt, without a reward or an engine's log-probs."""
+    rollout = config.rollout
+    if rollout.samples_per_prompt != 1:
+        yield (
+            "rollout.source, rollout.samples_per_prompt",
+            f"a data set has one response per prompt, not {rollout.samples_per_prompt}; set the latter to 1",
+        )
+    if rollout.temperature != 1:
+        yield (
+            "rollout.source, rollout.temperature",
+            f"the trainer would divide its logits by {rollout.temperature:g}; for a data set set it to 1",
+        )
+    for position, phase in enumerate(phases):
+        objectives = [objective for form in phase.forms for objective in form.objectives.values()]
+        if any(objective.loss.vanishes_without_advantage for objective in objectives):
+            yield (
+                f"phases.{position}.loss",
+                "needs advantages, but the responses of a data set have no rewards; use `loss: supervised`, as "
+                "configs/methods/sft.yaml does",
+            )
+        if any(objective.importance_correction is not None for objective in objectives):
+            yield (
+                f"phases.{position}.importance_correction",
+                "compares with the engine's log-probs, which a data set does not have; set it to null",
+            )
 
 
 def _batch_problems(config: RunConfig, world_size: int, prompts: int | None) -> Iterator[Problem]:
@@ -153,9 +183,12 @@ def _length_problems(config: RunConfig, shape: ModelShape | None) -> Iterator[Pr
             f"the last {overlong.buffer_tokens} of {config.rollout.max_response_tokens} tokens would punish every "
             "response; lower the former",
         )
-    limits = [
+    engine_limits = [
         ("engine.max_context_tokens", engine.max_context_tokens),
         ("engine.max_total_tokens", engine.max_total_tokens),
+    ]
+    limits = [
+        *(engine_limits if config.rollout.needs_engines else ()),
         ("model.path (max_position_embeddings of its config.json)", shape.context_tokens if shape else None),
     ]
     extension = _possible_extension(shape)

@@ -39,8 +39,7 @@ def batch_lines(config: RunConfig, figures: RunFigures) -> list[str]:
         f"{_counted(actor.epochs_per_rollout, 'epoch', 'epochs')})"
     )  # fmt: skip
     return [
-        f"every step: {figures.prompts_per_step:,} prompts x {config.rollout.samples_per_prompt} samples = "
-        f"{figures.samples_per_step:,}; "
+        f"every step: {_samples(config, figures)}; "
         f"{_counted(figures.optimizer_steps_per_rollout, 'optimizer step', 'optimizer steps')} of "
         f"{figures.samples_per_optimizer_step:,}{split}",
         f"layout: {processes(figures.world_size)}{layout}",
@@ -70,6 +69,16 @@ def _how_far(rollout: RolloutConfig) -> str:
     return f" (sampled tokens were up to {1 / rollout.top_p:.2f} times as likely, {-math.log(rollout.top_p):.2f} nat)"
 
 
+def _samples(config: RunConfig, figures: RunFigures) -> str:
+    if config.rollout.source == "engine":
+        return (
+            f"{figures.prompts_per_step:,} prompts x {config.rollout.samples_per_prompt} samples = "
+            f"{figures.samples_per_step:,}"
+        )
+    epochs = "" if figures.epochs is None else f", {figures.epochs:.2f} epochs of {figures.prompts:,} in all"
+    return f"{figures.prompts_per_step:,} responses of the data set{epochs}"
+
+
 def _counted(count: int, one: str, several: str) -> str:
     return f"{count} {one if count == 1 else several}"
 
@@ -77,6 +86,8 @@ def _counted(count: int, one: str, several: str) -> str:
 def _figures_table(config: RunConfig, figures: RunFigures) -> Table:
     parallel = config.parallel
     engines = "engine.urls" if config.engine.urls else f"tensor-parallel size {config.engine.tensor_parallel_size} each"
+    if not config.rollout.needs_engines:
+        engines = "nothing is sampled"
     table = Table("figure", "value", "made of", show_header=True, header_style="bold")
     rows: list[tuple[str, int, str]] = [
         ("processes", figures.world_size, "--processes, or WORLD_SIZE"),

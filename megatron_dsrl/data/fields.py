@@ -92,11 +92,14 @@ def with_choices(row: Row, choices: ChoicesConfig, section: str = "data") -> Row
     return {**row, "options": options, "answer": LETTERS[options.index(right)]}
 
 
-def chat_messages(value: Any, setting: str) -> list[dict[str, str]]:
+def chat_messages(value: Any, setting: str, last_role: str = "user") -> list[dict[str, str]]:
     """A chat in the form that the chat template takes.
 
+    Args:
+        last_role: whose turn the last one must be.
+
     Raises:
-        BadRowError: it is not a list of turns with role and content, or the last one is not the user's.
+        BadRowError: it is not a list of turns with role and content, or the last one has another role.
     """
     value = _parsed(value)
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
@@ -108,8 +111,8 @@ def chat_messages(value: Any, setting: str) -> list[dict[str, str]]:
                 f"{setting}: turn {number} needs a role ({', '.join(ROLES)}) and a string as content, got {turn!r:.80}"
             )
         turns.append({"role": turn["role"], "content": turn["content"]})
-    if turns[-1]["role"] != "user":
-        raise BadRowError(f"{setting}: the last turn must be the user's, not the {turns[-1]['role']}'s")
+    if turns[-1]["role"] != last_role:
+        raise BadRowError(f"{setting}: the last turn must be the {last_role}'s, not the {turns[-1]['role']}'s")
     return turns
 
 

@@ -7,9 +7,9 @@ handled as configured and reported.
 
 import logging
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -35,6 +35,10 @@ logger = logging.getLogger(__name__)
 
 Problem = str | list[dict[str, str]]
 """The user's turn, or a whole chat that ends with one."""
+
+Usable = TypeVar("Usable")
+"""What a usable row becomes."""
+AnyPrompt = TypeVar("AnyPrompt", bound=Prompt)
 
 BAD_ROWS_SHOWN = 5
 
@@ -62,16 +66,27 @@ def load_prompts(config: PromptSetConfig, tokenizer: PreTrainedTokenizerBase, se
             (`on_bad_row`), prompts that are too long (`on_long_prompt`), an invalid answer pattern or template, and a
             tokenizer without a chat template.
     """
-    if not tokenizer.chat_template:
-        raise UserError(f"{section}: the tokenizer has no chat template, so problems cannot be rendered as prompts.")
-    tasks = usable_tasks(read_rows(config, section), config, section)
-    texts = [render(task.problem, config, tokenizer) for task in tasks]
-    token_ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    tasks = usable_rows(read_rows(config, section), RowReader(config, section), config, section)
+    texts, token_ids = rendered_and_tokenised([task.problem for task in tasks], config, tokenizer, section)
     prompts = [
-        Prompt(task.index, text, tuple(ids), task.answers[0], task.answers[1:])
+        Prompt(task.index, text, ids, task.answers[0], task.answers[1:])
         for task, text, ids in zip(tasks, texts, token_ids, strict=True)
     ]
     return within_limit(prompts, config, tokenizer, section)
+
+
+def rendered_and_tokenised(
+    problems: Sequence[Problem], config: PromptSetConfig, tokenizer: PreTrainedTokenizerBase, section: str
+) -> tuple[list[str], list[tuple[int, ...]]]:
+    """Chat prompts of problems as texts and as token ids.
+
+    Raises:
+        UserError: the tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise UserError(f"{section}: the tokenizer has no chat template, so problems cannot be rendered as prompts.")
+    texts = [render(problem, config, tokenizer) for problem in problems]
+    return texts, [tuple(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 
 def render(problem: Problem, config: PromptSetConfig, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -86,20 +101,24 @@ def render(problem: Problem, config: PromptSetConfig, tokenizer: PreTrainedToken
     return rendered
 
 
-def usable_tasks(rows: Sequence[Row], config: PromptSetConfig, section: str) -> list[Task]:
-    """Problem and answers of every usable row.
+def usable_rows(
+    rows: Sequence[Row], read: Callable[[int, Row], Usable], config: PromptSetConfig, section: str
+) -> list[Usable]:
+    """What `read` makes of every usable row.
+
+    Args:
+        read: takes a row and its number, and raises BadRowError for a row that cannot be used.
 
     Raises:
         UserError: some rows cannot be used and `on_bad_row` is `error`, or none can be used.
     """
-    read = RowReader(config, section)
-    tasks, problems = [], []
+    usable, problems = [], []
     for index, row in enumerate(rows):
         try:
-            tasks.append(read(index, row))
+            usable.append(read(index, row))
         except BadRowError as error:
             problems.append(f"row {index}: {error}")
-    if problems and (config.on_bad_row == "error" or not tasks):
+    if problems and (config.on_bad_row == "error" or not usable):
         more = [f"and {len(problems) - BAD_ROWS_SHOWN} more"] if len(problems) > BAD_ROWS_SHOWN else []
         shown = "\n  ".join([*problems[:BAD_ROWS_SHOWN], *more])
         raise UserError(
@@ -107,13 +126,13 @@ def usable_tasks(rows: Sequence[Row], config: PromptSetConfig, section: str) -> 
             f"{section}.on_bad_row=drop to drop them.\n  {shown}"
         )
     if problems:
-        _warn_once(f"{section}: dropped {len(problems)} of {len(rows)} rows, which cannot be used; {problems[0]}")
-    return tasks
+        warn_once(f"{section}: dropped {len(problems)} of {len(rows)} rows, which cannot be used; {problems[0]}")
+    return usable
 
 
 def within_limit(
-    prompts: Sequence[Prompt], config: PromptSetConfig, tokenizer: PreTrainedTokenizerBase, section: str
-) -> list[Prompt]:
+    prompts: Sequence[AnyPrompt], config: PromptSetConfig, tokenizer: PreTrainedTokenizerBase, section: str
+) -> list[AnyPrompt]:
     """The prompts, with those longer than `max_prompt_tokens` dropped or truncated (`on_long_prompt`).
 
     Raises:
@@ -131,9 +150,9 @@ def within_limit(
     if config.on_long_prompt == "error" or (config.on_long_prompt == "drop" and len(too_long) == len(prompts)):
         raise UserError(f"{what}. Raise the limit, or set {section}.on_long_prompt to drop or truncate")
     if config.on_long_prompt == "drop":
-        _warn_once(f"{what} and are dropped")
+        warn_once(f"{what} and are dropped")
         return [prompt for prompt in prompts if len(prompt.token_ids) <= limit]
-    _warn_once(f"{what} and lose their beginning")
+    warn_once(f"{what} and lose their beginning")
     return [_without_beginning(prompt, limit, tokenizer) for prompt in prompts]
 
 
@@ -148,8 +167,8 @@ class RowReader:
         self._config = config
         self._section = section
         self._pattern = _compile(config.answer_pattern, section)
-        self._problem_of = _reader(config.problem_template, config.problem_field, "problem", section)
-        self._answer_of = _reader(config.answer_template, config.answer_field, "answer", section)
+        self._problem_of = value_reader(config.problem_template, config.problem_field, "problem", section)
+        self._answer_of = value_reader(config.answer_template, config.answer_field, "answer", section)
 
     def __call__(self, index: int, row: Row) -> Task:
         """Read one row.
@@ -159,21 +178,23 @@ class RowReader:
         """
         if self._config.choices is not None:
             row = with_choices(row, self._config.choices, self._section)
-        return Task(index, self._problem(row), self._answers(row))
+        return Task(index, self.problem(row), self._answers(row))
 
-    def _problem(self, row: Row) -> Problem:
+    def problem(self, row: Row) -> Problem:
+        """The user's turn or the chat of a row.
+
+        Raises:
+            BadRowError: the row has none.
+        """
         config = self._config
         if config.messages_field is not None:
             setting = f"{self._section}.messages_field"
-            messages = chat_messages(field_reader(config.messages_field, setting)(row), setting)
-            for turn in messages:
-                _require_characters(turn["content"], "its chat")
-            return messages
+            return require_chat_characters(chat_messages(field_reader(config.messages_field, setting)(row), setting))
         problem = self._problem_of(row)
         if not isinstance(problem, str) or not problem.strip():
             origin = "problem_template" if config.problem_template else f"its field `{config.problem_field}`"
             raise BadRowError(f"it has no problem: {origin} holds {problem!r:.80}, expected a non-empty string")
-        _require_characters(problem, "its problem")
+        require_characters(problem, "its problem")
         return problem
 
     def _answers(self, row: Row) -> tuple[str, ...]:
@@ -190,7 +211,7 @@ class RowReader:
             raise BadRowError(f"it has no usable answer: {origin} {error}") from error
         if answer is None:
             raise BadRowError(f"it has no answer: {origin} holds {value!r:.80}")
-        _require_characters(answer, origin)
+        require_characters(answer, origin)
         if config.answer_in_box:
             box = last_boxed(answer)
             if not box:
@@ -218,29 +239,44 @@ def _compile(pattern: str | None, section: str) -> re.Pattern[str] | None:
     return compiled
 
 
-def _reader(template: str | None, field: str, what: str, section: str) -> FieldReader:
+def value_reader(template: str | None, field: str, what: str, section: str) -> FieldReader:
     """A reader for the template if it is set, else for the field."""
     if template is None:
         return field_reader(field, f"{section}.{what}_field")
     return template_reader(template, f"{section}.{what}_template")
 
 
-def _require_characters(text: str, origin: str) -> None:
+def require_chat_characters(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The chat itself.
+
+    Raises:
+        BadRowError: a turn holds half a character.
+    """
+    for turn in messages:
+        require_characters(turn["content"], "its chat")
+    return messages
+
+
+def require_characters(text: str, origin: str) -> None:
+    """
+    Raises:
+        BadRowError: the text holds half a character.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise BadRowError(f"{origin} holds half a character (a lone surrogate, {text[error.start]!r})") from error
 
 
-def _without_beginning(prompt: Prompt, limit: int, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+def _without_beginning(prompt: AnyPrompt, limit: int, tokenizer: PreTrainedTokenizerBase) -> AnyPrompt:
     if len(prompt.token_ids) <= limit:
         return prompt
     ids = prompt.token_ids[-limit:]
     text = decode(tokenizer, ids, skip_special_tokens=False)
-    return Prompt(prompt.index, text, ids, prompt.answer, prompt.other_answers)
+    return replace(prompt, text=text, token_ids=ids)
 
 
-def _warn_once(text: str) -> None:
-    """Log on rank 0 only. Prompts are read before torch.distributed is initialised."""
+def warn_once(text: str) -> None:
+    """Log a warning on rank 0 only. Prompts are read before torch.distributed is initialised."""
     if launched_rank() == 0:
         logger.warning(text)

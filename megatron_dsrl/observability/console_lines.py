@@ -16,6 +16,8 @@ def step_parts(record: Record, time_left: str) -> list[Part]:
     seconds = _short_seconds(record, "seconds/step")
     parts = [
         (_formatted(record, "reward {:.3f}", "reward/mean"), 1),
+        (_loss_on_data_set(record), 1),
+        (_formatted(record, "epoch {:.2f}", "data/epoch"), 4),
         (_mixed(record), 4),
         (_formatted(record, "len {:,.0f}", "response/mean_tokens"), 2),
         (_truncated(record, "response/truncated_fraction"), 3),
@@ -41,6 +43,7 @@ def details(record: Record, everything: bool) -> list[str]:
             _formatted(record, "{:.1%} truncated", "response/truncated_fraction"),
             _formatted(record, "entropy {:.3f}", "response/conditional_entropy"),
             _formatted(record, "gradient norm {:.3g}", "policy/grad_norm"),
+            _formatted(record, "learning rate {:.3g}", "policy/learning_rate"),
             _formatted(record, "{:,.0f} tokens/s", "throughput/tokens_per_second"),
         ]
         lines += [groups, ", ".join(figure for figure in figures if figure), _seconds(record)]
@@ -49,9 +52,11 @@ def details(record: Record, everything: bool) -> list[str]:
 
 def evaluation_parts(record: Record) -> list[Part]:
     """Parts of an evaluation's line, the set and its result first."""
-    accuracy = _formatted(record, "{:.1%} ± {:.1%}", "accuracy", "standard_error") or "accuracy unknown"
+    result = _formatted(record, "{:.1%} ± {:.1%}", "accuracy", "standard_error") or "accuracy unknown"
+    if "loss" in record:
+        result = _formatted(record, "loss {:.4f} ± {:.4f}", "loss", "loss_standard_error") or f"loss {record['loss']}"
     parts = [
-        (f"evaluation after step {record['step']}: {record['set']} {accuracy}", 0),
+        (f"evaluation after step {record['step']}: {record['set']} {result}", 0),
         (_formatted(record, "len {:,.0f}", "mean_tokens"), 1),
         (_truncated(record, "truncated_fraction"), 2),
         (_short_seconds(record, "seconds"), 3),
@@ -60,7 +65,9 @@ def evaluation_parts(record: Record) -> list[Part]:
 
 
 def evaluation_details(record: Record) -> str:
-    """The scores averaged for accuracy."""
+    """What accuracy or loss is averaged over."""
+    if "loss" in record:
+        return _formatted(record, "{:,} responses, {:,} tokens", "responses", "tokens")
     return _formatted(record, "{} problems x {} samples", "problems", "samples_per_prompt")
 
 
@@ -100,6 +107,11 @@ def _formatted(record: Record, template: str, *keys: str) -> str:
 def _short_seconds(record: Record, key: str) -> str:
     seconds = record.get(key)
     return "" if seconds is None else f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:,.0f} s"
+
+
+def _loss_on_data_set(record: Record) -> str:
+    """Comparable from step to step only where the responses come from a data set."""
+    return _formatted(record, "loss {:.4f}", "policy/loss") if "data/epoch" in record else ""
 
 
 def _mixed(record: Record) -> str:

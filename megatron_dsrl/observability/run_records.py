@@ -41,7 +41,9 @@ class RunRecords:
     steps: list[Record]
     """One per step, ascending."""
     evaluations: dict[str, list[Record]]
-    """By set name; ascending steps, the last record of a step wins."""
+    """Accuracies by set name; ascending steps, the last record of a step wins."""
+    held_out_losses: dict[str, list[Record]]
+    """The same for sets whose loss was measured (`run/held_out_loss.py`)."""
     phases: list[PhaseSpan]
     last_written: datetime | None
     """When the last step record was written; UTC."""
@@ -71,6 +73,7 @@ def read_run(folder: Path) -> RunRecords:
     metrics = folder / METRICS_FILE
     steps = sorted({record["step"]: record for record in read_records(metrics)}.values(), key=_step)
     # Records of earlier versions have no time; a copy of a file has another one than the file.
+    evaluations = read_records(folder / EVALUATION_FILE)
     written = datetime.fromtimestamp(steps[-1].get("time") or metrics.stat().st_mtime, UTC) if steps else None
     return RunRecords(
         folder=folder,
@@ -78,7 +81,8 @@ def read_run(folder: Path) -> RunRecords:
         config_text=text,
         config=config,
         steps=steps,
-        evaluations=_by_set(read_records(folder / EVALUATION_FILE)),
+        evaluations=_by_set([record for record in evaluations if "loss" not in record]),
+        held_out_losses=_by_set([record for record in evaluations if "loss" in record]),
         phases=_phase_spans(steps, phase_colours([steps])),
         last_written=written,
     )

@@ -102,8 +102,8 @@ class RunMemory:
 
     @property
     def engines_elsewhere(self) -> bool:
-        """Whether the engines are servers on other devices."""
-        return bool(self.config.engine.urls)
+        """Whether no engine is on the trainer's devices: they are servers elsewhere, or nothing is sampled."""
+        return bool(self.config.engine.urls) or not self.config.rollout.needs_engines
 
     @property
     def peak_update(self) -> int:

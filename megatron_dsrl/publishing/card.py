@@ -74,6 +74,7 @@ def model_card(run_folder: Path, step: int, base_model: str | None = None) -> st
     phases = [one for one in _phases(config, step) if one["first"] <= one["last"]]
     base_model = base_model or base_model_name(config["model"]["path"])
     in_pre_train_space = any(one["space"] == SPACES["pre_train"] for one in phases)
+    samples = config.get("rollout", {}).get("source", "engine") == "engine"
     public = without_private_places({key: value for key, value in config.items() if key not in LEFT_OUT})
     environment = Environment(
         loader=PackageLoader("megatron_dsrl.publishing"),
@@ -92,6 +93,8 @@ def model_card(run_folder: Path, step: int, base_model: str | None = None) -> st
         phases=phases,
         step=step,
         in_pre_train_space=in_pre_train_space,
+        samples=samples,
+        method="reinforcement learning with verifiable rewards" if samples else "supervised fine-tuning",
         evaluations=evaluations,
         made_by=_made_by(run_folder, step),
     )

@@ -20,7 +20,7 @@ from megatron_dsrl.report.analyses import read_analyses
 from megatron_dsrl.report.evaluations import named_by_step, paper_table, pass_at_k_charts, results_table
 from megatron_dsrl.report.logs import log_views
 from megatron_dsrl.report.provenance import compared_provenance, shown_provenance
-from megatron_dsrl.report.run_figures import accuracy_figures, run_figures, run_state
+from megatron_dsrl.report.run_figures import accuracy_figures, loss_figures, run_figures, run_state
 from megatron_dsrl.report.runs_table import runs_table
 from megatron_dsrl.report.sampled_responses import shown_steps
 from megatron_dsrl.report.training_charts import comparison_charts, other_charts, run_charts, time_table
@@ -51,7 +51,7 @@ def _run_page(run: RunRecords) -> str:
     return _template("report.html.j2").render(
         run=run,
         state=run_state(run),
-        accuracies=accuracy_figures(run),
+        accuracies=[*accuracy_figures(run), *loss_figures(run)],
         figures=run_figures(run),
         sections=run_charts(run) if run.steps else [],
         time=time_table(run),

@@ -31,6 +31,25 @@ def accuracy_figures(run: RunRecords) -> list[Figure]:
     return [_accuracy_figure(name, records) for name, records in run.evaluations.items()]
 
 
+def loss_figures(run: RunRecords) -> list[Figure]:
+    """Loss of held-out responses before and after, one figure per set of supervised training."""
+    figures = []
+    for name, records in run.held_out_losses.items():
+        first, last = records[0], records[-1]
+        over = f"nat per token; {last['responses']:,} responses"
+        if len(records) == 1:
+            figures.append(Figure(f"Loss on {name}", _loss(first), f"after step {first['step']} only; {over}"))
+        else:
+            steps = f"step {first['step']} → {last['step']}"
+            figures.append(Figure(f"Loss on {name}", f"{_loss(first)} → {_loss(last)}", f"{steps}; {over}"))
+    return figures
+
+
+def _loss(record: Record) -> str:
+    error = record["loss_standard_error"]
+    return f"{record['loss']:.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
 def _accuracy_figure(name: str, records: list[Record]) -> Figure:
     first, last = records[0], records[-1]
     problems = f"{last['problems']} problems × {_count(last['samples_per_prompt'], 'sample')}"
@@ -81,6 +100,8 @@ def _progress_figures(run: RunRecords) -> list[Figure]:
     if seconds:
         note = f"sum over steps; {number(sum(seconds) / len(seconds))} s per step"
         figures.append(Figure("Wall time", duration(sum(seconds)), note))
+    if epochs := [value for value in run.column("data/epoch") if value is not None]:
+        return [*figures, Figure("Epochs", f"{epochs[-1]:.2f}", "passes over the data set")]
     figures.append(Figure("Generated", f"{tokens:,} tokens", ""))
     figures.append(Figure("Verifier failures", number(failures), "timeouts and errors, scored 0"))
     return figures

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_dsrl.observability.run_records import RunRecords
 from megatron_dsrl.report.parts import Figure
-from megatron_dsrl.report.run_figures import accuracy_figures, run_figures, run_state
+from megatron_dsrl.report.run_figures import accuracy_figures, loss_figures, run_figures, run_state
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def _row(label: str, cells: list[Figure | None]) -> tuple[str, str, list[Figure 
 
 
 def _figures(run: RunRecords) -> dict[str, Figure]:
-    figures = [*accuracy_figures(run), Figure("State", run_state(run)), *run_figures(run)]
+    figures = [*accuracy_figures(run), *loss_figures(run), Figure("State", run_state(run)), *run_figures(run)]
     return {figure.label: figure for figure in figures}
 
 

@@ -14,6 +14,7 @@ from megatron_dsrl.report.curves import (
     GROUP_KEYS,
     HEALTH,
     MIXED_GROUPS,
+    NAT,
     OF_THE_UPDATE,
     PARTS_OF_A_STEP,
     PROMPTS,
@@ -29,8 +30,11 @@ PERCENT = ValueAxis("accuracy, %", at_least=0.0, at_most=100.0)
 
 def run_charts(run: RunRecords) -> list[tuple[str, list[Chart | str]]]:
     """Headed sections of charts; a chart without data is replaced by a sentence. Needs at least one step."""
+    learning = [_accuracy_of_run(run), _run_chart(run, REWARD), _groups_chart(run)]
+    if run.held_out_losses or any(value is not None for value in run.column("data/epoch")):
+        learning = [_held_out_loss_chart(run)]
     return [
-        ("Learning", [_accuracy_of_run(run), _run_chart(run, REWARD), _groups_chart(run)]),
+        ("Learning", learning),
         ("Policy", [_run_chart(run, curves) for curves in HEALTH]),
         ("Time", [_seconds_chart(run), *(_run_chart(run, curves) for curves in COST)]),
     ]
@@ -63,6 +67,17 @@ def _accuracy_of_run(run: RunRecords) -> Chart | str:
         [accuracy_series(name, records, index % SERIES_COLOURS + 1, 100) for index, (name, records) in sets],
         run.phases,
     )
+
+
+def _held_out_loss_chart(run: RunRecords) -> Chart | str:
+    """One curve per set of supervised training, beside the loss of each step's batch."""
+    series = [Series("training batches", run.step_numbers, run.column("policy/loss"), SERIES_COLOURS)]
+    for index, (name, records) in enumerate(run.held_out_losses.items()):
+        steps = tuple(record["step"] for record in records)
+        losses, errors = (tuple(record[key] for record in records) for key in ("loss", "loss_standard_error"))
+        series.append(Series(name, steps, losses, index % (SERIES_COLOURS - 1) + 1, errors))
+    explanation = "Negative log-likelihood of the responses; ± one standard error. Step 0 is the base model."
+    return line_chart("Loss on held-out responses", explanation, series, run.phases, NAT)
 
 
 def _accuracy_of_runs(runs: Sequence[RunRecords]) -> list[Chart | str]:

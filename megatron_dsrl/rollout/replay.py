@@ -5,23 +5,20 @@ weight versions, rewards. Dynamic sampling and partial rollouts have no effect, 
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_dsrl.common.collective import rank
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.rollout import RolloutConfig
 from megatron_dsrl.data.prompt import Prompt
-from megatron_dsrl.rollout.carry_over import CarryOver
-from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
 from megatron_dsrl.rollout.recording import read_batch, rollout_file
-from megatron_dsrl.rollout.rollout import Value
 from megatron_dsrl.rollout.sample import SampleGroup, SamplingParameters, count_tokens
 from megatron_dsrl.rollout.step_sampling import Draw, StepSamples, Watch
+from megatron_dsrl.rollout.without_engines import WithoutEngines
 
 
-class ReplayRollout:
+class ReplayRollout(WithoutEngines):
     """The rollout side of a run that trains on the recorded samples of another run: no engines, no verifier."""
 
     def __init__(self, config: RolloutConfig, prompts: Sequence[Prompt], stop_token_ids: tuple[int, ...]) -> None:
@@ -35,10 +32,10 @@ class ReplayRollout:
             UserError: the folder has no recorded rollouts.
         """
         assert config.replay_from is not None
+        super().__init__(SamplingParameters.for_training(config, stop_token_ids), "rollout.replay_from")
         self._run_folder = Path(config.replay_from)
         self._config = config
         self._prompts = prompts
-        self._sampling = SamplingParameters.for_training(config, stop_token_ids)
         if not (self._run_folder / "rollouts").is_dir():
             raise UserError(f"rollout.replay_from: {self._run_folder} has no folder `rollouts`")
 
@@ -54,50 +51,6 @@ class ReplayRollout:
         seconds = time.perf_counter() - started
         return StepSamples(groups, others, generated_tokens=count_tokens(groups + others), seconds=seconds)
 
-    @property
-    def training_sampling(self) -> SamplingParameters:
-        """Sampling parameters of this run's configuration; the recorded samples may have been drawn with others."""
-        return self._sampling
-
-    def generate(self, *request: object, **options: object) -> list[SampleGroup]:
-        """Always raises UserError: without engines, only recorded samples are available."""
-        raise UserError("rollout.replay_from starts no engines: nothing can be sampled")
-
-    @property
-    def carried(self) -> CarryOver:
-        """Empty: the recorded steps are complete."""
-        return CarryOver()
-
-    def take_over(self, carried: CarryOver) -> None:
-        """Nothing to do: carried-over groups are part of the recorded steps."""
-
-    def while_sampling(self, work: Callable[[], Value], recover: Callable[[], None]) -> Value | None:
-        """The result of `work` on rank 0, None on others; `recover` is never needed."""
-        return work() if rank() == 0 else None
-
-    def fault_metrics(self) -> dict[str, int]:
-        """Empty: no engine can fail."""
-        return {}
-
-    # ---- no-ops without engines
-
-    def wait_until_ready(self) -> None: ...
-
-    def start_ahead(self, step: int, draw: Draw, watch: Watch) -> None: ...
-
-    def finish_ahead(self) -> None: ...
-
-    def restart_engines(self) -> None: ...
-
-    def load_weights(self, make_buckets: Callable[[], Iterable[Bucket]], version: int) -> None: ...
-
-    def release_memory(self) -> None: ...
-
-    def resume_weights(self) -> None: ...
-
-    def resume_kv_cache(self) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def replayed_groups(

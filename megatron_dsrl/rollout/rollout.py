@@ -1,6 +1,7 @@
 """The rollout side as the training loop sees it: sample a step, take new weights, lend memory, close.
 
-`EngineRollout` samples with SGLang engines; `ReplayRollout` reads the recorded samples of another run.
+`EngineRollout` samples with SGLang engines; `ReplayRollout` reads the recorded samples of another run, and
+`DatasetRollout` the responses of a data set.
 """
 
 from collections.abc import Callable, Iterable, Sequence

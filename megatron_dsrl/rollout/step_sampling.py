@@ -8,7 +8,8 @@
 | `partial_rollouts` | `Partial` | enough groups are finished; the next step continues the others |
 | `sample_ahead`, with any of the first three | `Ahead` | as there, but during the training of the previous step |
 
-A run that replays recorded samples uses none of them (`replay.py`).
+A run that replays recorded samples (`replay.py`) or learns the responses of a data set (`dataset.py`) uses none of
+them.
 
 Dynamic sampling is DAPO's (arXiv 2503.14476, section 3.2): a group whose rewards are all equal has no advantage under a
 group baseline, so it is replaced by the next prompt. Which groups finish first depends on timing; deterministic
@@ -63,6 +64,8 @@ class StepSamples:
     """Response tokens that the engines produced for this step."""
     seconds: float = 0.0
     """Wall time of sampling, including overlapping verification."""
+    judged: bool = True
+    """Whether a verifier has scored the samples; not those of a data set."""
 
     @property
     def sampled(self) -> list[SampleGroup]:

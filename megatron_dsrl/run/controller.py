@@ -1,7 +1,7 @@
 """Rank 0's duties other than sampling: show progress, record steps, evaluate."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from megatron_dsrl.actor.statistics import UpdateMetrics
@@ -12,6 +12,7 @@ from megatron_dsrl.config.run import ObservabilityConfig
 from megatron_dsrl.evaluation.evaluator import Evaluator
 from megatron_dsrl.evaluation.problem_result import first_responses
 from megatron_dsrl.observability.console import RunConsole
+from megatron_dsrl.observability.records import Record
 from megatron_dsrl.observability.timer import SecondsPerPart
 from megatron_dsrl.observability.tracker import Tracker
 from megatron_dsrl.rollout.progress import OnSamples
@@ -19,7 +20,7 @@ from megatron_dsrl.rollout.recording import RolloutRecorder
 from megatron_dsrl.rollout.responses import responses_of
 from megatron_dsrl.rollout.rollout import Rollout
 from megatron_dsrl.rollout.step_sampling import StepSamples
-from megatron_dsrl.run.step_metrics import rollout_metrics
+from megatron_dsrl.run.step_metrics import dataset_metrics, rollout_metrics
 from megatron_dsrl.run.step_record import (
     log_prob_gap_warning,
     memory_metrics,
@@ -78,12 +79,17 @@ class Controller:
         """Evaluate the held-out sets after this step (0: before training), except those already recorded."""
         started = time.perf_counter()
         for evaluation in self._evaluator.evaluate(step, except_for=self._tracker.evaluated_sets(step)):
-            record = evaluation.record
-            record["seconds"], started = time.perf_counter() - started, time.perf_counter()
-            record["time"] = time.time()
             shown = first_responses(evaluation.problems, self._observability.evaluation_responses)
-            self._tracker.log_evaluation(record, shown)
-            self._console.evaluation(record)
+            self._record_evaluation(evaluation.record, started, shown)
+            started = time.perf_counter()
+
+    def record_held_out_loss(self, record: Record, started: float) -> None:
+        """Record and print the loss of a held-out set (`run/held_out_loss.py`), begun at this `perf_counter`."""
+        self._record_evaluation(record, started, ())
+
+    def evaluated_sets(self, step: int) -> set[str]:
+        """Names of the held-out sets whose evaluation after this step is recorded."""
+        return self._tracker.evaluated_sets(step)
 
     def record(
         self,
@@ -103,7 +109,7 @@ class Controller:
             "weight_version": step,
             "time": time.time(),
             **samples.metrics,
-            **rollout_metrics(samples.sampled, samples.generated_tokens, samples.seconds),
+            **_metrics_of_samples(samples),
             **older_token_metrics(samples.groups, step),
             **shaping_metrics(responses, self._overlong, self._max_response_tokens),
             **update_metrics(update, phase),
@@ -116,3 +122,14 @@ class Controller:
         self._console.step(record)
         if warning := log_prob_gap_warning(record, self._observability.max_log_prob_gap):
             self._console.message(warning)
+
+    def _record_evaluation(self, record: Record, started: float, responses: Sequence[Record]) -> None:
+        record = {**record, "seconds": time.perf_counter() - started, "time": time.time()}
+        self._tracker.log_evaluation(record, responses)
+        self._console.evaluation(record)
+
+
+def _metrics_of_samples(samples: StepSamples) -> dict[str, int | float]:
+    if not samples.judged:
+        return dataset_metrics(samples.groups)
+    return rollout_metrics(samples.sampled, samples.generated_tokens, samples.seconds)

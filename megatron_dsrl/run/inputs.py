@@ -1,14 +1,15 @@
 """The inputs of a run: model description, tokenizer, prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_dsrl.config.data import DataConfig, TrainingSetConfig
+from megatron_dsrl.config.data import DataConfig, PromptSetConfig, TrainingSetConfig
 from megatron_dsrl.config.run import EvaluationSetConfig, RunConfig
+from megatron_dsrl.data.demonstrations import load_demonstrations
 from megatron_dsrl.data.mixture import in_mixture
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.data.prompts import load_prompts
@@ -16,6 +17,9 @@ from megatron_dsrl.data.tokenizer import context_token_ids, decode, encode, load
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.source import resolve_model_folder
 from megatron_dsrl.rollout.pass_rates import read_pass_rates, with_pass_rates, within_pass_rates
+
+LoadSet = Callable[[PromptSetConfig, str], Sequence[Prompt]]
+"""load(config, section) reads a prompt set; `section` is its path in the run's configuration, for messages."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,9 @@ class RunInputs:
     tokenizer: PreTrainedTokenizerBase
     stop_token_ids: tuple[int, ...]
     """Tokens that end a response."""
-    prompts: list[Prompt]
-    evaluation_sets: list[tuple[EvaluationSetConfig, list[Prompt]]]
+    prompts: Sequence[Prompt]
+    """To train on; with `rollout.source: dataset` these and those of the evaluation sets are `Demonstration`s."""
+    evaluation_sets: Sequence[tuple[EvaluationSetConfig, Sequence[Prompt]]]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of a response without special tokens."""
@@ -41,18 +46,21 @@ class RunInputs:
         return encode(self.tokenizer, text)
 
 
-def load_training_prompts(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+def load_training_prompts(config: DataConfig, load: LoadSet) -> list[Prompt]:
     """The prompts of all training sets, one set after the other, with pass rates where they are configured.
+
+    Args:
+        load: reads one set.
 
     Raises:
         UserError: a prompt set or a recorded run is missing or invalid, or a filter leaves no prompt.
     """
     sections = ["data", *(f"data.mixed_with.{position}" for position in range(len(config.mixed_with)))]
-    return in_mixture([(one.name, _load_set(one, tokenizer, section)) for one, section in zip(config.sets, sections)])
+    return in_mixture([(one.name, _load_set(one, load, section)) for one, section in zip(config.sets, sections)])
 
 
-def _load_set(config: TrainingSetConfig, tokenizer: PreTrainedTokenizerBase, section: str) -> list[Prompt]:
-    prompts = load_prompts(config, tokenizer, section)
+def _load_set(config: TrainingSetConfig, load: LoadSet, section: str) -> Sequence[Prompt]:
+    prompts = load(config, section)
     if config.pass_rates_from is None:
         return prompts
     prompts = with_pass_rates(prompts, read_pass_rates(Path(config.pass_rates_from), f"{section}.pass_rates_from"))
@@ -74,15 +82,22 @@ def load_inputs(config: RunConfig) -> RunInputs:
     for phase in config.phases:
         for objective in phase.objectives.values():
             context_token_ids(tokenizer, objective.space.context_text)
+
+    def load(prompt_set: PromptSetConfig, section: str, max_response_tokens: int | None = None) -> Sequence[Prompt]:
+        if config.rollout.source == "engine":
+            return load_prompts(prompt_set, tokenizer, section)
+        limit = max_response_tokens or config.rollout.max_response_tokens
+        return load_demonstrations(prompt_set, tokenizer, limit, section)
+
     return RunInputs(
         run_folder=Path(config.output_dir) / config.name,
         model_folder=model_folder,
         model=asdict(architecture),
         tokenizer=tokenizer,
         stop_token_ids=stop_token_ids(tokenizer, model_folder),
-        prompts=load_training_prompts(config.data, tokenizer),
+        prompts=load_training_prompts(config.data, load),
         evaluation_sets=[
-            (evaluation_set, load_prompts(evaluation_set, tokenizer, section=f"evaluation.sets.{i}"))
+            (evaluation_set, load(evaluation_set, f"evaluation.sets.{i}", evaluation_set.max_response_tokens))
             for i, evaluation_set in enumerate(config.evaluation.sets)
         ],
     )

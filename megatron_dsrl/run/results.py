@@ -47,24 +47,29 @@ def finished_step(config: RunConfig) -> int | None:
 
 
 def closing_lines(run_folder: Path, steps: int) -> list[str]:
-    """Closing lines for a run whose last step is `steps`, with the accuracies in its evaluation.jsonl."""
+    """Closing lines for a run whose last step is `steps`, with the accuracies or losses in its evaluation.jsonl."""
+    records = read_records(run_folder / EVALUATION_FILE)
+    after_report = f"      dsrl samples {run_folder}   responses to read"
+    if any("loss" in record for record in records):  # nothing was sampled
+        after_report = f"      dsrl eval {run_folder}      accuracy on benchmarks"
     return [
         f"{run_folder} is complete: {steps} steps",
-        *_accuracies(read_records(run_folder / EVALUATION_FILE)),
+        *_results(records, "accuracy", "{:.1%}"),
+        *_results(records, "loss", "loss {:.4f}"),
         f"next: dsrl report {run_folder}    one HTML page: curves, seconds, samples",
-        f"      dsrl samples {run_folder}   responses to read",
+        after_report,
     ]
 
 
-def _accuracies(records: list[Record]) -> Iterator[str]:
+def _results(records: list[Record], key: str, words: str) -> Iterator[str]:
     """A line per held-out set, from its first evaluation to its last."""
     for name in dict.fromkeys(record["set"] for record in records):
-        accuracies = [record for record in records if record["set"] == name and record.get("accuracy") is not None]
-        if not accuracies:
+        known = [record for record in records if record["set"] == name and record.get(key) is not None]
+        if not known:
             continue
-        first, last = accuracies[0], accuracies[-1]
+        first, last = known[0], known[-1]
         if first["step"] == last["step"]:
-            yield f"{name}: {last['accuracy']:.1%} after step {last['step']}"
+            yield f"{name}: {words.format(last[key])} after step {last['step']}"
         else:
-            before, after = (f"{record['accuracy']:.1%} (step {record['step']})" for record in (first, last))
+            before, after = (f"{words.format(record[key])} (step {record['step']})" for record in (first, last))
             yield f"{name}: {before} -> {after}"

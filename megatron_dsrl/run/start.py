@@ -28,6 +28,7 @@ from megatron_dsrl.observability.trackers.launch import Trackers
 from megatron_dsrl.platform import current_platform
 from megatron_dsrl.platform.engine import can_release_engine_memory
 from megatron_dsrl.rollout.carry_over import CarryOver
+from megatron_dsrl.rollout.dataset import DatasetRollout
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.engines.run_engines import awaiting_engines
 from megatron_dsrl.rollout.engines.starting_server import StartingServer
@@ -39,6 +40,7 @@ from megatron_dsrl.run.device_sharing import SharedDevice
 from megatron_dsrl.run.due import Due
 from megatron_dsrl.run.experiences import ExperienceBuilder
 from megatron_dsrl.run.folder import check_run_folder, prepare_run_folder
+from megatron_dsrl.run.held_out_loss import HeldOutLosses
 from megatron_dsrl.run.inputs import RunInputs, load_inputs
 from megatron_dsrl.run.models import RunModels, build_models
 from megatron_dsrl.run.preemption import StopSignal
@@ -92,13 +94,18 @@ def start_run(config: RunConfig, resources: ExitStack, starting: StartingServer 
         trackers.start()
     stop = resources.enter_context(StopSignal())
     device = share_device(config, models, rollout, timeline)
+    sampling = Sampling(
+        rollout, device, inputs.prompts, sampler, stop, controller, timeline,
+        last_step_ahead=config.steps if config.rollout.sample_ahead else 0,
+    )  # fmt: skip
     return TrainingRun(
         steps=range(step + 1, config.steps + 1),
         schedule=Schedule(config.phases),
         due=Due(config.checkpoint, config.evaluation, config.steps),
-        sampling=Sampling(
-            rollout, device, inputs.prompts, sampler, stop, controller, timeline,
-            last_step_ahead=config.steps if config.rollout.sample_ahead else 0,
+        sampling=sampling,
+        evaluate=(
+            sampling.evaluate if config.rollout.source == "engine"
+            else HeldOutLosses(inputs.evaluation_sets, models.actor, device, controller, timeline).evaluate
         ),
         experiences=ExperienceBuilder(inputs.tokenizer, config.reward.overlong, config.rollout.max_response_tokens),
         models=models,
@@ -159,9 +166,11 @@ def start_rollout(
     resources: ExitStack,
     starting: StartingServer | None,
 ) -> Rollout:
-    """Start the engines without waiting for them, or open the recording to replay."""
-    if config.rollout.replay_from is not None:
-        rollout: Rollout = ReplayRollout(config.rollout, inputs.prompts, inputs.stop_token_ids)
+    """Start the engines without waiting for them, or open what takes their place."""
+    if config.rollout.source == "dataset":
+        rollout: Rollout = DatasetRollout(config.rollout, len(inputs.prompts), inputs.stop_token_ids)
+    elif config.rollout.replay_from is not None:
+        rollout = ReplayRollout(config.rollout, inputs.prompts, inputs.stop_token_ids)
     else:
         rollout = EngineRollout(
             config,
@@ -219,7 +228,7 @@ def start_controller(
     tracker = resources.enter_context(Tracker(inputs.run_folder, config.observability.tensorboard))
     tracker.truncate_after(step)
     evaluator = Evaluator(inputs.evaluation_sets, rollout, config.reward.function)
-    save_rollouts = config.observability.save_rollouts
+    save_rollouts = config.observability.save_rollouts and config.rollout.source == "engine"
     recorder = resources.enter_context(RolloutRecorder(inputs.run_folder)) if save_rollouts else None
     return Controller(
         config.observability, config.reward.overlong, config.rollout.max_response_tokens,

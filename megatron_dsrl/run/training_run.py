@@ -1,5 +1,6 @@
 """The parts of a training run that its loop moves."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_dsrl.algorithms.schedule import Schedule
@@ -21,6 +22,8 @@ class TrainingRun:
     schedule: Schedule
     due: Due
     sampling: Sampling
+    evaluate: Callable[[int], None]
+    """Evaluates the policy after a step; all ranks."""
     experiences: ExperienceBuilder
     models: RunModels
     device: SharedDevice

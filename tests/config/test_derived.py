@@ -132,6 +132,42 @@ def test_a_layout_that_does_not_fit_is_refused(small, write, overrides, world_si
         derive(config, world_size, SHAPE, prompts=32)
 
 
+SUPERVISED = [{"name": "SFT", "space": "post_train", "advantage": "raw_reward", "loss": "supervised"}]
+FROM_A_DATA_SET = ["rollout.source=dataset", "rollout.samples_per_prompt=1"]
+
+
+def test_a_run_on_a_data_set_has_no_engine_and_none_of_its_limits(small, write) -> None:
+    path = write("run.yaml", small | {"phases": SUPERVISED})
+    without = ["engine.tensor_parallel_size=3", "engine.max_total_tokens=100"]
+    config = load_config(path, [*FROM_A_DATA_SET, *without])
+    figures = derive(config, 1, SHAPE, prompts=32)
+    assert (figures.engines, figures.epochs, figures.samples_per_step) == (0, 1.5, 8)
+    assert figures.max_generated_tokens_per_step == 0
+    expected = "every step: 8 responses of the data set, 1.50 epochs of 32 in all; 1 optimizer step of 8"
+    assert batch_lines(config, figures)[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("override", "fields", "words"),
+    [
+        ("rollout.samples_per_prompt=4", "rollout.source, rollout.samples_per_prompt", "one response per prompt"),
+        ("rollout.temperature=0.5", "rollout.source, rollout.temperature", "set it to 1"),
+        ("phases.0.loss=dual_clip", "phases.0.loss", "use `loss: supervised`"),
+        ("phases.0.importance_correction=truncated", "phases.0.importance_correction", "set it to null"),
+    ],
+)
+def test_what_a_data_set_does_not_have_is_refused(small, write, override, fields, words) -> None:
+    config = load_config(write("run.yaml", small | {"phases": SUPERVISED}), [*FROM_A_DATA_SET, override])
+    with pytest.raises(UserError, match=f"(?m)^  {re.escape(fields)}: .*{re.escape(words)}"):
+        derive(config, 1, SHAPE, prompts=32)
+
+
+def test_a_data_set_is_taken_as_it_is(small, write) -> None:
+    with pytest.raises(UserError, match="source: dataset does not go with dynamic_sampling, sample_ahead"):
+        sampling = ["rollout.dynamic_sampling={}", "rollout.sample_ahead=true"]
+        load_config(write("run.yaml", small), [*FROM_A_DATA_SET, *sampling])
+
+
 def test_limits_themselves_are_allowed(small, write) -> None:
     overrides = ["rollout.max_response_tokens=412", "engine.max_context_tokens=512", "engine.max_total_tokens=512"]
     assert derive(load_config(write("run.yaml", small), overrides), 1, SHAPE, prompts=8).longest_sequence == 512

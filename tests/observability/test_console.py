@@ -136,3 +136,18 @@ def test_durations() -> None:
     assert [left(seconds) for seconds in (41.6, 119, 200, 18720, 183600)] == [
         "42 s left", "119 s left", "3 min left", "5 h left", "2 d left",
     ]  # fmt: skip
+
+
+def test_supervised_training_shows_its_losses() -> None:
+    stream = io.StringIO()
+    console = RunConsole(total_steps=20, stream=stream)
+    loss = {"policy/loss": 1.23456, "data/epoch": 0.5, "response/mean_tokens": 60.0, "seconds/step": 2.0}
+    console.step({"step": 3, "phase": "SFT", **loss})
+    console.evaluation({"step": 3, "set": "chat", "loss": 1.5, "loss_standard_error": 0.02, "seconds": 1.0})
+    console.evaluation({"step": 3, "set": "one", "loss": 1.5, "loss_standard_error": None, "seconds": 1.0})
+    step, *evaluations = stream.getvalue().splitlines()
+    assert step == "step  3/20 SFT  loss 1.2346  epoch 0.50  len 60  2.0 s, 34 s left"
+    assert evaluations == [
+        "evaluation after step 3: chat loss 1.5000 ± 0.0200  1.0 s",
+        "evaluation after step 3: one loss 1.5  1.0 s",
+    ]

@@ -29,6 +29,8 @@ def awaiting_engines(config: RolloutSettings, run_folder: Path) -> AbstractConte
     """Context for the block that waits for the engines: rank 0 tells the user. Every rank enters it."""
     if config.rollout.replay_from is not None:
         return waiting("no engine is started: samples are replayed", config.rollout.replay_from)
+    if config.rollout.source == "dataset":
+        return waiting("no engine is started: the data set has the responses")
     limit = f"limit {config.engine.startup_timeout_seconds:g} s"
     if config.engine.urls:
         return waiting(f"waiting for {_engines(len(config.engine.urls))}", f"engine.urls, {limit}")

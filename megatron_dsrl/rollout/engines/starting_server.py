@@ -99,7 +99,7 @@ def starting_server(config: RolloutSettings) -> Iterator[StartingServer | None]:
     Needs no torch.distributed. The model must be a local folder, or one whose config.json the package includes.
     """
     owns_engine = launched_rank() % config.engine.tensor_parallel_size == 0
-    if config.engine.urls or config.rollout.replay_from is not None or not owns_engine:
+    if config.engine.urls or not config.rollout.needs_engines or not owns_engine:
         yield None
         return
     server = StartingServer(engine_environment(config.engine.tensor_parallel_size, engine_threads(config)))
