@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from examples.tiny_dsrl.tokenizer import VOCAB_SIZE
 from megatron_dsrl.config.load import load_config
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.data.prompts import load_prompts
@@ -19,6 +20,7 @@ from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.rollout.recording import rollout_file, write_groups
 from megatron_dsrl.rollout.sample import Sample, SampleGroup
 from tests.support.distributed import run_distributed
+from tests.support.tiny_model import make_tiny_qwen3
 from tests.support.tiny_run import write_tiny_run
 
 METHODS = Path(__file__).parents[2] / "configs" / "methods"
@@ -59,7 +61,10 @@ def runs(folder: Path) -> dict[str, RunConfig]:
     """By name, each with one step in the first of two phases."""
     base = write_tiny_run(folder)
     configs = {}
-    for name, (method, overrides) in ({name: (name, []) for name in NAMES} | OPTIONS).items():
+    make_tiny_qwen3(folder / "teacher", tied=True, vocab_size=VOCAB_SIZE, seed=2)
+    teacher = [f"reference.path={folder / 'teacher'}"]  # distillation from the run's own weights has no gradient
+    methods = {name: (name, teacher if "distillation" in name else []) for name in NAMES}
+    for name, (method, overrides) in (methods | OPTIONS).items():
         file = folder / f"{name.replace(' ', '_')}.yaml"
         file.write_text(f"inherits: [{base}, {METHODS / method}.yaml]\nname: {file.stem}\n")
         replay = [f"rollout.replay_from={folder / 'recorded'}", "evaluation.sets=[]"]

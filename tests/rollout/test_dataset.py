@@ -33,7 +33,7 @@ def test_steps_go_through_the_rows_and_say_how_far(rollout) -> None:
 def test_a_response_is_that_of_its_row_and_not_an_engines(rollout) -> None:
     step = rollout.sample_step(1, lambda n: ROWS[1:3], unwatched)
     first, second = responses_of(step.groups, weight_version=1)
-    assert (first.prompt_ids, first.response_ids, len(first.engine_log_probs)) == ((1, 1), (1, 9), 0)
+    assert (first.prompt_ids, tuple(first.response_ids), len(first.engine_log_probs)) == ((1, 1), (1, 9), 0)
     assert (first.truncated, second.truncated, first.older_tokens) == (False, True, 0)
 
 
