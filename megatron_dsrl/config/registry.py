@@ -71,10 +71,11 @@ class Registry:
         return options_class
 
     def names(self) -> list[str]:
-        """The registered names."""
+        """The registered names: in the order of the modules, and within one as defined, whatever was imported first."""
         for module in self._modules:
             importlib.import_module(module)
-        return list(self._classes)
+        place = {module: position for position, module in enumerate(self._modules)}
+        return sorted(self._classes, key=lambda name: place.get(self._classes[name].__module__, len(place)))
 
     def classes(self) -> list[type[Options]]:
         """The registered classes."""

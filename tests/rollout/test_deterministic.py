@@ -12,8 +12,8 @@ from tests.support.engine import STOP_TOKEN_ID, decode_as_numbers, numbered_prom
 SAMPLES = 8
 
 
-def tokens(groups) -> list:
-    return [sample.response_ids for group in groups for sample in group.samples]
+def tokens(groups) -> list[tuple[int, ...]]:
+    return [tuple(sample.response_ids) for group in groups for sample in group.samples]
 
 
 @pytest.mark.parametrize("changes", [{}, {"top_p": 0.8, "top_k": 20}], ids=["whole distribution", "top-k and top-p"])
