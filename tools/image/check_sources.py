@@ -55,13 +55,16 @@ def sources(folder: Path) -> Iterator[Path]:
 
 
 def include_folders(folder: Path) -> list[Path]:
-    """Headers of the package, of torch, of the CUDA packages that it brings, and of Python."""
+    """Headers of the package, of torch, of the CUDA packages that it brings, of CUDA_HOME, and of Python."""
     import torch
+    from torch.utils.cpp_extension import CUDA_HOME
 
     packages = Path(torch.__file__).parents[1]
     torch_headers = [packages / "torch" / "include", packages / "torch" / "include/torch/csrc/api/include"]
     own = [folder / name for name in (*TRANSFORMER_ENGINE_HEADERS, "csrc") if (folder / name).is_dir()]
-    return [*own, *torch_headers, *sorted(packages.glob("nvidia/*/include")), Path(sysconfig.get_path("include"))]
+    of_packages = sorted(packages.glob("nvidia/*/include"))
+    toolkit = [Path(CUDA_HOME) / "include"] if CUDA_HOME else []  # the packages lack crt/, which belongs to nvcc
+    return [*own, *torch_headers, *of_packages, *toolkit, Path(sysconfig.get_path("include"))]
 
 
 def problem(file: Path, folder: Path, output: Path) -> str | None:
