@@ -36,7 +36,7 @@ class Sampler(Protocol):
 
 
 class MixtureSampler:
-    """Draws from several sets so that after any number of draws each set's share is as near to its weight as can be.
+    """Draws from several sets so that after any number of draws each set is within a prompt of its share.
 
     The next prompt is from the set that is furthest behind its share. The order depends only on weights and seeds.
     """
