@@ -78,7 +78,8 @@ class RewardPool:
         self._failures: Counter[str] = Counter()
         """Consecutive failures of each function since its last success, not counting timeouts."""
         self._logged = 0
-        self._last_problem = ""
+        self._last_problem: dict[str, str] = {}
+        """The last failure of each function."""
         self._context = WorkerContext()
         self._pool = self._new_pool()
 
@@ -101,7 +102,8 @@ class RewardPool:
         if limit is not None and failures >= limit:
             raise UserError(
                 f"reward.function: {reward.function} has failed on {failures} responses in a row, the last "
-                f"time with: {self._last_problem}. Fix it, or raise reward.max_consecutive_errors (null: no limit)"
+                f"time with: {self._last_problem[reward.function]}. Fix it, or raise reward.max_consecutive_errors "
+                "(null: no limit)"
             )
         judgement: Future[Judgement] = Future()
         arguments = (reward.function, reward.options, response, (answer, *other_answers), prompt)
@@ -176,7 +178,7 @@ class RewardPool:
                 return Judgement(score.reward, "fallback")
             problem = score.problem
         self._failures[reward.function] += 1
-        self._last_problem = problem
+        self._last_problem[reward.function] = problem
         self._log(reward, problem, response)
         return Judgement(0.0, "error")
 
