@@ -71,7 +71,7 @@ class Registry:
         return options_class
 
     def names(self) -> list[str]:
-        """The registered names: in the order of the modules, and within one as defined, whatever was imported first."""
+        """The registered names, ordered by module and then by definition. The order of imports does not matter."""
         for module in self._modules:
             importlib.import_module(module)
         place = {module: position for position, module in enumerate(self._modules)}

@@ -1,6 +1,6 @@
 """The responses of a data set instead of samples: supervised training with the same loop (`dsrl sft`).
 
-A step trains on the next `prompts_per_step` rows; the sampler shuffles them anew in every epoch, and a checkpoint
+A step trains on the next `prompts_per_step` rows; the sampler shuffles them in every epoch, and a checkpoint
 remembers its position. The responses have no reward and no log-probs of an engine, so a step record has neither.
 """
 

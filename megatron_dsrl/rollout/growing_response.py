@@ -61,7 +61,7 @@ class GrowingResponse:
         self.is_truncated = False
         """Whether the response counts as cut off. Set when the length limit is reached; a function may set it too."""
         self.failure: Exception | None = None
-        """Why the engine did not write a turn. The sample has failed then, whatever the function makes of it."""
+        """Why the engine did not write a turn. The sample has then failed, even if the function catches the error."""
         self._seed = seed
         self._client = client
         self._turn_timeout_seconds = turn_timeout_seconds
@@ -168,7 +168,7 @@ class GrowingResponse:
         )
 
     async def _ask(self, request: SampleRequest, stop_token_ids: Sequence[int]) -> Completion:
-        """One turn from the engine; whatever prevents it is kept as `failure`."""
+        """One turn from the engine. An error is kept as `failure`."""
         stops = tuple(dict.fromkeys((*self.sampling.stop_token_ids, *stop_token_ids)))
         sampling = replace(self.sampling, stop_token_ids=stops)
         try:

@@ -35,7 +35,7 @@ class HeldOutLosses:
     def evaluate(self, step: int) -> None:
         """Record the loss of every set after this step (0: before training), except those already recorded.
 
-        Each response is scored given its prompt, whatever space the phase trains in.
+        Each response is scored given its prompt, in every phase.
         """
         done = broadcast(self.controller.evaluated_sets(step) if self.controller else set())
         waiting = [(config, demonstrations) for config, demonstrations in self.sets if config.name not in done]

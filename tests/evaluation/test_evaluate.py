@@ -64,9 +64,9 @@ class Continued:
     left_behind: list[str]
     """Processes that outlived the killed one."""
     lines_before: list[str]
-    """Of the sample file when the first one was killed."""
+    """Content of the sample file when the first evaluation was killed."""
     printed: str
-    """By the one that continued."""
+    """Output of the evaluation that continued."""
 
     @property
     def file(self) -> Path:
@@ -81,7 +81,7 @@ class Continued:
 
 @pytest.fixture(scope="module")
 def continued(tmp_path_factory) -> Continued:
-    """Of a Megatron checkpoint, by the command."""
+    """Results of evaluating a Megatron checkpoint by the command."""
     folder = tmp_path_factory.mktemp("evaluated")
     write_tiny_run(folder)
     (folder / "amc23.yaml").write_text(BENCHMARK)

@@ -1,4 +1,4 @@
-"""The calculator computes arithmetic and nothing else, whatever a model writes."""
+"""The calculator computes arithmetic and refuses everything else that a model may write."""
 
 import pytest
 

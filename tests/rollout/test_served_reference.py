@@ -19,7 +19,7 @@ from megatron_dsrl.rollout.served_reference import ServedReference
 from tests.support.engine import numbered_prompts
 
 LAST_TOKEN = 127
-"""Of the tiny model's vocabulary."""
+"""The last token of the tiny model's vocabulary."""
 
 
 def experience_of(groups: list[SampleGroup]) -> Experience:

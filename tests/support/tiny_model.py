@@ -47,9 +47,9 @@ class WeightOptions(TypedDict, total=False):
     """Options of all tiny models."""
 
     seed: int
-    """Of the weights; 0 by default."""
+    """Seed of the weights; 0 by default."""
     dtype: torch.dtype
-    """Of the weights; float32 by default."""
+    """Dtype of the weights; float32 by default."""
     max_shard_size: str
     """Size of one weight file, as `save_pretrained` takes it; 1GB by default."""
 

@@ -10,7 +10,7 @@ GPU_TESTS = ("tests/actor/test_gpu.py", "tests/rollout/test_gpu.py", "tests/plat
 FIRST_STEP_IS_PRERL = {"phases.0.until_step": "1"}
 WHOLE_TRAINER_OFFLOADED = {f"actor.offload.{part}": "true" for part in ("gradients", "optimizer", "parameters")}
 FRACTIONS = ("0.65", "0.75", "0.85")
-"""Of `engine.memory_fraction`; the stages before them use 0.4, and the shipped value of the 8B configuration."""
+"""Values of `engine.memory_fraction`; the stages before them use 0.4, and the shipped value of the 8B configuration."""
 
 
 @dataclass(frozen=True)
