@@ -8,18 +8,13 @@ from transformers import PreTrainedTokenizerBase
 
 from examples.laboratory.settings import VOCAB_SIZE, BaseSettings
 from examples.laboratory.task import Problem, draw_problems, write_response
-from examples.tiny_dsrl.base_model import as_experience
+from examples.tiny_dsrl.base_model import as_experience, training_config
 from megatron_dsrl.actor.build import build_actor
-from megatron_dsrl.algorithms.advantages import GroupMean
 from megatron_dsrl.algorithms.losses import supervised_loss
 from megatron_dsrl.algorithms.objective import Objective
 from megatron_dsrl.algorithms.spaces import PostTrain, PreTrain, ScoredSequence
 from megatron_dsrl.common.waiting import say_on_first_rank
-from megatron_dsrl.config.actor import ActorConfig, OptimizerConfig
 from megatron_dsrl.config.data import DataConfig
-from megatron_dsrl.config.model import ModelConfig
-from megatron_dsrl.config.phase import PhaseConfig
-from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.data.prompts import render
 from megatron_dsrl.data.tokenizer import context_token_ids, load_tokenizer
 
@@ -30,7 +25,7 @@ PROMPTS = DataConfig(source="unused", system_prompt=None)
 def train_base(model: Path, output: Path, settings: BaseSettings) -> None:
     """Train from random weights and write the HF folder `output`. All ranks."""
     tokenizer = load_tokenizer(str(model), VOCAB_SIZE)
-    actor = build_actor(training_config(model, settings), model)
+    actor = build_actor(training_config("laboratory_base", model, settings), model)
     for step, batch in enumerate(documents(tokenizer, settings), start=1):
         if step in (1, settings.patient_steps + 1):
             say_on_first_rank(f"{'patient' if step <= settings.patient_steps else 'hasty'} documents")
@@ -38,22 +33,6 @@ def train_base(model: Path, output: Path, settings: BaseSettings) -> None:
         if step % 50 == 0 or step == 1:
             say_on_first_rank(f"step {step}/{settings.steps}  loss {metrics.loss:.3f}")
     actor.export_hf(output)
-
-
-def training_config(model: Path, settings: BaseSettings) -> RunConfig:
-    """The settings that the actor needs. Nothing is sampled, so data and phases are placeholders."""
-    return RunConfig(
-        name="laboratory_base",
-        seed=settings.seed,
-        steps=settings.steps,
-        model=ModelConfig(path=str(model), random_init=True, dtype="float32"),
-        actor=ActorConfig(max_tokens_per_micro_batch=8192),
-        optimizer=OptimizerConfig(
-            learning_rate=settings.learning_rate, warmup_steps=20, decay="linear", betas=(0.9, 0.98)
-        ),
-        data=PROMPTS,
-        phases=[PhaseConfig(name="unused", space=PostTrain(), advantage=GroupMean())],
-    )
 
 
 def documents(tokenizer: PreTrainedTokenizerBase, settings: BaseSettings) -> Iterator[list[ScoredSequence]]:

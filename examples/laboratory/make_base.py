@@ -52,11 +52,12 @@ def make(output: Path, settings: BaseSettings) -> None:
     with loading_megatron():
         import torch.distributed as dist
 
-        from examples.laboratory.base_model import train_base, training_config
+        from examples.laboratory.base_model import train_base
+        from examples.tiny_dsrl.base_model import training_config
         from megatron_dsrl.model.parallel import destroy_parallel, initialize_parallel
 
     partial = output.with_name(f".{output.name}.partial")
-    initialize_parallel(training_config(partial / "untrained", settings).parallel, settings.seed)
+    initialize_parallel(training_config("laboratory_base", partial / "untrained", settings).parallel, settings.seed)
     try:
         if _is_first_rank():
             shutil.rmtree(partial, ignore_errors=True)

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -77,6 +77,19 @@ def as_row(problem: Problem) -> dict[str, str]:
     return {"problem": problem.text, "answer": problem.answer, "solution": gold_solution(problem)}
 
 
+class TrainingSettings(Protocol):
+    """What base models have in common."""
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def learning_rate(self) -> float: ...
+
+
 def write_model_folder(folder: Path, architecture: Mapping[str, Any]) -> None:
     """An HF folder without weights: config.json and the tokenizer."""
     folder.mkdir()
@@ -89,7 +102,7 @@ def write_model_folder(folder: Path, architecture: Mapping[str, Any]) -> None:
 def train_base(model: Path, output: Path, settings: Settings) -> None:
     """Supervised training from random weights; writes the HF folder `output`. All ranks."""
     tokenizer = load_tokenizer(str(model), VOCAB_SIZE)
-    actor = build_actor(training_config(model, settings), model)
+    actor = build_actor(training_config("tiny_base", model, settings), model)
     for step, documents in enumerate(corpus(tokenizer, settings), start=1):
         if step == 1:
             say_on_first_rank("stage 1/2: correct solutions")
@@ -101,10 +114,16 @@ def train_base(model: Path, output: Path, settings: Settings) -> None:
     actor.export_hf(output)
 
 
-def training_config(model: Path, settings: Settings) -> RunConfig:
-    """The settings that the actor needs. Nothing is sampled, so data and phases are placeholders."""
+def training_config(name: str, model: Path, settings: TrainingSettings) -> RunConfig:
+    """The settings that the actor needs. Nothing is sampled, so data and phases are placeholders.
+
+    Args:
+        name: of the run, which only messages show.
+        model: folder with the config.json.
+        settings: of any base model.
+    """
     return RunConfig(
-        name="tiny_base",
+        name=name,
         seed=settings.seed,
         steps=settings.steps,
         model=ModelConfig(path=str(model), random_init=True, dtype="float32"),

@@ -50,7 +50,7 @@ def _make(output: Path, settings: Settings) -> None:
         from examples.tiny_dsrl.base_model import make, training_config
         from megatron_dsrl.model.parallel import destroy_parallel, initialize_parallel
 
-    initialize_parallel(training_config(output, settings).parallel, settings.seed)
+    initialize_parallel(training_config("tiny_base", output, settings).parallel, settings.seed)
     try:
         make(output, settings)
     finally:

@@ -161,7 +161,8 @@ class TrainingSetConfig(PromptSetConfig):
 
     pass_rates_from: str | None = None
     """Folder of a run with recorded rollouts of these prompts, such as one of `dsrl rollout`: the share of right
-    responses to each prompt there is its pass rate. null: pass rates are unknown."""
+    responses to each prompt there is its pass rate. It is read again on resuming, so name a finished run. null: pass
+    rates are unknown."""
 
     min_pass_rate: float = Field(default=0.0, ge=0, le=1)
     """Drop prompts with a lower pass rate; above 0, also prompts without a known one."""
