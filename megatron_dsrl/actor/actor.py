@@ -24,6 +24,7 @@ from megatron_dsrl.model.output_rows import FactoredLogits
 from megatron_dsrl.model.router import adding_router_losses
 from megatron_dsrl.weights.export import export_hf_folder
 from megatron_dsrl.weights.load import load_weights
+from megatron_dsrl.weights.peft import PeftAdapters
 from megatron_dsrl.weights.stream import stream_hf_weights
 from megatron_dsrl.weights.table import WeightTable
 
@@ -48,6 +49,7 @@ class Actor:
         temperature: float,
         router: RouterConfig,
         kept_logits_bytes: int,
+        adapters: PeftAdapters | None,
     ) -> None:
         """Use `build_actor` to create one.
 
@@ -59,6 +61,7 @@ class Actor:
             router: router losses of a mixture of experts, added in every optimizer step. They are over all tokens, so
                 with them every sample is computed.
             kept_logits_bytes: logits of a micro-batch that are kept for its backward pass; see `LogProbOptions`.
+            adapters: the model's LoRA adapters; None if all weights are trained.
         """
         self._model = model
         self._table = table
@@ -67,6 +70,7 @@ class Actor:
         self._temperature = temperature
         self._router = router
         self._kept_logits_bytes = kept_logits_bytes
+        self._adapters = adapters
 
     @property
     def chunks(self) -> Sequence[torch.nn.Module]:
@@ -112,7 +116,8 @@ class Actor:
         return UpdateMetrics.merge(steps) if steps else None
 
     def load_model(self, folder: Path) -> None:
-        """Fill the parameters, but not the optimizer's master weights, from a model of the same architecture.
+        """Fill the parameters, but not the optimizer's master weights, from a model of the same architecture. Adapters
+        stay as they are.
 
         Args:
             folder: HF folder or Megatron distributed checkpoint.
@@ -131,12 +136,16 @@ class Actor:
         )
 
     def hf_weights(self, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
-        """The current weights as full HF tensors in buckets, in the parameters' dtype; see `stream_hf_weights`."""
+        """The current weights, merged with adapters, as full HF tensors in buckets, in the parameters' dtype; see
+        `stream_hf_weights`."""
         return stream_hf_weights(self._model.chunks, self._table, bucket_bytes, self._model.config.params_dtype)
 
     def export_hf(self, target: Path) -> None:
-        """Write the current weights as an HF folder; see `export_hf_folder`."""
-        export_hf_folder(self._model.chunks, self._table, self._folder, target, self._model.config.params_dtype)
+        """Write the current weights as an HF folder, and adapters within it; see `export_hf_folder`."""
+        export_hf_folder(
+            self._model.chunks, self._table, self._folder, target, self._model.config.params_dtype,
+            adapters=self._adapters,
+        )  # fmt: skip
 
     def start_save(self, folder: Path, copy: bool) -> CheckpointWrite:
         """Prepare to write weights, optimizer, schedule and random states; see `saved_state.start_save`."""

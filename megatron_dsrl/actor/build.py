@@ -12,9 +12,11 @@ from megatron_dsrl.config.actor import OptimizerConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.build import DTYPES, build_model, build_trainable
-from megatron_dsrl.model.source import resolve_model_folder
+from megatron_dsrl.model.lora import add_adapters
+from megatron_dsrl.model.source import is_hub_name, resolve_model_folder
 from megatron_dsrl.model.value_head import build_value_model
 from megatron_dsrl.weights.load import load_weights
+from megatron_dsrl.weights.peft import PeftAdapters, adapter_table
 from megatron_dsrl.weights.random_init import fill_with_random_weights
 from megatron_dsrl.weights.tables import value_model_table, weight_table
 from megatron_dsrl.weights.value_model import load_value_model
@@ -38,6 +40,13 @@ def build_actor(config: RunConfig, folder: Path) -> Actor:
         fill_with_random_weights(chunks, table, architecture.initializer_range, config.seed)
     else:
         load_weights(chunks, table, folder)
+    adapters = None
+    if config.actor.lora:
+        adapters = PeftAdapters(
+            config.actor.lora, adapter_table(architecture, config.actor.lora), _base_model(config, folder)
+        )
+        add_adapters(chunks, architecture, config.actor.lora)
+        fill_with_random_weights(chunks, adapters.table, architecture.initializer_range, config.seed)
     learning_steps = config.steps - config.critic.warmup_steps
     total_steps = learning_steps * config.actor.optimizer_steps_per_rollout
     return Actor(
@@ -48,6 +57,7 @@ def build_actor(config: RunConfig, folder: Path) -> Actor:
         temperature=config.rollout.temperature,
         router=config.model.router,
         kept_logits_bytes=config.actor.kept_logits_megabytes * 2**20,
+        adapters=adapters,
     )
 
 
@@ -74,6 +84,11 @@ def build_critic(config: RunConfig, folder: Path, steps: int) -> Critic:
         load_value_model(chunks, architecture, source)
     total_steps = steps * critic.optimizer_steps_per_rollout
     return Critic(_trainable(config, chunks, critic.optimizer, total_steps), table, critic)
+
+
+def _base_model(config: RunConfig, folder: Path) -> str:
+    """What PEFT loads adapters on: the hub name where `model.path` is one, otherwise the folder."""
+    return config.model.path if is_hub_name(config.model.path) else str(folder.resolve())
 
 
 def _trainable(

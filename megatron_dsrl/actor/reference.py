@@ -4,7 +4,10 @@ Its weights are kept in host memory, each rank's shards on that rank. For a forw
 policy's, parameter by parameter, and swapped back afterwards. Weights are only copied, so the policy's are restored bit
 for bit, and the optimizer's master weights are not touched.
 
-Memory: the rank's parameters once on the host (2 bytes per parameter in bf16), and the largest single parameter on the
+Only weights that differ from the policy's are kept: with LoRA the adapters, whose initial output is zero, and all
+weights if the reference is another model.
+
+Memory: the kept parameters once on the host (2 bytes per parameter in bf16), and the largest single parameter on the
 device during the swap.
 """
 
@@ -26,9 +29,11 @@ class ReferencePolicy:
     """Earlier weights of an actor. One object per rank; methods are collective unless they say otherwise."""
 
     def __init__(self, actor: Actor) -> None:
-        """Copy the actor's current weights. Not collective."""
+        """Copy the actor's current weights, those that are trained. Not collective."""
         self._actor = actor
-        self._parameters = [parameter for chunk in actor.chunks for parameter in chunk.parameters()]
+        parameters = [parameter for chunk in actor.chunks for parameter in chunk.parameters()]
+        self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self._frozen = [parameter for parameter in parameters if not parameter.requires_grad]
         self._host = [current_platform().host_copy(parameter) for parameter in self._parameters]
         self.is_initial = True
         """Whether the weights are still those it was created with."""
@@ -43,6 +48,9 @@ class ReferencePolicy:
         Raises:
             UserError: the weights are damaged or do not match.
         """
+        self._parameters += self._frozen
+        self._host += [current_platform().host_copy(parameter) for parameter in self._frozen]
+        self._frozen = []
         with self._swapped_in():
             self._actor.load_model(folder)
 

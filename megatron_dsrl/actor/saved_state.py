@@ -1,12 +1,12 @@
 """A model's part of a checkpoint: weights, optimizer, learning-rate schedule and random states, saved with Megatron's
-distributed checkpointing.
+distributed checkpointing. With LoRA, only the adapters are saved: the other weights are those of `model.path`.
 
 Every rank writes and reads its own shards. The optimizer state is stored by parameter, not by rank
 (`fully_reshardable`), so another tensor-, pipeline- or data-parallel layout can read it. Random states belong to ranks
 and are restored only if the layout is the same.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_dsrl.actor.optimizer import chained_optimizers, own_step_counts
 from megatron_dsrl.checkpoint.megatron_writer import CheckpointWrite, start_checkpoint
 from megatron_dsrl.model.build import bare_model
+from megatron_dsrl.model.lora import is_adapter
 from megatron_dsrl.weights.load import is_extra_state
 from megatron_dsrl.weights.untrusted_checkpoint import only_plain_objects
 
@@ -100,16 +101,23 @@ def _model(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
     metadata, model = _layout_metadata(), {}
     for name, chunk in _named(chunks):
         state = bare_model(chunk).sharded_state_dict(metadata=metadata)
-        model[name] = {key: value for key, value in state.items() if not is_extra_state(key)}
+        model[name] = {key: state[key] for key in _saved(state)}
     return model
 
 
 def _fill(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
     """Load the state of `_model` into the chunks."""
     for name, chunk in _named(chunks):
+        expected = set(_saved(bare_model(chunk).state_dict()))
         result = bare_model(chunk).load_state_dict(loaded[name], strict=False)
-        missing = [key for key in result.missing_keys if not is_extra_state(key)]
+        missing = expected & set(result.missing_keys)
         assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
+
+
+def _saved(names: Iterable[str]) -> list[str]:
+    """The entries of a model's state that checkpoints have: of a model with adapters only these."""
+    weights = [name for name in names if not is_extra_state(name)]
+    return [name for name in weights if is_adapter(name)] or weights
 
 
 def _layout_metadata() -> dict[str, Any]:

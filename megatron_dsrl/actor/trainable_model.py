@@ -118,7 +118,7 @@ class TrainableModel(ShardedModel):
         states = [value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()]
         return {
             "parameters": parameters,
-            "gradients": [parameter.main_grad for parameter in parameters],
+            "gradients": [parameter.main_grad for parameter in parameters if parameter.requires_grad],
             "optimizer": [*masters, *(value for value in states if isinstance(value, Tensor))],
         }
 

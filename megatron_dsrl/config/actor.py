@@ -1,8 +1,8 @@
 """The training side: micro-batches, the optimizer, the critic and the reference policy."""
 
-from typing import Literal
+from typing import Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from megatron_dsrl.config.section import Section
 
@@ -32,6 +32,37 @@ class OffloadConfig(Section):
         return [part for part in ("gradients", "optimizer", "parameters") if getattr(self, part)]
 
 
+ProjectionName = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class LoraConfig(Section):
+    """Low-rank adapters beside the policy's linear layers (LoRA, arXiv 2106.09685). Only they are trained; a layer
+    computes W x + alpha / rank * B A x.
+
+    Gradients, optimizer state and checkpoints hold the adapters alone, and the reference policy is the model without
+    them. The engine gets merged weights. A is random at the start of a run and B is zero, as in PEFT; adapters have the
+    model's dtype, with float32 master weights. Dropout is not offered: the update would score another policy than the
+    one that sampled. A critic, if a phase needs one, is trained in full.
+    """
+
+    rank: int = Field(default=32, ge=1)
+    """Rows of A and columns of B."""
+
+    alpha: float = Field(default=32.0, gt=0)
+    """Scale of the adapters' output, divided by `rank`."""
+
+    target_modules: list[ProjectionName] = Field(default_factory=lambda: list(get_args(ProjectionName)), min_length=1)
+    """Projections with an adapter, by PEFT's names. Every projection has its own A and B, also where Megatron fuses
+    several into one layer. Experts get none: for a mixture of experts name projections of attention."""
+
+    @field_validator("target_modules")
+    @classmethod
+    def _each_once(cls, names: list[ProjectionName]) -> list[ProjectionName]:
+        if len(set(names)) < len(names):
+            raise ValueError("a projection is named twice")
+        return names
+
+
 class ActorConfig(Section):
     """How a rollout batch becomes forward and backward passes."""
 
@@ -56,6 +87,9 @@ class ActorConfig(Section):
 
     offload: OffloadConfig = Field(default_factory=OffloadConfig)
     """What moves to host memory while the engine samples; nothing by default."""
+
+    lora: LoraConfig | None = None
+    """Train low-rank adapters instead of the weights; null: all weights are trained."""
 
     @property
     def optimizer_steps_per_rollout(self) -> int:

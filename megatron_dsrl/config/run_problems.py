@@ -33,6 +33,7 @@ def run_problems(
         *_batch_problems(config, world_size, prompts),
         *_time_problems(config),
         *_routing_problems(config, shape),
+        *_lora_problems(config, shape),
         *numerics_problems(config.engine, config.rollout, config.model.dtype, shape),
         *_length_problems(config, shape),
         *(model_problems(config.parallel, shape) if shape else ()),
@@ -172,6 +173,30 @@ def _routing_problems(config: RunConfig, shape: ModelShape | None) -> Iterator[P
         )
     if shape and not shape.experts and config.model.router != RouterConfig():
         yield "model.router", "is for a mixture of experts, but the model has none; leave the section out"
+
+
+def _lora_problems(config: RunConfig, shape: ModelShape | None) -> Iterator[Problem]:
+    lora, reference = config.actor.lora, config.reference
+    if lora is None:
+        return
+    experts = [name for name in ("gate_proj", "up_proj", "down_proj") if name in lora.target_modules]
+    if shape and shape.experts and experts:
+        yield (
+            "actor.lora.target_modules",
+            f"the model's feed-forward layers are experts, which get no adapters; leave out {', '.join(experts)}",
+        )
+    if config.model.random_init:
+        yield (
+            "actor.lora, model.random_init",
+            "adapters are stored without the weights they were trained on, and random weights are nowhere else; start "
+            "from a model with weights",
+        )
+    if reference.path is not None and (reference.refresh_at_phase_switch or reference.refresh_every_steps is not None):
+        yield (
+            "actor.lora, reference.path",
+            "checkpoints with LoRA hold adapters only, not all weights of a refreshed reference; leave out path, or "
+            "the refresh_ fields",
+        )
 
 
 def _length_problems(config: RunConfig, shape: ModelShape | None) -> Iterator[Problem]:

@@ -126,6 +126,11 @@ def _of_checkpoint(checkpoint: Path, companions: Path | None = None) -> Evaluate
         raise UserError(f"{checkpoint / STATE_FILE} cannot be read: {error}") from error
     _check_files(checkpoint, saved)
     run_folder = checkpoint.parent.parent
+    if saved.run.config.get("actor", {}).get("lora"):
+        raise UserError(
+            f"{checkpoint} holds LoRA adapters only; name an exported policy ({run_folder / EXPORTS_FOLDER}/step_...). "
+            "A run exports after its last step, and with checkpoint.export_hf_every_steps earlier"
+        )
     companions = companions or _model_of_run(run_folder, saved)
     check_same_model(saved.run.model, asdict(read_architecture(companions)), str(checkpoint))
     return EvaluatedModel(checkpoint / WEIGHTS_FOLDER, companions, run_folder, saved.run.step)

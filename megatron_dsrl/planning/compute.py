@@ -1,7 +1,8 @@
 """Floating-point operations of a step, and an estimate of its seconds.
 
 Operations counted: two per parameter and token in a matrix product, twice that for the backward pass, causal attention,
-the passes that a phase makes before its update (old log-probs, reference, values), and the critic's update. Every
+the passes that a phase makes before its update (old log-probs, reference, values), and the critic's update. With LoRA
+the policy's backward pass computes no gradients of frozen weights; the adapters' own products are not counted. Every
 sample is assumed to be kept. Seconds depend on two assumptions, which are arguments: the share of the peak that
 training reaches (MFU), and the share of the memory bandwidth that decoding reaches. Verification is not included.
 """
@@ -61,6 +62,8 @@ def phase_flops(config: RunConfig, architecture: Architecture, phase: PhaseConfi
         forwards = int(needed.old_log_probs or off_policy) + int(needed.reference_log_probs)
         total += forwards * forward_flops(architecture, context, mean_response_tokens)
         update = training_flops(architecture, context, mean_response_tokens, recompute)
+        if config.actor.lora:
+            update -= _weight_gradient_flops(architecture, context, mean_response_tokens)
         total += update * config.actor.epochs_per_rollout
         if needed.values:  # one forward pass and the critic's update; its head is negligible
             tokens = context + mean_response_tokens
@@ -77,6 +80,10 @@ def _layer_training_flops(architecture: Architecture, tokens: int, recompute: Re
     once = _layer_flops(architecture, tokens)
     again = {"none": 0, "selective": _core_attention_flops(architecture, tokens), "full": once}
     return 3 * once + again[recompute]
+
+
+def _weight_gradient_flops(architecture: Architecture, context: int, scored: int) -> float:
+    return 2 * active_per_token(architecture) * (context + scored) + _head_flops(architecture, scored)
 
 
 def _core_attention_flops(architecture: Architecture, tokens: int) -> float:

@@ -58,7 +58,8 @@ class RunMemory:
     largest_entry: int
     """Largest entry that is pushed whole to the engine: a bucket is at least as large."""
     reference_on_host: tuple[int, ...]
-    """By pipeline stage: the reference policy's weights, in page-locked memory; 0 without one."""
+    """By pipeline stage: the reference policy's weights, with LoRA its adapters, in page-locked memory; 0 without
+    one."""
     checkpoint_on_host: tuple[int, ...]
     """By pipeline stage: upper bound of the weights and optimizer state that a process copies for an asynchronous
     checkpoint. (With data parallelism it is less, since replicas share the writing.)"""
@@ -196,6 +197,7 @@ def run_memory(config: RunConfig, architecture: Architecture, capacity: int, wor
     policy = tuple(policy_memory(config, architecture, world_size, stage) for stage in stages)
     critic = tuple(critic_memory(config, architecture, world_size, stage) for stage in stages) if needed.values else ()
     copied = [policy, critic] if config.checkpoint.asynchronous else []
+    reference = [stage.trained if config.reference.path is None else stage.weights for stage in policy]
     return RunMemory(
         config=config,
         capacity=capacity,
@@ -203,9 +205,9 @@ def run_memory(config: RunConfig, architecture: Architecture, capacity: int, wor
         critic=critic,
         engine=engine_memory(config, architecture, capacity),
         largest_entry=largest_entry_bytes(config, architecture),
-        reference_on_host=tuple(stage.weights if needed.reference_log_probs else 0 for stage in policy),
+        reference_on_host=tuple(weights if needed.reference_log_probs else 0 for weights in reference),
         checkpoint_on_host=tuple(
-            sum(model[stage].weights + model[stage].optimizer for model in copied if model) for stage in stages
+            sum(model[stage].trained + model[stage].optimizer for model in copied if model) for stage in stages
         ),
         gathered_on_host=tuple(
             sum(_gathered_bytes(model[stage], config, world_size) for model in (policy, critic) if model)
@@ -216,13 +218,13 @@ def run_memory(config: RunConfig, architecture: Architecture, capacity: int, wor
 
 
 def _gathered_bytes(memory: TrainerMemory, config: RunConfig, world_size: int) -> int:
-    """Host memory of Megatron's `get_parameter_state_dp_zero`: float32 weights and both moments of all parameters, this
-    process's shard of them, and one of the three twice while it is received."""
+    """Host memory of Megatron's `get_parameter_state_dp_zero`: float32 weights and both moments of all trained
+    parameters, this process's shard of them, and one of the three twice while it is received."""
     parallel = config.parallel
     shards = world_size // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
     if not parallel.distributed_optimizer or shards == 1:
         return 0
-    parameters = memory.weights // element_bytes(config.model)
+    parameters = memory.trained // element_bytes(config.model)
     return 4 * parameters * (3 + 2) + 12 * parameters // shards
 
 

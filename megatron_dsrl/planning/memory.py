@@ -14,6 +14,7 @@ from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import Architecture
 from megatron_dsrl.planning.parameters import (
     ProcessParameters,
+    adapter_parameters_of_stage,
     parameters_of_critic_stage,
     parameters_of_model,
     parameters_of_projections,
@@ -31,6 +32,8 @@ class TrainerMemory:
     """Memory of a trained model, policy or critic, on one process. Unit: bytes."""
 
     weights: int
+    trained: int
+    """The weights that are trained, the only ones in checkpoints: with LoRA the adapters."""
     gradients: int
     optimizer: int
     activations: int
@@ -83,7 +86,10 @@ def policy_memory(config: RunConfig, architecture: Architecture, world_size: int
     """The policy's memory on each process of a pipeline stage."""
     parameters = parameters_of_stage(architecture, config.parallel, stage)
     logits = _logits(config, architecture) if _is_last(config.parallel, stage) else 0
-    return _trainer_memory(config, architecture, world_size, stage, parameters, logits)
+    if config.actor.lora is None:
+        return _trainer_memory(config, architecture, world_size, stage, parameters, 0, logits)
+    adapters = adapter_parameters_of_stage(architecture, config.parallel, stage, config.actor.lora)
+    return _trainer_memory(config, architecture, world_size, stage, adapters, parameters.total, logits)
 
 
 def critic_memory(config: RunConfig, architecture: Architecture, world_size: int, stage: int) -> TrainerMemory:
@@ -92,7 +98,7 @@ def critic_memory(config: RunConfig, architecture: Architecture, world_size: int
     head = 0
     if _is_last(config.parallel, stage):
         head = 2 * 4 * architecture.hidden_size * largest_row(config) + _final_norm(config, architecture)
-    return _trainer_memory(config, architecture, world_size, stage, parameters, head)
+    return _trainer_memory(config, architecture, world_size, stage, parameters, 0, head)
 
 
 def _is_last(parallel: ParallelConfig, stage: int) -> bool:
@@ -104,9 +110,12 @@ def _trainer_memory(
     architecture: Architecture,
     world_size: int,
     stage: int,
-    parameters: ProcessParameters,
+    trained: ProcessParameters,
+    frozen: int,
     logits: int,
 ) -> TrainerMemory:
+    """Memory of a model with this many parameters of both kinds. Adapters' own activations, of `rank` columns, are not
+    counted; those of frozen layers are kept for the adapters beside them."""
     parallel = config.parallel
     element = element_bytes(config.model)
     per_parameter = 12 if element == 2 else 8  # Adam's two moments, and a master copy where parameters are bfloat16
@@ -117,9 +126,10 @@ def _trainer_memory(
     tokens, kept = largest_row(config), kept_bytes_per_token(architecture, config)
     layers = parallel.layers_of_stages(architecture.num_hidden_layers)[stage]
     return TrainerMemory(
-        weights=parameters.total * element,
-        gradients=parameters.total * GRADIENT_BYTES,
-        optimizer=per_parameter * (parameters.dense // replicas + parameters.expert // expert_replicas),
+        weights=(trained.total + frozen) * element,
+        trained=trained.total * element,
+        gradients=trained.total * GRADIENT_BYTES,
+        optimizer=per_parameter * (trained.dense // replicas + trained.expert // expert_replicas),
         activations=int(tokens * micro_batches_in_flight(parallel, stage) * layers * kept),
         recomputed=int(tokens * (layer_bytes_per_token(architecture, config) - kept)),
         logits=logits,

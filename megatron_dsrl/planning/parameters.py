@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass, replace
 
+from megatron_dsrl.config.actor import LoraConfig
 from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.model.architecture import Architecture
+from megatron_dsrl.model.projections import projections
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,17 @@ def parameters_of_stage(architecture: Architecture, parallel: ParallelConfig, st
         expert = layers * architecture.experts.num_experts // parallel.expert_parallel_size
         expert *= 3 * architecture.hidden_size * architecture.experts.moe_intermediate_size // parallel.split_of_experts
     return ProcessParameters(dense, expert)
+
+
+def adapter_parameters_of_stage(
+    architecture: Architecture, parallel: ParallelConfig, stage: int, lora: LoraConfig
+) -> ProcessParameters:
+    """Parameters of the LoRA adapters on each process of a pipeline stage: of each pair of matrices one is split."""
+    tensor, per_layer = parallel.tensor_parallel_size, 0
+    for each in projections(architecture, lora.target_modules):
+        split, whole = (each.in_size, each.out_size) if each.is_row_parallel else (each.out_size, each.in_size)
+        per_layer += lora.rank * (split // tensor + whole)
+    return ProcessParameters(parallel.layers_of_stages(architecture.num_hidden_layers)[stage] * per_layer, expert=0)
 
 
 def parameters_of_critic_stage(architecture: Architecture, parallel: ParallelConfig, stage: int) -> ProcessParameters:

@@ -26,8 +26,8 @@ from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import Architecture
 from megatron_dsrl.planning.compute import Assumptions, generation_seconds, phase_flops, training_seconds
 from megatron_dsrl.planning.gpus import Gpu
-from megatron_dsrl.planning.memory import element_bytes, engine_memory
-from megatron_dsrl.planning.parameters import parameters_of_model, parameters_of_stage
+from megatron_dsrl.planning.memory import element_bytes, engine_memory, policy_memory
+from megatron_dsrl.planning.parameters import parameters_of_model
 
 MEASURED = "measured on one CPU core by tools/benchmark_controller.py"
 NOTICEABLE = 0.1
@@ -158,12 +158,12 @@ def _gradient_seconds(config: RunConfig, architecture: Architecture, world_size:
     """Gradient exchange of all optimizer steps of a rollout batch, on the fullest pipeline stage."""
     parallel = config.parallel
     replicas = world_size // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
-    parameters = max(
-        parameters_of_stage(architecture, parallel, stage).total for stage in range(parallel.pipeline_parallel_size)
-    )
+    stages = range(parallel.pipeline_parallel_size)
+    element = element_bytes(config.model)
+    parameters = max(policy_memory(config, architecture, world_size, stage).trained // element for stage in stages)
     within_node = world_size <= costs.gpus_per_node
     bandwidth = costs.node_bytes_per_second if within_node else costs.network_bytes_per_second
-    sent = (4 + element_bytes(config.model)) * parameters * (replicas - 1) / replicas
+    sent = (4 + element) * parameters * (replicas - 1) / replicas
     hops = 2 * (replicas - 1)
     return config.actor.optimizer_steps_per_rollout * (sent / bandwidth + hops * costs.hop_seconds)
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 from rich.table import Table
 
+from megatron_dsrl.config.actor import LoraConfig
 from megatron_dsrl.config.layout import Problem
 from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.config.run import RunConfig
@@ -12,6 +13,7 @@ from megatron_dsrl.model.architecture import Architecture
 from megatron_dsrl.planning.compute import Assumptions
 from megatron_dsrl.planning.fit import ENGINE_RELEASED_BYTES, ENGINE_WORK_BYTES, RESERVE_BYTES, RunMemory
 from megatron_dsrl.planning.layouts import overrides_of
+from megatron_dsrl.planning.parameters import adapter_parameters_of_stage, parameters_of_model
 from megatron_dsrl.planning.plan import Plan, largest_micro_batch, largest_response
 
 GIB = 2**30
@@ -20,6 +22,8 @@ GIB = 2**30
 def print_plan(plan: Plan, architecture: Architecture, assumptions: Assumptions, console: Console) -> None:
     """Print memory, time, limits, and whether the run fits."""
     console.print(_memory_table(plan))
+    if plan.config.actor.lora:
+        console.print(_trained_share(plan.config.actor.lora, architecture), highlight=False)
     console.print(_time_table(plan, assumptions))
     micro_batch, response = largest_micro_batch(plan, architecture), largest_response(plan, architecture)
     console.print(f"largest actor.max_tokens_per_micro_batch that fits: {_tokens(micro_batch)}")
@@ -115,6 +119,13 @@ def _pipeline(parallel: ParallelConfig) -> str:
     """The pipeline size, and the layers of the end stages if they differ from the others."""
     ends = (parallel.layers_in_first_stage, parallel.layers_in_last_stage)
     return f"{parallel.pipeline_parallel_size}" + (f", ends\n{ends[0]}, {ends[1]}" if any(ends) else "")
+
+
+def _trained_share(lora: LoraConfig, architecture: Architecture) -> str:
+    """How many parameters LoRA trains, over all processes."""
+    adapters = adapter_parameters_of_stage(architecture, ParallelConfig(), 0, lora).total
+    total = parameters_of_model(architecture)
+    return f"LoRA trains {adapters:,} parameters beside the model's {total:,} ({adapters / total:.2%})"
 
 
 def _memory_table(plan: Plan) -> Table:

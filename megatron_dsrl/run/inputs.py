@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from megatron_dsrl.common.fingerprint import fingerprint
 from megatron_dsrl.config.data import DataConfig, PromptSetConfig, TrainingSetConfig
 from megatron_dsrl.config.run import EvaluationSetConfig, RunConfig
 from megatron_dsrl.data.demonstrations import load_demonstrations
@@ -29,7 +30,8 @@ class RunInputs:
     run_folder: Path
     model_folder: Path
     model: dict[str, Any]
-    """Shapes and constants of the model from its config.json."""
+    """Shapes and constants of the model from its config.json; with LoRA also the fingerprint of its weights, which
+    checkpoints do not contain."""
     tokenizer: PreTrainedTokenizerBase
     stop_token_ids: tuple[int, ...]
     """Tokens that end a response."""
@@ -89,10 +91,13 @@ def load_inputs(config: RunConfig) -> RunInputs:
         limit = max_response_tokens or config.rollout.max_response_tokens
         return load_demonstrations(prompt_set, tokenizer, limit, section)
 
+    model = asdict(architecture)
+    if config.actor.lora:
+        model["weights"] = fingerprint(model_folder)
     return RunInputs(
         run_folder=Path(config.output_dir) / config.name,
         model_folder=model_folder,
-        model=asdict(architecture),
+        model=model,
         tokenizer=tokenizer,
         stop_token_ids=stop_token_ids(tokenizer, model_folder),
         prompts=load_training_prompts(config.data, load),

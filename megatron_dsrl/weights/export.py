@@ -11,10 +11,13 @@ from megatron_dsrl.common.collective import on_first, rank, together
 from megatron_dsrl.weights.companions import copy_companions
 from megatron_dsrl.weights.hf_writer import FILE_BYTES, HfWriter, create_hf_files
 from megatron_dsrl.weights.new_folder import new_folder
+from megatron_dsrl.weights.peft import PeftAdapters, write_peft_folder
 from megatron_dsrl.weights.stream import stream_hf_weights
 from megatron_dsrl.weights.table import WeightTable
 
 BUCKET_BYTES = 512 * 2**20
+ADAPTER_FOLDER = "adapter"
+"""Folder of LoRA adapters within an export."""
 
 
 def export_hf_folder(
@@ -24,10 +27,12 @@ def export_hf_folder(
     target: Path,
     dtype: torch.dtype,
     file_bytes: int = FILE_BYTES,
+    adapters: PeftAdapters | None = None,
 ) -> None:
     """Write the model to `target`: safetensors, config.json with the right dtype, tokenizer files. Collective.
 
-    The target is either complete or absent; see `new_folder`.
+    With LoRA the weights are merged, and the adapters alone are in `adapter/` as PEFT's files. (Beside the weights
+    Transformers would take them for the model.) The target is either complete or absent; see `new_folder`.
 
     Args:
         chunks: GPTModel chunks of this pipeline stage, wrapped or not.
@@ -35,6 +40,7 @@ def export_hf_folder(
         target: folder to create; parents are created as needed.
         dtype: dtype of the written weights.
         file_bytes: maximum size of a weight file.
+        adapters: the model's LoRA adapters.
 
     Raises:
         UserError: the target already exists or cannot be written. Raised on every rank.
@@ -56,6 +62,8 @@ def export_hf_folder(
     with new_folder(target) as folder:
         together(write_stream)
         on_first(lambda: copy_companions(source, folder, dtype))
+        if adapters:
+            write_peft_folder(chunks, adapters, folder / ADAPTER_FOLDER, dtype)
 
 
 def _exhaust(buckets: Iterator[object]) -> None:

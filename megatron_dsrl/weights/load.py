@@ -13,6 +13,7 @@ from megatron_dsrl.common.collective import rank, together, world_size
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.build import bare_model
+from megatron_dsrl.model.lora import is_adapter
 from megatron_dsrl.weights.checkpoint_record import check_record
 from megatron_dsrl.weights.checkpoint_shapes import check_megatron_checkpoint, refuse
 from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint, NoWeights
@@ -54,18 +55,19 @@ def load_megatron_weights(chunks: Sequence[nn.Module], table: WeightTable, folde
         loaded = dist_checkpointing.load(wanted, str(folder))
     for i, model in enumerate(models):
         result = model.load_state_dict(loaded[f"model{i}"], strict=False)
-        missing = [name for name in result.missing_keys if not is_extra_state(name)]
+        missing = [name for name in result.missing_keys if not is_extra_state(name) and not is_adapter(name)]
         assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
 
 
 def _sharded_parameters(model: GPTModel) -> dict[str, Any]:
-    """The model's sharded state without the layers' extra state, which is empty except in low-precision formats."""
+    """The model's sharded state without adapters, which models do not have, and without the layers' extra state, which
+    is empty except in low-precision formats."""
     metadata = {
         "singleton_local_shards": False,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
     state = model.sharded_state_dict(metadata=metadata)
-    return {name: value for name, value in state.items() if not is_extra_state(name)}
+    return {name: value for name, value in state.items() if not is_extra_state(name) and not is_adapter(name)}
 
 
 def is_extra_state(name: str) -> bool:

@@ -1,6 +1,7 @@
 """Random initial weights that do not depend on the layout."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,7 @@ def fill_with_random_weights(
     chunks: Sequence[nn.Module], table: WeightTable, standard_deviation: float, seed: int
 ) -> None:
     """Initialise the model as Transformers does: norms one, biases zero, all other weights normal with mean zero.
+    Adapters are initialised as in PEFT: B zero, A uniform within 1 / sqrt(inputs).
 
     Each HF tensor has its own generator, seeded by its name, and is drawn in full before it is sharded, so every layout
     gets the same model.
@@ -32,6 +34,8 @@ def fill_with_random_weights(
             return torch.zeros(shape)
         digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        if initial == "uniform":
+            return (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(shape[1])
         return torch.randn(shape, generator=generator) * standard_deviation
 
     fill(chunks, table, draw)

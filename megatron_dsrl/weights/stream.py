@@ -4,7 +4,8 @@ All ranks take part and receive every tensor, in the same order under every layo
 stage or, if it contains experts, by the ranks that hold these. Their shards are gathered over tensor parallelism as one
 flat tensor; the merged tensors are broadcast as one flat tensor to the other expert-parallel ranks and the other
 stages. A model that is not split is not copied: its buckets are mostly views of the parameters. Otherwise about two
-buckets per rank are in memory at a time; with tensor parallelism four, including the shards of a bucket.
+buckets per rank are in memory at a time; with tensor parallelism four, including the shards of a bucket. With LoRA the
+stream has merged weights, which are computed bucket by bucket, each rank its shards.
 """
 
 import math
@@ -17,6 +18,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from megatron_dsrl.common.collective import gather
+from megatron_dsrl.model.lora import adapters_by_weight
 from megatron_dsrl.weights.table import TableEntry, WeightTable, bind
 
 
@@ -63,7 +65,7 @@ def stream_hf_weights(
     """Yield all HF tensors of the model, bucket by bucket. Collective over the ranks of a model replica.
 
     Every rank must exhaust the generator. Tensors may be views of the parameters: copy what you keep, and do not write
-    to them.
+    to them. Weights with a LoRA adapter are merged with it; the parameters stay as they are.
 
     Args:
         chunks: GPTModel chunks of this pipeline stage, wrapped or not.
@@ -73,14 +75,19 @@ def stream_hf_weights(
     Yields:
         (HF name, full tensor on the model's device), in the table's order.
     """
-    bound = bind(chunks, table)
+    bound, adapters = bind(chunks, table), adapters_by_weight(chunks)
+
+    def current(parameter: nn.Parameter) -> Tensor:
+        """The parameter, or its weight merged with the adapter."""
+        return adapters[parameter].merged(parameter) if parameter in adapters else parameter.detach()
+
     device = next(parameter for parameters in bound.values() for parameter in parameters).device
     for bucket in plan_buckets(table, _owners(bound, table), bucket_bytes, dtype):
         tensors = [tensor for entry in bucket.entries for tensor in entry.hf]
         names, shapes = [tensor.name for tensor in tensors], [tensor.shape for tensor in tensors]
         merged: list[Tensor] = []
         if _holds(bucket.owner):
-            merged = _gather_bucket([(entry, bound[entry][0]) for entry in bucket.entries], dtype)
+            merged = _gather_bucket([(entry, current(bound[entry][0])) for entry in bucket.entries], dtype)
         if not _is_broadcast(bucket.owner):
             yield list(zip(names, merged, strict=True))
             continue
@@ -116,8 +123,9 @@ def _holds(owner: Owner) -> bool:
     return owner.stage == parallel_state.get_pipeline_model_parallel_rank() and owner.expert_rank in expert_ranks
 
 
-def _gather_bucket(held: Sequence[tuple[TableEntry, nn.Parameter]], dtype: torch.dtype) -> list[Tensor]:
-    """All HF tensors of a bucket that this rank holds a part of; views of the parameters where they can be."""
+def _gather_bucket(held: Sequence[tuple[TableEntry, Tensor]], dtype: torch.dtype) -> list[Tensor]:
+    """All HF tensors of a bucket, from this rank's and the other ranks' shards of its entries; views where they can
+    be."""
     are_experts = held[0][0].rule.per_expert  # the same for all entries of a bucket
     group = (
         parallel_state.get_expert_tensor_parallel_group()
@@ -125,15 +133,15 @@ def _gather_bucket(held: Sequence[tuple[TableEntry, nn.Parameter]], dtype: torch
         else parallel_state.get_tensor_model_parallel_group()
     )
     if group.size() == 1:
-        rank_shards: list[Sequence[Tensor]] = [[parameter.detach().to(dtype) for _, parameter in held]]
+        rank_shards: list[Sequence[Tensor]] = [[shard.to(dtype) for _, shard in held]]
     else:
-        local = torch.cat([parameter.detach().flatten().to(dtype) for _, parameter in held])
+        local = torch.cat([shard.flatten().to(dtype) for _, shard in held])
         ranks = [torch.empty_like(local) for _ in range(group.size())]
         dist.all_gather(ranks, local, group=group)
-        rank_shards = [flat.split([parameter.numel() for _, parameter in held]) for flat in ranks]
+        rank_shards = [flat.split([shard.numel() for _, shard in held]) for flat in ranks]
     merged: list[Tensor] = []
-    for (entry, parameter), shards in zip(held, zip(*rank_shards)):
-        merged += entry.rule.layout.merge([shard.view(parameter.shape) for shard in shards])
+    for (entry, own), shards in zip(held, zip(*rank_shards)):
+        merged += entry.rule.layout.merge([shard.view(own.shape) for shard in shards])
     return merged
 
 

@@ -1,7 +1,7 @@
 """A two-way weight table HF <-> Megatron, and its binding to the parameters of a sharded model.
 
 The same table is used for loading, random initialisation, weight sync to the engine, export, and conversion to and from
-Megatron's distributed checkpoints.
+Megatron's distributed checkpoints. LoRA adapters have a table of their own (peft.py).
 """
 
 import re
@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from torch import nn
 
 from megatron_dsrl.model.build import bare_model
+from megatron_dsrl.model.lora import is_adapter
 from megatron_dsrl.weights.layouts import Shape, TensorLayout
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
@@ -37,8 +38,8 @@ class TensorRule:
     """Names of the parameter, with `{layer}` and `{expert}`: in local and in Transformer Engine layers, or of several
     parameters that hold the same tensor."""
     layout: TensorLayout
-    initial: Literal["normal", "ones", "zeros"] = "normal"
-    """Random initialisation of the parameter."""
+    initial: Literal["normal", "uniform", "ones", "zeros"] = "normal"
+    """Random initialisation of the parameter; see `random_init.fill_with_random_weights`."""
     stored_as: str = ""
     """Name in distributed checkpoints, if it differs from `megatron[0]`."""
 
@@ -68,6 +69,9 @@ class WeightTable:
     """Experts per layer; 0 for a dense model."""
     copies: Mapping[str, str] = field(default_factory=dict, hash=False)
     """Optional HF names in a checkpoint, mapped to the names of the tensors they must equal."""
+    holds_adapters: bool = False
+    """Whether the table is that of a model's LoRA adapters, without its other parameters; otherwise it has only the
+    others."""
 
     def entries(self) -> Iterator["TableEntry"]:
         """All entries: rules before the layers, then layer by layer, then rules after the layers."""
@@ -125,6 +129,8 @@ def bind(chunks: Sequence[nn.Module], table: WeightTable) -> dict[TableEntry, li
     for chunk in chunks:
         model = bare_model(chunk)
         for name, parameter in model.named_parameters():
+            if is_adapter(name) != table.holds_adapters:
+                continue
             in_layer, in_expert = _LAYER.match(name), _EXPERT.search(name)
             layer = model.decoder.layers[int(in_layer[1])].layer_number - 1 if in_layer else None
             expert = first_expert + int(in_expert[2]) if in_expert else None

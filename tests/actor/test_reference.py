@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import Qwen3ForCausalLM
 
 from megatron_dsrl.actor.actor import Actor
@@ -60,7 +61,7 @@ def kl_steps(folder: Path) -> dict:
     return result
 
 
-def log_probs(model: Qwen3ForCausalLM, experience: Experience) -> torch.Tensor:
+def log_probs(model: nn.Module, experience: Experience) -> torch.Tensor:
     parts = []
     for sequence in experience.sequences:
         logits = model(torch.tensor([sequence.token_ids])).logits[0, sequence.num_context - 1 : -1] / TEMPERATURE

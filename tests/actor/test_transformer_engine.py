@@ -13,7 +13,7 @@ import torch
 from transformers import Qwen3MoeForCausalLM
 
 from megatron_dsrl.config.model import ParallelConfig
-from tests.actor import test_layouts, test_offload, test_router, test_saved_state
+from tests.actor import test_layouts, test_lora, test_offload, test_router, test_saved_state
 from tests.actor.test_layouts import Case, errors_of, same_on_every_rank
 from tests.support.distributed import run_distributed
 from tests.support.transformer_engine_on_cpu import needs_transformer_engine
@@ -113,6 +113,34 @@ def test_router_losses_are_those_of_transformers(folder, tmp_path) -> None:
     expected = test_router.reference(model, test_router.Case(), tmp_path)
     for outcome in outcomes.values():
         test_router.check(outcome, expected)
+
+
+def check_lora(result: dict, local: dict) -> None:
+    np.testing.assert_allclose(result["log_probs"], local["log_probs"], rtol=0, atol=1e-5)
+    errors = errors_of(result, local)
+    assert max(errors.loss, errors.grad_norm, errors.parameters) < 2e-5, errors
+
+
+@pytest.fixture(scope="module")
+def local_lora(folder, tmp_path_factory) -> dict[str, dict]:
+    checkpoints = tmp_path_factory.mktemp("local")
+    return run_distributed(test_lora.run_cases, 1, folder, checkpoints, test_lora.ONE_PROCESS)[0]
+
+
+def test_adapters_are_those_of_local_layers(folder, local_lora, tmp_path) -> None:
+    """Though Transformer Engine has the norm within the layer."""
+    (results,) = run_distributed(test_lora.run_cases, 1, folder, tmp_path, test_lora.ONE_PROCESS, prepare=ENGINE)
+    for name, result in results.items():
+        check_lora(result, local_lora[name])
+        test_lora.assert_bitwise(result["resumed"], result["continued"])
+
+
+@pytest.mark.slow
+def test_adapters_in_two_processes(folder, local_lora, tmp_path) -> None:
+    name = "TP 2 with sequence parallelism, full recomputation"
+    cases = {name: test_lora.TWO_PROCESSES[name]}
+    results = run_distributed(test_lora.run_cases, 2, folder, tmp_path, cases, prepare=ENGINE)
+    check_lora(results[0][name], local_lora["1 process"])
 
 
 @pytest.fixture(scope="module")

@@ -132,6 +132,32 @@ def test_a_layout_that_does_not_fit_is_refused(small, write, overrides, world_si
         derive(config, world_size, SHAPE, prompts=32)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "fields", "words"),
+    [
+        ([], "actor.lora.target_modules", "leave out gate_proj, up_proj, down_proj"),
+        (["model.random_init=true"], "actor.lora, model.random_init", "start from a model with weights"),
+        (
+            ["reference.path=other/model", "reference.refresh_every_steps=2"],
+            "actor.lora, reference.path",
+            "not all weights of a refreshed reference",
+        ),
+    ],
+)
+def test_what_lora_cannot_do_is_refused(small, write, overrides, fields, words) -> None:
+    config = load_config(write("run.yaml", small), ["actor.lora.rank=8", *overrides])
+    experts = replace(SHAPE, experts=4, expert_feed_forward_size=48)
+    with pytest.raises(UserError, match=f"(?m)^  {re.escape(fields)}: .*{re.escape(words)}"):
+        derive(config, 1, experts, prompts=32)
+
+
+def test_attention_of_a_mixture_of_experts_can_have_adapters(small, write) -> None:
+    config = load_config(write("run.yaml", small), ["actor.lora.target_modules=[q_proj, v_proj]"])
+    derive(config, 1, replace(SHAPE, experts=4, expert_feed_forward_size=48), prompts=32)
+    with pytest.raises(UserError, match="actor.lora.target_modules: .*named twice"):
+        load_config(write("run.yaml", small), ["actor.lora.target_modules=[q_proj, q_proj]"])
+
+
 SUPERVISED = [{"name": "SFT", "space": "post_train", "advantage": "raw_reward", "loss": "supervised"}]
 FROM_A_DATA_SET = ["rollout.source=dataset", "rollout.samples_per_prompt=1"]
 

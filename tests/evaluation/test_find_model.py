@@ -62,6 +62,15 @@ def test_a_checkpoint_is_not_pushed(run, capsys) -> None:
     assert "is a Megatron checkpoint, and the hub's libraries load HF folders" in capsys.readouterr().err
 
 
+def test_a_checkpoint_of_adapters_is_not_a_model(run) -> None:
+    state = run / "checkpoints" / "step_000003" / "state.json"
+    saved = SavedState.read(state)
+    saved.run.config["actor"] = {"lora": {"rank": 8}}
+    saved.write(state)
+    with pytest.raises(UserError, match="holds LoRA adapters only; name an exported policy"):
+        find_model(str(run))
+
+
 def test_an_export_belongs_to_its_run_and_other_models_to_none(run, tmp_path) -> None:
     export = find_model(str(run / "hf" / "step_000002"))
     assert (export.run_folder, export.step, export.is_megatron) == (run, 2, False)

@@ -63,6 +63,7 @@ FEW_SAMPLES = "--limit 2 --max-tokens 16 engine.max_total_tokens=8192 model.dtyp
 SHORTER = {
     r"name=(cooler|sharded)": "steps=6",
     r"examples/distillation/run.yaml": "steps=1",
+    r"train examples/lora/run.yaml": "steps=2",
     r"tiny_grpo.yaml$": "steps=2",
     r"tiny_experts_\w+.yaml$": "steps=6",
     r"actor.offload": "name=offloaded",

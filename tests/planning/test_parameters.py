@@ -11,17 +11,20 @@ from megatron.core import parallel_state
 from megatron_dsrl.actor.build import build_actor, build_critic
 from megatron_dsrl.actor.optimizer import chained_optimizers
 from megatron_dsrl.actor.trainable_model import TrainableModel
+from megatron_dsrl.config.actor import LoraConfig
 from megatron_dsrl.config.load import load_config
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import Architecture, read_architecture
 from megatron_dsrl.model.build import build_model
+from megatron_dsrl.model.lora import add_adapters
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from megatron_dsrl.model.source import PUBLISHED
 from megatron_dsrl.model.value_head import build_value_model
 from megatron_dsrl.planning.memory import critic_memory, policy_memory
 from megatron_dsrl.planning.parameters import (
     active_per_token,
+    adapter_parameters_of_stage,
     parameters_of_critic_stage,
     parameters_of_model,
     parameters_of_stage,
@@ -40,8 +43,7 @@ LAYOUTS = {
         tensor_parallel_size=2, sequence_parallel=True, expert_parallel_size=1, expert_tensor_parallel_size=2
     ),
 }
-
-
+LORA = LoraConfig(rank=4)
 KINDS = {"policy": (build_model, parameters_of_stage), "critic": (build_value_model, parameters_of_critic_stage)}
 
 
@@ -71,16 +73,22 @@ def count_and_plan(folders: dict, layouts: dict) -> dict[tuple[str, str, str], t
                         held[".experts." in name] += parameter.numel()
                     planned = plan(architecture, parallel, stage)
                     counts[model, kind, layout] = (held[False], held[True]), (planned.dense, planned.expert)
+                    if kind == "policy":
+                        add_adapters([chunk], architecture, LORA)
+                        trained = sum(each.numel() for each in chunk.parameters() if each.requires_grad)
+                        adapters = adapter_parameters_of_stage(architecture, parallel, stage, LORA)
+                        counts[model, "adapters", layout] = (trained, 0), (adapters.dense, adapters.expert)
     return counts
 
 
-def data_parallel_run(folder: Path, distributed_optimizer: bool) -> RunConfig:
+def data_parallel_run(folder: Path, distributed_optimizer: bool, *overrides: str) -> RunConfig:
     """A run of whole models in bfloat16."""
     return load_config(
         REPOSITORY / "configs" / "dsrl_qwen3_8b.yaml",
         [
             f"model.path={folder}", "model.random_init=true", "parallel.tensor_parallel_size=1",
             "parallel.sequence_parallel=false", f"parallel.distributed_optimizer={str(distributed_optimizer).lower()}",
+            *overrides,
         ],
     )  # fmt: skip
 
@@ -129,7 +137,7 @@ def measured(folders) -> list[tuple[dict, list]]:
 
 def test_every_rank_holds_what_the_plan_says(measured) -> None:
     ranks = [counts for counts, _ in measured]
-    assert len(ranks[0]) == 2 * (5 * 4 + 2)
+    assert len(ranks[0]) == 3 * (5 * 4 + 2)
     for counts in ranks:
         for key, (held, planned) in counts.items():
             assert held == planned, key
@@ -146,6 +154,17 @@ def test_gradients_and_optimizer_are_what_megatron_allocates(measured, folders) 
                 assert weights == memory.weights
                 assert memory.gradients <= gradients <= memory.gradients * (1.02 if sharded else 1)
                 assert optimizer == (pytest.approx(memory.optimizer, rel=0.02) if sharded else memory.optimizer)
+
+
+def test_with_lora_gradients_and_optimizer_are_those_of_the_adapters(folders) -> None:
+    overrides = ("actor.lora={rank: 4, alpha: 4}", "model.random_init=false")
+    config = data_parallel_run(folders["untied"], False, *overrides)
+    memory = policy_memory(config, read_architecture(folders["untied"]), world_size=1, stage=0)
+    with parallel_layout(config.parallel, seed=1):
+        model = build_actor(config, folders["untied"])._model
+    destroy_parallel()
+    assert size_of_parameters(model) == memory.weights > 5 * memory.trained
+    assert (size_of_gradients(model), size_of_optimizer(model)) == (memory.gradients, memory.optimizer)
 
 
 def test_published_sizes() -> None:
