@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from megatron_dsrl.common.collective import on_first, rank
@@ -59,7 +59,8 @@ def write_peft_folder(chunks: Sequence[nn.Module], adapters: PeftAdapters, folde
         """On rank 0."""
         with writing(folder):
             folder.mkdir()
-            save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+            content = save(tensors, metadata={"format": "pt"})  # save_file would let only the owner read the file
+            (folder / "adapter_model.safetensors").write_bytes(content)
             text = json.dumps(_peft_config(adapters), indent=2, ensure_ascii=False)
             (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
 

@@ -187,6 +187,7 @@ def test_an_export_has_the_files_of_peft_in_a_folder(models, torch_distributed, 
     folder = tmp_path / "export" / "adapter"
     assert not (tmp_path / "export" / "adapter_config.json").exists(), "Transformers would load that"
     assert {file.name for file in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1, "all files have the user's usual permissions"
     written, expected = load_file(folder / "adapter_model.safetensors"), random_adapters(models / "dense", SOME)
     assert written.keys() == expected.keys()
     assert all(torch.equal(matrix, expected[name]) for name, matrix in written.items())
