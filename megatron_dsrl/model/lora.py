@@ -151,13 +151,14 @@ def add_adapters(chunks: Sequence[MegatronModule], architecture: Architecture, l
 
 def adapters_by_weight(chunks: Sequence[nn.Module]) -> dict[nn.Parameter, Adapter]:
     """The adapters of this rank's chunks, by the weight of their linear layers; empty without LoRA."""
-    return {
-        parent.get_submodule(name.removesuffix(SUFFIX)).weight: adapter
-        for chunk in chunks
-        for parent in chunk.modules()
-        for name, adapter in parent.named_children()
-        if isinstance(adapter, Adapter)
-    }
+    adapters: dict[nn.Parameter, Adapter] = {}
+    for parent in (module for chunk in chunks for module in chunk.modules()):
+        for name, adapter in parent.named_children():
+            if isinstance(adapter, Adapter):
+                weight = parent.get_submodule(name.removesuffix(SUFFIX)).weight
+                assert isinstance(weight, nn.Parameter)
+                adapters[weight] = adapter
+    return adapters
 
 
 def is_adapter(name: str) -> bool:

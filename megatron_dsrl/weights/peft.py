@@ -19,7 +19,7 @@ from megatron_dsrl.model.projections import Projection, projections
 from megatron_dsrl.weights.decoder_rules import HF_LAYER, LAYER
 from megatron_dsrl.weights.layouts import Replicated, Shape, Split, TensorLayout
 from megatron_dsrl.weights.stream import stream_hf_weights
-from megatron_dsrl.weights.table import HfTensor, TensorRule, WeightTable
+from megatron_dsrl.weights.table import HfTensor, Initial, TensorRule, WeightTable
 
 BUCKET_BYTES = 64 * 2**20
 
@@ -72,7 +72,7 @@ def _rules(projection: Projection, rank: int) -> tuple[TensorRule, TensorRule]:
     hf = f"base_model.model.{HF_LAYER}{projection.hf_module}.{projection.name}."
     whole, by_inputs, by_outputs = Replicated(), Split(1), Split(0)
 
-    def rule(matrix: str, shape: Shape, layout: TensorLayout, initial: str) -> TensorRule:
+    def rule(matrix: str, shape: Shape, layout: TensorLayout, initial: Initial) -> TensorRule:
         """The rule of one matrix."""
         megatron = f"{LAYER}{projection.linear}{SUFFIX}.{matrix}.{projection.name}"
         return TensorRule((HfTensor(f"{hf}{matrix}.weight", shape),), (megatron,), layout, initial)

@@ -19,6 +19,8 @@ from megatron_dsrl.weights.layouts import Shape, TensorLayout
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"(\.local_experts\.|\.experts\.linear_fc[12]\.weight)(\d+)")
 
+Initial = Literal["normal", "uniform", "ones", "zeros"]
+
 
 @dataclass(frozen=True)
 class HfTensor:
@@ -38,7 +40,7 @@ class TensorRule:
     """Names of the parameter, with `{layer}` and `{expert}`: in local and in Transformer Engine layers, or of several
     parameters that hold the same tensor."""
     layout: TensorLayout
-    initial: Literal["normal", "uniform", "ones", "zeros"] = "normal"
+    initial: Initial = "normal"
     """Random initialisation of the parameter; see `random_init.fill_with_random_weights`."""
     stored_as: str = ""
     """Name in distributed checkpoints, if it differs from `megatron[0]`."""
