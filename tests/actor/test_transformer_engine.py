@@ -6,15 +6,23 @@ in the kernels themselves: their rounding, speed and memory.
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen3MoeForCausalLM
+from transformers import Qwen3ForCausalLM, Qwen3MoeForCausalLM
 
+from megatron_dsrl.actor.build import build_actor
 from megatron_dsrl.config.model import ParallelConfig
-from tests.actor import test_layouts, test_lora, test_offload, test_router, test_saved_state
+from megatron_dsrl.conversion.hf_to_megatron import ConversionOptions
+from megatron_dsrl.conversion.megatron_to_hf import convert_megatron_to_hf
+from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
+from tests.actor import test_layouts, test_lora, test_offload, test_reference, test_router, test_saved_state
+from tests.actor.test_actor import GRPO, NSR_PRERL, objective_of, reference, run_config
 from tests.actor.test_layouts import Case, errors_of, same_on_every_rank
+from tests.support.actors import weights_of
+from tests.support.conversions import convert, tensors_of
 from tests.support.distributed import run_distributed
 from tests.support.transformer_engine_on_cpu import needs_transformer_engine
 
@@ -25,6 +33,7 @@ ENGINE = "tests.support.transformer_engine_on_cpu"
 REFERENCES = {name: case for name, case in test_layouts.ONE_PROCESS.items() if name.endswith("1 process")}
 ONE_PROCESS = {
     "1 process": test_layouts.ONE_PROCESS["1 process"],
+    "1 process, selective recomputation": Case(recompute="selective"),
     "1 process, full recomputation": Case(recompute="full"),
     "MoE: 1 process": test_layouts.ONE_PROCESS["MoE: 1 process"],
     "MoE, routing replay: 1 process": test_layouts.ONE_PROCESS["MoE, routing replay: 1 process"],
@@ -70,6 +79,19 @@ def test_updates_are_those_of_local_layers(local, one_process, name) -> None:
     check(ONE_PROCESS[name], one_process[name], local)
 
 
+def test_log_probs_loss_and_gradients_are_those_of_transformers(folder, one_process) -> None:
+    """Before and in the first update of the dense model; experts are below, with the losses of their router."""
+    model = Qwen3ForCausalLM.from_pretrained(folder / "dense", dtype=torch.float32)
+    with torch.no_grad():
+        expected = test_reference.log_probs(model, objective_of(GRPO).experience)
+    for name in ("1 process", "1 process, full recomputation"):
+        np.testing.assert_allclose(one_process[name]["log_probs"], expected.numpy(), rtol=0, atol=1e-5)
+    loss, grad_norm = reference(model, NSR_PRERL)
+    update = one_process["1 process"]["updates"][0]
+    assert update["loss"] == pytest.approx(loss, rel=1e-5)
+    assert update["grad_norm"] == pytest.approx(grad_norm, rel=1e-5)
+
+
 def test_bfloat16_stays_close_to_local_layers(one_process) -> None:
     """Within 2 %: they round at other places."""
     ours, theirs = (one_process[f"bfloat16, {name}"]["updates"] for name in HALF)
@@ -96,6 +118,39 @@ def test_checkpoints_are_interchangeable_with_those_of_local_layers(folder, tmp_
                 assert other == pytest.approx(one, rel=1e-5, abs=1e-9)
             for key, weight in result["weights"].items():
                 np.testing.assert_allclose(continued[name]["weights"][key], weight, rtol=0, atol=2.5e-7, err_msg=key)
+
+
+def load_train_and_save(converted: Path) -> dict[str, list[dict[str, np.ndarray]]]:
+    """Per folder: the weights as loaded from its `megatron`, and after the step that `saved` holds."""
+    results, parallel = {}, ParallelConfig()
+    for name in ("dense", "MoE"):
+        model, saved = converted / name / "megatron", converted / name / "saved"
+        saved.mkdir()
+        with parallel_layout(parallel, seed=1):
+            actor = build_actor(run_config(model, parallel, test_saved_state.ACTOR), model)
+            weights = [weights_of(actor)]
+            test_saved_state.take_steps(actor, [GRPO])
+            save = actor.start_save(saved, copy=False)
+            save.write()
+            save.finish()
+            results[name] = [*weights, weights_of(actor)]
+    destroy_parallel()
+    return results
+
+
+def test_conversion_knows_no_difference(folder, tmp_path) -> None:
+    """What `dsrl convert` writes is loaded, and what is trained from it is converted back, bit for bit."""
+    for name in ("dense", "MoE"):
+        assert convert("hf-to-megatron", folder / name, tmp_path / name / "megatron") == 0
+    (results,) = run_distributed(load_train_and_save, 1, tmp_path, prepare=ENGINE)
+    for name, (loaded, trained) in results.items():
+        saved, back = tmp_path / name / "saved", tmp_path / name / "back"
+        convert_megatron_to_hf(saved, back, 10**9, ConversionOptions(), companions=folder / name)
+        assert any(not np.array_equal(weight, trained[key]) for key, weight in loaded.items())
+        for weights, hf_folder in ((loaded, folder / name), (trained, back)):
+            tensors = tensors_of(hf_folder)
+            assert tensors.keys() == weights.keys()
+            assert all(np.array_equal(tensors[key].numpy(), weight) for key, weight in weights.items())
 
 
 def test_offloading_changes_nothing(folder) -> None:
