@@ -35,6 +35,7 @@ NOT_HERE = {
     r"\bsbatch ": "tests/slurm/test_job_script.py runs the script that every such line submits",
     r"^bash tools/local_slurm.sh|^pytest -m slow tests/slurm": "tests/slurm/test_jobs.py uses what it installs",
     r"^docker |^apptainer |^enroot |install.sh wheels": "the images; tests/tools/test_image.py lints them",
+    r"NVIDIA/apex|^git -C apex|check_sources.py": "downloads sources; tests/tools/test_image.py has a small package",
     r"^python tools/image/check_pins.py": "tests/tools/test_image.py runs it, where uv is installed",
     r"^pytest -m gpu|tools.first_gpu_run(?! --(dry-run|list))|tools.gpu_probe(?! --dry-run)": "needs a GPU",
     r"smollm2": "downloads a model",

@@ -177,21 +177,68 @@ def test_the_image_ends_with_an_import_of_all_that_computes(tmp_path, capsys, mo
     assert check_imports.main(checks[:1]) == 0
 
 
+SETUP_SCRIPT = """
+import shutil
+
+from setuptools import Extension, setup
+
+sources = ["csrc/fits.cpp", "csrc/fails.cpp"]
+flags = ["-DWANTED=1", "-Iheaders"]
+setup(name="package", version="1", ext_modules=[Extension("compiled", sources, extra_compile_args=flags)])
+shutil.rmtree("headers", ignore_errors=True)  # as Transformer Engine does
+"""
+NEEDS_THE_FLAG = """
+#include "header.h"
+#ifndef WANTED
+#error the flags of the build are missing
+#endif
+"""
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_sources_that_do_not_fit_torch_are_named(tmp_path, capsys, monkeypatch) -> None:
-    """As those of Transformer Engine's torch part are checked; flash attention 2.8.3 fails like the second one."""
-    (tmp_path / "common_headers").mkdir()
-    (tmp_path / "csrc").mkdir()
-    (tmp_path / "csrc" / "fits.cpp").write_text("#include <c10/core/ScalarType.h>\nc10::ScalarType type();\n")
-    (tmp_path / "csrc" / "fails.cpp").write_text("#include <c10/core/ScalarType.h>\nc10::NoSuchType type();\n")
+def test_every_source_is_compiled_as_the_packages_build_does_and_what_does_not_fit_is_named(
+    tmp_path, capsys, monkeypatch
+) -> None:
+    package = tmp_path / "package"
+    (package / "csrc").mkdir(parents=True)
+    (package / "setup.py").write_text(SETUP_SCRIPT)
+    (package / "headers").mkdir()
+    (package / "headers" / "header.h").touch()
+    (package / "csrc" / "fits.cpp").write_text(NEEDS_THE_FLAG)
+    (package / "csrc" / "fails.cpp").write_text(f"{NEEDS_THE_FLAG}no_such_type value;\n")
+    (package / "csrc" / "not_built.cpp").write_text("#error nobody compiles this\n")
+    (tmp_path / "packages" / "nvidia" / "cudnn").mkdir(parents=True)  # the image's environment has it from torch
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
     check_sources = image_script("check_sources")
-    monkeypatch.setattr("sys.argv", ["check_sources.py", str(tmp_path)])
+    monkeypatch.setattr("sys.argv", ["check_sources.py", str(package)])
     assert check_sources.main() == 1
     shown = capsys.readouterr().out
-    assert "ok      csrc/fits.cpp" in shown and "failed  csrc/fails.cpp" in shown and "NoSuchType" in shown
-    monkeypatch.setattr("sys.argv", ["check_sources.py", str(tmp_path / "csrc")])
-    with pytest.raises(SystemExit, match="neither apex's repository nor"):
+    assert "ok      csrc/fits.cpp" in shown and "failed  csrc/fails.cpp" in shown and "no_such_type" in shown
+    assert "package: 1 refused, 0 left out" in shown and "not_built" not in shown
+    assert sorted(file.name for file in package.iterdir()) == ["csrc", "headers", "setup.py"], "a copy is built"
+    monkeypatch.setattr("sys.argv", ["check_sources.py", str(package), "--only", "fits"])
+    assert check_sources.main() == 0
+    assert "package: 0 refused, 1 left out" in capsys.readouterr().out
+
+
+def test_a_package_that_cannot_be_built_ends_the_check_with_what_its_build_said(tmp_path, capsys, monkeypatch) -> None:
+    check_sources = image_script("check_sources")
+    monkeypatch.setattr("sys.argv", ["check_sources.py", str(tmp_path)])
+    assert check_sources.main() == 2
+    assert "is not an unpacked source package: it has no setup.py" in capsys.readouterr().err
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "setup.py").write_text("raise RuntimeError('CUDA 12 or newer, please')")
+    (tmp_path / "packages" / "nvidia" / "cudnn").mkdir(parents=True)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
+    monkeypatch.setattr("sys.argv", ["check_sources.py", str(tmp_path / "package")])
+    with pytest.raises(SystemExit, match="(?s)package cannot be built:.*CUDA 12 or newer, please"):
         check_sources.main()
+
+
+def test_apex_has_a_commit_whose_sources_were_checked() -> None:
+    """The one that the guide names."""
+    (commit,) = re.findall(r"@([0-9a-f]{40})$", requirements("requirements-source.txt")["apex"].url)
+    assert commit[:8] in (REPOSITORY / "examples" / "cluster" / "README.md").read_text()
 
 
 @pytest.mark.slow

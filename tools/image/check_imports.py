@@ -36,8 +36,9 @@ CHECKS = (
     Check("megatron.core"),
     Check("megatron.core.extensions.transformer_engine", "assert module.HAVE_TE"),
     Check("megatron.core.models.gpt.gpt_layer_specs", "module.get_gpt_layer_with_transformer_engine_spec()"),
-    # apex; both need torch's libraries in the process.
-    Check("amp_C"),
+    # apex, whose extensions need torch's libraries in the process.
+    Check("apex.optimizers", "module.FusedAdam"),
+    Check("amp_C", "module.multi_tensor_scale, module.multi_tensor_l2norm"),
     Check("fused_weight_gradient_mlp_cuda", "module.wgrad_gemm_accum_fp32"),
     Check("sglang"),
     Check("sgl_kernel"),

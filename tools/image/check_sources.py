@@ -1,118 +1,146 @@
 #!/usr/bin/env python3
-"""Check without a GPU that what the image compiles fits its torch: compile the sources, link nothing.
+"""Check without a GPU that what the image compiles fits its torch: build the packages, compile, and link nothing.
 
-    python tools/image/check_sources.py FOLDER... [--device]
+    python tools/image/check_sources.py FOLDER... [--only TEXT] [--device]
 
-FOLDER is an unpacked source package of requirements-source.txt: apex's repository, or transformer-engine-torch. Host
-code is only checked (`g++ -fsyntax-only`, a minute per file at most). With --device the CUDA code of the extensions
-that install.sh builds is compiled by nvcc as well, for one architecture. Run it in an environment with the lock's
-torch: its headers, and those of the CUDA packages that it brings, are the ones that count.
+FOLDER is an unpacked source package of requirements-source.txt: apex's repository, or transformer-engine-torch. pip
+builds a copy of it as install.sh does, with a recorder in place of the compilers. What the recorder was called with
+names the files, the flags and the include folders that the image's build will use. Every C++ file is then checked with
+these (`g++ -fsyntax-only`, up to a minute each); with --device the CUDA files are compiled by nvcc as well, for every
+architecture in CUDA_ARCHITECTURES.
+
+Run it in an environment with the lock's torch, setuptools, wheel, ninja and pybind11, and the toolkit in CUDA_HOME.
 """
 
 import argparse
+import importlib.util
+import json
+import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+IMAGE = Path(__file__).resolve().parent
 LIMIT_SECONDS = 900
-ARCHITECTURE = "sm_90"
-CXX_STANDARD = "-std=c++20"
-"""What torch.utils.cpp_extension of torch 2.14 adds; neither package passes another."""
-APEX = {
-    "apex_C": ["csrc/flatten_unflatten.cpp"],
-    "amp_C": ["csrc/amp_C_frontend.cpp", "csrc/multi_tensor_*.cu", "csrc/update_scale_hysteresis.cu"],
-    "fused_weight_gradient_mlp_cuda": ["csrc/megatron/fused_weight_gradient_dense*"],
-    "syncbn": ["csrc/syncbn.cpp", "csrc/welford.cu"],
-    "fused_layer_norm_cuda": ["csrc/layer_norm_cuda*"],
-    "mlp_cuda": ["csrc/mlp*"],
-    "fused_dense_cuda": ["csrc/fused_dense*"],
-    "masked softmax and rotary embedding": ["csrc/megatron/*masked_softmax*.c*", "csrc/megatron/fused_rotary*.c*"],
-}
-"""Files by extension of APEX_CPP_EXT=1 and APEX_CUDA_EXT=1 (apex's setup.py)."""
-TRANSFORMER_ENGINE = ["csrc/**/*.cpp"]
-"""Its torch part is host code only."""
-TRANSFORMER_ENGINE_HEADERS = ["common_headers", "common_headers/common", "common_headers/common/include", "csrc"]
+IN_THE_ENVIRONMENT_OF_THE_BUILD = 'source "$1"; compile_environment; shift; exec "$@"'
 
 
-def sources(folder: Path) -> Iterator[Path]:
-    """Files that install.sh compiles of a package, each once.
+@dataclass(frozen=True)
+class Compilation:
+    """What a build called a compiler with to get an object file."""
 
-    Raises:
-        SystemExit: the folder holds neither package.
-    """
-    if (folder / "csrc" / "amp_C_frontend.cpp").is_file():
-        patterns = [pattern for each in APEX.values() for pattern in each]
-    elif (folder / "common_headers").is_dir():
-        patterns = TRANSFORMER_ENGINE
-    else:
-        sys.exit(f"{folder} is neither apex's repository nor an unpacked transformer-engine-torch")
-    found = {file for pattern in patterns for file in folder.glob(pattern)}
-    yield from sorted(file for file in found if file.suffix in (".cpp", ".cu"))
+    file: Path
+    """Source, absolute."""
+    compiler: str
+    """`g++` or `nvcc`."""
+    arguments: list[str]
+    folder: str
+    """Working directory."""
 
 
-def include_folders(folder: Path) -> list[Path]:
-    """Headers of the package, of torch, of the CUDA packages that it brings, of CUDA_HOME, and of Python."""
-    import torch
-    from torch.utils.cpp_extension import CUDA_HOME
-
-    packages = Path(torch.__file__).parents[1]
-    torch_headers = [packages / "torch" / "include", packages / "torch" / "include/torch/csrc/api/include"]
-    own = [folder / name for name in (*TRANSFORMER_ENGINE_HEADERS, "csrc") if (folder / name).is_dir()]
-    of_packages = sorted(packages.glob("nvidia/*/include"))
-    toolkit = [Path(CUDA_HOME) / "include"] if CUDA_HOME else []  # the packages lack crt/, which belongs to nvcc
-    return [*own, *torch_headers, *of_packages, *toolkit, Path(sysconfig.get_path("include"))]
-
-
-def problem(file: Path, folder: Path, output: Path) -> str | None:
-    """The end of what the compiler says; None if it accepts the file.
+def compilations(copy: Path, scratch: Path) -> list[Compilation]:
+    """Build the package with recorders in place of the compilers.
 
     Args:
-        file: `.cpp` or `.cu`.
-        folder: the package that it belongs to.
-        output: receives the object file of a `.cu`.
+        copy: the unpacked package; the build writes into it.
+        scratch: empty folder, which outlives the use of the result.
+
+    Raises:
+        SystemExit: with the end of pip's output, if the build fails.
     """
-    includes = [f"-I{path}" for path in include_folders(folder)]
-    common = [CXX_STANDARD, *includes, f"-DTORCH_EXTENSION_NAME={file.stem}", "-DUSE_C10D_NCCL"]
-    if file.suffix == ".cpp":
-        command = ["g++", "-fsyntax-only", "-w", "-fPIC", *common, str(file)]
+    calls = scratch / "calls"
+    calls.mkdir()
+    recorders = {name: str(shutil.copy(IMAGE / "record_compiler.py", scratch / name)) for name in ("g++", "nvcc")}
+    variables = {"CXX": recorders["g++"], "PYTORCH_NVCC": recorders["nvcc"], "COMPILER_CALLS": str(calls)}
+    build = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", str(scratch)]
+    finished = subprocess.run(
+        ["bash", "-c", IN_THE_ENVIRONMENT_OF_THE_BUILD, "build", str(IMAGE / "install.sh"), *build, str(copy)],
+        env=os.environ | variables | {"DSRL_VENV": sys.prefix},
+        capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False,
+    )  # fmt: skip
+    if finished.returncode:
+        output = (finished.stdout + finished.stderr).strip().splitlines()
+        sys.exit("\n".join([f"{copy.name} cannot be built:", *output[-30:]]))
+    found = []
+    for call in sorted(calls.iterdir()):
+        compiler, folder, *arguments = json.loads(call.read_text(encoding="utf-8"))
+        sources = [Path(folder, each).resolve() for each in arguments if each.endswith((".cpp", ".cu"))]
+        found += [Compilation(file, compiler, arguments, folder) for file in sources]
+    return sorted(found, key=lambda each: each.file)
+
+
+def headers_of_wheels() -> list[Path]:
+    """Headers of the CUDA packages that torch brings, for a toolkit that lacks some."""
+    (torch,) = importlib.util.find_spec("torch").submodule_search_locations
+    return sorted(Path(torch).parent.glob("nvidia/*/include"))
+
+
+def problem(compilation: Compilation) -> str | None:
+    """The beginning of what the compiler says; None if it accepts the file."""
+    if compilation.compiler == "nvcc":
+        nvcc = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc")
+        command = [str(nvcc), *(f"-Xcompiler=-idirafter,{path}" for path in headers_of_wheels())]
     else:
-        options = ["-c", "-w", "-O1", f"-arch={ARCHITECTURE}", "--expt-relaxed-constexpr", "--expt-extended-lambda"]
-        command = ["nvcc", *options, *common, str(file), "-o", str(output)]
+        command = ["g++", "-fsyntax-only", *(f"-idirafter{path}" for path in headers_of_wheels())]
     try:
-        finished = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False)
+        finished = subprocess.run(
+            [*command, "-w", *compilation.arguments],
+            cwd=compilation.folder, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False,
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         return f"not compiled within {LIMIT_SECONDS} s"
     return None if finished.returncode == 0 else "\n".join(finished.stderr.strip().splitlines()[:12])
 
 
+def check(package: Path, only: list[str], device: bool, scratch: Path) -> list[Path]:
+    """Check a package's files, print a line for each, and return those that the compiler refuses.
+
+    Args:
+        package: its unpacked source.
+        only: texts; a file is checked if its name contains one of them. Empty: every file.
+        device: compile CUDA files as well.
+        scratch: empty folder.
+    """
+    copy, not_copied = scratch.resolve() / package.resolve().name, shutil.ignore_patterns(".git", "build")
+    shutil.copytree(package, copy, ignore=not_copied)
+    found_compilations = compilations(copy, scratch.resolve())
+    # Transformer Engine's set-up removes its headers in the end.
+    shutil.copytree(package, copy, ignore=not_copied, dirs_exist_ok=True)
+    refused, left_out = [], 0
+    for compilation in found_compilations:
+        name = compilation.file.relative_to(copy)
+        if (only and not any(text in name.name for text in only)) or (compilation.compiler == "nvcc" and not device):
+            left_out += 1
+            continue
+        found = problem(compilation)
+        print(f"{'ok' if found is None else 'failed':8}{name}", flush=True)
+        if found is not None:
+            print(found, flush=True)
+            refused.append(name)
+    print(f"{package.name}: {len(refused)} refused, {left_out} left out", flush=True)
+    return refused
+
+
 def main() -> int:
-    """Command line: a line per file; returns the exit status."""
+    """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
-    parser.add_argument("--device", action="store_true", help="compile CUDA code too; needs nvcc")
-    parser.add_argument("--only", default="", metavar="TEXT", help="files whose name contains this")
+    parser.add_argument("--device", action="store_true", help="compile CUDA files too")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="TEXT", help="files whose name contains this; may be repeated"
+    )
     options = parser.parse_args()
-    compilers = {"g++": True, "nvcc": options.device}
-    missing = [name for name, needed in compilers.items() if needed and shutil.which(name) is None]
-    if missing:
-        print(f"not found: {', '.join(missing)}", file=sys.stderr)
-        return 2
-    failures = 0
-    with tempfile.TemporaryDirectory() as scratch:
-        for folder in options.folders:
-            for file in sources(folder):
-                if options.only not in file.name or (file.suffix == ".cu" and not options.device):
-                    continue
-                found = problem(file, folder, Path(scratch, "object.o"))
-                failures += found is not None
-                print(f"{'ok' if found is None else 'failed':8}{file.relative_to(folder)}", flush=True)
-                if found is not None:
-                    print(found, flush=True)
-    return 1 if failures else 0
+    refused = []
+    for folder in options.folders:
+        if not (folder / "setup.py").is_file():
+            print(f"{folder} is not an unpacked source package: it has no setup.py", file=sys.stderr)
+            return 2
+        with tempfile.TemporaryDirectory() as scratch:
+            refused += check(folder, options.only, options.device, Path(scratch))
+    return 1 if refused else 0
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ install_wheels() {
     pip install -r "$here/requirements.lock"
 }
 
-install_compiled() {
+# With what Transformer Engine's torch part and apex are compiled; check_sources.py compiles them with the same.
+compile_environment() {
     export MAX_JOBS="${MAX_JOBS:-8}" CUDA_HOME="${CUDA_HOME:-/usr/local/cuda}"
     # cuDNN and NCCL of torch's own wheels, so that what is compiled here and what torch loads are the same.
     local nvidia
@@ -43,7 +44,11 @@ install_compiled() {
     export NVTE_CUDA_ARCHS="$architectures" NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE
     TORCH_CUDA_ARCH_LIST="$(sed -E 's/([0-9]+)([0-9])/\1.\2/g; s/;/ /g' <<<"$architectures")"
     export TORCH_CUDA_ARCH_LIST APEX_CPP_EXT=1 APEX_CUDA_EXT=1
+}
+
+install_compiled() {
     local name requirement
+    compile_environment
     for name in transformer-engine-torch apex; do
         requirement="$(pin "$name" requirements-source.txt)"
         pip install --no-build-isolation --no-deps "$requirement"
@@ -56,10 +61,16 @@ install_project() {
     "$venv/bin/dsrl" doctor
 }
 
-case "${1:-}" in
-    system | wheels | compiled | project) "install_$1" ;;
-    *)
-        echo "usage: bash tools/image/install.sh system|wheels|compiled|project" >&2
-        exit 2
-        ;;
-esac
+main() {
+    case "${1:-}" in
+        system | wheels | compiled | project) "install_$1" ;;
+        *)
+            echo "usage: bash tools/image/install.sh system|wheels|compiled|project" >&2
+            exit 2
+            ;;
+    esac
+}
+
+if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then
+    main "$@"
+fi
