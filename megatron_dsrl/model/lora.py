@@ -172,6 +172,6 @@ def _add_output(
     """Forward hook of a linear layer, which returns its output and the bias still to be added."""
     (x,) = inputs
     norm = getattr(linear, "layer_norm_weight", None)
-    if norm is not None:  # Transformer Engine fuses the norm into the layer, and its output is not to be had
+    if norm is not None:  # Transformer Engine computes the norm within the layer and does not return its output
         x = F.rms_norm(x, norm.shape, norm, adapter.config.layernorm_epsilon)
     return output[0] + adapter(x), output[1]

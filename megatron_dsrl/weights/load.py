@@ -60,8 +60,8 @@ def load_megatron_weights(chunks: Sequence[nn.Module], table: WeightTable, folde
 
 
 def _sharded_parameters(model: GPTModel) -> dict[str, Any]:
-    """The model's sharded state without adapters, which models do not have, and without the layers' extra state, which
-    is empty except in low-precision formats."""
+    """The model's sharded state without LoRA adapters, which are not in a model's files, and without the layers' extra
+    state, which is empty except in low-precision formats."""
     metadata = {
         "singleton_local_shards": False,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
