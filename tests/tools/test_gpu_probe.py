@@ -119,11 +119,17 @@ def test_the_requirements_are_the_tested_versions() -> None:
     }
 
 
+def is_always_needed(requirement: Requirement) -> bool:
+    """Whether it belongs to this platform, and not to an extra."""
+    return requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+
+
 def bare_machine(folder: Path) -> dict[str, str]:
     """Environment in which only PyTorch, what it requires, Triton and the probe's requirements can be imported."""
     allowed = {*required(), "torch", "triton"}
     for name in ("torch", "jinja2", "sympy"):
-        allowed |= {canonicalize_name(Requirement(each).name) for each in requires(name) or []}
+        needed = [each for each in map(Requirement, requires(name) or []) if is_always_needed(each)]
+        allowed |= {canonicalize_name(each.name) for each in needed}
     missing = sorted(
         module
         for module, owners in packages_distributions().items()
@@ -131,12 +137,15 @@ def bare_machine(folder: Path) -> dict[str, str]:
     )
     (folder / "sitecustomize.py").write_text(
         "import sys\n"
+        "from importlib.machinery import PathFinder\n"
         f"MISSING = set({missing!r})\n"
-        "class Missing:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.partition('.')[0] in MISSING:\n"
-        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
-        "sys.meta_path.insert(0, Missing())\n"
+        "class Finder(PathFinder):\n"
+        "    @classmethod\n"
+        "    def find_spec(cls, name, path=None, target=None):\n"
+        "        spec = super().find_spec(name, path, target)\n"
+        "        is_vendored = 'setuptools/_vendor' in str(spec)  # what setuptools brings along\n"
+        "        return spec if is_vendored or name.partition('.')[0] not in MISSING else None\n"
+        "sys.meta_path = [Finder if finder is PathFinder else finder for finder in sys.meta_path]\n"
     )
     assert {"sglang", "transformers", "aiohttp", "pytest"} <= set(missing)
     return os.environ | {"PYTHONPATH": str(folder)}
