@@ -35,7 +35,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (default: this one's)")
     options = parser.parse_args()
     folder = Path(CACHE) / options.base / "evaluation"
-    (_, responses), = read_responses(folder / "samples" / "held_out.jsonl")
+    ((_, responses),) = read_responses(folder / "samples" / "held_out.jsonl")
     properties = properties_of(responses)
     if gradients := read_records(folder / "gradients.jsonl"):
         properties["gradients"] = gradient_figures(gradients)

@@ -138,5 +138,3 @@ def _estimates(name: str, places: tuple[int, ...], values: Sequence[Sequence[flo
     estimates = [Estimate(tuple(one)) for one in values]
     half_widths = tuple(estimate.half_width for estimate in estimates)
     return Series(name, places, tuple(estimate.mean for estimate in estimates), position + 1, half_widths)
-
-

@@ -1,6 +1,6 @@
 """Make the page of the results, `results/README.md` and its figures, from the collected files alone.
 
-    python -m examples.laboratory.page
+python -m examples.laboratory.page
 """
 
 import argparse

@@ -189,9 +189,7 @@ def _introduction(problem: Problem, terms: Terms, family: Family, intro: str, rn
     return intro + "".join(rng.choice(PHRASES) for _ in range(family.wording))
 
 
-def _next_attempt(
-    problem: Problem, family: Family, tried: Sequence[Terms], intro: str, rng: random.Random
-) -> Terms:
+def _next_attempt(problem: Problem, family: Family, tried: Sequence[Terms], intro: str, rng: random.Random) -> Terms:
     """Terms whose signs have not been tried; after `Wait` the first step is the last attempt's."""
     options = _untried(problem, tried)
     if intro == WAIT:

@@ -1,6 +1,6 @@
 """Look before you train: the first prompts of a configuration as the model sees them, and what some answers are worth.
 
-    python -m examples.own_data.preview examples/own_data/run.yaml [key.path=value ...]
+python -m examples.own_data.preview examples/own_data/run.yaml [key.path=value ...]
 """
 
 import sys

@@ -126,9 +126,7 @@ class Noise:
     """Probability that the box of a boxed solution differs from the last line."""
 
 
-NO_NOISE = Noise(
-    hasty=0, forgotten_operation=0, merged_step=0, carry=0, step=0, rambling=0, unboxed=0, wrong_box=0
-)
+NO_NOISE = Noise(hasty=0, forgotten_operation=0, merged_step=0, carry=0, step=0, rambling=0, unboxed=0, wrong_box=0)
 
 STEP_MISTAKES = ("off_by_one", "swapped_digits", "wrong_sign", "miscopied_term", "dropped_term")
 """Mistakes in one operation. The last two need a later term, the second needs two digits."""

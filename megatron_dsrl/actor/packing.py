@@ -110,6 +110,7 @@ class PackedRow:
             return values
         return assemble(values, self.places, sum(self.num_scored), parallel_state.get_context_parallel_group())
 
+
 SHORTEST_ROW = 2
 """Tokens in an empty row. Transformer Engine refuses a row of one token on a rank with one key-value head, because the
 strides of queries, keys and values then do not tell how they lie in memory."""

@@ -201,4 +201,3 @@ def _check_replicas(parallel: ParallelConfig) -> None:
             f"{replicas} replicas of the model, but only one would work: split the model over the processes, for "
             "example with parallel.tensor_parallel_size, or start fewer"
         )
-

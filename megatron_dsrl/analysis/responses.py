@@ -105,11 +105,14 @@ def read_responses(source: Path, steps: Sequence[int] | None = None) -> Iterator
         for step, groups in read_steps(source, steps):
             yield step, responses_of_step(step, groups)
     else:
-        yield 0, [
-            RecordedResponse(0, problem.index, number, problem.prompt, sample.text, sample.reward, sample.tokens)
-            for problem in read_sample_file(source)
-            for number, sample in enumerate(problem.samples)
-        ]
+        yield (
+            0,
+            [
+                RecordedResponse(0, problem.index, number, problem.prompt, sample.text, sample.reward, sample.tokens)
+                for problem in read_sample_file(source)
+                for number, sample in enumerate(problem.samples)
+            ],
+        )
 
 
 def choose(items: Sequence[Item], limit: int | None, seed: int) -> list[Item]:

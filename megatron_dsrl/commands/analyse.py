@@ -39,17 +39,13 @@ def add_analyse(commands: Commands) -> None:
     _add_pass_at_k(kinds)
 
 
-def _add_kind(
-    kinds: Commands, name: str, command: Command, what: str
-) -> argparse.ArgumentParser:
+def _add_kind(kinds: Commands, name: str, command: Command, what: str) -> argparse.ArgumentParser:
     """Add an analysis with the arguments that all of them share."""
     parser = add_command(kinds, name, command, help=what, description=what[0].upper() + what[1:] + ".")
     accepted = "run folder" if name in ("problems", "lengths") else "run folder, or a sample file of dsrl eval"
     parser.add_argument("source", metavar="RUN", type=Path, help=accepted)
     default = "the first one" if name == "gradients" else "all"
-    parser.add_argument(
-        "--steps", metavar="N,N", type=_numbers, help=f"recorded steps to analyse (default: {default})"
-    )
+    parser.add_argument("--steps", metavar="N,N", type=_numbers, help=f"recorded steps to analyse (default: {default})")
     parser.add_argument("--output", metavar="DIR", type=Path, help="output folder (default: RUN/analysis)")
     return parser
 
@@ -82,9 +78,7 @@ def _add_behaviours(kinds: Commands) -> None:
         "--url", metavar="URL", required=True, help="OpenAI-compatible endpoint, such as http://127.0.0.1:30000/v1"
     )
     parser.add_argument("--judge", metavar="NAME", required=True, help="name of the judge model at the endpoint")
-    parser.add_argument(
-        "--responses", metavar="N", type=positive, default=64, help="responses per step (default: 64)"
-    )
+    parser.add_argument("--responses", metavar="N", type=positive, default=64, help="responses per step (default: 64)")
     parser.add_argument("--seed", metavar="N", type=int, default=1, help="seed for choosing the responses (default: 1)")
     parser.add_argument(
         "--concurrency", metavar="N", type=positive, default=16, help="concurrent requests (default: 16)"
@@ -223,9 +217,7 @@ def _pass_at_k(options: argparse.Namespace) -> int:
     return 0
 
 
-def _finish(
-    options: argparse.Namespace, name: str, records: Sequence[dict], summary: dict, charts: Sequence
-) -> int:
+def _finish(options: argparse.Namespace, name: str, records: Sequence[dict], summary: dict, charts: Sequence) -> int:
     """Write the results, and print the summary and their location."""
     from megatron_dsrl.analysis.outputs import in_words, output_folder, write_analysis
 

@@ -34,9 +34,7 @@ def add_command(
     return parser
 
 
-def add_group(
-    commands: Commands, name: str, title: str, metavar: str, **texts: Any
-) -> Commands:
+def add_group(commands: Commands, name: str, title: str, metavar: str, **texts: Any) -> Commands:
     """Add a command with subcommands. Without a subcommand it prints its help."""
     return subcommands(commands.add_parser(name, **texts), title, metavar)
 

@@ -131,6 +131,7 @@ def _table(options: argparse.Namespace) -> int:
 
 def _eval(options: argparse.Namespace) -> int:
     from megatron_dsrl.config.load_benchmark import benchmark_names
+
     if not options.benchmarks:
         raise UserError(f"--benchmarks: name some of {', '.join(benchmark_names())}")
     with loading_megatron():

@@ -53,7 +53,7 @@ def _not_json(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
             if isinstance(key, str):
                 yield from _not_json(item, (*path, key))
             else:
-                yield (*path, str(key)), f"a key must be a string; write \"{key}\" in quotes if this one is meant"
+                yield (*path, str(key)), f'a key must be a string; write "{key}" in quotes if this one is meant'
     elif isinstance(value, list):
         for position, item in enumerate(value):
             yield from _not_json(item, (*path, position))

@@ -69,9 +69,7 @@ class PromptSampler:
 
     def state_dict(self) -> SamplerState:
         """The current position in the sequence."""
-        return SamplerState(
-            num_prompts=self._num_prompts, seed=self._seed, epoch=self._epoch, position=self._position
-        )
+        return SamplerState(num_prompts=self._num_prompts, seed=self._seed, epoch=self._epoch, position=self._position)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`. Raises UserError if it belongs to another prompt set or seed."""

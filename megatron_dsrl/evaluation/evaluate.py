@@ -172,9 +172,7 @@ def start_engines(
     resources: ExitStack,
 ) -> EngineRollout:
     """Start engines and wait until they are ready. Logs go to the output folder; `resources` closes the engines."""
-    rollout = EngineRollout(
-        config, output, stops, partial(decode, tokenizer), encode=partial(encode, tokenizer)
-    )
+    rollout = EngineRollout(config, output, stops, partial(decode, tokenizer), encode=partial(encode, tokenizer))
     resources.callback(rollout.close)
     with awaiting_engines(config, output):
         rollout.wait_until_ready()
@@ -232,9 +230,7 @@ def _say_what_is_matched_by_spelling(benchmark: Benchmark, prompts: Sequence[Pro
         )
 
 
-def _check_lengths(
-    benchmarks: Sequence[Benchmark], prompts: dict[str, list[Prompt]], context_tokens: int
-) -> None:
+def _check_lengths(benchmarks: Sequence[Benchmark], prompts: dict[str, list[Prompt]], context_tokens: int) -> None:
     for benchmark in benchmarks:
         longest = max(len(prompt.token_ids) for prompt in prompts[benchmark.name])
         if longest + benchmark.config.max_response_tokens > context_tokens:

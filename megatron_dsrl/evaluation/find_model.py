@@ -110,9 +110,7 @@ def _steps(run_folder: Path, kind: str, complete: str) -> list[tuple[int, Path]]
 def _of_model_folder(folder: Path) -> EvaluatedModel:
     """An HF folder, which a run may have exported, or a checkpoint of `dsrl convert`."""
     if not is_megatron_checkpoint(folder) and not any(folder.glob("*.safetensors")):
-        raise UserError(
-            f"{folder} holds no weights: it is not an HF model, a Megatron checkpoint or a run folder"
-        )
+        raise UserError(f"{folder} holds no weights: it is not an HF model, a Megatron checkpoint or a run folder")
     run_folder = folder.resolve().parent.parent
     if folder.resolve().parent.name == EXPORTS_FOLDER and (run_folder / CONFIG_FILE).is_file():
         return EvaluatedModel(folder, folder, folder.parent.parent, _step_of(folder))

@@ -76,12 +76,14 @@ def _mathematics(evaluations: Evaluations, methods: Sequence[str], size: str) ->
     for method in methods:
         averages = [average_of_six(results.benchmarks) for results in evaluations.get(method, ())]
         published = AVERAGE_OF_SIX[size].get(method)
-        rows.append([
-            method,
-            *(in_percent(_values(evaluations, method, name)) for name in SIX_BENCHMARKS),
-            in_percent([average for average in averages if average is not None]),
-            "" if published is None else f"{published:.2f}",
-        ])
+        rows.append(
+            [
+                method,
+                *(in_percent(_values(evaluations, method, name)) for name in SIX_BENCHMARKS),
+                in_percent([average for average in averages if average is not None]),
+                "" if published is None else f"{published:.2f}",
+            ]
+        )
     return _markdown([header, *rows])
 
 
@@ -94,11 +96,17 @@ def _differences(evaluations: Evaluations, size: str) -> str:
     benchmarks = SIX_BENCHMARKS | OUT_OF_DISTRIBUTION
     published = AVERAGE_OF_SIX[size]["DSRL"] - AVERAGE_OF_SIX[size]["GRPO"]
     paper = DSRL_OVER_GRPO[size]
-    return _markdown([
-        ["", *benchmarks.values(), "average of six"],
-        ["measured", *(_difference(evaluations, name) for name in benchmarks), _difference_of_averages(evaluations)],
-        ["paper", *(f"{paper[name]:+.2f}" if name in paper else "" for name in benchmarks), f"{published:+.2f}"],
-    ])
+    return _markdown(
+        [
+            ["", *benchmarks.values(), "average of six"],
+            [
+                "measured",
+                *(_difference(evaluations, name) for name in benchmarks),
+                _difference_of_averages(evaluations),
+            ],
+            ["paper", *(f"{paper[name]:+.2f}" if name in paper else "" for name in benchmarks), f"{published:+.2f}"],
+        ]
+    )
 
 
 def _difference(evaluations: Evaluations, benchmark: str) -> str:

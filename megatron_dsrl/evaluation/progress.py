@@ -16,9 +16,7 @@ LINE_SECONDS = 30.0
 class BenchmarkProgress:
     """Counts the samples and finished problems of one benchmark."""
 
-    def __init__(
-        self, title: str, problems: int, done: int, to_sample: int, show: Callable[[str, int], None]
-    ) -> None:
+    def __init__(self, title: str, problems: int, done: int, to_sample: int, show: Callable[[str, int], None]) -> None:
         """`show` gets the progress line and the number of finished problems; see `benchmark_progress` for the rest."""
         self._title = title
         self._problems = problems
@@ -54,6 +52,7 @@ def benchmark_progress(title: str, problems: int, done: int, to_sample: int) -> 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=Console(), transient=True) as bar:
             task = bar.add_task(title, total=problems, completed=done)
+
             def update(line: str, finished: int) -> None:
                 bar.update(task, description=line, completed=finished)
 

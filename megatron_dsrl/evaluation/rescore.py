@@ -56,7 +56,6 @@ def rescore(evaluation: Path, target: Path, reward: RewardConfig) -> Mapping[str
 def judged_again(problems: Iterable[ProblemResult], pool: RewardPool) -> Iterable[ProblemResult]:
     """Yield the problems with their samples judged by the pool's verifier."""
 
-
     def submit(problem: ProblemResult) -> "list[Future[Judgement]]":
         texts = (sample.text for sample in problem.samples)
         return [pool.submit(text, problem.answer, problem.other_answers, problem.prompt) for text in texts]

@@ -83,9 +83,7 @@ def _yaml(value: bool | int | float | str | None) -> str:
     return {None: "null", True: "true", False: "false"}[value] if isinstance(value, bool | None) else str(value)
 
 
-def _layouts(
-    config: RunConfig, architecture: Architecture, world_size: int, engine_size: int
-) -> Iterator[RunConfig]:
+def _layouts(config: RunConfig, architecture: Architecture, world_size: int, engine_size: int) -> Iterator[RunConfig]:
     """Valid layouts with tensor parallelism within a node and at least one sample per data-parallel replica."""
     samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     engine = config.engine.model_copy(update={"tensor_parallel_size": engine_size})

@@ -112,6 +112,4 @@ def _largest(changed: Callable[[int], RunConfig], plan: Plan, architecture: Arch
 
 
 def _with_micro_batch(config: RunConfig, tokens: int) -> RunConfig:
-    return config.model_copy(
-        update={"actor": config.actor.model_copy(update={"max_tokens_per_micro_batch": tokens})}
-    )
+    return config.model_copy(update={"actor": config.actor.model_copy(update={"max_tokens_per_micro_batch": tokens})})

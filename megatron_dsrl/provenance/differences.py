@@ -55,9 +55,7 @@ def compare_runs(runs: Sequence[Sequence[Record]]) -> list[ComparedFact]:
     said = [[what_computed(start) for start in starts] for starts in runs]
     names = list(dict.fromkeys(name for starts in said for facts in starts for name in facts))
     facts = [ComparedFact(name, tuple(_over_starts(starts, name) for starts in said)) for name in names]
-    return [
-        fact for fact in facts if fact.differs or not fact.name.startswith(PACKAGE) or fact.name in ALWAYS_SHOWN
-    ]
+    return [fact for fact in facts if fact.differs or not fact.name.startswith(PACKAGE) or fact.name in ALWAYS_SHOWN]
 
 
 def changes_between_starts(starts: Sequence[Record]) -> list[ChangedFact]:

@@ -61,13 +61,15 @@ def comparison_table(runs: Mapping[str, Sequence[RunRecords]], baseline: str) ->
     rows = [["before training", "", *before, *([""] * len(sets)), ""]]
     for method, of_method in runs.items():
         lengths = [run.steps[-1]["response/mean_tokens"] for run in of_method if run.steps]
-        rows.append([
-            method,
-            str(len(of_method)),
-            *(in_percent(_last_values(of_method, *column)) for column in columns),
-            *("" if method == baseline else _test(of_method, runs[baseline], name) for name in sets),
-            f"{fmean(lengths):.1f}" if lengths else "",
-        ])
+        rows.append(
+            [
+                method,
+                str(len(of_method)),
+                *(in_percent(_last_values(of_method, *column)) for column in columns),
+                *("" if method == baseline else _test(of_method, runs[baseline], name) for name in sets),
+                f"{fmean(lengths):.1f}" if lengths else "",
+            ]
+        )
     lines = [header, ["---"] * len(header), *rows]
     interval = "± is half of the 95 % interval over runs (Student's t)."
     test = "p: Welch's t-test of accuracy, not corrected for several tests."

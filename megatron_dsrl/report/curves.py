@@ -144,4 +144,3 @@ SPACES = {
 """Label and curve colour of a phase, by the `space` of its step records."""
 OF_THE_UPDATE = ("loss", "total_loss", "grad_norm")
 """Last parts of keys whose values are comparable within a phase only."""
-

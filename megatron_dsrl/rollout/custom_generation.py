@@ -106,9 +106,7 @@ def custom_generation(config: RolloutConfig, encode: Encode | None, decode: Deco
         raise UserError(f"rollout.generate: {error}") from error
     if not inspect.iscoroutinefunction(function):
         module, _, name = path.partition(":")
-        raise UserError(
-            f"rollout.generate: `{module}` has no function `{name}` that begins with `async def`"
-        )
+        raise UserError(f"rollout.generate: `{module}` has no function `{name}` that begins with `async def`")
     try:
         inspect.signature(function).bind(None, **config.generate_options)
     except TypeError as error:

@@ -52,7 +52,6 @@ class ReplayRollout(WithoutEngines):
         return StepSamples(groups, others, generated_tokens=count_tokens(groups + others), seconds=seconds)
 
 
-
 def replayed_groups(
     run_folder: Path, step: int, prompts: Sequence[Prompt], config: RolloutConfig
 ) -> tuple[list[SampleGroup], list[SampleGroup]]:

@@ -25,8 +25,6 @@ class ExperienceBuilder:
         """One experience per objective of the phase, in the order of its objectives."""
         shaped = shape_rewards(responses, self.overlong, self.max_response_tokens)
         return [
-            build_experience(
-                shaped, objective.space, context_token_ids(self.tokenizer, objective.space.context_text)
-            )
+            build_experience(shaped, objective.space, context_token_ids(self.tokenizer, objective.space.context_text))
             for objective in phase.objectives.values()
         ]

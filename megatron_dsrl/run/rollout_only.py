@@ -42,9 +42,7 @@ def sample_run(config: RunConfig) -> None:
         if not on_first(lambda: missing_steps(inputs.run_folder, config.steps)):
             return
         record_run_start("rollout", config, inputs, 0, print)
-        rollout = EngineRollout(
-            config, inputs.run_folder, inputs.stop_token_ids, inputs.decode, encode=inputs.encode
-        )
+        rollout = EngineRollout(config, inputs.run_folder, inputs.stop_token_ids, inputs.decode, encode=inputs.encode)
         resources.callback(rollout.close)
         with awaiting_engines(config, inputs.run_folder):
             rollout.wait_until_ready()

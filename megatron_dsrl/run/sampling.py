@@ -59,9 +59,7 @@ class Sampling:
 
     def share(self, step: int, samples: StepSamples | None) -> list[Response] | None:
         """Broadcast rank 0's samples as responses; None if the run was asked to stop."""
-        shared = broadcast(
-            None if samples is None else (responses_of(samples.groups, step), self.sampler.state_dict())
-        )
+        shared = broadcast(None if samples is None else (responses_of(samples.groups, step), self.sampler.state_dict()))
         if shared is None:
             return None
         responses, sampler_state = shared

@@ -191,9 +191,7 @@ def engines_share_devices(engine: EngineConfig) -> bool:
     return can_release_engine_memory() and not engine.urls
 
 
-def wait_for_engines(
-    config: RunConfig, inputs: RunInputs, rollout: Rollout, timeline: Timeline | NoTimeline
-) -> None:
+def wait_for_engines(config: RunConfig, inputs: RunInputs, rollout: Rollout, timeline: Timeline | NoTimeline) -> None:
     """Wait for the engines and lend their memory to the models."""
     with timeline.span("start_engines"), awaiting_engines(config, inputs.run_folder):
         rollout.wait_until_ready()

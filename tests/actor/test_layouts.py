@@ -138,9 +138,7 @@ FOUR_PROCESSES = {
     "CP 2 x TP 2 with sequence parallelism": Case(parallel=SEQUENCE_PARALLEL | {"context_parallel_size": 2}),
     "CP 2 x PP 2 x 2 virtual stages": Case(parallel=INTERLEAVED | {"context_parallel_size": 2}),
     "CP 4": Case(parallel={"context_parallel_size": 4}),
-    "CP 2 x DP 2, distributed optimizer": Case(
-        parallel={"context_parallel_size": 2, "distributed_optimizer": True}
-    ),
+    "CP 2 x DP 2, distributed optimizer": Case(parallel={"context_parallel_size": 2, "distributed_optimizer": True}),
     "TP 2 with sequence parallelism x DP 2, distributed optimizer": Case(parallel=SEQUENCE_PARALLEL | DISTRIBUTED),
     "PP 2 x 2 virtual stages x DP 2, distributed optimizer": Case(parallel=INTERLEAVED | DISTRIBUTED),
     "MoE: EP 4": Case("MoE", {"expert_parallel_size": 4}),
@@ -231,9 +229,7 @@ def objectives(case: Case, actor: Actor) -> Iterator[tuple[list[Objective], int]
 
 def configuration(case: Case, folder: Path) -> RunConfig:
     parallel = ParallelConfig(collective_timeout_seconds=60, **case.parallel)
-    actor = ActorConfig(
-        max_tokens_per_micro_batch=case.max_tokens, kept_logits_megabytes=case.kept_logits_megabytes
-    )
+    actor = ActorConfig(max_tokens_per_micro_batch=case.max_tokens, kept_logits_megabytes=case.kept_logits_megabytes)
     config = run_config(folder / case.model, parallel, actor)
     changes = {"recompute": case.recompute, "dtype": case.dtype, "layer_spec": case.layer_spec}
     model = config.model.model_copy(update=changes)

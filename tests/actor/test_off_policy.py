@@ -165,9 +165,7 @@ def sequences(pre_train: bool) -> list[Sequence]:
         advantage = advantage if pre_train else advantage / (rewards.std().item() + 1e-6)
         context = tuple(BOS) if pre_train else tuple(response.prompt_ids)
         engine = torch.tensor(response.engine_log_probs)
-        chosen.append(
-            Sequence(context, tuple(response.response_ids), advantage, engine, reference_log_probs(response))
-        )
+        chosen.append(Sequence(context, tuple(response.response_ids), advantage, engine, reference_log_probs(response)))
     return chosen
 
 

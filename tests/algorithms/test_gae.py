@@ -49,9 +49,7 @@ def test_equals_its_definition(batch, discount, trace_decay) -> None:
     values = [torch.tensor([v for _, v in sequence], dtype=torch.float64) for sequence in batch]
     advantages, returns = generalized_advantages(rewards, values, discount, trace_decay)
     for reward, value, advantage, of_critic in zip(rewards, values, advantages, returns, strict=True):
-        torch.testing.assert_close(
-            advantage, definition(reward, value, discount, trace_decay), rtol=1e-12, atol=1e-12
-        )
+        torch.testing.assert_close(advantage, definition(reward, value, discount, trace_decay), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(of_critic, advantage + value, rtol=1e-12, atol=1e-12)
 
 

@@ -100,7 +100,8 @@ def test_a_file_system_without_locks_is_said_and_a_folder_that_cannot_be_made_is
             "this folder"
         ]
     (folder / "file").touch()
-    with pytest.raises(UserError, match="cannot write to .*/file/run: .*Not a directory"), locked(
-        folder / "file" / "run", reports.append
+    with (
+        pytest.raises(UserError, match="cannot write to .*/file/run: .*Not a directory"),
+        locked(folder / "file" / "run", reports.append),
     ):
         pass

@@ -120,5 +120,3 @@ def test_every_choice_says_where_it_comes_from() -> None:
     without = [row.split("`")[1] for row in rows if "arXiv" not in row and ", 20" not in row and ", 19" not in row]
     assert len(rows) > 20
     assert without == ["post_train", "all", "supervised"]
-
-

@@ -89,9 +89,7 @@ def continued(tmp_path_factory) -> Continued:
     assert converted.returncode == 0, converted.stderr
     model, benchmarks, output = str(folder / "megatron"), [str(folder / "amc23.yaml")], folder / "evaluation"
     command = ["eval", model, "--benchmarks", *benchmarks, "--data-folder", str(folder), "--output", str(output)]
-    request = EvaluationRequest(
-        model=model, benchmarks=benchmarks, output=output, data_folder=folder, overrides=ENGINE
-    )
+    request = EvaluationRequest(model=model, benchmarks=benchmarks, output=output, data_folder=folder, overrides=ENGINE)
 
     process = start_dsrl(*command, *ENGINE)
     file = output / "samples" / "amc23.jsonl"

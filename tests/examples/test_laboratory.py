@@ -236,7 +236,11 @@ def made_up_run(method: str, seed: int, accuracy: float) -> dict:
     ]
     phases = [[method, 1, 40]]
     return {
-        "method": method, "seed": seed, "commit": "abc", "phases": phases, "evaluations": evaluations,
+        "method": method,
+        "seed": seed,
+        "commit": "abc",
+        "phases": phases,
+        "evaluations": evaluations,
         "steps": as_columns(steps),
     }
 
@@ -283,9 +287,7 @@ def test_the_whole_pipeline_at_a_small_size(tmp_path, monkeypatch) -> None:
             "overrides": ["phases.0.until_step=2"],
         },
     }
-    sweep = {
-        "output_dir": f"{tmp_path}/runs", "seeds": [1], "baseline": "GRPO", "overrides": overrides, "runs": runs
-    }
+    sweep = {"output_dir": f"{tmp_path}/runs", "seeds": [1], "baseline": "GRPO", "overrides": overrides, "runs": runs}
     file = tmp_path / "comparison.yaml"
     file.write_text(yaml.safe_dump(sweep, sort_keys=False))
     for part in ("1/2", "2/2"):

@@ -33,7 +33,6 @@ QWEN3_8B = {  # the published config.json, Transformers 4 style
 }
 
 
-
 def write(folder: Path, **changes) -> Path:
     (folder / "config.json").write_text(json.dumps(QWEN3_8B | changes))
     return folder

@@ -15,9 +15,7 @@ from megatron_dsrl.model.attention import CoreAttention
 HEADS, GROUPS, HEAD_DIM = 4, 2, 8
 
 
-def core_attention(
-    context_parallel_size: int = 1, groups: ProcessGroupCollection | None = None
-) -> CoreAttention:
+def core_attention(context_parallel_size: int = 1, groups: ProcessGroupCollection | None = None) -> CoreAttention:
     """Causal self-attention of `HEADS` heads in `GROUPS` groups, of dimension `HEAD_DIM`."""
     config = TransformerConfig(
         num_layers=1,

@@ -149,8 +149,14 @@ def test_the_trace_is_json_with_its_first_event_at_0(tmp_path) -> None:
 
 def test_the_summary_names_ranks_that_did_not_finish(capsys) -> None:
     timeline = timeline_of(
-        lines(1, (0, "begin", "build_models"), (9, "end", "build_models"), (9, "step", 4), (9, "begin", "train"),
-              (10, "begin", "onload"))  # fmt: skip
+        lines(
+            1,
+            (0, "begin", "build_models"),
+            (9, "end", "build_models"),
+            (9, "step", 4),
+            (9, "begin", "train"),
+            (10, "begin", "onload"),
+        )  # fmt: skip
     )
     print_summary([timeline], Console())
     printed = capsys.readouterr().out

@@ -67,9 +67,9 @@ def test_greedy_tokens_equal_transformers(engine_rollout, policy) -> None:
 
     for group in groups:
         prompt_ids = torch.tensor([group.prompt.token_ids])
-        expected = policy.generate(
-            prompt_ids, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0
-        )[0, prompt_ids.shape[1] :]
+        expected = policy.generate(prompt_ids, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)[
+            0, prompt_ids.shape[1] :
+        ]
         assert list(group.samples[0].response_ids) == expected.tolist()
 
 

@@ -164,9 +164,7 @@ def test_a_wrong_benchmark_ends_the_job_before_anything_is_fetched(run_script, s
 @pytest.mark.slow
 def test_benchmarks_are_read_before_the_training(run_script, tmp_path) -> None:
     sums = tmp_path / "sums.yaml"
-    sums.write_text(
-        "title: Sums\nreward: {function: boxed}\nmax_response_tokens: 64\nhub: {source: problems.jsonl}\n"
-    )
+    sums.write_text("title: Sums\nreward: {function: boxed}\nmax_response_tokens: 64\nhub: {source: problems.jsonl}\n")
     config = str(write_tiny_run(tmp_path))
     really = f'[ "$work" != fetch ] || {REALLY}'
     job = run_script(CONFIG=config, BENCHMARKS=str(sums), ON_SRUN=really)

@@ -25,9 +25,7 @@ ONE_RANK_WITHOUT_GPUS = ("--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per
 pytestmark = [
     pytest.mark.timeout(2 * LIMIT_SECONDS),
     pytest.mark.slow,
-    pytest.mark.skipif(
-        shutil.which("slurmctld") is None or os.geteuid() != 0, reason="needs root and SLURM's daemons"
-    ),
+    pytest.mark.skipif(shutil.which("slurmctld") is None or os.geteuid() != 0, reason="needs root and SLURM's daemons"),
 ]
 
 
@@ -246,9 +244,7 @@ def is_rank(process: psutil.Process, folder: str, rank: str) -> bool:
     """A `dsrl train` process of this rank on a configuration in the folder."""
     try:
         command = process.cmdline()
-        return (
-            "train" in command and any(folder in word for word in command) and process.environ().get("RANK") == rank
-        )
+        return "train" in command and any(folder in word for word in command) and process.environ().get("RANK") == rank
     except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
         return False
 

@@ -47,9 +47,7 @@ def tiny_run_config(model_folder: Path, **engine: Any) -> RunConfig:
             },
             "engine": {"max_total_tokens": 16384, "update_timeout_seconds": 30.0, "startup_timeout_seconds": 120.0}
             | engine,
-            "phases": [
-                {"name": "grpo", "space": {"name": "post_train"}, "advantage": {"name": "group_standardised"}}
-            ],
+            "phases": [{"name": "grpo", "space": {"name": "post_train"}, "advantage": {"name": "group_standardised"}}],
         }
     )
 

@@ -59,7 +59,5 @@ def _in_words(data: dict) -> dict:
     steps = data["steps"]
     steps = list(range(steps["from"], steps["to"] + 1)) if isinstance(steps, dict) else steps
     phases = [next((name for name, first, last in data["phases"] if first <= step <= last), "") for step in steps]
-    series = [
-        list(map(number, one["values"], one.get("errors", [None] * len(steps)))) for one in data["series"]
-    ]
+    series = [list(map(number, one["values"], one.get("errors", [None] * len(steps)))) for one in data["series"]]
     return {"steps": steps, "phases": phases, "series": series, "names": [one["name"] for one in data["series"]]}

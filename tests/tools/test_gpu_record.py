@@ -137,9 +137,7 @@ def test_a_command_that_hangs_is_ended_with_all_that_it_started_and_says_where_i
     assert not psutil.pid_exists(int(output[0])) or psutil.Process(int(output[0])).status() == psutil.STATUS_ZOMBIE
 
 
-WITH_FIGURES = Result(
-    "one", "proves one", "passed", 3.0, figures={"speed": "7"}, output=["done"], command="python one"
-)
+WITH_FIGURES = Result("one", "proves one", "passed", 3.0, figures={"speed": "7"}, output=["done"], command="python one")
 
 
 def record_of(folder: Path, **machine: str) -> Record:

@@ -51,8 +51,10 @@ if __name__ == "__main__":
     parser.add_argument("--megabytes", type=int, default=2000, help="copied")
     options = parser.parse_args()
     sys.exit(
-        measure_each({
-            "matrix products": lambda: matrix_products(options.size),
-            "copies": lambda: copies(options.megabytes),
-        })
+        measure_each(
+            {
+                "matrix products": lambda: matrix_products(options.size),
+                "copies": lambda: copies(options.megabytes),
+            }
+        )
     )

@@ -92,9 +92,7 @@ def main() -> int:
     return status
 
 
-def fitting_config(
-    folder: Path, options: argparse.Namespace, architecture: Architecture, capacity: int
-) -> RunConfig:
+def fitting_config(folder: Path, options: argparse.Namespace, architecture: Architecture, capacity: int) -> RunConfig:
     """The configuration with the wanted micro-batches or, where these do not fit according to the plan, smaller ones.
 
     Args:

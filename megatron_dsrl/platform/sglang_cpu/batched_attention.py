@@ -38,8 +38,18 @@ class BatchedTorchNativeBackend(TorchNativeAttnBackend):
         """
         if encoder_lens is not None or (sliding_window_size is not None and sliding_window_size > -1):
             return super()._run_sdpa_forward_decode(
-                query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, encoder_lens,
-                scaling=scaling, enable_gqa=enable_gqa, sliding_window_size=sliding_window_size, **options,
+                query,
+                output,
+                k_cache,
+                v_cache,
+                req_to_token,
+                req_pool_indices,
+                seq_lens,
+                encoder_lens,
+                scaling=scaling,
+                enable_gqa=enable_gqa,
+                sliding_window_size=sliding_window_size,
+                **options,
             )
         longest = int(seq_lens.max())
         positions = torch.arange(longest, device=query.device)

@@ -20,6 +20,8 @@ from megatron_dsrl.rollout.open_files import TooManyOpenFilesError
 from megatron_dsrl.rollout.sample import SamplingParameters
 
 MemoryTag = Literal["weights", "kv_cache"]
+
+
 class EngineClient:
     """Calls to one server. An asynchronous context manager that holds the connections."""
 
@@ -109,9 +111,7 @@ class EngineClient:
 
     async def set_weight_version(self, version: int) -> None:
         """Set the version that samples carry from now on."""
-        await self._post_checked(
-            "/update_weight_version", {"new_version": str(version), "abort_all_requests": False}
-        )
+        await self._post_checked("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
 
     async def release_memory(self, tags: Sequence[MemoryTag]) -> None:
         """Give device memory back. The engine must be idle, otherwise SGLang kills the whole engine."""
@@ -167,6 +167,7 @@ class EngineClient:
             raise EngineError(
                 f"engine {self.url} is gone: {path} failed with {error!r}; its log is in the run folder under engines/"
             ) from error
+
 
 @asynccontextmanager
 async def connect(addresses: Sequence[EngineAddress], timeout_seconds: float) -> AsyncIterator[list[EngineClient]]:

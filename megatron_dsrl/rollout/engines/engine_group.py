@@ -38,9 +38,7 @@ LOOPBACK_INTERFACE = "lo"
 class EngineGroup:
     """SGLang servers on the trainer's devices; implements `Engines`. Each rank's object handles its group's engine."""
 
-    def __init__(
-        self, config: RolloutSettings, run_folder: Path, starting: StartingServer | None = None
-    ) -> None:
+    def __init__(self, config: RolloutSettings, run_folder: Path, starting: StartingServer | None = None) -> None:
         """Group the ranks. Starts nothing.
 
         Args:

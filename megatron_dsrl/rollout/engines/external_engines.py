@@ -169,9 +169,7 @@ class ExternalEngines:
         layouts = [EngineLayout(architecture, rank, size, feed_forward_multiple()) for rank in range(size)]
         return [SentWeights(layout, self._config.engine.quantization is not None) for layout in layouts]
 
-    async def _mismatch(
-        self, link: ServerLink, expected: Sequence[SentWeights], problems: dict[str, str]
-    ) -> list[str]:
+    async def _mismatch(self, link: ServerLink, expected: Sequence[SentWeights], problems: dict[str, str]) -> list[str]:
         try:
             digests = await link.digests()
         except EngineError as error:

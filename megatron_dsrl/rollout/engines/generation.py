@@ -63,8 +63,7 @@ def generate_body(requests: Sequence[SampleRequest], sampling: SamplingParameter
     return {
         "input_ids": [list(request.token_ids) for request in requests],
         "sampling_params": [
-            sampling.as_engine_request(request.max_new_tokens) | {"sampling_seed": request.seed}
-            for request in requests
+            sampling.as_engine_request(request.max_new_tokens) | {"sampling_seed": request.seed} for request in requests
         ],
         "return_logprob": True,
         "return_routed_experts": sampling.return_routed_experts,

@@ -46,12 +46,7 @@ def pack(answers: Sequence[dict[str, Any]]) -> bytes:
     """
     all_ids = [np.array(answer["output_ids"], dtype=np.int32) for answer in answers]
     all_log_probs = [np.array(_log_probs(answer), dtype=np.float32) for answer in answers]
-    head = orjson.dumps(
-        [
-            _kept(answer["meta_info"]) | {"tokens": len(ids)}
-            for answer, ids in zip(answers, all_ids)
-        ]
-    )
+    head = orjson.dumps([_kept(answer["meta_info"]) | {"tokens": len(ids)} for answer, ids in zip(answers, all_ids)])
     parts = [len(head).to_bytes(_LENGTH_BYTES, "little"), head]
     return b"".join([*parts, *(ids.tobytes() for ids in all_ids), *(each.tobytes() for each in all_log_probs)])
 

@@ -207,4 +207,3 @@ async def broadcast_weights(links: Sequence[ServerLink], buckets: Iterable[Bucke
             del flattened  # not before the servers have confirmed
     await every(lambda link: link.finish(version))
     return problems
-

@@ -78,9 +78,7 @@ def test_tensors_that_were_not_sent_are_named(engine_rollout, tiny_model_folder,
 
     problem = push_and_check(engine_rollout, tiny_model_folder, buckets_of_three(incomplete))
 
-    assert problem == (
-        "engine rank 0: model.layers.0.mlp.gate_up_proj.weight of the engine was not sent completely"
-    )
+    assert problem == ("engine rank 0: model.layers.0.mlp.gate_up_proj.weight of the engine was not sent completely")
 
 
 def test_tensors_that_the_engine_does_not_have_are_named(engine_rollout, tiny_model_folder, weights) -> None:

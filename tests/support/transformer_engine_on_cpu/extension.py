@@ -15,9 +15,7 @@ CUDNN_VERSION = 92400
 """9.24.0, as pinned for the image."""
 
 MEMBERS = {
-    "DType": (
-        "kByte kInt16 kInt32 kInt64 kFloat32 kFloat16 kBFloat16 kFloat8E4M3 kFloat8E5M2 kFloat8E8M0 kFloat4E2M1"
-    ),
+    "DType": ("kByte kInt16 kInt32 kInt64 kFloat32 kFloat16 kBFloat16 kFloat8E4M3 kFloat8E5M2 kFloat8E8M0 kFloat4E2M1"),
     "NVTE_Bias_Type": "NVTE_NO_BIAS NVTE_PRE_SCALE_BIAS NVTE_POST_SCALE_BIAS NVTE_ALIBI",
     "NVTE_Mask_Type": (
         "NVTE_NO_MASK NVTE_PADDING_MASK NVTE_CAUSAL_MASK NVTE_PADDING_CAUSAL_MASK NVTE_CAUSAL_BOTTOM_RIGHT_MASK "
@@ -68,9 +66,7 @@ def make_extension() -> ModuleType:
     """The module, to be put into `sys.modules`."""
     module = _Extension(NAME)
     for name, members in MEMBERS.items():
-        values = {
-            member: value for value, member in enumerate(members.split()) if member not in LEFT_OUT.get(name, ())
-        }
+        values = {member: value for value, member in enumerate(members.split()) if member not in LEFT_OUT.get(name, ())}
         setattr(module, name, IntEnum(name, values))
     module.get_cudnn_version = lambda: CUDNN_VERSION
     module.get_cublasLt_version = lambda: 130101
