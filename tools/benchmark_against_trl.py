@@ -6,8 +6,9 @@
     python tools/benchmark_against_trl.py --trl-python ~/trl/bin/python --task random
 
 `tiny` is the tiny task with its base model (`bash examples/tiny_dsrl/run.sh` makes it), 32 prompts x 8 responses of up
-to 64 tokens. `random` is a Qwen3 of 107 million parameters with random weights, 8 x 8 responses of 128 tokens; right is
-a response whose first word has an even number, which the policy can learn.
+to 64 tokens. `random` is a Qwen3 of 107 million parameters with random weights, 4 x 8 responses of 128 tokens; right is
+a response whose first word has an even number, which the policy can learn. All runs are in memory at the same time:
+with `random`, give one number of threads and processes per call (6 to 8 GB a run).
 
 All runs take their steps in turns: one computes while the others are suspended. A step is measured from the moment a
 run is resumed until it has recorded the step. Steps of the clock: run it on a machine without other work. The rewards
@@ -24,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -54,6 +55,7 @@ class Run:
     log: Path
     seconds: list[float] = field(default_factory=list)
     process: subprocess.Popen[bytes] | None = None
+    family: set[psutil.Process] = field(default_factory=set)
 
     def start(self) -> None:
         """Start, wait for the steps of the warm-up, and suspend."""
@@ -79,10 +81,9 @@ class Run:
         return [record[self.reward_key] for record in map(json.loads, lines) if self.reward_key in record]
 
     def end(self) -> None:
-        """End the run with all its processes."""
+        """End the run with all its processes, those included whose parent has ended already."""
         if self.process is not None:
-            for process in self._processes():
-                process.kill()
+            self._signal("kill")
             self.process.wait()
 
     def _wait_for(self, steps: int, seconds: float) -> None:
@@ -95,16 +96,20 @@ class Run:
 
     def _signal(self, action: str) -> None:
         for process in self._processes():
-            getattr(process, action)()
+            with suppress(psutil.NoSuchProcess):
+                getattr(process, action)()
 
     def _processes(self) -> list[psutil.Process]:
+        """The run's process and its descendants, those included that have outlived their parent."""
         assert self.process is not None
-        parent = psutil.Process(self.process.pid)
-        return [parent, *parent.children(recursive=True)]
+        with suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(self.process.pid)
+            self.family.update([parent, *parent.children(recursive=True)])
+        return [process for process in self.family if process.is_running()]
 
 
 def runs(options: argparse.Namespace, folder: Path, config_file: Path, problems: Path) -> Iterator[Run]:
-    """For every number of threads: TRL, this project with threads, and this project with as many processes."""
+    """For every number of threads: TRL, and this project with these threads shared out among its processes."""
     task, model = TASKS[options.task], load_config(config_file, []).model.path
     for threads in options.threads:
         environment = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(REPOSITORY / "tools")}
@@ -127,7 +132,7 @@ def runs(options: argparse.Namespace, folder: Path, config_file: Path, problems:
         log = folder / f"trl_{threads}.log"
         yield Run(f"TRL, {threads} thread(s)", command, environment, Path(settings["records"]), "reward", log)
         environment |= {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tools'}", "CUDA_VISIBLE_DEVICES": ""}
-        for processes in sorted({1, threads}):
+        for processes in (count for count in options.processes or sorted({1, threads}) if threads % count == 0):
             name = f"dsrl_{processes}_x_{threads // processes}"
             command = [sys.executable, "-m", "megatron_dsrl.cli", "train", str(config_file), f"name={name}"]
             command += ["--processes", str(processes)] if processes > 1 else []
@@ -160,6 +165,9 @@ def main() -> None:
     parser.add_argument("--trl-python", required=True, help="Python of an environment with TRL")
     parser.add_argument("--task", choices=TASKS, default="tiny")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument(
+        "--processes", type=int, nargs="+", help="of this project's runs (default: one, and one per thread)"
+    )
     parser.add_argument("--steps", type=int, default=8, help="that are measured, after two of warm-up")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--trl-micro-batch", type=int, help="samples of TRL's forward and backward passes")

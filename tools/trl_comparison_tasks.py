@@ -53,7 +53,7 @@ class Task:
     trl_micro_batch: int
     """Samples per forward and backward pass of TRL; not tuned, `--trl-micro-batch` tries other sizes."""
     overrides: dict[str, Any]
-    """Of the tiny task's configuration."""
+    """Sections of the tiny task's configuration that change."""
     samples_per_prompt: int = 8
 
 
@@ -61,13 +61,13 @@ TASKS = {
     "tiny": Task("boxed_number", 32, 64, 2e-4, 256, {}),
     "random": Task(
         "even_first_word",
-        prompts=8,
+        prompts=4,
         response_tokens=128,
         learning_rate=1e-5,
         trl_micro_batch=16,
         overrides={
             "actor": {"max_tokens_per_micro_batch": 2304},
-            "rollout": {"prompts_per_step": 8, "max_response_tokens": 128, "step_timeout_seconds": 3600.0},
+            "rollout": {"prompts_per_step": 4, "max_response_tokens": 128, "step_timeout_seconds": 3600.0},
         },
     ),
 }
