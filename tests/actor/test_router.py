@@ -29,6 +29,7 @@ from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from megatron_dsrl.model.routed_experts import encode_routed_experts
 from megatron_dsrl.model.router import Router
 from tests.actor.test_actor import GRPO, NSR_PRERL, TEMPERATURE, objective_of, run_config
+from tests.support.actors import main_gradients_of
 from tests.support.distributed import run_distributed
 from tests.support.tiny_model import make_tiny_qwen3_moe
 
@@ -134,17 +135,9 @@ def actor_of(case: Case, folder: Path) -> Iterator[Actor]:
 
 
 def step_of(actor: Actor, reverse_samples: bool = False) -> Outcome:
-    """A step, and the gradients that it leaves behind; they are read through the weights, which are put back."""
+    """A step, and the gradients that it leaves behind."""
     metrics = actor.update(objectives(reverse_samples)).flat()
-    parameters = [parameter for chunk in actor.chunks for parameter in chunk.parameters()]
-    weights = [parameter.detach().clone() for parameter in parameters]
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.copy_(parameter.main_grad)
-        gradients = {name: gradient.numpy().copy() for bucket in actor.hf_weights(10**6) for name, gradient in bucket}
-        for parameter, weight in zip(parameters, weights):
-            parameter.copy_(weight)
-    return Outcome(gradients, metrics["router/load_balancing_loss"], metrics["router/z_loss"])
+    return Outcome(main_gradients_of(actor), metrics["router/load_balancing_loss"], metrics["router/z_loss"])
 
 
 def run_cases(folder: Path, cases: Mapping[str, Case]) -> dict[str, Outcome]:

@@ -5,6 +5,7 @@ What runs is Transformer Engine's own Python over PyTorch versions of its compil
 in the kernels themselves: their rounding, speed and memory.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from tests.actor import test_layouts, test_lora, test_offload, test_reference, test_router, test_saved_state
 from tests.actor.test_actor import GRPO, NSR_PRERL, objective_of, reference, run_config
 from tests.actor.test_layouts import Case, errors_of, same_on_every_rank
-from tests.support.actors import weights_of
+from tests.support.actors import main_gradients_of, weights_of
 from tests.support.conversions import convert, tensors_of
 from tests.support.distributed import run_distributed
 from tests.support.transformer_engine_on_cpu import needs_transformer_engine
@@ -49,6 +50,27 @@ CHECKPOINTS = {
     "experts, in one process": ParallelConfig(),
 }
 ROUTER = {"an objective per micro-batch": test_router.Case(), "full recomputation": test_router.Case(recompute="full")}
+ROUTER_IN_TWO_PROCESSES = {
+    name: test_router.TWO_PROCESSES[name]
+    for name in (
+        "EP 2",
+        "TP 2 with sequence parallelism",
+        "over the step: EP 2",
+        "over the step: TP 2 with sequence parallelism",
+    )
+}
+GRADIENTS = {
+    "1 process": Case(max_tokens=10_000),
+    "1 process, full recomputation": Case(max_tokens=10_000, recompute="full"),
+    "bfloat16: 1 process": Case(max_tokens=10_000, dtype="bfloat16"),
+    "MoE: 1 process": Case("MoE", max_tokens=10_000),
+}
+GRADIENTS_IN_TWO_PROCESSES = {
+    "TP 2 with sequence parallelism": Case(parallel=test_layouts.SEQUENCE_PARALLEL, max_tokens=10_000),
+    "CP 2": Case(parallel={"context_parallel_size": 2}, max_tokens=10_000),
+    "PP 2 x 2 virtual stages": Case(parallel=test_layouts.INTERLEAVED, max_tokens=10_000),
+    "MoE: EP 2": Case("MoE", {"expert_parallel_size": 2}, max_tokens=10_000),
+}
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +190,62 @@ def test_router_losses_are_those_of_transformers(folder, tmp_path) -> None:
     expected = test_router.reference(model, test_router.Case(), tmp_path)
     for outcome in outcomes.values():
         test_router.check(outcome, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_router_losses_in_two_processes_are_those_of_local_layers(folder) -> None:
+    """The losses within 1e-6, and every gradient within 5e-6 of its norm."""
+    local, ours = (
+        run_distributed(
+            test_router.run_cases, 2, folder / "MoE", ROUTER_IN_TWO_PROCESSES, timeout_seconds=250, prepare=it
+        )
+        for it in (None, ENGINE)
+    )
+    for outcomes, expected in zip(ours, local, strict=True):
+        for name, outcome in outcomes.items():
+            test_router.check(outcome, expected[name])
+
+
+def main_gradients(folder: Path, cases: Mapping[str, Case]) -> dict[str, dict[str, np.ndarray]]:
+    """Per case: after an update over two micro-batches, one of each phase."""
+    results = {}
+    for name, case in cases.items():
+        config = test_layouts.configuration(case, folder).model_copy(update={"optimizer": test_router.OPTIMIZER})
+        with parallel_layout(config.parallel, seed=1):
+            actor = build_actor(config, folder / case.model)
+            actor.update([objective_of(GRPO), replace(objective_of(NSR_PRERL), name="nsr")])
+            results[name] = main_gradients_of(actor)
+    destroy_parallel()
+    return results
+
+
+@pytest.fixture(scope="module")
+def local_gradients(folder) -> dict[str, dict[str, np.ndarray]]:
+    return run_distributed(main_gradients, 1, folder, GRADIENTS)[0]
+
+
+def check_gradients(name: str, gradients: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    """Every tensor within 5e-6 of its norm; in bfloat16, where the two round at other places, within 3 %."""
+    assert gradients.keys() == expected.keys()
+    errors = {key: test_router.relative_error(gradients[key], gradient) for key, gradient in expected.items()}
+    worst = max(errors, key=errors.__getitem__)
+    assert errors[worst] < (0.03 if name.startswith("bfloat16") else 5e-6), worst
+
+
+def test_main_gradients_are_those_of_local_layers(folder, local_gradients) -> None:
+    (ours,) = run_distributed(main_gradients, 1, folder, GRADIENTS, prepare=ENGINE)
+    for name, expected in local_gradients.items():
+        check_gradients(name, ours[name], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_main_gradients_in_two_processes(folder, local_gradients) -> None:
+    ranks = run_distributed(main_gradients, 2, folder, GRADIENTS_IN_TWO_PROCESSES, timeout_seconds=350, prepare=ENGINE)
+    for ours in ranks:
+        for name, case in GRADIENTS_IN_TWO_PROCESSES.items():
+            check_gradients(name, ours[name], local_gradients["MoE: 1 process" if case.model == "MoE" else "1 process"])
 
 
 def check_lora(result: dict, local: dict) -> None:

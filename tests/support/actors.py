@@ -1,6 +1,7 @@
 """What tests read from actors and critics."""
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from megatron_dsrl.actor.actor import Actor
@@ -11,3 +12,18 @@ def weights_of(model: Actor | Critic) -> dict[str, NDArray[np.float32]]:
     """All weights in float32 by their HF names, in buckets that hold a few tensors only."""
     buckets = model.hf_weights(bucket_bytes=10_000)
     return {name: weight.float().cpu().numpy().copy() for bucket in buckets for name, weight in bucket}
+
+
+def main_gradients_of(actor: Actor) -> dict[str, NDArray[np.float32]]:
+    """What the last update left in `main_grad`, by HF names; in a bfloat16 model rounded to that. They are read through
+    the weights, which are put back."""
+    parameters = [parameter for chunk in actor.chunks for parameter in chunk.parameters()]
+    assert all(parameter.main_grad.dtype == torch.float32 for parameter in parameters)
+    weights = [parameter.detach().clone() for parameter in parameters]
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.copy_(parameter.main_grad)
+        gradients = weights_of(actor)
+        for parameter, weight in zip(parameters, weights):
+            parameter.copy_(weight)
+    return gradients
