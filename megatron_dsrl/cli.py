@@ -26,6 +26,7 @@ from megatron_dsrl.commands.push import add_push
 from megatron_dsrl.commands.report import add_report
 from megatron_dsrl.commands.rollout import add_rollout
 from megatron_dsrl.commands.samples import add_samples
+from megatron_dsrl.commands.serve import add_serve
 from megatron_dsrl.commands.sft import add_sft
 from megatron_dsrl.commands.sweep import add_sweep
 from megatron_dsrl.commands.trace_and_compare import add_compare, add_trace, add_upload
@@ -123,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     add_upload(commands)
     add_samples(commands)
     add_rollout(commands)
+    add_serve(commands)
     add_compare(commands)
     add_rescore(commands)
     add_push(commands)

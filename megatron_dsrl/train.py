@@ -60,22 +60,15 @@ def train_step(run: TrainingRun, step: int) -> None:
         if responses is None:
             run.saving.save_and_stop(step - 1, sampler)
         experiences = run.experiences.build(responses, phase)
-        sampler = run.sampling.sampler_state()
-        run.sampling.start_ahead(step + 1)
         run.saving.publish_if_written()
         run.device.give_to_trainer()
         run.models.start_step(step)
     experiences = run.models.add_log_probs_and_values(phase, experiences, timer)
     critic_metrics = run.models.update_critic(phase, experiences, timer)
     update = run.models.update_policy(step, phase, experiences, timer)
-    with timer.part("generate"):
-        may_go_on = run.sampling.finish_ahead(step + 1)
-    if may_go_on:
-        with timer.part("push_weights"):
-            push_weights(run, step)
+    with timer.part("push_weights"):
+        push_weights(run, step)
     run.reporting.record(step, phase, samples, update, critic_metrics | run.device.metrics(), timer)
-    if not may_go_on:
-        run.saving.save_and_stop(step, sampler)
     save(run, step)
 
 

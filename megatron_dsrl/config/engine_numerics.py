@@ -1,7 +1,7 @@
 """Runs whose engines compute with other numbers than the trainer: FP8 weights, or speculative decoding.
 
 Their samples come from a slightly different policy than the trainer scores, so objectives in post-train space correct
-for it unless they say otherwise.
+for it unless they say otherwise. The same holds for asynchronous runs, whose samples come from older weights.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,8 +20,10 @@ CORRECTION = {"name": "truncated"}
 
 def with_correction(data: Any) -> Any:
     """A run's plain data with an importance correction in every objective in post-train space that names none, if
-    its engines compute with other numbers. Data of a wrong kind is left to the validation."""
-    if not isinstance(data, Mapping) or not _differs(data.get("engine")):
+    its engines compute with other numbers or sample asynchronously. Data of a wrong kind is left to the validation."""
+    if not isinstance(data, Mapping):
+        return data
+    if not _differs(data.get("engine")) and not _is_asynchronous(data.get("rollout")):
         return data
     phases = data.get("phases")
     if not isinstance(phases, Sequence) or isinstance(phases, str):
@@ -80,6 +82,10 @@ def _differs(engine: Any) -> bool:
     extra = engine.get("extra_arguments")
     arguments = extra if isinstance(extra, Mapping) else {}
     return engine.get("quantization") is not None or SPECULATION in arguments or "quantization" in arguments
+
+
+def _is_asynchronous(rollout: Any) -> bool:
+    return isinstance(rollout, Mapping) and bool(rollout.get("max_staleness"))
 
 
 def _corrected_phase(phase: Any) -> Any:

@@ -68,10 +68,12 @@ class RolloutConfig(Section):
     log-probs they were sampled with as their old log-probs. With `dynamic_sampling` only mixed groups count, and its
     `oversampling` has no effect. null: a step waits for all its responses."""
 
-    sample_ahead: bool = False
-    """Sample the next step's batch while training on this one. The batch is one step off-policy: its weights are one
-    version old, and the log-probs it was sampled with are the old log-probs of the update. Needs engines on their
-    own devices (`engine.urls`). Off: training and sampling take turns."""
+    max_staleness: int = Field(default=0, ge=0)
+    """Train asynchronously: engines sample all the time, at most this many steps ahead. A sample that was begun with
+    the weights of step s is trained on at step s + `max_staleness` at the latest. New weights reach the engines in the
+    middle of responses; every token keeps the log-prob it was sampled with. Objectives in post-train space then have
+    an importance correction by default. Needs engines on their own devices (`engine.urls`). See examples/asynchronous.
+    0: training and sampling take turns."""
 
     generate: str | None = Field(default=None, pattern=PATTERN)
     """Function that writes each response together with the model, by its dotted path `package.module:function`:
@@ -124,7 +126,7 @@ class RolloutConfig(Section):
     @property
     def carries_over(self) -> bool:
         """Whether a step may leave samples to the next one."""
-        return self.partial_rollouts is not None or self.sample_ahead
+        return self.partial_rollouts is not None or self.max_staleness > 0
 
     @property
     def oversampling(self) -> float:
@@ -145,15 +147,36 @@ class RolloutConfig(Section):
 
     @model_validator(mode="after")
     def _takes_a_data_set_as_it_is(self) -> "RolloutConfig":
-        sampling = ("replay_from", "dynamic_sampling", "partial_rollouts", "sample_ahead", "routing_replay")
+        sampling = ("replay_from", "dynamic_sampling", "partial_rollouts", "max_staleness", "routing_replay")
         if self.source == "dataset" and (given := [name for name in sampling if getattr(self, name)]):
             raise ValueError(f"source: dataset does not go with {', '.join(given)}; leave it out")
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _names_what_replaced_sample_ahead(cls, data: Any) -> Any:
+        """Configurations of runs from before `max_staleness` can still be read."""
+        if not isinstance(data, dict) or "sample_ahead" not in data:
+            return data
+        if data["sample_ahead"]:
+            raise ValueError("sample_ahead was replaced by max_staleness; set max_staleness: 1")
+        return {name: value for name, value in data.items() if name != "sample_ahead"}
+
     @model_validator(mode="after")
-    def _samples_ahead_whole_batches(self) -> "RolloutConfig":
-        if self.sample_ahead and (self.partial_rollouts or self.replay_from):
-            raise ValueError("sample_ahead does not go with partial_rollouts or replay_from; turn one of them off")
+    def _is_asynchronous_or_repeatable(self) -> "RolloutConfig":
+        reasons = {
+            "deterministic": "which weights draw which token depends on time",
+            "partial_rollouts": "asynchronous sampling leaves unfinished responses to later steps anyway",
+            "replay_from": "nothing is sampled",
+        }
+        for name, reason in reasons.items():
+            if self.max_staleness and getattr(self, name):
+                raise ValueError(f"max_staleness does not go with {name}: {reason}; leave one of them out")
+        if self.max_staleness and self.dynamic_sampling and self.dynamic_sampling.oversampling > 1:
+            raise ValueError(
+                "max_staleness does not go with dynamic_sampling.oversampling: no group is aborted; leave the latter "
+                "at 1"
+            )
         return self
 
     @model_validator(mode="after")

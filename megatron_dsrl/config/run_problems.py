@@ -139,11 +139,11 @@ def _batch_problems(config: RunConfig, world_size: int, prompts: int | None) -> 
             "data.source, rollout.prompts_per_step",
             f"the training set has only {prompts} prompts for {rollout.prompts_per_step} per step; lower the latter",
         )
-    if rollout.sample_ahead and not config.engine.urls:
+    if rollout.max_staleness and not config.engine.urls:
         yield (
-            "rollout.sample_ahead, engine.urls",
+            "rollout.max_staleness, engine.urls",
             "engines that share the trainer's devices cannot sample while it trains; start servers elsewhere and name "
-            "them in engine.urls, or turn sample_ahead off",
+            "them in engine.urls, or set max_staleness to 0",
         )
     if rollout.replay_from is not None and config.evaluation.sets:
         yield "rollout.replay_from, evaluation.sets", "a replay starts no engines, so it cannot evaluate; use no sets"

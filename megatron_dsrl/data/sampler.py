@@ -1,13 +1,10 @@
 """Which prompts come next: shuffled epochs, deterministic and resumable."""
 
 import random
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, TypedDict, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypedDict
 
 from megatron_dsrl.common.errors import UserError
-
-Item = TypeVar("Item")
-
 
 Reorder = Callable[[int, list[int]], list[int]]
 """reorder(epoch, shuffled) returns the same indices in the order of this epoch, counted from 0."""
@@ -97,25 +94,3 @@ class PromptSampler:
         random.Random(f"{self._seed}/{epoch}").shuffle(shuffled)
         self._order = self._reorder(epoch, shuffled)
         assert sorted(self._order) == list(range(self._num_prompts)), "an epoch has every prompt once"
-
-
-class RepeatableDraw(Generic[Item]):
-    """Draws items like `draw`, and can draw the same ones again."""
-
-    def __init__(self, draw: Callable[[int], Sequence[Item]]) -> None:
-        self._draw = draw
-        self._drawn: list[Item] = []
-        self._position = 0
-
-    def __call__(self, count: int) -> list[Item]:
-        """The next `count` items: those drawn before first, then new ones."""
-        end = self._position + count
-        if end > len(self._drawn):
-            self._drawn += self._draw(end - len(self._drawn))
-        taken, self._position = self._drawn[self._position : end], end
-        return taken
-
-    def from_the_start(self) -> "RepeatableDraw[Item]":
-        """Start over with the first item that was drawn."""
-        self._position = 0
-        return self

@@ -57,8 +57,8 @@ class Plan:
         return sum(phase.steps * self._step(phase.seconds) for phase in self.phases)
 
     def _step(self, training_seconds: float) -> float:
-        """Generation and update one after the other, or concurrently with `rollout.sample_ahead`."""
-        together = max if self.config.rollout.sample_ahead else sum
+        """Generation and update one after the other, or concurrently with `rollout.max_staleness`."""
+        together = max if self.config.rollout.max_staleness else sum
         return together((training_seconds, self.generation_seconds))
 
 

@@ -4,7 +4,7 @@ The layout of one model stays the same, and further GPUs are used for data paral
 batch grows with the GPUs (`with_batch_for`), every part whose time grows limits scaling; if the batch stays the same,
 every part whose time does not shrink does. No run of this size has been made; the constants below name their sources.
 
-Parts of a step, one after the other (with `rollout.sample_ahead`, generation runs beside update and gradients):
+Parts of a step, one after the other (with `rollout.max_staleness`, generation runs beside update and gradients):
 
 - generation: the longest of four overlapping parts: decoding (compute.py), the longest response alone in its engine,
   reading the answers on rank 0, and judging them there;
@@ -86,8 +86,8 @@ class StepEstimate:
     gradients: float
     weight_push: float
     hours_between_failures: float
-    samples_ahead: bool = False
-    """`rollout.sample_ahead`."""
+    is_asynchronous: bool = False
+    """`rollout.max_staleness` above 0."""
 
     @property
     def generation(self) -> float:
@@ -97,7 +97,7 @@ class StepEstimate:
     @property
     def step(self) -> float:
         """The whole step."""
-        together = max if self.samples_ahead else sum
+        together = max if self.is_asynchronous else sum
         return together((self.generation, self.update + self.gradients)) + self.sharing + self.weight_push
 
     @property
@@ -150,7 +150,7 @@ def estimate_step(
         gradients=_gradient_seconds(config, architecture, world_size, costs),
         weight_push=model_bytes / costs.push_bytes_per_second,
         hours_between_failures=1 / (world_size * costs.failures_per_gpu_hour),
-        samples_ahead=config.rollout.sample_ahead,
+        is_asynchronous=config.rollout.max_staleness > 0,
     )
 
 

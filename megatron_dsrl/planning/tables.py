@@ -209,7 +209,7 @@ def _time_table(plan: Plan, assumptions: Assumptions) -> Table:
         f"assumed: {assumptions.bandwidth_utilisation:.0%} of the memory bandwidth; without the slowest samples' tail",
     )
     steps = " + ".join(f"{phase.steps} {phase.name}" for phase in plan.phases) + " steps"
-    if plan.config.rollout.sample_ahead:
+    if plan.config.rollout.max_staleness:
         steps += ", sampling beside the update"
     table.add_row("whole run, h", f"{plan.run_seconds / 3600:,.1f}", steps)
     return table

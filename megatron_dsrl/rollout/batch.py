@@ -1,8 +1,9 @@
 """A batch of prompts that is being sampled. It survives lost engines: only unfinished responses are requested again."""
 
+import math
 import time
 from collections import deque
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -38,6 +39,9 @@ class BatchSampler(Protocol):
     def sample_batch(self, feed: Feed, sampling: SamplingParameters, on_samples: OnSamples) -> "RolloutBatch":
         """Sample and judge the feed's groups until it has enough, with the run's verifier."""
 
+    def recover_engines(self) -> None:
+        """Restart lost engines, if there are any, with the weights that they had. Only in the main thread."""
+
 
 @dataclass(frozen=True)
 class BatchRequest:
@@ -46,7 +50,7 @@ class BatchRequest:
     feed: Feed
     sampling: SamplingParameters
     weight_version: int
-    """The version that every new token must carry."""
+    """The version that every new token must carry, unless `versions` says otherwise."""
     deterministic: bool
     """Group i goes to engine i modulo the number of engines, and each engine gets all its groups in one call."""
     max_outstanding_samples: int
@@ -64,6 +68,9 @@ class BatchRequest:
     """An engine that has passed no check for this long counts as lost."""
     generation: CustomGeneration | None = None
     """Writes the responses together with the engine; None: the engine alone writes them."""
+    versions: Callable[[], range] | None = None
+    """The versions that engines may have now, while weights change during the batch: the oldest is loaded everywhere.
+    A token must carry one that an engine has had since its request was sent. None: only `weight_version`."""
 
     @classmethod
     def for_run(
@@ -73,8 +80,12 @@ class BatchRequest:
         sampling: SamplingParameters,
         weight_version: int,
         generation: CustomGeneration | None,
+        versions: Callable[[], range],
     ) -> "BatchRequest":
-        """A request with the limits of the `rollout` and `engine` sections."""
+        """A request with the limits of the `rollout` and `engine` sections.
+
+        A batch of a feed that grows outlives steps, so it has no time limit, and weights change meanwhile.
+        """
         rollout, engine = settings.rollout, settings.engine
         return cls(
             feed=feed,
@@ -82,12 +93,13 @@ class BatchRequest:
             weight_version=weight_version,
             deterministic=rollout.deterministic,
             max_outstanding_samples=engine.max_outstanding_samples,
-            timeout_seconds=rollout.step_timeout_seconds,
+            timeout_seconds=math.inf if feed.wake else rollout.step_timeout_seconds,
             call_timeout_seconds=rollout.request_timeout_seconds,
             call_attempts=rollout.request_attempts,
             health_check_seconds=engine.health_check_seconds,
             health_timeout_seconds=engine.health_timeout_seconds,
             generation=generation,
+            versions=versions if feed.wake else None,
         )
 
 
@@ -102,6 +114,8 @@ class Call:
     """Number of failures so far."""
     not_before: float = 0.0
     """Earliest time to send it, on the monotonic clock: a failed call backs off."""
+    oldest_version: int = 0
+    """Oldest version that an engine had when it was sent."""
 
 
 class RolloutBatch:
@@ -109,14 +123,16 @@ class RolloutBatch:
 
     def __init__(self, request: BatchRequest, num_engines: int) -> None:
         self.request = request
-        self.groups: list[UnfinishedGroup] = []
+        self.groups: dict[int, UnfinishedGroup] = {}
+        """By position."""
         self.finished: dict[int, SampleGroup] = {}
-        """Judged groups by position."""
+        """Judged groups by position. A feed that grows keeps them itself: they are dropped here."""
         self.waiting: deque[Call] = deque()
         """Calls to make; failed ones come first."""
         self.deadline = time.monotonic() + request.timeout_seconds
         self.retries = 0
         self._num_engines = num_engines
+        self._taken = 0
 
     @property
     def finished_groups(self) -> list[SampleGroup]:
@@ -126,7 +142,7 @@ class RolloutBatch:
     @property
     def unfinished_groups(self) -> list[UnfinishedGroup]:
         """Groups that are not judged yet, by position."""
-        return [group for position, group in enumerate(self.groups) if position not in self.finished]
+        return [group for position, group in self.groups.items() if position not in self.finished]
 
     def prompt_indices(self, call: Call) -> tuple[int, ...]:
         """The row numbers of a call's prompts, as users know them."""
@@ -134,9 +150,11 @@ class RolloutBatch:
 
     def top_up(self) -> None:
         """Take more groups from the feed."""
-        first = len(self.groups)
-        self.groups += self.request.feed.take(first - len(self.finished))
-        added = range(first, len(self.groups))
+        first = self._taken
+        for group in self.request.feed.take(len(self.groups) - len(self.finished)):
+            self.groups[self._taken] = group
+            self._taken += 1
+        added = range(first, self._taken)
         if self.request.deterministic:
             self.waiting += [
                 Call(tuple(added[engine :: self._num_engines]), engine)
@@ -153,6 +171,7 @@ class RolloutBatch:
     def ask(self, call: Call, client: EngineClient) -> Coroutine[Any, Any, list[Completion]]:
         """Get the answers to `requests` from an engine, or from the engine and a function."""
         request, requests = self.request, self.requests(call)
+        call.oldest_version = self._versions().start
         if request.generation is None:
             return client.generate(requests, request.sampling, request.call_timeout_seconds)
         groups = [self.groups[position] for position in call.positions]
@@ -171,19 +190,28 @@ class RolloutBatch:
         for position in call.positions:
             yield position, [next(answers) for _ in range(self.groups[position].num_unfinished)]
 
-    def extend(self, position: int, completions: Sequence[Completion]) -> UnfinishedGroup:
+    def extend(
+        self, position: int, completions: Sequence[Completion], oldest_version: int | None = None
+    ) -> UnfinishedGroup:
         """Add an engine's answers to the group at this position; returns the group.
+
+        Args:
+            position: of the group.
+            completions: the answers.
+            oldest_version: the call's; None: the oldest one now.
 
         Raises:
             StaleWeightsError: a sample does not have the requested weight version.
         """
-        group, current = self.groups[position], self.request.weight_version
+        group, now = self.groups[position], self._versions()
+        allowed = range(now.start if oldest_version is None else oldest_version, now.stop)
         for completion in completions:
             versions = {version for version, _ in completion.weight_versions}
-            if versions - {current} or (completion.response_ids and not versions):
+            if not all(version in allowed for version in versions) or (completion.response_ids and not versions):
+                since = f", and {allowed.start} when it was requested" if len(allowed) > 1 else ""
                 raise StaleWeightsError(
                     f"a sample of prompt {group.prompt.index} was generated with weight version {sorted(versions)}, "
-                    f"the current one is {current}"
+                    f"the current one is {allowed[-1]}{since}"
                 )
         self.groups[position] = group.extended(completions)
         return self.groups[position]
@@ -193,9 +221,12 @@ class RolloutBatch:
         return all(self.groups[position].is_complete for position in call.positions)
 
     def finish(self, position: int, group: SampleGroup) -> None:
-        """Keep a judged group."""
-        self.finished[position] = group
-        self.request.feed.judged(group)
+        """Keep a judged group, or leave it to a feed that grows."""
+        self.request.feed.judged(position, group)
+        if self.request.feed.wake is None:
+            self.finished[position] = group
+        else:
+            del self.groups[position]
 
     def put_back(self, call: Call, pause_seconds: float = 0.0) -> None:
         """Queue a call again, before all others, without counting an attempt."""
@@ -218,3 +249,8 @@ class RolloutBatch:
         self.retries += 1
         call.positions = tuple(p for p in call.positions if not self.groups[p].is_complete)
         self.put_back(call, FIRST_BACK_OFF_SECONDS * 2 ** (call.attempts - 1))
+
+    def _versions(self) -> range:
+        """The weight versions that engines may have now."""
+        request = self.request
+        return request.versions() if request.versions else range(request.weight_version, request.weight_version + 1)

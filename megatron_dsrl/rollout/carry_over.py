@@ -1,5 +1,7 @@
 """State that a step passes to the next one.
 
+Asynchronous sampling (`group_queue.py`): finished groups, and the prompts and seeds of those in flight.
+
 Partial rollouts: responses aborted when a step has enough groups (`sample_until.py`) keep their tokens, and the next
 step continues them under its own weights before it begins new prompts. So no step waits for the longest responses.
 
@@ -29,7 +31,7 @@ class CarryOver:
     """Groups that were sampled, fully or in part, but not trained on yet."""
 
     finished: tuple[SampleGroup, ...] = ()
-    """Judged groups: more than their step needed, or sampled ahead."""
+    """Judged groups: more than their step needed, or of steps to come."""
     unfinished: tuple[UnfinishedGroup, ...] = ()
 
     @property
@@ -106,8 +108,8 @@ def restart_expired(
         What this step continues, and the number of restarted groups.
     """
     oldest_allowed = weight_version - max_weight_versions + 1
-    finished = tuple(group for group in carried.finished if _oldest_version(group) >= oldest_allowed)
-    expired = [group.prompt for group in carried.finished if _oldest_version(group) < oldest_allowed]
+    finished = tuple(group for group in carried.finished if group.oldest_version >= oldest_allowed)
+    expired = [group.prompt for group in carried.finished if group.oldest_version < oldest_allowed]
     unfinished = []
     for group in carried.unfinished:
         if group.oldest_version is not None and group.oldest_version < oldest_allowed:
@@ -116,10 +118,6 @@ def restart_expired(
             unfinished.append(group)
     restarted = [UnfinishedGroup.new(*pair) for pair in zip(expired, new_seeds(expired), strict=True)]
     return CarryOver(finished, (*unfinished, *restarted)), len(expired)
-
-
-def _oldest_version(group: SampleGroup) -> int:
-    return min(sample.oldest_version for sample in group.samples)
 
 
 def _unfinished_group(record: dict[str, Any]) -> UnfinishedGroup:

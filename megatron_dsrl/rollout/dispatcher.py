@@ -17,6 +17,7 @@ from typing import Any
 from megatron_dsrl.rollout.batch import FIRST_BACK_OFF_SECONDS, RolloutBatch
 from megatron_dsrl.rollout.engine_calls import CallTask, EngineCalls, RunningCall
 from megatron_dsrl.rollout.engine_health import EngineHealth
+from megatron_dsrl.rollout.engine_states import EngineStates
 from megatron_dsrl.rollout.engines.client import EngineClient
 from megatron_dsrl.rollout.engines.errors import BadRequestError, EngineError
 from megatron_dsrl.rollout.engines.generation import Completion
@@ -42,7 +43,7 @@ class Dispatcher:
         self,
         batch: RolloutBatch,
         clients: Sequence[EngineClient],
-        lost: dict[int, str],
+        states: EngineStates,
         judge: GroupJudge,
         progress: BatchProgress,
     ) -> None:
@@ -50,15 +51,19 @@ class Dispatcher:
         Args:
             batch: its state is updated in place.
             clients: one per engine.
-            lost: why an engine must not be used, by engine number. Engines lost during the batch are added.
+            states: which engines must not be used. Those lost during the batch are added.
         """
         self._batch = batch
         self._clients = clients
-        self._lost = lost
+        self._lost = states.lost
         self._judge = judge
         self._progress = progress
-        self._calls = EngineCalls(batch, clients, lost.keys(), progress.on_call)
-        self._health = EngineHealth(clients, batch.request.health_check_seconds, batch.request.health_timeout_seconds)
+        self._calls = EngineCalls(batch, clients, states, progress.on_call)
+        request = batch.request
+        self._health = EngineHealth(clients, request.health_check_seconds, request.health_timeout_seconds, states)
+        self._wake = request.feed.wake
+        self._news: asyncio.Task[None] | None = None
+        """Ends when the feed has more to give."""
         self._judging: dict[asyncio.Task[SampleGroup], int] = {}
         """The position of each group that is being judged."""
 
@@ -72,16 +77,20 @@ class Dispatcher:
             EngineError: an engine rejected a request, or the batch took longer than its limit; the message names the
                 prompts.
         """
-        self._health.watch(engine for engine in range(len(self._clients)) if engine not in self._lost)
+        if self._wake:
+            self._wake.attach()
         try:
             while not self._batch.request.feed.is_enough():
+                # an engine that was lost may be back
+                self._health.watch(engine for engine in range(len(self._clients)) if engine not in self._lost)
+                self._listen()
                 self._batch.top_up()
                 self._calls.send_due()
                 if not self._calls.running and not self._judging:
-                    if not self._batch.waiting:
+                    if not self._batch.waiting and self._wake is None:
                         return
-                    if not any(map(self._calls.has_engine, self._batch.waiting)):
-                        raise EnginesLostError("\n".join(self._lost.values()))
+                    if self._batch.waiting and not any(map(self._calls.has_engine, self._batch.waiting)):
+                        raise EnginesLostError("\n".join(list(self._lost.values())))
                 await self._handle_next_events()
             await self._abort_surplus()
         finally:
@@ -96,6 +105,7 @@ class Dispatcher:
         now = time.monotonic()
         wake = min([self._batch.deadline, *(c.not_before for c in self._batch.waiting if c.not_before > now)])
         tasks: list[asyncio.Task[Any]] = [*self._calls.running, *self._judging, *self._health.monitors]
+        tasks += [self._news] if self._news else []
         done, _ = await asyncio.wait(tasks, timeout=max(0.0, wake - now), return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             if task in self._calls.running:
@@ -123,6 +133,11 @@ class Dispatcher:
         if not self._batch.is_answered(running.call):  # the engine aborted without being asked
             self._batch.retry(running.call, EngineError("the engine aborted it"))
 
+    def _listen(self) -> None:
+        """Have the feed interrupt the next wait."""
+        if self._wake and (self._news is None or self._news.done()):
+            self._news = asyncio.create_task(self._wake.wait())
+
     def _take(self, running: RunningCall, completions: Sequence[Completion]) -> None:
         """Add the completions to the call's groups; complete groups go to the verifier."""
         aborted = any(completion.finish_reason == "abort" for completion in completions)
@@ -130,7 +145,7 @@ class Dispatcher:
         self._calls.report(running, "aborted" if aborted else "done", tokens)
         self._calls.learn(completions)
         for position, answers in self._batch.split(running.call, completions):
-            group = self._batch.extend(position, answers)
+            group = self._batch.extend(position, answers, running.call.oldest_version)
             self._progress.on_samples(sum(answer.finish_reason != "abort" for answer in answers))
             if group.is_complete:
                 self._judging[asyncio.create_task(self._judge.judge(group, self._batch))] = position
@@ -200,6 +215,8 @@ class Dispatcher:
                 self._judged(judgement)
 
     async def _stop(self) -> None:
+        if self._news:
+            self._news.cancel()
         for task in self._judging:
             task.cancel()
         await self._calls.cancel()

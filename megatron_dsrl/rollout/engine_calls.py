@@ -6,12 +6,13 @@ prompt's cache. In deterministic sampling nothing may depend on timing: each cal
 
 import asyncio
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_dsrl.observability.engine_call import EngineCall
 from megatron_dsrl.rollout.batch import Call, RolloutBatch
 from megatron_dsrl.rollout.engine_choice import EngineChoice, Load
+from megatron_dsrl.rollout.engine_states import EngineStates
 from megatron_dsrl.rollout.engines.client import EngineClient
 from megatron_dsrl.rollout.engines.generation import Completion
 from megatron_dsrl.rollout.open_files import RequestLimit
@@ -37,12 +38,12 @@ class EngineCalls:
     """Sends the batch's waiting calls and keeps account of those that run."""
 
     def __init__(
-        self, batch: RolloutBatch, clients: Sequence[EngineClient], lost: Collection[int], on_call: OnCall
+        self, batch: RolloutBatch, clients: Sequence[EngineClient], states: EngineStates, on_call: OnCall
     ) -> None:
         """
         Args:
             clients: one per engine.
-            lost: engines that must not be used; the caller adds to it.
+            states: names the engines that must not be used; the caller adds to them.
             on_call: called with every call that has ended.
         """
         self.running: dict[CallTask, RunningCall] = {}
@@ -51,11 +52,12 @@ class EngineCalls:
         self.limit = RequestLimit()
         self._batch = batch
         self._clients = clients
-        self._lost = lost
+        self._lost = states.lost.keys()
+        self._use = states.use
         self._on_call = on_call
         request = batch.request
         self._choice = EngineChoice(
-            len(clients), request.max_outstanding_samples, request.sampling.max_response_tokens, lost
+            len(clients), request.max_outstanding_samples, request.sampling.max_response_tokens, self._lost
         )
 
     def has_engine(self, call: Call) -> bool:
@@ -76,6 +78,7 @@ class EngineCalls:
                 return
             self._batch.waiting.remove(call)
             self._choice.start(engine, load)
+            self._use.started(engine)
             running = RunningCall(call, engine, load, now, self._batch.connections(call))
             self.connections += running.connections
             self.running[asyncio.create_task(self._batch.ask(call, self._clients[engine]))] = running
@@ -85,6 +88,7 @@ class EngineCalls:
         running = self.running.pop(task)
         self.connections -= running.connections
         self._choice.finish(running.engine, running.load)
+        self._use.ended(running.engine)
         return running
 
     def learn(self, completions: Sequence[Completion]) -> None:
@@ -106,6 +110,7 @@ class EngineCalls:
         """Cancel all calls. This closes their connections, which makes SGLang abort the requests."""
         for task, running in self.running.items():
             self.report(running, "cancelled")
+            self._use.ended(running.engine)
             task.cancel()
         await asyncio.gather(*self.running, return_exceptions=True)
 

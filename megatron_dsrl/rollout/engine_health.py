@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Iterable, Sequence
 
+from megatron_dsrl.rollout.engine_states import EngineStates
 from megatron_dsrl.rollout.engines.client import EngineClient
 from megatron_dsrl.rollout.engines.errors import EngineError
 from megatron_dsrl.rollout.open_files import TooManyOpenFilesError
@@ -15,23 +16,31 @@ GRACE_SECONDS = 5.0
 class EngineHealth:
     """One task per engine; it ends with the reason when the engine is lost."""
 
-    def __init__(self, clients: Sequence[EngineClient], interval_seconds: float, timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        clients: Sequence[EngineClient],
+        interval_seconds: float,
+        timeout_seconds: float,
+        states: EngineStates | None = None,
+    ) -> None:
         """
         Args:
             clients: one per engine.
             interval_seconds: time between two checks of an engine.
             timeout_seconds: an engine that has passed no check for this long is lost.
+            states: says when engines cannot answer, because they are loading weights.
         """
         self.monitors: dict[asyncio.Task[str], int] = {}
         """The engine that each task watches."""
         self._clients = clients
         self._interval_seconds = interval_seconds
         self._timeout_seconds = timeout_seconds
+        self._states = states or EngineStates()
         self._ended = asyncio.Event()
 
     def watch(self, engines: Iterable[int]) -> None:
-        """Start to check these engines."""
-        for engine in engines:
+        """Check these engines from now on, if they are not being checked already."""
+        for engine in set(engines).difference(self.monitors.values()):
             self.monitors[asyncio.create_task(self._monitor(self._clients[engine]))] = engine
 
     async def check(self, engine: int) -> None:
@@ -66,6 +75,9 @@ class EngineHealth:
             try:
                 await asyncio.wait_for(self._ended.wait(), self._interval_seconds)
             except TimeoutError:
+                if self._states.is_loading:
+                    healthy = time.monotonic()
+                    continue
                 try:
                     await client.check_health(self._timeout_seconds)
                     healthy = time.monotonic()

@@ -19,6 +19,7 @@ from megatron_dsrl.rollout.batch import BatchRequest, RolloutBatch
 from megatron_dsrl.rollout.carry_over import CarryOver
 from megatron_dsrl.rollout.custom_generation import custom_generation
 from megatron_dsrl.rollout.dispatcher import Dispatcher, EnginesLostError
+from megatron_dsrl.rollout.engine_states import EngineStates
 from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.client import connect
 from megatron_dsrl.rollout.engines.engine_protocol import Engines
@@ -51,6 +52,7 @@ class EngineRollout:
         on_call: OnCall = ignore,
         starting: StartingServer | None = None,
         encode: Encode | None = None,
+        last_step: int | None = None,
     ) -> None:
         """Start the engines.
 
@@ -59,6 +61,7 @@ class EngineRollout:
             on_call: called with every call to an engine that has ended.
             starting: the process that becomes this rank's server; None starts a new one.
             encode: the tokenizer; needed with `rollout.generate`.
+            last_step: last step of the run; None: no end.
 
         Raises:
             UserError: `rollout.generate` or a verifier does not exist or does not take its options.
@@ -69,14 +72,16 @@ class EngineRollout:
         self._on_call = on_call
         self._training_sampling = SamplingParameters.for_training(config.rollout, stop_token_ids)
         self._weight_version = initial_weight_version(config)
-        self._lost: dict[int, str] = {}
-        """Why an engine is lost, by its number, as found by rank 0."""
+        self._newest_version = self._weight_version
+        """The version that is being loaded, or that has been."""
+        self._states = EngineStates()
+        """As found by rank 0."""
         self._recover: Callable[[], None] | None = None
         self._retries = 0
         if rank() == 0:
             requests_at_a_time()  # a limit that is far too low is an error before anything is started
         self._rewards = RewardPool(config.reward, config.data.set_rewards) if rank() == 0 else None
-        self._steps = step_sampling(config, self)
+        self._steps = step_sampling(config, self, last_step)
         self._engines: Engines | None = None
         try:
             self._engines = make_engines(config, run_folder, starting)
@@ -116,14 +121,6 @@ class EngineRollout:
     def sample_step(self, step: int, draw: Draw, watch: Watch) -> StepSamples:
         """The judged groups of a training step, in the configured mode; see `step_sampling`. Rank 0 only."""
         return self._steps.sample(step, draw, watch)
-
-    def start_ahead(self, step: int, draw: Draw, watch: Watch) -> None:
-        """Start sampling this step in the background, with `rollout.sample_ahead` only. Rank 0 only."""
-        self._steps.start_ahead(step, draw, watch)
-
-    def finish_ahead(self) -> None:
-        """Wait for `start_ahead`. If engines were lost, samples again in this thread. Rank 0 only."""
-        self._steps.finish_ahead()
 
     def sample_batch(self, feed: Feed, sampling: SamplingParameters, on_samples: OnSamples) -> RolloutBatch:
         """Sample what a feed asks for, judged by the run's verifier. Rank 0 only."""
@@ -198,9 +195,22 @@ class EngineRollout:
             result = work()
         finally:
             self._recover = None
-        broadcast((True, self._lost))
-        engines.lose(self._lost)  # not called again until they are restarted
+        lost = dict(self._states.lost)
+        broadcast((True, lost))
+        engines.lose(lost)  # not called again until they are restarted
         return result
+
+    def recover_engines(self) -> None:
+        """Restart lost engines, if there are any, with the weights that they had. Rank 0's main thread, within
+        `while_sampling`."""
+        lost = dict(self._states.lost)
+        if not lost:
+            return
+        assert self._recover is not None, "only while_sampling can have all ranks restart engines"
+        broadcast((False, lost))
+        self._running_engines().lose(lost)
+        self._recover()
+        self._states.lost.clear()
 
     def restart_engines(self) -> None:
         """Restart lost engines, with the weights of the model folder. All ranks."""
@@ -209,14 +219,20 @@ class EngineRollout:
     def load_weights(self, make_buckets: Callable[[], Iterable[Bucket]], version: int) -> None:
         """Give all engines new weights under this version; lost ones are restarted first. All ranks."""
         engines = self._running_engines()
-        engines.lose(broadcast(self._lost))
-        self._lost.clear()
+        lost = broadcast(dict(self._states.lost))
+        engines.lose(lost)
+        self._newest_version, self._states.is_loading = version, True
         engines.load(make_buckets, version)
-        self._weight_version = version
+        self._weight_version, self._states.is_loading = version, False
+        for engine in lost:  # not before: what samples meanwhile must not use an engine without weights
+            self._states.lost.pop(engine, None)
 
-    def fault_metrics(self) -> dict[str, int]:
-        """`engine/restarts` and `engine/retries`, counted since the run was started."""
-        return {"engine/restarts": self._running_engines().restarts, "engine/retries": self._retries}
+    def engine_metrics(self) -> dict[str, int | float]:
+        """See `Rollout.engine_metrics`."""
+        engines = self._running_engines()
+        metrics: dict[str, int | float] = {"engine/restarts": engines.restarts, "engine/retries": self._retries}
+        idle = self._states.use.idle_fraction(len(engines.addresses))
+        return metrics if idle is None else metrics | {"engine/idle_fraction": idle}
 
     def release_memory(self) -> None:
         """Free the device memory of weights and KV cache, where the platform can. All ranks."""
@@ -235,6 +251,7 @@ class EngineRollout:
 
     def close(self) -> None:
         """End the engines and the verifier's processes. Can be called after a failed start."""
+        self._steps.close()
         if self._engines is not None:
             self._engines.close()
         if self._rewards is not None:
@@ -246,22 +263,22 @@ class EngineRollout:
         """Sample a batch to completion, restarting engines as needed."""
         assert self.engine_addresses, "wait_until_ready() comes first"
         assert self._weight_version != UNSET_WEIGHT_VERSION, "load_weights() comes first: the model folder has none"
-        request = BatchRequest.for_run(self._config, feed, sampling, self._weight_version, self._generation)
+        request = BatchRequest.for_run(
+            self._config, feed, sampling, self._weight_version, self._generation, self._versions
+        )
         batch = RolloutBatch(request, len(self.engine_addresses))
         in_main_thread = threading.current_thread() is threading.main_thread()
-        recover = self._recover if in_main_thread else None  # collective; the main thread may be in another collective
+        # collective; the main thread may be in another collective
+        may_recover = in_main_thread and self._recover is not None
         while True:
             try:
                 asyncio.run(self._dispatch(batch, GroupJudge(rewards, self._decode), progress))
                 return batch
             except EnginesLostError:
-                if recover is None:
+                if not may_recover:
                     raise
                 started = time.monotonic()
-                broadcast((False, self._lost))
-                self._running_engines().lose(self._lost)
-                recover()
-                self._lost.clear()
+                self.recover_engines()
                 batch.deadline += time.monotonic() - started  # the limit applies to sampling only
             finally:
                 self._retries += batch.retries
@@ -269,7 +286,11 @@ class EngineRollout:
 
     async def _dispatch(self, batch: RolloutBatch, judge: GroupJudge, progress: BatchProgress) -> None:
         async with connect(self.engine_addresses, self._config.engine.update_timeout_seconds) as clients:
-            await Dispatcher(batch, clients, self._lost, judge, progress).run()
+            await Dispatcher(batch, clients, self._states, judge, progress).run()
+
+    def _versions(self) -> range:
+        """Versions that engines may have now: two while weights are being loaded."""
+        return range(self._weight_version, self._newest_version + 1)
 
     def _running_engines(self) -> Engines:
         assert self._engines is not None, "the rollout is closed"

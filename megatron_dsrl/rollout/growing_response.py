@@ -13,6 +13,7 @@ from megatron_dsrl.rollout.engines.client import EngineClient
 from megatron_dsrl.rollout.engines.generation import Completion, SampleRequest, VersionSpans
 from megatron_dsrl.rollout.sample import SamplingParameters
 from megatron_dsrl.rollout.seeds import turn_seed
+from megatron_dsrl.rollout.unfinished import merge_spans
 
 Encode = Callable[[str], Sequence[int]]
 """Text to token ids. Special tokens in the text are recognised, and none are added."""
@@ -71,7 +72,8 @@ class GrowingResponse:
         self._token_ids: tuple[int, ...] = ()
         self._log_probs: tuple[float, ...] = ()
         self._scored: tuple[bool, ...] = ()
-        self._versions: VersionSpans = ()
+        self._versions: tuple[int | None, ...] = ()
+        """Version of the weights that drew each token; None for tokens from elsewhere."""
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -112,8 +114,8 @@ class GrowingResponse:
         completion = await self._ask(request, stop_token_ids)
         if self._token_ids != before:
             raise ValueError("the response was changed while the model was writing; await one turn before the next")
-        self._add(completion.response_ids, completion.log_probs, is_scored=True)
-        self._versions += completion.weight_versions
+        versions = [version for version, count in completion.weight_versions for _ in range(count)]
+        self._add(completion.response_ids, completion.log_probs, versions)
         if completion.finish_reason == "stop":
             return Turn(tuple(completion.response_ids), "stop")
         self.is_truncated = self.is_truncated or self.remaining_tokens <= 0
@@ -134,7 +136,7 @@ class GrowingResponse:
         if len(ids) > self.remaining_tokens:
             self.is_truncated, self._limit = True, len(self._token_ids)
             return False
-        self._add(ids, (0.0,) * len(ids), is_scored=False)
+        self._add(ids, (0.0,) * len(ids), [None] * len(ids))
         return True
 
     def keep(self, count: int) -> None:
@@ -146,7 +148,7 @@ class GrowingResponse:
         if count < len(self._token_ids):
             self.is_truncated, self._limit = False, self.sampling.max_response_tokens
         self._token_ids, self._log_probs = self._token_ids[:count], self._log_probs[:count]
-        self._scored = self._scored[:count]
+        self._scored, self._versions = self._scored[:count], self._versions[:count]
 
     def as_completion(self) -> Completion:
         """The finished response in the form of an engine's answer.
@@ -156,14 +158,11 @@ class GrowingResponse:
         """
         if not any(self._scored):
             raise ValueError("none of the response's tokens are the model's; nothing can be trained on")
-        versions = {version for version, _ in self._versions}
-        # Tokens from elsewhere count with the weights that read them. Several versions are for the batch to refuse.
-        spans = ((versions.pop(), len(self._token_ids)),) if len(versions) == 1 else self._versions
         return Completion(
             response_ids=self._token_ids,
             log_probs=self._log_probs,
             finish_reason="length" if self.is_truncated else "stop",
-            weight_versions=spans,
+            weight_versions=self._version_spans(),
             scored=None if all(self._scored) else self._scored,
         )
 
@@ -180,7 +179,21 @@ class GrowingResponse:
             raise
         return completion
 
-    def _add(self, ids: Sequence[int], log_probs: Sequence[float], is_scored: bool) -> None:
+    def _version_spans(self) -> VersionSpans:
+        """The weights of all tokens. Tokens from elsewhere count with those that drew the next token, which have read
+        them, and at the end with the last ones."""
+        spans: list[tuple[int, int]] = []
+        unread = 0
+        for version in self._versions:
+            unread += 1
+            if version is not None:
+                spans.append((version, unread))
+                unread = 0
+        spans.append((spans[-1][0], unread))
+        return merge_spans(tuple(spans))
+
+    def _add(self, ids: Sequence[int], log_probs: Sequence[float], versions: Sequence[int | None]) -> None:
         self._token_ids += tuple(ids)
         self._log_probs += tuple(log_probs)
-        self._scored += (is_scored,) * len(ids)
+        self._scored += tuple(version is not None for version in versions)
+        self._versions += tuple(versions)

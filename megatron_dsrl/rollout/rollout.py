@@ -66,15 +66,6 @@ class Rollout(Generator, Protocol):
             watch: reports progress.
         """
 
-    def start_ahead(self, step: int, draw: Draw, watch: Watch) -> None:
-        """With `rollout.sample_ahead`, start sampling this step in the background. Rank 0 only.
-
-        Until `finish_ahead`, the engines must not be used otherwise.
-        """
-
-    def finish_ahead(self) -> None:
-        """Wait for the sampling that `start_ahead` started. Rank 0 only."""
-
     def while_sampling(self, work: Callable[[], Value], recover: Callable[[], None]) -> Value | None:
         """Run work that samples on rank 0, while the other ranks stand by to restart lost engines. All ranks.
 
@@ -96,8 +87,9 @@ class Rollout(Generator, Protocol):
         `make_buckets` gathers the weights again each time it is called.
         """
 
-    def fault_metrics(self) -> dict[str, int]:
-        """The `engine/*` metrics of a step record: restarts and retried requests since the run was started."""
+    def engine_metrics(self) -> dict[str, int | float]:
+        """The `engine/*` metrics of a step record: restarts and retried requests since the run was started, and the
+        share of the time since the last call in which an engine had no request. Rank 0 only."""
 
     def release_memory(self) -> None:
         """Lend the engines' device memory to the training step. All ranks."""

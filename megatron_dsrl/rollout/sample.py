@@ -77,6 +77,11 @@ class SampleGroup:
     prompt: Prompt
     samples: tuple[Sample, ...]
 
+    @property
+    def oldest_version(self) -> int:
+        """Oldest version of the weights that produced any of its tokens."""
+        return min(sample.oldest_version for sample in self.samples)
+
 
 def count_tokens(groups: Sequence[SampleGroup]) -> int:
     """Response tokens of all samples that the policy generated."""

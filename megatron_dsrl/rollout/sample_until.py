@@ -75,6 +75,8 @@ def sample_until(
 class UntilEnough:
     """Feeds a batch until enough of its groups are accepted. Which ones these are depends on timing."""
 
+    wake = None
+
     def __init__(
         self,
         wanted: int,
@@ -104,7 +106,7 @@ class UntilEnough:
         self._accepted: list[SampleGroup] = []
         self._rejected: list[SampleGroup] = []
         for group in carried.finished:
-            self.judged(group)
+            self._sort(group)
 
     def take(self, in_flight: int) -> list[UnfinishedGroup]:
         """Carried-over groups first, then as many new ones as keep enough in flight."""
@@ -116,8 +118,11 @@ class UntilEnough:
             groups += self._start(count)
         return groups
 
-    def judged(self, group: SampleGroup) -> None:
+    def judged(self, position: int, group: SampleGroup) -> None:
         """Sort a finished group into accepted or rejected."""
+        self._sort(group)
+
+    def _sort(self, group: SampleGroup) -> None:
         (self._accepted if self._accept(group) else self._rejected).append(group)
 
     def is_enough(self) -> bool:

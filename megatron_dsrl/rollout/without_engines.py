@@ -8,7 +8,6 @@ from megatron_dsrl.rollout.carry_over import CarryOver
 from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
 from megatron_dsrl.rollout.rollout import Value
 from megatron_dsrl.rollout.sample import SampleGroup, SamplingParameters
-from megatron_dsrl.rollout.step_sampling import Draw, Watch
 
 
 class WithoutEngines:
@@ -47,17 +46,13 @@ class WithoutEngines:
         """Run the work on rank 0. All ranks."""
         return work() if rank() == 0 else None
 
-    def fault_metrics(self) -> dict[str, int]:
-        """None: nothing can fail."""
+    def engine_metrics(self) -> dict[str, int | float]:
+        """None."""
         return {}
 
     # ---- no-ops without engines
 
     def wait_until_ready(self) -> None: ...
-
-    def start_ahead(self, step: int, draw: Draw, watch: Watch) -> None: ...
-
-    def finish_ahead(self) -> None: ...
 
     def restart_engines(self) -> None: ...
 

@@ -114,7 +114,7 @@ class Controller:
             **shaping_metrics(responses, self._overlong, self._max_response_tokens),
             **update_metrics(update, phase),
             **critic_metrics,
-            **self._rollout.fault_metrics(),
+            **self._rollout.engine_metrics(),
             **memory_metrics(),
             **timer.metrics(),
         }

@@ -37,8 +37,6 @@ class Sampling:
     controller: Controller | None
     """Rank 0 only."""
     timeline: Timeline | NoTimeline
-    last_step_ahead: int
-    """Last step to sample ahead, while the one before it is trained; 0 without `rollout.sample_ahead`."""
 
     def sampler_state(self) -> SamplerState | MixtureState:
         """The prompts drawn so far."""
@@ -65,25 +63,6 @@ class Sampling:
         responses, sampler_state = shared
         self.sampler.load_state_dict(sampler_state)  # only rank 0 knows how many prompts the step drew
         return responses
-
-    def start_ahead(self, step: int) -> None:
-        """Start sampling this step on rank 0, if it is to be sampled ahead."""
-        if step <= self.last_step_ahead and self.controller:
-            self.rollout.start_ahead(step, self._draw, self.controller.show_progress)
-
-    def finish_ahead(self, step: int) -> bool:
-        """Wait for the sampling that `start_ahead` started; False if the run was asked to stop."""
-        if step > self.last_step_ahead:
-            return True
-
-        def finish() -> bool:
-            self.rollout.finish_ahead()
-            return True
-
-        finished = self.rollout.while_sampling(
-            lambda: unless_stopped(self.stop, finish), lambda: self._recover(version=step - 1)
-        )
-        return bool(broadcast(finished))
 
     def evaluate(self, step: int) -> None:
         """Evaluate the policy after this step (0: before training), except on sets that are already recorded.

@@ -94,10 +94,7 @@ def start_run(config: RunConfig, resources: ExitStack, starting: StartingServer 
         trackers.start()
     stop = resources.enter_context(StopSignal())
     device = share_device(config, models, rollout, timeline)
-    sampling = Sampling(
-        rollout, device, inputs.prompts, sampler, stop, controller, timeline,
-        last_step_ahead=config.steps if config.rollout.sample_ahead else 0,
-    )  # fmt: skip
+    sampling = Sampling(rollout, device, inputs.prompts, sampler, stop, controller, timeline)
     return TrainingRun(
         steps=range(step + 1, config.steps + 1),
         schedule=Schedule(config.phases),
@@ -180,6 +177,7 @@ def start_rollout(
             timeline.engine_call,
             starting,
             inputs.encode,
+            config.steps,
         )
     resources.callback(rollout.close)
     return rollout

@@ -1,4 +1,4 @@
-"""Engines that compute with other numbers than the trainer: what goes with them, and the correction by default."""
+"""Engines that compute with other numbers or older weights than the trainer: what goes with them, and corrections."""
 
 from pathlib import Path
 
@@ -26,6 +26,7 @@ QWEN3_8B = ModelShape(36, 32, 8, 12288, 40960, key_value_size=1024)
         (PLAIN, ["engine.extra_arguments={speculative_algorithm: NGRAM}"], True),
         (PLAIN, ["engine.extra_arguments={quantization: fp8}"], True),
         (PLAIN, ["engine.extra_arguments={attention_backend: fa3}"], False),
+        (PLAIN, ["rollout.max_staleness=1"], True),
     ],
 )
 def test_objectives_in_post_train_space_are_corrected_by_default(

@@ -42,6 +42,7 @@ NOT_HERE = {
     r"examples[/.]laboratory": "hours; tests/examples/test_laboratory.py runs all of it at a small size",
     r"gpu_probe_packages": "tests/tools/test_gpu_probe.py runs it with these packages only",
     r"^torchfrtrace": "tests/platform/test_cuda.py runs it",
+    r"^dsrl serve|train examples/asynchronous/run.yaml": "examples/asynchronous/run.sh does",
     r"launch_server|engine.urls": "of several machines; tests/rollout/engines/test_external_engines.py has one",
 }
 """Commands that are not run here, and why."""
@@ -65,6 +66,7 @@ SHORTER = {
     r"name=(cooler|sharded)": "steps=6",
     r"examples/distillation/run.yaml": "steps=1",
     r"train examples/lora/run.yaml": "steps=2",
+    r"asynchronous/run.sh": "steps=3 evaluation.sets.0.limit=8",
     r"tiny_grpo.yaml$": "steps=2",
     r"tiny_experts_\w+.yaml$": "steps=6",
     r"actor.offload": "name=offloaded",

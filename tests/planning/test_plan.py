@@ -74,7 +74,7 @@ def test_layers_that_do_not_divide_go_to_uneven_stages() -> None:
 
 def test_a_step_that_samples_ahead_takes_as_long_as_the_longer_of_its_parts() -> None:
     servers = "engine.urls=[" + ", ".join(f"'http://host:{port}'" for port in range(3000, 3008)) + "]"
-    in_turns, ahead = plan_of(servers), plan_of(servers, "rollout.sample_ahead=true")
+    in_turns, ahead = plan_of(servers), plan_of(servers, "rollout.max_staleness=1")
     assert in_turns.step_seconds == in_turns.generation_seconds + in_turns.training_seconds
     assert ahead.step_seconds == max(in_turns.generation_seconds, in_turns.training_seconds)
     assert ahead.run_seconds < in_turns.run_seconds

@@ -20,8 +20,9 @@ from megatron_dsrl.rollout.batch import RolloutBatch, StaleWeightsError
 from megatron_dsrl.rollout.custom_generation import CustomGeneration, custom_generation
 from megatron_dsrl.rollout.dispatcher import Dispatcher
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
+from megatron_dsrl.rollout.engine_states import EngineStates
 from megatron_dsrl.rollout.engines.errors import EngineError
-from megatron_dsrl.rollout.engines.generation import SampleRequest
+from megatron_dsrl.rollout.engines.generation import Completion, SampleRequest
 from megatron_dsrl.rollout.growing_response import GrowingResponse
 from megatron_dsrl.rollout.judging import GroupJudge
 from megatron_dsrl.rollout.progress import BatchProgress
@@ -93,9 +94,9 @@ def sample(
         generation=generation(function),
         **settings,
     )
-    batch, lost = RolloutBatch(request, len(engines)), {}
-    asyncio.run(Dispatcher(batch, engines, lost, GroupJudge(rewards, decode_as_numbers), BatchProgress()).run())
-    return batch.finished_groups[0], lost
+    batch, states = RolloutBatch(request, len(engines)), EngineStates()
+    asyncio.run(Dispatcher(batch, engines, states, GroupJudge(rewards, decode_as_numbers), BatchProgress()).run())
+    return batch.finished_groups[0], states.lost
 
 
 @pytest.fixture
@@ -121,6 +122,19 @@ def test_a_response_of_two_turns_and_a_result(rewards) -> None:
     first, other, second, _ = engine.requests  # the samples of a group are written at the same time
     assert (first.seed, other.seed, second.seed) == (*SEEDS, turn_seed(SEEDS[0], 1))
     assert second.token_ids == (*PROMPT.token_ids, 10, ASK, 50, 51) and second.max_new_tokens == 4
+
+
+def test_turns_may_be_of_different_weights_while_these_change(rewards) -> None:
+    """A result counts with the weights that have read it."""
+
+    class Updated(ScriptedEngine):
+        def _complete(self, request: SampleRequest, sampling: SamplingParameters) -> Completion:
+            self._weight_version = 3 if request.token_ids == PROMPT.token_ids else 4
+            return super()._complete(request, sampling)
+
+    group, _ = sample(rewards, ask_once, Updated(two_turns), versions=lambda: range(3, 5))
+
+    assert (group.samples[0].older_versions, group.samples[0].weight_version) == (((3, 2),), 4)
 
 
 def test_a_response_of_the_model_alone_is_as_without_a_function(rewards) -> None:

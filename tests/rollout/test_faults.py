@@ -114,7 +114,7 @@ def engine_process(rollout: EngineRollout) -> int:
 
 
 def restarts(rollout: EngineRollout) -> int:
-    return rollout.fault_metrics()["engine/restarts"]
+    return rollout.engine_metrics()["engine/restarts"]
 
 
 def schedulers(server: int) -> list[psutil.Process]:

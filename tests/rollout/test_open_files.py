@@ -16,6 +16,7 @@ from megatron_dsrl.rewards.pool import RewardPool
 from megatron_dsrl.rollout import open_files
 from megatron_dsrl.rollout.batch import RolloutBatch
 from megatron_dsrl.rollout.dispatcher import Dispatcher
+from megatron_dsrl.rollout.engine_states import EngineStates
 from megatron_dsrl.rollout.engines.generation import Completion
 from megatron_dsrl.rollout.judging import GroupJudge
 from megatron_dsrl.rollout.open_files import TooManyOpenFilesError
@@ -55,15 +56,15 @@ def sample(engine: Engine, prompts: int) -> tuple[RolloutBatch, dict[int, str]]:
     sampling = SamplingParameters(8, stop_token_ids=(7,))
     checks = {"health_check_seconds": 0.01, "health_timeout_seconds": 0.02}
     request = batch_request(groups, sampling, weight_version=1, **checks)
-    batch, lost = RolloutBatch(request, 1), {}
+    batch, states = RolloutBatch(request, 1), EngineStates()
     with RewardPool(RewardConfig(function="tests.support.reward_functions:response_length", workers=1)) as rewards:
 
         async def run() -> None:
             judge = GroupJudge(rewards, decode_as_numbers)
-            await Dispatcher(batch, [engine], lost, judge, BatchProgress()).run()
+            await Dispatcher(batch, [engine], states, judge, BatchProgress()).run()
 
         asyncio.run(run())
-    return batch, lost
+    return batch, states.lost
 
 
 def test_requests_wait_for_file_descriptors(monkeypatch, caplog) -> None:

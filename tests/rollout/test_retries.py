@@ -169,6 +169,6 @@ def test_the_run_counts_the_requests_that_were_made_again(engine_rollout, at_onc
         return await generate(client, *arguments)
 
     monkeypatch.setattr(EngineClient, "generate", fails_once)
-    before = engine_rollout.fault_metrics()["engine/retries"]
+    before = engine_rollout.engine_metrics()["engine/retries"]
     engine_rollout.generate(PROMPTS[:1], SAMPLES, engine_rollout.training_sampling, "test")
-    assert engine_rollout.fault_metrics()["engine/retries"] == before + 1
+    assert engine_rollout.engine_metrics()["engine/retries"] == before + 1

@@ -18,6 +18,7 @@ from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rewards.pool import RewardPool
 from megatron_dsrl.rollout.batch import BatchRequest, RolloutBatch
 from megatron_dsrl.rollout.dispatcher import Dispatcher
+from megatron_dsrl.rollout.engine_states import EngineStates
 from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.client import connect
 from megatron_dsrl.rollout.engines.starting_server import SERVER_PROCESS
@@ -79,14 +80,14 @@ def dispatch(
     batch: RolloutBatch, engines: Sequence[EngineAddress], rewards: RewardPool, progress: BatchProgress
 ) -> dict[int, str]:
     """Sample a batch on these engines; returns why engines were lost, by number."""
-    lost: dict[int, str] = {}
+    states = EngineStates()
 
     async def run() -> None:
         async with connect(engines, 30.0) as clients:
-            await Dispatcher(batch, clients, lost, GroupJudge(rewards, decode_as_numbers), progress).run()
+            await Dispatcher(batch, clients, states, GroupJudge(rewards, decode_as_numbers), progress).run()
 
     asyncio.run(run())
-    return lost
+    return states.lost
 
 
 def decode_as_numbers(token_ids: Sequence[int]) -> str:

@@ -9,6 +9,7 @@ from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rewards.pool import RewardPool
 from megatron_dsrl.rollout.batch import RolloutBatch
 from megatron_dsrl.rollout.dispatcher import Dispatcher
+from megatron_dsrl.rollout.engine_states import EngineStates
 from megatron_dsrl.rollout.engines.generation import Completion, SampleRequest
 from megatron_dsrl.rollout.judging import GroupJudge
 from megatron_dsrl.rollout.progress import BatchProgress
@@ -71,4 +72,4 @@ class ReplayingSampler:
             on_sample(*wanted[position], *group.samples)
 
         progress = BatchProgress(on_group=hand_over)
-        asyncio.run(Dispatcher(batch, clients, {}, GroupJudge(rewards, decode), progress).run())
+        asyncio.run(Dispatcher(batch, clients, EngineStates(), GroupJudge(rewards, decode), progress).run())

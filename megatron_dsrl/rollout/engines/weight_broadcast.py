@@ -77,7 +77,8 @@ class ServerLink:
         host = self._host_towards_server()
         store, port = open_store(host, self._timeout_seconds)
         async with self._client() as client:
-            # Clean up after an earlier run, or this one before it lost the server: requests, an open update.
+            # Clean up after an earlier run, or this one before it lost the server: requests, an open update. It
+            # stays paused, if it is: its weights may be half of one version and half of another.
             await client.abort_all()
             with suppress(EngineError):
                 await client.end_weight_update()
@@ -93,8 +94,9 @@ class ServerLink:
             raise EngineError(f"engine {self.url}: no group for weights: {error}") from error
 
     async def start(self) -> None:
-        """Open a weight update."""
+        """Open a weight update. Running requests pause until `finish`."""
         async with self._client() as client:
+            await client.pause()
             await client.begin_weight_update()
 
     async def send(self, flattened: dict[str, Any]) -> None:
@@ -125,10 +127,11 @@ class ServerLink:
                 raise EngineError(f"engine {self.url}: the broadcast of weights failed: {error}") from error
 
     async def finish(self, version: int) -> None:
-        """Close the update and set the version that samples carry from now on."""
+        """Close the update, set the version that tokens carry from now on, and continue the paused requests."""
         async with self._client() as client:
             await client.end_weight_update()
             await client.set_weight_version(version)
+            await client.resume()
 
     async def digests(self) -> list[dict[str, str]]:
         """See `WeightClient.weight_digests`."""

@@ -22,6 +22,18 @@ class WeightClient(EngineClient):
         ranks = sorted(answer["ranks"], key=lambda each: each["parallelism_info"][0]["rank"])
         return [rank["checksums"] for rank in ranks]
 
+    async def pause(self) -> None:
+        """Stop sampling. Running requests stay in the server and give up their cache; new ones wait.
+
+        They go on after `resume`, with the weights that the server then has, from prompt and tokens that are computed
+        again. (SGLang's mode `in_place` would keep the cache, which the old weights have made.)
+        """
+        await self._post("/pause_generation", {"mode": "retract"})
+
+    async def resume(self) -> None:
+        """Sample again after `pause`; no effect on a server that is not paused."""
+        await self._post("/continue_generation", {})
+
     async def tensor_parallel_size(self) -> int:
         """Number of ranks of the server."""
         answer = await self._request("GET", "/server_info", None, self._timeout_seconds)

@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import shutil
 import signal
 import socket
 import threading
@@ -19,6 +18,7 @@ from transformers import Qwen3ForCausalLM
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.platform.engine import engine_environment
+from megatron_dsrl.rollout.carry_over import CarryOver
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.engines.address import API_KEY_VARIABLE
 from megatron_dsrl.rollout.engines.client import EngineClient
@@ -30,7 +30,7 @@ from megatron_dsrl.rollout.engines.server_arguments import server_arguments
 from megatron_dsrl.rollout.engines.weight_broadcast import ServerLink, broadcast_weights
 from megatron_dsrl.rollout.engines.weight_client import WeightClient
 from megatron_dsrl.rollout.recording import read_groups, rollout_file
-from megatron_dsrl.rollout.sample import SamplingParameters
+from megatron_dsrl.rollout.sample import Sample, SamplingParameters
 from tests.support.compare_runs import records
 from tests.support.engine import (
     STOP_TOKEN_ID,
@@ -41,7 +41,7 @@ from tests.support.engine import (
     weights_checker,
 )
 from tests.support.tiny_model import make_tiny_qwen3
-from tests.support.tiny_run import dsrl, write_tiny_run
+from tests.support.tiny_run import copy_until, dsrl, write_tiny_run
 
 KEY = "key-of-the-test"
 
@@ -91,6 +91,40 @@ def test_samples_come_from_the_broadcast_weights(rollout, folder) -> None:
             reference = transformers_log_probs(policy, group.prompt.token_ids, sample.response_ids, 1.0)
             assert (reference - torch.tensor(sample.log_probs)).abs().max() < 1e-4
     assert sum(len(group.samples) for group in groups) == 6
+
+
+def test_new_weights_take_over_in_the_middle_of_responses(rollout, server, folder, tmp_path) -> None:
+    """Every token has the log-prob under the weights that its version names, given all tokens before it."""
+    policies = {1: Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()}
+    policies[2] = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in policies[2].parameters():
+            parameter.mul_(1.05)
+    policies[2].save_pretrained(tmp_path / "changed")
+    requests = [
+        [SampleRequest(tuple(range(10 + start, 30 + start)), seed=start + each, max_new_tokens=200) for each in (0, 1)]
+        for start in (0, 5, 9)
+    ]
+
+    async def push_beside_generation() -> list[list[Completion]]:
+        async with EngineClient(server.address, timeout_seconds=60.0) as client:
+            sampling = SamplingParameters(200, stop_token_ids=())
+            running = [asyncio.create_task(client.generate(each, sampling)) for each in requests]
+            await asyncio.sleep(0.3)
+            await asyncio.to_thread(rollout.load_weights, lambda: buckets_of(tmp_path / "changed"), 2)
+            return await asyncio.gather(*running)
+
+    rollout.load_weights(lambda: buckets_of(folder), version=1)
+    completions = asyncio.run(push_beside_generation())
+
+    spans = [each.weight_versions for group in completions for each in group]
+    assert {tuple(version for version, _ in each) for each in spans} == {(1, 2)}, spans
+    for group, answers in zip(requests, completions, strict=True):
+        for request, answer in zip(group, answers, strict=True):
+            first = answer.weight_versions[0][1]
+            for version, tokens in ((1, slice(first)), (2, slice(first, None))):
+                reference = transformers_log_probs(policies[version], request.token_ids, answer.response_ids, 1.0)
+                assert (reference - torch.tensor(answer.log_probs))[tokens].abs().max() < 1e-4
 
 
 def test_a_tensor_that_does_not_arrive_ends_the_run(rollout, folder) -> None:
@@ -226,8 +260,8 @@ def test_two_processes_train_with_a_server_elsewhere(ranks, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_samples_are_drawn_ahead_and_a_run_that_goes_on_has_them(tmp_path) -> None:
-    """Steps after the first train on samples of the weights before; so does the first one after an interruption."""
+def test_an_asynchronous_run_keeps_its_bound_and_goes_on_with_what_it_had(tmp_path) -> None:
+    """Engines sample beside the trainer, weights change in the middle of responses, and no token is ever too old."""
     config = write_tiny_run(tmp_path)
     server = EngineServer(
         server_arguments(tiny_run_config(tmp_path / "model"), 0) | {"load_format": "dummy"},
@@ -236,31 +270,42 @@ def test_samples_are_drawn_ahead_and_a_run_that_goes_on_has_them(tmp_path) -> No
         startup_timeout_seconds=300.0,
     )
     server.start()
-    ahead = [f"engine.urls=[{server.url}]", "rollout.sample_ahead=true", "checkpoint.save_every_steps=2", "steps=4"]
-    whole, parts = tmp_path / "runs" / "whole", tmp_path / "runs" / "parts"
+    overrides = [f"engine.urls=[{server.url}]", "rollout.max_staleness=2", "checkpoint.save_every_steps=3", "steps=6"]
+    whole = tmp_path / "runs" / "whole"
 
     def train(name: str) -> None:
-        result = dsrl("train", str(config), f"name={name}", *ahead, timeout_seconds=400)
+        result = dsrl("train", str(config), f"name={name}", *overrides, timeout_seconds=400)
         assert result.returncode == 0, result.stderr
 
     try:
         train("whole")
-        shutil.copytree(whole, parts)  # and now as if it had been killed after its second step
-        shutil.rmtree(parts / "checkpoints" / "step_000004")
-        shutil.rmtree(parts / "hf")
+        parts = copy_until(whole, 3, "parts")
+        left = CarryOver.read_from(parts / "checkpoints" / "step_000003" / "rollout")
         train("parts")
+        server.check_alive()
     finally:
         server.stop()
 
+    waiting = [*left.finished, *left.unfinished]
+    assert len(waiting) == 8 * 2 and all(group.num_tokens == 0 for group in left.unfinished)
     for run in (whole, parts):
-        assert [r["step"] for r in records(run)] == [1, 2, 3, 4]
-        assert [r.get("response/older_token_fraction", 0.0) for r in records(run)] == [0.0, 1.0, 1.0, 1.0]
-        for step in (1, 2, 3, 4):
-            groups = read_groups(rollout_file(run, step))
-            assert {s.weight_version for group in groups for s in group.samples} == {max(1, step - 1)}
-    for one, other in zip(records(whole), records(parts), strict=True):
-        assert other["reward/mean"] == one["reward/mean"]
-        assert other["policy/loss"] == pytest.approx(one["policy/loss"], rel=1e-5)
+        assert [record["step"] for record in records(run)] == [1, 2, 3, 4, 5, 6]
+        ages = [[step - sample.oldest_version for sample in samples_of(run, step)] for step in range(1, 7)]
+        assert all(0 <= age <= min(2, step - 1) for step, of_step in enumerate(ages, 1) for age in of_step)
+        for record, of_step in zip(records(run), ages, strict=True):
+            assert record["asynchronous/max_staleness"] == max(of_step)
+            assert record["asynchronous/mean_staleness"] == pytest.approx(sum(of_step) / len(of_step))
+            assert 0 <= record["engine/idle_fraction"] <= 1
+        assert max(max(of_step) for of_step in ages) == 2, "engines were ahead"
+        prompts = [group.prompt.index for step in range(1, 6) for group in read_groups(rollout_file(run, step))]
+        assert sorted(prompts) == list(range(40)), "five steps of eight prompts are one epoch: none lost, none twice"
+    trained = [group.prompt.index for step in (4, 5) for group in read_groups(rollout_file(parts, step))]
+    assert sorted(trained) == sorted(group.prompt.index for group in waiting)
+    assert "policy/importance_weight" in records(whole)[-1], "the correction that asynchronous runs have by default"
+
+
+def samples_of(run: Path, step: int) -> list[Sample]:
+    return [sample for group in read_groups(rollout_file(run, step)) for sample in group.samples]
 
 
 @pytest.mark.slow

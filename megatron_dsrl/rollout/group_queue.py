@@ -1,0 +1,196 @@
+"""The groups of asynchronous sampling: those that wait for an engine, those in flight, and those that are finished.
+
+Groups are trained on in the order in which they were begun, as many per step as the step takes. The trainer opens so
+many places that a group begun with weights of version v is among the first `1 + max_staleness` steps' worth from then
+on, so it is trained on at step v + max_staleness at the latest (the weights of version v are those that step v
+updates). No group is ever too old, and none is dropped for its age. Because the order is that of the beginning, short
+responses do not overtake long ones.
+
+The trainer's thread adds groups and takes finished ones; the thread of the engines' batch uses it as its `Feed`.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from megatron_dsrl.rollout.carry_over import CarryOver
+from megatron_dsrl.rollout.feed import Wake
+from megatron_dsrl.rollout.sample import SampleGroup
+from megatron_dsrl.rollout.unfinished import UnfinishedGroup
+
+
+@dataclass(eq=False)
+class Place:
+    """A group in the queue."""
+
+    group: UnfinishedGroup | None
+    """As it was begun, without tokens; None if it was finished before this process started."""
+    result: SampleGroup | None = None
+    """Once it is judged."""
+
+
+class GroupQueue:
+    """A `Feed` that grows. All methods may be called from any thread."""
+
+    def __init__(self, accept: Callable[[SampleGroup], bool]) -> None:
+        """
+        Args:
+            accept: whether a judged group is to be trained on; the others leave the queue.
+        """
+        self.wake = Wake()
+        self._accept = accept
+        self._changed = threading.Condition()
+        self._waiting: deque[UnfinishedGroup] = deque()
+        """Not begun yet."""
+        self._places: deque[Place] = deque()
+        """Begun, in that order."""
+        self._limit = 0
+        """Number of places."""
+        self._sampled: dict[int, Place] = {}
+        """Being sampled or judged by the running batch, by position."""
+        self._next_position = 0
+        self._again: list[Place] = []
+        """In flight when a batch ended; the next one begins with them."""
+        self._rejected: list[SampleGroup] = []
+        self._new: list[UnfinishedGroup] = []
+        """Added since the last `take_step`."""
+        self._closed = False
+        self.changes = 0
+        """Counts what `wait` waits for."""
+
+    # ---- the engines' side: `Feed`
+
+    def take(self, in_flight: int) -> list[UnfinishedGroup]:
+        """As many groups as there are free places."""
+        with self._changed:
+            places, self._again = self._again, []
+            while self._waiting and len(self._places) < self._limit:
+                place = Place(self._waiting.popleft())
+                self._places.append(place)
+                places.append(place)
+            for place in places:
+                self._sampled[self._next_position] = place
+                self._next_position += 1
+            return [place.group for place in places if place.group is not None]
+
+    def judged(self, position: int, group: SampleGroup) -> None:
+        """Keep the group at its place, or give the place away if it is not accepted."""
+        with self._changed:
+            place = self._sampled.pop(position)
+            place.result = group
+            if not self._accept(group):
+                self._places.remove(place)
+                self._rejected.append(group)
+        self.notify()
+
+    def is_enough(self) -> bool:
+        """Whether the queue was closed."""
+        return self._closed
+
+    # ---- the trainer's side
+
+    def add(self, groups: Sequence[UnfinishedGroup]) -> None:
+        """Append groups without tokens."""
+        with self._changed:
+            self._waiting += groups
+            self._new += groups
+        self.wake.set()
+
+    def restore(self, finished: Sequence[SampleGroup], unfinished: Sequence[UnfinishedGroup]) -> None:
+        """Begin with the groups of a checkpoint; unfinished ones are sampled from their first token."""
+        with self._changed:
+            self._places.extend(Place(None, group) for group in finished)
+            self._waiting.extend(unfinished)
+        self.wake.set()
+
+    def open(self, places: int) -> None:
+        """Set the number of groups that may be in flight or finished."""
+        with self._changed:
+            self._limit = places
+        self.wake.set()
+
+    def begin_again(self) -> None:
+        """Have the next batch sample what is in flight, because the last one has ended."""
+        with self._changed:
+            self._sampled, self._next_position = {}, 0
+            self._again = [place for place in self._places if place.result is None]
+
+    def finished_of_next(self, wanted: int) -> int:
+        """How many of the groups that the next step takes are finished."""
+        with self._changed:
+            return sum(place.result is not None for place in islice(self._places, wanted))
+
+    def wait(self, changes: int, seconds: float) -> None:
+        """Wait until another group has been judged since `changes` was read, at most this long."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.changes != changes, seconds)
+
+    def notify(self) -> None:
+        """End a `wait`."""
+        with self._changed:
+            self.changes += 1
+            self._changed.notify_all()
+
+    def next_step(self, wanted: int) -> tuple[list[SampleGroup], list[SampleGroup]]:
+        """The groups that the next step takes, and those that were not accepted since the last one."""
+        with self._changed:
+            results = [place.result for place in islice(self._places, wanted)]
+            return [result for result in results if result is not None], list(self._rejected)
+
+    def take_step(self, groups: int, rejected: int, wanted: int) -> None:
+        """Remove what `next_step` has returned. The places stay closed until `open`.
+
+        Args:
+            groups: number of groups.
+            rejected: number of those that were not accepted.
+            wanted: number of groups that the step should have taken.
+        """
+        with self._changed:
+            for _ in range(groups):
+                self._places.popleft()
+            del self._rejected[:rejected]
+            self._limit -= wanted
+            self._new.clear()
+
+    def close(self) -> None:
+        """End the batch."""
+        self._closed = True
+        self.wake.set()
+
+    @property
+    def unfinished(self) -> list[UnfinishedGroup]:
+        """Groups in flight, and those not begun yet."""
+        with self._changed:
+            begun = [place.group for place in self._places if place.result is None and place.group is not None]
+            return [*begun, *self._waiting]
+
+    @property
+    def size(self) -> int:
+        """Number of all groups."""
+        with self._changed:
+            return len(self._places) + len(self._waiting)
+
+    @property
+    def num_finished(self) -> int:
+        """Number of finished groups."""
+        with self._changed:
+            return sum(place.result is not None for place in self._places)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Number of groups that are being sampled or judged."""
+        with self._changed:
+            return sum(place.result is None for place in self._places)
+
+    @property
+    def left(self) -> CarryOver:
+        """What is in the queue, without what was added since the last `take_step`."""
+        with self._changed:
+            new = set(map(id, self._new))
+            places = [place for place in self._places if id(place.group) not in new]
+            begun = [place.group for place in places if place.result is None and place.group is not None]
+            waiting = [group for group in self._waiting if id(group) not in new]
+            finished = tuple(place.result for place in places if place.result is not None)
+            return CarryOver(finished, (*begun, *waiting))
