@@ -2,15 +2,16 @@
 """Conversion speed and peak memory, both ways, beside plain copying and Transformers' load + save.
 
 Creates a random Qwen3 of about the requested size in a scratch folder, runs each measurement in its own process, and
-prints a table: wall-clock speed, CPU seconds (which other programs on the machine hardly change), and peak memory. A
-dash stands for a speed that start-up hides, as for a small model. All output is fsynced before the clock stops,
-including the plain copy; all input is in the page cache. The scratch folder is removed.
+prints a table: wall-clock speed without start-up (Python and imports), as the median and the best of several rounds,
+also relative to the copy; CPU seconds, which other programs on the machine change less; and peak memory. All output is
+fsynced before the clock stops, including the plain copy; all input is in the page cache. The scratch folder is removed.
 """
 
 import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,23 +28,57 @@ from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.weights.hf_writer import HfWriter, create_hf_files
 from megatron_dsrl.weights.tables import weight_table
 
-CONVERT = [sys.executable, "-m", "megatron_dsrl.cli", "convert"]
-COPY = """
-import os, shutil, sys
-shutil.copytree(sys.argv[1], sys.argv[2])
-for name in os.listdir(sys.argv[2]):
-    with open(os.path.join(sys.argv[2], name), "rb") as file:
-        os.fsync(file.fileno())
+COPY = ("import os, shutil", "shutil.copytree(SOURCE, TARGET); flush(TARGET)")
+TRANSFORMERS = (
+    "from megatron_dsrl.platform.engine import prepare_engine_process\n"
+    "prepare_engine_process()\n"
+    "import transformers.models.qwen3.modeling_qwen3\n"
+    "from transformers import AutoModelForCausalLM",
+    "AutoModelForCausalLM.from_pretrained(SOURCE, dtype='auto').save_pretrained(TARGET); flush(TARGET)",
+)
+CONVERT_IMPORTS = """
+from megatron_dsrl.run.loading import loading_megatron
+with loading_megatron():
+    import megatron_dsrl.conversion.hf_to_megatron, megatron_dsrl.conversion.megatron_to_hf
+    import megatron_dsrl.publishing.card
+from megatron_dsrl.cli import main
 """
-TRANSFORMERS = """
-import os, sys
-from megatron_dsrl.platform.engine import prepare_engine_process
-prepare_engine_process()
-from transformers import AutoModelForCausalLM
-AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto").save_pretrained(sys.argv[2])
-for name in os.listdir(sys.argv[2]):
-    with open(os.path.join(sys.argv[2], name), "rb") as file:
-        os.fsync(file.fileno())
+TO_MEGATRON = (CONVERT_IMPORTS, "assert main(['convert', 'hf-to-megatron', SOURCE, TARGET]) == 0")
+TO_HF = (CONVERT_IMPORTS, "assert main(['convert', 'megatron-to-hf', SOURCE, TARGET]) == 0")
+"""Imports and work of a process."""
+TIMED = """
+import json, os, shutil, sys, time
+
+REPORT, SOURCE, TARGET, ROUNDS = sys.argv[1:]
+RANK = os.environ.get("RANK", "0")
+
+def read_whole(folder):  # into the page cache, which a conversion writes past
+    for name in os.listdir(folder):
+        with open(os.path.join(folder, name), "rb", buffering=0) as file:
+            while file.read(2**24):
+                pass
+
+def flush(folder):
+    for name in os.listdir(folder):
+        with open(os.path.join(folder, name), "rb") as file:
+            os.fsync(file.fileno())
+
+def used():
+    with open("/proc/self/status") as file:  # ru_maxrss would include the parent's memory before exec
+        peak = next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+    return {"time": time.time(), "cpu": sum(os.times()[:4]), "peak": peak}
+
+IMPORTS
+rounds = []
+for _ in range(int(ROUNDS)):
+    if RANK == "0":
+        shutil.rmtree(TARGET, ignore_errors=True)
+    read_whole(SOURCE)
+    before = used()
+    WORK
+    rounds.append([before, used()])
+with open(os.path.join(REPORT, RANK), "w") as file:
+    json.dump(rounds, file)
 """
 
 
@@ -52,15 +87,17 @@ class Measurement:
     """One row of the table."""
 
     name: str
-    seconds: float
     start_seconds: float
-    """The part spent on starting Python and importing, measured with a process that does only that."""
+    """Starting Python and importing."""
+    seconds: float
+    """Median over the rounds, from the last process to begin until the last one to end."""
+    best_seconds: float
     cpu_seconds: float
-    """User and system time of all its processes, without that of starting."""
+    """User and system time of all its processes: median over the rounds."""
     peak_bytes: int
     """Largest resident memory of a single process."""
     start_bytes: int
-    """The same for the process that only starts."""
+    """The same after importing."""
 
 
 def make_model(folder: Path, gigabytes: float, seed: int = 0) -> int:
@@ -100,111 +137,97 @@ def make_model(folder: Path, gigabytes: float, seed: int = 0) -> int:
     return sum(torch.Size(shape).numel() * 2 for shape in shapes.values())
 
 
-def measure(name: str, command: Sequence[str], empty: Sequence[str]) -> Measurement:
-    """Run a command and its empty counterpart, each in its own process."""
-    start_seconds, start_cpu, start_bytes = _run(empty)
-    seconds, cpu, peak = _run(command)
-    return Measurement(name, seconds, start_seconds, max(cpu - start_cpu, 0.0), peak, start_bytes)
-
-
-def _run(command: Sequence[str]) -> tuple[float, float, int]:
-    """Wall-clock seconds, CPU seconds of all processes, and peak resident bytes of the largest."""
-    with tempfile.NamedTemporaryFile("r", suffix=".peak") as peak_file:
-        # Each measurement has its own wrapper process, so that RUSAGE_CHILDREN covers this command alone.
-        wrapper = (
-            "import resource, subprocess, sys; code = subprocess.call(sys.argv[2:], stdout=subprocess.DEVNULL); "
-            "used = resource.getrusage(resource.RUSAGE_CHILDREN); "
-            "open(sys.argv[1], 'w').write(f'{used.ru_utime + used.ru_stime} {used.ru_maxrss}'); sys.exit(code)"
-        )
-        started = time.perf_counter()
+def measure(
+    name: str, parts: tuple[str, str], source: Path, target: Path, rounds: int, processes: int = 1
+) -> Measurement:
+    """Run imports once and the work several times, in processes of their own."""
+    imports, work = parts
+    code = TIMED.replace("IMPORTS", imports).replace("WORK", work)
+    with tempfile.TemporaryDirectory() as report:
+        command = [sys.executable, "-W", "ignore", "-c", code, report, str(source), str(target), str(rounds)]
+        started = time.time()
         result = subprocess.run(
-            [sys.executable, "-c", wrapper, peak_file.name, *command], stderr=subprocess.PIPE, text=True
+            command if processes == 1 else several(processes, command),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
-        seconds = time.perf_counter() - started
         if result.returncode:
-            raise SystemExit(f"{' '.join(command)} failed:\n{result.stderr}")
-        cpu, kibibytes = peak_file.read().split()
-        return seconds, float(cpu), int(kibibytes) * 1024
-
-
-def torchrun(processes: int, command: Sequence[str]) -> list[str]:
-    """Command that runs `python -m ...` or `python -c ...` in several processes."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [*launcher, "--no-python", *command]
-
-
-def run_all(scratch: Path, processes: int) -> list[Measurement]:
-    """Run all measurements. Outputs are removed as soon as they are no longer needed."""
-    source = scratch / "hf"
-    python = [sys.executable, "-c"]
-    empty_convert = [*python, "import megatron_dsrl.conversion.hf_to_megatron, megatron_dsrl.conversion.megatron_to_hf"]
-    measurements = []
-
-    def add(name: str, command: Sequence[str], empty: Sequence[str], output: Path, keep: bool = False) -> None:
-        measurements.append(measure(name, command, empty))
-        if not keep:
-            shutil.rmtree(output)
-
-    copy, megatron, back = scratch / "copy", scratch / "megatron", scratch / "back"
-    add("copy of the files", [*python, COPY, str(source), str(copy)], [*python, ""], copy)
-    add(
-        "Transformers load + save",
-        [*python, TRANSFORMERS, str(source), str(copy)],
-        [*python, TRANSFORMERS.split("AutoModelForCausalLM.from_pretrained")[0]],
-        copy,
+            raise SystemExit(f"{name} failed:\n{result.stderr}")
+        ranks = [json.loads(path.read_text()) for path in Path(report).iterdir()]
+    before, after = ([[turn[i] for turn in turns] for turns in zip(*ranks)] for i in (0, 1))  # by round, then rank
+    begins, ends = ([max(each["time"] for each in ranks) for ranks in turns] for turns in (before, after))
+    cpu = [sum(b["cpu"] - a["cpu"] for a, b in zip(*turns)) for turns in zip(before, after)]
+    seconds = [end - begin for begin, end in zip(begins, ends)]
+    return Measurement(
+        name,
+        start_seconds=begins[0] - started,
+        seconds=statistics.median(seconds),
+        best_seconds=min(seconds),
+        cpu_seconds=statistics.median(cpu),
+        peak_bytes=max(each["peak"] for each in after[-1]),
+        start_bytes=max(each["peak"] for each in before[0]),
     )
-    to_megatron = [*CONVERT, "hf-to-megatron", str(source)]
-    to_hf = [*CONVERT, "megatron-to-hf", str(megatron)]
-    add("HF -> Megatron, 1 process", [*to_megatron, str(megatron)], empty_convert, megatron, keep=True)
-    add("Megatron -> HF, 1 process", [*to_hf, str(back)], empty_convert, back)
-    if processes > 1:
+
+
+def several(processes: int, command: Sequence[str]) -> list[str]:
+    """Run a command in several processes, as `--processes` does."""
+    launch = f"from megatron_dsrl.run.launch import launch; raise SystemExit(launch({list(command)!r}, {processes}))"
+    return [sys.executable, "-c", launch]
+
+
+def run_all(scratch: Path, processes: int, rounds: int) -> list[Measurement]:
+    """Run all measurements. Outputs are removed as soon as they are no longer needed."""
+    source, copy, megatron, back = (scratch / name for name in ("hf", "copy", "megatron", "back"))
+    measurements = []
+    for name, parts in (("copy of the files", COPY), ("Transformers load + save", TRANSFORMERS)):
+        measurements.append(measure(name, parts, source, copy, rounds))
+        shutil.rmtree(copy)
+    for count in range(1, processes + 1):
+        name = "1 process" if count == 1 else f"{count} processes"
+        measurements.append(measure(f"HF -> Megatron, {name}", TO_MEGATRON, source, megatron, rounds, count))
+        measurements.append(measure(f"Megatron -> HF, {name}", TO_HF, megatron, back, rounds, count))
+        shutil.rmtree(back)
         shutil.rmtree(megatron)
-        name = f"{processes} processes"
-        empty = torchrun(processes, empty_convert)
-        add(f"HF -> Megatron, {name}", torchrun(processes, [*to_megatron, str(megatron)]), empty, megatron, keep=True)
-        add(f"Megatron -> HF, {name}", torchrun(processes, [*to_hf, str(back)]), empty, back)
     return measurements
 
 
 def print_table(measurements: Sequence[Measurement], model_bytes: int, largest_bytes: int) -> None:
-    """Print speeds relative to the model's size, with and without program start-up."""
+    """Print speeds without program start-up; the first measurement is the copy."""
     console = Console(width=110)
     console.print(
         f"Qwen3, random, bfloat16: {model_bytes / 1e9:.2f} GB, largest tensor {largest_bytes / 1e9:.2f} GB; "
         f"{os.cpu_count()} cores"
     )
-    columns = ("", "seconds", "start-up", "GB/s after it", "CPU s after it", "peak GB", "start-up", "above it")
+    columns = ("", "start-up s", "then s", "best", "GB/s", "of a copy", "best", "CPU s", "peak GB", "above start-up")
     table = Table(*columns, box=None)
     for row in measurements:
         table.add_row(
             row.name,
-            f"{row.seconds:.1f}",
             f"{row.start_seconds:.1f}",
-            _speed(row, model_bytes),
-            f"{row.cpu_seconds:.1f}",
+            f"{row.seconds:.2f}",
+            f"{row.best_seconds:.2f}",
+            f"{model_bytes / 1e9 / row.seconds:.2f}",
+            f"{measurements[0].seconds / row.seconds:.2f}",
+            f"{measurements[0].best_seconds / row.best_seconds:.2f}",
+            f"{row.cpu_seconds:.2f}",
             f"{row.peak_bytes / 1e9:.2f}",
-            f"{row.start_bytes / 1e9:.2f}",
             f"{(row.peak_bytes - row.start_bytes) / 1e9:.2f}",
         )
     console.print(table)
-
-
-def _speed(row: Measurement, model_bytes: int) -> str:
-    """GB/s without start-up; a dash if it took less than a quarter of the start-up, which varies by about that much."""
-    work = row.seconds - row.start_seconds
-    return f"{model_bytes / 1e9 / work:.2f}" if work > row.start_seconds / 4 else "-"
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--gigabytes", type=float, default=2.0, help="model size (default: 2)")
-    parser.add_argument("--processes", type=int, default=2, help="also measure with this many processes (default: 2)")
+    parser.add_argument("--processes", type=int, default=2, help="measure with up to this many (default: 2)")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each is measured (default: 5)")
     parser.add_argument("--scratch", type=Path, help="folder on the disk to measure (default: a temporary one)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="conversion-benchmark-", dir=options.scratch) as folder:
         model_bytes = make_model(Path(folder) / "hf", options.gigabytes)
-        measurements = run_all(Path(folder), options.processes)
+        measurements = run_all(Path(folder), options.processes, options.rounds)
     print_table(measurements, model_bytes, largest_bytes=151936 * 1024 * 2)
 
 

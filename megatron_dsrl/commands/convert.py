@@ -133,7 +133,7 @@ def _add_verify(directions: Commands) -> None:
 
 
 def _hf_to_megatron(options: argparse.Namespace) -> int:
-    with loading_megatron():
+    with loading_megatron(what="PyTorch"):
         from megatron_dsrl.conversion.hf_to_megatron import convert_hf_to_megatron
         from megatron_dsrl.conversion.layout import CheckpointLayout
         from megatron_dsrl.conversion.work import conversion_processes
@@ -152,7 +152,7 @@ def _hf_to_megatron(options: argparse.Namespace) -> int:
 
 
 def _megatron_to_hf(options: argparse.Namespace) -> int:
-    with loading_megatron():
+    with loading_megatron(what="PyTorch"):
         from megatron_dsrl.common.collective import rank
         from megatron_dsrl.conversion.megatron_to_hf import convert_megatron_to_hf
         from megatron_dsrl.conversion.work import conversion_processes
@@ -171,7 +171,7 @@ def _megatron_to_hf(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    with loading_megatron():
+    with loading_megatron(what="PyTorch"):
         from megatron_dsrl.conversion.verify import verify
         from megatron_dsrl.conversion.work import conversion_processes
 

@@ -6,16 +6,14 @@ files, and finally rank 0 writes `.metadata`, the index of all chunks, and the t
 first. Tests load the result with Megatron in several layouts.
 """
 
-import os
+import json
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -31,9 +29,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 from megatron_dsrl.common.disk import writing
 from megatron_dsrl.conversion.layout import CheckpointLayout
 from megatron_dsrl.weights.checkpoint_shapes import checkpoint_shape
-from megatron_dsrl.weights.disk_flush import DiskFlush
+from megatron_dsrl.weights.direct_write import DirectFile, DirectWriter
 from megatron_dsrl.weights.layouts import Shape
-from megatron_dsrl.weights.megatron_checkpoint import leading_index
+from megatron_dsrl.weights.megatron_checkpoint import FORMAT_FILE, leading_index
 from megatron_dsrl.weights.reused_memory import with_own_storage
 from megatron_dsrl.weights.table import TableEntry, WeightTable
 
@@ -63,26 +61,26 @@ class ChunkWriter:
         self.written: list[WrittenChunk] = []
         self._folder = folder
         self._rank = rank
-        self._flush = DiskFlush()
-        self._files: list[BinaryIO] = []
+        self._writer = DirectWriter()
+        self._files: list[_AppendedFile] = []
         self._files.append(self._next_file())
 
     def write(self, name: str, offsets: Shape, chunk: Tensor) -> None:
         """Append a chunk, in its shape in the checkpoint."""
-        if self._files[-1].tell() >= FILE_BYTES:
+        if self._files[-1].size >= FILE_BYTES:
             self._files.append(self._next_file())
         file = self._files[-1]
-        position = file.tell()
-        with writing(Path(file.name)):
-            torch.save(with_own_storage(chunk), file)
-            length = file.tell() - position
-            self._flush.wrote(file.fileno(), length)
-        self.written.append(WrittenChunk(name, offsets, tuple(chunk.shape), Path(file.name).name, position, length))
+        position = file.size
+        with writing(file.path):
+            torch.save(with_own_storage(chunk), cast(BinaryIO, file))
+        length = file.size - position
+        self.written.append(WrittenChunk(name, offsets, tuple(chunk.shape), file.path.name, position, length))
 
-    def _next_file(self) -> BinaryIO:
+    def _next_file(self) -> "_AppendedFile":
         path = self._folder / f"__{self._rank}_{len(self._files)}.distcp"
         with writing(path):
-            return path.open("wb")
+            path.touch()
+            return _AppendedFile(path, self._writer)
 
     def __enter__(self) -> "ChunkWriter":
         return self
@@ -90,14 +88,33 @@ class ChunkWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # After an error, a failure to write the rest is of no interest and must not replace it.
-        with writing(self._folder) if error is None else suppress(Exception), ExitStack() as files:
+        try:
+            if error is None:
+                with writing(self._folder):
+                    self._writer.finish()
+                    for file in self._files:
+                        file.direct.flush()
+        finally:
+            self._writer.close()
             for file in self._files:
-                files.callback(file.close)  # writes what is left in the buffer
-            self._flush.finish()
-            for file in self._files if error is None else ():
-                file.flush()
-                os.fsync(file.fileno())
+                file.direct.close()
+
+
+class _AppendedFile:
+    """A new file that torch.save appends to."""
+
+    def __init__(self, path: Path, writer: DirectWriter) -> None:
+        self.path, self.size, self.direct = path, 0, DirectFile(path)
+        self._writer = writer
+
+    def write(self, data: memoryview) -> int:
+        """Append bytes; returns their number."""
+        self._writer.write(self.direct, self.size, data)
+        self.size += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        """`ChunkWriter` flushes at the end."""
 
 
 def cut_into_chunks(entry: TableEntry, whole: Tensor, layout: CheckpointLayout) -> Iterator[tuple[Shape, Tensor]]:
@@ -133,5 +150,5 @@ def write_metadata(folder: Path, table: WeightTable, dtype: torch.dtype, written
         results.append(WriteResult(index, chunk.length, _StorageInfo(chunk.file, chunk.position, chunk.length)))
     with writing(folder / ".metadata"):
         torch.save({"checkpoint_version": 3.0, "iteration": 0}, folder / "common.pt")
-        save_config(CheckpointingConfig(sharded_backend="torch_dist", sharded_backend_version=1), str(folder))
+        (folder / FORMAT_FILE).write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
         FileSystemWriter(folder).finish(Metadata({**tensors}, planner_data={}), [results])

@@ -5,6 +5,7 @@ from itertools import chain
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from megatron_dsrl.common.checksum import checksums
 from megatron_dsrl.common.collective import on_first, rank, together
@@ -24,19 +25,19 @@ from megatron_dsrl.conversion.distributed_checkpoint_writer import (
     write_metadata,
 )
 from megatron_dsrl.conversion.layout import CheckpointLayout
+from megatron_dsrl.conversion.source_record import describe_in_background
 from megatron_dsrl.conversion.verify import verify
-from megatron_dsrl.conversion.work import my_entries, with_progress
+from megatron_dsrl.conversion.work import my_entries, read_ahead, with_progress
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.source import resolve_model_folder
-from megatron_dsrl.provenance.inputs import describe_model
-from megatron_dsrl.provenance.start import record_start
+from megatron_dsrl.provenance.start import record_found
 from megatron_dsrl.weights.checkpoint_record import CHECKED_FILES, CheckpointRecord, architecture_fields
+from megatron_dsrl.weights.checkpoint_shapes import check_hf_checkpoint
 from megatron_dsrl.weights.companions import copy_companions
 from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint, torch_dtype_name
-from megatron_dsrl.weights.load import check_checkpoint
 from megatron_dsrl.weights.new_folder import new_folder
 from megatron_dsrl.weights.reused_memory import ReusedMemory
-from megatron_dsrl.weights.table import WeightTable
+from megatron_dsrl.weights.table import TableEntry, WeightTable
 from megatron_dsrl.weights.tables import weight_table
 
 
@@ -57,8 +58,8 @@ class ConversionOptions:
 def convert_hf_to_megatron(source: str, target: Path, layout: CheckpointLayout, options: ConversionOptions) -> None:
     """Convert an HF model. Collective over the processes of `conversion_processes`, which share the work.
 
-    Every process holds at most one table entry in memory (the largest is the embedding), as a whole and as the chunk
-    being written.
+    Every process holds at most two table entries in memory (the largest is the embedding): the one being written, as a
+    whole and as a chunk, and the next one.
 
     Args:
         source: HF folder or hub name.
@@ -76,11 +77,12 @@ def convert_hf_to_megatron(source: str, target: Path, layout: CheckpointLayout, 
     check_expected(architecture, folder, options.expect)
     check_tokenizer(folder, architecture)
     table, checkpoint = weight_table(architecture), HfCheckpoint(folder)
-    check_checkpoint(checkpoint, table)
+    check_hf_checkpoint(checkpoint, table)
     dtypes = {name: dtype for name, dtype in checkpoint.dtypes().items() if name not in table.copies}
     dtype = options.dtype or common_dtype(dtypes, folder)
     needed = needed_for_conversion(folder, folder, options.expect)
     with new_folder(target, options.overwrite, needed) as partial:
+        details = describe_in_background(source, folder)
         shares = together(lambda: _write_chunks(checkpoint, table, layout, dtype, partial))
         warn([cast for _, cast in shares], dtype)
         written = list(chain.from_iterable(chunks for chunks, _ in shares))
@@ -88,7 +90,7 @@ def convert_hf_to_megatron(source: str, target: Path, layout: CheckpointLayout, 
             architecture_fields(architecture), torch_dtype_name(dtype), layout.as_record(), source
         )
         on_first(lambda: _complete(partial, folder, table, dtype, record, written))
-        record_start(partial, "convert", {"source": lambda: describe_model(source, folder)}, print)
+        record_found(partial, "convert", details.result, print)
         if options.verify:
             verify(hf_folder=folder, megatron_folder=partial, source="hf", dtype=dtype)
 
@@ -97,13 +99,15 @@ def _write_chunks(
     checkpoint: HfCheckpoint, table: WeightTable, layout: CheckpointLayout, dtype: torch.dtype, folder: Path
 ) -> tuple[list[WrittenChunk], Cast]:
     """Write this process's share of the weights."""
-    cast, memory = Cast(dtype), ReusedMemory()
+    cast = Cast(dtype)
+
+    def read(entry: TableEntry, memory: ReusedMemory) -> Tensor:
+        parts = [cast(tensor.name, checkpoint.read(tensor.name, memory)) for tensor in entry.hf]
+        return entry.rule.layout.shard(parts, rank=0, size=1)
+
+    entries = my_entries(table)
     with ChunkWriter(folder, rank()) as writer:
-        for entry in with_progress(my_entries(table), dtype, "HF -> Megatron"):
-            memory.free()
-            parts = [cast(tensor.name, checkpoint.read(tensor.name, memory)) for tensor in entry.hf]
-            whole = entry.rule.layout.shard(parts, rank=0, size=1)
-            del parts
+        for entry, whole in zip(with_progress(entries, dtype, "HF -> Megatron"), read_ahead(entries, read)):
             for offsets, chunk in cut_into_chunks(entry, whole, layout):
                 writer.write(entry.rule.checkpoint_name, offsets, chunk)
     return writer.written, cast

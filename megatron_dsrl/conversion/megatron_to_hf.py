@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from megatron_dsrl.common.collective import on_first, together
 from megatron_dsrl.common.errors import UserError
@@ -15,10 +16,10 @@ from megatron_dsrl.conversion.checks import (
     read_companion_architecture,
 )
 from megatron_dsrl.conversion.hf_to_megatron import ConversionOptions
+from megatron_dsrl.conversion.source_record import describe_in_background
 from megatron_dsrl.conversion.verify import verify
-from megatron_dsrl.conversion.work import my_entries, with_progress
-from megatron_dsrl.provenance.inputs import describe_model
-from megatron_dsrl.provenance.start import record_start
+from megatron_dsrl.conversion.work import my_entries, read_ahead, with_progress
+from megatron_dsrl.provenance.start import record_found
 from megatron_dsrl.weights.checkpoint_record import check_record
 from megatron_dsrl.weights.checkpoint_shapes import check_megatron_checkpoint
 from megatron_dsrl.weights.companions import copy_companions
@@ -26,7 +27,7 @@ from megatron_dsrl.weights.hf_writer import HfFiles, HfWriter, create_hf_files
 from megatron_dsrl.weights.megatron_checkpoint import MegatronCheckpoint
 from megatron_dsrl.weights.new_folder import new_folder
 from megatron_dsrl.weights.reused_memory import ReusedMemory
-from megatron_dsrl.weights.table import WeightTable
+from megatron_dsrl.weights.table import TableEntry, WeightTable
 from megatron_dsrl.weights.tables import weight_table
 
 
@@ -35,7 +36,8 @@ def convert_megatron_to_hf(
 ) -> None:
     """Convert a Megatron checkpoint. Collective over the processes of `conversion_processes`, which share the work.
 
-    Every process holds at most one table entry in memory, as stored and as HF tensors.
+    Every process holds at most two table entries in memory, as stored and as HF tensors: the one being written and the
+    next one.
 
     Args:
         source: checkpoint folder, written by this program or by Megatron in any layout.
@@ -61,21 +63,27 @@ def convert_megatron_to_hf(
     dtype = options.dtype or common_dtype(dtypes, source)
     needed = needed_for_conversion(source, companions, options.expect)
     with new_folder(target, options.overwrite, needed) as partial:
+        details = describe_in_background(str(source), source)
         files = on_first(lambda: create_hf_files(partial, table.hf_shapes(), dtype, file_bytes))
         casts = together(lambda: _write_tensors(checkpoint, table, dtype, files))
         warn(casts, dtype)
         on_first(lambda: copy_companions(companions, partial, dtype))
-        record_start(partial, "convert", {"source": lambda: describe_model(str(source), source)}, print)
+        record_found(partial, "convert", details.result, print)
         if options.verify:
             verify(hf_folder=partial, megatron_folder=source, source="megatron", dtype=dtype, companions=companions)
 
 
 def _write_tensors(checkpoint: MegatronCheckpoint, table: WeightTable, dtype: torch.dtype, files: HfFiles) -> Cast:
     """Write this process's share of the weights."""
-    cast, memory = Cast(dtype), ReusedMemory()
+    cast = Cast(dtype)
+
+    def read(entry: TableEntry, memory: ReusedMemory) -> list[Tensor]:
+        tensors = checkpoint.read(entry, memory)
+        return [cast(tensor.name, value) for tensor, value in zip(entry.hf, tensors, strict=True)]
+
+    entries = my_entries(table)
     with HfWriter(files) as writer:
-        for entry in with_progress(my_entries(table), dtype, "Megatron -> HF"):
-            memory.free()
-            for tensor, value in zip(entry.hf, checkpoint.read(entry, memory)):
-                writer.write(tensor.name, cast(tensor.name, value))
+        for entry, values in zip(with_progress(entries, dtype, "Megatron -> HF"), read_ahead(entries, read)):
+            for tensor, value in zip(entry.hf, values):
+                writer.write(tensor.name, value)
     return cast

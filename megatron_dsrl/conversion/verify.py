@@ -14,13 +14,11 @@ from megatron_dsrl.common.collective import rank, together
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.conversion.cast import Cast, not_finite_message, overflow_message
 from megatron_dsrl.conversion.checks import read_companion_architecture
-from megatron_dsrl.conversion.logits import compare_logits
 from megatron_dsrl.conversion.work import my_entries, with_progress
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.weights.checkpoint_record import architecture_fields, check_record, refuse_drift
-from megatron_dsrl.weights.checkpoint_shapes import check_megatron_checkpoint
+from megatron_dsrl.weights.checkpoint_shapes import check_hf_checkpoint, check_megatron_checkpoint
 from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint, torch_dtype_name
-from megatron_dsrl.weights.load import check_checkpoint
 from megatron_dsrl.weights.megatron_checkpoint import MegatronCheckpoint
 from megatron_dsrl.weights.reused_memory import ReusedMemory
 from megatron_dsrl.weights.table import TableEntry, WeightTable
@@ -61,7 +59,7 @@ def verify(
     )
     table = weight_table(architecture)
     hf, megatron = HfCheckpoint(hf_folder), MegatronCheckpoint(megatron_folder)
-    check_checkpoint(hf, table)
+    check_hf_checkpoint(hf, table)
     check_megatron_checkpoint(megatron, table)
 
     parts = together(lambda: _compare_share(table, hf, megatron, source, dtype))
@@ -77,6 +75,8 @@ def verify(
     if (not_finite := not_finite_message(casts)) is not None:
         console.print(f"logits not compared: {not_finite}")
         return
+    from megatron_dsrl.conversion.logits import compare_logits  # only this needs Megatron, whose import takes seconds
+
     compare_logits(hf_folder, megatron_folder, architecture, console)
 
 

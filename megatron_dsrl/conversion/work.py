@@ -1,7 +1,9 @@
-"""Divide a table's entries between processes, with a progress bar."""
+"""Divide a table's entries between processes, with a progress bar, and read ahead."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -9,7 +11,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from megatron_dsrl.common.collective import rank, world_size
 from megatron_dsrl.common.process import launched_world_size
+from megatron_dsrl.weights.reused_memory import ReusedMemory
 from megatron_dsrl.weights.table import TableEntry, WeightTable
+
+Value = TypeVar("Value")
 
 
 @contextmanager
@@ -53,3 +58,25 @@ def with_progress(entries: Sequence[TableEntry], dtype: torch.dtype, title: str)
         for entry in entries:
             yield entry
             progress.advance(task, entry_elements(entry) * dtype.itemsize)
+
+
+def read_ahead(entries: Sequence[TableEntry], read: Callable[[TableEntry, ReusedMemory], Value]) -> Iterator[Value]:
+    """What `read` returns for each entry. While one is in use, a thread reads the next one.
+
+    Args:
+        read: may return tensors in the memory that it is given, which are valid until the next ones are asked for.
+    """
+    memories = (ReusedMemory(), ReusedMemory())
+
+    def read_entry(number: int) -> Value:
+        memory = memories[number % 2]
+        memory.free()
+        return read(entries[number], memory)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as thread:
+        reading = thread.submit(read_entry, 0) if entries else None
+        for following in range(1, len(entries) + 1):
+            assert reading is not None
+            value = reading.result()
+            reading = thread.submit(read_entry, following) if following < len(entries) else None
+            yield value

@@ -35,6 +35,22 @@ def record_start(folder: Path, command: str, details: Details, report: Callable[
         details: what is to be said of this command beside code, packages and machine; called on rank 0 only.
         report: called with a warning on rank 0 if there can be no record.
     """
+    record_found(folder, command, lambda: find_out(details), report)
+
+
+def find_out(details: Details) -> dict[str, Any]:
+    """Code, packages, machine and these details, as a record has them. Not collective, and can run in a thread."""
+    return {name: _found_out(find) for name, find in {**_SURROUNDINGS, **details}.items()}
+
+
+def record_found(
+    folder: Path, command: str, found: Callable[[], Mapping[str, Any]], report: Callable[[str], None]
+) -> None:
+    """As `record_start`, with details that are being found out already. Collective; rank 0 writes.
+
+    Args:
+        found: returns what `find_out` did; called on rank 0 only.
+    """
     hosts = list(dict.fromkeys(gather(socket.gethostname())))
     if rank() != 0:
         return
@@ -48,7 +64,7 @@ def record_start(folder: Path, command: str, details: Details, report: Callable[
         "hosts": hosts,
         "world_size": world_size(),
         "slurm": slurm_job(os.environ),
-        **{name: _found_out(find_out) for name, find_out in {**_SURROUNDINGS, **details}.items()},
+        **found(),
     }
     try:
         _append(folder / PROVENANCE_FILE, record)
@@ -72,9 +88,9 @@ _SURROUNDINGS: Details = {
 }
 
 
-def _found_out(find_out: Callable[[], Any]) -> Any:
+def _found_out(find: Callable[[], Any]) -> Any:
     try:
-        return find_out()
+        return find()
     except Exception as error:
         return {"unknown": f"{type(error).__name__}: {error}"}
 

@@ -10,18 +10,19 @@ from megatron_dsrl.common.waiting import waiting
 
 
 @contextmanager
-def loading_megatron(stream: TextIO | None = None) -> Iterator[None]:
+def loading_megatron(stream: TextIO | None = None, what: str = "PyTorch and Megatron") -> Iterator[None]:
     """Context for the block in which a command imports them.
 
     Args:
         stream: where rank 0 prints; standard output by default, stderr for commands whose output is data.
+        what: for the message.
     """
 
     def say(text: str) -> None:
         if launched_rank() == 0:
             print(text, file=stream or sys.stdout, flush=True)
 
-    with waiting("loading PyTorch and Megatron", say=say):
+    with waiting(f"loading {what}", say=say):
         from megatron_dsrl.platform import current_platform, silence_expected_warnings
 
         silence_expected_warnings()

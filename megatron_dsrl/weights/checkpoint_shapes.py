@@ -1,16 +1,17 @@
-"""Names and shapes of the tensors that a distributed checkpoint of a model has."""
+"""Compare the names and shapes of the tensors in a checkpoint with those of a model."""
 
 from pathlib import Path
 
-import torch
-
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint
 from megatron_dsrl.weights.layouts import Shape, Vocabulary
 from megatron_dsrl.weights.megatron_checkpoint import MegatronCheckpoint
 from megatron_dsrl.weights.table import TensorRule, WeightTable
 
 LARGEST_PADDING = 1024
 """Limit on padding rows of a vocabulary; Megatron-LM pads to a multiple of 128 x tensor-parallel size."""
+FUSED_EXPERTS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
+"""Ends of the names that Transformers 5 gives experts in memory."""
 
 
 def checkpoint_shape(rule: TensorRule, table: WeightTable) -> Shape:
@@ -20,9 +21,9 @@ def checkpoint_shape(rule: TensorRule, table: WeightTable) -> Shape:
 
 
 def whole_shape(rule: TensorRule) -> Shape:
-    """Shape of one unsharded Megatron parameter."""
-    with torch.device("meta"):
-        return tuple(rule.layout.shard([torch.empty(tensor.shape) for tensor in rule.hf], 0, 1).shape)
+    """Shape of one unsharded Megatron parameter: in every layout it has the rows of all its HF tensors."""
+    # Asking the layout with tensors on the meta device would import torch._dynamo, which takes seconds.
+    return (sum(tensor.shape[0] for tensor in rule.hf), *rule.hf[0].shape[1:])
 
 
 def check_megatron_checkpoint(checkpoint: MegatronCheckpoint, table: WeightTable) -> None:
@@ -46,6 +47,43 @@ def check_megatron_checkpoint(checkpoint: MegatronCheckpoint, table: WeightTable
         if not _fits(shapes[name], shape, name in padded)
     ]
     refuse(wrong, "tensors of the wrong shape", checkpoint.folder)
+
+
+def check_hf_checkpoint(checkpoint: HfCheckpoint, table: WeightTable) -> None:
+    """Compare names and shapes with the table, and copies with their originals.
+
+    Raises:
+        UserError: names the first few differences.
+    """
+    expected, names = table.hf_shapes(), checkpoint.names()
+    fused = next((name for name in sorted(names) if name.endswith(FUSED_EXPERTS)), None)
+    if fused is not None and fused not in expected:
+        raise UserError(
+            f"{checkpoint.folder}: {fused} holds all experts of a layer in one tensor; only the hub's form, with one "
+            "tensor per expert, is read. Transformers writes that: AutoModelForCausalLM.from_pretrained(folder)"
+            ".save_pretrained(another folder)"
+        )
+    refuse([name for name in expected if name not in names], "missing tensors", checkpoint.folder)
+    surplus = [name for name in sorted(names) if name not in expected and name not in table.copies]
+    refuse(
+        [f"{name} (in {checkpoint.file_of(name).name})" for name in surplus],
+        "tensors that the model of config.json does not have",
+        checkpoint.folder,
+    )
+    shapes = checkpoint.shapes()
+    wrong = [
+        f"{name} (in {checkpoint.file_of(name).name}) is {list(shapes[name])}, config.json asks for {list(shape)}"
+        for name, shape in expected.items()
+        if shapes[name] != shape
+    ]
+    refuse(wrong, "tensors of the wrong shape", checkpoint.folder)
+    for copy, original in table.copies.items():
+        if copy in names and not checkpoint.are_equal(copy, original):
+            raise UserError(
+                f"{checkpoint.folder}: tie_word_embeddings in config.json makes {copy} (in "
+                f"{checkpoint.file_of(copy).name}) the same as {original}, but their values differ. Set "
+                "tie_word_embeddings=false if the model was trained with a separate head; otherwise remove the tensor"
+            )
 
 
 def _fits(shape: Shape, expected: Shape, may_be_padded: bool) -> bool:

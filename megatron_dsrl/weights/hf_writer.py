@@ -1,9 +1,7 @@
 """Write the weights of an HF folder one tensor at a time, from one or several processes."""
 
 import json
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -12,10 +10,11 @@ import torch
 from torch import Tensor
 
 from megatron_dsrl.common.disk import writing
-from megatron_dsrl.weights.disk_flush import DiskFlush
+from megatron_dsrl.common.tensor_bytes import bytes_of
+from megatron_dsrl.weights.direct_write import DirectFile, DirectWriter
 from megatron_dsrl.weights.hf_checkpoint import INDEX_FILE, SINGLE_FILE
 from megatron_dsrl.weights.layouts import Shape
-from megatron_dsrl.weights.safetensors_file import StoredTensor, create_file, write_tensor
+from megatron_dsrl.weights.safetensors_file import StoredTensor, create_file
 
 FILE_BYTES = 5 * 2**30
 
@@ -69,15 +68,16 @@ class HfWriter:
         self._folder = files.folder
         self._places = files.places
         names = {file for file, _ in files.places.values()}
-        self._flush = DiskFlush()
-        self._descriptors = {file: os.open(files.folder / file, os.O_WRONLY) for file in names}
+        self._files = {name: DirectFile(files.folder / name) for name in names}
+        self._writer = DirectWriter()
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a CPU tensor to its location."""
         file, stored = self._places[name]
+        assert tensor.dtype == stored.dtype and tuple(tensor.shape) == stored.shape
         with writing(self._folder / file):
-            write_tensor(self._descriptors[file], stored, tensor)
-            self._flush.wrote(self._descriptors[file], stored.nbytes)
+            contiguous = tensor.contiguous()
+            self._writer.write(self._files[file], stored.offset, bytes_of(contiguous))
 
     def __enter__(self) -> "HfWriter":
         return self
@@ -86,14 +86,15 @@ class HfWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            # After an error, a failure to write the rest is of no interest and must not replace it.
-            with writing(self._folder) if error is None else suppress(Exception):
-                self._flush.finish()
-                for descriptor in self._descriptors.values() if error is None else ():
-                    os.fsync(descriptor)
+            if error is None:
+                with writing(self._folder):
+                    self._writer.finish()
+                    for file in self._files.values():
+                        file.flush()
         finally:
-            for descriptor in self._descriptors.values():
-                os.close(descriptor)
+            self._writer.close()
+            for file in self._files.values():
+                file.close()
 
 
 def _cut_into_files(shapes: Mapping[str, Shape], dtype: torch.dtype, file_bytes: int) -> list[list[str]]:

@@ -14,15 +14,13 @@ from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.build import bare_model
 from megatron_dsrl.model.lora import is_adapter
+from megatron_dsrl.weights.bind import bind
 from megatron_dsrl.weights.checkpoint_record import check_record
-from megatron_dsrl.weights.checkpoint_shapes import check_megatron_checkpoint, refuse
+from megatron_dsrl.weights.checkpoint_shapes import check_hf_checkpoint, check_megatron_checkpoint
 from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint, NoWeights
 from megatron_dsrl.weights.megatron_checkpoint import MegatronCheckpoint, is_megatron_checkpoint
-from megatron_dsrl.weights.table import TableEntry, WeightTable, bind
+from megatron_dsrl.weights.table import TableEntry, WeightTable
 from megatron_dsrl.weights.untrusted_checkpoint import only_plain_objects
-
-FUSED_EXPERTS = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
-"""Ends of the names that Transformers 5 gives experts in memory."""
 
 
 def load_weights(chunks: Sequence[nn.Module], table: WeightTable, folder: Path) -> None:
@@ -90,45 +88,8 @@ def load_hf_weights(chunks: Sequence[nn.Module], table: WeightTable, folder: Pat
         checkpoint = HfCheckpoint(folder)
     except NoWeights as error:
         raise UserError(f"{error}. A run can also start from random weights: model.random_init=true") from error
-    check_checkpoint(checkpoint, table)
+    check_hf_checkpoint(checkpoint, table)
     fill(chunks, table, checkpoint.read)
-
-
-def check_checkpoint(checkpoint: HfCheckpoint, table: WeightTable) -> None:
-    """Compare names and shapes with the table, and copies with their originals.
-
-    Raises:
-        UserError: names the first few differences.
-    """
-    expected, names = table.hf_shapes(), checkpoint.names()
-    fused = next((name for name in sorted(names) if name.endswith(FUSED_EXPERTS)), None)
-    if fused is not None and fused not in expected:
-        raise UserError(
-            f"{checkpoint.folder}: {fused} holds all experts of a layer in one tensor; only the hub's form, with one "
-            "tensor per expert, is read. Transformers writes that: AutoModelForCausalLM.from_pretrained(folder)"
-            ".save_pretrained(another folder)"
-        )
-    refuse([name for name in expected if name not in names], "missing tensors", checkpoint.folder)
-    surplus = [name for name in sorted(names) if name not in expected and name not in table.copies]
-    refuse(
-        [f"{name} (in {checkpoint.file_of(name).name})" for name in surplus],
-        "tensors that the model of config.json does not have",
-        checkpoint.folder,
-    )
-    shapes = checkpoint.shapes()
-    wrong = [
-        f"{name} (in {checkpoint.file_of(name).name}) is {list(shapes[name])}, config.json asks for {list(shape)}"
-        for name, shape in expected.items()
-        if shapes[name] != shape
-    ]
-    refuse(wrong, "tensors of the wrong shape", checkpoint.folder)
-    for copy, original in table.copies.items():
-        if copy in names and not checkpoint.are_equal(copy, original):
-            raise UserError(
-                f"{checkpoint.folder}: tie_word_embeddings in config.json makes {copy} (in "
-                f"{checkpoint.file_of(copy).name}) the same as {original}, but their values differ. Set "
-                "tie_word_embeddings=false if the model was trained with a separate head; otherwise remove the tensor"
-            )
 
 
 @torch.no_grad()

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.hub import lfs_advice
-from megatron_dsrl.common.tensor_bytes import bytes_of
 from megatron_dsrl.weights.layouts import Shape
 from megatron_dsrl.weights.reused_memory import ReusedMemory
 
@@ -149,13 +148,3 @@ def create_file(path: Path, tensors: Mapping[str, tuple[torch.dtype, Shape]]) ->
         name: StoredTensor(dtype, tuple(shape), start + entries[name]["data_offsets"][0])
         for name, (dtype, shape) in tensors.items()
     }
-
-
-def write_tensor(file_descriptor: int, stored: StoredTensor, tensor: Tensor) -> None:
-    """Write a CPU tensor to its location in a file made by `create_file`."""
-    assert tensor.dtype == stored.dtype and tuple(tensor.shape) == stored.shape
-    contiguous = tensor.contiguous()
-    view = bytes_of(contiguous)
-    done = 0
-    while done < len(view):
-        done += os.pwrite(file_descriptor, view[done:], stored.offset + done)

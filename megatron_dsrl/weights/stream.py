@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from megatron_dsrl.common.collective import gather
 from megatron_dsrl.model.lora import adapters_by_weight
-from megatron_dsrl.weights.table import TableEntry, WeightTable, bind
+from megatron_dsrl.weights.bind import bind
+from megatron_dsrl.weights.table import TableEntry, WeightTable
 
 
 @dataclass(frozen=True)

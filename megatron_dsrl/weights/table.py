@@ -1,23 +1,14 @@
-"""A two-way weight table HF <-> Megatron, and its binding to the parameters of a sharded model.
+"""A two-way weight table HF <-> Megatron.
 
 The same table is used for loading, random initialisation, weight sync to the engine, export, and conversion to and from
 Megatron's distributed checkpoints. LoRA adapters have a table of their own (peft.py).
 """
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron.core import parallel_state
-from torch import nn
-
-from megatron_dsrl.model.build import bare_model
-from megatron_dsrl.model.lora import is_adapter
 from megatron_dsrl.weights.layouts import Shape, TensorLayout
-
-_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
-_EXPERT = re.compile(r"(\.local_experts\.|\.experts\.linear_fc[12]\.weight)(\d+)")
 
 Initial = Literal["normal", "uniform", "ones", "zeros"]
 
@@ -113,30 +104,3 @@ class TableEntry:
         return tuple(
             HfTensor(tensor.name.format(layer=self.layer, expert=self.expert), tensor.shape) for tensor in self.rule.hf
         )
-
-
-def bind(chunks: Sequence[nn.Module], table: WeightTable) -> dict[TableEntry, list[nn.Parameter]]:
-    """Match the parameters of this rank's model chunks with the table.
-
-    Args:
-        chunks: GPTModel chunks, wrapped or not.
-
-    Returns:
-        Parameters by entry. There is one per entry, except for a tied embedding if this rank holds it twice.
-    """
-    rules = {name: rule for rule in table.rules for name in rule.megatron}
-    first_expert = table.num_experts // parallel_state.get_expert_model_parallel_world_size()
-    first_expert *= parallel_state.get_expert_model_parallel_rank()
-    bound: dict[TableEntry, list[nn.Parameter]] = {}
-    for chunk in chunks:
-        model = bare_model(chunk)
-        for name, parameter in model.named_parameters():
-            if is_adapter(name) != table.holds_adapters:
-                continue
-            in_layer, in_expert = _LAYER.match(name), _EXPERT.search(name)
-            layer = model.decoder.layers[int(in_layer[1])].layer_number - 1 if in_layer else None
-            expert = first_expert + int(in_expert[2]) if in_expert else None
-            pattern = _EXPERT.sub(r"\1{expert}", _LAYER.sub("decoder.layers.{layer}.", name))
-            assert pattern in rules, f"the weight table has no rule for the Megatron parameter {name}"
-            bound.setdefault(TableEntry(rules[pattern], layer, expert), []).append(parameter)
-    return bound

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from megatron_dsrl.model.architecture import Architecture
 from megatron_dsrl.weights.checkpoint_record import check_record
-from megatron_dsrl.weights.checkpoint_shapes import check_megatron_checkpoint
+from megatron_dsrl.weights.checkpoint_shapes import check_hf_checkpoint, check_megatron_checkpoint
 from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint
-from megatron_dsrl.weights.load import check_checkpoint, fill
+from megatron_dsrl.weights.load import fill
 from megatron_dsrl.weights.megatron_checkpoint import MegatronCheckpoint, is_megatron_checkpoint
 from megatron_dsrl.weights.table import TableEntry, WeightTable
 from megatron_dsrl.weights.tables import value_model_table, weight_table
@@ -39,7 +39,7 @@ def load_value_model(chunks: Sequence[nn.Module], architecture: Architecture, fo
         checkpoint = HfCheckpoint(folder)
         stored, read_stored = checkpoint.names(), checkpoint.read
         is_value_model = any(name.startswith("score.") for name in stored)
-        check_checkpoint(checkpoint, value_model if is_value_model else policy)
+        check_hf_checkpoint(checkpoint, value_model if is_value_model else policy)
     shapes = value_model.hf_shapes()
     fill(chunks, value_model, lambda name: read_stored(name) if name in stored else torch.zeros(shapes[name]))
 

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.weights import safetensors_file
+from megatron_dsrl.weights.checkpoint_shapes import check_hf_checkpoint
 from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint
-from megatron_dsrl.weights.load import check_checkpoint
 from megatron_dsrl.weights.tables import weight_table
 from tests.support.tiny_model import make_tiny_qwen3
 
@@ -21,7 +21,7 @@ QUERY = "model.layers.1.self_attn.q_proj.weight"
 
 
 def check(folder: Path) -> None:
-    check_checkpoint(HfCheckpoint(folder), weight_table(read_architecture(folder)))
+    check_hf_checkpoint(HfCheckpoint(folder), weight_table(read_architecture(folder)))
 
 
 def rewrite(folder: Path, change) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from megatron_dsrl.model.architecture import read_architecture
+from megatron_dsrl.weights.checkpoint_shapes import whole_shape
 from megatron_dsrl.weights.table import TableEntry, WeightTable
 from megatron_dsrl.weights.tables import weight_table
 from tests.support.families import FAMILIES
@@ -145,3 +146,11 @@ def test_entries_come_in_the_order_of_the_model(tmp_path) -> None:
     layers = [int(name.split(".")[2]) for name in names if name.startswith("model.layers.")]
     assert names[0] == "model.embed_tokens.weight" and names[-2:] == ["model.norm.weight", "lm_head.weight"]
     assert layers == sorted(layers) and set(layers) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shapes_in_checkpoints_are_those_that_the_layouts_give(family, tmp_path) -> None:
+    FAMILIES[family](tmp_path, vocab_size=101)
+    for rule in weight_table(read_architecture(tmp_path)).rules:
+        whole = rule.layout.shard([torch.empty(tensor.shape) for tensor in rule.hf], rank=0, size=1)
+        assert whole_shape(rule) == tuple(whole.shape), rule.checkpoint_name

@@ -1,0 +1,146 @@
+"""Write large files past the page cache, while the next bytes are being prepared.
+
+A buffered write copies into new pages, which costs the kernel more than the copy itself and fills its memory with data
+that nobody reads soon. Here bytes are collected in a few buffers that are used again, and threads write full ones
+straight to the disk (O_DIRECT). What does not fill a buffer goes through the page cache, as does everything on a file
+system without O_DIRECT.
+"""
+
+import errno
+import mmap
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+BLOCK_BYTES = 4096
+"""Direct writes begin at a multiple of it in the file and in memory, and end at one."""
+BUFFER_BYTES = 8 * 2**20
+THREADS = 2
+"""Writes under way at a time."""
+FLUSH_BYTES = 128 * 2**20
+"""Bytes left to the page cache between two flushes, so that the disk is busy before the final fsync."""
+
+
+class DirectFile:
+    """An existing file, open for writing. Threads may write to it at the same time.
+
+    Raises OSError if it cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_WRONLY)
+        self._direct: int | None = None
+        self._direct_works = True
+        self._unflushed = 0
+        with suppress(OSError):  # not on this file system
+            self._direct = os.open(path, os.O_WRONLY | os.O_DIRECT)
+
+    def write(self, buffer: memoryview, start: int, offset: int) -> None:
+        """Write `buffer[start:]` to the file, from `offset` on.
+
+        Args:
+            buffer: begins at a page of memory that belongs to a multiple of `BLOCK_BYTES` in the file; is written
+                directly if it has `BUFFER_BYTES`.
+        """
+        end = len(buffer)
+        if end == BUFFER_BYTES and self._direct is not None and self._direct_works:
+            aligned = -(-start // BLOCK_BYTES) * BLOCK_BYTES
+            try:
+                _write_all(self._direct, buffer[aligned:], offset + aligned - start)
+                end = aligned
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self._direct_works = False
+        _write_all(self._descriptor, buffer[start:end], offset)
+        self._unflushed += end - start
+        if self._unflushed >= FLUSH_BYTES:
+            self._unflushed = 0
+            os.fdatasync(self._descriptor)
+
+    def flush(self) -> None:
+        """Have everything written on the disk."""
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Close it without flushing."""
+        for descriptor in (self._descriptor, self._direct):
+            if descriptor is not None:
+                os.close(descriptor)
+
+
+class DirectWriter:
+    """Writes runs of bytes to files, each run in order. Used by one thread.
+
+    After the last `write` call `finish`; in any case `close`.
+    """
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="direct-write")
+        self._buffers = [memoryview(mmap.mmap(-1, BUFFER_BYTES)) for _ in range(THREADS + 1)]
+        self._writes: list[Future[None] | None] = [None] * len(self._buffers)
+        self._current = 0
+        self._file: DirectFile | None = None
+        self._start = self._fill = self._offset = 0
+        """The current buffer holds bytes from `_start` to `_fill`, which belong to the file at `_offset`."""
+
+    def write(self, file: DirectFile, offset: int, data: memoryview) -> None:
+        """Take over the bytes, which the caller may then change.
+
+        Args:
+            file: stays open until `finish`.
+            data: one-dimensional, of bytes.
+
+        Raises:
+            OSError: an earlier write failed.
+        """
+        done = 0
+        while done < len(data):
+            if file is not self._file or offset + done != self._offset + self._fill - self._start:
+                self._submit()
+                self._file, self._offset = file, offset + done
+                self._start = self._fill = self._offset % BLOCK_BYTES
+            count = min(len(data) - done, BUFFER_BYTES - self._fill)
+            self._buffers[self._current][self._fill : self._fill + count] = data[done : done + count]
+            self._fill += count
+            done += count
+            if self._fill == BUFFER_BYTES:
+                self._submit()
+
+    def finish(self) -> None:
+        """Wait until everything is written; the files still need a flush.
+
+        Raises:
+            OSError: a write failed.
+        """
+        self._submit()
+        for index in range(len(self._writes)):
+            self._wait(index)
+
+    def close(self) -> None:
+        """Wait for writes under way and end the threads."""
+        self._threads.shutdown(cancel_futures=True)
+
+    def _submit(self) -> None:
+        """Start to write the current buffer, and go on to the next one, at the same place in the same file."""
+        if self._file is not None and self._fill > self._start:
+            buffer = self._buffers[self._current][: self._fill]
+            self._writes[self._current] = self._threads.submit(self._file.write, buffer, self._start, self._offset)
+            self._current = (self._current + 1) % len(self._buffers)
+            self._offset += self._fill - self._start
+            self._start = self._fill = self._offset % BLOCK_BYTES
+            self._wait(self._current)
+
+    def _wait(self, index: int) -> None:
+        """Wait until a buffer is free."""
+        write, self._writes[index] = self._writes[index], None
+        if write is not None:
+            write.result()
+
+
+def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], offset + done)
