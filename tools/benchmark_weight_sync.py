@@ -108,8 +108,14 @@ def load_from_disk(engine: EngineAddress, folder: Path) -> None:
         assert json.load(answer)["success"]
 
 
-def measure(folder: Path, config: RunConfig, bucket_megabytes: Sequence[int], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each method, one value per round without the first, which warms up. Collective."""
+Counts = dict[str, tuple[int, int]]
+"""Buckets and tensors by the name of a push."""
+
+
+def measure(
+    folder: Path, config: RunConfig, bucket_megabytes: Sequence[int], rounds: int
+) -> tuple[dict[str, list[float]], Counts]:
+    """Seconds of each method, one value per round without the first, which warms up; and what it sends. Collective."""
     model_folder = Path(config.model.path)
     architecture, dtype = read_architecture(model_folder), DTYPES[config.model.dtype]
     table = weight_table(architecture)
@@ -120,6 +126,7 @@ def measure(folder: Path, config: RunConfig, bucket_megabytes: Sequence[int], ro
     started_from = config.model.model_copy(update={"path": str(initial), "random_init": False})
     engines = EngineGroup(config.model_copy(update={"model": started_from}), folder)
     seconds: dict[str, list[float]] = {}
+    counts: Counts = {}
     try:
         engines.start()
         engines.wait_until_ready()
@@ -128,13 +135,18 @@ def measure(folder: Path, config: RunConfig, bucket_megabytes: Sequence[int], ro
         for turn in range(rounds + 1):
             measured = {}
             for megabytes in bucket_megabytes:
+                name = f"push, {megabytes} MiB buckets"
 
-                def stream(megabytes: int = megabytes) -> Iterator[list[tuple[str, Tensor]]]:
-                    return stream_hf_weights(chunks, table, megabytes * 2**20, dtype)
+                def stream(megabytes: int = megabytes, name: str = name) -> Iterator[list[tuple[str, Tensor]]]:
+                    counts[name] = (0, 0)
+                    for bucket in stream_hf_weights(chunks, table, megabytes * 2**20, dtype):
+                        counts[name] = (counts[name][0] + 1, counts[name][1] + len(bucket))
+                        yield bucket
 
                 taken = seconds_of(lambda: engines.load(stream, turn))
-                seconds.setdefault(CHECKED, [taken])
-                measured[f"push, {megabytes} MiB buckets"] = taken
+                if not seconds:
+                    seconds[CHECKED], counts[CHECKED] = [taken], counts[name]
+                measured[name] = taken
             target = folder / f"export_{turn}"
             measured[WRITE] = seconds_of(lambda: export_hf_folder(chunks, table, model_folder, target, dtype))
             measured[LOAD] = seconds_of(lambda: together(lambda: [load_from_disk(engine, target) for engine in mine]))
@@ -142,23 +154,28 @@ def measure(folder: Path, config: RunConfig, bucket_megabytes: Sequence[int], ro
                 seconds.setdefault(way, []).append(value)
     finally:
         engines.close()
-    return seconds
+    return seconds, counts
 
 
-def print_table(megabytes: float, seconds: dict[str, list[float]]) -> None:
-    """Print medians; the ratio compares with writing plus loading through the disk."""
+def print_table(megabytes: float, seconds: dict[str, list[float]], counts: Counts) -> None:
+    """Print medians; the ratios compare with a copy in memory, and with writing plus loading through the disk."""
     medians = {way: statistics.median(values) for way, values in seconds.items()}
     disk = medians.pop(WRITE) + medians.pop(LOAD)
-    table = Table(f"{megabytes:.0f} MB", "seconds", "GB/s", "disk / this", box=None, title_justify="left")
+    columns = ("seconds", "best", "GB/s", "of a copy", "disk / this", "buckets", "tensors")
+    table = Table(f"{megabytes:.0f} MB", *columns, box=None, title_justify="left")
     parts = f"disk: write {statistics.median(seconds[WRITE]):.2f} + load {statistics.median(seconds[LOAD]):.2f}"
+    copy = megabytes / 1e3 / memory_copy_speed(megabytes)
     for way, value in {**medians, parts: disk}.items():
-        table.add_row(way, f"{value:.2f}", f"{megabytes / 1e3 / value:.2f}", f"{disk / value:.1f}")
-    table.add_row("one copy in CPU memory", *memory_copy(megabytes))
-    Console(width=100).print(table)
+        best = f"{min(seconds[way]):.2f}" if way in seconds else ""
+        sent = [str(count) for count in counts.get(way, ())]
+        speeds = (f"{megabytes / 1e3 / value:.2f}", f"{copy / value:.2f}", f"{disk / value:.1f}")
+        table.add_row(way, f"{value:.2f}", best, *speeds, *sent)
+    table.add_row("one copy in CPU memory", f"{copy:.2f}", "", f"{megabytes / 1e3 / copy:.2f}", "1.00")
+    Console(width=120).print(table)
 
 
-def memory_copy(megabytes: float) -> tuple[str, str]:
-    """Seconds and GB/s of copying as many bytes within this process, in pieces of at most 256 MB."""
+def memory_copy_speed(megabytes: float) -> float:
+    """GB/s of copying as many bytes within this process, in pieces of at most 256 MB."""
     source = torch.ones(int(min(megabytes, 256) * 1e6), dtype=torch.uint8)
     target = source.clone()
     times = []
@@ -166,8 +183,7 @@ def memory_copy(megabytes: float) -> tuple[str, str]:
         begin = time.perf_counter()
         target.copy_(source)
         times.append(time.perf_counter() - begin)
-    speed = len(source) / 1e9 / min(times)
-    return f"{megabytes / 1e3 / speed:.2f}", f"{speed:.2f}"
+    return len(source) / 1e9 / min(times)
 
 
 def main() -> None:
@@ -194,10 +210,10 @@ def main() -> None:
                 write_model_folder(folder / "model", megabytes, options.hidden_size, options.dtype)
             dist.barrier()
             config = make_config(folder / "model", parallel, options.engine_tensor_parallel_size, options.dtype)
-            seconds = measure(folder, config, options.bucket_megabytes, options.rounds)
+            seconds, counts = measure(folder, config, options.bucket_megabytes, options.rounds)
             size = sum(path.stat().st_size for path in (folder / "initial").glob("*.safetensors"))
             if rank() == 0:
-                print_table(size / 1e6, seconds)
+                print_table(size / 1e6, seconds, counts)
             dist.barrier()
     destroy_parallel()
 

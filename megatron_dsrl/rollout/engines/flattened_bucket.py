@@ -22,24 +22,31 @@ ALIGNMENT_BYTES = 16
 
 
 class BucketMemory:
-    """Memory of a bucket until the engine has copied it; one bucket at a time.
+    """Memory of buckets until the engine has copied them.
 
-    On CPU all buckets use the same shared memory, because new pages cost more than the copies; this object keeps it, as
-    large as the largest bucket so far. On CUDA every bucket gets its own memory: PyTorch does not reuse shared memory
-    until the other process has released it and its copies are done.
+    On CPU two buckets take turns in shared memory, because new pages cost more than the copies; this object keeps both,
+    each as large as the largest bucket that it has held. On CUDA every bucket gets its own memory: PyTorch does not
+    reuse shared memory until the other process has released it and its copies are done.
     """
 
     def __init__(self) -> None:
-        self._shared = torch.empty(0, dtype=torch.uint8)
+        self._shared = [torch.empty(0, dtype=torch.uint8)] * 2
+
+    def holds_two(self, device: torch.device) -> bool:
+        """Whether a bucket can be filled while the engine copies the previous one. On CUDA it would take more of the
+        GPU's memory, and save the milliseconds of a copy within it."""
+        return device.type == "cpu"
 
     def take(self, num_bytes: int, device: torch.device) -> torch.Tensor:
-        """Uninitialised bytes, [num_bytes] uint8. The engine must have confirmed the previous bucket."""
+        """Uninitialised bytes, [num_bytes] uint8. The engine must have confirmed all buckets that it has received, and
+        on CPU all but the last one."""
         if device.type != "cpu":
             return torch.empty(num_bytes, dtype=torch.uint8, device=device)
-        if len(self._shared) < num_bytes:
+        self._shared.reverse()
+        if len(self._shared[0]) < num_bytes:
             with tensor_sharing():
-                self._shared = torch.empty(num_bytes, dtype=torch.uint8).share_memory_()
-        return self._shared[:num_bytes]
+                self._shared[0] = torch.empty(num_bytes, dtype=torch.uint8).share_memory_()
+        return self._shared[0][:num_bytes]
 
 
 def flatten(bucket: Bucket, memory: BucketMemory, alignment_bytes: int = ALIGNMENT_BYTES) -> dict[str, Any]:

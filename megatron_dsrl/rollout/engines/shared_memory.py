@@ -14,7 +14,8 @@ BYTES_PER_PARAMETER = {"float32": 4, "bfloat16": 2}
 
 
 def check_shared_memory(config: RolloutSettings, ranks: int, folder: Path = FOLDER) -> None:
-    """Compare the free space with what the buckets of all ranks take at a time.
+    """Compare the free space with what the buckets of all ranks take at a time: each fills one while an engine copies
+    another.
 
     Args:
         config: the model and the size of a bucket.
@@ -28,11 +29,11 @@ def check_shared_memory(config: RolloutSettings, ranks: int, folder: Path = FOLD
     size = BYTES_PER_PARAMETER[config.model.dtype]
     largest_tensor = size * architecture.vocab_size * architecture.hidden_size
     largest_bucket = max(config.engine.weight_bucket_megabytes * 2**20, largest_tensor)
-    bucket = min(size * parameters_of_model(architecture), largest_bucket)
+    needed = min(size * parameters_of_model(architecture), 2 * largest_bucket)
     free = shutil.disk_usage(folder).free
-    if free < ranks * bucket:
+    if free < ranks * needed:
         raise UserError(
-            f"engine.weight_bucket_megabytes: on a CPU, weights go to the engines through {folder}, in buckets of up "
-            f"to {bucket / 2**20:.1f} MiB for each of {ranks} process(es), but it has {free / 2**20:.1f} MiB free; "
+            f"engine.weight_bucket_megabytes: on a CPU, weights go to the engines through {folder}, in two buckets at "
+            f"a time, {needed / 2**20:.1f} MiB for each of {ranks} process(es), but {free / 2**20:.1f} MiB are free; "
             "lower the bucket size, remove old files there, or enlarge it (docker run --shm-size=16g)"
         )

@@ -1,14 +1,18 @@
 """Weights from the trainer to the engine on the same devices, in flattened buckets, without touching disk.
 
-Only handles travel over HTTP: the engine opens the trainer's memory (CUDA IPC, or shared memory on CPU) and copies.
+Only handles travel over HTTP: the engine opens the trainer's memory (CUDA IPC, or shared memory on CPU) and copies. On
+CPU the next bucket is filled meanwhile.
 """
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import Future
+from functools import partial
 
 import torch.distributed
 
 from megatron_dsrl.common.collective import first_problem, gather
+from megatron_dsrl.common.process import in_background
 from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.client import EngineClient, connect
 from megatron_dsrl.rollout.engines.errors import EngineError
@@ -42,19 +46,24 @@ def push_weights(
         same on every rank of the group.
     """
     memory = memory or BucketMemory()
-    with asyncio.Runner() as runner:
-        receiver = _GroupsEngine(engine, group, timeout_seconds, runner)
-        receiver.call(lambda client: client.begin_weight_update())
-        for bucket in buckets:
-            if receiver.problem is not None:
-                continue
-            flattened = flatten(bucket, memory)
-            payloads = _gather(serialise(flattened), group)
-            receiver.call(lambda client: client.update_weights(payloads))
-            del flattened  # not before the engine has confirmed
-        receiver.call(lambda client: client.end_weight_update())
-        receiver.call(lambda client: client.set_weight_version(version))
-        return receiver.problem
+    receiver = _GroupsEngine(engine, group, timeout_seconds)
+    receiver.start(EngineClient.begin_weight_update)
+    for bucket in buckets:
+        if receiver.problem is not None:
+            continue
+        flattened = flatten(bucket, memory)
+        receiver.wait()  # it may still be copying the previous bucket
+        payloads = _gather(serialise(flattened), group)
+        receiver.start(partial(EngineClient.update_weights, payload_per_rank=payloads), flattened)
+        if not memory.holds_two(bucket[0][1].device):
+            receiver.wait()
+        del flattened
+    receiver.wait()
+    receiver.start(EngineClient.end_weight_update)
+    receiver.wait()
+    receiver.start(partial(EngineClient.set_weight_version, version=version))
+    receiver.wait()
+    return receiver.problem
 
 
 def _gather(payload: str, group: torch.distributed.ProcessGroup | None) -> list[str]:
@@ -66,26 +75,35 @@ class _GroupsEngine:
     """The engine as all ranks of its group see it. After the first failed call it keeps the problem and makes none."""
 
     def __init__(
-        self,
-        address: EngineAddress | None,
-        group: torch.distributed.ProcessGroup | None,
-        timeout_seconds: float,
-        runner: asyncio.Runner,
+        self, address: EngineAddress | None, group: torch.distributed.ProcessGroup | None, timeout_seconds: float
     ) -> None:
         self.problem: str | None = None
-        self._runner = runner
         self._address = address
         self._group = group
         self._timeout_seconds = timeout_seconds
+        self._call: Future[str | None] | None = None
+        self._needed: object = None
 
-    def call(self, call: Callable[[EngineClient], Awaitable[None]]) -> None:
-        """Run `call(client)` on the rank that owns the engine. All ranks of the group wait for it."""
-        if self.problem is not None:
+    def start(self, call: Callable[[EngineClient], Awaitable[None]], needed: object = None) -> None:
+        """Start `call(client)` in a thread of the rank that owns the engine. The previous one must have been awaited.
+
+        Args:
+            needed: is kept until the call has ended.
+        """
+        if self.problem is None:
+            address, self._needed = self._address, needed
+            self._call = in_background(lambda: asyncio.run(self._made(address, call)) if address else None)
+
+    def wait(self) -> None:
+        """Wait for the call, if one was started. All ranks of the group wait for it."""
+        if self._call is None:
             return
-        problem = None if self._address is None else self._runner.run(self._call(self._address, call))
+        call, self._call = self._call, None
+        problem = call.result()
+        self._needed = None
         self.problem = problem if self._group is None else first_problem(problem, self._group)
 
-    async def _call(self, address: EngineAddress, call: Callable[[EngineClient], Awaitable[None]]) -> str | None:
+    async def _made(self, address: EngineAddress, call: Callable[[EngineClient], Awaitable[None]]) -> str | None:
         async with connect([address], self._timeout_seconds) as clients:
             try:
                 await call(clients[0])

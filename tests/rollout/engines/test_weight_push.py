@@ -19,18 +19,21 @@ STOPPED_SECONDS = 1.0
 DTYPES = [torch.float32, torch.bfloat16, torch.uint8]
 
 
-def test_the_next_bucket_is_taken_only_when_the_engine_has_confirmed_the_one_before(engine_rollout) -> None:
-    """The engine is stopped while it has a bucket to copy: nothing may be overwritten until it goes on."""
+def test_memory_is_used_again_only_when_the_engine_has_confirmed_what_was_in_it(engine_rollout) -> None:
+    """The engine is stopped before it gets the second bucket. While it has that to copy, the third one is filled, but
+    none is taken that would overwrite the second."""
     (engine,) = engine_rollout.engine_addresses
     group = server_process(engine)
     weight = torch.ones(64)
     waited = []
 
     def buckets() -> Iterator[Bucket]:
+        yield [("model.norm.weight", weight)]
         os.killpg(group, signal.SIGSTOP)
         go_on = threading.Timer(STOPPED_SECONDS, os.killpg, [group, signal.SIGCONT])
         begin = time.monotonic()  # before the timer, whose thread may take a moment to start
         go_on.start()
+        yield [("model.norm.weight", weight)]
         yield [("model.norm.weight", weight)]
         waited.append(time.monotonic() - begin)
         go_on.join()
@@ -57,6 +60,16 @@ def test_a_flattened_bucket_holds_every_tensor_bit_for_bit(kinds) -> None:
         copy = flattened["flattened_tensor"][entry.start_idx : entry.end_idx].view(entry.dtype).reshape(entry.shape)
         assert entry.name == name and entry.start_idx % ALIGNMENT_BYTES == 0
         assert torch.equal(copy, tensor)
+
+
+def test_on_a_cpu_two_buckets_take_turns_in_the_same_memory() -> None:
+    """While the engine copies one, the next one is filled."""
+    memory = BucketMemory()
+    buckets = [flatten([("weight", torch.full((1000,), float(value)))], memory) for value in (1, 2)]
+    first, second = (bucket["flattened_tensor"] for bucket in buckets)
+    assert torch.equal(first.view(torch.float32), torch.ones(1000))
+    assert flatten([("weight", torch.zeros(10))], memory)["flattened_tensor"].data_ptr() == first.data_ptr()
+    assert torch.equal(second.view(torch.float32), torch.full((1000,), 2.0))
 
 
 def test_a_bucket_is_never_empty() -> None:
