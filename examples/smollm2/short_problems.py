@@ -1,9 +1,10 @@
-"""Write GSM8K's problems with at most two calculations as prompts, worked solutions and answers.
+"""Write GSM8K's problems with at most two calculations as prompts, calculations and answers.
 
     python -m examples.smollm2.short_problems FOLDER [--output .cache/smollm2]
 
 FOLDER holds GSM8K's train.jsonl and test.jsonl (https://github.com/openai/grade-school-math). Writes train.jsonl and
-held_out.jsonl. A solution loses its calculator marks (`<<48/2=24>>`) and ends with the answer in a box.
+held_out.jsonl. A solution is what stands in the calculator marks (`<<48/2=24>>`), one per line, and the answer in a
+box. Problems whose last calculation does not give the answer are left out.
 """
 
 import argparse
@@ -14,19 +15,21 @@ from pathlib import Path
 
 from megatron_dsrl.common.errors import UserError
 
-CALCULATION = re.compile(r"<<[^>]*>>")
+CALCULATION = re.compile(r"<<([^>]*)>>")
 MOST_CALCULATIONS = 2
 FILES = {"train.jsonl": "train.jsonl", "test.jsonl": "held_out.jsonl"}
 """Written from which file of GSM8K."""
 
 
 def short_problem(row: dict[str, str]) -> dict[str, str] | None:
-    """Problem, solution and answer of one of GSM8K's rows; None if it takes more calculations, or shows none."""
-    solution, _, answer = row["answer"].partition("\n#### ")
-    if not 1 <= len(CALCULATION.findall(solution)) <= MOST_CALCULATIONS:
+    """Problem, solution and answer of one of GSM8K's rows; None if its calculations are too many, or do not solve it."""
+    worked, _, answer = row["answer"].partition("\n#### ")
+    calculations = [calculation.strip() for calculation in CALCULATION.findall(worked)]
+    answer = answer.strip().replace(",", "")
+    if not 1 <= len(calculations) <= MOST_CALCULATIONS or not calculations[-1].endswith(f"={answer}"):
         return None
-    worked = CALCULATION.sub("", solution).strip()
-    return {"problem": row["question"], "solution": f"{worked}\n\\boxed{{{answer}}}", "answer": answer}
+    lines = [*calculations, f"\\boxed{{{answer}}}"]
+    return {"problem": row["question"], "solution": "\n".join(lines), "answer": answer}
 
 
 def write_problems(source: Path, target: Path) -> int:

@@ -48,14 +48,15 @@ def test_problems_and_answers(data_folder: Path) -> None:
     assert run.reward.function == benchmark.config.reward.function
 
 
-def test_short_problems_end_with_the_answer_in_a_box() -> None:
-    solution = "She sold 48/2 = <<48/2=24>>24 clips.\nTogether 48+24 = <<48+24=72>>72 clips.\n#### 72"
+def test_a_short_problem_has_its_calculations_and_the_answer_in_a_box() -> None:
+    solution = "She sold 48/2 = <<48/2=24>>24 clips.\nTogether 1000+24 = <<1000+24=1024>>1024 clips.\n#### 1,024"
     assert short_problem({"question": "How many?", "answer": solution}) == {
         "problem": "How many?",
-        "solution": "She sold 48/2 = 24 clips.\nTogether 48+24 = 72 clips.\n\\boxed{72}",
-        "answer": "72",
+        "solution": "48/2=24\n1000+24=1024\n\\boxed{1024}",
+        "answer": "1024",
     }
-    for calculations in ("", "<<1=1>><<1=1>><<1=1>>"):
+    too_many, unfinished = "<<1+1=2>><<2-1=1>><<1*1=1>>", "<<1+2=3>>"
+    for calculations in ("", too_many, unfinished):
         assert short_problem({"question": "?", "answer": f"1 {calculations}\n#### 1"}) is None
 
 
@@ -63,7 +64,7 @@ def test_every_run_is_a_valid_configuration() -> None:
     runs = {name: load_config(EXAMPLE / f"{name}.yaml") for name in ("sample", "sft", "grpo", "dsrl")}
     assert runs["sft"].rollout.source == "dataset" and runs["sft"].data.response_field == "solution"
     assert runs["grpo"].model.path == f"runs/{runs['sft'].name}/hf/step_{runs['sft'].steps:06d}"
-    assert [phase.until_step for phase in runs["dsrl"].phases] == [3, None]
+    assert [phase.until_step for phase in runs["dsrl"].phases] == [4, None]
 
 
 @pytest.mark.slow
