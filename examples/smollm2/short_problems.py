@@ -22,7 +22,7 @@ FILES = {"train.jsonl": "train.jsonl", "test.jsonl": "held_out.jsonl"}
 
 
 def short_problem(row: dict[str, str]) -> dict[str, str] | None:
-    """Problem, solution and answer of one of GSM8K's rows; None if its calculations are too many, or do not solve it."""
+    """Problem, solution and answer of one of GSM8K's rows; None if it has too many calculations, or too few marked."""
     worked, _, answer = row["answer"].partition("\n#### ")
     calculations = [calculation.strip() for calculation in CALCULATION.findall(worked)]
     answer = answer.strip().replace(",", "")
