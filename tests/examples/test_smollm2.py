@@ -68,6 +68,7 @@ def test_every_run_is_a_valid_configuration() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_transformers_megatron_and_the_engine_agree_in_every_layout(tmp_path: Path) -> None:
     """On responses of a tiny Llama; on two processes also split by tensors and by layers."""
     torch.manual_seed(0)
