@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tiny task with one SGLang server beside the trainer: synchronously, and asynchronously with three bounds.
+# The tiny task with one SGLang server beside the trainer: synchronously, and asynchronously with two bounds.
 #
 #   bash examples/asynchronous/run.sh
 #   STALENESS="0 2" bash examples/asynchronous/run.sh steps=10     other bounds, and overrides
@@ -17,7 +17,7 @@ server=$!
 trap 'kill "$server"; wait "$server" || true' EXIT
 
 runs=()
-for staleness in ${STALENESS:-0 1 2 4}; do
+for staleness in ${STALENESS:-0 1 2}; do
   dsrl train "$config" "name=staleness_$staleness" "rollout.max_staleness=$staleness" "$@"
   runs+=("runs/staleness_$staleness")
 done

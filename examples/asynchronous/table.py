@@ -11,10 +11,11 @@ PART = 10
 
 def main(runs: list[Path]) -> None:
     """Print the table."""
-    ends = range(PART, 1 + max(len(records(run)) for run in runs), PART)
-    rewards = " | ".join(f"{end - PART + 1}-{end}" for end in ends)
-    print(f"| run | steps per hour | waiting for samples | engine idle | staleness, mean | {rewards} |")
-    print("|---" * (5 + len(ends)) + "|")
+    ends = range(PART, 1 + min(len(records(run)) for run in runs), PART)
+    columns = ["run", "steps per hour", "waiting for samples", "engine idle", "staleness, mean"]
+    columns += [f"reward, {end - PART + 1} to {end}" for end in ends]
+    print(f"| {' | '.join(columns)} |")
+    print("|---" * len(columns) + "|")
     for run in runs:
         steps = records(run)
         rest = steps[1:]  # the first step waits for the first samples in every run
