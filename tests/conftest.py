@@ -42,6 +42,15 @@ def data_folder() -> Path:
     return folder
 
 
+@pytest.fixture
+def isolation() -> None:
+    """Skips the test where programs cannot be isolated."""
+    from megatron_dsrl.rewards.sandbox_isolation import missing_isolation
+
+    if problem := missing_isolation():
+        pytest.skip(problem)
+
+
 @pytest.fixture(scope="session")
 def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An HF folder with the tiny random Qwen3 that the shared engine starts from."""

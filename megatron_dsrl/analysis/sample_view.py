@@ -55,9 +55,12 @@ def print_group(
 
 def header(number: int, sample: Sample, scores: ResponseLogProbs | None) -> str:
     """One line about a sample."""
+    turns = " + ".join(f"{value:g}" for _, value in sample.turn_rewards)
     parts = [
         f"sample {number}",
-        f"reward {sample.reward:g}" + ("" if sample.verdict == "ok" else f" (verifier: {sample.verdict})"),
+        f"reward {sample.reward:g}"
+        + (f" (recorded: {turns})" if turns else "")
+        + ("" if sample.verdict == "ok" else f" (verifier: {sample.verdict})"),
         f"{len(sample.response_ids)} tokens, {'stopped' if sample.finish_reason == 'stop' else 'truncated'}",
         f"weight version {sample.weight_version}",
     ]

@@ -77,9 +77,10 @@ class RolloutConfig(Section):
 
     generate: str | None = Field(default=None, pattern=PATTERN)
     """Function that writes each response together with the model, by its dotted path `package.module:function`:
-    `async def generate(response, **options)`. Tokens that it inserts (tool results, turns of an environment) count
-    towards `max_response_tokens` and are not scored. Evaluations use it too. See examples/own_generation;
-    `megatron_dsrl.rollout.tool_chat:calculator_chat` is ready-made. null: the engine alone writes responses."""
+    `async def generate(response, **options)`, or a class that takes the options and has
+    `async def __call__(self, response)`. Tokens that it inserts (tool results, turns of an environment) count towards
+    `max_response_tokens` and are not scored. Evaluations use it too. See examples/own_generation;
+    `megatron_dsrl.rollout.tool_chat:ToolChat` is ready-made. null: the engine alone writes responses."""
 
     generate_options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of `generate`."""

@@ -76,6 +76,7 @@ BUILT_IN: dict[str, BuiltIn] = {
     ),
     "box_format": BuiltIn(f"{HERE}.shaping:box_format"),
     "length_penalty": BuiltIn(f"{HERE}.shaping:length_penalty"),
+    "zero": BuiltIn(f"{HERE}.shaping:zero"),
 }
 
 

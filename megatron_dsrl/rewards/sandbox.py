@@ -35,7 +35,8 @@ from megatron_dsrl.rewards.sandbox_folder import temporary_folder
 CHILD = Path(__file__).with_name("sandbox_process.py")
 FOLDER = "/sandbox"  # sandbox_namespaces.FOLDER
 TIMED_OUT = 124  # sandbox_process.TIMED_OUT
-RESULT_BYTES = 4096
+RESULT_BYTES = 2**16  # capacity of a pipe
+LONGEST_REPORT = 10_000  # sandbox_process.LONGEST_REPORT
 END_SECONDS = 5.0
 """The sandbox keeps the time itself; a caller that has waited this much longer kills it."""
 
@@ -69,6 +70,8 @@ class Outcome:
     """It ran to its end without an exception, and so did its tests."""
     reason: str
     """Empty when it passed; else `timeout`, the exception, or `ended with status N`."""
+    report: str = ""
+    """What the tests of a program that passed assigned to `report`, if it is a string; cut to LONGEST_REPORT."""
 
 
 @dataclass(frozen=True)
@@ -151,5 +154,8 @@ def _outcome(result: str, status: int, token: str, refused: str) -> Outcome:
         if mark == refused:
             raise NotIsolatedError(f"the kernel does not permit isolating a program: {message}")
         if mark == token:
-            return Outcome(message == "passed", "" if message == "passed" else message)
+            verdict, _, report = message.partition(" ")
+            if verdict == "passed":
+                return Outcome(True, "", base64.b64decode(report).decode())
+            return Outcome(False, message)
     return Outcome(False, "timeout" if status == TIMED_OUT else f"ended with status {status}")

@@ -1,4 +1,4 @@
-"""Whether this machine can isolate the programs of the verifier `code`, and what happens where it cannot."""
+"""Whether this machine can isolate programs that a model wrote, and what happens where it cannot."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -56,13 +56,28 @@ def check_isolation(options: Mapping[str, Any]) -> None:
     Raises:
         UserError: programs cannot be isolated here, and the options do not allow to run them unsafely.
     """
+    require_isolation(
+        "reward.function: `code`", bool(options.get("allow_unsafe")), "or judge on another machine with `remote`; "
+    )
+
+
+def require_isolation(who: str, allow_unsafe: bool, alternative: str = "") -> bool:
+    """Whether programs run isolated here.
+
+    Args:
+        who: runs them, for the message.
+        alternative: further advice.
+
+    Raises:
+        UserError: they cannot be isolated, and unsafe ones are not allowed.
+    """
     problem = missing_isolation()
-    if problem is not None and not options.get("allow_unsafe"):
+    if problem is not None and not allow_unsafe:
         raise UserError(
-            "reward.function: `code` runs programs that a model wrote, and this machine cannot isolate them: "
-            f"{problem}. {ADVICE}; or judge on another machine with `remote`; or accept that programs can reach your "
-            "files with the option allow_unsafe: true"
+            f"{who} runs programs that a model wrote, and this machine cannot isolate them: {problem}. {ADVICE}; "
+            f"{alternative}or accept that programs can reach your files with the option allow_unsafe: true"
         )
+    return problem is None
 
 
 def describe_isolation(options: Mapping[str, Any]) -> str:

@@ -31,6 +31,9 @@ del sys.path[-1]
 TIMED_OUT = 124
 """Exit status after the time limit; as that of timeout(1)."""
 
+LONGEST_REPORT = 10_000
+"""Characters; encoded, they fit into the result pipe, which is read when everything has ended."""
+
 
 def main() -> None:
     """Read the program, apply the outer restrictions, and exit with the status of the tests' process."""
@@ -122,7 +125,7 @@ def run(program: str, settings: dict, requests: int, answers: int) -> None:
 
 
 def judge(candidate: Caller, settings: dict) -> None:
-    """Run the tests, write the verdict, and exit. The token proves that the sandbox wrote it."""
+    """Run the tests, write the verdict and their `report`, and exit. The token proves that the sandbox wrote it."""
     task = json.loads(sys.stdin.buffer.readline())
     result, token = settings["result"], task["token"]
     try:
@@ -136,7 +139,10 @@ def judge(candidate: Caller, settings: dict) -> None:
         what = what[:500].replace("\n", " ")
         os.write(result, f"{token} {what}\n".encode(errors="replace"))
         os._exit(1)
-    os.write(result, f"{token} passed\n".encode())
+    report = namespace.get("report")
+    text = report[:LONGEST_REPORT] if isinstance(report, str) else ""
+    encoded = base64.b64encode(text.encode(errors="replace")).decode()
+    os.write(result, f"{token} passed {encoded}\n".encode())
     os._exit(0)
 
 

@@ -1,4 +1,4 @@
-"""Rewards for the form and the length of a response, independent of the answer. For use in a `combination`."""
+"""Rewards that are independent of the answer: for the form and the length of a response, or none at all."""
 
 from megatron_dsrl.rewards.boxed import BOX, last_boxed
 from megatron_dsrl.rewards.response import THINK_END, THINK_START, after_thinking
@@ -15,6 +15,16 @@ def box_format(response: str, answer: str) -> float:
     thinking_is_well_formed = tags == (0, 0) or (tags == (1, 1) and response.lstrip().startswith(THINK_START))
     text = after_thinking(response)
     return float(thinking_is_well_formed and len(BOX.findall(text)) == 1 and bool(last_boxed(text)))
+
+
+def zero(response: str, answer: str) -> float:
+    """0 for every response: where `rollout.generate` records the rewards itself.
+
+    Args:
+        response: ignored.
+        answer: ignored.
+    """
+    return 0.0
 
 
 def length_penalty(response: str, answer: str, free_characters: int, max_characters: int) -> float:

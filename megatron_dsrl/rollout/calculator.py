@@ -59,6 +59,11 @@ def answer(expression: str) -> str:
     return str(int(value)) if value == int(value) else f"{value:.12g}"
 
 
+async def calculator(expression: str) -> str:
+    """`answer` as a tool of `ToolChat`."""
+    return answer(expression)
+
+
 def _value(node: ast.expr) -> Number:
     match node:
         case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):

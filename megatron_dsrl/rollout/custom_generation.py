@@ -1,33 +1,30 @@
 """Custom generation: a function of the user's writes each response together with the model (`rollout.generate`)."""
 
 import asyncio
-import inspect
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.config.dotted_path import object_at
 from megatron_dsrl.config.rollout import RolloutConfig
 from megatron_dsrl.data.prompt import Prompt
+from megatron_dsrl.rollout.async_callable import async_callable
 from megatron_dsrl.rollout.engines.client import EngineClient
 from megatron_dsrl.rollout.engines.generation import Completion, SampleRequest
 from megatron_dsrl.rollout.growing_response import AbortedError, Decode, Encode, GrowingResponse
 from megatron_dsrl.rollout.sample import SamplingParameters
 
-GenerateFunction = Callable[..., Awaitable[None]]
-"""`async def generate(response: GrowingResponse, **options) -> None` writes one response."""
+GenerateFunction = Callable[[GrowingResponse], Awaitable[None]]
+"""Writes one response."""
 
 
 @dataclass(frozen=True)
 class CustomGeneration:
-    """The function, its options and the tokenizer."""
+    """The function and the tokenizer."""
 
     path: str
     """The function's dotted path, for messages."""
     function: GenerateFunction
-    options: dict[str, Any]
     encode: Encode
     decode: Decode
 
@@ -66,7 +63,7 @@ class CustomGeneration:
 
     async def _write(self, response: GrowingResponse) -> Completion:
         try:
-            await self.function(response, **self.options)
+            await self.function(response)
             completion = response.as_completion() if response.failure is None else None
         except Exception as error:
             if response.failure is None:
@@ -94,21 +91,10 @@ def custom_generation(config: RolloutConfig, encode: Encode | None, decode: Deco
         encode: the tokenizer; needed by a function.
 
     Raises:
-        UserError: the function does not exist, is not asynchronous, or does not take these options.
+        UserError: as from `async_callable`.
     """
     if config.generate is None:
         return None
     assert encode is not None, "a function needs the tokenizer"
-    path = config.generate
-    try:
-        function = object_at(path)
-    except ValueError as error:
-        raise UserError(f"rollout.generate: {error}") from error
-    if not inspect.iscoroutinefunction(function):
-        module, _, name = path.partition(":")
-        raise UserError(f"rollout.generate: `{module}` has no function `{name}` that begins with `async def`")
-    try:
-        inspect.signature(function).bind(None, **config.generate_options)
-    except TypeError as error:
-        raise UserError(f"rollout.generate_options: {path} does not take these options: {error}") from error
-    return CustomGeneration(path, function, config.generate_options, encode, decode)
+    function = async_callable(config.generate, config.generate_options, "rollout.generate")
+    return CustomGeneration(config.generate, function, encode, decode)

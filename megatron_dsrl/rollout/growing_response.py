@@ -4,11 +4,13 @@ The model continues what stands there, so every one of its tokens is drawn given
 which is what the trainer scores it given. Tokens from elsewhere are context for those after them and are not scored.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_dsrl.data.prompt import Prompt
+from megatron_dsrl.rewards.score import LARGEST_REWARD
 from megatron_dsrl.rollout.engines.client import EngineClient
 from megatron_dsrl.rollout.engines.generation import Completion, SampleRequest, VersionSpans
 from megatron_dsrl.rollout.sample import SamplingParameters
@@ -74,6 +76,7 @@ class GrowingResponse:
         self._scored: tuple[bool, ...] = ()
         self._versions: tuple[int | None, ...] = ()
         """Version of the weights that drew each token; None for tokens from elsewhere."""
+        self._turn_rewards: tuple[tuple[int, float], ...] = ()
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -127,7 +130,7 @@ class GrowingResponse:
         They are appended whole or not at all. If they do not fit, the response is full and counts as truncated.
 
         Args:
-            tokens: token ids, or text. Text from untrusted sources should be free of special tokens.
+            tokens: token ids, or text in which special tokens are recognised; see `plain_tokens`.
 
         Returns:
             Whether they fit.
@@ -139,8 +142,22 @@ class GrowingResponse:
         self._add(ids, (0.0,) * len(ids), [None] * len(ids))
         return True
 
+    def plain_tokens(self, text: str) -> tuple[int, ...]:
+        """Tokens of text from elsewhere, without special ones, which could end the model's turn or open another."""
+        return tuple(token for token in self.encode(text) if self.decode([token]))
+
+    def reward(self, value: float) -> None:
+        """Record a reward for what has been written so far, such as a turn. The verifier's reward is added to the sum.
+
+        Raises:
+            ValueError: it is not a finite number of the size of a float32.
+        """
+        if not math.isfinite(value) or abs(value) > LARGEST_REWARD:
+            raise ValueError(f"a reward must be a finite number, not {value!r}")
+        self._turn_rewards += ((len(self._token_ids), float(value)),)
+
     def keep(self, count: int) -> None:
-        """Drop all but the first `count` tokens of the response.
+        """Drop all but the first `count` tokens of the response, and rewards recorded after more tokens.
 
         What is dropped must be decided by what is kept (cut after the first complete tool call). If it depends on what
         is dropped (cut what looks wrong), the kept tokens no longer follow the policy's distribution.
@@ -149,6 +166,7 @@ class GrowingResponse:
             self.is_truncated, self._limit = False, self.sampling.max_response_tokens
         self._token_ids, self._log_probs = self._token_ids[:count], self._log_probs[:count]
         self._scored, self._versions = self._scored[:count], self._versions[:count]
+        self._turn_rewards = tuple(each for each in self._turn_rewards if each[0] <= count)
 
     def as_completion(self) -> Completion:
         """The finished response in the form of an engine's answer.
@@ -164,6 +182,7 @@ class GrowingResponse:
             finish_reason="length" if self.is_truncated else "stop",
             weight_versions=self._version_spans(),
             scored=None if all(self._scored) else self._scored,
+            turn_rewards=self._turn_rewards,
         )
 
     async def _ask(self, request: SampleRequest, stop_token_ids: Sequence[int]) -> Completion:

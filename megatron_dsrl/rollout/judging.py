@@ -54,9 +54,10 @@ def _sample(response: PartialResponse, text: str, reward: float, verdict: Verdic
         text=text,
         finish_reason=response.finish_reason,
         weight_version=versions[-1][0],
-        reward=reward,
+        reward=reward + sum(value for _, value in response.turn_rewards),
         verdict=verdict,
         older_versions=versions[:-1],
         routed_experts=response.routed_experts,
         scored=response.scored,
+        turn_rewards=response.turn_rewards,
     )

@@ -148,9 +148,9 @@ def prompt_of_record(record: dict[str, Any]) -> Prompt:
 
 
 def _sample(record: dict[str, Any]) -> Sample:
-    older = tuple(map(tuple, record.get("older_versions", ())))
+    pairs = {name: tuple(map(tuple, record.get(name, ()))) for name in ("older_versions", "turn_rewards")}
     scored = record.get("scored") and tuple(record["scored"])
-    return Sample(**record | {"older_versions": older, "scored": scored})
+    return Sample(**record | pairs | {"scored": scored})
 
 
 def _with_tuples(record: dict[str, Any], *fields: str) -> dict[str, Any]:

@@ -10,6 +10,9 @@ from megatron_dsrl.config.rollout import RolloutConfig
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rewards.score import Verdict
 
+TurnRewards = tuple[tuple[int, float], ...]
+"""(number of response tokens until then, reward) of each reward that `rollout.generate` recorded, in order."""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -33,7 +36,7 @@ class Sample:
     """Version of the policy weights that produced the response, or its last part."""
 
     reward: float
-    """The verifier's score."""
+    """The verifier's score, plus the sum of `turn_rewards`."""
 
     verdict: Verdict = "ok"
     """Whether the verifier succeeded; `timeout` and `error` score 0. All but `ok` are counted."""
@@ -48,6 +51,9 @@ class Sample:
 
     scored: tuple[bool, ...] | None = None
     """Which response tokens the policy generated and are scored; None means all."""
+
+    turn_rewards: TurnRewards = ()
+    """Rewards that `rollout.generate` recorded."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "response_ids", int_array(self.response_ids))

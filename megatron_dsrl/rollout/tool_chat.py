@@ -1,63 +1,126 @@
-"""A ready-made `rollout.generate`: the model calls a calculator in its response, and reads what it answers."""
+"""A ready-made `rollout.generate`: the model calls a tool in its response, and reads what it answers."""
 
+import asyncio
+import json
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
 
-from megatron_dsrl.rollout.calculator import answer
+from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.rollout.async_callable import async_callable
 from megatron_dsrl.rollout.growing_response import GrowingResponse
 
+Tool = Callable[[str], Awaitable[str]]
+"""`async def tool(call: str, **options) -> str` answers a call. An exception ends the run."""
 
-async def calculator_chat(
-    response: GrowingResponse,
-    opening: str = "<tool>",
-    closing: str = "</tool>",
-    before_result: str = "<result>",
-    after_result: str = "</result>",
-    max_calls: int = 8,
-) -> None:
-    """Let the model write until it ends its response, and answer every `<tool>12*7</tool>` with `<result>84</result>`.
+TOOLS = {
+    "calculator": "megatron_dsrl.rollout.calculator:calculator",
+    "python": "megatron_dsrl.rollout.python_tool:PythonTool",
+}
+"""Ready-made tools by name."""
 
-    If `closing` is a single token, as `</tool_call>` is for Qwen3, the model stops right there. Otherwise it writes on,
-    and what follows the first complete call is dropped, which costs the time to sample it. A model that was trained on
-    tool calls in chat turns gets its own format with, for Qwen3,
-    `before_result: "<|im_end|>\\n<|im_start|>user\\n<tool_response>\\n"` and
-    `after_result: "\\n</tool_response><|im_end|>\\n<|im_start|>assistant\\n"`.
+CUT = "..."
+"""Ends a result that was cut."""
 
-    Args:
-        response: is empty.
-        opening: text before an expression.
-        closing: text after it.
-        before_result: inserted before the calculator's answer; special tokens are recognised.
-        after_result: inserted after it.
-        max_calls: calls that are answered. A response that makes another one ends there and counts as truncated.
+
+class ToolChat:
+    """Lets the model write until it ends its response, and answers every call such as `<tool>12*7</tool>`.
+
+    The answer is inserted after it: `<result>84</result>`. If `closing` is a single token, as `</tool_call>` is for
+    Qwen3, the model stops right there. Otherwise it writes on, and what follows the first complete call is dropped,
+    which costs the time to sample it.
     """
-    closing_ids = response.encode(closing)
-    stops = closing_ids if len(closing_ids) == 1 else ()
-    for _ in range(max_calls):
-        if not await _write_call(response, closing, stops):
-            return
-        expression = _last_call(response.text, opening, closing)
-        if not response.insert(before_result + answer(expression) + after_result):
-            return
-    if await _write_call(response, closing, stops):
-        response.is_truncated = True
+
+    def __init__(
+        self,
+        tool: str,
+        tool_options: Mapping[str, Any] | None = None,
+        opening: str = "<tool>",
+        closing: str = "</tool>",
+        before_result: str = "<result>",
+        after_result: str = "</result>",
+        json_argument: str | None = None,
+        max_calls: int = 8,
+        max_result_tokens: int = 512,
+        tool_timeout_seconds: float = 60.0,
+    ) -> None:
+        """
+        Args:
+            tool: `calculator`, `python`, or the dotted path of a tool. All responses use the same one.
+            tool_options: keyword arguments of the tool.
+            opening: text before a call.
+            closing: text after it.
+            before_result: inserted before the tool's answer; special tokens are recognised.
+            after_result: inserted after it.
+            json_argument: calls are JSON objects, and this one of their `arguments` is for the tool:
+                `{"name": "python", "arguments": {"code": "print(1)"}}` for `code`. None: the whole call is.
+            max_calls: calls that are answered. A response that makes another one ends there and counts as truncated.
+            max_result_tokens: longer answers are cut.
+            tool_timeout_seconds: limit of each call, which is then answered with an error.
+
+        Raises:
+            UserError: the tool does not exist, is not asynchronous, or refuses its options.
+        """
+        if not opening or not closing:
+            raise UserError("opening and closing must not be empty")
+        if ":" not in tool and tool not in TOOLS:
+            raise UserError(f"tool: {tool!r} is neither one of {', '.join(TOOLS)} nor a path `package.module:name`")
+        self._tool: Tool = async_callable(TOOLS.get(tool, tool), tool_options or {}, "tool")
+        self._opening, self._closing = opening, closing
+        self._before_result, self._after_result = before_result, after_result
+        self._json_argument = json_argument
+        self._max_calls = max_calls
+        self._max_result_tokens = max_result_tokens
+        self._tool_timeout_seconds = tool_timeout_seconds
+
+    async def __call__(self, response: GrowingResponse) -> None:
+        """Write a response."""
+        closing_ids = response.encode(self._closing)
+        stops = closing_ids if len(closing_ids) == 1 else ()
+        for _ in range(self._max_calls):
+            call = await self._write_call(response, stops)
+            if call is None:
+                return
+            result = response.plain_tokens(await self._answer(call))
+            if len(result) > self._max_result_tokens:
+                result = (*result[: self._max_result_tokens], *response.encode(CUT))
+            before, after = response.encode(self._before_result), response.encode(self._after_result)
+            if not response.insert((*before, *result, *after)):
+                return
+        if await self._write_call(response, stops) is not None:
+            response.is_truncated = True
+
+    async def _write_call(self, response: GrowingResponse, stops: Sequence[int]) -> str | None:
+        """Have the model write up to its next complete call; None if it ends without one."""
+        start = len(response.token_ids)
+        turn = await response.sample(stop_token_ids=stops)
+
+        def has_call(count: int) -> bool:
+            return self._closing in response.decode(turn.token_ids[:count])
+
+        if not has_call(len(turn.token_ids)):
+            return None
+        kept = bisect_left(range(len(turn.token_ids)), True, key=has_call)
+        response.keep(start + kept)
+        text = response.decode(turn.token_ids[:kept])
+        _, opened, inside = text[: text.rindex(self._closing)].rpartition(self._opening)
+        return inside if opened else ""
+
+    async def _answer(self, call: str) -> str:
+        text = call if self._json_argument is None else _argument(call, self._json_argument)
+        if text is None:
+            return f'error: a call is a JSON object whose "arguments" have a string "{self._json_argument}"'
+        try:
+            async with asyncio.timeout(self._tool_timeout_seconds):
+                return await self._tool(text)
+        except TimeoutError:
+            return f"error: no answer within {self._tool_timeout_seconds:g} s"
 
 
-async def _write_call(response: GrowingResponse, closing: str, stops: Sequence[int]) -> bool:
-    """Have the model write up to its next complete call; False if it ends without one."""
-    start = len(response.token_ids)
-    turn = await response.sample(stop_token_ids=stops)
-
-    def has_call(count: int) -> bool:
-        return closing in response.decode(turn.token_ids[:count])
-
-    if not has_call(len(turn.token_ids)):
-        return False
-    response.keep(start + bisect_left(range(len(turn.token_ids)), True, key=has_call))
-    return True
-
-
-def _last_call(text: str, opening: str, closing: str) -> str:
-    """The expression of the call that ends the text; empty if it was not opened."""
-    before, opened, inside = text[: text.rindex(closing)].rpartition(opening)
-    return inside if opened else ""
+def _argument(call: str, name: str) -> str | None:
+    """The argument of a call in JSON; None if there is no such text."""
+    try:
+        argument = json.loads(call)["arguments"][name]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return argument if isinstance(argument, str) else None

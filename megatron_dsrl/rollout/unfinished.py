@@ -12,6 +12,7 @@ from typing import Literal
 from megatron_dsrl.common.compact import float_array, int_array
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rollout.engines.generation import Completion, SampleRequest, VersionSpans
+from megatron_dsrl.rollout.sample import TurnRewards
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class PartialResponse:
     are not kept."""
     scored: tuple[bool, ...] | None = None
     """As in `Sample`. Only a whole response from `rollout.generate` has one: it is never continued."""
+    turn_rewards: TurnRewards = ()
+    """As in `Sample`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "response_ids", int_array(self.response_ids))
@@ -46,6 +49,7 @@ class PartialResponse:
             finish_reason=None if completion.finish_reason == "abort" else completion.finish_reason,
             routed_experts=None if completion.finish_reason == "abort" else completion.routed_experts,
             scored=completion.scored,
+            turn_rewards=completion.turn_rewards,
         )
 
 

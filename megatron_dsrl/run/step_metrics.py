@@ -27,6 +27,7 @@ def rollout_metrics(
         | verifier_metrics(samples)
         | response_metrics(samples)
         | entropy_metrics(samples)
+        | generation_metrics(samples)
         | throughput_metrics(generated_tokens, generate_seconds)
     )
 
@@ -81,6 +82,17 @@ def response_metrics(samples: Sequence[Sample]) -> dict[str, int | float]:
         "response/max_tokens": max(lengths),
         "response/truncated_fraction": _mean([sample.finish_reason == "length" for sample in samples]),
     }
+
+
+def generation_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    """With `rollout.generate`: mean number of tokens per response that are not the model's, if a response has any; and
+    mean per response of the rewards that the function recorded, if it recorded any."""
+    inserted = [len(sample.response_ids) - len(sample.policy_log_probs) for sample in samples]
+    rewards = [sum(value for _, value in sample.turn_rewards) for sample in samples]
+    recorded = any(sample.turn_rewards for sample in samples)
+    return ({"response/inserted_tokens": _mean(inserted)} if any(inserted) else {}) | (
+        {"reward/recorded_mean": _mean(rewards)} if recorded else {}
+    )
 
 
 def entropy_metrics(samples: Sequence[Sample]) -> dict[str, float]:

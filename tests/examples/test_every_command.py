@@ -39,6 +39,7 @@ NOT_HERE = {
     r"^python tools/image/check_pins.py": "tests/tools/test_image.py runs it, where uv is installed",
     r"^pytest -m gpu|tools.first_gpu_run(?! --(dry-run|list))|tools.gpu_probe(?! --dry-run)": "needs a GPU",
     r"smollm2": "downloads a model",
+    r"second_try|examples/verifiers|runs/verifiers": "tests/rollout/test_verifiers_environment.py needs the package",
     r"examples[/.]laboratory": "hours; tests/examples/test_laboratory.py runs all of it at a small size",
     r"gpu_probe_packages": "tests/tools/test_gpu_probe.py runs it with these packages only",
     r"^torchfrtrace": "tests/platform/test_cuda.py runs it",

@@ -41,4 +41,4 @@ def test_the_calculator_writes_the_value_of_the_line_above() -> None:
 
 def test_the_configuration_means_it() -> None:
     generation = custom_generation(load_config(RUN).rollout, list, str)
-    assert generation.function is with_calculator and generation.options == {"max_calls": 4}
+    assert generation.function.func is with_calculator and generation.function.keywords == {"max_calls": 4}

@@ -38,14 +38,16 @@ def without_namespaces(script: str) -> list[str]:
 def test_without_isolation_no_program_is_started(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     script = f"""
-import json
+import asyncio, json
 from megatron_dsrl.rewards.code import code
 from megatron_dsrl.rewards.registry import check_options, describe_verifier
+from megatron_dsrl.rollout.python_tool import PythonTool
+from megatron_dsrl.rollout.tool_chat import ToolChat
 answer = json.dumps({{"prompt": "", "entry_point": "f", "test": "def check(f): pass"}})
 program = "```python\\nopen({str(mark)!r}, 'w')\\ndef f(): pass\\n```"
 parts = {{"parts": [{{"function": "code"}}]}}
 for attempt in (lambda: code(program, answer), lambda: check_options("code", {{}}),
-                lambda: check_options("combination", parts)):
+                lambda: check_options("combination", parts), lambda: ToolChat("python")):
     try:
         print("not refused", attempt())
     except ValueError as error:
@@ -54,15 +56,19 @@ print(describe_verifier("combination", parts))
 check_options("code", {{"allow_unsafe": True}})
 print(describe_verifier("code", {{"allow_unsafe": True}}))
 print(code(program.replace({str(mark)!r}, "here"), answer, allow_unsafe=True))
+print(asyncio.run(PythonTool(allow_unsafe=True)("6 * 7")))
 """
     lines = without_namespaces(script)
     why = "the kernel does not permit isolating a program: [Errno 1] user namespace: Operation not permitted"
     assert lines[0] == why
     assert lines[1] == lines[2] and why in lines[1] and "allow_unsafe: true" in lines[1]
-    assert lines[3:] == [
+    assert lines[3].startswith("tool: ") and "the Python tool runs programs that a model wrote" in lines[3]
+    assert why in lines[3] and "allow_unsafe: true" in lines[3]
+    assert lines[4:] == [
         f"code: programs are refused: {why}",
         f"code: programs run UNSAFELY (allow_unsafe) and can reach your files: {why}",
         "1.0",
+        "42",
     ]
     assert not mark.exists()
 

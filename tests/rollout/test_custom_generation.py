@@ -4,6 +4,7 @@ import asyncio
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from megatron_dsrl.rollout.responses import responses_of
 from megatron_dsrl.rollout.sample import Sample, SampleGroup, SamplingParameters
 from megatron_dsrl.rollout.seeds import turn_seed
 from megatron_dsrl.rollout.unfinished import UnfinishedGroup
-from megatron_dsrl.run.step_metrics import entropy_metrics
+from megatron_dsrl.run.step_metrics import entropy_metrics, generation_metrics
 from tests.support.engine import batch_request, decode_as_numbers, dispatch, numbered_prompts, transformers_log_probs
 from tests.support.scripted_engine import Answer, ScriptedEngine
 
@@ -46,6 +47,17 @@ async def ask_once(response: GrowingResponse, result: str = "50 51") -> None:
     await response.sample(stop_token_ids=[ASK])
     response.insert(result)
     await response.sample()
+
+
+class AskOften:
+    """Set up once for all responses."""
+
+    def __init__(self, times: int) -> None:
+        self.times = times
+
+    async def __call__(self, response: GrowingResponse) -> None:
+        for _ in range(self.times):
+            await ask_once(response)
 
 
 async def engine_alone(response: GrowingResponse) -> None:
@@ -72,8 +84,9 @@ async def defective(response: GrowingResponse) -> None:
 
 def generation(function: Callable[..., Any], **options: Any) -> CustomGeneration:
     """The function, for text that is token ids."""
+    bound = partial(function, **options)
     return CustomGeneration(
-        function.__name__, function, options, lambda text: [int(word) for word in text.split()], decode_as_numbers
+        function.__name__, bound, lambda text: [int(word) for word in text.split()], decode_as_numbers
     )
 
 
@@ -222,6 +235,31 @@ def test_a_turn_that_is_cut_and_a_limit_of_its_own() -> None:
     assert asyncio.run(response.sample(max_new_tokens=0)).token_ids == () and not response.is_truncated
 
 
+async def earns_in_turns(response: GrowingResponse) -> None:
+    await response.sample(stop_token_ids=[ASK])
+    response.reward(0.5)
+    response.insert([50, 51])
+    response.reward(9)
+    response.keep(2)  # what was inserted is taken back, and with it the reward for it
+    response.insert([50, 51])
+    await response.sample()
+    response.reward(-0.25)
+
+
+def test_rewards_of_turns_are_added_to_the_verifiers_and_recorded(rewards, tmp_path: Path) -> None:
+    group, _ = sample(rewards, earns_in_turns, ScriptedEngine(two_turns))
+    assert group.samples[0].turn_rewards == ((2, 0.5), (7, -0.25)) and group.samples[0].reward == 7.25
+    write_groups(tmp_path / "step.jsonl", [group])
+    assert read_groups(tmp_path / "step.jsonl") == [group]
+    assert generation_metrics(group.samples) == {"response/inserted_tokens": 2.0, "reward/recorded_mean": 0.25}
+
+    async def earns_nonsense(response: GrowingResponse) -> None:
+        response.reward(math.nan)
+
+    with pytest.raises(UserError, match="a reward must be a finite number, not nan"):
+        sample(rewards, earns_nonsense, ScriptedEngine(two_turns))
+
+
 def test_what_the_trainer_scores_in_both_spaces(rewards, tmp_path: Path) -> None:
     """The recording, too, has what is scored. P(y) is that of the model's tokens given the results before them."""
     group, _ = sample(rewards, ask_once, ScriptedEngine(two_turns))
@@ -245,10 +283,13 @@ def test_the_function_is_found_and_takes_its_options() -> None:
         config = RolloutConfig(generate=f"{path}:{name}", generate_options=options)
         return custom_generation(config, list, decode_as_numbers)
 
-    assert load("ask_once", result="1").function is ask_once
+    function = load("ask_once", result="1").function
+    assert function.func is ask_once and function.keywords == {"result": "1"}
+    assert load("AskOften", times=2).function.times == 2
     assert custom_generation(RolloutConfig(), None, decode_as_numbers) is None
-    with pytest.raises(UserError, match="rollout.generate_options: .*ask_once .*'results'"):
-        load("ask_once", results="1")
+    for name, missing in (("ask_once", "results"), ("AskOften", "times")):
+        with pytest.raises(UserError, match=f"rollout.generate_options: .*{name} .*'{missing}'"):
+            load(name, results="1")
     for name in ("two_turns", "nothing"):
         with pytest.raises(UserError, match=f"has no function `{name}` that begins with `async def`"):
             load(name)

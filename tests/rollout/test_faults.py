@@ -20,12 +20,14 @@ from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.platform.engine import engine_environment
 from megatron_dsrl.rewards.pool import RewardPool
 from megatron_dsrl.rollout.batch import RolloutBatch
+from megatron_dsrl.rollout.custom_generation import CustomGeneration
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.engines.errors import EngineError
 from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
 from megatron_dsrl.rollout.engines.server import EngineServer
 from megatron_dsrl.rollout.engines.server_arguments import server_arguments
 from megatron_dsrl.rollout.engines.supervised_server import SupervisedServer
+from megatron_dsrl.rollout.growing_response import GrowingResponse
 from megatron_dsrl.rollout.progress import BatchProgress
 from megatron_dsrl.rollout.sample import SampleGroup, SamplingParameters
 from megatron_dsrl.rollout.seeds import seeds_of_batch
@@ -215,8 +217,18 @@ def test_an_engine_that_keeps_dying_ends_the_run_with_its_log(rollout, policy, u
         rollout.load_weights(lambda: [list(policy.named_parameters())], 9)
 
 
+async def write_in_turns(response: GrowingResponse) -> None:
+    """Turns of the model with a token between them, until the response is full."""
+    while (await response.sample(max_new_tokens=20)).token_ids and response.insert([50]):
+        pass
+
+
+BY_A_FUNCTION = CustomGeneration("write_in_turns", write_in_turns, list, decode_as_numbers)
+
+
 @pytest.mark.slow
-def test_another_engine_takes_over(config, tmp_path) -> None:
+@pytest.mark.parametrize("generation", [None, BY_A_FUNCTION], ids=["engine alone", "turns of a function"])
+def test_another_engine_takes_over(generation, config, tmp_path) -> None:
     """One of two engines dies while both generate: the batch does not wait for its restart."""
     servers = [
         EngineServer(server_arguments(config, number), engine_environment(1), tmp_path / f"{number}.log", 300.0)
@@ -229,9 +241,9 @@ def test_another_engine_takes_over(config, tmp_path) -> None:
         rewards = resources.enter_context(RewardPool(config.reward))
         for server in servers:
             server.wait_until_ready()
-        quiet, quiet_lost = sample_on(servers, rewards)
+        quiet, quiet_lost = sample_on(servers, rewards, generation)
         with soon(kill, servers[1].process_id):
-            disturbed, lost = sample_on(servers, rewards)
+            disturbed, lost = sample_on(servers, rewards, generation)
 
     assert (list(quiet_lost), list(lost)) == ([], [1])
     for group, other, prompt in zip(disturbed, quiet, PROMPTS, strict=True):
@@ -240,13 +252,16 @@ def test_another_engine_takes_over(config, tmp_path) -> None:
         assert all(len(sample.response_ids) == RESPONSE_TOKENS for sample in (*group.samples, *other.samples))
 
 
-def sample_on(servers: list[EngineServer], rewards: RewardPool) -> tuple[list[SampleGroup], dict[int, str]]:
+def sample_on(
+    servers: list[EngineServer], rewards: RewardPool, generation: CustomGeneration | None
+) -> tuple[list[SampleGroup], dict[int, str]]:
     """The batch of all tests over several engines; its groups, and the engines that were lost."""
     seeds = seeds_of_batch(1, "test", PROMPTS, SAMPLES)
     groups = [UnfinishedGroup.new(*pair) for pair in zip(PROMPTS, seeds, strict=True)]
     sampling = SamplingParameters(RESPONSE_TOKENS, stop_token_ids=())
-    checks = {"health_check_seconds": 0.5, "health_timeout_seconds": HEALTH_TIMEOUT_SECONDS}
-    batch = RolloutBatch(batch_request(groups, sampling, timeout_seconds=100.0, **checks), len(servers))
+    checks = {"health_check_seconds": 0.5, "health_timeout_seconds": 60.0}  # the death ends a connection
+    request = batch_request(groups, sampling, timeout_seconds=100.0, generation=generation, **checks)
+    batch = RolloutBatch(request, len(servers))
     judged: list[SampleGroup] = []
     progress = BatchProgress(on_group=lambda position, group: judged.append(group))
     lost = dispatch(batch, [server.address for server in servers], rewards, progress)

@@ -11,7 +11,7 @@ from megatron_dsrl.common.compact import float_array, int_array
 from megatron_dsrl.model.routed_experts import encode_routed_experts
 from megatron_dsrl.rollout.engines.errors import BadRequestError, EngineError
 from megatron_dsrl.rollout.engines.packed_answers import Answer
-from megatron_dsrl.rollout.sample import SamplingParameters
+from megatron_dsrl.rollout.sample import SamplingParameters, TurnRewards
 
 VersionSpans = tuple[tuple[int, int], ...]
 """(weight version, number of tokens that it produced), oldest first."""
@@ -52,6 +52,9 @@ class Completion:
     scored: tuple[bool, ...] | None = None
     """Which tokens the model wrote, in a response that a function has written with it (`rollout.generate`). None means
     all."""
+
+    turn_rewards: TurnRewards = ()
+    """Rewards that the function recorded."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "response_ids", int_array(self.response_ids))
