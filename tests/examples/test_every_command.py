@@ -67,6 +67,7 @@ SHORTER = {
     r"name=(cooler|sharded)": "steps=6",
     r"examples/distillation/run.yaml": "steps=1",
     r"train examples/lora/run.yaml": "steps=2",
+    r"train examples/tool_use": "steps=5",
     r"asynchronous/run.sh": "steps=3 evaluation.sets.0.limit=8",
     r"tiny_grpo.yaml$": "steps=2",
     r"tiny_experts_\w+.yaml$": "steps=6",
