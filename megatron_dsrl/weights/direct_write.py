@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-BLOCK_BYTES = 4096
+BLOCK_BYTES = max(4096, mmap.PAGESIZE)
 """Direct writes begin at a multiple of it in the file and in memory, and end at one."""
 BUFFER_BYTES = 8 * 2**20
 THREADS = 2
