@@ -21,7 +21,9 @@ LIMIT_STATUS = 124
 """Exit status of a command that was ended at its time limit, as of `timeout`."""
 COLUMNS = "112"
 """Width of its tables: the output goes to a log."""
-SECONDS_FOR_STACKS = 5.0
+SECONDS_FOR_STACKS = 30.0
+"""Limit for writing stacks, which takes a moment on an idle machine."""
+POLL_SECONDS = 0.05
 LAUNCHER = "torch.distributed.run"
 
 
@@ -120,12 +122,24 @@ def _tree(pid: int) -> list[psutil.Process]:
 
 def _write_stacks(pid: int) -> None:
     """Have every Python process of a command write its stacks and end: faulthandler does so at SIGABRT."""
+    signalled: list[psutil.Process] = []
     for process in _tree(pid)[::-1]:
         with suppress(psutil.Error):
             command = process.cmdline()
             if "python" in process.name().lower() and LAUNCHER not in command:
                 process.send_signal(signal.SIGABRT)
-    time.sleep(SECONDS_FOR_STACKS)
+                signalled.append(process)
+    deadline = time.monotonic() + SECONDS_FOR_STACKS
+    while any(map(_runs, signalled)) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Whether a process has not ended yet."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
