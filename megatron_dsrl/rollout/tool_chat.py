@@ -118,7 +118,7 @@ class ToolChat:
 
 
 def _argument(call: str, name: str) -> str | None:
-    """The argument of a call in JSON; None if there is no such text."""
+    """The argument of a call in JSON; None if it has no such text."""
     try:
         argument = json.loads(call)["arguments"][name]
     except (ValueError, LookupError, TypeError, RecursionError):

@@ -96,7 +96,7 @@ class _Seat:
         self, vf: ModuleType, name: str, config: Any, response: GrowingResponse, around_messages: tuple[str, str]
     ) -> None:
         self.trace: Any = None
-        """Of the conversation, once it has ended."""
+        """Trace of the conversation, once it has ended."""
         self.name, self.trainable = name, True
         self._vf, self._response, self._around_messages = vf, response, around_messages
         self.config = getattr(config, name)

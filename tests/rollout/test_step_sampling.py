@@ -225,7 +225,7 @@ class ThreadedEngine:
 
 
 class TestAsynchronous:
-    """Engines sample while the trainer updates, at most so many steps ahead."""
+    """Engines sample while the trainer updates, within the bound on staleness."""
 
     @pytest.fixture
     def start(self) -> Iterator[Callable[..., Asynchronous]]:

@@ -33,7 +33,7 @@ def test_a_missing_package_is_named(monkeypatch) -> None:
 
 @pytest.fixture
 def config(tmp_path, monkeypatch) -> dict:
-    """Of the guide's environment, with two problems."""
+    """Configuration of the guide's environment, with two problems."""
     pytest.importorskip("verifiers.v1", reason="needs the package verifiers")
     monkeypatch.syspath_prepend(str(REPOSITORY / "examples" / "verifiers"))
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -61,7 +61,7 @@ class Work:
 
     @property
     def tokens(self) -> int:
-        """Of all samples, prompts and responses."""
+        """Tokens of all samples, prompts included."""
         return self.samples * (PROMPT_TOKENS + self.response_tokens)
 
 
