@@ -14,7 +14,7 @@ from examples.tiny_dsrl.tokenizer import VOCAB_SIZE
 from megatron_dsrl.model.routed_experts import decode_routed_experts
 from megatron_dsrl.observability.records import read_starts
 from megatron_dsrl.rollout.recording import read_batch, read_groups, rollout_file
-from megatron_dsrl.rollout.step_sampling import is_mixed
+from megatron_dsrl.rollout.step_samples import is_mixed
 from tests.support import recording_tracker
 from tests.support.compare_runs import assert_same_tensors, checkpoint_tensors, records
 from tests.support.tiny_run import dsrl, processes_left_behind, write_tiny_run

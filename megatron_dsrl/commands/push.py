@@ -41,8 +41,11 @@ def _push(options: argparse.Namespace) -> int:
     upload = prepare_upload(options.run, options.base_model)
     if options.dry_run:
         print(f"would upload {describe_files(upload.files)} and the card of {upload.folder} to {options.repository}:")
-        print(*(f"  {file.name}  {file.stat().st_size:,} bytes" for file in upload.files), sep="\n")
-        print(f"and this README.md:\n\n{upload.card}")
+        print(
+            *(f"  {file.relative_to(upload.folder)}  {file.stat().st_size:,} bytes" for file in upload.files), sep="\n"
+        )
+        for name, text in sorted(upload.texts.items(), reverse=True):
+            print(f"and this {name}:\n\n{text}")
         print(f"written to {write_upload(upload)}")
         return 0
     print(push(upload, options.repository, options.private, print))

@@ -94,6 +94,7 @@ def model_card(run_folder: Path, step: int, base_model: str | None = None) -> st
         step=step,
         in_pre_train_space=in_pre_train_space,
         samples=samples,
+        lora=config.get("actor", {}).get("lora"),
         method="reinforcement learning with verifiable rewards" if samples else "supervised fine-tuning",
         evaluations=evaluations,
         made_by=_made_by(run_folder, step),

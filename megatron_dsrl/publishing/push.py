@@ -1,8 +1,9 @@
 """`dsrl push`: an exported policy with its model card, to the hub."""
 
+import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,21 @@ from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.hub import kinds_of_causes
 from megatron_dsrl.evaluation.find_model import EvaluatedModel, find_model
 from megatron_dsrl.publishing.card import CARD_FILE, is_generated, model_card
-from megatron_dsrl.weights.companions import COMPANIONS
+from megatron_dsrl.publishing.origin import base_model_name, without_private_places
+from megatron_dsrl.weights.companions import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, COMPANIONS
 
-BESIDE_CARD = ("config.json", "*.safetensors", "*.safetensors.index.json", *COMPANIONS, "LICENSE*")
-"""The files of an HF folder to upload with the card. Others stay local, such as `provenance.jsonl`, which contains
-folder and host names."""
+AS_THEY_ARE = (
+    "config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    *COMPANIONS,
+    "LICENSE*",
+    f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS}",
+)
+"""The files of an HF folder to upload unchanged. Others stay local, such as `provenance.jsonl`, which contains folder
+and host names."""
 DRY_RUN_FOLDER = "upload"
-"""Where `--dry-run` writes, within the folder of the policy. `BESIDE_CARD` does not match it."""
+"""Where `--dry-run` writes, within the folder of the policy. `AS_THEY_ARE` does not match it."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +35,10 @@ class Upload:
 
     folder: Path
     files: list[Path]
-    """Without the card."""
-    card: str
-    """Text of README.md, which may not be on disk yet."""
+    """Files in the folder, to upload as they are."""
+    texts: Mapping[str, str]
+    """Text of the other files by their name in the upload: the card, which may not be on disk yet, and the
+    configuration of LoRA adapters, which on disk may name a folder of this machine."""
     message: str
     """Message of the commit."""
 
@@ -44,7 +54,7 @@ def prepare_upload(name: str, base_model: str | None) -> Upload:
         UserError: no policy has been exported, or it has no card.
     """
     model = _exported_model(name)
-    files = sorted({file for pattern in BESIDE_CARD for file in model.folder.glob(pattern) if file.is_file()})
+    files = sorted({file for pattern in AS_THEY_ARE for file in model.folder.glob(pattern) if file.is_file()})
     if model.run_folder is not None and is_generated(model.folder):
         card = model_card(model.run_folder, model.step or 0, base_model)
     elif (model.folder / CARD_FILE).is_file():
@@ -54,7 +64,18 @@ def prepare_upload(name: str, base_model: str | None) -> Upload:
     else:
         raise UserError(f"{model.folder} has no model card: write {CARD_FILE} there, or push the run that made it")
     step = "" if model.step is None else f" after step {model.step}"
-    return Upload(model.folder, files, card, f"Policy{step}, by megatron-dsrl")
+    texts = {CARD_FILE: card, **_adapter_config(model.folder / ADAPTER_FOLDER / ADAPTER_CONFIG, base_model)}
+    return Upload(model.folder, files, texts, f"Policy{step}, by megatron-dsrl")
+
+
+def _adapter_config(file: Path, base_model: str | None) -> dict[str, str]:
+    """PEFT's configuration with the hub's name of the base model, or else without its folder; nothing without LoRA."""
+    if not file.is_file():
+        return {}
+    config = json.loads(file.read_text(encoding="utf-8"))
+    base = config["base_model_name_or_path"]
+    config["base_model_name_or_path"] = base_model or base_model_name(base) or without_private_places(base)
+    return {f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG}": json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
 
 
 def push(upload: Upload, repository: str, private: bool, report: Callable[[str], None]) -> str:
@@ -72,7 +93,7 @@ def push(upload: Upload, repository: str, private: bool, report: Callable[[str],
     Raises:
         UserError: the token is missing, the hub refuses, cannot be reached, or the repository is public.
     """
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
     if get_token() is None:
         raise UserError(
@@ -87,11 +108,11 @@ def push(upload: Upload, repository: str, private: bool, report: Callable[[str],
             raise UserError(f"--private: {address} exists and is public; make it private there, or take another name")
         visibility = "private" if is_private else "public"
         report(f"uploading {describe_files(upload.files)} and the card to {address} ({visibility})")
-        (upload.folder / CARD_FILE).write_text(upload.card, encoding="utf-8")
-        names = [CARD_FILE, *(str(file.relative_to(upload.folder)) for file in upload.files)]
-        api.upload_folder(
-            repo_id=repository, folder_path=upload.folder, allow_patterns=names, commit_message=upload.message
-        )
+        (upload.folder / CARD_FILE).write_text(upload.texts[CARD_FILE], encoding="utf-8")
+        contents = {name: text.encode() for name, text in upload.texts.items()}
+        contents |= {file.relative_to(upload.folder).as_posix(): file for file in upload.files}
+        operations = [CommitOperationAdd(name, content) for name, content in sorted(contents.items())]
+        api.create_commit(repository, operations, commit_message=upload.message)
     return str(address)
 
 
@@ -108,21 +129,25 @@ def write_upload(upload: Upload) -> Path:
     """
     folder = upload.folder / DRY_RUN_FOLDER
     try:
-        folder.mkdir(exist_ok=True)
-        others = {file.name for file in folder.iterdir()} - {CARD_FILE, *(file.name for file in upload.files)}
+        targets = {folder / file.relative_to(upload.folder): file for file in upload.files}
+        texts = {folder / name: text for name, text in upload.texts.items()}
+        others = {file for file in folder.rglob("*") if not file.is_dir()} - {*targets, *texts}
         if others:
-            raise UserError(f"{folder} has files that do not belong to the upload ({min(others)}); remove the folder")
-        for file in upload.files:
-            _link_or_copy(file, folder / file.name)
-        (folder / CARD_FILE).unlink(missing_ok=True)
-        (folder / CARD_FILE).write_text(upload.card, encoding="utf-8")
+            other = min(others).relative_to(folder)
+            raise UserError(f"{folder} has files that do not belong to the upload ({other}); remove the folder")
+        for target in (*targets, *texts):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.unlink(missing_ok=True)
+        for target, file in targets.items():
+            _link_or_copy(file, target)
+        for target, text in texts.items():
+            target.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--dry-run: {folder} cannot be written: {error}") from error
     return folder
 
 
 def _link_or_copy(file: Path, target: Path) -> None:
-    target.unlink(missing_ok=True)
     try:
         os.link(file.resolve(), target)
     except OSError:

@@ -8,7 +8,7 @@ from megatron_dsrl.config.rollout import RolloutConfig
 from megatron_dsrl.data.demonstrations import Demonstration
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rollout.sample import Sample, SampleGroup, SamplingParameters
-from megatron_dsrl.rollout.step_sampling import Draw, StepSamples, Watch
+from megatron_dsrl.rollout.step_samples import Draw, StepSamples, Watch
 from megatron_dsrl.rollout.without_engines import WithoutEngines
 
 

@@ -36,7 +36,8 @@ from megatron_dsrl.rollout.progress import BatchProgress, OnCall, OnSamples, ign
 from megatron_dsrl.rollout.rollout import Value
 from megatron_dsrl.rollout.sample import Sample, SampleGroup, SamplingParameters
 from megatron_dsrl.rollout.seeds import sample_seed, seeds_of_batch
-from megatron_dsrl.rollout.step_sampling import Draw, StepSamples, Watch, step_sampling
+from megatron_dsrl.rollout.step_samples import Draw, StepSamples, Watch
+from megatron_dsrl.rollout.step_sampling import step_sampling
 from megatron_dsrl.rollout.unfinished import UnfinishedGroup
 
 

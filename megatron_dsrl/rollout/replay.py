@@ -14,7 +14,7 @@ from megatron_dsrl.config.rollout import RolloutConfig
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rollout.recording import read_batch, rollout_file
 from megatron_dsrl.rollout.sample import SampleGroup, SamplingParameters, count_tokens
-from megatron_dsrl.rollout.step_sampling import Draw, StepSamples, Watch
+from megatron_dsrl.rollout.step_samples import Draw, StepSamples, Watch
 from megatron_dsrl.rollout.without_engines import WithoutEngines
 
 

@@ -13,7 +13,7 @@ from megatron_dsrl.rollout.carry_over import CarryOver
 from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
 from megatron_dsrl.rollout.progress import OnSamples, ignore
 from megatron_dsrl.rollout.sample import SampleGroup, SamplingParameters
-from megatron_dsrl.rollout.step_sampling import Draw, StepSamples, Watch
+from megatron_dsrl.rollout.step_samples import Draw, StepSamples, Watch
 
 Value = TypeVar("Value")
 

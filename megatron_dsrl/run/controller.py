@@ -19,7 +19,7 @@ from megatron_dsrl.rollout.progress import OnSamples
 from megatron_dsrl.rollout.recording import RolloutRecorder
 from megatron_dsrl.rollout.responses import responses_of
 from megatron_dsrl.rollout.rollout import Rollout
-from megatron_dsrl.rollout.step_sampling import StepSamples
+from megatron_dsrl.rollout.step_samples import StepSamples
 from megatron_dsrl.run.step_metrics import dataset_metrics, rollout_metrics
 from megatron_dsrl.run.step_record import (
     log_prob_gap_warning,

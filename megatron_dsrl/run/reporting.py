@@ -13,7 +13,7 @@ from megatron_dsrl.observability.console import RunConsole
 from megatron_dsrl.observability.profiler import StepProfiler
 from megatron_dsrl.observability.timeline import NoTimeline, Timeline
 from megatron_dsrl.observability.timer import SecondsPerPart
-from megatron_dsrl.rollout.step_sampling import StepSamples
+from megatron_dsrl.rollout.step_samples import StepSamples
 from megatron_dsrl.run.controller import Controller
 from megatron_dsrl.run.results import closing_lines
 

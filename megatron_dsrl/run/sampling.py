@@ -15,7 +15,7 @@ from megatron_dsrl.data.sampler import SamplerState
 from megatron_dsrl.observability.timeline import NoTimeline, Timeline
 from megatron_dsrl.rollout.responses import responses_of
 from megatron_dsrl.rollout.rollout import Rollout
-from megatron_dsrl.rollout.step_sampling import StepSamples
+from megatron_dsrl.rollout.step_samples import StepSamples
 from megatron_dsrl.run.controller import Controller
 from megatron_dsrl.run.device_sharing import SharedDevice
 from megatron_dsrl.run.preemption import StopRequested, StopSignal

@@ -1,4 +1,4 @@
-"""The files that accompany the weights in an HF folder: configuration, tokenizer, chat template."""
+"""The files that accompany the weights in an HF folder: configuration, tokenizer, chat template, LoRA adapters."""
 
 import json
 import shutil
@@ -23,6 +23,10 @@ COMPANIONS = (
     "additional_chat_templates/*.jinja",
 )
 """Files copied unchanged. config.json is copied too, with the dtype of the new weights."""
+ADAPTER_FOLDER = "adapter"
+"""Folder of LoRA adapters within an export. It holds PEFT's two files."""
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def copy_companions(source: Path, folder: Path, dtype: torch.dtype) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from megatron_dsrl.common.collective import on_first, rank, together
-from megatron_dsrl.weights.companions import copy_companions
+from megatron_dsrl.weights.companions import ADAPTER_FOLDER, copy_companions
 from megatron_dsrl.weights.hf_writer import FILE_BYTES, HfWriter, create_hf_files
 from megatron_dsrl.weights.new_folder import new_folder
 from megatron_dsrl.weights.peft import PeftAdapters, write_peft_folder
@@ -16,8 +16,6 @@ from megatron_dsrl.weights.stream import stream_hf_weights
 from megatron_dsrl.weights.table import WeightTable
 
 BUCKET_BYTES = 512 * 2**20
-ADAPTER_FOLDER = "adapter"
-"""Folder of LoRA adapters within an export."""
 
 
 def export_hf_folder(

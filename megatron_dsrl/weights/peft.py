@@ -16,6 +16,7 @@ from megatron_dsrl.config.actor import LoraConfig
 from megatron_dsrl.model.architecture import Architecture
 from megatron_dsrl.model.lora import SUFFIX
 from megatron_dsrl.model.projections import Projection, projections
+from megatron_dsrl.weights.companions import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from megatron_dsrl.weights.decoder_rules import HF_LAYER, LAYER
 from megatron_dsrl.weights.layouts import Replicated, Shape, Split, TensorLayout
 from megatron_dsrl.weights.stream import stream_hf_weights
@@ -60,9 +61,9 @@ def write_peft_folder(chunks: Sequence[nn.Module], adapters: PeftAdapters, folde
         with writing(folder):
             folder.mkdir()
             content = save(tensors, metadata={"format": "pt"})  # save_file would let only the owner read the file
-            (folder / "adapter_model.safetensors").write_bytes(content)
+            (folder / ADAPTER_WEIGHTS).write_bytes(content)
             text = json.dumps(_peft_config(adapters), indent=2, ensure_ascii=False)
-            (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+            (folder / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
 
     on_first(write)
 

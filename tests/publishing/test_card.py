@@ -68,6 +68,15 @@ def test_only_a_run_in_pre_train_space_cites_its_paper(run: Path) -> None:
     assert "2604.14142" not in text and "| grpo | 1 to 12 |" in text
 
 
+def test_lora_adapters_are_mentioned_where_they_are(run: Path) -> None:
+    assert "LoRA" not in ModelCard(model_card(run, 12)).text
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["actor"] = {"lora": {"rank": 8, "alpha": 16, "target_modules": ["q_proj"]}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    text = ModelCard(model_card(run, 12)).text
+    assert "LoRA adapters of rank 8" in text and "`adapter/` has the adapters alone" in text
+
+
 def test_folders_and_addresses_of_the_machines_stay_private(run: Path) -> None:
     write_starts(run, start_record(data={"source": "/home/someone/train.jsonl", "prompts": 3, "prompts_sha256": "a"}))
     text = model_card(run, 12)

@@ -1,5 +1,6 @@
 """`dsrl push` by the hub's real clients, against a stand-in for the hub, a closed port, and a hub that refuses."""
 
+import json
 import os
 import subprocess
 import sys
@@ -96,6 +97,31 @@ def test_a_dry_run_writes_the_folder_to_upload_and_changes_nothing_else(run: Pat
     assert written == {name: f"{name} of the policy" for name in FILES}
     assert shown.endswith(f"written to {policy}/upload\n")
     assert main(command) == 0, "a second dry run replaces the first"
+
+
+@pytest.mark.parametrize(
+    ("options", "named"), [([], "base"), (["--base-model", "Qwen/Qwen3-8B"], "Qwen/Qwen3-8B")], ids=["folder", "hub"]
+)
+def test_adapters_are_uploaded_without_the_folder_of_their_base_model(run: Path, capsys, options, named) -> None:
+    """And a chat template in a folder of its own stays in it."""
+    policy = run / "hf" / "step_000004"
+    for name in ("adapter/adapter_model.safetensors", "additional_chat_templates/tools.jinja"):
+        (policy / name).parent.mkdir()
+        (policy / name).write_text(name)
+    trained_on = {"peft_type": "LORA", "r": 8, "base_model_name_or_path": "/home/someone/base"}
+    (policy / "adapter" / "adapter_config.json").write_text(json.dumps(trained_on))
+    assert main(["push", str(run), "me/tiny", "--dry-run", *options]) == 0
+    assert "  adapter/adapter_model.safetensors  33 bytes" in capsys.readouterr().out
+    assert main(["push", str(run), "me/tiny", "--dry-run", *options]) == 0, "a second dry run replaces the first"
+    upload = policy / "upload"
+    written = {str(file.relative_to(upload)) for file in upload.rglob("*") if file.is_file()}
+    assert written == {
+        "README.md", *FILES, "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
+        "additional_chat_templates/tools.jinja",
+    }  # fmt: skip
+    configuration = json.loads((upload / "adapter" / "adapter_config.json").read_text())
+    assert configuration == trained_on | {"base_model_name_or_path": named}
+    assert json.loads((policy / "adapter" / "adapter_config.json").read_text()) == trained_on
 
 
 def test_a_dry_run_keeps_a_folder_of_other_files(run: Path, capsys) -> None:

@@ -9,7 +9,7 @@ from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.data.sampler import PromptSampler
 from megatron_dsrl.rollout.dataset import DatasetRollout
 from megatron_dsrl.rollout.responses import responses_of
-from megatron_dsrl.rollout.step_sampling import unwatched
+from megatron_dsrl.rollout.step_samples import unwatched
 
 ROWS = [Demonstration(i, f"{i}?", (1, i), f"{i}", response_ids=(i, 9), truncated=i == 2) for i in range(5)]
 

@@ -1,44 +1,24 @@
 """Every way to sample a step, over a scripted engine: which groups are trained on, and what the record says of it."""
 
-import threading
-import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import count
-from pathlib import Path
 
 import pytest
 
-from megatron_dsrl.config.rollout import DynamicSamplingConfig, RolloutConfig
-from megatron_dsrl.config.run import RunConfig
-from megatron_dsrl.data.prompt import Prompt
-from megatron_dsrl.rollout.batch import BatchRequest, RolloutBatch, StaleWeightsError
-from megatron_dsrl.rollout.carry_over import CarryOver
+from megatron_dsrl.config.rollout import DynamicSamplingConfig
+from megatron_dsrl.rollout.asynchronous import Asynchronous
+from megatron_dsrl.rollout.batch import BatchRequest, RolloutBatch
 from megatron_dsrl.rollout.dispatcher import EnginesLostError
-from megatron_dsrl.rollout.engines.errors import EngineError
 from megatron_dsrl.rollout.feed import Feed
-from megatron_dsrl.rollout.group_queue import GroupQueue
 from megatron_dsrl.rollout.progress import OnSamples
-from megatron_dsrl.rollout.sample import SampleGroup, SamplingParameters
-from megatron_dsrl.rollout.step_sampling import (
-    Asynchronous,
-    Draw,
-    MixedRounds,
-    Partial,
-    StepSamples,
-    UntilMixed,
-    WholeBatch,
-    is_mixed,
-    step_sampling,
-    unwatched,
-)
+from megatron_dsrl.rollout.sample import SamplingParameters
+from megatron_dsrl.rollout.step_samples import StepSamples, is_mixed, unwatched
+from megatron_dsrl.rollout.step_sampling import MixedRounds, Partial, UntilMixed, WholeBatch, step_sampling
 from tests.observability.synthetic_run import make_group
-from tests.support.engine import numbered_prompts, tiny_run_config
-from tests.support.waiting import wait_until
+from tests.support.step_sampling import MIXED, RIGHT, WRONG, draw_in_order, rows, settings
 
-RIGHT, WRONG, MIXED = (1.0, 1.0), (0.0, 0.0), (0.0, 1.0)
+draw = pytest.fixture(draw_in_order)
 
 
 class ScriptedEngine:
@@ -70,23 +50,6 @@ class ScriptedEngine:
             feed.judged(position, group)
             on_samples(len(group.samples))
         raise AssertionError
-
-
-def settings(wanted: int, **section: object) -> RunConfig:
-    config = tiny_run_config(Path("model"))
-    rollout = RolloutConfig(prompts_per_step=wanted, samples_per_prompt=2, **section)
-    return config.model_copy(update={"rollout": rollout})
-
-
-@pytest.fixture
-def draw() -> Draw:
-    """The prompts 0, 1, 2, ... in their order."""
-    prompts = iter([replace(prompt, index=index) for index, prompt in enumerate(numbered_prompts(64))])
-    return lambda number: [next(prompts) for _ in range(number)]
-
-
-def rows(groups: list[SampleGroup]) -> list[int]:
-    return [group.prompt.index for group in groups]
 
 
 @pytest.mark.parametrize(
@@ -183,178 +146,6 @@ def test_partial_rollouts_continue_what_the_step_before_left(draw) -> None:
     second = mode.sample(2, draw, unwatched)
     assert rows(second.groups) == [2, 3] and second.metrics["partial_rollouts/continued_groups"] == 2
     assert engine.asked == [4, 2 + 2], "what was left, and enough new ones to keep four in flight"
-
-
-class ThreadedEngine:
-    """Works on the open groups of a queue in the background, one after the other, as if with the given weights."""
-
-    training_sampling = SamplingParameters(max_response_tokens=8, stop_token_ids=(0,))
-
-    def __init__(self, rewards: dict[int, tuple[float, ...]] | None = None, failures: int = 0) -> None:
-        self.weight_version = 1
-        self.rewards = rewards or {}
-        self.failures = failures
-        self.recovered = 0
-        self.begun: list[int] = []
-        """Prompts in the order in which they were begun."""
-        self.may_finish = threading.Semaphore(0)
-        """Released once for every group that may finish."""
-
-    def sample_batch(self, feed: GroupQueue, sampling: SamplingParameters, on_samples: OnSamples) -> None:
-        in_flight: deque[tuple[int, Prompt, int]] = deque()
-        positions = count()
-        while not feed.is_enough():
-            for group in feed.take(len(in_flight)):
-                self.begun.append(group.prompt.index)
-                in_flight.append((next(positions), group.prompt, self.weight_version))
-            if self.failures:
-                self.failures -= 1
-                raise EnginesLostError("gone")
-            if in_flight and self.may_finish.acquire(timeout=0.01):
-                position, prompt, version = in_flight.popleft()
-                group = make_group(list(self.rewards.get(prompt.index, MIXED)), index=prompt.index)
-                samples = tuple(replace(each, weight_version=version, older_versions=()) for each in group.samples)
-                feed.judged(position, replace(group, samples=samples))
-
-    def recover_engines(self) -> None:
-        self.recovered += 1
-
-    def finish(self, groups: int) -> None:
-        for _ in range(groups):
-            self.may_finish.release()
-
-
-class TestAsynchronous:
-    """Engines sample while the trainer updates, within the bound on staleness."""
-
-    @pytest.fixture
-    def start(self) -> Iterator[Callable[..., Asynchronous]]:
-        modes = []
-
-        def start(engine: ThreadedEngine, last_step: int | None = None, **section: object) -> Asynchronous:
-            modes.append(step_sampling(settings(2, **{"max_staleness": 2, **section}), engine, last_step))
-            return modes[-1]
-
-        yield start
-        for mode in modes:
-            mode.close()
-
-    def test_groups_are_begun_as_far_ahead_as_the_bound_allows_and_none_gets_older(self, start, draw) -> None:
-        engine = ThreadedEngine()
-        mode = start(engine)
-        stalest = []
-        for step in range(1, 8):
-            engine.weight_version = step  # what the push after the last step has loaded
-            engine.finish(2)
-            samples = mode.sample(step, draw, unwatched)
-            assert rows(samples.groups) == [2 * step - 2, 2 * step - 1], "in the order in which they were begun"
-            assert len(engine.begun) <= 2 * (step + 2)
-            stalest.append(samples.metrics["asynchronous/max_staleness"])
-        assert stalest == [0, 1, 2, 2, 2, 2, 2]
-        assert samples.metrics["asynchronous/mean_staleness"] == 2
-        assert samples.metrics["asynchronous/unfinished_groups"] == 4
-
-    def test_new_weights_open_the_next_places(self, start, draw) -> None:
-        engine = ThreadedEngine()
-        mode = start(engine, max_staleness=1)
-        engine.finish(100)
-        mode.sample(1, draw, unwatched)
-        time.sleep(0.1)
-        assert engine.begun == [0, 1, 2, 3], "step 3's groups would be two steps old with the weights of step 1"
-        engine.weight_version = 2
-        mode.sample(2, draw, unwatched)
-        wait_until(lambda: len(engine.begun) == 6, seconds=10.0)
-
-    def test_nothing_is_sampled_beyond_the_last_step(self, start, draw) -> None:
-        engine = ThreadedEngine()
-        mode = start(engine, last_step=2)
-        engine.finish(100)
-        mode.sample(1, draw, unwatched)
-        mode.sample(2, draw, unwatched)
-        time.sleep(0.1)
-        assert engine.begun == [0, 1, 2, 3] and mode.carried == CarryOver()
-
-    def test_a_continued_run_trains_on_what_was_finished_and_samples_the_rest_again(self, start, draw) -> None:
-        engine = ThreadedEngine()
-        mode = start(engine)
-        engine.finish(3)
-        mode.sample(1, draw, unwatched)
-        wait_until(lambda: len(mode.carried.finished) == 1, seconds=10.0)
-        left = mode.carried
-        assert rows(list(left.finished)) == [2] and [each.prompt.index for each in left.unfinished] == [3, 4, 5]
-
-        continued = ThreadedEngine()
-        continued.weight_version = 2
-        mode = start(continued)
-        mode.carried = left
-        assert mode.carried == left, "until its first step"
-        continued.finish(100)
-        assert rows(mode.sample(2, draw, unwatched).groups) == [2, 3]
-        assert continued.begun[0] == 3 and rows(mode.sample(3, draw, unwatched).groups) == [4, 5]
-
-    def test_groups_that_a_lower_bound_makes_too_old_start_over(self, start, draw) -> None:
-        engine = ThreadedEngine()
-        engine.weight_version = 5
-        engine.finish(100)
-        mode = start(engine, max_staleness=1)
-        aged = [
-            replace(group, samples=tuple(replace(each, weight_version=version) for each in group.samples))
-            for group, version in ((make_group([1.0, 0.0], index=40), 4), (make_group([1.0, 0.0], index=41), 2))
-        ]
-        mode.carried = CarryOver(finished=tuple(aged))
-        samples = mode.sample(5, draw, unwatched)
-        assert rows(samples.groups) == [40, 41] and engine.begun[0] == 41
-        assert samples.metrics["asynchronous/max_staleness"] == 1
-
-    def test_an_interrupted_step_leaves_what_it_had_and_none_of_what_it_has_drawn(self, start, draw) -> None:
-        engine = ThreadedEngine()
-        mode = start(engine)
-        engine.finish(2)
-        mode.sample(1, draw, unwatched)
-        before = mode.carried
-
-        @contextmanager
-        def interrupted(step: int, samples: int) -> Iterator[OnSamples]:
-            raise KeyboardInterrupt
-            yield
-
-        with pytest.raises(KeyboardInterrupt):
-            mode.sample(2, draw, interrupted)
-        assert mode.carried == before
-
-    def test_after_a_loss_of_engines_what_was_in_flight_is_sampled_again(self, start, draw) -> None:
-        engine = ThreadedEngine(failures=1)
-        engine.finish(100)
-        assert rows(start(engine).sample(1, draw, unwatched).groups) == [0, 1]
-        assert engine.recovered == 1 and engine.begun[:12] == [*range(6), *range(6)]
-
-    def test_another_failure_ends_the_run(self, start, draw) -> None:
-        class Failing(ThreadedEngine):
-            def sample_batch(self, *arguments: object) -> None:
-                raise StaleWeightsError("old")
-
-        with pytest.raises(StaleWeightsError):
-            start(Failing()).sample(1, draw, unwatched)
-
-    def test_a_step_that_takes_too_long_names_the_late_prompts(self, start, draw) -> None:
-        mode = start(ThreadedEngine(), step_timeout_seconds=0.1)
-        with pytest.raises(EngineError, match=r"rollout.step_timeout_seconds = 0.1; .* first of 6\): 0, 1, 2, 3, 4, 5"):
-            mode.sample(1, draw, unwatched)
-
-    def test_uniform_groups_give_their_place_to_the_next(self, start, draw) -> None:
-        engine = ThreadedEngine({0: WRONG, 3: RIGHT})
-        mode = start(engine, dynamic_sampling={})
-        engine.finish(100)
-        first, second = mode.sample(1, draw, unwatched), mode.sample(2, draw, unwatched)
-        assert rows(first.groups) == [1, 2] and rows(second.groups) == [4, 5]
-        assert {0, 3} == set(rows(first.others + second.others))
-
-    def test_dynamic_sampling_ends_with_fewer_groups_when_its_limit_is_reached(self, start, draw) -> None:
-        engine = ThreadedEngine(dict.fromkeys(range(1, 64), WRONG))
-        mode = start(engine, max_staleness=1, dynamic_sampling={"max_rounds": 3})
-        engine.finish(100)
-        samples = mode.sample(1, draw, unwatched)
-        assert rows(samples.groups) == [0] and samples.metrics["dynamic_sampling/missing_groups"] == 1
 
 
 def test_all_completed_groups_of_a_step() -> None:

@@ -12,13 +12,16 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_dsrl.observability.records import METRICS_FILE
 from tests.support.compare_runs import different_records
 from tests.support.tiny_run import REPOSITORY
 from tools.fault_soak.__main__ import main
-from tools.fault_soak.fault import all_faults
+from tools.fault_soak.fault import FAULTS, KILLED, Fault, Moment, all_faults
 from tools.fault_soak.file_faults import damage
 from tools.fault_soak.processes import launcher, process_tree, ranks
-from tools.fault_soak.schedule import choose_faults
+from tools.fault_soak.schedule import PlannedFault, choose_faults
+from tools.fault_soak.soak import Soak
+from tools.fault_soak.training import Training
 
 KINDS = all_faults()
 STEPS = 8
@@ -89,6 +92,52 @@ def test_processes_are_found_below_their_launcher_only() -> None:
             process.kill()
             process.wait()
     assert process_tree(first.pid) == []
+
+
+STEPS_OF_A_RUN = """
+import json, pathlib, sys, time
+file = pathlib.Path(sys.argv[1])
+before = len(file.read_text().splitlines()) if file.exists() else 0
+for step in range(before + 1, 4):
+    time.sleep(0.1)
+    with open(file, "a") as stream:
+        stream.write(json.dumps({"step": step, "time": time.time()}) + "\\n")
+"""
+
+
+class RunWithoutTraining(Training):
+    """A command that records three steps, and continues after those that are recorded."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder / "config.yaml", folder, (), 1)
+        self._command = [sys.executable, "-c", STEPS_OF_A_RUN, str(folder / METRICS_FILE)]
+
+
+class KillAfterAStep(Fault):
+    """The run records a step after the fault has begun and before it takes effect."""
+
+    statuses = frozenset({KILLED})
+
+    def apply(self, training: Training) -> str | None:
+        began = time.time()
+        training.wait_until(lambda: training.recorded_after(began) is not None, 30, "a step")
+        for process in training.processes(launcher):
+            process.kill()
+        self.killed = training.process_id
+        return "the run" if training.wait_for_end(30) == KILLED else None
+
+    def problem(self, training: Training) -> str | None:
+        return None if training.process_id != self.killed else "the run was not started again"
+
+
+def test_a_step_that_is_recorded_while_a_fault_is_applied_does_not_count_as_its_next(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(FAULTS, "kill_after_a_step", KillAfterAStep)
+    planned = PlannedFault("kill_after_a_step", step=1, moment=Moment.START, delay_seconds=0.0, seed=0)
+    (tmp_path / "run").mkdir()
+    soak = Soak(RunWithoutTraining(tmp_path / "run"), [planned], 30.0)
+    soak.run()
+    assert [injection.outcome for injection in soak.injections] == [["ended with 137, resumed"]]
+    assert len((tmp_path / "run" / METRICS_FILE).read_text().splitlines()) == 3
 
 
 def test_an_unknown_fault_is_refused(capsys) -> None:

@@ -22,7 +22,7 @@ class Injection:
     planned: PlannedFault
     fault: Fault
     time: float
-    """Seconds since 1970."""
+    """Seconds since 1970, once it was applied. Meanwhile the run may have recorded a step, which says nothing of it."""
     step: int
     """In which it happened; 0 while the run started."""
     target: str
@@ -97,10 +97,9 @@ class Soak:
         def apply() -> bool:
             nonlocal step, target
             step = self._training.progress().step
-            began = time.time()
             target = fault.apply(self._training)
             if target is not None:
-                self.injections.append(Injection(planned, fault, began, step, target))
+                self.injections.append(Injection(planned, fault, time.time(), step, target))
             return target is not None
 
         return self._go_on_until(apply)
