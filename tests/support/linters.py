@@ -13,7 +13,7 @@ from tests.support.tiny_run import REPOSITORY
 
 
 def complaints(linter: str, *arguments: str, text: str | None = None) -> str:
-    """What `hadolint` or `shellcheck` of this environment says, in the repository; empty if it has nothing to say.
+    """What `hadolint`, `shellcheck` or `ruff` of this environment says in the repository; empty if nothing.
 
     Args:
         linter: its name; it lies beside the Python that runs the tests. Where it has no wheel (shellcheck on aarch64),
