@@ -29,7 +29,8 @@ def add_analyse(commands: Commands) -> None:
         "analyses",
         "KIND",
         help="analyse recorded rollouts or evaluations: gradients, thoughts, problems, lengths, behaviours, Pass@K",
-        description="Each analysis writes KIND.jsonl, KIND.json and KIND.svg into RUN/analysis and prints its summary.",
+        description="Each analysis writes KIND.jsonl, KIND.json and KIND.svg into RUN/analysis and prints its summary; "
+        "pass-at-k, which compares several runs, writes pass_at_k.svg, .md and .jsonl into --output.",
     )
     _add_gradients(kinds)
     _add_kind(kinds, "thoughts", _thoughts, "reflection and transition thoughts per response, counted with word lists")
@@ -63,7 +64,7 @@ def _add_gradients(kinds: Commands) -> None:
     parser.add_argument(
         "--model", metavar="MODEL", help="HF folder, hub name or Megatron checkpoint (default: the run's initial model)"
     )
-    parser.add_argument("--responses", metavar="N", type=positive, default=400, help="how many (default: 400)")
+    parser.add_argument("--responses", metavar="N", type=positive, default=400, help="responses to use (default: 400)")
     parser.add_argument("--seed", metavar="N", type=int, default=1, help="seed for choosing the responses (default: 1)")
 
 

@@ -68,8 +68,8 @@ def add_table(commands: Commands) -> None:
         _table,
         help="print the paper's results table, filled with your evaluations",
         description="Print the paper's results table in Markdown, with results of `dsrl eval` beside the published "
-        "ones; cells without a measurement stay empty. The paper's methods are called base, GRPO, PPO, REINFORCE++, "
-        "RLOO, Dr.GRPO, DAPO, NSR-RL warm-up and DSRL.",
+        "ones; cells without a measurement stay empty. Use these names for the paper's methods: base, GRPO, PPO, "
+        "REINFORCE++, RLOO, Dr.GRPO, DAPO, NSR-RL warm-up and DSRL.",
         epilog="example: dsrl table base=evaluations/Qwen3-4B GRPO=runs/grpo1,runs/grpo2 DSRL=runs/dsrl1,runs/dsrl2",
     )
     parser.add_argument(

@@ -14,8 +14,8 @@ def add_fetch(commands: Commands) -> None:
         "fetch",
         _fetch,
         help="download what a run needs from the hub",
-        description="Load a run's model, tokenizer and prompts, and benchmarks, in one process. Afterwards everything "
-        "from the hub is in its cache (HF_HOME), for all ranks and for machines without a network.",
+        description="Download a run's model, tokenizer and prompts, and benchmarks, in one process. Afterwards all "
+        "ranks, and machines without a network that share the hub's cache (HF_HOME), read them from there.",
         epilog="example: dsrl fetch configs/dsrl_qwen3_8b.yaml --benchmarks math500,aime24",
     )
     add_config(parser)

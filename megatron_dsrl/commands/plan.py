@@ -21,16 +21,19 @@ def add_plan(commands: Commands) -> None:
         "plan",
         _plan,
         help="predict memory and time of a run, and list the layouts that fit",
-        description="Predict the memory of every GPU in each phase, operations and seconds of a step, the largest "
-        "lengths that fit, and layouts to paste. Exits with status 0 if the run fits, otherwise 1. Needs no GPU, and "
-        "no  network for Qwen3's published sizes.",
+        description="Predict the memory of every GPU in an update, a weight push and generation, the operations and "
+        "seconds of a step, and the largest lengths that fit, and list layouts that fit. Exits with status 0 if the "
+        "run fits, otherwise 1. Needs no GPU, and no network for Qwen3's published sizes.",
         epilog="example: dsrl plan configs/dsrl_qwen3_8b.yaml --gpu h100 --gpus 8",
     )
     add_config(parser)
     parser.add_argument("--gpus", metavar="N", type=positive, default=8, help="number of GPUs (default: 8)")
     _add_gpu(parser)
     parser.add_argument(
-        "--mean-response-tokens", metavar="N", type=positive, help="assumed mean (default: half of the response limit)"
+        "--mean-response-tokens",
+        metavar="N",
+        type=positive,
+        help="assumed mean length of a response (default: half its limit)",
     )
     parser.add_argument(
         "--training-utilisation", metavar="SHARE", type=float, default=0.35, help="share of peak FLOP/s (default: 0.35)"

@@ -38,8 +38,8 @@ def add_samples(commands: Commands) -> None:
     parser.add_argument(
         "--log-probs",
         action="store_true",
-        help="the same, plus log P(y|x) and log P(y) from the Megatron actor, under the policy that sampled the "
-        "responses, or the newest export before it",
+        help="the same, with log P(y|x) and log P(y) from the Megatron actor: under the policy that sampled the "
+        "responses, if it was exported, else under the newest export before it",
     )
     parser.add_argument("--model", metavar="MODEL", help="with --log-probs: use this model instead")
     add_overrides(parser, "with --log-probs: set a field of `model` or `parallel`, or `temperature` or `bos`")

@@ -51,7 +51,7 @@ def add_upload(commands: Commands) -> None:
         "upload",
         _upload,
         help="send a run folder to experiment trackers, for example after running without a network",
-        description="Send the steps, evaluations and responses of a run folder to W&B, MLflow, SwanLab, Trackio or a "
+        description="Send the steps, evaluations and responses of a run folder to W&B, MLflow, SwanLab, Trackio or "
         "your own tracker. Only sends what the tracker does not have yet, so you can repeat it while the run is "
         "going.",
         epilog="example: dsrl upload runs/tiny_dsrl --to mlflow tracking_uri=http://127.0.0.1:5000",

@@ -34,8 +34,8 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="check everything that can be checked beforehand, and print the resolved configuration and what it "
-        "amounts to, without starting anything",
+        help="check everything that can be checked beforehand, and print the resolved configuration, batch sizes, "
+        "layout and phases, without starting anything",
     )
     add_processes(parser, " (with --dry-run: check for N processes)")
     parser.add_argument("-v", "--verbose", action="store_true", help="print all metrics of every step")
