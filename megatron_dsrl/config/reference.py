@@ -58,12 +58,15 @@ def reference() -> str:
 
 
 class _Page:
-    """Each field is described once; later occurrences of a section link to the first."""
+    """Each field is described once: a section of the file itself under its own name, others where they come first.
+    Other occurrences of a section link there."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
         self._first: dict[tuple[type[Section], str], str] = {}
         """Class that defines a field, and the field's name: the heading of its table."""
+        self._reserved: dict[type[Section], str] = {}
+        """Sections of the file itself that have not been described yet, and their headings."""
 
     def add_kind(self, title: str, kind: Kind) -> None:
         """Add the chapter of one kind of file."""
@@ -83,6 +86,8 @@ class _Page:
             self.lines += ["| field | type | default | meaning |", "|---|---|---|---|"]
             self.lines += [self._row(Place(name, section, section.model_fields[name])) for name in new]
             self.lines.append("")
+        if not path:
+            self._reserved = {below[0]: name for name in new if (below := self._to_describe(section, name))}
         for name in new:
             field = section.model_fields[name]
             below = sections_of(field)
@@ -91,7 +96,8 @@ class _Page:
                 self._add_choices(inner, below)
             elif (function := function_of(field)) is not None:
                 self._add_functions(inner, function)
-            elif below and not self._is_known(below[0]):
+            elif below and (self._reserved.get(below[0]) == inner or not self._is_known(below[0])):
+                self._reserved.pop(below[0], None)
                 self.lines += [f"### `{inner}`", "", documentation(below[0]), ""]
                 self._add_section(below[0], inner, inner)
 
@@ -112,10 +118,20 @@ class _Page:
         meaning = meaning_of(place).partition("\n\n")[0] if place.field.description is None else meaning_of(place)
         return f"| `{place.path}` | {kind} | {_cell(shown)} | {_cell(meaning)} |"
 
+    def _to_describe(self, section: type[Section], name: str) -> list[type[Section]]:
+        """The section that is a field of this one, if it has not been described; else none."""
+        below = sections_of(section.model_fields[name])
+        is_new = len(below) == 1 and choices_of(section.model_fields[name]) is None and not self._is_known(below[0])
+        return below if is_new else []
+
     def _is_known(self, section: type[Section]) -> bool:
-        return all((_definer(section, name), name) in self._first for name in section.model_fields)
+        return section in self._reserved or all(
+            (_definer(section, name), name) in self._first for name in section.model_fields
+        )
 
     def _heading_of(self, section: type[Section]) -> str:
+        if section in self._reserved:
+            return self._reserved[section]
         name = next(iter(section.model_fields))
         return self._first[_definer(section, name), name]
 

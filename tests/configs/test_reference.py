@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
+from megatron_dsrl.config.fields import sections_of
 from megatron_dsrl.config.kinds import FILES, KINDS
+from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.config.yaml_text import parse_yaml
 from tests.support.tiny_run import REPOSITORY
 from tools.write_config_reference import generated
@@ -110,6 +112,15 @@ def test_the_schema_explains_fields_and_choices(schemas) -> None:
     gspo = schema["$defs"]["GSPO"]
     assert "arXiv 2507.18071" in gspo["description"] and gspo["required"] == ["name"]
     assert gspo["properties"]["clip_high"]["description"] == "The ratio is clipped above at 1 + clip_high."
+
+
+def test_every_section_of_a_run_has_a_heading_of_its_own() -> None:
+    """Also one that a nested section uses too, as `data.mixed_with.reward` uses that of `reward`."""
+    page = (REPOSITORY / "configs" / "README.md").read_text(encoding="utf-8")
+    headings = page.partition("## A run\n")[2].partition("\n## ")[0].splitlines()
+    sections = [name for name, field in RunConfig.model_fields.items() if sections_of(field)]
+    assert len(sections) > 10
+    assert [name for name in sections if f"### `{name}`" not in headings] == []
 
 
 def test_every_choice_says_where_it_comes_from() -> None:
