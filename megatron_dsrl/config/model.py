@@ -19,7 +19,7 @@ class RouterConfig(Section):
     load_balancing: Literal["none", "aux_loss", "global_aux_loss"] = "none"
     """Loss for using all experts equally, by Megatron's names: `aux_loss` considers each micro-batch separately,
     `global_aux_loss` compares with where all tokens of the optimizer step have gone so far, on all data-parallel
-    replicas. RL mostly keeps the router as pretraining balanced it: `none`. (`seq_aux_loss` is not offered, because
+    replicas. RL mostly keeps the router as pre-training balanced it: `none`. (`seq_aux_loss` is not offered, because
     Megatron would treat a whole packed row as one sequence.)"""
 
     load_balancing_coefficient: float | None = Field(default=None, ge=0)
@@ -55,7 +55,7 @@ class ModelConfig(Section):
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Parameter and activation dtype of trainer and engine. Gradients are always reduced, and master weights kept, in
-    fp32. On a CPU, bfloat16 pays off for larger models if the CPU has instructions for it; `dsrl doctor` says so."""
+    float32. On a CPU, bfloat16 pays off for larger models if the CPU has instructions for it; `dsrl doctor` says so."""
 
     layer_spec: Literal["auto", "local", "transformer_engine"] = "auto"
     """Megatron layer implementation. `auto`: Transformer Engine if it is installed, CUDA is available and `dtype` is

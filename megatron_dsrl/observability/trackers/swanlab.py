@@ -14,7 +14,7 @@ DEFAULT_PROJECT = "megatron-dsrl"
 
 @TRACKERS.register
 class SwanlabTracker(TrackerOptions):
-    """Options of `swanlab.init`. The package's environment variables hold where an option is null."""
+    """Options of `swanlab.init`. Where an option is null, the package's environment variable applies."""
 
     name: Literal["swanlab"] = "swanlab"
     package: ClassVar[str] = "swanlab"

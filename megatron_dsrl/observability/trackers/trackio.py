@@ -9,7 +9,7 @@ from megatron_dsrl.observability.trackers.base import RESPONSE_COLUMNS, Status, 
 
 @TRACKERS.register
 class TrackioTracker(TrackerOptions):
-    """Options of `trackio.init`. The package's environment variables hold where an option is null."""
+    """Options of `trackio.init`. Where an option is null, the package's environment variable applies."""
 
     name: Literal["trackio"] = "trackio"
     package: ClassVar[str] = "trackio"
