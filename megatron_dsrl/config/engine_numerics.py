@@ -1,12 +1,14 @@
 """Runs whose engines compute with other numbers than the trainer: FP8 weights, or speculative decoding.
 
 Their samples come from a slightly different policy than the trainer scores, so objectives in post-train space correct
-for it unless they say otherwise. The same holds for asynchronous runs, whose samples come from older weights.
+for it unless they say otherwise. In asynchronous runs, whose samples come from older weights, the ratio of the loss does
+that (`algorithms/objective.py`), and only a loss without a ratio needs the correction.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from megatron_dsrl.config.choices import LOSSES
 from megatron_dsrl.config.layout import ModelShape, Problem
 from megatron_dsrl.config.rollout import EngineConfig, RolloutConfig
 
@@ -16,19 +18,25 @@ FP8_BLOCK = 128
 SET_BY_QUANTIZATION = ("quantization", "json_model_override_args", "load_format")
 """Server arguments that `engine.quantization` sets, or that contradict it."""
 CORRECTION = {"name": "truncated"}
+Needs = Callable[[Mapping[str, Any]], bool]
+"""Whether an objective needs a correction."""
 
 
 def with_correction(data: Any) -> Any:
-    """A run's plain data with an importance correction in every objective in post-train space that names none, if
-    its engines compute with other numbers or sample asynchronously. Data of a wrong kind is left to the validation."""
+    """A run's plain data with an importance correction in every objective in post-train space that names none and needs
+    one. Data of a wrong kind is left to the validation."""
     if not isinstance(data, Mapping):
         return data
-    if not _differs(data.get("engine")) and not _is_asynchronous(data.get("rollout")):
+    if _differs(data.get("engine")):
+        needs: Needs = _always
+    elif _is_asynchronous(data.get("rollout")):
+        needs = _has_no_ratio
+    else:
         return data
     phases = data.get("phases")
     if not isinstance(phases, Sequence) or isinstance(phases, str):
         return data
-    return {**data, "phases": [_corrected_phase(phase) for phase in phases]}
+    return {**data, "phases": [_corrected_phase(phase, needs) for phase in phases]}
 
 
 def numerics_problems(
@@ -88,18 +96,29 @@ def _is_asynchronous(rollout: Any) -> bool:
     return isinstance(rollout, Mapping) and bool(rollout.get("max_staleness"))
 
 
-def _corrected_phase(phase: Any) -> Any:
+def _always(objective: Mapping[str, Any]) -> bool:
+    return True
+
+
+def _has_no_ratio(objective: Mapping[str, Any]) -> bool:
+    loss = LOSSES.options_class(objective["loss"]) if "loss" in objective else None
+    return loss is not None and getattr(loss, "on_policy_only", False)
+
+
+def _corrected_phase(phase: Any, needs: Needs) -> Any:
     if not isinstance(phase, Mapping):
         return phase
     additional = phase.get("additional_objectives")
     if isinstance(additional, Sequence) and not isinstance(additional, str):
-        phase = {**phase, "additional_objectives": [_corrected(objective) for objective in additional]}
-    return _corrected(phase)
+        phase = {**phase, "additional_objectives": [_corrected(objective, needs) for objective in additional]}
+    return _corrected(phase, needs)
 
 
-def _corrected(objective: Any) -> Any:
+def _corrected(objective: Any, needs: Needs) -> Any:
     if not isinstance(objective, Mapping) or "importance_correction" in objective:
         return objective
     space = objective.get("space")
     name = space.get("name") if isinstance(space, Mapping) else space
-    return {**objective, "importance_correction": CORRECTION} if name == "post_train" else objective
+    if name != "post_train" or not needs(objective):
+        return objective
+    return {**objective, "importance_correction": CORRECTION}

@@ -89,7 +89,8 @@ class ObjectiveConfig(Section):
     importance_correction: ImportanceCorrectionOptions | None = None
     """Weight token losses by the ratio of trainer to engine probabilities, for engines that sample from a slightly
     different policy than the trainer scores. Post-train space only; null: no correction. Left out, it is `truncated`
-    with `engine.quantization`, speculative decoding or `rollout.max_staleness`, and otherwise null."""
+    with `engine.quantization`, with speculative decoding, and in asynchronous runs for a loss without a ratio
+    (`policy_gradient`); otherwise it is null."""
 
     kl: KLConfig | None = None
     """KL divergence from the reference policy; null: no KL term, and no reference is kept."""

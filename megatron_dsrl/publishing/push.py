@@ -109,7 +109,7 @@ def push(upload: Upload, repository: str, private: bool, report: Callable[[str],
         visibility = "private" if is_private else "public"
         report(f"uploading {describe_files(upload.files)} and the card to {address} ({visibility})")
         (upload.folder / CARD_FILE).write_text(upload.texts[CARD_FILE], encoding="utf-8")
-        contents = {name: text.encode() for name, text in upload.texts.items()}
+        contents: dict[str, bytes | Path] = {name: text.encode() for name, text in upload.texts.items()}
         contents |= {file.relative_to(upload.folder).as_posix(): file for file in upload.files}
         operations = [CommitOperationAdd(name, content) for name, content in sorted(contents.items())]
         api.create_commit(repository, operations, commit_message=upload.message)

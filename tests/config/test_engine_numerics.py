@@ -26,7 +26,10 @@ QWEN3_8B = ModelShape(36, 32, 8, 12288, 40960, key_value_size=1024)
         (PLAIN, ["engine.extra_arguments={speculative_algorithm: NGRAM}"], True),
         (PLAIN, ["engine.extra_arguments={quantization: fp8}"], True),
         (PLAIN, ["engine.extra_arguments={attention_backend: fa3}"], False),
-        (PLAIN, ["rollout.max_staleness=1"], True),
+        (PLAIN, ["rollout.max_staleness=1"], False),
+        (PLAIN, ["rollout.max_staleness=1", "phases.1.loss=gspo"], False),
+        (PLAIN, ["rollout.max_staleness=1", "phases.1.loss={name: policy_gradient}"], True),
+        (PLAIN, ["phases.1.loss=policy_gradient"], False),
     ],
 )
 def test_objectives_in_post_train_space_are_corrected_by_default(
