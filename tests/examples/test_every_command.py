@@ -39,7 +39,6 @@ NOT_HERE = {
     r"^python tools/image/check_pins.py": "tests/tools/test_image.py runs it, where uv is installed",
     r"^pytest -m gpu|tools.first_gpu_run(?! --(dry-run|list))|tools.gpu_probe(?! --dry-run)": "needs a GPU",
     r"smollm2": "downloads a model",
-    r"second_try|examples/verifiers|runs/verifiers": "tests/rollout/test_verifiers_environment.py needs the package",
     r"examples[/.]laboratory": "hours; tests/examples/test_laboratory.py runs all of it at a small size",
     r"gpu_probe_packages": "tests/tools/test_gpu_probe.py runs it with these packages only",
     r"^torchfrtrace": "tests/platform/test_cuda.py runs it",
@@ -68,6 +67,7 @@ SHORTER = {
     r"examples/distillation/run.yaml": "steps=1",
     r"train examples/lora/run.yaml": "steps=2",
     r"train examples/tool_use": "steps=5",
+    r"train examples/verifiers": "steps=2",
     r"asynchronous/run.sh": "steps=3 evaluation.sets.0.limit=8",
     r"tiny_grpo.yaml$": "steps=2",
     r"tiny_experts_\w+.yaml$": "steps=6",
@@ -191,16 +191,31 @@ def as_run(command: Command) -> str:
     return "\n".join([*command.setting, line])
 
 
-def run(folder: Path, script: str) -> str:
-    """What the script printed. Fails with that if the script does."""
-    path = f"{folder}/.venv/bin:{os.environ['PATH']}"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "112", "PATH": path}
+@pytest.fixture
+def environment(document, checkout) -> str:
+    """Name of the environment for a document's commands: the copy's own. What `pip install` in a guide brings must not
+    reach the documents after it, so such a guide has one on top of it."""
+    if not any(command.line.startswith("pip install") for command in run_here(document)):
+        return ".venv"
+    on_top = f".venv_{document.parent.name}"
+    run(checkout, f"python -m venv {on_top}")
+    packages = next((checkout / on_top).glob("lib/python*/site-packages"))
+    base = next((checkout / ".venv").glob("lib/python*/site-packages"))
+    (packages / "base.pth").write_text(f"{base}\n")
+    run(checkout, f"{on_top}/bin/pip install --no-deps --editable .")
+    return on_top
+
+
+def run(folder: Path, script: str, environment: str = ".venv") -> str:
+    """What the script printed in an environment of the copy. Fails with that if the script does."""
+    path = f"{folder}/{environment}/bin:{folder}/.venv/bin:{os.environ['PATH']}"
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "112", "PATH": path}
     for inherited in ("PYTHONPATH", "DSRL_VENV", "VIRTUAL_ENV"):
-        environment.pop(inherited, None)
+        variables.pop(inherited, None)
     try:
         finished = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", script],
-            cwd=folder, env=environment, capture_output=True, text=True, timeout=COMMAND_SECONDS,
+            cwd=folder, env=variables, capture_output=True, text=True, timeout=COMMAND_SECONDS,
         )  # fmt: skip
     except subprocess.TimeoutExpired as late:
         pytest.fail(f"{script}\nhas not ended in {COMMAND_SECONDS} s\n{late.stdout}\n{late.stderr}")
@@ -217,9 +232,10 @@ def constant_words(line: str) -> list[str]:
 @pytest.mark.needs_data
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("document", [document for document in DOCUMENTS if run_here(document)], ids=name)
-def test_commands_run_and_print_the_lines_that_are_shown(document, checkout, data, judge_url) -> None:
+def test_commands_run_and_print_the_lines_that_are_shown(document, checkout, environment, data, judge_url) -> None:
     for command in run_here(document):
-        printed = run(checkout, as_run(command).replace("{data}", str(data)).replace("{judge}", judge_url))
+        script = as_run(command).replace("{data}", str(data)).replace("{judge}", judge_url)
+        printed = run(checkout, script, environment)
         lines = [constant_words(line) for line in printed.splitlines()]
         assert [line for line in command.shown if constant_words(line) not in ([], *lines)] == [], command.line
 
