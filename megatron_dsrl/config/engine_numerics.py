@@ -1,8 +1,8 @@
 """Runs whose engines compute with other numbers than the trainer: FP8 weights, or speculative decoding.
 
 Their samples come from a slightly different policy than the trainer scores, so objectives in post-train space correct
-for it unless they say otherwise. In asynchronous runs, whose samples come from older weights, the ratio of the loss does
-that (`algorithms/objective.py`), and only a loss without a ratio needs the correction.
+for it unless they say otherwise. In asynchronous runs, whose samples come from older weights, the loss's ratio does
+that (`algorithms/objective.py`), and only a loss without one needs the correction.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
