@@ -71,9 +71,8 @@ class RolloutConfig(Section):
     max_staleness: int = Field(default=0, ge=0)
     """Train asynchronously: engines sample all the time, at most this many steps ahead. A sample that was begun with
     the weights of step s is trained on at step s + `max_staleness` at the latest. New weights reach the engines in the
-    middle of responses; every token keeps the log-prob it was sampled with. Objectives in post-train space then have
-    an importance correction by default. Needs engines on their own devices (`engine.urls`). See examples/asynchronous.
-    0: training and sampling take turns."""
+    middle of responses; every token keeps the log-prob it was sampled with, which the loss's ratio compares with. Needs
+    engines on their own devices (`engine.urls`). See examples/asynchronous. 0: training and sampling take turns."""
 
     generate: str | None = Field(default=None, pattern=PATTERN)
     """Function that writes each response together with the model, by its dotted path `package.module:function`:
