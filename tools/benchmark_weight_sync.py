@@ -37,7 +37,7 @@ from megatron_dsrl.platform import silence_expected_warnings
 from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.engine_group import EngineGroup
 from megatron_dsrl.weights.export import export_hf_folder
-from megatron_dsrl.weights.random_init import fill_with_random_weights
+from megatron_dsrl.weights.load import fill_with_random_weights
 from megatron_dsrl.weights.stream import stream_hf_weights
 from megatron_dsrl.weights.tables import weight_table
 

@@ -15,11 +15,9 @@ from megatron_dsrl.model.build import DTYPES, build_model, build_trainable
 from megatron_dsrl.model.lora import add_adapters
 from megatron_dsrl.model.source import is_hub_name, resolve_model_folder
 from megatron_dsrl.model.value_head import build_value_model
-from megatron_dsrl.weights.load import load_weights
+from megatron_dsrl.weights.load import fill_with_random_weights, load_value_model, load_weights
 from megatron_dsrl.weights.peft import PeftAdapters, adapter_table
-from megatron_dsrl.weights.random_init import fill_with_random_weights
 from megatron_dsrl.weights.tables import value_model_table, weight_table
-from megatron_dsrl.weights.value_model import load_value_model
 
 
 def build_actor(config: RunConfig, folder: Path) -> Actor:

@@ -1,7 +1,7 @@
 """Scored responses as training data: sequences in a space, with their rewards and what model passes add to them.
 
 `build_experience` maps every sample of a rollout batch into a space. Model passes may then add what an algorithm needs
-(old or reference log-probs, values; see `schedule.required_passes`), and `advantage_estimation.py` the advantages.
+(old or reference log-probs, values; see `schedule.required_passes`), and `objective.py` the advantages.
 """
 
 from collections.abc import Sequence

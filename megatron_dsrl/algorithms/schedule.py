@@ -12,8 +12,7 @@ import math
 from collections.abc import Sequence
 
 from megatron_dsrl.algorithms.experience import ModelPasses
-from megatron_dsrl.config.phase import ObjectiveConfig, PhaseConfig
-from megatron_dsrl.config.phase_steps import phases_by_steps
+from megatron_dsrl.config.phase import ObjectiveConfig, PhaseConfig, phases_by_steps
 
 
 class Schedule:

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.layout import ModelShape, processes
-from megatron_dsrl.config.phase import Space
-from megatron_dsrl.config.phase_steps import PhaseSteps, phases_by_steps
+from megatron_dsrl.config.phase import PhaseSteps, Space, phases_by_steps
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.config.run_problems import run_problems
 

@@ -6,8 +6,7 @@ from megatron_dsrl.config.data import PromptSetConfig
 from megatron_dsrl.config.engine_numerics import numerics_problems
 from megatron_dsrl.config.layout import ModelShape, Problem, engine_problems, model_problems, process_problems
 from megatron_dsrl.config.model import RouterConfig
-from megatron_dsrl.config.phase import ObjectiveConfig, PhaseConfig
-from megatron_dsrl.config.phase_steps import PhaseSteps
+from megatron_dsrl.config.phase import ObjectiveConfig, PhaseConfig, PhaseSteps
 from megatron_dsrl.config.rollout import MAX_REPLAYED_EXPERTS
 from megatron_dsrl.config.run import RunConfig
 

@@ -25,9 +25,8 @@ from megatron_dsrl.conversion.distributed_checkpoint_writer import (
     write_metadata,
 )
 from megatron_dsrl.conversion.layout import CheckpointLayout
-from megatron_dsrl.conversion.source_record import describe_in_background
 from megatron_dsrl.conversion.verify import verify
-from megatron_dsrl.conversion.work import my_entries, read_ahead, with_progress
+from megatron_dsrl.conversion.work import describe_in_background, my_entries, read_ahead, with_progress
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.source import resolve_model_folder
 from megatron_dsrl.provenance.start import record_found

@@ -16,9 +16,8 @@ from megatron_dsrl.conversion.checks import (
     read_companion_architecture,
 )
 from megatron_dsrl.conversion.hf_to_megatron import ConversionOptions
-from megatron_dsrl.conversion.source_record import describe_in_background
 from megatron_dsrl.conversion.verify import verify
-from megatron_dsrl.conversion.work import my_entries, read_ahead, with_progress
+from megatron_dsrl.conversion.work import describe_in_background, my_entries, read_ahead, with_progress
 from megatron_dsrl.provenance.start import record_found
 from megatron_dsrl.weights.checkpoint_record import check_record
 from megatron_dsrl.weights.checkpoint_shapes import check_megatron_checkpoint

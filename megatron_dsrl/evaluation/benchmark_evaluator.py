@@ -1,18 +1,24 @@
 """Evaluates one benchmark: reads finished samples from disk; samples, judges and saves the rest."""
 
+import sys
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.data import RewardConfig
 from megatron_dsrl.config.load_benchmark import Benchmark
 from megatron_dsrl.data.prompt import Prompt
+from megatron_dsrl.evaluation.metrics import summarise_benchmark
 from megatron_dsrl.evaluation.problem_result import ProblemResult
-from megatron_dsrl.evaluation.progress import benchmark_progress
 from megatron_dsrl.evaluation.sample_file import SampleFile
-from megatron_dsrl.evaluation.summary import summarise_benchmark
+from megatron_dsrl.observability.console_lines import duration
 from megatron_dsrl.rewards.pool import RewardPool
 from megatron_dsrl.rewards.registry import answer_of
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
@@ -122,3 +128,62 @@ def _settings(benchmark: Benchmark) -> dict[str, Any]:
 def reward_settings(reward: RewardConfig) -> dict[str, Any]:
     """Everything that determines rewards; not the number of workers or their limits."""
     return reward.model_dump(mode="json", include={"function", "options", "overlong"})
+
+
+LINE_SECONDS = 30.0
+
+
+class BenchmarkProgress:
+    """Counts the samples and finished problems of one benchmark."""
+
+    def __init__(self, title: str, problems: int, done: int, to_sample: int, show: Callable[[str, int], None]) -> None:
+        """`show` gets the progress line and the number of finished problems; see `benchmark_progress` for the rest."""
+        self._title = title
+        self._problems = problems
+        self._done = done
+        self._to_sample = to_sample
+        self._sampled = 0
+        self._show = show
+        self._started = time.monotonic()
+
+    def sampled(self, problem_is_done: bool) -> None:
+        """Count one more sample that is judged and on disk."""
+        self._sampled += 1
+        self._done += problem_is_done
+        self._show(self._line(), self._done)
+
+    def _line(self) -> str:
+        left = ""
+        if 0 < self._sampled < self._to_sample:
+            seconds = (time.monotonic() - self._started) / self._sampled * (self._to_sample - self._sampled)
+            left = f", {duration(seconds)} left"
+        return f"{self._title}: {self._done} of {self._problems} problems{left}"
+
+
+@contextmanager
+def benchmark_progress(title: str, problems: int, done: int, to_sample: int) -> Iterator[BenchmarkProgress]:
+    """A bar on a terminal; elsewhere a line every half minute, to keep logs readable.
+
+    Args:
+        done: number of problems that have all their samples.
+        to_sample: number of samples that are missing.
+    """
+    if sys.stdout.isatty():
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=Console(), transient=True) as bar:
+            task = bar.add_task(title, total=problems, completed=done)
+
+            def update(line: str, finished: int) -> None:
+                bar.update(task, description=line, completed=finished)
+
+            yield BenchmarkProgress(title, problems, done, to_sample, update)
+        return
+    last = time.monotonic()
+
+    def show(line: str, finished: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= LINE_SECONDS:
+            print(line, flush=True)
+            last = time.monotonic()
+
+    yield BenchmarkProgress(title, problems, done, to_sample, show)

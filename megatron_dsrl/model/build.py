@@ -61,7 +61,7 @@ def transformer_config(architecture: Architecture, model: ModelConfig, parallel:
         attention_dropout=0.0,
         attention_softmax_in_fp32=True,
         init_method_std=architecture.initializer_range,
-        perform_initialization=False,  # weights are always loaded, or made by weights/random_init.py
+        perform_initialization=False,  # weights are always loaded, or made by weights/load.py
         params_dtype=dtype,
         pipeline_dtype=dtype,
         autocast_dtype=dtype,
@@ -123,7 +123,7 @@ def _expert_fields(
 def build_model(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig) -> list[MegatronModule]:
     """Build this process's part of the model; `initialize_parallel` must have run.
 
-    Parameters are not initialised: load them (weights/load.py) or initialise them randomly (weights/random_init.py).
+    Parameters are not initialised: load them (weights/load.py) or initialise them randomly (weights/load.py).
 
     Returns:
         The `parallel.virtual_pipeline_stages` chunks of this pipeline stage, each a GPTModel, inside a Float16Module

@@ -14,12 +14,32 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
-from megatron_dsrl.observability.engine_call import EngineCall
 from megatron_dsrl.observability.records import repair_records
+
+
+@dataclass(frozen=True)
+class EngineCall:
+    """A request to an engine, with its time and outcome."""
+
+    engine: int
+    """Engine number."""
+    prompts: tuple[int, ...]
+    """Row numbers of the prompts in their set."""
+    tokens: int
+    """Response tokens returned."""
+    attempt: int
+    """Counted from 1."""
+    outcome: str
+    """`done`, `aborted`, `cancelled`, or the error."""
+    started: float
+    """On the monotonic clock, in seconds."""
+    ended: float
+
 
 TRACE_FOLDER = "trace"
 """Within a run folder."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron_dsrl.config.phase_steps import PhaseSteps, phases_by_steps
+from megatron_dsrl.config.phase import PhaseSteps, phases_by_steps
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import Architecture
 from megatron_dsrl.planning.compute import Assumptions, generation_seconds, phase_flops, training_seconds

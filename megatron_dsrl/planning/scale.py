@@ -21,7 +21,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from megatron_dsrl.config.phase_steps import phases_by_steps
+from megatron_dsrl.config.phase import phases_by_steps
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import Architecture
 from megatron_dsrl.planning.compute import Assumptions, generation_seconds, phase_flops, training_seconds

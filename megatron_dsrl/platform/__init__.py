@@ -5,10 +5,9 @@ from functools import cache
 
 import torch
 
-from megatron_dsrl.platform.base import MemoryStatistics, Platform
+from megatron_dsrl.platform.base import MemoryStatistics, Platform, silence_expected_warnings
 from megatron_dsrl.platform.cpu import CpuPlatform
 from megatron_dsrl.platform.cuda import CudaPlatform
-from megatron_dsrl.platform.expected_warnings import silence_expected_warnings
 
 __all__ = ["MemoryStatistics", "Platform", "current_platform", "silence_expected_warnings"]
 

@@ -11,7 +11,7 @@ import json
 import re
 import textwrap
 
-from megatron_dsrl.rewards.response import after_thinking
+from megatron_dsrl.rewards.boxed import after_thinking
 from megatron_dsrl.rewards.sandbox import Limits, UnitTests, run_program
 from megatron_dsrl.rewards.sandbox_isolation import missing_isolation
 

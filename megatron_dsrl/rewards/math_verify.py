@@ -25,8 +25,7 @@ from typing import Any
 
 from math_verify import LatexExtractionConfig, parse, verify
 
-from megatron_dsrl.rewards.boxed import last_boxed, same_spelling
-from megatron_dsrl.rewards.response import after_thinking
+from megatron_dsrl.rewards.boxed import after_thinking, last_boxed, same_spelling
 
 IN_ONE_BOX = (LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False),)
 IN_DOLLARS = (LatexExtractionConfig(),)

@@ -8,8 +8,7 @@ no further search without either, and naming several letters is wrong, so that a
 
 import re
 
-from megatron_dsrl.rewards.boxed import last_boxed
-from megatron_dsrl.rewards.response import after_thinking
+from megatron_dsrl.rewards.boxed import after_thinking, last_boxed
 
 WRAPPING = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox|boxed)\s*(?=\{)|[${}*_`]|\\[,;! ]")
 CHOICE = re.compile(r"\(?\s*([A-Z])\s*(?:$|\)|[.:,](?=\s|$))")

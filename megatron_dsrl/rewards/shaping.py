@@ -1,7 +1,6 @@
 """Rewards that are independent of the answer: for the form and the length of a response, or none at all."""
 
-from megatron_dsrl.rewards.boxed import BOX, last_boxed
-from megatron_dsrl.rewards.response import THINK_END, THINK_START, after_thinking
+from megatron_dsrl.rewards.boxed import BOX, THINK_END, THINK_START, after_thinking, last_boxed
 
 
 def box_format(response: str, answer: str) -> float:

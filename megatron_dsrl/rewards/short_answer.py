@@ -7,9 +7,8 @@ too, a box counts if the answer is not stated, case, surrounding quotes and `\te
 
 import re
 
-from megatron_dsrl.rewards.boxed import last_boxed
+from megatron_dsrl.rewards.boxed import after_thinking, last_boxed
 from megatron_dsrl.rewards.multiple_choice import letter
-from megatron_dsrl.rewards.response import after_thinking
 
 STATEMENT = re.compile(r"answer[ \t*_]*(?:is[ \t]*:?|:)[ \t*_]*", re.IGNORECASE)
 CHOICE = re.compile(r"\([A-Z]\)")

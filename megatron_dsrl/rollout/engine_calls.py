@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_dsrl.observability.engine_call import EngineCall
+from megatron_dsrl.observability.timeline import EngineCall
 from megatron_dsrl.rollout.batch import Call, RolloutBatch
 from megatron_dsrl.rollout.engine_choice import EngineChoice, Load
 from megatron_dsrl.rollout.engine_states import EngineStates

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron_dsrl.observability.engine_call import EngineCall
+from megatron_dsrl.observability.timeline import EngineCall
 from megatron_dsrl.rollout.sample import SampleGroup
 
 OnSamples = Callable[[int], None]

@@ -13,9 +13,8 @@ from megatron_dsrl.actor.build import build_actor, build_critic
 from megatron_dsrl.actor.critic import Critic
 from megatron_dsrl.actor.reference import ReferencePolicy
 from megatron_dsrl.actor.statistics import UpdateMetrics
-from megatron_dsrl.algorithms.advantage_estimation import estimate_advantages
 from megatron_dsrl.algorithms.experience import Experience
-from megatron_dsrl.algorithms.objective import build_objectives
+from megatron_dsrl.algorithms.objective import build_objectives, estimate_advantages
 from megatron_dsrl.algorithms.schedule import Schedule, passes_of_phase, required_passes
 from megatron_dsrl.checkpoint.folders import Checkpoint
 from megatron_dsrl.checkpoint.save import StartWrite

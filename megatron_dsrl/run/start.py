@@ -37,8 +37,6 @@ from megatron_dsrl.rollout.replay import ReplayRollout
 from megatron_dsrl.rollout.rollout import Rollout
 from megatron_dsrl.run.controller import Controller
 from megatron_dsrl.run.device_sharing import SharedDevice
-from megatron_dsrl.run.due import Due
-from megatron_dsrl.run.experiences import ExperienceBuilder
 from megatron_dsrl.run.folder import check_run_folder, prepare_run_folder
 from megatron_dsrl.run.held_out_loss import HeldOutLosses
 from megatron_dsrl.run.inputs import RunInputs, load_inputs
@@ -49,7 +47,7 @@ from megatron_dsrl.run.reporting import Reporting
 from megatron_dsrl.run.sampling import Sampling
 from megatron_dsrl.run.saving import ROLLOUT_FOLDER, Saving
 from megatron_dsrl.run.threads import use_cpu_threads
-from megatron_dsrl.run.training_run import TrainingRun
+from megatron_dsrl.run.training_run import Due, ExperienceBuilder, TrainingRun
 
 
 def start_run(config: RunConfig, resources: ExitStack, starting: StartingServer | None) -> TrainingRun:

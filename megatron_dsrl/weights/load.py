@@ -1,5 +1,7 @@
-"""Load an HF checkpoint, or a Megatron distributed checkpoint of any layout, into a sharded model."""
+"""Fill a sharded model: from an HF checkpoint, from a Megatron distributed checkpoint of any layout, or randomly."""
 
+import hashlib
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from megatron_dsrl.common.collective import rank, together, world_size
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.model.architecture import read_architecture
+from megatron_dsrl.model.architecture import Architecture, read_architecture
 from megatron_dsrl.model.build import bare_model
 from megatron_dsrl.model.lora import is_adapter
 from megatron_dsrl.weights.bind import bind
@@ -20,6 +22,7 @@ from megatron_dsrl.weights.checkpoint_shapes import check_hf_checkpoint, check_m
 from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint, NoWeights
 from megatron_dsrl.weights.megatron_checkpoint import MegatronCheckpoint, is_megatron_checkpoint
 from megatron_dsrl.weights.table import TableEntry, WeightTable
+from megatron_dsrl.weights.tables import value_model_table, weight_table
 from megatron_dsrl.weights.untrusted_checkpoint import only_plain_objects
 
 
@@ -116,3 +119,77 @@ def tensor_parallel_place(entry: TableEntry) -> tuple[int, int]:
             parallel_state.get_expert_tensor_parallel_world_size(),
         )
     return parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+
+
+def fill_with_random_weights(
+    chunks: Sequence[nn.Module], table: WeightTable, standard_deviation: float, seed: int
+) -> None:
+    """Initialise the model as Transformers does: norms one, biases zero, all other weights normal with mean zero.
+    Adapters are initialised as in PEFT: B zero, A uniform within 1 / sqrt(inputs).
+
+    Each HF tensor has its own generator, seeded by its name, and is drawn in full before it is sharded, so every layout
+    gets the same model.
+
+    Args:
+        chunks: GPTModel chunks of this pipeline stage, wrapped or not.
+        standard_deviation: standard deviation of the normal distribution; `initializer_range` in HF configurations.
+    """
+    expected = {tensor.name: (tensor.shape, entry.rule.initial) for entry in table.entries() for tensor in entry.hf}
+
+    def draw(name: str) -> Tensor:
+        shape, initial = expected[name]
+        if initial == "ones":
+            return torch.ones(shape)
+        if initial == "zeros":
+            return torch.zeros(shape)
+        digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        if initial == "uniform":
+            return (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(shape[1])
+        return torch.randn(shape, generator=generator) * standard_deviation
+
+    fill(chunks, table, draw)
+
+
+def load_value_model(chunks: Sequence[nn.Module], architecture: Architecture, folder: Path) -> None:
+    """Fill this rank's parameters. From a policy only the decoder is loaded; the head is zero, and so are all values.
+
+    Args:
+        chunks: chunks of a value model, wrapped or not.
+        architecture: architecture of policy and critic.
+        folder: HF folder of a policy or of a token classifier with one label, or a policy converted to a Megatron
+            distributed checkpoint.
+
+    Raises:
+        UserError: weights are missing or damaged, or a tensor is missing, unexpected or of the wrong shape.
+    """
+    policy, value_model = weight_table(architecture), value_model_table(architecture)
+    read_stored: Callable[[str], Tensor]
+    if is_megatron_checkpoint(folder):
+        check_record(folder, architecture)
+        megatron = MegatronCheckpoint(folder)
+        check_megatron_checkpoint(megatron, policy)
+        stored, read_stored = set(policy.hf_shapes()), _ByHfName(megatron, value_model).read
+    else:
+        checkpoint = HfCheckpoint(folder)
+        stored, read_stored = checkpoint.names(), checkpoint.read
+        is_value_model = any(name.startswith("score.") for name in stored)
+        check_hf_checkpoint(checkpoint, value_model if is_value_model else policy)
+    shapes = value_model.hf_shapes()
+    fill(chunks, value_model, lambda name: read_stored(name) if name in stored else torch.zeros(shapes[name]))
+
+
+class _ByHfName:
+    """Reads a Megatron checkpoint by HF name. Caches the last entry, since its tensors are requested consecutively."""
+
+    def __init__(self, checkpoint: MegatronCheckpoint, table: WeightTable) -> None:
+        self._checkpoint = checkpoint
+        self._entries = {tensor.name: entry for entry in table.entries() for tensor in entry.hf}
+        self._last: tuple[TableEntry, tuple[Tensor, ...]] | None = None
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor in the checkpoint's dtype, in the shape of its HF name."""
+        entry = self._entries[name]
+        if self._last is None or self._last[0] != entry:
+            self._last = entry, self._checkpoint.read(entry)
+        return self._last[1][[tensor.name for tensor in entry.hf].index(name)]

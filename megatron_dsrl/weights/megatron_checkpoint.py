@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.weights.layouts import Shape
 from megatron_dsrl.weights.reused_memory import ReusedMemory
-from megatron_dsrl.weights.stored_chunk import Chunk, read_chunk
+from megatron_dsrl.weights.saved_tensor import Chunk, read_chunk
 from megatron_dsrl.weights.table import TableEntry
 from megatron_dsrl.weights.untrusted_checkpoint import read_metadata
 

@@ -6,14 +6,19 @@ are read straight into memory that is used again, and torch.load only reads what
 
 import io
 import os
+import pickle
 import sys
 import zlib
+from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 
 import torch
 from torch import Tensor
 
+from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.weights.layouts import Shape
 from megatron_dsrl.weights.reused_memory import ReusedMemory
 
 if TYPE_CHECKING:
@@ -119,3 +124,35 @@ def _seek(section: FileSection, part: ZipInfo) -> None:
     section.readinto(header)
     lengths = [int.from_bytes(header[start : start + 2], "little") for start in (26, 28)]
     section.seek(part.header_offset + LOCAL_HEADER_BYTES + sum(lengths))
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A stored part of a tensor."""
+
+    offsets: Shape
+    sizes: Shape
+    file: str
+    position: int
+    length: int
+    """Stored size in bytes."""
+
+
+def read_chunk(folder: Path, name: str, chunk: Chunk, dtype: torch.dtype, memory: ReusedMemory) -> Tensor:
+    """Read a chunk of the tensor with this name into `memory` and compare it with its CRC-32.
+
+    Raises:
+        UserError: it is damaged, or does not have the expected dtype and shape.
+    """
+    path = folder / chunk.file
+    try:
+        with path.open("rb", buffering=0) as file:
+            part = read_saved_tensor(FileSection(file, chunk.position, chunk.length), memory)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, BadZipFile) as error:
+        raise UserError(
+            f"{path} is damaged: the chunk of {name} at {list(chunk.offsets)} cannot be read: {error}. Convert or "
+            "copy the checkpoint again"
+        ) from error
+    if part.dtype != dtype or tuple(part.shape) != chunk.sizes:
+        raise UserError(f"{path}: the chunk of {name} at {list(chunk.offsets)} does not match .metadata")
+    return part

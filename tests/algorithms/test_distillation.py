@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_dsrl.algorithms.advantage_estimation import with_advantages
 from megatron_dsrl.algorithms.experience import Response, build_experience
+from megatron_dsrl.algorithms.objective import with_advantages
 from megatron_dsrl.algorithms.spaces import PostTrain, PreTrain, Space
 from megatron_dsrl.config.phase import ObjectiveConfig
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from megatron_dsrl.algorithms.advantage_estimation import with_advantages
 from megatron_dsrl.algorithms.advantages import GroupMean
 from megatron_dsrl.algorithms.experience import Experience, Response, build_experience
+from megatron_dsrl.algorithms.objective import with_advantages
 from megatron_dsrl.algorithms.spaces import PostTrain, PreTrain
 from megatron_dsrl.config.phase import PhaseConfig
 

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_dsrl.algorithms.advantage_estimation import with_advantages
 from megatron_dsrl.algorithms.advantages import whiten
 from megatron_dsrl.algorithms.experience import Response, build_experience
 from megatron_dsrl.algorithms.gae import generalized_advantages
+from megatron_dsrl.algorithms.objective import with_advantages
 from megatron_dsrl.algorithms.spaces import PostTrain
 from megatron_dsrl.config.phase import KLConfig, ObjectiveConfig
 

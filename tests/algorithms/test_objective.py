@@ -6,14 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_dsrl.algorithms.advantage_estimation import with_advantages
 from megatron_dsrl.algorithms.advantages import Fixed, GroupMean, ReinforcePlusPlus
 from megatron_dsrl.algorithms.aggregations import TokenSum
 from megatron_dsrl.algorithms.experience import ModelPasses, Response, build_experience
 from megatron_dsrl.algorithms.filters import Negative
 from megatron_dsrl.algorithms.importance import Truncated
 from megatron_dsrl.algorithms.losses import GSPO, PolicyGradient, ScoredTokens, Supervised
-from megatron_dsrl.algorithms.objective import build_objectives, token_losses, with_behaviour_log_probs
+from megatron_dsrl.algorithms.objective import build_objectives, token_losses, with_advantages, with_behaviour_log_probs
 from megatron_dsrl.algorithms.schedule import required_passes
 from megatron_dsrl.algorithms.spaces import PostTrain, PreTrain
 from megatron_dsrl.config.phase import AdditionalObjectiveConfig, KLConfig, ObjectiveConfig, PhaseConfig

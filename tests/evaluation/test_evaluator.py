@@ -13,7 +13,7 @@ from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.evaluation.evaluator import Evaluator
 from megatron_dsrl.evaluation.problem_result import first_responses
 from megatron_dsrl.rollout.sample import Sample, SampleGroup, SamplingParameters
-from megatron_dsrl.run.due import is_due
+from megatron_dsrl.run.training_run import is_due
 
 
 def sample(reward, num_tokens, finish_reason="stop", text="") -> Sample:

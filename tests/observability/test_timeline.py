@@ -11,8 +11,7 @@ import pytest
 from rich.console import Console
 
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.observability.engine_call import EngineCall
-from megatron_dsrl.observability.timeline import Timeline, trace_file
+from megatron_dsrl.observability.timeline import EngineCall, Timeline, trace_file
 from megatron_dsrl.report.timeline_records import Interval, Windows, read_timelines, timeline_of
 from megatron_dsrl.report.timeline_summary import engines_of, overlap, print_summary
 from megatron_dsrl.report.trace_events import FIRST_ENGINE, events_of, write_trace

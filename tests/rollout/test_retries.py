@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_dsrl.observability.engine_call import EngineCall
+from megatron_dsrl.observability.timeline import EngineCall
 from megatron_dsrl.rewards.pool import RewardPool
 from megatron_dsrl.rollout.batch import RolloutBatch
 from megatron_dsrl.rollout.engine_rollout import EngineRollout

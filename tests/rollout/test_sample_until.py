@@ -9,7 +9,7 @@ import pytest
 from megatron_dsrl.config.rollout import DynamicSamplingConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.data.prompt import Prompt
-from megatron_dsrl.observability.engine_call import EngineCall
+from megatron_dsrl.observability.timeline import EngineCall
 from megatron_dsrl.rollout.carry_over import CarryOver
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.sample_until import sample_until

@@ -26,8 +26,7 @@ from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.build import build_model, build_trainable
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from megatron_dsrl.weights.export import export_hf_folder
-from megatron_dsrl.weights.load import load_hf_weights
-from megatron_dsrl.weights.random_init import fill_with_random_weights
+from megatron_dsrl.weights.load import fill_with_random_weights, load_hf_weights
 from megatron_dsrl.weights.stream import stream_hf_weights
 from megatron_dsrl.weights.table import WeightTable
 from megatron_dsrl.weights.tables import weight_table
