@@ -11,6 +11,7 @@ from megatron_dsrl.charts.charts import Chart
 from megatron_dsrl.charts.estimate import Estimate, in_percent
 from megatron_dsrl.charts.pass_at_k_chart import over_runs, pass_at_k_chart
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.common.markdown import markdown_table
 from megatron_dsrl.evaluation.results_file import EvaluationResults
 from megatron_dsrl.observability.records import Record
 
@@ -38,11 +39,12 @@ def records(evaluations: Evaluations) -> list[Record]:
 def table(evaluations: Evaluations) -> str:
     """Markdown with a row per benchmark and label, Pass@K in percent; a cell is empty if K was not estimated."""
     every_k = sorted({record["k"] for record in records(evaluations)})
-    lines = [["benchmark", "evaluation", *(f"Pass@{k}" for k in every_k)], ["---"] * (2 + len(every_k))]
-    for name, title in _titles(evaluations).items():
-        for label, curve in _curves(evaluations, name).items():
-            lines.append([title, label, *(in_percent(curve[k].values) if k in curve else "" for k in every_k)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    rows = [
+        [title, label, *(in_percent(curve[k].values) if k in curve else "" for k in every_k)]
+        for name, title in _titles(evaluations).items()
+        for label, curve in _curves(evaluations, name).items()
+    ]
+    return markdown_table(["benchmark", "evaluation", *(f"Pass@{k}" for k in every_k)], rows) + "\n"
 
 
 def charts(evaluations: Evaluations) -> list[Chart]:

@@ -1,14 +1,14 @@
 """The state of a run, stored as JSON in its checkpoints."""
 
 import json
-import os
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from megatron_dsrl.common.disk import replace_text
 from megatron_dsrl.config.model import ParallelConfig
 
 FORMAT_VERSION = 1
@@ -32,18 +32,8 @@ class ProcessLayout:
 
 def current_layout(parallel: ParallelConfig) -> ProcessLayout:
     """The layout of this process group under these settings."""
-    return ProcessLayout(
-        world_size=dist.get_world_size(),
-        tensor_parallel_size=parallel.tensor_parallel_size,
-        pipeline_parallel_size=parallel.pipeline_parallel_size,
-        distributed_optimizer=parallel.distributed_optimizer,
-        virtual_pipeline_stages=parallel.virtual_pipeline_stages,
-        layers_in_first_stage=parallel.layers_in_first_stage,
-        layers_in_last_stage=parallel.layers_in_last_stage,
-        context_parallel_size=parallel.context_parallel_size,
-        expert_parallel_size=parallel.expert_parallel_size,
-        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
-    )
+    names = {field.name for field in fields(ProcessLayout)}
+    return ProcessLayout(world_size=dist.get_world_size(), **parallel.model_dump(include=names))
 
 
 @dataclass(frozen=True)
@@ -74,10 +64,8 @@ class SavedState:
     def write(self, file: Path) -> None:
         """Write the file and flush it to disk."""
         content = asdict(self)
-        with open(file, "w", encoding="utf-8") as stream:
-            json.dump({"format_version": FORMAT_VERSION, "checksum": _checksum(content), **content}, stream, indent=1)
-            stream.flush()
-            os.fsync(stream.fileno())
+        content = {"format_version": FORMAT_VERSION, "checksum": _checksum(content), **content}
+        replace_text(file, json.dumps(content, indent=1))
 
     @classmethod
     def read(cls, file: Path) -> "SavedState":

@@ -139,38 +139,25 @@ class CheckpointStore:
         Raises:
             UserError: all checkpoints are damaged. Raised on every rank.
         """
-        newest = newest_checkpoint(self._root, self._report)
-        if newest is not None:
-            self._good_step = newest.state.step
-        return newest
+        folders = broadcast([folder for _, folder in reversed(published(self._root))])
+        for folder in folders:
+            problem, state = _validate(folder)
+            if problem is None:
+                assert state is not None
+                self._good_step = state.step
+                return Checkpoint(folder, state)
+            if dist.get_rank() == 0:
+                self._report(f"checkpoint {folder} is damaged and ignored: {problem}")
+        if folders:
+            raise UserError(
+                f"all checkpoints in {self._root} are damaged; remove the folder to start over from the first step"
+            )
+        return None
 
     def _publish(self, saved: SavedState) -> None:
         """Give a complete checkpoint its name and remove old ones. On rank 0."""
         publish(self._root, saved)
         prune(self._root, saved.run.step, self._keep_last, self._keep_every_steps)
-
-
-def newest_checkpoint(root: Path, report: Callable[[str], None]) -> Checkpoint | None:
-    """The newest undamaged checkpoint; None without checkpoints. Collective.
-
-    Args:
-        root: folder of the checkpoints.
-        report: called on rank 0 with a message about each damaged checkpoint.
-
-    Raises:
-        UserError: all checkpoints are damaged. Raised on every rank.
-    """
-    folders = broadcast([folder for _, folder in reversed(published(root))])
-    for folder in folders:
-        problem, state = _validate(folder)
-        if problem is None:
-            assert state is not None
-            return Checkpoint(folder, state)
-        if dist.get_rank() == 0:
-            report(f"checkpoint {folder} is damaged and ignored: {problem}")
-    if folders:
-        raise UserError(f"all checkpoints in {root} are damaged; remove the folder to start over from the first step")
-    return None
 
 
 def _validate(folder: Path) -> tuple[str | None, RunState | None]:

@@ -14,25 +14,15 @@ from megatron_dsrl.config.run_problems import run_problems
 
 
 @dataclass(frozen=True)
-class PhaseFigures:
+class PhaseFigures(PhaseSteps):
     """One phase as it will run."""
 
-    name: str
     space: str
     """Spaces of all objectives at the phase's first step."""
-    first_step: int
-    """Counted from 1."""
-    last_step: int
-    """Inclusive; below `first_step` for a phase that the run ends before."""
     max_tokens_per_step: int
     """Upper bound of the tokens that go through the trainer in one step, all samples kept."""
     full_length_micro_batches: int
     """Micro-batches of one model replica in one optimizer step when every sample is kept and has full length."""
-
-    @property
-    def steps(self) -> int:
-        """Steps that the run spends in the phase."""
-        return max(0, self.last_step - self.first_step + 1)
 
 
 @dataclass(frozen=True)
@@ -40,19 +30,15 @@ class RunFigures:
     """The derived figures of a run."""
 
     world_size: int
-    model_parallel_size: int
     data_parallel_size: int
     """Copies of the model that train side by side."""
     engines: int
     """SGLang servers; 0 if nothing is sampled."""
-    prompts_per_step: int
     samples_per_step: int
-    optimizer_steps_per_rollout: int
     samples_per_optimizer_step: int
     optimizer_steps: int
     """Over the whole run."""
     max_generated_tokens_per_step: int
-    max_tokens_per_micro_batch: int
     longest_sequence: int
     """Prompt plus response, in tokens."""
     phases: tuple[PhaseFigures, ...]
@@ -89,16 +75,12 @@ def _figures(config: RunConfig, phases: list[PhaseSteps], world_size: int, promp
     data_parallel_size = world_size // config.parallel.model_parallel_size
     return RunFigures(
         world_size=world_size,
-        model_parallel_size=config.parallel.model_parallel_size,
         data_parallel_size=data_parallel_size,
         engines=_engines(config, world_size),
-        prompts_per_step=rollout.prompts_per_step,
         samples_per_step=samples,
-        optimizer_steps_per_rollout=updates,
         samples_per_optimizer_step=samples // config.actor.mini_batches_per_rollout,
         optimizer_steps=config.steps * updates,
         max_generated_tokens_per_step=samples * rollout.max_response_tokens if rollout.needs_engines else 0,
-        max_tokens_per_micro_batch=config.actor.max_tokens_per_micro_batch,
         longest_sequence=config.data.max_prompt_tokens + rollout.max_response_tokens,
         phases=tuple(_phase_figures(config, phase, data_parallel_size) for phase in phases),
         prompts=prompts,
@@ -118,10 +100,8 @@ def _phase_figures(config: RunConfig, phase: PhaseSteps, data_parallel_size: int
     spaces = [[objective.space for objective in form.objectives.values()] for form in phase.forms]
     lengths = [[_longest_sequence(config, space) for space in form_spaces] for form_spaces in spaces]
     return PhaseFigures(
-        name=phase.name,
+        **vars(phase),
         space=" + ".join(space.name for space in spaces[0]),
-        first_step=phase.first_step,
-        last_step=phase.last_step,
         max_tokens_per_step=samples * max(map(sum, lengths)),
         full_length_micro_batches=max(
             sum(_micro_batches(config, replica_samples, length) for length in form_lengths) for form_lengths in lengths

@@ -34,16 +34,16 @@ def batch_lines(config: RunConfig, figures: RunFigures) -> list[str]:
         f" = {figures.data_parallel_size} data-parallel x {parallel.tensor_parallel_size} tensor x "
         f"{parallel.pipeline_parallel_size} pipeline x {parallel.context_parallel_size} context"
     )  # fmt: skip
-    split = "" if figures.optimizer_steps_per_rollout == 1 else (
+    split = "" if config.actor.optimizer_steps_per_rollout == 1 else (
         f" ({_counted(actor.mini_batches_per_rollout, 'mini-batch', 'mini-batches')} x "
         f"{_counted(actor.epochs_per_rollout, 'epoch', 'epochs')})"
     )  # fmt: skip
     return [
         f"every step: {_samples(config, figures)}; "
-        f"{_counted(figures.optimizer_steps_per_rollout, 'optimizer step', 'optimizer steps')} of "
+        f"{_counted(config.actor.optimizer_steps_per_rollout, 'optimizer step', 'optimizer steps')} of "
         f"{figures.samples_per_optimizer_step:,}{split}",
         f"layout: {processes(figures.world_size)}{layout}",
-        f"micro-batches of up to {figures.max_tokens_per_micro_batch:,} tokens; per optimizer step, at full length: "
+        f"micro-batches of up to {actor.max_tokens_per_micro_batch:,} tokens; per optimizer step, at full length: "
         f"{per_phase}",
     ]
 
@@ -72,11 +72,11 @@ def _how_far(rollout: RolloutConfig) -> str:
 def _samples(config: RunConfig, figures: RunFigures) -> str:
     if config.rollout.source == "engine":
         return (
-            f"{figures.prompts_per_step:,} prompts x {config.rollout.samples_per_prompt} samples = "
+            f"{config.rollout.prompts_per_step:,} prompts x {config.rollout.samples_per_prompt} samples = "
             f"{figures.samples_per_step:,}"
         )
     epochs = "" if figures.epochs is None else f", {figures.epochs:.2f} epochs of {figures.prompts:,} in all"
-    return f"{figures.prompts_per_step:,} responses of the data set{epochs}"
+    return f"{config.rollout.prompts_per_step:,} responses of the data set{epochs}"
 
 
 def _counted(count: int, one: str, several: str) -> str:
@@ -93,7 +93,7 @@ def _figures_table(config: RunConfig, figures: RunFigures) -> Table:
         ("processes", figures.world_size, "--processes, or WORLD_SIZE"),
         (
             "processes per model",
-            figures.model_parallel_size,
+            parallel.model_parallel_size,
             f"tensor {parallel.tensor_parallel_size} x pipeline {parallel.pipeline_parallel_size} "
             f"x context {parallel.context_parallel_size}",
         ),
@@ -113,12 +113,12 @@ def _figures_table(config: RunConfig, figures: RunFigures) -> Table:
         (
             "samples per step",
             figures.samples_per_step,
-            f"{figures.prompts_per_step} prompts x {config.rollout.samples_per_prompt} samples",
+            f"{config.rollout.prompts_per_step} prompts x {config.rollout.samples_per_prompt} samples",
         ),
         (
             "samples per optimizer step",
             figures.samples_per_optimizer_step,
-            f"{figures.optimizer_steps_per_rollout} optimizer step(s) per rollout",
+            f"{config.actor.optimizer_steps_per_rollout} optimizer step(s) per rollout",
         ),
         ("optimizer steps", figures.optimizer_steps, f"{config.steps} steps in all"),
         (
@@ -127,7 +127,7 @@ def _figures_table(config: RunConfig, figures: RunFigures) -> Table:
             f"prompt {config.data.max_prompt_tokens} + response {config.rollout.max_response_tokens}",
         ),
         ("generated tokens per step, at most", figures.max_generated_tokens_per_step, "samples x response limit"),
-        ("token budget of a micro-batch", figures.max_tokens_per_micro_batch, "actor.max_tokens_per_micro_batch"),
+        ("token budget of a micro-batch", config.actor.max_tokens_per_micro_batch, "actor.max_tokens_per_micro_batch"),
     ]
     for name, value, origin in rows:
         table.add_row(name, f"{value:,}", origin)

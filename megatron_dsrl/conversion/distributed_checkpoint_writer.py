@@ -10,8 +10,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from megatron_dsrl.common.disk import writing
 from megatron_dsrl.conversion.layout import CheckpointLayout
 from megatron_dsrl.weights.checkpoint_shapes import checkpoint_shape
-from megatron_dsrl.weights.direct_write import DirectFile, DirectWriter
+from megatron_dsrl.weights.direct_write import DirectWriter
 from megatron_dsrl.weights.layouts import Shape
 from megatron_dsrl.weights.megatron_checkpoint import FORMAT_FILE, leading_index
 from megatron_dsrl.weights.reused_memory import with_own_storage
@@ -85,31 +84,21 @@ class ChunkWriter:
     def __enter__(self) -> "ChunkWriter":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if error is None:
-                with writing(self._folder):
-                    self._writer.finish()
-                    for file in self._files:
-                        file.direct.flush()
-        finally:
-            self._writer.close()
-            for file in self._files:
-                file.direct.close()
+    def __exit__(self, *exception: Any) -> None:
+        with writing(self._folder):
+            self._writer.__exit__(*exception)
 
 
 class _AppendedFile:
     """A new file that torch.save appends to."""
 
     def __init__(self, path: Path, writer: DirectWriter) -> None:
-        self.path, self.size, self.direct = path, 0, DirectFile(path)
+        self.path, self.size, self._file = path, 0, writer.open(path)
         self._writer = writer
 
     def write(self, data: memoryview) -> int:
         """Append bytes; returns their number."""
-        self._writer.write(self.direct, self.size, data)
+        self._writer.write(self._file, self.size, data)
         self.size += len(data)
         return len(data)
 

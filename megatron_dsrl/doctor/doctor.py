@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 from packaging.requirements import Requirement
@@ -34,6 +35,9 @@ from megatron_dsrl.doctor.system import (
     examine_sandbox,
     examine_temporary_folder,
 )
+
+if TYPE_CHECKING:
+    from megatron_dsrl.platform.devices import DeviceInventory
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LOCK_FILES = ("tools/requirements-cpu.lock", "tools/requirements-cpu-no-deps.lock")
@@ -64,17 +68,18 @@ class Examination:
 
 def examine() -> Examination:
     """Look at this machine and the Python environment of this process; changes nothing."""
-    torch_is_there = installed_version("torch") is not None
-    cuda = torch_is_there and _has_cuda()
-    torch_cuda = _torch_cuda() if torch_is_there else None
-    environment, lock_files = pinned_environment(installed_version("torch"), torch_cuda)
+    torch = installed_version("torch")
+    inventory = _inventory() if torch is not None else None
+    cuda = inventory is not None and inventory.platform == "cuda"
+    torch_cuda = inventory.torch_cuda_version if inventory else None
+    environment, lock_files = pinned_environment(torch, torch_cuda)
     packages = tuple(_packages(read_pins(REPOSITORY / name for name in lock_files), environment))
     return Examination((
         _python(),
         examine_c_library(),
         *packages,
-        *(_torchvision() if torch_is_there else ()),
-        *(_devices(torch_cuda) if torch_is_there else ()),
+        *(_torchvision() if inventory else ()),
+        *(_devices(inventory) if inventory else ()),
         *examine_kernels(cuda, torch_cuda),
         examine_compiler(cuda),
         examine_sandbox(),
@@ -169,22 +174,14 @@ def _torchvision() -> Iterator[Finding]:
         yield Finding("torchvision", "ok", installed)
 
 
-def _has_cuda() -> bool:
+def _inventory() -> "DeviceInventory":
     from megatron_dsrl.platform.devices import take_inventory
 
-    return take_inventory().platform == "cuda"
+    return take_inventory()
 
 
-def _torch_cuda() -> str | None:
-    from megatron_dsrl.platform.devices import take_inventory
-
-    return take_inventory().torch_cuda_version
-
-
-def _devices(torch_cuda: str | None) -> Iterator[Finding]:
-    from megatron_dsrl.platform.devices import take_inventory
-
-    names = take_inventory().names
+def _devices(inventory: "DeviceInventory") -> Iterator[Finding]:
+    names, torch_cuda = inventory.names, inventory.torch_cuda_version
     yield examine_device(names, torch_cuda, driver_version(), os.environ)
     if names and torch_cuda is not None:
         yield examine_cuda_compiler(torch_cuda)

@@ -10,6 +10,7 @@ from statistics import fmean
 
 from megatron_dsrl.charts.estimate import in_percent
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.common.markdown import markdown_table
 from megatron_dsrl.evaluation.metrics import bootstrap_interval
 from megatron_dsrl.evaluation.published import (
     AVERAGE_OF_SIX,
@@ -84,28 +85,28 @@ def _mathematics(evaluations: Evaluations, methods: Sequence[str], size: str) ->
                 "" if published is None else f"{published:.2f}",
             ]
         )
-    return _markdown([header, *rows])
+    return markdown_table(header, rows)
 
 
 def _accuracies(evaluations: Evaluations, methods: Sequence[str], benchmarks: Mapping[str, str]) -> str:
     rows = [[method, *(in_percent(_values(evaluations, method, name)) for name in benchmarks)] for method in methods]
-    return _markdown([["method", *benchmarks.values()], *rows])
+    return markdown_table(["method", *benchmarks.values()], rows)
 
 
 def _differences(evaluations: Evaluations, size: str) -> str:
     benchmarks = SIX_BENCHMARKS | OUT_OF_DISTRIBUTION
     published = AVERAGE_OF_SIX[size]["DSRL"] - AVERAGE_OF_SIX[size]["GRPO"]
     paper = DSRL_OVER_GRPO[size]
-    return _markdown(
+    return markdown_table(
+        ["", *benchmarks.values(), "average of six"],
         [
-            ["", *benchmarks.values(), "average of six"],
             [
                 "measured",
                 *(_difference(evaluations, name) for name in benchmarks),
                 _difference_of_averages(evaluations),
             ],
             ["paper", *(f"{paper[name]:+.2f}" if name in paper else "" for name in benchmarks), f"{published:+.2f}"],
-        ]
+        ],
     )
 
 
@@ -168,8 +169,3 @@ def _values(evaluations: Evaluations, method: str, benchmark: str) -> list[float
     """Accuracy of every run that was evaluated on the benchmark."""
     runs = evaluations.get(method, ())
     return [results.benchmarks[benchmark]["accuracy"] for results in runs if benchmark in results.benchmarks]
-
-
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
-    header, *rows = lines
-    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *rows])

@@ -10,6 +10,7 @@ from megatron_dsrl.charts.chart_source import SERIES_COLOURS
 from megatron_dsrl.charts.figure import write_figure
 from megatron_dsrl.charts.pass_at_k_chart import over_runs, pass_at_k_chart
 from megatron_dsrl.common.disk import replace_text
+from megatron_dsrl.common.markdown import markdown_table
 from megatron_dsrl.config.load_benchmark import benchmark_names
 from megatron_dsrl.evaluation.published import AVERAGE_OF_SIX, DSRL_OVER_GRPO, SIX_BENCHMARKS
 from megatron_dsrl.evaluation.results_file import RESULTS_FILE, Summary, read_results
@@ -60,9 +61,9 @@ def markdown(model: str, summaries: Mapping[str, Summary]) -> str:
     lines = [
         f"# {model}",
         "",
-        "| benchmark | problems | k | Avg@k | 95 % interval | Pass@k | Maj@k | tokens | truncated | failures |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-        *(_row(summary) for summary in summaries.values()),
+        markdown_table(
+            ("benchmark", *RESULT_COLUMNS), [(one["title"], *result_cells(one)) for one in summaries.values()]
+        ),
         "",
         "Intervals are percentile bootstrap intervals over problems. Pass@k is the unbiased estimate. Maj@k takes the",
         "most frequent answer by its normalised spelling. Failures are samples on which the verifier itself failed.",
@@ -74,43 +75,49 @@ def markdown(model: str, summaries: Mapping[str, Summary]) -> str:
 
 
 def _beside_the_paper(summaries: Mapping[str, Summary]) -> list[str]:
+    average = average_of_six(summaries)
+    measured = "" if average is None else f"{100 * average:.2f}"
+    header = ("average of the six mathematics benchmarks, Avg@32", *AVERAGED_METHODS, "this model")
     return [
         "## Beside the paper (arXiv 2604.14142)",
         "",
-        "| average of the six mathematics benchmarks, Avg@32 | " + " | ".join(_METHODS) + " | this model |",
-        "|---" * (len(_METHODS) + 2) + "|",
-        *(_published_row(size, values, average_of_six(summaries)) for size, values in AVERAGE_OF_SIX.items()),
+        markdown_table(header, [(size, *published_cells(size), measured) for size in AVERAGE_OF_SIX]),
         "",
         "Published differences of DSRL to GRPO, in points: " + "; ".join(_differences()) + ".",
         "",
     ]
 
 
-_METHODS = list(AVERAGE_OF_SIX["Qwen3-4B"])
+RESULT_COLUMNS = (
+    "problems", "k", "Avg@k", "95 % interval", "Pass@k", "Maj@k", "tokens", "truncated", "failures",
+)  # fmt: skip
 
 
-def _row(summary: Summary) -> str:
-    failures = summary["verifier_timeouts"] + summary["verifier_errors"]
+def result_cells(summary: Summary) -> tuple[str, ...]:
+    """The cells of `RESULT_COLUMNS` for one benchmark; figures in percent."""
     k = summary["samples_per_prompt"]
-    cells = [
-        summary["title"],
-        summary["problems"],
-        k,
+    interval = summary.get("confidence_interval_95")
+    return (
+        str(summary["problems"]),
+        str(k),
         percent(summary["accuracy"]),
-        _interval(summary["confidence_interval_95"]),
-        percent(summary["pass_at_k"][k]),
-        percent(summary["majority_at_k"]),
+        f"{percent(interval[0])} to {percent(interval[1])}" if interval else "",
+        percent({int(number): value for number, value in summary["pass_at_k"].items()}.get(k)),
+        percent(summary.get("majority_at_k")),
         f"{summary['mean_tokens']:.0f}",
         f"{percent(summary['truncated_fraction'])} %",
-        failures,
-    ]
-    return "| " + " | ".join(map(str, cells)) + " |"
+        str(summary.get("verifier_timeouts", 0) + summary.get("verifier_errors", 0)),
+    )
 
 
-def _published_row(size: str, values: Mapping[str, float], measured: float | None) -> str:
-    cells = [f"{values[method]:.2f}" if method in values else "" for method in _METHODS]
-    own = "" if measured is None else f"{100 * measured:.2f}"
-    return f"| {size} | " + " | ".join([*cells, own]) + " |"
+AVERAGED_METHODS = tuple(AVERAGE_OF_SIX["Qwen3-4B"])
+"""Methods with a published average of the six mathematics benchmarks."""
+
+
+def published_cells(size: str) -> list[str]:
+    """The published averages of a model size; a cell is empty where there is none."""
+    values = AVERAGE_OF_SIX[size]
+    return [f"{values[method]:.2f}" if method in values else "" for method in AVERAGED_METHODS]
 
 
 def _differences() -> list[str]:
@@ -123,7 +130,3 @@ def _differences() -> list[str]:
 def percent(share: float | None) -> str:
     """A share from 0 to 1 in percent with one decimal, without the sign; empty for None."""
     return "" if share is None else f"{100 * share:.1f}"
-
-
-def _interval(interval: tuple[float, float] | None) -> str:
-    return "" if interval is None else f"{percent(interval[0])} to {percent(interval[1])}"

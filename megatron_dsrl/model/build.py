@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -171,15 +171,13 @@ def build_trainable(chunks: list[MegatronModule], parallel: ParallelConfig) -> l
 
     Load weights before: the wrapper moves parameters into its buffers, and the optimizer then copies them.
     """
-    config = chunks[0].config
-    config.finalize_model_grads_func = finalize_model_grads
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.distributed_optimizer,
         overlap_grad_reduce=False,
         check_for_nan_in_grad=False,  # the actor checks the loss and the gradient norm
     )
-    return [DistributedDataParallel(config=config, ddp_config=ddp_config, module=chunk) for chunk in chunks]
+    return [DistributedDataParallel(config=chunks[0].config, ddp_config=ddp_config, module=chunk) for chunk in chunks]
 
 
 def bare_model(chunk: nn.Module) -> GPTModel:

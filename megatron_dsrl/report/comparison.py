@@ -17,6 +17,7 @@ from megatron_dsrl.charts.charts import Chart, line_chart
 from megatron_dsrl.charts.estimate import Estimate, in_percent
 from megatron_dsrl.charts.figure import write_figure
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.common.markdown import markdown_table
 from megatron_dsrl.observability.run_records import RunRecords, read_run, with_common_colours
 from megatron_dsrl.provenance.differences import compare_runs, starts_that_count
 
@@ -70,10 +71,9 @@ def comparison_table(runs: Mapping[str, Sequence[RunRecords]], baseline: str) ->
                 f"{fmean(lengths):.1f}" if lengths else "",
             ]
         )
-    lines = [header, ["---"] * len(header), *rows]
     interval = "± is half of the 95 % interval over runs (Student's t)."
     test = "p: Welch's t-test of accuracy, not corrected for several tests."
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{interval} {test}\n"
+    return f"{markdown_table(header, rows)}\n\n{interval} {test}\n"
 
 
 def provenance_table(runs: Mapping[str, Sequence[RunRecords]]) -> str:
@@ -85,13 +85,12 @@ def provenance_table(runs: Mapping[str, Sequence[RunRecords]]) -> str:
     if not any(one for of_method in starts.values() for one in of_method):
         return ""
     facts = compare_runs([one for of_method in starts.values() for one in of_method])
-    rows = [["produced by", *starts]]
-    rows.append(["---"] * len(rows[0]))
+    rows = []
     for fact in facts:
         values = iter(fact.values)
         by_method = ["; ".join(dict.fromkeys(next(values) for _ in of_method)) for of_method in starts.values()]
         rows.append([f"**{fact.name} (differs)**" if fact.differs else fact.name, *by_method])
-    return "\n" + "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows) + "\n"
+    return f"\n{markdown_table(['produced by', *starts], rows)}\n"
 
 
 def learning_curves(runs: Mapping[str, Sequence[RunRecords]], baseline: str) -> list[Chart]:

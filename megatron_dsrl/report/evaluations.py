@@ -6,8 +6,14 @@ from megatron_dsrl.charts.chart_source import SERIES_COLOURS
 from megatron_dsrl.charts.charts import Chart
 from megatron_dsrl.charts.pass_at_k_chart import over_runs, pass_at_k_chart
 from megatron_dsrl.evaluation.published import AVERAGE_OF_SIX, OUT_OF_DISTRIBUTION, SIX_BENCHMARKS
-from megatron_dsrl.evaluation.results import average_of_six, percent
-from megatron_dsrl.evaluation.results_file import EvaluationResults, Summary
+from megatron_dsrl.evaluation.results import (
+    AVERAGED_METHODS,
+    RESULT_COLUMNS,
+    average_of_six,
+    published_cells,
+    result_cells,
+)
+from megatron_dsrl.evaluation.results_file import EvaluationResults
 from megatron_dsrl.report.parts import Table
 
 Evaluations = Mapping[str, EvaluationResults]
@@ -25,34 +31,26 @@ def named_by_step(evaluations: Sequence[EvaluationResults]) -> dict[str, Evaluat
 
 def results_table(evaluations: Evaluations) -> Table:
     """A row per benchmark and evaluation; figures in percent."""
-    header = (
-        "benchmark", "policy", "problems", "k", "Avg@k", "95 % interval", "Pass@k", "Maj@k", "tokens", "truncated",
-        "failures",
-    )  # fmt: skip
     rows = [
-        _row(name, results.benchmarks[benchmark], results.pass_at_k(benchmark))
-        for benchmark in _titles(evaluations)
+        (title, name, *result_cells(results.benchmarks[benchmark]))
+        for benchmark, title in _titles(evaluations).items()
         for name, results in evaluations.items()
         if benchmark in results.benchmarks
     ]
-    return Table(header, tuple(rows))
+    return Table(("benchmark", "policy", *RESULT_COLUMNS), tuple(rows))
 
 
 def paper_table(evaluations: Evaluations) -> Table | None:
     """The averages of the six mathematics benchmarks beside the paper's; None unless one of its benchmarks is there."""
     if not any(name in SIX_BENCHMARKS or name in OUT_OF_DISTRIBUTION for name in _titles(evaluations)):
         return None
-    methods = list(AVERAGE_OF_SIX["Qwen3-4B"])
-    published = [
-        (f"{size}, paper", *(f"{values[method]:.2f}" if method in values else "" for method in methods), "")
-        for size, values in AVERAGE_OF_SIX.items()
-    ]
+    published = [(f"{size}, paper", *published_cells(size), "") for size in AVERAGE_OF_SIX]
     own = [
-        (name, *("" for _ in methods), "" if average is None else f"{100 * average:.2f}")
+        (name, *("" for _ in AVERAGED_METHODS), "" if average is None else f"{100 * average:.2f}")
         for name, results in evaluations.items()
         for average in [average_of_six(results.benchmarks)]
     ]
-    return Table(("average of the six, Avg@32", *methods, "here"), (*published, *own))
+    return Table(("average of the six, Avg@32", *AVERAGED_METHODS, "here"), (*published, *own))
 
 
 def pass_at_k_charts(evaluations: Evaluations) -> list[Chart]:
@@ -72,25 +70,6 @@ def pass_at_k_charts(evaluations: Evaluations) -> list[Chart]:
         for benchmark, of_benchmark in curves.items()
         if any(len(values) > 1 for values in of_benchmark.values())
     ]
-
-
-def _row(policy: str, summary: Summary, pass_at_k: Mapping[int, float]) -> tuple[str, ...]:
-    k = summary["samples_per_prompt"]
-    interval = summary.get("confidence_interval_95")
-    failures = summary.get("verifier_timeouts", 0) + summary.get("verifier_errors", 0)
-    return (
-        summary["title"],
-        policy,
-        str(summary["problems"]),
-        str(k),
-        percent(summary["accuracy"]),
-        f"{percent(interval[0])} to {percent(interval[1])}" if interval else "",
-        percent(pass_at_k.get(k)),
-        percent(summary.get("majority_at_k")),
-        f"{summary['mean_tokens']:.0f}",
-        f"{percent(summary['truncated_fraction'])} %",
-        str(failures),
-    )
 
 
 def _titles(evaluations: Evaluations) -> dict[str, str]:

@@ -14,7 +14,7 @@ CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # the same on every arc
 RULE_PATH_BENEATH = 1
 FIRST_WITH_TRUNCATE = 3
 FILE_ACCESS_BITS = {3: 15, 4: 15}  # bits of linux/landlock.h by ABI; 16 from ABI 5 on
-EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
+WRITE_FILE, READ_FILE, READ_DIR = 1 << 1, 1 << 2, 1 << 3
 
 
 class PathBeneath(ctypes.Structure):

@@ -179,12 +179,6 @@ class GroupQueue:
             return sum(place.result is not None for place in self._places)
 
     @property
-    def num_in_flight(self) -> int:
-        """Number of groups that are being sampled or judged."""
-        with self._changed:
-            return sum(place.result is None for place in self._places)
-
-    @property
     def left(self) -> CarryOver:
         """What is in the queue, without what was added since the last `take_step`."""
         with self._changed:

@@ -20,7 +20,7 @@ from megatron_dsrl.rollout.recording import RolloutRecorder
 from megatron_dsrl.rollout.responses import responses_of
 from megatron_dsrl.rollout.rollout import Rollout
 from megatron_dsrl.rollout.step_samples import StepSamples
-from megatron_dsrl.run.step_metrics import dataset_metrics, rollout_metrics
+from megatron_dsrl.run.step_metrics import response_metrics, rollout_metrics
 from megatron_dsrl.run.step_record import (
     log_prob_gap_warning,
     memory_metrics,
@@ -80,12 +80,8 @@ class Controller:
         started = time.perf_counter()
         for evaluation in self._evaluator.evaluate(step, except_for=self._tracker.evaluated_sets(step)):
             shown = first_responses(evaluation.problems, self._observability.evaluation_responses)
-            self._record_evaluation(evaluation.record, started, shown)
+            self.record_evaluation(evaluation.record, started, shown)
             started = time.perf_counter()
-
-    def record_held_out_loss(self, record: Record, started: float) -> None:
-        """Record and print the loss of a held-out set (`run/held_out_loss.py`), begun at this `perf_counter`."""
-        self._record_evaluation(record, started, ())
 
     def evaluated_sets(self, step: int) -> set[str]:
         """Names of the held-out sets whose evaluation after this step is recorded."""
@@ -123,7 +119,8 @@ class Controller:
         if warning := log_prob_gap_warning(record, self._observability.max_log_prob_gap):
             self._console.message(warning)
 
-    def _record_evaluation(self, record: Record, started: float, responses: Sequence[Record]) -> None:
+    def record_evaluation(self, record: Record, started: float, responses: Sequence[Record] = ()) -> None:
+        """Record and print an evaluation of one set, begun at this `perf_counter`, with some of its responses."""
         record = {**record, "seconds": time.perf_counter() - started, "time": time.time()}
         self._tracker.log_evaluation(record, responses)
         self._console.evaluation(record)
@@ -131,5 +128,5 @@ class Controller:
 
 def _metrics_of_samples(samples: StepSamples) -> dict[str, int | float]:
     if not samples.judged:
-        return dataset_metrics(samples.groups)
+        return response_metrics([sample for group in samples.groups for sample in group.samples])
     return rollout_metrics(samples.sampled, samples.generated_tokens, samples.seconds)

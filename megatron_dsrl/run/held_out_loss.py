@@ -52,7 +52,7 @@ class HeldOutLosses:
         groups = [as_group(demonstration, step) for demonstration in demonstrations]
         log_probs = self.actor.log_probs(build_experience(responses_of(groups, step), PostTrain()))
         if self.controller:
-            self.controller.record_held_out_loss({"step": step, "set": name, **loss_figures(log_probs)}, started)
+            self.controller.record_evaluation({"step": step, "set": name, **loss_figures(log_probs)}, started)
 
 
 def loss_figures(log_probs: Sequence[Tensor]) -> dict[str, float]:

@@ -69,11 +69,6 @@ def verifier_metrics(samples: Sequence[Sample]) -> dict[str, int]:
     }
 
 
-def dataset_metrics(groups: Sequence[SampleGroup]) -> dict[str, int | float]:
-    """Metrics of a step's responses that come from a data set: their lengths."""
-    return response_metrics([sample for group in groups for sample in group.samples])
-
-
 def response_metrics(samples: Sequence[Sample]) -> dict[str, int | float]:
     """Response lengths in tokens, and the fraction of samples cut at the length limit."""
     lengths = [len(sample.response_ids) for sample in samples]

@@ -5,8 +5,8 @@ it fuses into the following matrix, or for an expert in its grouped matrix produ
 """
 
 from megatron_dsrl.model.architecture import Architecture
-from megatron_dsrl.weights.layouts import GateAndUp, GroupedQkv, Replicated, Split, Vocabulary
-from megatron_dsrl.weights.table import HfTensor, TensorRule
+from megatron_dsrl.weights.layouts import GateAndUp, GroupedQkv, Replicated, Shape, Split, Vocabulary
+from megatron_dsrl.weights.table import HfTensor, Initial, TensorRule
 
 HF_LAYER = "model.layers.{layer}."
 HF_EXPERT = HF_LAYER + "mlp.experts.{expert}."
@@ -57,31 +57,12 @@ def attention_norm(a: Architecture) -> TensorRule:
 
 def query_key_value(a: Architecture) -> TensorRule:
     """The projections to queries, keys and values."""
-    query_size, key_value_size = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
-    return TensorRule(
-        (
-            HfTensor(HF_LAYER + "self_attn.q_proj.weight", (query_size, a.hidden_size)),
-            HfTensor(HF_LAYER + "self_attn.k_proj.weight", (key_value_size, a.hidden_size)),
-            HfTensor(HF_LAYER + "self_attn.v_proj.weight", (key_value_size, a.hidden_size)),
-        ),
-        (LAYER + "self_attention.linear_qkv.weight",),
-        _qkv_layout(a),
-    )
+    return _query_key_value(a, "weight", (a.hidden_size,), "normal")
 
 
 def query_key_value_bias(a: Architecture) -> TensorRule:
     """The biases of these projections."""
-    query_size, key_value_size = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
-    return TensorRule(
-        (
-            HfTensor(HF_LAYER + "self_attn.q_proj.bias", (query_size,)),
-            HfTensor(HF_LAYER + "self_attn.k_proj.bias", (key_value_size,)),
-            HfTensor(HF_LAYER + "self_attn.v_proj.bias", (key_value_size,)),
-        ),
-        (LAYER + "self_attention.linear_qkv.bias",),
-        _qkv_layout(a),
-        initial="zeros",
-    )
+    return _query_key_value(a, "bias", (), "zeros")
 
 
 def query_key_norms(a: Architecture) -> tuple[TensorRule, ...]:
@@ -170,6 +151,15 @@ def _norm(hf_name: str, size: int, *megatron: str, stored_as: str = "") -> Tenso
     return TensorRule((HfTensor(hf_name, (size,)),), megatron, Replicated(), initial="ones", stored_as=stored_as)
 
 
-def _qkv_layout(a: Architecture) -> GroupedQkv:
+def _query_key_value(a: Architecture, kind: str, inputs: Shape, initial: Initial) -> TensorRule:
     groups = a.num_key_value_heads
-    return GroupedQkv(groups, a.num_attention_heads // groups, a.head_dim)
+    heads = {"q": a.num_attention_heads, "k": groups, "v": groups}
+    return TensorRule(
+        tuple(
+            HfTensor(HF_LAYER + f"self_attn.{short}_proj.{kind}", (count * a.head_dim, *inputs))
+            for short, count in heads.items()
+        ),
+        (LAYER + f"self_attention.linear_qkv.{kind}",),
+        GroupedQkv(groups, a.num_attention_heads // groups, a.head_dim),
+        initial=initial,
+    )

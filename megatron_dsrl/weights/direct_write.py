@@ -12,6 +12,8 @@ import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 BLOCK_BYTES = max(4096, mmap.PAGESIZE)
 """Direct writes begin at a multiple of it in the file and in memory, and end at one."""
@@ -74,7 +76,8 @@ class DirectFile:
 class DirectWriter:
     """Writes runs of bytes to files, each run in order. Used by one thread.
 
-    After the last `write` call `finish`; in any case `close`.
+    A context manager: on exit everything written is on disk, unless the block has failed. Leaving it raises OSError if
+    a write failed.
     """
 
     def __init__(self) -> None:
@@ -82,15 +85,21 @@ class DirectWriter:
         self._buffers = [memoryview(mmap.mmap(-1, BUFFER_BYTES)) for _ in range(THREADS + 1)]
         self._writes: list[Future[None] | None] = [None] * len(self._buffers)
         self._current = 0
+        self._files: list[DirectFile] = []
         self._file: DirectFile | None = None
         self._start = self._fill = self._offset = 0
         """The current buffer holds bytes from `_start` to `_fill`, which belong to the file at `_offset`."""
+
+    def open(self, path: Path) -> DirectFile:
+        """An existing file to write to; closed on exit."""
+        self._files.append(DirectFile(path))
+        return self._files[-1]
 
     def write(self, file: DirectFile, offset: int, data: memoryview) -> None:
         """Take over the bytes, which the caller may then change.
 
         Args:
-            file: stays open until `finish`.
+            file: from `open`.
             data: one-dimensional, of bytes.
 
         Raises:
@@ -109,19 +118,23 @@ class DirectWriter:
             if self._fill == BUFFER_BYTES:
                 self._submit()
 
-    def finish(self) -> None:
-        """Wait until everything is written; the files still need a flush.
+    def __enter__(self) -> Self:
+        return self
 
-        Raises:
-            OSError: a write failed.
-        """
-        self._submit()
-        for index in range(len(self._writes)):
-            self._wait(index)
-
-    def close(self) -> None:
-        """Wait for writes under way and end the threads."""
-        self._threads.shutdown(cancel_futures=True)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self._submit()
+                for index in range(len(self._writes)):
+                    self._wait(index)
+                for file in self._files:
+                    file.flush()
+        finally:
+            self._threads.shutdown(cancel_futures=True)
+            for file in self._files:
+                file.close()
 
     def _submit(self) -> None:
         """Start to write the current buffer, and go on to the next one, at the same place in the same file."""

@@ -4,14 +4,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_dsrl.common.disk import writing
 from megatron_dsrl.common.tensor_bytes import bytes_of
-from megatron_dsrl.weights.direct_write import DirectFile, DirectWriter
+from megatron_dsrl.weights.direct_write import DirectWriter
 from megatron_dsrl.weights.hf_checkpoint import INDEX_FILE, SINGLE_FILE
 from megatron_dsrl.weights.layouts import Shape
 from megatron_dsrl.weights.safetensors_file import StoredTensor, create_file
@@ -68,8 +68,8 @@ class HfWriter:
         self._folder = files.folder
         self._places = files.places
         names = {file for file, _ in files.places.values()}
-        self._files = {name: DirectFile(files.folder / name) for name in names}
         self._writer = DirectWriter()
+        self._files = {name: self._writer.open(files.folder / name) for name in names}
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a CPU tensor to its location."""
@@ -82,19 +82,9 @@ class HfWriter:
     def __enter__(self) -> "HfWriter":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if error is None:
-                with writing(self._folder):
-                    self._writer.finish()
-                    for file in self._files.values():
-                        file.flush()
-        finally:
-            self._writer.close()
-            for file in self._files.values():
-                file.close()
+    def __exit__(self, *exception: Any) -> None:
+        with writing(self._folder):
+            self._writer.__exit__(*exception)
 
 
 def _cut_into_files(shapes: Mapping[str, Shape], dtype: torch.dtype, file_bytes: int) -> list[list[str]]:

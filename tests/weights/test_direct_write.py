@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from megatron_dsrl.weights.direct_write import BUFFER_BYTES, DirectFile, DirectWriter
+from megatron_dsrl.weights.direct_write import BUFFER_BYTES, DirectWriter
 from tests.support.disk import files_of_at_most
 
 SIZE = 4 * BUFFER_BYTES + 1234
@@ -41,29 +41,21 @@ def test_every_byte_arrives_at_its_place_and_nothing_else_changes(file_system, t
     contents = [bytearray(random.Random(seed).randbytes(SIZE)) for seed in (1, 2)]
     for path, content in zip(paths, contents):
         path.write_bytes(content)
-    files, writer = [DirectFile(path) for path in paths], DirectWriter()
     runs = [(0, 0, 1), (0, 1, 70_000), (0, 70_001, 2 * BUFFER_BYTES), (1, 4_095, 4_099), (1, 8_194, BUFFER_BYTES)]
     runs += [(0, SIZE - 5, 5), (1, 2 * BUFFER_BYTES, SIZE - 2 * BUFFER_BYTES), (0, 3 * BUFFER_BYTES - 9, 700)]
-    for number, (file, start, length) in enumerate(runs):
-        data = bytearray(random.Random(100 + number).randbytes(length))
-        contents[file][start : start + length] = data
-        writer.write(files[file], start, memoryview(data))
-        data[:] = bytes(length)
-    writer.finish()
-    for file in files:
-        file.flush()
-        file.close()
-    writer.close()
+    with DirectWriter() as writer:
+        files = [writer.open(path) for path in paths]
+        for number, (file, start, length) in enumerate(runs):
+            data = bytearray(random.Random(100 + number).randbytes(length))
+            contents[file][start : start + length] = data
+            writer.write(files[file], start, memoryview(data))
+            data[:] = bytes(length)
     assert [path.read_bytes() for path in paths] == contents
 
 
 @pytest.mark.parametrize("limit", [100, BUFFER_BYTES, 3 * BUFFER_BYTES])
 def test_a_failed_write_is_raised_at_the_latest_at_the_end(tmp_path, limit) -> None:
     (tmp_path / "a").touch()
-    file, writer = DirectFile(tmp_path / "a"), DirectWriter()
-    with files_of_at_most(limit), pytest.raises(OSError) as failure:
-        writer.write(file, 0, memoryview(bytes(SIZE)))
-        writer.finish()
+    with files_of_at_most(limit), pytest.raises(OSError) as failure, DirectWriter() as writer:
+        writer.write(writer.open(tmp_path / "a"), 0, memoryview(bytes(SIZE)))
     assert failure.value.errno == errno.EFBIG
-    writer.close()
-    file.close()
