@@ -123,8 +123,7 @@ def measure(
     fill_with_random_weights(chunks, table, architecture.initializer_range, seed=0)
     initial = folder / "initial"  # the engines start from it, as in a run
     export_hf_folder(chunks, table, model_folder, initial, dtype)
-    started_from = config.model.model_copy(update={"path": str(initial), "random_init": False})
-    engines = EngineGroup(config.model_copy(update={"model": started_from}), folder)
+    engines = EngineGroup(config.with_fields("model", path=str(initial), random_init=False), folder)
     seconds: dict[str, list[float]] = {}
     counts: Counts = {}
     try:

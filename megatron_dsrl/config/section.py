@@ -1,5 +1,7 @@
 """The base of every configuration section: typed, immutable, and strict about its keys."""
 
+from typing import Any, Self
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -11,3 +13,7 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+    def with_fields(self, section: str, **fields: Any) -> Self:
+        """A copy in which these fields of one of its sections have other values, which are not checked."""
+        return self.model_copy(update={section: getattr(self, section).model_copy(update=fields)})

@@ -41,12 +41,12 @@ def suggest(
         fraction = plan.memory.largest_memory_fraction
         if plan.fits or not 0 < fraction < candidate.engine.memory_fraction:
             return plan
-        engine = candidate.engine.model_copy(update={"memory_fraction": fraction})
-        return make_plan(candidate.model_copy(update={"engine": engine}), architecture, gpu, world_size, assumptions)
+        smaller = candidate.with_fields("engine", memory_fraction=fraction)
+        return make_plan(smaller, architecture, gpu, world_size, assumptions)
 
     def with_least_recomputation(layout: RunConfig) -> Plan | None:
-        modes = (layout.model.model_copy(update={"recompute": mode}) for mode in get_args(Recompute))
-        plans = (plan_with_fitting_engine(layout.model_copy(update={"model": model})) for model in modes)
+        modes = get_args(Recompute)
+        plans = (plan_with_fitting_engine(layout.with_fields("model", recompute=mode)) for mode in modes)
         return next((plan for plan in plans if plan.fits), None)
 
     for size in _engine_sizes(config.engine, architecture, world_size):
@@ -86,9 +86,9 @@ def _yaml(value: bool | int | float | str | None) -> str:
 def _layouts(config: RunConfig, architecture: Architecture, world_size: int, engine_size: int) -> Iterator[RunConfig]:
     """Valid layouts with tensor parallelism within a node and at least one sample per data-parallel replica."""
     samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
-    engine = config.engine.model_copy(update={"tensor_parallel_size": engine_size})
+    config = config.with_fields("engine", tensor_parallel_size=engine_size)
     for parallel in _parallel_sizes(config.parallel, architecture):
-        candidate = config.model_copy(update={"parallel": parallel, "engine": engine})
+        candidate = config.model_copy(update={"parallel": parallel})
         replicas = world_size // parallel.model_parallel_size
         has_work = samples // config.actor.mini_batches_per_rollout >= replicas
         if has_work and not layout_problems(candidate, architecture, world_size):

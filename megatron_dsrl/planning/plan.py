@@ -1,6 +1,5 @@
 """Whether a run fits, and what a step costs: `dsrl plan`. layouts.py searches for layouts that fit."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_dsrl.config.phase import PhaseSteps, phases_by_steps
@@ -84,32 +83,23 @@ def make_plan(
 
 def largest_micro_batch(plan: Plan, architecture: Architecture) -> int | None:
     """The largest token budget of a micro-batch with which an update fits, in steps of 1,024; None if none does."""
-    return _largest(lambda tokens: _with_micro_batch(plan.config, tokens), plan, architecture)
+    return _largest("actor", "max_tokens_per_micro_batch", plan, architecture)
 
 
 def largest_response(plan: Plan, architecture: Architecture) -> int | None:
     """The longest response with which an update fits and the engine's cache holds one sequence, in steps of 1,024
     tokens; None if none does."""
-
-    def changed(tokens: int) -> RunConfig:
-        return plan.config.model_copy(
-            update={"rollout": plan.config.rollout.model_copy(update={"max_response_tokens": tokens})}
-        )
-
-    return _largest(changed, plan, architecture)
+    return _largest("rollout", "max_response_tokens", plan, architecture)
 
 
-def _largest(changed: Callable[[int], RunConfig], plan: Plan, architecture: Architecture) -> int | None:
+def _largest(section: str, field: str, plan: Plan, architecture: Architecture) -> int | None:
     low, high = 0, 1024  # in units of 1,024 tokens
     while low < high:
         middle = (low + high + 1) // 2
-        memory = run_memory(changed(middle * 1024), architecture, plan.gpu.memory_bytes, plan.world_size)
+        changed = plan.config.with_fields(section, **{field: middle * 1024})
+        memory = run_memory(changed, architecture, plan.gpu.memory_bytes, plan.world_size)
         if memory.peak_update <= memory.capacity and memory.holds_one_sequence:
             low = middle
         else:
             high = middle - 1
     return low * 1024 or None
-
-
-def _with_micro_batch(config: RunConfig, tokens: int) -> RunConfig:
-    return config.model_copy(update={"actor": config.actor.model_copy(update={"max_tokens_per_micro_batch": tokens})})

@@ -170,8 +170,7 @@ def _gradient_seconds(config: RunConfig, architecture: Architecture, world_size:
 
 def with_batch_for(config: RunConfig, factor: int) -> RunConfig:
     """The run with `factor` times as many prompts per step."""
-    prompts = config.rollout.prompts_per_step * factor
-    return config.model_copy(update={"rollout": config.rollout.model_copy(update={"prompts_per_step": prompts})})
+    return config.with_fields("rollout", prompts_per_step=config.rollout.prompts_per_step * factor)
 
 
 def first_limit(estimates: Sequence[StepEstimate]) -> tuple[int, str] | None:

@@ -32,7 +32,7 @@ def serve(config: RunConfig, host: str, port: int) -> None:
             "secret key, and to the same one where the run starts"
         )
     folder = resolve_model_folder(config.model.path)
-    config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(folder)})})
+    config = config.with_fields("model", path=str(folder))
     log_file = Path(config.output_dir) / "servers" / f"{port}.log"
     server = EngineServer(
         server_arguments(config, 0),

@@ -145,7 +145,8 @@ def start_rollout_and_models(
     starting: StartingServer | None,
 ) -> tuple[Rollout, RunModels]:
     """Start the engines, build the models meanwhile if they do not share devices, and wait for the engines."""
-    rollout = start_rollout(with_model_folder(config, inputs.model_folder), inputs, timeline, resources, starting)
+    resolved = config.with_fields("model", path=str(inputs.model_folder))  # that engines and trainer load one folder
+    rollout = start_rollout(resolved, inputs, timeline, resources, starting)
     if engines_share_devices(config.engine):
         wait_for_engines(config, inputs, rollout, timeline)
         return rollout, start_models(config, inputs, timeline, console)
@@ -247,11 +248,6 @@ def step_profiler(chosen: ObservabilityConfig, run_folder: Path, console: RunCon
     return StepProfiler(
         chosen.profile_steps, run_folder, dist.get_rank(), chosen.profile_with == "nsight", console.message
     )
-
-
-def with_model_folder(config: RunConfig, folder: Path) -> RunConfig:
-    """The configuration with `model.path` resolved, so that engines and trainer load the same folder."""
-    return config.model_copy(update={"model": config.model.model_copy(update={"path": str(folder)})})
 
 
 def announce(console: RunConsole, text: str) -> None:
