@@ -1,9 +1,10 @@
-"""POST requests with retries, for rewards that servers compute.
+"""POST requests with retries, to servers that compute rewards and to judges.
 
-Failed attempts are retried after 0.5, 1, 2, ... seconds, or as `Retry-After` says. A status 4xx other than 408, 409 and
-429 is final. Proxy environment variables are ignored.
+Failed attempts are retried after 0.5, 1, 2, ... seconds, or as `Retry-After` says, at most a minute. A status 4xx other
+than 408, 409 and 429 is final. Proxy environment variables are ignored.
 """
 
+import http.client
 import json
 import time
 import urllib.error
@@ -15,8 +16,10 @@ from urllib.parse import urlsplit
 
 from megatron_dsrl.common.errors import UserError
 
-FIRST_PAUSE_SECONDS = 0.5
+LONGEST_PAUSE_SECONDS = 60.0
 MAX_ANSWER_BYTES = 2**20
+SHOWN_BYTES = 200
+"""Bytes of an answer in messages."""
 RETRIED_REFUSALS = frozenset({408, 409, 429})
 
 
@@ -32,6 +35,8 @@ class Attempts:
     """No attempt begins after this, and the last one is cut short."""
     headers: Mapping[str, str] = field(default_factory=dict)
     """Sent in addition to the content type."""
+    first_pause_seconds: float = 0.5
+    """Pause before the second attempt; doubled before each further one."""
 
 
 def post_json(url: str, body: Mapping[str, Any], attempts: Attempts) -> bytes:
@@ -45,22 +50,41 @@ def post_json(url: str, body: Mapping[str, Any], attempts: Attempts) -> bytes:
     request = urllib.request.Request(url, data=json.dumps(body).encode(), headers=headers, method="POST")
     end = time.monotonic() + attempts.total_seconds
     for number in range(attempts.retries + 1):
-        pause = FIRST_PAUSE_SECONDS * 2**number
+        pause = attempts.first_pause_seconds * 2**number
         try:
             limit = min(attempts.try_timeout_seconds, max(end - time.monotonic(), 0.001))
             with opener.open(request, timeout=limit) as answered:
                 return bytes(answered.read(MAX_ANSWER_BYTES))
         except urllib.error.HTTPError as error:
-            failure = f"status {error.code}"
+            failure = f"status {error.code}: {error.read(SHOWN_BYTES).decode(errors='replace')}"
             if 400 <= error.code < 500 and error.code not in RETRIED_REFUSALS:
                 break
             pause = _retry_after(error.headers.get("Retry-After"), pause)
-        except OSError as error:  # refused, unreachable, timed out
+        except (OSError, http.client.HTTPException) as error:  # refused, unreachable, timed out, cut off
             failure = repr(error)
+        pause = min(pause, LONGEST_PAUSE_SECONDS)
         if number == attempts.retries or time.monotonic() + pause > end:
             break
         time.sleep(pause)
-    raise RuntimeError(f"{url} gave no reward in {number + 1} tries; the last one ended with {failure}")
+    raise RuntimeError(f"{url} gave no answer in {number + 1} tries; the last one ended with {failure}")
+
+
+def ask_chat_model(url: str, request: Mapping[str, Any], attempts: Attempts) -> str:
+    """The text of a chat model's answer; may be empty.
+
+    Args:
+        url: of an OpenAI-compatible endpoint, such as SGLang's, up to and including `/v1`.
+        request: model, messages and sampling parameters.
+
+    Raises:
+        RuntimeError: as `post_json`.
+        ValueError: the answer is not a chat completion.
+    """
+    body = post_json(f"{url.rstrip('/')}/chat/completions", request, attempts)
+    try:
+        return json.loads(body)["choices"][0]["message"]["content"] or ""
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"the endpoint's answer is not a chat completion: {body[:SHOWN_BYTES]!r}") from error
 
 
 def require_http_address(option: str, url: str) -> None:

@@ -14,9 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megatron_dsrl.common.chat_completion import completion_text
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.rewards.http_request import Attempts, post_json, require_http_address
+from megatron_dsrl.rewards.http_request import Attempts, ask_chat_model, require_http_address
 from megatron_dsrl.rewards.registry import check_options, reward_function
 from megatron_dsrl.rewards.score import FallbackReward
 
@@ -88,8 +87,7 @@ def judge(
     attempts = Attempts(try_timeout_seconds, retries, total_seconds, headers)
 
     def ask() -> float:
-        body = post_json(f"{url.rstrip('/')}/chat/completions", request, attempts)
-        return _score(completion_text(json.loads(body)), verdict_pattern, max_score)
+        return _score(ask_chat_model(url, request, attempts), verdict_pattern, max_score)
 
     try:
         return _cached(Path(cache), [request, verdict_pattern, max_score], ask) if cache else ask()

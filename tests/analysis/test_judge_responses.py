@@ -97,7 +97,8 @@ def test_passing_failures_are_tried_again_and_final_ones_are_not(endpoint, tmp_p
 
     assert Endpoint.tries == {"busy": 3, "dropped": 2, "down": 3, "refused": 1}
     assert [verdict["place"] for verdict in result.verdicts] == [0, 1]
-    assert result.failures[1, 2].startswith("status 503") and result.failures[1, 3].startswith("status 400")
+    assert "3 tries; the last one ended with status 503" in result.failures[1, 2]
+    assert "1 tries; the last one ended with status 400" in result.failures[1, 3]
 
 
 def test_an_endpoint_that_does_not_listen(tmp_path) -> None:
@@ -105,7 +106,7 @@ def test_an_endpoint_that_does_not_listen(tmp_path) -> None:
 
     result = judge_responses(steps_of("a"), endpoint, tmp_path / "behaviours.jsonl")
 
-    assert result.verdicts == [] and "ClientConnectorError" in result.failures[1, 0]
+    assert result.verdicts == [] and "refused" in result.failures[1, 0]
 
 
 def test_a_second_start_asks_only_what_has_no_answer(endpoint, tmp_path) -> None:

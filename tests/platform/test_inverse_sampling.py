@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_dsrl.platform.sglang_cpu.seeded_sampling import pick, uniform_numbers
+from megatron_dsrl.platform.sglang_cpu.inverse_sampling import pick, uniform_numbers
 
 SEEDS = torch.randint(2**62, (64,), generator=torch.Generator().manual_seed(0))
 
