@@ -136,7 +136,6 @@ class EngineRollout:
         stream: str,
         *,
         rewards: RewardPool | None = None,
-        on_samples: OnSamples = ignore,
     ) -> list[SampleGroup]:
         """One judged group per prompt, in the order of the prompts; see `Generator.generate`. Rank 0 only.
 
@@ -149,7 +148,7 @@ class EngineRollout:
         assert self._rewards is not None, "only rank 0 samples"
         seeds = seeds_of_batch(self._config.seed, stream, prompts, samples_per_prompt)
         feed = WholeFeed([UnfinishedGroup.new(*pair) for pair in zip(prompts, seeds, strict=True)])
-        progress = BatchProgress(on_samples, on_call=self._on_call)
+        progress = BatchProgress(on_call=self._on_call)
         return self._run(feed, sampling, rewards or self._rewards, progress).finished_groups
 
     def generate_samples(

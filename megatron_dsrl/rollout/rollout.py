@@ -11,7 +11,6 @@ from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rewards.pool import RewardPool
 from megatron_dsrl.rollout.carry_over import CarryOver
 from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
-from megatron_dsrl.rollout.progress import OnSamples, ignore
 from megatron_dsrl.rollout.sample import SampleGroup, SamplingParameters
 from megatron_dsrl.rollout.step_samples import Draw, StepSamples, Watch
 
@@ -33,14 +32,12 @@ class Generator(Protocol):
         stream: str,
         *,
         rewards: RewardPool | None = None,
-        on_samples: OnSamples = ignore,
     ) -> list[SampleGroup]:
         """One judged group per prompt, in the order of the prompts. Rank 0 only.
 
         Args:
             stream: names the random numbers; see `rollout/seeds.py`.
             rewards: used instead of the run's verifier.
-            on_samples: called with the number of samples that have just come back.
         """
 
 
