@@ -14,6 +14,7 @@ from megatron_dsrl.analysis.responses import RecordedResponse
 from megatron_dsrl.charts.chart_axes import ValueAxis
 from megatron_dsrl.charts.chart_source import Series
 from megatron_dsrl.charts.charts import Chart, line_chart
+from megatron_dsrl.common.visible_text import shortened
 from megatron_dsrl.observability.records import Record
 from megatron_dsrl.observability.run_records import PhaseSpan
 
@@ -56,7 +57,7 @@ _OBJECTS = re.compile(r"\{[^{}]*\}")
 
 def question(response: RecordedResponse) -> list[dict[str, str]]:
     """The chat messages that ask the judge about one response."""
-    user = USER_PROMPT.format(prompt=response.prompt, response=_shortened(response.text))
+    user = USER_PROMPT.format(prompt=response.prompt, response=shortened(response.text, MAX_RESPONSE_CHARACTERS))
     return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": user}]
 
 
@@ -112,10 +113,3 @@ def _shares(step: int, answers: Sequence[Mapping[str, bool] | None]) -> Record:
         "unreadable_answers": len(answers) - len(read),
         **{name: fmean(answer[name] for answer in read) if read else None for name in BEHAVIOURS},
     }
-
-
-def _shortened(text: str) -> str:
-    if len(text) <= MAX_RESPONSE_CHARACTERS:
-        return text
-    half = MAX_RESPONSE_CHARACTERS // 2
-    return f"{text[:half]}\n[... {len(text) - 2 * half} characters left out ...]\n{text[-half:]}"

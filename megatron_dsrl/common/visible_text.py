@@ -1,4 +1,4 @@
-"""Text of unknown origin, such as a model's, made safe to look at in a terminal or on a page."""
+"""Text of unknown origin, such as a model's, made safe and short enough to look at in a terminal or on a page."""
 
 import unicodedata
 
@@ -13,6 +13,14 @@ def visible(text: str, keep_lines: bool = True) -> str:
         return text
     kept = "\n\t" if keep_lines else ""
     return "".join(c if c.isprintable() or c in kept or _is_space(c) else _escaped(c) for c in text)
+
+
+def shortened(text: str, most: int) -> str:
+    """The text, or about `most` characters of it: its beginning and end, with a note between."""
+    if len(text) <= most:
+        return text
+    half = most // 2
+    return f"{text[:half]}\n\n[… {len(text) - 2 * half:,} characters left out …]\n\n{text[-half:]}"
 
 
 def _is_space(character: str) -> bool:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+from megatron_dsrl.common.visible_text import shortened
 from megatron_dsrl.rollout.recording import read_groups, rollout_file
 from megatron_dsrl.rollout.sample import Sample, SampleGroup
 from megatron_dsrl.run.step_metrics import reward_metrics
@@ -81,7 +82,7 @@ def _shown_groups(file: Path) -> list[ShownGroup]:
 def _shown_group(group: SampleGroup) -> ShownGroup:
     return ShownGroup(
         kind=group_kind(group),
-        prompt=shortened(group.prompt.text),
+        prompt=shortened(group.prompt.text, MAX_CHARACTERS),
         answer=group.prompt.answer,
         prompt_tokens=len(group.prompt.token_ids),
         weight_version=group.samples[0].weight_version,
@@ -94,18 +95,10 @@ def _shown_group(group: SampleGroup) -> ShownGroup:
 def _shown_sample(sample: Sample) -> ShownSample:
     tokens, log_probs = len(sample.response_ids), sample.policy_log_probs
     return ShownSample(
-        text=shortened(sample.text),
+        text=shortened(sample.text, MAX_CHARACTERS),
         reward=sample.reward,
         tokens=tokens,
         finish_reason=sample.finish_reason,
         verdict=sample.verdict,
         mean_log_prob=fmean(log_probs) if log_probs else None,
     )
-
-
-def shortened(text: str) -> str:
-    """The text, or its beginning and end with a note between when it is longer than `MAX_CHARACTERS`."""
-    if len(text) <= MAX_CHARACTERS:
-        return text
-    half = MAX_CHARACTERS // 2
-    return f"{text[:half]}\n\n[… {len(text) - 2 * half:,} characters left out …]\n\n{text[-half:]}"

@@ -136,12 +136,14 @@ class _Conversation:
     def __init__(
         self, vf: ModuleType, task: Any, config: Any, response: GrowingResponse, around_messages: tuple[str, str]
     ) -> None:
+        from verifiers.v1.state import state_cls
+
         self.closed = False
         self._vf, self._task, self._response = vf, task, response
         self._before, self._after = around_messages
         self._max_turns = config.max_turns
         about = vf.TraceTask(type=type(task).__name__, data=task.data, key=task.key, hash=task.hash)
-        state = _state_class(type(task))()
+        state = state_cls(type(task))()
         self.trace = vf.Trace(task=about, state=state, agent=vf.AgentInfo(config=config))
         self._messages = list(messages_of(task))
 
@@ -189,8 +191,10 @@ class _Conversation:
         return True
 
     def _commit(self, text: str, finish_reason: str) -> None:
+        from verifiers.v1 import graph
+
         answer = self._vf.AssistantMessage(content=text)
-        turn = _graph().prepare_turn(self.trace, list(self._messages))
+        turn = graph.prepare_turn(self.trace, list(self._messages))
         turn.commit(self._vf.Response(id="", created=0, model="policy", message=answer, finish_reason=finish_reason))
         self._messages.append(answer)
         self.trace.root_reply = text
@@ -277,18 +281,6 @@ async def _call(function: Callable[..., Any], **available: Any) -> Any:
     """Call a hook with the arguments that it names."""
     result = function(**{name: available[name] for name in signature(function).parameters if name in available})
     return await result if isawaitable(result) else result
-
-
-def _graph() -> ModuleType:
-    from verifiers.v1 import graph
-
-    return graph
-
-
-def _state_class(task_class: type) -> type:
-    from verifiers.v1.state import state_cls
-
-    return state_cls(task_class)
 
 
 def write_tasks(environment: str, output: Path, config: Mapping[str, Any] | None, skip: int, limit: int | None) -> int:

@@ -173,5 +173,5 @@ def test_a_long_response_is_shown_without_its_middle() -> None:
 
     shown = question(response)[1]["content"]
 
-    assert "[... 16000 characters left out ...]" in shown
+    assert "[… 16,000 characters left out …]" in shown
     assert len(shown) < 25_000

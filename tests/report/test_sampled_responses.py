@@ -2,13 +2,8 @@
 
 from pathlib import Path
 
-from megatron_dsrl.report.sampled_responses import (
-    MAX_CHARACTERS,
-    SAMPLES_PER_GROUP,
-    choose_groups,
-    shortened,
-    shown_steps,
-)
+from megatron_dsrl.common.visible_text import shortened
+from megatron_dsrl.report.sampled_responses import MAX_CHARACTERS, SAMPLES_PER_GROUP, choose_groups, shown_steps
 from megatron_dsrl.rollout.recording import rollout_file, write_groups
 from tests.observability.synthetic_run import make_group
 
@@ -31,7 +26,7 @@ def test_first_middle_and_last_recorded_step_without_left_overs_of_a_forgotten_f
 
 def test_a_very_long_response_keeps_its_beginning_and_end() -> None:
     text = "a" * MAX_CHARACTERS + "b" * 500 + "c" * MAX_CHARACTERS
-    short = shortened(text)
+    short = shortened(text, MAX_CHARACTERS)
     assert short.startswith("aaa") and short.endswith("ccc") and "b" not in short
     assert f"[… {len(text) - MAX_CHARACTERS:,} characters left out …]" in short.replace("\n", "")
     assert shortened("a" * MAX_CHARACTERS) == "a" * MAX_CHARACTERS
