@@ -29,4 +29,4 @@ def test_a_very_long_response_keeps_its_beginning_and_end() -> None:
     short = shortened(text, MAX_CHARACTERS)
     assert short.startswith("aaa") and short.endswith("ccc") and "b" not in short
     assert f"[… {len(text) - MAX_CHARACTERS:,} characters left out …]" in short.replace("\n", "")
-    assert shortened("a" * MAX_CHARACTERS) == "a" * MAX_CHARACTERS
+    assert shortened("a" * MAX_CHARACTERS, MAX_CHARACTERS) == "a" * MAX_CHARACTERS
