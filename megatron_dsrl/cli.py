@@ -32,7 +32,7 @@ from megatron_dsrl.commands.sweep import add_sweep
 from megatron_dsrl.commands.trace_and_compare import add_compare, add_trace, add_upload
 from megatron_dsrl.commands.train import add_train
 from megatron_dsrl.common.errors import MachineError, UserError
-from megatron_dsrl.common.process import end_with_launcher, launched_rank, leave_terminal
+from megatron_dsrl.common.process import end_with_launcher, handling_signals, launched_rank, leave_terminal
 
 MACHINE_ERROR_STATUS = 1
 USER_ERROR_STATUS = 2
@@ -48,11 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.path.insert(0, os.getcwd())
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parse(arguments)
-    # nohup ignores SIGHUP, so that the command outlives its terminal
-    ends = [number for number in SIGNALS_TO_END if signal.getsignal(number) != signal.SIG_IGN]
-    previous_handlers = {number: signal.signal(number, _exit_on_signal) for number in ends}
     try:
-        return _run(options, arguments)
+        with handling_signals(SIGNALS_TO_END, _exit_on_signal):
+            return _run(options, arguments)
     except UserError as error:
         _print_error(str(error))
         return USER_ERROR_STATUS
@@ -62,9 +60,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _print_error("interrupted")
         return INTERRUPTED_STATUS
-    finally:
-        for number, handler in previous_handlers.items():
-            signal.signal(number, handler)
 
 
 def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:

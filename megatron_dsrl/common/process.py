@@ -1,13 +1,15 @@
-"""Processes (Linux): children that cannot outlive their parent, daemon threads that do not delay its exit, and a
-terminal that may be closed."""
+"""Processes (Linux): children that cannot outlive their parent, daemon threads that do not delay its exit, signals, and
+a terminal that may be closed."""
 
 import ctypes
 import os
 import signal
 import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
+from types import FrameType
 from typing import TypeVar
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -72,6 +74,18 @@ def in_background(work: Callable[[], Value]) -> "Future[Value]":
     future: Future[Value] = Future()
     threading.Thread(target=run, daemon=True).start()
     return future
+
+
+@contextmanager
+def handling_signals(numbers: Iterable[int], handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle these signals in the block, but those that are ignored, as nohup ignores SIGHUP. Main thread only."""
+    handled = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in handled}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def leave_terminal() -> None:

@@ -18,7 +18,7 @@ from types import FrameType
 from megatron_dsrl.common.cpu_threads import usable_cores
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.held_port import HeldPort
-from megatron_dsrl.common.process import LAUNCHER_VARIABLE
+from megatron_dsrl.common.process import LAUNCHER_VARIABLE, handling_signals
 from megatron_dsrl.run.preemption import PREEMPTED_STATUS
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -117,17 +117,11 @@ def _passing_on(ranks: Sequence["subprocess.Popen[bytes]"]) -> Iterator[set[int]
         received.add(number)
         _send(ranks, number)
 
-    before = {
-        number: signal.signal(number, pass_on)
-        for number in PASSED_ON
-        if signal.getsignal(number) != signal.SIG_IGN  # nohup: for the ranks as well
-    }
-    try:
-        yield received
-    finally:
-        _send(ranks, signal.SIGKILL)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with handling_signals(PASSED_ON, pass_on):
+        try:
+            yield received
+        finally:
+            _send(ranks, signal.SIGKILL)
 
 
 def _send(ranks: Sequence["subprocess.Popen[bytes]"], number: int) -> None:

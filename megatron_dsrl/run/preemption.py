@@ -8,10 +8,10 @@ second one ends the process immediately.
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
-from megatron_dsrl.common.process import leave_terminal
+from megatron_dsrl.common.process import handling_signals, leave_terminal
 
 PREEMPTED_STATUS = 75
 """Exit status of a run that was asked to stop and can be continued (EX_TEMPFAIL of sysexits.h)."""
@@ -39,19 +39,14 @@ class StopSignal:
     def __init__(self) -> None:
         self.requested = False
         self._interruptible = False
-        self._handlers_before: dict[int, Any] = {}
+        self._handling = handling_signals(SIGNALS, self._note)
 
     def __enter__(self) -> "StopSignal":
-        for number in SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup: to run on after the terminal is closed
-                self._handlers_before[number] = signal.signal(number, self._note)
+        self._handling.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._handlers_before.items():
-            signal.signal(number, handler)
+    def __exit__(self, *exception: Any) -> None:
+        self._handling.__exit__(*exception)
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
