@@ -38,7 +38,6 @@ class ScoredSequence:
 
     @property
     def num_scored(self) -> int:
-        """Number of scored tokens."""
         return len(self.token_ids) - self.num_context if self.mask is None else sum(self.mask)
 
     @property

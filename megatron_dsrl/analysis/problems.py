@@ -69,7 +69,6 @@ def visits(steps: Iterable[tuple[int, Sequence[SampleGroup]]]) -> list[Visit]:
 
 
 def outcome_of(group: SampleGroup) -> Outcome:
-    """Outcome of the responses of one group."""
     rewards = [sample.reward for sample in group.samples]
     return "solved" if min(rewards) >= 1 else "unsolved" if max(rewards) <= 0 else "mixed"
 

@@ -106,7 +106,6 @@ def _failures_postponed() -> Iterator[None]:
         """The function with its OSErrors appended to `failures` instead of raised."""
 
         def write_or_postpone(*arguments: Any) -> None:
-            """An OSError is kept for later."""
             try:
                 write(*arguments)
             except OSError as error:

@@ -22,7 +22,6 @@ Command = Callable[[argparse.Namespace], int]
 
 
 def add_analyse(commands: Commands) -> None:
-    """Register the command."""
     kinds = add_group(
         commands,
         "analyse",

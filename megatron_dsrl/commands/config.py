@@ -8,7 +8,6 @@ KIND_NAMES = ("run", "sweep", "benchmark", "eval", "gradients")
 
 
 def add_config_command(commands: Commands) -> None:
-    """Register the command."""
     parser = add_command(
         commands,
         "config",

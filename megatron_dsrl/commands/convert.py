@@ -18,7 +18,6 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_convert(commands: Commands) -> None:
-    """Register the command."""
     directions = add_group(
         commands,
         "convert",

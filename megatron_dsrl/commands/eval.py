@@ -20,7 +20,6 @@ CHANGES = {
 
 
 def add_eval(commands: Commands) -> None:
-    """Register the command."""
     parser = add_command(
         commands,
         "eval",
@@ -61,7 +60,6 @@ def add_eval(commands: Commands) -> None:
 
 
 def add_table(commands: Commands) -> None:
-    """Register the command."""
     parser = add_command(
         commands,
         "table",
@@ -83,7 +81,6 @@ def add_table(commands: Commands) -> None:
 
 
 def add_rescore(commands: Commands) -> None:
-    """Register the command."""
     parser = add_command(
         commands,
         "rescore",

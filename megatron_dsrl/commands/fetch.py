@@ -8,7 +8,6 @@ from megatron_dsrl.run.loading import loading_megatron
 
 
 def add_fetch(commands: Commands) -> None:
-    """Register the command."""
     parser = add_command(
         commands,
         "fetch",

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 
 def add_plan(commands: Commands) -> None:
-    """Register the command."""
     parser = add_command(
         commands,
         "plan",

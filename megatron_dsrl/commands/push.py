@@ -6,7 +6,6 @@ from megatron_dsrl.commands.arguments import Commands, add_command
 
 
 def add_push(commands: Commands) -> None:
-    """Register the command."""
     parser = add_command(
         commands,
         "push",

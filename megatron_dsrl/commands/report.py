@@ -8,7 +8,6 @@ from megatron_dsrl.common.errors import UserError
 
 
 def add_report(commands: Commands) -> None:
-    """Register the command."""
     parser = add_command(
         commands,
         "report",

@@ -19,7 +19,6 @@ DEFAULT_PROMPTS = 4
 
 
 def add_samples(commands: Commands) -> None:
-    """Register the command."""
     parser = add_command(
         commands,
         "samples",

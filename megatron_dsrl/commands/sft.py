@@ -12,7 +12,6 @@ FROM_DATA_SET = ("rollout.source=dataset", "rollout.samples_per_prompt=1")
 
 
 def add_sft(commands: Commands) -> None:
-    """Register the command."""
     parser = add_command(
         commands,
         "sft",

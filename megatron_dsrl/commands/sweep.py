@@ -8,7 +8,6 @@ from megatron_dsrl.commands.arguments import Commands, add_command, positive
 
 
 def add_sweep(commands: Commands) -> None:
-    """Register the command."""
     parser = add_command(
         commands,
         "sweep",

@@ -8,7 +8,6 @@ from megatron_dsrl.common.errors import UserError
 
 
 def add_trace(commands: Commands) -> None:
-    """Register the command."""
     parser = add_command(
         commands,
         "trace",
@@ -22,7 +21,6 @@ def add_trace(commands: Commands) -> None:
 
 
 def add_compare(commands: Commands) -> None:
-    """Register the command."""
     parser = add_command(
         commands,
         "compare",
@@ -45,7 +43,6 @@ def add_compare(commands: Commands) -> None:
 
 
 def add_upload(commands: Commands) -> None:
-    """Register the command."""
     parser = add_command(
         commands,
         "upload",

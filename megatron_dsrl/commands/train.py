@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 
 def add_train(commands: Commands) -> None:
-    """Register the command."""
     parser = add_command(
         commands,
         "train",

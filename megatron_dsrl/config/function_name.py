@@ -42,7 +42,6 @@ class FunctionName:
         self._table = table
 
     def names(self) -> list[str]:
-        """The built-in names."""
         return list(resolve_name(self._table))
 
     def functions(self) -> dict[str, Callable[..., Any]]:

@@ -78,7 +78,6 @@ class Registry:
         return sorted(self._classes, key=lambda name: place.get(self._classes[name].__module__, len(place)))
 
     def classes(self) -> list[type[Options]]:
-        """The registered classes."""
         return [self._classes[name] for name in self.names()]
 
     def options_class(self, value: Any) -> type[Options] | None:

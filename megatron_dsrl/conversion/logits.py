@@ -55,7 +55,6 @@ def compare_logits(hf_folder: Path, megatron_folder: Path, architecture: Archite
 
 
 def _compare(expected: Sequence[Tensor], found: Sequence[Tensor]) -> str:
-    """The result as text."""
     largest = max(x.abs().max().item() for x in expected)
     difference = max((x - y).abs().max().item() for x, y in zip(expected, found, strict=True))
     tokens = sum(x.shape[0] for x in expected)

@@ -69,7 +69,6 @@ class ProblemResult:
 
     @property
     def numbers(self) -> range:
-        """Numbers of the samples."""
         return range(self.first, self.first + len(self.samples))
 
     def as_record(self) -> dict[str, Any]:

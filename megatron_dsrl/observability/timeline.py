@@ -69,7 +69,6 @@ class NoTimeline:
 
 
 def trace_file(run_folder: Path, rank: int) -> Path:
-    """Timeline of one rank."""
     return run_folder / TRACE_FOLDER / f"rank_{rank:05d}.jsonl"
 
 

@@ -162,7 +162,6 @@ class _RecordFile:
         self.last_step = _last_step(kept)
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
     def _open(self) -> FileIO:

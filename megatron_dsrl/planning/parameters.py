@@ -17,7 +17,6 @@ class ProcessParameters:
 
     @property
     def total(self) -> int:
-        """All parameters."""
         return self.dense + self.expert
 
 

@@ -52,7 +52,6 @@ class Plan:
 
     @property
     def run_seconds(self) -> float:
-        """Seconds of all steps."""
         return sum(phase.steps * self._step(phase.seconds) for phase in self.phases)
 
     def _step(self, training_seconds: float) -> float:

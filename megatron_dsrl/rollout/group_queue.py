@@ -168,7 +168,6 @@ class GroupQueue:
 
     @property
     def size(self) -> int:
-        """Number of all groups."""
         with self._changed:
             return len(self._places) + len(self._waiting)
 

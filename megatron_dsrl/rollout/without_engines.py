@@ -24,7 +24,6 @@ class WithoutEngines:
 
     @property
     def training_sampling(self) -> SamplingParameters:
-        """Sampling parameters of training."""
         return self._sampling
 
     def generate(self, *request: object, **options: object) -> list[SampleGroup]:

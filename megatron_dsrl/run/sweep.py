@@ -44,7 +44,6 @@ class SweepRun:
 
     @property
     def settings(self) -> list[str]:
-        """All overrides."""
         place = [f"output_dir={self.folder.parent}", f"name={self.folder.name}", f"seed={self.seed}"]
         return [*self.overrides, *place]
 

@@ -36,7 +36,6 @@ class HfCheckpoint:
         self._refuse_two_sets()
 
     def names(self) -> set[str]:
-        """Names of all tensors."""
         return set(self._files)
 
     def file_of(self, name: str) -> Path:

@@ -57,7 +57,6 @@ def write_peft_folder(chunks: Sequence[nn.Module], adapters: PeftAdapters, folde
             tensors[name] = tensor.to("cpu", copy=True)
 
     def write() -> None:
-        """On rank 0."""
         with writing(folder):
             folder.mkdir()
             content = save(tensors, metadata={"format": "pt"})  # save_file would let only the owner read the file
@@ -74,7 +73,6 @@ def _rules(projection: Projection, rank: int) -> tuple[TensorRule, TensorRule]:
     whole, by_inputs, by_outputs = Replicated(), Split(1), Split(0)
 
     def rule(matrix: str, shape: Shape, layout: TensorLayout, initial: Initial) -> TensorRule:
-        """The rule of one matrix."""
         megatron = f"{LAYER}{projection.linear}{SUFFIX}.{matrix}.{projection.name}"
         return TensorRule((HfTensor(f"{hf}{matrix}.weight", shape),), (megatron,), layout, initial)
 
