@@ -9,7 +9,6 @@ A response then mixes tokens of several weight versions. `max_weight_versions` b
 have more is restarted with other random numbers.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import orjson
 
+from megatron_dsrl.common.disk import replacing
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rollout.recording import as_json_line, group_of_record, prompt_of_record
@@ -41,12 +41,10 @@ class CarryOver:
 
     def write(self, file: Path) -> None:
         """One JSON line per group, flushed to disk."""
-        with open(file, "wb") as stream:
+        with replacing(file) as stream:
             for kind, groups in (("finished", self.finished), ("unfinished", self.unfinished)):
                 for group in groups:
                     stream.write(as_json_line({"kind": kind, "group": group}))
-            stream.flush()
-            os.fsync(stream.fileno())
 
     @classmethod
     def read_from(cls, folder: Path) -> "CarryOver":
@@ -121,17 +119,8 @@ def restart_expired(
 
 
 def _unfinished_group(record: dict[str, Any]) -> UnfinishedGroup:
-    return UnfinishedGroup(
-        prompt=prompt_of_record(record["prompt"]),
-        responses=tuple(
-            PartialResponse(
-                seed=response["seed"],
-                response_ids=response["response_ids"],
-                log_probs=response["log_probs"],
-                weight_versions=tuple(map(tuple, response["weight_versions"])),
-                finish_reason=response["finish_reason"],
-                routed_experts=response.get("routed_experts"),
-            )
-            for response in record["responses"]
-        ),
-    )
+    responses = []
+    for response in record["responses"]:
+        pairs = {name: tuple(map(tuple, response.get(name, ()))) for name in ("weight_versions", "turn_rewards")}
+        responses.append(PartialResponse(**response | pairs))
+    return UnfinishedGroup(prompt_of_record(record["prompt"]), tuple(responses))
