@@ -11,10 +11,9 @@ from megatron_dsrl.actor.trainable_model import TrainableModel
 from megatron_dsrl.config.actor import OptimizerConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import read_architecture
-from megatron_dsrl.model.build import DTYPES, build_model, build_trainable
+from megatron_dsrl.model.build import DTYPES, build_model, build_trainable, build_value_model
 from megatron_dsrl.model.lora import add_adapters
 from megatron_dsrl.model.source import is_hub_name, resolve_model_folder
-from megatron_dsrl.model.value_head import build_value_model
 from megatron_dsrl.weights.load import fill_with_random_weights, load_value_model, load_weights
 from megatron_dsrl.weights.peft import PeftAdapters, adapter_table
 from megatron_dsrl.weights.tables import value_model_table, weight_table

@@ -20,8 +20,7 @@ from megatron_dsrl.config.model import GradientAnalysisConfig, ParallelConfig
 from megatron_dsrl.config.validate import validated
 from megatron_dsrl.config.yaml_text import KeyPath
 from megatron_dsrl.data.tokenizer import context_token_ids, load_tokenizer, turn_end
-from megatron_dsrl.evaluation.problem_result import ProblemResult, SampleResult
-from megatron_dsrl.evaluation.sample_file import read_sample_file
+from megatron_dsrl.evaluation.sample_file import ProblemResult, SampleResult, read_sample_file
 from megatron_dsrl.model.architecture import Architecture, read_architecture
 from megatron_dsrl.model.build import build_model, build_trainable
 from megatron_dsrl.model.parallel import parallel_layout

@@ -12,7 +12,7 @@ from megatron_dsrl.charts.estimate import Estimate, in_percent
 from megatron_dsrl.charts.pass_at_k_chart import over_runs, pass_at_k_chart
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.markdown import markdown_table
-from megatron_dsrl.evaluation.results_file import EvaluationResults
+from megatron_dsrl.evaluation.results import EvaluationResults
 from megatron_dsrl.observability.records import Record
 
 Evaluations = Mapping[str, Sequence[EvaluationResults]]

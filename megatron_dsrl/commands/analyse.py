@@ -200,7 +200,7 @@ def _print_gradients(number: int, record: dict) -> None:
 def _pass_at_k(options: argparse.Namespace) -> int:
     from megatron_dsrl.analysis import pass_at_k_curves as curves
     from megatron_dsrl.charts.figure import write_figure
-    from megatron_dsrl.evaluation.results_file import newest_results
+    from megatron_dsrl.evaluation.results import newest_results
     from megatron_dsrl.observability.records import replace_records
 
     labelled = [labelled_folders(text) for text in options.evaluations]

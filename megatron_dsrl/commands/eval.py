@@ -98,8 +98,7 @@ def add_rescore(commands: Commands) -> None:
 def _rescore(options: argparse.Namespace) -> int:
     from megatron_dsrl.config.data import RewardConfig
     from megatron_dsrl.evaluation.rescore import rescore
-    from megatron_dsrl.evaluation.results import markdown
-    from megatron_dsrl.evaluation.results_file import read_results
+    from megatron_dsrl.evaluation.results import markdown, read_results
 
     summaries = rescore(options.evaluation, options.output, RewardConfig(function=options.verifier))
     print(markdown(read_results(options.evaluation).model, summaries))
@@ -109,7 +108,7 @@ def _rescore(options: argparse.Namespace) -> int:
 
 def _table(options: argparse.Namespace) -> int:
     from megatron_dsrl.evaluation.paper_table import paper_table
-    from megatron_dsrl.evaluation.results_file import newest_results
+    from megatron_dsrl.evaluation.results import newest_results
 
     evaluations: dict[str, list] = {}
     for text in options.evaluations:

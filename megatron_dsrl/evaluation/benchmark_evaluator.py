@@ -16,8 +16,7 @@ from megatron_dsrl.config.data import RewardConfig
 from megatron_dsrl.config.load_benchmark import Benchmark
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.evaluation.metrics import summarise_benchmark
-from megatron_dsrl.evaluation.problem_result import ProblemResult
-from megatron_dsrl.evaluation.sample_file import SampleFile
+from megatron_dsrl.evaluation.sample_file import ProblemResult, SampleFile
 from megatron_dsrl.observability.console_lines import duration
 from megatron_dsrl.rewards.pool import RewardPool
 from megatron_dsrl.rewards.registry import answer_of

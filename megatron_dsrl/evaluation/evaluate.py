@@ -30,8 +30,7 @@ from megatron_dsrl.data.tokenizer import decode, encode, load_tokenizer, stop_to
 from megatron_dsrl.evaluation.benchmark_evaluator import evaluate_benchmark, missing_samples
 from megatron_dsrl.evaluation.evaluator import check_different_samples
 from megatron_dsrl.evaluation.find_model import EvaluatedModel, find_model
-from megatron_dsrl.evaluation.results import markdown, write_results
-from megatron_dsrl.evaluation.results_file import EVALUATIONS_FOLDER
+from megatron_dsrl.evaluation.results import EVALUATIONS_FOLDER, markdown, write_results
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.parallel import process_group
 from megatron_dsrl.provenance.inputs import describe_model, describe_prompts

@@ -12,7 +12,7 @@ from megatron_dsrl.config.benchmark import BenchmarkConfig
 from megatron_dsrl.config.run import EvaluationSetConfig
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.evaluation.metrics import summarise, summarise_benchmark
-from megatron_dsrl.evaluation.problem_result import ProblemResult
+from megatron_dsrl.evaluation.sample_file import ProblemResult
 from megatron_dsrl.rewards.pool import RewardPool
 from megatron_dsrl.rewards.registry import answer_of, check_options
 from megatron_dsrl.rollout.rollout import Generator

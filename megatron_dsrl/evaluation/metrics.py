@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_dsrl.evaluation.problem_result import ProblemResult
+from megatron_dsrl.evaluation.sample_file import ProblemResult
 
 
 def average_at_k(rewards: Sequence[Sequence[float]]) -> float:

@@ -20,8 +20,7 @@ from megatron_dsrl.evaluation.published import (
     SAMPLES_ON_SIX,
     SIX_BENCHMARKS,
 )
-from megatron_dsrl.evaluation.results import average_of_six
-from megatron_dsrl.evaluation.results_file import EvaluationResults
+from megatron_dsrl.evaluation.results import EvaluationResults, average_of_six
 from megatron_dsrl.evaluation.sample_file import read_sample_file
 
 Evaluations = Mapping[str, Sequence[EvaluationResults]]

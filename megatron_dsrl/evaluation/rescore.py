@@ -14,10 +14,8 @@ from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.data import RewardConfig
 from megatron_dsrl.evaluation.benchmark_evaluator import SAMPLING_FIELDS, reward_settings
 from megatron_dsrl.evaluation.metrics import summarise_benchmark
-from megatron_dsrl.evaluation.problem_result import ProblemResult
-from megatron_dsrl.evaluation.results import write_results
-from megatron_dsrl.evaluation.results_file import read_results
-from megatron_dsrl.evaluation.sample_file import SampleFile, read_sample_file, read_settings
+from megatron_dsrl.evaluation.results import read_results, write_results
+from megatron_dsrl.evaluation.sample_file import ProblemResult, SampleFile, read_sample_file, read_settings
 from megatron_dsrl.rewards.pool import Judgement, RewardPool
 from megatron_dsrl.rewards.registry import answer_of
 

@@ -1,11 +1,11 @@
-"""Build a decoder of a supported family (model/families.py) as a Megatron-core GPTModel.
+"""Build a decoder of a supported family (model/architecture.py) as a Megatron-core GPTModel.
 
 In Megatron's terms: RMSNorm before attention and feed-forward, grouped query attention, RMSNorm on each head's query
 and key if the family has it, rotary embeddings on the whole head (plain, YaRN or Llama 3's), SwiGLU or SwiGLU
 experts, no dropout.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig, RouterConfig
 from megatron_dsrl.model.architecture import Architecture, Experts, check_model_layout
@@ -183,3 +183,33 @@ def build_trainable(chunks: list[MegatronModule], parallel: ParallelConfig) -> l
 def bare_model(chunk: nn.Module) -> GPTModel:
     """The GPTModel inside the wrappers for bfloat16 and data parallelism."""
     return unwrap_model(chunk)
+
+
+class ValueHead(MegatronModule):
+    """Linear layer hidden -> 1 with a bias, computed in fp32 for any parameter dtype.
+
+    Every tensor-parallel rank holds it in full and gets the same hidden states, so its gradient is the same on all
+    ranks without a reduction.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config)
+        self.weight = torch.nn.Parameter(torch.zeros(1, config.hidden_size, dtype=config.params_dtype))
+        self.bias = torch.nn.Parameter(torch.zeros(1, dtype=config.params_dtype))
+
+    def forward(self, hidden: Tensor, **_: Any) -> tuple[Tensor, None]:
+        """[..., hidden] -> [..., 1] float32, and None as the bias still to be added (Megatron's convention)."""
+        return F.linear(hidden.float(), self.weight.float(), self.bias.float()), None
+
+
+def build_value_model(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig) -> list[MegatronModule]:
+    """As `build_model`, with a `ValueHead` as output layer of the last stage.
+
+    The embedding is never tied: the value head has no vocabulary to share with it.
+    """
+    chunks = build_model(replace(architecture, tie_word_embeddings=False), model, parallel)
+    for chunk in chunks:
+        bare = bare_model(chunk)
+        if bare.post_process:
+            bare.output_layer = ValueHead(bare.config).to(current_platform().device)
+    return chunks

@@ -1,7 +1,7 @@
 """Profiles of chosen steps: `<run folder>/trace/profile_rank_00000_step_000003.json.gz`, one per rank and step.
 
 torch.profiler records PyTorch's operations, and on a GPU its kernels, in the Trace Event Format of Chrome. `dsrl trace`
-puts them on the clock of the timeline (report/profile_events.py). With Nsight Systems nothing is written here: the
+puts them on the clock of the timeline (report/trace_events.py). With Nsight Systems nothing is written here: the
 profiled steps are the range that `nsys profile --capture-range=cudaProfilerApi` captures.
 """
 

@@ -9,7 +9,7 @@ from megatron_dsrl.analysis.outputs import CHARTS_SUFFIX, FOLDER
 from megatron_dsrl.charts.chart_source import number
 from megatron_dsrl.charts.charts import Chart, read_charts
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.evaluation.results_file import EVALUATIONS_FOLDER
+from megatron_dsrl.evaluation.results import EVALUATIONS_FOLDER
 from megatron_dsrl.report.parts import Figure, Table
 
 TITLES = {

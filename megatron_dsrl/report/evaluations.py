@@ -9,11 +9,11 @@ from megatron_dsrl.evaluation.published import AVERAGE_OF_SIX, OUT_OF_DISTRIBUTI
 from megatron_dsrl.evaluation.results import (
     AVERAGED_METHODS,
     RESULT_COLUMNS,
+    EvaluationResults,
     average_of_six,
     published_cells,
     result_cells,
 )
-from megatron_dsrl.evaluation.results_file import EvaluationResults
 from megatron_dsrl.report.parts import Table
 
 Evaluations = Mapping[str, EvaluationResults]

@@ -14,7 +14,7 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, Te
 from megatron_dsrl.charts.chart_source import number
 from megatron_dsrl.common.disk import replace_text
 from megatron_dsrl.common.visible_text import visible
-from megatron_dsrl.evaluation.results_file import results_of_run
+from megatron_dsrl.evaluation.results import results_of_run
 from megatron_dsrl.observability.run_records import RunRecords, read_run
 from megatron_dsrl.report.analyses import read_analyses
 from megatron_dsrl.report.evaluations import named_by_step, paper_table, pass_at_k_charts, results_table

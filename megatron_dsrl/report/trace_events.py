@@ -8,7 +8,9 @@ Format: "Trace Event Format" of the Chromium project; used here are complete eve
 metadata (M).
 """
 
+import gzip
 import json
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -17,13 +19,16 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.observability.profile_files import ProfileFile
-from megatron_dsrl.report.profile_events import profile_events
 from megatron_dsrl.report.timeline_records import Interval, RankTimeline, RecordedCall, RecordedSpan
 
 STEPS_TRACK = 0
 FIRST_ENGINE = 1_000_000
 """Process number of engine 0; ranks have their own."""
+FIRST_PROFILE = 2_000_000
+PROCESSES_OF_A_RANK = 1000
+"""Numbers in the trace that each rank has for the processes of its profiles."""
 SHOWN_REQUESTS = 10
 """The longest requests of the run, by engine."""
 FIRST_REQUEST_TRACK = 1
@@ -31,7 +36,6 @@ FAILED_TRACK = FIRST_REQUEST_TRACK + SHOWN_REQUESTS
 IN_FLIGHT = "requests in flight"
 
 TraceEvent = dict[str, Any]
-
 encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -158,3 +162,47 @@ def _beginnings(timeline: RankTimeline) -> list[float]:
     steps, spans, calls = timeline.steps, timeline.spans, timeline.calls
     intervals = [step.when for step in steps] + [span.when for span in spans] + [call.when for call in calls]
     return [interval.start for interval in intervals]
+
+
+def profile_events(profile: ProfileFile, origin: float) -> Iterator[TraceEvent]:
+    """Events of torch.profiler on the clock of the timeline.
+
+    The profiler numbers processes by the system's ids and GPUs by their index, which may be those of ranks. Here they
+    are separate processes, named after the rank. Ids of flows (from a call to its kernel) get the rank and step in
+    front, because every profile counts its own.
+
+    Source of the format: `baseTimeNanoseconds` is a moment since 1970; a time of an event is in microseconds after it
+    (libkineto/src/output_json.cpp).
+
+    Args:
+        profile: one rank's profile of one step.
+        origin: the moment 0 of the trace, in seconds since 1970.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        with gzip.open(profile.path, "rt", encoding="utf-8") as file:
+            trace = json.load(file)
+        base, events = trace["baseTimeNanoseconds"], trace["traceEvents"]
+    except (OSError, EOFError, ValueError, KeyError, zlib.error) as error:
+        raise UserError(f"{profile.path} is damaged ({error}); remove it to see the rest of the trace") from error
+    shift = base / 1e3 - origin * 1e6
+    numbers: dict[Any, int] = {}
+    for event in events:
+        number = numbers.setdefault(event["pid"], len(numbers))
+        moved = event | {"pid": FIRST_PROFILE + PROCESSES_OF_A_RANK * profile.rank + number}
+        if event["ph"] == "M":
+            yield _renamed(moved, profile.rank)
+            continue
+        moved["ts"] = round(event["ts"] + shift, 3)
+        if "id" in event:
+            moved["id"] = f"{profile.rank}.{profile.step}.{event['id']}"
+        yield moved
+
+
+def _renamed(event: TraceEvent, rank: int) -> TraceEvent:
+    """A process says which rank's it is."""
+    if event["name"] == "process_name":
+        return event | {"args": {"name": f"rank {rank}, profile: {event['args']['name']}"}}
+    return event

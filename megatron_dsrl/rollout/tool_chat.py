@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.rollout.async_callable import async_callable
+from megatron_dsrl.rollout.custom_generation import async_callable
 from megatron_dsrl.rollout.growing_response import GrowingResponse
 
 Tool = Callable[[str], Awaitable[str]]

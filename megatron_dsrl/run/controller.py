@@ -10,7 +10,7 @@ from megatron_dsrl.config.data import OverlongConfig
 from megatron_dsrl.config.phase import PhaseConfig
 from megatron_dsrl.config.run import ObservabilityConfig
 from megatron_dsrl.evaluation.evaluator import Evaluator
-from megatron_dsrl.evaluation.problem_result import first_responses
+from megatron_dsrl.evaluation.sample_file import first_responses
 from megatron_dsrl.observability.console import RunConsole
 from megatron_dsrl.observability.records import Record
 from megatron_dsrl.observability.timer import SecondsPerPart

@@ -128,7 +128,7 @@ def _seek(section: FileSection, part: ZipInfo) -> None:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A stored part of a tensor."""
+    """A part of a tensor of a distributed checkpoint: a section of a file, in which torch.save wrote it."""
 
     offsets: Shape
     sizes: Shape

@@ -9,9 +9,8 @@ import pytest
 from megatron_dsrl.charts.charts import read_charts
 from megatron_dsrl.cli import main
 from megatron_dsrl.evaluation.metrics import summarise_benchmark
-from megatron_dsrl.evaluation.problem_result import ProblemResult
 from megatron_dsrl.evaluation.results import write_results
-from megatron_dsrl.evaluation.sample_file import SampleFile
+from megatron_dsrl.evaluation.sample_file import ProblemResult, SampleFile
 from megatron_dsrl.rollout.recording import read_groups, rollout_file
 from tests.observability.synthetic_run import make_group, write_run
 

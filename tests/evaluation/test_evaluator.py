@@ -11,7 +11,7 @@ from megatron_dsrl.config.load_benchmark import load_benchmark
 from megatron_dsrl.config.run import EvaluationConfig, EvaluationSetConfig
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.evaluation.evaluator import Evaluator
-from megatron_dsrl.evaluation.problem_result import first_responses
+from megatron_dsrl.evaluation.sample_file import first_responses
 from megatron_dsrl.rollout.sample import Sample, SampleGroup, SamplingParameters
 from megatron_dsrl.run.training_run import is_due
 

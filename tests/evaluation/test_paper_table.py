@@ -6,10 +6,9 @@ import pytest
 
 from megatron_dsrl.cli import main
 from megatron_dsrl.evaluation.metrics import summarise_benchmark
-from megatron_dsrl.evaluation.problem_result import ProblemResult, SampleResult
 from megatron_dsrl.evaluation.published import SIX_BENCHMARKS
 from megatron_dsrl.evaluation.results import write_results
-from megatron_dsrl.evaluation.sample_file import SampleFile
+from megatron_dsrl.evaluation.sample_file import ProblemResult, SampleFile, SampleResult
 
 
 def evaluation(folder: Path, right: dict[str, list[int]], samples: int = 32, **settings) -> Path:

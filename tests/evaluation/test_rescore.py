@@ -7,11 +7,15 @@ import pytest
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.data import RewardConfig
 from megatron_dsrl.evaluation.metrics import summarise_benchmark
-from megatron_dsrl.evaluation.problem_result import ProblemResult, SampleResult
 from megatron_dsrl.evaluation.rescore import rescore
-from megatron_dsrl.evaluation.results import write_results
-from megatron_dsrl.evaluation.results_file import read_results
-from megatron_dsrl.evaluation.sample_file import SampleFile, read_sample_file, read_settings
+from megatron_dsrl.evaluation.results import read_results, write_results
+from megatron_dsrl.evaluation.sample_file import (
+    ProblemResult,
+    SampleFile,
+    SampleResult,
+    read_sample_file,
+    read_settings,
+)
 from megatron_dsrl.rewards.boxed import boxed_answer
 
 TEXTS = [r"\boxed{1,234}", r"\boxed{1234}"]

@@ -5,10 +5,9 @@ import json
 import pytest
 
 from megatron_dsrl.evaluation.metrics import powers_of_two, summarise_benchmark
-from megatron_dsrl.evaluation.problem_result import ProblemResult, SampleResult
 from megatron_dsrl.evaluation.published import SIX_BENCHMARKS
-from megatron_dsrl.evaluation.results import markdown, write_results
-from megatron_dsrl.evaluation.results_file import read_results
+from megatron_dsrl.evaluation.results import markdown, read_results, write_results
+from megatron_dsrl.evaluation.sample_file import ProblemResult, SampleResult
 from megatron_dsrl.rewards.boxed import boxed_answer
 
 

@@ -6,8 +6,7 @@ from dataclasses import asdict
 import pytest
 
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.evaluation.problem_result import ProblemResult, SampleResult
-from megatron_dsrl.evaluation.sample_file import SampleFile, read_sample_file
+from megatron_dsrl.evaluation.sample_file import ProblemResult, SampleFile, SampleResult, read_sample_file
 
 SETTINGS = {"model": "abc", "benchmark": {"temperature": 1.0}}
 

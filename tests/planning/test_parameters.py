@@ -16,11 +16,10 @@ from megatron_dsrl.config.load import load_config
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import Architecture, read_architecture
-from megatron_dsrl.model.build import build_model
+from megatron_dsrl.model.build import build_model, build_value_model
 from megatron_dsrl.model.lora import add_adapters
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from megatron_dsrl.model.source import PUBLISHED
-from megatron_dsrl.model.value_head import build_value_model
 from megatron_dsrl.planning.memory import critic_memory, policy_memory
 from megatron_dsrl.planning.parameters import (
     active_per_token,

@@ -8,7 +8,7 @@ import torch
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.rollout import EngineConfig
-from megatron_dsrl.model.families import FAMILIES
+from megatron_dsrl.model.architecture import FAMILIES
 from megatron_dsrl.platform import engine_models
 from megatron_dsrl.platform.engine import allocator_warning, engine_server_arguments
 from megatron_dsrl.platform.no_compilation import uncompiled

@@ -7,8 +7,8 @@ import yaml
 from huggingface_hub import ModelCard
 
 from megatron_dsrl.evaluation.metrics import summarise_benchmark
-from megatron_dsrl.evaluation.problem_result import ProblemResult
 from megatron_dsrl.evaluation.results import write_results
+from megatron_dsrl.evaluation.sample_file import ProblemResult
 from megatron_dsrl.publishing.card import CARD_FILE, model_card, refresh_card, write_card
 from megatron_dsrl.publishing.origin import base_model_name, license_of, without_private_places
 from megatron_dsrl.weights.checkpoint_record import CheckpointRecord

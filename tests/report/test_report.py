@@ -12,9 +12,8 @@ from megatron_dsrl.cli import main
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.visible_text import visible
 from megatron_dsrl.evaluation.metrics import summarise_benchmark
-from megatron_dsrl.evaluation.problem_result import ProblemResult
 from megatron_dsrl.evaluation.results import write_results
-from megatron_dsrl.evaluation.sample_file import SampleFile
+from megatron_dsrl.evaluation.sample_file import ProblemResult, SampleFile
 from megatron_dsrl.observability.records import read_records
 from megatron_dsrl.report.report import write_report
 from tests.observability.synthetic_run import (

@@ -1,4 +1,4 @@
-"""SGLang's models of the supported families (model/families.py), under the name by which it finds a module's models."""
+"""SGLang's models of the supported families (model/architecture.py), by the name under which it looks for models."""
 
 from sglang.srt.models.llama import LlamaForCausalLM
 from sglang.srt.models.qwen2 import Qwen2ForCausalLM

@@ -1,7 +1,7 @@
 """Which engine gets the next prompt."""
 
 from megatron_dsrl.data.prompt import Prompt
-from megatron_dsrl.rollout.engine_choice import EngineChoice, Load
+from megatron_dsrl.rollout.engine_calls import EngineChoice, Load
 from megatron_dsrl.rollout.engines.generation import Completion
 from megatron_dsrl.rollout.unfinished import UnfinishedGroup
 
