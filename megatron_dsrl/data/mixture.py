@@ -9,7 +9,7 @@ from typing import Protocol, TypedDict
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.data import DataConfig
 from megatron_dsrl.data.prompt import Prompt
-from megatron_dsrl.data.sampler import PromptSampler, SamplerState
+from megatron_dsrl.data.samplers import PromptSampler, SamplerState
 
 
 class MixtureState(TypedDict):

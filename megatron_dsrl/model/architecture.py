@@ -40,9 +40,9 @@ FAMILIES = {
         Family("LlamaForCausalLM", qk_layernorm=False, qkv_bias=False, default_rope_theta=1e4),
     )
 }
-"""The supported families. They share everything else: RMSNorm before attention and feed-forward, grouped query attention
-with rotary embeddings on the whole head, SwiGLU, no other biases, no dropout. To add another architecture of this kind,
-add an entry here."""
+"""The supported families, by the name in config.json. They share everything else: RMSNorm before attention and
+feed-forward, grouped query attention with rotary embeddings on the whole head, SwiGLU, no other biases, no dropout. To
+add another architecture of this kind, add an entry here."""
 
 
 @dataclass(frozen=True)

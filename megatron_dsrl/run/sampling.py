@@ -11,7 +11,7 @@ from megatron_dsrl.algorithms.experience import Response
 from megatron_dsrl.common.collective import broadcast
 from megatron_dsrl.data.mixture import MixtureState, Sampler
 from megatron_dsrl.data.prompt import Prompt
-from megatron_dsrl.data.sampler import SamplerState
+from megatron_dsrl.data.samplers import SamplerState
 from megatron_dsrl.observability.timeline import NoTimeline, Timeline
 from megatron_dsrl.rollout.responses import responses_of
 from megatron_dsrl.rollout.rollout import Rollout

@@ -10,7 +10,7 @@ from megatron_dsrl.checkpoint.store import CheckpointStore
 from megatron_dsrl.common.collective import gather, on_first
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.data.mixture import MixtureState
-from megatron_dsrl.data.sampler import SamplerState
+from megatron_dsrl.data.samplers import SamplerState
 from megatron_dsrl.observability.timeline import NoTimeline, Timeline
 from megatron_dsrl.rollout.carry_over import CarryOverWrite
 from megatron_dsrl.rollout.rollout import Rollout

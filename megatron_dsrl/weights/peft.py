@@ -17,10 +17,10 @@ from megatron_dsrl.model.architecture import Architecture
 from megatron_dsrl.model.lora import SUFFIX
 from megatron_dsrl.model.projections import Projection, projections
 from megatron_dsrl.weights.companions import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from megatron_dsrl.weights.decoder_rules import HF_LAYER, LAYER
 from megatron_dsrl.weights.layouts import Replicated, Shape, Split, TensorLayout
 from megatron_dsrl.weights.stream import stream_hf_weights
 from megatron_dsrl.weights.table import HfTensor, Initial, TensorRule, WeightTable
+from megatron_dsrl.weights.tables import HF_LAYER, LAYER
 
 BUCKET_BYTES = 64 * 2**20
 

@@ -15,7 +15,7 @@ from megatron_dsrl.commands.sft import steps_of_epochs
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.load import load_config
 from megatron_dsrl.data.demonstrations import Demonstration, load_demonstrations
-from megatron_dsrl.data.sampler import PromptSampler
+from megatron_dsrl.data.samplers import PromptSampler
 from tests.support.compare_runs import assert_same_tensors, checkpoint_tensors, different_records, records
 from tests.support.tiny_run import dsrl, write_tiny_run
 

@@ -14,7 +14,7 @@ from examples.tiny_dsrl.tokenizer import VOCAB_SIZE
 from megatron_dsrl.config.load import load_config
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.data.prompts import load_prompts
-from megatron_dsrl.data.sampler import PromptSampler
+from megatron_dsrl.data.samplers import PromptSampler
 from megatron_dsrl.data.tokenizer import load_tokenizer
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.rollout.recording import rollout_file, write_groups

@@ -6,7 +6,7 @@ from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.rollout import RolloutConfig
 from megatron_dsrl.data.demonstrations import Demonstration
 from megatron_dsrl.data.prompt import Prompt
-from megatron_dsrl.data.sampler import PromptSampler
+from megatron_dsrl.data.samplers import PromptSampler
 from megatron_dsrl.rollout.dataset import DatasetRollout
 from megatron_dsrl.rollout.responses import responses_of
 from megatron_dsrl.rollout.step_samples import unwatched
