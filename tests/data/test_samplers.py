@@ -1,5 +1,4 @@
-"""The prompt sampler: every epoch is a permutation, a resumed sampler goes on exactly where it stood; and the orders of a
-set's prompts."""
+"""Every epoch is a permutation, a resumed sampler goes on exactly where it stood, and orders of a set's prompts."""
 
 from dataclasses import replace
 
