@@ -10,14 +10,8 @@ from torch import Tensor
 from megatron_dsrl.common.checksum import checksums
 from megatron_dsrl.common.collective import on_first, rank, together
 from megatron_dsrl.common.disk import writing
+from megatron_dsrl.conversion import checks
 from megatron_dsrl.conversion.cast import Cast, warn
-from megatron_dsrl.conversion.checks import (
-    check_expected,
-    check_is_hf,
-    check_tokenizer,
-    common_dtype,
-    needed_for_conversion,
-)
 from megatron_dsrl.conversion.distributed_checkpoint_writer import (
     ChunkWriter,
     WrittenChunk,
@@ -70,16 +64,16 @@ def convert_hf_to_megatron(source: str, target: Path, layout: CheckpointLayout, 
             a difference. The target is then absent or unchanged.
     """
     folder = on_first(lambda: resolve_model_folder(source, "SOURCE"))
-    check_is_hf(folder)
+    checks.check_is_hf(folder)
     architecture = read_architecture(folder)
     layout.check(architecture)
-    check_expected(architecture, folder, options.expect)
-    check_tokenizer(folder, architecture)
+    checks.check_expected(architecture, folder, options.expect)
+    checks.check_tokenizer(folder, architecture)
     table, checkpoint = weight_table(architecture), HfCheckpoint(folder)
     check_hf_checkpoint(checkpoint, table)
     dtypes = {name: dtype for name, dtype in checkpoint.dtypes().items() if name not in table.copies}
-    dtype = options.dtype or common_dtype(dtypes, folder)
-    needed = needed_for_conversion(folder, folder, options.expect)
+    dtype = options.dtype or checks.common_dtype(dtypes, folder)
+    needed = checks.needed_for_conversion(folder, folder, options.expect)
     with new_folder(target, options.overwrite, needed) as partial:
         details = describe_in_background(source, folder)
         shares = together(lambda: _write_chunks(checkpoint, table, layout, dtype, partial))

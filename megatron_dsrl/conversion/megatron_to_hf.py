@@ -7,14 +7,8 @@ from torch import Tensor
 
 from megatron_dsrl.common.collective import on_first, together
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.conversion import checks
 from megatron_dsrl.conversion.cast import Cast, warn
-from megatron_dsrl.conversion.checks import (
-    check_expected,
-    check_tokenizer,
-    common_dtype,
-    needed_for_conversion,
-    read_companion_architecture,
-)
 from megatron_dsrl.conversion.hf_to_megatron import ConversionOptions
 from megatron_dsrl.conversion.verify import verify
 from megatron_dsrl.conversion.work import describe_in_background, my_entries, read_ahead, with_progress
@@ -51,16 +45,16 @@ def convert_megatron_to_hf(
     if not source.is_dir():
         raise UserError(f"no such folder: {source}")
     checkpoint, companions = MegatronCheckpoint(source), companions or source
-    architecture = read_companion_architecture(source, companions)
+    architecture = checks.read_companion_architecture(source, companions)
     check_record(source, architecture)
-    check_expected(architecture, companions, options.expect)
-    check_tokenizer(companions, architecture)
+    checks.check_expected(architecture, companions, options.expect)
+    checks.check_tokenizer(companions, architecture)
     table = weight_table(architecture)
     check_megatron_checkpoint(checkpoint, table)
     stored = {rule.checkpoint_name for rule in table.rules}
     dtypes = {name: dtype for name, dtype in checkpoint.dtypes().items() if name in stored}
-    dtype = options.dtype or common_dtype(dtypes, source)
-    needed = needed_for_conversion(source, companions, options.expect)
+    dtype = options.dtype or checks.common_dtype(dtypes, source)
+    needed = checks.needed_for_conversion(source, companions, options.expect)
     with new_folder(target, options.overwrite, needed) as partial:
         details = describe_in_background(str(source), source)
         files = on_first(lambda: create_hf_files(partial, table.hf_shapes(), dtype, file_bytes))

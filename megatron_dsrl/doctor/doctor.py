@@ -26,15 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_dsrl.common.cpu_threads import has_bfloat16
+from megatron_dsrl.doctor import system
 from megatron_dsrl.doctor.device import driver_version, examine_cuda_compiler, examine_device
 from megatron_dsrl.doctor.kernels import Finding, examine_kernels, installed_version
-from megatron_dsrl.doctor.system import (
-    examine_c_library,
-    examine_compiler,
-    examine_open_files,
-    examine_sandbox,
-    examine_temporary_folder,
-)
 
 if TYPE_CHECKING:
     from megatron_dsrl.platform.devices import DeviceInventory
@@ -76,18 +70,18 @@ def examine() -> Examination:
     packages = tuple(_packages(read_pins(REPOSITORY / name for name in lock_files), environment))
     return Examination((
         _python(),
-        examine_c_library(),
+        system.examine_c_library(),
         *packages,
         *(_torchvision() if inventory else ()),
         *(_devices(inventory) if inventory else ()),
         *examine_kernels(cuda, torch_cuda),
-        examine_compiler(cuda),
-        examine_sandbox(),
+        system.examine_compiler(cuda),
+        system.examine_sandbox(),
         _processor(),
         _memory(),
         _shared_memory(Path("/dev/shm")),
-        examine_temporary_folder(),
-        examine_open_files(),
+        system.examine_temporary_folder(),
+        system.examine_open_files(),
         _ports(),
     ))  # fmt: skip
 

@@ -4,21 +4,7 @@ from dataclasses import dataclass
 
 from megatron_dsrl.observability.records import read_starts
 from megatron_dsrl.observability.run_records import RunRecords
-from megatron_dsrl.provenance.differences import (
-    ComparedFact,
-    changes_between_starts,
-    compare_runs,
-    starts_that_count,
-    steps_of_starts,
-)
-from megatron_dsrl.provenance.words import (
-    commit_words,
-    device_words,
-    slurm_words,
-    start_time,
-    what_computed,
-    where_it_ran,
-)
+from megatron_dsrl.provenance import differences, words
 from megatron_dsrl.report.parts import Table
 
 
@@ -43,17 +29,17 @@ def shown_provenance(run: RunRecords) -> ShownProvenance | None:
     if not starts:
         return None
     rows = []
-    for start, span in zip(starts, steps_of_starts(starts, _last_step(run)), strict=True):
+    for start, span in zip(starts, differences.steps_of_starts(starts, _last_step(run)), strict=True):
         rows.append((
-            start_time(start),
+            words.start_time(start),
             f"{span[0]} to {span[1]}" if span else "none",
-            commit_words(start),
+            words.commit_words(start),
             str(start.get("world_size", "")),
-            device_words(start.get("device") or {}),
+            words.device_words(start.get("device") or {}),
             ", ".join(start.get("hosts") or []),
-            slurm_words(start.get("slurm")),
+            words.slurm_words(start.get("slurm")),
         ))  # fmt: skip
-    changes = changes_between_starts(starts_that_count(run.folder, _last_step(run)))
+    changes = differences.changes_between_starts(differences.starts_that_count(run.folder, _last_step(run)))
     return ShownProvenance(
         starts=Table(("Started", "Steps", "Commit", "Processes", "Device", "Hosts", "SLURM"), tuple(rows)),
         changes=Table(
@@ -62,14 +48,14 @@ def shown_provenance(run: RunRecords) -> ShownProvenance | None:
         )
         if changes
         else None,
-        last=list({**where_it_ran(starts[-1]), **what_computed(starts[-1])}.items()),
+        last=list({**words.where_it_ran(starts[-1]), **words.what_computed(starts[-1])}.items()),
     )
 
 
-def compared_provenance(runs: list[RunRecords]) -> list[ComparedFact]:
+def compared_provenance(runs: list[RunRecords]) -> list[differences.ComparedFact]:
     """Provenance of several runs; empty if none has a record."""
-    starts = [starts_that_count(run.folder, _last_step(run)) for run in runs]
-    return compare_runs(starts) if any(starts) else []
+    starts = [differences.starts_that_count(run.folder, _last_step(run)) for run in runs]
+    return differences.compare_runs(starts) if any(starts) else []
 
 
 def _last_step(run: RunRecords) -> int:

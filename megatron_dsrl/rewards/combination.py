@@ -7,13 +7,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.section import Section
-from megatron_dsrl.rewards.registry import (
-    check_options,
-    describe_verifier,
-    longest_seconds,
-    reward_function,
-    takes_prompt,
-)
+from megatron_dsrl.rewards import registry
 from megatron_dsrl.rewards.score import FallbackReward
 
 
@@ -43,8 +37,8 @@ def combination(response: str, answer: str, parts: Sequence[Mapping[str, Any]], 
     """
 
     def reward(part: Part) -> float:
-        function = reward_function(part.function)
-        context = {"prompt": prompt} if takes_prompt(function) else {}
+        function = registry.reward_function(part.function)
+        context = {"prompt": prompt} if registry.takes_prompt(function) else {}
         return function(response, answer, **context | part.options)
 
     rewards = [(part.weight, reward(part)) for part in PARTS.validate_python(list(parts))]
@@ -68,15 +62,19 @@ def check_parts(options: Mapping[str, Any]) -> None:
     if not parts:
         raise UserError("reward.options.parts: a combination needs at least one part")
     for number, part in enumerate(parts):
-        check_options(part.function, part.options, f"reward.options.parts.{number}")
+        registry.check_options(part.function, part.options, f"reward.options.parts.{number}")
 
 
 def longest_seconds_of_parts(options: Mapping[str, Any]) -> float:
     """How long the parts with their own limits may take together, in seconds."""
-    return sum(longest_seconds(part.function, part.options) for part in PARTS.validate_python(options["parts"]))
+    return sum(
+        registry.longest_seconds(part.function, part.options) for part in PARTS.validate_python(options["parts"])
+    )
 
 
 def describe_parts(options: Mapping[str, Any]) -> str:
     """How this machine runs the parts; empty for parts without such a note."""
-    descriptions = [describe_verifier(part.function, part.options) for part in PARTS.validate_python(options["parts"])]
+    descriptions = [
+        registry.describe_verifier(part.function, part.options) for part in PARTS.validate_python(options["parts"])
+    ]
     return "; ".join(dict.fromkeys(filter(None, descriptions)))

@@ -27,14 +27,7 @@ from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.process import die_with_parent
 from megatron_dsrl.common.temporary_folder import require_short_temporary_folder
 from megatron_dsrl.config.data import RewardConfig
-from megatron_dsrl.rewards.registry import (
-    RewardFunction,
-    built_in_modules,
-    check_options,
-    longest_seconds,
-    reward_function,
-    takes_prompt,
-)
+from megatron_dsrl.rewards import registry
 from megatron_dsrl.rewards.score import Score, Verdict, score_of
 from megatron_dsrl.rewards.workers import WorkerContext, end_of_worker, may_be_innocent, start_fork_server
 
@@ -71,7 +64,7 @@ class RewardPool:
         self._config = config
         self._set_rewards = dict(set_rewards or {})
         for one in (config, *self._set_rewards.values()):
-            check_options(one.function, one.options)
+            registry.check_options(one.function, one.options)
             _check_time_limit(one)
         self._lock = threading.Lock()
         self._failures: Counter[str] = Counter()
@@ -137,7 +130,9 @@ class RewardPool:
         # trainer (torch, its threads, its devices).
         context = self._context
         functions = [self._config.function, *(one.function for one in self._set_rewards.values())]
-        context.set_forkserver_preload([__name__, *(module for name in functions for module in built_in_modules(name))])
+        context.set_forkserver_preload(
+            [__name__, *(module for name in functions for module in registry.built_in_modules(name))]
+        )
         start_fork_server()
         return ProcessPool(
             max_workers=self._config.workers,
@@ -194,7 +189,7 @@ def _may_be_innocent(task: "Future[Score]") -> bool:
 
 
 def _check_time_limit(config: RewardConfig) -> None:
-    seconds = longest_seconds(config.function, config.options)
+    seconds = registry.longest_seconds(config.function, config.options)
     if seconds >= config.timeout_seconds:
         raise UserError(
             f"reward.timeout_seconds = {config.timeout_seconds:g} would end {config.function} before its own limit of "
@@ -211,13 +206,13 @@ def _start_worker(functions: Sequence[str], memory_megabytes: int) -> None:
 
 
 @cache
-def _worker_function(name: str) -> RewardFunction:
-    return reward_function(name)
+def _worker_function(name: str) -> registry.RewardFunction:
+    return registry.reward_function(name)
 
 
 def _call(name: str, options: dict[str, Any], response: str, answers: tuple[str, ...], prompt: str) -> Score:
     """The best score over the answers; a problem only if every answer has one."""
     function = _worker_function(name)
-    context = {"prompt": prompt} if takes_prompt(function) else {}
+    context = {"prompt": prompt} if registry.takes_prompt(function) else {}
     scores = [score_of(partial(function, response, answer, **context | options)) for answer in answers]
     return max(scores, key=lambda score: (score.problem is None, score.reward))

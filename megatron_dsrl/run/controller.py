@@ -20,14 +20,8 @@ from megatron_dsrl.rollout.recording import RolloutRecorder
 from megatron_dsrl.rollout.responses import responses_of
 from megatron_dsrl.rollout.rollout import Rollout
 from megatron_dsrl.rollout.step_samples import StepSamples
+from megatron_dsrl.run import step_record
 from megatron_dsrl.run.step_metrics import response_metrics, rollout_metrics
-from megatron_dsrl.run.step_record import (
-    log_prob_gap_warning,
-    memory_metrics,
-    older_token_metrics,
-    scored_spaces,
-    update_metrics,
-)
 
 
 class Controller:
@@ -101,22 +95,22 @@ class Controller:
         record = {
             "step": step,
             "phase": phase.name,
-            "space": scored_spaces(phase),
+            "space": step_record.scored_spaces(phase),
             "weight_version": step,
             "time": time.time(),
             **samples.metrics,
             **_metrics_of_samples(samples),
-            **older_token_metrics(samples.groups, step),
+            **step_record.older_token_metrics(samples.groups, step),
             **shaping_metrics(responses, self._overlong, self._max_response_tokens),
-            **update_metrics(update, phase),
+            **step_record.update_metrics(update, phase),
             **critic_metrics,
             **self._rollout.engine_metrics(),
-            **memory_metrics(),
+            **step_record.memory_metrics(),
             **timer.metrics(),
         }
         self._tracker.log_step(record)
         self._console.step(record)
-        if warning := log_prob_gap_warning(record, self._observability.max_log_prob_gap):
+        if warning := step_record.log_prob_gap_warning(record, self._observability.max_log_prob_gap):
             self._console.message(warning)
 
     def record_evaluation(self, record: Record, started: float, responses: Sequence[Record] = ()) -> None:

@@ -20,14 +20,8 @@ from urllib.parse import urlsplit
 import torch.distributed as dist
 
 from megatron_dsrl.platform.engine import weight_broadcast_backend
+from megatron_dsrl.rollout.engines import broadcast_group
 from megatron_dsrl.rollout.engines.address import EngineAddress, address_towards
-from megatron_dsrl.rollout.engines.broadcast_group import (
-    BroadcastGroup,
-    join_as_sender,
-    leave_group,
-    open_store,
-    start_broadcast,
-)
 from megatron_dsrl.rollout.engines.errors import EngineError
 from megatron_dsrl.rollout.engines.flattened_bucket import Bucket, BucketMemory, flatten
 from megatron_dsrl.rollout.engines.weight_client import WeightClient
@@ -75,7 +69,7 @@ class ServerLink:
         with suppress(EngineError):  # a new server at this URL does not know the old group
             await self.leave()
         host = self._host_towards_server()
-        store, port = open_store(host, self._timeout_seconds)
+        store, port = broadcast_group.open_store(host, self._timeout_seconds)
         async with self._client() as client:
             # Clean up after an earlier run, or this one before it lost the server: requests, an open update. It
             # stays paused, if it is: its weights may be half of one version and half of another.
@@ -84,9 +78,9 @@ class ServerLink:
                 await client.end_weight_update()
             self.size = await client.tensor_parallel_size()
             name = f"dsrl-{secrets.token_hex(8)}"
-            group = BroadcastGroup(name, host, port, 1 + self.size, weight_broadcast_backend())
+            group = broadcast_group.BroadcastGroup(name, host, port, 1 + self.size, weight_broadcast_backend())
             joined = asyncio.create_task(client.join(group))
-            made = join_as_sender(store, group, self._timeout_seconds)
+            made = broadcast_group.join_as_sender(store, group, self._timeout_seconds)
             await self._both(joined, made.done)
         try:
             self._group, self._group_name = made.result(), name
@@ -116,7 +110,7 @@ class ServerLink:
                     [entry.shape for entry in entries],
                 )
             )
-            self._broadcast = broadcast = start_broadcast(self._group, flattened["flattened_tensor"])
+            self._broadcast = broadcast = broadcast_group.start_broadcast(self._group, flattened["flattened_tensor"])
             try:
                 await self._both(answer, lambda: broadcast.done() and broadcast.result().is_completed())
                 broadcast.result().wait()
@@ -150,7 +144,7 @@ class ServerLink:
         """Leave the group on this side."""
         group, self._group = self._group, None
         if group is not None:
-            leave_group(group, self._broadcast)
+            broadcast_group.leave_group(group, self._broadcast)
 
     def _client(self) -> WeightClient:
         return WeightClient(self.address, self._timeout_seconds)
