@@ -120,7 +120,7 @@ def measure(
 ) -> None:
     """Measure one save; training continues until the checkpoint is published."""
     started = time.perf_counter()
-    blocked = timed(lambda: store.save(state, actor.start_save))
+    blocked = timed(lambda: store.save(state, actor.model.start_save))
     for _ in range(MAX_STEPS_BESIDE):
         if not store.is_saving():
             break

@@ -1,7 +1,7 @@
 """The policy under training: one object per rank; all methods are collective over the ranks."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from megatron_dsrl.actor.forward_backward import MicroBatch
 from megatron_dsrl.actor.log_probs import LogProbOptions, VocabularyShard, log_probs_and_entropy
-from megatron_dsrl.actor.offload import ModelMemory
 from megatron_dsrl.actor.packing import PackedRow
 from megatron_dsrl.actor.statistics import ObjectiveMetrics, TokenStatistics, UpdateMetrics, share_with_all_stages
 from megatron_dsrl.actor.trainable_model import TrainableModel, require_finite
@@ -18,15 +17,12 @@ from megatron_dsrl.algorithms.experience import Experience, PerToken, concatenat
 from megatron_dsrl.algorithms.losses import ScoredTokens
 from megatron_dsrl.algorithms.mismatch import mismatch_metrics
 from megatron_dsrl.algorithms.objective import Objective
-from megatron_dsrl.checkpoint.megatron_writer import CheckpointWrite
 from megatron_dsrl.config.model import RouterConfig
 from megatron_dsrl.model.output_rows import FactoredLogits
 from megatron_dsrl.model.router import adding_router_losses
 from megatron_dsrl.weights.export import export_hf_folder
 from megatron_dsrl.weights.load import load_weights
 from megatron_dsrl.weights.peft import PeftAdapters
-from megatron_dsrl.weights.stream import stream_hf_weights
-from megatron_dsrl.weights.table import WeightTable
 
 ScoreResult = tuple[str, TokenStatistics]
 """Name of an objective, and the statistics of one of its micro-batches."""
@@ -43,7 +39,6 @@ class Actor:
     def __init__(
         self,
         model: TrainableModel,
-        table: WeightTable,
         folder: Path,
         vocab_size: int,
         temperature: float,
@@ -54,7 +49,6 @@ class Actor:
         """Use `build_actor` to create one.
 
         Args:
-            table: maps parameters to the names of HF checkpoints.
             folder: HF folder the model was loaded from; exports copy its config.json and tokenizer.
             vocab_size: rows of the HF embedding; Megatron's padding rows are not scored.
             temperature: sampling temperature; logits are divided by it.
@@ -63,29 +57,13 @@ class Actor:
             kept_logits_bytes: logits of a micro-batch that are kept for its backward pass; see `LogProbOptions`.
             adapters: the model's LoRA adapters; None if all weights are trained.
         """
-        self._model = model
-        self._table = table
+        self.model = model
         self._folder = folder
         self._vocab_size = vocab_size
         self._temperature = temperature
         self._router = router
         self._kept_logits_bytes = kept_logits_bytes
         self._adapters = adapters
-
-    @property
-    def chunks(self) -> Sequence[torch.nn.Module]:
-        """This pipeline stage's model chunks."""
-        return self._model.chunks
-
-    @property
-    def memory(self) -> ModelMemory:
-        """Device memory of the model; see `TrainableModel.memory`."""
-        return self._model.memory
-
-    @property
-    def implementations(self) -> dict[str, str]:
-        """Classes used for the main operations; see `TrainableModel.implementations`."""
-        return self._model.implementations
 
     def update(self, objectives: Sequence[Objective], mini_batches: int = 1, epochs: int = 1) -> UpdateMetrics | None:
         """Take `mini_batches * epochs` optimizer steps: in each epoch, one on each consecutive part of the experience.
@@ -125,43 +103,22 @@ class Actor:
         Raises:
             UserError: the weights are damaged or do not match.
         """
-        load_weights(self._model.chunks, self._table, folder)
+        load_weights(self.model.chunks, self.model.table, folder)
 
     def log_probs(self, experience: Experience) -> PerToken:
         """Log-probs of the scored tokens of each sequence under the current weights, the same on every rank."""
-        return self._model.score_tokens(
+        return self.model.score_tokens(
             experience.sequences,
             lambda row, logits: self._log_probs_and_entropy(row, logits)[0],
             experience.routed_experts,
         )
 
-    def hf_weights(self, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
-        """The current weights, merged with adapters, as full HF tensors in buckets, in the parameters' dtype; see
-        `stream_hf_weights`."""
-        return stream_hf_weights(self._model.chunks, self._table, bucket_bytes, self._model.config.params_dtype)
-
     def export_hf(self, target: Path) -> None:
         """Write the current weights as an HF folder, and adapters within it; see `export_hf_folder`."""
         export_hf_folder(
-            self._model.chunks, self._table, self._folder, target, self._model.config.params_dtype,
+            self.model.chunks, self.model.table, self._folder, target, self.model.config.params_dtype,
             adapters=self._adapters,
         )  # fmt: skip
-
-    def start_save(self, folder: Path, copy: bool) -> CheckpointWrite:
-        """Prepare to write weights, optimizer, schedule and random states; see `saved_state.start_save`."""
-        return self._model.start_save(folder, copy)
-
-    def load(self, folder: Path, same_layout: bool) -> None:
-        """Restore a saved state; see `load_state`."""
-        self._model.load(folder, same_layout)
-
-    def configure_optimizer(self, learning_rate: float, gradient_clip_norm: float) -> None:
-        """Set the peak learning rate and the clipping norm (0 for none) from the next step on."""
-        self._model.configure_optimizer(learning_rate, gradient_clip_norm)
-
-    def reset_optimizer(self) -> None:
-        """Reset Adam's moments and step counts. The learning-rate schedule continues."""
-        self._model.reset_optimizer()
 
     def with_old_log_probs(self, objective: Objective) -> Objective:
         """The objective with old log-probs: its own if it has them, otherwise those under the current weights, with NaN
@@ -178,12 +135,12 @@ class Actor:
         micro_batches = [micro_batch for objective in objectives for micro_batch in self._micro_batches(objective)]
         sequences = [sequence for objective in objectives for sequence in objective.experience.sequences]
         num_tokens = sum(len(sequence.token_ids) for sequence in sequences)
-        with adding_router_losses(self._model.chunks, self._router, num_tokens) as router_losses:
-            kept = self._model.accumulate_gradients(micro_batches)
+        with adding_router_losses(self.model.chunks, self._router, num_tokens) as router_losses:
+            kept = self.model.accumulate_gradients(micro_batches)
         metrics = share_with_all_stages(self._objective_metrics(objectives, kept) if kept else None)
         require_finite("loss", sum(objective.loss for objective in metrics.values()))
-        grad_norm, learning_rate = self._model.take_step()
-        return UpdateMetrics(grad_norm, learning_rate, metrics, router_losses.metrics(self._model.config.num_layers))
+        grad_norm, learning_rate = self.model.take_step()
+        return UpdateMetrics(grad_norm, learning_rate, metrics, router_losses.metrics(self.model.config.num_layers))
 
     def _computed(self, objective: Objective) -> list[int]:
         """Indices of an objective's samples that an optimizer step computes."""
@@ -196,12 +153,12 @@ class Actor:
         objective = replace(objective, experience=objective.experience.select(computed))
         num_scored = objective.experience.num_scored
         token_weights = tuple(weight.expand(count) for weight, count in zip(weights[computed], num_scored))
-        rows = self._model.pack_share(objective.experience.sequences, objective.experience.routed_experts)
+        rows = self.model.pack_share(objective.experience.sequences, objective.experience.routed_experts)
         return [self._micro_batch(objective, token_weights, row) for row in rows]
 
     def _micro_batch(self, objective: Objective, weights: PerToken, row: PackedRow) -> MicroBatch[ScoreResult]:
         """A packed row of an objective; the loss is the sum of weight * token loss over all rows of all ranks."""
-        experience, device = objective.experience, self._model.device
+        experience, device = objective.experience, self.model.device
         advantages = experience.advantages
         assert advantages is not None, "with_advantages comes first"
 

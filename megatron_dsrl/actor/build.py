@@ -16,6 +16,7 @@ from megatron_dsrl.model.lora import add_adapters
 from megatron_dsrl.model.source import is_hub_name, resolve_model_folder
 from megatron_dsrl.weights.load import fill_with_random_weights, load_value_model, load_weights
 from megatron_dsrl.weights.peft import PeftAdapters, adapter_table
+from megatron_dsrl.weights.table import WeightTable
 from megatron_dsrl.weights.tables import value_model_table, weight_table
 
 
@@ -47,8 +48,7 @@ def build_actor(config: RunConfig, folder: Path) -> Actor:
     learning_steps = config.steps - config.critic.warmup_steps
     total_steps = learning_steps * config.actor.optimizer_steps_per_rollout
     return Actor(
-        _trainable(config, chunks, config.optimizer, total_steps),
-        table=table,
+        _trainable(config, chunks, table, config.optimizer, total_steps),
         folder=folder,
         vocab_size=architecture.vocab_size,
         temperature=config.rollout.temperature,
@@ -80,7 +80,7 @@ def build_critic(config: RunConfig, folder: Path, steps: int) -> Critic:
         source = folder if critic.path is None else resolve_model_folder(critic.path, field="critic.path")
         load_value_model(chunks, architecture, source)
     total_steps = steps * critic.optimizer_steps_per_rollout
-    return Critic(_trainable(config, chunks, critic.optimizer, total_steps), table, critic)
+    return Critic(_trainable(config, chunks, table, critic.optimizer, total_steps), critic)
 
 
 def _base_model(config: RunConfig, folder: Path) -> str:
@@ -89,11 +89,15 @@ def _base_model(config: RunConfig, folder: Path) -> str:
 
 
 def _trainable(
-    config: RunConfig, chunks: list[MegatronModule], optimizer_config: OptimizerConfig, total_steps: int
+    config: RunConfig,
+    chunks: list[MegatronModule],
+    table: WeightTable,
+    optimizer_config: OptimizerConfig,
+    total_steps: int,
 ) -> TrainableModel:
     """Wrap chunks with loaded weights for training and add an optimizer."""
     wrapped = build_trainable(chunks, config.parallel)
     dtype = DTYPES[config.model.dtype]
     optimizer = build_optimizer(optimizer_config, wrapped, dtype, config.parallel.distributed_optimizer)
     scheduler = build_scheduler(optimizer_config, optimizer, total_steps)
-    return TrainableModel(wrapped, optimizer, scheduler, config.actor.max_tokens_per_micro_batch)
+    return TrainableModel(wrapped, table, optimizer, scheduler, config.actor.max_tokens_per_micro_batch)

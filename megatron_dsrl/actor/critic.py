@@ -1,50 +1,36 @@
 """The critic of PPO: a value model that learns to predict the return before each token.
 
-One object per rank; all methods are collective over the ranks. It uses the policy's layout and delegates to
-`TrainableModel`. Router losses (`model.router`) are not applied to the critic: their coefficients are chosen for the
-scale of the policy loss, and the critic's expert load affects only its own training.
+One object per rank; all methods are collective over the ranks. It uses the policy's layout. Router losses
+(`model.router`) are not applied to the critic: their coefficients are chosen for the scale of the policy loss, and the
+critic's expert load affects only its own training.
 """
-
-from collections.abc import Iterator
-from pathlib import Path
 
 from torch import Tensor
 
 from megatron_dsrl.actor.forward_backward import MicroBatch
-from megatron_dsrl.actor.offload import ModelMemory
 from megatron_dsrl.actor.packing import PackedRow
 from megatron_dsrl.actor.statistics import ObjectiveMetrics, TokenStatistics, UpdateMetrics, share_with_all_stages
 from megatron_dsrl.actor.trainable_model import TrainableModel, require_finite
 from megatron_dsrl.algorithms.experience import Experience, PerToken, concatenate_tokens
 from megatron_dsrl.algorithms.value_loss import value_loss, value_statistics
-from megatron_dsrl.checkpoint.megatron_writer import CheckpointWrite
 from megatron_dsrl.config.actor import CriticConfig
-from megatron_dsrl.weights.stream import stream_hf_weights
-from megatron_dsrl.weights.table import WeightTable
 
 
 class Critic:
     """A sharded value model with its optimizer."""
 
-    def __init__(self, model: TrainableModel, table: WeightTable, config: CriticConfig) -> None:
+    def __init__(self, model: TrainableModel, config: CriticConfig) -> None:
         """Use `build_critic` to create one.
 
         Args:
-            table: maps parameters to the names of HF checkpoints.
             config: value clipping, mini-batches and epochs.
         """
-        self._model = model
-        self._table = table
+        self.model = model
         self._config = config
-
-    @property
-    def memory(self) -> ModelMemory:
-        """Device memory of the model; see `TrainableModel.memory`."""
-        return self._model.memory
 
     def values(self, experience: Experience) -> PerToken:
         """Value before each scored token of each sequence, the same on every rank."""
-        return self._model.score_tokens(experience.sequences, _values)
+        return self.model.score_tokens(experience.sequences, _values)
 
     def update(self, experience: Experience) -> dict[str, float]:
         """Take the configured optimizer steps towards the returns, on the mean over the tokens of each mini-batch.
@@ -78,21 +64,9 @@ class Critic:
             **value_statistics(experience),
         }
 
-    def hf_weights(self, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
-        """The weights as a Transformers token classifier with one label; see `stream_hf_weights`."""
-        return stream_hf_weights(self._model.chunks, self._table, bucket_bytes, self._model.config.params_dtype)
-
-    def start_save(self, folder: Path, copy: bool) -> CheckpointWrite:
-        """Prepare to write weights, optimizer, schedule and random states; see `saved_state.start_save`."""
-        return self._model.start_save(folder, copy)
-
-    def load(self, folder: Path, same_layout: bool) -> None:
-        """Restore a saved state; see `load_state`."""
-        self._model.load(folder, same_layout)
-
     def _optimizer_step(self, experience: Experience) -> UpdateMetrics:
-        rows = self._model.pack_share(experience.sequences)
-        kept = self._model.accumulate_gradients([self._micro_batch(experience, row) for row in rows])
+        rows = self.model.pack_share(experience.sequences)
+        kept = self.model.accumulate_gradients([self._micro_batch(experience, row) for row in rows])
         metrics = None
         if kept:
             statistics = TokenStatistics.add_up(kept).over_replicas()
@@ -100,14 +74,14 @@ class Critic:
             metrics = {"critic": update}
         metrics = share_with_all_stages(metrics)
         require_finite("value loss", metrics["critic"].loss)
-        grad_norm, learning_rate = self._model.take_step()
+        grad_norm, learning_rate = self.model.take_step()
         return UpdateMetrics(grad_norm, learning_rate, metrics)
 
     def _micro_batch(self, experience: Experience, row: PackedRow) -> MicroBatch[TokenStatistics]:
         """A packed row; its loss is the sum of its token losses divided by the token count of the whole mini-batch."""
         assert experience.values is not None and experience.returns is not None
-        old_values = concatenate_tokens(experience.values, row.indices, self._model.device)
-        returns = concatenate_tokens(experience.returns, row.indices, self._model.device)
+        old_values = concatenate_tokens(experience.values, row.indices, self.model.device)
+        returns = concatenate_tokens(experience.returns, row.indices, self.model.device)
         num_tokens = sum(experience.num_scored)
 
         def score(output: Tensor) -> tuple[Tensor, TokenStatistics]:

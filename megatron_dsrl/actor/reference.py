@@ -31,7 +31,7 @@ class ReferencePolicy:
     def __init__(self, actor: Actor) -> None:
         """Copy the actor's current weights, those that are trained. Not collective."""
         self._actor = actor
-        parameters = [parameter for chunk in actor.chunks for parameter in chunk.parameters()]
+        parameters = [parameter for chunk in actor.model.chunks for parameter in chunk.parameters()]
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self._frozen = [parameter for parameter in parameters if not parameter.requires_grad]
         self._host = [current_platform().host_copy(parameter) for parameter in self._parameters]
@@ -69,12 +69,12 @@ class ReferencePolicy:
     def start_save(self, folder: Path, copy: bool) -> CheckpointWrite:
         """Prepare to write the weights into an existing, empty folder. They are copied in any case."""
         with self._swapped_in():
-            return start_save_weights(folder, self._actor.chunks)
+            return start_save_weights(folder, self._actor.model.chunks)
 
     def load(self, folder: Path) -> None:
         """Load saved weights, written under this or another layout."""
         with self._swapped_in():
-            load_saved_weights(folder, self._actor.chunks)
+            load_saved_weights(folder, self._actor.model.chunks)
         self.is_initial = False
 
     @contextmanager

@@ -3,7 +3,7 @@
 Every method is collective over the ranks.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from megatron_dsrl.algorithms.experience import PerToken
 from megatron_dsrl.algorithms.spaces import ScoredSequence
 from megatron_dsrl.checkpoint.megatron_writer import CheckpointWrite
 from megatron_dsrl.model.build import bare_model
+from megatron_dsrl.weights.stream import stream_hf_weights
+from megatron_dsrl.weights.table import WeightTable
 
 AWAY = "a part of the model is in host memory: onload() comes first"
 
@@ -33,6 +35,7 @@ class TrainableModel(ShardedModel):
     def __init__(
         self,
         chunks: list[DistributedDataParallel],
+        table: WeightTable,
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
         max_tokens_per_micro_batch: int,
@@ -40,10 +43,12 @@ class TrainableModel(ShardedModel):
         """
         Args:
             chunks: this pipeline stage's model chunks, weights loaded.
+            table: maps parameters to the names of HF checkpoints.
             scheduler: learning-rate schedule of the optimizer.
             max_tokens_per_micro_batch: token budget of a packed row.
         """
         super().__init__(chunks, max_tokens_per_micro_batch)
+        self.table = table
         self._optimizer = optimizer
         self._scheduler = scheduler
         self.memory = ModelMemory(self._tensors_of_parts)
@@ -98,6 +103,11 @@ class TrainableModel(ShardedModel):
         """Reset Adam's moments and step counts. The learning-rate schedule continues."""
         assert not self.memory.away, AWAY
         forget_state(self._optimizer)
+
+    def hf_weights(self, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
+        """The current weights, merged with adapters, as full HF tensors in buckets, in the parameters' dtype; see
+        `stream_hf_weights`. Those of a value model are a Transformers token classifier with one label."""
+        return stream_hf_weights(self.chunks, self.table, bucket_bytes, self.config.params_dtype)
 
     def start_save(self, folder: Path, copy: bool) -> CheckpointWrite:
         """Prepare to write weights, optimizer, schedule and random states; see `saved_state.start_save`."""

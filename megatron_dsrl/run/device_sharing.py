@@ -46,7 +46,7 @@ class SharedDevice:
         self._offloaded = offload.parts
         self._bucket_bytes = bucket_bytes
         self._actor = actor
-        self._memory = [actor.memory] + ([critic.memory] if critic else [])
+        self._memory = [actor.model.memory] + ([critic.model.memory] if critic else [])
         self._rollout = rollout
         self._switches = MemorySwitches(span)
 
@@ -66,11 +66,11 @@ class SharedDevice:
             policy, *others = self._memory
             without_weights = [part for part in self._offloaded if part != "parameters"]
             self._offload([(policy, without_weights), *((memory, self._offloaded) for memory in others)])
-        self._onload([(self._actor.memory, ["parameters"])])  # offloaded if an engine died while sampling
+        self._onload([(self._actor.model.memory, ["parameters"])])  # offloaded if an engine died while sampling
         current_platform().release_cached_memory()
         with self._switches.measure("load_weights"):
             self._rollout.resume_weights()
-            self._rollout.load_weights(lambda: self._actor.hf_weights(self._bucket_bytes), version)
+            self._rollout.load_weights(lambda: self._actor.model.hf_weights(self._bucket_bytes), version)
 
     def give_to_engine(self) -> None:
         """Before sampling: offload the trainer as configured, and take the KV cache's memory back."""

@@ -45,12 +45,12 @@ class RunModels:
         schedule, default = Schedule(self.config.phases), self.config.optimizer
         phase, starts = schedule.at(step), schedule.starts_phase(step)
         rate, clip = phase.optimizer.learning_rate, phase.optimizer.gradient_clip_norm
-        self.actor.configure_optimizer(
+        self.actor.model.configure_optimizer(
             learning_rate=default.learning_rate if rate is None else rate,
             gradient_clip_norm=default.gradient_clip_norm if clip is None else clip,
         )
         if starts and phase.optimizer.reset_state:
-            self.actor.reset_optimizer()
+            self.actor.model.reset_optimizer()
         if self.reference and reference_is_due(self.config.reference, step, starts):
             self.reference.refresh()
 
@@ -98,17 +98,17 @@ class RunModels:
         """Checkpoint parts other than the actor. A reference with the initial weights is not saved, but read again."""
         parts: dict[str, StartWrite] = {}
         if self.critic:
-            parts[CRITIC_FOLDER] = self.critic.start_save
+            parts[CRITIC_FOLDER] = self.critic.model.start_save
         if self.reference and not self.reference.is_initial:
             parts[REFERENCE_FOLDER] = self.reference.start_save
         return parts
 
     def load(self, checkpoint: Checkpoint, same_layout: bool) -> None:
         """Restore the models from a checkpoint."""
-        self.actor.load(checkpoint.weights_folder, same_layout)
+        self.actor.model.load(checkpoint.weights_folder, same_layout)
         critic, reference = checkpoint.folder / CRITIC_FOLDER, checkpoint.folder / REFERENCE_FOLDER
         if self.critic and critic.exists():  # otherwise no phase needed it before the run got more steps
-            self.critic.load(critic, same_layout)
+            self.critic.model.load(critic, same_layout)
         if self.reference and reference.exists():
             self.reference.load(reference)
 

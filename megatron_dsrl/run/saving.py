@@ -67,7 +67,7 @@ class Saving:
             carried = self.rollout.carried if self.controller else None
             others[ROLLOUT_FOLDER] = lambda folder, copy: CarryOverWrite(carried, folder)
         with self.timeline.span("save_checkpoint"):
-            self.checkpoints.save(state, self.models.actor.start_save, others)
+            self.checkpoints.save(state, self.models.actor.model.start_save, others)
 
     def export(self, step: int) -> None:
         """Export the policy after this step, unless it was exported before."""

@@ -203,7 +203,7 @@ def start_models(
         announce(console, line)
     with timeline.span("build_models"), waiting("building the model"):
         models = build_models(config, inputs.model_folder)
-    computed_by = ", ".join(f"{part} {name}" for part, name in models.actor.implementations.items())
+    computed_by = ", ".join(f"{part} {name}" for part, name in models.actor.model.implementations.items())
     announce(console, f"trainer: {computed_by}")
     return models
 

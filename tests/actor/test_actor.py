@@ -122,7 +122,7 @@ def one_process(folder: Path, **changes: Any) -> Iterator[Actor]:
 
 
 def weights_of(actor: Actor) -> dict[str, Tensor]:
-    return {name: weight.clone() for bucket in actor.hf_weights(bucket_bytes=10_000) for name, weight in bucket}
+    return {name: weight.clone() for bucket in actor.model.hf_weights(bucket_bytes=10_000) for name, weight in bucket}
 
 
 def reference(model: nn.Module, phase: PhaseConfig, batch: list[Response] | None = None) -> tuple[float, float]:

@@ -153,13 +153,13 @@ def stop_and_continue(models: Path, target: Path) -> dict[str, bool]:
                 batch = with_returns(experience(), critic.values(experience()))
                 for _ in range(updates):
                     critic.update(batch)
-                write = critic.start_save(checkpoint, copy=False)
+                write = critic.model.start_save(checkpoint, copy=False)
                 write.write()
                 write.finish()
                 expected = (critic.update(batch), weights_of(critic))
             with parallel_layout(parallel, seed=2):
                 critic = build_critic(config, folder, steps=4)
-                critic.load(checkpoint, same_layout=True)
+                critic.model.load(checkpoint, same_layout=True)
                 actual = (critic.update(batch), weights_of(critic))
             same_weights = all(np.array_equal(actual[1][key], weight) for key, weight in expected[1].items())
             same[f"{name} after {updates}"] = actual[0] == expected[0] and same_weights

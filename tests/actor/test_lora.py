@@ -98,13 +98,13 @@ def build_with_random_adapters(config: RunConfig, folder: Path) -> Actor:
     actor = build_actor(config, folder)
     assert config.actor.lora
     table = adapter_table(read_architecture(folder), config.actor.lora)
-    fill(actor.chunks, table, random_adapters(folder, config.actor.lora).__getitem__)
+    fill(actor.model.chunks, table, random_adapters(folder, config.actor.lora).__getitem__)
     return actor
 
 
 def adapters_of(actor: Actor, folder: Path, lora: LoraConfig) -> dict[str, Tensor]:
     table = adapter_table(read_architecture(folder), lora)
-    buckets = stream_hf_weights(actor.chunks, table, 10_000, torch.float32)
+    buckets = stream_hf_weights(actor.model.chunks, table, 10_000, torch.float32)
     return {name: matrix.clone() for bucket in buckets for name, matrix in bucket}
 
 
@@ -207,13 +207,13 @@ def run_cases(folder: Path, checkpoints: Path, cases: Mapping[str, Case]) -> dic
             actor = build_with_random_adapters(config, model)
             scores = torch.cat(actor.log_probs(objective_of(GRPO).experience)).numpy()
             updates, weights = [actor.update([objective_of(NSR_PRERL)]).flat()], [weights_of(actor)]
-            save = actor.start_save(target, copy=True)
+            save = actor.model.start_save(target, copy=True)
             more = take_steps(actor)
             save.write()
             save.finish()
         with parallel_layout(config.parallel, seed=2):
             actor = build_actor(config, model)
-            actor.load(target, same_layout=True)
+            actor.model.load(target, same_layout=True)
             resumed = take_steps(actor)
         results[name] = {
             "log_probs": scores,
@@ -240,7 +240,7 @@ def continue_alone(folder: Path, checkpoints: Path, cases: Mapping[str, Case]) -
         config = lora_run(case, folder)
         with parallel_layout(config.parallel, seed=3):
             actor = build_actor(config, folder / case.model)
-            actor.load(checkpoints / name, same_layout=False)
+            actor.model.load(checkpoints / name, same_layout=False)
             results[name] = take_steps(actor)
     destroy_parallel()
     return results

@@ -220,7 +220,9 @@ def check(model, config: PhaseConfig, terms: list[Term]) -> dict[str, float]:
         actor = build_actor(run, folder)
         objectives = [actor.with_old_log_probs(each) for each in build_objectives(config, experiences, LENGTH_LIMIT)]
         update = actor.update(objectives, MINI_BATCHES, EPOCHS)
-        weights = {name: w.numpy().copy() for bucket in actor.hf_weights(bucket_bytes=10_000) for name, w in bucket}
+        weights = {
+            name: w.numpy().copy() for bucket in actor.model.hf_weights(bucket_bytes=10_000) for name, w in bucket
+        }
 
     assert update.loss == pytest.approx(sum(losses) / len(losses), rel=1e-4, abs=1e-6)
     moved = 0.0

@@ -38,9 +38,9 @@ TWO_PROCESSES = {
 
 def go_away_and_come_back(model: Actor | Critic) -> list[int]:
     """In the order of a training step, with a push of the weights in the middle; the bytes of each switch."""
-    memory = model.memory
+    memory = model.model.memory
     moved = [memory.offload(["gradients"]), memory.offload(["optimizer"])]
-    assert sum(1 for bucket in model.hf_weights(bucket_bytes=10**5) for _ in bucket) > 0
+    assert sum(1 for bucket in model.model.hf_weights(bucket_bytes=10**5) for _ in bucket) > 0
     moved.append(memory.offload(MODEL_PARTS))
     assert memory.offload(MODEL_PARTS) == 0 and set(memory.away) == set(MODEL_PARTS)
     moved += [memory.onload(["parameters"]), memory.onload(MODEL_PARTS)]
@@ -58,7 +58,7 @@ def policy_steps(case: Case, folder: Path, offloads: bool) -> dict:
             if offloads:
                 moved = go_away_and_come_back(actor)
             if number == 2:
-                actor.reset_optimizer()  # Adam's moments are other tensors then
+                actor.model.reset_optimizer()  # Adam's moments are other tensors then
             updates.append(actor.update([objective_of(phase)]).flat())
         if offloads:
             go_away_and_come_back(actor)
@@ -95,12 +95,12 @@ def in_one_process(folder: Path) -> tuple[dict[str, list[dict]], list[str]]:
     config, refused = configuration(Case(), folder), []
     with parallel_layout(config.parallel, seed=1):
         actor = build_actor(config, folder / "dense")
-        actor.memory.offload(["optimizer"])
+        actor.model.memory.offload(["optimizer"])
         attempts = {
             "update": lambda: actor.update([objective_of(GRPO)]),
             "log_probs": lambda: actor.log_probs(objective_of(GRPO).experience),
-            "reset": actor.reset_optimizer,
-            "save": lambda: actor.start_save(folder, copy=True),
+            "reset": actor.model.reset_optimizer,
+            "save": lambda: actor.model.start_save(folder, copy=True),
         }
         for name, attempt in attempts.items():
             with pytest.raises(AssertionError, match="in host memory"):

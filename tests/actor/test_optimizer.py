@@ -29,9 +29,9 @@ def steps_of_actors(folder: Path) -> dict[str, tuple[list[dict], dict[str, np.nd
             updates = []
             for step in steps:
                 if step == "configure":
-                    actor.configure_optimizer(RATE, CLIP)
+                    actor.model.configure_optimizer(RATE, CLIP)
                 elif step == "reset":
-                    actor.reset_optimizer()
+                    actor.model.reset_optimizer()
                 else:
                     updates.append(actor.update([objective_of(GRPO)]).flat())
             return updates, weights_of(actor)

@@ -42,7 +42,7 @@ def objective_with_reference(phase: PhaseConfig, reference: ReferencePolicy) -> 
 
 
 def parameters_of(actor: Actor) -> list[torch.Tensor]:
-    return [parameter.detach().clone() for chunk in actor.chunks for parameter in chunk.parameters()]
+    return [parameter.detach().clone() for chunk in actor.model.chunks for parameter in chunk.parameters()]
 
 
 def all_equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
@@ -124,7 +124,7 @@ def refresh_and_resume(folder: Path, target: Path) -> dict[str, dict[str, bool]]
             untouched &= all_equal(moved, parameters_of(actor)) and not all_equal(moved, initial)
             reference.refresh()
             actor.update([objective_with_reference(KL, reference)])
-            models = {"actor": actor, "reference": reference}
+            models = {"actor": actor.model, "reference": reference}
             writes = [model.start_save(checkpoint / part, True) for part, model in models.items()]
             untouched &= reference.is_initial is False
             expected = actor.update([objective_with_reference(KL, reference)]).flat(), parameters_of(actor)
@@ -134,7 +134,7 @@ def refresh_and_resume(folder: Path, target: Path) -> dict[str, dict[str, bool]]
         with parallel_layout(parallel, seed=2):
             actor = build_actor(config, folder)
             reference = ReferencePolicy(actor)
-            actor.load(checkpoint / "actor", same_layout=True)
+            actor.model.load(checkpoint / "actor", same_layout=True)
             reference.load(checkpoint / "reference")
             actual = actor.update([objective_with_reference(KL, reference)]).flat(), parameters_of(actor)
         resumed = actual[0] == expected[0] and all_equal(actual[1], expected[1])

@@ -337,4 +337,4 @@ def test_dtype_of_the_router(folder, router_dtype) -> None:
 
 
 def routers_of(actor: Actor) -> list[Router]:
-    return [module for chunk in actor.chunks for module in chunk.modules() if isinstance(module, Router)]
+    return [module for chunk in actor.model.chunks for module in chunk.modules() if isinstance(module, Router)]

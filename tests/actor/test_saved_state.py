@@ -63,14 +63,14 @@ def without_and_with_a_stop(folder: Path, layouts: dict[str, ParallelConfig]) ->
         with parallel_layout(parallel, seed=1):
             actor = build_actor(run_config(model, parallel, ACTOR), model)
             take_steps(actor, [NSR_PRERL, NSR_PRERL])
-            save = actor.start_save(target, copy=True)
+            save = actor.model.start_save(target, copy=True)
             steps = take_steps(actor, [GRPO, GRPO])
             save.write()
             save.finish()
             results[name] = {"steps": steps, "weights": weights_of(actor)}
         with parallel_layout(parallel, seed=2):
             actor = build_actor(run_config(model, parallel, ACTOR), model)
-            actor.load(target, same_layout=True)
+            actor.model.load(target, same_layout=True)
             steps = take_steps(actor, [GRPO, GRPO])
             results[name] |= {"resumed steps": steps, "resumed weights": weights_of(actor)}
     destroy_parallel()
@@ -84,7 +84,7 @@ def continue_in_another_layout(folder: Path, layouts: dict[str, ParallelConfig])
         model = model_of(name, folder)
         with parallel_layout(parallel, seed=3):
             actor = build_actor(run_config(model, parallel, ACTOR), model)
-            actor.load(folder / name, same_layout=False)
+            actor.model.load(folder / name, same_layout=False)
             results[name] = {"steps": take_steps(actor, [GRPO, GRPO]), "weights": weights_of(actor)}
     destroy_parallel()
     return results

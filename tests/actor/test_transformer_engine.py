@@ -152,7 +152,7 @@ def load_train_and_save(converted: Path) -> dict[str, list[dict[str, np.ndarray]
             actor = build_actor(run_config(model, parallel, test_saved_state.ACTOR), model)
             weights = [weights_of(actor)]
             test_saved_state.take_steps(actor, [GRPO])
-            save = actor.start_save(saved, copy=False)
+            save = actor.model.start_save(saved, copy=False)
             save.write()
             save.finish()
             results[name] = [*weights, weights_of(actor)]

@@ -376,17 +376,17 @@ def save_an_actor_onto_a_full_disk(model: Path, root: Path, full_on: list[int], 
     initialize_parallel(parallel, 1)
     actor = build_actor(run_config(model, parallel, ACTOR), model)
     store = Store(root, asynchronous=asynchronous)
-    store.save(state(1), actor.start_save)
+    store.save(state(1), actor.model.start_save)
     store.finish()
     assert multiprocessing.active_children() == []  # nothing that could outlive a killed trainer
     room = 20_000 if dist.get_rank() in full_on else 10**9
     failures = []
     with files_of_at_most(room), pytest.raises(UserError) as failure:
-        store.save(state(2), actor.start_save)
+        store.save(state(2), actor.model.start_save)
         store.finish()
     failures.append([str(failure.value), store.newest().state.step])
     if asynchronous:
-        store.save(state(2), actor.start_save)
+        store.save(state(2), actor.model.start_save)
         for thread in threading.enumerate():
             if thread.name == "checkpoint":
                 thread.join()

@@ -95,7 +95,7 @@ def data_parallel_run(folder: Path, distributed_optimizer: bool, *overrides: str
 def allocated(config: RunConfig, folder: Path) -> list[tuple[int, int, int]]:
     """Bytes of parameters, gradient buffers and optimizer state, of policy and critic."""
     with parallel_layout(config.parallel, seed=1):
-        models = [build_actor(config, folder)._model, build_critic(config, folder, steps=1)._model]
+        models = [build_actor(config, folder).model, build_critic(config, folder, steps=1).model]
         return [(size_of_parameters(model), size_of_gradients(model), size_of_optimizer(model)) for model in models]
 
 
@@ -160,7 +160,7 @@ def test_with_lora_gradients_and_optimizer_are_those_of_the_adapters(folders) ->
     config = data_parallel_run(folders["untied"], False, *overrides)
     memory = policy_memory(config, read_architecture(folders["untied"]), world_size=1, stage=0)
     with parallel_layout(config.parallel, seed=1):
-        model = build_actor(config, folders["untied"])._model
+        model = build_actor(config, folders["untied"]).model
     destroy_parallel()
     assert size_of_parameters(model) == memory.weights > 5 * memory.trained
     assert (size_of_gradients(model), size_of_optimizer(model)) == (memory.gradients, memory.optimizer)

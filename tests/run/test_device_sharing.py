@@ -68,8 +68,8 @@ class Recorded:
         self.device = SharedDevice(
             OffloadConfig(**dict.fromkeys(offloaded, True)),
             2**20,
-            SimpleNamespace(memory=policy),
-            SimpleNamespace(memory=critic) if with_critic else None,
+            SimpleNamespace(model=SimpleNamespace(memory=policy)),
+            SimpleNamespace(model=SimpleNamespace(memory=critic)) if with_critic else None,
             RecordedRollout(policy, self._calls),
         )
 

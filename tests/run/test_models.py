@@ -126,7 +126,7 @@ def continue_into_ppo(folder: Path) -> list[bool]:
         for steps in (run.steps, STEPS):
             models = build_models(run.model_copy(update={"steps": steps}), model)
             if steps == run.steps:
-                write = models.actor.start_save(saved.weights_folder, copy=False)
+                write = models.actor.model.start_save(saved.weights_folder, copy=False)
                 write.write()
                 write.finish()
                 assert models.other_parts() == {}

@@ -10,14 +10,14 @@ from megatron_dsrl.actor.critic import Critic
 
 def weights_of(model: Actor | Critic) -> dict[str, NDArray[np.float32]]:
     """All weights in float32 by their HF names, in buckets that hold a few tensors only."""
-    buckets = model.hf_weights(bucket_bytes=10_000)
+    buckets = model.model.hf_weights(bucket_bytes=10_000)
     return {name: weight.float().cpu().numpy().copy() for bucket in buckets for name, weight in bucket}
 
 
 def main_gradients_of(actor: Actor) -> dict[str, NDArray[np.float32]]:
     """What the last update left in `main_grad`, by HF names; in a bfloat16 model rounded to that. They are read through
     the weights, which are put back."""
-    parameters = [parameter for chunk in actor.chunks for parameter in chunk.parameters()]
+    parameters = [parameter for chunk in actor.model.chunks for parameter in chunk.parameters()]
     assert all(parameter.main_grad.dtype == torch.float32 for parameter in parameters)
     weights = [parameter.detach().clone() for parameter in parameters]
     with torch.no_grad():

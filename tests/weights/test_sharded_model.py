@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -167,6 +168,7 @@ def backward(chunks: list[nn.Module]) -> None:
         row, params = next(batches)
         return model(row, None, None, labels=row, packed_seq_params=params), sum_of_losses
 
+    chunks[0].config.finalize_model_grads_func = finalize_model_grads
     chunks[0].zero_grad_buffer()
     run_schedule(forward_step, chunks, forward_only=False)
 

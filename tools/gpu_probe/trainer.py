@@ -77,7 +77,7 @@ def main() -> int:
         experience = build_experience(_random_responses(architecture, options), GRPO.space)
         with parallel_layout(config.parallel, seed=1):
             actor = build_actor(config, folder)
-            report_figures({f"trainer, {name}": used for name, used in actor.implementations.items()})
+            report_figures({f"trainer, {name}": used for name, used in actor.model.implementations.items()})
             if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
                 report_figures({"trainer, torch.compile": "off: no C compiler, or no Python headers"})
             work = Work(actor, config, architecture, experience, options.response_tokens, options.repetitions)
@@ -165,10 +165,10 @@ def measure_offloading(work: Work) -> Figures:
     figures: Figures = {}
     for turn in ("first", "next"):
         moved: list[int] = []
-        seconds = seconds_of(lambda: moved.append(work.actor.memory.offload(MODEL_PARTS)))
+        seconds = seconds_of(lambda: moved.append(work.actor.model.memory.offload(MODEL_PARTS)))
         copied = moved[0] - _gradient_bytes(work.actor)
         figures[f"offload, {turn}, GB/s"] = f"{copied / seconds / 1e9:.3g} ({copied / 1e9:.3g} GB)"
-        seconds = seconds_of(lambda: work.actor.memory.onload(MODEL_PARTS))
+        seconds = seconds_of(lambda: work.actor.model.memory.onload(MODEL_PARTS))
         figures[f"onload, {turn}, GB/s"] = f"{copied / seconds / 1e9:.3g}"
     if _digests(work.actor) != before:
         raise RuntimeError("the weights have changed on the way to the host and back")
@@ -177,12 +177,14 @@ def measure_offloading(work: Work) -> Figures:
 
 def _gradient_bytes(actor: Actor) -> int:
     """Gradients are dropped, not copied; they are float32."""
-    return sum(4 * parameter.numel() for chunk in actor.chunks for parameter in chunk.parameters())
+    return sum(4 * parameter.numel() for chunk in actor.model.chunks for parameter in chunk.parameters())
 
 
 def _digests(actor: Actor) -> list[str]:
     # Of copies: on CPU a digest makes the memory that it reads impossible to free.
-    return [weight_digest(parameter.detach().clone()) for chunk in actor.chunks for parameter in chunk.parameters()]
+    return [
+        weight_digest(parameter.detach().clone()) for chunk in actor.model.chunks for parameter in chunk.parameters()
+    ]
 
 
 def _random_responses(architecture: Architecture, options: argparse.Namespace) -> list[Response]:

@@ -81,14 +81,14 @@ def measure_weight_stream(actor: Actor, bucket_bytes: int, rounds: int = 3) -> F
     with receiver() as other:
 
         def stream() -> None:
-            for bucket in actor.hf_weights(bucket_bytes):
+            for bucket in actor.model.hf_weights(bucket_bytes):
                 flattened = flatten(bucket, memory)
                 other.ask({"bucket": serialise(flattened)})
                 del flattened  # not before it was copied
 
         seconds = [seconds_of(stream) for _ in range(rounds)]
         arrived = other.ask({"digests": True})["digests"]
-    sent = {name: tensor for bucket in actor.hf_weights(bucket_bytes) for name, tensor in bucket}
+    sent = {name: tensor for bucket in actor.model.hf_weights(bucket_bytes) for name, tensor in bucket}
     wrong = [name for name, tensor in sent.items() if arrived.get(name) != weight_digest(tensor)]
     if wrong or len(arrived) != len(sent):
         raise RuntimeError(f"{len(wrong)} of {len(sent)} tensors arrived wrong, such as {wrong[:3]}")
