@@ -20,6 +20,14 @@ from typing import TextIO
 
 from megatron_dsrl.observability.records import repair_records
 
+TRACE_FOLDER = "trace"
+"""Within a run folder."""
+
+logger = logging.getLogger(__name__)
+
+Span = Callable[[str], AbstractContextManager[None]]
+"""Opens a context that records its block under this name."""
+
 
 @dataclass(frozen=True)
 class EngineCall:
@@ -38,15 +46,6 @@ class EngineCall:
     started: float
     """On the monotonic clock, in seconds."""
     ended: float
-
-
-TRACE_FOLDER = "trace"
-"""Within a run folder."""
-
-logger = logging.getLogger(__name__)
-
-Span = Callable[[str], AbstractContextManager[None]]
-"""Opens a context that records its block under this name."""
 
 
 def no_span(name: str) -> AbstractContextManager[None]:
