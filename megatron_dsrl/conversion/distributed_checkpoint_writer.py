@@ -14,15 +14,8 @@ from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import FileSystemWriter, metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_dsrl.common.disk import writing
@@ -126,18 +119,18 @@ def write_metadata(folder: Path, table: WeightTable, dtype: torch.dtype, written
         UserError: the disk is full or fails.
     """
     tensors = {
-        rule.checkpoint_name: TensorStorageMetadata(
-            TensorProperties(dtype=dtype), torch.Size(checkpoint_shape(rule, table)), chunks=[]
+        rule.checkpoint_name: metadata.TensorStorageMetadata(
+            metadata.TensorProperties(dtype=dtype), torch.Size(checkpoint_shape(rule, table)), chunks=[]
         )
         for rule in table.rules
     }
     results = []
     for chunk in written:
         offsets, chunks = torch.Size(chunk.offsets), tensors[chunk.name].chunks
-        index = MetadataIndex(chunk.name, offsets, len(chunks))
-        chunks.append(ChunkStorageMetadata(offsets, torch.Size(chunk.sizes)))
+        index = metadata.MetadataIndex(chunk.name, offsets, len(chunks))
+        chunks.append(metadata.ChunkStorageMetadata(offsets, torch.Size(chunk.sizes)))
         results.append(WriteResult(index, chunk.length, _StorageInfo(chunk.file, chunk.position, chunk.length)))
     with writing(folder / ".metadata"):
         torch.save({"checkpoint_version": 3.0, "iteration": 0}, folder / "common.pt")
         (folder / FORMAT_FILE).write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
-        FileSystemWriter(folder).finish(Metadata({**tensors}, planner_data={}), [results])
+        FileSystemWriter(folder).finish(metadata.Metadata({**tensors}, planner_data={}), [results])

@@ -11,19 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.data import PromptSetConfig
+from megatron_dsrl.data import prompts
 from megatron_dsrl.data.fields import BadRowError, Row, chat_messages, field_reader, with_choices
 from megatron_dsrl.data.prompt import Prompt
-from megatron_dsrl.data.prompts import (
-    Problem,
-    RowReader,
-    rendered_and_tokenised,
-    require_characters,
-    require_chat_characters,
-    usable_rows,
-    value_reader,
-    warn_once,
-    within_limit,
-)
 from megatron_dsrl.data.rows import read_rows
 from megatron_dsrl.data.tokenizer import decode, turn_end
 
@@ -49,7 +39,7 @@ class Pair:
     """A usable row."""
 
     index: int
-    problem: Problem
+    problem: prompts.Problem
     response: str
 
 
@@ -67,15 +57,15 @@ def load_demonstrations(
     Raises:
         UserError: as `load_prompts`; a row has no response; a response is too long (`on_long_response`).
     """
-    pairs = usable_rows(read_rows(config, section), PairReader(config, section), config, section)
-    texts, token_ids = rendered_and_tokenised([pair.problem for pair in pairs], config, tokenizer, section)
+    pairs = prompts.usable_rows(read_rows(config, section), PairReader(config, section), config, section)
+    texts, token_ids = prompts.rendered_and_tokenised([pair.problem for pair in pairs], config, tokenizer, section)
     end = turn_end(tokenizer)
     responses = tokenizer([pair.response + end for pair in pairs], add_special_tokens=False)["input_ids"]
     demonstrations = [
         Demonstration(pair.index, text, ids, pair.response, response_ids=tuple(response))
         for pair, text, ids, response in zip(pairs, texts, token_ids, responses, strict=True)
     ]
-    short_prompts = within_limit(demonstrations, config, tokenizer, section)
+    short_prompts = prompts.within_limit(demonstrations, config, tokenizer, section)
     return within_response_limit(short_prompts, max_response_tokens, config, tokenizer, section)
 
 
@@ -104,9 +94,9 @@ def within_response_limit(
     ):
         raise UserError(f"{what}. Raise the limit, or set {section}.on_long_response to drop or truncate")
     if config.on_long_response == "drop":
-        warn_once(f"{what} and are dropped")
+        prompts.warn_once(f"{what} and are dropped")
         return [one for one in demonstrations if len(one.response_ids) <= limit]
-    warn_once(f"{what} and are cut off")
+    prompts.warn_once(f"{what} and are cut off")
     return [_cut_off(one, limit, tokenizer) for one in demonstrations]
 
 
@@ -120,8 +110,8 @@ class PairReader:
         """
         self._config = config
         self._section = section
-        self._read_problem = RowReader(config, section).problem
-        self._response_of = value_reader(config.response_template, config.response_field, "response", section)
+        self._read_problem = prompts.RowReader(config, section).problem
+        self._response_of = prompts.value_reader(config.response_template, config.response_field, "response", section)
 
     def __call__(self, index: int, row: Row) -> Pair:
         """Read one row.
@@ -135,7 +125,7 @@ class PairReader:
         if config.messages_field is not None:
             setting = f"{self._section}.messages_field"
             turns = chat_messages(field_reader(config.messages_field, setting)(row), setting, last_role="assistant")
-            *problem, response = require_chat_characters(turns)
+            *problem, response = prompts.require_chat_characters(turns)
             if not problem:
                 raise BadRowError(f"{setting}: the assistant's turn must follow another one")
             return Pair(index, problem, self._response(response["content"], "the last turn"))
@@ -145,7 +135,7 @@ class PairReader:
     def _response(self, response: object, origin: str) -> str:
         if not isinstance(response, str) or not response.strip():
             raise BadRowError(f"it has no response: {origin} holds {response!r:.80}, expected a non-empty string")
-        require_characters(response, "its response")
+        prompts.require_characters(response, "its response")
         return response
 
 

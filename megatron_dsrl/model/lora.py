@@ -16,15 +16,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.tensor_parallel import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
-    set_tensor_model_parallel_attributes,
-)
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
@@ -68,7 +61,7 @@ class Adapter(MegatronModule):
             for name, whole in shape.items():
                 sizes = [size // ranks if dim == split_dim else size for dim, size in enumerate(whole)]
                 matrix = nn.Parameter(torch.empty(sizes, dtype=config.params_dtype, device=device))
-                set_tensor_model_parallel_attributes(matrix, split_dim is not None, split_dim or 0, 1)
+                tensor_parallel.set_tensor_model_parallel_attributes(matrix, split_dim is not None, split_dim or 0, 1)
                 sums_over_sequence = config.sequence_parallel and split_dim is None
                 matrix.sequence_parallel = sums_over_sequence  # type: ignore[attr-defined]  # Megatron's convention
                 parameters[name] = matrix
@@ -107,11 +100,11 @@ class Adapter(MegatronModule):
         all of the sequence beside a column-parallel one."""
         if self._is_row_parallel:
             if self.config.sequence_parallel:
-                return reduce_scatter_to_sequence_parallel_region(hidden)
-            return reduce_from_tensor_model_parallel_region(hidden)
+                return tensor_parallel.reduce_scatter_to_sequence_parallel_region(hidden)
+            return tensor_parallel.reduce_from_tensor_model_parallel_region(hidden)
         if self.config.sequence_parallel:
-            return gather_from_sequence_parallel_region(hidden)
-        return copy_to_tensor_model_parallel_region(hidden)
+            return tensor_parallel.gather_from_sequence_parallel_region(hidden)
+        return tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
 
     def _fused(self, parts: Mapping[str, Tensor]) -> Tensor:
         """Join the projections' outputs [..., out] in Megatron's order; zeros for projections without an adapter."""

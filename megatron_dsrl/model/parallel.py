@@ -94,8 +94,7 @@ SAMPLING_LIMIT = timedelta(days=14)
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Select each process's device and, with several processes, join a gloo group until the end of the
-    block."""
+    """Select each process's device and, with several processes, join a gloo group until the end of the block."""
     several = launched_world_size() > 1 and not dist.is_initialized()
     if several:
         dist.init_process_group("gloo", timeout=SAMPLING_LIMIT)
