@@ -184,8 +184,13 @@ class ExternalEngines:
 
     async def _wait_for_lost(self) -> str | None:
         lost = [link for link in self._links if link.url in self._lost]
+        limit = self._config.engine.startup_timeout_seconds
+        for link in lost:
+            logger.warning("waiting for %s, at most %g s: %s", link.url, limit, self._lost[link.url])
         error = await self._wait_for(lost, set_version=False)
         if error is None:
+            for link in lost:
+                logger.warning("%s answers again", link.url)
             self._lost.clear()
             if self._config.engine.check_weights != "never":
                 self._unchecked.update(link.url for link in lost)
