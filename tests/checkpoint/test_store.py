@@ -426,6 +426,21 @@ def test_the_other_kind_of_optimizer_is_refused() -> None:
         check_same_optimizer(LAYOUT, ParallelConfig(expert_parallel_size=2), "there")
 
 
+@pytest.mark.parametrize(
+    ("section", "changes"),
+    [
+        ("actor", {"kept_logits_megabytes": 0, "cpu_threads": 2}),
+        ("reward", {"memory_megabytes": 512, "max_consecutive_errors": None}),
+        ("rollout", {"request_timeout_seconds": 60.0, "request_attempts": 9}),
+    ],
+)
+def test_limits_and_memory_may_change_when_a_run_is_continued(section, changes, tmp_path) -> None:
+    config = tiny_run_config(tmp_path)
+    changed = config.model_copy(update={section: getattr(config, section).model_copy(update=changes)})
+    assert changed != config
+    check_same_run(config.model_dump(mode="json"), changed, "there")
+
+
 def test_another_configuration_is_refused_but_not_another_layout(tmp_path) -> None:
     config = tiny_run_config(tmp_path)
     before = json.loads(json.dumps(config.model_dump(mode="json")))
