@@ -202,7 +202,7 @@ def environment(document, checkout) -> str:
     packages = next((checkout / on_top).glob("lib/python*/site-packages"))
     base = next((checkout / ".venv").glob("lib/python*/site-packages"))
     (packages / "base.pth").write_text(f"{base}\n")
-    run(checkout, f"{on_top}/bin/pip install --no-deps --editable .")
+    run(checkout, f"{on_top}/bin/pip install --no-deps --ignore-requires-python --editable .")
     return on_top
 
 
