@@ -56,7 +56,7 @@ STANDS_FOR = {
     r"GRPO=RUN DSRL=RUN": "GRPO=runs/a DSRL=runs/c",
     r"\bRUN\b|<run folder>": "runs/tiny_dsrl",
     r"URL --judge NAME": "{judge} --judge default --responses 2",
-    r"\breward.options.url=URL": "reward.options.url={judge} reward.options.max_tokens=8 steps=1 rollout.prompts_per_step=2",
+    r"\boptions.url=URL": "options.url={judge} reward.options.max_tokens=8 steps=1 rollout.prompts_per_step=2",
     r"--gpus 8": "--gpus 2",
 }
 """Replacements for placeholders and for numbers of GPUs."""

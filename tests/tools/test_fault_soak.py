@@ -112,6 +112,11 @@ class RunWithoutTraining(Training):
         super().__init__(folder / "config.yaml", folder, (), 1)
         self._command = [sys.executable, "-c", STEPS_OF_A_RUN, str(folder / METRICS_FILE)]
 
+    def wait_for_end(self, seconds: float) -> int:
+        """Only of the command: the tests' process has other children, which stay."""
+        self.wait_until(lambda: self.status() is not None, seconds, "the command to end")
+        return self.status()
+
 
 class KillAfterAStep(Fault):
     """The run records a step after the fault has begun and before it takes effect."""
