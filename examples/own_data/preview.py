@@ -3,13 +3,17 @@
 python -m examples.own_data.preview examples/own_data/run.yaml [key.path=value ...]
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from megatron_dsrl.commands.arguments import files_and_overrides
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.load import load_config
 from megatron_dsrl.config.run import RunConfig
-from megatron_dsrl.rewards.registry import check_options, reward_function
+from megatron_dsrl.rewards.registry import check_options, reward_function, takes_prompt
+from megatron_dsrl.rewards.score import score_of
 from megatron_dsrl.run.inputs import load_inputs
 
 RESPONSES = (r"\boxed{15}", r"so it is \boxed{14}", "15", r"\boxed{}")
@@ -24,18 +28,29 @@ def preview(config: RunConfig, count: int = 2) -> list[str]:
     """
     prompts = load_inputs(config).prompts
     check_options(config.reward.function, config.reward.options)
-    reward = reward_function(config.reward.function)
     lines = [f"{len(prompts)} prompts, the longest has {max(len(prompt.token_ids) for prompt in prompts)} tokens"]
     for prompt in prompts[:count]:
         lines += [f"--- prompt {prompt.index}: {len(prompt.token_ids)} tokens, answer {prompt.answer!r}", prompt.text]
+    reward, first = reward_function(config.reward.function), prompts[0]
+    options = ({"prompt": first.text} if takes_prompt(reward) else {}) | config.reward.options
     for response in RESPONSES:
-        lines.append(f"reward of {response}: {reward(response, prompts[0].answer, **config.reward.options):g}")
+        score = score_of(partial(reward, response, first.answer, **options))
+        lines.append(f"reward of {response}: {score.problem or format(score.reward, 'g')}")
     return lines
 
 
-def main(arguments: Sequence[str]) -> None:
-    print(*preview(load_config(*files_and_overrides(arguments))), sep="\n")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", metavar="CONFIG.yaml [key.path=value]", nargs="+", help="as for dsrl train")
+    words = parser.parse_args(arguments).words
+    try:
+        print(*preview(load_config(*files_and_overrides(words))), sep="\n")
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main())

@@ -58,9 +58,10 @@ def load_demonstrations(
         UserError: as `load_prompts`; a row has no response; a response is too long (`on_long_response`).
     """
     pairs = prompts.usable_rows(read_rows(config, section), PairReader(config, section), config, section)
-    texts, token_ids = prompts.rendered_and_tokenised([pair.problem for pair in pairs], config, tokenizer, section)
+    texts, token_ids = prompts.rendered_and_tokenised(pairs, config, tokenizer, section)
     end = turn_end(tokenizer)
-    responses = tokenizer([pair.response + end for pair in pairs], add_special_tokens=False)["input_ids"]
+    texts_to_learn = [pair.response + end for pair in pairs]
+    responses = tokenizer(texts_to_learn, add_special_tokens=False, verbose=False)["input_ids"]
     demonstrations = [
         Demonstration(pair.index, text, ids, pair.response, response_ids=tuple(response))
         for pair, text, ids, response in zip(pairs, texts, token_ids, responses, strict=True)

@@ -69,7 +69,7 @@ def template_reader(template: str, setting: str) -> FieldReader:
     def read(row: Row) -> str:
         try:
             return compiled.render(row)
-        except (TemplateError, TypeError) as error:
+        except Exception as error:  # its expressions may do anything with the row's values
             raise BadRowError(f"{setting} does not fit: {error}") from error
 
     return read
@@ -101,19 +101,30 @@ def chat_messages(value: Any, setting: str, last_role: str = "user") -> list[dic
     Raises:
         BadRowError: it is not a list of turns with role and content, or the last one has another role.
     """
-    value = _parsed(value)
+    value = parsed(value)
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise BadRowError(f"{setting}: expected a non-empty list of chat turns, got {value!r:.80}")
     turns = []
     for number, turn in enumerate(value):
-        if not isinstance(turn, Mapping) or turn.get("role") not in ROLES or not isinstance(turn.get("content"), str):
+        content = _text_of(turn.get("content")) if isinstance(turn, Mapping) else None
+        if content is None or turn.get("role") not in ROLES:
             raise BadRowError(
                 f"{setting}: turn {number} needs a role ({', '.join(ROLES)}) and a string as content, got {turn!r:.80}"
             )
-        turns.append({"role": turn["role"], "content": turn["content"]})
+        turns.append({"role": turn["role"], "content": content})
     if turns[-1]["role"] != last_role:
         raise BadRowError(f"{setting}: the last turn must be the {last_role}'s, not the {turns[-1]['role']}'s")
     return turns
+
+
+def _text_of(content: Any) -> str | None:
+    """The text of a turn, which OpenAI's format may split into parts; None if it is something else."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, Sequence) or not content:
+        return None
+    texts = [part["text"] for part in content if isinstance(part, Mapping) and isinstance(part.get("text"), str)]
+    return "".join(texts) if len(texts) == len(content) else None
 
 
 def clean_answer(value: Any) -> str | None:
@@ -139,7 +150,7 @@ _MISSING = object()
 
 def _step(value: Any, part: str) -> Any:
     """The value at one part of a dotted path."""
-    value = _parsed(value)
+    value = parsed(value)
     if isinstance(value, Mapping):
         return value.get(part, _MISSING)
     if isinstance(value, Sequence) and not isinstance(value, str) and part.lstrip("-").isdecimal():
@@ -147,8 +158,8 @@ def _step(value: Any, part: str) -> Any:
     return _MISSING
 
 
-def _parsed(value: Any) -> Any:
-    """Parse objects and lists that a data set stores as JSON strings."""
+def parsed(value: Any) -> Any:
+    """Parse objects and lists that a data set stores as JSON strings; anything else is returned as it is."""
     if not isinstance(value, str) or not value.lstrip().startswith(("{", "[")):
         return value
     try:

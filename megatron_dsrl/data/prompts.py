@@ -9,8 +9,9 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from megatron_dsrl.common.errors import UserError
@@ -23,6 +24,7 @@ from megatron_dsrl.data.fields import (
     chat_messages,
     clean_answer,
     field_reader,
+    parsed,
     template_reader,
     with_choices,
 )
@@ -41,6 +43,16 @@ Usable = TypeVar("Usable")
 AnyPrompt = TypeVar("AnyPrompt", bound=Prompt)
 
 BAD_ROWS_SHOWN = 5
+
+
+class UsableRow(Protocol):
+    """What was read from a row."""
+
+    @property
+    def index(self) -> int: ...
+
+    @property
+    def problem(self) -> Problem: ...
 
 
 @dataclass(frozen=True)
@@ -67,7 +79,7 @@ def load_prompts(config: PromptSetConfig, tokenizer: PreTrainedTokenizerBase, se
             tokenizer without a chat template.
     """
     tasks = usable_rows(read_rows(config, section), RowReader(config, section), config, section)
-    texts, token_ids = rendered_and_tokenised([task.problem for task in tasks], config, tokenizer, section)
+    texts, token_ids = rendered_and_tokenised(tasks, config, tokenizer, section)
     prompts = [
         Prompt(task.index, text, ids, task.answers[0], task.answers[1:])
         for task, text, ids in zip(tasks, texts, token_ids, strict=True)
@@ -76,17 +88,26 @@ def load_prompts(config: PromptSetConfig, tokenizer: PreTrainedTokenizerBase, se
 
 
 def rendered_and_tokenised(
-    problems: Sequence[Problem], config: PromptSetConfig, tokenizer: PreTrainedTokenizerBase, section: str
+    rows: Sequence[UsableRow], config: PromptSetConfig, tokenizer: PreTrainedTokenizerBase, section: str
 ) -> tuple[list[str], list[tuple[int, ...]]]:
-    """Chat prompts of problems as texts and as token ids.
+    """Chat prompts of usable rows as texts and as token ids.
 
     Raises:
-        UserError: the tokenizer has no chat template.
+        UserError: the tokenizer has no chat template, or its template does not take a row's chat.
     """
     if not tokenizer.chat_template:
         raise UserError(f"{section}: the tokenizer has no chat template, so problems cannot be rendered as prompts.")
-    texts = [render(problem, config, tokenizer) for problem in problems]
-    return texts, [tuple(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    texts = []
+    for row in rows:
+        try:
+            texts.append(render(row.problem, config, tokenizer))
+        except (TemplateError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{section}: the model's chat template fails for row {row.index}: {error}. Correct the template or the "
+                f"row; a template that takes no system turn needs {section}.system_prompt=null"
+            ) from error
+    # verbose: it would warn of long prompts, which `within_limit` deals with
+    return texts, [tuple(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
 
 
 def render(problem: Problem, config: PromptSetConfig, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -121,9 +142,12 @@ def usable_rows(
     if problems and (config.on_bad_row == "error" or not usable):
         more = [f"and {len(problems) - BAD_ROWS_SHOWN} more"] if len(problems) > BAD_ROWS_SHOWN else []
         shown = "\n  ".join([*problems[:BAD_ROWS_SHOWN], *more])
+        advice = (
+            f"or set {section}.on_bad_row=drop to drop them" if usable else f"or the fields of {section} that read them"
+        )
         raise UserError(
-            f"{section}: {len(problems)} of {len(rows)} rows of {config.source} cannot be used. Correct them, or set "
-            f"{section}.on_bad_row=drop to drop them.\n  {shown}"
+            f"{section}: {len(problems)} of {len(rows)} rows of {config.source} cannot be used. Correct them, {advice}."
+            f"\n  {shown}"
         )
     if problems:
         warn_once(f"{section}: dropped {len(problems)} of {len(rows)} rows, which cannot be used; {problems[0]}")
@@ -199,8 +223,11 @@ class RowReader:
 
     def _answers(self, row: Row) -> tuple[str, ...]:
         value = self._answer_of(row)
-        several = self._config.answer_list == "any" and isinstance(value, Sequence) and not isinstance(value, str)
-        return tuple(map(self._answer, value)) if several and len(value) else (self._answer(value),)
+        if self._config.answer_list == "any":
+            listed = parsed(value)
+            if isinstance(listed, list) and (accepted := [item for item in listed if item is not None]):
+                return tuple(map(self._answer, accepted))
+        return (self._answer(value),)
 
     def _answer(self, value: Any) -> str:
         config = self._config

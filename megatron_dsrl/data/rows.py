@@ -1,9 +1,12 @@
 """Rows of a prompt set, from a local file or the hub."""
 
 import csv
+import glob
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,6 +18,8 @@ from megatron_dsrl.config.data import PromptSetConfig
 Row = dict[str, Any]
 
 LOCAL_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+LONGEST_FIELD = 2**31 - 1
+"""Characters of a CSV field. Python's own limit, 131,072, is shorter than some reasoning traces."""
 SAVED_FILES = ("dataset_dict.json", "state.json")
 """Files by which to recognise the result of `datasets`' save_to_disk, of several splits and of one."""
 
@@ -28,14 +33,16 @@ def read_rows(config: PromptSetConfig, section: str) -> list[Row]:
     rows: Iterator[Row]
     files, folder = local_files(config.source), _path(config.source)
     if files is not None:
-        if not files or not files[0].is_file():
-            raise UserError(f"{section}.source: no such file: {config.source}; create it, or correct the path")
+        _require_files(files, config.source, section)
         rows = (row for file in files for row in _read_local(file, config.rows_field, section))
     elif folder.is_file():
         raise UserError(f"{section}.source: {config.source} has an unknown suffix; use {', '.join(LOCAL_SUFFIXES)}")
     elif any((folder / name).is_file() for name in SAVED_FILES):
         rows = _read_saved(folder, config.split, section)
+    elif folder.is_dir():
+        rows = _read_folder(config, folder, section)
     else:
+        _require_hub_name(config.source, section)
         rows = _read_hub(config, section)
     taken = list(islice(rows, config.limit))
     if not taken:
@@ -43,12 +50,53 @@ def read_rows(config: PromptSetConfig, section: str) -> list[Row]:
     return taken
 
 
+def count_rows(config: PromptSetConfig, section: str, advice: str | None = None) -> int | None:
+    """Number of rows of a set, at most `config.limit`; None for what must be loaded to be counted, such as a hub name.
+
+    JSON lines are not parsed, and Parquet is not read.
+
+    Args:
+        advice: what to do about a missing file, for the message; None: the usual.
+
+    Raises:
+        UserError: a local file is missing, unreadable or empty.
+    """
+    files = local_files(config.source)
+    if files is None:
+        if not _path(config.source).exists():
+            _require_hub_name(config.source, section)
+        return None
+    _require_files(files, config.source, section, advice)
+    rows = sum(_count_local(file, config.rows_field, section) for file in files)
+    if rows == 0:
+        raise UserError(f"{section}.source: {config.source} holds no rows")
+    return rows if config.limit is None else min(rows, config.limit)
+
+
 def local_files(source: str) -> list[Path] | None:
     """The files that a source names, existing or not; None for a data set in a folder or on the hub."""
     path = _path(source)
-    if _kind(path) not in LOCAL_SUFFIXES:
-        return None
-    return sorted(path.parent.glob(path.name)) if "*" in path.name else [path]
+    if "*" in source:
+        found = sorted(Path(file) for file in glob.glob(str(path), recursive=True))
+        known = [file for file in found if _kind(file) in LOCAL_SUFFIXES]
+        return known if known or _kind(path) in LOCAL_SUFFIXES else None
+    return [path] if _kind(path) in LOCAL_SUFFIXES else None
+
+
+def _require_files(files: list[Path], source: str, section: str, advice: str | None = None) -> None:
+    if files and files[0].is_dir():
+        raise UserError(f"{section}.source: {source} is a folder; name its files: {source}/*{_kind(files[0])}")
+    if not files or not files[0].is_file():
+        raise UserError(f"{section}.source: no such file: {source}; {advice or 'create it, or correct the path'}")
+
+
+def _require_hub_name(source: str, section: str) -> None:
+    """
+    Raises:
+        UserError: a source that is neither a file nor a folder is no name of the hub either.
+    """
+    if source.count("/") > 1 or source.startswith(("/", ".", "~")) or "*" in source or not source:
+        raise UserError(f"{section}.source: no such file or folder: {source}; create it, or correct the path")
 
 
 def _path(source: str) -> Path:
@@ -76,12 +124,35 @@ def _read_local(path: Path, rows_field: str | None, section: str) -> Iterator[Ro
         ".tsv": lambda file: _csv(file, delimiter="\t"),
         ".parquet": _parquet,
     }
-    try:
+    with _reading(path, section):
         for index, row in enumerate(readers[_kind(path)](path)):
             if not isinstance(row, dict):
                 raise ValueError(f"row {index} is a {type(row).__name__}, expected an object of fields")
             yield row
-    except (OSError, EOFError, ValueError, csv.Error) as error:  # JSON, Unicode and Arrow errors are ValueErrors
+
+
+def _count_local(path: Path, rows_field: str | None, section: str) -> int:
+    if _kind(path) not in (".jsonl", ".ndjson", ".parquet"):
+        return sum(1 for _ in _read_local(path, rows_field, section))
+    with _reading(path, section):
+        if _kind(path) == ".parquet":
+            import pyarrow.parquet
+
+            return pyarrow.parquet.read_metadata(path).num_rows
+        with _open(path) as file:
+            return sum(1 for line in file if line.strip())
+
+
+@contextmanager
+def _reading(path: Path, section: str) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{section}.source: {path} is not text in UTF-8 ({error}); convert it, as iconv does"
+        ) from error
+    # JSON and Arrow errors are ValueErrors.
+    except (OSError, EOFError, ValueError, RecursionError, csv.Error, zlib.error) as error:
         raise UserError(f"{section}.source: cannot read {path}: {error}") from error
 
 
@@ -109,14 +180,24 @@ def _json_list(path: Path, rows_field: str | None) -> Iterator[Any]:
         if not isinstance(rows, dict) or rows_field not in rows:
             raise ValueError(f"the file is not an object with the field `{rows_field}` (rows_field)")
         rows = rows[rows_field]
+    if isinstance(rows, dict):
+        raise ValueError(
+            f"it holds an object with the fields {', '.join(rows) or 'none'}, not a list of rows; rows_field names the "
+            "field with the list"
+        )
     if not isinstance(rows, list):
         raise ValueError(f"the file holds a {type(rows).__name__}, expected a list of rows")
     yield from rows
 
 
 def _csv(path: Path, delimiter: str = ",") -> Iterator[Any]:
+    csv.field_size_limit(LONGEST_FIELD)
     with _open(path) as file:
-        yield from csv.DictReader(file, delimiter=delimiter)
+        reader = csv.DictReader(file, delimiter=delimiter)
+        for row in reader:
+            if None in row:  # an unquoted comma would shift the values
+                raise ValueError(f"line {reader.line_num} has more values than the header; quote values with commas")
+            yield row
 
 
 def _parquet(path: Path) -> Iterator[Any]:
@@ -139,6 +220,20 @@ def _read_saved(folder: Path, split: str, section: str) -> Iterator[Row]:
             raise UserError(f"{section}.split: {folder} has no split {split!r}; its splits are {', '.join(saved)}")
         saved = saved[split]
     yield from saved
+
+
+def _read_folder(config: PromptSetConfig, folder: Path, section: str) -> Iterator[Row]:
+    """Rows of a folder of data files as they lie in a repository of the hub."""
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(str(folder), config.subset, split=config.split)
+    except Exception as error:  # as from the hub, dozens of types
+        raise UserError(
+            f"{section}.source: cannot read the folder {folder} (subset {config.subset!r}, split {config.split!r}): "
+            f"{error}"
+        ) from error
+    yield from rows
 
 
 def _read_hub(config: PromptSetConfig, section: str) -> Iterator[Row]:

@@ -123,7 +123,7 @@ def _generation_stop_ids(model_folder: Path) -> list[int]:
 def _from_folder(folder: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged tokenizer.json raises exactly this class
         raise UserError(
             f"model.path: cannot load a tokenizer from {folder}: {error}\n"
             "The folder needs the model's tokenizer.json and tokenizer_config.json."

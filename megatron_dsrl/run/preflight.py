@@ -1,26 +1,23 @@
 """Everything about a run that can be checked in a second, before Megatron or SGLang is imported."""
 
-import json
 from collections.abc import Mapping
-from itertools import repeat
 from pathlib import Path
 
 from megatron_dsrl.algorithms.schedule import Schedule, passes_of_phase
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.temporary_folder import require_short_temporary_folder
-from megatron_dsrl.config.data import DataConfig, PromptSetConfig
+from megatron_dsrl.config.data import DataConfig
 from megatron_dsrl.config.derived import RunFigures, derive
 from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.data.rows import count_rows
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.source import find_config_json, how_to_make, is_hub_name, no_folder
-
-_LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
 def preflight(config: RunConfig, world_size: int) -> RunFigures:
     """Check the run's layout against its model and data, and derive its figures.
 
-    Reads only the model's config.json and the size of a local prompt file.
+    Reads only the model's config.json, and counts the rows of local prompt files.
 
     Raises:
         UserError: the model or a local prompt file is missing or unreadable, the architecture is not supported, the
@@ -29,6 +26,8 @@ def preflight(config: RunConfig, world_size: int) -> RunFigures:
     require_short_temporary_folder()
     architecture = read_architecture(find_config_json(config.model.path, config.made_by).parent)
     figures = derive(config, world_size, architecture.shape, count_training_prompts(config.data, config.made_by))
+    for position, held_out in enumerate(config.evaluation.sets):  # all must exist
+        count_rows(held_out, f"evaluation.sets.{position}", how_to_make(held_out.source, config.made_by))
     check_models(config)
     return figures
 
@@ -73,42 +72,15 @@ def require_model(field: str, path: str | None) -> None:
         raise no_folder(field, path)
 
 
-def count_prompts(data: PromptSetConfig, made_by: Mapping[str, str] = {}, section: str = "data") -> int | None:
-    """Rows of a local file, at most `data.limit`; None for what must be loaded to be counted, such as a hub name.
-
-    Raises UserError when the local file is missing, unreadable or empty.
-    """
-    path = Path(data.source).expanduser()
-    if path.suffix not in _LOCAL_SUFFIXES or "*" in path.name or data.rows_field is not None:
-        return None
-    if not path.is_file():
-        advice = how_to_make(data.source, made_by) or "make it first, or correct the path"
-        raise UserError(f"{section}.source: no such file: {data.source}; {advice}")
-    try:
-        rows = _count_rows(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{section}.source: cannot read {data.source}: {error}") from error
-    if rows == 0:
-        raise UserError(f"{section}.source: {data.source} holds no rows")
-    return rows if data.limit is None else min(rows, data.limit)
-
-
 def count_training_prompts(data: DataConfig, made_by: Mapping[str, str] = {}) -> int | None:
-    """As `count_prompts`; None also for a mixture, whose sets have their own epochs, and for filtered prompts."""
+    """Rows of the training set, at most `data.limit`; None if they must be loaded to be counted, and for a mixture,
+    whose sets have their own epochs, and for filtered prompts.
+
+    Raises:
+        UserError: a local file is missing, unreadable or empty.
+    """
     sections = ["data", *(f"data.mixed_with.{position}" for position in range(len(data.mixed_with)))]
-    counts = [count_prompts(*each) for each in zip(data.sets, repeat(made_by), sections)]  # all must exist
+    counts = [
+        count_rows(one, section, how_to_make(one.source, made_by)) for one, section in zip(data.sets, sections)
+    ]  # all must exist
     return None if len(counts) > 1 or data.filters_by_pass_rate else counts[0]
-
-
-def _count_rows(path: Path) -> int:
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        return pyarrow.parquet.ParquetFile(path).metadata.num_rows
-    with path.open(encoding="utf-8") as file:
-        if path.suffix == ".jsonl":
-            return sum(1 for line in file if line.strip())
-        rows = json.load(file)
-    if not isinstance(rows, list):
-        raise ValueError("expected a JSON list of rows")
-    return len(rows)

@@ -10,7 +10,6 @@ from megatron_dsrl.config.derived import derive
 from megatron_dsrl.config.layout import ModelShape
 from megatron_dsrl.config.load import load_config
 from megatron_dsrl.config.summary import batch_lines
-from megatron_dsrl.run.preflight import count_prompts
 
 SHAPE = ModelShape(layers=6, attention_heads=8, key_value_groups=4, feed_forward_size=96, context_tokens=512)
 
@@ -227,28 +226,3 @@ def test_all_problems_are_listed_at_once(small, write) -> None:
     config = load_config(write("run.yaml", small), ["rollout.top_k=0", "phases.0.until_step=null"])
     with pytest.raises(UserError, match="^run `small` on 1 process: 2 problems\n"):
         derive(config, 1, SHAPE)
-
-
-def test_prompts_are_counted_in_local_files(small, write, tmp_path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    row = '{"problem": "1+1", "answer": "2"}'
-    write("a.jsonl", f"{row}\n{row}\n\n{row}\n")
-    write("b.json", f"[{row}, {row}]")
-    pyarrow.parquet.write_table(pyarrow.table({"problem": ["a"] * 5}), tmp_path / "c.parquet")
-
-    def count(source: object, *overrides: str) -> int | None:
-        return count_prompts(load_config(write("run.yaml", small), [f"data.source={source}", *overrides]).data)
-
-    assert count(tmp_path / "a.jsonl") == 3
-    assert count(tmp_path / "a.jsonl", "data.limit=2") == 2
-    assert count(tmp_path / "b.json") == 2
-    assert count(tmp_path / "c.parquet") == 5
-    assert count("openai/gsm8k") is None
-    write("empty.jsonl", "\n")
-    write("bad.parquet", "no parquet")
-    mistakes = [("nowhere.jsonl", "no such file"), ("empty.jsonl", "no rows"), ("bad.parquet", "cannot read")]
-    for name, message in mistakes:
-        with pytest.raises(UserError, match=f"data.source: .*{message}"):
-            count(tmp_path / name)

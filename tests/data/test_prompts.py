@@ -168,6 +168,11 @@ def test_compressed_csv_nested_and_several_files(tmp_path, tokenizer) -> None:
             r"2 of 2 rows .*\n  row 0: data.problem_template does not fit: .quest",
         ),
         ({"problem": "?", "answer": "4"}, {"answer_template": "{{ answer"}, r"answer_template: not a Jinja template"),
+        (
+            {"problem": "?", "answer": "4"},
+            {"answer_template": "{{ 1 // (answer | int - 4) }}"},
+            r"row 1: data.answer_template does not fit: integer division or modulo by zero",
+        ),
         ({"problem": "?", "answer": {"a": 1}}, {}, r"row 1: .* field `answer` is a dict"),
         ({"problem": "?", "answer": "4"}, {"answer_pattern": "(3|5)"}, r"row 1: answer_pattern '\(3\|5\)' finds"),
         ({"problem": "?", "answer": "4"}, {"answer_pattern": "(4"}, r"answer_pattern: '\(4' is not a regular exp"),
@@ -243,6 +248,15 @@ class TestFromElsewhere:
         [each] = load(tmp_path, tokenizer, [row], answer_list="any")
         assert (together.answer, together.other_answers) == ("0.5, 1/2, 2", ())
         assert (each.answer, each.other_answers) == ("0.5", ("1/2", "2"))
+        row["answer"] = '["0.5", null, "1/2"]'
+        [as_text] = load(tmp_path, tokenizer, [row], answer_list="any")
+        assert (as_text.answer, as_text.other_answers) == ("0.5", ("1/2",))
+
+    def test_a_turn_in_parts_of_text(self, tmp_path, tokenizer) -> None:
+        parts = [{"type": "text", "text": "1+"}, {"type": "text", "text": "2=?"}]
+        rows = [{"messages": [{"role": "user", "content": parts}], "answer": 3}]
+        [prompt] = load(tmp_path, tokenizer, rows, messages_field="messages")
+        assert "user\n1+2=?<|im_end|>" in prompt.text
 
     @pytest.mark.parametrize(
         ("messages", "message"),
@@ -251,6 +265,7 @@ class TestFromElsewhere:
             ([], "expected a non-empty list of chat turns, got "),
             ([{"role": "human", "content": "?"}], "turn 0 needs a role"),
             ([{"role": "user", "content": None}], "turn 0 needs a role"),
+            ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "turn 0 needs a role"),
             (
                 [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}],
                 "the last turn must be the user's, not the assistant's",
@@ -300,7 +315,7 @@ class TestFromElsewhere:
         ("empty.jsonl", "", "holds no rows"),
         ("broken.jsonl", '{"problem": 1}\n{"problem"', "line 2 is not JSON"),
         ("list.jsonl", "[1]", "row 0 is a list"),
-        ("object.json", "{}", "holds a dict, expected a list of rows"),
+        ("object.json", '{"train": []}', "the fields train, not a list of rows; rows_field names the field"),
         ("broken.jsonl.gz", "not compressed", "cannot read .*broken.jsonl.gz"),
         ("none_*.json", None, "no such file: .*none_"),
         ("text.parquet", "not parquet", "cannot read .*text.parquet"),
@@ -315,8 +330,21 @@ def test_bad_source_is_named(tmp_path, tokenizer, name, content, message) -> Non
 
 def test_source_that_is_neither_file_nor_hub_name(tmp_path, tokenizer, monkeypatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match="not a local .jsonl, .ndjson, .json, .csv, .tsv, .parquet file, and"):
+    with pytest.raises(UserError, match="data.source: no such file or folder: .*no-such-folder; create it, or"):
         load_prompts(config(tmp_path / "no-such-folder"), tokenizer)
+    with pytest.raises(UserError, match="not a local .jsonl, .ndjson, .json, .csv, .tsv, .parquet file, and"):
+        load_prompts(config("someone/nothing"), tokenizer)
+
+
+def test_a_chat_template_that_refuses_a_prompt(tmp_path, tokenizer) -> None:
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}?"
+    )
+    source = write(tmp_path / "rows.jsonl", ROWS)
+    found = "data: the model's chat template fails for row 0: System role not supported.* needs data.system_prompt=null"
+    with pytest.raises(UserError, match=found):
+        load_prompts(PromptSetConfig(source=source, system_prompt="Add."), tokenizer)
+    assert [prompt.text for prompt in load_prompts(config(source), tokenizer)] == ["?", "?"]
 
 
 def test_tokenizer_without_chat_template(tmp_path) -> None:

@@ -86,6 +86,15 @@ def test_folder_without_tokenizer(tmp_path) -> None:
         load_tokenizer(str(tmp_path))
 
 
+def test_damaged_tokenizer(tokenizer_folder) -> None:
+    file = tokenizer_folder / "tokenizer.json"
+    file.write_text(file.read_text()[:-100])
+    with pytest.raises(
+        UserError, match=r"(?s)cannot load a tokenizer from .*The folder needs the model's tokenizer.json"
+    ):
+        load_tokenizer(str(tokenizer_folder))
+
+
 def test_tokenizer_of_another_model(tmp_path) -> None:
     folder = save_words(tmp_path, ["<s>", "</s>", "hello"], chat_template="{{ messages }}")
     with pytest.raises(UserError, match=r"neither Qwen's <\|im_start\|> and <\|im_end\|> nor its own bos_token"):
