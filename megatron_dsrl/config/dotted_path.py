@@ -1,6 +1,7 @@
 """Custom classes and functions by their dotted paths `package.module:name`."""
 
 import importlib
+import traceback
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -18,16 +19,29 @@ def object_at(path: str) -> Any:
     """Import what a dotted path `package.module:name` names; None if the module has nothing of this name.
 
     Raises:
-        ValueError: the module cannot be imported.
+        ValueError: the module cannot be imported, or the path is a file's.
     """
     module_name, _, name = path.partition(":")
+    if "/" in module_name or module_name.endswith(".py"):
+        dotted = module_name.removeprefix("./").removesuffix(".py").replace("/", ".")
+        raise ValueError(f"`{module_name}` is a file's path; write it with dots: `{dotted}:{name}`")
     try:
         module = importlib.import_module(module_name)
-    except (ImportError, ValueError) as error:
+    except ImportError as error:
         raise ValueError(
             f"cannot import `{module_name}` ({error}); run where it is found, or add its folder to PYTHONPATH"
         ) from error
+    except (Exception, SystemExit) as error:  # anything that a module may do while it is imported
+        raise ValueError(f"cannot import `{module_name}`: {type(error).__name__}: {error}{_place(error)}") from error
     return getattr(module, name, None)
+
+
+def _place(error: BaseException) -> str:
+    """The line that raised an error, where it is not part of the message."""
+    if isinstance(error, SyntaxError):
+        return ""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f" ({last.filename}, line {last.lineno})"
 
 
 def class_at(path: str, kind: str, base: type[SectionClass], key: str = "name") -> type[SectionClass]:

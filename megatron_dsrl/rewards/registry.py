@@ -3,8 +3,10 @@
 Verifiers are imported on demand: math-verify imports sympy, which the trainer does not need.
 """
 
+import asyncio
+import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Any, Protocol, get_type_hints
@@ -81,7 +83,7 @@ BUILT_IN: dict[str, BuiltIn] = {
 
 
 def reward_function(name: str) -> RewardFunction:
-    """The function of a built-in name, or of a dotted path `package.module:function`.
+    """The function of a built-in name, or of a dotted path `package.module:function`, which may be `async def`.
 
     Raises:
         UserError: the name, module or function does not exist.
@@ -100,7 +102,7 @@ def reward_function(name: str) -> RewardFunction:
         raise UserError(f"reward.function: {error}") from error
     if not callable(function):
         raise UserError(f"reward.function: `{module_name}` has no function `{function_name}`")
-    return function
+    return _waiting(function) if inspect.iscoroutinefunction(function) else function
 
 
 def check_options(name: str, options: Mapping[str, Any], section: str = "reward.options") -> None:
@@ -112,12 +114,17 @@ def check_options(name: str, options: Mapping[str, Any], section: str = "reward.
     """
     function = reward_function(name)
     try:
-        inspect.signature(function).bind("", "", **options)
-    except TypeError as error:
-        raise UserError(f"{section}: {name} does not take these options: {error}") from error
+        signature = inspect.signature(function)
     except ValueError:  # a callable without a signature, such as one written in C
         return
-    hints = get_type_hints(function)
+    try:
+        signature.bind("", "", **options)
+    except TypeError as error:
+        raise UserError(
+            f"{section}: {name} does not take these options: {error}. It is called as f(response, answer, **options), "
+            f"and its parameters are {signature}"
+        ) from error
+    hints = _type_hints(function)
     for option, value in options.items():
         if option in hints and hints[option] in (str, int, float, bool):
             _check_type(name, option, value, hints[option], section)
@@ -166,6 +173,30 @@ def matched_by_spelling(name: str, answers: Iterable[str]) -> list[str]:
 def built_in_modules(name: str) -> list[str]:
     """The module of a built-in verifier, for processes that import it early; empty for custom ones."""
     return [BUILT_IN[name].function.partition(":")[0]] if name in BUILT_IN else []
+
+
+def _waiting(function: Callable[..., Coroutine[Any, Any, float]]) -> RewardFunction:
+    """An asynchronous function as one that returns the reward."""
+
+    @functools.wraps(function)
+    def wait(response: str, answer: str, **options: object) -> float:
+        return _event_loop().run(function(response, answer, **options))
+
+    return wait
+
+
+@functools.cache
+def _event_loop() -> asyncio.Runner:
+    """The loop of this process, so that a function may keep connections from one call to the next."""
+    return asyncio.Runner()
+
+
+def _type_hints(function: RewardFunction) -> dict[str, Any]:
+    """The hints of its parameters; none where they cannot be told, such as names that only type checkers import."""
+    try:
+        return get_type_hints(function)
+    except (NameError, AttributeError, TypeError):
+        return {}
 
 
 def _check_type(name: str, option: str, value: Any, kind: type, section: str) -> None:

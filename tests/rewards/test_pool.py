@@ -47,6 +47,16 @@ def test_a_misbehaving_verifier_scores_zero_and_is_counted_and_logged(caplog) ->
     assert "KeyError" in caplog.text and "died" in caplog.text
 
 
+def test_an_asynchronous_verifier_keeps_its_event_loop() -> None:
+    """Its hints name a class that only type checkers import, so the options' types are not checked."""
+    config = RewardConfig(function=f"{FUNCTIONS}:remote", options={"share": 0.5}, workers=1)
+    assert judge(config, "fine", "raise", "fine") == [
+        Judgement(0.5, "ok"),
+        Judgement(0.0, "error"),
+        Judgement(0.5, "ok"),
+    ]
+
+
 def test_any_of_several_answers_is_accepted() -> None:
     with RewardPool(RewardConfig(function="boxed", workers=1)) as pool:
         assert pool.submit(r"\boxed{1/2}", "0.7", ["0.5", "3"]).result(timeout=30) == Judgement(1.0, "ok")
@@ -170,8 +180,25 @@ def test_workers_do_not_import_torch() -> None:
         ("boxd", r"reward.function: unknown verifier 'boxd'; use one of box_format, boxed, .* or a path"),
         ("no_such_package.rewards:f", "reward.function: cannot import `no_such_package.rewards`"),
         (f"{FUNCTIONS}:nothing", "has no function `nothing`"),
+        ("./my/rewards.py:f", "`./my/rewards.py` is a file's path; write it with dots: `my.rewards:f`"),
+        (f"{FUNCTIONS}:of_trl", r"called as f\(response, answer, \*\*options\), and its parameters are \(completions"),
     ],
 )
 def test_an_unknown_function_is_named_before_anything_starts(function, message) -> None:
     with pytest.raises(UserError, match=message):
         RewardPool(RewardConfig(function=function))
+
+
+@pytest.mark.parametrize(
+    ("module", "text", "message"),
+    [
+        ("wrong_syntax", "def f(:", r"SyntaxError: invalid syntax \(wrong_syntax.py, line 1\)"),
+        ("wrong_name", "x = 1\nundefined", r"NameError: name 'undefined' is not defined \(.*wrong_name.py, line 2\)"),
+        ("wrong_exit", "import sys\nsys.exit(3)", r"SystemExit: 3 \(.*wrong_exit.py, line 2\)"),
+    ],
+)
+def test_a_module_that_fails_is_one_message_with_its_line(tmp_path, monkeypatch, module, text, message) -> None:
+    (tmp_path / f"{module}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=f"reward.function: cannot import `{module}`: {message}"):
+        RewardPool(RewardConfig(function=f"{module}:f"))

@@ -1,9 +1,16 @@
 """Reward functions for tests of the pool; they run in its workers."""
 
+from __future__ import annotations
+
+import asyncio
 import os
 import signal
 import sys
 import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fractions import Fraction
 
 
 def response_length(response: str, answer: str) -> float:
@@ -94,3 +101,19 @@ def strange(response: str, answer: str) -> object:
 def slow(response: str, answer: str) -> float:
     time.sleep(2)
     return 1.0
+
+
+_loops: set[int] = set()
+
+
+async def remote(response: str, answer: str, share: Fraction | float = 1.0) -> float:
+    """Fails if a call has another event loop than the one before, as a client with open connections would."""
+    _loops.add(id(asyncio.get_running_loop()))
+    await asyncio.sleep(0)
+    if response == "raise" or len(_loops) > 1:
+        raise ConnectionError("no server")
+    return float(share)
+
+
+def of_trl(completions: list[str], **columns: object) -> list[float]:
+    return [1.0 for _ in completions]
