@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.common.step_names import by_step
 from megatron_dsrl.evaluation.sample_file import read_sample_file
 from megatron_dsrl.rollout.recording import read_groups
 from megatron_dsrl.rollout.sample import SampleGroup
@@ -47,8 +48,7 @@ def recorded_steps(run_folder: Path) -> list[int]:
     Raises:
         UserError: the run has not recorded any rollouts.
     """
-    files = run_folder.glob("rollouts/step_*.jsonl")
-    steps = sorted(int(file.stem.removeprefix("step_")) for file in files)
+    steps = list(by_step(run_folder / "rollouts", ".jsonl"))
     if not steps:
         raise UserError(
             f"{run_folder} has no recorded rollouts (rollouts/step_000001.jsonl ...): give the folder of a run with "

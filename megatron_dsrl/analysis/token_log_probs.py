@@ -10,6 +10,7 @@ from megatron_dsrl.algorithms.spaces import PostTrain, PreTrain
 from megatron_dsrl.analysis.analyse_gradients import TokenisedResponse, scoring_model
 from megatron_dsrl.analysis.gradients import scores_of_row
 from megatron_dsrl.analysis.sample_view import ResponseLogProbs
+from megatron_dsrl.common.step_names import by_step
 from megatron_dsrl.config.model import GradientAnalysisConfig
 from megatron_dsrl.data.tokenizer import context_token_ids, load_tokenizer
 from megatron_dsrl.model.architecture import read_architecture
@@ -53,9 +54,6 @@ def sampling_step(sample: Sample) -> int:
 
 def newest_export(run_folder: Path, step: int) -> tuple[Path | None, int]:
     """A run's newest exported policy up to this step, and its step; (None, 0) without one, for the initial model."""
-    exports = {
-        int(file.parent.name.removeprefix("step_")): file.parent
-        for file in (run_folder / EXPORTS_FOLDER).glob("step_*/config.json")
-    }
+    exports = by_step(run_folder / EXPORTS_FOLDER)
     newest = max((number for number in exports if number <= step), default=0)
     return exports.get(newest), newest

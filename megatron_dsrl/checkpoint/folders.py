@@ -10,18 +10,17 @@ checkpoint is the one with the highest step that passes validation.
 """
 
 import os
-import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dsrl.checkpoint.state import RunState, SavedState
+from megatron_dsrl.common.step_names import by_step
 
 STATE_FILE = "state.json"
 WEIGHTS_FOLDER = "megatron"
 _PARTIAL_PREFIX = ".partial_"
-_NAME = re.compile(r"step_(\d+)")
 
 
 @dataclass(frozen=True)
@@ -39,10 +38,7 @@ class Checkpoint:
 
 def published(root: Path) -> list[tuple[int, Path]]:
     """(step, folder) of all checkpoints that this process sees, oldest first."""
-    if not root.is_dir():
-        return []
-    named = [(_NAME.fullmatch(folder.name), folder) for folder in root.iterdir()]
-    return sorted((int(match[1]), folder) for match, folder in named if match)
+    return list(by_step(root).items())
 
 
 def make_partial(root: Path, step: int, parts: Iterable[str]) -> None:

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from megatron_dsrl.config.choices import SAMPLERS
 from megatron_dsrl.config.function_name import FunctionName
 from megatron_dsrl.config.registry import Options
-from megatron_dsrl.config.section import Section
+from megatron_dsrl.config.section import FolderPath, Section
 
 if TYPE_CHECKING:
     from megatron_dsrl.data.samplers import SamplerOptions
@@ -159,7 +159,7 @@ class TrainingSetConfig(PromptSetConfig):
     weight: float = Field(default=1.0, gt=0)
     """Share of a mixture, relative to the other sets' weights."""
 
-    pass_rates_from: str | None = None
+    pass_rates_from: FolderPath | None = None
     """Folder of a run with recorded rollouts of these prompts, such as one of `dsrl rollout`: the share of right
     responses to each prompt there is its pass rate. It is read again on resuming, so name a finished run. null: pass
     rates are unknown."""

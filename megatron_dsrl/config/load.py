@@ -23,11 +23,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_dsrl.common.disk import replace_text
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.engine_numerics import with_correction
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.config.validate import validated
-from megatron_dsrl.config.yaml_text import KeyPath, format_yaml, parse_yaml
+from megatron_dsrl.config.yaml_text import KeyPath, format_yaml, parse_yaml, read_text
 
 INHERITS = "inherits"
 TEMPLATE_STARTS = ("{{", "{%", "{#")
@@ -58,8 +59,20 @@ def format_config(config: RunConfig) -> str:
 
 
 def dump_config(config: RunConfig, path: str | Path) -> None:
-    """Write the resolved configuration; `load_config` of the file gives an equal RunConfig."""
-    Path(path).write_text(format_config(config), encoding="utf-8")
+    """Write the resolved configuration, whole or not at all; `load_config` of the file gives an equal RunConfig."""
+    replace_text(Path(path), format_config(config))
+
+
+def read_dumped_config(path: Path) -> dict[str, Any]:
+    """The plain data of a file of `dump_config`, perhaps of another version.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    data, _ = _read_file(path, ())
+    if not data:
+        raise UserError(f"{path} is empty; restore it, for example from `config` in a checkpoint's state.json")
+    return data
 
 
 @dataclass
@@ -100,11 +113,11 @@ def _parents(data: dict[str, Any], path: Path) -> list[Path]:
 
 def _read_file(path: Path, children: tuple[Path, ...]) -> tuple[dict[str, Any], dict[KeyPath, int]]:
     wanted_by = f" (named by `{INHERITS}` in {children[-1]})" if children else ""
+    if not path.exists():
+        raise UserError(f"{path}: no such configuration file{wanted_by}")
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such configuration file{wanted_by}") from error
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except ValueError as error:
         raise UserError(f"{path}: cannot read this configuration file{wanted_by}: {error}") from error
     data, lines = parse_yaml(text, str(path))
     if data is None:

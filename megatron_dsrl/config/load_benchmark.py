@@ -14,7 +14,7 @@ from typing import Any
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.benchmark import BenchmarkConfig
 from megatron_dsrl.config.validate import validated
-from megatron_dsrl.config.yaml_text import parse_yaml
+from megatron_dsrl.config.yaml_text import parse_yaml, read_text
 
 PLACES = ("file", "hub")
 
@@ -49,7 +49,7 @@ def load_benchmark(
     Raises:
         UserError: the benchmark does not exist, its file is invalid, or its problems are not in the data folder.
     """
-    if name.endswith(".yaml"):
+    if name.endswith((".yaml", ".yml")):
         path, text = name, _read(Path(name), section)
     elif name in benchmark_names():
         path, text = f"{name}.yaml", (_folder() / f"{name}.yaml").read_text(encoding="utf-8")
@@ -70,8 +70,8 @@ def load_benchmark(
     # Messages name the fields of `file` or `hub` like the benchmark's others, and changes as the command line.
     places = {keys[1:] if keys[:1] == (place,) else keys: f"{path}:{line}" for keys, line in lines.items()}
     places |= {(key,): "command line" for key in changes or {}}
-    if data_folder is not None:
-        merged["source"] = _in_folder(data_folder, str(merged.get("source")), path)
+    if data_folder is not None and isinstance(merged.get("source"), str):
+        merged["source"] = _in_folder(data_folder, merged["source"], path)
     return Benchmark(Path(path).stem, validated(BenchmarkConfig, merged, places, path, "benchmark"))
 
 
@@ -84,9 +84,9 @@ def _in_folder(data_folder: Path, source: str, path: str) -> str:
 
 def _read(path: Path, section: str) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{section}: cannot read {path}: {error.strerror}") from error
+        return read_text(path)
+    except ValueError as error:
+        raise UserError(f"{section}: cannot read {path}: {error}") from error
 
 
 def _folder() -> Traversable:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from megatron_dsrl.config.dotted_path import PATTERN
-from megatron_dsrl.config.section import Section
+from megatron_dsrl.config.section import FolderPath, Section
 
 _SERVER_URL = re.compile(r"https?://[^/\s?#]+")
 
@@ -113,7 +113,7 @@ class RolloutConfig(Section):
     """Where responses come from. `engine`: the policy samples them. `dataset`: the rows of `data` hold them
     (`data.response_field`), and no engine is started; `dsrl sft` sets it."""
 
-    replay_from: str | None = None
+    replay_from: FolderPath | None = None
     """Run folder whose saved rollouts are used instead of sampling (train-only runs, layout comparisons). Every step
     trains on the same samples in the same order, however they were sampled. `dynamic_sampling` and
     `partial_rollouts` then have no effect."""

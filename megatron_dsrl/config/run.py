@@ -11,7 +11,7 @@ from megatron_dsrl.config.load_benchmark import load_benchmark
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig
 from megatron_dsrl.config.phase import AnyPhase
 from megatron_dsrl.config.rollout import EngineConfig, RolloutConfig
-from megatron_dsrl.config.section import Section
+from megatron_dsrl.config.section import FolderPath, Section
 
 MAX_NAME_BYTES = 200
 """File systems allow 255; the rest is for suffixes."""
@@ -150,7 +150,7 @@ class RunConfig(Section):
     name: str
     """Run name; also the last part of the run folder, so it must be usable as a folder name."""
 
-    output_dir: str = "runs"
+    output_dir: FolderPath = "runs"
     """The run folder is `<output_dir>/<name>`."""
 
     seed: int = Field(default=1, ge=0, lt=2**31)

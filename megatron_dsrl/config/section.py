@@ -1,8 +1,12 @@
 """The base of every configuration section: typed, immutable, and strict about its keys."""
 
-from typing import Any, Self
+import os.path
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+FolderPath = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A field with the path of a folder; a `~` at its beginning is the user's home."""
 
 
 class Section(BaseModel):

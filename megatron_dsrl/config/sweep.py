@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from megatron_dsrl.config.section import Section
+from megatron_dsrl.config.section import FolderPath, Section
 
 
 class SweepRunConfig(Section):
@@ -20,7 +20,7 @@ class SweepRunConfig(Section):
 class SweepConfig(Section):
     """Runs to be made and compared."""
 
-    output_dir: str
+    output_dir: FolderPath
     """Folder for all runs, the table and the figure."""
 
     seeds: list[int] = Field(min_length=1)

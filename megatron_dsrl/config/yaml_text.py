@@ -6,6 +6,7 @@ writes text that `parse_yaml` reads back to equal data.
 """
 
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -62,6 +63,20 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Dumper.add_representer(str, _Dumper.represent_text)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8.
+
+    Raises:
+        ValueError: it cannot be read; says why.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not text in UTF-8 ({error})") from error
+    except OSError as error:
+        raise ValueError(error.strerror) from error
 
 
 def parse_yaml(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -136,8 +136,8 @@ def evaluate(request: EvaluationRequest) -> EvaluatedModel:
                 summaries[benchmark.name] = evaluate_benchmark(
                     benchmark, prompts[benchmark.name], rollout, stops, files[benchmark.name], settings
                 )
-                write_results(output, str(model.folder), summaries, model.step)
-            print(markdown(str(model.folder), summaries))
+                write_results(output, model.name, summaries, model.step)
+            print(markdown(model.name, summaries))
             print(f"written to {output}")
 
         if rollout:
@@ -182,7 +182,7 @@ def default_output(model: EvaluatedModel) -> Path:
     """Default folder of the results. The report of a run looks for them in the run folder."""
     if model.run_folder is not None:
         return model.run_folder / EVALUATIONS_FOLDER / f"step_{model.step:06d}"
-    return Path("evaluations") / model.folder.name
+    return Path("evaluations") / PurePath(model.name).name
 
 
 def hf_folder(model: EvaluatedModel, output: Path) -> Path:

@@ -14,8 +14,9 @@ from megatron_dsrl.checkpoint.folders import STATE_FILE, WEIGHTS_FOLDER
 from megatron_dsrl.checkpoint.state import SavedState
 from megatron_dsrl.common.checksum import changed_file
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.common.step_names import by_step, step_of
 from megatron_dsrl.model.architecture import read_architecture
-from megatron_dsrl.model.source import resolve_model_folder
+from megatron_dsrl.model.source import hub_name_of, resolve_model_folder
 from megatron_dsrl.observability.records import CHECKPOINTS_FOLDER, CONFIG_FILE, EXPORTS_FOLDER
 from megatron_dsrl.weights.megatron_checkpoint import is_megatron_checkpoint
 
@@ -32,6 +33,12 @@ class EvaluatedModel:
     """Folder of the run that trained them; None for other models."""
     step: int | None = None
     """Step of that run after which they were saved."""
+
+    @property
+    def name(self) -> str:
+        """Its hub name, or the path of its folder."""
+        named = hub_name_of(self.folder) or str(self.folder)
+        return str(self.folder.resolve()) if named in (".", "..") else named
 
     @property
     def is_megatron(self) -> bool:
@@ -104,16 +111,16 @@ def _newest_of_run(run_folder: Path) -> EvaluatedModel:
 
 def _steps(run_folder: Path, kind: str, complete: str) -> list[tuple[int, Path]]:
     """Steps of a run's exports or checkpoints, and their folders."""
-    return [(_step_of(file.parent), file.parent) for file in (run_folder / kind).glob(f"step_*/{complete}")]
+    return [(step, folder) for step, folder in by_step(run_folder / kind).items() if (folder / complete).is_file()]
 
 
 def _of_model_folder(folder: Path) -> EvaluatedModel:
     """An HF folder, which a run may have exported, or a checkpoint of `dsrl convert`."""
     if not is_megatron_checkpoint(folder) and not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder} holds no weights: it is not an HF model, a Megatron checkpoint or a run folder")
-    run_folder = folder.resolve().parent.parent
-    if folder.resolve().parent.name == EXPORTS_FOLDER and (run_folder / CONFIG_FILE).is_file():
-        return EvaluatedModel(folder, folder, folder.parent.parent, _step_of(folder))
+    step, run_folder = step_of(folder.resolve().name), _run_of(folder)
+    if step is not None and folder.resolve().parent.name == EXPORTS_FOLDER and (run_folder / CONFIG_FILE).is_file():
+        return EvaluatedModel(folder, folder, run_folder, step)
     return EvaluatedModel(folder, folder)
 
 
@@ -123,7 +130,7 @@ def _of_checkpoint(checkpoint: Path, companions: Path | None = None) -> Evaluate
     except (OSError, ValueError) as error:
         raise UserError(f"{checkpoint / STATE_FILE} cannot be read: {error}") from error
     _check_files(checkpoint, saved)
-    run_folder = checkpoint.parent.parent
+    run_folder = _run_of(checkpoint)
     if saved.run.config.get("actor", {}).get("lora"):
         raise UserError(
             f"{checkpoint} holds LoRA adapters only; name an exported policy ({run_folder / EXPORTS_FOLDER}/step_...). "
@@ -132,6 +139,12 @@ def _of_checkpoint(checkpoint: Path, companions: Path | None = None) -> Evaluate
     companions = companions or _model_of_run(run_folder, saved)
     check_same_model(saved.run.model, asdict(read_architecture(companions)), str(checkpoint))
     return EvaluatedModel(checkpoint / WEIGHTS_FOLDER, companions, run_folder, saved.run.step)
+
+
+def _run_of(policy: Path) -> Path:
+    """The run folder of an export or checkpoint, which may be named `.` or by a link."""
+    named, real = policy.parent.parent, policy.resolve().parent.parent
+    return named if named.resolve() == real else real
 
 
 def _check_files(checkpoint: Path, saved: SavedState) -> None:
@@ -155,14 +168,9 @@ def _model_of_run(run_folder: Path, saved: SavedState) -> Path:
     try:
         return resolve_model_folder(path, f"{run_folder / CONFIG_FILE}: model.path")
     except UserError as error:
-        for export in sorted((run_folder / EXPORTS_FOLDER).glob("step_*/config.json"), reverse=True):
-            return export.parent
+        if exports := _steps(run_folder, EXPORTS_FOLDER, "config.json"):
+            return exports[-1][1]
         raise UserError(
             f"{error}. The run's checkpoints need its config.json and tokenizer: start the command where that path "
             "leads to the model"
         ) from error
-
-
-def _step_of(folder: Path) -> int:
-    digits = folder.name.removeprefix("step_")
-    return int(digits) if digits.isdecimal() else -1

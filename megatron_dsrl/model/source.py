@@ -4,6 +4,7 @@
 the models' hub pages; tests compare the parameter counts with the published ones. Training reads the model itself.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from megatron_dsrl.common.hub import asking_hub, can_reach_hub
 PUBLISHED = Path(__file__).parent / "published"
 """`<owner>/<name>/config.json`."""
 
+_CACHED = re.compile(r"models--(.+?)--(.+)")
+"""Folder of a model in the hub's cache, in which its snapshots are."""
 NOT_WEIGHTS = ["*.bin", "*.pth", "*.gguf", "original/*"]
 """Weights in formats other than safetensors."""
 
@@ -22,6 +25,12 @@ def is_hub_name(path: str) -> bool:
     below an existing folder may not."""
     parts = path.split("/")
     return len(parts) == 2 and all(parts) and not path.startswith((".", "~")) and not Path(parts[0]).exists()
+
+
+def hub_name_of(folder: Path) -> str | None:
+    """The hub's name of the model whose snapshot in the hub's cache this is; None for other folders."""
+    cached = _CACHED.fullmatch(folder.resolve().parent.parent.name)
+    return "/".join(cached.groups()) if cached else None
 
 
 def no_folder(field: str, path: str, made_by: Mapping[str, str] = {}) -> UserError:

@@ -7,12 +7,10 @@ from typing import Any
 import yaml
 
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.model.source import is_hub_name
+from megatron_dsrl.model.source import hub_name_of, is_hub_name
 from megatron_dsrl.weights.checkpoint_record import read_record
 
 LICENSE_FIELDS = ("license", "license_name", "license_link")
-_SNAPSHOT = re.compile(r"models--(.+?)--(.+)")
-"""Folder of a model in the hub's cache."""
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://")
 
 
@@ -26,8 +24,8 @@ def base_model_name(path: str) -> str | None:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         return path if is_hub_name(path) else None
-    if cached := _SNAPSHOT.fullmatch(folder.resolve().parent.parent.name):
-        return "/".join(cached.groups())
+    if name := hub_name_of(folder):
+        return name
     try:
         record = read_record(folder)
     except UserError:

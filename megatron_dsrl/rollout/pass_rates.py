@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.common.step_names import by_step
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rollout.recording import read_groups, rollout_file
 
@@ -23,7 +24,7 @@ def read_pass_rates(run_folder: Path, section: str) -> PassRates:
     Raises:
         UserError: nothing is recorded there, or a file is damaged.
     """
-    files = sorted(rollout_file(run_folder, 1).parent.glob("step_*.jsonl"))
+    files = by_step(rollout_file(run_folder, 1).parent, ".jsonl").values()
     rewards: defaultdict[tuple[int, ...], list[bool]] = defaultdict(list)
     for file in files:
         for group in read_groups(file):

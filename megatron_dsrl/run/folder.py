@@ -6,9 +6,9 @@ from pathlib import Path
 from megatron_dsrl.checkpoint.compatibility import check_same_run
 from megatron_dsrl.common.collective import on_first
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.config.load import dump_config
+from megatron_dsrl.common.step_names import by_step
+from megatron_dsrl.config.load import dump_config, read_dumped_config
 from megatron_dsrl.config.run import RunConfig
-from megatron_dsrl.config.yaml_text import parse_yaml
 from megatron_dsrl.observability.records import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
@@ -33,8 +33,7 @@ def check_run_folder(config: RunConfig, inputs: RunInputs) -> None:
     has_checkpoints = (inputs.run_folder / CHECKPOINTS_FOLDER).exists()
     has_begun = has_checkpoints or bool(read_records(inputs.run_folder / METRICS_FILE))
     if file.exists() and has_begun:
-        before, _ = parse_yaml(file.read_text(encoding="utf-8"), str(file))
-        check_same_run(before, config, str(inputs.run_folder))
+        check_same_run(read_dumped_config(file), config, str(inputs.run_folder))
 
 
 def prepare_run_folder(config: RunConfig, run_folder: Path, step: int) -> None:
@@ -61,8 +60,8 @@ def prepare_run_folder(config: RunConfig, run_folder: Path, step: int) -> None:
 
 
 def _remove_later_exports(run_folder: Path, step: int) -> None:
-    for export in (run_folder / EXPORTS_FOLDER).glob("step_*"):
-        if int(export.name.removeprefix("step_")) > step:
+    for exported_after, export in by_step(run_folder / EXPORTS_FOLDER).items():
+        if exported_after > step:
             shutil.rmtree(export)
 
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_dsrl.checkpoint.compatibility import check_same_run
+from megatron_dsrl.config.load import read_dumped_config
 from megatron_dsrl.config.run import EvaluationConfig, RunConfig
-from megatron_dsrl.config.yaml_text import parse_yaml
 from megatron_dsrl.observability.records import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
@@ -41,8 +41,7 @@ def finished_step(config: RunConfig) -> int | None:
     is_saved = (run_folder / CHECKPOINTS_FOLDER / f"step_{step:06d}").exists()
     if step < config.steps or not file.exists() or not is_saved or not has_results(run_folder, config.evaluation, step):
         return None
-    before, _ = parse_yaml(file.read_text(encoding="utf-8"), str(file))
-    check_same_run(before, config, str(run_folder))
+    check_same_run(read_dumped_config(file), config, str(run_folder))
     return step
 
 

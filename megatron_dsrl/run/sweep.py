@@ -7,18 +7,21 @@ from its checkpoint, and one that fails does not stop the others.
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.load import load_config
 from megatron_dsrl.config.sweep import SweepConfig
 from megatron_dsrl.config.validate import validated
-from megatron_dsrl.config.yaml_text import parse_yaml
+from megatron_dsrl.config.yaml_text import parse_yaml, read_text
 from megatron_dsrl.observability.console_lines import duration
 from megatron_dsrl.observability.records import METRICS_FILE, read_records
+from megatron_dsrl.run.preemption import PREEMPTED_STATUS
 from megatron_dsrl.run.results import has_results
 
 
@@ -55,14 +58,15 @@ def load_sweep(path: Path) -> SweepConfig:
         UserError: it is missing, or not a sweep; every wrong field is named.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot read this sweep file: {error.strerror}") from error
+        text = read_text(path)
+    except ValueError as error:
+        raise UserError(f"{path}: cannot read this sweep file: {error}") from error
     data, lines = parse_yaml(text, str(path))
     places = {key_path: f"{path}:{line}" for key_path, line in lines.items()}
     sweep = validated(SweepConfig, {} if data is None else data, places, str(path), "sweep")
     if sweep.baseline not in sweep.runs:
         raise UserError(f"{path}: baseline: `{sweep.baseline}` is not one of the runs {', '.join(sweep.runs)}")
+    _require_own_folders(runs_of(sweep, path.parent), path)
     return sweep
 
 
@@ -93,11 +97,17 @@ def run_sweep(runs: Sequence[SweepRun], processes: int) -> list[SweepRun]:
 
     Raises:
         UserError: one of the configurations is wrong; nothing has been started.
+        KeyboardInterrupt, SystemExit: Ctrl-C or a signal; the runs have been asked to stop, and have saved their state.
     """
     missing = [run for run in runs if not _is_finished(run)]
     print(f"{len(runs) - len(missing)} of {len(runs)} runs are finished", flush=True)
+    trainings = _Trainings()
     with ThreadPoolExecutor(processes) as pool:
-        return [run for run, status in zip(missing, pool.map(_train, missing)) if status != 0]
+        try:
+            return [run for run, status in zip(missing, pool.map(trainings.run, missing)) if status != 0]
+        except BaseException:
+            trainings.stop()  # and the pool waits for them
+            raise
 
 
 def with_results(runs: Sequence[SweepRun]) -> dict[str, list[Path]]:
@@ -109,30 +119,73 @@ def with_results(runs: Sequence[SweepRun]) -> dict[str, list[Path]]:
     return by_method
 
 
-def _train(run: SweepRun) -> int:
-    run.log.parent.mkdir(parents=True, exist_ok=True)
-    with open(run.log, "a", encoding="utf-8") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_dsrl.cli", "train", *run.arguments],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
-        )
-        try:
-            status = process.wait()
-        finally:
-            process.terminate()  # an interrupted sweep lets its runs save their state
-            process.wait()
+class _Trainings:
+    """The processes of the runs, which are asked to stop together."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._started: list[subprocess.Popen[bytes]] = []
+        self._is_stopped = False
+
+    def run(self, run: SweepRun) -> int:
+        """Train one run, say how it ended, and return its exit status."""
+        run.log.parent.mkdir(parents=True, exist_ok=True)
+        with open(run.log, "a", encoding="utf-8") as log:
+            process = self._start(run, log)
+            status = PREEMPTED_STATUS if process is None else process.wait()
+        print(f"{run.method}, seed {run.seed}: {_outcome(run, status)}", flush=True)
+        return status
+
+    def stop(self) -> None:
+        """Ask all to save their state and to exit; no more are started."""
+        with self._lock:
+            self._is_stopped = True
+            for process in self._started:
+                process.terminate()  # does nothing for one that has ended
+
+    def _start(self, run: SweepRun, log: TextIO) -> "subprocess.Popen[bytes] | None":
+        with self._lock:
+            if self._is_stopped:
+                return None
+            process = subprocess.Popen(
+                [sys.executable, "-m", "megatron_dsrl.cli", "train", *run.arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+                start_new_session=True,  # Ctrl-C in a terminal would end it before its state is saved
+            )
+            self._started.append(process)
+            return process
+
+
+def _outcome(run: SweepRun, status: int) -> str:
+    if status == PREEMPTED_STATUS:
+        return "stopped; the same command continues it"
+    if status != 0:
+        return f"failed with status {status}; see {run.log}"
     seconds = sum(record["seconds/step"] for record in read_records(run.folder / METRICS_FILE))
-    outcome = f"{duration(seconds)} of training" if status == 0 else f"failed with status {status}"
-    print(f"{run.method}, seed {run.seed}: {outcome}", flush=True)
-    return status
+    return f"{duration(seconds)} of training"
 
 
 def _is_finished(run: SweepRun) -> bool:
     config = load_config(run.configs, run.settings)
     done = max((record["step"] for record in read_records(run.folder / METRICS_FILE)), default=0)
     return done >= config.steps and has_results(run.folder, config.evaluation, config.steps)
+
+
+def _require_own_folders(runs: Sequence[SweepRun], path: Path) -> None:
+    """
+    Raises:
+        UserError: two runs would have the same folder.
+    """
+    by_folder: dict[Path, SweepRun] = {}
+    for run in runs:
+        other = by_folder.setdefault(run.folder, run)
+        if other.method != run.method:
+            raise UserError(f"{path}: runs: `{other.method}` and `{run.method}` have the same folder; rename one")
+        if other is not run:
+            raise UserError(f"{path}: seeds: {run.seed} is named twice; remove one")
 
 
 def _as_folder_name(method: str) -> str:

@@ -204,14 +204,26 @@ def test_malformed_overrides(small, write, override, message) -> None:
         load_config(write("run.yaml", small), [override])
 
 
+def test_a_folder_may_begin_with_the_users_home(small, write, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    settings = ["output_dir=~/runs", "rollout.replay_from=~/recorded", "data.pass_rates_from=~/rates"]
+    config = load_config(write("run.yaml", small), settings)
+    assert config.output_dir == "/home/someone/runs"
+    assert config.rollout.replay_from == "/home/someone/recorded"
+    assert config.data.pass_rates_from == "/home/someone/rates"
+
+
 def test_missing_and_unreadable_files(write, tmp_path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.yaml: no such configuration file$"):
         load_config(tmp_path / "nowhere.yaml")
     child = write("child.yaml", "inherits: nowhere.yaml")
     with pytest.raises(UserError, match=r"nowhere\.yaml: no such configuration file \(named by `inherits` in .*child"):
         load_config(child)
-    with pytest.raises(UserError, match="cannot read this configuration file"):
+    with pytest.raises(UserError, match="cannot read this configuration file: Is a directory"):
         load_config(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9")
+    with pytest.raises(UserError, match="latin.yaml: cannot read this configuration file: it is not text in UTF-8"):
+        load_config(tmp_path / "latin.yaml")
     with pytest.raises(UserError, match="found a list"):
         load_config(write("list.yaml", "- 1"))
     with pytest.raises(UserError, match=r"list\.yaml: inherits: expected the path of a YAML file or a list of them"):

@@ -51,7 +51,9 @@ def test_own_benchmark(folder) -> None:
     ("change", "message"),
     [
         ({"name": "math5000"}, "unknown benchmark `math5000`; choose one of aime24, "),
-        ({"name": "nowhere.yaml"}, "cannot read nowhere.yaml"),
+        ({"name": "nowhere.yaml"}, "cannot read nowhere.yaml: No such file or directory"),
+        ({"name": "nowhere.yml"}, "cannot read nowhere.yml: "),
+        ({"changes": {"source": None}}, "source: expected a string, got None"),
         ({"data_folder": None}, "has no section `hub`; set --data-folder"),
         ({"data_folder": "elsewhere"}, r"sums/\*.jsonl is not in elsewhere"),
         ({"changes": {"temperature": -1.0}}, r"expected greater than or equal to 0, got -1.0 \(command line"),

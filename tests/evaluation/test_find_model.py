@@ -80,6 +80,33 @@ def test_an_export_belongs_to_its_run_and_other_models_to_none(run, tmp_path) ->
     assert fingerprint(export.folder) != fingerprint(model.folder)
 
 
+def test_a_model_in_the_hubs_cache_has_its_hub_name(tmp_path) -> None:
+    snapshot = tmp_path / "models--Qwen--Qwen3-4B" / "snapshots" / "1cfa9a72"
+    make_tiny_qwen3(snapshot, tied=True)
+    model = find_model(str(snapshot))
+    assert model.name == "Qwen/Qwen3-4B"
+    assert default_output(model) == Path("evaluations") / "Qwen3-4B"
+
+
+def test_a_policy_may_be_the_current_folder_or_a_link(run, tmp_path, monkeypatch) -> None:
+    for policy, step in (("hf/step_000002", 2), ("checkpoints/step_000003", 3)):
+        monkeypatch.chdir(run / policy)
+        assert default_output(find_model(".")) == run / "evaluation" / f"step_{step:06d}"
+        link = tmp_path / f"link {step}"
+        link.symlink_to(run / policy)
+        assert default_output(find_model(str(link))) == run / "evaluation" / f"step_{step:06d}"
+    monkeypatch.chdir(tmp_path / "model")
+    assert default_output(find_model(".")) == Path("evaluations") / "model"
+
+
+def test_a_copy_of_an_export_or_checkpoint_is_not_one_of_the_runs(run) -> None:
+    shutil.copytree(run / "hf" / "step_000002", run / "hf" / "step_000009_copy")
+    shutil.copytree(run / "checkpoints" / "step_000003", run / "checkpoints" / "step_000009_copy")
+    assert find_model(str(run)).step == 3
+    copy = find_model(str(run / "hf" / "step_000009_copy"))
+    assert (copy.run_folder, copy.step) == (None, None)
+
+
 def test_an_export_stands_in_for_a_model_that_has_moved(run, tmp_path) -> None:
     (tmp_path / "model").rename(tmp_path / "moved")
     assert find_model(str(run)).companions == run / "hf" / "step_000002"

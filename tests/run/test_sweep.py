@@ -1,12 +1,16 @@
 """`dsrl sweep`: what its file may say, and a real sweep that is started twice."""
 
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.run.sweep import load_sweep, runs_of
+from megatron_dsrl.run.sweep import load_sweep, run_sweep, runs_of
 from tests.support.tiny_run import dsrl, write_tiny_run
 
 
@@ -55,11 +59,54 @@ def test_a_run_of_several_files_trains_on_all_of_them(tmp_path) -> None:
         ({"sedes": [1]}, r"1 problem in the sweep\n  sedes: unknown key; did you mean seeds\? \(.*sweep.yaml:\d+\)"),
         ({"runs": {"A": {"confg": "a.yaml"}}}, r"runs\.A\.confg: unknown key; did you mean config\?"),
         ({"baseline": "PPO"}, "`PPO` is not one of the runs GRPO, DSRL"),
+        ({"seeds": [2, 1, 2]}, "seeds: 2 is named twice; remove one"),
+        (
+            {"runs": {"GRPO": {"config": "a.yaml"}, "a b": {"config": "a.yaml"}, "a_b": {"config": "b.yaml"}}},
+            "runs: `a b` and `a_b` have the same folder; rename one",
+        ),
     ],
 )
 def test_a_wrong_sweep_is_refused_with_the_field(tmp_path, changes, message) -> None:
     with pytest.raises(UserError, match=message):
         load_sweep(write_sweep(tmp_path, **changes))
+
+
+CONFIG = """
+steps: 2
+model: {path: model}
+data: {source: train.jsonl}
+phases: [{name: grpo, space: post_train, advantage: group_mean}]
+"""
+TRAINING = """#!/bin/sh
+trap 'exit 75' TERM
+echo >> started
+while :; do sleep 0.05; done
+"""
+
+
+def test_an_interrupted_sweep_lets_its_runs_save_their_state(tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    python = tmp_path / "python"
+    python.write_text(TRAINING)
+    python.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(python))
+    monkeypatch.chdir(tmp_path)
+
+    def interrupt() -> None:
+        for _ in range(600):
+            if (tmp_path / "started").exists():
+                break
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    runs = runs_of(load_sweep(write_sweep(tmp_path)), tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(runs, 1)
+    assert capsys.readouterr().out.splitlines() == [
+        "0 of 4 runs are finished",
+        "GRPO, seed 1: stopped; the same command continues it",
+    ]
 
 
 @pytest.mark.slow
