@@ -1,15 +1,17 @@
 """The `dsrl` command.
 
 User errors print one message to stderr and exit with status 2, Ctrl-C with 130, SIGTERM with 143, SIGHUP (a closed
-terminal) with 129. An engine lost after all its restarts gives one message and status 1; bugs show a traceback and exit
-with 1. Each command imports what it needs when it runs, so that `--help`, `--dry-run` and `doctor` stay light.
+terminal) with 129, a reader that closes the pipe (`| head`) with 141. An engine lost after all its restarts gives one
+message and status 1; bugs show a traceback and exit with 1. Each command imports what it needs when it runs, so that
+`--help`, `--dry-run` and `doctor` stay light.
 """
 
 import argparse
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 
 from megatron_dsrl import __version__
@@ -31,26 +33,33 @@ from megatron_dsrl.commands.sft import add_sft
 from megatron_dsrl.commands.sweep import add_sweep
 from megatron_dsrl.commands.trace_and_compare import add_compare, add_trace, add_upload
 from megatron_dsrl.commands.train import add_train
+from megatron_dsrl.common.disk import remedy
 from megatron_dsrl.common.errors import MachineError, UserError
-from megatron_dsrl.common.process import end_with_launcher, handling_signals, launched_rank, leave_terminal
+from megatron_dsrl.common.process import (
+    end_with_launcher,
+    handling_signals,
+    launched_rank,
+    leave_closed_pipe,
+    leave_terminal,
+)
 
 MACHINE_ERROR_STATUS = 1
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130
+CLOSED_PIPE_STATUS = 141
 SIGNALS_TO_END = (signal.SIGTERM, signal.SIGHUP)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     end_with_launcher()
-    # Modules in the current folder are found by their dotted paths, as with `python -m`.
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = _parse(arguments)
     try:
-        with handling_signals(SIGNALS_TO_END, _exit_on_signal):
-            return _run(options, arguments)
+        with _flushing_output():
+            _find_modules_here()
+            options = _parse(arguments)
+            with handling_signals(SIGNALS_TO_END, _exit_on_signal):
+                return _run(options, arguments)
     except UserError as error:
         _print_error(str(error))
         return USER_ERROR_STATUS
@@ -60,6 +69,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _print_error("interrupted")
         return INTERRUPTED_STATUS
+    except BrokenPipeError:
+        if not leave_closed_pipe():
+            raise
+        return CLOSED_PIPE_STATUS
+    except OSError as error:
+        if (advice := remedy(error)) is None:
+            raise
+        _print_error(f"{error.filename}: {error.strerror}; {advice}")
+        return USER_ERROR_STATUS
+
+
+def _find_modules_here() -> None:
+    """Modules in the current folder are found by their dotted paths, as with `python -m`."""
+    try:
+        here = os.getcwd()
+    except FileNotFoundError as error:
+        raise UserError("the current folder does not exist any more; change to another one") from error
+    if here not in sys.path:
+        sys.path.insert(0, here)
 
 
 def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
@@ -70,6 +98,17 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         if not others_started(options.processes):
             return launch([sys.executable, "-m", "megatron_dsrl.cli", *arguments], options.processes)
     return options.command(options)
+
+
+@contextmanager
+def _flushing_output() -> Iterator[None]:
+    """Write what is left of the output, also of `--help`, so that a closed pipe is noticed here and not at the exit."""
+    try:
+        yield
+    except SystemExit:
+        print(end="", flush=True)
+        raise
+    print(end="", flush=True)
 
 
 def _exit_on_signal(number: int, frame: FrameType | None) -> None:

@@ -256,6 +256,30 @@ def train(config, starting):
     assert "Traceback" not in stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    # What Rich prints ends with its own status.
+    [(["completion", "bash"], 141), (["config"], 1), (["train", "run.yaml", "--dry-run"], 1)],
+)
+def test_a_reader_that_closes_the_pipe_ends_the_command_quietly(folder, arguments, status) -> None:
+    command = [sys.executable, "-m", "megatron_dsrl.cli", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=folder, env=environment(), **pipes) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(timeout=60) == status
+
+
+def test_output_that_cannot_be_written_is_one_message(folder) -> None:
+    finish(folder)
+    (folder / "runs" / "small" / "metrics.jsonl").unlink()
+    (folder / "file").write_text("")
+    for command in (["report", "runs/small", "--output", "file/page.html"], ["report", "runs/small", "--output", "."]):
+        result = dsrl(folder, *command)
+        assert result.returncode == 2 and result.stderr.endswith("; correct the path\n"), result.stderr
+        assert result.stderr.startswith("dsrl: ") and "Traceback" not in result.stderr
+
+
 def test_help_names_the_commands(folder) -> None:
     result = dsrl(folder, "--help")
     assert result.returncode == 0

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_dsrl.charts.charts import Chart, write_charts
 from megatron_dsrl.charts.figure import write_figure
+from megatron_dsrl.common.disk import write_result
 from megatron_dsrl.observability.records import Record, replace_records
 
 FOLDER = "analysis"
@@ -31,7 +32,7 @@ def write_analysis(
 
 def write_summary(folder: Path, name: str, summary: Record, charts: Sequence[Chart]) -> None:
     """Write everything but the records; see `write_analysis`."""
-    (folder / f"{name}.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_result(folder / f"{name}.json", json.dumps(summary, indent=2) + "\n")
     if charts:
         write_figure(charts, folder / f"{name}.svg")
         write_charts(charts, folder / f"{name}{CHARTS_SUFFIX}")

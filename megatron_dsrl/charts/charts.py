@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from megatron_dsrl.charts.chart_axes import SMALL, STEPS, VALUES, Axes, Frame, StepAxis, ValueAxis, fitting_axes
 from megatron_dsrl.charts.chart_shapes import area, cursor, curve, grid, phase_bands
 from megatron_dsrl.charts.chart_source import ChartSource, Series, number
+from megatron_dsrl.common.disk import write_result
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.observability.run_records import PhaseSpan
 
@@ -148,7 +149,7 @@ def _six_digits(value: float | None) -> float | None:
 
 def write_charts(charts: Sequence[Chart], path: Path) -> None:
     """Write what charts show as JSON, to be drawn again by a page that may look otherwise."""
-    path.write_bytes(_SOURCES.dump_json([chart.source for chart in charts]) + b"\n")
+    write_result(path, _SOURCES.dump_json([chart.source for chart in charts]).decode() + "\n")
 
 
 def read_charts(path: Path) -> list[Chart]:

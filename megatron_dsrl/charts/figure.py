@@ -9,6 +9,7 @@ from markupsafe import escape
 from megatron_dsrl.charts.chart_shapes import text_width
 from megatron_dsrl.charts.chart_source import Series, number
 from megatron_dsrl.charts.charts import Chart
+from megatron_dsrl.common.disk import write_result
 
 COLUMNS = 3
 TITLE, LEGEND_ROW, MARGIN = 30, 18, 8
@@ -31,14 +32,14 @@ def write_figure(charts: Sequence[Chart], path: Path) -> None:
         for i, (chart, legend) in enumerate(zip(charts, legends, strict=True))
     ]
     style = (files("megatron_dsrl.charts") / "templates" / "charts.css").read_text(encoding="utf-8")
-    path.write_text(
+    text = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
         f"<style>{style} text {{ font-family: system-ui, sans-serif; }}"
         " text.title { font-weight: 600; font-size: 14px; fill: var(--text); } text.entry { fill: var(--text); }"
         f" svg {{ background: var(--page); }} svg svg {{ width: {frame.width}px; height: {frame.height}px; }}"
-        "</style>" + "".join(cells) + "</svg>\n",
-        encoding="utf-8",
+        "</style>" + "".join(cells) + "</svg>\n"
     )
+    write_result(path, text)
 
 
 def _legend(chart: Chart) -> list[list[tuple[float, int, str]]]:

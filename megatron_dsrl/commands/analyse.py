@@ -200,18 +200,15 @@ def _print_gradients(number: int, record: dict) -> None:
 def _pass_at_k(options: argparse.Namespace) -> int:
     from megatron_dsrl.analysis import pass_at_k_curves as curves
     from megatron_dsrl.charts.figure import write_figure
+    from megatron_dsrl.common.disk import write_result
     from megatron_dsrl.evaluation.results import newest_results
     from megatron_dsrl.observability.records import replace_records
 
-    labelled = [labelled_folders(text) for text in options.evaluations]
-    labels = [label for label, _ in labelled]
-    if len(set(labels)) < len(labels):
-        raise UserError("two evaluations have the same label; write LABEL=DIR")
-    evaluations = {label: [newest_results(folder) for folder in folders] for label, folders in labelled}
+    labelled = labelled_folders(options.evaluations)
+    evaluations = {label: [newest_results(folder) for folder in folders] for label, folders in labelled.items()}
     charts = curves.charts(evaluations)
-    options.output.mkdir(parents=True, exist_ok=True)
     write_figure(charts, options.output / "pass_at_k.svg")
-    (options.output / "pass_at_k.md").write_text(curves.table(evaluations), encoding="utf-8")
+    write_result(options.output / "pass_at_k.md", curves.table(evaluations))
     replace_records(options.output / "pass_at_k.jsonl", curves.records(evaluations))
     print(curves.table(evaluations), end="")
     return 0

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from megatron_dsrl.common.errors import UserError
+
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 """What `add_subparsers` returns; argparse has no public name for it."""
 
@@ -107,7 +109,23 @@ def positive_number(text: str) -> float:
     return value
 
 
-def labelled_folders(text: str) -> tuple[str, list[Path]]:
-    """Parse `LABEL=FOLDER,FOLDER`, or `FOLDER`; its name then becomes the label."""
-    label, equals, folders = text.partition("=")
-    return (label, [Path(folder) for folder in folders.split(",")]) if equals else (Path(text).name, [Path(text)])
+def labelled_folders(texts: Sequence[str]) -> dict[str, list[Path]]:
+    """Folders by label, from `LABEL=FOLDER,FOLDER` or `FOLDER`, whose name then becomes the label.
+
+    Raises:
+        UserError: a label or a folder is named twice, or a label has no folder.
+    """
+    labelled: dict[str, list[Path]] = {}
+    for text in texts:
+        label, equals, listed = text.partition("=")
+        if not equals or Path(text).is_dir():
+            label, listed = Path(text).resolve().name, text
+        folders = [Path(folder).expanduser() for folder in listed.split(",") if folder]
+        if label in labelled or not folders:
+            what = "is named twice" if label in labelled else "has no folder"
+            raise UserError(f"`{text}`: {label} {what}; write LABEL=FOLDER,FOLDER, each label once")
+        twice = [folder for folder in folders if folders.count(folder) > 1]
+        if twice:
+            raise UserError(f"`{text}`: {twice[0]} is named twice, and would count as two runs; remove one")
+        labelled[label] = folders
+    return labelled

@@ -107,20 +107,18 @@ def _rescore(options: argparse.Namespace) -> int:
 
 
 def _table(options: argparse.Namespace) -> int:
+    from megatron_dsrl.common.disk import write_result
     from megatron_dsrl.evaluation.paper_table import paper_table
     from megatron_dsrl.evaluation.results import newest_results
 
-    evaluations: dict[str, list] = {}
     for text in options.evaluations:
-        method, folders = labelled_folders(text)
         if "=" not in text:
             raise UserError(f"`{text}`: expected METHOD=DIR,DIR")
-        if method in evaluations:
-            raise UserError(f"`{text}`: {method} is named twice")
-        evaluations[method] = [newest_results(folder) for folder in folders]
+    by_method = labelled_folders(options.evaluations)
+    evaluations = {method: [newest_results(folder) for folder in folders] for method, folders in by_method.items()}
     table = paper_table(evaluations, options.size)
     if options.output:
-        options.output.write_text(table, encoding="utf-8")
+        write_result(options.output, table)
     print(table, end="")
     return 0
 
@@ -139,7 +137,7 @@ def _eval(options: argparse.Namespace) -> int:
     }
     request = EvaluationRequest(
         model=options.model,
-        benchmarks=[name for name in options.benchmarks.split(",") if name],
+        benchmarks=[name.strip() for name in options.benchmarks.split(",") if name.strip()],
         output=options.output,
         data_folder=options.data_folder,
         changes=changes,

@@ -21,7 +21,7 @@ def add_fetch(commands: Commands) -> None:
     parser.add_argument(
         "--benchmarks",
         metavar="NAME,NAME",
-        type=lambda text: [name for name in text.split(",") if name],
+        type=lambda text: [name.strip() for name in text.split(",") if name.strip()],
         default=[],
         help="names or .yaml files, as for `dsrl eval`",
     )

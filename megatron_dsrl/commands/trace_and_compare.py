@@ -91,11 +91,10 @@ def _trace(options: argparse.Namespace) -> int:
 def _compare(options: argparse.Namespace) -> int:
     from megatron_dsrl.report.comparison import FIGURE_FILE, TABLE_FILE, write_comparison
 
-    methods = dict(map(labelled_folders, options.methods))
+    methods = labelled_folders(options.methods)
     baseline = options.baseline or next(iter(methods))
     if baseline not in methods:
         raise UserError(f"--baseline: `{baseline}` is not one of the methods {', '.join(methods)}")
-    options.output.mkdir(parents=True, exist_ok=True)
     print(write_comparison(methods, baseline, options.output))
     print(f"written to {options.output / TABLE_FILE} and {options.output / FIGURE_FILE}")
     return 0

@@ -1,5 +1,6 @@
 """Files that are replaced whole, and error messages for failed writes: a full, read-only or broken disk."""
 
+import errno
 import os
 import shutil
 import sys
@@ -13,6 +14,20 @@ from megatron_dsrl.common.errors import UserError
 _TORCH_SAVE_FAILURES = ("PytorchStreamWriter", "inline_container", "iostream error")
 """Parts of messages of the RuntimeError that torch.save raises instead of OSError, for example on a full disk."""
 NOTHING_PUBLISHED = "Nothing was published, and what was there before is untouched"
+
+
+_REMEDIES = {
+    "fix the permissions, or name another place": (errno.EACCES, errno.EPERM, errno.EROFS),
+    "free space, then run the command again": (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    "correct the path": (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+}
+
+
+def remedy(error: OSError) -> str | None:
+    """What a user can do about a file that cannot be used; None where the cause may be a bug."""
+    if error.filename is None:
+        return None
+    return next((advice for advice, numbers in _REMEDIES.items() if error.errno in numbers), None)
 
 
 def as_os_error(error: Exception) -> Exception:
@@ -61,9 +76,19 @@ def writing(path: Path, what_is_safe: str = NOTHING_PUBLISHED) -> Iterator[None]
 def replacing(file: Path) -> Iterator[BinaryIO]:
     """Write a file that replaces an existing one whole or not at all: a crash leaves the old content.
 
+    A link stays one, and what is not a regular file, such as /dev/stdout, is written to.
+
     Yields:
         The new file, which is flushed to disk and takes its name at the end of the block.
+
+    Raises:
+        OSError: with the file's name, also where writing fails.
     """
+    if file.exists() and not file.is_file() and not file.is_dir():
+        with open(file, "wb") as stream:
+            yield stream
+        return
+    file = file.resolve()
     partial = file.with_name(file.name + ".partial")
     try:
         with open(partial, "wb") as stream:
@@ -71,9 +96,24 @@ def replacing(file: Path) -> Iterator[BinaryIO]:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(partial, file)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(partial)):
+            error.filename, error.filename2 = str(file), None
         raise
+
+
+def write_result(file: Path, text: str) -> None:
+    """Write a text in UTF-8, as `replacing` does, to a folder that is created if it does not exist."""
+    make_folder_of(file)
+    replace_text(file, text)
+
+
+def make_folder_of(file: Path) -> None:
+    """Create the folder of a file that will be written, and those above it, if they do not exist."""
+    if file.parent.is_file():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(file.parent))
+    file.parent.mkdir(parents=True, exist_ok=True)
 
 
 def replace_text(file: Path, text: str) -> None:

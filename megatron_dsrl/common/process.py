@@ -3,6 +3,7 @@ a terminal that may be closed."""
 
 import ctypes
 import os
+import select
 import signal
 import stat
 import threading
@@ -88,6 +89,16 @@ def handling_signals(numbers: Iterable[int], handle: Callable[[int, FrameType | 
             signal.signal(number, handler)
 
 
+def leave_closed_pipe() -> bool:
+    """Redirect standard output to /dev/null if it is a pipe that nobody reads any more; returns whether it is."""
+    output = select.poll()
+    output.register(1, 0)
+    is_closed = bool(output.poll(0))  # POLLERR is reported without being asked for
+    if is_closed:
+        _redirect_to_nowhere(1)
+    return is_closed
+
+
 def leave_terminal() -> None:
     """Redirect standard output and error to /dev/null if they are a terminal, which may have been closed (SIGHUP).
 
@@ -95,6 +106,10 @@ def leave_terminal() -> None:
     """
     for descriptor in (1, 2):
         if stat.S_ISCHR(os.fstat(descriptor).st_mode):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, descriptor)
-            os.close(nowhere)
+            _redirect_to_nowhere(descriptor)
+
+
+def _redirect_to_nowhere(descriptor: int) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)

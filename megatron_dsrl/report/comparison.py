@@ -16,6 +16,7 @@ from megatron_dsrl.charts.chart_source import Series
 from megatron_dsrl.charts.charts import Chart, line_chart
 from megatron_dsrl.charts.estimate import Estimate, in_percent
 from megatron_dsrl.charts.figure import write_figure
+from megatron_dsrl.common.disk import write_result
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.markdown import markdown_table
 from megatron_dsrl.observability.run_records import RunRecords, read_run, with_common_colours
@@ -39,15 +40,16 @@ def write_comparison(methods: Mapping[str, Sequence[Path]], baseline: str, folde
     Args:
         methods: run folders by method, in the order of the table.
         baseline: the method that the others are tested against.
-        folder: where the files go; must exist.
+        folder: where the files go.
 
     Raises:
         UserError: a folder is not a run folder, or nothing was evaluated.
     """
     runs = {method: [read_run(path) for path in folders] for method, folders in methods.items()}
     table = comparison_table(runs, baseline) + provenance_table(runs)
-    (folder / TABLE_FILE).write_text(table, encoding="utf-8")
-    write_figure(learning_curves(runs, baseline), folder / FIGURE_FILE)
+    write_result(folder / TABLE_FILE, table)
+    if charts := learning_curves(runs, baseline):
+        write_figure(charts, folder / FIGURE_FILE)
     return table
 
 
@@ -61,7 +63,7 @@ def comparison_table(runs: Mapping[str, Sequence[RunRecords]], baseline: str) ->
     before = [in_percent(_first_values(runs, *column)) for column in columns]
     rows = [["before training", "", *before, *([""] * len(sets)), ""]]
     for method, of_method in runs.items():
-        lengths = [run.steps[-1]["response/mean_tokens"] for run in of_method if run.steps]
+        lengths = [length for run in of_method for length in run.column("response/mean_tokens")[-1:] if length]
         rows.append(
             [
                 method,
@@ -96,30 +98,32 @@ def provenance_table(runs: Mapping[str, Sequence[RunRecords]]) -> str:
 def learning_curves(runs: Mapping[str, Sequence[RunRecords]], baseline: str) -> list[Chart]:
     """One chart per method and held-out set: its accuracy over steps, mean and interval, with the baseline's.
 
-    The baseline's curve, and the shading of a phase, have the same colour in all charts.
+    The baseline's curve, and the shading of a phase, have the same colour in all charts. A method that was not
+    evaluated on a set has no chart of it.
     """
     shaded = with_common_colours([of_method[0] for of_method in runs.values()])
     phases = {method: run.phases for method, run in zip(runs, shaded, strict=True)}
-    return [
-        line_chart(
-            f"{method}: accuracy on {name}" if len(_set_names(runs)) > 1 else method,
-            f"{len(of_method)} runs",
-            [
-                *([] if method == baseline else [_curve(method, of_method, name, METHOD_COLOUR)]),
-                _curve(baseline, runs[baseline], name, BASELINE_COLOUR),
-            ],
-            phases[method],
-            _axis(runs, name),
-        )
-        for name in _set_names(runs)
-        for method, of_method in runs.items()
-    ]
+    charts = []
+    for name in _set_names(runs):
+        against = _curve(baseline, runs[baseline], name, BASELINE_COLOUR)
+        for method, of_method in runs.items():
+            own = against if method == baseline else _curve(method, of_method, name, METHOD_COLOUR)
+            if not own.steps:
+                continue
+            title = f"{method}: accuracy on {name}" if len(_set_names(runs)) > 1 else method
+            curves = [own] if method == baseline else [own, against]
+            charts.append(line_chart(title, f"{len(of_method)} runs", curves, phases[method], _axis(runs, name)))
+    return charts
 
 
 def _curve(method: str, runs: Sequence[RunRecords], name: str, colour: int) -> Series:
-    """Mean accuracy and interval at the steps that all runs have evaluated."""
-    by_run = [{record["step"]: record["accuracy"] for record in run.evaluations.get(name, [])} for run in runs]
-    steps = sorted(set.intersection(*map(set, by_run)))
+    """Mean accuracy and interval at the steps that all runs with this set have evaluated."""
+    by_run = [
+        {record["step"]: record["accuracy"] for record in run.evaluations[name] if record["accuracy"] is not None}
+        for run in runs
+        if name in run.evaluations
+    ]
+    steps = sorted(set.intersection(*map(set, by_run))) if by_run else []
     estimates = [Estimate(tuple(run[step] for run in by_run)) for step in steps]
     return Series(
         method,
@@ -149,7 +153,7 @@ def _metrics(runs: Mapping[str, Sequence[RunRecords]], name: str) -> list[str]:
 def _first_values(runs: Mapping[str, Sequence[RunRecords]], name: str, metric: str) -> list[float]:
     """Before training, once per seed: all methods of a seed start from one model and sample with the same seeds."""
     first = {
-        run.config.get("seed"): run.evaluations[name][0][metric]
+        run.config.get("seed"): run.evaluations[name][0].get(metric)
         for of_method in runs.values()
         for run in of_method
         if name in run.evaluations and run.evaluations[name][0]["step"] == 0

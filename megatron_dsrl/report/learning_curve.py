@@ -22,7 +22,6 @@ def write_learning_curve(run_folder: Path, path: Path) -> Path:
         UserError: the folder is not a run folder, or neither an evaluation nor a reward was recorded.
     """
     chart = learning_curve(read_run(run_folder))
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_figure([chart], path)
     return path
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, Template
 
 from megatron_dsrl.charts.chart_source import number
-from megatron_dsrl.common.disk import replace_text
+from megatron_dsrl.common.disk import write_result
 from megatron_dsrl.common.visible_text import visible
 from megatron_dsrl.evaluation.results import results_of_run
 from megatron_dsrl.observability.run_records import RunRecords, read_run
@@ -35,7 +35,7 @@ def write_report(run_folder: Path, *others: Path, output: Path | None = None) ->
     runs = _distinct_names([read_run(folder) for folder in (run_folder, *others)])
     page = _run_page(runs[0]) if len(runs) == 1 else _comparison_page(runs)
     path = output or run_folder / ("report.html" if len(runs) == 1 else "comparison.html")
-    replace_text(path, page)
+    write_result(path, page)
     return path
 
 

@@ -19,6 +19,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from megatron_dsrl.common.disk import make_folder_of, replacing
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.observability.profile_files import ProfileFile
 from megatron_dsrl.report.timeline_records import Interval, RankTimeline, RecordedCall, RecordedSpan
@@ -52,14 +53,15 @@ def write_trace(timelines: Sequence[RankTimeline], target: Path, profiles: Seque
     """
     origin = min(moment for timeline in timelines for moment in _beginnings(timeline))
     head = {"displayTimeUnit": "ms", "otherData": {"started": datetime.fromtimestamp(origin, UTC).isoformat()}}
-    with target.open("w", encoding="utf-8") as file:
-        file.write(encode(head)[:-1] + ',"traceEvents":[')
+    make_folder_of(target)
+    with replacing(target) as file:
+        file.write(encode(head)[:-1].encode() + b',"traceEvents":[')
         separator = "\n"
         events = [events_of(timeline, origin) for timeline in timelines]
         for event in chain(*events, *(profile_events(profile, origin) for profile in profiles)):
-            file.write(separator + encode(event))
+            file.write((separator + encode(event)).encode())
             separator = ",\n"
-        file.write("\n]}\n")
+        file.write(b"\n]}\n")
 
 
 def events_of(timeline: RankTimeline, origin: float) -> Iterator[TraceEvent]:

@@ -83,6 +83,39 @@ def test_every_set_has_its_own_test(methods, tmp_path) -> None:
     assert [dsrl[number] for number in tests] == ["0.07", "1"]
 
 
+def test_what_some_runs_have_not_measured_is_left_out(methods, tmp_path) -> None:
+    """Another set, more samples since some step, a run that has only begun, a supervised one, a null."""
+    grpo, other, begun = methods["GRPO"]
+    with open(grpo / "evaluation.jsonl", "a") as stream:
+        for accuracy in (0.5, None):
+            record = {"set": "other", "step": 12, "accuracy": accuracy, "samples_per_prompt": 4, "pass@4": 0.9}
+            stream.write(json.dumps(record) + "\n")
+    with open(other / "evaluation.jsonl", "a") as stream:
+        record = {"set": "held-out", "step": 12, "accuracy": 0.5, "samples_per_prompt": 4, "pass@4": 0.8}
+        stream.write(json.dumps(record) + "\n")
+    for file in ("evaluation.jsonl", "metrics.jsonl"):
+        (begun / file).write_text("")
+    (methods["DSRL"][0] / "metrics.jsonl").write_text('{"step": 1, "phase": "SFT", "space": "post_train"}\n')
+    table = write_comparison(methods, "GRPO", tmp_path)
+    header, _, before, *_ = ([cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[:5])
+    assert before[header.index("pass@4 on held-out, %")] == ""
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        (["GRPO=GRPO_0", "GRPO=GRPO_1"], "`GRPO=GRPO_1`: GRPO is named twice; write LABEL=FOLDER,FOLDER"),
+        (["GRPO="], "`GRPO=`: GRPO has no folder; write"),
+        (["GRPO=GRPO_0,GRPO_0"], "GRPO_0 is named twice, and would count as two runs; remove one"),
+        (["GRPO_0", "DSRL=nowhere"], "No such folder: nowhere"),
+    ],
+)
+def test_a_mistake_in_the_labels_is_named(methods, tmp_path, monkeypatch, capsys, named, message) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", *named]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_runs_without_evaluations_are_refused(methods, tmp_path) -> None:
     for folder in methods["GRPO"]:
         (folder / "evaluation.jsonl").unlink()
