@@ -15,6 +15,7 @@ from megatron_dsrl.config.load_benchmark import load_benchmark
 from tests.configs.test_configs import MODELS
 from tests.support.documents import (
     DOCUMENTS,
+    broken_anchors,
     commands,
     fields_named,
     files_named,
@@ -90,6 +91,7 @@ def test_plans_and_dry_runs_run_and_print_what_is_shown(line, folder, monkeypatc
 def test_what_a_document_names_exists(document) -> None:
     assert [str(file) for file in files_named(document) if not file.exists()] == []
     assert [path for path in fields_named(document) if not is_field(path)] == []
+    assert broken_anchors(document) == []
 
 
 def test_job_scripts_and_their_variables() -> None:

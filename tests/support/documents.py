@@ -104,6 +104,23 @@ def _command(line: str, setting: list[str], shown: list[str]) -> Command:
     return Command(line, tuple(setting), tuple(words), tuple(filter(None, shown)))
 
 
+def broken_anchors(document: Path) -> list[str]:
+    """Links to a heading that its document does not have."""
+    links = re.findall(r"\]\((?!\w+://)([^)#\s]*)#([^)\s]+)\)", document.read_text(encoding="utf-8"))
+    return [
+        f"{file}#{anchor}"
+        for file, anchor in links
+        if anchor not in _anchors((document.parent / file) if file else document)
+    ]
+
+
+@cache
+def _anchors(document: Path) -> set[str]:
+    """The names that GitHub gives the headings."""
+    headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", document.read_text(encoding="utf-8")), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def files_named(document: Path) -> list[Path]:
     """Targets of links, and paths of the repository in code."""
     text = document.read_text(encoding="utf-8")
