@@ -28,7 +28,6 @@ MODELS = {
     "107M": {},
 }  # fmt: skip
 """Differences from the model of `benchmark_against_trl.py --task random`."""
-PARTS = ("generate", "train")
 
 
 def run_with(threads: int, config_file: Path, folder: Path) -> Run:
@@ -45,10 +44,10 @@ def run_with(threads: int, config_file: Path, folder: Path) -> Run:
     )
 
 
-def seconds_of_steps(run: Run, part: str) -> list[float]:
-    """Seconds of a part in every measured step."""
+def update_seconds(run: Run) -> list[float]:
+    """Of every measured step. Only this part is recorded while the run is never suspended."""
     records = map(json.loads, run.records.read_text().splitlines())
-    return [record[f"seconds/{part}"] for record in records][WARM_UP_STEPS:]
+    return [record["seconds/train"] for record in records][WARM_UP_STEPS:]
 
 
 def measure(model: str, threads: list[int], steps: int, table: Table) -> None:
@@ -63,11 +62,9 @@ def measure(model: str, threads: list[int], steps: int, table: Table) -> None:
                 for run in runs:
                     run.step()
             for run in runs:
-                cells = []
-                for part in PARTS:
-                    seconds = seconds_of_steps(run, part)
-                    cells += [f"{statistics.median(seconds):.2f}", f"{min(seconds):.2f}"]
-                table.add_row(model, run.name, *cells)
+                update = statistics.median(update_seconds(run))
+                rest = statistics.median(run.seconds) - update
+                table.add_row(model, run.name, f"{rest:.2f}", f"{update:.2f}")
 
 
 def main() -> None:
@@ -77,8 +74,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--steps", type=int, default=4, help="measured, after two of warm-up (default: 4)")
     options = parser.parse_args()
-    columns = [text for part in PARTS for text in (f"{part}, s: median", "fastest")]
-    table = Table("parameters", "", *columns, box=None)
+    table = Table("parameters", "", "generation and the rest, s", "update, s", box=None)
     for model in options.models:
         measure(model, options.threads, options.steps, table)
     Console(width=110).print(table)
