@@ -80,13 +80,10 @@ class Fixed(AdvantageOptions):
     """Advantage of a right sample: lambda of W-REINFORCE."""
 
     negative: float = -1.0
-    """Advantage of a wrong sample."""
-
-    right_above: float = 0.5
-    """A sample is right if its reward is greater than this."""
+    """Advantage of a wrong sample: its reward is at most 0.5."""
 
     def estimate(self, experience: Experience) -> AdvantageEstimate:
-        right = experience.rewards > self.right_above
+        right = experience.rewards > 0.5
         return AdvantageEstimate.from_samples(torch.where(right, self.positive, self.negative), experience)
 
 

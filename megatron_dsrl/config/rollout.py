@@ -152,16 +152,6 @@ class RolloutConfig(Section):
             raise ValueError(f"source: dataset does not go with {', '.join(given)}; leave it out")
         return self
 
-    @model_validator(mode="before")
-    @classmethod
-    def _names_what_replaced_sample_ahead(cls, data: Any) -> Any:
-        """Configurations of runs from before `max_staleness` can still be read."""
-        if not isinstance(data, dict) or "sample_ahead" not in data:
-            return data
-        if data["sample_ahead"]:
-            raise ValueError("sample_ahead was replaced by max_staleness; set max_staleness: 1")
-        return {name: value for name, value in data.items() if name != "sample_ahead"}
-
     @model_validator(mode="after")
     def _is_asynchronous_or_repeatable(self) -> "RolloutConfig":
         reasons = {

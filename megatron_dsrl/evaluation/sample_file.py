@@ -1,8 +1,7 @@
 """The samples of a benchmark on disk: one JSON line per finished sample, written immediately.
 
 The first line has the evaluation's settings, which must be the same when it continues. Each other line has a problem
-with one sample, in the order in which they finished; a line may also have several consecutive samples, as in files of
-earlier versions.
+with one sample, or with consecutive ones, in the order in which they finished.
 
 Written lines survive the death of all processes. fsync is called at most once a second, since it takes tens of
 milliseconds on shared file systems: only a machine failure can lose that second.
@@ -79,7 +78,7 @@ class ProblemResult:
     def of_record(cls, record: dict[str, Any]) -> "ProblemResult":
         """The inverse of `as_record`. Raises KeyError or TypeError for other records."""
         samples = tuple(SampleResult(**sample) for sample in record["samples"])
-        return cls(**{**record, "samples": samples, "other_answers": tuple(record.get("other_answers", ()))})
+        return cls(**{**record, "samples": samples, "other_answers": tuple(record["other_answers"])})
 
     @property
     def numbers(self) -> range:

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.hub import lfs_advice
+from megatron_dsrl.common.numbers import positive_integer, positive_number
 from megatron_dsrl.config.layout import ModelShape, model_problems, refuse
 from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.model.rope import RopeScaling, Yarn, read_rope
@@ -130,10 +131,10 @@ def read_architecture(folder: Path) -> Architecture:
         num_key_value_heads=_integer(config, "num_key_value_heads", path, default=heads),
         head_dim=_integer(config, "head_dim", path, default=family.default_head_dim or hidden_size // heads),
         max_position_embeddings=context_tokens,
-        rms_norm_eps=_number(config, "rms_norm_eps", path, default=1e-6),
+        rms_norm_eps=positive_number(config.get("rms_norm_eps", 1e-6), f"{path}: rms_norm_eps"),
         rope_theta=theta,
         tie_word_embeddings=_flag(config, "tie_word_embeddings", path),
-        initializer_range=_number(config, "initializer_range", path, default=0.02),
+        initializer_range=positive_number(config.get("initializer_range", 0.02), f"{path}: initializer_range"),
         experts=_experts(config, path) if family.has_experts else None,
         rope_scaling=scaling,
     )
@@ -182,17 +183,7 @@ def _experts(config: dict[str, Any], path: Path) -> Experts:
 
 
 def _integer(config: dict[str, Any], field: str, path: Path, default: int | None = None) -> int:
-    value = default if config.get(field) is None else config[field]
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{path}: {field} must be a positive integer, not {value!r}")
-    return value
-
-
-def _number(config: dict[str, Any], field: str, path: Path, default: float) -> float:
-    value = config.get(field, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-        raise UserError(f"{path}: {field} must be a positive number, not {value!r}")
-    return float(value)
+    return positive_integer(default if config.get(field) is None else config[field], f"{path}: {field}")
 
 
 def _flag(config: dict[str, Any], field: str, path: Path) -> bool:

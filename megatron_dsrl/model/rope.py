@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.common.numbers import is_number
+from megatron_dsrl.common.numbers import is_number, positive_integer, positive_number
 
 SECTIONS = ("rope_parameters", "rope_scaling")
 _EVERY_FIELD = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
@@ -147,10 +147,7 @@ _READERS: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Any], Path], Ro
 def _original_context(section: Mapping[str, Any], config: Mapping[str, Any], default: Any, path: Path) -> int:
     """Context length of pre-training. As in Transformers, a field outside the section wins."""
     name = "original_max_position_embeddings"
-    original = config.get(name) or section.get(name) or default
-    if not isinstance(original, int) or isinstance(original, bool) or original < 1:
-        raise UserError(f"{path}: {name} must be a positive integer, not {original!r}")
-    return original
+    return positive_integer(config.get(name) or section.get(name) or default, f"{path}: {name}")
 
 
 def _check(scaling: RopeScaling, section: Mapping[str, Any], defaults: Mapping[str, Any], path: Path) -> None:
@@ -168,10 +165,8 @@ def _check(scaling: RopeScaling, section: Mapping[str, Any], defaults: Mapping[s
 
 
 def _number(section: Mapping[str, Any], name: str, default: float | None, path: Path) -> float:
-    value: Any = default if section.get(name) is None else section[name]
-    if not is_number(value) or value <= 0:
-        raise UserError(f"{path}: RoPE scaling: {name} must be a positive number, not {value!r}")
-    return float(value)
+    value = default if section.get(name) is None else section[name]
+    return positive_number(value, f"{path}: RoPE scaling: {name}")
 
 
 def _equal(value: Any, default: float) -> bool:

@@ -151,7 +151,7 @@ def _parse_line(line: bytes) -> Record | None:
 
 
 def read_starts(folder: Path) -> list[Record]:
-    """All recorded starts of a folder, oldest first; none for a folder of an earlier version.
+    """All recorded starts of a folder, oldest first.
 
     Raises:
         UserError: the file is damaged.

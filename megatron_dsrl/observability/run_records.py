@@ -45,8 +45,11 @@ class RunRecords:
     held_out_losses: dict[str, list[Record]]
     """The same for sets whose loss was measured (`run/held_out_loss.py`)."""
     phases: list[PhaseSpan]
-    last_written: datetime | None
-    """When the last step record was written; UTC."""
+
+    @property
+    def last_written(self) -> datetime | None:
+        """When the last step record was written; UTC. None without steps."""
+        return datetime.fromtimestamp(self.steps[-1]["time"], UTC) if self.steps else None
 
     @property
     def total_steps(self) -> int | None:
@@ -70,11 +73,8 @@ def read_run(folder: Path) -> RunRecords:
     """
     _check_run_folder(folder)
     text, config = _read_config(folder / CONFIG_FILE)
-    metrics = folder / METRICS_FILE
-    steps = sorted({record["step"]: record for record in read_records(metrics)}.values(), key=_step)
-    # Records of earlier versions have no time; a copy of a file has another one than the file.
+    steps = sorted({record["step"]: record for record in read_records(folder / METRICS_FILE)}.values(), key=_step)
     evaluations = read_records(folder / EVALUATION_FILE)
-    written = datetime.fromtimestamp(steps[-1].get("time") or metrics.stat().st_mtime, UTC) if steps else None
     return RunRecords(
         folder=folder,
         name=str(config.get("name", folder.resolve().name)),
@@ -84,7 +84,6 @@ def read_run(folder: Path) -> RunRecords:
         evaluations=_by_set([record for record in evaluations if "loss" not in record]),
         held_out_losses=_by_set([record for record in evaluations if "loss" in record]),
         phases=_phase_spans(steps, phase_colours([steps])),
-        last_written=written,
     )
 
 

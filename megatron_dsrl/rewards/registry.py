@@ -128,8 +128,8 @@ def check_options(name: str, options: Mapping[str, Any], section: str = "reward.
     for option, value in options.items():
         if option in hints and hints[option] in (str, int, float, bool):
             _check_type(name, option, value, hints[option], section)
-    if name in BUILT_IN and (check := BUILT_IN[name].check):
-        resolve_name(check)(options)
+    if check := _helper(name, "check"):
+        check(options)
 
 
 def takes_prompt(function: RewardFunction) -> bool:
@@ -142,14 +142,14 @@ def takes_prompt(function: RewardFunction) -> bool:
 
 def longest_seconds(name: str, options: Mapping[str, Any]) -> float:
     """How long a verifier with its own limits may take for a response; 0 if it has none."""
-    path = BUILT_IN[name].longest_seconds if name in BUILT_IN else None
-    return float(resolve_name(path)(options)) if path else 0.0
+    longest = _helper(name, "longest_seconds")
+    return float(longest(options)) if longest else 0.0
 
 
 def describe_verifier(name: str, options: Mapping[str, Any]) -> str:
     """How this machine runs the verifier; empty for verifiers without such a note."""
-    path = BUILT_IN[name].describe if name in BUILT_IN else None
-    return resolve_name(path)(options) if path else ""
+    describe = _helper(name, "describe")
+    return describe(options) if describe else ""
 
 
 def describe_verifiers(rewards: Iterable[RewardConfig | None]) -> list[str]:
@@ -160,14 +160,13 @@ def describe_verifiers(rewards: Iterable[RewardConfig | None]) -> list[str]:
 
 def answer_of(name: str) -> Callable[[str], str | None] | None:
     """The function that extracts the answer from a response for this verifier; None if it has none."""
-    path = BUILT_IN[name].answer if name in BUILT_IN else None
-    return resolve_name(path) if path else None
+    return _helper(name, "answer")
 
 
 def matched_by_spelling(name: str, answers: Iterable[str]) -> list[str]:
     """Gold answers that this verifier, which normally compares values, can only compare as strings."""
-    path = BUILT_IN[name].reads_gold if name in BUILT_IN else None
-    return [answer for answer in answers if not resolve_name(path)(answer)] if path else []
+    reads = _helper(name, "reads_gold")
+    return [answer for answer in answers if not reads(answer)] if reads else []
 
 
 def built_in_modules(name: str) -> list[str]:
@@ -197,6 +196,12 @@ def _type_hints(function: RewardFunction) -> dict[str, Any]:
         return get_type_hints(function)
     except (NameError, AttributeError, TypeError):
         return {}
+
+
+def _helper(name: str, kind: str) -> Callable[..., Any] | None:
+    """A helper of a built-in verifier by the name of its field; None if it has none, and for custom verifiers."""
+    path = getattr(BUILT_IN.get(name), kind, None)
+    return resolve_name(path) if path else None
 
 
 def _check_type(name: str, option: str, value: Any, kind: type, section: str) -> None:

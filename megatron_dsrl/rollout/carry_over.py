@@ -121,6 +121,6 @@ def restart_expired(
 def _unfinished_group(record: dict[str, Any]) -> UnfinishedGroup:
     responses = []
     for response in record["responses"]:
-        pairs = {name: tuple(map(tuple, response.get(name, ()))) for name in ("weight_versions", "turn_rewards")}
+        pairs = {name: tuple(map(tuple, response[name])) for name in ("weight_versions", "turn_rewards")}
         responses.append(PartialResponse(**response | pairs))
     return UnfinishedGroup(prompt_of_record(record["prompt"]), tuple(responses))

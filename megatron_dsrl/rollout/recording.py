@@ -109,7 +109,7 @@ def read_groups(file: Path) -> list[SampleGroup]:
 
 
 def read_batch(file: Path) -> tuple[list[SampleGroup], list[SampleGroup]]:
-    """The groups that were trained on, in their order, and the others; lines without `in_batch` were trained on.
+    """The groups that were trained on, in their order, and the others.
 
     Raises:
         UserError: as `read_groups`.
@@ -128,7 +128,7 @@ def _read(file: Path) -> list[tuple[SampleGroup, bool]]:
     for number, line in enumerate(lines, start=1):
         try:
             record = orjson.loads(line)
-            groups.append((group_of_record(record), record.get("in_batch", True)))
+            groups.append((group_of_record(record), record["in_batch"]))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file}, line {number}: not a group of saved rollouts ({error!r})") from error
     return groups
@@ -148,8 +148,8 @@ def prompt_of_record(record: dict[str, Any]) -> Prompt:
 
 
 def _sample(record: dict[str, Any]) -> Sample:
-    pairs = {name: tuple(map(tuple, record.get(name, ()))) for name in ("older_versions", "turn_rewards")}
-    scored = record.get("scored") and tuple(record["scored"])
+    pairs = {name: tuple(map(tuple, record[name])) for name in ("older_versions", "turn_rewards")}
+    scored = record["scored"] and tuple(record["scored"])
     return Sample(**record | pairs | {"scored": scored})
 
 

@@ -15,7 +15,7 @@ from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.model.architecture import Architecture
 
 RECORD_FILE = "megatron_dsrl.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 1
 CHECKED_FILES = (".metadata", "common.pt", "metadata.json")
 """The files of a checkpoint whose checksums are recorded. The weight files contain their own checksums."""
 
@@ -33,7 +33,7 @@ class CheckpointRecord:
     source: str
     """Folder or hub name the checkpoint was converted from."""
     files: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """Size in bytes and CRC-32 of `CHECKED_FILES`, by name; empty in version 1."""
+    """Size in bytes and CRC-32 of `CHECKED_FILES`, by name."""
     format_version: int = FORMAT_VERSION
 
     def write(self, folder: Path) -> None:

@@ -200,7 +200,6 @@ def test_a_data_set_is_taken_as_it_is(small, write) -> None:
         ("rollout.partial_rollouts={}", "max_staleness does not go with partial_rollouts: asynchronous sampling"),
         ("rollout.replay_from=runs/a", "max_staleness does not go with replay_from: nothing is sampled"),
         ("rollout.dynamic_sampling={oversampling: 1.5}", "does not go with dynamic_sampling.oversampling"),
-        ("rollout.sample_ahead=true", "sample_ahead was replaced by max_staleness; set max_staleness: 1"),
     ],
 )
 def test_what_does_not_go_with_asynchronous_sampling_is_refused(small, write, override, message) -> None:
@@ -209,7 +208,7 @@ def test_what_does_not_go_with_asynchronous_sampling_is_refused(small, write, ov
 
 
 def test_asynchronous_sampling_needs_engines_elsewhere(small, write) -> None:
-    config = load_config(write("run.yaml", small), ["rollout.max_staleness=2", "rollout.sample_ahead=false"])
+    config = load_config(write("run.yaml", small), ["rollout.max_staleness=2"])
     with pytest.raises(UserError, match="rollout.max_staleness, engine.urls: engines that share the trainer's devices"):
         derive(config, 1, SHAPE, prompts=32)
 

@@ -1,7 +1,6 @@
 """Samples on disk: what is written is there at once, and an evaluation continues only as the same one."""
 
 import json
-from dataclasses import asdict
 
 import pytest
 
@@ -44,15 +43,6 @@ def test_samples_of_a_problem_come_in_any_order_and_are_read_in_that_of_their_nu
         assert (file.numbers(0), file.numbers(1), file.numbers(2)) == ({0, 2}, {1}, set())
         file.add(problem(0, 1))
     assert [[s.tokens for s in p.samples] for p in read_sample_file(path)] == [[7, 8, 9]]
-
-
-def test_a_file_of_an_earlier_version_has_all_samples_of_a_problem_in_one_line(tmp_path) -> None:
-    path = tmp_path / "sums.jsonl"
-    line = {"index": 4, "prompt": "1+1", "answer": "2", "samples": [asdict(sample(7)), asdict(sample(8))]}
-    path.write_text(json.dumps({"benchmark": {"samples_per_prompt": 2}}) + "\n" + json.dumps(line) + "\n")
-    assert read_sample_file(path) == [ProblemResult(4, "1+1", "2", (sample(7), sample(8)))]
-    with SampleFile(path, {"benchmark": {"samples_per_prompt": 2}}) as file:
-        assert file.numbers(4) == {0, 1}
 
 
 def test_a_half_written_sample_is_drawn_again(tmp_path) -> None:

@@ -267,7 +267,7 @@ def test_missing_pieces_are_said_in_words(tmp_path: Path) -> None:
     assert "provenance.jsonl is missing" in text
 
     (tmp_path / "config.yaml").unlink()
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "phase": "grpo", "reward/mean": null}\n')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "phase": "grpo", "time": 0, "reward/mean": null}\n')
     text = Page(write_report(tmp_path)).text
     assert "config.yaml is missing" in text and "No rewards were recorded." in text
 

@@ -8,7 +8,7 @@ import pytest
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.rollout import RolloutConfig
 from megatron_dsrl.data.prompt import Prompt
-from megatron_dsrl.rollout.recording import RolloutRecorder, read_batch, read_groups, rollout_file, write_groups
+from megatron_dsrl.rollout.recording import RolloutRecorder, read_groups, rollout_file, write_groups
 from megatron_dsrl.rollout.replay import replayed_groups
 from megatron_dsrl.rollout.sample import Sample, SampleGroup
 
@@ -49,16 +49,6 @@ def test_replay_takes_what_was_trained_on_however_it_was_sampled(saved) -> None:
     assert read_groups(rollout_file(folder, 1)) == [groups[2], groups[0], groups[1]]
     settings = {"dynamic_sampling": {}, "partial_rollouts": {}}
     assert replayed_groups(folder, 1, PROMPTS, config(**settings)) == ([groups[2], groups[0]], [groups[1]])
-
-
-def test_all_groups_of_an_older_recording_were_trained_on(saved) -> None:
-    folder, groups = saved
-    file = rollout_file(folder, 12)
-    older = file.read_text(encoding="utf-8").replace(',"in_batch":true}\n', "}\n")
-    file.write_text(older, encoding="utf-8")
-
-    assert "in_batch" not in older
-    assert read_groups(file) == groups and read_batch(file) == (groups, [])
 
 
 @pytest.mark.parametrize(
