@@ -8,6 +8,7 @@ A run that is started again continues from its newest checkpoint, exactly as it 
 
 from contextlib import ExitStack
 
+from megatron_dsrl.common.collective import rank
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.publishing.card import refresh_card
 from megatron_dsrl.rollout.engines.starting_server import StartingServer
@@ -94,7 +95,7 @@ def evaluate(run: TrainingRun, step: int) -> None:
     """Evaluate the policy after this step (0: before training) if that is due, and complete its model card."""
     if run.due.evaluate(step):
         run.evaluate(step)
-    if run.reporting.controller is not None:  # rank 0
+    if rank() == 0:
         refresh_card(run.reporting.run_folder, step, print)
 
 

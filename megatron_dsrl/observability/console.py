@@ -6,13 +6,14 @@ and with `observability.verbose` (`dsrl train -v`) on the console, below its lin
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TextIO
 
 from rich.console import Console
 from rich.padding import Padding
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from megatron_dsrl.observability.console_lines import (
@@ -27,18 +28,6 @@ from megatron_dsrl.observability.records import Record
 
 PHASE_STYLES = ("yellow", "cyan", "green", "magenta")
 UNLIMITED = 10**6
-
-
-class GenerationProgress:
-    """Counts the finished samples of one step."""
-
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self._progress = progress
-        self._task = task
-
-    def advance(self, samples: int = 1) -> None:
-        """This many more samples are finished."""
-        self._progress.advance(self._task, samples)
 
 
 class RunConsole:
@@ -57,14 +46,18 @@ class RunConsole:
         self._recent_seconds: deque[float] = deque(maxlen=20)
 
     @contextmanager
-    def generation(self, step: int, samples: int) -> Iterator[GenerationProgress]:
-        """Show samples finished / total while the block generates `samples` responses; gone afterwards."""
+    def generation(self, step: int, samples: int) -> Iterator[Callable[[int], None]]:
+        """Show samples finished / total while the block generates `samples` responses; gone afterwards.
+
+        Yields:
+            A function to call with the number of samples that have just come back.
+        """
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(
             *columns, console=self._console, transient=True, disable=not self._console.is_terminal
         ) as progress:
             task = progress.add_task(f"step {step}/{self._total_steps}: samples", total=samples)
-            yield GenerationProgress(progress, task)
+            yield partial(progress.advance, task)
 
     @contextmanager
     def doing(self, step: int, what: str) -> Iterator[None]:

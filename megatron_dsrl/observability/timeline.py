@@ -53,26 +53,12 @@ def no_span(name: str) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-class NoTimeline:
-    """Replaces a `Timeline` when nothing is recorded."""
-
-    def start_step(self, step: int) -> None:
-        """See `Timeline`."""
-
-    def span(self, name: str) -> AbstractContextManager[None]:
-        """See `Timeline`."""
-        return no_span(name)
-
-    def engine_call(self, call: EngineCall) -> None:
-        """See `Timeline`."""
-
-
 def trace_file(run_folder: Path, rank: int) -> Path:
     return run_folder / TRACE_FOLDER / f"rank_{rank:05d}.jsonl"
 
 
 class Timeline:
-    """Appends to the file of one rank, from any thread. A context manager.
+    """Appends to the file of one rank, from any thread. A context manager; before it is entered, it records nothing.
 
     A file that cannot be written ends the recording with a warning, not the run.
     """

@@ -24,7 +24,7 @@ from megatron_dsrl.rollout.step_samples import (
     is_mixed,
     samples_per_step,
 )
-from megatron_dsrl.rollout.unfinished import UnfinishedGroup
+from megatron_dsrl.rollout.unfinished import UnfinishedGroup, new_groups
 
 POLL_SECONDS = 0.5
 CLOSE_SECONDS = 10.0
@@ -149,7 +149,7 @@ class Asynchronous(StepSampling):
         seeds = seeds_of_batch(
             self._config.seed, stream_of_round(step, 1), prompts, self._config.rollout.samples_per_prompt
         )
-        unfinished = [UnfinishedGroup.new(*pair) for pair in zip(prompts, seeds, strict=True)]
+        unfinished = new_groups(prompts, seeds)
         for left in carried.unfinished:
             unfinished.append(UnfinishedGroup.new(left.prompt, [response.seed for response in left.responses]))
         self._queue.restore(fresh, unfinished)
@@ -186,7 +186,7 @@ class _Supply:
             seeds = seeds_of_batch(
                 self._config.seed, stream, prompts, self._config.rollout.samples_per_prompt, self._seen
             )
-            self._queue.add([UnfinishedGroup.new(*pair) for pair in zip(prompts, seeds, strict=True)])
+            self._queue.add(new_groups(prompts, seeds))
         return self._left > 0
 
 

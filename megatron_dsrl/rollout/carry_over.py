@@ -21,7 +21,7 @@ from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rollout.recording import as_json_line, group_of_record, prompt_of_record
 from megatron_dsrl.rollout.sample import SampleGroup, count_tokens
-from megatron_dsrl.rollout.unfinished import PartialResponse, UnfinishedGroup
+from megatron_dsrl.rollout.unfinished import PartialResponse, UnfinishedGroup, new_groups
 
 CARRY_OVER_FILE = "carried_over.jsonl"
 
@@ -114,7 +114,7 @@ def restart_expired(
             expired.append(group.prompt)
         else:
             unfinished.append(group)
-    restarted = [UnfinishedGroup.new(*pair) for pair in zip(expired, new_seeds(expired), strict=True)]
+    restarted = new_groups(expired, new_seeds(expired))
     return CarryOver(finished, (*unfinished, *restarted)), len(expired)
 
 

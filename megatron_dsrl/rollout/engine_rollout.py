@@ -38,7 +38,7 @@ from megatron_dsrl.rollout.sample import Sample, SampleGroup, SamplingParameters
 from megatron_dsrl.rollout.seeds import sample_seed, seeds_of_batch
 from megatron_dsrl.rollout.step_samples import Draw, StepSamples, Watch
 from megatron_dsrl.rollout.step_sampling import step_sampling
-from megatron_dsrl.rollout.unfinished import UnfinishedGroup
+from megatron_dsrl.rollout.unfinished import UnfinishedGroup, new_groups
 
 
 class EngineRollout:
@@ -147,7 +147,7 @@ class EngineRollout:
         """
         assert self._rewards is not None, "only rank 0 samples"
         seeds = seeds_of_batch(self._config.seed, stream, prompts, samples_per_prompt)
-        feed = WholeFeed([UnfinishedGroup.new(*pair) for pair in zip(prompts, seeds, strict=True)])
+        feed = WholeFeed(new_groups(prompts, seeds))
         progress = BatchProgress(on_call=self._on_call)
         return self._run(feed, sampling, rewards or self._rewards, progress).finished_groups
 

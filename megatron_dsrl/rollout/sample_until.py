@@ -17,7 +17,7 @@ from megatron_dsrl.rollout.engines.settings import RolloutSettings
 from megatron_dsrl.rollout.progress import OnSamples, ignore
 from megatron_dsrl.rollout.sample import SampleGroup
 from megatron_dsrl.rollout.seeds import seeds_of_batch, stream_of_round
-from megatron_dsrl.rollout.unfinished import UnfinishedGroup
+from megatron_dsrl.rollout.unfinished import UnfinishedGroup, new_groups
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def sample_until(
 
     def start(number: int) -> list[UnfinishedGroup]:
         prompts = draw(number)
-        return [UnfinishedGroup.new(*pair) for pair in zip(prompts, seeds(prompts), strict=True)]
+        return new_groups(prompts, seeds(prompts))
 
     versions = section.partial_rollouts.max_weight_versions if section.partial_rollouts else 1
     carried, expired = restart_expired(carried, engines.weight_version, versions, seeds)

@@ -39,7 +39,7 @@ from megatron_dsrl.rollout.step_samples import (
     samples_per_step,
     unwatched,
 )
-from megatron_dsrl.rollout.unfinished import UnfinishedGroup
+from megatron_dsrl.rollout.unfinished import new_groups
 
 
 class WholeBatch(StepSampling):
@@ -145,6 +145,6 @@ def sample_round(
     """
     count, stream = config.rollout.samples_per_prompt, stream_of_round(step, number)
     seeds = seeds_of_batch(config.seed, stream, prompts, count)
-    feed = WholeFeed([UnfinishedGroup.new(*pair) for pair in zip(prompts, seeds, strict=True)])
+    feed = WholeFeed(new_groups(prompts, seeds))
     with watch(step, len(prompts) * count) as on_samples:
         return engines.sample_batch(feed, engines.training_sampling, on_samples).finished_groups

@@ -120,3 +120,8 @@ def merge_spans(spans: VersionSpans) -> VersionSpans:
         else:
             merged.append((version, count))
     return tuple(merged)
+
+
+def new_groups(prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]]) -> list[UnfinishedGroup]:
+    """A group per prompt that has nothing yet; `seeds` has those of its samples."""
+    return [UnfinishedGroup.new(*pair) for pair in zip(prompts, seeds, strict=True)]

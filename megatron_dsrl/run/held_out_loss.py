@@ -10,14 +10,13 @@ from torch import Tensor
 from megatron_dsrl.actor.actor import Actor
 from megatron_dsrl.algorithms.experience import build_experience
 from megatron_dsrl.algorithms.spaces import PostTrain
-from megatron_dsrl.common.collective import broadcast
+from megatron_dsrl.common.collective import broadcast, rank
 from megatron_dsrl.config.run import EvaluationSetConfig
 from megatron_dsrl.data.prompt import Prompt
-from megatron_dsrl.observability.timeline import NoTimeline, Timeline
 from megatron_dsrl.rollout.dataset import as_group
 from megatron_dsrl.rollout.responses import responses_of
-from megatron_dsrl.run.controller import Controller
 from megatron_dsrl.run.device_sharing import SharedDevice
+from megatron_dsrl.run.reporting import Reporting
 
 
 @dataclass(frozen=True)
@@ -28,20 +27,18 @@ class HeldOutLosses:
     """The sets and their demonstrations."""
     actor: Actor
     device: SharedDevice
-    controller: Controller | None
-    """Rank 0 only."""
-    timeline: Timeline | NoTimeline
+    reporting: Reporting
 
     def evaluate(self, step: int) -> None:
         """Record the loss of every set after this step (0: before training), except those already recorded.
 
         Each response is scored given its prompt, in every phase.
         """
-        done = broadcast(self.controller.evaluated_sets(step) if self.controller else set())
+        done = broadcast(self.reporting.evaluated_sets(step) if rank() == 0 else set())
         waiting = [(config, demonstrations) for config, demonstrations in self.sets if config.name not in done]
         if not waiting:
             return
-        with self.timeline.span("evaluate"):
+        with self.reporting.timeline.span("evaluate"):
             self.device.give_to_trainer()
             for config, demonstrations in waiting:
                 self._evaluate_set(config.name, demonstrations, step)
@@ -51,8 +48,8 @@ class HeldOutLosses:
         started = time.perf_counter()
         groups = [as_group(demonstration, step) for demonstration in demonstrations]
         log_probs = self.actor.log_probs(build_experience(responses_of(groups, step), PostTrain()))
-        if self.controller:
-            self.controller.record_evaluation({"step": step, "set": name, **loss_figures(log_probs)}, started)
+        if rank() == 0:
+            self.reporting.record_evaluation({"step": step, "set": name, **loss_figures(log_probs)}, started)
 
 
 def loss_figures(log_probs: Sequence[Tensor]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 A request to stop ends sampling at once, but never a restart of engines, in which the ranks wait for one another.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -12,13 +13,15 @@ from megatron_dsrl.common.collective import broadcast
 from megatron_dsrl.data.mixture import MixtureState, Sampler
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.data.samplers import SamplerState
-from megatron_dsrl.observability.timeline import NoTimeline, Timeline
+from megatron_dsrl.evaluation.evaluator import Evaluator
+from megatron_dsrl.evaluation.sample_file import first_responses
+from megatron_dsrl.rollout.recording import RolloutRecorder
 from megatron_dsrl.rollout.responses import responses_of
 from megatron_dsrl.rollout.rollout import Rollout
 from megatron_dsrl.rollout.step_samples import StepSamples
-from megatron_dsrl.run.controller import Controller
 from megatron_dsrl.run.device_sharing import SharedDevice
 from megatron_dsrl.run.preemption import StopRequested, StopSignal
+from megatron_dsrl.run.reporting import Reporting
 
 Value = TypeVar("Value")
 
@@ -34,9 +37,11 @@ class Sampling:
     sampler: Sampler
     """Rank 0 draws from it; the other ranks' state is synchronised every step."""
     stop: StopSignal
-    controller: Controller | None
+    recorder: RolloutRecorder | None
+    """Saves the rollouts, if anything does; rank 0 only."""
+    evaluator: Evaluator | None
     """Rank 0 only."""
-    timeline: Timeline | NoTimeline
+    reporting: Reporting
 
     def sampler_state(self) -> SamplerState | MixtureState:
         """The prompts drawn so far."""
@@ -46,11 +51,10 @@ class Sampling:
         """Rank 0: the judged samples of the step, or None if the run was asked to stop. Other ranks: None."""
 
         def work() -> StepSamples | None:
-            assert self.controller is not None
-            show_progress = self.controller.show_progress
+            show_progress = self.reporting.console.generation
             samples = unless_stopped(self.stop, lambda: self.rollout.sample_step(step, self._draw, show_progress))
-            if samples is not None:
-                self.controller.keep(step, samples)
+            if samples is not None and self.recorder is not None:
+                self.recorder.record(step, samples.groups, samples.others)
             return samples
 
         return self.rollout.while_sampling(work, lambda: self._recover(version=step))
@@ -72,10 +76,14 @@ class Sampling:
         """
 
         def evaluate() -> None:
-            assert self.controller is not None
-            self.controller.evaluate(step)
+            assert self.evaluator is not None
+            started = time.perf_counter()
+            for evaluation in self.evaluator.evaluate(step, except_for=self.reporting.evaluated_sets(step)):
+                shown = first_responses(evaluation.problems, self.reporting.config.observability.evaluation_responses)
+                self.reporting.record_evaluation(evaluation.record, started, shown)
+                started = time.perf_counter()
 
-        with self.timeline.span("evaluate"):
+        with self.reporting.timeline.span("evaluate"):
             self.rollout.while_sampling(
                 lambda: unless_stopped(self.stop, evaluate), lambda: self._recover(version=step + 1)
             )
@@ -87,7 +95,7 @@ class Sampling:
     def _recover(self, version: int) -> None:
         """Restart lost engines during a batch, with the weights that they had."""
         # if a rank stopped in here, the others would wait for it
-        with self.stop.deferred(), self.timeline.span("recover_engines"):
+        with self.stop.deferred(), self.reporting.timeline.span("recover_engines"):
             self.device.push_weights(version)
             self.device.give_to_engine()
 

@@ -7,14 +7,14 @@ from typing import Any, NoReturn
 from megatron_dsrl.algorithms.schedule import Schedule
 from megatron_dsrl.checkpoint.state import RunState, current_layout
 from megatron_dsrl.checkpoint.store import CheckpointStore
-from megatron_dsrl.common.collective import gather, on_first
+from megatron_dsrl.common.collective import gather, on_first, rank
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.data.mixture import MixtureState
 from megatron_dsrl.data.samplers import SamplerState
-from megatron_dsrl.observability.timeline import NoTimeline, Timeline
+from megatron_dsrl.observability.timeline import Timeline
 from megatron_dsrl.rollout.carry_over import CarryOverWrite
+from megatron_dsrl.rollout.recording import RolloutRecorder
 from megatron_dsrl.rollout.rollout import Rollout
-from megatron_dsrl.run.controller import Controller
 from megatron_dsrl.run.device_sharing import SharedDevice
 from megatron_dsrl.run.models import RunModels
 from megatron_dsrl.run.preemption import Preempted, StopSignal
@@ -38,9 +38,9 @@ class Saving:
     rollout: Rollout
     checkpoints: CheckpointStore
     stop: StopSignal
-    controller: Controller | None
-    """Rank 0 only."""
-    timeline: Timeline | NoTimeline
+    recorder: RolloutRecorder | None
+    """Saves the rollouts, if anything does; rank 0 only."""
+    timeline: Timeline
 
     def publish_if_written(self) -> None:
         """Publish a checkpoint that is written in the background, if all ranks have written it."""
@@ -48,12 +48,8 @@ class Saving:
 
     def save(self, step: int, sampler: SamplerState | MixtureState) -> None:
         """Save a checkpoint of the state after `step`, with the given state of the sampler."""
-
-        def flush_rollouts() -> None:
-            assert self.controller is not None
-            self.controller.flush_rollouts()
-
-        on_first(flush_rollouts)  # nothing before a checkpoint is repeated, so the rollouts must be on disk first
+        # Nothing before a checkpoint is repeated, so the rollouts must be on disk first.
+        on_first(lambda: self.recorder.flush() if self.recorder else None)
         state = RunState(
             step=step,
             phase=Schedule(self.config.phases).at(step).name,
@@ -64,7 +60,7 @@ class Saving:
         )
         others = self.models.other_parts()
         if self.config.rollout.carries_over:
-            carried = self.rollout.carried if self.controller else None
+            carried = self.rollout.carried if rank() == 0 else None
             others[ROLLOUT_FOLDER] = lambda folder, copy: CarryOverWrite(carried, folder)
         with self.timeline.span("save_checkpoint"):
             self.checkpoints.save(state, self.models.actor.model.start_save, others)

@@ -22,7 +22,7 @@ from megatron_dsrl.model.parallel import destroy_parallel, initialize_parallel
 from megatron_dsrl.observability.console import RunConsole
 from megatron_dsrl.observability.profiler import StepProfiler
 from megatron_dsrl.observability.records import CHECKPOINTS_FOLDER
-from megatron_dsrl.observability.timeline import NoTimeline, Timeline
+from megatron_dsrl.observability.timeline import Timeline
 from megatron_dsrl.observability.tracker import Tracker
 from megatron_dsrl.observability.trackers.launch import Trackers
 from megatron_dsrl.platform import current_platform
@@ -35,7 +35,6 @@ from megatron_dsrl.rollout.engines.starting_server import StartingServer
 from megatron_dsrl.rollout.recording import RolloutRecorder
 from megatron_dsrl.rollout.replay import ReplayRollout
 from megatron_dsrl.rollout.rollout import Rollout
-from megatron_dsrl.run.controller import Controller
 from megatron_dsrl.run.device_sharing import SharedDevice
 from megatron_dsrl.run.folder import check_run_folder, prepare_run_folder
 from megatron_dsrl.run.held_out_loss import HeldOutLosses
@@ -87,12 +86,17 @@ def start_run(config: RunConfig, resources: ExitStack, starting: StartingServer 
         if config.rollout.carries_over and dist.get_rank() == 0:
             rollout.take_over(CarryOver.read_from(checkpoint.folder / ROLLOUT_FOLDER))
         announce(console, f"continuing after step {step} from {checkpoint.folder}")
-    controller = start_controller(config, inputs, rollout, step, console, resources) if dist.get_rank() == 0 else None
-    if controller:
+    tracker, recorder, evaluator = None, None, None
+    if dist.get_rank() == 0:
+        tracker = resources.enter_context(Tracker(inputs.run_folder, config.observability.tensorboard))
+        tracker.truncate_after(step)
+        recorder = open_recorder(config, inputs.run_folder, resources)
+        evaluator = Evaluator(inputs.evaluation_sets, rollout, config.reward.function)
         trackers.start()
+    reporting = Reporting(config, inputs.run_folder, rollout, tracker, timeline, profiler, console)
     stop = resources.enter_context(StopSignal())
     device = share_device(config, models, rollout, timeline)
-    sampling = Sampling(rollout, device, inputs.prompts, sampler, stop, controller, timeline)
+    sampling = Sampling(rollout, device, inputs.prompts, sampler, stop, recorder, evaluator, reporting)
     return TrainingRun(
         steps=range(step + 1, config.steps + 1),
         schedule=Schedule(config.phases),
@@ -100,15 +104,15 @@ def start_run(config: RunConfig, resources: ExitStack, starting: StartingServer 
         sampling=sampling,
         evaluate=(
             sampling.evaluate if config.rollout.source == "engine"
-            else HeldOutLosses(inputs.evaluation_sets, models.actor, device, controller, timeline).evaluate
+            else HeldOutLosses(inputs.evaluation_sets, models.actor, device, reporting).evaluate
         ),
         experiences=ExperienceBuilder(inputs.tokenizer, config.reward.overlong, config.rollout.max_response_tokens),
         models=models,
         device=device,
         saving=Saving(
-            config, inputs.model, inputs.run_folder, models, device, rollout, checkpoints, stop, controller, timeline
+            config, inputs.model, inputs.run_folder, models, device, rollout, checkpoints, stop, recorder, timeline
         ),
-        reporting=Reporting(inputs.run_folder, controller, timeline, profiler, console),
+        reporting=reporting,
     )  # fmt: skip
 
 
@@ -139,7 +143,7 @@ def open_checkpoints(
 def start_rollout_and_models(
     config: RunConfig,
     inputs: RunInputs,
-    timeline: Timeline | NoTimeline,
+    timeline: Timeline,
     console: RunConsole,
     resources: ExitStack,
     starting: StartingServer | None,
@@ -158,7 +162,7 @@ def start_rollout_and_models(
 def start_rollout(
     config: RunConfig,
     inputs: RunInputs,
-    timeline: Timeline | NoTimeline,
+    timeline: Timeline,
     resources: ExitStack,
     starting: StartingServer | None,
 ) -> Rollout:
@@ -188,16 +192,14 @@ def engines_share_devices(engine: EngineConfig) -> bool:
     return can_release_engine_memory() and not engine.urls
 
 
-def wait_for_engines(config: RunConfig, inputs: RunInputs, rollout: Rollout, timeline: Timeline | NoTimeline) -> None:
+def wait_for_engines(config: RunConfig, inputs: RunInputs, rollout: Rollout, timeline: Timeline) -> None:
     """Wait for the engines and lend their memory to the models."""
     with timeline.span("start_engines"), awaiting_engines(config, inputs.run_folder):
         rollout.wait_until_ready()
     rollout.release_memory()
 
 
-def start_models(
-    config: RunConfig, inputs: RunInputs, timeline: Timeline | NoTimeline, console: RunConsole
-) -> RunModels:
+def start_models(config: RunConfig, inputs: RunInputs, timeline: Timeline, console: RunConsole) -> RunModels:
     """Build the models, and say which implementations compute them on how many threads."""
     for line in use_cpu_threads(config, inputs.model_folder):
         announce(console, line)
@@ -208,35 +210,23 @@ def start_models(
     return models
 
 
-def share_device(
-    config: RunConfig, models: RunModels, rollout: Rollout, timeline: Timeline | NoTimeline
-) -> SharedDevice:
+def share_device(config: RunConfig, models: RunModels, rollout: Rollout, timeline: Timeline) -> SharedDevice:
     """The device that the models and the rollout's engines share."""
     bucket_bytes = config.engine.weight_bucket_megabytes * 2**20
     return SharedDevice(config.actor.offload, bucket_bytes, models.actor, models.critic, rollout, timeline.span)
 
 
-def start_controller(
-    config: RunConfig, inputs: RunInputs, rollout: Rollout, step: int, console: RunConsole, resources: ExitStack
-) -> Controller:
-    """Rank 0: open the files of the run, which continues after `step`. `resources` closes them."""
-    tracker = resources.enter_context(Tracker(inputs.run_folder, config.observability.tensorboard))
-    tracker.truncate_after(step)
-    evaluator = Evaluator(inputs.evaluation_sets, rollout, config.reward.function)
-    save_rollouts = config.observability.save_rollouts and config.rollout.source == "engine"
-    recorder = resources.enter_context(RolloutRecorder(inputs.run_folder)) if save_rollouts else None
-    return Controller(
-        config.observability, config.reward.overlong, config.rollout.max_response_tokens,
-        recorder, rollout, evaluator, tracker, console,
-    )  # fmt: skip
+def open_recorder(config: RunConfig, run_folder: Path, resources: ExitStack) -> RolloutRecorder | None:
+    """Rank 0: what saves the rollouts until `resources` are closed, if anything does."""
+    if not (config.observability.save_rollouts and config.rollout.source == "engine"):
+        return None
+    return resources.enter_context(RolloutRecorder(run_folder))
 
 
-def open_timeline(is_recorded: bool, run_folder: Path, resources: ExitStack) -> Timeline | NoTimeline:
+def open_timeline(is_recorded: bool, run_folder: Path, resources: ExitStack) -> Timeline:
     """This rank's timeline, recorded until `resources` are closed if at all."""
-    if not is_recorded:
-        return NoTimeline()
     timeline = Timeline(run_folder, dist.get_rank(), socket.gethostname(), current_platform().annotation)
-    return resources.enter_context(timeline)
+    return resources.enter_context(timeline) if is_recorded else timeline
 
 
 def step_profiler(chosen: ObservabilityConfig, run_folder: Path, console: RunConsole) -> StepProfiler:

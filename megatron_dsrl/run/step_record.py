@@ -1,14 +1,58 @@
-"""Step-record metrics of the update, and of the age of the sampled tokens. Rollout metrics are in `step_metrics.py`."""
+"""The record of a step. Metrics of its rollout are in `step_metrics.py`."""
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_dsrl.actor.statistics import UpdateMetrics
 from megatron_dsrl.algorithms.mismatch import MISMATCH_MAXIMA, MISMATCH_MEANS
+from megatron_dsrl.algorithms.reward_shaping import shaping_metrics
 from megatron_dsrl.algorithms.spaces import Space
 from megatron_dsrl.config.phase import MAIN_OBJECTIVE, PhaseConfig
+from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.observability.records import Record
 from megatron_dsrl.platform import current_platform
+from megatron_dsrl.rollout.responses import responses_of
 from megatron_dsrl.rollout.sample import SampleGroup
+from megatron_dsrl.rollout.step_samples import StepSamples
+from megatron_dsrl.run.step_metrics import response_metrics, rollout_metrics
+
+
+def step_record(
+    config: RunConfig,
+    step: int,
+    phase: PhaseConfig,
+    samples: StepSamples,
+    update: UpdateMetrics | None,
+    further: Mapping[str, int | float],
+) -> Record:
+    """What `metrics.jsonl` says of a finished step.
+
+    Args:
+        update: None if the policy was not updated.
+        further: metrics by full name, the last of the record.
+    """
+    responses, limit = responses_of(samples.groups, step), config.rollout.max_response_tokens
+    return {
+        "step": step,
+        "phase": phase.name,
+        "space": scored_spaces(phase),
+        "weight_version": step,
+        "time": time.time(),
+        **samples.metrics,
+        **_metrics_of_samples(samples),
+        **older_token_metrics(samples.groups, step),
+        **shaping_metrics(responses, config.reward.overlong, limit),
+        **update_metrics(update, phase),
+        **memory_metrics(),
+        **further,
+    }
+
+
+def _metrics_of_samples(samples: StepSamples) -> dict[str, int | float]:
+    if not samples.judged:
+        return response_metrics([sample for group in samples.groups for sample in group.samples])
+    return rollout_metrics(samples.sampled, samples.generated_tokens, samples.seconds)
 
 
 def older_token_metrics(groups: Sequence[SampleGroup], weight_version: int) -> dict[str, float]:

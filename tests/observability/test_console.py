@@ -74,8 +74,8 @@ def lines(stream: io.StringIO) -> list[str]:
 def test_a_step_is_one_plain_line_in_a_log_and_failures_are_another() -> None:
     stream = io.StringIO()
     console = RunConsole(100, stream=stream)
-    with console.generation(step=7, samples=2) as progress:
-        progress.advance()
+    with console.generation(step=7, samples=2) as advance:
+        advance(1)
     with console.doing(7, "update"):
         console.step(RECORD)
     assert lines(stream) == [
@@ -119,8 +119,8 @@ def test_a_terminal_shows_what_is_done_finished_samples_and_colours(monkeypatch)
     monkeypatch.delenv("NO_COLOR", raising=False)
     stream = Terminal()
     console = RunConsole(100, stream=stream)
-    with console.generation(step=7, samples=32) as progress:
-        progress.advance(32)
+    with console.generation(step=7, samples=32) as advance:
+        advance(32)
     with console.doing(7, "update"):
         pass
     console.step(RECORD | {"reward/verifier_timeouts": 0})

@@ -31,7 +31,7 @@ from megatron_dsrl.rollout.growing_response import GrowingResponse
 from megatron_dsrl.rollout.progress import BatchProgress
 from megatron_dsrl.rollout.sample import SampleGroup, SamplingParameters
 from megatron_dsrl.rollout.seeds import seeds_of_batch
-from megatron_dsrl.rollout.unfinished import UnfinishedGroup
+from megatron_dsrl.rollout.unfinished import new_groups
 from tests.support.engine import (
     STOP_TOKEN_ID,
     batch_request,
@@ -257,7 +257,7 @@ def sample_on(
 ) -> tuple[list[SampleGroup], dict[int, str]]:
     """The batch of all tests over several engines; its groups, and the engines that were lost."""
     seeds = seeds_of_batch(1, "test", PROMPTS, SAMPLES)
-    groups = [UnfinishedGroup.new(*pair) for pair in zip(PROMPTS, seeds, strict=True)]
+    groups = new_groups(PROMPTS, seeds)
     sampling = SamplingParameters(RESPONSE_TOKENS, stop_token_ids=())
     checks = {"health_check_seconds": 0.5, "health_timeout_seconds": 60.0}  # the death ends a connection
     request = batch_request(groups, sampling, timeout_seconds=100.0, generation=generation, **checks)

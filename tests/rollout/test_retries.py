@@ -19,7 +19,7 @@ from megatron_dsrl.rollout.engines.generation import Completion
 from megatron_dsrl.rollout.progress import BatchProgress, ignore
 from megatron_dsrl.rollout.sample import SampleGroup, SamplingParameters
 from megatron_dsrl.rollout.seeds import seeds_of_batch
-from megatron_dsrl.rollout.unfinished import UnfinishedGroup
+from megatron_dsrl.rollout.unfinished import new_groups
 from tests.support.engine import batch_request, dispatch, numbered_prompts
 from tests.support.failing_proxy import FailingProxy, Failure
 
@@ -50,7 +50,7 @@ class Behind:
         """
         chosen = PROMPTS[:prompts]
         seeds = seeds_of_batch(1, "test", chosen, SAMPLES)
-        groups = [UnfinishedGroup.new(*pair) for pair in zip(chosen, seeds, strict=True)]
+        groups = new_groups(chosen, seeds)
         sampling = SamplingParameters(tokens, stop_token_ids=())
         settings = {"weight_version": self._weight_version, "call_attempts": 3} | settings
         batch = RolloutBatch(batch_request(groups, sampling, **settings), 1)

@@ -183,7 +183,7 @@ class Sender:
 
     def _send(self, new: NewRecord) -> None:
         assert self._run is not None
-        self._run.log(new.step, shown_metrics(new.record), new.record["time"])
+        self._run.log(new.step, shown_metrics(new.record), new.record.get("time"))
         if new.evaluation_set is None:
             self._cursor.sent.last_step = new.step
             self.steps += 1
