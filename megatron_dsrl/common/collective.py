@@ -44,6 +44,11 @@ def gather(value: Value, group: dist.ProcessGroup | None = None) -> list[Value]:
     return values
 
 
+def gather_within(group: dist.ProcessGroup | None, value: Value) -> list[Value]:
+    """As `gather`, but without a group this process is alone."""
+    return [value] if group is None else gather(value, group)
+
+
 def broadcast(value: Value) -> Value:
     """Rank 0's value, on every process; other ranks' values are ignored."""
     if world_size() == 1:

@@ -151,10 +151,6 @@ class EngineGroup:
         """See `Engines.restarts`."""
         return self._all_restarts
 
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        self._from_all(None)
-
     def close(self) -> None:
         """Stop this rank's server. Not collective, so that a failing rank can call it."""
         self._server.stop()
@@ -190,7 +186,7 @@ class EngineGroup:
                 self._released.symmetric_difference_update(concerned)
             except EngineError as error:
                 self._problem = str(error)
-        self.barrier()
+        self._from_all(None)  # a barrier
 
     async def _call_memory(self, tags: Sequence[MemoryTag], release: bool) -> None:
         async with EngineClient(self._server.address, self._config.update_timeout_seconds) as client:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_dsrl.common.collective import gather
+from megatron_dsrl.common.collective import gather_within
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.source import resolve_model_folder
 from megatron_dsrl.platform.engine import feed_forward_multiple
@@ -106,7 +106,7 @@ class WeightCheck:
 
     def watch(self, buckets: Iterable[Bucket]) -> Iterable[Bucket]:
         """Wrap the buckets of a push; push the result instead. All ranks of the group call it."""
-        self._due = any([self._due] if self._group is None else gather(self._due, self._group))
+        self._due = any(gather_within(self._group, self._due))
         if not self._due:
             return buckets
         rank, size = (0, 1) if self._group is None else (self._group.rank(), self._group.size())
@@ -134,9 +134,7 @@ class WeightCheck:
         if problem is None:
             self._due = self._config.engine.check_weights == "always"
             return None
-        url = engine.url if engine is not None else None
-        if self._group is not None:
-            url = gather(url, self._group)[0]
+        url = gather_within(self._group, engine.url if engine is not None else None)[0]
         assert url is not None, "the first rank of a group knows its engine's URL"
         return mismatch_message(url, problem)
 
@@ -164,14 +162,13 @@ def check_weights(
     """
     rank, size = (0, 1) if group is None else (group.rank(), group.size())
     answer = None if engine is None else asyncio.run(_engine_digests(engine, timeout_seconds))
-    digests = answer if group is None else gather(answer, group)[0]
+    digests = gather_within(group, answer)[0]
     if isinstance(digests, str):
         raise EngineError(digests)
     assert digests is not None, "the first rank of a group knows its engine's URL"
     if len(digests) != size:
         return f"the engine returned digests of {len(digests)} ranks, but {size} ranks sent it weights"
-    differences = sent.differences(digests[rank])
-    return lines_of_ranks([differences] if group is None else gather(differences, group)) or None
+    return lines_of_ranks(gather_within(group, sent.differences(digests[rank]))) or None
 
 
 def lines_of_ranks(differences: Sequence[Sequence[str]]) -> str:

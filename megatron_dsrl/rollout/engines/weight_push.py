@@ -11,7 +11,7 @@ from functools import partial
 
 import torch.distributed
 
-from megatron_dsrl.common.collective import first_problem, gather
+from megatron_dsrl.common.collective import first_problem, gather_within
 from megatron_dsrl.common.process import in_background
 from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.client import EngineClient, connect
@@ -53,7 +53,7 @@ def push_weights(
             continue
         flattened = flatten(bucket, memory)
         receiver.wait()  # it may still be copying the previous bucket
-        payloads = _gather(serialise(flattened), group)
+        payloads = gather_within(group, serialise(flattened))
         receiver.start(partial(EngineClient.update_weights, payload_per_rank=payloads), flattened)
         if not memory.holds_two(bucket[0][1].device):
             receiver.wait()
@@ -64,11 +64,6 @@ def push_weights(
     receiver.start(partial(EngineClient.set_weight_version, version=version))
     receiver.wait()
     return receiver.problem
-
-
-def _gather(payload: str, group: torch.distributed.ProcessGroup | None) -> list[str]:
-    """Payloads of all ranks of the group in rank order."""
-    return [payload] if group is None else gather(payload, group)
 
 
 class _GroupsEngine:

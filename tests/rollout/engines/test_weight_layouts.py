@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_dsrl.common.collective import rank
+from megatron_dsrl.common.collective import barrier, rank
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig
 from megatron_dsrl.model.architecture import read_architecture
@@ -77,7 +77,7 @@ def make_engines_random(engines: EngineGroup) -> None:
     if rank() == 0:
         for address in engines.addresses:
             weights_checker(address, "reset_tensors")
-    engines.barrier()
+    barrier()
 
 
 def spoil(bucket: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
