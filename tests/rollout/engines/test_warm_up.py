@@ -1,6 +1,8 @@
 """Requests that have a new engine compile its kernels."""
 
 import asyncio
+import subprocess
+import sys
 
 import pytest
 
@@ -26,8 +28,25 @@ def test_the_kinds_differ_in_what_the_sampler_computes() -> None:
     assert all(kind.return_routed_experts for kind in (plain, greedy, filtered))
 
 
-def test_a_new_engine_is_ready_once_it_is_warm(tiny_model_folder, tmp_path) -> None:
+ANSWERS_AT_ONCE = """
+import http.server, json, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+order = json.loads(sys.stdin.readline())["arguments"]
+http.server.HTTPServer((order["host"], order["port"]), Handler).serve_forever()
+"""
+"""A server that is up at once; the other test of this file has a real one get warm."""
+
+
+def test_a_new_engine_is_ready_once_it_is_warm(tiny_model_folder, tmp_path, monkeypatch) -> None:
     """And one that does not get warm in time is stopped; it may be started again."""
+    start, program = subprocess.Popen, [sys.executable, "-c", ANSWERS_AT_ONCE]
+    monkeypatch.setattr(
+        "megatron_dsrl.rollout.engines.starting_server.subprocess.Popen",
+        lambda command, **options: start(program, **options),
+    )
     seconds_left = []
 
     def take_too_long(seconds: float) -> None:
