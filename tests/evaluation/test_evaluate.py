@@ -25,8 +25,9 @@ system_prompt: null
 max_prompt_tokens: 64
 samples_per_prompt: 8
 max_response_tokens: 48
-file: {source: prompts.jsonl}
+file: {source: sums.jsonl}
 """
+PROBLEMS = 16
 ENGINE = ["engine.max_total_tokens=8192", "engine.max_outstanding_samples=16", "model.dtype=float32"]
 LIMIT_SECONDS = 240
 pytestmark = pytest.mark.timeout(600)
@@ -84,6 +85,8 @@ def continued(tmp_path_factory) -> Continued:
     """Results of evaluating a Megatron checkpoint by the command."""
     folder = tmp_path_factory.mktemp("evaluated")
     write_tiny_run(folder)
+    lines = (folder / "prompts.jsonl").read_text().splitlines(keepends=True)
+    (folder / "sums.jsonl").write_text("".join(lines[:PROBLEMS]))
     (folder / "amc23.yaml").write_text(BENCHMARK)
     converted = dsrl("convert", "hf-to-megatron", str(folder / "model"), str(folder / "megatron"))
     assert converted.returncode == 0, converted.stderr
@@ -100,7 +103,7 @@ def continued(tmp_path_factory) -> Continued:
     process.send_signal(signal.SIGKILL)
     process.wait()
     left_behind, lines_before = processes_left_behind(), finished_samples(file)
-    assert len(lines_before) < 320 and has_a_begun_problem(file)
+    assert len(lines_before) < 8 * PROBLEMS and has_a_begun_problem(file)
 
     continued = dsrl(*command, *ENGINE, timeout_seconds=LIMIT_SECONDS)
     assert continued.returncode == 0, continued.stderr
@@ -116,14 +119,14 @@ def test_a_killed_evaluation_continues_without_sampling_anything_twice(continued
     lines = finished_samples(continued.file)
     assert lines[: len(continued.lines_before)] == continued.lines_before
     numbers = sorted((sample["index"], sample["first"]) for sample in map(json.loads, lines))
-    assert numbers == [(index, number) for index in range(40) for number in range(8)]
+    assert numbers == [(index, number) for index in range(PROBLEMS) for number in range(8)]
     problems = read_sample_file(continued.file)
     for problem in problems:
         assert [s.reward for s in problem.samples] == [float(len(s.text) % 2 == 0) for s in problem.samples]
         assert len({s.text for s in problem.samples}) > 1  # each has its own random numbers
     rewards = [sample.reward for problem in problems for sample in problem.samples]
-    assert continued.results()["accuracy"] == pytest.approx(sum(rewards) / 320)
-    assert "| Sums | 40 | 8 |" in continued.printed
+    assert continued.results()["accuracy"] == pytest.approx(sum(rewards) / (8 * PROBLEMS))
+    assert f"| Sums | {PROBLEMS} | 8 |" in continued.printed
 
 
 def test_an_evaluation_fills_its_cell_of_the_papers_table_which_names_the_difference(continued, capsys) -> None:
@@ -139,10 +142,10 @@ def test_a_finished_evaluation_is_only_reported_without_engines(continued, capsy
     starts = read_starts(output)
     assert [start["command"] for start in starts] == ["eval", "eval"], "the killed one and the one that continued"
     assert starts[0]["model"]["fingerprint"] == starts[1]["model"]["fingerprint"]
-    assert starts[0]["evaluation_sets"]["amc23"]["prompts"] == 40
+    assert starts[0]["evaluation_sets"]["amc23"]["prompts"] == PROBLEMS
     logs = [(output / "engines").stat().st_mtime_ns, (output / "engines" / "engine_0.log").stat().st_mtime_ns]
     evaluate(continued.request)
-    assert "| Sums | 40 | 8 |" in capsys.readouterr().out
+    assert f"| Sums | {PROBLEMS} | 8 |" in capsys.readouterr().out
     assert read_starts(output) == starts
     assert logs == [(output / "engines").stat().st_mtime_ns, (output / "engines" / "engine_0.log").stat().st_mtime_ns]
 

@@ -1,4 +1,4 @@
-"""Runs whose phases need a critic and a reference policy, with the real engines; and that they resume exactly."""
+"""Runs whose phases need a critic and a reference policy; and that they resume exactly."""
 
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from megatron_dsrl.run.models import build_models
 from tests.support.compare_runs import assert_same_run, checkpoint_tensors, records
 from tests.support.distributed import run_distributed
+from tests.support.recorded_rollouts import record_random_rollouts
 from tests.support.tiny_run import copy_until, dsrl, write_tiny_run
 
 pytestmark = pytest.mark.timeout(1800)  # many starts; each is some 15 seconds on a quiet machine
@@ -68,8 +69,16 @@ DUAL_SPACE = {
 
 @pytest.fixture(scope="module")
 def dual_space(folder) -> Path:
-    """NSR-PreRL, then PPO with KL terms against the policy of the switch, and later against that after step 4."""
-    return complete_run(folder, "dual_space", **DUAL_SPACE)
+    """NSR-PreRL, then PPO with KL terms against the policy of the switch, and later against that after step 4. On
+    recorded samples: what is sampled does not matter here."""
+    return complete_run(folder, "dual_space", **DUAL_SPACE, **on_recorded_samples(folder))
+
+
+def on_recorded_samples(folder: Path) -> dict[str, Any]:
+    """Sections of a run without engines."""
+    recorded = record_random_rollouts(folder / "config.yaml", STEPS)
+    rollout = yaml.safe_load((folder / "config.yaml").read_text())["rollout"]
+    return {"rollout": rollout | {"replay_from": str(recorded)}, "evaluation": {"sets": []}}
 
 
 def test_what_a_step_says_of_critic_and_reference(dual_space) -> None:
@@ -110,7 +119,8 @@ def test_resumes_exactly_at_the_switch_right_after_it_and_at_a_refresh(folder, d
     reference = dual_space / "checkpoints" / f"step_{step:06d}" / "reference"
     assert reference.exists() == (step > 2), "the initial weights need no copy"
     copy_until(dual_space, step, f"resumed_{step}")
-    assert_same_run(complete_run(folder, f"resumed_{step}", **DUAL_SPACE), dual_space, STEPS)
+    resumed = complete_run(folder, f"resumed_{step}", **DUAL_SPACE, **on_recorded_samples(folder))
+    assert_same_run(resumed, dual_space, STEPS)
 
 
 def continue_into_ppo(folder: Path) -> list[bool]:
