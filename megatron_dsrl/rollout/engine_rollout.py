@@ -115,8 +115,8 @@ class EngineRollout:
         """State that the sampling mode passes from the last step to the next. Rank 0 only."""
         return self._steps.carried
 
-    def take_over(self, carried: CarryOver) -> None:
-        """Restore `carried` from a checkpoint. Rank 0 only."""
+    @carried.setter
+    def carried(self, carried: CarryOver) -> None:
         self._steps.carried = carried
 
     def sample_step(self, step: int, draw: Draw, watch: Watch) -> StepSamples:

@@ -44,15 +44,11 @@ class Generator(Protocol):
 class Rollout(Generator, Protocol):
     """Where the samples of a run come from."""
 
+    carried: CarryOver
+    """State from the last step for the next one; saved in checkpoints and restored from them. Rank 0 only."""
+
     def wait_until_ready(self) -> None:
         """Block until samples can be drawn. All ranks."""
-
-    @property
-    def carried(self) -> CarryOver:
-        """State from the last step for the next one; saved in checkpoints. Rank 0 only."""
-
-    def take_over(self, carried: CarryOver) -> None:
-        """Restore `carried` from a checkpoint. Rank 0 only."""
 
     def sample_step(self, step: int, draw: Draw, watch: Watch) -> StepSamples:
         """The judged groups of a training step. Rank 0 only.
@@ -74,9 +70,6 @@ class Rollout(Generator, Protocol):
         Returns:
             The result of `work` on rank 0; None on the others.
         """
-
-    def restart_engines(self) -> None:
-        """Restart lost engines, with the weights of the model folder. All ranks."""
 
     def load_weights(self, make_buckets: Callable[[], Iterable[Bucket]], version: int) -> None:
         """Give the engines new HF-named weights, the same on all ranks of an engine; restart lost ones. All ranks.

@@ -19,6 +19,7 @@ class WithoutEngines:
             sampling: sampling parameters of training, which only tell the length limit here.
             setting: the configuration field that says where the responses are, for messages.
         """
+        self.carried = CarryOver()
         self._sampling = sampling
         self._setting = setting
 
@@ -33,14 +34,6 @@ class WithoutEngines:
         """
         raise UserError(f"{self._setting} starts no engines: nothing can be sampled")
 
-    @property
-    def carried(self) -> CarryOver:
-        """Nothing."""
-        return CarryOver()
-
-    def take_over(self, carried: CarryOver) -> None:
-        """Nothing to do: no step leaves anything to the next one."""
-
     def while_sampling(self, work: Callable[[], Value], recover: Callable[[], None]) -> Value | None:
         """Run the work on rank 0. All ranks."""
         return work() if rank() == 0 else None
@@ -52,8 +45,6 @@ class WithoutEngines:
     # ---- no-ops without engines
 
     def wait_until_ready(self) -> None: ...
-
-    def restart_engines(self) -> None: ...
 
     def load_weights(self, make_buckets: Callable[[], Iterable[Bucket]], version: int) -> None: ...
 

@@ -84,7 +84,7 @@ def start_run(config: RunConfig, resources: ExitStack, starting: StartingServer 
         sampler.load_state_dict(cast(Any, checkpoint.state.sampler))
         models.load(checkpoint, same_layout)
         if config.rollout.carries_over and dist.get_rank() == 0:
-            rollout.take_over(CarryOver.read_from(checkpoint.folder / ROLLOUT_FOLDER))
+            rollout.carried = CarryOver.read_from(checkpoint.folder / ROLLOUT_FOLDER)
         announce(console, f"continuing after step {step} from {checkpoint.folder}")
     tracker, recorder, evaluator = None, None, None
     if dist.get_rank() == 0:

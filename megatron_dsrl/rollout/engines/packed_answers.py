@@ -108,3 +108,25 @@ def _log_probs(answer: dict[str, Any]) -> list[float]:
     """The log-probs; JSON has no NaN, so SGLang writes null. Absent if the response never began."""
     found = [entry[0] for entry in answer["meta_info"].get("output_token_logprobs", ())]
     return [float("nan") if each is None else each for each in found] if None in found else found
+
+
+def register_route() -> None:
+    """Have SGLang's HTTP server answer `/generate` in this form where a request asks for it by its Accept header. Run
+    in its process before it serves."""
+    from fastapi import Request, Response
+    from sglang.srt.entrypoints import http_server
+    from sglang.srt.managers.io_struct import GenerateReqInput
+
+    async def generate(obj: GenerateReqInput, request: Request) -> Response:
+        if request.headers.get("accept") != MEDIA_TYPE:
+            return await http_server.generate_request(obj, request)
+        try:
+            manager = http_server.get_global_state().tokenizer_manager
+            answers = await anext(manager.generate_request(obj, request))
+        except ValueError as error:
+            return Response(str(error), status_code=getattr(error, "status_code", 400))
+        return Response(pack(answers), media_type=MEDIA_TYPE)
+
+    routes = http_server.app.router.routes
+    http_server.app.post("/generate", response_model=None)(generate)
+    routes.insert(0, routes.pop())  # the first route of a path is the one that is used

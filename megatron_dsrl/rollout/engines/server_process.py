@@ -46,8 +46,8 @@ def main() -> None:
     from sglang.srt.entrypoints.http_server import launch_server
     from sglang.srt.server_args import ServerArgs
 
-    from megatron_dsrl.rollout.engines import packed_route
     from megatron_dsrl.rollout.engines.address import API_KEY_VARIABLE
+    from megatron_dsrl.rollout.engines.packed_answers import register_route
 
     order = read_order()
     os.environ.update(order["environment"])
@@ -55,7 +55,7 @@ def main() -> None:
     if API_KEY_VARIABLE in os.environ:
         arguments = {"api_key": os.environ[API_KEY_VARIABLE]} | arguments
     rendezvous = engine.prepare_engine_launch()
-    packed_route.register()
+    register_route()
     try:
         launch_server(
             ServerArgs(**arguments),
