@@ -107,7 +107,7 @@ def _ask(endpoint: JudgeEndpoint, messages: Messages) -> str:
     return ask_chat_model(endpoint.url, request, attempts)
 
 
-def first_failures(failures: Mapping[Key, str], count: int = 3) -> Sequence[str]:
-    """The most frequent messages among the failures."""
+def first_failures(failures: Mapping[Key, str]) -> Sequence[str]:
+    """The three most frequent messages among the failures."""
     messages = list(failures.values())
-    return sorted(set(messages), key=lambda message: -messages.count(message))[:count]
+    return sorted(set(messages), key=lambda message: -messages.count(message))[:3]

@@ -140,11 +140,8 @@ def _as_mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _error(kind: str, value: Any, context: dict[str, Any] | None = None) -> ValidationError:
-    details = InitErrorDetails(type=kind, input=value)
-    if context:
-        details["ctx"] = context
-    return ValidationError.from_exception_data("options", [details])
+def _error(kind: str, value: Any, context: dict[str, Any]) -> ValidationError:
+    return ValidationError.from_exception_data("options", [InitErrorDetails(type=kind, input=value, ctx=context)])
 
 
 def _dump(options: Options, info: SerializationInfo) -> dict[str, Any]:

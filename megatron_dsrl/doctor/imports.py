@@ -13,16 +13,13 @@ from collections.abc import Mapping
 LIMIT_SECONDS = 600
 
 
-def import_problem(
-    module: str, then: str = "", variables: Mapping[str, str] | None = None, limit_seconds: float = LIMIT_SECONDS
-) -> str | None:
+def import_problem(module: str, then: str = "", variables: Mapping[str, str] | None = None) -> str | None:
     """Import a module in a new process.
 
     Args:
         module: its full name.
         then: statement that must not raise; `module` is the imported module.
         variables: added to the environment.
-        limit_seconds: after these the process is killed.
 
     Returns:
         None if it works; otherwise the end of the traceback, or the signal that ended the process.
@@ -33,10 +30,10 @@ def import_problem(
     environment = os.environ | dict(variables or {})
     try:
         finished = subprocess.run(
-            command, capture_output=True, text=True, timeout=limit_seconds, env=environment, check=False
+            command, capture_output=True, text=True, timeout=LIMIT_SECONDS, env=environment, check=False
         )
     except subprocess.TimeoutExpired:
-        return f"not imported within {limit_seconds:g} s"
+        return f"not imported within {LIMIT_SECONDS} s"
     if finished.returncode == 0:
         return None
     lines = finished.stderr.strip().splitlines()[-8:]

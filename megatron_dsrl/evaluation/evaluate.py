@@ -38,8 +38,7 @@ from megatron_dsrl.provenance.start import Details, record_start
 from megatron_dsrl.rewards.registry import describe_verifiers, matched_by_spelling
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.engines.run_engines import awaiting_engines
-
-WEIGHT_FILE_BYTES = 5 * 10**9
+from megatron_dsrl.weights.hf_writer import FILE_BYTES
 
 
 @dataclass(frozen=True)
@@ -197,7 +196,7 @@ def hf_folder(model: EvaluatedModel, output: Path) -> Path:
     converted = output / f"hf_model_{on_first(lambda: fingerprint(model.folder))[:12]}"
     if not on_first(converted.exists):
         options = ConversionOptions(dtype=None, verify=False, overwrite=False, expect=None)
-        convert_megatron_to_hf(model.folder, converted, WEIGHT_FILE_BYTES, options, model.companions)
+        convert_megatron_to_hf(model.folder, converted, FILE_BYTES, options, model.companions)
     return converted
 
 

@@ -76,27 +76,22 @@ def majority_right(answers: Sequence[str | None], right: Sequence[bool]) -> floa
     return fmean(answer in accepted for answer in winners)
 
 
-def bootstrap_interval(
-    values: Sequence[float], confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> tuple[float, float] | None:
-    """Percentile bootstrap interval of a mean over problems.
+def bootstrap_interval(values: Sequence[float], resamples: int = 10_000) -> tuple[float, float] | None:
+    """95 % percentile bootstrap interval of a mean over problems. The same values give the same interval.
 
     Whole problems, the sampling unit, are drawn with replacement. None for a single problem. If all problems have the
     same value the interval has no width, however few they are.
 
     Args:
         values: one per problem.
-        confidence: covered probability.
         resamples: number of bootstrap draws.
-        seed: seed of the draws; the same values give the same interval.
     """
     if len(values) < 2:
         return None
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     array = np.asarray(values, dtype=np.float64)
     means = np.array([array[generator.integers(0, len(array), len(array))].mean() for _ in range(resamples)])
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
+    low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 
 

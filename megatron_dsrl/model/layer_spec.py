@@ -68,7 +68,7 @@ def choose_layer_implementation(
 
 
 def decoder_layers(
-    config: TransformerConfig, implementation: LayerImplementation, virtual_stage: int | None = None
+    config: TransformerConfig, implementation: LayerImplementation, virtual_stage: int | None
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """Layer specification of this pipeline stage, or of one of its virtual stages."""
     experts = config.num_moe_experts

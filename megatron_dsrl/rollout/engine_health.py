@@ -21,7 +21,7 @@ class EngineHealth:
         clients: Sequence[EngineClient],
         interval_seconds: float,
         timeout_seconds: float,
-        states: EngineStates | None = None,
+        states: EngineStates,
     ) -> None:
         """
         Args:
@@ -35,7 +35,7 @@ class EngineHealth:
         self._clients = clients
         self._interval_seconds = interval_seconds
         self._timeout_seconds = timeout_seconds
-        self._states = states or EngineStates()
+        self._states = states
         self._ended = asyncio.Event()
 
     def watch(self, engines: Iterable[int]) -> None:

@@ -28,9 +28,7 @@ class HfFiles:
     """File name and location in the file, by tensor name."""
 
 
-def create_hf_files(
-    folder: Path, shapes: Mapping[str, Shape], dtype: torch.dtype, file_bytes: int = FILE_BYTES
-) -> HfFiles:
+def create_hf_files(folder: Path, shapes: Mapping[str, Shape], dtype: torch.dtype, file_bytes: int) -> HfFiles:
     """Create the files without content, and the index for more than one file. Call it in one process.
 
     Args:

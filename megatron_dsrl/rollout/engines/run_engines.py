@@ -14,7 +14,7 @@ from megatron_dsrl.rollout.engines.settings import RolloutSettings
 from megatron_dsrl.rollout.engines.starting_server import StartingServer
 
 
-def make_engines(config: RolloutSettings, run_folder: Path, starting: StartingServer | None = None) -> Engines:
+def make_engines(config: RolloutSettings, run_folder: Path, starting: StartingServer | None) -> Engines:
     """Engines on the trainer's devices, or those of `engine.urls`. Every rank.
 
     Args:
