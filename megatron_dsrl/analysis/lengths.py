@@ -2,7 +2,7 @@
 
 Two estimates of the policy's entropy per token given the prompt: the trainer's, exact for every trained token, in steps
 of the post-train space (`policy/entropy`; with a sample filter, only some samples are trained on); and the mean of
--log P over all sampled tokens, from the engine's log-probs (see `run.step_metrics.entropy_metrics`).
+-log P over all sampled tokens, from the engine's log-probs (see `run.rollout_metrics.entropy_metrics`).
 """
 
 from collections.abc import Mapping, Sequence

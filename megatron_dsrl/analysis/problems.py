@@ -1,9 +1,9 @@
 """The problems that a run solves, step by step, from its recorded rollouts. Problems are identified by row number.
 
 At a visit a problem is *solved* if all its responses are right (reward at least 1), *unsolved* if all are wrong (reward
-at most 0), else *mixed*, as in `step_metrics`. The n-th visit of a problem is its epoch n, which is also the sampler's
-epoch unless groups were dropped (dynamic sampling). A problem is *newly solved* at its first visit with a right
-response, *gained* if it has a right response and had none at the previous visit, and *lost* in the opposite case.
+at most 0), else *mixed*, as in `rollout_metrics`. The n-th visit of a problem is its epoch n, which is also the
+sampler's epoch unless groups were dropped (dynamic sampling). A problem is *newly solved* at its first visit with a
+right response, *gained* if it has a right response and had none at the previous visit, and *lost* in the opposite case.
 """
 
 from collections.abc import Iterable, Sequence

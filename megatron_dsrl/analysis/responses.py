@@ -38,7 +38,7 @@ class RecordedResponse:
 
     @property
     def right(self) -> bool:
-        """Whether it has the full reward, as in `step_metrics`."""
+        """Whether it has the full reward, as in `rollout_metrics`."""
         return self.reward >= 1
 
 

@@ -8,7 +8,7 @@ from statistics import fmean
 from megatron_dsrl.common.visible_text import shortened
 from megatron_dsrl.rollout.recording import read_groups, rollout_file
 from megatron_dsrl.rollout.sample import Sample, SampleGroup
-from megatron_dsrl.run.step_metrics import reward_metrics
+from megatron_dsrl.run.rollout_metrics import reward_metrics
 
 GROUPS_PER_STEP = 3
 SAMPLES_PER_GROUP = 8

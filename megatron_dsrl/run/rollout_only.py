@@ -22,7 +22,7 @@ from megatron_dsrl.rollout.sample import count_tokens
 from megatron_dsrl.rollout.step_sampling import sample_round
 from megatron_dsrl.run.inputs import RunInputs, load_inputs
 from megatron_dsrl.run.provenance import record_run_start
-from megatron_dsrl.run.step_metrics import rollout_metrics
+from megatron_dsrl.run.rollout_metrics import rollout_metrics
 
 
 def sample_run(config: RunConfig) -> None:

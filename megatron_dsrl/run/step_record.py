@@ -1,4 +1,4 @@
-"""The record of a step. Metrics of its rollout are in `step_metrics.py`."""
+"""The record of a step. Metrics of its rollout are in `rollout_metrics.py`."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from megatron_dsrl.platform import current_platform
 from megatron_dsrl.rollout.responses import responses_of
 from megatron_dsrl.rollout.sample import SampleGroup
 from megatron_dsrl.rollout.step_samples import StepSamples
-from megatron_dsrl.run.step_metrics import response_metrics, rollout_metrics
+from megatron_dsrl.run.rollout_metrics import response_metrics, rollout_metrics
 
 
 def step_record(

@@ -9,7 +9,7 @@ from megatron_dsrl.observability.records import PROVENANCE_FILE, Record, record_
 from megatron_dsrl.observability.tracker import Tracker
 from megatron_dsrl.rollout.recording import rollout_file, write_groups
 from megatron_dsrl.rollout.sample import Sample, SampleGroup, count_tokens
-from megatron_dsrl.run.step_metrics import rollout_metrics
+from megatron_dsrl.run.rollout_metrics import rollout_metrics
 
 CONTROL_CHARACTERS = "\x00\x1b\u202e"
 HOSTILE_TEXT = (

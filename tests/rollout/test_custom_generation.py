@@ -32,7 +32,7 @@ from megatron_dsrl.rollout.responses import responses_of
 from megatron_dsrl.rollout.sample import Sample, SampleGroup, SamplingParameters
 from megatron_dsrl.rollout.seeds import turn_seed
 from megatron_dsrl.rollout.unfinished import UnfinishedGroup
-from megatron_dsrl.run.step_metrics import entropy_metrics, generation_metrics
+from megatron_dsrl.run.rollout_metrics import entropy_metrics, generation_metrics
 from tests.support.engine import batch_request, decode_as_numbers, dispatch, numbered_prompts, transformers_log_probs
 from tests.support.scripted_engine import Answer, ScriptedEngine
 

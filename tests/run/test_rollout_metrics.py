@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_dsrl.rollout.sample import SampleGroup
-from megatron_dsrl.run.step_metrics import rollout_metrics
+from megatron_dsrl.run.rollout_metrics import rollout_metrics
 from tests.observability.synthetic_run import make_group, make_sample
 
 
