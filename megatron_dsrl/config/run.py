@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from megatron_dsrl.config.actor import ActorConfig, CriticConfig, OptimizerConfig, ReferenceConfig
+from megatron_dsrl.config.benchmark import BenchmarkRunConfig
 from megatron_dsrl.config.choices import AnyTracker
 from megatron_dsrl.config.data import DataConfig, PromptSetConfig, RewardConfig
 from megatron_dsrl.config.load_benchmark import load_benchmark
@@ -188,3 +189,7 @@ class RunConfig(Section):
                 "spaces (output_dir says where the folder is)"
             )
         return name
+
+
+RolloutSettings = RunConfig | BenchmarkRunConfig
+"""Their common sections determine engines and samples: `model`, `data`, `parallel`, `rollout`, `engine`, `reward`."""

@@ -7,11 +7,11 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from megatron_dsrl.config.run import RolloutSettings
 from megatron_dsrl.rollout.custom_generation import CustomGeneration
 from megatron_dsrl.rollout.engines.client import EngineClient
 from megatron_dsrl.rollout.engines.errors import EngineError
 from megatron_dsrl.rollout.engines.generation import Completion, SampleRequest
-from megatron_dsrl.rollout.engines.settings import RolloutSettings
 from megatron_dsrl.rollout.feed import Feed
 from megatron_dsrl.rollout.progress import OnSamples
 from megatron_dsrl.rollout.sample import SampleGroup, SamplingParameters

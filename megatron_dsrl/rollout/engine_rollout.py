@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import cast
 
 from megatron_dsrl.common.collective import broadcast, rank
+from megatron_dsrl.config.run import RolloutSettings
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.platform.engine import can_release_engine_memory
 from megatron_dsrl.rewards.pool import RewardPool
@@ -26,7 +27,6 @@ from megatron_dsrl.rollout.engines.engine_protocol import Engines
 from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
 from megatron_dsrl.rollout.engines.run_engines import make_engines
 from megatron_dsrl.rollout.engines.server_arguments import UNSET_WEIGHT_VERSION, initial_weight_version
-from megatron_dsrl.rollout.engines.settings import RolloutSettings
 from megatron_dsrl.rollout.engines.starting_server import StartingServer
 from megatron_dsrl.rollout.feed import Feed, WholeFeed
 from megatron_dsrl.rollout.growing_response import Decode, Encode

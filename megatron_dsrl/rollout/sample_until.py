@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from megatron_dsrl.config.run import RolloutSettings
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rollout.batch import BatchSampler, RolloutBatch
 from megatron_dsrl.rollout.carry_over import CarryOver, restart_expired
-from megatron_dsrl.rollout.engines.settings import RolloutSettings
 from megatron_dsrl.rollout.progress import OnSamples, ignore
 from megatron_dsrl.rollout.sample import SampleGroup
 from megatron_dsrl.rollout.seeds import seeds_of_batch, stream_of_round

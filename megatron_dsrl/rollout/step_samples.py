@@ -6,10 +6,10 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from megatron_dsrl.config.rollout import RolloutConfig
+from megatron_dsrl.config.run import RolloutSettings
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rollout.batch import BatchSampler
 from megatron_dsrl.rollout.carry_over import CarryOver
-from megatron_dsrl.rollout.engines.settings import RolloutSettings
 from megatron_dsrl.rollout.progress import OnSamples, ignore
 from megatron_dsrl.rollout.sample import SampleGroup
 

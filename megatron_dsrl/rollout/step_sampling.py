@@ -20,11 +20,11 @@ import math
 import time
 from collections.abc import Sequence
 
+from megatron_dsrl.config.run import RolloutSettings
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rollout.asynchronous import Asynchronous
 from megatron_dsrl.rollout.batch import BatchSampler
 from megatron_dsrl.rollout.carry_over import CarryOver
-from megatron_dsrl.rollout.engines.settings import RolloutSettings
 from megatron_dsrl.rollout.feed import WholeFeed
 from megatron_dsrl.rollout.sample import SampleGroup, count_tokens
 from megatron_dsrl.rollout.sample_until import sample_until

@@ -16,6 +16,7 @@ import torch.distributed
 from megatron_dsrl.common.collective import gather, rank, world_size
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.layout import engine_problems, refuse
+from megatron_dsrl.config.run import RolloutSettings
 from megatron_dsrl.platform.engine import LOOPBACK, compiles_kernels, engine_environment, weights_through_shared_memory
 from megatron_dsrl.rollout.engines.address import EngineAddress, address_towards, draw_key
 from megatron_dsrl.rollout.engines.client import EngineClient, MemoryTag
@@ -24,7 +25,6 @@ from megatron_dsrl.rollout.engines.flattened_bucket import Bucket, BucketMemory
 from megatron_dsrl.rollout.engines.quantised_push import quantised_buckets
 from megatron_dsrl.rollout.engines.server import EngineServer
 from megatron_dsrl.rollout.engines.server_arguments import engine_threads, server_arguments
-from megatron_dsrl.rollout.engines.settings import RolloutSettings
 from megatron_dsrl.rollout.engines.shared_memory import check_shared_memory
 from megatron_dsrl.rollout.engines.starting_server import StartingServer
 from megatron_dsrl.rollout.engines.supervised_server import SupervisedServer

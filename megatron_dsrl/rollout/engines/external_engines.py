@@ -14,6 +14,7 @@ from itertools import chain
 
 from megatron_dsrl.common.collective import broadcast, rank
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.config.run import RolloutSettings
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.source import resolve_model_folder
 from megatron_dsrl.platform.engine import feed_forward_multiple
@@ -22,7 +23,6 @@ from megatron_dsrl.rollout.engines.client import MemoryTag
 from megatron_dsrl.rollout.engines.errors import EngineError
 from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
 from megatron_dsrl.rollout.engines.quantised_push import quantised_buckets
-from megatron_dsrl.rollout.engines.settings import RolloutSettings
 from megatron_dsrl.rollout.engines.tensor_layout import EngineLayout
 from megatron_dsrl.rollout.engines.weight_broadcast import ServerLink, broadcast_weights
 from megatron_dsrl.rollout.engines.weight_check import SentWeights, lines_of_ranks, mismatch_message

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from megatron_dsrl.common.collective import world_size
 from megatron_dsrl.common.waiting import waiting
+from megatron_dsrl.config.run import RolloutSettings
 from megatron_dsrl.platform import current_platform
 from megatron_dsrl.rollout.engines.engine_group import EngineGroup
 from megatron_dsrl.rollout.engines.engine_protocol import Engines
 from megatron_dsrl.rollout.engines.external_engines import ExternalEngines
 from megatron_dsrl.rollout.engines.server_arguments import initial_weight_version
-from megatron_dsrl.rollout.engines.settings import RolloutSettings
 from megatron_dsrl.rollout.engines.starting_server import StartingServer
 
 

@@ -4,10 +4,10 @@ import shutil
 from pathlib import Path
 
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.config.run import RolloutSettings
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.source import resolve_model_folder
 from megatron_dsrl.planning.parameters import parameters_of_model
-from megatron_dsrl.rollout.engines.settings import RolloutSettings
 
 FOLDER = Path("/dev/shm")
 BYTES_PER_PARAMETER = {"float32": 4, "bfloat16": 2}

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import megatron_dsrl
 from megatron_dsrl.common.process import launched_rank
+from megatron_dsrl.config.run import RolloutSettings
 from megatron_dsrl.platform.engine import ServerArguments, engine_environment
 from megatron_dsrl.rollout.engines.address import API_KEY_VARIABLE
 from megatron_dsrl.rollout.engines.server_arguments import engine_threads
 from megatron_dsrl.rollout.engines.server_resources import end_processes, inherited_environment
-from megatron_dsrl.rollout.engines.settings import RolloutSettings
 
 SERVER_PROCESS = "megatron_dsrl.rollout.engines.server_process"
 """Module that runs as the server."""

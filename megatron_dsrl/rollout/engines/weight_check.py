@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_dsrl.common.collective import gather_within
+from megatron_dsrl.config.run import RolloutSettings
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.source import resolve_model_folder
 from megatron_dsrl.platform.engine import feed_forward_multiple
@@ -26,7 +27,6 @@ from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.errors import EngineError
 from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
 from megatron_dsrl.rollout.engines.quantised_push import as_the_engine_compares
-from megatron_dsrl.rollout.engines.settings import RolloutSettings
 from megatron_dsrl.rollout.engines.tensor_layout import EngineLayout
 from megatron_dsrl.rollout.engines.weight_client import WeightClient
 
