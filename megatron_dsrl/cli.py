@@ -41,6 +41,7 @@ from megatron_dsrl.common.process import (
     launched_rank,
     leave_closed_pipe,
     leave_terminal,
+    limit_spinning,
 )
 
 MACHINE_ERROR_STATUS = 1
@@ -53,6 +54,7 @@ SIGNALS_TO_END = (signal.SIGTERM, signal.SIGHUP)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     end_with_launcher()
+    limit_spinning()
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         with _flushing_output():
