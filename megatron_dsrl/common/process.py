@@ -26,9 +26,9 @@ SPINS = "1000"
 def limit_spinning(environment: MutableMapping[str, str] = os.environ) -> None:
     """Let OpenMP threads that wait for each other leave their cores to other programs. Call it before importing torch.
 
-    GNU's OpenMP, which PyTorch uses on Linux, makes them spin for milliseconds. If other programs take
-    cores, a thread that waits for another keeps it from running: on two busy cores an engine with 107 million parameters
-    decoded at a fifth of the speed that it has with this limit. Variables of the user have precedence.
+    GNU's OpenMP, which PyTorch uses on Linux, makes them spin for milliseconds. If other programs take cores, a thread
+    that waits for another keeps it from running: on two busy cores an engine with 107 million parameters decoded at a
+    fifth of the speed that it has with this limit. Variables of the user have precedence.
     """
     if "OMP_WAIT_POLICY" not in environment:
         environment.setdefault("GOMP_SPINCOUNT", SPINS)
