@@ -51,7 +51,8 @@ def folder(tmp_path_factory) -> Path:
     tiny.mkdir(parents=True)
     write_tiny_run(tiny)
     (tiny / "model").rename(tiny / "base")
-    (tiny / "train.jsonl").symlink_to(tiny / "prompts.jsonl")
+    for part in ("train.jsonl", "held_out.jsonl"):
+        (tiny / part).symlink_to(tiny / "prompts.jsonl")
     (folder / ".cache" / "own_data").mkdir()
     return folder
 
