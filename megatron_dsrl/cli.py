@@ -133,7 +133,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     words = [word for word in rest if not word.startswith("-") and ("=" in word or takes_files)]
     unknown = [word for word in rest if word not in words]
     if unknown or (words and not hasattr(options, "overrides")):
-        options.parser.error(f"unrecognized arguments: {' '.join(unknown or words)}")
+        fields = [word.lstrip("-") for word in unknown if "=" in word] if hasattr(options, "overrides") else []
+        hint = f"; fields are set without dashes: {' '.join(fields)}" if fields else ""
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown or words)}{hint}")
     if takes_files:
         options.config, options.overrides = files_and_overrides([*options.config, *options.overrides, *words])
     elif words:

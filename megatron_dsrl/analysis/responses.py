@@ -48,6 +48,8 @@ def recorded_steps(run_folder: Path) -> list[int]:
     Raises:
         UserError: the run has not recorded any rollouts.
     """
+    if not run_folder.is_dir():
+        raise UserError(f"no such folder: {run_folder}; give the folder of a run, <output_dir>/<name>")
     steps = list(by_step(run_folder / "rollouts", ".jsonl"))
     if not steps:
         raise UserError(

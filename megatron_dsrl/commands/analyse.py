@@ -126,9 +126,9 @@ def _problems(options: argparse.Namespace) -> int:
 def _lengths(options: argparse.Namespace) -> int:
     from megatron_dsrl.analysis import lengths
     from megatron_dsrl.analysis.responses import read_steps
-    from megatron_dsrl.observability.run_records import read_run
+    from megatron_dsrl.observability.records import METRICS_FILE, read_records
 
-    metrics = {record["step"]: record for record in read_run(options.source).steps}
+    metrics = {record["step"]: record for record in read_records(options.source / METRICS_FILE)}
     steps = read_steps(options.source, options.steps)
     records = [lengths.lengths_of_step(step, groups, metrics) for step, groups in steps]
     return _finish(options, "lengths", records, lengths.summary(records), lengths.charts(records, _phases(options)))
@@ -226,10 +226,11 @@ def _finish(options: argparse.Namespace, name: str, records: Sequence[dict], sum
 
 
 def _phases(options: argparse.Namespace) -> Sequence:
-    """The run's phases; a sample file has none."""
+    """The run's phases; a sample file, and the rollouts of `dsrl rollout`, have none."""
+    from megatron_dsrl.observability.records import METRICS_FILE
     from megatron_dsrl.observability.run_records import read_run
 
-    return read_run(options.source).phases if options.source.is_dir() else []
+    return read_run(options.source).phases if (options.source / METRICS_FILE).is_file() else []
 
 
 def _key(variable: str | None) -> str | None:

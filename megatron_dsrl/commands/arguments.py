@@ -70,7 +70,8 @@ def files_and_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def add_overrides(parser: argparse.ArgumentParser, meaning: str) -> None:
     """Add any number of `key.path=value` arguments."""
-    parser.add_argument("overrides", metavar="KEY.PATH=VALUE", nargs="*", help=meaning)
+    # With a default, argparse does not name it among missing arguments.
+    parser.add_argument("overrides", metavar="KEY.PATH=VALUE", nargs="*", default=[], help=meaning)
 
 
 def add_processes(parser: argparse.ArgumentParser, more: str = "") -> None:
@@ -92,6 +93,28 @@ def positive(text: str) -> int:
     value = int(text) if text.isdecimal() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
+    return value
+
+
+def port(text: str) -> int:
+    """
+    Raises:
+        ArgumentTypeError: it is not a port.
+    """
+    value = int(text) if text.isdecimal() else 0
+    if not 1 <= value <= 65535:
+        raise argparse.ArgumentTypeError(f"expected a port from 1 to 65535, got {text}")
+    return value
+
+
+def share(text: str) -> float:
+    """
+    Raises:
+        ArgumentTypeError: it is not above 0 and at most 1.
+    """
+    value = positive_number(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"expected a share above 0 and at most 1, got {text}")
     return value
 
 

@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from megatron_dsrl.commands.arguments import Commands, add_command, add_config, positive, positive_number
+from megatron_dsrl.commands.arguments import Commands, add_command, add_config, positive, positive_number, share
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,7 +35,7 @@ def add_plan(commands: Commands) -> None:
         help="assumed mean length of a response (default: half its limit)",
     )
     parser.add_argument(
-        "--training-utilisation", metavar="SHARE", type=float, default=0.35, help="share of peak FLOP/s (default: 0.35)"
+        "--training-utilisation", metavar="SHARE", type=share, default=0.35, help="share of peak FLOP/s (default: 0.35)"
     )
     parser.add_argument(
         "--scale",

@@ -2,7 +2,7 @@
 
 import argparse
 
-from megatron_dsrl.commands.arguments import Commands, add_command, add_config, positive
+from megatron_dsrl.commands.arguments import Commands, add_command, add_config, port
 
 
 def add_serve(commands: Commands) -> None:
@@ -18,7 +18,7 @@ def add_serve(commands: Commands) -> None:
     )
     add_config(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=positive, default=30000, help="port to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=port, default=30000, help="port to listen on (default: %(default)s)")
 
 
 def _serve(options: argparse.Namespace) -> int:

@@ -98,8 +98,8 @@ def replacing(file: Path) -> Iterator[BinaryIO]:
         os.replace(partial, file)
     except BaseException as error:
         partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (None, str(partial)):
-            error.filename, error.filename2 = str(file), None
+        if isinstance(error, OSError) and error.errno and error.filename in (None, str(partial)):
+            raise OSError(error.errno, error.strerror, str(file)) from error
         raise
 
 

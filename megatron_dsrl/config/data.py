@@ -35,8 +35,8 @@ class PromptSetConfig(Section):
 
     source: str
     """A local file: `.jsonl` or `.ndjson`, `.json` (a list, or one object per line), `.csv`, `.tsv` or `.parquet`
-    (all but the last also with `.gz`; `*` in the name matches several files); a folder of `datasets`'
-    `save_to_disk`; or a hub name for HF `datasets`."""
+    (all but the last also with `.gz`; `*` matches several files, `**` in all folders); a folder of `datasets`'
+    `save_to_disk`, or of data files as in a repository of the hub; or a hub name for HF `datasets`."""
 
     subset: str | list[str] | None = None
     """Hub configuration name (`main` for `openai/gsm8k`), or several to concatenate; only for hub names."""

@@ -12,6 +12,7 @@ from typing import Any, get_args, get_origin
 from pydantic import ValidationError
 
 from megatron_dsrl.config.custom_section import CustomSection
+from megatron_dsrl.config.dotted_path import PATTERN as DOTTED_PATH
 from megatron_dsrl.config.fields import is_section, members, registry_of, tags
 from megatron_dsrl.config.registry import Registry
 from megatron_dsrl.config.section import Section
@@ -131,6 +132,10 @@ def _describe(
             return "unknown name", _suggest_name(context["tag"], _split_choices(context["expected_tags"]))
         case "union_tag_not_found":
             return "needs a `name` that says which kind it is", ""
+        case "too_short":
+            return f"expected at least {context['min_length']} items" if context["min_length"] > 1 else "is empty", ""
+        case "string_pattern_mismatch" if context["pattern"] == DOTTED_PATH:
+            return "expected a dotted path `package.module:name`", ""
         case "literal_error":
             nearest = difflib.get_close_matches(str(detail["input"]), _split_choices(context["expected"]), n=1)
             return f"expected {context['expected']}", f"; did you mean {nearest[0]}?" if nearest else ""

@@ -18,6 +18,7 @@ Every mistake ends in one UserError that lists each wrong field: its path, the f
 it, what was wrong, and the value.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,7 +109,14 @@ def _parents(data: dict[str, Any], path: Path) -> list[Path]:
     parents = [given] if isinstance(given, str) else given
     if not (isinstance(parents, list) and parents and all(isinstance(each, str) and each for each in parents)):
         raise UserError(f"{path}: {INHERITS}: expected the path of a YAML file or a list of them, got {given!r}")
-    return [path.parent / parent for parent in parents]
+    return [_parent(path, parent) for parent in parents]
+
+
+def _parent(path: Path, name: str) -> Path:
+    """A parent, relative to the file, or to where a link to the file leads."""
+    given = Path(name).expanduser()
+    here, real = path.parent / given, path.resolve().parent / given
+    return real if real.exists() and not here.exists() else here
 
 
 def _read_file(path: Path, children: tuple[Path, ...]) -> tuple[dict[str, Any], dict[KeyPath, int]]:
@@ -175,7 +183,14 @@ def apply_override(data: dict[str, Any], override: str, places: dict[KeyPath, st
 def _override_value(text: str, override: str) -> Any:
     if text.lstrip().startswith(TEMPLATE_STARTS):
         return text.strip()
-    value, _ = parse_yaml(text, f"override `{override}`")
+    key = override.partition("=")[0]
+    quoted = f"put a text with such characters in quotes: {key}='...'"
+    try:
+        value, _ = parse_yaml(text, f"override `{override}`")
+    except UserError as error:
+        raise UserError(f"{error}; {quoted}") from error
+    if "#" in text and json.dumps(value, default=str).count("#") < text.count("#"):
+        raise UserError(f"override `{override}`: `#` begins a comment in YAML; {quoted}")
     return value
 
 

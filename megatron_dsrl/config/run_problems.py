@@ -8,7 +8,7 @@ from megatron_dsrl.config.layout import ModelShape, Problem, engine_problems, mo
 from megatron_dsrl.config.model import RouterConfig
 from megatron_dsrl.config.phase import ObjectiveConfig, PhaseConfig, PhaseSteps
 from megatron_dsrl.config.rollout import MAX_REPLAYED_EXPERTS
-from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.config.run import EvaluationSetConfig, RunConfig
 
 
 def run_problems(
@@ -30,6 +30,7 @@ def run_problems(
         *_phase_problems(config.phases, config.steps),
         *_objective_problems(config, phases),
         *_batch_problems(config, world_size, prompts),
+        *_evaluation_problems(config.evaluation.sets),
         *_time_problems(config),
         *_routing_problems(config, shape),
         *_lora_problems(config, shape),
@@ -89,6 +90,19 @@ def _problems_of(objective: ObjectiveConfig, where: str, config: RunConfig) -> I
             f"the loss `{loss.name}` is for one optimizer step per rollout batch, this run takes "
             f"{config.actor.optimizer_steps_per_rollout}; choose a loss with a ratio (dual_clip), or one step",
         )
+
+
+def _evaluation_problems(sets: Sequence[EvaluationSetConfig]) -> Iterator[Problem]:
+    names = [one.name for one in sets]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield "evaluation.sets", f"the name {name} is used more than once; rename one"
+    for position, one in enumerate(sets):
+        if one.temperature == 0 and one.samples_per_prompt > 1:
+            yield (
+                f"evaluation.sets.{position}.temperature, evaluation.sets.{position}.samples_per_prompt",
+                f"temperature 0 is greedy decoding, so {one.samples_per_prompt} samples of a prompt would all be the "
+                "same; set a temperature above 0, or samples_per_prompt to 1",
+            )
 
 
 def _dataset_problems(config: RunConfig, phases: Sequence[PhaseSteps]) -> Iterator[Problem]:

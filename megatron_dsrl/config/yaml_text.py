@@ -165,6 +165,10 @@ def _describe(error: Exception, text: str) -> str:
     marks = [mark for name in ("problem_mark", "context_mark") if (mark := getattr(error, name, None))]
     if not marks:
         return problem
+    if "'\\t'" in problem:
+        problem += "; indent with spaces, not tabs"
+    if problem == "but found another document":
+        problem = "a second document begins (---); keep one"
     rows = text.splitlines()
     near = (rows[mark.line] for mark in marks if mark.line < len(rows))
     hint = f"; {_QUOTES}" if any(map(_TEMPLATE_WITHOUT_QUOTES.search, near)) else ""

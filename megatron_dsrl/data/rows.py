@@ -4,6 +4,7 @@ import csv
 import glob
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ Row = dict[str, Any]
 LOCAL_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 LONGEST_FIELD = 2**31 - 1
 """Characters of a CSV field. Python's own limit, 131,072, is shorter than some reasoning traces."""
+_HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
 SAVED_FILES = ("dataset_dict.json", "state.json")
 """Files by which to recognise the result of `datasets`' save_to_disk, of several splits and of one."""
 
@@ -95,7 +97,7 @@ def _require_hub_name(source: str, section: str) -> None:
     Raises:
         UserError: a source that is neither a file nor a folder is no name of the hub either.
     """
-    if source.count("/") > 1 or source.startswith(("/", ".", "~")) or "*" in source or not source:
+    if not _HUB_NAME.fullmatch(source):
         raise UserError(f"{section}.source: no such file or folder: {source}; create it, or correct the path")
 
 

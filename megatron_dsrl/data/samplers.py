@@ -82,14 +82,14 @@ class PromptSampler:
                 f"data.mixed_with: the checkpoint was written with {len(state['sets'])} prompt sets, this run has one; "
                 "a run can only be resumed with the sets that it was started with"
             )
-        for name, saved, here in (
-            ("num_prompts", state["num_prompts"], self._num_prompts),
-            ("seed", state["seed"], self._seed),
+        for field, what, saved, here in (
+            ("data.source", "number of prompts", state["num_prompts"], self._num_prompts),
+            ("seed", "seed", state["seed"], self._seed),
         ):
             if saved != here:
                 raise UserError(
-                    f"the checkpoint's sampler has {name} {saved}, this run has {here}: a run can only be resumed with "
-                    "the prompt set and the seed that it was started with"
+                    f"{field}: the checkpoint was written with {saved} as the {what}, now it is {here}; a run can only "
+                    "be resumed with the prompt set and the seed that it was started with"
                 )
         self._start_epoch(state["epoch"])
         self._position = state["position"]
@@ -100,7 +100,8 @@ class PromptSampler:
         shuffled = list(range(self._num_prompts))
         random.Random(f"{self._seed}/{epoch}").shuffle(shuffled)
         self._order = self._reorder(epoch, shuffled)
-        assert sorted(self._order) == list(range(self._num_prompts)), "an epoch has every prompt once"
+        if sorted(self._order) != list(range(self._num_prompts)):
+            raise UserError("data.sampler: `reorder` must return every position once, in any order")
 
 
 class SamplerOptions(Options):

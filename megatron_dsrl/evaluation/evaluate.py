@@ -28,7 +28,6 @@ from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.data.prompts import load_prompts
 from megatron_dsrl.data.tokenizer import decode, encode, load_tokenizer, stop_token_ids
 from megatron_dsrl.evaluation.benchmark_evaluator import evaluate_benchmark, missing_samples
-from megatron_dsrl.evaluation.evaluator import check_different_samples
 from megatron_dsrl.evaluation.find_model import EvaluatedModel, find_model
 from megatron_dsrl.evaluation.results import EVALUATIONS_FOLDER, markdown, write_results
 from megatron_dsrl.model.architecture import read_architecture
@@ -39,6 +38,17 @@ from megatron_dsrl.rewards.registry import describe_verifiers, matched_by_spelli
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.engines.run_engines import awaiting_engines
 from megatron_dsrl.weights.hf_writer import FILE_BYTES
+
+SET_BY_BENCHMARK = {
+    "rollout.temperature": "use --temperature",
+    "rollout.top_p": "use --top-p",
+    "rollout.top_k": "change it in a benchmark file of your own",
+    "rollout.max_response_tokens": "use --max-tokens",
+    "rollout.samples_per_prompt": "use --samples",
+    "reward.function": "change it in a benchmark file of your own, or use `dsrl rescore --verifier`",
+    "reward.options": "change them in a benchmark file of your own",
+}
+"""Fields of a run that have no effect on an evaluation, and what has."""
 
 
 @dataclass(frozen=True)
@@ -206,6 +216,8 @@ def _config(folder: Path, overrides: Sequence[str], benchmarks: Sequence[Benchma
     places: dict[KeyPath, str] = {}
     for override in overrides:
         apply_override(data, override, places)
+        if (instead := SET_BY_BENCHMARK.get(override.partition("=")[0].strip())) is not None:
+            raise UserError(f"override `{override}`: the benchmark sets this; {instead}")
     return validated(BenchmarkRunConfig, data, places, "dsrl eval", "overrides")
 
 
@@ -215,7 +227,12 @@ def _check_benchmarks(benchmarks: Sequence[Benchmark]) -> None:
     if twice or not names:
         raise UserError(f"--benchmarks: {', '.join(twice)} twice" if twice else "--benchmarks: none are named")
     for benchmark in benchmarks:
-        check_different_samples(benchmark.config, f"benchmark {benchmark.name}")
+        config = benchmark.config
+        if config.temperature == 0 and config.samples_per_prompt > 1:
+            raise UserError(
+                f"benchmark {benchmark.name}: temperature 0 is greedy decoding, so {config.samples_per_prompt} "
+                "samples_per_prompt would all be the same. Set a temperature above 0, or samples_per_prompt to 1."
+            )
 
 
 def _say_what_is_matched_by_spelling(benchmark: Benchmark, prompts: Sequence[Prompt]) -> None:

@@ -7,8 +7,6 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.config.benchmark import BenchmarkConfig
 from megatron_dsrl.config.run import EvaluationSetConfig
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.evaluation.metrics import summarise, summarise_benchmark
@@ -46,12 +44,9 @@ class Evaluator:
             verifier: name of the run's verifier, for sets without their own.
 
         Raises:
-            UserError: two sets have the same name, several greedy samples per prompt are requested, or a verifier does
-                not exist or does not take its options.
+            UserError: a verifier does not exist or does not take its options.
         """
-        _require_different_names([config.name for config, _ in sets])
         for position, (config, _) in enumerate(sets):
-            check_different_samples(config, f"evaluation.sets.{position}")
             if config.reward is not None:
                 check_options(config.reward.function, config.reward.options, f"evaluation.sets.{position}.reward")
         self._sets = sets
@@ -93,22 +88,3 @@ class Evaluator:
             if figures["majority_at_k"] is not None:
                 record[f"majority@{count}"] = figures["majority_at_k"]
         return Evaluation(record, problems)
-
-
-def check_different_samples(config: EvaluationSetConfig | BenchmarkConfig, section: str) -> None:
-    """Refuse several greedy samples of one prompt.
-
-    Raises:
-        UserError: temperature is 0 and samples_per_prompt above 1.
-    """
-    if config.temperature == 0 and config.samples_per_prompt > 1:
-        raise UserError(
-            f"{section}: temperature 0 is greedy decoding, so {config.samples_per_prompt} samples_per_prompt would all "
-            "be the same. Set a temperature above 0, or samples_per_prompt to 1."
-        )
-
-
-def _require_different_names(names: Sequence[str]) -> None:
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise UserError(f"evaluation.sets: {len(names)} sets, but the name {', '.join(twice)} is used more than once")

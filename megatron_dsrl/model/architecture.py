@@ -203,6 +203,8 @@ def _refuse_unsupported_features(config: dict[str, Any], path: Path) -> None:
         raise UserError(f"{path}: use_sliding_window is not supported")
     if config.get("attention_dropout"):
         raise UserError(f"{path}: attention_dropout is not supported; set it to 0")
+    if config.get("quantization_config"):
+        raise UserError(f"{path}: quantization_config is not supported; use the model that was quantised")
 
 
 def _refuse_dense_layers_among_experts(config: dict[str, Any], path: Path) -> None:

@@ -14,6 +14,7 @@ from megatron_dsrl.common.hub import asking_hub, can_reach_hub
 PUBLISHED = Path(__file__).parent / "published"
 """`<owner>/<name>/config.json`."""
 
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _CACHED = re.compile(r"models--(.+?)--(.+)")
 """Folder of a model in the hub's cache, in which its snapshots are."""
 NOT_WEIGHTS = ["*.bin", "*.pth", "*.gguf", "original/*"]
@@ -21,10 +22,9 @@ NOT_WEIGHTS = ["*.bin", "*.pth", "*.gguf", "original/*"]
 
 
 def is_hub_name(path: str) -> bool:
-    """Whether a path that is not a folder may be a hub name: `Qwen/Qwen3-8B` may; `./x`, `/x`, `a/b/c` and anything
-    below an existing folder may not."""
-    parts = path.split("/")
-    return len(parts) == 2 and all(parts) and not path.startswith((".", "~")) and not Path(parts[0]).exists()
+    """Whether a path that is not a folder may be a hub name: `Qwen/Qwen3-8B` may; `./x`, `/x`, `a/b/c`, `my models/x`
+    and anything below an existing folder may not."""
+    return _HUB_NAME.fullmatch(path) is not None and not Path(path).parent.exists()
 
 
 def hub_name_of(folder: Path) -> str | None:

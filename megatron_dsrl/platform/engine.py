@@ -6,8 +6,10 @@ Only engine processes import SGLang: importing it patches Transformers, which mu
 import os
 import signal
 import socket
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -27,6 +29,7 @@ ServerArguments = dict[str, str | int | float | bool]
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Settings of PyTorch's allocator; the second is the older name, which PyTorch 2.14 still reads."""
 
+CACHE_VARIABLE = "SGLANG_CACHE_DIR"
 EXTERNAL_MODELS = "SGLANG_EXTERNAL_MODEL_PACKAGE"
 
 EXPECTED_WARNINGS = (
@@ -67,9 +70,10 @@ def engine_environment(tensor_parallel_size: int, cpu_threads: int = 1) -> dict[
     """
     inherited_filters = [os.environ["PYTHONWARNINGS"]] if os.environ.get("PYTHONWARNINGS") else []
     warning_filters = {"PYTHONWARNINGS": ",".join([*inherited_filters, *map("ignore:{}".format, EXPECTED_WARNINGS)])}
+    common = warning_filters | _cache_folder(os.environ)
     if torch.cuda.is_available():
-        return warning_filters
-    environment = warning_filters | {
+        return common
+    environment = common | {
         "SGLANG_USE_CPU_ENGINE": "1",
         "OMP_NUM_THREADS": str(cpu_threads),
         "TORCH_COMPILE_DISABLE": "1",  # compiling does not pay off for small models
@@ -79,6 +83,25 @@ def engine_environment(tensor_parallel_size: int, cpu_threads: int = 1) -> dict[
     if tensor_parallel_size > 1:
         environment["SGLANG_CPU_OMP_THREADS_BIND"] = _cores_for_ranks(tensor_parallel_size)
     return environment
+
+
+def _cache_folder(variables: Mapping[str, str]) -> dict[str, str]:
+    """A folder for what SGLang compiles, where the user's home, which it would use, cannot be written, as in some
+    containers."""
+    if CACHE_VARIABLE in variables or _can_write(Path(os.path.expanduser("~/.cache/sglang"))):
+        return {}
+    return {CACHE_VARIABLE: str(Path(tempfile.gettempdir(), f"sglang_{os.getuid()}"))}
+
+
+def _can_write(folder: Path) -> bool:
+    """Whether a folder, which is created if it does not exist, can be written to."""
+    if not folder.is_absolute():  # the home is unknown
+        return False
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)
 
 
 def can_release_engine_memory() -> bool:

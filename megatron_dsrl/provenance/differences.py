@@ -9,6 +9,8 @@ from megatron_dsrl.provenance.words import NOT_RECORDED, what_computed
 
 ALWAYS_SHOWN = ("Package torch", "Package megatron-core", "Package sglang", "Package transformers")
 PACKAGE = "Package "
+INPUTS = ("Base model", "Training data")
+PROBLEMS = "Problems of "
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,19 @@ def changes_between_starts(starts: Sequence[Record]) -> list[ChangedFact]:
             if before.get(name) != after.get(name)
         ]
     return changes
+
+
+def changed_inputs(folder: Path, after_step: int) -> list[ChangedFact]:
+    """What the newest start, which continues after a step, reads other than the one that made this step: base model,
+    training data, problems of held-out sets.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    before = starts_that_count(folder, after_step)[-1:]
+    changes = changes_between_starts([*before, *read_starts(folder)[-1:]])
+    inputs = [change for change in changes if change.name in INPUTS or change.name.startswith(PROBLEMS)]
+    return [change for change in inputs if NOT_RECORDED not in (change.before, change.after)]  # such as a further set
 
 
 def _over_starts(starts: Sequence[dict[str, str]], name: str) -> str:

@@ -92,6 +92,8 @@ def read_timelines(run_folder: Path) -> list[RankTimeline]:
     Raises:
         UserError: there is nothing, or a file is damaged.
     """
+    if not run_folder.is_dir():
+        raise UserError(f"no such folder: {run_folder}; give the folder of a run, <output_dir>/<name>")
     files = sorted((run_folder / TRACE_FOLDER).glob("rank_*.jsonl"))
     timelines = [timeline_of(records) for records in map(read_records, files) if records]
     if not timelines:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from megatron_dsrl.common.collective import rank
 from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.provenance.differences import changed_inputs
 from megatron_dsrl.provenance.inputs import describe_model, describe_prompts, describe_training_sets
 from megatron_dsrl.provenance.start import Details, record_start
 from megatron_dsrl.rewards.registry import describe_verifiers
@@ -20,7 +21,7 @@ def record_run_start(
         inputs: what the run has read.
         after_step: the checkpoint's step that the run continues after; 0 from the beginning.
         report: called on rank 0 with a line on a verifier that depends on the machine, and with a warning if there can
-            be no record.
+            be no record, or if the run continues with another model or other data under the same path.
     """
     held_out = (evaluation_set.reward for evaluation_set in config.evaluation.sets)
     rewards = [config.reward, *config.data.set_rewards.values(), *held_out]
@@ -39,3 +40,9 @@ def record_run_start(
         "verifiers": lambda: verifiers,
     }
     record_start(inputs.run_folder, command, details, report)
+    if after_step > 0 and rank() == 0:
+        for change in changed_inputs(inputs.run_folder, after_step):
+            report(
+                f"warning: the steps up to {after_step} had another input; {change.name}: {change.before} then, "
+                f"{change.after} now"
+            )

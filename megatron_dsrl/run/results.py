@@ -1,6 +1,7 @@
 """Results in a run's folder: whether the run is complete, and what is said of it then. Light: a finished run is
 recognised before Megatron and Transformers are loaded."""
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,14 +49,15 @@ def finished_step(config: RunConfig) -> int | None:
 def closing_lines(run_folder: Path, steps: int) -> list[str]:
     """Closing lines for a run whose last step is `steps`, with the accuracies or losses in its evaluation.jsonl."""
     records = read_records(run_folder / EVALUATION_FILE)
-    after_report = f"      dsrl samples {run_folder}   responses to read"
+    argument = shlex.quote(str(run_folder))
+    after_report = f"      dsrl samples {argument}   responses to read"
     if any("loss" in record for record in records):  # nothing was sampled
-        after_report = f"      dsrl eval {run_folder}      accuracy on benchmarks"
+        after_report = f"      dsrl eval {argument}      accuracy on benchmarks"
     return [
         f"{run_folder} is complete: {steps} steps",
         *_results(records, "accuracy", "{:.1%}"),
         *_results(records, "loss", "loss {:.4f}"),
-        f"next: dsrl report {run_folder}    one HTML page: curves, seconds, samples",
+        f"next: dsrl report {argument}    one HTML page: curves, seconds, samples",
         after_report,
     ]
 

@@ -70,6 +70,9 @@ def start_run(config: RunConfig, resources: ExitStack, starting: StartingServer 
     resources.enter_context(locked(inputs.run_folder, console.message))
     checkpoints, checkpoint = open_checkpoints(config, inputs, console, resources)
     step = checkpoint.state.step if checkpoint else 0
+    sampler = build_sampler(config.data, inputs.prompts, config.seed)
+    if checkpoint:
+        sampler.load_state_dict(cast(Any, checkpoint.state.sampler))
     prepare_run_folder(config, inputs.run_folder, step)
     record_run_start("train", config, inputs, step, console.message)
     trackers = resources.enter_context(
@@ -78,10 +81,8 @@ def start_run(config: RunConfig, resources: ExitStack, starting: StartingServer 
     timeline = open_timeline(config.observability.trace, inputs.run_folder, resources)
     profiler = step_profiler(config.observability, inputs.run_folder, console)
     rollout, models = start_rollout_and_models(config, inputs, timeline, console, resources, starting)
-    sampler = build_sampler(config.data, inputs.prompts, config.seed)
     if checkpoint:
         same_layout = checkpoint.state.layout == current_layout(config.parallel)
-        sampler.load_state_dict(cast(Any, checkpoint.state.sampler))
         models.load(checkpoint, same_layout)
         if config.rollout.carries_over and dist.get_rank() == 0:
             rollout.carried = CarryOver.read_from(checkpoint.folder / ROLLOUT_FOLDER)

@@ -114,6 +114,11 @@ def _no_weights(folder: Path) -> str:
             f"{folder} holds its weights in pytorch_model.bin, which is not read because such files can run code. Save "
             "them as safetensors: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(another folder)"
         )
+    single = folder / SINGLE_FILE
+    if single.is_symlink():
+        return f"{single} leads to {single.resolve()}, which does not exist; download the model again"
+    if any(folder.glob("model-*-of-*.safetensors")):
+        return f"{folder} lacks {INDEX_FILE}, which says where its tensors are; download it"
     return f"{folder} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE}"
 
 

@@ -1,6 +1,7 @@
 """`dsrl analyse` on run folders and evaluations as they lie on disk."""
 
 import json
+import shutil
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -36,6 +37,15 @@ def test_a_run_is_analysed_into_its_folder(run, capsys, kind) -> None:
     assert any("phase-2" in (shape.get("class") or "") for shape in drawing.iter())  # phases are shaded
     assert read_charts(run / "analysis" / f"{kind}.charts.json")[0].source.phases
     assert f"analysis/{kind}.jsonl" in capsys.readouterr().out
+
+
+def test_rollouts_without_training_are_analysed(run, tmp_path) -> None:
+    """As `dsrl rollout` leaves them; a copy of a step's file does not count."""
+    shutil.copytree(run / "rollouts", tmp_path / "rollouts")
+    shutil.copy(tmp_path / "rollouts" / "step_000002.jsonl", tmp_path / "rollouts" / "step_000002_copy.jsonl")
+    for kind in ("thoughts", "problems", "lengths"):
+        assert main(["analyse", kind, str(tmp_path)]) == 0
+        assert [record["step"] for record in records(tmp_path / "analysis" / f"{kind}.jsonl")] == [1, 2, 3]
 
 
 def test_what_is_written_is_of_the_recorded_samples(run, tmp_path) -> None:

@@ -69,6 +69,7 @@ def test_a_full_disk_names_the_file_and_leaves_it_as_it_was(tmp_path) -> None:
         stream.write(b"x" * 10_000)
         stream.flush()
     assert (raised.value.errno, raised.value.filename) == (errno.EFBIG, str(file))
+    assert str(raised.value).endswith(f"'{file}'")
     assert remedy(raised.value) == "free space, then run the command again"
     assert file.read_text() == "before" and list(tmp_path.iterdir()) == [file]
 

@@ -213,6 +213,14 @@ def test_asynchronous_sampling_needs_engines_elsewhere(small, write) -> None:
         derive(config, 1, SHAPE, prompts=32)
 
 
+def test_held_out_sets_that_would_be_mixed_up_or_sampled_in_vain_are_refused(small, write) -> None:
+    one = "{name: a, source: a.jsonl, max_prompt_tokens: 64, samples_per_prompt: 4}"
+    config = load_config(write("run.yaml", small), [f"evaluation.sets=[{one}, {one}]"])
+    with pytest.raises(UserError, match="evaluation.sets: the name a is used more than once") as raised:
+        derive(config, 1, SHAPE, prompts=32)
+    assert "evaluation.sets.1.temperature, evaluation.sets.1.samples_per_prompt: temperature 0 is" in str(raised.value)
+
+
 def test_limits_themselves_are_allowed(small, write) -> None:
     overrides = ["rollout.max_response_tokens=412", "engine.max_context_tokens=512", "engine.max_total_tokens=512"]
     assert derive(load_config(write("run.yaml", small), overrides), 1, SHAPE, prompts=8).longest_sequence == 512

@@ -153,7 +153,7 @@ def test_dumped_config_loads_again_to_an_equal_one(small, write, tmp_path) -> No
         ("parallel=3", "parallel: expected a section (`key: value` lines), got 3"),
         ("engine.extra_arguments.a=[1]", "engine.extra_arguments.a: expected a string or an integer or a number or "),
         ("data={}", "data.source: missing; it has no default (override `data={}`)"),
-        ("phases=[]", "phases: List should have at least 1 item"),
+        ("phases=[]", "phases: is empty, got "),
         ("name=.", "name: expected the name of one folder: at most 200 bytes, without `/`, and not only dots"),
         ("name=..", "name: expected the name of one folder"),
         ("name=../x", "name: expected the name of one folder"),
@@ -196,6 +196,9 @@ def test_all_problems_are_listed_with_the_file_and_line_that_set_them(small, wri
         ("phases.last.name=x", "phases is a list of 2, so `last` must be a position from 0 to 1"),
         ("steps.x=1", "steps is the single value 6, it has no `x`"),
         ("seed=[1", "override `seed=[1`: not valid YAML"),
+        ("name=@x", "; put a text with such characters in quotes: name='...'"),
+        ("name=#x", "`#` begins a comment in YAML; put a text with such characters in quotes"),
+        ("name=a #### (.+)$", "`#` begins a comment in YAML"),
         ("inherits=a.yaml", "inherits: unknown key"),
     ],
 )
@@ -232,6 +235,14 @@ def test_missing_and_unreadable_files(write, tmp_path) -> None:
         load_config(write("key.yaml", "1: a"))
     with pytest.raises(UserError, match=r"name: missing(.|\n)*phases: missing"):
         load_config(write("empty.yaml", ""))
+
+
+def test_a_file_may_be_named_through_a_link(small, write, tmp_path) -> None:
+    write("base.yaml", small)
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "elsewhere" / "link.yaml"
+    link.symlink_to(write("child.yaml", "inherits: base.yaml\nseed: 7"))
+    assert load_config(link).seed == 7
 
 
 def test_a_circle_of_parents_is_refused(write) -> None:

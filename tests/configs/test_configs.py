@@ -98,7 +98,8 @@ def test_it_resolves_and_passes_the_dry_run(files: tuple[Path, ...], tmp_path: P
     overrides = [*needed, f"model.path={tmp_path}"]
     if model not in MODELS:  # its problems are made by the example, too
         (tmp_path / "train.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n' * 200)
-        overrides.append(f"data.source={tmp_path / 'train.jsonl'}")
+        sets = ["data", *(f"evaluation.sets.{position}" for position in range(len(config.evaluation.sets)))]
+        overrides += [f"{one}.source={tmp_path / 'train.jsonl'}" for one in sets]
     local = load_config(files, overrides)
     figures = preflight(local, PROCESSES.get(model, 1))
     assert sum(phase.steps for phase in figures.phases) == config.steps

@@ -89,10 +89,26 @@ def only_pickled(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
+def dangling_link(folder: Path) -> None:
+    """As a snapshot in the hub's cache whose file was removed."""
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(folder / "blob")
+
+
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 16000000000\n"
 
 OTHER_SOURCES = {
     "pickled weights": ("hf-to-megatron", only_pickled, "holds its weights in pytorch_model.bin, which is not read"),
+    "a link that leads nowhere": (
+        "hf-to-megatron",
+        dangling_link,
+        "hf/blob, which does not exist; download the model again",
+    ),
+    "shards without their index": (
+        "hf-to-megatron",
+        lambda folder: (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors"),
+        "hf lacks model.safetensors.index.json, which says where its tensors are; download it",
+    ),
     "pointers of Git LFS": (
         "hf-to-megatron",
         lambda folder: (folder / "model.safetensors").write_text(LFS_POINTER),

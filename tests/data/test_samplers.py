@@ -52,7 +52,13 @@ def test_a_batch_may_hold_an_index_twice_only_where_an_epoch_ends() -> None:
     assert sorted(sampler.next(7)) in ([0, 0, 0, 1, 1, 2, 2], [0, 0, 1, 1, 1, 2, 2], [0, 0, 1, 1, 2, 2, 2])
 
 
-@pytest.mark.parametrize(("other", "name"), [((4, 1), "num_prompts 5"), ((5, 2), "seed 1")])
+@pytest.mark.parametrize(
+    ("other", "name"),
+    [
+        ((4, 1), "data.source: .* with 5 as the number of prompts, now it is 4"),
+        ((5, 2), "seed: .* with 1 as the seed, now it is 2"),
+    ],
+)
 def test_state_of_another_run_is_refused(other, name) -> None:
     state = PromptSampler(5, 1).state_dict()
     with pytest.raises(UserError, match=name):
@@ -93,6 +99,18 @@ def test_easy_first_for_some_epochs() -> None:
 
 def test_a_custom_order_by_its_dotted_path() -> None:
     assert order("tests.data.test_samplers:Backwards", epochs=2) == [5, 4, 3, 2, 1, 0] * 2
+
+
+class Hardest(SamplerOptions):
+    """A mistake: it leaves prompts out."""
+
+    def reorder(self, prompts: list[Prompt], epoch: int, shuffled: list[int]) -> list[int]:
+        return shuffled[:2]
+
+
+def test_a_custom_order_that_leaves_prompts_out_is_refused() -> None:
+    with pytest.raises(UserError, match="data.sampler: `reorder` must return every position once"):
+        order("tests.data.test_samplers:Hardest")
 
 
 def test_easy_first_needs_pass_rates() -> None:

@@ -102,17 +102,6 @@ def test_a_set_has_a_verifier_of_its_own() -> None:
         Evaluator([(wrong, prompts)], RecordedRollout({}), "boxed")
 
 
-def test_greedy_with_several_samples_is_refused() -> None:
-    with pytest.raises(UserError, match=r"evaluation\.sets\.0: temperature 0 is greedy decoding, so 4"):
-        Evaluator([(evaluation_set("held_out", samples_per_prompt=4), PROMPTS)], RecordedRollout({}), "boxed")
-
-
-def test_two_sets_of_one_name_are_refused() -> None:
-    one = (evaluation_set("held_out"), PROMPTS)
-    with pytest.raises(UserError, match="the name held_out is used more than once"):
-        Evaluator([one, one], RecordedRollout({}), "boxed")
-
-
 def test_early_and_late_frequency() -> None:
     """The paper's, as its configurations have it: every 5 steps up to 100, then every 25."""
     config = load_config(Path(__file__).parents[2] / "configs" / "dsrl_qwen3_8b.yaml").evaluation

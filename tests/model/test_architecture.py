@@ -46,6 +46,7 @@ def write(folder: Path, **changes) -> Path:
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false, not 'false'"),
         ({"architectures": "MistralForCausalLM"}, "names MistralForCausalLM; supported are"),
         ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config is not supported"),
         ({"attention_bias": True}, "attention_bias"),
         ({"architectures": ["LlamaForCausalLM"], "mlp_bias": True}, "mlp_bias is not supported"),
         ({"num_key_value_heads": 0}, "num_key_value_heads must be a positive integer, not 0"),

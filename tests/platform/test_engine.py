@@ -1,6 +1,7 @@
 """What an engine's processes get from the platform."""
 
 import ast
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.rollout import EngineConfig
 from megatron_dsrl.model.architecture import FAMILIES
 from megatron_dsrl.platform import engine_models
-from megatron_dsrl.platform.engine import allocator_warning, engine_server_arguments
+from megatron_dsrl.platform.engine import allocator_warning, engine_environment, engine_server_arguments
 from megatron_dsrl.platform.no_compilation import uncompiled
 
 
@@ -54,3 +55,14 @@ def test_expandable_segments_beside_engines_on_the_same_gpus_are_warned_of(monke
 def test_what_sglang_cannot_do_on_a_cpu_is_refused_before_an_engine_starts(settings: dict, named: str) -> None:
     with pytest.raises(UserError, match=named):
         engine_server_arguments(EngineConfig(max_total_tokens=1024, **settings), deterministic=False)
+
+
+def test_sglang_has_a_folder_for_its_caches_where_the_home_cannot_be_written(tmp_path, monkeypatch) -> None:
+    monkeypatch.delenv("SGLANG_CACHE_DIR", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert "SGLANG_CACHE_DIR" not in engine_environment(1)
+    for home in ("/proc/no/home", "~nobody/at/all"):
+        monkeypatch.setenv("HOME", home)
+        assert Path(engine_environment(1)["SGLANG_CACHE_DIR"]).parent == Path(tempfile.gettempdir())
+    monkeypatch.setenv("SGLANG_CACHE_DIR", str(tmp_path))
+    assert "SGLANG_CACHE_DIR" not in engine_environment(1)

@@ -1,6 +1,7 @@
 """The checks of a run against its model and data."""
 
 import json
+import re
 import tempfile
 from pathlib import Path
 
@@ -53,8 +54,8 @@ def test_figures_use_the_prompt_file_and_checks_use_the_model(config, tmp_path) 
 def test_a_missing_model_folder_is_not_looked_up_on_the_hub(config, tmp_path, monkeypatch) -> None:
     (tmp_path / "runs").mkdir()
     monkeypatch.chdir(tmp_path)
-    for path in ("./base", "/no/such/base", "a/b/c", "base", "runs/base"):
-        with pytest.raises(UserError, match=f"^model.path: no such folder: {path}; make or download"):
+    for path in ("./base", "/no/such/base", "a/b/c", "base", "runs/base", "my models/x", "$HOME/x"):
+        with pytest.raises(UserError, match=f"^model.path: no such folder: {re.escape(path)}; make or download"):
             preflight(load_config("run.yaml", [f"model.path={path}"]), 1)
 
 

@@ -27,3 +27,8 @@ def test_losses_before_and_after_of_a_run_that_sampled_nothing(tmp_path: Path) -
     _, losses, *commands = closing_lines(tmp_path, 4)
     assert losses == "chat: loss 2.0000 (step 1) -> loss 0.5000 (step 4)"
     assert f"dsrl eval {tmp_path} " in commands[1]
+
+
+def test_the_next_commands_can_be_copied_where_the_folder_has_a_space(tmp_path: Path) -> None:
+    lines = closing_lines(tmp_path / "my run", 4)
+    assert f"next: dsrl report '{tmp_path}/my run' " in lines[1]

@@ -55,7 +55,7 @@ def test_a_run_of_several_files_trains_on_all_of_them(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seeds": []}, "seeds: List should have at least 1 item"),
+        ({"seeds": []}, "seeds: is empty, got "),
         ({"sedes": [1]}, r"1 problem in the sweep\n  sedes: unknown key; did you mean seeds\? \(.*sweep.yaml:\d+\)"),
         ({"runs": {"A": {"confg": "a.yaml"}}}, r"runs\.A\.confg: unknown key; did you mean config\?"),
         ({"baseline": "PPO"}, "`PPO` is not one of the runs GRPO, DSRL"),
