@@ -157,7 +157,7 @@ class RunConfig(Section):
     seed: int = Field(default=1, ge=0, lt=2**31)
     """Seed of weights, prompt order and sampling."""
 
-    steps: int = Field(ge=1)
+    steps: int = Field(ge=1, le=1_000_000)
     """Rollout batches to train on."""
 
     made_by: dict[str, str] = Field(default_factory=dict)

@@ -49,7 +49,7 @@ def read_results(folder: Path) -> EvaluationResults:
     """Read the results in an output folder of `dsrl eval`.
 
     Raises:
-        UserError: the folder has no results.
+        UserError: there is no such folder, or it has no results.
     """
     file = folder / RESULTS_FILE
     try:
@@ -60,7 +60,8 @@ def read_results(folder: Path) -> EvaluationResults:
             raise KeyError(missing[0])
         return EvaluationResults(folder, str(data["model"]), data.get("step"), benchmarks)
     except FileNotFoundError as error:
-        raise UserError(f"{folder} has no {RESULTS_FILE}: give an output folder of `dsrl eval`") from error
+        problem = f"has no {RESULTS_FILE}" if folder.is_dir() else "does not exist"
+        raise UserError(f"{folder} {problem}: give an output folder of `dsrl eval`") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} does not hold the results of `dsrl eval` ({error!r})") from error
 

@@ -106,6 +106,7 @@ def test_what_departs_from_the_paper_is_said_and_other_benchmarks_are_not_lost(t
         (["--size", "Qwen3-1B"], "the paper reports Qwen3-4B and Qwen3-8B, not Qwen3-1B"),
         (["{folder}"], "expected METHOD=DIR,DIR"),
         (["base={folder}"], "has no results.json: give an output folder of `dsrl eval`"),
+        (["base={folder}/typo"], "typo does not exist: give an output folder of `dsrl eval`"),
     ],
 )
 def test_mistakes(tmp_path, capsys, arguments, message) -> None:
