@@ -16,7 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,20 +139,27 @@ def make_model(folder: Path, gigabytes: float, seed: int = 0) -> int:
 
 
 def measure(
-    name: str, parts: tuple[str, str], source: Path, target: Path, rounds: int, processes: int = 1
+    name: str,
+    parts: tuple[str, str],
+    source: Path,
+    target: Path,
+    rounds: int,
+    processes: int = 1,
+    cores: int | None = None,
 ) -> Measurement:
-    """Run imports once and the work several times, in processes of their own."""
+    """Run imports once and the work several times, in processes of their own, on all cores or on so many in all."""
     imports, work = parts
     code = TIMED.replace("IMPORTS", imports).replace("WORK", work)
     with tempfile.TemporaryDirectory() as report:
         command = [sys.executable, "-W", "ignore", "-c", code, report, str(source), str(target), str(rounds)]
         started = time.time()
-        result = subprocess.run(
-            command if processes == 1 else several(processes, command),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        with only_cores(cores):
+            result = subprocess.run(
+                command if processes == 1 else several(processes, command),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
         if result.returncode:
             raise SystemExit(f"{name} failed:\n{result.stderr}")
         ranks = [json.loads(path.read_text()) for path in Path(report).iterdir()]
@@ -170,6 +178,17 @@ def measure(
     )
 
 
+@contextmanager
+def only_cores(count: int | None) -> Iterator[None]:
+    """Processes that are started inside use this many cores; None: all."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(cores)[:count])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
 def several(processes: int, command: Sequence[str]) -> list[str]:
     """Run a command in several processes, as `--processes` does."""
     launch = f"from megatron_dsrl.run.launch import launch; raise SystemExit(launch({list(command)!r}, {processes}))"
@@ -183,10 +202,14 @@ def run_all(scratch: Path, processes: int, rounds: int) -> list[Measurement]:
     for name, parts in (("copy of the files", COPY), ("Transformers load + save", TRANSFORMERS)):
         measurements.append(measure(name, parts, source, copy, rounds))
         shutil.rmtree(copy)
-    for count in range(1, processes + 1):
-        name = "1 process" if count == 1 else f"{count} processes"
-        measurements.append(measure(f"HF -> Megatron, {name}", TO_MEGATRON, source, megatron, rounds, count))
-        measurements.append(measure(f"Megatron -> HF, {name}", TO_HF, megatron, back, rounds, count))
+    names = ["1 process", *(f"{count} processes" for count in range(2, processes + 1))]
+    rows: list[tuple[str, int, int | None]] = [(name, count, None) for count, name in enumerate(names, 1)]
+    # One process computes on several cores. With a core for each, the table shows what a further process gains.
+    single = [(f"{name}, {count} {'core' if count == 1 else 'cores'}", count, count) for name, count, _ in rows]
+    rows += [row for row in single if row[1] < len(os.sched_getaffinity(0))]
+    for name, count, cores in rows:
+        measurements.append(measure(f"HF -> Megatron, {name}", TO_MEGATRON, source, megatron, rounds, count, cores))
+        measurements.append(measure(f"Megatron -> HF, {name}", TO_HF, megatron, back, rounds, count, cores))
         shutil.rmtree(back)
         shutil.rmtree(megatron)
     return measurements
@@ -194,7 +217,7 @@ def run_all(scratch: Path, processes: int, rounds: int) -> list[Measurement]:
 
 def print_table(measurements: Sequence[Measurement], model_bytes: int, largest_bytes: int) -> None:
     """Print speeds without program start-up; the first measurement is the copy."""
-    console = Console(width=110)
+    console = Console(width=120)
     console.print(
         f"Qwen3, random, bfloat16: {model_bytes / 1e9:.2f} GB, largest tensor {largest_bytes / 1e9:.2f} GB; "
         f"{os.cpu_count()} cores"

@@ -44,6 +44,7 @@ def conversion_that_writes(source: Path, target: Path) -> Iterator[ForkedProcess
     finally:
         process.kill()
         process.wait()
+        assert processes_left_behind() == []  # which would still hold its lock
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -61,8 +62,6 @@ def test_what_a_killed_conversion_left_is_removed_by_the_next_one_but_not_that_o
     target = tmp_path / "out" / "megatron"
     with conversion_that_writes(large, target) as process:
         process.kill()
-        process.wait()
-    assert processes_left_behind() == []
     left = hidden(target.parent)
     assert len(left) == 2 and not target.exists()
 
