@@ -58,7 +58,8 @@ run_once() {
 
 # One process per GPU across the whole job; returns the highest exit status.
 run_on_all_ranks() {
-    srun --kill-on-bad-exit=1 "${container[@]}" bash "$DSRL_ROOT/slurm/rank.sh" "$@"
+    # Neighbouring ranks, and so neighbouring GPUs, on the same socket: SLURM alternates between the sockets by default.
+    srun --distribution=block:block --kill-on-bad-exit=1 "${container[@]}" bash "$DSRL_ROOT/slurm/rank.sh" "$@"
 }
 
 # Run resumable work on all ranks. Returns when it is done; otherwise requeues or ends the job.
@@ -141,7 +142,7 @@ convert_checkpoint() {
     mkdir -p "$MEGATRON_FOLDER"
     say "converted model: $target (waits if another job is making it)"
     (
-        flock 9
+        flock 9 || say "this file system has no locks: do not start a second job before the model is converted"
         [ -e "$target" ] || run_once "${dsrl[@]}" convert hf-to-megatron "$model" "$target"
     ) 9>"$target.lock"
     overrides+=("model.path=$target")

@@ -22,8 +22,9 @@ install_system() {
     export DEBIAN_FRONTEND=noninteractive
     apt-get update
     # gcc and Python's headers: Triton and the sources below compile; libnuma: SGLang's kernels; git: apex.
+    # libibverbs1 finds no InfiniBand device without ibverbs-providers, and NCCL would use TCP between nodes.
     apt-get install -y --no-install-recommends \
-        build-essential ca-certificates git libibverbs1 libnuma1 python3.12-dev python3.12-venv
+        build-essential ca-certificates git ibverbs-providers libibverbs1 libnuma1 python3.12-dev python3.12-venv
     rm -rf /var/lib/apt/lists/*
 }
 

@@ -22,6 +22,8 @@ from megatron_dsrl.rollout.engines.starting_server import StartingServer
 logger = logging.getLogger(__name__)
 
 LOG_LINES_IN_ERROR = 15
+DEVICE_FAILURES = ("CUDA error", "CUDA out of memory", "NCCL error")
+"""In the log of a server that its GPU has ended, perhaps because a process of the job before still held memory."""
 TROUBLESHOOTING = "see examples/troubleshooting: engines"
 POLL_SECONDS = 0.2
 CALL_SECONDS = 5.0
@@ -123,8 +125,8 @@ class EngineServer:
 
         Raises:
             UserError: it exited by itself; the message has the last lines of its log.
-            EngineStartError: it was killed by a signal, another process has its port, it did not answer within the
-                limit, or it failed its warm-up. It was stopped.
+            EngineStartError: it was killed by a signal or by a failure of its GPU, another process has its port, it did
+                not answer within the limit, or it failed its warm-up. It was stopped.
         """
         deadline = self._started_at + self._startup_timeout_seconds
         while not self._is_ready():
@@ -157,7 +159,7 @@ class EngineServer:
 
         Raises:
             UserError: it exited by itself; the message has the last lines of its log.
-            EngineStartError: it was killed by a signal, or could not open its port.
+            EngineStartError: it was killed by a signal or by a failure of its GPU, or could not open its port.
         """
         assert self._running is not None, "the server was not started"
         status = self._running.process.poll()
@@ -171,10 +173,12 @@ class EngineServer:
             raise EngineStartError(
                 f"the SGLang server at {self.url} was killed by {_signal(number)}.\n{self.log_tail()}"
             )
-        raise UserError(
+        log = self.log_tail()
+        message = (
             f"the SGLang server at {self.url} exited with status {status}; fix what its log shows "
-            f"({TROUBLESHOOTING}).\n{self.log_tail()}"
+            f"({TROUBLESHOOTING}).\n{log}"
         )
+        raise EngineStartError(message) if any(failure in log for failure in DEVICE_FAILURES) else UserError(message)
 
     def stop(self) -> None:
         """Kill the server and all its processes, and give up its port. May be called again."""

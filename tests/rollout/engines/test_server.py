@@ -225,6 +225,19 @@ def test_a_server_that_is_killed_again_and_again_is_not_a_users_mistake(
     assert not isinstance(error.value, UserError)
 
 
+def test_a_failure_of_the_gpu_is_not_a_users_mistake(make_server, monkeypatch) -> None:
+    start = subprocess.Popen
+    fails = [sys.executable, "-c", "input(); raise SystemExit('torch.AcceleratorError: CUDA error: out of memory')"]
+    monkeypatch.setattr(
+        "megatron_dsrl.rollout.engines.starting_server.subprocess.Popen",
+        lambda command, **options: start(fails, **options),
+    )
+    server = make_server()
+    server.start()
+    with pytest.raises(EngineStartError, match="(?s)exited with status 1; .*AcceleratorError: CUDA error"):
+        server.wait_until_ready()
+
+
 def test_two_runs_with_the_same_fixed_port_do_not_race_for_it(make_server, without_sglang) -> None:
     """Neither server listens yet, but the second run is told at once."""
     first = make_server()
