@@ -94,14 +94,18 @@ def in_background(work: Callable[[], Value]) -> "Future[Value]":
 
 @contextmanager
 def handling_signals(numbers: Iterable[int], handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handle these signals in the block, but those that are ignored, as nohup ignores SIGHUP. Main thread only."""
+    """Handle these signals in the block, but those that are ignored, as nohup ignores SIGHUP. Main thread only.
+
+    Handlers that the block itself has set stay.
+    """
     handled = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, handle) for number in handled}
     try:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == handle:
+                signal.signal(number, handler)
 
 
 def leave_closed_pipe() -> bool:

@@ -2,7 +2,8 @@
 which comes when the terminal is closed.
 
 The first request ends generation or evaluation at once, lets a running update finish, and then saves a checkpoint. A
-second one ends the process immediately.
+second one ends the process immediately, unless everything is saved: srun sends one to the ranks that have not ended yet
+when the first one has.
 """
 
 import signal
@@ -45,8 +46,11 @@ class StopSignal:
         self._handling.__enter__()
         return self
 
-    def __exit__(self, *exception: Any) -> None:
-        self._handling.__exit__(*exception)
+    def __exit__(self, kind: type[BaseException] | None, *exception: Any) -> None:
+        self._handling.__exit__(kind, *exception)
+        if kind is not None and issubclass(kind, Preempted):
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:

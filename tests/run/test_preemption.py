@@ -61,3 +61,31 @@ def test_under_nohup_it_goes_on(tmp_path) -> None:
     os.close(master)
     assert process.wait(60) == 0
     assert not (tmp_path / "saved").exists()
+
+
+SIGNALLED_WHILE_IT_ENDS = """
+import atexit, os, signal
+from megatron_dsrl.common.process import handling_signals
+from megatron_dsrl.run.preemption import Preempted, StopSignal
+
+def end(number, frame):
+    raise SystemExit(128 + number)
+
+def ask_again():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+atexit.register(ask_again)
+with handling_signals([signal.SIGTERM], end):  # as the command does
+    try:
+        with StopSignal():
+            ask_again()
+            raise Preempted
+    finally:
+        ask_again()
+"""
+
+
+def test_a_rank_that_has_saved_its_state_ends_with_its_own_status() -> None:
+    """Although srun asks it to end as well, since another rank has already."""
+    process = subprocess.run([sys.executable, "-c", SIGNALLED_WHILE_IT_ENDS], cwd=REPOSITORY, timeout=60)
+    assert process.returncode == 75
