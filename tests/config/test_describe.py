@@ -17,7 +17,8 @@ from megatron_dsrl.config.sweep import SweepConfig
     ("key", "kind", "default", "limits"),
     [
         ("rollout.top_p", "number", "1.0", "above 0 and at most 1"),
-        ("steps", "integer", None, "at least 1"),
+        ("steps", "integer", None, "at least 1 and at most 1000000"),
+        ("rollout.prompts_per_step", "integer", "128", "at least 1"),
         ("rollout.replay_from", "string, or null", "null", ""),
         ("optimizer.betas", "list of 2 numbers", "[0.9, 0.999]", ""),
         ("optimizer.decay", "one of constant, linear, cosine", "constant", ""),
