@@ -147,7 +147,11 @@ def measure(
     processes: int = 1,
     cores: int | None = None,
 ) -> Measurement:
-    """Run imports once and the work several times, in processes of their own, on all cores or on so many in all."""
+    """Run imports once and the work several times, in processes of their own.
+
+    Args:
+        cores: how many the processes share; None: all.
+    """
     imports, work = parts
     code = TIMED.replace("IMPORTS", imports).replace("WORK", work)
     with tempfile.TemporaryDirectory() as report:

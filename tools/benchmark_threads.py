@@ -4,7 +4,7 @@
     python tools/benchmark_threads.py --models 20M
 
 What common/cpu_threads.py chooses by model size rests on this. Runs with different numbers of threads take their steps
-in turns, one computing while the others are suspended: 8 x 8 responses of 128 tokens. Seconds of the clock: run it on a
+in turns, one computing while the others are suspended: 4 x 8 responses of 128 tokens. Seconds of the clock: run it on a
 machine without other work.
 """
 
@@ -45,7 +45,7 @@ def run_with(threads: int, config_file: Path, folder: Path) -> Run:
 
 
 def update_seconds(run: Run) -> list[float]:
-    """Of every measured step. Only this part is recorded while the run is never suspended."""
+    """Seconds of the update in each measured step. A run is never suspended during its update, so they are right."""
     records = map(json.loads, run.records.read_text().splitlines())
     return [record["seconds/train"] for record in records][WARM_UP_STEPS:]
 

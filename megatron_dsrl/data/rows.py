@@ -95,7 +95,7 @@ def _require_files(files: list[Path], source: str, section: str, advice: str | N
 def _require_hub_name(source: str, section: str) -> None:
     """
     Raises:
-        UserError: a source that is neither a file nor a folder is no name of the hub either.
+        UserError: the source, which is neither a file nor a folder, cannot be a hub name either.
     """
     if not _HUB_NAME.fullmatch(source):
         raise UserError(f"{section}.source: no such file or folder: {source}; create it, or correct the path")

@@ -49,7 +49,7 @@ def read_results(folder: Path) -> EvaluationResults:
     """Read the results in an output folder of `dsrl eval`.
 
     Raises:
-        UserError: there is no such folder, or it has no results.
+        UserError: the folder does not exist or has no results.
     """
     file = folder / RESULTS_FILE
     try:

@@ -18,7 +18,8 @@ from sglang.srt.utils import cpu_has_amx_support
 from torch import Tensor, nn
 
 SMALLEST_PACKED = 100_000
-"""Weights of a matrix. Smaller ones fit into a core's cache, and Python takes most of a decoding step."""
+"""Weights of a matrix. Below it nothing is gained: a model of 0.8 million parameters, whose matrices have up to 98,304
+weights, decodes as fast either way."""
 TYPICAL_ROWS = 32
 """oneDNN chooses the order for this many rows. It suits other numbers as well."""
 
