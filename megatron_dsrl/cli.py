@@ -33,6 +33,7 @@ from megatron_dsrl.commands.sft import add_sft
 from megatron_dsrl.commands.sweep import add_sweep
 from megatron_dsrl.commands.trace_and_compare import add_compare, add_trace, add_upload
 from megatron_dsrl.commands.train import add_train
+from megatron_dsrl.common.cpu_threads import limit_spinning
 from megatron_dsrl.common.disk import remedy
 from megatron_dsrl.common.errors import MachineError, UserError
 from megatron_dsrl.common.process import (
@@ -41,7 +42,6 @@ from megatron_dsrl.common.process import (
     launched_rank,
     leave_closed_pipe,
     leave_terminal,
-    limit_spinning,
 )
 
 MACHINE_ERROR_STATUS = 1

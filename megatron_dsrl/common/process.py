@@ -7,7 +7,7 @@ import select
 import signal
 import stat
 import threading
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from types import FrameType
@@ -17,21 +17,6 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 LAUNCHER_VARIABLE = "DSRL_LAUNCHER"
 """Environment variable of the processes that `launch` starts: the process id of the launcher."""
-
-
-SPINS = "1000"
-"""How often an idle OpenMP thread looks for work before it sleeps; some microseconds."""
-
-
-def limit_spinning(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Let OpenMP threads that wait for each other leave their cores to other programs. Call it before importing torch.
-
-    GNU's OpenMP, which PyTorch uses on Linux, makes them spin for milliseconds. If other programs take cores, a thread
-    that waits for another keeps it from running: on two busy cores an engine with 107 million parameters decoded at a
-    fifth of the speed that it has with this limit. Variables of the user have precedence.
-    """
-    if "OMP_WAIT_POLICY" not in environment:
-        environment.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 def launched_rank() -> int:

@@ -1,5 +1,9 @@
 """Which threads a run uses on a CPU."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from megatron_dsrl.common.cpu_threads import cpu_threads, has_bfloat16, usable_cores
@@ -52,3 +56,16 @@ def test_a_containers_limit_counts(tmp_path, quota, most) -> None:
 def test_bfloat16_in_hardware(tmp_path, line, has) -> None:
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n\nprocessor\t: 1\n{line}\n")
     assert has_bfloat16(tmp_path / "cpuinfo") is has
+
+
+@pytest.mark.parametrize(
+    ("variables", "spins"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
+)
+def test_a_command_limits_spinning_before_torch_is_loaded(variables: dict[str, str], spins: str) -> None:
+    code = (
+        "import os, sys; from megatron_dsrl.cli import main; before = 'torch' in sys.modules; "
+        "main(['completion', 'bash']); print(before, os.environ.get('GOMP_SPINCOUNT'))"
+    )
+    unset = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    completed = subprocess.run([sys.executable, "-c", code], env=unset | variables, capture_output=True, text=True)
+    assert completed.stdout.splitlines()[-1] == f"False {spins}", completed.stderr

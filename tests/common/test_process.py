@@ -2,12 +2,10 @@
 
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
-import pytest
 
 from tests.support.tiny_run import REPOSITORY, launcher
 
@@ -41,16 +39,3 @@ def within_seconds(limit: float, what) -> bool:
     while not what() and time.monotonic() < deadline:
         time.sleep(0.02)
     return what()
-
-
-@pytest.mark.parametrize(
-    ("variables", "spins"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
-)
-def test_a_command_limits_spinning_before_torch_is_loaded(variables: dict[str, str], spins: str) -> None:
-    code = (
-        "import os, sys; from megatron_dsrl.cli import main; before = 'torch' in sys.modules; "
-        "main(['completion', 'bash']); print(before, os.environ.get('GOMP_SPINCOUNT'))"
-    )
-    unset = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    completed = subprocess.run([sys.executable, "-c", code], env=unset | variables, capture_output=True, text=True)
-    assert completed.stdout.splitlines()[-1] == f"False {spins}", completed.stderr
