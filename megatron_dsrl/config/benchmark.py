@@ -10,6 +10,16 @@ from megatron_dsrl.config.section import Section
 WEEK_SECONDS = 7 * 24 * 3600
 
 
+def repeated_greedy_samples(temperature: float, samples_per_prompt: int) -> str | None:
+    """What is wrong with several samples of a prompt at temperature 0; None for other settings."""
+    if temperature > 0 or samples_per_prompt == 1:
+        return None
+    return (
+        f"temperature 0 is greedy decoding, so {samples_per_prompt} samples of a prompt would all be the same; set a "
+        "temperature above 0, or samples_per_prompt to 1"
+    )
+
+
 class BenchmarkConfig(PromptSetConfig):
     """A benchmark: its problems, how they are asked, judged and sampled."""
 

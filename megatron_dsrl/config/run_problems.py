@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from megatron_dsrl.config.benchmark import repeated_greedy_samples
 from megatron_dsrl.config.data import PromptSetConfig
 from megatron_dsrl.config.engine_numerics import numerics_problems
 from megatron_dsrl.config.layout import ModelShape, Problem, engine_problems, model_problems, process_problems
@@ -97,12 +98,8 @@ def _evaluation_problems(sets: Sequence[EvaluationSetConfig]) -> Iterator[Proble
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield "evaluation.sets", f"the name {name} is used more than once; rename one"
     for position, one in enumerate(sets):
-        if one.temperature == 0 and one.samples_per_prompt > 1:
-            yield (
-                f"evaluation.sets.{position}.temperature, evaluation.sets.{position}.samples_per_prompt",
-                f"temperature 0 is greedy decoding, so {one.samples_per_prompt} samples of a prompt would all be the "
-                "same; set a temperature above 0, or samples_per_prompt to 1",
-            )
+        if problem := repeated_greedy_samples(one.temperature, one.samples_per_prompt):
+            yield f"evaluation.sets.{position}.temperature, evaluation.sets.{position}.samples_per_prompt", problem
 
 
 def _dataset_problems(config: RunConfig, phases: Sequence[PhaseSteps]) -> Iterator[Problem]:

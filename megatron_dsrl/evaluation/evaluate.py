@@ -17,7 +17,7 @@ from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.fingerprint import fingerprint
 from megatron_dsrl.common.folder_lock import locked
 from megatron_dsrl.common.waiting import waiting
-from megatron_dsrl.config.benchmark import BenchmarkRunConfig
+from megatron_dsrl.config.benchmark import BenchmarkRunConfig, repeated_greedy_samples
 from megatron_dsrl.config.load import apply_override
 from megatron_dsrl.config.load_benchmark import Benchmark, load_benchmark
 from megatron_dsrl.config.validate import validated
@@ -228,11 +228,8 @@ def _check_benchmarks(benchmarks: Sequence[Benchmark]) -> None:
         raise UserError(f"--benchmarks: {', '.join(twice)} twice" if twice else "--benchmarks: none are named")
     for benchmark in benchmarks:
         config = benchmark.config
-        if config.temperature == 0 and config.samples_per_prompt > 1:
-            raise UserError(
-                f"benchmark {benchmark.name}: temperature 0 is greedy decoding, so {config.samples_per_prompt} "
-                "samples_per_prompt would all be the same. Set a temperature above 0, or samples_per_prompt to 1."
-            )
+        if problem := repeated_greedy_samples(config.temperature, config.samples_per_prompt):
+            raise UserError(f"benchmark {benchmark.name}: {problem}")
 
 
 def _say_what_is_matched_by_spelling(benchmark: Benchmark, prompts: Sequence[Prompt]) -> None:
