@@ -77,13 +77,8 @@ def engine_rollout(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFac
 
     Rewards come from `tests.support.reward_functions:response_length`; text is the token ids, separated by spaces.
     """
-    from megatron_dsrl.rollout.engine_rollout import EngineRollout
-    from tests.support.engine import STOP_TOKEN_ID, decode_as_numbers, tiny_run_config
+    from tests.support.engine import started_rollout, tiny_run_config
 
     config: RunConfig = tiny_run_config(tiny_model_folder)
-    rollout = EngineRollout(config, tmp_path_factory.mktemp("run"), (STOP_TOKEN_ID,), decode_as_numbers)
-    try:
-        rollout.wait_until_ready()
+    with started_rollout(config, tmp_path_factory.mktemp("run")) as rollout:
         yield rollout
-    finally:
-        rollout.close()

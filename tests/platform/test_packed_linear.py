@@ -10,13 +10,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
-from tests.support.engine import (
-    STOP_TOKEN_ID,
-    decode_as_numbers,
-    numbered_prompts,
-    tiny_run_config,
-    transformers_log_probs,
-)
+from tests.support.engine import numbered_prompts, started_rollout, tiny_run_config, transformers_log_probs
 
 LARGE_LAYERS = 2 * 4 + 2
 """Four in each of two blocks, embedding and output layer."""
@@ -37,12 +31,8 @@ def model(tmp_path: Path) -> Qwen2ForCausalLM:
 @pytest.fixture
 def rollout(model, tmp_path) -> Iterator[EngineRollout]:
     config = tiny_run_config(tmp_path / "model", extra_arguments={"log_level": "info"})
-    rollout = EngineRollout(config, tmp_path, (STOP_TOKEN_ID,), decode_as_numbers)
-    try:
-        rollout.wait_until_ready()
+    with started_rollout(config, tmp_path) as rollout:
         yield rollout
-    finally:
-        rollout.close()
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="PyTorch packs weights on x86 only")

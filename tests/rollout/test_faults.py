@@ -33,12 +33,12 @@ from megatron_dsrl.rollout.sample import SampleGroup, SamplingParameters
 from megatron_dsrl.rollout.seeds import seeds_of_batch
 from megatron_dsrl.rollout.unfinished import new_groups
 from tests.support.engine import (
-    STOP_TOKEN_ID,
     batch_request,
     decode_as_numbers,
     dispatch,
     numbered_prompts,
     server_process,
+    started_rollout,
     tiny_run_config,
 )
 
@@ -65,12 +65,8 @@ def config(tiny_model_folder: Path) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def rollout(config, tmp_path_factory) -> Iterator[EngineRollout]:
-    rollout = EngineRollout(config, tmp_path_factory.mktemp("run"), (STOP_TOKEN_ID,), decode_as_numbers)
-    try:
-        rollout.wait_until_ready()
+    with started_rollout(config, tmp_path_factory.mktemp("run")) as rollout:
         yield rollout
-    finally:
-        rollout.close()
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
-from tests.support.engine import STOP_TOKEN_ID, decode_as_numbers, tiny_run_config, weights_checker
+from tests.support.engine import started_rollout, tiny_run_config, weights_checker
 from tests.support.tiny_model import make_tiny_qwen3
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -37,12 +37,8 @@ def rollout(folder, tmp_path_factory) -> Iterator[EngineRollout]:
         startup_timeout_seconds=600.0,  # the platform's defaults: fused attention, and CUDA graphs are captured
     )
     config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
-    rollout = EngineRollout(config, tmp_path_factory.mktemp("run"), (STOP_TOKEN_ID,), decode_as_numbers)
-    try:
-        rollout.wait_until_ready()
+    with started_rollout(config, tmp_path_factory.mktemp("run")) as rollout:
         yield rollout
-    finally:
-        rollout.close()
 
 
 def test_weights_arrive_bit_for_bit_though_every_bucket_is_overwritten(rollout, named) -> None:

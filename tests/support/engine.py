@@ -4,7 +4,8 @@ import asyncio
 import json
 import os
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,6 +19,7 @@ from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rewards.pool import RewardPool
 from megatron_dsrl.rollout.batch import BatchRequest, RolloutBatch
 from megatron_dsrl.rollout.dispatcher import Dispatcher
+from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.engine_states import EngineStates
 from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.client import connect
@@ -51,6 +53,17 @@ def tiny_run_config(model_folder: Path, **engine: Any) -> RunConfig:
             "phases": [{"name": "grpo", "space": {"name": "post_train"}, "advantage": {"name": "group_standardised"}}],
         }
     )
+
+
+@contextmanager
+def started_rollout(config: RunConfig, run_folder: Path) -> Iterator[EngineRollout]:
+    """The rollout side with its own engine, or that of `engine.urls`; its text is the token ids."""
+    rollout = EngineRollout(config, run_folder, (STOP_TOKEN_ID,), decode_as_numbers)
+    try:
+        rollout.wait_until_ready()
+        yield rollout
+    finally:
+        rollout.close()
 
 
 def numbered_prompts(count: int) -> list[Prompt]:

@@ -13,13 +13,7 @@ import torch.distributed
 from transformers import Qwen3ForCausalLM
 
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
-from tests.support.engine import (
-    STOP_TOKEN_ID,
-    decode_as_numbers,
-    numbered_prompts,
-    tiny_run_config,
-    transformers_log_probs,
-)
+from tests.support.engine import numbered_prompts, started_rollout, tiny_run_config, transformers_log_probs
 
 
 def perturbed_policy(model_folder: str) -> Qwen3ForCausalLM:
@@ -46,15 +40,11 @@ def main() -> None:
     policy = perturbed_policy(model_folder)
     named = list(policy.named_parameters())
     config = tiny_run_config(Path(model_folder), tensor_parallel_size=int(ranks_per_engine))
-    rollout = EngineRollout(config, Path(run_folder), (STOP_TOKEN_ID,), decode_as_numbers)
-    try:
-        rollout.wait_until_ready()
+    with started_rollout(config, Path(run_folder)) as rollout:
         rollout.load_weights(lambda: [named[:9], named[9:]], version=1)
         if torch.distributed.get_rank() == 0:
             print(json.dumps(largest_differences(rollout, policy)), flush=True)
         torch.distributed.barrier()
-    finally:
-        rollout.close()
     torch.distributed.destroy_process_group()
 
 

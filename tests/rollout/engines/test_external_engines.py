@@ -33,9 +33,8 @@ from megatron_dsrl.rollout.recording import read_groups, rollout_file
 from megatron_dsrl.rollout.sample import Sample, SamplingParameters
 from tests.support.compare_runs import records
 from tests.support.engine import (
-    STOP_TOKEN_ID,
-    decode_as_numbers,
     numbered_prompts,
+    started_rollout,
     tiny_run_config,
     transformers_log_probs,
     weights_checker,
@@ -67,12 +66,8 @@ def server(folder) -> Iterator[EngineServer]:
 def rollout(server, folder, tmp_path, monkeypatch) -> Iterator[EngineRollout]:
     monkeypatch.setenv(API_KEY_VARIABLE, KEY)
     config = tiny_run_config(folder, urls=[server.url], check_weights="always", update_timeout_seconds=10.0)
-    rollout = EngineRollout(config, tmp_path, (STOP_TOKEN_ID,), decode_as_numbers)
-    try:
-        rollout.wait_until_ready()
+    with started_rollout(config, tmp_path) as rollout:
         yield rollout
-    finally:
-        rollout.close()
 
 
 def buckets_of(folder: Path) -> list[Bucket]:

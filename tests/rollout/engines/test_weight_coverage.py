@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from tests.support import tiny_model
-from tests.support.engine import STOP_TOKEN_ID, decode_as_numbers, tiny_run_config, weights_checker
+from tests.support.engine import started_rollout, tiny_run_config, weights_checker
 
 
 def checksums(rollout: EngineRollout) -> dict[str, str]:
@@ -62,9 +62,5 @@ def test_a_push_replaces_every_weight(engine_rollout, tiny_model_folder) -> None
 )
 def test_a_push_replaces_every_weight_of_other_families(make, tmp_path) -> None:
     make(tmp_path / "model")
-    rollout = EngineRollout(tiny_run_config(tmp_path / "model"), tmp_path, (STOP_TOKEN_ID,), decode_as_numbers)
-    try:
-        rollout.wait_until_ready()
+    with started_rollout(tiny_run_config(tmp_path / "model"), tmp_path) as rollout:
         assert_that_a_push_replaces_everything(rollout, tmp_path / "model")
-    finally:
-        rollout.close()
