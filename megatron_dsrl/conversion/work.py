@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from megatron_dsrl.common.collective import rank, world_size
 from megatron_dsrl.common.process import in_background, launched_world_size
+from megatron_dsrl.common.rendezvous import join_processes
 from megatron_dsrl.provenance.inputs import describe_model
 from megatron_dsrl.provenance.start import find_out
 from megatron_dsrl.weights.reused_memory import ReusedMemory
@@ -19,13 +21,16 @@ from megatron_dsrl.weights.table import TableEntry, WeightTable
 
 Value = TypeVar("Value")
 
+CONVERSION_LIMIT = timedelta(minutes=30)
+"""Limit for waiting on another process, whose share may be larger or its disk slower."""
+
 
 @contextmanager
 def conversion_processes() -> Iterator[None]:
     """Join the processes that torchrun started in one group during the block; a single process needs none."""
     was_running = dist.is_initialized()
     if launched_world_size() > 1 and not was_running:
-        dist.init_process_group("gloo")
+        join_processes("gloo", CONVERSION_LIMIT)
     try:
         yield
     finally:

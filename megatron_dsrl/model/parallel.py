@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_dsrl.common.process import launched_world_size
+from megatron_dsrl.common.rendezvous import join_processes
 from megatron_dsrl.config.layout import process_problems, refuse
 from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.platform import current_platform
@@ -48,7 +49,7 @@ def initialize_parallel(parallel: ParallelConfig, seed: int) -> None:
 
 def _start_processes(backend: str, timeout: timedelta) -> None:
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        join_processes(backend, timeout)
     else:
         # An in-process store needs no port, so any number of single-process runs can share a machine.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -97,7 +98,7 @@ def process_group() -> Iterator[None]:
     """Select each process's device and, with several processes, join a gloo group until the end of the block."""
     several = launched_world_size() > 1 and not dist.is_initialized()
     if several:
-        dist.init_process_group("gloo", timeout=SAMPLING_LIMIT)
+        join_processes("gloo", SAMPLING_LIMIT)
     if current_platform().name == "cuda":
         current_platform().install()
     try:

@@ -44,6 +44,7 @@ import torch, torch.distributed as dist
 dist.init_process_group("gloo")
 total = torch.tensor([dist.get_rank() + 1])
 dist.all_reduce(total)
+dist.destroy_process_group()  # else gloo's threads may abort the process at its end
 line = f"{total.item()} {os.environ['LOCAL_RANK']} {os.environ['LOCAL_WORLD_SIZE']} {os.environ['OMP_NUM_THREADS']}"
 pathlib.Path(sys.argv[1], os.environ["RANK"]).write_text(line)
 """
