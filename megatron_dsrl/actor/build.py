@@ -100,4 +100,11 @@ def _trainable(
     dtype = DTYPES[config.model.dtype]
     optimizer = build_optimizer(optimizer_config, wrapped, dtype, config.parallel.distributed_optimizer)
     scheduler = build_scheduler(optimizer_config, optimizer, total_steps)
-    return TrainableModel(wrapped, table, optimizer, scheduler, config.actor.max_tokens_per_micro_batch)
+    return TrainableModel(
+        wrapped,
+        table,
+        optimizer,
+        scheduler,
+        config.actor.max_tokens_per_micro_batch,
+        config.checkpoint.gather_optimizer_on,
+    )

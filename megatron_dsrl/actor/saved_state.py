@@ -19,6 +19,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_dsrl.actor.optimizer import chained_optimizers, own_step_counts
 from megatron_dsrl.checkpoint.megatron_writer import CheckpointWrite, start_checkpoint
+from megatron_dsrl.config.run import GatherOn
 from megatron_dsrl.model.build import bare_model
 from megatron_dsrl.model.lora import is_adapter
 from megatron_dsrl.weights.load import is_extra_state
@@ -30,6 +31,7 @@ def start_save(
     chunks: Sequence[torch.nn.Module],
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
+    gather_on: GatherOn,
     copy: bool,
 ) -> CheckpointWrite:
     """Prepare to write the state into an existing, empty folder. Collective.
@@ -37,9 +39,12 @@ def start_save(
     Args:
         chunks: this stage's model chunks.
         scheduler: learning-rate schedule of the optimizer.
+        gather_on: where the shards of the optimizer's state come together; see `CheckpointConfig.gather_optimizer_on`.
         copy: copy the state, so that training may continue before it is written.
     """
-    state = _model_and_optimizer(chunks, optimizer, is_loading=False)
+    on_host = {"distrib_optim_fully_reshardable_mem_efficient": gather_on == "host"}
+    state = _model(chunks)
+    state["optimizer"] = optimizer.sharded_state_dict(dict(state), metadata=_layout_metadata() | on_host)
     state["scheduler_steps"] = scheduler.num_steps
     state["random_states"] = _random_states()
     return start_checkpoint(state, folder, _sharding_metadata(), copy)
@@ -60,7 +65,8 @@ def load_state(
         scheduler: continues from the saved step count, with its own learning rates.
         same_layout: whether the checkpoint was written by the same number of processes in the same layout.
     """
-    state = _model_and_optimizer(chunks, optimizer, is_loading=True)
+    state = _model(chunks)
+    state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=True, metadata=_layout_metadata())
     if same_layout:
         state["random_states"] = _random_states()
     with only_plain_objects(folder):
@@ -85,14 +91,6 @@ def load_saved_weights(folder: Path, chunks: Sequence[torch.nn.Module]) -> None:
     with only_plain_objects(folder):
         loaded = dist_checkpointing.load(_model(chunks), str(folder))
     _fill(chunks, loaded)
-
-
-def _model_and_optimizer(
-    chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, is_loading: bool
-) -> dict[str, Any]:
-    state = _model(chunks)
-    state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=_layout_metadata())
-    return state
 
 
 def _model(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from megatron_dsrl.actor.forward_backward import MicroBatch, Result
-from megatron_dsrl.actor.offload import ModelMemory, ModelPart
+from megatron_dsrl.actor.offload import WITHOUT_CONTENT, ModelMemory, ModelPart
 from megatron_dsrl.actor.optimizer import apply_settings, chained_optimizers, forget_state
 from megatron_dsrl.actor.packing import PackedRow
 from megatron_dsrl.actor.saved_state import load_state, start_save
@@ -22,6 +22,7 @@ from megatron_dsrl.actor.sharded_model import ShardedModel
 from megatron_dsrl.algorithms.experience import PerToken
 from megatron_dsrl.algorithms.spaces import ScoredSequence
 from megatron_dsrl.checkpoint.megatron_writer import CheckpointWrite
+from megatron_dsrl.config.run import GatherOn
 from megatron_dsrl.model.build import bare_model
 from megatron_dsrl.weights.stream import stream_hf_weights
 from megatron_dsrl.weights.table import WeightTable
@@ -39,6 +40,7 @@ class TrainableModel(ShardedModel):
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
         max_tokens_per_micro_batch: int,
+        gather_optimizer_on: GatherOn,
     ) -> None:
         """
         Args:
@@ -46,13 +48,16 @@ class TrainableModel(ShardedModel):
             table: maps parameters to the names of HF checkpoints.
             scheduler: learning-rate schedule of the optimizer.
             max_tokens_per_micro_batch: token budget of a packed row.
+            gather_optimizer_on: where checkpoints gather the shards of the optimizer's state.
         """
         super().__init__(chunks, max_tokens_per_micro_batch)
         self.table = table
         self._optimizer = optimizer
         self._scheduler = scheduler
+        self._gather_optimizer_on = gather_optimizer_on
         self.memory = ModelMemory(self._tensors_of_parts)
-        """Device memory of the model. Streaming weights needs only the parameters; everything else needs all parts."""
+        """Device memory of the model. Streaming weights needs only the parameters, saving also the optimizer's state;
+        everything else needs all parts."""
 
     @property
     def implementations(self) -> dict[str, str]:
@@ -111,8 +116,8 @@ class TrainableModel(ShardedModel):
 
     def start_save(self, folder: Path, copy: bool) -> CheckpointWrite:
         """Prepare to write weights, optimizer, schedule and random states; see `saved_state.start_save`."""
-        assert not self.memory.away, AWAY
-        return start_save(folder, self.chunks, self._optimizer, self._scheduler, copy)
+        assert set(self.memory.away) <= set(WITHOUT_CONTENT), AWAY
+        return start_save(folder, self.chunks, self._optimizer, self._scheduler, self._gather_optimizer_on, copy)
 
     def load(self, folder: Path, same_layout: bool) -> None:
         """Restore a saved state; see `load_state`."""

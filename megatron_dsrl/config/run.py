@@ -86,6 +86,9 @@ class EvaluationConfig(Section):
         return self.early_every_steps if is_early else self.every_steps
 
 
+GatherOn = Literal["device", "host"]
+
+
 class CheckpointConfig(Section):
     """What is kept on disk. A restarted run resumes from its newest checkpoint."""
 
@@ -101,6 +104,12 @@ class CheckpointConfig(Section):
     asynchronous: bool = True
     """Continue training while a checkpoint is being written: saving only blocks until every rank has copied its part
     to host memory. The checkpoint appears when it is complete, after the next sampling or step at the earliest."""
+
+    gather_optimizer_on: GatherOn = "device"
+    """Where the shards of the distributed optimizer come together for a checkpoint. `device`: on every GPU over NCCL,
+    which takes memory for all float32 weights twice there (`dsrl plan` shows it); every process writes a part. `host`:
+    over gloo, in the memory of the first process of each data-parallel group, which writes it alone. That is slower,
+    but takes no GPU memory. (Megatron-LM: `--dist-ckpt-optim-fully-reshardable-mem-efficient`.)"""
 
     export_hf_every_steps: int | None = Field(default=None, ge=1)
     """Export the policy as an HF folder every n steps; null: only after the last step."""

@@ -1,13 +1,15 @@
 """Peak memory of a run on a GPU and on its host, and whether it fits.
 
-A step has three phases on every GPU; the engine's memory is released while the models are updated:
+A step has three phases on every GPU, and a fourth if it saves a checkpoint; the engine's memory is released while the
+models are updated:
 
 - generation: weights, gradients and optimizer state of policy and critic; the engine's weights, cache and work space;
 - update: the same of policy and critic, and the activations of the model that is being updated; what a released engine
   keeps;
-- switch: weights go to the engine in buckets; the engine has its weights, but not yet its cache.
+- switch: weights go to the engine in buckets; the engine has its weights, but not yet its cache;
+- checkpoint: as the switch, but without gradients and buckets, and with what Megatron gathers of the optimizer's state.
 
-With `engine.urls` the engines are on other devices, and only the update counts.
+With `engine.urls` the engines are on other devices, and only update and checkpoint count.
 
 Parts that `actor.offload` moves to the host are not on the GPU during generation. Usually they are not there during the
 switch either, except in a step with a checkpoint or an export, such as the last one (device_sharing.py).
@@ -66,6 +68,8 @@ class RunMemory:
     gathered_on_host: tuple[int, ...]
     """By pipeline stage: upper bound of what a process gathers for a checkpoint from the other shards of the
     distributed optimizer, synchronous or not; 0 without other shards."""
+    gathered_on_device: tuple[int, ...]
+    """By pipeline stage: the same on the GPU, where it is received."""
     routed_experts_on_host: int
     """With `rollout.routing_replay`: upper bound of the experts of a step's tokens, which every process has."""
 
@@ -131,6 +135,14 @@ class RunMemory:
         return self.resident_without(()) + engine + self.sync_buckets + RESERVE_BYTES
 
     @property
+    def peak_checkpoint(self) -> int:
+        """Peak of the fullest GPU while a checkpoint is saved."""
+        models = (sum(memory.resident - memory.gradients for memory in stage) for stage in self._models)
+        peak = max(map(sum, zip(models, self.gathered_on_device)))
+        engine = 0 if self.engines_elsewhere else self.engine.weights
+        return peak + engine + self.engine_released + RESERVE_BYTES
+
+    @property
     def peak_generation(self) -> int:
         """Peak of the fullest GPU while the engine samples and the models wait."""
         return self.resident_while_sampling + self.engine.total + ENGINE_WORK_BYTES + RESERVE_BYTES
@@ -139,11 +151,12 @@ class RunMemory:
     def peaks(self) -> dict[str, int]:
         """Peak by phase."""
         if self.engines_elsewhere:
-            return {"an update": self.peak_update}
+            return {"an update": self.peak_update, "a checkpoint": self.peak_checkpoint}
         return {
             "an update": self.peak_update,
             "the switch (weight push)": self.peak_switch,
             "generation": self.peak_generation,
+            "a checkpoint": self.peak_checkpoint,
         }
 
     @property
@@ -171,6 +184,7 @@ class RunMemory:
             "engine.tensor_parallel_size",
             "generation": "lower engine.memory_fraction, move parts of the trainer to the host (actor.offload), or "
             "split the model further (section parallel)",
+            "a checkpoint": "set checkpoint.gather_optimizer_on=host, or split the model further (section parallel)",
         }
         too_large = [
             f"{what} takes {gib(peak)} of the {gib(self.capacity)} of a GPU; {advice[what]}"
@@ -196,7 +210,8 @@ def run_memory(config: RunConfig, architecture: Architecture, capacity: int, wor
     needed = passes_of_run(config.phases, config.steps)
     policy = tuple(policy_memory(config, architecture, world_size, stage) for stage in stages)
     critic = tuple(critic_memory(config, architecture, world_size, stage) for stage in stages) if needed.values else ()
-    copied = [policy, critic] if config.checkpoint.asynchronous else []
+    models = [policy, critic] if critic else [policy]
+    copied = models if config.checkpoint.asynchronous else []
     reference = [stage.trained if config.reference.path is None else stage.weights for stage in policy]
     return RunMemory(
         config=config,
@@ -207,25 +222,39 @@ def run_memory(config: RunConfig, architecture: Architecture, capacity: int, wor
         largest_entry=largest_entry_bytes(config, architecture),
         reference_on_host=tuple(weights if needed.reference_log_probs else 0 for weights in reference),
         checkpoint_on_host=tuple(
-            sum(model[stage].trained + model[stage].optimizer for model in copied if model) for stage in stages
+            sum(model[stage].trained + model[stage].optimizer for model in copied) for stage in stages
         ),
         gathered_on_host=tuple(
-            sum(_gathered_bytes(model[stage], config, world_size) for model in (policy, critic) if model)
-            for stage in stages
+            sum(_gathered_on_host(model[stage], config, world_size) for model in models) for stage in stages
+        ),
+        gathered_on_device=tuple(
+            max(_gathered_on_device(model[stage], config, world_size) for model in models) for stage in stages
         ),
         routed_experts_on_host=routed_experts_bytes(config, architecture),
     )
 
 
-def _gathered_bytes(memory: TrainerMemory, config: RunConfig, world_size: int) -> int:
+def _gathered_on_host(memory: TrainerMemory, config: RunConfig, world_size: int) -> int:
     """Host memory of Megatron's `get_parameter_state_dp_zero`: float32 weights and both moments of all trained
     parameters, this process's shard of them, and one of the three twice while it is received."""
+    shards, parameters = _optimizer_shards(config, world_size), memory.trained // element_bytes(config.model)
+    return 4 * parameters * (3 + 2) + 12 * parameters // shards if shards > 1 else 0
+
+
+def _gathered_on_device(memory: TrainerMemory, config: RunConfig, world_size: int) -> int:
+    """GPU memory of the same: this process's shard of the weights or of a moment, and the shards of all processes, in
+    the tensors that receive them and in the buffer from which `all_gather` copies. An upper bound with experts, which
+    are gathered after the other parameters."""
+    shards, parameters = _optimizer_shards(config, world_size), memory.trained // element_bytes(config.model)
+    on_device = shards > 1 and config.checkpoint.gather_optimizer_on == "device"
+    return 4 * parameters * 2 + 4 * parameters // shards if on_device else 0
+
+
+def _optimizer_shards(config: RunConfig, world_size: int) -> int:
+    """Processes that share the optimizer state of the same parameters; 1 without the distributed optimizer."""
     parallel = config.parallel
     shards = world_size // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
-    if not parallel.distributed_optimizer or shards == 1:
-        return 0
-    parameters = memory.trained // element_bytes(config.model)
-    return 4 * parameters * (3 + 2) + 12 * parameters // shards
+    return shards if parallel.distributed_optimizer else 1
 
 
 def gib(size: int) -> str:

@@ -156,6 +156,8 @@ def _memory_table(plan: Plan) -> Table:
         row("engine work space, assumed", ENGINE_WORK_BYTES)
         row("engine while released, assumed", ENGINE_RELEASED_BYTES)
         row("weight push: buckets", memory.sync_buckets)
+    if any(memory.gathered_on_device):
+        row("checkpoint: gathered optimizer state", *memory.gathered_on_device)
     row("reserve (context, allocator, NCCL)", RESERVE_BYTES)
     for name, peak in memory.peaks.items():
         note = "" if peak <= memory.capacity else "  too much"

@@ -10,6 +10,7 @@ The order of the switches keeps the peak low. The engine releases its memory bef
 gradients and optimizer state leave before the engine takes back the memory of its weights; the trainer's weights leave
 once they were pushed, and only then does the KV cache return. Checkpoints and exports are written from the device: in a
 step with one, the trainer stays until it is written, and the peak is the engine's weights beside the whole trainer.
+Only the gradients leave before a checkpoint, to make room for the optimizer state that Megatron gathers there.
 """
 
 import time
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 
 from megatron_dsrl.actor.actor import Actor
 from megatron_dsrl.actor.critic import Critic
-from megatron_dsrl.actor.offload import MODEL_PARTS, ModelMemory, ModelPart
+from megatron_dsrl.actor.offload import MODEL_PARTS, WITHOUT_CONTENT, ModelMemory, ModelPart
 from megatron_dsrl.config.actor import OffloadConfig
 from megatron_dsrl.observability.timeline import Span, no_span
 from megatron_dsrl.platform import current_platform
@@ -71,6 +72,11 @@ class SharedDevice:
         with self._switches.measure("load_weights"):
             self._rollout.resume_weights()
             self._rollout.load_weights(lambda: self._actor.model.hf_weights(self._bucket_bytes), version)
+
+    def make_room_for_checkpoint(self) -> None:
+        """Before a checkpoint: free the gradients, which it does not contain."""
+        self._offload([(memory, WITHOUT_CONTENT) for memory in self._memory])
+        current_platform().release_cached_memory()
 
     def give_to_engine(self) -> None:
         """Before sampling: offload the trainer as configured, and take the KV cache's memory back."""

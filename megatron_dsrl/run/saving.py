@@ -63,6 +63,7 @@ class Saving:
             carried = self.rollout.carried if rank() == 0 else None
             others[ROLLOUT_FOLDER] = lambda folder, copy: CarryOverWrite(carried, folder)
         with self.timeline.span("save_checkpoint"):
+            self.device.make_room_for_checkpoint()
             self.checkpoints.save(state, self.models.actor.model.start_save, others)
 
     def export(self, step: int) -> None:

@@ -9,6 +9,7 @@ import pytest
 from megatron_dsrl.actor.build import build_actor
 from megatron_dsrl.config.actor import ActorConfig
 from megatron_dsrl.config.model import ParallelConfig
+from megatron_dsrl.config.run import CheckpointConfig
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from tests.actor.test_actor import GRPO, NSR_PRERL, objective_of, run_config
 from tests.support.actors import weights_of
@@ -23,6 +24,7 @@ LAYOUTS = {
     "distributed optimizer": ParallelConfig(distributed_optimizer=True),
     "virtual stages": ParallelConfig(pipeline_parallel_size=2, virtual_pipeline_stages=2),
     "context parallel, distributed optimizer": ParallelConfig(context_parallel_size=2, distributed_optimizer=True),
+    "distributed optimizer, gathered on the host": ParallelConfig(distributed_optimizer=True),
     "experts": ParallelConfig(expert_parallel_size=2),
     "experts, distributed optimizer": ParallelConfig(expert_parallel_size=2, distributed_optimizer=True),
 }
@@ -61,7 +63,9 @@ def without_and_with_a_stop(folder: Path, layouts: dict[str, ParallelConfig]) ->
         target, model = folder / name, model_of(name, folder)
         target.mkdir(exist_ok=True)
         with parallel_layout(parallel, seed=1):
-            actor = build_actor(run_config(model, parallel, ACTOR), model)
+            checkpoint = CheckpointConfig(gather_optimizer_on="host" if name.endswith("host") else "device")
+            config = run_config(model, parallel, ACTOR).model_copy(update={"checkpoint": checkpoint})
+            actor = build_actor(config, model)
             take_steps(actor, [NSR_PRERL, NSR_PRERL])
             save = actor.model.start_save(target, copy=True)
             steps = take_steps(actor, [GRPO, GRPO])

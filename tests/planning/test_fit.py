@@ -6,7 +6,7 @@ from megatron_dsrl.cli import main
 from megatron_dsrl.config.load import load_config
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.planning.compute import Assumptions
-from megatron_dsrl.planning.fit import ENGINE_RELEASED_BYTES, ENGINE_WORK_BYTES, RESERVE_BYTES, run_memory
+from megatron_dsrl.planning.fit import ENGINE_RELEASED_BYTES, ENGINE_WORK_BYTES, RESERVE_BYTES, RunMemory, run_memory
 from megatron_dsrl.planning.gpus import find_gpu
 from megatron_dsrl.planning.plan import make_plan
 from megatron_dsrl.planning.warnings import Machine, memory_warnings
@@ -78,11 +78,23 @@ def test_peaks_by_hand() -> None:
     engine = memory.engine.weights + ENGINE_RELEASED_BYTES
     assert memory.peak_switch == both + engine + 4 * embedding + RESERVE_BYTES
     assert memory.peak_generation == both + int(0.6 * GPU_BYTES) + ENGINE_WORK_BYTES + RESERVE_BYTES
+    gathered = 4 * policy.weights // 2 * 2 + 4 * policy.weights // 2 // 2  # of the larger model; DP 2
+    assert memory.peak_checkpoint == both - policy.gradients - critic.gradients + engine + gathered + RESERVE_BYTES
     assert not memory.fits
     largest = memory.largest_memory_fraction
     for fraction, fits in ((largest, True), (largest + 0.01, False)):
         peak = run_memory(ppo(f"engine.memory_fraction={fraction}"), qwen3_8b(), GPU_BYTES, 8).peak_generation
         assert (peak <= GPU_BYTES) == fits
+
+
+def test_experts_fit_only_if_their_optimizer_state_is_gathered_on_the_host() -> None:
+    def planned(*overrides: str) -> RunMemory:
+        config = load_config(REPOSITORY / "configs" / "dsrl_qwen3_30b_a3b.yaml", overrides)
+        return run_memory(config, qwen3_30b_a3b(), GPU_BYTES, world_size=16)
+
+    assert planned().fits and planned().gathered_on_device == (0,)
+    (problem,) = planned("checkpoint.gather_optimizer_on=device").problems
+    assert "a checkpoint takes 83.7 GiB of the 74.5 GiB of a GPU; set checkpoint.gather_optimizer_on=host" in problem
 
 
 def test_what_is_offloaded_is_on_the_host_while_the_engine_samples() -> None:
@@ -136,7 +148,7 @@ def test_engines_elsewhere_take_no_memory_here(model, capsys) -> None:
     """Only the update counts, and whether their cache holds a sequence is not known."""
     elsewhere = ["engine.urls=[http://other:30000]", "engine.memory_fraction=0.9"]
     memory = run_memory(paper_run(*elsewhere), qwen3_8b(), GPU_BYTES, world_size=8)
-    assert memory.peaks == {"an update": memory.peak_update} and memory.fits
+    assert memory.peaks == {"an update": memory.peak_update, "a checkpoint": memory.peak_checkpoint} and memory.fits
     assert not run_memory(paper_run(elsewhere[1]), qwen3_8b(), GPU_BYTES, world_size=8).fits, "nor do they fit here"
     run = str(REPOSITORY / "configs" / "dsrl_qwen3_8b.yaml")
     assert main(["plan", run, model, "--gpu", "h100", *elsewhere]) == 0

@@ -95,6 +95,7 @@ class Recorded:
         self.device.give_to_trainer()
         self.device.push_weights(version=7, trainer_stays=True)
         assert self.device.trainer_is_whole
+        self.device.make_room_for_checkpoint()
         self.device.give_to_engine()
         return self.calls()
 
@@ -109,7 +110,8 @@ def test_without_offload_only_the_engine_moves() -> None:
     recorded = Recorded(offloaded=())
     assert recorded.start() == WAKE
     assert recorded.step() == ["release engine", *WAKE]
-    assert recorded.step_with_checkpoint() == ["release engine", *WAKE]
+    assert recorded.step_with_checkpoint() == ["release engine", *WAKE[:2], "offload policy: gradients", WAKE[2]]
+    assert recorded.step() == ["release engine", "onload policy: gradients", *WAKE]
     assert recorded.recover() == WAKE
 
 
@@ -136,7 +138,8 @@ def test_before_a_checkpoint_the_trainer_stays_until_it_is_written() -> None:
         "onload policy: parameters gradients optimizer",
         "resume weights",
         "load weights of version 7",
-        "offload policy: gradients optimizer parameters",
+        "offload policy: gradients",
+        "offload policy: optimizer parameters",
         "resume KV cache",
     ]
 
