@@ -107,8 +107,12 @@ class ParallelConfig(Section):
     """Shard the optimizer state over data and context parallelism (Megatron's DistributedOptimizer)."""
 
     collective_timeout_seconds: int = Field(default=4 * 3600, ge=1)
-    """Limit for any collective between processes. Must exceed a step's longest rollout plus evaluation, for which
-    the other ranks wait."""
+    """Limit for the collectives of all processes. Must exceed a step's longest rollout plus evaluation, for which the
+    other ranks wait."""
+
+    distributed_timeout_seconds: int = Field(default=1800, ge=1)
+    """Limit for a collective in one of Megatron's groups, which its ranks reach at about the same time: a rank that
+    hangs in an update is noticed after this time. (Megatron-LM: `--distributed-timeout-minutes`.)"""
 
     @property
     def model_parallel_size(self) -> int:

@@ -29,9 +29,8 @@ def initialize_parallel(parallel: ParallelConfig, seed: int) -> None:
     refuse(process_problems(parallel, world_size))
     platform.install()
     virtual_stages = parallel.virtual_pipeline_stages
-    timeout = timedelta(seconds=parallel.collective_timeout_seconds)
     if not dist.is_initialized():
-        _start_processes(platform.distributed_backend, timeout)
+        _start_processes(platform.distributed_backend, timedelta(seconds=parallel.collective_timeout_seconds))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
@@ -39,7 +38,7 @@ def initialize_parallel(parallel: ParallelConfig, seed: int) -> None:
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_parallel_size,
         expert_tensor_parallel_size=parallel.split_of_experts,
-        distributed_timeout_minutes=timeout / timedelta(minutes=1),
+        distributed_timeout_minutes=parallel.distributed_timeout_seconds / 60,
     )
     # As in Megatron's training, seeds differ between pipeline stages and are equal across data-parallel replicas.
     stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()

@@ -116,6 +116,7 @@ def _parallel_sizes(configured: ParallelConfig, architecture: Architecture) -> I
                         sequence_parallel=tensor > 1,
                         distributed_optimizer=True,
                         collective_timeout_seconds=configured.collective_timeout_seconds,
+                        distributed_timeout_seconds=configured.distributed_timeout_seconds,
                     )
 
 

@@ -1,7 +1,14 @@
 """Process groups of one layout after another."""
 
-import psutil
+import time
 
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_dsrl.common.collective import gather
 from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from tests.support.distributed import run_distributed
@@ -25,3 +32,22 @@ def test_a_layout_takes_its_threads_with_it() -> None:
         _, left = rank[0]
         assert all(during > left + 10 for during, _ in rank)
         assert [after for _, after in rank] == [left] * len(rank)
+
+
+def wait_for_a_rank_that_comes_late(layout: ParallelConfig) -> str:
+    """Rank 1 comes after the limit of Megatron's groups, first to a collective of all processes."""
+    with parallel_layout(layout, seed=1):
+        if dist.get_rank() == 1:
+            time.sleep(3)
+        gather("all")
+        if dist.get_rank() == 1:
+            time.sleep(3)
+            return "late"
+        with pytest.raises(RuntimeError, match="Timed out"):
+            dist.all_reduce(torch.ones(1), group=parallel_state.get_tensor_model_parallel_group())
+    return "noticed"
+
+
+def test_megatrons_groups_have_a_limit_of_their_own() -> None:
+    layout = ParallelConfig(tensor_parallel_size=2, distributed_timeout_seconds=1)
+    assert run_distributed(wait_for_a_rank_that_comes_late, 2, layout) == ["noticed", "late"]

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import megatron_dsrl
@@ -79,10 +79,11 @@ class StartingServer:
 
     def save_output(self, log_file: Path) -> None:
         """Append what the process wrote before it served, such as a failed import, to the log."""
-        output = self._output.read_bytes()
-        if output:
-            with open(log_file, "ab") as log:
-                log.write(output)
+        with suppress(FileNotFoundError):  # many machines remove old files from the temporary folder
+            output = self._output.read_bytes()
+            if output:
+                with open(log_file, "ab") as log:
+                    log.write(output)
 
     def discard(self) -> None:
         """End a process that is not needed."""

@@ -1,5 +1,6 @@
 """A server process that is started before its arguments are known."""
 
+import shutil
 from pathlib import Path
 
 import psutil
@@ -36,4 +37,14 @@ def test_what_it_wrote_before_it_served_is_in_the_log(tmp_path) -> None:
     with pytest.raises(UserError, match="exited with status 1(.|\n)*No module named 'encodings'"):
         server.wait_until_ready()
     assert "/nowhere" in log.read_text()
+    server.stop()
+
+
+def test_a_temporary_folder_that_is_gone_does_not_matter_at_the_end(tmp_path) -> None:
+    """Machines remove files from it that are some days old."""
+    starting = StartingServer({"PYTHONHOME": "/nowhere"})
+    starting.process.wait()
+    shutil.rmtree(starting.scratch.name)
+    server = EngineServer({}, {}, tmp_path / "engine_0.log", startup_timeout_seconds=30.0, starting=starting)
+    server.start()
     server.stop()
