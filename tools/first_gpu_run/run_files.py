@@ -85,7 +85,10 @@ def _settings(folder: Path, training: Training, limit_minutes: float) -> dict[st
         "reward": {"function": "tools.first_gpu_run.reward:checksum_parity", "workers": 1},
         "rollout": rollout,
         "actor": actor,
-        "parallel": {"collective_timeout_seconds": collective_seconds},
+        "parallel": {
+            "collective_timeout_seconds": collective_seconds,
+            "distributed_timeout_seconds": collective_seconds,
+        },
         "evaluation": {"early_every_steps": None, "early_until_step": 0, "every_steps": None, "sets": []},
         "checkpoint": {"save_every_steps": None, "export_hf_every_steps": None},
     }
