@@ -79,7 +79,8 @@ def comparison_table(runs: Mapping[str, Sequence[RunRecords]], baseline: str) ->
 
 
 def provenance_table(runs: Mapping[str, Sequence[RunRecords]]) -> str:
-    """Markdown: what produced the runs of every method, with differences marked; empty if no run has recorded it."""
+    """Markdown: what produced the runs, first what is the same in all of them, then what differs, with a row for each
+    method; empty if no run has recorded it."""
     starts = {
         method: [starts_that_count(run.folder, run.steps[-1]["step"] if run.steps else 0) for run in of_method]
         for method, of_method in runs.items()
@@ -87,12 +88,16 @@ def provenance_table(runs: Mapping[str, Sequence[RunRecords]]) -> str:
     if not any(one for of_method in starts.values() for one in of_method):
         return ""
     facts = compare_runs([one for of_method in starts.values() for one in of_method])
-    rows = []
-    for fact in facts:
-        values = iter(fact.values)
-        by_method = ["; ".join(dict.fromkeys(next(values) for _ in of_method)) for of_method in starts.values()]
-        rows.append([f"**{fact.name} (differs)**" if fact.differs else fact.name, *by_method])
-    return f"\n{markdown_table(['produced by', *starts], rows)}\n"
+    same = [[fact.name, fact.values[0]] for fact in facts if not fact.differs]
+    table = f"\n{markdown_table(['produced by', 'all runs'], same)}\n"
+    if differing := [fact for fact in facts if fact.differs]:
+        values = [iter(fact.values) for fact in differing]
+        rows = [
+            [method, *("; ".join(dict.fromkeys(next(value) for _ in of_method)) for value in values)]
+            for method, of_method in starts.items()
+        ]
+        table += f"\n{markdown_table(['differs', *(fact.name for fact in differing)], rows)}\n"
+    return table
 
 
 def learning_curves(runs: Mapping[str, Sequence[RunRecords]], baseline: str) -> list[Chart]:
