@@ -118,7 +118,6 @@ def _trainer_memory(
     counted; those of frozen layers are kept for the adapters beside them."""
     parallel = config.parallel
     element = element_bytes(config.model)
-    per_parameter = 12 if element == 2 else 8  # Adam's two moments, and a master copy where parameters are bfloat16
     replicas = expert_replicas = 1
     if parallel.distributed_optimizer:
         replicas = world_size // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
@@ -129,7 +128,7 @@ def _trainer_memory(
         weights=(trained.total + frozen) * element,
         trained=trained.total * element,
         gradients=trained.total * GRADIENT_BYTES,
-        optimizer=per_parameter * (trained.dense // replicas + trained.expert // expert_replicas),
+        optimizer=adam_bytes(config.model) * (trained.dense // replicas + trained.expert // expert_replicas),
         activations=int(tokens * micro_batches_in_flight(parallel, stage) * layers * kept),
         recomputed=int(tokens * (layer_bytes_per_token(architecture, config) - kept)),
         logits=logits,
@@ -185,6 +184,11 @@ def cache_bytes_per_token(architecture: Architecture, element: int, engine_size:
 def element_bytes(model: ModelConfig) -> int:
     """Bytes of a parameter or an activation."""
     return 2 if model.dtype == "bfloat16" else 4
+
+
+def adam_bytes(model: ModelConfig) -> int:
+    """Bytes per parameter of Adam's two moments, and of a master copy where parameters are bfloat16."""
+    return 12 if model.dtype == "bfloat16" else 8
 
 
 def largest_row(config: RunConfig) -> int:

@@ -6,12 +6,14 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_dsrl.config.actor import LoraConfig
+from megatron_dsrl.config.due import Due
 from megatron_dsrl.config.layout import Problem
 from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import Architecture
 from megatron_dsrl.planning.compute import Assumptions
-from megatron_dsrl.planning.fit import ENGINE_RELEASED_BYTES, ENGINE_WORK_BYTES, RESERVE_BYTES, RunMemory
+from megatron_dsrl.planning.disk import RunFiles, run_files
+from megatron_dsrl.planning.fit import ENGINE_RELEASED_BYTES, ENGINE_WORK_BYTES, RESERVE_BYTES, RunMemory, gib
 from megatron_dsrl.planning.layouts import overrides_of
 from megatron_dsrl.planning.parameters import adapter_parameters_of_stage, parameters_of_model
 from megatron_dsrl.planning.plan import Plan, largest_micro_batch, largest_response
@@ -25,6 +27,7 @@ def print_plan(plan: Plan, architecture: Architecture, assumptions: Assumptions,
     if plan.config.actor.lora:
         console.print(_trained_share(plan.config.actor.lora, architecture), highlight=False)
     console.print(_time_table(plan, assumptions))
+    console.print(_rest_of_the_run(plan.config, run_files(plan.config, architecture)), soft_wrap=True, highlight=False)
     micro_batch, response = largest_micro_batch(plan, architecture), largest_response(plan, architecture)
     console.print(f"largest actor.max_tokens_per_micro_batch that fits: {_tokens(micro_batch)}")
     console.print(f"largest rollout.max_response_tokens that fits: {_tokens(response)}")
@@ -215,6 +218,16 @@ def _time_table(plan: Plan, assumptions: Assumptions) -> Table:
         steps += ", sampling beside the update"
     table.add_row("whole run, h", f"{plan.run_seconds / 3600:,.1f}", steps)
     return table
+
+
+def _rest_of_the_run(config: RunConfig, files: RunFiles) -> str:
+    """What the run takes beside its steps: evaluations and disk."""
+    due, sets = Due(config.checkpoint, config.evaluation, config.steps), config.evaluation.sets
+    evaluations = sum(due.evaluate(step) for step in range(config.steps + 1)) if sets else 0
+    of_sets = f" ({', '.join(one.name for one in sets)})" if sets else ""
+    kept = f"checkpoints {files.checkpoints} x {gib(files.checkpoint_bytes)}"
+    kept += f", exports {files.exports} x {gib(files.export_bytes)}"
+    return f"not in these hours: {evaluations} evaluations{of_sets}\non disk: {kept}; and samples and logs"
 
 
 def _tokens(count: int | None) -> str:

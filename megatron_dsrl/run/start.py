@@ -14,6 +14,7 @@ from megatron_dsrl.checkpoint.state import current_layout
 from megatron_dsrl.checkpoint.store import CheckpointStore
 from megatron_dsrl.common.folder_lock import locked
 from megatron_dsrl.common.waiting import waiting
+from megatron_dsrl.config.due import Due
 from megatron_dsrl.config.rollout import EngineConfig
 from megatron_dsrl.config.run import ObservabilityConfig, RunConfig
 from megatron_dsrl.data.mixture import build_sampler
@@ -46,7 +47,7 @@ from megatron_dsrl.run.reporting import Reporting
 from megatron_dsrl.run.sampling import Sampling
 from megatron_dsrl.run.saving import ROLLOUT_FOLDER, Saving
 from megatron_dsrl.run.threads import use_cpu_threads
-from megatron_dsrl.run.training_run import Due, ExperienceBuilder, TrainingRun
+from megatron_dsrl.run.training_run import ExperienceBuilder, TrainingRun
 
 
 def start_run(config: RunConfig, resources: ExitStack, starting: StartingServer | None) -> TrainingRun:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.config.due import is_due
 from megatron_dsrl.config.load import load_config
 from megatron_dsrl.config.load_benchmark import load_benchmark
 from megatron_dsrl.config.run import EvaluationConfig, EvaluationSetConfig
@@ -13,7 +14,6 @@ from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.evaluation.evaluator import Evaluator
 from megatron_dsrl.evaluation.sample_file import first_responses
 from megatron_dsrl.rollout.sample import Sample, SampleGroup, SamplingParameters
-from megatron_dsrl.run.training_run import is_due
 
 
 def sample(reward, num_tokens, finish_reason="stop", text="") -> Sample:
