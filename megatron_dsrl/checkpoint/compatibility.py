@@ -1,6 +1,7 @@
 """Check that a run folder belongs to the run that is being started."""
 
 import json
+from fnmatch import fnmatchcase
 from typing import Any
 
 from pydantic import ValidationError
@@ -10,6 +11,7 @@ from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.config.run import RunConfig
 
+OF_A_REWARD = ("workers", "timeout_seconds", "memory_megabytes", "max_consecutive_errors")
 MAY_CHANGE = (
     "made_by",
     "name",
@@ -23,10 +25,8 @@ MAY_CHANGE = (
     "actor.offload",
     "reference.timeout_seconds",
     "reference.concurrency",
-    "reward.workers",
-    "reward.timeout_seconds",
-    "reward.memory_megabytes",
-    "reward.max_consecutive_errors",
+    *(f"reward.{field}" for field in OF_A_REWARD),
+    *(f"data.mixed_with.*.reward.{field}" for field in OF_A_REWARD),
     "rollout.step_timeout_seconds",
     "rollout.request_timeout_seconds",
     "rollout.request_attempts",
@@ -58,7 +58,8 @@ def check_same_run(before: dict[str, Any], config: RunConfig, where: str) -> Non
     changed = [
         f"  {path}: {old!r} there, {new!r} now"
         for path, old, new in _differences(_with_defaults(before), now)
-        if not any(path == field or path.startswith(field + ".") for field in may_change)
+        if not any(fnmatchcase(path, field) or fnmatchcase(path, f"{field}.*") for field in may_change)
+        and not (path == "reference.url" and old and new)  # the server is at another address
     ]
     if changed:
         raise UserError(

@@ -25,7 +25,10 @@ from megatron_dsrl.checkpoint.compatibility import check_same_model, check_same_
 from megatron_dsrl.checkpoint.state import ProcessLayout, RunState
 from megatron_dsrl.checkpoint.store import CheckpointStore
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.config.actor import ReferenceConfig
+from megatron_dsrl.config.data import MixedSetConfig
 from megatron_dsrl.config.model import ParallelConfig
+from megatron_dsrl.config.run import RunConfig
 from tests.support.disk import files_of_at_most
 from tests.support.distributed import run_distributed, start_one_process
 from tests.support.engine import tiny_run_config
@@ -450,3 +453,22 @@ def test_another_configuration_is_refused_but_not_another_layout(tmp_path) -> No
     changed = config.model_copy(update={"seed": 5, "data": config.data.model_copy(update={"limit": 3})})
     with pytest.raises(UserError, match=r"(?s)there holds .* data.limit: None there, 3 now\n  seed: 1 there, 5 now"):
         check_same_run(before, changed, "there")
+
+
+def test_a_server_may_have_moved_and_every_set_of_a_mixture_may_be_given_more_time(tmp_path) -> None:
+    def run(url: str | None, seconds: float, function: str = "boxed") -> RunConfig:
+        config = tiny_run_config(tmp_path)
+        further = {
+            "name": "further",
+            "source": "more.jsonl",
+            "reward": {"function": function, "timeout_seconds": seconds},
+        }
+        data = config.data.model_copy(update={"mixed_with": [MixedSetConfig(**further)]})
+        return config.model_copy(update={"data": data, "reference": ReferenceConfig(url=url)})
+
+    before = run("http://one:30000", 1.0).model_dump(mode="json")
+    check_same_run(before, run("http://other:30000", 4.0), "there")
+    with pytest.raises(UserError, match="reference.url"):
+        check_same_run(before, run(None, 1.0), "there")
+    with pytest.raises(UserError, match="data.mixed_with.0.reward.function"):
+        check_same_run(before, run("http://one:30000", 1.0, function="multiple_choice"), "there")
