@@ -15,6 +15,7 @@ from typing import Any
 from examples.laboratory import claims
 from examples.laboratory.collect import RESULTS
 from examples.laboratory.figures import accuracies_by_warmup, gap_charts, over_warmup_chart, write_comparison_figures
+from examples.laboratory.paired import paired
 from examples.laboratory.results_data import (
     Result,
     SweepResults,
@@ -44,6 +45,12 @@ END_NOTE = """\
 Means over runs, lowest and highest in brackets; per response, or problems per step. The second table is over steps 38
 to 40: the share of responses with each behaviour, the problems whose eight responses are all right or all wrong, and
 the share of responses cut at the length limit.
+"""
+MAP_NOTE = """\
+The same as differences, paired by seed. ± is half of Student's 95 % interval, not corrected for their number.
+"""
+REMEDIES_NOTE = """\
+Exploratory, where mistakes are hidden: DSRL with a warm-up of 8 of 40 steps, as it is and with a change to the warm-up.
 """
 INTRODUCTION = """\
 # Results of the laboratory
@@ -76,6 +83,7 @@ def write_page(folder: Path) -> None:
         *_claims_part(comparison, read_results(folder / "warmup_lengths.jsonl"), base),
         *_warmup_part(read_results(folder / "warmup_lengths.jsonl"), folder),
         *_map_part(read_results(folder / "map.jsonl"), folder),
+        *_remedies_part(read_results(folder / "remedies.jsonl")),
     ]
     (folder / "README.md").write_text("\n".join(parts), encoding="utf-8")
 
@@ -149,16 +157,20 @@ def _short(values: Sequence[float]) -> str:
 
 def _method_row(results: SweepResults, method: str) -> list[str]:
     runs = results.of(method)
-    has_pairs = method != claims.GRPO and {run.seed for run in runs} & {run.seed for run in results.of(claims.GRPO)}
-    difference = claims.describe(claims.final_difference(results, method, claims.GRPO)) if has_pairs else ""
     return [
         method,
         str(len(runs)),
         _percent(runs, final_accuracy),
-        difference,
+        "" if method == claims.GRPO else _difference(results, method, claims.GRPO),
         _percent(runs, final_pass_at(64)),
         _percent(runs, steps_mean("response/mean_tokens", *claims.LAST)),
     ]
+
+
+def _difference(results: SweepResults, method: str, baseline: str) -> str:
+    """Accuracy of a method minus the baseline's, or nothing if they have no seed in common."""
+    common = {run.seed for run in results.of(method)} & {run.seed for run in results.of(baseline)}
+    return claims.describe(claims.final_difference(results, method, baseline)) if common else ""
 
 
 def _claims_part(comparison: SweepResults, lengths: SweepResults, base: dict[str, Any] | None) -> list[str]:
@@ -195,7 +207,36 @@ def _map_part(results: SweepResults, folder: Path) -> list[str]:
     lengths = sorted({length for of_cell in cells.values() for length in of_cell})
     rows = [[cell, *(_cell_words(of_cell.get(length, [])) for length in lengths)] for cell, of_cell in cells.items()]
     header = ["cell", *(f"warm-up {length}, accuracy, %" for length in lengths)]
-    return ["## The map\n", table(header, rows), "![the map](map.svg)\n"]
+    gains = [[cell, *(_gain(results, cell, length) for length in lengths[1:])] for cell in cells]
+    gain_header = ["cell", *(f"warm-up {length} minus none, points" for length in lengths[1:])]
+    return ["## The map\n", table(header, rows), MAP_NOTE, table(gain_header, gains), "![the map](map.svg)\n"]
+
+
+def _gain(results: SweepResults, cell: str, length: int) -> str:
+    """A cell's accuracy with a warm-up minus that without one."""
+    with_warmup, without = (results.by_seed(f"{cell}, {steps}", final_accuracy) for steps in (length, 0))
+    if not with_warmup.keys() & without.keys():
+        return "-"
+    difference = paired(with_warmup, without)
+    half = Estimate(difference.values).half_width
+    return f"{difference.mean:+.1f}" + ("" if half is None else f" ± {half:.1f}")
+
+
+def _remedies_part(results: SweepResults) -> list[str]:
+    title = "## Remedies\n"
+    if not results.results:
+        return [title, "Not run yet: `bash examples/laboratory/run.sh bases remedies`.\n"]
+    rows = [
+        [
+            method,
+            str(len(results.of(method))),
+            _percent(results.of(method), final_accuracy),
+            *("" if method == other else _difference(results, method, other) for other in (claims.GRPO, claims.DSRL)),
+        ]
+        for method in results.methods
+    ]
+    header = ["method", "seeds", "accuracy, %", *(f"minus {one}, points" for one in (claims.GRPO, claims.DSRL))]
+    return [title, REMEDIES_NOTE, table(header, rows)]
 
 
 def _cell_and_length(method: str) -> tuple[str, int]:

@@ -24,7 +24,7 @@ export PATH="${DSRL_VENV:-$root/.venv}/bin:$PATH"
 export CUDA_VISIBLE_DEVICES='' # the CPU environment lacks SGLang's kernels for GPUs
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 steps=("$@")
-[ ${#steps[@]} -gt 0 ] || steps=(bases learning_rate comparison warmup_lengths map)
+[ ${#steps[@]} -gt 0 ] || steps=(bases learning_rate comparison warmup_lengths map remedies)
 
 make_base() {
     local folder=".cache/laboratory/$1"

@@ -264,6 +264,18 @@ def test_the_page_judges_the_claims_from_the_collected_files(tmp_path) -> None:
     assert "## The map\n\nNot run yet: `bash examples/laboratory/run.sh bases map`." in page
 
 
+def test_the_page_pairs_the_map_and_the_remedies_by_seed(tmp_path) -> None:
+    cells = {"hidden, 0": (0.4, 0.5), "hidden, 8": (0.3, 0.4), "visible, 0": (0.4,)}
+    remedies = {"GRPO": (0.4, 0.5), "DSRL": (0.3, 0.4), "DSRL, other context": (0.35, 0.45)}
+    for file, methods in (("map", cells), ("remedies", remedies)):
+        runs = [made_up_run(name, seed, mean) for name, means in methods.items() for seed, mean in enumerate(means)]
+        replace_records(tmp_path / f"{file}.jsonl", runs)
+    write_page(tmp_path)
+    page = (tmp_path / "README.md").read_text()
+    assert "| hidden | -10.0 ± 0.0 |\n| visible | - |" in page
+    assert "| DSRL, other context | 2 | 40.0 ± 63.5 | -5.00; bootstrap" in page and "| +5.00; bootstrap" in page
+
+
 @pytest.mark.slow
 def test_the_whole_pipeline_at_a_small_size(tmp_path, monkeypatch) -> None:
     """Base, two methods, collection and page: a tenth of the comparison's steps and samples."""
