@@ -1,9 +1,9 @@
 """The `dsrl` command.
 
 User errors print one message to stderr and exit with status 2, Ctrl-C with 130, SIGTERM with 143, SIGHUP (a closed
-terminal) with 129, a reader that closes the pipe (`| head`) with 141. An engine lost after all its restarts gives one
-message and status 1; bugs show a traceback and exit with 1. Each command imports what it needs when it runs, so that
-`--help`, `--dry-run` and `doctor` stay light.
+terminal) with 129, SIGUSR1 with 138, a reader that closes the pipe (`| head`) with 141. An engine lost after all its
+restarts gives one message and status 1; bugs show a traceback and exit with 1. Each command imports what it needs when
+it runs, so that `--help`, `--dry-run` and `doctor` stay light.
 """
 
 import argparse
@@ -43,12 +43,12 @@ from megatron_dsrl.common.process import (
     leave_closed_pipe,
     leave_terminal,
 )
+from megatron_dsrl.common.stop_signals import STOP_SIGNALS, end_at_next_signal, interrupt
 
 MACHINE_ERROR_STATUS = 1
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130
 CLOSED_PIPE_STATUS = 141
-SIGNALS_TO_END = (signal.SIGTERM, signal.SIGHUP)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _flushing_output():
             _find_modules_here()
             options = _parse(arguments)
-            with handling_signals(SIGNALS_TO_END, _exit_on_signal):
+            with handling_signals(STOP_SIGNALS, _exit_on_signal):
                 return _run(options, arguments)
     except UserError as error:
         _print_error(str(error))
@@ -68,6 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MachineError as error:
         _print_error(str(error))
         return MACHINE_ERROR_STATUS
+    except _EndedBySignal as end:
+        _print_error("interrupted" if end.number == signal.SIGINT else f"ended by {end.number.name}")
+        return 128 + end.number
     except KeyboardInterrupt:
         _print_error("interrupted")
         return INTERRUPTED_STATUS
@@ -113,11 +116,19 @@ def _flushing_output() -> Iterator[None]:
     print(end="", flush=True)
 
 
+class _EndedBySignal(KeyboardInterrupt):
+    """Unwinds the stack, so that engines are shut down."""
+
+    def __init__(self, number: int) -> None:
+        self.number = signal.Signals(number)
+        super().__init__(self.number.name)
+
+
 def _exit_on_signal(number: int, frame: FrameType | None) -> None:
-    # SLURM and torchrun end a job by SIGTERM. As an exception it unwinds the stack, so that engines are shut down.
+    end_at_next_signal()
     if number == signal.SIGHUP:
         leave_terminal()
-    raise SystemExit(128 + number)
+    interrupt(_EndedBySignal(number))
 
 
 def _print_error(message: str) -> None:

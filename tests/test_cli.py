@@ -230,19 +230,8 @@ def test_a_defect_keeps_its_traceback(folder) -> None:
     assert "Traceback" in result.stderr and "no_such_section" in result.stderr
 
 
-@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_an_interrupted_run_cleans_up_and_says_so_by_its_status(folder, sent, status) -> None:
-    if signal.getsignal(sent) == signal.SIG_IGN:
-        pytest.skip("ignored here, as SIGHUP is under nohup, and so by what is started")
-    body = """
-import time
-def train(config, starting):
-    try:
-        print("started", flush=True)
-        time.sleep(30)
-    finally:
-        print("cleaned up", flush=True)
-"""
+def start_in_place_of_train(folder: Path, body: str) -> "subprocess.Popen[str]":
+    """`in_place_of_train`, once it has printed "started"."""
     process = subprocess.Popen(
         in_place_of_train(folder, body),
         cwd=folder,
@@ -253,13 +242,97 @@ def train(config, starting):
     )
     while process.stdout.readline() != "started\n":  # after the batch sizes in words
         assert process.poll() is None
-    process.send_signal(sent)
+    return process
+
+
+@pytest.mark.parametrize(
+    ("sent", "line"),
+    [("SIGINT", "interrupted"), *((name, f"ended by {name}") for name in ("SIGTERM", "SIGHUP", "SIGUSR1"))],
+)
+def test_an_interrupted_run_cleans_up_and_says_what_ended_it(folder, sent, line) -> None:
+    number = signal.Signals[sent]
+    if signal.getsignal(number) == signal.SIG_IGN:
+        pytest.skip("ignored here, as SIGHUP is under nohup, and so by what is started")
+    body = """
+import time
+def train(config, starting):
+    try:
+        print("started", flush=True)
+        time.sleep(30)
+    finally:
+        print("cleaned up", flush=True)
+"""
+    process = start_in_place_of_train(folder, body)
+    process.send_signal(number)
     started = time.monotonic()
     stdout, stderr = process.communicate(timeout=20)
     assert time.monotonic() - started < 10
-    assert process.returncode == status
+    assert process.returncode == 128 + number
     assert stdout == "cleaned up\n"
-    assert "Traceback" not in stderr
+    assert stderr == f"dsrl: {line}\n"
+
+
+MANY_REQUESTS = """
+import asyncio
+from megatron_dsrl.common.stop_signals import run_interruptible
+from megatron_dsrl.run.preemption import Preempted, StopRequested, StopSignal
+
+async def request(number):
+    try:
+        while True:  # so that a signal comes while a request is being worked on
+            await asyncio.sleep(0)
+    finally:
+        await asyncio.sleep(CLOSING)
+
+async def sample():
+    requests = [asyncio.create_task(request(number)) for number in range(1000)]
+    await asyncio.sleep(0)
+    print("started", flush=True)
+    try:
+        await asyncio.gather(*requests)
+    finally:
+        print("cancelled", flush=True)
+
+def evaluate(): run_interruptible(sample())
+
+def training():
+    with StopSignal() as stop:
+        try:
+            with stop.interruptible():
+                run_interruptible(sample())
+        except StopRequested:
+            raise Preempted
+
+def train(config, starting): WORK()
+"""
+
+
+def start_many_requests(folder: Path, work: str, closing: int) -> "subprocess.Popen[str]":
+    """A command with a thousand requests, each of which takes so many seconds to be closed."""
+    return start_in_place_of_train(folder, MANY_REQUESTS.replace("CLOSING", str(closing)).replace("WORK", work))
+
+
+@pytest.mark.parametrize(
+    ("work", "status", "line"), [("evaluate", 143, "dsrl: ended by SIGTERM\n"), ("training", 75, "")]
+)
+def test_requests_that_a_signal_interrupts_are_not_reported(folder, work, status, line) -> None:
+    process = start_many_requests(folder, work, closing=0)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=30)
+    assert (process.returncode, stderr) == (status, line)
+
+
+@pytest.mark.parametrize("work", ["evaluate", "training"])
+@pytest.mark.parametrize(("first", "second"), [("SIGTERM", "SIGTERM"), ("SIGINT", "SIGINT"), ("SIGUSR1", "SIGTERM")])
+def test_a_second_signal_ends_the_command_at_once_with_one_line(folder, work, first, second) -> None:
+    """Also while a thousand requests are being cancelled."""
+    process = start_many_requests(folder, work, closing=60)
+    process.send_signal(signal.Signals[first])
+    assert process.stdout.readline() == "cancelled\n"
+    process.send_signal(signal.Signals[second])
+    _, stderr = process.communicate(timeout=10)
+    assert process.returncode == 128 + signal.Signals[second]
+    assert stderr == f"dsrl: {second} came second; ended at once\n"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from typing import TypeVar
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 LAUNCHER_VARIABLE = "DSRL_LAUNCHER"
-"""Environment variable of the processes that `launch` starts: the process id of the launcher."""
+"""Environment variable of the commands that `launch` and a sweep start: the process id of what started them."""
 
 
 def launched_rank() -> int:
@@ -30,10 +30,11 @@ def launched_world_size() -> int:
 
 
 def end_with_launcher() -> None:
-    """Have the kernel kill this rank when torchrun, or the launcher of `--processes`, is killed.
+    """Have the kernel kill this rank when torchrun, or the launcher of `--processes`, is killed; or this run with its
+    sweep.
 
-    Either stops its ranks when it exits, unless it is killed. Its ranks would then keep running, alongside those of the
-    next start in the same run folder.
+    Each stops what it has started when it exits, unless it is killed. That would then keep running, alongside the
+    processes of the next start in the same run folder.
     """
     launcher = os.environ.pop(LAUNCHER_VARIABLE, None)  # commands that this rank starts must not inherit it
     if launcher is not None:

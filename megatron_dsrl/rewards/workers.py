@@ -1,6 +1,7 @@
 """The processes of a reward pool: small, deaf to the signals that end a job, and continued if something stops them."""
 
 import signal
+import sys
 import threading
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -12,6 +13,8 @@ from pebble import ProcessExpired
 SIGNALS_TO_STOP = {signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP}
 EXIT_UNKNOWN = 255  # what multiprocessing reports when the fork server is gone
 EXITED_WITH_0 = 256  # beyond every real status
+QUIET_TRACKER = "ignore::UserWarning:multiprocessing.resource_tracker"
+"""Python option. A process that is killed leaves semaphores, which the tracker removes: no news to the user."""
 LOOK_SECONDS = 1.0
 """Interval at which stopped workers are looked for."""
 
@@ -94,9 +97,11 @@ def start_fork_server() -> None:
     when to stop and needs its workers until then; a pool without its fork server can neither be used nor closed.
     """
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_TO_STOP)
+    sys.warnoptions.append(QUIET_TRACKER)  # which the tracker inherits
     try:
         resource_tracker.ensure_running()  # ignores SIGTERM itself, but unblocks it in this process
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_TO_STOP)
         forkserver.ensure_running()
     finally:
+        sys.warnoptions.remove(QUIET_TRACKER)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)

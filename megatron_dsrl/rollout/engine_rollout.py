@@ -4,7 +4,6 @@ Engines may die or hang at any time. Their callers note it and continue without 
 all ranks reach together: when new weights are loaded, and during a batch when it cannot continue without them.
 """
 
-import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import cast
 
 from megatron_dsrl.common.collective import broadcast, rank
+from megatron_dsrl.common.stop_signals import run_interruptible
 from megatron_dsrl.config.run import RolloutSettings
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.platform.engine import can_release_engine_memory
@@ -272,7 +272,7 @@ class EngineRollout:
         may_recover = in_main_thread and self._recover is not None
         while True:
             try:
-                asyncio.run(self._dispatch(batch, GroupJudge(rewards, self._decode), progress))
+                run_interruptible(self._dispatch(batch, GroupJudge(rewards, self._decode), progress))
                 return batch
             except EnginesLostError:
                 if not may_recover:

@@ -2,7 +2,7 @@
 which comes when the terminal is closed.
 
 The first request ends generation or evaluation at once, lets a running update finish, and then saves a checkpoint. A
-second one ends the process immediately, unless everything is saved: srun sends one to the ranks that have not ended yet
+second one ends the process at once, unless everything is saved: srun sends one to the ranks that have not ended yet
 when the first one has.
 """
 
@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 from megatron_dsrl.common.process import handling_signals, leave_terminal
+from megatron_dsrl.common.stop_signals import end_at_next_signal, interrupt
 
 PREEMPTED_STATUS = 75
 """Exit status of a run that was asked to stop and can be continued (EX_TEMPFAIL of sysexits.h)."""
@@ -21,10 +22,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StopRequested(KeyboardInterrupt):
-    """Raised inside `StopSignal.interruptible` when the process is asked to stop.
-
-    A KeyboardInterrupt, because asyncio propagates it even from its callbacks.
-    """
+    """Raised inside `StopSignal.interruptible` when the process is asked to stop."""
 
 
 class Preempted(SystemExit):
@@ -77,8 +75,7 @@ class StopSignal:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
             leave_terminal()
-        if self.requested:
-            raise SystemExit(128 + number)
+        end_at_next_signal()
         self.requested = True
         if self._interruptible:
-            raise StopRequested
+            interrupt(StopRequested())

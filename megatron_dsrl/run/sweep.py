@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.common.process import LAUNCHER_VARIABLE
 from megatron_dsrl.config.load import load_config
 from megatron_dsrl.config.sweep import SweepConfig
 from megatron_dsrl.config.validate import validated
@@ -97,7 +98,7 @@ def run_sweep(runs: Sequence[SweepRun], processes: int) -> list[SweepRun]:
 
     Raises:
         UserError: one of the configurations is wrong; nothing has been started.
-        KeyboardInterrupt, SystemExit: Ctrl-C or a signal; the runs have been asked to stop, and have saved their state.
+        KeyboardInterrupt: Ctrl-C or a signal; the runs have been asked to stop, and have saved their state.
     """
     missing = [run for run in runs if not _is_finished(run)]
     print(f"{len(runs) - len(missing)} of {len(runs)} runs are finished", flush=True)
@@ -152,7 +153,7 @@ class _Trainings:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+                env=os.environ | {"PYTHONUNBUFFERED": "1", LAUNCHER_VARIABLE: str(os.getpid())},
                 start_new_session=True,  # Ctrl-C in a terminal would end it before its state is saved
             )
             self._started.append(process)

@@ -2,6 +2,8 @@
 
 import logging
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
@@ -202,3 +204,17 @@ def test_a_module_that_fails_is_one_message_with_its_line(tmp_path, monkeypatch,
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match=f"reward.function: cannot import `{module}`: {message}"):
         RewardPool(RewardConfig(function=f"{module}:f"))
+
+
+def test_a_process_that_is_killed_while_it_judges_leaves_no_messages() -> None:
+    """Of its semaphores, which multiprocessing removes."""
+    program = """
+import os
+from megatron_dsrl.config.data import RewardConfig
+from megatron_dsrl.rewards.pool import RewardPool
+pool = RewardPool(RewardConfig(function="boxed", workers=1))
+pool.submit("", "1").result(timeout=60)
+os._exit(0)
+"""
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert process.stderr == ""

@@ -79,7 +79,7 @@ phases: [{name: grpo, space: post_train, advantage: group_mean}]
 """
 TRAINING = """#!/bin/sh
 trap 'exit 75' TERM
-echo >> started
+echo "$DSRL_LAUNCHER" >> started
 while :; do sleep 0.05; done
 """
 
@@ -107,6 +107,8 @@ def test_an_interrupted_sweep_lets_its_runs_save_their_state(tmp_path, monkeypat
         "0 of 4 runs are finished",
         "GRPO, seed 1: stopped; the same command continues it",
     ]
+    # runs of a sweep that is killed end with it
+    assert (tmp_path / "started").read_text() == f"{os.getpid()}\n"
 
 
 @pytest.mark.slow

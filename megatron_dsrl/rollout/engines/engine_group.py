@@ -4,7 +4,6 @@ An engine that is gone, hangs or fails a call is lost: it is not called again un
 restarts it. The other engines are not disturbed.
 """
 
-import asyncio
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
@@ -15,6 +14,7 @@ import torch.distributed
 
 from megatron_dsrl.common.collective import gather, rank, world_size
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.common.stop_signals import run_interruptible
 from megatron_dsrl.config.layout import engine_problems, refuse
 from megatron_dsrl.config.run import RolloutSettings
 from megatron_dsrl.platform.engine import LOOPBACK, compiles_kernels, engine_environment, weights_through_shared_memory
@@ -102,7 +102,7 @@ class EngineGroup:
 
     def _warm_up(self, seconds: float) -> None:
         """On the engine's owner, each time it has started."""
-        asyncio.run(warm_up(self._server.address, self._all_settings.rollout.routing_replay, seconds))
+        run_interruptible(warm_up(self._server.address, self._all_settings.rollout.routing_replay, seconds))
 
     def lose(self, problems: Mapping[int, str]) -> None:
         """See `Engines.lose`."""
@@ -182,7 +182,7 @@ class EngineGroup:
         concerned = [tag for tag in tags if (tag in self._released) == released_before]
         if self._owns_server and self._problem is None and concerned:
             try:
-                asyncio.run(self._call_memory(concerned, release=not released_before))
+                run_interruptible(self._call_memory(concerned, release=not released_before))
                 self._released.symmetric_difference_update(concerned)
             except EngineError as error:
                 self._problem = str(error)

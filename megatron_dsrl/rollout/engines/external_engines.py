@@ -14,6 +14,7 @@ from itertools import chain
 
 from megatron_dsrl.common.collective import broadcast, rank
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.common.stop_signals import run_interruptible
 from megatron_dsrl.config.run import RolloutSettings
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.source import resolve_model_folder
@@ -69,7 +70,7 @@ class ExternalEngines:
 
     def wait_until_ready(self) -> None:
         """See `Engines.wait_until_ready`."""
-        error = broadcast(asyncio.run(self._wait_for(self._links, set_version=True)) if rank() == 0 else None)
+        error = broadcast(run_interruptible(self._wait_for(self._links, set_version=True)) if rank() == 0 else None)
         if error is not None:
             raise UserError(error)
 
@@ -87,7 +88,7 @@ class ExternalEngines:
         Raises:
             UserError: on every rank, when one does not answer within `engine.startup_timeout_seconds`.
         """
-        error = broadcast(asyncio.run(self._wait_for_lost()) if rank() == 0 else None)
+        error = broadcast(run_interruptible(self._wait_for_lost()) if rank() == 0 else None)
         if error is not None:
             raise UserError(error)
 
@@ -101,7 +102,7 @@ class ExternalEngines:
         for attempt in range(self._config.engine.max_restarts + 1):
             self.restart_lost()
             buckets = make_buckets()
-            pushed = asyncio.run(self._push(outdated, buckets, version)) if rank() == 0 else None
+            pushed = run_interruptible(self._push(outdated, buckets, version)) if rank() == 0 else None
             for _ in buckets:
                 pass
             outcome = broadcast(pushed)
@@ -136,7 +137,7 @@ class ExternalEngines:
         """Disconnect; the servers keep running. Not collective."""
         for link in self._links:
             try:
-                asyncio.run(link.leave())
+                run_interruptible(link.leave())
             except EngineError as error:
                 logger.warning("%s", error)
 

@@ -10,7 +10,6 @@ weights in another form by `engine.extra_arguments`, or whose kernels split or r
 this: its digests always differ.
 """
 
-import asyncio
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_dsrl.common.collective import gather_within
+from megatron_dsrl.common.stop_signals import run_interruptible
 from megatron_dsrl.config.run import RolloutSettings
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.source import resolve_model_folder
@@ -161,7 +161,7 @@ def check_weights(
         EngineError: on every rank of the group, if the engine refused or is gone.
     """
     rank, size = (0, 1) if group is None else (group.rank(), group.size())
-    answer = None if engine is None else asyncio.run(_engine_digests(engine, timeout_seconds))
+    answer = None if engine is None else run_interruptible(_engine_digests(engine, timeout_seconds))
     digests = gather_within(group, answer)[0]
     if isinstance(digests, str):
         raise EngineError(digests)

@@ -1,0 +1,81 @@
+"""Signals that ask a command to stop. The first ends what the main thread does by an exception, which cleans up; the
+second ends the process at once."""
+
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import Callable, Coroutine
+from types import FrameType
+from typing import Any, TypeVar
+
+from megatron_dsrl.common.process import launched_rank, leave_terminal
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+Value = TypeVar("Value")
+
+_cancel: Callable[[KeyboardInterrupt], None] | None = None
+"""Cancels the coroutine that the main thread runs by `run_interruptible`."""
+
+
+def interrupt(error: KeyboardInterrupt) -> None:
+    """Called by a signal handler: end what the main thread does by this exception."""
+    if _cancel is None:
+        raise error
+    _cancel(error)
+
+
+def run_interruptible(work: Coroutine[Any, Any, Value]) -> Value:
+    """`asyncio.run`, but an interruption cancels `work` and is raised here afterwards.
+
+    Raised inside the event loop, it would end any of the tasks, and asyncio would report that task with a traceback;
+    or, in the callback of a weak reference, it would be lost.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return asyncio.run(work)
+    interruption: KeyboardInterrupt | None = None
+
+    async def cancellable() -> Value:
+        global _cancel
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+
+        def cancel(error: KeyboardInterrupt) -> None:
+            nonlocal interruption
+            interruption = error
+            loop.call_soon_threadsafe(task.cancel)  # wakes the loop
+
+        _cancel = cancel
+        try:
+            return await work
+        finally:
+            _cancel = None
+
+    try:
+        result = asyncio.run(cancellable())
+    except BaseException:
+        if interruption is None:
+            raise
+        raise interruption from None  # whatever the cancelled work has raised
+    if interruption is not None:
+        raise interruption
+    return result
+
+
+def end_at_next_signal() -> None:
+    """From now on, a signal to stop ends this process at once. An exception would have asyncio report each of the
+    thousands of requests that are being cancelled."""
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _end_now)
+
+
+def _end_now(number: int, frame: FrameType | None) -> None:
+    for other in STOP_SIGNALS:  # should the line below have to wait for a full pipe
+        signal.signal(other, signal.SIG_DFL)
+    if number == signal.SIGHUP:
+        leave_terminal()
+    if launched_rank() == 0:
+        os.write(2, f"dsrl: {signal.Signals(number).name} came second; ended at once\n".encode())
+    os._exit(128 + number)  # children die with their parent
