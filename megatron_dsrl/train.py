@@ -106,5 +106,6 @@ def finish(run: TrainingRun, last_step: int) -> None:
         Preempted: the process was asked to stop during the last step.
     """
     run.saving.finish()
+    # also a barrier: every rank's engine serves rank 0 until the last evaluation is done
+    run.saving.raise_if_stopped(last_step)
     run.reporting.finish(last_step)
-    run.saving.raise_if_stopped()  # also a barrier: every rank's engine serves rank 0 until the last evaluation is done

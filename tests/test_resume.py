@@ -80,7 +80,7 @@ def test_stops_kills_and_a_dead_engine_change_nothing(config, undisturbed) -> No
         training.process.send_signal(signal.SIGTERM)
         assert training.ended() == PREEMPTED_STATUS, training.output
     stopped_after = newest_checkpoint(run)
-    assert stopped_after >= 1
+    assert f"stopped after step {stopped_after}, with its state saved" in training.output
 
     def disturb_the_next_update(disturb: Callable[[RunningTraining], None]) -> int:
         step = newest_checkpoint(run) + 1

@@ -8,6 +8,7 @@ from megatron_dsrl.algorithms.schedule import Schedule
 from megatron_dsrl.checkpoint.state import RunState, current_layout
 from megatron_dsrl.checkpoint.store import CheckpointStore
 from megatron_dsrl.common.collective import gather, on_first, rank
+from megatron_dsrl.common.waiting import say_on_first_rank
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.data.mixture import MixtureState
 from megatron_dsrl.data.samplers import SamplerState
@@ -89,17 +90,22 @@ class Saving:
                 self.device.give_to_trainer()
             self.save(step, sampler)
             self.checkpoints.finish()
-        raise Preempted
+        self._stop(step)
 
     def finish(self) -> None:
         """Wait for the last checkpoint."""
         self.checkpoints.finish()
 
-    def raise_if_stopped(self) -> None:
+    def raise_if_stopped(self, last_step: int) -> None:
         """Also a barrier.
 
         Raises:
             Preempted: a rank was asked to stop during the last step.
         """
         if any(gather(self.stop.requested)):
-            raise Preempted
+            self._stop(last_step)
+
+    def _stop(self, step: int) -> NoReturn:
+        where = f"after step {step}, with its state saved" if step > 0 else "before the end of its first step"
+        say_on_first_rank(f"stopped {where}; the same command continues the run")
+        raise Preempted
