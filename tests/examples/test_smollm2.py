@@ -1,6 +1,7 @@
 """The example of a real language model: what can be tried without its weights."""
 
 import importlib.metadata
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from examples.smollm2.get_model import gguf_file
-from examples.smollm2.short_problems import short_problem
+from examples.smollm2.one_step_problems import SIZES, main
 from examples.tiny_dsrl.tokenizer import VOCAB_SIZE
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.load import load_config
@@ -48,16 +49,18 @@ def test_problems_and_answers(data_folder: Path) -> None:
     assert run.reward.function == benchmark.config.reward.function
 
 
-def test_a_short_problem_has_its_calculations_and_the_answer_in_a_box() -> None:
-    solution = "She sold 48/2 = <<48/2=24>>24 clips.\nTogether 1000+24 = <<1000+24=1024>>1024 clips.\n#### 1,024"
-    assert short_problem({"question": "How many?", "answer": solution}) == {
-        "problem": "How many?",
-        "solution": "48/2=24\n1000+24=1024\n\\boxed{1024}",
-        "answer": "1024",
-    }
-    too_many, unfinished = "<<1+1=2>><<2-1=1>><<1*1=1>>", "<<1+2=3>>"
-    for calculations in ("", too_many, unfinished):
-        assert short_problem({"question": "?", "answer": f"1 {calculations}\n#### 1"}) is None
+def test_problems_are_solved_right_and_no_calculation_is_in_both_files(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("sys.argv", ["one_step_problems", "--output", str(tmp_path)])
+    assert main() == 0
+    train, held_out = ([json.loads(line) for line in (tmp_path / file).read_text().splitlines()] for file in SIZES)
+    assert (len(train), len(held_out)) == (1024, 128)
+    for problem in (*train, *held_out):
+        calculation, box = problem["solution"].split("\n")
+        numbers = re.findall(r"\d+", problem["problem"])
+        assert re.findall(r"\d+", calculation) == [*numbers, problem["answer"]]
+        assert eval(calculation.replace("=", "==")) and box == f"\\boxed{{{problem['answer']}}}"
+    calculations = [{problem["solution"] for problem in problems} for problems in (train, held_out)]
+    assert not set.intersection(*calculations)
 
 
 def test_every_run_is_a_valid_configuration() -> None:
