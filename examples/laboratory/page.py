@@ -8,6 +8,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -46,6 +47,8 @@ Means over runs, lowest and highest in brackets; per response, or problems per s
 to 40: the share of responses with each behaviour, the problems whose eight responses are all right or all wrong, and
 the share of responses cut at the length limit.
 """
+REMEDIED_CELLS = {"hidden, 0": claims.GRPO, "hidden, 8": claims.DSRL}
+"""Runs of the map that the remedies are compared with."""
 MAP_NOTE = """\
 The same as differences, paired by seed. ± is half of Student's 95 % interval, not corrected for their number.
 """
@@ -83,7 +86,7 @@ def write_page(folder: Path) -> None:
         *_claims_part(comparison, read_results(folder / "warmup_lengths.jsonl"), base),
         *_warmup_part(read_results(folder / "warmup_lengths.jsonl"), folder),
         *_map_part(read_results(folder / "map.jsonl"), folder),
-        *_remedies_part(read_results(folder / "remedies.jsonl")),
+        *_remedies_part(read_results(folder / "remedies.jsonl"), read_results(folder / "map.jsonl")),
     ]
     (folder / "README.md").write_text("\n".join(parts), encoding="utf-8")
 
@@ -222,10 +225,12 @@ def _gain(results: SweepResults, cell: str, length: int) -> str:
     return f"{difference.mean:+.1f}" + ("" if half is None else f" ± {half:.1f}")
 
 
-def _remedies_part(results: SweepResults) -> list[str]:
+def _remedies_part(remedies: SweepResults, of_map: SweepResults) -> list[str]:
     title = "## Remedies\n"
-    if not results.results:
-        return [title, "Not run yet: `bash examples/laboratory/run.sh bases remedies`.\n"]
+    if not remedies.results:
+        return [title, "Not run yet: `bash examples/laboratory/run.sh bases map remedies`.\n"]
+    compared = [replace(run, method=name) for cell, name in REMEDIED_CELLS.items() for run in of_map.of(cell)]
+    results = SweepResults((*compared, *remedies.results))
     rows = [
         [
             method,

@@ -266,7 +266,7 @@ def test_the_page_judges_the_claims_from_the_collected_files(tmp_path) -> None:
 
 def test_the_page_pairs_the_map_and_the_remedies_by_seed(tmp_path) -> None:
     cells = {"hidden, 0": (0.4, 0.5), "hidden, 8": (0.3, 0.4), "visible, 0": (0.4,)}
-    remedies = {"GRPO": (0.4, 0.5), "DSRL": (0.3, 0.4), "DSRL, other context": (0.35, 0.45)}
+    remedies = {"DSRL, other context": (0.35, 0.45)}
     for file, methods in (("map", cells), ("remedies", remedies)):
         runs = [made_up_run(name, seed, mean) for name, means in methods.items() for seed, mean in enumerate(means)]
         replace_records(tmp_path / f"{file}.jsonl", runs)
