@@ -1,7 +1,7 @@
 """YAML text to plain data and back, without the surprises of YAML 1.1.
 
-PyYAML's safe loader, with three differences: `1e-6` is a float (YAML 1.2's rule; YAML 1.1 wants `1.0e-6`), dates stay
-strings, and a repeated key is an error. `parse_yaml` also gives the line of every value, for messages. `format_yaml`
+PyYAML's safe loader, with four differences: `1e-6` is a float (YAML 1.2's rule; YAML 1.1 wants `1.0e-6`), `010` and
+`1:30` are not numbers (YAML 1.1: 8 and 90), dates stay strings, and a repeated key is an error. `parse_yaml` also gives the line of every value, for messages. `format_yaml`
 writes text that `parse_yaml` reads back to equal data.
 """
 
@@ -21,6 +21,7 @@ _TIMESTAMP_TAG = "tag:yaml.org,2002:timestamp"
 _INT_TAG = "tag:yaml.org,2002:int"
 _FLOAT_TAG = "tag:yaml.org,2002:float"
 _UNICODE_LINE_BREAK = re.compile("[\x85\u2028\u2029]")
+_INT = re.compile(r"^[-+]?(?:0|[1-9][0-9_]*|0b[01_]+|0x[0-9a-fA-F_]+)$")
 _FLOAT = re.compile(
     r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?"
     r"|[0-9][0-9_]*[eE][-+]?[0-9]+"
@@ -34,13 +35,13 @@ MAX_DEPTH = 50
 
 
 def _with_our_scalars(resolvers: dict[str, list]) -> dict[str, list]:
-    """PyYAML's table of implicit scalar types by first character, with our float rule and without dates."""
+    """PyYAML's table of implicit scalar types by first character, with our rules for numbers and without dates."""
     table = {
-        first: [(tag, rule) for tag, rule in rules if tag not in (_TIMESTAMP_TAG, _FLOAT_TAG)]
+        first: [(tag, rule) for tag, rule in rules if tag not in (_TIMESTAMP_TAG, _INT_TAG, _FLOAT_TAG)]
         for first, rules in resolvers.items()
     }
     for first in "-+.0123456789":
-        table.setdefault(first, []).append((_FLOAT_TAG, _FLOAT))
+        table.setdefault(first, []).extend([(_INT_TAG, _INT), (_FLOAT_TAG, _FLOAT)])
     return table
 
 

@@ -33,7 +33,16 @@ def test_what_is_written_reads_back_equal(document) -> None:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("1e-6", 1e-6), ("1E5", 1e5), ("-2.5e+3", -2500.0), (".5", 0.5), ("1_000", 1000), ("2024-01-31", "2024-01-31")],
+    [
+        ("1e-6", 1e-6),
+        ("1E5", 1e5),
+        ("-2.5e+3", -2500.0),
+        (".5", 0.5),
+        ("1_000", 1000),
+        ("010", "010"),
+        ("1:30", "1:30"),
+        ("2024-01-31", "2024-01-31"),
+    ],
 )
 def test_scalars_that_yaml_1_1_reads_otherwise(text, value) -> None:
     data, _ = parse_yaml(text, "test")
