@@ -31,11 +31,15 @@ MODEL = {
 RUN = {
     "name": "small",
     "steps": 4,
-    "model": {"path": "model"},
+    "model": {"path": "model", "random_init": True},
     "data": {"source": "train.jsonl", "max_prompt_tokens": 100},
     "rollout": {"prompts_per_step": 4, "samples_per_prompt": 4, "max_response_tokens": 60},
     "phases": [{"name": "grpo", "space": {"name": "post_train"}, "advantage": {"name": "group_standardised"}}],
 }
+
+
+OTHER_TENSOR = len(header := b'{"bias":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}').to_bytes(8, "little") + header
+"""A safetensors file."""
 
 
 @pytest.fixture
@@ -71,6 +75,21 @@ def test_dry_run_prints_configuration_and_figures_and_starts_nothing(folder) -> 
     assert figures["samples per step"] == "16"
     assert figures["epochs"] == "2.00"
     assert {path.name for path in folder.iterdir()} == {"model", "train.jsonl", "run.yaml"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "model holds no weights: neither model.safetensors nor model.safetensors.index.json"),
+        (b"<html>", "model.safetensors cannot be read as safetensors"),
+        (OTHER_TENSOR, "model: missing tensors: model.embed_tokens.weight"),
+    ],
+)
+def test_dry_run_checks_the_weights(folder, content, message) -> None:
+    if content is not None:
+        (folder / "model" / "model.safetensors").write_bytes(content)
+    result = dsrl(folder, "train", "run.yaml", "--dry-run", "model.random_init=false")
+    assert result.returncode == 2 and message in result.stderr
 
 
 def test_dry_run_imports_nothing_heavy(folder) -> None:
@@ -326,7 +345,7 @@ def test_requests_that_a_signal_interrupts_are_not_reported(folder, work, status
 @pytest.mark.parametrize(("first", "second"), [("SIGTERM", "SIGTERM"), ("SIGINT", "SIGINT"), ("SIGUSR1", "SIGTERM")])
 def test_a_second_signal_ends_the_command_at_once_with_one_line(folder, work, first, second) -> None:
     """Also while a thousand requests are being cancelled."""
-    process = start_many_requests(folder, work, closing=60)
+    process = start_many_requests(folder, work, closing=3600)
     process.send_signal(signal.Signals[first])
     assert process.stdout.readline() == "cancelled\n"
     process.send_signal(signal.Signals[second])

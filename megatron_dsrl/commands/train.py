@@ -74,6 +74,9 @@ def run_training(config: "RunConfig", options: argparse.Namespace) -> int:
     if options.dry_run:
         from rich.console import Console
 
+        from megatron_dsrl.run.preflight import check_weight_files
+
+        check_weight_files(config)
         if launched_rank() == 0:
             print_dry_run(config, figures, Console())
         return 0

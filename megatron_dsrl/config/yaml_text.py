@@ -1,8 +1,8 @@
 """YAML text to plain data and back, without the surprises of YAML 1.1.
 
 PyYAML's safe loader, with four differences: `1e-6` is a float (YAML 1.2's rule; YAML 1.1 wants `1.0e-6`), `010` and
-`1:30` are not numbers (YAML 1.1: 8 and 90), dates stay strings, and a repeated key is an error. `parse_yaml` also gives the line of every value, for messages. `format_yaml`
-writes text that `parse_yaml` reads back to equal data.
+`1:30` are not numbers (YAML 1.1: 8 and 90), dates stay strings, and a repeated key is an error. `parse_yaml` also gives
+the line of every value, for messages. `format_yaml` writes text that `parse_yaml` reads back to equal data.
 """
 
 import re

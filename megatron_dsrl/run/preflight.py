@@ -63,6 +63,25 @@ def check_models(config: RunConfig) -> None:
         )
 
 
+def check_weight_files(config: RunConfig) -> None:
+    """Check the weights of local models by their files' headers. Takes seconds, to import torch.
+
+    Raises:
+        UserError: weights of the policy or of its reference are missing, damaged or of another model.
+    """
+    folder = Path(config.model.path).expanduser()
+    if not folder.is_dir():
+        return
+    from megatron_dsrl.weights.checkpoint_shapes import check_weights
+    from megatron_dsrl.weights.tables import weight_table
+
+    table = weight_table(read_architecture(folder))
+    if not config.model.random_init:
+        check_weights(folder, table)
+    if config.reference.path is not None and (reference := Path(config.reference.path).expanduser()).is_dir():
+        check_weights(reference, table)
+
+
 def require_model(field: str, path: str | None) -> None:
     """
     Raises:

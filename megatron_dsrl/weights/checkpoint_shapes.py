@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint
+from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint, NoWeights
 from megatron_dsrl.weights.layouts import Shape, Vocabulary
-from megatron_dsrl.weights.megatron_checkpoint import MegatronCheckpoint
+from megatron_dsrl.weights.megatron_checkpoint import MegatronCheckpoint, is_megatron_checkpoint
 from megatron_dsrl.weights.table import TensorRule, WeightTable
 
 LARGEST_PADDING = 1024
@@ -24,6 +24,32 @@ def whole_shape(rule: TensorRule) -> Shape:
     """Shape of one unsharded Megatron parameter: in every layout it has the rows of all its HF tensors."""
     # Asking the layout with tensors on the meta device would import torch._dynamo, which takes seconds.
     return (sum(tensor.shape[0] for tensor in rule.hf), *rule.hf[0].shape[1:])
+
+
+def check_weights(folder: Path, table: WeightTable) -> None:
+    """Check what can be told without reading tensors: that all are there, in whole files, with the table's shapes.
+
+    Raises:
+        UserError: they are not; see the checks of either format.
+    """
+    if is_megatron_checkpoint(folder):
+        check_megatron_checkpoint(MegatronCheckpoint(folder), table)
+    else:
+        open_hf_weights(folder, table)
+
+
+def open_hf_weights(folder: Path, table: WeightTable) -> HfCheckpoint:
+    """The weights of an HF folder that a run starts from, checked.
+
+    Raises:
+        UserError: there are none, or see `check_hf_checkpoint`.
+    """
+    try:
+        checkpoint = HfCheckpoint(folder)
+    except NoWeights as error:
+        raise UserError(f"{error}. A run can also start from random weights: model.random_init=true") from error
+    check_hf_checkpoint(checkpoint, table)
+    return checkpoint
 
 
 def check_megatron_checkpoint(checkpoint: MegatronCheckpoint, table: WeightTable) -> None:

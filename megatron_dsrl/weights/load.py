@@ -12,14 +12,13 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
 from megatron_dsrl.common.collective import rank, together, world_size
-from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.model.architecture import Architecture, read_architecture
 from megatron_dsrl.model.build import bare_model
 from megatron_dsrl.model.lora import is_adapter
 from megatron_dsrl.weights.bind import bind
 from megatron_dsrl.weights.checkpoint_record import check_record
-from megatron_dsrl.weights.checkpoint_shapes import check_hf_checkpoint, check_megatron_checkpoint
-from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint, NoWeights
+from megatron_dsrl.weights.checkpoint_shapes import check_hf_checkpoint, check_megatron_checkpoint, open_hf_weights
+from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint
 from megatron_dsrl.weights.megatron_checkpoint import MegatronCheckpoint, is_megatron_checkpoint
 from megatron_dsrl.weights.table import TableEntry, WeightTable
 from megatron_dsrl.weights.tables import value_model_table, weight_table
@@ -87,12 +86,7 @@ def load_hf_weights(chunks: Sequence[nn.Module], table: WeightTable, folder: Pat
         UserError: weights are missing or damaged, a tensor is missing, unexpected or of the wrong shape, or a tied head
             differs from the embedding.
     """
-    try:
-        checkpoint = HfCheckpoint(folder)
-    except NoWeights as error:
-        raise UserError(f"{error}. A run can also start from random weights: model.random_init=true") from error
-    check_hf_checkpoint(checkpoint, table)
-    fill(chunks, table, checkpoint.read)
+    fill(chunks, table, open_hf_weights(folder, table).read)
 
 
 @torch.no_grad()
