@@ -301,16 +301,15 @@ async def request(number):
         while True:  # so that a signal comes while a request is being worked on
             await asyncio.sleep(0)
     finally:
+        if number == 0:
+            print("cancelled", flush=True)
         await asyncio.sleep(CLOSING)
 
 async def sample():
     requests = [asyncio.create_task(request(number)) for number in range(1000)]
     await asyncio.sleep(0)
     print("started", flush=True)
-    try:
-        await asyncio.gather(*requests)
-    finally:
-        print("cancelled", flush=True)
+    await asyncio.gather(*requests)  # ends when all of them have, also if it is cancelled
 
 def evaluate(): run_interruptible(sample())
 
