@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -50,7 +51,8 @@ the share of responses cut at the length limit.
 REMEDIED_CELLS = {"hidden, 0": claims.GRPO, "hidden, 8": claims.DSRL}
 """Runs of the map that the remedies are compared with."""
 MAP_NOTE = """\
-The same as differences, paired by seed. ± is half of Student's 95 % interval, not corrected for their number.
+The same as differences, paired by seed. ± is half of Student's 95 % interval, not corrected for their number; the last
+row takes every seed of every cell as a value.
 """
 REMEDIES_NOTE = """\
 Exploratory, where mistakes are hidden: DSRL with a warm-up of 8 of 40 steps, as it is and with a change to the warm-up.
@@ -210,19 +212,24 @@ def _map_part(results: SweepResults, folder: Path) -> list[str]:
     lengths = sorted({length for of_cell in cells.values() for length in of_cell})
     rows = [[cell, *(_cell_words(of_cell.get(length, [])) for length in lengths)] for cell, of_cell in cells.items()]
     header = ["cell", *(f"warm-up {length}, accuracy, %" for length in lengths)]
-    gains = [[cell, *(_gain(results, cell, length) for length in lengths[1:])] for cell in cells]
+    by_cell = {cell: [_gains(results, cell, length) for length in lengths[1:]] for cell in cells}
+    by_cell["all cells"] = [tuple(chain.from_iterable(column)) for column in zip(*by_cell.values())]
+    gains = [[cell, *map(_gain_words, of_cell)] for cell, of_cell in by_cell.items()]
     gain_header = ["cell", *(f"warm-up {length} minus none, points" for length in lengths[1:])]
     return ["## The map\n", table(header, rows), MAP_NOTE, table(gain_header, gains), "![the map](map.svg)\n"]
 
 
-def _gain(results: SweepResults, cell: str, length: int) -> str:
-    """A cell's accuracy with a warm-up minus that without one."""
+def _gains(results: SweepResults, cell: str, length: int) -> tuple[float, ...]:
+    """A cell's accuracy with a warm-up minus that without one, by seed."""
     with_warmup, without = (results.by_seed(f"{cell}, {steps}", final_accuracy) for steps in (length, 0))
-    if not with_warmup.keys() & without.keys():
+    return paired(with_warmup, without).values if with_warmup.keys() & without.keys() else ()
+
+
+def _gain_words(gains: tuple[float, ...]) -> str:
+    if not gains:
         return "-"
-    difference = paired(with_warmup, without)
-    half = Estimate(difference.values).half_width
-    return f"{difference.mean:+.1f}" + ("" if half is None else f" ± {half:.1f}")
+    estimate = Estimate(gains)
+    return f"{estimate.mean:+.1f}" + ("" if estimate.half_width is None else f" ± {estimate.half_width:.1f}")
 
 
 def _remedies_part(remedies: SweepResults, of_map: SweepResults) -> list[str]:

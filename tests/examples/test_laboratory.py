@@ -272,7 +272,7 @@ def test_the_page_pairs_the_map_and_the_remedies_by_seed(tmp_path) -> None:
         replace_records(tmp_path / f"{file}.jsonl", runs)
     write_page(tmp_path)
     page = (tmp_path / "README.md").read_text()
-    assert "| hidden | -10.0 ± 0.0 |\n| visible | - |" in page
+    assert "| hidden | -10.0 ± 0.0 |\n| visible | - |\n| all cells | -10.0 ± 0.0 |" in page
     assert "| DSRL, other context | 2 | 40.0 ± 63.5 | -5.00; bootstrap" in page and "| +5.00; bootstrap" in page
 
 
