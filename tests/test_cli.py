@@ -12,6 +12,7 @@ import pytest
 
 from megatron_dsrl import __version__
 from megatron_dsrl.cli import _parse, main
+from megatron_dsrl.common.stop_signals import SAME_REQUEST_SECONDS
 from megatron_dsrl.config.load import dump_config, load_config
 from megatron_dsrl.config.yaml_text import format_yaml
 from megatron_dsrl.run.results import finished_step
@@ -340,6 +341,15 @@ def test_requests_that_a_signal_interrupts_are_not_reported(folder, work, status
     assert (process.returncode, stderr) == (status, line)
 
 
+def test_a_signal_that_a_launcher_passes_on_as_well_is_one_request(folder) -> None:
+    process = start_many_requests(folder, "training", closing=1)
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "cancelled\n"
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=30)
+    assert (process.returncode, stderr) == (75, "")
+
+
 @pytest.mark.parametrize("work", ["evaluate", "training"])
 @pytest.mark.parametrize(("first", "second"), [("SIGTERM", "SIGTERM"), ("SIGINT", "SIGINT"), ("SIGUSR1", "SIGTERM")])
 def test_a_second_signal_ends_the_command_at_once_with_one_line(folder, work, first, second) -> None:
@@ -347,6 +357,7 @@ def test_a_second_signal_ends_the_command_at_once_with_one_line(folder, work, fi
     process = start_many_requests(folder, work, closing=3600)
     process.send_signal(signal.Signals[first])
     assert process.stdout.readline() == "cancelled\n"
+    time.sleep(SAME_REQUEST_SECONDS)
     process.send_signal(signal.Signals[second])
     _, stderr = process.communicate(timeout=10)
     assert process.returncode == 128 + signal.Signals[second]

@@ -1,17 +1,22 @@
 """Signals that ask a command to stop. The first ends what the main thread does by an exception, which cleans up; the
-second ends the process at once."""
+second ends the process at once, unless it comes with the first."""
 
 import asyncio
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from megatron_dsrl.common.process import launched_rank, leave_terminal
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+SAME_REQUEST_SECONDS = 0.5
+"""A signal that follows another within this time belongs to the same request: SLURM sends it to every process of a job
+step, and a launcher among them passes it on to its ranks."""
 
 Value = TypeVar("Value")
 
@@ -64,14 +69,20 @@ def run_interruptible(work: Coroutine[Any, Any, Value]) -> Value:
 
 
 def end_at_next_signal() -> None:
-    """From now on, a signal to stop ends this process at once. An exception would have asyncio report each of the
-    thousands of requests that are being cancelled."""
+    """From now on, a further request to stop ends this process at once. An exception would have asyncio report each of
+    the thousands of requests that are being cancelled."""
+    asked = time.monotonic()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if time.monotonic() - asked >= SAME_REQUEST_SECONDS:
+            _end_now(number)
+
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _end_now)
+            signal.signal(number, end)
 
 
-def _end_now(number: int, frame: FrameType | None) -> None:
+def _end_now(number: int) -> NoReturn:
     for other in STOP_SIGNALS:  # should the line below have to wait for a full pipe
         signal.signal(other, signal.SIG_DFL)
     if number == signal.SIGHUP:
