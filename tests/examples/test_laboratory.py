@@ -1,4 +1,4 @@
-"""The laboratory: documents, statistics, sweeps and page, and (slow) the whole pipeline at a small size."""
+"""The laboratory: documents, statistics, sweeps and page, and the whole pipeline at a small size."""
 
 import json
 import random
@@ -276,7 +276,6 @@ def test_the_page_pairs_the_map_and_the_remedies_by_seed(tmp_path) -> None:
     assert "| DSRL, other context | 2 | 40.0 ± 63.5 | -5.00; bootstrap" in page and "| +5.00; bootstrap" in page
 
 
-@pytest.mark.slow
 def test_the_whole_pipeline_at_a_small_size(tmp_path, monkeypatch) -> None:
     """Base, two methods, collection and page: a tenth of the comparison's steps and samples."""
     from examples.laboratory.make_base import make

@@ -20,6 +20,7 @@ LONGEST_FIRST = (
     "tests/test_train_two_processes.py",
     "tests/actor/test_critic.py",
     "tests/actor/test_saved_state.py",
+    "tests/examples/test_laboratory.py",
     "tests/run",
     "tests/configs",
 )
