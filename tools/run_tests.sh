@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set up the CPU environment if necessary and run the tests. Arguments go to pytest:
-#   bash tools/run_tests.sh                        all tests except slow and GPU ones, on up to 4 cores
+#   bash tools/run_tests.sh                        all tests except slow and GPU ones, with up to 4 workers
 #   bash tools/run_tests.sh tests/config -k load   a selection, on one core (-n 2: on two)
 #   bash tools/run_tests.sh -m slow                only the slow ones
 set -euo pipefail
@@ -13,6 +13,11 @@ export CUDA_VISIBLE_DEVICES=''
 # Tests compare runs bit for bit, and the number of threads changes rounding.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 if [[ $# -eq 0 ]]; then
-    set -- -n logical --maxprocesses 4
+    # One worker more than cores, because tests often wait for engines, and 4 GiB for each.
+    workers=$(awk '/^MemAvailable/ { print int($2 / 2^22) }' /proc/meminfo)
+    for limit in 4 $(($(nproc) + 1)); do
+        workers=$((workers < limit ? workers : limit))
+    done
+    set -- -n "$((workers > 1 ? workers : 1))"
 fi
 exec "${DSRL_VENV:-$root/.venv}/bin/python" -m pytest --durations=10 "$@"
