@@ -15,7 +15,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 if [[ $# -eq 0 ]]; then
     # One worker more than cores, because tests often wait for engines, and 4 GiB for each.
     workers=$(awk '/^MemAvailable/ { print int($2 / 2^22) }' /proc/meminfo)
-    for limit in 4 $(($(nproc) + 1)); do
+    for limit in 4 $(($(getconf _NPROCESSORS_ONLN) + 1)); do
         workers=$((workers < limit ? workers : limit))
     done
     set -- -n "$((workers > 1 ? workers : 1))"
