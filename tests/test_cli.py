@@ -327,7 +327,7 @@ def train(config, starting): WORK()
 
 
 def start_many_requests(folder: Path, work: str, closing: int) -> "subprocess.Popen[str]":
-    """A command with a thousand requests, each of which takes so many seconds to be closed."""
+    """A command with a thousand requests, each of which takes `closing` seconds to close."""
     return start_in_place_of_train(folder, MANY_REQUESTS.replace("CLOSING", str(closing)).replace("WORK", work))
 
 

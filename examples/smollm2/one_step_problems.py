@@ -2,7 +2,7 @@
 
     python -m examples.smollm2.one_step_problems [--output .cache/smollm2/one_step]
 
-Writes train.jsonl and held_out.jsonl. No calculation of one file occurs in the other, whatever its names and things.
+Writes train.jsonl and held_out.jsonl. The two files have no calculation in common.
 """
 
 import argparse

@@ -30,11 +30,11 @@ def launched_world_size() -> int:
 
 
 def end_with_launcher() -> None:
-    """Have the kernel kill this rank when torchrun, or the launcher of `--processes`, is killed; or this run with its
+    """Have the kernel kill this process when what started it is killed: torchrun, the launcher of `--processes`, or a
     sweep.
 
-    Each stops what it has started when it exits, unless it is killed. That would then keep running, alongside the
-    processes of the next start in the same run folder.
+    A launcher that exits stops its processes, but one that is killed cannot. They would keep running, alongside those
+    of the next start in the same run folder.
     """
     launcher = os.environ.pop(LAUNCHER_VARIABLE, None)  # commands that this rank starts must not inherit it
     if launcher is not None:

@@ -62,7 +62,7 @@ def run_interruptible(work: Coroutine[Any, Any, Value]) -> Value:
     except BaseException:
         if interruption is None:
             raise
-        raise interruption from None  # whatever the cancelled work has raised
+        raise interruption from None  # not what the work raised when it was cancelled
     if interruption is not None:
         raise interruption
     return result

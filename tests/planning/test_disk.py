@@ -7,7 +7,7 @@ from tests.planning.test_parameters import qwen3_8b
 from tests.support.tiny_run import REPOSITORY
 
 PARAMETERS = 8_190_735_360
-"""Of Qwen3-8B."""
+"""Parameters of Qwen3-8B."""
 
 
 def test_checkpoints_and_exports_by_hand() -> None:

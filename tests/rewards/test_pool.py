@@ -207,7 +207,7 @@ def test_a_module_that_fails_is_one_message_with_its_line(tmp_path, monkeypatch,
 
 
 def test_a_process_that_is_killed_while_it_judges_leaves_no_messages() -> None:
-    """Of its semaphores, which multiprocessing removes."""
+    """multiprocessing removes its semaphores, and would warn that they leaked."""
     program = """
 import os
 from megatron_dsrl.config.data import RewardConfig
