@@ -52,9 +52,9 @@ def _sweep(options: argparse.Namespace) -> int:
     first, count = options.part
     failed = run_sweep(runs[first - 1 :: count], options.parallel_runs)
     by_method, folder = with_results(runs), Path(sweep.output_dir)
+    for run in failed:
+        print(f"failed: {run.method}, seed {run.seed}: see {run.log}", file=sys.stderr)
     if sweep.baseline in by_method:
         print(write_comparison(by_method, sweep.baseline, folder))
         print(f"written to {folder / TABLE_FILE} and {folder / FIGURE_FILE}")
-    for run in failed:
-        print(f"failed: {run.method}, seed {run.seed}: see {run.log}", file=sys.stderr)
     return 1 if failed else 0

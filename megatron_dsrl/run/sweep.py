@@ -23,6 +23,7 @@ from megatron_dsrl.config.yaml_text import parse_yaml, read_text
 from megatron_dsrl.observability.console_lines import duration
 from megatron_dsrl.observability.records import METRICS_FILE, read_records
 from megatron_dsrl.run.preemption import PREEMPTED_STATUS
+from megatron_dsrl.run.preflight import preflight
 from megatron_dsrl.run.results import has_results
 
 
@@ -97,10 +98,12 @@ def run_sweep(runs: Sequence[SweepRun], processes: int) -> list[SweepRun]:
         The runs that failed.
 
     Raises:
-        UserError: one of the configurations is wrong; nothing has been started.
+        UserError: one of the runs cannot start; nothing has been started.
         KeyboardInterrupt: Ctrl-C or a signal; the runs have been asked to stop, and have saved their state.
     """
     missing = [run for run in runs if not _is_finished(run)]
+    for run in {run.method: run for run in missing}.values():  # seeds share model and data
+        _check(run)
     print(f"{len(runs) - len(missing)} of {len(runs)} runs are finished", flush=True)
     trainings = _Trainings()
     with ThreadPoolExecutor(processes) as pool:
@@ -160,11 +163,27 @@ class _Trainings:
             return process
 
 
+def _check(run: SweepRun) -> None:
+    """
+    Raises:
+        UserError: the run cannot start, or has no evaluations to be compared.
+    """
+    config = load_config(run.configs, run.settings)
+    try:
+        preflight(config, world_size=1)
+    except UserError as error:
+        raise UserError(f"runs.{run.method}: {error}") from error
+    if not config.evaluation.sets:
+        raise UserError(f"runs.{run.method}: evaluation.sets: is empty, but a sweep compares evaluations; add a set")
+
+
 def _outcome(run: SweepRun, status: int) -> str:
     if status == PREEMPTED_STATUS:
         return "stopped; the same command continues it"
     if status != 0:
-        return f"failed with status {status}; see {run.log}"
+        lines = run.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        reason = next((line for line in reversed(lines) if line.startswith("dsrl: ")), f"status {status}")
+        return f"failed: {reason.removeprefix('dsrl: ')}; see {run.log}"
     seconds = sum(record["seconds/step"] for record in read_records(run.folder / METRICS_FILE))
     return f"{duration(seconds)} of training"
 

@@ -71,26 +71,49 @@ def test_a_wrong_sweep_is_refused_with_the_field(tmp_path, changes, message) -> 
         load_sweep(write_sweep(tmp_path, **changes))
 
 
-CONFIG = """
-steps: 2
-model: {path: model}
-data: {source: train.jsonl}
-phases: [{name: grpo, space: post_train, advantage: group_mean}]
-"""
-TRAINING = """#!/bin/sh
-trap 'exit 75' TERM
-echo "$DSRL_LAUNCHER" >> started
-while :; do sleep 0.05; done
-"""
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.path=nowhere"], r"^runs\.DSRL: model\.path: no such folder: nowhere"),
+        (["evaluation.sets=[]"], r"^runs\.DSRL: evaluation\.sets: is empty, but a sweep compares evaluations"),
+    ],
+)
+def test_nothing_starts_if_one_of_the_runs_cannot(tmp_path, overrides, message) -> None:
+    config = write_tiny_run(tmp_path)
+    runs = {"GRPO": {"config": config.name}, "DSRL": {"config": config.name, "overrides": overrides}}
+    with pytest.raises(UserError, match=message):
+        run_sweep(runs_of(load_sweep(write_sweep(tmp_path, runs=runs)), tmp_path), 1)
+    assert not (tmp_path / "sweep").exists()
+
+
+def replace_training(folder: Path, monkeypatch, script: str) -> None:
+    """Let the runs of a sweep execute a shell script in `folder`."""
+    python = folder / "python"
+    python.write_text(f"#!/bin/sh\n{script}")
+    python.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(python))
+    monkeypatch.chdir(folder)
+
+
+def test_a_failed_run_is_named_with_its_reason_and_the_others_go_on(tmp_path, monkeypatch, capsys) -> None:
+    write_tiny_run(tmp_path)
+    replace_training(tmp_path, monkeypatch, "echo 'dsrl: the disk is full'; echo 'tail of the log'; exit 1\n")
+    runs = runs_of(load_sweep(write_sweep(tmp_path, seeds=[1])), tmp_path)
+    assert run_sweep(runs, 1) == runs
+    assert capsys.readouterr().out.splitlines() == [
+        "0 of 2 runs are finished",
+        f"GRPO, seed 1: failed: the disk is full; see {tmp_path}/sweep/GRPO_seed1.log",
+        f"DSRL, seed 1: failed: the disk is full; see {tmp_path}/sweep/DSRL_seed1.log",
+    ]
 
 
 def test_an_interrupted_sweep_lets_its_runs_save_their_state(tmp_path, monkeypatch, capsys) -> None:
-    (tmp_path / "config.yaml").write_text(CONFIG)
-    python = tmp_path / "python"
-    python.write_text(TRAINING)
-    python.chmod(0o755)
-    monkeypatch.setattr("sys.executable", str(python))
-    monkeypatch.chdir(tmp_path)
+    write_tiny_run(tmp_path)
+    replace_training(
+        tmp_path,
+        monkeypatch,
+        "trap 'exit 75' TERM\necho \"$DSRL_LAUNCHER\" >> started\nwhile :; do sleep 0.05; done\n",
+    )
 
     def interrupt() -> None:
         for _ in range(600):
