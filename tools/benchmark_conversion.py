@@ -27,7 +27,7 @@ from rich.table import Table
 
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.weights.hf_writer import HfWriter, create_hf_files
-from megatron_dsrl.weights.tables import weight_table
+from megatron_dsrl.weights.table import weight_table
 
 COPY = ("import os, shutil", "shutil.copytree(SOURCE, TARGET); flush(TARGET)")
 TRANSFORMERS = (
@@ -40,7 +40,7 @@ TRANSFORMERS = (
 CONVERT_IMPORTS = """
 from megatron_dsrl.run.loading import loading_megatron
 with loading_megatron():
-    import megatron_dsrl.conversion.hf_to_megatron, megatron_dsrl.conversion.megatron_to_hf
+    import megatron_dsrl.conversion.convert, megatron_dsrl.conversion.convert
     import megatron_dsrl.publishing.card
 from megatron_dsrl.cli import main
 """

@@ -39,7 +39,7 @@ from megatron_dsrl.rollout.engines.engine_group import EngineGroup
 from megatron_dsrl.weights.export import export_hf_folder
 from megatron_dsrl.weights.load import fill_with_random_weights
 from megatron_dsrl.weights.stream import stream_hf_weights
-from megatron_dsrl.weights.tables import weight_table
+from megatron_dsrl.weights.table import weight_table
 
 VOCABULARY, HEAD = 32_000, 64
 TIMEOUT_SECONDS = 600.0

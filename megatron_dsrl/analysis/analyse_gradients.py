@@ -28,7 +28,7 @@ from megatron_dsrl.model.source import resolve_model_folder
 from megatron_dsrl.observability.records import read_records
 from megatron_dsrl.observability.run_records import read_run
 from megatron_dsrl.weights.load import load_weights
-from megatron_dsrl.weights.tables import weight_table
+from megatron_dsrl.weights.table import weight_table
 
 
 @dataclass(frozen=True)

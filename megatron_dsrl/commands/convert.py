@@ -11,7 +11,7 @@ from megatron_dsrl.run.loading import loading_megatron
 if TYPE_CHECKING:
     import torch
 
-    from megatron_dsrl.conversion.hf_to_megatron import ConversionOptions
+    from megatron_dsrl.conversion.convert import ConversionOptions
     from megatron_dsrl.evaluation.find_model import EvaluatedModel
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -133,8 +133,8 @@ def _add_verify(directions: Commands) -> None:
 
 def _hf_to_megatron(options: argparse.Namespace) -> int:
     with loading_megatron(what="PyTorch"):
-        from megatron_dsrl.conversion.hf_to_megatron import convert_hf_to_megatron
-        from megatron_dsrl.conversion.layout import CheckpointLayout
+        from megatron_dsrl.conversion.convert import convert_hf_to_megatron
+        from megatron_dsrl.conversion.distributed_checkpoint_writer import CheckpointLayout
         from megatron_dsrl.conversion.work import conversion_processes
 
     layout = CheckpointLayout(
@@ -153,7 +153,7 @@ def _hf_to_megatron(options: argparse.Namespace) -> int:
 def _megatron_to_hf(options: argparse.Namespace) -> int:
     with loading_megatron(what="PyTorch"):
         from megatron_dsrl.common.collective import rank
-        from megatron_dsrl.conversion.megatron_to_hf import convert_megatron_to_hf
+        from megatron_dsrl.conversion.convert import convert_megatron_to_hf
         from megatron_dsrl.conversion.work import conversion_processes
         from megatron_dsrl.publishing.card import write_card
 
@@ -189,7 +189,7 @@ def _find_checkpoint(folder: Path, model: str | None) -> "EvaluatedModel":
 
 
 def _conversion_options(options: argparse.Namespace) -> "ConversionOptions":
-    from megatron_dsrl.conversion.hf_to_megatron import ConversionOptions
+    from megatron_dsrl.conversion.convert import ConversionOptions
 
     return ConversionOptions(
         dtype=_dtype(options.dtype), verify=options.verify, overwrite=options.overwrite, expect=options.expect

@@ -8,7 +8,7 @@ first. Tests load the result with Megatron in several layouts.
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -19,13 +19,68 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_dsrl.common.disk import writing
-from megatron_dsrl.conversion.layout import CheckpointLayout
+from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.config.layout import model_problems, process_problems, refuse
+from megatron_dsrl.config.model import ParallelConfig
+from megatron_dsrl.model.architecture import Architecture
 from megatron_dsrl.weights.checkpoint_shapes import checkpoint_shape
 from megatron_dsrl.weights.direct_write import DirectWriter
 from megatron_dsrl.weights.layouts import Shape
 from megatron_dsrl.weights.megatron_checkpoint import FORMAT_FILE, leading_index
 from megatron_dsrl.weights.reused_memory import with_own_storage
-from megatron_dsrl.weights.table import TableEntry, WeightTable
+from megatron_dsrl.weights.table import TableEntry, TensorRule, WeightTable
+
+
+@dataclass(frozen=True)
+class CheckpointLayout:
+    """Parallel sizes for cutting the chunks of a checkpoint.
+
+    Any layout can load any checkpoint; in this one every process reads whole chunks. Only the tensor-parallel sizes
+    matter for cutting: each layer and each expert is a separate chunk anyway, which is all that pipeline stages
+    (virtual ones included) and expert parallelism need.
+    """
+
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    virtual_pipeline_parallel_size: int = 1
+    expert_parallel_size: int = 1
+    expert_tensor_parallel_size: int | None = None
+    """None means the same as `tensor_parallel_size`."""
+
+    def check(self, architecture: Architecture) -> None:
+        """Check that the layout divides the model. Layers may be spread unevenly over pipeline stages.
+
+        Raises:
+            UserError: names the size that does not divide the model.
+        """
+        cutting = ParallelConfig(
+            tensor_parallel_size=self.tensor_parallel_size,
+            expert_parallel_size=self.expert_parallel_size,
+            expert_tensor_parallel_size=self.expert_tensor_parallel_size,
+            sequence_parallel=self.tensor_parallel_size > 1,
+        )
+        staged = ParallelConfig(
+            pipeline_parallel_size=self.pipeline_parallel_size,
+            virtual_pipeline_stages=self.virtual_pipeline_parallel_size,
+        )
+        refuse([*process_problems(staged, staged.model_parallel_size), *model_problems(cutting, architecture.shape)])
+        stages, layers = staged.pipeline_parallel_size * staged.virtual_pipeline_stages, architecture.num_hidden_layers
+        if stages > layers:
+            raise UserError(f"{stages} pipeline stages (including virtual ones) for a model with {layers} layers")
+
+    def as_record(self) -> dict[str, int]:
+        """All sizes by name."""
+        return asdict(self) | {"expert_tensor_parallel_size": self.split_of_experts}
+
+    @property
+    def split_of_experts(self) -> int:
+        """Number of parts that an expert's matrices are split into."""
+        return self.expert_tensor_parallel_size or self.tensor_parallel_size
+
+    def num_shards(self, rule: TensorRule) -> int:
+        """Number of tensor-parallel ranks that split a rule's parameter."""
+        return self.split_of_experts if rule.per_expert else self.tensor_parallel_size
+
 
 FILE_BYTES = 4 * 2**30
 """A new file is started once the current one has reached this size."""

@@ -18,8 +18,7 @@ from megatron_dsrl.model.parallel import destroy_model_parallel, initialize_para
 from megatron_dsrl.platform import current_platform
 from megatron_dsrl.platform.engine import prepare_engine_process
 from megatron_dsrl.weights.load import load_weights
-from megatron_dsrl.weights.table import WeightTable
-from megatron_dsrl.weights.tables import weight_table
+from megatron_dsrl.weights.table import WeightTable, weight_table
 
 PROMPTS = (
     "The quick brown fox jumps over the lazy dog.",

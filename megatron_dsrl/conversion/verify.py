@@ -1,7 +1,6 @@
 """Compare an HF folder with a Megatron checkpoint: all tensors, and the logits of both models."""
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,8 +20,7 @@ from megatron_dsrl.weights.checkpoint_shapes import check_hf_checkpoint, check_m
 from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint, torch_dtype_name
 from megatron_dsrl.weights.megatron_checkpoint import MegatronCheckpoint
 from megatron_dsrl.weights.reused_memory import ReusedMemory
-from megatron_dsrl.weights.table import TableEntry, WeightTable
-from megatron_dsrl.weights.tables import weight_table
+from megatron_dsrl.weights.table import WeightTable, weight_table
 
 DIFFERENCES_SHOWN = 10
 
@@ -100,29 +98,17 @@ def _compare_share(
     tensors, nbytes, differences, cast, memory = 0, 0, [], Cast(dtype), ReusedMemory()
     for entry in with_progress(my_entries(table), dtype or torch.bfloat16, "comparing"):
         memory.free()
-        for name, wanted, found in _both_sides(entry, hf, megatron, source, cast, memory):
+        try:
+            from_megatron = megatron.read(entry, memory)
+        except UserError as error:
+            raise UserError(f"verification failed: {error}") from error
+        for tensor, megatron_side in zip(entry.hf, from_megatron):
+            hf_side = hf.read(tensor.name, memory)
+            original, found = (hf_side, megatron_side) if source == "hf" else (megatron_side, hf_side)
+            wanted = cast(tensor.name, original)
             tensors, nbytes = tensors + 1, nbytes + wanted.nbytes
-            differences += _differences(name, wanted, found)
+            differences += _differences(tensor.name, wanted, found)
     return _Comparison(tensors, nbytes, differences, cast)
-
-
-def _both_sides(
-    entry: TableEntry,
-    hf: HfCheckpoint,
-    megatron: MegatronCheckpoint,
-    source: Literal["hf", "megatron"],
-    cast: Cast,
-    memory: ReusedMemory,
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(name, expected tensor converted from the source, tensor found on the other side)."""
-    try:
-        from_megatron = megatron.read(entry, memory)
-    except UserError as error:
-        raise UserError(f"verification failed: {error}") from error
-    for tensor, megatron_side in zip(entry.hf, from_megatron):
-        hf_side = hf.read(tensor.name, memory)
-        wanted, found = (hf_side, megatron_side) if source == "hf" else (megatron_side, hf_side)
-        yield tensor.name, cast(tensor.name, wanted), found
 
 
 def _differences(name: str, wanted: Tensor, found: Tensor) -> list[str]:

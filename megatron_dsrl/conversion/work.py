@@ -1,21 +1,18 @@
 """Divide a table's entries between processes, with a progress bar, and read ahead."""
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megatron_dsrl.common.collective import rank, world_size
-from megatron_dsrl.common.process import in_background, launched_world_size
+from megatron_dsrl.common.process import launched_world_size
 from megatron_dsrl.common.rendezvous import join_processes
-from megatron_dsrl.provenance.inputs import describe_model
-from megatron_dsrl.provenance.start import find_out
 from megatron_dsrl.weights.reused_memory import ReusedMemory
 from megatron_dsrl.weights.table import TableEntry, WeightTable
 
@@ -88,13 +85,3 @@ def read_ahead(entries: Sequence[TableEntry], read: Callable[[TableEntry, Reused
             value = reading.result()
             reading = thread.submit(read_entry, following) if following < len(entries) else None
             yield value
-
-
-def describe_in_background(source: str, folder: Path) -> Future[dict[str, Any]]:
-    """Start to find out the details of the provenance record, for `record_found`. Nothing on other ranks than 0.
-
-    Args:
-        source: as the command line names it.
-        folder: its folder.
-    """
-    return in_background(lambda: find_out({"source": lambda: describe_model(source, folder)}) if rank() == 0 else {})

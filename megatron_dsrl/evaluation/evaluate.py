@@ -22,8 +22,7 @@ from megatron_dsrl.config.load import apply_override
 from megatron_dsrl.config.load_benchmark import Benchmark, load_benchmark
 from megatron_dsrl.config.validate import validated
 from megatron_dsrl.config.yaml_text import KeyPath
-from megatron_dsrl.conversion.hf_to_megatron import ConversionOptions
-from megatron_dsrl.conversion.megatron_to_hf import convert_megatron_to_hf
+from megatron_dsrl.conversion.convert import ConversionOptions, convert_megatron_to_hf
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.data.prompts import load_prompts
 from megatron_dsrl.data.tokenizer import decode, encode, load_tokenizer, stop_token_ids

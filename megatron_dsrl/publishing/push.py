@@ -13,7 +13,7 @@ from megatron_dsrl.common.hub import kinds_of_causes
 from megatron_dsrl.evaluation.find_model import EvaluatedModel, find_model
 from megatron_dsrl.publishing.card import CARD_FILE, is_generated, model_card
 from megatron_dsrl.publishing.origin import base_model_name, without_private_places
-from megatron_dsrl.weights.companions import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, COMPANIONS
+from megatron_dsrl.weights.hf_writer import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, COMPANIONS
 
 AS_THEY_ARE = (
     "config.json",

@@ -73,7 +73,7 @@ def check_weight_files(config: RunConfig) -> None:
     if not folder.is_dir():
         return
     from megatron_dsrl.weights.checkpoint_shapes import check_weights
-    from megatron_dsrl.weights.tables import weight_table
+    from megatron_dsrl.weights.table import weight_table
 
     table = weight_table(read_architecture(folder))
     if not config.model.random_init:

@@ -1,21 +1,46 @@
-"""Write a sharded model as an HF folder that Transformers and SGLang can load."""
+"""Write a sharded model as an HF folder that Transformers and SGLang can load, with LoRA adapters as PEFT's files."""
 
+import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 import torch
-from torch import nn
+from safetensors.torch import save
+from torch import Tensor, nn
 
 from megatron_dsrl.common.collective import on_first, rank, together
-from megatron_dsrl.weights.companions import ADAPTER_FOLDER, copy_companions
-from megatron_dsrl.weights.hf_writer import FILE_BYTES, HfWriter, create_hf_files
+from megatron_dsrl.common.disk import writing
+from megatron_dsrl.config.actor import LoraConfig
+from megatron_dsrl.model.architecture import Architecture
+from megatron_dsrl.model.lora import SUFFIX
+from megatron_dsrl.model.projections import Projection, projections
+from megatron_dsrl.weights.hf_writer import (
+    ADAPTER_CONFIG,
+    ADAPTER_FOLDER,
+    ADAPTER_WEIGHTS,
+    FILE_BYTES,
+    HfWriter,
+    copy_companions,
+    create_hf_files,
+)
+from megatron_dsrl.weights.layouts import Replicated, Shape, Split, TensorLayout
 from megatron_dsrl.weights.new_folder import new_folder
-from megatron_dsrl.weights.peft import PeftAdapters, write_peft_folder
 from megatron_dsrl.weights.stream import stream_hf_weights
-from megatron_dsrl.weights.table import WeightTable
+from megatron_dsrl.weights.table import HF_LAYER, LAYER, HfTensor, Initial, TensorRule, WeightTable
 
 BUCKET_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class PeftAdapters:
+    """A policy's adapters, and what their configuration file says."""
+
+    lora: LoraConfig
+    table: WeightTable
+    base_model: str
+    """Folder or hub name of the model that they were trained on."""
 
 
 def export_hf_folder(
@@ -35,10 +60,7 @@ def export_hf_folder(
     Args:
         chunks: GPTModel chunks of this pipeline stage, wrapped or not.
         source: HF folder to copy config.json and the tokenizer from.
-        target: folder to create; parents are created as needed.
         dtype: dtype of the written weights.
-        file_bytes: maximum size of a weight file.
-        adapters: the model's LoRA adapters.
 
     Raises:
         UserError: the target already exists or cannot be written. Raised on every rank.
@@ -67,3 +89,58 @@ def export_hf_folder(
 def _exhaust(buckets: Iterator[object]) -> None:
     for _ in buckets:
         pass
+
+
+def adapter_table(architecture: Architecture, lora: LoraConfig) -> WeightTable:
+    """The two-way table between adapters (model/lora.py) and PEFT's tensors."""
+    rules = [rule for each in projections(architecture, lora.target_modules) for rule in _rules(each, lora.rank)]
+    return WeightTable(tuple(rules), architecture.num_hidden_layers, holds_adapters=True)
+
+
+def write_peft_folder(chunks: Sequence[nn.Module], adapters: PeftAdapters, folder: Path, dtype: torch.dtype) -> None:
+    """Write adapter_config.json and adapter_model.safetensors into a new folder. Collective."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in chain.from_iterable(stream_hf_weights(chunks, adapters.table, BUCKET_BYTES, dtype)):
+        if rank() == 0:
+            tensors[name] = tensor.to("cpu", copy=True)
+
+    def write() -> None:
+        with writing(folder):
+            folder.mkdir()
+            content = save(tensors, metadata={"format": "pt"})  # save_file would let only the owner read the file
+            (folder / ADAPTER_WEIGHTS).write_bytes(content)
+            text = json.dumps(_peft_config(adapters), indent=2, ensure_ascii=False)
+            (folder / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
+
+    on_first(write)
+
+
+def _rules(projection: Projection, rank: int) -> tuple[TensorRule, TensorRule]:
+    """The rules of A and B. Both are initialised as in PEFT."""
+    hf = f"base_model.model.{HF_LAYER}{projection.hf_module}.{projection.name}."
+    whole, by_inputs, by_outputs = Replicated(), Split(1), Split(0)
+
+    def rule(matrix: str, shape: Shape, layout: TensorLayout, initial: Initial) -> TensorRule:
+        megatron = f"{LAYER}{projection.linear}{SUFFIX}.{matrix}.{projection.name}"
+        return TensorRule((HfTensor(f"{hf}{matrix}.weight", shape),), (megatron,), layout, initial)
+
+    row = projection.is_row_parallel
+    return (
+        rule("lora_A", (rank, projection.in_size), by_inputs if row else whole, "uniform"),
+        rule("lora_B", (projection.out_size, rank), whole if row else by_outputs, "zeros"),
+    )
+
+
+def _peft_config(adapters: PeftAdapters) -> dict[str, object]:
+    """Content of adapter_config.json; PEFT has defaults for the rest."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": adapters.base_model,
+        "r": adapters.lora.rank,
+        "lora_alpha": adapters.lora.alpha,
+        "lora_dropout": 0.0,
+        "target_modules": list(adapters.lora.target_modules),
+        "bias": "none",
+        "inference_mode": True,
+    }

@@ -1,6 +1,7 @@
-"""Write the weights of an HF folder one tensor at a time, from one or several processes."""
+"""Write an HF folder: its weights tensor by tensor, from one or several processes, and the files beside them."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,29 @@ from torch import Tensor
 from megatron_dsrl.common.disk import writing
 from megatron_dsrl.common.tensor_bytes import bytes_of
 from megatron_dsrl.weights.direct_write import DirectWriter
-from megatron_dsrl.weights.hf_checkpoint import INDEX_FILE, SINGLE_FILE
+from megatron_dsrl.weights.hf_checkpoint import INDEX_FILE, SINGLE_FILE, torch_dtype_name
 from megatron_dsrl.weights.layouts import Shape
 from megatron_dsrl.weights.safetensors_file import StoredTensor, create_file
 
 FILE_BYTES = 5 * 2**30
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+)
+"""Files copied unchanged. config.json is copied too, with the dtype of the new weights."""
+ADAPTER_FOLDER = "adapter"
+"""Folder of LoRA adapters within an export. It holds PEFT's two files."""
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -96,3 +115,28 @@ def _cut_into_files(shapes: Mapping[str, Shape], dtype: torch.dtype, file_bytes:
         groups[-1].append(name)
         filled += nbytes
     return groups
+
+
+def copy_companions(source: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Copy configuration, generation configuration, tokenizer and chat template to a folder with weights of `dtype`.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    config = json.loads((source / "config.json").read_text())
+    # Transformers wrote `torch_dtype` up to version 4 and writes `dtype` since then; both read the older name.
+    for field in {"dtype", "torch_dtype"} & set(config) or {"torch_dtype"}:
+        config[field] = torch_dtype_name(dtype)
+    with writing(folder / "config.json"):
+        (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    for path in {path for pattern in COMPANIONS for path in source.glob(pattern)}:
+        if path.is_file():
+            copy = folder / path.relative_to(source)
+            with writing(copy):
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, copy)
+
+
+def is_template_folder(path: Path) -> bool:
+    """Whether it is the folder of further chat templates that Transformers writes, with nothing else in it."""
+    return path.name == "additional_chat_templates" and all(file.suffix == ".jinja" for file in path.iterdir())

@@ -20,8 +20,7 @@ from megatron_dsrl.weights.checkpoint_record import check_record
 from megatron_dsrl.weights.checkpoint_shapes import check_hf_checkpoint, check_megatron_checkpoint, open_hf_weights
 from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint
 from megatron_dsrl.weights.megatron_checkpoint import MegatronCheckpoint, is_megatron_checkpoint
-from megatron_dsrl.weights.table import TableEntry, WeightTable
-from megatron_dsrl.weights.tables import value_model_table, weight_table
+from megatron_dsrl.weights.table import TableEntry, WeightTable, value_model_table, weight_table
 from megatron_dsrl.weights.untrusted_checkpoint import only_plain_objects
 
 
@@ -29,21 +28,17 @@ def load_weights(chunks: Sequence[nn.Module], table: WeightTable, folder: Path) 
     """Fill this rank's parameters from an HF folder or a Megatron distributed checkpoint. Collective.
 
     Raises:
-        UserError: see `load_hf_weights` and `load_megatron_weights`.
+        UserError: the weights are missing or damaged, config.json differs from the recorded one, a tensor is missing,
+            unexpected or of the wrong shape, or a tied head differs from the embedding.
     """
     if is_megatron_checkpoint(folder):
-        load_megatron_weights(chunks, table, folder)
+        _load_megatron_weights(chunks, table, folder)
     else:
         load_hf_weights(chunks, table, folder)
 
 
-def load_megatron_weights(chunks: Sequence[nn.Module], table: WeightTable, folder: Path) -> None:
-    """Fill this rank's parameters with Megatron's own loading, which reshards to the current layout. Collective.
-
-    Raises:
-        UserError: the checkpoint is damaged, its config.json differs from the recorded one, or a tensor is missing,
-            unexpected or of the wrong shape.
-    """
+def _load_megatron_weights(chunks: Sequence[nn.Module], table: WeightTable, folder: Path) -> None:
+    """Use Megatron's own loading, which reshards to the current layout. Collective."""
     if (folder / "config.json").exists():  # a run's checkpoint has neither that nor a record
         check_record(folder, read_architecture(folder))
     checkpoint = MegatronCheckpoint(folder)
@@ -80,11 +75,7 @@ def load_hf_weights(chunks: Sequence[nn.Module], table: WeightTable, folder: Pat
     """Fill this rank's parameters from the safetensors of an HF folder, reading only the tensors it needs.
 
     Call it before building the optimizer, which copies the parameters into its fp32 master weights. Values are cast to
-    the parameters' dtype.
-
-    Raises:
-        UserError: weights are missing or damaged, a tensor is missing, unexpected or of the wrong shape, or a tied head
-            differs from the embedding.
+    the parameters' dtype. Raises UserError like `load_weights`.
     """
     fill(chunks, table, open_hf_weights(folder, table).read)
 
@@ -125,8 +116,7 @@ def fill_with_random_weights(
     gets the same model.
 
     Args:
-        chunks: GPTModel chunks of this pipeline stage, wrapped or not.
-        standard_deviation: standard deviation of the normal distribution; `initializer_range` in HF configurations.
+        standard_deviation: of the normal distribution; `initializer_range` in HF configurations.
     """
     expected = {tensor.name: (tensor.shape, entry.rule.initial) for entry in table.entries() for tensor in entry.hf}
 
@@ -149,8 +139,7 @@ def load_value_model(chunks: Sequence[nn.Module], architecture: Architecture, fo
     """Fill this rank's parameters. From a policy only the decoder is loaded; the head is zero, and so are all values.
 
     Args:
-        chunks: chunks of a value model, wrapped or not.
-        architecture: architecture of policy and critic.
+        architecture: that of policy and critic.
         folder: HF folder of a policy or of a token classifier with one label, or a policy converted to a Megatron
             distributed checkpoint.
 

@@ -23,7 +23,7 @@ from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.generated_card import CARD_FILE, has_mark
 from megatron_dsrl.observability.records import PROVENANCE_FILE
 from megatron_dsrl.weights.checkpoint_record import RECORD_FILE
-from megatron_dsrl.weights.companions import COMPANIONS, is_template_folder
+from megatron_dsrl.weights.hf_writer import COMPANIONS, is_template_folder
 from megatron_dsrl.weights.megatron_checkpoint import is_megatron_checkpoint
 
 MODEL_FILES = (
@@ -71,7 +71,8 @@ def new_folder(target: Path, overwrite: bool = False, needed: Sequence[Path] = (
 
     def publish() -> None:
         try:
-            _publish(partial, target, overwrite)
+            assert lock is not None
+            _publish(lock, target, overwrite)
         except OSError as error:
             raise UserError(f"cannot write the model to {target}: {error}") from error
 
@@ -95,16 +96,12 @@ class _Lock:
     @property
     def partial(self) -> Path:
         """The folder that is being written."""
-        return self.file.with_name(self.file.name.removesuffix(".lock"))
+        return self.file.with_suffix("")
 
     @property
     def old(self) -> Path:
         """The former target, while it is replaced."""
-        return _old(self.partial)
-
-
-def _old(partial: Path) -> Path:
-    return partial.with_name(partial.name + ".old")
+        return self.file.with_suffix(".old")
 
 
 def _refuse_what_is_needed(target: Path, needed: Sequence[Path]) -> None:
@@ -154,17 +151,17 @@ def _is_of_a_model(entry: Path) -> bool:
     return any(entry.match(pattern) for pattern in MODEL_FILES)
 
 
-def _publish(partial: Path, target: Path, overwrite: bool) -> None:
+def _publish(lock: _Lock, target: Path, overwrite: bool) -> None:
     """Rename; an existing target is moved aside first, so the target is missing only for a moment."""
     _refuse_to_replace(target, overwrite)  # the target may have been created or changed meanwhile
     if not target.exists():
-        partial.rename(target)
+        lock.partial.rename(target)
         return
-    target.rename(_old(partial))
+    target.rename(lock.old)
     try:
-        partial.rename(target)
+        lock.partial.rename(target)
     except OSError:
-        _old(partial).rename(target)
+        lock.old.rename(target)
         raise
 
 
@@ -180,7 +177,9 @@ def _remove_leftovers(lock: _Lock, target: Path) -> None:
 
 def _remove_what_killed_processes_left(target: Path) -> None:
     """Also refuses a target that a living process is writing."""
-    for file in _siblings(target):
+    for file in list(target.parent.iterdir()):
+        if not (file.name.startswith(_prefix(target)) and file.suffix == ".lock"):
+            continue
         with suppress(OSError):  # the file is gone, or the file system has no locks to tell whether its owner runs
             lock = _take(file, os.O_RDWR)
             if lock is not None:
@@ -203,12 +202,6 @@ def _is_locked(file: Path) -> bool:
         finally:
             os.close(descriptor)
     return False
-
-
-def _siblings(target: Path) -> list[Path]:
-    """Lock files of all processes that fill or filled this target."""
-    prefix = _prefix(target)
-    return [file for file in target.parent.iterdir() if file.name.startswith(prefix) and file.suffix == ".lock"]
 
 
 def _prefix(target: Path) -> str:

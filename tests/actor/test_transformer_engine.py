@@ -16,8 +16,7 @@ from transformers import Qwen3ForCausalLM, Qwen3MoeForCausalLM
 
 from megatron_dsrl.actor.build import build_actor
 from megatron_dsrl.config.model import ParallelConfig
-from megatron_dsrl.conversion.hf_to_megatron import ConversionOptions
-from megatron_dsrl.conversion.megatron_to_hf import convert_megatron_to_hf
+from megatron_dsrl.conversion.convert import ConversionOptions, convert_megatron_to_hf
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from tests.actor import test_layouts, test_lora, test_offload, test_reference, test_router, test_saved_state
 from tests.actor.test_actor import GRPO, NSR_PRERL, objective_of, reference, run_config

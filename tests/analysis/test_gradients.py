@@ -20,7 +20,7 @@ from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.build import build_model, build_trainable
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from megatron_dsrl.weights.load import load_weights
-from megatron_dsrl.weights.tables import weight_table
+from megatron_dsrl.weights.table import weight_table
 from tests.support.distributed import run_distributed
 from tests.support.tiny_model import make_tiny_qwen3, make_tiny_qwen3_moe
 

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig
-from megatron_dsrl.conversion.hf_to_megatron import ConversionOptions, convert_hf_to_megatron
-from megatron_dsrl.conversion.layout import CheckpointLayout
-from megatron_dsrl.conversion.megatron_to_hf import convert_megatron_to_hf
+from megatron_dsrl.conversion.convert import ConversionOptions, convert_hf_to_megatron, convert_megatron_to_hf
+from megatron_dsrl.conversion.distributed_checkpoint_writer import CheckpointLayout
 from megatron_dsrl.conversion.work import conversion_processes
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.build import build_model
@@ -29,7 +28,7 @@ from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint
 from megatron_dsrl.weights.load import load_weights
 from megatron_dsrl.weights.reused_memory import ReusedMemory
 from megatron_dsrl.weights.stream import stream_hf_weights
-from megatron_dsrl.weights.tables import weight_table
+from megatron_dsrl.weights.table import weight_table
 from tests.support.distributed import run_distributed
 from tests.support.families import FAMILIES
 

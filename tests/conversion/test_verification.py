@@ -11,7 +11,7 @@ from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.conversion.logits import _megatron_logits
 from megatron_dsrl.conversion.work import conversion_processes
 from megatron_dsrl.model.architecture import read_architecture
-from megatron_dsrl.weights.tables import weight_table
+from megatron_dsrl.weights.table import weight_table
 from tests.support.conversions import VOCAB_SIZE, assert_identical, convert, hidden, tensors_of
 from tests.support.tiny_model import make_tiny_qwen3
 

@@ -14,8 +14,8 @@ from megatron_dsrl.cli import main
 from megatron_dsrl.common.checksum import checksums
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.fingerprint import fingerprint
-from megatron_dsrl.conversion.hf_to_megatron import ConversionOptions, convert_hf_to_megatron
-from megatron_dsrl.conversion.layout import CheckpointLayout
+from megatron_dsrl.conversion.convert import ConversionOptions, convert_hf_to_megatron
+from megatron_dsrl.conversion.distributed_checkpoint_writer import CheckpointLayout
 from megatron_dsrl.evaluation.evaluate import default_output
 from megatron_dsrl.evaluation.find_model import find_checkpoint, find_model
 from megatron_dsrl.model.architecture import read_architecture

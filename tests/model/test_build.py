@@ -14,7 +14,7 @@ from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.build import build_model, build_trainable
 from megatron_dsrl.model.parallel import destroy_parallel, initialize_parallel
 from megatron_dsrl.weights.load import load_hf_weights
-from megatron_dsrl.weights.tables import weight_table
+from megatron_dsrl.weights.table import weight_table
 from tests.support.families import FAMILIES
 from tests.support.packed import packed
 from tests.support.tiny_model import LLAMA3, YARN, make_tiny_llama, make_tiny_qwen3

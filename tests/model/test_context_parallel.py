@@ -17,7 +17,7 @@ from megatron_dsrl.model.build import build_model
 from megatron_dsrl.model.context_parallel import assemble, zigzag_rows
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from megatron_dsrl.weights.load import load_hf_weights
-from megatron_dsrl.weights.tables import weight_table
+from megatron_dsrl.weights.table import weight_table
 from tests.model.test_attention import HEAD_DIM, HEADS, attention_written_out, core_attention, random_qkv
 from tests.support.distributed import run_distributed
 from tests.support.tiny_model import make_tiny_qwen3

@@ -13,7 +13,7 @@ from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.weights import safetensors_file
 from megatron_dsrl.weights.checkpoint_shapes import check_hf_checkpoint
 from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint
-from megatron_dsrl.weights.tables import weight_table
+from megatron_dsrl.weights.table import weight_table
 from tests.support.tiny_model import make_tiny_qwen3
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

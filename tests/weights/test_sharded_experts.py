@@ -17,7 +17,7 @@ from megatron_dsrl.model.build import build_model, build_trainable
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from megatron_dsrl.weights.load import load_hf_weights
 from megatron_dsrl.weights.stream import stream_hf_weights
-from megatron_dsrl.weights.tables import weight_table
+from megatron_dsrl.weights.table import weight_table
 from tests.support.distributed import run_distributed
 from tests.support.tiny_model import make_tiny_qwen3_moe
 from tests.weights.test_sharded_model import MICRO_BATCHES, backward, gradient_errors, logits_error, rows

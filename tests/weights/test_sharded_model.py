@@ -29,8 +29,7 @@ from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from megatron_dsrl.weights.export import export_hf_folder
 from megatron_dsrl.weights.load import fill_with_random_weights, load_hf_weights
 from megatron_dsrl.weights.stream import stream_hf_weights
-from megatron_dsrl.weights.table import WeightTable
-from megatron_dsrl.weights.tables import weight_table
+from megatron_dsrl.weights.table import WeightTable, weight_table
 from tests.support.disk import files_of_at_most
 from tests.support.distributed import run_distributed
 from tests.support.packed import packed

@@ -21,7 +21,7 @@ from megatron_dsrl.rollout.engines.engine_group import EngineGroup
 from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
 from megatron_dsrl.weights.load import load_hf_weights
 from megatron_dsrl.weights.stream import stream_hf_weights
-from megatron_dsrl.weights.tables import weight_table
+from megatron_dsrl.weights.table import weight_table
 from tests.support.distributed import run_distributed
 from tests.support.engine import tiny_run_config, weights_checker
 from tests.support.tiny_model import make_tiny_qwen3

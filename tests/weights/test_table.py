@@ -10,8 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qw
 
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.weights.checkpoint_shapes import whole_shape
-from megatron_dsrl.weights.table import TableEntry, WeightTable
-from megatron_dsrl.weights.tables import weight_table
+from megatron_dsrl.weights.table import TableEntry, WeightTable, weight_table
 from tests.support.families import FAMILIES
 from tests.support.tiny_model import make_tiny_qwen3
 
