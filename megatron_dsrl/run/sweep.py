@@ -137,6 +137,8 @@ class _Trainings:
         with open(run.log, "a", encoding="utf-8") as log:
             process = self._start(run, log)
             status = PREEMPTED_STATUS if process is None else process.wait()
+        if status != 0 and self._is_stopped:  # a run that is still starting has nothing to save, and just ends
+            status = PREEMPTED_STATUS
         print(f"{run.method}, seed {run.seed}: {_outcome(run, status)}", flush=True)
         return status
 

@@ -107,12 +107,13 @@ def test_a_failed_run_is_named_with_its_reason_and_the_others_go_on(tmp_path, mo
     ]
 
 
-def test_an_interrupted_sweep_lets_its_runs_save_their_state(tmp_path, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize("status", [75, 143])  # of a run that has saved its state, and of one that was still starting
+def test_an_interrupted_sweep_lets_its_runs_save_their_state(tmp_path, monkeypatch, capsys, status) -> None:
     write_tiny_run(tmp_path)
     replace_training(
         tmp_path,
         monkeypatch,
-        "trap 'exit 75' TERM\necho \"$DSRL_LAUNCHER\" >> started\nwhile :; do sleep 0.05; done\n",
+        f"trap 'exit {status}' TERM\necho \"$DSRL_LAUNCHER\" >> started\nwhile :; do sleep 0.05; done\n",
     )
 
     def interrupt() -> None:
