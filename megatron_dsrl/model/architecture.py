@@ -141,11 +141,7 @@ def read_architecture(folder: Path) -> Architecture:
 
 
 def check_model_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
-    """Check that the layout divides the model; see `config.layout.model_problems`.
-
-    Raises:
-        UserError: names the field and the model size that it does not divide.
-    """
+    """Raise UserError, which names the field and the model size, unless the layout divides the model."""
     refuse(model_problems(parallel, architecture.shape))
 
 

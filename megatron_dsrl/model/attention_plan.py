@@ -26,7 +26,6 @@ class PaddedBatch:
     firsts: tuple[int, ...]
     """Row index of each piece's first token."""
     lengths: tuple[int, ...]
-    """Tokens of each piece."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -83,7 +82,6 @@ class ContextParallelPlan:
 
 @lru_cache(maxsize=8)  # all layers of a micro-batch use the same plan, in forward, backward and recomputation
 def plan_packed(lengths: tuple[int, ...], device: torch.device) -> PackedPlan:
-    """Plan the batches of a row with sequences of these lengths."""
     batches = _batches_of_similar_length(lengths)
     return PackedPlan(tuple(batches), _slot_map(batches, sum(lengths), device))
 

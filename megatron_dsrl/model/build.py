@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig, RouterConfig
 from megatron_dsrl.model.architecture import Architecture, Experts, check_model_layout
 from megatron_dsrl.model.layer_spec import LayerImplementation, choose_layer_implementation, decoder_layers
-from megatron_dsrl.model.rope import Llama3Scaling, RopeScaling, Yarn
+from megatron_dsrl.model.rope import Llama3Scaling, Yarn
 from megatron_dsrl.platform import current_platform
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -80,15 +80,14 @@ def transformer_config(architecture: Architecture, model: ModelConfig, parallel:
         **RECOMPUTE[model.recompute],
         **platform_flags | (INTERLEAVED if virtual_stages > 1 else {}),
     )
-    for name, value in _yarn_attributes(architecture.rope_scaling).items():
-        setattr(config, name, value)
+    if isinstance(architecture.rope_scaling, Yarn):
+        for name, value in _yarn_attributes(architecture.rope_scaling).items():
+            setattr(config, name, value)
     return config
 
 
-def _yarn_attributes(yarn: RopeScaling | None) -> dict[str, Any]:
+def _yarn_attributes(yarn: Yarn) -> dict[str, Any]:
     """What Megatron reads from its configuration for YaRN, though the class does not declare it."""
-    if not isinstance(yarn, Yarn):
-        return {}
     return {
         "yarn_rotary_scaling_factor": yarn.factor,
         "yarn_original_max_position_embeddings": yarn.original_max_position_embeddings,
@@ -123,7 +122,7 @@ def _expert_fields(
 def build_model(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig) -> list[MegatronModule]:
     """Build this process's part of the model; `initialize_parallel` must have run.
 
-    Parameters are not initialised: load them (weights/load.py) or initialise them randomly (weights/load.py).
+    Parameters are not initialised; weights/load.py loads them or draws them at random.
 
     Returns:
         The `parallel.virtual_pipeline_stages` chunks of this pipeline stage, each a GPTModel, inside a Float16Module

@@ -17,9 +17,7 @@ def zigzag_rows(lengths: Sequence[int], size: int, rank: int) -> Tensor:
     """Positions in the whole packed row of the tokens that a rank holds, in the rank's order.
 
     Args:
-        lengths: tokens of each sequence, multiples of 2 * size unless size is 1.
-        size: context-parallel size.
-        rank: context-parallel rank.
+        lengths: tokens of each sequence, multiples of 2 * size unless the context-parallel size is 1.
 
     Returns:
         [sum(lengths) / size] int64.

@@ -38,12 +38,7 @@ class Adapter(MegatronModule):
     def __init__(
         self, config: TransformerConfig, architecture: Architecture, linear: str, lora: LoraConfig, device: torch.device
     ) -> None:
-        """
-        Args:
-            config: configuration of the layer's model.
-            linear: `Projection.linear`, the layer's path within its transformer layer.
-            lora: `target_modules` must name a projection of this layer.
-        """
+        """`linear` is that of a `Projection`; one of its projections must be in `lora.target_modules`."""
         super().__init__(config)
         ranks = parallel_state.get_tensor_model_parallel_world_size()
         fused = [each for each in projections(architecture) if each.linear == linear]
@@ -122,10 +117,6 @@ def add_adapters(chunks: Sequence[MegatronModule], architecture: Architecture, l
     """Freeze a model and put adapters beside its linear layers, before it is wrapped for data parallelism.
 
     The adapters' parameters are not initialised; fill them by their weight table (weights/export.py).
-
-    Args:
-        chunks: chunks of `build_model`, weights loaded or not.
-        lora: must name projections that the model has.
     """
     for chunk in chunks:
         model = bare_model(chunk)

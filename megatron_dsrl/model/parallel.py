@@ -30,7 +30,13 @@ def initialize_parallel(parallel: ParallelConfig, seed: int) -> None:
     platform.install()
     virtual_stages = parallel.virtual_pipeline_stages
     if not dist.is_initialized():
-        _start_processes(platform.distributed_backend, timedelta(seconds=parallel.collective_timeout_seconds))
+        timeout = timedelta(seconds=parallel.collective_timeout_seconds)
+        if "RANK" in os.environ:
+            join_processes(platform.distributed_backend, timeout)
+        else:
+            # An in-process store needs no port, so any number of single-process runs can share a machine.
+            store = dist.HashStore()
+            dist.init_process_group(platform.distributed_backend, store=store, rank=0, world_size=1, timeout=timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
@@ -44,14 +50,6 @@ def initialize_parallel(parallel: ParallelConfig, seed: int) -> None:
     stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(stage_seed)
     tensor_parallel.model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
-
-
-def _start_processes(backend: str, timeout: timedelta) -> None:
-    if "RANK" in os.environ:
-        join_processes(backend, timeout)
-    else:
-        # An in-process store needs no port, so any number of single-process runs can share a machine.
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
 def destroy_model_parallel() -> None:

@@ -71,7 +71,6 @@ def read_rope(
 
     Args:
         config: content of config.json.
-        path: path of config.json, for messages.
         default_theta: the base if config.json has none; None: it must have one.
 
     Raises:
@@ -94,7 +93,6 @@ def read_rope(
 
 
 def _section(config: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
-    """The section that counts."""
     given = {}
     for name in SECTIONS:
         section = config.get(name) or {}

@@ -39,11 +39,7 @@ class RouterLosses:
     """Losses and metrics of this rank's routers in one optimizer step."""
 
     def __init__(self, config: RouterConfig, num_tokens: int, device: torch.device) -> None:
-        """
-        Args:
-            config: which losses, and their coefficients.
-            num_tokens: tokens of the optimizer step over all micro-batches and data-parallel replicas, without padding.
-        """
+        """`num_tokens`: of the optimizer step over all micro-batches and data-parallel replicas, without padding."""
         coefficients = {"load_balancing_loss": config.load_balancing_coefficient, "z_loss": config.z_loss_coefficient}
         self._coefficients = {name: value for name, value in coefficients.items() if value is not None}
         self._over_the_step = config.load_balancing == "global_aux_loss"
@@ -55,7 +51,6 @@ class RouterLosses:
 
     @property
     def exist(self) -> bool:
-        """Whether any loss is enabled."""
         return bool(self._coefficients)
 
     def layer_loss(self, router: "Router", logits: Tensor, routing_map: Tensor, is_token: Tensor) -> Tensor:
@@ -81,9 +76,7 @@ class RouterLosses:
         """Unweighted means over tokens and layers, the same on every rank. Collective over all ranks.
 
         Ranks route disjoint tokens or layers: with experts, tensor parallelism implies sequence parallelism.
-
-        Args:
-            num_layers: layers of the whole model.
+        `num_layers` counts those of the whole model.
         """
         if not self.exist:
             return {}
@@ -131,13 +124,7 @@ class Router(TopKRouter):
 def adding_router_losses(
     chunks: Sequence[torch.nn.Module], config: RouterConfig, num_tokens: int
 ) -> Iterator[RouterLosses]:
-    """Add router losses to the gradients during the forward and backward passes of one optimizer step.
-
-    Args:
-        chunks: this rank's part of the model.
-        config: which losses; may be none.
-        num_tokens: tokens of the optimizer step, as in `RouterLosses`.
-    """
+    """Add router losses to the gradients during the forward and backward passes of one optimizer step."""
     losses = RouterLosses(config, num_tokens, next(chunks[0].parameters()).device)
     routers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, Router)]
     for router in routers:

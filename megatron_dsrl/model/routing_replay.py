@@ -70,7 +70,6 @@ class RoutedTransformerLayer(TransformerLayer):
         self.mlp.router.router_replay = self._given
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """As `TransformerLayer.forward`."""
         routed_experts = getattr(kwargs.get("packed_seq_params"), "routed_experts", None)
         if routed_experts is None:
             self._given.experts = None

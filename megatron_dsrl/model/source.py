@@ -34,13 +34,7 @@ def hub_name_of(folder: Path) -> str | None:
 
 
 def no_folder(field: str, path: str, made_by: Mapping[str, str] = {}) -> UserError:
-    """The error for a folder that does not exist.
-
-    Args:
-        field: configuration field or command-line argument, for the message.
-        path: as the user gave it.
-        made_by: see `RunConfig.made_by`.
-    """
+    """The error for a folder that does not exist; `field` is the configuration field or command-line argument."""
     advice = how_to_make(path, made_by) or "make or download the model first, or correct the path"
     return UserError(f"{field}: no such folder: {path}; {advice}")
 
@@ -49,9 +43,8 @@ def resolve_model_folder(path: str, field: str = "model.path", made_by: Mapping[
     """The local folder of a model: the path itself, or the snapshot of that hub name, downloaded if necessary.
 
     Args:
-        path: folder or hub name.
         field: configuration field or command-line argument, for messages.
-        made_by: see `no_folder`.
+        made_by: see `RunConfig.made_by`.
 
     Raises:
         UserError: neither a folder nor a readable hub model.
@@ -70,10 +63,6 @@ def resolve_model_folder(path: str, field: str = "model.path", made_by: Mapping[
 def find_config_json(path: str, made_by: Mapping[str, str] = {}) -> Path:
     """The config.json of a run's model, from the folder, the hub's cache, `published/` or the hub, in this order.
 
-    Args:
-        path: `model.path`.
-        made_by: see `RunConfig.made_by`.
-
     Raises:
         UserError: neither a folder nor a readable hub model.
     """
@@ -82,33 +71,19 @@ def find_config_json(path: str, made_by: Mapping[str, str] = {}) -> Path:
         return folder / "config.json"
     if not is_hub_name(path):
         raise no_folder("model.path", path, made_by)
-    return _cached_config_json(path) or (published if published.is_file() else _fetch_config_json(path))
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-
-def _cached_config_json(name: str) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(name, "config.json")
-    return Path(cached) if isinstance(cached, str) else None
-
-
-def _fetch_config_json(name: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    with asking_hub("model.path", name):
-        return Path(hf_hub_download(name, "config.json", etag_timeout=10, local_files_only=not can_reach_hub()))
+    if isinstance(cached := try_to_load_from_cache(path, "config.json"), str):
+        return Path(cached)
+    if published.is_file():
+        return published
+    with asking_hub("model.path", path):
+        return Path(hf_hub_download(path, "config.json", etag_timeout=10, local_files_only=not can_reach_hub()))
 
 
 def how_to_make(path: str, made_by: Mapping[str, str]) -> str | None:
-    """What to tell the user of a missing path, such as "`bash examples/tiny_dsrl/run.sh` makes it".
-
-    Args:
-        path: file or folder that is missing.
-        made_by: `RunConfig.made_by`.
-
-    Returns:
-        None if no command is known.
-    """
+    """What to tell the user of a missing path, such as "`bash examples/tiny_dsrl/run.sh` makes it"; None if no command
+    is known."""
     places = [Path(path), *Path(path).parents]
     command = next((command for place, command in made_by.items() if Path(place) in places), None)
     return command and f"`{command}` makes it"
