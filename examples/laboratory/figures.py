@@ -7,8 +7,7 @@ from statistics import fmean
 from examples.laboratory.claims import DSRL, GRPO, NSR_PRERL, NSR_RL, PRERL, PSR_PRERL, W_REINFORCE
 from examples.laboratory.results_data import SweepResults, final_accuracy, final_pass_at, pass_at_budgets
 from megatron_dsrl.analysis.behaviours import BEHAVIOURS
-from megatron_dsrl.charts.chart_axes import StepAxis, ValueAxis
-from megatron_dsrl.charts.chart_source import Series
+from megatron_dsrl.charts.chart_source import Series, StepAxis, ValueAxis
 from megatron_dsrl.charts.charts import Chart, line_chart
 from megatron_dsrl.charts.estimate import Estimate
 from megatron_dsrl.charts.figure import write_figure

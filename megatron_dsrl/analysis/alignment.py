@@ -11,8 +11,7 @@ from statistics import fmean
 import numpy as np
 
 from megatron_dsrl.analysis.gradients import GradientComparison
-from megatron_dsrl.charts.chart_axes import StepAxis, ValueAxis
-from megatron_dsrl.charts.chart_source import Series
+from megatron_dsrl.charts.chart_source import Series, StepAxis, ValueAxis
 from megatron_dsrl.charts.charts import Chart, line_chart
 from megatron_dsrl.observability.records import Record
 

@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from statistics import fmean
 
-from megatron_dsrl.charts.chart_axes import ValueAxis
-from megatron_dsrl.charts.chart_source import Series
+from megatron_dsrl.charts.chart_source import Series, ValueAxis
 from megatron_dsrl.charts.charts import Chart, line_chart
 from megatron_dsrl.observability.records import Record
 from megatron_dsrl.observability.run_records import PhaseSpan

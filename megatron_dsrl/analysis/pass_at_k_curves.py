@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from megatron_dsrl.charts.chart_source import SERIES_COLOURS
 from megatron_dsrl.charts.charts import Chart
-from megatron_dsrl.charts.estimate import Estimate, in_percent
-from megatron_dsrl.charts.pass_at_k_chart import over_runs, pass_at_k_chart
+from megatron_dsrl.charts.estimate import Estimate, in_percent, over_runs, pass_at_k_chart
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.markdown import markdown_table
 from megatron_dsrl.evaluation.results import EvaluationResults

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from megatron_dsrl.charts.chart_axes import ValueAxis
-from megatron_dsrl.charts.chart_source import Series
+from megatron_dsrl.charts.chart_source import Series, ValueAxis
 from megatron_dsrl.charts.charts import Chart, line_chart, stacked_chart
 from megatron_dsrl.observability.records import Record
 from megatron_dsrl.observability.run_records import PhaseSpan

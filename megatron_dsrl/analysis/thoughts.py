@@ -13,8 +13,7 @@ from functools import partial
 from statistics import fmean
 
 from megatron_dsrl.analysis.responses import RecordedResponse
-from megatron_dsrl.charts.chart_axes import ValueAxis
-from megatron_dsrl.charts.chart_source import Series
+from megatron_dsrl.charts.chart_source import Series, ValueAxis
 from megatron_dsrl.charts.charts import Chart, line_chart
 from megatron_dsrl.observability.records import Record
 from megatron_dsrl.observability.run_records import PhaseSpan

@@ -6,9 +6,8 @@ from pathlib import Path
 
 from markupsafe import escape
 
-from megatron_dsrl.charts.chart_shapes import text_width
 from megatron_dsrl.charts.chart_source import Series, number
-from megatron_dsrl.charts.charts import Chart
+from megatron_dsrl.charts.charts import Chart, text_width
 from megatron_dsrl.common.disk import write_result
 
 COLUMNS = 3

@@ -78,7 +78,7 @@ def _plan(options: argparse.Namespace) -> int:
     )
     console = Console()
     if options.scale:
-        from megatron_dsrl.planning.scale_tables import print_scale
+        from megatron_dsrl.planning.scale import print_scale
 
         print_scale(config, architecture, gpu, options.scale, assumptions, console)
         return 0

@@ -72,8 +72,7 @@ def _trace(options: argparse.Namespace) -> int:
 
     from megatron_dsrl.observability.profile_files import profile_files
     from megatron_dsrl.observability.timeline import TRACE_FOLDER
-    from megatron_dsrl.report.timeline_records import read_timelines
-    from megatron_dsrl.report.timeline_summary import print_summary
+    from megatron_dsrl.report.timeline import print_summary, read_timelines
     from megatron_dsrl.report.trace_events import write_trace
 
     timelines = read_timelines(options.run)

@@ -9,8 +9,8 @@ from statistics import fmean
 from typing import Any
 
 from megatron_dsrl.charts.chart_source import SERIES_COLOURS
+from megatron_dsrl.charts.estimate import over_runs, pass_at_k_chart
 from megatron_dsrl.charts.figure import write_figure
-from megatron_dsrl.charts.pass_at_k_chart import over_runs, pass_at_k_chart
 from megatron_dsrl.common.disk import replace_text
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.markdown import markdown_table

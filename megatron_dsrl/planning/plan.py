@@ -1,13 +1,22 @@
-"""Whether a run fits, and what a step costs: `dsrl plan`. layouts.py searches for layouts that fit."""
+"""Whether a run fits, what a step costs, and what the run leaves on disk. layouts.py searches for layouts that fit."""
 
 from dataclasses import dataclass
 
+from megatron_dsrl.algorithms.schedule import passes_of_run
+from megatron_dsrl.config.due import Due
+from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.config.phase import PhaseSteps, phases_by_steps
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import Architecture
 from megatron_dsrl.planning.compute import Assumptions, generation_seconds, phase_flops, training_seconds
 from megatron_dsrl.planning.fit import RunMemory, run_memory
 from megatron_dsrl.planning.gpus import Gpu
+from megatron_dsrl.planning.memory import adam_bytes, element_bytes
+from megatron_dsrl.planning.parameters import (
+    adapter_parameters_of_stage,
+    parameters_of_critic_stage,
+    parameters_of_model,
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,6 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """See `RunMemory.fits`."""
         return self.memory.fits
 
     @property
@@ -47,7 +55,7 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        """Seconds of a step of the most expensive phase."""
+        """The same with generation."""
         return self._step(self.training_seconds)
 
     @property
@@ -102,3 +110,34 @@ def _largest(section: str, field: str, plan: Plan, architecture: Architecture) -
         else:
             high = middle - 1
     return low * 1024 or None
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Number of the largest files at the end of a run, and the bytes of each."""
+
+    checkpoints: int
+    """Those that are kept, and the next one, which is written before the oldest is removed."""
+    checkpoint_bytes: int
+    exports: int
+    export_bytes: int
+
+
+def run_files(config: RunConfig, architecture: Architecture) -> RunFiles:
+    """Checkpoints and exports of a whole run. Samples and logs are not counted."""
+    due, element = Due(config.checkpoint, config.evaluation, config.steps), element_bytes(config.model)
+    steps = range(1, config.steps + 1)
+    saved = [step for step in steps if due.save(step)]
+    keep_every = config.checkpoint.keep_every_steps
+    always = sum(keep_every is not None and step % keep_every == 0 for step in saved)
+    whole, trained = ParallelConfig(), parameters_of_model(architecture)
+    if config.actor.lora:
+        trained = adapter_parameters_of_stage(architecture, whole, 0, config.actor.lora).total
+    if passes_of_run(config.phases, config.steps).values:
+        trained += parameters_of_critic_stage(architecture, whole, 0).total
+    return RunFiles(
+        checkpoints=min(len(saved), config.checkpoint.keep_last + always + 1),
+        checkpoint_bytes=trained * (element + adam_bytes(config.model)),
+        exports=sum(due.export(step) for step in steps),
+        export_bytes=parameters_of_model(architecture) * element,
+    )

@@ -12,11 +12,10 @@ from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import Architecture
 from megatron_dsrl.planning.compute import Assumptions
-from megatron_dsrl.planning.disk import RunFiles, run_files
 from megatron_dsrl.planning.fit import ENGINE_RELEASED_BYTES, ENGINE_WORK_BYTES, RESERVE_BYTES, RunMemory, gib
 from megatron_dsrl.planning.layouts import overrides_of
 from megatron_dsrl.planning.parameters import adapter_parameters_of_stage, parameters_of_model
-from megatron_dsrl.planning.plan import Plan, largest_micro_batch, largest_response
+from megatron_dsrl.planning.plan import Plan, RunFiles, largest_micro_batch, largest_response, run_files
 
 GIB = 2**30
 

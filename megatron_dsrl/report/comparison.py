@@ -11,8 +11,7 @@ from statistics import fmean, stdev
 
 from scipy import stats
 
-from megatron_dsrl.charts.chart_axes import ValueAxis
-from megatron_dsrl.charts.chart_source import Series
+from megatron_dsrl.charts.chart_source import Series, ValueAxis
 from megatron_dsrl.charts.charts import Chart, line_chart
 from megatron_dsrl.charts.estimate import Estimate, in_percent
 from megatron_dsrl.charts.figure import write_figure
@@ -108,16 +107,14 @@ def learning_curves(runs: Mapping[str, Sequence[RunRecords]], baseline: str) -> 
     """
     shaded = with_common_colours([of_method[0] for of_method in runs.values()])
     phases = {method: run.phases for method, run in zip(runs, shaded, strict=True)}
-    charts = []
-    for name in _set_names(runs):
+    charts, sets = [], _set_names(runs)
+    for name in sets:
         against = _curve(baseline, runs[baseline], name, BASELINE_COLOUR)
         for method, of_method in runs.items():
-            own = against if method == baseline else _curve(method, of_method, name, METHOD_COLOUR)
-            if not own.steps:
-                continue
-            title = f"{method}: accuracy on {name}" if len(_set_names(runs)) > 1 else method
-            curves = [own] if method == baseline else [own, against]
-            charts.append(line_chart(title, f"{len(of_method)} runs", curves, phases[method], _axis(runs, name)))
+            curves = [against] if method == baseline else [_curve(method, of_method, name, METHOD_COLOUR), against]
+            if curves[0].steps:
+                title = f"{method}: accuracy on {name}" if len(sets) > 1 else method
+                charts.append(line_chart(title, f"{len(of_method)} runs", curves, phases[method], _axis(runs, name)))
     return charts
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_dsrl.charts.chart_axes import ValueAxis
+from megatron_dsrl.charts.chart_source import ValueAxis
 
 PARTS_OF_A_STEP = ("generate", "old_log_probs", "reference", "values", "critic", "train", "push_weights", "evaluate")
 """In their order, as the names of seconds in step records."""

@@ -5,7 +5,7 @@ forbids everything else. It is made from the run folder alone, so it also works 
 crash; what is missing is said in words.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,13 +15,12 @@ from megatron_dsrl.charts.chart_source import number
 from megatron_dsrl.common.disk import write_result
 from megatron_dsrl.common.visible_text import visible
 from megatron_dsrl.evaluation.results import results_of_run
+from megatron_dsrl.observability.records import read_starts
 from megatron_dsrl.observability.run_records import RunRecords, read_run
-from megatron_dsrl.report.analyses import read_analyses
-from megatron_dsrl.report.evaluations import named_by_step, paper_table, pass_at_k_charts, results_table
+from megatron_dsrl.provenance import differences, words
+from megatron_dsrl.report.evaluations import named_by_step, paper_table, pass_at_k_charts, read_analyses, results_table
 from megatron_dsrl.report.logs import log_views
-from megatron_dsrl.report.provenance import compared_provenance, shown_provenance
-from megatron_dsrl.report.run_figures import accuracy_figures, loss_figures, run_figures, run_state
-from megatron_dsrl.report.runs_table import runs_table
+from megatron_dsrl.report.run_figures import Table, accuracy_figures, loss_figures, run_figures, run_state, runs_table
 from megatron_dsrl.report.sampled_responses import shown_steps
 from megatron_dsrl.report.training_charts import comparison_charts, other_charts, run_charts, time_table
 
@@ -100,3 +99,57 @@ def _without_control_characters(value: object) -> object:
 
 def _now() -> str:
     return f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+
+
+@dataclass(frozen=True)
+class ShownProvenance:
+    """What produced a run: every start, what changed in between, and the last start in full."""
+
+    starts: Table
+    changes: Table | None
+    """Differences between the starts that produced the run's steps; None if they agree."""
+    last: list[tuple[str, str]]
+    """Everything that the last start says, by name."""
+
+
+def shown_provenance(run: RunRecords) -> ShownProvenance | None:
+    """None for a run without records of its starts.
+
+    Raises:
+        UserError: the records are damaged.
+    """
+    starts = read_starts(run.folder)
+    if not starts:
+        return None
+    rows = []
+    for start, span in zip(starts, differences.steps_of_starts(starts, _last_step(run)), strict=True):
+        rows.append((
+            words.start_time(start),
+            f"{span[0]} to {span[1]}" if span else "none",
+            words.commit_words(start),
+            str(start.get("world_size", "")),
+            words.device_words(start.get("device") or {}),
+            ", ".join(start.get("hosts") or []),
+            words.slurm_words(start.get("slurm")),
+        ))  # fmt: skip
+    changes = differences.changes_between_starts(differences.starts_that_count(run.folder, _last_step(run)))
+    return ShownProvenance(
+        starts=Table(("Started", "Steps", "Commit", "Processes", "Device", "Hosts", "SLURM"), tuple(rows)),
+        changes=Table(
+            ("Changed", "Before", "After", "From step"),
+            tuple((one.name, one.before, one.after, str(one.from_step)) for one in changes),
+        )
+        if changes
+        else None,
+        last=list({**words.where_it_ran(starts[-1]), **words.what_computed(starts[-1])}.items()),
+    )
+
+
+def compared_provenance(runs: list[RunRecords]) -> list[differences.ComparedFact]:
+    """Provenance of several runs; empty if none has a record."""
+    starts = [differences.starts_that_count(run.folder, _last_step(run)) for run in runs]
+    return differences.compare_runs(starts) if any(starts) else []
+
+
+def _last_step(run: RunRecords) -> int:
+    return run.steps[-1]["step"] if run.steps else 0

@@ -1,17 +1,33 @@
-"""Key results of a run, with their names."""
+"""Key figures of a run, with their names, and several runs in one table."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_dsrl.charts.chart_source import number
 from megatron_dsrl.observability.console_lines import duration
 from megatron_dsrl.observability.records import Record
 from megatron_dsrl.observability.run_records import RunRecords
-from megatron_dsrl.report.parts import Figure
+
+
+@dataclass(frozen=True)
+class Figure:
+    label: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text cells; the first cell of a row is its name."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
 
 
 def run_state(run: RunRecords) -> str:
-    """Text that says whether the run is complete."""
+    """Whether the run is complete, in a sentence."""
     if not run.steps:
         return "No training step has been recorded yet."
     done = run.steps[-1]["step"]
@@ -52,11 +68,11 @@ def _loss(record: Record) -> str:
 
 def _accuracy_figure(name: str, records: list[Record]) -> Figure:
     first, last = records[0], records[-1]
-    problems = f"{last['problems']} problems × {_count(last['samples_per_prompt'], 'sample')}"
-    if len(records) == 1:
-        when = "before training" if first["step"] == 0 else f"after step {first['step']}"
-        return Figure(f"Accuracy on {name}", _accuracy(first), f"{when} only; {problems}")
+    samples = last["samples_per_prompt"]
+    problems = f"{last['problems']} problems × {samples} {'sample' if samples == 1 else 'samples'}"
     before = "before training" if first["step"] == 0 else f"after step {first['step']}"
+    if len(records) == 1:
+        return Figure(f"Accuracy on {name}", _accuracy(first), f"{before} only; {problems}")
     note = f"{before} → after step {last['step']}{_change(first, last)}; {problems}"
     return Figure(f"Accuracy on {name}", f"{_accuracy(first)} → {_accuracy(last)}", note)
 
@@ -80,12 +96,7 @@ def _change(first: Record, last: Record) -> str:
 
 def run_figures(run: RunRecords) -> list[Figure]:
     """Steps, time, tokens, model and layout: what is known of them."""
-    figures = []
-    if run.steps:
-        figures += _progress_figures(run)
-    if run.config:
-        figures += _setting_figures(run.config)
-    return figures
+    return [*(_progress_figures(run) if run.steps else ()), *_setting_figures(run.config)]
 
 
 def _progress_figures(run: RunRecords) -> list[Figure]:
@@ -125,5 +136,59 @@ def _setting_figures(config: dict[str, Any]) -> list[Figure]:
     return figures
 
 
-def _count(count: int, noun: str) -> str:
-    return f"{count} {noun}" + ("" if count == 1 else "s")
+@dataclass(frozen=True)
+class RunsTable:
+    """One column per run."""
+
+    runs: tuple[str, ...]
+    rows: list[tuple[str, str, list[Figure | None]]]
+    """Figures in which the runs differ: label, the note that all share, and a cell per run; None where it has none."""
+    differences: list[tuple[str, list[str]]]
+    """Configuration fields in which the runs differ: dotted path, and each run's value."""
+    same: list[Figure]
+    """Figures that are equal in all runs."""
+
+
+def runs_table(runs: Sequence[RunRecords]) -> RunsTable:
+    """The table of runs that have different names."""
+    columns = [_figures(run) for run in runs]
+    rows: list[tuple[str, str, list[Figure | None]]] = []
+    same: list[Figure] = []
+    for label in dict.fromkeys(label for column in columns for label in column):
+        cells = [column.get(label) for column in columns]
+        first = cells[0]
+        if first is not None and set(cells) == {first}:
+            same.append(first)
+        else:
+            rows.append(_row(label, cells))
+    return RunsTable(tuple(run.name for run in runs), rows, configuration_differences(runs), same)
+
+
+def _row(label: str, cells: list[Figure | None]) -> tuple[str, str, list[Figure | None]]:
+    notes = {cell.note for cell in cells if cell}
+    if len(notes) > 1:
+        return label, "", cells
+    return label, notes.pop(), [replace(cell, note="") if cell else None for cell in cells]
+
+
+def _figures(run: RunRecords) -> dict[str, Figure]:
+    figures = [*accuracy_figures(run), *loss_figures(run), Figure("State", run_state(run)), *run_figures(run)]
+    return {figure.label: figure for figure in figures}
+
+
+def configuration_differences(runs: Sequence[RunRecords]) -> list[tuple[str, list[str]]]:
+    """Configuration fields in which the runs differ: dotted path, and each run's value in order."""
+    flat = [_flattened(run.config) for run in runs]
+    paths = sorted(set().union(*flat) - {"name"})
+    rows = [(path, [str(values.get(path, "absent")) for values in flat]) for path in paths]
+    return [(path, values) for path, values in rows if len(set(values)) > 1]
+
+
+def _flattened(value: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        items = [(f"{path}.{key}" if path else str(key), child) for key, child in value.items()]
+    elif isinstance(value, list) and value:
+        items = [(f"{path}[{index}]", child) for index, child in enumerate(value)]
+    else:
+        return {path: value} if path else {}
+    return {leaf: content for child_path, child in items for leaf, content in _flattened(child, child_path).items()}

@@ -1,14 +1,16 @@
-"""The charts of a training that the report shows, for one run and for several."""
+"""The charts of a training that the report shows, for one run and for several, and a run's learning curve as a file."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import fmean
 
-from megatron_dsrl.charts.chart_axes import ValueAxis
-from megatron_dsrl.charts.chart_source import SERIES_COLOURS, Series, phase_changes
-from megatron_dsrl.charts.charts import Chart, line_chart, stacked_chart
+from megatron_dsrl.charts.chart_source import SERIES_COLOURS, WIDE, ChartSource, Series, ValueAxis, phase_changes
+from megatron_dsrl.charts.charts import Chart, draw, line_chart, stacked_chart
+from megatron_dsrl.charts.figure import write_figure
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.numbers import is_number
 from megatron_dsrl.observability.records import Record
-from megatron_dsrl.observability.run_records import PhaseSpan, RunRecords
+from megatron_dsrl.observability.run_records import PhaseSpan, RunRecords, read_run
 from megatron_dsrl.report.curves import (
     COST,
     GROUP_KEYS,
@@ -23,9 +25,13 @@ from megatron_dsrl.report.curves import (
     STEP_SECONDS,
     Curves,
 )
-from megatron_dsrl.report.parts import Table
+from megatron_dsrl.report.run_figures import Table
 
 PERCENT = ValueAxis("accuracy, %", at_least=0.0, at_most=100.0)
+SHARE = ValueAxis("accuracy", at_least=0.0, at_most=1.0)
+REWARD_COLOUR = SERIES_COLOURS
+"""Grey, because the reward is secondary to the accuracy."""
+WHOLE = "seconds/step"
 
 
 def run_charts(run: RunRecords) -> list[tuple[str, list[Chart | str]]]:
@@ -176,17 +182,16 @@ def other_charts(run: RunRecords) -> list[Chart]:
     shown = {key for curves in (REWARD, *HEALTH, *COST, STEP_SECONDS) for _, key, _ in curves.keys}
     shown |= {"step", "weight_version", *(key for _, key, _ in GROUP_KEYS), *step_parts(run.steps)}
     figures = sorted({key for record in run.steps for key, value in record.items() if is_number(value)} - shown)
-    return [line_chart(key, "", [_other_series(run, key)], run.phases) for key in figures]
-
-
-def _other_series(run: RunRecords, key: str) -> Series:
-    breaks = phase_changes(run.phases) if key.rsplit("/")[-1] in OF_THE_UPDATE else ()
-    return Series("value", run.step_numbers, run.column(key), 1, breaks=breaks)
+    charts = []
+    for key in figures:
+        breaks = phase_changes(run.phases) if key.rsplit("/")[-1] in OF_THE_UPDATE else ()
+        series = Series("value", run.step_numbers, run.column(key), 1, breaks=breaks)
+        charts.append(line_chart(key, "", [series], run.phases))
+    return charts
 
 
 def _seconds_chart(run: RunRecords) -> Chart | str:
-    parts = step_parts(run.steps)
-    total = run.column("seconds/step")
+    parts, total = step_parts(run.steps), run.column(WHOLE)
     if not any(value is not None for value in total):
         return f"Seconds per part: {STEP_SECONDS.absent}"
     columns = [run.column(key) for key in parts]
@@ -194,17 +199,13 @@ def _seconds_chart(run: RunRecords) -> Chart | str:
         None if whole is None else max(0.0, whole - sum(value or 0.0 for value in values))
         for whole, *values in zip(total, *columns, strict=True)
     )
-    names = [key.removeprefix("seconds/").replace("_", " ") for key in parts]
     series = [
-        Series(name, run.step_numbers, column, min(index + 1, SERIES_COLOURS - 1))
-        for index, (name, column) in enumerate(zip(names, columns, strict=True))
+        Series(_name(key), run.step_numbers, column, min(index + 1, SERIES_COLOURS - 1))
+        for index, (key, column) in enumerate(zip(parts, columns, strict=True))
     ]
     series.append(Series("other", run.step_numbers, rest, SERIES_COLOURS))
     explanation = "Wall time of a step by what it was spent on."
     return stacked_chart("Seconds per part", explanation, series, run.phases, STEP_SECONDS.axis)
-
-
-WHOLE = "seconds/step"
 
 
 def time_table(run: RunRecords) -> Table | None:
@@ -220,13 +221,10 @@ def time_table(run: RunRecords) -> Table | None:
     whole = sum(record[WHOLE] for record in steps)
     rows = []
     for part in (*parts, "other", WHOLE):
+        means = (f"{fmean(_seconds(record, part, parts) for record in column):.2f}" for column in columns)
         share = sum(_seconds(record, part, parts) for record in steps) / whole
-        rows.append((_name(part), *(_mean(column, part, parts) for column in columns), f"{100 * share:.0f} %"))
+        rows.append((_name(part), *means, f"{100 * share:.0f} %"))
     return Table(header, tuple(rows))
-
-
-def _mean(records: Sequence[Record], part: str, parts: Sequence[str]) -> str:
-    return f"{fmean(_seconds(record, part, parts) for record in records):.2f}"
 
 
 def _seconds(record: Record, part: str, parts: Sequence[str]) -> float:
@@ -238,3 +236,34 @@ def _seconds(record: Record, part: str, parts: Sequence[str]) -> float:
 
 def _name(part: str) -> str:
     return "the whole step" if part == WHOLE else part.removeprefix("seconds/").replace("_", " ")
+
+
+def write_learning_curve(run_folder: Path, path: Path) -> Path:
+    """Write an SVG file, which follows the reader's light or dark colour scheme, and return its path.
+
+    Raises:
+        UserError: the folder is not a run folder, or neither an evaluation nor a reward was recorded.
+    """
+    chart = learning_curve(read_run(run_folder))
+    write_figure([chart], path)
+    return path
+
+
+def learning_curve(run: RunRecords) -> Chart:
+    """Accuracy on every held-out set with its standard error, and the mean reward of each step's samples.
+
+    With accuracies on the axis, rewards beyond 0 to 1 are left out.
+    """
+    accuracies = [
+        accuracy_series(f"accuracy on {name}", records, index % (SERIES_COLOURS - 1) + 1)
+        for index, (name, records) in enumerate(run.evaluations.items())
+    ]
+    known = [reward for reward in run.column("reward/mean") if reward is not None]
+    is_share = bool(known) and min(known) >= 0 and max(known) <= 1
+    rewards = []
+    if known and (is_share or not accuracies):
+        rewards = [Series("reward of the samples", run.step_numbers, run.column("reward/mean"), REWARD_COLOUR)]
+    if not accuracies and not rewards:
+        raise UserError(f"{run.folder} has no evaluation and no reward yet, so no curve can be drawn")
+    axis = SHARE if is_share or accuracies else ValueAxis("reward")
+    return draw(ChartSource("lines", run.name, "", (*accuracies, *rewards), tuple(run.phases), axis), WIDE)

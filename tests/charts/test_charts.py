@@ -6,10 +6,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from megatron_dsrl.charts.chart_axes import StepAxis, ValueAxis, ticks
-from megatron_dsrl.charts.chart_shapes import text_width
-from megatron_dsrl.charts.chart_source import Series, number
-from megatron_dsrl.charts.charts import Chart, line_chart, read_charts, stacked_chart, write_charts
+from megatron_dsrl.charts.chart_source import Series, StepAxis, ValueAxis, number, ticks
+from megatron_dsrl.charts.charts import Chart, line_chart, read_charts, stacked_chart, text_width, write_charts
 from megatron_dsrl.charts.figure import write_figure
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.observability.run_records import PhaseSpan

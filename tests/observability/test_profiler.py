@@ -15,7 +15,7 @@ from megatron_dsrl.observability.profile_files import ProfileFile, profile_file,
 from megatron_dsrl.observability.profiler import StepProfiler
 from megatron_dsrl.observability.timeline import Timeline
 from megatron_dsrl.platform.cuda import CudaPlatform
-from megatron_dsrl.report.timeline_records import read_timelines
+from megatron_dsrl.report.timeline import read_timelines
 from megatron_dsrl.report.trace_events import profile_events, write_trace
 
 

@@ -12,8 +12,15 @@ from rich.console import Console
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.observability.timeline import EngineCall, Timeline, trace_file
-from megatron_dsrl.report.timeline_records import Interval, Windows, read_timelines, timeline_of
-from megatron_dsrl.report.timeline_summary import engines_of, overlap, print_summary
+from megatron_dsrl.report.timeline import (
+    Interval,
+    Windows,
+    engines_of,
+    overlap,
+    print_summary,
+    read_timelines,
+    timeline_of,
+)
 from megatron_dsrl.report.trace_events import FIRST_ENGINE, events_of, write_trace
 
 DIES_WHILE_TRAINING = """

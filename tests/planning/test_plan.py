@@ -1,4 +1,4 @@
-"""Plans of the paper's run: what fits, what does not, and what is suggested then."""
+"""Plans of the paper's run: what fits, what does not, what is suggested then, and what the run leaves on disk."""
 
 import re
 
@@ -10,13 +10,15 @@ from megatron_dsrl.config.load import load_config
 from megatron_dsrl.planning.compute import Assumptions, training_flops
 from megatron_dsrl.planning.gpus import find_gpu
 from megatron_dsrl.planning.layouts import fewest_gpus, layout_problems, overrides_of, suggest
-from megatron_dsrl.planning.plan import Plan, largest_micro_batch, largest_response, make_plan
+from megatron_dsrl.planning.plan import Plan, RunFiles, largest_micro_batch, largest_response, make_plan, run_files
 from megatron_dsrl.planning.scale import Costs, estimate_step
 from tests.planning.test_memory import paper_run
 from tests.planning.test_parameters import published, qwen3_8b, qwen3_30b_a3b
 from tests.support.tiny_run import REPOSITORY
 
 ASSUMED = Assumptions(mean_response_tokens=4096)
+PARAMETERS = 8_190_735_360
+"""Parameters of Qwen3-8B."""
 
 
 def plan_of(*overrides: str, gpu: str = "h100", world_size: int = 8) -> Plan:
@@ -156,3 +158,23 @@ def test_no_table_is_cut_in_80_columns(arguments, monkeypatch, capsys) -> None:
     main(["plan", *arguments.split()])
     shown = capsys.readouterr().out
     assert "GPUs" in shown and "…" not in shown
+
+
+def test_checkpoints_and_exports_by_hand() -> None:
+    """In bfloat16 a checkpoint has 14 bytes per parameter: weights, master copy and two moments. 348 steps, every 50th
+    of them and the last one."""
+    assert run_files(paper_run(), qwen3_8b()) == RunFiles(3, 14 * PARAMETERS, 7, 2 * PARAMETERS)
+    kept = run_files(paper_run("checkpoint={keep_every_steps: 100, save_every_steps: 50}"), qwen3_8b())
+    assert (kept.checkpoints, kept.exports) == (2 + 3 + 1, 1), "those of steps 100, 200 and 300 are never removed"
+    assert run_files(paper_run("checkpoint={save_every_steps: null}"), qwen3_8b()).checkpoints == 1
+
+
+def test_adapters_are_saved_alone_but_exported_merged() -> None:
+    files = run_files(paper_run("actor.lora.rank=32"), qwen3_8b())
+    assert files.checkpoint_bytes < 0.02 * 14 * PARAMETERS and files.export_bytes == 2 * PARAMETERS
+
+
+def test_a_critic_is_saved_too() -> None:
+    critic = PARAMETERS - 151_936 * 4096 + 4096 + 1  # a value head in place of the output layer
+    ppo = load_config(REPOSITORY / "configs" / "ppo_qwen3_8b.yaml")
+    assert run_files(ppo, qwen3_8b()).checkpoint_bytes == 14 * (PARAMETERS + critic)

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_dsrl.cli import main
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.report.learning_curve import write_learning_curve
+from megatron_dsrl.report.training_charts import write_learning_curve
 from tests.observability.synthetic_run import write_run
 
 SVG = "{http://www.w3.org/2000/svg}"
