@@ -9,8 +9,7 @@ from megatron_dsrl.common.process import in_background
 from megatron_dsrl.config.run import RolloutSettings
 from megatron_dsrl.rollout.batch import BatchSampler, RolloutBatch
 from megatron_dsrl.rollout.carry_over import CarryOver
-from megatron_dsrl.rollout.dispatcher import EnginesLostError
-from megatron_dsrl.rollout.engines.errors import EngineError
+from megatron_dsrl.rollout.engines.errors import EngineError, EnginesLostError
 from megatron_dsrl.rollout.group_queue import GroupQueue
 from megatron_dsrl.rollout.progress import OnSamples, ignore
 from megatron_dsrl.rollout.sample import SampleGroup, count_tokens

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from megatron_dsrl.config.run import RolloutSettings
 from megatron_dsrl.rollout.custom_generation import CustomGeneration
 from megatron_dsrl.rollout.engines.client import EngineClient
-from megatron_dsrl.rollout.engines.errors import EngineError
+from megatron_dsrl.rollout.engines.errors import EngineError, StaleWeightsError
 from megatron_dsrl.rollout.engines.generation import Completion, SampleRequest
 from megatron_dsrl.rollout.feed import Feed
 from megatron_dsrl.rollout.progress import OnSamples
@@ -19,10 +19,6 @@ from megatron_dsrl.rollout.unfinished import UnfinishedGroup
 
 FIRST_BACK_OFF_SECONDS = 1.0
 """Pause before the second attempt; doubled for each further one."""
-
-
-class StaleWeightsError(EngineError):
-    """A sample was generated with weights other than the current ones."""
 
 
 class BatchSampler(Protocol):

@@ -19,7 +19,7 @@ from megatron_dsrl.rollout.engine_calls import CallTask, EngineCalls, RunningCal
 from megatron_dsrl.rollout.engine_health import EngineHealth
 from megatron_dsrl.rollout.engine_states import EngineStates
 from megatron_dsrl.rollout.engines.client import EngineClient
-from megatron_dsrl.rollout.engines.errors import BadRequestError, EngineError
+from megatron_dsrl.rollout.engines.errors import BadRequestError, EngineError, EnginesLostError
 from megatron_dsrl.rollout.engines.generation import Completion
 from megatron_dsrl.rollout.judging import GroupJudge
 from megatron_dsrl.rollout.open_files import TooManyOpenFilesError
@@ -30,10 +30,6 @@ STRAGGLERS_IN_ERROR = 8
 ABORT_AGAIN_SECONDS = 1.0
 """Interval between aborts: a call that reaches the engine just after one is caught by the next."""
 ABORT_LIMIT_SECONDS = 60.0
-
-
-class EnginesLostError(EngineError):
-    """No living engine can take the rest of the batch."""
 
 
 class Dispatcher:

@@ -19,13 +19,13 @@ from megatron_dsrl.rewards.pool import RewardPool
 from megatron_dsrl.rollout.batch import BatchRequest, RolloutBatch
 from megatron_dsrl.rollout.carry_over import CarryOver
 from megatron_dsrl.rollout.custom_generation import custom_generation
-from megatron_dsrl.rollout.dispatcher import Dispatcher, EnginesLostError
+from megatron_dsrl.rollout.dispatcher import Dispatcher
 from megatron_dsrl.rollout.engine_states import EngineStates
 from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.client import connect
-from megatron_dsrl.rollout.engines.engine_protocol import Engines
+from megatron_dsrl.rollout.engines.errors import EnginesLostError
 from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
-from megatron_dsrl.rollout.engines.run_engines import make_engines
+from megatron_dsrl.rollout.engines.run_engines import Engines, make_engines
 from megatron_dsrl.rollout.engines.server_arguments import UNSET_WEIGHT_VERSION, initial_weight_version
 from megatron_dsrl.rollout.engines.starting_server import StartingServer
 from megatron_dsrl.rollout.feed import Feed, WholeFeed

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import compress
-from typing import Any, Literal
+from typing import Literal
 
 from megatron_dsrl.common.compact import float_array, int_array
 from megatron_dsrl.config.rollout import RolloutConfig
@@ -127,13 +127,3 @@ class SamplingParameters:
             top_k=config.top_k,
             return_routed_experts=config.routing_replay,
         )
-
-    def as_engine_request(self, max_new_tokens: int) -> dict[str, Any]:
-        """SGLang's `sampling_params` for a response with at most `max_new_tokens` more tokens."""
-        return {
-            "max_new_tokens": max_new_tokens,
-            "stop_token_ids": list(self.stop_token_ids),
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-        }

@@ -12,10 +12,8 @@ import pytest
 
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rollout.asynchronous import Asynchronous
-from megatron_dsrl.rollout.batch import StaleWeightsError
 from megatron_dsrl.rollout.carry_over import CarryOver
-from megatron_dsrl.rollout.dispatcher import EnginesLostError
-from megatron_dsrl.rollout.engines.errors import EngineError
+from megatron_dsrl.rollout.engines.errors import EngineError, EnginesLostError, StaleWeightsError
 from megatron_dsrl.rollout.group_queue import GroupQueue
 from megatron_dsrl.rollout.progress import OnSamples
 from megatron_dsrl.rollout.sample import SamplingParameters

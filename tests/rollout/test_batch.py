@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from megatron_dsrl.rollout.batch import FIRST_BACK_OFF_SECONDS, Call, RolloutBatch, StaleWeightsError
-from megatron_dsrl.rollout.engines.errors import EngineError
+from megatron_dsrl.rollout.batch import FIRST_BACK_OFF_SECONDS, Call, RolloutBatch
+from megatron_dsrl.rollout.engines.errors import EngineError, StaleWeightsError
 from megatron_dsrl.rollout.engines.generation import Completion
 from megatron_dsrl.rollout.sample import SamplingParameters
 from megatron_dsrl.rollout.unfinished import UnfinishedGroup

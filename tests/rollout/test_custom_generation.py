@@ -17,12 +17,12 @@ from megatron_dsrl.algorithms.spaces import PostTrain, PreTrain
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.rollout import RolloutConfig
 from megatron_dsrl.rewards.pool import RewardPool
-from megatron_dsrl.rollout.batch import RolloutBatch, StaleWeightsError
+from megatron_dsrl.rollout.batch import RolloutBatch
 from megatron_dsrl.rollout.custom_generation import CustomGeneration, custom_generation
 from megatron_dsrl.rollout.dispatcher import Dispatcher
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.engine_states import EngineStates
-from megatron_dsrl.rollout.engines.errors import EngineError
+from megatron_dsrl.rollout.engines.errors import EngineError, StaleWeightsError
 from megatron_dsrl.rollout.engines.generation import Completion, SampleRequest
 from megatron_dsrl.rollout.growing_response import GrowingResponse
 from megatron_dsrl.rollout.judging import GroupJudge

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import Qwen3ForCausalLM
 
-from megatron_dsrl.rollout.batch import RolloutBatch, StaleWeightsError
+from megatron_dsrl.rollout.batch import RolloutBatch
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
-from megatron_dsrl.rollout.engines.errors import EngineError
+from megatron_dsrl.rollout.engines.errors import EngineError, StaleWeightsError
 from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
 from megatron_dsrl.rollout.progress import BatchProgress
 from megatron_dsrl.rollout.step_samples import unwatched

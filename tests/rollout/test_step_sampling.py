@@ -9,7 +9,7 @@ import pytest
 from megatron_dsrl.config.rollout import DynamicSamplingConfig
 from megatron_dsrl.rollout.asynchronous import Asynchronous
 from megatron_dsrl.rollout.batch import BatchRequest, RolloutBatch
-from megatron_dsrl.rollout.dispatcher import EnginesLostError
+from megatron_dsrl.rollout.engines.errors import EnginesLostError
 from megatron_dsrl.rollout.feed import Feed
 from megatron_dsrl.rollout.progress import OnSamples
 from megatron_dsrl.rollout.sample import SamplingParameters

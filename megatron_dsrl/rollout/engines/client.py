@@ -6,13 +6,14 @@ here; so is `update_weights_from_tensor` outside a weight update.
 
 import errno
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Literal, Self
 
 import aiohttp
 import orjson
 
 from megatron_dsrl.rollout.engines.address import EngineAddress
+from megatron_dsrl.rollout.engines.broadcast_group import BroadcastGroup
 from megatron_dsrl.rollout.engines.errors import BadRequestError, EngineError
 from megatron_dsrl.rollout.engines.generation import Completion, SampleRequest, generate_body, read_completions
 from megatron_dsrl.rollout.engines.packed_answers import MEDIA_TYPE, read_json, unpack
@@ -23,14 +24,13 @@ MemoryTag = Literal["weights", "kv_cache"]
 
 
 class EngineClient:
-    """Calls to one server. An asynchronous context manager that holds the connections."""
+    """Calls to one server. An asynchronous context manager that holds the connections.
+
+    Every call raises `EngineError` if the server refuses it, is gone, or takes longer than `timeout_seconds`. Only
+    `generate` has a limit of its own.
+    """
 
     def __init__(self, address: EngineAddress, timeout_seconds: float) -> None:
-        """
-        Args:
-            address: where the server is, and its key.
-            timeout_seconds: limit of every call except `generate`, whose caller limits the whole batch.
-        """
         self.url = address.url
         self._headers = address.headers
         self._timeout_seconds = timeout_seconds
@@ -55,7 +55,7 @@ class EngineClient:
         SGLang's scheduler gets all requests in one message, so that it forms the same batches every time.
 
         Args:
-            sampling: how to sample; the length limit is each request's own.
+            sampling: its length limit is not used, since each request has its own.
             timeout_seconds: limit of the whole call; None: no limit.
 
         Raises:
@@ -96,17 +96,10 @@ class EngineClient:
         or later samples would continue from the old weights' cache. (SGLang's separate flush call also collects
         garbage, which on CPU takes longer than everything else together.)
         """
-        await self._post_checked(
-            "/update_weights_from_tensor",
-            {
-                "serialized_named_tensors": payload_per_rank,
-                "load_format": "flattened_bucket",
-                "flush_cache": True,
-            },
-        )
+        body = {"serialized_named_tensors": payload_per_rank, "load_format": "flattened_bucket", "flush_cache": True}
+        await self._post_checked("/update_weights_from_tensor", body)
 
     async def end_weight_update(self) -> None:
-        """Close the weight update."""
         await self._post_checked("/end_weight_update", {})
 
     async def set_weight_version(self, version: int) -> None:
@@ -123,6 +116,66 @@ class EngineClient:
         """Take released memory again; its contents are undefined until weights are pushed."""
         await self._post("/resume_memory_occupation", {"tags": list(tags)})
 
+    async def weight_digests(self) -> list[dict[str, str]]:
+        """For every tensor-parallel rank in order, the digests of its tensors (platform/weight_digest.py), by SGLang's
+        names. Servers before SGLang 0.5.23 refuse this."""
+        answer = await self._post_checked("/weights_checker", {"action": "checksum", "selector": "target"})
+        ranks = sorted(answer["ranks"], key=lambda each: each["parallelism_info"][0]["rank"])
+        return [rank["checksums"] for rank in ranks]
+
+    async def pause(self) -> None:
+        """Stop sampling. Running requests stay in the server and give up their cache; new ones wait.
+
+        They go on after `resume`, with the weights that the server then has, from prompt and tokens that are computed
+        again. (SGLang's mode `in_place` would keep the cache, which the old weights have made.)
+        """
+        await self._post("/pause_generation", {"mode": "retract"})
+
+    async def resume(self) -> None:
+        """Sample again after `pause`; no effect on a server that is not paused."""
+        await self._post("/continue_generation", {})
+
+    async def tensor_parallel_size(self) -> int:
+        answer = await self._request("GET", "/server_info", None, self._timeout_seconds)
+        if not isinstance(answer, dict) or not isinstance(answer.get("tp_size"), int):
+            raise EngineError(f"engine {self.url}: /server_info has no tp_size: {answer!r:.500}")
+        return answer["tp_size"]
+
+    async def join(self, group: BroadcastGroup) -> None:
+        """Have all ranks of the server join; returns once they and the sender have joined."""
+        body = {
+            "master_address": group.host,
+            "master_port": group.port,
+            "rank_offset": 1,
+            "world_size": group.size,
+            "group_name": group.name,
+            "backend": group.backend,
+        }
+        await self._post_checked("/init_weights_update_group", body)
+
+    async def leave(self, group_name: str) -> None:
+        """Have all ranks of the server leave the group."""
+        await self._post_checked("/destroy_weights_update_group", {"group_name": group_name})
+
+    async def receive_weights(
+        self, group_name: str, names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[Sequence[int]]
+    ) -> None:
+        """Load one bucket that the sender broadcasts at the same time, and drop all cached prefixes.
+
+        Args:
+            names: HF names of the full tensors, which are concatenated without gaps.
+            dtypes: attribute names in `torch`, such as `bfloat16`.
+        """
+        body = {
+            "names": list(names),
+            "dtypes": list(dtypes),
+            "shapes": [list(shape) for shape in shapes],
+            "group_name": group_name,
+            "load_format": "flattened_bucket",
+            "flush_cache": True,
+        }
+        await self._post_checked("/update_weights_from_distributed", body)
+
     async def _post_checked(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """POST to an endpoint whose answer says whether it succeeded."""
         answer = await self._post(path, body)
@@ -131,7 +184,6 @@ class EngineClient:
         return answer
 
     async def _post(self, path: str, body: dict[str, Any] | None) -> Any:
-        """POST within the client's own limit."""
         return await self._request("POST", path, body, self._timeout_seconds)
 
     async def _request(
@@ -172,11 +224,5 @@ class EngineClient:
 @asynccontextmanager
 async def connect(addresses: Sequence[EngineAddress], timeout_seconds: float) -> AsyncIterator[list[EngineClient]]:
     """Clients of several engines, closed together."""
-    clients = [EngineClient(address, timeout_seconds) for address in addresses]
-    for client in clients:
-        await client.__aenter__()
-    try:
-        yield clients
-    finally:
-        for client in clients:
-            await client.__aexit__()
+    async with AsyncExitStack() as stack:
+        yield [await stack.enter_async_context(EngineClient(address, timeout_seconds)) for address in addresses]

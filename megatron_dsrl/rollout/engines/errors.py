@@ -17,3 +17,11 @@ class BadRequestError(EngineError):
 
 class EngineStartError(EngineError):
     """The server was killed, was late or lost its port: the next start may succeed."""
+
+
+class EnginesLostError(EngineError):
+    """No living engine can take the rest of the batch."""
+
+
+class StaleWeightsError(EngineError):
+    """A sample was generated with weights other than the current ones."""

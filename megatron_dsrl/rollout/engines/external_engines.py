@@ -20,14 +20,12 @@ from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.source import resolve_model_folder
 from megatron_dsrl.platform.engine import feed_forward_multiple
 from megatron_dsrl.rollout.engines.address import API_KEY_VARIABLE, EngineAddress, external_key
-from megatron_dsrl.rollout.engines.client import MemoryTag
+from megatron_dsrl.rollout.engines.client import EngineClient, MemoryTag
 from megatron_dsrl.rollout.engines.errors import EngineError
 from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
-from megatron_dsrl.rollout.engines.quantised_push import quantised_buckets
-from megatron_dsrl.rollout.engines.tensor_layout import EngineLayout
+from megatron_dsrl.rollout.engines.tensor_layout import EngineLayout, quantised_buckets
 from megatron_dsrl.rollout.engines.weight_broadcast import ServerLink, broadcast_weights
 from megatron_dsrl.rollout.engines.weight_check import SentWeights, lines_of_ranks, mismatch_message
-from megatron_dsrl.rollout.engines.weight_client import WeightClient
 
 logger = logging.getLogger(__name__)
 
@@ -213,7 +211,7 @@ class ExternalEngines:
 
     async def _problem_of(self, link: ServerLink, set_version: bool) -> str | None:
         try:
-            async with WeightClient(link.address, self._config.engine.update_timeout_seconds) as client:
+            async with EngineClient(link.address, self._config.engine.update_timeout_seconds) as client:
                 await client.tensor_parallel_size()
                 if set_version:
                     await client.set_weight_version(self._initial_version)

@@ -63,10 +63,16 @@ class Completion:
 
 def generate_body(requests: Sequence[SampleRequest], sampling: SamplingParameters) -> dict[str, Any]:
     """The JSON body that asks for one response per request."""
+    common = {
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+    }
     return {
         "input_ids": [list(request.token_ids) for request in requests],
         "sampling_params": [
-            sampling.as_engine_request(request.max_new_tokens) | {"sampling_seed": request.seed} for request in requests
+            common | {"max_new_tokens": request.max_new_tokens, "sampling_seed": request.seed} for request in requests
         ],
         "return_logprob": True,
         "return_routed_experts": sampling.return_routed_experts,
@@ -84,7 +90,7 @@ def read_completions(
     """
     if len(answers) != len(requests):
         raise EngineError(f"/generate answered with {len(answers)} samples to {len(requests)} requests")
-    completions = [read_completion(answer) for answer in answers]
+    completions = [_completion(answer) for answer in answers]
     if not sampling.return_routed_experts:
         return completions
     return [
@@ -93,12 +99,8 @@ def read_completions(
     ]
 
 
-def read_completion(answer: Answer) -> Completion:
-    """One response of `/generate`, without its experts.
-
-    Raises:
-        EngineError: it ended in an unknown way, or a log-prob is not a finite number.
-    """
+def _completion(answer: Answer) -> Completion:
+    """One response of `/generate`, without its experts."""
     reason = answer.meta["finish_reason"]
     if reason["type"] not in ("stop", "length", "abort"):
         raise EngineError(f"it ended a sample with {reason!r:.500}")

@@ -1,25 +1,91 @@
-"""The engines of a run: those that it starts, or those of `engine.urls`."""
+"""The engines of a run: those that it starts (`EngineGroup`), or those of `engine.urls` (`ExternalEngines`)."""
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Protocol
 
 from megatron_dsrl.common.collective import world_size
 from megatron_dsrl.common.waiting import waiting
 from megatron_dsrl.config.run import RolloutSettings
 from megatron_dsrl.platform import current_platform
+from megatron_dsrl.rollout.engines.address import EngineAddress
+from megatron_dsrl.rollout.engines.client import MemoryTag
 from megatron_dsrl.rollout.engines.engine_group import EngineGroup
-from megatron_dsrl.rollout.engines.engine_protocol import Engines
 from megatron_dsrl.rollout.engines.external_engines import ExternalEngines
+from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
 from megatron_dsrl.rollout.engines.server_arguments import initial_weight_version
 from megatron_dsrl.rollout.engines.starting_server import StartingServer
 
 
-def make_engines(config: RolloutSettings, run_folder: Path, starting: StartingServer | None) -> Engines:
-    """Engines on the trainer's devices, or those of `engine.urls`. Every rank.
+class Engines(Protocol):
+    """All engines of a run. To add an engine other than SGLang, or another way to run it, implement this.
 
-    Args:
-        starting: process that becomes this rank's server; None: a new one.
+    Every rank holds one object; every method but `lose` and `close` is collective.
     """
+
+    def start(self) -> None:
+        """Start the engines and return without waiting for them.
+
+        Raises:
+            UserError: on every rank, when any engine cannot be started.
+        """
+
+    @property
+    def addresses(self) -> list[EngineAddress]:
+        """Addresses of the engines, by engine number, the same on every rank; empty before they are ready."""
+
+    def wait_until_ready(self) -> None:
+        """Block until all engines answer.
+
+        Raises:
+            UserError: on every rank, when any engine exits with a message, or an external one is not ready in time.
+            EngineError: on every rank, when any engine was killed or late `engine.max_restarts` times too often.
+        """
+
+    def lose(self, problems: Mapping[int, str]) -> None:
+        """Mark engines as lost: why, by engine number. They are not called again before `restart_lost` or `load`.
+
+        Every rank passes the same problems.
+        """
+
+    def restart_lost(self) -> None:
+        """Restart lost engines, or wait for their owner to. `load` must follow before sampling.
+
+        Raises:
+            EngineError: on every rank, when an engine was restarted too often.
+            UserError: on every rank, when an external engine does not come back in time.
+        """
+
+    def load(self, make_buckets: Callable[[], Iterable[Bucket]], version: int) -> None:
+        """Replace the weights of all engines. Engines that are lost, before or meanwhile, are restarted first.
+
+        Args:
+            make_buckets: gathers the weights again each time it is called; collective over all ranks.
+            version: the new weight version.
+
+        Raises:
+            EngineError: on every rank, as `restart_lost`.
+            UserError: on every rank, when an engine does not hold what it was sent (see `engine.check_weights`).
+        """
+
+    def release_memory(self, tags: Sequence[MemoryTag]) -> None:
+        """Have all engines give device memory back to the trainer. An engine that fails is lost."""
+
+    def resume_memory(self, tags: Sequence[MemoryTag]) -> None:
+        """Have all engines take released memory again. An engine that fails is lost."""
+
+    @property
+    def restarts(self) -> int:
+        """Number of engine restarts so far, over all engines; the same on every rank."""
+
+    def close(self) -> None:
+        """Release the engines. May be called again."""
+
+
+def make_engines(config: RolloutSettings, run_folder: Path, starting: StartingServer | None) -> Engines:
+    """The engines that the configuration asks for. `starting` becomes this rank's server; None: a new process. Every
+    rank calls it."""
     if config.engine.urls:
         return ExternalEngines(config, initial_weight_version(config))
     return EngineGroup(config, run_folder, starting)

@@ -1,12 +1,14 @@
 """One SGLang server as a supervised subprocess."""
 
 import atexit
+import json
 import logging
 import signal
 import threading
 import time
 import urllib.request
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,13 @@ from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.held_port import PORT_LOST_STATUS, HeldPort
 from megatron_dsrl.platform.engine import ServerArguments
 from megatron_dsrl.rollout.engines.address import EngineAddress
-from megatron_dsrl.rollout.engines.chosen_settings import write_settings
 from megatron_dsrl.rollout.engines.errors import EngineError, EngineStartError
-from megatron_dsrl.rollout.engines.server_resources import end_processes, processes_of, shared_memory_files
-from megatron_dsrl.rollout.engines.starting_server import StartingServer
+from megatron_dsrl.rollout.engines.starting_server import (
+    StartingServer,
+    end_processes,
+    processes_of,
+    shared_memory_files,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +32,15 @@ DEVICE_FAILURES = ("CUDA error", "CUDA out of memory", "NCCL error")
 TROUBLESHOOTING = "see examples/troubleshooting: engines"
 POLL_SECONDS = 0.2
 CALL_SECONDS = 5.0
+SETTINGS = (
+    "version", "tp_size", "attention_backend", "prefill_attention_backend", "decode_attention_backend",
+    "sampling_backend", "disable_cuda_graph", "cuda_graph_config", "dtype", "kv_cache_dtype", "quantization",
+    "max_total_num_tokens", "max_running_requests", "mem_fraction_static", "chunked_prefill_size",
+)  # fmt: skip
+"""Recorded fields of SGLang's /server_info. Others may be secrets, such as `api_key`."""
 
 
+@dataclass(eq=False)
 class EngineServer:
     """Starts, watches and stops one SGLang server.
 
@@ -36,40 +48,27 @@ class EngineServer:
     It also dies with the trainer's process, however that ends.
     """
 
-    def __init__(
-        self,
-        arguments: ServerArguments,
-        environment: dict[str, str],
-        log_file: Path,
-        startup_timeout_seconds: float,
-        host: str = "127.0.0.1",
-        port: int | None = None,
-        key: str | None = None,
-        warm_up: Callable[[float], None] | None = None,
-        starting: StartingServer | None = None,
-    ) -> None:
-        """
-        Args:
-            arguments: SGLang `ServerArgs` fields without host and port.
-            environment: variables added to this process's environment.
-            log_file: receives the server's output; its folder is created.
-            startup_timeout_seconds: limit of `wait_until_ready`.
-            host: address to listen on.
-            port: port to listen on; None takes a free one.
-            key: what every caller must know; None: the server answers every caller.
-            warm_up: called when the server answers, with the seconds that are left of the limit, before it counts as
-                ready. Raises EngineError if the server fails it.
-            starting: Process that becomes the server at its first start; None: a new one.
-        """
-        self._arguments = arguments
-        self._environment = environment
-        self._log_file = log_file
-        self._startup_timeout_seconds = startup_timeout_seconds
-        self._host = host
-        self._port = port
-        self._key = key
-        self._warm_up = warm_up
-        self._starting = starting
+    arguments: ServerArguments
+    """SGLang's `ServerArgs` fields without host and port."""
+    environment: dict[str, str]
+    """Variables added to this process's environment."""
+    log_file: Path
+    """Receives the server's output; its folder is created."""
+    startup_timeout_seconds: float
+    """Limit of `wait_until_ready`."""
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int | None = None
+    """None takes a free one."""
+    key: str | None = None
+    """What every caller must know; None: the server answers every caller."""
+    warm_up: Callable[[float], None] | None = None
+    """Called when the server answers, with the seconds that are left of the limit, before it counts as ready. Raises
+    EngineError if the server fails it."""
+    starting: StartingServer | None = None
+    """Process that becomes the server at its first start; None: a new one."""
+
+    def __post_init__(self) -> None:
         self._held: HeldPort | None = None
         self._running: StartingServer | None = None
         self._shared_memory: set[Path] = set()
@@ -80,12 +79,12 @@ class EngineServer:
     def url(self) -> str:
         """`http://host:port` of the started server."""
         assert self._held is not None, "the server has no port before start()"
-        return f"http://{self._host}:{self._held.number}"
+        return f"http://{self.host}:{self._held.number}"
 
     @property
     def address(self) -> EngineAddress:
         """Where the started server is reached, and its key."""
-        return EngineAddress(self.url, self._key)
+        return EngineAddress(self.url, self.key)
 
     @property
     def process_id(self) -> int | None:
@@ -93,30 +92,23 @@ class EngineServer:
         return None if self._running is None else self._running.process.pid
 
     def start(self) -> None:
-        """Start the subprocess and return at once.
+        """Start the subprocess and return at once. Raises UserError if the port is in use.
 
         Main thread only: the subprocess ends when the thread that started it does.
-
-        Raises:
-            UserError: the port is in use.
         """
         assert threading.current_thread() is threading.main_thread()
         assert self._running is None, "the server was started before"
-        self._held = self._held or HeldPort(self._host, self._port)
-        self._log_file.parent.mkdir(parents=True, exist_ok=True)
-        arguments: dict[str, Any] = {**self._arguments, "host": self._host, "port": self._held.number}
-        self._running = self._starting or StartingServer(self._environment)
-        self._starting = None
-        self._running.serve(arguments, self._environment, self._key, self._log_file)
+        self._held = self._held or HeldPort(self.host, self.port)
+        self.log_file.parent.mkdir(parents=True, exist_ok=True)
+        arguments: dict[str, Any] = {**self.arguments, "host": self.host, "port": self._held.number}
+        self._running = self.starting or StartingServer(self.environment)
+        self.starting = None
+        self._running.serve(arguments, self.environment, self.key, self.log_file)
         self._started_at = time.monotonic()
         atexit.register(self.stop)
 
     def restart(self) -> None:
-        """Kill the server, if it is running, and start it again on the same port unless it lost that.
-
-        Raises:
-            UserError: the port is in use.
-        """
+        """Kill the server, if it is running, and start it again, on the same port unless it lost that; see `start`."""
         self._end()
         self.start()
 
@@ -128,20 +120,20 @@ class EngineServer:
             EngineStartError: it was killed by a signal or by a failure of its GPU, another process has its port, it did
                 not answer within the limit, or it failed its warm-up. It was stopped.
         """
-        deadline = self._started_at + self._startup_timeout_seconds
+        deadline = self._started_at + self.startup_timeout_seconds
         while not self._is_ready():
             self.check_alive()
             if time.monotonic() > deadline:
                 self._end()
                 raise EngineStartError(
                     f"the SGLang server at {self.url} was not ready within engine.startup_timeout_seconds = "
-                    f"{self._startup_timeout_seconds:g}; raise the limit, or fix what its log shows "
+                    f"{self.startup_timeout_seconds:g}; raise the limit, or fix what its log shows "
                     f"({TROUBLESHOOTING}).\n{self.log_tail()}"
                 )
             time.sleep(POLL_SECONDS)
-        if self._warm_up is not None:
+        if self.warm_up is not None:
             try:
-                self._warm_up(max(CALL_SECONDS, deadline - time.monotonic()))
+                self.warm_up(max(CALL_SECONDS, deadline - time.monotonic()))
             except EngineError as error:
                 self._end()
                 raise EngineStartError(f"the SGLang server at {self.url} failed its first requests: {error}") from error
@@ -155,12 +147,7 @@ class EngineServer:
         return self._running is not None and self._running.process.poll() is not None
 
     def check_alive(self) -> None:
-        """Raise if the server process has exited.
-
-        Raises:
-            UserError: it exited by itself; the message has the last lines of its log.
-            EngineStartError: it was killed by a signal or by a failure of its GPU, or could not open its port.
-        """
+        """Raise, as `wait_until_ready` does, if the server process has exited."""
         assert self._running is not None, "the server was not started"
         status = self._running.process.poll()
         if status is None:
@@ -189,8 +176,8 @@ class EngineServer:
 
     def log_tail(self) -> str:
         """The end of the server's output, for an error message."""
-        lines = self._log_file.read_text(errors="replace").splitlines()[-LOG_LINES_IN_ERROR:]
-        return "\n".join([f"Last lines of {self._log_file}:", *lines])
+        lines = self.log_file.read_text(errors="replace").splitlines()[-LOG_LINES_IN_ERROR:]
+        return "\n".join([f"Last lines of {self.log_file}:", *lines])
 
     def _end(self) -> None:
         """Kill the server and remove what it left behind; keep the port."""
@@ -200,18 +187,14 @@ class EngineServer:
         atexit.unregister(self.stop)
         self._shared_memory |= shared_memory_files(ended.process.pid)
         end_processes(ended.process)
-        ended.save_output(self._log_file)
+        ended.save_output(self.log_file)
         for file in self._shared_memory:
             file.unlink(missing_ok=True)
         self._shared_memory.clear()
         ended.scratch.cleanup()
 
     def _is_ready(self) -> bool:
-        """Whether the server answers.
-
-        Raises:
-            EngineStartError: another process listens on its port.
-        """
+        """Whether the server answers. Raises EngineStartError if another process listens on its port."""
         assert self._held is not None and self._running is not None
         if not self._held.is_open():
             return False
@@ -225,11 +208,7 @@ class EngineServer:
         return True
 
     def _lose_port(self) -> None:
-        """Stop the server, whose port another process has taken.
-
-        Raises:
-            EngineStartError: always.
-        """
+        """Stop the server, whose port another process has taken, and raise EngineStartError."""
         url = self.url
         self.stop()
         raise EngineStartError(f"another program listens at {url}, the address of the SGLang server")
@@ -242,18 +221,13 @@ class EngineServer:
             logger.warning("engine %s: garbage collection may pause sampling, /freeze_gc failed: %s", self.url, error)
 
     def _record_settings(self) -> None:
-        """Write the settings that SGLang chose, such as its attention backend, to a file beside the log."""
         try:
-            write_settings(self._call("GET", "/server_info"), self._log_file)
+            write_settings(self._call("GET", "/server_info"), self.log_file)
         except (OSError, ValueError) as error:
             logger.warning("engine %s: its settings are not recorded: %s", self.url, error)
 
     def _call(self, method: str, path: str) -> bytes:
-        """Call the server; returns the body of its answer.
-
-        Raises:
-            OSError: no answer in time, or a status other than 200.
-        """
+        """The body of the server's answer. Raises OSError without one in time, or with a status other than 200."""
         without_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         request = urllib.request.Request(self.url + path, method=method, headers=self.address.headers)
         with without_proxy.open(request, timeout=CALL_SECONDS) as answer:
@@ -265,3 +239,23 @@ def _signal(number: int) -> str:
     if number == signal.SIGKILL:
         return "SIGKILL, as the kernel does when memory runs out (`dmesg -T | grep -i oom` shows it)"
     return signal.Signals(number).name
+
+
+def settings_file(log_file: Path) -> Path:
+    """The file for the server with this log: `engine_0.json` beside `engine_0.log`."""
+    return log_file.with_suffix(".json")
+
+
+def write_settings(answer: bytes, log_file: Path) -> None:
+    """Write the settings from an answer of `/server_info`. Raises ValueError if it is not a JSON object."""
+    told = json.loads(answer)
+    if not isinstance(told, dict):
+        raise ValueError(f"/server_info answered {answer!r:.200}")
+    settings = {name: told[name] for name in SETTINGS if name in told}
+    settings_file(log_file).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def read_settings(log_file: Path) -> dict[str, Any]:
+    """The recorded settings; empty if the server has never been ready."""
+    file = settings_file(log_file)
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

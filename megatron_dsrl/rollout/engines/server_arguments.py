@@ -9,7 +9,7 @@ from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.source import find_config_json
 from megatron_dsrl.planning.parameters import parameters_of_model
 from megatron_dsrl.platform.engine import ServerArguments, engine_server_arguments
-from megatron_dsrl.rollout.engines.quantised_push import fp8_server_arguments
+from megatron_dsrl.rollout.engines.tensor_layout import fp8_server_arguments
 
 DISK_WEIGHT_VERSION = 0
 """Version of the weights that an engine loads from the model folder; the first push makes it 1."""

@@ -1,4 +1,6 @@
-"""A server process that imports SGLang while its arguments are still being worked out.
+"""The processes of an SGLang server: how they are started and ended, and what they leave behind.
+
+A server's process imports SGLang while its arguments are still being worked out.
 
 The imports are most of an engine's start on a CPU, and nothing about the run matters to them except a few environment
 variables. So a training run starts the process before it imports Megatron itself, and passes the arguments when the run
@@ -7,35 +9,38 @@ folder is locked and everything has been checked.
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
 import megatron_dsrl
 from megatron_dsrl.common.process import launched_rank
 from megatron_dsrl.config.run import RolloutSettings
-from megatron_dsrl.platform.engine import ServerArguments, engine_environment
+from megatron_dsrl.platform.engine import ALLOCATOR_VARIABLES, ServerArguments, engine_environment
 from megatron_dsrl.rollout.engines.address import API_KEY_VARIABLE
 from megatron_dsrl.rollout.engines.server_arguments import engine_threads
-from megatron_dsrl.rollout.engines.server_resources import end_processes, inherited_environment
 
 SERVER_PROCESS = "megatron_dsrl.rollout.engines.server_process"
 """Module that runs as the server."""
+STOP_GRACE_SECONDS = 2.0
+SHARED_MEMORY = re.compile(r"/dev/shm/(?:sglang_loads_|sgl_shm_)\S+")
+"""Names of SGLang's own files. Others, such as the weights that the trainer shares, are not the server's to remove."""
 
 
 class StartingServer:
     """A server process in its own session and process group. It ends with the thread that starts it."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
-        """Start the process. Main thread only, which stays alive.
-
-        Args:
-            environment: variables added to those of this process that are meant for the server too.
-        """
+        """Start the process. Main thread only, which stays alive. `environment` is added to this process's."""
         assert threading.current_thread() is threading.main_thread()
         # SGLang leaves its sockets in the temporary folder; its name is short because socket paths are limited.
         self.scratch = tempfile.TemporaryDirectory(prefix="dsrl-", ignore_cleanup_errors=True)
@@ -62,7 +67,6 @@ class StartingServer:
 
         Args:
             arguments: SGLang's `ServerArgs` fields.
-            environment: further variables.
             key: what every caller must know; None: the server answers everybody.
             log_file: its output from now on is appended.
         """
@@ -71,11 +75,8 @@ class StartingServer:
         order = {"arguments": arguments, "environment": variables, "log_file": str(log_file.resolve())}
         log_file.touch()
         assert self.process.stdin is not None
-        try:
-            with self.process.stdin as stream:
-                stream.write(json.dumps(order).encode() + b"\n")
-        except BrokenPipeError:
-            pass  # it has ended, which the caller finds out like any later end
+        with suppress(BrokenPipeError), self.process.stdin as stream:  # the caller finds out that it has ended
+            stream.write(json.dumps(order).encode() + b"\n")
 
     def save_output(self, log_file: Path) -> None:
         """Append what the process wrote before it served, such as a failed import, to the log."""
@@ -109,3 +110,58 @@ def starting_server(config: RolloutSettings) -> Iterator[StartingServer | None]:
     finally:
         if server.process.stdin is not None and not server.process.stdin.closed:
             server.discard()
+
+
+def inherited_environment() -> dict[str, str]:
+    """This process's environment without variables that are meant for the trainer alone: torchrun's rendezvous, which
+    SGLang's own process group would use; the paths of collective records, which the engine's ranks would overwrite; and
+    PyTorch's allocator settings, since SGLang cannot release memory of expandable segments."""
+    rendezvous = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
+    records = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name not in (*rendezvous, *records, *ALLOCATOR_VARIABLES) and not name.startswith("TORCHELASTIC_")
+    }
+
+
+def processes_of(process_id: int) -> list[psutil.Process]:
+    """A process and its descendants; empty if it has ended."""
+    try:
+        process = psutil.Process(process_id)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def shared_memory_files(process_id: int) -> set[Path]:
+    """Files in /dev/shm that SGLang made for a server and does not remove when it is killed."""
+    found: set[Path] = set()
+    for process in processes_of(process_id):
+        try:
+            maps = Path(f"/proc/{process.pid}/maps").read_text(encoding="utf-8", errors="replace")
+        except OSError:  # it has ended
+            continue
+        found.update(map(Path, SHARED_MEMORY.findall(maps)))
+    return found
+
+
+def end_processes(server: "subprocess.Popen[bytes]") -> None:
+    """Kill a server, which leads a process group, and everything that it started."""
+    # Not SIGTERM: an engine has nothing to save, and SGLang takes up to five seconds to react by killing its
+    # processes. They die with the server; multiprocessing's resource tracker then cleans up and exits by itself.
+    spawned = processes_of(server.pid)[1:]
+    server.kill()
+    server.wait()
+    deadline = time.monotonic() + STOP_GRACE_SECONDS
+    while any(map(_is_alive, spawned)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    with suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -1,31 +1,36 @@
-"""An SGLang server that is started again when it is lost, a limited number of times."""
+"""What turns an SGLang server into a dependable engine: its first requests, and a limited number of restarts."""
 
 import logging
 import time
+from dataclasses import dataclass, replace
 
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.rollout.engines.address import EngineAddress
+from megatron_dsrl.rollout.engines.client import EngineClient
 from megatron_dsrl.rollout.engines.errors import EngineStartError, LostEngineError
+from megatron_dsrl.rollout.engines.generation import SampleRequest
 from megatron_dsrl.rollout.engines.server import EngineServer
+from megatron_dsrl.rollout.sample import SamplingParameters
 
 logger = logging.getLogger(__name__)
 
 LONGEST_PAUSE_SECONDS = 30.0
 
+WARM_UP_REQUESTS = 4
+PROMPT_TOKENS = 16
+NEW_TOKENS = 8
 
+
+@dataclass
 class SupervisedServer:
-    """Counts the starts of one engine and pauses between them."""
+    """A server that is started again when it is lost."""
 
-    def __init__(self, server: EngineServer, engine: int, max_restarts: int) -> None:
-        """
-        Args:
-            server: not started yet.
-            engine: its number, for messages.
-            max_restarts: how often it is started again before an error.
-        """
-        self.server = server
-        self.restarts = 0
-        self._engine = engine
-        self._max_restarts = max_restarts
+    server: EngineServer
+    engine: int
+    """Its number, for messages."""
+    max_restarts: int
+    """How often it is started again before that is an error."""
+    restarts: int = 0
 
     def wait_until_ready(self) -> None:
         """Block until the server answers, starting it again if it was killed, is late or has lost its port.
@@ -40,10 +45,7 @@ class SupervisedServer:
             self._start_again(str(error), (EngineStartError,))
 
     def restart(self, problem: str) -> None:
-        """Stop the server, which was in use, and start a new one.
-
-        Args:
-            problem: why it is lost.
+        """Stop the server, which was in use and is lost because of this problem, and start a new one.
 
         Raises:
             LostEngineError: it was started too often; with the end of its log. Not a UserError: the job may succeed
@@ -53,14 +55,14 @@ class SupervisedServer:
 
     def may_restart(self) -> bool:
         """Whether `engine.max_restarts` allows another start."""
-        return self.restarts < self._max_restarts
+        return self.restarts < self.max_restarts
 
     def _start_again(self, problem: str, temporary: tuple[type[Exception], ...]) -> None:
         pause = 0.0
         while self.may_restart():
             self.restarts += 1
-            count = f"{self.restarts} of engine.max_restarts = {self._max_restarts}"
-            logger.warning("restarting engine %d (restart %s): %s", self._engine, count, problem)
+            count = f"{self.restarts} of engine.max_restarts = {self.max_restarts}"
+            logger.warning("restarting engine %d (restart %s): %s", self.engine, count, problem)
             time.sleep(pause)  # by then, what ran out (such as memory) may be available again
             pause = min(2 * pause + 1, LONGEST_PAUSE_SECONDS)
             try:
@@ -72,6 +74,32 @@ class SupervisedServer:
         self.server.stop()
         tail = "" if "Last lines of" in problem else f"\n{self.server.log_tail()}"
         raise LostEngineError(
-            f"engine {self._engine} was lost again after engine.max_restarts = {self._max_restarts} restarts: "
+            f"engine {self.engine} was lost again after engine.max_restarts = {self.max_restarts} restarts: "
             f"{problem}{tail}"
         )
+
+
+def kinds_of_requests(return_routed_experts: bool) -> list[SamplingParameters]:
+    """Sampling parameters that take different kernels: all tokens, the most likely one, and a part of them."""
+    plain = SamplingParameters(NEW_TOKENS, stop_token_ids=(), return_routed_experts=return_routed_experts)
+    return [plain, replace(plain, temperature=0.0), replace(plain, top_p=0.9, top_k=20)]
+
+
+async def warm_up(address: EngineAddress, return_routed_experts: bool, timeout_seconds: float) -> None:
+    """Sample a few tokens in every way in which training and evaluation may sample.
+
+    An engine compiles kernels when it first needs them, which takes minutes where nothing is cached. Its scheduler
+    answers nothing meanwhile, and during sampling that would count as a hang.
+
+    Args:
+        return_routed_experts: whether the run's requests ask for the experts of every token.
+        timeout_seconds: limit of each kind of request.
+
+    Raises:
+        EngineError: the engine refused a request, is gone, or took longer.
+    """
+    prompt = tuple(range(1, PROMPT_TOKENS + 1))
+    requests = [SampleRequest(prompt, seed=number, max_new_tokens=NEW_TOKENS) for number in range(WARM_UP_REQUESTS)]
+    async with EngineClient(address, timeout_seconds) as client:
+        for sampling in kinds_of_requests(return_routed_experts):
+            await client.generate(requests, sampling, timeout_seconds)

@@ -1,24 +1,42 @@
-"""How SGLang 0.5.23 stores the supported models: which HF tensors it fuses, and how it splits them over its ranks.
+"""How SGLang 0.5.23 stores the supported models: how it fuses, splits and quantises HF tensors.
 
 It fuses what one matrix product can compute: queries, keys and values; gate and up; all experts of a layer. Matrices
 are split by output rows, those after a nonlinearity by input columns. A key-value head is replicated on several ranks
 if there are more ranks than heads (on CPU, SGLang pads the heads in that case, which is not done here). The vocabulary
 and, on CPU, the inner sizes of feed-forward layers are padded with zeros. Norms and the experts' router are on every
 rank.
+
+With `engine.quantization` the trainer quantises at the push. SGLang loads FP8 weights in blocks under the names of
+DeepSeek-V3's checkpoints, `....weight` and `....weight_scale_inv`, into the parameters that it computes with. The
+projections of every layer are quantised; norms, embedding, head and the experts' router stay as they are. SGLang's
+digest of a quantised weight is that of the bfloat16 matrix that values and scales stand for.
 """
 
+import json
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from megatron_dsrl.config.engine_numerics import FP8_BLOCK
 from megatron_dsrl.model.architecture import Architecture
+from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
+from megatron_dsrl.weights.fp8 import dequantise_blocks, quantise_blocks
 
 VOCABULARY_MULTIPLE = 64
 EXPERT = re.compile(r"(?P<layer>.*\.experts)\.(?P<expert>\d+)\.(?P<matrix>gate|up|down)_proj\.weight")
 DENSE = re.compile(r"(?P<layer>.*\.)(?P<matrix>q|k|v|gate|up)_proj\.(?P<kind>weight|bias)")
 ROW_GROUPS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
+PROJECTION = re.compile(r"model\.layers\.\d+\..*\.(q|k|v|o|gate|up|down)_proj\.weight")
+FP8_CHECKPOINT = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
+}
+"""`quantization_config` of such a checkpoint's config.json."""
 
 
 @dataclass(frozen=True)
@@ -94,3 +112,32 @@ class EngineLayout:
 
 def _padded(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
+
+
+def fp8_server_arguments() -> dict[str, str]:
+    """SGLang server arguments with which an engine stores FP8 weights, though the model's folder has none."""
+    return {"json_model_override_args": json.dumps({"quantization_config": FP8_CHECKPOINT})}
+
+
+def is_quantised(name: str) -> bool:
+    """Whether an engine stores the HF tensor of this name in FP8."""
+    return PROJECTION.fullmatch(name) is not None
+
+
+def quantised_buckets(buckets: Iterable[Bucket]) -> Iterator[Bucket]:
+    """The same weights as the engine stores them, in buckets of one dtype each: values, scales, and the others."""
+    for bucket in buckets:
+        values: Bucket = []
+        scales: Bucket = []
+        for name, tensor in bucket:
+            if is_quantised(name):
+                value, scale = quantise_blocks(tensor.detach())
+                values.append((name, value))
+                scales.append((f"{name}_scale_inv", scale))
+        others = [(name, tensor) for name, tensor in bucket if not is_quantised(name)]
+        yield from filter(None, (values, scales, others))
+
+
+def as_the_engine_compares(name: str, tensor: Tensor) -> Tensor:
+    """What the engine digests for the HF tensor of this name: quantised and back, in bfloat16."""
+    return dequantise_blocks(*quantise_blocks(tensor)) if is_quantised(name) else tensor

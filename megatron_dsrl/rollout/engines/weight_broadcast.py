@@ -22,9 +22,9 @@ import torch.distributed as dist
 from megatron_dsrl.platform.engine import weight_broadcast_backend
 from megatron_dsrl.rollout.engines import broadcast_group
 from megatron_dsrl.rollout.engines.address import EngineAddress, address_towards
+from megatron_dsrl.rollout.engines.client import EngineClient
 from megatron_dsrl.rollout.engines.errors import EngineError
 from megatron_dsrl.rollout.engines.flattened_bucket import Bucket, BucketMemory, flatten
-from megatron_dsrl.rollout.engines.weight_client import WeightClient
 
 POLL_SECONDS = 0.001
 LEAVE_SECONDS = 10.0
@@ -128,7 +128,7 @@ class ServerLink:
             await client.resume()
 
     async def digests(self) -> list[dict[str, str]]:
-        """See `WeightClient.weight_digests`."""
+        """See `EngineClient.weight_digests`."""
         async with self._client() as client:
             return await client.weight_digests()
 
@@ -137,7 +137,7 @@ class ServerLink:
         name, self._group_name = self._group_name, ""
         self.disconnect()
         if name:
-            async with WeightClient(self.address, min(LEAVE_SECONDS, self._timeout_seconds)) as client:
+            async with EngineClient(self.address, min(LEAVE_SECONDS, self._timeout_seconds)) as client:
                 await client.leave(name)
 
     def disconnect(self) -> None:
@@ -146,8 +146,8 @@ class ServerLink:
         if group is not None:
             broadcast_group.leave_group(group, self._broadcast)
 
-    def _client(self) -> WeightClient:
-        return WeightClient(self.address, self._timeout_seconds)
+    def _client(self) -> EngineClient:
+        return EngineClient(self.address, self._timeout_seconds)
 
     def _host_towards_server(self) -> str:
         address = urlsplit(self.url)

@@ -5,7 +5,7 @@ SGLang's `/weights_checker` digests its own. This finds errors that a push alone
 ignored, misplaced or converted, and memory that was overwritten too early. It needs neither engine memory nor a second
 push.
 
-An engine with `engine.quantization` digests what its FP8 weights stand for (quantised_push.py). One that stores its
+An engine with `engine.quantization` digests what its FP8 weights stand for (`tensor_layout.py`). One that stores its
 weights in another form by `engine.extra_arguments`, or whose kernels split or reorder experts, cannot be compared like
 this: its digests always differ.
 """
@@ -24,11 +24,10 @@ from megatron_dsrl.model.source import resolve_model_folder
 from megatron_dsrl.platform.engine import feed_forward_multiple
 from megatron_dsrl.platform.weight_digest import weight_digest
 from megatron_dsrl.rollout.engines.address import EngineAddress
+from megatron_dsrl.rollout.engines.client import EngineClient
 from megatron_dsrl.rollout.engines.errors import EngineError
 from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
-from megatron_dsrl.rollout.engines.quantised_push import as_the_engine_compares
-from megatron_dsrl.rollout.engines.tensor_layout import EngineLayout
-from megatron_dsrl.rollout.engines.weight_client import WeightClient
+from megatron_dsrl.rollout.engines.tensor_layout import EngineLayout, as_the_engine_compares
 
 NAMES_IN_MESSAGE = 8
 
@@ -192,7 +191,7 @@ def mismatch_message(engine_url: str, problem: str) -> str:
 
 async def _engine_digests(engine: EngineAddress, timeout_seconds: float) -> list[dict[str, str]] | str:
     """The digests of every rank of the engine, or the error message."""
-    async with WeightClient(engine, timeout_seconds) as client:
+    async with EngineClient(engine, timeout_seconds) as client:
         try:
             return await client.weight_digests()
         except EngineError as error:

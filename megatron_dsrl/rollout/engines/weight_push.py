@@ -5,18 +5,28 @@ CPU the next bucket is filled meanwhile.
 """
 
 import asyncio
+import shutil
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import Future
 from functools import partial
+from pathlib import Path
 
 import torch.distributed
 
 from megatron_dsrl.common.collective import first_problem, gather_within
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.process import in_background
+from megatron_dsrl.config.run import RolloutSettings
+from megatron_dsrl.model.architecture import read_architecture
+from megatron_dsrl.model.source import resolve_model_folder
+from megatron_dsrl.planning.parameters import parameters_of_model
 from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.client import EngineClient, connect
 from megatron_dsrl.rollout.engines.errors import EngineError
 from megatron_dsrl.rollout.engines.flattened_bucket import Bucket, BucketMemory, flatten, serialise
+
+SHARED_MEMORY = Path("/dev/shm")
+BYTES_PER_PARAMETER = {"float32": 4, "bfloat16": 2}
 
 
 def push_weights(
@@ -105,3 +115,26 @@ class _GroupsEngine:
             except EngineError as error:
                 return str(error)
         return None
+
+
+def check_shared_memory(config: RolloutSettings, ranks: int) -> None:
+    """Check that /dev/shm has room for the buckets of a CPU run: each rank fills one while an engine copies another.
+
+    Args:
+        ranks: processes of this machine that push weights.
+
+    Raises:
+        UserError: it has less free space than that.
+    """
+    architecture = read_architecture(resolve_model_folder(config.model.path))
+    size = BYTES_PER_PARAMETER[config.model.dtype]
+    largest_tensor = size * architecture.vocab_size * architecture.hidden_size
+    largest_bucket = max(config.engine.weight_bucket_megabytes * 2**20, largest_tensor)
+    needed = min(size * parameters_of_model(architecture), 2 * largest_bucket)
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if free < ranks * needed:
+        raise UserError(
+            f"engine.weight_bucket_megabytes: on a CPU, weights go to the engines through {SHARED_MEMORY}, in two "
+            f"buckets at a time, {needed / 2**20:.1f} MiB for each of {ranks} process(es), but {free / 2**20:.1f} MiB "
+            "are free; lower the bucket size, remove old files there, or enlarge it (docker run --shm-size=16g)"
+        )

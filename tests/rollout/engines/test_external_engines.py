@@ -28,7 +28,6 @@ from megatron_dsrl.rollout.engines.generation import Completion, SampleRequest
 from megatron_dsrl.rollout.engines.server import EngineServer
 from megatron_dsrl.rollout.engines.server_arguments import server_arguments
 from megatron_dsrl.rollout.engines.weight_broadcast import ServerLink, broadcast_weights
-from megatron_dsrl.rollout.engines.weight_client import WeightClient
 from megatron_dsrl.rollout.recording import read_groups, rollout_file
 from megatron_dsrl.rollout.sample import Sample, SamplingParameters
 from tests.support.compare_runs import records
@@ -175,7 +174,7 @@ def test_a_refusal_ends_the_broadcast(server, folder, monkeypatch) -> None:
 
     async def push_to_a_server_that_has_left() -> dict[str, str]:
         await link.connect()
-        async with WeightClient(server.address, 60.0) as client:
+        async with EngineClient(server.address, 60.0) as client:
             await client.leave(link.group_name)
         return await broadcast_weights([link], buckets_of(folder), version=4)
 

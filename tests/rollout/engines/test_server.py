@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -20,9 +21,9 @@ import torch
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.platform.engine import engine_environment
 from megatron_dsrl.rollout.engines.errors import EngineError, EngineStartError
-from megatron_dsrl.rollout.engines.server import EngineServer
+from megatron_dsrl.rollout.engines.server import EngineServer, read_settings, settings_file, write_settings
 from megatron_dsrl.rollout.engines.server_arguments import server_arguments
-from megatron_dsrl.rollout.engines.server_resources import shared_memory_files
+from megatron_dsrl.rollout.engines.starting_server import shared_memory_files
 from megatron_dsrl.rollout.engines.supervised_server import SupervisedServer
 from megatron_dsrl.rollout.engines.weight_push import push_weights
 from tests.support.engine import processes_of_group, tiny_run_config
@@ -311,3 +312,23 @@ def test_refused_weights_are_an_error(engine_rollout) -> None:
 
     with pytest.raises(EngineError, match="refused /update_weights_from_tensor.*must run between"):
         asyncio.run(update_without_begin())
+
+
+def test_only_settings_are_recorded_not_keys(tmp_path) -> None:
+    log = tmp_path / "engine_0.log"
+    assert read_settings(log) == {}
+    write_settings(json.dumps({"dtype": "bfloat16", "api_key": "secret", "model_path": "m"}).encode(), log)
+    assert read_settings(log) == {"dtype": "bfloat16"}
+    assert settings_file(log) == tmp_path / "engine_0.json"
+
+
+def test_an_answer_that_is_not_an_object_is_refused(tmp_path) -> None:
+    with pytest.raises(ValueError, match="/server_info answered"):
+        write_settings(b'["dtype"]', tmp_path / "engine_0.log")
+
+
+def test_a_server_that_is_ready_has_recorded_its_settings(engine_rollout) -> None:
+    log = engine_rollout._engines._server.log_file
+    settings = read_settings(log)
+    assert settings["attention_backend"] == "torch_native" and settings["max_total_num_tokens"] > 0
+    assert engine_rollout.engine_addresses[0].key not in settings_file(log).read_text()

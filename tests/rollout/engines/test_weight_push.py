@@ -1,19 +1,22 @@
 """Pushing buckets to a real engine."""
 
 import os
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.rollout.engines.flattened_bucket import ALIGNMENT_BYTES, Bucket, BucketMemory, flatten
-from megatron_dsrl.rollout.engines.weight_push import push_weights
-from tests.support.engine import server_process
+from megatron_dsrl.rollout.engines.weight_push import SHARED_MEMORY, check_shared_memory, push_weights
+from tests.support.engine import server_process, tiny_run_config
 
 STOPPED_SECONDS = 1.0
 DTYPES = [torch.float32, torch.bfloat16, torch.uint8]
@@ -75,3 +78,14 @@ def test_on_a_cpu_two_buckets_take_turns_in_the_same_memory() -> None:
 def test_a_bucket_is_never_empty() -> None:
     with pytest.raises(AssertionError):
         flatten([], BucketMemory())
+
+
+def test_shared_memory_must_hold_a_bucket_of_every_rank(tiny_model_folder, monkeypatch) -> None:
+    config = tiny_run_config(tiny_model_folder)
+    size = sum(file.stat().st_size for file in tiny_model_folder.glob("*.safetensors"))  # float32, in one bucket
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2 * size))
+    check_shared_memory(config, ranks=2)
+    with pytest.raises(UserError, match="engine.weight_bucket_megabytes: .* for each of 4 process.*shm-size"):
+        check_shared_memory(config, ranks=4)
+    assert SHARED_MEMORY.is_dir()

@@ -11,7 +11,7 @@ from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.errors import EngineError, EngineStartError
 from megatron_dsrl.rollout.engines.server import EngineServer
 from megatron_dsrl.rollout.engines.server_arguments import server_arguments
-from megatron_dsrl.rollout.engines.warm_up import kinds_of_requests, warm_up
+from megatron_dsrl.rollout.engines.supervised_server import kinds_of_requests, warm_up
 from tests.support.engine import processes_of_group, tiny_run_config
 
 
