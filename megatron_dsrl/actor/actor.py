@@ -14,8 +14,8 @@ from megatron_dsrl.actor.packing import PackedRow
 from megatron_dsrl.actor.statistics import ObjectiveMetrics, TokenStatistics, UpdateMetrics, share_with_all_stages
 from megatron_dsrl.actor.trainable_model import TrainableModel, require_finite
 from megatron_dsrl.algorithms.experience import Experience, PerToken, concatenate_tokens
+from megatron_dsrl.algorithms.importance import mismatch_metrics
 from megatron_dsrl.algorithms.losses import ScoredTokens
-from megatron_dsrl.algorithms.mismatch import mismatch_metrics
 from megatron_dsrl.algorithms.objective import Objective
 from megatron_dsrl.config.model import RouterConfig
 from megatron_dsrl.model.output_rows import FactoredLogits

@@ -12,7 +12,7 @@ from megatron_dsrl.actor.packing import PackedRow
 from megatron_dsrl.actor.statistics import ObjectiveMetrics, TokenStatistics, UpdateMetrics, share_with_all_stages
 from megatron_dsrl.actor.trainable_model import TrainableModel, require_finite
 from megatron_dsrl.algorithms.experience import Experience, PerToken, concatenate_tokens
-from megatron_dsrl.algorithms.value_loss import value_loss, value_statistics
+from megatron_dsrl.algorithms.losses import value_loss, value_statistics
 from megatron_dsrl.config.actor import CriticConfig
 
 
@@ -20,11 +20,7 @@ class Critic:
     """A sharded value model with its optimizer."""
 
     def __init__(self, model: TrainableModel, config: CriticConfig) -> None:
-        """Use `build_critic` to create one.
-
-        Args:
-            config: value clipping, mini-batches and epochs.
-        """
+        """Use `build_critic` to create one."""
         self.model = model
         self._config = config
 

@@ -97,10 +97,7 @@ class _LogProbs(torch.autograd.Function):
         kept_bytes: int,
         fused_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Streams over blocks of the vocabulary; keeps the logits of the first blocks, up to `kept_bytes`.
-
-        Returns log-probs and entropy, [num_tokens] float32 each.
-        """
+        """Streams over blocks of the vocabulary; keeps the logits of the first blocks, up to `kept_bytes`."""
         statistics, kept = _Statistics.of_no_columns(len(hidden), hidden.device), []
         for block in _blocks(len(hidden), options):
             logits = hidden @ weight[block].t()

@@ -36,32 +36,23 @@ class SequenceCost:
     def for_layer(
         cls, hidden_size: int, attention_heads: int, key_value_groups: int, head_dim: int, feed_forward_size: int
     ) -> "SequenceCost":
-        """Cost in a decoder layer with a gated feed-forward.
-
-        Args:
-            attention_heads: number of query heads.
-            key_value_groups: number of key/value heads.
-            feed_forward_size: inner size; for experts, summed over those that one token is routed to.
-        """
+        """Cost in a decoder layer with a gated feed-forward, whose size is the sum over the experts that one token is
+        routed to."""
         attention_size = attention_heads * head_dim
         weights = hidden_size * (2 * attention_size + 2 * key_value_groups * head_dim + 3 * feed_forward_size)
         # Scores and weighted values: 2 FLOPs each per channel and pair; the causal mask leaves half of the pairs.
         return cls(per_token=2.0 * weights, per_token_and_length=2.0 * attention_size)
 
     def __call__(self, length: int) -> float:
-        """Cost of a sequence of `length` tokens."""
         return length * (self.per_token + self.per_token_and_length * length)
 
 
 def plan_micro_batches(
     lengths: Sequence[int], data_parallel_size: int, max_tokens: int, cost: SequenceCost, multiple_of: int = 1
 ) -> MicroBatchPlan:
-    """Plan balanced micro-batches within a token budget.
+    """Plan balanced micro-batches of at most `max_tokens` for sequences of these lengths.
 
     Args:
-        lengths: tokens of each sequence.
-        data_parallel_size: number of model replicas.
-        max_tokens: token budget of a micro-batch.
         multiple_of: the number of micro-batches per rank is a multiple of this: the pipeline-parallel size for the
             interleaved schedule, else 1.
     """

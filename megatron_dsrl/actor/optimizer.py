@@ -79,11 +79,7 @@ def apply_settings(
     optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, learning_rate: float, gradient_clip_norm: float
 ) -> None:
     """Change the peak learning rate and the clipping from the next step on; warm-up and decay continue where they are.
-
-    Args:
-        learning_rate: the new peak.
-        gradient_clip_norm: 0 for none.
-    """
+    A clipping norm of 0 means none."""
     scheduler.max_lr = learning_rate
     scheduler.init_lr = _initial_rate(learning_rate, scheduler.lr_warmup_steps)
     for part in chained_optimizers(optimizer):

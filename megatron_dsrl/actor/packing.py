@@ -126,11 +126,7 @@ def pack(
     """Pack the sequences at these indices into a row.
 
     The row is filled up to the multiple required by the split with a final unscored filler sequence. An empty row
-    consists of the filler only.
-
-    Args:
-        split: how processes share the row.
-        routed_experts: experts of the whole batch; None lets the routers choose.
+    consists of the filler only. `routed_experts` are those of the whole batch.
     """
     chosen = [sequences[i] for i in indices]
     lengths = [split.padded(len(sequence.token_ids)) for sequence in chosen]

@@ -37,8 +37,6 @@ def start_save(
     """Prepare to write the state into an existing, empty folder. Collective.
 
     Args:
-        chunks: this stage's model chunks.
-        scheduler: learning-rate schedule of the optimizer.
         gather_on: where the shards of the optimizer's state come together; see `CheckpointConfig.gather_optimizer_on`.
         copy: copy the state, so that training may continue before it is written.
     """
@@ -59,11 +57,8 @@ def load_state(
 ) -> None:
     """Load what `start_save` wrote, under this or another layout. Collective.
 
-    Args:
-        chunks: model chunks to fill.
-        optimizer: its state is overwritten.
-        scheduler: continues from the saved step count, with its own learning rates.
-        same_layout: whether the checkpoint was written by the same number of processes in the same layout.
+    The schedule continues from the saved step count, with its own learning rates. `same_layout`: whether the checkpoint
+    was written by the same number of processes in the same layout.
     """
     state = _model(chunks)
     state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=True, metadata=_layout_metadata())
@@ -144,10 +139,7 @@ def _complete(state: dict[str, Any], adam: torch.optim.Optimizer) -> None:
 
     Fused implementations have their own settings in the parameter groups, and count steps there. torch's AdamW
     counts them by parameter, which Megatron stores once for all parameters, and not at all while the count is 0.
-
-    Args:
-        state: optimizer state, or such states by name.
-        adam: the implementation that will load it.
+    `state` is an optimizer's, or holds such states by name.
     """
     if "param_groups" not in state:
         for part in state.values():

@@ -24,11 +24,7 @@ class ShardedModel:
     """This rank's part of a model, wrapped for data parallelism."""
 
     def __init__(self, chunks: list[DistributedDataParallel], max_tokens_per_micro_batch: int) -> None:
-        """
-        Args:
-            chunks: this pipeline stage's model chunks, weights loaded.
-            max_tokens_per_micro_batch: token budget of a packed row.
-        """
+        """`chunks` are this pipeline stage's, weights loaded."""
         self.chunks = chunks
         self.config = chunks[0].config
         self.config.finalize_model_grads_func = sum_gradients  # the loss weights already include the token count
@@ -40,9 +36,7 @@ class ShardedModel:
     ) -> list[PackedRow]:
         """This data-parallel rank's share of the batch as packed rows; every rank gets the same number of rows.
 
-        Args:
-            sequences: the batch, the same on every rank.
-            routed_experts: experts of each sequence; see `Experience.routed_experts`.
+        The batch is the same on every rank; for `routed_experts` see `Experience.routed_experts`.
         """
         split = RowSplit(
             context_parallel_size=parallel_state.get_context_parallel_world_size(),
@@ -78,11 +72,9 @@ class ShardedModel:
         """Compute one number per scored token with a forward pass over the whole batch.
 
         Args:
-            sequences: the batch, the same on every rank.
             score: maps a packed row and the model's output at its predicting positions (see `MicroBatch.score`) to
                 [sum(num_scored)] float32, the same on all ranks that hold shards of that row or output (see
                 `PackedRow.assemble`).
-            routed_experts: experts of each sequence; see `Experience.routed_experts`.
 
         Returns:
             [num_scored] per sequence, the same on every rank.

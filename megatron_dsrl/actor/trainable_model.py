@@ -42,14 +42,6 @@ class TrainableModel(ShardedModel):
         max_tokens_per_micro_batch: int,
         gather_optimizer_on: GatherOn,
     ) -> None:
-        """
-        Args:
-            chunks: this pipeline stage's model chunks, weights loaded.
-            table: maps parameters to the names of HF checkpoints.
-            scheduler: learning-rate schedule of the optimizer.
-            max_tokens_per_micro_batch: token budget of a packed row.
-            gather_optimizer_on: where checkpoints gather the shards of the optimizer's state.
-        """
         super().__init__(chunks, max_tokens_per_micro_batch)
         self.table = table
         self._optimizer = optimizer
@@ -77,12 +69,10 @@ class TrainableModel(ShardedModel):
         score: Callable[[PackedRow, Any], Tensor],
         routed_experts: Sequence[str] | None = None,
     ) -> PerToken:
-        """As `ShardedModel.score_tokens`."""
         assert not self.memory.away, AWAY
         return super().score_tokens(sequences, score, routed_experts)
 
     def accumulate_gradients(self, micro_batches: Sequence[MicroBatch[Result]]) -> list[Result]:
-        """Clear gradients, then run forward and backward; returns the kept results (last stage only)."""
         assert not self.memory.away, AWAY
         self._optimizer.zero_grad()
         return super().accumulate_gradients(micro_batches)

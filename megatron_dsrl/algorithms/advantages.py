@@ -161,6 +161,28 @@ class ReinforcePlusPlusBaseline(AdvantageOptions):
         return AdvantageEstimate(whiten(expand_to_tokens(centred, experience.num_scored), self.eps))
 
 
+@ADVANTAGES.register
+class Distillation(AdvantageOptions):
+    """A = log p_teacher - log p_student at each token: the negative of the sampled reverse KL divergence, as in
+    on-policy distillation (arXiv 2306.13649). The teacher is the reference policy: `reference.path` or `reference.url`.
+    Rewards have no effect."""
+
+    name: Literal["distillation"] = "distillation"
+    needs: ClassVar[ModelPasses] = ModelPasses(old_log_probs=True, reference_log_probs=True)
+    ignores_penalties: ClassVar[bool] = True
+
+    clip: float | None = Field(default=None, gt=0)
+    """Limit of |A|, in nat; null: none."""
+
+    def estimate(self, experience: Experience) -> AdvantageEstimate:
+        teacher, student = experience.reference_log_probs, experience.old_log_probs
+        assert teacher is not None and student is not None, "see needs"
+        gaps = tuple(theirs - ours for theirs, ours in zip(teacher, student, strict=True))
+        if self.clip is not None:
+            gaps = tuple(gap.clamp(-self.clip, self.clip) for gap in gaps)
+        return AdvantageEstimate(gaps)
+
+
 def group_mean_advantage(rewards: Tensor, groups: Tensor) -> Tensor:
     """A = r - mean of the group: with a 0/1 reward and success rate p, a wrong sample gets -p.
 
@@ -177,15 +199,7 @@ def group_mean_advantage(rewards: Tensor, groups: Tensor) -> Tensor:
 def group_standardised_advantage(rewards: Tensor, groups: Tensor, eps: float = 1e-6) -> Tensor:
     """A = (r - mean) / (std + eps) with the unbiased standard deviation of the group (GRPO, arXiv 2402.03300).
 
-    A group of one sample gets A = 0.
-
-    Args:
-        rewards: [num_samples] float.
-        groups: [num_samples] int64, the group of each sample, numbered from 0.
-        eps: added to the standard deviation.
-
-    Returns:
-        [num_samples], dtype of `rewards`.
+    A group of one sample gets A = 0. Arguments and result are as in `group_mean_advantage`.
     """
     centred = group_mean_advantage(rewards, groups)
     sizes = torch.bincount(groups).to(rewards.dtype)
@@ -197,14 +211,8 @@ def group_standardised_advantage(rewards: Tensor, groups: Tensor, eps: float = 1
 def leave_one_out_advantage(rewards: Tensor, groups: Tensor) -> Tensor:
     """A = r - mean of the *other* samples of the group (RLOO, arXiv 2402.14740): G / (G - 1) times `group_mean`.
 
-    A group of one sample has nothing to compare with, so it gets A = 0.
-
-    Args:
-        rewards: [num_samples] float.
-        groups: [num_samples] int64, the group of each sample, numbered from 0.
-
-    Returns:
-        [num_samples], dtype of `rewards`. Exactly 0 in groups whose rewards are all equal.
+    A group of one sample has nothing to compare with, so it gets A = 0. Arguments and result are as in
+    `group_mean_advantage`.
     """
     sizes = torch.bincount(groups).to(rewards.dtype)
     return group_mean_advantage(rewards, groups) * (sizes / (sizes - 1).clamp(min=1))[groups]
@@ -227,10 +235,7 @@ def whiten(values: Sequence[Tensor], eps: float = 1e-8) -> tuple[Tensor, ...]:
 
     PPO implementations for language models such as TRL and verl do the same; the original PPO standardises each
     mini-batch instead. A batch of one token has no variance and becomes 0.
-
-    Args:
-        values: per sequence [num_scored] float.
-        eps: added to the variance.
+    `values` are [num_scored] float per sequence.
     """
     tokens = torch.cat([torch.zeros(0, dtype=torch.float64), *(value.double() for value in values)])
     if len(tokens) == 0:

@@ -32,14 +32,10 @@ class AggregationOptions(Options):
 
     @abstractmethod
     def weights(self, num_scored: Sequence[int], max_response_tokens: int) -> Tensor:
-        """Weight of each sequence's tokens.
+        """Weight of each sequence's tokens, [num_sequences] float32.
 
         Args:
             num_scored: scored tokens of each kept sequence in the optimizer step, over all data-parallel ranks.
-            max_response_tokens: `rollout.max_response_tokens`.
-
-        Returns:
-            [num_sequences] float32.
         """
 
 
@@ -79,13 +75,6 @@ class TokenSum(AggregationOptions):
 
 
 def token_mean_weights(num_scored: Sequence[int]) -> Tensor:
-    """Weight of each sequence's tokens for the mean over all tokens: 1 / (number of tokens).
-
-    Args:
-        num_scored: scored tokens of each sequence.
-
-    Returns:
-        [num_sequences] float32.
-    """
+    """Weights for the mean over all tokens: 1 / (number of tokens)."""
     total = sum(num_scored)
     return torch.full((len(num_scored),), 1.0 / total if total else 0.0, dtype=torch.float32)

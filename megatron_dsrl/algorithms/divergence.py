@@ -48,15 +48,7 @@ def kl_estimate(log_probs: Tensor, reference_log_probs: Tensor, estimator: KLEst
 
 
 def kl_loss(log_probs: Tensor, reference_log_probs: Tensor, estimator: KLEstimator) -> Tensor:
-    """Estimate for each token, with the gradient described in the module docstring.
-
-    Args:
-        log_probs: [num_tokens] float, under the policy being trained, differentiable.
-        reference_log_probs: [num_tokens] float.
-
-    Returns:
-        [num_tokens].
-    """
+    """Estimate for each token, [num_tokens], with the gradient described in the module docstring."""
     if estimator != "k1":
         return kl_estimate(log_probs, reference_log_probs, estimator)
     gradient = kl_estimate(log_probs, reference_log_probs, "k2")

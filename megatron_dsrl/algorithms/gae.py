@@ -56,8 +56,6 @@ def generalized_advantages(
     Args:
         rewards: per sequence [num_scored], the reward at each token; any float dtype.
         values: per sequence [num_scored], the value before each token.
-        discount: gamma.
-        trace_decay: lambda; 1 gives the discounted return minus the value, 0 the one-step error.
 
     Returns:
         advantages and returns, each per sequence [num_scored] in the dtype of its values.

@@ -1,4 +1,4 @@
-"""Importance correction for the mismatch between the engine, which samples, and the trainer, which scores.
+"""The mismatch between the engine, which samples, and the trainer, which scores: its metrics and its correction.
 
 Both hold the same weights, but their kernels and precisions differ, so samples come from a slightly different policy
 than the gradient assumes. The correction multiplies the loss of a token by the detached ratio w = pi_trainer /
@@ -25,6 +25,11 @@ from megatron_dsrl.config.choices import IMPORTANCE_CORRECTIONS
 from megatron_dsrl.config.registry import Options
 
 Level = Literal["token", "sequence"]
+RATIO_BOUNDS = (0.5, 2.0)
+"""Ratios outside these bounds count as tail."""
+
+MISMATCH_MEANS = ("mean_log_prob_gap", "kl_k1", "kl_k3", "ratio_tail_fraction")
+MISMATCH_MAXIMA = ("max_log_prob_gap", "max_ratio")
 
 
 class ImportanceCorrectionOptions(Options):
@@ -86,3 +91,27 @@ def importance_ratio(tokens: ScoredTokens, level: Level) -> Tensor:
     assert tokens.engine_log_probs is not None, "without an engine there is nothing to compare with"
     log_ratio = tokens.old_log_probs.detach() - tokens.engine_log_probs
     return probability_ratio(tokens.sum_of_sequences(log_ratio) if level == "sequence" else log_ratio)
+
+
+def mismatch_metrics(
+    trainer_log_probs: Tensor, engine_log_probs: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Per-token mismatch metrics: those to be averaged, and those to be maximised.
+
+    With the log-ratio d = log pi_trainer - log pi_engine of a token sampled by the engine, KL(engine || trainer) is
+    estimated by k1 = -d (unbiased, may be negative) and k3 = exp(d) - 1 - d (unbiased, never negative; J. Schulman,
+    "Approximating KL divergence", 2020).
+
+    Args:
+        trainer_log_probs: [num_tokens] float32, under the trainer's policy before the update.
+        engine_log_probs: [num_tokens] float32.
+
+    Returns:
+        Keyed by MISMATCH_MEANS and by MISMATCH_MAXIMA, [num_tokens] float64 or bool each: |d| in nats, the KL
+        estimators in nats, whether exp(d) lies outside RATIO_BOUNDS, and exp(d).
+    """
+    log_ratio = trainer_log_probs.detach().double() - engine_log_probs.double()  # k3 of near-equal log-probs is tiny
+    gap, ratio = log_ratio.abs(), probability_ratio(log_ratio)
+    in_tail = (ratio < RATIO_BOUNDS[0]) | (ratio > RATIO_BOUNDS[1])
+    means = (gap, -log_ratio, ratio - 1.0 - log_ratio, in_tail)
+    return dict(zip(MISMATCH_MEANS, means)), dict(zip(MISMATCH_MAXIMA, (gap, ratio)))

@@ -48,12 +48,8 @@ def shaping_metrics(
 def overlong_shaping(length: int, max_response_tokens: int, buffer_tokens: int) -> float:
     """DAPO's soft overlong punishment (arXiv 2503.14476, section on overlong reward shaping).
 
-    0 up to the buffer, the last `buffer_tokens` of the allowed length; falls linearly to -1 across the buffer.
-
-    Args:
-        length: tokens of the response, including the end token.
-        max_response_tokens: L_max.
-        buffer_tokens: L_cache.
+    0 up to the buffer, the last `buffer_tokens` (L_cache) of the allowed length (L_max); falls linearly to -1 across
+    the buffer. `length` includes the end token.
     """
     over = length - (max_response_tokens - buffer_tokens)
     return -min(1.0, max(0.0, over / buffer_tokens))

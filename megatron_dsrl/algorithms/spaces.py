@@ -79,22 +79,14 @@ class Space(Options):
         return ""
 
     def max_context_tokens(self, max_prompt_tokens: int) -> int:
-        """Upper bound on the context length, for plans and checks.
-
-        Args:
-            max_prompt_tokens: `data.max_prompt_tokens`.
-        """
+        """Upper bound on the context length, for plans and checks."""
         return max_prompt_tokens
 
     @abstractmethod
     def context(self, prompt_ids: Sequence[int], context_ids: Sequence[int]) -> Sequence[int]:
-        """Token ids that precede the response.
+        """Token ids that precede the response; `context_ids` are those of `context_text`.
 
-        Args:
-            context_ids: token ids of `context_text`.
-
-        Raises:
-            ValueError: the prompt is empty, and the space needs it.
+        Raises ValueError if the prompt is empty and the space needs it.
         """
 
     def sequence(

@@ -6,10 +6,7 @@ from megatron_dsrl.config.registry import Options, Registry
 
 SAMPLERS = Registry("prompt sampler", ["megatron_dsrl.data.samplers"])
 SPACES = Registry("space", ["megatron_dsrl.algorithms.spaces"])
-ADVANTAGES = Registry(
-    "advantage",
-    ["megatron_dsrl.algorithms.advantages", "megatron_dsrl.algorithms.distillation", "megatron_dsrl.algorithms.gae"],
-)
+ADVANTAGES = Registry("advantage", ["megatron_dsrl.algorithms.advantages", "megatron_dsrl.algorithms.gae"])
 FILTERS = Registry("filter", ["megatron_dsrl.algorithms.filters"])
 LOSSES = Registry("loss", ["megatron_dsrl.algorithms.losses"])
 AGGREGATIONS = Registry("aggregation", ["megatron_dsrl.algorithms.aggregations"])

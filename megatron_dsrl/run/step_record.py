@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_dsrl.actor.statistics import UpdateMetrics
-from megatron_dsrl.algorithms.mismatch import MISMATCH_MAXIMA, MISMATCH_MEANS
+from megatron_dsrl.algorithms.importance import MISMATCH_MAXIMA, MISMATCH_MEANS
 from megatron_dsrl.algorithms.reward_shaping import shaping_metrics
 from megatron_dsrl.algorithms.spaces import Space
 from megatron_dsrl.config.phase import MAIN_OBJECTIVE, PhaseConfig

@@ -1,4 +1,4 @@
-"""Importance corrections between engine and trainer: by hand, and what they leave alone."""
+"""Mismatch metrics and importance corrections between engine and trainer: by hand, and what they leave alone."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_dsrl.algorithms.importance import Masked, Truncated
+from megatron_dsrl.algorithms.importance import Masked, Truncated, mismatch_metrics
 from megatron_dsrl.algorithms.losses import ScoredTokens
 from tests.support.experiences import scored_tokens
 
@@ -55,3 +55,16 @@ def test_the_weights_carry_no_gradient_and_stay_finite() -> None:
     for correction in (Truncated(), Masked(), Truncated(level="sequence")):
         weights, _ = correction.correct(tokens)
         assert not weights.requires_grad and torch.isfinite(weights).all()
+
+
+def test_mismatch_metrics_by_hand() -> None:
+    """Ratios trainer / engine of 1, 4 and 0.8."""
+    log_ratios = [0.0, math.log(4), math.log(0.8)]
+    engine = torch.tensor([-2.0, -3.0, -1.0])
+    means, maxima = mismatch_metrics(engine + torch.tensor(log_ratios), engine)
+    assert means["mean_log_prob_gap"].tolist() == pytest.approx([0, math.log(4), -math.log(0.8)], abs=1e-6)
+    assert means["kl_k1"].tolist() == pytest.approx([-d for d in log_ratios], abs=1e-6)
+    assert means["kl_k3"].tolist() == pytest.approx([math.exp(d) - 1 - d for d in log_ratios], abs=1e-6)
+    assert means["ratio_tail_fraction"].tolist() == [False, True, False]
+    assert maxima["max_ratio"].tolist() == pytest.approx([1, 4, 0.8], rel=1e-6)
+    assert maxima["max_log_prob_gap"].max().item() == pytest.approx(math.log(4), rel=1e-6)

@@ -1,7 +1,7 @@
 """What a step record says of an update."""
 
 from megatron_dsrl.actor.statistics import ObjectiveMetrics, UpdateMetrics
-from megatron_dsrl.algorithms.mismatch import MISMATCH_MAXIMA, MISMATCH_MEANS
+from megatron_dsrl.algorithms.importance import MISMATCH_MAXIMA, MISMATCH_MEANS
 from megatron_dsrl.config.phase import PhaseConfig
 from megatron_dsrl.run.step_record import log_prob_gap_warning, scored_spaces, update_metrics
 
