@@ -27,6 +27,9 @@ SAME_ERROR_SECONDS = 5.0
 """After a failure, time for the other ranks to hit the same error, which rank 0 prints."""
 STOP_SECONDS = 30.0
 """Time from SIGTERM to SIGKILL, the same as torchrun's `--shutdown-timeout`."""
+HANGING_SECONDS = 10.0
+"""After a signal has ended one rank, time for the others to end before SIGKILL. One that waits for the others in a
+collective does not notice the signal, such as Ctrl-C while the ranks are starting."""
 
 
 def others_started(processes: int) -> bool:
@@ -78,27 +81,32 @@ def _wait(ranks: Sequence["subprocess.Popen[bytes]"], received: set[int]) -> int
     ended: dict[int, int] = {}
     deadlines: list[tuple[float, int]] = []  # (time, signal) for the remaining ranks
     failed: int | None = None
+    killed = False
     while len(ended) < len(ranks):
         for rank, process in enumerate(ranks):
             if rank in ended or process.poll() is None:
                 continue
             status = ended[rank] = _as_exit_status(process.returncode)
             now = time.monotonic()
-            if status in (0, PREEMPTED_STATUS):
+            if status in (0, PREEMPTED_STATUS) or (killed and failed is None):
                 continue
-            if status - 128 in received:  # all got the signal, but one may hang in a collective
-                deadlines = deadlines or [(now + STOP_SECONDS, signal.SIGKILL)]
+            if status - 128 in received:  # all got the signal, but one may hang
+                deadlines = deadlines or [(now + HANGING_SECONDS, signal.SIGKILL)]
             elif failed is None:
                 failed = rank
                 stop = now + SAME_ERROR_SECONDS
                 deadlines = [(stop, signal.SIGTERM), (stop + STOP_SECONDS, signal.SIGKILL)]
                 _report(rank, status)
         if deadlines and time.monotonic() >= deadlines[0][0]:
-            _send(ranks, deadlines.pop(0)[1])
+            number = deadlines.pop(0)[1]
+            killed = number == signal.SIGKILL
+            _send(ranks, number)
         time.sleep(POLL_SECONDS)
     if failed is not None:
         return ended[failed]
-    return PREEMPTED_STATUS if PREEMPTED_STATUS in ended.values() else max(ended.values())
+    if PREEMPTED_STATUS in ended.values():
+        return PREEMPTED_STATUS
+    return next((status for status in ended.values() if status - 128 in received), 0)
 
 
 def _report(rank: int, status: int) -> None:

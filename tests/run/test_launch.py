@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -91,6 +92,27 @@ def test_signals_reach_every_rank_once_and_none_is_cut_short(tmp_path, sent, sta
     process.send_signal(sent)
     assert process.wait(30) == status
     assert [(tmp_path / f"stopped_{rank}").read_text() for rank in range(2)] == [str(int(sent))] * 2
+
+
+def test_a_rank_that_does_not_notice_the_signal_is_killed_without_being_called_a_failure(
+    tmp_path, monkeypatch, capfd
+) -> None:
+    monkeypatch.setattr(launching, "HANGING_SECONDS", 0.5)
+    program = f"""
+import os, pathlib, signal, time
+if os.environ["RANK"] == "1":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # waits for rank 0 in a collective
+pathlib.Path({str(tmp_path)!r}, os.environ["RANK"]).touch()
+time.sleep(60)
+"""
+
+    def stop() -> None:
+        wait_until(lambda: len(list(tmp_path.iterdir())) == 2, 30)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
+    assert launch([sys.executable, "-c", program], 2) == 143
+    assert capfd.readouterr().err == ""
 
 
 def test_ranks_end_with_a_killed_launcher(tmp_path) -> None:
