@@ -19,8 +19,8 @@ from megatron_dsrl.evaluation.evaluate import hf_folder
 from megatron_dsrl.evaluation.find_model import find_model
 from megatron_dsrl.observability.records import read_starts
 from megatron_dsrl.report.timeline import Windows, read_timelines
-from megatron_dsrl.rollout.carry_over import CarryOver
 from megatron_dsrl.rollout.recording import read_batch, read_groups, rollout_file
+from megatron_dsrl.rollout.unfinished import CarryOver
 from tests.support.compare_runs import assert_same_tensors, checkpoint_tensors, records
 from tests.support.tiny_run import dsrl, processes_left_behind, write_tiny_run
 

@@ -8,10 +8,9 @@ from concurrent.futures import Future, wait
 from megatron_dsrl.common.process import in_background
 from megatron_dsrl.config.run import RolloutSettings
 from megatron_dsrl.rollout.batch import BatchSampler, RolloutBatch
-from megatron_dsrl.rollout.carry_over import CarryOver
 from megatron_dsrl.rollout.engines.errors import EngineError, EnginesLostError
+from megatron_dsrl.rollout.feed import OnSamples, ignore
 from megatron_dsrl.rollout.group_queue import GroupQueue
-from megatron_dsrl.rollout.progress import OnSamples, ignore
 from megatron_dsrl.rollout.sample import SampleGroup, count_tokens
 from megatron_dsrl.rollout.seeds import seeds_of_batch, stream_of_round
 from megatron_dsrl.rollout.step_samples import (
@@ -23,7 +22,7 @@ from megatron_dsrl.rollout.step_samples import (
     is_mixed,
     samples_per_step,
 )
-from megatron_dsrl.rollout.unfinished import UnfinishedGroup, new_groups
+from megatron_dsrl.rollout.unfinished import CarryOver, UnfinishedGroup, new_groups
 
 POLL_SECONDS = 0.5
 CLOSE_SECONDS = 10.0

@@ -12,8 +12,7 @@ from megatron_dsrl.rollout.custom_generation import CustomGeneration
 from megatron_dsrl.rollout.engines.client import EngineClient
 from megatron_dsrl.rollout.engines.errors import EngineError, StaleWeightsError
 from megatron_dsrl.rollout.engines.generation import Completion, SampleRequest
-from megatron_dsrl.rollout.feed import Feed
-from megatron_dsrl.rollout.progress import OnSamples
+from megatron_dsrl.rollout.feed import Feed, OnSamples
 from megatron_dsrl.rollout.sample import SampleGroup, SamplingParameters
 from megatron_dsrl.rollout.unfinished import UnfinishedGroup
 
@@ -43,60 +42,21 @@ class BatchSampler(Protocol):
 class BatchRequest:
     """How a batch is sampled."""
 
+    settings: RolloutSettings
+    """Limits in the sections `rollout` and `engine`. With `rollout.deterministic`, group i goes to engine i modulo the
+    number of engines, and each engine gets all its groups in one call."""
     feed: Feed
     sampling: SamplingParameters
-    weight_version: int
-    """The version that every new token must carry, unless `versions` says otherwise."""
-    deterministic: bool
-    """Group i goes to engine i modulo the number of engines, and each engine gets all its groups in one call."""
-    max_outstanding_samples: int
-    """Samples that one engine holds at a time; further prompts wait for the engine that frees up first. No effect on
-    deterministic batches."""
-    timeout_seconds: float
-    """Limit for the whole batch, verification included."""
-    call_timeout_seconds: float | None
-    """Limit for one call to an engine; None: no limit."""
-    call_attempts: int
-    """How often a call to a healthy engine is attempted before its failure is an error."""
-    health_check_seconds: float
-    """Time between two health checks of an engine."""
-    health_timeout_seconds: float
-    """An engine that has passed no check for this long counts as lost."""
+    versions: Callable[[], range]
+    """The weight versions that engines may have now: two while weights are being loaded. A token must carry one that an
+    engine has had since its request was sent."""
     generation: CustomGeneration | None = None
     """Writes the responses together with the engine; None: the engine alone writes them."""
-    versions: Callable[[], range] | None = None
-    """The versions that engines may have now, while weights change during the batch: the oldest is loaded everywhere.
-    A token must carry one that an engine has had since its request was sent. None: only `weight_version`."""
 
-    @classmethod
-    def for_run(
-        cls,
-        settings: RolloutSettings,
-        feed: Feed,
-        sampling: SamplingParameters,
-        weight_version: int,
-        generation: CustomGeneration | None,
-        versions: Callable[[], range],
-    ) -> "BatchRequest":
-        """A request with the limits of the `rollout` and `engine` sections.
-
-        A batch of a feed that grows outlives steps, so it has no time limit, and weights change meanwhile.
-        """
-        rollout, engine = settings.rollout, settings.engine
-        return cls(
-            feed=feed,
-            sampling=sampling,
-            weight_version=weight_version,
-            deterministic=rollout.deterministic,
-            max_outstanding_samples=engine.max_outstanding_samples,
-            timeout_seconds=math.inf if feed.wake else rollout.step_timeout_seconds,
-            call_timeout_seconds=rollout.request_timeout_seconds,
-            call_attempts=rollout.request_attempts,
-            health_check_seconds=engine.health_check_seconds,
-            health_timeout_seconds=engine.health_timeout_seconds,
-            generation=generation,
-            versions=versions if feed.wake else None,
-        )
+    @property
+    def timeout_seconds(self) -> float:
+        """Limit for the whole batch, verification included. The batch of a feed that grows outlives steps: no limit."""
+        return math.inf if self.feed.wake else self.settings.rollout.step_timeout_seconds
 
 
 @dataclass
@@ -151,7 +111,7 @@ class RolloutBatch:
             self.groups[self._taken] = group
             self._taken += 1
         added = range(first, self._taken)
-        if self.request.deterministic:
+        if self.request.settings.rollout.deterministic:
             self.waiting += [
                 Call(tuple(added[engine :: self._num_engines]), engine)
                 for engine in range(min(self._num_engines, len(added)))
@@ -167,12 +127,13 @@ class RolloutBatch:
     def ask(self, call: Call, client: EngineClient) -> Coroutine[Any, Any, list[Completion]]:
         """Get the answers to `requests` from an engine, or from the engine and a function."""
         request, requests = self.request, self.requests(call)
-        call.oldest_version = self._versions().start
+        limit = request.settings.rollout.request_timeout_seconds
+        call.oldest_version = request.versions().start
         if request.generation is None:
-            return client.generate(requests, request.sampling, request.call_timeout_seconds)
+            return client.generate(requests, request.sampling, limit)
         groups = [self.groups[position] for position in call.positions]
         prompts = [group.prompt for group in groups for _ in range(group.num_unfinished)]
-        return request.generation.complete(client, prompts, requests, request.sampling, request.call_timeout_seconds)
+        return request.generation.complete(client, prompts, requests, request.sampling, limit)
 
     def connections(self, call: Call) -> int:
         """HTTP requests that run at the same time for a call."""
@@ -192,14 +153,12 @@ class RolloutBatch:
         """Add an engine's answers to the group at this position; returns the group.
 
         Args:
-            position: of the group.
-            completions: the answers.
             oldest_version: the call's; None: the oldest one now.
 
         Raises:
-            StaleWeightsError: a sample does not have the requested weight version.
+            StaleWeightsError: a token comes from other weights than those of `BatchRequest.versions`.
         """
-        group, now = self.groups[position], self._versions()
+        group, now = self.groups[position], self.request.versions()
         allowed = range(now.start if oldest_version is None else oldest_version, now.stop)
         for completion in completions:
             versions = {version for version, _ in completion.weight_versions}
@@ -230,13 +189,10 @@ class RolloutBatch:
         self.waiting.appendleft(call)
 
     def retry(self, call: Call, error: EngineError) -> None:
-        """Queue a failed call again after a pause, for any engine that may take it.
-
-        Raises:
-            EngineError: that was its last attempt; the message names the prompts.
-        """
+        """Queue a failed call again after a pause, for any engine that may take it. Raises EngineError, which names the
+        prompts, if that was its last attempt."""
         call.attempts += 1
-        if call.attempts >= self.request.call_attempts:
+        if call.attempts >= self.request.settings.rollout.request_attempts:
             prompts = ", ".join(map(str, self.prompt_indices(call)))
             raise EngineError(
                 f"{error}\nThat was the last attempt for prompt {prompts} (rollout.request_attempts = "
@@ -245,8 +201,3 @@ class RolloutBatch:
         self.retries += 1
         call.positions = tuple(p for p in call.positions if not self.groups[p].is_complete)
         self.put_back(call, FIRST_BACK_OFF_SECONDS * 2 ** (call.attempts - 1))
-
-    def _versions(self) -> range:
-        """The weight versions that engines may have now."""
-        request = self.request
-        return request.versions() if request.versions else range(request.weight_version, request.weight_version + 1)

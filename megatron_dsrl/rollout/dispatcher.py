@@ -12,24 +12,73 @@ throughout, and a call's answer is used once: no sample is lost or duplicated.
 import asyncio
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from megatron_dsrl.rewards.pool import RewardPool, Verdict
 from megatron_dsrl.rollout.batch import FIRST_BACK_OFF_SECONDS, RolloutBatch
 from megatron_dsrl.rollout.engine_calls import CallTask, EngineCalls, RunningCall
-from megatron_dsrl.rollout.engine_health import EngineHealth
-from megatron_dsrl.rollout.engine_states import EngineStates
+from megatron_dsrl.rollout.engine_health import EngineHealth, EngineStates
 from megatron_dsrl.rollout.engines.client import EngineClient
 from megatron_dsrl.rollout.engines.errors import BadRequestError, EngineError, EnginesLostError
 from megatron_dsrl.rollout.engines.generation import Completion
-from megatron_dsrl.rollout.judging import GroupJudge
+from megatron_dsrl.rollout.feed import BatchProgress
+from megatron_dsrl.rollout.growing_response import Decode
 from megatron_dsrl.rollout.open_files import TooManyOpenFilesError
-from megatron_dsrl.rollout.progress import BatchProgress
-from megatron_dsrl.rollout.sample import SampleGroup
+from megatron_dsrl.rollout.sample import Sample, SampleGroup
+from megatron_dsrl.rollout.unfinished import PartialResponse, UnfinishedGroup
 
 STRAGGLERS_IN_ERROR = 8
 ABORT_AGAIN_SECONDS = 1.0
 """Interval between aborts: a call that reaches the engine just after one is caught by the next."""
 ABORT_LIMIT_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class GroupJudge:
+    """Makes samples of a group whose responses are complete: decodes them and has the reward pool judge them."""
+
+    rewards: RewardPool
+    decode: Decode
+
+    async def judge(self, group: UnfinishedGroup, batch: RolloutBatch) -> SampleGroup:
+        """The group's samples. Raises EngineError if their rewards are not ready by the batch's deadline."""
+        texts = [self.decode(response.response_ids) for response in group.responses]
+        prompt = group.prompt
+        about = (prompt.answer, prompt.other_answers, prompt.text, prompt.prompt_set)
+        judgements = [self.rewards.submit(text, *about) for text in texts]
+        samples = []
+        for response, text, judgement in zip(group.responses, texts, judgements, strict=True):
+            try:
+                limit = max(0.1, batch.deadline - time.monotonic())
+                judged = await asyncio.wait_for(asyncio.wrap_future(judgement), limit)
+            except TimeoutError as error:
+                raise EngineError(
+                    "rewards were not ready within rollout.step_timeout_seconds = "
+                    f"{batch.request.timeout_seconds:g}; raise the limit or reward.workers, or lower "
+                    "reward.timeout_seconds"
+                ) from error
+            samples.append(_sample(response, text, judged.reward, judged.verdict, batch.request.versions().start))
+        return SampleGroup(prompt, tuple(samples))
+
+
+def _sample(response: PartialResponse, text: str, reward: float, verdict: Verdict, weight_version: int) -> Sample:
+    """Make a sample of a finished response. Its last token is older than `weight_version` only if it ended earlier."""
+    assert response.finish_reason is not None
+    versions = response.weight_versions or ((weight_version, 0),)
+    return Sample(
+        response_ids=response.response_ids,
+        log_probs=response.log_probs,
+        text=text,
+        finish_reason=response.finish_reason,
+        weight_version=versions[-1][0],
+        reward=reward + sum(value for _, value in response.turn_rewards),
+        verdict=verdict,
+        older_versions=versions[:-1],
+        routed_experts=response.routed_experts,
+        scored=response.scored,
+        turn_rewards=response.turn_rewards,
+    )
 
 
 class Dispatcher:
@@ -47,7 +96,7 @@ class Dispatcher:
         Args:
             batch: its state is updated in place.
             clients: one per engine.
-            states: which engines must not be used. Those lost during the batch are added.
+            states: engines that are lost during the batch are added.
         """
         self._batch = batch
         self._clients = clients
@@ -55,9 +104,9 @@ class Dispatcher:
         self._judge = judge
         self._progress = progress
         self._calls = EngineCalls(batch, clients, states, progress.on_call)
-        request = batch.request
-        self._health = EngineHealth(clients, request.health_check_seconds, request.health_timeout_seconds, states)
-        self._wake = request.feed.wake
+        engine = batch.request.settings.engine
+        self._health = EngineHealth(clients, engine.health_check_seconds, engine.health_timeout_seconds, states)
+        self._wake = batch.request.feed.wake
         self._news: asyncio.Task[None] | None = None
         """Ends when the feed has more to give."""
         self._judging: dict[asyncio.Task[SampleGroup], int] = {}
@@ -93,11 +142,8 @@ class Dispatcher:
             await self._stop()
 
     async def _handle_next_events(self) -> None:
-        """Wait until something happens or a waiting call is due, and react.
-
-        Raises:
-            EngineError: the batch's time is up.
-        """
+        """Wait until something happens or a waiting call is due, and react. Raises EngineError when the batch's time is
+        up."""
         now = time.monotonic()
         wake = min([self._batch.deadline, *(c.not_before for c in self._batch.waiting if c.not_before > now)])
         tasks: list[asyncio.Task[Any]] = [*self._calls.running, *self._judging, *self._health.monitors]
@@ -116,7 +162,6 @@ class Dispatcher:
     # ---- what happens
 
     async def _answered(self, task: CallTask) -> None:
-        """An engine answered a call, or the call failed."""
         running = self._calls.finish(task)
         try:
             completions = task.result()
@@ -147,7 +192,6 @@ class Dispatcher:
                 self._judging[asyncio.create_task(self._judge.judge(group, self._batch))] = position
 
     def _judged(self, task: asyncio.Task[SampleGroup]) -> None:
-        """A group has its rewards."""
         group = task.result()
         position = self._judging.pop(task)
         self._batch.finish(position, group)

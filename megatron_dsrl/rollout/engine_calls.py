@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from megatron_dsrl.observability.timeline import EngineCall
 from megatron_dsrl.rollout.batch import Call, RolloutBatch
-from megatron_dsrl.rollout.engine_states import EngineStates
+from megatron_dsrl.rollout.engine_health import EngineStates
 from megatron_dsrl.rollout.engines.client import EngineClient
 from megatron_dsrl.rollout.engines.generation import Completion
+from megatron_dsrl.rollout.feed import OnCall
 from megatron_dsrl.rollout.open_files import RequestLimit
-from megatron_dsrl.rollout.progress import OnCall
 from megatron_dsrl.rollout.unfinished import UnfinishedGroup
 
 
@@ -129,10 +129,8 @@ class EngineCalls:
         self._lost = states.lost.keys()
         self._use = states.use
         self._on_call = on_call
-        request = batch.request
-        self._choice = EngineChoice(
-            len(clients), request.max_outstanding_samples, request.sampling.max_response_tokens, self._lost
-        )
+        most = batch.request.settings.engine.max_outstanding_samples
+        self._choice = EngineChoice(len(clients), most, batch.request.sampling.max_response_tokens, self._lost)
 
     def has_engine(self, call: Call) -> bool:
         """Whether a living engine can take the call."""

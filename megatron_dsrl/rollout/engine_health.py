@@ -1,16 +1,72 @@
-"""Checks the health of engines while a batch is sampled."""
+"""What every batch that is being sampled knows of the engines: which are lost, busy, loading weights, or healthy.
+
+Several batches may run at the same time, in threads of their own: an evaluation beside asynchronous sampling.
+"""
 
 import asyncio
+import threading
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
-from megatron_dsrl.rollout.engine_states import EngineStates
 from megatron_dsrl.rollout.engines.client import EngineClient
 from megatron_dsrl.rollout.engines.errors import EngineError
 from megatron_dsrl.rollout.open_files import TooManyOpenFilesError
 
 GRACE_SECONDS = 5.0
 """Time for a check in progress to finish when the batch ends, so that it does not run into the next batch."""
+
+
+class EngineUse:
+    """How much of the time engines have nothing to do."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: dict[int, int] = {}
+        """Calls that each engine is working on."""
+        self._busy_since: dict[int, float] = {}
+        self._busy_seconds = 0.0
+        self._begin: float | None = None
+        """When the time that is accounted for began: with the first call, or the last `idle_fraction`."""
+
+    def started(self, engine: int) -> None:
+        """The engine has got a call."""
+        with self._lock:
+            now = time.monotonic()
+            self._begin = now if self._begin is None else self._begin
+            self._running[engine] = self._running.get(engine, 0) + 1
+            self._busy_since.setdefault(engine, now)
+
+    def ended(self, engine: int) -> None:
+        """A call of the engine has ended."""
+        with self._lock:
+            self._running[engine] -= 1
+            if not self._running[engine]:
+                self._busy_seconds += time.monotonic() - self._busy_since.pop(engine)
+
+    def idle_fraction(self, engines: int) -> float | None:
+        """Fraction of the time since the last call of this method in which an engine had no call, averaged over this
+        many engines; None if no time has passed."""
+        with self._lock:
+            now = time.monotonic()
+            busy = self._busy_seconds + sum(now - since for since in self._busy_since.values())
+            begin = self._begin
+            if begin is None or now <= begin:
+                return None
+            self._begin = now
+            self._busy_seconds, self._busy_since = 0.0, dict.fromkeys(self._busy_since, now)
+        return max(0.0, 1.0 - busy / (engines * (now - begin)))
+
+
+@dataclass
+class EngineStates:
+    """Shared by the batches and by those who restart engines and give them weights."""
+
+    lost: dict[int, str] = field(default_factory=dict)
+    """Why an engine must not be used, by engine number."""
+    is_loading: bool = False
+    """Whether weights are being loaded: engines then do not answer."""
+    use: EngineUse = field(default_factory=EngineUse)
 
 
 class EngineHealth:
@@ -23,13 +79,7 @@ class EngineHealth:
         timeout_seconds: float,
         states: EngineStates,
     ) -> None:
-        """
-        Args:
-            clients: one per engine.
-            interval_seconds: time between two checks of an engine.
-            timeout_seconds: an engine that has passed no check for this long is lost.
-            states: says when engines cannot answer, because they are loading weights.
-        """
+        """Checks every `interval_seconds`; an engine that has passed no check for `timeout_seconds` is lost."""
         self.monitors: dict[asyncio.Task[str], int] = {}
         """The engine that each task watches."""
         self._clients = clients
@@ -44,23 +94,16 @@ class EngineHealth:
             self.monitors[asyncio.create_task(self._monitor(self._clients[engine]))] = engine
 
     async def check(self, engine: int) -> None:
-        """Check an engine now.
-
-        Raises:
-            EngineError: it makes no progress.
-            TooManyOpenFilesError: this process has no descriptor for the check.
-        """
+        """Check an engine now; raises as `EngineClient.check_health`."""
         await self._clients[engine].check_health(self._timeout_seconds)
 
     def stop_watching(self, engine: int) -> None:
-        """Stop checking an engine."""
         for task, watched in list(self.monitors.items()):
             if watched == engine:
                 task.cancel()
                 del self.monitors[task]
 
     async def close(self) -> None:
-        """Stop checking all engines."""
         self._ended.set()
         if self.monitors:
             await asyncio.wait(self.monitors, timeout=GRACE_SECONDS)

@@ -17,10 +17,9 @@ from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.platform.engine import can_release_engine_memory
 from megatron_dsrl.rewards.pool import RewardPool
 from megatron_dsrl.rollout.batch import BatchRequest, RolloutBatch
-from megatron_dsrl.rollout.carry_over import CarryOver
 from megatron_dsrl.rollout.custom_generation import custom_generation
-from megatron_dsrl.rollout.dispatcher import Dispatcher
-from megatron_dsrl.rollout.engine_states import EngineStates
+from megatron_dsrl.rollout.dispatcher import Dispatcher, GroupJudge
+from megatron_dsrl.rollout.engine_health import EngineStates
 from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.client import connect
 from megatron_dsrl.rollout.engines.errors import EnginesLostError
@@ -28,17 +27,15 @@ from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
 from megatron_dsrl.rollout.engines.run_engines import Engines, make_engines
 from megatron_dsrl.rollout.engines.server_arguments import UNSET_WEIGHT_VERSION, initial_weight_version
 from megatron_dsrl.rollout.engines.starting_server import StartingServer
-from megatron_dsrl.rollout.feed import Feed, WholeFeed
+from megatron_dsrl.rollout.feed import BatchProgress, Feed, OnCall, OnSamples, WholeFeed, ignore
 from megatron_dsrl.rollout.growing_response import Decode, Encode
-from megatron_dsrl.rollout.judging import GroupJudge
 from megatron_dsrl.rollout.open_files import requests_at_a_time
-from megatron_dsrl.rollout.progress import BatchProgress, OnCall, OnSamples, ignore
 from megatron_dsrl.rollout.rollout import Value
 from megatron_dsrl.rollout.sample import Sample, SampleGroup, SamplingParameters
 from megatron_dsrl.rollout.seeds import sample_seed, seeds_of_batch
 from megatron_dsrl.rollout.step_samples import Draw, StepSamples, Watch
 from megatron_dsrl.rollout.step_sampling import step_sampling
-from megatron_dsrl.rollout.unfinished import UnfinishedGroup, new_groups
+from megatron_dsrl.rollout.unfinished import CarryOver, UnfinishedGroup, new_groups
 
 
 class EngineRollout:
@@ -263,9 +260,7 @@ class EngineRollout:
         """Sample a batch to completion, restarting engines as needed."""
         assert self.engine_addresses, "wait_until_ready() comes first"
         assert self._weight_version != UNSET_WEIGHT_VERSION, "load_weights() comes first: the model folder has none"
-        request = BatchRequest.for_run(
-            self._config, feed, sampling, self._weight_version, self._generation, self._versions
-        )
+        request = BatchRequest(self._config, feed, sampling, self._versions, self._generation)
         batch = RolloutBatch(request, len(self.engine_addresses))
         in_main_thread = threading.current_thread() is threading.main_thread()
         # collective; the main thread may be in another collective

@@ -1,9 +1,11 @@
-"""Where a batch's groups come from, and when there are enough of them."""
+"""What a batch that is being sampled has around it: where its groups come from, and who is told what happens."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
+from megatron_dsrl.observability.timeline import EngineCall
 from megatron_dsrl.rollout.sample import SampleGroup
 from megatron_dsrl.rollout.unfinished import UnfinishedGroup
 
@@ -43,12 +45,7 @@ class Feed(Protocol):
         """Groups to start or to continue, given the number of groups in flight."""
 
     def judged(self, position: int, group: SampleGroup) -> None:
-        """Called with every group that is finished.
-
-        Args:
-            position: its place in the order in which groups were taken, from 0.
-            group: the group.
-        """
+        """Called with every finished group, and its place in the order in which groups were taken, from 0."""
 
     def is_enough(self) -> bool:
         """Whether the groups still in flight should be aborted."""
@@ -63,7 +60,6 @@ class WholeFeed:
         self._groups = list(groups)
 
     def take(self, in_flight: int) -> list[UnfinishedGroup]:
-        """All groups at the first call, none after it."""
         groups, self._groups = self._groups, []
         return groups
 
@@ -71,5 +67,25 @@ class WholeFeed:
         """Nothing depends on the outcome of a group."""
 
     def is_enough(self) -> bool:
-        """Never: every group is sampled to its end."""
         return False
+
+
+OnSamples = Callable[[int], None]
+"""Called with the number of samples that have just come back."""
+OnGroup = Callable[[int, SampleGroup], None]
+"""Called with every group and its position in the batch as soon as it is judged, in any order."""
+OnCall = Callable[[EngineCall], None]
+"""Called with every finished call to an engine."""
+
+
+def ignore(*progress: object) -> None:
+    """A callback that does nothing."""
+
+
+@dataclass(frozen=True)
+class BatchProgress:
+    """Who is told what happens while a batch is sampled."""
+
+    on_samples: OnSamples = ignore
+    on_group: OnGroup = ignore
+    on_call: OnCall = ignore

@@ -15,10 +15,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from megatron_dsrl.rollout.carry_over import CarryOver
 from megatron_dsrl.rollout.feed import Wake
 from megatron_dsrl.rollout.sample import SampleGroup
-from megatron_dsrl.rollout.unfinished import UnfinishedGroup
+from megatron_dsrl.rollout.unfinished import CarryOver, UnfinishedGroup
 
 
 @dataclass(eq=False)

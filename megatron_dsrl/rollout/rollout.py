@@ -9,10 +9,10 @@ from typing import Protocol, TypeVar
 
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rewards.pool import RewardPool
-from megatron_dsrl.rollout.carry_over import CarryOver
 from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
 from megatron_dsrl.rollout.sample import SampleGroup, SamplingParameters
 from megatron_dsrl.rollout.step_samples import Draw, StepSamples, Watch
+from megatron_dsrl.rollout.unfinished import CarryOver
 
 Value = TypeVar("Value")
 

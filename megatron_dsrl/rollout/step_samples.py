@@ -5,13 +5,14 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
+from megatron_dsrl.algorithms.experience import Response
 from megatron_dsrl.config.rollout import RolloutConfig
 from megatron_dsrl.config.run import RolloutSettings
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rollout.batch import BatchSampler
-from megatron_dsrl.rollout.carry_over import CarryOver
-from megatron_dsrl.rollout.progress import OnSamples, ignore
+from megatron_dsrl.rollout.feed import OnSamples, ignore
 from megatron_dsrl.rollout.sample import SampleGroup
+from megatron_dsrl.rollout.unfinished import CarryOver
 
 Draw = Callable[[int], Sequence[Prompt]]
 """draw(n) returns the next n prompts."""
@@ -77,15 +78,30 @@ def is_mixed(group: SampleGroup) -> bool:
 def dynamic_sampling_metrics(
     kept: Sequence[SampleGroup], others: Sequence[SampleGroup], wanted: int
 ) -> dict[str, int | float]:
-    """The `dynamic_sampling/*` metrics that `MixedRounds` and `UntilMixed` have in common.
-
-    Args:
-        kept: the groups that are trained on.
-        others: completed groups that are not.
-        wanted: number of groups that the batch should have.
-    """
+    """The `dynamic_sampling/*` metrics that several modes have in common, given the groups that are trained on, the
+    other completed ones, and the number that the step should train on."""
     return {
         "dynamic_sampling/sampled_groups": len(kept) + len(others),
         "dynamic_sampling/surplus_groups": sum(map(is_mixed, others)),
         "dynamic_sampling/missing_groups": wanted - len(kept),
     }
+
+
+def responses_of(groups: Sequence[SampleGroup], weight_version: int) -> list[Response]:
+    """The samples of all groups, in order, in the form that the algorithms take. They update the weights of
+    `weight_version`; tokens of earlier versions are marked as older."""
+    return [
+        Response(
+            prompt_ids=group.prompt.token_ids,
+            response_ids=sample.response_ids,
+            engine_log_probs=sample.log_probs,
+            reward=sample.reward,
+            group=number,
+            truncated=sample.finish_reason == "length",
+            older_tokens=sample.tokens_before(weight_version),
+            routed_experts=sample.routed_experts,
+            scored=sample.scored,
+        )
+        for number, group in enumerate(groups)
+        for sample in group.samples
+    ]

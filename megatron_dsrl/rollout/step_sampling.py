@@ -8,8 +8,7 @@
 | `partial_rollouts` | `Partial` | enough groups are finished; the next step continues the others |
 | `max_staleness`, also with `dynamic_sampling` | `Asynchronous` | never; a step takes the oldest groups |
 
-A run that replays recorded samples (`replay.py`) or learns the responses of a data set (`dataset.py`) uses none of
-them.
+A run that replays recorded samples or learns the responses of a data set (`without_engines.py`) uses none of them.
 
 Dynamic sampling is DAPO's (arXiv 2503.14476, section 3.2): a group whose rewards are all equal has no advantage under a
 group baseline, so it is replaced by the next prompt. Which groups finish first depends on timing; deterministic
@@ -18,16 +17,17 @@ sampling therefore samples whole rounds, each for the groups still missing. (DAP
 
 import math
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+from megatron_dsrl.config.rollout import RolloutConfig
 from megatron_dsrl.config.run import RolloutSettings
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rollout.asynchronous import Asynchronous
 from megatron_dsrl.rollout.batch import BatchSampler
-from megatron_dsrl.rollout.carry_over import CarryOver
-from megatron_dsrl.rollout.feed import WholeFeed
+from megatron_dsrl.rollout.feed import OnSamples, WholeFeed, ignore
 from megatron_dsrl.rollout.sample import SampleGroup, count_tokens
-from megatron_dsrl.rollout.sample_until import sample_until
 from megatron_dsrl.rollout.seeds import seeds_of_batch, stream_of_round
 from megatron_dsrl.rollout.step_samples import (
     Draw,
@@ -39,7 +39,7 @@ from megatron_dsrl.rollout.step_samples import (
     samples_per_step,
     unwatched,
 )
-from megatron_dsrl.rollout.unfinished import new_groups
+from megatron_dsrl.rollout.unfinished import CarryOver, UnfinishedGroup, new_groups, restart_expired
 
 
 class WholeBatch(StepSampling):
@@ -106,13 +106,7 @@ class Partial(StepSampling):
 
 
 def step_sampling(config: RolloutSettings, engines: BatchSampler, last_step: int | None = None) -> StepSampling:
-    """The mode that the configuration asks for.
-
-    Args:
-        config: of the run.
-        engines: where it samples.
-        last_step: its last step; None: no end.
-    """
+    """The mode that the configuration asks for. `last_step` is the run's last one; None: no end."""
     section = config.rollout
     if section.max_staleness:
         return Asynchronous(config, engines, last_step)
@@ -131,20 +125,106 @@ def sample_round(
     prompts: Sequence[Prompt],
     watch: Watch = unwatched,
 ) -> list[SampleGroup]:
-    """Sample one batch of a step and wait for all of it.
-
-    Args:
-        config: has the number of samples per prompt and the run's seed.
-        engines: where the batch is sampled.
-        step: counted from 1.
-        number: number of the batch within the step, from 0.
-        watch: shows progress.
-
-    Returns:
-        One group per prompt, in the order of the prompts.
-    """
+    """Sample all groups of a step's batch `number`, from 0; one group per prompt, in the order of the prompts."""
     count, stream = config.rollout.samples_per_prompt, stream_of_round(step, number)
     seeds = seeds_of_batch(config.seed, stream, prompts, count)
     feed = WholeFeed(new_groups(prompts, seeds))
     with watch(step, len(prompts) * count) as on_samples:
         return engines.sample_batch(feed, engines.training_sampling, on_samples).finished_groups
+
+
+@dataclass(frozen=True)
+class SampledUntil:
+    """The result of a batch that ends when it has enough groups."""
+
+    accepted: list[SampleGroup]
+    """In the order in which they were started; fewer than the step takes if its limit was reached first."""
+    rejected: list[SampleGroup]
+    left: CarryOver
+    """Groups that the step does not need: accepted beyond its number, or aborted."""
+    expired_groups: int
+    """Carried-over groups that were restarted because they would have mixed too many weight versions."""
+    generated_tokens: int
+    """Response tokens that the engines produced in this step."""
+
+
+def sample_until(
+    config: RolloutSettings,
+    engines: BatchSampler,
+    step: int,
+    draw: Draw,
+    accept: Callable[[SampleGroup], bool],
+    carried: CarryOver,
+    on_samples: OnSamples = ignore,
+) -> SampledUntil:
+    """Continue what the previous step left, start new prompts, and stop once `prompts_per_step` groups are accepted.
+
+    Prompts whose group is not accepted are replaced at once. When there are enough groups, those still in flight are
+    aborted, which favours short responses unless the next step continues them.
+    """
+    section, seen = config.rollout, Counter[int]()
+    assert not section.deterministic, "which groups come first depends on timing"
+
+    def seeds(prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
+        return seeds_of_batch(config.seed, stream_of_round(step, 0), prompts, section.samples_per_prompt, seen)
+
+    def start(number: int) -> list[UnfinishedGroup]:
+        prompts = draw(number)
+        return new_groups(prompts, seeds(prompts))
+
+    versions = section.partial_rollouts.max_weight_versions if section.partial_rollouts else 1
+    carried, expired = restart_expired(carried, engines.weight_version, versions, seeds)
+    feed = UntilEnough(section, accept, start, carried)
+    batch = engines.sample_batch(feed, engines.training_sampling, on_samples)
+
+    positions = {id(group): position for position, group in batch.finished.items()}
+    # groups finished in the previous step come first
+    accepted = sorted(feed.accepted[: section.prompts_per_step], key=lambda group: positions.get(id(group), -1))
+    left = CarryOver(tuple(feed.accepted[section.prompts_per_step :]), tuple(batch.unfinished_groups))
+    everything = CarryOver((*feed.accepted, *feed.rejected), left.unfinished)
+    return SampledUntil(accepted, feed.rejected, left, expired, everything.num_tokens - carried.num_tokens)
+
+
+class UntilEnough:
+    """Feeds a batch until enough of its groups are accepted. Which ones these are depends on timing."""
+
+    wake = None
+
+    def __init__(
+        self,
+        section: RolloutConfig,
+        accept: Callable[[SampleGroup], bool],
+        start: Callable[[int], list[UnfinishedGroup]],
+        carried: CarryOver,
+    ) -> None:
+        """`start(n)` returns n groups with the next prompts; `carried` is what the previous step left."""
+        self.accepted: list[SampleGroup] = []
+        self.rejected: list[SampleGroup] = []
+        self._wanted, self._oversampling = section.prompts_per_step, section.oversampling
+        rounds = section.dynamic_sampling.max_rounds if section.dynamic_sampling else 1
+        self._may_start = math.ceil(self._wanted * self._oversampling) * rounds
+        """Number of new groups left; without any, the batch ends with fewer than wanted."""
+        self._accept = accept
+        self._start = start
+        self._to_continue = list(carried.unfinished)
+        for group in carried.finished:
+            self._sort(group)
+
+    def take(self, in_flight: int) -> list[UnfinishedGroup]:
+        """Carried-over groups first, then as many new ones as keep enough in flight."""
+        groups, self._to_continue = self._to_continue, []
+        missing = math.ceil((self._wanted - len(self.accepted)) * self._oversampling) - in_flight - len(groups)
+        count = min(missing, self._may_start)
+        if count > 0:
+            self._may_start -= count
+            groups += self._start(count)
+        return groups
+
+    def judged(self, position: int, group: SampleGroup) -> None:
+        self._sort(group)
+
+    def is_enough(self) -> bool:
+        return len(self.accepted) >= self._wanted
+
+    def _sort(self, group: SampleGroup) -> None:
+        (self.accepted if self._accept(group) else self.rejected).append(group)

@@ -1,18 +1,34 @@
-"""A group that is being sampled: its responses so far, and the requests still to make.
+"""Groups that are being sampled: responses so far, requests still to make, and what a step leaves to the next one.
 
-A response may consist of the answers to several requests: its engine died, or its step had enough groups and it was
-carried over to the next one (partial rollouts). Its random numbers depend only on its seed and the token's position,
-so it continues as it would have without the interruption, except for the weights.
+A response may consist of the answers to several requests: its engine died, or it was carried over to the next step. Its
+random numbers depend only on its seed and the token's position, so it continues as it would have without the
+interruption, except for the weights.
+
+Asynchronous sampling carries over finished groups, and the prompts and seeds of those in flight. Partial rollouts carry
+over responses that were aborted when a step had enough groups: the next step continues them under its own weights
+before it begins new prompts, so no step waits for the longest responses. A response then mixes tokens of several weight
+versions. `max_weight_versions` bounds their number: a group that would have more is restarted with other random
+numbers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, Literal
+
+import orjson
 
 from megatron_dsrl.common.compact import float_array, int_array
+from megatron_dsrl.common.disk import replacing
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rollout.engines.generation import Completion, SampleRequest, VersionSpans
-from megatron_dsrl.rollout.sample import TurnRewards
+from megatron_dsrl.rollout.recording import as_json_line, group_of_record, prompt_of_record
+from megatron_dsrl.rollout.sample import SampleGroup, TurnRewards, count_tokens
+
+CARRY_OVER_FILE = "carried_over.jsonl"
 
 
 @dataclass(frozen=True)
@@ -113,15 +129,105 @@ class UnfinishedGroup:
 
 def merge_spans(spans: VersionSpans) -> VersionSpans:
     """Merge adjacent spans of the same version."""
-    merged: list[tuple[int, int]] = []
-    for version, count in spans:
-        if merged and merged[-1][0] == version:
-            merged[-1] = (version, merged[-1][1] + count)
-        else:
-            merged.append((version, count))
-    return tuple(merged)
+    return tuple((version, sum(count for _, count in same)) for version, same in groupby(spans, itemgetter(0)))
 
 
 def new_groups(prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]]) -> list[UnfinishedGroup]:
     """A group per prompt that has nothing yet; `seeds` has those of its samples."""
     return [UnfinishedGroup.new(*pair) for pair in zip(prompts, seeds, strict=True)]
+
+
+@dataclass(frozen=True)
+class CarryOver:
+    """Groups that were sampled, fully or in part, but not trained on yet."""
+
+    finished: tuple[SampleGroup, ...] = ()
+    """Judged groups: more than their step needed, or of steps to come."""
+    unfinished: tuple[UnfinishedGroup, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Response tokens sampled so far, which will not be sampled again."""
+        return count_tokens(self.finished) + sum(group.num_tokens for group in self.unfinished)
+
+    def write(self, file: Path) -> None:
+        """One JSON line per group, flushed to disk."""
+        with replacing(file) as stream:
+            for kind, groups in (("finished", self.finished), ("unfinished", self.unfinished)):
+                for group in groups:
+                    stream.write(as_json_line({"kind": kind, "group": group}))
+
+    @classmethod
+    def read_from(cls, folder: Path) -> "CarryOver":
+        """Read it from a checkpoint folder; empty if that does not exist. Raises UserError if the file is missing or
+        damaged."""
+        if not folder.exists():
+            return cls()
+        file = folder / CARRY_OVER_FILE
+        finished, unfinished = [], []
+        try:
+            for line in file.read_bytes().splitlines():
+                record = orjson.loads(line)
+                if record["kind"] == "finished":
+                    finished.append(group_of_record(record["group"]))
+                else:
+                    unfinished.append(_unfinished_group(record["group"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file}: damaged, the carried-over groups cannot be read ({error!r})") from error
+        return cls(tuple(finished), tuple(unfinished))
+
+
+@dataclass(frozen=True)
+class CarryOverWrite:
+    """The carried-over part of a checkpoint, ready to be written; see `checkpoint.save.WeightsWrite`."""
+
+    carried: CarryOver | None
+    """None on ranks other than 0."""
+    folder: Path
+
+    def write(self) -> list[Path]:
+        """Write the file and return it; nothing to write on ranks other than 0."""
+        if self.carried is None:
+            return []
+        self.carried.write(self.folder / CARRY_OVER_FILE)
+        return [self.folder / CARRY_OVER_FILE]
+
+    def finish(self) -> None:
+        """Nothing more to write."""
+
+
+def restart_expired(
+    carried: CarryOver,
+    weight_version: int,
+    max_weight_versions: int,
+    new_seeds: Callable[[Sequence[Prompt]], Sequence[Sequence[int]]],
+) -> tuple[CarryOver, int]:
+    """Restart the groups that are too old for the current weights.
+
+    Args:
+        weight_version: version of this step's weights.
+        max_weight_versions: versions that one group may mix, including this one.
+        new_seeds: seeds for the restarted groups, one sequence per prompt.
+
+    Returns:
+        What this step continues, and the number of restarted groups.
+    """
+    oldest_allowed = weight_version - max_weight_versions + 1
+    finished = tuple(group for group in carried.finished if group.oldest_version >= oldest_allowed)
+    expired = [group.prompt for group in carried.finished if group.oldest_version < oldest_allowed]
+    unfinished = []
+    for group in carried.unfinished:
+        if group.oldest_version is not None and group.oldest_version < oldest_allowed:
+            expired.append(group.prompt)
+        else:
+            unfinished.append(group)
+    restarted = new_groups(expired, new_seeds(expired))
+    return CarryOver(finished, (*unfinished, *restarted)), len(expired)
+
+
+def _unfinished_group(record: dict[str, Any]) -> UnfinishedGroup:
+    responses = []
+    for response in record["responses"]:
+        pairs = {name: tuple(map(tuple, response[name])) for name in ("weight_versions", "turn_rewards")}
+        responses.append(PartialResponse(**response | pairs))
+    return UnfinishedGroup(prompt_of_record(record["prompt"]), tuple(responses))

@@ -13,9 +13,9 @@ from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.data.mixture import MixtureState
 from megatron_dsrl.data.samplers import SamplerState
 from megatron_dsrl.observability.timeline import Timeline
-from megatron_dsrl.rollout.carry_over import CarryOverWrite
 from megatron_dsrl.rollout.recording import RolloutRecorder
 from megatron_dsrl.rollout.rollout import Rollout
+from megatron_dsrl.rollout.unfinished import CarryOverWrite
 from megatron_dsrl.run.device_sharing import SharedDevice
 from megatron_dsrl.run.models import RunModels
 from megatron_dsrl.run.preemption import Preempted, StopSignal

@@ -28,14 +28,13 @@ from megatron_dsrl.observability.tracker import Tracker
 from megatron_dsrl.observability.trackers.launch import Trackers
 from megatron_dsrl.platform import current_platform
 from megatron_dsrl.platform.engine import can_release_engine_memory
-from megatron_dsrl.rollout.carry_over import CarryOver
-from megatron_dsrl.rollout.dataset import DatasetRollout
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.engines.run_engines import awaiting_engines
 from megatron_dsrl.rollout.engines.starting_server import StartingServer
 from megatron_dsrl.rollout.recording import RolloutRecorder
-from megatron_dsrl.rollout.replay import ReplayRollout
 from megatron_dsrl.rollout.rollout import Rollout
+from megatron_dsrl.rollout.unfinished import CarryOver
+from megatron_dsrl.rollout.without_engines import DatasetRollout, ReplayRollout
 from megatron_dsrl.run.device_sharing import SharedDevice
 from megatron_dsrl.run.folder import check_run_folder, prepare_run_folder
 from megatron_dsrl.run.held_out_loss import HeldOutLosses

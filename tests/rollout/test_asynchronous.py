@@ -12,13 +12,13 @@ import pytest
 
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rollout.asynchronous import Asynchronous
-from megatron_dsrl.rollout.carry_over import CarryOver
 from megatron_dsrl.rollout.engines.errors import EngineError, EnginesLostError, StaleWeightsError
+from megatron_dsrl.rollout.feed import OnSamples
 from megatron_dsrl.rollout.group_queue import GroupQueue
-from megatron_dsrl.rollout.progress import OnSamples
 from megatron_dsrl.rollout.sample import SamplingParameters
 from megatron_dsrl.rollout.step_samples import unwatched
 from megatron_dsrl.rollout.step_sampling import step_sampling
+from megatron_dsrl.rollout.unfinished import CarryOver
 from tests.observability.synthetic_run import make_group
 from tests.support.step_sampling import MIXED, RIGHT, WRONG, draw_in_order, rows, settings
 from tests.support.waiting import wait_until

@@ -24,7 +24,7 @@ def batch() -> RolloutBatch:
     """Two prompts with two samples each, which an engine gets in one call."""
     groups = [UnfinishedGroup.new(prompt, [1, 2]) for prompt in numbered_prompts(2)]
     sampling = SamplingParameters(8, stop_token_ids=(7,))
-    settings = {"weight_version": VERSION, "deterministic": True, "call_attempts": 3}
+    settings = {"weight_version": VERSION, "deterministic": True, "request_attempts": 3}
     batch = RolloutBatch(batch_request(groups, sampling, **settings), num_engines=1)
     batch.top_up()
     return batch

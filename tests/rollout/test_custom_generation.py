@@ -19,18 +19,17 @@ from megatron_dsrl.config.rollout import RolloutConfig
 from megatron_dsrl.rewards.pool import RewardPool
 from megatron_dsrl.rollout.batch import RolloutBatch
 from megatron_dsrl.rollout.custom_generation import CustomGeneration, custom_generation
-from megatron_dsrl.rollout.dispatcher import Dispatcher
+from megatron_dsrl.rollout.dispatcher import Dispatcher, GroupJudge
+from megatron_dsrl.rollout.engine_health import EngineStates
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
-from megatron_dsrl.rollout.engine_states import EngineStates
 from megatron_dsrl.rollout.engines.errors import EngineError, StaleWeightsError
 from megatron_dsrl.rollout.engines.generation import Completion, SampleRequest
+from megatron_dsrl.rollout.feed import BatchProgress
 from megatron_dsrl.rollout.growing_response import GrowingResponse
-from megatron_dsrl.rollout.judging import GroupJudge
-from megatron_dsrl.rollout.progress import BatchProgress
 from megatron_dsrl.rollout.recording import read_groups, write_groups
-from megatron_dsrl.rollout.responses import responses_of
 from megatron_dsrl.rollout.sample import Sample, SampleGroup, SamplingParameters
 from megatron_dsrl.rollout.seeds import turn_seed
+from megatron_dsrl.rollout.step_samples import responses_of
 from megatron_dsrl.rollout.unfinished import UnfinishedGroup
 from megatron_dsrl.run.rollout_metrics import entropy_metrics, generation_metrics
 from tests.support.engine import batch_request, decode_as_numbers, dispatch, numbered_prompts, transformers_log_probs
@@ -178,7 +177,7 @@ def test_a_sample_whose_turn_failed_starts_again(rewards, at_once, function, fai
         return failures.pop() if is_second and failures else two_turns(request)
 
     undisturbed, _ = sample(rewards, function, ScriptedEngine(two_turns))
-    group, lost = sample(rewards, function, ScriptedEngine(second_turn_fails_once), call_attempts=2)
+    group, lost = sample(rewards, function, ScriptedEngine(second_turn_fails_once), request_attempts=2)
     assert group == undisturbed and not lost and not failures
 
 
@@ -221,7 +220,7 @@ async def two_turns_at_once(response: GrowingResponse) -> None:
 )
 def test_a_defective_function_ends_the_run_with_its_name(rewards, function, message) -> None:
     with pytest.raises(UserError, match=f"rollout.generate: .*{message}"):
-        sample(rewards, function, ScriptedEngine(two_turns), call_attempts=3)
+        sample(rewards, function, ScriptedEngine(two_turns), request_attempts=3)
 
 
 def test_a_turn_that_is_cut_and_a_limit_of_its_own() -> None:

@@ -27,8 +27,8 @@ from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
 from megatron_dsrl.rollout.engines.server import EngineServer
 from megatron_dsrl.rollout.engines.server_arguments import server_arguments
 from megatron_dsrl.rollout.engines.supervised_server import SupervisedServer
+from megatron_dsrl.rollout.feed import BatchProgress
 from megatron_dsrl.rollout.growing_response import GrowingResponse
-from megatron_dsrl.rollout.progress import BatchProgress
 from megatron_dsrl.rollout.sample import SampleGroup, SamplingParameters
 from megatron_dsrl.rollout.seeds import seeds_of_batch
 from megatron_dsrl.rollout.unfinished import new_groups
@@ -256,7 +256,7 @@ def sample_on(
     groups = new_groups(PROMPTS, seeds)
     sampling = SamplingParameters(RESPONSE_TOKENS, stop_token_ids=())
     checks = {"health_check_seconds": 0.5, "health_timeout_seconds": 60.0}  # the death ends a connection
-    request = batch_request(groups, sampling, timeout_seconds=100.0, generation=generation, **checks)
+    request = batch_request(groups, sampling, step_timeout_seconds=100.0, generation=generation, **checks)
     batch = RolloutBatch(request, len(servers))
     judged: list[SampleGroup] = []
     progress = BatchProgress(on_group=lambda position, group: judged.append(group))

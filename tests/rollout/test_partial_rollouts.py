@@ -10,12 +10,17 @@ from transformers import Qwen3ForCausalLM
 from megatron_dsrl.config.rollout import PartialRolloutConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.data.prompt import Prompt
-from megatron_dsrl.rollout.carry_over import CarryOver, CarryOverWrite, restart_expired
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.engines.generation import Completion
 from megatron_dsrl.rollout.sample import Sample
-from megatron_dsrl.rollout.sample_until import sample_until
-from megatron_dsrl.rollout.unfinished import PartialResponse, UnfinishedGroup
+from megatron_dsrl.rollout.step_sampling import sample_until
+from megatron_dsrl.rollout.unfinished import (
+    CarryOver,
+    CarryOverWrite,
+    PartialResponse,
+    UnfinishedGroup,
+    restart_expired,
+)
 from tests.support.engine import numbered_prompts, tiny_run_config, transformers_log_probs
 
 WANTED, SAMPLES, RESPONSE_TOKENS = 4, 3, 400

@@ -9,8 +9,8 @@ from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.rollout import RolloutConfig
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rollout.recording import RolloutRecorder, read_groups, rollout_file, write_groups
-from megatron_dsrl.rollout.replay import replayed_groups
 from megatron_dsrl.rollout.sample import Sample, SampleGroup
+from megatron_dsrl.rollout.without_engines import replayed_groups
 
 PROMPTS = [Prompt(index, f"what is\u2028 {index}?\n", (1, 2, index), str(index), ("other",)) for index in range(3)]
 

@@ -16,7 +16,7 @@ from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.engines.client import EngineClient
 from megatron_dsrl.rollout.engines.errors import EngineError
 from megatron_dsrl.rollout.engines.generation import Completion
-from megatron_dsrl.rollout.progress import BatchProgress, ignore
+from megatron_dsrl.rollout.feed import BatchProgress, ignore
 from megatron_dsrl.rollout.sample import SampleGroup, SamplingParameters
 from megatron_dsrl.rollout.seeds import seeds_of_batch
 from megatron_dsrl.rollout.unfinished import new_groups
@@ -46,13 +46,13 @@ class Behind:
     ) -> tuple[list[SampleGroup], FailingProxy, int]:
         """The groups, what the proxy has seen, and how many calls were made again.
 
-        Keyword arguments are fields of `BatchRequest`.
+        Keyword arguments are those of `batch_request`.
         """
         chosen = PROMPTS[:prompts]
         seeds = seeds_of_batch(1, "test", chosen, SAMPLES)
         groups = new_groups(chosen, seeds)
         sampling = SamplingParameters(tokens, stop_token_ids=())
-        settings = {"weight_version": self._weight_version, "call_attempts": 3} | settings
+        settings = {"weight_version": self._weight_version, "request_attempts": 3} | settings
         batch = RolloutBatch(batch_request(groups, sampling, **settings), 1)
         with FailingProxy(self.engine.url, *failures) as proxy:
             threading.Thread(target=meanwhile, args=(proxy,)).start()
@@ -84,7 +84,7 @@ def test_a_request_that_fails_is_made_again_after_a_while_and_then_a_longer_one(
     assert len(proxy.calls[0].body["input_ids"]) == SAMPLES, "the samples of a prompt go together"
     behind.ended.clear()
 
-    groups, proxy, retries = behind.sample("status 500", "status 500", call_attempts=3)
+    groups, proxy, retries = behind.sample("status 500", "status 500", request_attempts=3)
 
     assert tokens_of(groups) == tokens_of(undisturbed)
     assert [call.body for call in proxy.calls] == [proxy.calls[0].body] * 3 and retries == 2
@@ -97,13 +97,13 @@ def test_a_request_that_fails_is_made_again_after_a_while_and_then_a_longer_one(
 def test_a_request_that_keeps_failing_ends_with_its_prompt_and_attempts(behind, at_once) -> None:
     message = "(?s)status 500, out of order.*last attempt for prompt 100 .*attempts = 2.*otherwise healthy"
     with pytest.raises(EngineError, match=message):
-        behind.sample(*["status 500"] * 5, call_attempts=2)
+        behind.sample(*["status 500"] * 5, request_attempts=2)
     assert [call.attempt for call in behind.ended] == [1, 2]
 
 
 def test_a_request_that_the_engine_refuses_for_good_is_not_made_again(behind, at_once) -> None:
     with pytest.raises(EngineError, match="status 400, not like this"):
-        behind.sample(*["status 400"] * 5, call_attempts=5)
+        behind.sample(*["status 400"] * 5, request_attempts=5)
     assert len(behind.ended) == 1
 
 
@@ -118,7 +118,7 @@ def test_a_connection_that_is_cut_and_an_answer_that_takes_too_long(behind, at_o
     undisturbed, _, _ = behind.sample()
     behind.ended.clear()
 
-    groups, _, retries = behind.sample("connection cut", "no answer", call_timeout_seconds=3.0, call_attempts=3)
+    groups, _, retries = behind.sample("connection cut", "no answer", request_timeout_seconds=3.0, request_attempts=3)
 
     assert tokens_of(groups) == tokens_of(undisturbed) and retries == 2
     cut, late, done = (call.outcome for call in behind.ended)
@@ -130,7 +130,7 @@ def test_the_step_limit_names_the_unfinished_prompts(behind) -> None:
     late = [rf"prompt {prompt.index} on http\S+ for \d+ s" for prompt in PROMPTS]
     message = r"step_timeout_seconds = 0\.5; not finished \(prompts by index\): " + ", ".join(late) + "$"
     with pytest.raises(EngineError, match=message):
-        behind.sample("no answer", "no answer", prompts=2, timeout_seconds=0.5)
+        behind.sample("no answer", "no answer", prompts=2, step_timeout_seconds=0.5)
     assert [call.outcome for call in behind.ended] == ["cancelled", "cancelled"]
 
 

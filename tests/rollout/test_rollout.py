@@ -11,7 +11,7 @@ from megatron_dsrl.rollout.batch import RolloutBatch
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.engines.errors import EngineError, StaleWeightsError
 from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
-from megatron_dsrl.rollout.progress import BatchProgress
+from megatron_dsrl.rollout.feed import BatchProgress
 from megatron_dsrl.rollout.step_samples import unwatched
 from megatron_dsrl.rollout.unfinished import UnfinishedGroup
 from tests.support.engine import STOP_TOKEN_ID, batch_request, dispatch, numbered_prompts, transformers_log_probs

@@ -10,8 +10,7 @@ from megatron_dsrl.config.rollout import DynamicSamplingConfig
 from megatron_dsrl.rollout.asynchronous import Asynchronous
 from megatron_dsrl.rollout.batch import BatchRequest, RolloutBatch
 from megatron_dsrl.rollout.engines.errors import EnginesLostError
-from megatron_dsrl.rollout.feed import Feed
-from megatron_dsrl.rollout.progress import OnSamples
+from megatron_dsrl.rollout.feed import Feed, OnSamples
 from megatron_dsrl.rollout.sample import SamplingParameters
 from megatron_dsrl.rollout.step_samples import StepSamples, is_mixed, unwatched
 from megatron_dsrl.rollout.step_sampling import MixedRounds, Partial, UntilMixed, WholeBatch, step_sampling
@@ -37,7 +36,7 @@ class ScriptedEngine:
         if self.failures:
             self.failures -= 1
             raise EnginesLostError("gone")
-        batch = RolloutBatch(BatchRequest(feed, sampling, 1, False, 1, 60.0, None, 1, 1.0, 1.0), num_engines=1)
+        batch = RolloutBatch(BatchRequest(settings(wanted=1), feed, sampling, lambda: range(1, 2)), num_engines=1)
         for position in count():
             begun = len(batch.groups)
             batch.top_up()

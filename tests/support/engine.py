@@ -4,7 +4,7 @@ import asyncio
 import json
 import os
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,14 @@ from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rewards.pool import RewardPool
 from megatron_dsrl.rollout.batch import BatchRequest, RolloutBatch
-from megatron_dsrl.rollout.dispatcher import Dispatcher
+from megatron_dsrl.rollout.custom_generation import CustomGeneration
+from megatron_dsrl.rollout.dispatcher import Dispatcher, GroupJudge
+from megatron_dsrl.rollout.engine_health import EngineStates
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
-from megatron_dsrl.rollout.engine_states import EngineStates
 from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.client import connect
 from megatron_dsrl.rollout.engines.starting_server import SERVER_PROCESS
-from megatron_dsrl.rollout.feed import WholeFeed
-from megatron_dsrl.rollout.judging import GroupJudge
-from megatron_dsrl.rollout.progress import BatchProgress
+from megatron_dsrl.rollout.feed import BatchProgress, WholeFeed
 from megatron_dsrl.rollout.sample import SamplingParameters
 from megatron_dsrl.rollout.unfinished import UnfinishedGroup
 
@@ -74,19 +73,23 @@ def numbered_prompts(count: int) -> list[Prompt]:
     ]
 
 
-def batch_request(groups: Sequence[UnfinishedGroup], sampling: SamplingParameters, **settings: Any) -> BatchRequest:
-    """A request for all of these groups, without a second attempt; keyword arguments are fields of `BatchRequest`."""
-    default: dict[str, Any] = {
-        "weight_version": 0,
-        "deterministic": False,
-        "max_outstanding_samples": 64,
-        "timeout_seconds": 60.0,
-        "call_timeout_seconds": None,
-        "call_attempts": 1,
-        "health_check_seconds": 10.0,
-        "health_timeout_seconds": 60.0,
-    }
-    return BatchRequest(feed=WholeFeed(groups), sampling=sampling, **default | settings)
+def batch_request(
+    groups: Sequence[UnfinishedGroup],
+    sampling: SamplingParameters,
+    weight_version: int = 0,
+    generation: CustomGeneration | None = None,
+    versions: Callable[[], range] | None = None,
+    **limits: Any,
+) -> BatchRequest:
+    """A request for all of these groups, without a second attempt; `limits` are fields of `rollout` or `engine`."""
+    config = tiny_run_config(Path("model"))
+    limits = {"request_attempts": 1} | limits
+    of_engine = limits.keys() & type(config.engine).model_fields
+    engine = config.engine.model_copy(update={name: limits.pop(name) for name in of_engine})
+    assert limits.keys() <= type(config.rollout).model_fields.keys(), limits
+    config = config.model_copy(update={"rollout": config.rollout.model_copy(update=limits), "engine": engine})
+    versions = versions or (lambda: range(weight_version, weight_version + 1))
+    return BatchRequest(config, WholeFeed(groups), sampling, versions, generation)
 
 
 def dispatch(

@@ -8,11 +8,10 @@ from transformers import PreTrainedTokenizerBase
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rewards.pool import RewardPool
 from megatron_dsrl.rollout.batch import RolloutBatch
-from megatron_dsrl.rollout.dispatcher import Dispatcher
-from megatron_dsrl.rollout.engine_states import EngineStates
+from megatron_dsrl.rollout.dispatcher import Dispatcher, GroupJudge
+from megatron_dsrl.rollout.engine_health import EngineStates
 from megatron_dsrl.rollout.engines.generation import Completion, SampleRequest
-from megatron_dsrl.rollout.judging import GroupJudge
-from megatron_dsrl.rollout.progress import BatchProgress
+from megatron_dsrl.rollout.feed import BatchProgress
 from megatron_dsrl.rollout.sample import Sample, SampleGroup, SamplingParameters
 from megatron_dsrl.rollout.seeds import sample_seed
 from megatron_dsrl.rollout.unfinished import UnfinishedGroup
@@ -62,7 +61,7 @@ class ReplayingSampler:
         responses = {prompt.index: self._responses(prompt) for prompt, _ in wanted}
         texts = {seed: responses[prompt.index][number] for (prompt, number), seed in zip(wanted, seeds, strict=True)}
         groups = [UnfinishedGroup.new(prompt, [seed]) for (prompt, _), seed in zip(wanted, seeds, strict=True)]
-        request = batch_request(groups, sampling, timeout_seconds=TIMEOUT_SECONDS)
+        request = batch_request(groups, sampling, step_timeout_seconds=TIMEOUT_SECONDS)
         batch, clients = RolloutBatch(request, 1), [ReplayedCompletions(texts, self._tokenizer)]
 
         def decode(ids: Sequence[int]) -> str:

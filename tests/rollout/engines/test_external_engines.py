@@ -18,7 +18,6 @@ from transformers import Qwen3ForCausalLM
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.platform.engine import engine_environment
-from megatron_dsrl.rollout.carry_over import CarryOver
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.engines.address import API_KEY_VARIABLE
 from megatron_dsrl.rollout.engines.client import EngineClient
@@ -30,6 +29,7 @@ from megatron_dsrl.rollout.engines.server_arguments import server_arguments
 from megatron_dsrl.rollout.engines.weight_broadcast import ServerLink, broadcast_weights
 from megatron_dsrl.rollout.recording import read_groups, rollout_file
 from megatron_dsrl.rollout.sample import Sample, SamplingParameters
+from megatron_dsrl.rollout.unfinished import CarryOver
 from tests.support.compare_runs import records
 from tests.support.engine import (
     numbered_prompts,

@@ -7,9 +7,8 @@ from megatron_dsrl.config.rollout import RolloutConfig
 from megatron_dsrl.data.demonstrations import Demonstration
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.data.samplers import PromptSampler
-from megatron_dsrl.rollout.dataset import DatasetRollout
-from megatron_dsrl.rollout.responses import responses_of
-from megatron_dsrl.rollout.step_samples import unwatched
+from megatron_dsrl.rollout.step_samples import responses_of, unwatched
+from megatron_dsrl.rollout.without_engines import DatasetRollout
 
 ROWS = [Demonstration(i, f"{i}?", (1, i), f"{i}", response_ids=(i, 9), truncated=i == 2) for i in range(5)]
 

@@ -10,9 +10,9 @@ from megatron_dsrl.config.rollout import DynamicSamplingConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.observability.timeline import EngineCall
-from megatron_dsrl.rollout.carry_over import CarryOver
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
-from megatron_dsrl.rollout.sample_until import sample_until
+from megatron_dsrl.rollout.step_sampling import sample_until
+from megatron_dsrl.rollout.unfinished import CarryOver
 from tests.support.engine import numbered_prompts, tiny_run_config
 
 WANTED, SAMPLES = 4, 3

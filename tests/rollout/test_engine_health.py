@@ -2,13 +2,13 @@
 
 import pytest
 
-from megatron_dsrl.rollout.engine_states import EngineUse
+from megatron_dsrl.rollout.engine_health import EngineUse
 
 
 @pytest.fixture
 def clock(monkeypatch) -> list[float]:
     now = [100.0]
-    monkeypatch.setattr("megatron_dsrl.rollout.engine_states.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("megatron_dsrl.rollout.engine_health.time.monotonic", lambda: now[0])
     return now
 
 
