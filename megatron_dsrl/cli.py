@@ -15,24 +15,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 from megatron_dsrl import __version__
-from megatron_dsrl.commands.analyse import add_analyse
+from megatron_dsrl.commands import analyse, convert, evaluation, hub, plan, report, rollout, setup, train
 from megatron_dsrl.commands.arguments import files_and_overrides, subcommands
-from megatron_dsrl.commands.completion import add_completion
-from megatron_dsrl.commands.config import add_config_command
-from megatron_dsrl.commands.convert import add_convert
-from megatron_dsrl.commands.doctor import add_doctor
-from megatron_dsrl.commands.eval import add_eval, add_rescore, add_table
-from megatron_dsrl.commands.fetch import add_fetch
-from megatron_dsrl.commands.plan import add_plan
-from megatron_dsrl.commands.push import add_push
-from megatron_dsrl.commands.report import add_report
-from megatron_dsrl.commands.rollout import add_rollout
-from megatron_dsrl.commands.samples import add_samples
-from megatron_dsrl.commands.serve import add_serve
-from megatron_dsrl.commands.sft import add_sft
-from megatron_dsrl.commands.sweep import add_sweep
-from megatron_dsrl.commands.trace_and_compare import add_compare, add_trace, add_upload
-from megatron_dsrl.commands.train import add_train
 from megatron_dsrl.common.cpu_threads import limit_spinning
 from megatron_dsrl.common.disk import remedy
 from megatron_dsrl.common.errors import MachineError, UserError
@@ -161,27 +145,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"megatron-dsrl {__version__}")
     commands = subcommands(parser, "commands", "COMMAND")
-    add_train(commands)
-    add_sft(commands)
-    add_config_command(commands)
-    add_fetch(commands)
-    add_convert(commands)
-    add_eval(commands)
-    add_plan(commands)
-    add_report(commands)
-    add_trace(commands)
-    add_upload(commands)
-    add_samples(commands)
-    add_rollout(commands)
-    add_serve(commands)
-    add_compare(commands)
-    add_rescore(commands)
-    add_push(commands)
-    add_table(commands)
-    add_analyse(commands)
-    add_sweep(commands)
-    add_doctor(commands)
-    add_completion(commands, parser)
+    train.add_train(commands)
+    train.add_sft(commands)
+    train.add_sweep(commands)
+    rollout.add_rollout(commands)
+    rollout.add_serve(commands)
+    rollout.add_samples(commands)
+    evaluation.add_eval(commands)
+    evaluation.add_rescore(commands)
+    evaluation.add_table(commands)
+    report.add_report(commands)
+    report.add_trace(commands)
+    report.add_compare(commands)
+    report.add_upload(commands)
+    analyse.add_analyse(commands)
+    plan.add_plan(commands)
+    convert.add_convert(commands)
+    hub.add_fetch(commands)
+    hub.add_push(commands)
+    setup.add_config_command(commands)
+    setup.add_doctor(commands)
+    setup.add_completion(commands, parser)
     return parser
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from megatron_dsrl.commands.arguments import (
     Commands,
     add_command,
-    add_group,
     add_overrides,
     add_processes,
     labelled_folders,
     positive,
+    subcommands,
 )
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.run.loading import loading_megatron
@@ -22,15 +22,13 @@ Command = Callable[[argparse.Namespace], int]
 
 
 def add_analyse(commands: Commands) -> None:
-    kinds = add_group(
-        commands,
+    group = commands.add_parser(
         "analyse",
-        "analyses",
-        "KIND",
         help="analyse recorded rollouts or evaluations: gradients, thoughts, problems, lengths, behaviours, Pass@K",
         description="Each analysis writes KIND.jsonl, KIND.json and KIND.svg into RUN/analysis and prints its summary; "
         "pass-at-k, which compares several runs, writes pass_at_k.svg, .md and .jsonl into --output.",
     )
+    kinds = subcommands(group, "analyses", "KIND")
     _add_gradients(kinds)
     _add_kind(kinds, "thoughts", _thoughts, "reflection and transition thoughts per response, counted with word lists")
     _add_kind(kinds, "problems", _problems, "problems solved, unsolved, newly solved, and solved at least once")

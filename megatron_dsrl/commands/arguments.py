@@ -5,40 +5,27 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from megatron_dsrl.common.errors import UserError
 
+if TYPE_CHECKING:
+    from megatron_dsrl.config.run import RunConfig
+
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 """What `add_subparsers` returns; argparse has no public name for it."""
-
 
 FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
 """Tab completion of file arguments. Equals `shtab.FILE`, but without importing shtab for every command."""
 
 
 def add_command(
-    commands: Commands,
-    name: str,
-    run: Callable[[argparse.Namespace], int],
-    **texts: Any,
+    commands: Commands, name: str, run: Callable[[argparse.Namespace], int], **texts: Any
 ) -> argparse.ArgumentParser:
-    """Add a command.
-
-    Args:
-        commands: the commands of `dsrl` or of a group.
-        name: what the user types.
-        run: runs the command and returns the exit status.
-        texts: `help`, `description` and `epilog` for argparse.
-    """
+    """Add a command. `run` returns the exit status; `texts` are `help`, `description` and `epilog` for argparse."""
     parser = commands.add_parser(name, **texts)
     parser.set_defaults(command=run, parser=parser)
     return parser
-
-
-def add_group(commands: Commands, name: str, title: str, metavar: str, **texts: Any) -> Commands:
-    """Add a command with subcommands. Without a subcommand it prints its help."""
-    return subcommands(commands.add_parser(name, **texts), title, metavar)
 
 
 def subcommands(parser: argparse.ArgumentParser, title: str, metavar: str) -> Commands:
@@ -53,13 +40,20 @@ def _print_help(options: argparse.Namespace) -> int:
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    """Add a run's configuration files and overrides. Both are words of `config` until `files_and_overrides` tells them
-    apart."""
+    """Add a run's configuration files and overrides, for `read_config`. Both are words of `config` until
+    `files_and_overrides` tells them apart."""
     config = parser.add_argument(
         "config", metavar="CONFIG.yaml", nargs="+", help="configuration file; of several, the later wins"
     )
     config.complete = FILES  # type: ignore[attr-defined]
     add_overrides(parser, "override a field of the files; values are YAML, list positions are numbers")
+
+
+def read_config(options: argparse.Namespace) -> "RunConfig":
+    """The run's configuration; see `load_config`."""
+    from megatron_dsrl.config.load import load_config
+
+    return load_config(options.config, options.overrides)
 
 
 def files_and_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -85,11 +79,11 @@ def add_processes(parser: argparse.ArgumentParser, more: str = "") -> None:
     )
 
 
+def names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def positive(text: str) -> int:
-    """
-    Raises:
-        ArgumentTypeError: it is not a positive integer.
-    """
     value = int(text) if text.isdecimal() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
@@ -97,10 +91,7 @@ def positive(text: str) -> int:
 
 
 def port(text: str) -> int:
-    """
-    Raises:
-        ArgumentTypeError: it is not a port.
-    """
+
     value = int(text) if text.isdecimal() else 0
     if not 1 <= value <= 65535:
         raise argparse.ArgumentTypeError(f"expected a port from 1 to 65535, got {text}")
@@ -108,10 +99,7 @@ def port(text: str) -> int:
 
 
 def share(text: str) -> float:
-    """
-    Raises:
-        ArgumentTypeError: it is not above 0 and at most 1.
-    """
+
     value = positive_number(text)
     if value > 1:
         raise argparse.ArgumentTypeError(f"expected a share above 0 and at most 1, got {text}")
@@ -119,10 +107,7 @@ def share(text: str) -> float:
 
 
 def positive_number(text: str) -> float:
-    """
-    Raises:
-        ArgumentTypeError: it is not a finite number above 0.
-    """
+
     try:
         value = float(text)
     except ValueError:

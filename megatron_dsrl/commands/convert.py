@@ -4,7 +4,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_dsrl.commands.arguments import Commands, add_command, add_group, add_processes, positive, positive_number
+from megatron_dsrl.commands.arguments import (
+    Commands,
+    add_command,
+    add_processes,
+    positive,
+    positive_number,
+    subcommands,
+)
 from megatron_dsrl.common.waiting import say_on_first_rank
 from megatron_dsrl.run.loading import loading_megatron
 
@@ -18,14 +25,12 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_convert(commands: Commands) -> None:
-    directions = add_group(
-        commands,
+    group = commands.add_parser(
         "convert",
-        "directions",
-        "DIRECTION",
         help="convert checkpoints between HF and Megatron, or compare two",
         description="Convert between HF folders and Megatron distributed checkpoints (torch_dist), or compare two.",
     )
+    directions = subcommands(group, "directions", "DIRECTION")
     _add_hf_to_megatron(directions)
     _add_megatron_to_hf(directions)
     _add_verify(directions)

@@ -3,7 +3,15 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from megatron_dsrl.commands.arguments import Commands, add_command, add_config, positive, positive_number, share
+from megatron_dsrl.commands.arguments import (
+    Commands,
+    add_command,
+    add_config,
+    positive,
+    positive_number,
+    read_config,
+    share,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,13 +71,12 @@ def _add_gpu(parser: argparse.ArgumentParser) -> None:
 def _plan(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from megatron_dsrl.config.load import load_config
     from megatron_dsrl.model.architecture import read_architecture
     from megatron_dsrl.model.source import find_config_json
     from megatron_dsrl.planning.compute import Assumptions
     from megatron_dsrl.planning.gpus import find_gpu
 
-    config = load_config(options.config, options.overrides)
+    config = read_config(options)
     gpu = find_gpu(options.gpu, options.gpu_memory, options.gpu_tflops, options.gpu_bandwidth)
     architecture = read_architecture(find_config_json(config.model.path, config.made_by).parent)
     assumptions = Assumptions(

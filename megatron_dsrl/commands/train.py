@@ -1,11 +1,21 @@
-"""`dsrl train`, and what `dsrl sft` has in common with it. Megatron is only imported when a run starts."""
+"""`dsrl train`, `sft` and `sweep`. Megatron is only imported when a run starts."""
 
 import argparse
+import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_dsrl.commands.arguments import Commands, add_command, add_config, add_processes
+from megatron_dsrl.commands.arguments import (
+    Commands,
+    add_command,
+    add_config,
+    add_processes,
+    positive,
+    positive_number,
+    read_config,
+)
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.process import launched_rank, launched_world_size
 from megatron_dsrl.common.waiting import say_on_first_rank
@@ -14,21 +24,22 @@ from megatron_dsrl.run.loading import loading_megatron
 if TYPE_CHECKING:
     from megatron_dsrl.config.run import RunConfig
 
+FROM_DATA_SET = ("rollout.source=dataset", "rollout.samples_per_prompt=1")
+
 
 def add_train(commands: Commands) -> None:
     parser = add_command(
         commands,
         "train",
-        _train,
+        run_training,
         help="train a model as configured in a YAML file",
         description="Train a model as configured in a YAML file. The same command resumes an interrupted run.",
         epilog="example: dsrl train configs/tiny_dsrl.yaml rollout.temperature=0.7 phases.0.until_step=5 --dry-run",
     )
-    add_run(parser)
+    _add_run(parser)
 
 
-def add_run(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of a command that trains."""
+def _add_run(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     parser.add_argument(
         "--dry-run",
@@ -40,41 +51,26 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-v", "--verbose", action="store_true", help="print all metrics of every step")
 
 
-def _train(options: argparse.Namespace) -> int:
-    from megatron_dsrl.config.load import load_config
-
-    return run_training(load_config(options.config, overrides_of(options)), options)
-
-
-def overrides_of(options: argparse.Namespace) -> list[str]:
-    """The configuration overrides among the arguments of `add_run`."""
-    return [*options.overrides, *(["observability.verbose=true"] if options.verbose else [])]
-
-
-def run_training(config: "RunConfig", options: argparse.Namespace) -> int:
+def run_training(options: argparse.Namespace) -> int:
     """Run or continue a training, or check it only (`--dry-run`). Returns the exit status.
-
-    Args:
-        options: of `add_run`.
 
     Raises:
         UserError: something does not fit; see `preflight` and `train`.
     """
+    if options.verbose:
+        options.overrides = [*options.overrides, "observability.verbose=true"]
+    config = read_config(options)
     world_size = options.processes or launched_world_size()
     if not options.dry_run and _is_complete(config):
         return 0
-    from megatron_dsrl.run.preflight import preflight
+    from megatron_dsrl.config.summary import batch_lines, print_dry_run, sampling_warnings
+    from megatron_dsrl.observability.trackers.base import check_packages
+    from megatron_dsrl.run.preflight import check_weight_files, preflight
 
     figures = preflight(config, world_size)
-    from megatron_dsrl.observability.trackers.base import check_packages
-
     check_packages(config.observability.trackers)
-    from megatron_dsrl.config.summary import batch_lines, print_dry_run, sampling_warnings
-
     if options.dry_run:
         from rich.console import Console
-
-        from megatron_dsrl.run.preflight import check_weight_files
 
         check_weight_files(config)
         if launched_rank() == 0:
@@ -107,13 +103,100 @@ def run_training(config: "RunConfig", options: argparse.Namespace) -> int:
 
 def _is_complete(config: "RunConfig") -> bool:
     """Whether the run is already complete; rank 0 then says so. Not collective: every rank reads the run folder."""
-    from megatron_dsrl.run.results import finished_step
+    from megatron_dsrl.run.results import closing_lines, finished_step
 
     step = finished_step(config)
-    if step is None:
-        return False
-    from megatron_dsrl.run.results import closing_lines
-
-    if launched_rank() == 0:
+    if step is not None and launched_rank() == 0:
         print(*closing_lines(Path(config.output_dir) / config.name, step), sep="\n")
-    return True
+    return step is not None
+
+
+def add_sft(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "sft",
+        _sft,
+        help="fine-tune a model on the responses of a data set",
+        description="Supervised fine-tuning: train on prompt/response pairs (data.response_field) instead of samples. "
+        "No engine is started. The same command resumes an interrupted run.",
+        epilog="example: dsrl sft examples/sft/run.yaml --epochs 2",
+    )
+    _add_run(parser)
+    parser.add_argument(
+        "--epochs",
+        metavar="N",
+        type=positive_number,
+        help="passes over the rows of a local data.source; sets `steps`, rounded up",
+    )
+
+
+def _sft(options: argparse.Namespace) -> int:
+    options.overrides = [*FROM_DATA_SET, *options.overrides]
+    if options.epochs is not None:
+        options.overrides.append(f"steps={steps_of_epochs(options.config, options.overrides, options.epochs)}")
+    return run_training(options)
+
+
+def steps_of_epochs(files: Sequence[str], overrides: Sequence[str], epochs: float) -> int:
+    """Steps of `rollout.prompts_per_step` rows that pass over the training set this often, rounded up.
+
+    Raises:
+        UserError: the rows cannot be counted before the run.
+    """
+    from megatron_dsrl.config.load import load_config
+    from megatron_dsrl.run.preflight import count_training_prompts
+
+    config = load_config(files, [*overrides, "steps=1"])
+    rows = count_training_prompts(config.data, config.made_by)
+    if rows is None:
+        source = config.data.source
+        raise UserError(f"--epochs: the rows of data.source={source} are not counted before the run; set steps instead")
+    return math.ceil(epochs * rows / config.rollout.prompts_per_step)
+
+
+def add_sweep(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "sweep",
+        _sweep,
+        help="train several configurations with several seeds and compare them",
+        description="Train all runs in a sweep file and write the comparison to its output folder. After an "
+        "interruption run the same command again: finished runs are kept and interrupted ones resume.",
+    )
+    parser.add_argument("sweep", metavar="SWEEP.yaml", type=Path, help="sweep file; see `dsrl config --kind sweep`")
+    parser.add_argument(
+        "--parallel-runs", metavar="N", type=positive, default=1, help="number of runs to train at a time (default: 1)"
+    )
+    parser.add_argument(
+        "--part",
+        metavar="K/N",
+        type=_part,
+        default=(1, 1),
+        help="train only the runs K, K + N, K + 2 N, ... of the list: for N machines, or the tasks of a SLURM array, "
+        "that share the output folder (default: 1/1, all)",
+    )
+
+
+def _part(text: str) -> tuple[int, int]:
+    """`2/8` -> (2, 8)."""
+    first, slash, count = text.partition("/")
+    if not (slash and first.isdecimal() and count.isdecimal() and 1 <= int(first) <= int(count)):
+        raise argparse.ArgumentTypeError(f"expected K/N with K from 1 to N, such as 2/8, got {text}")
+    return int(first), int(count)
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from megatron_dsrl.report.comparison import FIGURE_FILE, TABLE_FILE, write_comparison
+    from megatron_dsrl.run.sweep import load_sweep, run_sweep, runs_of, with_results
+
+    sweep = load_sweep(options.sweep)
+    runs = runs_of(sweep, options.sweep.parent)
+    first, count = options.part
+    failed = run_sweep(runs[first - 1 :: count], options.parallel_runs)
+    by_method, folder = with_results(runs), Path(sweep.output_dir)
+    for run in failed:
+        print(f"failed: {run.method}, seed {run.seed}: see {run.log}", file=sys.stderr)
+    if sweep.baseline in by_method:
+        print(write_comparison(by_method, sweep.baseline, folder))
+        print(f"written to {folder / TABLE_FILE} and {folder / FIGURE_FILE}")
+    return 1 if failed else 0

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from megatron_dsrl.cli import main
-from megatron_dsrl.commands.config import KIND_NAMES
+from megatron_dsrl.commands.setup import KIND_NAMES
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.describe import default_of, find, limits_of, meaning_of, type_of
 from megatron_dsrl.config.kinds import KINDS

@@ -29,7 +29,7 @@ NAMES = sorted(
     for file in METHODS.glob("*.yaml")
     if file.stem != "sft" and ("warmup_" not in file.stem or "then" in file.stem)
 )
-"""All but supervised fine-tuning, which takes no rollouts (tests/commands/test_sft.py)."""
+"""All but supervised fine-tuning, which takes no rollouts (tests/commands/test_train.py)."""
 OPTIONS = {
     "with everything": (
         "grpo",

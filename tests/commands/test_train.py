@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_dsrl.cli import main
-from megatron_dsrl.commands.sft import steps_of_epochs
+from megatron_dsrl.commands.train import steps_of_epochs
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.load import load_config
 from megatron_dsrl.data.demonstrations import Demonstration, load_demonstrations

@@ -1,8 +1,34 @@
-"""`dsrl push`. Heavy modules are only imported when the command runs."""
+"""`dsrl fetch` and `push`: from the Hugging Face hub and to it. Heavy modules are only imported when one runs."""
 
 import argparse
+import sys
 
-from megatron_dsrl.commands.arguments import Commands, add_command
+from megatron_dsrl.commands.arguments import Commands, add_command, add_config, names, read_config
+from megatron_dsrl.run.loading import loading_megatron
+
+
+def add_fetch(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "fetch",
+        _fetch,
+        help="download what a run needs from the hub",
+        description="Download a run's model, tokenizer and prompts, and benchmarks, in one process. Afterwards all "
+        "ranks, and machines without a network that share the hub's cache (HF_HOME), read them from there.",
+        epilog="example: dsrl fetch configs/dsrl_qwen3_8b.yaml --benchmarks math500,aime24",
+    )
+    add_config(parser)
+    parser.add_argument(
+        "--benchmarks", metavar="NAME,NAME", type=names, default=[], help="names or .yaml files, as for `dsrl eval`"
+    )
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    with loading_megatron(sys.stderr):
+        from megatron_dsrl.run.fetch import fetch
+
+    print(fetch(read_config(options), options.benchmarks))
+    return 0
 
 
 def add_push(commands: Commands) -> None:

@@ -4,7 +4,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from megatron_dsrl.commands.arguments import Commands, add_command, add_overrides, add_processes, labelled_folders
+from megatron_dsrl.commands.arguments import (
+    Commands,
+    add_command,
+    add_overrides,
+    add_processes,
+    labelled_folders,
+    names,
+)
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.process import launched_rank
 from megatron_dsrl.run.loading import loading_megatron
@@ -38,7 +45,9 @@ def add_eval(commands: Commands) -> None:
     add_overrides(
         parser, "override `seed` or a field of `model`, `engine` or `rollout`, such as engine.tensor_parallel_size=2"
     )
-    parser.add_argument("--benchmarks", metavar="NAME,NAME", help="names (omit to list them) or .yaml files")
+    parser.add_argument(
+        "--benchmarks", metavar="NAME,NAME", type=names, help="names (omit to list them) or .yaml files"
+    )
     parser.add_argument("--samples", metavar="K", type=int, help="responses per problem (default: the benchmark's)")
     parser.add_argument("--temperature", metavar="T", type=float, help="0 is greedy (default: the benchmark's)")
     parser.add_argument("--top-p", metavar="P", type=float, help="nucleus sampling (default: the benchmark's)")
@@ -137,7 +146,7 @@ def _eval(options: argparse.Namespace) -> int:
     }
     request = EvaluationRequest(
         model=options.model,
-        benchmarks=[name.strip() for name in options.benchmarks.split(",") if name.strip()],
+        benchmarks=options.benchmarks,
         output=options.output,
         data_folder=options.data_folder,
         changes=changes,

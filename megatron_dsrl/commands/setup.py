@@ -1,8 +1,10 @@
-"""`dsrl config`. Heavy modules are imported when it runs."""
+"""`dsrl config`, `doctor` and `completion`: help with the set-up. Heavy modules are only imported when one runs."""
 
 import argparse
+from functools import partial
 
 from megatron_dsrl.commands.arguments import Commands, add_command
+from megatron_dsrl.common.errors import UserError
 
 KIND_NAMES = ("run", "sweep", "benchmark", "eval", "gradients")
 
@@ -51,4 +53,46 @@ def _config(options: argparse.Namespace) -> int:
         if number:
             console.print()
         show(place, console)
+    return 0
+
+
+def add_doctor(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "doctor",
+        _doctor,
+        help="check the installation and say how to fix problems",
+        description="List installed packages, devices and kernels, what is missing and how to fix it. Exit with status "
+        "0  if a CPU or GPU run is possible, otherwise 1.",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from megatron_dsrl.doctor.doctor import examine, print_as_json, print_for_people
+
+    examination = examine()
+    (print_as_json if options.json else print_for_people)(examination)
+    return 0 if examination.can_run else 1
+
+
+def add_completion(commands: Commands, program: argparse.ArgumentParser) -> None:
+    """Register the command. `program` is the parser of `dsrl` itself."""
+    parser = add_command(
+        commands,
+        "completion",
+        partial(_completion, program),
+        help="print a shell completion script",
+        description="Print a script that makes the shell complete commands and options.",
+        epilog="example: dsrl completion bash > ~/.local/share/bash-completion/completions/dsrl",
+    )
+    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="your shell")
+
+
+def _completion(program: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    try:
+        import shtab
+    except ModuleNotFoundError as error:
+        raise UserError("tab completion needs the package shtab: pip install shtab") from error
+    print(shtab.complete(program, options.shell))
     return 0
