@@ -14,7 +14,6 @@ from examples.tiny_dsrl.tokenizer import VOCAB_SIZE
 from megatron_dsrl.model.routed_experts import decode_routed_experts
 from megatron_dsrl.observability.records import read_starts
 from megatron_dsrl.rollout.recording import read_batch, read_groups, rollout_file
-from megatron_dsrl.rollout.step_samples import is_mixed
 from tests.support import recording_tracker
 from tests.support.compare_runs import assert_same_tensors, checkpoint_tensors, records
 from tests.support.tiny_run import dsrl, processes_left_behind, write_tiny_run
@@ -108,7 +107,7 @@ def test_dynamic_sampling_trains_on_mixed_groups_only_and_every_rank_follows(run
     sampled_in_all = 0
     for record in records(run):
         groups, others = read_batch(rollout_file(run, record["step"]))
-        assert len(groups) == 8 and all(map(is_mixed, groups)) and not any(map(is_mixed, others))
+        assert len(groups) == 8 and all(each.is_mixed for each in groups) and not any(each.is_mixed for each in others)
         assert record["dynamic_sampling/sampled_groups"] == len(groups + others)
         for name in ("missing_groups", "surplus_groups", "aborted_groups"):
             assert record[f"dynamic_sampling/{name}"] == 0, name

@@ -13,15 +13,7 @@ from megatron_dsrl.rollout.feed import OnSamples, ignore
 from megatron_dsrl.rollout.group_queue import GroupQueue
 from megatron_dsrl.rollout.sample import SampleGroup, count_tokens
 from megatron_dsrl.rollout.seeds import seeds_of_batch, stream_of_round
-from megatron_dsrl.rollout.step_samples import (
-    Draw,
-    StepSamples,
-    StepSampling,
-    Watch,
-    dynamic_sampling_metrics,
-    is_mixed,
-    samples_per_step,
-)
+from megatron_dsrl.rollout.step_samples import Draw, StepSamples, StepSampling, Watch, dynamic_sampling_metrics
 from megatron_dsrl.rollout.unfinished import CarryOver, UnfinishedGroup, new_groups
 
 POLL_SECONDS = 0.5
@@ -37,17 +29,12 @@ class Asynchronous(StepSampling):
     """
 
     def __init__(self, config: RolloutSettings, engines: BatchSampler, last_step: int | None = None) -> None:
-        """
-        Args:
-            config: numbers of prompts and samples, the bound on staleness, and limits.
-            engines: where groups are sampled.
-            last_step: last step of the run, beyond which nothing is sampled; None: no end.
-        """
+        """Nothing is sampled beyond `last_step`; None: no end."""
         super().__init__(config, engines)
         section = config.rollout
         self._wanted, self._max_staleness = section.prompts_per_step, section.max_staleness
         self._last_step = last_step
-        self._queue = GroupQueue(is_mixed if section.dynamic_sampling else lambda group: True)
+        self._queue = GroupQueue(self._accepts)
         self._restored: CarryOver | None = None
         self._running: Future[RolloutBatch] | None = None
         self._began: float | None = None
@@ -70,7 +57,7 @@ class Asynchronous(StepSampling):
         if self._last_step is not None:
             steps_ahead = min(steps_ahead, max(0, self._last_step - step))
         supply = _Supply(self._config, step, draw, self._queue, self._wanted * (1 + steps_ahead))
-        with watch(step, samples_per_step(self._config.rollout)) as on_samples:
+        with watch(step, self._samples_per_step) as on_samples:
             self._wait(supply, on_samples)
         groups, others = self._queue.next_step(self._wanted)
         metrics = staleness_metrics(groups, step)
@@ -91,11 +78,8 @@ class Asynchronous(StepSampling):
             wait([self._running], CLOSE_SECONDS)
 
     def _wait(self, supply: "_Supply", on_samples: OnSamples) -> None:
-        """Wait until the step's groups are finished.
-
-        Raises:
-            EngineError: they are not within the step's limit, or sampling has failed.
-        """
+        """Wait until the step's groups are finished. Raises EngineError if they are not within the step's limit, or
+        sampling has failed."""
         limit, shown = self._config.rollout.step_timeout_seconds, 0
         deadline = time.monotonic() + limit
         while True:
@@ -117,11 +101,8 @@ class Asynchronous(StepSampling):
             self._queue.wait(changes, POLL_SECONDS)
 
     def _keep_running(self) -> float:
-        """Sample in the background, after a loss of all engines again. Returns the seconds that a restart took.
-
-        Raises:
-            EngineError: sampling has failed in another way.
-        """
+        """Sample in the background, after a loss of all engines again. Returns the seconds that a restart took. Raises
+        EngineError if sampling has failed in another way."""
         if self._running is not None and not self._running.done():
             return 0.0
         begin = time.monotonic()
@@ -158,14 +139,7 @@ class _Supply:
     """Fills the queue with prompts during one step."""
 
     def __init__(self, config: RolloutSettings, step: int, draw: Draw, queue: GroupQueue, places: int) -> None:
-        """
-        Args:
-            config: numbers of prompts and samples, and how many groups dynamic sampling may replace.
-            step: counted from 1; names the random numbers.
-            draw: where prompts come from.
-            queue: is opened for `places` groups.
-            places: number of groups.
-        """
+        """Opens the queue for `places` groups."""
         self._config, self._step, self._draw, self._queue, self._places = config, step, draw, queue, places
         dynamic, wanted = config.rollout.dynamic_sampling, config.rollout.prompts_per_step
         # while the trainer updates, nothing is drawn: uniform groups are then replaced from a step's spare prompts

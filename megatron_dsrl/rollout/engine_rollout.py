@@ -7,6 +7,7 @@ all ranks reach together: when new weights are loaded, and during a batch when i
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import cast
 
@@ -24,7 +25,7 @@ from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.client import connect
 from megatron_dsrl.rollout.engines.errors import EnginesLostError
 from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
-from megatron_dsrl.rollout.engines.run_engines import Engines, make_engines
+from megatron_dsrl.rollout.engines.run_engines import make_engines
 from megatron_dsrl.rollout.engines.server_arguments import UNSET_WEIGHT_VERSION, initial_weight_version
 from megatron_dsrl.rollout.engines.starting_server import StartingServer
 from megatron_dsrl.rollout.feed import BatchProgress, Feed, OnCall, OnSamples, WholeFeed, ignore
@@ -39,7 +40,7 @@ from megatron_dsrl.rollout.unfinished import CarryOver, UnfinishedGroup, new_gro
 
 
 class EngineRollout:
-    """Samples from SGLang engines; rewards come from a pool on rank 0."""
+    """Samples from SGLang engines, where the platform can with lent memory; rewards come from a pool on rank 0."""
 
     def __init__(
         self,
@@ -55,10 +56,8 @@ class EngineRollout:
         """Start the engines.
 
         Args:
-            decode: the tokenizer.
-            on_call: called with every call to an engine that has ended.
             starting: the process that becomes this rank's server; None starts a new one.
-            encode: the tokenizer; needed with `rollout.generate`.
+            encode: needed with `rollout.generate`.
             last_step: last step of the run; None: no end.
 
         Raises:
@@ -68,44 +67,36 @@ class EngineRollout:
         self._config = config
         self._decode = decode
         self._on_call = on_call
-        self._training_sampling = SamplingParameters.for_training(config.rollout, stop_token_ids)
-        self._weight_version = initial_weight_version(config)
-        self._newest_version = self._weight_version
+        self.training_sampling = SamplingParameters.for_training(config.rollout, stop_token_ids)
+        """Evaluation changes them with `dataclasses.replace`."""
+        self.weight_version = initial_weight_version(config)
+        """Version that new samples carry."""
+        self._newest_version = self.weight_version
         """The version that is being loaded, or that has been."""
         self._states = EngineStates()
         """As found by rank 0."""
         self._recover: Callable[[], None] | None = None
         self._retries = 0
+        self._steps = step_sampling(config, self, last_step)
         if rank() == 0:
             requests_at_a_time()  # a limit that is far too low is an error before anything is started
-        self._rewards = RewardPool(config.reward, config.data.set_rewards) if rank() == 0 else None
-        self._steps = step_sampling(config, self, last_step)
-        self._engines: Engines | None = None
-        try:
+        with ExitStack() as on_failure:
+            self._rewards = RewardPool(config.reward, config.data.set_rewards) if rank() == 0 else None
+            if self._rewards is not None:
+                on_failure.callback(self._rewards.close)
             self._engines = make_engines(config, run_folder, starting)
+            on_failure.callback(self._engines.close)
             self._engines.start()
-        except BaseException:
-            self.close()
-            raise
-
-    @property
-    def weight_version(self) -> int:
-        """Version that new samples carry."""
-        return self._weight_version
-
-    @property
-    def training_sampling(self) -> SamplingParameters:
-        """Sampling parameters of training; evaluation changes them with `dataclasses.replace`."""
-        return self._training_sampling
+            on_failure.pop_all()
 
     @property
     def engine_addresses(self) -> list[EngineAddress]:
         """Addresses of the engines that are ready, by engine number."""
-        return self._running_engines().addresses
+        return self._engines.addresses
 
     def wait_until_ready(self) -> None:
         """Block until every engine answers. All ranks. Raises as `Engines.wait_until_ready`."""
-        self._running_engines().wait_until_ready()
+        self._engines.wait_until_ready()
 
     @property
     def carried(self) -> CarryOver:
@@ -158,13 +149,9 @@ class EngineRollout:
     ) -> None:
         """Draw single samples that do not wait for others of their prompt; the same samples as `generate`. Rank 0 only.
 
-        Each goes to the engine with the fewest outstanding tokens. Engines keep prompts in their caches.
-
         Args:
-            wanted: (prompt, sample number) pairs; those of one prompt should be adjacent.
-            stream: names the random numbers; see `rollout/seeds.py`.
+            wanted: (prompt, sample number) pairs; those of one prompt should be adjacent, for the engines' caches.
             on_sample: gets every sample, with its prompt and number, as soon as it is judged.
-            rewards: used instead of the run's verifier.
         """
         assert self._rewards is not None, "only rank 0 samples"
         seeds = [sample_seed(self._config.seed, stream, prompt.index, number) for prompt, number in wanted]
@@ -177,13 +164,11 @@ class EngineRollout:
         self._run(feed, sampling, rewards or self._rewards, progress)
 
     def while_sampling(self, work: Callable[[], Value], recover: Callable[[], None]) -> Value | None:
-        """Run `work` on rank 0; the others wait for it and restart engines with it. See `Rollout.while_sampling`."""
-        engines = self._running_engines()
         if rank() != 0:
             done, from_rank_0 = False, cast(tuple[bool, dict[int, str]], None)
             while not done:
                 done, lost = broadcast(from_rank_0)
-                engines.lose(lost)
+                self._engines.lose(lost)
                 if not done:
                     recover()
             return None
@@ -194,7 +179,7 @@ class EngineRollout:
             self._recover = None
         lost = dict(self._states.lost)
         broadcast((True, lost))
-        engines.lose(lost)  # not called again until they are restarted
+        self._engines.lose(lost)  # not called again until they are restarted
         return result
 
     def recover_engines(self) -> None:
@@ -205,52 +190,44 @@ class EngineRollout:
             return
         assert self._recover is not None, "only while_sampling can have all ranks restart engines"
         broadcast((False, lost))
-        self._running_engines().lose(lost)
+        self._engines.lose(lost)
         self._recover()
         self._states.lost.clear()
 
     def restart_engines(self) -> None:
         """Restart lost engines, with the weights of the model folder. All ranks."""
-        self._running_engines().restart_lost()
+        self._engines.restart_lost()
 
     def load_weights(self, make_buckets: Callable[[], Iterable[Bucket]], version: int) -> None:
-        """Give all engines new weights under this version; lost ones are restarted first. All ranks."""
-        engines = self._running_engines()
         lost = broadcast(dict(self._states.lost))
-        engines.lose(lost)
+        self._engines.lose(lost)
         self._newest_version, self._states.is_loading = version, True
-        engines.load(make_buckets, version)
-        self._weight_version, self._states.is_loading = version, False
+        self._engines.load(make_buckets, version)
+        self.weight_version, self._states.is_loading = version, False
         for engine in lost:  # not before: what samples meanwhile must not use an engine without weights
             self._states.lost.pop(engine, None)
 
     def engine_metrics(self) -> dict[str, int | float]:
-        """See `Rollout.engine_metrics`."""
-        engines = self._running_engines()
-        metrics: dict[str, int | float] = {"engine/restarts": engines.restarts, "engine/retries": self._retries}
-        idle = self._states.use.idle_fraction(len(engines.addresses))
+        metrics: dict[str, int | float] = {"engine/restarts": self._engines.restarts, "engine/retries": self._retries}
+        idle = self._states.use.idle_fraction(len(self.engine_addresses))
         return metrics if idle is None else metrics | {"engine/idle_fraction": idle}
 
     def release_memory(self) -> None:
-        """Free the device memory of weights and KV cache, where the platform can. All ranks."""
         if can_release_engine_memory():
-            self._running_engines().release_memory(["weights", "kv_cache"])
+            self._engines.release_memory(["weights", "kv_cache"])
 
     def resume_weights(self) -> None:
-        """Take the weights' memory back, with undefined content until `load_weights`. All ranks."""
         if can_release_engine_memory():
-            self._running_engines().resume_memory(["weights"])
+            self._engines.resume_memory(["weights"])
 
     def resume_kv_cache(self) -> None:
-        """Take the KV cache's memory back. All ranks."""
         if can_release_engine_memory():
-            self._running_engines().resume_memory(["kv_cache"])
+            self._engines.resume_memory(["kv_cache"])
 
     def close(self) -> None:
-        """End the engines and the verifier's processes. Can be called after a failed start."""
+        """End the engines and the verifier's processes."""
         self._steps.close()
-        if self._engines is not None:
-            self._engines.close()
+        self._engines.close()
         if self._rewards is not None:
             self._rewards.close()
 
@@ -259,7 +236,7 @@ class EngineRollout:
     ) -> RolloutBatch:
         """Sample a batch to completion, restarting engines as needed."""
         assert self.engine_addresses, "wait_until_ready() comes first"
-        assert self._weight_version != UNSET_WEIGHT_VERSION, "load_weights() comes first: the model folder has none"
+        assert self.weight_version != UNSET_WEIGHT_VERSION, "load_weights() comes first: the model folder has none"
         request = BatchRequest(self._config, feed, sampling, self._versions, self._generation)
         batch = RolloutBatch(request, len(self.engine_addresses))
         in_main_thread = threading.current_thread() is threading.main_thread()
@@ -285,8 +262,4 @@ class EngineRollout:
 
     def _versions(self) -> range:
         """Versions that engines may have now: two while weights are being loaded."""
-        return range(self._weight_version, self._newest_version + 1)
-
-    def _running_engines(self) -> Engines:
-        assert self._engines is not None, "the rollout is closed"
-        return self._engines
+        return range(self.weight_version, self._newest_version + 1)

@@ -34,10 +34,7 @@ class GroupQueue:
     """A `Feed` that grows. All methods may be called from any thread."""
 
     def __init__(self, accept: Callable[[SampleGroup], bool]) -> None:
-        """
-        Args:
-            accept: whether a judged group is to be trained on; the others leave the queue.
-        """
+        """`accept` says whether a judged group is to be trained on; the others leave the queue."""
         self.wake = Wake()
         self._accept = accept
         self._changed = threading.Condition()
@@ -85,7 +82,6 @@ class GroupQueue:
         self.notify()
 
     def is_enough(self) -> bool:
-        """Whether the queue was closed."""
         return self._closed
 
     # ---- the trainer's side
@@ -139,13 +135,8 @@ class GroupQueue:
             return [result for result in results if result is not None], list(self._rejected)
 
     def take_step(self, groups: int, rejected: int, wanted: int) -> None:
-        """Remove what `next_step` has returned. The places stay closed until `open`.
-
-        Args:
-            groups: number of groups.
-            rejected: number of those that were not accepted.
-            wanted: number of groups that the step should have taken.
-        """
+        """Remove what `next_step` has returned: so many groups, and so many that were not accepted. The places of the
+        `wanted` groups stay closed until `open`."""
         with self._changed:
             for _ in range(groups):
                 self._places.popleft()
@@ -172,7 +163,6 @@ class GroupQueue:
 
     @property
     def num_finished(self) -> int:
-        """Number of finished groups."""
         with self._changed:
             return sum(place.result is not None for place in self._places)
 

@@ -88,6 +88,11 @@ class SampleGroup:
         """Oldest version of the weights that produced any of its tokens."""
         return min(sample.oldest_version for sample in self.samples)
 
+    @property
+    def is_mixed(self) -> bool:
+        """Whether its samples have different rewards."""
+        return len({sample.reward for sample in self.samples}) > 1
+
 
 def count_tokens(groups: Sequence[SampleGroup]) -> int:
     """Response tokens of all samples that the policy generated."""

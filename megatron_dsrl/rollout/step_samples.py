@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from megatron_dsrl.algorithms.experience import Response
-from megatron_dsrl.config.rollout import RolloutConfig
 from megatron_dsrl.config.run import RolloutSettings
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rollout.batch import BatchSampler
@@ -54,6 +53,7 @@ class StepSampling(ABC):
     def __init__(self, config: RolloutSettings, engines: BatchSampler) -> None:
         self._config = config
         self._engines = engines
+        self._samples_per_step = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
         self.carried = CarryOver()
         """State from the last step for the next one. Saved in checkpoints; set when a run resumes."""
 
@@ -61,18 +61,12 @@ class StepSampling(ABC):
     def sample(self, step: int, draw: Draw, watch: Watch) -> StepSamples:
         """The judged groups of a step, counted from 1."""
 
+    def _accepts(self, group: SampleGroup) -> bool:
+        """Whether a step may train on the group."""
+        return group.is_mixed or not self._config.rollout.dynamic_sampling
+
     def close(self) -> None:  # noqa: B027
         """End what runs in the background; most modes have nothing to end."""
-
-
-def samples_per_step(config: RolloutConfig) -> int:
-    """Number of responses that a step trains on."""
-    return config.prompts_per_step * config.samples_per_prompt
-
-
-def is_mixed(group: SampleGroup) -> bool:
-    """Whether the samples of a group have different rewards."""
-    return len({sample.reward for sample in group.samples}) > 1
 
 
 def dynamic_sampling_metrics(
@@ -82,7 +76,7 @@ def dynamic_sampling_metrics(
     other completed ones, and the number that the step should train on."""
     return {
         "dynamic_sampling/sampled_groups": len(kept) + len(others),
-        "dynamic_sampling/surplus_groups": sum(map(is_mixed, others)),
+        "dynamic_sampling/surplus_groups": sum(group.is_mixed for group in others),
         "dynamic_sampling/missing_groups": wanted - len(kept),
     }
 

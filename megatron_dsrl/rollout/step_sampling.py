@@ -35,8 +35,6 @@ from megatron_dsrl.rollout.step_samples import (
     StepSampling,
     Watch,
     dynamic_sampling_metrics,
-    is_mixed,
-    samples_per_step,
     unwatched,
 )
 from megatron_dsrl.rollout.unfinished import CarryOver, UnfinishedGroup, new_groups, restart_expired
@@ -64,7 +62,7 @@ class MixedRounds(StepSampling):
         for number in range(dynamic.max_rounds):
             prompts = draw(math.ceil((wanted - len(groups)) * dynamic.oversampling))
             for group in sample_round(self._config, self._engines, step, number, prompts, watch):
-                (groups if is_mixed(group) and len(groups) < wanted else others).append(group)
+                (groups if group.is_mixed and len(groups) < wanted else others).append(group)
             if len(groups) == wanted:
                 break
         metrics = {"dynamic_sampling/rounds": number + 1} | dynamic_sampling_metrics(groups, others, wanted)
@@ -76,8 +74,8 @@ class UntilMixed(StepSampling):
 
     def sample(self, step: int, draw: Draw, watch: Watch) -> StepSamples:
         started = time.perf_counter()
-        with watch(step, samples_per_step(self._config.rollout)) as on_samples:
-            batch = sample_until(self._config, self._engines, step, draw, is_mixed, CarryOver(), on_samples)
+        with watch(step, self._samples_per_step) as on_samples:
+            batch = sample_until(self._config, self._engines, step, draw, self._accepts, CarryOver(), on_samples)
         others = [*batch.left.finished, *batch.rejected]
         metrics = dynamic_sampling_metrics(batch.accepted, others, self._config.rollout.prompts_per_step)
         metrics["dynamic_sampling/aborted_groups"] = len(batch.left.unfinished)
@@ -89,9 +87,8 @@ class Partial(StepSampling):
 
     def sample(self, step: int, draw: Draw, watch: Watch) -> StepSamples:
         before, started = self.carried, time.perf_counter()
-        accept = is_mixed if self._config.rollout.dynamic_sampling else lambda group: True
-        with watch(step, samples_per_step(self._config.rollout)) as on_samples:
-            batch = sample_until(self._config, self._engines, step, draw, accept, before, on_samples)
+        with watch(step, self._samples_per_step) as on_samples:
+            batch = sample_until(self._config, self._engines, step, draw, self._accepts, before, on_samples)
         self.carried = batch.left  # only now: an interrupted step starts over with what it had
         metrics: dict[str, int | float] = {
             "partial_rollouts/continued_groups": len(before.finished) + len(before.unfinished) - batch.expired_groups,

@@ -31,7 +31,7 @@ def calls(engine_rollout: EngineRollout, monkeypatch: pytest.MonkeyPatch) -> lis
 def rollout(engine_rollout: EngineRollout, monkeypatch: pytest.MonkeyPatch) -> EngineRollout:
     """A rare stop token makes the lengths differ a lot."""
     sampling = replace(engine_rollout.training_sampling, max_response_tokens=24, stop_token_ids=(0,))
-    monkeypatch.setattr(engine_rollout, "_training_sampling", sampling)
+    monkeypatch.setattr(engine_rollout, "training_sampling", sampling)
     return engine_rollout
 
 
@@ -51,7 +51,7 @@ def settings(folder: Path, **limits: float) -> RunConfig:
 def test_the_surplus_is_aborted_as_soon_as_there_are_enough(rollout, tiny_model_folder, calls, monkeypatch) -> None:
     config = settings(tiny_model_folder, oversampling=6.0)
     sampling = replace(rollout.training_sampling, max_response_tokens=400)
-    monkeypatch.setattr(rollout, "_training_sampling", sampling)
+    monkeypatch.setattr(rollout, "training_sampling", sampling)
     rollout.generate(PROMPTS[:1], 1, rollout.training_sampling, "warm up")  # and the verifier's processes
     calls.clear()
     waiting: Iterator = iter(PROMPTS)

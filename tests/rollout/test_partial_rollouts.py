@@ -31,7 +31,7 @@ PROMPTS = [replace(prompt, token_ids=prompt.token_ids[:20]) for prompt in number
 def rollout(engine_rollout: EngineRollout, monkeypatch: pytest.MonkeyPatch) -> EngineRollout:
     """A rare stop token makes the lengths differ a lot."""
     sampling = replace(engine_rollout.training_sampling, max_response_tokens=RESPONSE_TOKENS, stop_token_ids=(0,))
-    monkeypatch.setattr(engine_rollout, "_training_sampling", sampling)
+    monkeypatch.setattr(engine_rollout, "training_sampling", sampling)
     return engine_rollout
 
 

@@ -12,7 +12,7 @@ from megatron_dsrl.rollout.batch import BatchRequest, RolloutBatch
 from megatron_dsrl.rollout.engines.errors import EnginesLostError
 from megatron_dsrl.rollout.feed import Feed, OnSamples
 from megatron_dsrl.rollout.sample import SamplingParameters
-from megatron_dsrl.rollout.step_samples import StepSamples, is_mixed, unwatched
+from megatron_dsrl.rollout.step_samples import StepSamples, unwatched
 from megatron_dsrl.rollout.step_sampling import MixedRounds, Partial, UntilMixed, WholeBatch, step_sampling
 from tests.observability.synthetic_run import make_group
 from tests.support.step_sampling import MIXED, RIGHT, WRONG, draw_in_order, rows, settings
@@ -86,7 +86,7 @@ def test_every_round_asks_for_what_is_missing_until_all_groups_are_mixed(draw) -
     engine = ScriptedEngine([RIGHT, MIXED, WRONG, WRONG, MIXED, MIXED])
     samples = mixed_rounds(3, engine).sample(1, draw, unwatched)
     assert engine.asked == [3, 2, 1]
-    assert rows(samples.groups) == [1, 4, 5] and all(map(is_mixed, samples.groups))
+    assert rows(samples.groups) == [1, 4, 5] and all(group.is_mixed for group in samples.groups)
     assert samples.metrics == {
         "dynamic_sampling/rounds": 3,
         "dynamic_sampling/sampled_groups": 6,

@@ -37,14 +37,8 @@ class EngineGroup:
     """SGLang servers on the trainer's devices; implements `Engines`. Each rank's object handles its group's engine."""
 
     def __init__(self, config: RolloutSettings, run_folder: Path, starting: StartingServer | None = None) -> None:
-        """Group the ranks. Starts nothing.
-
-        Args:
-            starting: process that becomes this rank's server; None: a new one.
-
-        Raises:
-            UserError: the world cannot be divided into engines, or settings contradict each other.
-        """
+        """Group the ranks. Starts nothing. Raises UserError if the world cannot be divided into engines, or settings
+        contradict each other."""
         self._all_settings = config
         self._config = config.engine
         size = config.engine.tensor_parallel_size
@@ -53,10 +47,10 @@ class EngineGroup:
         self._engine = engine = rank() // size
         self._problem: str | None = None
         """Why this group's engine is lost; the same on all its ranks, except for problems that only the owner sees."""
-        self._all_restarts = 0
-        self._addresses: list[EngineAddress] = []
+        self.restarts = 0
+        self.addresses: list[EngineAddress] = []
         self._released: set[MemoryTag] = set()
-        """Memory that the engine has given back."""
+        """Memory that the engine has given back; a restarted one holds all of it."""
         self._owns_server = rank() % size == 0
         timeout = timedelta(seconds=config.parallel.collective_timeout_seconds)
         self._everyone = new_gloo_group(range(self._world), timeout) if self._world > 1 else None
@@ -85,16 +79,9 @@ class EngineGroup:
         self._supervised = SupervisedServer(self._server, engine, config.engine.max_restarts)
 
     def start(self) -> None:
-        """See `Engines.start`."""
         self._together(self._start_server)
 
-    @property
-    def addresses(self) -> list[EngineAddress]:
-        """See `Engines.addresses`."""
-        return self._addresses
-
     def wait_until_ready(self) -> None:
-        """See `Engines.wait_until_ready`."""
         self._together(self._supervised.wait_until_ready)
         self._share_state()
 
@@ -103,16 +90,11 @@ class EngineGroup:
         run_interruptible(warm_up(self._server.address, self._all_settings.rollout.routing_replay, seconds))
 
     def lose(self, problems: Mapping[int, str]) -> None:
-        """See `Engines.lose`."""
         if self._engine in problems:
             self._problem = problems[self._engine]
 
     def restart_lost(self) -> None:
-        """Restart lost engines, with the weights of the model folder.
-
-        Raises:
-            EngineError: on every rank, when an engine was restarted too often; with the end of its log.
-        """
+        """See `Engines.restart_lost`. A restarted engine has the weights of the model folder."""
         if self._owns_server and self._problem is None and self._server.has_ended():
             self._problem = f"the engine at {self._server.url} has exited"
         self._together(lambda: self._restart(self._problem) if self._problem is not None else None)
@@ -137,17 +119,10 @@ class EngineGroup:
             has_old_weights = self._problem is not None
 
     def release_memory(self, tags: Sequence[MemoryTag]) -> None:
-        """See `Engines.release_memory`."""
         self._change_memory(tags, released_before=False)
 
     def resume_memory(self, tags: Sequence[MemoryTag]) -> None:
-        """See `Engines.resume_memory`; a restarted engine holds all its memory."""
         self._change_memory(tags, released_before=True)
-
-    @property
-    def restarts(self) -> int:
-        """See `Engines.restarts`."""
-        return self._all_restarts
 
     def close(self) -> None:
         """Stop this rank's server. Not collective, so that a failing rank can call it."""
@@ -193,19 +168,15 @@ class EngineGroup:
     def _share_state(self) -> None:
         """Tell all ranks every engine's address, which changes if it lost its port, and the number of restarts."""
         state = self._from_all((self._own_address(), self._supervised.restarts))
-        self._addresses = [address for address, _ in state if address is not None]
-        self._all_restarts = sum(restarts for _, restarts in state)
+        self.addresses = [address for address, _ in state if address is not None]
+        self.restarts = sum(restarts for _, restarts in state)
 
     def _own_address(self) -> EngineAddress | None:
         return self._server.address if self._owns_server else None
 
     def _together(self, action: Callable[[], None]) -> None:
-        """Run `action` on server owners; if it fails on any, raise on all ranks with all messages.
-
-        Raises:
-            UserError: A message tells the user what to fix.
-            LostEngineError: no message does.
-        """
+        """Run `action` on server owners. If it fails on any, raise on all ranks with all messages: UserError if one of
+        them tells the user what to fix, otherwise LostEngineError."""
         failure: UserError | EngineError | None = None
         if self._owns_server:
             try:

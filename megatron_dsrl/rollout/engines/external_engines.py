@@ -46,28 +46,22 @@ class ExternalEngines:
     """Servers started by someone else; implements `Engines`."""
 
     def __init__(self, config: RolloutSettings, initial_version: int) -> None:
-        """Does not connect yet.
-
-        Args:
-            config: only `model.path` and the engine section are used.
-            initial_version: weight version that the servers report until weights are pushed.
-        """
+        """Does not connect yet. The servers report `initial_version` until weights are pushed."""
         self._config = config
         self._initial_version = initial_version
         timeout = config.engine.update_timeout_seconds
         key = external_key()
         self.addresses = [EngineAddress(url.rstrip("/"), key) for url in config.engine.urls]
-        """See `Engines.addresses`."""
         self._links = [ServerLink(address, timeout) for address in self.addresses] if rank() == 0 else []
         self._unchecked = {link.url for link in self._links} if config.engine.check_weights != "never" else set()
         self._lost: dict[str, str] = {}
-        self._restarts = 0
+        self.restarts = 0
+        """Number of weight pushes to a server that failed and were retried."""
 
     def start(self) -> None:
         """Nothing to start: the servers are running already."""
 
     def wait_until_ready(self) -> None:
-        """See `Engines.wait_until_ready`."""
         error = broadcast(run_interruptible(self._wait_for(self._links, set_version=True)) if rank() == 0 else None)
         if error is not None:
             raise UserError(error)
@@ -81,21 +75,12 @@ class ExternalEngines:
                 link.disconnect()
 
     def restart_lost(self) -> None:
-        """Wait until lost servers, restarted by their owner, answer again.
-
-        Raises:
-            UserError: on every rank, when one does not answer within `engine.startup_timeout_seconds`.
-        """
         error = broadcast(run_interruptible(self._wait_for_lost()) if rank() == 0 else None)
         if error is not None:
             raise UserError(error)
 
     def load(self, make_buckets: Callable[[], Iterable[Bucket]], version: int) -> None:
-        """See `Engines.load`. Servers lost meanwhile are waited for, and get the weights too.
-
-        Raises:
-            UserError: on every rank: a server is lost too often or for too long, or does not hold what it was sent.
-        """
+        """See `Engines.load`. Raises UserError on every rank if a server is lost too often or for too long."""
         outdated, problems = list(self._links), ""
         for attempt in range(self._config.engine.max_restarts + 1):
             self.restart_lost()
@@ -111,7 +96,7 @@ class ExternalEngines:
                 return
             problems = "\n".join(outcome.problems.values())
             self._lost.update(outcome.problems)
-            self._restarts += len(outcome.problems)
+            self.restarts += len(outcome.problems)
             outdated = [link for link in self._links if link.url in outcome.problems]
             for url, problem in outcome.problems.items():
                 logger.warning("%s did not get weights (attempt %d): %s", url, attempt + 1, problem)
@@ -124,12 +109,7 @@ class ExternalEngines:
         """Nothing to do: the servers do not use the trainer's devices."""
 
     def resume_memory(self, tags: Sequence[MemoryTag]) -> None:
-        """See `release_memory`."""
-
-    @property
-    def restarts(self) -> int:
-        """Number of weight pushes to a server that failed and were retried."""
-        return self._restarts
+        """Nothing to do, as in `release_memory`."""
 
     def close(self) -> None:
         """Disconnect; the servers keep running. Not collective."""

@@ -62,7 +62,6 @@ class Engines(Protocol):
 
         Args:
             make_buckets: gathers the weights again each time it is called; collective over all ranks.
-            version: the new weight version.
 
         Raises:
             EngineError: on every rank, as `restart_lost`.

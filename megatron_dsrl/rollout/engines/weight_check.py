@@ -36,11 +36,7 @@ class SentWeights:
     """Digests of the sent weights, as one rank of the engine must hold them."""
 
     def __init__(self, layout: EngineLayout, quantised: bool = False) -> None:
-        """
-        Args:
-            layout: of this rank of the engine.
-            quantised: whether the engine stores what is sent in FP8.
-        """
+        """`layout` is that of this rank; `quantised`: the engine stores what is sent in FP8."""
         self._layout = layout
         self._quantised = quantised
         self._incomplete: dict[str, dict[int, Tensor]] = {}
@@ -56,11 +52,7 @@ class SentWeights:
             yield bucket
 
     def differences(self, engine: Mapping[str, str]) -> list[str]:
-        """The differences to this rank of the engine, one line per tensor.
-
-        Args:
-            engine: the rank's digests by SGLang's tensor names.
-        """
+        """The differences to this rank's digests by SGLang's tensor names, one line per tensor."""
         common = self._digests.keys() & engine
         wrong = [f"{self._named(name)} differs" for name in common if self._digests[name] != engine[name]]
         missing = [f"{self._named(name)} is not in the engine" for name in self._hf_names.keys() - engine.keys()]
@@ -93,11 +85,7 @@ class WeightCheck:
     """Decides when an engine's weights are compared, and compares them; one object per rank of the engine's group."""
 
     def __init__(self, config: RolloutSettings, group: ProcessGroup | None) -> None:
-        """
-        Args:
-            config: only `model.path` and the engine section are used.
-            group: gloo group of the ranks that share the engine; None for a single rank.
-        """
+        """`group` is the gloo group of the ranks that share the engine; None for a single rank."""
         self._config = config
         self._group = group
         self._due = config.engine.check_weights != "never"
@@ -115,16 +103,9 @@ class WeightCheck:
         return self._sent.watch(buckets)
 
     def mismatch(self, engine: EngineAddress | None) -> str | None:
-        """Compare after a successful push, if due. All ranks of the engine's group call it together.
+        """Compare after a successful push, if due; a message that names the tensors that differ, or None.
 
-        Args:
-            engine: the engine; None on all but the first rank of the group.
-
-        Returns:
-            None, or a message that names the tensors, the same on every rank of the group.
-
-        Raises:
-            EngineError: on every rank of the group, if the engine refused or is gone.
+        Called, and raises, as `check_weights`.
         """
         if self._sent is None:
             return None
@@ -149,9 +130,8 @@ def check_weights(
 
     Args:
         sent: what the engine rank with this rank's number in the group must hold.
-        engine: the engine; None on all but the first rank of the group.
+        engine: None on all but the first rank of the group.
         group: gloo group of the ranks that share the engine; None for a single rank.
-        timeout_seconds: limit of the engine's answer.
 
     Returns:
         None, or one line for every tensor that differs; the same on every rank of the group.

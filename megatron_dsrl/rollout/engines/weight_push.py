@@ -21,7 +21,7 @@ from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.source import resolve_model_folder
 from megatron_dsrl.planning.parameters import parameters_of_model
 from megatron_dsrl.rollout.engines.address import EngineAddress
-from megatron_dsrl.rollout.engines.client import EngineClient, connect
+from megatron_dsrl.rollout.engines.client import EngineClient
 from megatron_dsrl.rollout.engines.errors import EngineError
 from megatron_dsrl.rollout.engines.flattened_bucket import Bucket, BucketMemory, flatten, serialise
 
@@ -45,8 +45,7 @@ def push_weights(
     Args:
         buckets: non-empty lists of (HF name, full tensor), the same on every rank of the group. Tensors of a bucket
             may be overwritten when the next bucket is taken.
-        version: the new weight version.
-        engine: the engine; None on all but the first rank of the group.
+        engine: None on all but the first rank of the group.
         group: gloo group of the ranks that share the engine; None for a single rank.
         timeout_seconds: limit of each call.
         memory: for the buckets; pass the same to every push, which then needs no new memory on a CPU.
@@ -109,9 +108,9 @@ class _GroupsEngine:
         self.problem = problem if self._group is None else first_problem(problem, self._group)
 
     async def _made(self, address: EngineAddress, call: Callable[[EngineClient], Awaitable[None]]) -> str | None:
-        async with connect([address], self._timeout_seconds) as clients:
+        async with EngineClient(address, self._timeout_seconds) as client:
             try:
-                await call(clients[0])
+                await call(client)
             except EngineError as error:
                 return str(error)
         return None
