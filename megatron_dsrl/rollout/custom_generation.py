@@ -23,7 +23,7 @@ GenerateFunction = Callable[[GrowingResponse], Awaitable[None]]
 
 @dataclass(frozen=True)
 class CustomGeneration:
-    """The function and the tokenizer."""
+    """The function, and the tokenizer that it needs."""
 
     path: str
     """The function's dotted path, for messages."""
@@ -44,8 +44,6 @@ class CustomGeneration:
         Args:
             client: the engine for all of them.
             prompts: the prompt of each request.
-            requests: have the seeds.
-            sampling: how to sample.
             turn_timeout_seconds: limit of each call to the engine.
 
         Raises:
@@ -67,35 +65,24 @@ class CustomGeneration:
     async def _write(self, response: GrowingResponse) -> Completion:
         try:
             await self.function(response)
-            completion = response.as_completion() if response.failure is None else None
+            if response.failure is None:
+                return response.as_completion()
         except Exception as error:
             if response.failure is None:
-                raise self._failed(response, error) from error
-            completion = None
+                last = traceback.extract_tb(error.__traceback__)[-1]
+                raise UserError(
+                    f"rollout.generate: {self.path} failed for prompt {response.prompt.index}: {type(error).__name__}: "
+                    f"{error} ({last.filename}, line {last.lineno})"
+                ) from error
         if isinstance(response.failure, AbortedError):  # it starts again, if at all
             return Completion((), (), "abort", ())
-        if response.failure is not None:
-            raise response.failure
-        assert completion is not None
-        return completion
-
-    def _failed(self, response: GrowingResponse, error: Exception) -> UserError:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        return UserError(
-            f"rollout.generate: {self.path} failed for prompt {response.prompt.index}: {type(error).__name__}: {error} "
-            f"({last.filename}, line {last.lineno})"
-        )
+        assert response.failure is not None
+        raise response.failure
 
 
 def custom_generation(config: RolloutConfig, encode: Encode | None, decode: Decode) -> CustomGeneration | None:
-    """The configured function; None if responses come from the engine alone.
-
-    Args:
-        encode: the tokenizer; needed by a function.
-
-    Raises:
-        UserError: as from `async_callable`.
-    """
+    """The configured function, which needs `encode`; None if responses come from the engine alone. Raises as
+    `async_callable`."""
     if config.generate is None:
         return None
     assert encode is not None, "a function needs the tokenizer"

@@ -51,13 +51,11 @@ class EngineChoice:
 
     @property
     def expected_response_tokens(self) -> float:
-        """Expected response length: the mean so far, or the limit until there is one."""
         if self._finished_responses == 0:
             return self.max_response_tokens
         return self._finished_tokens / self._finished_responses
 
     def load_of(self, groups: list[UnfinishedGroup]) -> Load:
-        """The load of a call with these groups."""
         tokens = 0.0
         for group in groups:
             tokens += len(group.prompt.token_ids)
@@ -87,7 +85,7 @@ class EngineChoice:
         self._tokens[engine] -= load.tokens
 
     def learn(self, response_tokens: int) -> None:
-        """Record the length of a finished response."""
+        """Note the length of a finished response."""
         self._finished_responses += 1
         self._finished_tokens += response_tokens
 
@@ -114,12 +112,6 @@ class EngineCalls:
     def __init__(
         self, batch: RolloutBatch, clients: Sequence[EngineClient], states: EngineStates, on_call: OnCall
     ) -> None:
-        """
-        Args:
-            clients: one per engine.
-            states: names the engines that must not be used; the caller adds to them.
-            on_call: called with every call that has ended.
-        """
         self.running: dict[CallTask, RunningCall] = {}
         self.connections = 0
         """HTTP requests in flight."""

@@ -53,8 +53,7 @@ class GrowingResponse:
         """
         Args:
             seed: the sample's; every turn derives its own from it.
-            client: the engine that writes all turns.
-            sampling: how to sample; `max_response_tokens` limits the model's and all other tokens together.
+            sampling: `max_response_tokens` limits the model's and all other tokens together.
             turn_timeout_seconds: limit of each turn; None: no limit.
         """
         self.prompt = prompt
@@ -80,7 +79,6 @@ class GrowingResponse:
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """All tokens so far."""
         return self._token_ids
 
     @property
@@ -109,7 +107,7 @@ class GrowingResponse:
         """
         limit = min(self.remaining_tokens, self.remaining_tokens if max_new_tokens is None else max_new_tokens)
         if limit <= 0:
-            self.is_truncated = self.is_truncated or self.remaining_tokens <= 0
+            self.is_truncated |= self.remaining_tokens <= 0
             return Turn((), "length")
         before = self._token_ids
         request = SampleRequest(self.prompt.token_ids + before, turn_seed(self._seed, self._turns), limit)
@@ -119,10 +117,9 @@ class GrowingResponse:
             raise ValueError("the response was changed while the model was writing; await one turn before the next")
         versions = [version for version, count in completion.weight_versions for _ in range(count)]
         self._add(completion.response_ids, completion.log_probs, versions)
-        if completion.finish_reason == "stop":
-            return Turn(tuple(completion.response_ids), "stop")
-        self.is_truncated = self.is_truncated or self.remaining_tokens <= 0
-        return Turn(tuple(completion.response_ids), "length")
+        stopped = completion.finish_reason == "stop"
+        self.is_truncated |= not stopped and self.remaining_tokens <= 0
+        return Turn(tuple(completion.response_ids), "stop" if stopped else "length")
 
     def insert(self, tokens: str | Sequence[int]) -> bool:
         """Append tokens that are not the model's, such as a tool's result or a turn of the environment.
@@ -149,8 +146,7 @@ class GrowingResponse:
     def reward(self, value: float) -> None:
         """Record a reward for what has been written so far, such as a turn. The verifier's reward is added to the sum.
 
-        Raises:
-            ValueError: it is not a finite number of the size of a float32.
+        Raises ValueError if it is not a finite number of the size of a float32.
         """
         if not math.isfinite(value) or abs(value) > LARGEST_REWARD:
             raise ValueError(f"a reward must be a finite number, not {value!r}")
@@ -169,11 +165,7 @@ class GrowingResponse:
         self._turn_rewards = tuple(each for each in self._turn_rewards if each[0] <= count)
 
     def as_completion(self) -> Completion:
-        """The finished response in the form of an engine's answer.
-
-        Raises:
-            ValueError: no token is the model's.
-        """
+        """The finished response in the form of an engine's answer. Raises ValueError if no token is the model's."""
         if not any(self._scored):
             raise ValueError("none of the response's tokens are the model's; nothing can be trained on")
         return Completion(

@@ -47,11 +47,7 @@ def requests_at_a_time() -> int:
 
 
 class RequestLimit:
-    """How many requests may be in flight: what the limit of open files allows, and fewer once one found no descriptor.
-
-    Raises:
-        UserError: the limit leaves room for too few requests.
-    """
+    """How many requests may be in flight: as many as open files allow, and fewer once one found no descriptor."""
 
     def __init__(self) -> None:
         self._most = requests_at_a_time()
@@ -78,11 +74,8 @@ class RequestLimit:
         self._failures = 0
 
     def request_failed(self, in_flight: int, error: TooManyOpenFilesError) -> None:
-        """Note that a request found no file descriptor; from now on no more than `in_flight` run at a time.
-
-        Raises:
-            TooManyOpenFilesError: not even a single request has found one for a while.
-        """
+        """Note that a request found no file descriptor; from now on no more than `in_flight` run at a time. Raises the
+        error if not even a single request has found one for a while."""
         self._failures += 1
         if not in_flight and self._failures >= REQUESTS_WITHOUT_FILES:
             raise error

@@ -85,8 +85,7 @@ class PythonTool:
     ) -> None:
         """
         Args:
-            wall_seconds: limit of wall-clock time of each call.
-            cpu_seconds: limit of processor time.
+            wall_seconds, cpu_seconds: limits of wall-clock and processor time of each call.
             memory_megabytes: limit of address space.
             folder_megabytes: limit of the files that it writes, which are in memory too.
             max_characters: of the output; what comes after them is left out.

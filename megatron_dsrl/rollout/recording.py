@@ -10,7 +10,6 @@ of the time of `json` over `dataclasses.asdict`; tools/benchmark_recording.py co
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -28,13 +27,8 @@ def rollout_file(run_folder: Path, step: int) -> Path:
 
 
 def write_groups(file: Path, groups: Sequence[SampleGroup], others: Sequence[SampleGroup] = ()) -> None:
-    """Write all groups of a step; the file appears complete or not at all.
-
-    Args:
-        file: its folder is created.
-        groups: the step's batch, in order.
-        others: groups that were sampled but not trained on.
-    """
+    """Write the batch of a step, in order, and `others`, which were not trained on. The file appears complete or not at
+    all; its folder is created."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as stream:
         for in_batch, part in ((True, groups), (False, others)):
@@ -60,20 +54,12 @@ class RolloutRecorder:
         self._in_flight: Future[None] | None = None
 
     def record(self, step: int, groups: Sequence[SampleGroup], others: Sequence[SampleGroup] = ()) -> None:
-        """Begin to write the rollouts of a step, as `write_groups` does, after waiting for the previous step's.
-
-        Raises:
-            UserError: the previous ones could not be written.
-        """
+        """Begin to write the rollouts of a step, as `write_groups` does, after a `flush` of the previous step's."""
         self.flush()
         self._in_flight = self._thread.submit(self._write, step, groups, others)
 
     def flush(self) -> None:
-        """Wait until everything recorded is on disk.
-
-        Raises:
-            UserError: it could not be written.
-        """
+        """Wait until everything recorded is on disk. Raises UserError if it could not be written."""
         write, self._in_flight = self._in_flight, None
         if write is not None:
             write.result()
@@ -81,9 +67,7 @@ class RolloutRecorder:
     def __enter__(self) -> "RolloutRecorder":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._thread.shutdown()
         if error is None:
             self.flush()
@@ -100,20 +84,12 @@ class RolloutRecorder:
 
 
 def read_groups(file: Path) -> list[SampleGroup]:
-    """All groups that were sampled for a step.
-
-    Raises:
-        UserError: the file is missing, or a line is not a group.
-    """
+    """All groups that were sampled for a step. Raises UserError if the file is missing, or a line is not a group."""
     return [group for group, _ in _read(file)]
 
 
 def read_batch(file: Path) -> tuple[list[SampleGroup], list[SampleGroup]]:
-    """The groups that were trained on, in their order, and the others.
-
-    Raises:
-        UserError: as `read_groups`.
-    """
+    """The groups that were trained on, in their order, and the others; raises as `read_groups`."""
     groups = _read(file)
     return [group for group, in_batch in groups if in_batch], [group for group, in_batch in groups if not in_batch]
 
@@ -144,14 +120,10 @@ def group_of_record(record: dict[str, Any]) -> SampleGroup:
 
 def prompt_of_record(record: dict[str, Any]) -> Prompt:
     """A prompt from its decoded JSON."""
-    return Prompt(**_with_tuples(record, "token_ids", "other_answers"))
+    return Prompt(**record | {name: tuple(record[name]) for name in ("token_ids", "other_answers")})
 
 
 def _sample(record: dict[str, Any]) -> Sample:
     pairs = {name: tuple(map(tuple, record[name])) for name in ("older_versions", "turn_rewards")}
     scored = record["scored"] and tuple(record["scored"])
     return Sample(**record | pairs | {"scored": scored})
-
-
-def _with_tuples(record: dict[str, Any], *fields: str) -> dict[str, Any]:
-    return {name: tuple(value) if name in fields else value for name, value in record.items()}

@@ -51,24 +51,13 @@ class Rollout(Generator, Protocol):
         """Block until samples can be drawn. All ranks."""
 
     def sample_step(self, step: int, draw: Draw, watch: Watch) -> StepSamples:
-        """The judged groups of a training step. Rank 0 only.
-
-        Args:
-            step: counted from 1.
-            draw: draw(n) returns the next n prompts.
-            watch: reports progress.
-        """
+        """The judged groups of a training step, counted from 1. Rank 0 only."""
 
     def while_sampling(self, work: Callable[[], Value], recover: Callable[[], None]) -> Value | None:
         """Run work that samples on rank 0, while the other ranks stand by to restart lost engines. All ranks.
 
-        Args:
-            work: called on rank 0 only.
-            recover: called on all ranks when the batch cannot continue; must restart the engines with the weights
-                that they had.
-
-        Returns:
-            The result of `work` on rank 0; None on the others.
+        `recover` is called on all ranks when the batch cannot continue; it must restart the engines with the weights
+        that they had. Returns the result of `work` on rank 0, and None on the others.
         """
 
     def load_weights(self, make_buckets: Callable[[], Iterable[Bucket]], version: int) -> None:

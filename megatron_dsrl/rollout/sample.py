@@ -21,37 +21,27 @@ class Sample:
     response_ids: Sequence[int]
     """Response tokens, including the end-of-turn token if the engine emitted it. Stored as a compact array, like the
     log-probs."""
-
     log_probs: Sequence[float]
     """Engine log-prob of every response token given the full prompt, at the sampling temperature; float32. 0 for tokens
     that are not the policy's. Unit: nat."""
-
     text: str
     """Decoded response without special tokens."""
-
     finish_reason: Literal["stop", "length"]
     """`length` marks a truncated response."""
-
     weight_version: int
     """Version of the policy weights that produced the response, or its last part."""
-
     reward: float
     """The verifier's score, plus the sum of `turn_rewards`."""
-
     verdict: Verdict = "ok"
     """Whether the verifier succeeded; `timeout` and `error` score 0. All but `ok` are counted."""
-
     older_versions: tuple[tuple[int, int], ...] = ()
     """(weight version, number of tokens) of the beginning that earlier weights produced, oldest first; only for a
     response carried over from an earlier step."""
-
     routed_experts: str | None = None
     """Experts that every token of prompt and response except the last was sent to, in every layer; see
     `model.routed_experts`. None unless requested."""
-
     scored: tuple[bool, ...] | None = None
     """Which response tokens the policy generated and are scored; None means all."""
-
     turn_rewards: TurnRewards = ()
     """Rewards that `rollout.generate` recorded."""
 
@@ -105,19 +95,14 @@ class SamplingParameters:
 
     max_response_tokens: int
     """Length limit; a response that reaches it is marked `length`."""
-
     stop_token_ids: tuple[int, ...]
     """Tokens that end a response; the one that did is kept as its last token."""
-
     temperature: float = 1.0
     """0 is greedy decoding. Log-probs are `log_softmax(logits / temperature)`."""
-
     top_p: float = 1.0
     """Nucleus sampling; 1 is off. Log-probs are not renormalised."""
-
     top_k: int = -1
     """Top-k sampling; -1 is off."""
-
     return_routed_experts: bool = False
     """Whether to return the experts that every token was sent to."""
 

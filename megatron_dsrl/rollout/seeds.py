@@ -32,11 +32,8 @@ def seeds_of_batch(
 ) -> list[tuple[int, ...]]:
     """Seeds of every prompt's samples. If a prompt occurs again, its sample numbers continue.
 
-    Args:
-        stream: what the batch is for.
-        prompts: the batch's prompts.
-        seen: how often each prompt (by index) has occurred in the stream so far, for streams whose prompts come in
-            several calls; updated in place.
+    `seen` says how often each prompt (by index) has occurred in the stream so far, for streams whose prompts come in
+    several calls; updated in place.
     """
     seen = Counter() if seen is None else seen
     seeds = []

@@ -83,10 +83,7 @@ class ServedReference:
         return torch.tensor(chosen, dtype=torch.float32)
 
     def _post(self, body: dict[str, Any]) -> Any:
-        """
-        Raises:
-            UserError: no answer in time, or a refusal.
-        """
+        """The decoded answer. Raises UserError without one in time, or after a refusal."""
         data, end = json.dumps(body).encode(), time.monotonic() + self._timeout_seconds
         while True:
             request = urllib.request.Request(f"{self._url}/generate", data, self._headers, method="POST")

@@ -47,11 +47,8 @@ class ToolChat:
         """
         Args:
             tool: `calculator`, `python`, or the dotted path of a tool. All responses use the same one.
-            tool_options: keyword arguments of the tool.
-            opening: text before a call.
-            closing: text after it.
-            before_result: inserted before the tool's answer; special tokens are recognised.
-            after_result: inserted after it.
+            opening, closing: text before and after a call.
+            before_result, after_result: inserted around the tool's answer; special tokens are recognised.
             json_argument: calls are JSON objects, and this one of their `arguments` is for the tool:
                 `{"name": "python", "arguments": {"code": "print(1)"}}` for `code`. None: the whole call is.
             max_calls: calls that are answered. A response that makes another one ends there and counts as truncated.

@@ -48,8 +48,7 @@ class VerifiersEnvironment:
             environment: id of the taskset: its installed package, or a module on PYTHONPATH.
             config: of the environment (`EnvConfig`) besides that, such as `{taskset: {...}, agent: {max_turns: 4}}`.
             max_tasks: tasks that are read; needed for endless tasksets.
-            before_message: inserted before a message of the environment; special tokens are recognised.
-            after_message: inserted after it.
+            before_message, after_message: inserted around a message of the environment; special tokens are recognised.
 
         Raises:
             UserError: the package or environment is missing, or needs what is refused.
@@ -63,19 +62,14 @@ class VerifiersEnvironment:
             _require_text_only(self._vf, self._environment, task)
 
     async def __call__(self, response: GrowingResponse) -> None:
-        """Write a response and record its reward.
-
-        Raises:
-            UserError: the prompt is not a task of the environment.
-        """
+        """Write a response and record its reward. Raises UserError if the prompt is not a task of the environment."""
         vf, environment = self._vf, self._environment
         task = self._tasks.get(response.prompt.answer)
         if task is None:
             raise UserError("the prompt's answer is not the key of a task of this environment; write its data again")
         seat = _Seat(vf, self._seat, environment.config, response, self._around_messages)
         agents = vf.Agents(environment.config, seat.take)
-        about = vf.TraceTask(type=type(task).__name__, data=task.data, key=task.key, hash=task.hash)
-        episode = vf.Episode(env=vf.EnvInfo(id=environment.config.env_id), task=about)
+        episode = vf.Episode(env=vf.EnvInfo(id=environment.config.env_id), task=_about(vf, task))
         timeout = environment.config.timeout
         await environment.setup(agents)
         async with asyncio.timeout(timeout.episode):
@@ -142,9 +136,8 @@ class _Conversation:
         self._vf, self._task, self._response = vf, task, response
         self._before, self._after = around_messages
         self._max_turns = config.max_turns
-        about = vf.TraceTask(type=type(task).__name__, data=task.data, key=task.key, hash=task.hash)
         state = state_cls(type(task))()
-        self.trace = vf.Trace(task=about, state=state, agent=vf.AgentInfo(config=config))
+        self.trace = vf.Trace(task=_about(vf, task), state=state, agent=vf.AgentInfo(config=config))
         self._messages = list(messages_of(task))
 
     @property
@@ -201,11 +194,7 @@ class _Conversation:
 
 
 def import_verifiers() -> ModuleType:
-    """The package's interface.
-
-    Raises:
-        UserError: it is not installed, or too old.
-    """
+    """The package's interface. Raises UserError if it is not installed, or too old."""
     try:
         import verifiers.v1 as vf
 
@@ -218,11 +207,7 @@ def import_verifiers() -> ModuleType:
 
 
 def load_environment(vf: ModuleType, environment: str, config: Mapping[str, Any] | None) -> Any:
-    """The environment of a taskset.
-
-    Raises:
-        UserError: it does not exist, or does not take this configuration.
-    """
+    """The environment of a taskset. Raises UserError if it does not exist, or does not take this configuration."""
     settings = dict(config or {})
     settings["taskset"] = {**settings.get("taskset", {}), "id": environment}
     try:
@@ -232,11 +217,7 @@ def load_environment(vf: ModuleType, environment: str, config: Mapping[str, Any]
 
 
 def tasks_of(environment: Any, max_tasks: int | None) -> Iterator[Any]:
-    """The environment's tasks.
-
-    Raises:
-        UserError: they are endless and not limited.
-    """
+    """The environment's tasks. Raises UserError if they are endless and not limited."""
     if max_tasks is None and not environment.taskset.bounded:
         raise UserError("the environment's tasks are endless; limit them with max_tasks")
     return islice(environment.taskset, max_tasks)
@@ -248,6 +229,11 @@ def messages_of(task: Any) -> list[Any]:
     prompt, system = task.data.prompt, task.data.system_prompt
     messages = [vf.UserMessage(content=prompt)] if isinstance(prompt, str) else list(prompt or ())
     return messages if system is None else [vf.SystemMessage(content=system), *messages]
+
+
+def _about(vf: ModuleType, task: Any) -> Any:
+    """What a trace records of its task."""
+    return vf.TraceTask(type=type(task).__name__, data=task.data, key=task.key, hash=task.hash)
 
 
 def _only_seat(vf: ModuleType, environment: Any) -> str:
@@ -284,12 +270,8 @@ async def _call(function: Callable[..., Any], **available: Any) -> Any:
 
 
 def write_tasks(environment: str, output: Path, config: Mapping[str, Any] | None, skip: int, limit: int | None) -> int:
-    """Write tasks as rows `messages` and `answer`, the task's key; returns their number.
-
-    Args:
-        skip: tasks left out at the beginning.
-        limit: of the tasks that are written.
-    """
+    """Write at most `limit` tasks after the first `skip` as rows `messages` and `answer`, the key; returns their
+    number."""
     loaded = load_environment(import_verifiers(), environment, config)
     tasks = islice(tasks_of(loaded, None if limit is None else skip + limit), skip, None)
     rows = [

@@ -44,11 +44,8 @@ def external_key() -> str | None:
 
 
 def address_towards(host: str, port: int = ANY_PORT) -> str:
-    """The local address from which this machine reaches `host`, and under which `host` reaches it.
-
-    Raises:
-        OSError: `host` cannot be resolved or reached.
-    """
+    """The local address from which this machine reaches `host`, and under which `host` reaches it. Raises OSError if it
+    cannot be resolved or reached."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, port))  # sets the route; a datagram socket sends nothing
         return probe.getsockname()[0]

@@ -13,7 +13,6 @@ import aiohttp
 import orjson
 
 from megatron_dsrl.rollout.engines.address import EngineAddress
-from megatron_dsrl.rollout.engines.broadcast_group import BroadcastGroup
 from megatron_dsrl.rollout.engines.errors import BadRequestError, EngineError
 from megatron_dsrl.rollout.engines.generation import Completion, SampleRequest, generate_body, read_completions
 from megatron_dsrl.rollout.engines.packed_answers import MEDIA_TYPE, read_json, unpack
@@ -141,15 +140,21 @@ class EngineClient:
             raise EngineError(f"engine {self.url}: /server_info has no tp_size: {answer!r:.500}")
         return answer["tp_size"]
 
-    async def join(self, group: BroadcastGroup) -> None:
-        """Have all ranks of the server join; returns once they and the sender have joined."""
+    async def join(self, group_name: str, host: str, port: int, size: int, backend: str) -> None:
+        """Have all ranks of the server join a torch.distributed group after its rank 0, the sender, and wait for that.
+
+        Args:
+            host, port: the sender's store, at which the group meets.
+            size: number of ranks with the sender.
+            backend: gloo or nccl.
+        """
         body = {
-            "master_address": group.host,
-            "master_port": group.port,
+            "master_address": host,
+            "master_port": port,
             "rank_offset": 1,
-            "world_size": group.size,
-            "group_name": group.name,
-            "backend": group.backend,
+            "world_size": size,
+            "group_name": group_name,
+            "backend": backend,
         }
         await self._post_checked("/init_weights_update_group", body)
 

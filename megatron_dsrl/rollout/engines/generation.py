@@ -35,24 +35,18 @@ class Completion:
 
     response_ids: Sequence[int]
     """New tokens, including the stop token. Stored as a compact array, like the log-probs."""
-
     log_probs: Sequence[float]
     """Log-prob of every new token, float32. Unit: nat."""
-
     finish_reason: Literal["stop", "length", "abort"]
     """`length`: the response reached the limit. `abort`: `abort_all` ended it, perhaps before its first token."""
-
     weight_versions: VersionSpans
     """Versions of the weights that produced the tokens; several if weights changed during the request."""
-
     routed_experts: str | None = None
     """The experts chosen for every token of request and response except the last, which went through no layer. None
     unless requested."""
-
     scored: tuple[bool, ...] | None = None
     """Which tokens the model wrote, in a response that a function has written with it (`rollout.generate`). None means
     all."""
-
     turn_rewards: TurnRewards = ()
     """Rewards that the function recorded."""
 

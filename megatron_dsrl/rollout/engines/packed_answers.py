@@ -39,11 +39,7 @@ class Answer:
 
 
 def pack(answers: Sequence[dict[str, Any]]) -> bytes:
-    """The packed form of SGLang's answers.
-
-    Args:
-        answers: decoded JSON of `/generate`.
-    """
+    """The packed form of SGLang's answers, the decoded JSON of `/generate`."""
     all_ids = [np.array(answer["output_ids"], dtype=np.int32) for answer in answers]
     all_log_probs = [np.array(_log_probs(answer), dtype=np.float32) for answer in answers]
     head = orjson.dumps([_kept(answer["meta_info"]) | {"tokens": len(ids)} for answer, ids in zip(answers, all_ids)])
@@ -52,11 +48,7 @@ def pack(answers: Sequence[dict[str, Any]]) -> bytes:
 
 
 def unpack(content: bytes) -> list[Answer]:
-    """The answers in `pack`'s form.
-
-    Raises:
-        ValueError: the content is not complete.
-    """
+    """The answers in `pack`'s form. Raises ValueError if the content is not complete."""
     start = _LENGTH_BYTES + int.from_bytes(content[:_LENGTH_BYTES], "little")
     heads = orjson.loads(content[_LENGTH_BYTES:start])
     counts = [head.pop("tokens") for head in heads]
@@ -84,20 +76,15 @@ def read_json(content: bytes) -> list[Answer]:
     collects = gc.isenabled()
     gc.disable()
     try:
-        return _answers_of_json(orjson.loads(content))
-    finally:
-        if collects:
-            gc.enable()
-
-
-def _answers_of_json(answers: Any) -> list[Answer]:
-    try:
         return [
             Answer(int_array(answer["output_ids"]), float_array(_log_probs(answer)), _kept(answer["meta_info"]))
-            for answer in answers
+            for answer in orjson.loads(content)
         ]
     except (TypeError, KeyError) as error:
         raise ValueError(repr(error)) from error
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _kept(meta: dict[str, Any]) -> dict[str, Any]:

@@ -19,11 +19,7 @@ UNSET_WEIGHT_VERSION = -1
 
 
 def server_arguments(config: RolloutSettings, engine: int) -> ServerArguments:
-    """SGLang's `ServerArgs` fields for the engine with this number.
-
-    Raises:
-        UserError: settings contradict each other.
-    """
+    """SGLang's `ServerArgs` fields for this engine. Raises UserError if settings contradict each other."""
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     if config.engine.max_context_tokens is not None and config.engine.max_context_tokens < longest:
         raise UserError(
