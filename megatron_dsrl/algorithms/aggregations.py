@@ -23,8 +23,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from megatron_dsrl.config.choices import AGGREGATIONS
-from megatron_dsrl.config.registry import Options
+from megatron_dsrl.config.choices import AGGREGATIONS, Options
 
 
 class AggregationOptions(Options):

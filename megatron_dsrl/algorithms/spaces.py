@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_dsrl.common.compact import int_array
-from megatron_dsrl.config.choices import SPACES
-from megatron_dsrl.config.registry import Options
+from megatron_dsrl.config.choices import SPACES, Options
 
 
 @dataclass(frozen=True)

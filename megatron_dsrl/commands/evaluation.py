@@ -133,7 +133,7 @@ def _table(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from megatron_dsrl.config.load_benchmark import benchmark_names
+    from megatron_dsrl.config.benchmark import benchmark_names
 
     if not options.benchmarks:
         raise UserError(f"--benchmarks: name some of {', '.join(benchmark_names())}")

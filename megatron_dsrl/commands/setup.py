@@ -35,7 +35,7 @@ def _config(options: argparse.Namespace) -> int:
 
     kind = KINDS[options.kind]
     if options.schema:
-        from megatron_dsrl.config.json_schema import as_text
+        from megatron_dsrl.config.kinds import as_text
 
         print(as_text(kind.schema()), end="")
         return 0

@@ -1,11 +1,26 @@
-"""Benchmarks, and how `dsrl eval` runs them."""
+"""Benchmarks, and how `dsrl eval` runs them.
+
+Each is declared in one YAML file in `megatron_dsrl/evaluation/benchmarks/` or in a custom one: the fields of
+`BenchmarkConfig`, and under `file` and `hub` those that depend on the source of the problems, a file in the data folder
+or the hub. To add a benchmark, write such a file.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
 
 from pydantic import Field, field_validator
 
+from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.data import PromptSetConfig, RewardConfig
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig
 from megatron_dsrl.config.rollout import EngineConfig, RolloutConfig
 from megatron_dsrl.config.section import Section
+from megatron_dsrl.config.validate import validated
+from megatron_dsrl.config.yaml_text import parse_yaml, read_text
 
 WEEK_SECONDS = 7 * 24 * 3600
 
@@ -78,3 +93,79 @@ class BenchmarkRunConfig(Section):
         if engine.quantization is not None:
             raise ValueError("quantization is for training, whose weight push quantises; leave it out")
         return engine
+
+
+PLACES = ("file", "hub")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    name: str
+    """That of its file."""
+    config: BenchmarkConfig
+
+
+def benchmark_names() -> list[str]:
+    """Names of the built-in benchmarks."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in _folder().iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_benchmark(
+    name: str,
+    data_folder: Path | None,
+    changes: Mapping[str, Any] | None = None,
+    section: str = "--benchmarks",
+) -> Benchmark:
+    """A benchmark by name, or by the path of its YAML file.
+
+    Args:
+        name: such as `math500` or `mine/geometry.yaml`.
+        data_folder: folder with its problem file; None: use the hub.
+        changes: fields to replace, such as `samples_per_prompt`.
+        section: where the name was given, for messages.
+
+    Raises:
+        UserError: the benchmark does not exist, its file is invalid, or its problems are not in the data folder.
+    """
+    if name.endswith((".yaml", ".yml")):
+        path, text = name, _read(Path(name), section)
+    elif name in benchmark_names():
+        path, text = f"{name}.yaml", (_folder() / f"{name}.yaml").read_text(encoding="utf-8")
+    else:
+        raise UserError(
+            f"{section}: unknown benchmark `{name}`; choose one of {', '.join(benchmark_names())}, or give the "
+            "path of a .yaml file that declares one"
+        )
+    data, lines = parse_yaml(text, path)
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: not a benchmark: expected `key: value` lines")
+    place = "hub" if data_folder is None else "file"
+    sections = {key: data.pop(key, None) for key in PLACES}
+    if not isinstance(sections[place], dict):
+        hint = "; set --data-folder" if place == "hub" else "; omit --data-folder to use the hub"
+        raise UserError(f"{path}: the benchmark has no section `{place}`{hint}")
+    merged = {**data, **sections[place], **(changes or {})}
+    # Messages name the fields of `file` or `hub` like the benchmark's others, and changes as the command line.
+    places = {keys[1:] if keys[:1] == (place,) else keys: f"{path}:{line}" for keys, line in lines.items()}
+    places |= {(key,): "command line" for key in changes or {}}
+    if data_folder is not None and isinstance(merged.get("source"), str):
+        merged["source"] = _in_folder(data_folder, merged["source"], path)
+    return Benchmark(Path(path).stem, validated(BenchmarkConfig, merged, places, path, "benchmark"))
+
+
+def _in_folder(data_folder: Path, source: str, path: str) -> str:
+    file = data_folder / source
+    if not any(file.parent.glob(file.name)):
+        raise UserError(f"{path}: {source} is not in {data_folder} (--data-folder); put it there, or use the hub")
+    return str(file)
+
+
+def _read(path: Path, section: str) -> str:
+    try:
+        return read_text(path)
+    except ValueError as error:
+        raise UserError(f"{section}: cannot read {path}: {error}") from error
+
+
+def _folder() -> Traversable:
+    return files("megatron_dsrl.evaluation") / "benchmarks"

@@ -5,9 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_dsrl.config.choices import SAMPLERS
-from megatron_dsrl.config.function_name import FunctionName
-from megatron_dsrl.config.registry import Options
+from megatron_dsrl.config.choices import SAMPLERS, FunctionName, Options
 from megatron_dsrl.config.section import FolderPath, Section
 
 if TYPE_CHECKING:

@@ -1,28 +1,20 @@
-"""Descriptions of the configuration's fields, derived from the classes, for `dsrl config` and the reference page."""
+"""What fields of sections accept, and descriptions of them for `dsrl config` and the reference page: all of it derived
+from the classes' annotations."""
 
 import difflib
 import inspect
 import json
-from collections.abc import Sequence
+import types
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.config.fields import (
-    choices_of,
-    function_of,
-    is_section,
-    item_registry_of,
-    members,
-    registry_of,
-    sections_of,
-    tags,
-)
-from megatron_dsrl.config.registry import Options
+from megatron_dsrl.config.choices import FunctionName, Options, Registry
 from megatron_dsrl.config.section import Section
 
 _SIMPLE = {int: "integer", float: "number", str: "string", bool: "true or false", Any: "anything"}
@@ -33,6 +25,77 @@ _LIMITS = {
     annotated_types.Le: ("le", "at most"),
     annotated_types.Lt: ("lt", "below"),
 }
+
+
+def members(annotation: Any) -> list[Any]:
+    """The alternatives of an annotation, without Annotated and None."""
+    if get_origin(annotation) is Annotated:
+        return members(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [member for part in get_args(annotation) for member in members(part)]
+    return [] if annotation is type(None) else [annotation]
+
+
+def is_section(annotation: Any) -> bool:
+    """Whether it is a section's class."""
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def tags(section: type[Section]) -> tuple[Any, ...]:
+    """Values of the `name` that tells this section from the others of its union; none for a name of any text."""
+    field = section.model_fields.get("name")
+    return get_args(field.annotation) if field else ()
+
+
+def registry_of(field: FieldInfo) -> Registry | None:
+    """The registry that a field's value is chosen from."""
+    return _metadata_of(field, Registry)
+
+
+def item_registry_of(field: FieldInfo) -> Registry | None:
+    """The registry that the items of a list are chosen from."""
+    for member in members(field.annotation):
+        if get_origin(member) is list:
+            metadata = getattr(get_args(member)[0], "__metadata__", ())
+            return next((item for item in metadata if isinstance(item, Registry)), None)
+    return None
+
+
+def choices_of(field: FieldInfo) -> Registry | None:
+    """The registry that a field's value, or each of its items, is chosen from."""
+    return registry_of(field) or item_registry_of(field)
+
+
+def function_of(field: FieldInfo) -> FunctionName | None:
+    """The kind of function that a field names."""
+    return _metadata_of(field, FunctionName)
+
+
+def sections_of(field: FieldInfo) -> list[type[Section]]:
+    """The classes of sections that a field may hold, by itself or as items: one, or one per choice."""
+    registry = choices_of(field)
+    if registry is not None:
+        return list(registry.classes())
+    return [section for member in members(field.annotation) for section in _sections_in(member)]
+
+
+def _sections_in(member: Any) -> list[type[Section]]:
+    if is_section(member):
+        return [member]
+    if get_origin(member) in (list, tuple, dict):
+        return [section for inner in members(get_args(member)[-1]) for section in _sections_in(inner)]
+    return []
+
+
+def _metadata_of(field: FieldInfo, kind: type) -> Any:
+    # Of `Annotated[Options, registry] | None` pydantic leaves the union; in a list the items are chosen, not the field.
+    of_union = get_args(field.annotation) if get_origin(field.annotation) in (Union, types.UnionType) else ()
+    metadata = [item for part in (field, *of_union) for item in _metadata(part)]
+    return next((item for item in metadata if isinstance(item, kind)), None)
+
+
+def _metadata(part: Any) -> tuple[Any, ...]:
+    return tuple(getattr(part, "metadata", getattr(part, "__metadata__", ())))
 
 
 @dataclass(frozen=True)
@@ -86,34 +149,31 @@ def _below(place: Place, part: str) -> list[Place]:
 
 
 def _suggestion(part: str, places: Sequence[Place], root: type[Section]) -> str:
-    here = {str(name) for place in places for name in names_below(place)}
-    nearest = difflib.get_close_matches(part, here, n=1)
-    if nearest:
-        return f"; did you mean {nearest[0]}?"
-    elsewhere = [path for path in field_paths(root) if path.rpartition(".")[2] == part]
-    if elsewhere:
-        return f"; did you mean {' or '.join(elsewhere)}?"
-    everywhere = {path.rpartition(".")[2]: path for path in reversed(field_paths(root))}
-    nearest = difflib.get_close_matches(part, everywhere, n=1)
-    if nearest:
-        return f"; did you mean {everywhere[nearest[0]]}?"
+    sections = [(section, len(place.sections) > 1) for place in places for section in place.sections]
+    here = {str(tag) for section, is_choice in sections for tag in tags(section)[:1] if is_choice}
+    here |= {name for section, _ in sections for name in section.model_fields}
+    if nearest := did_you_mean(part, here):
+        return nearest
+    everywhere = {path: path.rpartition(".")[2] for path in _field_paths(root)}
+    if nearest_name := difflib.get_close_matches(part, everywhere.values(), n=1):
+        paths = [path for path, name in everywhere.items() if name == nearest_name[0]]
+        return f"; did you mean {' or '.join(paths if part in nearest_name else paths[:1])}?"
     return f"; there are {', '.join(sorted(here))}" if here else "; it is a single value"
 
 
-def names_below(place: Place) -> list[str]:
-    """Names of choices and fields that may follow the place's path."""
-    choices = [str(tag) for section in place.sections for tag in tags(section)[:1] if len(place.sections) > 1]
-    fields = [name for section in place.sections for name in section.model_fields]
-    return list(dict.fromkeys((*choices, *fields)))
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """The end of a message with the nearest valid name; empty if none is near."""
+    nearest = difflib.get_close_matches(name, list(valid), n=1)
+    return f"; did you mean {nearest[0]}?" if nearest else ""
 
 
-def field_paths(section: type[Section], prefix: str = "") -> list[str]:
+def _field_paths(section: type[Section], prefix: str = "") -> list[str]:
     """Dotted paths of all fields below a section, without positions in lists and options of choices."""
     paths = []
     for name, field in section.model_fields.items():
         paths.append(f"{prefix}{name}")
         if choices_of(field) is None and len(sections_of(field)) == 1:
-            paths += field_paths(sections_of(field)[0], f"{prefix}{name}.")
+            paths += _field_paths(sections_of(field)[0], f"{prefix}{name}.")
     return paths
 
 
@@ -187,15 +247,14 @@ def limits_of(field: FieldInfo) -> str:
 def meaning_of(place: Place) -> str:
     """Purpose of the field or section."""
     if place.field is not None and place.field.description:
-        return one_line_each(place.field.description)
+        return _one_line_each(place.field.description)
     return documentation(place.sections[0]) if place.sections else ""
 
 
-def documentation(section: type[Section]) -> str:
-    """The docstring of a section's class: paragraphs, each on one line."""
-    return one_line_each(inspect.cleandoc(section.__doc__ or ""))
+def documentation(described: type[Section] | Callable[..., Any]) -> str:
+    """The docstring of a section's class or of a function: paragraphs, each on one line."""
+    return _one_line_each(inspect.cleandoc(described.__doc__ or ""))
 
 
-def one_line_each(text: str) -> str:
-    """Paragraphs of a docstring, each on one line."""
+def _one_line_each(text: str) -> str:
     return "\n\n".join(" ".join(paragraph.split("\n")) for paragraph in text.split("\n\n"))

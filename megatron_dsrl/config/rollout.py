@@ -5,8 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from megatron_dsrl.config.dotted_path import PATTERN
-from megatron_dsrl.config.section import FolderPath, Section
+from megatron_dsrl.config.section import PATTERN, FolderPath, Section
 
 _SERVER_URL = re.compile(r"https?://[^/\s?#]+")
 

@@ -1,14 +1,14 @@
-"""The whole configuration tree of a run."""
+"""The whole configuration tree of a run, and of a sweep of runs."""
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from megatron_dsrl.config.actor import ActorConfig, CriticConfig, OptimizerConfig, ReferenceConfig
-from megatron_dsrl.config.benchmark import BenchmarkRunConfig
+from megatron_dsrl.config.benchmark import BenchmarkRunConfig, load_benchmark
 from megatron_dsrl.config.choices import AnyTracker
 from megatron_dsrl.config.data import DataConfig, PromptSetConfig, RewardConfig
-from megatron_dsrl.config.load_benchmark import load_benchmark
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig
 from megatron_dsrl.config.phase import AnyPhase
 from megatron_dsrl.config.rollout import EngineConfig, RolloutConfig
@@ -202,3 +202,56 @@ class RunConfig(Section):
 
 RolloutSettings = RunConfig | BenchmarkRunConfig
 """Their common sections determine engines and samples: `model`, `data`, `parallel`, `rollout`, `engine`, `reward`."""
+
+
+@dataclass(frozen=True)
+class Due:
+    """What is due after a step of a run, each also after the last one."""
+
+    config: RunConfig
+
+    def save(self, step: int) -> bool:
+        """A checkpoint."""
+        return is_due(step, self.config.checkpoint.save_every_steps, self.config.steps)
+
+    def export(self, step: int) -> bool:
+        """An export in Hugging Face's format."""
+        return step > 0 and is_due(step, self.config.checkpoint.export_hf_every_steps, self.config.steps)
+
+    def evaluate(self, step: int) -> bool:
+        """An evaluation; step 0 is before training."""
+        return step == 0 or is_due(step, self.config.evaluation.interval_at(step), self.config.steps)
+
+
+def is_due(step: int, every_steps: int | None, last_step: int) -> bool:
+    """Whether something that happens every `every_steps` steps, and after the last one, is due after this step."""
+    return step == last_step or (every_steps is not None and step % every_steps == 0)
+
+
+class SweepRunConfig(Section):
+    """One method of a sweep."""
+
+    config: str | Annotated[list[str], Field(min_length=1)]
+    """Its configuration file, or several, where the later wins, relative to the sweep's file."""
+
+    overrides: list[str] = Field(default_factory=list)
+    """`key.path=value`, after the sweep's own."""
+
+
+class SweepConfig(Section):
+    """Runs to be made and compared."""
+
+    output_dir: FolderPath
+    """Folder for all runs, the table and the figure."""
+
+    seeds: list[int] = Field(min_length=1)
+    """Every method is run with each seed."""
+
+    baseline: str
+    """The method that the others are compared with."""
+
+    overrides: list[str] = Field(default_factory=list)
+    """`key.path=value` for every run."""
+
+    runs: dict[str, SweepRunConfig] = Field(min_length=1)
+    """The methods by name, in the order of the table."""

@@ -6,9 +6,17 @@ import textwrap
 from rich.console import Console
 from rich.text import Text
 
-from megatron_dsrl.config.describe import Place, default_of, documentation, limits_of, meaning_of, type_of
-from megatron_dsrl.config.fields import function_of, tags
-from megatron_dsrl.config.function_name import options_of
+from megatron_dsrl.config.choices import options_of
+from megatron_dsrl.config.describe import (
+    Place,
+    default_of,
+    documentation,
+    function_of,
+    limits_of,
+    meaning_of,
+    tags,
+    type_of,
+)
 from megatron_dsrl.config.section import Section
 
 
@@ -30,7 +38,7 @@ def show(place: Place, console: Console) -> None:
     elif place.field is not None and (function := function_of(place.field)) is not None:
         console.print("\nbuilt in", style="bold")
         for name, built_in in function.functions().items():
-            _entry(console, name, "", _first_paragraph(inspect.getdoc(built_in) or ""))
+            _entry(console, name, "", documentation(built_in).partition("\n\n")[0])
             for option in options_of(built_in):
                 required = option.default is inspect.Parameter.empty
                 default = "required" if required else f"default {option.default}"
@@ -87,7 +95,3 @@ def _wrapped(text: str, width: int, columns: int, further: int = 0) -> str:
     return textwrap.fill(
         text, width, initial_indent=indent, subsequent_indent=indent + " " * further, break_on_hyphens=False
     )
-
-
-def _first_paragraph(text: str) -> str:
-    return " ".join(text.partition("\n\n")[0].split())

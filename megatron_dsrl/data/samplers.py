@@ -9,8 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.config.choices import SAMPLERS
-from megatron_dsrl.config.registry import Options
+from megatron_dsrl.config.choices import SAMPLERS, Options
 from megatron_dsrl.data.prompt import Prompt
 
 Reorder = Callable[[int, list[int]], list[int]]

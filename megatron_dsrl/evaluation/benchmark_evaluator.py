@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.config.benchmark import Benchmark
 from megatron_dsrl.config.data import RewardConfig
-from megatron_dsrl.config.load_benchmark import Benchmark
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.evaluation.metrics import summarise_benchmark
 from megatron_dsrl.evaluation.sample_file import ProblemResult, SampleFile

@@ -17,9 +17,8 @@ from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.fingerprint import fingerprint
 from megatron_dsrl.common.folder_lock import locked
 from megatron_dsrl.common.waiting import waiting
-from megatron_dsrl.config.benchmark import BenchmarkRunConfig, repeated_greedy_samples
+from megatron_dsrl.config.benchmark import Benchmark, BenchmarkRunConfig, load_benchmark, repeated_greedy_samples
 from megatron_dsrl.config.load import apply_override
-from megatron_dsrl.config.load_benchmark import Benchmark, load_benchmark
 from megatron_dsrl.config.validate import validated
 from megatron_dsrl.config.yaml_text import KeyPath
 from megatron_dsrl.conversion.convert import ConversionOptions, convert_megatron_to_hf

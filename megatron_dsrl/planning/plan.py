@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 
 from megatron_dsrl.algorithms.schedule import passes_of_run
-from megatron_dsrl.config.due import Due
 from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.config.phase import PhaseSteps, phases_by_steps
-from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.config.run import Due, RunConfig
 from megatron_dsrl.model.architecture import Architecture
 from megatron_dsrl.planning.compute import Assumptions, generation_seconds, phase_flops, training_seconds
 from megatron_dsrl.planning.fit import RunMemory, run_memory
@@ -125,7 +124,7 @@ class RunFiles:
 
 def run_files(config: RunConfig, architecture: Architecture) -> RunFiles:
     """Checkpoints and exports of a whole run. Samples and logs are not counted."""
-    due, element = Due(config.checkpoint, config.evaluation, config.steps), element_bytes(config.model)
+    due, element = Due(config), element_bytes(config.model)
     steps = range(1, config.steps + 1)
     saved = [step for step in steps if due.save(step)]
     keep_every = config.checkpoint.keep_every_steps

@@ -6,10 +6,9 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_dsrl.config.actor import LoraConfig
-from megatron_dsrl.config.due import Due
 from megatron_dsrl.config.layout import Problem
 from megatron_dsrl.config.model import ParallelConfig
-from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.config.run import Due, RunConfig
 from megatron_dsrl.model.architecture import Architecture
 from megatron_dsrl.planning.compute import Assumptions
 from megatron_dsrl.planning.fit import ENGINE_RELEASED_BYTES, ENGINE_WORK_BYTES, RESERVE_BYTES, RunMemory, gib
@@ -221,7 +220,7 @@ def _time_table(plan: Plan, assumptions: Assumptions) -> Table:
 
 def _rest_of_the_run(config: RunConfig, files: RunFiles) -> str:
     """What the run takes beside its steps: evaluations and disk."""
-    due, sets = Due(config.checkpoint, config.evaluation, config.steps), config.evaluation.sets
+    due, sets = Due(config), config.evaluation.sets
     evaluations = sum(due.evaluate(step) for step in range(config.steps + 1)) if sets else 0
     of_sets = f" ({', '.join(one.name for one in sets)})" if sets else ""
     kept = f"checkpoints {files.checkpoints} x {gib(files.checkpoint_bytes)}"

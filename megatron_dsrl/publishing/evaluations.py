@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult
 
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.config.load_benchmark import load_benchmark
+from megatron_dsrl.config.benchmark import load_benchmark
 from megatron_dsrl.evaluation.results import results_of_run
 from megatron_dsrl.observability.records import EVALUATION_FILE, Record, read_records
 

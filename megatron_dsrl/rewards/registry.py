@@ -15,7 +15,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.data import RewardConfig
-from megatron_dsrl.config.dotted_path import object_at
+from megatron_dsrl.config.section import object_at
 
 HERE = "megatron_dsrl.rewards"
 

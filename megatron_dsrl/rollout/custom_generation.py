@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any
 
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.config.dotted_path import object_at
 from megatron_dsrl.config.rollout import RolloutConfig
+from megatron_dsrl.config.section import object_at
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rollout.engines.client import EngineClient
 from megatron_dsrl.rollout.engines.generation import Completion, SampleRequest

@@ -6,7 +6,7 @@ without a network that share the cache.
 
 from collections.abc import Sequence
 
-from megatron_dsrl.config.load_benchmark import load_benchmark
+from megatron_dsrl.config.benchmark import load_benchmark
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.evaluation.evaluate import read_problems
 from megatron_dsrl.model.source import resolve_model_folder

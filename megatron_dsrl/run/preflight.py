@@ -7,8 +7,8 @@ from megatron_dsrl.algorithms.schedule import Schedule, passes_of_phase
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.temporary_folder import require_short_temporary_folder
 from megatron_dsrl.config.data import DataConfig
-from megatron_dsrl.config.derived import RunFigures, derive
 from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.config.summary import RunFigures, derive
 from megatron_dsrl.data.rows import count_rows
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.source import find_config_json, how_to_make, is_hub_name, no_folder

@@ -14,9 +14,8 @@ from megatron_dsrl.checkpoint.state import current_layout
 from megatron_dsrl.checkpoint.store import CheckpointStore
 from megatron_dsrl.common.folder_lock import locked
 from megatron_dsrl.common.waiting import waiting
-from megatron_dsrl.config.due import Due
 from megatron_dsrl.config.rollout import EngineConfig
-from megatron_dsrl.config.run import ObservabilityConfig, RunConfig
+from megatron_dsrl.config.run import Due, ObservabilityConfig, RunConfig
 from megatron_dsrl.data.mixture import build_sampler
 from megatron_dsrl.evaluation.evaluator import Evaluator
 from megatron_dsrl.model.parallel import destroy_parallel, initialize_parallel
@@ -101,7 +100,7 @@ def start_run(config: RunConfig, resources: ExitStack, starting: StartingServer 
     return TrainingRun(
         steps=range(step + 1, config.steps + 1),
         schedule=Schedule(config.phases),
-        due=Due(config.checkpoint, config.evaluation, config.steps),
+        due=Due(config),
         sampling=sampling,
         evaluate=(
             sampling.evaluate if config.rollout.source == "engine"

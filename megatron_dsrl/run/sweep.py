@@ -17,7 +17,7 @@ from typing import TextIO
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.process import LAUNCHER_VARIABLE
 from megatron_dsrl.config.load import load_config
-from megatron_dsrl.config.sweep import SweepConfig
+from megatron_dsrl.config.run import SweepConfig
 from megatron_dsrl.config.validate import validated
 from megatron_dsrl.config.yaml_text import parse_yaml, read_text
 from megatron_dsrl.observability.console_lines import duration

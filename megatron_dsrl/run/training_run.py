@@ -9,8 +9,8 @@ from megatron_dsrl.algorithms.experience import Experience, Response, build_expe
 from megatron_dsrl.algorithms.reward_shaping import shape_rewards
 from megatron_dsrl.algorithms.schedule import Schedule
 from megatron_dsrl.config.data import OverlongConfig
-from megatron_dsrl.config.due import Due
 from megatron_dsrl.config.phase import PhaseConfig
+from megatron_dsrl.config.run import Due
 from megatron_dsrl.data.tokenizer import context_token_ids
 from megatron_dsrl.run.device_sharing import SharedDevice
 from megatron_dsrl.run.models import RunModels

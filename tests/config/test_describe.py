@@ -9,8 +9,7 @@ from megatron_dsrl.commands.setup import KIND_NAMES
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.describe import default_of, find, limits_of, meaning_of, type_of
 from megatron_dsrl.config.kinds import KINDS
-from megatron_dsrl.config.run import RunConfig
-from megatron_dsrl.config.sweep import SweepConfig
+from megatron_dsrl.config.run import RunConfig, SweepConfig
 
 
 @pytest.mark.parametrize(

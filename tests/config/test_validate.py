@@ -5,7 +5,7 @@ import pytest
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.benchmark import BenchmarkRunConfig
 from megatron_dsrl.config.model import GradientAnalysisConfig
-from megatron_dsrl.config.sweep import SweepConfig
+from megatron_dsrl.config.run import SweepConfig
 from megatron_dsrl.config.validate import validated
 
 

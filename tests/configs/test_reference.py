@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from megatron_dsrl.config.fields import sections_of
+from megatron_dsrl.config.describe import sections_of
 from megatron_dsrl.config.kinds import FILES, KINDS
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.config.yaml_text import parse_yaml

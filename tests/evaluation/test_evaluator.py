@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.config.due import is_due
+from megatron_dsrl.config.benchmark import load_benchmark
 from megatron_dsrl.config.load import load_config
-from megatron_dsrl.config.load_benchmark import load_benchmark
-from megatron_dsrl.config.run import EvaluationConfig, EvaluationSetConfig
+from megatron_dsrl.config.run import EvaluationConfig, EvaluationSetConfig, is_due
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.evaluation.evaluator import Evaluator
 from megatron_dsrl.evaluation.sample_file import first_responses

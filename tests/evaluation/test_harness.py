@@ -12,7 +12,7 @@ import pytest
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from megatron_dsrl.config.load_benchmark import load_benchmark
+from megatron_dsrl.config.benchmark import load_benchmark
 from megatron_dsrl.data.prompts import load_prompts
 from megatron_dsrl.data.rows import read_rows
 from megatron_dsrl.data.tokenizer import load_tokenizer, stop_token_ids

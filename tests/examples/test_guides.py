@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from megatron_dsrl.cli import _parse, main
+from megatron_dsrl.config.benchmark import load_benchmark
 from megatron_dsrl.config.load import load_config
-from megatron_dsrl.config.load_benchmark import load_benchmark
 from tests.configs.test_configs import MODELS
 from tests.support.documents import (
     DOCUMENTS,

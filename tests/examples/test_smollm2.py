@@ -14,8 +14,8 @@ from examples.smollm2.get_model import gguf_file
 from examples.smollm2.one_step_problems import SIZES, main
 from examples.tiny_dsrl.tokenizer import VOCAB_SIZE
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.config.benchmark import load_benchmark
 from megatron_dsrl.config.load import load_config
-from megatron_dsrl.config.load_benchmark import load_benchmark
 from tests.support.tiny_run import REPOSITORY, dsrl, launcher, write_tiny_run
 
 EXAMPLE = REPOSITORY / "examples" / "smollm2"

@@ -7,7 +7,7 @@ import pytest
 
 from examples.tiny_dsrl.tokenizer import build_tokenizer
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.config.load_benchmark import benchmark_names, load_benchmark
+from megatron_dsrl.config.benchmark import benchmark_names, load_benchmark
 from megatron_dsrl.data.prompts import load_prompts
 from megatron_dsrl.rewards.registry import check_options
 

@@ -7,8 +7,8 @@ import pytest
 
 from megatron_dsrl.checkpoint.compatibility import check_same_run
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.config.derived import derive
 from megatron_dsrl.config.load import dump_config, load_config
+from megatron_dsrl.config.summary import derive
 
 OWN_MODULE = """
 from pydantic import Field

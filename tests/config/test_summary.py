@@ -6,10 +6,9 @@ from dataclasses import replace
 import pytest
 
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.config.derived import derive
 from megatron_dsrl.config.layout import ModelShape
 from megatron_dsrl.config.load import load_config
-from megatron_dsrl.config.summary import batch_lines
+from megatron_dsrl.config.summary import batch_lines, derive
 
 SHAPE = ModelShape(layers=6, attention_heads=8, key_value_groups=4, feed_forward_size=96, context_tokens=512)
 
