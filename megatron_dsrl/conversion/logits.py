@@ -16,7 +16,7 @@ from megatron_dsrl.model.architecture import Architecture
 from megatron_dsrl.model.build import build_model
 from megatron_dsrl.model.parallel import destroy_model_parallel, initialize_parallel
 from megatron_dsrl.platform import current_platform
-from megatron_dsrl.platform.engine import prepare_engine_process
+from megatron_dsrl.platform.engine_process import prepare_engine_process
 from megatron_dsrl.weights.load import load_weights
 from megatron_dsrl.weights.table import WeightTable, weight_table
 

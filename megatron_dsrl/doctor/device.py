@@ -26,11 +26,8 @@ def examine_device(
 ) -> Finding:
     """The device that a run would compute on. In a SLURM job that was given GPUs, finding none is a problem.
 
-    Args:
-        names: names of the CUDA devices that torch sees.
-        torch_cuda: CUDA version that torch was built for; None for the CPU build.
-        driver: version of the loaded NVIDIA driver; None if no driver is loaded.
-        environment: variables of the process.
+    `names` are those of the CUDA devices that torch sees; for `torch_cuda` see `examine_kernels`, for `driver`
+    `driver_version`.
     """
     if names:
         kinds = ", ".join(sorted(set(names)))

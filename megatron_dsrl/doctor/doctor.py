@@ -31,7 +31,7 @@ from megatron_dsrl.doctor.device import driver_version, examine_cuda_compiler, e
 from megatron_dsrl.doctor.kernels import Finding, examine_kernels, installed_version
 
 if TYPE_CHECKING:
-    from megatron_dsrl.platform.devices import DeviceInventory
+    from megatron_dsrl.platform import DeviceInventory
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LOCK_FILES = ("tools/requirements-cpu.lock", "tools/requirements-cpu-no-deps.lock")
@@ -63,7 +63,11 @@ class Examination:
 def examine() -> Examination:
     """Look at this machine and the Python environment of this process; changes nothing."""
     torch = installed_version("torch")
-    inventory = _inventory() if torch is not None else None
+    inventory = None
+    if torch is not None:
+        from megatron_dsrl.platform import take_inventory  # imports torch
+
+        inventory = take_inventory()
     cuda = inventory is not None and inventory.platform == "cuda"
     torch_cuda = inventory.torch_cuda_version if inventory else None
     environment, lock_files = pinned_environment(torch, torch_cuda)
@@ -90,11 +94,8 @@ def pinned_environment(torch: str | None, torch_cuda: str | None) -> tuple[str, 
     """Description of this environment and its lock files, found by the installed torch's pin.
 
     Whether torch is built for CUDA does not tell: the CPU environment may have such a build too (tools/setup_cpu.sh),
-    and the image stays the image on a machine without a GPU, where checkpoints are converted.
-
-    Args:
-        torch: installed version; None if it is not installed.
-        torch_cuda: CUDA version that torch was built for; None for the CPU build.
+    and the image stays the image on a machine without a GPU, where checkpoints are converted. `torch` is the installed
+    version, `torch_cuda` the CUDA version it was built for.
     """
     pinned = read_pins(REPOSITORY / name for name in LOCK_FILES).get("torch")
     is_pinned = torch is not None and torch.partition("+")[0] == pinned
@@ -166,12 +167,6 @@ def _torchvision() -> Iterator[Finding]:
         yield Finding("torchvision", "problem", f"{installed}, cannot be imported: {error}", advice)
     else:
         yield Finding("torchvision", "ok", installed)
-
-
-def _inventory() -> "DeviceInventory":
-    from megatron_dsrl.platform.devices import take_inventory
-
-    return take_inventory()
 
 
 def _devices(inventory: "DeviceInventory") -> Iterator[Finding]:

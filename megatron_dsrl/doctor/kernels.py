@@ -5,7 +5,11 @@ missing one is a note; one that does not fit the others is named with what happe
 are left out without a word. tools/image/requirements*.{in,txt} have the versions that go together, and why.
 """
 
-from collections.abc import Callable, Iterator
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
@@ -15,13 +19,12 @@ from typing import Literal
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from megatron_dsrl.doctor.imports import import_problem
-
 Severity = Literal["ok", "note", "problem"]
 BUILT_FOR_SGLANG = ("torch", "sglang-kernel", "flashinfer-python", "transformers")
 """Packages that sglang's metadata pins and requires on a GPU."""
 NEWEST_FLASH_ATTENTION = "2.8.3"
 """Newest release of flash attention 2 that Transformer Engine 2.20 accepts."""
+IMPORT_LIMIT_SECONDS = 600
 COMPILE = "compile it as tools/image/install.sh does, or use the image"
 
 
@@ -33,7 +36,6 @@ class Finding:
     """The subject of the check, such as `torch` or `shared memory`."""
     severity: Severity
     found: str
-    """Description of what was found."""
     advice: str = ""
     """What to do about it; empty when nothing needs doing."""
 
@@ -46,20 +48,42 @@ def installed_version(name: str) -> str | None:
         return None
 
 
+def import_problem(module: str, then: str = "", variables: Mapping[str, str] | None = None) -> str | None:
+    """Import a module in a new process. Metadata cannot tell whether a compiled extension loads: it may miss a symbol,
+    which is an error of the import, or crash the interpreter.
+
+    Args:
+        then: statement that must not raise; `module` is the imported module.
+        variables: added to the environment.
+
+    Returns:
+        None if it works; otherwise the end of the traceback, or the signal that ended the process.
+    """
+    # torch first: extensions are linked to its libraries without saying where they are.
+    code = f"import importlib, torch; module = importlib.import_module({module!r}); {then}"
+    command = [sys.executable, "-c", code]
+    environment = os.environ | dict(variables or {})
+    try:
+        finished = subprocess.run(
+            command, capture_output=True, text=True, timeout=IMPORT_LIMIT_SECONDS, env=environment, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"not imported within {IMPORT_LIMIT_SECONDS} s"
+    if finished.returncode == 0:
+        return None
+    lines = finished.stderr.strip().splitlines()[-8:]
+    if finished.returncode < 0:
+        lines.append(f"its import was ended by {signal.Signals(-finished.returncode).name}")
+    return "\n".join(lines)
+
+
 def examine_kernels(
     cuda: bool,
     torch_cuda: str | None,
     installed: Callable[[str], str | None] = installed_version,
     import_problem: Callable[[str], str | None] = import_problem,
 ) -> Iterator[Finding]:
-    """Look at every piece.
-
-    Args:
-        cuda: whether there is a CUDA device.
-        torch_cuda: CUDA version that torch was built for; None for the CPU build.
-        installed: version of a package; None where it is not installed.
-        import_problem: why a module cannot be imported; None where it can.
-    """
+    """Look at every piece. `torch_cuda` is the CUDA version that torch was built for; None for the CPU build."""
     yield _transformer_engine(cuda, torch_cuda, installed, import_problem)
     yield _apex(cuda)
     yield from _flash_attention(installed)

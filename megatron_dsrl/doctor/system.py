@@ -21,11 +21,7 @@ FEWEST_OPEN_FILES = 4096
 
 
 def examine_c_library(library: tuple[str, str] | None = None) -> Finding:
-    """Whether SGLang's wheel can be installed here.
-
-    Args:
-        library: name and version as `platform.libc_ver` gives them, which it asks if this is None.
-    """
+    """Whether SGLang's wheel can be installed here; `library` is what `platform.libc_ver` says if it is None."""
     name, version = library or platform.libc_ver()
     found = f"{name or 'not glibc'} {version}".strip()
     if name == "glibc" and Version(version) >= Version(OLDEST_GLIBC):
@@ -44,12 +40,7 @@ def examine_sandbox() -> Finding:
 
 
 def examine_compiler(cuda: bool, environment: Mapping[str, str] = os.environ) -> Finding:
-    """A C compiler, with which Triton builds the launchers of its kernels on a GPU.
-
-    Args:
-        cuda: whether there is a CUDA device.
-        environment: variables of the process.
-    """
+    """A C compiler, with which Triton builds the launchers of its kernels on a GPU."""
     candidates = (environment.get("CC", "gcc"), "cc")
     compiler = next(filter(None, (shutil.which(name, path=environment.get("PATH")) for name in candidates)), None)
     if compiler:

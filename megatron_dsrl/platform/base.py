@@ -1,7 +1,5 @@
 """The interface between the device and the rest of the program."""
 
-import logging
-import warnings
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,7 +14,6 @@ class MemoryStatistics:
     """Memory of this process on its device; on CPU, its resident memory."""
 
     allocated_bytes: int
-    """Bytes in use."""
 
     peak_bytes: int
     """Peak since the process started."""
@@ -52,10 +49,7 @@ class Platform(ABC):
     @abstractmethod
     def transformer_config_flags(self, transformer_engine: bool) -> dict[str, Any]:
         """TransformerConfig fields that depend on the platform: available fused kernels, where weights are initialised.
-
-        Args:
-            transformer_engine: whether the layers are Transformer Engine's.
-        """
+        `transformer_engine`: whether the layers are Transformer Engine's."""
 
     @abstractmethod
     def memory_statistics(self) -> MemoryStatistics:
@@ -100,25 +94,3 @@ class Platform(ABC):
     @abstractmethod
     def host_copy(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy in host memory, pinned if the device transfers faster from pinned memory."""
-
-
-EXPECTED = (
-    "Transformer Engine and Apex are not installed",  # both are optional; `dsrl doctor` reports them
-    "Apex is not installed",
-    "full scope is deprecated",  # about a default of Megatron's configuration
-    "The following imports from `dynamic_context.py`",  # from Megatron's own imports
-    "MimoModelConfig is experimental",  # a model class that is imported but not used
-    "torch.distributed is disabled, unavailable or uninitialized",  # each rank reads the common part on its own
-    "The argument order of load has been changed",  # Megatron's call of torch
-    "Please use DTensor instead",  # about the tensor class of Megatron's checkpoints
-)
-
-
-def silence_expected_warnings() -> None:
-    """Call it once, before importing Megatron: some of these warnings are issued during the import."""
-    for message in EXPECTED:
-        warnings.filterwarnings("ignore", message=message)
-    # "GPTModel IS DEPRECATED": the model class of the pinned Megatron release.
-    logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
-    # "MCore's async save is deprecated": its synchronous save uses it too; the replacement is another package.
-    logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)

@@ -2,6 +2,7 @@
 
 import re
 import resource
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import psutil
 import torch
 
-from megatron_dsrl.platform import no_compilation
 from megatron_dsrl.platform.base import MemoryStatistics, Platform
 
 
@@ -27,7 +27,7 @@ class CpuPlatform(Platform):
         return torch.device("cpu")
 
     def prepare_imports(self) -> None:
-        no_compilation.install()  # nothing is compiled on a CPU
+        disable_compilation()  # nothing is compiled on a CPU
 
     def install(self) -> None:
         # Imported here so that callers that only need the platform's name do not have to import Megatron.
@@ -94,3 +94,18 @@ def _recent_peak_bytes() -> int:
     kib = re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
     assert kib is not None, "Linux always reports VmHWM"
     return int(kib[1]) * 1024
+
+
+def disable_compilation() -> None:
+    """Let `torch.compile` return functions as they are: on a CPU neither trainer nor engines compile. Idempotent.
+
+    Call it before importing `sglang` or `megatron`. They decorate functions with it when they are imported, and the
+    decorator alone imports PyTorch's compiler: a tenth of the time of either import.
+    """
+    torch.compile = uncompiled  # type: ignore[assignment]
+
+
+def uncompiled(function: Callable | None = None, **options: Any) -> Callable:
+    """Takes the place of `torch.compile`, with its signature: `torch.compile(f, ...)`, `@torch.compile`,
+    `@torch.compile(...)`."""
+    return uncompiled if function is None else function

@@ -5,15 +5,13 @@ Only engine processes import SGLang: importing it patches Transformers, which mu
 
 import os
 import signal
-import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import torch.distributed
 import torch.multiprocessing
 
 from megatron_dsrl.common.errors import UserError
@@ -46,10 +44,8 @@ PYTHONWARNINGS."""
 def engine_server_arguments(config: EngineConfig, deterministic: bool) -> ServerArguments:
     """Device-dependent server arguments. Call it on the first rank of the engine's group.
 
-    On CUDA the engine uses consecutive devices, starting with that rank's current device.
-
-    Args:
-        deterministic: the same requests in the same message must give bitwise identical results.
+    On CUDA the engine uses consecutive devices, starting with that rank's current device. `deterministic`: the same
+    requests in the same message must give bitwise identical results.
 
     Raises:
         UserError: on CPU, `engine.max_total_tokens` is missing, without which SGLang would take nearly all memory, or
@@ -62,12 +58,8 @@ def engine_server_arguments(config: EngineConfig, deterministic: bool) -> Server
 
 
 def engine_environment(tensor_parallel_size: int, cpu_threads: int = 1) -> dict[str, str]:
-    """Environment variables of the server process, in addition to those it inherits.
-
-    Args:
-        tensor_parallel_size: processes that compute.
-        cpu_threads: threads of each of them on a CPU; see `common/cpu_threads.py`.
-    """
+    """Environment variables of the server process, in addition to those it inherits. `cpu_threads` are those of each of
+    its processes that compute; see `common/cpu_threads.py`."""
     inherited_filters = [os.environ["PYTHONWARNINGS"]] if os.environ.get("PYTHONWARNINGS") else []
     warning_filters = {"PYTHONWARNINGS": ",".join([*inherited_filters, *map("ignore:{}".format, EXPECTED_WARNINGS)])}
     common = warning_filters | _cache_folder(os.environ)
@@ -152,66 +144,6 @@ def feed_forward_multiple() -> int:
 def weight_broadcast_backend() -> Literal["nccl", "gloo"]:
     """Backend for broadcasting weights to servers on other devices."""
     return "nccl" if torch.cuda.is_available() else "gloo"
-
-
-def prepare_engine_process() -> None:
-    """Run first in each engine process, before importing SGLang."""
-    if not torch.cuda.is_available():
-        from megatron_dsrl.platform import no_compilation
-        from megatron_dsrl.platform.sglang_cpu import absent_packages
-
-        absent_packages.install()
-        no_compilation.install()
-
-
-def prepare_engine_launch() -> torch.distributed.TCPStore:
-    """Run in an engine's server process before it launches its other processes.
-
-    Returns:
-        The store in which the engine's ranks meet; keep it as long as the server runs. Rank 0 of the engine would open
-        it on all network interfaces, to every host. This one listens on loopback, and torchrun's variable tells the
-        ranks that it is there.
-    """
-    if not torch.cuda.is_available():
-        from megatron_dsrl.platform.sglang_cpu import forked_processes
-
-        forked_processes.register()
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
-        listener.bind((LOOPBACK, 0))
-        port = listener.getsockname()[1]
-        store = torch.distributed.TCPStore(
-            LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
-        )
-    os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"tcp://{LOOPBACK}:{port}"
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-    return store
-
-
-def run_scheduler_process(*args: Any, **kwargs: Any) -> Any:
-    """SGLang's scheduler process, with this platform's attention backend, sampler and host memory."""
-    from sglang.srt.managers.scheduler import run_scheduler_process as sglang_scheduler_process
-
-    if not torch.cuda.is_available():
-        from megatron_dsrl.platform.sglang_cpu import batched_attention, seeded_sampling, unpinned_memory
-
-        batched_attention.register()
-        seeded_sampling.register()
-        unpinned_memory.register()
-    return sglang_scheduler_process(*args, **kwargs)
-
-
-def skip_warmup(server_arguments: Any) -> bool:
-    """Replaces SGLang's warm-up requests; returns False so that the server does not call `/freeze_gc`.
-
-    SGLang 0.5.23 sends this call to itself right after the warm-up. Without a warm-up the port is not open yet: the
-    call fails, garbage collection is not frozen, and the log shows a traceback. `EngineServer.wait_until_ready` makes
-    the call once the port is open.
-    """
-    from sglang.srt.entrypoints.http_server import get_global_state
-    from sglang.srt.managers.tokenizer_manager import ServerStatus
-
-    get_global_state().tokenizer_manager.server_status = ServerStatus.Up
-    return False
 
 
 @contextmanager

@@ -38,7 +38,7 @@ def package_versions() -> dict[str, str]:
 
 def devices() -> dict[str, Any]:
     """The devices of this process's machine, CUDA and driver; the processor's name on CPU."""
-    from megatron_dsrl.platform.devices import take_inventory
+    from megatron_dsrl.platform import take_inventory
 
     found = take_inventory()
     return {

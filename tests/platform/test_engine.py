@@ -11,8 +11,8 @@ from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.rollout import EngineConfig
 from megatron_dsrl.model.architecture import FAMILIES
 from megatron_dsrl.platform import engine_models
+from megatron_dsrl.platform.cpu import uncompiled
 from megatron_dsrl.platform.engine import allocator_warning, engine_environment, engine_server_arguments
-from megatron_dsrl.platform.no_compilation import uncompiled
 
 
 def test_engines_find_every_supported_family_without_importing_all_models() -> None:

@@ -86,7 +86,7 @@ def _variables(dry_run: bool) -> dict[str, str]:
 
 
 def _visible_gpus() -> int:
-    from megatron_dsrl.platform.devices import take_inventory
+    from megatron_dsrl.platform import take_inventory
 
     return len(take_inventory().names)
 

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the part ends too
     if options.dry_run:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported
-    from megatron_dsrl.platform.devices import take_inventory
+    from megatron_dsrl.platform import take_inventory
     from tools.gpu_probe.parts import parts
     from tools.gpu_probe.runner import run_part
     from tools.gpu_record.machine import describe_machine

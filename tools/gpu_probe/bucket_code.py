@@ -31,7 +31,7 @@ def choose_bucket_code() -> BucketCode:
     """SGLang's unpickler and bucket; without its dependencies, only its bucket, in a file that stands alone; without
     SGLang's files, the project's reading of its format."""
     try:
-        from megatron_dsrl.platform.engine import prepare_engine_process
+        from megatron_dsrl.platform.engine_process import prepare_engine_process
 
         prepare_engine_process()
         from sglang.srt.utils import MultiprocessingSerializer

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_dsrl.doctor.imports import import_problem
+from megatron_dsrl.doctor.kernels import import_problem
 
 DRIVER = "libcuda.so.1"
 

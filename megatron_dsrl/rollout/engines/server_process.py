@@ -36,9 +36,9 @@ if __name__ in ("__main__", "__mp_main__"):
     tie_to_parent()
 
 from megatron_dsrl.common.held_port import PORT_LOST_STATUS  # noqa: E402
-from megatron_dsrl.platform import engine  # noqa: E402
+from megatron_dsrl.platform import engine_process  # noqa: E402
 
-engine.prepare_engine_process()
+engine_process.prepare_engine_process()
 
 
 def main() -> None:
@@ -54,13 +54,13 @@ def main() -> None:
     arguments = order["arguments"]
     if API_KEY_VARIABLE in os.environ:
         arguments = {"api_key": os.environ[API_KEY_VARIABLE]} | arguments
-    rendezvous = engine.prepare_engine_launch()
+    rendezvous = engine_process.prepare_engine_launch()
     register_route()
     try:
         launch_server(
             ServerArgs(**arguments),
-            run_scheduler_process_func=engine.run_scheduler_process,
-            execute_warmup_func=engine.skip_warmup,
+            run_scheduler_process_func=engine_process.run_scheduler_process,
+            execute_warmup_func=engine_process.skip_warmup,
         )
     except SystemExit:  # how uvicorn ends when it cannot open the port, after a line in the log
         exit_now(PORT_LOST_STATUS)
