@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _flushing_output():
             _find_modules_here()
             options = _parse(arguments)
-            with handling_signals(STOP_SIGNALS, _exit_on_signal):
+            with _ended_by_signals():
                 return _run(options, arguments)
     except UserError as error:
         _print_error(str(error))
@@ -108,11 +108,26 @@ class _EndedBySignal(KeyboardInterrupt):
         super().__init__(self.number.name)
 
 
-def _exit_on_signal(number: int, frame: FrameType | None) -> None:
-    end_at_next_signal()
-    if number == signal.SIGHUP:
-        leave_terminal()
-    interrupt(_EndedBySignal(number))
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """A signal ends the block by _EndedBySignal."""
+    received: list[_EndedBySignal] = []
+
+    def end(number: int, frame: FrameType | None) -> None:
+        end_at_next_signal()
+        if number == signal.SIGHUP:
+            leave_terminal()
+        received.append(_EndedBySignal(number))
+        interrupt(received[0])
+
+    with handling_signals(STOP_SIGNALS, end):
+        try:
+            yield
+        except Exception as error:
+            if not received:
+                raise
+            # Imports of compiled modules swallow the exception and fail later, and so do other ranks that have ended.
+            raise received[0] from error
 
 
 def _print_error(message: str) -> None:

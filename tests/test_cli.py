@@ -292,6 +292,23 @@ def train(config, starting):
     assert stderr == f"dsrl: {line}\n"
 
 
+def test_an_error_that_an_interruption_has_caused_is_not_reported(folder) -> None:
+    """A library swallows the exception of the signal and fails later, as do imports of compiled modules."""
+    body = """
+import time
+def train(config, starting):
+    try:
+        print("started", flush=True)
+        time.sleep(30)
+    except KeyboardInterrupt:
+        raise ImportError("only half of this module has been imported")
+"""
+    process = start_in_place_of_train(folder, body)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=20)
+    assert (process.returncode, stderr) == (130, "dsrl: interrupted\n")
+
+
 MANY_REQUESTS = """
 import asyncio
 from megatron_dsrl.common.stop_signals import run_interruptible
