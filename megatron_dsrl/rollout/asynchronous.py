@@ -7,13 +7,12 @@ from concurrent.futures import Future, wait
 
 from megatron_dsrl.common.process import in_background
 from megatron_dsrl.config.run import RolloutSettings
-from megatron_dsrl.rollout.batch import BatchSampler, RolloutBatch
+from megatron_dsrl.rollout.batch import BatchSampler, OnSamples, RolloutBatch, ignore
 from megatron_dsrl.rollout.engines.errors import EngineError, EnginesLostError
-from megatron_dsrl.rollout.feed import OnSamples, ignore
 from megatron_dsrl.rollout.group_queue import GroupQueue
+from megatron_dsrl.rollout.rollout import Draw, StepSamples, StepSampling, Watch, dynamic_sampling_metrics
 from megatron_dsrl.rollout.sample import SampleGroup, count_tokens
 from megatron_dsrl.rollout.seeds import seeds_of_batch, stream_of_round
-from megatron_dsrl.rollout.step_samples import Draw, StepSamples, StepSampling, Watch, dynamic_sampling_metrics
 from megatron_dsrl.rollout.unfinished import CarryOver, UnfinishedGroup, new_groups
 
 POLL_SECONDS = 0.5

@@ -16,13 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_dsrl.rewards.pool import RewardPool, Verdict
-from megatron_dsrl.rollout.batch import FIRST_BACK_OFF_SECONDS, RolloutBatch
+from megatron_dsrl.rollout.batch import FIRST_BACK_OFF_SECONDS, BatchProgress, RolloutBatch
 from megatron_dsrl.rollout.engine_calls import CallTask, EngineCalls, RunningCall
 from megatron_dsrl.rollout.engine_health import EngineHealth, EngineStates
 from megatron_dsrl.rollout.engines.client import EngineClient
 from megatron_dsrl.rollout.engines.errors import BadRequestError, EngineError, EnginesLostError
 from megatron_dsrl.rollout.engines.generation import Completion
-from megatron_dsrl.rollout.feed import BatchProgress
 from megatron_dsrl.rollout.growing_response import Decode
 from megatron_dsrl.rollout.open_files import TooManyOpenFilesError
 from megatron_dsrl.rollout.sample import Sample, SampleGroup

@@ -10,11 +10,10 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from megatron_dsrl.observability.timeline import EngineCall
-from megatron_dsrl.rollout.batch import Call, RolloutBatch
+from megatron_dsrl.rollout.batch import Call, OnCall, RolloutBatch
 from megatron_dsrl.rollout.engine_health import EngineStates
 from megatron_dsrl.rollout.engines.client import EngineClient
 from megatron_dsrl.rollout.engines.generation import Completion
-from megatron_dsrl.rollout.feed import OnCall
 from megatron_dsrl.rollout.open_files import RequestLimit
 from megatron_dsrl.rollout.unfinished import UnfinishedGroup
 

@@ -17,24 +17,31 @@ from megatron_dsrl.config.run import RolloutSettings
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.platform.engine import can_release_engine_memory
 from megatron_dsrl.rewards.pool import RewardPool
-from megatron_dsrl.rollout.batch import BatchRequest, RolloutBatch
+from megatron_dsrl.rollout.batch import (
+    BatchProgress,
+    BatchRequest,
+    Feed,
+    OnCall,
+    OnSamples,
+    RolloutBatch,
+    WholeFeed,
+    ignore,
+)
 from megatron_dsrl.rollout.custom_generation import custom_generation
 from megatron_dsrl.rollout.dispatcher import Dispatcher, GroupJudge
 from megatron_dsrl.rollout.engine_health import EngineStates
 from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.client import connect
 from megatron_dsrl.rollout.engines.errors import EnginesLostError
-from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
 from megatron_dsrl.rollout.engines.run_engines import make_engines
 from megatron_dsrl.rollout.engines.server_arguments import UNSET_WEIGHT_VERSION, initial_weight_version
 from megatron_dsrl.rollout.engines.starting_server import StartingServer
-from megatron_dsrl.rollout.feed import BatchProgress, Feed, OnCall, OnSamples, WholeFeed, ignore
+from megatron_dsrl.rollout.engines.weight_push import Bucket
 from megatron_dsrl.rollout.growing_response import Decode, Encode
 from megatron_dsrl.rollout.open_files import requests_at_a_time
-from megatron_dsrl.rollout.rollout import Value
+from megatron_dsrl.rollout.rollout import Draw, StepSamples, Value, Watch
 from megatron_dsrl.rollout.sample import Sample, SampleGroup, SamplingParameters
 from megatron_dsrl.rollout.seeds import sample_seed, seeds_of_batch
-from megatron_dsrl.rollout.step_samples import Draw, StepSamples, Watch
 from megatron_dsrl.rollout.step_sampling import step_sampling
 from megatron_dsrl.rollout.unfinished import CarryOver, UnfinishedGroup, new_groups
 

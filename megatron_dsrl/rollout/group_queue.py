@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from megatron_dsrl.rollout.feed import Wake
+from megatron_dsrl.rollout.batch import Wake
 from megatron_dsrl.rollout.sample import SampleGroup
 from megatron_dsrl.rollout.unfinished import CarryOver, UnfinishedGroup
 

@@ -25,18 +25,10 @@ from megatron_dsrl.config.rollout import RolloutConfig
 from megatron_dsrl.config.run import RolloutSettings
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rollout.asynchronous import Asynchronous
-from megatron_dsrl.rollout.batch import BatchSampler
-from megatron_dsrl.rollout.feed import OnSamples, WholeFeed, ignore
+from megatron_dsrl.rollout.batch import BatchSampler, OnSamples, WholeFeed, ignore
+from megatron_dsrl.rollout.rollout import Draw, StepSamples, StepSampling, Watch, dynamic_sampling_metrics, unwatched
 from megatron_dsrl.rollout.sample import SampleGroup, count_tokens
 from megatron_dsrl.rollout.seeds import seeds_of_batch, stream_of_round
-from megatron_dsrl.rollout.step_samples import (
-    Draw,
-    StepSamples,
-    StepSampling,
-    Watch,
-    dynamic_sampling_metrics,
-    unwatched,
-)
 from megatron_dsrl.rollout.unfinished import CarryOver, UnfinishedGroup, new_groups, restart_expired
 
 

@@ -13,7 +13,7 @@ from megatron_dsrl.algorithms.spaces import PostTrain
 from megatron_dsrl.common.collective import broadcast, rank
 from megatron_dsrl.config.run import EvaluationSetConfig
 from megatron_dsrl.data.prompt import Prompt
-from megatron_dsrl.rollout.step_samples import responses_of
+from megatron_dsrl.rollout.rollout import responses_of
 from megatron_dsrl.rollout.without_engines import as_group
 from megatron_dsrl.run.device_sharing import SharedDevice
 from megatron_dsrl.run.reporting import Reporting

@@ -17,8 +17,7 @@ from megatron_dsrl.observability.records import Record
 from megatron_dsrl.observability.timeline import Timeline
 from megatron_dsrl.observability.timer import SecondsPerPart
 from megatron_dsrl.observability.tracker import Tracker
-from megatron_dsrl.rollout.rollout import Rollout
-from megatron_dsrl.rollout.step_samples import StepSamples
+from megatron_dsrl.rollout.rollout import Rollout, StepSamples
 from megatron_dsrl.run.results import closing_lines
 from megatron_dsrl.run.step_record import log_prob_gap_warning, step_record
 

@@ -16,8 +16,7 @@ from megatron_dsrl.data.samplers import SamplerState
 from megatron_dsrl.evaluation.evaluator import Evaluator
 from megatron_dsrl.evaluation.sample_file import first_responses
 from megatron_dsrl.rollout.recording import RolloutRecorder
-from megatron_dsrl.rollout.rollout import Rollout
-from megatron_dsrl.rollout.step_samples import StepSamples, responses_of
+from megatron_dsrl.rollout.rollout import Rollout, StepSamples, responses_of
 from megatron_dsrl.run.device_sharing import SharedDevice
 from megatron_dsrl.run.preemption import StopRequested, StopSignal
 from megatron_dsrl.run.reporting import Reporting

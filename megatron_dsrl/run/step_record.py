@@ -12,8 +12,8 @@ from megatron_dsrl.config.phase import MAIN_OBJECTIVE, PhaseConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.observability.records import Record
 from megatron_dsrl.platform import current_platform
+from megatron_dsrl.rollout.rollout import StepSamples, responses_of
 from megatron_dsrl.rollout.sample import SampleGroup
-from megatron_dsrl.rollout.step_samples import StepSamples, responses_of
 from megatron_dsrl.run.rollout_metrics import response_metrics, rollout_metrics
 
 

@@ -12,11 +12,11 @@ import pytest
 
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rollout.asynchronous import Asynchronous
+from megatron_dsrl.rollout.batch import OnSamples
 from megatron_dsrl.rollout.engines.errors import EngineError, EnginesLostError, StaleWeightsError
-from megatron_dsrl.rollout.feed import OnSamples
 from megatron_dsrl.rollout.group_queue import GroupQueue
+from megatron_dsrl.rollout.rollout import unwatched
 from megatron_dsrl.rollout.sample import SamplingParameters
-from megatron_dsrl.rollout.step_samples import unwatched
 from megatron_dsrl.rollout.step_sampling import step_sampling
 from megatron_dsrl.rollout.unfinished import CarryOver
 from tests.observability.synthetic_run import make_group

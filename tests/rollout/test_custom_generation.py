@@ -17,19 +17,18 @@ from megatron_dsrl.algorithms.spaces import PostTrain, PreTrain
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.rollout import RolloutConfig
 from megatron_dsrl.rewards.pool import RewardPool
-from megatron_dsrl.rollout.batch import RolloutBatch
+from megatron_dsrl.rollout.batch import BatchProgress, RolloutBatch
 from megatron_dsrl.rollout.custom_generation import CustomGeneration, custom_generation
 from megatron_dsrl.rollout.dispatcher import Dispatcher, GroupJudge
 from megatron_dsrl.rollout.engine_health import EngineStates
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.engines.errors import EngineError, StaleWeightsError
 from megatron_dsrl.rollout.engines.generation import Completion, SampleRequest
-from megatron_dsrl.rollout.feed import BatchProgress
 from megatron_dsrl.rollout.growing_response import GrowingResponse
 from megatron_dsrl.rollout.recording import read_groups, write_groups
+from megatron_dsrl.rollout.rollout import responses_of
 from megatron_dsrl.rollout.sample import Sample, SampleGroup, SamplingParameters
 from megatron_dsrl.rollout.seeds import turn_seed
-from megatron_dsrl.rollout.step_samples import responses_of
 from megatron_dsrl.rollout.unfinished import UnfinishedGroup
 from megatron_dsrl.run.rollout_metrics import entropy_metrics, generation_metrics
 from tests.support.engine import batch_request, decode_as_numbers, dispatch, numbered_prompts, transformers_log_probs

@@ -14,11 +14,10 @@ from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.data import RewardConfig
 from megatron_dsrl.rewards.pool import RewardPool
 from megatron_dsrl.rollout import open_files
-from megatron_dsrl.rollout.batch import RolloutBatch
+from megatron_dsrl.rollout.batch import BatchProgress, RolloutBatch
 from megatron_dsrl.rollout.dispatcher import Dispatcher, GroupJudge
 from megatron_dsrl.rollout.engine_health import EngineStates
 from megatron_dsrl.rollout.engines.generation import Completion
-from megatron_dsrl.rollout.feed import BatchProgress
 from megatron_dsrl.rollout.open_files import TooManyOpenFilesError
 from megatron_dsrl.rollout.sample import SamplingParameters
 from megatron_dsrl.rollout.unfinished import UnfinishedGroup

@@ -11,12 +11,11 @@ import pytest
 
 from megatron_dsrl.observability.timeline import EngineCall
 from megatron_dsrl.rewards.pool import RewardPool
-from megatron_dsrl.rollout.batch import RolloutBatch
+from megatron_dsrl.rollout.batch import BatchProgress, RolloutBatch, ignore
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.engines.client import EngineClient
 from megatron_dsrl.rollout.engines.errors import EngineError
 from megatron_dsrl.rollout.engines.generation import Completion
-from megatron_dsrl.rollout.feed import BatchProgress, ignore
 from megatron_dsrl.rollout.sample import SampleGroup, SamplingParameters
 from megatron_dsrl.rollout.seeds import seeds_of_batch
 from megatron_dsrl.rollout.unfinished import new_groups

@@ -8,11 +8,10 @@ import pytest
 
 from megatron_dsrl.config.rollout import DynamicSamplingConfig
 from megatron_dsrl.rollout.asynchronous import Asynchronous
-from megatron_dsrl.rollout.batch import BatchRequest, RolloutBatch
+from megatron_dsrl.rollout.batch import BatchRequest, Feed, OnSamples, RolloutBatch
 from megatron_dsrl.rollout.engines.errors import EnginesLostError
-from megatron_dsrl.rollout.feed import Feed, OnSamples
+from megatron_dsrl.rollout.rollout import StepSamples, unwatched
 from megatron_dsrl.rollout.sample import SamplingParameters
-from megatron_dsrl.rollout.step_samples import StepSamples, unwatched
 from megatron_dsrl.rollout.step_sampling import MixedRounds, Partial, UntilMixed, WholeBatch, step_sampling
 from tests.observability.synthetic_run import make_group
 from tests.support.step_sampling import MIXED, RIGHT, WRONG, draw_in_order, rows, settings

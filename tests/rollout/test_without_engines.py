@@ -7,7 +7,7 @@ from megatron_dsrl.config.rollout import RolloutConfig
 from megatron_dsrl.data.demonstrations import Demonstration
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.data.samplers import PromptSampler
-from megatron_dsrl.rollout.step_samples import responses_of, unwatched
+from megatron_dsrl.rollout.rollout import responses_of, unwatched
 from megatron_dsrl.rollout.without_engines import DatasetRollout
 
 ROWS = [Demonstration(i, f"{i}?", (1, i), f"{i}", response_ids=(i, 9), truncated=i == 2) for i in range(5)]

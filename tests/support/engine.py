@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rewards.pool import RewardPool
-from megatron_dsrl.rollout.batch import BatchRequest, RolloutBatch
+from megatron_dsrl.rollout.batch import BatchProgress, BatchRequest, RolloutBatch, WholeFeed
 from megatron_dsrl.rollout.custom_generation import CustomGeneration
 from megatron_dsrl.rollout.dispatcher import Dispatcher, GroupJudge
 from megatron_dsrl.rollout.engine_health import EngineStates
@@ -25,7 +25,6 @@ from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.client import connect
 from megatron_dsrl.rollout.engines.starting_server import SERVER_PROCESS
-from megatron_dsrl.rollout.feed import BatchProgress, WholeFeed
 from megatron_dsrl.rollout.sample import SamplingParameters
 from megatron_dsrl.rollout.unfinished import UnfinishedGroup
 

@@ -7,11 +7,10 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rewards.pool import RewardPool
-from megatron_dsrl.rollout.batch import RolloutBatch
+from megatron_dsrl.rollout.batch import BatchProgress, RolloutBatch
 from megatron_dsrl.rollout.dispatcher import Dispatcher, GroupJudge
 from megatron_dsrl.rollout.engine_health import EngineStates
 from megatron_dsrl.rollout.engines.generation import Completion, SampleRequest
-from megatron_dsrl.rollout.feed import BatchProgress
 from megatron_dsrl.rollout.sample import Sample, SampleGroup, SamplingParameters
 from megatron_dsrl.rollout.seeds import sample_seed
 from megatron_dsrl.rollout.unfinished import UnfinishedGroup

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from megatron_dsrl.config.rollout import RolloutConfig
 from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.rollout.rollout import Draw
 from megatron_dsrl.rollout.sample import SampleGroup
-from megatron_dsrl.rollout.step_samples import Draw
 from tests.support.engine import numbered_prompts, tiny_run_config
 
 RIGHT, WRONG, MIXED = (1.0, 1.0), (0.0, 0.0), (0.0, 1.0)

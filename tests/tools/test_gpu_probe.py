@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 
 from megatron_dsrl.doctor.doctor import LOCK_FILES, read_pins
 from megatron_dsrl.model.architecture import read_architecture
-from megatron_dsrl.rollout.engines.flattened_bucket import BucketMemory, flatten, serialise
+from megatron_dsrl.rollout.engines.weight_push import BucketMemory, flatten, serialise
 from tests.support.tiny_run import REPOSITORY
 from tools.gpu_probe import bucket_code
 from tools.gpu_probe.packages import import_problem

@@ -85,7 +85,7 @@ class EngineClient:
         await self._request("GET", "/health", None, timeout_seconds)
 
     async def begin_weight_update(self) -> None:
-        """Open a weight update. No request may be running."""
+        """No request may be running."""
         await self._post_checked("/begin_weight_update", {})
 
     async def update_weights(self, payload_per_rank: list[str]) -> None:

@@ -13,34 +13,31 @@ from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.client import MemoryTag
 from megatron_dsrl.rollout.engines.engine_group import EngineGroup
 from megatron_dsrl.rollout.engines.external_engines import ExternalEngines
-from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
 from megatron_dsrl.rollout.engines.server_arguments import initial_weight_version
 from megatron_dsrl.rollout.engines.starting_server import StartingServer
+from megatron_dsrl.rollout.engines.weight_push import Bucket
 
 
 class Engines(Protocol):
     """All engines of a run. To add an engine other than SGLang, or another way to run it, implement this.
 
-    Every rank holds one object; every method but `lose` and `close` is collective.
+    Every rank holds one object. Every method but `lose` and `close` is collective, and raises on every rank.
     """
 
+    addresses: list[EngineAddress]
+    """By engine number, the same on every rank; empty before the engines are ready."""
+    restarts: int
+    """Number of engine restarts so far, over all engines; the same on every rank."""
+
     def start(self) -> None:
-        """Start the engines and return without waiting for them.
-
-        Raises:
-            UserError: on every rank, when any engine cannot be started.
-        """
-
-    @property
-    def addresses(self) -> list[EngineAddress]:
-        """Addresses of the engines, by engine number, the same on every rank; empty before they are ready."""
+        """Start the engines and return without waiting for them. Raises UserError if any cannot be started."""
 
     def wait_until_ready(self) -> None:
         """Block until all engines answer.
 
         Raises:
-            UserError: on every rank, when any engine exits with a message, or an external one is not ready in time.
-            EngineError: on every rank, when any engine was killed or late `engine.max_restarts` times too often.
+            UserError: an engine exited with a message, or an external one is not ready in time.
+            EngineError: an engine was killed or late `engine.max_restarts` times too often.
         """
 
     def lose(self, problems: Mapping[int, str]) -> None:
@@ -53,8 +50,8 @@ class Engines(Protocol):
         """Restart lost engines, or wait for their owner to. `load` must follow before sampling.
 
         Raises:
-            EngineError: on every rank, when an engine was restarted too often.
-            UserError: on every rank, when an external engine does not come back in time.
+            EngineError: an engine was restarted too often.
+            UserError: an external engine does not come back in time.
         """
 
     def load(self, make_buckets: Callable[[], Iterable[Bucket]], version: int) -> None:
@@ -64,8 +61,8 @@ class Engines(Protocol):
             make_buckets: gathers the weights again each time it is called; collective over all ranks.
 
         Raises:
-            EngineError: on every rank, as `restart_lost`.
-            UserError: on every rank, when an engine does not hold what it was sent (see `engine.check_weights`).
+            EngineError: as `restart_lost`.
+            UserError: an engine does not hold what it was sent (see `engine.check_weights`).
         """
 
     def release_memory(self, tags: Sequence[MemoryTag]) -> None:
@@ -73,10 +70,6 @@ class Engines(Protocol):
 
     def resume_memory(self, tags: Sequence[MemoryTag]) -> None:
         """Have all engines take released memory again. An engine that fails is lost."""
-
-    @property
-    def restarts(self) -> int:
-        """Number of engine restarts so far, over all engines; the same on every rank."""
 
     def close(self) -> None:
         """Release the engines. May be called again."""

@@ -1,8 +1,6 @@
 """The processes of an SGLang server: how they are started and ended, and what they leave behind.
 
-A server's process imports SGLang while its arguments are still being worked out.
-
-The imports are most of an engine's start on a CPU, and nothing about the run matters to them except a few environment
+Importing SGLang is most of an engine's start on a CPU, and nothing about the run matters to it except a few environment
 variables. So a training run starts the process before it imports Megatron itself, and passes the arguments when the run
 folder is locked and everything has been checked.
 """

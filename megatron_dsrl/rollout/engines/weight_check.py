@@ -26,8 +26,8 @@ from megatron_dsrl.platform.weight_digest import weight_digest
 from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.client import EngineClient
 from megatron_dsrl.rollout.engines.errors import EngineError
-from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
 from megatron_dsrl.rollout.engines.tensor_layout import EngineLayout, as_the_engine_compares
+from megatron_dsrl.rollout.engines.weight_push import Bucket
 
 NAMES_IN_MESSAGE = 8
 
@@ -161,7 +161,7 @@ def lines_of_ranks(differences: Sequence[Sequence[str]]) -> str:
 
 
 def mismatch_message(engine_url: str, problem: str) -> str:
-    """The error message for an engine with other weights; `problem` is the result of `lines_of_ranks`."""
+    """The error message for an engine with other weights. `problem`: see `lines_of_ranks`."""
     return (
         f"the engine at {engine_url} does not hold the weights that the trainer sent:\n{problem}\n"
         "Its samples would not come from the policy that is trained. If SGLang stores weights in another form "
