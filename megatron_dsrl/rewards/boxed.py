@@ -48,7 +48,6 @@ def boxed(response: str, answer: str) -> float:
     """1.0 when the response's last box is the answer, else 0.0; 0.0 without a box or with an empty one.
 
     Args:
-        response: the model's text.
         answer: the gold answer, which may itself have a box or dollar signs.
     """
     given = last_boxed(after_thinking(response))

@@ -30,7 +30,6 @@ def code(
     """1.0 when the program passes its tests within the limits, else 0.0.
 
     Args:
-        response: the model's text.
         answer: JSON object with the strings `prompt`, `entry_point` and `test`.
         wall_seconds: limit of wall-clock time. Must be below the pool's `reward.timeout_seconds`.
         cpu_seconds: limit of processor time.

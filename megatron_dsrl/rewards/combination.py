@@ -31,7 +31,6 @@ def combination(response: str, answer: str, parts: Sequence[Mapping[str, Any]], 
     """Sum of weight x reward over the parts. If a part fails, so does the whole.
 
     Args:
-        response: the model's text.
         parts: `{function, weight, options}` of each term.
         prompt: the rendered prompt, for the parts that read it.
     """

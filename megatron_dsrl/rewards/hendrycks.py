@@ -20,12 +20,7 @@ class MalformedError(ValueError):
 
 
 def hendrycks(response: str, answer: str) -> float:
-    """1.0 when the last box of the response equals the answer after normalisation, else 0.0.
-
-    Args:
-        response: the model's text.
-        answer: the gold answer, without a box.
-    """
+    """1.0 when the last box of the response equals the answer after normalisation, else 0.0."""
     given = last_box(response)
     if given is None:
         return 0.0

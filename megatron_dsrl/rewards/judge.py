@@ -60,7 +60,6 @@ def judge(
     """The judge's verdict on a response, from 0 to 1.
 
     Args:
-        response: the model's text.
         url: the judge's address, up to and including `/v1`.
         model: the judge's name at the endpoint.
         prompt: the rendered prompt; its special tokens are removed before the judge sees it.

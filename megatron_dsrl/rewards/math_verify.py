@@ -49,7 +49,6 @@ def math_verify(response: str, answer: str, decimals: int = 6) -> float:
     """1.0 when the response's last box equals the answer mathematically, else 0.0; 0.0 without a box.
 
     Args:
-        response: the model's text.
         answer: the gold answer, which may itself have a box or dollar signs.
         decimals: decimal places to which numbers must agree.
     """

@@ -28,7 +28,6 @@ def multiple_choice(response: str, answer: str, require_box: bool = False) -> fl
     """1.0 when the chosen letter is the answer, else 0.0.
 
     Args:
-        response: the model's text.
         answer: the right letter, such as `C` or `(C)`.
         require_box: whether only a letter in a box counts.
 

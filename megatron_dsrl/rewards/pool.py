@@ -81,7 +81,6 @@ class RewardPool:
         """Judge one response; returns at once. The future never raises.
 
         Args:
-            response: the model's text.
             other_answers: further gold answers; the highest reward counts.
             prompt: the rendered prompt, for verifiers that read it.
             prompt_set: name of the prompt's set, which may have its own verifier.

@@ -18,7 +18,6 @@ def remote(
     """The reward that the server returns.
 
     Args:
-        response: the model's text.
         url: `http://` or `https://` address.
         try_timeout_seconds: limit of one attempt.
         retries: further attempts after the first.

@@ -62,11 +62,7 @@ def check_isolation(options: Mapping[str, Any]) -> None:
 
 
 def require_isolation(who: str, allow_unsafe: bool, alternative: str = "") -> bool:
-    """Whether programs run isolated here.
-
-    Args:
-        who: runs them, for the message.
-        alternative: further advice.
+    """Whether programs run isolated here; `who` runs them and `alternative` is further advice, both for the message.
 
     Raises:
         UserError: they cannot be isolated, and unsafe ones are not allowed.

@@ -39,8 +39,7 @@ def enter_namespaces(mount_point: str, folder_bytes: int, folder_files: int) -> 
 
     Args:
         mount_point: any existing folder; it is covered for these processes only.
-        folder_bytes: limit on the content of `FOLDER`.
-        folder_files: limit on the number of its files and folders.
+        folder_bytes, folder_files: limits on the content of `FOLDER`, and on the number of its files and folders.
 
     Returns:
         A function that the first child calls to become an ordinary user.

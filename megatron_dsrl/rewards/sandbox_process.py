@@ -22,8 +22,14 @@ from collections.abc import Callable
 
 sys.path.append(os.path.dirname(__file__))
 from sandbox_call import Caller, ProgramError, serve  # noqa: E402  (the script's folder is not on the path under -I)
-from sandbox_kernel import adopt_orphans, die_with_parent, give_up_privileges, limit, restrict_system_calls  # noqa: E402
-from sandbox_landlock import restrict_files  # noqa: E402
+from sandbox_kernel import (  # noqa: E402
+    adopt_orphans,
+    die_with_parent,
+    give_up_privileges,
+    limit,
+    restrict_files,
+    restrict_system_calls,
+)
 from sandbox_namespaces import enter_namespaces  # noqa: E402
 
 del sys.path[-1]

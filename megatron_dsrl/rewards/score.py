@@ -21,10 +21,7 @@ class FallbackReward(float):
     why: str
 
     def __new__(cls, reward: float, why: str) -> "FallbackReward":
-        """
-        Args:
-            why: what went wrong, as a clause.
-        """
+        """`why`: what went wrong, as a clause."""
         self = super().__new__(cls, reward)
         self.why = why
         return self

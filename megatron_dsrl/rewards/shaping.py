@@ -8,7 +8,6 @@ def box_format(response: str, answer: str) -> float:
 
     Args:
         response: the model's text. Thinking may come first, once, from `<think>` to `</think>`.
-        answer: ignored.
     """
     tags = response.count(THINK_START), response.count(THINK_END)
     thinking_is_well_formed = tags == (0, 0) or (tags == (1, 1) and response.lstrip().startswith(THINK_START))
@@ -17,24 +16,17 @@ def box_format(response: str, answer: str) -> float:
 
 
 def zero(response: str, answer: str) -> float:
-    """0 for every response: where `rollout.generate` records the rewards itself.
-
-    Args:
-        response: ignored.
-        answer: ignored.
-    """
+    """0 for every response: where `rollout.generate` records the rewards itself."""
     return 0.0
 
 
 def length_penalty(response: str, answer: str, free_characters: int, max_characters: int) -> float:
     """0 up to `free_characters`, then falling linearly to -1 at `max_characters` and beyond.
 
-    A verifier sees text, so lengths are in characters. DAPO's overlong reward shaping counts tokens and is not part of
-    the verifier.
+    A verifier sees text, so lengths are in characters, thinking included. DAPO's overlong reward shaping counts tokens
+    and is not part of the verifier.
 
     Args:
-        response: the model's text, thinking included.
-        answer: ignored.
         free_characters: longest length without a penalty.
         max_characters: length from which the penalty is full.
 

@@ -17,11 +17,7 @@ EMPHASIS = re.compile(r"\*\*|(?<!\w)[\"'`]|[\"'`](?!\w)|\$")
 
 
 def short_answer(response: str, answer: str) -> float:
-    """1.0 when the stated answer is the gold answer, else 0.0.
-
-    Args:
-        response: the model's text.
-    """
+    """1.0 when the stated answer is the gold answer, else 0.0."""
     given = stated_answer(response)
     if given is None:
         return 0.0
