@@ -8,7 +8,6 @@ or the hub. To add a benchmark, write such a file.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,8 @@ from megatron_dsrl.config.validate import validated
 from megatron_dsrl.config.yaml_text import parse_yaml, read_text
 
 WEEK_SECONDS = 7 * 24 * 3600
+PLACES = ("file", "hub")
+BUILT_IN = files("megatron_dsrl.evaluation") / "benchmarks"
 
 
 def repeated_greedy_samples(temperature: float, samples_per_prompt: int) -> str | None:
@@ -95,9 +96,6 @@ class BenchmarkRunConfig(Section):
         return engine
 
 
-PLACES = ("file", "hub")
-
-
 @dataclass(frozen=True)
 class Benchmark:
     name: str
@@ -107,14 +105,11 @@ class Benchmark:
 
 def benchmark_names() -> list[str]:
     """Names of the built-in benchmarks."""
-    return sorted(entry.name.removesuffix(".yaml") for entry in _folder().iterdir() if entry.name.endswith(".yaml"))
+    return sorted(entry.name.removesuffix(".yaml") for entry in BUILT_IN.iterdir() if entry.name.endswith(".yaml"))
 
 
 def load_benchmark(
-    name: str,
-    data_folder: Path | None,
-    changes: Mapping[str, Any] | None = None,
-    section: str = "--benchmarks",
+    name: str, data_folder: Path | None, changes: Mapping[str, Any] | None = None, section: str = "--benchmarks"
 ) -> Benchmark:
     """A benchmark by name, or by the path of its YAML file.
 
@@ -128,9 +123,13 @@ def load_benchmark(
         UserError: the benchmark does not exist, its file is invalid, or its problems are not in the data folder.
     """
     if name.endswith((".yaml", ".yml")):
-        path, text = name, _read(Path(name), section)
+        path = name
+        try:
+            text = read_text(Path(name))
+        except ValueError as error:
+            raise UserError(f"{section}: cannot read {name}: {error}") from error
     elif name in benchmark_names():
-        path, text = f"{name}.yaml", (_folder() / f"{name}.yaml").read_text(encoding="utf-8")
+        path, text = f"{name}.yaml", (BUILT_IN / f"{name}.yaml").read_text(encoding="utf-8")
     else:
         raise UserError(
             f"{section}: unknown benchmark `{name}`; choose one of {', '.join(benchmark_names())}, or give the "
@@ -139,33 +138,18 @@ def load_benchmark(
     data, lines = parse_yaml(text, path)
     if not isinstance(data, dict):
         raise UserError(f"{path}: not a benchmark: expected `key: value` lines")
-    place = "hub" if data_folder is None else "file"
+    place, changes = "hub" if data_folder is None else "file", changes or {}
     sections = {key: data.pop(key, None) for key in PLACES}
     if not isinstance(sections[place], dict):
         hint = "; set --data-folder" if place == "hub" else "; omit --data-folder to use the hub"
         raise UserError(f"{path}: the benchmark has no section `{place}`{hint}")
-    merged = {**data, **sections[place], **(changes or {})}
+    merged = {**data, **sections[place], **changes}
     # Messages name the fields of `file` or `hub` like the benchmark's others, and changes as the command line.
     places = {keys[1:] if keys[:1] == (place,) else keys: f"{path}:{line}" for keys, line in lines.items()}
-    places |= {(key,): "command line" for key in changes or {}}
-    if data_folder is not None and isinstance(merged.get("source"), str):
-        merged["source"] = _in_folder(data_folder, merged["source"], path)
+    places |= {(key,): "command line" for key in changes}
+    if data_folder is not None and isinstance(source := merged.get("source"), str):
+        file = data_folder / source
+        if not any(file.parent.glob(file.name)):
+            raise UserError(f"{path}: {source} is not in {data_folder} (--data-folder); put it there, or use the hub")
+        merged["source"] = str(file)
     return Benchmark(Path(path).stem, validated(BenchmarkConfig, merged, places, path, "benchmark"))
-
-
-def _in_folder(data_folder: Path, source: str, path: str) -> str:
-    file = data_folder / source
-    if not any(file.parent.glob(file.name)):
-        raise UserError(f"{path}: {source} is not in {data_folder} (--data-folder); put it there, or use the hub")
-    return str(file)
-
-
-def _read(path: Path, section: str) -> str:
-    try:
-        return read_text(path)
-    except ValueError as error:
-        raise UserError(f"{section}: cannot read {path}: {error}") from error
-
-
-def _folder() -> Traversable:
-    return files("megatron_dsrl.evaluation") / "benchmarks"

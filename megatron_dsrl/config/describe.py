@@ -90,12 +90,8 @@ def _sections_in(member: Any) -> list[type[Section]]:
 def _metadata_of(field: FieldInfo, kind: type) -> Any:
     # Of `Annotated[Options, registry] | None` pydantic leaves the union; in a list the items are chosen, not the field.
     of_union = get_args(field.annotation) if get_origin(field.annotation) in (Union, types.UnionType) else ()
-    metadata = [item for part in (field, *of_union) for item in _metadata(part)]
+    metadata = [*field.metadata, *(item for part in of_union for item in getattr(part, "__metadata__", ()))]
     return next((item for item in metadata if isinstance(item, kind)), None)
-
-
-def _metadata(part: Any) -> tuple[Any, ...]:
-    return tuple(getattr(part, "metadata", getattr(part, "__metadata__", ())))
 
 
 @dataclass(frozen=True)

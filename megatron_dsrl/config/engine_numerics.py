@@ -5,7 +5,7 @@ for it unless they say otherwise. In asynchronous runs, whose samples come from 
 that (`algorithms/objective.py`), and only a loss without one needs the correction.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from megatron_dsrl.config.choices import LOSSES
@@ -18,8 +18,6 @@ FP8_BLOCK = 128
 SET_BY_QUANTIZATION = ("quantization", "json_model_override_args", "load_format")
 """Server arguments that `engine.quantization` sets, or that contradict it."""
 CORRECTION = {"name": "truncated"}
-Needs = Callable[[Mapping[str, Any]], bool]
-"""Whether an objective needs a correction."""
 
 
 def with_correction(data: Any) -> Any:
@@ -27,29 +25,18 @@ def with_correction(data: Any) -> Any:
     one. Data of a wrong kind is left to the validation."""
     if not isinstance(data, Mapping):
         return data
-    if _differs(data.get("engine")):
-        needs: Needs = _always
-    elif _is_asynchronous(data.get("rollout")):
-        needs = _has_no_ratio
-    else:
+    rollout, phases = data.get("rollout"), data.get("phases")
+    differs = _differs(data.get("engine"))
+    is_asynchronous = isinstance(rollout, Mapping) and bool(rollout.get("max_staleness"))
+    if not (differs or is_asynchronous) or not isinstance(phases, Sequence) or isinstance(phases, str):
         return data
-    phases = data.get("phases")
-    if not isinstance(phases, Sequence) or isinstance(phases, str):
-        return data
-    return {**data, "phases": [_corrected_phase(phase, needs) for phase in phases]}
+    return {**data, "phases": [_corrected_phase(phase, only_without_ratio=not differs) for phase in phases]}
 
 
 def numerics_problems(
     engine: EngineConfig, rollout: RolloutConfig, dtype: str, shape: ModelShape | None
 ) -> Iterator[Problem]:
-    """What does not go with an engine that computes with other numbers.
-
-    Args:
-        engine: the run's engines.
-        rollout: how they sample.
-        dtype: `model.dtype`.
-        shape: the model's sizes; None leaves out the checks that need them.
-    """
+    """What does not go with an engine that computes with other numbers; without a `shape` only what needs none."""
     if SPECULATION in engine.extra_arguments and rollout.deterministic:
         yield (
             f"engine.extra_arguments.{SPECULATION}, rollout.deterministic",
@@ -92,33 +79,22 @@ def _differs(engine: Any) -> bool:
     return engine.get("quantization") is not None or SPECULATION in arguments or "quantization" in arguments
 
 
-def _is_asynchronous(rollout: Any) -> bool:
-    return isinstance(rollout, Mapping) and bool(rollout.get("max_staleness"))
-
-
-def _always(objective: Mapping[str, Any]) -> bool:
-    return True
-
-
-def _has_no_ratio(objective: Mapping[str, Any]) -> bool:
-    loss = LOSSES.options_class(objective["loss"]) if "loss" in objective else None
-    return loss is not None and getattr(loss, "on_policy_only", False)
-
-
-def _corrected_phase(phase: Any, needs: Needs) -> Any:
+def _corrected_phase(phase: Any, only_without_ratio: bool) -> Any:
     if not isinstance(phase, Mapping):
         return phase
     additional = phase.get("additional_objectives")
     if isinstance(additional, Sequence) and not isinstance(additional, str):
-        phase = {**phase, "additional_objectives": [_corrected(objective, needs) for objective in additional]}
-    return _corrected(phase, needs)
+        phase = {**phase, "additional_objectives": [_corrected(one, only_without_ratio) for one in additional]}
+    return _corrected(phase, only_without_ratio)
 
 
-def _corrected(objective: Any, needs: Needs) -> Any:
+def _corrected(objective: Any, only_without_ratio: bool) -> Any:
     if not isinstance(objective, Mapping) or "importance_correction" in objective:
         return objective
     space = objective.get("space")
     name = space.get("name") if isinstance(space, Mapping) else space
-    if name != "post_train" or not needs(objective):
+    if name != "post_train":
+        return objective
+    if only_without_ratio and not getattr(LOSSES.options_class(objective.get("loss")), "on_policy_only", False):
         return objective
     return {**objective, "importance_correction": CORRECTION}

@@ -39,8 +39,9 @@ TEMPLATE_STARTS = ("{{", "{%", "{#")
 def load_config(files: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file, or several, with their parents, apply `key.path=value` overrides in order, and validate.
 
-    Raises UserError for a missing or unreadable file, bad YAML, a cycle of parents, a malformed override, and every
-    unknown, missing or ill-typed field.
+    Raises:
+        UserError: a missing or unreadable file, bad YAML, a cycle of parents, a malformed override, and every unknown,
+            missing or ill-typed field.
     """
     paths = [Path(file) for file in ([files] if isinstance(files, str | Path) else files)]
     merged = _Merged()
@@ -109,14 +110,11 @@ def _parents(data: dict[str, Any], path: Path) -> list[Path]:
     parents = [given] if isinstance(given, str) else given
     if not (isinstance(parents, list) and parents and all(isinstance(each, str) and each for each in parents)):
         raise UserError(f"{path}: {INHERITS}: expected the path of a YAML file or a list of them, got {given!r}")
-    return [_parent(path, parent) for parent in parents]
-
-
-def _parent(path: Path, name: str) -> Path:
-    """A parent, relative to the file, or to where a link to the file leads."""
-    given = Path(name).expanduser()
-    here, real = path.parent / given, path.resolve().parent / given
-    return real if real.exists() and not here.exists() else here
+    found = []
+    for parent in map(Path, parents):  # relative to the file, or to where a link to the file leads
+        here, real = (folder / parent.expanduser() for folder in (path.parent, path.resolve().parent))
+        found.append(real if real.exists() and not here.exists() else here)
+    return found
 
 
 def _read_file(path: Path, children: tuple[Path, ...]) -> tuple[dict[str, Any], dict[KeyPath, int]]:
@@ -153,7 +151,7 @@ def _merge(base: dict[str, Any] | list[Any], over: dict[Any, Any], source: str) 
 
 
 def _is_another_choice(value: Any, inherited: Any) -> bool:
-    """Whether two sections choose different things by `name` (see registry.py). Items of lists have names to show."""
+    """Whether two sections choose different things by `name` (see choices.py). Items of lists have names to show."""
     named = isinstance(value, dict) and isinstance(inherited, dict) and "name" in value and "name" in inherited
     return named and value["name"] != inherited["name"]
 

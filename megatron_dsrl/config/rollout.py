@@ -123,6 +123,10 @@ class RolloutConfig(Section):
         return self.source == "engine" and self.replay_from is None
 
     @property
+    def samples_per_step(self) -> int:
+        return self.prompts_per_step * self.samples_per_prompt
+
+    @property
     def carries_over(self) -> bool:
         """Whether a step may leave samples to the next one."""
         return self.partial_rollouts is not None or self.max_staleness > 0
@@ -139,20 +143,12 @@ class RolloutConfig(Section):
         return self.dynamic_sampling.max_rounds if self.dynamic_sampling and self.deterministic else 1
 
     @model_validator(mode="after")
-    def _is_repeatable_if_it_says_so(self) -> "RolloutConfig":
+    def _samples_in_one_way(self) -> "RolloutConfig":
         if self.deterministic and self.partial_rollouts:
             raise ValueError("deterministic: which responses partial_rollouts cuts is decided by time; set one to null")
-        return self
-
-    @model_validator(mode="after")
-    def _takes_a_data_set_as_it_is(self) -> "RolloutConfig":
         sampling = ("replay_from", "dynamic_sampling", "partial_rollouts", "max_staleness", "routing_replay")
         if self.source == "dataset" and (given := [name for name in sampling if getattr(self, name)]):
             raise ValueError(f"source: dataset does not go with {', '.join(given)}; leave it out")
-        return self
-
-    @model_validator(mode="after")
-    def _is_asynchronous_or_repeatable(self) -> "RolloutConfig":
         reasons = {
             "deterministic": "which weights draw which token depends on time",
             "partial_rollouts": "asynchronous sampling leaves unfinished responses to later steps anyway",

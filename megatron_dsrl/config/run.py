@@ -189,6 +189,11 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     observability: ObservabilityConfig = Field(default_factory=ObservabilityConfig)
 
+    @property
+    def longest_sequence(self) -> int:
+        """Prompt plus response, in tokens."""
+        return self.data.max_prompt_tokens + self.rollout.max_response_tokens
+
     @field_validator("name")
     @classmethod
     def _is_a_folder_name(cls, name: str) -> str:

@@ -138,10 +138,10 @@ def _batch_problems(config: RunConfig, world_size: int, prompts: int | None) -> 
             "rollout.prompts_per_step, actor.mini_batches_per_rollout",
             f"{rollout.prompts_per_step} prompts cannot be divided into {parts} mini-batches of whole groups",
         )
-    elif rollout.prompts_per_step * rollout.samples_per_prompt // parts < replicas:
+    elif rollout.samples_per_step // parts < replicas:
         yield (
             "rollout.prompts_per_step, rollout.samples_per_prompt",
-            f"{rollout.prompts_per_step * rollout.samples_per_prompt // parts} samples per optimizer step leave "
+            f"{rollout.samples_per_step // parts} samples per optimizer step leave "
             f"some of the {replicas} data-parallel replicas without any; sample more or use fewer processes",
         )
     if prompts is not None and prompts < rollout.prompts_per_step:

@@ -14,7 +14,7 @@ from rich.table import Table
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.layout import ModelShape, processes
 from megatron_dsrl.config.load import format_config
-from megatron_dsrl.config.phase import PhaseSteps, Space, phases_by_steps
+from megatron_dsrl.config.phase import PhaseSteps, phases_by_steps
 from megatron_dsrl.config.rollout import RolloutConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.config.run_problems import run_problems
@@ -76,36 +76,30 @@ def derive(config: RunConfig, world_size: int, shape: ModelShape | None, prompts
 
 
 def _figures(config: RunConfig, phases: list[PhaseSteps], world_size: int, prompts: int | None) -> RunFigures:
-    rollout = config.rollout
-    samples = rollout.prompts_per_step * rollout.samples_per_prompt
-    updates = config.actor.optimizer_steps_per_rollout
+    rollout, samples = config.rollout, config.rollout.samples_per_step
+    engines = len(config.engine.urls) or world_size // config.engine.tensor_parallel_size
     data_parallel_size = world_size // config.parallel.model_parallel_size
     return RunFigures(
         world_size=world_size,
         data_parallel_size=data_parallel_size,
-        engines=_engines(config, world_size),
+        engines=engines if rollout.needs_engines else 0,
         samples_per_step=samples,
         samples_per_optimizer_step=samples // config.actor.mini_batches_per_rollout,
-        optimizer_steps=config.steps * updates,
+        optimizer_steps=config.steps * config.actor.optimizer_steps_per_rollout,
         max_generated_tokens_per_step=samples * rollout.max_response_tokens if rollout.needs_engines else 0,
-        longest_sequence=config.data.max_prompt_tokens + rollout.max_response_tokens,
+        longest_sequence=config.longest_sequence,
         phases=tuple(_phase_figures(config, phase, data_parallel_size) for phase in phases),
         prompts=prompts,
         epochs=None if prompts is None else config.steps * rollout.prompts_per_step / prompts,
     )
 
 
-def _engines(config: RunConfig, world_size: int) -> int:
-    if not config.rollout.needs_engines:
-        return 0
-    return len(config.engine.urls) or world_size // config.engine.tensor_parallel_size
-
-
 def _phase_figures(config: RunConfig, phase: PhaseSteps, data_parallel_size: int) -> PhaseFigures:
-    samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    samples = config.rollout.samples_per_step
     replica_samples = _ceil_divide(samples // config.actor.mini_batches_per_rollout, data_parallel_size)
     spaces = [[objective.space for objective in form.objectives.values()] for form in phase.forms]
-    lengths = [[_longest_sequence(config, space) for space in form_spaces] for form_spaces in spaces]
+    prompt, response = config.data.max_prompt_tokens, config.rollout.max_response_tokens
+    lengths = [[space.max_context_tokens(prompt) + response for space in form_spaces] for form_spaces in spaces]
     return PhaseFigures(
         **vars(phase),
         space=" + ".join(space.name for space in spaces[0]),
@@ -114,10 +108,6 @@ def _phase_figures(config: RunConfig, phase: PhaseSteps, data_parallel_size: int
             sum(_micro_batches(config, replica_samples, length) for length in form_lengths) for form_lengths in lengths
         ),
     )
-
-
-def _longest_sequence(config: RunConfig, space: Space) -> int:
-    return space.max_context_tokens(config.data.max_prompt_tokens) + config.rollout.max_response_tokens
 
 
 def _micro_batches(config: RunConfig, samples: int, length: int) -> int:

@@ -31,23 +31,13 @@ class Assumptions:
 
 
 def forward_flops(architecture: Architecture, context: int, scored: int) -> float:
-    """Operations of one sequence through the policy, forward only; the output layer computes only scored tokens.
-
-    Args:
-        context: number of tokens before the scored ones.
-        scored: number of scored tokens.
-    """
+    """Operations of one sequence through the policy, forward only: `context` tokens, then `scored` ones, for which
+    alone the output layer computes."""
     return _layer_flops(architecture, context + scored) + _head_flops(architecture, scored)
 
 
 def training_flops(architecture: Architecture, context: int, scored: int, recompute: Recompute) -> float:
-    """Operations of one sequence through the policy, forward and backward.
-
-    Args:
-        context: number of tokens before the scored ones.
-        scored: number of scored tokens.
-        recompute: `model.recompute`, the part of the forward pass that is repeated.
-    """
+    """The same forward and backward; `recompute` is the part of the forward pass that is repeated."""
     return _layer_training_flops(architecture, context + scored, recompute) + 3 * _head_flops(architecture, scored)
 
 
@@ -63,13 +53,14 @@ def phase_flops(config: RunConfig, architecture: Architecture, phase: PhaseConfi
         total += forwards * forward_flops(architecture, context, mean_response_tokens)
         update = training_flops(architecture, context, mean_response_tokens, recompute)
         if config.actor.lora:
-            update -= _weight_gradient_flops(architecture, context, mean_response_tokens)
+            frozen = 2 * active_per_token(architecture) * (context + mean_response_tokens)
+            update -= frozen + _head_flops(architecture, mean_response_tokens)
         total += update * config.actor.epochs_per_rollout
         if needed.values:  # one forward pass and the critic's update; its head is negligible
             tokens = context + mean_response_tokens
             total += _layer_flops(architecture, tokens)
             total += _layer_training_flops(architecture, tokens, recompute) * config.critic.epochs_per_rollout
-    return total * config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    return total * config.rollout.samples_per_step
 
 
 def _layer_flops(architecture: Architecture, tokens: int) -> float:
@@ -80,10 +71,6 @@ def _layer_training_flops(architecture: Architecture, tokens: int, recompute: Re
     once = _layer_flops(architecture, tokens)
     again = {"none": 0, "selective": _core_attention_flops(architecture, tokens), "full": once}
     return 3 * once + again[recompute]
-
-
-def _weight_gradient_flops(architecture: Architecture, context: int, scored: int) -> float:
-    return 2 * active_per_token(architecture) * (context + scored) + _head_flops(architecture, scored)
 
 
 def _core_attention_flops(architecture: Architecture, tokens: int) -> float:
@@ -99,9 +86,7 @@ def training_seconds(flops: float, config: RunConfig, world_size: int, gpu: Gpu,
     """Seconds of one step's update: operations over all GPUs, plus the idle part of the pipeline."""
     parallel = config.parallel
     stages = parallel.pipeline_parallel_size
-    tokens = config.rollout.prompts_per_step * config.rollout.samples_per_prompt * (
-        config.data.max_prompt_tokens + assumptions.mean_response_tokens
-    )  # fmt: skip
+    tokens = config.rollout.samples_per_step * (config.data.max_prompt_tokens + assumptions.mean_response_tokens)
     replicas = max(1, world_size // parallel.model_parallel_size)
     micro_batches = max(1.0, tokens / replicas / config.actor.max_tokens_per_micro_batch)
     bubble = (stages - 1) / (micro_batches * parallel.virtual_pipeline_stages)
@@ -118,13 +103,12 @@ def generation_seconds(
 ) -> float:
     """Seconds of one rollout batch: every decoding step reads the weights and the cache of the running samples.
 
-    External servers (`engine.urls`) are assumed to have GPUs of the same kind.
-
-    Samples that do not fit into the cache wait. Not included: the tail, when the last samples run alone.
+    External servers (`engine.urls`) are assumed to have GPUs of the same kind. Samples that do not fit into the cache
+    wait. Not included: the tail, when the last samples run alone.
     """
     size = config.engine.tensor_parallel_size
     engines = len(config.engine.urls) or max(1, world_size // size)
-    samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt / engines
+    samples = config.rollout.samples_per_step / engines
     mean_context = config.data.max_prompt_tokens + assumptions.mean_response_tokens / 2
     running = max(1.0, min(samples, engine.cache_tokens / mean_context))
     element = element_bytes(config.model)

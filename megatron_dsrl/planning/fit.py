@@ -162,17 +162,13 @@ class RunMemory:
     @property
     def holds_one_sequence(self) -> bool:
         """Whether the engine's cache has room for the longest sequence; True if its size is unknown."""
-        return self.engines_elsewhere or self.engine.cache_tokens >= self._longest_sequence
+        return self.engines_elsewhere or self.engine.cache_tokens >= self.config.longest_sequence
 
     @property
     def largest_memory_fraction(self) -> float:
         """The largest `engine.memory_fraction` with which generation fits, in steps of 0.01; 0 if none does."""
         left = self.capacity - self.resident_while_sampling - ENGINE_WORK_BYTES - RESERVE_BYTES
         return max(0, left * 100 // self.capacity) / 100
-
-    @property
-    def _longest_sequence(self) -> int:
-        return self.config.data.max_prompt_tokens + self.config.rollout.max_response_tokens
 
     @property
     def problems(self) -> list[str]:
@@ -194,7 +190,7 @@ class RunMemory:
         if not self.holds_one_sequence:
             too_large.append(
                 f"the engine's cache holds {self.engine.cache_tokens:,} tokens, less than one longest sequence of "
-                f"{self._longest_sequence:,}; raise engine.memory_fraction or engine.tensor_parallel_size"
+                f"{self.config.longest_sequence:,}; raise engine.memory_fraction or engine.tensor_parallel_size"
             )
         return too_large
 

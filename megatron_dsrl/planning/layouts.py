@@ -1,6 +1,8 @@
 """Layouts that fit a number of GPUs, and the smallest number of GPUs for a run."""
 
+import json
 from collections.abc import Iterator
+from itertools import product
 from typing import get_args
 
 from megatron_dsrl.config.layout import Problem, engine_problems, model_problems, process_problems
@@ -72,20 +74,16 @@ def overrides_of(plan: Plan, config: RunConfig) -> list[str]:
     sections = {"parallel": ParallelConfig.model_fields, "model": ("recompute",)}
     sections["engine"] = ("tensor_parallel_size", "memory_fraction")
     return [
-        f"{section}.{field}={_yaml(planned)}"
+        f"{section}.{field}={planned if isinstance(planned, str) else json.dumps(planned)}"
         for section, fields in sections.items()
         for field in fields
         if (planned := getattr(getattr(plan.config, section), field)) != getattr(getattr(config, section), field)
     ]
 
 
-def _yaml(value: bool | int | float | str | None) -> str:
-    return {None: "null", True: "true", False: "false"}[value] if isinstance(value, bool | None) else str(value)
-
-
 def _layouts(config: RunConfig, architecture: Architecture, world_size: int, engine_size: int) -> Iterator[RunConfig]:
     """Valid layouts with tensor parallelism within a node and at least one sample per data-parallel replica."""
-    samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    samples = config.rollout.samples_per_step
     config = config.with_fields("engine", tensor_parallel_size=engine_size)
     for parallel in _parallel_sizes(config.parallel, architecture):
         candidate = config.model_copy(update={"parallel": parallel})
@@ -102,22 +100,20 @@ def _engine_sizes(engine: EngineConfig, architecture: Architecture, world_size: 
 
 
 def _parallel_sizes(configured: ParallelConfig, architecture: Architecture) -> Iterator[ParallelConfig]:
-    for tensor in SIZES[:4]:
-        for pipeline in SIZES:
-            for context in SIZES[:4]:
-                for expert in SIZES if architecture.experts else (1,):
-                    yield ParallelConfig(
-                        tensor_parallel_size=tensor,
-                        pipeline_parallel_size=pipeline,
-                        **_uneven_ends(architecture.num_hidden_layers, pipeline),
-                        context_parallel_size=context,
-                        expert_parallel_size=expert,
-                        expert_tensor_parallel_size=1 if expert > 1 else None,
-                        sequence_parallel=tensor > 1,
-                        distributed_optimizer=True,
-                        collective_timeout_seconds=configured.collective_timeout_seconds,
-                        distributed_timeout_seconds=configured.distributed_timeout_seconds,
-                    )
+    expert_sizes = SIZES if architecture.experts else (1,)
+    for tensor, pipeline, context, expert in product(SIZES[:4], SIZES, SIZES[:4], expert_sizes):
+        yield ParallelConfig(
+            tensor_parallel_size=tensor,
+            pipeline_parallel_size=pipeline,
+            **_uneven_ends(architecture.num_hidden_layers, pipeline),
+            context_parallel_size=context,
+            expert_parallel_size=expert,
+            expert_tensor_parallel_size=1 if expert > 1 else None,
+            sequence_parallel=tensor > 1,
+            distributed_optimizer=True,
+            collective_timeout_seconds=configured.collective_timeout_seconds,
+            distributed_timeout_seconds=configured.distributed_timeout_seconds,
+        )
 
 
 def _uneven_ends(layers: int, stages: int) -> dict[str, int]:
@@ -130,16 +126,11 @@ def _uneven_ends(layers: int, stages: int) -> dict[str, int]:
     return {"layers_in_first_stage": left // 2, "layers_in_last_stage": left - left // 2}
 
 
-def _rounded(seconds: float) -> float:
-    """Rounded to two digits, the precision of the estimate."""
-    return float(f"{seconds:.2g}")
-
-
 def _seconds_and_splitting(plan: Plan) -> tuple[float, ...]:
     """Order of layouts: the faster first, of equally fast ones the one that splits the model less."""
     parallel = plan.config.parallel
     return (
-        _rounded(plan.step_seconds),
+        float(f"{plan.step_seconds:.2g}"),  # the precision of the estimate
         parallel.model_parallel_size,
         parallel.pipeline_parallel_size,
         parallel.context_parallel_size,

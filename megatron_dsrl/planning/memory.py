@@ -170,8 +170,7 @@ def routed_experts_bytes(config: RunConfig, architecture: Architecture) -> int:
     choice, in base64 (model/routed_experts.py). 0 without routing replay."""
     if not (config.rollout.routing_replay and architecture.experts):
         return 0
-    samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
-    tokens = samples * (config.data.max_prompt_tokens + config.rollout.max_response_tokens)
+    tokens = config.rollout.samples_per_step * config.longest_sequence
     return tokens * architecture.num_hidden_layers * architecture.experts.num_experts_per_tok * 4 // 3
 
 
@@ -193,8 +192,9 @@ def adam_bytes(model: ModelConfig) -> int:
 
 def largest_row(config: RunConfig) -> int:
     """Tokens of the largest packed row on one process: the token budget, or a longer single sequence."""
-    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    return max(config.actor.max_tokens_per_micro_batch, longest) // config.parallel.context_parallel_size
+    return (
+        max(config.actor.max_tokens_per_micro_batch, config.longest_sequence) // config.parallel.context_parallel_size
+    )
 
 
 def layer_bytes_per_token(architecture: Architecture, config: RunConfig) -> float:

@@ -134,7 +134,7 @@ def estimate_step(
     costs: Costs,
 ) -> StepEstimate:
     """Estimate a step of the run's most expensive phase. The run's layout must be valid for the world size."""
-    samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+    samples = config.rollout.samples_per_step
     tokens = samples * assumptions.mean_response_tokens
     engine = engine_memory(config, architecture, gpu.memory_bytes)
     forms = [form for phase in phases_by_steps(config.phases, config.steps) if phase.steps for form in phase.forms]

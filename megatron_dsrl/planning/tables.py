@@ -197,8 +197,9 @@ def _add_host_rows(memory: RunMemory, row: Callable[..., None]) -> None:
 def _time_table(plan: Plan, assumptions: Assumptions) -> Table:
     rollout = plan.config.rollout
     table = Table("one step", "value", "made of")
-    samples = rollout.prompts_per_step * rollout.samples_per_prompt
-    table.add_row("samples", f"{samples:,}", f"{rollout.prompts_per_step} prompts x {rollout.samples_per_prompt}")
+    table.add_row(
+        "samples", f"{rollout.samples_per_step:,}", f"{rollout.prompts_per_step} prompts x {rollout.samples_per_prompt}"
+    )
     table.add_row("mean response, tokens", f"{assumptions.mean_response_tokens:,}", "assumed")
     for phase in plan.phases:
         table.add_row(f"{phase.name}: update, PFLOP", f"{phase.flops / 1e15:,.1f}", "its passes, forward and backward")

@@ -7,13 +7,14 @@ crash; what is missing is said in words.
 
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, Template
 
 from megatron_dsrl.charts.chart_source import number
 from megatron_dsrl.common.disk import write_result
-from megatron_dsrl.common.visible_text import visible
+from megatron_dsrl.common.visible_text import shortened, visible
 from megatron_dsrl.evaluation.results import results_of_run
 from megatron_dsrl.observability.records import read_starts
 from megatron_dsrl.observability.run_records import RunRecords, read_run
@@ -21,7 +22,7 @@ from megatron_dsrl.provenance import differences, words
 from megatron_dsrl.report.evaluations import named_by_step, paper_table, pass_at_k_charts, read_analyses, results_table
 from megatron_dsrl.report.logs import log_views
 from megatron_dsrl.report.run_figures import Table, accuracy_figures, loss_figures, run_figures, run_state, runs_table
-from megatron_dsrl.report.sampled_responses import shown_steps
+from megatron_dsrl.report.sampled_responses import MAX_CHARACTERS, shown_steps
 from megatron_dsrl.report.training_charts import comparison_charts, other_charts, run_charts, time_table
 
 
@@ -88,7 +89,7 @@ def _template(name: str) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = number
+    environment.filters |= {"number": number, "shortened": partial(shortened, most=MAX_CHARACTERS)}
     return environment.get_template(name)
 
 
