@@ -42,7 +42,6 @@ class Wake:
             loop.call_soon_threadsafe(event.set)
 
     async def wait(self) -> None:
-        """Wait for the next `set`."""
         await self._event.wait()
         self._event.clear()
 
@@ -252,7 +251,6 @@ class RolloutBatch:
         return self.groups[position]
 
     def is_answered(self, call: Call) -> bool:
-        """Whether all groups of a call are complete."""
         return all(self.groups[position].is_complete for position in call.positions)
 
     def finish(self, position: int, group: SampleGroup) -> None:

@@ -74,17 +74,14 @@ class EngineChoice:
         return min(free, key=self._tokens.__getitem__, default=None)
 
     def start(self, engine: int, load: Load) -> None:
-        """Record that a call with this load was sent to the engine."""
         self._samples[engine] += load.samples
         self._tokens[engine] += load.tokens
 
     def finish(self, engine: int, load: Load) -> None:
-        """Record that the call has ended, successfully or not."""
         self._samples[engine] -= load.samples
         self._tokens[engine] -= load.tokens
 
     def learn(self, response_tokens: int) -> None:
-        """Note the length of a finished response."""
         self._finished_responses += 1
         self._finished_tokens += response_tokens
 
@@ -124,13 +121,11 @@ class EngineCalls:
         self._choice = EngineChoice(len(clients), most, batch.request.sampling.max_response_tokens, self._lost)
 
     def has_engine(self, call: Call) -> bool:
-        """Whether a living engine can take the call."""
         if call.engine is not None:
             return call.engine not in self._lost
         return len(self._lost) < len(self._clients)
 
     def send_due(self) -> None:
-        """Send the calls that are due, as long as engines have room."""
         now = time.monotonic()
         for call in list(self._batch.waiting):
             if call.not_before > now or not self.has_engine(call):
@@ -147,7 +142,6 @@ class EngineCalls:
             self.running[asyncio.create_task(self._batch.ask(call, self._clients[engine]))] = running
 
     def finish(self, task: CallTask) -> RunningCall:
-        """Remove a call that has ended from those that run."""
         running = self.running.pop(task)
         self.connections -= running.connections
         self._choice.finish(running.engine, running.load)
@@ -178,7 +172,6 @@ class EngineCalls:
         await asyncio.gather(*self.running, return_exceptions=True)
 
     def report(self, running: RunningCall, outcome: str, tokens: int = 0) -> None:
-        """Tell the observer about a call that has ended."""
         call = running.call
         prompts, attempt, ended = self._batch.prompt_indices(call), call.attempts + 1, time.monotonic()
         self._on_call(EngineCall(running.engine, prompts, tokens, attempt, outcome, running.started, ended))

@@ -30,7 +30,6 @@ class EngineUse:
         """When the time that is accounted for began: with the first call, or the last `idle_fraction`."""
 
     def started(self, engine: int) -> None:
-        """The engine has got a call."""
         with self._lock:
             now = time.monotonic()
             self._begin = now if self._begin is None else self._begin
@@ -38,7 +37,6 @@ class EngineUse:
             self._busy_since.setdefault(engine, now)
 
     def ended(self, engine: int) -> None:
-        """A call of the engine has ended."""
         with self._lock:
             self._running[engine] -= 1
             if not self._running[engine]:

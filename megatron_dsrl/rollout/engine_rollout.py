@@ -102,7 +102,6 @@ class EngineRollout:
         return self._engines.addresses
 
     def wait_until_ready(self) -> None:
-        """Block until every engine answers. All ranks. Raises as `Engines.wait_until_ready`."""
         self._engines.wait_until_ready()
 
     @property
@@ -115,11 +114,9 @@ class EngineRollout:
         self._steps.carried = carried
 
     def sample_step(self, step: int, draw: Draw, watch: Watch) -> StepSamples:
-        """The judged groups of a training step, in the configured mode; see `step_sampling`. Rank 0 only."""
         return self._steps.sample(step, draw, watch)
 
     def sample_batch(self, feed: Feed, sampling: SamplingParameters, on_samples: OnSamples) -> RolloutBatch:
-        """Sample what a feed asks for, judged by the run's verifier. Rank 0 only."""
         assert self._rewards is not None, "only rank 0 samples"
         return self._run(feed, sampling, self._rewards, BatchProgress(on_samples, on_call=self._on_call))
 
@@ -232,7 +229,6 @@ class EngineRollout:
             self._engines.resume_memory(["kv_cache"])
 
     def close(self) -> None:
-        """End the engines and the verifier's processes."""
         self._steps.close()
         self._engines.close()
         if self._rewards is not None:
@@ -268,5 +264,4 @@ class EngineRollout:
             await Dispatcher(batch, clients, self._states, judge, progress).run()
 
     def _versions(self) -> range:
-        """Versions that engines may have now: two while weights are being loaded."""
         return range(self.weight_version, self._newest_version + 1)

@@ -87,7 +87,6 @@ class GroupQueue:
     # ---- the trainer's side
 
     def add(self, groups: Sequence[UnfinishedGroup]) -> None:
-        """Append groups without tokens."""
         with self._changed:
             self._waiting += groups
             self._new += groups
@@ -145,7 +144,6 @@ class GroupQueue:
             self._new.clear()
 
     def close(self) -> None:
-        """End the batch."""
         self._closed = True
         self.wake.set()
 

@@ -88,7 +88,6 @@ class GrowingResponse:
 
     @property
     def remaining_tokens(self) -> int:
-        """Tokens that still fit into the response."""
         return self._limit - len(self._token_ids)
 
     async def sample(self, max_new_tokens: int | None = None, stop_token_ids: Sequence[int] = ()) -> Turn:

@@ -70,7 +70,6 @@ class RequestLimit:
         return True
 
     def request_answered(self) -> None:
-        """Note that a request found a file descriptor."""
         self._failures = 0
 
     def request_failed(self, in_flight: int, error: TooManyOpenFilesError) -> None:

@@ -51,7 +51,6 @@ class StepSamples:
 
     @property
     def sampled(self) -> list[SampleGroup]:
-        """All completed groups."""
         return self.groups + self.others
 
 

@@ -56,7 +56,6 @@ class PartialResponse:
         object.__setattr__(self, "log_probs", float_array(self.log_probs))
 
     def extended(self, completion: Completion) -> "PartialResponse":
-        """The response with the tokens of one more request."""
         return PartialResponse(
             seed=self.seed,
             response_ids=int_array(self.response_ids) + int_array(completion.response_ids),
@@ -83,12 +82,10 @@ class UnfinishedGroup:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every response has ended."""
         return all(response.finish_reason is not None for response in self.responses)
 
     @property
     def num_unfinished(self) -> int:
-        """Responses that have not ended."""
         return sum(response.finish_reason is None for response in self.responses)
 
     @property
@@ -103,7 +100,6 @@ class UnfinishedGroup:
         return min(firsts, default=None)
 
     def requests(self, max_response_tokens: int) -> list[SampleRequest]:
-        """One request per response that has not ended."""
         return [
             SampleRequest(
                 token_ids=(*self.prompt.token_ids, *response.response_ids),
@@ -186,14 +182,12 @@ class CarryOverWrite:
     folder: Path
 
     def write(self) -> list[Path]:
-        """Write the file and return it; nothing to write on ranks other than 0."""
         if self.carried is None:
             return []
         self.carried.write(self.folder / CARRY_OVER_FILE)
         return [self.folder / CARRY_OVER_FILE]
 
-    def finish(self) -> None:
-        """Nothing more to write."""
+    def finish(self) -> None: ...
 
 
 def restart_expired(

@@ -232,7 +232,6 @@ def messages_of(task: Any) -> list[Any]:
 
 
 def _about(vf: ModuleType, task: Any) -> Any:
-    """What a trace records of its task."""
     return vf.TraceTask(type=type(task).__name__, data=task.data, key=task.key, hash=task.hash)
 
 

@@ -159,7 +159,6 @@ class EngineClient:
         await self._post_checked("/init_weights_update_group", body)
 
     async def leave(self, group_name: str) -> None:
-        """Have all ranks of the server leave the group."""
         await self._post_checked("/destroy_weights_update_group", {"group_name": group_name})
 
     async def receive_weights(

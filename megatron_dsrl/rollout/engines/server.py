@@ -83,7 +83,6 @@ class EngineServer:
 
     @property
     def address(self) -> EngineAddress:
-        """Where the started server is reached, and its key."""
         return EngineAddress(self.url, self.key)
 
     @property
@@ -175,7 +174,6 @@ class EngineServer:
             self._held = None
 
     def log_tail(self) -> str:
-        """The end of the server's output, for an error message."""
         lines = self.log_file.read_text(errors="replace").splitlines()[-LOG_LINES_IN_ERROR:]
         return "\n".join([f"Last lines of {self.log_file}:", *lines])
 

@@ -135,7 +135,6 @@ class ServerLink:
                 await client.leave(name)
 
     def disconnect(self) -> None:
-        """Leave the group on this side."""
         group, self._group = self._group, None
         if group is not None:
             _leave_group(group, self._broadcast)
