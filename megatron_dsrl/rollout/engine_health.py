@@ -71,11 +71,7 @@ class EngineHealth:
     """One task per engine; it ends with the reason when the engine is lost."""
 
     def __init__(
-        self,
-        clients: Sequence[EngineClient],
-        interval_seconds: float,
-        timeout_seconds: float,
-        states: EngineStates,
+        self, clients: Sequence[EngineClient], interval_seconds: float, timeout_seconds: float, states: EngineStates
     ) -> None:
         """Checks every `interval_seconds`; an engine that has passed no check for `timeout_seconds` is lost."""
         self.monitors: dict[asyncio.Task[str], int] = {}

@@ -72,7 +72,6 @@ class GrowingResponse:
         """Tokens of a full response; fewer once an insertion did not fit."""
         self._token_ids: tuple[int, ...] = ()
         self._log_probs: tuple[float, ...] = ()
-        self._scored: tuple[bool, ...] = ()
         self._versions: tuple[int | None, ...] = ()
         """Version of the weights that drew each token; None for tokens from elsewhere."""
         self._turn_rewards: tuple[tuple[int, float], ...] = ()
@@ -160,19 +159,20 @@ class GrowingResponse:
         if count < len(self._token_ids):
             self.is_truncated, self._limit = False, self.sampling.max_response_tokens
         self._token_ids, self._log_probs = self._token_ids[:count], self._log_probs[:count]
-        self._scored, self._versions = self._scored[:count], self._versions[:count]
+        self._versions = self._versions[:count]
         self._turn_rewards = tuple(each for each in self._turn_rewards if each[0] <= count)
 
     def as_completion(self) -> Completion:
         """The finished response in the form of an engine's answer. Raises ValueError if no token is the model's."""
-        if not any(self._scored):
+        scored = tuple(version is not None for version in self._versions)
+        if not any(scored):
             raise ValueError("none of the response's tokens are the model's; nothing can be trained on")
         return Completion(
             response_ids=self._token_ids,
             log_probs=self._log_probs,
             finish_reason="length" if self.is_truncated else "stop",
             weight_versions=self._version_spans(),
-            scored=None if all(self._scored) else self._scored,
+            scored=None if all(scored) else scored,
             turn_rewards=self._turn_rewards,
         )
 
@@ -205,5 +205,4 @@ class GrowingResponse:
     def _add(self, ids: Sequence[int], log_probs: Sequence[float], versions: Sequence[int | None]) -> None:
         self._token_ids += tuple(ids)
         self._log_probs += tuple(log_probs)
-        self._scored += tuple(version is not None for version in versions)
         self._versions += tuple(versions)
