@@ -17,7 +17,7 @@ from megatron_dsrl.data.prompts import load_prompts
 from megatron_dsrl.data.tokenizer import context_token_ids, decode, encode, load_tokenizer, stop_token_ids
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.source import resolve_model_folder
-from megatron_dsrl.rollout.pass_rates import read_pass_rates, with_pass_rates, within_pass_rates
+from megatron_dsrl.rollout.recording import read_pass_rates, with_pass_rates, within_pass_rates
 
 LoadSet = Callable[[PromptSetConfig, str], Sequence[Prompt]]
 """load(config, section) reads a prompt set; `section` is its path in the run's configuration, for messages."""
