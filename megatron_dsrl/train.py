@@ -6,14 +6,23 @@ step. Everything else is collective over the ranks.
 A run that is started again continues from its newest checkpoint, exactly as it would have without the interruption.
 """
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 
+from megatron_dsrl.algorithms.experience import Experience, Response, build_experience
+from megatron_dsrl.algorithms.reward_shaping import shape_rewards
 from megatron_dsrl.common.collective import rank
+from megatron_dsrl.config.phase import PhaseConfig
 from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.data.tokenizer import context_token_ids
 from megatron_dsrl.publishing.card import refresh_card
 from megatron_dsrl.rollout.engines.starting_server import StartingServer
-from megatron_dsrl.run.start import start_run
-from megatron_dsrl.run.training_run import TrainingRun
+from megatron_dsrl.run.held_out import evaluate_accuracy, evaluate_loss
+from megatron_dsrl.run.reporting import record_step, start_step
+from megatron_dsrl.run.results import closing_lines
+from megatron_dsrl.run.sampling import sample
+from megatron_dsrl.run.saving import export, save, stop_if_requested
+from megatron_dsrl.run.start import TrainingRun, start_run
 
 
 def train(config: RunConfig, starting: StartingServer | None = None) -> None:
@@ -31,12 +40,12 @@ def train(config: RunConfig, starting: StartingServer | None = None) -> None:
         run = start_run(config, resources, starting)
         start(run)
         for step in run.steps:
-            run.saving.publish_if_written()
-            run.saving.stop_if_requested(step - 1, run.sampling.sampler_state())
-            with run.reporting.profiler.step(step):
+            run.checkpoints.poll()
+            stop_if_requested(run, step - 1)
+            with run.profiler.step(step):
                 train_step(run, step)
             evaluate(run, step)
-        finish(run, config.steps)
+        finish(run)
 
 
 def start(run: TrainingRun) -> None:
@@ -44,7 +53,7 @@ def start(run: TrainingRun) -> None:
     finished = run.steps.start - 1
     run.device.push_weights(version=run.steps.start)
     if run.due.export(finished):
-        run.saving.export(finished)
+        export(run, finished)
     run.device.give_to_engine()
     evaluate(run, finished)
 
@@ -52,60 +61,60 @@ def start(run: TrainingRun) -> None:
 def train_step(run: TrainingRun, step: int) -> None:
     """Sample and judge responses, update the policy on them, push its weights to the engines; then record and save."""
     phase = run.schedule.at(step)
-    timer = run.reporting.start_step(step)
-    sampler = run.sampling.sampler_state()
+    timer = start_step(run, step)
     with timer.part("generate"):
-        samples = run.sampling.sample(step)
+        samples, responses = sample(run, step)
     with timer.part("train"):
-        responses = run.sampling.share(step, samples)
-        if responses is None:
-            run.saving.save_and_stop(step - 1, sampler)
-        experiences = run.experiences.build(responses, phase)
-        run.saving.publish_if_written()
+        experiences = build_experiences(run, phase, responses)
+        run.checkpoints.poll()
         run.device.give_to_trainer()
         run.models.start_step(step)
     experiences = run.models.add_log_probs_and_values(phase, experiences, timer)
     critic_metrics = run.models.update_critic(phase, experiences, timer)
     update = run.models.update_policy(step, phase, experiences, timer)
     with timer.part("push_weights"):
-        push_weights(run, step)
-    run.reporting.record(step, phase, samples, update, critic_metrics | run.device.metrics(), timer)
-    save(run, step)
-
-
-def push_weights(run: TrainingRun, step: int) -> None:
-    """Give the engines the updated policy and, unless it is saved first, the device."""
-    trainer_stays = run.due.save(step) or run.due.export(step)
-    run.device.push_weights(version=step + 1, trainer_stays=trainer_stays)
-    if not trainer_stays:
-        run.device.give_to_engine()
-
-
-def save(run: TrainingRun, step: int) -> None:
-    """Save and export the policy where that is due; the engines have the device afterwards."""
+        # the policy is saved from the device, which the engines get afterwards
+        trainer_stays = run.due.save(step) or run.due.export(step)
+        run.device.push_weights(version=step + 1, trainer_stays=trainer_stays)
+        if not trainer_stays:
+            run.device.give_to_engine()
+    record_step(run, step, samples, update, critic_metrics, timer)
     if run.due.save(step):
-        run.saving.save(step, run.sampling.sampler_state())
+        save(run, step)
     if run.due.export(step):
-        run.saving.export(step)
-    if run.due.save(step) or run.due.export(step):
+        export(run, step)
+    if trainer_stays:
         run.device.give_to_engine()
+
+
+def build_experiences(run: TrainingRun, phase: PhaseConfig, responses: Sequence[Response]) -> list[Experience]:
+    """One experience per objective of the phase: the shaped rewards, and the responses in the context of its space."""
+    shaped = shape_rewards(responses, run.config.reward.overlong, run.config.rollout.max_response_tokens)
+    return [
+        build_experience(shaped, objective.space, context_token_ids(run.inputs.tokenizer, objective.space.context_text))
+        for objective in phase.objectives.values()
+    ]
 
 
 def evaluate(run: TrainingRun, step: int) -> None:
     """Evaluate the policy after this step (0: before training) if that is due, and complete its model card."""
     if run.due.evaluate(step):
-        run.evaluate(step)
+        if run.config.rollout.source == "engine":
+            evaluate_accuracy(run, step)
+        else:
+            evaluate_loss(run, step)
     if rank() == 0:
-        refresh_card(run.reporting.run_folder, step, print)
+        refresh_card(run.inputs.run_folder, step, print)
 
 
-def finish(run: TrainingRun, last_step: int) -> None:
+def finish(run: TrainingRun) -> None:
     """Wait for the last checkpoint and say where the results are.
 
     Raises:
         Preempted: the process was asked to stop during the last step.
     """
-    run.saving.finish()
+    run.checkpoints.finish()
     # also a barrier: every rank's engine serves rank 0 until the last evaluation is done
-    run.saving.raise_if_stopped(last_step)
-    run.reporting.finish(last_step)
+    stop_if_requested(run, run.config.steps)
+    if rank() == 0:
+        run.console.message("\n".join(closing_lines(run.inputs.run_folder, run.config.steps)))

@@ -74,7 +74,7 @@ class CheckpointStore:
                 partial one is left. Raised on all ranks; for an asynchronous save, by the next call.
         """
         self.finish()
-        if state.step == self._good_step:
+        if self.has(state.step):
             return
         partial = partial_folder(self._root, state.step)
         parts = {WEIGHTS_FOLDER: start_write, **(others or {})}
@@ -86,6 +86,10 @@ class CheckpointStore:
         self._in_flight = Save(state, partial, writes)
         if not self._asynchronous:
             self.finish()
+
+    def has(self, step: int) -> bool:
+        """Whether the checkpoint of this step is known to be good. Not collective, but the same on every rank."""
+        return step == self._good_step
 
     def is_saving(self) -> bool:
         """Whether a save is in flight. Not collective, but the same on every rank."""

@@ -43,7 +43,7 @@ class RunRecords:
     evaluations: dict[str, list[Record]]
     """Accuracies by set name; ascending steps, the last record of a step wins."""
     held_out_losses: dict[str, list[Record]]
-    """The same for sets whose loss was measured (`run/held_out_loss.py`)."""
+    """The same for sets whose loss was measured (`run/held_out.py`)."""
     phases: list[PhaseSpan]
 
     @property

@@ -20,8 +20,8 @@ from megatron_dsrl.rollout.engines.run_engines import awaiting_engines
 from megatron_dsrl.rollout.recording import rollout_file, write_groups
 from megatron_dsrl.rollout.sample import count_tokens
 from megatron_dsrl.rollout.step_sampling import sample_round
+from megatron_dsrl.run.folder import record_run_start
 from megatron_dsrl.run.inputs import RunInputs, load_inputs
-from megatron_dsrl.run.provenance import record_run_start
 from megatron_dsrl.run.rollout_metrics import rollout_metrics
 
 

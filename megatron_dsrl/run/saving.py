@@ -1,111 +1,68 @@
-"""What a run leaves on disk: checkpoints and exported policies."""
+"""What a run leaves on disk: checkpoints and exported policies. All functions are collective."""
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from megatron_dsrl.algorithms.schedule import Schedule
 from megatron_dsrl.checkpoint.state import RunState, current_layout
-from megatron_dsrl.checkpoint.store import CheckpointStore
 from megatron_dsrl.common.collective import gather, on_first, rank
 from megatron_dsrl.common.waiting import say_on_first_rank
-from megatron_dsrl.config.run import RunConfig
-from megatron_dsrl.data.mixture import MixtureState
-from megatron_dsrl.data.samplers import SamplerState
-from megatron_dsrl.observability.timeline import Timeline
-from megatron_dsrl.rollout.recording import RolloutRecorder
-from megatron_dsrl.rollout.rollout import Rollout
 from megatron_dsrl.rollout.unfinished import CarryOverWrite
-from megatron_dsrl.run.device_sharing import SharedDevice
-from megatron_dsrl.run.models import RunModels
-from megatron_dsrl.run.preemption import Preempted, StopSignal
+from megatron_dsrl.run.preemption import Preempted
 from megatron_dsrl.run.results import exported_policy
-
-ROLLOUT_FOLDER = "rollout"
-"""Folder in checkpoints for what the rollout side carries over to the next step."""
+from megatron_dsrl.run.start import ROLLOUT_FOLDER, TrainingRun
 
 
-@dataclass(frozen=True)
-class Saving:
-    """Saves, exports, and stops a run whose state is saved. Methods are collective."""
+def save(run: TrainingRun, step: int) -> None:
+    """Save a checkpoint of the state after `step`."""
+    # Nothing before a checkpoint is repeated, so the rollouts must be on disk first.
+    on_first(lambda: run.recorder.flush() if run.recorder else None)
+    state = RunState(
+        step=step,
+        phase=run.schedule.at(step).name,
+        sampler=dict(run.sampler.state_dict()),
+        layout=current_layout(run.config.parallel),
+        model=run.inputs.model,
+        config=run.config.model_dump(mode="json"),
+    )
+    others = run.models.other_parts()
+    if run.config.rollout.carries_over:
+        carried = run.rollout.carried if rank() == 0 else None
+        others[ROLLOUT_FOLDER] = lambda folder, copy: CarryOverWrite(carried, folder)
+    with run.timeline.span("save_checkpoint"):
+        run.device.make_room_for_checkpoint()
+        run.checkpoints.save(state, run.models.actor.model.start_save, others)
 
-    config: RunConfig
-    """Is part of every checkpoint."""
-    model: dict[str, Any]
-    """The model's description in every checkpoint."""
-    run_folder: Path
-    models: RunModels
-    device: SharedDevice
-    rollout: Rollout
-    checkpoints: CheckpointStore
-    stop: StopSignal
-    recorder: RolloutRecorder | None
-    """Saves the rollouts, if anything does; rank 0 only."""
-    timeline: Timeline
 
-    def publish_if_written(self) -> None:
-        """Publish a checkpoint that is written in the background, if all ranks have written it."""
-        self.checkpoints.poll()
+def export(run: TrainingRun, step: int) -> None:
+    """Export the policy after this step, unless it was exported before."""
+    target = exported_policy(run.inputs.run_folder, step)
+    if not target.exists():
+        with run.timeline.span("export"):
+            run.models.actor.export_hf(target)
 
-    def save(self, step: int, sampler: SamplerState | MixtureState) -> None:
-        """Save a checkpoint of the state after `step`, with the given state of the sampler."""
-        # Nothing before a checkpoint is repeated, so the rollouts must be on disk first.
-        on_first(lambda: self.recorder.flush() if self.recorder else None)
-        state = RunState(
-            step=step,
-            phase=Schedule(self.config.phases).at(step).name,
-            sampler=dict(sampler),
-            layout=current_layout(self.config.parallel),
-            model=self.model,
-            config=self.config.model_dump(mode="json"),
-        )
-        others = self.models.other_parts()
-        if self.config.rollout.carries_over:
-            carried = self.rollout.carried if rank() == 0 else None
-            others[ROLLOUT_FOLDER] = lambda folder, copy: CarryOverWrite(carried, folder)
-        with self.timeline.span("save_checkpoint"):
-            self.device.make_room_for_checkpoint()
-            self.checkpoints.save(state, self.models.actor.model.start_save, others)
 
-    def export(self, step: int) -> None:
-        """Export the policy after this step, unless it was exported before."""
-        target = exported_policy(self.run_folder, step)
-        if not target.exists():
-            with self.timeline.span("export"):
-                self.models.actor.export_hf(target)
+def stop_if_requested(run: TrainingRun, step: int) -> None:
+    """Save and stop if any rank was asked to; SLURM and torchrun may signal any of them.
 
-    def stop_if_requested(self, step: int, sampler: SamplerState | MixtureState) -> None:
-        """Save and stop if any rank was asked to; SLURM and torchrun may signal any of them."""
-        if any(gather(self.stop.requested)):
-            self.save_and_stop(step, sampler)
+    Raises:
+        Preempted: one was.
+    """
+    if any(gather(run.stop.requested)):
+        save_and_stop(run, step)
 
-    def save_and_stop(self, step: int, sampler: SamplerState | MixtureState) -> NoReturn:
-        """Save the state after the last finished step and stop. Before the first step there is nothing to save.
 
-        Raises:
-            Preempted: always.
-        """
-        if step > 0:
-            if not self.device.trainer_is_whole:
-                self.device.give_to_trainer()
-            self.save(step, sampler)
-            self.checkpoints.finish()
-        self._stop(step)
+def save_and_stop(run: TrainingRun, step: int) -> NoReturn:
+    """Save the state after the last finished step, unless it is saved, and stop. Before the first step there is nothing
+    to save.
 
-    def finish(self) -> None:
-        """Wait for the last checkpoint."""
-        self.checkpoints.finish()
-
-    def raise_if_stopped(self, last_step: int) -> None:
-        """Also a barrier.
-
-        Raises:
-            Preempted: a rank was asked to stop during the last step.
-        """
-        if any(gather(self.stop.requested)):
-            self._stop(last_step)
-
-    def _stop(self, step: int) -> NoReturn:
-        where = f"after step {step}, with its state saved" if step > 0 else "before the end of its first step"
-        say_on_first_rank(f"stopped {where}; the same command continues the run")
-        raise Preempted
+    Raises:
+        Preempted: always.
+    """
+    run.checkpoints.finish()
+    if step > 0 and not run.checkpoints.has(step):
+        if not run.device.trainer_is_whole:
+            run.device.give_to_trainer()
+        save(run, step)
+        run.checkpoints.finish()
+    where = f"after step {step}, with its state saved" if step > 0 else "before the end of its first step"
+    say_on_first_rank(f"stopped {where}; the same command continues the run")
+    raise Preempted

@@ -2,22 +2,26 @@
 
 import socket
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch.distributed as dist
+import torch
 
 from megatron_dsrl.algorithms.schedule import Schedule
 from megatron_dsrl.checkpoint.compatibility import check_same_model, check_same_optimizer
 from megatron_dsrl.checkpoint.folders import Checkpoint
 from megatron_dsrl.checkpoint.state import current_layout
 from megatron_dsrl.checkpoint.store import CheckpointStore
+from megatron_dsrl.common.collective import rank
+from megatron_dsrl.common.cpu_threads import cpu_threads, has_bfloat16
 from megatron_dsrl.common.folder_lock import locked
 from megatron_dsrl.common.waiting import waiting
-from megatron_dsrl.config.rollout import EngineConfig
-from megatron_dsrl.config.run import Due, ObservabilityConfig, RunConfig
-from megatron_dsrl.data.mixture import build_sampler
+from megatron_dsrl.config.run import Due
+from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.data.mixture import Sampler, build_sampler
 from megatron_dsrl.evaluation.evaluator import Evaluator
+from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.parallel import destroy_parallel, initialize_parallel
 from megatron_dsrl.observability.console import RunConsole
 from megatron_dsrl.observability.profiler import StepProfiler
@@ -25,6 +29,7 @@ from megatron_dsrl.observability.records import CHECKPOINTS_FOLDER
 from megatron_dsrl.observability.timeline import Timeline
 from megatron_dsrl.observability.tracker import Tracker
 from megatron_dsrl.observability.trackers.launch import Trackers
+from megatron_dsrl.planning.parameters import parameters_of_model
 from megatron_dsrl.platform import current_platform
 from megatron_dsrl.platform.engine import can_release_engine_memory
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
@@ -35,36 +40,51 @@ from megatron_dsrl.rollout.rollout import Rollout
 from megatron_dsrl.rollout.unfinished import CarryOver
 from megatron_dsrl.rollout.without_engines import DatasetRollout, ReplayRollout
 from megatron_dsrl.run.device_sharing import SharedDevice
-from megatron_dsrl.run.folder import check_run_folder, prepare_run_folder
-from megatron_dsrl.run.held_out_loss import HeldOutLosses
+from megatron_dsrl.run.folder import check_run_folder, prepare_run_folder, record_run_start
 from megatron_dsrl.run.inputs import RunInputs, load_inputs
 from megatron_dsrl.run.models import RunModels, build_models
 from megatron_dsrl.run.preemption import StopSignal
-from megatron_dsrl.run.provenance import record_run_start
-from megatron_dsrl.run.reporting import Reporting
-from megatron_dsrl.run.sampling import Sampling
-from megatron_dsrl.run.saving import ROLLOUT_FOLDER, Saving
-from megatron_dsrl.run.threads import use_cpu_threads
-from megatron_dsrl.run.training_run import ExperienceBuilder, TrainingRun
+
+ROLLOUT_FOLDER = "rollout"
+"""Folder in checkpoints for what the rollout side carries over to the next step."""
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """What one rank's training works with."""
+
+    config: RunConfig
+    inputs: RunInputs
+    steps: range
+    """Those that are left: from 1, or from the step after the checkpoint."""
+    schedule: Schedule
+    due: Due
+    sampler: Sampler
+    """Rank 0 draws from it; the other ranks' state is synchronised every step."""
+    rollout: Rollout
+    models: RunModels
+    device: SharedDevice
+    """Shared by the models and the rollout's engines."""
+    checkpoints: CheckpointStore
+    stop: StopSignal
+    console: RunConsole
+    timeline: Timeline
+    profiler: StepProfiler
+    tracker: Tracker | None
+    """Rank 0 only, as are the next two."""
+    evaluator: Evaluator | None
+    recorder: RolloutRecorder | None
+    """Saves the rollouts, if anything does."""
 
 
 def start_run(config: RunConfig, resources: ExitStack, starting: StartingServer | None) -> TrainingRun:
     """Everything up to the first step. All ranks call it; `resources` closes what has to be closed.
 
-    Args:
-        starting: process that becomes this rank's engine; None: a new one, if this rank owns an engine.
-
-    Raises:
-        UserError: the model, the data or the run folder does not fit the configuration, or another process is using
-            the run folder; raised before anything expensive starts.
+    Args and errors: as `train`.
     """
     with waiting("reading tokenizer and prompts"):
         inputs = load_inputs(config)
-    current_platform().record_collectives(inputs.run_folder / "collectives")
-    if config.engine.urls:
-        current_platform().prepare_weight_broadcast()
-    initialize_parallel(config.parallel, config.seed)
-    resources.callback(destroy_parallel)
+    join_processes(config, inputs.run_folder, resources)
     console = RunConsole(config.steps, config.observability.verbose)
     resources.enter_context(locked(inputs.run_folder, console.message))
     checkpoints, checkpoint = open_checkpoints(config, inputs, console, resources)
@@ -74,46 +94,50 @@ def start_run(config: RunConfig, resources: ExitStack, starting: StartingServer 
         sampler.load_state_dict(cast(Any, checkpoint.state.sampler))
     prepare_run_folder(config, inputs.run_folder, step)
     record_run_start("train", config, inputs, step, console.message)
-    trackers = resources.enter_context(
-        Trackers(config.observability.trackers, inputs.run_folder, console.message)
-    )  # entered before the engines start, so that pending records are waited for after they have stopped
-    timeline = open_timeline(config.observability.trace, inputs.run_folder, resources)
-    profiler = step_profiler(config.observability, inputs.run_folder, console)
+    # entered before the engines start, so that pending records are waited for after they have stopped
+    trackers = resources.enter_context(Trackers(config.observability.trackers, inputs.run_folder, console.message))
+    timeline, profiler = open_timeline(config, inputs.run_folder, console, resources)
     rollout, models = start_rollout_and_models(config, inputs, timeline, console, resources, starting)
     if checkpoint:
-        same_layout = checkpoint.state.layout == current_layout(config.parallel)
-        models.load(checkpoint, same_layout)
-        if config.rollout.carries_over and dist.get_rank() == 0:
-            rollout.carried = CarryOver.read_from(checkpoint.folder / ROLLOUT_FOLDER)
+        restore(config, checkpoint, models, rollout)
         announce(console, f"continuing after step {step} from {checkpoint.folder}")
-    tracker, recorder, evaluator = None, None, None
-    if dist.get_rank() == 0:
+    tracker, evaluator, recorder = None, None, None
+    if rank() == 0:
         tracker = resources.enter_context(Tracker(inputs.run_folder, config.observability.tensorboard))
         tracker.truncate_after(step)
-        recorder = open_recorder(config, inputs.run_folder, resources)
+        if config.observability.save_rollouts and config.rollout.source == "engine":
+            recorder = resources.enter_context(RolloutRecorder(inputs.run_folder))
         evaluator = Evaluator(inputs.evaluation_sets, rollout, config.reward.function)
         trackers.start()
-    reporting = Reporting(config, inputs.run_folder, rollout, tracker, timeline, profiler, console)
-    stop = resources.enter_context(StopSignal())
-    device = share_device(config, models, rollout, timeline)
-    sampling = Sampling(rollout, device, inputs.prompts, sampler, stop, recorder, evaluator, reporting)
+    bucket_bytes = config.engine.weight_bucket_megabytes * 2**20
     return TrainingRun(
+        config=config,
+        inputs=inputs,
         steps=range(step + 1, config.steps + 1),
         schedule=Schedule(config.phases),
         due=Due(config),
-        sampling=sampling,
-        evaluate=(
-            sampling.evaluate if config.rollout.source == "engine"
-            else HeldOutLosses(inputs.evaluation_sets, models.actor, device, reporting).evaluate
-        ),
-        experiences=ExperienceBuilder(inputs.tokenizer, config.reward.overlong, config.rollout.max_response_tokens),
+        sampler=sampler,
+        rollout=rollout,
         models=models,
-        device=device,
-        saving=Saving(
-            config, inputs.model, inputs.run_folder, models, device, rollout, checkpoints, stop, recorder, timeline
-        ),
-        reporting=reporting,
-    )  # fmt: skip
+        device=SharedDevice(config.actor.offload, bucket_bytes, models.actor, models.critic, rollout, timeline.span),
+        checkpoints=checkpoints,
+        stop=resources.enter_context(StopSignal()),
+        console=console,
+        timeline=timeline,
+        profiler=profiler,
+        tracker=tracker,
+        evaluator=evaluator,
+        recorder=recorder,
+    )
+
+
+def join_processes(config: RunConfig, run_folder: Path, resources: ExitStack) -> None:
+    """Make this process a rank of the trainer's process groups."""
+    current_platform().record_collectives(run_folder / "collectives")
+    if config.engine.urls:
+        current_platform().prepare_weight_broadcast()
+    initialize_parallel(config.parallel, config.seed)
+    resources.callback(destroy_parallel)
 
 
 def open_checkpoints(
@@ -140,6 +164,18 @@ def open_checkpoints(
     return checkpoints, checkpoint
 
 
+def open_timeline(
+    config: RunConfig, run_folder: Path, console: RunConsole, resources: ExitStack
+) -> tuple[Timeline, StepProfiler]:
+    """This rank's timeline, recorded until `resources` are closed if at all, and its profiler."""
+    chosen = config.observability
+    timeline = Timeline(run_folder, rank(), socket.gethostname(), current_platform().annotation)
+    if chosen.trace:
+        resources.enter_context(timeline)
+    nsight = chosen.profile_with == "nsight"
+    return timeline, StepProfiler(chosen.profile_steps, run_folder, rank(), nsight, console.message)
+
+
 def start_rollout_and_models(
     config: RunConfig,
     inputs: RunInputs,
@@ -150,59 +186,53 @@ def start_rollout_and_models(
 ) -> tuple[Rollout, RunModels]:
     """Start the engines, build the models meanwhile if they do not share devices, and wait for the engines."""
     resolved = config.with_fields("model", path=str(inputs.model_folder))  # that engines and trainer load one folder
-    rollout = start_rollout(resolved, inputs, timeline, resources, starting)
-    if engines_share_devices(config.engine):
-        wait_for_engines(config, inputs, rollout, timeline)
-        return rollout, start_models(config, inputs, timeline, console)
+    rollout = start_rollout(resolved, inputs, timeline, starting)
+    resources.callback(rollout.close)
+
+    def wait_for_engines() -> None:
+        with timeline.span("start_engines"), awaiting_engines(config, inputs.run_folder):
+            rollout.wait_until_ready()
+        rollout.release_memory()
+
+    # an engine on the trainer's GPU takes a share of the memory that is free when it starts
+    if shared_devices := can_release_engine_memory() and not config.engine.urls:
+        wait_for_engines()
     models = start_models(config, inputs, timeline, console)
-    wait_for_engines(config, inputs, rollout, timeline)
+    if not shared_devices:
+        wait_for_engines()
     return rollout, models
 
 
-def start_rollout(
-    config: RunConfig,
-    inputs: RunInputs,
-    timeline: Timeline,
-    resources: ExitStack,
-    starting: StartingServer | None,
-) -> Rollout:
+def start_rollout(config: RunConfig, inputs: RunInputs, timeline: Timeline, starting: StartingServer | None) -> Rollout:
     """Start the engines without waiting for them, or open what takes their place."""
     if config.rollout.source == "dataset":
-        rollout: Rollout = DatasetRollout(config.rollout, len(inputs.prompts), inputs.stop_token_ids)
-    elif config.rollout.replay_from is not None:
-        rollout = ReplayRollout(config.rollout, inputs.prompts, inputs.stop_token_ids)
-    else:
-        rollout = EngineRollout(
-            config,
-            inputs.run_folder,
-            inputs.stop_token_ids,
-            inputs.decode,
-            timeline.engine_call,
-            starting,
-            inputs.encode,
-            config.steps,
-        )
-    resources.callback(rollout.close)
-    return rollout
-
-
-def engines_share_devices(engine: EngineConfig) -> bool:
-    """Whether the models can be built only once the engines have started and released their memory: an engine on the
-    trainer's GPU takes a share of what is free."""
-    return can_release_engine_memory() and not engine.urls
-
-
-def wait_for_engines(config: RunConfig, inputs: RunInputs, rollout: Rollout, timeline: Timeline) -> None:
-    """Wait for the engines and lend their memory to the models."""
-    with timeline.span("start_engines"), awaiting_engines(config, inputs.run_folder):
-        rollout.wait_until_ready()
-    rollout.release_memory()
+        return DatasetRollout(config.rollout, len(inputs.prompts), inputs.stop_token_ids)
+    if config.rollout.replay_from is not None:
+        return ReplayRollout(config.rollout, inputs.prompts, inputs.stop_token_ids)
+    return EngineRollout(
+        config,
+        inputs.run_folder,
+        inputs.stop_token_ids,
+        inputs.decode,
+        timeline.engine_call,
+        starting,
+        inputs.encode,
+        config.steps,
+    )
 
 
 def start_models(config: RunConfig, inputs: RunInputs, timeline: Timeline, console: RunConsole) -> RunModels:
     """Build the models, and say which implementations compute them on how many threads."""
-    for line in use_cpu_threads(config, inputs.model_folder):
-        announce(console, line)
+    if current_platform().name == "cpu":
+        threads = cpu_threads(
+            parameters_of_model(read_architecture(inputs.model_folder)),
+            config.actor.cpu_threads,
+            config.engine.cpu_threads,
+        )
+        torch.set_num_threads(threads.trainer)
+        announce(console, f"threads: {threads} (actor.cpu_threads, engine.cpu_threads)")
+        if config.model.dtype == "bfloat16" and not has_bfloat16():
+            announce(console, "warning: this CPU has no bfloat16 instructions; model.dtype=float32 is faster here")
     with timeline.span("build_models"), waiting("building the model"):
         models = build_models(config, inputs.model_folder)
     computed_by = ", ".join(f"{part} {name}" for part, name in models.actor.model.implementations.items())
@@ -210,37 +240,14 @@ def start_models(config: RunConfig, inputs: RunInputs, timeline: Timeline, conso
     return models
 
 
-def share_device(config: RunConfig, models: RunModels, rollout: Rollout, timeline: Timeline) -> SharedDevice:
-    """The device that the models and the rollout's engines share."""
-    bucket_bytes = config.engine.weight_bucket_megabytes * 2**20
-    return SharedDevice(config.actor.offload, bucket_bytes, models.actor, models.critic, rollout, timeline.span)
-
-
-def open_recorder(config: RunConfig, run_folder: Path, resources: ExitStack) -> RolloutRecorder | None:
-    """Rank 0: what saves the rollouts until `resources` are closed, if anything does."""
-    if not (config.observability.save_rollouts and config.rollout.source == "engine"):
-        return None
-    return resources.enter_context(RolloutRecorder(run_folder))
-
-
-def open_timeline(is_recorded: bool, run_folder: Path, resources: ExitStack) -> Timeline:
-    """This rank's timeline, recorded until `resources` are closed if at all."""
-    timeline = Timeline(run_folder, dist.get_rank(), socket.gethostname(), current_platform().annotation)
-    return resources.enter_context(timeline) if is_recorded else timeline
-
-
-def step_profiler(chosen: ObservabilityConfig, run_folder: Path, console: RunConsole) -> StepProfiler:
-    """This rank's profiler of `observability.profile_steps`.
-
-    Raises:
-        UserError: as `StepProfiler`.
-    """
-    return StepProfiler(
-        chosen.profile_steps, run_folder, dist.get_rank(), chosen.profile_with == "nsight", console.message
-    )
+def restore(config: RunConfig, checkpoint: Checkpoint, models: RunModels, rollout: Rollout) -> None:
+    """Give models and rollout the state that the checkpoint holds of them."""
+    models.load(checkpoint, same_layout=checkpoint.state.layout == current_layout(config.parallel))
+    if config.rollout.carries_over and rank() == 0:
+        rollout.carried = CarryOver.read_from(checkpoint.folder / ROLLOUT_FOLDER)
 
 
 def announce(console: RunConsole, text: str) -> None:
     """Print a line on rank 0."""
-    if dist.get_rank() == 0:
+    if rank() == 0:
         console.message(text)

@@ -3,7 +3,7 @@
 from megatron_dsrl.actor.statistics import ObjectiveMetrics, UpdateMetrics
 from megatron_dsrl.algorithms.importance import MISMATCH_MAXIMA, MISMATCH_MEANS
 from megatron_dsrl.config.phase import PhaseConfig
-from megatron_dsrl.run.step_record import log_prob_gap_warning, scored_spaces, update_metrics
+from megatron_dsrl.run.reporting import log_prob_gap_warning, scored_spaces, update_metrics
 
 NSR_PRERL = {"name": "nsr_prerl", "space": {"name": "pre_train"}, "advantage": "group_mean", "filter": "negative"}
 PHASE = PhaseConfig.model_validate(
