@@ -26,9 +26,8 @@ with loading_megatron():
     import torch
     from torch import Tensor
 
-    from megatron_dsrl.analysis.analyse_gradients import TokenisedResponse
     from megatron_dsrl.analysis.responses import read_steps
-    from megatron_dsrl.analysis.token_log_probs import both_spaces
+    from megatron_dsrl.analysis.scoring import TokenisedResponse, token_log_probs
     from megatron_dsrl.common.collective import rank
     from megatron_dsrl.model.parallel import destroy_parallel
     from megatron_dsrl.model.source import resolve_model_folder
@@ -73,7 +72,7 @@ def compare(model: str, run: Path, overrides: Sequence[str]) -> None:
         for prompt, sample in samples
     ]
     try:
-        megatron = torch.cat([torch.tensor(scores.with_prompt) for scores in both_spaces(config, responses)])
+        megatron = torch.cat([torch.tensor(scores.with_prompt) for scores in token_log_probs(config, responses)])
         first = rank() == 0
     finally:
         destroy_parallel()

@@ -1,34 +1,49 @@
-"""Client of a judge model behind an OpenAI-compatible endpoint, such as SGLang's, with limited concurrency.
+"""`dsrl analyse behaviours`: recorded responses judged one by one by a model behind an OpenAI-compatible endpoint.
 
-Failed requests are retried as in `rewards/http_request.py`.
+Every answer is saved immediately. The first line of the file has the judge and a digest of the question. The same
+command continues: only responses without an answer are judged again. An unreadable answer counts as an answer, since
+temperature 0 would repeat it. Failed requests are retried as in `rewards/http_request.py`.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from queue import SimpleQueue
-from typing import TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
+from megatron_dsrl.analysis.behaviours import SYSTEM_PROMPT, USER_PROMPT, parse_answer, question
+from megatron_dsrl.analysis.responses import RecordedResponse
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.process import in_background
+from megatron_dsrl.observability.records import Record, record_line, repair_records
 from megatron_dsrl.rewards.http_request import Attempts, ask_chat_model
 
-Messages = list[dict[str, str]]
-Key = TypeVar("Key", bound=Hashable)
+KEPT_CHARACTERS = 500
+"""Length to which unreadable answers are saved."""
+
+Key = tuple[int, int]
+"""A response: its step, and its place among those of the step."""
 
 
 @dataclass(frozen=True)
 class JudgeEndpoint:
-    """Address of the judge, and the client's limits."""
+    """Address of the judge, and the client's limits.
+
+    Raises:
+        UserError: the URL is not an HTTP address.
+    """
 
     url: str
     """Up to and including `/v1`."""
     model: str
-    """Model name at the endpoint."""
     api_key: str | None = None
     """Sent as a bearer token."""
     concurrency: int = 16
-    """Number of questions in flight."""
+    """Questions in flight."""
     timeout_seconds: float = 300.0
     """Limit of one attempt."""
     retries: int = 5
@@ -38,35 +53,122 @@ class JudgeEndpoint:
     max_tokens: int = 2048
     """Length limit of an answer."""
 
-    def check(self) -> None:
-        """Validate the address.
-
-        Raises:
-            UserError: the URL is not an HTTP address.
-        """
+    def __post_init__(self) -> None:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UserError(f"--url: expected an address such as http://127.0.0.1:30000/v1, got {self.url!r}")
 
 
-def ask_all(
+@dataclass(frozen=True)
+class Judgements:
+    """The result of `judge_responses`."""
+
+    verdicts: list[Record]
+    """`step`, `place` (of the response within the step), `problem`, `sample`, `right` and `behaviours` (None for an
+    unreadable answer), including those of earlier starts."""
+    failures: dict[Key, str]
+    """Why the judge gave no answer, by step and place. These responses are judged again at the next start."""
+
+
+def judge_responses(
+    steps: Sequence[tuple[int, Sequence[tuple[int, RecordedResponse]]]],
     endpoint: JudgeEndpoint,
-    questions: Mapping[Key, Messages],
-    on_answer: Callable[[Key, str], None],
+    file: Path,
+    on_verdict: Callable[[], None] = lambda: None,
+) -> Judgements:
+    """Judge the responses that are not in the file yet.
+
+    Args:
+        steps: steps with their chosen responses, each with its place within the step.
+        file: file of the verdicts; folders are created.
+        on_verdict: called once for every response with a verdict, including those of earlier starts.
+
+    Raises:
+        UserError: the file was made with another judge or question, or is damaged.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    responses = {(step, place): response for step, chosen in steps for place, response in chosen}
+    # not the URL: the same judge may move
+    settings = {"model": endpoint.model, "question": _digest(SYSTEM_PROMPT + USER_PROMPT)}
+    records = repair_records(file)
+    done = _verdicts(records, settings, responses, file)
+    with file.open("a", encoding="utf-8") as stream:
+
+        def write(record: Record) -> None:
+            stream.write(record_line(record))
+            stream.flush()
+            os.fsync(stream.fileno())
+
+        def keep(key: Key, answer: str) -> None:
+            done[key] = _verdict(key, responses[key], answer)
+            write(done[key])
+            on_verdict()
+
+        if not records:
+            write(settings)
+        for _ in responses.keys() & done.keys():
+            on_verdict()
+        missing = {key: question(response) for key, response in responses.items() if key not in done}
+        failures = ask_all(endpoint, missing, keep)
+    return Judgements([done[key] for key in sorted(done)], failures)
+
+
+def _verdict(key: Key, response: RecordedResponse, answer: str) -> Record:
+    behaviours = parse_answer(answer)
+    verdict: Record = {
+        "step": key[0],
+        "place": key[1],
+        "problem": response.problem,
+        "sample": response.number,
+        "response": _digest(response.prompt + "\0" + response.text),
+        "right": response.right,
+        "behaviours": behaviours,
+    }
+    return verdict if behaviours is not None else verdict | {"answer": answer[:KEPT_CHARACTERS]}
+
+
+def _verdicts(
+    records: Sequence[Record],
+    settings: dict[str, Any],
+    responses: dict[Key, RecordedResponse],
+    file: Path,
+) -> dict[Key, Record]:
+    """Verdicts of earlier starts by step and place."""
+    if not records:
+        return {}
+    different = [key for key in settings if records[0].get(key) != settings[key]]
+    if different:
+        then, now = ({key: values.get(key) for key in different} for values in (records[0], settings))
+        raise UserError(
+            f"{file} was made with another judge or question ({json.dumps(then)} then, {json.dumps(now)} now): choose "
+            "another folder with --output, or delete the file"
+        )
+    try:
+        done = {(record["step"], record["place"]): record for record in records[1:]}
+        other = [
+            key
+            for key, response in responses.items()
+            if key in done and done[key]["response"] != _digest(response.prompt + "\0" + response.text)
+        ]
+    except KeyError as error:
+        what = f"a line is not a verdict (it has no {error})"
+        raise UserError(f"{file}: {what}; delete the file to start over") from error
+    if other:
+        raise UserError(f"{file} judges other responses (step {other[0][0]}); choose another folder with --output")
+    return done
+
+
+def ask_all(
+    endpoint: JudgeEndpoint, questions: Mapping[Key, list[dict[str, str]]], on_answer: Callable[[Key, str], None]
 ) -> dict[Key, str]:
     """Ask every question at temperature 0.
 
     Args:
-        questions: chats by key.
-        on_answer: called with key and text of every answer as it arrives.
+        on_answer: called with every answer as it arrives.
 
     Returns:
         The last error of each question that got no answer.
-
-    Raises:
-        UserError: the URL is not an HTTP address.
     """
-    endpoint.check()
     waiting = iter(questions.items())
     outcomes: SimpleQueue[tuple[Key, str | Exception]] = SimpleQueue()
 
@@ -91,7 +193,7 @@ def ask_all(
     return failures
 
 
-def _ask(endpoint: JudgeEndpoint, messages: Messages) -> str:
+def _ask(endpoint: JudgeEndpoint, messages: list[dict[str, str]]) -> str:
     request = {
         "model": endpoint.model,
         "messages": messages,
@@ -111,3 +213,7 @@ def first_failures(failures: Mapping[Key, str]) -> Sequence[str]:
     """The three most frequent messages among the failures."""
     messages = list(failures.values())
     return sorted(set(messages), key=lambda message: -messages.count(message))[:3]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -136,8 +136,7 @@ def _behaviours(options: argparse.Namespace) -> int:
     from rich.progress import Progress
 
     from megatron_dsrl.analysis import behaviours
-    from megatron_dsrl.analysis.judge import JudgeEndpoint, first_failures
-    from megatron_dsrl.analysis.judge_responses import judge_responses
+    from megatron_dsrl.analysis.judge import JudgeEndpoint, first_failures, judge_responses
     from megatron_dsrl.analysis.outputs import in_words, output_folder, write_summary
     from megatron_dsrl.analysis.responses import choose, read_responses
 
@@ -167,7 +166,7 @@ def _behaviours(options: argparse.Namespace) -> int:
 def _gradients(options: argparse.Namespace) -> int:
     with loading_megatron(sys.stderr):
         from megatron_dsrl.analysis.alignment import charts, summary
-        from megatron_dsrl.analysis.analyse_gradients import analyse_gradients, gradient_settings
+        from megatron_dsrl.analysis.scoring import analyse_gradients, gradient_settings
         from megatron_dsrl.common.collective import rank
         from megatron_dsrl.model.parallel import destroy_parallel
 

@@ -135,8 +135,7 @@ def _chosen(groups: "Sequence[SampleGroup]", prompt: int | None, limit: int, ste
 def _log_probs(options: argparse.Namespace, groups: "Sequence[SampleGroup]") -> "dict[int, ResponseLogProbs]":
     """Log-probs of every sample with tokens, by its `id`."""
     with loading_megatron(sys.stderr):
-        from megatron_dsrl.analysis.analyse_gradients import TokenisedResponse, gradient_settings
-        from megatron_dsrl.analysis.token_log_probs import both_spaces
+        from megatron_dsrl.analysis.scoring import TokenisedResponse, gradient_settings, token_log_probs
         from megatron_dsrl.model.parallel import destroy_parallel
 
     samples = [(group, sample) for group in groups for sample in group.samples if sample.response_ids]
@@ -153,7 +152,7 @@ def _log_probs(options: argparse.Namespace, groups: "Sequence[SampleGroup]") -> 
         for group, sample in samples
     ]
     try:
-        scores = both_spaces(config, responses)
+        scores = token_log_probs(config, responses)
     finally:
         destroy_parallel()
     return {id(sample): score for (_, sample), score in zip(samples, scores, strict=True)}
@@ -161,7 +160,7 @@ def _log_probs(options: argparse.Namespace, groups: "Sequence[SampleGroup]") -> 
 
 def _model(options: argparse.Namespace, samples: "Sequence[Sample]") -> tuple[str | None, str]:
     """The model for `--log-probs` (None: the run's initial model), and a description of its weights."""
-    from megatron_dsrl.analysis.token_log_probs import newest_export, sampling_step
+    from megatron_dsrl.analysis.scoring import newest_export, sampling_step
 
     if options.model is not None:
         return options.model, ""
@@ -179,7 +178,7 @@ def _model(options: argparse.Namespace, samples: "Sequence[Sample]") -> tuple[st
 
 def _token_text(options: argparse.Namespace) -> Callable[[int], str]:
     with loading_megatron(sys.stderr):
-        from megatron_dsrl.analysis.analyse_gradients import gradient_settings
+        from megatron_dsrl.analysis.scoring import gradient_settings
         from megatron_dsrl.data.tokenizer import decode, load_tokenizer
         from megatron_dsrl.model.source import resolve_model_folder
 

@@ -1,4 +1,8 @@
-"""`dsrl analyse gradients`: compares the gradients of recorded responses under a model. All ranks run it."""
+"""Recorded responses under a model, in both spaces: their gradients (`dsrl analyse gradients`) and the log-probs of
+their tokens (`dsrl samples --log-probs`). All ranks run it.
+
+In the post-train space a response is scored given its prompt, log P(y|x); in the pre-train space without it, log P(y).
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,10 +15,12 @@ from transformers import PreTrainedTokenizerBase
 from megatron_dsrl.actor.sharded_model import ShardedModel
 from megatron_dsrl.algorithms.spaces import PostTrain, PreTrain
 from megatron_dsrl.analysis.alignment import ScoredResponse
-from megatron_dsrl.analysis.gradients import LogProbGradients
+from megatron_dsrl.analysis.gradients import LogProbGradients, scores_of_row
 from megatron_dsrl.analysis.responses import choose, read_steps, recorded_steps
+from megatron_dsrl.analysis.sample_view import ResponseLogProbs
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.process import launched_world_size
+from megatron_dsrl.common.step_names import by_step
 from megatron_dsrl.config.load import apply_override
 from megatron_dsrl.config.model import GradientAnalysisConfig, ParallelConfig
 from megatron_dsrl.config.validate import validated
@@ -25,8 +31,9 @@ from megatron_dsrl.model.architecture import Architecture, read_architecture
 from megatron_dsrl.model.build import build_model, build_trainable
 from megatron_dsrl.model.parallel import parallel_layout
 from megatron_dsrl.model.source import resolve_model_folder
-from megatron_dsrl.observability.records import read_records
+from megatron_dsrl.observability.records import EXPORTS_FOLDER, read_records
 from megatron_dsrl.observability.run_records import read_run
+from megatron_dsrl.rollout.sample import Sample
 from megatron_dsrl.weights.load import load_weights
 from megatron_dsrl.weights.table import weight_table
 
@@ -74,7 +81,6 @@ def analyse_gradients(
 
     Args:
         source: run folder or sample file.
-        config: model, layout and scoring.
         steps: steps of a run; None: the first recorded one, which was sampled with the model that the run started from.
         limit: number of responses, drawn from all of the steps.
 
@@ -97,6 +103,43 @@ def analyse_gradients(
             yield ScoredResponse(response.step, response.problem, response.number, response.reward, comparison)
 
 
+def token_log_probs(config: GradientAnalysisConfig, responses: Sequence[TokenisedResponse]) -> list[ResponseLogProbs]:
+    """Log-probs under the configured model and temperature of responses with at least one token. Collective over the
+    ranks.
+
+    Raises:
+        UserError: a response is too long for the model, or the layout does not fit.
+    """
+    folder = resolve_model_folder(config.model.path)
+    architecture = read_architecture(folder)
+    pre_train, post_train = PreTrain(bos=config.bos), PostTrain()
+    bos_ids = context_token_ids(load_tokenizer(str(folder), architecture.vocab_size), pre_train.context_text)
+    sequences = [post_train.sequence(one.prompt_ids, one.response_ids, scored=one.scored) for one in responses]
+    sequences += [pre_train.sequence((), one.response_ids, bos_ids, one.scored) for one in responses]
+    with scoring_model(config, folder, architecture, responses) as model:
+        scores = model.score_tokens(
+            sequences, lambda row, logits: scores_of_row(row, logits, architecture.vocab_size, config.temperature)[0]
+        )
+    lengths = [len(one.response_ids) for one in responses]
+    values = [
+        sequence.spread_scored(score.tolist(), length)
+        for sequence, score, length in zip(sequences, scores, lengths * 2, strict=True)
+    ]
+    return [ResponseLogProbs(*pair) for pair in zip(values[: len(responses)], values[len(responses) :], strict=True)]
+
+
+def sampling_step(sample: Sample) -> int:
+    """Number of steps after which the policy had the weights that finished this sample; 0: the run's initial model."""
+    return max(sample.weight_version, 1) - 1
+
+
+def newest_export(run_folder: Path, step: int) -> tuple[Path | None, int]:
+    """A run's newest exported policy up to this step, and its step; (None, 0) without one, for the initial model."""
+    exports = by_step(run_folder / EXPORTS_FOLDER)
+    newest = max((number for number in exports if number <= step), default=0)
+    return exports.get(newest), newest
+
+
 @contextmanager
 def scoring_model(
     config: GradientAnalysisConfig,
@@ -104,12 +147,7 @@ def scoring_model(
     architecture: Architecture,
     responses: Sequence[TokenisedResponse],
 ) -> Iterator[ShardedModel]:
-    """Context with the model, sharded over all ranks. Collective.
-
-    Args:
-        config: layout and dtype of the model.
-        folder: folder of its weights.
-        responses: responses that it will score.
+    """Context with the model, whose weights are in `folder`, sharded over all ranks. Collective.
 
     Raises:
         UserError: a response is too long for the model, or the layout does not fit.

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_dsrl.analysis.behaviours import BEHAVIOURS, behaviours_by_step, parse_answer, question, summary
-from megatron_dsrl.analysis.judge import JudgeEndpoint
-from megatron_dsrl.analysis.judge_responses import judge_responses
+from megatron_dsrl.analysis.judge import JudgeEndpoint, judge_responses
 from megatron_dsrl.analysis.responses import RecordedResponse
 from megatron_dsrl.common.errors import UserError
 from tests.support.http_server import serving
