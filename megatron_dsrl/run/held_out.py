@@ -10,8 +10,8 @@ from megatron_dsrl.algorithms.experience import build_experience
 from megatron_dsrl.algorithms.spaces import PostTrain
 from megatron_dsrl.common.collective import broadcast, rank
 from megatron_dsrl.evaluation.sample_file import first_responses
-from megatron_dsrl.rollout.without_engines import as_group
 from megatron_dsrl.rollout.rollout import responses_of
+from megatron_dsrl.rollout.without_engines import as_group
 from megatron_dsrl.run.reporting import record_evaluation
 from megatron_dsrl.run.sampling import recover, unless_stopped
 from megatron_dsrl.run.start import TrainingRun

@@ -17,9 +17,8 @@ from megatron_dsrl.config.phase import MAIN_OBJECTIVE, PhaseConfig
 from megatron_dsrl.observability.records import Record
 from megatron_dsrl.observability.timer import SecondsPerPart
 from megatron_dsrl.platform import current_platform
-from megatron_dsrl.rollout.rollout import responses_of
+from megatron_dsrl.rollout.rollout import StepSamples, responses_of
 from megatron_dsrl.rollout.sample import SampleGroup
-from megatron_dsrl.rollout.rollout import StepSamples
 from megatron_dsrl.run.rollout_metrics import response_metrics, rollout_metrics
 from megatron_dsrl.run.start import TrainingRun
 

@@ -9,8 +9,7 @@ from typing import TypeVar
 from megatron_dsrl.algorithms.experience import Response
 from megatron_dsrl.common.collective import broadcast
 from megatron_dsrl.data.prompt import Prompt
-from megatron_dsrl.rollout.rollout import responses_of
-from megatron_dsrl.rollout.rollout import StepSamples
+from megatron_dsrl.rollout.rollout import StepSamples, responses_of
 from megatron_dsrl.run.preemption import StopRequested
 from megatron_dsrl.run.saving import save_and_stop
 from megatron_dsrl.run.start import TrainingRun
