@@ -104,7 +104,7 @@ def test_what_is_missing_and_can_be_made_is_named_with_its_command(config, tmp_p
 
 def test_published_sizes_need_neither_a_network_nor_the_model(config, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("megatron_dsrl.model.source._fetch_config_json", lambda name: pytest.fail("asked the hub"))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *args, **options: pytest.fail("asked the hub"))
     figures = preflight(load_config(tmp_path / "run.yaml", ["model.path=Qwen/Qwen3-30B-A3B"]), 1)
     assert figures.samples_per_step == 16
 
