@@ -1,4 +1,4 @@
-"""Numbers in configuration files and records."""
+"""Numbers in configuration files and records, and in sentences."""
 
 from typing import Any, TypeGuard
 
@@ -22,3 +22,9 @@ def positive_integer(value: Any, what: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"{what} must be a positive integer, not {value!r}")
     return value
+
+
+def counted(count: int, noun: str) -> str:
+    """A count with its noun, which has a regular plural: `1 process`, `3 processes`."""
+    plural = f"{noun}es" if noun.endswith(("s", "ch")) else f"{noun}s"
+    return f"{count:,} {noun if count == 1 else plural}"

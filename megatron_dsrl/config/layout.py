@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.common.numbers import counted
 from megatron_dsrl.config.model import ParallelConfig
 
 Problem = tuple[str, str]
@@ -54,7 +55,7 @@ def process_problems(parallel: ParallelConfig, world_size: int) -> Iterator[Prob
             "parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.context_parallel_size",
             f"one model takes {parallel.tensor_parallel_size} x {parallel.pipeline_parallel_size} x "
             f"{parallel.context_parallel_size} = {parallel.model_parallel_size} processes, and "
-            f"{processes(world_size)} cannot be divided by that; change the sizes or the number of processes "
+            f"{counted(world_size, 'process')} cannot be divided by that; change the sizes or the number of processes "
             "(--processes)",
         )
     elif world_size % parallel.expert_model_parallel_size:
@@ -62,7 +63,7 @@ def process_problems(parallel: ParallelConfig, world_size: int) -> Iterator[Prob
             "parallel.expert_parallel_size, parallel.expert_tensor_parallel_size, parallel.pipeline_parallel_size",
             f"all experts together take {parallel.expert_parallel_size} x {parallel.split_of_experts} x "
             f"{parallel.pipeline_parallel_size} = {parallel.expert_model_parallel_size} processes, and "
-            f"{processes(world_size)} cannot be divided by that; change the sizes or the number of processes",
+            f"{counted(world_size, 'process')} cannot be divided by that; change the sizes or the number of processes",
         )
     if parallel.sequence_parallel and parallel.tensor_parallel_size == 1:
         yield (
@@ -149,7 +150,7 @@ def engine_problems(tensor_parallel_size: int, world_size: int, shape: ModelShap
     if world_size % size:
         yield (
             field,
-            f"{processes(world_size)} cannot be divided into engines of {size}; "
+            f"{counted(world_size, 'process')} cannot be divided into engines of {size}; "
             "choose a divisor of the number of processes",
         )
     if shape is None:
@@ -164,8 +165,3 @@ def engine_problems(tensor_parallel_size: int, world_size: int, shape: ModelShap
 def indivisible(what: str, size: int, parts: int) -> str:
     """A message that a model size is not divisible, with the divisors that would work."""
     return f"the model's {size} {what} cannot be split {parts} ways; choose a divisor of {size}"
-
-
-def processes(count: int) -> str:
-    """A number of processes with its noun."""
-    return "1 process" if count == 1 else f"{count} processes"

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.config.layout import ModelShape, processes
+from megatron_dsrl.common.numbers import counted
+from megatron_dsrl.config.layout import ModelShape
 from megatron_dsrl.config.load import format_config
 from megatron_dsrl.config.phase import PhaseSteps, phases_by_steps
 from megatron_dsrl.config.rollout import RolloutConfig
@@ -69,9 +70,8 @@ def derive(config: RunConfig, world_size: int, shape: ModelShape | None, prompts
     phases = list(phases_by_steps(config.phases, config.steps))
     problems = run_problems(config, phases, world_size, shape, prompts)
     if problems:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        lines = [f"  {fields}: {what}" for fields, what in problems]
-        raise UserError("\n".join([f"run `{config.name}` on {processes(world_size)}: {count}", *lines]))
+        title = f"run `{config.name}` on {counted(world_size, 'process')}: {counted(len(problems), 'problem')}"
+        raise UserError("\n".join([title, *(f"  {fields}: {what}" for fields, what in problems)]))
     return _figures(config, phases, world_size, prompts)
 
 
@@ -148,14 +148,14 @@ def batch_lines(config: RunConfig, figures: RunFigures) -> list[str]:
         f"{parallel.pipeline_parallel_size} pipeline x {parallel.context_parallel_size} context"
     )  # fmt: skip
     split = "" if config.actor.optimizer_steps_per_rollout == 1 else (
-        f" ({_counted(actor.mini_batches_per_rollout, 'mini-batch', 'mini-batches')} x "
-        f"{_counted(actor.epochs_per_rollout, 'epoch', 'epochs')})"
+        f" ({counted(actor.mini_batches_per_rollout, 'mini-batch')} x "
+        f"{counted(actor.epochs_per_rollout, 'epoch')})"
     )  # fmt: skip
     return [
         f"every step: {_samples(config, figures)}; "
-        f"{_counted(config.actor.optimizer_steps_per_rollout, 'optimizer step', 'optimizer steps')} of "
+        f"{counted(config.actor.optimizer_steps_per_rollout, 'optimizer step')} of "
         f"{figures.samples_per_optimizer_step:,}{split}",
-        f"layout: {processes(figures.world_size)}{layout}",
+        f"layout: {counted(figures.world_size, 'process')}{layout}",
         f"micro-batches of up to {actor.max_tokens_per_micro_batch:,} tokens; per optimizer step, at full length: "
         f"{per_phase}",
     ]
@@ -190,10 +190,6 @@ def _samples(config: RunConfig, figures: RunFigures) -> str:
         )
     epochs = "" if figures.epochs is None else f", {figures.epochs:.2f} epochs of {figures.prompts:,} in all"
     return f"{config.rollout.prompts_per_step:,} responses of the data set{epochs}"
-
-
-def _counted(count: int, one: str, several: str) -> str:
-    return f"{count} {one if count == 1 else several}"
 
 
 def _figures_table(config: RunConfig, figures: RunFigures) -> Table:

@@ -9,6 +9,7 @@ from typing import Any, get_args, get_origin
 from pydantic import ValidationError
 
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.common.numbers import counted
 from megatron_dsrl.config.choices import Registry
 from megatron_dsrl.config.describe import did_you_mean, is_section, members, registry_of, tags
 from megatron_dsrl.config.section import PATTERN, CustomSection, Section, SectionClass
@@ -38,8 +39,7 @@ def validated(
             return section.model_validate_json(json.dumps(data, allow_nan=False))
         except ValidationError as error:
             problems = [f"  {problem}" for problem in _explain(error, section, data, places)]
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    raise UserError("\n".join([f"{source}: {count} in the {what}", *problems]))
+    raise UserError("\n".join([f"{source}: {counted(len(problems), 'problem')} in the {what}", *problems]))
 
 
 def _not_json(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from megatron_dsrl.config.actor import LoraConfig
+from megatron_dsrl.common.numbers import counted
 from megatron_dsrl.config.layout import Problem
 from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.config.run import Due, RunConfig
@@ -22,8 +22,11 @@ GIB = 2**30
 def print_plan(plan: Plan, architecture: Architecture, assumptions: Assumptions, console: Console) -> None:
     """Print memory, time, limits, and whether the run fits."""
     console.print(_memory_table(plan))
-    if plan.config.actor.lora:
-        console.print(_trained_share(plan.config.actor.lora, architecture), highlight=False)
+    if lora := plan.config.actor.lora:
+        adapters = adapter_parameters_of_stage(architecture, ParallelConfig(), 0, lora).total
+        total = parameters_of_model(architecture)
+        share = f"LoRA trains {adapters:,} parameters beside the model's {total:,} ({adapters / total:.2%})"
+        console.print(share, highlight=False)
     console.print(_time_table(plan, assumptions))
     console.print(_rest_of_the_run(plan.config, run_files(plan.config, architecture)), soft_wrap=True, highlight=False)
     micro_batch, response = largest_micro_batch(plan, architecture), largest_response(plan, architecture)
@@ -40,7 +43,7 @@ def print_plan(plan: Plan, architecture: Architecture, assumptions: Assumptions,
 
 def print_impossible_layout(problems: Sequence[Problem], gpus: int, console: Console) -> None:
     """Print why the configured layout is not possible on this number of GPUs."""
-    console.print(f"[bold]The configured layout is not possible on {_gpus(gpus)}:[/bold]", highlight=False)
+    console.print(f"[bold]The configured layout is not possible on {counted(gpus, 'GPU')}:[/bold]", highlight=False)
     for fields, what in problems:
         console.print(f"- {fields}: {what}", highlight=False, markup=False)
 
@@ -48,16 +51,13 @@ def print_impossible_layout(problems: Sequence[Problem], gpus: int, console: Con
 def print_suggestions(
     config: RunConfig, plans: Sequence[Plan], gpus: int, needed_gpus: int | None, console: Console
 ) -> None:
-    """Print layouts, the fastest first, and the overrides of `dsrl train` for the fastest.
-
-    Args:
-        config: the configuration as given.
-        plans: the result of `layouts.suggest`.
-        gpus: number of GPUs the plans are for.
-        needed_gpus: without plans, the smallest number of GPUs that has one; None if unknown.
-    """
+    """Print layouts for `gpus` GPUs, the fastest first, and the overrides of `dsrl train` for the fastest; without any
+    layout, the smallest number of GPUs that has one, if known."""
     if not plans:
-        console.print(f"No layout fits {_gpus(gpus)}: {_more_gpus(needed_gpus)}", highlight=False)
+        advice = "lower the lengths, or move parts of the trainer to the host (actor.offload)."
+        if needed_gpus is not None:
+            advice = f"{needed_gpus} would be enough; or {advice}"
+        console.print(f"No layout fits {counted(gpus, 'GPU')}: {advice}", highlight=False)
         return
     console.print(_suggestions_table(config, plans, gpus))
     if overrides := overrides_of(plans[0], config):
@@ -87,7 +87,7 @@ def _suggestions_table(config: RunConfig, plans: Sequence[Plan], gpus: int) -> T
         del columns["engine\nTP"]
     table = Table(
         *columns,
-        title=f"layouts that fit {_gpus(gpus)}, the fastest first",
+        title=f"layouts that fit {counted(gpus, 'GPU')}, the fastest first",
         caption="TP, PP, CP, EP: tensor (with sequence), pipeline, context and expert parallel; all with the "
         "distributed optimizer",
     )
@@ -106,27 +106,10 @@ def pasteable(words: Sequence[str], width: int) -> str:
     return " \\\n".join(f"    {line}" for line in lines)
 
 
-def _more_gpus(needed: int | None) -> str:
-    if needed is None:
-        return "lower the lengths, or move parts of the trainer to the host (actor.offload)."
-    return f"{needed} would be enough; or lower the lengths, or move parts to the host (actor.offload)."
-
-
-def _gpus(count: int) -> str:
-    return "1 GPU" if count == 1 else f"{count:,} GPUs"
-
-
 def _pipeline(parallel: ParallelConfig) -> str:
     """The pipeline size, and the layers of the end stages if they differ from the others."""
     ends = (parallel.layers_in_first_stage, parallel.layers_in_last_stage)
     return f"{parallel.pipeline_parallel_size}" + (f", ends\n{ends[0]}, {ends[1]}" if any(ends) else "")
-
-
-def _trained_share(lora: LoraConfig, architecture: Architecture) -> str:
-    """How many parameters LoRA trains, over all processes."""
-    adapters = adapter_parameters_of_stage(architecture, ParallelConfig(), 0, lora).total
-    total = parameters_of_model(architecture)
-    return f"LoRA trains {adapters:,} parameters beside the model's {total:,} ({adapters / total:.2%})"
 
 
 def _memory_table(plan: Plan) -> Table:
@@ -182,16 +165,15 @@ def _stage_columns(stages: int) -> dict[str, slice]:
 
 def _add_host_rows(memory: RunMemory, row: Callable[..., None]) -> None:
     """Add rows for host memory. `row` gets a title, and sizes as in `_memory_table`."""
-    if any(memory.reference_on_host):
-        row("on the host: reference policy", *memory.reference_on_host)
-    if any(memory.offloaded_on_host):
-        row("on the host: what actor.offload moves", *memory.offloaded_on_host)
-    if any(memory.checkpoint_on_host):
-        row("on the host: checkpoint copy, at most", *memory.checkpoint_on_host)
-    if any(memory.gathered_on_host):
-        row("on the host: checkpoint, gathered", *memory.gathered_on_host)
-    if memory.routed_experts_on_host:
-        row("on the host: routing replay, at most", memory.routed_experts_on_host)
+    for what, sizes in (
+        ("reference policy", memory.reference_on_host),
+        ("what actor.offload moves", memory.offloaded_on_host),
+        ("checkpoint copy, at most", memory.checkpoint_on_host),
+        ("checkpoint, gathered", memory.gathered_on_host),
+        ("routing replay, at most", (memory.routed_experts_on_host,)),
+    ):
+        if any(sizes):
+            row(f"on the host: {what}", *sizes)
 
 
 def _time_table(plan: Plan, assumptions: Assumptions) -> Table:
@@ -226,7 +208,7 @@ def _rest_of_the_run(config: RunConfig, files: RunFiles) -> str:
     of_sets = f" ({', '.join(one.name for one in sets)})" if sets else ""
     kept = f"checkpoints {files.checkpoints} x {gib(files.checkpoint_bytes)}"
     kept += f", exports {files.exports} x {gib(files.export_bytes)}"
-    return f"not in these hours: {evaluations} evaluations{of_sets}\non disk: {kept}; and samples and logs"
+    return f"not in these hours: {counted(evaluations, 'evaluation')}{of_sets}\non disk: {kept}; and samples and logs"
 
 
 def _tokens(count: int | None) -> str:

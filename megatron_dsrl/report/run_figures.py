@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_dsrl.charts.chart_source import number
+from megatron_dsrl.common.numbers import counted
 from megatron_dsrl.observability.console_lines import duration
 from megatron_dsrl.observability.records import Record
 from megatron_dsrl.observability.run_records import RunRecords
@@ -68,8 +69,7 @@ def _loss(record: Record) -> str:
 
 def _accuracy_figure(name: str, records: list[Record]) -> Figure:
     first, last = records[0], records[-1]
-    samples = last["samples_per_prompt"]
-    problems = f"{last['problems']} problems × {samples} {'sample' if samples == 1 else 'samples'}"
+    problems = f"{last['problems']} problems × {counted(last['samples_per_prompt'], 'sample')}"
     before = "before training" if first["step"] == 0 else f"after step {first['step']}"
     if len(records) == 1:
         return Figure(f"Accuracy on {name}", _accuracy(first), f"{before} only; {problems}")
