@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from megatron_dsrl.common.fingerprint import fingerprint
+from megatron_dsrl.common.checksum import fingerprint
 from megatron_dsrl.evaluation.evaluate import hf_folder
 from megatron_dsrl.evaluation.find_model import find_model
 from megatron_dsrl.observability.records import read_starts

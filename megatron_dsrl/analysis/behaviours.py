@@ -13,7 +13,7 @@ from typing import Any
 from megatron_dsrl.analysis.responses import RecordedResponse
 from megatron_dsrl.charts.chart_source import Series, ValueAxis
 from megatron_dsrl.charts.charts import Chart, line_chart
-from megatron_dsrl.common.visible_text import shortened
+from megatron_dsrl.common.text import shortened
 from megatron_dsrl.observability.records import Record
 from megatron_dsrl.observability.run_records import PhaseSpan
 

@@ -10,7 +10,7 @@ from megatron_dsrl.charts.chart_source import SERIES_COLOURS
 from megatron_dsrl.charts.charts import Chart
 from megatron_dsrl.charts.estimate import Estimate, in_percent, over_runs, pass_at_k_chart
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.common.markdown import markdown_table
+from megatron_dsrl.common.text import markdown_table
 from megatron_dsrl.evaluation.results import EvaluationResults
 from megatron_dsrl.observability.records import Record
 

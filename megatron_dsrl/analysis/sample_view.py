@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megatron_dsrl.common.visible_text import visible
+from megatron_dsrl.common.text import visible
 from megatron_dsrl.rollout.sample import Sample, SampleGroup
 
 GAP_STYLES = ((1.0, "bold green"), (0.1, "green"), (-0.1, "dim"), (-1.0, "red"))

@@ -45,7 +45,7 @@ def cpu_threads(
     """Choose the threads of a rank.
 
     Args:
-        parameters: number of parameters of the whole model.
+        parameters: of the whole model.
         trainer: configured threads of the trainer; None chooses by cores and model size.
         engine: configured threads of the engine; None as for the trainer.
         cores: cores of this machine; None counts them.

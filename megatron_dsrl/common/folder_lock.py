@@ -27,10 +27,9 @@ POLL_SECONDS = 0.2
 
 @contextmanager
 def locked(folder: Path, report: Callable[[str], None]) -> Iterator[None]:
-    """Keep other commands out of the folder during the `with` block. Collective.
+    """Keep other commands out of the folder, created if it does not exist, during the `with` block. Collective.
 
     Args:
-        folder: created if it does not exist.
         report: called on rank 0 with a message if the file system has no locks or another process holds the lock.
 
     Raises:

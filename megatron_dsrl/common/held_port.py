@@ -21,14 +21,7 @@ class HeldPort:
     """A port that this process holds until `close`."""
 
     def __init__(self, host: str, port: int | None) -> None:
-        """
-        Args:
-            host: address to listen on.
-            port: the port; None takes a free one.
-
-        Raises:
-            UserError: the port is in use.
-        """
+        """Port None takes a free one. Raises UserError if the port is in use."""
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         self._claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:

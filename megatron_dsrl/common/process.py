@@ -46,10 +46,8 @@ def end_with_launcher() -> None:
 def die_with_parent(parent: int) -> None:
     """Have the kernel send this process SIGKILL when its parent ends, `kill -9` of the parent included.
 
-    "Parent" means the *thread* that started this process, so start children from a thread that stays alive.
-
-    Args:
-        parent: expected process id of the parent; if the parent has already ended, this process ends at once.
+    "Parent" means the *thread* that started this process, so start children from a thread that stays alive. `parent` is
+    its process id; if it has already ended, this process ends at once.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:

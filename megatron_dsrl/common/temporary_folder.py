@@ -25,11 +25,6 @@ def temporary_folder_problem() -> str | None:
 
 
 def require_short_temporary_folder() -> None:
-    """Refuse a temporary folder in which no sockets can be made.
-
-    Raises:
-        UserError: its name is too long.
-    """
-    problem = temporary_folder_problem()
-    if problem is not None:
+    """Raise UserError if the temporary folder's name is too long."""
+    if problem := temporary_folder_problem():
         raise UserError(problem)

@@ -6,13 +6,10 @@ from torch import Tensor
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The tensor's memory, without a copy; valid while the tensor is.
+    """The memory of a contiguous tensor, without a copy; valid while the tensor is.
 
     `Tensor.numpy` would do the same, but it forbids for ever that the tensor's storage is resized, which offloading a
     model's parts does.
-
-    Args:
-        tensor: contiguous, on the CPU.
     """
     assert tensor.is_contiguous() and tensor.device.type == "cpu"
     if tensor.nbytes == 0:

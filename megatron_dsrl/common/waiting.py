@@ -42,11 +42,8 @@ def waiting(
     starting 1 engine: done after 14 s
     ```
 
-    Args:
-        what: the work, such as `starting 1 engine`.
-        hint: how long it usually takes, or where to look.
-        say: prints one line; called from another thread as well.
-        reminder_seconds: time between reminders.
+    `hint` says how long it usually takes, or where to look. `say` prints one line; it is called from another thread as
+    well.
     """
     say(f"{what} ({hint}) ..." if hint else f"{what} ...")
     started, done = time.monotonic(), threading.Event()

@@ -10,9 +10,8 @@ import torch
 import torch.distributed as dist
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from megatron_dsrl.common.collective import rank, world_size
+from megatron_dsrl.common.collective import join_processes, rank, world_size
 from megatron_dsrl.common.process import launched_world_size
-from megatron_dsrl.common.rendezvous import join_processes
 from megatron_dsrl.weights.reused_memory import ReusedMemory
 from megatron_dsrl.weights.table import TableEntry, WeightTable
 

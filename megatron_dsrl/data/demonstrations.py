@@ -35,11 +35,9 @@ class Demonstration(Prompt):
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A usable row."""
+class Pair(prompts.UsableRow):
+    """A problem with its response."""
 
-    index: int
-    problem: prompts.Problem
     response: str
 
 
@@ -49,8 +47,6 @@ def load_demonstrations(
     """All demonstrations of a set, in the order of its rows.
 
     Args:
-        config: where the rows come from, and which fields hold prompt and response.
-        tokenizer: the model's tokenizer, with a chat template.
         max_response_tokens: length limit of a response, its end included.
         section: path of `config` in the run's configuration, for messages.
 
@@ -105,21 +101,14 @@ class PairReader:
     """Reads problem and response from rows as configured."""
 
     def __init__(self, config: PromptSetConfig, section: str) -> None:
-        """
-        Raises:
-            UserError: a template is invalid.
-        """
+        """Raises UserError if a template is invalid."""
         self._config = config
         self._section = section
         self._read_problem = prompts.RowReader(config, section).problem
         self._response_of = prompts.value_reader(config.response_template, config.response_field, "response", section)
 
     def __call__(self, index: int, row: Row) -> Pair:
-        """Read one row.
-
-        Raises:
-            BadRowError: the row has no usable problem or response.
-        """
+        """Read one row. Raises BadRowError if it has no usable problem or response."""
         config = self._config
         if config.choices is not None:
             row = with_choices(row, config.choices, self._section)

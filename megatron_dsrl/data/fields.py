@@ -24,10 +24,10 @@ class BadRowError(ValueError):
 
 
 def field_reader(field: str, setting: str) -> FieldReader:
-    """A function that reads a field or a dotted path. Strings along the path are parsed as JSON.
+    """A function that reads a row's field, or a path such as `reward_model.ground_truth` or `prompt.0.content`. Strings
+    along the path are parsed as JSON.
 
     Args:
-        field: a row's field, or a path such as `reward_model.ground_truth` or `prompt.0.content`.
         setting: name of the configuration field, for messages.
 
     Raises:
@@ -35,7 +35,6 @@ def field_reader(field: str, setting: str) -> FieldReader:
     """
 
     def read(row: Row) -> Any:
-        """The field of that name, else the value at the path. Raises BadRowError if neither exists."""
         if field in row:
             return row[field]
         value: Any = row
@@ -94,9 +93,6 @@ def with_choices(row: Row, choices: ChoicesConfig, section: str = "data") -> Row
 
 def chat_messages(value: Any, setting: str, last_role: str = "user") -> list[dict[str, str]]:
     """A chat in the form that the chat template takes.
-
-    Args:
-        last_role: whose turn the last one must be.
 
     Raises:
         BadRowError: it is not a list of turns with role and content, or the last one has another role.

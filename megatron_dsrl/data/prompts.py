@@ -9,7 +9,7 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -45,22 +45,18 @@ AnyPrompt = TypeVar("AnyPrompt", bound=Prompt)
 BAD_ROWS_SHOWN = 5
 
 
-class UsableRow(Protocol):
-    """What was read from a row."""
-
-    @property
-    def index(self) -> int: ...
-
-    @property
-    def problem(self) -> Problem: ...
-
-
 @dataclass(frozen=True)
-class Task:
-    """A usable row."""
+class UsableRow:
+    """What was read from a row."""
 
     index: int
     problem: Problem
+
+
+@dataclass(frozen=True)
+class Task(UsableRow):
+    """A problem with its answers."""
+
     answers: tuple[str, ...]
     """Accepted answers, at least one."""
 
@@ -69,8 +65,6 @@ def load_prompts(config: PromptSetConfig, tokenizer: PreTrainedTokenizerBase, se
     """All prompts of a set, in the order of its rows.
 
     Args:
-        config: where the rows come from and how they become prompts.
-        tokenizer: the model's tokenizer, with a chat template.
         section: path of `config` in the run's configuration, for messages.
 
     Raises:
@@ -184,10 +178,7 @@ class RowReader:
     """Reads problem and answers from rows as configured."""
 
     def __init__(self, config: PromptSetConfig, section: str) -> None:
-        """
-        Raises:
-            UserError: a pattern or a template is invalid.
-        """
+        """Raises UserError if a pattern or a template is invalid."""
         self._config = config
         self._section = section
         self._pattern = _compile(config.answer_pattern, section)
@@ -195,21 +186,13 @@ class RowReader:
         self._answer_of = value_reader(config.answer_template, config.answer_field, "answer", section)
 
     def __call__(self, index: int, row: Row) -> Task:
-        """Read one row.
-
-        Raises:
-            BadRowError: the row has no usable problem or answer.
-        """
+        """Read one row. Raises BadRowError if it has no usable problem or answer."""
         if self._config.choices is not None:
             row = with_choices(row, self._config.choices, self._section)
         return Task(index, self.problem(row), self._answers(row))
 
     def problem(self, row: Row) -> Problem:
-        """The user's turn or the chat of a row.
-
-        Raises:
-            BadRowError: the row has none.
-        """
+        """The user's turn or the chat of a row. Raises BadRowError if it has none."""
         config = self._config
         if config.messages_field is not None:
             setting = f"{self._section}.messages_field"
@@ -274,21 +257,14 @@ def value_reader(template: str | None, field: str, what: str, section: str) -> F
 
 
 def require_chat_characters(messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The chat itself.
-
-    Raises:
-        BadRowError: a turn holds half a character.
-    """
+    """The chat itself. Raises BadRowError if a turn holds half a character."""
     for turn in messages:
         require_characters(turn["content"], "its chat")
     return messages
 
 
 def require_characters(text: str, origin: str) -> None:
-    """
-    Raises:
-        BadRowError: the text holds half a character.
-    """
+    """Raise BadRowError if the text holds half a character."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

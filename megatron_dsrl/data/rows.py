@@ -55,10 +55,7 @@ def read_rows(config: PromptSetConfig, section: str) -> list[Row]:
 def count_rows(config: PromptSetConfig, section: str, advice: str | None = None) -> int | None:
     """Number of rows of a set, at most `config.limit`; None for what must be loaded to be counted, such as a hub name.
 
-    JSON lines are not parsed, and Parquet is not read.
-
-    Args:
-        advice: what to do about a missing file, for the message; None: the usual.
+    JSON lines are not parsed, and Parquet is not read. `advice` says what to do about a missing file.
 
     Raises:
         UserError: a local file is missing, unreadable or empty.
@@ -93,10 +90,7 @@ def _require_files(files: list[Path], source: str, section: str, advice: str | N
 
 
 def _require_hub_name(source: str, section: str) -> None:
-    """
-    Raises:
-        UserError: the source, which is neither a file nor a folder, cannot be a hub name either.
-    """
+    """Raise UserError if the source, which is neither a file nor a folder, cannot be a hub name either."""
     if not _HUB_NAME.fullmatch(source):
         raise UserError(f"{section}.source: no such file or folder: {source}; create it, or correct the path")
 

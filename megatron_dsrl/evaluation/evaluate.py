@@ -12,9 +12,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from megatron_dsrl.common.checksum import fingerprint
 from megatron_dsrl.common.collective import barrier, on_first, rank
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.common.fingerprint import fingerprint
 from megatron_dsrl.common.folder_lock import locked
 from megatron_dsrl.common.waiting import waiting
 from megatron_dsrl.config.benchmark import Benchmark, BenchmarkRunConfig, load_benchmark, repeated_greedy_samples

@@ -10,7 +10,7 @@ from statistics import fmean
 
 from megatron_dsrl.charts.estimate import in_percent
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.common.markdown import markdown_table
+from megatron_dsrl.common.text import markdown_table
 from megatron_dsrl.evaluation.metrics import bootstrap_interval
 from megatron_dsrl.evaluation.published import (
     AVERAGE_OF_SIX,

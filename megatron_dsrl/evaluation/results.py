@@ -13,7 +13,7 @@ from megatron_dsrl.charts.estimate import over_runs, pass_at_k_chart
 from megatron_dsrl.charts.figure import write_figure
 from megatron_dsrl.common.disk import replace_text
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.common.markdown import markdown_table
+from megatron_dsrl.common.text import markdown_table
 from megatron_dsrl.config.benchmark import benchmark_names
 from megatron_dsrl.evaluation.published import AVERAGE_OF_SIX, DSRL_OVER_GRPO, SIX_BENCHMARKS
 

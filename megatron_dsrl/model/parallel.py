@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
+from megatron_dsrl.common.collective import join_processes
 from megatron_dsrl.common.process import launched_world_size
-from megatron_dsrl.common.rendezvous import join_processes
 from megatron_dsrl.config.layout import process_problems, refuse
 from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.platform import current_platform

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_dsrl.common.fingerprint import fingerprint
+from megatron_dsrl.common.checksum import fingerprint
 from megatron_dsrl.config.data import DataConfig, PromptSetConfig
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.data.rows import local_files
@@ -32,7 +32,7 @@ def describe_model(path: str, folder: Path) -> dict[str, Any]:
 
     Returns:
         `path`, `folder`, `hub_commit` (None for a folder that is not a hub snapshot), `fingerprint` (see
-        `fingerprint.py`) and `files`.
+        `common/checksum.py`) and `files`.
     """
     real = folder.resolve()
     files = [file for file in folder.iterdir() if file.is_file()]

@@ -17,7 +17,7 @@ from megatron_dsrl.charts.estimate import Estimate, in_percent
 from megatron_dsrl.charts.figure import write_figure
 from megatron_dsrl.common.disk import write_result
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.common.markdown import markdown_table
+from megatron_dsrl.common.text import markdown_table
 from megatron_dsrl.observability.run_records import RunRecords, read_run, with_common_colours
 from megatron_dsrl.provenance.differences import compare_runs, starts_that_count
 

@@ -14,7 +14,7 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, Te
 
 from megatron_dsrl.charts.chart_source import number
 from megatron_dsrl.common.disk import write_result
-from megatron_dsrl.common.visible_text import shortened, visible
+from megatron_dsrl.common.text import shortened, visible
 from megatron_dsrl.evaluation.results import results_of_run
 from megatron_dsrl.observability.records import read_starts
 from megatron_dsrl.observability.run_records import RunRecords, read_run

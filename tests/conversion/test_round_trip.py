@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megatron_dsrl.commands.convert import DTYPES
-from megatron_dsrl.common.fingerprint import fingerprint
+from megatron_dsrl.common.checksum import fingerprint
 from megatron_dsrl.observability.records import read_starts
 from megatron_dsrl.weights.megatron_checkpoint import MegatronCheckpoint
 from tests.support.conversions import QUERY, VOCAB_SIZE, assert_identical, change_weights, convert, hidden, tensors_of

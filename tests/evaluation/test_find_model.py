@@ -11,9 +11,8 @@ from safetensors.torch import load_file
 
 from megatron_dsrl.checkpoint.state import ProcessLayout, RunState, SavedState
 from megatron_dsrl.cli import main
-from megatron_dsrl.common.checksum import checksums
+from megatron_dsrl.common.checksum import checksums, fingerprint
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.common.fingerprint import fingerprint
 from megatron_dsrl.conversion.convert import ConversionOptions, convert_hf_to_megatron
 from megatron_dsrl.conversion.distributed_checkpoint_writer import CheckpointLayout
 from megatron_dsrl.evaluation.evaluate import default_output

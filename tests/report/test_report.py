@@ -10,7 +10,7 @@ import pytest
 
 from megatron_dsrl.cli import main
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.common.visible_text import visible
+from megatron_dsrl.common.text import visible
 from megatron_dsrl.evaluation.metrics import summarise_benchmark
 from megatron_dsrl.evaluation.results import write_results
 from megatron_dsrl.evaluation.sample_file import ProblemResult, SampleFile

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron_dsrl.common.visible_text import shortened
+from megatron_dsrl.common.text import shortened
 from megatron_dsrl.report.sampled_responses import MAX_CHARACTERS, SAMPLES_PER_GROUP, choose_groups, shown_steps
 from megatron_dsrl.rollout.recording import rollout_file, write_groups
 from tests.observability.synthetic_run import make_group

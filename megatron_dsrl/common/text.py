@@ -1,6 +1,7 @@
-"""Text of unknown origin, such as a model's, made safe and short enough to look at in a terminal or on a page."""
+"""Text to look at in a terminal or on a page: of unknown origin, such as a model's, made safe and short; tables."""
 
 import unicodedata
+from collections.abc import Iterable, Sequence
 
 
 def visible(text: str, keep_lines: bool = True) -> str:
@@ -29,3 +30,9 @@ def _is_space(character: str) -> bool:
 
 def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode()
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """The lines of a table, without a final line end."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

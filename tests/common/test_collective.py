@@ -5,16 +5,16 @@ from datetime import timedelta
 
 import pytest
 
+from megatron_dsrl.common.collective import join_processes
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.held_port import HeldPort
-from megatron_dsrl.common.rendezvous import join_processes
 from megatron_dsrl.run.launch import launch
 
 MEETS = """
 import os, pathlib, sys, time
 from datetime import timedelta
 import torch, torch.distributed as dist
-from megatron_dsrl.common.rendezvous import join_processes
+from megatron_dsrl.common.collective import join_processes
 folder, first = pathlib.Path(sys.argv[1]), sys.argv[2]
 begins = pathlib.Path(folder, "first-begins")
 if os.environ["RANK"] == first:
