@@ -100,8 +100,7 @@ def add_upload(commands: Commands) -> None:
 def _trace(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from megatron_dsrl.observability.profile_files import profile_files
-    from megatron_dsrl.observability.timeline import TRACE_FOLDER
+    from megatron_dsrl.observability.timeline import TRACE_FOLDER, profile_files
     from megatron_dsrl.report.timeline import print_summary, read_timelines
     from megatron_dsrl.report.trace_events import write_trace
 

@@ -25,6 +25,8 @@ from megatron_dsrl.rollout.sample import Sample, SamplingParameters
 
 SAMPLING_FIELDS = ("temperature", "top_p", "max_response_tokens", "limit")
 """Benchmark fields that are saved with its results."""
+LINE_SECONDS = 30.0
+"""Time between lines of progress in a log."""
 
 
 def evaluate_benchmark(
@@ -107,13 +109,13 @@ def _sample(
     left = Counter(prompt.index for prompt, _ in missing)
     with (
         RewardPool(config.reward) as rewards,
-        benchmark_progress(config.title, problems, problems - len(left), len(missing)) as progress,
+        benchmark_progress(config.title, problems, problems - len(left), len(missing)) as sampled,
     ):
 
         def keep(prompt: Prompt, number: int, sample: Sample) -> None:
             samples.add(ProblemResult.of_sample(prompt, number, sample))
             left[prompt.index] -= 1
-            progress.sampled(problem_is_done=left[prompt.index] == 0)
+            sampled(left[prompt.index] == 0)
 
         sampler.generate_samples(missing, sampling, f"benchmark {benchmark.name}", keep, rewards)
 
@@ -129,60 +131,35 @@ def reward_settings(reward: RewardConfig) -> dict[str, Any]:
     return reward.model_dump(mode="json", include={"function", "options", "overlong"})
 
 
-LINE_SECONDS = 30.0
-
-
-class BenchmarkProgress:
-    """Counts the samples and finished problems of one benchmark."""
-
-    def __init__(self, title: str, problems: int, done: int, to_sample: int, show: Callable[[str, int], None]) -> None:
-        """`show` gets the progress line and the number of finished problems; see `benchmark_progress` for the rest."""
-        self._title = title
-        self._problems = problems
-        self._done = done
-        self._to_sample = to_sample
-        self._sampled = 0
-        self._show = show
-        self._started = time.monotonic()
-
-    def sampled(self, problem_is_done: bool) -> None:
-        """Count one more sample that is judged and on disk."""
-        self._sampled += 1
-        self._done += problem_is_done
-        self._show(self._line(), self._done)
-
-    def _line(self) -> str:
-        left = ""
-        if 0 < self._sampled < self._to_sample:
-            seconds = (time.monotonic() - self._started) / self._sampled * (self._to_sample - self._sampled)
-            left = f", {duration(seconds)} left"
-        return f"{self._title}: {self._done} of {self._problems} problems{left}"
-
-
 @contextmanager
-def benchmark_progress(title: str, problems: int, done: int, to_sample: int) -> Iterator[BenchmarkProgress]:
+def benchmark_progress(title: str, problems: int, done: int, to_sample: int) -> Iterator[Callable[[bool], None]]:
     """A bar on a terminal; elsewhere a line every half minute, to keep logs readable.
 
     Args:
         done: number of problems that have all their samples.
         to_sample: number of samples that are missing.
+
+    Yields:
+        A function to call after each sample that is judged and on disk, with whether it was its problem's last one.
     """
-    if sys.stdout.isatty():
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=Console(), transient=True) as bar:
-            task = bar.add_task(title, total=problems, completed=done)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    is_terminal = sys.stdout.isatty()
+    started = last_line = time.monotonic()
+    sampled = 0
+    with Progress(*columns, console=Console(), transient=True, disable=not is_terminal) as bar:
+        task = bar.add_task(title, total=problems, completed=done)
 
-            def update(line: str, finished: int) -> None:
-                bar.update(task, description=line, completed=finished)
+        def show(problem_is_done: bool) -> None:
+            nonlocal done, sampled, last_line
+            sampled += 1
+            done += problem_is_done
+            now = time.monotonic()
+            line = f"{title}: {done} of {problems} problems"
+            if sampled < to_sample:
+                line += f", {duration((now - started) / sampled * (to_sample - sampled))} left"
+            bar.update(task, description=line, completed=done)
+            if not is_terminal and now - last_line >= LINE_SECONDS:
+                print(line, flush=True)
+                last_line = now
 
-            yield BenchmarkProgress(title, problems, done, to_sample, update)
-        return
-    last = time.monotonic()
-
-    def show(line: str, finished: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= LINE_SECONDS:
-            print(line, flush=True)
-            last = time.monotonic()
-
-    yield BenchmarkProgress(title, problems, done, to_sample, show)
+        yield show

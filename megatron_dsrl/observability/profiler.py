@@ -13,7 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.observability.profile_files import profile_file
+from megatron_dsrl.observability.timeline import profile_file
 
 
 class StepProfiler:

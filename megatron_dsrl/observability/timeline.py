@@ -10,6 +10,7 @@ process they are that clock at its start plus a monotonic clock, and never run b
 
 import json
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from megatron_dsrl.observability.records import repair_records
 
 TRACE_FOLDER = "trace"
 """Within a run folder."""
+_PROFILE = re.compile(r"profile_rank_(\d+)_step_(\d+)\.json\.gz")
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +57,27 @@ def no_span(name: str) -> AbstractContextManager[None]:
 
 def trace_file(run_folder: Path, rank: int) -> Path:
     return run_folder / TRACE_FOLDER / f"rank_{rank:05d}.jsonl"
+
+
+@dataclass(frozen=True)
+class ProfileFile:
+    """One rank's profile of one step."""
+
+    rank: int
+    step: int
+    path: Path
+
+
+def profile_file(run_folder: Path, rank: int, step: int) -> Path:
+    """Where a rank's profile of a step is written."""
+    return run_folder / TRACE_FOLDER / f"profile_rank_{rank:05d}_step_{step:06d}.json.gz"
+
+
+def profile_files(run_folder: Path) -> list[ProfileFile]:
+    """All profiles of a run, by rank and step."""
+    paths = sorted((run_folder / TRACE_FOLDER).glob("profile_rank_*.json.gz"))
+    found = ((_PROFILE.fullmatch(path.name), path) for path in paths)
+    return [ProfileFile(int(match[1]), int(match[2]), path) for match, path in found if match]
 
 
 class Timeline:

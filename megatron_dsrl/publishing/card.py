@@ -3,21 +3,24 @@
 It is made from the run folder alone. Folders and addresses of the machines that made the run are left out.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.generated_card import CARD_FILE, GENERATED, has_mark
+from megatron_dsrl.config.benchmark import load_benchmark
+from megatron_dsrl.evaluation.results import results_of_run
 from megatron_dsrl.model.source import is_hub_name
-from megatron_dsrl.observability.records import CONFIG_FILE
+from megatron_dsrl.observability.records import CONFIG_FILE, EVALUATION_FILE, Record, read_records
 from megatron_dsrl.provenance.differences import ALWAYS_SHOWN, starts_that_count
 from megatron_dsrl.provenance.words import what_computed
-from megatron_dsrl.publishing.evaluations import evaluations_of, model_index
 from megatron_dsrl.publishing.origin import base_model_name, license_of, without_private_places
 from megatron_dsrl.run.results import exported_policy
 
@@ -137,8 +140,6 @@ def _metadata(
     config: Mapping[str, Any], name: str, base_model: str | None, evaluations: list, in_pre_train_space: bool
 ) -> str:
     """The YAML at the beginning, by the hub's own library."""
-    from huggingface_hub import ModelCardData
-
     source = str(config.get("data", {}).get("source", ""))
     license_fields: dict[str, Any] = {**license_of(Path(config["model"]["path"]).expanduser())}
     data = ModelCardData(
@@ -165,3 +166,96 @@ def _made_by(run_folder: Path, step: int) -> list[tuple[str, str]]:
             if value not in facts.setdefault(name, []):
                 facts[name].append(value)
     return [(name.removeprefix("Package "), ", then ".join(values)) for name, values in facts.items()]
+
+
+@dataclass(frozen=True)
+class CardEvaluation:
+    """One benchmark or held-out set."""
+
+    title: str
+    dataset: str
+    """Hub name where the benchmark comes from the hub, else its own name."""
+    problems: int
+    samples: int
+    """Per problem: k of Avg@k."""
+    accuracy: float
+    standard_error: float | None
+    before: float | None
+    """Accuracy before training, where that was measured."""
+    pass_at_k: float | None = None
+    """With k = `samples`."""
+
+
+def evaluations_of(run_folder: Path, step: int) -> list[CardEvaluation]:
+    """Evaluations of the policy after a step: benchmarks of `dsrl eval`, then held-out sets from training.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    records = [one for one in read_records(run_folder / EVALUATION_FILE) if one.get("accuracy") is not None]
+    before = {record["set"]: record["accuracy"] for record in records if record["step"] == 0}
+    held_out = {record["set"]: _of_record(record, before) for record in records if record["step"] == step}
+    return [*_benchmarks(run_folder, step), *held_out.values()]
+
+
+def model_index(evaluations: Sequence[CardEvaluation]) -> list[EvalResult]:
+    """The evaluations in the hub's terms, in percent."""
+    found = []
+    for one in evaluations:
+        metrics = {("accuracy", f"Avg@{one.samples}"): one.accuracy}
+        if one.pass_at_k is not None and one.samples > 1:
+            metrics["pass@k", f"Pass@{one.samples}"] = one.pass_at_k
+        found += [
+            EvalResult(
+                task_type="text-generation",
+                task_name="Text Generation",
+                dataset_type=one.dataset,
+                dataset_name=one.title,
+                metric_type=kind,
+                metric_name=name,
+                metric_value=round(100 * value, 2),
+            )
+            for (kind, name), value in metrics.items()
+        ]
+    return found
+
+
+def _of_record(record: Record, before: dict[str, float]) -> CardEvaluation:
+    name, samples = record["set"], record["samples_per_prompt"]
+    return CardEvaluation(
+        title=name,
+        dataset=name,
+        problems=record["problems"],
+        samples=samples,
+        accuracy=record["accuracy"],
+        standard_error=record.get("standard_error"),
+        before=before.get(name),
+    )
+
+
+def _benchmarks(run_folder: Path, step: int) -> list[CardEvaluation]:
+    found = {}
+    for results in results_of_run(run_folder):
+        if results.step != step:
+            continue
+        for name, summary in results.benchmarks.items():
+            samples = summary["samples_per_prompt"]
+            found[name] = CardEvaluation(
+                title=summary["title"],
+                dataset=_hub_name(name),
+                problems=summary["problems"],
+                samples=samples,
+                accuracy=summary["accuracy"],
+                standard_error=summary.get("standard_error"),
+                before=None,
+                pass_at_k=results.pass_at_k(name).get(samples),
+            )
+    return list(found.values())
+
+
+def _hub_name(benchmark: str) -> str:
+    """Hub name of a built-in benchmark; any other name unchanged."""
+    try:
+        return load_benchmark(benchmark, None).config.source
+    except UserError:
+        return benchmark

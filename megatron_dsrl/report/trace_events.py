@@ -21,7 +21,7 @@ from typing import Any
 
 from megatron_dsrl.common.disk import make_folder_of, replacing
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.observability.profile_files import ProfileFile
+from megatron_dsrl.observability.timeline import ProfileFile
 from megatron_dsrl.report.timeline import Interval, RankTimeline, RecordedCall, RecordedSpan
 
 STEPS_TRACK = 0

@@ -3,36 +3,85 @@
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from torch import Tensor
 
 from megatron_dsrl.algorithms.experience import build_experience
 from megatron_dsrl.algorithms.spaces import PostTrain
 from megatron_dsrl.common.collective import broadcast, rank
-from megatron_dsrl.evaluation.sample_file import first_responses
-from megatron_dsrl.rollout.rollout import responses_of
+from megatron_dsrl.config.run import EvaluationSetConfig
+from megatron_dsrl.data.prompt import Prompt
+from megatron_dsrl.evaluation.metrics import summarise, summarise_benchmark
+from megatron_dsrl.evaluation.sample_file import ProblemResult, first_responses
+from megatron_dsrl.rewards.pool import RewardPool
+from megatron_dsrl.rewards.registry import answer_of
+from megatron_dsrl.rollout.rollout import Generator, responses_of
+from megatron_dsrl.rollout.sample import SamplingParameters
 from megatron_dsrl.rollout.without_engines import as_group
 from megatron_dsrl.run.reporting import record_evaluation
 from megatron_dsrl.run.sampling import recover, unless_stopped
 from megatron_dsrl.run.start import TrainingRun
 
+EvaluationRecord = dict[str, int | float | str | None]
+"""step, set, the results of `summarise`, and the 95 % interval of the accuracy: confidence_low_95 and
+confidence_high_95. For n = samples_per_prompt above 1 also `pass@k` for k = 2, 4, 8, ..., n, and `majority@n` if
+answers can be compared."""
+
 
 def evaluate_accuracy(run: TrainingRun, step: int) -> None:
     """Sample and judge responses, except of sets that are already recorded for this step. Collective.
 
-    A request to stop ends the evaluation; the run then stops before its next step, and evaluates when it is continued.
+    The engines sample with their current weights; nothing is loaded or copied. A request to stop ends the evaluation;
+    the run then stops before its next step, and evaluates when it is continued.
     """
 
     def evaluate() -> None:
-        assert run.evaluator is not None and run.tracker is not None
-        started = time.perf_counter()
-        for evaluation in run.evaluator.evaluate(step, except_for=run.tracker.evaluated_sets(step)):
-            shown = first_responses(evaluation.problems, run.config.observability.evaluation_responses)
-            record_evaluation(run, evaluation.record, started, shown)
-            started = time.perf_counter()
+        assert run.tracker is not None
+        done = run.tracker.evaluated_sets(step)
+        for config, prompts in run.inputs.evaluation_sets:
+            if config.name not in done:
+                started = time.perf_counter()
+                record, problems = evaluate_set(config, prompts, step, run.rollout, run.config.reward.function)
+                shown = first_responses(problems, run.config.observability.evaluation_responses)
+                record_evaluation(run, record, started, shown)
 
     with run.timeline.span("evaluate"):
         run.rollout.while_sampling(lambda: unless_stopped(run, evaluate), lambda: recover(run, version=step + 1))
+
+
+def evaluate_set(
+    config: EvaluationSetConfig, prompts: Sequence[Prompt], step: int, rollout: Generator, verifier: str
+) -> tuple[EvaluationRecord, list[ProblemResult]]:
+    """The record of a set, and its problems in order. On rank 0 only, where the rollout side samples.
+
+    Args:
+        rollout: samples with the stop tokens of training; its length limit is for sets without one.
+        verifier: name of the run's verifier, for sets without their own.
+    """
+    training = rollout.training_sampling
+    sampling = SamplingParameters(
+        max_response_tokens=config.max_response_tokens or training.max_response_tokens,
+        stop_token_ids=training.stop_token_ids,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+    )
+    # Workers of a set's own verifier run only during its evaluation, which is rare; training needs the cores.
+    with RewardPool(config.reward) if config.reward else nullcontext() as rewards:
+        groups = rollout.generate(
+            prompts, config.samples_per_prompt, sampling, stream=f"evaluation {config.name}", rewards=rewards
+        )
+    problems = [ProblemResult.of_group(group) for group in groups]
+    figures = summarise_benchmark(problems, answer_of(config.reward.function if config.reward else verifier))
+    low, high = figures["confidence_interval_95"] or (None, None)
+    record = {"step": step, "set": config.name, **summarise(problems)}
+    record |= {"confidence_low_95": low, "confidence_high_95": high}
+    if (count := config.samples_per_prompt) > 1:
+        record |= {f"pass@{k}": value for k, value in figures["pass_at_k"].items() if k > 1}
+        if figures["majority_at_k"] is not None:
+            record[f"majority@{count}"] = figures["majority_at_k"]
+    return record, problems
 
 
 def evaluate_loss(run: TrainingRun, step: int) -> None:

@@ -17,9 +17,8 @@ from megatron_dsrl.common.collective import rank
 from megatron_dsrl.common.cpu_threads import cpu_threads, has_bfloat16
 from megatron_dsrl.common.folder_lock import locked
 from megatron_dsrl.common.waiting import waiting
-from megatron_dsrl.config.run import Due, RunConfig
+from megatron_dsrl.config.run import Due, EvaluationConfig, RunConfig
 from megatron_dsrl.data.samplers import Sampler, build_sampler
-from megatron_dsrl.evaluation.evaluator import Evaluator
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.parallel import destroy_parallel, initialize_parallel
 from megatron_dsrl.observability.console import RunConsole
@@ -31,6 +30,7 @@ from megatron_dsrl.observability.trackers.launch import Trackers
 from megatron_dsrl.planning.parameters import parameters_of_model
 from megatron_dsrl.platform import current_platform
 from megatron_dsrl.platform.engine import can_release_engine_memory
+from megatron_dsrl.rewards.registry import check_options
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.engines.run_engines import awaiting_engines
 from megatron_dsrl.rollout.engines.starting_server import StartingServer
@@ -70,10 +70,9 @@ class TrainingRun:
     timeline: Timeline
     profiler: StepProfiler
     tracker: Tracker | None
-    """Rank 0 only, as are the next two."""
-    evaluator: Evaluator | None
+    """Rank 0 only."""
     recorder: RolloutRecorder | None
-    """Saves the rollouts, if anything does."""
+    """Saves the rollouts, if anything does; rank 0 only."""
 
 
 def start_run(config: RunConfig, resources: ExitStack, starting: StartingServer | None) -> TrainingRun:
@@ -83,6 +82,7 @@ def start_run(config: RunConfig, resources: ExitStack, starting: StartingServer 
     """
     with waiting("reading tokenizer and prompts"):
         inputs = load_inputs(config)
+    check_verifiers(config.evaluation)
     join_processes(config, inputs.run_folder, resources)
     console = RunConsole(config.steps, config.observability.verbose)
     resources.enter_context(locked(inputs.run_folder, console.message))
@@ -100,13 +100,12 @@ def start_run(config: RunConfig, resources: ExitStack, starting: StartingServer 
     if checkpoint:
         restore(config, checkpoint, models, rollout)
         announce(console, f"continuing after step {step} from {checkpoint.folder}")
-    tracker, evaluator, recorder = None, None, None
+    tracker, recorder = None, None
     if rank() == 0:
         tracker = resources.enter_context(Tracker(inputs.run_folder, config.observability.tensorboard))
         tracker.truncate_after(step)
         if config.observability.save_rollouts and config.rollout.source == "engine":
             recorder = resources.enter_context(RolloutRecorder(inputs.run_folder))
-        evaluator = Evaluator(inputs.evaluation_sets, rollout, config.reward.function)
         trackers.start()
     bucket_bytes = config.engine.weight_bucket_megabytes * 2**20
     return TrainingRun(
@@ -125,9 +124,18 @@ def start_run(config: RunConfig, resources: ExitStack, starting: StartingServer 
         timeline=timeline,
         profiler=profiler,
         tracker=tracker,
-        evaluator=evaluator,
         recorder=recorder,
     )
+
+
+def check_verifiers(evaluation: EvaluationConfig) -> None:
+    """
+    Raises:
+        UserError: the verifier of a held-out set does not exist or does not take its options.
+    """
+    for position, held_out in enumerate(evaluation.sets):
+        if held_out.reward is not None:
+            check_options(held_out.reward.function, held_out.reward.options, f"evaluation.sets.{position}.reward")
 
 
 def join_processes(config: RunConfig, run_folder: Path, resources: ExitStack) -> None:

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.observability.profile_files import ProfileFile, profile_file, profile_files
 from megatron_dsrl.observability.profiler import StepProfiler
-from megatron_dsrl.observability.timeline import Timeline
+from megatron_dsrl.observability.timeline import ProfileFile, Timeline, profile_file, profile_files
 from megatron_dsrl.platform.cuda import CudaPlatform
 from megatron_dsrl.report.timeline import read_timelines
 from megatron_dsrl.report.trace_events import profile_events, write_trace

@@ -11,8 +11,7 @@ import pytest
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.observability.records import PROVENANCE_FILE, read_starts
 from megatron_dsrl.provenance.differences import steps_of_starts
-from megatron_dsrl.provenance.machine import processor_name, slurm_job
-from megatron_dsrl.provenance.start import record_start
+from megatron_dsrl.provenance.start import processor_name, record_start, slurm_job
 
 
 def fail(message: str) -> None:

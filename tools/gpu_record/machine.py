@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_dsrl.planning.gpus import GPUS, Gpu
 from megatron_dsrl.provenance.code import code_of_package
-from megatron_dsrl.provenance.machine import devices, package_versions, python_version
+from megatron_dsrl.provenance.start import devices, package_versions, python_version
 from megatron_dsrl.provenance.words import device_words
 
 ROOT = Path(__file__).resolve().parents[2]

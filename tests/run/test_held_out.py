@@ -1,4 +1,4 @@
-"""The evaluator: what it asks the rollout side for, and the record it makes of the answers."""
+"""Held-out sets: what their evaluation asks the rollout side for, and the record it makes of the answers."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +10,10 @@ from megatron_dsrl.config.benchmark import load_benchmark
 from megatron_dsrl.config.load import load_config
 from megatron_dsrl.config.run import EvaluationConfig, EvaluationSetConfig, is_due
 from megatron_dsrl.data.prompt import Prompt
-from megatron_dsrl.evaluation.evaluator import Evaluator
 from megatron_dsrl.evaluation.sample_file import first_responses
 from megatron_dsrl.rollout.sample import Sample, SampleGroup, SamplingParameters
+from megatron_dsrl.run.held_out import evaluate_set
+from megatron_dsrl.run.start import check_verifiers
 
 
 def sample(reward, num_tokens, finish_reason="stop", text="") -> Sample:
@@ -62,7 +63,7 @@ def test_record_of_each_set() -> None:
         (evaluation_set("sampled", samples_per_prompt=2, temperature=0.7), PROMPTS),
         (evaluation_set("short", samples_per_prompt=2, temperature=1.0), PROMPTS[:1]),
     ]
-    both, short = (found.record for found in Evaluator(sets, rollout, "boxed").evaluate(step=5))
+    (both, _), (short, _) = [evaluate_set(config, prompts, 5, rollout, "boxed") for config, prompts in sets]
     assert rollout.asked == [(2, 2, 0.7, 64, "evaluation sampled"), (1, 2, 1.0, 64, "evaluation short")]
     assert both == {
         "step": 5,
@@ -87,9 +88,9 @@ def test_a_set_has_a_verifier_of_its_own() -> None:
     choices = evaluation_set(
         "choices", samples_per_prompt=2, temperature=1.0, reward={"function": "multiple_choice", "workers": 1}
     )
-    [found] = Evaluator([(choices, prompts)], RecordedRollout({"B": (right, other)}), "boxed").evaluate(step=0)
-    assert found.record["accuracy"] == 0.5
-    assert first_responses(found.problems, 1) == [
+    record, problems = evaluate_set(choices, prompts, 0, RecordedRollout({"B": (right, other)}), "boxed")
+    assert record["accuracy"] == 0.5
+    assert first_responses(problems, 1) == [
         {
             "problem": 0, "prompt": "?", "answer": "B", "response": "The answer is (B).", "reward": 1.0, "tokens": 5,
             "truncated": False, "verdict": "ok",
@@ -98,7 +99,7 @@ def test_a_set_has_a_verifier_of_its_own() -> None:
 
     wrong = evaluation_set("wrong", reward={"function": "multiple_choice", "options": {"box": True}})
     with pytest.raises(UserError, match=r"evaluation\.sets\.0\.reward: multiple_choice does not take these options"):
-        Evaluator([(wrong, prompts)], RecordedRollout({}), "boxed")
+        check_verifiers(EvaluationConfig(sets=[wrong]))
 
 
 def test_early_and_late_frequency() -> None:
@@ -119,7 +120,8 @@ def test_a_set_is_sampled_as_it_says_and_not_as_training_is() -> None:
         (evaluation_set("plain"), PROMPTS),
         (evaluation_set("own", temperature=0.6, top_p=0.95, top_k=20, max_response_tokens=500), PROMPTS),
     ]
-    list(Evaluator(sets, rollout, "boxed").evaluate(step=1))
+    for config, prompts in sets:
+        evaluate_set(config, prompts, 1, rollout, "boxed")
     assert rollout.sampled == [
         SamplingParameters(64, (2, 0), temperature=0.0, top_p=1.0, top_k=-1),
         SamplingParameters(500, (2, 0), temperature=0.6, top_p=0.95, top_k=20),
