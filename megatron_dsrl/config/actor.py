@@ -4,7 +4,7 @@ from typing import Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from megatron_dsrl.config.section import Section
+from megatron_dsrl.config.section import Section, ServerUrl
 
 
 class OffloadConfig(Section):
@@ -164,7 +164,7 @@ class ReferenceConfig(Section):
     """Folder or hub name of other initial weights for a model of the policy's architecture, such as a teacher's; null:
     the run's initial weights."""
 
-    url: str | None = None
+    url: ServerUrl | None = None
     """Address of an SGLang server (`http://host:port`) whose model is the reference. It may be of any size and
     architecture, but must have the policy's tokenizer. Its API key, if it has one, is in the environment variable
     `DSRL_ENGINE_API_KEY`. null: no server."""

@@ -1,13 +1,10 @@
 """The generation side: SGLang engines and sampling."""
 
-import re
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from megatron_dsrl.config.section import PATTERN, FolderPath, Section
-
-_SERVER_URL = re.compile(r"https?://[^/\s?#]+")
+from megatron_dsrl.config.section import PATTERN, FolderPath, Section, ServerUrl
 
 MAX_REPLAYED_EXPERTS = 256
 """Experts that `rollout.routing_replay` can name: one byte each."""
@@ -184,7 +181,7 @@ class RolloutConfig(Section):
 class EngineConfig(Section):
     """SGLang servers on the trainer's devices, or external ones."""
 
-    urls: list[str] = Field(default_factory=list)
+    urls: list[ServerUrl] = Field(default_factory=list)
     """External SGLang servers on other devices, as `http://host:port`; none: the run starts its own. Rank 0
     broadcasts the weights to them, over NCCL from GPUs and gloo from CPU. Their key (`--api-key`) is read from the
     environment variable DSRL_ENGINE_API_KEY."""
@@ -247,14 +244,6 @@ class EngineConfig(Section):
     @field_validator("urls")
     @classmethod
     def _name_every_server_once(cls, urls: list[str]) -> list[str]:
-        for url in urls:
-            if "@" in url:
-                raise ValueError(
-                    "expected http://host:port without a user name and password; an engine's key (--api-key) is read "
-                    "from the environment variable DSRL_ENGINE_API_KEY"
-                )
-            if not _SERVER_URL.fullmatch(url):
-                raise ValueError("expected http://host:port, without a path")
         if len(set(urls)) < len(urls):
             raise ValueError("names a server twice")
         return urls

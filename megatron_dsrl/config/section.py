@@ -4,6 +4,7 @@ and functions, by their dotted paths `package.module:name`."""
 import importlib
 import json
 import os.path
+import re
 import traceback
 from typing import Annotated, Any, Self, TypeVar
 
@@ -22,6 +23,21 @@ from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 
 FolderPath = Annotated[str, AfterValidator(os.path.expanduser)]
 """A field with the path of a folder; a `~` at its beginning is the user's home."""
+
+
+def _server_url(url: str) -> str:
+    if "@" in url:
+        raise ValueError(
+            "expected http://host:port without a user name and password; the key of an engine (--api-key) is read from "
+            "the environment variable DSRL_ENGINE_API_KEY"
+        )
+    if not re.fullmatch(r"https?://[^/\s?#]+/?", url):
+        raise ValueError("expected http://host:port, without a path")
+    return url.removesuffix("/")
+
+
+ServerUrl = Annotated[str, AfterValidator(_server_url)]
+"""A field with the address of an SGLang server, `http://host:port`."""
 
 
 class Section(BaseModel):

@@ -1,7 +1,7 @@
 """Read and validate the HF `config.json` of a model of a supported family."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,9 @@ class Family:
     """Default if config.json gives none; None means hidden size / heads."""
     default_rope_theta: float | None = None
     """Default if config.json gives none; None means that it must."""
+
+    def __str__(self) -> str:
+        return self.hf_name
 
 
 FAMILIES = {
@@ -109,7 +112,35 @@ def read_architecture(folder: Path) -> Architecture:
     """
     path = folder / "config.json"
     config = _read_json(path)
-    family = _family(config, path)
+    return _architecture(config, _family(config, path), path)
+
+
+def check_same_architecture(field: str, folder: Path, policy: Architecture) -> None:
+    """Check that a critic or reference can be computed as the policy is, whose architecture it gets.
+
+    Args:
+        field: configuration field that names the model.
+        folder: the model's folder; a token classifier's will do.
+
+    Raises:
+        UserError: its config.json differs in more than the context length and the scale of random weights.
+    """
+    path = folder / "config.json"
+    config = _read_json(path)
+    named = config.get("architectures")
+    family = _family(config, path) if named and named[0] in FAMILIES else policy.family
+    other = replace(
+        _architecture(config, family, path),
+        max_position_embeddings=policy.max_position_embeddings,
+        initializer_range=policy.initializer_range,
+    )
+    names = [each.name for each in fields(policy) if getattr(other, each.name) != getattr(policy, each.name)]
+    if names:
+        theirs, ours = (", ".join(f"{name} {getattr(model, name)}" for name in names) for model in (other, policy))
+        raise UserError(f"{field}: {folder} must have the policy's architecture, but has {theirs}; the policy: {ours}")
+
+
+def _architecture(config: dict[str, Any], family: Family, path: Path) -> Architecture:
     _refuse_unsupported_features(config, path)
     if family.has_experts:
         _refuse_dense_layers_among_experts(config, path)

@@ -34,11 +34,19 @@ class ServedReference:
 
     def __init__(self, config: ReferenceConfig) -> None:
         assert config.url is not None
-        self._url = config.url.rstrip("/")
+        self._url = config.url
         self._headers = EngineAddress(self._url, external_key()).headers | {"Content-Type": "application/json"}
         self._timeout_seconds = config.timeout_seconds
         self._concurrency = config.concurrency
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def try_out(self) -> None:
+        """Score two tokens, so that a server that is missing is noticed before engines start. Collective.
+
+        Raises:
+            UserError: as `log_probs`.
+        """
+        on_first(lambda: self._score(ScoredSequence((0, 1), num_context=1)))
 
     def log_probs(self, experience: Experience) -> PerToken:
         """Log-probs of the scored tokens under the served model. Collective.

@@ -19,9 +19,11 @@ from megatron_dsrl.algorithms.schedule import Schedule, passes_of_phase, require
 from megatron_dsrl.checkpoint.folders import Checkpoint
 from megatron_dsrl.checkpoint.save import StartWrite
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.common.waiting import waiting
 from megatron_dsrl.config.actor import ReferenceConfig
 from megatron_dsrl.config.phase import ObjectiveConfig, PhaseConfig
 from megatron_dsrl.config.run import RunConfig
+from megatron_dsrl.model.architecture import check_same_architecture, read_architecture
 from megatron_dsrl.model.source import resolve_model_folder
 from megatron_dsrl.observability.timer import SecondsPerPart
 from megatron_dsrl.rollout.served_reference import ServedReference
@@ -144,21 +146,31 @@ def build_models(config: RunConfig, folder: Path) -> RunModels:
     actor = build_actor(config, folder)
     steps_with_values = sum(needed.values for needed in passes)
     critic = build_critic(config, folder, steps_with_values) if steps_with_values else None
-    reference = build_reference(config.reference, actor) if any(each.reference_log_probs for each in passes) else None
+    reference = (
+        build_reference(config.reference, actor, folder) if any(each.reference_log_probs for each in passes) else None
+    )
     return RunModels(config, actor, critic, reference)
 
 
-def build_reference(config: ReferenceConfig, actor: Actor) -> ReferencePolicy | ServedReference:
+def build_reference(config: ReferenceConfig, actor: Actor, folder: Path) -> ReferencePolicy | ServedReference:
     """The reference policy with its initial weights.
 
+    Args:
+        folder: the policy's.
+
     Raises:
-        UserError: its folder is missing or does not match the policy.
+        UserError: its folder is missing or does not match the policy, or its server does not answer.
     """
     if config.url is not None:
-        return ServedReference(config)
+        served = ServedReference(config)
+        with waiting(f"trying the server of reference.url ({config.url})"):
+            served.try_out()
+        return served
     reference = ReferencePolicy(actor)
     if config.path is not None:
-        reference.load_model(resolve_model_folder(config.path, field="reference.path"))
+        reference_folder = resolve_model_folder(config.path, field="reference.path")
+        check_same_architecture("reference.path", reference_folder, read_architecture(folder))
+        reference.load_model(reference_folder)
     return reference
 
 

@@ -10,18 +10,19 @@ from megatron_dsrl.config.data import DataConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.config.summary import RunFigures, derive
 from megatron_dsrl.data.rows import count_rows
-from megatron_dsrl.model.architecture import read_architecture
+from megatron_dsrl.model.architecture import check_same_architecture, read_architecture
 from megatron_dsrl.model.source import find_config_json, how_to_make, is_hub_name, no_folder
 
 
 def preflight(config: RunConfig, world_size: int) -> RunFigures:
     """Check the run's layout against its model and data, and derive its figures.
 
-    Reads only the model's config.json, and counts the rows of local prompt files.
+    Reads only config.json of local models, and counts the rows of local prompt files.
 
     Raises:
-        UserError: the model or a local prompt file is missing or unreadable, the architecture is not supported, the
-            layout does not fit (see `derive` and `check_models`), or the temporary folder's name is too long.
+        UserError: a model or a local prompt file is missing or unreadable, the architecture is not supported, that of
+            critic or reference is another, the layout does not fit (see `derive` and `check_models`), or the temporary
+            folder's name is too long.
     """
     require_short_temporary_folder()
     architecture = read_architecture(find_config_json(config.model.path, config.made_by).parent)
@@ -29,6 +30,14 @@ def preflight(config: RunConfig, world_size: int) -> RunFigures:
     for position, held_out in enumerate(config.evaluation.sets):  # all must exist
         count_rows(held_out, f"evaluation.sets.{position}", how_to_make(held_out.source, config.made_by))
     check_models(config)
+    for field, path in (("critic.path", config.critic.path), ("reference.path", config.reference.path)):
+        if path is None:
+            continue
+        folder = Path(path).expanduser()
+        if folder.is_dir():
+            check_same_architecture(field, folder, architecture)
+        elif not is_hub_name(path):
+            raise no_folder(field, path)
     return figures
 
 
@@ -36,8 +45,8 @@ def check_models(config: RunConfig) -> None:
     """Check that the phases use the configured critic and reference policy.
 
     Raises:
-        UserError: the critic's warm-up includes a step that does not use it, its folder is missing, or the reference
-            policy is to be refreshed but no phase has a KL term.
+        UserError: the critic's warm-up includes a step that does not use it, or the reference policy is
+            configured but no phase has one.
     """
     schedule, critic = Schedule(config.phases), config.critic
     steps = range(1, config.steps + 1)
@@ -47,7 +56,6 @@ def check_models(config: RunConfig) -> None:
                 f"critic.warmup_steps: is {critic.warmup_steps}, but no critic learns in step {step}; choose an "
                 "advantage that needs values for its phase (gae), or set it to 0"
             )
-    require_model("critic.path", critic.path)
     reference = config.reference
     configured = reference.model_dump(exclude_defaults=True)
     if configured and not any(passes_of_phase(schedule.at(step)).reference_log_probs for step in steps):
@@ -55,7 +63,6 @@ def check_models(config: RunConfig) -> None:
             "reference: no phase has a `kl` section or the advantage `distillation`, so the run has no reference "
             f"policy; leave out {', '.join(configured)}"
         )
-    require_model("reference.path", reference.path)
     if reference.url is not None and config.rollout.temperature != 1:
         raise UserError(
             f"reference.url: a server's log-probs are at temperature 1, but rollout.temperature is "
@@ -80,15 +87,6 @@ def check_weight_files(config: RunConfig) -> None:
         check_weights(folder, table)
     if config.reference.path is not None and (reference := Path(config.reference.path).expanduser()).is_dir():
         check_weights(reference, table)
-
-
-def require_model(field: str, path: str | None) -> None:
-    """
-    Raises:
-        UserError: the path of a further model is neither a folder nor a hub name.
-    """
-    if path is not None and not is_hub_name(path) and not Path(path).expanduser().is_dir():
-        raise no_folder(field, path)
 
 
 def count_training_prompts(data: DataConfig, made_by: Mapping[str, str] = {}) -> int | None:

@@ -161,7 +161,8 @@ def test_dumped_config_loads_again_to_an_equal_one(small, write, tmp_path) -> No
         ("name=' '", "name: expected the name of one folder"),
         ("name=" + 300 * "x", "name: expected the name of one folder"),
         ("seed=10000000000000000000000", "seed: expected less than 2147483648, got 10000000000000000000000"),
-        ("engine.urls=['http://user:secret@host:1']", "engine.urls: expected http://host:port without a user name"),
+        ("engine.urls=['http://user:secret@host:1']", "engine.urls.0: expected http://host:port without a user name"),
+        ("reference.url=http://host:1/v1", "reference.url: expected http://host:port, without a path"),
     ],
 )
 def test_a_wrong_value_names_field_value_and_place(small, write, override, message) -> None:

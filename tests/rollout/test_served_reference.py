@@ -50,15 +50,17 @@ def test_log_probs_are_those_that_the_server_samples_with(
 
 
 class Failing(BaseHTTPRequestHandler):
-    """Fails once, refuses, or scores other tokens, as the path says."""
+    """Fails once, refuses, is down, or scores other tokens."""
 
     tries = 0
+    behaviour = "fails once"
 
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         Failing.tries += 1
-        status = {"/refuses/generate": 400, "/down/generate": 503}.get(self.path, 503 if Failing.tries == 1 else 200)
-        shift = int(self.path == "/other/generate")
+        assert self.path == "/generate"
+        status = {"refuses": 400, "down": 503}.get(Failing.behaviour, 503 if Failing.tries == 1 else 200)
+        shift = int(Failing.behaviour == "other tokens")
         entries = [[-0.5 * position, token + shift, None] for position, token in enumerate(request["input_ids"])]
         entries[0][0] = None
         self.send_response(status)
@@ -82,14 +84,17 @@ def failing() -> Iterator[str]:
 def test_failures(failing: str) -> None:
     experience = build_experience([Response([1, 2], [3, 4], [-1.0, -1.0], 1.0, 0)], PostTrain())
 
-    def log_probs(path: str, seconds: float = 30.0) -> list[float]:
-        config = ReferenceConfig(url=failing + path, timeout_seconds=seconds)
-        return ServedReference(config).log_probs(experience)[0].tolist()
+    def reference(behaviour: str, seconds: float = 30.0) -> ServedReference:
+        Failing.behaviour = behaviour
+        return ServedReference(ReferenceConfig(url=failing, timeout_seconds=seconds))
 
-    assert log_probs("/later") == [-1.0, -1.5], "asked again"
+    assert reference("fails once").log_probs(experience)[0].tolist() == [-1.0, -1.5], "asked again"
+    reference("fails once").try_out()
     with pytest.raises(UserError, match=r"refused a sequence with status 400"):
-        log_probs("/refuses")
-    with pytest.raises(UserError, match=r"did not score a sequence within reference.timeout_seconds = 0\.5.* 503"):
-        log_probs("/down", seconds=0.5)
+        reference("refuses").log_probs(experience)
+    down = reference("down", seconds=0.5)
+    for ask in (down.try_out, lambda: down.log_probs(experience)):
+        with pytest.raises(UserError, match=r"did not score a sequence within reference.timeout_seconds = 0\.5.* 503"):
+            ask()
     with pytest.raises(UserError, match="scored token 2 in place of token 1 at position 0"):
-        log_probs("/other")
+        reference("other tokens").log_probs(experience)

@@ -3,6 +3,7 @@
 import json
 import re
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,30 @@ def test_critic_and_reference_must_be_of_use(config, tmp_path, overrides, messag
     preflight(load_config(tmp_path / "run.yaml", used + settings), 1)
     with pytest.raises(UserError, match=message):
         preflight(load_config(tmp_path / "run.yaml", overrides), 1)
+
+
+@pytest.mark.parametrize(
+    ("field", "changes", "message"),
+    [
+        ("reference", {"rope_theta": 10000}, r"has rope_theta 10000.0; the policy: rope_theta 1000000.0"),
+        (
+            "reference",
+            {"architectures": ["LlamaForCausalLM"], "head_dim": 8},
+            "has family LlamaForCausalLM, head_dim 8",
+        ),
+        ("critic", {"architectures": ["Qwen3ForTokenClassification"], "num_hidden_layers": 3}, "num_hidden_layers 3"),
+        ("reference", {"max_position_embeddings": 512, "initializer_range": 0.1}, None),
+        ("critic", {"architectures": ["Qwen3ForTokenClassification"]}, None),
+    ],
+)
+def test_critic_and_reference_have_the_policys_architecture(config, tmp_path, field, changes, message) -> None:
+    """A teacher's weights of the same shapes but with another RoPE base would silently give other log-probs."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(json.dumps(QWEN3 | changes))
+    used = {"critic": "phases.0.advantage={name: gae}", "reference": "phases.0.kl={loss_coefficient: 0.1}"}
+    config = load_config(tmp_path / "run.yaml", [f"{field}.path={tmp_path}/other", used[field]])
+    with pytest.raises(UserError, match=f"^{field}.path: .*{message}") if message else nullcontext():
+        preflight(config, 1)
 
 
 def test_what_is_missing_and_can_be_made_is_named_with_its_command(config, tmp_path, monkeypatch) -> None:
