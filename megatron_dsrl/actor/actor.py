@@ -73,8 +73,6 @@ class Actor:
         Args:
             objectives: terms of the loss, with the global batch, the same on every rank. Every optimizer step uses its
                 part of each.
-            mini_batches: number of parts the experience is split into.
-            epochs: number of passes over the experience.
 
         Returns:
             Metrics, the same on every rank; None if no sequence had to be trained on and no step was taken.
@@ -93,14 +91,9 @@ class Actor:
         return UpdateMetrics.merge(steps) if steps else None
 
     def load_model(self, folder: Path) -> None:
-        """Fill the parameters, but not the optimizer's master weights, from a model of the same architecture. Adapters
-        stay as they are.
-
-        Args:
-            folder: HF folder or Megatron distributed checkpoint.
-
-        Raises:
-            UserError: the weights are damaged or do not match.
+        """Fill the parameters, but not the optimizer's master weights, from an HF folder or Megatron distributed
+        checkpoint of the same architecture. Adapters stay as they are. Raises UserError if the weights are damaged or
+        do not match.
         """
         load_weights(self.model.chunks, self.model.table, folder)
 

@@ -22,10 +22,8 @@ from megatron_dsrl.weights.table import WeightTable, value_model_table, weight_t
 def build_actor(config: RunConfig, folder: Path) -> Actor:
     """Build this rank's part of the policy, load or draw its weights, and create its optimizer.
 
-    `initialize_parallel` must have run.
-
-    Args:
-        folder: local folder of `config.model.path`: HF or Megatron distributed checkpoint.
+    `initialize_parallel` must have run. The folder is that of `config.model.path`: HF or Megatron distributed
+    checkpoint.
 
     Raises:
         UserError: the folder's config.json or weights do not match, or the layout does not divide the model.
@@ -63,7 +61,7 @@ def build_critic(config: RunConfig, folder: Path, steps: int) -> Critic:
     `initialize_parallel` must have run.
 
     Args:
-        folder: local folder of `config.model.path`; its config.json gives the architecture. The weights come from
+        folder: that of `config.model.path`; its config.json gives the architecture. The weights come from
             `config.critic.path` if set, else from this folder; they are random under `model.random_init`.
         steps: number of steps of the run in which the critic is trained.
 

@@ -31,9 +31,8 @@ class Critic:
     def update(self, experience: Experience) -> dict[str, float]:
         """Take the configured optimizer steps towards the returns, on the mean over the tokens of each mini-batch.
 
-        Args:
-            experience: the global batch with values and returns, the same on every rank. Not filtered: the critic
-                learns from every sample.
+        The experience is the global batch with values and returns, the same on every rank. It is not filtered: the
+        critic learns from every sample.
 
         Returns:
             Metrics by name, without a prefix, the same on every rank; empty if no token is scored.

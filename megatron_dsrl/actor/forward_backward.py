@@ -43,11 +43,8 @@ def run_schedule(
     global denominator. Therefore the model must be built with `calculate_per_token_loss` (no averaging by Megatron) and
     use `sum_gradients` as its `finalize_model_grads_func`.
 
-    Args:
-        chunks: the stage's model chunks.
-        micro_batches: at least one, in the same order on all ranks of a model replica; with several chunks, a multiple
-            of the pipeline-parallel size.
-        forward_only: no backward pass.
+    There must be at least one micro-batch, and all ranks of a model replica need the same order. With several chunks
+    their number is a multiple of the pipeline-parallel size.
 
     Returns:
         On the last stage, the result kept by each micro-batch's `score`; empty on the other stages.

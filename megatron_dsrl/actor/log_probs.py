@@ -41,11 +41,8 @@ class VocabularyShard:
 
     @classmethod
     def for_this_rank(cls, width: int, vocab_size: int) -> "VocabularyShard":
-        """
-        Args:
-            width: number of columns on this rank, the same on every rank.
-            vocab_size: rows of the HF embedding; Megatron's padding rows are not scored.
-        """
+        """The shard of a rank with `width` columns, of `vocab_size` rows of the HF embedding: Megatron's padding rows
+        are not scored."""
         first = width * parallel_state.get_tensor_model_parallel_rank()
         several = parallel_state.get_tensor_model_parallel_world_size() > 1
         return cls(
@@ -76,7 +73,6 @@ def log_probs_and_entropy(logits: FactoredLogits, targets: Tensor, options: LogP
     Args:
         logits: [num_tokens, columns on this rank], differentiable.
         targets: [num_tokens] int64 token ids.
-        options: vocabulary, temperature, and what the backward pass needs.
 
     Returns:
         log-probs [num_tokens] float32, differentiable; entropy [num_tokens] float32 in nats, differentiable on request.
@@ -168,12 +164,8 @@ class _Statistics:
         return cls(maximum, normaliser, weighted, at_target, has_target)
 
     def add(self, scaled: Tensor, columns: Tensor) -> None:
-        """Add a block of columns.
-
-        Args:
-            scaled: [num_tokens, columns] fp32, overwritten.
-            columns: [num_tokens] int64, column of the target in this block; outside its bounds elsewhere.
-        """
+        """Add a block of columns, [num_tokens, columns] fp32, which is overwritten. `columns` is [num_tokens] int64,
+        the column of the target in this block; outside its bounds elsewhere."""
         is_here = (columns >= 0) & (columns < scaled.shape[1])
         at_target = scaled.gather(1, torch.where(is_here, columns, 0)[:, None])[:, 0]
         self.at_target = torch.where(is_here, at_target, self.at_target)

@@ -16,11 +16,8 @@ def build_optimizer(
 ) -> MegatronOptimizer:
     """AdamW over the model chunks, with fp32 master weights for bf16 and clipping by the global norm.
 
-    Adam's state is created at once, so that a checkpoint before the first step contains it.
-
-    Args:
-        chunks: this pipeline stage's model chunks, wrapped for data parallelism.
-        distributed: shard the optimizer state over data-parallel ranks.
+    Adam's state is created at once, so that a checkpoint before the first step contains it. `distributed` shards it
+    over data-parallel ranks.
     """
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(

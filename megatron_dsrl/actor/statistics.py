@@ -76,13 +76,8 @@ class ObjectiveMetrics:
     def from_step(
         cls, statistics: TokenStatistics, num_scored: Sequence[int], computed_samples: int
     ) -> "ObjectiveMetrics":
-        """Metrics of one optimizer step.
-
-        Args:
-            statistics: statistics of the computed samples, over all replicas.
-            num_scored: scored tokens of every kept sample, computed or not.
-            computed_samples: how many of them were computed.
-        """
+        """Metrics of one optimizer step: from the statistics of the computed samples over all replicas, and the scored
+        tokens of every kept sample, computed or not."""
         tokens = statistics.num_tokens
         sums = {name: value.item() for name, value in statistics.sums.items()}
         return cls(

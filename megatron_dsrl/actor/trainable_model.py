@@ -78,11 +78,8 @@ class TrainableModel(ShardedModel):
         return super().accumulate_gradients(micro_batches)
 
     def take_step(self) -> tuple[float, float]:
-        """Apply the accumulated gradients; returns their norm before clipping and the learning rate used.
-
-        Raises:
-            FloatingPointError: the gradient norm is not finite.
-        """
+        """Apply the accumulated gradients; returns their norm before clipping and the learning rate used. Raises
+        FloatingPointError if the norm is not finite."""
         assert not self.memory.away, AWAY
         learning_rate = self._optimizer.param_groups[0]["lr"]
         _, grad_norm, _ = self._optimizer.step()

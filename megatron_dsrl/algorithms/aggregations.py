@@ -31,11 +31,8 @@ class AggregationOptions(Options):
 
     @abstractmethod
     def weights(self, num_scored: Sequence[int], max_response_tokens: int) -> Tensor:
-        """Weight of each sequence's tokens, [num_sequences] float32.
-
-        Args:
-            num_scored: scored tokens of each kept sequence in the optimizer step, over all data-parallel ranks.
-        """
+        """Weight of each sequence's tokens, [num_sequences] float32, from the scored tokens of each kept sequence in
+        the optimizer step, over all data-parallel ranks."""
 
 
 @AGGREGATIONS.register

@@ -148,12 +148,9 @@ def concatenate_tokens(values: PerToken, indices: Sequence[int], device: torch.d
 
 
 def build_experience(responses: Sequence[Response], space: Space, context_ids: Sequence[int] = ()) -> Experience:
-    """Turn responses into scored sequences of a space.
+    """Turn the responses of a whole rollout batch, with complete groups, into scored sequences of a space.
 
-    Args:
-        responses: the whole rollout batch, with complete groups.
-        space: determines what is scored, given which context.
-        context_ids: token ids of `space.context_text`.
+    `context_ids` are the token ids of `space.context_text`.
 
     Raises:
         ValueError: rewards are not finite, the number of log-probs differs from the number of response tokens, or only

@@ -188,13 +188,10 @@ def probability_ratio(log_ratio: Tensor) -> Tensor:
 
 
 def sequence_ratio(tokens: ScoredTokens) -> Tensor:
-    """GSPO's ratio of each token's sequence: s = exp(mean over its tokens of (log pi - log pi_old)).
+    """GSPO's ratio of each token's sequence, [num_tokens]: s = exp(mean over its tokens of (log pi - log pi_old)).
 
     The gradient at a token is that of GSPO-token (same paper, arXiv 2507.18071), s * grad log pi of that token. It
     equals the gradient of s if the tokens of a sequence share their advantage and weight, and is well-defined if not.
-
-    Returns:
-        [num_tokens].
     """
     ratio = probability_ratio(tokens.mean_of_sequences((tokens.log_probs - tokens.old_log_probs).detach()))
     return ratio * torch.exp(tokens.log_probs - tokens.log_probs.detach())

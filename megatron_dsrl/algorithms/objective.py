@@ -19,13 +19,11 @@ from megatron_dsrl.config.phase import KLConfig, ObjectiveConfig, PhaseConfig
 
 
 def with_advantages(experience: Experience, objective: ObjectiveConfig) -> Experience:
-    """Compute advantages over all samples, then keep those that pass the filter and have a scored token.
+    """Compute advantages over all samples of a whole rollout batch with the results of the passes in `required_passes`,
+    then keep those that pass the filter and have a scored token.
 
     A dropped sample would have a zero token mask and contribute nothing to the loss or its denominator, so it is left
     out instead of being computed and multiplied by zero.
-
-    Args:
-        experience: a whole rollout batch, with the results of the passes in `required_passes(objective)`.
     """
     experience = estimate_advantages(experience, objective)
     keep = objective.filter.keep(experience) & (torch.tensor(experience.num_scored) > 0)
@@ -93,7 +91,6 @@ def build_objectives(
     Args:
         experiences: one per entry of `phase.objectives`, in that order: the whole rollout batch in that objective's
             space, with the results of the passes in `required_passes`.
-        max_response_tokens: `rollout.max_response_tokens`.
     """
     return [
         Objective(

@@ -30,11 +30,8 @@ def shape_rewards(
 def shaping_metrics(
     responses: Sequence[Response], overlong: OverlongConfig | None, max_response_tokens: int
 ) -> dict[str, float]:
-    """Metrics of `shape_rewards` over a step's responses, at least one; empty without a penalty.
-
-    Returns:
-        `reward/shaped_mean`: mean of the shaped rewards. `reward/overlong_fraction`: fraction of penalised responses.
-    """
+    """`reward/shaped_mean`, and `reward/overlong_fraction`, that of penalised responses, over a step's responses, at
+    least one; empty without a penalty."""
     if overlong is None:
         return {}
     shaped = shape_rewards(responses, overlong, max_response_tokens)

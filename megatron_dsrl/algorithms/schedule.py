@@ -27,11 +27,7 @@ class Schedule:
         self._phases = tuple(phases)
 
     def at(self, step: int) -> PhaseConfig:
-        """The phase of a step (from 1), with its options at that step.
-
-        Raises:
-            ValueError: the step is after the last phase.
-        """
+        """The phase of a step (from 1), with its options at that step. Raises ValueError after the last phase."""
         return self._phase(step).at(step)
 
     def starts_phase(self, step: int) -> bool:
@@ -55,11 +51,7 @@ def required_passes(objective: ObjectiveConfig) -> ModelPasses:
 
 def passes_of_run(phases: Sequence[PhaseConfig], steps: int) -> ModelPasses:
     """The union of what the phases need at a run's steps. `values` takes a critic, `reference_log_probs` a reference
-    policy.
-
-    Raises:
-        UserError: as `phases_by_steps`.
-    """
+    policy. Raises UserError as `phases_by_steps`."""
     needed = ModelPasses()
     for phase in phases_by_steps(phases, steps):
         for form in phase.forms if phase.steps else ():

@@ -76,17 +76,8 @@ def first_problem(problem: str | None, group: dist.ProcessGroup | None = None) -
 
 
 def together(work: Callable[[], Value]) -> list[Value]:
-    """Run `work` on every process; all processes get all results, or raise the first failure.
-
-    Args:
-        work: must not be collective itself.
-
-    Returns:
-        The results in rank order.
-
-    Raises:
-        UserError: `work` failed on another process. A failure on this process is raised unchanged.
-    """
+    """Run `work`, which must not be collective itself, on every process; all get all results in rank order, or raise
+    the first failure: this process's own unchanged, another's as UserError."""
     result: Any = None
     failure: Exception | None = None
     problem: str | None = None

@@ -47,10 +47,9 @@ def free_space(folder: Path) -> str:
 
 @contextmanager
 def writing(path: Path, what_is_safe: str = NOTHING_PUBLISHED) -> Iterator[None]:
-    """Turn a failed write in the body into a message that names the file.
+    """Turn a failed write in the body into a message that names the file or folder.
 
     Args:
-        path: file or folder being written.
         what_is_safe: clause for the message. The default is for folders that are published when complete.
 
     Raises:
@@ -76,13 +75,8 @@ def writing(path: Path, what_is_safe: str = NOTHING_PUBLISHED) -> Iterator[None]
 def replacing(file: Path) -> Iterator[BinaryIO]:
     """Write a file that replaces an existing one whole or not at all: a crash leaves the old content.
 
-    A link stays one, and what is not a regular file, such as /dev/stdout, is written to.
-
-    Yields:
-        The new file, which is flushed to disk and takes its name at the end of the block.
-
-    Raises:
-        OSError: with the file's name, also where writing fails.
+    The new file is flushed to disk and takes its name at the end of the block. A link stays one, and what is not a
+    regular file, such as /dev/stdout, is written to. OSError has the file's name, also where writing fails.
     """
     if file.exists() and not file.is_file() and not file.is_dir():
         with open(file, "wb") as stream:

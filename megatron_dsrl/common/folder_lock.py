@@ -56,11 +56,8 @@ def _lock(folder: Path, report: Callable[[str], None], until_the_end: ExitStack)
 
 
 def _wait_for_lock(file: TextIO, folder: Path, report: Callable[[str], None]) -> None:
-    """
-    Raises:
-        UserError: another process still holds it at the time limit.
-        OSError: the file system has no locks.
-    """
+    """Raises UserError if another process still holds it at the time limit, and OSError if the file system has no
+    locks."""
     started = time.monotonic()
     reported = False
     while True:

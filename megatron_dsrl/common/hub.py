@@ -33,15 +33,10 @@ def can_reach_hub() -> bool:
 
 @contextmanager
 def asking_hub(field: str, name: str, kind: str = "model", local: str = "folder") -> Iterator[None]:
-    """Turn any exception of the hub's clients in the body into one message.
+    """Turn any exception of the hub's clients in the body into one UserError, which says what is wrong and what to do.
 
-    Args:
-        field: configuration field or command-line argument, for the message.
-        kind: kind of hub repository.
-        local: what `name` could have been on this machine, for the message.
-
-    Raises:
-        UserError: instead of any other exception; says what is wrong and what to do.
+    `field` is the configuration field or command-line argument, and `local` what `name` could have been on this
+    machine.
     """
     try:
         yield

@@ -19,11 +19,7 @@ from megatron_dsrl.weights.megatron_checkpoint import MEGATRON_LM_TRACKER, is_me
 
 
 def common_dtype(dtypes: Mapping[str, torch.dtype], folder: Path) -> torch.dtype:
-    """The common dtype of all tensors.
-
-    Raises:
-        UserError: the dtypes differ, or are not supported.
-    """
+    """The common dtype of all tensors. Raises UserError if the dtypes differ or are not supported."""
     names: dict[torch.dtype, str] = {}
     for name, dtype in dtypes.items():
         names.setdefault(dtype, name)
@@ -40,11 +36,8 @@ def common_dtype(dtypes: Mapping[str, torch.dtype], folder: Path) -> torch.dtype
 
 
 def read_companion_architecture(checkpoint: Path, companions: Path) -> Architecture:
-    """The architecture of a Megatron checkpoint, from the config.json that belongs to it.
-
-    Raises:
-        UserError: config.json is missing or refused; see `read_architecture`.
-    """
+    """The architecture of a Megatron checkpoint, from the config.json that belongs to it. Raises UserError if that is
+    missing or refused; see `read_architecture`."""
     if companions == checkpoint and not (checkpoint / "config.json").exists():
         raise UserError(
             f"{checkpoint} has no config.json beside its weights; name the HF folder or hub model that it belongs to "
@@ -54,11 +47,8 @@ def read_companion_architecture(checkpoint: Path, companions: Path) -> Architect
 
 
 def check_tokenizer(folder: Path, architecture: Architecture) -> None:
-    """Refuse a tokenizer with ids outside the model's vocabulary. A folder without a tokenizer is accepted.
-
-    Raises:
-        UserError: a file has an id outside the vocabulary, or cannot be read.
-    """
+    """Raise UserError for a tokenizer with ids outside the model's vocabulary, or that cannot be read. A folder without
+    a tokenizer is accepted."""
     for name, read_ids in TOKEN_IDS.items():
         path = folder / name
         if not path.exists():
@@ -96,11 +86,8 @@ TOKEN_IDS: Mapping[str, Callable[[dict[str, Any]], dict[str, int]]] = {
 
 
 def check_expected(architecture: Architecture, folder: Path, expected: Path | None) -> None:
-    """Compare the model with that of another folder, or with the one that a run's YAML trains (`--expect`).
-
-    Raises:
-        UserError: names every field that differs: RoPE base, tied embeddings, head dimension, norm epsilon, sizes.
-    """
+    """Compare the model with that of another folder, or with the one that a run's YAML trains (`--expect`). Raises
+    UserError, which names every field that differs: RoPE base, tied embeddings, head dimension, norm epsilon, sizes."""
     if expected is None:
         return
     other = _expected_folder(expected)
@@ -124,11 +111,7 @@ def _expected_folder(expected: Path) -> Path:
 
 
 def check_is_hf(folder: Path) -> None:
-    """Refuse a source in another format, by its name, before its files are looked for.
-
-    Raises:
-        UserError: it is a Megatron checkpoint, or a run's folder.
-    """
+    """Raise UserError for a Megatron checkpoint or a run's folder, by its name, before its files are looked for."""
     if (folder / CONFIG_FILE).is_file():
         raise UserError(
             f"{folder} is a run's folder; to convert its newest checkpoint, use `dsrl convert megatron-to-hf`"

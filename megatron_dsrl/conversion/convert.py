@@ -54,15 +54,11 @@ class ConversionOptions:
 
 
 def convert_hf_to_megatron(source: str, target: Path, layout: CheckpointLayout, options: ConversionOptions) -> None:
-    """Convert an HF model. Collective over the processes of `conversion_processes`, which share the work.
+    """Convert an HF model, a folder or hub name. Collective over the processes of `conversion_processes`, which share
+    the work.
 
     Every process holds at most two table entries in memory (the largest is the embedding): the one being written, as a
     whole and as a chunk, and the next one.
-
-    Args:
-        source: HF folder or hub name.
-        target: folder to create.
-        layout: the layout to cut chunks for.
 
     Raises:
         UserError: the architecture, a tensor, the tokenizer, the layout or the target is refused, or verification found
@@ -130,14 +126,13 @@ def _complete(
 def convert_megatron_to_hf(
     source: Path, target: Path, file_bytes: int, options: ConversionOptions, companions: Path | None = None
 ) -> None:
-    """Convert a Megatron checkpoint. Collective over the processes of `conversion_processes`, which share the work.
+    """Convert a Megatron checkpoint, written by this program or by Megatron in any layout. Collective over the
+    processes of `conversion_processes`, which share the work.
 
     Every process holds at most two table entries in memory, as stored and as HF tensors: the one being written and the
     next one.
 
     Args:
-        source: checkpoint folder, written by this program or by Megatron in any layout.
-        target: folder to create.
         file_bytes: maximum size of a weight file.
         companions: folder with config.json and tokenizer; None means the source itself.
 

@@ -48,11 +48,8 @@ class CheckpointLayout:
     """None means the same as `tensor_parallel_size`."""
 
     def check(self, architecture: Architecture) -> None:
-        """Check that the layout divides the model. Layers may be spread unevenly over pipeline stages.
-
-        Raises:
-            UserError: names the size that does not divide the model.
-        """
+        """Raise UserError, which names the size, if the layout does not divide the model. Layers may be spread unevenly
+        over pipeline stages."""
         cutting = ParallelConfig(
             tensor_parallel_size=self.tensor_parallel_size,
             expert_parallel_size=self.expert_parallel_size,
@@ -168,11 +165,7 @@ def cut_into_chunks(entry: TableEntry, whole: Tensor, layout: CheckpointLayout) 
 
 
 def write_metadata(folder: Path, table: WeightTable, dtype: torch.dtype, written: list[WrittenChunk]) -> None:
-    """Write the metadata of the chunks of all processes. Call it in one process, at the end.
-
-    Raises:
-        UserError: the disk is full or fails.
-    """
+    """Write the metadata of the chunks of all processes. Call it in one process, at the end."""
     tensors = {
         rule.checkpoint_name: metadata.TensorStorageMetadata(
             metadata.TensorProperties(dtype=dtype), torch.Size(checkpoint_shape(rule, table)), chunks=[]

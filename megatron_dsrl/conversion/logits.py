@@ -32,12 +32,10 @@ MEMORY_MARGIN = 1.25
 
 
 def compare_logits(hf_folder: Path, megatron_folder: Path, architecture: Architecture, console: Console) -> None:
-    """Compare and print the result, or why the comparison was skipped.
+    """Compare and print the result, or why the comparison was skipped. Raises UserError if the logits differ by more
+    than `TOLERANCE`.
 
     Collective: every process holds the Megatron model, rank 0 the Transformers model as well.
-
-    Raises:
-        UserError: the logits differ by more than `TOLERANCE`.
     """
     table = weight_table(architecture)
     parameters = sum(torch.Size(shape).numel() for shape in table.hf_shapes().values())

@@ -65,11 +65,8 @@ def with_progress(entries: Sequence[TableEntry], dtype: torch.dtype, title: str)
 
 
 def read_ahead(entries: Sequence[TableEntry], read: Callable[[TableEntry, ReusedMemory], Value]) -> Iterator[Value]:
-    """What `read` returns for each entry. While one is in use, a thread reads the next one.
-
-    Args:
-        read: may return tensors in the memory that it is given, which are valid until the next ones are asked for.
-    """
+    """What `read` returns for each entry. While one is in use, a thread reads the next one. Tensors in the memory that
+    `read` is given are valid until the next ones are asked for."""
     memories = (ReusedMemory(), ReusedMemory())
 
     def read_entry(number: int) -> Value:

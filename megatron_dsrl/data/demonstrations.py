@@ -73,11 +73,8 @@ def within_response_limit(
     tokenizer: PreTrainedTokenizerBase,
     section: str,
 ) -> list[Demonstration]:
-    """The demonstrations, with those whose responses are longer than `limit` tokens dropped or cut off.
-
-    Raises:
-        UserError: some are longer and `on_long_response` is `error`, or all would be dropped.
-    """
+    """The demonstrations, with those whose responses are longer than `limit` tokens dropped or cut off. Raises
+    UserError if some are longer and `on_long_response` is `error`, or all would be dropped."""
     too_long = [one for one in demonstrations if len(one.response_ids) > limit]
     if not too_long:
         return list(demonstrations)

@@ -25,13 +25,8 @@ class BadRowError(ValueError):
 
 def field_reader(field: str, setting: str) -> FieldReader:
     """A function that reads a row's field, or a path such as `reward_model.ground_truth` or `prompt.0.content`. Strings
-    along the path are parsed as JSON.
-
-    Args:
-        setting: name of the configuration field, for messages.
-
-    Raises:
-        BadRowError: (the reader) the row has no such field.
+    along the path are parsed as JSON. `setting` names the configuration field for messages; the reader raises
+    BadRowError if the row has no such field.
     """
 
     def read(row: Row) -> Any:
@@ -49,13 +44,10 @@ def field_reader(field: str, setting: str) -> FieldReader:
 
 
 def template_reader(template: str, setting: str) -> FieldReader:
-    """A function that renders a Jinja template with the row's fields.
+    """A function that renders a Jinja template with the row's fields. The filter `lettered` writes a list as lines `A.
+    ...`, `B. ...`.
 
-    The filter `lettered` writes a list as lines `A. ...`, `B. ...`.
-
-    Raises:
-        UserError: it is not a template.
-        BadRowError: (the reader) the template cannot be rendered with the row.
+    Raises UserError if it is not a template; the reader raises BadRowError if it cannot be rendered with the row.
     """
     environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=False)
     environment.filters["lettered"] = _lettered
@@ -76,10 +68,7 @@ def template_reader(template: str, setting: str) -> FieldReader:
 
 def with_choices(row: Row, choices: ChoicesConfig, section: str = "data") -> Row:
     """The row with `options`, shuffled with their content as the seed, and `answer`, the letter of the right one.
-
-    Raises:
-        BadRowError: a field is missing, or two choices are the same.
-    """
+    Raises BadRowError if a field is missing or two choices are the same."""
     setting = f"{section}.choices"
     fields = [choices.correct_field, *choices.incorrect_fields]
     options = [str(field_reader(field, setting)(row)).strip() for field in fields]
@@ -92,11 +81,8 @@ def with_choices(row: Row, choices: ChoicesConfig, section: str = "data") -> Row
 
 
 def chat_messages(value: Any, setting: str, last_role: str = "user") -> list[dict[str, str]]:
-    """A chat in the form that the chat template takes.
-
-    Raises:
-        BadRowError: it is not a list of turns with role and content, or the last one has another role.
-    """
+    """A chat in the form that the chat template takes. Raises BadRowError if it is not a list of turns with role and
+    content, or the last one has another role."""
     value = parsed(value)
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise BadRowError(f"{setting}: expected a non-empty list of chat turns, got {value!r:.80}")

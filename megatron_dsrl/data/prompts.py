@@ -84,11 +84,8 @@ def load_prompts(config: PromptSetConfig, tokenizer: PreTrainedTokenizerBase, se
 def rendered_and_tokenised(
     rows: Sequence[UsableRow], config: PromptSetConfig, tokenizer: PreTrainedTokenizerBase, section: str
 ) -> tuple[list[str], list[tuple[int, ...]]]:
-    """Chat prompts of usable rows as texts and as token ids.
-
-    Raises:
-        UserError: the tokenizer has no chat template, or its template does not take a row's chat.
-    """
+    """Chat prompts of usable rows as texts and as token ids. Raises UserError if the tokenizer has no chat template, or
+    its template does not take a row's chat."""
     if not tokenizer.chat_template:
         raise UserError(f"{section}: the tokenizer has no chat template, so problems cannot be rendered as prompts.")
     texts = []
@@ -119,13 +116,9 @@ def render(problem: Problem, config: PromptSetConfig, tokenizer: PreTrainedToken
 def usable_rows(
     rows: Sequence[Row], read: Callable[[int, Row], Usable], config: PromptSetConfig, section: str
 ) -> list[Usable]:
-    """What `read` makes of every usable row.
+    """What `read` makes of every usable row and its number; it raises BadRowError for the others.
 
-    Args:
-        read: takes a row and its number, and raises BadRowError for a row that cannot be used.
-
-    Raises:
-        UserError: some rows cannot be used and `on_bad_row` is `error`, or none can be used.
+    Raises UserError if some rows cannot be used and `on_bad_row` is `error`, or none can be used.
     """
     usable, problems = [], []
     for index, row in enumerate(rows):
@@ -151,11 +144,8 @@ def usable_rows(
 def within_limit(
     prompts: Sequence[AnyPrompt], config: PromptSetConfig, tokenizer: PreTrainedTokenizerBase, section: str
 ) -> list[AnyPrompt]:
-    """The prompts, with those longer than `max_prompt_tokens` dropped or truncated (`on_long_prompt`).
-
-    Raises:
-        UserError: some are longer and `on_long_prompt` is `error`, or all would be dropped.
-    """
+    """The prompts, with those longer than `max_prompt_tokens` dropped or truncated (`on_long_prompt`). Raises UserError
+    if some are longer and `on_long_prompt` is `error`, or all would be dropped."""
     limit = config.max_prompt_tokens
     too_long = [prompt for prompt in prompts if len(prompt.token_ids) > limit]
     if not too_long:

@@ -27,11 +27,8 @@ SAVED_FILES = ("dataset_dict.json", "state.json")
 
 
 def read_rows(config: PromptSetConfig, section: str) -> list[Row]:
-    """The rows of a set, at most `config.limit`; never an empty list.
-
-    Raises:
-        UserError: the source is missing, unreadable or empty, or contains something other than rows.
-    """
+    """The rows of a set, at most `config.limit`; never an empty list. Raises UserError if the source is missing,
+    unreadable or empty, or contains something other than rows."""
     rows: Iterator[Row]
     files, folder = local_files(config.source), _path(config.source)
     if files is not None:
@@ -55,10 +52,8 @@ def read_rows(config: PromptSetConfig, section: str) -> list[Row]:
 def count_rows(config: PromptSetConfig, section: str, advice: str | None = None) -> int | None:
     """Number of rows of a set, at most `config.limit`; None for what must be loaded to be counted, such as a hub name.
 
-    JSON lines are not parsed, and Parquet is not read. `advice` says what to do about a missing file.
-
-    Raises:
-        UserError: a local file is missing, unreadable or empty.
+    JSON lines are not parsed, and Parquet is not read. Raises UserError if a local file is missing, with `advice` on
+    what to do, or unreadable or empty.
     """
     files = local_files(config.source)
     if files is None:

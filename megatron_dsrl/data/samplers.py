@@ -163,11 +163,8 @@ def in_mixture(sets: Sequence[tuple[str, Sequence[Prompt]]]) -> list[Prompt]:
 
 
 def build_sampler(config: DataConfig, prompts: Sequence[Prompt], seed: int) -> Sampler:
-    """The sampler of a run's prompts, which `in_mixture` has put in the order of the sets.
-
-    Raises:
-        UserError: a set has no prompts, or the sampler cannot order them.
-    """
+    """The sampler of a run's prompts, which `in_mixture` has put in the order of the sets. Raises UserError if a set
+    has no prompts, or the sampler cannot order them."""
     if not config.mixed_with:
         return PromptSampler(len(prompts), seed, partial(config.sampler.reorder, prompts))
     members = [[prompt for prompt in prompts if prompt.prompt_set == one.name] for one in config.sets]

@@ -49,10 +49,8 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_folder: Path) -> tu
     """Tokens that end a response: the end of the assistant's turn and the end of the text.
 
     In ChatML these are `<|im_end|>` and `<|endoftext|>`. Otherwise they are the tokenizer's EOS and all values of
-    `eos_token_id` in generation_config.json in `model_folder`; Llama 3 has several.
-
-    Raises:
-        UserError: generation_config.json cannot be read.
+    `eos_token_id` in generation_config.json in `model_folder`; Llama 3 has several. Raises UserError if that file
+    cannot be read.
     """
     vocabulary = tokenizer.get_vocab()
     if TURN_START in vocabulary:

@@ -49,15 +49,13 @@ def installed_version(name: str) -> str | None:
 
 
 def import_problem(module: str, then: str = "", variables: Mapping[str, str] | None = None) -> str | None:
-    """Import a module in a new process. Metadata cannot tell whether a compiled extension loads: it may miss a symbol,
-    which is an error of the import, or crash the interpreter.
+    """Import a module in a new process; None if it works, otherwise the end of the traceback, or the signal that ended
+    the process. Metadata cannot tell whether a compiled extension loads: it may miss a symbol, which is an error of the
+    import, or crash the interpreter.
 
     Args:
         then: statement that must not raise; `module` is the imported module.
         variables: added to the environment.
-
-    Returns:
-        None if it works; otherwise the end of the traceback, or the signal that ended the process.
     """
     # torch first: extensions are linked to its libraries without saying where they are.
     code = f"import importlib, torch; module = importlib.import_module({module!r}); {then}"

@@ -14,14 +14,8 @@ from torch import Tensor
 
 
 def zigzag_rows(lengths: Sequence[int], size: int, rank: int) -> Tensor:
-    """Positions in the whole packed row of the tokens that a rank holds, in the rank's order.
-
-    Args:
-        lengths: tokens of each sequence, multiples of 2 * size unless the context-parallel size is 1.
-
-    Returns:
-        [sum(lengths) / size] int64.
-    """
+    """Positions in the whole packed row of the tokens that a rank holds, in the rank's order: [sum(lengths) / size]
+    int64. The lengths are multiples of 2 * size unless the context-parallel size is 1."""
     if size == 1:
         return torch.arange(sum(lengths))
     assert all(length % (2 * size) == 0 for length in lengths), "sequences must be padded to a multiple of 2 * size"
@@ -35,7 +29,7 @@ def zigzag_rows(lengths: Sequence[int], size: int, rank: int) -> Tensor:
 
 
 def assemble(local: Tensor, places: Tensor, total: int, group: dist.ProcessGroup | None) -> Tensor:
-    """Assemble a tensor from the parts that the ranks computed, on every rank.
+    """Assemble a tensor [..., total] from the parts that the ranks computed, on every rank.
 
     All ranks then compute the same from it. Therefore the gradient of a rank's part is this rank's own gradient and not
     the sum over ranks: a loss that all ranks compute counts once.
@@ -43,11 +37,7 @@ def assemble(local: Tensor, places: Tensor, total: int, group: dist.ProcessGroup
     Args:
         local: [..., n] this rank's part, differentiable.
         places: [n] int64, positions of the part; those of all ranks are disjoint and cover 0 to total - 1.
-        total: size of the result.
         group: context-parallel group; None for a single rank that holds all parts, in any order.
-
-    Returns:
-        [..., total].
     """
     return _Assemble.apply(local, places, total, group)
 

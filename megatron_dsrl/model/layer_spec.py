@@ -46,13 +46,11 @@ def transformer_engine_is_usable() -> bool:
 def choose_layer_implementation(
     wanted: Literal["auto", "local", "transformer_engine"], dtype: Literal["float32", "bfloat16"]
 ) -> LayerImplementation:
-    """Resolve `model.layer_spec` for a model of this dtype.
+    """Resolve `model.layer_spec` for a model of this dtype. Raises UserError if Transformer Engine is requested but
+    unavailable.
 
     `auto` uses Transformer Engine only for 16-bit dtypes: its attention for packed rows (flash, cuDNN) supports no
     other.
-
-    Raises:
-        UserError: Transformer Engine is requested but unavailable.
     """
     if wanted == "local":
         return "local"

@@ -19,10 +19,8 @@ from megatron_dsrl.platform import current_platform
 def initialize_parallel(parallel: ParallelConfig, seed: int) -> None:
     """Initialise torch.distributed (unless it already is) and Megatron's groups, and seed the random generators.
 
-    Under torchrun the rendezvous comes from the environment; otherwise the world is this single process.
-
-    Raises:
-        UserError: the layout does not match the number of processes; see `config.layout.process_problems`.
+    Under torchrun the rendezvous comes from the environment; otherwise the world is this single process. Raises
+    UserError if the layout does not match the number of processes; see `config.layout.process_problems`.
     """
     platform = current_platform()
     world_size = dist.get_world_size() if dist.is_initialized() else launched_world_size()

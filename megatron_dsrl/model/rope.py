@@ -67,14 +67,10 @@ RopeScaling = Yarn | Llama3Scaling
 def read_rope(
     config: Mapping[str, Any], path: Path, default_theta: float | None = None
 ) -> tuple[float, RopeScaling | None]:
-    """The RoPE base, and the parameters of the scaling if the model has one.
+    """The RoPE base from the content of config.json, else `default_theta`, and the parameters of the scaling if the
+    model has one.
 
-    Args:
-        config: content of config.json.
-        default_theta: the base if config.json has none; None: it must have one.
-
-    Raises:
-        UserError: a field has a wrong value, asks for another kind of scaling, or contradicts another field.
+    Raises UserError if a field has a wrong value, asks for another kind of scaling, or contradicts another field.
     """
     section = _section(config, path)
     theta = section.get("rope_theta", config.get("rope_theta", default_theta))

@@ -14,13 +14,7 @@ from megatron_dsrl.config.rollout import MAX_REPLAYED_EXPERTS
 
 
 def encode_routed_experts(experts: np.ndarray) -> str:
-    """
-    Args:
-        experts: integers [tokens, layers, experts per token], or flattened.
-
-    Raises:
-        ValueError: an expert index does not fit into a byte.
-    """
+    """Integers [tokens, layers, experts per token], or flattened. Raises ValueError if one does not fit into a byte."""
     if experts.size and not 0 <= experts.min() <= experts.max() < MAX_REPLAYED_EXPERTS:
         raise ValueError(
             f"expert indices {experts.min()} to {experts.max()} are outside the range 0 to {MAX_REPLAYED_EXPERTS - 1}"
@@ -29,11 +23,8 @@ def encode_routed_experts(experts: np.ndarray) -> str:
 
 
 def decode_routed_experts(text: str, layers: int, experts_per_token: int) -> Tensor:
-    """uint8 [tokens, layers, experts per token] on the CPU.
-
-    Raises:
-        ValueError: the length does not match a model with this number of layers and experts per token.
-    """
+    """uint8 [tokens, layers, experts per token] on the CPU. Raises ValueError if the length does not match a model with
+    this number of layers and experts per token."""
     experts = torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype=np.uint8).copy())
     if len(experts) % (layers * experts_per_token):
         raise ValueError(

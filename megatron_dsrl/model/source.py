@@ -40,14 +40,10 @@ def no_folder(field: str, path: str, made_by: Mapping[str, str] = {}) -> UserErr
 
 
 def resolve_model_folder(path: str, field: str = "model.path", made_by: Mapping[str, str] = {}) -> Path:
-    """The local folder of a model: the path itself, or the snapshot of that hub name, downloaded if necessary.
+    """The local folder of a model: the path itself, or the snapshot of that hub name, downloaded if necessary. Raises
+    UserError if it is neither a folder nor a readable hub model.
 
-    Args:
-        field: configuration field or command-line argument, for messages.
-        made_by: see `RunConfig.made_by`.
-
-    Raises:
-        UserError: neither a folder nor a readable hub model.
+    `field` is the configuration field or command-line argument, for messages; for `made_by` see `RunConfig`.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -62,10 +58,7 @@ def resolve_model_folder(path: str, field: str = "model.path", made_by: Mapping[
 
 def find_config_json(path: str, made_by: Mapping[str, str] = {}) -> Path:
     """The config.json of a run's model, from the folder, the hub's cache, `published/` or the hub, in this order.
-
-    Raises:
-        UserError: neither a folder nor a readable hub model.
-    """
+    Raises UserError if it is neither a folder nor a readable hub model."""
     folder, published = Path(path).expanduser(), PUBLISHED / path / "config.json"
     if folder.is_dir():
         return folder / "config.json"

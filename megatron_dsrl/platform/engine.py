@@ -42,14 +42,12 @@ PYTHONWARNINGS."""
 
 
 def engine_server_arguments(config: EngineConfig, deterministic: bool) -> ServerArguments:
-    """Device-dependent server arguments. Call it on the first rank of the engine's group.
+    """Device-dependent server arguments. Call it on the first rank of the engine's group: on CUDA the engine uses
+    consecutive devices, starting with that rank's. `deterministic`: the same requests in the same message must give
+    bitwise identical results.
 
-    On CUDA the engine uses consecutive devices, starting with that rank's current device. `deterministic`: the same
-    requests in the same message must give bitwise identical results.
-
-    Raises:
-        UserError: on CPU, `engine.max_total_tokens` is missing, without which SGLang would take nearly all memory, or
-            `engine.quantization` or speculative decoding is set.
+    Raises UserError on CPU if `engine.max_total_tokens` is missing, without which SGLang would take nearly all memory,
+    or if `engine.quantization` or speculative decoding is set.
     """
     if torch.cuda.is_available():
         return _cuda_server_arguments(config) | ({"enable_deterministic_inference": True} if deterministic else {})

@@ -51,10 +51,9 @@ class EngineContext(ForkContext):
 def prepare_engine_launch() -> torch.distributed.TCPStore:
     """Run in an engine's server process before it launches its other processes.
 
-    Returns:
-        The store in which the engine's ranks meet; keep it as long as the server runs. Rank 0 of the engine would open
-        it on all network interfaces, to every host. This one listens on loopback, and torchrun's variable tells the
-        ranks that it is there.
+    Returns the store in which the engine's ranks meet; keep it as long as the server runs. Rank 0 of the engine would
+    open it on all network interfaces, to every host. This one listens on loopback, and torchrun's variable tells the
+    ranks that it is there.
     """
     if not torch.cuda.is_available():
         from sglang.srt.entrypoints import engine

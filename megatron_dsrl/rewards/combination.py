@@ -47,11 +47,7 @@ def combination(response: str, answer: str, parts: Sequence[Mapping[str, Any]], 
 
 
 def check_parts(options: Mapping[str, Any]) -> None:
-    """Validate the options of `combination`.
-
-    Raises:
-        UserError: a part is malformed, its function does not exist or does not take its options.
-    """
+    """Raise UserError if a part is malformed, its function does not exist or does not take its options."""
     try:
         parts = PARTS.validate_python(options["parts"])
     except ValidationError as error:

@@ -59,11 +59,7 @@ def last_box(text: str) -> str | None:
 
 
 def spelling(answer: str) -> str:
-    """The normalised form of an answer.
-
-    Raises:
-        MalformedError: it has two units, or an empty root or fraction.
-    """
+    """The normalised form of an answer. Raises MalformedError if it has two units, or an empty root or fraction."""
     for text in REMOVED:
         answer = answer.replace(text, "")
     for old, new in RESPELLED:

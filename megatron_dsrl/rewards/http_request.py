@@ -40,11 +40,8 @@ class Attempts:
 
 
 def post_json(url: str, body: Mapping[str, Any], attempts: Attempts) -> bytes:
-    """The server's answer, at most `MAX_ANSWER_BYTES` of it.
-
-    Raises:
-        RuntimeError: no attempt succeeded; names the last failure.
-    """
+    """The server's answer, at most `MAX_ANSWER_BYTES` of it. Raises RuntimeError, which names the last failure, if no
+    attempt succeeded."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     headers = {"Content-Type": "application/json", **attempts.headers}
     request = urllib.request.Request(url, data=json.dumps(body).encode(), headers=headers, method="POST")
@@ -72,13 +69,9 @@ def post_json(url: str, body: Mapping[str, Any], attempts: Attempts) -> bytes:
 def ask_chat_model(url: str, request: Mapping[str, Any], attempts: Attempts) -> str:
     """The text of a chat model's answer; may be empty.
 
-    Args:
-        url: of an OpenAI-compatible endpoint, such as SGLang's, up to and including `/v1`.
-        request: model, messages and sampling parameters.
-
-    Raises:
-        RuntimeError: as `post_json`.
-        ValueError: the answer is not a chat completion.
+    `url` is that of an OpenAI-compatible endpoint, such as SGLang's, up to and including `/v1`; the request has model,
+    messages and sampling parameters. Raises RuntimeError as `post_json`, and ValueError if the answer is not a chat
+    completion.
     """
     body = post_json(f"{url.rstrip('/')}/chat/completions", request, attempts)
     try:
@@ -88,11 +81,7 @@ def ask_chat_model(url: str, request: Mapping[str, Any], attempts: Attempts) -> 
 
 
 def require_http_address(option: str, url: str) -> None:
-    """Check an address in the options of a verifier.
-
-    Raises:
-        UserError: `url` is not an HTTP address, or holds a user name, which would not be sent.
-    """
+    """Raise UserError if an option is not an HTTP address, or holds a user name, which would not be sent."""
     parts = urlsplit(url)
     if parts.username is not None:
         raise UserError(f"{option}: expected http://host:port/path, without a user name and password")

@@ -98,11 +98,7 @@ def judge(
 
 
 def check_judge(options: Mapping[str, Any]) -> None:
-    """Validate the options of `judge`.
-
-    Raises:
-        UserError: an address, a pattern, a placeholder, the environment variable or the fallback is invalid.
-    """
+    """Raise UserError if an address, a pattern, a placeholder, the environment variable or the fallback is invalid."""
     require_http_address("reward.options.url", options["url"])
     if "{response}" not in options.get("question", QUESTION):
         raise UserError("reward.options.question: the placeholder {response} is missing")
@@ -139,10 +135,7 @@ def _fill(question: str, **parts: str) -> str:
 
 
 def _score(text: str, pattern: str, max_score: float) -> float:
-    """
-    Raises:
-        ValueError: the answer has no verdict.
-    """
+    """Raises ValueError if the answer has no verdict."""
     matches = list(re.finditer(pattern, text))
     if not matches:
         raise ValueError(f"its answer ends in {text[-80:]!r}, which does not match verdict_pattern")

@@ -50,15 +50,11 @@ class RewardPool:
     """Judges responses in parallel. Close it, or use it as a context manager."""
 
     def __init__(self, config: RewardConfig, set_rewards: Mapping[str, RewardConfig] | None = None) -> None:
-        """
-        Args:
-            config: the run's verifier, and the number of workers and their memory for all verifiers.
-            set_rewards: verifiers of prompt sets that have their own, by the set's name.
+        """`config` has the number of workers and their memory for all verifiers; `set_rewards` are those of prompt sets
+        that have their own, by the set's name.
 
-        Raises:
-            UserError: a reward function does not exist, does not take the options or may take longer than
-                `reward.timeout_seconds`, or the name of the temporary folder is too long for sockets. No process was
-                started.
+        Raises UserError, before any process is started, if a reward function does not exist, does not take the options
+        or may take longer than `reward.timeout_seconds`, or the name of the temporary folder is too long for sockets.
         """
         require_short_temporary_folder()
         self._config = config
@@ -80,13 +76,9 @@ class RewardPool:
     ) -> "Future[Judgement]":
         """Judge one response; returns at once. The future never raises.
 
-        Args:
-            other_answers: further gold answers; the highest reward counts.
-            prompt: the rendered prompt, for verifiers that read it.
-            prompt_set: name of the prompt's set, which may have its own verifier.
-
-        Raises:
-            UserError: the verifier has failed on `reward.max_consecutive_errors` responses in a row.
+        The highest reward over the answers counts. `prompt` is the rendered prompt, for verifiers that read it;
+        `prompt_set` the name of its set, which may have its own verifier. Raises UserError if the verifier has failed
+        on `reward.max_consecutive_errors` responses in a row.
         """
         reward = self._set_rewards.get(prompt_set, self._config)
         limit, failures = reward.max_consecutive_errors, self._failures[reward.function]

@@ -83,11 +83,8 @@ BUILT_IN: dict[str, BuiltIn] = {
 
 
 def reward_function(name: str) -> RewardFunction:
-    """The function of a built-in name, or of a dotted path `package.module:function`, which may be `async def`.
-
-    Raises:
-        UserError: the name, module or function does not exist.
-    """
+    """The function of a built-in name, or of a dotted path `package.module:function`, which may be `async def`. Raises
+    UserError if it does not exist."""
     if name in BUILT_IN:
         return resolve_name(BUILT_IN[name].function)
     module_name, separator, function_name = name.partition(":")
@@ -106,12 +103,8 @@ def reward_function(name: str) -> RewardFunction:
 
 
 def check_options(name: str, options: Mapping[str, Any], section: str = "reward.options") -> None:
-    """Check the options of a reward function against its signature and its type hints, if it has them.
-
-    Raises:
-        UserError: the function does not exist, or an option is unknown, missing, of the wrong type or has an invalid
-            value.
-    """
+    """Check the options of a reward function against its signature and its type hints, if it has them. Raises UserError
+    if an option is unknown, missing, of the wrong type or has an invalid value."""
     function = reward_function(name)
     try:
         signature = inspect.signature(function)

@@ -34,9 +34,5 @@ def remote(
 
 
 def check_url(options: Mapping[str, Any]) -> None:
-    """Validate the options of `remote`.
-
-    Raises:
-        UserError: the URL is not an HTTP address, or holds a user name, which would not be sent.
-    """
+    """Raise UserError if the URL is not an HTTP address, or holds a user name, which would not be sent."""
     require_http_address("reward.options.url", options["url"])

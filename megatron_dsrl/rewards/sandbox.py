@@ -94,14 +94,10 @@ class UnitTests:
 
 
 def run_program(program: str, limits: Limits, tests: UnitTests = UnitTests("", ""), isolated: bool = True) -> Outcome:
-    """Run Python source, with the standard library only, then its tests, and wait for them.
+    """Run Python source, with the standard library only, then its tests, and wait for them; `isolated=False` runs it
+    unsafely (see above).
 
-    Args:
-        isolated: False runs the program unsafely (see above).
-
-    Raises:
-        NotIsolatedError: the kernel does not permit isolating the program.
-        UserError: libseccomp is missing.
+    Raises NotIsolatedError if the kernel does not permit isolating the program, and UserError if libseccomp is missing.
     """
     token, refused = secrets.token_hex(16), secrets.token_hex(16)
     judging = {"tests": tests.source, "preparation": tests.preparation, "token": token}

@@ -32,11 +32,7 @@ class ProgramError(Exception):
 
 
 def pack(value: object) -> object:
-    """Convert plain data to JSON values.
-
-    Raises:
-        TypeError: it is not plain data.
-    """
+    """Convert plain data to JSON values; raises TypeError for anything else."""
     if value is None or isinstance(value, bool):
         return value
     for kind in (int, float, str):

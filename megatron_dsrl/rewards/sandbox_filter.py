@@ -75,11 +75,8 @@ class Comparison(ctypes.Structure):
 
 @cache
 def system_call_filter() -> bytes:
-    """The filter as instructions of classic BPF for this machine.
-
-    Raises:
-        UserError: libseccomp is not installed, or too old.
-    """
+    """The filter as instructions of classic BPF for this machine. Raises UserError if libseccomp is not installed or
+    too old."""
     try:
         library = ctypes.CDLL("libseccomp.so.2")
     except OSError as error:

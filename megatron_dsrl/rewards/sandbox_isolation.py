@@ -51,22 +51,15 @@ def missing_isolation() -> str | None:
 
 
 def check_isolation(options: Mapping[str, Any]) -> None:
-    """Refuse options of `code` that this machine cannot keep.
-
-    Raises:
-        UserError: programs cannot be isolated here, and the options do not allow to run them unsafely.
-    """
+    """Raise UserError if programs of `code` cannot be isolated here and its options do not allow unsafe ones."""
     require_isolation(
         "reward.function: `code`", bool(options.get("allow_unsafe")), "or judge on another machine with `remote`; "
     )
 
 
 def require_isolation(who: str, allow_unsafe: bool, alternative: str = "") -> bool:
-    """Whether programs run isolated here; `who` runs them and `alternative` is further advice, both for the message.
-
-    Raises:
-        UserError: they cannot be isolated, and unsafe ones are not allowed.
-    """
+    """Whether programs run isolated here. Raises UserError if they cannot, and unsafe ones are not allowed; `who` runs
+    them and `alternative` is further advice, both for the message."""
     problem = missing_isolation()
     if problem is not None and not allow_unsafe:
         raise UserError(

@@ -37,15 +37,11 @@ class MountAttributes(ctypes.Structure):
 def enter_namespaces(mount_point: str, folder_bytes: int, folder_files: int) -> Callable[[], None]:
     """Isolate this process and its later children; the first child is the first process of its process namespace.
 
-    Args:
-        mount_point: any existing folder; it is covered for these processes only.
-        folder_bytes, folder_files: limits on the content of `FOLDER`, and on the number of its files and folders.
+    `mount_point` is any existing folder; it is covered for these processes only. `folder_bytes` and `folder_files`
+    limit the content of `FOLDER`, and the number of its files and folders. Raises OSError, which names the step, if the
+    kernel does not permit it.
 
-    Returns:
-        A function that the first child calls to become an ordinary user.
-
-    Raises:
-        OSError: the kernel does not permit it; the message names the step.
+    Returns a function that the first child calls to become an ordinary user.
     """
     apart = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET
     user, group = os.geteuid(), os.getegid()
@@ -70,11 +66,8 @@ def enter_namespaces(mount_point: str, folder_bytes: int, folder_files: int) -> 
 
 
 def new_user() -> int:
-    """A random user id, so that the kernel counts its processes apart from all others.
-
-    Raises:
-        OSError: this process may use no user id but 0.
-    """
+    """A random user id, so that the kernel counts its processes apart from all others. Raises OSError if this process
+    may use no user id but 0."""
     with open("/proc/self/uid_map") as file:
         first, _, count = max(tuple(map(int, line.split())) for line in file)
     user = first + count // 2 + int.from_bytes(os.urandom(4), "little") % (count - count // 2)

@@ -15,14 +15,8 @@ _EXPERT = re.compile(r"(\.local_experts\.|\.experts\.linear_fc[12]\.weight)(\d+)
 
 
 def bind(chunks: Sequence[nn.Module], table: WeightTable) -> dict[TableEntry, list[nn.Parameter]]:
-    """Match the parameters of this rank's model chunks with the table.
-
-    Args:
-        chunks: GPTModel chunks, wrapped or not.
-
-    Returns:
-        Parameters by entry. There is one per entry, except for a tied embedding if this rank holds it twice.
-    """
+    """The parameters of this rank's model chunks, wrapped or not, by their entries in the table. There is one per
+    entry, except for a tied embedding if this rank holds it twice."""
     rules = {name: rule for rule in table.rules for name in rule.megatron}
     first_expert = table.num_experts // parallel_state.get_expert_model_parallel_world_size()
     first_expert *= parallel_state.get_expert_model_parallel_rank()

@@ -53,11 +53,8 @@ def architecture_fields(architecture: Architecture) -> dict[str, Any]:
 
 
 def read_record(folder: Path) -> CheckpointRecord | None:
-    """The record of a checkpoint; None if another program wrote the checkpoint.
-
-    Raises:
-        UserError: the record is damaged or of a newer version.
-    """
+    """The record of a checkpoint; None if another program wrote the checkpoint. Raises UserError if the record is
+    damaged or of a newer version."""
     path = folder / RECORD_FILE
     if not path.exists():
         return None
@@ -73,12 +70,10 @@ def read_record(folder: Path) -> CheckpointRecord | None:
 
 
 def check_record(folder: Path, architecture: Architecture) -> None:
-    """Check an architecture, such as that of the current config.json, against a checkpoint's record, if it has one.
+    """Check an architecture, such as that of the current config.json, against a checkpoint's record, if it has one, and
+    the checkpoint's index files against their recorded checksums.
 
-    Also compares the checkpoint's index files with their recorded checksums.
-
-    Raises:
-        UserError: names every field that differs, or a damaged file.
+    Raises UserError, which names every field that differs, or a damaged file.
     """
     record = read_record(folder)
     if record is not None:
@@ -88,11 +83,7 @@ def check_record(folder: Path, architecture: Architecture) -> None:
 
 
 def refuse_drift(expected: dict[str, Any], found: dict[str, Any], expected_by: str, found_in: str) -> None:
-    """Compare two architectures field by field.
-
-    Raises:
-        UserError: names every field that differs.
-    """
+    """Raise UserError, which names every field that differs between two architectures, if one does."""
     differing = [
         f"{field} is {found.get(field)!r} in {found_in}, {expected.get(field)!r} in {expected_by}"
         for field in {**expected, **found}

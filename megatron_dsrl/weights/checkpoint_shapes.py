@@ -28,10 +28,7 @@ def whole_shape(rule: TensorRule) -> Shape:
 
 def check_weights(folder: Path, table: WeightTable) -> None:
     """Check what can be told without reading tensors: that all are there, in whole files, with the table's shapes.
-
-    Raises:
-        UserError: they are not; see the checks of either format.
-    """
+    Raises UserError if not; see the checks of either format."""
     if is_megatron_checkpoint(folder):
         check_megatron_checkpoint(MegatronCheckpoint(folder), table)
     else:
@@ -39,11 +36,8 @@ def check_weights(folder: Path, table: WeightTable) -> None:
 
 
 def open_hf_weights(folder: Path, table: WeightTable) -> HfCheckpoint:
-    """The weights of an HF folder that a run starts from, checked.
-
-    Raises:
-        UserError: there are none, or see `check_hf_checkpoint`.
-    """
+    """The weights of an HF folder that a run starts from, checked. Raises UserError if there are none, or as
+    `check_hf_checkpoint`."""
     try:
         checkpoint = HfCheckpoint(folder)
     except NoWeights as error:
@@ -53,11 +47,8 @@ def open_hf_weights(folder: Path, table: WeightTable) -> HfCheckpoint:
 
 
 def check_megatron_checkpoint(checkpoint: MegatronCheckpoint, table: WeightTable) -> None:
-    """Compare names and shapes with the table. A padded vocabulary is accepted.
-
-    Raises:
-        UserError: names the first few differences.
-    """
+    """Compare names and shapes with the table. A padded vocabulary is accepted. Raises UserError, which names the first
+    few differences."""
     shapes = checkpoint.shapes()
     expected = {rule.checkpoint_name: checkpoint_shape(rule, table) for rule in table.rules}
     padded = {rule.checkpoint_name for rule in table.rules if isinstance(rule.layout, Vocabulary)}
@@ -76,11 +67,8 @@ def check_megatron_checkpoint(checkpoint: MegatronCheckpoint, table: WeightTable
 
 
 def check_hf_checkpoint(checkpoint: HfCheckpoint, table: WeightTable) -> None:
-    """Compare names and shapes with the table, and copies with their originals.
-
-    Raises:
-        UserError: names the first few differences.
-    """
+    """Compare names and shapes with the table, and copies with their originals. Raises UserError, which names the first
+    few differences."""
     expected, names = table.hf_shapes(), checkpoint.names()
     fused = next((name for name in sorted(names) if name.endswith(FUSED_EXPERTS)), None)
     if fused is not None and fused not in expected:

@@ -40,12 +40,8 @@ class DirectFile:
             self._direct = os.open(path, os.O_WRONLY | os.O_DIRECT)
 
     def write(self, buffer: memoryview, start: int, offset: int) -> None:
-        """Write `buffer[start:]` to the file, from `offset` on.
-
-        Args:
-            buffer: begins at a page of memory that belongs to a multiple of `BLOCK_BYTES` in the file; is written
-                directly if it has `BUFFER_BYTES`.
-        """
+        """Write `buffer[start:]` to the file, from `offset` on. The buffer begins at a page of memory that belongs to a
+        multiple of `BLOCK_BYTES` in the file; it is written directly if it has `BUFFER_BYTES`."""
         end = len(buffer)
         if end == BUFFER_BYTES and self._direct is not None and self._direct_works:
             aligned = -(-start // BLOCK_BYTES) * BLOCK_BYTES
@@ -96,15 +92,8 @@ class DirectWriter:
         return self._files[-1]
 
     def write(self, file: DirectFile, offset: int, data: memoryview) -> None:
-        """Take over the bytes, which the caller may then change.
-
-        Args:
-            file: from `open`.
-            data: one-dimensional, of bytes.
-
-        Raises:
-            OSError: an earlier write failed.
-        """
+        """Take over the bytes of one-dimensional data, which the caller may then change, for a file from `open`. Raises
+        OSError if an earlier write failed."""
         done = 0
         while done < len(data):
             if file is not self._file or offset + done != self._offset + self._fill - self._start:

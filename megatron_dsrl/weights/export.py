@@ -60,7 +60,6 @@ def export_hf_folder(
     Args:
         chunks: GPTModel chunks of this pipeline stage, wrapped or not.
         source: HF folder to copy config.json and the tokenizer from.
-        dtype: dtype of the written weights.
 
     Raises:
         UserError: the target already exists or cannot be written. Raised on every rank.

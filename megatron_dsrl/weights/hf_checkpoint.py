@@ -25,11 +25,7 @@ class HfCheckpoint:
     """Names, shapes, dtypes and tensors of an HF folder's weights."""
 
     def __init__(self, folder: Path) -> None:
-        """Locate the weight files.
-
-        Raises:
-            UserError: weight files are missing, or the index is damaged or names a missing file.
-        """
+        """Raises UserError if weight files are missing, or the index is damaged or names a missing file."""
         self.folder = folder
         self._headers: dict[Path, dict[str, StoredTensor]] = {}
         self._files = self._read_index() if (folder / INDEX_FILE).exists() else self._read_single()
@@ -43,11 +39,8 @@ class HfCheckpoint:
         return self._files[name]
 
     def shapes(self) -> dict[str, Shape]:
-        """Shapes of all tensors, read from the file headers.
-
-        Raises:
-            UserError: a file is damaged or truncated, or lacks a tensor that the index places in it.
-        """
+        """Shapes of all tensors, read from the file headers. Raises UserError if a file is damaged or truncated, or
+        lacks a tensor that the index places in it."""
         return {name: self._stored(name).shape for name in self._files}
 
     def dtypes(self) -> dict[str, torch.dtype]:

@@ -48,15 +48,12 @@ class HfFiles:
 
 
 def create_hf_files(folder: Path, shapes: Mapping[str, Shape], dtype: torch.dtype, file_bytes: int) -> HfFiles:
-    """Create the files without content, and the index for more than one file. Call it in one process.
+    """Create the files without content in an existing, empty folder, and the index for more than one file. Call it in
+    one process.
 
     Args:
-        folder: an existing, empty folder.
         shapes: shapes of all tensors, in file order.
         file_bytes: maximum size of a file; a single tensor may exceed it.
-
-    Raises:
-        UserError: a file cannot be written.
     """
     groups = _cut_into_files(shapes, dtype, file_bytes)
     places: dict[str, tuple[str, StoredTensor]] = {}
@@ -118,11 +115,7 @@ def _cut_into_files(shapes: Mapping[str, Shape], dtype: torch.dtype, file_bytes:
 
 
 def copy_companions(source: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Copy configuration, generation configuration, tokenizer and chat template to a folder with weights of `dtype`.
-
-    Raises:
-        UserError: a file cannot be written.
-    """
+    """Copy configuration, generation configuration, tokenizer and chat template to a folder with weights of `dtype`."""
     config = json.loads((source / "config.json").read_text())
     # Transformers wrote `torch_dtype` up to version 4 and writes `dtype` since then; both read the older name.
     for field in {"dtype", "torch_dtype"} & set(config) or {"torch_dtype"}:

@@ -82,12 +82,8 @@ def load_hf_weights(chunks: Sequence[nn.Module], table: WeightTable, folder: Pat
 
 @torch.no_grad()
 def fill(chunks: Sequence[nn.Module], table: WeightTable, read: Callable[[str], Tensor]) -> None:
-    """Fill this rank's parameters from full HF tensors.
-
-    Args:
-        chunks: GPTModel chunks of this pipeline stage, wrapped or not.
-        read: returns a full HF tensor by name; only called for tensors that this rank holds a part of.
-    """
+    """Fill this rank's parameters from full HF tensors. `read` returns one by name; it is only called for tensors that
+    this rank holds a part of."""
     for entry, parameters in bind(chunks, table).items():
         rank, size = tensor_parallel_place(entry)
         shard = entry.rule.layout.shard([read(tensor.name) for tensor in entry.hf], rank, size)
@@ -109,14 +105,12 @@ def tensor_parallel_place(entry: TableEntry) -> tuple[int, int]:
 def fill_with_random_weights(
     chunks: Sequence[nn.Module], table: WeightTable, standard_deviation: float, seed: int
 ) -> None:
-    """Initialise the model as Transformers does: norms one, biases zero, all other weights normal with mean zero.
-    Adapters are initialised as in PEFT: B zero, A uniform within 1 / sqrt(inputs).
+    """Initialise the model as Transformers does: norms one, biases zero, all other weights normal with mean zero and
+    this standard deviation (`initializer_range` in HF configurations). Adapters are initialised as in PEFT: B zero, A
+    uniform within 1 / sqrt(inputs).
 
     Each HF tensor has its own generator, seeded by its name, and is drawn in full before it is sharded, so every layout
     gets the same model.
-
-    Args:
-        standard_deviation: of the normal distribution; `initializer_range` in HF configurations.
     """
     expected = {tensor.name: (tensor.shape, entry.rule.initial) for entry in table.entries() for tensor in entry.hf}
 
@@ -139,7 +133,6 @@ def load_value_model(chunks: Sequence[nn.Module], architecture: Architecture, fo
     """Fill this rank's parameters. From a policy only the decoder is loaded; the head is zero, and so are all values.
 
     Args:
-        architecture: that of policy and critic.
         folder: HF folder of a policy or of a token classifier with one label, or a policy converted to a Megatron
             distributed checkpoint.
 

@@ -34,11 +34,8 @@ class MegatronCheckpoint:
     """Names, shapes, dtypes and tensors of a distributed checkpoint."""
 
     def __init__(self, folder: Path) -> None:
-        """Read the metadata, not the tensors.
-
-        Raises:
-            UserError: it is not a distributed checkpoint, its metadata cannot be read, or a file is missing.
-        """
+        """Read the metadata, not the tensors. Raises UserError if it is not a distributed checkpoint, its metadata
+        cannot be read, or a file is missing."""
         if not is_megatron_checkpoint(folder):
             raise UserError(_what_it_is_instead(folder))
         self.folder = folder
@@ -61,10 +58,7 @@ class MegatronCheckpoint:
 
     def read(self, entry: TableEntry, memory: ReusedMemory | None = None) -> tuple[Tensor, ...]:
         """The HF tensors of a table entry, in the checkpoint's dtype; in `memory` if given, otherwise in their own.
-
-        Raises:
-            UserError: a chunk is damaged, or a part of the tensor is missing.
-        """
+        Raises UserError if a chunk is damaged, or a part of the tensor is missing."""
         name, leading = entry.rule.checkpoint_name, leading_index(entry)
         stored = self._tensors[name]
         shape, dtype, memory = tuple(stored.size[len(leading) :]), stored.properties.dtype, memory or ReusedMemory()
@@ -87,15 +81,8 @@ class MegatronCheckpoint:
         return entry.rule.layout.merge([whole])
 
     def check_chunks(self, number: int, processes: int) -> None:
-        """Read this process's share of the chunks and compare them with their CRC-32. Not collective.
-
-        Args:
-            number: number of this process, from 0.
-            processes: how many processes share the work.
-
-        Raises:
-            UserError: a chunk is damaged.
-        """
+        """Read the share of process `number` of the chunks and compare them with their CRC-32. Not collective. Raises
+        UserError if one is damaged."""
         whole = [(name, chunk) for name in sorted(self._tensors) for chunk in self._chunks.get((name, ()), ())]
         for name, chunk in whole[number::processes]:
             self._part_memory.free()

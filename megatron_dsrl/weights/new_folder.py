@@ -43,7 +43,6 @@ def new_folder(target: Path, overwrite: bool = False, needed: Sequence[Path] = (
     `together`. Leftovers of a killed process are removed by the next one with the same target.
 
     Args:
-        target: folder to create; parents are created as needed.
         overwrite: replace an existing target at the very end, provided it is empty or holds only a model. Otherwise an
             existing target is an error.
         needed: files and folders read meanwhile; the target must not be, contain or lie in one of them.

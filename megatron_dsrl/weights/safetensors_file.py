@@ -59,11 +59,7 @@ class StoredTensor:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a file by name.
-
-    Raises:
-        UserError: not a safetensors file, or shorter than its header says.
-    """
+    """The tensors of a file by name. Raises UserError if it is not safetensors, or shorter than its header says."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size

@@ -36,11 +36,7 @@ class FileSection(io.RawIOBase):
     """A section of a file as a file object."""
 
     def __init__(self, file: io.FileIO, start: int, length: int) -> None:
-        """
-        Args:
-            start: offset of the section in the file, in bytes.
-            length: size of the section in bytes.
-        """
+        """Start and length are in bytes."""
         self._file, self._start, self._length, self._position = file, start, length, 0
         # What describes the tensor is read in dozens of small steps.
         size = min(EDGE_BYTES, length)
@@ -139,11 +135,8 @@ class Chunk:
 
 
 def read_chunk(folder: Path, name: str, chunk: Chunk, dtype: torch.dtype, memory: ReusedMemory) -> Tensor:
-    """Read a chunk of the tensor with this name into `memory` and compare it with its CRC-32.
-
-    Raises:
-        UserError: it is damaged, or does not have the expected dtype and shape.
-    """
+    """Read a chunk of the tensor with this name into `memory` and compare it with its CRC-32. Raises UserError if it is
+    damaged, or does not have the expected dtype and shape."""
     path = folder / chunk.file
     try:
         with path.open("rb", buffering=0) as file:

@@ -63,7 +63,8 @@ def plan_buckets(
 def stream_hf_weights(
     chunks: Sequence[nn.Module], table: WeightTable, bucket_bytes: int, dtype: torch.dtype
 ) -> Iterator[list[tuple[str, Tensor]]]:
-    """Yield all HF tensors of the model, bucket by bucket. Collective over the ranks of a model replica.
+    """Yield all HF tensors of the model, bucket by bucket: (HF name, full tensor on the model's device), in the table's
+    order. Collective over the ranks of a model replica.
 
     Every rank must exhaust the generator. Tensors may be views of the parameters: copy what you keep, and do not write
     to them. Weights with a LoRA adapter are merged with it; the parameters stay as they are.
@@ -71,10 +72,6 @@ def stream_hf_weights(
     Args:
         chunks: GPTModel chunks of this pipeline stage, wrapped or not.
         bucket_bytes: maximum size of a bucket in `dtype`; a single entry (QKV, gate and up, vocabulary) may exceed it.
-        dtype: dtype of the yielded tensors.
-
-    Yields:
-        (HF name, full tensor on the model's device), in the table's order.
     """
     bound, adapters = bind(chunks, table), adapters_by_weight(chunks)
 

@@ -52,11 +52,8 @@ class _SafeUnpickler(pickle.Unpickler):
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """The content of `.metadata`.
-
-    Raises:
-        UserError: it is missing or damaged, or refers to something that is not part of a checkpoint's metadata.
-    """
+    """The content of `.metadata`. Raises UserError if it is missing or damaged, or refers to something that is not part
+    of a checkpoint's metadata."""
     path = folder / METADATA_FILE
     try:
         with path.open("rb") as file:
@@ -70,11 +67,8 @@ def read_metadata(folder: Path) -> Metadata:
 
 @contextmanager
 def only_plain_objects(folder: Path) -> Iterator[None]:
-    """Within the block, Megatron may load the checkpoint: nothing in it can run code.
-
-    Raises:
-        UserError: the checkpoint holds something else than tensors and plain objects.
-    """
+    """Within the block, Megatron may load the checkpoint: nothing in it can run code. Raises UserError if the
+    checkpoint holds something other than tensors and plain objects."""
     read_metadata(folder)
     before = os.environ.get(ONLY_WEIGHTS)
     os.environ[ONLY_WEIGHTS] = "1"

@@ -10,12 +10,8 @@ _UNIFORM_BITS = 48  # small enough that a uniform number times the total stays b
 
 
 def uniform_numbers(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """[requests] float64 in [0, 1): outputs of SplitMix64, started from the mixed seed, at the positions.
-
-    Args:
-        seeds: [requests] int64.
-        positions: [requests] integers, at least 0.
-    """
+    """[requests] float64 in [0, 1): outputs of SplitMix64, started from the mixed seed, at the positions. Seeds are
+    [requests] int64, positions [requests] integers, at least 0."""
     mixed = _mix(_mix(seeds) + (positions.to(torch.int64) + 1) * _GOLDEN_GAMMA)  # int64 arithmetic wraps around
     return _shift_right(mixed, 64 - _UNIFORM_BITS).to(torch.float64) / 2**_UNIFORM_BITS
 
