@@ -2,7 +2,6 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from megatron_dsrl.commands.arguments import (
     Commands,
@@ -16,14 +15,8 @@ from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.process import launched_rank
 from megatron_dsrl.run.loading import loading_megatron
 
-CHANGES = {
-    "samples": "samples_per_prompt",
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "max_tokens": "max_response_tokens",
-    "limit": "limit",
-}
-"""Command-line options and the benchmark fields they override."""
+CHANGES = ("samples_per_prompt", "temperature", "top_p", "max_response_tokens", "limit")
+"""Benchmark fields that options override."""
 
 
 def add_eval(commands: Commands) -> None:
@@ -48,10 +41,15 @@ def add_eval(commands: Commands) -> None:
     parser.add_argument(
         "--benchmarks", metavar="NAME,NAME", type=names, help="names (omit to list them) or .yaml files"
     )
-    parser.add_argument("--samples", metavar="K", type=int, help="responses per problem (default: the benchmark's)")
-    parser.add_argument("--temperature", metavar="T", type=float, help="0 is greedy (default: the benchmark's)")
-    parser.add_argument("--top-p", metavar="P", type=float, help="nucleus sampling (default: the benchmark's)")
-    parser.add_argument("--max-tokens", metavar="N", type=int, help="response length limit (default: the benchmark's)")
+    benchmarks = "(default: the benchmark's)"
+    parser.add_argument(
+        "--samples", dest="samples_per_prompt", metavar="K", type=int, help=f"responses per problem {benchmarks}"
+    )
+    parser.add_argument("--temperature", metavar="T", type=float, help=f"0 is greedy {benchmarks}")
+    parser.add_argument("--top-p", metavar="P", type=float, help=f"nucleus sampling {benchmarks}")
+    parser.add_argument(
+        "--max-tokens", dest="max_response_tokens", metavar="N", type=int, help=f"response length limit {benchmarks}"
+    )
     parser.add_argument("--limit", metavar="N", type=int, help="only the first N problems of each benchmark")
     parser.add_argument(
         "--data-folder", metavar="DIR", type=Path, help="folder with the benchmarks' files (default: use the hub)"
@@ -141,15 +139,12 @@ def _eval(options: argparse.Namespace) -> int:
         from megatron_dsrl.evaluation.evaluate import EvaluationRequest, evaluate, requested_benchmarks
         from megatron_dsrl.publishing.card import refresh_card
 
-    changes: dict[str, Any] = {
-        field: getattr(options, option) for option, field in CHANGES.items() if getattr(options, option) is not None
-    }
     request = EvaluationRequest(
         model=options.model,
         benchmarks=options.benchmarks,
         output=options.output,
         data_folder=options.data_folder,
-        changes=changes,
+        changes={field: value for field in CHANGES if (value := getattr(options, field)) is not None},
         overrides=options.overrides,
     )
     if options.dry_run:

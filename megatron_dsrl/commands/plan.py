@@ -1,7 +1,6 @@
 """`dsrl plan`. Heavy modules are only imported when the command runs."""
 
 import argparse
-from typing import TYPE_CHECKING
 
 from megatron_dsrl.commands.arguments import (
     Commands,
@@ -12,14 +11,6 @@ from megatron_dsrl.commands.arguments import (
     read_config,
     share,
 )
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from megatron_dsrl.config.run import RunConfig
-    from megatron_dsrl.model.architecture import Architecture
-    from megatron_dsrl.planning.compute import Assumptions
-    from megatron_dsrl.planning.gpus import Gpu
 
 
 def add_plan(commands: Commands) -> None:
@@ -71,56 +62,36 @@ def _add_gpu(parser: argparse.ArgumentParser) -> None:
 def _plan(options: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from megatron_dsrl.config.summary import batch_lines
     from megatron_dsrl.model.architecture import read_architecture
     from megatron_dsrl.model.source import find_config_json
+    from megatron_dsrl.planning import layouts, tables
     from megatron_dsrl.planning.compute import Assumptions
     from megatron_dsrl.planning.gpus import find_gpu
-
-    config = read_config(options)
-    gpu = find_gpu(options.gpu, options.gpu_memory, options.gpu_tflops, options.gpu_bandwidth)
-    architecture = read_architecture(find_config_json(config.model.path, config.made_by).parent)
-    assumptions = Assumptions(
-        mean_response_tokens=options.mean_response_tokens or config.rollout.max_response_tokens // 2,
-        training_utilisation=options.training_utilisation,
-    )
-    console = Console()
-    if options.scale:
-        from megatron_dsrl.planning.scale import print_scale
-
-        print_scale(config, architecture, gpu, options.scale, assumptions, console)
-        return 0
-    return 0 if _print_layouts(config, architecture, gpu, options.gpus, assumptions, console) else 1
-
-
-def _print_layouts(
-    config: "RunConfig",
-    architecture: "Architecture",
-    gpu: "Gpu",
-    gpus: int,
-    assumptions: "Assumptions",
-    console: "Console",
-) -> bool:
-    """Print the plan of the configured layout, if it is valid, and layouts that fit. Return whether the plan fits."""
-    from megatron_dsrl.config.summary import batch_lines
-    from megatron_dsrl.planning.layouts import fewest_gpus, layout_problems, suggest
     from megatron_dsrl.planning.plan import make_plan
-    from megatron_dsrl.planning.tables import print_impossible_layout, print_plan, print_suggestions
+    from megatron_dsrl.planning.scale import print_scale
     from megatron_dsrl.run.preflight import preflight
 
+    config, gpus, console = read_config(options), options.gpus, Console()
+    gpu = find_gpu(options.gpu, options.gpu_memory, options.gpu_tflops, options.gpu_bandwidth)
+    architecture = read_architecture(find_config_json(config.model.path, config.made_by).parent)
+    mean_response_tokens = options.mean_response_tokens or config.rollout.max_response_tokens // 2
+    assumptions = Assumptions(mean_response_tokens, options.training_utilisation)
+    if options.scale:
+        print_scale(config, architecture, gpu, options.scale, assumptions, console)
+        return 0
     fits = False
-    problems = layout_problems(config, architecture, gpus)
-    if problems:
-        print_impossible_layout(problems, gpus, console)
+    if problems := layouts.layout_problems(config, architecture, gpus):
+        tables.print_impossible_layout(problems, gpus, console)
     else:
-        figures = preflight(config, gpus)
-        console.print(*batch_lines(config, figures), sep="\n", highlight=False)
+        console.print(*batch_lines(config, preflight(config, gpus)), sep="\n", highlight=False)
         plan = make_plan(config, architecture, gpu, gpus, assumptions)
-        print_plan(plan, architecture, assumptions, console)
+        tables.print_plan(plan, architecture, assumptions, console)
         fits = plan.fits
-    suggestions = suggest(config, architecture, gpu, gpus, assumptions, count=5)
-    needed = None if suggestions else fewest_gpus(config, architecture, gpu, gpus, assumptions)
-    print_suggestions(config, suggestions, gpus, needed, console)
-    return fits
+    suggestions = layouts.suggest(config, architecture, gpu, gpus, assumptions, count=5)
+    needed = None if suggestions else layouts.fewest_gpus(config, architecture, gpu, gpus, assumptions)
+    tables.print_suggestions(config, suggestions, gpus, needed, console)
+    return 0 if fits else 1
 
 
 def _growing(text: str) -> list[int]:

@@ -119,11 +119,8 @@ def _view(file: Path, folder: _Folder) -> LogView:
 
 
 def messages(lines: Sequence[str]) -> list[list[str]]:
-    """Lines that belong together: a traceback with what led to it and the line before, a warning with its source line.
-
-    Args:
-        lines: without empty ones.
-    """
+    """Lines that belong together, from lines without empty ones: a traceback with what led to it and the line before, a
+    warning with its source line."""
     grouped: list[list[str]] = []
     in_traceback = False
     for line in lines:

@@ -30,20 +30,18 @@ def write_report(run_folder: Path, *others: Path, output: Path | None = None) ->
     """Write the page and return its path.
 
     One run: `<run folder>/report.html`. Several: a comparison, `<first run folder>/comparison.html`. `output` names
-    another file. Raises UserError when a folder is not a run folder or its files are damaged.
+    another file.
+
+    Raises:
+        UserError: a folder is not a run folder, or its files are damaged.
     """
-    runs = _distinct_names([read_run(folder) for folder in (run_folder, *others)])
+    runs = [read_run(folder) for folder in (run_folder, *others)]
+    if len({run.name for run in runs}) < len(runs):
+        runs = [replace(run, name=str(run.folder)) for run in runs]
     page = _run_page(runs[0]) if len(runs) == 1 else _comparison_page(runs)
     path = output or run_folder / ("report.html" if len(runs) == 1 else "comparison.html")
     write_result(path, page)
     return path
-
-
-def _distinct_names(runs: list[RunRecords]) -> list[RunRecords]:
-    """The runs, called by their folders where they share a name."""
-    if len({run.name for run in runs}) == len(runs):
-        return runs
-    return [replace(run, name=str(run.folder)) for run in runs]
 
 
 def _run_page(run: RunRecords) -> str:
@@ -63,7 +61,6 @@ def _run_page(run: RunRecords) -> str:
         samples=shown_steps(run.folder, run.step_numbers),
         logs=log_views(run.folder),
         provenance=shown_provenance(run),
-        written=_now(),
     )
 
 
@@ -76,7 +73,6 @@ def _comparison_page(runs: list[RunRecords]) -> str:
         paper=paper_table(evaluations),
         pass_at_k=pass_at_k_charts(evaluations),
         provenance=compared_provenance(runs),
-        written=_now(),
     )
 
 
@@ -90,16 +86,13 @@ def _template(name: str) -> Template:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "shortened": partial(shortened, most=MAX_CHARACTERS)}
+    environment.globals["written"] = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
     return environment.get_template(name)
 
 
 def _without_control_characters(value: object) -> object:
     """What a template prints: texts of a model must not change how the page looks, or what a copy of it does."""
     return visible(value) if type(value) is str else value  # Markup is made of such texts
-
-
-def _now() -> str:
-    return f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
 
 
 @dataclass(frozen=True)

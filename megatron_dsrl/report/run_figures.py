@@ -156,19 +156,14 @@ def runs_table(runs: Sequence[RunRecords]) -> RunsTable:
     same: list[Figure] = []
     for label in dict.fromkeys(label for column in columns for label in column):
         cells = [column.get(label) for column in columns]
-        first = cells[0]
+        first, notes = cells[0], {cell.note for cell in cells if cell}
         if first is not None and set(cells) == {first}:
             same.append(first)
+        elif len(notes) == 1:
+            rows.append((label, notes.pop(), [replace(cell, note="") if cell else None for cell in cells]))
         else:
-            rows.append(_row(label, cells))
+            rows.append((label, "", cells))
     return RunsTable(tuple(run.name for run in runs), rows, configuration_differences(runs), same)
-
-
-def _row(label: str, cells: list[Figure | None]) -> tuple[str, str, list[Figure | None]]:
-    notes = {cell.note for cell in cells if cell}
-    if len(notes) > 1:
-        return label, "", cells
-    return label, notes.pop(), [replace(cell, note="") if cell else None for cell in cells]
 
 
 def _figures(run: RunRecords) -> dict[str, Figure]:

@@ -22,7 +22,7 @@ from typing import Any
 from megatron_dsrl.common.disk import make_folder_of, replacing
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.observability.timeline import ProfileFile
-from megatron_dsrl.report.timeline import Interval, RankTimeline, RecordedCall, RecordedSpan
+from megatron_dsrl.report.timeline import Interval, RankTimeline, RecordedCall
 
 STEPS_TRACK = 0
 FIRST_ENGINE = 1_000_000
@@ -41,17 +41,13 @@ encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def write_trace(timelines: Sequence[RankTimeline], target: Path, profiles: Sequence[ProfileFile] = ()) -> None:
-    """Write one file of all ranks and engines, an event per line.
-
-    Args:
-        timelines: of all ranks.
-        target: file to write.
-        profiles: steps that torch.profiler recorded; their events are added.
+    """Write one file of all ranks and engines, an event per line; with the events of `profiles` by torch.profiler.
 
     Raises:
         UserError: a profile is damaged.
     """
-    origin = min(moment for timeline in timelines for moment in _beginnings(timeline))
+    recorded = (block.when for one in timelines for blocks in (one.steps, one.spans, one.calls) for block in blocks)
+    origin = min(when.start for when in recorded)
     head = {"displayTimeUnit": "ms", "otherData": {"started": datetime.fromtimestamp(origin, UTC).isoformat()}}
     make_folder_of(target)
     with replacing(target) as file:
@@ -65,10 +61,7 @@ def write_trace(timelines: Sequence[RankTimeline], target: Path, profiles: Seque
 
 
 def events_of(timeline: RankTimeline, origin: float) -> Iterator[TraceEvent]:
-    """
-    Args:
-        origin: the moment 0 of the trace, in seconds since 1970.
-    """
+    """Events of a rank and its engines; `origin` is the moment 0 of the trace, in seconds since 1970."""
     rank = timeline.rank
     threads = {name: i for i, name in enumerate(dict.fromkeys(span.thread for span in timeline.spans), start=1)}
     yield _name("process_name", rank, 0, f"rank {rank} ({timeline.host})")
@@ -78,7 +71,8 @@ def events_of(timeline: RankTimeline, origin: float) -> Iterator[TraceEvent]:
     for step in timeline.steps:
         yield _slice(f"step {step.step}", "step", rank, STEPS_TRACK, step.when, origin, {"step": step.step})
     for span in timeline.spans:
-        yield _span(span, rank, threads[span.thread], origin)
+        details = {} if span.finished else {"finished": False}
+        yield _slice(span.path[-1], "part", rank, threads[span.thread], span.when, origin, details)
     by_engine: dict[int, list[RecordedCall]] = defaultdict(list)
     for call in timeline.calls:
         by_engine[call.engine].append(call)
@@ -138,11 +132,6 @@ def _details(call: RecordedCall) -> dict[str, Any]:
     return {"prompts": prompts, "tokens": call.tokens, "attempt": call.attempt, "outcome": call.outcome}
 
 
-def _span(span: RecordedSpan, rank: int, track: int, origin: float) -> TraceEvent:
-    details = {} if span.finished else {"finished": False}
-    return _slice(span.path[-1], "part", rank, track, span.when, origin, details)
-
-
 def _slice(
     name: str, category: str, process: int, track: int, when: Interval, origin: float, details: dict[str, Any]
 ) -> TraceEvent:
@@ -160,12 +149,6 @@ def _name(what: str, process: int, track: int, name: str) -> TraceEvent:
     return {"name": what, "ph": "M", "pid": process, "tid": track, "args": {"name": name}}
 
 
-def _beginnings(timeline: RankTimeline) -> list[float]:
-    steps, spans, calls = timeline.steps, timeline.spans, timeline.calls
-    intervals = [step.when for step in steps] + [span.when for span in spans] + [call.when for call in calls]
-    return [interval.start for interval in intervals]
-
-
 def profile_events(profile: ProfileFile, origin: float) -> Iterator[TraceEvent]:
     """Events of torch.profiler on the clock of the timeline.
 
@@ -175,10 +158,6 @@ def profile_events(profile: ProfileFile, origin: float) -> Iterator[TraceEvent]:
 
     Source of the format: `baseTimeNanoseconds` is a moment since 1970; a time of an event is in microseconds after it
     (libkineto/src/output_json.cpp).
-
-    Args:
-        profile: one rank's profile of one step.
-        origin: the moment 0 of the trace, in seconds since 1970.
 
     Raises:
         UserError: the file is damaged.
@@ -194,17 +173,10 @@ def profile_events(profile: ProfileFile, origin: float) -> Iterator[TraceEvent]:
     for event in events:
         number = numbers.setdefault(event["pid"], len(numbers))
         moved = event | {"pid": FIRST_PROFILE + PROCESSES_OF_A_RANK * profile.rank + number}
-        if event["ph"] == "M":
-            yield _renamed(moved, profile.rank)
-            continue
-        moved["ts"] = round(event["ts"] + shift, 3)
-        if "id" in event:
-            moved["id"] = f"{profile.rank}.{profile.step}.{event['id']}"
+        if event["ph"] != "M":
+            moved["ts"] = round(event["ts"] + shift, 3)
+            if "id" in event:
+                moved["id"] = f"{profile.rank}.{profile.step}.{event['id']}"
+        elif event["name"] == "process_name":
+            moved["args"] = {"name": f"rank {profile.rank}, profile: {event['args']['name']}"}
         yield moved
-
-
-def _renamed(event: TraceEvent, rank: int) -> TraceEvent:
-    """A process says which rank's it is."""
-    if event["name"] == "process_name":
-        return event | {"args": {"name": f"rank {rank}, profile: {event['args']['name']}"}}
-    return event
