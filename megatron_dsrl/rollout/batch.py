@@ -229,14 +229,8 @@ class RolloutBatch:
     def extend(
         self, position: int, completions: Sequence[Completion], oldest_version: int | None = None
     ) -> UnfinishedGroup:
-        """Add an engine's answers to the group at this position; returns the group.
-
-        Args:
-            oldest_version: the call's; None: the oldest one now.
-
-        Raises:
-            StaleWeightsError: a token comes from other weights than those of `BatchRequest.versions`.
-        """
+        """Add an engine's answers to the group at this position; returns the group. Raises StaleWeightsError if a token
+        comes from weights older than `oldest_version` (None: the oldest ones now), or unknown ones."""
         group, now = self.groups[position], self.request.versions()
         allowed = range(now.start if oldest_version is None else oldest_version, now.stop)
         for completion in completions:

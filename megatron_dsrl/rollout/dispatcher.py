@@ -91,12 +91,7 @@ class Dispatcher:
         judge: GroupJudge,
         progress: BatchProgress,
     ) -> None:
-        """
-        Args:
-            batch: its state is updated in place.
-            clients: one per engine.
-            states: engines that are lost during the batch are added.
-        """
+        """The batch is updated in place, and the states with engines that are lost meanwhile. One client per engine."""
         self._batch = batch
         self._clients = clients
         self._lost = states.lost

@@ -169,8 +169,6 @@ class GroupQueue:
         """What is in the queue, without what was added since the last `take_step`."""
         with self._changed:
             new = set(map(id, self._new))
-            places = [place for place in self._places if id(place.group) not in new]
-            begun = [place.group for place in places if place.result is None and place.group is not None]
-            waiting = [group for group in self._waiting if id(group) not in new]
-            finished = tuple(place.result for place in places if place.result is not None)
-            return CarryOver(finished, (*begun, *waiting))
+            results = [place.result for place in self._places if id(place.group) not in new]
+            unfinished = tuple(group for group in self.unfinished if id(group) not in new)
+            return CarryOver(tuple(result for result in results if result is not None), unfinished)

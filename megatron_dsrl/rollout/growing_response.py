@@ -123,12 +123,7 @@ class GrowingResponse:
         """Append tokens that are not the model's, such as a tool's result or a turn of the environment.
 
         They are appended whole or not at all. If they do not fit, the response is full and counts as truncated.
-
-        Args:
-            tokens: token ids, or text in which special tokens are recognised; see `plain_tokens`.
-
-        Returns:
-            Whether they fit.
+        In text, special tokens are recognised; see `plain_tokens`. Returns whether they fit.
         """
         ids = tuple(self.encode(tokens) if isinstance(tokens, str) else tokens)
         if len(ids) > self.remaining_tokens:

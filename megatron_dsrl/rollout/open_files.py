@@ -28,10 +28,8 @@ class TooManyOpenFilesError(UserError):
 def requests_at_a_time() -> int:
     """Number of requests that this process can have in flight, given the files that it has open.
 
-    The soft limit is first raised to the hard limit: the usual 1,024 is meant for programs that use `select`.
-
-    Raises:
-        UserError: the limit leaves room for too few requests.
+    The soft limit is first raised to the hard limit: the usual 1,024 is meant for programs that use `select`. Raises
+    UserError if the limit leaves room for too few requests.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:

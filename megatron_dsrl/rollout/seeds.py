@@ -18,10 +18,7 @@ from megatron_dsrl.data.prompt import Prompt
 def sample_seed(run_seed: int, stream: str, prompt: int, sample: int) -> int:
     """Seed of one sample, in 0..2^63 - 1: the first 63 bits of BLAKE2b over `<run seed>/<stream>/<prompt>/<sample>`.
 
-    Args:
-        stream: what the batch is for.
-        prompt: index of the prompt in its set.
-        sample: number of the sample of this prompt, from 0.
+    `prompt` is the prompt's index in its set; `sample` counts the samples of this prompt from 0.
     """
     key = f"{run_seed}/{stream}/{prompt}/{sample}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
@@ -47,11 +44,7 @@ def seeds_of_batch(
 
 def turn_seed(seed: int, turn: int) -> int:
     """Seed of a turn in a response with several (`rollout.generate`), in 0..2^63 - 1. The first has the sample's seed.
-
-    Args:
-        seed: the sample's.
-        turn: number of the turn, from 0.
-    """
+    Turns count from 0."""
     if turn == 0:
         return seed
     return int.from_bytes(hashlib.blake2b(f"{seed}/{turn}".encode(), digest_size=8).digest(), "big") >> 1

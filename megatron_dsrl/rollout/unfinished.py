@@ -201,7 +201,6 @@ def restart_expired(
     Args:
         weight_version: version of this step's weights.
         max_weight_versions: versions that one group may mix, including this one.
-        new_seeds: seeds for the restarted groups, one sequence per prompt.
 
     Returns:
         What this step continues, and the number of restarted groups.

@@ -64,7 +64,6 @@ class StartingServer:
         """Have the process become the server; returns at once.
 
         Args:
-            arguments: SGLang's `ServerArgs` fields.
             key: what every caller must know; None: the server answers everybody.
             log_file: its output from now on is appended.
         """

@@ -91,12 +91,7 @@ async def warm_up(address: EngineAddress, return_routed_experts: bool, timeout_s
     An engine compiles kernels when it first needs them, which takes minutes where nothing is cached. Its scheduler
     answers nothing meanwhile, and during sampling that would count as a hang.
 
-    Args:
-        return_routed_experts: whether the run's requests ask for the experts of every token.
-        timeout_seconds: limit of each kind of request.
-
-    Raises:
-        EngineError: the engine refused a request, is gone, or took longer.
+    `timeout_seconds` limits each kind of request. Raises EngineError if the engine refuses one, is gone, or too slow.
     """
     prompt = tuple(range(1, PROMPT_TOKENS + 1))
     requests = [SampleRequest(prompt, seed=number, max_new_tokens=NEW_TOKENS) for number in range(WARM_UP_REQUESTS)]

@@ -193,14 +193,8 @@ class _GroupsEngine:
 
 
 def check_shared_memory(config: RolloutSettings, ranks: int) -> None:
-    """Check that /dev/shm has room for the buckets of a CPU run: each rank fills one while an engine copies another.
-
-    Args:
-        ranks: processes of this machine that push weights.
-
-    Raises:
-        UserError: it has less free space than that.
-    """
+    """Check that /dev/shm has room for the buckets of a CPU run: each of this machine's ranks fills one while an engine
+    copies another. Raises UserError if it does not."""
     architecture = read_architecture(resolve_model_folder(config.model.path))
     size = BYTES_PER_PARAMETER[config.model.dtype]
     largest_tensor = size * architecture.vocab_size * architecture.hidden_size
