@@ -9,18 +9,19 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_dsrl.checkpoint.folders import (
+from megatron_dsrl.checkpoint.save import Save, StartWrite, on_rank_0
+from megatron_dsrl.checkpoint.state import (
     STATE_FILE,
     WEIGHTS_FOLDER,
     Checkpoint,
+    RunState,
+    SavedState,
     make_partial,
     partial_folder,
     prune,
     publish,
     published,
 )
-from megatron_dsrl.checkpoint.save import Save, StartWrite, on_rank_0
-from megatron_dsrl.checkpoint.state import RunState, SavedState
 from megatron_dsrl.common.checksum import changed_file
 from megatron_dsrl.common.collective import broadcast, first_problem, gather, my_share
 from megatron_dsrl.common.disk import free_space

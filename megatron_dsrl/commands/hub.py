@@ -24,10 +24,21 @@ def add_fetch(commands: Commands) -> None:
 
 
 def _fetch(options: argparse.Namespace) -> int:
+    """Read everything that the run and the evaluation of its policy read, which downloads what is missing."""
     with loading_megatron(sys.stderr):
-        from megatron_dsrl.run.fetch import fetch
+        from megatron_dsrl.config.benchmark import load_benchmark
+        from megatron_dsrl.evaluation.evaluate import read_problems
+        from megatron_dsrl.model.source import resolve_model_folder
+        from megatron_dsrl.run.inputs import load_inputs
 
-    print(fetch(read_config(options), options.benchmarks))
+    config = read_config(options)
+    benchmarks = [load_benchmark(name, data_folder=None) for name in options.benchmarks]
+    inputs = load_inputs(config)
+    if config.critic.path is not None:
+        resolve_model_folder(config.critic.path, "critic.path")
+    problems = read_problems(inputs.model_folder, benchmarks)
+    sets = {"prompts": inputs.prompts} | {s.name: prompts for s, prompts in inputs.evaluation_sets} | problems
+    print(f"model {inputs.model_folder}; {', '.join(f'{len(prompts)} {name}' for name, prompts in sets.items())}")
     return 0
 
 

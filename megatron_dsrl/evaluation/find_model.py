@@ -10,8 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_dsrl.checkpoint.compatibility import check_same_model
-from megatron_dsrl.checkpoint.folders import STATE_FILE, WEIGHTS_FOLDER
-from megatron_dsrl.checkpoint.state import SavedState
+from megatron_dsrl.checkpoint.state import STATE_FILE, WEIGHTS_FOLDER, SavedState
 from megatron_dsrl.common.checksum import changed_file
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.step_names import by_step, step_of

@@ -25,6 +25,8 @@ from megatron_dsrl.observability.timeline import Span, no_span
 from megatron_dsrl.platform import current_platform
 from megatron_dsrl.rollout.rollout import Rollout
 
+GIB = 2**30
+
 
 class SharedDevice:
     """This rank's device. Methods are collective."""
@@ -49,11 +51,12 @@ class SharedDevice:
         self._actor = actor
         self._memory = [actor.model.memory] + ([critic.model.memory] if critic else [])
         self._rollout = rollout
-        self._switches = MemorySwitches(span)
+        self._span = span
+        self._metrics: dict[str, float] = {}
 
     def give_to_trainer(self) -> None:
         """Before an update or a checkpoint: release the engine's memory, and move the whole trainer to the device."""
-        with self._switches.measure("engine_sleep"):
+        with self._measure("engine_sleep"):
             self._rollout.release_memory()
         self._onload([(memory, MODEL_PARTS) for memory in self._memory])
 
@@ -69,7 +72,7 @@ class SharedDevice:
             self._offload([(policy, without_weights), *((memory, self._offloaded) for memory in others)])
         self._onload([(self._actor.model.memory, ["parameters"])])  # offloaded if an engine died while sampling
         current_platform().release_cached_memory()
-        with self._switches.measure("load_weights"):
+        with self._measure("load_weights"):
             self._rollout.resume_weights()
             self._rollout.load_weights(lambda: self._actor.model.hf_weights(self._bucket_bytes), version)
 
@@ -82,12 +85,13 @@ class SharedDevice:
         """Before sampling: offload the trainer as configured, and take the KV cache's memory back."""
         self._offload([(memory, self._offloaded) for memory in self._memory])
         current_platform().release_cached_memory()
-        with self._switches.measure("engine_wake"):
+        with self._measure("engine_wake"):
             self._rollout.resume_kv_cache()
 
     def metrics(self) -> dict[str, float]:
-        """Seconds and memory of the switches since the last call; see `MemorySwitches`."""
-        return self._switches.metrics()
+        """The `memory/*` metrics of the switches since the last call; see `_measure`."""
+        metrics, self._metrics = self._metrics, {}
+        return metrics
 
     @property
     def trainer_is_whole(self) -> bool:
@@ -97,40 +101,19 @@ class SharedDevice:
     def _offload(self, wanted: Iterable[tuple[ModelMemory, Collection[ModelPart]]]) -> None:
         parts = [(memory, [part for part in parts if part not in memory.away]) for memory, parts in wanted]
         if any(there for _, there in parts):
-            with self._switches.measure("offload"):
+            with self._measure("offload"):
                 moved = sum(memory.offload(there) for memory, there in parts)
-            self._switches.count("offload", moved)
+            self._add("memory/offload_moved_gib", moved / GIB)
 
     def _onload(self, wanted: Iterable[tuple[ModelMemory, Collection[ModelPart]]]) -> None:
         parts = [(memory, [part for part in parts if part in memory.away]) for memory, parts in wanted]
         if any(away for _, away in parts):
-            with self._switches.measure("onload"):
+            with self._measure("onload"):
                 moved = sum(memory.onload(away) for memory, away in parts)
-            self._switches.count("onload", moved)
-
-
-GIB = 2**30
-
-
-class MemorySwitches:
-    """Measures named switches until their metrics are fetched.
-
-    ```
-    switches = MemorySwitches()
-    with switches.measure("onload"):
-        moved = ...
-    switches.count("onload", moved)
-    record |= switches.metrics()
-    ```
-    """
-
-    def __init__(self, span: Span = no_span) -> None:
-        """`span` records every switch in the timeline."""
-        self._span = span
-        self._metrics: dict[str, float] = {}
+            self._add("memory/onload_moved_gib", moved / GIB)
 
     @contextmanager
-    def measure(self, name: str) -> Iterator[None]:
+    def _measure(self, name: str) -> Iterator[None]:
         """Measure the block as part of the switch `name`: `memory/<name>_seconds`, of several blocks added up;
         `memory/<name>_gib`, what this process has on the device afterwards; `memory/<name>_peak_gib`, the most that it
         had there in between. The seconds are within those of a part of the step (`seconds/*`)."""
@@ -144,15 +127,6 @@ class MemorySwitches:
         self._metrics[f"memory/{name}_gib"] = statistics.allocated_bytes / GIB
         peak = f"memory/{name}_peak_gib"
         self._metrics[peak] = max(self._metrics.get(peak, 0.0), statistics.recent_peak_bytes / GIB)
-
-    def count(self, name: str, moved_bytes: int) -> None:
-        """Add to `memory/<name>_moved_gib`, what the switch has moved."""
-        self._add(f"memory/{name}_moved_gib", moved_bytes / GIB)
-
-    def metrics(self) -> dict[str, float]:
-        """Metrics of all switches since the last call."""
-        metrics, self._metrics = self._metrics, {}
-        return metrics
 
     def _add(self, name: str, value: float) -> None:
         self._metrics[name] = self._metrics.get(name, 0.0) + value

@@ -1,6 +1,6 @@
 """The inputs of a run: model description, tokenizer, prompts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from megatron_dsrl.common.checksum import fingerprint
-from megatron_dsrl.config.data import DataConfig, PromptSetConfig, TrainingSetConfig
+from megatron_dsrl.config.data import PromptSetConfig, TrainingSetConfig
 from megatron_dsrl.config.run import EvaluationSetConfig, RunConfig
 from megatron_dsrl.data.demonstrations import load_demonstrations
 from megatron_dsrl.data.prompt import Prompt
@@ -18,9 +18,6 @@ from megatron_dsrl.data.tokenizer import context_token_ids, decode, encode, load
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.source import resolve_model_folder
 from megatron_dsrl.rollout.recording import read_pass_rates, with_pass_rates, within_pass_rates
-
-LoadSet = Callable[[PromptSetConfig, str], Sequence[Prompt]]
-"""load(config, section) reads a prompt set; `section` is its path in the run's configuration, for messages."""
 
 
 @dataclass(frozen=True)
@@ -48,35 +45,12 @@ class RunInputs:
         return encode(self.tokenizer, text)
 
 
-def load_training_prompts(config: DataConfig, load: LoadSet) -> list[Prompt]:
-    """The prompts of all training sets, one set after the other, with pass rates where they are configured.
-
-    Args:
-        load: reads one set.
-
-    Raises:
-        UserError: a prompt set or a recorded run is missing or invalid, or a filter leaves no prompt.
-    """
-    sections = ["data", *(f"data.mixed_with.{position}" for position in range(len(config.mixed_with)))]
-    return in_mixture([(one.name, _load_set(one, load, section)) for one, section in zip(config.sets, sections)])
-
-
-def _load_set(config: TrainingSetConfig, load: LoadSet, section: str) -> Sequence[Prompt]:
-    prompts = load(config, section)
-    if config.pass_rates_from is None:
-        return prompts
-    prompts = with_pass_rates(prompts, read_pass_rates(Path(config.pass_rates_from), f"{section}.pass_rates_from"))
-    if not config.filters_by_pass_rate:
-        return prompts
-    return within_pass_rates(prompts, config.min_pass_rate, config.max_pass_rate, f"{section}.min_pass_rate")
-
-
 def load_inputs(config: RunConfig) -> RunInputs:
     """Read all inputs.
 
     Raises:
-        UserError: the model, its tokenizer or a prompt set is missing or invalid, or the tokenizer cannot make the
-            context of a space.
+        UserError: the model, its tokenizer, a prompt set or a recorded run is missing or invalid, the tokenizer cannot
+            make the context of a space, or a filter leaves no prompt.
     """
     model_folder = resolve_model_folder(config.model.path, made_by=config.made_by)
     architecture = read_architecture(model_folder)
@@ -91,6 +65,11 @@ def load_inputs(config: RunConfig) -> RunInputs:
         limit = max_response_tokens or config.rollout.max_response_tokens
         return load_demonstrations(prompt_set, tokenizer, limit, section)
 
+    sections = ["data", *(f"data.mixed_with.{position}" for position in range(len(config.data.mixed_with)))]
+    training_sets = [
+        (one.name, within_configured_pass_rates(load(one, section), one, section))
+        for one, section in zip(config.data.sets, sections)
+    ]
     model = asdict(architecture)
     if config.actor.lora:
         model["weights"] = fingerprint(model_folder)
@@ -100,9 +79,25 @@ def load_inputs(config: RunConfig) -> RunInputs:
         model=model,
         tokenizer=tokenizer,
         stop_token_ids=stop_token_ids(tokenizer, model_folder),
-        prompts=load_training_prompts(config.data, load),
+        prompts=in_mixture(training_sets),
         evaluation_sets=[
             (evaluation_set, load(evaluation_set, f"evaluation.sets.{i}", evaluation_set.max_response_tokens))
             for i, evaluation_set in enumerate(config.evaluation.sets)
         ],
     )
+
+
+def within_configured_pass_rates(
+    prompts: Sequence[Prompt], config: TrainingSetConfig, section: str
+) -> Sequence[Prompt]:
+    """The prompts with their recorded pass rates, and of these the ones that the set's filter keeps.
+
+    Args:
+        section: path of the set in the run's configuration, for messages.
+    """
+    if config.pass_rates_from is None:
+        return prompts
+    prompts = with_pass_rates(prompts, read_pass_rates(Path(config.pass_rates_from), f"{section}.pass_rates_from"))
+    if not config.filters_by_pass_rate:
+        return prompts
+    return within_pass_rates(prompts, config.min_pass_rate, config.max_pass_rate, f"{section}.min_pass_rate")

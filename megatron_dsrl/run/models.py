@@ -16,8 +16,8 @@ from megatron_dsrl.actor.statistics import UpdateMetrics
 from megatron_dsrl.algorithms.experience import Experience
 from megatron_dsrl.algorithms.objective import build_objectives, estimate_advantages
 from megatron_dsrl.algorithms.schedule import Schedule, passes_of_phase, required_passes
-from megatron_dsrl.checkpoint.folders import Checkpoint
 from megatron_dsrl.checkpoint.save import StartWrite
+from megatron_dsrl.checkpoint.state import Checkpoint
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.waiting import waiting
 from megatron_dsrl.config.actor import ReferenceConfig

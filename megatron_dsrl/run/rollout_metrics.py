@@ -93,17 +93,11 @@ def generation_metrics(samples: Sequence[Sample]) -> dict[str, float]:
 def entropy_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     """Entropy per token of the policy that sampled, given the prompt, in nat: `response/conditional_entropy`.
 
-    It is the mean of -log P(token | prompt, tokens before) over all tokens that the policy sampled, with the engine's
-    log-probs at the sampling temperature. The expectation of each term is the entropy of the distribution that the
-    token was drawn from, so the mean estimates the same quantity in every phase, whichever space the phase trains in
-    and whichever samples its filter keeps. With top-p or top-k sampling, tokens come from the truncated distribution
-    and the estimate is the cross-entropy from that to the full one. Tokens of a response that an earlier step began
-    count with the weights that produced them.
-
-    The alternative is the exact entropy, which needs another forward pass wherever a phase scores log P(y). It would
-    cost a third of the update to remove an error that is already small: a step's standard error is about
-    the standard deviation of -log P (around 1 nat) over the square root of the number of tokens, 0.001 for a million.
-    In the post-train space the trainer has the exact entropy of the computed tokens anyway, as `policy/entropy`.
+    The mean of -log P(token | prompt, tokens before) over all tokens that the policy sampled, with the engine's
+    log-probs at the sampling temperature. Each term's expectation is the entropy of the distribution that the token was
+    drawn from, so this estimates the same quantity in every phase; with top-p or top-k it is the cross-entropy from the
+    truncated distribution to the full one. Its standard error is around 1 nat over the square root of the number of
+    tokens: 0.001 for a million. The exact entropy would need another forward pass wherever a phase scores log P(y).
     """
     tokens = sum(len(sample.policy_log_probs) for sample in samples)
     total = sum(float(np.asarray(sample.policy_log_probs).sum(dtype=np.float64)) for sample in samples)

@@ -10,8 +10,7 @@ import torch
 
 from megatron_dsrl.algorithms.schedule import Schedule
 from megatron_dsrl.checkpoint.compatibility import check_same_model, check_same_optimizer
-from megatron_dsrl.checkpoint.folders import Checkpoint
-from megatron_dsrl.checkpoint.state import current_layout
+from megatron_dsrl.checkpoint.state import Checkpoint, current_layout
 from megatron_dsrl.checkpoint.store import CheckpointStore
 from megatron_dsrl.common.collective import rank
 from megatron_dsrl.common.cpu_threads import cpu_threads, has_bfloat16

@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_dsrl.checkpoint.folders import Checkpoint
-from megatron_dsrl.checkpoint.state import RunState, current_layout
+from megatron_dsrl.checkpoint.state import Checkpoint, RunState, current_layout
 from megatron_dsrl.config.load import load_config
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from megatron_dsrl.run.models import build_models
