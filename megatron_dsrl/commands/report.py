@@ -25,8 +25,8 @@ def add_report(commands: Commands) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
+    from megatron_dsrl.report.comparison import write_learning_curve
     from megatron_dsrl.report.report import write_report
-    from megatron_dsrl.report.training_charts import write_learning_curve
 
     if options.figure is None:
         print(write_report(*options.runs, output=options.output))

@@ -1,4 +1,5 @@
-"""Methods compared over several runs (seeds) each: a table of held-out results, and learning curves.
+"""Methods compared over several runs (seeds) each: a table of held-out results, and learning curves. And the learning
+curve of one run.
 
 The run is the unit: a method's figure is the mean over its runs, its interval is Student's t over them, and two methods
 are compared by Welch's t-test of their accuracy on each set. With few runs the intervals are wide, as they should be.
@@ -11,8 +12,8 @@ from statistics import fmean, stdev
 
 from scipy import stats
 
-from megatron_dsrl.charts.chart_source import Series, ValueAxis
-from megatron_dsrl.charts.charts import Chart, line_chart
+from megatron_dsrl.charts.chart_source import SERIES_COLOURS, WIDE, ChartSource, Series, ValueAxis
+from megatron_dsrl.charts.charts import Chart, draw, line_chart
 from megatron_dsrl.charts.estimate import Estimate, in_percent
 from megatron_dsrl.charts.figure import write_figure
 from megatron_dsrl.common.disk import write_result
@@ -20,10 +21,14 @@ from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.text import markdown_table
 from megatron_dsrl.observability.run_records import RunRecords, read_run, with_common_colours
 from megatron_dsrl.provenance.differences import compare_runs, starts_that_count
+from megatron_dsrl.report.training_charts import accuracy_series
 
 TABLE_FILE = "comparison.md"
 FIGURE_FILE = "comparison.svg"
 METHOD_COLOUR, BASELINE_COLOUR = 1, 6
+REWARD_COLOUR = SERIES_COLOURS
+"""Grey, because the reward is secondary to the accuracy."""
+SHARE = ValueAxis("accuracy", at_least=0.0, at_most=1.0)
 
 
 def welch_p_value(one: Sequence[float], other: Sequence[float]) -> float | None:
@@ -183,3 +188,34 @@ def _axis(runs: Mapping[str, Sequence[RunRecords]], name: str) -> ValueAxis:
     ]
     top = min(1.0, 0.1 * math.ceil(10 * max(accuracies) + 0.5))
     return ValueAxis("accuracy", at_least=0.0, at_most=top, include=(0.0, top))
+
+
+def write_learning_curve(run_folder: Path, path: Path) -> Path:
+    """Write an SVG file, which follows the reader's light or dark colour scheme, and return its path.
+
+    Raises:
+        UserError: the folder is not a run folder, or neither an evaluation nor a reward was recorded.
+    """
+    chart = learning_curve(read_run(run_folder))
+    write_figure([chart], path)
+    return path
+
+
+def learning_curve(run: RunRecords) -> Chart:
+    """Accuracy on every held-out set with its standard error, and the mean reward of each step's samples.
+
+    With accuracies on the axis, rewards beyond 0 to 1 are left out.
+    """
+    accuracies = [
+        accuracy_series(f"accuracy on {name}", records, index % (SERIES_COLOURS - 1) + 1)
+        for index, (name, records) in enumerate(run.evaluations.items())
+    ]
+    known = [reward for reward in run.column("reward/mean") if reward is not None]
+    is_share = bool(known) and min(known) >= 0 and max(known) <= 1
+    rewards = []
+    if known and (is_share or not accuracies):
+        rewards = [Series("reward of the samples", run.step_numbers, run.column("reward/mean"), REWARD_COLOUR)]
+    if not accuracies and not rewards:
+        raise UserError(f"{run.folder} has no evaluation and no reward yet, so no curve can be drawn")
+    axis = SHARE if is_share or accuracies else ValueAxis("reward")
+    return draw(ChartSource("lines", run.name, "", (*accuracies, *rewards), tuple(run.phases), axis), WIDE)

@@ -21,9 +21,17 @@ from megatron_dsrl.observability.run_records import RunRecords, read_run
 from megatron_dsrl.provenance import differences, words
 from megatron_dsrl.report.evaluations import named_by_step, paper_table, pass_at_k_charts, read_analyses, results_table
 from megatron_dsrl.report.logs import log_views
-from megatron_dsrl.report.run_figures import Table, accuracy_figures, loss_figures, run_figures, run_state, runs_table
+from megatron_dsrl.report.run_figures import (
+    Table,
+    accuracy_figures,
+    loss_figures,
+    run_figures,
+    run_state,
+    runs_table,
+    time_table,
+)
 from megatron_dsrl.report.sampled_responses import MAX_CHARACTERS, shown_steps
-from megatron_dsrl.report.training_charts import comparison_charts, other_charts, run_charts, time_table
+from megatron_dsrl.report.training_charts import comparison_charts, other_charts, run_charts
 
 
 def write_report(run_folder: Path, *others: Path, output: Path | None = None) -> Path:

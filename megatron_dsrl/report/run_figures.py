@@ -1,8 +1,9 @@
-"""Key figures of a run, with their names, and several runs in one table."""
+"""Key figures of a run, with their names, the seconds of its parts, and several runs in one table."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 from megatron_dsrl.charts.chart_source import number
@@ -10,6 +11,7 @@ from megatron_dsrl.common.numbers import counted
 from megatron_dsrl.observability.console_lines import duration
 from megatron_dsrl.observability.records import Record
 from megatron_dsrl.observability.run_records import RunRecords
+from megatron_dsrl.report.training_charts import WHOLE_STEP, part_name, step_parts
 
 
 @dataclass(frozen=True)
@@ -187,3 +189,30 @@ def _flattened(value: Any, path: str = "") -> dict[str, Any]:
     else:
         return {path: value} if path else {}
     return {leaf: content for child_path, child in items for leaf, content in _flattened(child, child_path).items()}
+
+
+def time_table(run: RunRecords) -> Table | None:
+    """A row per part, the rest as `other`; None when no step has its time."""
+    steps = [record for record in run.steps if record.get(WHOLE_STEP) is not None]
+    if not steps:
+        return None
+    phases = list(dict.fromkeys(record["phase"] for record in steps))
+    by_phase = [[record for record in steps if record["phase"] == phase] for phase in phases]
+    parts = step_parts(steps)
+    header = ("seconds per step", *phases, *(("all steps",) if len(phases) > 1 else ()), "share")
+    columns = [*by_phase, *([steps] if len(phases) > 1 else [])]
+    whole = sum(record[WHOLE_STEP] for record in steps)
+    rows = []
+    for part in (*parts, "other", WHOLE_STEP):
+        means = (f"{fmean(_seconds(record, part, parts) for record in column):.2f}" for column in columns)
+        share = sum(_seconds(record, part, parts) for record in steps) / whole
+        name = "the whole step" if part == WHOLE_STEP else part_name(part)
+        rows.append((name, *means, f"{100 * share:.0f} %"))
+    return Table(header, tuple(rows))
+
+
+def _seconds(record: Record, part: str, parts: Sequence[str]) -> float:
+    """A part that a step did not have took none of its time."""
+    if part == "other":
+        return max(0.0, record[WHOLE_STEP] - sum(record.get(each) or 0.0 for each in parts))
+    return record.get(part) or 0.0

@@ -1,37 +1,149 @@
-"""The charts of a training that the report shows, for one run and for several, and a run's learning curve as a file."""
+"""The charts of a training that the report shows, for one run and for several: which figures of the step records, and
+what they mean."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from statistics import fmean
+from dataclasses import dataclass
 
-from megatron_dsrl.charts.chart_source import SERIES_COLOURS, WIDE, ChartSource, Series, ValueAxis, phase_changes
-from megatron_dsrl.charts.charts import Chart, draw, line_chart, stacked_chart
-from megatron_dsrl.charts.figure import write_figure
-from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.charts.chart_source import SERIES_COLOURS, Series, ValueAxis, phase_changes
+from megatron_dsrl.charts.charts import Chart, line_chart, stacked_chart
 from megatron_dsrl.common.numbers import is_number
 from megatron_dsrl.observability.records import Record
-from megatron_dsrl.observability.run_records import PhaseSpan, RunRecords, read_run
-from megatron_dsrl.report.curves import (
-    COST,
-    GROUP_KEYS,
-    HEALTH,
-    MIXED_GROUPS,
-    NAT,
-    OF_THE_UPDATE,
-    PARTS_OF_A_STEP,
-    PROMPTS,
-    REWARD,
-    SPACES,
-    STEP_SECONDS,
-    Curves,
+from megatron_dsrl.observability.run_records import PhaseSpan, RunRecords
+
+PARTS_OF_A_STEP = ("generate", "old_log_probs", "reference", "values", "critic", "train", "push_weights", "evaluate")
+"""In their order, as the names of seconds in step records."""
+FRACTION = ValueAxis("fraction", at_least=0.0, at_most=1.0)
+NAT = ValueAxis("nat per token")
+
+
+@dataclass(frozen=True)
+class Curves:
+    """A line chart of step-record keys."""
+
+    title: str
+    explanation: str
+    keys: tuple[tuple[str, str, int], ...]
+    """Series name, step-record key and colour of every curve; the first one is the one that comparisons show."""
+    axis: ValueAxis
+    is_of_the_update: bool = False
+    """The value depends on the phase's space and coefficient, so that it is not comparable between phases."""
+    absent: str = "nothing was recorded."
+    """Said instead of the chart when no step has a value."""
+
+
+REWARD = Curves(
+    "Reward",
+    "Mean verifier score of all sampled responses.",
+    (("mean reward", "reward/mean", 1),),
+    ValueAxis("mean reward"),
 )
-from megatron_dsrl.report.run_figures import Table
+HEALTH = (
+    Curves(
+        "Response length",
+        "Tokens per response; if the longest equals the length limit, it was truncated.",
+        (("mean tokens", "response/mean_tokens", 1), ("longest", "response/max_tokens", 5)),
+        ValueAxis("tokens"),
+    ),
+    Curves(
+        "Truncated responses",
+        "Fraction of responses that were cut at the length limit.",
+        (("fraction", "response/truncated_fraction", 2),),
+        FRACTION,
+    ),
+    Curves(
+        "Entropy of P(y|x)",
+        "Of the policy given the prompt, P(y|x), per token (nat). Sampled: estimated from the log-probs of all sampled "
+        "tokens. Trained: exact, over the tokens trained on in the post-train space.",
+        (("sampled", "response/conditional_entropy", 4), ("trained", "policy/entropy", 5)),
+        NAT,
+    ),
+    Curves(
+        "Entropy of P(y)",
+        "Without the prompt, as the pre-train space updates it: per trained token (nat).",
+        (("entropy", "pre_train/entropy", 4),),
+        NAT,
+        absent="No step was in the pre-train space.",
+    ),
+    Curves(
+        "Log-prob gap to the engine",
+        "|trainer − engine| per token (nat). Both score the same weights, so it should stay near zero.",
+        (("mean gap", "mismatch/mean_log_prob_gap", 2), ("largest", "mismatch/max_log_prob_gap", 5)),
+        ValueAxis("nat per token", is_log=True),
+        absent="No step was in the post-train space, where trainer and engine score the same sequence.",
+    ),
+    Curves(
+        "Tokens with a ratio outside 0.5 to 2",
+        "Fraction of tokens whose probability by the trainer is less than half or more than twice the engine's.",
+        (("fraction", "mismatch/ratio_tail_fraction", 5),),
+        FRACTION,
+        absent="No step was in the post-train space, where trainer and engine score the same sequence.",
+    ),
+    Curves(
+        "Log-prob gap to the prompt",
+        "|log P(y) − log P(y|x)| per token (nat): how much the prompt matters to the response.",
+        (("mean gap", "pre_train/mean_log_prob_gap", 4),),
+        NAT,
+        absent="No step was in the pre-train space.",
+    ),
+    Curves(
+        "Loss",
+        "Of the update, coefficient included: not comparable between phases, so the curve begins again.",
+        (("loss", "policy/loss", 1),),
+        ValueAxis("loss"),
+        is_of_the_update=True,
+    ),
+    Curves(
+        "Gradient norm",
+        "Global norm of the update before clipping, coefficient included: the curve begins again with a phase.",
+        (("gradient norm", "policy/grad_norm", 3),),
+        ValueAxis("norm"),
+        is_of_the_update=True,
+    ),
+    Curves(
+        "Trained samples",
+        "Samples that the phase's filter kept for the update.",
+        (("kept samples", "policy/kept_samples", 3),),
+        ValueAxis("samples"),
+    ),
+)
+COST = (
+    Curves(
+        "Tokens per second",
+        "Response tokens generated per second of generation.",
+        (("tokens per second", "throughput/tokens_per_second", 3),),
+        ValueAxis("tokens per second"),
+    ),
+)
+PROMPTS = ValueAxis("prompts")
+GROUP_KEYS = (
+    ("solved", "reward/solved_groups", 3),
+    ("mixed", "reward/mixed_groups", 1),
+    ("unsolved", "reward/unsolved_groups", 2),
+)
+MIXED_GROUPS = Curves(
+    "Mixed groups",
+    "Prompts with right and wrong responses in the same step: the ones that group advantages learn from.",
+    (("mixed", "reward/mixed_groups", 1),),
+    PROMPTS,
+)
+STEP_SECONDS = Curves(
+    "Seconds per step",
+    "Wall time.",
+    (("seconds", "seconds/step", 1),),
+    ValueAxis("seconds"),
+)
+SPACES = {
+    "post_train": ("log P(y|x)", 1),
+    "pre_train": ("log P(y)", 2),
+    "post_train+pre_train": ("log P(y|x) and log P(y)", 4),
+}
+"""Label and curve colour of a phase, by the `space` of its step records."""
+OF_THE_UPDATE = ("loss", "total_loss", "grad_norm")
+"""Last parts of keys whose values are comparable within a phase only."""
+
 
 PERCENT = ValueAxis("accuracy, %", at_least=0.0, at_most=100.0)
-SHARE = ValueAxis("accuracy", at_least=0.0, at_most=1.0)
-REWARD_COLOUR = SERIES_COLOURS
-"""Grey, because the reward is secondary to the accuracy."""
-WHOLE = "seconds/step"
+WHOLE_STEP = "seconds/step"
 
 
 def run_charts(run: RunRecords) -> list[tuple[str, list[Chart | str]]]:
@@ -172,9 +284,13 @@ def _groups_chart(run: RunRecords) -> Chart | str:
 
 def step_parts(records: Sequence[Record]) -> list[str]:
     """Keys of the parts that a step's time is recorded for, in their order."""
-    keys = {key for record in records for key in record if key.startswith("seconds/")} - {"seconds/step"}
+    keys = {key for record in records for key in record if key.startswith("seconds/")} - {WHOLE_STEP}
     order = [f"seconds/{name}" for name in PARTS_OF_A_STEP]
     return [key for key in order if key in keys] + sorted(keys - set(order))
+
+
+def part_name(key: str) -> str:
+    return key.removeprefix("seconds/").replace("_", " ")
 
 
 def other_charts(run: RunRecords) -> list[Chart]:
@@ -191,7 +307,7 @@ def other_charts(run: RunRecords) -> list[Chart]:
 
 
 def _seconds_chart(run: RunRecords) -> Chart | str:
-    parts, total = step_parts(run.steps), run.column(WHOLE)
+    parts, total = step_parts(run.steps), run.column(WHOLE_STEP)
     if not any(value is not None for value in total):
         return f"Seconds per part: {STEP_SECONDS.absent}"
     columns = [run.column(key) for key in parts]
@@ -200,70 +316,9 @@ def _seconds_chart(run: RunRecords) -> Chart | str:
         for whole, *values in zip(total, *columns, strict=True)
     )
     series = [
-        Series(_name(key), run.step_numbers, column, min(index + 1, SERIES_COLOURS - 1))
+        Series(part_name(key), run.step_numbers, column, min(index + 1, SERIES_COLOURS - 1))
         for index, (key, column) in enumerate(zip(parts, columns, strict=True))
     ]
     series.append(Series("other", run.step_numbers, rest, SERIES_COLOURS))
     explanation = "Wall time of a step by what it was spent on."
     return stacked_chart("Seconds per part", explanation, series, run.phases, STEP_SECONDS.axis)
-
-
-def time_table(run: RunRecords) -> Table | None:
-    """A row per part, the rest as `other`; None when no step has its time."""
-    steps = [record for record in run.steps if record.get(WHOLE) is not None]
-    if not steps:
-        return None
-    phases = list(dict.fromkeys(record["phase"] for record in steps))
-    by_phase = [[record for record in steps if record["phase"] == phase] for phase in phases]
-    parts = step_parts(steps)
-    header = ("seconds per step", *phases, *(("all steps",) if len(phases) > 1 else ()), "share")
-    columns = [*by_phase, *([steps] if len(phases) > 1 else [])]
-    whole = sum(record[WHOLE] for record in steps)
-    rows = []
-    for part in (*parts, "other", WHOLE):
-        means = (f"{fmean(_seconds(record, part, parts) for record in column):.2f}" for column in columns)
-        share = sum(_seconds(record, part, parts) for record in steps) / whole
-        rows.append((_name(part), *means, f"{100 * share:.0f} %"))
-    return Table(header, tuple(rows))
-
-
-def _seconds(record: Record, part: str, parts: Sequence[str]) -> float:
-    """A part that a step did not have took none of its time."""
-    if part == "other":
-        return max(0.0, record[WHOLE] - sum(record.get(each) or 0.0 for each in parts))
-    return record.get(part) or 0.0
-
-
-def _name(part: str) -> str:
-    return "the whole step" if part == WHOLE else part.removeprefix("seconds/").replace("_", " ")
-
-
-def write_learning_curve(run_folder: Path, path: Path) -> Path:
-    """Write an SVG file, which follows the reader's light or dark colour scheme, and return its path.
-
-    Raises:
-        UserError: the folder is not a run folder, or neither an evaluation nor a reward was recorded.
-    """
-    chart = learning_curve(read_run(run_folder))
-    write_figure([chart], path)
-    return path
-
-
-def learning_curve(run: RunRecords) -> Chart:
-    """Accuracy on every held-out set with its standard error, and the mean reward of each step's samples.
-
-    With accuracies on the axis, rewards beyond 0 to 1 are left out.
-    """
-    accuracies = [
-        accuracy_series(f"accuracy on {name}", records, index % (SERIES_COLOURS - 1) + 1)
-        for index, (name, records) in enumerate(run.evaluations.items())
-    ]
-    known = [reward for reward in run.column("reward/mean") if reward is not None]
-    is_share = bool(known) and min(known) >= 0 and max(known) <= 1
-    rewards = []
-    if known and (is_share or not accuracies):
-        rewards = [Series("reward of the samples", run.step_numbers, run.column("reward/mean"), REWARD_COLOUR)]
-    if not accuracies and not rewards:
-        raise UserError(f"{run.folder} has no evaluation and no reward yet, so no curve can be drawn")
-    axis = SHARE if is_share or accuracies else ValueAxis("reward")
-    return draw(ChartSource("lines", run.name, "", (*accuracies, *rewards), tuple(run.phases), axis), WIDE)

@@ -269,7 +269,7 @@ def test_missing_pieces_are_said_in_words(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").unlink()
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "phase": "grpo", "time": 0, "reward/mean": null}\n')
     text = Page(write_report(tmp_path)).text
-    assert "config.yaml is missing" in text and "No rewards were recorded." in text
+    assert "config.yaml is missing" in text and "Reward: nothing was recorded." in text
 
 
 def test_the_last_record_of_an_evaluated_step_wins(tmp_path: Path) -> None:
