@@ -75,7 +75,6 @@ class LogProbGradients:
         Args:
             model: built without the distributed optimizer, which would shard gradients.
             vocab_size: rows of the HF embedding.
-            temperature: divisor of the logits.
         """
         self._model = model
         self._vocab_size = vocab_size
@@ -85,10 +84,6 @@ class LogProbGradients:
 
     def compare(self, without_prompt: ScoredSequence, with_prompt: ScoredSequence) -> GradientComparison:
         """Compare the two gradients of one response.
-
-        Args:
-            without_prompt: the response in the pre-train space.
-            with_prompt: the same response in the post-train space.
 
         Raises:
             FloatingPointError: a gradient is not finite.
@@ -141,8 +136,6 @@ def scores_of_row(row: PackedRow, logits: FactoredLogits, vocab_size: int, tempe
 
     Args:
         logits: [S, columns of this rank] at the positions that predict the scored tokens.
-        vocab_size: rows of the HF embedding.
-        temperature: divisor of the logits.
     """
     options = LogProbOptions(VocabularyShard.for_this_rank(len(logits.weight), vocab_size), temperature)
     return row.assemble(torch.stack(log_probs_and_entropy(logits, row.targets, options)))

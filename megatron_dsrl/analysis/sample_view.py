@@ -46,7 +46,8 @@ def print_group(
     console.print(Text(visible(group.prompt.text.rstrip()), style="dim"), soft_wrap=True)
     for number, (sample, scores) in enumerate(zip(group.samples, log_probs, strict=True)):
         console.print()
-        console.print(Text(header(number, sample, scores), style=_reward_style(sample)), soft_wrap=True)
+        colour = "green" if sample.reward >= 1 else "red" if sample.reward <= 0 else "yellow"
+        console.print(Text(header(number, sample, scores), style=f"bold {colour}"), soft_wrap=True)
         console.print(Text(visible(sample.text)), soft_wrap=True)
         if token_text is not None and sample.response_ids:
             console.print(token_table(sample, scores, token_text))
@@ -94,7 +95,3 @@ def token_table(sample: Sample, scores: ResponseLogProbs | None, token_text: Cal
 
 def _gap_style(gap: float) -> str:
     return next((style for least, style in GAP_STYLES if gap >= least), "bold red")
-
-
-def _reward_style(sample: Sample) -> str:
-    return "bold green" if sample.reward >= 1 else "bold red" if sample.reward <= 0 else "bold yellow"

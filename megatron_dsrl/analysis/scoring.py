@@ -56,7 +56,6 @@ def gradient_settings(source: Path, model: str | None, overrides: Sequence[str])
     """The source's settings (model, temperature and BOS of a run; temperature of a sample file), changed as requested.
 
     Args:
-        source: run folder or sample file.
         model: HF folder, hub name or Megatron checkpoint; None: the model that the run started from.
         overrides: `key.path=value` of `GradientAnalysisConfig`.
 
@@ -80,7 +79,6 @@ def analyse_gradients(
     """Yield the chosen responses with their comparison as they are computed. Collective over the ranks.
 
     Args:
-        source: run folder or sample file.
         steps: steps of a run; None: the first recorded one, which was sampled with the model that the run started from.
         limit: number of responses, drawn from all of the steps.
 

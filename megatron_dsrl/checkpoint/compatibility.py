@@ -44,7 +44,6 @@ def check_same_run(before: dict[str, Any], config: RunConfig, where: str) -> Non
 
     Args:
         before: the resolved configuration of the existing run.
-        config: the configuration of the run being started.
         where: name of the existing run, for the message.
 
     Raises:

@@ -78,7 +78,6 @@ def start_checkpoint(state: dict[str, Any], folder: Path, metadata: dict[str, An
     """Plan the checkpoint of a sharded state. Collective.
 
     Args:
-        state: Megatron's sharded state dict.
         folder: an existing, empty folder.
         metadata: Megatron's content metadata, stored in the checkpoint.
         copy: copy all tensors, so that the state may change before it is written. Otherwise only device tensors are

@@ -45,7 +45,6 @@ class CheckpointStore:
         """
         Args:
             root: folder of the checkpoints, shared by all ranks; need not exist yet.
-            keep_last: number of newest checkpoints to keep.
             keep_every_steps: also keep checkpoints of steps divisible by this; None for none.
             report: called on rank 0 with a message about each damaged checkpoint.
             asynchronous: `save` returns before the checkpoint is written; `poll` or `finish` publishes it.

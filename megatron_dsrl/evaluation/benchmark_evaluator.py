@@ -41,7 +41,6 @@ def evaluate_benchmark(
 
     Args:
         sampler: source of responses; None if the benchmark is finished.
-        stop_token_ids: tokens that end a response.
         settings: everything else that determines the samples; must be the same when an evaluation continues.
 
     Raises:

@@ -84,7 +84,6 @@ def bootstrap_interval(values: Sequence[float], resamples: int = 10_000) -> tupl
 
     Args:
         values: one per problem.
-        resamples: number of bootstrap draws.
     """
     if len(values) < 2:
         return None

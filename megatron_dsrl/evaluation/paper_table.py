@@ -39,7 +39,8 @@ def paper_table(evaluations: Evaluations, size: str) -> str:
     """
     if size not in AVERAGE_OF_SIX:
         raise UserError(f"--size: the paper reports {' and '.join(AVERAGE_OF_SIX)}, not {size}")
-    evaluations = {_as_in_the_paper(method): runs for method, runs in evaluations.items()}
+    as_in_the_paper = {name.lower(): name for name in METHODS}
+    evaluations = {as_in_the_paper.get(method.lower(), method): runs for method, runs in evaluations.items()}
     methods = [*METHODS, *(method for method in evaluations if method not in METHODS)]
     others = {
         name: summary["title"]
@@ -64,10 +65,6 @@ def paper_table(evaluations: Evaluations, size: str) -> str:
     if notes := _departures(evaluations):
         parts += ["## Not as in the paper", "\n".join(f"- {note}" for note in notes)]
     return "\n\n".join(parts) + "\n"
-
-
-def _as_in_the_paper(method: str) -> str:
-    return next((name for name in METHODS if name.lower() == method.lower()), method)
 
 
 def _mathematics(evaluations: Evaluations, methods: Sequence[str], size: str) -> str:

@@ -26,7 +26,6 @@ def rescore(evaluation: Path, target: Path, reward: RewardConfig) -> Mapping[str
     Args:
         evaluation: output folder of `dsrl eval`.
         target: an empty or new folder.
-        reward: the verifier, its options and limits.
 
     Returns:
         The results by benchmark name, as `write_results` takes them.

@@ -92,7 +92,6 @@ def write_results(folder: Path, model: str, summaries: Mapping[str, Summary], st
     """Write all three files. Other benchmarks of the same model that the folder already has are kept.
 
     Args:
-        folder: output folder.
         model: folder or hub name.
         summaries: `title` and the results of `summarise_benchmark`, by benchmark name.
         step: step of the run that trained the model; None for other models.

@@ -115,7 +115,6 @@ class SampleFile:
         """Read the existing file, or create it.
 
         Args:
-            path: the file; folders are created.
             settings: everything that determines the samples.
 
         Raises:

@@ -16,7 +16,8 @@ def step_parts(record: Record, time_left: str) -> list[Part]:
     seconds = _short_seconds(record, "seconds/step")
     parts = [
         (_formatted(record, "reward {:.3f}", "reward/mean"), 1),
-        (_loss_on_data_set(record), 1),
+        # comparable from step to step only where the responses come from a data set
+        (_formatted(record, "loss {:.4f}", "policy/loss") if "data/epoch" in record else "", 1),
         (_formatted(record, "epoch {:.2f}", "data/epoch"), 4),
         (_mixed(record), 4),
         (_formatted(record, "len {:,.0f}", "response/mean_tokens"), 2),
@@ -107,11 +108,6 @@ def _formatted(record: Record, template: str, *keys: str) -> str:
 def _short_seconds(record: Record, key: str) -> str:
     seconds = record.get(key)
     return "" if seconds is None else f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:,.0f} s"
-
-
-def _loss_on_data_set(record: Record) -> str:
-    """Comparable from step to step only where the responses come from a data set."""
-    return _formatted(record, "loss {:.4f}", "policy/loss") if "data/epoch" in record else ""
 
 
 def _mixed(record: Record) -> str:

@@ -24,9 +24,6 @@ class StepProfiler:
     ) -> None:
         """
         Args:
-            steps: numbers of the steps to profile.
-            run_folder: an existing one.
-            rank: number of this process.
             nsight: start and stop Nsight Systems' capture instead of profiling with PyTorch.
             report: gets a line for each profile that could not be written.
 

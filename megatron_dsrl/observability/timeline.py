@@ -89,9 +89,6 @@ class Timeline:
     def __init__(self, run_folder: Path, rank: int, host: str, annotate: Span = no_span) -> None:
         """
         Args:
-            run_folder: an existing one.
-            rank: number of this process.
-            host: name of its node.
             annotate: opens a range of the device's own profiler around every span.
         """
         self._annotate = annotate

@@ -19,11 +19,6 @@ class SecondsPerPart:
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter, span: Span = no_span) -> None:
-        """
-        Args:
-            clock: returns seconds from any fixed origin and never runs backwards.
-            span: records every part in the timeline.
-        """
         self._clock = clock
         self._span = span
         self._started = clock()
@@ -46,10 +41,6 @@ class SecondsPerPart:
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + self._clock() - entered
             self._open_part = None
-
-    def seconds(self, name: str) -> float:
-        """Seconds spent in a part so far; 0 for a part that never ran."""
-        return self._seconds.get(name, 0.0)
 
     def metrics(self) -> dict[str, float]:
         """`seconds/<part>` of every part, and `seconds/step` since construction."""

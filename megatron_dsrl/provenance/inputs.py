@@ -76,13 +76,11 @@ def hash_files(files: Sequence[Path], bytes_read: int) -> FileHashes:
     found: FileHashes = {}
     for size, file in sorted((file.stat().st_size, file) for file in files):
         bytes_read -= size
-        found[file.name] = {"bytes": size, "sha256": _hash_file(file) if bytes_read >= 0 else None}
+        found[file.name] = {"bytes": size, "sha256": None}
+        if bytes_read >= 0:
+            with file.open("rb") as stream:
+                found[file.name]["sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
     return dict(sorted(found.items()))
-
-
-def _hash_file(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _hash_prompts(prompts: Sequence[Prompt]) -> str:

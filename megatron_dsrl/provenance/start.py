@@ -46,7 +46,6 @@ def record_start(folder: Path, command: str, details: Details, report: Callable[
 
     Args:
         folder: that the command writes into; must exist.
-        command: as in `dsrl <command>`.
         details: what is to be said of this command beside code, packages and machine; called on rank 0 only.
         report: called with a warning on rank 0 if there can be no record.
     """

@@ -36,9 +36,6 @@ def write_card(folder: Path, run_folder: Path, step: int, report: Callable[[str]
     """Write the card of the policy after a step into its HF folder, unless the user has put another one there.
 
     Args:
-        folder: HF folder of the policy.
-        run_folder: folder of the run that trained it.
-        step: the step after which it was exported.
         report: called with a warning if the card cannot be written; the run continues.
     """
     try:
@@ -64,8 +61,6 @@ def model_card(run_folder: Path, step: int, base_model: str | None = None) -> st
     """The card's text: metadata for the hub, then Markdown.
 
     Args:
-        run_folder: folder of the run.
-        step: the step after which the policy was exported.
         base_model: the hub's name of the model that the run began with; None finds it where it can be known.
 
     Raises:

@@ -44,11 +44,7 @@ def license_of(folder: Path) -> dict[str, str]:
 
 
 def without_private_places(value: Any) -> Any:
-    """The same, but with absolute paths shortened to their last part, and without server addresses.
-
-    Args:
-        value: a configuration, or part of one.
-    """
+    """The same, but with absolute paths shortened to their last part, and without server addresses."""
     if isinstance(value, dict):
         return {key: without_private_places(child) for key, child in value.items()}
     if isinstance(value, list):

@@ -42,9 +42,7 @@ class SharedDevice:
     ) -> None:
         """
         Args:
-            offload: what leaves the device while the engine samples.
             bucket_bytes: maximum size of a bucket of the weight push.
-            span: records the switches in the timeline.
         """
         self._offloaded = offload.parts
         self._bucket_bytes = bucket_bytes

@@ -56,18 +56,14 @@ def prepare_run_folder(config: RunConfig, run_folder: Path, step: int) -> None:
             run_folder.mkdir(parents=True, exist_ok=True)
             if step == 0:
                 _set_aside_records(run_folder)
-            _remove_later_exports(run_folder, step)
+            for exported_after, export in by_step(run_folder / EXPORTS_FOLDER).items():
+                if exported_after > step:
+                    shutil.rmtree(export)
             dump_config(config, run_folder / CONFIG_FILE)
         except OSError as error:
             raise UserError(f"cannot write the run folder {run_folder} (output_dir, name): {error}") from error
 
     on_first(prepare)
-
-
-def _remove_later_exports(run_folder: Path, step: int) -> None:
-    for exported_after, export in by_step(run_folder / EXPORTS_FOLDER).items():
-        if exported_after > step:
-            shutil.rmtree(export)
 
 
 def _set_aside_records(run_folder: Path) -> None:
@@ -89,7 +85,6 @@ def record_run_start(
 
     Args:
         command: `train` or `rollout`.
-        inputs: what the run has read.
         after_step: the checkpoint's step that the run continues after; 0 from the beginning.
         report: called on rank 0 with a line on a verifier that depends on the machine, and with a warning if there can
             be no record, or if the run continues with another model or other data under the same path.

@@ -35,9 +35,6 @@ collective does not notice the signal, such as Ctrl-C while the ranks are starti
 def others_started(processes: int) -> bool:
     """Whether this process is already one of `processes` started processes.
 
-    Args:
-        processes: value of `--processes`.
-
     Raises:
         UserError: torchrun or srun started a different number.
     """
@@ -86,7 +83,7 @@ def _wait(ranks: Sequence["subprocess.Popen[bytes]"], received: set[int]) -> int
         for rank, process in enumerate(ranks):
             if rank in ended or process.poll() is None:
                 continue
-            status = ended[rank] = _as_exit_status(process.returncode)
+            status = ended[rank] = process.returncode if process.returncode >= 0 else 128 - process.returncode
             now = time.monotonic()
             if status in (0, PREEMPTED_STATUS) or (killed and failed is None):
                 continue
@@ -135,7 +132,3 @@ def _passing_on(ranks: Sequence["subprocess.Popen[bytes]"]) -> Iterator[set[int]
 def _send(ranks: Sequence["subprocess.Popen[bytes]"], number: int) -> None:
     for process in ranks:
         process.send_signal(number)  # does nothing for one that has ended
-
-
-def _as_exit_status(returncode: int) -> int:
-    return returncode if returncode >= 0 else 128 - returncode

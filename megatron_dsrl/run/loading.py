@@ -15,7 +15,6 @@ def loading_megatron(stream: TextIO | None = None, what: str = "PyTorch and Mega
 
     Args:
         stream: where rank 0 prints; standard output by default, stderr for commands whose output is data.
-        what: for the message.
     """
 
     def say(text: str) -> None:

@@ -155,9 +155,6 @@ def build_models(config: RunConfig, folder: Path) -> RunModels:
 def build_reference(config: ReferenceConfig, actor: Actor, folder: Path) -> ReferencePolicy | ServedReference:
     """The reference policy with its initial weights.
 
-    Args:
-        folder: the policy's.
-
     Raises:
         UserError: its folder is missing or does not match the policy, or its server does not answer.
     """

@@ -28,7 +28,10 @@ def rollout_metrics(
         | response_metrics(samples)
         | entropy_metrics(samples)
         | generation_metrics(samples)
-        | throughput_metrics(generated_tokens, generate_seconds)
+        | {
+            "throughput/generated_tokens": generated_tokens,
+            "throughput/tokens_per_second": generated_tokens / generate_seconds if generated_tokens else 0.0,
+        }
     )
 
 
@@ -102,11 +105,6 @@ def entropy_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     tokens = sum(len(sample.policy_log_probs) for sample in samples)
     total = sum(float(np.asarray(sample.policy_log_probs).sum(dtype=np.float64)) for sample in samples)
     return {"response/conditional_entropy": -total / tokens} if tokens else {}
-
-
-def throughput_metrics(tokens: int, seconds: float) -> dict[str, int | float]:
-    """Response tokens generated for the step, and per second of generation."""
-    return {"throughput/generated_tokens": tokens, "throughput/tokens_per_second": tokens / seconds if tokens else 0.0}
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -19,9 +19,7 @@ def serve(config: RunConfig, host: str, port: int) -> None:
     """Start a server with the settings of the run's engines and wait until it ends.
 
     Args:
-        config: the run's.
         host: address to listen on. Any but the loopback address needs a key.
-        port: port to listen on.
 
     Raises:
         UserError: the server cannot be started or has ended.

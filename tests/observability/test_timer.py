@@ -25,7 +25,6 @@ def test_parts_add_up_also_when_they_raise_and_the_step_is_the_whole() -> None:
     with timer.part("generate"):
         clock.now += 1
 
-    assert timer.seconds("generate") == 4
     assert timer.metrics() == {"seconds/generate": 4, "seconds/train": 2, "seconds/step": 6.5}
 
 

@@ -57,7 +57,6 @@ class TrackerRun(ABC):
 
         Args:
             step: training step; 0 is before the first.
-            metrics: numbers by name.
             time: when they were recorded, in seconds since 1970; None where the record does not say.
         """
 

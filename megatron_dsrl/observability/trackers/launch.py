@@ -27,8 +27,6 @@ class Trackers:
     def __init__(self, trackers: Sequence[TrackerOptions], run_folder: Path, report: Callable[[str], None]) -> None:
         """
         Args:
-            trackers: where to send the run.
-            run_folder: folder of the run.
             report: called with a line for the user, from other threads as well.
         """
         self._trackers = trackers

@@ -61,12 +61,10 @@ class NewRecords:
         ready = [record for record in self._waiting if record["step"] <= self._last_step]
         self._waiting = [record for record in self._waiting if record["step"] > self._last_step]
         found = [NewRecord(record["step"], record) for record in steps]
-        found += [self._evaluation(record) for record in ready]
+        for record in ready:
+            step, name = record["step"], record["set"]
+            found.append(NewRecord(step, record, name, self._responses_of.pop((step, name), [])))
         return sorted(found, key=lambda each: (each.step, each.evaluation_set is not None))
-
-    def _evaluation(self, record: Record) -> NewRecord:
-        step, name = record["step"], record["set"]
-        return NewRecord(step, record, name, self._responses_of.pop((step, name), []))
 
 
 class _AppendedLines:
@@ -102,11 +100,6 @@ class Sender:
 
     def __init__(self, run_folder: Path, options: TrackerOptions, training_process: int | None = None) -> None:
         """
-        Args:
-            run_folder: what is sent.
-            options: where to.
-            training_process: see `TrackedRun`.
-
         Raises:
             InUse: another process sends to the same destination.
             UserError: what the run folder says of the destination is damaged.

@@ -21,7 +21,6 @@ def chosen_trackers(run_folder: Path, names: Sequence[str], overrides: Sequence[
     """The trackers with these names and options; without names those of the run's own configuration.
 
     Args:
-        run_folder: its configuration is read.
         names: registered names or dotted paths.
         overrides: `option=value`, for all of them.
 
