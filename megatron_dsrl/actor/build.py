@@ -37,9 +37,9 @@ def build_actor(config: RunConfig, folder: Path) -> Actor:
         load_weights(chunks, table, folder)
     adapters = None
     if config.actor.lora:
-        adapters = PeftAdapters(
-            config.actor.lora, adapter_table(architecture, config.actor.lora), _base_model(config, folder)
-        )
+        # What PEFT loads adapters on: the hub name where `model.path` is one, otherwise the folder.
+        base_model = config.model.path if is_hub_name(config.model.path) else str(folder.resolve())
+        adapters = PeftAdapters(config.actor.lora, adapter_table(architecture, config.actor.lora), base_model)
         add_adapters(chunks, architecture, config.actor.lora)
         fill_with_random_weights(chunks, adapters.table, architecture.initializer_range, config.seed)
     learning_steps = config.steps - config.critic.warmup_steps
@@ -81,11 +81,6 @@ def build_critic(config: RunConfig, folder: Path, steps: int) -> Critic:
         load_value_model(chunks, architecture, source)
     total_steps = steps * critic.optimizer_steps_per_rollout
     return Critic(_trainable(config, chunks, table, critic.optimizer, total_steps), critic)
-
-
-def _base_model(config: RunConfig, folder: Path) -> str:
-    """What PEFT loads adapters on: the hub name where `model.path` is one, otherwise the folder."""
-    return config.model.path if is_hub_name(config.model.path) else str(folder.resolve())
 
 
 def _trainable(

@@ -140,7 +140,9 @@ def pack(
     predicting = (predicted[mine] >= 0).nonzero().flatten()
     places = predicted[mine][predicting]
     # A rank holds the chunks of a sequence in order, so its places increase.
-    targets = torch.cat([torch.zeros(0, dtype=torch.int64), *map(_scored_tokens, chosen)])
+    targets = torch.cat(
+        [torch.zeros(0, dtype=torch.int64), *(one.token_tensor[one.scored_positions] for one in chosen)]
+    )
     experts = None if routed_experts is None else routed_experts.for_row(sequences, indices, starts)[mine]
     return PackedRow(
         indices=tuple(indices),
@@ -171,7 +173,3 @@ def _whole_row(sequences: Sequence[ScoredSequence], starts: Sequence[int]) -> tu
         predicted[start + sequence.scored_positions - 1] = torch.arange(scored, scored + sequence.num_scored)
         scored += sequence.num_scored
     return token_ids, predicted, is_padding
-
-
-def _scored_tokens(sequence: ScoredSequence) -> Tensor:
-    return sequence.token_tensor[sequence.scored_positions]

@@ -73,7 +73,8 @@ def load_state(
     scheduler.num_steps = loaded["scheduler_steps"]
     scheduler.step(increment=0)
     if same_layout:
-        _restore_random_states(loaded["random_states"])
+        torch.set_rng_state(loaded["random_states"]["torch"])
+        tensor_parallel.get_cuda_rng_tracker().set_states(loaded["random_states"]["megatron"])
 
 
 def start_save_weights(folder: Path, chunks: Sequence[torch.nn.Module]) -> CheckpointWrite:
@@ -164,8 +165,3 @@ def _complete(state: dict[str, Any], adam: torch.optim.Optimizer) -> None:
 def _random_states() -> ShardedObject:
     states = {"torch": torch.get_rng_state(), "megatron": tensor_parallel.get_cuda_rng_tracker().get_states()}
     return ShardedObject("random_states", states, (dist.get_world_size(),), (dist.get_rank(),))
-
-
-def _restore_random_states(states: dict[str, Any]) -> None:
-    torch.set_rng_state(states["torch"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(states["megatron"])

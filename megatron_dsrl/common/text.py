@@ -13,7 +13,13 @@ def visible(text: str, keep_lines: bool = True) -> str:
     if text.isprintable():
         return text
     kept = "\n\t" if keep_lines else ""
-    return "".join(c if c.isprintable() or c in kept or _is_space(c) else _escaped(c) for c in text)
+
+    def shown(character: str) -> str:
+        if character.isprintable() or character in kept or unicodedata.category(character) == "Zs":
+            return character
+        return character.encode("unicode_escape").decode()
+
+    return "".join(map(shown, text))
 
 
 def shortened(text: str, most: int) -> str:
@@ -22,14 +28,6 @@ def shortened(text: str, most: int) -> str:
         return text
     half = most // 2
     return f"{text[:half]}\n\n[… {len(text) - 2 * half:,} characters left out …]\n\n{text[-half:]}"
-
-
-def _is_space(character: str) -> bool:
-    return unicodedata.category(character) == "Zs"
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode()
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -50,7 +50,7 @@ def template_reader(template: str, setting: str) -> FieldReader:
     Raises UserError if it is not a template; the reader raises BadRowError if it cannot be rendered with the row.
     """
     environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=False)
-    environment.filters["lettered"] = _lettered
+    environment.filters["lettered"] = lambda options: "\n".join(map("{}. {}".format, LETTERS, options))
     environment.policies["json.dumps_kwargs"] = {"sort_keys": True, "ensure_ascii": False}
     try:
         compiled = environment.from_string(template)
@@ -148,7 +148,3 @@ def parsed(value: Any) -> Any:
         return json.loads(value)
     except ValueError:
         return value
-
-
-def _lettered(options: Sequence[Any]) -> str:
-    return "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))

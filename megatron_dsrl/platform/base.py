@@ -1,7 +1,7 @@
 """The interface between the device and the rest of the program."""
 
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -38,8 +38,7 @@ class Platform(ABC):
     def device(self) -> torch.device:
         """The device of this process."""
 
-    @abstractmethod
-    def prepare_imports(self) -> None:
+    def prepare_imports(self) -> None:  # noqa: B027  # nothing to prepare where fused functions are compiled
         """Call it before importing Megatron for the first time; it only saves time."""
 
     @abstractmethod
@@ -64,31 +63,28 @@ class Platform(ABC):
     def memory_bytes(self) -> int:
         """Total memory of this process's device in bytes; on CPU, of the machine."""
 
-    @abstractmethod
-    def record_collectives(self, folder: Path) -> None:
+    def record_collectives(self, folder: Path) -> None:  # noqa: B027  # only NCCL has a watchdog
         """Have torch.distributed dump each process's recent collectives into a folder when a collective times out.
 
         Call it before initialising torch.distributed. Existing environment variables are kept.
         """
 
-    @abstractmethod
-    def prepare_weight_broadcast(self) -> None:
+    def prepare_weight_broadcast(self) -> None:  # noqa: B027  # the settings are NCCL's
         """Give this process the collective settings of SGLang's processes, with which it is to form groups.
 
         Call it before initialising torch.distributed. Existing environment variables are kept.
         """
 
-    @abstractmethod
     def annotation(self, name: str) -> AbstractContextManager[None]:
         """A named range of this thread for the device's own profiler (NVTX on NVIDIA GPUs)."""
+        return nullcontext()
 
     @property
-    @abstractmethod
     def attends_to_packed_rows(self) -> bool:
         """Whether Transformer Engine has an attention kernel for packed rows on this device."""
+        return False
 
-    @abstractmethod
-    def release_cached_memory(self) -> None:
+    def release_cached_memory(self) -> None:  # noqa: B027  # PyTorch has no caching allocator on CPU
         """Return memory that PyTorch caches but no tensor uses to the device, for the engine that shares it."""
 
     @abstractmethod

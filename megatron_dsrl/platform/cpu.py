@@ -3,7 +3,7 @@
 import re
 import resource
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,22 +68,6 @@ class CpuPlatform(Platform):
     def memory_bytes(self) -> int:
         """Memory of the whole machine, which all processes and engines share."""
         return psutil.virtual_memory().total
-
-    def record_collectives(self, folder: Path) -> None:
-        pass  # only NCCL has a watchdog; gloo's collectives raise an error that names the process
-
-    def prepare_weight_broadcast(self) -> None:
-        pass  # the settings are NCCL's
-
-    def annotation(self, name: str) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    @property
-    def attends_to_packed_rows(self) -> bool:
-        return False  # Transformer Engine has no CPU kernels
-
-    def release_cached_memory(self) -> None:
-        pass  # PyTorch has no caching allocator on CPU
 
     def host_copy(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().clone()

@@ -51,9 +51,6 @@ class CudaPlatform(Platform):
     def device(self) -> torch.device:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
-    def prepare_imports(self) -> None:
-        """Nothing to do: fused functions are compiled."""
-
     def install(self) -> None:
         """Choose the GPU. Raises UserError if the process sees too few."""
         device, visible = self.device, torch.cuda.device_count()

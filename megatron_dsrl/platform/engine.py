@@ -71,7 +71,10 @@ def engine_environment(tensor_parallel_size: int, cpu_threads: int = 1) -> dict[
         EXTERNAL_MODELS: os.environ.get(EXTERNAL_MODELS, "megatron_dsrl.platform.engine_models"),
     }
     if tensor_parallel_size > 1:
-        environment["SGLANG_CPU_OMP_THREADS_BIND"] = _cores_for_ranks(tensor_parallel_size)
+        # One core per rank, in SGLang's format `0|1`; ranks share cores if there are too few.
+        cores = sorted(os.sched_getaffinity(0))
+        shared_out = (str(cores[rank % len(cores)]) for rank in range(tensor_parallel_size))
+        environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(shared_out)
     return environment
 
 
@@ -200,9 +203,3 @@ def _cpu_server_arguments(config: EngineConfig) -> ServerArguments:
         "disable_overlap_schedule": True,
         "sleep_on_idle": True,  # otherwise an idle scheduler keeps a core busy while the trainer works
     }
-
-
-def _cores_for_ranks(ranks: int) -> str:
-    """One core per engine rank, in SGLang's format `0|1`; ranks share cores if there are too few."""
-    cores = sorted(os.sched_getaffinity(0))
-    return "|".join(str(cores[rank % len(cores)]) for rank in range(ranks))

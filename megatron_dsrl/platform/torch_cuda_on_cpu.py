@@ -82,11 +82,7 @@ def _replace_torch_cuda_functions() -> None:
     # tensor_parallel/random.py: CudaRNGStatesTracker.add
     torch.cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
     # tensor_parallel/random.py: model_parallel_cuda_manual_seed, CudaRNGStatesTracker.add
-    torch.cuda.manual_seed = _manual_seed
-
-
-def _manual_seed(seed: int) -> None:
-    torch.default_generator.manual_seed(int(seed))
+    torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))  # type: ignore[assignment]
 
 
 def _replace_megatron_functions() -> None:

@@ -56,7 +56,8 @@ def post_json(url: str, body: Mapping[str, Any], attempts: Attempts) -> bytes:
             failure = f"status {error.code}: {error.read(SHOWN_BYTES).decode(errors='replace')}"
             if 400 <= error.code < 500 and error.code not in RETRIED_REFUSALS:
                 break
-            pause = _retry_after(error.headers.get("Retry-After"), pause)
+            wanted = error.headers.get("Retry-After", "")
+            pause = float(wanted) if wanted.isdecimal() else pause  # else a date, its other form
         except (OSError, http.client.HTTPException) as error:  # refused, unreachable, timed out, cut off
             failure = repr(error)
         pause = min(pause, LONGEST_PAUSE_SECONDS)
@@ -87,8 +88,3 @@ def require_http_address(option: str, url: str) -> None:
         raise UserError(f"{option}: expected http://host:port/path, without a user name and password")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(f"{option}: expected http://host:port/path, got {url!r}")
-
-
-def _retry_after(header: str | None, otherwise: float) -> float:
-    """Seconds to wait; `otherwise` if the header is missing or a date, its other form."""
-    return float(header) if header is not None and header.isdecimal() else otherwise

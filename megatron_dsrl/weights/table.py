@@ -77,7 +77,9 @@ class WeightTable:
 
     def entries(self) -> Iterator["TableEntry"]:
         """All entries: rules before the layers, then layer by layer, then rules after the layers."""
-        first, last = self._per_layer_span()
+        per_layer = [i for i, rule in enumerate(self.rules) if rule.per_layer]
+        first, last = per_layer[0], per_layer[-1] + 1
+        assert per_layer == list(range(first, last)), "rules of the layers must stand together"
         yield from (TableEntry(rule) for rule in self.rules[:first])
         for layer in range(self.num_layers):
             for rule in self.rules[first:last]:
@@ -90,11 +92,6 @@ class WeightTable:
     def hf_shapes(self) -> dict[str, Shape]:
         """Shape of every HF tensor by name."""
         return {tensor.name: tensor.shape for entry in self.entries() for tensor in entry.hf}
-
-    def _per_layer_span(self) -> tuple[int, int]:
-        per_layer = [i for i, rule in enumerate(self.rules) if rule.per_layer]
-        assert per_layer == list(range(per_layer[0], per_layer[-1] + 1)), "rules of the layers must stand together"
-        return per_layer[0], per_layer[-1] + 1
 
 
 @dataclass(frozen=True)
