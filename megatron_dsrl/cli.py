@@ -94,7 +94,9 @@ def _flushing_output() -> Iterator[None]:
     """Write what is left of the output, also of `--help`, so that a closed pipe is noticed here and not at the exit."""
     try:
         yield
-    except SystemExit:
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # Rich's way to leave a closed pipe, with a status of its own
+            raise SystemExit(CLOSED_PIPE_STATUS) from end
         print(end="", flush=True)
         raise
     print(end="", flush=True)

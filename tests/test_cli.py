@@ -381,18 +381,14 @@ def test_a_second_signal_ends_the_command_at_once_with_one_line(folder, work, fi
     assert stderr == f"dsrl: {second} came second; ended at once\n"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "status"),
-    # What Rich prints ends with its own status.
-    [(["completion", "bash"], 141), (["config"], 1), (["train", "run.yaml", "--dry-run"], 1)],
-)
-def test_a_reader_that_closes_the_pipe_ends_the_command_quietly(folder, arguments, status) -> None:
+@pytest.mark.parametrize("arguments", [["completion", "bash"], ["config"], ["train", "run.yaml", "--dry-run"]])
+def test_a_reader_that_closes_the_pipe_ends_the_command_quietly(folder, arguments) -> None:
     command = [sys.executable, "-m", "megatron_dsrl.cli", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=folder, env=environment(), **pipes) as process:
         process.stdout.close()
         assert process.stderr.read() == ""
-        assert process.wait(timeout=60) == status
+        assert process.wait(timeout=60) == 141
 
 
 def test_output_that_cannot_be_written_is_one_message(folder) -> None:
