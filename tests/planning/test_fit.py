@@ -6,10 +6,17 @@ from megatron_dsrl.cli import main
 from megatron_dsrl.config.load import load_config
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.planning.compute import Assumptions
-from megatron_dsrl.planning.fit import ENGINE_RELEASED_BYTES, ENGINE_WORK_BYTES, RESERVE_BYTES, RunMemory, run_memory
+from megatron_dsrl.planning.fit import (
+    ENGINE_RELEASED_BYTES,
+    ENGINE_WORK_BYTES,
+    RESERVE_BYTES,
+    Machine,
+    RunMemory,
+    memory_warnings,
+    run_memory,
+)
 from megatron_dsrl.planning.gpus import find_gpu
 from megatron_dsrl.planning.plan import make_plan
-from megatron_dsrl.planning.warnings import Machine, memory_warnings
 from tests.planning.test_memory import paper_run
 from tests.planning.test_parameters import published, qwen3_8b, qwen3_30b_a3b
 from tests.support.tiny_run import REPOSITORY
