@@ -16,7 +16,7 @@ from types import FrameType
 
 from megatron_dsrl import __version__
 from megatron_dsrl.commands import analyse, convert, evaluation, hub, plan, report, rollout, setup, train
-from megatron_dsrl.commands.arguments import files_and_overrides, subcommands
+from megatron_dsrl.commands.arguments import Command, files_and_overrides
 from megatron_dsrl.common.cpu_threads import limit_spinning
 from megatron_dsrl.common.disk import remedy
 from megatron_dsrl.common.errors import MachineError, UserError
@@ -155,13 +155,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Command:
+    parser = Command(
         prog="dsrl",
         description="RL with verifiable rewards in pre-train and post-train space on Megatron-core and SGLang.",
     )
     parser.add_argument("--version", action="version", version=f"megatron-dsrl {__version__}")
-    commands = subcommands(parser, "commands", "COMMAND")
+    commands = parser.subcommands("commands", "COMMAND")
     train.add_train(commands)
     train.add_sft(commands)
     train.add_sweep(commands)

@@ -6,19 +6,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_dsrl.commands.arguments import (
-    Commands,
-    add_command,
-    add_overrides,
-    add_processes,
-    labelled_folders,
-    positive,
-    subcommands,
-)
+from megatron_dsrl.commands.arguments import Command, Commands, add_command, labelled_folders, positive
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.run.loading import loading_megatron
-
-Command = Callable[[argparse.Namespace], int]
 
 
 def add_analyse(commands: Commands) -> None:
@@ -28,7 +18,7 @@ def add_analyse(commands: Commands) -> None:
         description="Each analysis writes KIND.jsonl, KIND.json and KIND.svg into RUN/analysis and prints its summary; "
         "pass-at-k, which compares several runs, writes pass_at_k.svg, .md and .jsonl into --output.",
     )
-    kinds = subcommands(group, "analyses", "KIND")
+    kinds = group.subcommands("analyses", "KIND")
     _add_gradients(kinds)
     _add_kind(kinds, "thoughts", _thoughts, "reflection and transition thoughts per response, counted with word lists")
     _add_kind(kinds, "problems", _problems, "problems solved, unsolved, newly solved, and solved at least once")
@@ -37,7 +27,7 @@ def add_analyse(commands: Commands) -> None:
     _add_pass_at_k(kinds)
 
 
-def _add_kind(kinds: Commands, name: str, command: Command, what: str) -> argparse.ArgumentParser:
+def _add_kind(kinds: Commands, name: str, command: Callable[[argparse.Namespace], int], what: str) -> Command:
     """Add an analysis with the arguments that all of them share."""
     parser = add_command(kinds, name, command, help=what, description=what[0].upper() + what[1:] + ".")
     accepted = "run folder" if name in ("problems", "lengths") else "run folder, or a sample file of dsrl eval"
@@ -56,8 +46,8 @@ def _add_gradients(kinds: Commands) -> None:
         "inner product and cosine of the gradients of log P(y) and log P(y|x), and the log-prob gap",
     )
     parser.epilog = "split the model: dsrl analyse gradients RUN --processes 2 parallel.tensor_parallel_size=2"
-    add_overrides(parser, "set a field of the sections `model` and `parallel`, or `temperature` or `bos`")
-    add_processes(parser)
+    parser.add_overrides("set a field of the sections `model` and `parallel`, or `temperature` or `bos`")
+    parser.add_processes()
     parser.add_argument(
         "--model", metavar="MODEL", help="HF folder, hub name or Megatron checkpoint (default: the run's initial model)"
     )

@@ -12,41 +12,56 @@ from megatron_dsrl.common.errors import UserError
 if TYPE_CHECKING:
     from megatron_dsrl.config.run import RunConfig
 
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Commands: TypeAlias = "argparse._SubParsersAction[Command]"
 """What `add_subparsers` returns; argparse has no public name for it."""
 
 FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
 """Tab completion of file arguments. Equals `shtab.FILE`, but without importing shtab for every command."""
 
 
-def add_command(
-    commands: Commands, name: str, run: Callable[[argparse.Namespace], int], **texts: Any
-) -> argparse.ArgumentParser:
+class Command(argparse.ArgumentParser):
+    """The parser of `dsrl` or of a command, and the arguments that several commands have."""
+
+    def subcommands(self, title: str, metavar: str) -> Commands:
+        """Give it subcommands. Without one it prints its help."""
+        self.set_defaults(command=_print_help, parser=self)
+        return self.add_subparsers(title=title, metavar=metavar)
+
+    def add_config(self) -> None:
+        """Add a run's configuration files and overrides, for `read_config`. Both are words of `config` until
+        `files_and_overrides` tells them apart."""
+        config = self.add_argument(
+            "config", metavar="CONFIG.yaml", nargs="+", help="configuration file; of several, the later wins"
+        )
+        config.complete = FILES  # type: ignore[attr-defined]
+        self.add_overrides("override a field of the files; values are YAML, list positions are numbers")
+
+    def add_overrides(self, meaning: str) -> None:
+        """Add any number of `key.path=value` arguments."""
+        # With a default, argparse does not name it among missing arguments.
+        self.add_argument("overrides", metavar="KEY.PATH=VALUE", nargs="*", default=[], help=meaning)
+
+    def add_processes(self, more: str = "") -> None:
+        """Add `--processes`, for commands that torchrun and srun can also start."""
+        self.add_argument(
+            "--processes",
+            "--gpus",
+            metavar="N",
+            type=positive,
+            help=f"run N processes on this machine, one per GPU{more}; for several machines use srun or torchrun",
+        )
+
+
+def add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace], int], **texts: Any) -> Command:
     """Add a command. `run` returns the exit status; `texts` are `help`, `description` and `epilog` for argparse."""
     parser = commands.add_parser(name, **texts)
     parser.set_defaults(command=run, parser=parser)
     return parser
 
 
-def subcommands(parser: argparse.ArgumentParser, title: str, metavar: str) -> Commands:
-    """Give a parser subcommands. Without one it prints its help."""
-    parser.set_defaults(command=_print_help, parser=parser)
-    return parser.add_subparsers(title=title, metavar=metavar)
-
-
 def _print_help(options: argparse.Namespace) -> int:
     options.parser.print_help(sys.stderr)
     return 2
-
-
-def add_config(parser: argparse.ArgumentParser) -> None:
-    """Add a run's configuration files and overrides, for `read_config`. Both are words of `config` until
-    `files_and_overrides` tells them apart."""
-    config = parser.add_argument(
-        "config", metavar="CONFIG.yaml", nargs="+", help="configuration file; of several, the later wins"
-    )
-    config.complete = FILES  # type: ignore[attr-defined]
-    add_overrides(parser, "override a field of the files; values are YAML, list positions are numbers")
 
 
 def read_config(options: argparse.Namespace) -> "RunConfig":
@@ -62,23 +77,6 @@ def files_and_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return [*words[:1], *(word for word in words[1:] if word not in overrides)], overrides
 
 
-def add_overrides(parser: argparse.ArgumentParser, meaning: str) -> None:
-    """Add any number of `key.path=value` arguments."""
-    # With a default, argparse does not name it among missing arguments.
-    parser.add_argument("overrides", metavar="KEY.PATH=VALUE", nargs="*", default=[], help=meaning)
-
-
-def add_processes(parser: argparse.ArgumentParser, more: str = "") -> None:
-    """Add `--processes`, for commands that torchrun and srun can also start."""
-    parser.add_argument(
-        "--processes",
-        "--gpus",
-        metavar="N",
-        type=positive,
-        help=f"run N processes on this machine, one per GPU{more}; for several machines use srun or torchrun",
-    )
-
-
 def names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
@@ -87,22 +85,6 @@ def positive(text: str) -> int:
     value = int(text) if text.isdecimal() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
-    return value
-
-
-def port(text: str) -> int:
-
-    value = int(text) if text.isdecimal() else 0
-    if not 1 <= value <= 65535:
-        raise argparse.ArgumentTypeError(f"expected a port from 1 to 65535, got {text}")
-    return value
-
-
-def share(text: str) -> float:
-
-    value = positive_number(text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(f"expected a share above 0 and at most 1, got {text}")
     return value
 
 

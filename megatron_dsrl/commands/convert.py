@@ -4,14 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_dsrl.commands.arguments import (
-    Commands,
-    add_command,
-    add_processes,
-    positive,
-    positive_number,
-    subcommands,
-)
+from megatron_dsrl.commands.arguments import Command, Commands, add_command, positive, positive_number
 from megatron_dsrl.common.waiting import say_on_first_rank
 from megatron_dsrl.run.loading import loading_megatron
 
@@ -30,7 +23,7 @@ def add_convert(commands: Commands) -> None:
         help="convert checkpoints between HF and Megatron, or compare two",
         description="Convert between HF folders and Megatron distributed checkpoints (torch_dist), or compare two.",
     )
-    directions = subcommands(group, "directions", "DIRECTION")
+    directions = group.subcommands("directions", "DIRECTION")
     _add_hf_to_megatron(directions)
     _add_megatron_to_hf(directions)
     _add_verify(directions)
@@ -89,7 +82,7 @@ def _add_megatron_to_hf(directions: Commands) -> None:
     _add_common(parser)
 
 
-def _add_model(parser: argparse.ArgumentParser, checkpoint: str) -> None:
+def _add_model(parser: Command, checkpoint: str) -> None:
     parser.add_argument(
         "--model",
         metavar="MODEL",
@@ -98,7 +91,7 @@ def _add_model(parser: argparse.ArgumentParser, checkpoint: str) -> None:
     )
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def _add_common(parser: Command) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the written weights (default: as the source)")
     parser.add_argument(
         "--verify",
@@ -117,7 +110,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="HF folder or run YAML that SOURCE must match: sizes, RoPE base, norm epsilon, tied embeddings",
     )
-    add_processes(parser)
+    parser.add_processes()
 
 
 def _add_verify(directions: Commands) -> None:
@@ -133,7 +126,7 @@ def _add_verify(directions: Commands) -> None:
     parser.add_argument("megatron", metavar="MEGATRON", type=Path, help="checkpoint folder or run folder")
     _add_model(parser, "MEGATRON")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype that the weights were converted to (default: unchanged)")
-    add_processes(parser)
+    parser.add_processes()
 
 
 def _hf_to_megatron(options: argparse.Namespace) -> int:

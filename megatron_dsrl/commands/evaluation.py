@@ -3,14 +3,7 @@
 import argparse
 from pathlib import Path
 
-from megatron_dsrl.commands.arguments import (
-    Commands,
-    add_command,
-    add_overrides,
-    add_processes,
-    labelled_folders,
-    names,
-)
+from megatron_dsrl.commands.arguments import Commands, add_command, labelled_folders, names
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.process import launched_rank
 from megatron_dsrl.run.loading import loading_megatron
@@ -35,8 +28,8 @@ def add_eval(commands: Commands) -> None:
         metavar="MODEL",
         help="HF folder, hub name, Megatron checkpoint, run folder (its newest policy) or checkpoint of a run",
     )
-    add_overrides(
-        parser, "override `seed` or a field of `model`, `engine` or `rollout`, such as engine.tensor_parallel_size=2"
+    parser.add_overrides(
+        "override `seed` or a field of `model`, `engine` or `rollout`, such as engine.tensor_parallel_size=2"
     )
     parser.add_argument(
         "--benchmarks", metavar="NAME,NAME", type=names, help="names (omit to list them) or .yaml files"
@@ -63,7 +56,7 @@ def add_eval(commands: Commands) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="check names and settings, list the benchmarks, and stop"
     )
-    add_processes(parser)
+    parser.add_processes()
 
 
 def add_table(commands: Commands) -> None:

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from megatron_dsrl.commands.arguments import Commands, add_command, add_config, names, read_config
+from megatron_dsrl.commands.arguments import Commands, add_command, names, read_config
 from megatron_dsrl.run.loading import loading_megatron
 
 
@@ -17,7 +17,7 @@ def add_fetch(commands: Commands) -> None:
         "ranks, and machines without a network that share the hub's cache (HF_HOME), read them from there.",
         epilog="example: dsrl fetch configs/dsrl_qwen3_8b.yaml --benchmarks math500,aime24",
     )
-    add_config(parser)
+    parser.add_config()
     parser.add_argument(
         "--benchmarks", metavar="NAME,NAME", type=names, default=[], help="names or .yaml files, as for `dsrl eval`"
     )

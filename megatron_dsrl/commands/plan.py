@@ -2,15 +2,7 @@
 
 import argparse
 
-from megatron_dsrl.commands.arguments import (
-    Commands,
-    add_command,
-    add_config,
-    positive,
-    positive_number,
-    read_config,
-    share,
-)
+from megatron_dsrl.commands.arguments import Command, Commands, add_command, positive, positive_number, read_config
 
 
 def add_plan(commands: Commands) -> None:
@@ -24,7 +16,7 @@ def add_plan(commands: Commands) -> None:
         "run fits, otherwise 1. Needs no GPU, and no network for Qwen3's published sizes.",
         epilog="example: dsrl plan configs/dsrl_qwen3_8b.yaml --gpu h100 --gpus 8",
     )
-    add_config(parser)
+    parser.add_config()
     parser.add_argument("--gpus", metavar="N", type=positive, default=8, help="number of GPUs (default: 8)")
     _add_gpu(parser)
     parser.add_argument(
@@ -34,7 +26,11 @@ def add_plan(commands: Commands) -> None:
         help="assumed mean length of a response (default: half its limit)",
     )
     parser.add_argument(
-        "--training-utilisation", metavar="SHARE", type=share, default=0.35, help="share of peak FLOP/s (default: 0.35)"
+        "--training-utilisation",
+        metavar="SHARE",
+        type=_share,
+        default=0.35,
+        help="share of peak FLOP/s (default: 0.35)",
     )
     parser.add_argument(
         "--scale",
@@ -44,7 +40,7 @@ def add_plan(commands: Commands) -> None:
     )
 
 
-def _add_gpu(parser: argparse.ArgumentParser) -> None:
+def _add_gpu(parser: Command) -> None:
     parser.add_argument(
         "--gpu",
         metavar="NAME",
@@ -99,3 +95,11 @@ def _growing(text: str) -> list[int]:
     if values != sorted(set(values)):
         raise argparse.ArgumentTypeError(f"expected increasing numbers such as 8,64,512, got {text}")
     return values
+
+
+def _share(text: str) -> float:
+
+    value = positive_number(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"expected a share above 0 and at most 1, got {text}")
+    return value

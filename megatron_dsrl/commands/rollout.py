@@ -6,16 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_dsrl.commands.arguments import (
-    Commands,
-    add_command,
-    add_config,
-    add_overrides,
-    add_processes,
-    port,
-    positive,
-    read_config,
-)
+from megatron_dsrl.commands.arguments import Commands, add_command, positive, read_config
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.process import launched_rank, launched_world_size
 from megatron_dsrl.run.loading import loading_megatron
@@ -37,8 +28,8 @@ def add_rollout(commands: Commands) -> None:
         "rollout.replay_from can train on the result without engines.",
         epilog="example: dsrl rollout configs/tiny_dsrl.yaml name=sampled steps=2",
     )
-    add_config(parser)
-    add_processes(parser)
+    parser.add_config()
+    parser.add_processes()
 
 
 def _rollout(options: argparse.Namespace) -> int:
@@ -64,9 +55,17 @@ def add_serve(commands: Commands) -> None:
         "variable DSRL_ENGINE_API_KEY, if it is set.",
         epilog="example: dsrl serve examples/asynchronous/run.yaml --port 30000",
     )
-    add_config(parser)
+    parser.add_config()
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=port, default=30000, help="port to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=_port, default=30000, help="port to listen on (default: %(default)s)")
+
+
+def _port(text: str) -> int:
+
+    value = int(text) if text.isdecimal() else 0
+    if not 1 <= value <= 65535:
+        raise argparse.ArgumentTypeError(f"expected a port from 1 to 65535, got {text}")
+    return value
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -99,8 +98,8 @@ def add_samples(commands: Commands) -> None:
         "responses, if it was exported, else under the newest export before it",
     )
     parser.add_argument("--model", metavar="MODEL", help="with --log-probs: use this model instead")
-    add_overrides(parser, "with --log-probs: set a field of `model` or `parallel`, or `temperature` or `bos`")
-    add_processes(parser, ", to split the model for --log-probs")
+    parser.add_overrides("with --log-probs: set a field of `model` or `parallel`, or `temperature` or `bos`")
+    parser.add_processes(", to split the model for --log-probs")
 
 
 def _samples(options: argparse.Namespace) -> int:

@@ -3,7 +3,7 @@
 import argparse
 from functools import partial
 
-from megatron_dsrl.commands.arguments import Commands, add_command
+from megatron_dsrl.commands.arguments import Command, Commands, add_command
 from megatron_dsrl.common.errors import UserError
 
 KIND_NAMES = ("run", "sweep", "benchmark", "eval", "gradients")
@@ -76,7 +76,7 @@ def _doctor(options: argparse.Namespace) -> int:
     return 0 if examination.can_run else 1
 
 
-def add_completion(commands: Commands, program: argparse.ArgumentParser) -> None:
+def add_completion(commands: Commands, program: Command) -> None:
     """Register the command. `program` is the parser of `dsrl` itself."""
     parser = add_command(
         commands,
@@ -89,7 +89,7 @@ def add_completion(commands: Commands, program: argparse.ArgumentParser) -> None
     parser.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="your shell")
 
 
-def _completion(program: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+def _completion(program: Command, options: argparse.Namespace) -> int:
     try:
         import shtab
     except ModuleNotFoundError as error:

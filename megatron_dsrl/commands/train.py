@@ -7,15 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_dsrl.commands.arguments import (
-    Commands,
-    add_command,
-    add_config,
-    add_processes,
-    positive,
-    positive_number,
-    read_config,
-)
+from megatron_dsrl.commands.arguments import Command, Commands, add_command, positive, positive_number, read_config
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.process import launched_rank, launched_world_size
 from megatron_dsrl.common.waiting import say_on_first_rank
@@ -39,15 +31,15 @@ def add_train(commands: Commands) -> None:
     _add_run(parser)
 
 
-def _add_run(parser: argparse.ArgumentParser) -> None:
-    add_config(parser)
+def _add_run(parser: Command) -> None:
+    parser.add_config()
     parser.add_argument(
         "--dry-run",
         action="store_true",
         help="check everything that can be checked beforehand, and print the resolved configuration, batch sizes, "
         "layout and phases, without starting anything",
     )
-    add_processes(parser, " (with --dry-run: check for N processes)")
+    parser.add_processes(" (with --dry-run: check for N processes)")
     parser.add_argument("-v", "--verbose", action="store_true", help="print all metrics of every step")
 
 
