@@ -17,7 +17,7 @@ from megatron_dsrl.config.data import RewardConfig
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.evaluation.metrics import summarise_benchmark
 from megatron_dsrl.evaluation.sample_file import ProblemResult, SampleFile
-from megatron_dsrl.observability.console_lines import duration
+from megatron_dsrl.observability.console import duration
 from megatron_dsrl.rewards.pool import RewardPool
 from megatron_dsrl.rewards.registry import answer_of
 from megatron_dsrl.rollout.engine_rollout import EngineRollout

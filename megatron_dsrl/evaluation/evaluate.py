@@ -128,13 +128,10 @@ def evaluate(request: EvaluationRequest) -> EvaluatedModel:
             lambda: [b.name for b in benchmarks if missing_samples(b, prompts[b.name], files[b.name], settings)]
         )
         stops = stop_token_ids(tokenizer, folder)
+        rollout = None
         if unfinished:
-            verifiers = describe_verifiers(b.config.reward for b in benchmarks) if rank() == 0 else []
-            for line in verifiers:
-                print(line)
-            details = _provenance(request, model, folder, benchmarks, prompts)
-            record_start(output, "eval", {**details, "verifiers": lambda: verifiers}, print)
-        rollout = start_engines(config, output, tokenizer, stops, resources) if unfinished else None
+            _record_start(output, request.model, folder, model.step, benchmarks, prompts)
+            rollout = start_engines(config, output, tokenizer, stops, resources)
 
         def evaluate_all() -> None:
             """Evaluate the benchmarks in turn; results.json is rewritten after each."""
@@ -155,19 +152,25 @@ def evaluate(request: EvaluationRequest) -> EvaluatedModel:
     return model
 
 
-def _provenance(
-    request: EvaluationRequest,
-    model: EvaluatedModel,
+def _record_start(
+    output: Path,
+    model: str,
     folder: Path,
+    step: int | None,
     benchmarks: Sequence[Benchmark],
     prompts: dict[str, list[Prompt]],
-) -> Details:
-    """Record of an evaluation; `prompts` is only filled on rank 0."""
-    return {
-        "after_step": lambda: model.step,
-        "model": lambda: describe_model(request.model, folder),
+) -> None:
+    """Record the start of an evaluation, and print how verifiers run. Collective; only rank 0 has the prompts."""
+    verifiers = describe_verifiers(b.config.reward for b in benchmarks) if rank() == 0 else []
+    for line in verifiers:
+        print(line)
+    details: Details = {
+        "after_step": lambda: step,
+        "model": lambda: describe_model(model, folder),
         "evaluation_sets": lambda: {one.name: describe_prompts(one.config, prompts[one.name]) for one in benchmarks},
+        "verifiers": lambda: verifiers,
     }
+    record_start(output, "eval", details, print)
 
 
 def start_engines(

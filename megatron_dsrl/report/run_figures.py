@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_dsrl.charts.chart_source import number
 from megatron_dsrl.common.numbers import counted
-from megatron_dsrl.observability.console_lines import duration
+from megatron_dsrl.observability.console import duration
 from megatron_dsrl.observability.records import Record
 from megatron_dsrl.observability.run_records import RunRecords
 from megatron_dsrl.report.training_charts import WHOLE_STEP, part_name, step_parts

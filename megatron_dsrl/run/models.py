@@ -16,16 +16,16 @@ from megatron_dsrl.actor.statistics import UpdateMetrics
 from megatron_dsrl.algorithms.experience import Experience
 from megatron_dsrl.algorithms.objective import build_objectives, estimate_advantages
 from megatron_dsrl.algorithms.schedule import Schedule, passes_of_phase, required_passes
-from megatron_dsrl.checkpoint.save import StartWrite
 from megatron_dsrl.checkpoint.state import Checkpoint
+from megatron_dsrl.checkpoint.store import StartWrite
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.waiting import waiting
 from megatron_dsrl.config.actor import ReferenceConfig
-from megatron_dsrl.config.phase import ObjectiveConfig, PhaseConfig
+from megatron_dsrl.config.phase import PhaseConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import check_same_architecture, read_architecture
 from megatron_dsrl.model.source import resolve_model_folder
-from megatron_dsrl.observability.timer import SecondsPerPart
+from megatron_dsrl.observability.timeline import SecondsPerPart
 from megatron_dsrl.rollout.served_reference import ServedReference
 
 CRITIC_FOLDER = "critic"
@@ -60,8 +60,22 @@ class RunModels:
         self, phase: PhaseConfig, experiences: Sequence[Experience], timer: SecondsPerPart
     ) -> list[Experience]:
         """Each objective's experience with the log-probs and values that it needs, computed before the update."""
-        pairs = zip(phase.objectives.values(), experiences, strict=True)
-        return [self._with_log_probs_and_values(objective, experience, timer) for objective, experience in pairs]
+        completed = []
+        for objective, experience in zip(phase.objectives.values(), experiences, strict=True):
+            needed = required_passes(objective)
+            if needed.old_log_probs:
+                with timer.part("old_log_probs"):
+                    experience = replace(experience, old_log_probs=self.actor.log_probs(experience))
+            if needed.reference_log_probs:
+                assert self.reference is not None
+                with timer.part("reference"):
+                    experience = replace(experience, reference_log_probs=self.reference.log_probs(experience))
+            if needed.values:
+                assert self.critic is not None
+                with timer.part("values"):
+                    experience = replace(experience, values=self.critic.values(experience))
+            completed.append(experience)
+        return completed
 
     def update_critic(
         self, phase: PhaseConfig, experiences: Sequence[Experience], timer: SecondsPerPart
@@ -113,23 +127,6 @@ class RunModels:
             self.critic.model.load(critic, same_layout)
         if self.reference and reference.exists():
             self.reference.load(reference)
-
-    def _with_log_probs_and_values(
-        self, objective: ObjectiveConfig, experience: Experience, timer: SecondsPerPart
-    ) -> Experience:
-        needed = required_passes(objective)
-        if needed.old_log_probs:
-            with timer.part("old_log_probs"):
-                experience = replace(experience, old_log_probs=self.actor.log_probs(experience))
-        if needed.reference_log_probs:
-            assert self.reference is not None
-            with timer.part("reference"):
-                experience = replace(experience, reference_log_probs=self.reference.log_probs(experience))
-        if needed.values:
-            assert self.critic is not None
-            with timer.part("values"):
-                experience = replace(experience, values=self.critic.values(experience))
-        return experience
 
 
 def build_models(config: RunConfig, folder: Path) -> RunModels:

@@ -15,7 +15,7 @@ from megatron_dsrl.algorithms.spaces import Space
 from megatron_dsrl.common.collective import on_first, rank
 from megatron_dsrl.config.phase import MAIN_OBJECTIVE, PhaseConfig
 from megatron_dsrl.observability.records import Record
-from megatron_dsrl.observability.timer import SecondsPerPart
+from megatron_dsrl.observability.timeline import SecondsPerPart
 from megatron_dsrl.platform import current_platform
 from megatron_dsrl.rollout.rollout import StepSamples, responses_of
 from megatron_dsrl.rollout.sample import SampleGroup

@@ -20,7 +20,7 @@ from megatron_dsrl.config.load import load_config
 from megatron_dsrl.config.run import SweepConfig
 from megatron_dsrl.config.validate import validated
 from megatron_dsrl.config.yaml_text import parse_yaml, read_text
-from megatron_dsrl.observability.console_lines import duration
+from megatron_dsrl.observability.console import duration
 from megatron_dsrl.observability.records import METRICS_FILE, read_records
 from megatron_dsrl.run.preemption import PREEMPTED_STATUS
 from megatron_dsrl.run.preflight import preflight

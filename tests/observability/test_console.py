@@ -4,8 +4,7 @@ import io
 
 import pytest
 
-from megatron_dsrl.observability.console import RunConsole
-from megatron_dsrl.observability.console_lines import duration, left
+from megatron_dsrl.observability.console import RunConsole, duration, left
 from tests.observability.synthetic_run import evaluation_record
 
 RECORD = {

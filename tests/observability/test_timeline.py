@@ -1,4 +1,4 @@
-"""Timelines as ranks leave them behind; those of real runs are in tests/test_train.py."""
+"""Timelines as ranks leave them behind (those of real runs are in tests/test_train.py), and seconds per part."""
 
 import json
 import signal
@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.observability.timeline import EngineCall, Timeline, trace_file
+from megatron_dsrl.observability.timeline import EngineCall, SecondsPerPart, Timeline, trace_file
 from megatron_dsrl.report.timeline import (
     Interval,
     Windows,
@@ -177,3 +177,33 @@ def test_a_timeline_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog
     assert "no longer recorded" in caplog.text
     with pytest.raises(UserError, match="observability.trace"):
         read_timelines(tmp_path)
+
+
+class ManualClock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_parts_add_up_also_when_they_raise_and_the_step_is_the_whole() -> None:
+    clock = ManualClock()
+    timer = SecondsPerPart(clock)
+    with timer.part("generate"):
+        clock.now += 3
+    with pytest.raises(RuntimeError), timer.part("train"):
+        clock.now += 2
+        raise RuntimeError
+    clock.now += 0.5
+    with timer.part("generate"):
+        clock.now += 1
+
+    assert timer.metrics() == {"seconds/generate": 4, "seconds/train": 2, "seconds/step": 6.5}
+
+
+def test_parts_do_not_nest() -> None:
+    timer = SecondsPerPart()
+    with pytest.raises(AssertionError, match="train inside part generate"), timer.part("generate"):
+        with timer.part("train"):
+            pass
