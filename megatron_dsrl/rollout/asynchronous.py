@@ -56,7 +56,7 @@ class Asynchronous(StepSampling):
         if self._last_step is not None:
             steps_ahead = min(steps_ahead, max(0, self._last_step - step))
         supply = _Supply(self._config, step, draw, self._queue, self._wanted * (1 + steps_ahead))
-        with watch(step, self._samples_per_step) as on_samples:
+        with watch(step, self._config.rollout.samples_per_step) as on_samples:
             self._wait(supply, on_samples)
         groups, others = self._queue.next_step(self._wanted)
         metrics = staleness_metrics(groups, step)

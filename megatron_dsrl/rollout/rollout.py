@@ -124,7 +124,6 @@ class StepSampling(ABC):
     def __init__(self, config: RolloutSettings, engines: BatchSampler) -> None:
         self._config = config
         self._engines = engines
-        self._samples_per_step = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
         self.carried = CarryOver()
         """State from the last step for the next one. Saved in checkpoints; set when a run resumes."""
 

@@ -66,7 +66,7 @@ class UntilMixed(StepSampling):
 
     def sample(self, step: int, draw: Draw, watch: Watch) -> StepSamples:
         started = time.perf_counter()
-        with watch(step, self._samples_per_step) as on_samples:
+        with watch(step, self._config.rollout.samples_per_step) as on_samples:
             batch = sample_until(self._config, self._engines, step, draw, self._accepts, CarryOver(), on_samples)
         others = [*batch.left.finished, *batch.rejected]
         metrics = dynamic_sampling_metrics(batch.accepted, others, self._config.rollout.prompts_per_step)
@@ -79,7 +79,7 @@ class Partial(StepSampling):
 
     def sample(self, step: int, draw: Draw, watch: Watch) -> StepSamples:
         before, started = self.carried, time.perf_counter()
-        with watch(step, self._samples_per_step) as on_samples:
+        with watch(step, self._config.rollout.samples_per_step) as on_samples:
             batch = sample_until(self._config, self._engines, step, draw, self._accepts, before, on_samples)
         self.carried = batch.left  # only now: an interrupted step starts over with what it had
         metrics: dict[str, int | float] = {
