@@ -11,6 +11,7 @@ from megatron_dsrl.observability.run_records import PhaseSpan
 
 MOST_STEP_LABELS = 12
 MOST_DECADE_LABELS = 6
+SERIES_COLOURS = 6
 
 
 @dataclass(frozen=True)
@@ -160,9 +161,6 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     digits = max(0, 2 - math.floor(math.log10(step)))
     return [round(index * step, digits) for index in range(first, last + 1)]
-
-
-SERIES_COLOURS = 6
 
 
 @dataclass(frozen=True)

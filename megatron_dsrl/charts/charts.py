@@ -36,6 +36,8 @@ CHARACTER = 6.8
 """Width of a character at the charts' font size of 11, generously."""
 MOST_DOTS = 25
 _SOURCES = TypeAdapter(list[ChartSource])
+_Points = Mapping[int, tuple[float, float | None]]
+"""Value and error of a series by step, where it has a value."""
 
 
 @dataclass(frozen=True)
@@ -115,10 +117,6 @@ def _areas(source: ChartSource, frame: Frame) -> tuple[Axes, list[str]]:
         lower = upper
     axes = fitting_axes(source.horizontal, source.vertical, source.all_steps(), lower, frame)
     return axes, [area(axes, steps, below, above, one.colour) for one, below, above in bands]
-
-
-_Points = Mapping[int, tuple[float, float | None]]
-"""Value and error of a series by step, where it has a value."""
 
 
 def _data(source: ChartSource, axes: Axes, known: Sequence[_Points]) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from megatron_dsrl.charts.chart_source import Series, StepAxis, ValueAxis
 from megatron_dsrl.charts.charts import Chart, line_chart
 
 CONFIDENCE = 0.95
+BUDGET = StepAxis("K =", is_log2=True, label="samples per problem, K")
+PASS_AT_K = ValueAxis("Pass@K", at_least=0.0, at_most=1.0, include=(0.0, 1.0))
 
 
 @dataclass(frozen=True)
@@ -43,17 +45,10 @@ def in_percent(values: Sequence[float]) -> str:
     return f"{100 * estimate.mean:.1f}{spread}"
 
 
-BUDGET = StepAxis("K =", is_log2=True, label="samples per problem, K")
-PASS_AT_K = ValueAxis("Pass@K", at_least=0.0, at_most=1.0, include=(0.0, 1.0))
-
-
 def pass_at_k_chart(title: str, curves: Mapping[str, Mapping[int, Estimate]]) -> Chart:
-    """One curve per name, at most `SERIES_COLOURS`; error bars where it is a mean over several runs.
-
-    Args:
-        curves: pass@K by K ascending, by name.
-    """
-    series = [_series(name, by_k, colour) for colour, (name, by_k) in enumerate(curves.items(), start=1)]
+    """One curve per name, at most `SERIES_COLOURS`: pass@K by K ascending; error bars where it is a mean over several
+    runs."""
+    series = [estimated_series(name, by_k, colour) for colour, (name, by_k) in enumerate(curves.items(), start=1)]
     explanation = "Unbiased estimate, mean over problems."
     if any(one.errors for one in series):
         explanation += " Of several runs the mean, ± half of the 95 % interval over them."
@@ -61,11 +56,13 @@ def pass_at_k_chart(title: str, curves: Mapping[str, Mapping[int, Estimate]]) ->
 
 
 def over_runs(runs: Sequence[Mapping[int, float]]) -> dict[int, Estimate]:
-    """Pass@K over the runs, at every K that all of them have."""
-    return {k: Estimate(tuple(run[k] for run in runs)) for k in sorted(set.intersection(*map(set, runs)))}
+    """Values over the runs, at every step (or K) that all of them have."""
+    steps = sorted(set.intersection(*map(set, runs))) if runs else []
+    return {step: Estimate(tuple(run[step] for run in runs)) for step in steps}
 
 
-def _series(name: str, by_k: Mapping[int, Estimate], colour: int) -> Series:
-    errors = tuple(estimate.half_width for estimate in by_k.values())
-    means = tuple(estimate.mean for estimate in by_k.values())
-    return Series(name, tuple(by_k), means, colour, errors if any(error is not None for error in errors) else None)
+def estimated_series(name: str, by_step: Mapping[int, Estimate], colour: int) -> Series:
+    """A curve of means; with error bars where several runs have a spread."""
+    errors = tuple(estimate.half_width for estimate in by_step.values())
+    means = tuple(estimate.mean for estimate in by_step.values())
+    return Series(name, tuple(by_step), means, colour, errors if any(error is not None for error in errors) else None)

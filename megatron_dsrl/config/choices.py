@@ -33,6 +33,9 @@ from pydantic_core import InitErrorDetails, core_schema
 
 from megatron_dsrl.config.section import BY_OWN_CLASS, PATTERN, Section, class_at
 
+GIVEN = ("response", "answer", "prompt")
+"""Arguments that every caller passes; the others are options."""
+
 
 class Options(Section):
     """A choice and its options."""
@@ -142,10 +145,6 @@ def _as_mapping(value: Any) -> dict[str, Any]:
 
 def _error(kind: str, value: Any, context: dict[str, Any]) -> ValidationError:
     return ValidationError.from_exception_data("options", [InitErrorDetails(type=kind, input=value, ctx=context)])
-
-
-GIVEN = ("response", "answer", "prompt")
-"""Arguments that every caller passes; the others are options."""
 
 
 @dataclass(frozen=True)

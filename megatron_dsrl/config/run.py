@@ -16,6 +16,7 @@ from megatron_dsrl.config.section import FolderPath, Section
 
 MAX_NAME_BYTES = 200
 """File systems allow 255; the rest is for suffixes."""
+GatherOn = Literal["device", "host"]
 
 
 def _require_nothing(schema: dict[str, Any]) -> None:
@@ -84,9 +85,6 @@ class EvaluationConfig(Section):
         """How many steps lie between evaluations around this step."""
         is_early = self.early_every_steps is not None and step <= self.early_until_step
         return self.early_every_steps if is_early else self.every_steps
-
-
-GatherOn = Literal["device", "host"]
 
 
 class CheckpointConfig(Section):

@@ -15,6 +15,19 @@ from megatron_dsrl.config.describe import did_you_mean, is_section, members, reg
 from megatron_dsrl.config.section import PATTERN, CustomSection, Section, SectionClass
 from megatron_dsrl.config.yaml_text import KeyPath
 
+_TYPE_NAMES = {
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "string_type": "a string",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a section (`key: value` lines)",
+    "model_type": "a section (`key: value` lines)",
+    "model_attributes_type": "a section (`key: value` lines)",
+}
+
 
 def validated(
     section: type[SectionClass], data: Any, places: Mapping[KeyPath, str], source: str, what: str = "configuration"
@@ -57,20 +70,6 @@ def _not_json(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
         yield path, f"expected a finite number, got {value}"
     elif not isinstance(value, str | int | float | None):
         yield path, f"cannot hold a {type(value).__name__}"
-
-
-_TYPE_NAMES = {
-    "int_type": "an integer",
-    "int_from_float": "an integer",
-    "float_type": "a number",
-    "string_type": "a string",
-    "bool_type": "true or false",
-    "list_type": "a list",
-    "tuple_type": "a list",
-    "dict_type": "a section (`key: value` lines)",
-    "model_type": "a section (`key: value` lines)",
-    "model_attributes_type": "a section (`key: value` lines)",
-}
 
 
 def _explain(error: ValidationError, root: type[Section], data: Any, places: Mapping[KeyPath, str]) -> list[str]:

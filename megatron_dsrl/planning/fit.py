@@ -51,6 +51,7 @@ work space, activations of a chunk of prompts. By default SGLang reserves 10 GiB
 ENGINE_RELEASED_BYTES = 3 * 2**30
 """Assumed memory that the engine keeps after it has released weights and cache: its CUDA context, CUDA graphs, and
 buffers."""
+ADVICE = "it starts anyway; see examples/troubleshooting: out of memory"
 
 
 @dataclass(frozen=True)
@@ -265,9 +266,6 @@ def _optimizer_shards(config: RunConfig, world_size: int) -> int:
 def gib(size: int) -> str:
     """A size in bytes as text, such as `1.5 GiB`."""
     return f"{size / 2**30:.1f} GiB"
-
-
-ADVICE = "it starts anyway; see examples/troubleshooting: out of memory"
 
 
 @dataclass(frozen=True)

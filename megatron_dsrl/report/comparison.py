@@ -14,7 +14,7 @@ from scipy import stats
 
 from megatron_dsrl.charts.chart_source import SERIES_COLOURS, WIDE, ChartSource, Series, ValueAxis
 from megatron_dsrl.charts.charts import Chart, draw, line_chart
-from megatron_dsrl.charts.estimate import Estimate, in_percent
+from megatron_dsrl.charts.estimate import estimated_series, in_percent, over_runs
 from megatron_dsrl.charts.figure import write_figure
 from megatron_dsrl.common.disk import write_result
 from megatron_dsrl.common.errors import UserError
@@ -130,15 +130,7 @@ def _curve(method: str, runs: Sequence[RunRecords], name: str, colour: int) -> S
         for run in runs
         if name in run.evaluations
     ]
-    steps = sorted(set.intersection(*map(set, by_run))) if by_run else []
-    estimates = [Estimate(tuple(run[step] for run in by_run)) for step in steps]
-    return Series(
-        method,
-        tuple(steps),
-        tuple(estimate.mean for estimate in estimates),
-        colour,
-        tuple(estimate.half_width for estimate in estimates),
-    )
+    return estimated_series(method, over_runs(by_run), colour)
 
 
 def _set_names(runs: Mapping[str, Sequence[RunRecords]]) -> list[str]:

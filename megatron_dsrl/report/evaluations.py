@@ -25,6 +25,14 @@ from megatron_dsrl.report.run_figures import Figure, Table
 
 Evaluations = Mapping[str, EvaluationResults]
 """Keyed by the name shown on the page."""
+TITLES = {
+    "gradients": "Gradients of log P(y) and log P(y|x)",
+    "thoughts": "Transition and reflection thoughts",
+    "problems": "Solved problems",
+    "lengths": "Response length and entropy",
+    "behaviours": "Four behaviours, by a judge",
+}
+"""In the page's order; analyses of other kinds come after them under their own names."""
 
 
 def named_by_step(evaluations: Sequence[EvaluationResults]) -> dict[str, EvaluationResults]:
@@ -77,16 +85,6 @@ def pass_at_k_charts(evaluations: Evaluations) -> list[Chart]:
 def _titles(evaluations: Evaluations) -> dict[str, str]:
     """All benchmarks by name."""
     return {name: one["title"] for results in evaluations.values() for name, one in results.benchmarks.items()}
-
-
-TITLES = {
-    "gradients": "Gradients of log P(y) and log P(y|x)",
-    "thoughts": "Transition and reflection thoughts",
-    "problems": "Solved problems",
-    "lengths": "Response length and entropy",
-    "behaviours": "Four behaviours, by a judge",
-}
-"""In the page's order; analyses of other kinds come after them under their own names."""
 
 
 @dataclass(frozen=True)

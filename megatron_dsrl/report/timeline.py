@@ -18,6 +18,8 @@ from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.observability.records import Record, read_records
 from megatron_dsrl.observability.timeline import TRACE_FOLDER
 
+SAMPLING_PART = "generate"
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -170,9 +172,6 @@ def _call(record: Record) -> RecordedCall:
     when = Interval(record["time"], record["time"] + record["seconds"])
     prompts, tokens, attempt = tuple(record["prompts"]), record["tokens"], record["attempt"]
     return RecordedCall(record["engine"], when, prompts, tokens, attempt, record["outcome"])
-
-
-SAMPLING_PART = "generate"
 
 
 @dataclass(frozen=True)

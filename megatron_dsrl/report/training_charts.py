@@ -14,6 +14,8 @@ PARTS_OF_A_STEP = ("generate", "old_log_probs", "reference", "values", "critic",
 """In their order, as the names of seconds in step records."""
 FRACTION = ValueAxis("fraction", at_least=0.0, at_most=1.0)
 NAT = ValueAxis("nat per token")
+PERCENT = ValueAxis("accuracy, %", at_least=0.0, at_most=100.0)
+WHOLE_STEP = "seconds/step"
 
 
 @dataclass(frozen=True)
@@ -140,10 +142,6 @@ SPACES = {
 """Label and curve colour of a phase, by the `space` of its step records."""
 OF_THE_UPDATE = ("loss", "total_loss", "grad_norm")
 """Last parts of keys whose values are comparable within a phase only."""
-
-
-PERCENT = ValueAxis("accuracy, %", at_least=0.0, at_most=100.0)
-WHOLE_STEP = "seconds/step"
 
 
 def run_charts(run: RunRecords) -> list[tuple[str, list[Chart | str]]]:
