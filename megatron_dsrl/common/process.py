@@ -1,11 +1,12 @@
-"""Processes (Linux): children that cannot outlive their parent, daemon threads that do not delay its exit, signals, and
-a terminal that may be closed."""
+"""Processes (Linux): children that cannot outlive their parent, daemon threads that do not delay its exit, signals, a
+terminal that may be closed, and the folder of their sockets."""
 
 import ctypes
 import os
 import select
 import signal
 import stat
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -13,10 +14,17 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TypeVar
 
+from megatron_dsrl.common.errors import UserError
+
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 LAUNCHER_VARIABLE = "DSRL_LAUNCHER"
 """Environment variable of the commands that `launch` and a sweep start: the process id of what started them."""
+
+LONGEST_SOCKET_PATH = 107
+"""Bytes; `sun_path` of Linux has 108, with the final zero."""
+LONGEST_NAME = "/torch-shm-dir-xxxxxx/manager.sock"
+"""The name that torch's shared memory uses; those of multiprocessing and SGLang are shorter."""
 
 
 def launched_rank() -> int:
@@ -116,3 +124,22 @@ def _redirect_to_nowhere(descriptor: int) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, descriptor)
     os.close(nowhere)
+
+
+def temporary_folder_problem() -> str | None:
+    """What is wrong with the name of the temporary folder, and what to do; None if nothing is."""
+    folder = tempfile.gettempdir()
+    limit = LONGEST_SOCKET_PATH - len(LONGEST_NAME)
+    length = len(os.fsencode(folder))
+    if length <= limit:
+        return None
+    return (
+        f"TMPDIR: {folder} has {length} bytes, but at most {limit} leave room for the names of the sockets that reward "
+        "workers and engines need; set it to a shorter local folder, such as /tmp"
+    )
+
+
+def require_short_temporary_folder() -> None:
+    """Raise UserError if the temporary folder's name is too long."""
+    if problem := temporary_folder_problem():
+        raise UserError(problem)

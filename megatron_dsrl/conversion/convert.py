@@ -15,7 +15,6 @@ from megatron_dsrl.common.disk import writing
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.process import in_background
 from megatron_dsrl.conversion import checks
-from megatron_dsrl.conversion.cast import Cast, warn
 from megatron_dsrl.conversion.distributed_checkpoint_writer import (
     CheckpointLayout,
     ChunkWriter,
@@ -24,7 +23,7 @@ from megatron_dsrl.conversion.distributed_checkpoint_writer import (
     write_metadata,
 )
 from megatron_dsrl.conversion.verify import verify
-from megatron_dsrl.conversion.work import my_entries, read_ahead, with_progress
+from megatron_dsrl.conversion.work import Cast, my_entries, read_ahead, warn, with_progress
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.source import resolve_model_folder
 from megatron_dsrl.provenance.inputs import describe_model

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from megatron_dsrl.common.collective import rank, together
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.conversion.cast import Cast, not_finite_message, overflow_message
 from megatron_dsrl.conversion.checks import read_companion_architecture
-from megatron_dsrl.conversion.work import my_entries, with_progress
+from megatron_dsrl.conversion.work import Cast, my_entries, not_finite_message, overflow_message, with_progress
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.weights.checkpoint_record import architecture_fields, check_record, refuse_drift
 from megatron_dsrl.weights.checkpoint_shapes import check_hf_checkpoint, check_megatron_checkpoint

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from packaging.version import Version
 
-from megatron_dsrl.common.temporary_folder import temporary_folder_problem
+from megatron_dsrl.common.process import temporary_folder_problem
 from megatron_dsrl.doctor.kernels import Finding
 from megatron_dsrl.rewards.sandbox_isolation import ADVICE, missing_isolation
 

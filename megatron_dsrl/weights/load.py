@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,15 @@ from megatron_dsrl.common.collective import rank, together, world_size
 from megatron_dsrl.model.architecture import Architecture, read_architecture
 from megatron_dsrl.model.build import bare_model
 from megatron_dsrl.model.lora import is_adapter
-from megatron_dsrl.weights.bind import bind
 from megatron_dsrl.weights.checkpoint_record import check_record
 from megatron_dsrl.weights.checkpoint_shapes import check_hf_checkpoint, check_megatron_checkpoint, open_hf_weights
 from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint
 from megatron_dsrl.weights.megatron_checkpoint import MegatronCheckpoint, is_megatron_checkpoint
 from megatron_dsrl.weights.table import TableEntry, WeightTable, value_model_table, weight_table
 from megatron_dsrl.weights.untrusted_checkpoint import only_plain_objects
+
+_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"(\.local_experts\.|\.experts\.linear_fc[12]\.weight)(\d+)")
 
 
 def load_weights(chunks: Sequence[nn.Module], table: WeightTable, folder: Path) -> None:
@@ -90,6 +93,27 @@ def fill(chunks: Sequence[nn.Module], table: WeightTable, read: Callable[[str], 
         for parameter in parameters:
             assert parameter.shape == shard.shape, (entry.rule.megatron, parameter.shape, shard.shape)
             parameter.copy_(shard)
+
+
+def bind(chunks: Sequence[nn.Module], table: WeightTable) -> dict[TableEntry, list[nn.Parameter]]:
+    """The parameters of this rank's model chunks, wrapped or not, by their entries in the table. There is one per
+    entry, except for a tied embedding if this rank holds it twice."""
+    rules = {name: rule for rule in table.rules for name in rule.megatron}
+    first_expert = table.num_experts // parallel_state.get_expert_model_parallel_world_size()
+    first_expert *= parallel_state.get_expert_model_parallel_rank()
+    bound: dict[TableEntry, list[nn.Parameter]] = {}
+    for chunk in chunks:
+        model = bare_model(chunk)
+        for name, parameter in model.named_parameters():
+            if is_adapter(name) != table.holds_adapters:
+                continue
+            in_layer, in_expert = _LAYER.match(name), _EXPERT.search(name)
+            layer = model.decoder.layers[int(in_layer[1])].layer_number - 1 if in_layer else None
+            expert = first_expert + int(in_expert[2]) if in_expert else None
+            pattern = _EXPERT.sub(r"\1{expert}", _LAYER.sub("decoder.layers.{layer}.", name))
+            assert pattern in rules, f"the weight table has no rule for the Megatron parameter {name}"
+            bound.setdefault(TableEntry(rules[pattern], layer, expert), []).append(parameter)
+    return bound
 
 
 def tensor_parallel_place(entry: TableEntry) -> tuple[int, int]:

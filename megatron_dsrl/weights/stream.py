@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from megatron_dsrl.common.collective import gather
 from megatron_dsrl.model.lora import adapters_by_weight
-from megatron_dsrl.weights.bind import bind
+from megatron_dsrl.weights.load import bind
 from megatron_dsrl.weights.table import TableEntry, WeightTable
 
 

@@ -23,9 +23,8 @@ from megatron_dsrl.conversion.work import conversion_processes
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.build import build_model
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
-from megatron_dsrl.weights.bind import bind
 from megatron_dsrl.weights.hf_checkpoint import HfCheckpoint
-from megatron_dsrl.weights.load import load_weights
+from megatron_dsrl.weights.load import bind, load_weights
 from megatron_dsrl.weights.reused_memory import ReusedMemory
 from megatron_dsrl.weights.stream import stream_hf_weights
 from megatron_dsrl.weights.table import weight_table
