@@ -40,7 +40,7 @@ def train(config: RunConfig, starting: StartingServer | None = None) -> None:
         run = start_run(config, resources, starting)
         start(run)
         for step in run.steps:
-            run.checkpoints.poll()
+            run.checkpoints.poll()  # publishes one that all ranks have written in the background
             stop_if_requested(run, step - 1)
             with run.profiler.step(step):
                 train_step(run, step)

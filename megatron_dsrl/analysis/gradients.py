@@ -83,11 +83,7 @@ class LogProbGradients:
         self._copies = [torch.empty_like(parameter.main_grad) for parameter in self._counted]
 
     def compare(self, without_prompt: ScoredSequence, with_prompt: ScoredSequence) -> GradientComparison:
-        """Compare the two gradients of one response.
-
-        Raises:
-            FloatingPointError: a gradient is not finite.
-        """
+        """Compare the two gradients of one response. Raises FloatingPointError if a gradient is not finite."""
         tokens_without = self._backward(without_prompt)
         for parameter, copy in zip(self._counted, self._copies):
             copy.copy_(parameter.main_grad)

@@ -47,11 +47,7 @@ def table(evaluations: Evaluations) -> str:
 
 
 def charts(evaluations: Evaluations) -> list[Chart]:
-    """A chart per benchmark, a curve per label.
-
-    Raises:
-        UserError: there are more labels than colours.
-    """
+    """A chart per benchmark, a curve per label. Raises UserError if there are more labels than colours."""
     if len(evaluations) > SERIES_COLOURS:
         raise UserError(f"one figure shows at most {SERIES_COLOURS} evaluations, got {len(evaluations)}")
     return [

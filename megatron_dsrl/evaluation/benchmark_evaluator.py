@@ -68,11 +68,7 @@ def evaluate_benchmark(
 def missing_samples(
     benchmark: Benchmark, prompts: Sequence[Prompt], file: Path, settings: Mapping[str, Any]
 ) -> list[tuple[Prompt, int]]:
-    """(problem, sample number) of the samples that are not in the file yet.
-
-    Raises:
-        UserError: the file belongs to another evaluation.
-    """
+    """(problem, sample number) of the samples that are not in the file yet. Errors as `evaluate_benchmark`."""
     with _sample_file(benchmark, prompts, file, settings) as samples:
         return _missing(benchmark, prompts, samples)
 

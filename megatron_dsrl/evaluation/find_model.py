@@ -46,11 +46,7 @@ class EvaluatedModel:
 
 
 def find_model(name: str) -> EvaluatedModel:
-    """The weights that a folder or hub name refers to.
-
-    Raises:
-        UserError: the weights are missing or incomplete.
-    """
+    """The weights that a folder or hub name refers to. Raises UserError if the weights are missing or incomplete."""
     folder = resolve_model_folder(name, "MODEL")
     if (folder / CONFIG_FILE).is_file():
         return _newest_of_run(folder)

@@ -67,11 +67,7 @@ def read_results(folder: Path) -> EvaluationResults:
 
 
 def results_of_run(run_folder: Path) -> list[EvaluationResults]:
-    """All evaluations in a run folder, by step; those of unknown steps first.
-
-    Raises:
-        UserError: a results file is damaged.
-    """
+    """All evaluations in a run folder, by step; those of unknown steps first. UserError if a file is damaged."""
     root = run_folder / EVALUATIONS_FOLDER
     folders = sorted({file.parent for pattern in ("", "*/") for file in root.glob(pattern + RESULTS_FILE)})
     return sorted(map(read_results, folders), key=lambda results: -1 if results.step is None else results.step)

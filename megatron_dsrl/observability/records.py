@@ -138,11 +138,7 @@ def _int(text: str) -> int | float:
 
 
 def _parse_line(line: bytes) -> Record | None:
-    """The object of a line; None if it is not one.
-
-    Raises:
-        _NumberError: it is an object, but with such a number.
-    """
+    """The object of a line; None if it is not one. Raises _NumberError if it is an object, but with such a number."""
     try:
         value = json.loads(line, parse_float=_float, parse_int=_int, parse_constant=_refuse)
     except ValueError:  # also what undecodable bytes raise
@@ -151,9 +147,5 @@ def _parse_line(line: bytes) -> Record | None:
 
 
 def read_starts(folder: Path) -> list[Record]:
-    """All recorded starts of a folder, oldest first.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """All recorded starts of a folder, oldest first. Raises UserError if the file is damaged."""
     return read_records(folder / PROVENANCE_FILE)

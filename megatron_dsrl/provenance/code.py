@@ -87,11 +87,7 @@ def _content(path: Path) -> bytes:
 
 
 def _git(folder: Path, *arguments: str) -> bytes:
-    """Output of a git command.
-
-    Raises:
-        _GitFailed: git is not installed, refuses the folder, or takes too long.
-    """
+    """Output of a git command. Raises _GitFailed if git is not installed, refuses the folder, or takes too long."""
     environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"}
     try:
         done = subprocess.run(

@@ -33,11 +33,7 @@ collective does not notice the signal, such as Ctrl-C while the ranks are starti
 
 
 def others_started(processes: int) -> bool:
-    """Whether this process is already one of `processes` started processes.
-
-    Raises:
-        UserError: torchrun or srun started a different number.
-    """
+    """Whether this process is already one of `processes`; UserError if torchrun or srun started a different number."""
     started = os.environ.get("WORLD_SIZE")
     if started is not None and int(started) != processes:
         raise UserError(f"--processes {processes}: torchrun or srun has started {started}; leave --processes out")

@@ -41,22 +41,13 @@ def export(run: TrainingRun, step: int) -> None:
 
 
 def stop_if_requested(run: TrainingRun, step: int) -> None:
-    """Save and stop if any rank was asked to; SLURM and torchrun may signal any of them.
-
-    Raises:
-        Preempted: one was.
-    """
+    """`save_and_stop` if any rank was asked to stop; SLURM and torchrun may signal any of them."""
     if any(gather(run.stop.requested)):
         save_and_stop(run, step)
 
 
 def save_and_stop(run: TrainingRun, step: int) -> NoReturn:
-    """Save the state after the last finished step, unless it is saved, and stop. Before the first step there is nothing
-    to save.
-
-    Raises:
-        Preempted: always.
-    """
+    """Save the state after the last finished step, unless it is saved (0: nothing to save), and raise Preempted."""
     run.checkpoints.finish()
     if step > 0 and not run.checkpoints.has(step):
         if not run.device.trainer_is_whole:

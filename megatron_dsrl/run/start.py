@@ -12,7 +12,7 @@ from megatron_dsrl.algorithms.schedule import Schedule
 from megatron_dsrl.checkpoint.compatibility import check_same_model, check_same_optimizer
 from megatron_dsrl.checkpoint.state import Checkpoint, current_layout
 from megatron_dsrl.checkpoint.store import CheckpointStore
-from megatron_dsrl.common.collective import rank
+from megatron_dsrl.common.collective import on_first, rank
 from megatron_dsrl.common.cpu_threads import cpu_threads, has_bfloat16
 from megatron_dsrl.common.folder_lock import locked
 from megatron_dsrl.common.waiting import waiting
@@ -81,8 +81,8 @@ def start_run(config: RunConfig, resources: ExitStack, starting: StartingServer 
     """
     with waiting("reading tokenizer and prompts"):
         inputs = load_inputs(config)
-    check_verifiers(config.evaluation)
-    join_processes(config, inputs.run_folder, resources)
+    start_process_groups(config, inputs.run_folder, resources)
+    on_first(lambda: check_verifiers(config.evaluation))
     console = RunConsole(config.steps, config.observability.verbose)
     resources.enter_context(locked(inputs.run_folder, console.message))
     checkpoints, checkpoint = open_checkpoints(config, inputs, console, resources)
@@ -101,10 +101,7 @@ def start_run(config: RunConfig, resources: ExitStack, starting: StartingServer 
         announce(console, f"continuing after step {step} from {checkpoint.folder}")
     tracker, recorder = None, None
     if rank() == 0:
-        tracker = resources.enter_context(Tracker(inputs.run_folder, config.observability.tensorboard))
-        tracker.truncate_after(step)
-        if config.observability.save_rollouts and config.rollout.source == "engine":
-            recorder = resources.enter_context(RolloutRecorder(inputs.run_folder))
+        tracker, recorder = open_records(config, inputs.run_folder, step, resources)
         trackers.start()
     bucket_bytes = config.engine.weight_bucket_megabytes * 2**20
     return TrainingRun(
@@ -128,16 +125,17 @@ def start_run(config: RunConfig, resources: ExitStack, starting: StartingServer 
 
 
 def check_verifiers(evaluation: EvaluationConfig) -> None:
-    """
+    """Check the verifiers of held-out sets, which only run when the first evaluation is due.
+
     Raises:
-        UserError: the verifier of a held-out set does not exist or does not take its options.
+        UserError: one does not exist or does not take its options.
     """
     for position, held_out in enumerate(evaluation.sets):
         if held_out.reward is not None:
             check_options(held_out.reward.function, held_out.reward.options, f"evaluation.sets.{position}.reward")
 
 
-def join_processes(config: RunConfig, run_folder: Path, resources: ExitStack) -> None:
+def start_process_groups(config: RunConfig, run_folder: Path, resources: ExitStack) -> None:
     """Make this process a rank of the trainer's process groups."""
     current_platform().record_collectives(run_folder / "collectives")
     if config.engine.urls:
@@ -244,6 +242,17 @@ def start_models(config: RunConfig, inputs: RunInputs, timeline: Timeline, conso
     computed_by = ", ".join(f"{part} {name}" for part, name in models.actor.model.implementations.items())
     announce(console, f"trainer: {computed_by}")
     return models
+
+
+def open_records(
+    config: RunConfig, run_folder: Path, step: int, resources: ExitStack
+) -> tuple[Tracker, RolloutRecorder | None]:
+    """Rank 0: what records steps and evaluations after `step`, and the rollouts if they are saved."""
+    tracker = resources.enter_context(Tracker(run_folder, config.observability.tensorboard))
+    tracker.truncate_after(step)
+    if not (config.observability.save_rollouts and config.rollout.source == "engine"):
+        return tracker, None
+    return tracker, resources.enter_context(RolloutRecorder(run_folder))
 
 
 def restore(config: RunConfig, checkpoint: Checkpoint, models: RunModels, rollout: Rollout) -> None:

@@ -54,11 +54,7 @@ class SweepRun:
 
 
 def load_sweep(path: Path) -> SweepConfig:
-    """Read a sweep file.
-
-    Raises:
-        UserError: it is missing, or not a sweep; every wrong field is named.
-    """
+    """Read a sweep file. Raises UserError if it is missing, or not a sweep; every wrong field is named."""
     try:
         text = read_text(path)
     except ValueError as error:

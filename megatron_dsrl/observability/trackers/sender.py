@@ -75,11 +75,7 @@ class _AppendedLines:
         self._offset = 0
 
     def read(self) -> list[Record]:
-        """The new records; none while the file does not exist.
-
-        Raises:
-            UserError: a complete line is not JSON.
-        """
+        """The new records; none while the file does not exist. Raises UserError if a complete line is not JSON."""
         try:
             with open(self._path, "rb") as file:
                 file.seek(self._offset)
