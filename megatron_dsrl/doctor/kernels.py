@@ -1,8 +1,8 @@
 """GPU software of `dsrl doctor`: fused kernels and SGLang's own, and whether they fit each other.
 
-Transformer Engine and apex are optional, and on CPU they are neither needed nor used. On a GPU a
-missing one is a note; one that does not fit the others is named with what happens then, as most of them fail late or
-are left out without a word. tools/image/requirements*.{in,txt} have the versions that go together, and why.
+Transformer Engine and apex are optional, and on CPU they are neither needed nor used. On a GPU a missing one is a note;
+one that does not fit the others is named with what happens then, as most of them fail late or are left out without a
+word. tools/image/requirements*.{in,txt} have the versions that go together, and why.
 """
 
 import os
