@@ -8,8 +8,14 @@ from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.process import launched_rank
 from megatron_dsrl.run.loading import loading_megatron
 
-CHANGES = ("samples_per_prompt", "temperature", "top_p", "max_response_tokens", "limit")
-"""Benchmark fields that options override."""
+CHANGES = {
+    "samples_per_prompt": ("--samples", "K", int, "responses per problem (default: the benchmark's)"),
+    "temperature": ("--temperature", "T", float, "0 is greedy (default: the benchmark's)"),
+    "top_p": ("--top-p", "P", float, "nucleus sampling (default: the benchmark's)"),
+    "max_response_tokens": ("--max-tokens", "N", int, "response length limit (default: the benchmark's)"),
+    "limit": ("--limit", "N", int, "only the first N problems of each benchmark"),
+}
+"""Benchmark fields that options override, and those options."""
 
 
 def add_eval(commands: Commands) -> None:
@@ -34,16 +40,8 @@ def add_eval(commands: Commands) -> None:
     parser.add_argument(
         "--benchmarks", metavar="NAME,NAME", type=names, help="names (omit to list them) or .yaml files"
     )
-    benchmarks = "(default: the benchmark's)"
-    parser.add_argument(
-        "--samples", dest="samples_per_prompt", metavar="K", type=int, help=f"responses per problem {benchmarks}"
-    )
-    parser.add_argument("--temperature", metavar="T", type=float, help=f"0 is greedy {benchmarks}")
-    parser.add_argument("--top-p", metavar="P", type=float, help=f"nucleus sampling {benchmarks}")
-    parser.add_argument(
-        "--max-tokens", dest="max_response_tokens", metavar="N", type=int, help=f"response length limit {benchmarks}"
-    )
-    parser.add_argument("--limit", metavar="N", type=int, help="only the first N problems of each benchmark")
+    for field, (option, metavar, kind, what) in CHANGES.items():
+        parser.add_argument(option, dest=field, metavar=metavar, type=kind, help=what)
     parser.add_argument(
         "--data-folder", metavar="DIR", type=Path, help="folder with the benchmarks' files (default: use the hub)"
     )

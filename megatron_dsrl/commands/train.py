@@ -71,6 +71,11 @@ def run_training(options: argparse.Namespace) -> int:
     run_folder = Path(config.output_dir) / config.name
     for line in (f"run folder: {run_folder}", *batch_lines(config, figures), *sampling_warnings(config.rollout)):
         say_on_first_rank(line)
+    _train(config, world_size)
+    return 0
+
+
+def _train(config: "RunConfig", world_size: int) -> None:
     from megatron_dsrl.rollout.engines.starting_server import starting_server
 
     with starting_server(config) as starting:  # imports SGLang while this process imports Megatron
@@ -90,7 +95,6 @@ def run_training(options: argparse.Namespace) -> int:
             if launched_rank() != 0:
                 print(f"dsrl: rank {launched_rank()}: {error}", file=sys.stderr, flush=True)
             raise
-    return 0
 
 
 def _is_complete(config: "RunConfig") -> bool:

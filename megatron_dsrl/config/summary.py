@@ -193,53 +193,35 @@ def _samples(config: RunConfig, figures: RunFigures) -> str:
 
 
 def _figures_table(config: RunConfig, figures: RunFigures) -> Table:
-    parallel = config.parallel
-    engines = "engine.urls" if config.engine.urls else f"tensor-parallel size {config.engine.tensor_parallel_size} each"
-    if not config.rollout.needs_engines:
-        engines = "nothing is sampled"
+    parallel, rollout, engine = config.parallel, config.rollout, config.engine
+    tensor, pipeline = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+    context, virtual = parallel.context_parallel_size, parallel.virtual_pipeline_stages
+    engines = "engine.urls" if engine.urls else f"tensor-parallel size {engine.tensor_parallel_size} each"
+    prompt, response = config.data.max_prompt_tokens, rollout.max_response_tokens
+    budget = config.actor.max_tokens_per_micro_batch
     table = Table("figure", "value", "made of", show_header=True, header_style="bold")
-    rows: list[tuple[str, int, str]] = [
-        ("processes", figures.world_size, "--processes, or WORLD_SIZE"),
-        (
-            "processes per model",
-            parallel.model_parallel_size,
-            f"tensor {parallel.tensor_parallel_size} x pipeline {parallel.pipeline_parallel_size} "
-            f"x context {parallel.context_parallel_size}",
-        ),
-        (
-            "chunks of layers",
-            parallel.pipeline_parallel_size * parallel.virtual_pipeline_stages,
-            f"pipeline {parallel.pipeline_parallel_size} x virtual stages {parallel.virtual_pipeline_stages}",
-        ),
-        (
-            "processes per copy of all experts",
-            parallel.expert_model_parallel_size,
-            f"expert {parallel.expert_parallel_size} x expert tensor {parallel.split_of_experts} "
-            f"x pipeline {parallel.pipeline_parallel_size}",
-        ),
-        ("data-parallel size", figures.data_parallel_size, "processes / processes per model"),
-        ("SGLang engines", figures.engines, engines),
-        (
-            "samples per step",
-            figures.samples_per_step,
-            f"{config.rollout.prompts_per_step} prompts x {config.rollout.samples_per_prompt} samples",
-        ),
-        (
-            "samples per optimizer step",
-            figures.samples_per_optimizer_step,
-            f"{config.actor.optimizer_steps_per_rollout} optimizer step(s) per rollout",
-        ),
-        ("optimizer steps", figures.optimizer_steps, f"{config.steps} steps in all"),
-        (
-            "longest sequence, tokens",
-            figures.longest_sequence,
-            f"prompt {config.data.max_prompt_tokens} + response {config.rollout.max_response_tokens}",
-        ),
-        ("generated tokens per step, at most", figures.max_generated_tokens_per_step, "samples x response limit"),
-        ("token budget of a micro-batch", config.actor.max_tokens_per_micro_batch, "actor.max_tokens_per_micro_batch"),
-    ]
-    for name, value, origin in rows:
+
+    def row(name: str, value: int, origin: str) -> None:
         table.add_row(name, f"{value:,}", origin)
+
+    row("processes", figures.world_size, "--processes, or WORLD_SIZE")
+    of_model = f"tensor {tensor} x pipeline {pipeline} x context {context}"
+    row("processes per model", parallel.model_parallel_size, of_model)
+    row("chunks of layers", pipeline * virtual, f"pipeline {pipeline} x virtual stages {virtual}")
+    of_experts = (
+        f"expert {parallel.expert_parallel_size} x expert tensor {parallel.split_of_experts} x pipeline {pipeline}"
+    )
+    row("processes per copy of all experts", parallel.expert_model_parallel_size, of_experts)
+    row("data-parallel size", figures.data_parallel_size, "processes / processes per model")
+    row("SGLang engines", figures.engines, engines if rollout.needs_engines else "nothing is sampled")
+    samples = f"{rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} samples"
+    row("samples per step", figures.samples_per_step, samples)
+    updates = f"{config.actor.optimizer_steps_per_rollout} optimizer step(s) per rollout"
+    row("samples per optimizer step", figures.samples_per_optimizer_step, updates)
+    row("optimizer steps", figures.optimizer_steps, f"{config.steps} steps in all")
+    row("longest sequence, tokens", figures.longest_sequence, f"prompt {prompt} + response {response}")
+    row("generated tokens per step, at most", figures.max_generated_tokens_per_step, "samples x response limit")
+    row("token budget of a micro-batch", budget, "actor.max_tokens_per_micro_batch")
     epochs = "unknown" if figures.epochs is None else f"{figures.epochs:.2f}"
     prompts = "unknown before the run" if figures.prompts is None else f"{figures.prompts:,} training prompts"
     table.add_row("epochs", epochs, prompts)
