@@ -3,10 +3,11 @@
 It is made from the run folder alone. Folders and addresses of the machines that made the run are left out.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
@@ -17,12 +18,12 @@ from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.generated_card import CARD_FILE, GENERATED, has_mark
 from megatron_dsrl.config.benchmark import load_benchmark
 from megatron_dsrl.evaluation.results import results_of_run
-from megatron_dsrl.model.source import is_hub_name
+from megatron_dsrl.model.source import hub_name_of, is_hub_name
 from megatron_dsrl.observability.records import CONFIG_FILE, EVALUATION_FILE, Record, read_records
 from megatron_dsrl.provenance.differences import ALWAYS_SHOWN, starts_that_count
 from megatron_dsrl.provenance.words import what_computed
-from megatron_dsrl.publishing.origin import base_model_name, license_of, without_private_places
 from megatron_dsrl.run.results import exported_policy
+from megatron_dsrl.weights.checkpoint_record import read_record
 
 PAPER = "2604.14142"
 SPACES = {"pre_train": "log P(y)", "post_train": "log P(y\\|x)"}
@@ -30,6 +31,8 @@ LEFT_OUT = ("output_dir", "checkpoint", "observability")
 """Sections of the configuration that say nothing of the model."""
 MADE_BY = ("Commit", "Base model", "Training data", "Device", "Processes", "Layout", "Python", *ALWAYS_SHOWN)
 """Facts of the run's starts that a card shows."""
+LICENSE_FIELDS = ("license", "license_name", "license_link")
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://")
 
 
 def write_card(folder: Path, run_folder: Path, step: int, report: Callable[[str], None]) -> None:
@@ -254,3 +257,45 @@ def _hub_name(benchmark: str) -> str:
         return load_benchmark(benchmark, None).config.source
     except UserError:
         return benchmark
+
+
+def base_model_name(path: str) -> str | None:
+    """The hub's name of the model that a run began with; None if it is not known to come from the hub.
+
+    Args:
+        path: `model.path` of the run: a hub name, a snapshot in the hub's cache, or a folder that `dsrl convert` has
+            made from either.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return path if is_hub_name(path) else None
+    if name := hub_name_of(folder):
+        return name
+    try:
+        record = read_record(folder)
+    except UserError:
+        return None
+    return base_model_name(record.source) if record and record.source != path else None
+
+
+def license_of(folder: Path) -> dict[str, str]:
+    """License fields of a model card; empty if it has none."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        fields = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else {}
+    except (OSError, ValueError, IndexError, yaml.YAMLError):
+        return {}
+    return {key: str(fields[key]) for key in LICENSE_FIELDS if isinstance(fields, dict) and key in fields}
+
+
+def without_private_places(value: Any) -> Any:
+    """The same, but with absolute paths shortened to their last part, and without server addresses."""
+    if isinstance(value, dict):
+        return {key: without_private_places(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [without_private_places(child) for child in value]
+    if isinstance(value, str) and value.startswith(("/", "~")):
+        return PurePath(value).name
+    if isinstance(value, str) and _ADDRESS.match(value):
+        return "(an address)"
+    return value

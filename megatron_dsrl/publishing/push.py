@@ -11,8 +11,7 @@ from pathlib import Path
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.hub import kinds_of_causes
 from megatron_dsrl.evaluation.find_model import EvaluatedModel, find_model
-from megatron_dsrl.publishing.card import CARD_FILE, is_generated, model_card
-from megatron_dsrl.publishing.origin import base_model_name, without_private_places
+from megatron_dsrl.publishing.card import CARD_FILE, base_model_name, is_generated, model_card, without_private_places
 from megatron_dsrl.weights.hf_writer import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, COMPANIONS
 
 AS_THEY_ARE = (

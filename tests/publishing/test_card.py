@@ -9,8 +9,15 @@ from huggingface_hub import ModelCard
 from megatron_dsrl.evaluation.metrics import summarise_benchmark
 from megatron_dsrl.evaluation.results import write_results
 from megatron_dsrl.evaluation.sample_file import ProblemResult
-from megatron_dsrl.publishing.card import CARD_FILE, model_card, refresh_card, write_card
-from megatron_dsrl.publishing.origin import base_model_name, license_of, without_private_places
+from megatron_dsrl.publishing.card import (
+    CARD_FILE,
+    base_model_name,
+    license_of,
+    model_card,
+    refresh_card,
+    without_private_places,
+    write_card,
+)
 from megatron_dsrl.weights.checkpoint_record import CheckpointRecord
 from tests.observability.synthetic_run import make_group, start_record, write_run, write_starts
 
