@@ -132,7 +132,9 @@ class _Trainings:
         run.log.parent.mkdir(parents=True, exist_ok=True)
         with open(run.log, "a", encoding="utf-8") as log:
             process = self._start(run, log)
-            status = PREEMPTED_STATUS if process is None else process.wait()
+            if process is None:
+                return PREEMPTED_STATUS
+            status = process.wait()
         if status != 0 and self._is_stopped:  # a run that is still starting has nothing to save, and just ends
             status = PREEMPTED_STATUS
         print(f"{run.method}, seed {run.seed}: {_outcome(run, status)}", flush=True)
