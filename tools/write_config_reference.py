@@ -9,7 +9,6 @@ import inspect
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_dsrl.config.choices import FunctionName, options_of
 from megatron_dsrl.config.describe import (
     Place,
     choices_of,
@@ -23,6 +22,7 @@ from megatron_dsrl.config.describe import (
     type_of,
 )
 from megatron_dsrl.config.kinds import FILES, KINDS, Kind, as_text
+from megatron_dsrl.config.registry import FunctionName, options_of
 from megatron_dsrl.config.section import Section
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -15,7 +15,8 @@ from pydantic import Field
 from torch import Tensor
 
 from megatron_dsrl.algorithms.experience import Experience, ModelPasses, PerToken
-from megatron_dsrl.config.choices import ADVANTAGES, Options
+from megatron_dsrl.config.choices import ADVANTAGES
+from megatron_dsrl.config.registry import Options
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from megatron_dsrl.config.choices import AGGREGATIONS, Options
+from megatron_dsrl.config.choices import AGGREGATIONS
+from megatron_dsrl.config.registry import Options
 
 
 class AggregationOptions(Options):

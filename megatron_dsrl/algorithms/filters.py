@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from megatron_dsrl.algorithms.experience import Experience
-from megatron_dsrl.config.choices import FILTERS, Options
+from megatron_dsrl.config.choices import FILTERS
+from megatron_dsrl.config.registry import Options
 
 
 class FilterOptions(Options):

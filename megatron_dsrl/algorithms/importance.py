@@ -21,7 +21,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from megatron_dsrl.algorithms.losses import ScoredTokens, probability_ratio
-from megatron_dsrl.config.choices import IMPORTANCE_CORRECTIONS, Options
+from megatron_dsrl.config.choices import IMPORTANCE_CORRECTIONS
+from megatron_dsrl.config.registry import Options
 
 Level = Literal["token", "sequence"]
 RATIO_BOUNDS = (0.5, 2.0)

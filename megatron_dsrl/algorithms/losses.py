@@ -14,7 +14,8 @@ from pydantic import Field
 from torch import Tensor
 
 from megatron_dsrl.algorithms.experience import Experience
-from megatron_dsrl.config.choices import LOSSES, Options
+from megatron_dsrl.config.choices import LOSSES
+from megatron_dsrl.config.registry import Options
 
 _LARGEST_LOG_RATIO = 20.0
 """In nats; keeps ratios finite."""

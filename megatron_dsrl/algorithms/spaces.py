@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from megatron_dsrl.common.compact import int_array
-from megatron_dsrl.config.choices import SPACES, Options
+from megatron_dsrl.config.choices import SPACES
+from megatron_dsrl.config.registry import Options
 
 
 @dataclass(frozen=True)

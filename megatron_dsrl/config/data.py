@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_dsrl.config.choices import SAMPLERS, FunctionName, Options
+from megatron_dsrl.config.choices import SAMPLERS
+from megatron_dsrl.config.registry import FunctionName, Options
 from megatron_dsrl.config.section import FolderPath, Section
 
 if TYPE_CHECKING:

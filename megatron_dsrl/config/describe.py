@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.config.choices import FunctionName, Options, Registry
+from megatron_dsrl.config.registry import FunctionName, Options, Registry
 from megatron_dsrl.config.section import Section
 
 _SIMPLE = {int: "integer", float: "number", str: "string", bool: "true or false", Any: "anything"}

@@ -14,9 +14,9 @@ from pydantic.json_schema import GenerateJsonSchema, NoDefault
 from pydantic_core import core_schema
 
 from megatron_dsrl.config.benchmark import BenchmarkConfig, BenchmarkRunConfig
-from megatron_dsrl.config.choices import Options
 from megatron_dsrl.config.load import INHERITS
 from megatron_dsrl.config.model import GradientAnalysisConfig
+from megatron_dsrl.config.registry import Options
 from megatron_dsrl.config.run import RunConfig, SweepConfig
 from megatron_dsrl.config.section import Section
 

@@ -14,15 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, model_validator
 
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.config.choices import (
-    ADVANTAGES,
-    AGGREGATIONS,
-    FILTERS,
-    IMPORTANCE_CORRECTIONS,
-    LOSSES,
-    SPACES,
-    Options,
-)
+from megatron_dsrl.config.choices import ADVANTAGES, AGGREGATIONS, FILTERS, IMPORTANCE_CORRECTIONS, LOSSES, SPACES
+from megatron_dsrl.config.registry import Options
 from megatron_dsrl.config.section import CustomSection, Section
 
 if TYPE_CHECKING:

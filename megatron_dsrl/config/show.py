@@ -6,7 +6,6 @@ import textwrap
 from rich.console import Console
 from rich.text import Text
 
-from megatron_dsrl.config.choices import options_of
 from megatron_dsrl.config.describe import (
     Place,
     default_of,
@@ -17,6 +16,7 @@ from megatron_dsrl.config.describe import (
     tags,
     type_of,
 )
+from megatron_dsrl.config.registry import options_of
 from megatron_dsrl.config.section import Section
 
 

@@ -10,8 +10,8 @@ from pydantic import ValidationError
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.numbers import counted
-from megatron_dsrl.config.choices import Registry
 from megatron_dsrl.config.describe import did_you_mean, is_section, members, registry_of, tags
+from megatron_dsrl.config.registry import Registry
 from megatron_dsrl.config.section import PATTERN, CustomSection, Section, SectionClass
 from megatron_dsrl.config.yaml_text import KeyPath
 

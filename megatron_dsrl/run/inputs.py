@@ -11,9 +11,9 @@ from megatron_dsrl.common.checksum import fingerprint
 from megatron_dsrl.config.data import PromptSetConfig, TrainingSetConfig
 from megatron_dsrl.config.run import EvaluationSetConfig, RunConfig
 from megatron_dsrl.data.demonstrations import load_demonstrations
+from megatron_dsrl.data.mixture import in_mixture
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.data.prompts import load_prompts
-from megatron_dsrl.data.samplers import in_mixture
 from megatron_dsrl.data.tokenizer import context_token_ids, decode, encode, load_tokenizer, stop_token_ids
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.source import resolve_model_folder

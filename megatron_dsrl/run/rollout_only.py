@@ -13,7 +13,7 @@ from megatron_dsrl.common.collective import on_first, rank
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.folder_lock import locked
 from megatron_dsrl.config.run import RunConfig
-from megatron_dsrl.data.samplers import build_sampler
+from megatron_dsrl.data.mixture import build_sampler
 from megatron_dsrl.model.parallel import process_group
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.engines.run_engines import awaiting_engines

@@ -17,7 +17,7 @@ from megatron_dsrl.common.cpu_threads import cpu_threads, has_bfloat16
 from megatron_dsrl.common.folder_lock import locked
 from megatron_dsrl.common.waiting import waiting
 from megatron_dsrl.config.run import Due, EvaluationConfig, RunConfig
-from megatron_dsrl.data.samplers import Sampler, build_sampler
+from megatron_dsrl.data.mixture import Sampler, build_sampler
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.parallel import destroy_parallel, initialize_parallel
 from megatron_dsrl.observability.console import RunConsole

@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from megatron_dsrl.config.choices import Options
+from megatron_dsrl.config.registry import Options
 from megatron_dsrl.config.run import RunConfig
 from tests.support.tiny_run import REPOSITORY
 

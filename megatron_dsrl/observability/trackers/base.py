@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.config.choices import Options
+from megatron_dsrl.config.registry import Options
 
 Status = Literal["finished", "failed", "interrupted", "running"]
 """How a run ended. An `interrupted` run (preempted, killed) will be resumed; a `running` one has not ended."""
