@@ -131,13 +131,14 @@ class _Trainings:
         """Train one run, say how it ended, and return its exit status."""
         run.log.parent.mkdir(parents=True, exist_ok=True)
         with open(run.log, "a", encoding="utf-8") as log:
+            began = log.tell()  # the log may have the output of earlier starts
             process = self._start(run, log)
             if process is None:
                 return PREEMPTED_STATUS
             status = process.wait()
         if status != 0 and self._is_stopped:  # a run that is still starting has nothing to save, and just ends
             status = PREEMPTED_STATUS
-        print(f"{run.method}, seed {run.seed}: {_outcome(run, status)}", flush=True)
+        print(f"{run.method}, seed {run.seed}: {_outcome(run, status, began)}", flush=True)
         return status
 
     def stop(self) -> None:
@@ -177,11 +178,12 @@ def _check(run: SweepRun) -> None:
         raise UserError(f"runs.{run.method}: evaluation.sets: is empty, but a sweep compares evaluations; add a set")
 
 
-def _outcome(run: SweepRun, status: int) -> str:
+def _outcome(run: SweepRun, status: int, began: int) -> str:
+    """How a run ended, whose output begins at this byte of its log."""
     if status == PREEMPTED_STATUS:
         return "stopped; the same command continues it"
     if status != 0:
-        lines = run.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = run.log.read_bytes()[began:].decode(errors="replace").splitlines()
         reason = next((line for line in reversed(lines) if line.startswith("dsrl: ")), f"status {status}")
         return f"failed: {reason.removeprefix('dsrl: ')}; see {run.log}"
     seconds = sum(record["seconds/step"] for record in read_records(run.folder / METRICS_FILE))

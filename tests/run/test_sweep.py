@@ -106,6 +106,11 @@ def test_a_failed_run_is_named_with_its_reason_and_the_others_go_on(tmp_path, mo
         f"DSRL, seed 1: failed: the disk is full; see {tmp_path}/sweep/DSRL_seed1.log",
     ]
 
+    # the reason is not that of an earlier start, which the log still has
+    replace_training(tmp_path, monkeypatch, "kill -9 $$\n")
+    assert run_sweep(runs, 1) == runs
+    assert "DSRL, seed 1: failed: status -9; see" in capsys.readouterr().out
+
 
 @pytest.mark.parametrize("status", [75, 143])  # of a run that has saved its state, and of one that was still starting
 def test_an_interrupted_sweep_lets_its_runs_save_their_state(tmp_path, monkeypatch, capsys, status) -> None:
