@@ -8,7 +8,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ class EngineServer:
     """Address to listen on."""
     port: int | None = None
     """None takes a free one."""
-    key: str | None = None
+    key: str | None = field(default=None, repr=False)
     """What every caller must know; None: the server answers every caller."""
     warm_up: Callable[[float], None] | None = None
     """Called when the server answers, with the seconds that are left of the limit, before it counts as ready. Raises

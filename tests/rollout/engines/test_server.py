@@ -322,6 +322,11 @@ def test_only_settings_are_recorded_not_keys(tmp_path) -> None:
     assert settings_file(log) == tmp_path / "engine_0.json"
 
 
+def test_a_key_is_in_no_message(tmp_path) -> None:
+    server = EngineServer({}, {}, tmp_path / "engine_0.log", 1.0, key=KEY)
+    assert KEY not in repr(SupervisedServer(server, engine=0, max_restarts=0))
+
+
 def test_an_answer_that_is_not_an_object_is_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="/server_info answered"):
         write_settings(b'["dtype"]', tmp_path / "engine_0.log")
