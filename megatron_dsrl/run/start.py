@@ -132,7 +132,8 @@ def check_verifiers(evaluation: EvaluationConfig) -> None:
     """
     for position, held_out in enumerate(evaluation.sets):
         if held_out.reward is not None:
-            check_options(held_out.reward.function, held_out.reward.options, f"evaluation.sets.{position}.reward")
+            section = f"evaluation.sets.{position}.reward.options"
+            check_options(held_out.reward.function, held_out.reward.options, section)
 
 
 def start_process_groups(config: RunConfig, run_folder: Path, resources: ExitStack) -> None:

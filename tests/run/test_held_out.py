@@ -98,7 +98,9 @@ def test_a_set_has_a_verifier_of_its_own() -> None:
     ]  # fmt: skip
 
     wrong = evaluation_set("wrong", reward={"function": "multiple_choice", "options": {"box": True}})
-    with pytest.raises(UserError, match=r"evaluation\.sets\.0\.reward: multiple_choice does not take these options"):
+    with pytest.raises(
+        UserError, match=r"evaluation\.sets\.0\.reward\.options: multiple_choice does not take these options"
+    ):
         check_verifiers(EvaluationConfig(sets=[wrong]))
 
 
