@@ -34,8 +34,9 @@ def _fetch(options: argparse.Namespace) -> int:
     config = read_config(options)
     benchmarks = [load_benchmark(name, data_folder=None) for name in options.benchmarks]
     inputs = load_inputs(config)
-    if config.critic.path is not None:
-        resolve_model_folder(config.critic.path, "critic.path")
+    for field, path in (("critic.path", config.critic.path), ("reference.path", config.reference.path)):
+        if path is not None:
+            resolve_model_folder(path, field)
     problems = read_problems(inputs.model_folder, benchmarks)
     sets = {"prompts": inputs.prompts} | {s.name: prompts for s, prompts in inputs.evaluation_sets} | problems
     print(f"model {inputs.model_folder}; {', '.join(f'{len(prompts)} {name}' for name, prompts in sets.items())}")
