@@ -209,6 +209,11 @@ class DataConfig(TrainingSetConfig):
         return [self, *self.mixed_with]
 
     @property
+    def sets_by_section(self) -> dict[str, TrainingSetConfig]:
+        """The sets by their place in a run's configuration, for messages: `data`, `data.mixed_with.0` and so on."""
+        return {"data": self, **{f"data.mixed_with.{position}": one for position, one in enumerate(self.mixed_with)}}
+
+    @property
     def set_rewards(self) -> dict[str, RewardConfig]:
         """Verifiers of the sets that have their own, by the set's name."""
         return {one.name: one.reward for one in self.mixed_with if one.reward is not None}

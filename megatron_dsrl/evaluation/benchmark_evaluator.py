@@ -47,13 +47,7 @@ def evaluate_benchmark(
         UserError: the file belongs to another evaluation.
     """
     config = benchmark.config
-    sampling = SamplingParameters(
-        max_response_tokens=config.max_response_tokens,
-        stop_token_ids=stop_token_ids,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
-    )
+    sampling = SamplingParameters.for_evaluation(config, config.max_response_tokens, stop_token_ids)
     with _sample_file(benchmark, prompts, file, settings) as samples:
         missing = _missing(benchmark, prompts, samples)
         if missing:

@@ -6,7 +6,9 @@ from itertools import compress
 from typing import Literal
 
 from megatron_dsrl.common.compact import float_array, int_array
+from megatron_dsrl.config.benchmark import BenchmarkConfig
 from megatron_dsrl.config.rollout import RolloutConfig
+from megatron_dsrl.config.run import EvaluationSetConfig
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rewards.score import Verdict
 
@@ -117,3 +119,10 @@ class SamplingParameters:
             top_k=config.top_k,
             return_routed_experts=config.routing_replay,
         )
+
+    @classmethod
+    def for_evaluation(
+        cls, config: EvaluationSetConfig | BenchmarkConfig, max_response_tokens: int, stop_token_ids: tuple[int, ...]
+    ) -> "SamplingParameters":
+        """The sampling parameters of a held-out set or a benchmark, with the length limit that applies to it."""
+        return cls(max_response_tokens, stop_token_ids, config.temperature, config.top_p, config.top_k)

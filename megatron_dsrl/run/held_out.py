@@ -60,13 +60,8 @@ def evaluate_set(
         verifier: name of the run's verifier, for sets without their own.
     """
     training = rollout.training_sampling
-    sampling = SamplingParameters(
-        max_response_tokens=config.max_response_tokens or training.max_response_tokens,
-        stop_token_ids=training.stop_token_ids,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
-    )
+    limit = config.max_response_tokens or training.max_response_tokens
+    sampling = SamplingParameters.for_evaluation(config, limit, training.stop_token_ids)
     # Workers of a set's own verifier run only during its evaluation, which is rare; training needs the cores.
     with RewardPool(config.reward) if config.reward else nullcontext() as rewards:
         groups = rollout.generate(

@@ -65,10 +65,9 @@ def load_inputs(config: RunConfig) -> RunInputs:
         limit = max_response_tokens or config.rollout.max_response_tokens
         return load_demonstrations(prompt_set, tokenizer, limit, section)
 
-    sections = ["data", *(f"data.mixed_with.{position}" for position in range(len(config.data.mixed_with)))]
     training_sets = [
         (one.name, within_configured_pass_rates(load(one, section), one, section))
-        for one, section in zip(config.data.sets, sections)
+        for section, one in config.data.sets_by_section.items()
     ]
     model = asdict(architecture)
     if config.actor.lora:

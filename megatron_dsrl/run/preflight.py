@@ -96,8 +96,7 @@ def count_training_prompts(data: DataConfig, made_by: Mapping[str, str] = {}) ->
     Raises:
         UserError: a local file is missing, unreadable or empty.
     """
-    sections = ["data", *(f"data.mixed_with.{position}" for position in range(len(data.mixed_with)))]
     counts = [
-        count_rows(one, section, how_to_make(one.source, made_by)) for one, section in zip(data.sets, sections)
+        count_rows(one, section, how_to_make(one.source, made_by)) for section, one in data.sets_by_section.items()
     ]  # all must exist
     return None if len(counts) > 1 or data.filters_by_pass_rate else counts[0]
