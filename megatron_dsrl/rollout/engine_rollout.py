@@ -47,7 +47,7 @@ from megatron_dsrl.rollout.unfinished import CarryOver, UnfinishedGroup, new_gro
 
 
 class EngineRollout:
-    """Samples from SGLang engines, where the platform can with lent memory; rewards come from a pool on rank 0."""
+    """Samples from SGLang engines, which lend the trainer their memory where the platform can. Rank 0 judges."""
 
     def __init__(
         self,
@@ -75,7 +75,6 @@ class EngineRollout:
         self._decode = decode
         self._on_call = on_call
         self.training_sampling = SamplingParameters.for_training(config.rollout, stop_token_ids)
-        """Evaluation changes them with `dataclasses.replace`."""
         self.weight_version = initial_weight_version(config)
         """Version that new samples carry."""
         self._newest_version = self.weight_version

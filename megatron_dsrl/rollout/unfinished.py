@@ -175,7 +175,7 @@ class CarryOver:
 
 @dataclass(frozen=True)
 class CarryOverWrite:
-    """The carried-over part of a checkpoint, ready to be written; see `checkpoint.save.WeightsWrite`."""
+    """The carried-over part of a checkpoint, ready to be written; see `checkpoint.store.WeightsWrite`."""
 
     carried: CarryOver | None
     """None on ranks other than 0."""

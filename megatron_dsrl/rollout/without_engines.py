@@ -6,7 +6,8 @@ responses have no reward and no log-probs of an engine, so a step record has nei
 
 `ReplayRollout` trains on recorded samples: train-only runs, comparing layouts on the same samples, bisecting a run. A
 step replays exactly what the recorded run trained on, in its order and however it was sampled: tokens, log-probs,
-weight versions, rewards. Dynamic sampling and partial rollouts have no effect, and no prompts are drawn.
+weight versions, rewards. Dynamic sampling and partial rollouts have no effect; prompts are drawn, but
+not used.
 """
 
 import time

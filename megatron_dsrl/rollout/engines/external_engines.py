@@ -51,7 +51,7 @@ class ExternalEngines:
         self._initial_version = initial_version
         timeout = config.engine.update_timeout_seconds
         key = external_key()
-        self.addresses = [EngineAddress(url.rstrip("/"), key) for url in config.engine.urls]
+        self.addresses = [EngineAddress(url, key) for url in config.engine.urls]
         self._links = [ServerLink(address, timeout) for address in self.addresses] if rank() == 0 else []
         self._unchecked = {link.url for link in self._links} if config.engine.check_weights != "never" else set()
         self._lost: dict[str, str] = {}

@@ -30,7 +30,7 @@ from megatron_dsrl.rollout.engines.server_arguments import engine_threads
 SERVER_PROCESS = "megatron_dsrl.rollout.engines.server_process"
 """Module that runs as the server."""
 STOP_GRACE_SECONDS = 2.0
-SHARED_MEMORY = re.compile(r"/dev/shm/(?:sglang_loads_|sgl_shm_)\S+")
+SHARED_MEMORY_FILES = re.compile(r"/dev/shm/(?:sglang_loads_|sgl_shm_)\S+")
 """Names of SGLang's own files. Others, such as the weights that the trainer shares, are not the server's to remove."""
 
 
@@ -139,7 +139,7 @@ def shared_memory_files(process_id: int) -> set[Path]:
             maps = Path(f"/proc/{process.pid}/maps").read_text(encoding="utf-8", errors="replace")
         except OSError:  # it has ended
             continue
-        found.update(map(Path, SHARED_MEMORY.findall(maps)))
+        found.update(map(Path, SHARED_MEMORY_FILES.findall(maps)))
     return found
 
 
