@@ -77,6 +77,12 @@ def limit(kind: int, value: int) -> None:
     resource.setrlimit(kind, (value, value))
 
 
+def exposed_paths() -> list[str]:
+    """Existing paths that programs can read: the interpreter's, the system's libraries and the time zone."""
+    paths = {sys.base_prefix, sys.base_exec_prefix, "/usr", "/lib", "/lib64", "/etc/localtime"}
+    return sorted(path for path in paths if os.path.exists(path))
+
+
 def restrict_files(folder: str) -> bool:
     """Apply Landlock to a program that runs without namespaces; False if the kernel does not support it, or not for
     truncation.
@@ -95,9 +101,8 @@ def restrict_files(folder: str) -> bool:
     allowed = _allow(ruleset, folder, everything)
     for path in ("/dev/null", "/dev/zero", "/dev/urandom"):
         _allow(ruleset, path, READ_FILE | WRITE_FILE)
-    for path in {sys.base_prefix, sys.base_exec_prefix, "/usr", "/lib", "/lib64", "/etc/localtime"}:
-        if os.path.exists(path):
-            _allow(ruleset, path, READ_FILE | (READ_DIR if os.path.isdir(path) else 0))
+    for path in exposed_paths():
+        _allow(ruleset, path, READ_FILE | (READ_DIR if os.path.isdir(path) else 0))
     return allowed and libc.syscall(RESTRICT_SELF, ruleset, 0) == 0
 
 

@@ -7,10 +7,9 @@ loopback, and other processes are invisible.
 
 import ctypes
 import os
-import sys
 from collections.abc import Callable
 
-from sandbox_kernel import libc, succeed
+from sandbox_kernel import exposed_paths, libc, succeed
 
 FOLDER = "/sandbox"
 """The program's folder, the only one that it can write to."""
@@ -100,12 +99,6 @@ def change_root(mount_point: str, folder_bytes: int, folder_files: int) -> None:
     os.rmdir(OLD_ROOT)
     set_attributes("/", MOUNT_ATTR_RDONLY, recursive=False)
     os.chdir(FOLDER)
-
-
-def exposed_paths() -> list[str]:
-    """Existing paths that programs can read: the interpreter's, the system's libraries and the time zone."""
-    paths = {sys.base_prefix, sys.base_exec_prefix, "/usr", "/lib", "/lib64", "/etc/localtime"}
-    return sorted(path for path in paths if os.path.exists(path))
 
 
 def bind_read_only(source: str, target: str, attributes: int) -> None:
