@@ -22,8 +22,13 @@ EVALUATIONS_FOLDER = "evaluation"
 """Folder in a run folder for evaluations of the run's policies."""
 
 Summary = Mapping[str, Any]
-"""Title, settings and results of one benchmark; see `results.write_results`."""
+"""Title, settings and results of one benchmark; see `write_results`."""
 
+RESULT_COLUMNS = (
+    "problems", "k", "Avg@k", "95 % interval", "Pass@k", "Maj@k", "tokens", "truncated", "failures",
+)  # fmt: skip
+AVERAGED_METHODS = tuple(AVERAGE_OF_SIX["Qwen3-4B"])
+"""Methods with a published average of the six mathematics benchmarks."""
 _NEEDED = ("title", "accuracy", "problems", "samples_per_prompt", "pass_at_k")
 
 
@@ -155,11 +160,6 @@ def _beside_the_paper(summaries: Mapping[str, Summary]) -> list[str]:
     ]
 
 
-RESULT_COLUMNS = (
-    "problems", "k", "Avg@k", "95 % interval", "Pass@k", "Maj@k", "tokens", "truncated", "failures",
-)  # fmt: skip
-
-
 def result_cells(summary: Summary) -> tuple[str, ...]:
     """The cells of `RESULT_COLUMNS` for one benchmark; figures in percent."""
     k = summary["samples_per_prompt"]
@@ -175,10 +175,6 @@ def result_cells(summary: Summary) -> tuple[str, ...]:
         f"{percent(summary['truncated_fraction'])} %",
         str(summary.get("verifier_timeouts", 0) + summary.get("verifier_errors", 0)),
     )
-
-
-AVERAGED_METHODS = tuple(AVERAGE_OF_SIX["Qwen3-4B"])
-"""Methods with a published average of the six mathematics benchmarks."""
 
 
 def published_cells(size: str) -> list[str]:

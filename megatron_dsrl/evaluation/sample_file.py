@@ -20,6 +20,8 @@ from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.observability.records import read_records, record_line, repair_records
 from megatron_dsrl.rollout.sample import Sample, SampleGroup
 
+SYNC_SECONDS = 1.0
+
 
 @dataclass(frozen=True)
 class SampleResult:
@@ -103,9 +105,6 @@ def joined(parts: Sequence[ProblemResult]) -> ProblemResult:
     """Merge the parts of one problem, with its samples in the order of their numbers."""
     samples = {number: sample for part in parts for number, sample in zip(part.numbers, part.samples, strict=True)}
     return replace(parts[0], samples=tuple(samples[number] for number in sorted(samples)), first=0)
-
-
-SYNC_SECONDS = 1.0
 
 
 class SampleFile:

@@ -64,7 +64,7 @@ def set_metrics(groups: Sequence[SampleGroup]) -> dict[str, int | float]:
 
 
 def verifier_metrics(samples: Sequence[Sample]) -> dict[str, int]:
-    """Samples whose verifier ran out of time or failed; they score 0 without having been judged."""
+    """Samples whose verifier ran out of time or failed, which score 0, and those that its fallback judged."""
     return {
         "reward/verifier_timeouts": sum(sample.verdict == "timeout" for sample in samples),
         "reward/verifier_fallbacks": sum(sample.verdict == "fallback" for sample in samples),
