@@ -123,9 +123,15 @@ def check_same_architecture(field: str, folder: Path, policy: Architecture) -> N
         folder: the model's folder; a token classifier's will do.
 
     Raises:
-        UserError: its config.json differs in more than the context length and the scale of random weights.
+        UserError: it has no config.json, or one that differs in more than the context length and the scale of random
+            weights.
     """
     path = folder / "config.json"
+    if not path.exists():
+        raise UserError(
+            f"{field}: {folder} has no config.json, which says whether its architecture is the policy's; name an HF "
+            "folder or a converted checkpoint (`dsrl convert megatron-to-hf` converts a run's checkpoint)"
+        )
     config = _read_json(path)
     named = config.get("architectures")
     family = _family(config, path) if named and named[0] in FAMILIES else policy.family

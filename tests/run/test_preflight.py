@@ -102,6 +102,7 @@ def test_critic_and_reference_must_be_of_use(config, tmp_path, overrides, messag
             "has family LlamaForCausalLM, head_dim 8",
         ),
         ("critic", {"architectures": ["Qwen3ForTokenClassification"], "num_hidden_layers": 3}, "num_hidden_layers 3"),
+        ("reference", None, "other has no config.json, .*`dsrl convert megatron-to-hf` converts a run's checkpoint"),
         ("reference", {"max_position_embeddings": 512, "initializer_range": 0.1}, None),
         ("critic", {"architectures": ["Qwen3ForTokenClassification"]}, None),
     ],
@@ -109,7 +110,8 @@ def test_critic_and_reference_must_be_of_use(config, tmp_path, overrides, messag
 def test_critic_and_reference_have_the_policys_architecture(config, tmp_path, field, changes, message) -> None:
     """A teacher's weights of the same shapes but with another RoPE base would silently give other log-probs."""
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "config.json").write_text(json.dumps(QWEN3 | changes))
+    if changes is not None:
+        (tmp_path / "other" / "config.json").write_text(json.dumps(QWEN3 | changes))
     used = {"critic": "phases.0.advantage={name: gae}", "reference": "phases.0.kl={loss_coefficient: 0.1}"}
     config = load_config(tmp_path / "run.yaml", [f"{field}.path={tmp_path}/other", used[field]])
     with pytest.raises(UserError, match=f"^{field}.path: .*{message}") if message else nullcontext():
