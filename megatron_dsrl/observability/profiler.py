@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.observability.timeline import profile_file
+from megatron_dsrl.platform import current_platform
 
 
 class StepProfiler:
@@ -30,7 +31,7 @@ class StepProfiler:
         Raises:
             UserError: nsight Systems is to capture, but CUDA is missing.
         """
-        if nsight and steps and not torch.cuda.is_available():
+        if nsight and steps and current_platform().name != "cuda":
             raise UserError(
                 "observability.profile_with=nsight needs a CUDA device; on a CPU use observability.profile_with=torch"
             )
@@ -49,7 +50,7 @@ class StepProfiler:
             with torch.cuda.profiler.profile():
                 yield
         else:
-            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if current_platform().name == "cuda" else [])]
             with torch.profiler.profile(activities=activities) as profiler:
                 yield
             self._write(profiler, profile_file(self._run_folder, self._rank, number))

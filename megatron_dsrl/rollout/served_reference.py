@@ -10,14 +10,13 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from megatron_dsrl.algorithms.experience import Experience, PerToken
 from megatron_dsrl.algorithms.spaces import ScoredSequence
-from megatron_dsrl.checkpoint.megatron_writer import CheckpointWrite
 from megatron_dsrl.common.collective import on_first
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.actor import ReferenceConfig
@@ -65,7 +64,7 @@ class ServedReference:
         """Not possible; the configuration refuses it."""
         raise AssertionError("a served reference keeps its weights")
 
-    def start_save(self, folder: Path, copy: bool) -> CheckpointWrite:
+    def start_save(self, folder: Path, copy: bool) -> NoReturn:
         """Not needed: `is_initial` is always true."""
         raise AssertionError("a served reference is not saved")
 

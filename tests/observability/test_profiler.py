@@ -93,7 +93,7 @@ def test_nsight_captures_the_chosen_steps(tmp_path, monkeypatch) -> None:
     with pytest.raises(UserError, match="profile_with=nsight needs a CUDA device"):
         StepProfiler([2], tmp_path, 0, nsight=True, report=print)
     calls: list[str] = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("megatron_dsrl.observability.profiler.current_platform", CudaPlatform)
     monkeypatch.setattr(torch.cuda.profiler, "start", lambda: calls.append("start"))
     monkeypatch.setattr(torch.cuda.profiler, "stop", lambda: calls.append("stop"))
     profiler = StepProfiler([2], tmp_path, 0, nsight=True, report=print)
