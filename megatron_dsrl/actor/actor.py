@@ -93,8 +93,7 @@ class Actor:
     def load_model(self, folder: Path) -> None:
         """Fill the parameters, but not the optimizer's master weights, from an HF folder or Megatron distributed
         checkpoint of the same architecture. Adapters stay as they are. Raises UserError if the weights are damaged or
-        do not match.
-        """
+        do not match."""
         load_weights(self.model.chunks, self.model.table, folder)
 
     def log_probs(self, experience: Experience) -> PerToken:

@@ -43,8 +43,8 @@ def run_schedule(
     global denominator. Therefore the model must be built with `calculate_per_token_loss` (no averaging by Megatron) and
     use `sum_gradients` as its `finalize_model_grads_func`.
 
-    There must be at least one micro-batch, and all ranks of a model replica need the same order. With several chunks
-    their number is a multiple of the pipeline-parallel size.
+    There is at least one micro-batch, and their order is the same on all ranks of a model replica. With several chunks
+    the number of micro-batches is a multiple of the pipeline-parallel size.
 
     Returns:
         On the last stage, the result kept by each micro-batch's `score`; empty on the other stages.

@@ -36,8 +36,8 @@ class SequenceCost:
     def for_layer(
         cls, hidden_size: int, attention_heads: int, key_value_groups: int, head_dim: int, feed_forward_size: int
     ) -> "SequenceCost":
-        """Cost in a decoder layer with a gated feed-forward, whose size is the sum over the experts that one token is
-        routed to."""
+        """Cost in a decoder layer with a gated feed-forward. With experts `feed_forward_size` is the sum over those
+        that one token is routed to."""
         attention_size = attention_heads * head_dim
         weights = hidden_size * (2 * attention_size + 2 * key_value_groups * head_dim + 3 * feed_forward_size)
         # Scores and weighted values: 2 FLOPs each per channel and pair; the causal mask leaves half of the pairs.

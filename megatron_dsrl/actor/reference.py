@@ -40,8 +40,7 @@ class ReferencePolicy:
 
     def load_model(self, folder: Path) -> None:
         """Take the weights of another model with the policy's architecture. They count as the initial ones: checkpoints
-        do not contain them. For the folder see `Actor.load_model`.
-        """
+        do not contain them. For the folder see `Actor.load_model`."""
         self._parameters += self._frozen
         self._host += [current_platform().host_copy(parameter) for parameter in self._frozen]
         self._frozen = []

@@ -1,7 +1,7 @@
 """Advantages: turn rewards into a weight for every token.
 
 For a custom advantage, subclass `AdvantageOptions` and name it by its dotted path; examples/own_algorithm shows how.
-All functions take the rewards of the whole rollout batch and the group of each sample, so that groups of unequal size
+Baselines take the rewards of the whole rollout batch and the group of each sample, so that groups of unequal size
 (failed samples) need no reshaping. The advantage that needs a critic is in `gae.py`.
 """
 
@@ -231,11 +231,11 @@ def _group_means(rewards: Tensor, groups: Tensor) -> Tensor:
 
 
 def whiten(values: Sequence[Tensor], eps: float = 1e-8) -> tuple[Tensor, ...]:
-    """(x - mean) / sqrt(var + eps) over the tokens of the whole batch, with the unbiased variance.
+    """(x - mean) / sqrt(var + eps) over the tokens of the whole batch, with the unbiased variance. Values are
+    [num_scored] float per sequence.
 
     PPO implementations for language models such as TRL and verl do the same; the original PPO standardises each
     mini-batch instead. A batch of one token has no variance and becomes 0.
-    `values` are [num_scored] float per sequence.
     """
     tokens = torch.cat([torch.zeros(0, dtype=torch.float64), *(value.double() for value in values)])
     if len(tokens) == 0:

@@ -25,6 +25,7 @@ from megatron_dsrl.config.choices import IMPORTANCE_CORRECTIONS
 from megatron_dsrl.config.registry import Options
 
 Level = Literal["token", "sequence"]
+
 RATIO_BOUNDS = (0.5, 2.0)
 """Ratios outside these bounds count as tail."""
 

@@ -245,11 +245,10 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float 
 
 
 def value_statistics(experience: Experience) -> dict[str, float]:
-    """Compare the values before an update with the returns, over all tokens of the global batch.
+    """Compare the values before an update with the returns, over all tokens of the global batch, at least one.
 
     Explained variance is 1 - Var(R - V) / Var(R): 1 for a perfect critic, 0 for one that predicts the mean, negative
     for a worse one; 0 if all returns are equal.
-    `experience` has values and returns, and at least one scored token.
     """
     assert experience.values is not None and experience.returns is not None
     values, returns = torch.cat(experience.values).double(), torch.cat(experience.returns).double()

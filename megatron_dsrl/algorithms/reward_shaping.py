@@ -30,8 +30,8 @@ def shape_rewards(
 def shaping_metrics(
     responses: Sequence[Response], overlong: OverlongConfig | None, max_response_tokens: int
 ) -> dict[str, float]:
-    """`reward/shaped_mean`, and `reward/overlong_fraction`, that of penalised responses, over a step's responses, at
-    least one; empty without a penalty."""
+    """Metrics of `shape_rewards` over a step's responses, at least one: the mean of the shaped rewards, and the
+    fraction of penalised responses. Empty if no penalty is configured."""
     if overlong is None:
         return {}
     shaped = shape_rewards(responses, overlong, max_response_tokens)

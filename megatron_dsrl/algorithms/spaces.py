@@ -19,6 +19,10 @@ from megatron_dsrl.common.compact import int_array
 from megatron_dsrl.config.choices import SPACES
 from megatron_dsrl.config.registry import Options
 
+LONGEST_BOS = 3
+"""Number of tokens of the longest BOS, `<|im_start|>assistant\\n`. Plans do not read the tokenizer: the counterpart in
+Llama 3 has four."""
+
 
 @dataclass(frozen=True)
 class ScoredSequence:
@@ -154,8 +158,3 @@ class PreTrain(Space):
 
     def context(self, prompt_ids: Sequence[int], context_ids: Sequence[int]) -> Sequence[int]:
         return context_ids
-
-
-LONGEST_BOS = 3
-"""Number of tokens of the longest BOS, `<|im_start|>assistant\\n`. Plans do not read the tokenizer: the counterpart in
-Llama 3 has four."""

@@ -15,7 +15,6 @@ _TORCH_SAVE_FAILURES = ("PytorchStreamWriter", "inline_container", "iostream err
 """Parts of messages of the RuntimeError that torch.save raises instead of OSError, for example on a full disk."""
 NOTHING_PUBLISHED = "Nothing was published, and what was there before is untouched"
 
-
 _REMEDIES = {
     "fix the permissions, or name another place": (errno.EACCES, errno.EPERM, errno.EROFS),
     "free space, then run the command again": (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),

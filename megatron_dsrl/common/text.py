@@ -1,4 +1,4 @@
-"""Text to look at in a terminal or on a page: of unknown origin, such as a model's, made safe and short; tables."""
+"""Text for a terminal or a page: text of unknown origin, such as a model's, made safe and short, and tables."""
 
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 def visible(text: str, keep_lines: bool = True) -> str:
     """The text with control characters escaped, except newlines and tabs if `keep_lines`.
 
-    Escaped are also characters that change the direction of text, and others that show nothing. Spaces of any width are
-    kept.
+    Characters that change the direction of text, and others that show nothing, are escaped as well. Spaces of any width
+    are kept.
     """
     if text.isprintable():
         return text

@@ -111,7 +111,8 @@ def _expected_folder(expected: Path) -> Path:
 
 
 def check_is_hf(folder: Path) -> None:
-    """Raise UserError for a Megatron checkpoint or a run's folder, by its name, before its files are looked for."""
+    """Raise UserError, which says what it is, for a Megatron checkpoint or a run's folder. Called before
+    anything reports the files that an HF folder would have as missing."""
     if (folder / CONFIG_FILE).is_file():
         raise UserError(
             f"{folder} is a run's folder; to convert its newest checkpoint, use `dsrl convert megatron-to-hf`"

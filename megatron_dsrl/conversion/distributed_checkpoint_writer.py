@@ -30,6 +30,9 @@ from megatron_dsrl.weights.megatron_checkpoint import FORMAT_FILE, leading_index
 from megatron_dsrl.weights.reused_memory import with_own_storage
 from megatron_dsrl.weights.table import TableEntry, TensorRule, WeightTable
 
+FILE_BYTES = 4 * 2**30
+"""A new file is started once the current one has reached this size."""
+
 
 @dataclass(frozen=True)
 class CheckpointLayout:
@@ -77,10 +80,6 @@ class CheckpointLayout:
     def num_shards(self, rule: TensorRule) -> int:
         """Number of tensor-parallel ranks that split a rule's parameter."""
         return self.split_of_experts if rule.per_expert else self.tensor_parallel_size
-
-
-FILE_BYTES = 4 * 2**30
-"""A new file is started once the current one has reached this size."""
 
 
 @dataclass(frozen=True)

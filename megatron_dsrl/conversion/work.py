@@ -92,7 +92,7 @@ class Cast:
     """Casts tensors and counts values that are not finite."""
 
     def __init__(self, dtype: torch.dtype | None) -> None:
-        """None leaves tensors as they are."""
+        """Dtype None leaves tensors as they are."""
         self._dtype = dtype
         self.overflows: Counter[str] = Counter()
         """Values beyond the dtype's range, by tensor name: they became infinite."""

@@ -14,7 +14,8 @@ from megatron_dsrl.config.rollout import MAX_REPLAYED_EXPERTS
 
 
 def encode_routed_experts(experts: np.ndarray) -> str:
-    """Integers [tokens, layers, experts per token], or flattened. Raises ValueError if one does not fit into a byte."""
+    """Encode integers [tokens, layers, experts per token], or these flattened. Raises ValueError if one does not fit
+    into a byte."""
     if experts.size and not 0 <= experts.min() <= experts.max() < MAX_REPLAYED_EXPERTS:
         raise ValueError(
             f"expert indices {experts.min()} to {experts.max()} are outside the range 0 to {MAX_REPLAYED_EXPERTS - 1}"

@@ -39,7 +39,8 @@ class RouterLosses:
     """Losses and metrics of this rank's routers in one optimizer step."""
 
     def __init__(self, config: RouterConfig, num_tokens: int, device: torch.device) -> None:
-        """`num_tokens`: of the optimizer step over all micro-batches and data-parallel replicas, without padding."""
+        """`num_tokens` counts those of the optimizer step over all micro-batches and data-parallel replicas, without
+        padding."""
         coefficients = {"load_balancing_loss": config.load_balancing_coefficient, "z_loss": config.z_loss_coefficient}
         self._coefficients = {name: value for name, value in coefficients.items() if value is not None}
         self._over_the_step = config.load_balancing == "global_aux_loss"

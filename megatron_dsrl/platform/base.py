@@ -63,7 +63,7 @@ class Platform(ABC):
     def memory_bytes(self) -> int:
         """Total memory of this process's device in bytes; on CPU, of the machine."""
 
-    def record_collectives(self, folder: Path) -> None:  # noqa: B027  # only NCCL has a watchdog
+    def record_collectives(self, folder: Path) -> None:  # noqa: B027  # gloo's own error names the process
         """Have torch.distributed dump each process's recent collectives into a folder when a collective times out.
 
         Call it before initialising torch.distributed. Existing environment variables are kept.

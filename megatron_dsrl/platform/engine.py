@@ -23,7 +23,6 @@ LOOPBACK = "127.0.0.1"
 ServerArguments = dict[str, str | int | float | bool]
 """SGLang `ServerArgs` fields by name."""
 
-
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Settings of PyTorch's allocator; the second is the older name, which PyTorch 2.14 still reads."""
 

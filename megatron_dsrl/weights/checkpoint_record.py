@@ -83,7 +83,7 @@ def check_record(folder: Path, architecture: Architecture) -> None:
 
 
 def refuse_drift(expected: dict[str, Any], found: dict[str, Any], expected_by: str, found_in: str) -> None:
-    """Raise UserError, which names every field that differs between two architectures, if one does."""
+    """Raise UserError if two architectures differ; the message names every field that does."""
     differing = [
         f"{field} is {found.get(field)!r} in {found_in}, {expected.get(field)!r} in {expected_by}"
         for field in {**expected, **found}

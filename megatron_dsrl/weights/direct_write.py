@@ -92,8 +92,8 @@ class DirectWriter:
         return self._files[-1]
 
     def write(self, file: DirectFile, offset: int, data: memoryview) -> None:
-        """Take over the bytes of one-dimensional data, which the caller may then change, for a file from `open`. Raises
-        OSError if an earlier write failed."""
+        """Take over one-dimensional bytes for a file from `open`; the caller may change them afterwards. Raises OSError
+        if an earlier write failed."""
         done = 0
         while done < len(data):
             if file is not self._file or offset + done != self._offset + self._fill - self._start:
