@@ -75,7 +75,7 @@ def replacing(file: Path) -> Iterator[BinaryIO]:
     """Write a file that replaces an existing one whole or not at all: a crash leaves the old content.
 
     The new file is flushed to disk and takes its name at the end of the block. A link stays one, and what is not a
-    regular file, such as /dev/stdout, is written to. OSError has the file's name, also where writing fails.
+    regular file, such as /dev/stdout, is written to. Raises OSError with the file's name, also where writing fails.
     """
     if file.exists() and not file.is_file() and not file.is_dir():
         with open(file, "wb") as stream:

@@ -1,4 +1,4 @@
-"""Write a `torch_dist` checkpoint chunk by chunk.
+"""Write a `torch_dist` checkpoint chunk by chunk, cut for a parallel layout.
 
 Megatron's `dist_checkpointing.save` needs the whole sharded state in memory. Its format is that of
 torch.distributed.checkpoint, which can be written one chunk at a time: every process appends its chunks to its own
@@ -164,7 +164,8 @@ def cut_into_chunks(entry: TableEntry, whole: Tensor, layout: CheckpointLayout) 
 
 
 def write_metadata(folder: Path, table: WeightTable, dtype: torch.dtype, written: list[WrittenChunk]) -> None:
-    """Write the metadata of the chunks of all processes. Call it in one process, at the end."""
+    """Write the metadata of the chunks of all processes. Call it in one process, at the end. Raises UserError if the
+    disk is full or fails."""
     tensors = {
         rule.checkpoint_name: metadata.TensorStorageMetadata(
             metadata.TensorProperties(dtype=dtype), torch.Size(checkpoint_shape(rule, table)), chunks=[]

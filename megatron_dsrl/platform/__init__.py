@@ -47,7 +47,7 @@ def take_inventory() -> DeviceInventory:
     )
 
 
-EXPECTED = (
+EXPECTED_WARNINGS = (
     "Transformer Engine and Apex are not installed",  # both are optional; `dsrl doctor` reports them
     "Apex is not installed",
     "full scope is deprecated",  # about a default of Megatron's configuration
@@ -61,7 +61,7 @@ EXPECTED = (
 
 def silence_expected_warnings() -> None:
     """Call it once, before importing Megatron: some of these warnings are issued during the import."""
-    for message in EXPECTED:
+    for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     # "GPTModel IS DEPRECATED": the model class of the pinned Megatron release.
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)

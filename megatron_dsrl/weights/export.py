@@ -97,7 +97,8 @@ def adapter_table(architecture: Architecture, lora: LoraConfig) -> WeightTable:
 
 
 def write_peft_folder(chunks: Sequence[nn.Module], adapters: PeftAdapters, folder: Path, dtype: torch.dtype) -> None:
-    """Write adapter_config.json and adapter_model.safetensors into a new folder. Collective."""
+    """Write adapter_config.json and adapter_model.safetensors into a new folder. Collective. Raises UserError on every
+    rank if that fails."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in chain.from_iterable(stream_hf_weights(chunks, adapters.table, BUCKET_BYTES, dtype)):
         if rank() == 0:

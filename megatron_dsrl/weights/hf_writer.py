@@ -49,7 +49,7 @@ class HfFiles:
 
 def create_hf_files(folder: Path, shapes: Mapping[str, Shape], dtype: torch.dtype, file_bytes: int) -> HfFiles:
     """Create the files without content in an existing, empty folder, and the index for more than one file. Call it in
-    one process.
+    one process. Raises UserError if one cannot be written.
 
     Args:
         shapes: shapes of all tensors, in file order.
@@ -115,7 +115,8 @@ def _cut_into_files(shapes: Mapping[str, Shape], dtype: torch.dtype, file_bytes:
 
 
 def copy_companions(source: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Copy configuration, generation configuration, tokenizer and chat template to a folder with weights of `dtype`."""
+    """Copy configuration, generation configuration, tokenizer and chat template to a folder with weights of `dtype`.
+    Raises UserError if one cannot be written."""
     config = json.loads((source / "config.json").read_text())
     # Transformers wrote `torch_dtype` up to version 4 and writes `dtype` since then; both read the older name.
     for field in {"dtype", "torch_dtype"} & set(config) or {"torch_dtype"}:
