@@ -16,7 +16,7 @@ from megatron_dsrl.common.collective import on_first, rank
 from megatron_dsrl.common.cpu_threads import cpu_threads, has_bfloat16
 from megatron_dsrl.common.folder_lock import locked
 from megatron_dsrl.common.waiting import waiting
-from megatron_dsrl.config.run import Due, EvaluationConfig, RunConfig
+from megatron_dsrl.config.run import Due, RunConfig
 from megatron_dsrl.data.mixture import Sampler, build_sampler
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.parallel import destroy_parallel, initialize_parallel
@@ -82,7 +82,7 @@ def start_run(config: RunConfig, resources: ExitStack, starting: StartingServer 
     with waiting("reading tokenizer and prompts"):
         inputs = load_inputs(config)
     start_process_groups(config, inputs.run_folder, resources)
-    on_first(lambda: check_verifiers(config.evaluation))
+    on_first(lambda: check_verifiers(config))
     console = RunConsole(config.steps, config.observability.verbose)
     resources.enter_context(locked(inputs.run_folder, console.message))
     checkpoints, checkpoint = open_checkpoints(config, inputs, console, resources)
@@ -124,16 +124,17 @@ def start_run(config: RunConfig, resources: ExitStack, starting: StartingServer 
     )
 
 
-def check_verifiers(evaluation: EvaluationConfig) -> None:
-    """Check the verifiers of held-out sets, which only run when the first evaluation is due.
+def check_verifiers(config: RunConfig) -> None:
+    """Check the verifiers of prompt sets that have their own; those of held-out sets run when an evaluation is due.
 
     Raises:
         UserError: one does not exist or does not take its options.
     """
-    for position, held_out in enumerate(evaluation.sets):
-        if held_out.reward is not None:
-            section = f"evaluation.sets.{position}.reward.options"
-            check_options(held_out.reward.function, held_out.reward.options, section)
+    rewards = {f"data.mixed_with.{position}": one.reward for position, one in enumerate(config.data.mixed_with)}
+    rewards |= {f"evaluation.sets.{position}": one.reward for position, one in enumerate(config.evaluation.sets)}
+    for section, reward in rewards.items():
+        if reward is not None:
+            check_options(reward.function, reward.options, f"{section}.reward.options")
 
 
 def start_process_groups(config: RunConfig, run_folder: Path, resources: ExitStack) -> None:

@@ -97,11 +97,22 @@ def test_a_set_has_a_verifier_of_its_own() -> None:
         }
     ]  # fmt: skip
 
-    wrong = evaluation_set("wrong", reward={"function": "multiple_choice", "options": {"box": True}})
-    with pytest.raises(
-        UserError, match=r"evaluation\.sets\.0\.reward\.options: multiple_choice does not take these options"
-    ):
-        check_verifiers(EvaluationConfig(sets=[wrong]))
+
+@pytest.mark.parametrize(
+    ("section", "override"),
+    [
+        ("evaluation.sets.0", "evaluation.sets.0.reward={REWARD}"),
+        (
+            "data.mixed_with.0",
+            "data.mixed_with=[{name: more, source: more.jsonl, max_prompt_tokens: 8, reward: {REWARD}}]",
+        ),
+    ],
+)
+def test_a_wrong_verifier_of_a_set_is_named_before_anything_starts(section, override) -> None:
+    reward = "{function: multiple_choice, options: {box: true}}"
+    config = load_config([Path("configs/tiny_dsrl.yaml")], [override.replace("{REWARD}", reward)])
+    with pytest.raises(UserError, match=rf"^{section}.reward.options: multiple_choice does not take these options"):
+        check_verifiers(config)
 
 
 def test_early_and_late_frequency() -> None:
