@@ -4,8 +4,9 @@ A seed is a pure function of what the sample is for. A run that continues after 
 samples as without it, regardless of which engine gets which request in which order. SGLang derives the random number of
 a token from the sample's seed and the token's position.
 
-Streams: `step 12` for the rollout batch of step 12, `evaluation <set>` for a held-out set. Evaluations of one set share
-their random numbers, so that their differences reflect the policies more than chance.
+Streams: `step 12` for the rollout batch of step 12, `evaluation <set>` for a held-out set, `benchmark <name>` in `dsrl
+eval`. Evaluations of one set share their random numbers, so that their differences reflect the policies more than
+chance.
 """
 
 import hashlib
