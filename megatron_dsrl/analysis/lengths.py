@@ -30,7 +30,7 @@ def lengths_of_step(step: int, groups: Sequence[SampleGroup], metrics: Mapping[i
         "mean_tokens": _mean_tokens(samples),
         "mean_tokens_of_right": _mean_tokens([sample for sample in samples if sample.reward >= 1]),
         "mean_tokens_of_others": _mean_tokens([sample for sample in samples if sample.reward < 1]),
-        "truncated_fraction": fmean(sample.finish_reason == "length" for sample in samples),
+        "truncated_fraction": fmean(sample.finish_reason == "length" for sample in samples) if samples else None,
         "sampled_entropy": -fmean(log_probs) if log_probs else None,
         "trained_entropy": metrics.get(step, {}).get("policy/entropy"),
     }

@@ -100,16 +100,16 @@ def read_timelines(run_folder: Path) -> list[RankTimeline]:
     """Read the timelines of all ranks.
 
     Raises:
-        UserError: there is nothing, or a file is damaged.
+        UserError: nothing is recorded, or a file is damaged.
     """
     if not run_folder.is_dir():
         raise UserError(f"no such folder: {run_folder}; give the folder of a run, <output_dir>/<name>")
     files = sorted((run_folder / TRACE_FOLDER).glob("rank_*.jsonl"))
     timelines = [timeline_of(records) for records in map(read_records, files) if records]
-    if not timelines:
+    if not any(one.steps or one.spans or one.calls for one in timelines):
         raise UserError(
-            f"{run_folder} holds no timeline ({TRACE_FOLDER}/rank_00000.jsonl ...): give the folder of a run with "
-            "observability.trace=true"
+            f"{run_folder} holds no timeline ({TRACE_FOLDER}/rank_00000.jsonl ...), or one without an event yet: give "
+            "the folder of a run with observability.trace=true"
         )
     return timelines
 

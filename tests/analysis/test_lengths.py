@@ -32,3 +32,6 @@ def test_what_is_missing_is_none() -> None:
 
     assert record["mean_tokens_of_others"] is record["sampled_entropy"] is record["trained_entropy"] is None
     assert summary([record])["mean_tokens_last"] == 0.0
+
+    nothing = lengths_of_step(2, [], {})
+    assert (nothing["responses"], nothing["mean_tokens"], nothing["truncated_fraction"]) == (0, None, None)

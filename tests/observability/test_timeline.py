@@ -179,6 +179,13 @@ def test_a_timeline_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog
         read_timelines(tmp_path)
 
 
+def test_a_run_that_ended_before_its_first_event_has_no_trace(tmp_path) -> None:
+    with Timeline(tmp_path, rank=0, host="node"):
+        pass
+    with pytest.raises(UserError, match="one without an event yet"):
+        read_timelines(tmp_path)
+
+
 class ManualClock:
     def __init__(self) -> None:
         self.now = 100.0
