@@ -65,6 +65,10 @@ class RunRecords:
         """One key over all steps; None where it is absent or null."""
         return tuple(record.get(key) for record in self.steps)
 
+    def known(self, key: str) -> list[float]:
+        """The values of a column that are not None."""
+        return [value for value in self.column(key) if value is not None]
+
 
 def read_run(folder: Path) -> RunRecords:
     """Read a run folder, also while the run is still going.

@@ -1,5 +1,5 @@
-"""Methods compared over several runs (seeds) each: a table of held-out results, and learning curves. And the learning
-curve of one run.
+"""Methods compared over several runs (seeds) each: a table of held-out results, and learning curves; and the learning
+curve of one run alone.
 
 The run is the unit: a method's figure is the mean over its runs, its interval is Student's t over them, and two methods
 are compared by Welch's t-test of their accuracy on each set. With few runs the intervals are wide, as they should be.
@@ -202,7 +202,7 @@ def learning_curve(run: RunRecords) -> Chart:
         accuracy_series(f"accuracy on {name}", records, index % (SERIES_COLOURS - 1) + 1)
         for index, (name, records) in enumerate(run.evaluations.items())
     ]
-    known = [reward for reward in run.column("reward/mean") if reward is not None]
+    known = run.known("reward/mean")
     is_share = bool(known) and min(known) >= 0 and max(known) <= 1
     rewards = []
     if known and (is_share or not accuracies):

@@ -103,18 +103,17 @@ def run_figures(run: RunRecords) -> list[Figure]:
 
 def _progress_figures(run: RunRecords) -> list[Figure]:
     planned = f" of {run.total_steps}" if run.total_steps else ""
-    seconds = [value for value in run.column("seconds/step") if value is not None]
-    tokens = sum(value or 0 for value in run.column("throughput/generated_tokens"))
-    failures = sum(value or 0 for key in ("timeouts", "errors") for value in run.column(f"reward/verifier_{key}"))
-    rewards = [value for value in run.column("reward/mean") if value is not None]
+    seconds, rewards, epochs = (run.known(key) for key in (WHOLE_STEP, "reward/mean", "data/epoch"))
     figures = [Figure("Steps", f"{run.steps[-1]['step']}{planned}")]
     if rewards:
         figures.append(Figure("Sampled reward", f"{rewards[0]:.3f} → {rewards[-1]:.3f}", "first → last step"))
     if seconds:
         note = f"sum over steps; {number(sum(seconds) / len(seconds))} s per step"
         figures.append(Figure("Wall time", duration(sum(seconds)), note))
-    if epochs := [value for value in run.column("data/epoch") if value is not None]:
+    if epochs:
         return [*figures, Figure("Epochs", f"{epochs[-1]:.2f}", "passes over the data set")]
+    tokens = sum(run.known("throughput/generated_tokens"))
+    failures = sum(value for kind in ("timeouts", "errors") for value in run.known(f"reward/verifier_{kind}"))
     figures.append(Figure("Generated", f"{tokens:,} tokens", ""))
     figures.append(Figure("Verifier failures", number(failures), "timeouts and errors, scored 0"))
     return figures

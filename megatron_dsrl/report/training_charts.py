@@ -64,28 +64,28 @@ HEALTH = (
         "Without the prompt, as the pre-train space updates it: per trained token (nat).",
         (("entropy", "pre_train/entropy", 4),),
         NAT,
-        absent="No step was in the pre-train space.",
+        absent="no step was in the pre-train space.",
     ),
     Curves(
         "Log-prob gap to the engine",
         "|trainer − engine| per token (nat). Both score the same weights, so it should stay near zero.",
         (("mean gap", "mismatch/mean_log_prob_gap", 2), ("largest", "mismatch/max_log_prob_gap", 5)),
         ValueAxis("nat per token", is_log=True),
-        absent="No step was in the post-train space, where trainer and engine score the same sequence.",
+        absent="no step was in the post-train space, where trainer and engine score the same sequence.",
     ),
     Curves(
         "Tokens with a ratio outside 0.5 to 2",
         "Fraction of tokens whose probability by the trainer is less than half or more than twice the engine's.",
         (("fraction", "mismatch/ratio_tail_fraction", 5),),
         FRACTION,
-        absent="No step was in the post-train space, where trainer and engine score the same sequence.",
+        absent="no step was in the post-train space, where trainer and engine score the same sequence.",
     ),
     Curves(
         "Log-prob gap to the prompt",
         "|log P(y) − log P(y|x)| per token (nat): how much the prompt matters to the response.",
         (("mean gap", "pre_train/mean_log_prob_gap", 4),),
         NAT,
-        absent="No step was in the pre-train space.",
+        absent="no step was in the pre-train space.",
     ),
     Curves(
         "Loss",
@@ -147,7 +147,7 @@ OF_THE_UPDATE = ("loss", "total_loss", "grad_norm")
 def run_charts(run: RunRecords) -> list[tuple[str, list[Chart | str]]]:
     """Headed sections of charts; a chart without data is replaced by a sentence. Needs at least one step."""
     learning = [_accuracy_of_run(run), _run_chart(run, REWARD), _groups_chart(run)]
-    if run.held_out_losses or any(value is not None for value in run.column("data/epoch")):
+    if run.held_out_losses or run.known("data/epoch"):
         learning = [_held_out_loss_chart(run)]
     return [
         ("Learning", learning),
@@ -305,9 +305,9 @@ def other_charts(run: RunRecords) -> list[Chart]:
 
 
 def _seconds_chart(run: RunRecords) -> Chart | str:
-    parts, total = step_parts(run.steps), run.column(WHOLE_STEP)
-    if not any(value is not None for value in total):
+    if not run.known(WHOLE_STEP):
         return f"Seconds per part: {STEP_SECONDS.absent}"
+    parts, total = step_parts(run.steps), run.column(WHOLE_STEP)
     columns = [run.column(key) for key in parts]
     rest = tuple(
         None if whole is None else max(0.0, whole - sum(value or 0.0 for value in values))

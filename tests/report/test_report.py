@@ -255,7 +255,7 @@ def test_a_run_that_is_still_going_is_reported_as_far_as_it_came(tmp_path: Path)
     text = Page(write_report(tmp_path / "going")).text
     assert "3 of 40 steps recorded" in text and "or it was interrupted" in text
     assert "25.0 ± 2.7 % before training only" in text
-    assert "No step was in the post-train space" in text
+    assert "Log-prob gap to the engine: no step was in the post-train space" in text
 
 
 def test_missing_pieces_are_said_in_words(tmp_path: Path) -> None:
