@@ -122,7 +122,7 @@ def measure(
     started = time.perf_counter()
     blocked = timed(lambda: store.save(state, actor.model.start_save))
     for _ in range(MAX_STEPS_BESIDE):
-        if not store.is_saving():
+        if store.has(state.step):
             break
         seconds.steps_beside.append(timed(step))
         blocked += timed(store.poll)

@@ -155,8 +155,8 @@ def publish(root: Path, saved: SavedState) -> None:
 
 
 def prune(root: Path, newest_step: int, keep_last: int, keep_every_steps: int | None) -> None:
-    """Remove old checkpoints, as `CheckpointStore` says. Damaged ones after the newest step, the one just published, do
-    not count: loading has skipped them."""
+    """Remove all but the last checkpoints, and those of steps divisible by `keep_every_steps`. Damaged ones after the
+    newest step, the one just published, do not count: loading has skipped them."""
     counted = [(step, folder) for step, folder in published(root) if step <= newest_step]
     for step, folder in counted[:-keep_last]:
         if not (keep_every_steps and step % keep_every_steps == 0):

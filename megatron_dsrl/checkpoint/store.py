@@ -34,7 +34,6 @@ from megatron_dsrl.common.errors import UserError
 _CLOSE_SECONDS = 60
 """Time limit for a thread that is still writing when a failed run ends."""
 
-
 StartWrite = Callable[[Path, bool], "WeightsWrite"]
 """Collective; takes an empty folder, and whether to copy the state because training continues before it is written."""
 
@@ -116,10 +115,6 @@ class CheckpointStore:
     def has(self, step: int) -> bool:
         """Whether the checkpoint of this step is known to be good. Not collective, but the same on every rank."""
         return step == self._good_step
-
-    def is_saving(self) -> bool:
-        """Whether a save is in flight. Not collective, but the same on every rank."""
-        return self._in_flight is not None
 
     def poll(self) -> None:
         """Publish the save in flight if every rank has written its part. Does not wait.
