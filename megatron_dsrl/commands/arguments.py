@@ -89,7 +89,6 @@ def positive(text: str) -> int:
 
 
 def positive_number(text: str) -> float:
-
     try:
         value = float(text)
     except ValueError:

@@ -57,25 +57,32 @@ def add_eval(commands: Commands) -> None:
     parser.add_processes()
 
 
-def add_table(commands: Commands) -> None:
-    parser = add_command(
-        commands,
-        "table",
-        _table,
-        help="print the paper's results table, filled with your evaluations",
-        description="Print the paper's results table in Markdown, with results of `dsrl eval` beside the published "
-        "ones; cells without a measurement stay empty. Use these names for the paper's methods: base, GRPO, PPO, "
-        "REINFORCE++, RLOO, Dr.GRPO, DAPO, NSR-RL warm-up and DSRL.",
-        epilog="example: dsrl table base=evaluations/Qwen3-4B GRPO=runs/grpo1,runs/grpo2 DSRL=runs/dsrl1,runs/dsrl2",
+def _eval(options: argparse.Namespace) -> int:
+    from megatron_dsrl.config.benchmark import benchmark_names
+
+    if not options.benchmarks:
+        raise UserError(f"--benchmarks: name some of {', '.join(benchmark_names())}")
+    with loading_megatron():
+        from megatron_dsrl.evaluation.evaluate import EvaluationRequest, evaluate, requested_benchmarks
+        from megatron_dsrl.publishing.card import refresh_card
+
+    request = EvaluationRequest(
+        model=options.model,
+        benchmarks=options.benchmarks,
+        output=options.output,
+        data_folder=options.data_folder,
+        changes={field: value for field in CHANGES if (value := getattr(options, field)) is not None},
+        overrides=options.overrides,
     )
-    parser.add_argument(
-        "evaluations",
-        metavar="METHOD=DIR,DIR",
-        nargs="*",
-        help="a method and its evaluations: run folders (latest policy) or output folders of dsrl eval",
-    )
-    parser.add_argument("--size", metavar="NAME", default="Qwen3-4B", help="Qwen3-4B (default) or Qwen3-8B")
-    parser.add_argument("--output", metavar="FILE", type=Path, help="also write the table to this file")
+    if options.dry_run:
+        for benchmark in requested_benchmarks(request):
+            config = benchmark.config
+            print(f"{benchmark.name}: {config.samples_per_prompt} samples per problem of {config.source}")
+        return 0
+    model = evaluate(request)
+    if launched_rank() == 0 and model.run_folder is not None and model.step is not None:
+        refresh_card(model.run_folder, model.step, print)
+    return 0
 
 
 def add_rescore(commands: Commands) -> None:
@@ -104,6 +111,27 @@ def _rescore(options: argparse.Namespace) -> int:
     return 0
 
 
+def add_table(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "table",
+        _table,
+        help="print the paper's results table, filled with your evaluations",
+        description="Print the paper's results table in Markdown, with results of `dsrl eval` beside the published "
+        "ones; cells without a measurement stay empty. Use these names for the paper's methods: base, GRPO, PPO, "
+        "REINFORCE++, RLOO, Dr.GRPO, DAPO, NSR-RL warm-up and DSRL.",
+        epilog="example: dsrl table base=evaluations/Qwen3-4B GRPO=runs/grpo1,runs/grpo2 DSRL=runs/dsrl1,runs/dsrl2",
+    )
+    parser.add_argument(
+        "evaluations",
+        metavar="METHOD=DIR,DIR",
+        nargs="*",
+        help="a method and its evaluations: run folders (latest policy) or output folders of dsrl eval",
+    )
+    parser.add_argument("--size", metavar="NAME", default="Qwen3-4B", help="Qwen3-4B (default) or Qwen3-8B")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="also write the table to this file")
+
+
 def _table(options: argparse.Namespace) -> int:
     from megatron_dsrl.common.disk import write_result
     from megatron_dsrl.evaluation.paper_table import paper_table
@@ -118,32 +146,4 @@ def _table(options: argparse.Namespace) -> int:
     if options.output:
         write_result(options.output, table)
     print(table, end="")
-    return 0
-
-
-def _eval(options: argparse.Namespace) -> int:
-    from megatron_dsrl.config.benchmark import benchmark_names
-
-    if not options.benchmarks:
-        raise UserError(f"--benchmarks: name some of {', '.join(benchmark_names())}")
-    with loading_megatron():
-        from megatron_dsrl.evaluation.evaluate import EvaluationRequest, evaluate, requested_benchmarks
-        from megatron_dsrl.publishing.card import refresh_card
-
-    request = EvaluationRequest(
-        model=options.model,
-        benchmarks=options.benchmarks,
-        output=options.output,
-        data_folder=options.data_folder,
-        changes={field: value for field in CHANGES if (value := getattr(options, field)) is not None},
-        overrides=options.overrides,
-    )
-    if options.dry_run:
-        for benchmark in requested_benchmarks(request):
-            config = benchmark.config
-            print(f"{benchmark.name}: {config.samples_per_prompt} samples per problem of {config.source}")
-        return 0
-    model = evaluate(request)
-    if launched_rank() == 0 and model.run_folder is not None and model.step is not None:
-        refresh_card(model.run_folder, model.step, print)
     return 0

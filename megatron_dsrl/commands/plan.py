@@ -98,7 +98,6 @@ def _growing(text: str) -> list[int]:
 
 
 def _share(text: str) -> float:
-
     value = positive_number(text)
     if value > 1:
         raise argparse.ArgumentTypeError(f"expected a share above 0 and at most 1, got {text}")

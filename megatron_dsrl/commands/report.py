@@ -50,6 +50,25 @@ def add_trace(commands: Commands) -> None:
     parser.add_argument("--output", metavar="FILE", type=Path, help="output file (default: RUN/trace/trace.json)")
 
 
+def _trace(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from megatron_dsrl.observability.timeline import TRACE_FOLDER, profile_files
+    from megatron_dsrl.report.timeline import print_summary, read_timelines
+    from megatron_dsrl.report.trace_events import write_trace
+
+    timelines = read_timelines(options.run)
+    target = options.output or options.run / TRACE_FOLDER / "trace.json"
+    profiles = profile_files(options.run)
+    write_trace(timelines, target, profiles)
+    print_summary(timelines, Console())
+    if profiles:
+        steps = ", ".join(map(str, sorted({profile.step for profile in profiles})))
+        print(f"with {len(profiles)} profile(s) of torch.profiler: step {steps}")
+    print(f"written to {target}: open it in https://ui.perfetto.dev")
+    return 0
+
+
 def add_compare(commands: Commands) -> None:
     parser = add_command(
         commands,
@@ -70,6 +89,18 @@ def add_compare(commands: Commands) -> None:
         default=Path("runs/comparison"),
         help="output folder (default: runs/comparison)",
     )
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from megatron_dsrl.report.comparison import FIGURE_FILE, TABLE_FILE, write_comparison
+
+    methods = labelled_folders(options.methods)
+    baseline = options.baseline or next(iter(methods))
+    if baseline not in methods:
+        raise UserError(f"--baseline: `{baseline}` is not one of the methods {', '.join(methods)}")
+    print(write_comparison(methods, baseline, options.output))
+    print(f"written to {options.output / TABLE_FILE} and {options.output / FIGURE_FILE}")
+    return 0
 
 
 def add_upload(commands: Commands) -> None:
@@ -95,37 +126,6 @@ def add_upload(commands: Commands) -> None:
         help="wandb, mlflow, swanlab, trackio or package.module:Class; may be repeated (default: the run's "
         "observability.trackers)",
     )
-
-
-def _trace(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from megatron_dsrl.observability.timeline import TRACE_FOLDER, profile_files
-    from megatron_dsrl.report.timeline import print_summary, read_timelines
-    from megatron_dsrl.report.trace_events import write_trace
-
-    timelines = read_timelines(options.run)
-    target = options.output or options.run / TRACE_FOLDER / "trace.json"
-    profiles = profile_files(options.run)
-    write_trace(timelines, target, profiles)
-    print_summary(timelines, Console())
-    if profiles:
-        steps = ", ".join(map(str, sorted({profile.step for profile in profiles})))
-        print(f"with {len(profiles)} profile(s) of torch.profiler: step {steps}")
-    print(f"written to {target}: open it in https://ui.perfetto.dev")
-    return 0
-
-
-def _compare(options: argparse.Namespace) -> int:
-    from megatron_dsrl.report.comparison import FIGURE_FILE, TABLE_FILE, write_comparison
-
-    methods = labelled_folders(options.methods)
-    baseline = options.baseline or next(iter(methods))
-    if baseline not in methods:
-        raise UserError(f"--baseline: `{baseline}` is not one of the methods {', '.join(methods)}")
-    print(write_comparison(methods, baseline, options.output))
-    print(f"written to {options.output / TABLE_FILE} and {options.output / FIGURE_FILE}")
-    return 0
 
 
 def _upload(options: argparse.Namespace) -> int:

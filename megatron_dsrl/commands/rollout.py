@@ -61,7 +61,6 @@ def add_serve(commands: Commands) -> None:
 
 
 def _port(text: str) -> int:
-
     value = int(text) if text.isdecimal() else 0
     if not 1 <= value <= 65535:
         raise argparse.ArgumentTypeError(f"expected a port from 1 to 65535, got {text}")

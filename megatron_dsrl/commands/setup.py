@@ -31,12 +31,10 @@ def add_config_command(commands: Commands) -> None:
 
 
 def _config(options: argparse.Namespace) -> int:
-    from megatron_dsrl.config.kinds import KINDS
+    from megatron_dsrl.config.kinds import KINDS, as_text
 
     kind = KINDS[options.kind]
     if options.schema:
-        from megatron_dsrl.config.kinds import as_text
-
         print(as_text(kind.schema()), end="")
         return 0
     from rich.console import Console
@@ -63,7 +61,7 @@ def add_doctor(commands: Commands) -> None:
         _doctor,
         help="check the installation and say how to fix problems",
         description="List installed packages, devices and kernels, what is missing and how to fix it. Exit with status "
-        "0  if a CPU or GPU run is possible, otherwise 1.",
+        "0 if a CPU or GPU run is possible, otherwise 1.",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
