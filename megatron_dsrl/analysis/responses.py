@@ -12,7 +12,7 @@ from typing import TypeVar
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.step_names import by_step
 from megatron_dsrl.evaluation.sample_file import read_sample_file
-from megatron_dsrl.rollout.recording import read_groups
+from megatron_dsrl.rollout.recording import read_groups, rollout_file
 from megatron_dsrl.rollout.sample import SampleGroup
 
 Item = TypeVar("Item")
@@ -73,7 +73,7 @@ def read_steps(run_folder: Path, steps: Sequence[int] | None = None) -> Iterator
     if missing:
         raise UserError(f"{run_folder} has no rollouts of step {missing[0]}; it has {_span(recorded)}")
     for step in sorted(set(steps)) if steps else recorded:
-        yield step, read_groups(run_folder / "rollouts" / f"step_{step:06d}.jsonl")
+        yield step, read_groups(rollout_file(run_folder, step))
 
 
 def responses_of_step(step: int, groups: Sequence[SampleGroup]) -> list[RecordedResponse]:

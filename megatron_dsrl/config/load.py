@@ -151,7 +151,7 @@ def _merge(base: dict[str, Any] | list[Any], over: dict[Any, Any], source: str) 
 
 
 def _is_another_choice(value: Any, inherited: Any) -> bool:
-    """Whether two sections choose different things by `name` (see choices.py). Items of lists have names to show."""
+    """Whether two sections choose different things by `name` (see registry.py). Items of lists have names to show."""
     named = isinstance(value, dict) and isinstance(inherited, dict) and "name" in value and "name" in inherited
     return named and value["name"] != inherited["name"]
 

@@ -31,7 +31,7 @@ from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import InitErrorDetails, core_schema
 
-from megatron_dsrl.config.section import BY_OWN_CLASS, PATTERN, Section, class_at
+from megatron_dsrl.config.section import BY_OWN_CLASS, DOTTED_PATH, Section, class_at
 
 GIVEN = ("response", "answer", "prompt")
 """Arguments that every caller passes; the others are options."""
@@ -125,11 +125,11 @@ class Registry:
         self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
         """One of the registered classes by its `name`, a bare name, or your own class by its dotted path."""
-        bare = {"type": "string", "anyOf": [{"enum": self.names()}, {"pattern": PATTERN}]}
+        bare = {"type": "string", "anyOf": [{"enum": self.names()}, {"pattern": DOTTED_PATH}]}
         own = {
             "title": f"Your own {self.kind}",
             "type": "object",
-            "properties": {"name": {"type": "string", "pattern": PATTERN}},
+            "properties": {"name": {"type": "string", "pattern": DOTTED_PATH}},
             "required": ["name"],
         }
         registered = handler(core_schema.union_schema([each.__pydantic_core_schema__ for each in self.classes()]))
@@ -179,7 +179,7 @@ class FunctionName:
         self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
         described: dict[str, Any] = handler(schema)
-        return described | {"anyOf": [{"enum": list(resolve_name(self._table))}, {"pattern": PATTERN}]}
+        return described | {"anyOf": [{"enum": list(resolve_name(self._table))}, {"pattern": DOTTED_PATH}]}
 
 
 def options_of(function: Callable[..., Any]) -> list[FunctionOption]:

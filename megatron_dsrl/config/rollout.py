@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from megatron_dsrl.config.section import PATTERN, FolderPath, Section, ServerUrl
+from megatron_dsrl.config.section import DOTTED_PATH, FolderPath, Section, ServerUrl
 
 MAX_REPLAYED_EXPERTS = 256
 """Experts that `rollout.routing_replay` can name: one byte each."""
@@ -70,7 +70,7 @@ class RolloutConfig(Section):
     middle of responses; every token keeps the log-prob it was sampled with, which the loss's ratio compares with. Needs
     engines on their own devices (`engine.urls`). See examples/asynchronous. 0: training and sampling take turns."""
 
-    generate: str | None = Field(default=None, pattern=PATTERN)
+    generate: str | None = Field(default=None, pattern=DOTTED_PATH)
     """Function that writes each response together with the model, by its dotted path `package.module:function`:
     `async def generate(response, **options)`, or a class that takes the options and has
     `async def __call__(self, response)`. Tokens that it inserts (tool results, turns of an environment) count towards

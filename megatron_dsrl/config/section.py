@@ -61,7 +61,7 @@ BY_OWN_CLASS = core_schema.plain_serializer_function_ser_schema(
 )
 """Writes a section out with the fields of its own class, not of the class that a field is annotated with."""
 
-PATTERN = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+DOTTED_PATH = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 """A dotted path, for JSON schemas."""
 
 
@@ -169,7 +169,7 @@ class CustomSection:
         own = {
             "title": f"Your own {self._kind}",
             "type": "object",
-            "properties": described["properties"] | {"type": path | {"type": "string", "pattern": PATTERN}},
+            "properties": described["properties"] | {"type": path | {"type": "string", "pattern": DOTTED_PATH}},
             "required": [*described.get("required", []), "type"],
         }
         described["properties"]["type"] = path | {"type": "null"}

@@ -111,7 +111,7 @@ def _phase_figures(config: RunConfig, phase: PhaseSteps, data_parallel_size: int
 
 
 def _micro_batches(config: RunConfig, samples: int, length: int) -> int:
-    """Tokens for one replica's samples of this length. Context parallelism pads each sample; the interleaved
+    """How many one replica needs for samples of this length. Context parallelism pads each sample; the interleaved
     schedule pads their number."""
     parallel = config.parallel
     multiple = 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1

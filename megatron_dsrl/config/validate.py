@@ -12,7 +12,7 @@ from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.numbers import counted
 from megatron_dsrl.config.describe import did_you_mean, is_section, members, registry_of, tags
 from megatron_dsrl.config.registry import Registry
-from megatron_dsrl.config.section import PATTERN, CustomSection, Section, SectionClass
+from megatron_dsrl.config.section import DOTTED_PATH, CustomSection, Section, SectionClass
 from megatron_dsrl.config.yaml_text import KeyPath
 
 _TYPE_NAMES = {
@@ -111,7 +111,7 @@ def _walk(root: type[Section], location: tuple[str | int, ...], data: Any) -> tu
 
     Pydantic locates a value by a mixture of data keys and schema parts: the tag of a union's member, the type that was
     tried. This follows the mixture through the section classes, so that messages show the path a user wrote and the
-    names valid there. `data` decides where a section's class is chosen by name (choices.py) or by `type` (section.py).
+    names valid there. `data` decides where a section's class is chosen by name (registry.py) or by `type` (section.py).
     """
     path: KeyPath = ()
     owner: type[Section] | None = root
@@ -167,7 +167,7 @@ def _describe(
             return "needs a `name` that says which kind it is", ""
         case "too_short":
             return f"expected at least {context['min_length']} items" if context["min_length"] > 1 else "is empty", ""
-        case "string_pattern_mismatch" if context["pattern"] == PATTERN:
+        case "string_pattern_mismatch" if context["pattern"] == DOTTED_PATH:
             return "expected a dotted path `package.module:name`", ""
         case "literal_error":
             meant = did_you_mean(str(detail["input"]), _split_choices(context["expected"]))

@@ -29,7 +29,7 @@ class StepProfiler:
             report: gets a line for each profile that could not be written.
 
         Raises:
-            UserError: nsight Systems is to capture, but CUDA is missing.
+            UserError: Nsight Systems is to capture, but CUDA is missing.
         """
         if nsight and steps and current_platform().name != "cuda":
             raise UserError(

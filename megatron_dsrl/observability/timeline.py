@@ -6,6 +6,8 @@ ranks (report/trace_events.py).
 
 Times are seconds since 1970 of the node's clock, so that ranks and nodes align as well as their clocks do. Within a
 process they are that clock at its start plus a monotonic clock, and never run backwards.
+
+The seconds of a step's parts, which its record has, are measured here too.
 """
 
 import json

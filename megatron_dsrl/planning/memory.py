@@ -192,9 +192,8 @@ def adam_bytes(model: ModelConfig) -> int:
 
 def largest_row(config: RunConfig) -> int:
     """Tokens of the largest packed row on one process: the token budget, or a longer single sequence."""
-    return (
-        max(config.actor.max_tokens_per_micro_batch, config.longest_sequence) // config.parallel.context_parallel_size
-    )
+    tokens = max(config.actor.max_tokens_per_micro_batch, config.longest_sequence)
+    return tokens // config.parallel.context_parallel_size
 
 
 def layer_bytes_per_token(architecture: Architecture, config: RunConfig) -> float:
