@@ -115,7 +115,7 @@ def write_peft_folder(chunks: Sequence[nn.Module], adapters: PeftAdapters, folde
     on_first(write)
 
 
-def _rules(projection: Projection, rank: int) -> tuple[TensorRule, TensorRule]:
+def _rules(projection: Projection, lora_rank: int) -> tuple[TensorRule, TensorRule]:
     """The rules of A and B. Both are initialised as in PEFT."""
     hf = f"base_model.model.{HF_LAYER}{projection.hf_module}.{projection.name}."
     whole, by_inputs, by_outputs = Replicated(), Split(1), Split(0)
@@ -126,8 +126,8 @@ def _rules(projection: Projection, rank: int) -> tuple[TensorRule, TensorRule]:
 
     row = projection.is_row_parallel
     return (
-        rule("lora_A", (rank, projection.in_size), by_inputs if row else whole, "uniform"),
-        rule("lora_B", (projection.out_size, rank), whole if row else by_outputs, "zeros"),
+        rule("lora_A", (lora_rank, projection.in_size), by_inputs if row else whole, "uniform"),
+        rule("lora_B", (projection.out_size, lora_rank), whole if row else by_outputs, "zeros"),
     )
 
 

@@ -88,8 +88,8 @@ def fill(chunks: Sequence[nn.Module], table: WeightTable, read: Callable[[str], 
     """Fill this rank's parameters from full HF tensors. `read` returns one by name; it is only called for tensors that
     this rank holds a part of."""
     for entry, parameters in bind(chunks, table).items():
-        rank, size = tensor_parallel_place(entry)
-        shard = entry.rule.layout.shard([read(tensor.name) for tensor in entry.hf], rank, size)
+        whole = [read(tensor.name) for tensor in entry.hf]
+        shard = entry.rule.layout.shard(whole, *tensor_parallel_place(entry))
         for parameter in parameters:
             assert parameter.shape == shard.shape, (entry.rule.megatron, parameter.shape, shard.shape)
             parameter.copy_(shard)
