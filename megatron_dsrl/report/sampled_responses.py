@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+from megatron_dsrl.analysis.problems import Outcome, outcome_of
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rollout.recording import read_groups, rollout_file
 from megatron_dsrl.rollout.sample import Sample, SampleGroup
-from megatron_dsrl.run.rollout_metrics import reward_metrics
 
 GROUPS_PER_STEP = 3
 SAMPLES_PER_GROUP = 8
@@ -20,8 +20,7 @@ MAX_CHARACTERS = 12_000
 class ShownGroup:
     """One prompt and the first of its responses."""
 
-    kind: str
-    """`solved`, `mixed` or `unsolved`, as the step metrics count them."""
+    kind: Outcome
     prompt: Prompt
     samples: Sequence[Sample]
     hidden_samples: int
@@ -39,18 +38,13 @@ def shown_steps(run_folder: Path, steps: Sequence[int]) -> dict[int, list[ShownG
 
 def choose_groups(groups: Sequence[SampleGroup], count: int) -> list[ShownGroup]:
     """The first mixed, the first unsolved and the first solved group, then further ones in order, `count` in all."""
-    kinds = [_kind(group) for group in groups]
+    kinds = [outcome_of(group) for group in groups]
     first_of_kind = [kinds.index(kind) for kind in ("mixed", "unsolved", "solved") if kind in kinds]
     chosen = [*first_of_kind, *(place for place in range(len(groups)) if place not in first_of_kind)]
     return [_shown(groups[place], kinds[place]) for place in chosen[:count]]
 
 
-def _kind(group: SampleGroup) -> str:
-    metrics = reward_metrics([group])
-    return next(kind for kind in ("solved", "mixed", "unsolved") if metrics[f"reward/{kind}_groups"])
-
-
-def _shown(group: SampleGroup, kind: str) -> ShownGroup:
+def _shown(group: SampleGroup, kind: Outcome) -> ShownGroup:
     samples = group.samples[:SAMPLES_PER_GROUP]
     mean_reward = fmean(sample.reward for sample in group.samples)
     return ShownGroup(kind, group.prompt, samples, len(group.samples) - len(samples), mean_reward)
