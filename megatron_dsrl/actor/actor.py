@@ -20,8 +20,9 @@ from megatron_dsrl.algorithms.objective import Objective
 from megatron_dsrl.config.model import RouterConfig
 from megatron_dsrl.model.output_rows import FactoredLogits
 from megatron_dsrl.model.router import adding_router_losses
-from megatron_dsrl.weights.export import PeftAdapters, export_hf_folder
+from megatron_dsrl.weights.export import export_hf_folder
 from megatron_dsrl.weights.load import load_weights
+from megatron_dsrl.weights.peft import PeftAdapters
 
 ScoreResult = tuple[str, TokenStatistics]
 """Name of an objective, and the statistics of one of its micro-batches."""

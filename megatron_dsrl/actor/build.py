@@ -14,8 +14,8 @@ from megatron_dsrl.model.architecture import check_same_architecture, read_archi
 from megatron_dsrl.model.build import DTYPES, build_model, build_trainable, build_value_model
 from megatron_dsrl.model.lora import add_adapters
 from megatron_dsrl.model.source import is_hub_name, resolve_model_folder
-from megatron_dsrl.weights.export import PeftAdapters, adapter_table
 from megatron_dsrl.weights.load import fill_with_random_weights, load_value_model, load_weights
+from megatron_dsrl.weights.peft import PeftAdapters, adapter_table
 from megatron_dsrl.weights.table import WeightTable, value_model_table, weight_table
 
 

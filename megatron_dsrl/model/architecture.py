@@ -133,8 +133,8 @@ def check_same_architecture(field: str, folder: Path, policy: Architecture) -> N
             "folder or a converted checkpoint (`dsrl convert megatron-to-hf` converts a run's checkpoint)"
         )
     config = _read_json(path)
-    named = config.get("architectures")
-    family = _family(config, path) if named and named[0] in FAMILIES else policy.family
+    names_family = config.get("architectures") in [[name] for name in FAMILIES]
+    family = _family(config, path) if names_family else policy.family
     other = replace(
         _architecture(config, family, path),
         max_position_embeddings=policy.max_position_embeddings,

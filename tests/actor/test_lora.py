@@ -21,8 +21,8 @@ from megatron_dsrl.config.model import ParallelConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
-from megatron_dsrl.weights.export import adapter_table
 from megatron_dsrl.weights.load import fill
+from megatron_dsrl.weights.peft import adapter_table
 from megatron_dsrl.weights.stream import stream_hf_weights
 from tests.actor.test_actor import GRPO, NSR_PRERL, OPTIMIZER, objective_of, reference
 from tests.actor.test_layouts import DISTRIBUTED, INTERLEAVED, SEQUENCE_PARALLEL, Case, configuration, errors_of
