@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from megatron_dsrl.common.checksum import fingerprint
+from megatron_dsrl.common.numbers import counted
 from megatron_dsrl.evaluation.evaluate import hf_folder
 from megatron_dsrl.evaluation.find_model import find_model
 from megatron_dsrl.observability.records import read_starts
@@ -112,7 +113,7 @@ def assert_traced(run: Path, ranks: int) -> list[dict]:
     """`dsrl trace` on a run of two steps: the events of its trace."""
     result = dsrl("trace", str(run))
     assert result.returncode == 0, result.stderr
-    assert f"2 steps on {ranks} rank(s)" in result.stdout and "busy" in result.stdout
+    assert f"2 steps on {counted(ranks, 'rank')}" in result.stdout and "busy" in result.stdout
     trace = json.loads((run / "trace" / "trace.json").read_text())["traceEvents"]
     slices = [event for event in trace if event["ph"] == "X"]
     assert all(event["ts"] >= 0 and event["dur"] >= 0 for event in slices)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_dsrl.commands.arguments import Commands, add_command, labelled_folders
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.common.numbers import counted
 
 
 def add_report(commands: Commands) -> None:
@@ -64,7 +65,7 @@ def _trace(options: argparse.Namespace) -> int:
     print_summary(timelines, Console())
     if profiles:
         steps = ", ".join(map(str, sorted({profile.step for profile in profiles})))
-        print(f"with {len(profiles)} profile(s) of torch.profiler: step {steps}")
+        print(f"with {counted(len(profiles), 'profile')} of torch.profiler: step {steps}")
     print(f"written to {target}: open it in https://ui.perfetto.dev")
     return 0
 

@@ -8,6 +8,7 @@ that (`algorithms/objective.py`), and only a loss without one needs the correcti
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from megatron_dsrl.common.numbers import counted
 from megatron_dsrl.config.choices import LOSSES
 from megatron_dsrl.config.layout import ModelShape, Problem
 from megatron_dsrl.config.rollout import EngineConfig, RolloutConfig
@@ -66,8 +67,8 @@ def _shape_problems(engine_size: int, shape: ModelShape | None) -> Iterator[Prob
         if size % (FP8_BLOCK * engine_size):
             yield (
                 "engine.quantization, engine.tensor_parallel_size",
-                f"the model's {what} is {size}, which {engine_size} rank(s) cannot divide into blocks of {FP8_BLOCK}; "
-                "lower the second, or leave out the first",
+                f"the model's {what} is {size}, which {counted(engine_size, 'rank')} cannot divide into blocks of "
+                f"{FP8_BLOCK}; lower the second, or leave out the first",
             )
 
 

@@ -110,8 +110,8 @@ def _pipeline_problems(parallel: ParallelConfig, shape: ModelShape) -> Iterator[
         between, left = pipeline - len(counts), shape.layers - sum(counts)
         yield (
             "parallel.layers_in_first_stage, parallel.layers_in_last_stage",
-            f"leave {left} of the model's {shape.layers} layers for {between} other pipeline stage(s), which cannot "
-            "share them evenly; choose other numbers"
+            f"leave {left} of the model's {shape.layers} layers for {counted(between, 'other pipeline stage')}, which "
+            "cannot share them evenly; choose other numbers"
             if between
             else f"add up to {sum(counts)} layers, but the model has {shape.layers}",
         )

@@ -216,7 +216,7 @@ def _figures_table(config: RunConfig, figures: RunFigures) -> Table:
     row("SGLang engines", figures.engines, engines if rollout.needs_engines else "nothing is sampled")
     samples = f"{rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} samples"
     row("samples per step", figures.samples_per_step, samples)
-    updates = f"{config.actor.optimizer_steps_per_rollout} optimizer step(s) per rollout"
+    updates = f"{counted(config.actor.optimizer_steps_per_rollout, 'optimizer step')} per rollout"
     row("samples per optimizer step", figures.samples_per_optimizer_step, updates)
     row("optimizer steps", figures.optimizer_steps, f"{config.steps} steps in all")
     row("longest sequence, tokens", figures.longest_sequence, f"prompt {prompt} + response {response}")

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from megatron_dsrl.common.numbers import counted
 from megatron_dsrl.doctor.kernels import Finding, Severity
 
 OLDEST_DRIVERS = {11: 450, 12: 525, 13: 580}
@@ -31,7 +32,8 @@ def examine_device(
     """
     if names:
         kinds = ", ".join(sorted(set(names)))
-        return Finding("device", "ok", f"{len(names)} CUDA device(s): {kinds}; CUDA {torch_cuda}, driver {driver}")
+        found = f"{counted(len(names), 'CUDA device')}: {kinds}; CUDA {torch_cuda}, driver {driver}"
+        return Finding("device", "ok", found)
     severity: Severity = "problem" if environment.get("SLURM_GPUS_ON_NODE", "0") not in ("", "0") else "note"
     if torch_cuda is None and driver is None:
         return Finding("device", "ok", "CPU (torch is the CPU build); tiny models only")

@@ -28,6 +28,7 @@ from typing import Literal
 import psutil
 
 from megatron_dsrl.algorithms.schedule import passes_of_run
+from megatron_dsrl.common.numbers import counted
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.model.architecture import Architecture, read_architecture
 from megatron_dsrl.model.source import find_config_json
@@ -298,7 +299,7 @@ def memory_warnings(config: RunConfig, world_size: int, machine: Machine) -> lis
     if machine.platform == "cuda":
         problems = [*memory.problems, *_host_problems(memory, machine)]
     else:
-        problems = list(_cpu_problems(memory, machine))
+        problems = _cpu_problems(memory, machine)
     return [f"warning: according to `dsrl plan` this run does not fit: {problem} ({ADVICE})" for problem in problems]
 
 
@@ -308,7 +309,7 @@ def _host_problems(memory: RunMemory, machine: Machine) -> list[str]:
         return []
     return [
         "reference policy, offloaded parts, replayed experts and "
-        f"checkpoint copies of {machine.processes} process(es) take up to "
+        f"checkpoint copies of {counted(machine.processes, 'process')} take up to "
         f"{gib(total)} of the {gib(machine.host_bytes)} of this host; set checkpoint.asynchronous=false, or "
         "offload less (actor.offload)"
     ]
@@ -323,6 +324,6 @@ def _cpu_problems(memory: RunMemory, machine: Machine) -> list[str]:
     if total <= machine.host_bytes:
         return []
     return [
-        f"{machine.processes} process(es) with their engines take {gib(total)} of the {gib(machine.host_bytes)} of "
-        "this machine; lower actor.max_tokens_per_micro_batch or engine.max_total_tokens, or take a smaller model"
+        f"{counted(machine.processes, 'process')} and the engines take {gib(total)} of the {gib(machine.host_bytes)} "
+        "of this machine; lower actor.max_tokens_per_micro_batch or engine.max_total_tokens, or take a smaller model"
     ]

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.common.numbers import counted
 from megatron_dsrl.observability.records import Record, read_records
 from megatron_dsrl.observability.timeline import TRACE_FOLDER
 
@@ -222,7 +223,7 @@ def overlap(intervals: Iterable[Interval], windows: Iterable[Interval]) -> float
 def print_summary(timelines: Sequence[RankTimeline], console: Console) -> None:
     """The engines, what came before the first step, and what did not end."""
     first = min(timelines, key=lambda timeline: timeline.rank)
-    console.print(f"{len(first.steps)} steps on {len(timelines)} rank(s)", highlight=False)
+    console.print(f"{counted(len(first.steps), 'step')} on {counted(len(timelines), 'rank')}", highlight=False)
     if first.calls:
         console.print(_engines_table(engines_of(first)))
     in_steps = Windows([step.when for step in first.steps])

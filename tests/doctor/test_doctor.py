@@ -232,7 +232,7 @@ def test_it_says_why_torch_sees_no_gpu(torch_cuda, driver, variables, severity, 
 def test_the_gpus_are_named() -> None:
     finding = examine_device(("NVIDIA H100", "NVIDIA H100"), "13.0", "580.95.05", {"SLURM_GPUS_ON_NODE": "2"})
     assert (finding.severity, finding.advice) == ("ok", "")
-    assert finding.found == "2 CUDA device(s): NVIDIA H100; CUDA 13.0, driver 580.95.05"
+    assert finding.found == "2 CUDA devices: NVIDIA H100; CUDA 13.0, driver 580.95.05"
 
 
 def test_a_cuda_compiler_that_is_missing_or_of_another_cuda_is_named(tmp_path) -> None:

@@ -139,7 +139,7 @@ def test_a_run_on_gpus_warns_of_what_does_not_fit_and_says_what_helps(model) -> 
     assert "generation takes" in generation and "lower engine.memory_fraction" in generation
     small_host = Machine("cuda", GPU_BYTES, host_bytes=10**11, processes=8)
     (host,) = memory_warnings(paper_run(model), 8, small_host)
-    assert "checkpoint copies of 8 process(es) take up to" in host and "set checkpoint.asynchronous=false" in host
+    assert "checkpoint copies of 8 processes take up to" in host and "set checkpoint.asynchronous=false" in host
 
 
 def test_a_run_on_a_cpu_is_compared_with_the_memory_of_the_machine(model) -> None:
@@ -147,7 +147,7 @@ def test_a_run_on_a_cpu_is_compared_with_the_memory_of_the_machine(model) -> Non
     settings += ["parallel.sequence_parallel=false"]
     laptop, server = (Machine("cpu", size, size, processes=1) for size in (16 * 2**30, 2**41))
     (warning,) = memory_warnings(paper_run(*settings), 1, laptop)
-    assert "1 process(es) with their engines take" in warning
+    assert "1 process and the engines take" in warning
     assert memory_warnings(paper_run(*settings), 1, server) == []
 
 

@@ -25,6 +25,7 @@ import torch.multiprocessing  # noqa: F401  (teaches ForkingPickler to share ten
 
 from megatron_dsrl.common.collective import first_problem, gather_within
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.common.numbers import counted
 from megatron_dsrl.common.process import in_background
 from megatron_dsrl.config.run import RolloutSettings
 from megatron_dsrl.model.architecture import read_architecture
@@ -204,6 +205,7 @@ def check_shared_memory(config: RolloutSettings, ranks: int) -> None:
     if free < ranks * needed:
         raise UserError(
             f"engine.weight_bucket_megabytes: on a CPU, weights go to the engines through {SHARED_MEMORY}, in two "
-            f"buckets at a time, {needed / 2**20:.1f} MiB for each of {ranks} process(es), but {free / 2**20:.1f} MiB "
-            "are free; lower the bucket size, remove old files there, or enlarge it (docker run --shm-size=16g)"
+            f"buckets at a time, {needed / 2**20:.1f} MiB for each of {counted(ranks, 'process')}, but "
+            f"{free / 2**20:.1f} MiB are free; lower the bucket size, remove old files "
+            "there, or enlarge it (docker run --shm-size=16g)"
         )
