@@ -107,6 +107,8 @@ def _problems(options: argparse.Namespace) -> int:
     from megatron_dsrl.analysis.responses import read_steps
 
     visits = problems.visits(read_steps(options.source, options.steps))
+    if not visits:
+        raise UserError(f"{options.source}: the recorded rollouts of these steps are empty")
     records = problems.by_step(visits)
     return _finish(options, "problems", records, problems.summary(visits), problems.charts(records, _phases(options)))
 

@@ -73,6 +73,7 @@ def test_thoughts_of_a_sample_file(tmp_path) -> None:
     [
         (["thoughts", "{run}", "--steps", "2,9"], "has no rollouts of step 9; it has 3 steps from 1 to 3"),
         (["problems", "{folder}"], "has no recorded rollouts"),
+        (["problems", "{folder}/empty"], "empty: the recorded rollouts of these steps are empty"),
         (["thoughts", "{folder}/nothing"], "is neither a run folder nor a sample file"),
         (["pass-at-k", "{folder}"], "has no results.json"),
         (["behaviours", "{run}", "--url", "localhost", "--judge", "j"], "expected an address such as http://"),
@@ -82,6 +83,8 @@ def test_thoughts_of_a_sample_file(tmp_path) -> None:
 )
 def test_mistakes_end_in_one_message(run, tmp_path, capsys, arguments, message) -> None:
     filled = [argument.format(run=run, folder=tmp_path) for argument in arguments]
+    (tmp_path / "empty" / "rollouts").mkdir(parents=True)
+    (tmp_path / "empty" / "rollouts" / "step_000001.jsonl").touch()
 
     assert main(["analyse", *filled]) == 2
     assert message in capsys.readouterr().err
