@@ -61,7 +61,8 @@ def runs(folder: Path) -> dict[str, RunConfig]:
     """By name, each with one step in the first of two phases."""
     base = write_tiny_run(folder)
     configs = {}
-    make_tiny_qwen3(folder / "teacher", tied=True, vocab_size=VOCAB_SIZE, seed=2)
+    rope = {"rope_type": "default", "rope_theta": 1e4}  # the student's
+    make_tiny_qwen3(folder / "teacher", tied=True, vocab_size=VOCAB_SIZE, seed=2, rope=rope)
     teacher = [f"reference.path={folder / 'teacher'}"]  # distillation from the run's own weights has no gradient
     methods = {name: (name, teacher if "distillation" in name else []) for name in NAMES}
     for name, (method, overrides) in (methods | OPTIONS).items():
