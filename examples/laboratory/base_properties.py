@@ -25,7 +25,7 @@ LIMIT_TOKENS = 128
 """Length limit of the runs: `rollout.max_response_tokens` of size.yaml."""
 PASS_AT = 32
 ONLY_THE_PROMPT = 1.0
-"""A token counts as explained by the prompt alone if its log-prob gap is larger than this. Unit: nat."""
+"""A token counts as explained by the prompt alone if its log-prob gap is larger than this. Unit: nats."""
 
 
 def main() -> int:

@@ -72,7 +72,7 @@ def pass_at_k_chart(results: SweepResults, methods: Sequence[str]) -> Chart:
 
 def gap_charts(gradients: Record) -> list[Chart]:
     """Log-prob gap between the spaces by position and by entropy, on the base's responses."""
-    nat = ValueAxis("nat")
+    nats = ValueAxis("nats")
     by_position, by_entropy = gradients["gap_by_position"], gradients["gap_by_entropy"]
     positions = tuple(one["first_position"] for one in by_position)
     tenths = tuple(range(1, len(by_entropy) + 1))
@@ -82,14 +82,14 @@ def gap_charts(gradients: Record) -> list[Chart]:
             "Log-prob gap by position",
             "log P(y_t|x) - log P(y_t).",
             [Series("mean", positions, tuple(one["mean_gap"] for one in by_position), 1)],
-            vertical=nat,
+            vertical=nats,
             horizontal=position_axis,
         ),
         line_chart(
             "Log-prob gap by entropy",
             "log P(y_t|x) - log P(y_t).",
             [Series("mean", tenths, tuple(one["mean_gap"] for one in by_entropy), 1)],
-            vertical=nat,
+            vertical=nats,
             horizontal=StepAxis("tenth", label="tenth of the tokens, by entropy"),
         ),
     ]

@@ -5,7 +5,7 @@
     torchrun --nproc-per-node 3 -m examples.smollm2.parity .cache/smollm2/model runs/smollm2_samples \
         parallel.tensor_parallel_size=3
 
-Prints the largest and the mean absolute difference between each two of the three, in nat.
+Prints the largest and the mean absolute difference between each two of the three, in nats.
 """
 
 import argparse

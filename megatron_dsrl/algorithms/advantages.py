@@ -172,7 +172,7 @@ class Distillation(AdvantageOptions):
     ignores_penalties: ClassVar[bool] = True
 
     clip: float | None = Field(default=None, gt=0)
-    """Limit of |A|, in nat; null: none."""
+    """Limit of |A|, in nats; null: none."""
 
     def estimate(self, experience: Experience) -> AdvantageEstimate:
         teacher, student = experience.reference_log_probs, experience.old_log_probs

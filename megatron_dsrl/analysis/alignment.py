@@ -39,7 +39,7 @@ class ScoredResponse:
 
     @property
     def entropies(self) -> list[float]:
-        """Entropy of the same tokens given the prompt. Unit: nat."""
+        """Entropy of the same tokens given the prompt. Unit: nats."""
         gaps = len(self.comparison.without_prompt.log_probs)
         return self.comparison.with_prompt.entropy[-gaps:].tolist() if gaps else []
 
@@ -162,5 +162,5 @@ def _gap_chart(title: str, places: tuple[int, ...], bins: Sequence[Record], hori
         Series("mean", places, tuple(one["mean_gap"] for one in bins), 4),
         Series("mean of |gap|", places, tuple(one["mean_absolute_gap"] for one in bins), 5),
     ]
-    explanation = "log P(y_t|x, y_<t) - log P(y_t|y_<t), nat."
-    return line_chart(title, explanation, series, vertical=ValueAxis("nat"), horizontal=horizontal)
+    explanation = "log P(y_t|x, y_<t) - log P(y_t|y_<t), nats."
+    return line_chart(title, explanation, series, vertical=ValueAxis("nats"), horizontal=horizontal)

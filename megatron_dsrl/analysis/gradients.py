@@ -42,9 +42,9 @@ class TokenScores:
     """The model's scores of a sequence's scored tokens, on the CPU."""
 
     log_probs: Tensor
-    """[num_scored] float32. Unit: nat."""
+    """[num_scored] float32. Unit: nats."""
     entropy: Tensor
-    """[num_scored] float32, entropy of the distribution that each token is drawn from. Unit: nat."""
+    """[num_scored] float32, entropy of the distribution that each token is drawn from. Unit: nats."""
 
 
 @dataclass(frozen=True)

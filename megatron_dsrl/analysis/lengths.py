@@ -17,7 +17,7 @@ from megatron_dsrl.rollout.sample import Sample, SampleGroup
 
 
 def lengths_of_step(step: int, groups: Sequence[SampleGroup], metrics: Mapping[int, Record]) -> Record:
-    """Lengths in tokens and entropies in nat; None for means over nothing.
+    """Lengths in tokens and entropies in nats; None for means over nothing.
 
     Args:
         metrics: the run's step records by step; this step's may be missing.
@@ -73,7 +73,7 @@ def charts(records: Sequence[Record], phases: Sequence[PhaseSpan]) -> list[Chart
             "Nat per token: mean of -log P over sampled tokens, and the trainer's over trained tokens.",
             [series("sampled", "sampled_entropy", 4), series("trained", "trained_entropy", 5)],
             phases,
-            ValueAxis("nat per token"),
+            ValueAxis("nats per token"),
         ),
     ]
 

@@ -15,12 +15,12 @@ from megatron_dsrl.common.text import visible
 from megatron_dsrl.rollout.sample import Sample, SampleGroup
 
 GAP_STYLES = ((1.0, "bold green"), (0.1, "green"), (-0.1, "dim"), (-1.0, "red"))
-"""(lowest gap in nat, style); gaps below the last one are bold red."""
+"""(lowest gap in nats, style); gaps below the last one are bold red."""
 
 
 @dataclass(frozen=True)
 class ResponseLogProbs:
-    """Log-probs of one response's tokens. Unit: nat."""
+    """Log-probs of one response's tokens. Unit: nats."""
 
     with_prompt: list[float | None]
     """One per token; None for those that are not the policy's."""

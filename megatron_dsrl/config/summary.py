@@ -179,7 +179,7 @@ def _how_far(rollout: RolloutConfig) -> str:
     """Nucleus sampling keeps at least the mass top_p, so no token becomes more likely than by 1 / top_p."""
     if rollout.top_p == 1 or rollout.top_k > 0:
         return ""
-    return f" (sampled tokens were up to {1 / rollout.top_p:.2f} times as likely, {-math.log(rollout.top_p):.2f} nat)"
+    return f" (sampled tokens were up to {1 / rollout.top_p:.2f} times as likely, {-math.log(rollout.top_p):.2f} nats)"
 
 
 def _samples(config: RunConfig, figures: RunFigures) -> str:

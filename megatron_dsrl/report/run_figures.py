@@ -55,7 +55,7 @@ def loss_figures(run: RunRecords) -> list[Figure]:
     figures = []
     for name, records in run.held_out_losses.items():
         first, last = records[0], records[-1]
-        over = f"nat per token; {last['responses']:,} responses"
+        over = f"nats per token; {last['responses']:,} responses"
         if len(records) == 1:
             figures.append(Figure(f"Loss on {name}", _loss(first), f"after step {first['step']} only; {over}"))
         else:

@@ -13,7 +13,7 @@ from megatron_dsrl.observability.run_records import PhaseSpan, RunRecords
 PARTS_OF_A_STEP = ("generate", "old_log_probs", "reference", "values", "critic", "train", "push_weights", "evaluate")
 """In their order, as the names of seconds in step records."""
 FRACTION = ValueAxis("fraction", at_least=0.0, at_most=1.0)
-NAT = ValueAxis("nat per token")
+NAT = ValueAxis("nats per token")
 PERCENT = ValueAxis("accuracy, %", at_least=0.0, at_most=100.0)
 WHOLE_STEP = "seconds/step"
 
@@ -54,23 +54,23 @@ HEALTH = (
     ),
     Curves(
         "Entropy of P(y|x)",
-        "Of the policy given the prompt, P(y|x), per token (nat). Sampled: estimated from the log-probs of all sampled "
+        "Of the policy given the prompt, P(y|x), per token (nats). Sampled: estimated from the log-probs of all sampled "
         "tokens. Trained: exact, over the tokens trained on in the post-train space.",
         (("sampled", "response/conditional_entropy", 4), ("trained", "policy/entropy", 5)),
         NAT,
     ),
     Curves(
         "Entropy of P(y)",
-        "Without the prompt, as the pre-train space updates it: per trained token (nat).",
+        "Without the prompt, as the pre-train space updates it: per trained token (nats).",
         (("entropy", "pre_train/entropy", 4),),
         NAT,
         absent="no step was in the pre-train space.",
     ),
     Curves(
         "Log-prob gap to the engine",
-        "|trainer − engine| per token (nat). Both score the same weights, so it should stay near zero.",
+        "|trainer − engine| per token (nats). Both score the same weights, so it should stay near zero.",
         (("mean gap", "mismatch/mean_log_prob_gap", 2), ("largest", "mismatch/max_log_prob_gap", 5)),
-        ValueAxis("nat per token", is_log=True),
+        ValueAxis("nats per token", is_log=True),
         absent="no step was in the post-train space, where trainer and engine score the same sequence.",
     ),
     Curves(
@@ -82,7 +82,7 @@ HEALTH = (
     ),
     Curves(
         "Log-prob gap to the prompt",
-        "|log P(y) − log P(y|x)| per token (nat): how much the prompt matters to the response.",
+        "|log P(y) − log P(y|x)| per token (nats): how much the prompt matters to the response.",
         (("mean gap", "pre_train/mean_log_prob_gap", 4),),
         NAT,
         absent="no step was in the pre-train space.",

@@ -25,7 +25,7 @@ class Sample:
     log-probs."""
     log_probs: Sequence[float]
     """Engine log-prob of every response token given the full prompt, at the sampling temperature; float32. 0 for tokens
-    that are not the policy's. Unit: nat."""
+    that are not the policy's. Unit: nats."""
     text: str
     """Decoded response without special tokens."""
     finish_reason: Literal["stop", "length"]
@@ -53,7 +53,7 @@ class Sample:
 
     @property
     def policy_log_probs(self) -> Sequence[float]:
-        """Log-probs of the tokens that the policy generated. Unit: nat."""
+        """Log-probs of the tokens that the policy generated. Unit: nats."""
         return self.log_probs if self.scored is None else float_array(compress(self.log_probs, self.scored))
 
     @property

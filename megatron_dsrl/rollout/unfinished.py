@@ -39,7 +39,7 @@ class PartialResponse:
     response_ids: Sequence[int] = ()
     """Stored as a compact array, like the log-probs."""
     log_probs: Sequence[float] = ()
-    """Log-prob of every token, float32, from the engine that produced it. Unit: nat."""
+    """Log-prob of every token, float32, from the engine that produced it. Unit: nats."""
     weight_versions: VersionSpans = ()
     finish_reason: Literal["stop", "length"] | None = None
     """None: still to be continued."""

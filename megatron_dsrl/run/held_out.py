@@ -100,7 +100,7 @@ def evaluate_loss(run: TrainingRun, step: int) -> None:
 
 
 def loss_figures(log_probs: Sequence[Tensor]) -> dict[str, float]:
-    """`loss`, the mean negative log-likelihood per token in nat, and what it was measured on.
+    """`loss`, the mean negative log-likelihood per token in nats, and what it was measured on.
 
     Args:
         log_probs: [response tokens] for each response; at least one token in all.

@@ -149,7 +149,7 @@ def _token_metrics(name: str, figures: dict[str, float], space: Space) -> dict[s
 
 
 def log_prob_gap_warning(record: Mapping[str, Any], limit: float) -> str | None:
-    """A warning if trainer and engine log-probs differ by more than `limit` nat, else None.
+    """A warning if trainer and engine log-probs differ by more than `limit` nats, else None.
 
     Only if both had the same weights and the prompt in context: not with tokens of older weights.
     """
@@ -157,6 +157,6 @@ def log_prob_gap_warning(record: Mapping[str, Any], limit: float) -> str | None:
     if gap is None or gap <= limit or "response/older_token_fraction" in record:
         return None
     return (
-        f"warning: trainer and engine log-probs differ by {gap:.3g} nat on average, above "
+        f"warning: trainer and engine log-probs differ by {gap:.3g} nats on average, above "
         f"observability.max_log_prob_gap={limit:g}; see examples/troubleshooting: the log-prob gap is large"
     )

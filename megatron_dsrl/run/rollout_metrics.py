@@ -94,7 +94,7 @@ def generation_metrics(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def entropy_metrics(samples: Sequence[Sample]) -> dict[str, float]:
-    """Entropy per token of the policy that sampled, given the prompt, in nat: `response/conditional_entropy`.
+    """Entropy per token of the policy that sampled, given the prompt, in nats: `response/conditional_entropy`.
 
     The mean of -log P(token | prompt, tokens before) over all tokens that the policy sampled, with the engine's
     log-probs at the sampling temperature. Each term's expectation is the entropy of the distribution that the token was

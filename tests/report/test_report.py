@@ -170,7 +170,7 @@ def test_samples_of_first_middle_and_last_step_are_readable(page: Page) -> None:
     for step in (1, 7, 12):
         assert f"Step {step}" in page.texts
     assert "What is 0 + 0?" in page.text
-    assert "truncated · -0.5 nat per token" in page.text
+    assert "truncated · -0.5 nats per token" in page.text
 
 
 def test_evaluations_are_told_by_step_and_beside_the_paper(page: Page) -> None:

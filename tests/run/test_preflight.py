@@ -150,7 +150,7 @@ def test_cut_distributions_are_named_before_the_start(config) -> None:
     (warning,) = sampling_warnings(rollout)
     assert "rollout.top_p=0.7 and rollout.top_k=20" in warning and "off-policy, and no metric" in warning
     (warning,) = sampling_warnings(rollout.model_copy(update={"top_k": -1}))
-    assert "off-policy (sampled tokens were up to 1.43 times as likely, 0.36 nat)" in warning
+    assert "off-policy (sampled tokens were up to 1.43 times as likely, 0.36 nats)" in warning
 
 
 def test_a_replay_cannot_evaluate(config) -> None:

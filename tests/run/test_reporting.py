@@ -78,7 +78,7 @@ def test_what_was_not_computed_has_no_metrics_of_tokens() -> None:
 
 def test_a_large_gap_between_trainer_and_engine_warns() -> None:
     gap = {"mismatch/mean_log_prob_gap": 0.2}
-    assert "differ by 0.2 nat on average, above observability.max_log_prob_gap=0.1" in log_prob_gap_warning(gap, 0.1)
+    assert "differ by 0.2 nats on average, above observability.max_log_prob_gap=0.1" in log_prob_gap_warning(gap, 0.1)
     assert log_prob_gap_warning(gap, 0.3) is None
     assert log_prob_gap_warning({"pre_train/mean_log_prob_gap": 0.2}, 0.1) is None, "no engine computes P(y)"
     assert log_prob_gap_warning(gap | {"response/older_token_fraction": 0.5}, 0.1) is None, "weights differed"

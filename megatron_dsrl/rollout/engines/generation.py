@@ -36,7 +36,7 @@ class Completion:
     response_ids: Sequence[int]
     """New tokens, including the stop token. Stored as a compact array, like the log-probs."""
     log_probs: Sequence[float]
-    """Log-prob of every new token, float32. Unit: nat."""
+    """Log-prob of every new token, float32. Unit: nats."""
     finish_reason: Literal["stop", "length", "abort"]
     """`length`: the response reached the limit. `abort`: `abort_all` ended it, perhaps before its first token."""
     weight_versions: VersionSpans
