@@ -54,8 +54,8 @@ HEALTH = (
     ),
     Curves(
         "Entropy of P(y|x)",
-        "Of the policy given the prompt, P(y|x), per token (nats). Sampled: estimated from the log-probs of all sampled "
-        "tokens. Trained: exact, over the tokens trained on in the post-train space.",
+        "Of the policy given the prompt, P(y|x), per token (nats). Sampled: estimated from the log-probs of all "
+        "sampled tokens. Trained: exact, over the tokens trained on in the post-train space.",
         (("sampled", "response/conditional_entropy", 4), ("trained", "policy/entropy", 5)),
         NAT,
     ),
