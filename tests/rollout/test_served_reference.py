@@ -44,7 +44,9 @@ def test_log_probs_are_those_that_the_server_samples_with(
     monkeypatch.setenv(API_KEY_VARIABLE, address.key)
     groups = engine_rollout.generate(numbered_prompts(3), 2, engine_rollout.training_sampling, "reference")
     experience = experience_of(groups)
-    scored = ServedReference(ReferenceConfig(url=f"{address.url}/")).log_probs(experience)
+    reference = ServedReference(ReferenceConfig(url=f"{address.url}/"))
+    reference.try_out()
+    scored = reference.log_probs(experience)
     for actual, sampled in zip(scored, experience.engine_log_probs, strict=True):
         torch.testing.assert_close(actual, sampled, rtol=1e-5, atol=1e-5)
 
