@@ -33,10 +33,10 @@ from megatron_dsrl.rollout.engine_health import EngineStates
 from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.client import connect
 from megatron_dsrl.rollout.engines.errors import EnginesLostError
+from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
 from megatron_dsrl.rollout.engines.run_engines import make_engines
 from megatron_dsrl.rollout.engines.server_arguments import UNSET_WEIGHT_VERSION, initial_weight_version
 from megatron_dsrl.rollout.engines.starting_server import StartingServer
-from megatron_dsrl.rollout.engines.weight_push import Bucket
 from megatron_dsrl.rollout.growing_response import Decode, Encode
 from megatron_dsrl.rollout.open_files import requests_at_a_time
 from megatron_dsrl.rollout.rollout import Draw, StepSamples, Value, Watch

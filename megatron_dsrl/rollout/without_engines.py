@@ -20,7 +20,7 @@ from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.rollout import RolloutConfig
 from megatron_dsrl.data.demonstrations import Demonstration
 from megatron_dsrl.data.prompt import Prompt
-from megatron_dsrl.rollout.engines.weight_push import Bucket
+from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
 from megatron_dsrl.rollout.recording import read_batch, rollout_file
 from megatron_dsrl.rollout.rollout import Draw, StepSamples, Value, Watch
 from megatron_dsrl.rollout.sample import Sample, SampleGroup, SamplingParameters, count_tokens

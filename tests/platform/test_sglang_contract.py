@@ -25,9 +25,9 @@ from megatron_dsrl.config.engine_numerics import FP8_BLOCK
 from megatron_dsrl.config.load import load_config
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.platform.cuda import WEIGHT_BROADCAST_VARIABLES
+from megatron_dsrl.rollout.engines.flattened_bucket import BucketMemory, flatten
 from megatron_dsrl.rollout.engines.server_arguments import server_arguments
 from megatron_dsrl.rollout.engines.tensor_layout import FP8_CHECKPOINT, fp8_server_arguments
-from megatron_dsrl.rollout.engines.weight_push import BucketMemory, flatten
 from megatron_dsrl.weights.fp8 import dequantise_blocks, quantise_blocks
 from tests.support.tiny_run import REPOSITORY
 

@@ -23,10 +23,10 @@ from megatron_dsrl.rollout.batch import BatchProgress, RolloutBatch
 from megatron_dsrl.rollout.custom_generation import CustomGeneration
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.engines.errors import EngineError
+from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
 from megatron_dsrl.rollout.engines.server import EngineServer
 from megatron_dsrl.rollout.engines.server_arguments import server_arguments
 from megatron_dsrl.rollout.engines.supervised_server import SupervisedServer
-from megatron_dsrl.rollout.engines.weight_push import Bucket
 from megatron_dsrl.rollout.growing_response import GrowingResponse
 from megatron_dsrl.rollout.sample import SampleGroup, SamplingParameters
 from megatron_dsrl.rollout.seeds import seeds_of_batch

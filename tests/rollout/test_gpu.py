@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
-from megatron_dsrl.rollout.engines.weight_push import Bucket
+from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
 from tests.support.engine import started_rollout, tiny_run_config, weights_checker
 from tests.support.tiny_model import make_tiny_qwen3
 

@@ -10,7 +10,7 @@ from transformers import Qwen3ForCausalLM
 from megatron_dsrl.rollout.batch import BatchProgress, RolloutBatch
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.engines.errors import EngineError, StaleWeightsError
-from megatron_dsrl.rollout.engines.weight_push import Bucket
+from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
 from megatron_dsrl.rollout.rollout import unwatched
 from megatron_dsrl.rollout.unfinished import UnfinishedGroup
 from tests.support.engine import STOP_TOKEN_ID, batch_request, dispatch, numbered_prompts, transformers_log_probs

@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 
 from megatron_dsrl.doctor.doctor import LOCK_FILES, read_pins
 from megatron_dsrl.model.architecture import read_architecture
-from megatron_dsrl.rollout.engines.weight_push import BucketMemory, flatten, serialise
+from megatron_dsrl.rollout.engines.flattened_bucket import BucketMemory, flatten, serialise
 from tests.support.tiny_run import REPOSITORY
 from tools.gpu_probe import bucket_code
 from tools.gpu_probe.packages import import_problem
@@ -156,6 +156,11 @@ def probe(folder: Path, environment: dict[str, str], *arguments: str) -> dict[st
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-10000:] + done.stderr
     return {result["name"]: result for result in json.loads((folder / "record.json").read_text())["results"]}
+
+
+def test_every_part_can_be_imported_with_the_listed_packages(tmp_path) -> None:
+    imports = "import tools.gpu_probe.__main__, tools.gpu_probe.device, tools.gpu_probe.trainer"
+    subprocess.run([sys.executable, "-c", imports], cwd=REPOSITORY, env=bare_machine(tmp_path), check=True, timeout=120)
 
 
 @pytest.mark.slow

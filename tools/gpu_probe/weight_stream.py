@@ -12,7 +12,7 @@ from typing import Any
 from megatron_dsrl.actor.actor import Actor
 from megatron_dsrl.platform import current_platform
 from megatron_dsrl.platform.weight_digest import weight_digest
-from megatron_dsrl.rollout.engines.weight_push import BucketMemory, flatten, serialise
+from megatron_dsrl.rollout.engines.flattened_bucket import BucketMemory, flatten, serialise
 from tools.gpu_probe.clock import seconds_of
 from tools.gpu_probe.reports import Figures
 from tools.gpu_record.machine import ROOT

@@ -21,13 +21,14 @@ from megatron_dsrl.platform.engine import LOOPBACK, compiles_kernels, engine_env
 from megatron_dsrl.rollout.engines.address import EngineAddress, address_towards, draw_key
 from megatron_dsrl.rollout.engines.client import EngineClient, MemoryTag
 from megatron_dsrl.rollout.engines.errors import EngineError, LostEngineError
+from megatron_dsrl.rollout.engines.flattened_bucket import Bucket, BucketMemory
 from megatron_dsrl.rollout.engines.server import EngineServer
 from megatron_dsrl.rollout.engines.server_arguments import engine_threads, server_arguments
 from megatron_dsrl.rollout.engines.starting_server import StartingServer
 from megatron_dsrl.rollout.engines.supervised_server import SupervisedServer, warm_up
 from megatron_dsrl.rollout.engines.tensor_layout import quantised_buckets
 from megatron_dsrl.rollout.engines.weight_check import WeightCheck
-from megatron_dsrl.rollout.engines.weight_push import Bucket, BucketMemory, check_shared_memory, push_weights
+from megatron_dsrl.rollout.engines.weight_push import check_shared_memory, push_weights
 
 LOOPBACK_INTERFACE = "lo"
 

@@ -22,10 +22,10 @@ from megatron_dsrl.platform.engine import feed_forward_multiple
 from megatron_dsrl.rollout.engines.address import API_KEY_VARIABLE, EngineAddress, external_key
 from megatron_dsrl.rollout.engines.client import EngineClient, MemoryTag
 from megatron_dsrl.rollout.engines.errors import EngineError
+from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
 from megatron_dsrl.rollout.engines.tensor_layout import EngineLayout, quantised_buckets
 from megatron_dsrl.rollout.engines.weight_broadcast import ServerLink, broadcast_weights
 from megatron_dsrl.rollout.engines.weight_check import SentWeights, lines_of_ranks, mismatch_message
-from megatron_dsrl.rollout.engines.weight_push import Bucket
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.client import MemoryTag
 from megatron_dsrl.rollout.engines.engine_group import EngineGroup
 from megatron_dsrl.rollout.engines.external_engines import ExternalEngines
+from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
 from megatron_dsrl.rollout.engines.server_arguments import initial_weight_version
 from megatron_dsrl.rollout.engines.starting_server import StartingServer
-from megatron_dsrl.rollout.engines.weight_push import Bucket
 
 
 class Engines(Protocol):

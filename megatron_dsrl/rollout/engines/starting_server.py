@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -150,11 +150,26 @@ def end_processes(server: "subprocess.Popen[bytes]") -> None:
     spawned = processes_of(server.pid)[1:]
     server.kill()
     server.wait()
-    deadline = time.monotonic() + STOP_GRACE_SECONDS
-    while any(map(_is_alive, spawned)) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    _wait_for_the_end_of(spawned)
+    late = _processes_of_group(server.pid)  # such as one that the server was just starting
     with suppress(ProcessLookupError):
         os.killpg(server.pid, signal.SIGKILL)
+    _wait_for_the_end_of(late)
+
+
+def _wait_for_the_end_of(processes: Sequence[psutil.Process]) -> None:
+    deadline = time.monotonic() + STOP_GRACE_SECONDS
+    while any(map(_is_alive, processes)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def _processes_of_group(group: int) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if os.getpgid(process.pid) == group:
+                found.append(process)
+    return found
 
 
 def _is_alive(process: psutil.Process) -> bool:

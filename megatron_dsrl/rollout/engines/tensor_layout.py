@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron_dsrl.config.engine_numerics import FP8_BLOCK
 from megatron_dsrl.model.architecture import Architecture
-from megatron_dsrl.rollout.engines.weight_push import Bucket
+from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
 from megatron_dsrl.weights.fp8 import dequantise_blocks, quantise_blocks
 
 VOCABULARY_MULTIPLE = 64

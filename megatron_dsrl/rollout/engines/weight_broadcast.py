@@ -30,7 +30,7 @@ from megatron_dsrl.platform.engine import weight_broadcast_backend
 from megatron_dsrl.rollout.engines.address import EngineAddress, address_towards
 from megatron_dsrl.rollout.engines.client import EngineClient
 from megatron_dsrl.rollout.engines.errors import EngineError
-from megatron_dsrl.rollout.engines.weight_push import Bucket, BucketMemory, flatten
+from megatron_dsrl.rollout.engines.flattened_bucket import Bucket, BucketMemory, flatten
 
 POLL_SECONDS = 0.001
 LEAVE_SECONDS = 10.0

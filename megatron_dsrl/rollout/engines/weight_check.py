@@ -26,8 +26,8 @@ from megatron_dsrl.platform.weight_digest import weight_digest
 from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.client import EngineClient
 from megatron_dsrl.rollout.engines.errors import EngineError
+from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
 from megatron_dsrl.rollout.engines.tensor_layout import EngineLayout, as_the_engine_compares
-from megatron_dsrl.rollout.engines.weight_push import Bucket
 
 NAMES_IN_MESSAGE = 8
 

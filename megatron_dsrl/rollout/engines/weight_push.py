@@ -2,26 +2,16 @@
 
 Only handles travel over HTTP: the engine opens the trainer's memory (CUDA IPC, or shared memory on CPU) and copies. On
 CPU the next bucket is filled meanwhile.
-
-A bucket is one byte tensor and a table of the tensors in it: SGLang's `flattened_bucket` load format. It is
-reimplemented here because importing SGLang patches Transformers in the trainer's process.
 """
 
 import asyncio
-import base64
-import io
 import shutil
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import Future
 from functools import partial
-from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-import torch
 import torch.distributed
-import torch.multiprocessing  # noqa: F401  (teaches ForkingPickler to share tensors)
 
 from megatron_dsrl.common.collective import first_problem, gather_within
 from megatron_dsrl.common.errors import UserError
@@ -31,79 +21,13 @@ from megatron_dsrl.config.run import RolloutSettings
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.source import resolve_model_folder
 from megatron_dsrl.planning.parameters import parameters_of_model
-from megatron_dsrl.platform.engine import tensor_sharing
 from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.client import EngineClient
 from megatron_dsrl.rollout.engines.errors import EngineError
+from megatron_dsrl.rollout.engines.flattened_bucket import Bucket, BucketMemory, flatten, serialise
 
-Bucket = list[tuple[str, torch.Tensor]]
-"""Full, HF-named tensors."""
-
-ALIGNMENT_BYTES = 16
-"""Alignment of tensors in a bucket, so that it may mix dtypes."""
 SHARED_MEMORY = Path("/dev/shm")
 BYTES_PER_PARAMETER = {"float32": 4, "bfloat16": 2}
-
-
-class BucketMemory:
-    """Memory of buckets until the engine has copied them.
-
-    On CPU two buckets take turns in shared memory, because new pages cost more than the copies; this object keeps both,
-    each as large as the largest bucket that it has held. On CUDA every bucket gets its own memory: PyTorch does not
-    reuse shared memory until the other process has released it and its copies are done.
-    """
-
-    def __init__(self) -> None:
-        self._shared = [torch.empty(0, dtype=torch.uint8)] * 2
-
-    def holds_two(self, device: torch.device) -> bool:
-        """Whether a bucket can be filled while the engine copies the previous one. On CUDA it would take more of the
-        GPU's memory, and save the milliseconds of a copy within it."""
-        return device.type == "cpu"
-
-    def take(self, num_bytes: int, device: torch.device) -> torch.Tensor:
-        """Uninitialised bytes, [num_bytes] uint8. The engine must have confirmed all buckets that it has received, and
-        on CPU all but the last one."""
-        if device.type != "cpu":
-            return torch.empty(num_bytes, dtype=torch.uint8, device=device)
-        self._shared.reverse()
-        if len(self._shared[0]) < num_bytes:
-            with tensor_sharing():
-                self._shared[0] = torch.empty(num_bytes, dtype=torch.uint8).share_memory_()
-        return self._shared[0][:num_bytes]
-
-
-def flatten(bucket: Bucket, memory: BucketMemory, alignment_bytes: int = ALIGNMENT_BYTES) -> dict[str, Any]:
-    """One byte tensor that holds all tensors of the bucket, of which there is at least one, and the table of their
-    offsets, multiples of `alignment_bytes`."""
-    assert bucket, "a bucket holds at least one tensor"
-    table, offset, padded = [], 0, []
-    for name, tensor in bucket:
-        size = tensor.nbytes
-        table.append(
-            SimpleNamespace(
-                name=name, shape=tensor.shape, dtype=tensor.dtype, start_idx=offset, end_idx=offset + size, numel=size
-            )
-        )
-        padded.append(-(-size // alignment_bytes) * alignment_bytes)
-        offset += padded[-1]
-    flattened = memory.take(offset, bucket[0][1].device)
-    tensors = [tensor.detach() for _, tensor in bucket]
-    dtype = tensors[0].dtype
-    if any(tensor.dtype != dtype for tensor in tensors):
-        tensors, dtype = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors], torch.uint8
-    places = flattened.view(dtype).split([size // dtype.itemsize for size in padded])
-    views = [place[: tensor.numel()].view(tensor.shape) for place, tensor in zip(places, tensors, strict=True)]
-    torch._foreach_copy_(views, tensors)  # on CUDA one kernel for many tensors
-    return {"flattened_tensor": flattened, "metadata": table}
-
-
-def serialise(flattened: dict[str, Any]) -> str:
-    """Base64 of a pickle with a handle to the tensor's memory. It can be opened once."""
-    stream = io.BytesIO()
-    with tensor_sharing():
-        ForkingPickler(stream).dump(flattened)
-    return base64.b64encode(stream.getvalue()).decode("ascii")
 
 
 def push_weights(

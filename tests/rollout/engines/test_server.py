@@ -303,7 +303,7 @@ def test_the_engine_dies_with_a_killed_owner(tiny_model_folder, tmp_path) -> Non
 
 def test_refused_weights_are_an_error(engine_rollout) -> None:
     from megatron_dsrl.rollout.engines.client import EngineClient
-    from megatron_dsrl.rollout.engines.weight_push import BucketMemory, flatten, serialise
+    from megatron_dsrl.rollout.engines.flattened_bucket import BucketMemory, flatten, serialise
 
     async def update_without_begin() -> None:
         async with EngineClient(engine_rollout.engine_addresses[0], timeout_seconds=20.0) as client:

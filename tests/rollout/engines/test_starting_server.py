@@ -1,6 +1,8 @@
 """A server process that is started before its arguments are known."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -8,8 +10,9 @@ import pytest
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.rollout.engines.server import EngineServer
-from megatron_dsrl.rollout.engines.starting_server import StartingServer, starting_server
-from tests.support.engine import tiny_run_config
+from megatron_dsrl.rollout.engines.starting_server import StartingServer, end_processes, starting_server
+from tests.support.engine import processes_of_group, tiny_run_config
+from tests.support.waiting import wait_until
 
 
 def test_a_process_that_never_serves_is_ended(tiny_model_folder) -> None:
@@ -26,6 +29,15 @@ def test_only_owners_of_an_engine_start_one(tiny_model_folder, monkeypatch, engi
     monkeypatch.setenv("WORLD_SIZE", "2")
     with starting_server(tiny_run_config(tiny_model_folder, **engine)) as server:
         assert server is None
+
+
+def test_a_process_that_its_parent_has_left_behind_has_ended_as_well() -> None:
+    """It takes a while to end, as large processes do, and is no descendant of the server any more."""
+    many_pages = f"{sys.executable} -c 'x = bytearray(3 * 10**8); x[::4096] = x[::4096]; import time; time.sleep(60)'"
+    server = subprocess.Popen(["sh", "-c", f"({many_pages} &); sleep 60"], start_new_session=True)
+    wait_until(lambda: any(each.memory_info().rss > 2e8 for each in processes_of_group(server.pid)), 20)
+    end_processes(server)
+    assert processes_of_group(server.pid) == []
 
 
 def test_what_it_wrote_before_it_served_is_in_the_log(tmp_path) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.platform.weight_digest import weight_digest
+from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
 from megatron_dsrl.rollout.engines.tensor_layout import (
     EngineLayout,
     as_the_engine_compares,
@@ -15,7 +16,6 @@ from megatron_dsrl.rollout.engines.tensor_layout import (
     quantised_buckets,
 )
 from megatron_dsrl.rollout.engines.weight_check import SentWeights
-from megatron_dsrl.rollout.engines.weight_push import Bucket
 from megatron_dsrl.weights.fp8 import dequantise_blocks
 from tests.support.tiny_model import make_tiny_qwen3
 

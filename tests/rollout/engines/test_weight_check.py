@@ -12,9 +12,10 @@ from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.engines.address import EngineAddress
 from megatron_dsrl.rollout.engines.errors import EngineError
+from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
 from megatron_dsrl.rollout.engines.tensor_layout import EngineLayout
 from megatron_dsrl.rollout.engines.weight_check import SentWeights, WeightCheck, check_weights
-from megatron_dsrl.rollout.engines.weight_push import Bucket, push_weights
+from megatron_dsrl.rollout.engines.weight_push import push_weights
 from tests.support.engine import tiny_run_config
 
 TIMEOUT_SECONDS = 60.0

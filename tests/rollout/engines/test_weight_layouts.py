@@ -18,7 +18,7 @@ from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.build import build_model
 from megatron_dsrl.model.parallel import destroy_parallel, parallel_layout
 from megatron_dsrl.rollout.engines.engine_group import EngineGroup
-from megatron_dsrl.rollout.engines.weight_push import Bucket
+from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
 from megatron_dsrl.weights.load import load_hf_weights
 from megatron_dsrl.weights.stream import stream_hf_weights
 from megatron_dsrl.weights.table import weight_table

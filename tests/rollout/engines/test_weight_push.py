@@ -14,15 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.rollout.engines.weight_push import (
-    ALIGNMENT_BYTES,
-    SHARED_MEMORY,
-    Bucket,
-    BucketMemory,
-    check_shared_memory,
-    flatten,
-    push_weights,
-)
+from megatron_dsrl.rollout.engines.flattened_bucket import ALIGNMENT_BYTES, Bucket, BucketMemory, flatten
+from megatron_dsrl.rollout.engines.weight_push import SHARED_MEMORY, check_shared_memory, push_weights
 from tests.support.engine import server_process, tiny_run_config
 
 STOPPED_SECONDS = 1.0
