@@ -68,6 +68,7 @@ def visits(steps: Iterable[tuple[int, Sequence[SampleGroup]]]) -> list[Visit]:
 
 
 def outcome_of(group: SampleGroup) -> Outcome:
+    """Solved or unsolved if all rewards of the group say so, otherwise mixed."""
     rewards = [sample.reward for sample in group.samples]
     return "solved" if min(rewards) >= 1 else "unsolved" if max(rewards) <= 0 else "mixed"
 

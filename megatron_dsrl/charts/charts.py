@@ -82,6 +82,7 @@ def stacked_chart(
 
 
 def draw(source: ChartSource, frame: Frame = SMALL) -> Chart:
+    """The chart of its source, whose series share their steps."""
     axes, shapes = (_lines if source.kind == "lines" else _areas)(source, frame)
     steps, series = source.all_steps(), source.series
     content = "".join([*phase_bands(axes, source.phases), *grid(axes), *shapes, cursor(axes)])

@@ -82,6 +82,7 @@ def names(text: str) -> list[str]:
 
 
 def positive(text: str) -> int:
+    """For `type=`: an integer above 0. Raises ArgumentTypeError for anything else."""
     value = int(text) if text.isdecimal() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
@@ -89,6 +90,7 @@ def positive(text: str) -> int:
 
 
 def positive_number(text: str) -> float:
+    """For `type=`: a finite number above 0. Raises ArgumentTypeError for anything else."""
     try:
         value = float(text)
     except ValueError:

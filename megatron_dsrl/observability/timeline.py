@@ -58,6 +58,7 @@ def no_span(name: str) -> AbstractContextManager[None]:
 
 
 def trace_file(run_folder: Path, rank: int) -> Path:
+    """The timeline file of a rank, which it records to."""
     return run_folder / TRACE_FOLDER / f"rank_{rank:05d}.jsonl"
 
 

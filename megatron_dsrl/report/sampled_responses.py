@@ -13,7 +13,7 @@ from megatron_dsrl.rollout.sample import Sample, SampleGroup
 GROUPS_PER_STEP = 3
 SAMPLES_PER_GROUP = 8
 MAX_CHARACTERS = 12_000
-"""Of a prompt or a response."""
+"""Limit for a prompt and for a response; what is longer loses its middle."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class ShownGroup:
     hidden_samples: int
     """Further samples of the group that are only in the rollout file."""
     mean_reward: float
-    """Of all its samples."""
+    """Mean reward of all samples of the group."""
 
 
 def shown_steps(run_folder: Path, steps: Sequence[int]) -> dict[int, list[ShownGroup]]:

@@ -42,7 +42,7 @@ LONGEST_REPORT = 10_000  # sandbox_process.LONGEST_REPORT
 END_SECONDS = 5.0
 """The sandbox keeps the time itself; a caller that has waited this much longer kills it."""
 PREFIX = "dsrl-code-"
-"""Of the temporary folders of programs that are not isolated."""
+"""Beginning of the names of temporary folders, for programs that are not isolated."""
 NEW_SECONDS = 60.0
 """A younger folder may be about to be locked by its owner."""
 

@@ -23,6 +23,7 @@ class WorkerProcess(ForkServerProcess):
     """A worker; it has SIGTERM blocked."""
 
     def start(self) -> None:
+        """Start the worker, and the fork server if it has died since the last start."""
         start_fork_server()  # it may have died since the last one
         super().start()
 

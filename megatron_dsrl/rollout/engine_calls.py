@@ -50,11 +50,13 @@ class EngineChoice:
 
     @property
     def expected_response_tokens(self) -> float:
+        """The mean length of the responses so far, or their limit until there is one."""
         if self._finished_responses == 0:
             return self.max_response_tokens
         return self._finished_tokens / self._finished_responses
 
     def load_of(self, groups: list[UnfinishedGroup]) -> Load:
+        """The requests of a call with these groups, and the tokens that it is expected to cost."""
         tokens = 0.0
         for group in groups:
             tokens += len(group.prompt.token_ids)

@@ -202,6 +202,7 @@ class EngineRollout:
         self._engines.restart_lost()
 
     def load_weights(self, make_buckets: Callable[[], Iterable[Bucket]], version: int) -> None:
+        """As `Rollout.load_weights`; lost engines are restarted first."""
         lost = broadcast(dict(self._states.lost))
         self._engines.lose(lost)
         self._newest_version, self._states.is_loading = version, True
@@ -228,6 +229,7 @@ class EngineRollout:
             self._engines.resume_memory(["kv_cache"])
 
     def close(self) -> None:
+        """End the engines and the verifier's processes. May be called after a failed start."""
         self._steps.close()
         self._engines.close()
         if self._rewards is not None:

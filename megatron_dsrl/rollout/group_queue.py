@@ -134,8 +134,8 @@ class GroupQueue:
             return [result for result in results if result is not None], list(self._rejected)
 
     def take_step(self, groups: int, rejected: int, wanted: int) -> None:
-        """Remove what `next_step` has returned: so many groups, and so many that were not accepted. The places of the
-        `wanted` groups stay closed until `open`."""
+        """Remove what `next_step` has returned: the first `groups`, and the first `rejected` of those not accepted. The
+        places of the `wanted` groups stay closed until `open`."""
         with self._changed:
             for _ in range(groups):
                 self._places.popleft()

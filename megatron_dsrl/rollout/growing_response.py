@@ -78,6 +78,7 @@ class GrowingResponse:
 
     @property
     def token_ids(self) -> tuple[int, ...]:
+        """The response so far."""
         return self._token_ids
 
     @property
@@ -87,6 +88,7 @@ class GrowingResponse:
 
     @property
     def remaining_tokens(self) -> int:
+        """Number of tokens that still fit into the response."""
         return self._limit - len(self._token_ids)
 
     async def sample(self, max_new_tokens: int | None = None, stop_token_ids: Sequence[int] = ()) -> Turn:

@@ -182,6 +182,7 @@ class CarryOverWrite:
     folder: Path
 
     def write(self) -> list[Path]:
+        """Write the file and return it; nothing to write on ranks other than 0."""
         if self.carried is None:
             return []
         self.carried.write(self.folder / CARRY_OVER_FILE)

@@ -75,6 +75,11 @@ class ExternalEngines:
                 link.disconnect()
 
     def restart_lost(self) -> None:
+        """Wait until lost servers, which their owner restarts, answer again.
+
+        Raises:
+            UserError: one does not answer within `engine.startup_timeout_seconds`. Raised on every rank.
+        """
         error = broadcast(run_interruptible(self._wait_for_lost()) if rank() == 0 else None)
         if error is not None:
             raise UserError(error)

@@ -32,7 +32,7 @@ def test_only_owners_of_an_engine_start_one(tiny_model_folder, monkeypatch, engi
 
 
 def test_a_process_that_its_parent_has_left_behind_has_ended_as_well() -> None:
-    """It takes a while to end, as large processes do, and is no descendant of the server any more."""
+    """It is no longer a descendant of the server, and takes a while to end, as large processes do."""
     many_pages = f"{sys.executable} -c 'x = bytearray(3 * 10**8); x[::4096] = x[::4096]; import time; time.sleep(60)'"
     server = subprocess.Popen(["sh", "-c", f"({many_pages} &); sleep 60"], start_new_session=True)
     wait_until(lambda: any(each.memory_info().rss > 2e8 for each in processes_of_group(server.pid)), 20)
