@@ -54,10 +54,10 @@ def isolation() -> None:
 @pytest.fixture(scope="session")
 def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An HF folder with the tiny random Qwen3 that the shared engine starts from."""
-    from tests.support.tiny_model import make_tiny_qwen3
+    from tests.support.tiny_model import LONG_CONTEXT_TOKENS, make_tiny_qwen3
 
     folder = tmp_path_factory.mktemp("tiny_qwen3")
-    make_tiny_qwen3(folder, tied=True)
+    make_tiny_qwen3(folder, tied=True, context_tokens=LONG_CONTEXT_TOKENS)
     return folder
 
 

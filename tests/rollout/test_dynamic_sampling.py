@@ -50,7 +50,8 @@ def settings(folder: Path, **limits: float) -> RunConfig:
 
 def test_the_surplus_is_aborted_as_soon_as_there_are_enough(rollout, tiny_model_folder, calls, monkeypatch) -> None:
     config = settings(tiny_model_folder, oversampling=6.0)
-    sampling = replace(rollout.training_sampling, max_response_tokens=400)
+    # The longest responses take seconds more than the first groups.
+    sampling = replace(rollout.training_sampling, max_response_tokens=4000)
     monkeypatch.setattr(rollout, "training_sampling", sampling)
     rollout.generate(PROMPTS[:1], 1, rollout.training_sampling, "warm up")  # and the verifier's processes
     calls.clear()

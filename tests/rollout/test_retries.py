@@ -23,6 +23,8 @@ from tests.support.engine import batch_request, dispatch, numbered_prompts
 from tests.support.failing_proxy import FailingProxy, Failure
 
 SAMPLES, RESPONSE_TOKENS = 2, 24
+LONG_RESPONSE_TOKENS = 2000
+"""More than four seconds, so that there is time to interrupt them on a busy machine."""
 PROMPTS = numbered_prompts(2)
 
 
@@ -134,8 +136,7 @@ def test_the_step_limit_names_the_unfinished_prompts(behind) -> None:
 
 
 def test_what_the_engine_aborts_itself_goes_on_where_it_stopped(behind, at_once) -> None:
-    """Long enough to be in the middle of it."""
-    undisturbed, _, _ = behind.sample(tokens=400)
+    undisturbed, _, _ = behind.sample(tokens=LONG_RESPONSE_TOKENS)
     behind.ended.clear()
 
     async def abort_once(proxy: FailingProxy) -> None:
@@ -145,7 +146,9 @@ def test_what_the_engine_aborts_itself_goes_on_where_it_stopped(behind, at_once)
                 if len(proxy.calls) == 1:
                     await client.abort_all()
 
-    groups, proxy, retries = behind.sample(tokens=400, meanwhile=lambda proxy: asyncio.run(abort_once(proxy)))
+    groups, proxy, retries = behind.sample(
+        tokens=LONG_RESPONSE_TOKENS, meanwhile=lambda proxy: asyncio.run(abort_once(proxy))
+    )
 
     assert tokens_of(groups) == tokens_of(undisturbed) and retries == 1
     first, second = proxy.calls
@@ -153,10 +156,10 @@ def test_what_the_engine_aborts_itself_goes_on_where_it_stopped(behind, at_once)
         len(longer) - len(prompt)
         for longer, prompt in zip(second.body["input_ids"], first.body["input_ids"], strict=True)
     ]
-    assert all(0 < count < 400 for count in kept), "what there was is not sampled again"
+    assert all(0 < count < LONG_RESPONSE_TOKENS for count in kept), "what there was is not sampled again"
     assert [(call.outcome, call.tokens) for call in behind.ended] == [
         ("aborted", sum(kept)),
-        ("done", SAMPLES * 400 - sum(kept)),
+        ("done", SAMPLES * LONG_RESPONSE_TOKENS - sum(kept)),
     ]
 
 

@@ -43,6 +43,10 @@ HEAD_DIM = 32
 """Head dimension of both Qwen3 families; not hidden size / heads, which is 16."""
 
 
+LONG_CONTEXT_TOKENS = 4096
+"""A response that fills it takes an engine on CPU more than eight seconds: enough to interrupt it on a busy machine."""
+
+
 class WeightOptions(TypedDict, total=False):
     """Options of all tiny models."""
 
@@ -60,6 +64,7 @@ def make_tiny_qwen3(
     tied: bool,
     vocab_size: int = 128,
     head_dim: int = HEAD_DIM,
+    context_tokens: int = 512,
     rope: dict[str, Any] | None = None,
     **options: Unpack[WeightOptions],
 ) -> Qwen3ForCausalLM:
@@ -73,10 +78,11 @@ def make_tiny_qwen3(
         tied: input embedding and output head are one tensor.
         vocab_size: rows of the embedding.
         head_dim: attention kernels on GPUs are made for 64, 128 and 256.
+        context_tokens: longest sequence; `LONG_CONTEXT_TOKENS` for tests that interrupt a response.
         rope: `rope_parameters` of config.json; None: plain.
         options: see `WeightOptions`.
     """
-    sizes = SIZES if rope is None else SIZES | {"rope_parameters": rope}
+    sizes = SIZES | {"max_position_embeddings": context_tokens} | ({} if rope is None else {"rope_parameters": rope})
     config = Qwen3Config(**sizes, vocab_size=vocab_size, head_dim=head_dim, tie_word_embeddings=tied)
     return _write(Qwen3ForCausalLM, config, folder, **options)
 

@@ -38,16 +38,18 @@ from tests.support.engine import (
     transformers_log_probs,
     weights_checker,
 )
-from tests.support.tiny_model import make_tiny_qwen3
+from tests.support.tiny_model import LONG_CONTEXT_TOKENS, make_tiny_qwen3
 from tests.support.tiny_run import copy_until, dsrl, write_tiny_run
 
 KEY = "key-of-the-test"
+LONG_RESPONSE_TOKENS = 4000
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("external") / "model"
-    make_tiny_qwen3(folder, tied=False, vocab_size=101)  # the sizes of some tensors are not multiples of 16 bytes
+    # The sizes of some tensors are not multiples of 16 bytes.
+    make_tiny_qwen3(folder, tied=False, vocab_size=101, context_tokens=LONG_CONTEXT_TOKENS)
     return folder
 
 
@@ -96,13 +98,13 @@ def test_new_weights_take_over_in_the_middle_of_responses(rollout, server, folde
             parameter.mul_(1.05)
     policies[2].save_pretrained(tmp_path / "changed")
     requests = [
-        [SampleRequest(tuple(range(10 + start, 30 + start)), seed=start + each, max_new_tokens=200) for each in (0, 1)]
+        [SampleRequest(tuple(range(10 + start, 30 + start)), seed=start + each, max_new_tokens=1000) for each in (0, 1)]
         for start in (0, 5, 9)
     ]
 
     async def push_beside_generation() -> list[list[Completion]]:
         async with EngineClient(server.address, timeout_seconds=60.0) as client:
-            sampling = SamplingParameters(200, stop_token_ids=())
+            sampling = SamplingParameters(1000, stop_token_ids=())
             running = [asyncio.create_task(client.generate(each, sampling)) for each in requests]
             await asyncio.sleep(0.3)
             await asyncio.to_thread(rollout.load_weights, lambda: buckets_of(tmp_path / "changed"), 2)
@@ -154,9 +156,10 @@ def test_a_server_that_hangs_gets_the_weights_when_it_goes_on(server, folder, mo
 
 def test_what_an_earlier_run_has_left_is_ended(rollout, server, folder) -> None:
     async def begin_and_push() -> Completion:
-        request = SampleRequest(tuple(range(20)), seed=0, max_new_tokens=450)
+        request = SampleRequest(tuple(range(20)), seed=0, max_new_tokens=LONG_RESPONSE_TOKENS)
+        sampling = SamplingParameters(LONG_RESPONSE_TOKENS, stop_token_ids=())
         async with EngineClient(server.address, timeout_seconds=60.0) as client:
-            left = asyncio.create_task(client.generate([request], SamplingParameters(450, stop_token_ids=())))
+            left = asyncio.create_task(client.generate([request], sampling))
             await asyncio.sleep(0.3)
             opened = asyncio.create_task(client.begin_weight_update())  # waits for the request
             await asyncio.to_thread(rollout.load_weights, lambda: buckets_of(folder), 5)
@@ -165,7 +168,7 @@ def test_what_an_earlier_run_has_left_is_ended(rollout, server, folder) -> None:
 
     completion = asyncio.run(begin_and_push())
 
-    assert completion.finish_reason == "abort" and len(completion.response_ids) < 450
+    assert completion.finish_reason == "abort" and len(completion.response_ids) < LONG_RESPONSE_TOKENS
 
 
 def test_a_refusal_ends_the_broadcast(server, folder, monkeypatch) -> None:
