@@ -14,6 +14,7 @@ from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
 from megatron_dsrl.rollout.rollout import unwatched
 from megatron_dsrl.rollout.unfinished import UnfinishedGroup
 from tests.support.engine import STOP_TOKEN_ID, batch_request, dispatch, numbered_prompts, transformers_log_probs
+from tests.support.tiny_model import LONG_CONTEXT_TOKENS
 
 LOG_PROB_TOLERANCE = 1e-4
 
@@ -133,7 +134,7 @@ def test_rewards_and_text_come_with_every_sample(engine_rollout, policy) -> None
 
 
 def test_a_prompt_that_does_not_fit_is_an_error(engine_rollout, policy) -> None:
-    too_long = replace(numbered_prompts(1)[0], token_ids=(5,) * 600)
+    too_long = replace(numbered_prompts(1)[0], token_ids=(5,) * (LONG_CONTEXT_TOKENS + 1))
 
     with pytest.raises(EngineError, match="refused /generate"):
         engine_rollout.generate([too_long], 1, engine_rollout.training_sampling, "test")
