@@ -64,11 +64,16 @@ class Asynchronous(StepSampling):
         if self._config.rollout.dynamic_sampling:
             metrics |= dynamic_sampling_metrics(groups, others, self._wanted)
         self._began = time.perf_counter()
-        # only now: an interrupted step leaves all groups where they are
-        self._queue.take_step(len(groups), len(others), self._wanted)
-        metrics["asynchronous/finished_groups"] = self._queue.num_finished
+        metrics["asynchronous/finished_groups"] = self._queue.num_finished - len(groups)
         metrics["asynchronous/unfinished_groups"] = len(self._queue.unfinished)
-        return StepSamples(groups, others, metrics, count_tokens(groups + others), self._began - began)
+        return StepSamples(
+            groups,
+            others,
+            metrics,
+            count_tokens(groups + others),
+            self._began - began,
+            commit=lambda: self._queue.take_step(len(groups), len(others), self._wanted),
+        )
 
     def close(self) -> None:
         """Abort what is in flight."""
@@ -122,7 +127,7 @@ class Asynchronous(StepSampling):
         expired: list[SampleGroup] = []
         for group in carried.finished:
             is_in_time = step + len(fresh) // self._wanted - group.oldest_version <= self._max_staleness
-            (fresh if is_in_time else expired).append(group)
+            (fresh if is_in_time or not self._accepts(group) else expired).append(group)
         prompts = [group.prompt for group in expired]
         seeds = seeds_of_batch(
             self._config.seed, stream_of_round(step, 1), prompts, self._config.rollout.samples_per_prompt

@@ -11,7 +11,7 @@ The trainer's thread adds groups and takes finished ones; the thread of the engi
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -49,7 +49,7 @@ class GroupQueue:
         self._next_position = 0
         self._again: list[Place] = []
         """In flight when a batch ended; the next one begins with them."""
-        self._rejected: list[SampleGroup] = []
+        self._rejected: list[Place] = []
         self._new: list[UnfinishedGroup] = []
         """Added since the last `take_step`."""
         self._closed = False
@@ -78,7 +78,7 @@ class GroupQueue:
             place.result = group
             if not self._accept(group):
                 self._places.remove(place)
-                self._rejected.append(group)
+                self._rejected.append(place)
         self.notify()
 
     def is_enough(self) -> bool:
@@ -95,7 +95,8 @@ class GroupQueue:
     def restore(self, finished: Sequence[SampleGroup], unfinished: Sequence[UnfinishedGroup]) -> None:
         """Begin with the groups of a checkpoint; unfinished ones are sampled from their first token."""
         with self._changed:
-            self._places.extend(Place(None, group) for group in finished)
+            for group in finished:
+                (self._places if self._accept(group) else self._rejected).append(Place(None, group))
             self._waiting.extend(unfinished)
         self.wake.set()
 
@@ -130,8 +131,7 @@ class GroupQueue:
     def next_step(self, wanted: int) -> tuple[list[SampleGroup], list[SampleGroup]]:
         """The groups that the next step takes, and those that were not accepted since the last one."""
         with self._changed:
-            results = [place.result for place in islice(self._places, wanted)]
-            return [result for result in results if result is not None], list(self._rejected)
+            return _results(islice(self._places, wanted)), _results(self._rejected)
 
     def take_step(self, groups: int, rejected: int, wanted: int) -> None:
         """Remove what `next_step` has returned: the first `groups`, and the first `rejected` of those not accepted. The
@@ -166,9 +166,13 @@ class GroupQueue:
 
     @property
     def left(self) -> CarryOver:
-        """What is in the queue, without what was added since the last `take_step`."""
+        """What is in the queue or was not accepted, without what was added since the last `take_step`."""
         with self._changed:
             new = set(map(id, self._new))
-            results = [place.result for place in self._places if id(place.group) not in new]
+            older = (place for place in [*self._places, *self._rejected] if id(place.group) not in new)
             unfinished = tuple(group for group in self.unfinished if id(group) not in new)
-            return CarryOver(tuple(result for result in results if result is not None), unfinished)
+            return CarryOver(tuple(_results(older)), unfinished)
+
+
+def _results(places: Iterable[Place]) -> list[SampleGroup]:
+    return [place.result for place in places if place.result is not None]

@@ -48,6 +48,9 @@ class StepSamples:
     """Wall time of sampling, including overlapping verification; asynchronously, the time since the last step's."""
     judged: bool = True
     """Whether a verifier has scored the samples; not those of a data set."""
+    commit: Callable[[], None] = ignore
+    """Called once the step is certain to be trained on: its groups leave what is carried over. Until then an
+    interrupted step can start over with what it had."""
 
     @property
     def sampled(self) -> list[SampleGroup]:
@@ -86,7 +89,7 @@ class Rollout(Generator, Protocol):
         """Block until samples can be drawn. All ranks."""
 
     def sample_step(self, step: int, draw: Draw, watch: Watch) -> StepSamples:
-        """The judged groups of a training step, counted from 1. Rank 0 only."""
+        """The judged groups of a training step, counted from 1; `commit` them before the next one. Rank 0 only."""
 
     def while_sampling(self, work: Callable[[], Value], recover: Callable[[], None]) -> Value | None:
         """Run work that samples on rank 0, while the other ranks stand by to restart lost engines. All ranks.
@@ -129,7 +132,7 @@ class StepSampling(ABC):
 
     @abstractmethod
     def sample(self, step: int, draw: Draw, watch: Watch) -> StepSamples:
-        """The judged groups of a step, counted from 1."""
+        """The judged groups of a step, counted from 1; `commit` them before the next one."""
 
     def _accepts(self, group: SampleGroup) -> bool:
         """Whether a step may train on the group."""

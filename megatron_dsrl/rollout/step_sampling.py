@@ -81,7 +81,6 @@ class Partial(StepSampling):
         before, started = self.carried, time.perf_counter()
         with watch(step, self._config.rollout.samples_per_step) as on_samples:
             batch = sample_until(self._config, self._engines, step, draw, self._accepts, before, on_samples)
-        self.carried = batch.left  # only now: an interrupted step starts over with what it had
         metrics: dict[str, int | float] = {
             "partial_rollouts/continued_groups": len(before.finished) + len(before.unfinished) - batch.expired_groups,
             "partial_rollouts/expired_groups": batch.expired_groups,
@@ -91,7 +90,11 @@ class Partial(StepSampling):
             "partial_rollouts/missing_groups": self._config.rollout.prompts_per_step - len(batch.accepted),
         }
         seconds = time.perf_counter() - started
-        return StepSamples(batch.accepted, batch.rejected, metrics, batch.generated_tokens, seconds)
+
+        def leave() -> None:
+            self.carried = batch.left
+
+        return StepSamples(batch.accepted, batch.rejected, metrics, batch.generated_tokens, seconds, commit=leave)
 
 
 def step_sampling(config: RolloutSettings, engines: BatchSampler, last_step: int | None = None) -> StepSampling:

@@ -33,8 +33,10 @@ def sample(run: TrainingRun, step: int) -> tuple[StepSamples | None, list[Respon
 
     def work() -> StepSamples | None:
         samples = unless_stopped(run, lambda: run.rollout.sample_step(step, draw, run.console.generation))
-        if samples is not None and run.recorder is not None:
-            run.recorder.record(step, samples.groups, samples.others)
+        if samples is not None:
+            samples.commit()
+            if run.recorder is not None:
+                run.recorder.record(step, samples.groups, samples.others)
         return samples
 
     samples = run.rollout.while_sampling(work, lambda: recover(run, version=step))

@@ -4,7 +4,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import count
 
@@ -12,10 +12,10 @@ import pytest
 
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.rollout.asynchronous import Asynchronous
-from megatron_dsrl.rollout.batch import OnSamples
+from megatron_dsrl.rollout.batch import OnSamples, ignore
 from megatron_dsrl.rollout.engines.errors import EngineError, EnginesLostError, StaleWeightsError
 from megatron_dsrl.rollout.group_queue import GroupQueue
-from megatron_dsrl.rollout.rollout import unwatched
+from megatron_dsrl.rollout.rollout import Draw, StepSamples, unwatched
 from megatron_dsrl.rollout.sample import SamplingParameters
 from megatron_dsrl.rollout.step_sampling import step_sampling
 from megatron_dsrl.rollout.unfinished import CarryOver
@@ -78,6 +78,17 @@ def start() -> Iterator[Callable[..., Asynchronous]]:
         mode.close()
 
 
+def take(mode: Asynchronous, step: int, draw: Draw) -> StepSamples:
+    """The samples of a step that is trained on."""
+    samples = mode.sample(step, draw, unwatched)
+    samples.commit()
+    return samples
+
+
+def prompts_of(carried: CarryOver) -> list[int]:
+    return sorted(group.prompt.index for group in (*carried.finished, *carried.unfinished))
+
+
 def test_groups_are_begun_as_far_ahead_as_the_bound_allows_and_none_gets_older(start, draw) -> None:
     engine = ThreadedEngine()
     mode = start(engine)
@@ -85,7 +96,7 @@ def test_groups_are_begun_as_far_ahead_as_the_bound_allows_and_none_gets_older(s
     for step in range(1, 8):
         engine.weight_version = step  # what the push after the last step has loaded
         engine.finish(2)
-        samples = mode.sample(step, draw, unwatched)
+        samples = take(mode, step, draw)
         assert rows(samples.groups) == [2 * step - 2, 2 * step - 1], "in the order in which they were begun"
         assert len(engine.begun) <= 2 * (step + 2)
         stalest.append(samples.metrics["asynchronous/max_staleness"])
@@ -98,11 +109,11 @@ def test_new_weights_open_the_next_places(start, draw) -> None:
     engine = ThreadedEngine()
     mode = start(engine, max_staleness=1)
     engine.finish(100)
-    mode.sample(1, draw, unwatched)
+    take(mode, 1, draw)
     time.sleep(0.1)
     assert engine.begun == [0, 1, 2, 3], "step 3's groups would be two steps old with the weights of step 1"
     engine.weight_version = 2
-    mode.sample(2, draw, unwatched)
+    take(mode, 2, draw)
     wait_until(lambda: len(engine.begun) == 6, seconds=10.0)
 
 
@@ -110,8 +121,8 @@ def test_nothing_is_sampled_beyond_the_last_step(start, draw) -> None:
     engine = ThreadedEngine()
     mode = start(engine, last_step=2)
     engine.finish(100)
-    mode.sample(1, draw, unwatched)
-    mode.sample(2, draw, unwatched)
+    take(mode, 1, draw)
+    take(mode, 2, draw)
     time.sleep(0.1)
     assert engine.begun == [0, 1, 2, 3] and mode.carried == CarryOver()
 
@@ -120,7 +131,7 @@ def test_a_continued_run_trains_on_what_was_finished_and_samples_the_rest_again(
     engine = ThreadedEngine()
     mode = start(engine)
     engine.finish(3)
-    mode.sample(1, draw, unwatched)
+    take(mode, 1, draw)
     wait_until(lambda: len(mode.carried.finished) == 1, seconds=10.0)
     left = mode.carried
     assert rows(list(left.finished)) == [2] and [each.prompt.index for each in left.unfinished] == [3, 4, 5]
@@ -131,8 +142,8 @@ def test_a_continued_run_trains_on_what_was_finished_and_samples_the_rest_again(
     mode.carried = left
     assert mode.carried == left, "until its first step"
     continued.finish(100)
-    assert rows(mode.sample(2, draw, unwatched).groups) == [2, 3]
-    assert continued.begun[0] == 3 and rows(mode.sample(3, draw, unwatched).groups) == [4, 5]
+    assert rows(take(mode, 2, draw).groups) == [2, 3]
+    assert continued.begun[0] == 3 and rows(take(mode, 3, draw).groups) == [4, 5]
 
 
 def test_groups_that_a_lower_bound_makes_too_old_start_over(start, draw) -> None:
@@ -150,21 +161,41 @@ def test_groups_that_a_lower_bound_makes_too_old_start_over(start, draw) -> None
     assert samples.metrics["asynchronous/max_staleness"] == 1
 
 
-def test_an_interrupted_step_leaves_what_it_had_and_none_of_what_it_has_drawn(start, draw) -> None:
-    engine = ThreadedEngine()
-    mode = start(engine)
+@contextmanager
+def interrupted_at_once(step: int, samples: int) -> Iterator[OnSamples]:
+    raise KeyboardInterrupt
+    yield
+
+
+@contextmanager
+def interrupted_when_all_is_sampled(step: int, samples: int) -> Iterator[OnSamples]:
+    yield ignore
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("watch", [interrupted_at_once, interrupted_when_all_is_sampled, unwatched])
+def test_a_step_that_does_not_count_leaves_what_it_had_and_none_of_what_it_has_drawn(start, draw, watch) -> None:
+    """With `unwatched` it ends, but is not committed: the run was asked to stop just then."""
+    engine = ThreadedEngine({3: WRONG, 9: WRONG})
+    mode = start(engine, dynamic_sampling={})
     engine.finish(2)
-    mode.sample(1, draw, unwatched)
-    before = mode.carried
+    take(mode, 1, draw)
+    before = prompts_of(mode.carried)
+    assert before == [2, 3, 4, 5, 6, 7]
+    engine.finish(100)
 
-    @contextmanager
-    def interrupted(step: int, samples: int) -> Iterator[OnSamples]:
-        raise KeyboardInterrupt
-        yield
+    with suppress(KeyboardInterrupt):
+        assert rows(mode.sample(2, draw, watch).groups) == [2, 4]
+    assert prompts_of(mode.carried) == before
 
-    with pytest.raises(KeyboardInterrupt):
-        mode.sample(2, draw, interrupted)
-    assert mode.carried == before
+    continued = ThreadedEngine()
+    continued.weight_version = 2
+    continued.finish(100)
+    resumed = start(continued, dynamic_sampling={})
+    resumed.carried = mode.carried
+    samples = take(resumed, 2, draw)
+    if watch is not interrupted_at_once:
+        assert rows(samples.groups) == [2, 4] and rows(samples.others) == [3]
 
 
 def test_after_a_loss_of_engines_what_was_in_flight_is_sampled_again(start, draw) -> None:
@@ -186,14 +217,14 @@ def test_another_failure_ends_the_run(start, draw) -> None:
 def test_a_step_that_takes_too_long_names_the_late_prompts(start, draw) -> None:
     mode = start(ThreadedEngine(), step_timeout_seconds=0.1)
     with pytest.raises(EngineError, match=r"rollout.step_timeout_seconds = 0.1; .* first of 6\): 0, 1, 2, 3, 4, 5"):
-        mode.sample(1, draw, unwatched)
+        take(mode, 1, draw)
 
 
 def test_uniform_groups_give_their_place_to_the_next(start, draw) -> None:
     engine = ThreadedEngine({0: WRONG, 3: RIGHT})
     mode = start(engine, dynamic_sampling={})
     engine.finish(100)
-    first, second = mode.sample(1, draw, unwatched), mode.sample(2, draw, unwatched)
+    first, second = take(mode, 1, draw), take(mode, 2, draw)
     assert rows(first.groups) == [1, 2] and rows(second.groups) == [4, 5]
     assert {0, 3} == set(rows(first.others + second.others))
 

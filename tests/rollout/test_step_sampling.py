@@ -13,6 +13,7 @@ from megatron_dsrl.rollout.engines.errors import EnginesLostError
 from megatron_dsrl.rollout.rollout import StepSamples, unwatched
 from megatron_dsrl.rollout.sample import SamplingParameters
 from megatron_dsrl.rollout.step_sampling import MixedRounds, Partial, UntilMixed, WholeBatch, step_sampling
+from megatron_dsrl.rollout.unfinished import CarryOver
 from tests.observability.synthetic_run import make_group
 from tests.support.step_sampling import MIXED, RIGHT, WRONG, draw_in_order, rows, settings
 
@@ -139,6 +140,8 @@ def test_partial_rollouts_continue_what_the_step_before_left(draw) -> None:
     mode = Partial(settings(2, partial_rollouts={"oversampling": 2.0}), engine)
     first = mode.sample(1, draw, unwatched)
     assert rows(first.groups) == [0, 1] and first.metrics["partial_rollouts/left_groups"] == 2
+    assert mode.carried == CarryOver(), "the run may be stopped before it trains on the step"
+    first.commit()
     assert [group.prompt.index for group in mode.carried.unfinished] == [2, 3]
 
     second = mode.sample(2, draw, unwatched)
