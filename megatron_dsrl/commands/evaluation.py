@@ -104,7 +104,9 @@ def _rescore(options: argparse.Namespace) -> int:
     from megatron_dsrl.config.data import RewardConfig
     from megatron_dsrl.evaluation.rescore import rescore
     from megatron_dsrl.evaluation.results import markdown, read_results
+    from megatron_dsrl.rewards.registry import Fields, check_options
 
+    check_options(options.verifier, {}, Fields("--verifier", "--verifier"))
     summaries = rescore(options.evaluation, options.output, RewardConfig(function=options.verifier))
     print(markdown(read_results(options.evaluation).model, summaries))
     print(f"written to {options.output}")

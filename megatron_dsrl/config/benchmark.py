@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.config.data import PromptSetConfig, RewardConfig
+from megatron_dsrl.config.data import PlacedReward, PromptSetConfig, RewardConfig
 from megatron_dsrl.config.model import ModelConfig, ParallelConfig
 from megatron_dsrl.config.rollout import EngineConfig, RolloutConfig
 from megatron_dsrl.config.section import Section
@@ -68,7 +68,7 @@ class PromptLimits(Section):
     """Longest prompt."""
 
     @property
-    def set_rewards(self) -> dict[str, RewardConfig]:
+    def set_rewards(self) -> dict[str, PlacedReward]:
         """A benchmark is not a mixture."""
         return {}
 

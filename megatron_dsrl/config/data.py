@@ -1,7 +1,7 @@
 """Prompt sets and rewards."""
 
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -149,6 +149,13 @@ class RewardConfig(Section):
     then the function is broken. Time-outs do not count. null: no limit."""
 
 
+class PlacedReward(NamedTuple):
+    """A reward section and its place in the configuration, for messages."""
+
+    section: str
+    config: RewardConfig
+
+
 class TrainingSetConfig(PromptSetConfig):
     """A prompt set to train on."""
 
@@ -214,9 +221,13 @@ class DataConfig(TrainingSetConfig):
         return {"data": self, **{f"data.mixed_with.{position}": one for position, one in enumerate(self.mixed_with)}}
 
     @property
-    def set_rewards(self) -> dict[str, RewardConfig]:
+    def set_rewards(self) -> dict[str, PlacedReward]:
         """Verifiers of the sets that have their own, by the set's name."""
-        return {one.name: one.reward for one in self.mixed_with if one.reward is not None}
+        return {
+            one.name: PlacedReward(f"data.mixed_with.{position}.reward", one.reward)
+            for position, one in enumerate(self.mixed_with)
+            if one.reward is not None
+        }
 
     @model_validator(mode="after")
     def _sets_fit_together(self) -> "DataConfig":

@@ -97,7 +97,7 @@ def _sample(
     config = benchmark.config
     left = Counter(prompt.index for prompt, _ in missing)
     with (
-        RewardPool(config.reward) as rewards,
+        RewardPool(config.reward, section=reward_section(benchmark)) as rewards,
         benchmark_progress(config.title, problems, problems - len(left), len(missing)) as sampled,
     ):
 
@@ -113,6 +113,11 @@ def _settings(benchmark: Benchmark) -> dict[str, Any]:
     """Everything that determines samples and rewards; not the file's location or the number of reward workers."""
     settings = benchmark.config.model_dump(mode="json", exclude={"source", "title", "limit", "reward"})
     return {"name": benchmark.name, **settings, "reward": reward_settings(benchmark.config.reward)}
+
+
+def reward_section(benchmark: Benchmark) -> str:
+    """The place of the benchmark's verifier, for messages."""
+    return f"benchmark {benchmark.name}: reward"
 
 
 def reward_settings(reward: RewardConfig) -> dict[str, Any]:

@@ -25,14 +25,14 @@ from megatron_dsrl.conversion.convert import ConversionOptions, convert_megatron
 from megatron_dsrl.data.prompt import Prompt
 from megatron_dsrl.data.prompts import load_prompts
 from megatron_dsrl.data.tokenizer import decode, encode, load_tokenizer, stop_token_ids
-from megatron_dsrl.evaluation.benchmark_evaluator import evaluate_benchmark, missing_samples
+from megatron_dsrl.evaluation.benchmark_evaluator import evaluate_benchmark, missing_samples, reward_section
 from megatron_dsrl.evaluation.find_model import EvaluatedModel, find_model
 from megatron_dsrl.evaluation.results import EVALUATIONS_FOLDER, markdown, write_results
 from megatron_dsrl.model.architecture import read_architecture
 from megatron_dsrl.model.parallel import process_group
 from megatron_dsrl.provenance.inputs import describe_model, describe_prompts
 from megatron_dsrl.provenance.start import Details, record_start
-from megatron_dsrl.rewards.registry import describe_verifiers, matched_by_spelling
+from megatron_dsrl.rewards.registry import check_reward, describe_verifiers, matched_by_spelling
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.engines.run_engines import awaiting_engines
 from megatron_dsrl.weights.hf_writer import FILE_BYTES
@@ -130,6 +130,7 @@ def evaluate(request: EvaluationRequest) -> EvaluatedModel:
         stops = stop_token_ids(tokenizer, folder)
         rollout = None
         if unfinished:
+            on_first(lambda: _check_verifiers(benchmarks))
             _record_start(output, request.model, folder, model.step, benchmarks, prompts)
             rollout = start_engines(config, output, tokenizer, stops, resources)
 
@@ -231,6 +232,11 @@ def _check_benchmarks(benchmarks: Sequence[Benchmark]) -> None:
         config = benchmark.config
         if problem := repeated_greedy_samples(config.temperature, config.samples_per_prompt):
             raise UserError(f"benchmark {benchmark.name}: {problem}")
+
+
+def _check_verifiers(benchmarks: Sequence[Benchmark]) -> None:
+    for benchmark in benchmarks:
+        check_reward(benchmark.config.reward, reward_section(benchmark))
 
 
 def _say_what_is_matched_by_spelling(benchmark: Benchmark, prompts: Sequence[Prompt]) -> None:

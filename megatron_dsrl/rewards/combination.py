@@ -46,18 +46,20 @@ def combination(response: str, answer: str, parts: Sequence[Mapping[str, Any]], 
     return FallbackReward(total, fallbacks[0]) if fallbacks else total
 
 
-def check_parts(options: Mapping[str, Any]) -> None:
+def check_parts(options: Mapping[str, Any], fields: registry.Fields) -> None:
     """Raise UserError if a part is malformed, its function does not exist or does not take its options."""
+    place = f"{fields.options}.parts"
     try:
         parts = PARTS.validate_python(options["parts"])
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise UserError(f"reward.options.parts.{where}: {first['msg']}") from error
+        raise UserError(f"{place}.{where}: {first['msg']}") from error
     if not parts:
-        raise UserError("reward.options.parts: a combination needs at least one part")
+        raise UserError(f"{place}: a combination needs at least one part")
     for number, part in enumerate(parts):
-        registry.check_options(part.function, part.options, f"reward.options.parts.{number}")
+        one = registry.Fields(f"{place}.{number}.function", f"{place}.{number}.options")
+        registry.check_options(part.function, part.options, one)
 
 
 def longest_seconds_of_parts(options: Mapping[str, Any]) -> float:

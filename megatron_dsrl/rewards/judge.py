@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.rewards.http_request import Attempts, ask_chat_model, require_http_address
-from megatron_dsrl.rewards.registry import check_options, reward_function
+from megatron_dsrl.rewards.registry import Fields, check_options, reward_function
 from megatron_dsrl.rewards.score import FallbackReward
 
 QUESTION = """Judge whether a response solves a problem. Its final answer must agree with the reference answer, in any \
@@ -97,24 +97,26 @@ def judge(
         return FallbackReward(reward, f"the judge gave no verdict: {failure}")
 
 
-def check_judge(options: Mapping[str, Any]) -> None:
+def check_judge(options: Mapping[str, Any], fields: Fields) -> None:
     """Raise UserError if an address, a pattern, a placeholder, the environment variable or the fallback is invalid."""
-    require_http_address("reward.options.url", options["url"])
+    place = fields.options
+    require_http_address(f"{place}.url", options["url"])
     if "{response}" not in options.get("question", QUESTION):
-        raise UserError("reward.options.question: the placeholder {response} is missing")
+        raise UserError(f"{place}.question: the placeholder {{response}} is missing")
     try:
         groups = re.compile(options.get("verdict_pattern", VERDICT)).groups
     except re.error as error:
-        raise UserError(f"reward.options.verdict_pattern is not a regular expression: {error}") from error
+        raise UserError(f"{place}.verdict_pattern is not a regular expression: {error}") from error
     if groups == 0:
-        raise UserError("reward.options.verdict_pattern has no group; put the verdict in parentheses")
+        raise UserError(f"{place}.verdict_pattern has no group; put the verdict in parentheses")
     if options.get("max_score", 1.0) <= 0:
-        raise UserError("reward.options.max_score must be positive")
+        raise UserError(f"{place}.max_score must be positive")
     variable = options.get("api_key_variable", "")
     if variable and variable not in os.environ:
-        raise UserError(f"reward.options.api_key_variable: the environment variable {variable} is not set")
+        raise UserError(f"{place}.api_key_variable: the environment variable {variable} is not set")
     if options.get("fallback"):
-        check_options(options["fallback"], options.get("fallback_options") or {}, "reward.options.fallback_options")
+        fallback = Fields(f"{place}.fallback", f"{place}.fallback_options")
+        check_options(options["fallback"], options.get("fallback_options") or {}, fallback)
 
 
 def describe_judge(options: Mapping[str, Any]) -> str:

@@ -25,7 +25,7 @@ from pebble import ProcessExpired, ProcessPool
 
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.common.process import die_with_parent, require_short_temporary_folder
-from megatron_dsrl.config.data import RewardConfig
+from megatron_dsrl.config.data import PlacedReward, RewardConfig
 from megatron_dsrl.rewards import registry
 from megatron_dsrl.rewards.score import Score, Verdict, score_of
 from megatron_dsrl.rewards.workers import WorkerContext, end_of_worker, may_be_innocent, start_fork_server
@@ -48,19 +48,21 @@ class Judgement:
 class RewardPool:
     """Judges responses in parallel. Close it, or use it as a context manager."""
 
-    def __init__(self, config: RewardConfig, set_rewards: Mapping[str, RewardConfig] | None = None) -> None:
-        """`config` has the number of workers and their memory for all verifiers; `set_rewards` are those of prompt sets
-        that have their own, by the set's name.
+    def __init__(
+        self, config: RewardConfig, set_rewards: Mapping[str, PlacedReward] | None = None, section: str = "reward"
+    ) -> None:
+        """`config`, from `section` of the configuration, has the number of workers and their memory for all verifiers;
+        `set_rewards` are those of prompt sets that have their own, by the set's name.
 
         Raises UserError, before any process is started, if a reward function does not exist, does not take the options
-        or may take longer than `reward.timeout_seconds`, or the name of the temporary folder is too long for sockets.
+        or may take longer than its `timeout_seconds`, or the name of the temporary folder is too long for sockets.
         """
         require_short_temporary_folder()
         self._config = config
+        self._default = PlacedReward(section, config)
         self._set_rewards = dict(set_rewards or {})
-        for one in (config, *self._set_rewards.values()):
-            registry.check_options(one.function, one.options)
-            _check_time_limit(one)
+        for place, one in (self._default, *self._set_rewards.values()):
+            registry.check_reward(one, place)
         self._lock = threading.Lock()
         self._failures: Counter[str] = Counter()
         """Consecutive failures of each function since its last success, not counting timeouts."""
@@ -79,12 +81,12 @@ class RewardPool:
         `prompt_set` the name of its set, which may have its own verifier. Raises UserError if the verifier has failed
         on `reward.max_consecutive_errors` responses in a row.
         """
-        reward = self._set_rewards.get(prompt_set, self._config)
+        section, reward = self._set_rewards.get(prompt_set, self._default)
         limit, failures = reward.max_consecutive_errors, self._failures[reward.function]
         if limit is not None and failures >= limit:
             raise UserError(
-                f"reward.function: {reward.function} has failed on {failures} responses in a row, the last "
-                f"time with: {self._last_problem[reward.function]}. Fix it, or raise reward.max_consecutive_errors "
+                f"{section}.function: {reward.function} has failed on {failures} responses in a row, the last "
+                f"time with: {self._last_problem[reward.function]}. Fix it, or raise {section}.max_consecutive_errors "
                 "(null: no limit)"
             )
         judgement: Future[Judgement] = Future()
@@ -119,7 +121,7 @@ class RewardPool:
         # Workers are forked from a small clean process: a replacement takes milliseconds, and inherits nothing from the
         # trainer (torch, its threads, its devices).
         context = self._context
-        functions = [self._config.function, *(one.function for one in self._set_rewards.values())]
+        functions = [self._config.function, *(one.config.function for one in self._set_rewards.values())]
         context.set_forkserver_preload(
             [__name__, *(module for name in functions for module in registry.built_in_modules(name))]
         )
@@ -146,7 +148,7 @@ class RewardPool:
     def _judgement(self, reward: RewardConfig, task: "Future[Score]", response: str) -> Judgement:
         error = None if task.cancelled() else task.exception()
         if isinstance(error, TimeoutError):
-            self._log(reward, f"exceeded reward.timeout_seconds = {reward.timeout_seconds:g}", response)
+            self._log(reward, f"exceeded its timeout_seconds = {reward.timeout_seconds:g}", response)
             return Judgement(0.0, "timeout")
         if error is not None or task.cancelled():
             problem = end_of_worker(error) if isinstance(error, ProcessExpired) else f"was lost: {error!r}"
@@ -176,15 +178,6 @@ def _may_be_innocent(task: "Future[Score]") -> bool:
     """Whether something other than the response may be the reason for a lost worker."""
     error = None if task.cancelled() else task.exception()
     return may_be_innocent(error) if isinstance(error, ProcessExpired) else isinstance(error, BrokenProcessPool)
-
-
-def _check_time_limit(config: RewardConfig) -> None:
-    seconds = registry.longest_seconds(config.function, config.options)
-    if seconds >= config.timeout_seconds:
-        raise UserError(
-            f"reward.timeout_seconds = {config.timeout_seconds:g} would end {config.function} before its own limit of "
-            f"{seconds:g} s (total_seconds in its options); raise the first or lower the second"
-        )
 
 
 def _start_worker(functions: Sequence[str], memory_megabytes: int) -> None:

@@ -30,12 +30,20 @@ class RewardFunction(Protocol):
 
 
 @dataclass(frozen=True)
+class Fields:
+    """Where a verifier's name and its options were given, for messages."""
+
+    function: str = "reward.function"
+    options: str = "reward.options"
+
+
+@dataclass(frozen=True)
 class BuiltIn:
     """A verifier of this package and its helpers, as paths `package.module:function`."""
 
     function: str
     check: str | None = None
-    """`f(options)` that raises UserError for invalid option values."""
+    """`f(options, fields)` that raises UserError for invalid option values."""
     describe: str | None = None
     """`f(options)`: how this machine runs the verifier, for the line at a run's start and its record."""
     answer: str | None = None
@@ -82,30 +90,42 @@ BUILT_IN: dict[str, BuiltIn] = {
 }
 
 
-def reward_function(name: str) -> RewardFunction:
+def reward_function(name: str, field: str = Fields.function) -> RewardFunction:
     """The function of a built-in name, or of a dotted path `package.module:function`, which may be `async def`. Raises
-    UserError if it does not exist."""
+    UserError, which names the `field`, if it does not exist."""
     if name in BUILT_IN:
         return resolve_name(BUILT_IN[name].function)
     module_name, separator, function_name = name.partition(":")
     if not separator or not module_name or not function_name:
         raise UserError(
-            f"reward.function: unknown verifier {name!r}; use one of {', '.join(sorted(BUILT_IN))} or a path "
+            f"{field}: unknown verifier {name!r}; use one of {', '.join(sorted(BUILT_IN))} or a path "
             "`package.module:function`"
         )
     try:
         function = object_at(name)
     except ValueError as error:
-        raise UserError(f"reward.function: {error}") from error
+        raise UserError(f"{field}: {error}") from error
     if not callable(function):
-        raise UserError(f"reward.function: `{module_name}` has no function `{function_name}`")
+        raise UserError(f"{field}: `{module_name}` has no function `{function_name}`")
     return _waiting(function) if inspect.iscoroutinefunction(function) else function
 
 
-def check_options(name: str, options: Mapping[str, Any], section: str = "reward.options") -> None:
+def check_reward(config: RewardConfig, section: str = "reward") -> None:
+    """Check a verifier, its options and its time limit; `section` is its place in the configuration. Raises UserError
+    if the function does not exist, does not take the options or may take longer than its time limit."""
+    check_options(config.function, config.options, Fields(f"{section}.function", f"{section}.options"))
+    seconds = longest_seconds(config.function, config.options)
+    if seconds >= config.timeout_seconds:
+        raise UserError(
+            f"{section}.timeout_seconds = {config.timeout_seconds:g} would end {config.function} before its own limit "
+            f"of {seconds:g} s (total_seconds in its options); raise the first or lower the second"
+        )
+
+
+def check_options(name: str, options: Mapping[str, Any], fields: Fields = Fields()) -> None:
     """Check the options of a reward function against its signature and its type hints, if it has them. Raises UserError
     if an option is unknown, missing, of the wrong type or has an invalid value."""
-    function = reward_function(name)
+    function = reward_function(name, fields.function)
     try:
         signature = inspect.signature(function)
     except ValueError:  # a callable without a signature, such as one written in C
@@ -114,15 +134,15 @@ def check_options(name: str, options: Mapping[str, Any], section: str = "reward.
         signature.bind("", "", **options)
     except TypeError as error:
         raise UserError(
-            f"{section}: {name} does not take these options: {error}. It is called as f(response, answer, **options), "
-            f"and its parameters are {signature}"
+            f"{fields.options}: {name} does not take these options: {error}. It is called as "
+            f"f(response, answer, **options), and its parameters are {signature}"
         ) from error
     hints = _type_hints(function)
     for option, value in options.items():
         if option in hints and hints[option] in (str, int, float, bool):
-            _check_type(name, option, value, hints[option], section)
+            _check_type(name, value, hints[option], f"{fields.options}.{option}")
     if check := _helper(name, "check"):
-        check(options)
+        check(options, fields)
 
 
 def takes_prompt(function: RewardFunction) -> bool:
@@ -197,8 +217,8 @@ def _helper(name: str, kind: str) -> Callable[..., Any] | None:
     return resolve_name(path) if path else None
 
 
-def _check_type(name: str, option: str, value: Any, kind: type, section: str) -> None:
+def _check_type(name: str, value: Any, kind: type, field: str) -> None:
     try:
         TypeAdapter(kind, config=ConfigDict(strict=True)).validate_python(value)
     except ValidationError as error:
-        raise UserError(f"{section}.{option}: {name} needs a {kind.__name__}, got {value!r}") from error
+        raise UserError(f"{field}: {name} needs a {kind.__name__}, got {value!r}") from error

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_dsrl.rewards.http_request import Attempts, post_json, require_http_address
+from megatron_dsrl.rewards.registry import Fields
 
 
 def remote(
@@ -33,6 +34,6 @@ def remote(
         raise RuntimeError(f"{url} answered without a number in `{field}`: {body[:200]!r}") from error
 
 
-def check_url(options: Mapping[str, Any]) -> None:
+def check_url(options: Mapping[str, Any], fields: Fields) -> None:
     """Raise UserError if the URL is not an HTTP address, or holds a user name, which would not be sent."""
-    require_http_address("reward.options.url", options["url"])
+    require_http_address(f"{fields.options}.url", options["url"])

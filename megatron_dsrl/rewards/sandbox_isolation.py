@@ -5,6 +5,7 @@ from functools import cache
 from typing import Any
 
 from megatron_dsrl.common.errors import UserError
+from megatron_dsrl.rewards.registry import Fields
 from megatron_dsrl.rewards.sandbox import Limits, run_program
 
 PROBE_LIMITS = Limits(wall_seconds=60.0, folder_bytes=2**20, folder_files=16, threads=4)
@@ -50,10 +51,10 @@ def missing_isolation() -> str | None:
     return None if outcome.passed else outcome.reason
 
 
-def check_isolation(options: Mapping[str, Any]) -> None:
+def check_isolation(options: Mapping[str, Any], fields: Fields) -> None:
     """Raise UserError if programs of `code` cannot be isolated here and its options do not allow unsafe ones."""
     require_isolation(
-        "reward.function: `code`", bool(options.get("allow_unsafe")), "or judge on another machine with `remote`; "
+        f"{fields.function}: `code`", bool(options.get("allow_unsafe")), "or judge on another machine with `remote`; "
     )
 
 

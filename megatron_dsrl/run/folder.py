@@ -86,7 +86,7 @@ def record_run_start(
             be no record, or if the run continues with another model or other data under the same path.
     """
     held_out = (evaluation_set.reward for evaluation_set in config.evaluation.sets)
-    rewards = [config.reward, *config.data.set_rewards.values(), *held_out]
+    rewards = [config.reward, *(one.config for one in config.data.set_rewards.values()), *held_out]
     verifiers = describe_verifiers(rewards) if rank() == 0 else []
     for line in verifiers:
         report(line)

@@ -39,10 +39,11 @@ def evaluate_accuracy(run: TrainingRun, step: int) -> None:
     def evaluate() -> None:
         assert run.tracker is not None
         done = run.tracker.evaluated_sets(step)
-        for config, prompts in run.inputs.evaluation_sets:
+        for position, (config, prompts) in enumerate(run.inputs.evaluation_sets):
             if config.name not in done:
                 started = time.perf_counter()
-                record, problems = evaluate_set(config, prompts, step, run.rollout, run.config.reward.function)
+                section, verifier = f"evaluation.sets.{position}", run.config.reward.function
+                record, problems = evaluate_set(config, prompts, step, run.rollout, verifier, section)
                 shown = first_responses(problems, run.config.observability.evaluation_responses)
                 record_evaluation(run, record, started, shown)
 
@@ -51,19 +52,26 @@ def evaluate_accuracy(run: TrainingRun, step: int) -> None:
 
 
 def evaluate_set(
-    config: EvaluationSetConfig, prompts: Sequence[Prompt], step: int, rollout: Generator, verifier: str
+    config: EvaluationSetConfig,
+    prompts: Sequence[Prompt],
+    step: int,
+    rollout: Generator,
+    verifier: str,
+    section: str,
 ) -> tuple[EvaluationRecord, list[ProblemResult]]:
     """The record of a set, and its problems in order. On rank 0 only, where the rollout side samples.
 
     Args:
         rollout: samples with the stop tokens of training; its length limit is for sets without one.
         verifier: name of the run's verifier, for sets without their own.
+        section: place of the set in the run's configuration, for messages.
     """
     training = rollout.training_sampling
     limit = config.max_response_tokens or training.max_response_tokens
     sampling = SamplingParameters.for_evaluation(config, limit, training.stop_token_ids)
     # Workers of a set's own verifier run only during its evaluation, which is rare; training needs the cores.
-    with RewardPool(config.reward) if config.reward else nullcontext() as rewards:
+    own_verifier = RewardPool(config.reward, section=f"{section}.reward") if config.reward else nullcontext()
+    with own_verifier as rewards:
         groups = rollout.generate(
             prompts, config.samples_per_prompt, sampling, stream=f"evaluation {config.name}", rewards=rewards
         )

@@ -29,7 +29,7 @@ from megatron_dsrl.observability.trackers.launch import Trackers
 from megatron_dsrl.planning.parameters import parameters_of_model
 from megatron_dsrl.platform import current_platform
 from megatron_dsrl.platform.engine import can_release_engine_memory
-from megatron_dsrl.rewards.registry import check_options
+from megatron_dsrl.rewards.registry import check_reward
 from megatron_dsrl.rollout.engine_rollout import EngineRollout
 from megatron_dsrl.rollout.engines.run_engines import awaiting_engines
 from megatron_dsrl.rollout.engines.starting_server import StartingServer
@@ -128,13 +128,13 @@ def check_verifiers(config: RunConfig) -> None:
     """Check the verifiers of prompt sets that have their own; those of held-out sets run when an evaluation is due.
 
     Raises:
-        UserError: one does not exist or does not take its options.
+        UserError: see `check_reward`.
     """
-    rewards = {f"data.mixed_with.{position}": one.reward for position, one in enumerate(config.data.mixed_with)}
-    rewards |= {f"evaluation.sets.{position}": one.reward for position, one in enumerate(config.evaluation.sets)}
-    for section, reward in rewards.items():
-        if reward is not None:
-            check_options(reward.function, reward.options, f"{section}.reward.options")
+    for section, reward in config.data.set_rewards.values():
+        check_reward(reward, section)
+    for position, one in enumerate(config.evaluation.sets):
+        if one.reward is not None:
+            check_reward(one.reward, f"evaluation.sets.{position}.reward")
 
 
 def start_process_groups(config: RunConfig, run_folder: Path, resources: ExitStack) -> None:

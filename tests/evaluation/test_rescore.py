@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dsrl.cli import main
 from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.config.data import RewardConfig
 from megatron_dsrl.evaluation.metrics import summarise_benchmark
@@ -44,6 +45,11 @@ def test_other_verdicts_on_the_same_samples(evaluation, tmp_path) -> None:
     (problem,) = read_sample_file(theirs / "samples" / "sums.jsonl")
     assert [(sample.text, sample.reward) for sample in problem.samples] == list(zip(TEXTS, [0.0, 1.0]))
     assert read_settings(theirs / "samples" / "sums.jsonl")["benchmark"]["reward"]["function"] == "hendrycks"
+
+
+def test_a_verifier_that_does_not_exist_is_named_by_its_option(evaluation, tmp_path, capsys) -> None:
+    assert main(["rescore", str(evaluation), "--verifier", "boxd", "--output", str(tmp_path / "theirs")]) == 2
+    assert "--verifier: unknown verifier 'boxd'" in capsys.readouterr().err
 
 
 def test_nothing_is_overwritten(evaluation) -> None:

@@ -34,10 +34,10 @@ def test_a_failing_part_fails_the_whole() -> None:
     ("parts", "message"),
     [
         ([], "needs at least one part"),
-        ([{"function": "boxd"}], "unknown verifier 'boxd'"),
+        ([{"function": "boxd"}], r"reward\.options\.parts\.0\.function: unknown verifier 'boxd'"),
         ([{"weight": 1.0}], r"reward\.options\.parts\.0\.function: Field required"),
         ([{"function": "boxed", "wieght": 1.0}], r"reward\.options\.parts\.0\.wieght"),
-        ([{"function": "boxed"}, {"function": "boxed", "options": {"x": 1}}], r"options\.parts\.1: boxed does not"),
+        ([{"function": "boxed"}, {"function": "boxed", "options": {"x": 1}}], r"parts\.1\.options: boxed does not"),
     ],
 )
 def test_ill_formed_parts_are_named_before_anything_starts(parts, message) -> None:

@@ -119,7 +119,7 @@ def test_in_the_pool_and_in_a_combination(url: str) -> None:
         ({"verdict_pattern": "("}, "verdict_pattern is not a regular expression"),
         ({"verdict_pattern": "yes"}, "verdict_pattern has no group"),
         ({"api_key_variable": "DSRL_NO_SUCH_VARIABLE"}, "variable DSRL_NO_SUCH_VARIABLE is not set"),
-        ({"fallback": "boxd"}, "unknown verifier 'boxd'"),
+        ({"fallback": "boxd"}, "reward.options.fallback: unknown verifier 'boxd'"),
         ({"fallback": "boxed", "fallback_options": {"x": 1}}, "fallback_options: boxed does not take"),
         ({"total_seconds": 10.0}, "reward.timeout_seconds = 10 would end judge before its own limit of 10 s"),
     ],

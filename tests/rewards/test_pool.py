@@ -11,10 +11,11 @@ import psutil
 import pytest
 
 from megatron_dsrl.common.errors import UserError
-from megatron_dsrl.config.data import RewardConfig
+from megatron_dsrl.config.data import DataConfig, RewardConfig
 from megatron_dsrl.rewards.pool import Judgement, RewardPool
 
 FUNCTIONS = "tests.support.reward_functions"
+JUDGE = {"url": "http://127.0.0.1:9/v1", "model": "any"}
 
 
 def judge(config: RewardConfig, *responses: str) -> list[Judgement]:
@@ -189,6 +190,27 @@ def test_workers_do_not_import_torch() -> None:
 def test_an_unknown_function_is_named_before_anything_starts(function, message) -> None:
     with pytest.raises(UserError, match=message):
         RewardPool(RewardConfig(function=function))
+
+
+@pytest.mark.parametrize(
+    ("reward", "field"),
+    [
+        ({"function": "boxd"}, "reward.function: unknown"),
+        ({"function": "boxed", "options": {"x": 1}}, "reward.options: boxed does not take"),
+        ({"function": "remote", "options": {"url": "x"}}, "reward.options.url: expected"),
+        ({"function": "judge", "options": JUDGE | {"fallback": "boxd"}}, "reward.options.fallback: unknown"),
+        ({"function": "judge", "options": JUDGE, "timeout_seconds": 60}, "reward.timeout_seconds = 60 would end"),
+        (
+            {"function": "combination", "options": {"parts": [{"function": "remote", "options": {"url": "x"}}]}},
+            "reward.options.parts.0.options.url: expected",
+        ),
+    ],
+)
+def test_the_verifier_of_a_set_is_named_by_its_own_section(reward, field) -> None:
+    sets = [{"name": "first", "source": "a"}, {"name": "second", "source": "b", "reward": reward}]
+    data = DataConfig.model_validate({"source": "c", "mixed_with": sets})
+    with pytest.raises(UserError, match=f"^data.mixed_with.1.{field}"):
+        RewardPool(RewardConfig(), data.set_rewards)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dsrl.rewards.sandbox_isolation import check_isolation, describe_isolation
+from megatron_dsrl.rewards.registry import check_options
+from megatron_dsrl.rewards.sandbox_isolation import describe_isolation
 from tests.support.tiny_run import REPOSITORY
 
 WITHOUT_NAMESPACES = """
@@ -61,7 +62,8 @@ print(asyncio.run(PythonTool(allow_unsafe=True)("6 * 7")))
     lines = without_namespaces(script)
     why = "the kernel does not permit isolating a program: [Errno 1] user namespace: Operation not permitted"
     assert lines[0] == why
-    assert lines[1] == lines[2] and why in lines[1] and "allow_unsafe: true" in lines[1]
+    for line, field in zip(lines[1:3], ("reward.function", "reward.options.parts.0.function")):
+        assert line.startswith(f"{field}: `code` runs programs") and why in line and "allow_unsafe: true" in line
     assert lines[3].startswith("tool: ") and "the Python tool runs programs that a model wrote" in lines[3]
     assert why in lines[3] and "allow_unsafe: true" in lines[3]
     assert lines[4:] == [
@@ -74,7 +76,7 @@ print(asyncio.run(PythonTool(allow_unsafe=True)("6 * 7")))
 
 
 def test_a_machine_that_isolates_says_so(isolation: None) -> None:
-    check_isolation({})
+    check_options("code", {})
     assert describe_isolation({}) == describe_isolation({"allow_unsafe": True}) == "code: programs are isolated"
 
 

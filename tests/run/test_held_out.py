@@ -63,7 +63,9 @@ def test_record_of_each_set() -> None:
         (evaluation_set("sampled", samples_per_prompt=2, temperature=0.7), PROMPTS),
         (evaluation_set("short", samples_per_prompt=2, temperature=1.0), PROMPTS[:1]),
     ]
-    (both, _), (short, _) = [evaluate_set(config, prompts, 5, rollout, "boxed") for config, prompts in sets]
+    (both, _), (short, _) = [
+        evaluate_set(config, prompts, 5, rollout, "boxed", "evaluation.sets.0") for config, prompts in sets
+    ]
     assert rollout.asked == [(2, 2, 0.7, 64, "evaluation sampled"), (1, 2, 1.0, 64, "evaluation short")]
     assert both == {
         "step": 5,
@@ -88,7 +90,8 @@ def test_a_set_has_a_verifier_of_its_own() -> None:
     choices = evaluation_set(
         "choices", samples_per_prompt=2, temperature=1.0, reward={"function": "multiple_choice", "workers": 1}
     )
-    record, problems = evaluate_set(choices, prompts, 0, RecordedRollout({"B": (right, other)}), "boxed")
+    rollout = RecordedRollout({"B": (right, other)})
+    record, problems = evaluate_set(choices, prompts, 0, rollout, "boxed", "evaluation.sets.0")
     assert record["accuracy"] == 0.5
     assert first_responses(problems, 1) == [
         {
@@ -134,7 +137,7 @@ def test_a_set_is_sampled_as_it_says_and_not_as_training_is() -> None:
         (evaluation_set("own", temperature=0.6, top_p=0.95, top_k=20, max_response_tokens=500), PROMPTS),
     ]
     for config, prompts in sets:
-        evaluate_set(config, prompts, 1, rollout, "boxed")
+        evaluate_set(config, prompts, 1, rollout, "boxed", "evaluation.sets.0")
     assert rollout.sampled == [
         SamplingParameters(64, (2, 0), temperature=0.0, top_p=1.0, top_k=-1),
         SamplingParameters(500, (2, 0), temperature=0.6, top_p=0.95, top_k=20),
