@@ -79,8 +79,16 @@ class ServedReference:
             "return_logprob": True,
             "logprob_start_len": 0,
         }
-        entries = self._post(body)["meta_info"]["input_token_logprobs"]
-        for position, (sent, (_, scored, *_)) in enumerate(zip(sequence.token_ids, entries, strict=True)):
+        answer = self._post(body)
+        try:
+            entries = [(entry[0], entry[1]) for entry in answer["meta_info"]["input_token_logprobs"]]
+            pairs = list(zip(sequence.token_ids, entries, strict=True))
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise UserError(
+                f"reference.url: {self._url} did not answer with a log-prob per token, but with {answer!r:.500}; is it "
+                "an SGLang server?"
+            ) from error
+        for position, (sent, (_, scored)) in enumerate(pairs):
             if sent != scored:  # SGLang scores token 0 in place of the last row of its vocabulary
                 raise UserError(
                     f"reference.url: {self._url} scored token {scored} in place of token {sent} at position "

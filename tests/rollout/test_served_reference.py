@@ -65,9 +65,10 @@ class Failing(BaseHTTPRequestHandler):
         shift = int(Failing.behaviour == "other tokens")
         entries = [[-0.5 * position, token + shift, None] for position, token in enumerate(request["input_ids"])]
         entries[0][0] = None
+        meta = {} if Failing.behaviour == "scores nothing" else {"input_token_logprobs": entries}
         self.send_response(status)
         self.end_headers()
-        self.wfile.write(json.dumps({"meta_info": {"input_token_logprobs": entries}}).encode())
+        self.wfile.write(json.dumps({"meta_info": meta}).encode())
 
     def log_message(self, *arguments: object) -> None:
         pass
@@ -98,5 +99,7 @@ def test_failures(failing: str) -> None:
     for ask in (down.try_out, lambda: down.log_probs(experience)):
         with pytest.raises(UserError, match=r"did not score a sequence within reference.timeout_seconds = 0\.5.* 503"):
             ask()
+    with pytest.raises(UserError, match="did not answer with a log-prob per token, but with {'meta_info': {}}"):
+        reference("scores nothing").log_probs(experience)
     with pytest.raises(UserError, match="scored token 2 in place of token 1 at position 0"):
         reference("other tokens").log_probs(experience)

@@ -63,10 +63,7 @@ class EngineClient:
             TooManyOpenFilesError: this process has no descriptor for the connection.
         """
         body, accept = generate_body(requests, sampling), {"Accept": MEDIA_TYPE}
-        try:
-            answers = await self._request("POST", "/generate", body, timeout_seconds, accept)
-        except ValueError as error:
-            raise EngineError(f"engine {self.url}: /generate did not answer with samples: {error}") from error
+        answers = await self._request("POST", "/generate", body, timeout_seconds, accept)
         try:
             return read_completions(answers, requests, sampling)
         except EngineError as error:
@@ -119,8 +116,11 @@ class EngineClient:
         """For every tensor-parallel rank in order, the digests of its tensors (platform/weight_digest.py), by SGLang's
         names. Servers before SGLang 0.5.23 refuse this."""
         answer = await self._post_checked("/weights_checker", {"action": "checksum", "selector": "target"})
-        ranks = sorted(answer["ranks"], key=lambda each: each["parallelism_info"][0]["rank"])
-        return [rank["checksums"] for rank in ranks]
+        try:
+            ranks = sorted(answer["ranks"], key=lambda each: each["parallelism_info"][0]["rank"])
+            return [dict(rank["checksums"]) for rank in ranks]
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise EngineError(f"engine {self.url}: /weights_checker has no digests: {answer!r:.500}") from error
 
     async def pause(self) -> None:
         """Stop sampling. Running requests stay in the server and give up their cache; new ones wait.
@@ -223,6 +223,8 @@ class EngineClient:
             raise EngineError(
                 f"engine {self.url} is gone: {path} failed with {error!r}; its log is in the run folder under engines/"
             ) from error
+        except ValueError as error:
+            raise EngineError(f"engine {self.url}: the answer to {path} cannot be read: {error}") from error
 
 
 @asynccontextmanager

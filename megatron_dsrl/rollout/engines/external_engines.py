@@ -25,7 +25,7 @@ from megatron_dsrl.rollout.engines.errors import EngineError
 from megatron_dsrl.rollout.engines.flattened_bucket import Bucket
 from megatron_dsrl.rollout.engines.tensor_layout import EngineLayout, quantised_buckets
 from megatron_dsrl.rollout.engines.weight_broadcast import ServerLink, broadcast_weights
-from megatron_dsrl.rollout.engines.weight_check import SentWeights, lines_of_ranks, mismatch_message
+from megatron_dsrl.rollout.engines.weight_check import SentWeights, lines_of_ranks, mismatch_message, wrong_number
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +159,8 @@ class ExternalEngines:
         except EngineError as error:
             problems[link.url] = str(error)
             return []
+        if wrong := wrong_number(digests, link.size):
+            return [mismatch_message(link.url, wrong)]
         differences = [sent.differences(held) for sent, held in zip(expected, digests, strict=True)]
         if any(differences):
             return [mismatch_message(link.url, lines_of_ranks(differences))]

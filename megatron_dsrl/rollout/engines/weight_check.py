@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_dsrl.common.collective import gather_within
+from megatron_dsrl.common.numbers import counted
 from megatron_dsrl.common.stop_signals import run_interruptible
 from megatron_dsrl.config.run import RolloutSettings
 from megatron_dsrl.model.architecture import read_architecture
@@ -145,9 +146,16 @@ def check_weights(
     if isinstance(digests, str):
         raise EngineError(digests)
     assert digests is not None, "the first rank of a group knows its engine's URL"
-    if len(digests) != size:
-        return f"the engine returned digests of {len(digests)} ranks, but {size} ranks sent it weights"
+    if wrong := wrong_number(digests, size):
+        return wrong
     return lines_of_ranks(gather_within(group, sent.differences(digests[rank]))) or None
+
+
+def wrong_number(digests: Sequence[Mapping[str, str]], ranks: int) -> str | None:
+    """What is wrong with the number of an engine's digests, which should be one for each of its `ranks`; or None."""
+    if len(digests) == ranks:
+        return None
+    return f"it returned digests of {counted(len(digests), 'rank')}, but {counted(ranks, 'rank')} got weights"
 
 
 def lines_of_ranks(differences: Sequence[Sequence[str]]) -> str:

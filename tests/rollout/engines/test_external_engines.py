@@ -132,6 +132,18 @@ def test_a_tensor_that_does_not_arrive_ends_the_run(rollout, folder) -> None:
     rollout.load_weights(lambda: buckets_of(folder), version=2)  # the server itself is none the worse for it
 
 
+def test_a_server_with_digests_of_more_ranks_than_it_has_is_named(rollout, server, folder, monkeypatch) -> None:
+    digests = ServerLink.digests
+
+    async def twice(link: ServerLink) -> list[dict[str, str]]:
+        return 2 * await digests(link)
+
+    monkeypatch.setattr(ServerLink, "digests", twice)
+    message = f"{server.url} does not hold .*\n.*digests of 2 ranks, but 1 rank got weights"
+    with pytest.raises(UserError, match=message):
+        rollout.load_weights(lambda: buckets_of(folder), version=1)
+
+
 def test_a_server_that_hangs_gets_the_weights_when_it_goes_on(server, folder, monkeypatch) -> None:
     monkeypatch.setenv(API_KEY_VARIABLE, KEY)
     engines = ExternalEngines(tiny_run_config(folder, urls=[server.url], update_timeout_seconds=2.0), initial_version=0)
