@@ -10,7 +10,7 @@ from megatron_dsrl.actor.optimizer import build_optimizer, build_scheduler
 from megatron_dsrl.actor.trainable_model import TrainableModel
 from megatron_dsrl.config.actor import OptimizerConfig
 from megatron_dsrl.config.run import RunConfig
-from megatron_dsrl.model.architecture import check_same_architecture, read_architecture
+from megatron_dsrl.model.architecture import CRITIC_MAY_DIFFER, check_same_architecture, read_architecture
 from megatron_dsrl.model.build import DTYPES, build_model, build_trainable, build_value_model
 from megatron_dsrl.model.lora import add_adapters
 from megatron_dsrl.model.source import is_hub_name, resolve_model_folder
@@ -74,11 +74,11 @@ def build_critic(config: RunConfig, folder: Path, steps: int) -> Critic:
     if config.model.random_init and critic.path is None:
         fill_with_random_weights(chunks, table, architecture.initializer_range, config.seed)
     else:
-        source = folder
+        source, stored = folder, architecture
         if critic.path is not None:
             source = resolve_model_folder(critic.path, field="critic.path")
-            check_same_architecture("critic.path", source, architecture)
-        load_value_model(chunks, architecture, source)
+            stored = check_same_architecture("critic.path", source, architecture, CRITIC_MAY_DIFFER)
+        load_value_model(chunks, stored, source)
     total_steps = steps * critic.optimizer_steps_per_rollout
     return Critic(_trainable(config, chunks, table, critic.optimizer, total_steps), critic)
 

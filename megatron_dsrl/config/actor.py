@@ -129,8 +129,8 @@ class CriticConfig(Section):
     """
 
     path: str | None = None
-    """Folder that the critic starts from: a policy (the value head is then zero), or a token classifier with one
-    label (its `score` becomes the value head); null: `model.path`."""
+    """Folder that the critic starts from: a policy (the value head is then zero), or a Transformers classifier of
+    tokens or sequences with one label (its `score` becomes the value head); null: `model.path`."""
 
     value_clip: float | None = Field(default=0.2, gt=0)
     """PPO's value clipping: moving further than this from the value before the update earns nothing; null turns it

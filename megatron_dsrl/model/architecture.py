@@ -1,7 +1,8 @@
 """Read and validate the HF `config.json` of a model of a supported family."""
 
 import json
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,12 @@ FAMILIES = {
 """The supported families, by the name in config.json. They share everything else: RMSNorm before attention and
 feed-forward, grouped query attention with rotary embeddings on the whole head, SwiGLU, no other biases, no dropout. To
 add another architecture of this kind, add an entry here."""
+
+
+REFERENCE_MAY_DIFFER = ("max_position_embeddings", "initializer_range")
+"""Fields of `Architecture` that do not matter to a reference policy, which is computed as the policy is."""
+CRITIC_MAY_DIFFER = (*REFERENCE_MAY_DIFFER, "tie_word_embeddings")
+"""Those that do not matter to a critic, which has no output layer."""
 
 
 @dataclass(frozen=True)
@@ -115,16 +122,21 @@ def read_architecture(folder: Path) -> Architecture:
     return _architecture(config, _family(config, path), path)
 
 
-def check_same_architecture(field: str, folder: Path, policy: Architecture) -> None:
-    """Check that a critic or reference can be computed as the policy is, whose architecture it gets.
+def check_same_architecture(
+    field: str, folder: Path, policy: Architecture, may_differ: Sequence[str] = REFERENCE_MAY_DIFFER
+) -> Architecture:
+    """Check that a critic or reference can be computed as the policy is.
 
     Args:
         field: configuration field that names the model.
-        folder: the model's folder; a token classifier's will do.
+        folder: the model's folder; a classifier's will do.
+        may_differ: fields of `Architecture`.
+
+    Returns:
+        The model's own architecture.
 
     Raises:
-        UserError: it has no config.json, or one that differs in more than the context length and the scale of random
-            weights.
+        UserError: it has no config.json, or one that differs in other fields.
     """
     path = folder / "config.json"
     if not path.exists():
@@ -135,15 +147,13 @@ def check_same_architecture(field: str, folder: Path, policy: Architecture) -> N
     config = _read_json(path)
     names_family = config.get("architectures") in [[name] for name in FAMILIES]
     family = _family(config, path) if names_family else policy.family
-    other = replace(
-        _architecture(config, family, path),
-        max_position_embeddings=policy.max_position_embeddings,
-        initializer_range=policy.initializer_range,
-    )
-    names = [each.name for each in fields(policy) if getattr(other, each.name) != getattr(policy, each.name)]
+    other = _architecture(config, family, path)
+    compared = [each.name for each in fields(policy) if each.name not in may_differ]
+    names = [name for name in compared if getattr(other, name) != getattr(policy, name)]
     if names:
         theirs, ours = (", ".join(f"{name} {getattr(model, name)}" for name in names) for model in (other, policy))
         raise UserError(f"{field}: {folder} must have the policy's architecture, but has {theirs}; the policy: {ours}")
+    return other
 
 
 def _architecture(config: dict[str, Any], family: Family, path: Path) -> Architecture:

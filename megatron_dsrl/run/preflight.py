@@ -10,7 +10,12 @@ from megatron_dsrl.config.data import DataConfig
 from megatron_dsrl.config.run import RunConfig
 from megatron_dsrl.config.summary import RunFigures, derive
 from megatron_dsrl.data.rows import count_rows
-from megatron_dsrl.model.architecture import check_same_architecture, read_architecture
+from megatron_dsrl.model.architecture import (
+    CRITIC_MAY_DIFFER,
+    REFERENCE_MAY_DIFFER,
+    check_same_architecture,
+    read_architecture,
+)
 from megatron_dsrl.model.source import find_config_json, how_to_make, is_hub_name, no_folder
 
 
@@ -30,12 +35,15 @@ def preflight(config: RunConfig, world_size: int) -> RunFigures:
     for position, held_out in enumerate(config.evaluation.sets):  # all must exist
         count_rows(held_out, f"evaluation.sets.{position}", how_to_make(held_out.source, config.made_by))
     check_models(config)
-    for field, path in (("critic.path", config.critic.path), ("reference.path", config.reference.path)):
+    for field, path, may_differ in (
+        ("critic.path", config.critic.path, CRITIC_MAY_DIFFER),
+        ("reference.path", config.reference.path, REFERENCE_MAY_DIFFER),
+    ):
         if path is None:
             continue
         folder = Path(path).expanduser()
         if folder.is_dir():
-            check_same_architecture(field, folder, architecture)
+            check_same_architecture(field, folder, architecture, may_differ)
         elif not is_hub_name(path):
             raise no_folder(field, path)
     return figures

@@ -4,6 +4,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +158,9 @@ def load_value_model(chunks: Sequence[nn.Module], architecture: Architecture, fo
     """Fill this rank's parameters. From a policy only the decoder is loaded; the head is zero, and so are all values.
 
     Args:
-        folder: HF folder of a policy or of a token classifier with one label, or a policy converted to a Megatron
-            distributed checkpoint.
+        architecture: that of the folder.
+        folder: HF folder of a policy or of a classifier of tokens or sequences with one label, or a policy converted to
+            a Megatron distributed checkpoint. A head without a bias gets one of zero.
 
     Raises:
         UserError: weights are missing or damaged, or a tensor is missing, unexpected or of the wrong shape.
@@ -173,8 +175,11 @@ def load_value_model(chunks: Sequence[nn.Module], architecture: Architecture, fo
     else:
         checkpoint = HfCheckpoint(folder)
         stored, read_stored = checkpoint.names(), checkpoint.read
-        is_value_model = any(name.startswith("score.") for name in stored)
-        check_hf_checkpoint(checkpoint, value_model if is_value_model else policy)
+        expected = value_model if any(name.startswith("score.") for name in stored) else policy
+        if "score.bias" not in stored:  # classifiers of sequences have none
+            rules = tuple(rule for rule in expected.rules if rule.hf[0].name != "score.bias")
+            expected = replace(expected, rules=rules)
+        check_hf_checkpoint(checkpoint, expected)
     shapes = value_model.hf_shapes()
     fill(chunks, value_model, lambda name: read_stored(name) if name in stored else torch.zeros(shapes[name]))
 

@@ -13,7 +13,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import PreTrainedModel, Qwen3ForTokenClassification, Qwen3MoeForTokenClassification
+from transformers import (
+    PreTrainedModel,
+    Qwen3ForSequenceClassification,
+    Qwen3ForTokenClassification,
+    Qwen3MoeForTokenClassification,
+)
 
 from megatron_dsrl.actor.build import build_critic
 from megatron_dsrl.algorithms.experience import Experience, Response, build_experience
@@ -72,6 +77,9 @@ TWO_PROCESSES = {
     "MoE: virtual pipeline stages": Case("MoE", VIRTUAL_STAGES),
     "bfloat16: virtual pipeline stages": Case(parallel=VIRTUAL_STAGES, dtype="bfloat16"),
 }
+CLASSIFIERS = {"token classifier": Qwen3ForTokenClassification, "classifier": Qwen3ForSequenceClassification}
+OTHER_HEADS = ("untied policy", *CLASSIFIERS)
+"""Models with an output layer of their own or another head; the policy's is its embedding."""
 TOKEN_CLASSIFIERS = {"dense": Qwen3ForTokenClassification, "MoE": Qwen3MoeForTokenClassification}
 
 
@@ -166,8 +174,13 @@ def stop_and_continue(models: Path, target: Path) -> dict[str, bool]:
     return same
 
 
-def in_one_process(models: Path, converted: Path) -> tuple[dict, list]:
-    results = run_cases(models, ONE_PROCESS), from_a_policy(models / "dense", [None, str(converted)])
+def in_one_process(models: Path, converted: Path) -> tuple[dict, list, list]:
+    others = [str(models / name) for name in OTHER_HEADS]
+    results = (
+        run_cases(models, ONE_PROCESS),
+        from_a_policy(models / "dense", [None, str(converted)]),
+        from_a_policy(models / "dense", others),
+    )
     destroy_parallel()
     return results
 
@@ -184,6 +197,9 @@ def models(tmp_path_factory) -> Path:
     models = tmp_path_factory.mktemp("models")
     make_tiny_qwen3(models / "dense", tied=True, vocab_size=127)
     make_tiny_qwen3_moe(models / "MoE", vocab_size=127)
+    make_tiny_qwen3(models / "untied policy", tied=False, vocab_size=127)
+    for name, kind in CLASSIFIERS.items():
+        kind.from_pretrained(models / "untied policy", num_labels=1).save_pretrained(models / name)
     for name in TOKEN_CLASSIFIERS:
         critic = _with_a_head(models, name).bfloat16().float()  # numbers that bfloat16 has too
         critic.save_pretrained(models / f"{name} critic")
@@ -211,7 +227,7 @@ def weights_on_disk(model: PreTrainedModel, folder: Path) -> dict[str, torch.Ten
 
 
 @pytest.fixture(scope="module")
-def one_process(models, tmp_path_factory) -> tuple[dict, list]:
+def one_process(models, tmp_path_factory) -> tuple[dict, list, list]:
     converted = tmp_path_factory.mktemp("converted") / "policy"
     assert main(["convert", "hf-to-megatron", str(models / "dense"), str(converted)]) == 0
     return run_distributed(in_one_process, 1, models, converted)[0]
@@ -333,3 +349,14 @@ def test_from_a_policy_it_starts_with_its_trunk_and_with_values_of_zero(models, 
 def test_a_resumed_critic_is_bitwise_the_uninterrupted_one(two_processes) -> None:
     same = two_processes[1]
     assert len(same) == 4 and all(same.values()), same
+
+
+def test_another_head_than_the_policys_is_no_obstacle(models, one_process) -> None:
+    for name, (largest_value, weights) in zip(OTHER_HEADS, one_process[2], strict=True):
+        stored = load_file(models / name / "model.safetensors")
+        stored.pop("lm_head.weight", None)
+        for missing in weights.keys() - stored.keys():
+            assert missing.startswith("score.") and not weights.pop(missing).any(), (name, missing)
+        assert weights.keys() == stored.keys()
+        assert all(np.array_equal(weight, stored[each]) for each, weight in weights.items()), name
+        assert (largest_value > 0.0) == (name in CLASSIFIERS)
