@@ -108,11 +108,8 @@ def evaluate(run: TrainingRun, step: int) -> None:
 
 
 def finish(run: TrainingRun) -> None:
-    """Wait for the last checkpoint and say where the results are.
-
-    Raises:
-        Preempted: the process was asked to stop during the last step.
-    """
+    """Wait for the last checkpoint and say where the results are. Raises Preempted if the process was asked to stop
+    during the last step."""
     run.checkpoints.finish()
     # also a barrier: every rank's engine serves rank 0 until the last evaluation is done
     stop_if_requested(run, run.config.steps)

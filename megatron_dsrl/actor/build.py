@@ -23,10 +23,8 @@ def build_actor(config: RunConfig, folder: Path) -> Actor:
     """Build this rank's part of the policy, load or draw its weights, and create its optimizer.
 
     `initialize_parallel` must have run. The folder is that of `config.model.path`: HF or Megatron distributed
-    checkpoint.
-
-    Raises:
-        UserError: the folder's config.json or weights do not match, or the layout does not divide the model.
+    checkpoint. Raises UserError if the folder's config.json or weights do not match, or the layout does not divide the
+    model.
     """
     architecture = read_architecture(folder)
     table = weight_table(architecture)
@@ -58,15 +56,13 @@ def build_actor(config: RunConfig, folder: Path) -> Actor:
 def build_critic(config: RunConfig, folder: Path, steps: int) -> Critic:
     """Build this rank's part of the critic, with the policy's architecture and layout, and its optimizer.
 
-    `initialize_parallel` must have run.
+    `initialize_parallel` must have run. Raises UserError if the weights do not match the architecture, or the layout
+    does not divide the model.
 
     Args:
         folder: that of `config.model.path`; its config.json gives the architecture. The weights come from
             `config.critic.path` if set, else from this folder; they are random under `model.random_init`.
         steps: number of steps of the run in which the critic is trained.
-
-    Raises:
-        UserError: the weights do not match the architecture, or the layout does not divide the model.
     """
     architecture, critic = read_architecture(folder), config.critic
     table = value_model_table(architecture)

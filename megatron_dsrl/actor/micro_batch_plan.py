@@ -50,12 +50,8 @@ class SequenceCost:
 def plan_micro_batches(
     lengths: Sequence[int], data_parallel_size: int, max_tokens: int, cost: SequenceCost, multiple_of: int = 1
 ) -> MicroBatchPlan:
-    """Plan balanced micro-batches of at most `max_tokens` for sequences of these lengths.
-
-    Args:
-        multiple_of: the number of micro-batches per rank is a multiple of this: the pipeline-parallel size for the
-            interleaved schedule, else 1.
-    """
+    """Plan balanced micro-batches of at most `max_tokens` for sequences of these lengths. The number of micro-batches
+    per rank is a multiple of `multiple_of`: the pipeline-parallel size for the interleaved schedule, else 1."""
     costs = [cost(length) for length in lengths]
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     # A sequence longer than the budget takes one micro-batch, not several.

@@ -31,11 +31,8 @@ class ModelMemory:
     """Device memory of a model's parts on this rank. Not collective."""
 
     def __init__(self, list_tensors: Callable[[], Mapping[ModelPart, Iterable[Tensor]]]) -> None:
-        """
-        Args:
-            list_tensors: returns the tensors of each part; called before memory is freed. Memory shared by two parts
-                belongs to the first.
-        """
+        """`list_tensors` returns the tensors of each part; called before memory is freed. Memory shared by two parts
+        belongs to the first."""
         self._list_tensors = list_tensors
         self._storages: dict[ModelPart, list[UntypedStorage]] = {}
         self._sizes: dict[ModelPart, list[int]] = {}

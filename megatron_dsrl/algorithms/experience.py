@@ -150,11 +150,9 @@ def concatenate_tokens(values: PerToken, indices: Sequence[int], device: torch.d
 def build_experience(responses: Sequence[Response], space: Space, context_ids: Sequence[int] = ()) -> Experience:
     """Turn the responses of a whole rollout batch, with complete groups, into scored sequences of a space.
 
-    `context_ids` are the token ids of `space.context_text`.
-
-    Raises:
-        ValueError: rewards are not finite, the number of log-probs differs from the number of response tokens, or only
-            some responses have engine log-probs or routed experts.
+    `context_ids` are the token ids of `space.context_text`. Raises ValueError if rewards are not finite, the number of
+    log-probs differs from the number of response tokens, or only some responses have engine log-probs or routed
+    experts.
     """
     rewards = torch.tensor([response.reward for response in responses], dtype=torch.float32)
     if not torch.isfinite(rewards).all():

@@ -86,12 +86,8 @@ class Objective:
 def build_objectives(
     phase: PhaseConfig, experiences: Sequence[Experience], max_response_tokens: int
 ) -> list[Objective]:
-    """The terms of a phase's loss.
-
-    Args:
-        experiences: one per entry of `phase.objectives`, in that order: the whole rollout batch in that objective's
-            space, with the results of the passes in `required_passes`.
-    """
+    """The terms of a phase's loss. There is one experience per entry of `phase.objectives`, in that order: the whole
+    rollout batch in that objective's space, with the results of the passes in `required_passes`."""
     return [
         Objective(
             experience=with_advantages(experience, objective),

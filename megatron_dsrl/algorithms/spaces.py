@@ -103,15 +103,12 @@ class Space(Options):
         """The scored sequence of a response: its context, then the response.
 
         Without any context, nothing predicts the first response token, so it is unscored context; a one-token response
-        then has nothing to score.
+        then has nothing to score. Raises ValueError if a part that the space needs is empty.
 
         Args:
             response_ids: at least one token.
             context_ids: token ids of `context_text`.
             scored: [len(response_ids)] which response tokens are scored; None means all.
-
-        Raises:
-            ValueError: a part that the space needs is empty.
         """
         if not response_ids:
             raise ValueError("a scored sequence needs at least one response token")

@@ -91,11 +91,8 @@ def summary(records: Sequence[Record]) -> Record:
 
 
 def gap_by_position(gaps: Sequence[Sequence[float]]) -> list[Record]:
-    """Mean gap of the tokens at positions 1, 2-3, 4-7, 8-15, ... of their responses.
-
-    Args:
-        gaps: gaps of each response, from its first scored token on.
-    """
+    """Mean gap of the tokens at positions 1, 2-3, 4-7, 8-15, ... of their responses. `gaps` has those of each response,
+    from its first scored token on."""
     bins: dict[int, list[float]] = {}
     for response_gaps in gaps:
         for position, gap in enumerate(response_gaps, start=1):

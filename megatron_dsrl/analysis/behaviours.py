@@ -73,11 +73,8 @@ def parse_answer(text: str) -> dict[str, bool] | None:
 
 
 def behaviours_by_step(verdicts: Sequence[Mapping[str, Any]]) -> list[Record]:
-    """Per step: number of responses, unreadable answers, and the share of the others with each behaviour.
-
-    Args:
-        verdicts: the judge's records, with `step` and `behaviours` (None for an unreadable answer).
-    """
+    """Per step: number of responses, unreadable answers, and the share of the others with each behaviour. Verdicts are
+    the judge's records, with `step` and `behaviours` (None for an unreadable answer)."""
     return [
         _shares(step, [verdict["behaviours"] for verdict in verdicts if verdict["step"] == step])
         for step in sorted({verdict["step"] for verdict in verdicts})

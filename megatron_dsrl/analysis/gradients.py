@@ -128,11 +128,8 @@ class LogProbGradients:
 
 
 def scores_of_row(row: PackedRow, logits: FactoredLogits, vocab_size: int, temperature: float) -> Tensor:
-    """Log-probs and entropy of a row's scored tokens: [2, sum(num_scored)] float32.
-
-    Args:
-        logits: [S, columns of this rank] at the positions that predict the scored tokens.
-    """
+    """Log-probs and entropy of a row's scored tokens: [2, sum(num_scored)] float32. The logits are [S, columns of this
+    rank], at the positions that predict the scored tokens."""
     options = LogProbOptions(VocabularyShard.for_this_rank(len(logits.weight), vocab_size), temperature)
     return row.assemble(torch.stack(log_probs_and_entropy(logits, row.targets, options)))
 

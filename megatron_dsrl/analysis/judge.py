@@ -31,11 +31,7 @@ Key = tuple[int, int]
 
 @dataclass(frozen=True)
 class JudgeEndpoint:
-    """Address of the judge, and the client's limits.
-
-    Raises:
-        UserError: the URL is not an HTTP address.
-    """
+    """Address of the judge, and the client's limits. Raises UserError if the URL is not an HTTP address."""
 
     url: str
     """Up to and including `/v1`."""
@@ -76,15 +72,13 @@ def judge_responses(
     file: Path,
     on_verdict: Callable[[], None] = lambda: None,
 ) -> Judgements:
-    """Judge the responses that are not in the file yet.
+    """Judge the responses that are not in the file yet. Raises UserError if the file was made with another judge or
+    question, or is damaged.
 
     Args:
         steps: steps with their chosen responses, each with its place within the step.
         file: file of the verdicts; folders are created.
         on_verdict: called once for every response with a verdict, including those of earlier starts.
-
-    Raises:
-        UserError: the file was made with another judge or question, or is damaged.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     responses = {(step, place): response for step, chosen in steps for place, response in chosen}

@@ -17,11 +17,8 @@ from megatron_dsrl.rollout.sample import Sample, SampleGroup
 
 
 def lengths_of_step(step: int, groups: Sequence[SampleGroup], metrics: Mapping[int, Record]) -> Record:
-    """Lengths in tokens and entropies in nats; None for means over nothing.
-
-    Args:
-        metrics: the run's step records by step; this step's may be missing.
-    """
+    """Lengths in tokens and entropies in nats; None for means over nothing. `metrics` has the run's step records by
+    step; this step's may be missing."""
     samples = [sample for group in groups for sample in group.samples]
     log_probs = [log_prob for sample in samples for log_prob in sample.policy_log_probs]
     return {

@@ -43,11 +43,8 @@ class RecordedResponse:
 
 
 def recorded_steps(run_folder: Path) -> list[int]:
-    """The steps whose rollouts a run has recorded, in order.
-
-    Raises:
-        UserError: the run has not recorded any rollouts.
-    """
+    """The steps whose rollouts a run has recorded, in order. Raises UserError if the run has not recorded any
+    rollouts."""
     if not run_folder.is_dir():
         raise UserError(f"no such folder: {run_folder}; give the folder of a run, <output_dir>/<name>")
     steps = list(by_step(run_folder / "rollouts", ".jsonl"))
@@ -60,13 +57,10 @@ def recorded_steps(run_folder: Path) -> list[int]:
 
 
 def read_steps(run_folder: Path, steps: Sequence[int] | None = None) -> Iterator[tuple[int, list[SampleGroup]]]:
-    """Yield steps and their groups, in order.
+    """Yield steps and their groups, in order. Raises UserError if a step was not recorded, or nothing was.
 
     Args:
         steps: steps to read; None: all that are recorded.
-
-    Raises:
-        UserError: a step was not recorded, or nothing was.
     """
     recorded = recorded_steps(run_folder)
     missing = sorted(set(steps or ()) - set(recorded))
@@ -94,14 +88,11 @@ def responses_of_step(step: int, groups: Sequence[SampleGroup]) -> list[Recorded
 
 
 def read_responses(source: Path, steps: Sequence[int] | None = None) -> Iterator[tuple[int, list[RecordedResponse]]]:
-    """Yield steps and their responses.
+    """Yield steps and their responses. Raises UserError if the source is neither, or a step is missing.
 
     Args:
         source: run folder, or sample file (its only step is 0).
         steps: steps of a run; None: all.
-
-    Raises:
-        UserError: the source is neither, or a step is missing.
     """
     if source.is_dir():
         for step, groups in read_steps(source, steps):

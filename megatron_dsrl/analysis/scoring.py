@@ -54,13 +54,11 @@ class TokenisedResponse:
 
 def gradient_settings(source: Path, model: str | None, overrides: Sequence[str]) -> GradientAnalysisConfig:
     """The source's settings (model, temperature and BOS of a run; temperature of a sample file), changed as requested.
+    Raises UserError if no model is named, or a setting is invalid.
 
     Args:
         model: HF folder, hub name or Megatron checkpoint; None: the model that the run started from.
         overrides: `key.path=value` of `GradientAnalysisConfig`.
-
-    Raises:
-        UserError: no model is named, or a setting is invalid.
     """
     data = _settings_of_run(source) if source.is_dir() else _settings_of_sample_file(source)
     if model is not None:
@@ -76,14 +74,12 @@ def gradient_settings(source: Path, model: str | None, overrides: Sequence[str])
 def analyse_gradients(
     source: Path, config: GradientAnalysisConfig, steps: Sequence[int] | None, limit: int, seed: int
 ) -> Iterator[ScoredResponse]:
-    """Yield the chosen responses with their comparison as they are computed. Collective over the ranks.
+    """Yield the chosen responses with their comparison as they are computed. Collective over the ranks. Raises
+    UserError if the source or the model is missing, or they do not fit together.
 
     Args:
         steps: steps of a run; None: the first recorded one, which was sampled with the model that the run started from.
         limit: number of responses, drawn from all of the steps.
-
-    Raises:
-        UserError: the source or the model is missing, or they do not fit together.
     """
     folder = resolve_model_folder(config.model.path)
     architecture = read_architecture(folder)
@@ -103,11 +99,7 @@ def analyse_gradients(
 
 def token_log_probs(config: GradientAnalysisConfig, responses: Sequence[TokenisedResponse]) -> list[ResponseLogProbs]:
     """Log-probs under the configured model and temperature of responses with at least one token. Collective over the
-    ranks.
-
-    Raises:
-        UserError: a response is too long for the model, or the layout does not fit.
-    """
+    ranks. Raises UserError if a response is too long for the model, or the layout does not fit."""
     folder = resolve_model_folder(config.model.path)
     architecture = read_architecture(folder)
     pre_train, post_train = PreTrain(bos=config.bos), PostTrain()
@@ -145,11 +137,8 @@ def scoring_model(
     architecture: Architecture,
     responses: Sequence[TokenisedResponse],
 ) -> Iterator[ShardedModel]:
-    """Context with the model, whose weights are in `folder`, sharded over all ranks. Collective.
-
-    Raises:
-        UserError: a response is too long for the model, or the layout does not fit.
-    """
+    """Context with the model, whose weights are in `folder`, sharded over all ranks. Collective. Raises UserError if a
+    response is too long for the model, or the layout does not fit."""
     _check_lengths(responses, architecture.max_position_embeddings)
     # The distributed optimizer would shard the gradients.
     parallel = config.parallel.model_copy(update={"distributed_optimizer": False})

@@ -266,11 +266,7 @@ def write_charts(charts: Sequence[Chart], path: Path) -> None:
 
 
 def read_charts(path: Path) -> list[Chart]:
-    """The charts of a file that `write_charts` wrote.
-
-    Raises:
-        UserError: the file holds no charts.
-    """
+    """The charts of a file that `write_charts` wrote. Raises UserError if the file holds no charts."""
     try:
         return [draw(source) for source in _SOURCES.validate_json(path.read_bytes())]
     except ValidationError as error:

@@ -40,14 +40,12 @@ MAY_CHANGE = (
 
 
 def check_same_run(before: dict[str, Any], config: RunConfig, where: str) -> None:
-    """Compare the configuration with the one the run was started with.
+    """Compare the configuration with the one the run was started with. Raises UserError if fields that affect the
+    result differ; the message names all of them.
 
     Args:
         before: the resolved configuration of the existing run.
         where: name of the existing run, for the message.
-
-    Raises:
-        UserError: fields that affect the result differ; the message names all of them.
     """
     now = config.model_dump(mode="json")
     may_change: tuple[str, ...] = MAY_CHANGE
@@ -69,11 +67,8 @@ def check_same_run(before: dict[str, Any], config: RunConfig, where: str) -> Non
 
 
 def check_same_model(before: dict[str, Any], model: dict[str, Any], where: str) -> None:
-    """Compare the model with the one a checkpoint was written from.
-
-    Raises:
-        UserError: the models differ; the message names all differences.
-    """
+    """Compare the model with the one a checkpoint was written from. Raises UserError if the models differ; the message
+    names all differences."""
     changed = [f"{path} is {old!r} there and {new!r} here" for path, old, new in _differences(before, model)]
     if changed:
         raise UserError(f"{where} belongs to another model than model.path: " + "; ".join(changed))
@@ -83,10 +78,7 @@ def check_same_optimizer(before: ProcessLayout, parallel: ParallelConfig, where:
     """Check that the optimizer state of a checkpoint can be loaded.
 
     Megatron stores the state in different formats for its two kinds of optimizer, and with and without expert
-    parallelism.
-
-    Raises:
-        UserError: the checkpoint was written in the other format.
+    parallelism. Raises UserError if the checkpoint was written in the other format.
     """
     if (before.expert_parallel_size > 1) != (parallel.expert_parallel_size > 1):
         raise UserError(

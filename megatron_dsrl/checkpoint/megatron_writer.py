@@ -41,13 +41,11 @@ class CheckpointWrite:
             self._buckets = [_with_own_tensors(*pair) for pair in zip(on_host, kept)] if copy else on_host
 
     def write(self) -> list[Path]:
-        """Write and flush this rank's files. Not collective; may run in any thread.
+        """Write and flush this rank's files. Not collective; may run in any thread. Raises OSError if a file cannot be
+        written.
 
         Returns:
             The paths of the files.
-
-        Raises:
-            OSError: a file cannot be written.
         """
         written = {}
         for number, bucket in enumerate(self._buckets):
@@ -65,10 +63,7 @@ class CheckpointWrite:
 
     def finish(self) -> None:
         """Write the metadata of the files of all ranks. Collective, in the main thread, after all ranks' `write`.
-
-        Raises:
-            OSError: the metadata cannot be written. Raised on rank 0 only; all ranks complete the collectives.
-        """
+        Raises OSError, on rank 0 only, if the metadata cannot be written; all ranks complete the collectives."""
         with _failures_postponed():
             for finalize in self._finalize:
                 finalize()

@@ -42,18 +42,12 @@ class WeightsWrite(Protocol):
     """A part of a checkpoint, ready to be written; see `megatron_writer.CheckpointWrite`."""
 
     def write(self) -> Sequence[Path]:
-        """Write this rank's files and return their paths. Not collective; runs in a thread.
-
-        Raises:
-            OSError: they cannot be written.
-        """
+        """Write this rank's files and return their paths. Not collective; runs in a thread. Raises OSError if they
+        cannot be written."""
 
     def finish(self) -> None:
-        """Collective, after all ranks have written.
-
-        Raises:
-            OSError: this rank could not write; it still took part in all collectives.
-        """
+        """Collective, after all ranks have written. Raises OSError if this rank could not write; it still took part in
+        all collectives."""
 
 
 class CheckpointStore:
@@ -88,15 +82,13 @@ class CheckpointStore:
 
         Waits for a save in flight. Replaces a damaged checkpoint of the same step. Does nothing if this step's
         checkpoint is known to be good: the state is the same, and the only good checkpoint must never be missing.
+        Raises UserError, on all ranks, if the folder cannot be written to (full, read-only); for an asynchronous save
+        the next call does. Earlier checkpoints are then untouched, and no partial one is left.
 
         Args:
             state: everything but the models; the same on every rank.
             start_write: prepares the actor's part.
             others: prepare the parts of other models, by folder name; the same names on every rank.
-
-        Raises:
-            UserError: the folder cannot be written to (full, read-only). Earlier checkpoints are untouched, and no
-                partial one is left. Raised on all ranks; for an asynchronous save, by the next call.
         """
         self.finish()
         if self.has(state.step):
@@ -117,11 +109,8 @@ class CheckpointStore:
         return step == self._good_step
 
     def poll(self) -> None:
-        """Publish the save in flight if every rank has written its part. Does not wait.
-
-        Raises:
-            UserError: as `save`, as soon as one rank has failed.
-        """
+        """Publish the save in flight if every rank has written its part. Does not wait. Raises UserError as `save`, as
+        soon as one rank has failed."""
         if self._in_flight is None:
             return
         outcomes = gather((self._in_flight.is_written(), self._in_flight.problem))
@@ -129,11 +118,7 @@ class CheckpointStore:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the save in flight, if any, and publish it.
-
-        Raises:
-            UserError: as `save`.
-        """
+        """Wait for the save in flight, if any, and publish it. Raises UserError as `save`."""
         save, self._in_flight = self._in_flight, None
         if save is None:
             return
@@ -159,11 +144,8 @@ class CheckpointStore:
         )
 
     def newest(self) -> Checkpoint | None:
-        """The newest undamaged checkpoint; None without checkpoints. Damaged ones are reported.
-
-        Raises:
-            UserError: all checkpoints are damaged. Raised on every rank.
-        """
+        """The newest undamaged checkpoint; None without checkpoints. Damaged ones are reported. Raises UserError, on
+        every rank, if all are damaged."""
         folders = broadcast([folder for _, folder in reversed(published(self._root))])
         for folder in folders:
             problem, state = _validate(folder)
@@ -219,11 +201,8 @@ class Save:
         self._thread.join(seconds)
 
     def complete(self) -> Checksums:
-        """Wait for the thread, write the checkpoint's metadata, and gather the checksums. Collective.
-
-        Raises:
-            OSError: the files of some rank could not be written.
-        """
+        """Wait for the thread, write the checkpoint's metadata, and gather the checksums. Collective. Raises OSError if
+        the files of some rank could not be written."""
         self.wait()
         if self._defect is not None:
             raise self._defect

@@ -101,11 +101,8 @@ def positive_number(text: str) -> float:
 
 
 def labelled_folders(texts: Sequence[str]) -> dict[str, list[Path]]:
-    """Folders by label, from `LABEL=FOLDER,FOLDER` or `FOLDER`, whose name then becomes the label.
-
-    Raises:
-        UserError: a label or a folder is named twice, or a label has no folder.
-    """
+    """Folders by label, from `LABEL=FOLDER,FOLDER` or `FOLDER`, whose name then becomes the label. Raises UserError if
+    a label or a folder is named twice, or a label has no folder."""
     labelled: dict[str, list[Path]] = {}
     for text in texts:
         label, equals, listed = text.partition("=")

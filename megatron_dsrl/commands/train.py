@@ -44,11 +44,8 @@ def _add_run(parser: Command) -> None:
 
 
 def run_training(options: argparse.Namespace) -> int:
-    """Run or continue a training, or check it only (`--dry-run`). Returns the exit status.
-
-    Raises:
-        UserError: something does not fit; see `preflight` and `train`.
-    """
+    """Run or continue a training, or check it only (`--dry-run`). Returns the exit status. Raises UserError if
+    something does not fit; see `preflight` and `train`."""
     if options.verbose:
         options.overrides = [*options.overrides, "observability.verbose=true"]
     config = read_config(options)
@@ -134,11 +131,8 @@ def _sft(options: argparse.Namespace) -> int:
 
 
 def steps_of_epochs(files: Sequence[str], overrides: Sequence[str], epochs: float) -> int:
-    """Steps of `rollout.prompts_per_step` rows that pass over the training set this often, rounded up.
-
-    Raises:
-        UserError: the rows cannot be counted before the run.
-    """
+    """Steps of `rollout.prompts_per_step` rows that pass over the training set this often, rounded up. Raises UserError
+    if the rows cannot be counted before the run."""
     from megatron_dsrl.config.load import load_config
     from megatron_dsrl.run.preflight import count_training_prompts
 

@@ -104,14 +104,12 @@ def join_processes(backend: str, timeout: timedelta, first_rank_limit: timedelta
     """`init_process_group` for launched processes, which need not reach it at the same moment.
 
     torch's client sleeps half a second or more whenever rank 0's store is not there yet; here the other ranks look for
-    it at short intervals first.
+    it at short intervals first. Raises UserError if the environment does not say where rank 0 is, or rank 0 cannot be
+    reached in time.
 
     Args:
         timeout: limit for the other ranks to join, and for each collective later.
         first_rank_limit: limit for rank 0's store to appear.
-
-    Raises:
-        UserError: the environment does not say where rank 0 is, or rank 0 cannot be reached in time.
     """
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:

@@ -111,16 +111,14 @@ def benchmark_names() -> list[str]:
 def load_benchmark(
     name: str, data_folder: Path | None, changes: Mapping[str, Any] | None = None, section: str = "--benchmarks"
 ) -> Benchmark:
-    """A benchmark by name, or by the path of its YAML file.
+    """A benchmark by name, or by the path of its YAML file. Raises UserError if the benchmark does not exist, its file
+    is invalid, or its problems are not in the data folder.
 
     Args:
         name: such as `math500` or `mine/geometry.yaml`.
         data_folder: folder with its problem file; None: use the hub.
         changes: fields to replace, such as `samples_per_prompt`.
         section: where the name was given, for messages.
-
-    Raises:
-        UserError: the benchmark does not exist, its file is invalid, or its problems are not in the data folder.
     """
     if name.endswith((".yaml", ".yml")):
         path = name

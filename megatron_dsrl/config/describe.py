@@ -111,13 +111,11 @@ class Place:
 
 def find(root: type[Section], path: str) -> list[Place]:
     """Find what a dotted path names. Positions in lists may be left out; an option may belong to several choices.
+    Raises UserError, which names the nearest key, if it does not exist.
 
     Args:
         root: the class of the whole configuration.
         path: such as `rollout.top_p`, `phases.0.loss`, `phases.loss.gspo` or `phases.loss.clip_high`.
-
-    Raises:
-        UserError: the key does not exist; names the nearest one.
     """
     places = [Place("", root)]
     for part in path.split("."):

@@ -38,11 +38,7 @@ class ModelShape:
 
 
 def refuse(problems: Iterable[Problem]) -> None:
-    """Raise what was found, if anything was.
-
-    Raises:
-        UserError: one line per problem.
-    """
+    """Raise what was found, if anything was, as a UserError with one line per problem."""
     lines = [f"{fields}: {what}" for fields, what in problems]
     if lines:
         raise UserError("\n".join(lines))

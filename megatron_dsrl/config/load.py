@@ -37,12 +37,9 @@ TEMPLATE_STARTS = ("{{", "{%", "{#")
 
 
 def load_config(files: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file, or several, with their parents, apply `key.path=value` overrides in order, and validate.
-
-    Raises:
-        UserError: a missing or unreadable file, bad YAML, a cycle of parents, a malformed override, and every unknown,
-            missing or ill-typed field.
-    """
+    """Read a YAML file, or several, with their parents, apply `key.path=value` overrides in order, and validate. Raises
+    UserError for a missing or unreadable file, bad YAML, a cycle of parents, a malformed override, and for every
+    unknown, missing or ill-typed field."""
     paths = [Path(file) for file in ([files] if isinstance(files, str | Path) else files)]
     merged = _Merged()
     for path in paths:
@@ -66,11 +63,8 @@ def dump_config(config: RunConfig, path: str | Path) -> None:
 
 
 def read_dumped_config(path: Path) -> dict[str, Any]:
-    """The plain data of a file of `dump_config`, perhaps of another version.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """The plain data of a file of `dump_config`, perhaps of another version. Raises UserError if the file is
+    damaged."""
     data, _ = _read_file(path, ())
     if not data:
         raise UserError(f"{path} is empty; restore it, for example from `config` in a checkpoint's state.json")

@@ -156,11 +156,7 @@ class PhaseConfig(ObjectiveConfig):
 
     def at(self, step: int) -> "PhaseConfig":
         """The phase as it applies to a step. Custom phases may return a different one for each step, but always the
-        same for the same step.
-
-        Args:
-            step: a step of the run, counted from 1, at which this phase is active.
-        """
+        same for the same step. `step`, counted from 1, is one at which this phase is active."""
         return self
 
     @model_validator(mode="after")
@@ -194,11 +190,8 @@ class PhaseSteps:
 
 
 def phases_by_steps(phases: Sequence[PhaseConfig], steps: int) -> Iterator[PhaseSteps]:
-    """Every phase of a run with this many steps, in order.
-
-    Raises:
-        UserError: a custom phase fails at one of its steps, or returns something other than a phase.
-    """
+    """Every phase of a run with this many steps, in order. Raises UserError if a custom phase fails at one of its
+    steps, or returns something other than a phase."""
     first = 1
     for position, phase in enumerate(phases):
         last = steps if phase.until_step is None else min(phase.until_step, steps)

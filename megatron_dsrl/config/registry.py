@@ -95,10 +95,7 @@ class Registry:
 
     def build(self, value: Any) -> Any:
         """Options from a bare name, a mapping with a `name`, or options (typed Any: the class depends on the registry).
-
-        Raises:
-            ValidationError: no such name, class or option, or an ill-typed option.
-        """
+        Raises ValidationError if the name, the class or an option does not exist, or an option is ill-typed."""
         if isinstance(value, Options):
             return value
         # JSON mode: a list may stand for a tuple.

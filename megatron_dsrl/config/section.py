@@ -66,11 +66,8 @@ DOTTED_PATH = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 
 
 def object_at(path: str) -> Any:
-    """Import what a dotted path `package.module:name` names; None if the module has nothing of this name.
-
-    Raises:
-        ValueError: the module cannot be imported, or the path is a file's.
-    """
+    """Import what a dotted path `package.module:name` names; None if the module has nothing of this name. Raises
+    ValueError if the module cannot be imported, or the path is a file's."""
     module_name, _, name = path.partition(":")
     if "/" in module_name or module_name.endswith(".py"):
         dotted = module_name.removeprefix("./").removesuffix(".py").replace("/", ".")
@@ -89,16 +86,14 @@ def object_at(path: str) -> Any:
 
 
 def class_at(path: str, kind: str, base: type[SectionClass], key: str = "name") -> type[SectionClass]:
-    """Import the class.
+    """Import the class. Raises ValidationError if the module or class does not exist, or the class is not a subclass of
+    `base`.
 
     Args:
         path: `package.module:Class`.
         kind: what it is, for messages.
         base: what it must be a subclass of.
         key: name of the field that holds the path, for messages.
-
-    Raises:
-        ValidationError: the module or class does not exist, or the class is not a subclass of `base`.
     """
     try:
         found = object_at(path)

@@ -57,15 +57,13 @@ class RunFigures:
 
 
 def derive(config: RunConfig, world_size: int, shape: ModelShape | None, prompts: int | None = None) -> RunFigures:
-    """Check a run's layout and give its figures.
+    """Check a run's layout and give its figures. Raises UserError, which lists every field that does not fit, and what
+    to do.
 
     Args:
         world_size: number of processes (one per GPU).
         shape: the model's sizes; None leaves out the checks that need them.
         prompts: number of training prompts where known.
-
-    Raises:
-        UserError: lists every field that does not fit, and what to do.
     """
     phases = list(phases_by_steps(config.phases, config.steps))
     problems = run_problems(config, phases, world_size, shape, prompts)

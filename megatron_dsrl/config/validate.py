@@ -32,16 +32,14 @@ _TYPE_NAMES = {
 def validated(
     section: type[SectionClass], data: Any, places: Mapping[KeyPath, str], source: str, what: str = "configuration"
 ) -> SectionClass:
-    """Check plain data, as read from YAML, against a section's class.
+    """Check plain data, as read from YAML, against a section's class. Raises UserError if a field is unknown, missing,
+    or has a wrong value; every one is named, with its place.
 
     Args:
         places: where the value of a key path was set, such as `run.yaml:3`; a path that it lacks takes the place of its
             nearest parent.
         source: the file or command that the data comes from, for the message.
         what: what the data is, for the message.
-
-    Raises:
-        UserError: a field is unknown, missing, or has a wrong value; every one is named, with its place.
     """
     problems = [
         f"  {'.'.join(map(str, path))}: {problem}{_in_brackets(path, places)}" for path, problem in _not_json(data, ())

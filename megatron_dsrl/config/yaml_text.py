@@ -67,11 +67,7 @@ _Dumper.add_representer(str, _Dumper.represent_text)
 
 
 def read_text(path: Path) -> str:
-    """The text of a file in UTF-8.
-
-    Raises:
-        ValueError: it cannot be read; says why.
-    """
+    """The text of a file in UTF-8. Raises ValueError, which says why, if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -84,11 +80,8 @@ def parse_yaml(text: str, source: str) -> tuple[Any, dict[KeyPath, int]]:
     """Parse one YAML document; `source` is its name in messages (a file, or an override).
 
     Returns the data and the line (from 1) of every value by its key path. Aliases are copies: changing one place does
-    not change the others.
-
-    Raises:
-        UserError: text that is not YAML, a repeated key, a key that is not a single value, or more than `MAX_VALUES`
-            values or `MAX_DEPTH` levels, aliases expanded. Names the line.
+    not change the others. Raises UserError, which names the line, for text that is not YAML, a repeated key, a key that
+    is not a single value, or more than `MAX_VALUES` values or `MAX_DEPTH` levels, aliases expanded.
     """
     loader: _Loader | None = None
     try:

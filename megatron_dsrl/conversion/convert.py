@@ -57,11 +57,8 @@ def convert_hf_to_megatron(source: str, target: Path, layout: CheckpointLayout, 
     the work.
 
     Every process holds at most two table entries in memory (the largest is the embedding): the one being written, as a
-    whole and as a chunk, and the next one.
-
-    Raises:
-        UserError: the architecture, a tensor, the tokenizer, the layout or the target is refused, or verification found
-            a difference. The target is then absent or unchanged.
+    whole and as a chunk, and the next one. Raises UserError if the architecture, a tensor, the tokenizer, the layout or
+    the target is refused, or verification found a difference. The target is then absent or unchanged.
     """
     folder = on_first(lambda: resolve_model_folder(source, "SOURCE"))
     checks.check_is_hf(folder)
@@ -129,15 +126,12 @@ def convert_megatron_to_hf(
     processes of `conversion_processes`, which share the work.
 
     Every process holds at most two table entries in memory, as stored and as HF tensors: the one being written and the
-    next one.
+    next one. Raises UserError if the architecture, a tensor, the tokenizer or the target is refused, config.json
+    differs from the recorded one, or verification found a difference. The target is then absent or unchanged.
 
     Args:
         file_bytes: maximum size of a weight file.
         companions: folder with config.json and tokenizer; None means the source itself.
-
-    Raises:
-        UserError: the architecture, a tensor, the tokenizer or the target is refused, config.json differs from the
-            recorded one, or verification found a difference. The target is then absent or unchanged.
     """
     if not source.is_dir():
         raise UserError(f"no such folder: {source}")

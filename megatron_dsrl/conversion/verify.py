@@ -34,15 +34,13 @@ def verify(
     """Compare both sides and print a summary. Collective over the processes of `conversion_processes`.
 
     Compares names and shapes, then the dtype and SHA-256 of every tensor after a round trip through the disk and the
-    table, then the logits if both models fit in memory.
+    table, then the logits if both models fit in memory. Raises UserError, which names the differences, or the values
+    that the dtype cannot hold.
 
     Args:
         source: the side that the other one was converted from.
         dtype: dtype of the conversion; None means that of the source.
         companions: folder with the config.json of the Megatron side; None means `megatron_folder`.
-
-    Raises:
-        UserError: names the differences, or the values that the dtype cannot hold.
     """
     companions = companions or megatron_folder
     architecture = read_architecture(hf_folder)

@@ -44,14 +44,12 @@ class Pair(prompts.UsableRow):
 def load_demonstrations(
     config: PromptSetConfig, tokenizer: PreTrainedTokenizerBase, max_response_tokens: int, section: str = "data"
 ) -> list[Demonstration]:
-    """All demonstrations of a set, in the order of its rows.
+    """All demonstrations of a set, in the order of its rows. Raises UserError as `load_prompts`, and if a row has no
+    response or one that is too long (`on_long_response`).
 
     Args:
         max_response_tokens: length limit of a response, its end included.
         section: path of `config` in the run's configuration, for messages.
-
-    Raises:
-        UserError: as `load_prompts`; a row has no response; a response is too long (`on_long_response`).
     """
     pairs = prompts.usable_rows(read_rows(config, section), PairReader(config, section), config, section)
     texts, token_ids = prompts.rendered_and_tokenised(pairs, config, tokenizer, section)

@@ -22,16 +22,14 @@ ASSISTANT_START = TURN_START + "assistant\n"
 
 
 def load_tokenizer(path: str, vocab_size: int | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of an HF folder or hub name and check that it has what training needs.
+    """Load the tokenizer of an HF folder or hub name and check that it has what training needs. Raises UserError if the
+    folder or tokenizer does not exist, a special token or the chat template is missing, or the tokenizer has ids
+    outside the model's vocabulary.
 
     Args:
         path: folder with tokenizer files, or a hub name (`model.path`).
         vocab_size: rows of the model's embedding (`vocab_size` in its config.json); checked if given. The model may
             have more rows than the tokenizer has tokens (Qwen3 does), but not fewer.
-
-    Raises:
-        UserError: the folder or tokenizer does not exist, a special token or the chat template is missing, or the
-            tokenizer has ids outside the model's vocabulary.
     """
     tokenizer = _from_folder(path) if Path(path).is_dir() else _from_hub(path)
     _require_special_tokens(tokenizer, path)
@@ -79,11 +77,8 @@ def context_token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[in
     """Token ids of the text that replaces the prompt in a space; see `algorithms.spaces.Space.context_text`.
 
     For tokenizers without `<|im_start|>`, `<|im_start|>` is replaced by their BOS, and `<|im_start|>assistant\\n` by
-    what their chat template puts before a response.
-
-    Raises:
-        UserError: the text needs a chat template that puts something before a response, or contains `<|im_start|>` in
-            another place.
+    what their chat template puts before a response. Raises UserError if the text needs a chat template that puts
+    something before a response, or contains `<|im_start|>` in another place.
     """
     if TURN_START in text and TURN_START not in tokenizer.get_vocab():
         text = _own_text(tokenizer, text)

@@ -38,13 +38,11 @@ def evaluate_benchmark(
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Sample and judge what is not in the file yet; returns title, sampling fields and results of the whole benchmark.
+    Raises UserError if the file belongs to another evaluation.
 
     Args:
         sampler: source of responses; None if the benchmark is finished.
         settings: everything else that determines the samples; must be the same when an evaluation continues.
-
-    Raises:
-        UserError: the file belongs to another evaluation.
     """
     config = benchmark.config
     sampling = SamplingParameters.for_evaluation(config, config.max_response_tokens, stop_token_ids)

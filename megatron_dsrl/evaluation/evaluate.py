@@ -69,11 +69,8 @@ class EvaluationRequest:
 
 
 def requested_benchmarks(request: EvaluationRequest) -> list[Benchmark]:
-    """The benchmarks of a request, with its changes. Reads neither the model nor problems.
-
-    Raises:
-        UserError: a name, a change or an override is invalid.
-    """
+    """The benchmarks of a request, with its changes. Reads neither the model nor problems. Raises UserError if a name,
+    a change or an override is invalid."""
     benchmarks = [load_benchmark(name, request.data_folder, request.changes) for name in request.benchmarks]
     _check_benchmarks(benchmarks)
     _config(Path(request.model), request.overrides, benchmarks)
@@ -81,13 +78,11 @@ def requested_benchmarks(request: EvaluationRequest) -> list[Benchmark]:
 
 
 def read_problems(folder: Path, benchmarks: Sequence[Benchmark]) -> dict[str, list[Prompt]]:
-    """The prompts of every benchmark, by its name, from files or the hub.
+    """The prompts of every benchmark, by its name, from files or the hub. Raises UserError if problems cannot be read,
+    or are too long for the model.
 
     Args:
         folder: has config.json and tokenizer of the evaluated model.
-
-    Raises:
-        UserError: problems cannot be read, or are too long for the model.
     """
     architecture = read_architecture(folder)
     tokenizer = load_tokenizer(str(folder), architecture.vocab_size)
@@ -99,14 +94,11 @@ def read_problems(folder: Path, benchmarks: Sequence[Benchmark]) -> dict[str, li
 
 
 def evaluate(request: EvaluationRequest) -> EvaluatedModel:
-    """Evaluate, or continue an evaluation. All ranks call it; rank 0 prints the results.
+    """Evaluate, or continue an evaluation. All ranks call it; rank 0 prints the results. Raises UserError, before the
+    engines start, if an input is missing or invalid, or another process is using the output folder.
 
     Returns:
         The model that the request names.
-
-    Raises:
-        UserError: an input is missing or invalid, or another process is using the output folder; raised before the
-            engines start.
     """
     benchmarks = requested_benchmarks(request)
     with process_group(), ExitStack() as resources:
@@ -197,11 +189,8 @@ def default_output(model: EvaluatedModel) -> Path:
 
 
 def hf_folder(model: EvaluatedModel, output: Path) -> Path:
-    """The model's HF folder. A Megatron checkpoint is first converted into the output folder. Collective.
-
-    Raises:
-        UserError: the checkpoint cannot be converted.
-    """
+    """The model's HF folder. A Megatron checkpoint is first converted into the output folder. Collective. Raises
+    UserError if the checkpoint cannot be converted."""
     if not model.is_megatron:
         return model.folder
     # The fingerprint tells it from other checkpoints, and from the same folder after more training.

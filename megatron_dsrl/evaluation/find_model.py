@@ -57,14 +57,12 @@ def find_model(name: str) -> EvaluatedModel:
 
 
 def find_checkpoint(folder: Path, companions: Path | None = None) -> EvaluatedModel:
-    """The Megatron checkpoint that a folder refers to. Does not check that it is one.
+    """The Megatron checkpoint that a folder refers to. Does not check that it is one. Raises UserError if the
+    checkpoint is missing, or a run's checkpoint is incomplete or does not fit the companions' model.
 
     Args:
         folder: a Megatron checkpoint, a run's checkpoint, or a run, for its newest checkpoint.
         companions: folder of config.json and tokenizer; None: the checkpoint's own, or the run's.
-
-    Raises:
-        UserError: the checkpoint is missing, or a run's checkpoint is incomplete or does not fit the companions' model.
     """
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder}")

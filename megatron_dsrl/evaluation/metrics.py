@@ -12,11 +12,8 @@ from megatron_dsrl.evaluation.sample_file import ProblemResult
 
 
 def average_at_k(rewards: Sequence[Sequence[float]]) -> float:
-    """Avg@k: the mean over problems of the mean reward of a problem's k samples.
-
-    Args:
-        rewards: the rewards of each problem's samples; neither may be empty.
-    """
+    """Avg@k: the mean over problems of the mean reward of a problem's k samples. `rewards` has those of each problem's
+    samples; neither may be empty."""
     return fmean(fmean(samples) for samples in rewards)
 
 
@@ -33,15 +30,13 @@ def standard_error(rewards: Sequence[Sequence[float]]) -> float | None:
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     """Unbiased estimate of the probability that at least one of k samples is right (arXiv 2107.03374).
 
-    1 - C(n - c, k) / C(n, k), as a product of k factors below 1, which neither overflows nor cancels.
+    1 - C(n - c, k) / C(n, k), as a product of k factors below 1, which neither overflows nor cancels. Raises ValueError
+    unless 0 <= c <= n and 1 <= k <= n.
 
     Args:
         num_samples: n, samples drawn for the problem.
         num_correct: c, number of right ones.
         k: at most n.
-
-    Raises:
-        ValueError: unless 0 <= c <= n and 1 <= k <= n.
     """
     if not 0 <= num_correct <= num_samples or not 1 <= k <= num_samples:
         raise ValueError(f"pass@{k} of {num_correct} right among {num_samples} samples is not defined")
@@ -80,10 +75,7 @@ def bootstrap_interval(values: Sequence[float], resamples: int = 10_000) -> tupl
     """95 % percentile bootstrap interval of a mean over problems. The same values give the same interval.
 
     Whole problems, the sampling unit, are drawn with replacement. None for a single problem. If all problems have the
-    same value the interval has no width, however few they are.
-
-    Args:
-        values: one per problem.
+    same value the interval has no width, however few they are. There is one value per problem.
     """
     if len(values) < 2:
         return None
@@ -99,11 +91,8 @@ AnswerOf = Callable[[str], str | None]
 
 
 def summarise(problems: Sequence[ProblemResult]) -> dict[str, Any]:
-    """Accuracy and lengths. The accuracy is the mean reward, Avg@k; its standard error is over problems.
-
-    Args:
-        problems: not empty, with the same number of samples each.
-    """
+    """Accuracy and lengths. The accuracy is the mean reward, Avg@k; its standard error is over problems. There is at
+    least one problem, and all have the same number of samples."""
     rewards = [[sample.reward for sample in problem.samples] for problem in problems]
     samples = [sample for problem in problems for sample in problem.samples]
     return {

@@ -28,14 +28,11 @@ Evaluations = Mapping[str, Sequence[EvaluationResults]]
 
 
 def paper_table(evaluations: Evaluations, size: str) -> str:
-    """The table in Markdown.
+    """The table in Markdown. Raises UserError if the paper has no such size, or a sample file is damaged.
 
     Args:
         evaluations: methods named as in the paper (`published.METHODS`) fill its rows, others get new rows.
         size: model size of the published results to show, such as `Qwen3-4B`.
-
-    Raises:
-        UserError: the paper has no such size, or a sample file is damaged.
     """
     if size not in AVERAGE_OF_SIX:
         raise UserError(f"--size: the paper reports {' and '.join(AVERAGE_OF_SIX)}, not {size}")

@@ -21,7 +21,8 @@ from megatron_dsrl.rewards.registry import answer_of
 
 
 def rescore(evaluation: Path, target: Path, reward: RewardConfig) -> Mapping[str, Any]:
-    """Write a second evaluation with the same samples and another verifier's rewards.
+    """Write a second evaluation with the same samples and another verifier's rewards. Raises UserError if the
+    evaluation does not exist, the target is in use, or the verifier does not exist.
 
     Args:
         evaluation: output folder of `dsrl eval`.
@@ -29,9 +30,6 @@ def rescore(evaluation: Path, target: Path, reward: RewardConfig) -> Mapping[str
 
     Returns:
         The results by benchmark name, as `write_results` takes them.
-
-    Raises:
-        UserError: the evaluation does not exist, the target is in use, or the verifier does not exist.
     """
     results = read_results(evaluation)
     if target.exists() and any(target.iterdir()):

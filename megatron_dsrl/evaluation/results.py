@@ -51,11 +51,8 @@ class EvaluationResults:
 
 
 def read_results(folder: Path) -> EvaluationResults:
-    """Read the results in an output folder of `dsrl eval`.
-
-    Raises:
-        UserError: the folder does not exist or has no results.
-    """
+    """Read the results in an output folder of `dsrl eval`. Raises UserError if the folder does not exist or has no
+    results."""
     file = folder / RESULTS_FILE
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
@@ -79,11 +76,8 @@ def results_of_run(run_folder: Path) -> list[EvaluationResults]:
 
 
 def newest_results(folder: Path) -> EvaluationResults:
-    """The results in an output folder of `dsrl eval`, or those of the latest evaluated policy in a run folder.
-
-    Raises:
-        UserError: the results are missing or damaged.
-    """
+    """The results in an output folder of `dsrl eval`, or those of the latest evaluated policy in a run folder. Raises
+    UserError if the results are missing or damaged."""
     if not (folder / RESULTS_FILE).is_file() and (evaluations := results_of_run(folder)):
         return evaluations[-1]
     return read_results(folder)

@@ -111,13 +111,11 @@ class SampleFile:
     """A sample file open for appending; a context manager."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        """Read the existing file, or create it.
+        """Read the existing file, or create it. Raises UserError if the file was made with other settings, or is
+        damaged.
 
         Args:
             settings: everything that determines the samples.
-
-        Raises:
-            UserError: the file was made with other settings, or is damaged.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         plain: dict[str, Any] = json.loads(json.dumps(settings))
@@ -168,11 +166,8 @@ class SampleFile:
 
 
 def read_sample_file(path: Path) -> list[ProblemResult]:
-    """The problems of a sample file, `<evaluation>/samples/<benchmark>.jsonl`, that have all their samples.
-
-    Raises:
-        UserError: the file does not exist or is damaged.
-    """
+    """The problems of a sample file, `<evaluation>/samples/<benchmark>.jsonl`, that have all their samples. Raises
+    UserError if the file does not exist or is damaged."""
     if not path.is_file():
         raise UserError(f"{path} is neither a run folder nor a sample file of `dsrl eval`")
     settings, *records = read_records(path) or [{}]

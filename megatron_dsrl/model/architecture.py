@@ -111,12 +111,9 @@ class Architecture:
 
 
 def read_architecture(folder: Path) -> Architecture:
-    """Read `config.json`.
-
-    Raises:
-        UserError: the file is missing or not JSON, the architecture is not supported, a field is missing or has the
-            wrong type, or an unsupported feature is requested (other RoPE scaling or biases, sliding window).
-    """
+    """Read `config.json`. Raises UserError if the file is missing or not JSON, the architecture is not supported, a
+    field is missing or has the wrong type, or an unsupported feature is requested (other RoPE scaling or biases,
+    sliding window)."""
     path = folder / "config.json"
     config = _read_json(path)
     return _architecture(config, _family(config, path), path)
@@ -125,7 +122,8 @@ def read_architecture(folder: Path) -> Architecture:
 def check_same_architecture(
     field: str, folder: Path, policy: Architecture, may_differ: Sequence[str] = REFERENCE_MAY_DIFFER
 ) -> Architecture:
-    """Check that a critic or reference can be computed as the policy is.
+    """Check that a critic or reference can be computed as the policy is. Raises UserError if it has no config.json, or
+    one that differs in other fields.
 
     Args:
         field: configuration field that names the model.
@@ -134,9 +132,6 @@ def check_same_architecture(
 
     Returns:
         The model's own architecture.
-
-    Raises:
-        UserError: it has no config.json, or one that differs in other fields.
     """
     path = folder / "config.json"
     if not path.exists():

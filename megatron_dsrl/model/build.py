@@ -122,16 +122,14 @@ def _expert_fields(
 def build_model(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig) -> list[MegatronModule]:
     """Build this process's part of the model; `initialize_parallel` must have run.
 
-    Parameters are not initialised; weights/load.py loads them or draws them at random.
+    Parameters are not initialised; weights/load.py loads them or draws them at random. Raises UserError if the layout
+    does not divide the model, or Transformer Engine is requested but unavailable.
 
     Returns:
         The `parallel.virtual_pipeline_stages` chunks of this pipeline stage, each a GPTModel, inside a Float16Module
         for bfloat16. Inputs are token ids [b, s], position ids [b, s], no mask, and `packed_seq_params` for packed
         rows. The last stage returns logits [b, s, padded vocabulary / tensor-parallel size]. Under context parallelism
         s counts this rank's tokens (model/context_parallel.py).
-
-    Raises:
-        UserError: the layout does not divide the model, or Transformer Engine is requested but unavailable.
     """
     check_model_layout(architecture, parallel)
     config, virtual_stages = transformer_config(architecture, model, parallel), parallel.virtual_pipeline_stages

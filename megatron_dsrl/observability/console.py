@@ -43,11 +43,8 @@ class RunConsole:
 
     @contextmanager
     def generation(self, step: int, samples: int) -> Iterator[Callable[[int], None]]:
-        """Show samples finished / total while the block generates `samples` responses; gone afterwards.
-
-        Yields:
-            A function to call with the number of samples that have just come back.
-        """
+        """Show samples finished / total while the block generates `samples` responses; gone afterwards. Yields a
+        function to call with the number of samples that have just come back."""
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(
             *columns, console=self._console, transient=True, disable=not self._console.is_terminal

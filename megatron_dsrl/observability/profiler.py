@@ -23,13 +23,11 @@ class StepProfiler:
     def __init__(
         self, steps: Collection[int], run_folder: Path, rank: int, nsight: bool, report: Callable[[str], None]
     ) -> None:
-        """
+        """Raise UserError if Nsight Systems is to capture, but CUDA is missing.
+
         Args:
             nsight: start and stop Nsight Systems' capture instead of profiling with PyTorch.
             report: gets a line for each profile that could not be written.
-
-        Raises:
-            UserError: Nsight Systems is to capture, but CUDA is missing.
         """
         if nsight and steps and current_platform().name != "cuda":
             raise UserError(

@@ -90,10 +90,7 @@ class Timeline:
     """
 
     def __init__(self, run_folder: Path, rank: int, host: str, annotate: Span = no_span) -> None:
-        """
-        Args:
-            annotate: opens a range of the device's own profiler around every span.
-        """
+        """`annotate` opens a range of the device's own profiler around every span."""
         self._annotate = annotate
         self._epoch = time.time() - time.monotonic()
         self._file = trace_file(run_folder, rank)

@@ -45,11 +45,8 @@ def starts_that_count(folder: Path, last_step: int) -> list[Record]:
 
 
 def compare_runs(runs: Sequence[Sequence[Record]]) -> list[ComparedFact]:
-    """Everything that may change results, of every run; packages beside the main ones only where they differ.
-
-    Args:
-        runs: the starts of each that count.
-    """
+    """Everything that may change results, of every run; packages beside the main ones only where they differ. `runs`
+    has the starts of each that count."""
     said = [[what_computed(start) for start in starts] for starts in runs]
     names = list(dict.fromkeys(name for starts in said for facts in starts for name in facts))
     facts = [ComparedFact(name, tuple(_over_starts(starts, name) for starts in said)) for name in names]
@@ -57,11 +54,8 @@ def compare_runs(runs: Sequence[Sequence[Record]]) -> list[ComparedFact]:
 
 
 def changes_between_starts(starts: Sequence[Record]) -> list[ChangedFact]:
-    """Differences between a run's start and the previous one, in order.
-
-    Args:
-        starts: the run's starts that count, oldest first.
-    """
+    """Differences between a run's start and the previous one, in order. Takes the run's starts that count, oldest
+    first."""
     changes = []
     for one, other in zip(starts, starts[1:]):
         before, after = what_computed(one), what_computed(other)
@@ -92,10 +86,8 @@ def _over_starts(starts: Sequence[dict[str, str]], name: str) -> str:
 def steps_of_starts(starts: Sequence[Record], last_step: int) -> list[tuple[int, int] | None]:
     """First and last step of each start that a run consists of; None for a start without remaining steps.
 
-    A start that continues from a checkpoint replaces all steps after it.
-
-    Args:
-        last_step: last step that the run has recorded.
+    A start that continues from a checkpoint replaces all steps after it. `last_step` is the last one that the run has
+    recorded.
     """
     spans: list[tuple[int, int] | None] = []
     end = last_step

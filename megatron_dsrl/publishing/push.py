@@ -43,14 +43,12 @@ class Upload:
 
 
 def prepare_upload(name: str, base_model: str | None) -> Upload:
-    """Collect what `dsrl push` would upload. Changes nothing and needs no network.
+    """Collect what `dsrl push` would upload. Changes nothing and needs no network. Raises UserError if no policy has
+    been exported, or it has no card.
 
     Args:
         name: folder of a run (its newest policy), of one of its exports, or any HF folder with a card.
         base_model: the hub's name of the model that the run began with; None finds it where it can be known.
-
-    Raises:
-        UserError: no policy has been exported, or it has no card.
     """
     model = _exported_model(name)
     files = sorted({file for pattern in AS_THEY_ARE for file in model.folder.glob(pattern) if file.is_file()})
@@ -78,7 +76,8 @@ def _adapter_config(file: Path, base_model: str | None) -> dict[str, str]:
 
 
 def push(upload: Upload, repository: str, private: bool, report: Callable[[str], None]) -> str:
-    """Create the repository if necessary and upload everything in one commit.
+    """Create the repository if necessary and upload everything in one commit. Raises UserError if the token is missing,
+    the hub refuses, cannot be reached, or the repository is public.
 
     Args:
         upload: what `prepare_upload` has found. The card is written into its folder.
@@ -88,9 +87,6 @@ def push(upload: Upload, repository: str, private: bool, report: Callable[[str],
 
     Returns:
         Address of the model on the hub.
-
-    Raises:
-        UserError: the token is missing, the hub refuses, cannot be reached, or the repository is public.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
@@ -119,12 +115,10 @@ def write_upload(upload: Upload) -> Path:
     """Write what `push` would upload, and nothing else, to `DRY_RUN_FOLDER` within the folder of the policy.
 
     Files are hard links where the file system supports them, and otherwise copies. An earlier dry run is overwritten.
+    Raises UserError if the folder holds other files or cannot be written.
 
     Returns:
         The folder written.
-
-    Raises:
-        UserError: the folder holds other files or cannot be written.
     """
     folder = upload.folder / DRY_RUN_FOLDER
     try:
@@ -154,10 +148,7 @@ def _link_or_copy(file: Path, target: Path) -> None:
 
 
 def check_repository(repository: str) -> None:
-    """
-    Raises:
-        UserError: it is not `OWNER/NAME` as the hub takes it.
-    """
+    """Raise UserError if it is not `OWNER/NAME` as the hub takes it."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -188,10 +179,7 @@ def _exported_model(name: str) -> EvaluatedModel:
 
 @contextmanager
 def _asking_to_write(repository: str, endpoint: str) -> Iterator[None]:
-    """
-    Raises:
-        UserError: in place of what the hub's clients raise.
-    """
+    """Raise UserError in place of what the hub's clients raise."""
     try:
         yield
     except UserError:

@@ -39,15 +39,13 @@ def welch_p_value(one: Sequence[float], other: Sequence[float]) -> float | None:
 
 
 def write_comparison(methods: Mapping[str, Sequence[Path]], baseline: str, folder: Path) -> str:
-    """Write `comparison.md` and `comparison.svg`, and return the table.
+    """Write `comparison.md` and `comparison.svg`, and return the table. Raises UserError if a folder is not a run
+    folder, or nothing was evaluated.
 
     Args:
         methods: run folders by method, in the order of the table.
         baseline: the method that the others are tested against.
         folder: where the files go.
-
-    Raises:
-        UserError: a folder is not a run folder, or nothing was evaluated.
     """
     runs = {method: [read_run(path) for path in folders] for method, folders in methods.items()}
     table = comparison_table(runs, baseline) + provenance_table(runs)
@@ -183,11 +181,8 @@ def _axis(runs: Mapping[str, Sequence[RunRecords]], name: str) -> ValueAxis:
 
 
 def write_learning_curve(run_folder: Path, path: Path) -> Path:
-    """Write an SVG file, which follows the reader's light or dark colour scheme, and return its path.
-
-    Raises:
-        UserError: the folder is not a run folder, or neither an evaluation nor a reward was recorded.
-    """
+    """Write an SVG file, which follows the reader's light or dark colour scheme, and return its path. Raises UserError
+    if the folder is not a run folder, or neither an evaluation nor a reward was recorded."""
     chart = learning_curve(read_run(run_folder))
     write_figure([chart], path)
     return path

@@ -99,11 +99,7 @@ class ShownAnalysis:
 
 
 def read_analyses(run_folder: Path) -> list[ShownAnalysis]:
-    """Analyses of the run's rollouts, then of its evaluations' samples.
-
-    Raises:
-        UserError: a file is damaged.
-    """
+    """Analyses of the run's rollouts, then of its evaluations' samples. Raises UserError if a file is damaged."""
     found = [_read(file, "") for file in _summaries(run_folder / FOLDER)]
     for folder in sorted((run_folder / EVALUATIONS_FOLDER).glob(f"**/{FOLDER}/*/")):
         source = f" on {folder.name} ({folder.parent.parent.name})"

@@ -38,10 +38,7 @@ def write_report(run_folder: Path, *others: Path, output: Path | None = None) ->
     """Write the page and return its path.
 
     One run: `<run folder>/report.html`. Several: a comparison, `<first run folder>/comparison.html`. `output` names
-    another file.
-
-    Raises:
-        UserError: a folder is not a run folder, or its files are damaged.
+    another file. Raises UserError if a folder is not a run folder, or its files are damaged.
     """
     runs = [read_run(folder) for folder in (run_folder, *others)]
     if len({run.name for run in runs}) < len(runs):
@@ -115,11 +112,7 @@ class ShownProvenance:
 
 
 def shown_provenance(run: RunRecords) -> ShownProvenance | None:
-    """None for a run without records of its starts.
-
-    Raises:
-        UserError: the records are damaged.
-    """
+    """None for a run without records of its starts. Raises UserError if the records are damaged."""
     starts = read_starts(run.folder)
     if not starts:
         return None

@@ -98,11 +98,7 @@ class RankTimeline:
 
 
 def read_timelines(run_folder: Path) -> list[RankTimeline]:
-    """Read the timelines of all ranks.
-
-    Raises:
-        UserError: nothing is recorded, or a file is damaged.
-    """
+    """Read the timelines of all ranks. Raises UserError if nothing is recorded, or a file is damaged."""
     if not run_folder.is_dir():
         raise UserError(f"no such folder: {run_folder}; give the folder of a run, <output_dir>/<name>")
     files = sorted((run_folder / TRACE_FOLDER).glob("rank_*.jsonl"))

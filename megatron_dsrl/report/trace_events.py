@@ -42,10 +42,7 @@ encode = json.JSONEncoder(separators=(",", ":")).encode
 
 def write_trace(timelines: Sequence[RankTimeline], target: Path, profiles: Sequence[ProfileFile] = ()) -> None:
     """Write one file of all ranks and engines, an event per line; with the events of `profiles` by torch.profiler.
-
-    Raises:
-        UserError: a profile is damaged.
-    """
+    Raises UserError if a profile is damaged."""
     recorded = (block.when for one in timelines for blocks in (one.steps, one.spans, one.calls) for block in blocks)
     origin = min(when.start for when in recorded)
     head = {"displayTimeUnit": "ms", "otherData": {"started": datetime.fromtimestamp(origin, UTC).isoformat()}}
@@ -157,10 +154,7 @@ def profile_events(profile: ProfileFile, origin: float) -> Iterator[TraceEvent]:
     front, because every profile counts its own.
 
     Source of the format: `baseTimeNanoseconds` is a moment since 1970; a time of an event is in microseconds after it
-    (libkineto/src/output_json.cpp).
-
-    Raises:
-        UserError: the file is damaged.
+    (libkineto/src/output_json.cpp). Raises UserError if the file is damaged.
     """
     try:
         with gzip.open(profile.path, "rt", encoding="utf-8") as file:

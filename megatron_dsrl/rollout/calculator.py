@@ -28,11 +28,8 @@ _UNARY: dict[type[ast.unaryop], Callable[[Number], Number]] = {ast.UAdd: operato
 
 
 def calculate(expression: str) -> Number:
-    """The value of an expression of numbers, `+ - * / // % **` and parentheses, such as `12*(7-3)`.
-
-    Raises:
-        ValueError: it is not such an expression, has no value, or a number in it is too large.
-    """
+    """The value of an expression of numbers, `+ - * / // % **` and parentheses, such as `12*(7-3)`. Raises ValueError
+    if it is not such an expression, has no value, or a number in it is too large."""
     expression = expression.strip()
     if len(expression) > LONGEST_EXPRESSION:
         raise ValueError(f"longer than {LONGEST_EXPRESSION} characters")

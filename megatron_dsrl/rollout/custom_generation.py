@@ -94,15 +94,13 @@ AsyncCallable = Callable[[Any], Awaitable[Any]]
 
 
 def async_callable(path: str, options: Mapping[str, Any], field: str) -> AsyncCallable:
-    """What a path names, with its options: a function of one argument.
+    """What a path names, with its options: a function of one argument. Raises UserError if it does not exist, is not
+    asynchronous, does not take these options, or refuses them.
 
     Args:
         path: names a function that begins with `async def`, or a class whose instances can be called like one. A class
             gets the options once, when the run starts.
         field: that holds the path, for messages; `<field>_options` holds the options.
-
-    Raises:
-        UserError: it does not exist, is not asynchronous, does not take these options, or refuses them.
     """
     try:
         found = object_at(path)

@@ -60,15 +60,13 @@ class EngineRollout:
         encode: Encode | None = None,
         last_step: int | None = None,
     ) -> None:
-        """Start the engines.
+        """Start the engines. Raises UserError if `rollout.generate` or a verifier does not exist or does not take its
+        options.
 
         Args:
             starting: the process that becomes this rank's server; None starts a new one.
             encode: needed with `rollout.generate`.
             last_step: last step of the run; None: no end.
-
-        Raises:
-            UserError: `rollout.generate` or a verifier does not exist or does not take its options.
         """
         self._generation = custom_generation(config.rollout, encode, decode)
         self._config = config

@@ -83,7 +83,8 @@ class PythonTool:
         max_characters: int = 2000,
         allow_unsafe: bool = False,
     ) -> None:
-        """
+        """Raise UserError if code cannot be isolated on this machine, or the output could not be passed on.
+
         Args:
             wall_seconds, cpu_seconds: limits of wall-clock and processor time of each call.
             memory_megabytes: limit of address space.
@@ -91,9 +92,6 @@ class PythonTool:
             max_characters: of the output; what comes after them is left out.
             allow_unsafe: if the kernel does not permit isolation, run code anyway. It can then reach files of the user
                 and fill the disk.
-
-        Raises:
-            UserError: code cannot be isolated on this machine, or the output could not be passed on.
         """
         longest = LONGEST_REPORT - 2 * LONGEST_ERROR
         if not 1 <= max_characters <= longest:

@@ -137,11 +137,8 @@ def _sample(record: dict[str, Any]) -> Sample:
 
 def read_pass_rates(run_folder: Path, section: str) -> PassRates:
     """Share of responses with full reward for each prompt of a run's recorded rollouts, over all its steps. Filters and
-    curricula use it.
-
-    Raises:
-        UserError: nothing is recorded there, or a file is damaged; the message begins with `section`.
-    """
+    curricula use it. Raises UserError if nothing is recorded there, or a file is damaged; the message begins with
+    `section`."""
     files = by_step(rollout_file(run_folder, 1).parent, ".jsonl").values()
     rewards: defaultdict[tuple[int, ...], list[bool]] = defaultdict(list)
     for file in files:

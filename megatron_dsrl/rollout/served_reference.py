@@ -40,19 +40,13 @@ class ServedReference:
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def try_out(self) -> None:
-        """Score two tokens, so that a server that is missing is noticed before engines start. Collective.
-
-        Raises:
-            UserError: as `log_probs`.
-        """
+        """Score two tokens, so that a server that is missing is noticed before engines start. Collective. Raises
+        UserError as `log_probs`."""
         on_first(lambda: self._score(ScoredSequence((0, 1), num_context=1)))
 
     def log_probs(self, experience: Experience) -> PerToken:
-        """Log-probs of the scored tokens under the served model. Collective.
-
-        Raises:
-            UserError: the server did not answer in time, or refused a sequence.
-        """
+        """Log-probs of the scored tokens under the served model. Collective. Raises UserError if the server did not
+        answer in time, or refused a sequence."""
 
         def ask() -> PerToken:
             with ThreadPoolExecutor(self._concurrency) as pool:

@@ -43,15 +43,13 @@ class VerifiersEnvironment:
         before_message: str = BEFORE_MESSAGE,
         after_message: str = AFTER_MESSAGE,
     ) -> None:
-        """
+        """Raise UserError if the package or environment is missing, or needs what is refused.
+
         Args:
             environment: id of the taskset: its installed package, or a module on PYTHONPATH.
             config: of the environment (`EnvConfig`) besides that, such as `{taskset: {...}, agent: {max_turns: 4}}`.
             max_tasks: tasks that are read; needed for endless tasksets.
             before_message, after_message: inserted around a message of the environment; special tokens are recognised.
-
-        Raises:
-            UserError: the package or environment is missing, or needs what is refused.
         """
         self._vf = import_verifiers()
         self._environment = load_environment(self._vf, environment, config)

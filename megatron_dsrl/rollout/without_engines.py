@@ -114,15 +114,13 @@ class ReplayRollout(WithoutEngines):
 def replayed_groups(
     run_folder: Path, step: int, prompts: Sequence[Prompt], config: RolloutConfig
 ) -> tuple[list[SampleGroup], list[SampleGroup]]:
-    """The recorded batch of a step, which must fit this run, and the groups that were not trained on.
+    """The recorded batch of a step, which must fit this run, and the groups that were not trained on. Raises UserError
+    if the file is missing; has more groups, other prompts or another number of samples than this run; or lacks the
+    experts that `routing_replay` needs.
 
     Args:
         run_folder: the recorded run's.
         prompts: all prompts that this run may train on.
-
-    Raises:
-        UserError: the file is missing; has more groups, other prompts or another number of samples than this run; or
-            lacks the experts that `routing_replay` needs.
     """
     file = rollout_file(run_folder, step)
     try:

@@ -40,10 +40,7 @@ class SharedDevice:
         rollout: Rollout,
         span: Span = no_span,
     ) -> None:
-        """
-        Args:
-            bucket_bytes: maximum size of a bucket of the weight push.
-        """
+        """`bucket_bytes` is the maximum size of a bucket of the weight push."""
         self._offloaded = offload.parts
         self._bucket_bytes = bucket_bytes
         self._actor = actor
@@ -59,11 +56,8 @@ class SharedDevice:
         self._onload([(memory, MODEL_PARTS) for memory in self._memory])
 
     def push_weights(self, version: int, trainer_stays: bool = False) -> None:
-        """Give the engines the policy's weights; `give_to_engine` must follow.
-
-        Args:
-            trainer_stays: whether gradients and optimizer state are still needed on the device.
-        """
+        """Give the engines the policy's weights; `give_to_engine` must follow. `trainer_stays`: whether gradients and
+        optimizer state are still needed on the device."""
         if not trainer_stays:
             policy, *others = self._memory
             without_weights = [part for part in self._offloaded if part != "parameters"]

@@ -41,10 +41,7 @@ def prepare_run_folder(config: RunConfig, run_folder: Path, step: int) -> None:
     """Rank 0 prepares the folder to continue after `step` (0: from the start) and writes the configuration to it.
 
     Exports of later steps are deleted, since the steps will be repeated. Records of a run without any checkpoint are
-    moved to `<run folder>/interrupted_<number>`.
-
-    Raises:
-        UserError: on every rank, if the folder cannot be written to.
+    moved to `<run folder>/interrupted_<number>`. Raises UserError on every rank if the folder cannot be written to.
     """
 
     def prepare() -> None:

@@ -46,12 +46,8 @@ class RunInputs:
 
 
 def load_inputs(config: RunConfig) -> RunInputs:
-    """Read all inputs.
-
-    Raises:
-        UserError: the model, its tokenizer, a prompt set or a recorded run is missing or invalid, the tokenizer cannot
-            make the context of a space, or a filter leaves no prompt.
-    """
+    """Read all inputs. Raises UserError if the model, its tokenizer, a prompt set or a recorded run is missing or
+    invalid, the tokenizer cannot make the context of a space, or a filter leaves no prompt."""
     model_folder = resolve_model_folder(config.model.path, made_by=config.made_by)
     architecture = read_architecture(model_folder)
     tokenizer = load_tokenizer(str(model_folder), architecture.vocab_size)
@@ -89,11 +85,8 @@ def load_inputs(config: RunConfig) -> RunInputs:
 def within_configured_pass_rates(
     prompts: Sequence[Prompt], config: TrainingSetConfig, section: str
 ) -> Sequence[Prompt]:
-    """The prompts with their recorded pass rates, and of these the ones that the set's filter keeps.
-
-    Args:
-        section: path of the set in the run's configuration, for messages.
-    """
+    """The prompts with their recorded pass rates, and of these the ones that the set's filter keeps. `section` is the
+    path of the set in the run's configuration, for messages."""
     if config.pass_rates_from is None:
         return prompts
     prompts = with_pass_rates(prompts, read_pass_rates(Path(config.pass_rates_from), f"{section}.pass_rates_from"))

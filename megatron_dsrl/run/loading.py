@@ -11,11 +11,8 @@ from megatron_dsrl.common.waiting import waiting
 
 @contextmanager
 def loading_megatron(stream: TextIO | None = None, what: str = "PyTorch and Megatron") -> Iterator[None]:
-    """Context for the block in which a command imports them.
-
-    Args:
-        stream: where rank 0 prints; standard output by default, stderr for commands whose output is data.
-    """
+    """Context for the block in which a command imports them. `stream` is where rank 0 prints: standard output by
+    default, stderr for commands whose output is data."""
 
     def say(text: str) -> None:
         if launched_rank() == 0:

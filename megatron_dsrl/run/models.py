@@ -130,13 +130,11 @@ class RunModels:
 
 
 def build_models(config: RunConfig, folder: Path) -> RunModels:
-    """Build the policy, and the other models that the run's phases need, as they are before the first step.
+    """Build the policy, and the other models that the run's phases need, as they are before the first step. Raises
+    UserError as `build_actor` and `build_critic`.
 
     Args:
         folder: local folder of `config.model.path`.
-
-    Raises:
-        UserError: as `build_actor` and `build_critic`.
     """
     schedule = Schedule(config.phases)
     passes = [passes_of_phase(schedule.at(step)) for step in range(1, config.steps + 1)]
@@ -150,11 +148,8 @@ def build_models(config: RunConfig, folder: Path) -> RunModels:
 
 
 def build_reference(config: ReferenceConfig, actor: Actor, folder: Path) -> ReferencePolicy | ServedReference:
-    """The reference policy with its initial weights.
-
-    Raises:
-        UserError: its folder is missing or does not match the policy, or its server does not answer.
-    """
+    """The reference policy with its initial weights. Raises UserError if its folder is missing or does not match the
+    policy, or its server does not answer."""
     if config.url is not None:
         served = ServedReference(config)
         with waiting(f"trying the server of reference.url ({config.url})"):

@@ -22,12 +22,9 @@ from megatron_dsrl.model.source import find_config_json, how_to_make, is_hub_nam
 def preflight(config: RunConfig, world_size: int) -> RunFigures:
     """Check the run's layout against its model and data, and derive its figures.
 
-    Reads only config.json of local models, and counts the rows of local prompt files.
-
-    Raises:
-        UserError: a model or a local prompt file is missing or unreadable, the architecture is not supported, that of
-            critic or reference is another, the layout does not fit (see `derive` and `check_models`), or the temporary
-            folder's name is too long.
+    Reads only config.json of local models, and counts the rows of local prompt files. Raises UserError if a model or a
+    local prompt file is missing or unreadable, the architecture is not supported, that of critic or reference is
+    another, the layout does not fit (see `derive` and `check_models`), or the temporary folder's name is too long.
     """
     require_short_temporary_folder()
     architecture = read_architecture(find_config_json(config.model.path, config.made_by).parent)
@@ -50,12 +47,8 @@ def preflight(config: RunConfig, world_size: int) -> RunFigures:
 
 
 def check_models(config: RunConfig) -> None:
-    """Check that the phases use the configured critic and reference policy.
-
-    Raises:
-        UserError: the critic's warm-up includes a step that does not use it, or the reference policy is
-            configured but no phase has one.
-    """
+    """Check that the phases use the configured critic and reference policy. Raises UserError if the critic's warm-up
+    includes a step that does not use it, or the reference policy is configured but no phase has one."""
     schedule, critic = Schedule(config.phases), config.critic
     steps = range(1, config.steps + 1)
     for step in range(1, critic.warmup_steps + 1):
@@ -79,11 +72,8 @@ def check_models(config: RunConfig) -> None:
 
 
 def check_weight_files(config: RunConfig) -> None:
-    """Check the weights of local models by their files' headers. Takes seconds, to import torch.
-
-    Raises:
-        UserError: weights of the policy or of its reference are missing, damaged or of another model.
-    """
+    """Check the weights of local models by their files' headers. Takes seconds, to import torch. Raises UserError if
+    weights of the policy or of its reference are missing, damaged or of another model."""
     folder = Path(config.model.path).expanduser()
     if not folder.is_dir():
         return
@@ -99,11 +89,8 @@ def check_weight_files(config: RunConfig) -> None:
 
 def count_training_prompts(data: DataConfig, made_by: Mapping[str, str] = {}) -> int | None:
     """Rows of the training set, at most `data.limit`; None if they must be loaded to be counted, and for a mixture,
-    whose sets have their own epochs, and for filtered prompts.
-
-    Raises:
-        UserError: a local file is missing, unreadable or empty.
-    """
+    whose sets have their own epochs, and for filtered prompts. Raises UserError if a local file is missing, unreadable
+    or empty."""
     counts = [
         count_rows(one, section, how_to_make(one.source, made_by)) for section, one in data.sets_by_section.items()
     ]  # all must exist

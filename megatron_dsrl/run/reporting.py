@@ -44,14 +44,12 @@ def record_step(
     critic_metrics: Mapping[str, float],
     timer: SecondsPerPart,
 ) -> None:
-    """Record and print a finished step on rank 0. Collective.
+    """Record and print a finished step on rank 0. Collective. Raises UserError, on all ranks, if rank 0 cannot write,
+    because the disk is full for instance.
 
     Args:
         samples: rank 0's.
         update: None if the policy was not updated.
-
-    Raises:
-        UserError: rank 0 cannot write, because the disk is full for instance. Raised on all ranks.
     """
     device_metrics = run.device.metrics()
 

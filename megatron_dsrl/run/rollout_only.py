@@ -28,11 +28,8 @@ from megatron_dsrl.run.rollout_metrics import rollout_metrics
 def sample_run(config: RunConfig) -> None:
     """Sample all steps of a run with the weights of its model folder. All ranks call it.
 
-    Steps that are already on disk are skipped.
-
-    Raises:
-        UserError: the model has no weights in Hugging Face format, another process is using the run folder, or an input
-            is missing or invalid.
+    Steps that are already on disk are skipped. Raises UserError if the model has no weights in Hugging Face format,
+    another process is using the run folder, or an input is missing or invalid.
     """
     inputs = load_inputs(config)
     if config.model.random_init or not any(inputs.model_folder.glob("*.safetensors")):

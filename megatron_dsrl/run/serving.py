@@ -16,13 +16,11 @@ POLL_SECONDS = 0.5
 
 
 def serve(config: RunConfig, host: str, port: int) -> None:
-    """Start a server with the settings of the run's engines and wait until it ends.
+    """Start a server with the settings of the run's engines and wait until it ends. Raises UserError if the server
+    cannot be started or has ended.
 
     Args:
         host: address to listen on. Any but the loopback address needs a key.
-
-    Raises:
-        UserError: the server cannot be started or has ended.
     """
     if host not in (LOOPBACK, "localhost") and external_key() is None:
         raise UserError(

@@ -126,10 +126,7 @@ def start_run(config: RunConfig, resources: ExitStack, starting: StartingServer 
 
 def check_verifiers(config: RunConfig) -> None:
     """Check the verifiers of prompt sets that have their own; those of held-out sets run when an evaluation is due.
-
-    Raises:
-        UserError: see `check_reward`.
-    """
+    Raises UserError if see `check_reward`."""
     for section, reward in config.data.set_rewards.values():
         check_reward(reward, section)
     for position, one in enumerate(config.evaluation.sets):
@@ -149,11 +146,8 @@ def start_process_groups(config: RunConfig, run_folder: Path, resources: ExitSta
 def open_checkpoints(
     config: RunConfig, inputs: RunInputs, console: RunConsole, resources: ExitStack
 ) -> tuple[CheckpointStore, Checkpoint | None]:
-    """The run's checkpoints, and the newest of them, which the run continues from.
-
-    Raises:
-        UserError: the run folder or the checkpoint does not fit the configuration.
-    """
+    """The run's checkpoints, and the newest of them, which the run continues from. Raises UserError if the run folder
+    or the checkpoint does not fit the configuration."""
     checkpoints = CheckpointStore(
         inputs.run_folder / CHECKPOINTS_FOLDER,
         config.checkpoint.keep_last,

@@ -69,11 +69,8 @@ def load_sweep(path: Path) -> SweepConfig:
 
 
 def runs_of(sweep: SweepConfig, folder: Path) -> list[SweepRun]:
-    """Every method with every seed, seed by seed, so that an interrupted sweep has whole rounds to compare.
-
-    Args:
-        folder: folder of the sweep's file; configuration paths are relative to it.
-    """
+    """Every method with every seed, seed by seed, so that an interrupted sweep has whole rounds to compare. `folder` is
+    that of the sweep's file; configuration paths are relative to it."""
     return [
         SweepRun(
             method=method,
@@ -165,10 +162,7 @@ class _Trainings:
 
 
 def _check(run: SweepRun) -> None:
-    """
-    Raises:
-        UserError: the run cannot start, or has no evaluations to be compared.
-    """
+    """Raise UserError if the run cannot start, or has no evaluations to be compared."""
     config = load_config(run.configs, run.settings)
     try:
         preflight(config, world_size=1)
@@ -197,10 +191,7 @@ def _is_finished(run: SweepRun) -> bool:
 
 
 def _require_own_folders(runs: Sequence[SweepRun], path: Path) -> None:
-    """
-    Raises:
-        UserError: two runs would have the same folder.
-    """
+    """Raise UserError if two runs would have the same folder."""
     by_folder: dict[Path, SweepRun] = {}
     for run in runs:
         other = by_folder.setdefault(run.folder, run)

@@ -29,14 +29,12 @@ def export_hf_folder(
     """Write the model to `target`: safetensors, config.json with the right dtype, tokenizer files. Collective.
 
     With LoRA the weights are merged, and the adapters alone are in `adapter/` as PEFT's files. (Beside the weights
-    Transformers would take them for the model.) The target is either complete or absent; see `new_folder`.
+    Transformers would take them for the model.) The target is either complete or absent; see `new_folder`. Raises
+    UserError, on every rank, if it already exists or cannot be written.
 
     Args:
         chunks: GPTModel chunks of this pipeline stage, wrapped or not.
         source: HF folder to copy config.json and the tokenizer from.
-
-    Raises:
-        UserError: the target already exists or cannot be written. Raised on every rank.
     """
 
     def write_stream() -> None:

@@ -29,12 +29,9 @@ _EXPERT = re.compile(r"(\.local_experts\.|\.experts\.linear_fc[12]\.weight)(\d+)
 
 
 def load_weights(chunks: Sequence[nn.Module], table: WeightTable, folder: Path) -> None:
-    """Fill this rank's parameters from an HF folder or a Megatron distributed checkpoint. Collective.
-
-    Raises:
-        UserError: the weights are missing or damaged, config.json differs from the recorded one, a tensor is missing,
-            unexpected or of the wrong shape, or a tied head differs from the embedding.
-    """
+    """Fill this rank's parameters from an HF folder or a Megatron distributed checkpoint. Collective. Raises UserError
+    if the weights are missing or damaged, config.json differs from the recorded one, a tensor is missing, unexpected or
+    of the wrong shape, or a tied head differs from the embedding."""
     if is_megatron_checkpoint(folder):
         _load_megatron_weights(chunks, table, folder)
     else:
@@ -156,14 +153,12 @@ def fill_with_random_weights(
 
 def load_value_model(chunks: Sequence[nn.Module], architecture: Architecture, folder: Path) -> None:
     """Fill this rank's parameters. From a policy only the decoder is loaded; the head is zero, and so are all values.
+    Raises UserError if weights are missing or damaged, or a tensor is missing, unexpected or of the wrong shape.
 
     Args:
         architecture: that of the folder.
         folder: HF folder of a policy or of a classifier of tokens or sequences with one label, or a policy converted to
             a Megatron distributed checkpoint. A head without a bias gets one of zero.
-
-    Raises:
-        UserError: weights are missing or damaged, or a tensor is missing, unexpected or of the wrong shape.
     """
     policy, value_model = weight_table(architecture), value_model_table(architecture)
     read_stored: Callable[[str], Tensor]

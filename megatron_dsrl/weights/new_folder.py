@@ -40,7 +40,9 @@ def new_folder(target: Path, overwrite: bool = False, needed: Sequence[Path] = (
 
     The block writes into a hidden folder beside the target, which is renamed when all processes are done, and removed
     if rank 0 leaves the block with an exception. A failure in the block must therefore be raised on every process; see
-    `together`. Leftovers of a killed process are removed by the next one with the same target.
+    `together`. Leftovers of a killed process are removed by the next one with the same target. Raises UserError, on
+    every process, if the target exists and may not be replaced, overlaps with `needed`, is being written by another
+    process, or its parent is not writable.
 
     Args:
         overwrite: replace an existing target at the very end, provided it is empty or holds only a model. Otherwise an
@@ -49,10 +51,6 @@ def new_folder(target: Path, overwrite: bool = False, needed: Sequence[Path] = (
 
     Yields:
         The hidden folder, the same on every process.
-
-    Raises:
-        UserError: the target exists and may not be replaced, overlaps with `needed`, is being written by another
-            process, or its parent is not writable. Raised on every process.
     """
     target = Path(os.path.realpath(target))
     lock: _Lock | None = None

@@ -41,13 +41,11 @@ def adapter_table(architecture: Architecture, lora: LoraConfig) -> WeightTable:
 def write_peft_folder(
     chunks: Sequence[nn.Module], adapters: PeftAdapters, folder: Path, dtype: torch.dtype, bucket_bytes: int
 ) -> None:
-    """Write adapter_config.json and adapter_model.safetensors into a new folder. Collective.
+    """Write adapter_config.json and adapter_model.safetensors into a new folder. Collective. Raises UserError, on every
+    rank, if it cannot be written.
 
     Args:
         bucket_bytes: tensors are gathered in buckets of this size.
-
-    Raises:
-        UserError: the folder cannot be written. Raised on every rank.
     """
     tensors: dict[str, Tensor] = {}
     for name, tensor in chain.from_iterable(stream_hf_weights(chunks, adapters.table, bucket_bytes, dtype)):

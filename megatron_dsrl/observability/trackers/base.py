@@ -97,10 +97,7 @@ def reason(error: Exception) -> str:
 
 
 def check_packages(trackers: Sequence[Options], field: str = "observability.trackers") -> None:
-    """
-    Raises:
-        UserError: the package of a tracker is not installed.
-    """
+    """Raise UserError if the package of a tracker is not installed."""
     for tracker in trackers:
         assert isinstance(tracker, TrackerOptions)
         if tracker.package is not None and find_spec(tracker.package) is None:

@@ -25,10 +25,7 @@ class Trackers:
     """
 
     def __init__(self, trackers: Sequence[TrackerOptions], run_folder: Path, report: Callable[[str], None]) -> None:
-        """
-        Args:
-            report: called with a line for the user, from other threads as well.
-        """
+        """`report` is called with a line for the user, from other threads as well."""
         self._trackers = trackers
         self._folder = run_folder
         self._report = report

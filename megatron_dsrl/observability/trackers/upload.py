@@ -18,14 +18,12 @@ from megatron_dsrl.observability.trackers.sender import Sender
 
 
 def chosen_trackers(run_folder: Path, names: Sequence[str], overrides: Sequence[str]) -> list[TrackerOptions]:
-    """The trackers with these names and options; without names those of the run's own configuration.
+    """The trackers with these names and options; without names those of the run's own configuration. Raises UserError
+    if the run, a tracker or an option does not exist, no tracker is named, or a package is not installed.
 
     Args:
         names: registered names or dotted paths.
         overrides: `option=value`, for all of them.
-
-    Raises:
-        UserError: the run, a tracker or an option does not exist, no tracker is named, or a package is not installed.
     """
     configured = read_run(run_folder).config.get("observability", {}).get("trackers", [])
     of_run = {tracker["name"]: tracker for tracker in configured}
@@ -38,11 +36,8 @@ def chosen_trackers(run_folder: Path, names: Sequence[str], overrides: Sequence[
 
 
 def upload(run_folder: Path, tracker: TrackerOptions) -> str:
-    """Send what the tracker does not have of a run, and say what was sent.
-
-    Raises:
-        UserError: the tracker failed, or another process is sending the run to it.
-    """
+    """Send what the tracker does not have of a run, and say what was sent. Raises UserError if the tracker failed, or
+    another process is sending the run to it."""
     run = read_run(run_folder)
     has_ended = bool(run.steps) and run.steps[-1]["step"] == run.total_steps
     try:
