@@ -69,15 +69,13 @@ class Actor:
         """Take `mini_batches * epochs` optimizer steps: in each epoch, one on each consecutive part of the experience.
 
         With more than one step, those after the first are off-policy and need the log-probs of the policy before the
-        update (`with_old_log_probs`). With one step these equal the current ones. Raises FloatingPointError if the loss
-        or the gradient norm is not finite.
+        update (`with_old_log_probs`). With one step these equal the current ones. Returns metrics, the same on every
+        rank; None if no sequence had to be trained on and no step was taken. Raises FloatingPointError if the loss or
+        the gradient norm is not finite.
 
         Args:
             objectives: terms of the loss, with the global batch, the same on every rank. Every optimizer step uses its
                 part of each.
-
-        Returns:
-            Metrics, the same on every rank; None if no sequence had to be trained on and no step was taken.
         """
         experiences = [objective.experience for objective in objectives if len(objective.experience) > 0]
         assert mini_batches * epochs == 1 or all(each.old_log_probs is not None for each in experiences)

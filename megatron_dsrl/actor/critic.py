@@ -32,10 +32,8 @@ class Critic:
         """Take the configured optimizer steps towards the returns, on the mean over the tokens of each mini-batch.
 
         The experience is the global batch with values and returns, the same on every rank. It is not filtered: the
-        critic learns from every sample. Raises FloatingPointError if the loss or the gradient norm is not finite.
-
-        Returns:
-            Metrics by name, without a prefix, the same on every rank; empty if no token is scored.
+        critic learns from every sample. Returns metrics by name, without a prefix, the same on every rank; none if no
+        token is scored. Raises FloatingPointError if the loss or the gradient norm is not finite.
         """
         experience = experience.select([i for i, count in enumerate(experience.num_scored) if count > 0])
         if len(experience) == 0:

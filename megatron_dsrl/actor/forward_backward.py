@@ -44,10 +44,8 @@ def run_schedule(
     use `sum_gradients` as its `finalize_model_grads_func`.
 
     There is at least one micro-batch, and their order is the same on all ranks of a model replica. With several chunks
-    the number of micro-batches is a multiple of the pipeline-parallel size.
-
-    Returns:
-        On the last stage, the result kept by each micro-batch's `score`; empty on the other stages.
+    the number of micro-batches is a multiple of the pipeline-parallel size. Returns, on the last stage, the result that
+    each micro-batch's `score` keeps; on the other stages nothing.
     """
 
     def forward_step(

@@ -69,15 +69,13 @@ class ShardedModel:
         score: Callable[[PackedRow, Any], Tensor],
         routed_experts: Sequence[str] | None = None,
     ) -> PerToken:
-        """Compute one number per scored token with a forward pass over the whole batch.
+        """Compute one number per scored token with a forward pass over the whole batch. Returns [num_scored] per
+        sequence, the same on every rank.
 
         Args:
             score: maps a packed row and the model's output at its predicting positions (see `MicroBatch.score`) to
                 [sum(num_scored)] float32, the same on all ranks that hold shards of that row or output (see
                 `PackedRow.assemble`).
-
-        Returns:
-            [num_scored] per sequence, the same on every rank.
         """
         for chunk in self.chunks:
             chunk.eval()

@@ -155,13 +155,10 @@ def _verdicts(
 def ask_all(
     endpoint: JudgeEndpoint, questions: Mapping[Key, list[dict[str, str]]], on_answer: Callable[[Key, str], None]
 ) -> dict[Key, str]:
-    """Ask every question at temperature 0.
+    """Ask every question at temperature 0. Returns the last error of each question that got no answer.
 
     Args:
         on_answer: called with every answer as it arrives.
-
-    Returns:
-        The last error of each question that got no answer.
     """
     waiting = iter(questions.items())
     outcomes: SimpleQueue[tuple[Key, str | Exception]] = SimpleQueue()

@@ -57,11 +57,8 @@ def recorded_steps(run_folder: Path) -> list[int]:
 
 
 def read_steps(run_folder: Path, steps: Sequence[int] | None = None) -> Iterator[tuple[int, list[SampleGroup]]]:
-    """Yield steps and their groups, in order. Raises UserError if a step was not recorded, or nothing was.
-
-    Args:
-        steps: steps to read; None: all that are recorded.
-    """
+    """Yield steps and their groups, in order. `steps` are those to read; None: all that are recorded. Raises UserError
+    if a step was not recorded, or nothing was."""
     recorded = recorded_steps(run_folder)
     missing = sorted(set(steps or ()) - set(recorded))
     if missing:

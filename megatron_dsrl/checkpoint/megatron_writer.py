@@ -41,12 +41,8 @@ class CheckpointWrite:
             self._buckets = [_with_own_tensors(*pair) for pair in zip(on_host, kept)] if copy else on_host
 
     def write(self) -> list[Path]:
-        """Write and flush this rank's files. Not collective; may run in any thread. Raises OSError if a file cannot be
-        written.
-
-        Returns:
-            The paths of the files.
-        """
+        """Write and flush this rank's files. Not collective; may run in any thread. Returns their paths. Raises OSError
+        if a file cannot be written."""
         written = {}
         for number, bucket in enumerate(self._buckets):
             _, result = FileSystemWriterAsync.write_preloaded_data(

@@ -27,12 +27,10 @@ POLL_SECONDS = 0.2
 
 @contextmanager
 def locked(folder: Path, report: Callable[[str], None]) -> Iterator[None]:
-    """Keep other commands out of the folder, created if it does not exist, during the `with` block. Collective. Raises
-    UserError, on every rank and with nothing changed, if another process holds the lock, or the folder is not writable.
-
-    Args:
-        report: called on rank 0 with a message if the file system has no locks or another process holds the lock.
-    """
+    """Keep other commands out of the folder, created if it does not exist, during the `with` block. Collective.
+    `report` is called on rank 0 with a message if the file system has no locks or another process holds the lock.
+    Raises UserError, on every rank and with nothing changed, if another process holds the lock, or the folder is not
+    writable."""
     with ExitStack() as until_the_end:
         on_first(lambda: _lock(folder, report, until_the_end))
         yield

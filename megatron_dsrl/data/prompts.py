@@ -62,13 +62,10 @@ class Task(UsableRow):
 
 
 def load_prompts(config: PromptSetConfig, tokenizer: PreTrainedTokenizerBase, section: str = "data") -> list[Prompt]:
-    """All prompts of a set, in the order of its rows. Raises UserError for a source that is missing, unreadable or
-    empty, rows without a usable problem or answer (`on_bad_row`), prompts that are too long (`on_long_prompt`), an
-    invalid answer pattern or template, and a tokenizer without a chat template.
-
-    Args:
-        section: path of `config` in the run's configuration, for messages.
-    """
+    """All prompts of a set, in the order of its rows. `section` is the path of `config` in the run's configuration, for
+    messages. Raises UserError for a source that is missing, unreadable or empty, rows without a usable problem or
+    answer (`on_bad_row`), prompts that are too long (`on_long_prompt`), an invalid answer pattern or template, and a
+    tokenizer without a chat template."""
     tasks = usable_rows(read_rows(config, section), RowReader(config, section), config, section)
     texts, token_ids = rendered_and_tokenised(tasks, config, tokenizer, section)
     prompts = [

@@ -125,14 +125,12 @@ def reward_settings(reward: RewardConfig) -> dict[str, Any]:
 
 @contextmanager
 def benchmark_progress(title: str, problems: int, done: int, to_sample: int) -> Iterator[Callable[[bool], None]]:
-    """A bar on a terminal; elsewhere a line every half minute, to keep logs readable.
+    """A bar on a terminal; elsewhere a line every half minute, to keep logs readable. Yields a function to call after
+    each sample that is judged and on disk, with whether it was its problem's last one.
 
     Args:
         done: number of problems that have all their samples.
         to_sample: number of samples that are missing.
-
-    Yields:
-        A function to call after each sample that is judged and on disk, with whether it was its problem's last one.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     is_terminal = sys.stdout.isatty()

@@ -78,12 +78,8 @@ def requested_benchmarks(request: EvaluationRequest) -> list[Benchmark]:
 
 
 def read_problems(folder: Path, benchmarks: Sequence[Benchmark]) -> dict[str, list[Prompt]]:
-    """The prompts of every benchmark, by its name, from files or the hub. Raises UserError if problems cannot be read,
-    or are too long for the model.
-
-    Args:
-        folder: has config.json and tokenizer of the evaluated model.
-    """
+    """The prompts of every benchmark, by its name, from files or the hub. The folder has config.json and tokenizer of
+    the evaluated model. Raises UserError if problems cannot be read, or are too long for the model."""
     architecture = read_architecture(folder)
     tokenizer = load_tokenizer(str(folder), architecture.vocab_size)
     prompts = {b.name: load_prompts(b.config, tokenizer, f"benchmark {b.name}") for b in benchmarks}
@@ -94,12 +90,9 @@ def read_problems(folder: Path, benchmarks: Sequence[Benchmark]) -> dict[str, li
 
 
 def evaluate(request: EvaluationRequest) -> EvaluatedModel:
-    """Evaluate, or continue an evaluation. All ranks call it; rank 0 prints the results. Raises UserError, before the
-    engines start, if an input is missing or invalid, or another process is using the output folder.
-
-    Returns:
-        The model that the request names.
-    """
+    """Evaluate, or continue an evaluation. All ranks call it; rank 0 prints the results. Returns the model that the
+    request names. Raises UserError, before the engines start, if an input is missing or invalid, or another process is
+    using the output folder."""
     benchmarks = requested_benchmarks(request)
     with process_group(), ExitStack() as resources:
         model = on_first(lambda: find_model(request.model))

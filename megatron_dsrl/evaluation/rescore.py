@@ -21,15 +21,13 @@ from megatron_dsrl.rewards.registry import answer_of
 
 
 def rescore(evaluation: Path, target: Path, reward: RewardConfig) -> Mapping[str, Any]:
-    """Write a second evaluation with the same samples and another verifier's rewards. Raises UserError if the
-    evaluation does not exist, the target is in use, or the verifier does not exist.
+    """Write a second evaluation with the same samples and another verifier's rewards. Returns the results by benchmark
+    name, as `write_results` takes them. Raises UserError if the evaluation does not exist, the target is in use, or the
+    verifier does not exist.
 
     Args:
         evaluation: output folder of `dsrl eval`.
         target: an empty or new folder.
-
-    Returns:
-        The results by benchmark name, as `write_results` takes them.
     """
     results = read_results(evaluation)
     if target.exists() and any(target.iterdir()):

@@ -111,12 +111,8 @@ class SampleFile:
     """A sample file open for appending; a context manager."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        """Read the existing file, or create it. Raises UserError if the file was made with other settings, or is
-        damaged.
-
-        Args:
-            settings: everything that determines the samples.
-        """
+        """Read the existing file, or create it. `settings` are everything that determines the samples. Raises UserError
+        if the file was made with other settings, or is damaged."""
         path.parent.mkdir(parents=True, exist_ok=True)
         plain: dict[str, Any] = json.loads(json.dumps(settings))
         before, *records = repair_records(path) or [plain]

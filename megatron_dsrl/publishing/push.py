@@ -76,17 +76,14 @@ def _adapter_config(file: Path, base_model: str | None) -> dict[str, str]:
 
 
 def push(upload: Upload, repository: str, private: bool, report: Callable[[str], None]) -> str:
-    """Create the repository if necessary and upload everything in one commit. Raises UserError if the token is missing,
-    the hub refuses, cannot be reached, or the repository is public.
+    """Create the repository if necessary and upload everything in one commit. Returns the model's address on the hub.
+    Raises UserError if the token is missing, the hub refuses, cannot be reached, or the repository is public.
 
     Args:
         upload: what `prepare_upload` has found. The card is written into its folder.
         repository: `OWNER/NAME`.
         private: make a new repository private, and refuse an existing public one.
         report: called with a line before the upload begins.
-
-    Returns:
-        Address of the model on the hub.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
@@ -115,10 +112,7 @@ def write_upload(upload: Upload) -> Path:
     """Write what `push` would upload, and nothing else, to `DRY_RUN_FOLDER` within the folder of the policy.
 
     Files are hard links where the file system supports them, and otherwise copies. An earlier dry run is overwritten.
-    Raises UserError if the folder holds other files or cannot be written.
-
-    Returns:
-        The folder written.
+    Returns the folder written. Raises UserError if the folder holds other files or cannot be written.
     """
     folder = upload.folder / DRY_RUN_FOLDER
     try:

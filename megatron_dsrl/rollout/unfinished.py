@@ -197,14 +197,12 @@ def restart_expired(
     max_weight_versions: int,
     new_seeds: Callable[[Sequence[Prompt]], Sequence[Sequence[int]]],
 ) -> tuple[CarryOver, int]:
-    """Restart the groups that are too old for the current weights.
+    """Restart the groups that are too old for the current weights. Returns what this step continues, and the number of
+    restarted groups.
 
     Args:
         weight_version: version of this step's weights.
         max_weight_versions: versions that one group may mix, including this one.
-
-    Returns:
-        What this step continues, and the number of restarted groups.
     """
     oldest_allowed = weight_version - max_weight_versions + 1
     finished = tuple(group for group in carried.finished if group.oldest_version >= oldest_allowed)

@@ -18,12 +18,8 @@ Value = TypeVar("Value")
 
 
 def sample(run: TrainingRun, step: int) -> tuple[StepSamples | None, list[Response]]:
-    """Sample and judge the groups of a step. Collective. Raises Preempted if the run was asked to stop; its state
-    before the step is saved.
-
-    Returns:
-        The samples, on rank 0 only, and their responses.
-    """
+    """Sample and judge the groups of a step. Collective. Returns the samples, on rank 0 only, and their responses.
+    Raises Preempted if the run was asked to stop; its state before the step is saved."""
     sampler_before = run.sampler.state_dict()
 
     def draw(count: int) -> list[Prompt]:

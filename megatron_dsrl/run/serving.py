@@ -16,12 +16,8 @@ POLL_SECONDS = 0.5
 
 
 def serve(config: RunConfig, host: str, port: int) -> None:
-    """Start a server with the settings of the run's engines and wait until it ends. Raises UserError if the server
-    cannot be started or has ended.
-
-    Args:
-        host: address to listen on. Any but the loopback address needs a key.
-    """
+    """Start a server with the settings of the run's engines and wait until it ends. `host` is the address to listen on;
+    any but the loopback address needs a key. Raises UserError if the server cannot be started or has ended."""
     if host not in (LOOPBACK, "localhost") and external_key() is None:
         raise UserError(
             f"--host {host}: every machine that reaches it could change the weights; set {API_KEY_VARIABLE} to a "

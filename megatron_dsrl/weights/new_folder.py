@@ -40,17 +40,14 @@ def new_folder(target: Path, overwrite: bool = False, needed: Sequence[Path] = (
 
     The block writes into a hidden folder beside the target, which is renamed when all processes are done, and removed
     if rank 0 leaves the block with an exception. A failure in the block must therefore be raised on every process; see
-    `together`. Leftovers of a killed process are removed by the next one with the same target. Raises UserError, on
-    every process, if the target exists and may not be replaced, overlaps with `needed`, is being written by another
-    process, or its parent is not writable.
+    `together`. Leftovers of a killed process are removed by the next one with the same target. Yields the hidden
+    folder, the same on every process. Raises UserError, on every process, if the target exists and may not be replaced,
+    overlaps with `needed`, is being written by another process, or its parent is not writable.
 
     Args:
         overwrite: replace an existing target at the very end, provided it is empty or holds only a model. Otherwise an
             existing target is an error.
         needed: files and folders read meanwhile; the target must not be, contain or lie in one of them.
-
-    Yields:
-        The hidden folder, the same on every process.
     """
     target = Path(os.path.realpath(target))
     lock: _Lock | None = None

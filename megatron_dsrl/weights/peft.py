@@ -41,12 +41,8 @@ def adapter_table(architecture: Architecture, lora: LoraConfig) -> WeightTable:
 def write_peft_folder(
     chunks: Sequence[nn.Module], adapters: PeftAdapters, folder: Path, dtype: torch.dtype, bucket_bytes: int
 ) -> None:
-    """Write adapter_config.json and adapter_model.safetensors into a new folder. Collective. Raises UserError, on every
-    rank, if it cannot be written.
-
-    Args:
-        bucket_bytes: tensors are gathered in buckets of this size.
-    """
+    """Write adapter_config.json and adapter_model.safetensors into a new folder. Collective. Tensors are gathered in
+    buckets of `bucket_bytes`. Raises UserError, on every rank, if it cannot be written."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in chain.from_iterable(stream_hf_weights(chunks, adapters.table, bucket_bytes, dtype)):
         if rank() == 0:
