@@ -74,13 +74,13 @@ def _find_modules_here() -> None:
     try:
         here = os.getcwd()
     except FileNotFoundError as error:
-        raise UserError("the current folder does not exist any more; change to another one") from error
+        raise UserError("the current folder no longer exists; change to another one") from error
     if here not in sys.path:
         sys.path.insert(0, here)
 
 
 def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """Run in this process, or with `--processes` start that many of the same command. A dry run needs only one."""
+    """Run in this process, or with `--processes` start the command in that many processes. A dry run needs only one."""
     if getattr(options, "processes", None) is not None and not getattr(options, "dry_run", False):
         from megatron_dsrl.run.launch import launch, others_started
 
@@ -91,11 +91,11 @@ def _run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 @contextmanager
 def _flushing_output() -> Iterator[None]:
-    """Write what is left of the output, also of `--help`, so that a closed pipe is noticed here and not at the exit."""
+    """Flush the output, including that of `--help`, so that a closed pipe is noticed here and not at exit."""
     try:
         yield
     except SystemExit as end:
-        if isinstance(end.__context__, BrokenPipeError):  # Rich's way to leave a closed pipe, with a status of its own
+        if isinstance(end.__context__, BrokenPipeError):  # how Rich exits on a closed pipe, with another status
             raise SystemExit(CLOSED_PIPE_STATUS) from end
         print(end="", flush=True)
         raise
@@ -112,7 +112,7 @@ class _EndedBySignal(KeyboardInterrupt):
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """A signal ends the block by _EndedBySignal."""
+    """A signal ends the block with _EndedBySignal."""
     received: list[_EndedBySignal] = []
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -128,7 +128,8 @@ def _ended_by_signals() -> Iterator[None]:
         except Exception as error:
             if not received:
                 raise
-            # Imports of compiled modules swallow the exception and fail later, and so do other ranks that have ended.
+            # Imports of compiled modules swallow the exception and fail later; collectives fail if another rank has
+            # ended.
             raise received[0] from error
 
 
@@ -140,7 +141,7 @@ def _print_error(message: str) -> None:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options, rest = _parser().parse_known_args(arguments)
-    # argparse cannot parse `config --dry-run key=value`: it leaves over positionals that follow an option.
+    # argparse cannot parse `config --dry-run key=value`: it does not consume positionals that follow an option.
     takes_files = hasattr(options, "config") and hasattr(options, "overrides")
     words = [word for word in rest if not word.startswith("-") and ("=" in word or takes_files)]
     unknown = [word for word in rest if word not in words]

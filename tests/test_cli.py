@@ -114,7 +114,7 @@ def finish(folder: Path) -> None:
 
 
 def test_a_finished_run_is_complete_at_once(folder) -> None:
-    """Before anything heavy is loaded; a run with another configuration in the same folder is refused as early."""
+    """Before anything heavy is loaded; a run with a different configuration in the same folder is refused as early."""
     finish(folder)
     program = (
         "import sys; from megatron_dsrl.cli import main; status = main(sys.argv[1:]);"
@@ -129,7 +129,7 @@ def test_a_finished_run_is_complete_at_once(folder) -> None:
     assert result.stderr == "0 []\n"
     assert result.stdout.startswith("runs/small is complete: 4 steps\n") and "dsrl report runs/small" in result.stdout
     other = train("rollout.temperature=0.5")
-    assert "runs/small holds a run with another configuration" in other.stderr and other.stderr.endswith("2 []\n")
+    assert "runs/small holds a run with a different configuration" in other.stderr and other.stderr.endswith("2 []\n")
 
 
 @pytest.mark.parametrize("missing", ["checkpoints/step_000004", "hf/step_000004", "metrics.jsonl", "config.yaml"])
@@ -378,7 +378,7 @@ def test_a_second_signal_ends_the_command_at_once_with_one_line(folder, work, fi
     process.send_signal(signal.Signals[second])
     _, stderr = process.communicate(timeout=10)
     assert process.returncode == 128 + signal.Signals[second]
-    assert stderr == f"dsrl: {second} came second; ended at once\n"
+    assert stderr == f"dsrl: second signal ({second}); exiting at once\n"
 
 
 @pytest.mark.parametrize("arguments", [["completion", "bash"], ["config"], ["train", "run.yaml", "--dry-run"]])

@@ -135,7 +135,7 @@ class Actor:
         return list(range(len(objective.experience))) if self._router.has_losses else objective.samples_with_gradient
 
     def _micro_batches(self, objective: Objective) -> list[MicroBatch[ScoreResult]]:
-        """This rank's share of the computed samples of an objective, with their weights in the whole of it."""
+        """This rank's share of an objective's computed samples, with their weights in the whole objective."""
         weights = objective.aggregation(objective.experience.num_scored) * objective.coefficient
         computed = self._computed(objective)
         objective = replace(objective, experience=objective.experience.select(computed))
@@ -148,7 +148,7 @@ class Actor:
         """A packed row of an objective; the loss is the sum of weight * token loss over all rows of all ranks."""
         experience, device = objective.experience, self.model.device
         advantages = experience.advantages
-        assert advantages is not None, "with_advantages comes first"
+        assert advantages is not None, "call with_advantages first"
 
         def row_tokens(values: PerToken) -> Tensor:
             return concatenate_tokens(values, row.indices, device)

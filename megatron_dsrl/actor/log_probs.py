@@ -152,7 +152,7 @@ class _Statistics:
     at_target: Tensor
     """z at the target; 0 unless a column so far is the target."""
     has_target: Tensor
-    """[num_tokens] bool: whether one is."""
+    """[num_tokens] bool: whether the target is among the columns so far."""
 
     @classmethod
     def of_no_columns(cls, num_tokens: int, device: torch.device) -> "_Statistics":
@@ -191,7 +191,7 @@ class _Statistics:
         return self.maximum + logarithm, at_target - logarithm, logarithm - weighted / normaliser
 
     def _move_to(self, maximum: Tensor) -> None:
-        """Express the sums relative to a maximum that is at least the present one."""
+        """Express the sums relative to a maximum that is at least the current one."""
         difference = self.maximum - maximum
         factor = difference.exp()
         self.weighted = factor * (self.weighted + difference * self.normaliser)

@@ -113,7 +113,7 @@ class PackedRow:
 
 SHORTEST_ROW = 2
 """Tokens in an empty row. Transformer Engine refuses a row of one token on a rank with one key-value head, because the
-strides of queries, keys and values then do not tell how they lie in memory."""
+strides of queries, keys and values are then ambiguous."""
 
 
 def pack(
@@ -139,7 +139,7 @@ def pack(
     mine = zigzag_rows(lengths, split.context_parallel_size, split.context_parallel_rank)
     predicting = (predicted[mine] >= 0).nonzero().flatten()
     places = predicted[mine][predicting]
-    # A rank holds the chunks of a sequence in order, so its places increase.
+    # A rank holds the chunks of a sequence in order, so its positions increase.
     targets = torch.cat(
         [torch.zeros(0, dtype=torch.int64), *(one.token_tensor[one.scored_positions] for one in chosen)]
     )

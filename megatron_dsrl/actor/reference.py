@@ -48,7 +48,7 @@ class ReferencePolicy:
             self._actor.load_model(folder)
 
     def log_probs(self, experience: Experience) -> PerToken:
-        """As `Actor.log_probs`, under the reference policy; its routers choose their own experts."""
+        """Like `Actor.log_probs`, but under the reference policy, whose routers choose their own experts."""
         with self._swapped_in():
             return self._actor.log_probs(replace(experience, routed_experts=None))
 
@@ -60,7 +60,7 @@ class ReferencePolicy:
         self.is_initial = False
 
     def start_save(self, folder: Path, copy: bool) -> CheckpointWrite:
-        """Prepare to write the weights into an existing, empty folder. They are copied in any case."""
+        """Prepare to write the weights into an existing, empty folder. They are always copied."""
         with self._swapped_in():
             return start_save_weights(folder, self._actor.model.chunks)
 

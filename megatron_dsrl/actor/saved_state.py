@@ -91,7 +91,7 @@ def load_saved_weights(folder: Path, chunks: Sequence[torch.nn.Module]) -> None:
 
 def _model(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
     """Sharded state of the chunks, without the layers' extra state: it is empty except in low-precision formats, and
-    local and Transformer Engine's layers have it in different places."""
+    local and Transformer Engine layers keep it in different places."""
     metadata, model = _layout_metadata(), {}
     for name, chunk in _named(chunks):
         state = bare_model(chunk).sharded_state_dict(metadata=metadata)
@@ -109,7 +109,7 @@ def _fill(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
 
 
 def _saved(names: Iterable[str]) -> list[str]:
-    """The entries of a model's state that checkpoints have: of a model with adapters only these."""
+    """The entries of a model's state that go into checkpoints: all, or only the adapters if there are any."""
     weights = [name for name in names if not is_extra_state(name)]
     return [name for name in weights if is_adapter(name)] or weights
 
@@ -152,7 +152,7 @@ def _complete(state: dict[str, Any], adam: torch.optim.Optimizer) -> None:
         for name, value in adam.defaults.items():
             group.setdefault(name, value)
     if "state" not in state:
-        return  # the distributed optimizer's, with the count in its groups in any case
+        return  # the distributed optimizer's, which always has the count in its groups
     if isinstance(adam, torch.optim.AdamW):
         count = max((float(group["step"]) for group in groups if "step" in group), default=0.0)
         state["state"].setdefault("common_step", torch.tensor(count))

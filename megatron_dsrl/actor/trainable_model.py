@@ -27,7 +27,7 @@ from megatron_dsrl.model.build import bare_model
 from megatron_dsrl.weights.stream import stream_hf_weights
 from megatron_dsrl.weights.table import WeightTable
 
-AWAY = "a part of the model is in host memory: onload() comes first"
+AWAY = "a part of the model is in host memory: call onload() first"
 
 
 class TrainableModel(ShardedModel):

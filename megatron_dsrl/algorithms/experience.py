@@ -121,7 +121,7 @@ class Experience:
     @property
     def sample_advantages(self) -> Tensor:
         """[num_sequences] float32: sum of advantages over each sample's tokens."""
-        assert self.advantages is not None, "with_advantages comes first"
+        assert self.advantages is not None, "call with_advantages first"
         return _sums(self.advantages)
 
     def select(self, indices: Sequence[int]) -> "Experience":

@@ -41,7 +41,7 @@ class GeneralizedAdvantage(AdvantageOptions):
     """Standardise advantages over all tokens of the rollout batch. Returns are not standardised."""
 
     def estimate(self, experience: Experience) -> AdvantageEstimate:
-        assert experience.values is not None, "the critic's pass comes first: see required_passes"
+        assert experience.values is not None, "run the critic's pass first: see required_passes"
         advantages, returns = generalized_advantages(
             experience.token_rewards, experience.values, self.discount, self.trace_decay
         )

@@ -75,7 +75,7 @@ class Objective:
         """Indices of the samples that can have a gradient."""
         if self.needs_every_sample:
             return list(range(len(self.experience)))
-        assert self.experience.advantages is not None, "with_advantages comes first"
+        assert self.experience.advantages is not None, "call with_advantages first"
         return [i for i, advantages in enumerate(self.experience.advantages) if advantages.any()]
 
     def mini_batches(self, count: int) -> list["Objective"]:
@@ -121,7 +121,7 @@ def token_losses(objective: ObjectiveConfig, tokens: ScoredTokens) -> TokenLosse
         weights, correction_metrics = objective.importance_correction.correct(tokens)
         losses, metrics = losses * weights, metrics | correction_metrics
     if objective.kl is not None:
-        assert tokens.reference_log_probs is not None, "the reference pass comes first: see required_passes"
+        assert tokens.reference_log_probs is not None, "run the reference pass first: see required_passes"
         divergence = kl_loss(tokens.log_probs, tokens.reference_log_probs, objective.kl.loss_estimator)
         metrics["reference_kl"] = divergence
         if objective.kl.loss_coefficient > 0:
@@ -145,6 +145,6 @@ def with_behaviour_log_probs(objective: ObjectiveConfig, tokens: ScoredTokens) -
         return tokens
     if not objective.space.prompt_in_context:
         return tokens
-    assert tokens.engine_log_probs is not None, "older weights have sampled"
+    assert tokens.engine_log_probs is not None, "tokens from older weights have engine log-probs"
     older = tokens.from_older_weights.bool()
     return replace(tokens, old_log_probs=torch.where(older, tokens.engine_log_probs, tokens.old_log_probs))

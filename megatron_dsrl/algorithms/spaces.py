@@ -1,10 +1,10 @@
 """Spaces: turn a sampled response into a scored sequence.
 
-Post-train space (standard RL) scores log P(y|x): the sequence is prompt + response. Pre-train space (PreRL,
-arXiv 2604.14142) scores log P(y): the sequence is BOS + response, without any prompt token, and positions restart at 0
+Post-train space (standard RL) scores log P(y|x): the sequence is prompt + response. Pre-train space (PreRL, arXiv
+2604.14142) scores log P(y): the sequence is BOS + response, without any prompt token, and positions restart at 0
 because a scored sequence always starts at position 0. In a response of several turns (`rollout.generate`) only the
-prompt goes; tool results and the like stay as unscored context (examples/own_generation). The samples are the same;
-only what is updated differs. All later code (packing, log-probs, losses) is shared by all spaces.
+prompt is dropped; tool results and the like stay as unscored context (examples/own_generation). The samples are the
+same; only what is updated differs. All later code (packing, log-probs, losses) is shared by all spaces.
 """
 
 from abc import abstractmethod
@@ -67,7 +67,7 @@ class ScoredSequence:
 
 
 class Space(Options):
-    """Base class of spaces: fields are options, `context` decides what a response is scored given."""
+    """Base class of spaces: fields are options, `context` decides what a response is conditioned on."""
 
     prompt_in_context: ClassVar[bool]
     """Whether scored tokens are conditioned on the prompt, as in the engine. Only then are their log-probs comparable

@@ -1,8 +1,8 @@
 """`dsrl analyse behaviours`: recorded responses judged one by one by a model behind an OpenAI-compatible endpoint.
 
-Every answer is saved immediately. The first line of the file has the judge and a digest of the question. The same
-command continues: only responses without an answer are judged again. An unreadable answer counts as an answer, since
-temperature 0 would repeat it. Failed requests are retried as in `rewards/http_request.py`.
+Every answer is saved immediately. The first line of the file holds the judge and a digest of the question. Run again,
+the same command judges only responses without an answer. An unreadable answer counts as an answer, since temperature 0
+would repeat it. Failed requests are retried as in `rewards/http_request.py`.
 """
 
 import hashlib
@@ -134,8 +134,8 @@ def _verdicts(
     if different:
         then, now = ({key: values.get(key) for key in different} for values in (records[0], settings))
         raise UserError(
-            f"{file} was made with another judge or question ({json.dumps(then)} then, {json.dumps(now)} now): choose "
-            "another folder with --output, or delete the file"
+            f"{file} was made with a different judge or question ({json.dumps(then)} then, {json.dumps(now)} now): "
+            "choose another folder with --output, or delete the file"
         )
     try:
         done = {(record["step"], record["place"]): record for record in records[1:]}

@@ -45,11 +45,11 @@ class StepAxis:
     """Meaning of the horizontal axis."""
 
     name: str = "step"
-    """In words before a number."""
+    """Precedes a number in text, as in `step 5`."""
     is_log2: bool = False
     """Doubling is a constant distance; for numbers from 1."""
     label: str = ""
-    """Below the axis; empty for the name."""
+    """Label below the axis; empty: the name."""
 
     def scaled(self, step: float) -> float:
         """A step in units of equal distance."""
@@ -61,7 +61,7 @@ class ValueAxis:
     """Meaning of the vertical axis and the part shown: the values and `include`, within the limits."""
 
     name: str = ""
-    """Beside the axis, with the unit."""
+    """Label beside the axis, with the unit."""
     is_log: bool = False
     """A factor of ten is a constant distance. Zero and negative values lie on the lower edge."""
     at_least: float | None = None
@@ -69,10 +69,10 @@ class ValueAxis:
     at_most: float | None = None
     """No value can be higher; None for no limit."""
     include: tuple[float, ...] = (0.0,)
-    """Values that a linear axis shows in any case."""
+    """Values that a linear axis always shows."""
 
     def scaled(self, value: float) -> float:
-        """A value in units of equal distance; -inf for what a logarithmic axis cannot hold."""
+        """A value in units of equal distance; -inf for values that a logarithmic axis cannot show."""
         if not self.is_log:
             return value
         return math.log10(value) if value > 0 else -math.inf
@@ -125,7 +125,7 @@ class Axes:
         return self.frame.bottom_edge - share * (self.frame.bottom_edge - self.frame.top)
 
     def step_ticks(self) -> list[int]:
-        """Steps that are written below the axis."""
+        """Steps labelled on the horizontal axis."""
         first, last = math.ceil(self.first), math.floor(self.last)
         if self.horizontal.is_log2:
             every = -(-(last - first + 1) // MOST_STEP_LABELS)
@@ -137,7 +137,7 @@ class Axes:
         return [first, *(tick for tick in inner if first + spacing <= tick <= last - spacing), last]
 
     def value_ticks(self) -> list[float]:
-        """Values that are written beside the axis."""
+        """Values labelled on the vertical axis."""
         if self.vertical.is_log:
             every = -(-(round(self.high - self.low) + 1) // MOST_DECADE_LABELS)
             return [10.0**exponent for exponent in range(round(self.low), round(self.high) + 1, every)]
@@ -165,11 +165,11 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 @dataclass(frozen=True)
 class Series:
-    """One named curve over steps, or over what else the chart's horizontal axis counts."""
+    """One named curve over what the horizontal axis counts, usually steps."""
 
     name: str
     steps: tuple[int, ...]
-    """Ascending. A step that is not here is skipped over by the curve."""
+    """Ascending. The curve skips steps that are missing here."""
     values: tuple[float | None, ...]
     """One per step; None leaves a hole in the curve."""
     colour: int
@@ -177,7 +177,7 @@ class Series:
     errors: tuple[float | None, ...] | None = None
     """Half the length of the error bar at every step; None for no bars."""
     breaks: tuple[int, ...] = ()
-    """Steps at which the curve begins again, because the value is not comparable with the ones before."""
+    """Steps at which a new curve begins, because its values are not comparable with those before."""
 
     @classmethod
     def of_records(cls, records: Sequence[Record], name: str, key: str, colour: int) -> "Series":
@@ -239,7 +239,7 @@ def phase_changes(phases: Sequence[PhaseSpan]) -> tuple[int, ...]:
 
 
 def number(value: float | None, error: float | None = None) -> str:
-    """A value for people, with its error: integers and thousands in full, else three significant digits."""
+    """A value for display, with its error: integers and thousands in full, else three significant digits."""
     if value is None:
         return "none"
     if abs(value) >= 1000 or value == int(value):

@@ -33,7 +33,7 @@ from megatron_dsrl.common.errors import UserError
 from megatron_dsrl.observability.run_records import PhaseSpan
 
 CHARACTER = 6.8
-"""Width of a character at the charts' font size of 11, generously."""
+"""Width of a character at the charts' font size of 11, rounded up."""
 MOST_DOTS = 25
 _SOURCES = TypeAdapter(list[ChartSource])
 _Points = Mapping[int, tuple[float, float | None]]
@@ -152,7 +152,7 @@ def _six_digits(value: float | None) -> float | None:
 
 
 def text_width(text: str) -> float:
-    """About how wide a text is in a drawing; too wide rather than too narrow."""
+    """Approximate width of a text in a drawing; errs on the wide side."""
     return CHARACTER * sum(1.3 if character.isupper() else 1.0 for character in text)
 
 
@@ -232,7 +232,7 @@ def cursor(axes: Axes) -> str:
 
 
 def _drawn(axes: Axes, points: Sequence[tuple[int, float]]) -> list[str]:
-    """Coordinates of the points that are needed to see all of them."""
+    """Coordinates of the points, without those that would not be visible."""
     kept = _thinned([(axes.x(step), value) for step, value in points])
     return [f"{x:.1f} {axes.y(value):.1f}" for x, value in kept]
 
@@ -261,7 +261,7 @@ def _tick_label(value: float) -> str:
 
 
 def write_charts(charts: Sequence[Chart], path: Path) -> None:
-    """Write what charts show as JSON, to be drawn again by a page that may look otherwise."""
+    """Write the charts' data as JSON, from which a page can redraw them in its own style."""
     write_result(path, _SOURCES.dump_json([chart.source for chart in charts]).decode() + "\n")
 
 

@@ -51,7 +51,7 @@ def pass_at_k_chart(title: str, curves: Mapping[str, Mapping[int, Estimate]]) ->
     series = [estimated_series(name, by_k, colour) for colour, (name, by_k) in enumerate(curves.items(), start=1)]
     explanation = "Unbiased estimate, mean over problems."
     if any(one.errors for one in series):
-        explanation += " Of several runs the mean, ± half of the 95 % interval over them."
+        explanation += " For several runs: their mean ± half of its 95 % interval."
     return line_chart(title, explanation, series, (), PASS_AT_K, BUDGET)
 
 

@@ -1,4 +1,4 @@
-"""Charts as one SVG file that stands alone: in a README, in light and in dark."""
+"""Charts as one self-contained SVG file, for READMEs in light and dark mode."""
 
 from collections.abc import Sequence
 from importlib.resources import files
@@ -42,7 +42,7 @@ def write_figure(charts: Sequence[Chart], path: Path) -> None:
 
 
 def _legend(chart: Chart) -> list[list[tuple[float, int, str]]]:
-    """Rows of (x, colour, label): every curve's last value, and at which step where it is not the chart's last one."""
+    """Rows of (x, colour, label): every curve's last value, and its step if that is not the chart's last."""
     at = f"{chart.source.horizontal.name} {chart.legend_step}:"
     left, right = chart.frame.left, chart.frame.width
     rows: list[list[tuple[float, int, str]]] = [[(left, 0, at)]]
@@ -68,7 +68,7 @@ def _last_value(chart: Chart, series: Series) -> str:
 
 
 def _shortened(label: str, room: float) -> str:
-    """The label, without the middle of what does not fit into a row."""
+    """The label, with its middle cut out if it is too long for a row."""
     if text_width(label) <= room:
         return label
     half = int(len(label) * room / text_width(label)) // 2 - 1

@@ -60,7 +60,7 @@ def check_same_run(before: dict[str, Any], config: RunConfig, where: str) -> Non
     ]
     if changed:
         raise UserError(
-            f"{where} holds a run with another configuration, so it cannot be continued with this one:\n"
+            f"{where} holds a run with a different configuration, so it cannot be continued with this one:\n"
             + "\n".join(changed)
             + "\nchoose another `name`, or remove the folder"
         )
@@ -71,7 +71,7 @@ def check_same_model(before: dict[str, Any], model: dict[str, Any], where: str) 
     names all differences."""
     changed = [f"{path} is {old!r} there and {new!r} here" for path, old, new in _differences(before, model)]
     if changed:
-        raise UserError(f"{where} belongs to another model than model.path: " + "; ".join(changed))
+        raise UserError(f"{where} belongs to a different model than model.path: " + "; ".join(changed))
 
 
 def check_same_optimizer(before: ProcessLayout, parallel: ParallelConfig, where: str) -> None:

@@ -78,7 +78,7 @@ class CheckpointStore:
         self._in_flight: Save | None = None
 
     def save(self, state: RunState, start_write: StartWrite, others: Mapping[str, StartWrite] | None = None) -> None:
-        """Publish a checkpoint and remove old ones; if asynchronous, only start to.
+        """Publish a checkpoint and remove old ones. An asynchronous save only starts here.
 
         Waits for a save in flight. Replaces a damaged checkpoint of the same step. Does nothing if this step's
         checkpoint is known to be good: the state is the same, and the only good checkpoint must never be missing.

@@ -51,7 +51,7 @@ def _add_hf_to_megatron(directions: Commands) -> None:
         "--expert-tensor-parallel-size",
         metavar="N",
         type=positive,
-        help="tensor-parallel size of experts (default: as --tensor-parallel-size)",
+        help="tensor-parallel size of experts (default: same as --tensor-parallel-size)",
     )
     _add_common(parser)
 
@@ -92,7 +92,7 @@ def _add_model(parser: Command, checkpoint: str) -> None:
 
 
 def _add_common(parser: Command) -> None:
-    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the written weights (default: as the source)")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the written weights (default: same as the source)")
     parser.add_argument(
         "--verify",
         action="store_true",

@@ -25,8 +25,8 @@ def add_eval(commands: Commands) -> None:
         _eval,
         help="evaluate a model on benchmarks",
         description="Sample a model on benchmarks with the same engines as training, score the samples, and write "
-        "results.json, results.md and pass_at_k.svg. Every finished sample is on disk at once, and the same command "
-        "resumes an interrupted evaluation.",
+        "results.json, results.md and pass_at_k.svg. Every sample is saved as soon as it is finished, and the same "
+        "command resumes an interrupted evaluation.",
         epilog="example: dsrl eval Qwen/Qwen3-4B --benchmarks math500,aime24 --samples 32",
     )
     parser.add_argument(

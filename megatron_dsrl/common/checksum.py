@@ -22,8 +22,8 @@ def checksums(folder: Path, files: Iterable[Path]) -> Checksums:
 def size_and_checksum(file: Path) -> tuple[int, int]:
     """Size in bytes and CRC-32. Raises OSError if the file is missing or unreadable."""
     size = checksum = 0
-    # One buffer outside the C library's heap: what a thread's heap has held once stays with the process for good, and
-    # every save of a checkpoint has its own thread.
+    # One buffer outside the C library's heap: a process never gives back what a thread's heap has held, and every save
+    # of a checkpoint has its own thread.
     with open(file, "rb", buffering=0) as stream, mmap.mmap(-1, _READ_BYTES) as buffer, memoryview(buffer) as view:
         while count := stream.readinto(view):
             size += count

@@ -52,7 +52,7 @@ def gather(value: Value, group: dist.ProcessGroup | None = None) -> list[Value]:
 
 
 def gather_within(group: dist.ProcessGroup | None, value: Value) -> list[Value]:
-    """As `gather`, but without a group this process is alone."""
+    """Like `gather`, but if the group is None, only this process's value."""
     return [value] if group is None else gather(value, group)
 
 
@@ -130,7 +130,7 @@ def _wait_for_store(host: str, port: int, limit: timedelta) -> None:
             if waited > limit.total_seconds():
                 raise UserError(
                     f"rank {launched_rank()} cannot reach rank 0 at {host}:{port} ({error.strerror or error}) after "
-                    f"{waited:.0f} s: see whether rank 0 has started, and whether a firewall is between them"
+                    f"{waited:.0f} s: check that rank 0 has started and that no firewall is between them"
                 ) from error
             # A tenth of the time waited so far: thousands of ranks must not flood rank 0 during a long start.
             time.sleep(min(max(waited / 10, SHORTEST_PAUSE_SECONDS), LONGEST_PAUSE_SECONDS))

@@ -15,7 +15,7 @@ PARAMETERS_PER_ENGINE_THREAD = 20_000_000
 """Model size that is worth one more thread."""
 
 BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16", "svebf16"})
-"""Names in /proc/cpuinfo of instructions for products of bfloat16: two of x86, two of Arm."""
+"""Names in /proc/cpuinfo of instructions for bfloat16 products: two on x86, two on Arm."""
 
 SPINS = "1000"
 """How often an idle OpenMP thread looks for work before it sleeps; some microseconds."""
@@ -72,14 +72,14 @@ def limit_spinning(environment: MutableMapping[str, str] = os.environ) -> None:
 
     GNU's OpenMP, which PyTorch uses on Linux, makes them spin for milliseconds. If other programs take cores, a thread
     that waits for another keeps it from running: on two busy cores an engine with 107 million parameters decoded at a
-    fifth of the speed that it has with this limit. Variables of the user have precedence.
+    fifth of the speed it reaches with this limit. Variables that the user has set take precedence.
     """
     if "OMP_WAIT_POLICY" not in environment:
         environment.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 def usable_cores(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Physical cores that this process may use: by its affinity, and by a container's limit (cgroup v2)."""
+    """Physical cores that this process's affinity and its container's limit (cgroup v2) let it use."""
     import psutil  # only here, because every command imports this module
 
     cores = min(len(os.sched_getaffinity(0)), psutil.cpu_count(logical=False) or 1)

@@ -12,7 +12,7 @@ from typing import BinaryIO
 from megatron_dsrl.common.errors import UserError
 
 _TORCH_SAVE_FAILURES = ("PytorchStreamWriter", "inline_container", "iostream error")
-"""Parts of messages of the RuntimeError that torch.save raises instead of OSError, for example on a full disk."""
+"""Parts of the message of the RuntimeError that torch.save raises instead of OSError, for example on a full disk."""
 NOTHING_PUBLISHED = "Nothing was published, and what was there before is untouched"
 
 _REMEDIES = {
@@ -74,8 +74,8 @@ def writing(path: Path, what_is_safe: str = NOTHING_PUBLISHED) -> Iterator[None]
 def replacing(file: Path) -> Iterator[BinaryIO]:
     """Write a file that replaces an existing one whole or not at all: a crash leaves the old content.
 
-    The new file is flushed to disk and takes its name at the end of the block. A link stays one, and what is not a
-    regular file, such as /dev/stdout, is written to. Raises OSError with the file's name, also where writing fails.
+    The new file is flushed to disk and takes its name at the end of the block. Links stay links, and anything but a
+    regular file, such as /dev/stdout, is written to directly. Every OSError has the file's name.
     """
     if file.exists() and not file.is_file() and not file.is_dir():
         with open(file, "wb") as stream:

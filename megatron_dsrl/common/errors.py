@@ -10,7 +10,7 @@ class UserError(ValueError):
 
 
 class MachineError(RuntimeError):
-    """A failure of the machine that may be gone at the next start.
+    """A machine failure that the next start may not meet again.
 
     `dsrl` prints it as a single message without a traceback and exits with status 1, after which SLURM jobs try again.
     """

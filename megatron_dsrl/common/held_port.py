@@ -1,8 +1,8 @@
 """A TCP port for another process, kept from the moment it is chosen.
 
 An engine opens its port only after it has loaded the model, which takes minutes on a GPU. Until then, and between its
-end and its restart, the run holds the port with a socket that is bound but does not listen. The kernel gives a held
-port to no process that asks for a free one, but the engine can still bind it, because both use SO_REUSEADDR.
+end and its restart, the run holds the port with a socket that is bound but does not listen. The kernel does not give a
+held port to processes that ask for a free one, but the engine can still bind it, because both use SO_REUSEADDR.
 """
 
 import socket
@@ -33,8 +33,8 @@ class HeldPort:
         except OSError as error:
             self.close()
             raise UserError(
-                f"engine.port: port {port} on {host} cannot be used ({error.strerror}): another run or program has it; "
-                "end that one, or set another port, or null for any free one"
+                f"engine.port: port {port} on {host} cannot be used ({error.strerror}): another process is using "
+                "it; stop that process, or set another port, or null for any free one"
             ) from error
         self._address = (host, self.number)
 

@@ -60,7 +60,7 @@ def _explain(error: Exception, kind: str) -> str:
 
 
 def kinds_of_causes(error: BaseException) -> set[str]:
-    """Names of the classes, with those that they derive from, of an exception and of all that it was raised from."""
+    """Names of the classes, base classes included, of an exception and its causes."""
     causes = [error]
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)

@@ -19,10 +19,10 @@ from megatron_dsrl.common.errors import UserError
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 LAUNCHER_VARIABLE = "DSRL_LAUNCHER"
-"""Environment variable of the commands that `launch` and a sweep start: the process id of what started them."""
+"""Environment variable of the commands that `launch` and a sweep start: the process id of their starter."""
 
 LONGEST_SOCKET_PATH = 107
-"""Bytes; `sun_path` of Linux has 108, with the final zero."""
+"""Bytes; Linux's `sun_path` has 108, including the final zero."""
 LONGEST_NAME = "/torch-shm-dir-xxxxxx/manager.sock"
 """The name that torch's shared memory uses; those of multiprocessing and SGLang are shorter."""
 
@@ -38,8 +38,8 @@ def launched_world_size() -> int:
 
 
 def end_with_launcher() -> None:
-    """Have the kernel kill this process when what started it is killed: torchrun, the launcher of `--processes`, or a
-    sweep.
+    """Have the kernel kill this process when the one that started it is killed: torchrun, the launcher of
+    `--processes`, or a sweep.
 
     A launcher that exits stops its processes, but one that is killed cannot. They would keep running, alongside those
     of the next start in the same run folder.
@@ -86,7 +86,7 @@ def in_background(work: Callable[[], Value]) -> "Future[Value]":
 
 @contextmanager
 def handling_signals(numbers: Iterable[int], handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handle these signals in the block, but those that are ignored, as nohup ignores SIGHUP. Main thread only.
+    """Handle these signals in the block, except ignored ones (nohup ignores SIGHUP). Main thread only.
 
     Handlers that the block itself has set stay.
     """

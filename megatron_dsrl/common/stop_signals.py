@@ -1,5 +1,5 @@
-"""Signals that ask a command to stop. The first ends what the main thread does by an exception, which cleans up; the
-second ends the process at once, unless it comes with the first."""
+"""Signals that ask a command to stop. The first raises an exception in the main thread, which cleans up; the second
+ends the process at once, unless it belongs to the same request."""
 
 import asyncio
 import os
@@ -21,11 +21,11 @@ step, and a launcher among them passes it on to its ranks."""
 Value = TypeVar("Value")
 
 _cancel: Callable[[KeyboardInterrupt], None] | None = None
-"""Cancels the coroutine that the main thread runs by `run_interruptible`."""
+"""Cancels the coroutine that the main thread runs in `run_interruptible`."""
 
 
 def interrupt(error: KeyboardInterrupt) -> None:
-    """Called by a signal handler: end what the main thread does by this exception."""
+    """Called by a signal handler: interrupt the main thread with this exception."""
     if _cancel is None:
         raise error
     _cancel(error)
@@ -69,7 +69,7 @@ def run_interruptible(work: Coroutine[Any, Any, Value]) -> Value:
 
 
 def end_at_next_signal() -> None:
-    """From now on, a further request to stop ends this process at once. An exception would have asyncio report each of
+    """From now on, a further request to stop ends this process at once. After an exception asyncio would report each of
     the thousands of requests that are being cancelled."""
     asked = time.monotonic()
 
@@ -83,10 +83,10 @@ def end_at_next_signal() -> None:
 
 
 def _end_now(number: int) -> NoReturn:
-    for other in STOP_SIGNALS:  # should the line below have to wait for a full pipe
+    for other in STOP_SIGNALS:  # in case the line below waits for a full pipe
         signal.signal(other, signal.SIG_DFL)
     if number == signal.SIGHUP:
         leave_terminal()
     if launched_rank() == 0:
-        os.write(2, f"dsrl: {signal.Signals(number).name} came second; ended at once\n".encode())
+        os.write(2, f"dsrl: second signal ({signal.Signals(number).name}); exiting at once\n".encode())
     os._exit(128 + number)  # children die with their parent

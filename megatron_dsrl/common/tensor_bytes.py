@@ -8,8 +8,7 @@ from torch import Tensor
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor, without a copy; valid while the tensor is.
 
-    `Tensor.numpy` would do the same, but it forbids for ever that the tensor's storage is resized, which offloading a
-    model's parts does.
+    `Tensor.numpy` would do the same, but it forbids for good to resize the tensor's storage, as offloading does.
     """
     assert tensor.is_contiguous() and tensor.device.type == "cpu"
     if tensor.nbytes == 0:

@@ -7,8 +7,7 @@ from collections.abc import Iterable, Sequence
 def visible(text: str, keep_lines: bool = True) -> str:
     """The text with control characters escaped, except newlines and tabs if `keep_lines`.
 
-    Characters that change the direction of text, and others that show nothing, are escaped as well. Spaces of any width
-    are kept.
+    Characters that change the direction of text, and invisible ones, are escaped as well. Spaces of any width are kept.
     """
     if text.isprintable():
         return text

@@ -16,7 +16,7 @@ SHORT_SECONDS = 2.0
 
 
 def say_on_first_rank(text: str) -> None:
-    """Print a line once for all of torchrun's processes, also before they are a process group.
+    """Print a line once for all launched processes, even before they form a process group.
 
     On a terminal it breaks between words.
     """
@@ -42,8 +42,7 @@ def waiting(
     starting 1 engine: done after 14 s
     ```
 
-    `hint` says how long it usually takes, or where to look. `say` prints one line; it is called from another thread as
-    well.
+    `hint` says how long it usually takes, or where to look. `say` prints one line; another thread calls it too.
     """
     say(f"{what} ({hint}) ..." if hint else f"{what} ...")
     started, done = time.monotonic(), threading.Event()

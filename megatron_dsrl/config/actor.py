@@ -28,7 +28,7 @@ class OffloadConfig(Section):
 
     @property
     def parts(self) -> list[Literal["gradients", "optimizer", "parameters"]]:
-        """The names of what moves."""
+        """Names of the parts that move."""
         return [part for part in ("gradients", "optimizer", "parameters") if getattr(self, part)]
 
 
@@ -41,7 +41,7 @@ class LoraConfig(Section):
 
     Gradients, optimizer state and checkpoints hold the adapters alone, and the reference policy is the model without
     them. The engine gets merged weights. A is random at the start of a run and B is zero, as in PEFT; adapters have the
-    model's dtype, with float32 master weights. Dropout is not offered: the update would score another policy than the
+    model's dtype, with float32 master weights. There is no dropout: the update would score a different policy from the
     one that sampled. A critic, if a phase needs one, is trained in full.
     """
 
@@ -53,7 +53,7 @@ class LoraConfig(Section):
 
     target_modules: list[ProjectionName] = Field(default_factory=lambda: list(get_args(ProjectionName)), min_length=1)
     """Projections with an adapter, by PEFT's names. Every projection has its own A and B, also where Megatron fuses
-    several into one layer. Experts get none: for a mixture of experts name projections of attention."""
+    several into one layer. Experts get none: for a mixture of experts, name attention projections."""
 
     @field_validator("target_modules")
     @classmethod
@@ -133,7 +133,7 @@ class CriticConfig(Section):
     tokens or sequences with one label (its `score` becomes the value head); null: `model.path`."""
 
     value_clip: float | None = Field(default=0.2, gt=0)
-    """PPO's value clipping: moving further than this from the value before the update earns nothing; null turns it
+    """PPO's value clipping: a value that has moved further than this during the update gets no gradient; null turns it
     off."""
 
     mini_batches_per_rollout: int = Field(default=1, ge=1)
@@ -155,7 +155,8 @@ class CriticConfig(Section):
 
 
 class ReferenceConfig(Section):
-    """The policy that KL terms compare with and that `distillation` learns from; initially the run's initial weights.
+    """The policy that KL terms compare with and that `distillation` learns from; it starts from the run's initial
+    weights.
 
     Its weights are kept in host memory, and only if a phase needs them.
     """
@@ -170,10 +171,10 @@ class ReferenceConfig(Section):
     `DSRL_ENGINE_API_KEY`. null: no server."""
 
     timeout_seconds: float = Field(default=300.0, gt=0)
-    """Limit for one sequence at the server, further attempts included."""
+    """Limit for one sequence at the server, including retries."""
 
     concurrency: int = Field(default=32, ge=1)
-    """Number of sequences at the server at a time."""
+    """Sequences that the server scores at a time."""
 
     refresh_at_phase_switch: bool = False
     """Copy the policy's weights before the first step of every phase but the first."""

@@ -74,7 +74,7 @@ class PromptLimits(Section):
 
 
 class BenchmarkRunConfig(Section):
-    """The engines of `dsrl eval`: the sections of a training run that have a meaning there."""
+    """The engines of `dsrl eval`: the sections of a training run that apply there."""
 
     seed: int = Field(default=1, ge=0)
     """Seed of sampling."""
@@ -99,7 +99,7 @@ class BenchmarkRunConfig(Section):
 @dataclass(frozen=True)
 class Benchmark:
     name: str
-    """That of its file."""
+    """The file's name."""
     config: BenchmarkConfig
 
 
@@ -142,7 +142,7 @@ def load_benchmark(
         hint = "; set --data-folder" if place == "hub" else "; omit --data-folder to use the hub"
         raise UserError(f"{path}: the benchmark has no section `{place}`{hint}")
     merged = {**data, **sections[place], **changes}
-    # Messages name the fields of `file` or `hub` like the benchmark's others, and changes as the command line.
+    # Messages name the fields of `file` or `hub` like the benchmark's others, and changes as on the command line.
     places = {keys[1:] if keys[:1] == (place,) else keys: f"{path}:{line}" for keys, line in lines.items()}
     places |= {(key,): "command line" for key in changes}
     if data_folder is not None and isinstance(source := merged.get("source"), str):

@@ -20,5 +20,4 @@ if TYPE_CHECKING:
     from megatron_dsrl.observability.trackers.base import TrackerOptions as AnyTracker
 else:
     AnyTracker = Annotated[Options, TRACKERS]
-    """`wandb`, `mlflow`, `swanlab`, `trackio`, or your own class by its dotted path; the options stand beside the
-    name."""
+    """`wandb`, `mlflow`, `swanlab`, `trackio`, or your own class by its dotted path; its options go beside the name."""

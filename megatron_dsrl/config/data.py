@@ -191,7 +191,7 @@ class TrainingSetConfig(PromptSetConfig):
 
 
 class MixedSetConfig(TrainingSetConfig):
-    """A further prompt set of a mixture."""
+    """An additional prompt set of a mixture."""
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
     """Name for its metrics (`sets/<name>/...`): lower-case letters, digits and `_`."""
@@ -204,7 +204,7 @@ class DataConfig(TrainingSetConfig):
     """The prompts to train on: one set, or a mixture of several."""
 
     mixed_with: list[MixedSetConfig] = Field(default_factory=list)
-    """Further sets. Every batch contains prompts of all sets in proportion to their weights; each set has its own
+    """Additional sets. Every batch contains prompts of all sets in proportion to their weights; each set has its own
     epochs."""
 
     sampler: SamplerOptions = Field(default_factory=partial(SAMPLERS.build, "shuffled"))
@@ -238,8 +238,11 @@ class DataConfig(TrainingSetConfig):
             if one.max_prompt_tokens > self.max_prompt_tokens:
                 raise ValueError(
                     f"mixed_with.{position}.max_prompt_tokens: {one.max_prompt_tokens} is more than the first set's "
-                    f"{self.max_prompt_tokens}, which the engines are made for; raise data.max_prompt_tokens"
+                    f"{self.max_prompt_tokens}, which the engines are sized for; raise data.max_prompt_tokens"
                 )
             if one.reward is not None and one.reward.overlong is not None:
-                raise ValueError(f"mixed_with.{position}.reward.overlong: all sets have the penalty of reward.overlong")
+                raise ValueError(
+                    f"mixed_with.{position}.reward.overlong: all sets share the penalty of reward.overlong; leave this "
+                    "one out"
+                )
         return self

@@ -42,7 +42,7 @@ def is_section(annotation: Any) -> bool:
 
 
 def tags(section: type[Section]) -> tuple[Any, ...]:
-    """Values of the `name` that tells this section from the others of its union; none for a name of any text."""
+    """Values of the `name` that tells this section from the others of its union; none if any name is valid."""
     field = section.model_fields.get("name")
     return get_args(field.annotation) if field else ()
 
@@ -88,7 +88,7 @@ def _sections_in(member: Any) -> list[type[Section]]:
 
 
 def _metadata_of(field: FieldInfo, kind: type) -> Any:
-    # Of `Annotated[Options, registry] | None` pydantic leaves the union; in a list the items are chosen, not the field.
+    # Pydantic keeps the union of `Annotated[Options, registry] | None`; in a list the items are chosen, not the field.
     of_union = get_args(field.annotation) if get_origin(field.annotation) in (Union, types.UnionType) else ()
     metadata = [*field.metadata, *(item for part in of_union for item in getattr(part, "__metadata__", ()))]
     return next((item for item in metadata if isinstance(item, kind)), None)
@@ -208,7 +208,7 @@ def _article(kind: str) -> str:
 
 
 def default_of(field: FieldInfo) -> str | None:
-    """The default as it would be written in YAML; None where the field is required. `section` for a section's."""
+    """The default as it would be written in YAML; None if the field is required. `section` for a section."""
     value = field.get_default(call_default_factory=True, validated_data={})
     if value is PydanticUndefined:
         return None
@@ -224,7 +224,7 @@ def default_of(field: FieldInfo) -> str | None:
 def limits_of(field: FieldInfo) -> str:
     """Description of a value's limits apart from its type; empty if it has none."""
     metadata = list(field.metadata)
-    for part in get_args(field.annotation):  # of `Annotated[int, Field(ge=1)] | None` too
+    for part in get_args(field.annotation):  # also of `Annotated[int, Field(ge=1)] | None`
         metadata += getattr(part, "__metadata__", ())
     words = []
     for limit in metadata:

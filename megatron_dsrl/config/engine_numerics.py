@@ -1,4 +1,4 @@
-"""Runs whose engines compute with other numbers than the trainer: FP8 weights, or speculative decoding.
+"""Runs whose engines compute with different numerics than the trainer: FP8 weights, or speculative decoding.
 
 Their samples come from a slightly different policy than the trainer scores, so objectives in post-train space correct
 for it unless they say otherwise. In asynchronous runs, whose samples come from older weights, the loss's ratio does
@@ -23,7 +23,7 @@ CORRECTION = {"name": "truncated"}
 
 def with_correction(data: Any) -> Any:
     """A run's plain data with an importance correction in every objective in post-train space that names none and needs
-    one. Data of a wrong kind is left to the validation."""
+    one. Ill-typed data is left to the validation."""
     if not isinstance(data, Mapping):
         return data
     rollout, phases = data.get("rollout"), data.get("phases")
@@ -37,11 +37,11 @@ def with_correction(data: Any) -> Any:
 def numerics_problems(
     engine: EngineConfig, rollout: RolloutConfig, dtype: str, shape: ModelShape | None
 ) -> Iterator[Problem]:
-    """What does not go with an engine that computes with other numbers; without a `shape` only what needs none."""
+    """Settings that conflict with such an engine; without a `shape`, only those that do not depend on it."""
     if SPECULATION in engine.extra_arguments and rollout.deterministic:
         yield (
             f"engine.extra_arguments.{SPECULATION}, rollout.deterministic",
-            "speculative decoding draws its random numbers without the samples' seeds; turn one of them off",
+            "speculative decoding ignores the samples' seeds; turn one of them off",
         )
     if engine.quantization is None:
         return
@@ -59,7 +59,7 @@ def numerics_problems(
 
 
 def _shape_problems(engine_size: int, shape: ModelShape | None) -> Iterator[Problem]:
-    """SGLang refuses blocks that lie on two ranks, or in two of the matrices that it fuses."""
+    """SGLang refuses blocks that span two ranks, or two of the matrices that it fuses."""
     if shape is None:
         return
     inner = shape.expert_feed_forward_size if shape.experts else shape.feed_forward_size

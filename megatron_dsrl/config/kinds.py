@@ -1,4 +1,4 @@
-"""The kinds of configuration, a run's and the smaller ones, and the JSON schemas by which editors check their files.
+"""The kinds of configuration, a run's and the smaller ones, and the JSON schemas for editors.
 
 `pydantic` describes a section as it is once a file and its parents are merged. A file itself may leave out what it
 inherits, and may change items of an inherited list by their positions: `inheriting_schema` allows both.
@@ -50,15 +50,14 @@ def inheriting_schema(section: type[Section]) -> dict[str, Any]:
     schema = partial_schema(section)
     files = {"type": "string", "pattern": r"\.ya?ml$"}
     parents = {
-        "description": "A file, or several, that this one takes over and changes; relative to this file. Of several "
-        "the later one wins.",
+        "description": "A file, or a list of files, that this one builds on; relative to this file. Later ones win.",
         "anyOf": [files, {"type": "array", "items": files, "minItems": 1}],
     }
     return schema | {"properties": {INHERITS: parents, **schema["properties"]}}
 
 
 def partial_schema(section: type[Section]) -> dict[str, Any]:
-    """The schema of a section of which any part may be missing, down to the items of its lists, which are whole."""
+    """The schema of a section of which any part may be missing, except within the items of its lists."""
     whole = section_schema(section)
     definitions = whole.pop("$defs", {})
     partial = {PARTIAL + name: _partial(schema) for name, schema in definitions.items()}
@@ -72,7 +71,7 @@ def as_text(schema: dict[str, Any]) -> str:
 
 def _partial(schema: dict[str, Any]) -> dict[str, Any]:
     partial = copy.deepcopy(schema)
-    # Your own class is known by its dotted path: without it, any key would do.
+    # A custom class is recognised by its dotted path; otherwise any key would be valid.
     if required := [name for name in partial.pop("required", []) if "pattern" in partial["properties"].get(name, {})]:
         partial["required"] = required
     partial["properties"] = {name: _partial_value(value) for name, value in partial["properties"].items()}

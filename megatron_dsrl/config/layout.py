@@ -1,4 +1,4 @@
-"""Which layouts fit: the rules about processes, model sizes and engines, for everyone who needs them.
+"""Which layouts fit: the rules for processes, model sizes and engines.
 
 Pure functions that yield what is wrong; `derive` lists it with a run's other problems, `refuse` raises it alone.
 """
@@ -24,11 +24,11 @@ class ModelShape:
     key_value_groups: int
     """Key/value heads; as many as `attention_heads` without GQA."""
     feed_forward_size: int
-    """Inner size of the MLP; of a mixture of experts it is not used."""
+    """Inner size of the MLP; unused with experts."""
     context_tokens: int
-    """Longest sequence that the positions were made for."""
+    """Longest sequence that the positions support."""
     yarn_context_tokens: int = 0
-    """Longest sequence that its YaRN scaling was made for; 0 without YaRN."""
+    """Longest sequence that its YaRN scaling supports; 0 without YaRN."""
     experts: int = 0
     """Experts of every layer; 0 for a dense model."""
     expert_feed_forward_size: int = 0
@@ -135,7 +135,7 @@ def _expert_problems(parallel: ParallelConfig, shape: ModelShape) -> Iterator[Pr
     if parallel.tensor_parallel_size > 1 and not parallel.sequence_parallel:
         yield (
             "parallel.sequence_parallel",
-            "must be true where a model with experts is split over parallel.tensor_parallel_size: Megatron routes "
+            "must be true if a model with experts is split over parallel.tensor_parallel_size: Megatron routes "
             "every token on one process only",
         )
 
@@ -153,7 +153,7 @@ def engine_problems(tensor_parallel_size: int, world_size: int, shape: ModelShap
         return
     if shape.attention_heads % size:
         yield field, indivisible("attention heads", shape.attention_heads, size)
-    # With more processes than key/value heads SGLang keeps copies of a head, in whole numbers.
+    # With more processes than key/value heads SGLang copies each head a whole number of times.
     if shape.key_value_groups % size and size % shape.key_value_groups:
         yield field, indivisible("key/value heads", shape.key_value_groups, size)
 

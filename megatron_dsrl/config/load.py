@@ -73,7 +73,7 @@ def read_dumped_config(path: Path) -> dict[str, Any]:
 
 @dataclass
 class _Merged:
-    """Files laid on each other."""
+    """Merged files."""
 
     data: dict[str, Any] = field(default_factory=dict)
     places: dict[KeyPath, str] = field(default_factory=dict)
@@ -82,7 +82,7 @@ class _Merged:
     """Resolved paths of the files."""
 
     def lay(self, path: Path, children: tuple[Path, ...] = ()) -> None:
-        """Lay a file on the ones before, after those of its parents that are not there yet."""
+        """Merge a file over the earlier ones, after its parents that are not there yet."""
         resolved = path.resolve()
         if resolved in children:
             chain = " -> ".join(str(link) for link in (*children, resolved))
@@ -128,7 +128,7 @@ def _read_file(path: Path, children: tuple[Path, ...]) -> tuple[dict[str, Any], 
 
 
 def _merge(base: dict[str, Any] | list[Any], over: dict[Any, Any], source: str) -> None:
-    """Lay `over` on `base` in place: sections key by key, items of lists by position, everything else replaced."""
+    """Merge `over` into `base` in place: sections key by key, list items by position, everything else replaced."""
     for key, value in over.items():
         if isinstance(base, list) and not (isinstance(key, int) and 0 <= key < len(base)):
             raise UserError(
@@ -145,7 +145,8 @@ def _merge(base: dict[str, Any] | list[Any], over: dict[Any, Any], source: str) 
 
 
 def _is_another_choice(value: Any, inherited: Any) -> bool:
-    """Whether two sections choose different things by `name` (see registry.py). Items of lists have names to show."""
+    """Whether two sections choose different things by `name` (see registry.py). The `name` of a list item is only a
+    label."""
     named = isinstance(value, dict) and isinstance(inherited, dict) and "name" in value and "name" in inherited
     return named and value["name"] != inherited["name"]
 

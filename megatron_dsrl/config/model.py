@@ -120,7 +120,8 @@ class ParallelConfig(Section):
         return self.tensor_parallel_size * self.pipeline_parallel_size * self.context_parallel_size
 
     def layers_of_stages(self, layers: int) -> list[int]:
-        """How many of a model's layers each pipeline stage has, if they divide; see `config.layout.model_problems`."""
+        """How many of a model's layers each pipeline stage has, if they divide evenly; see
+        `config.layout.model_problems`."""
         stages: list[int | None] = [None] * self.pipeline_parallel_size
         if self.pipeline_parallel_size > 1:
             stages[0], stages[-1] = self.layers_in_first_stage, self.layers_in_last_stage

@@ -73,7 +73,8 @@ class ObjectiveConfig(Section):
     """How rewards become advantages."""
 
     filter: FilterOptions = Field(default_factory=partial(FILTERS.build, "all"))
-    """Samples used for the update: all, A < 0 (NSR), or A > 0 (PSR). Affects the token mask and its denominator."""
+    """Samples used for the update: all, A < 0 (NSR), or A > 0 (PSR). The others count in neither the loss nor its
+    denominator."""
 
     drop_truncated: bool = False
     """Exclude responses that reached the length limit from the update (DAPO's overlong filtering). They still count
@@ -173,7 +174,7 @@ AnyPhase = Annotated[PhaseConfig, CustomSection("phase", PhaseConfig)]
 
 @dataclass(frozen=True)
 class PhaseSteps:
-    """A phase of the configuration and the steps that it has."""
+    """A phase of the configuration and its steps."""
 
     name: str
     first_step: int
@@ -181,7 +182,7 @@ class PhaseSteps:
     last_step: int
     """Inclusive; below `first_step` for a phase that the run ends before."""
     forms: tuple[PhaseConfig, ...]
-    """The phase at its steps, at least one: what `PhaseConfig.at` gives, the same one once."""
+    """The distinct phases that `PhaseConfig.at` returns for the steps; at least one."""
 
     @property
     def steps(self) -> int:

@@ -150,12 +150,12 @@ class FunctionOption:
 
     name: str
     default: Any
-    """`inspect.Parameter.empty` where it is required."""
+    """`inspect.Parameter.empty` if it is required."""
     meaning: str
 
 
 class FunctionName:
-    """In the `Annotated` of a text field: it names a function, a built-in one by a name or another by its dotted path.
+    """Put it into the `Annotated` of a text field that names a function, built-in by name or custom by its dotted path.
     For documentation; the function is looked up, and a wrong name refused, where it is used."""
 
     def __init__(self, kind: str, table: str) -> None:
@@ -163,7 +163,7 @@ class FunctionName:
         Args:
             kind: what the function is.
             table: dotted path of a mapping from the built-in names to objects whose `function` is a dotted path;
-                imported when it is asked for.
+                imported on first use.
         """
         self.kind = kind
         self._table = table

@@ -65,10 +65,10 @@ class RolloutConfig(Section):
     `oversampling` has no effect. null: a step waits for all its responses."""
 
     max_staleness: int = Field(default=0, ge=0)
-    """Train asynchronously: engines sample all the time, at most this many steps ahead. A sample that was begun with
-    the weights of step s is trained on at step s + `max_staleness` at the latest. New weights reach the engines in the
-    middle of responses; every token keeps the log-prob it was sampled with, which the loss's ratio compares with. Needs
-    engines on their own devices (`engine.urls`). See examples/asynchronous. 0: training and sampling take turns."""
+    """Train asynchronously: engines sample all the time, at most this many steps ahead. A sample begun with the weights
+    of step s is trained on no later than step s + `max_staleness`. New weights reach the engines in the middle of
+    responses; every token keeps the log-prob it was sampled with, which the loss's ratio compares with. Needs engines
+    on their own devices (`engine.urls`). See examples/asynchronous. 0: training and sampling take turns."""
 
     generate: str | None = Field(default=None, pattern=DOTTED_PATH)
     """Function that writes each response together with the model, by its dotted path `package.module:function`:
@@ -125,7 +125,7 @@ class RolloutConfig(Section):
 
     @property
     def carries_over(self) -> bool:
-        """Whether a step may leave samples to the next one."""
+        """Whether a step may leave samples for the next one."""
         return self.partial_rollouts is not None or self.max_staleness > 0
 
     @property
@@ -136,27 +136,27 @@ class RolloutConfig(Section):
 
     @property
     def max_batches(self) -> int:
-        """Batches that a step samples one after the other, at most."""
+        """Maximum number of batches that a step samples in sequence."""
         return self.dynamic_sampling.max_rounds if self.dynamic_sampling and self.deterministic else 1
 
     @model_validator(mode="after")
     def _samples_in_one_way(self) -> "RolloutConfig":
         if self.deterministic and self.partial_rollouts:
-            raise ValueError("deterministic: which responses partial_rollouts cuts is decided by time; set one to null")
+            raise ValueError("deterministic: which responses partial_rollouts cuts depends on timing; turn one off")
         sampling = ("replay_from", "dynamic_sampling", "partial_rollouts", "max_staleness", "routing_replay")
         if self.source == "dataset" and (given := [name for name in sampling if getattr(self, name)]):
-            raise ValueError(f"source: dataset does not go with {', '.join(given)}; leave it out")
+            raise ValueError(f"source: dataset cannot be combined with {', '.join(given)}; leave it out")
         reasons = {
-            "deterministic": "which weights draw which token depends on time",
-            "partial_rollouts": "asynchronous sampling leaves unfinished responses to later steps anyway",
+            "deterministic": "which weights generate a token depends on timing",
+            "partial_rollouts": "asynchronous sampling continues unfinished responses in later steps anyway",
             "replay_from": "nothing is sampled",
         }
         for name, reason in reasons.items():
             if self.max_staleness and getattr(self, name):
-                raise ValueError(f"max_staleness does not go with {name}: {reason}; leave one of them out")
+                raise ValueError(f"max_staleness cannot be combined with {name}: {reason}; leave one of them out")
         if self.max_staleness and self.dynamic_sampling and self.dynamic_sampling.oversampling > 1:
             raise ValueError(
-                "max_staleness does not go with dynamic_sampling.oversampling: no group is aborted; leave the latter "
+                "max_staleness cannot be combined with dynamic_sampling.oversampling: no group is aborted; leave the "
                 "at 1"
             )
         return self

@@ -129,7 +129,7 @@ def test_another_judge_or_other_responses_do_not_continue(endpoint, tmp_path) ->
 
     with pytest.raises(UserError, match=r"other responses \(step 1\)"):
         judge_responses(steps_of("b"), endpoint, file)
-    with pytest.raises(UserError, match="made with another judge or question.*judge-1.*judge-2"):
+    with pytest.raises(UserError, match="made with a different judge or question.*judge-1.*judge-2"):
         judge_responses(steps_of("a"), JudgeEndpoint(endpoint.url, "judge-2"), file)
     with pytest.raises(UserError, match="--url: expected an address"):
         judge_responses(steps_of("a"), JudgeEndpoint("localhost:30000", "judge-1"), file)

@@ -1,4 +1,4 @@
-"""Engines that compute with other numbers or older weights than the trainer: what goes with them, and corrections."""
+"""Engines with different numerics or older weights than the trainer: which settings are allowed, and corrections."""
 
 from pathlib import Path
 

@@ -33,7 +33,7 @@ EXPERTS = ModelShape(6, 8, 4, 96, 512, experts=6, expert_feed_forward_size=10)
         ({"expert_parallel_size": 2}, DENSE, "expert_parallel_size: is 2, but the model has no experts"),
         ({"expert_parallel_size": 4}, EXPERTS, "6 experts cannot be split 4 ways"),
         ({"expert_tensor_parallel_size": 4}, EXPERTS, "10 channels of an expert cannot be split 4 ways"),
-        ({"tensor_parallel_size": 2}, EXPERTS, "sequence_parallel: must be true where a model with experts"),
+        ({"tensor_parallel_size": 2}, EXPERTS, "sequence_parallel: must be true if a model with experts"),
     ],
 )
 def test_a_layout_that_does_not_fit_8_processes_is_refused(sizes, shape, message) -> None:

@@ -187,7 +187,7 @@ def test_what_a_data_set_does_not_have_is_refused(small, write, override, fields
 
 
 def test_a_data_set_is_taken_as_it_is(small, write) -> None:
-    with pytest.raises(UserError, match="source: dataset does not go with dynamic_sampling, max_staleness"):
+    with pytest.raises(UserError, match="source: dataset cannot be combined with dynamic_sampling, max_staleness"):
         sampling = ["rollout.dynamic_sampling={}", "rollout.max_staleness=1"]
         load_config(write("run.yaml", small), [*FROM_A_DATA_SET, *sampling])
 
@@ -195,10 +195,10 @@ def test_a_data_set_is_taken_as_it_is(small, write) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("rollout.deterministic=true", "max_staleness does not go with deterministic: which weights draw which token"),
-        ("rollout.partial_rollouts={}", "max_staleness does not go with partial_rollouts: asynchronous sampling"),
-        ("rollout.replay_from=runs/a", "max_staleness does not go with replay_from: nothing is sampled"),
-        ("rollout.dynamic_sampling={oversampling: 1.5}", "does not go with dynamic_sampling.oversampling"),
+        ("rollout.deterministic=true", "max_staleness cannot be combined with deterministic: which weights"),
+        ("rollout.partial_rollouts={}", "max_staleness cannot be combined with partial_rollouts: asynchronous"),
+        ("rollout.replay_from=runs/a", "max_staleness cannot be combined with replay_from: nothing is sampled"),
+        ("rollout.dynamic_sampling={oversampling: 1.5}", "cannot be combined with dynamic_sampling.oversampling"),
     ],
 )
 def test_what_does_not_go_with_asynchronous_sampling_is_refused(small, write, override, message) -> None:

@@ -18,5 +18,5 @@ def test_adapters_are_not_continued_on_other_weights(tmp_path) -> None:
     check_same_model(before["lora"], load_inputs(runs["lora"]).model, "the checkpoint")
     save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights, metadata={"format": "pt"})
     check_same_model(before["all"], load_inputs(runs["all"]).model, "the checkpoint")
-    with pytest.raises(UserError, match="the checkpoint belongs to another model than model.path: weights is"):
+    with pytest.raises(UserError, match="the checkpoint belongs to a different model than model.path: weights is"):
         check_same_model(before["lora"], load_inputs(runs["lora"]).model, "the checkpoint")

@@ -246,7 +246,7 @@ def test_two_runs_with_the_same_fixed_port_do_not_race_for_it(make_server, witho
     port = int(first.url.rpartition(":")[2])
     second = make_server(port=port)
 
-    with pytest.raises(UserError, match=f"engine.port: port {port} .*another run or program has it"):
+    with pytest.raises(UserError, match=f"engine.port: port {port} .*another process is using it"):
         second.start()
     first.stop()
     second.start()
