@@ -63,7 +63,7 @@ class RoutedExperts:
             if len(experts) != len(sequences[i].token_ids) - 1:
                 raise ValueError(
                     f"routed experts of {len(experts)} tokens for a sequence of {len(sequences[i].token_ids)} tokens, "
-                    f"expected {len(sequences[i].token_ids) - 1}; they were recorded with another model"
+                    f"expected {len(sequences[i].token_ids) - 1}; they were recorded with a different model"
                 )
             row[start : start + len(experts)] = experts
         return row

@@ -51,7 +51,7 @@ def required_passes(objective: ObjectiveConfig) -> ModelPasses:
 
 def passes_of_run(phases: Sequence[PhaseConfig], steps: int) -> ModelPasses:
     """The union of what the phases need at a run's steps. `values` takes a critic, `reference_log_probs` a reference
-    policy. Raises UserError as `phases_by_steps`."""
+    policy. Raises UserError like `phases_by_steps`."""
     needed = ModelPasses()
     for phase in phases_by_steps(phases, steps):
         for form in phase.forms if phase.steps else ():

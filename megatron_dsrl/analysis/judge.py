@@ -43,9 +43,9 @@ class JudgeEndpoint:
     timeout_seconds: float = 300.0
     """Limit of one attempt."""
     retries: int = 5
-    """Further attempts after the first."""
+    """Retries after the first attempt."""
     first_pause_seconds: float = 1.0
-    """Pause before the second attempt; doubled before each further one."""
+    """Pause before the second attempt; doubled before each later one."""
     max_tokens: int = 2048
     """Length limit of an answer."""
 

@@ -30,9 +30,9 @@ class EvaluationSetConfig(PromptSetConfig):
     model_config = ConfigDict(json_schema_extra=_require_nothing)
 
     benchmark: str | None = None
-    """A benchmark of `dsrl eval`, by its name or the path of its `.yaml` file. This set takes over its fields: the
-    source of the problems (from the hub), how they are asked, judged and sampled. Fields given beside it win; `name` is
-    the benchmark's by default."""
+    """A benchmark of `dsrl eval`, by its name or the path of its `.yaml` file. The set inherits its fields: the source
+    of the problems (from the hub), and how they are asked, judged and sampled. Fields set here win; `name` defaults to
+    the benchmark's."""
 
     name: str
     """Shown in logs, plots and tables."""
@@ -44,10 +44,10 @@ class EvaluationSetConfig(PromptSetConfig):
     """0 is greedy decoding."""
 
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Nucleus sampling; 1 is off. `rollout.top_p` does not matter here."""
+    """Nucleus sampling; 1 is off. `rollout.top_p` has no effect here."""
 
     top_k: int = Field(default=-1, ge=-1)
-    """Top-k sampling; -1 is off. `rollout.top_k` does not matter here."""
+    """Top-k sampling; -1 is off. `rollout.top_k` has no effect here."""
 
     max_response_tokens: int | None = Field(default=None, ge=1)
     """Length limit of a response; null: `rollout.max_response_tokens`."""
@@ -66,8 +66,8 @@ class EvaluationSetConfig(PromptSetConfig):
 
 
 class EvaluationConfig(Section):
-    """Evaluation during training, with the same engines and verifier. With `rollout.source: dataset` the sets have
-    responses, too, and what is evaluated is their loss: the mean negative log-likelihood per token."""
+    """Evaluation during training, with the same engines and verifier. With `rollout.source: dataset` the sets contain
+    responses, and the evaluation is their loss: the mean negative log-likelihood per token."""
 
     sets: list[EvaluationSetConfig] = Field(default_factory=list)
     """Held-out prompt sets."""
@@ -76,13 +76,13 @@ class EvaluationConfig(Section):
     """Evaluate every n steps; null: only before the first and after the last step."""
 
     early_every_steps: int | None = Field(default=None, ge=1)
-    """The same up to `early_until_step`, while the policy changes fast; null: as `every_steps`."""
+    """The same up to `early_until_step`, while the policy changes fast; null: same as `every_steps`."""
 
     early_until_step: int = Field(default=0, ge=0)
     """Last step that uses `early_every_steps`."""
 
     def interval_at(self, step: int) -> int | None:
-        """How many steps lie between evaluations around this step."""
+        """Steps between evaluations around this step."""
         is_early = self.early_every_steps is not None and step <= self.early_until_step
         return self.early_every_steps if is_early else self.every_steps
 
@@ -105,9 +105,9 @@ class CheckpointConfig(Section):
 
     gather_optimizer_on: GatherOn = "device"
     """Where the shards of the distributed optimizer come together for a checkpoint. `device`: on every GPU over NCCL,
-    which takes memory for all float32 weights twice there (`dsrl plan` shows it); every process writes a part. `host`:
-    over gloo, in the memory of the first process of each data-parallel group, which writes it alone. That is slower,
-    but takes no GPU memory. (Megatron-LM: `--dist-ckpt-optim-fully-reshardable-mem-efficient`.)"""
+    which takes twice the memory of all float32 weights there (`dsrl plan` shows it); every process writes a part.
+    `host`: over gloo, in the memory of the first process of each data-parallel group, which writes it alone. That is
+    slower, but takes no GPU memory. (Megatron-LM: `--dist-ckpt-optim-fully-reshardable-mem-efficient`.)"""
 
     export_hf_every_steps: int | None = Field(default=None, ge=1)
     """Export the policy as an HF folder every n steps; null: only after the last step."""
@@ -132,13 +132,13 @@ class ObservabilityConfig(Section):
     a data set (`rollout.source`) are not written."""
 
     trace: bool = True
-    """Record what every rank and engine does when in `<run folder>/trace`, for `dsrl trace`. On by default: it costs
+    """Record the timeline of every rank and engine in `<run folder>/trace`, for `dsrl trace`. On by default: it costs
     about a millisecond and 20 kB per step of 128 prompts, and you rarely know beforehand which run will hang or slow
     down."""
 
     profile_steps: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
-    """Steps to profile on every rank, such as `[3, 4]`; a step takes longer meanwhile. The first step is not typical:
-    it allocates memory and compiles kernels."""
+    """Steps to profile on every rank, such as `[3, 4]`; they take longer than others. The first step is not typical: it
+    allocates memory and compiles kernels."""
 
     profile_with: Literal["torch", "nsight"] = "torch"
     """`torch`: torch.profiler, whose events `dsrl trace` adds to the timeline. `nsight`: start and stop Nsight
@@ -209,7 +209,7 @@ RolloutSettings = RunConfig | BenchmarkRunConfig
 
 @dataclass(frozen=True)
 class Due:
-    """What is due after a step of a run, each also after the last one."""
+    """What is due after a step of a run; after the last step, everything is."""
 
     config: RunConfig
 
@@ -242,7 +242,7 @@ class SweepRunConfig(Section):
 
 
 class SweepConfig(Section):
-    """Runs to be made and compared."""
+    """Runs to train and compare."""
 
     output_dir: FolderPath
     """Folder for all runs, the table and the figure."""

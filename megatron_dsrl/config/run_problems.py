@@ -15,7 +15,7 @@ from megatron_dsrl.config.run import EvaluationSetConfig, RunConfig
 def run_problems(
     config: RunConfig, phases: Sequence[PhaseSteps], world_size: int, shape: ModelShape | None, prompts: int | None
 ) -> list[Problem]:
-    """Every field, or fields, that do not fit, and what to do.
+    """Every conflict: its field or fields, and what to do.
 
     Args:
         phases: its phases by steps.
@@ -82,7 +82,7 @@ def _problems_of(objective: ObjectiveConfig, where: str, config: RunConfig) -> I
     if advantage.ignores_penalties and objective.kl is not None and objective.kl.reward_coefficient > 0:
         yield (
             f"{where}, kl.reward_coefficient",
-            f"the advantage `{advantage.name}` does not look at penalties in the reward; use "
+            f"the advantage `{advantage.name}` ignores penalties in the reward; use "
             "kl.loss_coefficient, or another advantage",
         )
     if loss.on_policy_only and config.actor.optimizer_steps_per_rollout > 1:
@@ -179,7 +179,7 @@ def _routing_problems(config: RunConfig, shape: ModelShape | None) -> Iterator[P
     if config.rollout.routing_replay and shape and not 0 < shape.experts <= MAX_REPLAYED_EXPERTS:
         yield (
             "rollout.routing_replay",
-            f"the model has {shape.experts or 'no'} experts, it is for 1 to {MAX_REPLAYED_EXPERTS}; set it to false",
+            f"the model has {shape.experts or 'no'} experts, this needs 1 to {MAX_REPLAYED_EXPERTS}; set it to false",
         )
     if shape and not shape.experts and config.model.router != RouterConfig():
         yield "model.router", "is for a mixture of experts, but the model has none; leave the section out"
@@ -198,7 +198,7 @@ def _lora_problems(config: RunConfig, shape: ModelShape | None) -> Iterator[Prob
     if config.model.random_init:
         yield (
             "actor.lora, model.random_init",
-            "adapters are stored without the weights they were trained on, and random weights are nowhere else; start "
+            "adapters are stored without the weights they were trained on, and random weights are not saved; start "
             "from a model with weights",
         )
     if reference.path is not None and (reference.refresh_at_phase_switch or reference.refresh_every_steps is not None):
@@ -250,7 +250,7 @@ def _length_problems(config: RunConfig, shape: ModelShape | None) -> Iterator[Pr
 
 
 def _possible_extension(shape: ModelShape | None) -> str:
-    """Further advice if a model's YaRN scaling reaches further than its max_position_embeddings; else empty."""
+    """Additional advice if a model's YaRN scaling reaches further than its max_position_embeddings; else empty."""
     if shape is None or shape.yarn_context_tokens <= shape.context_tokens:
         return ""
     return (

@@ -112,13 +112,12 @@ def _wrong_path(message: str, path: Any, key: str) -> ValidationError:
 
 
 class CustomSection:
-    """In a field's `Annotated`: the section may name a subclass by the dotted path in its `type`, as in
+    """Put it into a field's `Annotated`: the section may name a subclass by the dotted path in its `type`, as in
 
         phases:
           - type: "my_package.my_module:MyPhase"
 
-    Its fields, those that it adds to the others included, are then checked, explained and written out like every
-    section's.
+    Its fields, including those it adds, are then checked, explained and written out like any section's.
     """
 
     def __init__(self, kind: str, base: type[Section]) -> None:

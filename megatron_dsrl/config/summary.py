@@ -160,7 +160,7 @@ def batch_lines(config: RunConfig, figures: RunFigures) -> list[str]:
 
 
 def sampling_warnings(rollout: RolloutConfig) -> list[str]:
-    """Why the samples do not come from the policy that the trainer scores, if they do not."""
+    """Why the engine samples from another distribution than the trainer scores; empty if it does not."""
     cuts = [f"rollout.top_p={rollout.top_p:g}"] if rollout.top_p < 1 else []
     cuts += [f"rollout.top_k={rollout.top_k}"] if rollout.top_k > 0 else []
     if not cuts:

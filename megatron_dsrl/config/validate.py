@@ -90,7 +90,7 @@ def _explain(error: ValidationError, root: type[Section], data: Any, places: Map
 
 
 def _given(path: KeyPath, what: str, data: Any) -> str:
-    """The value, where that says something: not for a key as such, and not a whole section."""
+    """The value, if it is informative: not for a wrong or missing key, and not for a whole section."""
     if what.startswith(("unknown key", "missing")):
         return ""
     value = _value_at(data, path)

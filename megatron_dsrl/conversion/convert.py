@@ -174,5 +174,6 @@ def _write_tensors(checkpoint: MegatronCheckpoint, table: WeightTable, dtype: to
 
 
 def _describe_in_background(source: str, folder: Path) -> Future[dict[str, Any]]:
-    """Start to find out the details of the provenance record, for `record_found`. Nothing on other ranks than 0."""
+    """Start collecting the details of the provenance record, for `record_found`. Rank 0 only; does nothing on
+    others."""
     return in_background(lambda: find_out({"source": lambda: describe_model(source, folder)}) if rank() == 0 else {})

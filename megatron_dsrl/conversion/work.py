@@ -71,7 +71,7 @@ def with_progress(entries: Sequence[TableEntry], dtype: torch.dtype, title: str)
 
 def read_ahead(entries: Sequence[TableEntry], read: Callable[[TableEntry, ReusedMemory], Value]) -> Iterator[Value]:
     """What `read` returns for each entry. While one is in use, a thread reads the next one. Tensors in the memory that
-    `read` is given are valid until the next ones are asked for."""
+    `read` is given are valid until the next ones are requested."""
     memories = (ReusedMemory(), ReusedMemory())
 
     def read_entry(number: int) -> Value:

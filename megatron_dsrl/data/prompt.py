@@ -8,7 +8,7 @@ class Prompt:
     """A problem that is ready to be sampled from."""
 
     index: int
-    """Row number in its prompt set. In a mixture, rows are counted on from set to set, so that no two are equal."""
+    """Row number in its prompt set. In a mixture, numbering continues from set to set, so numbers are unique."""
 
     text: str
     """The rendered chat prompt, for display."""
@@ -20,7 +20,7 @@ class Prompt:
     """Gold answer for the verifier."""
 
     other_answers: tuple[str, ...] = ()
-    """Further gold answers; any of them is accepted."""
+    """Other gold answers that are accepted."""
 
     prompt_set: str = ""
     """Name of its set in a mixture; empty if the run has only one."""

@@ -154,7 +154,7 @@ def within_limit(
     if config.on_long_prompt == "drop":
         warn_once(f"{what} and are dropped")
         return [prompt for prompt in prompts if len(prompt.token_ids) <= limit]
-    warn_once(f"{what} and lose their beginning")
+    warn_once(f"{what} and are truncated on the left")
     return [_without_beginning(prompt, limit, tokenizer) for prompt in prompts]
 
 

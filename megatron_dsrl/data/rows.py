@@ -23,7 +23,7 @@ LONGEST_FIELD = 2**31 - 1
 """Characters of a CSV field. Python's own limit, 131,072, is shorter than some reasoning traces."""
 _HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
 SAVED_FILES = ("dataset_dict.json", "state.json")
-"""Files by which to recognise the result of `datasets`' save_to_disk, of several splits and of one."""
+"""Files that identify a folder of `datasets`' save_to_disk, with several splits and with one."""
 
 
 def read_rows(config: PromptSetConfig, section: str) -> list[Row]:
@@ -140,7 +140,7 @@ def _reading(path: Path, section: str) -> Iterator[None]:
         yield
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{section}.source: {path} is not text in UTF-8 ({error}); convert it, as iconv does"
+            f"{section}.source: {path} is not text in UTF-8 ({error}); convert it, for example with iconv"
         ) from error
     # JSON and Arrow errors are ValueErrors.
     except (OSError, EOFError, ValueError, RecursionError, csv.Error, zlib.error) as error:
@@ -214,7 +214,7 @@ def _read_saved(folder: Path, split: str, section: str) -> Iterator[Row]:
 
 
 def _read_folder(config: PromptSetConfig, folder: Path, section: str) -> Iterator[Row]:
-    """Rows of a folder of data files as they lie in a repository of the hub."""
+    """Rows of a folder of data files, laid out like a hub repository."""
     import datasets
 
     try:

@@ -39,7 +39,7 @@ def examine_device(
         return Finding("device", "ok", "CPU (torch is the CPU build); tiny models only")
     if torch_cuda is None:
         found = f"CPU: torch is the CPU build, on a machine with an NVIDIA driver ({driver})"
-        return Finding("device", severity, found, "to use its GPUs take the image, or tools/image/install.sh")
+        return Finding("device", severity, found, "to use its GPUs, use the image or tools/image/install.sh")
     reason, advice = _why_torch_sees_none(torch_cuda, driver, environment)
     found = f"CPU: torch is built for CUDA {torch_cuda} but sees no device; {reason}"
     return Finding("device", severity, found, advice)
@@ -52,25 +52,25 @@ def _why_torch_sees_none(torch_cuda: str, driver: str | None, environment: Mappi
         advice = f"on a GPU machine install one ({oldest} or newer); on a CPU machine nothing is missing"
         return "no NVIDIA driver is loaded", advice
     if oldest is not None and int(driver.partition(".")[0]) < oldest:
-        advice = f"CUDA {torch_cuda} needs {oldest} or newer: have the driver updated"
+        advice = f"CUDA {torch_cuda} needs {oldest} or newer: update the driver"
         return f"the driver {driver} is too old for it", advice
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible in ("", "-1"):
         advice = "unset it to use them; in a SLURM job ask for GPUs (--gpus-per-node)"
         return f"CUDA_VISIBLE_DEVICES={visible} hides all", advice
     return f"the driver {driver} is loaded", (
-        "hand the GPUs on: docker run --gpus all, apptainer exec --nv, sbatch --gpus-per-node; `nvidia-smi` says "
+        "pass the GPUs through: docker run --gpus all, apptainer exec --nv, sbatch --gpus-per-node; `nvidia-smi` says "
         "whether they work"
     )
 
 
 def examine_cuda_compiler(torch_cuda: str, environment: Mapping[str, str] = os.environ) -> Finding:
-    """nvcc, where SGLang looks for it: it compiles some of its kernels when it needs them first."""
+    """nvcc, where SGLang looks for it: it compiles some of its kernels on first use."""
     topic = "CUDA compiler (nvcc)"
     home = environment.get("CUDA_HOME") or environment.get("CUDA_PATH")
     on_path = shutil.which("nvcc", path=environment.get("PATH"))
     nvcc = Path(home, "bin", "nvcc") if home else Path(on_path or "/usr/local/cuda/bin/nvcc")
-    toolkit = f"let CUDA_HOME name the folder of a toolkit of CUDA {torch_cuda}"
+    toolkit = f"set CUDA_HOME to the folder of a toolkit for CUDA {torch_cuda}"
     if not os.access(nvcc, os.X_OK):
         return Finding(topic, "note", f"{nvcc} not found", f"SGLang compiles kernels with it: {toolkit}")
     release = _release(nvcc)
@@ -78,7 +78,7 @@ def examine_cuda_compiler(torch_cuda: str, environment: Mapping[str, str] = os.e
         return Finding(topic, "note", f"{nvcc} does not say its version", toolkit)
     found = f"{release} ({nvcc})"
     if release.partition(".")[0] != torch_cuda.partition(".")[0]:
-        advice = f"what it compiles need not load beside torch's libraries: {toolkit}"
+        advice = f"what it compiles may not load beside torch's libraries: {toolkit}"
         return Finding(topic, "note", f"{found}, but torch is built for CUDA {torch_cuda}", advice)
     return Finding(topic, "ok", found)
 

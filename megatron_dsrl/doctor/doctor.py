@@ -93,7 +93,7 @@ def examine() -> Examination:
 def pinned_environment(torch: str | None, torch_cuda: str | None) -> tuple[str, tuple[str, ...]]:
     """Description of this environment and its lock files, found by the installed torch's pin.
 
-    Whether torch is built for CUDA does not tell: the CPU environment may have such a build too (tools/setup_cpu.sh),
+    Whether torch is built for CUDA does not decide: the CPU environment may have such a build too (tools/setup_cpu.sh),
     and the image stays the image on a machine without a GPU, where checkpoints are converted. `torch` is the installed
     version, `torch_cuda` the CUDA version it was built for.
     """
@@ -140,7 +140,7 @@ def _python() -> Finding:
     found = f"{platform.python_version()} ({sys.executable})"
     if (3, 11) <= sys.version_info[:2] <= (3, 12):
         return Finding("Python", "ok", found)
-    return Finding("Python", "problem", found, "take 3.11 or 3.12: DSRL_PYTHON=python3.12 bash tools/setup_cpu.sh")
+    return Finding("Python", "problem", found, "use 3.11 or 3.12: DSRL_PYTHON=python3.12 bash tools/setup_cpu.sh")
 
 
 def _packages(pins: dict[str, str], environment: str) -> Iterator[Finding]:
@@ -150,7 +150,7 @@ def _packages(pins: dict[str, str], environment: str) -> Iterator[Finding]:
             yield Finding(name, "problem", "not installed", SET_UP)
         elif pinned and installed.partition("+")[0] != pinned:
             advice = f"the {environment} with {pinned}; to get it, {SET_UP}"
-            yield Finding(name, "note", f"{installed}, other than the pinned {pinned}", advice)
+            yield Finding(name, "note", f"{installed}, not the pinned {pinned}", advice)
         else:
             yield Finding(name, "ok", installed)
 

@@ -1,8 +1,8 @@
-"""GPU software of `dsrl doctor`: fused kernels and SGLang's own, and whether they fit each other.
+"""GPU software section of `dsrl doctor`: fused kernels and SGLang's own, and whether they are compatible.
 
 Transformer Engine and apex are optional, and on CPU they are neither needed nor used. On a GPU a missing one is a note;
-one that does not fit the others is named with what happens then, as most of them fail late or are left out without a
-word. tools/image/requirements*.{in,txt} have the versions that go together, and why.
+an incompatible one is reported with its effect, since most fail late or are silently left out.
+tools/image/requirements*.{in,txt} have the versions that work together, and why.
 """
 
 import os
@@ -30,7 +30,7 @@ COMPILE = "compile it as tools/image/install.sh does, or use the image"
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """One thing that was checked."""
 
     topic: str
     """The subject of the check, such as `torch` or `shared memory`."""
@@ -71,7 +71,7 @@ def import_problem(module: str, then: str = "", variables: Mapping[str, str] | N
         return None
     lines = finished.stderr.strip().splitlines()[-8:]
     if finished.returncode < 0:
-        lines.append(f"its import was ended by {signal.Signals(-finished.returncode).name}")
+        lines.append(f"its import was killed by {signal.Signals(-finished.returncode).name}")
     return "\n".join(lines)
 
 
@@ -81,7 +81,7 @@ def examine_kernels(
     installed: Callable[[str], str | None] = installed_version,
     import_problem: Callable[[str], str | None] = import_problem,
 ) -> Iterator[Finding]:
-    """Look at every piece. `torch_cuda` is the CUDA version that torch was built for; None for the CPU build."""
+    """Check every package. `torch_cuda` is the CUDA version that torch was built for; None for the CPU build."""
     yield _transformer_engine(cuda, torch_cuda, installed, import_problem)
     yield _apex(cuda)
     yield from _flash_attention(installed)
@@ -98,7 +98,7 @@ def _transformer_engine(
     installed: Callable[[str], str | None],
     import_problem: Callable[[str], str | None],
 ) -> Finding:
-    """Whether its parts fit each other, and whether it can be imported."""
+    """Whether its parts match, and whether it can be imported."""
     topic, torch_part = "Transformer Engine", installed("transformer-engine-torch")
     found = torch_part or installed("transformer-engine")
     if found is None:
@@ -121,7 +121,7 @@ def _transformer_engine(
 def _transformer_engine_misfit(
     cuda: bool, torch_cuda: str | None, installed: Callable[[str], str | None]
 ) -> tuple[str, str] | None:
-    """What is wrong between its core, its torch part and torch, and what to do; None if nothing is."""
+    """A mismatch of its core, its torch part and torch, and what to do; None if they match."""
     torch_part = installed("transformer-engine-torch")
     if not cuda or torch_part is None:
         return None
@@ -136,7 +136,7 @@ def _transformer_engine_misfit(
     if core.get(major) not in (None, torch_part):
         return (
             f"core {core[major]}, torch part {torch_part}",
-            f"both must be of one release: pip install transformer-engine-cu{major}=={torch_part}",
+            f"both must be from one release: pip install transformer-engine-cu{major}=={torch_part}",
         )
     return None
 
@@ -191,13 +191,13 @@ def _what_sglang_fixes(installed: Callable[[str], str | None]) -> Iterator[Findi
         if found is not None and found.partition("+")[0] != wanted:
             yield Finding(
                 f"{name} for sglang", "problem" if name == "torch" else "note",
-                f"{found}, but sglang {sglang} is made for {wanted}",
-                f"its kernels may not load or compute something else: pip install {name}=={wanted}",
+                f"{found}, but sglang {sglang} requires {wanted}",
+                f"its kernels may fail to load or compute wrong results: pip install {name}=={wanted}",
             )  # fmt: skip
 
 
 def exact_requirements(package: str, names: tuple[str, ...]) -> dict[str, str]:
-    """Versions that an installed package fixes with `==`, of these names; empty where it is not installed."""
+    """Versions that an installed package pins these names to with `==`; empty if it is not installed."""
     try:
         requirements = [Requirement(line) for line in requires(package) or ()]
     except PackageNotFoundError:

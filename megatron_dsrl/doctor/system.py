@@ -1,5 +1,5 @@
-"""System of `dsrl doctor`: the C library that SGLang's wheels are built for, a C compiler, the sandbox, the temporary
-folder and the limit of open files."""
+"""System section of `dsrl doctor`: the C library that SGLang's wheels are built for, a C compiler, the sandbox, the
+temporary folder and the limit of open files."""
 
 import os
 import platform
@@ -17,7 +17,7 @@ from megatron_dsrl.rewards.sandbox_isolation import ADVICE, missing_isolation
 OLDEST_GLIBC = "2.34"
 """SGLang's wheels are `manylinux_2_34` only; tools/setup_cpu.sh refuses older ones before it downloads anything."""
 FEWEST_OPEN_FILES = 4096
-"""A run has some hundred files open, and a connection per request to an engine."""
+"""A run has a few hundred files open, plus a connection per request to an engine."""
 
 
 def examine_c_library(library: tuple[str, str] | None = None) -> Finding:
@@ -35,7 +35,7 @@ def examine_sandbox() -> Finding:
     problem = missing_isolation()
     if problem is None:
         return Finding("sandbox", "ok", "programs of the verifier `code` can be isolated")
-    advice = f"the verifier `code` refuses to run here, all else works. {ADVICE}"
+    advice = f"the verifier `code` refuses to run here, everything else works. {ADVICE}"
     return Finding("sandbox", "note", f"programs cannot be isolated: {problem}", advice)
 
 

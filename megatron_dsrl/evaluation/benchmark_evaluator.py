@@ -60,7 +60,7 @@ def evaluate_benchmark(
 def missing_samples(
     benchmark: Benchmark, prompts: Sequence[Prompt], file: Path, settings: Mapping[str, Any]
 ) -> list[tuple[Prompt, int]]:
-    """(problem, sample number) of the samples that are not in the file yet. Errors as `evaluate_benchmark`."""
+    """(problem, sample number) of the samples that are not in the file yet. Raises like `evaluate_benchmark`."""
     with _sample_file(benchmark, prompts, file, settings) as samples:
         return _missing(benchmark, prompts, samples)
 
@@ -78,8 +78,8 @@ def _sample_file(
     for prompt in prompts:
         if prompt.index in problems and problems[prompt.index].prompt != prompt.text:
             raise UserError(
-                f"{file} holds another problem {prompt.index}: the benchmark's data or the chat template has changed. "
-                "Choose another folder with --output, or delete the file."
+                f"{file} holds a different problem {prompt.index}: the benchmark's data or the chat template has "
+                "changed. Choose another folder with --output, or delete the file."
             )
     return samples
 

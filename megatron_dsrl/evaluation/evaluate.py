@@ -134,7 +134,7 @@ def evaluate(request: EvaluationRequest) -> EvaluatedModel:
             rollout.while_sampling(evaluate_all, recover=rollout.restart_engines)
         elif rank() == 0:
             evaluate_all()
-        barrier()  # the engines of other ranks must stay until the last sample is there
+        barrier()  # the engines of other ranks must stay until the last sample has arrived
     return model
 
 
@@ -209,7 +209,7 @@ def _check_benchmarks(benchmarks: Sequence[Benchmark]) -> None:
     names = [benchmark.name for benchmark in benchmarks]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice or not names:
-        raise UserError(f"--benchmarks: {', '.join(twice)} twice" if twice else "--benchmarks: none are named")
+        raise UserError(f"--benchmarks: {', '.join(twice)} twice" if twice else "--benchmarks: name at least one")
     for benchmark in benchmarks:
         config = benchmark.config
         if problem := repeated_greedy_samples(config.temperature, config.samples_per_prompt):

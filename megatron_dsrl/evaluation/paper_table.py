@@ -60,7 +60,7 @@ def paper_table(evaluations: Evaluations, size: str) -> str:
     if others:
         parts += ["## Other benchmarks", _accuracies(evaluations, list(evaluations), others)]
     if notes := _departures(evaluations):
-        parts += ["## Not as in the paper", "\n".join(f"- {note}" for note in notes)]
+        parts += ["## Different from the paper", "\n".join(f"- {note}" for note in notes)]
     return "\n\n".join(parts) + "\n"
 
 

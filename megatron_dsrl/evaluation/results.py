@@ -145,11 +145,11 @@ def _beside_the_paper(summaries: Mapping[str, Summary]) -> list[str]:
     measured = "" if average is None else f"{100 * average:.2f}"
     header = ("average of the six mathematics benchmarks, Avg@32", *AVERAGED_METHODS, "this model")
     return [
-        "## Beside the paper (arXiv 2604.14142)",
+        "## Compared with the paper (arXiv 2604.14142)",
         "",
         markdown_table(header, [(size, *published_cells(size), measured) for size in AVERAGE_OF_SIX]),
         "",
-        "Published differences of DSRL to GRPO, in points: " + "; ".join(_differences()) + ".",
+        "Published differences between DSRL and GRPO, in points: " + "; ".join(_differences()) + ".",
         "",
     ]
 

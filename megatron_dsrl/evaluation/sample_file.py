@@ -61,7 +61,7 @@ class ProblemResult:
     first: int = 0
     """Number of the first of these samples among all samples of the problem."""
     other_answers: tuple[str, ...] = ()
-    """Further gold answers; any of them is accepted."""
+    """Other gold answers that are accepted."""
 
     @classmethod
     def of_group(cls, group: SampleGroup) -> "ProblemResult":

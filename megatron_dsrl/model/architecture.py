@@ -29,7 +29,7 @@ class Family:
     default_head_dim: int | None = None
     """Default if config.json gives none; None means hidden size / heads."""
     default_rope_theta: float | None = None
-    """Default if config.json gives none; None means that it must."""
+    """Default if config.json gives none; None means that it must give one."""
 
     def __str__(self) -> str:
         return self.hf_name

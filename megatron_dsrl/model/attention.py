@@ -59,14 +59,13 @@ class CoreAttention(torch.nn.Module):
         """Attend. Under context parallelism s and t count this rank's tokens.
 
         Args:
-            query: [s, b, heads, d], or [t, heads, d] where packed.
-            key, value: the same with the number of key-value heads.
-            attention_mask: unused; the mask is causal, and sequence bounds come from `packed_seq_params`.
+            query: [s, b, heads, d], or [t, heads, d] if packed. key, value: the same with the number of key-value
+            heads. attention_mask: unused; the mask is causal, and sequence bounds come from `packed_seq_params`.
             packed_seq_params: bounds of the sequences of a packed row, which cover the row. Under context parallelism
                 these are bounds of whole sequences in the whole row.
 
         Returns:
-            [s, b, heads * d], or [t, heads * d] where packed.
+            [s, b, heads * d], or [t, heads * d] if packed.
         """
         assert attention_bias is None
         group = self.context_parallel_group
@@ -105,7 +104,7 @@ class CoreAttention(torch.nn.Module):
         return _TakeRows.apply(torch.cat(attended), slots.slot_of_row, slots.row_of_slot, slots.padding_slots)
 
     def _attend_context_parallel(self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        """As `_attend_packed` for this rank's chunks of the sequences; `lengths` are those of the whole sequences."""
+        """`_attend_packed` for this rank's chunks of the sequences; `lengths` are those of the whole sequences."""
         group = self.context_parallel_group
         assert group is not None
         plan = plan_context_parallel(lengths, group.size(), group.rank(), query.device)
@@ -177,7 +176,7 @@ class PackedSelfAttention(SelfAttention):
         packed_seq_params: PackedSeqParams | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """As SelfAttention.forward; `rotary_pos_emb` is [longest, 1, 1, d], angles by position in a sequence. Under
+        """Like SelfAttention.forward; `rotary_pos_emb` is [longest, 1, 1, d], angles by position in a sequence. Under
         context parallelism Megatron selects the angles of this rank's tokens from those of the whole row."""
         if packed_seq_params is not None and rotary_pos_emb is not None:
             bounds = packed_seq_params.cu_seqlens_q.long()

@@ -166,7 +166,7 @@ def build_trainable(chunks: list[MegatronModule], parallel: ParallelConfig) -> l
     """Wrap chunks for training: gradients accumulate in fp32 `main_grad` buffers and are reduced over data-parallel
     ranks.
 
-    Load weights before: the wrapper moves parameters into its buffers, and the optimizer then copies them.
+    Load weights first: the wrapper moves parameters into its buffers, and the optimizer then copies them.
     """
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -200,7 +200,7 @@ class ValueHead(MegatronModule):
 
 
 def build_value_model(architecture: Architecture, model: ModelConfig, parallel: ParallelConfig) -> list[MegatronModule]:
-    """As `build_model`, with a `ValueHead` as output layer of the last stage.
+    """Like `build_model`, with a `ValueHead` as output layer of the last stage.
 
     The embedding is never tied: the value head has no vocabulary to share with it.
     """

@@ -38,7 +38,7 @@ LayerImplementation = Literal["local", "transformer_engine"]
 def transformer_engine_is_usable() -> bool:
     """Whether Megatron could import Transformer Engine and the device has its attention for packed rows.
 
-    An installed `transformer_engine` package says neither: on PyPI it is an empty metapackage.
+    An installed `transformer_engine` package proves neither: on PyPI it is an empty metapackage.
     """
     return HAVE_TE and current_platform().attends_to_packed_rows
 

@@ -49,7 +49,7 @@ def output_at_rows(
         context: [n] int64, the selected rows out of t.
 
     Returns:
-        The factors of the logits of a vocabulary-parallel layer; [n, output size] of another one.
+        The factors of the logits of a vocabulary-parallel layer; [n, output size] for any other.
     """
     is_split = isinstance(output_layer, ColumnParallelLinear)
     hidden = hidden_states.squeeze(1)
@@ -64,5 +64,5 @@ def output_at_rows(
         return output_layer(hidden)[0]
     weight = output_layer.weight if output_weight is None else output_weight
     assert isinstance(weight, Tensor)
-    # apex's kernel is not made for a matrix product over zero rows.
+    # apex's kernel does not support a matrix product over zero rows.
     return FactoredLogits(hidden, weight, config.gradient_accumulation_fusion and len(hidden) > 0)

@@ -3,7 +3,7 @@
 YaRN (arXiv 2309.00071): Qwen3's model cards extend 32,768 tokens to 131,072 by `"rope_scaling": {"rope_type": "yarn",
 "factor": 4.0, "original_max_position_embeddings": 32768}`. Llama 3.1 and later have `"rope_type": "llama3"`.
 Transformers 5 writes the same into `rope_parameters`, with the base. Only fields that Transformers, SGLang and
-Megatron-core read alike are accepted.
+Megatron-core interpret in the same way are accepted.
 """
 
 import math
@@ -99,14 +99,14 @@ def _section(config: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
     if len(given) == 2 and given["rope_parameters"] != given["rope_scaling"]:
         # Transformers then ignores rope_parameters, with the base in it, and takes 10,000.
         raise UserError(
-            f"{path}: rope_scaling and rope_parameters both stand there and differ; put all fields, rope_theta "
+            f"{path}: rope_scaling and rope_parameters are both set and differ; put all fields, rope_theta "
             "included, into rope_parameters and remove rope_scaling"
         )
     return next(iter(given.values()), {})
 
 
 def _yarn(section: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> Yarn:
-    # As Transformers: the default is the whole context length.
+    # Like Transformers: the default is the whole context length.
     original = _original_context(section, config, config.get("max_position_embeddings"), path)
     yarn = Yarn(
         factor=_number(section, "factor", None, path),
@@ -154,7 +154,7 @@ def _check(scaling: RopeScaling, section: Mapping[str, Any], defaults: Mapping[s
         if name not in names | _EVERY_FIELD and not is_default:
             raise UserError(
                 f"{path}: {name}={value!r} is not supported with RoPE scaling {kind!r}, because Transformers, SGLang "
-                f"and Megatron-core do not read it alike; only {', '.join(sorted(names))} are"
+                f"and Megatron-core interpret it differently; only {', '.join(sorted(names))} are"
             )
 
 

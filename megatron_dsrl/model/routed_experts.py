@@ -30,6 +30,6 @@ def decode_routed_experts(text: str, layers: int, experts_per_token: int) -> Ten
     if len(experts) % (layers * experts_per_token):
         raise ValueError(
             f"{len(experts)} routed experts are not a multiple of {layers} layers x {experts_per_token} experts per "
-            "token; they were recorded with another model"
+            "token; they were recorded with a different model"
         )
     return experts.view(-1, layers, experts_per_token)

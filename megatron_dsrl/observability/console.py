@@ -23,17 +23,17 @@ PHASE_STYLES = ("yellow", "cyan", "green", "magenta")
 UNLIMITED = 10**6
 
 Part = tuple[str, int]
-"""Words, and their rank: where a line is too long, the parts of the highest rank are left out first."""
+"""Words, and their rank: if a line is too long, the parts of the highest rank are left out first."""
 
 
 class RunConsole:
-    """Prints the progress of one run. Only rank 0's prints."""
+    """Prints the progress of one run, on rank 0 only."""
 
     def __init__(self, total_steps: int, verbose: bool = False, stream: TextIO | None = None) -> None:
         """
         Args:
-            verbose: print every figure of a step.
-            stream: standard output by default; whether it is a terminal decides about width, colours and progress bars.
+            verbose: print every figure of a step. stream: standard output by default; whether it is a terminal decides
+            width, colours and progress bars.
         """
         self._console = Console(file=stream, highlight=False)
         self._total_steps = total_steps
@@ -54,7 +54,7 @@ class RunConsole:
 
     @contextmanager
     def doing(self, step: int, what: str) -> Iterator[None]:
-        """Show on a terminal what a step does in the block; gone afterwards."""
+        """Show on a terminal what a step does in the block; removed afterwards."""
         if not self._console.is_terminal:
             yield
             return
@@ -110,7 +110,7 @@ def step_parts(record: Record, time_left: str) -> list[Part]:
     seconds = _short_seconds(record, "seconds/step")
     parts = [
         (_formatted(record, "reward {:.3f}", "reward/mean"), 1),
-        # comparable from step to step only where the responses come from a data set
+        # comparable from step to step only if the responses come from a data set
         (_formatted(record, "loss {:.4f}", "policy/loss") if "data/epoch" in record else "", 1),
         (_formatted(record, "epoch {:.2f}", "data/epoch"), 4),
         (_mixed(record), 4),
@@ -167,7 +167,7 @@ def evaluation_details(record: Record) -> str:
 
 
 def fitting(parts: Sequence[Part], width: int) -> list[str]:
-    """The words of as many parts as fit, two spaces apart and before them; at least those of the lowest rank."""
+    """The words of as many parts as fit, with two spaces before each; at least those of the lowest rank."""
     kept = list(parts)
     while len(kept) > 1 and sum(len(words) + 2 for words, _ in kept) > width:
         kept.remove(max(kept, key=lambda part: part[1]))
@@ -187,7 +187,7 @@ def duration(seconds: float) -> str:
 
 
 def left(seconds: float) -> str:
-    """The remaining time in one unit, which it has at least two of: `90 s left`, `37 min left`, `18 h left`."""
+    """The remaining time in the largest unit of which it has two: `90 s left`, `37 min left`, `18 h left`."""
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit} left"
@@ -205,7 +205,7 @@ def _short_seconds(record: Record, key: str) -> str:
 
 
 def _mixed(record: Record) -> str:
-    """Groups that teach something, of all."""
+    """Mixed groups, the ones with a gradient, out of all."""
     keys = [f"reward/{kind}_groups" for kind in ("solved", "mixed", "unsolved")]
     if any(record.get(key) is None for key in keys):
         return ""
@@ -236,7 +236,7 @@ def _seconds(record: Record) -> str:
 
 def _fallbacks(record: Record) -> str:
     count = record.get("reward/verifier_fallbacks")
-    return f"{count} rewards by the fallback of the verifier, which gave none" if count else ""
+    return f"{count} rewards from the fallback of the verifier, which gave none" if count else ""
 
 
 def _failures(record: Record, kind: str) -> str:

@@ -100,7 +100,7 @@ def with_common_colours(runs: Sequence[RunRecords]) -> list[RunRecords]:
 def phase_colours(runs: Iterable[Sequence[Record]]) -> dict[str, int]:
     """Numbers of `phase-N` classes by phase name, in the order of first appearance in the runs' step records.
 
-    With more phases than colours, colours come again.
+    With more phases than colours, colours repeat.
     """
     colours: dict[str, int] = {}
     used: Counter[tuple[int, ...]] = Counter()
@@ -148,7 +148,7 @@ def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
     try:
         config = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}. Restore it, or move it away to do without.") from error
+        raise UserError(f"{path} is not valid YAML: {error}. Restore it, or move it away to go without it.") from error
     if not isinstance(config, dict):
         raise UserError(f"{path} is not a configuration: a mapping is expected. Restore it, or move it away.")
     return text, config

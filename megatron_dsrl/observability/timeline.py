@@ -119,7 +119,7 @@ class Timeline:
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
-        """Record the block, also when it raises. Spans of a thread nest."""
+        """Record the block, even if it raises. Spans of a thread nest."""
         what = {"name": name, "thread": threading.current_thread().name}
         self._write({"event": "begin", **what, "time": self._time(time.monotonic())})
         try:
@@ -181,7 +181,7 @@ class SecondsPerPart:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Add the time spent in the block to part `name`, also when it raises. Repeated parts add up.
+        """Add the time spent in the block to part `name`, even if it raises. Repeated parts add up.
 
         Parts do not nest, because the report stacks them and their sum must not exceed the step.
         """

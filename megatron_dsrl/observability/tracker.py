@@ -1,7 +1,7 @@
 """Records that rank 0 writes during a run: metrics.jsonl, evaluation.jsonl with some responses, and TensorBoard.
 
-The JSON-lines files are the record of truth (the report reads nothing else of the numbers); TensorBoard is a view, and
-so are the experiment trackers, which follow the files (`trackers/`).
+The JSON-lines files are the source of truth (the report takes all numbers from them); TensorBoard is a view, and so are
+the experiment trackers, which follow the files (`trackers/`).
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from megatron_dsrl.observability.records import (
     shown_metrics,
 )
 
-WHAT_IS_SAFE = "The records and checkpoints of the steps before are untouched"
+WHAT_IS_SAFE = "The records and checkpoints of earlier steps are untouched"
 
 
 class Tracker:
@@ -40,7 +40,7 @@ class Tracker:
         """Open the files in `run_folder`, which is created if missing.
 
         Raises UserError when a file of the folder is damaged other than by a half-written last line. All methods raise
-        it when the disk takes no more; a line that is then half-written is removed when the folder is opened again.
+        it when the disk is full or fails; a line that is then half-written is removed when the folder is opened again.
         """
         with writing(run_folder, WHAT_IS_SAFE):
             run_folder.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,8 @@ models are updated:
 - update: the same of policy and critic, and the activations of the model that is being updated; what a released engine
   keeps;
 - switch: weights go to the engine in buckets; the engine has its weights, but not yet its cache;
-- checkpoint: as the switch, but without gradients and buckets, and with what Megatron gathers of the optimizer's state.
+- checkpoint: like the switch, but without gradients and buckets, and with what Megatron gathers of the optimizer's
+  state.
 
 With `engine.urls` the engines are on other devices, and only update and checkpoint count.
 

@@ -127,7 +127,7 @@ def _uneven_ends(layers: int, stages: int) -> dict[str, int]:
 
 
 def _seconds_and_splitting(plan: Plan) -> tuple[float, ...]:
-    """Order of layouts: the faster first, of equally fast ones the one that splits the model less."""
+    """Sort key of layouts: the fastest first; of equally fast ones, the one that splits the model less."""
     parallel = plan.config.parallel
     return (
         float(f"{plan.step_seconds:.2g}"),  # the precision of the estimate

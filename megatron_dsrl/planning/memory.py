@@ -1,4 +1,4 @@
-"""Memory of each part of a run on a GPU: the policy, the critic, the engine. fit.py combines them to peaks.
+"""Memory of each part of a run on a GPU: the policy, the critic, the engine. fit.py combines them into peaks.
 
 Weights, gradients and optimizer state are exact. Activations are the tensors that the layers keep for the backward
 pass, within 2 % of measurements of the local layers (tests/planning/test_activations.py); temporary memory of single
@@ -234,7 +234,7 @@ def kept_bytes_per_token(architecture: Architecture, config: RunConfig) -> float
     if config.model.recompute == "none":
         return whole
     rotated = (architecture.num_attention_heads + architecture.num_key_value_heads) * head
-    given = rotated / config.parallel.tensor_parallel_size  # values are kept as projected in any case
+    given = rotated / config.parallel.tensor_parallel_size  # values are always kept as projected
     return whole - element * (_core_attention(architecture, config.parallel) - given)
 
 

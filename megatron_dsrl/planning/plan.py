@@ -20,7 +20,7 @@ from megatron_dsrl.planning.parameters import (
 
 @dataclass(frozen=True)
 class PhaseCost:
-    """Cost of one step of a phase; of the most expensive one, where a custom phase changes from step to step."""
+    """Cost of one step of a phase; of the most expensive one, if a custom phase changes from step to step."""
 
     name: str
     steps: int

@@ -253,7 +253,7 @@ def _table(title: str, estimates: Sequence[StepEstimate]) -> Table:
 
 
 def _constants_table(costs: Costs, assumptions: Assumptions) -> Table:
-    table = Table("constant", "value", Column("source", overflow="fold"), title="what it rests on")
+    table = Table("constant", "value", Column("source", overflow="fold"), title="assumptions and their sources")
     table.add_row("mean response, tokens", f"{assumptions.mean_response_tokens:,}", "assumed")
     table.add_row("training", f"{assumptions.training_utilisation:.0%} of the peak", "assumed")
     table.add_row("decoding", f"{assumptions.bandwidth_utilisation:.0%} of the memory bandwidth", "assumed")

@@ -70,7 +70,7 @@ class Platform(ABC):
         """
 
     def prepare_weight_broadcast(self) -> None:  # noqa: B027  # the settings are NCCL's
-        """Give this process the collective settings of SGLang's processes, with which it is to form groups.
+        """Give this process the collective settings of SGLang's processes, to form groups with them.
 
         Call it before initialising torch.distributed. Existing environment variables are kept.
         """

@@ -1,4 +1,4 @@
-"""Megatron on CPU: gloo collectives, unfused kernels, and an adapter for calls of `torch.cuda`."""
+"""Megatron on CPU: gloo collectives, unfused kernels, and an adapter for calls to `torch.cuda`."""
 
 import re
 import resource

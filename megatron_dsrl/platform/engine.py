@@ -78,8 +78,7 @@ def engine_environment(tensor_parallel_size: int, cpu_threads: int = 1) -> dict[
 
 
 def _cache_folder(variables: Mapping[str, str]) -> dict[str, str]:
-    """A folder for what SGLang compiles, where the user's home, which it would use, cannot be written, as in some
-    containers."""
+    """A folder for what SGLang compiles, if its default, the user's home, is not writable, as in some containers."""
     if CACHE_VARIABLE in variables or _can_write(Path(os.path.expanduser("~/.cache/sglang"))):
         return {}
     return {CACHE_VARIABLE: str(Path(tempfile.gettempdir(), f"sglang_{os.getuid()}"))}
@@ -102,7 +101,7 @@ def can_release_engine_memory() -> bool:
 
 
 def allocator_warning(variables: Mapping[str, str] = os.environ) -> str | None:
-    """What the user should know if PyTorch's allocator settings do not go with engines on the trainer's GPUs.
+    """A warning if PyTorch's allocator settings conflict with engines on the trainer's GPUs.
 
     torch_memory_saver 0.0.10 cannot release memory of expandable segments and ends the engine, so engines do not
     inherit the setting (`starting_server.inherited_environment`). The trainer keeps it. PyTorch 2.14 then shares
@@ -151,8 +150,8 @@ def tensor_sharing() -> Iterator[None]:
     """Within the block, pickled tensors can be opened by a process that is not a child of this one.
 
     CPU tensors are shared through named files in memory. With file descriptors, the default, the receiver needs this
-    process's authentication key, and SGLang's scheduler dies when the connection is refused. CUDA tensors are shared by
-    CUDA IPC in any case.
+    process's authentication key, and SGLang's scheduler dies when the connection is refused. CUDA tensors are always
+    shared by CUDA IPC.
 
     torch starts a helper process that manages these files, and SLURM signals all processes of a job. Stop signals are
     blocked here so that the helper inherits the mask; this process receives them at the end of the block.
@@ -185,7 +184,7 @@ def _cpu_server_arguments(config: EngineConfig) -> ServerArguments:
         )
     if SPECULATION in config.extra_arguments:
         raise UserError(
-            f"engine.extra_arguments.{SPECULATION} needs an NVIDIA GPU: SGLang's CPU path moves its cache by kernels "
+            f"engine.extra_arguments.{SPECULATION} needs an NVIDIA GPU: SGLang's CPU path moves its cache with kernels "
             "that are missing here (sgl_kernel); leave it out"
         )
     if config.max_total_tokens is None:

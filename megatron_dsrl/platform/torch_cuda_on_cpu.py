@@ -46,7 +46,7 @@ class _CpuDeviceMode(TorchFunctionMode):
     """Turns CUDA devices in tensor calls into the CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        # Every call of a tensor function passes here: what nearly all of them need comes at little cost.
+        # Every call of a tensor function passes through here, so the common case must be cheap.
         if func is _TENSOR_CUDA:
             # models/common/language_module: setup_embeddings_and_output_layer;
             # optimizer/distrib_optimizer.py: get_parameter_state_dp_zero

@@ -24,7 +24,7 @@ class CodeState:
 
     commit: str | None = None
     dirty: bool | None = None
-    """Whether tracked files differ from the commit or untracked ones, other than ignored ones, are there."""
+    """Whether tracked files differ from the commit, or there are untracked files that git does not ignore."""
     diff_sha256: str | None = None
     """Over `git diff HEAD` and the untracked files; None if nothing differs. Equal diffs have equal hashes."""
     reason: str | None = None
@@ -82,7 +82,7 @@ def _content(path: Path) -> bytes:
             return os.fsencode(os.readlink(path))
         size = path.stat().st_size
         return path.read_bytes() if path.is_file() and size <= UNTRACKED_BYTES else f"{size} bytes".encode()
-    except OSError as error:  # it may have gone meanwhile
+    except OSError as error:  # it may have disappeared
         return str(error.strerror).encode()
 
 
@@ -107,7 +107,7 @@ def _git(folder: Path, *arguments: str) -> bytes:
 
 
 def _installed_commit(name: str) -> str | None:
-    """The commit that pip has noted (PEP 610) where it installed from a repository."""
+    """The commit that pip recorded (PEP 610) when it installed from a repository."""
     try:
         noted = distribution(name).read_text("direct_url.json")
     except PackageNotFoundError:

@@ -38,7 +38,7 @@ class ChangedFact:
 
 
 def starts_that_count(folder: Path, last_step: int) -> list[Record]:
-    """The starts that a run's steps come from; of a run without steps, the last one. Errors as `read_starts`."""
+    """The starts that a run's steps come from; for a run without steps, the last start. Raises like `read_starts`."""
     starts = read_starts(folder)
     spans = steps_of_starts(starts, last_step)
     return [start for start, span in zip(starts, spans, strict=True) if span] or starts[-1:]
@@ -69,8 +69,8 @@ def changes_between_starts(starts: Sequence[Record]) -> list[ChangedFact]:
 
 
 def changed_inputs(folder: Path, after_step: int) -> list[ChangedFact]:
-    """What the newest start, which continues after a step, reads other than the one that made this step: base model,
-    training data, problems of held-out sets."""
+    """What the newest start, which continues after a step, reads differently from the one that made this step: base
+    model, training data, problems of held-out sets."""
     before = starts_that_count(folder, after_step)[-1:]
     changes = changes_between_starts([*before, *read_starts(folder)[-1:]])
     inputs = [change for change in changes if change.name in INPUTS or change.name.startswith(PROBLEMS)]

@@ -1,7 +1,7 @@
 """Hashes of a run's inputs: base model, prompts, held-out sets.
 
 Small files are hashed whole. Of a large model the fingerprint is taken, which reads a few megabytes per file: a start
-must not wait for 16 GB to be read. Every entry says by its null hashes which files were not read whole.
+must not wait for 16 GB to be read. Files that were not read whole have null hashes.
 """
 
 import hashlib
@@ -64,7 +64,7 @@ def describe_prompts(config: PromptSetConfig, prompts: Sequence[Prompt]) -> dict
 
 
 def describe_training_sets(config: DataConfig, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """The training prompts of a run: as `describe_prompts`, with the further sets of a mixture in `mixed_with`."""
+    """The training prompts of a run, as from `describe_prompts`, with a mixture's other sets in `mixed_with`."""
     if not config.mixed_with:
         return describe_prompts(config, prompts)
     first, *others = (describe_prompts(one, [p for p in prompts if p.prompt_set == one.name]) for one in config.sets)

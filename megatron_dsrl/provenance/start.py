@@ -38,16 +38,15 @@ SLURM_NAMES = (
 )
 
 Details = Mapping[str, Callable[[], Any]]
-"""Further entries of a record by name, found out when the record is made. Values are JSON."""
+"""Additional entries of a record by name, determined when the record is made. Values are JSON."""
 
 
 def record_start(folder: Path, command: str, details: Details, report: Callable[[str], None]) -> None:
     """Append a record to the folder's `provenance.jsonl`. Collective; rank 0 writes.
 
     Args:
-        folder: that the command writes into; must exist.
-        details: what is to be said of this command beside code, packages and machine; called on rank 0 only.
-        report: called with a warning on rank 0 if there can be no record.
+        folder: that the command writes into; must exist. details: what to record besides code, packages and machine;
+        called on rank 0 only. report: called with a warning on rank 0 if there can be no record.
     """
     record_found(folder, command, lambda: find_out(details), report)
 

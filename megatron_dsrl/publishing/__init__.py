@@ -1,1 +1,1 @@
-"""Model cards of exported policies, and their way to the hub."""
+"""Model cards of exported policies, and uploads to the hub."""

@@ -28,7 +28,7 @@ from megatron_dsrl.weights.checkpoint_record import read_record
 PAPER = "2604.14142"
 SPACES = {"pre_train": "log P(y)", "post_train": "log P(y\\|x)"}
 LEFT_OUT = ("output_dir", "checkpoint", "observability")
-"""Sections of the configuration that say nothing of the model."""
+"""Sections of the configuration that say nothing about the model."""
 MADE_BY = ("Commit", "Base model", "Training data", "Device", "Processes", "Layout", "Python", *ALWAYS_SHOWN)
 """Facts of the run's starts that a card shows."""
 LICENSE_FIELDS = ("license", "license_name", "license_link")
@@ -36,7 +36,7 @@ _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://")
 
 
 def write_card(folder: Path, run_folder: Path, step: int, report: Callable[[str], None]) -> None:
-    """Write the card of the policy after a step into its HF folder, unless the user has put another one there.
+    """Write the card of the policy after a step into its HF folder, unless the user has put their own there.
 
     Args:
         report: called with a warning if the card cannot be written; the run continues.
@@ -64,7 +64,7 @@ def model_card(run_folder: Path, step: int, base_model: str | None = None) -> st
     """The card's text: metadata for the hub, then Markdown.
 
     Args:
-        base_model: the hub's name of the model that the run began with; None finds it where it can be known.
+        base_model: the hub's name of the model that the run began with; None: found if possible.
 
     Raises:
         UserError: a file of the run is missing or damaged.
@@ -129,7 +129,7 @@ def _phases(config: Mapping[str, Any], step: int) -> list[dict[str, Any]]:
 
 
 def _choice(phase: Mapping[str, Any], field: str) -> str:
-    """The name of what a phase has chosen."""
+    """The name of a phase's choice."""
     value = phase.get(field, "default")
     return str(value.get("name", "?") if isinstance(value, Mapping) else value)
 
@@ -137,7 +137,7 @@ def _choice(phase: Mapping[str, Any], field: str) -> str:
 def _metadata(
     config: Mapping[str, Any], name: str, base_model: str | None, evaluations: list, in_pre_train_space: bool
 ) -> str:
-    """The YAML at the beginning, by the hub's own library."""
+    """The YAML front matter, written by the hub's own library."""
     source = str(config.get("data", {}).get("source", ""))
     license_fields: dict[str, Any] = {**license_of(Path(config["model"]["path"]).expanduser())}
     data = ModelCardData(
@@ -154,7 +154,7 @@ def _metadata(
 
 
 def _made_by(run_folder: Path, step: int) -> list[tuple[str, str]]:
-    """Code, machine and packages of the starts that the policy comes from; empty where they are not recorded."""
+    """Code, machine and packages of the starts that the policy comes from; empty if they are not recorded."""
     facts: dict[str, list[str]] = {}
     for start in starts_that_count(run_folder, step):
         said = what_computed(without_private_places(start))
@@ -172,14 +172,14 @@ class CardEvaluation:
 
     title: str
     dataset: str
-    """Hub name where the benchmark comes from the hub, else its own name."""
+    """Hub name if the benchmark comes from the hub, else its own name."""
     problems: int
     samples: int
     """Per problem: k of Avg@k."""
     accuracy: float
     standard_error: float | None
     before: float | None
-    """Accuracy before training, where that was measured."""
+    """Accuracy before training, if it was measured."""
     pass_at_k: float | None = None
     """With k = `samples`."""
 
@@ -197,7 +197,7 @@ def evaluations_of(run_folder: Path, step: int) -> list[CardEvaluation]:
 
 
 def model_index(evaluations: Sequence[CardEvaluation]) -> list[EvalResult]:
-    """The evaluations in the hub's terms, in percent."""
+    """The evaluations in the hub's format, in percent."""
     found = []
     for one in evaluations:
         metrics = {("accuracy", f"Avg@{one.samples}"): one.accuracy}

@@ -97,7 +97,7 @@ def push(upload: Upload, repository: str, private: bool, report: Callable[[str],
         address = api.create_repo(repository, private=private or None, exist_ok=True)
         is_private = api.repo_info(repository).private
         if private and not is_private:
-            raise UserError(f"--private: {address} exists and is public; make it private there, or take another name")
+            raise UserError(f"--private: {address} exists and is public; make it private there, or choose another name")
         visibility = "private" if is_private else "public"
         report(f"uploading {describe_files(upload.files)} and the card to {address} ({visibility})")
         (upload.folder / CARD_FILE).write_text(upload.texts[CARD_FILE], encoding="utf-8")
@@ -149,7 +149,7 @@ def check_repository(repository: str) -> None:
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise UserError(f"`{repository}` is not a name that the hub takes: {error}") from error
+        raise UserError(f"`{repository}` is not a valid name on the hub: {error}") from error
     if repository.count("/") != 1:
         raise UserError(f"`{repository}`: name the owner too, as in OWNER/NAME")
 
@@ -178,16 +178,16 @@ def _asking_to_write(repository: str, endpoint: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:  # their kinds are many, see `hub.asking_hub`
+    except Exception as error:  # of many types, see `hub.asking_hub`
         raise UserError(f"{repository} could not be uploaded: {_explain(error, endpoint)}") from error
 
 
 def _explain(error: Exception, endpoint: str) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status == 401:
-        return f"{endpoint} does not know the token (HF_TOKEN, or of `hf auth login`); make a new one that may write"
+        return f"{endpoint} rejects the token (HF_TOKEN, or of `hf auth login`); create one with write access"
     if status == 403:
-        return "the token may not write there: it must have the right to write, and its account belong to the owner"
+        return "the token cannot write there: it needs write access, and its account must belong to the owner"
     if kinds_of_causes(error) & {"ConnectionError", "TransportError", "OfflineModeIsEnabled"}:
         return (
             f"{endpoint} cannot be reached from here, or HF_HUB_OFFLINE is set; copy the folder to a machine "

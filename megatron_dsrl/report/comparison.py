@@ -106,7 +106,7 @@ def learning_curves(runs: Mapping[str, Sequence[RunRecords]], baseline: str) -> 
     """One chart per method and held-out set: its accuracy over steps, mean and interval, with the baseline's.
 
     The baseline's curve, and the shading of a phase, have the same colour in all charts. A method that was not
-    evaluated on a set has no chart of it.
+    evaluated on a set has no chart for it.
     """
     shaded = with_common_colours([of_method[0] for of_method in runs.values()])
     phases = {method: run.phases for method, run in zip(runs, shaded, strict=True)}

@@ -27,7 +27,7 @@ class _Folder:
     source: str
     """The program that writes its logs."""
     alarm: re.Pattern[str] | None
-    """Matches warnings and errors; None where every message is one."""
+    """Matches warnings and errors; None if every message is one."""
 
 
 _FOLDERS = (
@@ -142,6 +142,7 @@ def _harmless(message: Sequence[str]) -> str | None:
 
 
 def _plain(line: str) -> str:
-    """The line without terminal codes, without what a progress bar showed before, and not longer than a page bears."""
+    """The line without terminal codes, without what a progress bar showed before, and cut to a length that a page can
+    show."""
     shown = _TERMINAL_CODES.sub("", line.rstrip("\r").rsplit("\r", 1)[-1])
     return shown if len(shown) <= MAX_LINE_CHARACTERS else shown[:MAX_LINE_CHARACTERS] + " …"

@@ -2,7 +2,7 @@
 
 The page needs no network and no other file: style, script and drawings are inside it, and its content security policy
 forbids everything else. It is made from the run folder alone, so it also works while the run is going and after a
-crash; what is missing is said in words.
+crash; the page says what is missing.
 """
 
 from dataclasses import dataclass, replace

@@ -13,7 +13,7 @@ from megatron_dsrl.rollout.sample import Sample, SampleGroup
 GROUPS_PER_STEP = 3
 SAMPLES_PER_GROUP = 8
 MAX_CHARACTERS = 12_000
-"""Limit for a prompt and for a response; what is longer loses its middle."""
+"""Limit for a prompt and for a response; the middle of longer ones is left out."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class ShownGroup:
     prompt: Prompt
     samples: Sequence[Sample]
     hidden_samples: int
-    """Further samples of the group that are only in the rollout file."""
+    """Number of the group's other samples, which are only in the rollout file."""
     mean_reward: float
     """Mean reward of all samples of the group."""
 
@@ -37,7 +37,7 @@ def shown_steps(run_folder: Path, steps: Sequence[int]) -> dict[int, list[ShownG
 
 
 def choose_groups(groups: Sequence[SampleGroup], count: int) -> list[ShownGroup]:
-    """The first mixed, the first unsolved and the first solved group, then further ones in order, `count` in all."""
+    """The first mixed, the first unsolved and the first solved group, then others in order, `count` in all."""
     kinds = [outcome_of(group) for group in groups]
     first_of_kind = [kinds.index(kind) for kind in ("mixed", "unsolved", "solved") if kind in kinds]
     chosen = [*first_of_kind, *(place for place in range(len(groups)) if place not in first_of_kind)]

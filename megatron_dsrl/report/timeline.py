@@ -50,19 +50,19 @@ class Windows:
 
 @dataclass(frozen=True)
 class RecordedSpan:
-    """A block that a rank has gone through."""
+    """A block that a rank has executed."""
 
     path: tuple[str, ...]
     """Names of the spans around it, and its own."""
     thread: str
     when: Interval
     finished: bool
-    """False where the process ended, or has not come further."""
+    """False if the process ended in it, or is still in it."""
 
 
 @dataclass(frozen=True)
 class RecordedStep:
-    """One time that a rank went through a step; a step that is taken again after an interruption is there twice."""
+    """One execution of a step by a rank; a step repeated after an interruption is there twice."""
 
     step: int
     when: Interval

@@ -28,9 +28,9 @@ class Curves:
     """Series name, step-record key and colour of every curve; the first one is the one that comparisons show."""
     axis: ValueAxis
     is_of_the_update: bool = False
-    """The value depends on the phase's space and coefficient, so that it is not comparable between phases."""
+    """The value depends on the phase's space and coefficient, so it is not comparable between phases."""
     absent: str = "nothing was recorded."
-    """Said instead of the chart when no step has a value."""
+    """Shown instead of the chart when no step has a value."""
 
 
 REWARD = Curves(
@@ -89,14 +89,14 @@ HEALTH = (
     ),
     Curves(
         "Loss",
-        "Of the update, coefficient included: not comparable between phases, so the curve begins again.",
+        "Of the update, coefficient included: not comparable between phases, so each phase has its own curve.",
         (("loss", "policy/loss", 1),),
         ValueAxis("loss"),
         is_of_the_update=True,
     ),
     Curves(
         "Gradient norm",
-        "Global norm of the update before clipping, coefficient included: the curve begins again with a phase.",
+        "Global norm of the update before clipping, coefficient included: each phase has its own curve.",
         (("gradient norm", "policy/grad_norm", 3),),
         ValueAxis("norm"),
         is_of_the_update=True,
@@ -232,7 +232,7 @@ def _run_chart(run: RunRecords, curves: Curves) -> Chart | str:
 
 
 def _by_space(run: RunRecords, name: str, key: str, colour: int) -> list[Series]:
-    """A curve per space that the run trained in, which begins again with every phase."""
+    """A curve per space that the run trained in, broken between phases."""
     spaces = [str(record.get("space")) for record in run.steps]
     breaks = phase_changes(run.phases)
     if len(set(spaces)) == 1:

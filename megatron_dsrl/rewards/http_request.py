@@ -30,13 +30,13 @@ class Attempts:
     try_timeout_seconds: float
     """Limit of one attempt."""
     retries: int
-    """Further attempts after the first."""
+    """Retries after the first attempt."""
     total_seconds: float = float("inf")
     """No attempt begins after this, and the last one is cut short."""
     headers: Mapping[str, str] = field(default_factory=dict)
     """Sent in addition to the content type."""
     first_pause_seconds: float = 0.5
-    """Pause before the second attempt; doubled before each further one."""
+    """Pause before the second attempt; doubled before each later one."""
 
 
 def post_json(url: str, body: Mapping[str, Any], attempts: Attempts) -> bytes:
@@ -71,7 +71,7 @@ def ask_chat_model(url: str, request: Mapping[str, Any], attempts: Attempts) -> 
     """The text of a chat model's answer; may be empty.
 
     `url` is that of an OpenAI-compatible endpoint, such as SGLang's, up to and including `/v1`; the request has model,
-    messages and sampling parameters. Raises RuntimeError as `post_json`, and ValueError if the answer is not a chat
+    messages and sampling parameters. Raises RuntimeError like `post_json`, and ValueError if the answer is not a chat
     completion.
     """
     body = post_json(f"{url.rstrip('/')}/chat/completions", request, attempts)

@@ -60,20 +60,15 @@ def judge(
     """The judge's verdict on a response, from 0 to 1.
 
     Args:
-        url: the judge's address, up to and including `/v1`.
-        model: the judge's name at the endpoint.
-        prompt: the rendered prompt; its special tokens are removed before the judge sees it.
-        question: what to ask, with the placeholders `{prompt}`, `{answer}` and `{response}`.
-        verdict_pattern: regular expression whose first group is `right`, `wrong` or a number. The last match counts.
-        max_score: number that means 1; numbers are divided by it and clipped to [0, 1].
-        max_response_characters: longer responses lose their beginning.
-        max_tokens: length limit of the judge's answer.
-        try_timeout_seconds: limit of one attempt.
-        retries: further attempts after the first.
-        total_seconds: limit of all attempts together; `reward.timeout_seconds` must be longer.
-        api_key_variable: environment variable with the endpoint's key; empty for none.
-        cache: folder in which verdicts are kept; empty for none.
-        fallback: verifier that decides if the judge does not; empty for none.
+        url: the judge's address, up to and including `/v1`. model: the judge's name at the endpoint. prompt: the
+        rendered prompt; its special tokens are removed before the judge sees it. question: what to ask, with the
+        placeholders `{prompt}`, `{answer}` and `{response}`. verdict_pattern: regular expression whose first group is
+        `right`, `wrong` or a number. The last match counts. max_score: the judge's highest score; numbers are divided
+        by it and clipped to [0, 1]. max_response_characters: longer responses are truncated on the left. max_tokens:
+        length limit of the judge's answer. try_timeout_seconds: limit of one attempt. retries: number of retries after
+        the first attempt. total_seconds: limit of all attempts together; `reward.timeout_seconds` must be longer.
+        api_key_variable: environment variable with the endpoint's key; empty for none. cache: folder in which verdicts
+        are kept; empty for none. fallback: verifier that decides if the judge does not; empty for none.
         fallback_options: its options.
 
     Raises:
@@ -120,7 +115,7 @@ def check_judge(options: Mapping[str, Any], fields: Fields) -> None:
 
 
 def describe_judge(options: Mapping[str, Any]) -> str:
-    """Who judges, and who else decides."""
+    """The judge, and the fallback."""
     fallback = f", otherwise {options['fallback']}" if options.get("fallback") else ""
     return f"judge: {options['model']} at {options['url']}{fallback}"
 
@@ -131,7 +126,7 @@ def judge_seconds(options: Mapping[str, Any]) -> float:
 
 
 def _fill(question: str, **parts: str) -> str:
-    """The question with its placeholders filled in one pass, so that braces in the parts mean nothing."""
+    """The question with its placeholders filled in one pass, so that braces in the parts have no meaning."""
     parts["prompt"] = _SPECIAL_TOKEN.sub("\n", parts["prompt"]).strip()
     return _PLACEHOLDER.sub(lambda match: parts[match.group(1)], question)
 

@@ -204,7 +204,7 @@ def _event_loop() -> asyncio.Runner:
 
 
 def _type_hints(function: RewardFunction) -> dict[str, Any]:
-    """The hints of its parameters; none where they cannot be told, such as names that only type checkers import."""
+    """The hints of its parameters; none if they cannot be resolved, such as names that only type checkers import."""
     try:
         return get_type_hints(function)
     except (NameError, AttributeError, TypeError):

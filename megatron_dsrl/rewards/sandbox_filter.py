@@ -1,9 +1,9 @@
 """The system calls that a program in the sandbox may make, as a seccomp filter built by libseccomp.
 
-A call that is not listed fails with EPERM. Listed is what Python, its standard library and threads need for files,
-memory, time and their own signals. Not listed, among others: sockets but for connected pairs, starting processes and
-programs, signals to other processes, tracing, mounts, namespaces, memory that no limit counts (`memfd_create`, System V
-shared memory), extended attributes, keys, io_uring, BPF.
+A call that is not listed fails with EPERM. The list covers what Python, its standard library and threads need for
+files, memory, time and their own signals. Not listed, among others: sockets except connected pairs, starting processes
+and programs, signals to other processes, tracing, mounts, namespaces, memory that no limit counts (`memfd_create`,
+System V shared memory), extended attributes, keys, io_uring, BPF.
 """
 
 import ctypes
@@ -92,7 +92,7 @@ def system_call_filter() -> bytes:
             _add(library, context, ALLOW, name, arguments)
         _add(library, context, FAIL | errno.ENOSYS, "clone3")  # then glibc uses clone; a filter can read its flags
         for name in EXTENDED_ATTRIBUTES.split():
-            _add(library, context, FAIL | errno.ENOTSUP, name)  # `shutil.copy2` then goes without them
+            _add(library, context, FAIL | errno.ENOTSUP, name)  # `shutil.copy2` then works without them
         with open(os.memfd_create("filter"), "w+b") as file:
             _check(library.seccomp_export_bpf(context, file.fileno()), "seccomp_export_bpf")
             file.seek(0)

@@ -1,4 +1,4 @@
-"""Whether this machine can isolate programs that a model wrote, and what happens where it cannot."""
+"""Whether this machine can isolate programs that a model wrote, and what happens if it cannot."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -26,7 +26,7 @@ def has_to_fail(what, action, *arguments):
         action(*arguments)
     except (OSError, RuntimeError):
         return
-    raise RuntimeError(f"the kernel does not prevent that a program {{what}}")
+    raise RuntimeError(f"despite isolation, a program {{what}}")
 
 has_to_fail("starts processes", os.fork)
 has_to_fail("opens sockets", socket.socket, socket.AF_UNIX)
@@ -60,7 +60,7 @@ def check_isolation(options: Mapping[str, Any], fields: Fields) -> None:
 
 def require_isolation(who: str, allow_unsafe: bool, alternative: str = "") -> bool:
     """Whether programs run isolated here. Raises UserError if they cannot, and unsafe ones are not allowed; `who` runs
-    them and `alternative` is further advice, both for the message."""
+    them and `alternative` is additional advice, both for the message."""
     problem = missing_isolation()
     if problem is not None and not allow_unsafe:
         raise UserError(

@@ -65,7 +65,7 @@ def give_up_privileges() -> None:
 
 
 def restrict_system_calls(instructions: bytes) -> None:
-    """Apply a seccomp filter to this process; it cannot be taken off."""
+    """Apply a seccomp filter to this process; it cannot be removed."""
     program = FilterProgram(len(instructions) // BYTES_PER_INSTRUCTION, instructions)
     succeed(libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0), "prctl(PR_SET_SECCOMP)")
 

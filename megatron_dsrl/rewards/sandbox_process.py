@@ -35,7 +35,7 @@ from sandbox_namespaces import enter_namespaces  # noqa: E402
 del sys.path[-1]
 
 TIMED_OUT = 124
-"""Exit status after the time limit; as that of timeout(1)."""
+"""Exit status after the time limit, like that of timeout(1)."""
 
 LONGEST_REPORT = 10_000
 """Characters; encoded, they fit into the result pipe, which is read when everything has ended."""

@@ -16,7 +16,7 @@ def box_format(response: str, answer: str) -> float:
 
 
 def zero(response: str, answer: str) -> float:
-    """0 for every response: where `rollout.generate` records the rewards itself."""
+    """0 for every response, for a `rollout.generate` that records the rewards itself."""
     return 0.0
 
 

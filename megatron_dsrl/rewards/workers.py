@@ -14,9 +14,9 @@ SIGNALS_TO_STOP = {signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP}
 EXIT_UNKNOWN = 255  # what multiprocessing reports when the fork server is gone
 EXITED_WITH_0 = 256  # beyond every real status
 QUIET_TRACKER = "ignore::UserWarning:multiprocessing.resource_tracker"
-"""Python option. A process that is killed leaves semaphores, which the tracker removes: no news to the user."""
+"""Python option. A killed process leaves semaphores, which the tracker removes with a needless warning."""
 LOOK_SECONDS = 1.0
-"""Interval at which stopped workers are looked for."""
+"""Interval between searches for stopped workers."""
 
 
 class WorkerProcess(ForkServerProcess):
@@ -50,7 +50,7 @@ class WorkerContext(ForkServerContext):
         threading.Thread(target=self._continue_stopped, name="stopped reward workers", daemon=True).start()
 
     def Process(self, *arguments: Any, **options: Any) -> WorkerProcess:  # type: ignore[override]  # noqa: N802
-        """A new worker; the name is that of multiprocessing's contexts."""
+        """A new worker; the method's name is that of multiprocessing's contexts."""
         worker = WorkerProcess(*arguments, **options)
         self._workers.append(worker)
         return worker

@@ -22,9 +22,9 @@ LATE_PROMPTS_IN_ERROR = 8
 
 
 class Asynchronous(StepSampling):
-    """Samples in the background all the time; a step takes the groups that were begun first. See `GroupQueue`.
+    """Samples in the background all the time; a step takes the groups that were started first. See `GroupQueue`.
 
-    Only `sample` draws prompts, so that the state of the sampler always fits what is left.
+    Only `sample` draws prompts, so that the state of the sampler always matches what is left.
     """
 
     def __init__(self, config: RolloutSettings, engines: BatchSampler, last_step: int | None = None) -> None:
@@ -40,7 +40,7 @@ class Asynchronous(StepSampling):
 
     @property
     def carried(self) -> CarryOver:
-        """What is in the queue; of groups in flight only the prompt and the seeds."""
+        """What is in the queue; for groups in flight only the prompt and the seeds."""
         return self._restored or self._queue.left
 
     @carried.setter
@@ -122,7 +122,7 @@ class Asynchronous(StepSampling):
         return time.monotonic() - begin
 
     def _restore(self, step: int, carried: CarryOver) -> None:
-        """Go on with a checkpoint's groups. Those that would get too old start over: the bound may be lower now."""
+        """Continue with a checkpoint's groups. Those that would get too old start over: the bound may be lower now."""
         fresh: list[SampleGroup] = []
         expired: list[SampleGroup] = []
         for group in carried.finished:

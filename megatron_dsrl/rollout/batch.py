@@ -1,4 +1,4 @@
-"""A batch of prompts that is being sampled: where its groups come from, how far they are, and who is told.
+"""A batch of prompts that is being sampled: where its groups come from, how far along they are, and who is notified.
 
 It survives lost engines: only unfinished responses are requested again.
 """
@@ -21,7 +21,7 @@ from megatron_dsrl.rollout.sample import SampleGroup, SamplingParameters
 from megatron_dsrl.rollout.unfinished import UnfinishedGroup
 
 FIRST_BACK_OFF_SECONDS = 1.0
-"""Pause before the second attempt; doubled for each further one."""
+"""Pause before the second attempt; doubled before each later one."""
 
 
 class Wake:
@@ -96,7 +96,7 @@ def ignore(*progress: object) -> None:
 
 @dataclass(frozen=True)
 class BatchProgress:
-    """Who is told what happens while a batch is sampled."""
+    """Callbacks for what happens while a batch is sampled."""
 
     on_samples: OnSamples = ignore
     on_group: OnGroup = ignore

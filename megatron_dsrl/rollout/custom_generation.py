@@ -1,4 +1,4 @@
-"""Custom generation: a function of the user's writes each response together with the model (`rollout.generate`)."""
+"""Custom generation: a user's function writes each response together with the model (`rollout.generate`)."""
 
 import asyncio
 import inspect
@@ -81,7 +81,7 @@ class CustomGeneration:
 
 
 def custom_generation(config: RolloutConfig, encode: Encode | None, decode: Decode) -> CustomGeneration | None:
-    """The configured function, which needs `encode`; None if responses come from the engine alone. Raises as
+    """The configured function, which needs `encode`; None if responses come from the engine alone. Raises like
     `async_callable`."""
     if config.generate is None:
         return None

@@ -1,6 +1,6 @@
-"""What every batch that is being sampled knows of the engines: which are lost, busy, loading weights, or healthy.
+"""What every batch that is being sampled knows about the engines: which are lost, busy, loading weights, or healthy.
 
-Several batches may run at the same time, in threads of their own: an evaluation beside asynchronous sampling.
+Several batches may run at the same time, in separate threads: an evaluation beside asynchronous sampling.
 """
 
 import asyncio
@@ -88,7 +88,7 @@ class EngineHealth:
             self.monitors[asyncio.create_task(self._monitor(self._clients[engine]))] = engine
 
     async def check(self, engine: int) -> None:
-        """Check an engine now; raises as `EngineClient.check_health`."""
+        """Check an engine now; raises like `EngineClient.check_health`."""
         await self._clients[engine].check_health(self._timeout_seconds)
 
     def stop_watching(self, engine: int) -> None:

@@ -78,7 +78,7 @@ class EngineRollout:
         self._newest_version = self.weight_version
         """The version that is being loaded, or that has been."""
         self._states = EngineStates()
-        """As found by rank 0."""
+        """As determined by rank 0."""
         self._recover: Callable[[], None] | None = None
         self._retries = 0
         self._steps = step_sampling(config, self, last_step)
@@ -132,7 +132,7 @@ class EngineRollout:
 
         Raises:
             EnginesLostError: engines were lost, and this is not the main thread or not within `while_sampling`.
-            EngineError: as `Dispatcher.run`.
+            EngineError: like `Dispatcher.run`.
         """
         assert self._rewards is not None, "only rank 0 samples"
         seeds = seeds_of_batch(self._config.seed, stream, prompts, samples_per_prompt)
@@ -200,7 +200,7 @@ class EngineRollout:
         self._engines.restart_lost()
 
     def load_weights(self, make_buckets: Callable[[], Iterable[Bucket]], version: int) -> None:
-        """As `Rollout.load_weights`; lost engines are restarted first."""
+        """Like `Rollout.load_weights`; lost engines are restarted first."""
         lost = broadcast(dict(self._states.lost))
         self._engines.lose(lost)
         self._newest_version, self._states.is_loading = version, True

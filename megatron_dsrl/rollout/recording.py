@@ -95,7 +95,7 @@ def read_groups(file: Path) -> list[SampleGroup]:
 
 
 def read_batch(file: Path) -> tuple[list[SampleGroup], list[SampleGroup]]:
-    """The groups that were trained on, in their order, and the others; raises as `read_groups`."""
+    """The groups that were trained on, in their order, and the others; raises like `read_groups`."""
     groups = _read(file)
     return [group for group, in_batch in groups if in_batch], [group for group, in_batch in groups if not in_batch]
 

@@ -103,7 +103,7 @@ class ReplayRollout(WithoutEngines):
             raise UserError(f"rollout.replay_from: {self._run_folder} has no folder `rollouts`")
 
     def sample_step(self, step: int, draw: Draw, watch: Watch) -> StepSamples:
-        """The samples that the recorded run trained on in this step; raises as `replayed_groups`."""
+        """The samples that the recorded run trained on in this step; raises like `replayed_groups`."""
         started = time.perf_counter()
         draw(self._config.prompts_per_step)  # so that a run continued without the recording draws the next batch
         groups, others = replayed_groups(self._run_folder, step, self._prompts, self._config)

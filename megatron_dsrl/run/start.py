@@ -77,7 +77,7 @@ class TrainingRun:
 def start_run(config: RunConfig, resources: ExitStack, starting: StartingServer | None) -> TrainingRun:
     """Everything up to the first step. All ranks call it; `resources` closes what has to be closed.
 
-    Args and errors: as `train`.
+    Args and errors are those of `train`.
     """
     with waiting("reading tokenizer and prompts"):
         inputs = load_inputs(config)

@@ -92,7 +92,7 @@ def test_experts_of_another_model_are_refused(model) -> None:
     with one_process(folder) as actor:
         for wrong in ({"layers": 3}, {"experts_per_token": 1, "layers": 12}):
             shape = {"layers": LAYERS, "experts": EXPERTS, "experts_per_token": EXPERTS_PER_TOKEN} | wrong
-            with pytest.raises(ValueError, match="recorded with another model"):
+            with pytest.raises(ValueError, match="recorded with a different model"):
                 actor.log_probs(replace(experience, routed_experts=random_experts(experience.sequences, **shape)))
 
 

@@ -101,7 +101,7 @@ def test_a_phase_that_the_run_ends_before_has_no_steps(small, write) -> None:
             ["phases.1.advantage=fixed", "phases.1.kl={reward_coefficient: 0.1}"],
             1,
             "phases.1, kl.reward_coefficient",
-            "`fixed` does not look at penalties",
+            "`fixed` ignores penalties",
         ),
         (
             ["phases.0.loss=policy_gradient", "actor.epochs_per_rollout=2"],

@@ -204,7 +204,7 @@ def test_prompts_that_are_too_long_are_counted_and_dropped_or_refused(tmp_path, 
     assert [prompt.index for prompt in dropped] == [0, 1]
     cut = load(tmp_path, tokenizer, rows, max_prompt_tokens=50)
     assert [len(prompt.token_ids) == 50 for prompt in cut] == [False, False, True]
-    assert "and are dropped" in caplog.text and "and lose their beginning" in caplog.text
+    assert "and are dropped" in caplog.text and "and are truncated on the left" in caplog.text
 
 
 class TestFromElsewhere:

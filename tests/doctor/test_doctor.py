@@ -157,7 +157,7 @@ def test_it_says_what_a_run_computes_with(tmp_path, monkeypatch) -> None:
         ),
         (
             {"transformer_engine_cu13": "2.19.0"},
-            "Transformer Engine", "problem", "core 2.19.0, torch part 2.20.2", "both must be of one release",
+            "Transformer Engine", "problem", "core 2.19.0, torch part 2.20.2", "both must be from one release",
         ),
         (
             {"flash_attn": "2.8.3.post2"},
@@ -198,7 +198,7 @@ def test_a_transformer_engine_that_cannot_be_imported_is_a_line_and_not_a_crash(
     packages = GPU_IMAGE | {"transformer-engine-torch": torch_part}
     finding = next(examine_kernels(True, "13.0", packages.get))
     assert (finding.topic, finding.severity) == ("Transformer Engine", "problem")
-    assert f"cannot be imported: {'its import was ended by ' if 'SIG' in BROKEN[code] else ''}" in finding.found
+    assert f"cannot be imported: {'its import was killed by ' if 'SIG' in BROKEN[code] else ''}" in finding.found
     assert BROKEN[code] in finding.found and ("without its torch part" in finding.found) == (torch_part is None)
     assert "Megatron imports it and fails with it" in finding.advice
 

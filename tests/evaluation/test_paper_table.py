@@ -75,7 +75,7 @@ def test_measured_cells_are_filled_and_the_average_waits_for_all_six(tmp_path, c
     assert (results["DSRL"]["MATH500"], results["DSRL"]["average"]) == ("87.5", "56.2")
     assert (results["DSRL"]["average, paper"], results["base"]["average, paper"]) == ("57.54", "41.26")
     assert found["Out of distribution"]["base"]["BBH"] == "25.0"
-    assert "Not as in the paper" not in (tmp_path / "table.md").read_text()
+    assert "Different from the paper" not in (tmp_path / "table.md").read_text()
 
 
 def test_several_runs_and_the_paired_difference(tmp_path, capsys) -> None:

@@ -62,8 +62,8 @@ def test_the_attention_factor_is_that_of_transformers(factor) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"rope_parameters": PLAIN, "rope_scaling": CARD}, "rope_scaling and rope_parameters both stand there and dif"),
-        ({"rope_parameters": CARD, "rope_scaling": PLAIN}, "rope_scaling and rope_parameters both stand there and dif"),
+        ({"rope_parameters": PLAIN, "rope_scaling": CARD}, "rope_scaling and rope_parameters are both set and differ"),
+        ({"rope_parameters": CARD, "rope_scaling": PLAIN}, "rope_scaling and rope_parameters are both set and differ"),
         ({"rope_theta": 1e6, "rope_scaling": {"type": "linear"}}, "RoPE scaling of type 'linear' is not supported"),
         ({"rope_theta": 1e6, "rope_scaling": CARD | {"factor": None}}, "factor must be a positive number, not None"),
         ({"rope_theta": 1e6, "rope_scaling": CARD | {"factor": "4"}}, "factor must be a positive number, not '4'"),

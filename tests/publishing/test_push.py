@@ -149,7 +149,7 @@ def test_what_cannot_be_pushed(run: Path, tmp_path: Path, capsys) -> None:
     for arguments, message in (
         ([str(tmp_path / "gone"), "me/tiny"], "no such folder:"),
         ([str(run), "tiny"], "`tiny`: name the owner too, as in OWNER/NAME"),
-        ([str(run), "me/tiny!"], "`me/tiny!` is not a name that the hub takes"),
+        ([str(run), "me/tiny!"], "`me/tiny!` is not a valid name on the hub"),
         ([str(tmp_path / "plain"), "me/tiny"], "has no model card: write README.md there"),
     ):
         assert main(["push", *arguments, "--dry-run"]) == 2

@@ -8,7 +8,7 @@ from tools.fault_soak.processes import reward_fork_servers, reward_workers
 
 @register("kill_reward_worker")
 class KillRewardWorker(Kill):
-    """As the kernel does when memory runs out."""
+    """Like the kernel when memory runs out."""
 
     role = staticmethod(reward_workers)
 

@@ -125,7 +125,7 @@ class Soak:
         """Wait for something, and start the command again when it has ended; False if it ends with status 0 first.
 
         Raises:
-            SoakFailure: as `run`.
+            SoakFailure: like `run`.
         """
         deadline = time.monotonic() + self._limit
         while not self._finished and not what():

@@ -32,7 +32,7 @@ RESPONSE_COLUMNS = ("prompt", "response", "answer", "reward")
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """The run that is to be started at the service, or continued."""
+    """The run to start or continue at the service."""
 
     id: str
     """Eight hexadecimal digits that stay the same however often the run is resumed."""
@@ -49,15 +49,15 @@ class TrackerRun(ABC):
     """One run at the service. Methods may block and raise; a call that raised is repeated later."""
 
     url: str | None = None
-    """Where people look at the run."""
+    """Web address of the run."""
 
     @abstractmethod
     def log(self, step: int, metrics: Mapping[str, float], time: float | None) -> None:
-        """Send the numbers of a step, or of an evaluation after it. Steps never go back.
+        """Send the numbers of a step, or of an evaluation after it. Steps never decrease.
 
         Args:
-            step: training step; 0 is before the first.
-            time: when they were recorded, in seconds since 1970; None where the record does not say.
+            step: training step; 0 is before the first. time: when they were recorded, in seconds since 1970; None if
+            the record does not say.
         """
 
     @abstractmethod

@@ -1,7 +1,7 @@
 """What a tracker has received of a run, kept in the run folder: `trackers/<name>-<destination>.json`.
 
-A run that is started again, and every `dsrl upload`, continue the same run at the service after the last record that
-it has. Steps that a resumed run takes again are not sent a second time.
+A run that is started again, and every `dsrl upload`, continue the same run at the service after the last record that it
+has. Steps that a resumed run repeats are not sent again.
 """
 
 import fcntl

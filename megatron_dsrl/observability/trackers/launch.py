@@ -1,4 +1,4 @@
-"""The trackers of a training: one process each, which follows the run folder and never holds the training up."""
+"""The trackers of a training: one process each, which follows the run folder and never delays the training."""
 
 import json
 import os
@@ -32,9 +32,9 @@ class Trackers:
         self._processes: list[_TrackerProcess] = []
 
     def start(self) -> None:
-        """Start to send the records in the run folder, and later ones as they are written.
+        """Start sending the records in the run folder, and later ones as they are written.
 
-        Records of steps that will be repeated must be gone by now.
+        Records of steps that will be repeated must already be removed.
         """
         self._processes += [_TrackerProcess(options, self._folder, self._report) for options in self._trackers]
 
@@ -77,7 +77,7 @@ class _TrackerProcess:
         """Wait until it has sent everything, with a limit."""
         if self._process is None:
             return
-        # Its own limit comes first. After that one it is stuck where only SIGKILL helps.
+        # Its own limit comes first. If it outlives this one, only SIGKILL helps.
         limit = self._options.finish_seconds + 5 if status == "finished" else INTERRUPTED_SECONDS
         try:
             code = self._process.wait(limit)

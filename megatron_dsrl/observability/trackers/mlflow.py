@@ -1,4 +1,4 @@
-"""MLflow: a tracking server, or a database or folder of this machine."""
+"""MLflow: a tracking server, or a database or folder on this machine."""
 
 import json
 import os
@@ -59,7 +59,7 @@ class MlflowTracker(TrackerOptions):
 
 
 class MlflowRun(TrackerRun):
-    """A run of MLflow. Responses are tables under its artifacts."""
+    """An MLflow run. Responses are tables under its artifacts."""
 
     def __init__(self, client: Any, run_id: str, url: str | None) -> None:
         self._client = client
@@ -85,12 +85,12 @@ class MlflowRun(TrackerRun):
 
 
 def allowed_name(key: str) -> str:
-    """A metric's name in the characters that MLflow takes: `pass@8` is `pass_at_8`."""
+    """A metric's name in the characters that MLflow allows: `pass@8` is `pass_at_8`."""
     return re.sub(r"[^\w\-. :/]", "_", key.replace("@", "_at_"))
 
 
 def flat(config: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """The leaves of a configuration by their dotted paths, as texts."""
+    """The leaves of a configuration as strings, by their dotted paths."""
     if isinstance(config, Mapping) and config:
         for key, value in config.items():
             yield from flat(value, f"{path}.{key}".lstrip("."))
@@ -121,7 +121,7 @@ def _batches(items: Iterable[Any]) -> Iterator[list[Any]]:
 
 
 def _experiment(client: Any, name: str) -> str:
-    """The id of an experiment, which is made where it is missing."""
+    """The id of an experiment, created if missing."""
     found = client.get_experiment_by_name(name)
     return found.experiment_id if found else client.create_experiment(name)
 

@@ -1,7 +1,7 @@
 """The process of one tracker: it follows the records of a run folder and sends them.
 
 A process rather than a thread, because the packages of trackers take the interpreter's lock for seconds when they are
-imported, wait without a limit for a network that is down, and go on doing so when the interpreter ends. `launch.py`
+imported, wait without a limit for a network that is down, and keep waiting when the interpreter exits. `launch.py`
 starts it. It reads its request, and later how the run ended, from standard input, and writes what users should read to
 standard output, a line each. Everything else that is printed goes to the tracker's log.
 """
@@ -26,10 +26,10 @@ from megatron_dsrl.observability.trackers.sender import Sender
 
 POLL_SECONDS = 1.0
 RETRY_SECONDS = 30.0
-"""Time before the next attempt after one that failed."""
+"""Pause after a failed attempt."""
 ATTEMPTS_AT_THE_END = 2
 EXIT_SECONDS = 5.0
-"""Time for what packages do when the interpreter ends, after everything was sent."""
+"""Time for what packages do when the interpreter exits, after everything was sent."""
 SLOW_CALL_SECONDS = 120.0
 """A tracker that has not answered for this long is reported."""
 
@@ -44,10 +44,10 @@ class Following:
         self._messages = messages
         self._sender: Sender | None = None
         self._in_use = False
-        """Whether another process is sending to the same destination: that of a training killed a moment ago."""
+        """Whether another process is sending to the same destination, such as that of a training just killed."""
 
     def run(self) -> bool:
-        """Whether everything was sent. The training's watch ends this process where a tracker does not answer."""
+        """Whether everything was sent. The training's watch ends this process if a tracker does not answer."""
         retry_at = 0.0
         while self._training.ended is None:
             if time.monotonic() >= retry_at and not self._attempt(None):
@@ -61,7 +61,7 @@ class Following:
         return any(self._attempt(self._training.ended) for _ in range(ATTEMPTS_AT_THE_END))
 
     def _attempt(self, ended: Status | None) -> bool:
-        """Open the run and send what is new, and finish where the training has ended; False when that failed."""
+        """Open the run and send what is new, and finish if the training has ended; False if that failed."""
         self._in_use = False
         try:
             with self._messages.slow_calls_reported():
@@ -82,13 +82,13 @@ class Following:
 
 
 class Training:
-    """Watches the process that has started this one, in a thread: a tracker may never answer."""
+    """Watches the process that started this one, in a thread: a tracker may never answer."""
 
     def __init__(self, stream: BinaryIO, finish_seconds: float) -> None:
         """
         Args:
-            stream: standard input, unbuffered.
-            finish_seconds: this long after the end of the training, this process ends in any case.
+            stream: standard input, unbuffered. finish_seconds: this long after the end of the training, this process
+            ends regardless.
         """
         self.process = os.getppid()
         self.ended: Status | None = None
@@ -104,7 +104,7 @@ class Training:
         self._has_ended.wait(seconds)
 
     def everything_is_sent(self) -> None:
-        """The interpreter may end now; what packages do then is limited as well."""
+        """Let the interpreter exit; the time that packages take then is limited as well."""
         self._limit.cancel()
         limit = threading.Timer(EXIT_SECONDS, os._exit, [0])
         limit.daemon = True
@@ -122,7 +122,7 @@ class Training:
 
 
 class Messages:
-    """Lines for the user; each kind of them once."""
+    """Lines for the user, each kind once."""
 
     def __init__(self, stream: TextIO, options: TrackerOptions, run_folder: Path) -> None:
         self._stream = stream
@@ -131,7 +131,7 @@ class Messages:
         self._said: set[str] = set()
 
     def url(self, url: str | None) -> None:
-        """Where people look at the run."""
+        """The web address of the run."""
         if url is not None:
             self._once("url", f"tracker {self._name}: {url}")
 
@@ -144,7 +144,7 @@ class Messages:
     def everything_is_sent(self) -> None:
         """Take back a warning."""
         if "failed" in self._said:
-            self._once("sent", f"tracker {self._name} has received everything in the end")
+            self._once("sent", f"tracker {self._name} has now received everything")
 
     @contextmanager
     def slow_calls_reported(self) -> Iterator[None]:
@@ -172,7 +172,7 @@ class Messages:
 def main() -> None:
     """Follow what the first line of standard input names: {"run_folder": ..., "tracker": options}."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # the training is told, and then tells this process
+        signal.signal(number, signal.SIG_IGN)  # the training gets them too, and tells this process
     stream = os.fdopen(os.dup(0), "rb", buffering=0)
     request = json.loads(stream.readline())
     run_folder, options = Path(request["run_folder"]), TRACKERS.build(request["tracker"])
@@ -187,7 +187,7 @@ def main() -> None:
 
 
 def redirect_output(file: Path) -> None:
-    """Let what packages print go to a file, and let them find no input to wait for."""
+    """Send what packages print to a file, and leave them no input to wait for."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "ab", buffering=0) as log:
         os.dup2(log.fileno(), 1)

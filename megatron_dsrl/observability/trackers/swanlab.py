@@ -66,7 +66,7 @@ class SwanlabTracker(TrackerOptions):
 
 
 class SwanlabRun(TrackerRun):
-    """A run of SwanLab."""
+    """A SwanLab run."""
 
     def __init__(self, run: Any, url: str | None) -> None:
         self._run = run

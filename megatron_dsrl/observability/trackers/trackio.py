@@ -1,4 +1,4 @@
-"""Trackio: a database of this machine (`trackio show`), a server of yours, or a Hugging Face Space."""
+"""Trackio: a database on this machine (`trackio show`), your own server, or a Hugging Face Space."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -21,7 +21,7 @@ class TrackioTracker(TrackerOptions):
     """Groups runs, such as the seeds of one method."""
 
     space_id: str | None = None
-    """Hugging Face Space, such as you/experiments; null: TRACKIO_SPACE_ID, else the database of this machine."""
+    """Hugging Face Space, such as you/experiments; null: TRACKIO_SPACE_ID, else the database on this machine."""
 
     def open(self, run: TrackedRun) -> TrackerRun:
         """Trackio finds a run by its name, so the name ends in the id."""
@@ -42,7 +42,7 @@ class TrackioTracker(TrackerOptions):
 
 
 class TrackioRun(TrackerRun):
-    """A run of Trackio."""
+    """A Trackio run."""
 
     def __init__(self, run: Any) -> None:
         self._run = run

@@ -49,12 +49,12 @@ def upload(run_folder: Path, tracker: TrackerOptions) -> str:
                 sender.finish("finished" if has_ended else "running")
     except InUse as error:
         raise UserError(
-            f"{run_folder} is being sent to {tracker.name} by another process, such as its own training; let that end"
+            f"{run_folder} is being sent to {tracker.name} by another process, such as its training; let that finish"
         ) from error
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{tracker.name} failed ({reason(error)}); the same command continues") from error
+        raise UserError(f"{tracker.name} failed ({reason(error)}); run the same command again to continue") from error
     where = f" at {sender.url}" if sender.url else ""
     sent = f"sent {sender.steps} steps and {sender.evaluations} evaluations"
     return f"{tracker.name}: {sent} to run {sender.run_id}{where}"
@@ -75,7 +75,7 @@ def _tracker(options: dict[str, Any], overrides: Sequence[str]) -> TrackerOption
 
 
 def _what(error: Any) -> str:
-    """Pydantic's words, or better ones for the frequent mistakes."""
+    """Pydantic's message, or a better one for common mistakes."""
     if error["type"] == "union_tag_invalid":
         return f"no such tracker; use one of {', '.join(TRACKERS.names())} or a path `package.module:Class`"
     return "this tracker has no such option" if error["type"] == "extra_forbidden" else error["msg"]

@@ -72,7 +72,7 @@ class WandbTracker(TrackerOptions):
 
 
 class WandbRun(TrackerRun):
-    """A run of W&B. Its steps are the training's."""
+    """A W&B run. Its steps are the training's."""
 
     def __init__(self, run: Any) -> None:
         self._run = run

@@ -18,8 +18,8 @@ from sglang.srt.utils import cpu_has_amx_support
 from torch import Tensor, nn
 
 SMALLEST_PACKED = 100_000
-"""Weights of a matrix. Below it nothing is gained: a model of 0.8 million parameters, whose matrices have up to 98,304
-weights, decodes as fast either way."""
+"""Smallest number of weights for which packing pays off: a model of 0.8 million parameters, whose matrices have up to
+98,304 weights, decodes as fast either way."""
 TYPICAL_ROWS = 32
 """oneDNN chooses the order for this many rows. It suits other numbers as well."""
 
@@ -60,7 +60,7 @@ class PackedModel(nn.Module):
         logging.getLogger(__name__).info("%d linear layers have packed weights", len(self._packed_products))
 
     def load_weights(self, *args: Any, **kwargs: Any) -> Any:
-        """As in the model class."""
+        """Same as in the model class."""
         for product in self._packed_products:
             product.forget()
         return super().load_weights(*args, **kwargs)  # type: ignore[misc]  # of the model class

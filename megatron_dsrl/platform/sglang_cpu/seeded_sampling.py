@@ -22,7 +22,7 @@ from megatron_dsrl.platform.sglang_cpu.inverse_sampling import pick, uniform_num
 
 
 class SeededSampler(Sampler):
-    """SGLang's sampler with another choice of the token; temperature and log-probs are unchanged."""
+    """SGLang's sampler with our choice of the token; temperature and log-probs are unchanged."""
 
     def _sample_from_probs(
         self, probs: torch.Tensor, sampling_info: Any, positions: torch.Tensor, simple_sampling_case: bool

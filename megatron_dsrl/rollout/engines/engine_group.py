@@ -122,7 +122,7 @@ class EngineGroup:
         self._change_memory(tags, released_before=False)
 
     def resume_memory(self, tags: Sequence[MemoryTag]) -> None:
-        """As `Engines.resume_memory`; a restarted engine already holds all its memory."""
+        """Like `Engines.resume_memory`; a restarted engine already holds all its memory."""
         self._change_memory(tags, released_before=True)
 
     def close(self) -> None:

@@ -106,7 +106,7 @@ class WeightCheck:
     def mismatch(self, engine: EngineAddress | None) -> str | None:
         """Compare after a successful push, if due; a message that names the tensors that differ, or None.
 
-        Called, and raises, as `check_weights`.
+        Is called and raises like `check_weights`.
         """
         if self._sent is None:
             return None

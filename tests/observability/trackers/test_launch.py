@@ -155,7 +155,7 @@ def test_a_call_that_failed_is_repeated_without_loss(folder: Path, tmp_path: Pat
     assert [call["step"] for call in calls(file, "log")] == [1, 2, 2, 3, 4, 4]
     assert url.endswith(": http://tracker/run")
     assert "failed (TimeoutError: the tracker is busy); the run continues, see" in failed
-    assert sent.endswith("has received everything in the end")
+    assert sent.endswith("has now received everything")
 
 
 def test_slow_calls_are_reported_once(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -61,7 +61,7 @@ def test_another_destination_receives_everything(folder: Path, tmp_path: Path) -
 def test_an_upload_that_failed_continues(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "calls.jsonl"
     (tracker,) = chosen_trackers(folder, [PATH], [f"file={file}", "trouble=second_step_fails_once"])
-    with pytest.raises(UserError, match=r"failed \(TimeoutError: the tracker is busy\); the same command continues"):
+    with pytest.raises(UserError, match=r"failed \(TimeoutError: the tracker is busy\); run the same command again"):
         upload(folder, tracker)
     assert [call["step"] for call in calls(file, "log")] == [1, 1]
     (tracker,) = chosen_trackers(folder, [PATH], [f"file={file}", "trouble=none"])
