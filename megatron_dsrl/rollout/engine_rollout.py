@@ -237,8 +237,8 @@ class EngineRollout:
         self, feed: Feed, sampling: SamplingParameters, rewards: RewardPool, progress: BatchProgress
     ) -> RolloutBatch:
         """Sample a batch to completion, restarting engines as needed."""
-        assert self.engine_addresses, "wait_until_ready() comes first"
-        assert self.weight_version != UNSET_WEIGHT_VERSION, "load_weights() comes first: the model folder has none"
+        assert self.engine_addresses, "call wait_until_ready() first"
+        assert self.weight_version != UNSET_WEIGHT_VERSION, "call load_weights() first: the model folder has none"
         request = BatchRequest(self._config, feed, sampling, self._versions, self._generation)
         batch = RolloutBatch(request, len(self.engine_addresses))
         in_main_thread = threading.current_thread() is threading.main_thread()

@@ -1,9 +1,9 @@
 """The groups of asynchronous sampling: those that wait for an engine, those in flight, and those that are finished.
 
-Groups are trained on in the order in which they were begun, as many per step as the step takes. The trainer opens so
+Groups are trained on in the order in which they began, as many per step as the step takes. The trainer opens only so
 many places that a group begun with weights of version v is among the first `1 + max_staleness` steps' worth from then
-on, so it is trained on at step v + max_staleness at the latest (the weights of version v are those that step v
-updates). No group is ever too old, and none is dropped for its age. Because the order is that of the beginning, short
+on, so it is trained on no later than step v + max_staleness (the weights of version v are those that step v updates).
+No group is ever too old, and none is dropped for its age. Because they keep the order in which they began, short
 responses do not overtake long ones.
 
 The trainer's thread adds groups and takes finished ones; the thread of the engines' batch uses it as its `Feed`.
@@ -25,7 +25,7 @@ class Place:
     """A group in the queue."""
 
     group: UnfinishedGroup | None
-    """As it was begun, without tokens; None if it was finished before this process started."""
+    """As it began, without tokens; None if it was finished before this process started."""
     result: SampleGroup | None = None
     """Once it is judged."""
 

@@ -1,7 +1,7 @@
 """A response that a function writes together with the model: turns of the model, and tokens from elsewhere.
 
-The model continues what stands there, so every one of its tokens is drawn given the prompt and all tokens before it,
-which is what the trainer scores it given. Tokens from elsewhere are context for those after them and are not scored.
+The model continues the text so far, so each of its tokens is drawn given the prompt and all tokens before it, just as
+the trainer scores it. Tokens from elsewhere are context for those after them and are not scored.
 """
 
 import math
@@ -34,7 +34,7 @@ class Turn:
 
 
 class AbortedError(Exception):
-    """The engine ended a turn before its time; the sample starts again."""
+    """The engine ended a turn prematurely; the sample starts again."""
 
 
 class GrowingResponse:

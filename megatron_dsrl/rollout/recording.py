@@ -60,7 +60,7 @@ class RolloutRecorder:
         self._in_flight: Future[None] | None = None
 
     def record(self, step: int, groups: Sequence[SampleGroup], others: Sequence[SampleGroup] = ()) -> None:
-        """Begin to write the rollouts of a step, as `write_groups` does, after a `flush` of the previous step's."""
+        """Start writing the rollouts of a step, as `write_groups` does, after a `flush` of the previous step's."""
         self.flush()
         self._in_flight = self._thread.submit(self._write, step, groups, others)
 

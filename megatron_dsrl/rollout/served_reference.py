@@ -1,7 +1,7 @@
 """A reference policy behind an SGLang server, of any size: scores sequences by token ids.
 
 Rank 0 asks the server for the log-probs of all sequences and broadcasts them. A failed request is repeated until
-`reference.timeout_seconds` are over; then the run ends and can be resumed.
+`reference.timeout_seconds` have passed; then the run ends and can be resumed.
 """
 
 import json

@@ -29,7 +29,7 @@ class ToolChat:
     """Lets the model write until it ends its response, and answers every call such as `<tool>12*7</tool>`.
 
     The answer is inserted after it: `<result>84</result>`. If `closing` is a single token, as `</tool_call>` is for
-    Qwen3, the model stops right there. Otherwise it writes on, and what follows the first complete call is dropped,
+    Qwen3, the model stops right there. Otherwise it keeps writing, and what follows the first complete call is dropped,
     which costs the time to sample it.
     """
 

@@ -28,7 +28,7 @@ from megatron_dsrl.rollout.unfinished import CarryOver
 
 
 class WithoutEngines:
-    """A `Rollout` whose responses exist already, but for `sample_step`."""
+    """A `Rollout` whose responses exist already; lacks `sample_step`."""
 
     def __init__(self, sampling: SamplingParameters, setting: str) -> None:
         """`setting` is the configuration field that says where the responses are, for messages."""

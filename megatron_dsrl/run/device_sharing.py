@@ -106,7 +106,7 @@ class SharedDevice:
 
     @contextmanager
     def _measure(self, name: str) -> Iterator[None]:
-        """Measure the block as part of the switch `name`: `memory/<name>_seconds`, of several blocks added up;
+        """Measure the block as part of the switch `name`: `memory/<name>_seconds`, summed over blocks;
         `memory/<name>_gib`, what this process has on the device afterwards; `memory/<name>_peak_gib`, the most that it
         had there in between. The seconds are within those of a part of the step (`seconds/*`)."""
         platform = current_platform()

@@ -28,7 +28,7 @@ from megatron_dsrl.run.inputs import RunInputs
 
 
 def check_run_folder(config: RunConfig, inputs: RunInputs) -> None:
-    """Raise UserError if the folder has a run that was started with another configuration."""
+    """Raise UserError if the folder has a run that was started with a different configuration."""
     file = inputs.run_folder / CONFIG_FILE
     # A start that failed before its first step leaves nothing to continue, so it must not prevent another.
     has_checkpoints = (inputs.run_folder / CHECKPOINTS_FOLDER).exists()

@@ -1,9 +1,9 @@
 """Start a command as several processes on this machine: `dsrl train CONFIG.yaml --processes 8`.
 
 Each process gets the environment variables that torch.distributed reads, as from torchrun or `slurm/rank.sh`. Unlike
-torchrun, which exits with 1 however a rank ended, the launcher exits as its processes do: with 2 after a user's error,
-with 75 when the run was asked to stop and has saved its state. A rank that has saved its part and exited does not end
-the others, which may still be saving.
+torchrun, which exits with 1 however a rank ended, the launcher exits with its processes' status: with 2 after a user's
+error, with 75 when the run was asked to stop and has saved its state. A rank that has saved its part and exited does
+not end the others, which may still be saving.
 """
 
 import os

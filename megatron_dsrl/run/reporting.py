@@ -66,7 +66,7 @@ def record_step(
 
 
 def record_evaluation(run: TrainingRun, record: Record, started: float, responses: Sequence[Record] = ()) -> None:
-    """Record and print an evaluation of one set, begun at this `perf_counter`, with some of its responses. Rank 0
+    """Record and print an evaluation of one set, started at this `perf_counter`, with some of its responses. Rank 0
     only."""
     assert run.tracker is not None
     record = {**record, "seconds": time.perf_counter() - started, "time": time.time()}
@@ -77,7 +77,7 @@ def record_evaluation(run: TrainingRun, record: Record, started: float, response
 def step_record(
     run: TrainingRun, step: int, samples: StepSamples, update: UpdateMetrics | None, further: Mapping[str, float]
 ) -> Record:
-    """What `metrics.jsonl` says of a finished step; `further` are its last metrics, by full name."""
+    """The `metrics.jsonl` record of a finished step; `further` are its last metrics, by full name."""
     phase, config = run.schedule.at(step), run.config
     if samples.judged:
         rollout = rollout_metrics(samples.sampled, samples.generated_tokens, samples.seconds)

@@ -1,4 +1,4 @@
-"""Results in a run's folder: whether the run is complete, and what is said of it then. Light: a finished run is
+"""Results in a run's folder: whether the run is complete, and the lines to print then. Light: a finished run is
 recognised before Megatron and Transformers are loaded."""
 
 import shlex

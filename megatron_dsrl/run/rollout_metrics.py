@@ -1,7 +1,7 @@
 """Metrics of a rollout batch: the `reward/*`, `response/*` and `throughput/*` keys of a step record.
 
 Pure functions of the sampled groups. A sample is *right* when its reward is at least 1 and *wrong* when it is at most
-0, so that verifiers with partial credit fit: a group of half-right samples is neither solved nor unsolved but mixed.
+0, to allow for verifiers with partial credit: a group of half-right samples is neither solved nor unsolved but mixed.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ def rollout_metrics(
     """All metrics of this module for one step's groups, which must not be empty.
 
     `generated_tokens` were produced for the step, in `generate_seconds` of wall time, verification included where it
-    overlaps. Both may be 0: all groups were there already.
+    overlaps. Both are 0 if all groups were already there.
     """
     samples = [sample for group in groups for sample in group.samples]
     assert samples, "a step without samples"

@@ -252,7 +252,7 @@ def open_records(
 
 
 def restore(config: RunConfig, checkpoint: Checkpoint, models: RunModels, rollout: Rollout) -> None:
-    """Give models and rollout the state that the checkpoint holds of them."""
+    """Restore models and rollout from the checkpoint."""
     models.load(checkpoint, same_layout=checkpoint.state.layout == current_layout(config.parallel))
     if config.rollout.carries_over and rank() == 0:
         rollout.carried = CarryOver.read_from(checkpoint.folder / ROLLOUT_FOLDER)

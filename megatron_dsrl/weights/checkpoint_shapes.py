@@ -27,8 +27,8 @@ def whole_shape(rule: TensorRule) -> Shape:
 
 
 def check_weights(folder: Path, table: WeightTable) -> None:
-    """Check what can be told without reading tensors: that all are there, in whole files, with the table's shapes.
-    Raises UserError if not; see the checks of either format."""
+    """Check what needs no tensor data: that all tensors are there, in whole files, with the table's shapes. Raises
+    UserError if not; see the checks of either format."""
     if is_megatron_checkpoint(folder):
         check_megatron_checkpoint(MegatronCheckpoint(folder), table)
     else:
@@ -36,7 +36,7 @@ def check_weights(folder: Path, table: WeightTable) -> None:
 
 
 def open_hf_weights(folder: Path, table: WeightTable) -> HfCheckpoint:
-    """The weights of an HF folder that a run starts from, checked. Raises UserError if there are none, or as
+    """The weights of an HF folder that a run starts from, checked. Raises UserError if there are none, and like
     `check_hf_checkpoint`."""
     try:
         checkpoint = HfCheckpoint(folder)

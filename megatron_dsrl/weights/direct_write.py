@@ -1,9 +1,9 @@
 """Write large files past the page cache, while the next bytes are being prepared.
 
 A buffered write copies into new pages, which costs the kernel more than the copy itself and fills its memory with data
-that nobody reads soon. Here bytes are collected in a few buffers that are used again, and threads write full ones
-straight to the disk (O_DIRECT). What does not fill a buffer goes through the page cache, as does everything on a file
-system without O_DIRECT.
+that nobody reads soon. Here bytes are collected in a few reused buffers, and threads write full ones straight to the
+disk (O_DIRECT). What does not fill a buffer goes through the page cache, as does everything on a file system without
+O_DIRECT.
 """
 
 import errno
@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Self
 
 BLOCK_BYTES = max(4096, mmap.PAGESIZE)
-"""Direct writes begin at a multiple of it in the file and in memory, and end at one."""
+"""Direct writes begin and end at multiples of it, in the file and in memory."""
 BUFFER_BYTES = 8 * 2**20
 THREADS = 2
 """Writes under way at a time."""
@@ -92,8 +92,8 @@ class DirectWriter:
         return self._files[-1]
 
     def write(self, file: DirectFile, offset: int, data: memoryview) -> None:
-        """Take over one-dimensional bytes for a file from `open`; the caller may change them afterwards. Raises OSError
-        if an earlier write failed."""
+        """Copy one-dimensional bytes for a file from `open`; the caller may change them afterwards. Raises OSError if
+        an earlier write failed."""
         done = 0
         while done < len(data):
             if file is not self._file or offset + done != self._offset + self._fill - self._start:
@@ -126,7 +126,7 @@ class DirectWriter:
                 file.close()
 
     def _submit(self) -> None:
-        """Start to write the current buffer, and go on to the next one, at the same place in the same file."""
+        """Start writing the current buffer, and go on to the next one, at the same place in the same file."""
         if self._file is not None and self._fill > self._start:
             buffer = self._buffers[self._current][: self._fill]
             self._writes[self._current] = self._threads.submit(self._file.write, buffer, self._start, self._offset)

@@ -39,7 +39,7 @@ def quantise_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def dequantise_blocks(values: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """The matrix that `quantise_blocks` stands for, [rows, columns]."""
+    """The matrix that the result of `quantise_blocks` represents, [rows, columns]."""
     rows, columns = values.shape
     repeated = scales.repeat_interleave(FP8_BLOCK, dim=0).repeat_interleave(FP8_BLOCK, dim=1)
     return (values.float() * repeated[:rows, :columns]).to(dtype)

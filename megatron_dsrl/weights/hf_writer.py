@@ -132,5 +132,5 @@ def copy_companions(source: Path, folder: Path, dtype: torch.dtype) -> None:
 
 
 def is_template_folder(path: Path) -> bool:
-    """Whether it is the folder of further chat templates that Transformers writes, with nothing else in it."""
+    """Whether it is the folder of additional chat templates that Transformers writes, with nothing else in it."""
     return path.name == "additional_chat_templates" and all(file.suffix == ".jinja" for file in path.iterdir())

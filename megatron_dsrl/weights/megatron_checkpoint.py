@@ -25,7 +25,7 @@ from megatron_dsrl.weights.untrusted_checkpoint import read_metadata
 
 PARTS_OF_THE_MODEL = ("embedding.", "decoder.", "output_layer.")
 FORMAT_FILE = "metadata.json"
-"""The file from which Megatron knows a distributed checkpoint."""
+"""The file by which Megatron recognises a distributed checkpoint."""
 MEGATRON_LM_TRACKER = "latest_checkpointed_iteration.txt"
 """File in the folder above Megatron-LM's checkpoints."""
 

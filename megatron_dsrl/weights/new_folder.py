@@ -123,7 +123,7 @@ def _refuse_to_replace(target: Path, overwrite: bool) -> None:
     if not target.exists():
         return
     if not overwrite:
-        raise FileExistsError("it exists already; remove it or choose another folder")
+        raise FileExistsError("it already exists; remove it or choose another folder")
     entries = sorted(target.iterdir())
     surplus = [entry.name for entry in entries if not _is_of_a_model(entry)]
     if surplus:

@@ -41,7 +41,7 @@ class ReusedMemory:
 def with_own_storage(tensor: Tensor) -> Tensor:
     """The same values in a storage of exactly their size, without a copy if the tensor is contiguous.
 
-    torch.save writes the whole storage of a tensor, also what lies outside a view.
+    torch.save writes the whole storage of a tensor, including what lies outside a view.
     """
     contiguous = tensor.contiguous()
     if contiguous.untyped_storage().nbytes() == contiguous.nbytes or contiguous.numel() == 0:

@@ -1,7 +1,7 @@
 """Read one tensor that torch.save wrote into a section of a file, and compare it with its checksums.
 
 The section is a ZIP archive with a CRC-32 of every part. torch.load ignores these and always allocates; here the values
-are read straight into memory that is used again, and torch.load only reads what describes them.
+are read straight into reused memory, and torch.load only reads what describes them.
 """
 
 import io

@@ -5,7 +5,7 @@ stage or, if it contains experts, by the ranks that hold these. Their shards are
 flat tensor; the merged tensors are broadcast as one flat tensor to the other expert-parallel ranks and the other
 stages. A model that is not split is not copied: its buckets are mostly views of the parameters. Otherwise about two
 buckets per rank are in memory at a time; with tensor parallelism four, including the shards of a bucket. With LoRA the
-stream has merged weights, which are computed bucket by bucket, each rank its shards.
+stream has merged weights; each rank merges its shards, bucket by bucket.
 """
 
 import math

@@ -79,7 +79,7 @@ class WeightTable:
         """All entries: rules before the layers, then layer by layer, then rules after the layers."""
         per_layer = [i for i, rule in enumerate(self.rules) if rule.per_layer]
         first, last = per_layer[0], per_layer[-1] + 1
-        assert per_layer == list(range(first, last)), "rules of the layers must stand together"
+        assert per_layer == list(range(first, last)), "rules of the layers must be adjacent"
         yield from (TableEntry(rule) for rule in self.rules[:first])
         for layer in range(self.num_layers):
             for rule in self.rules[first:last]:
@@ -243,7 +243,7 @@ def _query_key_value(a: Architecture, kind: str, inputs: Shape, initial: Initial
 
 
 def layer_rules(a: Architecture) -> tuple[TensorRule, ...]:
-    """The tensors of every layer, as the family's features say."""
+    """The tensors of every layer, according to the family's features."""
     family = a.family
     return (
         attention_norm(a),

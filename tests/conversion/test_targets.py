@@ -15,7 +15,7 @@ from tests.support.tiny_model import make_tiny_qwen3
 def test_an_existing_target_is_replaced_only_when_told_and_only_by_a_complete_one(converted, capsys) -> None:
     before = (converted / "megatron" / ".metadata").read_bytes()
     assert convert("hf-to-megatron", converted / "hf", converted / "megatron") == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
     cut = converted / "hf" / "model.safetensors"
     whole = cut.read_bytes()

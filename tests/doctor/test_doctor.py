@@ -166,7 +166,7 @@ def test_it_says_what_a_run_computes_with(tmp_path, monkeypatch) -> None:
         ({"sglang_kernel": None}, "SGLang's kernels (sgl_kernel)", "problem", "not installed", "pip install"),
         (
             {"torch": "2.13.0+cu130"},
-            "torch for sglang", "problem", "2.13.0+cu130, but sglang 0.5.23 is made for 2.14.1",
+            "torch for sglang", "problem", "2.13.0+cu130, but sglang 0.5.23 requires 2.14.1",
             "pip install torch==2.14.1",
         ),
         ({"flash_attn_4": "4.0.0b36"}, "flash attention 4 (SGLang's)", "note", "not its own", "--force-reinstall"),
@@ -215,7 +215,7 @@ def test_the_driver_is_read_from_the_kernel(tmp_path) -> None:
     ("torch_cuda", "driver", "variables", "severity", "found", "advice"),
     [
         (None, None, {}, "ok", "CPU", ""),
-        (None, "580.95.05", {}, "note", "CPU build, on a machine with an NVIDIA driver", "take the image"),
+        (None, "580.95.05", {}, "note", "CPU build, on a machine with an NVIDIA driver", "use the image"),
         ("13.0", None, {}, "note", "no NVIDIA driver is loaded", "580 or newer"),
         ("13.0", "575.57.08", {}, "note", "driver 575.57.08 is too old", "CUDA 13.0 needs 580 or newer"),
         ("12.9", "575.57.08", {}, "note", "driver 575.57.08 is loaded", "--nv"),

@@ -66,7 +66,7 @@ def test_policy_and_card_arrive_and_nothing_else(run: Path, tmp_path: Path) -> N
     assert f"uploading 3 files, 0.00 GB and the card to {hub.url}/me/tiny (private)" in ended.stdout
     messages = [line for line in ended.stderr.splitlines() if line.startswith("dsrl: ")]
     assert messages[0].startswith(f"dsrl: --private: {hub.url}/me/public exists and is public")
-    assert messages[1].startswith("dsrl: me/other could not be uploaded: the token may not write there")
+    assert messages[1].startswith("dsrl: me/other could not be uploaded: the token cannot write there")
     assert messages[2].startswith("dsrl: no token for the hub: set HF_TOKEN")
     assert hub.private == {"me/tiny": True, "me/public": False}
     assert hub.messages == ["Policy after step 4, by megatron-dsrl"] * 2, "nothing is uploaded where it is refused"

@@ -271,7 +271,7 @@ def test_exported_folders_are_the_source_in_bfloat16(measured, folder, case) -> 
 @pytest.mark.parametrize("case", CASES)
 def test_an_existing_target_is_refused_on_every_rank(measured, case) -> None:
     for rank in measured[case]:
-        assert "exists already; remove it or choose another folder" in rank["second_export"]
+        assert "already exists; remove it or choose another folder" in rank["second_export"]
 
 
 def test_an_export_to_a_full_disk_fails_on_all_ranks(measured, folder) -> None:

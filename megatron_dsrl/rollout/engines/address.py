@@ -1,4 +1,4 @@
-"""Where an engine is reached, and the key that it asks for (SGLang's `--api-key`)."""
+"""An engine's address, and the key that it requires (SGLang's `--api-key`)."""
 
 import os
 import secrets
@@ -32,8 +32,8 @@ class EngineAddress:
 def draw_key() -> str:
     """A random key for the engines that this run starts, the same on all ranks. All ranks call it.
 
-    Without it, every program on the machine could change an engine's weights, and a run could take the engine of
-    another run for its own.
+    Without it, every program on the machine could change an engine's weights, and a run could mistake another run's
+    engine for its own.
     """
     return broadcast(secrets.token_hex(32))
 

@@ -26,7 +26,7 @@ class EngineClient:
     """Calls to one server. An asynchronous context manager that holds the connections.
 
     Every call raises `EngineError` if the server refuses it, is gone, or takes longer than `timeout_seconds`. Only
-    `generate` has a limit of its own.
+    `generate` has its own limit.
     """
 
     def __init__(self, address: EngineAddress, timeout_seconds: float) -> None:
@@ -125,8 +125,8 @@ class EngineClient:
     async def pause(self) -> None:
         """Stop sampling. Running requests stay in the server and give up their cache; new ones wait.
 
-        They go on after `resume`, with the weights that the server then has, from prompt and tokens that are computed
-        again. (SGLang's mode `in_place` would keep the cache, which the old weights have made.)
+        They continue after `resume`, with the weights that the server then has; prompt and tokens are computed again.
+        (SGLang's mode `in_place` would keep the cache, which the old weights have made.)
         """
         await self._post("/pause_generation", {"mode": "retract"})
 

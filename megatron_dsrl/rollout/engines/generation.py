@@ -1,4 +1,4 @@
-"""SGLang's `/generate`: what is asked, and what the answer means."""
+"""SGLang's `/generate`: requests and answers."""
 
 import base64
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ class SampleRequest:
     seed: int
     """Seed of the response's random numbers, in 0..2^63 - 1."""
     max_new_tokens: int
-    """The response ends after at most this many further tokens."""
+    """The response ends after at most this many more tokens."""
 
 
 @dataclass(frozen=True)

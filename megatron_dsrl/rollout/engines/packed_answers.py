@@ -98,8 +98,8 @@ def _log_probs(answer: dict[str, Any]) -> list[float]:
 
 
 def register_route() -> None:
-    """Have SGLang's HTTP server answer `/generate` in this form where a request asks for it by its Accept header. Run
-    in its process before it serves."""
+    """Have SGLang's HTTP server answer `/generate` in this form if a request's Accept header asks for it. Run in its
+    process before it serves."""
     from fastapi import Request, Response
     from sglang.srt.entrypoints import http_server
     from sglang.srt.managers.io_struct import GenerateReqInput

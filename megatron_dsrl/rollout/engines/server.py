@@ -61,9 +61,9 @@ class EngineServer:
     port: int | None = None
     """None takes a free one."""
     key: str | None = field(default=None, repr=False)
-    """What every caller must know; None: the server answers every caller."""
+    """Key that every caller must send; None: the server answers every caller."""
     warm_up: Callable[[float], None] | None = None
-    """Called when the server answers, with the seconds that are left of the limit, before it counts as ready. Raises
+    """Called when the server answers, with the remaining seconds of the limit, before it counts as ready. Raises
     EngineError if the server fails it."""
     starting: StartingServer | None = None
     """Process that becomes the server at its first start; None: a new one."""
@@ -235,7 +235,7 @@ class EngineServer:
 def _signal(number: int) -> str:
     """The name of a signal that ended a process, and what usually sends it."""
     if number == signal.SIGKILL:
-        return "SIGKILL, as the kernel does when memory runs out (`dmesg -T | grep -i oom` shows it)"
+        return "SIGKILL, as from the kernel when memory runs out (`dmesg -T | grep -i oom` shows it)"
     return signal.Signals(number).name
 
 

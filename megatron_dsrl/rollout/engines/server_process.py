@@ -1,8 +1,8 @@
 """Entry point of an engine's subprocess: `python -m megatron_dsrl.rollout.engines.server_process PARENT`.
 
 PARENT is the process id of the trainer. The process imports SGLang and then waits for a line on standard input: a JSON
-object with SGLang's `ServerArgs` fields, further environment variables and the log file; see `starting_server.py`. It
-dies with its parent, and SGLang's scheduler and detokenizer processes die with it.
+object with SGLang's `ServerArgs` fields, additional environment variables and the log file; see `starting_server.py`.
+It dies with its parent, and SGLang's scheduler and detokenizer processes die with it.
 """
 
 import json

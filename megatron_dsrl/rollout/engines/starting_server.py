@@ -64,8 +64,8 @@ class StartingServer:
         """Have the process become the server; returns at once.
 
         Args:
-            key: what every caller must know; None: the server answers everybody.
-            log_file: its output from now on is appended.
+            key: what every caller must send; None: the server answers everybody. log_file: its output from now on is
+            appended.
         """
         # Not arguments of the process, which every user of the machine could read.
         variables = {**environment, **({} if key is None else {API_KEY_VARIABLE: key})}
@@ -93,7 +93,7 @@ class StartingServer:
 
 @contextmanager
 def starting_server(config: RolloutSettings) -> Iterator[StartingServer | None]:
-    """Start this rank's server process ahead of time, if it is to have one; it is ended if nobody makes it serve.
+    """Start this rank's server process ahead of time, if it is to have one; it is ended unless it becomes a server.
 
     Needs no torch.distributed. The model must be a local folder, or one whose config.json the package includes.
     """

@@ -9,7 +9,7 @@ rank.
 With `engine.quantization` the trainer quantises at the push. SGLang loads FP8 weights in blocks under the names of
 DeepSeek-V3's checkpoints, `....weight` and `....weight_scale_inv`, into the parameters that it computes with. The
 projections of every layer are quantised; norms, embedding, head and the experts' router stay as they are. SGLang's
-digest of a quantised weight is that of the bfloat16 matrix that values and scales stand for.
+digest of a quantised weight is that of the bfloat16 matrix that values and scales represent.
 """
 
 import json

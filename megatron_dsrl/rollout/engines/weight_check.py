@@ -5,9 +5,9 @@ SGLang's `/weights_checker` digests its own. This finds errors that a push alone
 ignored, misplaced or converted, and memory that was overwritten too early. It needs neither engine memory nor a second
 push.
 
-An engine with `engine.quantization` digests what its FP8 weights stand for (`tensor_layout.py`). One that stores its
-weights in another form by `engine.extra_arguments`, or whose kernels split or reorder experts, cannot be compared like
-this: its digests always differ.
+An engine with `engine.quantization` digests the matrices that its FP8 weights represent (`tensor_layout.py`). One that
+stores its weights in another form by `engine.extra_arguments`, or whose kernels split or reorder experts, cannot be
+compared like this: its digests always differ.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -105,7 +105,7 @@ def test_a_scheduler_that_dies_while_it_starts_ends_the_wait(make_server) -> Non
 
     started[0].kill()
 
-    with pytest.raises(EngineStartError, match="was killed by SIGKILL, as the kernel does when memory runs out"):
+    with pytest.raises(EngineStartError, match="was killed by SIGKILL, as from the kernel when memory runs out"):
         server.wait_until_ready()
     assert processes_of_group(group) == []
 
